@@ -1,0 +1,129 @@
+"""The files of a checkpoint folder: JSON and safetensors shards, checked before they are trusted.
+
+Only headers are read here; a tensor's data is mapped when it is asked for. Nothing is unpickled.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from medmoe_edge.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_DOWNLOAD = "Download the checkpoint again."
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, and what its shard's header says about it."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """The tensor, mapped from its shard: memory is touched as the tensor is used."""
+        with _open(self.file) as shard:
+            tensor: torch.Tensor = shard.get_tensor(self.key)
+        return tensor
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; `CheckpointError` where there is none."""
+    check_file(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON.", _DOWNLOAD) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.", _DOWNLOAD)
+    return data
+
+
+def check_file(path: Path) -> None:
+    """Raise unless `path` is a file and not a Git-LFS pointer in its place."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"{path} is missing or unreadable.", _DOWNLOAD) from error
+    if start == _LFS_POINTER:
+        raise CheckpointError(
+            f"{path} is a Git-LFS pointer, not the file itself.",
+            "Run `git lfs install && git lfs pull` in that folder, or download the file.",
+        )
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's shards by its stored name, from the headers alone."""
+    stored: dict[str, StoredTensor] = {}
+    index = _read_index(folder)
+    for name in sorted(set(index.values())) or [SINGLE_FILE]:
+        for tensor in _read_header(folder / name):
+            if tensor.key in stored:
+                raise CheckpointError(
+                    f"{tensor.key} is in two shards, {stored[tensor.key].file.name} and {name}.",
+                    "Remove the shard that does not belong to this checkpoint.",
+                )
+            stored[tensor.key] = tensor
+    for key, name in index.items():
+        if key not in stored or stored[key].file.name != name:
+            raise CheckpointError(f"{INDEX_FILE} promises {key} in {name}: absent.", _DOWNLOAD)
+    return stored
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard; empty where the folder holds a single file."""
+    if not (folder / INDEX_FILE).exists():
+        if not (folder / SINGLE_FILE).exists():
+            raise _no_weights(folder)
+        return {}
+    index = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map.", _DOWNLOAD)
+    for name in index.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{folder / INDEX_FILE} names the shard {name!r}.", _DOWNLOAD)
+    return index
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return CheckpointError(
+            f"{folder} holds only pickled weights (.bin), which are never loaded: "
+            "a pickle may run any code.",
+            "Get the safetensors files, or convert in a sandbox with safetensors.torch.save_file.",
+        )
+    return CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}.", _DOWNLOAD)
+
+
+def _read_header(path: Path) -> Iterator[StoredTensor]:
+    check_file(path)
+    with _open(path) as shard:
+        for key in shard.keys():  # noqa: SIM118 -- not a mapping
+            view = shard.get_slice(key)
+            dtype = view.get_dtype()
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{key} in {path} has the type {dtype}.",
+                    f"Only {', '.join(DTYPES)} are read; take the unquantised checkpoint.",
+                )
+            yield StoredTensor(path, key, tuple(view.get_shape()), DTYPES[dtype])
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({error}).", _DOWNLOAD
+        ) from error

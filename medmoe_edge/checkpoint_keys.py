@@ -1,0 +1,204 @@
+"""Parameter names: what a configuration implies, and what the official folder calls them.
+
+This is the only place that renames keys. Renaming goes one way, from our names to the official
+ones; reading inverts the resulting table, so the two directions cannot disagree.
+
+    decoder.layers.0.ffn.experts.2.up.weight
+    model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.2.up_proj.weight
+
+Source of the official names: the checkpoints of Med-MoE and MoE-LLaVA (GitHub
+`jiangsongtao/Med-MoE`, `PKU-YuanGroup/MoE-LLaVA`) and of transformers' `CLIPVisionModel`.
+"""
+
+from collections.abc import Iterator
+
+from medmoe_edge.config import DecoderConfig, ModelConfig, VisionConfig
+from medmoe_edge.errors import ConfigError, MissingDependencyError
+
+Shape = tuple[int, ...]
+
+TOWER_PREFIX = "model.image_tower.image_tower."
+PROJECTOR_PREFIX = "model.mm_projector.image_spatial_proj."
+CLIP_PREFIX = TOWER_PREFIX + "vision_model."
+
+# Each dot-separated part of a name is looked up on its own; parts not listed stay as they are.
+_CLIP_PARTS = {
+    "class_embedding": "embeddings.class_embedding",
+    "patch_embedding": "embeddings.patch_embedding",
+    "position_embedding": "embeddings.position_embedding",
+    "pre_norm": "pre_layrnorm",  # the misspelling is the official name
+    "post_norm": "post_layernorm",
+    "layers": "encoder.layers",
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attention": "self_attn",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "out": "out_proj",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+_DECODER_PARTS = {
+    "embed": "embed_tokens",
+    "input_norm": "input_layernorm",
+    "attention": "self_attn",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "ffn": "mlp",
+    "router": "deepspeed_moe.gate.wg",
+    "experts": "deepspeed_moe.experts.deepspeed_experts",
+    "meta": "meta_moe",
+}
+_KIND_PARTS = {
+    "phi": {"norm": "final_layernorm", "out": "dense"},
+    "stablelm": {
+        "post_norm": "post_attention_layernorm",
+        "out": "o_proj",
+        "gate": "gate_proj",
+        "up": "up_proj",
+        "down": "down_proj",
+    },
+}
+
+
+def official_name(name: str, config: ModelConfig) -> str:
+    """The official folder's key of our parameter `name`."""
+    module, rest = name.split(".", 1)
+    if module == "projector":
+        return PROJECTOR_PREFIX + rest
+    if module == "vision" and config.vision.kind == "efficientnet-lite":
+        return TOWER_PREFIX + rest
+    if module == "vision":
+        return CLIP_PREFIX + _translate(rest, _CLIP_PARTS)
+    if rest == "head.weight":
+        return "lm_head.weight"
+    return "model." + _translate(rest, _DECODER_PARTS | _KIND_PARTS[config.decoder.kind])
+
+
+def tied_name(key: str) -> str:
+    """The official code keeps one module as both `mlp.mlp` and `mlp.meta_moe`: the latter key."""
+    return key.replace(".mlp.mlp.", ".mlp.meta_moe.") if key.startswith("model.layers.") else key
+
+
+def is_buffer(key: str) -> bool:
+    """Whether `key` is a constant that older transformers versions stored, not a parameter."""
+    return key.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids"))
+
+
+def is_router(name: str) -> bool:
+    """Whether our `name` is a router's weight or bias, kept in fp32."""
+    return ".ffn.router." in name
+
+
+def expected_parameters(config: ModelConfig) -> dict[str, Shape]:
+    """Every parameter that `config` implies: our name -> shape, linear weights `[out, in]`.
+
+    Raises `MissingDependencyError` for an EfficientNet-lite tower where torch is not installed.
+    """
+    size = config.decoder.hidden_size
+    tower = _clip if config.vision.kind == "clip" else _efficientnet_lite
+    return {
+        **dict(tower(config.vision)),
+        **dict(_linear("projector.0", size, config.vision.feature_size)),
+        **dict(_linear("projector.2", size, size)),
+        **decoder_parameters(config),
+    }
+
+
+def decoder_parameters(config: ModelConfig) -> dict[str, Shape]:
+    """The language part of `expected_parameters`; needs no torch."""
+    return dict(_decoder(config))
+
+
+def _translate(name: str, parts: dict[str, str]) -> str:
+    return ".".join(parts.get(part, part) for part in name.split("."))
+
+
+def _linear(name: str, outputs: int, inputs: int, bias: bool = True) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (outputs, inputs)
+    if bias:
+        yield f"{name}.bias", (outputs,)
+
+
+def _norm(name: str, size: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (size,)
+    yield f"{name}.bias", (size,)
+
+
+def _clip(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
+    size, patch = config.feature_size, config.patch_size
+    yield "vision.class_embedding", (size,)
+    yield "vision.patch_embedding.weight", (size, 3, patch, patch)
+    yield "vision.position_embedding.weight", (1 + config.image_tokens, size)
+    yield from _norm("vision.pre_norm", size)
+    for index in range(config.layers):
+        layer = f"vision.layers.{index}"
+        yield from _norm(f"{layer}.norm1", size)
+        yield from _norm(f"{layer}.norm2", size)
+        for part in "q", "k", "v", "out":
+            yield from _linear(f"{layer}.attention.{part}", size, size)
+        yield from _linear(f"{layer}.fc1", config.intermediate_size, size)
+        yield from _linear(f"{layer}.fc2", size, config.intermediate_size)
+    yield from _norm("vision.post_norm", size)
+
+
+def _efficientnet_lite(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
+    try:
+        import torch
+
+        from medmoe_edge.models.efficientnet_lite import VARIANTS, EfficientNetLite
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("torch", "export") from error
+    if config.variant not in VARIANTS:
+        raise ConfigError(
+            f"vision.variant is {config.variant!r}.", f"Use one of: {', '.join(VARIANTS)}."
+        )
+    with torch.device("meta"):
+        tower = EfficientNetLite(config)
+    for name, tensor in tower.state_dict().items():
+        yield f"vision.{name}", tuple(tensor.shape)
+
+
+def _decoder(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    decoder = config.decoder
+    size, phi = decoder.hidden_size, decoder.kind == "phi"
+    yield "decoder.embed.weight", (decoder.vocab_size, size)
+    yield "decoder.head.weight", (decoder.vocab_size, size)
+    yield from _norm("decoder.norm", size)
+    for index in range(decoder.layers):
+        layer = f"decoder.layers.{index}"
+        yield from _norm(f"{layer}.input_norm", size)
+        if not phi:
+            yield from _norm(f"{layer}.post_norm", size)
+        for part in "q", "k", "v":
+            yield from _linear(f"{layer}.attention.{part}", size, size)
+        yield from _linear(f"{layer}.attention.out", size, size, bias=phi)
+        if index in config.moe_layers:
+            yield from _moe(f"{layer}.ffn", config)
+        else:
+            yield from _ffn(f"{layer}.ffn", decoder)
+
+
+def _moe(name: str, config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    moe, size = config.moe, config.decoder.hidden_size
+    assert moe is not None
+    yield from _linear(f"{name}.router", moe.num_experts, size, bias=moe.router_bias)
+    for expert in range(moe.num_experts):
+        yield from _ffn(f"{name}.experts.{expert}", config.decoder)
+    if moe.meta_expert:
+        yield from _ffn(f"{name}.meta", config.decoder)
+    if moe.use_residual:
+        yield from _linear(f"{name}.coefficient", 2, size)
+
+
+def _ffn(name: str, decoder: DecoderConfig) -> Iterator[tuple[str, Shape]]:
+    size, middle = decoder.hidden_size, decoder.intermediate_size
+    if decoder.kind == "phi":
+        yield from _linear(f"{name}.fc1", middle, size)
+        yield from _linear(f"{name}.fc2", size, middle)
+    else:
+        yield from _linear(f"{name}.gate", middle, size, bias=False)
+        yield from _linear(f"{name}.up", middle, size, bias=False)
+        yield from _linear(f"{name}.down", size, middle, bias=False)

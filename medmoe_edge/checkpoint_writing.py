@@ -1,0 +1,162 @@
+"""Writing a checkpoint folder in the official layout, streamed and atomic.
+
+Memory holds no more than one shard; the finished folder is renamed into place.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from medmoe_edge.checkpoint_config import official_config
+from medmoe_edge.checkpoint_files import INDEX_FILE, check_file
+from medmoe_edge.checkpoint_keys import Shape, expected_parameters, is_router, official_name
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.errors import CheckpointError, InputError, ResourceError
+
+SHARD_BYTES = 256 * 2**20
+
+
+def write_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    tokenizer_file: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype = torch.bfloat16,
+    force: bool = False,
+) -> None:
+    """Write `(our name, tensor)` pairs, in any order, as an official folder.
+
+    Memory holds one shard: `shard_bytes`, or the largest tensor where that is more. Routers stay
+    fp32. `folder` appears whole or not at all; with `force` it replaces another checkpoint.
+    Raises `InputError` for an existing folder, `ResourceError` for a full disk, and
+    `CheckpointError` unless the tensors are exactly those of `config`.
+    """
+    expected = expected_parameters(config)
+    if tokenizer_file:
+        check_file(tokenizer_file)
+    with _atomic_folder(Path(folder).absolute(), force) as temporary:
+        size = sum(math.prod(shape) * _stored(n, dtype).itemsize for n, shape in expected.items())
+        _check_space(temporary, size)
+        checked = _checked(config, expected, tensors, dtype)
+        shards = _write_shards(temporary, checked, shard_bytes)
+        index: dict[str, str] = {}
+        for number, keys in enumerate(shards, 1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            (temporary / str(number)).rename(temporary / name)
+            index |= dict.fromkeys(keys, name)
+        _write_json(temporary / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": index})
+        data = official_config(config, str(dtype).removeprefix("torch."))
+        _write_json(temporary / "config.json", data)
+        if tokenizer_file:
+            shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
+
+
+def wrong_shape(key: str, shape: Shape, expected: Shape) -> CheckpointError:
+    """The error for a tensor that does not fit its configuration."""
+    return CheckpointError(
+        f"{key} has the shape {list(shape)}, the configuration asks for {list(expected)}.",
+        "Use the config.json that belongs to these weights.",
+    )
+
+
+def _stored(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if is_router(name) else dtype
+
+
+def _checked(
+    config: ModelConfig,
+    expected: Mapping[str, Shape],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Official names and contiguous CPU copies as stored; raises unless all of `expected` come."""
+    missing = dict(expected)
+    for name, tensor in tensors:
+        if name not in missing:
+            raise CheckpointError(
+                f"{name} is no parameter of this configuration, or came twice.", "Check the model."
+            )
+        key, shape = official_name(name, config), missing.pop(name)
+        if tensor.shape != shape:
+            raise wrong_shape(key, tuple(tensor.shape), shape)
+        # A copy, since safetensors refuses tensors that share memory, as shared routers do.
+        yield key, tensor.detach().to("cpu", _stored(name, dtype), copy=True).contiguous()
+    if missing:
+        raise CheckpointError(f"{next(iter(missing))} was not given.", "Write every parameter.")
+
+
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+) -> list[list[str]]:
+    """Write shards into files 1, 2, ...; return the names in each."""
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        shards.append(list(shard))
+        save_file(shard, folder / str(len(shards)), metadata={"format": "pt"})
+        shard.clear()
+
+    for key, tensor in tensors:
+        filled = sum(other.nbytes for other in shard.values())
+        if shard and filled + tensor.nbytes > shard_bytes:
+            flush()
+        shard[key] = tensor
+    flush()
+    return shards
+
+
+def _write_json(path: Path, data: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ResourceError(
+            f"The checkpoint needs {size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB.",
+            "Free some space, or write elsewhere.",
+        )
+
+
+@contextlib.contextmanager
+def _atomic_folder(target: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place once the block has ended well."""
+    if target.exists():
+        if not force:
+            raise InputError(f"{target} exists already.", "Choose another name, or pass --force.")
+        if not (target / "config.json").is_file():
+            raise InputError(
+                f"{target} is no checkpoint, so it will not be replaced.", "Choose another name."
+            )
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"{target} cannot be written ({error}).", "Free some space, or write elsewhere."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    if target.exists():
+        old = temporary.with_suffix(".old")
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(target)

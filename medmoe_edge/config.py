@@ -1,0 +1,208 @@
+"""What a model is, as frozen dataclasses that read and write JSON.
+
+Shape letters used throughout: B batch, S sequence, T tokens (B*S flattened), D hidden size,
+F feed-forward size, E experts, K top-k, H heads, V vocabulary, N image tokens.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from medmoe_edge.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Base of the configurations: strict JSON in, plain JSON out."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str = "config") -> Self:
+        """Build from parsed JSON; unknown, missing and mistyped keys raise `ConfigError`."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where} must be an object.", "Check the file's structure.")
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in data:
+            if key not in fields:
+                raise unknown_key(key, fields, where)
+        for name, field in fields.items():
+            required = (
+                field.default is dataclasses.MISSING
+                and field.default_factory is dataclasses.MISSING
+            )
+            if required and name not in data:
+                raise ConfigError(f"{where} lacks the key {name!r}.", "Add it.")
+        values = {
+            key: _convert(value, hints[key], f"{where}.{key}") for key, value in data.items()
+        }
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same configuration as plain JSON values (tuples become lists)."""
+        return {
+            field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+
+
+def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigError:
+    """The error for a key nobody knows, naming the nearest valid one."""
+    near = difflib.get_close_matches(key, list(valid), n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Valid keys: {', '.join(sorted(valid))}."
+    return ConfigError(f"{where} has an unknown key {key!r}.", hint)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig(Config):
+    """The vision tower: an image of side `image_size` in, `image_tokens` features out.
+
+    `clip` reads the transformer sizes; `efficientnet-lite` reads `variant` and `feature_size`.
+    `pixel_mean` and `pixel_std` are on the 0..255 scale, per RGB channel.
+    """
+
+    kind: Literal["clip", "efficientnet-lite"]
+    image_size: int
+    feature_size: int
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+    pad_to_square: bool = True
+    variant: str = ""
+    layers: int = 0
+    heads: int = 0
+    intermediate_size: int = 0
+    patch_size: int = 32
+    select_layer: int = -2
+
+    def __post_init__(self) -> None:
+        if self.kind == "efficientnet-lite" and self.image_size % self.patch_size:
+            raise ConfigError(
+                f"vision.image_size {self.image_size} is not a multiple of {self.patch_size}.",
+                "Choose a multiple.",
+            )
+
+    @property
+    def grid(self) -> int:
+        """Feature positions along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens handed to the decoder."""
+        return self.grid**2
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(Config):
+    """The language model. `phi` is parallel with biased GELU; `stablelm` sequential, SwiGLU."""
+
+    kind: Literal["phi", "stablelm"]
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    vocab_size: int
+    rotary_fraction: float
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    max_positions: int = 2048
+    bos_token_id: int | None = None
+    eos_token_id: int = 0
+
+    @property
+    def head_size(self) -> int:
+        """Channels per attention head."""
+        return self.hidden_size // self.heads
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels per head that rotate with position."""
+        return int(self.head_size * self.rotary_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig(Config):
+    """Which layers hold experts and how the router chooses.
+
+    `expert_names` says which modality each expert serves, where that is known.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int = 4
+    top_k: int = 1
+    use_residual: bool = False
+    meta_expert: bool = True
+    router_bias: bool = True
+    expert_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= min(2, self.num_experts):
+            raise ConfigError(f"moe.top_k is {self.top_k}.", "Use 1 or 2.")
+        if self.expert_names and len(self.expert_names) != self.num_experts:
+            raise ConfigError(
+                f"moe.expert_names has {len(self.expert_names)} names for {self.num_experts} experts.",
+                "Name every expert, or none.",
+            )
+        if self.use_residual and not self.meta_expert:
+            raise ConfigError(
+                "moe.use_residual needs the meta expert.", "Set moe.meta_expert to true."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Config):
+    """A whole Med-MoE: tower, two-layer GELU projector, decoder, experts (None: dense)."""
+
+    vision: VisionConfig
+    decoder: DecoderConfig
+    moe: MoEConfig | None = None
+
+    def __post_init__(self) -> None:
+        layers = self.moe.layers if self.moe else ()
+        if any(not 0 <= layer < self.decoder.layers for layer in layers):
+            raise ConfigError(
+                f"moe.layers names a layer outside 0..{self.decoder.layers - 1}.",
+                "Check moe.layers against decoder.layers.",
+            )
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the decoder layers that hold experts."""
+        return self.moe.layers if self.moe else ()
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        hint = next(argument for argument in arguments if argument is not type(None))
+        return _convert(value, hint, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(
+                f"{where} is {value!r}.", f"Use one of: {', '.join(map(str, arguments))}."
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a list.", "Check its value.")
+        return tuple(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return hint.from_json(value, where)
+    return _scalar(value, hint, where)
+
+
+def _scalar(value: Any, hint: type, where: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be {hint.__name__}, not {value!r}.", "Correct its value.")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_json()
+    return list(value) if isinstance(value, tuple) else value

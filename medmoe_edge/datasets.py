@@ -1,0 +1,245 @@
+"""Questions about images, and images with labels, as read from files.
+
+Two forms of question file are read: our JSONL, one object a line, and the JSON list of the
+official Med-MoE code (LLaVA's `conversations`). Images are named, not opened, here.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from medmoe_edge.errors import DataError
+
+AnswerType = Literal["OPEN", "CLOSED"]
+Split = Literal["train", "val", "test"]
+
+ANSWER_TYPES: dict[str, AnswerType] = {"open": "OPEN", "close": "CLOSED", "closed": "CLOSED"}
+_SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one image, with its reference answer (which may be empty)."""
+
+    id: str
+    image: Path
+    question: str
+    answer: str
+    answer_type: AnswerType
+    modality: str | None
+    body: str | None
+    content: str | None
+    source: str
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image of known modality, body part and finding."""
+
+    image: Path
+    modality: str
+    body: str
+    finding: str
+    source: str
+    split: Split
+
+
+def read_examples(
+    file: Path, *, image_root: Path | None = None, check_images: bool = False
+) -> list[Example]:
+    """Read our JSONL or the official code's JSON list, told apart by the first character.
+
+    Image paths are relative to `image_root`, by default the file's folder. In the official list
+    ids may repeat and a conversation may have several turns: later ones get `-2`, `-3` ... added.
+
+    Raises `DataError` naming file and line (or item) for a missing file, bad JSON, a missing key,
+    an unknown answer type, an id used twice and, with `check_images`, an absent image.
+    """
+    text = _read_text(file)
+    root = file.parent if image_root is None else image_root
+    if text.lstrip().startswith("["):
+        examples = list(_from_conversations(text, file, root))
+    else:
+        examples = list(_from_records(text, file, root))
+    if not examples:
+        raise DataError(f"{file} holds no questions.", "Give a file with at least one.")
+    if check_images:
+        _require_images([example.image for example in examples], file)
+    return examples
+
+
+def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage]:
+    """Read labelled images from JSONL; image paths are relative to the file's folder.
+
+    Raises `DataError` as `read_examples` does.
+    """
+    images = [
+        LabelledImage(
+            image=file.parent / record.text("image"),
+            modality=record.text("modality"),
+            body=record.text("body"),
+            finding=record.text("finding"),
+            source=record.text("source"),
+            split=record.choice("split", _SPLITS),
+        )
+        for record in _records(_read_text(file), file)
+    ]
+    if not images:
+        raise DataError(f"{file} holds no labelled images.", "Give a file with at least one.")
+    if check_images:
+        _require_images([image.image for image in images], file)
+    return images
+
+
+class UniqueIds:
+    """Hands out each id once: a repeated one gets `-2`, `-3` ... added."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}  # every id given out, and the last number added to it
+
+    def __call__(self, base: str) -> str:
+        identity, number = base, self._last.get(base, 1)
+        while identity in self._last:
+            number += 1
+            identity = f"{base}-{number}"
+        self._last[base] = number
+        self._last.setdefault(identity, 1)
+        return identity
+
+
+class Record:
+    """A JSON object whose values are checked as they are taken; `where` is its file and line."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise DataError(f"{where} is not a JSON object.", "Check the file's structure.")
+        self.value: Mapping[str, Any] = value
+        self.where = where
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.value:
+            raise DataError(f"{self.where} lacks the key {key!r}.", "Add it.")
+        return self.value[key]
+
+    def text(self, key: str, *, empty: bool = False) -> str:
+        """A required string or number (ids and counts are written both ways), stripped."""
+        value = self[key]
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise DataError(f"{self.where}: {key!r} is not text.", "Write it as a string.")
+        stripped = str(value).strip()
+        if not stripped and not empty:
+            raise DataError(f"{self.where}: {key!r} is empty.", "Fill it in.")
+        if not stripped.isprintable() and any("\ud800" <= mark <= "\udfff" for mark in stripped):
+            raise DataError(f"{self.where}: {key!r} is broken Unicode.", "Correct its characters.")
+        return stripped
+
+    def optional(self, key: str) -> str | None:
+        """A string, or None where the key is absent, null or empty."""
+        return None if self.value.get(key) is None else self.text(key, empty=True) or None
+
+    def choice(self, key: str, known: Mapping[str, T]) -> T:
+        """What `known` says of a required string, whose case does not matter."""
+        value = self.text(key).lower()
+        if value not in known:
+            raise DataError(f"{self.where}: unknown {key!r}.", f"Use one of: {', '.join(known)}.")
+        return known[value]
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parsed JSON; bad or too deeply nested text raises `DataError` at `where`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON.", "Correct or download it again.") from error
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist.", "Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text.", "Give a JSON or JSONL file.") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read.", "Give a readable file.") from error
+
+
+def _records(text: str, file: Path) -> Iterator[Record]:
+    # Split at "\n" alone: JSON strings may hold other characters that str.splitlines() breaks at.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            yield Record(parse_json(line, where), where)
+
+
+def _from_records(text: str, file: Path, root: Path) -> Iterator[Example]:
+    seen: set[str] = set()
+    for record in _records(text, file):
+        identity = record.text("id")
+        if identity in seen:
+            raise DataError(f"{record.where} repeats the id of an earlier line.", "Make it unique.")
+        seen.add(identity)
+        yield Example(
+            id=identity,
+            image=root / record.text("image"),
+            question=record.text("question"),
+            answer=record.text("answer", empty=True),
+            answer_type=record.choice("answer_type", ANSWER_TYPES),
+            modality=record.optional("modality"),
+            body=record.optional("body"),
+            content=record.optional("content"),
+            source=record.text("source"),
+        )
+
+
+def _from_conversations(text: str, file: Path, root: Path) -> Iterator[Example]:
+    unique = UniqueIds()
+    for number, value in enumerate(parse_json(text, str(file)), start=1):
+        record = Record(value, f"{file}, item {number}")
+        answer_type = record.choice("answer_type", ANSWER_TYPES)
+        for question, answer in _turns(record):
+            yield Example(
+                id=unique(record.text("id")),
+                image=root / record.text("image"),
+                question=question,
+                answer=answer,
+                answer_type=answer_type,
+                modality=None,
+                body=None,
+                content=None,
+                source=file.stem,
+            )
+
+
+def _turns(record: Record) -> Iterator[tuple[str, str]]:
+    # The official VQA-RAD list really has the misspelt key.
+    key = "conversatons" if "conversatons" in record.value else "conversations"
+    messages = record[key]
+    if not isinstance(messages, list) or not messages or len(messages) % 2:
+        raise DataError(
+            f"{record.where}: {key!r} is not pairs of question and answer.",
+            'Let "human" and "gpt" take turns.',
+        )
+    for human, gpt in zip(messages[::2], messages[1::2], strict=True):
+        asked, answered = Record(human, record.where), Record(gpt, record.where)
+        if asked["from"] != "human" or answered["from"] != "gpt":
+            raise DataError(
+                f"{record.where}: a turn is out of order.", 'Let "human" and "gpt" take turns.'
+            )
+        question = asked.text("value").replace("<image>", "").strip()
+        if not question:
+            raise DataError(f"{record.where}: a question is empty.", "Fill it in.")
+        yield question, answered.text("value", empty=True)
+
+
+def _require_images(images: list[Path], file: Path) -> None:
+    absent = [number for number, image in enumerate(images, start=1) if not image.is_file()]
+    if absent:
+        raise DataError(
+            f"{file}: the image of entry {absent[0]} does not exist ({len(absent)} are absent).",
+            "Check the image paths and the folder they are relative to.",
+        )

@@ -1,0 +1,83 @@
+"""Everything that can go wrong, in one tree.
+
+    MedMoEError                      exit code
+    ├── InputError                   2   what the person gave cannot be used
+    │   ├── ImageError               2   an image file
+    │   └── DataError                2   a dataset, a question list, a recipe
+    ├── ModelError                   3   a model cannot be used
+    │   ├── ConfigError              3   a configuration
+    │   ├── CheckpointError          3   a checkpoint folder
+    │   └── BundleError              3   a deployable bundle
+    ├── VerificationError            4   a fidelity gate failed
+    └── ResourceError                5   memory, disk, device
+        └── MissingDependencyError   5   an optional package
+
+Every error says what was wrong and what to do about it; neither line may carry patient data.
+"""
+
+from typing import ClassVar
+
+
+class MedMoEError(Exception):
+    """Base of all errors raised on purpose; `what` happened and what `remedy` to try."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what} {remedy}")
+        self.what = what
+        self.remedy = remedy
+
+
+class InputError(MedMoEError):
+    """Something given by the caller cannot be used."""
+
+    exit_code = 2
+
+
+class ImageError(InputError):
+    """An image file cannot be read or should not be read."""
+
+
+class DataError(InputError):
+    """A dataset, question list or training recipe is malformed."""
+
+
+class ModelError(MedMoEError):
+    """A model cannot be used."""
+
+    exit_code = 3
+
+
+class ConfigError(ModelError):
+    """A configuration has unknown keys or impossible values."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint folder is incomplete, damaged or contradicts its configuration."""
+
+
+class BundleError(ModelError):
+    """A bundle is incomplete, damaged or of another format version."""
+
+
+class VerificationError(MedMoEError):
+    """A fidelity gate failed: the product was made, but must not be trusted."""
+
+    exit_code = 4
+
+
+class ResourceError(MedMoEError):
+    """Memory, disk or a device is missing."""
+
+    exit_code = 5
+
+
+class MissingDependencyError(ResourceError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"This needs the package {package!r}, which is not installed.",
+            f"Install it with: pip install 'medmoe-edge[{extra}]'",
+        )

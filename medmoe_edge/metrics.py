@@ -1,0 +1,110 @@
+"""The papers' metrics: pure functions of text and numbers.
+
+Normalisation is that of the VQA evaluation (Antol et al., ICCV 2015; `vqaEval.py` of
+GT-Vision-Lab/VQA) with the punctuation of LLaVA-Med's copy of it, which Med-MoE uses.
+"""
+
+import itertools
+import re
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGIT_GROUPS = re.compile(r"\d,\d")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBERS = {
+    word: str(number)
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+} | {"none": "0"}
+# Of the VQA list; pronouns whose bare form is another word (its, well, shed) appear only doubled.
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll let's ma'am
+might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've
+should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+you've
+"""
+
+
+def normalise(text: str) -> str:
+    """Lower case without punctuation or articles; number words as digits, contractions whole.
+
+    As the official function does, punctuation beside a space, or anywhere in a text with digit
+    groups such as 1,000, vanishes, and becomes a space elsewhere; decimal points stay. Unlike it,
+    a text of nothing but articles or punctuation stays as it is, so that "A" is not "the".
+    """
+    text = " ".join(text.replace("\u2019", "'").lower().split())
+    words = [_NUMBERS.get(word, word) for word in _without_punctuation(text).split()]
+    kept = [_WHOLE.get(word, word) for word in words if word not in _ARTICLES]
+    return " ".join(kept or words) or text
+
+
+def exact_match(prediction: str, reference: str) -> bool:
+    """Whether both texts are the same after normalisation."""
+    return normalise(prediction) == normalise(reference)
+
+
+def closed_correct(prediction: str, reference: str) -> bool:
+    """Whether the reference occurs in the prediction, as the official code scores closed answers.
+
+    It is lenient ("no" occurs in "normal"): read it beside the exact match. An empty reference
+    is never met.
+    """
+    return bool(reference) and reference.lower() in prediction.lower()
+
+
+def token_recall(prediction: str, reference: str) -> float:
+    """The share (0..1) of the reference's words that the prediction holds, after normalisation.
+
+    Its mean over open questions is the papers' figure. A repeated word must be repeated to count;
+    LLaVA-Med's code counts the prediction's repetitions, which inflates a babbling answer.
+    """
+    wanted = Counter(normalise(reference).split())
+    found = wanted & Counter(normalise(prediction).split())
+    return found.total() / wanted.total() if wanted else 0.0
+
+
+def bootstrap_interval(
+    values: npt.ArrayLike, groups: npt.ArrayLike, *, rounds: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95% percentile interval of the mean of `values` [N], resampling whole `groups` [N].
+
+    Questions about one image are not independent, so images are what is drawn
+    (cluster bootstrap; Davison & Hinkley, Bootstrap Methods, 1997, hierarchical data).
+    """
+    data = np.asarray(values, dtype=np.float64)
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    sums, sizes = np.bincount(member, weights=data), np.bincount(member)  # [G]
+    count = len(sizes)
+    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=rounds)
+    means = (draws @ sums) / (draws @ sizes)  # [rounds]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _without_punctuation(text: str) -> str:
+    groups = _DIGIT_GROUPS.search(text) is not None
+    cleaned = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if beside_space or groups else " ")
+    return _FULL_STOP.sub("", cleaned)
+
+
+def _partly_written(word: str) -> list[str]:
+    """The word with any of its apostrophes left out: couldn't've, couldnt've, couldntve ..."""
+    pieces = word.split("'")
+    marks = itertools.product(("", "'"), repeat=len(pieces) - 1)
+    return ["".join(itertools.chain(*zip(pieces, (*mark, ""), strict=True))) for mark in marks]
+
+
+_WHOLE = {part: word for word in _CONTRACTIONS.split() for part in _partly_written(word)}

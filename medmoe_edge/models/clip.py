@@ -1,0 +1,77 @@
+"""The CLIP vision transformer (https://arxiv.org/abs/2103.00020) that Med-MoE looks through."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from medmoe_edge.config import VisionConfig
+
+
+class ClipAttention(nn.Module):
+    """Bidirectional self-attention, all projections with bias."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q = nn.Linear(config.feature_size, config.feature_size)
+        self.k = nn.Linear(config.feature_size, config.feature_size)
+        self.v = nn.Linear(config.feature_size, config.feature_size)
+        self.out = nn.Linear(config.feature_size, config.feature_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 1 + N, C]` to `[B, 1 + N, C]`."""
+        q, k, v = (
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear in (self.q, self.k, self.v)
+        )
+        return self.out(  # type: ignore[no-any-return]
+            scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
+
+
+class ClipLayer(nn.Module):
+    """Pre-norm transformer block with quick GELU, `x * sigmoid(1.702 x)`."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.feature_size, 1e-5)
+        self.attention = ClipAttention(config)
+        self.norm2 = nn.LayerNorm(config.feature_size, 1e-5)
+        self.fc1 = nn.Linear(config.feature_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.feature_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 1 + N, C]` to `[B, 1 + N, C]`."""
+        x = x + self.attention(self.norm1(x))
+        hidden = self.fc1(self.norm2(x))
+        return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # type: ignore[no-any-return]
+
+
+class ClipTower(nn.Module):
+    """Image `[B, 3, S, S]` to patch features `[B, N, C]` of hidden state `select_layer`.
+
+    All layers are kept, also those behind `select_layer`: a checkpoint is read and written whole.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = config.feature_size
+        # hidden state 0 is the embedding: state -2 of L layers is what L - 1 layers made
+        self.depth = range(config.layers + 1)[config.select_layer]
+        self.class_embedding = nn.Parameter(torch.zeros(size))
+        self.patch_embedding = nn.Conv2d(
+            3, size, config.patch_size, stride=config.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(1 + config.image_tokens, size)
+        self.pre_norm = nn.LayerNorm(size, 1e-5)
+        self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
+        self.post_norm = nn.LayerNorm(size, 1e-5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The class token is dropped, as `mm_vision_select_feature: patch` asks."""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, N, C]
+        first = self.class_embedding.expand(len(patches), 1, -1)
+        x = self.pre_norm(torch.cat((first, patches), dim=1) + self.position_embedding.weight)
+        for layer in self.layers[: self.depth]:
+            x = layer(x)
+        return x[:, 1:]

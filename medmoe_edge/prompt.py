@@ -1,0 +1,69 @@
+"""The conversation template of Med-MoE and the tokenizer that goes with a model.
+
+The prompt falls into two parts, split at `<image>`, which is in no vocabulary: the prefix up to
+the image is the same for every question and is prefilled once, the rest carries the question.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from medmoe_edge.errors import InputError, ModelError
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+BEFORE_IMAGE = f"{SYSTEM} USER: "
+AFTER_IMAGE = "\n{question} ASSISTANT:"
+MAX_QUESTION_CHARACTERS = 10_000
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back, from a `tokenizer.json`."""
+
+    backend: Backend
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Tokenizer":
+        """Read `tokenizer.json`; raises `ModelError` where it is missing or malformed."""
+        try:
+            return cls(Backend.from_file(str(path)))
+        except Exception as error:  # the Rust binding raises bare Exception
+            raise ModelError(
+                f"The tokenizer {path.name} cannot be read.", "Export or copy the model again."
+            ) from error
+
+    def prefix_ids(self) -> list[int]:
+        """Token ids before the image."""
+        return self._encode(BEFORE_IMAGE)
+
+    def question_ids(self, question: str) -> list[int]:
+        """Token ids after the image, up to where the answer begins; raises `InputError`."""
+        return self._encode(AFTER_IMAGE.format(question=check_question(question)))
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Token ids of an answer, without the end token."""
+        return self._encode(f" {answer}")
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of an answer's token ids."""
+        return self.backend.decode(ids, skip_special_tokens=True).strip()
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+
+def check_question(question: str) -> str:
+    """The question without surrounding space; raises `InputError` if empty or far too long."""
+    question = question.replace("<image>", "").strip()
+    if not question:
+        raise InputError("The question is empty.", "Ask something, such as: Is there effusion?")
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        raise InputError(
+            f"The question has {len(question):,} characters.",
+            f"Ask in at most {MAX_QUESTION_CHARACTERS:,}.",
+        )
+    return question

@@ -1,0 +1,140 @@
+"""The one training loop: AdamW, cosine, bf16, accumulation, resume, a JSONL log."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.progress import Progress
+from torch import nn
+from torch.utils.data import DataLoader
+
+from medmoe_edge.training.batches import Batch
+from medmoe_edge.training.objective import Objective
+from medmoe_edge.training.recipe import PhaseConfig
+from medmoe_edge.training.state import load_state, save_state
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the phases of one run share: where it writes, on what it runs, who watches."""
+
+    folder: Path
+    seed: int
+    accelerator: Accelerator
+    progress: Progress
+
+
+def fit(
+    name: str,
+    objective: Objective,
+    phase: PhaseConfig,
+    epoch_batches: Callable[[int], "DataLoader[Batch]"],
+    validate: Callable[[Objective], dict[str, float]],
+    session: Session,
+) -> None:
+    """Train `objective` in place for one phase; goes on where `name.safetensors` left off.
+
+    Runs unchanged under `accelerate launch`: everything distributed is Accelerate's.
+    """
+    accelerator = session.accelerator
+    prepare_parameters(objective, phase)
+    optimiser = torch.optim.AdamW(_groups(objective, phase), phase.learning_rate, (0.9, 0.98))
+    state = session.folder / f"{name}.safetensors"
+    done = load_state(state, objective, optimiser) if state.exists() else 0
+    wrapped, prepared = accelerator.prepare(objective, optimiser)
+    task = session.progress.add_task(name, total=phase.epochs, completed=done)
+    for epoch in range(done, phase.epochs):
+        started = time.perf_counter()
+        torch.manual_seed(session.seed * 1000 + epoch)  # dropout, the same after a resume
+        loader = accelerator.prepare(epoch_batches(epoch))
+        objective.train()
+        objective.model.vision.eval()
+        loss = _epoch(wrapped, prepared, loader, phase, epoch, session)
+        objective.eval()
+        scores = validate(objective)
+        if accelerator.is_main_process:
+            save_state(state, objective, optimiser, epoch + 1)
+            seconds = round(time.perf_counter() - started, 1)
+            row = {"phase": name, "epoch": epoch, "loss": loss, "seconds": seconds} | scores
+            _append(session.folder / "log.jsonl", row)
+        session.progress.update(task, advance=1)
+    objective.eval()
+
+
+def prepare_parameters(objective: Objective, phase: PhaseConfig) -> None:
+    """Freeze what the phase does not train, and set dropout and loss weights."""
+    for name, parameter in objective.named_parameters():
+        own_name = name.removeprefix("model.")
+        parameter.requires_grad = any(fnmatch(own_name, pattern) for pattern in phase.train)
+    for module in objective.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = phase.dropout
+    objective.router_weight = phase.router_weight
+    objective.label_smoothing = phase.label_smoothing
+
+
+def learning_rate_factor(progress: float, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero; `progress` and `warmup` are fractions of the run."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def _epoch(
+    objective: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    loader: "DataLoader[Batch]",
+    phase: PhaseConfig,
+    epoch: int,
+    session: Session,
+) -> float:
+    accelerator = session.accelerator
+    total, steps = 0.0, len(loader)
+    task = session.progress.add_task(f"epoch {epoch + 1}", total=steps)
+    for step, batch in enumerate(loader):
+        factor = learning_rate_factor((epoch + (step + 1) / steps) / phase.epochs, phase.warmup)
+        for group in optimiser.param_groups:
+            group["lr"] = phase.learning_rate * group["rate"] * factor
+        with accelerator.accumulate(objective):
+            loss = objective(batch.to(accelerator.device))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(objective.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+        total += float(loss.detach())
+        session.progress.advance(task)
+    session.progress.remove_task(task)
+    return total / max(steps, 1)
+
+
+def _groups(objective: Objective, phase: PhaseConfig) -> list[dict[str, object]]:
+    """Parameter groups: matrices decay, vectors do not; the tower learns at its own rate."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith("model.vision."), parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "rate": phase.tower_rate if tower else 1.0,
+            "weight_decay": phase.weight_decay if decays else 0.0,
+        }
+        for (tower, decays), parameters in groups.items()
+    ]
+
+
+def _append(path: Path, row: dict[str, object]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    log.info("%s", row)

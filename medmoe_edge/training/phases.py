@@ -1,0 +1,124 @@
+"""The three phases of Med-MoE's training, each a function over the same loop."""
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.models.moe import MoE
+from medmoe_edge.training.batches import UNKNOWN, Batch, Batches
+from medmoe_edge.training.conversations import Conversation
+from medmoe_edge.training.loop import Session, fit
+from medmoe_edge.training.objective import Objective
+from medmoe_edge.training.recipe import PhaseConfig
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All training text: captions for phase 1, questions and classification for phases 2 and 3."""
+
+    captions: list[Conversation]
+    questions: list[Conversation]
+    classification: list[Conversation]
+    validation: list[Conversation]
+
+
+def align(
+    model: MedMoE, corpus: Corpus, phase: PhaseConfig, batches: Batches, session: Session
+) -> None:
+    """Phase 1, in place: captions teach the projector the decoder's language.
+
+    A decoder that starts from nothing, as nano's, learns here too: its recipe says so.
+    """
+
+    def epoch_batches(epoch: int) -> "DataLoader[Batch]":
+        return batches.shuffled(corpus.captions, phase.batch_images, phase.max_turns, epoch)
+
+    fit("alignment", Objective(model, None, ()), phase, epoch_batches, lambda _: {}, session)
+
+
+def instruct(
+    model: MedMoE,
+    layers: tuple[int, ...],
+    corpus: Corpus,
+    phase: PhaseConfig,
+    batches: Batches,
+    session: Session,
+) -> nn.Linear:
+    """Phase 2, in place: instructions, and beside them the router as a modality classifier."""
+    router = nn.Linear(model.config.decoder.hidden_size, len(batches.modalities))
+    objective = Objective(model, router, layers)
+    _fit_instructions("instruction", objective, corpus, phase, batches, session)
+    return router
+
+
+def specialise(
+    model: MedMoE, corpus: Corpus, phase: PhaseConfig, batches: Batches, session: Session
+) -> None:
+    """Phase 3, in place: the experts and the meta expert learn, the router is frozen."""
+    objective = Objective(model, None, model.config.moe_layers)
+    _fit_instructions("moe", objective, corpus, phase, batches, session)
+
+
+def upcycle(dense: MedMoE, router: nn.Linear, config: ModelConfig) -> MedMoE:
+    """The model of phase 3, in place: experts and meta expert are copies of the dense feed-forward.
+
+    Sparse upcycling, https://arxiv.org/abs/2212.05055; the same router goes into every MoE layer.
+    """
+    assert config.moe is not None
+    for layer in config.moe.layers:
+        learned = dense.decoder.layers[layer].ffn
+        moe = MoE(config.moe, config.decoder.hidden_size, partial(copy.deepcopy, learned))
+        moe.router.load_state_dict(router.state_dict())
+        dense.decoder.layers[layer].ffn = moe
+    dense.config = config
+    return dense
+
+
+def _fit_instructions(
+    name: str,
+    objective: Objective,
+    corpus: Corpus,
+    phase: PhaseConfig,
+    batches: Batches,
+    session: Session,
+) -> None:
+    def epoch_batches(epoch: int) -> "DataLoader[Batch]":
+        drawn = random.Random(f"{session.seed} {epoch} labels").sample(
+            corpus.classification, int(len(corpus.classification) * phase.labelled_share)
+        )
+        chosen = [*corpus.questions, *drawn]
+        return batches.shuffled(chosen, phase.batch_images, phase.max_turns, epoch)
+
+    def validate(trained: Objective) -> dict[str, float]:
+        return validation_scores(trained, corpus.validation, batches, session)
+
+    fit(name, objective, phase, epoch_batches, validate, session)
+
+
+def validation_scores(
+    objective: Objective, conversations: Sequence[Conversation], batches: Batches, session: Session
+) -> dict[str, float]:
+    """Exact match per source and router accuracy, under teacher forcing; 0 to 1."""
+    hits: dict[str, list[bool]] = {}
+    at = 0
+    for batch in batches.plain(conversations, size=16):
+        moved = batch.to(session.accelerator.device)
+        with session.accelerator.autocast():
+            scores = objective.scores(moved)
+        exact = scores.exact.tolist()
+        for row, modality in enumerate(moved.modality.tolist()):
+            conversation = conversations[at + row]
+            turns = [exact.pop(0) for _ in conversation.turns]
+            hits.setdefault(conversation.source, []).extend(turns)
+            if modality != UNKNOWN:
+                guess = int(scores.modality[row]) == modality
+                hits.setdefault("modality", []).append(guess)
+        at += len(moved.modality)
+    return {name: round(sum(values) / len(values), 4) for name, values in hits.items()}

