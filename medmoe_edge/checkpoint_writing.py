@@ -3,10 +3,8 @@
 Memory holds no more than one shard; the finished folder is renamed into place.
 """
 
-import contextlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,11 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.checkpoint_config import official_config
 from medmoe_edge.checkpoint_files import INDEX_FILE, check_file
 from medmoe_edge.checkpoint_keys import Shape, expected_parameters, is_router, official_name
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError, InputError, ResourceError
+from medmoe_edge.errors import CheckpointError, ResourceError
 
 SHARD_BYTES = 256 * 2**20
 
@@ -44,7 +43,7 @@ def write_checkpoint(
     expected = expected_parameters(config)
     if tokenizer_file:
         check_file(tokenizer_file)
-    with _atomic_folder(Path(folder).absolute(), force) as temporary:
+    with atomic_folder(Path(folder), force=force, marker="config.json") as temporary:
         size = sum(math.prod(shape) * _stored(n, dtype).itemsize for n, shape in expected.items())
         _check_space(temporary, size)
         checked = _checked(config, expected, tensors, dtype)
@@ -104,7 +103,10 @@ def _write_shards(
 
     def flush() -> None:
         shards.append(list(shard))
-        save_file(shard, folder / str(len(shards)), metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / str(len(shards)), metadata={"format": "pt"})
+        except SafetensorError as error:  # its own class also for a full disk
+            raise OSError(str(error)) from error
         shard.clear()
 
     for key, tensor in tensors:
@@ -127,36 +129,3 @@ def _check_space(folder: Path, size: int) -> None:
             f"The checkpoint needs {size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB.",
             "Free some space, or write elsewhere.",
         )
-
-
-@contextlib.contextmanager
-def _atomic_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place once the block has ended well."""
-    if target.exists():
-        if not force:
-            raise InputError(f"{target} exists already.", "Choose another name, or pass --force.")
-        if not (target / "config.json").is_file():
-            raise InputError(
-                f"{target} is no checkpoint, so it will not be replaced.", "Choose another name."
-            )
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(
-            f"{target} cannot be written ({error}).", "Free some space, or write elsewhere."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    if target.exists():
-        old = temporary.with_suffix(".old")
-        target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(target)

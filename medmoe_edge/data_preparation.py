@@ -6,22 +6,20 @@ PathVQA (He et al. 2020): its own questions are pickles, which are never opened;
 parquet files (image, question, answer) are read instead, or the same lists saved as JSON.
 """
 
-import contextlib
 import hashlib
 import importlib
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.datasets import ANSWER_TYPES, Record, Split, UniqueIds, parse_json
 from medmoe_edge.downloads import Download, safe_name
-from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
+from medmoe_edge.errors import DataError, MissingDependencyError
 
 Dataset = Literal["slake", "vqa-rad", "pathvqa"]
 
@@ -32,6 +30,8 @@ _SPLIT_FILES: dict[Split, tuple[str, ...]] = {
     "val": ("validate", "validation", "val"),
     "test": ("test",),
 }
+
+SUMMARY = "dataset.json"
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Prepared:
 
 
 def prepare(dataset: Dataset, source: Path, out: Path, *, force: bool = False) -> Prepared:
-    """Turn a downloaded folder or zip into `out`: train/val/test.jsonl and `images/`.
+    """Turn a downloaded folder or zip into `out`: train/val/test.jsonl, `images/`, dataset.json.
 
     Splits are the official ones (VQA-RAD has no val, and its train and test share images); images
     are copied byte for byte. `out` appears only when complete; an existing one is refused, and
@@ -56,11 +56,13 @@ def prepare(dataset: Dataset, source: Path, out: Path, *, force: bool = False) -
     `MissingDependencyError` for parquet files without pyarrow, `ResourceError` if the disk fails.
     """
     out = out.resolve()
-    _check_output(out, force)
-    with Download(source) as download, _replacing(out) as folder:
+    with Download(source) as download, atomic_folder(out, force=force, marker=SUMMARY) as folder:
         writer = _Writer(folder, download)
         _READERS[dataset](download, writer)
-        return Prepared(out, writer.finish(), writer.images)
+        prepared = Prepared(out, writer.finish(), writer.images)
+        summary = {"dataset": dataset, "questions": prepared.questions, "images": prepared.images}
+        (folder / SUMMARY).write_text(json.dumps(summary) + "\n", encoding="utf-8")
+        return prepared
 
 
 class _Writer:
@@ -268,34 +270,3 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             f"{path} is not a readable parquet file.",
             "Download it again; in a clone, fetch it first with: git lfs pull",
         ) from error
-
-
-def _check_output(out: Path, force: bool) -> None:
-    if not out.exists():
-        return
-    if not force:
-        raise DataError(f"{out} already exists.", "Choose another name, or use --force.")
-    ours = {"images", "train.jsonl", "val.jsonl", "test.jsonl"}
-    if not out.is_dir() or not {path.name for path in out.iterdir()} <= ours:
-        raise DataError(
-            f"{out} is not the result of an earlier preparation.", "Choose another name."
-        )
-
-
-@contextlib.contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `out` if the block succeeds, and vanishes if not."""
-    part, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if out.exists():
-            out.rename(old)
-        part.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ResourceError(
-            f"{out} cannot be written ({error.strerror}).", "Check its folder and the free space."
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NIFTI_SIGNATURES = {344: (b"n+1\0", b"ni1\0"), 4: (b"n+2\0", b"ni2\0")}  # by offset
 GZIP_SIGNATURE = b"\x1f\x8b"
 KINDS = "a PNG, JPEG, TIFF, DICOM or NIfTI file"
+
+_READING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,29 +153,37 @@ def decoding(name: str) -> Iterator[None]:
 
     The libraries raise nearly anything on damaged input (struct.error, KeyError, RecursionError,
     zlib.error ...), hence the broad except. Their texts are dropped: they may quote the file.
+    Silence holds for the whole process, so one thread reads at a time.
     """
-    loggers = [logging.getLogger(name) for name in ("pydicom", "nibabel.global")]
-    disabled = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _READING, _silence(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             yield
-    except MedMoEError:
-        raise
-    except MemoryError:
-        raise ResourceError(
-            f"There is not enough memory to read {name}.", "Close other programs, or shrink it."
-        ) from None
-    except Exception as error:
-        raise ImageError(
-            f"{name} is damaged, incomplete or of an unsupported variant ({type(error).__name__}).",
-            "Copy or export the file again, or save the picture as PNG.",
-        ) from None
+        except MedMoEError:
+            raise
+        except MemoryError:
+            raise ResourceError(
+                f"There is not enough memory to read {name}.", "Close other programs, or shrink it."
+            ) from None
+        except Exception as error:
+            raise ImageError(
+                f"{name} is damaged, incomplete or of an unsupported variant "
+                f"({type(error).__name__}).",
+                "Copy or export the file again, or save the picture as PNG.",
+            ) from None
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    loggers = [logging.getLogger(library) for library in ("pydicom", "nibabel.global")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
     finally:
-        for logger, was in zip(loggers, disabled, strict=True):
-            logger.disabled = was
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def check_size(name: str, rows: int, columns: int) -> None:
@@ -180,10 +191,14 @@ def check_size(name: str, rows: int, columns: int) -> None:
     if rows < 1 or columns < 1:
         raise ImageError(f"{name} has no pixels.", "Give an image with at least one pixel.")
     if rows * columns > MAX_PIXELS:
-        raise ImageError(
-            f"{name} is {columns} x {rows} pixels, more than the limit of {MAX_PIXELS:,}.",
-            "Shrink it or crop it first.",
-        )
+        raise too_large(name)
+
+
+def too_large(name: str) -> ImageError:
+    """The error for a picture of more than `MAX_PIXELS`."""
+    return ImageError(
+        f"{name} has more than the limit of {MAX_PIXELS:,} pixels.", "Shrink it or crop it first."
+    )
 
 
 def pick_frame(name: str, frame: int | None, count: int) -> int:

@@ -18,6 +18,7 @@ from medmoe_edge.image import (
     pick_frame,
     show_percentiles,
     shown_name,
+    too_large,
 )
 
 MAX_PAGES = 10_000
@@ -26,7 +27,7 @@ MAX_PAGES = 10_000
 def read_raster(path: Path, frame: int | None) -> Image:
     """Read one page; the errors of `medmoe_edge.image.load_image`, and whatever Pillow raises."""
     name = shown_name(path)
-    with _quiet_libtiff(), Pillow.open(path, formats=("PNG", "JPEG", "TIFF")) as picture:
+    with _quiet_libtiff(), _open(path, name) as picture:
         frames = _pages(picture, name) if isinstance(picture, TiffImagePlugin.TiffImageFile) else 1
         picture.seek(pick_frame(name, frame, frames))
         check_size(name, picture.height, picture.width)
@@ -39,9 +40,19 @@ def read_raster(path: Path, frame: int | None) -> Image:
         return Image(as_pixels(np.asarray(_flatten(upright))), frames=frames)
 
 
+def _open(path: Path, name: str) -> Pillow.Image:
+    try:
+        return Pillow.open(path, formats=("PNG", "JPEG", "TIFF"))
+    except Pillow.DecompressionBombError:  # Pillow's own limit is higher
+        raise too_large(name) from None
+
+
 @contextlib.contextmanager
 def _quiet_libtiff() -> Iterator[None]:
     """Keep the C library's own complaints off the screen: it writes them to file descriptor 2."""
+    if sys.stderr is None:  # nor is there a screen
+        yield
+        return
     sys.stderr.flush()
     with open(os.devnull, "wb") as nowhere:
         screen = os.dup(2)

@@ -30,11 +30,13 @@ class Tokenizer:
     def from_file(cls, path: Path) -> "Tokenizer":
         """Read `tokenizer.json`; raises `ModelError` where it is missing or malformed."""
         try:
-            return cls(Backend.from_file(str(path)))
+            backend = Backend.from_file(str(path))
         except Exception as error:  # the Rust binding raises bare Exception
             raise ModelError(
                 f"The tokenizer {path.name} cannot be read.", "Export or copy the model again."
             ) from error
+        backend.encode_special_tokens = True  # typed in a question, the end token is mere text
+        return cls(backend)
 
     def prefix_ids(self) -> list[int]:
         """Token ids before the image."""
@@ -57,7 +59,10 @@ class Tokenizer:
 
 
 def check_question(question: str) -> str:
-    """The question without surrounding space; raises `InputError` if empty or far too long."""
+    """The question without surrounding space and `<image>`.
+
+    Raises `InputError` if it is empty, far too long or no text.
+    """
     question = question.replace("<image>", "").strip()
     if not question:
         raise InputError("The question is empty.", "Ask something, such as: Is there effusion?")
@@ -66,4 +71,8 @@ def check_question(question: str) -> str:
             f"The question has {len(question):,} characters.",
             f"Ask in at most {MAX_QUESTION_CHARACTERS:,}.",
         )
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # such as bytes on the command line that are not UTF-8
+        raise InputError("The question is not valid Unicode.", "Type it as UTF-8.") from error
     return question

@@ -74,4 +74,4 @@ class ClipTower(nn.Module):
         x = self.pre_norm(torch.cat((first, patches), dim=1) + self.position_embedding.weight)
         for layer in self.layers[: self.depth]:
             x = layer(x)
-        return x[:, 1:]
+        return x[:, 1:]  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_unshuffle, relu6
 
 from medmoe_edge.config import VisionConfig
-from medmoe_edge.errors import CheckpointError
+from medmoe_edge.errors import CheckpointError, ConfigError
 
 # variant -> width and depth multipliers
 VARIANTS = {"lite0": (1.0, 1.0), "lite1": (1.0, 1.1), "lite2": (1.1, 1.2)}
@@ -62,7 +62,7 @@ class Block(nn.Module):
         """`[B, inputs, h, w]` to `[B, outputs, h / stride, w / stride]`."""
         y = x if self.expand is None else relu6(self.expand(x))
         y = self.project(relu6(self.depthwise(y)))
-        return x + y if self.residual else y
+        return x + y if self.residual else y  # type: ignore[no-any-return]
 
 
 class EfficientNetLite(nn.Module):
@@ -85,7 +85,7 @@ class EfficientNetLite(nn.Module):
             widths.append(channels)
         features = widths[-1] + 4 * widths[STRIDE_16_STAGE]
         if features != config.feature_size:
-            raise CheckpointError(
+            raise ConfigError(
                 f"vision.feature_size is {config.feature_size}, the tower gives {features}.",
                 "Correct the configuration.",
             )

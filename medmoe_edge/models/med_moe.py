@@ -13,8 +13,11 @@ from medmoe_edge.models.moe import MoE
 from medmoe_edge.models.phi import Phi
 from medmoe_edge.models.stablelm import StableLm
 
-TOWERS = {"clip": ClipTower, "efficientnet-lite": EfficientNetLite}
-DECODERS = {"phi": Phi, "stablelm": StableLm}
+Tower = ClipTower | EfficientNetLite
+Decoder = Phi | StableLm
+
+TOWERS: dict[str, type[Tower]] = {"clip": ClipTower, "efficientnet-lite": EfficientNetLite}
+DECODERS: dict[str, type[Decoder]] = {"phi": Phi, "stablelm": StableLm}
 
 
 class Output(NamedTuple):
@@ -28,6 +31,14 @@ class Output(NamedTuple):
     ffn_inputs: list[Tensor]
 
 
+def projector(config: ModelConfig) -> nn.Sequential:
+    """`mlp2x_gelu`: image features `[..., C]` to the decoder's size `[..., D]`."""
+    size = config.decoder.hidden_size
+    return nn.Sequential(
+        nn.Linear(config.vision.feature_size, size), nn.GELU(), nn.Linear(size, size)
+    )
+
+
 class MedMoE(nn.Module):
     """The whole model. Image tokens take the place of `<image>` among the text embeddings."""
 
@@ -35,11 +46,11 @@ class MedMoE(nn.Module):
         super().__init__()
         self.config = config
         size = config.decoder.hidden_size
-        self.vision = TOWERS[config.vision.kind](config.vision)
+        self.vision: Tower = TOWERS[config.vision.kind](config.vision)
         self.projector = nn.Sequential(
             nn.Linear(config.vision.feature_size, size), nn.GELU(), nn.Linear(size, size)
         )
-        self.decoder = DECODERS[config.decoder.kind](config)
+        self.decoder: Decoder = DECODERS[config.decoder.kind](config)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` to image tokens `[B, N, D]`."""

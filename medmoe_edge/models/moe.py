@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from medmoe_edge.config import MoEConfig
 
 
-def route(logits: Tensor, top_k: int, noise: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, top_k: int, noise: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose experts from router logits `[T, E]`: weights and indices, both `[T, K]`.
 
     k = 1 weighs with the un-renormalised probability; k = 2 renormalises over the two chosen.
@@ -18,7 +20,9 @@ def route(logits: Tensor, top_k: int, noise: torch.Generator | None = None) -> t
     first = probabilities.argmax(-1, keepdim=True)  # [T, 1]
     if top_k == 1:
         return probabilities.gather(-1, first), first
-    scores = logits.float() if noise is None else logits.float() + _gumbel(logits.shape, noise)
+    scores = logits.float()
+    if noise is not None:
+        scores = scores + _gumbel(logits.shape, noise).to(scores.device)
     second = scores.scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
     chosen = torch.cat((first, second), -1)  # [T, 2]
     weights = probabilities.gather(-1, chosen)

@@ -18,6 +18,8 @@ from medmoe_edge.training.packing import Packed, encode_turn, pack
 
 UNKNOWN = -1  # modality index of an image whose modality no expert serves
 
+Loader = DataLoader[Conversation]  # as torch names it, by its items; it yields `Batch`
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -29,7 +31,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        text = Packed(*(getattr(self.text, name).to(device) for name in self.text.__annotations__))
+        text = Packed(*(tensor.to(device) for tensor in vars(self.text).values()))
         return Batch(self.pixels.to(device), text, self.modality.to(device))
 
 
@@ -44,7 +46,7 @@ class Batches:
         self.prefix = tokenizer.prefix_ids()
         self._pixels: dict[Path, Tensor] = {}
 
-    def plain(self, conversations: Sequence[Conversation], size: int) -> "DataLoader[Batch]":
+    def plain(self, conversations: Sequence[Conversation], size: int) -> Loader:
         """Every conversation in order, unchanged: for validation."""
         return DataLoader(
             _Listed(conversations), size, collate_fn=lambda chosen: self.collate(chosen, None)
@@ -52,7 +54,7 @@ class Batches:
 
     def shuffled(
         self, conversations: Sequence[Conversation], size: int, max_turns: int, epoch: int
-    ) -> "DataLoader[Batch]":
+    ) -> Loader:
         """An epoch for training: shuffled, augmented, at most `max_turns` turns an image.
 
         The same seed and epoch give the same batches, so a resumed run repeats an unbroken one.

@@ -18,12 +18,15 @@ NAMES = {
     "pathology": "Pathology",
     "ultrasound": "Ultrasound",
     "fundus": "Fundus",
-}
+}  # modality -> as an answer; others are answered as the data names them
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """An image, its modality where known, and `(question, answer)` turns that do not see each other."""
+    """An image, its modality where known, and `(question, answer)` turns.
+
+    No turn sees another.
+    """
 
     image: Path
     modality: str | None
@@ -54,7 +57,7 @@ def instructions(labelled: Iterable[LabelledImage]) -> list[Conversation]:
             image.image,
             image.modality,
             (
-                ("What modality is used to take this image?", NAMES[image.modality]),
+                ("What modality is used to take this image?", _spoken(image.modality)),
                 (
                     "Which part of the body does this image belong to?",
                     tidy_answer(image.body),
@@ -67,9 +70,7 @@ def instructions(labelled: Iterable[LabelledImage]) -> list[Conversation]:
     ]
 
 
-def captions(
-    labelled: Iterable[LabelledImage], examples: Iterable[Example]
-) -> list[Conversation]:
+def captions(labelled: Iterable[LabelledImage], examples: Iterable[Example]) -> list[Conversation]:
     """Image-caption pairs: what the image is and, where a label says so, what it shows."""
     pairs = [
         (item.image, item.modality, f"{item.body}: {item.finding}", item.source)
@@ -82,7 +83,10 @@ def captions(
     ]
     return [
         Conversation(
-            image, modality, (("Describe this image.", f"{NAMES[modality]} of the {what}"),), source
+            image,
+            modality,
+            (("Describe this image.", f"{_spoken(modality)} of the {what}"),),
+            source,
         )
         for image, modality, what, source in pairs
     ]
@@ -92,10 +96,15 @@ def vary_question(question: str, order: random.Random) -> str:
     """Now and then as people type: without capitals, without the question mark."""
     if order.random() < 0.3:
         question = question.lower()
-    return question.rstrip("? ") if order.random() < 0.3 else question
+    shorter = question.rstrip("? ")
+    return shorter if order.random() < 0.3 and shorter else question
 
 
 def tidy_answer(answer: str) -> str:
     """One spelling per answer: single spaces, no full stop, a capital first letter."""
     text = " ".join(answer.split()).rstrip(".")
     return text[:1].upper() + text[1:]
+
+
+def _spoken(modality: str) -> str:
+    return NAMES.get(modality, modality)

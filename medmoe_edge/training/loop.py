@@ -6,16 +6,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import filter as matching
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from rich.progress import Progress
 from torch import nn
-from torch.utils.data import DataLoader
 
-from medmoe_edge.training.batches import Batch
+from medmoe_edge.errors import DataError
+from medmoe_edge.training.batches import Loader
 from medmoe_edge.training.objective import Objective
 from medmoe_edge.training.recipe import PhaseConfig
 from medmoe_edge.training.state import load_state, save_state
@@ -37,7 +37,7 @@ def fit(
     name: str,
     objective: Objective,
     phase: PhaseConfig,
-    epoch_batches: Callable[[int], "DataLoader[Batch]"],
+    epoch_batches: Callable[[int], Loader],
     validate: Callable[[Objective], dict[str, float]],
     session: Session,
 ) -> None:
@@ -46,6 +46,7 @@ def fit(
     Runs unchanged under `accelerate launch`: everything distributed is Accelerate's.
     """
     accelerator = session.accelerator
+    accelerator.gradient_accumulation_steps = phase.accumulation
     prepare_parameters(objective, phase)
     optimiser = torch.optim.AdamW(_groups(objective, phase), phase.learning_rate, (0.9, 0.98))
     state = session.folder / f"{name}.safetensors"
@@ -57,7 +58,6 @@ def fit(
         torch.manual_seed(session.seed * 1000 + epoch)  # dropout, the same after a resume
         loader = accelerator.prepare(epoch_batches(epoch))
         objective.train()
-        objective.model.vision.eval()
         loss = _epoch(wrapped, prepared, loader, phase, epoch, session)
         objective.eval()
         scores = validate(objective)
@@ -68,13 +68,27 @@ def fit(
             _append(session.folder / "log.jsonl", row)
         session.progress.update(task, advance=1)
     objective.eval()
+    accelerator.free_memory()  # it would keep this phase's optimiser
 
 
 def prepare_parameters(objective: Objective, phase: PhaseConfig) -> None:
-    """Freeze what the phase does not train, and set dropout and loss weights."""
-    for name, parameter in objective.named_parameters():
-        own_name = name.removeprefix("model.")
-        parameter.requires_grad = any(fnmatch(own_name, pattern) for pattern in phase.train)
+    """Freeze what the phase does not train, and set dropout and loss weights.
+
+    Raises `DataError` for a pattern of `phase.train` that no parameter matches.
+    """
+    parameters = {
+        name.removeprefix("model."): parameter for name, parameter in objective.named_parameters()
+    }
+    for parameter in parameters.values():
+        parameter.requires_grad = False
+    for pattern in phase.train:
+        names = matching(parameters, pattern)
+        if not names:
+            raise DataError(
+                f"The recipe trains {pattern!r}, which matches no parameter.", "Correct it."
+            )
+        for name in names:
+            parameters[name].requires_grad = True
     for module in objective.modules():
         if isinstance(module, nn.Dropout):
             module.p = phase.dropout
@@ -92,7 +106,7 @@ def learning_rate_factor(progress: float, warmup: float) -> float:
 def _epoch(
     objective: nn.Module,
     optimiser: torch.optim.Optimizer,
-    loader: "DataLoader[Batch]",
+    loader: Loader,
     phase: PhaseConfig,
     epoch: int,
     session: Session,

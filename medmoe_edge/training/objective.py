@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from medmoe_edge.models.med_moe import MedMoE, Output
 from medmoe_edge.training.batches import UNKNOWN, Batch
-from medmoe_edge.training.packing import IGNORED, IMAGE_ID, PADDING
+from medmoe_edge.training.packing import IGNORED, IMAGE_ID, SHARED
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Objective(nn.Module):
                 cross_entropy(self._modality_logits(output, where)[known], batch.modality[known])
                 for where in self._pools(batch)
             )
-            loss = loss + self.router_weight * routed / 2
+            loss = loss + self.router_weight * routed / 2  # the mean of the two pools
         return loss
 
     @torch.no_grad()
@@ -72,15 +72,12 @@ class Objective(nn.Module):
         images = self.model.encode_image(batch.pixels)
         embeds = self.model.embed(ids.clamp_min(0)).to(images.dtype)
         embeds = embeds.masked_scatter((ids == IMAGE_ID)[..., None], images)
-        output: Output = self.model(
-            embeds, positions=batch.text.positions, mask=batch.text.mask()
-        )
+        output: Output = self.model(embeds, positions=batch.text.positions, mask=batch.text.mask())
         return output
 
     def _pools(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which tokens are averaged: those of the image, and those of the questions after it."""
-        image = batch.text.ids == IMAGE_ID
-        return image, (batch.text.segments != PADDING) & (batch.text.segments > 0)
+        """Which tokens are averaged: those of the image, and those of the turns after it."""
+        return batch.text.ids == IMAGE_ID, batch.text.segments > SHARED
 
     def _modality_logits(self, output: Output, where: Tensor) -> Tensor:
         weights = where.float() / where.sum(-1, keepdim=True)  # [B, S]

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
-from torch.utils.data import DataLoader
 
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.models.moe import MoE
-from medmoe_edge.training.batches import UNKNOWN, Batch, Batches
+from medmoe_edge.training.batches import UNKNOWN, Batches, Loader
 from medmoe_edge.training.conversations import Conversation
 from medmoe_edge.training.loop import Session, fit
 from medmoe_edge.training.objective import Objective
@@ -37,7 +36,7 @@ def align(
     A decoder that starts from nothing, as nano's, learns here too: its recipe says so.
     """
 
-    def epoch_batches(epoch: int) -> "DataLoader[Batch]":
+    def epoch_batches(epoch: int) -> Loader:
         return batches.shuffled(corpus.captions, phase.batch_images, phase.max_turns, epoch)
 
     fit("alignment", Objective(model, None, ()), phase, epoch_batches, lambda _: {}, session)
@@ -45,15 +44,16 @@ def align(
 
 def instruct(
     model: MedMoE,
-    layers: tuple[int, ...],
+    moe: MoEConfig,
     corpus: Corpus,
     phase: PhaseConfig,
     batches: Batches,
     session: Session,
 ) -> nn.Linear:
     """Phase 2, in place: instructions, and beside them the router as a modality classifier."""
-    router = nn.Linear(model.config.decoder.hidden_size, len(batches.modalities))
-    objective = Objective(model, router, layers)
+    size = model.config.decoder.hidden_size
+    router = nn.Linear(size, moe.num_experts, bias=moe.router_bias)
+    objective = Objective(model, router, moe.layers)
     _fit_instructions("instruction", objective, corpus, phase, batches, session)
     return router
 
@@ -72,11 +72,15 @@ def upcycle(dense: MedMoE, router: nn.Linear, config: ModelConfig) -> MedMoE:
     Sparse upcycling, https://arxiv.org/abs/2212.05055; the same router goes into every MoE layer.
     """
     assert config.moe is not None
-    for layer in config.moe.layers:
-        learned = dense.decoder.layers[layer].ffn
-        moe = MoE(config.moe, config.decoder.hidden_size, partial(copy.deepcopy, learned))
+    for index in config.moe.layers:
+        layer = dense.decoder.layers[index]
+        moe = MoE(
+            config.moe,
+            config.decoder.hidden_size,
+            partial(copy.deepcopy, layer.get_submodule("ffn")),
+        )
         moe.router.load_state_dict(router.state_dict())
-        dense.decoder.layers[layer].ffn = moe
+        layer.ffn = moe
     dense.config = config
     return dense
 
@@ -89,7 +93,7 @@ def _fit_instructions(
     batches: Batches,
     session: Session,
 ) -> None:
-    def epoch_batches(epoch: int) -> "DataLoader[Batch]":
+    def epoch_batches(epoch: int) -> Loader:
         drawn = random.Random(f"{session.seed} {epoch} labels").sample(
             corpus.classification, int(len(corpus.classification) * phase.labelled_share)
         )
@@ -112,11 +116,11 @@ def validation_scores(
         moved = batch.to(session.accelerator.device)
         with session.accelerator.autocast():
             scores = objective.scores(moved)
-        exact = scores.exact.tolist()
+        exact = iter(scores.exact.tolist())
         for row, modality in enumerate(moved.modality.tolist()):
             conversation = conversations[at + row]
-            turns = [exact.pop(0) for _ in conversation.turns]
-            hits.setdefault(conversation.source, []).extend(turns)
+            turns = hits.setdefault(conversation.source, [])
+            turns += [next(exact) for _ in conversation.turns]
             if modality != UNKNOWN:
                 guess = int(scores.modality[row]) == modality
                 hits.setdefault("modality", []).append(guess)

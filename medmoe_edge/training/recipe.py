@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from medmoe_edge.config import Config
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,20 @@ class PhaseConfig(Config):
     labelled_share: float = 1.0
     max_turns: int = 12
 
+    def __post_init__(self) -> None:
+        counts = (self.batch_images, self.accumulation, self.max_turns, len(self.train))
+        shares = (self.labelled_share, self.dropout, self.label_smoothing)
+        if self.epochs < 0 or min(counts) < 1:
+            raise ConfigError(
+                "A phase of the recipe has a count that is too small.",
+                "Set batch_images, accumulation and max_turns to 1 or more; name what to train.",
+            )
+        if not (0 <= self.warmup < 1 and all(0 <= share <= 1 for share in shares)):
+            raise ConfigError(
+                "A phase of the recipe has a share outside 0 to 1.",
+                "Check warmup (below 1), labelled_share, dropout and label_smoothing.",
+            )
+
 
 @dataclass(frozen=True)
 class Recipe(Config):
@@ -50,10 +64,10 @@ class Recipe(Config):
 def read_recipe(name_or_path: str) -> Recipe:
     """A recipe that ships with the package, by name, or a JSON file."""
     shipped = files("medmoe_edge.training").joinpath("recipes", f"{name_or_path}.json")
-    source = shipped if shipped.is_file() else Path(name_or_path)
     try:
+        source = shipped if shipped.is_file() else Path(name_or_path)
         data = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"The recipe {name_or_path!r} cannot be read.",
             "Give the name of a shipped recipe (nano) or a JSON file.",

@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.progress import Progress
 
 from medmoe_edge.checkpoint import write_checkpoint
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.datasets import read_examples, read_labels
 from medmoe_edge.errors import DataError, MissingDependencyError
 from medmoe_edge.models.efficientnet_lite import EfficientNetLite, load_imagenet_weights
@@ -32,26 +32,25 @@ def train(recipe: Recipe, data: Path, out: Path, progress: Progress) -> Path:
     Each phase saves its state in `out` after every epoch, so a second call goes on where the
     first was interrupted. Runs under `accelerate launch` unchanged.
     """
-    config = PRESETS[recipe.preset]
-    if config.moe is None:
-        raise DataError(f"The preset {recipe.preset!r} has no experts.", "Choose another preset.")
-    out.mkdir(parents=True, exist_ok=True)
+    config, moe = trainable_config(recipe)
     corpus = read_corpus(recipe, data)
-    tokenizer_file = out / "tokenizer.json"
-    if not tokenizer_file.exists():
-        texts = [turn for c in [*corpus.questions, *corpus.captions] for turn in c.turns]
-        train_tokenizer(texts, recipe.vocab_size, tokenizer_file)
-    tokenizer = Tokenizer.from_file(tokenizer_file)
-    batches = Batches(config, tokenizer, config.moe.expert_names, recipe.seed)
     accelerator = Accelerator(
         mixed_precision="bf16",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     session = Session(out, recipe.seed, accelerator, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer_file = out / "tokenizer.json"
+    with accelerator.main_process_first():
+        if not tokenizer_file.exists():
+            texts = [turn for c in [*corpus.questions, *corpus.captions] for turn in c.turns]
+            train_tokenizer(texts, recipe.vocab_size, tokenizer_file)
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    batches = Batches(config, tokenizer, moe.expert_names, recipe.seed)
 
     dense = new_dense_model(config, recipe.seed)
     align(dense, corpus, recipe.alignment, batches, session)
-    router = instruct(dense, config.moe.layers, corpus, recipe.instruction, batches, session)
+    router = instruct(dense, moe, corpus, recipe.instruction, batches, session)
     model = upcycle(dense, router, config)
     specialise(model, corpus, recipe.moe, batches, session)
     folder = out / "checkpoint"
@@ -60,6 +59,23 @@ def train(recipe: Recipe, data: Path, out: Path, progress: Progress) -> Path:
             folder, config, model.state_dict().items(), tokenizer_file=tokenizer_file, force=True
         )
     return folder
+
+
+def trainable_config(recipe: Recipe) -> tuple[ModelConfig, MoEConfig]:
+    """The recipe's preset and its experts; raises `DataError` where they cannot be trained."""
+    config = PRESETS.get(recipe.preset)
+    if config is None or config.moe is None or not config.moe.expert_names:
+        named = [name for name, known in PRESETS.items() if known.moe and known.moe.expert_names]
+        raise DataError(
+            f"The recipe's preset {recipe.preset!r} is not one that names its experts.",
+            f"Use one of: {', '.join(named)}.",
+        )
+    if recipe.vocab_size > config.decoder.vocab_size:
+        raise DataError(
+            f"The recipe's vocab_size {recipe.vocab_size} is more than the preset's.",
+            f"Use at most {config.decoder.vocab_size}.",
+        )
+    return config, config.moe
 
 
 def read_corpus(recipe: Recipe, data: Path) -> Corpus:
@@ -79,7 +95,7 @@ def new_dense_model(config: ModelConfig, seed: int) -> MedMoE:
     """A random decoder behind an ImageNet-pretrained tower, without experts yet."""
     torch.manual_seed(seed)
     model = MedMoE(replace(config, moe=None))
-    model.vision.to(memory_format=torch.channels_last)
+    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for parameter in model.decoder.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)

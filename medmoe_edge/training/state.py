@@ -11,41 +11,55 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import DataError, ResourceError
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+RANDOM = "random_state"
 
 
 def save_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, epoch: int) -> None:
-    """Write everything needed to go on after `epoch`; a killed write leaves the old file."""
+    """Write everything needed to go on after `epoch` epochs; a killed write leaves the old file.
+
+    Raises `ResourceError` where it cannot be written.
+    """
     tensors = {f"module.{key}": value.contiguous() for key, value in module.state_dict().items()}
+    tensors[RANDOM] = torch.get_rng_state()  # the next phase may draw its first weights from here
     for name, parameter in module.named_parameters():
         for moment, value in optimiser.state.get(parameter, {}).items():
             tensors[f"optimiser.{moment}.{name}"] = value.contiguous()
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"epoch": str(epoch)})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata={"epoch": str(epoch)})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"The training state {path.name} cannot be written ({error}).",
+            "Free some space and start again: training goes on where it was.",
+        ) from error
 
 
 def load_state(path: Path, module: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Continue from `path`; returns the number of epochs that are done."""
+    """Continue from `path`; returns the number of epochs that are done.
+
+    Raises `DataError` for a damaged file or one of another model.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # safe_open is no dict
             epoch = int(file.metadata()["epoch"])
-        module.load_state_dict(
-            {key.removeprefix("module."): t for key, t in tensors.items() if key.startswith("module.")}
-        )
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith("module.")}
+        module.load_state_dict({key.removeprefix("module."): t for key, t in own.items()})
         for name, parameter in module.named_parameters():
             # a parameter that never learned, such as an expert no token reached, has no moments
             if f"optimiser.step.{name}" in tensors:
                 optimiser.state[parameter] = {
                     moment: tensors[f"optimiser.{moment}.{name}"] for moment in MOMENTS
                 }
-    except (SafetensorError, KeyError, RuntimeError) as error:
+        if RANDOM in tensors:
+            torch.set_rng_state(tensors[RANDOM])
+    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
-            f"The training state {path.name} does not fit this recipe.",
+            f"The training state {path.name} is damaged or of another recipe.",
             "Use the recipe it was made with, or start in a new folder.",
         ) from error
     return epoch
-

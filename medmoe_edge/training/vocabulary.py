@@ -1,5 +1,6 @@
 """A small byte-level BPE tokenizer, trained on the questions and answers a model will meet."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,4 +29,6 @@ def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int, path: Pat
     lines = [AFTER_IMAGE.format(question=question) + f" {answer}" for question, answer in texts]
     # the system prompt is in every conversation: repeated, so that its words become tokens
     backend.train_from_iterator([*lines, *[BEFORE_IMAGE] * 20], trainer)
-    backend.save(str(path))
+    partial = path.with_suffix(".partial")
+    backend.save(str(partial))
+    os.replace(partial, path)

@@ -1,0 +1,52 @@
+"""A thin layer over onnx-ir's tape, so that a graph reads as it runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+OPSET = 21
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+MEDMOE = "medmoe"
+
+
+class Builder:
+    """Collects the nodes of one graph, function or branch."""
+
+    def __init__(self) -> None:
+        self._tape = ir.tape.Tape()
+
+    @property
+    def nodes(self) -> Sequence[ir.Node]:
+        """What was emitted, in order."""
+        return self._tape.nodes
+
+    def op(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """One node with one output."""
+        return self._tape.op(op_type, inputs, attributes, domain=domain)
+
+    def ops(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
+        """One node with several outputs."""
+        return self._tape.op_multi_out(
+            op_type, inputs, attributes, num_outputs=outputs, domain=domain
+        )
+
+    def constant(self, value: Any, dtype: type[np.generic] = np.int64) -> ir.Value:
+        """A small constant; a node, since functions and branches hold no initializers."""
+        return self._tape.op("Constant", [], {"value": ir.tensor(np.asarray(value, dtype))})
+
+
+def floats(name: str, *shape: int | str) -> ir.Value:
+    """A named float value of known shape, for inputs and outputs."""
+    return ir.val(name, ir.DataType.FLOAT, shape)

@@ -1,0 +1,156 @@
+"""The decoder as an ONNX graph, built from the configuration rather than traced.
+
+Inputs: `embeds` `[1, S, D]`, `seqlens_k` `[1]` (last position of this step), `total_length` `[]`,
+and `past_key.N`, `past_value.N` `[1, H, C, head_size]` per layer. Outputs: `logits` `[1, V]` of the
+last position, `router_logits` `[1, S, M, E]` of the M layers with experts, and `present_*`, which
+the runtime binds to the buffers of `past_*`: the cache is written in place.
+
+Attention is ONNX Runtime's `GroupQueryAttention`, causal, with the rotation of queries and keys
+inside; everything else is standard ONNX and `medmoe::MoE`.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from medmoe_edge.config import DecoderConfig, ModelConfig
+from medmoe_edge.export.builder import CONTRIB, IR_VERSION, MEDMOE, OPSET, Builder, floats
+from medmoe_edge.export.moe_op import (
+    ACTIVATIONS,
+    MoESpec,
+    Weights,
+    affine,
+    feed_forward,
+    moe_function,
+    router_logits,
+)
+from medmoe_edge.export.weights import WeightSource
+
+
+class DecoderBuilder:
+    """Builds one decoder; a method per part, in the order of execution."""
+
+    def __init__(self, config: ModelConfig, source: WeightSource) -> None:
+        self.config, self.decoder = config, config.decoder
+        self.source = source
+        self.build = Builder()
+        self.initializers: dict[str, ir.Value] = {}
+        self.inputs = [
+            floats("embeds", 1, "S", self.decoder.hidden_size),
+            ir.val("seqlens_k", ir.DataType.INT32, [1]),
+            ir.val("total_length", ir.DataType.INT32, []),
+        ]
+        self.outputs: list[ir.Value] = []
+        self.routing: list[ir.Value] = []
+
+    def model(self) -> ir.Model:
+        """The whole graph, with `medmoe::MoE` as a function where the model has experts."""
+        cos, sin = (self._initializer(ir.tensor(t, name=n)) for n, t in rotary_cache(self.decoder))
+        x = self.inputs[0]
+        for layer in range(self.decoder.layers):
+            x = self._layer(x, layer, cos, sin)
+        last = self.build.op("Gather", self._norm(x, "decoder.norm."), self.build.constant(-1), axis=1)
+        logits = affine(self.build, last, self._weights("decoder.head.", ["weight"]), "")
+        named = {"logits": logits}
+        if self.routing:
+            named["router_logits"] = self._stack_routing()
+        for name, value in named.items():
+            value.name = name
+        functions = [moe_function(MoESpec.of(self.config))] if self.config.moe else []
+        graph = ir.Graph(
+            self.inputs,
+            [*named.values(), *self.outputs],
+            nodes=self.build.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports={"": OPSET, CONTRIB: 1, MEDMOE: 1},
+            name="decoder",
+        )
+        self._declare_outputs(named)
+        return ir.Model(graph, ir_version=IR_VERSION, functions=functions)
+
+    def _layer(self, x: ir.Value, layer: int, cos: ir.Value, sin: ir.Value) -> ir.Value:
+        own = f"decoder.layers.{layer}."
+        u = self._norm(x, f"{own}input_norm.")
+        mixed = self._attention(u, layer, cos, sin)
+        if self.decoder.kind == "phi":  # parallel: both branches read the same norm
+            return self.build.op("Sum", x, mixed, self._feed_forward(u, layer))
+        x = self.build.op("Add", x, mixed)
+        u = self._norm(x, f"{own}post_norm.")
+        return self.build.op("Add", x, self._feed_forward(u, layer))
+
+    def _attention(self, u: ir.Value, layer: int, cos: ir.Value, sin: ir.Value) -> ir.Value:
+        own = f"decoder.layers.{layer}.attention."
+        parts = ["weight", "bias"]
+        q, k, v = (
+            affine(self.build, u, self._weights(f"{own}{name}.", parts), "") for name in "qkv"
+        )
+        decoder = self.decoder
+        shape = (1, decoder.heads, "C", decoder.head_size)
+        past = [floats(f"past_{kind}.{layer}", *shape) for kind in ("key", "value")]
+        mixed, *present = self.build.ops(
+            "GroupQueryAttention",
+            *(q, k, v, *past, *self.inputs[1:3], cos, sin),
+            outputs=3,
+            domain=CONTRIB,
+            num_heads=decoder.heads,
+            kv_num_heads=decoder.heads,
+            do_rotary=1,
+        )
+        for kind, value in zip(("key", "value"), present, strict=True):
+            value.name = f"present_{kind}.{layer}"
+            value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(shape)
+        self.inputs += past
+        self.outputs += present
+        out = ["weight", "bias"] if decoder.kind == "phi" else ["weight"]
+        return affine(self.build, mixed, self._weights(f"{own}out.", out), "")
+
+    def _feed_forward(self, u: ir.Value, layer: int) -> ir.Value:
+        own = f"decoder.layers.{layer}.ffn."
+        if layer not in self.config.moe_layers:
+            names = self.source.names_under(own)
+            activation = ACTIVATIONS[self.decoder.kind]
+            return feed_forward(self.build, u, self._weights(own, names), "", activation)
+        spec = MoESpec.of(self.config)
+        weights = self._weights(own, spec.weight_names)
+        self.routing.append(router_logits(self.build, u, weights))
+        return self.build.op("MoE", u, *weights.values(), domain=MEDMOE, **spec.attributes)
+
+    def _stack_routing(self) -> ir.Value:
+        axis = self.build.constant([2])
+        return self.build.op(
+            "Concat", *(self.build.op("Unsqueeze", logits, axis) for logits in self.routing), axis=2
+        )
+
+    def _norm(self, x: ir.Value, own: str) -> ir.Value:
+        weights = self._weights(own, ["weight", "bias"])
+        return self.build.op(
+            "LayerNormalization", x, *weights.values(), epsilon=self.decoder.norm_eps
+        )
+
+    def _weights(self, own: str, names: list[str]) -> Weights:
+        return {name: self._initializer(self.source.tensor(f"{own}{name}")) for name in names}
+
+    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        name = tensor.name
+        assert name is not None
+        if name not in self.initializers:
+            self.initializers[name] = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self.initializers[name]
+
+    def _declare_outputs(self, named: dict[str, ir.Value]) -> None:
+        shapes: dict[str, list[int | str]] = {"logits": [1, self.decoder.vocab_size]}
+        if self.config.moe:
+            shapes["router_logits"] = [1, "S", len(self.routing), self.config.moe.num_experts]
+        for name, value in named.items():
+            value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(shapes[name])
+
+
+def rotary_cache(decoder: DecoderConfig) -> list[tuple[str, np.ndarray]]:
+    """Cosines and sines `[max_positions, rotary_size / 2]`, computed in double precision."""
+    exponents = np.arange(0, decoder.rotary_size, 2) / decoder.rotary_size
+    angles = np.outer(np.arange(decoder.max_positions), decoder.rope_theta**-exponents)
+    return [
+        ("rotary_cos", np.cos(angles).astype(np.float32)),
+        ("rotary_sin", np.sin(angles).astype(np.float32)),
+    ]

@@ -1,0 +1,75 @@
+"""Weights beside the graph: one `.data` file, streamed, each expert's bytes together.
+
+Every group (an expert, a meta expert, or any other module) begins on a page, so that a group can be
+mapped, read ahead and dropped by itself.
+"""
+
+import re
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
+
+from medmoe_edge.errors import CheckpointError
+
+PAGE = 4096
+INLINE_BYTES = 1024  # smaller tensors stay in the graph: shapes, scalars, short biases
+OWNER = re.compile(r"(.*\.ffn\.(?:experts\.\d+|meta))\.")
+
+Extents = dict[str, list[int]]  # owner -> [offset, bytes]
+
+
+def save_model(model: ir.Model, folder: Path, name: str) -> Extents:
+    """Write `name.onnx` and `name.data` into `folder`, one tensor in memory at a time.
+
+    Returns where each expert lies in the data file.
+    """
+    values = [value for value in model.graph.initializers.values() if value.const_value is not None]
+    large = [value for value in values if _tensor(value).nbytes >= INLINE_BYTES]
+    extents: Extents = {}
+    previous = ""
+    with (folder / f"{name}.data").open("wb") as file:
+        for value in sorted(large, key=_group):  # stable: order within a group is kept
+            group = _group(value)
+            if group != previous:
+                file.write(bytes(-file.tell() % PAGE))
+                previous = group
+            offset = file.tell()
+            tensor = _tensor(value)
+            length = file.write(_bytes(tensor))
+            value.const_value = ir.ExternalTensor(
+                f"{name}.data",
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape),
+                name=tensor.name or "",
+                base_dir=folder,
+            )
+            if group:
+                start = extents.setdefault(group, [offset, 0])[0]
+                extents[group][1] = offset + length - start
+    NameFixPass()(model)  # branches and the graph around them share one name space
+    ir.save(model, folder / f"{name}.onnx")
+    return extents
+
+
+def _group(value: ir.Value) -> str:
+    """The expert that owns a weight; the empty string, which sorts first, for all others."""
+    match = OWNER.match(value.name or "")
+    return match[1] if match else ""
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _bytes(tensor: ir.TensorProtocol) -> bytes:
+    data = tensor.tobytes()
+    if len(data) != tensor.nbytes:
+        raise CheckpointError(
+            f"The tensor {tensor.name} changed its size while it was read.",
+            "Do not change the checkpoint during an export.",
+        )
+    return data

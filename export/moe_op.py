@@ -1,0 +1,157 @@
+"""`medmoe::MoE`, the mixture of experts as one ONNX op whose specification is its function body.
+
+    y = medmoe::MoE<activation, top_k, num_experts>(x, router_weight, [router_bias],
+            [coefficient_weight, coefficient_bias], expert 0 ..., expert 1 ..., [meta expert ...])
+
+x and y are floats `[B, S, D]`. Matrices are `[in, out]`, as MatMul reads them: the router `[D, E]`,
+the coefficient `[D, 2]`, and of every expert, in this order,
+
+    swiglu     gate [D, F], up [D, F], down [F, D]
+    gelu_tanh  fc1 [D, F], its bias [F], fc2 [F, D], its bias [D]
+
+With p = softmax(x router_weight + router_bias), the k largest chosen (lower index on ties) and
+g = p for k = 1, p / (sum of the chosen p) for k = 2:
+
+    y = sum over chosen e of g_e E_e(x)  +  meta(x)
+
+and with a coefficient, c = softmax(x coefficient_weight + coefficient_bias):
+
+    y = c_0 sum over chosen e of g_e E_e(x)  +  c_1 meta(x)  +  meta(x)
+
+The body runs every expert on every token and weighs the unchosen with zero: slow and plain, it runs
+in any ONNX engine, and every lowering must agree with it. Experts are separate inputs rather than
+one stacked tensor, so that each expert's bytes lie together in the file and page as one.
+Source: Med-MoE, arXiv 2404.10237, and its official code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import onnx_ir as ir
+
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.export.builder import MEDMOE, OPSET, Builder
+
+EXPERT_WEIGHTS = {
+    "swiglu": ("gate.weight", "up.weight", "down.weight"),
+    "gelu_tanh": ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"),
+}
+ACTIVATIONS = {"stablelm": "swiglu", "phi": "gelu_tanh"}
+Weights = Mapping[str, ir.Value]
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """The part of a configuration that shapes the op and fixes the order of its inputs."""
+
+    activation: str
+    top_k: int
+    num_experts: int
+    router_bias: bool
+    use_residual: bool
+    meta_expert: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Self:
+        """The op of a model that has experts."""
+        moe = config.moe
+        assert moe is not None
+        return cls(
+            ACTIVATIONS[config.decoder.kind],
+            moe.top_k,
+            moe.num_experts,
+            moe.router_bias,
+            moe.use_residual,
+            moe.meta_expert,
+        )
+
+    @property
+    def weight_names(self) -> list[str]:
+        """The weight inputs in the node's order, named relative to the layer's `ffn.`."""
+        names = ["router.weight"]
+        names += ["router.bias"] * self.router_bias
+        names += ["coefficient.weight", "coefficient.bias"] * self.use_residual
+        owners = [f"experts.{index}." for index in range(self.num_experts)]
+        owners += ["meta."] * self.meta_expert
+        return names + [owner + part for owner in owners for part in EXPERT_WEIGHTS[self.activation]]
+
+    @property
+    def attributes(self) -> dict[str, int | str]:
+        """The node's attributes."""
+        return {"activation": self.activation, "top_k": self.top_k, "num_experts": self.num_experts}
+
+
+def moe_function(spec: MoESpec) -> ir.Function:
+    """The op's body in standard ops."""
+    build = Builder()
+    x = ir.Value(name="x")
+    weights = {name: ir.Value(name=name) for name in spec.weight_names}
+    gates, chosen, probabilities = route(build, x, weights, spec.top_k)
+    zeros = build.op("ConstantOfShape", build.op("Shape", probabilities))
+    spread = build.op("ScatterElements", zeros, chosen, gates, axis=-1)  # [B, S, E]
+    shares = build.ops("Split", spread, outputs=spec.num_experts, axis=-1, num_outputs=spec.num_experts)
+    parts = [
+        build.op("Mul", feed_forward(build, x, weights, f"experts.{index}.", spec.activation), share)
+        for index, share in enumerate(shares)
+    ]
+    y = add_meta(build, x, build.op("Sum", *parts), weights, spec)
+    graph = ir.Graph(
+        [x, *weights.values()], [y], nodes=build.nodes, opset_imports={"": OPSET}, name="MoE"
+    )
+    kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
+    declared = [ir.Attr(name, kinds[type(value)], None) for name, value in spec.attributes.items()]
+    return ir.Function(MEDMOE, "MoE", graph=graph, attributes=declared)
+
+
+def route(
+    build: Builder, x: ir.Value, weights: Weights, top_k: int
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Gates and chosen experts, both `[B, S, K]`, and all probabilities `[B, S, E]`."""
+    probabilities = build.op("Softmax", router_logits(build, x, weights), axis=-1)
+    gates, chosen = build.ops(
+        "TopK", probabilities, build.constant([top_k]), outputs=2, axis=-1, largest=1, sorted=1
+    )
+    if top_k > 1:
+        total = build.op("ReduceSum", gates, build.constant([-1]), keepdims=1)
+        gates = build.op("Div", gates, total)
+    return gates, chosen, probabilities
+
+
+def router_logits(build: Builder, x: ir.Value, weights: Weights) -> ir.Value:
+    """`[B, S, E]`."""
+    return affine(build, x, weights, "router.")
+
+
+def feed_forward(
+    build: Builder, x: ir.Value, weights: Weights, owner: str, activation: str
+) -> ir.Value:
+    """One expert, or a dense layer's feed-forward; `[..., D]` to `[..., D]`."""
+    if activation == "swiglu":
+        gate = affine(build, x, weights, f"{owner}gate.")
+        up = affine(build, x, weights, f"{owner}up.")
+        hidden = build.op("Mul", build.op("Mul", gate, build.op("Sigmoid", gate)), up)
+        return affine(build, hidden, weights, f"{owner}down.")
+    hidden = build.op("Gelu", affine(build, x, weights, f"{owner}fc1."), approximate="tanh")
+    return affine(build, hidden, weights, f"{owner}fc2.")
+
+
+def add_meta(
+    build: Builder, x: ir.Value, routed: ir.Value, weights: Weights, spec: MoESpec
+) -> ir.Value:
+    """The routed sum with the meta expert, and the residual mix where there is a coefficient."""
+    if not spec.meta_expert:
+        return routed
+    meta = feed_forward(build, x, weights, "meta.", spec.activation)
+    if spec.use_residual:
+        mix = build.op("Softmax", affine(build, x, weights, "coefficient."), axis=-1)
+        first, second = build.ops("Split", mix, outputs=2, axis=-1, num_outputs=2)
+        routed = build.op("Add", build.op("Mul", routed, first), build.op("Mul", meta, second))
+    return build.op("Add", routed, meta)
+
+
+def affine(build: Builder, x: ir.Value, weights: Weights, owner: str) -> ir.Value:
+    """`x W`, plus the bias where there is one."""
+    y = build.op("MatMul", x, weights[f"{owner}weight"])
+    bias = weights.get(f"{owner}bias")
+    return y if bias is None else build.op("Add", y, bias)

@@ -1,0 +1,52 @@
+"""What an answer carries."""
+
+import dataclasses
+from typing import Any
+
+from medmoe_edge.bundle import NOTICE
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds. The image's part (`image`, `vision`, `prefix`) is spent once for all its questions.
+
+    `image`: read and prepare; `vision`: tower and projector; `prefix`: prefill of system prompt
+    and image tokens; `question`: prefill of the question; `decode`: all further tokens.
+    `first_token` is the time from the start to the answer's first token.
+    """
+
+    image: float
+    vision: float
+    prefix: float
+    question: float
+    decode: float
+    first_token: float
+    total: float
+    tokens: int
+    prefix_reused: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One question answered.
+
+    `confidence` is the model's own probability of this very answer, end token included, 0 to 1:
+    not a calibrated chance of being right. `modality` is the router's reading of the image, None
+    where the experts' modalities are not known; `experts` the share of routed tokens, over all
+    layers, that each expert took.
+    """
+
+    question: str
+    text: str
+    confidence: float
+    modality: str | None
+    experts: dict[str, float]
+    timings: Timings
+    model: dict[str, str]
+    complete: bool = True
+    notice: str = NOTICE
+
+    def to_json(self) -> dict[str, Any]:
+        """One stable JSON object; the text is under `answer`."""
+        values = dataclasses.asdict(self)
+        return {"question": values.pop("question"), "answer": values.pop("text"), **values}

@@ -1,0 +1,29 @@
+"""The models that ship inside the package, by name."""
+
+from pathlib import Path
+
+from medmoe_edge.errors import ModelError
+
+FOLDER = Path(__file__).parent
+EMBEDDED = ("nano",)
+
+
+def bundle_path(model: str) -> Path:
+    """The bundle folder of an embedded model, or `model` itself as a path."""
+    return _resolve(model, "bundle")
+
+
+def checkpoint_path(model: str) -> Path:
+    """The checkpoint folder of an embedded model, or `model` itself as a path."""
+    return _resolve(model, "checkpoint")
+
+
+def _resolve(model: str, kind: str) -> Path:
+    if model in EMBEDDED:
+        return FOLDER / f"{model}-{kind}"
+    if Path(model).exists():
+        return Path(model)
+    raise ModelError(
+        f"There is no model {model!r}.",
+        f"Give a bundle or checkpoint folder, or one of: {', '.join(EMBEDDED)}.",
+    )

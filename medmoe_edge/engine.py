@@ -1,0 +1,239 @@
+"""ask(): an image and questions in, answers out, over any runtime."""
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from medmoe_edge.answer import Answer, Timings
+from medmoe_edge.bundle import MANIFEST, Bundle
+from medmoe_edge.embedded import bundle_path, checkpoint_path
+from medmoe_edge.errors import InputError, MissingDependencyError, ModelError
+from medmoe_edge.image import Image, load_image, preprocess
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import Cache, Floats, Runtime, Step
+
+Counts = npt.NDArray[np.int64]
+RuntimeName = Literal["auto", "onnxruntime", "torch"]
+ImageLike = str | os.PathLike[str] | Image
+MAX_NEW_TOKENS = 32
+
+
+def load(model: str | os.PathLike[str] = "nano", *, runtime: RuntimeName = "auto") -> "Engine":
+    """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
+
+    `auto` runs bundles on ONNX Runtime and checkpoints on torch. Raises `ModelError`.
+    """
+    model = os.fspath(model)
+    folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
+    is_bundle = (folder / MANIFEST).exists()
+    if is_bundle and runtime == "torch":
+        raise ModelError(
+            f"{folder.name} is a bundle; torch runs checkpoints.",
+            "Give the checkpoint's folder, or use the runtime onnxruntime.",
+        )
+    if runtime == "onnxruntime" or is_bundle:
+        return _load_bundle(folder)
+    return _load_checkpoint(folder)
+
+
+def _load_bundle(folder: Path) -> "Engine":
+    from medmoe_edge.runtimes.ort import OrtRuntime
+
+    bundle = Bundle.open(folder)
+    tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
+    return Engine(OrtRuntime(bundle), tokenizer, bundle.name, bundle.sha256)
+
+
+def _load_checkpoint(folder: Path) -> "Engine":
+    try:
+        from medmoe_edge.checkpoint import read_checkpoint
+        from medmoe_edge.runtimes.eager import EagerRuntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "export") from error
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.tokenizer_file is None:
+        raise ModelError(
+            f"{folder} has no tokenizer.json.", "Copy the model's fast tokenizer there."
+        )
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file)
+    return Engine(EagerRuntime(checkpoint), tokenizer, folder.name, checkpoint.sha256())
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """System prompt and image, prefilled: every question about the image starts from here."""
+
+    cache: Cache
+    length: int
+    modality: str | None
+    experts: Counts
+    seconds: dict[str, float]
+
+
+class Engine:
+    """A loaded model that answers questions about images. Not thread-safe."""
+
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, name: str, sha256: str) -> None:
+        self.runtime, self.tokenizer = runtime, tokenizer
+        self.name, self.sha256 = name, sha256
+        self.config = runtime.config
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The modality each expert serves, in order; empty where that is not known."""
+        return self.config.moe.expert_names if self.config.moe else ()
+
+    def ask(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        frame: int | None = None,
+    ) -> Answer:
+        """Answer one question. Raises `InputError` for an unusable image or question."""
+        return self.ask_all(image, [question], max_new_tokens=max_new_tokens, frame=frame)[0]
+
+    def ask_all(
+        self,
+        image: ImageLike,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        frame: int | None = None,
+    ) -> list[Answer]:
+        """Answer several questions, each by itself; the image is processed once for all."""
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
+        ids = [self.tokenizer.question_ids(question) for question in questions]
+        room = max((len(question) for question in ids), default=0) + max_new_tokens
+        prefix = self._prefill(image, frame, room)
+        return [
+            self._answer(question, tokens, prefix, max_new_tokens, reused=index > 0)
+            for index, (question, tokens) in enumerate(zip(questions, ids, strict=True))
+        ]
+
+    def modality(self, image: ImageLike, *, frame: int | None = None) -> str | None:
+        """The image's modality as the router reads it; None where expert names are unknown."""
+        return self._prefill(image, frame, room=0).modality
+
+    def _prefill(self, image: ImageLike, frame: int | None, room: int) -> _Prefix:
+        clock = _Clock()
+        picture = image if isinstance(image, Image) else load_image(image, frame=frame)
+        pixels = preprocess(picture, self.config.vision)
+        clock.lap("image")
+        image_tokens = self.runtime.encode_image(pixels)
+        clock.lap("vision")
+        before = self.runtime.embed(self._prefix_ids())
+        embeds = np.concatenate((before, image_tokens))
+        self._check_length(len(embeds) + room)
+        cache = self.runtime.new_cache(len(embeds) + room)
+        step = self.runtime.step(embeds, cache)
+        clock.lap("prefix")
+        modality = self._modality(step.router_logits[len(before) :])
+        return _Prefix(cache, cache.length, modality, self._chosen(step), clock.laps)
+
+    def _answer(
+        self, question: str, ids: list[int], prefix: _Prefix, limit: int, reused: bool
+    ) -> Answer:
+        clock = _Clock()
+        cache = prefix.cache
+        cache.length = prefix.length  # forget the question before
+        step = self.runtime.step(self.runtime.embed(ids), cache)
+        experts = prefix.experts + self._chosen(step)
+        clock.lap("question")
+        answer: list[int] = []
+        log_probability = 0.0
+        complete = False
+        while len(answer) < limit:
+            token, probability = _most_likely(step.logits)
+            log_probability += probability
+            complete = token == self.config.decoder.eos_token_id
+            if complete:
+                break
+            answer.append(token)
+            if len(answer) < limit:
+                step = self.runtime.step(self.runtime.embed([token]), cache)
+                experts = experts + self._chosen(step)
+        clock.lap("decode")
+        return Answer(
+            question=question,
+            text=self.tokenizer.decode(answer),
+            confidence=math.exp(log_probability),
+            modality=prefix.modality,
+            experts=self._shares(experts),
+            timings=_timings(prefix.seconds, clock.laps, len(answer), reused),
+            model={"name": self.name, "sha256": self.sha256},
+            complete=complete,
+        )
+
+    def _prefix_ids(self) -> list[int]:
+        start = self.config.decoder.bos_token_id
+        return [*([] if start is None else [start]), *self.tokenizer.prefix_ids()]
+
+    def _check_length(self, positions: int) -> None:
+        limit = self.config.decoder.max_positions
+        if positions > limit:
+            raise InputError(
+                f"Image, question and answer need {positions} positions, the model has {limit}.",
+                "Ask a shorter question or allow fewer new tokens.",
+            )
+
+    def _modality(self, image_logits: Floats) -> str | None:
+        if not self.expert_names:
+            return None
+        return self.expert_names[int(image_logits.mean((0, 1)).argmax())]
+
+    def _chosen(self, step: Step) -> Counts:
+        """How often each expert was chosen in a step, over tokens and layers; `[E]`."""
+        if self.config.moe is None:
+            return np.zeros(0, np.int64)
+        order = np.argsort(-step.router_logits, axis=-1, kind="stable")
+        chosen = order[..., : self.config.moe.top_k]
+        return np.bincount(chosen.ravel(), minlength=self.config.moe.num_experts)
+
+    def _shares(self, counts: Counts) -> dict[str, float]:
+        names = self.expert_names or tuple(f"expert-{index}" for index in range(len(counts)))
+        total = max(int(counts.sum()), 1)
+        return {name: int(count) / total for name, count in zip(names, counts, strict=True)}
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def _most_likely(logits: Floats) -> tuple[int, float]:
+    """The most likely token and its log-probability."""
+    token = int(logits.argmax())
+    shifted = logits.astype(np.float64) - float(logits[token])
+    return token, -math.log(np.exp(shifted).sum())
+
+
+def _timings(
+    prefix: Mapping[str, float], own: Mapping[str, float], tokens: int, reused: bool
+) -> Timings:
+    shared = 0.0 if reused else sum(prefix.values())
+    first_token = shared + own["question"]
+    return Timings(
+        **prefix,
+        **own,
+        first_token=first_token,
+        total=first_token + own["decode"],
+        tokens=tokens,
+        prefix_reused=reused,
+    )

@@ -1,0 +1,52 @@
+"""What a runtime does: turn a model on disk into prefill and decode steps."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from medmoe_edge.config import ModelConfig
+
+Floats = npt.NDArray[np.float32]
+
+
+class Step(NamedTuple):
+    """What one step yields: `logits` `[V]` of its last position, `router_logits` `[S, M, E]`.
+
+    M counts the layers with experts, 0 for a dense model.
+    """
+
+    logits: Floats
+    router_logits: Floats
+
+
+class Cache(Protocol):
+    """A KV cache; setting `length` back forgets what came later, and nothing else."""
+
+    length: int
+    capacity: int
+
+
+class Runtime(Protocol):
+    """A loaded model. Not thread-safe: one question at a time."""
+
+    name: str
+    config: ModelConfig
+
+    def encode_image(self, pixels: Floats) -> Floats:
+        """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
+
+    def embed(self, ids: list[int]) -> Floats:
+        """Token ids to embeddings `[S, D]`."""
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for `capacity` positions."""
+
+    def step(self, embeds: Floats, cache: Cache) -> Step:
+        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
+
+
+def check_room(cache: Cache, positions: int) -> None:
+    """Raise `ValueError` if a step would not fit: the caller sized the cache wrongly."""
+    if cache.length + positions > cache.capacity:
+        raise ValueError(f"{cache.length} + {positions} positions exceed {cache.capacity}")
