@@ -92,7 +92,7 @@ def ask(
     """Answer questions about one image."""
     import medmoe_edge
 
-    with render.progress("Answering"):
+    with render.working("Answering"):
         engine = medmoe_edge.load(model, runtime=runtime)
         answers = engine.ask_all(image, questions, max_new_tokens=max_new_tokens, frame=frame)
     if as_json:
@@ -127,7 +127,7 @@ def export(
     folder = checkpoint_path(checkpoint)
     name = checkpoint if checkpoint in EMBEDDED else folder.resolve().name
     precision: Literal["int8", "fp32"] = "int8" if int8 else "fp32"
-    with render.progress() as bars:
+    with render.working("Reading") as report:
         bundle = export_bundle(
             folder,
             output or Path(f"{name}-{precision}"),
@@ -135,7 +135,7 @@ def export(
             name=name,
             vision_tower=vision_tower,
             force=force,
-            progress=render.stages(bars),
+            progress=report,
         )
     if as_json:
         render.as_json({"bundle": str(bundle), "name": name, "precision": precision})
@@ -155,7 +155,7 @@ def init(
     """Write a random checkpoint in the official layout."""
     with needs("export"):
         from medmoe_edge.presets import initialise
-    with render.progress("Writing"):
+    with render.working("Writing"):
         initialise(preset, out, seed, force)
     render.wrote("the checkpoint", out)
 
@@ -177,7 +177,7 @@ def train(
     with needs("train"):
         from medmoe_edge.training.recipe import read_recipe
         from medmoe_edge.training.run import train as train_model
-    with render.progress() as bars:
+    with render.bars() as bars:
         checkpoint = train_model(read_recipe(recipe), data, output, bars)
     render.wrote("the checkpoint", checkpoint)
 
@@ -196,7 +196,7 @@ def data(
     """Turn an official download into the question files that train and eval read."""
     from medmoe_edge.data_preparation import prepare
 
-    with render.progress("Preparing"):
+    with render.working("Preparing"):
         prepared = prepare(dataset, source, out, force=force)
     counts = ", ".join(f"{count:,} {split}" for split, count in prepared.questions.items())
     render.wrote(f"{counts} questions about {prepared.images:,} images to", prepared.folder)
@@ -231,9 +231,8 @@ def evaluate(
         _check_output(predictions, force)
     examples = read_examples(data)
     labelled = [item for item in read_labels(labels) if item.split != "train"] if labels else []
-    engine = medmoe_edge.load(bundle, runtime=runtime)
-    with render.progress() as bars:
-        report = render.stages(bars)
+    with render.working("Loading") as report:
+        engine = medmoe_edge.load(bundle, runtime=runtime)
         asked = evaluation.evaluate(engine, examples, progress=partial(report, "Questions"))
         found = (
             evaluation.evaluate_labels(engine, labelled, progress=partial(report, "Labels"))

@@ -38,6 +38,15 @@ class Tokenizer:
         backend.encode_special_tokens = True  # typed in a question, the end token is mere text
         return cls(backend)
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise `ModelError` unless each of its tokens has one of `size` embeddings."""
+        tokens = self.backend.get_vocab_size()
+        if tokens > size:
+            raise ModelError(
+                f"The tokenizer knows {tokens:,} tokens, the model {size:,}.",
+                "Use the tokenizer.json that belongs to this model.",
+            )
+
     def prefix_ids(self) -> list[int]:
         """Token ids before the image."""
         return self._encode(BEFORE_IMAGE)

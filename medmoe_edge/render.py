@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none o
     from rich.progress import Progress
     from rich.table import Table
 
-    from medmoe_edge.engine import Answer
+    from medmoe_edge.answer import Answer
     from medmoe_edge.evaluate import Evaluation, ModalityAccuracy, Score
     from medmoe_edge.inspection import Inspection
 
@@ -38,32 +38,25 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def progress(what: str = "") -> Iterator["Progress"]:
-    """Bars on stderr while the block runs, if that is a terminal and nobody asked for quiet.
-
-    `what` names work of unknown length; without it, the block adds its own tasks.
-    """
+def bars() -> Iterator["Progress"]:
+    """Progress bars on stderr, if that is a terminal and nobody asked for quiet."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     hidden = not console.is_terminal or not log.isEnabledFor(logging.WARNING)
-    with Progress(console=console, transient=True, disable=hidden) as bars:
-        if what:
-            bars.add_task(what, total=None)
-        yield bars
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        yield progress
 
 
-def stages(bars: "Progress") -> Callable[[str, int, int], None]:
-    """A callback `(stage, done, total)` that gives every stage a bar of its own."""
-    tasks: dict[str, Any] = {}
-
-    def report(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
-        bars.update(tasks[stage], completed=done, total=total)
-
-    return report
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar while the block runs: of unknown length until told of `(step, done, total)`."""
+    with bars() as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda step, done, total: progress.update(
+            task, description=step, completed=done, total=total
+        )
 
 
 def show_answers(answers: Sequence["Answer"]) -> None:
@@ -72,7 +65,7 @@ def show_answers(answers: Sequence["Answer"]) -> None:
         if number:
             show()
         show(answer.question)
-        show(f"  {answer.text}", "bold green")
+        show(f"  {answer.text or '(no answer)'}", "bold green")
         show(f"  {' · '.join(_grounds(answer))}", "dim")
 
 
@@ -144,11 +137,15 @@ def wrote(what: str, path: Path) -> None:
 
 
 def _grounds(answer: "Answer") -> Iterator[str]:
+    if not answer.complete:
+        yield "cut off"
     yield f"confidence {percent(answer.confidence)}"
-    yield f"modality {answer.modality or 'unknown'}"
-    if answer.experts:
-        yield f"experts {', '.join(answer.experts)}"
-    yield ", ".join(f"{name} {seconds:.3f} s" for name, seconds in answer.timings.items())
+    if answer.modality:
+        yield f"modality {answer.modality}"
+    shares = sorted(answer.experts.items(), key=lambda item: -item[1])
+    if used := [f"{name} {share:.0%}" for name, share in shares if share]:
+        yield f"experts {', '.join(used)}"
+    yield f"{answer.timings.total:.2f} s, first token after {answer.timings.first_token:.2f} s"
 
 
 def _interval(score: "Score") -> str:

@@ -21,12 +21,15 @@ from typer.testing import CliRunner, Result
 
 import medmoe_edge
 from medmoe_edge import cli, render
-from medmoe_edge.cli_errors import needs
+from medmoe_edge.answer import Answer, Timings
+from medmoe_edge.bundle import NOTICE, write_manifest
+from medmoe_edge.cli_errors import Commands, needs
+from medmoe_edge.config import DecoderConfig, ModelConfig, VisionConfig
+from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import (
     BundleError,
     DataError,
     ImageError,
-    MedMoEError,
     MissingDependencyError,
     ModelError,
     ResourceError,
@@ -37,23 +40,15 @@ from medmoe_edge.prompt import check_question
 
 ROOT = Path(__file__).parents[1]
 VERBS = ["ask", "export", "init", "train", "data", "eval", "inspect"]
-NOTICE = "For research only; not a medical device."
 
 
-@dataclasses.dataclass(frozen=True)
-class FakeAnswer:
-    question: str
-    text: str
-    confidence: float = 0.934
-    modality: str | None = "xray"
-    experts: dict[str, float] = dataclasses.field(default_factory=lambda: {"xray": 1.0})
-    timings: dict[str, float] = dataclasses.field(default_factory=lambda: {"total": 0.25})
-    notice: str = NOTICE
-
-    def to_json(self) -> dict[str, Any]:
-        data = dataclasses.asdict(self)
-        data["answer"] = data.pop("text")
-        return data
+def answer_to(question: str, text: str = "No", **values: Any) -> Answer:
+    """What an engine might say of a chest X-ray."""
+    timings = Timings(0.01, 0.2, 0.1, 0.02, 0.04, 0.33, 0.37, tokens=1, prefix_reused=False)
+    experts = {"mri": 0.1, "ct": 0.0, "pathology": 0.2, "xray": 0.7}
+    model = {"name": "fake", "sha256": "0" * 64}
+    answer = Answer(question, text, 0.934, "xray", experts, timings, model)
+    return dataclasses.replace(answer, **values)
 
 
 class FakeEngine:
@@ -64,13 +59,19 @@ class FakeEngine:
     def __init__(self) -> None:
         self.asked: list[tuple[Path, list[str], dict[str, object]]] = []
 
-    def ask_all(self, image: Path, questions: Sequence[str], **options: Any) -> list[FakeAnswer]:
+    def ask_all(self, image: Path, questions: Sequence[str], **options: Any) -> list[Answer]:
         self.asked.append((image, list(questions), options))
         load_image(image, frame=options.get("frame"))
-        return [FakeAnswer(check_question(question), "No") for question in questions]
+        return [answer_to(check_question(question)) for question in questions]
 
     def modality(self, image: Path) -> str | None:
         return "xray"
+
+
+CONFIG = ModelConfig(
+    VisionConfig("efficientnet-lite", 32, 8, (127.0,), (128.0,)),
+    DecoderConfig("stablelm", 8, 1, 1, 8, 8, 0.25),
+)
 
 
 class Run(Protocol):
@@ -79,7 +80,7 @@ class Run(Protocol):
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command line in an empty folder; a traceback or a third line on failure is a fault."""
+    """Runs a command line in an empty folder, without a terminal."""
     monkeypatch.chdir(tmp_path)
     for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
         monkeypatch.delenv(name, raising=False)
@@ -131,7 +132,7 @@ def scan(tmp_path: Path) -> Path:
     return path
 
 
-# --- Help ------------------------------------------------------------------------------------------
+# --- Help --------------------------------------------------------------------------------------
 
 
 def test_help_groups_the_verbs_by_panel(run: Run) -> None:
@@ -152,7 +153,7 @@ def test_every_verb_has_one_example_that_parses(
     assert result.exit_code == 0
     command, calls = shlex.split(example), []
     group = typer.main.get_command(cli.app)
-    assert isinstance(group, cli.Commands)
+    assert isinstance(group, Commands)
     monkeypatch.setattr(group.commands[verb], "callback", lambda **given: calls.append(given))
     with pytest.raises(SystemExit) as stopped:
         group.main(command)
@@ -170,7 +171,7 @@ def test_shell_completion_knows_the_verbs() -> None:
     assert result.stdout.split() == ["export", "eval"]
 
 
-# --- Ask -------------------------------------------------------------------------------------------
+# --- Ask ---------------------------------------------------------------------------------------
 
 
 def test_ask_for_people(run: Run, loaded: list[tuple[str, str]], scan: Path) -> None:
@@ -179,7 +180,10 @@ def test_ask_for_people(run: Run, loaded: list[tuple[str, str]], scan: Path) -> 
     lines = result.stdout.splitlines()
     assert lines[:2] == ["Is there effusion?", "  No"]
     assert lines[4:6] == ["Is it [bold]?", "  No"]
-    assert all(word in lines[2] for word in ("93.4%", "xray", "0.250 s"))
+    assert lines[2] == (
+        "  confidence 93.4% · modality xray · experts xray 70%, pathology 20%, mri 10% · "
+        "0.37 s, first token after 0.33 s"
+    )
     assert result.stderr == f"{NOTICE}\n"  # once, for two answers
     assert loaded == [("nano", "auto")]
 
@@ -229,7 +233,35 @@ def test_bad_input_is_two_lines_and_exit_code_2(
     assert all(two_lines(result))
 
 
-# --- The other verbs -------------------------------------------------------------------------------
+def test_an_answer_that_says_little(capsys: pytest.CaptureFixture[str]) -> None:
+    render.show_answers([answer_to("q", "", modality=None, experts={}, complete=False)])
+    asked, said, grounds = capsys.readouterr().out.splitlines()
+    assert (asked, said) == ("q", "  (no answer)")
+    assert grounds.startswith("  cut off · confidence 93.4% · 0.37 s")
+
+
+@pytest.mark.usefixtures("scan")
+def test_a_bad_model_is_two_lines_and_exit_code_3(run: Run, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+
+    def fails(model: str, word: str) -> None:
+        result = run("ask", "scan.png", "Is there effusion?", "--model", model)
+        assert result.exit_code == 3
+        assert word in two_lines(result)[0]
+
+    fails("nanno", "nanno")
+    fails("bundle", "bundle")  # empty
+    (bundle / "manifest.json").write_text('{"format_version": 1')
+    fails("bundle", "damaged")
+    (bundle / "decoder.onnx").write_bytes(b"graph")
+    contents = {"name": "b", "config": CONFIG.to_json(), "quantisation": {}}
+    write_manifest(bundle, contents | {"source": "", "licence": ""})
+    (bundle / "decoder.onnx").write_bytes(b"grap")
+    fails("bundle", "decoder.onnx")
+
+
+# --- The other verbs ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -256,8 +288,8 @@ def test_export_alone_makes_the_embedded_model_int8(
         assert (result.exit_code, result.stdout) == (0, "Wrote the bundle nano-int8\n")
     first, second = exported
     assert first == second
-    assert first.pop("checkpoint").is_dir is not None
     assert first == {
+        "checkpoint": checkpoint_path("nano"),
         "out": Path("nano-int8"),
         "precision": "int8",
         "name": "nano",
@@ -308,7 +340,7 @@ def test_init_and_inspect(run: Run) -> None:
         assert f"{figure:,}" in shown.stdout
     assert "4, top-1 + meta expert, in 2 layers" in shown.stdout
     again = run("init", "tiny", "out")
-    assert again.exit_code != 0
+    assert again.exit_code == 2
     two_lines(again)
     assert run("init", "tiny", "out", "--force").exit_code == 0
     unknown = run("init", "tyny", "new")
@@ -397,7 +429,7 @@ def test_eval_refuses_before_it_works(
     assert (tmp_path / "out.jsonl").read_text() != "mine"
 
 
-# --- Failure ---------------------------------------------------------------------------------------
+# --- Failure -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -489,7 +521,7 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 
 
-# --- Quiet, verbose, terminals ---------------------------------------------------------------------
+# --- Quiet, verbose, terminals -----------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("scan")
@@ -548,8 +580,8 @@ def test_bars_only_on_a_terminal_and_not_when_quiet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def shown() -> str:
-        with render.progress("Writing") as bars:
-            render.stages(bars)("Decoder", 1, 2)
+        with render.working("Reading") as report:
+            report("Decoder", 1, 2)
         captured = capsys.readouterr()
         assert captured.out == ""
         return captured.err
@@ -562,7 +594,7 @@ def test_bars_only_on_a_terminal_and_not_when_quiet(
     assert shown() == ""
 
 
-# --- The real process ------------------------------------------------------------------------------
+# --- The real process --------------------------------------------------------------------------
 
 
 def start(
@@ -574,19 +606,24 @@ def start(
 
 
 def test_the_command_in_a_checkout(tmp_path: Path) -> None:
-    colourless = os.environ | {"NO_COLOR": "1"}
-    result = start("--help", cwd=tmp_path, environment=colourless)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "\x1b" not in result.stdout
-    result = start("ask", cwd=tmp_path, environment=colourless)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.splitlines()[1] == "See: cli.py ask --help"
+    shown = start("--help", cwd=tmp_path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    forced = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    forced |= {"FORCE_COLOR": "1", "TERM": "xterm"}
+    coloured = start("ask", cwd=tmp_path, environment=forced)
+    plain = start("ask", cwd=tmp_path, environment=forced | {"NO_COLOR": "1"})
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr.splitlines()[1] == "See: cli.py ask --help"
+    assert ("\x1b[31m" in coloured.stderr, "\x1b" in plain.stderr) == (True, False)
 
 
-def test_a_reader_that_leaves_is_no_reason_for_a_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_reason_for_a_traceback(unbuffered: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    result = start("--version", cwd=tmp_path, capture_output=False, stdout=writing, stderr=-1)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    streams = {"capture_output": False, "stdout": writing, "stderr": subprocess.PIPE}
+    result = start("--version", environment=environment, **streams)
     os.close(writing)
     assert (result.returncode, result.stderr) == (1, "")
 

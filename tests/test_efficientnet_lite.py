@@ -79,21 +79,32 @@ class Published:
         return outputs
 
 
+def normalise(x: Tensor) -> Tensor:
+    """Mean 0 and variance 1 along the last axis, as layer normalisation defines it."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["lite0", "lite2"])
 def test_folded_weights_give_the_published_features(variant: str) -> None:
     tower = EfficientNetLite(CONFIGS[variant]).eval()
     load_imagenet_weights(tower, weights_file(variant))
-    tower.position_embedding.normal_(generator=torch.Generator().manual_seed(1))
+    for parameter in [*tower.coarse_norm.parameters(), *tower.fine_norm.parameters()]:
+        parameter.normal_(generator=torch.Generator().manual_seed(1))
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     stages = Published(variant).features(pixels)
     coarse, fine = stages[-1], stages[4]
+    norms = (tower.coarse_norm, tower.fine_norm)
     assert coarse.shape[2:] == (2, 2)
     assert fine.shape[2:] == (4, 4)
     tokens = []
     for row, column in [(0, 0), (0, 1), (1, 0), (1, 1)]:
         cells = fine[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-        tokens.append(torch.cat((coarse[:, :, row, column], cells.flatten(1)), 1))
+        parts = (coarse[:, :, row, column], cells.flatten(1))
+        normed = [normalise(part) for part in parts]
+        scaled = [x * n.weight + n.bias for x, n in zip(normed, norms, strict=True)]
+        tokens.append(torch.cat(scaled, 1))
     expected = torch.stack(tokens, 1) + tower.position_embedding
     torch.testing.assert_close(tower(pixels), expected, atol=1e-3, rtol=1e-4)
 

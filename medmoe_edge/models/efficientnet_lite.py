@@ -28,6 +28,7 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 BATCH_NORM_EPS = 1e-3
+POSITION_DEVIATION = 0.2  # beside features of deviation 1
 STRIDE_16_STAGE = 4  # the last stage before the final downsampling
 
 
@@ -70,7 +71,8 @@ class EfficientNetLite(nn.Module):
 
     A token joins the last stage's features with those of the stride-16 stage, whose four cells
     per token are laid side by side, so that detail finer than a token reaches the decoder.
-    A learned position embedding is added: unlike CLIP's, these features do not know their place.
+    Each part is normalised: raw, they are so large that the projector and decoder hardly learn.
+    A position embedding is added: unlike CLIP's, these features do not know their place.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -83,13 +85,17 @@ class EfficientNetLite(nn.Module):
             stage, channels = _stage(index, channels, config.variant)
             self.stages.append(stage)
             widths.append(channels)
-        features = widths[-1] + 4 * widths[STRIDE_16_STAGE]
-        if features != config.feature_size:
+        coarse, fine = widths[-1], 4 * widths[STRIDE_16_STAGE]
+        if coarse + fine != config.feature_size:
             raise ConfigError(
-                f"vision.feature_size is {config.feature_size}, the tower gives {features}.",
+                f"vision.feature_size is {config.feature_size}, the tower gives {coarse + fine}.",
                 "Correct the configuration.",
             )
-        self.position_embedding = nn.Parameter(torch.zeros(config.image_tokens, features))
+        self.coarse_norm = nn.LayerNorm(coarse)
+        self.fine_norm = nn.LayerNorm(fine)
+        self.position_embedding = nn.Parameter(
+            torch.randn(config.image_tokens, config.feature_size) * POSITION_DEVIATION
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """`pixels` normalised with the configured mean and deviation."""
@@ -99,8 +105,14 @@ class EfficientNetLite(nn.Module):
             x = stage(x)
             if index == STRIDE_16_STAGE:
                 fine = x
-        joined = torch.cat((x, pixel_unshuffle(fine, 2)), dim=1)  # [B, C, grid, grid]
-        return joined.flatten(2).transpose(1, 2) + self.position_embedding
+        coarse = self.coarse_norm(_tokens(x))
+        joined = torch.cat((coarse, self.fine_norm(_tokens(pixel_unshuffle(fine, 2)))), dim=-1)
+        return joined + self.position_embedding
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """`[B, C, h, w]` to `[B, h * w, C]`."""
+    return x.flatten(2).transpose(1, 2)
 
 
 def load_imagenet_weights(tower: EfficientNetLite, path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Between the phases: up-cycling, what learns, and how fast."""
+
+import pytest
+import torch
+from torch import nn
+
+from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.training.loop import learning_rate_factor, prepare_parameters
+from medmoe_edge.training.objective import Objective
+from medmoe_edge.training.phases import upcycle
+from medmoe_edge.training.recipe import PhaseConfig
+from medmoe_edge.training.run import new_dense_model
+
+CONFIG = PRESETS["tiny"]
+SIZE = CONFIG.decoder.hidden_size
+
+
+def test_upcycling_keeps_what_the_model_computes() -> None:
+    """Experts and meta are the dense feed-forward: with p1 = 1 the layer gives it twice."""
+    dense = new_dense_model(CONFIG, 0)
+    copies = {layer: dense.decoder.layers[layer].ffn for layer in (0, 2)}
+    router = nn.Linear(SIZE, 4)
+    nn.init.constant_(router.bias, 0.0)
+    router.bias.data[2] = 1e4
+    model = upcycle(dense, router, CONFIG)
+    assert model.config == CONFIG
+    x = torch.randn(2, 5, SIZE)
+    for layer, ffn in copies.items():
+        assert isinstance(ffn, nn.Module)
+        moe, learned = model.moe_layer(layer), ffn.state_dict()
+        assert moe.meta is not None
+        for expert in [*moe.experts, moe.meta]:
+            assert expert is not ffn
+            assert learned.keys() == expert.state_dict().keys()
+            assert all(torch.equal(learned[k], v) for k, v in expert.state_dict().items())
+        assert torch.equal(moe.router.weight, router.weight)
+        assert torch.equal(moe.router.bias, router.bias)
+        torch.testing.assert_close(moe(x), 2 * ffn(x))
+    parameters = list(model.parameters())
+    assert len({parameter.data_ptr() for parameter in parameters}) == len(parameters)
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    assert learning_rate_factor(0.0, 0.1) == 0.0
+    assert learning_rate_factor(0.05, 0.1) == pytest.approx(0.5)
+    assert learning_rate_factor(0.1, 0.1) == learning_rate_factor(0.0, 0.0) == 1.0
+    assert learning_rate_factor(0.55, 0.1) == pytest.approx(0.5)
+    assert learning_rate_factor(1.0, 0.1) == pytest.approx(0.0)
+
+
+def test_parameters_freeze_by_pattern() -> None:
+    objective = Objective(MedMoE(CONFIG), nn.Linear(SIZE, 4), (0, 2))
+    phase = PhaseConfig(1, 1.0, ("router.*", "vision.layers.[1-2].fc1.*"), dropout=0.3)
+    prepare_parameters(objective, phase)
+    learning = {name for name, p in objective.named_parameters() if p.requires_grad}
+    tower = "model.vision.layers.1.fc1."
+    assert learning == {"router.weight", "router.bias", f"{tower}weight", f"{tower}bias"}
+    dropouts = [module for module in objective.modules() if isinstance(module, nn.Dropout)]
+    assert [module.p for module in dropouts] == [0.3] * 3
