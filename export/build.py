@@ -21,6 +21,7 @@ from medmoe_edge.export.ort_moe import lower_moe
 from medmoe_edge.export.quantise import decoder_policy, quantise_weights
 from medmoe_edge.export.vision import export_vision, vision_policy
 from medmoe_edge.export.weights import WeightSource
+from medmoe_edge.prompt import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,9 @@ def export_bundle(
 ) -> Path:
     """Export the checkpoint folder to the bundle folder `out`, which appears whole or not at all.
 
-    `progress` is called with `(step, done, total)`. Raises `CheckpointError` for a checkpoint
-    that cannot be used, `InputError` where `out` exists and `force` is not set.
+    `progress` is called with `(step, done, total)`. Raises `ModelError` for a checkpoint that
+    cannot be used, `InputError` for an `out` that may not be replaced, and `ResourceError` where
+    the disk does not take it.
     """
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
     _check(source)
@@ -67,8 +69,10 @@ def export_bundle(
         experts = _write_decoder(source, folder, precision)
         report(STEPS[3], 3, len(STEPS))
         _copy_companions(source, folder)
-        write_manifest(folder, _manifest(source, precision, experts, name or checkpoint.name))
-        report("done", len(STEPS), len(STEPS))
+        write_manifest(
+            folder, _manifest(source, precision, experts, name or source.folder.resolve().name)
+        )
+    report("done", len(STEPS), len(STEPS))
     return out
 
 
@@ -79,6 +83,7 @@ def _check(source: Checkpoint) -> None:
             f"{source.folder} has no tokenizer.json.",
             "Save the model's fast tokenizer there (tokenizer.save_pretrained).",
         )
+    Tokenizer.from_file(source.tokenizer_file).check_vocabulary(decoder.vocab_size)
     if decoder.head_size % 16 or decoder.rotary_size % 16:
         raise CheckpointError(
             f"Heads of {decoder.head_size} channels, {decoder.rotary_size} of them rotating, "
@@ -136,7 +141,7 @@ def _manifest(
 def _licence(card: Path) -> str:
     """The `license:` line of the model card's front matter, as Hugging Face writes it."""
     if card.is_file():
-        for line in card.read_text(encoding="utf-8").splitlines():
+        for line in card.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("license:"):
                 return line.removeprefix("license:").strip()
     return "not stated by the checkpoint"

@@ -48,7 +48,9 @@ class DecoderBuilder:
         x = self.inputs[0]
         for layer in range(self.decoder.layers):
             x = self._layer(x, layer, cos, sin)
-        last = self.build.op("Gather", self._norm(x, "decoder.norm."), self.build.constant(-1), axis=1)
+        last = self.build.op(
+            "Gather", self._norm(x, "decoder.norm."), self.build.constant(-1), axis=1
+        )
         logits = affine(self.build, last, self._weights("decoder.head.", ["weight"]), "")
         named = {"logits": logits}
         if self.routing:
@@ -134,7 +136,10 @@ class DecoderBuilder:
         assert name is not None
         if name not in self.initializers:
             self.initializers[name] = ir.Value(
-                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=name,
+                shape=ir.Shape(tensor.shape.numpy()),
+                type=ir.TensorType(tensor.dtype),
+                const_value=tensor,
             )
         return self.initializers[name]
 

@@ -1,14 +1,13 @@
 """Weights beside the graph: one `.data` file, streamed, each expert's bytes together.
 
-Every group (an expert, a meta expert, or any other module) begins on a page, so that a group can be
-mapped, read ahead and dropped by itself.
+Every expert and meta expert begins on a page, after all other weights, so that it can be mapped,
+read ahead and dropped by itself.
 """
 
 import re
 from pathlib import Path
 
 import onnx_ir as ir
-from onnx_ir.passes.common import NameFixPass
 
 from medmoe_edge.errors import CheckpointError
 
@@ -22,7 +21,7 @@ Extents = dict[str, list[int]]  # owner -> [offset, bytes]
 def save_model(model: ir.Model, folder: Path, name: str) -> Extents:
     """Write `name.onnx` and `name.data` into `folder`, one tensor in memory at a time.
 
-    Returns where each expert lies in the data file.
+    Returns where each expert lies in the data file. Raises `CheckpointError`.
     """
     values = [value for value in model.graph.initializers.values() if value.const_value is not None]
     large = [value for value in values if _tensor(value).nbytes >= INLINE_BYTES]
@@ -42,14 +41,13 @@ def save_model(model: ir.Model, folder: Path, name: str) -> Extents:
                 offset,
                 length,
                 tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=tensor.name or "",
                 base_dir=folder,
             )
             if group:
                 start = extents.setdefault(group, [offset, 0])[0]
                 extents[group][1] = offset + length - start
-    NameFixPass()(model)  # branches and the graph around them share one name space
     ir.save(model, folder / f"{name}.onnx")
     return extents
 

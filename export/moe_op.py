@@ -74,7 +74,9 @@ class MoESpec:
         names += ["coefficient.weight", "coefficient.bias"] * self.use_residual
         owners = [f"experts.{index}." for index in range(self.num_experts)]
         owners += ["meta."] * self.meta_expert
-        return names + [owner + part for owner in owners for part in EXPERT_WEIGHTS[self.activation]]
+        return names + [
+            owner + part for owner in owners for part in EXPERT_WEIGHTS[self.activation]
+        ]
 
     @property
     def attributes(self) -> dict[str, int | str]:
@@ -90,9 +92,13 @@ def moe_function(spec: MoESpec) -> ir.Function:
     gates, chosen, probabilities = route(build, x, weights, spec.top_k)
     zeros = build.op("ConstantOfShape", build.op("Shape", probabilities))
     spread = build.op("ScatterElements", zeros, chosen, gates, axis=-1)  # [B, S, E]
-    shares = build.ops("Split", spread, outputs=spec.num_experts, axis=-1, num_outputs=spec.num_experts)
+    shares = build.ops(
+        "Split", spread, outputs=spec.num_experts, axis=-1, num_outputs=spec.num_experts
+    )
     parts = [
-        build.op("Mul", feed_forward(build, x, weights, f"experts.{index}.", spec.activation), share)
+        build.op(
+            "Mul", feed_forward(build, x, weights, f"experts.{index}.", spec.activation), share
+        )
         for index, share in enumerate(shares)
     ]
     y = add_meta(build, x, build.op("Sum", *parts), weights, spec)

@@ -31,6 +31,7 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
         graph.remove(node, safe=True)
         if not dequantise.outputs[0].uses():
             model.graph.remove(dequantise, safe=True)
+        model.graph.opset_imports[CONTRIB] = 1
     return model, bool(fused)
 
 

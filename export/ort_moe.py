@@ -5,6 +5,7 @@ Only the experts that some token was routed to run, on those tokens alone.
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 
 from medmoe_edge.export.builder import MEDMOE, Builder
 from medmoe_edge.export.moe_op import MoESpec, Weights, add_meta, feed_forward, route
@@ -15,13 +16,15 @@ def lower_moe(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
     nodes = [node for node in model.graph if node.domain == MEDMOE and node.op_type == "MoE"]
     for node in nodes:
         build = Builder()
-        y = _routed_experts(build, node, spec)
+        old, new = node.outputs[0], _routed_experts(build, node, spec)
+        new.name, new.type, new.shape = old.name, old.type, old.shape
         model.graph.insert_before(node, build.nodes)
-        node.outputs[0].replace_all_uses_with(y)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
     if nodes:
         del model.functions[(MEDMOE, "MoE", "")]
         del model.graph.opset_imports[MEDMOE]
+        NameFixPass()(model)  # branches and the graph around them share one name space
     return model, bool(nodes)
 
 

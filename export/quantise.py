@@ -38,15 +38,15 @@ class _Lazy:
     axis: int
     scale: np.ndarray | None = field(default=None)
 
-    def integers(self) -> ir.Tensor:
+    def integers(self) -> ir.TensorProtocol:
         integers, self.scale = quantise_per_channel(self.source.numpy(), self.axis)
-        return ir.Tensor(integers)
+        return ir.tensor(integers)
 
-    def scales(self) -> ir.Tensor:
+    def scales(self) -> ir.TensorProtocol:
         if self.scale is None:
             self.integers()
         assert self.scale is not None
-        return ir.Tensor(self.scale)
+        return ir.tensor(self.scale)
 
 
 def _quantise(graph: ir.Graph, value: ir.Value) -> None:
@@ -73,9 +73,8 @@ def _quantise(graph: ir.Graph, value: ir.Value) -> None:
 def _channel_axis(value: ir.Value) -> int:
     """Convolutions and transposed Gemm weights keep output channels first, MatMul's last."""
     user = next(iter(value.uses())).node
-    if user.op_type == "Conv" or (user.op_type == "Gemm" and user.attributes.get_int("transB", 0)):
-        return 0
-    return 1
+    transposed = user.op_type == "Gemm" and user.attributes.get_int("transB") == 1
+    return 0 if user.op_type == "Conv" or transposed else 1
 
 
 def _initializer(graph: ir.Graph, tensor: ir.LazyTensor) -> ir.Value:

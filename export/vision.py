@@ -5,10 +5,12 @@ import warnings
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from medmoe_edge.checkpoint import Checkpoint
 from medmoe_edge.export.builder import OPSET
+from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.models.med_moe import TOWERS, projector
 
 
@@ -20,8 +22,10 @@ class ImageEncoder(nn.Module):
         config = checkpoint.config
         self.vision = TOWERS[config.vision.kind](config.vision)
         self.projector = projector(config)
-        wanted = self.state_dict()
-        self.load_state_dict({name: checkpoint.tensor(name).float() for name in wanted})
+        source = WeightSource(checkpoint)
+        self.load_state_dict(
+            {name: torch.from_numpy(source.array(name)) for name in self.state_dict()}
+        )
         self.eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -33,7 +37,7 @@ def export_vision(checkpoint: Checkpoint) -> ir.Model:
     """Trace the image encoder; input `pixels`, output `image_tokens`."""
     encoder = ImageEncoder(checkpoint)
     side = checkpoint.config.vision.image_size
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, we do not
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations are not ours to fix
         program = torch.onnx.export(
@@ -46,15 +50,15 @@ def export_vision(checkpoint: Checkpoint) -> ir.Model:
             verbose=False,
         )
     assert program is not None
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces, with this machine's paths
     return program.model
 
 
 def vision_policy(model: ir.Model) -> frozenset[str]:
     """Names of the weights that are multiplied: of convolutions and of matrix products."""
-    names = set()
-    for node in model.graph:
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
-            weight = node.inputs[1]
-            if weight is not None and weight.name in model.graph.initializers:
-                names.add(weight.name)
-    return frozenset(names)
+    multiplied = {
+        node.inputs[1] for node in model.graph if node.op_type in ("Conv", "Gemm", "MatMul")
+    }
+    return frozenset(
+        name for name, value in model.graph.initializers.items() if value in multiplied
+    )

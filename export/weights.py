@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 
 from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.errors import CheckpointError
 
 
 class WeightSource:
@@ -32,9 +33,15 @@ class WeightSource:
         )
 
     def array(self, name: str) -> npt.NDArray[np.float32]:
-        """One parameter in fp32, in the checkpoint's own layout."""
-        return self.checkpoint.tensor(name).to(torch.float32).numpy()
+        """One parameter in fp32, in the checkpoint's own layout; raises `CheckpointError`."""
+        tensor = self.checkpoint.tensor(name).to(torch.float32)
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"The tensor {name} holds values that are infinite or no numbers.",
+                "Its training diverged: use an earlier checkpoint.",
+            )
+        return tensor.numpy()
 
-    def _read(self, name: str) -> ir.Tensor:
+    def _read(self, name: str) -> ir.TensorProtocol:
         array = self.array(name)
         return ir.tensor(np.ascontiguousarray(array.T if array.ndim == 2 else array), name=name)

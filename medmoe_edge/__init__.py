@@ -6,7 +6,8 @@ __all__ = ["Answer", "Engine", "__version__", "load"]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from medmoe_edge.engine import Answer, Engine, load
+    from medmoe_edge.answer import Answer
+    from medmoe_edge.engine import Engine, load
 else:
     # Importing any submodule runs this file, and only asking should pay for ONNX Runtime.
     def __getattr__(name):

@@ -1,7 +1,7 @@
 """A folder that appears whole or not at all."""
 
 import contextlib
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,26 +10,29 @@ from medmoe_edge.errors import InputError, ResourceError
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path, *, force: bool, marker: str | None = None) -> Iterator[Path]:
+def atomic_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place once the block has ended well.
 
-    An existing `target` is refused without `force`; with it, only a folder that holds
-    `marker` (one of our own kind) is replaced. Raises `InputError`, and `ResourceError` where the
-    disk does not take it.
+    An existing `target` is refused without `force`; with it, only a folder that holds the file
+    `marker` (one of our own kind) is replaced; behind a link, the folder that it names. Raises
+    `InputError`, and `ResourceError` where the disk does not take it.
     """
-    target = target.absolute()
-    if target.exists() or target.is_symlink():
-        if not force:
-            raise InputError(f"{target} exists already.", "Choose another name, or pass --force.")
-        if marker and not (target / marker).exists():
-            raise InputError(
-                f"{target} holds no {marker}, so it will not be replaced.", "Choose another name."
-            )
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    target = target.resolve()
+    exists = target.exists()
+    if exists and not force:
+        raise InputError(f"{target} exists already.", "Choose another name, or pass --force.")
+    if exists and not (target / marker).is_file():
+        raise InputError(
+            f"{target} holds no {marker}, so it will not be replaced.", "Choose another name."
+        )
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _replace(temporary, target)
+        if exists:
+            _replace(temporary, target)
+        else:
+            temporary.rename(target)  # fails if another has come into being meanwhile
     except OSError as error:
         raise ResourceError(
             f"{target} cannot be written ({error.strerror or error}).",
@@ -40,10 +43,11 @@ def atomic_folder(target: Path, *, force: bool, marker: str | None = None) -> It
 
 
 def _replace(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
     old = temporary.with_suffix(".old")
     target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)  # the new folder stands: what is left is only litter

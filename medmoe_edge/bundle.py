@@ -1,6 +1,6 @@
 """The deployable folder: graphs, weights, tokenizer and a manifest that vouches for them.
 
-    manifest.json    format, model configuration, quantisation, source, licence, every file's hash
+    manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal
     tokenizer.json
     embedding.npy    token embeddings [V, D], mapped rather than loaded
     vision.onnx      pixels [1, 3, S, S] -> image tokens [1, N, D]         (+ vision.data)
@@ -12,6 +12,7 @@ The same checkpoint and options give the same bytes. Nothing in a bundle is ever
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from medmoe_edge.errors import BundleError
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source", "licence")
+FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the folder
+SEAL = "seal"
 NOTICE = "Research demonstration, not a medical device: never base a clinical decision on it."
 
 
@@ -85,6 +88,7 @@ def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:
         with path.open("rb") as file:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
     manifest = {"format_version": FORMAT_VERSION, **contents, "files": files}
+    manifest[SEAL] = _seal(manifest)
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=1) + "\n")
         file.flush()
@@ -105,20 +109,39 @@ def _parse(folder: Path, text: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(text)
         version = manifest["format_version"]
-        complete = all(key in manifest for key in REQUIRED)
-        entries = [(e["bytes"], e["sha256"]) for e in manifest["files"].values()]
-        plain = all("/" not in name and name not in (".", "..") for name in manifest["files"])
-        sound = complete and plain and all(isinstance(size, int) for size, _ in entries)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        version, sound = FORMAT_VERSION, False
-    if version != FORMAT_VERSION:
+        current = version == FORMAT_VERSION
+        sound = isinstance(version, int) and (not current or _is_sound(manifest))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
         raise BundleError(
-            f"{folder} is a bundle of format {version!r}, this version reads {FORMAT_VERSION}.",
+            f"{folder / MANIFEST} is damaged or was edited.", "Copy or export the bundle again."
+        )
+    if not current:
+        raise BundleError(
+            f"{folder} is a bundle of format {version}, this version reads {FORMAT_VERSION}.",
             "Export the checkpoint again with this version.",
         )
-    if not sound:
-        raise BundleError(f"{folder / MANIFEST} is damaged.", "Copy or export the bundle again.")
     return dict(manifest)
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    return (
+        all(key in manifest for key in REQUIRED)
+        and all(
+            FILE_NAME.fullmatch(name)
+            and isinstance(entry["bytes"], int)
+            and isinstance(entry["sha256"], str)
+            for name, entry in manifest["files"].items()
+        )
+        and manifest[SEAL] == _seal(manifest)
+    )
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The hash of all else in a manifest, which it carries: against damage, not forgery."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
 
 def _sha256(file: Any) -> str:

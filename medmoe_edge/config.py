@@ -35,16 +35,12 @@ class Config:
             )
             if required and name not in data:
                 raise ConfigError(f"{where} lacks the key {name!r}.", "Add it.")
-        values = {
-            key: _convert(value, hints[key], f"{where}.{key}") for key, value in data.items()
-        }
+        values = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in data.items()}
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """The same configuration as plain JSON values (tuples become lists)."""
-        return {
-            field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
-        }
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
 def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigError:
@@ -81,6 +77,12 @@ class VisionConfig(Config):
                 f"vision.image_size {self.image_size} is not a multiple of {self.patch_size}.",
                 "Choose a multiple.",
             )
+        states = self.layers + 1
+        if self.kind == "clip" and not -states <= self.select_layer < states:
+            raise ConfigError(
+                f"vision.select_layer {self.select_layer} is none of the {states} states.",
+                "Med-MoE uses -2, the last state but one.",
+            )
 
     @property
     def grid(self) -> int:
@@ -109,6 +111,14 @@ class DecoderConfig(Config):
     max_positions: int = 2048
     bos_token_id: int | None = None
     eos_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.heads or self.rotary_size % 2:
+            raise ConfigError(
+                f"decoder.hidden_size {self.hidden_size}, heads {self.heads} and rotary_fraction "
+                f"{self.rotary_fraction} do not divide evenly.",
+                "Heads must divide the size, and an even number of their channels rotate.",
+            )
 
     @property
     def head_size(self) -> int:
@@ -141,7 +151,7 @@ class MoEConfig(Config):
             raise ConfigError(f"moe.top_k is {self.top_k}.", "Use 1 or 2.")
         if self.expert_names and len(self.expert_names) != self.num_experts:
             raise ConfigError(
-                f"moe.expert_names has {len(self.expert_names)} names for {self.num_experts} experts.",
+                f"moe.expert_names names {len(self.expert_names)} of {self.num_experts} experts.",
                 "Name every expert, or none.",
             )
         if self.use_residual and not self.meta_expert:

@@ -52,6 +52,11 @@ def _load_bundle(folder: Path) -> "Engine":
 
 
 def _load_checkpoint(folder: Path) -> "Engine":
+    if not (folder / "config.json").exists():  # found out before torch is asked for
+        raise ModelError(
+            f"{folder} is neither a bundle nor a checkpoint.",
+            "Give a bundle, made by: medmoe-edge export; or a folder with config.json and weights.",
+        )
     try:
         from medmoe_edge.checkpoint import read_checkpoint
         from medmoe_edge.runtimes.eager import EagerRuntime
@@ -63,7 +68,8 @@ def _load_checkpoint(folder: Path) -> "Engine":
             f"{folder} has no tokenizer.json.", "Copy the model's fast tokenizer there."
         )
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file)
-    return Engine(EagerRuntime(checkpoint), tokenizer, folder.name, checkpoint.sha256())
+    name = folder.resolve().name
+    return Engine(EagerRuntime(checkpoint), tokenizer, name, checkpoint.sha256())
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Engine:
         self.runtime, self.tokenizer = runtime, tokenizer
         self.name, self.sha256 = name, sha256
         self.config = runtime.config
+        tokenizer.check_vocabulary(self.config.decoder.vocab_size)
 
     @property
     def expert_names(self) -> tuple[str, ...]:

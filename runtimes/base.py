@@ -24,7 +24,10 @@ class Cache(Protocol):
     """A KV cache; setting `length` back forgets what came later, and nothing else."""
 
     length: int
-    capacity: int
+
+    @property
+    def capacity(self) -> int:
+        """Positions it can hold."""
 
 
 class Runtime(Protocol):

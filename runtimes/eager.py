@@ -58,4 +58,4 @@ class EagerRuntime:
 
 
 def _array(tensor: torch.Tensor) -> Floats:
-    return tensor.numpy()  # type: ignore[no-any-return]
+    return tensor.numpy()

@@ -1,7 +1,11 @@
-"""What every test stands on: one thread, no network, examples that do not vary."""
+"""What every test stands on: one thread, no network, examples that do not vary, tiny models."""
 
+import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -44,3 +48,64 @@ def sources() -> dict[str, Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_checkpoint("tiny-phi", top_k=2)`: a random checkpoint with a tokenizer, made once.
+
+    The keywords change the preset's experts; `dense=True` leaves them out. The matrices are eight
+    times those of `initialise`, so that every part of the model has a say in the logits.
+    """
+    from medmoe_edge.checkpoint import write_checkpoint
+    from medmoe_edge.presets import PRESETS, random_tensors
+    from medmoe_edge.training.vocabulary import train_tokenizer
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    train_tokenizer([("Is there effusion?", "Yes")], 300, root / "tokenizer.json")
+
+    @functools.cache
+    def make(preset: str = "tiny", *, dense: bool = False, **moe: Any) -> Path:
+        base = PRESETS[preset]
+        assert base.moe is not None
+        moe = {"expert_names": ("mri", "ct", "pathology", "xray"), **moe}
+        config = dataclasses.replace(
+            base,
+            decoder=dataclasses.replace(base.decoder, vocab_size=320),
+            moe=None if dense else dataclasses.replace(base.moe, **moe),
+        )
+        tensors = (
+            (name, tensor if "norm" in name else tensor * 8)
+            for name, tensor in random_tensors(config, seed=1)
+        )
+        folder = root / str(len(list(root.iterdir())))
+        write_checkpoint(folder, config, tensors, tokenizer_file=root / "tokenizer.json")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`tiny_bundle("int8", "tiny-phi", top_k=2)`: the bundle of a tiny checkpoint, made once.
+
+    Their towers are all the same, so it is traced once.
+    """
+    from medmoe_edge.checkpoint import read_checkpoint
+    from medmoe_edge.export import build
+    from medmoe_edge.export.vision import export_vision
+
+    root = tmp_path_factory.mktemp("bundles")
+    vision = export_vision(read_checkpoint(tiny_checkpoint()))
+
+    @functools.cache
+    def make(precision: Any = "fp32", preset: str = "tiny", **options: Any) -> Path:
+        out = root / str(len(list(root.iterdir())))
+        checkpoint = tiny_checkpoint(preset, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "export_vision", lambda _: vision.clone())
+            return build.export_bundle(checkpoint, out, precision=precision, name="tiny")
+
+    return make

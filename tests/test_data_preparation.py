@@ -13,7 +13,7 @@ import pytest
 from medmoe_edge import downloads
 from medmoe_edge.data_preparation import Dataset, prepare
 from medmoe_edge.datasets import read_examples
-from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
+from medmoe_edge.errors import DataError, InputError, MissingDependencyError, ResourceError
 
 JPEG = b"\xff\xd8\xff\xe0 not really an image"
 PNG = b"\x89PNG not really an image"
@@ -107,8 +107,13 @@ def test_slake(tmp_path: Path, form: Callable[[Path], Path]) -> None:
     assert test.image.read_bytes() == PNG
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert names == {
-        *("train.jsonl", "val.jsonl", "test.jsonl"),
+        *("train.jsonl", "val.jsonl", "test.jsonl", "dataset.json"),
         *("images/xmlab1/source.jpg", "images/xmlab2/source.jpg"),
+    }
+    assert json.loads((out / "dataset.json").read_text()) == {
+        "dataset": "slake",
+        "questions": {"train": 1, "val": 1, "test": 1},
+        "images": 2,
     }
     assert list(out.parent.iterdir()) == [out]
 
@@ -322,18 +327,21 @@ def test_missing_source_and_wrong_dataset(tmp_path: Path) -> None:
 def test_existing_output(tmp_path: Path) -> None:
     source, out = as_folder(tmp_path), tmp_path / "out"
     prepare("slake", source, out)
-    with pytest.raises(DataError, match="already exists"):
+    with pytest.raises(InputError, match="exists already"):
         prepare("slake", source, out)
     (out / "images/old.jpg").touch()
     prepare("slake", source, out, force=True)
     assert not (out / "images/old.jpg").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out"]
 
-    (out / "thesis.tex").touch()
-    with pytest.raises(DataError, match="not the result"):
-        prepare("slake", source, out, force=True)
-    with pytest.raises(DataError, match="not the result"):
-        prepare("slake", source, source, force=True)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").touch()
+    for other in (precious, source):
+        before = sorted(other.rglob("*"))
+        with pytest.raises(InputError, match=r"holds no dataset\.json, so it will not be replaced"):
+            prepare("slake", source, other, force=True)
+        assert sorted(other.rglob("*")) == before
 
 
 def test_a_failure_keeps_the_earlier_result(tmp_path: Path) -> None:

@@ -34,11 +34,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "presets": {"checkpoint"},
     "training": {"checkpoint", "datasets", "image", "metrics", "models", "presets", "prompt"},
     "calibration": {"checkpoint", "datasets", "image", "models", "prompt"},
-    "export": {"", "atomic", "bundle", "calibration", "checkpoint", "models"},
+    "export": {"atomic", "bundle", "calibration", "checkpoint", "models", "prompt"},
     "inspection": {"bundle", "checkpoint"},
     "runtimes": {"bundle", "checkpoint", "models"},
     "engine": {"answer", "bundle", "checkpoint", "embedded", "image", "prompt", "runtimes"},
     "evaluate": {"datasets", "engine", "metrics"},
+    "render": {"answer", "evaluate", "inspection"},
 }
 TOP = {"", "cli"}  # medmoe_edge/__init__.py and the command line, which may import everything
 

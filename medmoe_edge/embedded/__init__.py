@@ -9,21 +9,21 @@ EMBEDDED = ("nano",)
 
 
 def bundle_path(model: str) -> Path:
-    """The bundle folder of an embedded model, or `model` itself as a path."""
+    """The bundle folder of an embedded model, or the folder `model`; raises `ModelError`."""
     return _resolve(model, "bundle")
 
 
 def checkpoint_path(model: str) -> Path:
-    """The checkpoint folder of an embedded model, or `model` itself as a path."""
+    """The checkpoint folder of an embedded model, or the folder `model`; raises `ModelError`."""
     return _resolve(model, "checkpoint")
 
 
 def _resolve(model: str, kind: str) -> Path:
     if model in EMBEDDED:
         return FOLDER / f"{model}-{kind}"
-    if Path(model).exists():
+    if Path(model).is_dir():
         return Path(model)
     raise ModelError(
-        f"There is no model {model!r}.",
+        f"There is no model folder {model!r}.",
         f"Give a bundle or checkpoint folder, or one of: {', '.join(EMBEDDED)}.",
     )

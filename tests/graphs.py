@@ -1,0 +1,100 @@
+"""For the tests of export: models of one `medmoe::MoE` node, and how to run a graph."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from medmoe_edge.config import ModelConfig, MoEConfig
+from medmoe_edge.export.builder import IR_VERSION, MEDMOE, OPSET, Builder, floats
+from medmoe_edge.export.moe_op import MoESpec, moe_function
+from medmoe_edge.models import phi, stablelm
+from medmoe_edge.models.moe import MoE
+from medmoe_edge.presets import PRESETS
+
+Floats = npt.NDArray[np.float32]
+FEED_FORWARD: dict[str, type[nn.Module]] = {
+    "phi": phi.FeedForward,
+    "stablelm": stablelm.FeedForward,
+}
+
+
+def moe_config(kind: str = "stablelm", size: int = 16, hidden: int = 24, **moe: Any) -> ModelConfig:
+    base = PRESETS["tiny-phi" if kind == "phi" else "tiny"]
+    decoder = replace(base.decoder, hidden_size=size, heads=1, intermediate_size=hidden)
+    return replace(base, decoder=decoder, moe=MoEConfig(layers=(0,), **moe))
+
+
+def moe_layer(config: ModelConfig, seed: int = 0) -> MoE:
+    """The torch layer, with weights large enough that every expert is chosen by some token."""
+    assert config.moe is not None
+    decoder = config.decoder
+    torch.manual_seed(seed)
+    moe = MoE(config.moe, decoder.hidden_size, lambda: FEED_FORWARD[decoder.kind](decoder))
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return moe.eval()
+
+
+def moe_model(moe: MoE, config: ModelConfig) -> ir.Model:
+    """`x` to `y` through one `medmoe::MoE` with the layer's weights."""
+    spec = MoESpec.of(config)
+    x, y = (floats(name, "B", "S", config.decoder.hidden_size) for name in "xy")
+    weights = []
+    for name in spec.weight_names:
+        array = moe.state_dict()[name].numpy()
+        array = np.ascontiguousarray(array.T if array.ndim == 2 else array)
+        weights.append(initializer(f"decoder.layers.0.ffn.{name}", array))
+    build = Builder()
+    value = build.op("MoE", x, *weights, domain=MEDMOE, **spec.attributes)
+    value.name, value.type, value.shape = y.name, y.type, y.shape
+    return model([x], [value], build, weights, [moe_function(spec)])
+
+
+def model(
+    inputs: list[ir.Value],
+    outputs: list[ir.Value],
+    build: Builder,
+    weights: list[ir.Value],
+    functions: list[ir.Function] | None = None,
+) -> ir.Model:
+    imports = {"": OPSET, MEDMOE: 1} if functions else {"": OPSET}
+    graph = ir.Graph(
+        inputs, outputs, nodes=build.nodes, initializers=weights, opset_imports=imports, name="test"
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, functions=functions or [])
+
+
+def initializer(name: str, array: npt.NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+
+
+def random_tokens(batch: int, length: int, size: int, seed: int = 1) -> Floats:
+    generator = np.random.default_rng(seed)
+    return generator.standard_normal((batch, length, size)).astype(np.float32)
+
+
+def run_ort(graph: ir.Model, **feeds: npt.NDArray[Any]) -> Floats:
+    """The first output, from ONNX Runtime."""
+    return np.asarray(run_all(graph, **feeds)[0], np.float32)
+
+
+def run_all(graph: ir.Model, **feeds: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """All outputs, from ONNX Runtime."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    content = ir.to_proto(graph).SerializeToString()
+    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, feeds))

@@ -1,0 +1,133 @@
+"""A folder appears whole or not at all, and nothing precious is replaced."""
+
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+from medmoe_edge.atomic import atomic_folder
+from medmoe_edge.errors import InputError, ResourceError
+
+MARKER = "marker.json"
+
+
+def write(target: Path, text: str = "new", *, force: bool = False) -> None:
+    with atomic_folder(target, force=force, marker=MARKER) as folder:
+        assert not target.exists() or force
+        assert folder.parent == target.resolve().parent  # so that it can be renamed
+        (folder / MARKER).write_text(text)
+
+
+def test_it_appears_when_all_is_written(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "out")
+    assert (tmp_path / "deep" / "out" / MARKER).read_text() == "new"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert stat.S_IMODE((tmp_path / "deep" / "out").stat().st_mode) & 0o500 == 0o500
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("old", [True, False])
+def test_an_exception_leaves_what_was(
+    tmp_path: Path, error: type[BaseException], old: bool
+) -> None:
+    def fail() -> None:
+        with atomic_folder(tmp_path / "out", force=True, marker=MARKER) as folder:
+            (folder / MARKER).write_text("half")
+            raise error
+
+    if old:
+        write(tmp_path / "out", "old")
+    with pytest.raises(error):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] * old
+    assert not old or (tmp_path / "out" / MARKER).read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["own", "empty", "file"])
+def test_what_exists_is_refused(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "own":
+        write(out, "old")
+    elif kind == "empty":
+        out.mkdir()
+    else:
+        out.write_text("thesis")
+    with pytest.raises(InputError, match="exists already") as caught:
+        write(out)
+    assert "--force" in caught.value.remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_replaces_only_its_own_kind(tmp_path: Path) -> None:
+    own, other, file = (tmp_path / name for name in ("own", "other", "file"))
+    write(own, "old")
+    (own / "more").write_text("old")
+    write(own, force=True)
+    assert [path.name for path in own.iterdir()] == [MARKER]
+    assert (own / MARKER).read_text() == "new"
+    other.mkdir()
+    (other / "thesis.txt").write_text("all of it")
+    file.write_text("thesis")
+    for precious in (other, file):
+        with pytest.raises(InputError, match=r"holds no marker\.json"):
+            write(precious, force=True)
+    assert (other / "thesis.txt").read_text() == "all of it"
+    assert file.read_text() == "thesis"
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "other", "file"}
+
+
+def test_behind_a_link_the_folder_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "real", "old")
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    with pytest.raises(InputError, match="exists"):
+        write(link)
+    write(link, force=True)
+    assert link.is_symlink()
+    assert (tmp_path / "real" / MARKER).read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+
+
+def test_two_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out", force=False, marker=MARKER) as left:
+        write(tmp_path / "out")
+        assert left.exists()
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_without_force_the_first_to_finish_stays(tmp_path: Path) -> None:
+    def second() -> None:
+        with atomic_folder(tmp_path / "out", force=False, marker=MARKER) as folder:
+            (folder / MARKER).write_text("second")
+            write(tmp_path / "out", "first")
+
+    with pytest.raises(ResourceError, match="cannot be written"):
+        second()
+    assert (tmp_path / "out" / MARKER).read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_rename_brings_the_old_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(ResourceError, match="No space left"):
+        write(tmp_path / "out", force=True)
+    assert (tmp_path / "out" / MARKER).read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot be written"):
+        write(tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
