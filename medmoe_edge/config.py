@@ -6,6 +6,7 @@ F feed-forward size, E experts, K top-k, H heads, V vocabulary, N image tokens.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -72,6 +73,7 @@ class VisionConfig(Config):
     select_layer: int = -2
 
     def __post_init__(self) -> None:
+        _check_positive(self, "image_size", "feature_size", "patch_size")
         if self.kind == "efficientnet-lite" and self.image_size % self.patch_size:
             raise ConfigError(
                 f"vision.image_size {self.image_size} is not a multiple of {self.patch_size}.",
@@ -113,6 +115,18 @@ class DecoderConfig(Config):
     eos_token_id: int = 0
 
     def __post_init__(self) -> None:
+        _check_positive(
+            self,
+            "hidden_size",
+            "layers",
+            "heads",
+            "intermediate_size",
+            "vocab_size",
+            "max_positions",
+            "rope_theta",
+            "norm_eps",
+            "rotary_fraction",
+        )
         if self.hidden_size % self.heads or self.rotary_size % 2:
             raise ConfigError(
                 f"decoder.hidden_size {self.hidden_size}, heads {self.heads} and rotary_fraction "
@@ -147,6 +161,9 @@ class MoEConfig(Config):
     expert_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_positive(self, "num_experts")
+        if not self.layers:
+            raise ConfigError("moe.layers is empty.", "Name the layers, or leave moe out.")
         if not 1 <= self.top_k <= min(2, self.num_experts):
             raise ConfigError(f"moe.top_k is {self.top_k}.", "Use 1 or 2.")
         if self.expert_names and len(self.expert_names) != self.num_experts:
@@ -182,6 +199,13 @@ class ModelConfig(Config):
         return self.moe.layers if self.moe else ()
 
 
+def _check_positive(config: Config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}.", "It must be positive and finite.")
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -206,7 +230,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 def _scalar(value: Any, hint: type, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(min(value, 2**1023))  # beyond, a float would overflow
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be {hint.__name__}, not {value!r}.", "Correct its value.")
     return value
