@@ -8,6 +8,7 @@ from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.loop import learning_rate_factor, prepare_parameters
 from medmoe_edge.training.objective import Objective
+from medmoe_edge.training.optimisers import make_optimisers, set_learning_rate
 from medmoe_edge.training.phases import upcycle
 from medmoe_edge.training.recipe import PhaseConfig
 from medmoe_edge.training.run import new_dense_model
@@ -58,3 +59,42 @@ def test_parameters_freeze_by_pattern() -> None:
     assert learning == {"router.weight", "router.bias", f"{tower}weight", f"{tower}bias"}
     dropouts = [module for module in objective.modules() if isinstance(module, nn.Dropout)]
     assert [module.p for module in dropouts] == [0.3] * 3
+
+
+def test_muon_trains_the_decoders_matrices_and_adamw_the_rest() -> None:
+    objective = Objective(MedMoE(CONFIG), nn.Linear(SIZE, 4), (0, 2))
+    phase = PhaseConfig(1, 0.5, ("*",), tower_rate=0.1, matrix_rate=3.0, weight_decay=0.2)
+    prepare_parameters(objective, phase)
+    muon, adamw = make_optimisers(objective, phase)
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    groups = {
+        names[parameter]: group
+        for optimiser in (muon, adamw)
+        for group in optimiser.param_groups
+        for parameter in group["params"]
+    }
+    assert groups.keys() == set(names.values())
+    assert sum(len(g["params"]) for o in (muon, adamw) for g in o.param_groups) == len(names)
+    set_learning_rate([muon, adamw], 0.5)
+    expected = {
+        "model.decoder.layers.0.ffn.experts.1.up.weight": (muon, 1.5, 0.2),
+        "model.decoder.head.weight": (adamw, 0.5, 0.2),
+        "model.decoder.norm.bias": (adamw, 0.5, 0.0),
+        "model.vision.layers.0.fc1.weight": (adamw, 0.05, 0.2),
+        "model.vision.layers.0.fc1.bias": (adamw, 0.05, 0.0),
+    }
+    for name, (optimiser, rate, decay) in expected.items():
+        assert any(groups[name] is group for group in optimiser.param_groups), name
+        assert groups[name]["lr"] == pytest.approx(rate)
+        assert groups[name]["weight_decay"] == decay
+
+
+def test_a_phase_without_decoder_matrices_needs_no_muon() -> None:
+    objective = Objective(MedMoE(CONFIG), None, ())
+    phase = PhaseConfig(1, 0.5, ("projector.*",))
+    prepare_parameters(objective, phase)
+    assert [type(optimiser) for optimiser in make_optimisers(objective, phase)] == [
+        torch.optim.AdamW
+    ]

@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, cosine, bf16, accumulation, resume, a JSONL log."""
+"""The one training loop: cosine, bf16, accumulation, resume, a JSONL log."""
 
 import json
 import logging
@@ -17,6 +17,7 @@ from torch import nn
 from medmoe_edge.errors import DataError
 from medmoe_edge.training.batches import Loader
 from medmoe_edge.training.objective import Objective
+from medmoe_edge.training.optimisers import make_optimisers, set_learning_rate
 from medmoe_edge.training.recipe import PhaseConfig
 from medmoe_edge.training.state import load_state, save_state
 
@@ -48,10 +49,10 @@ def fit(
     accelerator = session.accelerator
     accelerator.gradient_accumulation_steps = phase.accumulation
     prepare_parameters(objective, phase)
-    optimiser = torch.optim.AdamW(_groups(objective, phase), phase.learning_rate, (0.9, 0.98))
+    optimisers = make_optimisers(objective, phase)
     state = session.folder / f"{name}.safetensors"
-    done = load_state(state, objective, optimiser) if state.exists() else 0
-    wrapped, prepared = accelerator.prepare(objective, optimiser)
+    done = load_state(state, objective, optimisers) if state.exists() else 0
+    wrapped, *prepared = accelerator.prepare(objective, *optimisers)
     task = session.progress.add_task(name, total=phase.epochs, completed=done)
     for epoch in range(done, phase.epochs):
         started = time.perf_counter()
@@ -62,7 +63,7 @@ def fit(
         objective.eval()
         scores = validate(objective)
         if accelerator.is_main_process:
-            save_state(state, objective, optimiser, epoch + 1)
+            save_state(state, objective, optimisers, epoch + 1)
             seconds = round(time.perf_counter() - started, 1)
             row = {"phase": name, "epoch": epoch, "loss": loss, "seconds": seconds} | scores
             _append(session.folder / "log.jsonl", row)
@@ -105,7 +106,7 @@ def learning_rate_factor(progress: float, warmup: float) -> float:
 
 def _epoch(
     objective: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimisers: list[torch.optim.Optimizer],
     loader: Loader,
     phase: PhaseConfig,
     epoch: int,
@@ -116,36 +117,19 @@ def _epoch(
     task = session.progress.add_task(f"epoch {epoch + 1}", total=steps)
     for step, batch in enumerate(loader):
         factor = learning_rate_factor((epoch + (step + 1) / steps) / phase.epochs, phase.warmup)
-        for group in optimiser.param_groups:
-            group["lr"] = phase.learning_rate * group["rate"] * factor
+        set_learning_rate(optimisers, phase.learning_rate * factor)
         with accelerator.accumulate(objective):
             loss = objective(batch.to(accelerator.device))
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(objective.parameters(), 1.0)
-            optimiser.step()
-            optimiser.zero_grad()
+            for optimiser in optimisers:
+                optimiser.step()
+                optimiser.zero_grad()
         total += float(loss.detach())
         session.progress.advance(task)
     session.progress.remove_task(task)
     return total / max(steps, 1)
-
-
-def _groups(objective: Objective, phase: PhaseConfig) -> list[dict[str, object]]:
-    """Parameter groups: matrices decay, vectors do not; the tower learns at its own rate."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in objective.named_parameters():
-        if parameter.requires_grad:
-            key = (name.startswith("model.vision."), parameter.ndim > 1)
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "rate": phase.tower_rate if tower else 1.0,
-            "weight_decay": phase.weight_decay if decays else 0.0,
-        }
-        for (tower, decays), parameters in groups.items()
-    ]
 
 
 def _append(path: Path, row: dict[str, object]) -> None:

@@ -13,7 +13,8 @@ from medmoe_edge.errors import ConfigError, DataError
 class PhaseConfig(Config):
     """One phase. `train` lists patterns of parameter names that learn; all else is frozen.
 
-    `tower_rate` scales the learning rate of the vision tower. `labelled_share` is the part of the
+    `tower_rate` scales the learning rate of the vision tower, `matrix_rate` that of the
+    decoder's matrices. `labelled_share` is the part of the
     labelled images that each epoch draws beside the questions.
     """
 
@@ -21,6 +22,7 @@ class PhaseConfig(Config):
     learning_rate: float
     train: tuple[str, ...]
     tower_rate: float = 0.1
+    matrix_rate: float = 1.0
     batch_images: int = 16
     accumulation: int = 1
     warmup: float = 0.05
