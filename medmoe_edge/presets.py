@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,36 +25,25 @@ _TINY_TOWER = VisionConfig(
     patch_size=14,
 )
 
+_TINY = ModelConfig(
+    vision=_TINY_TOWER,
+    decoder=DecoderConfig(
+        kind="stablelm",
+        hidden_size=64,
+        layers=3,
+        heads=2,
+        intermediate_size=64,
+        vocab_size=256,
+        rotary_fraction=0.5,
+        max_positions=512,
+    ),
+    moe=MoEConfig(layers=(0, 2)),
+)
+
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(
-        vision=_TINY_TOWER,
-        decoder=DecoderConfig(
-            kind="stablelm",
-            hidden_size=64,
-            layers=3,
-            heads=2,
-            intermediate_size=64,
-            vocab_size=256,
-            rotary_fraction=0.5,
-            max_positions=512,
-        ),
-        moe=MoEConfig(layers=(0, 2)),
-    ),
-    "tiny-phi": ModelConfig(
-        vision=_TINY_TOWER,
-        decoder=DecoderConfig(
-            kind="phi",
-            hidden_size=64,
-            layers=3,
-            heads=2,
-            intermediate_size=64,
-            vocab_size=256,
-            rotary_fraction=0.5,
-            max_positions=512,
-        ),
-        moe=MoEConfig(layers=(0, 2)),
-    ),
-    # --- nano: the embedded model; its numbers belong to the training recipe -------------------
+    "tiny": _TINY,
+    "tiny-phi": replace(_TINY, decoder=replace(_TINY.decoder, kind="phi")),
+    # the embedded model; what is learned belongs to training/recipes/nano.json
     "nano": ModelConfig(
         vision=VisionConfig(
             kind="efficientnet-lite",
@@ -75,7 +65,6 @@ PRESETS: dict[str, ModelConfig] = {
         ),
         moe=MoEConfig(layers=(0, 2, 4), expert_names=("mri", "ct", "pathology", "xray")),
     ),
-    # -------------------------------------------------------------------------------------------
     "med-moe-stablelm-1.6b": ModelConfig(
         vision=CLIP_L_14_336,
         decoder=DecoderConfig(

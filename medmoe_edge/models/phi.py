@@ -4,8 +4,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from medmoe_edge.config import DecoderConfig, ModelConfig
-from medmoe_edge.models.attention import Attention, KVCache, rotary_tables
-from medmoe_edge.models.moe import MoE
+from medmoe_edge.models.attention import Attention, KVCache
+from medmoe_edge.models.decoder import Decoder, experts_or_dense
 
 
 class FeedForward(nn.Module):
@@ -26,15 +26,11 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        decoder, moe = config.decoder, config.moe
+        decoder = config.decoder
         self.input_norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
         self.attention = Attention(decoder, layer, out_bias=True)
         self.dropout = nn.Dropout(0.0)
-        self.ffn: nn.Module
-        if moe is not None and layer in moe.layers:
-            self.ffn = MoE(moe, decoder.hidden_size, lambda: FeedForward(decoder))
-        else:
-            self.ffn = FeedForward(decoder)
+        self.ffn = experts_or_dense(config, layer, lambda: FeedForward(decoder))
 
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None
@@ -45,25 +41,7 @@ class Layer(nn.Module):
         return x + mixed + self.dropout(self.ffn(u)), u
 
 
-class Phi(nn.Module):
-    """Embeddings in, hidden states out; the head (no bias in Med-MoE) is applied by the caller."""
+class Phi(Decoder):
+    """The stack of Phi-2 layers; Med-MoE's head has no bias, stock Phi-2's has one."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        decoder = config.decoder
-        self.config = decoder
-        self.embed = nn.Embedding(decoder.vocab_size, decoder.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(decoder.layers))
-        self.norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
-        self.head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
-
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor, cache: KVCache | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings `[B, S, D]` to normed hidden states and every layer's feed-forward input."""
-        tables = rotary_tables(self.config, positions)
-        inputs = []
-        for layer in self.layers:
-            x, u = layer(x, tables, mask, cache)
-            inputs.append(u)
-        return self.norm(x), inputs
+    layer_type = Layer

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from medmoe_edge.config import DecoderConfig, ModelConfig
-from medmoe_edge.models.attention import Attention, KVCache, rotary_tables
-from medmoe_edge.models.moe import MoE
+from medmoe_edge.models.attention import Attention, KVCache
+from medmoe_edge.models.decoder import Decoder, experts_or_dense
 
 
 class FeedForward(nn.Module):
@@ -27,16 +27,12 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        decoder, moe = config.decoder, config.moe
+        decoder = config.decoder
         self.input_norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
         self.post_norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
         self.attention = Attention(decoder, layer, out_bias=False)
         self.dropout = nn.Dropout(0.0)
-        self.ffn: nn.Module
-        if moe is not None and layer in moe.layers:
-            self.ffn = MoE(moe, decoder.hidden_size, lambda: FeedForward(decoder))
-        else:
-            self.ffn = FeedForward(decoder)
+        self.ffn = experts_or_dense(config, layer, lambda: FeedForward(decoder))
 
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None
@@ -47,25 +43,7 @@ class Layer(nn.Module):
         return x + self.dropout(self.ffn(u)), u
 
 
-class StableLm(nn.Module):
-    """Embeddings in, hidden states out; the head is applied by the caller where it is needed."""
+class StableLm(Decoder):
+    """The stack of StableLM-2 layers."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        decoder = config.decoder
-        self.config = decoder
-        self.embed = nn.Embedding(decoder.vocab_size, decoder.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(decoder.layers))
-        self.norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
-        self.head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
-
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor, cache: KVCache | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings `[B, S, D]` to normed hidden states and every layer's feed-forward input."""
-        tables = rotary_tables(self.config, positions)
-        inputs = []
-        for layer in self.layers:
-            x, u = layer(x, tables, mask, cache)
-            inputs.append(u)
-        return self.norm(x), inputs
+    layer_type = Layer
