@@ -106,17 +106,18 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(folder: Path, text: bytes) -> dict[str, Any]:
+    damaged = BundleError(
+        f"{folder / MANIFEST} is damaged or was edited.", "Copy or export the bundle again."
+    )
     try:
         manifest = json.loads(text)
         version = manifest["format_version"]
         current = version == FORMAT_VERSION
         sound = isinstance(version, int) and (not current or _is_sound(manifest))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged from error
     if not sound:
-        raise BundleError(
-            f"{folder / MANIFEST} is damaged or was edited.", "Copy or export the bundle again."
-        )
+        raise damaged
     if not current:
         raise BundleError(
             f"{folder} is a bundle of format {version}, this version reads {FORMAT_VERSION}.",

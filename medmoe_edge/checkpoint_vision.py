@@ -78,11 +78,11 @@ def _clip(
         ) from error
     grid = math.isqrt(rows - 1)
     norms = (key for key in shapes if key.startswith(CLIP_PREFIX))
-    tower = tower or {}
-    tower = tower.get("vision_config", tower)
-    if tower.get("hidden_act", "quick_gelu") != "quick_gelu":
+    described = (tower or {}).get("vision_config", tower) or {}
+    activation = described.get("hidden_act", "quick_gelu")
+    if activation != "quick_gelu":
         raise ConfigError(
-            f"The vision tower has hidden_act = {tower['hidden_act']!r}.",
+            f"The vision tower has hidden_act = {activation!r}.",
             "Only OpenAI's CLIP towers ('quick_gelu') are implemented.",
         )
     return VisionConfig.from_json(
@@ -94,7 +94,7 @@ def _clip(
             "pixel_std": CLIP_STD,
             "pad_to_square": pad_to_square,
             "layers": sum(key.endswith(".layer_norm1.weight") for key in norms),
-            "heads": tower.get("num_attention_heads", max(1, size // CLIP_HEAD_SIZE)),
+            "heads": described.get("num_attention_heads", max(1, size // CLIP_HEAD_SIZE)),
             "intermediate_size": intermediate,
             "patch_size": patch,
             "select_layer": data.get("mm_vision_select_layer", CLIP_L_14_336.select_layer),

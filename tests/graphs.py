@@ -97,4 +97,4 @@ def run_all(graph: ir.Model, **feeds: npt.NDArray[Any]) -> list[npt.NDArray[Any]
     options.intra_op_num_threads = 1
     content = ir.to_proto(graph).SerializeToString()
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, feeds))
+    return [np.asarray(value) for value in session.run(None, feeds)]

@@ -81,6 +81,7 @@ def test_quantised_weights_are_near_in_every_output_channel() -> None:
         if node.op_type == "DequantizeLinear":
             integers, scales = (value.name for value in node.inputs if value is not None)
             assert integers is not None
+            assert scales is not None
             assert scales == f"{integers}.scale"
             axis = axes[integers] = node.attributes["axis"].as_int()
             q, scale = constant(after, integers), constant(after, scales).astype(np.float64)

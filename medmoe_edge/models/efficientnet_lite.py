@@ -38,14 +38,14 @@ class Conv(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> None:
         super().__init__(inputs, outputs, kernel, stride, groups=groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[B, inputs, h, w]` to `[B, outputs, ceil(h / stride), ceil(w / stride)]`."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         edges: list[int] = []
-        for size in (x.shape[-1], x.shape[-2]):
+        for size in (input.shape[-1], input.shape[-2]):
             total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
             edges += [total // 2, total - total // 2]
-        return super().forward(pad(x, edges) if any(edges) else x)
+        return super().forward(pad(input, edges) if any(edges) else input)
 
 
 class Block(nn.Module):

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from pathlib import Path
@@ -132,7 +132,7 @@ def _epoch(
     return total / max(steps, 1)
 
 
-def _append(path: Path, row: dict[str, object]) -> None:
+def _append(path: Path, row: Mapping[str, object]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     log.info("%s", row)
