@@ -88,8 +88,9 @@ def _checked(
         key, shape = official_name(name, config), missing.pop(name)
         if tensor.shape != shape:
             raise wrong_shape(key, tuple(tensor.shape), shape)
-        # A copy, since safetensors refuses tensors that share memory, as shared routers do.
-        yield key, tensor.detach().to("cpu", _stored(name, dtype), copy=True).contiguous()
+        # Layers may share a router, and safetensors refuses tensors that share memory.
+        copy = is_router(name)
+        yield key, tensor.detach().to("cpu", _stored(name, dtype), copy=copy).contiguous()
     if missing:
         raise CheckpointError(f"{next(iter(missing))} was not given.", "Write every parameter.")
 
