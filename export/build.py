@@ -1,6 +1,5 @@
 """`medmoe-edge export`: a checkpoint folder in, a bundle out."""
 
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,6 @@ from medmoe_edge.export.quantise import decoder_policy, quantise_weights
 from medmoe_edge.export.vision import export_vision, vision_policy
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.prompt import Tokenizer
-
-log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "int8"]
 Progress = Callable[[str, int, int], None]

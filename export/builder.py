@@ -47,6 +47,16 @@ class Builder:
         return self._tape.op("Constant", [], {"value": ir.tensor(np.asarray(value, dtype))})
 
 
+def initializer(tensor: ir.TensorProtocol) -> ir.Value:
+    """A stored tensor as a value of the same name."""
+    return ir.Value(
+        name=tensor.name,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+
+
 def floats(name: str, *shape: int | str) -> ir.Value:
     """A named float value of known shape, for inputs and outputs."""
     return ir.val(name, ir.DataType.FLOAT, shape)

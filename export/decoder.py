@@ -13,7 +13,15 @@ import numpy as np
 import onnx_ir as ir
 
 from medmoe_edge.config import DecoderConfig, ModelConfig
-from medmoe_edge.export.builder import CONTRIB, IR_VERSION, MEDMOE, OPSET, Builder, floats
+from medmoe_edge.export.builder import (
+    CONTRIB,
+    IR_VERSION,
+    MEDMOE,
+    OPSET,
+    Builder,
+    floats,
+    initializer,
+)
 from medmoe_edge.export.moe_op import (
     ACTIVATIONS,
     MoESpec,
@@ -135,12 +143,7 @@ class DecoderBuilder:
         name = tensor.name
         assert name is not None
         if name not in self.initializers:
-            self.initializers[name] = ir.Value(
-                name=name,
-                shape=ir.Shape(tensor.shape.numpy()),
-                type=ir.TensorType(tensor.dtype),
-                const_value=tensor,
-            )
+            self.initializers[name] = initializer(tensor)
         return self.initializers[name]
 
     def _declare_outputs(self, named: dict[str, ir.Value]) -> None:

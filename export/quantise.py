@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from medmoe_edge.calibration.int8 import quantise_per_channel
+from medmoe_edge.export.builder import initializer
 
 Policy = Callable[[str], bool]
 
@@ -62,7 +63,9 @@ def _quantise(graph: ir.Graph, value: ir.Value) -> None:
         lazy.scales, ir.DataType.FLOAT, shape=ir.Shape([shape[axis]]), name=f"{name}.scale"
     )
     del graph.initializers[name]
-    inputs = [_initializer(graph, tensor) for tensor in (integers, scales)]
+    inputs = [initializer(tensor) for tensor in (integers, scales)]
+    for stored in inputs:
+        graph.register_initializer(stored)
     node = ir.node("DequantizeLinear", inputs, {"axis": axis})
     node.outputs[0].name = f"{name}.float"
     node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(shape)
@@ -75,11 +78,3 @@ def _channel_axis(value: ir.Value) -> int:
     user = next(iter(value.uses())).node
     transposed = user.op_type == "Gemm" and user.attributes.get_int("transB") == 1
     return 0 if user.op_type == "Conv" or transposed else 1
-
-
-def _initializer(graph: ir.Graph, tensor: ir.LazyTensor) -> ir.Value:
-    value = ir.Value(
-        name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value

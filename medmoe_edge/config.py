@@ -99,7 +99,10 @@ class VisionConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(Config):
-    """The language model. `phi` is parallel with biased GELU; `stablelm` sequential, SwiGLU."""
+    """The language model. `phi` is parallel with biased GELU; `stablelm` sequential, SwiGLU.
+
+    `bos_token_id` is kept for config.json; whether a prompt begins with it, the tokenizer says.
+    """
 
     kind: Literal["phi", "stablelm"]
     hidden_size: int

@@ -132,19 +132,20 @@ class Engine:
         return self._prefill(image, frame, room=0).modality
 
     def _prefill(self, image: ImageLike, frame: int | None, room: int) -> _Prefix:
+        prefix_ids = self.tokenizer.prefix_ids()
+        length = len(prefix_ids) + self.config.vision.image_tokens
+        self._check_length(length + room)
         clock = _Clock()
         picture = image if isinstance(image, Image) else load_image(image, frame=frame)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
         image_tokens = self.runtime.encode_image(pixels)
         clock.lap("vision")
-        before = self.runtime.embed(self._prefix_ids())
-        embeds = np.concatenate((before, image_tokens))
-        self._check_length(len(embeds) + room)
-        cache = self.runtime.new_cache(len(embeds) + room)
+        embeds = np.concatenate((self.runtime.embed(prefix_ids), image_tokens))
+        cache = self.runtime.new_cache(length + room)
         step = self.runtime.step(embeds, cache)
         clock.lap("prefix")
-        modality = self._modality(step.router_logits[len(before) :])
+        modality = self._modality(step.router_logits[len(prefix_ids) :])
         return _Prefix(cache, cache.length, modality, self._chosen(step), clock.laps)
 
     def _answer(
@@ -180,10 +181,6 @@ class Engine:
             model={"name": self.name, "sha256": self.sha256},
             complete=complete,
         )
-
-    def _prefix_ids(self) -> list[int]:
-        start = self.config.decoder.bos_token_id
-        return [*([] if start is None else [start]), *self.tokenizer.prefix_ids()]
 
     def _check_length(self, positions: int) -> None:
         limit = self.config.decoder.max_positions

@@ -48,8 +48,11 @@ class Tokenizer:
             )
 
     def prefix_ids(self) -> list[int]:
-        """Token ids before the image."""
-        return self._encode(BEFORE_IMAGE)
+        """Token ids before the image, with a start token where the tokenizer itself adds one.
+
+        The published models name a `bos_token_id`, but their tokenizers never put it in front.
+        """
+        return list(self.backend.encode(BEFORE_IMAGE, add_special_tokens=True).ids)
 
     def question_ids(self, question: str) -> list[int]:
         """Token ids after the image, up to where the answer begins; raises `InputError`."""

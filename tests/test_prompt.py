@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.prompt import BEFORE_IMAGE, Tokenizer, check_question
@@ -105,3 +107,14 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path, content: bytes | None) -> 
 def test_training_twice_gives_the_same_file(tokenizer_file: Path, tmp_path: Path) -> None:
     train_tokenizer(TEXTS * 3, 400, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == tokenizer_file.read_bytes()
+
+
+def test_the_tokenizer_says_whether_a_prompt_has_a_start_token(tokenizer: Tokenizer) -> None:
+    plain, question = tokenizer.prefix_ids(), tokenizer.question_ids("Why?")
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    starting = Tokenizer(backend)
+    assert starting.prefix_ids() == [0, *plain]
+    assert starting.question_ids("Why?") == question

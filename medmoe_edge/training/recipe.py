@@ -14,8 +14,8 @@ class PhaseConfig(Config):
     """One phase. `train` lists patterns of parameter names that learn; all else is frozen.
 
     `tower_rate` scales the learning rate of the vision tower, `matrix_rate` that of the
-    decoder's matrices. `labelled_share` is the part of the
-    labelled images that each epoch draws beside the questions.
+    decoder's matrices. `labelled_share` is the part of the labelled images that each epoch draws
+    beside the questions.
     """
 
     epochs: int

@@ -1,6 +1,5 @@
 """`medmoe-edge train`: a recipe and a data folder in, a checkpoint in the official layout out."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from medmoe_edge.training.loop import Session
 from medmoe_edge.training.phases import Corpus, align, instruct, specialise, upcycle
 from medmoe_edge.training.recipe import Recipe
 from medmoe_edge.training.vocabulary import train_tokenizer
-
-log = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, data: Path, out: Path, progress: Progress) -> Path:
