@@ -3,13 +3,14 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from medmoe_edge import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle import MANIFEST, NOTICE, write_manifest
+from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.decoder import DecoderBuilder
@@ -17,22 +18,23 @@ from medmoe_edge.export.external_data import Extents, save_model
 from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.ort_matmul import lower_matmul
 from medmoe_edge.export.ort_moe import lower_moe
-from medmoe_edge.export.quantise import decoder_policy, quantise_weights
+from medmoe_edge.export.plan import INT8, Method, Plan, Precision, make_plan, round_int8
+from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.vision import export_vision, vision_policy
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.prompt import Tokenizer
 
-Precision = Literal["fp32", "int8"]
 Progress = Callable[[str, int, int], None]
-QUANTISATION: dict[Precision, dict[str, Any]] = {
-    "fp32": {"precision": "fp32"},
-    "int8": {
-        "precision": "int8",
-        "decoder": "W8A8: symmetric int8 weights per output channel, dynamic 8-bit activations",
-        "router": "fp32",
-        "vision": "symmetric int8 weights per output channel, fp32 arithmetic",
-        "embedding": "fp16",
-    },
+STORED: dict[Precision, dict[str, str]] = {
+    "fp32": {"decoder": "fp32"},
+    "int8": {"decoder": "int8 weights per output channel, dynamic 8-bit activations (W8A8)"},
+    "int4": {"decoder": "int4 weights in groups of 32; the head as in int8"},
+    "mixed": {"decoder": "each expert by its sensitivity; the head as in int8"},
+}
+QUANTISED = {
+    "router": "fp32",
+    "vision": "int8 weights per output channel, depthwise and early ones fp32; fp32 arithmetic",
+    "embedding": "fp16",
 }
 STEPS = ("vision", "embedding", "decoder", "manifest")
 MODEL_CARD = "README.md"
@@ -43,19 +45,27 @@ def export_bundle(
     out: Path,
     *,
     precision: Precision = "int8",
+    method: Method = "auto",
+    statistics: Statistics | None = None,
+    budget_bits: float | None = None,
     name: str | None = None,
     vision_tower: Path | None = None,
     force: bool = False,
+    prove: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Export the checkpoint folder to the bundle folder `out`, which appears whole or not at all.
 
+    `statistics`, of this very checkpoint, calibrate; `budget_bits` is the mean of a mixed export;
+    `prove` is given the finished folder before it takes its place, and may refuse it by raising.
     `progress` is called with `(step, done, total)`. Raises `ModelError` for a checkpoint that
-    cannot be used, `InputError` for an `out` that may not be replaced, and `ResourceError` where
-    the disk does not take it.
+    cannot be used, `InputError` for an `out` that may not be replaced or statistics of another
+    checkpoint, and `ResourceError` where the disk does not take it.
     """
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
     _check(source)
+    if statistics is not None:
+        statistics.check(source)
     report = progress or (lambda step, done, total: None)
     with atomic_folder(out, force=force, marker=MANIFEST) as folder:
         report(STEPS[0], 0, len(STEPS))
@@ -63,12 +73,15 @@ def export_bundle(
         report(STEPS[1], 1, len(STEPS))
         _write_embedding(source, folder, precision)
         report(STEPS[2], 2, len(STEPS))
-        experts = _write_decoder(source, folder, precision)
+        plan = make_plan(source, precision, method, statistics, budget_bits)
+        experts = _write_decoder(source, folder, plan)
         report(STEPS[3], 3, len(STEPS))
         _copy_companions(source, folder)
         write_manifest(
-            folder, _manifest(source, precision, experts, name or source.folder.resolve().name)
+            folder, _manifest(source, plan, experts, name or source.folder.resolve().name)
         )
+        if prove is not None:
+            prove(folder)
     report("done", len(STEPS), len(STEPS))
     return out
 
@@ -91,25 +104,29 @@ def _check(source: Checkpoint) -> None:
 
 def _write_vision(source: Checkpoint, folder: Path, precision: Precision) -> None:
     model = export_vision(source)
-    if precision == "int8":
-        quantise_weights(model, vision_policy(model).__contains__)
+    if precision != "fp32":
+        chosen = vision_policy(model)
+        quantise_weights(model, lambda name: (INT8, round_int8) if name in chosen else None)
     save_model(model, folder, "vision")
 
 
 def _write_embedding(source: Checkpoint, folder: Path, precision: Precision) -> None:
-    table = WeightSource(source).array("decoder.embed.weight")  # [V, D]
-    dtype = np.float16 if precision == "int8" else np.float32
-    np.save(folder / "embedding.npy", table.astype(dtype), allow_pickle=False)
+    name = "decoder.embed.weight"  # [V, D]
+    dtype = np.dtype(np.float32 if precision == "fp32" else np.float16)
+    shape = tuple(source.names[name].shape)
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    with (folder / "embedding.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in WeightSource(source).rows(name):
+            rows.astype(dtype).tofile(file)
 
 
-def _write_decoder(source: Checkpoint, folder: Path, precision: Precision) -> Extents:
-    model = DecoderBuilder(source.config, WeightSource(source)).model()
-    if precision == "int8":
-        quantise_weights(model, decoder_policy)
+def _write_decoder(source: Checkpoint, folder: Path, plan: Plan) -> Extents:
+    model = DecoderBuilder(source.config, WeightSource(source, plan.factors)).model()
+    quantise_weights(model, plan)
     if source.config.moe is not None:
         lower_moe(model, MoESpec.of(source.config))
-    if precision == "int8":
-        lower_matmul(model)
+    lower_matmul(model)
     return save_model(model, folder, "decoder")
 
 
@@ -121,13 +138,18 @@ def _copy_companions(source: Checkpoint, folder: Path) -> None:
         shutil.copyfile(card, folder / MODEL_CARD)
 
 
-def _manifest(
-    source: Checkpoint, precision: Precision, experts: Extents, name: str
-) -> dict[str, Any]:
+def _manifest(source: Checkpoint, plan: Plan, experts: Extents, name: str) -> dict[str, Any]:
+    statistics = plan.statistics
     return {
         "name": name,
         "config": source.config.to_json(),
-        "quantisation": QUANTISATION[precision],
+        "quantisation": {
+            "precision": plan.precision,
+            **STORED[plan.precision],
+            **({} if plan.precision == "fp32" else QUANTISED),
+            "matrices": plan.matrices,
+        },
+        "calibration": statistics.summary() if statistics else None,
         "experts": experts,
         "source": {"checkpoint_sha256": source.sha256(), "exporter": f"medmoe-edge {__version__}"},
         "licence": _licence(source.folder / MODEL_CARD),

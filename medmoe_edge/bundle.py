@@ -1,6 +1,7 @@
 """The deployable folder: graphs, weights, tokenizer and a manifest that vouches for them.
 
-    manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal
+    manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal;
+                     after `verify`, its proof of fidelity
     tokenizer.json
     embedding.npy    token embeddings [V, D], mapped rather than loaded
     vision.onnx      pixels [1, 3, S, S] -> image tokens [1, N, D]         (+ vision.data)
@@ -13,19 +14,21 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import BundleError
+from medmoe_edge.errors import BundleError, ResourceError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source", "licence")
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the folder
 SEAL = "seal"
+VERIFICATION = "verification"
 NOTICE = "Research demonstration, not a medical device: never base a clinical decision on it."
 
 
@@ -58,6 +61,19 @@ class Bundle:
         """The model's name."""
         return str(self.manifest["name"])
 
+    @property
+    def verification(self) -> Mapping[str, Any] | None:
+        """The record of the last `verify` against the checkpoint."""
+        record: Mapping[str, Any] | None = self.manifest.get(VERIFICATION)
+        return record
+
+    @property
+    def proof(self) -> Literal["passed", "failed", "not measured"]:
+        """What that record says of the bundle's fidelity to its checkpoint."""
+        if self.verification is None:
+            return "not measured"
+        return "passed" if self.verification["passed"] else "failed"
+
     def path(self, name: str) -> Path:
         """The path of one of the bundle's files."""
         if name not in self.manifest["files"]:
@@ -87,12 +103,36 @@ def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
-    manifest = {"format_version": FORMAT_VERSION, **contents, "files": files}
-    manifest[SEAL] = _seal(manifest)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    _store(folder, {"format_version": FORMAT_VERSION, **contents, "files": files})
+
+
+def write_verification(bundle: Bundle, record: Mapping[str, Any]) -> Bundle:
+    """Put the record of a verification (`passed` and what else is to be kept) into the manifest.
+
+    The manifest is replaced whole or not at all. Returns the bundle as it is now, under a new
+    hash; raises `ResourceError` where its folder cannot be written.
+    """
+    try:
+        _store(bundle.folder, {**bundle.manifest, VERIFICATION: record})
+    except OSError as error:
+        raise ResourceError(
+            f"{bundle.folder / MANIFEST} cannot be written ({error.strerror}).",
+            "Verify a copy of the bundle that you may write to.",
+        ) from error
+    return type(bundle).open(bundle.folder, verify=False)
+
+
+def _store(folder: Path, manifest: Mapping[str, Any]) -> None:
+    sealed = {**manifest, SEAL: _seal(manifest)}
+    part = folder / f".{MANIFEST}.{secrets.token_hex(4)}.part"
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(sealed, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(folder / MANIFEST)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> bytes:
@@ -135,6 +175,7 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
             and isinstance(entry["sha256"], str)
             for name, entry in manifest["files"].items()
         )
+        and isinstance(manifest.get(VERIFICATION, {"passed": False})["passed"], bool)
         and manifest[SEAL] == _seal(manifest)
     )
 

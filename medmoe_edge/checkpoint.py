@@ -58,6 +58,12 @@ class Checkpoint:
             )
         return tensor
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of one parameter, copied: the rest is never in memory."""
+        if name in self.twins or (is_router(name) and self.shared_router):
+            return self.tensor(name)[start:stop]
+        return self.names[name].rows(start, stop)
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, self.tensor(name)) for name in self.names)
 

@@ -36,6 +36,12 @@ class StoredTensor:
             tensor: torch.Tensor = shard.get_tensor(self.key)
         return tensor
 
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """A copy of some rows, for tensors that are too large to hold at once."""
+        with _open(self.file) as shard:
+            tensor: torch.Tensor = shard.get_slice(self.key)[start:stop]
+        return tensor
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; `CheckpointError` where there is none."""

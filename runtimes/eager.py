@@ -51,7 +51,7 @@ class EagerRuntime:
         assert isinstance(cache, EagerCache)
         check_room(cache, len(embeds))
         output = self.model(torch.from_numpy(embeds)[None], cache)
-        logits = _array(self.model.head(output.hidden[0, -1]))
+        logits = _array(self.model.head(output.hidden[0, -1:]))[0]
         if self.config.moe is None:
             return Step(logits, np.zeros((len(embeds), 0, 0), np.float32))
         return Step(logits, _array(self.model.router_logits(output)[0]))

@@ -1,5 +1,6 @@
 """The bundle on ONNX Runtime, on the CPU."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -30,12 +31,19 @@ class OrtCache:
 
 
 class OrtRuntime:
-    """Runs a bundle's graphs; the embedding table is mapped, so only rows in use are read."""
+    """Runs a bundle's graphs; the embedding table is mapped, so only rows in use are read.
+
+    `replaced` names weights of the decoder to be exchanged for others of the same shape and type.
+    """
 
     name = "onnxruntime"
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, replaced: Mapping[str, Floats] | None = None) -> None:
         self.bundle, self.config = bundle, bundle.config
+        self._replaced = {  # kept here: a session borrows what it is given
+            name: ort.OrtValue.ortvalue_from_numpy(array)
+            for name, array in (replaced or {}).items()
+        }
         self._embedding = np.load(bundle.path("embedding.npy"), mmap_mode="r", allow_pickle=False)
 
     def encode_image(self, pixels: Floats) -> Floats:
@@ -81,7 +89,10 @@ class OrtRuntime:
 
     @cached_property
     def _decoder(self) -> ort.InferenceSession:
-        return open_session(self.bundle.path("decoder.onnx"), session_options())
+        options = session_options()
+        for name, value in self._replaced.items():
+            options.add_initializer(name, value)
+        return open_session(self.bundle.path("decoder.onnx"), options)
 
 
 def session_options() -> ort.SessionOptions:

@@ -10,8 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medmoe_edge.bundle import FORMAT_VERSION, MANIFEST, SEAL, Bundle, _seal, write_manifest
-from medmoe_edge.errors import BundleError, ModelError
+from medmoe_edge.bundle import (
+    FORMAT_VERSION,
+    MANIFEST,
+    SEAL,
+    Bundle,
+    _seal,
+    write_manifest,
+    write_verification,
+)
+from medmoe_edge.errors import BundleError, ModelError, ResourceError
 from medmoe_edge.presets import PRESETS
 
 CONTENTS: dict[str, Any] = {
@@ -134,6 +142,50 @@ def test_an_edited_manifest_is_told(
 ) -> None:
     edit(folder, change)
     refused(folder, "edited")
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_verification_is_kept_in_the_manifest(folder: Path, passed: bool) -> None:
+    before = Bundle.open(folder)
+    assert (before.verification, before.proof) == (None, "not measured")
+    record = {"passed": passed, "figures": {"share": 0.1 + 0.2}}
+    after = write_verification(before, record)
+    assert Bundle.open(folder) == after
+    assert after.verification == record
+    assert after.proof == ("passed" if passed else "failed")
+    assert after.sha256 == hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    assert after.manifest["files"] == before.manifest["files"]
+    assert write_verification(after, {"passed": True}).verification == {"passed": True}
+    edit(folder, lambda manifest: manifest["verification"].update(passed=False))
+    refused(folder, "edited")
+
+
+def test_a_file_changed_after_verification_is_told(folder: Path) -> None:
+    write_verification(Bundle.open(folder), {"passed": True})
+    (folder / "decoder.data").write_bytes(bytes(4999) + b"1")
+    refused(folder, r"decoder\.data")
+
+
+@pytest.mark.parametrize("record", [None, [], "passed", {}, {"passed": 1}, {"passed": "true"}])
+def test_a_sealed_verification_of_another_form_is_damage(folder: Path, record: Any) -> None:
+    write(folder, verification=record)
+    refused(folder, "damaged")
+
+
+def test_a_verification_that_cannot_be_written_leaves_the_old_manifest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(folder)
+    content = (folder / MANIFEST).read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("medmoe_edge.bundle.os.fsync", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        write_verification(bundle, {"passed": True})
+    assert (folder / MANIFEST).read_bytes() == content
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, *FILES}
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:

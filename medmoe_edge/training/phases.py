@@ -54,7 +54,7 @@ def instruct(
     size = model.config.decoder.hidden_size
     router = nn.Linear(size, moe.num_experts, bias=moe.router_bias)
     objective = Objective(model, router, moe.layers)
-    _fit_instructions("instruction", objective, corpus, phase, batches, session)
+    fit_instructions("instruction", objective, corpus, phase, batches, session)
     return router
 
 
@@ -63,7 +63,7 @@ def specialise(
 ) -> None:
     """Phase 3, in place: the experts and the meta expert learn, the router is frozen."""
     objective = Objective(model, None, model.config.moe_layers)
-    _fit_instructions("moe", objective, corpus, phase, batches, session)
+    fit_instructions("moe", objective, corpus, phase, batches, session)
 
 
 def upcycle(dense: MedMoE, router: nn.Linear, config: ModelConfig) -> MedMoE:
@@ -85,7 +85,7 @@ def upcycle(dense: MedMoE, router: nn.Linear, config: ModelConfig) -> MedMoE:
     return dense
 
 
-def _fit_instructions(
+def fit_instructions(
     name: str,
     objective: Objective,
     corpus: Corpus,
@@ -93,6 +93,8 @@ def _fit_instructions(
     batches: Batches,
     session: Session,
 ) -> None:
+    """What phases 2 and 3 share, in place: all questions and a draw of the labelled images."""
+
     def epoch_batches(epoch: int) -> Loader:
         drawn = random.Random(f"{session.seed} {epoch} labels").sample(
             corpus.classification, int(len(corpus.classification) * phase.labelled_share)

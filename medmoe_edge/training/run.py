@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.progress import Progress
+from torch import nn
 
 from medmoe_edge.checkpoint import write_checkpoint
 from medmoe_edge.config import ModelConfig, MoEConfig
@@ -18,8 +19,10 @@ from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.batches import Batches
 from medmoe_edge.training.conversations import captions, from_examples, instructions
 from medmoe_edge.training.loop import Session
+from medmoe_edge.training.objective import Objective
 from medmoe_edge.training.phases import Corpus, align, instruct, specialise, upcycle
-from medmoe_edge.training.recipe import Recipe
+from medmoe_edge.training.recipe import PhaseConfig, Recipe
+from medmoe_edge.training.state import load_state
 from medmoe_edge.training.vocabulary import train_tokenizer
 
 
@@ -91,13 +94,37 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
 def new_dense_model(config: ModelConfig, seed: int) -> MedMoE:
     """A random decoder behind an ImageNet-pretrained tower, without experts yet."""
     torch.manual_seed(seed)
-    model = MedMoE(replace(config, moe=None))
-    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = _dense(config)
     for parameter in model.decoder.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     if isinstance(model.vision, EfficientNetLite):
         load_imagenet_weights(model.vision, pretrained_tower(config.vision.variant))
+    return model
+
+
+def restore_instructed(
+    folder: Path, config: ModelConfig, moe: MoEConfig, phase: PhaseConfig
+) -> tuple[MedMoE, nn.Linear]:
+    """What phase 2 of the run in `folder` ended with: the dense model and the router.
+
+    Raises `DataError` where its state is missing, damaged, of another recipe or not yet complete.
+    """
+    state = folder / "instruction.safetensors"
+    dense = _dense(config)
+    router = nn.Linear(config.decoder.hidden_size, moe.num_experts, bias=moe.router_bias)
+    done = load_state(state, Objective(dense, router, moe.layers), [])
+    if done != phase.epochs:
+        raise DataError(
+            f"{state} has done {done} of the recipe's {phase.epochs} epochs of phase 2.",
+            "Finish the run with: medmoe-edge train; or give its own recipe.",
+        )
+    return dense, router
+
+
+def _dense(config: ModelConfig) -> MedMoE:
+    model = MedMoE(replace(config, moe=None))
+    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 

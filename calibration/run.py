@@ -1,0 +1,177 @@
+"""`medmoe-edge calibrate`: a checkpoint and calibration data in, a statistics file out."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+
+from medmoe_edge.calibration.collect import RUN, Collected, collect
+from medmoe_edge.calibration.coverage import (
+    EXTRA_ROUNDS,
+    ExpertCoverage,
+    assess,
+    floor,
+    refusal,
+    samples_to_draw,
+    settle,
+    shown,
+)
+from medmoe_edge.calibration.data import CalibrationData, Sample
+from medmoe_edge.calibration.routing import UNKNOWN, RoutingProfile
+from medmoe_edge.calibration.statistics import SiteFiles, Source, Statistics
+from medmoe_edge.calibration.stream import Progress
+from medmoe_edge.calibration.tensor_file import refuse_existing
+from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
+from medmoe_edge.errors import ResourceError
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(
+    checkpoint: Path,
+    data: CalibrationData,
+    out: Path,
+    *,
+    samples: int = 128,
+    hessians: bool = True,
+    strict: bool = False,
+    vision_tower: Path | None = None,
+    work: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Run `samples` drawn from `data` through the checkpoint and write the statistics to `out`.
+
+    Experts that too few tokens reach are treated as `coverage` describes; `strict` raises
+    `VerificationError` instead of borrowing tokens or going data-free. An interrupted run goes on
+    where it was, from the folder `work`, by default a hidden one beside `out`; a run that ends
+    removes it. `progress` is called with `(step, done, total)`.
+
+    Raises `InputError` for data that cannot be used or an `out` that exists, `ModelError` for the
+    checkpoint, and `ResourceError` where the disk does not take it.
+    """
+    refuse_existing(out, force=force)
+    source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    work = work or out.with_name(f".{out.name}.work")
+    run = _Run(source, data, work, hessians, progress)
+    try:
+        statistics = run.statistics(samples, strict)
+        statistics.save(out, force=force)
+    except ResourceError:  # it may go on when there is space again
+        raise
+    except Exception:
+        _clear(work)
+        raise
+    _clear(work)
+    return Statistics.open(out)
+
+
+class _Run:
+    """Rounds of collecting, each in a folder of its own under `work`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        data: CalibrationData,
+        work: Path,
+        hessians: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.checkpoint, self.data, self.work = checkpoint, data, work
+        self.hessians, self.progress = hessians, progress
+        self.samples: list[Sample] = []
+        self.rounds: list[Collected] = []
+        moe = checkpoint.config.moe
+        self.expert_names = moe.expert_names if moe else ()
+
+    def statistics(self, count: int, strict: bool) -> Statistics:
+        """All rounds, as the coverage contract asks for them."""
+        self._collect(self.data.draw(count))
+        first = self._assess()
+        for _ in range(EXTRA_ROUNDS):
+            more = self._draw_more(count)
+            if not more:
+                break
+            self._collect(more)
+        last = self._assess()
+        shortfalls = [record for record in last if record.short]
+        if shortfalls and strict:
+            raise refusal(shortfalls, self.expert_names)
+        borrowed, files = self._borrow(shortfalls)
+        coverage = settle(first, last, borrowed)
+        for record in coverage:
+            if record.status == "data-free":
+                seen = shown(record, self.expert_names)
+                logger.warning("To be quantised data-free: %s.", seen)
+        return Statistics(
+            self.checkpoint.sha256(),
+            Source(
+                self.data.name,
+                self.data.sha256,
+                tuple(sample.id for sample in self.samples),
+                tuple(self.data.skipped),
+            ),
+            self._routing(),
+            coverage,
+            SiteFiles([*(file for done in self.rounds for file in done.files), *files]),
+        )
+
+    def _collect(self, samples: Sequence[Sample]) -> None:
+        folder = self.work / f"round-{len(self.rounds)}"
+        self.samples += samples
+        self.rounds.append(
+            collect(
+                self.checkpoint, samples, folder, hessians=self.hessians, progress=self.progress
+            )
+        )
+
+    def _routing(self) -> RoutingProfile:
+        return reduce(RoutingProfile.merge, (done.routing for done in self.rounds))
+
+    def _assess(self) -> tuple[ExpertCoverage, ...]:
+        needed = floor(self.checkpoint.config.decoder.hidden_size, hessians=self.hessians)
+        return assess(self._routing(), self.expert_names, needed)
+
+    def _draw_more(self, limit: int) -> list[Sample]:
+        """At most `limit` samples of the modalities that feed the experts which are short."""
+        shortfalls = [record for record in self._assess() if record.short]
+        wanted = samples_to_draw(shortfalls, self._routing(), self.expert_names)
+        more: list[Sample] = []
+        for modality, count in sorted(wanted.items()):
+            more += self.data.draw(
+                min(count, max(limit // len(wanted), 1)),
+                modalities=None if modality == UNKNOWN else [modality],
+                exclude=[*self.samples, *more],
+            )
+        return more
+
+    def _borrow(
+        self, shortfalls: Sequence[ExpertCoverage]
+    ) -> tuple[Mapping[tuple[int, int], int], tuple[Path, ...]]:
+        """What each (layer, expert) borrowed, and the files that hold it."""
+        wanted = {record.pair: record.may_borrow for record in shortfalls if record.may_borrow}
+        if not wanted:
+            return {}, ()
+        done = collect(
+            self.checkpoint,
+            self.samples,
+            self.work / "borrowed",
+            hessians=self.hessians,
+            borrow=wanted,
+            progress=self.progress,
+        )
+        sites = SiteFiles(done.files)
+        names = {pair: f"decoder.layers.{pair[0]}.ffn.experts.{pair[1]}.in" for pair in wanted}
+        borrowed = {pair: sites.counts(name)[1] for pair, name in names.items() if name in sites}
+        return borrowed, done.files
+
+
+def _clear(work: Path) -> None:
+    """Remove the passes in `work`, and the folder itself if nothing else is in it."""
+    for folder in work.glob("*"):
+        if (folder / RUN).is_file():
+            shutil.rmtree(folder)
+    with contextlib.suppress(OSError):
+        work.rmdir()

@@ -1,0 +1,204 @@
+"""What calibration measured: activation statistics by site, the routing profile, the coverage.
+
+A statistics file is one `.safetensors` with JSON in its `__metadata__`. At full size its Hessians
+are gigabytes, so sites are read one at a time.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from medmoe_edge.calibration.coverage import ExpertCoverage
+from medmoe_edge.calibration.data import Skipped
+from medmoe_edge.calibration.routing import RoutingProfile
+from medmoe_edge.calibration.site_statistics import SiteStatistics
+from medmoe_edge.calibration.sites import expert_of
+from medmoe_edge.calibration.tensor_file import Array, Spec, spec_of, write_tensors
+from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.errors import DataError
+
+__all__ = ["SiteFiles", "SiteStatistics", "Source", "Statistics", "write_sites"]
+
+FORMAT = "medmoe-edge calibration statistics 1"
+_AGAIN = "Make it again: medmoe-edge calibrate CHECKPOINT --data DATA -o STATS."
+
+
+class SiteFiles(Mapping[str, SiteStatistics]):
+    """Site -> statistics out of one or several files, read and merged when asked for.
+
+    `contents` holds the JSON of each file. Raises `DataError` for a damaged or foreign file, also
+    in reading a site.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+        self.contents: list[dict[str, Any]] = []
+        self.specs: dict[str, Spec] = {}
+        self._files: dict[str, list[int]] = {}  # site -> which files have it
+        for index, path in enumerate(self.paths):
+            with _reading(path) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise DataError(f"{path} holds no calibration statistics.", _AGAIN)
+                self.contents.append(json.loads(metadata["content"]))
+                for site in self.contents[-1]["sites"]:
+                    self._files.setdefault(site, []).append(index)
+                for key in file.keys():  # noqa: SIM118 -- not a mapping
+                    part = file.get_slice(key)
+                    self.specs[key] = (part.get_dtype(), tuple(part.get_shape()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._files
+
+    def __getitem__(self, site: str) -> SiteStatistics:
+        first, *others = self._files[site]
+        statistics = self._read(first, site)
+        for index in others:
+            statistics.merge(self._read(index, site))
+        return statistics
+
+    def counts(self, site: str) -> list[Any]:
+        """Tokens, borrowed tokens and weight, without reading the arrays."""
+        found = [self.contents[index]["sites"][site] for index in self._files[site]]
+        return [sum(column) for column in zip(*found, strict=True)]
+
+    def _read(self, index: int, site: str) -> SiteStatistics:
+        with _reading(self.paths[index]) as file:
+            prefix = f"{site}/"
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            arrays = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+            return SiteStatistics.from_arrays(arrays, *self.contents[index]["sites"][site])
+
+
+def write_sites(
+    path: Path,
+    sites: Mapping[str, SiteStatistics],
+    content: Mapping[str, Any],
+    *,
+    force: bool = False,
+) -> None:
+    """Write `sites`, one in memory at a time if they are `SiteFiles`, with `content` as JSON."""
+    if isinstance(sites, SiteFiles):
+        specs, counts = sites.specs, {site: sites.counts(site) for site in sites}
+    else:
+        specs = {key: spec_of(array) for key, array in _named_arrays(sites)}
+        counts = {name: [site.tokens, site.borrowed, site.weight] for name, site in sites.items()}
+    metadata = {"format": FORMAT, "content": json.dumps({**content, "sites": counts})}
+    write_tensors(path, specs, _named_arrays(sites), metadata, force=force)
+
+
+def _named_arrays(sites: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, Array]]:
+    for name in sites:
+        yield from ((f"{name}/{key}", array) for key, array in sites[name].arrays().items())
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing, truncated or no statistics.", _AGAIN) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged.", _AGAIN) from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """The calibration data: its name and hash, the ids of the samples drawn from it, and which of
+    its images could not be read.
+    """
+
+    name: str
+    sha256: str
+    drawn: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Source":
+        """Read what `dataclasses.asdict` gave; raises `KeyError` or `TypeError`."""
+        skipped = tuple(Skipped(**item) for item in data["skipped"])
+        return cls(data["name"], data["sha256"], tuple(data["drawn"]), skipped)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What `medmoe-edge calibrate` writes; `sites` are read when asked for."""
+
+    checkpoint_sha256: str
+    source: Source
+    routing: RoutingProfile
+    coverage: tuple[ExpertCoverage, ...]
+    sites: Mapping[str, SiteStatistics]
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Samples of each modality."""
+        return dict(zip(self.routing.modalities, self.routing.requests.tolist(), strict=True))
+
+    def get(self, site: str) -> SiteStatistics | None:
+        """What a quantiser may trust of a site; None where nothing came or its expert is to be
+        quantised data-free.
+        """
+        data_free = {record.pair for record in self.coverage if record.status == "data-free"}
+        return self.sites[site] if site in self.sites and expert_of(site) not in data_free else None
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest keeps, as plain JSON: data, routing profile and coverage.
+
+        File names and ids stay out of it: they may name patients.
+        """
+        return {
+            "data": self.source.name,
+            "sha256": self.source.sha256,
+            "samples": self.samples,
+            "skipped": len(self.source.skipped),
+            "routing": self.routing.to_json(),
+            "coverage": [record.to_json() for record in self.coverage],
+        }
+
+    def save(self, path: Path, *, force: bool = False) -> None:
+        """Write one file, whole or not at all; raises as `write_tensors` does."""
+        content = {
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "source": dataclasses.asdict(self.source),
+            "routing": self.routing.to_json(),
+            "coverage": [record.to_json() for record in self.coverage],
+        }
+        write_sites(path, self.sites, content, force=force)
+
+    @classmethod
+    def open(cls, path: Path) -> "Statistics":
+        """Open a file; raises `DataError` for one that is missing, damaged or something else."""
+        sites = SiteFiles([path])
+        content = sites.contents[0]
+        try:
+            return cls(
+                str(content["checkpoint_sha256"]),
+                Source.from_json(content["source"]),
+                RoutingProfile.from_json(content["routing"]),
+                tuple(map(ExpertCoverage.from_json, content["coverage"])),
+                sites,
+            )
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged.", _AGAIN) from error
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise `DataError` unless they are this checkpoint's."""
+        if self.checkpoint_sha256 != checkpoint.sha256():
+            raise DataError(
+                f"These statistics were made for another checkpoint than {checkpoint.folder}.",
+                "Calibrate this one: medmoe-edge calibrate CHECKPOINT --data DATA -o STATS.",
+            )

@@ -1,0 +1,126 @@
+"""What becomes of every weight of the decoder: its format, its method, and the error it leaves.
+
+    int8     W8A8: all matrices per output channel; calibrated: scales folded as SmoothQuant does
+    int4     groups of 32; the head per channel in int8; calibrated: GPTQ, else searched scales
+    mixed    as int4, each expert's format chosen by its sensitivity
+
+Routers and coefficients stay fp32: they decide who runs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from medmoe_edge.calibration.formats import Floats, Format, Quantised
+from medmoe_edge.calibration.gptq import quantise_gptq
+from medmoe_edge.calibration.mixed import INT4
+from medmoe_edge.calibration.rounding import output_error, round_searched, round_to_nearest
+from medmoe_edge.calibration.sites import site_of
+from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.errors import InputError
+from medmoe_edge.export.folding import fold
+from medmoe_edge.export.migration import search_scales
+from medmoe_edge.export.mixing import search_formats
+from medmoe_edge.export.quantise import Quantiser
+from medmoe_edge.export.weights import Factors
+
+Precision = Literal["fp32", "int8", "int4", "mixed"]
+Method = Literal["auto", "rtn"]
+INT8 = Format(8)
+HEAD = "decoder.head.weight"
+
+
+@dataclass
+class Plan:
+    """Chooses for one export; called by the pass `quantise_weights` with each weight's name.
+
+    `method` "rtn" rounds to nearest without looking at any data, for comparison. `formats`
+    overrides the precision's format by weight; `factors` are what folding multiplied the matrices
+    with, so that statistics of the original model still fit. `matrices` collects what was done,
+    for the manifest.
+    """
+
+    precision: Precision
+    method: Method = "auto"
+    statistics: Statistics | None = None
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    matrices: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(self, name: str) -> tuple[Format, Quantiser] | None:
+        """The format and quantiser of a weight; None for what stays as it is."""
+        if self.precision == "fp32" or site_of(name) is None:
+            return None
+        form = self.format_of(name)
+        return form, partial(self._quantise, name, form)
+
+    def format_of(self, name: str) -> Format:
+        """How a matrix is stored."""
+        if self.precision == "int8" or name == HEAD:
+            return INT8
+        return self.formats.get(name, INT4)
+
+    def _quantise(self, name: str, form: Format, rows: Floats) -> Quantised:
+        second, hessian = self._moments(name)
+        if self.method == "rtn" or form.group is None:
+            method, quantised = "rtn", round_to_nearest(rows, form)
+        elif hessian is not None:
+            method, quantised = "gptq", quantise_gptq(rows, hessian, form)
+        else:
+            method = "searched" if second is None else "weighted"
+            quantised = round_searched(rows, form, second)
+        seen = hessian if hessian is not None else second
+        uniform = np.ones(rows.shape[1], np.float32)
+        self.matrices.append(
+            {
+                "name": name,
+                "bits": form.bits,
+                "group": form.group,
+                "method": method,
+                "error": output_error(rows, quantised, uniform if seen is None else seen),
+            }
+        )
+        return quantised
+
+    def _moments(self, name: str) -> tuple[Floats | None, Floats | None]:
+        """E[x²] `[K]` and E[x xᵀ] `[K, K]` of what the matrix reads after folding, where known."""
+        found = self.statistics.get(str(site_of(name))) if self.statistics else None
+        if found is None:
+            return None, None
+        columns = self.factors.get(name, Factors()).columns
+        if columns is None:
+            return found.mean_square, found.hessian
+        hessian = found.hessian
+        if hessian is not None:
+            hessian = hessian / columns[:, None] / columns
+        return found.mean_square / columns**2, hessian
+
+
+def make_plan(
+    source: Checkpoint,
+    precision: Precision,
+    method: Method,
+    statistics: Statistics | None,
+    budget_bits: float | None,
+) -> Plan:
+    """Search scales and formats, where the precision has any to choose and statistics are given."""
+    plan = Plan(precision, method, statistics)
+    if statistics is not None and precision == "int8" and method == "auto":
+        plan.factors = fold(search_scales(source, statistics))
+    if precision == "mixed":
+        if statistics is None or budget_bits is None:
+            raise InputError(
+                "Mixed precision is chosen by what calibration measured.",
+                "Add --calibrate DATA or --stats FILE, and the bits per weight.",
+            )
+        plan.formats = search_formats(source, statistics, budget_bits)
+    return plan
+
+
+def round_int8(rows: Floats) -> Quantised:
+    """The data-free quantiser of the vision tower."""
+    return round_to_nearest(rows, INT8)

@@ -1,0 +1,151 @@
+"""The gates that a quantised model must pass, and how a measurement is held against them.
+
+A measurement on few questions is a coarse ruler, so a gate fails only where chance is excluded:
+where even the favourable end of the figure's interval misses the bound. The plain figure is always
+shown, and it is said where there were too few questions to prove what the gate asks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from medmoe_edge.bundle import Bundle
+from medmoe_edge.config import Config
+from medmoe_edge.errors import ModelError
+from medmoe_edge.fidelity import Fidelity, Share
+
+Z = 1.6448536269514722  # one-sided 95%
+
+
+@dataclass(frozen=True)
+class Gates(Config):
+    """Bounds, all from 0 to 1: the least agreement and cosine, the most loss and flips."""
+
+    answer_agreement: float
+    accuracy_drop: float
+    routing_flips: float
+    vision_cosine: float = 0.99
+
+
+DEFAULT_GATES: dict[str, Gates] = {
+    "fp32": Gates(0.999, 0.001, 0.001, 0.9999),
+    "int8": Gates(0.99, 0.003, 0.005),
+    "int4": Gates(0.97, 0.01, 0.02),
+    "mixed": Gates(0.97, 0.01, 0.02),
+}
+
+
+@dataclass(frozen=True)
+class GateResult(Config):
+    """One gate. `measured` should be at least, or at most, `bound`.
+
+    `interval` is of the figure: `(lowest, highest)`, empty where it is no estimate. `within
+    chance`: the figure misses its bound, by no more than chance explains.
+    """
+
+    name: str
+    measured: float
+    bound: float
+    at_least: bool
+    verdict: Literal["met", "within chance", "failed"]
+    interval: tuple[float, ...] = ()
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate did not fail."""
+        return self.verdict != "failed"
+
+    @property
+    def summary(self) -> str:
+        """The gate in words, such as `answer_agreement 0.952381, should be at least 0.99`."""
+        side = "least" if self.at_least else "most"
+        return f"{self.name} {self.measured:.6g}, should be at {side} {self.bound:g}"
+
+
+def default_gates(bundle: Bundle) -> Gates:
+    """The gates of the bundle's precision; raises `ModelError` for one that has none."""
+    quantisation = bundle.manifest["quantisation"]
+    try:
+        return DEFAULT_GATES[quantisation["precision"]]
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{bundle.folder} is of a precision without gates.",
+            f"Export it as one of: {', '.join(DEFAULT_GATES)}.",
+        ) from error
+
+
+def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[GateResult]:
+    """Hold the figures against the gates; those that do not apply are left out.
+
+    Proportions have Wilson's one-sided 95% bounds, with tokens taken as independent (which makes
+    routing the stricter); the others the 95% interval from resampling images.
+    """
+    broken = len(faults) + (not fidelity.finite)
+    agreement = fidelity.overall.answer_agreement
+    results = [
+        _judged("finite", broken, 0, (), at_least=False),
+        _judged(
+            "answer_agreement",
+            agreement.share,
+            gates.answer_agreement,
+            wilson(agreement),
+            note=_too_few(agreement.total, gates.answer_agreement),
+        ),
+    ]
+    if accuracy := fidelity.overall.accuracy:
+        low, high = accuracy.interval
+        drop, interval = 0 - accuracy.difference, (0 - high, 0 - low)  # not -0.0
+        results.append(
+            _judged("accuracy_drop", drop, gates.accuracy_drop, interval, at_least=False)
+        )
+    if routing := fidelity.routing:
+        flips, interval = routing.flips.share, wilson(routing.flips)
+        results.append(
+            _judged("routing_flips", flips, gates.routing_flips, interval, at_least=False)
+        )
+    vision = fidelity.vision
+    cosine, interval = vision.cosine_mean, vision.cosine_interval
+    return [*results, _judged("vision_cosine", cosine, gates.vision_cosine, interval)]
+
+
+def wilson(share: Share) -> tuple[float, float]:
+    """Lower and upper one-sided 95% bounds of a proportion.
+
+    Source: Wilson, Probable inference, JASA 22 (1927), 209-212.
+    """
+    if not share.total:
+        return 0.0, 1.0
+    p, n = share.count / share.total, share.total
+    centre = p + Z**2 / (2 * n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    scale = 1 + Z**2 / n
+    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+
+
+def _too_few(questions: int, bound: float) -> str:
+    """What to say where even perfect agreement, whose lower bound is n / (n + Z^2), proves less."""
+    needed = math.ceil(bound * Z**2 / (1 - bound)) if bound < 1 else math.inf
+    if questions >= needed:
+        return ""
+    return f"{questions} questions are too few to prove {bound * 100:g}%: that takes {needed:,}"
+
+
+def _judged(
+    name: str,
+    measured: float,
+    bound: float,
+    interval: tuple[float, ...],
+    *,
+    at_least: bool = True,
+    note: str = "",
+) -> GateResult:
+    best = (interval or (measured, measured))[-1 if at_least else 0]
+    sign = 1 if at_least else -1
+    verdict: Literal["met", "within chance", "failed"] = "failed"
+    if sign * measured >= sign * bound:
+        verdict = "met"
+    elif sign * best >= sign * bound:
+        verdict = "within chance"
+    return GateResult(name, measured, bound, at_least, verdict, interval, note)
