@@ -1,11 +1,11 @@
 """Where activations are observed: a site is the input that one or several matrices share.
 
-    decoder.layers.N.attention.in       of q, k and v          (after the norm)
-    decoder.layers.N.attention.mixed    of out
-    decoder.layers.N.ffn.in, .hidden    of gate and up, or fc1; of down, or fc2 (a dense layer)
-    decoder.layers.N.ffn.experts.E.in   the same of one expert, which sees only its own tokens,
-    decoder.layers.N.ffn.meta.in        and of the meta expert, which sees all; `.hidden` likewise
-    decoder.head.in                     of the head
+decoder.layers.N.attention.in       of q, k and v          (after the norm)
+decoder.layers.N.attention.mixed    of out
+decoder.layers.N.ffn.in, .hidden    of gate and up, or fc1; of down, or fc2 (a dense layer)
+decoder.layers.N.ffn.experts.E.in   the same of one expert, which sees only its own tokens,
+decoder.layers.N.ffn.meta.in        and of the meta expert, which sees all; `.hidden` likewise
+decoder.head.in                     of the head
 """
 
 import re

@@ -13,7 +13,7 @@ import numpy as np
 
 from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.export.moe_op import EXPERT_WEIGHTS, ACTIVATIONS
+from medmoe_edge.export.moe_op import ACTIVATIONS, EXPERT_WEIGHTS
 from medmoe_edge.export.weights import Factors, Floats
 
 

@@ -2,8 +2,10 @@
 
 The loss of a matrix in a format is that noise relative to the residual stream: the squared relative
 output error of some of its rows, times the power that its owner (attention, an expert, a dense
-feed-forward) adds to the stream, times the share of tokens that the owner sees, over all power added
-up to its layer. All of it follows from the weights and the calibration's second moments.
+feed-forward) adds to the stream, over all that was added up to there. All of it follows from the
+weights and the calibration's second moments. On nano, each matrix rounded alone, the measured
+divergence of the answers was 0.6 to 3.1 times in proportion for eight matrices in ten; the first
+attention's, the most sensitive by far, are the rest (6 times).
 """
 
 from collections.abc import Iterator
@@ -39,7 +41,11 @@ def _candidates(checkpoint: Checkpoint, statistics: Statistics) -> Iterator[Cand
     for layer in range(checkpoint.config.decoder.layers):
         prefix = f"decoder.layers.{layer}."
         matrices = [name for name in checkpoint.names if name.startswith(prefix) and site_of(name)]
-        powers = {_owner(name): _power(source, statistics, name) for name in matrices if _adds(name)}
+        powers = {
+            _owner(name): _power(source, statistics, name) for name in matrices if _adds(name)
+        }
+        # the feed-forward reads a stream to which attention has just been added
+        attended = stream + powers[f"{prefix}attention"]
         stream += sum(powers.values())
         for name in matrices:
             rows, width = checkpoint.names[name].shape
@@ -48,8 +54,9 @@ def _candidates(checkpoint: Checkpoint, statistics: Statistics) -> Iterator[Cand
                 losses = {INT4: 0.0}
             else:
                 sample = source.array(name)[:: max(rows // ROWS, 1)]
-                share = powers[_owner(name)] / stream
-                losses = {form: share * _error(sample, form, moments) ** 2 for form in CHOICES}
+                share = powers[_owner(name)] / (attended if ".attention." in name else stream)
+                fits = [form for form in CHOICES if width % (form.group or 1) == 0]
+                losses = {form: share * _error(sample, form, moments) ** 2 for form in fits}
             yield Candidate(name, rows * width, width, losses)
 
 
@@ -64,8 +71,8 @@ def _power(source: WeightSource, statistics: Statistics, name: str) -> float:
         return 0.0
     matrix = source.array(name)
     layer = name.partition(".attention.")[0].partition(".ffn.")[0]
-    share = statistics.sites[str(site_of(name))].tokens
-    share /= statistics.sites[f"{layer}.attention.in"].tokens
+    own = statistics.sites[str(site_of(name))].tokens
+    share = own / statistics.sites[f"{layer}.attention.in"].tokens
     return share * float(np.vdot(matrix @ moments, matrix))
 
 

@@ -1,7 +1,9 @@
 """Pass: `DequantizeLinear -> MatMul` as ONNX Runtime runs it on a CPU.
 
 Weights with a scale per output channel become W8A8 `DynamicQuantizeMatMul`: activations are
-quantised to 8 bits as they arrive, one scale for the whole input; products accumulate in int32.
+quantised to 8 bits as they arrive, products accumulate in int32. It takes one scale for its whole
+input, so every token is divided by its largest magnitude before and multiplied with it after: that
+gives each token a scale of its own, and its error no longer depends on its neighbours.
 Weights in groups become `MatMulNBits`, whose activations are quantised to 8 bits in blocks of a row
 (`accuracy_level` 4; at level 0 its 8-bit kernel is a hundred times slower).
 """
@@ -12,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 
-from medmoe_edge.export.builder import CONTRIB, initializer
+from medmoe_edge.export.builder import CONTRIB, Builder, initializer
 
 Array = npt.NDArray[Any]
 
@@ -25,21 +28,28 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
         for node in ir.traversal.RecursiveGraphIterator(model.graph)
         if node.op_type == "MatMul" and (dequantise := _dequantises(node.inputs[1])) is not None
     ]
+    peaks: dict[tuple[object, ir.Value], tuple[ir.Value, ir.Value]] = {}
     for node, dequantise in pairs:
-        if "block_size" in dequantise.attributes:
-            replacement = _in_groups(model.graph, node, dequantise)
-        else:
-            inputs = [node.inputs[0], *dequantise.inputs]
-            replacement = ir.node("DynamicQuantizeMatMul", inputs, domain=CONTRIB)
-        old, new = node.outputs[0], replacement.outputs[0]
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        graph = node.graph
+        build, x, graph = Builder(), node.inputs[0], node.graph
+        assert x is not None
         assert graph is not None
-        graph.insert_before(node, replacement)
+        if "block_size" in dequantise.attributes:
+            new = _in_groups(build, model.graph, x, dequantise)
+        else:
+            if (graph, x) not in peaks:
+                peaks[graph, x] = _per_token(build, x)
+            scaled, peak = peaks[graph, x]
+            y = build.op("DynamicQuantizeMatMul", scaled, *dequantise.inputs, domain=CONTRIB)
+            new = build.op("Mul", y, peak)
+        old = node.outputs[0]
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        graph.insert_before(node, build.nodes)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         _remove_if_unused(model.graph, dequantise)
         model.graph.opset_imports[CONTRIB] = 1
+    if pairs:
+        NameFixPass()(model)  # branches and the graph around them share one name space
     return model, bool(pairs)
 
 
@@ -48,7 +58,14 @@ def _dequantises(weight: ir.Value | None) -> ir.Node | None:
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
-def _in_groups(graph: ir.Graph, node: ir.Node, dequantise: ir.Node) -> ir.Node:
+def _per_token(build: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """x over each token's largest magnitude, and those magnitudes `[..., 1]`."""
+    magnitude = build.op("ReduceMax", build.op("Abs", x), build.constant([-1]), keepdims=1)
+    peak = build.op("Max", magnitude, build.constant(np.finfo(np.float32).tiny, np.float32))
+    return build.op("Div", x, peak), peak
+
+
+def _in_groups(build: Builder, graph: ir.Graph, x: ir.Value, dequantise: ir.Node) -> ir.Value:
     weight, floats = dequantise.inputs
     cast = floats.producer() if floats is not None else None
     assert cast is not None
@@ -69,11 +86,15 @@ def _in_groups(graph: ir.Graph, node: ir.Node, dequantise: ir.Node) -> ir.Node:
         graph.register_initializer(value)
     per_row = ir.node("Cast", inputs[1:], {"to": int(ir.DataType.FLOAT)})
     graph.insert_before(dequantise, per_row)
-    return ir.node(
+    return build.op(
         "MatMulNBits",
-        [node.inputs[0], inputs[0], per_row.outputs[0]],
-        {"K": width, "N": channels, "bits": bits, "block_size": group, "accuracy_level": 4},
+        *(x, inputs[0], per_row.outputs[0]),
         domain=CONTRIB,
+        K=width,
+        N=channels,
+        bits=bits,
+        block_size=group,
+        accuracy_level=4,
     )
 
 
@@ -82,7 +103,8 @@ def _pack(integers: Array, bits: int) -> npt.NDArray[np.uint8]:
     unsigned = (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     parts = unsigned.reshape(len(unsigned), -1, 8 // bits)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return np.bitwise_or.reduce(parts << shifts, axis=-1)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts << shifts, axis=-1)
+    return packed
 
 
 def _lazy(
@@ -111,5 +133,6 @@ def _remove_if_unused(graph: ir.Graph, dequantise: ir.Node) -> None:
             inputs += cast.inputs
             graph.remove(cast, safe=True)
     for value in inputs:
-        if value is not None and value.name in graph.initializers and not value.uses():
-            del graph.initializers[value.name]
+        name = value.name if value is not None and not value.uses() else None
+        if name in graph.initializers:
+            del graph.initializers[str(name)]

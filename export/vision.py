@@ -103,7 +103,7 @@ def vision_policy(model: ir.Model) -> frozenset[str]:
     multiplied = {
         node.inputs[1]
         for node in model.graph
-        if node.op_type in ("Conv", "Gemm", "MatMul") and not node.attributes.get_int("group", 1) > 1
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.attributes.get_int("group", 1) == 1
     }
     return frozenset(
         name

@@ -2,25 +2,36 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image as Picture
 
+from medmoe_edge import verification
+from medmoe_edge.bundle import Bundle
 from medmoe_edge.calibration.data import CalibrationData, Sample, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint import read_checkpoint
 from medmoe_edge.datasets import Example
+from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import InputError
 from medmoe_edge.export.build import export_bundle
 from medmoe_edge.export.plan import Method, Precision
-from medmoe_edge.verification import Data, Verification, verify
+from medmoe_edge.runtimes.base import Runtime
+from medmoe_edge.runtimes.ort import OrtRuntime
+from medmoe_edge.verification import Data, Verification
 
 Progress = Callable[[str, int, int], None]
 SAMPLES = 128  # to calibrate on
 PROOF_SAMPLES = 300  # to verify on; fewer where there are no more
+BASELINES: dict[str, Literal["nf4", "int8"]] = {
+    "bitsandbytes-nf4": "nf4",
+    "bitsandbytes-int8": "int8",
+}
 FEWEST_HELD_OUT = 100  # else the proof is on all samples, those of the calibration included
 
 
@@ -32,7 +43,9 @@ class Export:
     verification: Verification | None
 
 
-def read_data(checkpoint: Path, source: str, *, vision_tower: Path | None = None) -> CalibrationData:
+def read_data(
+    checkpoint: Path, source: str, *, vision_tower: Path | None = None
+) -> CalibrationData:
     """Calibration data (a folder, a question file or "builtin") for the modalities of a model."""
     moe = read_checkpoint(checkpoint, vision_tower=vision_tower).config.moe
     return read_calibration(source, known_modalities=moe.expert_names if moe else ())
@@ -79,10 +92,10 @@ def export(
                 vision_tower=vision_tower,
                 progress=progress,
             )
-            proof = Data(data.name, list(as_examples(proof_samples(data, samples), folder)))
+            proof = Data(data.name, list(as_examples(proof_samples(data, statistics), folder)))
 
             def prove(bundle: Path) -> None:
-                result = verify(
+                result = verification.verify(
                     bundle, checkpoint, proof, vision_tower=vision_tower, progress=progress
                 )
                 found.append(result)
@@ -105,20 +118,50 @@ def export(
     return Export(bundle, found[0] if found else None)
 
 
-def proof_samples(data: CalibrationData, calibrated: int) -> list[Sample]:
-    """What a bundle calibrated on so many samples is verified on."""
-    used = data.draw(calibrated)
+def proof_samples(data: CalibrationData, statistics: Statistics) -> list[Sample]:
+    """What a bundle with these statistics is verified on."""
+    drawn = set(statistics.source.drawn)
+    used = [sample for sample in data.samples if sample.id in drawn]
     held_out = data.draw(PROOF_SAMPLES, exclude=used)
     return held_out if len(held_out) >= FEWEST_HELD_OUT else data.draw(PROOF_SAMPLES)
 
 
-@contextlib.contextmanager
-def verification_data(source: str) -> Iterator[Data]:
-    """Every question of a source, for the time of the block; pictures within files are cut out."""
-    data = read_calibration(source)
+def verify(
+    bundle: Path,
+    checkpoint: Path,
+    source: str,
+    *,
+    beside: Sequence[str] = (),
+    vision_tower: Path | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Measure a bundle against its checkpoint on every question of a source; see `verification`.
+
+    `beside` names what is measured too: other bundles of the checkpoint, "bitsandbytes-nf4" or
+    "bitsandbytes-int8".
+    """
+    data = read_data(checkpoint, source, vision_tower=vision_tower)
     with tempfile.TemporaryDirectory() as folder:
         samples = data.draw(len(data.samples))
-        yield Data(data.name, list(as_examples(samples, Path(folder))))
+        questions = Data(data.name, list(as_examples(samples, Path(folder))))
+        others = {name: partial(_peer, name, checkpoint, vision_tower) for name in beside}
+        return verification.verify(
+            bundle,
+            checkpoint,
+            questions,
+            beside=others,
+            vision_tower=vision_tower,
+            progress=progress,
+        )
+
+
+def _peer(name: str, checkpoint: Path, vision_tower: Path | None) -> Runtime:
+    if name not in BASELINES:
+        return OrtRuntime(Bundle.open(bundle_path(name)))
+    from medmoe_edge.runtimes.bitsandbytes import BitsAndBytesRuntime
+
+    source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    return BitsAndBytesRuntime(source, BASELINES[name])
 
 
 def as_examples(samples: Iterable[Sample], folder: Path) -> Iterator[Example]:

@@ -12,9 +12,12 @@ if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none o
     from rich.progress import Progress
     from rich.table import Table
 
+    from medmoe_edge.ablation_results import Ablation
     from medmoe_edge.answer import Answer
+    from medmoe_edge.calibration.statistics import Statistics
     from medmoe_edge.evaluate import Evaluation, ModalityAccuracy, Score
     from medmoe_edge.inspection import Inspection
+    from medmoe_edge.verification import Verification
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +124,66 @@ def show_evaluation(evaluation: "Evaluation", labels: "ModalityAccuracy | None")
             show(f"Modality found in {what}: {percent(found.accuracy)} of {found.images}")
 
 
+def show_verification(verification: "Verification") -> None:
+    """The gates with what was measured; then other candidates beside the bundle."""
+    record = verification.record
+    if record:
+        rows = [
+            (
+                gate["name"].replace("_", " "),
+                f"{gate['measured']:.4g}",
+                f"{'at least' if gate['at_least'] else 'at most'} {gate['bound']:g}",
+                gate["verdict"],
+            )
+            for gate in record["gates"]
+        ]
+        _print_table(_table(verification.bundle.name, ["gate", "measured", "bound", ""], rows))
+        for note in (gate["note"] for gate in record["gates"] if gate["note"]):
+            show(note, "dim")
+        if verification.beside:
+            figures = {verification.bundle.name: record["figures"]}
+            figures |= {name: found.to_json() for name, found in verification.beside.items()}
+            columns = ["", "answers agree", "accuracy", "KL, nats", "routing flips"]
+            _print_table(_table("", columns, [_compared(*pair) for pair in figures.items()]))
+    if verification.passed is None:
+        show("Whole and sound; its fidelity was never measured: see verify --against.", "yellow")
+    elif verification.passed:
+        show(f"Verified against its checkpoint on {_questions(record)}.", "green")
+
+
+def show_coverage(statistics: "Statistics") -> None:
+    """How many tokens each expert saw, and what was done where they were too few."""
+    samples = ", ".join(f"{count} {name}" for name, count in statistics.samples.items())
+    rows = [
+        (
+            f"{record.layer}",
+            record.expert,
+            f"{record.tokens:,}",
+            "?" if record.own_modality_tokens is None else f"{record.own_modality_tokens:,}",
+            f"{record.needed:,}",
+            f"{record.borrowed:,}",
+            record.status,
+        )
+        for record in statistics.coverage
+    ]
+    columns = ["layer", "expert", "tokens", "own modality", "needed", "borrowed", "status"]
+    _print_table(_table(f"Calibrated on {samples}", columns, rows))
+
+
+def show_ablation(ablation: "Ablation") -> None:
+    """One row per variant, the recipe that trained all, and the routers' confusions."""
+    from medmoe_edge.ablation_results import caption, confusion_table, table
+
+    columns, rows = table(ablation)
+    _print_table(_table("", columns, rows))
+    show(caption(ablation), "dim")
+    for row in ablation.rows:
+        for images, found in row.result.router.items():
+            columns, confusions = confusion_table(found)
+            title = f"{row.result.variant}: modality found, {images}"
+            _print_table(_table(title, columns, confusions))
+
+
 def percent(fraction: float) -> str:
     """A fraction (0..1) for people: 82.4%."""
     return f"{fraction:.1%}"
@@ -146,6 +209,24 @@ def _grounds(answer: "Answer") -> Iterator[str]:
     if used := [f"{name} {share:.0%}" for name, share in shares if share]:
         yield f"experts {', '.join(used)}"
     yield f"{answer.timings.total:.2f} s, first token after {answer.timings.first_token:.2f} s"
+
+
+def _compared(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    overall, routing, accuracy = figures["overall"], figures["routing"], "unknown"
+    if overall["accuracy"]:
+        accuracy = f"{100 * overall['accuracy']['difference']:+.2f} points"
+    return (
+        name,
+        f"{overall['answer_agreement']['share']:.2%}",
+        accuracy,
+        f"{overall['kl']['mean']:.2g}",
+        f"{routing['flips']['share']:.2%}" if routing else "none",
+    )
+
+
+def _questions(record: Mapping[str, Any] | None) -> str:
+    assert record is not None
+    return f"{record['figures']['questions']:,} questions of {record['data']['name']}"
 
 
 def _interval(score: "Score") -> str:

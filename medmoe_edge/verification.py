@@ -106,7 +106,7 @@ def verify(
     data: Data | None = None,
     *,
     gates: Gates | None = None,
-    beside: Mapping[str, Runtime] | None = None,
+    beside: Mapping[str, Callable[[], Runtime]] | None = None,
     vision_tower: Path | None = None,
     progress: Progress | None = None,
 ) -> Verification:
@@ -130,7 +130,7 @@ def verify(
         reference, OrtRuntime(bundle), progress=lambda *at: report("the bundle", *at)
     )
     others = {
-        name: compare(reference, runtime, progress=lambda *at, name=name: report(name, *at))
+        name: compare(reference, runtime(), progress=lambda *at, name=name: report(name, *at))
         for name, runtime in (beside or {}).items()
     }
     results = judge(fidelity, gates, faults)

@@ -39,7 +39,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtimes": {"bundle", "checkpoint", "models"},
     "engine": {"answer", "bundle", "checkpoint", "embedded", "image", "prompt", "runtimes"},
     "evaluate": {"datasets", "engine", "metrics"},
-    "render": {"answer", "evaluate", "inspection"},
+    "ablation": {
+        *("datasets", "engine", "evaluate", "image", "metrics", "models", "prompt", "runtimes"),
+        "training",
+    },
+    "fidelity": {"datasets", "image", "metrics", "prompt", "runtimes"},
+    "verification": {"bundle", "checkpoint", "datasets", "fidelity", "prompt", "runtimes"},
+    "report": {"bundle", "fidelity", "verification"},
+    "pipeline": {
+        *("bundle", "calibration", "checkpoint", "datasets", "embedded", "export", "runtimes"),
+        "verification",
+    },
+    "render": {"ablation", "answer", "calibration", "evaluate", "inspection", "verification"},
 }
 TOP = {"", "cli"}  # medmoe_edge/__init__.py and the command line, which may import everything
 

@@ -275,7 +275,7 @@ def test_a_faithful_bundle_carries_its_proof(
         folder,
         checkpoint,
         data,
-        beside={"int8": other},
+        beside={"int8": lambda: other},
         progress=lambda step, done, total: steps.append(step),
     )
     assert list(dict.fromkeys(steps)) == [

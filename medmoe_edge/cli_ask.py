@@ -1,0 +1,37 @@
+"""The verbs that ask a model; whatever only one of them needs is imported inside it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medmoe_edge import render
+from medmoe_edge.cli_app import Json, Runtime, verb
+
+
+@verb("ask", "Ask", 'ask scan.png "Is there effusion?"')
+def ask(
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, DICOM or NIfTI.")
+    ],
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One or more.")],
+    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    runtime: Runtime = "auto",
+    frame: Annotated[
+        int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Answer questions about one image."""
+    import medmoe_edge
+
+    with render.working("Answering"):
+        engine = medmoe_edge.load(model, runtime=runtime)
+        answers = engine.ask_all(image, questions, max_new_tokens=max_new_tokens, frame=frame)
+    if as_json:
+        render.as_json({"answers": [answer.to_json() for answer in answers]})
+    else:
+        render.show_answers(answers)
+    for notice in dict.fromkeys(answer.notice for answer in answers):
+        render.show(notice, "yellow", stderr=True)

@@ -1,0 +1,179 @@
+"""The verbs that prove: what a model is, how well it answers, what quantisation cost."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medmoe_edge import render
+from medmoe_edge.cli_app import Force, Json, Runtime, VisionTower, check_output, verb
+from medmoe_edge.cli_errors import needs
+
+
+@verb("eval", "Prove", "eval --data slake/test.jsonl")
+def evaluate(
+    bundle: Annotated[
+        str, typer.Argument(metavar="BUNDLE", help="A bundle, a checkpoint or nano.")
+    ] = "nano",
+    *,
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="Questions: our JSONL or a LLaVA-style list.")
+    ],
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Labelled images; those to train on are left out."),
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Where to write every answer.")
+    ] = None,
+    runtime: Runtime = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Score a model's answers with the papers' metrics and exact match."""
+    import medmoe_edge
+    from medmoe_edge import evaluate as evaluation
+    from medmoe_edge.datasets import read_examples, read_labels
+
+    if predictions:
+        check_output(predictions, force)
+    examples = read_examples(data)
+    labelled = [item for item in read_labels(labels) if item.split != "train"] if labels else []
+    with render.working("Loading") as report:
+        engine = medmoe_edge.load(bundle, runtime=runtime)
+        asked = evaluation.evaluate(engine, examples, progress=partial(report, "Questions"))
+        found = (
+            evaluation.evaluate_labels(engine, labelled, progress=partial(report, "Labels"))
+            if labels
+            else None
+        )
+    if predictions:
+        evaluation.save_predictions(asked.predictions, predictions)
+    if as_json:
+        render.as_json(asked.to_json() | {"labels": dataclasses.asdict(found) if found else None})
+    else:
+        render.show_evaluation(asked, found)
+
+
+@verb("verify", "Prove", "verify nano --against nano --data builtin")
+def verify(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle or nano.")] = "nano",
+    *,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="CHECKPOINT", help="What it was exported from; measures with --data."),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(metavar="DATA", help="Questions: a JSONL file, a folder of images, builtin."),
+    ] = "builtin",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OTHER",
+            help="Measured too, for comparison: another bundle, bitsandbytes-nf4 or -int8.",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="OUT.html", help="A page with plots.")
+    ] = None,
+    vision_tower: VisionTower = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Check a bundle; with --against, measure what quantisation cost and record it in the bundle.
+
+    A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns.
+    """
+    from medmoe_edge.embedded import bundle_path, checkpoint_path
+
+    if report:
+        check_output(report, force)
+    folder = bundle_path(bundle)
+    with render.working("Reading") as progress:
+        if against is None:
+            from medmoe_edge.verification import verify as check
+
+            found = check(folder, progress=progress)
+        else:
+            with needs("export"):
+                from medmoe_edge import pipeline
+            found = pipeline.verify(
+                folder,
+                checkpoint_path(against),
+                data,
+                beside=beside or [],
+                vision_tower=vision_tower,
+                progress=progress,
+            )
+    if report:
+        with needs("export"):
+            from medmoe_edge.report import write_report
+        write_report(found, report)
+    if as_json:
+        render.as_json(found.to_json())
+    else:
+        render.show_verification(found)
+        if report:
+            render.wrote("the report", report)
+    if error := found.error():
+        raise error
+
+
+@verb("ablate", "Prove", "ablate run --data data -o ablation")
+def ablate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that train wrote.")],
+    *,
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the files that the recipe names lie.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder; resumed if begun.")
+    ],
+    recipe: Annotated[str, typer.Option(help="The recipe that made the run.")] = "nano",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="One of several; the first is what the others are held against."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of phase 3, for each.", show_default="the recipe's")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train variants of a model's structure alike, and show what each part is worth."""
+    with needs("train"):
+        from medmoe_edge import ablation
+        from medmoe_edge.training.recipe import read_recipe
+    with render.bars() as bars:
+        found = ablation.ablate(
+            read_recipe(recipe),
+            run,
+            data,
+            output,
+            variants=variant or ablation.ALL,
+            epochs=epochs,
+            progress=bars,
+        )
+    if as_json:
+        render.as_json(found.to_json())
+    else:
+        render.show_ablation(found)
+
+
+@verb("inspect", "Prove", "inspect nano")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="PATH|nano", help="A bundle or a checkpoint.")],
+    vision_tower: VisionTower = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a checkpoint or bundle: structure, parameters, sizes."""
+    from medmoe_edge.embedded import bundle_path
+    from medmoe_edge.inspection import inspect_model
+
+    inspection = inspect_model(bundle_path(model), vision_tower=vision_tower)
+    if as_json:
+        render.as_json(inspection.to_json())
+    else:
+        render.show_inspection(inspection)
