@@ -4,7 +4,9 @@ Inside, the members of a group come first, `[size, M]` for M groups: the arithme
 the groups, and one scale per group broadcasts for nothing.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -95,20 +97,27 @@ def _require_finite(weight: Floats, format: Format) -> None:
 
 
 def _by_chunks(weight: Floats, format: Format, choose: Callable[[Floats], Grid]) -> Quantised:
-    """Quantise some rows at a time on the grids that `choose` gives their groups `[size, M]`."""
+    """Quantise some rows at a time on the grids that `choose` gives their groups `[size, M]`.
+
+    Several threads share the rows: numpy lets go of Python's lock while it computes.
+    """
     _require_finite(weight, format)
     rows, width = shape = weight.shape
     groups = format.groups(width)
     integers = np.empty(shape, np.int8) if format.symmetric else np.empty(shape, np.uint8)
     scales, zeros = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.uint8)
     step = max(1, CHUNK // width, 128 // groups)
-    for start in range(0, rows, step):
+
+    def quantise(start: int) -> None:
         part = slice(start, start + step)
         grouped = np.ascontiguousarray(weight[part].reshape(-1, width // groups).T)
         scale, zero = choose(grouped)
         stored = _steps(grouped, scale, zero, format) + zero
         integers[part] = stored.astype(integers.dtype).T.reshape(-1, width)
         scales[part], zeros[part] = scale.reshape(-1, groups), zero.reshape(-1, groups)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(quantise, range(0, rows, step)))  # the list raises what a thread raised
     return Quantised(format, integers, scales, None if format.symmetric else zeros)
 
 

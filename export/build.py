@@ -10,6 +10,7 @@ import numpy as np
 from medmoe_edge import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle import MANIFEST, NOTICE, write_manifest
+from medmoe_edge.bundle_gates import DEFAULT_GATES
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError
@@ -149,6 +150,7 @@ def _manifest(source: Checkpoint, plan: Plan, experts: Extents, name: str) -> di
             **({} if plan.precision == "fp32" else QUANTISED),
             "matrices": plan.matrices,
         },
+        "gates": DEFAULT_GATES[plan.precision].to_json(),
         "calibration": statistics.summary() if statistics else None,
         "experts": experts,
         "source": {"checkpoint_sha256": source.sha256(), "exporter": f"medmoe-edge {__version__}"},

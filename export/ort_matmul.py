@@ -79,7 +79,7 @@ def _in_groups(build: Builder, graph: ir.Graph, x: ir.Value, dequantise: ir.Node
 
     stored = [
         _lazy(f"{integers.name}.packed", packed, ir.DataType.UINT8, blocks),
-        _lazy(f"{scale.name}.rows", lambda: scale.numpy().T, scale.dtype, blocks[:2]),
+        _lazy(f"{integers.name}.groups.scale", lambda: scale.numpy().T, scale.dtype, blocks[:2]),
     ]
     inputs = [initializer(tensor) for tensor in stored]
     for value in inputs:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from medmoe_edge.bundle_gates import Gates
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError, ResourceError
 
@@ -73,6 +74,16 @@ class Bundle:
         if self.verification is None:
             return "not measured"
         return "passed" if self.verification["passed"] else "failed"
+
+    @property
+    def gates(self) -> Gates:
+        """What a verification must find; raises `BundleError` where none are recorded."""
+        gates = self.manifest.get("gates")
+        if gates is None:
+            raise BundleError(
+                f"{self.folder} records no gates for its verification.", "Export it again."
+            )
+        return Gates.from_json(gates, f"{MANIFEST} gates")
 
     def path(self, name: str) -> Path:
         """The path of one of the bundle's files."""

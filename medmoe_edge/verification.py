@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge.bundle import Bundle, write_verification
+from medmoe_edge.bundle_weights import sweep_weights
 from medmoe_edge.datasets import Example
 from medmoe_edge.errors import DataError, MissingDependencyError, ModelError, VerificationError
 from medmoe_edge.fidelity import Fidelity, Recording, compare, record
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import OrtRuntime
-from medmoe_edge.verification_gates import GateResult, Gates, default_gates, judge
+from medmoe_edge.verification_gates import GateResult, judge
 from medmoe_edge.verification_sweep import sweep_experts
-from medmoe_edge.verification_weights import sweep_weights
 
-__all__ = ["Data", "GateResult", "Gates", "Verification", "default_gates", "judge", "verify"]
+__all__ = ["Data", "GateResult", "Verification", "judge", "verify"]
 
 Progress = Callable[[str, int, int], None]
 FEW = 5  # faults named in an error
@@ -105,7 +105,6 @@ def verify(
     checkpoint: Path | None = None,
     data: Data | None = None,
     *,
-    gates: Gates | None = None,
     beside: Mapping[str, Callable[[], Runtime]] | None = None,
     vision_tower: Path | None = None,
     progress: Progress | None = None,
@@ -113,17 +112,17 @@ def verify(
     """Check hashes, weights and experts and, with `checkpoint` and `data`, measure the fidelity.
 
     What was measured is written into the manifest, also where a gate fails: see
-    `Verification.error`. `gates` are by default those of the bundle's precision. `progress` is
-    called with `(step, done, total)`. Raises `ModelError` for a damaged bundle or another
-    checkpoint than the bundle's own, `InputError` for data that cannot be used, `ResourceError`
-    where the manifest cannot be written.
+    `Verification.error`. The gates are those of the bundle's manifest; `beside` makes other
+    runtimes to measure, one after the other. `progress` is called with `(step, done, total)`.
+    Raises `ModelError` for a damaged bundle or another checkpoint than the bundle's own,
+    `InputError` for data that cannot be used, `ResourceError` where the manifest cannot be written.
     """
     report = progress or (lambda step, done, total: None)
     report("hashes", 0, 1)
     bundle = Bundle.open(folder)
     if checkpoint is None or data is None:
         return Verification(bundle, _faults(bundle, report), bundle.verification)
-    gates, data_sha256 = gates or default_gates(bundle), data.sha256()
+    data_sha256 = data.sha256()
     reference = _record(bundle, checkpoint, data, vision_tower, report)
     faults = _faults(bundle, report)
     fidelity = compare(
@@ -133,7 +132,7 @@ def verify(
         name: compare(reference, runtime(), progress=lambda *at, name=name: report(name, *at))
         for name, runtime in (beside or {}).items()
     }
-    results = judge(fidelity, gates, faults)
+    results = judge(fidelity, bundle.gates, faults)
     entry = {
         "passed": all(result.passed for result in results),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -149,9 +148,11 @@ def verify(
 
 
 def _faults(bundle: Bundle, report: Progress) -> list[str]:
-    """Weights first: an engine that rounds activations turns a NaN into some number, silently."""
+    """Weights first: an engine that rounds activations may turn a NaN into some number."""
     report("weights", 0, 1)
     weights = sweep_weights(bundle)
+    if any(name.endswith(".scale") for name in weights):
+        return weights  # no runtime would load it
     report("experts", 0, 1)
     return weights + sweep_experts(bundle)
 

@@ -10,30 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from medmoe_edge.bundle import Bundle
+from medmoe_edge.bundle_gates import Gates
 from medmoe_edge.config import Config
-from medmoe_edge.errors import ModelError
 from medmoe_edge.fidelity import Fidelity, Share
 
 Z = 1.6448536269514722  # one-sided 95%
-
-
-@dataclass(frozen=True)
-class Gates(Config):
-    """Bounds, all from 0 to 1: the least agreement and cosine, the most loss and flips."""
-
-    answer_agreement: float
-    accuracy_drop: float
-    routing_flips: float
-    vision_cosine: float = 0.99
-
-
-DEFAULT_GATES: dict[str, Gates] = {
-    "fp32": Gates(0.999, 0.001, 0.001, 0.9999),
-    "int8": Gates(0.99, 0.003, 0.005),
-    "int4": Gates(0.97, 0.01, 0.02),
-    "mixed": Gates(0.97, 0.01, 0.02),
-}
 
 
 @dataclass(frozen=True)
@@ -62,18 +43,6 @@ class GateResult(Config):
         """The gate in words, such as `answer_agreement 0.952381, should be at least 0.99`."""
         side = "least" if self.at_least else "most"
         return f"{self.name} {self.measured:.6g}, should be at {side} {self.bound:g}"
-
-
-def default_gates(bundle: Bundle) -> Gates:
-    """The gates of the bundle's precision; raises `ModelError` for one that has none."""
-    quantisation = bundle.manifest["quantisation"]
-    try:
-        return DEFAULT_GATES[quantisation["precision"]]
-    except (KeyError, TypeError) as error:
-        raise ModelError(
-            f"{bundle.folder} is of a precision without gates.",
-            f"Export it as one of: {', '.join(DEFAULT_GATES)}.",
-        ) from error
 
 
 def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[GateResult]:

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from medmoe_edge.bundle import Bundle
+from medmoe_edge.bundle_weights import check_scales
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.errors import BundleError
 from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
@@ -39,6 +40,7 @@ class OrtRuntime:
     name = "onnxruntime"
 
     def __init__(self, bundle: Bundle, replaced: Mapping[str, Floats] | None = None) -> None:
+        check_scales(bundle)
         self.bundle, self.config = bundle, bundle.config
         self._replaced = {  # kept here: a session borrows what it is given
             name: ort.OrtValue.ortvalue_from_numpy(array)

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"checkpoint", "datasets", "image", "models", "prompt"},
     "export": {"atomic", "bundle", "calibration", "checkpoint", "models", "prompt"},
     "inspection": {"bundle", "checkpoint"},
-    "runtimes": {"bundle", "checkpoint", "models"},
+    "runtimes": {"bundle", "calibration", "checkpoint", "models"},
     "engine": {"answer", "bundle", "checkpoint", "embedded", "image", "prompt", "runtimes"},
     "evaluate": {"datasets", "engine", "metrics"},
     "ablation": {

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from medmoe_edge.bundle import NOTICE, Bundle
+from medmoe_edge.bundle_gates import DEFAULT_GATES
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.fidelity import Fidelity, Share
 from medmoe_edge.fidelity_figures import Accuracy, Answers, Divergence, Routing, Vision
@@ -15,7 +16,6 @@ from medmoe_edge.presets import PRESETS
 from medmoe_edge.report import render_report, write_report
 from medmoe_edge.report_plots import coverage_plot, errors_plot
 from medmoe_edge.verification import Verification, judge
-from medmoe_edge.verification_gates import DEFAULT_GATES
 
 HOSTILE = "<script>alert('$x$')</script>"
 VOID = {"meta", "br", "hr", "img", "link", "input"}

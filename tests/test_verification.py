@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medmoe_edge.bundle import MANIFEST, Bundle, write_manifest
+from medmoe_edge.bundle_gates import DEFAULT_GATES, Gates
+from medmoe_edge.bundle_weights import float_weights, sweep_weights
 from medmoe_edge.datasets import Example
 from medmoe_edge.errors import BundleError, DataError, ModelError, VerificationError
 from medmoe_edge.fidelity import Fidelity, Share
 from medmoe_edge.fidelity_figures import Accuracy, Answers, Divergence, Routing, Vision
 from medmoe_edge.runtimes.ort import OrtRuntime
-from medmoe_edge.verification import Data, GateResult, Gates, default_gates, judge, verify
-from medmoe_edge.verification_gates import DEFAULT_GATES, Z, wilson
+from medmoe_edge.verification import Data, GateResult, judge, verify
+from medmoe_edge.verification_gates import Z, wilson
 from medmoe_edge.verification_sweep import sweep_experts
-from medmoe_edge.verification_weights import float_weights, sweep_weights
 
 Make = Callable[..., Path]
 GATES = DEFAULT_GATES["int8"]
@@ -171,7 +172,7 @@ def reseal(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "layer", "expert"),
     [
-        ({"precision": "int8"}, 0, 3),
+        ({}, 0, 3),
         ({"preset": "tiny-phi", "top_k": 2}, 2, 0),
         ({"router_bias": False}, 2, 1),
         ({"preset": "tiny-phi", "router_bias": False, "top_k": 2}, 0, 2),
@@ -185,7 +186,7 @@ def test_a_broken_expert_is_named(
     assert sweep_experts(Bundle.open(folder)) == []
     matrix = "fc2" if options.get("preset") == "tiny-phi" else "down"
     own = f"decoder.layers.{layer}.ffn.experts.{expert}"
-    spoil(folder, f"{own}.{matrix}.weight" + (".scale" if "precision" in options else ""))
+    spoil(folder, f"{own}.{matrix}.weight")
     names = [] if "expert_names" in options else ["mri", "ct", "pathology", "xray"]
     shown = f"{own} ({names[expert]})" if names else own
     assert sweep_experts(Bundle.open(folder)) == [shown]
@@ -207,16 +208,17 @@ def test_weights_are_read_as_onnx_reads_them(tiny_bundle: Make, precision: str) 
             np.testing.assert_array_equal(read[name], array.ravel())
 
 
-@pytest.mark.parametrize(("value", "hidden"), [(np.nan, True), (0, True), (-np.inf, False)])
-def test_a_bad_scale_is_found_though_the_engine_may_hide_it(
-    tiny_bundle: Make, tmp_path: Path, value: float, hidden: bool
+@pytest.mark.parametrize("value", [np.nan, 0, -np.inf])
+def test_a_bad_scale_is_found_and_never_loaded(
+    tiny_bundle: Make, tmp_path: Path, value: float
 ) -> None:
     folder = copied(tiny_bundle("int8"), tmp_path)
     assert sweep_weights(Bundle.open(folder)) == []
     name = "decoder.layers.0.ffn.experts.1.up.weight.scale"
     spoil(folder, name, value=value)
-    assert (sweep_experts(Bundle.open(folder)) == []) is hidden
     assert sweep_weights(Bundle.open(folder)) == [name]
+    with pytest.raises(BundleError, match=r"experts\.1\.up\.weight\.scale"):
+        OrtRuntime(Bundle.open(folder))
 
 
 def test_every_expert_is_looked_at(tiny_bundle: Make, tmp_path: Path) -> None:
@@ -308,8 +310,8 @@ def test_a_failed_gate_marks_the_bundle(
     tiny_bundle: Make, tiny_checkpoint: Make, tmp_path: Path, data: Data
 ) -> None:
     folder = copied(tiny_bundle("int8"), tmp_path)
-    gates = dataclasses.replace(GATES, vision_cosine=1.0)
-    found = verify(folder, tiny_checkpoint(), data, gates=gates)
+    reseal(folder, gates=dataclasses.replace(GATES, vision_cosine=1.0).to_json())
+    found = verify(folder, tiny_checkpoint(), data)
     assert found.passed is False
     assert found.bundle.proof == Bundle.open(folder).proof == "failed"
     for verification in (found, verify(folder)):
@@ -351,17 +353,17 @@ def test_what_cannot_be_verified_is_refused(
     with pytest.raises(DataError, match="no questions"):
         verify(folder, tiny_checkpoint(), Data("empty", []))
     assert (folder / MANIFEST).read_bytes() == before
-    reseal(folder, quantisation={"precision": "int3"})
-    with pytest.raises(ModelError, match="precision without gates"):
+    reseal(folder, gates=None)
+    with pytest.raises(BundleError, match="records no gates"):
         verify(folder, tiny_checkpoint(), data)
     (folder / "decoder.data").write_bytes(b"")
     with pytest.raises(BundleError, match=r"decoder\.data was changed"):
         verify(folder)
 
 
-def test_each_precision_has_gates(tiny_bundle: Make) -> None:
-    assert default_gates(Bundle.open(tiny_bundle("int8"))) == Gates(0.99, 0.003, 0.005, 0.99)
-    assert default_gates(Bundle.open(tiny_bundle())) == DEFAULT_GATES["fp32"]
+def test_a_bundle_records_the_gates_of_its_precision(tiny_bundle: Make) -> None:
+    assert Bundle.open(tiny_bundle("int8")).gates == Gates(0.99, 0.003, 0.005, 0.99)
+    assert Bundle.open(tiny_bundle()).gates == DEFAULT_GATES["fp32"]
 
 
 def test_the_data_hash_is_of_the_contents(data: Data, tmp_path: Path) -> None:

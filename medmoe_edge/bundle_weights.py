@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.bundle import Bundle
+from medmoe_edge.errors import BundleError
 
 GRAPH, INITIALIZER = 7, 5  # of a model; of a graph
 DATA_TYPE, FLOAT_DATA, NAME, RAW_DATA, EXTERNAL_DATA = 2, 4, 8, 9, 13  # of a tensor
@@ -32,9 +33,24 @@ def sweep_weights(bundle: Bundle) -> list[str]:
     return [name for name, array in weights if not _sound(name, array)]
 
 
+def check_scales(bundle: Bundle) -> None:
+    """Raise `BundleError` for scales that are not finite or 0: answers would be garbage, silently.
+
+    Cheap enough for every load: there is one scale for many weights.
+    """
+    graphs = (float_weights(bundle.path(f"{name}.onnx")) for name in ("vision", "decoder"))
+    for name, array in itertools.chain(*graphs):
+        if name.endswith(".scale") and not _sound(name, array):
+            raise BundleError(
+                f"{bundle.folder} has scales that cannot be, in {name}.",
+                "Export the checkpoint again, or check it with: medmoe-edge verify",
+            )
+
+
 def float_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Name and values, flat, of every float initializer of an ONNX file; external ones mapped."""
     model = dict(_fields(memoryview(graph.read_bytes())))
+    files: dict[str, npt.NDArray[np.uint8]] = {}
     for number, tensor in _fields(model[GRAPH]):
         if number != INITIALIZER:
             continue
@@ -45,9 +61,10 @@ def float_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         name = bytes(parts[NAME]).decode()
         if entries:
             place = {bytes(e[KEY]).decode(): bytes(e[VALUE]).decode() for e in entries}
-            count = int(place["length"]) // dtype.itemsize
-            file = graph.with_name(place["location"])
-            yield name, np.memmap(file, dtype, "r", int(place["offset"]), count)
+            file, start = place["location"], int(place["offset"])
+            if file not in files:
+                files[file] = np.memmap(graph.with_name(file), np.uint8, "r")
+            yield name, files[file][start : start + int(place["length"])].view(dtype)
         else:
             yield name, np.frombuffer(parts.get(RAW_DATA) or parts.get(FLOAT_DATA, b""), dtype)
 
