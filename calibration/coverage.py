@@ -137,6 +137,13 @@ def _settled(before: ExpertCoverage, after: ExpertCoverage) -> ExpertCoverage:
     return replace(after, status="drew more" if before.short else "covered")
 
 
+def check_covered(coverage: Sequence[ExpertCoverage], expert_names: Sequence[str]) -> None:
+    """Raise `VerificationError` for experts that had to borrow tokens or go data-free."""
+    made_do = [record for record in coverage if record.status in ("borrowed", "data-free")]
+    if made_do:
+        raise refusal(made_do, expert_names)
+
+
 def refusal(shortfalls: Sequence[ExpertCoverage], expert_names: Sequence[str]) -> VerificationError:
     """The error that names the experts which broke the contract under `--strict`."""
     named = "; ".join(shown(short, expert_names) for short in shortfalls)

@@ -71,6 +71,7 @@ class CalibrationData:
                 strata.setdefault(sample.modality, deque()).append(sample)
         turns = deque(strata[key] for key in sorted(strata, key=lambda key: (key is None, key)))
         drawn: list[Sample] = []
+        known = len(self.skipped)
         while turns and len(drawn) < count:
             stratum = turns.popleft()
             while stratum:
@@ -80,6 +81,8 @@ class CalibrationData:
                     turns.append(stratum)
                     break
         self._check_readable(missing=0)
+        if skipped := len(self.skipped) - known:
+            logger.warning("Skipped images that cannot be read: %d.", skipped)
         return drawn
 
     def _is_readable(self, sample: Sample, missing: int) -> bool:
@@ -90,7 +93,7 @@ class CalibrationData:
             except ImageError as error:
                 self._readable[sample.picture] = False
                 self.skipped.append(Skipped(printable(sample.image.name), error.what))
-                logger.warning("Skipped: %s", error.what)
+                logger.info("Skipped: %s", error.what)  # names of files may be those of patients
                 self._check_readable(missing)
         return self._readable[sample.picture]
 

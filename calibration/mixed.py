@@ -6,6 +6,7 @@ until the budget is spent. On each matrix's lower convex hull this is the optimu
 short of the last upgrade (Shoham & Gersho, IEEE Trans. ASSP 36(9), 1988).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,22 +33,17 @@ class Candidate:
     def hull(self) -> list[Format]:
         """The formats on the lower convex hull of loss over bits, cheapest first."""
         kept: list[Format] = []
-        for form in sorted(self.losses, key=self.bits):
-            while kept and self.losses[form] <= self.losses[kept[-1]] and self._above(kept, form):
-                kept.pop()
-            if not kept or self.losses[form] < self.losses[kept[-1]]:
-                kept.append(form)
+        for form in sorted(self.losses, key=lambda form: (self.bits(form), self.losses[form])):
+            if kept and self.losses[form] >= self.losses[kept[-1]]:
+                continue
+            while len(kept) > 1 and self.gain(*kept[-2:]) <= self.gain(kept[-1], form):
+                kept.pop()  # it lies on or above the line from the one before it to this
+            kept.append(form)
         return kept
 
     def gain(self, cheap: Format, dear: Format) -> float:
         """Fall in loss per bit of an upgrade."""
         return (self.losses[cheap] - self.losses[dear]) / (self.bits(dear) - self.bits(cheap))
-
-    def _above(self, kept: list[Format], form: Format) -> bool:
-        """Whether the last of `kept` lies on or above the line from the one before it to `form`."""
-        if len(kept) == 1:
-            return self.bits(kept[0]) == self.bits(form)
-        return self.gain(kept[-2], kept[-1]) <= self.gain(kept[-1], form)
 
 
 def allocate(candidates: Sequence[Candidate], budget_bits: float) -> dict[str, Format]:
@@ -58,12 +54,11 @@ def allocate(candidates: Sequence[Candidate], budget_bits: float) -> dict[str, F
     hulls = {candidate.name: candidate.hull() for candidate in candidates}
     chosen = {candidate.name: hulls[candidate.name][0] for candidate in candidates}
     spent = sum(candidate.bits(chosen[candidate.name]) for candidate in candidates)
-    total = budget_bits * sum(candidate.weights for candidate in candidates)
-    if spent > total:
-        lowest = spent / sum(candidate.weights for candidate in candidates)
-        raise InputError(
-            f"{budget_bits} bits per weight are too few.", f"The least is {lowest:.2f}."
-        )
+    weights = sum(candidate.weights for candidate in candidates)
+    total = budget_bits * weights
+    if not spent <= total:  # also for a budget that is no number
+        lowest = math.ceil(100 * spent / weights) / 100
+        raise InputError(f"{budget_bits} bits per weight are too few.", f"The least is {lowest}.")
     upgrades = [
         (candidate.gain(cheap, dear), candidate, cheap, dear)
         for candidate in candidates

@@ -110,8 +110,8 @@ class _Run:
             Source(
                 self.data.name,
                 self.data.sha256,
-                tuple(sample.id for sample in self.samples),
-                tuple(self.data.skipped),
+                tuple(sample.sha256 for sample in self.samples),
+                len(self.data.skipped),
             ),
             self._routing(),
             coverage,

@@ -1,5 +1,6 @@
 """One question about one calibration picture, and the questions that a bedside device asks."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,11 @@ class Sample:
     def picture(self) -> tuple[Path, int | None, Field | None]:
         """What it looks at: the same for all questions about one picture."""
         return self.image, self.frame, self.field
+
+    @property
+    def sha256(self) -> str:
+        """The hash of its id, for what is written down: the id may name a patient."""
+        return hashlib.sha256(self.id.encode()).hexdigest()
 
     def load(self) -> Image:
         """Decode its picture; the errors of `medmoe_edge.image.load_image`."""

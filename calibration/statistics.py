@@ -15,7 +15,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from medmoe_edge.calibration.coverage import ExpertCoverage
-from medmoe_edge.calibration.data import Skipped
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.site_statistics import SiteStatistics
 from medmoe_edge.calibration.sites import expert_of
@@ -117,20 +116,19 @@ def _reading(path: Path) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Source:
-    """The calibration data: its name and hash, the ids of the samples drawn from it, and which of
-    its images could not be read.
+    """The calibration data: its name and hash, the `Sample.sha256` of those drawn from it, and how
+    many of its images could not be read. No file name or id is kept: they may name patients.
     """
 
     name: str
     sha256: str
     drawn: tuple[str, ...] = ()
-    skipped: tuple[Skipped, ...] = ()
+    skipped: int = 0
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Source":
         """Read what `dataclasses.asdict` gave; raises `KeyError` or `TypeError`."""
-        skipped = tuple(Skipped(**item) for item in data["skipped"])
-        return cls(data["name"], data["sha256"], tuple(data["drawn"]), skipped)
+        return cls(data["name"], data["sha256"], tuple(data["drawn"]), int(data["skipped"]))
 
 
 @dataclass(frozen=True)
@@ -156,15 +154,12 @@ class Statistics:
         return self.sites[site] if site in self.sites and expert_of(site) not in data_free else None
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest keeps, as plain JSON: data, routing profile and coverage.
-
-        File names and ids stay out of it: they may name patients.
-        """
+        """What a manifest keeps, as plain JSON: data, routing profile and coverage."""
         return {
             "data": self.source.name,
             "sha256": self.source.sha256,
             "samples": self.samples,
-            "skipped": len(self.source.skipped),
+            "skipped": self.source.skipped,
             "routing": self.routing.to_json(),
             "coverage": [record.to_json() for record in self.coverage],
         }

@@ -16,12 +16,13 @@ from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.external_data import Extents, save_model
+from medmoe_edge.export.half import halve_weights, to_half
 from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.ort_matmul import lower_matmul
 from medmoe_edge.export.ort_moe import lower_moe
-from medmoe_edge.export.plan import INT8, Method, Plan, Precision, make_plan, round_int8
+from medmoe_edge.export.plan import Method, Plan, Precision, check_precision, make_plan
 from medmoe_edge.export.quantise import quantise_weights
-from medmoe_edge.export.vision import export_vision, vision_policy
+from medmoe_edge.export.vision import export_vision
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.prompt import Tokenizer
 
@@ -34,7 +35,7 @@ STORED: dict[Precision, dict[str, str]] = {
 }
 QUANTISED = {
     "router": "fp32",
-    "vision": "int8 weights per output channel, depthwise and early ones fp32; fp32 arithmetic",
+    "vision": "fp16 weights, fp32 arithmetic",
     "embedding": "fp16",
 }
 STEPS = ("vision", "embedding", "decoder", "manifest")
@@ -64,7 +65,7 @@ def export_bundle(
     checkpoint, and `ResourceError` where the disk does not take it.
     """
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
-    _check(source)
+    check_exportable(source, precision, budget_bits, calibrated=statistics is not None)
     if statistics is not None:
         statistics.check(source)
     report = progress or (lambda step, done, total: None)
@@ -87,8 +88,16 @@ def export_bundle(
     return out
 
 
-def _check(source: Checkpoint) -> None:
+def check_exportable(
+    source: Checkpoint, precision: Precision, budget_bits: float | None, *, calibrated: bool
+) -> None:
+    """Refuse what no work can mend: a checkpoint that does not fit, a precision out of reach.
+
+    Raises `CheckpointError`, and `InputError` for a mixed export that is not `calibrated` or whose
+    budget is too small.
+    """
     decoder = source.config.decoder
+    check_precision(source, precision, budget_bits, calibrated=calibrated)
     if source.tokenizer_file is None:
         raise CheckpointError(
             f"{source.folder} has no tokenizer.json.",
@@ -106,8 +115,7 @@ def _check(source: Checkpoint) -> None:
 def _write_vision(source: Checkpoint, folder: Path, precision: Precision) -> None:
     model = export_vision(source)
     if precision != "fp32":
-        chosen = vision_policy(model)
-        quantise_weights(model, lambda name: (INT8, round_int8) if name in chosen else None)
+        halve_weights(model)
     save_model(model, folder, "vision")
 
 
@@ -119,7 +127,7 @@ def _write_embedding(source: Checkpoint, folder: Path, precision: Precision) -> 
     with (folder / "embedding.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for rows in WeightSource(source).rows(name):
-            rows.astype(dtype).tofile(file)
+            (rows if precision == "fp32" else to_half(rows, name)).tofile(file)
 
 
 def _write_decoder(source: Checkpoint, folder: Path, plan: Plan) -> Extents:

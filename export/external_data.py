@@ -48,6 +48,9 @@ def save_model(model: ir.Model, folder: Path, name: str) -> Extents:
             if group:
                 start = extents.setdefault(group, [offset, 0])[0]
                 extents[group][1] = offset + length - start
+    for value in values:
+        if value not in large:  # read now: inside `ir.save` an error would lose its type
+            value.const_value = ir.tensor(_tensor(value).numpy(), name=value.name)
     ir.save(model, folder / f"{name}.onnx")
     return extents
 

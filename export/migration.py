@@ -41,4 +41,4 @@ def _together(seen: Iterable[SiteStatistics]) -> tuple[Floats, Floats, Floats]:
 
 
 def _some_rows(matrix: Floats) -> Floats:
-    return matrix[:: max(len(matrix) // ROWS, 1)]
+    return matrix[:: max(len(matrix) // ROWS, 1)].copy()  # a view would keep all of it in memory

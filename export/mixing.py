@@ -54,7 +54,8 @@ def _candidates(checkpoint: Checkpoint, statistics: Statistics) -> Iterator[Cand
                 losses = {INT4: 0.0}
             else:
                 sample = source.array(name)[:: max(rows // ROWS, 1)]
-                share = powers[_owner(name)] / (attended if ".attention." in name else stream)
+                total = attended if ".attention." in name else stream
+                share = powers[_owner(name)] / total if total else 0.0
                 fits = [form for form in CHOICES if width % (form.group or 1) == 0]
                 losses = {form: share * _error(sample, form, moments) ** 2 for form in fits}
             yield Candidate(name, rows * width, width, losses)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import NameFixPass
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from medmoe_edge.export.builder import CONTRIB, Builder, initializer
 
@@ -46,9 +46,9 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
         graph.insert_before(node, build.nodes)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-        _remove_if_unused(model.graph, dequantise)
         model.graph.opset_imports[CONTRIB] = 1
     if pairs:
+        RemoveUnusedNodesPass()(model)
         NameFixPass()(model)  # branches and the graph around them share one name space
     return model, bool(pairs)
 
@@ -120,19 +120,3 @@ def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
     assert value is not None
     assert value.const_value is not None
     return value.const_value
-
-
-def _remove_if_unused(graph: ir.Graph, dequantise: ir.Node) -> None:
-    if dequantise.outputs[0].uses():
-        return
-    inputs = list(dequantise.inputs)
-    graph.remove(dequantise, safe=True)
-    for value in inputs:
-        cast = value.producer() if value is not None else None
-        if cast is not None and not cast.outputs[0].uses():
-            inputs += cast.inputs
-            graph.remove(cast, safe=True)
-    for value in inputs:
-        name = value.name if value is not None and not value.uses() else None
-        if name in graph.initializers:
-            del graph.initializers[str(name)]

@@ -1,6 +1,6 @@
 """What becomes of every weight of the decoder: its format, its method, and the error it leaves.
 
-    int8     W8A8: all matrices per output channel; calibrated: scales folded as SmoothQuant does
+    int8     W8A8: all matrices per output channel; calibrated: SmoothQuant's scales, then GPTQ
     int4     groups of 32; the head per channel in int8; calibrated: GPTQ, else searched scales
     mixed    as int4, each expert's format chosen by its sensitivity
 
@@ -16,12 +16,12 @@ import numpy as np
 
 from medmoe_edge.calibration.formats import Floats, Format, Quantised
 from medmoe_edge.calibration.gptq import quantise_gptq
-from medmoe_edge.calibration.mixed import INT4
+from medmoe_edge.calibration.mixed import CHOICES, INT4
 from medmoe_edge.calibration.rounding import output_error, round_searched, round_to_nearest
 from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint import Checkpoint
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.export.folding import fold
 from medmoe_edge.export.migration import search_scales
 from medmoe_edge.export.mixing import search_formats
@@ -32,6 +32,8 @@ Precision = Literal["fp32", "int8", "int4", "mixed"]
 Method = Literal["auto", "rtn"]
 INT8 = Format(8)
 HEAD = "decoder.head.weight"
+GROUP = 32  # of the weights in int4: the smallest group of any format
+LEAST_BITS = min(form.bits_per_weight(form.group or GROUP) for form in CHOICES)
 
 
 @dataclass
@@ -66,10 +68,10 @@ class Plan:
 
     def _quantise(self, name: str, form: Format, rows: Floats) -> Quantised:
         second, hessian = self._moments(name)
-        if self.method == "rtn" or form.group is None:
-            method, quantised = "rtn", round_to_nearest(rows, form)
-        elif hessian is not None:
+        if self.method == "auto" and hessian is not None:
             method, quantised = "gptq", quantise_gptq(rows, hessian, form)
+        elif self.method == "rtn" or form.group is None:
+            method, quantised = "rtn", round_to_nearest(rows, form)
         else:
             method = "searched" if second is None else "weighted"
             quantised = round_searched(rows, form, second)
@@ -100,6 +102,34 @@ class Plan:
         return found.mean_square / columns**2, hessian
 
 
+def check_precision(
+    source: Checkpoint, precision: Precision, budget_bits: float | None, *, calibrated: bool
+) -> None:
+    """Raise `CheckpointError` for matrices that do not divide into groups, where there are any.
+
+    Raises `InputError` for a mixed precision without calibration, or of fewer bits than there are.
+    """
+    if precision not in ("int4", "mixed"):
+        return
+    for name, tensor in source.names.items():
+        if site_of(name) is not None and name != HEAD and tensor.shape[1] % GROUP:
+            raise CheckpointError(
+                f"The rows of {name}, of {tensor.shape[1]} weights, do not divide into groups of "
+                f"{GROUP}.",
+                "Export it with --int8.",
+            )
+    if precision == "mixed":
+        if not calibrated or budget_bits is None:
+            raise InputError(
+                "Mixed precision is chosen by what calibration measured.",
+                "Add --calibrate DATA or --stats FILE, and the bits per weight.",
+            )
+        if not budget_bits >= LEAST_BITS:  # so that NaN is none
+            raise InputError(
+                f"{budget_bits:g} bits per weight are too few.", f"The least is {LEAST_BITS:g}."
+            )
+
+
 def make_plan(
     source: Checkpoint,
     precision: Precision,
@@ -111,16 +141,6 @@ def make_plan(
     plan = Plan(precision, method, statistics)
     if statistics is not None and precision == "int8" and method == "auto":
         plan.factors = fold(search_scales(source, statistics))
-    if precision == "mixed":
-        if statistics is None or budget_bits is None:
-            raise InputError(
-                "Mixed precision is chosen by what calibration measured.",
-                "Add --calibrate DATA or --stats FILE, and the bits per weight.",
-            )
+    if precision == "mixed" and statistics is not None and budget_bits is not None:
         plan.formats = search_formats(source, statistics, budget_bits)
     return plan
-
-
-def round_int8(rows: Floats) -> Quantised:
-    """The data-free quantiser of the vision tower."""
-    return round_to_nearest(rows, INT8)

@@ -1,4 +1,4 @@
-"""Pass: chosen weights become integers behind `DequantizeLinear`.
+"""Pass: chosen matrices `[K, N]` become integers behind `DequantizeLinear`.
 
 This is the quantised model's specification: plain ONNX, the same numbers for every target. Per
 output channel the scales are fp32 `[N]`; in groups along the input they are stored in fp16
@@ -6,15 +6,16 @@ output channel the scales are fp32 `[N]`; in groups along the input they are sto
 the pairs `DequantizeLinear -> MatMul` by what that target runs fast.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from medmoe_edge.calibration.formats import Floats, Format, Quantised
+from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import initializer
 from medmoe_edge.export.weights import MatrixTensor
 
@@ -32,7 +33,12 @@ INTEGERS: dict[int, tuple[ir.DataType, Any]] = {
 
 
 def quantise_weights(model: ir.Model, policy: Policy) -> tuple[ir.Model, bool]:
-    """Quantise the initializers that `policy` wants, lazily; returns `(model, modified)`."""
+    """Quantise the initializers that `policy` wants, lazily; returns `(model, modified)`.
+
+    They must be matrices `[K, N]` as MatMul reads them, the formats symmetric. Raises `ConfigError`
+    for groups that do not fit; weights that a format cannot hold raise `CheckpointError` when they
+    are written.
+    """
     chosen = [
         (value, found)
         for name, value in model.graph.initializers.items()
@@ -46,61 +52,71 @@ def quantise_weights(model: ir.Model, policy: Policy) -> tuple[ir.Model, bool]:
 class _Weight:
     """Reads and quantises the weight when its integers are written; keeps scales for later."""
 
-    def __init__(
-        self, source: ir.TensorProtocol, axis: int, form: Format, quantiser: Quantiser
-    ) -> None:
-        self.source, self.axis, self.format, self.quantiser = source, axis, form, quantiser
-        self.shape = [int(size) for size in source.shape.numpy()]
-        self.scale: Floats | None = None  # [N, G]
+    def __init__(self, value: ir.Value, form: Format, quantiser: Quantiser) -> None:
+        assert value.const_value is not None
+        self.name, self.source = str(value.name), value.const_value
+        self.format, self.quantiser = form, quantiser
+        self.shape = self.source.shape.numpy()  # (K, N)
+        self.scale: npt.NDArray[Any] | None = None  # as stored
 
-    def tensors(self, name: str) -> list[ir.LazyTensor]:
+    def tensors(self) -> list[ir.LazyTensor]:
         """Integers and scales."""
-        channels = self.shape[self.axis]
-        groups = self.format.groups(math.prod(self.shape) // channels)
+        width, channels = self.shape
         kind, shape = ir.DataType.FLOAT, [channels]
         if self.format.group is not None:
-            kind, shape = ir.DataType.FLOAT16, [groups, channels]
+            kind, shape = ir.DataType.FLOAT16, [self.format.groups(width), channels]
         integers, _ = INTEGERS[self.format.bits]
         return [
-            ir.LazyTensor(self._integers, integers, shape=ir.Shape(self.shape), name=name),
-            ir.LazyTensor(self._scales, kind, shape=ir.Shape(shape), name=f"{name}.scale"),
+            ir.LazyTensor(self._integers, integers, shape=ir.Shape(self.shape), name=self.name),
+            ir.LazyTensor(self._scales, kind, shape=ir.Shape(shape), name=f"{self.name}.scale"),
         ]
 
     def _integers(self) -> ir.TensorProtocol:
-        parts = [self.quantiser(rows) for rows in self._rows()]
-        self.scale = np.concatenate([part.scale for part in parts])
+        parts = [self._quantised(rows) for rows in self._rows()]
+        self.scale = self._stored(np.concatenate([part.scale for part in parts]))
         integers = np.concatenate([part.integers for part in parts])  # [N, K]
-        rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
-        own = np.moveaxis(integers.reshape(-1, *rest), 0, self.axis)
         _, kind = INTEGERS[self.format.bits]
-        return ir.tensor(np.ascontiguousarray(own).astype(kind, copy=False))
+        return ir.tensor(np.ascontiguousarray(integers.T).astype(kind, copy=False))
 
     def _scales(self) -> ir.TensorProtocol:
         if self.scale is None:
             self._integers()
         assert self.scale is not None
+        return ir.tensor(self.scale)
+
+    def _quantised(self, rows: Floats) -> Quantised:
+        try:
+            return self.quantiser(rows)
+        except CheckpointError as error:  # it knows the numbers, not their name
+            raise CheckpointError(f"{self.name}: {error.what}", error.remedy) from error
+
+    def _stored(self, scale: Floats) -> npt.NDArray[Any]:
         if self.format.group is None:
-            return ir.tensor(self.scale[:, 0])
-        return ir.tensor(np.ascontiguousarray(self.scale.T.astype(np.float16)))
+            stored: npt.NDArray[Any] = scale[:, 0]  # [N]
+        else:
+            with np.errstate(over="ignore"):  # seen below
+                stored = np.ascontiguousarray(scale.T.astype(np.float16))  # [K / group, N]
+        if not (np.isfinite(stored).all() and stored.all()):
+            raise CheckpointError(
+                f"{self.name} would get scales that are 0 or not finite.",
+                "Check the checkpoint: its weights may have diverged.",
+            )
+        return stored
 
     def _rows(self) -> Iterator[Floats]:
         if isinstance(self.source, MatrixTensor):
             yield from self.source.rows()
         else:
-            array = np.moveaxis(self.source.numpy(), self.axis, 0)
-            yield np.ascontiguousarray(array.reshape(len(array), -1))
+            yield np.ascontiguousarray(self.source.numpy().T)
 
 
 def _quantise(graph: ir.Graph, value: ir.Value, form: Format, quantiser: Quantiser) -> None:
-    source, name = value.const_value, value.name
-    assert source is not None
-    assert name is not None
-    weight = _Weight(source, _channel_axis(value), form, quantiser)
+    weight, name = _Weight(value, form, quantiser), str(value.name)
+    inputs = [initializer(tensor) for tensor in weight.tensors()]
     del graph.initializers[name]
-    inputs = [initializer(tensor) for tensor in weight.tensors(name)]
     for stored in inputs:
         graph.register_initializer(stored)
-    nodes, attributes = [], {"axis": weight.axis}
+    nodes, attributes = [], {"axis": 1}
     if form.group is not None:
         cast = ir.node("Cast", [inputs[1]], {"to": int(ir.DataType.FLOAT)})
         cast.outputs[0].name = f"{name}.scale.float"
@@ -113,10 +129,3 @@ def _quantise(graph: ir.Graph, value: ir.Value, form: Format, quantiser: Quantis
     result.dtype, result.shape = ir.DataType.FLOAT, ir.Shape(weight.shape)
     graph.insert_before(graph[0], nodes)
     value.replace_all_uses_with(result)
-
-
-def _channel_axis(value: ir.Value) -> int:
-    """Convolutions and transposed Gemm weights keep output channels first, MatMul's last."""
-    user = next(iter(value.uses())).node
-    transposed = user.op_type == "Gemm" and user.attributes.get_int("transB") == 1
-    return 0 if user.op_type == "Conv" or transposed else 1

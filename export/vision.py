@@ -20,8 +20,6 @@ from medmoe_edge.export.builder import OPSET, initializer
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.models.med_moe import TOWERS, projector
 
-SMALL = 2**14
-
 
 class ImageEncoder(nn.Module):
     """Pixels `[1, 3, S, S]` to image tokens `[1, N, D]`; the same as `MedMoE.encode_image`."""
@@ -91,22 +89,3 @@ def _store(graph: ir.Graph, value: ir.Value, source: WeightSource) -> None:
         graph.remove(node, safe=True)
     value.name = None
     graph.register_initializer(stored)
-
-
-def vision_policy(model: ir.Model) -> frozenset[str]:
-    """Names of the weights that are worth quantising: of products, and large enough.
-
-    A depthwise kernel has so few weights per channel, and early layers so few in all, that int8
-    there saves little and costs most: in nano 6% of the tower's weights made 0.05 of 0.05 relative
-    error in its features, all others together 0.015.
-    """
-    multiplied = {
-        node.inputs[1]
-        for node in model.graph
-        if node.op_type in ("Conv", "Gemm", "MatMul") and node.attributes.get_int("group", 1) == 1
-    }
-    return frozenset(
-        name
-        for name, value in model.graph.initializers.items()
-        if value in multiplied and value.const_value is not None and value.const_value.size >= SMALL
-    )

@@ -13,18 +13,12 @@ from medmoe_edge.errors import InputError, ResourceError
 def atomic_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place once the block has ended well.
 
-    An existing `target` is refused without `force`; with it, only a folder that holds the file
-    `marker` (one of our own kind) is replaced; behind a link, the folder that it names. Raises
-    `InputError`, and `ResourceError` where the disk does not take it.
+    What may not be replaced is refused as `check_target` does; behind a link, the folder that it
+    names is replaced. Raises `ResourceError` where the disk does not take it.
     """
     target = target.resolve()
+    check_target(target, force=force, marker=marker)
     exists = target.exists()
-    if exists and not force:
-        raise InputError(f"{target} exists already.", "Choose another name, or pass --force.")
-    if exists and not (target / marker).is_file():
-        raise InputError(
-            f"{target} holds no {marker}, so it will not be replaced.", "Choose another name."
-        )
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         temporary.mkdir(parents=True)
@@ -40,6 +34,19 @@ def atomic_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(target: Path, *, force: bool, marker: str) -> None:
+    """Raise `InputError` for an existing `target`, unless `force` is given and it is one of ours.
+
+    Of ours is a folder that holds the file `marker`.
+    """
+    if target.exists() and not force:
+        raise InputError(f"{target} exists already.", "Choose another name, or pass --force.")
+    if target.exists() and not (target / marker).is_file():
+        raise InputError(
+            f"{target} holds no {marker}, so it will not be replaced.", "Choose another name."
+        )
 
 
 def _replace(temporary: Path, target: Path) -> None:

@@ -84,6 +84,6 @@ Strict = Annotated[
 def check_output(file: Path, force: bool) -> None:
     """Refuse an output before the work rather than after it."""
     if file.exists() and not force:
-        raise InputError(f"{file} exists.", "Choose another name, or add --force.")
+        raise InputError(f"{file} exists already.", "Choose another name, or add --force.")
     if not file.parent.is_dir():
         raise InputError(f"{file.parent} is not a folder.", "Make it first, or choose another.")

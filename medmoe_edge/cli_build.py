@@ -1,11 +1,11 @@
 """The verbs that build: checkpoints, statistics, bundles, data."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from medmoe_edge import render
+from medmoe_edge import render, render_proof
 from medmoe_edge.cli_app import (
     Checkpoint,
     Force,
@@ -13,10 +13,14 @@ from medmoe_edge.cli_app import (
     Samples,
     Strict,
     VisionTower,
+    check_output,
     verb,
 )
 from medmoe_edge.cli_errors import needs
 from medmoe_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from medmoe_edge.export.plan import Precision
 
 
 @verb("export", "Build", "export --int8 --calibrate builtin")
@@ -64,8 +68,13 @@ def export(
         from medmoe_edge import pipeline
     from medmoe_edge.embedded import EMBEDDED, checkpoint_path
 
-    wanted = {"int8": int8, "int4": int4, "mixed": mixed is not None, "fp32": fp32}
-    chosen = [name for name, given in wanted.items() if given] or ["int8"]
+    given: dict[Precision, bool] = {
+        "int8": int8,
+        "int4": int4,
+        "mixed": mixed is not None,
+        "fp32": fp32,
+    }
+    chosen = [name for name in given if given[name]] or ["int8"]
     if len(chosen) > 1:
         raise InputError(f"--{' and --'.join(chosen)} exclude each other.", "Give one of them.")
     folder = checkpoint_path(checkpoint)
@@ -74,7 +83,7 @@ def export(
         made = pipeline.export(
             folder,
             output or Path(f"{name}-{chosen[0]}"),
-            precision=chosen[0],  # type: ignore[arg-type]
+            precision=chosen[0],
             method=method,
             budget_bits=mixed,
             calibrate_on=calibrate,
@@ -90,10 +99,12 @@ def export(
         found = made.verification.to_json() if made.verification else None
         bundle = {"bundle": str(made.bundle), "name": name, "precision": chosen[0]}
         render.as_json(bundle | {"verification": found})
-    else:
-        if made.verification:
-            render.show_verification(made.verification)
-        render.wrote("the bundle", made.bundle)
+        return
+    if made.verification:
+        render_proof.show_verification(made.verification)
+    render.wrote("the bundle", made.bundle)
+    if made.verification is None:
+        render_proof.show_not_measured()
 
 
 @verb("calibrate", "Build", "calibrate nano --data builtin -o nano.stats")
@@ -106,7 +117,7 @@ def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="STATS", help="The file.")],
     samples: Samples = 128,
     hessians: Annotated[
-        bool, typer.Option(help="What int4 and mixed exports need; much the largest part.")
+        bool, typer.Option(help="Second moments, for GPTQ; much the largest part.")
     ] = True,
     strict: Strict = False,
     vision_tower: VisionTower = None,
@@ -119,11 +130,13 @@ def calibrate(
         from medmoe_edge.calibration.run import calibrate as gather
     from medmoe_edge.embedded import checkpoint_path
 
+    check_output(output, force)
     folder = checkpoint_path(checkpoint)
     with render.working("Reading") as report:
+        source = pipeline.read_data(folder, data, vision_tower=vision_tower)
         statistics = gather(
             folder,
-            pipeline.read_data(folder, data, vision_tower=vision_tower),
+            source,
             output,
             samples=samples,
             hessians=hessians,
@@ -135,7 +148,7 @@ def calibrate(
     if as_json:
         render.as_json({"statistics": str(output)} | statistics.summary())
     else:
-        render.show_coverage(statistics)
+        render_proof.show_coverage(statistics, source.skipped)
         render.wrote("the statistics", output)
 
 

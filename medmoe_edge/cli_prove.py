@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from medmoe_edge import render
+from medmoe_edge import render, render_proof
 from medmoe_edge.cli_app import Force, Json, Runtime, VisionTower, check_output, verb
 from medmoe_edge.cli_errors import needs
+from medmoe_edge.errors import InputError
 
 
 @verb("eval", "Prove", "eval --data slake/test.jsonl")
@@ -63,12 +64,16 @@ def verify(
     *,
     against: Annotated[
         str | None,
-        typer.Option(metavar="CHECKPOINT", help="What it was exported from; measures with --data."),
+        typer.Option(metavar="CHECKPOINT", help="What it was exported from: measures with DATA."),
     ] = None,
     data: Annotated[
-        str,
-        typer.Option(metavar="DATA", help="Questions: a JSONL file, a folder of images, builtin."),
-    ] = "builtin",
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Questions: a JSONL file, a folder of images, builtin.",
+            show_default="builtin",
+        ),
+    ] = None,
     beside: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,8 +94,13 @@ def verify(
     """
     from medmoe_edge.embedded import bundle_path, checkpoint_path
 
+    if against is None and (data or beside):
+        raise InputError(
+            "--data and --beside measure against a checkpoint.", "Add --against CHECKPOINT."
+        )
     if report:
         check_output(report, force)
+        from medmoe_edge.report import write_report
     folder = bundle_path(bundle)
     with render.working("Reading") as progress:
         if against is None:
@@ -103,19 +113,17 @@ def verify(
             found = pipeline.verify(
                 folder,
                 checkpoint_path(against),
-                data,
+                data or "builtin",
                 beside=beside or [],
                 vision_tower=vision_tower,
                 progress=progress,
             )
     if report:
-        with needs("export"):
-            from medmoe_edge.report import write_report
         write_report(found, report)
     if as_json:
         render.as_json(found.to_json())
     else:
-        render.show_verification(found)
+        render_proof.show_verification(found)
         if report:
             render.wrote("the report", report)
     if error := found.error():
@@ -159,7 +167,7 @@ def ablate(
     if as_json:
         render.as_json(found.to_json())
     else:
-        render.show_ablation(found)
+        render_proof.show_ablation(found)
 
 
 @verb("inspect", "Prove", "inspect nano")

@@ -1,5 +1,6 @@
 """ask(): an image and questions in, answers out, over any runtime."""
 
+import logging
 import math
 import os
 import time
@@ -14,7 +15,13 @@ import numpy.typing as npt
 from medmoe_edge.answer import Answer, Timings
 from medmoe_edge.bundle import MANIFEST, Bundle
 from medmoe_edge.embedded import bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, MissingDependencyError, ModelError
+from medmoe_edge.errors import (
+    BundleError,
+    CheckpointError,
+    InputError,
+    MissingDependencyError,
+    ModelError,
+)
 from medmoe_edge.image import Image, load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Floats, Runtime, Step
@@ -23,12 +30,16 @@ Counts = npt.NDArray[np.int64]
 RuntimeName = Literal["auto", "onnxruntime", "torch"]
 ImageLike = str | os.PathLike[str] | Image
 MAX_NEW_TOKENS = 32
+REFERENCE = "reference"  # a checkpoint, which bundles are verified against
+
+logger = logging.getLogger(__name__)
 
 
 def load(model: str | os.PathLike[str] = "nano", *, runtime: RuntimeName = "auto") -> "Engine":
     """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
 
-    `auto` runs bundles on ONNX Runtime and checkpoints on torch. Raises `ModelError`.
+    `auto` runs bundles on ONNX Runtime and checkpoints on torch. A bundle whose verification failed
+    is loaded with a warning. Raises `ModelError`.
     """
     model = os.fspath(model)
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
@@ -47,8 +58,12 @@ def _load_bundle(folder: Path) -> "Engine":
     from medmoe_edge.runtimes.ort import OrtRuntime
 
     bundle = Bundle.open(folder)
+    if bundle.proof == "failed":
+        logger.warning(
+            "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
+        )
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    return Engine(OrtRuntime(bundle), tokenizer, bundle.name, bundle.sha256)
+    return Engine(OrtRuntime(bundle), tokenizer, bundle.name, bundle.sha256, bundle.proof)
 
 
 def _load_checkpoint(folder: Path) -> "Engine":
@@ -84,11 +99,21 @@ class _Prefix:
 
 
 class Engine:
-    """A loaded model that answers questions about images. Not thread-safe."""
+    """A loaded model that answers questions about images. Not thread-safe.
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, name: str, sha256: str) -> None:
+    `verification` is a bundle's proof, or "reference".
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        name: str,
+        sha256: str,
+        verification: str = REFERENCE,
+    ) -> None:
         self.runtime, self.tokenizer = runtime, tokenizer
-        self.name, self.sha256 = name, sha256
+        self.name, self.sha256, self.verification = name, sha256, verification
         self.config = runtime.config
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
 
@@ -105,7 +130,11 @@ class Engine:
         max_new_tokens: int = MAX_NEW_TOKENS,
         frame: int | None = None,
     ) -> Answer:
-        """Answer one question. Raises `InputError` for an unusable image or question."""
+        """Answer one question.
+
+        Raises `InputError` for an unusable image or question, `ModelError` where the model's output
+        is not finite.
+        """
         return self.ask_all(image, [question], max_new_tokens=max_new_tokens, frame=frame)[0]
 
     def ask_all(
@@ -139,11 +168,11 @@ class Engine:
         picture = image if isinstance(image, Image) else load_image(image, frame=frame)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
-        image_tokens = self.runtime.encode_image(pixels)
+        image_tokens = self._finite(self.runtime.encode_image(pixels))
         clock.lap("vision")
         embeds = np.concatenate((self.runtime.embed(prefix_ids), image_tokens))
         cache = self.runtime.new_cache(length + room)
-        step = self.runtime.step(embeds, cache)
+        step = self._step(embeds, cache)
         clock.lap("prefix")
         modality = self._modality(step.router_logits[len(prefix_ids) :])
         return _Prefix(cache, cache.length, modality, self._chosen(step), clock.laps)
@@ -154,7 +183,7 @@ class Engine:
         clock = _Clock()
         cache = prefix.cache
         cache.length = prefix.length  # forget the question before
-        step = self.runtime.step(self.runtime.embed(ids), cache)
+        step = self._step(self.runtime.embed(ids), cache)
         experts = prefix.experts + self._chosen(step)
         clock.lap("question")
         answer: list[int] = []
@@ -168,7 +197,7 @@ class Engine:
                 break
             answer.append(token)
             if len(answer) < limit:
-                step = self.runtime.step(self.runtime.embed([token]), cache)
+                step = self._step(self.runtime.embed([token]), cache)
                 experts = experts + self._chosen(step)
         clock.lap("decode")
         return Answer(
@@ -178,9 +207,28 @@ class Engine:
             modality=prefix.modality,
             experts=self._shares(experts),
             timings=_timings(prefix.seconds, clock.laps, len(answer), reused),
-            model={"name": self.name, "sha256": self.sha256},
+            model={
+                "name": self.name,
+                "sha256": self.sha256,
+                "verification": self.verification,
+            },
             complete=complete,
         )
+
+    def _step(self, embeds: Floats, cache: Cache) -> Step:
+        step = self.runtime.step(embeds, cache)
+        self._finite(step.logits)
+        self._finite(step.router_logits)
+        return step
+
+    def _finite(self, values: Floats) -> Floats:
+        """The values, unless one is infinite or no number: what follows would be no answer."""
+        if np.isfinite(values).all():
+            return values
+        what = f"{self.name} computed values that are infinite or no numbers."
+        if self.verification == REFERENCE:
+            raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
+        raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
 
     def _check_length(self, positions: int) -> None:
         limit = self.config.decoder.max_positions

@@ -20,7 +20,8 @@ class Inspection:
     tower needs torch, which is not installed); `parameters_language` the decoder without tower
     and projector, and `parameters_activated` what of it runs for one token: the router, the
     top-k experts and the meta expert, but not the other experts. `tensors` counts the official
-    layout's tensors, `types` them by number type; `bytes` are those of all files.
+    layout's tensors, `types` them by number type; `bytes` are those of all files. `verification`
+    is a bundle's proof of fidelity: "passed", "failed" or "not measured".
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -38,6 +39,7 @@ class Inspection:
     quantisation: Any = None
     source: Any = None
     licence: Any = None
+    verification: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -92,7 +94,8 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
 def _inspect_bundle(path: Path) -> Inspection:
     from medmoe_edge.bundle import Bundle
 
-    manifest = Bundle.open(path, verify=False).manifest
+    bundle = Bundle.open(path, verify=False)
+    manifest = bundle.manifest
     config = ModelConfig.from_json(manifest["config"], "manifest.json config")
     files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
     try:
@@ -107,6 +110,7 @@ def _inspect_bundle(path: Path) -> Inspection:
         quantisation=manifest.get("quantisation"),
         source=manifest.get("source"),
         licence=manifest.get("licence"),
+        verification=bundle.proof,
         **_common(path, config),
     )
 

@@ -1,9 +1,12 @@
-"""From a checkpoint to a bundle that carries its proof: calibrate, export, verify."""
+"""From a checkpoint to a bundle that carries its proof: calibrate, export, verify.
+
+Each begins with what can be refused at once, for the work may take an hour.
+"""
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,15 +14,18 @@ from typing import Literal
 from PIL import Image as Picture
 
 from medmoe_edge import verification
-from medmoe_edge.bundle import Bundle
+from medmoe_edge.atomic import check_target
+from medmoe_edge.bundle import MANIFEST, Bundle
+from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import CalibrationData, Sample, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.checkpoint import read_checkpoint
+from medmoe_edge.calibration.tensor_file import writing
+from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
 from medmoe_edge.datasets import Example
-from medmoe_edge.embedded import bundle_path
-from medmoe_edge.errors import InputError
-from medmoe_edge.export.build import export_bundle
+from medmoe_edge.embedded import EMBEDDED, bundle_path
+from medmoe_edge.errors import InputError, ModelError, ResourceError
+from medmoe_edge.export.build import check_exportable, export_bundle
 from medmoe_edge.export.plan import Method, Precision
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import OrtRuntime
@@ -28,14 +34,14 @@ from medmoe_edge.verification import Data, Verification
 Progress = Callable[[str, int, int], None]
 SAMPLES = 128  # to calibrate on
 PROOF_SAMPLES = 300  # to verify on; fewer where there are no more
+FEWEST_HELD_OUT = 100  # else the proof is on all samples, those of the calibration included
 BASELINES: dict[str, Literal["nf4", "int8"]] = {
     "bitsandbytes-nf4": "nf4",
     "bitsandbytes-int8": "int8",
 }
-FEWEST_HELD_OUT = 100  # else the proof is on all samples, those of the calibration included
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Export:
     """A new bundle; `verification` is its proof, None where no data was given to prove it on."""
 
@@ -47,8 +53,7 @@ def read_data(
     checkpoint: Path, source: str, *, vision_tower: Path | None = None
 ) -> CalibrationData:
     """Calibration data (a folder, a question file or "builtin") for the modalities of a model."""
-    moe = read_checkpoint(checkpoint, vision_tower=vision_tower).config.moe
-    return read_calibration(source, known_modalities=moe.expert_names if moe else ())
+    return _data_for(read_checkpoint(checkpoint, vision_tower=vision_tower), source)
 
 
 def export(
@@ -70,29 +75,33 @@ def export(
     """Export a checkpoint; calibrated and proven where `calibrate_on` names data.
 
     `stats` are statistics that `calibrate` wrote; the bundle is then not yet proven. `strict`
-    refuses to calibrate an expert that too few tokens reach. Raises `VerificationError`, and leaves
-    no bundle, where the proof fails; `ModelError`, `InputError` and `ResourceError` otherwise.
+    refuses experts that too few tokens reached. Raises `VerificationError`, and leaves no bundle,
+    where the proof fails; `ModelError`, `InputError` and `ResourceError` otherwise.
     """
+    check_target(out, force=force, marker=MANIFEST)
     if calibrate_on is not None and stats is not None:
         raise InputError("Both data and statistics were given.", "Give one of the two.")
+    source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    calibrated = calibrate_on is not None or stats is not None
+    check_exportable(source, precision, budget_bits, calibrated=calibrated)
+    statistics = Statistics.open(stats) if stats else None
     found: list[Verification] = []
     with contextlib.ExitStack() as stack:
-        statistics, prove = (Statistics.open(stats) if stats else None), None
+        prove = None
         if calibrate_on is not None:
-            data = read_data(checkpoint, calibrate_on, vision_tower=vision_tower)
-            beside = tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=f".{out.name}.")
-            folder = Path(stack.enter_context(beside))
+            data = _data_for(source, calibrate_on)
+            folder = stack.enter_context(_work_folder(out))
             statistics = calibrate(
                 checkpoint,
                 data,
                 folder / "statistics",
                 samples=samples,
-                hessians=precision in ("int4", "mixed"),
+                hessians=precision != "fp32",
                 strict=strict,
                 vision_tower=vision_tower,
                 progress=progress,
             )
-            proof = Data(data.name, list(as_examples(proof_samples(data, statistics), folder)))
+            proof = proof_data(data, statistics, folder)
 
             def prove(bundle: Path) -> None:
                 result = verification.verify(
@@ -102,7 +111,9 @@ def export(
                 if error := result.error():
                     raise error
 
-        bundle = export_bundle(
+        elif statistics is not None and strict:
+            check_covered(statistics.coverage, _modalities(source))
+        export_bundle(
             checkpoint,
             out,
             precision=precision,
@@ -115,15 +126,19 @@ def export(
             prove=prove,
             progress=progress,
         )
-    return Export(bundle, found[0] if found else None)
+    if not found:
+        return Export(out, None)
+    return Export(out, dataclasses.replace(found[0], bundle=Bundle.open(out, verify=False)))
 
 
-def proof_samples(data: CalibrationData, statistics: Statistics) -> list[Sample]:
-    """What a bundle with these statistics is verified on."""
+def proof_data(data: CalibrationData, statistics: Statistics, folder: Path) -> Data:
+    """What a bundle with these statistics is verified on; its name says if it is not held out."""
     drawn = set(statistics.source.drawn)
-    used = [sample for sample in data.samples if sample.id in drawn]
-    held_out = data.draw(PROOF_SAMPLES, exclude=used)
-    return held_out if len(held_out) >= FEWEST_HELD_OUT else data.draw(PROOF_SAMPLES)
+    used = [sample for sample in data.samples if sample.sha256 in drawn]
+    chosen, name = data.draw(PROOF_SAMPLES, exclude=used), data.name
+    if len(chosen) < FEWEST_HELD_OUT:
+        chosen, name = data.draw(PROOF_SAMPLES), f"{name}, on which it was calibrated"
+    return Data(name, list(as_examples(chosen, folder)))
 
 
 def verify(
@@ -138,30 +153,23 @@ def verify(
     """Measure a bundle against its checkpoint on every question of a source; see `verification`.
 
     `beside` names what is measured too: other bundles of the checkpoint, "bitsandbytes-nf4" or
-    "bitsandbytes-int8".
+    "bitsandbytes-int8". Raises what `verification.verify` does, and `ResourceError` at once where
+    the bundle's folder cannot be written.
     """
-    data = read_data(checkpoint, source, vision_tower=vision_tower)
+    _check_writable(bundle)
+    model = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    others = {_label(name): _peer(name, model) for name in beside}
+    data = _data_for(model, source)
     with tempfile.TemporaryDirectory() as folder:
         samples = data.draw(len(data.samples))
-        questions = Data(data.name, list(as_examples(samples, Path(folder))))
-        others = {name: partial(_peer, name, checkpoint, vision_tower) for name in beside}
         return verification.verify(
             bundle,
             checkpoint,
-            questions,
+            Data(data.name, list(as_examples(samples, Path(folder)))),
             beside=others,
             vision_tower=vision_tower,
             progress=progress,
         )
-
-
-def _peer(name: str, checkpoint: Path, vision_tower: Path | None) -> Runtime:
-    if name not in BASELINES:
-        return OrtRuntime(Bundle.open(bundle_path(name)))
-    from medmoe_edge.runtimes.bitsandbytes import BitsAndBytesRuntime
-
-    source = read_checkpoint(checkpoint, vision_tower=vision_tower)
-    return BitsAndBytesRuntime(source, BASELINES[name])
 
 
 def as_examples(samples: Iterable[Sample], folder: Path) -> Iterator[Example]:
@@ -184,3 +192,57 @@ def as_examples(samples: Iterable[Sample], folder: Path) -> Iterator[Example]:
             content=None,
             source="calibration",
         )
+
+
+def _data_for(checkpoint: Checkpoint, source: str) -> CalibrationData:
+    return read_calibration(source, known_modalities=_modalities(checkpoint))
+
+
+def _modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return checkpoint.config.moe.expert_names if checkpoint.config.moe else ()
+
+
+@contextlib.contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, whose disk has room, for what calibration keeps meanwhile."""
+    with writing(out):
+        parent = out.resolve().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}.")
+    with folder as name:
+        yield Path(name)
+
+
+def _check_writable(bundle: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=bundle):
+            pass
+    except OSError as error:
+        raise ResourceError(
+            f"{bundle} cannot be written ({error.strerror}), and the proof is kept in it.",
+            "Verify a copy of the bundle that you may write to.",
+        ) from error
+
+
+def _label(name: str) -> str:
+    return name if name in BASELINES or name in EMBEDDED else Path(name).resolve().name
+
+
+def _peer(name: str, checkpoint: Checkpoint) -> Callable[[], Runtime]:
+    """Makes the runtime of another candidate, which is looked for at once."""
+    if name in BASELINES:
+        from medmoe_edge.runtimes.bitsandbytes import BitsAndBytesRuntime
+
+        return partial(BitsAndBytesRuntime, checkpoint, BASELINES[name])
+    if name not in EMBEDDED and not Path(name).is_dir():
+        raise InputError(
+            f"There is no {name!r} to measure beside the bundle.",
+            f"Give a bundle folder, or one of: {', '.join((*EMBEDDED, *BASELINES))}.",
+        )
+    bundle = Bundle.open(bundle_path(name))
+    if bundle.config != checkpoint.config:
+        raise ModelError(
+            f"{bundle.folder} is a bundle of another model than {checkpoint.folder}.",
+            "Measure bundles of one checkpoint beside each other.",
+        )
+    return partial(OrtRuntime, bundle)

@@ -1,4 +1,7 @@
-"""What the command line shows: tables and bars for people, one JSON object for programs."""
+"""What the command line shows: tables and bars for people, one JSON object for programs.
+
+What the verbs of quantisation and its proof show is in `render_proof`.
+"""
 
 import json
 import logging
@@ -10,14 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none of it
     from rich.progress import Progress
-    from rich.table import Table
 
-    from medmoe_edge.ablation_results import Ablation
     from medmoe_edge.answer import Answer
-    from medmoe_edge.calibration.statistics import Statistics
     from medmoe_edge.evaluate import Evaluation, ModalityAccuracy, Score
     from medmoe_edge.inspection import Inspection
-    from medmoe_edge.verification import Verification
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +32,37 @@ def show(text: str = "", style: str = "", *, stderr: bool = False) -> None:
     from rich.text import Text
 
     Console(stderr=stderr).print(Text(printable(text), style), soft_wrap=True)
+
+
+def show_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    left: int = 1,
+    styles: Mapping[str, str] | None = None,
+) -> None:
+    """A table whose first `left` columns are words and whose others are numbers.
+
+    `styles` are by the words of a cell.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=any(columns),
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right")
+    for row in rows:
+        cells = [printable(str(value)) for value in row]
+        table.add_row(*(Text(cell, (styles or {}).get(cell, "")) for cell in cells))
+    Console().print(table)
 
 
 def printable(text: str) -> str:
@@ -58,7 +88,7 @@ def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
     with bars() as progress:
         task = progress.add_task(what, total=None)
         yield lambda step, done, total: progress.update(
-            task, description=step, completed=done, total=total
+            task, description=step.capitalize(), completed=done, total=total
         )
 
 
@@ -97,10 +127,9 @@ def show_inspection(inspection: "Inspection") -> None:
     if inspection.tensors is not None:
         types = ", ".join(f"{count} {name}" for name, count in (inspection.types or {}).items())
         rows.append(("tensors", f"{inspection.tensors:,} ({types})"))
-    for name in ("quantisation", "source", "licence"):
-        if value := getattr(inspection, name):
-            rows.append((name, value if isinstance(value, str) else json.dumps(value)))
-    _print_table(_table(inspection.name, ["", ""], rows, left=2))
+    for name in ("quantisation", "source", "licence", "verification"):
+        rows += _told(name, getattr(inspection, name))
+    show_table(inspection.name, ["", ""], rows, left=2)
 
 
 def show_evaluation(evaluation: "Evaluation", labels: "ModalityAccuracy | None") -> None:
@@ -118,70 +147,10 @@ def show_evaluation(evaluation: "Evaluation", labels: "ModalityAccuracy | None")
         for name, score in scores
         if score
     ]
-    _print_table(_table("", ["", "questions", "exact match", "95% interval", "accuracy"], rows))
+    show_table("", ["", "questions", "exact match", "95% interval", "accuracy"], rows)
     for what, found in (("these images", evaluation.router), ("the labelled images", labels)):
         if found and found.accuracy is not None:
             show(f"Modality found in {what}: {percent(found.accuracy)} of {found.images}")
-
-
-def show_verification(verification: "Verification") -> None:
-    """The gates with what was measured; then other candidates beside the bundle."""
-    record = verification.record
-    if record:
-        rows = [
-            (
-                gate["name"].replace("_", " "),
-                f"{gate['measured']:.4g}",
-                f"{'at least' if gate['at_least'] else 'at most'} {gate['bound']:g}",
-                gate["verdict"],
-            )
-            for gate in record["gates"]
-        ]
-        _print_table(_table(verification.bundle.name, ["gate", "measured", "bound", ""], rows))
-        for note in (gate["note"] for gate in record["gates"] if gate["note"]):
-            show(note, "dim")
-        if verification.beside:
-            figures = {verification.bundle.name: record["figures"]}
-            figures |= {name: found.to_json() for name, found in verification.beside.items()}
-            columns = ["", "answers agree", "accuracy", "KL, nats", "routing flips"]
-            _print_table(_table("", columns, [_compared(*pair) for pair in figures.items()]))
-    if verification.passed is None:
-        show("Whole and sound; its fidelity was never measured: see verify --against.", "yellow")
-    elif verification.passed:
-        show(f"Verified against its checkpoint on {_questions(record)}.", "green")
-
-
-def show_coverage(statistics: "Statistics") -> None:
-    """How many tokens each expert saw, and what was done where they were too few."""
-    samples = ", ".join(f"{count} {name}" for name, count in statistics.samples.items())
-    rows = [
-        (
-            f"{record.layer}",
-            record.expert,
-            f"{record.tokens:,}",
-            "?" if record.own_modality_tokens is None else f"{record.own_modality_tokens:,}",
-            f"{record.needed:,}",
-            f"{record.borrowed:,}",
-            record.status,
-        )
-        for record in statistics.coverage
-    ]
-    columns = ["layer", "expert", "tokens", "own modality", "needed", "borrowed", "status"]
-    _print_table(_table(f"Calibrated on {samples}", columns, rows))
-
-
-def show_ablation(ablation: "Ablation") -> None:
-    """One row per variant, the recipe that trained all, and the routers' confusions."""
-    from medmoe_edge.ablation_results import caption, confusion_table, table
-
-    columns, rows = table(ablation)
-    _print_table(_table("", columns, rows))
-    show(caption(ablation), "dim")
-    for row in ablation.rows:
-        for images, found in row.result.router.items():
-            columns, confusions = confusion_table(found)
-            title = f"{row.result.variant}: modality found, {images}"
-            _print_table(_table(title, columns, confusions))
 
 
 def percent(fraction: float) -> str:
@@ -211,47 +180,14 @@ def _grounds(answer: "Answer") -> Iterator[str]:
     yield f"{answer.timings.total:.2f} s, first token after {answer.timings.first_token:.2f} s"
 
 
-def _compared(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
-    overall, routing, accuracy = figures["overall"], figures["routing"], "unknown"
-    if overall["accuracy"]:
-        accuracy = f"{100 * overall['accuracy']['difference']:+.2f} points"
-    return (
-        name,
-        f"{overall['answer_agreement']['share']:.2%}",
-        accuracy,
-        f"{overall['kl']['mean']:.2g}",
-        f"{routing['flips']['share']:.2%}" if routing else "none",
-    )
-
-
-def _questions(record: Mapping[str, Any] | None) -> str:
-    assert record is not None
-    return f"{record['figures']['questions']:,} questions of {record['data']['name']}"
+def _told(name: str, value: object) -> list[tuple[str, object]]:
+    """A part of a manifest, or its parts; lists are left to --json."""
+    if not isinstance(value, Mapping):
+        return [(name, value)] if value else []
+    parts = {key: part for key, part in value.items() if isinstance(part, str | int | float)}
+    return [(name, "")] + [(f"  {key.replace('_', ' ')}", part) for key, part in parts.items()]
 
 
 def _interval(score: "Score") -> str:
     low, high = score.exact_match_interval
     return f"{low:.1%} to {high:.1%}"
-
-
-def _table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1
-) -> "Table":
-    """A table whose first `left` columns are words and whose others are numbers."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=Text(printable(title)) if title else None, box=None, show_header=any(columns)
-    )
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right")
-    for row in rows:
-        table.add_row(*(Text(printable(str(value))) for value in row))
-    return table
-
-
-def _print_table(table: "Table") -> None:
-    from rich.console import Console
-
-    Console().print(table)

@@ -3,29 +3,28 @@
 import contextlib
 import importlib.resources
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from medmoe_edge.bundle import NOTICE
 from medmoe_edge.errors import MissingDependencyError, ResourceError
-from medmoe_edge.verification import Verification
+from medmoe_edge.verification import GateResult, Verification
+
+try:
+    import jinja2
+
+    from medmoe_edge import report_plots
+except ModuleNotFoundError as error:
+    raise MissingDependencyError(error.name or "matplotlib", "export") from error
 
 TEMPLATE = "report.html.j2"
-TITLES = {
-    "finite": "Weights and outputs that are not sound",
-    "answer_agreement": "Answer agreement",
-    "accuracy_drop": "Loss of accuracy",
-    "routing_flips": "Routing flips",
-    "vision_cosine": "Cosine of the image tokens",
-}
 
 
 def write_report(verification: Verification, path: Path) -> None:
     """Write the page; an existing file is replaced only when all is written.
 
-    Raises `MissingDependencyError` without jinja2 or matplotlib, `ResourceError` where the disk
-    does not take it.
+    Raises `ResourceError` where the disk does not take it.
     """
     page = render_report(verification)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -43,12 +42,6 @@ def write_report(verification: Verification, path: Path) -> None:
 
 def render_report(verification: Verification) -> str:
     """The page as HTML; sections whose data is absent are left out."""
-    try:
-        import jinja2
-
-        from medmoe_edge import report_plots
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "matplotlib", "export") from error
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page.filters |= {"percent": _percent, "points": _points, "figure": _figure}
     source = importlib.resources.files("medmoe_edge").joinpath(TEMPLATE).read_text("utf-8")
@@ -82,7 +75,7 @@ def render_report(verification: Verification) -> str:
         faults=verification.faults,
         record=record,
         tiles=_tiles(record["figures"]) if record else [],
-        gates=[_gate(gate) for gate in gates.values()],
+        gates=[GateResult.from_json(gate) for gate in gates.values()],
         plots=plots,
         rows=[{"name": f"{bundle.name} (this bundle)", **record["figures"]}, *rows]
         if record
@@ -118,15 +111,6 @@ def _tiles(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     tiles.append((_figure(overall["kl"]["mean"]), "KL, nats per token"))
     tiles.append((f"{figures['vision']['cosine_mean']:.4f}", "cosine of image tokens"))
     return [{"value": value, "label": label} for value, label in tiles]
-
-
-def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
-    name = gate["name"]
-    formats: dict[str, Callable[[float], str]] = {"finite": str, "vision_cosine": "{:.4f}".format}
-    shown = formats.get(name, _percent)
-    interval = " to ".join(map(shown, gate["interval"])) or "none"
-    values = {"measured": shown(gate["measured"]), "bound": shown(gate["bound"])}
-    return {**gate, **values, "interval": interval, "title": TITLES.get(name, name)}
 
 
 def _provenance(

@@ -122,7 +122,7 @@ def verify(
     bundle = Bundle.open(folder)
     if checkpoint is None or data is None:
         return Verification(bundle, _faults(bundle, report), bundle.verification)
-    data_sha256 = data.sha256()
+    gates, data_sha256 = bundle.gates, data.sha256()
     reference = _record(bundle, checkpoint, data, vision_tower, report)
     faults = _faults(bundle, report)
     fidelity = compare(
@@ -132,7 +132,7 @@ def verify(
         name: compare(reference, runtime(), progress=lambda *at, name=name: report(name, *at))
         for name, runtime in (beside or {}).items()
     }
-    results = judge(fidelity, bundle.gates, faults)
+    results = judge(fidelity, gates, faults)
     entry = {
         "passed": all(result.passed for result in results),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

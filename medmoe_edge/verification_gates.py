@@ -15,6 +15,13 @@ from medmoe_edge.config import Config
 from medmoe_edge.fidelity import Fidelity, Share
 
 Z = 1.6448536269514722  # one-sided 95%
+TITLES = {
+    "finite": "Unsound parts",
+    "answer_agreement": "Answer agreement",
+    "accuracy_drop": "Loss of accuracy",
+    "routing_flips": "Routing flips",
+    "vision_cosine": "Cosine of image tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,30 @@ class GateResult(Config):
         return self.verdict != "failed"
 
     @property
+    def title(self) -> str:
+        """What it measures, for people."""
+        return TITLES.get(self.name, self.name)
+
+    def shown(self, value: float) -> str:
+        """A value for people, as the gate counts: a number, a cosine or a share in percent."""
+        if self.name == "finite":
+            return f"{value:g}"
+        return f"{value:.4f}" if self.name == "vision_cosine" else f"{value:.2%}"
+
+    @property
+    def asked(self) -> str:
+        """The bound in words, such as `at least 99.00%`."""
+        return f"at {'least' if self.at_least else 'most'} {self.shown(self.bound)}"
+
+    @property
+    def bounds(self) -> str:
+        """The interval in words; empty where there is none."""
+        return " to ".join(map(self.shown, self.interval))
+
+    @property
     def summary(self) -> str:
-        """The gate in words, such as `answer_agreement 0.952381, should be at least 0.99`."""
-        side = "least" if self.at_least else "most"
-        return f"{self.name} {self.measured:.6g}, should be at {side} {self.bound:g}"
+        """The gate in words, such as `answer agreement 95.24%, should be at least 99.00%`."""
+        return f"{self.title.lower()} {self.shown(self.measured)}, should be {self.asked}"
 
 
 def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[GateResult]:

@@ -84,10 +84,7 @@ class OrtRuntime:
 
     @cached_property
     def _vision(self) -> ort.InferenceSession:
-        options = session_options()
-        # the weights' DequantizeLinear is folded at load: the tower computes in fp32
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        return open_session(self.bundle.path("vision.onnx"), options)
+        return open_session(self.bundle.path("vision.onnx"), session_options())
 
     @cached_property
     def _decoder(self) -> ort.InferenceSession:

@@ -5,10 +5,14 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from command_line import Run
+    from typer.testing import Result
 
 # Before torch or transformers is imported, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -86,26 +90,80 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(
-    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """`tiny_bundle("int8", "tiny-phi", top_k=2)`: the bundle of a tiny checkpoint, made once.
-
-    Their towers are all the same, so it is traced once.
+def tiny_tower(tiny_checkpoint: Callable[..., Path]) -> Callable[[Any], Any]:
+    """Does what `export_vision` does for tiny checkpoints: their towers are all the same, so it is
+    traced once.
     """
     from medmoe_edge.checkpoint import read_checkpoint
-    from medmoe_edge.export import build
     from medmoe_edge.export.vision import export_vision
 
-    root = tmp_path_factory.mktemp("bundles")
     vision = export_vision(read_checkpoint(tiny_checkpoint()))
+    return lambda _: vision.clone()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_tower: Callable[[Any], Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """`tiny_bundle("int8", "tiny-phi", top_k=2)`: the bundle of a tiny checkpoint, made once."""
+    from medmoe_edge.export import build
+
+    root = tmp_path_factory.mktemp("bundles")
 
     @functools.cache
     def make(precision: Any = "fp32", preset: str = "tiny", **options: Any) -> Path:
         out = root / str(len(list(root.iterdir())))
         checkpoint = tiny_checkpoint(preset, **options)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "export_vision", lambda _: vision.clone())
+            patch.setattr(build, "export_vision", tiny_tower)
             return build.export_bundle(checkpoint, out, precision=precision, name="tiny")
 
     return make
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Run":
+    """Runs a command line in an empty folder, without a terminal."""
+    from typer.testing import CliRunner
+
+    from medmoe_edge import cli
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def invoke(*arguments: str) -> "Result":
+        return CliRunner().invoke(cli.app, arguments, prog_name="medmoe-edge")
+
+    return invoke
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The models and runtimes that were loaded; each is the fake engine."""
+    from command_line import FakeEngine
+
+    import medmoe_edge
+
+    calls: list[tuple[str, str]] = []
+
+    def load(model: str, *, runtime: str) -> FakeEngine:
+        calls.append((model, runtime))
+        return engine
+
+    engine = FakeEngine()
+    monkeypatch.setitem(vars(medmoe_edge), "load", load)
+    monkeypatch.setitem(vars(medmoe_edge), "engine_for_test", engine)
+    return calls
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    """A picture of 8 x 8 black pixels."""
+    from PIL import Image
+
+    path = tmp_path / "scan.png"
+    Image.new("L", (8, 8)).save(path)
+    return path

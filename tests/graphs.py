@@ -1,6 +1,9 @@
-"""For the tests of export: models of one `medmoe::MoE` node, and how to run a graph."""
+"""For the tests of export: models of one `medmoe::MoE` node, how to run a graph, statistics."""
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,14 +11,22 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from medmoe_edge.calibration.collect import Observer
+from medmoe_edge.calibration.coverage import ExpertCoverage
+from medmoe_edge.calibration.routing import RoutingProfile
+from medmoe_edge.calibration.sites import site_of
+from medmoe_edge.calibration.statistics import Source, Statistics
+from medmoe_edge.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.export.builder import IR_VERSION, MEDMOE, OPSET, Builder, floats
+from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.moe_op import MoESpec, moe_function
 from medmoe_edge.models import phi, stablelm
 from medmoe_edge.models.moe import MoE
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.runtimes.eager import EagerRuntime
 
 Floats = npt.NDArray[np.float32]
 FEED_FORWARD: dict[str, type[nn.Module]] = {
@@ -54,6 +65,18 @@ def moe_model(moe: MoE, config: ModelConfig) -> ir.Model:
     value = build.op("MoE", x, *weights, domain=MEDMOE, **spec.attributes)
     value.name, value.type, value.shape = y.name, y.type, y.shape
     return model([x], [value], build, weights, [moe_function(spec)])
+
+
+def product_model(array: Floats, name: str = "w") -> ir.Model:
+    """`x` `[1, S, K]` times the matrix `[K, N]` is `y`."""
+    build, x, w = Builder(), floats("x", 1, "S", array.shape[0]), initializer(name, array)
+    return model([x], [named("y", build.op("MatMul", x, w))], build, [w])
+
+
+def named(name: str, value: ir.Value) -> ir.Value:
+    """A float value under a name, so that it can be an output."""
+    value.name, value.dtype = name, ir.DataType.FLOAT
+    return value
 
 
 def model(
@@ -98,3 +121,57 @@ def run_all(graph: ir.Model, **feeds: npt.NDArray[Any]) -> list[npt.NDArray[Any]
     content = ir.to_proto(graph).SerializeToString()
     session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return [np.asarray(value) for value in session.run(None, feeds)]
+
+
+def op_types(graph: ir.Model) -> Counter[str]:
+    """How often each op occurs, branches included."""
+    return Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(graph.graph))
+
+
+def constant(graph: ir.Model, name: str) -> npt.NDArray[Any]:
+    """The values of an initializer."""
+    tensor = graph.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def normal(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def changed(
+    checkpoint: Path, folder: Path, change: Callable[[str, Tensor], Tensor], **decoder: Any
+) -> Path:
+    """A copy of a checkpoint with its tensors, and maybe settings of the decoder, changed."""
+    source = read_checkpoint(checkpoint)
+    config = replace(source.config, decoder=replace(source.config.decoder, **decoder))
+    tensors = ((name, change(name, tensor)) for name, tensor in source)
+    write_checkpoint(folder, config, tensors, tokenizer_file=source.tokenizer_file)
+    return folder
+
+
+def write_no_tower(source: Checkpoint, folder: Path, precision: str) -> None:
+    """In place of the export's `_write_vision`, where the tower would only take time to trace."""
+    save_model(product_model(normal(4, 4)), folder, "vision")
+
+
+@torch.inference_mode()
+def observed(
+    checkpoint: Checkpoint, *, hessians: bool = True, data_free: Sequence[tuple[int, int]] = ()
+) -> Statistics:
+    """Statistics of random embeddings, all experts (layer, index) covered but the `data_free`."""
+    model = EagerRuntime(checkpoint).model
+    x = torch.from_numpy(normal(4, 100, checkpoint.config.decoder.hidden_size, seed=5))
+    with Observer(model, site_of, hessians=hessians) as observer:
+        model.head(model(x).hidden)
+    coverage = tuple(
+        ExpertCoverage(layer, expert, 0, 256, None, status="data-free")
+        for layer, expert in data_free
+    )
+    return Statistics(
+        checkpoint.sha256(),
+        Source("random", "ab" * 32),
+        RoutingProfile.empty([], [], 0),
+        coverage,
+        observer.statistics,
+    )

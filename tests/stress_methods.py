@@ -1,7 +1,7 @@
 """Ways of quantising the matrices of the stress model: `nn.Linear` in, its stand-in out."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from medmoe_edge.calibration.gptq import quantise_gptq
 from medmoe_edge.calibration.rounding import round_searched, round_to_nearest
 from medmoe_edge.calibration.site_statistics import SiteStatistics
 from medmoe_edge.calibration.smooth import search_awq, search_migration
+from medmoe_edge.export.migration import TYPICAL
 from medmoe_edge.runtimes.bitsandbytes import Kind, quantise_linear
 
 INT8 = Format(8)
@@ -47,15 +48,23 @@ Rounding = Callable[[Floats, SiteStatistics, Format], Quantised]
 
 
 class W8A8(nn.Module):
-    """int8 rows times `dynamic_uint8` of the inputs, which are first divided by `divisor` `[K]`."""
+    """int8 rows times `dynamic_uint8` of the inputs, which are first divided by `divisor` `[K]`.
 
-    def __init__(self, weight: Floats, divisor: Floats) -> None:
+    With `per_token` each token is divided by its largest magnitude too, as our exporter has it.
+    """
+
+    def __init__(self, weight: Floats, divisor: Floats, per_token: bool) -> None:
         super().__init__()
         self.weight, self.divisor = torch.from_numpy(weight), torch.from_numpy(divisor)
+        self.per_token = per_token
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`."""
-        return nn.functional.linear(dynamic_uint8(x / self.divisor), self.weight)
+        x = x / self.divisor
+        if not self.per_token:
+            return nn.functional.linear(dynamic_uint8(x), self.weight)
+        peak = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        return nn.functional.linear(dynamic_uint8(x / peak), self.weight) * peak
 
 
 def dynamic_uint8(x: Tensor) -> Tensor:
@@ -73,24 +82,34 @@ def linear(weight: Floats) -> nn.Linear:
     return module
 
 
-def int8(fold: Fold) -> list[StandIn]:
-    """W8A8 as it comes."""
-    return _w8a8(fold, np.ones_like(fold.common.mean_square))
+def int8(rounding: Rounding, *, smooth: bool = True, per_token: bool = True) -> Method:
+    """W8A8, after SmoothQuant with a searched strength or without."""
+
+    def method(fold: Fold) -> list[StandIn]:
+        scale = np.ones_like(fold.common.mean_square)
+        if smooth:
+            power = fold.common.mean_square
+            typical = TYPICAL * np.sqrt(power) if per_token else np.inf
+            low = np.maximum(fold.common.minimum, -typical)
+            high = np.minimum(fold.common.maximum, typical)
+            _, scale = search_migration(low, high, power, fold.weights)
+        return [
+            StandIn(
+                W8A8(rounding(weight * scale, seen, INT8).dequantise(), scale, per_token),
+                INT8.bits_per_weight(len(scale)),
+            )
+            for weight, seen in zip(fold.weights, divided(fold.statistics, scale), strict=True)
+        ]
+
+    return method
 
 
-def int8_smoothed(fold: Fold) -> list[StandIn]:
-    """W8A8 after SmoothQuant with a searched strength."""
-    seen = fold.common
-    _, scale = search_migration(seen.minimum, seen.maximum, seen.mean_square, fold.weights)
-    return _w8a8(fold, scale)
-
-
-def _w8a8(fold: Fold, scale: Floats) -> list[StandIn]:
-    rounded = [round_to_nearest(weight * scale, INT8) for weight in fold.weights]
-    return [
-        StandIn(W8A8(each.dequantise(), scale), INT8.bits_per_weight(len(scale)))
-        for each in rounded
-    ]
+def divided(statistics: list[SiteStatistics], scale: Floats) -> Iterator[SiteStatistics]:
+    """The second moments of inputs that were divided by `scale` `[K]`."""
+    for seen in statistics:
+        assert seen.hessian is not None
+        hessian = seen.hessian / scale[:, None] / scale
+        yield replace(seen, mean_square=seen.mean_square / scale**2, hessian=hessian)
 
 
 def int4(rounding: Rounding, group: int) -> Method:
@@ -166,8 +185,10 @@ def gptq(weight: Floats, seen: SiteStatistics, form: Format) -> Quantised:
 
 
 METHODS: dict[str, Method] = {
-    "int8 W8A8": int8,
-    "int8 W8A8, SmoothQuant": int8_smoothed,
+    "int8, one scale for all tokens": int8(nearest, smooth=False, per_token=False),
+    "int8": int8(nearest, smooth=False),
+    "int8, SmoothQuant": int8(nearest),
+    "int8, SmoothQuant, GPTQ": int8(gptq),
     "int8 bitsandbytes": bitsandbytes("int8"),
     "nf4 bitsandbytes": bitsandbytes("nf4"),
     **{

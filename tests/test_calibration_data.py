@@ -263,10 +263,20 @@ def test_no_patient_data_is_shown(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     file = write_dicom(tmp_path / "scan.dcm", "CT")
     file.write_bytes(file.read_bytes()[:-9])
     data = read_calibration(tmp_path)
+    caplog.set_level("INFO")
     with pytest.raises(DataError) as caught:
         data.draw(1)
     assert "scan.dcm" in caplog.text
     assert "Secret" not in f"{caught.value} {caplog.text} {data!r}"
+
+
+def test_file_names_are_logged_only_to_those_who_ask(
+    folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = read_calibration(folder(good=30, bad=1))
+    data.draw(1000)
+    data.draw(1000)
+    assert caplog.messages == ["Skipped images that cannot be read: 1."]
 
 
 def test_a_missing_decoder_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,31 +1,22 @@
-"""The command line: what it passes on, what it prints where, and how it fails."""
+"""The command line: help, failures, terminals, and the real process."""
 
-import dataclasses
 import errno
-import json
 import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 import typer
-from PIL import Image
-from typer.testing import CliRunner, Result
+from command_line import ROOT, FakeEngine, Run, raising, start, two_lines
 
 import medmoe_edge
 from medmoe_edge import cli, render
-from medmoe_edge.answer import Answer, Timings
-from medmoe_edge.bundle import NOTICE, write_manifest
+from medmoe_edge.bundle import NOTICE
 from medmoe_edge.cli_errors import Commands, needs
-from medmoe_edge.config import DecoderConfig, ModelConfig, VisionConfig
-from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import (
     BundleError,
     DataError,
@@ -35,102 +26,9 @@ from medmoe_edge.errors import (
     ResourceError,
     VerificationError,
 )
-from medmoe_edge.image import load_image
-from medmoe_edge.prompt import check_question
 
-ROOT = Path(__file__).parents[1]
-VERBS = ["ask", "export", "init", "train", "data", "eval", "inspect"]
-
-
-def answer_to(question: str, text: str = "No", **values: Any) -> Answer:
-    """What an engine might say of a chest X-ray."""
-    timings = Timings(0.01, 0.2, 0.1, 0.02, 0.04, 0.33, 0.37, tokens=1, prefix_reused=False)
-    experts = {"mri": 0.1, "ct": 0.0, "pathology": 0.2, "xray": 0.7}
-    model = {"name": "fake", "sha256": "0" * 64}
-    answer = Answer(question, text, 0.934, "xray", experts, timings, model)
-    return dataclasses.replace(answer, **values)
-
-
-class FakeEngine:
-    """Answers "No" to everything, after checking its input as the real one does."""
-
-    expert_names = ("mri", "ct", "pathology", "xray")
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Path, list[str], dict[str, object]]] = []
-
-    def ask_all(self, image: Path, questions: Sequence[str], **options: Any) -> list[Answer]:
-        self.asked.append((image, list(questions), options))
-        load_image(image, frame=options.get("frame"))
-        return [answer_to(check_question(question)) for question in questions]
-
-    def modality(self, image: Path) -> str | None:
-        return "xray"
-
-
-CONFIG = ModelConfig(
-    VisionConfig("efficientnet-lite", 32, 8, (127.0,), (128.0,)),
-    DecoderConfig("stablelm", 8, 1, 1, 8, 8, 0.25),
-)
-
-
-class Run(Protocol):
-    def __call__(self, *arguments: str) -> Result: ...
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command line in an empty folder, without a terminal."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
-        monkeypatch.delenv(name, raising=False)
-
-    def invoke(*arguments: str) -> Result:
-        return CliRunner().invoke(cli.app, arguments, prog_name="medmoe-edge")
-
-    return invoke
-
-
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """The models and runtimes that were loaded; each is the fake engine."""
-    calls: list[tuple[str, str]] = []
-
-    def load(model: str, *, runtime: str) -> FakeEngine:
-        calls.append((model, runtime))
-        return engine
-
-    engine = FakeEngine()
-    monkeypatch.setitem(vars(medmoe_edge), "load", load)
-    monkeypatch.setitem(vars(medmoe_edge), "engine_for_test", engine)
-    return calls
-
-
-def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **members: object) -> None:
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    def fail(*_: object, **__: object) -> Any:
-        raise error
-
-    return fail
-
-
-def two_lines(result: Result) -> list[str]:
-    """The error of a failed run: what was wrong, and what to do."""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 2, result.stderr
-    assert result.stdout == ""
-    return lines
-
-
-@pytest.fixture
-def scan(tmp_path: Path) -> Path:
-    path = tmp_path / "scan.png"
-    Image.new("L", (8, 8)).save(path)
-    return path
-
+VERBS = ["ask", "export", "calibrate", "init", "train", "data"]
+VERBS += ["eval", "verify", "ablate", "inspect"]
 
 # --- Help --------------------------------------------------------------------------------------
 
@@ -169,264 +67,6 @@ def test_shell_completion_knows_the_verbs() -> None:
     words = {"COMP_WORDS": "cli.py e", "COMP_CWORD": "1"}
     result = start("", environment=environment | words)
     assert result.stdout.split() == ["export", "eval"]
-
-
-# --- Ask ---------------------------------------------------------------------------------------
-
-
-def test_ask_for_people(run: Run, loaded: list[tuple[str, str]], scan: Path) -> None:
-    result = run("ask", "scan.png", "Is there effusion?", "Is it [bold]?")
-    assert result.exit_code == 0
-    lines = result.stdout.splitlines()
-    assert lines[:2] == ["Is there effusion?", "  No"]
-    assert lines[4:6] == ["Is it [bold]?", "  No"]
-    assert lines[2] == (
-        "  confidence 93.4% · modality xray · experts xray 70%, pathology 20%, mri 10% · "
-        "0.37 s, first token after 0.33 s"
-    )
-    assert result.stderr == f"{NOTICE}\n"  # once, for two answers
-    assert loaded == [("nano", "auto")]
-
-
-def test_ask_passes_its_options_on(run: Run, loaded: list[tuple[str, str]], scan: Path) -> None:
-    options = ["--model", "my", "--runtime", "torch", "--frame", "0", "--max-new-tokens", "5"]
-    assert run("ask", *options, "scan.png", "a", "b").exit_code == 0
-    assert loaded == [("my", "torch")]
-    expected = (Path("scan.png"), ["a", "b"], {"max_new_tokens": 5, "frame": 0})
-    assert vars(medmoe_edge)["engine_for_test"].asked == [expected]
-
-
-@pytest.mark.usefixtures("loaded", "scan")
-def test_ask_json_is_one_object(run: Run) -> None:
-    result = run("ask", "scan.png", "Is there effusion?", "What is it? é", "--json")
-    (line,) = result.stdout.splitlines()
-    answers = json.loads(line)["answers"]
-    assert [answer["question"] for answer in answers] == ["Is there effusion?", "What is it? é"]
-    assert answers[0]["answer"] == "No"
-    assert result.stderr == f"{NOTICE}\n"
-
-
-@pytest.mark.usefixtures("loaded")
-@pytest.mark.parametrize(
-    ("content", "question"),
-    [
-        (b"", "q"),
-        (b"not an image", "q"),
-        (b"\x89PNG\r\n\x1a\n", "q"),
-        (b"\0" * 128 + b"DICM", "q"),
-        ("folder", "q"),
-        (None, "q"),
-        ("good", ""),
-        ("good", "why? " * 20_000),
-    ],
-)
-def test_bad_input_is_two_lines_and_exit_code_2(
-    run: Run, scan: Path, content: bytes | str | None, question: str
-) -> None:
-    image = scan if content == "good" else scan.with_name("bad")
-    if content == "folder":
-        image.mkdir()
-    elif isinstance(content, bytes):
-        image.write_bytes(content)
-    result = run("ask", str(image), question)
-    assert result.exit_code == 2
-    assert all(two_lines(result))
-
-
-def test_an_answer_that_says_little(capsys: pytest.CaptureFixture[str]) -> None:
-    render.show_answers([answer_to("q", "", modality=None, experts={}, complete=False)])
-    asked, said, grounds = capsys.readouterr().out.splitlines()
-    assert (asked, said) == ("q", "  (no answer)")
-    assert grounds.startswith("  cut off · confidence 93.4% · 0.37 s")
-
-
-@pytest.mark.usefixtures("scan")
-def test_a_bad_model_is_two_lines_and_exit_code_3(run: Run, tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
-    bundle.mkdir()
-
-    def fails(model: str, word: str) -> None:
-        result = run("ask", "scan.png", "Is there effusion?", "--model", model)
-        assert result.exit_code == 3
-        assert word in two_lines(result)[0]
-
-    fails("nanno", "nanno")
-    fails("bundle", "bundle")  # empty
-    (bundle / "manifest.json").write_text('{"format_version": 1')
-    fails("bundle", "damaged")
-    (bundle / "decoder.onnx").write_bytes(b"graph")
-    contents = {"name": "b", "config": CONFIG.to_json(), "quantisation": {}}
-    write_manifest(bundle, contents | {"source": "", "licence": ""})
-    (bundle / "decoder.onnx").write_bytes(b"grap")
-    fails("bundle", "decoder.onnx")
-
-
-# --- The other verbs ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """The calls of the exporter, which writes nothing."""
-    calls: list[dict[str, Any]] = []
-
-    def export_bundle(checkpoint: Path, out: Path, *, progress: Any, **options: Any) -> Path:
-        for done in (0, 1, 2):
-            progress("Decoder", done, 2)
-        calls.append({"checkpoint": checkpoint, "out": out, **options})
-        return out
-
-    fake_module(monkeypatch, "medmoe_edge.export.build", export_bundle=export_bundle)
-    (tmp_path / "my-model").mkdir()
-    return calls
-
-
-def test_export_alone_makes_the_embedded_model_int8(
-    run: Run, exported: list[dict[str, Any]]
-) -> None:
-    for line in (["export", "--int8"], ["export"]):
-        result = run(*line)
-        assert (result.exit_code, result.stdout) == (0, "Wrote the bundle nano-int8\n")
-    first, second = exported
-    assert first == second
-    assert first == {
-        "checkpoint": checkpoint_path("nano"),
-        "out": Path("nano-int8"),
-        "precision": "int8",
-        "name": "nano",
-        "vision_tower": None,
-        "force": False,
-    }
-
-
-def test_export_of_a_folder(run: Run, exported: list[dict[str, Any]]) -> None:
-    result = run("export", "my-model/", "--fp32", "--vision-tower", "clip", "--force", "--json")
-    assert json.loads(result.stdout) == {
-        "bundle": "my-model-fp32",
-        "name": "my-model",
-        "precision": "fp32",
-    }
-    assert exported == [
-        {
-            "checkpoint": Path("my-model"),
-            "out": Path("my-model-fp32"),
-            "precision": "fp32",
-            "name": "my-model",
-            "vision_tower": Path("clip"),
-            "force": True,
-        }
-    ]
-    run("export", "my-model", "-o", "elsewhere")
-    assert exported[1]["out"] == Path("elsewhere")
-
-
-@pytest.mark.parametrize("verb", ["export", "inspect"])
-@pytest.mark.usefixtures("exported")
-def test_a_wrong_model_name_lists_the_right_ones(run: Run, verb: str) -> None:
-    result = run(verb, "nanno")
-    assert result.exit_code == 3
-    what, remedy = two_lines(result)
-    assert "'nanno'" in what
-    assert "nano" in remedy
-
-
-def test_init_and_inspect(run: Run) -> None:
-    pytest.importorskip("torch")
-    assert run("init", "tiny", "out", "--seed", "3").stdout == "Wrote the checkpoint out\n"
-    shown = run("inspect", "out")
-    assert shown.exit_code == 0, shown.stderr
-    described = json.loads(run("inspect", "out", "--json").stdout)
-    assert described["kind"] == "checkpoint"
-    for figure in (described["parameters_total"], described["parameters_activated"]):
-        assert f"{figure:,}" in shown.stdout
-    assert "4, top-1 + meta expert, in 2 layers" in shown.stdout
-    again = run("init", "tiny", "out")
-    assert again.exit_code == 2
-    two_lines(again)
-    assert run("init", "tiny", "out", "--force").exit_code == 0
-    unknown = run("init", "tyny", "new")
-    assert unknown.exit_code == 2
-    assert "tiny" in two_lines(unknown)[1]
-
-
-def test_train(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(recipe: str, data: Path, out: Path, progress: Any) -> Path:
-        assert (recipe, data, out) == ("recipe nano", Path("images"), Path("run"))
-        progress.advance(progress.add_task("epoch", total=1))
-        return out / "checkpoint"
-
-    read = SimpleNamespace(read_recipe=lambda name: f"recipe {name}")
-    monkeypatch.setitem(sys.modules, "medmoe_edge.training.recipe", read)
-    fake_module(monkeypatch, "medmoe_edge.training.run", train=train)
-    result = run("train", "--data", "images", "-o", "run")
-    assert result.stdout == "Wrote the checkpoint run/checkpoint\n"
-    assert result.stderr == ""
-
-
-def test_data(run: Run, tmp_path: Path) -> None:
-    record = {
-        **{"qid": 1, "img_name": "xmlab1/source.jpg", "q_lang": "en", "modality": "CT"},
-        **{"location": "Lung", "question": "Is it?", "answer": "No", "answer_type": "CLOSED"},
-        "content_type": "Abnormality",
-    }
-    source = tmp_path / "slake"
-    (source / "imgs" / "xmlab1").mkdir(parents=True)
-    (source / "imgs" / "xmlab1" / "source.jpg").write_bytes(b"picture")
-    (source / "test.json").write_text(json.dumps([record]))
-    result = run("data", "slake", "slake", "out")
-    assert result.stdout == f"Wrote 1 test questions about 1 images to {tmp_path / 'out'}\n"
-    assert run("data", "slake", "slake", "out").exit_code == 2
-    assert run("data", "slake", "slake", "out", "--force").exit_code == 0
-    assert run("data", "slack", "slake", "new").exit_code == 2
-
-
-@pytest.fixture
-def questions(tmp_path: Path, scan: Path) -> Path:
-    path = tmp_path / "questions.jsonl"
-    records = [
-        {
-            **{"id": f"q{number}", "image": "scan.png", "question": "Is it?", "answer": answer},
-            **{"answer_type": "CLOSED", "modality": "xray", "source": "slake"},
-        }
-        for number, answer in enumerate(["no", "yes"])
-    ]
-    path.write_text("\n".join(map(json.dumps, records)))
-    return path
-
-
-@pytest.mark.usefixtures("questions")
-def test_eval(run: Run, loaded: list[tuple[str, str]], tmp_path: Path) -> None:
-    label = {"image": "scan.png", "body": "chest", "finding": "none", "source": "s"}
-    splits = [("xray", "train"), ("ct", "val"), ("xray", "test"), ("xray", "val")]
-    lines = [json.dumps({**label, "modality": name, "split": split}) for name, split in splits]
-    (tmp_path / "labels.jsonl").write_text("\n".join(lines))
-    command = ["eval", "my", "--data", "questions.jsonl", "--runtime", "torch"]
-    result = run(*command, "--labels", "labels.jsonl", "--predictions", "out.jsonl", "--json")
-    figures = json.loads(result.stdout)
-    assert figures["overall"]["exact_match"] == 0.5
-    assert figures["labels"]["images"] == 3  # the training image is left out
-    assert figures["labels"]["accuracy"] == pytest.approx(2 / 3)
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-    assert loaded == [("my", "torch")]
-    shown = run(*command)
-    assert re.search(r"^ *all +2 +50.0% ", shown.stdout, re.MULTILINE)
-    assert "Modality found in these images: 100.0% of 1" in shown.stdout
-    assert json.loads(run(*command, "--json").stdout)["labels"] is None
-
-
-@pytest.mark.usefixtures("questions")
-def test_eval_refuses_before_it_works(
-    run: Run, loaded: list[tuple[str, str]], tmp_path: Path
-) -> None:
-    (tmp_path / "out.jsonl").write_text("mine")
-    command = ["eval", "--data", "questions.jsonl", "--predictions"]
-    for line in ([*command, "out.jsonl"], [*command, "none/out.jsonl"], ["eval", "--data", "x"]):
-        result = run(*line)
-        assert result.exit_code == 2
-        two_lines(result)
-    assert loaded == []
-    assert (tmp_path / "out.jsonl").read_text() == "mine"
-    assert run(*command, "out.jsonl", "--force").exit_code == 0
-    assert (tmp_path / "out.jsonl").read_text() != "mine"
 
 
 # --- Failure -----------------------------------------------------------------------------------
@@ -597,14 +237,6 @@ def test_bars_only_on_a_terminal_and_not_when_quiet(
 
 
 # --- The real process --------------------------------------------------------------------------
-
-
-def start(
-    *arguments: str, environment: dict[str, str] | None = None, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "cli.py"), *arguments]
-    options = {"capture_output": True} | options
-    return subprocess.run(command, text=True, check=False, env=environment, **options)
 
 
 def test_the_command_in_a_checkout(tmp_path: Path) -> None:

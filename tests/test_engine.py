@@ -1,6 +1,7 @@
 """Questions asked of tiny random models: they answer gibberish, but always the same gibberish."""
 
 import json
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 
 from medmoe_edge.answer import Answer
-from medmoe_edge.bundle import NOTICE
+from medmoe_edge.bundle import NOTICE, Bundle, write_verification
 from medmoe_edge.engine import Engine, load
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import BundleError, CheckpointError, InputError
 from medmoe_edge.image import Image
 
 Make = Callable[..., Path]
@@ -92,7 +93,9 @@ def test_an_answer_says_all(engines: dict[str, Engine], tiny_bundle: Make) -> No
     assert sum(answer.experts.values()) == pytest.approx(1)
     assert answer.modality in EXPERTS
     assert 0 < answer.confidence < 1
-    assert answer.model == {"name": "tiny", "sha256": engines["fp32"].sha256}
+    sha256 = engines["fp32"].sha256
+    assert answer.model == {"name": "tiny", "sha256": sha256, "verification": "not measured"}
+    assert engines["torch"].ask(random_image(), "Where?").model["verification"] == "reference"
     assert answer.notice == NOTICE
     times = answer.timings
     assert times.first_token == pytest.approx(
@@ -180,7 +183,7 @@ def test_an_answer_ends_at_the_end_token_or_the_limit(
     script: list[int] = []
 
     def scripted(embeds: Any, cache: Any) -> Any:
-        logits = np.full(320, -np.inf, np.float32)
+        logits = np.full(320, -1e4, np.float32)
         logits[[script.pop(0), 319]] = 0.0
         return step(embeds, cache)._replace(logits=logits)
 
@@ -192,6 +195,42 @@ def test_an_answer_ends_at_the_end_token_or_the_limit(
         assert answer.text == engine.tokenizer.decode([40, 41, 42][:tokens])
         assert answer.confidence == pytest.approx(0.5 ** (tokens + complete))
         assert len(script) == (0 if complete else 4 - limit)
+
+
+@pytest.mark.parametrize("spoilt", ["encode_image", "logits", "router_logits"])
+def test_what_is_not_finite_is_no_answer(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
+    for name, error in (("int8", BundleError), ("torch", CheckpointError)):
+        engine = engines[name]
+        step, encode = engine.runtime.step, engine.runtime.encode_image
+
+        def spoilt_step(embeds: Any, cache: Any, step: Any = step) -> Any:
+            done = step(embeds, cache)
+            values = getattr(done, spoilt).copy()
+            values[..., -1] = np.nan
+            return done._replace(**{spoilt: values})
+
+        if spoilt == "encode_image":
+            broken = np.full_like(encode(np.zeros((1, 3, 28, 28), np.float32)), np.inf)
+            monkeypatch.setattr(engine.runtime, "encode_image", lambda _, broken=broken: broken)
+        else:
+            monkeypatch.setattr(engine.runtime, "step", spoilt_step)
+        with pytest.raises(error, match="values that are infinite or no numbers"):
+            engine.ask(random_image(), "Where?")
+
+
+def test_a_bundle_that_failed_its_verification_answers_and_warns(
+    tiny_bundle: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle("int8"), folder)
+    for passed, proof, warnings in ((True, "passed", 0), (False, "failed", 1)):
+        write_verification(Bundle.open(folder), {"passed": passed})
+        answer = load(folder).ask(random_image(), "Where?", max_new_tokens=1)
+        assert answer.to_json()["model"]["verification"] == proof
+        assert len(caplog.messages) == warnings
+    assert caplog.messages[0].startswith("tiny failed its verification")
 
 
 # --- what cannot be asked ---------------------------------------------------------------------

@@ -1,20 +1,28 @@
 """From a checkpoint to a bundle: the same bytes each time, with all that belongs to it, or none."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from graphs import changed, observed, write_no_tower
+from torch import Tensor
 
 from medmoe_edge import __version__
 from medmoe_edge.bundle import MANIFEST, NOTICE, Bundle
-from medmoe_edge.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from medmoe_edge.errors import CheckpointError, InputError, ModelError
-from medmoe_edge.export import build
+from medmoe_edge.checkpoint import read_checkpoint
+from medmoe_edge.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    ModelError,
+    VerificationError,
+)
+from medmoe_edge.export import build, weights
 from medmoe_edge.export.build import export_bundle
 
 Make = Callable[..., Path]
@@ -23,11 +31,7 @@ Make = Callable[..., Path]
 @pytest.fixture
 def without_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of what comes after the tower, which takes a second to trace."""
-
-    def write(source: Checkpoint, folder: Path, precision: str) -> None:
-        (folder / "vision.onnx").write_bytes(b"")
-
-    monkeypatch.setattr(build, "_write_vision", write)
+    monkeypatch.setattr(build, "_write_vision", write_no_tower)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -73,6 +77,7 @@ def test_the_manifest_vouches_for_all(tiny_checkpoint: Make, tiny_bundle: Make) 
     assert not json.loads((tiny_bundle("fp32", dense=True) / MANIFEST).read_text())["experts"]
 
 
+@pytest.mark.usefixtures("without_tower")
 def test_the_model_card_goes_with_the_bundle(tiny_checkpoint: Make, tmp_path: Path) -> None:
     shutil.copytree(tiny_checkpoint(), tmp_path / "checkpoint")
     card = b"---\nlicense: cc-by-4.0\n---\n# Tiny \xff\n"  # not quite UTF-8
@@ -86,24 +91,11 @@ def test_the_model_card_goes_with_the_bundle(tiny_checkpoint: Make, tmp_path: Pa
 # --- what cannot be exported ------------------------------------------------------------------
 
 
-def changed(
-    tiny_checkpoint: Make, folder: Path, tensors: dict[str, Any] | None = None, **decoder: Any
-) -> Path:
-    """A copy of the tiny checkpoint with some tensors or decoder settings replaced."""
-    source = read_checkpoint(tiny_checkpoint())
-    config = source.config
-    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, **decoder))
-    pairs = ((name, (tensors or {}).get(name, tensor)) for name, tensor in source)
-    write_checkpoint(folder, config, pairs, tokenizer_file=source.tokenizer_file)
-    return folder
-
-
 FAULTS = {
     "no tokenizer": "no tokenizer.json",
     "damaged tokenizer": "tokenizer.json cannot be read",
     "large tokenizer": "300 tokens, the model 256",
     "heads": "Heads of 16 channels, 8 of them rotating",
-    "nan": r"experts\.2\.up\.weight holds values that are infinite or no numbers",
     "no folder": "not a folder",
 }
 
@@ -120,26 +112,62 @@ def test_what_cannot_be_exported_is_told_and_leaves_nothing(
         if fault == "damaged tokenizer":
             (source / "tokenizer.json").write_text("{}")
     elif fault == "large tokenizer":
-        rows = {f"decoder.{name}.weight": torch.zeros(256, 64) for name in ("embed", "head")}
-        changed(tiny_checkpoint, source, rows, vocab_size=256)
+        ends = ("embed.weight", "head.weight")
+        changed(
+            tiny_checkpoint(),
+            source,
+            lambda name, tensor: tensor[:256].clone() if name.endswith(ends) else tensor,
+            vocab_size=256,
+        )
     elif fault == "heads":
-        changed(tiny_checkpoint, source, heads=4)
-    elif fault == "nan":
-        name = "decoder.layers.0.ffn.experts.2.up.weight"
-        changed(tiny_checkpoint, source, {name: torch.full((64, 64), torch.nan)})
-    before = set(tmp_path.iterdir())
-    with pytest.raises(ModelError, match=FAULTS[fault]) as caught:
-        export_bundle(source, tmp_path / "out")
+        changed(tiny_checkpoint(), source, lambda _, tensor: tensor, heads=4)
+    refused(source, tmp_path / "out", FAULTS[fault])
+
+
+UP, DOWN = (f"decoder.layers.0.ffn.experts.2.{name}.weight" for name in ("up", "down"))
+WEIGHTS = [
+    (UP, torch.nan, "int8", rf"{UP} holds values that are infinite or no numbers"),
+    (UP, torch.inf, "int4", rf"{UP} holds values that are infinite or no numbers"),
+    (DOWN, 1e8, "int4", rf"{DOWN}: A 64x64 matrix holds a weight of .*, beyond what fp16"),
+    # these are small, and written into the graph
+    ("decoder.layers.2.ffn.router.bias", torch.nan, "int8", r"router\.bias holds values that"),
+    ("decoder.norm.weight", -torch.inf, "fp32", r"decoder\.norm\.weight holds values that"),
+    ("decoder.embed.weight", torch.nan, "fp32", r"decoder\.embed\.weight holds values that"),
+    ("decoder.embed.weight", 1e6, "int8", r"decoder\.embed\.weight holds values that fp16 cannot"),
+]
+
+
+@pytest.mark.usefixtures("without_tower")
+@pytest.mark.parametrize(("name", "value", "precision", "message"), WEIGHTS)
+def test_a_weight_that_cannot_be_stored_is_named_and_leaves_nothing(
+    tiny_checkpoint: Make, tmp_path: Path, name: str, value: float, precision: Any, message: str
+) -> None:
+    def spoil(other: str, tensor: Tensor) -> Tensor:
+        if other == name:
+            tensor = tensor.clone()
+            tensor.view(-1)[-1] = value
+        return tensor
+
+    source = changed(tiny_checkpoint(), tmp_path / "source", spoil)
+    refused(source, tmp_path / "out", message, precision=precision)
+
+
+def refused(source: Path, out: Path, message: str, **options: Any) -> None:
+    before = set(out.parent.iterdir())
+    with pytest.raises(ModelError, match=message) as caught:
+        export_bundle(source, out, **options)
     assert "\n" not in str(caught.value)
-    assert set(tmp_path.iterdir()) == before
+    assert set(out.parent.iterdir()) == before
 
 
-def test_an_infinite_weight_of_the_tower_is_told(tiny_checkpoint: Make, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    changed(tiny_checkpoint, source, {"vision.class_embedding": torch.full((16,), torch.inf)})
-    with pytest.raises(CheckpointError, match=r"vision\.class_embedding holds values"):
-        export_bundle(source, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == [source]
+@pytest.mark.usefixtures("without_tower")
+def test_statistics_of_another_checkpoint_are_refused(
+    tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    statistics = observed(read_checkpoint(tiny_checkpoint("tiny-phi")))
+    with pytest.raises(DataError, match="made for another checkpoint"):
+        export_bundle(tiny_checkpoint(), tmp_path / "out", statistics=statistics)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("without_tower")
@@ -156,6 +184,55 @@ def test_an_export_that_is_broken_off_leaves_nothing(
     with pytest.raises(error):
         export_bundle(tiny_checkpoint(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("without_tower")
+@pytest.mark.parametrize("step", build.STEPS)
+def test_an_export_that_is_interrupted_leaves_nothing(
+    tiny_checkpoint: Make, tmp_path: Path, step: str
+) -> None:
+    def interrupt(name: str, done: int, total: int) -> None:
+        assert list(tmp_path.iterdir())  # something to leave
+        if name == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(tiny_checkpoint(), tmp_path / "out", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("without_tower")
+def test_an_export_that_is_not_proven_leaves_nothing(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    def refuse(folder: Path) -> None:
+        assert Bundle.open(folder).name == "tiny"
+        raise VerificationError("A gate failed.", "Export with more bits.")
+
+    with pytest.raises(VerificationError, match="A gate failed"):
+        export_bundle(tiny_checkpoint(), tmp_path / "out", name="tiny", prove=refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("without_tower")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_embedding_is_the_file_that_numpy_writes(
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
+    table = read_checkpoint(tiny_checkpoint()).tensor("decoder.embed.weight").float().numpy()
+    np.save(tmp_path / "whole.npy", table if precision == "fp32" else table.astype(np.float16))
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 7 * 4 * 64)  # blocks of 7 rows
+    out = export_bundle(tiny_checkpoint(), tmp_path / "out", precision=precision)
+    assert (out / "embedding.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.usefixtures("without_tower")
+def test_blocks_of_rows_leave_no_trace_in_the_bundle(
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export_bundle(tiny_checkpoint(), tmp_path / "whole", precision="int4", name="tiny")
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 27 * 4 * 64)  # blocks of 27 rows
+    parts = export_bundle(tiny_checkpoint(), tmp_path / "parts", precision="int4", name="tiny")
+    for name in ("decoder.onnx", "decoder.data", "embedding.npy"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.usefixtures("without_tower")

@@ -10,7 +10,16 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs import initializer, model, moe_config, moe_layer, moe_model, random_tokens, run_ort
+from graphs import (
+    initializer,
+    model,
+    moe_config,
+    moe_layer,
+    moe_model,
+    named,
+    random_tokens,
+    run_ort,
+)
 
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import Builder, floats
@@ -18,19 +27,18 @@ from medmoe_edge.export.external_data import INLINE_BYTES, PAGE, save_model
 from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.ort_matmul import lower_matmul
 from medmoe_edge.export.ort_moe import lower_moe
-from medmoe_edge.export.quantise import decoder_policy, quantise_weights
+from medmoe_edge.export.plan import Plan, Precision
+from medmoe_edge.export.quantise import quantise_weights
 
 OWNERS = [f"decoder.layers.0.ffn.{owner}" for owner in ("experts.0", "experts.1", "meta")]
 
 
-def lowered_model(kind: str, precision: str) -> ir.Model:
-    config = moe_config(kind, size=32, hidden=300, num_experts=2)
+def lowered_model(kind: str, precision: Precision) -> ir.Model:
+    config = moe_config(kind, size=32, hidden=320, num_experts=2)
     graph = moe_model(moe_layer(config), config)
-    if precision == "int8":
-        quantise_weights(graph, decoder_policy)
+    quantise_weights(graph, Plan(precision))
     lower_moe(graph, MoESpec.of(config))
-    if precision == "int8":
-        lower_matmul(graph)
+    lower_matmul(graph)
     # a weight that is no expert's must not come to lie between them
     graph.graph.register_initializer(initializer("other", np.ones((32, 32), np.float32)))
     return graph
@@ -43,10 +51,10 @@ def external(graph: ir.Model) -> dict[str, ir.ExternalTensor]:
     return dict(sorted(found.items(), key=lambda item: item[1].offset or 0))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("kind", ["stablelm", "phi"])
 def test_each_expert_lies_together_on_its_own_pages(
-    tmp_path: Path, kind: str, precision: str
+    tmp_path: Path, kind: str, precision: Precision
 ) -> None:
     graph = lowered_model(kind, precision)
     sizes = {
@@ -75,8 +83,9 @@ def test_each_expert_lies_together_on_its_own_pages(
     assert tensors["other"].offset == 0
 
 
-def test_the_file_holds_the_same_model(tmp_path: Path) -> None:
-    before = lowered_model("stablelm", "int8")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_the_file_holds_the_same_model(tmp_path: Path, precision: Precision) -> None:
+    before = lowered_model("stablelm", precision)
     x = random_tokens(2, 5, 32)
     expected = run_ort(before, x=x)
     save_model(before, tmp_path, "model")
@@ -88,8 +97,8 @@ def test_the_file_holds_the_same_model(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "model.onnx").read_bytes()
 
 
-def lazy_weight(name: str, read: Any) -> ir.Value:
-    tensor = ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape([32, 32]), name=name)
+def lazy_weight(name: str, read: Any, size: int = 32) -> ir.Value:
+    tensor = ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape([size, size]), name=name)
     return ir.Value(
         name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
     )
@@ -97,9 +106,7 @@ def lazy_weight(name: str, read: Any) -> ir.Value:
 
 def sum_of(weights: list[ir.Value]) -> ir.Model:
     build, x = Builder(), floats("x", 32, 32)
-    y = build.op("Sum", x, *weights)
-    y.name, y.dtype = "y", ir.DataType.FLOAT
-    return model([x], [y], build, weights)
+    return model([x], [named("y", build.op("Sum", x, *weights))], build, weights)
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
@@ -123,3 +130,19 @@ def test_a_weight_that_changes_its_size_is_told(tmp_path: Path) -> None:
     graph = sum_of([lazy_weight("w", lambda: ir.tensor(np.zeros((32, 31), np.float32)))])
     with pytest.raises(CheckpointError, match="w changed its size"):
         save_model(graph, tmp_path, "model")
+
+
+@pytest.mark.parametrize("size", [4, 32])  # within the graph, and beside it
+@pytest.mark.parametrize(
+    "error", [CheckpointError("w is damaged.", "Mend it."), KeyboardInterrupt()]
+)
+def test_what_reading_a_weight_raises_is_raised(
+    tmp_path: Path, size: int, error: BaseException
+) -> None:
+    def read() -> ir.TensorProtocol:
+        raise error
+
+    graph = sum_of([lazy_weight("w", read, size)])
+    with pytest.raises(type(error)) as caught:
+        save_model(graph, tmp_path, "model")
+    assert caught.value is error

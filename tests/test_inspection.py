@@ -73,13 +73,15 @@ def test_a_bundle_is_described_by_its_manifest(
         "licence": "Apache-2.0",
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    opened = SimpleNamespace(open=lambda path, verify: SimpleNamespace(manifest=manifest))
+    bundle = SimpleNamespace(manifest=manifest, proof="not measured")
+    opened = SimpleNamespace(open=lambda path, verify: bundle)
     monkeypatch.setitem(sys.modules, "medmoe_edge.bundle", SimpleNamespace(Bundle=opened))
     inspection = inspect_model(tmp_path)
     assert (inspection.kind, inspection.config, inspection.bytes) == ("bundle", config, 12)
     assert inspection.files == {"a.onnx": 7, "a.data": 5}
     assert inspection.parameters_activated == activated_parameters(config)
     assert inspection.tensors is None
+    assert inspection.verification == "not measured"
     assert inspection.to_json()["quantisation"] == {"weights": "int8"}
 
 

@@ -148,7 +148,7 @@ def test_a_failure_is_the_headline() -> None:
     broken = fidelity(vision=Vision(0.9, (0.89, 0.91), 0.8, 0.3))
     text = " ".join(Page(render_report(verification(broken))).text)
     assert "Failed: do not use it" in text
-    assert "vision_cosine 0.9, should be at least 0.99" in text
+    assert "cosine of image tokens 0.9000, should be at least 0.9900" in text
     faulty = verification(faults=["decoder.layers.2.ffn.experts.1 (ct)"])
     page = Page(render_report(faulty))
     assert "Failed: do not use it" in page.text

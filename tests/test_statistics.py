@@ -14,7 +14,6 @@ from safetensors.numpy import load_file, save_file
 
 from medmoe_edge.calibration import tensor_file
 from medmoe_edge.calibration.coverage import ExpertCoverage
-from medmoe_edge.calibration.data import Skipped
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.statistics import (
     SiteFiles,
@@ -59,7 +58,7 @@ def statistics(sites: dict[str, SiteStatistics]) -> Statistics:
         ExpertCoverage(0, 0, 1, 256, 0, status="data-free"),
         ExpertCoverage(0, 1, 2, 256, None, 300, status="borrowed"),
     )
-    source = Source("set", "ab" * 32, ("Doe-1",), (Skipped("a.png", "a.png is no image."),))
+    source = Source("set", "ab" * 32, ("ef" * 32,), 1)
     return Statistics("cd" * 32, source, routing, coverage, sites)
 
 
@@ -139,13 +138,12 @@ def test_the_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded[f"{EXPERT}/{key}"], array)
 
 
-def test_the_summary_is_json_that_names_no_file() -> None:
+def test_the_summary_is_json_that_names_no_sample() -> None:
     made = statistics({})
     text = json.dumps(made.summary())
     assert json.loads(text)["samples"] == {"ct": 2, "mri": 1}
     assert json.loads(text)["coverage"][1]["status"] == "borrowed"
-    assert "Doe" not in text
-    assert "a.png" not in text
+    assert made.source.drawn[0] not in text
 
 
 def test_several_files_are_read_as_one(tmp_path: Path) -> None:

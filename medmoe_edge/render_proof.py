@@ -1,0 +1,139 @@
+"""What the verbs of quantisation and its proof show to people."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from medmoe_edge.render import show, show_table
+
+if TYPE_CHECKING:
+    from medmoe_edge.ablation_results import Ablation
+    from medmoe_edge.calibration.data import Skipped
+    from medmoe_edge.calibration.statistics import Statistics
+    from medmoe_edge.verification import Verification
+
+VERDICTS = {"met": "green", "within chance": "yellow", "failed": "bold red"}
+STATUSES = {"covered": "green", "drew more": "green", "borrowed": "yellow", "data-free": "yellow"}
+COMPARED = ("answers agree", "accuracy", "KL, nats", "routing flips")
+NONE = "\N{EN DASH}"
+
+
+def show_verification(verification: "Verification") -> None:
+    """The gates, the figures by modality, other candidates beside the bundle, and the verdict."""
+    name, record = verification.bundle.name, verification.record
+    if record:
+        figures = record["figures"]
+        _show_gates(f"{name} against its checkpoint", record["gates"])
+        _show_modalities(figures)
+        if verification.beside:
+            candidates = {f"{name} (this bundle)": figures}
+            candidates |= {other: found.to_json() for other, found in verification.beside.items()}
+            _show_candidates(candidates)
+    for fault in verification.faults:
+        show(f"Not sound: {fault}", "red")
+    if record is None:
+        if not verification.faults:
+            show("Its files are whole, its weights and experts sound.")
+        show_not_measured()
+    else:
+        questions = f"{figures['questions']:,} questions about {figures['images']:,} images"
+        day = record["when"].partition("T")[0]
+        style = "green" if verification.passed else "bold red"
+        verdict = "Passed" if verification.passed else "Failed"
+        show(f"{verdict}: {questions} of {record['data']['name']}, {day}.", style)
+
+
+def show_not_measured() -> None:
+    """What is to be done about a bundle without proof."""
+    show("What quantisation cost was not measured: see medmoe-edge verify --help.", "yellow")
+
+
+def show_coverage(statistics: "Statistics", skipped: Sequence["Skipped"]) -> None:
+    """How many tokens each expert saw, what was done where they were too few, and what was left
+    out.
+    """
+    samples = ", ".join(f"{count} {name}" for name, count in statistics.samples.items())
+    rows = [
+        (
+            record.layer,
+            record.expert,
+            f"{record.tokens:,}",
+            NONE if record.own_modality_tokens is None else f"{record.own_modality_tokens:,}",
+            f"{record.needed:,}",
+            f"{record.borrowed:,}",
+            record.status,
+        )
+        for record in statistics.coverage
+    ]
+    title = f"Calibrated on {samples}"
+    if rows:
+        columns = ["layer", "expert", "tokens", "own modality", "needed", "borrowed", "status"]
+        show_table(title, columns, rows, styles=STATUSES)
+    else:
+        show(title)
+    for image in skipped:
+        show(f"Skipped: {image.reason}", "yellow")
+
+
+def show_ablation(ablation: "Ablation") -> None:
+    """One row per variant, the recipe that trained all, and the routers' confusions."""
+    from medmoe_edge.ablation_results import caption, confusion_table, table
+
+    columns, rows = table(ablation)
+    show_table("", columns, rows)
+    show(caption(ablation), "dim")
+    for row in ablation.rows:
+        for images, found in row.result.router.items():
+            columns, confusions = confusion_table(found)
+            show_table(f"{row.result.variant}: modality found, {images}", columns, confusions)
+
+
+def _show_gates(title: str, gates: Sequence[Mapping[str, Any]]) -> None:
+    from medmoe_edge.verification_gates import GateResult
+
+    results = [GateResult.from_json(gate) for gate in gates]
+    rows = [
+        (gate.title, gate.shown(gate.measured), gate.bounds or NONE, gate.asked, gate.verdict)
+        for gate in results
+    ]
+    show_table(title, ["gate", "measured", "interval", "bound", "verdict"], rows, styles=VERDICTS)
+    for note in (gate.note for gate in results if gate.note):
+        show(f"  {note}", "dim")
+    show()
+
+
+def _show_modalities(figures: Mapping[str, Any]) -> None:
+    flips = figures["routing"]["by_modality"] if figures["routing"] else {}
+    rows = {
+        name: (f"{answers['n']:,}", *_compared(answers, flips.get(name)))
+        for name, answers in figures["by_modality"].items()
+    }
+    _show_columns("", ["modality", "questions", *COMPARED], rows)
+
+
+def _show_candidates(candidates: Mapping[str, Mapping[str, Any]]) -> None:
+    rows = {
+        name: (
+            *_compared(found["overall"], found["routing"]["flips"] if found["routing"] else None),
+            f"{found['vision']['cosine_mean']:.4f}",
+        )
+        for name, found in candidates.items()
+    }
+    _show_columns("Beside other candidates", ["", *COMPARED, "image cosine"], rows)
+
+
+def _show_columns(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    """A table without the columns that hold nothing."""
+    cells = [columns, *([name, *row] for name, row in rows.items())]
+    kept = [column for column in zip(*cells, strict=True) if {*column[1:]} != {NONE}]
+    first, *others = zip(*kept, strict=True)
+    show_table(title, first, others)
+    show()
+
+
+def _compared(answers: Mapping[str, Any], flips: Mapping[str, Any] | None) -> Iterator[str]:
+    """The figures of the columns `COMPARED`."""
+    yield f"{answers['answer_agreement']['share']:.2%}"
+    accuracy = answers["accuracy"]
+    yield f"{100 * accuracy['difference']:+.2f} points" if accuracy else NONE
+    yield f"{answers['kl']['mean']:.2g}"
+    yield f"{flips['share']:.2%}" if flips else NONE
