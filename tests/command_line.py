@@ -1,7 +1,6 @@
 """For the tests of the command line: how to run it, and a stand-in for a loaded model."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -76,3 +75,13 @@ def start(
     command = [sys.executable, str(ROOT / "cli.py"), *arguments]
     options = {"capture_output": True} | options
     return subprocess.run(command, text=True, check=False, env=environment, **options)
+
+
+def start_without(packages: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process where these packages are not installed."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({list(packages)}))\n"
+        "from medmoe_edge.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, text=True, check=False, cwd=ROOT, capture_output=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,26 @@ def tiny_bundle(
             return build.export_bundle(checkpoint, out, precision=precision, name="tiny")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def proven_bundle(
+    tiny_bundle: Callable[..., Path],
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """An fp32 bundle that holds the proof of its fidelity on two questions; not to be changed."""
+    from PIL import Image
+
+    from medmoe_edge import pipeline
+
+    folder = tmp_path_factory.mktemp("proven")
+    Image.new("L", (8, 8)).save(folder / "scan.png")
+    line = '{"image": "scan.png", "question": "%s", "answer": "No", "modality": "xray"}'
+    (folder / "questions.jsonl").write_text("\n".join(line % word for word in ("Is it?", "Where?")))
+    shutil.copytree(tiny_bundle(), folder / "bundle")
+    pipeline.verify(folder / "bundle", tiny_checkpoint(), str(folder / "questions.jsonl"))
+    return folder / "bundle"
 
 
 @pytest.fixture

@@ -340,7 +340,7 @@ def build() -> tuple[Any, Folds, Tensor]:
 
 def main() -> None:
     """Print the table, or with --json one object."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Quantise the stress model with every method.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json
     rows = list(compare(*build(), METHODS))

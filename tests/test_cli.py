@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
 
 import pytest
 import typer
@@ -115,6 +115,10 @@ def test_failures_are_two_lines_and_a_code(
         (["train"], "--data"),
         (["eval"], "--data"),
         (["data"], "DATASET"),
+        (["calibrate"], "--data"),
+        (["calibrate", "--data", "builtin"], "--output"),
+        (["export", "--mixed", "few"], "--mixed"),
+        (["ablate"], "RUN"),
     ],
 )
 def test_bad_usage_says_what_and_where_to_look(run: Run, line: list[str], what: str) -> None:
@@ -124,30 +128,6 @@ def test_bad_usage_says_what_and_where_to_look(run: Run, line: list[str], what: 
     assert what in told
     verb = f" {line[0]}" if line[0] in VERBS else ""
     assert remedy == f"See: medmoe-edge{verb} --help"
-
-
-@pytest.mark.parametrize(
-    ("line", "extra"),
-    [
-        (["export"], "export"),
-        (["init", "tiny", "out"], "export"),
-        (["train", "--data", "data", "-o", "run"], "train"),
-    ],
-)
-def test_a_missing_package_names_its_extra(
-    run: Run, monkeypatch: pytest.MonkeyPatch, line: list[str], extra: str
-) -> None:
-    first = ("medmoe_edge.presets", "medmoe_edge.training.run", "medmoe_edge.training.recipe")
-    for name in list(sys.modules):
-        if name.startswith((*first, "medmoe_edge.export.")):
-            monkeypatch.delitem(sys.modules, name)
-    for name in ("torch", "onnx_ir"):
-        monkeypatch.setitem(sys.modules, name, None)
-    result = run(*line)
-    assert result.exit_code == 5
-    what, remedy = two_lines(result)
-    assert re.search("'(torch|onnx_ir)'", what)
-    assert remedy == f"Install it with: pip install 'medmoe-edge[{extra}]'"
 
 
 def test_a_module_of_ours_is_never_called_a_missing_package() -> None:

@@ -1,19 +1,62 @@
 """The verbs that build: what they pass on, what they print, and what they refuse."""
 
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import Run, fake_module, raising, two_lines
+from PIL import Image
+
+from medmoe_edge import pipeline, render
+from medmoe_edge.bundle import Bundle
+from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.embedded import checkpoint_path
+from medmoe_edge.errors import VerificationError
+from medmoe_edge.verification import Verification
+
+Make = Callable[..., Path]
+NAMES = ("ct", "mri", "pathology", "xray")
+
+
+# --- export -----------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
     """The calls of the exporter, which writes nothing."""
     calls: list[dict[str, Any]] = []
 
-    def export_bundle(checkpoint: Path, out: Path, *, progress: Any, **options: Any) -> Path:
+    def export(checkpoint: Path, out: Path, *, progress: Any, **options: Any) -> pipeline.Export:
         for done in (0, 1, 2):
-            progress("Decoder", done, 2)
+            progress("decoder", done, 2)
         calls.append({"checkpoint": checkpoint, "out": out, **options})
-        return out
+        return pipeline.Export(out, None)
 
-    fake_module(monkeypatch, "medmoe_edge.export.build", export_bundle=export_bundle)
+    monkeypatch.setattr(pipeline, "export", export)
     (tmp_path / "my-model").mkdir()
     return calls
+
+
+DEFAULTS = {
+    "checkpoint": checkpoint_path("nano"),
+    "out": Path("nano-int8"),
+    "precision": "int8",
+    "method": "auto",
+    "budget_bits": None,
+    "calibrate_on": None,
+    "samples": 128,
+    "stats": None,
+    "strict": False,
+    "name": "nano",
+    "vision_tower": None,
+    "force": False,
+}
 
 
 def test_export_alone_makes_the_embedded_model_int8(
@@ -21,17 +64,10 @@ def test_export_alone_makes_the_embedded_model_int8(
 ) -> None:
     for line in (["export", "--int8"], ["export"]):
         result = run(*line)
-        assert (result.exit_code, result.stdout) == (0, "Wrote the bundle nano-int8\n")
-    first, second = exported
-    assert first == second
-    assert first == {
-        "checkpoint": checkpoint_path("nano"),
-        "out": Path("nano-int8"),
-        "precision": "int8",
-        "name": "nano",
-        "vision_tower": None,
-        "force": False,
-    }
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.splitlines()[0] == "Wrote the bundle nano-int8"
+        assert "not measured" in result.stdout
+    assert exported == [DEFAULTS, DEFAULTS]
 
 
 def test_export_of_a_folder(run: Run, exported: list[dict[str, Any]]) -> None:
@@ -40,19 +76,80 @@ def test_export_of_a_folder(run: Run, exported: list[dict[str, Any]]) -> None:
         "bundle": "my-model-fp32",
         "name": "my-model",
         "precision": "fp32",
+        "verification": None,
     }
-    assert exported == [
-        {
-            "checkpoint": Path("my-model"),
-            "out": Path("my-model-fp32"),
-            "precision": "fp32",
-            "name": "my-model",
-            "vision_tower": Path("clip"),
-            "force": True,
-        }
-    ]
+    own: dict[str, Any] = {"checkpoint": Path("my-model"), "name": "my-model"}
+    own |= {"out": Path("my-model-fp32"), "precision": "fp32"}
+    assert exported == [DEFAULTS | own | {"vision_tower": Path("clip"), "force": True}]
     run("export", "my-model", "-o", "elsewhere")
     assert exported[1]["out"] == Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [
+        (["--int4", "--method", "rtn"], {"precision": "int4", "method": "rtn"}),
+        (["--mixed", "4.5"], {"precision": "mixed", "budget_bits": 4.5}),
+        (["--calibrate", "scans", "--samples", "64"], {"calibrate_on": "scans", "samples": 64}),
+        (["--int4", "--stats", "s", "--strict"], {"precision": "int4", "stats": Path("s")}),
+    ],
+)
+def test_export_passes_its_options_on(
+    run: Run, exported: list[dict[str, Any]], line: list[str], given: dict[str, Any]
+) -> None:
+    assert run("export", *line).exit_code == 0
+    given = given | {"strict": "--strict" in line}
+    given |= {"out": Path(f"nano-{given.get('precision', 'int8')}")}
+    assert exported == [DEFAULTS | given]
+
+
+def test_export_shows_its_proof(
+    run: Run, proven_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(proven_bundle)
+    made = pipeline.Export(Path("out"), Verification(bundle, [], bundle.verification))
+    monkeypatch.setattr(pipeline, "export", lambda *_, **__: made)
+    lines = run("export").stdout.splitlines()
+    assert lines[0].split() == ["tiny", "against", "its", "checkpoint"]
+    assert lines[-2].startswith("Passed: 2 questions about 1 images of questions.jsonl")
+    assert lines[-1] == "Wrote the bundle out"
+    told = json.loads(run("export", "--json").stdout)
+    assert told["verification"]["passed"] is True
+    failed = VerificationError("It failed.", "Do not use it.")
+    monkeypatch.setattr(pipeline, "export", raising(failed))
+    result = run("export", "--json")
+    assert result.exit_code == 4
+    assert two_lines(result) == ["It failed.", "Do not use it."]
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "remedy"),
+    [
+        (["--int4", "--int8"], "--int8 and --int4 exclude each other.", "Give one of them."),
+        (["--mixed", "4", "--fp32"], "--mixed and --fp32 exclude", "Give one of them."),
+        (["--mixed", "4.5"], "what calibration measured", "Add --calibrate DATA or --stats FILE"),
+        (["--mixed", "1", "--calibrate", "builtin"], "1 bits per weight are too few", "2.5"),
+        (["--calibrate", "nowhere"], "no calibration data 'nowhere'", "builtin"),
+        (["--calibrate", "empty"], "'empty' holds no image", "PNG"),
+        (["--stats", "scan.png"], "scan.png is missing, truncated or no statistics", "calibrate"),
+        (["--stats", "s", "--calibrate", "builtin"], "Both data and statistics", "one of the two"),
+        (["--calibrate", "builtin", "-o", "empty"], "empty exists already", "--force"),
+        (["--calibrate", "builtin", "-o", "empty", "--force"], "holds no manifest.json", "another"),
+        (["--samples", "0"], "--samples", "export --help"),
+        (["--method", "best"], "'rtn'", "export --help"),
+    ],
+)
+@pytest.mark.usefixtures("scan")
+def test_what_cannot_be_exported(
+    run: Run, tmp_path: Path, line: list[str], what: str, remedy: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run("export", *line)
+    assert result.exit_code == 2
+    told = two_lines(result)
+    assert what in told[0]
+    assert remedy in told[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "scan.png"}
 
 
 @pytest.mark.parametrize("verb", ["export", "inspect"])
@@ -63,6 +160,117 @@ def test_a_wrong_model_name_lists_the_right_ones(run: Run, verb: str) -> None:
     what, remedy = two_lines(result)
     assert "'nanno'" in what
     assert "nano" in remedy
+
+
+# --- calibrate --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Questions about 21 images; that of patient 3 is damaged."""
+    generator = np.random.default_rng(0)
+    records = []
+    for index in range(21):
+        image = f"patient{index}.png"
+        pixels = generator.integers(0, 256, (28, 28), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / image)
+        records.append({"image": image, "question": "Where?", "modality": NAMES[index % 4]})
+    (tmp_path / "patient3.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    path = tmp_path / "scans.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def test_calibrate(run: Run, tiny_checkpoint: Make, scans: Path) -> None:
+    command = ["calibrate", str(tiny_checkpoint()), "--data", "scans.jsonl", "-o", "stats"]
+    result = run(*command, "--no-hessians")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == "Skipped images that cannot be read: 1.\n"
+    lines = result.stdout.splitlines()
+    assert lines[0].strip() == "Calibrated on 6 ct, 5 mri, 5 pathology, 4 xray"
+    assert len([line for line in lines if line.rstrip().endswith(("covered", "borrowed"))]) == 8
+    assert lines[-2].startswith("Skipped: 'patient3.png' is damaged")
+    assert lines[-1] == "Wrote the statistics stats"
+    made = Path("stats").read_bytes()
+    assert b"patient" not in made
+    refused = run(*command)
+    assert refused.exit_code == 2
+    assert two_lines(refused)[0] == "stats exists already."
+    assert Path("stats").read_bytes() == made
+    again = run("-q", *command, "--force", "--json", "--samples", "4")
+    assert again.stderr == ""
+    (line,) = again.stdout.splitlines()
+    told = json.loads(line)
+    assert (told["statistics"], told["data"], told["skipped"]) == ("stats", "scans.jsonl", 1)
+    assert sum(told["samples"].values()) > 4  # more were drawn for experts that were short
+    assert len(told["coverage"]) == 8
+    assert Statistics.open(Path("stats")).sites["decoder.head.in"].hessian is not None
+
+
+def test_an_interrupted_calibration_goes_on(
+    run: Run, tiny_checkpoint: Make, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["calibrate", str(tiny_checkpoint()), "--data", "scans.jsonl", "-o", "stats"]
+    steps: list[str] = []
+
+    @contextmanager
+    def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
+        def report(step: str, done: int, total: int) -> None:
+            steps.append(step)
+            if step == "layers" and done == 25 and len(steps) > 1 and steps.count("images") == 20:
+                raise KeyboardInterrupt
+
+        yield report
+
+    monkeypatch.setattr(render, "working", working)
+    result = run(*command)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr.splitlines()[-1] == "Interrupted."
+    assert not Path("stats").exists()
+    assert Path(".stats.work").is_dir()
+    steps.append("images")  # one more than at the interruption, so that it is the last
+    assert run(*command).exit_code == 0
+    assert steps.count("images") == 21  # none was embedded again
+    assert not Path(".stats.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "what"),
+    [
+        ("nowhere", 2, "There is no calibration data 'nowhere'."),
+        ("empty", 2, "'empty' holds no image."),
+        ("bad.jsonl", 2, "bad.jsonl, line 1"),
+        ("martian.jsonl", 2, "modalities that the model does not know: martian"),
+        ("broken", 2, "2 of 2 images of 'broken' cannot be read, more than 5%: 'patient1.png'"),
+    ],
+)
+def test_what_cannot_be_calibrated_on(
+    run: Run, tmp_path: Path, data: str, code: int, what: str
+) -> None:
+    for name in ("empty", "broken"):
+        (tmp_path / name).mkdir()
+    for index in (0, 1):
+        (tmp_path / "broken" / f"patient{index}.png").write_bytes(b"")
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "martian.jsonl").write_text('{"image": "a.png", "modality": "martian"}')
+    before = sorted(tmp_path.iterdir())
+    result = run("calibrate", "nano", "--data", data, "-o", "stats", "--samples", "2")
+    assert result.exit_code == code
+    assert what in two_lines(result)[0].replace("patient0", "patient1")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_strict_calibration_refuses(run: Run, tiny_checkpoint: Make, scans: Path) -> None:
+    command = ["calibrate", str(tiny_checkpoint()), "--data", "scans.jsonl", "-o", "stats"]
+    before = sorted(scans.parent.iterdir())
+    scans.write_text(scans.read_text().splitlines()[0])
+    result = run(*command, "--strict")
+    assert result.exit_code == 4
+    assert two_lines(result)[0].startswith("Calibration did not reach every expert: layer 0 mri")
+    assert sorted(scans.parent.iterdir()) == before
+
+
+# --- init, train, data ------------------------------------------------------------------------
 
 
 def test_init_and_inspect(run: Run) -> None:

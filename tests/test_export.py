@@ -30,7 +30,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def without_tower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of what comes after the tower, which takes a second to trace."""
+    """The tower takes a second to trace; test_vision_export.py does."""
     monkeypatch.setattr(build, "_write_vision", write_no_tower)
 
 
@@ -38,6 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("without_tower")
 def test_the_same_checkpoint_gives_the_same_bytes(tiny_checkpoint: Make, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(tiny_checkpoint(), moved)

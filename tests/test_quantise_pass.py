@@ -29,7 +29,8 @@ def evaluated(graph: ir.Model, width: int) -> Floats:
     """The matrix `[K, N]` that a graph multiplies with, from ONNX's own evaluator."""
     identity = np.eye(width, dtype=np.float32)[None]
     (y,) = ReferenceEvaluator(ir.to_proto(graph)).run(None, {"x": identity})
-    return np.asarray(y, np.float32)[0]
+    matrix: Floats = np.asarray(y, np.float32)[0]
+    return matrix
 
 
 # --- what it makes ----------------------------------------------------------------------------

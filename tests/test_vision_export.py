@@ -29,16 +29,17 @@ Make = Callable[..., Path]
 KINDS = ["clip", "efficientnet-lite"]
 UNREAD = {"clip": ("vision.layers.1.", "vision.post_norm."), "efficientnet-lite": ()}
 
+TRACE = vision._trace
+
 
 @pytest.fixture(scope="module", autouse=True)
 def traced_once() -> object:
     """Tracing takes a second or more, and gives the same for the same configuration."""
     traces: dict[ModelConfig, ir.Model] = {}
-    trace = vision._trace
 
     def once(config: ModelConfig) -> ir.Model:
         if config not in traces:
-            traces[config] = trace(config)
+            traces[config] = TRACE(config)
         return traces[config].clone()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +73,8 @@ def image_tokens(model: ir.Model, folder: Path, pixels: Floats) -> Floats:
     save_model(model, folder, "vision")
     session = open_session(folder / "vision.onnx", session_options())
     (tokens,) = session.run(["image_tokens"], {"pixels": pixels})
-    return np.asarray(tokens, np.float32)[0]
+    found: Floats = np.asarray(tokens, np.float32)[0]
+    return found
 
 
 def difference(a: Floats, b: Floats) -> float:
@@ -94,6 +96,20 @@ def test_the_tower_equals_torch(towers: dict[str, Checkpoint], tmp_path: Path, k
     halved, modified = halve_weights(export_vision(checkpoint))
     assert modified
     assert difference(image_tokens(halved, tmp_path, pixels), expected) < 1e-3
+
+
+def test_a_tower_gives_the_same_bytes_each_time(
+    towers: dict[str, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        save_model(export_vision(towers["clip"]), tmp_path / name, "vision")
+        monkeypatch.setattr(vision, "_trace", TRACE)  # the second is traced anew
+    for file in ("vision.onnx", "vision.data"):
+        content = (tmp_path / "first" / file).read_bytes()
+        assert content == (tmp_path / "second" / file).read_bytes()
+        for place in (str(tmp_path), str(Path(vision.__file__).parents[1]), "site-packages"):
+            assert place.encode() not in content  # nothing tells where it was made
 
 
 @pytest.mark.parametrize("kind", KINDS)
