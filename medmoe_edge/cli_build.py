@@ -74,16 +74,17 @@ def export(
         "mixed": mixed is not None,
         "fp32": fp32,
     }
-    chosen = [name for name in given if given[name]] or ["int8"]
+    chosen: list[Precision] = [name for name in given if given[name]]
     if len(chosen) > 1:
         raise InputError(f"--{' and --'.join(chosen)} exclude each other.", "Give one of them.")
+    precision: Precision = chosen[0] if chosen else "int8"
     folder = checkpoint_path(checkpoint)
     name = checkpoint if checkpoint in EMBEDDED else folder.resolve().name
     with render.working("Reading") as report:
         made = pipeline.export(
             folder,
-            output or Path(f"{name}-{chosen[0]}"),
-            precision=chosen[0],
+            output or Path(f"{name}-{precision}"),
+            precision=precision,
             method=method,
             budget_bits=mixed,
             calibrate_on=calibrate,
@@ -97,7 +98,7 @@ def export(
         )
     if as_json:
         found = made.verification.to_json() if made.verification else None
-        bundle = {"bundle": str(made.bundle), "name": name, "precision": chosen[0]}
+        bundle = {"bundle": str(made.bundle), "name": name, "precision": precision}
         render.as_json(bundle | {"verification": found})
         return
     if made.verification:
@@ -128,6 +129,7 @@ def calibrate(
     with needs("export"):
         from medmoe_edge import pipeline
         from medmoe_edge.calibration.run import calibrate as gather
+        from medmoe_edge.checkpoint import read_checkpoint
     from medmoe_edge.embedded import checkpoint_path
 
     check_output(output, force)
@@ -148,7 +150,8 @@ def calibrate(
     if as_json:
         render.as_json({"statistics": str(output)} | statistics.summary())
     else:
-        render_proof.show_coverage(statistics, source.skipped)
+        moe = read_checkpoint(folder, vision_tower=vision_tower).config.moe
+        render_proof.show_coverage(statistics, moe.expert_names if moe else (), source.skipped)
         render.wrote("the statistics", output)
 
 

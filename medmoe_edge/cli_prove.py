@@ -3,7 +3,7 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,11 @@ from medmoe_edge import render, render_proof
 from medmoe_edge.cli_app import Force, Json, Runtime, VisionTower, check_output, verb
 from medmoe_edge.cli_errors import needs
 from medmoe_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from medmoe_edge.verification import Verification
 
 
 @verb("eval", "Prove", "eval --data slake/test.jsonl")
@@ -98,9 +103,7 @@ def verify(
         raise InputError(
             "--data and --beside measure against a checkpoint.", "Add --against CHECKPOINT."
         )
-    if report:
-        check_output(report, force)
-        from medmoe_edge.report import write_report
+    write_report = _report_writer(report, force)
     folder = bundle_path(bundle)
     with render.working("Reading") as progress:
         if against is None:
@@ -118,8 +121,7 @@ def verify(
                 vision_tower=vision_tower,
                 progress=progress,
             )
-    if report:
-        write_report(found, report)
+    write_report(found)
     if as_json:
         render.as_json(found.to_json())
     else:
@@ -128,6 +130,16 @@ def verify(
             render.wrote("the report", report)
     if error := found.error():
         raise error
+
+
+def _report_writer(path: Path | None, force: bool) -> "Callable[[Verification], None]":
+    """Looks at once for what the page needs; writes nothing without a path."""
+    if path is None:
+        return lambda _: None
+    check_output(path, force)
+    from medmoe_edge.report import write_report
+
+    return partial(write_report, path=path)
 
 
 @verb("ablate", "Prove", "ablate run --data data -o ablation")

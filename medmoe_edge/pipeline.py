@@ -87,7 +87,7 @@ def export(
     statistics = Statistics.open(stats) if stats else None
     found: list[Verification] = []
     with contextlib.ExitStack() as stack:
-        prove = None
+        prove: Callable[[Path], None] | None = None
         if calibrate_on is not None:
             data = _data_for(source, calibrate_on)
             folder = stack.enter_context(_work_folder(out))
@@ -101,16 +101,14 @@ def export(
                 vision_tower=vision_tower,
                 progress=progress,
             )
-            proof = proof_data(data, statistics, folder)
-
-            def prove(bundle: Path) -> None:
-                result = verification.verify(
-                    bundle, checkpoint, proof, vision_tower=vision_tower, progress=progress
-                )
-                found.append(result)
-                if error := result.error():
-                    raise error
-
+            measure = partial(
+                verification.verify,
+                checkpoint=checkpoint,
+                data=proof_data(data, statistics, folder),
+                vision_tower=vision_tower,
+                progress=progress,
+            )
+            prove = partial(_prove, measure, found)
         elif statistics is not None and strict:
             check_covered(statistics.coverage, _modalities(source))
         export_bundle(
@@ -129,6 +127,14 @@ def export(
     if not found:
         return Export(out, None)
     return Export(out, dataclasses.replace(found[0], bundle=Bundle.open(out, verify=False)))
+
+
+def _prove(
+    measure: Callable[[Path], Verification], found: list[Verification], bundle: Path
+) -> None:
+    found.append(measure(bundle))
+    if error := found[0].error():
+        raise error
 
 
 def proof_data(data: CalibrationData, statistics: Statistics, folder: Path) -> Data:

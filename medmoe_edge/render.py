@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none o
     from medmoe_edge.evaluate import Evaluation, ModalityAccuracy, Score
     from medmoe_edge.inspection import Inspection
 
+ENDLESS = 10_000  # columns, for tables that go into a file or another program
 log = logging.getLogger(__name__)
 
 
@@ -50,19 +51,16 @@ def show_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=Text(printable(title)) if title else None,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        show_header=any(columns),
-    )
+    if title:
+        show(title, "bold")
+    table = Table(box=None, show_header=any(columns))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right")
+        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
         cells = [printable(str(value)) for value in row]
         table.add_row(*(Text(cell, (styles or {}).get(cell, "")) for cell in cells))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=ENDLESS)).print(table)
 
 
 def printable(text: str) -> str:
@@ -184,8 +182,11 @@ def _told(name: str, value: object) -> list[tuple[str, object]]:
     """A part of a manifest, or its parts; lists are left to --json."""
     if not isinstance(value, Mapping):
         return [(name, value)] if value else []
-    parts = {key: part for key, part in value.items() if isinstance(part, str | int | float)}
-    return [(name, "")] + [(f"  {key.replace('_', ' ')}", part) for key, part in parts.items()]
+    told: list[tuple[str, object]] = [(name, "")]
+    for key, part in value.items():
+        if isinstance(part, str | int | float):
+            told.append((f"  {key.replace('_', ' ')}", part))
+    return told
 
 
 def _interval(score: "Score") -> str:

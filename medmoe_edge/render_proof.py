@@ -21,25 +21,21 @@ def show_verification(verification: "Verification") -> None:
     """The gates, the figures by modality, other candidates beside the bundle, and the verdict."""
     name, record = verification.bundle.name, verification.record
     if record:
-        figures = record["figures"]
         _show_gates(f"{name} against its checkpoint", record["gates"])
-        _show_modalities(figures)
+        _show_modalities(record["figures"])
         if verification.beside:
-            candidates = {f"{name} (this bundle)": figures}
+            candidates = {f"{name} (this bundle)": record["figures"]}
             candidates |= {other: found.to_json() for other, found in verification.beside.items()}
             _show_candidates(candidates)
     for fault in verification.faults:
         show(f"Not sound: {fault}", "red")
-    if record is None:
-        if not verification.faults:
-            show("Its files are whole, its weights and experts sound.")
-        show_not_measured()
-    else:
-        questions = f"{figures['questions']:,} questions about {figures['images']:,} images"
-        day = record["when"].partition("T")[0]
-        style = "green" if verification.passed else "bold red"
-        verdict = "Passed" if verification.passed else "Failed"
-        show(f"{verdict}: {questions} of {record['data']['name']}, {day}.", style)
+    if record:
+        verdict, style = ("Passed", "green") if verification.passed else ("Failed", "bold red")
+        show(f"{verdict}: {_measured(record)}.", style)
+        return
+    if not verification.faults:
+        show("Its files are whole, its weights and experts sound.")
+    show_not_measured()
 
 
 def show_not_measured() -> None:
@@ -47,15 +43,15 @@ def show_not_measured() -> None:
     show("What quantisation cost was not measured: see medmoe-edge verify --help.", "yellow")
 
 
-def show_coverage(statistics: "Statistics", skipped: Sequence["Skipped"]) -> None:
-    """How many tokens each expert saw, what was done where they were too few, and what was left
-    out.
-    """
+def show_coverage(
+    statistics: "Statistics", expert_names: Sequence[str], skipped: Sequence["Skipped"]
+) -> None:
+    """What each expert saw, what was done where it was too little, and which images were unfit."""
     samples = ", ".join(f"{count} {name}" for name, count in statistics.samples.items())
     rows = [
         (
             record.layer,
-            record.expert,
+            expert_names[record.expert] if expert_names else record.expert,
             f"{record.tokens:,}",
             NONE if record.own_modality_tokens is None else f"{record.own_modality_tokens:,}",
             f"{record.needed:,}",
@@ -67,7 +63,7 @@ def show_coverage(statistics: "Statistics", skipped: Sequence["Skipped"]) -> Non
     title = f"Calibrated on {samples}"
     if rows:
         columns = ["layer", "expert", "tokens", "own modality", "needed", "borrowed", "status"]
-        show_table(title, columns, rows, styles=STATUSES)
+        show_table(title, columns, rows, left=2, styles=STATUSES)
     else:
         show(title)
     for image in skipped:
@@ -128,6 +124,12 @@ def _show_columns(title: str, columns: Sequence[str], rows: Mapping[str, Sequenc
     first, *others = zip(*kept, strict=True)
     show_table(title, first, others)
     show()
+
+
+def _measured(record: Mapping[str, Any]) -> str:
+    figures = record["figures"]
+    questions = f"{figures['questions']:,} questions about {figures['images']:,} images"
+    return f"{questions} of {record['data']['name']}, {record['when'].partition('T')[0]}"
 
 
 def _compared(answers: Mapping[str, Any], flips: Mapping[str, Any] | None) -> Iterator[str]:

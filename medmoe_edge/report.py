@@ -64,12 +64,15 @@ def render_report(verification: Verification) -> str:
         if figures["routing"]:
             bound = gates["routing_flips"]["bound"]
             plots["routing"] = report_plots.routing_plot(figures["routing"], bound)
-    if (profile := calibration.get("routing")) and bundle.config.moe:
-        names = bundle.config.moe.expert_names or range(bundle.config.moe.num_experts)
-        plots["coverage"] = report_plots.coverage_plot(profile, [str(name) for name in names])
+    moe = bundle.config.moe
+    names = [str(name) for name in moe.expert_names or range(moe.num_experts)] if moe else []
+    if (profile := calibration.get("routing")) and names:
+        plots["coverage"] = report_plots.coverage_plot(profile, names)
+    coverage = calibration.get("coverage") or []
     rows = [{"name": name, **other.to_json()} for name, other in verification.beside.items()]
     return page.from_string(source).render(
         name=bundle.name,
+        precision=quantisation.get("precision"),
         notice=NOTICE,
         verdict=_verdict(verification),
         faults=verification.faults,
@@ -77,6 +80,7 @@ def render_report(verification: Verification) -> str:
         tiles=_tiles(record["figures"]) if record else [],
         gates=[GateResult.from_json(gate) for gate in gates.values()],
         plots=plots,
+        short=[(names[part["expert"]], part) for part in coverage if part["status"] != "covered"],
         rows=[{"name": f"{bundle.name} (this bundle)", **record["figures"]}, *rows]
         if record
         else rows,

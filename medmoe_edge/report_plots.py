@@ -100,7 +100,7 @@ def errors_plot(matrices: Sequence[Mapping[str, Any]]) -> str:
                 axes.plot(layers + place, errors, marker, color=colour, label=kind, markersize=5)
         axes.set_xticks(sorted({layer for group in points.values() for layer, _ in group}))
         axes.set_xlabel("decoder layer")
-        axes.set_ylabel("relative error of the weights, %")
+        axes.set_ylabel("relative error, %")
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
         figure.legend(loc="outside upper center", ncols=len(KINDS), frameon=False)

@@ -198,6 +198,13 @@ def test_colour_only_on_a_terminal_and_not_with_no_color(
     assert "32m" not in capsys.readouterr().out
 
 
+def test_tables_lose_nothing_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    render.show_table("A table", ["name", "value"], [("a" * 300, "b" * 300), ("c", "d")])
+    title, header, first, second = capsys.readouterr().out.splitlines()
+    assert (title, header.split()) == ("A table", ["name", "value"])
+    assert (first.split(), second.split()) == (["a" * 300, "b" * 300], ["c", "d"])
+
+
 def test_bars_only_on_a_terminal_and_not_when_quiet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -215,22 +215,24 @@ def test_an_interrupted_calibration_goes_on(
 
     @contextmanager
     def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
-        def report(step: str, done: int, total: int) -> None:
-            steps.append(step)
-            if step == "layers" and done == 25 and len(steps) > 1 and steps.count("images") == 20:
-                raise KeyboardInterrupt
-
+        steps.clear()
         yield report
 
+    def report(step: str, done: int, total: int) -> None:
+        steps.append(step)
+        if interrupting and step == "layers" and done == 25:
+            raise KeyboardInterrupt
+
     monkeypatch.setattr(render, "working", working)
+    interrupting = True
     result = run(*command)
-    assert (result.exit_code, result.stdout) == (130, "")
+    assert (result.exit_code, result.stdout, steps[0]) == (130, "", "images")
     assert result.stderr.splitlines()[-1] == "Interrupted."
     assert not Path("stats").exists()
     assert Path(".stats.work").is_dir()
-    steps.append("images")  # one more than at the interruption, so that it is the last
-    assert run(*command).exit_code == 0
-    assert steps.count("images") == 21  # none was embedded again
+    interrupting = False
+    assert (run(*command).exit_code, steps[0]) == (0, "layers")  # no image is looked at again
+    assert Path("stats").is_file()
     assert not Path(".stats.work").exists()
 
 
@@ -241,7 +243,7 @@ def test_an_interrupted_calibration_goes_on(
         ("empty", 2, "'empty' holds no image."),
         ("bad.jsonl", 2, "bad.jsonl, line 1"),
         ("martian.jsonl", 2, "modalities that the model does not know: martian"),
-        ("broken", 2, "2 of 2 images of 'broken' cannot be read, more than 5%: 'patient1.png'"),
+        ("broken", 2, "1 of 1 images of 'broken' cannot be read, more than 5%: 'patient"),
     ],
 )
 def test_what_cannot_be_calibrated_on(
@@ -256,7 +258,7 @@ def test_what_cannot_be_calibrated_on(
     before = sorted(tmp_path.iterdir())
     result = run("calibrate", "nano", "--data", data, "-o", "stats", "--samples", "2")
     assert result.exit_code == code
-    assert what in two_lines(result)[0].replace("patient0", "patient1")
+    assert what in two_lines(result)[0]
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -259,7 +259,7 @@ def test_ablate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--variant", "top-9"], "There is no variant 'top-9'."),
         (["--variant", "top-2", "--variant", "top-2"], "one is named twice"),
         (["--recipe", "nowhere"], "nowhere"),
-        ([], "run"),
+        ([], "does not exist"),
         (["--epochs", "0"], "--epochs"),
     ],
 )

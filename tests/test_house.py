@@ -47,8 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verification": {"bundle", "checkpoint", "datasets", "fidelity", "prompt", "runtimes"},
     "report": {"bundle", "fidelity", "verification"},
     "pipeline": {
-        *("bundle", "calibration", "checkpoint", "datasets", "embedded", "export", "runtimes"),
-        "verification",
+        *("atomic", "bundle", "calibration", "checkpoint", "datasets", "embedded", "export"),
+        *("runtimes", "verification"),
     },
     "render": {"ablation", "answer", "calibration", "evaluate", "inspection", "verification"},
 }

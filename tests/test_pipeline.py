@@ -14,7 +14,7 @@ import torch
 from command_line import raising
 from PIL import Image
 
-from medmoe_edge import pipeline
+from medmoe_edge import pipeline, verification
 from medmoe_edge.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.data import CalibrationData, Sample
 from medmoe_edge.calibration.routing import RoutingProfile
@@ -77,7 +77,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = AssertionError("the work has begun")
     monkeypatch.setattr(pipeline, "calibrate", raising(begun))
     monkeypatch.setattr(pipeline, "export_bundle", raising(begun))
-    monkeypatch.setattr(pipeline.verification, "verify", raising(begun))
+    monkeypatch.setattr(verification, "verify", raising(begun))
 
 
 def left_in(folder: Path) -> list[str]:
@@ -259,7 +259,10 @@ def test_weights_that_are_no_numbers_are_named(
     tensors[damaged] = torch.full_like(tensors[damaged], torch.nan)
     folder = tmp_path / "broken"
     write_checkpoint(folder, source.config, tensors.items(), tokenizer_file=source.tokenizer_file)
-    for options in ({}, {"calibrate_on": questions, "samples": 2}):
+    ways: list[dict[str, Any]] = [{"calibrate_on": questions, "samples": 2}]
+    if damaged.startswith("decoder"):  # the tower is not traced here
+        ways.append({})
+    for options in ways:
         with pytest.raises(CheckpointError, match=damaged):
             pipeline.export(folder, tmp_path / "out", **options)
     assert left_in(tmp_path) == ["broken"]

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graphs import Floats, changed, normal, observed, write_no_tower
+from graphs import Floats, changed, normal, observed
 from torch import Tensor
 
-from medmoe_edge.bundle import Bundle
 from medmoe_edge.calibration.formats import Format, Quantised
 from medmoe_edge.calibration.gptq import quantise_gptq
 from medmoe_edge.calibration.mixed import INT4
@@ -19,17 +18,12 @@ from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.calibration.statistics import SiteStatistics, Statistics
 from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
-from medmoe_edge.export import build, weights
+from medmoe_edge.export import weights
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.external_data import save_model
-from medmoe_edge.export.folding import fold_points
-from medmoe_edge.export.migration import search_scales
-from medmoe_edge.export.mixing import search_formats
-from medmoe_edge.export.plan import HEAD, INT8, Plan, check_precision, make_plan
+from medmoe_edge.export.plan import HEAD, INT8, Plan, check_precision
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.weights import Factors, WeightSource
-from medmoe_edge.runtimes.eager import EagerRuntime
-from medmoe_edge.runtimes.ort import OrtRuntime
 
 Make = Callable[..., Path]
 EXPERT = "decoder.layers.0.ffn.experts.1.up.weight"
@@ -236,118 +230,3 @@ def test_a_mixed_export_needs_statistics_and_a_budget(
     check_precision(checkpoint, "mixed", 2.5, calibrated=True)
     with pytest.raises(InputError, match=message):
         check_precision(checkpoint, "mixed", budget, calibrated=calibrated)
-
-
-# --- migration --------------------------------------------------------------------------------
-
-
-def test_only_a_calibrated_int8_export_folds(
-    checkpoint: Checkpoint, statistics: Statistics
-) -> None:
-    factors = make_plan(checkpoint, "int8", "auto", statistics, None).factors
-    for point, scale in search_scales(checkpoint, statistics).items():
-        for name in point.consumers:
-            assert np.array_equal(np.asarray(factors[name].columns), scale)
-    assert not make_plan(checkpoint, "int8", "auto", None, None).factors
-    assert not make_plan(checkpoint, "int8", "rtn", statistics, None).factors
-    assert not make_plan(checkpoint, "int4", "auto", statistics, None).factors
-
-
-def test_scales_are_searched_where_activations_were_seen(
-    checkpoint: Checkpoint, statistics: Statistics
-) -> None:
-    points = list(fold_points(checkpoint.config))
-    scales = search_scales(checkpoint, statistics)
-    assert list(scales) == points
-    for scale in scales.values():
-        assert np.isfinite(scale).all()
-        assert (scale > 0).all()
-    unseen = {"decoder.head.in", "decoder.layers.0.ffn.experts.1.hidden"}
-    sites = {name: site for name, site in statistics.sites.items() if name not in unseen}
-    fewer = search_scales(checkpoint, dataclasses.replace(statistics, sites=sites))
-    assert list(fewer) == [point for point in points if not unseen.intersection(point.sites)]
-
-
-def with_outliers(name: str, tensor: Tensor) -> Tensor:
-    """Two channels of every norm a hundred times as large, and read a hundred times as weakly."""
-    tensor = tensor.clone()
-    readers = ("q.weight", "k.weight", "v.weight", "gate.weight", "up.weight", HEAD)
-    if name.startswith("decoder.") and name.endswith("norm.weight"):
-        tensor[[3, 40]] *= 100
-    elif name.startswith("decoder.") and name.endswith(readers):
-        tensor[:, [3, 40]] /= 100
-    return tensor
-
-
-def test_folding_saves_what_outliers_would_ruin(
-    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "_write_vision", write_no_tower)
-    folder = changed(tiny_checkpoint(dense=True), tmp_path / "outliers", with_outliers)
-    source = read_checkpoint(folder)
-    embeds = normal(12, 64, seed=9)
-    torch_runtime = EagerRuntime(source)
-    exact = torch_runtime.step(embeds, torch_runtime.new_cache(12)).logits
-    errors = []
-    for index, statistics in enumerate((None, observed(source, hessians=False))):
-        out = build.export_bundle(folder, tmp_path / str(index), statistics=statistics)
-        runtime = OrtRuntime(Bundle.open(out))
-        logits = runtime.step(embeds, runtime.new_cache(12)).logits
-        errors.append(np.linalg.norm(logits - exact) / np.linalg.norm(exact))
-    plain, folded = errors
-    assert folded < 0.2 * plain
-    assert folded < 0.05
-
-
-# --- mixing -----------------------------------------------------------------------------------
-
-
-def bits(checkpoint: Checkpoint, formats: dict[str, Format]) -> float:
-    """Per weight, on average."""
-    sizes = {name: checkpoint.names[name].shape for name in formats}
-    stored = sum(n * k * formats[name].bits_per_weight(k) for name, (n, k) in sizes.items())
-    return stored / sum(n * k for n, k in sizes.values())
-
-
-@pytest.mark.parametrize("budget", [2.5, 3.0, 3.7, 4.5, 9.0])
-def test_formats_keep_within_the_budget(
-    checkpoint: Checkpoint, statistics: Statistics, budget: float
-) -> None:
-    formats = search_formats(checkpoint, statistics, budget)
-    matrices = {name for name in checkpoint.names if site_of(name) is not None}
-    assert set(formats) == matrices - {HEAD}
-    # all matrices are of one size here, each upgraded by 2 bits or not
-    assert min(budget, 4.5) - 2 / len(formats) < bits(checkpoint, formats) <= budget
-
-
-def test_what_adds_most_to_the_stream_gets_most(tiny_checkpoint: Make, tmp_path: Path) -> None:
-    loud, quiet = (f"decoder.layers.2.ffn.experts.{index}." for index in (1, 2))
-
-    def change(name: str, tensor: Tensor) -> Tensor:
-        return tensor * {f"{loud}down.weight": 10, f"{quiet}down.weight": 0.02}.get(name, 1)
-
-    source = read_checkpoint(changed(tiny_checkpoint(), tmp_path / "loud", change))
-    formats = search_formats(source, observed(source), 3.5)
-    for name, form in formats.items():
-        if name.startswith(loud):
-            assert form == INT4
-        if name.startswith(quiet):
-            assert form == Format(2, 32)
-
-
-def test_an_expert_without_statistics_stays_at_four_bits(checkpoint: Checkpoint) -> None:
-    statistics = observed(checkpoint, hessians=False, data_free=[(0, 1), (2, 3)])
-    formats = search_formats(checkpoint, statistics, 3.0)
-    owners = ("decoder.layers.0.ffn.experts.1.", "decoder.layers.2.ffn.experts.3.")
-    assert {formats[name] for name in formats if name.startswith(owners)} == {INT4}
-    assert Format(2, 32) in formats.values()
-    with pytest.raises(InputError, match=r"The least is 2\.\d"):
-        search_formats(checkpoint, statistics, 2.5)
-
-
-def test_a_layer_that_adds_nothing_is_no_accident(tiny_checkpoint: Make, tmp_path: Path) -> None:
-    def silence(name: str, tensor: Tensor) -> Tensor:
-        return tensor * 0 if name.endswith(("out.weight", "down.weight")) else tensor
-
-    source = read_checkpoint(changed(tiny_checkpoint(), tmp_path / "silent", silence))
-    assert bits(source, search_formats(source, observed(source), 3.0)) <= 3.0

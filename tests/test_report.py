@@ -9,6 +9,7 @@ import pytest
 
 from medmoe_edge.bundle import NOTICE, Bundle
 from medmoe_edge.bundle_gates import DEFAULT_GATES
+from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.fidelity import Fidelity, Share
 from medmoe_edge.fidelity_figures import Accuracy, Answers, Divergence, Routing, Vision
@@ -111,10 +112,16 @@ PROFILE = {
 }
 
 
+COVERAGE = [
+    ExpertCoverage(0, 0, 5000, 512, 900),
+    ExpertCoverage(2, 1, 14, 512, 0, status="data-free"),
+]
+
+
 def test_a_full_page() -> None:
     manifest = {
         "quantisation": {"precision": "int4", "matrices": MATRICES},
-        "calibration": {"routing": PROFILE},
+        "calibration": {"routing": PROFILE, "coverage": [record.to_json() for record in COVERAGE]},
     }
     source = render_report(verification(fidelity(), manifest, beside={"nf4": fidelity()}))
     page, text = Page(source), " ".join(Page(source).text)
@@ -128,6 +135,11 @@ def test_a_full_page() -> None:
         assert shown in text, shown
     assert "missed by no more than chance explains: 1" in text
     assert "300 questions about 20 images of vqa_val.jsonl" in text
+    assert "data-free" in text
+    assert text.count("Expert that was short") == text.count("Accuracy is exact match.") == 1
+    assert "Every expert was reached" not in text
+    covered = {**manifest, "calibration": {"routing": PROFILE, "coverage": []}}
+    assert "Every expert was reached" in render_report(verification(fidelity(), covered))
     assert render_report(verification(fidelity(), manifest, beside={"nf4": fidelity()})) == source
 
 
@@ -135,6 +147,13 @@ def test_absent_data_is_left_out() -> None:
     page = Page(render_report(verification(fidelity(routing=None))))
     assert page.headings == ["Gates", "Answers", "Provenance"]
     assert page.tags.count("svg") == 1
+    answers = dataclasses.replace(fidelity().overall, accuracy=None)
+    silent = fidelity(
+        overall=answers, by_modality={"ct": answers}, by_answer_type={"OPEN": answers}
+    )
+    text = " ".join(Page(render_report(verification(silent, beside={"nf4": silent}))).text)
+    assert "no answers to be right about" in text
+    assert "Difference" not in text
 
 
 def test_a_bundle_that_was_never_measured() -> None:

@@ -318,8 +318,8 @@ def test_a_failed_gate_marks_the_bundle(
         error = verification.error()
         assert isinstance(error, VerificationError)
         assert error.exit_code == 4
-        assert "vision_cosine" in error.what
-        assert "should be at least 1" in error.what
+        assert "cosine of image tokens" in error.what
+        assert "should be at least 1.0000" in error.what
         assert "finite" not in error.what
 
 

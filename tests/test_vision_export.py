@@ -28,7 +28,6 @@ from medmoe_edge.runtimes.ort import open_session, session_options
 Make = Callable[..., Path]
 KINDS = ["clip", "efficientnet-lite"]
 UNREAD = {"clip": ("vision.layers.1.", "vision.post_norm."), "efficientnet-lite": ()}
-
 TRACE = vision._trace
 
 
@@ -101,10 +100,10 @@ def test_the_tower_equals_torch(towers: dict[str, Checkpoint], tmp_path: Path, k
 def test_a_tower_gives_the_same_bytes_each_time(
     towers: dict[str, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(vision, "_trace", TRACE)  # traced anew each time
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         save_model(export_vision(towers["clip"]), tmp_path / name, "vision")
-        monkeypatch.setattr(vision, "_trace", TRACE)  # the second is traced anew
     for file in ("vision.onnx", "vision.data"):
         content = (tmp_path / "first" / file).read_bytes()
         assert content == (tmp_path / "second" / file).read_bytes()
