@@ -7,6 +7,7 @@
 Routers and coefficients stay fp32: they decide who runs.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ from medmoe_edge.calibration.rounding import output_error, round_searched, round
 from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint import Checkpoint
-from medmoe_edge.errors import CheckpointError, InputError
+from medmoe_edge.errors import CheckpointError, DataError, InputError
 from medmoe_edge.export.folding import fold
 from medmoe_edge.export.migration import search_scales
 from medmoe_edge.export.mixing import search_formats
@@ -52,6 +53,7 @@ class Plan:
     formats: Mapping[str, Format] = field(default_factory=dict)
     factors: Mapping[str, Factors] = field(default_factory=dict)
     matrices: list[dict[str, Any]] = field(default_factory=list)
+    _rows: int = 0  # of the last matrix, so far
 
     def __call__(self, name: str) -> tuple[Format, Quantiser] | None:
         """The format and quantiser of a weight; None for what stays as it is."""
@@ -69,7 +71,7 @@ class Plan:
     def _quantise(self, name: str, form: Format, rows: Floats) -> Quantised:
         second, hessian = self._moments(name)
         if self.method == "auto" and hessian is not None:
-            method, quantised = "gptq", quantise_gptq(rows, hessian, form)
+            method, quantised = "gptq", _gptq(name, rows, hessian, form)
         elif self.method == "rtn" or form.group is None:
             method, quantised = "rtn", round_to_nearest(rows, form)
         else:
@@ -77,16 +79,27 @@ class Plan:
             quantised = round_searched(rows, form, second)
         seen = hessian if hessian is not None else second
         uniform = np.ones(rows.shape[1], np.float32)
+        error = output_error(rows, quantised, uniform if seen is None else seen)
+        self._note(name, form, method, len(rows), error)
+        return quantised
+
+    def _note(self, name: str, form: Format, method: str, rows: int, error: float) -> None:
+        """Keep what was done; the blocks of a large matrix, which come in turn, as one."""
+        if self.matrices and self.matrices[-1]["name"] == name:
+            before = self.matrices.pop()["error"]
+            total = rows + self._rows
+            error = math.sqrt((rows * error**2 + self._rows * before**2) / total)
+            rows = total
+        self._rows = rows
         self.matrices.append(
             {
                 "name": name,
                 "bits": form.bits,
                 "group": form.group,
                 "method": method,
-                "error": output_error(rows, quantised, uniform if seen is None else seen),
+                "error": error,
             }
         )
-        return quantised
 
     def _moments(self, name: str) -> tuple[Floats | None, Floats | None]:
         """E[x²] `[K]` and E[x xᵀ] `[K, K]` of what the matrix reads after folding, where known."""
@@ -100,6 +113,16 @@ class Plan:
         if hessian is not None:
             hessian = hessian / columns[:, None] / columns
         return found.mean_square / columns**2, hessian
+
+
+def _gptq(name: str, rows: Floats, hessian: Floats, form: Format) -> Quantised:
+    try:
+        return quantise_gptq(rows, hessian, form)
+    except ValueError as error:
+        raise DataError(
+            f"The statistics of what {name} reads are damaged.",
+            "Make them again: medmoe-edge calibrate CHECKPOINT --data DATA -o STATS.",
+        ) from error
 
 
 def check_precision(

@@ -3,8 +3,7 @@
 import logging
 import math
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +11,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.answer import Answer, Timings
+from medmoe_edge.answer import Answer
 from medmoe_edge.bundle import MANIFEST, Bundle
 from medmoe_edge.embedded import bundle_path, checkpoint_path
+from medmoe_edge.engine_clock import Clock, timings
 from medmoe_edge.errors import (
     BundleError,
     CheckpointError,
@@ -164,7 +164,7 @@ class Engine:
         prefix_ids = self.tokenizer.prefix_ids()
         length = len(prefix_ids) + self.config.vision.image_tokens
         self._check_length(length + room)
-        clock = _Clock()
+        clock = Clock()
         picture = image if isinstance(image, Image) else load_image(image, frame=frame)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
@@ -180,7 +180,7 @@ class Engine:
     def _answer(
         self, question: str, ids: list[int], prefix: _Prefix, limit: int, reused: bool
     ) -> Answer:
-        clock = _Clock()
+        clock = Clock()
         cache = prefix.cache
         cache.length = prefix.length  # forget the question before
         step = self._step(self.runtime.embed(ids), cache)
@@ -206,7 +206,7 @@ class Engine:
             confidence=math.exp(log_probability),
             modality=prefix.modality,
             experts=self._shares(experts),
-            timings=_timings(prefix.seconds, clock.laps, len(answer), reused),
+            timings=timings(prefix.seconds, clock.laps, len(answer), reused),
             model={
                 "name": self.name,
                 "sha256": self.sha256,
@@ -257,35 +257,8 @@ class Engine:
         return {name: int(count) / total for name, count in zip(names, counts, strict=True)}
 
 
-class _Clock:
-    """Seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
-
-
 def _most_likely(logits: Floats) -> tuple[int, float]:
     """The most likely token and its log-probability."""
     token = int(logits.argmax())
     shifted = logits.astype(np.float64) - float(logits[token])
     return token, -math.log(np.exp(shifted).sum())
-
-
-def _timings(
-    prefix: Mapping[str, float], own: Mapping[str, float], tokens: int, reused: bool
-) -> Timings:
-    shared = 0.0 if reused else sum(prefix.values())
-    first_token = shared + own["question"]
-    return Timings(
-        **prefix,
-        **own,
-        first_token=first_token,
-        total=first_token + own["decode"],
-        tokens=tokens,
-        prefix_reused=reused,
-    )

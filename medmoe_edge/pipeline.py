@@ -84,48 +84,44 @@ def export(
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
     calibrated = calibrate_on is not None or stats is not None
     check_exportable(source, precision, budget_bits, calibrated=calibrated)
-    statistics = Statistics.open(stats) if stats else None
-    found: list[Verification] = []
-    with contextlib.ExitStack() as stack:
-        prove: Callable[[Path], None] | None = None
-        if calibrate_on is not None:
-            data = _data_for(source, calibrate_on)
-            folder = stack.enter_context(_work_folder(out))
-            statistics = calibrate(
-                checkpoint,
-                data,
-                folder / "statistics",
-                samples=samples,
-                hessians=precision != "fp32",
-                strict=strict,
-                vision_tower=vision_tower,
-                progress=progress,
-            )
-            measure = partial(
-                verification.verify,
-                checkpoint=checkpoint,
-                data=proof_data(data, statistics, folder),
-                vision_tower=vision_tower,
-                progress=progress,
-            )
-            prove = partial(_prove, measure, found)
-        elif statistics is not None and strict:
+    build = partial(
+        export_bundle,
+        checkpoint,
+        out,
+        precision=precision,
+        method=method,
+        budget_bits=budget_bits,
+        name=name,
+        vision_tower=vision_tower,
+        force=force,
+        progress=progress,
+    )
+    if calibrate_on is None:
+        statistics = Statistics.open(stats) if stats else None
+        if statistics is not None and strict:
             check_covered(statistics.coverage, _modalities(source))
-        export_bundle(
+        return Export(build(statistics=statistics), None)
+    data = _data_for(source, calibrate_on)
+    found: list[Verification] = []
+    with _work_folder(out) as folder:
+        statistics = calibrate(
             checkpoint,
-            out,
-            precision=precision,
-            method=method,
-            statistics=statistics,
-            budget_bits=budget_bits,
-            name=name,
+            data,
+            folder / "statistics",
+            samples=samples,
+            hessians=precision != "fp32",
+            strict=strict,
             vision_tower=vision_tower,
-            force=force,
-            prove=prove,
             progress=progress,
         )
-    if not found:
-        return Export(out, None)
+        measure = partial(
+            verification.verify,
+            checkpoint=checkpoint,
+            data=proof_data(data, statistics, folder),
+            vision_tower=vision_tower,
+            progress=progress,
+        )
+        build(statistics=statistics, prove=partial(_prove, measure, found))
     return Export(out, dataclasses.replace(found[0], bundle=Bundle.open(out, verify=False)))
 
 

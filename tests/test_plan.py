@@ -162,7 +162,7 @@ def test_every_matrix_is_recorded_as_it_is_written(
     save_model(model, tmp_path, "decoder")
     recorded = [record["name"] for record in plan.matrices]
     matrices = [name for name in checkpoint.names if site_of(name) is not None and name != HEAD]
-    assert sorted(recorded) == sorted([*matrices, HEAD, HEAD, HEAD])  # a record for each block
+    assert sorted(recorded) == sorted([*matrices, HEAD])  # one record, also for several blocks
 
 
 @pytest.mark.parametrize("precision", ["int4", "mixed"])
