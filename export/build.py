@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +71,21 @@ def export_bundle(
         statistics.check(source)
     report = progress or (lambda step, done, total: None)
     with atomic_folder(out, force=force, marker=MANIFEST) as folder:
-        report(STEPS[0], 0, len(STEPS))
+        report(STEPS[0], 0, 1)
         _write_vision(source, folder, precision)
-        report(STEPS[1], 1, len(STEPS))
+        report(STEPS[1], 0, 1)
         _write_embedding(source, folder, precision)
-        report(STEPS[2], 2, len(STEPS))
+        report(STEPS[2], 0, 1)
         plan = make_plan(source, precision, method, statistics, budget_bits)
-        experts = _write_decoder(source, folder, plan)
-        report(STEPS[3], 3, len(STEPS))
+        experts = _write_decoder(source, folder, plan, partial(report, STEPS[2]))
+        report(STEPS[3], 0, 1)
         _copy_companions(source, folder)
         write_manifest(
             folder, _manifest(source, plan, experts, name or source.folder.resolve().name)
         )
         if prove is not None:
             prove(folder)
-    report("done", len(STEPS), len(STEPS))
+    report("done", 1, 1)
     return out
 
 
@@ -130,13 +131,15 @@ def _write_embedding(source: Checkpoint, folder: Path, precision: Precision) -> 
             (rows if precision == "fp32" else to_half(rows, name)).tofile(file)
 
 
-def _write_decoder(source: Checkpoint, folder: Path, plan: Plan) -> Extents:
+def _write_decoder(
+    source: Checkpoint, folder: Path, plan: Plan, progress: Callable[[int, int], None]
+) -> Extents:
     model = DecoderBuilder(source.config, WeightSource(source, plan.factors)).model()
     quantise_weights(model, plan)
     if source.config.moe is not None:
         lower_moe(model, MoESpec.of(source.config))
     lower_matmul(model)
-    return save_model(model, folder, "decoder")
+    return save_model(model, folder, "decoder", progress=progress)
 
 
 def _copy_companions(source: Checkpoint, folder: Path) -> None:

@@ -5,6 +5,7 @@ read ahead and dropped by itself.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,15 +19,24 @@ OWNER = re.compile(r"(.*\.ffn\.(?:experts\.\d+|meta))\.")
 Extents = dict[str, list[int]]  # owner -> [offset, bytes]
 
 
-def save_model(model: ir.Model, folder: Path, name: str) -> Extents:
+def save_model(
+    model: ir.Model,
+    folder: Path,
+    name: str,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Extents:
     """Write `name.onnx` and `name.data` into `folder`, one tensor in memory at a time.
 
-    Returns where each expert lies in the data file. Raises `CheckpointError`.
+    `progress` is called with the bytes done and the bytes in all. Returns where each expert lies in
+    the data file. Raises `CheckpointError`.
     """
     values = [value for value in model.graph.initializers.values() if value.const_value is not None]
     large = [value for value in values if _tensor(value).nbytes >= INLINE_BYTES]
+    total = sum(_tensor(value).nbytes for value in large)
     extents: Extents = {}
     previous = ""
+    done = 0
     with (folder / f"{name}.data").open("wb") as file:
         for value in sorted(large, key=_group):  # stable: order within a group is kept
             group = _group(value)
@@ -36,6 +46,9 @@ def save_model(model: ir.Model, folder: Path, name: str) -> Extents:
             offset = file.tell()
             tensor = _tensor(value)
             length = file.write(_bytes(tensor))
+            done += length
+            if progress:
+                progress(done, total)
             value.const_value = ir.ExternalTensor(
                 f"{name}.data",
                 offset,

@@ -72,11 +72,12 @@ def printable(text: str) -> str:
 def bars() -> Iterator["Progress"]:
     """Progress bars on stderr, if that is a terminal and nobody asked for quiet."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TimeElapsedColumn
 
     console = Console(stderr=True)
     hidden = not console.is_terminal or not log.isEnabledFor(logging.WARNING)
-    with Progress(console=console, transient=True, disable=hidden) as progress:
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield progress
 
 

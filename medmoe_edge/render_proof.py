@@ -1,5 +1,6 @@
 """What the verbs of quantisation and its proof show to people."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +72,18 @@ def show_coverage(
 
 
 def show_ablation(ablation: "Ablation") -> None:
-    """One row per variant, the recipe that trained all, and the routers' confusions."""
+    """One row per variant, the recipe that trained all, and the routers' confusions.
+
+    The table is cut where its columns change their subject, so that each part fits a terminal.
+    """
     from medmoe_edge.ablation_results import caption, confusion_table, table
 
     columns, rows = table(ablation)
-    show_table("", columns, rows)
+    cuts = [1, columns.index("its interval") + 1, columns.index("activated"), len(columns)]
+    for start, stop in itertools.pairwise(cuts):
+        part = [[row[0], *row[start:stop]] for row in rows]
+        show_table("", [columns[0], *columns[start:stop]], part)
+        show()
     show(caption(ablation), "dim")
     for row in ablation.rows:
         for images, found in row.result.router.items():
