@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """What a command line sets up for its log ends with the test."""
+    log = logging.getLogger("medmoe_edge")
+    level, handlers = log.level, log.handlers
+    yield
+    log.setLevel(level)
+    log.handlers = handlers
 
 
 @pytest.fixture(scope="session")

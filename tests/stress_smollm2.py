@@ -9,7 +9,7 @@ perplexity is measured on held-out chest X-ray reports (Indiana University, in t
 other reports calibrate. Fidelity on nano says little about formats: nano is small and trained on
 few words; this model has what real ones have, outlier channels and massive activations.
 
-About five minutes and 6 GB on two idle cores. No test: pytest collects test_stress_model.py.
+About half an hour and 6 GB on two cores. No test: pytest collects test_stress_model.py.
 """
 
 import argparse
