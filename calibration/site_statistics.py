@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from medmoe_edge.calibration.ranges import Histogram
 
+from medmoe_edge.calibration.ranges import Histogram
 from medmoe_edge.calibration.tensor_file import Array
 
 Floats = npt.NDArray[np.float32]
