@@ -19,6 +19,7 @@ from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.external_data import Extents, save_model
 from medmoe_edge.export.half import halve_weights, to_half
 from medmoe_edge.export.moe_op import MoESpec
+from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_matmul import lower_matmul
 from medmoe_edge.export.ort_moe import lower_moe
 from medmoe_edge.export.plan import Method, Plan, Precision, check_precision, make_plan
@@ -138,6 +139,7 @@ def _write_decoder(
     quantise_weights(model, plan)
     if source.config.moe is not None:
         lower_moe(model, MoESpec.of(source.config))
+    lower_attention(model)
     lower_matmul(model)
     return save_model(model, folder, "decoder", progress=progress)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-OPSET = 21
+OPSET = 24
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
 MEDMOE = "medmoe"
@@ -60,3 +60,10 @@ def initializer(tensor: ir.TensorProtocol) -> ir.Value:
 def floats(name: str, *shape: int | str) -> ir.Value:
     """A named float value of known shape, for inputs and outputs."""
     return ir.val(name, ir.DataType.FLOAT, shape)
+
+
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
+    """The tensor behind an initializer."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value

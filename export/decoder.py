@@ -1,20 +1,22 @@
 """The decoder as an ONNX graph, built from the configuration rather than traced.
 
-Inputs: `embeds` `[1, S, D]`, `seqlens_k` `[1]` (last position of this step), `total_length` `[]`,
-and `past_key.N`, `past_value.N` `[1, H, C, head_size]` per layer. Outputs: `logits` `[1, V]` of the
-last position, `router_logits` `[1, S, M, E]` of the M layers with experts, and `present_*`, which
-the runtime binds to the buffers of `past_*`: the cache is written in place.
+Inputs: `embeds` `[1, S, D]`, `start` `[1]` (the position of its first token), and `past_key.N`,
+`past_value.N` `[1, H, C, head_size]` per layer. Outputs: `logits` `[1, V]` of the last position,
+`router_logits` `[1, S, M, E]` of the M layers with experts, and `present_*`, which a runtime binds
+to the buffers of `past_*`: the cache is written in place.
 
-Attention is ONNX Runtime's `GroupQueryAttention`, causal, with the rotation of queries and keys
-inside; everything else is standard ONNX and `medmoe::MoE`.
+This is the specification of every target: standard ONNX and two ops that are functions of it,
+`medmoe::Attention` and `medmoe::MoE`. Each target's passes replace what it runs otherwise.
 """
+
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from medmoe_edge.config import DecoderConfig, ModelConfig
+from medmoe_edge.export.attention_op import attention_attributes, attention_function
 from medmoe_edge.export.builder import (
-    CONTRIB,
     IR_VERSION,
     MEDMOE,
     OPSET,
@@ -31,27 +33,35 @@ from medmoe_edge.export.moe_op import (
     moe_function,
     router_logits,
 )
-from medmoe_edge.export.weights import WeightSource
+
+
+class Parameters(Protocol):
+    """Where a decoder's parameters come from: a checkpoint, or a bundle's own graph."""
+
+    def names_under(self, prefix: str) -> list[str]:
+        """Names that start with `prefix`, without it."""
+
+    def tensor(self, name: str) -> ir.TensorProtocol:
+        """One parameter, matrices as MatMul reads them, `[in, out]`."""
 
 
 class DecoderBuilder:
     """Builds one decoder; a method per part, in the order of execution."""
 
-    def __init__(self, config: ModelConfig, source: WeightSource) -> None:
+    def __init__(self, config: ModelConfig, source: Parameters) -> None:
         self.config, self.decoder = config, config.decoder
         self.source = source
         self.build = Builder()
         self.initializers: dict[str, ir.Value] = {}
         self.inputs = [
             floats("embeds", 1, "S", self.decoder.hidden_size),
-            ir.val("seqlens_k", ir.DataType.INT32, [1]),
-            ir.val("total_length", ir.DataType.INT32, []),
+            ir.val("start", ir.DataType.INT64, [1]),
         ]
         self.outputs: list[ir.Value] = []
         self.routing: list[ir.Value] = []
 
     def model(self) -> ir.Model:
-        """The whole graph, with `medmoe::MoE` as a function where the model has experts."""
+        """The whole graph, with its ops' functions."""
         cos, sin = (self._initializer(ir.tensor(t, name=n)) for n, t in rotary_cache(self.decoder))
         x = self.inputs[0]
         for layer in range(self.decoder.layers):
@@ -65,13 +75,15 @@ class DecoderBuilder:
             named["router_logits"] = self._stack_routing()
         for name, value in named.items():
             value.name = name
-        functions = [moe_function(MoESpec.of(self.config))] if self.config.moe else []
+        functions = [attention_function(self.decoder)]
+        if self.config.moe is not None:
+            functions.append(moe_function(MoESpec.of(self.config)))
         graph = ir.Graph(
             self.inputs,
             [*named.values(), *self.outputs],
             nodes=self.build.nodes,
             initializers=list(self.initializers.values()),
-            opset_imports={"": OPSET, CONTRIB: 1, MEDMOE: 1},
+            opset_imports={"": OPSET, MEDMOE: 1},
             name="decoder",
         )
         self._declare_outputs(named)
@@ -97,13 +109,11 @@ class DecoderBuilder:
         shape = (1, decoder.heads, "C", decoder.head_size)
         past = [floats(f"past_{kind}.{layer}", *shape) for kind in ("key", "value")]
         mixed, *present = self.build.ops(
-            "GroupQueryAttention",
-            *(q, k, v, *past, *self.inputs[1:3], cos, sin),
+            "Attention",
+            *(q, k, v, *past, self.inputs[1], cos, sin),
             outputs=3,
-            domain=CONTRIB,
-            num_heads=decoder.heads,
-            kv_num_heads=decoder.heads,
-            do_rotary=1,
+            domain=MEDMOE,
+            **attention_attributes(decoder),
         )
         for kind, value in zip(("key", "value"), present, strict=True):
             value.name = f"present_{kind}.{layer}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from medmoe_edge.errors import CheckpointError
+from medmoe_edge.export.builder import tensor_of
 
 PAGE = 4096
 INLINE_BYTES = 1024  # smaller tensors stay in the graph: shapes, scalars, short biases
@@ -32,8 +33,8 @@ def save_model(
     the data file. Raises `CheckpointError`.
     """
     values = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    large = [value for value in values if _tensor(value).nbytes >= INLINE_BYTES]
-    total = sum(_tensor(value).nbytes for value in large)
+    large = [value for value in values if tensor_of(value).nbytes >= INLINE_BYTES]
+    total = sum(tensor_of(value).nbytes for value in large)
     extents: Extents = {}
     previous = ""
     done = 0
@@ -44,7 +45,7 @@ def save_model(
                 file.write(bytes(-file.tell() % PAGE))
                 previous = group
             offset = file.tell()
-            tensor = _tensor(value)
+            tensor = tensor_of(value)
             length = file.write(_bytes(tensor))
             done += length
             if progress:
@@ -63,7 +64,7 @@ def save_model(
                 extents[group][1] = offset + length - start
     for value in values:
         if value not in large:  # read now: inside `ir.save` an error would lose its type
-            value.const_value = ir.tensor(_tensor(value).numpy(), name=value.name)
+            value.const_value = ir.tensor(tensor_of(value).numpy(), name=value.name)
     ir.save(model, folder / f"{name}.onnx")
     return extents
 
@@ -72,11 +73,6 @@ def _group(value: ir.Value) -> str:
     """The expert that owns a weight; the empty string, which sorts first, for all others."""
     match = OWNER.match(value.name or "")
     return match[1] if match else ""
-
-
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
-    assert value.const_value is not None
-    return value.const_value
 
 
 def _bytes(tensor: ir.TensorProtocol) -> bytes:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.export.builder import initializer
+from medmoe_edge.export.builder import initializer, tensor_of
 
 SMALL = 256  # weights: below, they stay as they are
 
@@ -23,10 +23,10 @@ def halve_weights(model: ir.Model) -> tuple[ir.Model, bool]:
     chosen = [
         value
         for value in model.graph.initializers.values()
-        if value.dtype == ir.DataType.FLOAT and _tensor(value).size >= SMALL
+        if value.dtype == ir.DataType.FLOAT and tensor_of(value).size >= SMALL
     ]
     for value in chosen:
-        source, name = _tensor(value), str(value.name)
+        source, name = tensor_of(value), str(value.name)
         stored = initializer(
             ir.LazyTensor(
                 partial(_half, source, name),
@@ -58,8 +58,3 @@ def to_half(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.float16]:
 
 def _half(source: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     return ir.tensor(to_half(source.numpy(), name), name=name)
-
-
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
-    assert value.const_value is not None
-    return value.const_value

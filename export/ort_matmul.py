@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from medmoe_edge.export.builder import CONTRIB, Builder, initializer
+from medmoe_edge.export.builder import CONTRIB, Builder, initializer, tensor_of
 
 Array = npt.NDArray[Any]
 
@@ -69,13 +69,13 @@ def _in_groups(build: Builder, graph: ir.Graph, x: ir.Value, dequantise: ir.Node
     weight, floats = dequantise.inputs
     cast = floats.producer() if floats is not None else None
     assert cast is not None
-    integers, scale = _tensor(weight), _tensor(cast.inputs[0])
+    integers, scale = tensor_of(weight), tensor_of(cast.inputs[0])
     width, channels = integers.shape.numpy()
     group, bits = dequantise.attributes["block_size"].as_int(), int(integers.dtype.bitwidth)
     blocks = [channels, width // group, group * bits // 8]
 
     def packed() -> Array:
-        return _pack(integers.numpy().T, bits).reshape(blocks)
+        return pack_rows(integers.numpy().T, bits).reshape(blocks)
 
     stored = [
         _lazy(f"{integers.name}.packed", packed, ir.DataType.UINT8, blocks),
@@ -98,13 +98,22 @@ def _in_groups(build: Builder, graph: ir.Graph, x: ir.Value, dequantise: ir.Node
     )
 
 
-def _pack(integers: Array, bits: int) -> npt.NDArray[np.uint8]:
+def pack_rows(integers: Array, bits: int) -> npt.NDArray[np.uint8]:
     """Rows of signed integers as MatMulNBits stores them: from zero up, the first one lowest."""
     unsigned = (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     parts = unsigned.reshape(len(unsigned), -1, 8 // bits)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts << shifts, axis=-1)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts << _shifts(bits), axis=-1)
     return packed
+
+
+def unpack_rows(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
+    """The rows that `pack_rows` packed."""
+    parts = (packed[..., None] >> _shifts(bits)) & (2**bits - 1)
+    return (parts.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8).reshape(len(packed), -1)
+
+
+def _shifts(bits: int) -> npt.NDArray[np.uint8]:
+    return np.arange(0, 8, bits, dtype=np.uint8)
 
 
 def _lazy(
@@ -114,9 +123,3 @@ def _lazy(
         return ir.tensor(np.ascontiguousarray(make()))
 
     return ir.LazyTensor(tensor, dtype, shape=ir.Shape(shape), name=name)
-
-
-def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value

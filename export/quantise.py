@@ -45,7 +45,8 @@ def quantise_weights(model: ir.Model, policy: Policy) -> tuple[ir.Model, bool]:
         if (found := policy(name)) is not None
     ]
     for value, (form, quantiser) in chosen:
-        _quantise(model.graph, value, form, quantiser)
+        integers, scale = _Weight(value, form, quantiser).tensors()
+        insert_dequantise(model.graph, value, integers, scale)
     return model, bool(chosen)
 
 
@@ -59,17 +60,17 @@ class _Weight:
         self.shape = self.source.shape.numpy()  # (K, N)
         self.scale: npt.NDArray[Any] | None = None  # as stored
 
-    def tensors(self) -> list[ir.LazyTensor]:
+    def tensors(self) -> tuple[ir.LazyTensor, ir.LazyTensor]:
         """Integers and scales."""
         width, channels = self.shape
         kind, shape = ir.DataType.FLOAT, [channels]
         if self.format.group is not None:
             kind, shape = ir.DataType.FLOAT16, [self.format.groups(width), channels]
         integers, _ = INTEGERS[self.format.bits]
-        return [
+        return (
             ir.LazyTensor(self._integers, integers, shape=ir.Shape(self.shape), name=self.name),
             ir.LazyTensor(self._scales, kind, shape=ir.Shape(shape), name=f"{self.name}.scale"),
-        ]
+        )
 
     def _integers(self) -> ir.TensorProtocol:
         parts = [self._quantised(rows) for rows in self._rows()]
@@ -110,22 +111,28 @@ class _Weight:
             yield np.ascontiguousarray(self.source.numpy().T)
 
 
-def _quantise(graph: ir.Graph, value: ir.Value, form: Format, quantiser: Quantiser) -> None:
-    weight, name = _Weight(value, form, quantiser), str(value.name)
-    inputs = [initializer(tensor) for tensor in weight.tensors()]
+def insert_dequantise(
+    graph: ir.Graph, value: ir.Value, integers: ir.TensorProtocol, scale: ir.TensorProtocol
+) -> None:
+    """Put `DequantizeLinear` of integers `[K, N]` in the place of the initializer `value`.
+
+    Scales are `[N]`, or `[K / group, N]` in groups.
+    """
+    name, inputs = str(value.name), [initializer(integers), initializer(scale)]
     del graph.initializers[name]
     for stored in inputs:
         graph.register_initializer(stored)
+    shape = integers.shape.numpy()
     nodes, attributes = [], {"axis": 1}
-    if form.group is not None:
+    if len(scale.shape) > 1:
         cast = ir.node("Cast", [inputs[1]], {"to": int(ir.DataType.FLOAT)})
-        cast.outputs[0].name = f"{name}.scale.float"
+        cast.outputs[0].name = f"{scale.name}.float"
         inputs[1] = cast.outputs[0]
         nodes.append(cast)
-        attributes = {"axis": 0, "block_size": form.group}
+        attributes = {"axis": 0, "block_size": shape[0] // scale.shape.numpy()[0]}
     nodes.append(ir.node("DequantizeLinear", inputs, attributes))
     result = nodes[-1].outputs[0]
     result.name = f"{name}.float"
-    result.dtype, result.shape = ir.DataType.FLOAT, ir.Shape(weight.shape)
+    result.dtype, result.shape = ir.DataType.FLOAT, ir.Shape(shape)
     graph.insert_before(graph[0], nodes)
     value.replace_all_uses_with(result)

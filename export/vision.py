@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medmoe_edge.checkpoint import Checkpoint
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.export.builder import OPSET, initializer
+from medmoe_edge.export.builder import initializer
+from medmoe_edge.export.ort_attention import ORT_OPSET
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.models.med_moe import TOWERS, projector
 
@@ -61,7 +62,7 @@ def _trace(config: ModelConfig) -> ir.Model:
             ImageEncoder(config).eval(),
             (torch.zeros(1, 3, side, side),),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=ORT_OPSET,
             input_names=["pixels"],
             output_names=["image_tokens"],
             optimize=False,

@@ -1,0 +1,98 @@
+"""A bundle's decoder as it was specified: its stored integers, before ONNX Runtime's packing.
+
+Every target is made from these, so that they differ in their graphs and not in their numbers; and
+a device can make its own without the checkpoint or PyTorch.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from medmoe_edge.bundle import Bundle
+from medmoe_edge.errors import BundleError
+from medmoe_edge.export.builder import tensor_of
+from medmoe_edge.export.decoder import DecoderBuilder
+from medmoe_edge.export.ort_matmul import unpack_rows
+from medmoe_edge.export.quantise import INTEGERS, insert_dequantise
+
+SCALE = ".scale"
+PACKED, GROUP_SCALE = ".packed", ".groups.scale"
+
+
+def specification(bundle: Bundle) -> ir.Model:
+    """The decoder as `DecoderBuilder` makes it, its matrices behind `DequantizeLinear`.
+
+    Weights are read when they are used. Raises `BundleError` where the graph cannot be read.
+    """
+    stored = StoredWeights(bundle.path("decoder.onnx"))
+    model = DecoderBuilder(bundle.config, stored).model()
+    for name, value in list(model.graph.initializers.items()):
+        if (found := stored.quantised(name)) is not None:
+            insert_dequantise(model.graph, value, *found)
+    return model
+
+
+class StoredWeights:
+    """The parameters in a decoder's graph for ONNX Runtime, under the checkpoint's names."""
+
+    def __init__(self, graph: Path) -> None:
+        try:
+            model = ir.load(graph)
+        except Exception as error:  # protobuf and onnx-ir raise what they like
+            raise BundleError(f"{graph} cannot be read.", "Copy or export it again.") from error
+        self.tensors = {name: tensor_of(value) for name, value in model.graph.initializers.items()}
+        self.bits = {
+            str(node.inputs[1].name): node.attributes["bits"].as_int()
+            for node in ir.traversal.RecursiveGraphIterator(model.graph)
+            if node.op_type == "MatMulNBits" and node.inputs[1] is not None
+        }
+
+    def names_under(self, prefix: str) -> list[str]:
+        """Names that start with `prefix`, without it."""
+        names = dict.fromkeys(
+            name.removesuffix(PACKED) for name in self.tensors if not name.endswith(SCALE)
+        )
+        return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+    def tensor(self, name: str) -> ir.TensorProtocol:
+        """A parameter; of a quantised one only its shape `[in, out]`, see `quantised`."""
+        if (found := self.quantised(name)) is None:
+            return self.tensors[name]
+        return ir.LazyTensor(_never_read, ir.DataType.FLOAT, shape=found[0].shape, name=name)
+
+    def quantised(self, name: str) -> tuple[ir.TensorProtocol, ir.TensorProtocol] | None:
+        """Integers `[K, N]` and scales, `[N]` or in groups `[K / group, N]`; None of floats."""
+        if (scale := self.tensors.get(f"{name}{SCALE}")) is not None:
+            return self.tensors[name], scale
+        if (packed := self.tensors.get(f"{name}{PACKED}")) is not None:
+            scale = self.tensors[f"{name}{GROUP_SCALE}"]
+            return _unpacked(name, packed, scale, self.bits[f"{name}{PACKED}"])
+        return None
+
+
+def _unpacked(
+    name: str, packed: ir.TensorProtocol, scale: ir.TensorProtocol, bits: int
+) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
+    """Lazily what `ort_matmul` packed: bytes `[N, groups, n]` and scales `[N, groups]`."""
+    channels, groups, size = packed.shape.numpy()
+    kind, dtype = INTEGERS[bits]
+    width = groups * size * 8 // bits
+
+    def integers() -> ir.TensorProtocol:
+        rows = unpack_rows(packed.numpy().reshape(channels, -1), bits)
+        return ir.tensor(np.ascontiguousarray(rows.T).astype(dtype, copy=False))
+
+    def scales() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(scale.numpy().T))
+
+    return (
+        ir.LazyTensor(integers, kind, shape=ir.Shape([width, channels]), name=name),
+        ir.LazyTensor(
+            scales, scale.dtype, shape=ir.Shape([groups, channels]), name=f"{name}{SCALE}"
+        ),
+    )
+
+
+def _never_read() -> ir.TensorProtocol:
+    raise AssertionError("a quantised weight is read as integers")
