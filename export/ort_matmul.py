@@ -109,7 +109,8 @@ def pack_rows(integers: Array, bits: int) -> npt.NDArray[np.uint8]:
 def unpack_rows(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
     """The rows that `pack_rows` packed."""
     parts = (packed[..., None] >> _shifts(bits)) & (2**bits - 1)
-    return (parts.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8).reshape(len(packed), -1)
+    signed: npt.NDArray[np.int8] = (parts.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    return signed.reshape(len(packed), -1)
 
 
 def _shifts(bits: int) -> npt.NDArray[np.uint8]:

@@ -44,7 +44,8 @@ def _moe() -> OpSchema:
             OpSchema.Attribute("num_experts", OpSchema.AttrType.INT, "without the meta expert"),
         ],
     )
-    return schema.set_type_and_shape_inference_function(_like(0))
+    schema.set_type_and_shape_inference_function(_like(0))
+    return schema
 
 
 def _attention() -> OpSchema:
@@ -64,7 +65,8 @@ def _attention() -> OpSchema:
         ],
     )
     caches = (INPUTS.index("past_key"), INPUTS.index("past_value"))
-    return schema.set_type_and_shape_inference_function(_like(0, *caches))
+    schema.set_type_and_shape_inference_function(_like(0, *caches))
+    return schema
 
 
 def _like(*inputs: int) -> Inference:

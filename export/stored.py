@@ -13,8 +13,8 @@ from medmoe_edge.bundle import Bundle
 from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder
+from medmoe_edge.export.dequantise import INTEGERS, insert_dequantise
 from medmoe_edge.export.ort_matmul import unpack_rows
-from medmoe_edge.export.quantise import INTEGERS, insert_dequantise
 
 SCALE = ".scale"
 PACKED, GROUP_SCALE = ".packed", ".groups.scale"
@@ -59,7 +59,9 @@ class StoredWeights:
         """A parameter; of a quantised one only its shape `[in, out]`, see `quantised`."""
         if (found := self.quantised(name)) is None:
             return self.tensors[name]
-        return ir.LazyTensor(_never_read, ir.DataType.FLOAT, shape=found[0].shape, name=name)
+        return ir.LazyTensor(
+            _never_read, ir.DataType.FLOAT, shape=ir.Shape(found[0].shape.numpy()), name=name
+        )
 
     def quantised(self, name: str) -> tuple[ir.TensorProtocol, ir.TensorProtocol] | None:
         """Integers `[K, N]` and scales, `[N]` or in groups `[K / group, N]`; None of floats."""

@@ -35,6 +35,7 @@ from medmoe_edge.evaluate import Evaluation, ModalityAccuracy, Score, evaluate, 
 from medmoe_edge.image import load_image, preprocess
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import chosen_experts
 from medmoe_edge.runtimes.eager import EagerRuntime
 from medmoe_edge.training.batches import Batches
 from medmoe_edge.training.loop import Session
@@ -216,9 +217,8 @@ def routing(engine: Engine, images: Sequence[LabelledImage]) -> Routing:
         tokens = engine.runtime.encode_image(pixels)
         embeds = np.concatenate((engine.runtime.embed(prefix), tokens))
         step = engine.runtime.step(embeds, engine.runtime.new_cache(len(embeds)))
-        order = np.argsort(-step.router_logits[len(prefix) :], axis=-1, kind="stable")
-        chosen = np.eye(moe.num_experts)[order[..., : moe.top_k]]  # [N, M, K, E]
-        shares.setdefault(item.modality, []).append(chosen.mean((0, 2)))
+        chosen = chosen_experts(step.router_logits[len(prefix) :], moe.top_k)
+        shares.setdefault(item.modality, []).append(np.eye(moe.num_experts)[chosen].mean((0, 2)))
     return {name: np.mean(found, axis=0).tolist() for name, found in sorted(shares.items())}
 
 

@@ -33,9 +33,9 @@ class Answer:
     `confidence` is the model's own probability of this very answer, end token included, 0 to 1:
     not a calibrated chance of being right. `modality` is the router's reading of the image, None
     where the experts' modalities are not known; `experts` the share of routed tokens, over all
-    layers, that each expert took. `model` says by `name` and `sha256` what answered, and under
-    `verification` what is known of its fidelity: "passed", "failed" or "not measured" of a bundle,
-    "reference" of a checkpoint.
+    layers, that each expert took. `model` says by `name` and `sha256` what answered, by `runtime`
+    what ran it, and under `verification` what is known of its fidelity: "passed", "failed" or "not
+    measured" of a bundle, "reference" of a checkpoint.
     """
 
     question: str

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from medmoe_edge.bundle_gates import Gates
+from medmoe_edge.bundle_target import Target
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError, ResourceError
 
@@ -85,6 +86,11 @@ class Bundle:
             )
         return Gates.from_json(gates, f"{MANIFEST} gates")
 
+    @property
+    def target(self) -> Target:
+        """What its graphs or engines run on; raises `ConfigError` for one that is unknown."""
+        return Target.from_json(self.manifest.get("target", {}), f"{MANIFEST} target")
+
     def path(self, name: str) -> Path:
         """The path of one of the bundle's files."""
         if name not in self.manifest["files"]:
@@ -115,6 +121,21 @@ def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:
         with path.open("rb") as file:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
     _store(folder, {"format_version": FORMAT_VERSION, **contents, "files": files})
+
+
+def write_derived_manifest(
+    folder: Path, bundle: Bundle, target: Target, experts: Mapping[str, Any] | None
+) -> None:
+    """The manifest of a folder made from `bundle` for another target.
+
+    `experts` says where each expert lies in the weights, None where an engine holds them. What was
+    proven of the bundle is not proven of the target: it names the bundle instead.
+    """
+    own = {"format_version", "files", SEAL, VERIFICATION, "experts"}
+    kept = {name: value for name, value in bundle.manifest.items() if name not in own}
+    source = {**bundle.manifest["source"], "bundle_sha256": bundle.sha256}
+    places = {} if experts is None else {"experts": experts}
+    write_manifest(folder, {**kept, **places, "source": source, "target": target.to_json()})
 
 
 def write_verification(bundle: Bundle, record: Mapping[str, Any]) -> Bundle:

@@ -61,7 +61,11 @@ def _medmoe_edge(
 
 
 Runtime = Annotated[
-    Literal["auto", "onnxruntime", "torch"], typer.Option(help="What runs the model.")
+    Literal["auto", "onnxruntime", "tensorrt", "torch"], typer.Option(help="What runs the model.")
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Where; auto is what the model was made for, and fails if it is not there."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from medmoe_edge import render
-from medmoe_edge.cli_app import Json, Runtime, verb
+from medmoe_edge.cli_app import Device, Json, Runtime, verb
 
 
 @verb("ask", "Ask", 'ask scan.png "Is there effusion?"')
@@ -17,6 +17,7 @@ def ask(
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One or more.")],
     model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
     runtime: Runtime = "auto",
+    device: Device = "auto",
     frame: Annotated[
         int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
     ] = None,
@@ -27,7 +28,7 @@ def ask(
     import medmoe_edge
 
     with render.working("Answering"):
-        engine = medmoe_edge.load(model, runtime=runtime)
+        engine = medmoe_edge.load(model, runtime=runtime, device=device)
         answers = engine.ask_all(image, questions, max_new_tokens=max_new_tokens, frame=frame)
     if as_json:
         render.as_json({"answers": [answer.to_json() for answer in answers]})

@@ -1,31 +1,31 @@
-"""The verbs that build: checkpoints, statistics, bundles, data."""
+"""The verb `export`: a checkpoint to a portable bundle, and either to the bundle of a target."""
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from medmoe_edge import render, render_proof
-from medmoe_edge.cli_app import (
-    Checkpoint,
-    Force,
-    Json,
-    Samples,
-    Strict,
-    VisionTower,
-    check_output,
-    verb,
-)
+from medmoe_edge import render, render_deploy, render_proof
+from medmoe_edge.cli_app import Force, Json, Samples, Strict, VisionTower, verb
 from medmoe_edge.cli_errors import needs
 from medmoe_edge.errors import InputError
 
 if TYPE_CHECKING:
     from medmoe_edge.export.plan import Precision
+    from medmoe_edge.pipeline import Export
+
+MB = 10**6
 
 
 @verb("export", "Build", "export --int8 --calibrate builtin")
 def export(
-    checkpoint: Checkpoint = "nano",
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A checkpoint or nano; with --target a portable bundle too."
+        ),
+    ] = "nano",
     int8: Annotated[bool, typer.Option("--int8", help="W8A8; the default.")] = False,
     int4: Annotated[bool, typer.Option("--int4", help="Groups of 32 weights.")] = False,
     mixed: Annotated[
@@ -50,10 +50,37 @@ def export(
         Literal["auto", "rtn"],
         typer.Option(help="auto: the best that the data allow; rtn: plain rounding."),
     ] = "auto",
+    target: Annotated[
+        Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"],
+        typer.Option(help="onnxruntime is the portable bundle: any CPU, and all others' source."),
+    ] = "onnxruntime",
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What an engine is built for: rtx-4090, sm89, orin."),
+    ] = None,
+    dtype: Annotated[
+        Literal["fp16", "bf16"], typer.Option(help="Of a GPU's activations and cache.")
+    ] = "fp16",
+    positions: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of an engine's cache: image, question and answer.",
+            show_default="1024, or the model's",
+        ),
+    ] = None,
+    memory_limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="MB", help="Of an engine's intermediate results."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="OUT", help="The bundle.", show_default="NAME-PRECISION"
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="The bundle.",
+            show_default="NAME-PRECISION, or NAME-TARGET-GPU",
         ),
     ] = None,
     vision_tower: VisionTower = None,
@@ -62,29 +89,20 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle that answers without torch.
 
-    With --calibrate it is verified before it appears: a failed gate leaves no bundle (exit 4).
+    With --calibrate it is verified before it appears: a failed gate leaves no bundle (exit 4). For
+    another target than onnxruntime the weights are those of the portable bundle; TensorRT for RTX
+    needs no GPU to build, TensorRT builds on the device itself.
     """
-    with needs("export"):
-        from medmoe_edge import pipeline
-    from medmoe_edge.embedded import EMBEDDED, checkpoint_path
+    from medmoe_edge.embedded import EMBEDDED
 
-    given: dict[Precision, bool] = {
-        "int8": int8,
-        "int4": int4,
-        "mixed": mixed is not None,
-        "fp32": fp32,
-    }
-    chosen: list[Precision] = [name for name in given if given[name]]
-    if len(chosen) > 1:
-        raise InputError(f"--{' and --'.join(chosen)} exclude each other.", "Give one of them.")
-    precision: Precision = chosen[0] if chosen else "int8"
-    folder = checkpoint_path(checkpoint)
-    name = checkpoint if checkpoint in EMBEDDED else folder.resolve().name
+    precision = _precision(int8=int8, int4=int4, mixed=mixed is not None, fp32=fp32)
+    folder = _source(model, target, as_it_is=not (precision or calibrate or stats))
+    name = model if model in EMBEDDED else folder.resolve().name
     with render.working("Reading") as report:
-        made = pipeline.export(
+        portable = partial(
+            _export_portable,
             folder,
-            output or Path(f"{name}-{precision}"),
-            precision=precision,
+            precision=precision or "int8",
             method=method,
             budget_bits=mixed,
             calibrate_on=calibrate,
@@ -93,12 +111,36 @@ def export(
             strict=strict,
             name=name,
             vision_tower=vision_tower,
-            force=force,
             progress=report,
         )
+        if target == "onnxruntime":
+            if gpu or positions or memory_limit:
+                raise InputError(
+                    "--gpu, --positions and --memory-limit are for engines.",
+                    "Add --target tensorrt-rtx, or leave them out.",
+                )
+            made = portable(output or Path(f"{name}-{precision or 'int8'}"), force=force)
+        else:
+            with needs("rtx" if target == "tensorrt-rtx" else "export"):
+                from medmoe_edge.pipeline_targets import export_for
+            built = export_for(
+                target,
+                folder,
+                output or Path("-".join(filter(None, (name, target, gpu)))),
+                portable=portable,
+                gpu=gpu,
+                dtype=dtype,
+                positions=positions,
+                memory_limit=memory_limit * MB if memory_limit else None,
+                force=force,
+                progress=report,
+            )
+    if target != "onnxruntime":
+        render.as_json(built.to_json()) if as_json else render_deploy.show_target(built)
+        return
     if as_json:
         found = made.verification.to_json() if made.verification else None
-        bundle = {"bundle": str(made.bundle), "name": name, "precision": precision}
+        bundle = {"bundle": str(made.bundle), "name": name, "precision": precision or "int8"}
         render.as_json(bundle | {"verification": found})
         return
     if made.verification:
@@ -108,107 +150,29 @@ def export(
         render_proof.show_not_measured()
 
 
-@verb("calibrate", "Build", "calibrate nano --data builtin -o nano.stats")
-def calibrate(
-    checkpoint: Checkpoint = "nano",
-    *,
-    data: Annotated[
-        str, typer.Option(metavar="DATA", help="A folder of images, a question file or builtin.")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="STATS", help="The file.")],
-    samples: Samples = 128,
-    hessians: Annotated[
-        bool, typer.Option(help="Second moments, for GPTQ; much the largest part.")
-    ] = True,
-    strict: Strict = False,
-    vision_tower: VisionTower = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Gather the statistics that quantisation needs; an interrupted run goes on where it was."""
+def _precision(**given: bool) -> "Precision | None":
+    """The one that was asked for, if any."""
+    chosen = [name for name, wanted in given.items() if wanted]
+    if len(chosen) > 1:
+        raise InputError(f"--{' and --'.join(chosen)} exclude each other.", "Give one of them.")
+    return cast("Precision", chosen[0]) if chosen else None
+
+
+def _source(model: str, target: str, *, as_it_is: bool) -> Path:
+    """The checkpoint; for another target the portable bundle, where it is to stay `as_it_is`."""
+    from medmoe_edge.bundle import MANIFEST
+    from medmoe_edge.embedded import bundle_path, checkpoint_path
+
+    folder = bundle_path(model) if target != "onnxruntime" and as_it_is else checkpoint_path(model)
+    if (folder / MANIFEST).exists() and not as_it_is:
+        raise InputError(
+            f"{folder} is a bundle: it was quantised and calibrated when it was made.",
+            "Leave --int8, --calibrate and their like out, or give the checkpoint.",
+        )
+    return folder
+
+
+def _export_portable(checkpoint: Path, out: Path, **options: Any) -> "Export":
     with needs("export"):
         from medmoe_edge import pipeline
-        from medmoe_edge.calibration.run import calibrate as gather
-        from medmoe_edge.checkpoint import read_checkpoint
-    from medmoe_edge.embedded import checkpoint_path
-
-    check_output(output, force)
-    folder = checkpoint_path(checkpoint)
-    with render.working("Reading") as report:
-        source = pipeline.read_data(folder, data, vision_tower=vision_tower)
-        statistics = gather(
-            folder,
-            source,
-            output,
-            samples=samples,
-            hessians=hessians,
-            strict=strict,
-            vision_tower=vision_tower,
-            force=force,
-            progress=report,
-        )
-    if as_json:
-        render.as_json({"statistics": str(output)} | statistics.summary())
-    else:
-        moe = read_checkpoint(folder, vision_tower=vision_tower).config.moe
-        render_proof.show_coverage(statistics, moe.expert_names if moe else (), source.skipped)
-        render.wrote("the statistics", output)
-
-
-@verb("init", "Build", "init tiny my-tiny")
-def init(
-    preset: Annotated[
-        str, typer.Argument(metavar="PRESET", help="tiny, nano or one of the published sizes.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder.")],
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
-    force: Force = False,
-) -> None:
-    """Write a random checkpoint in the official layout."""
-    with needs("export"):
-        from medmoe_edge.presets import initialise
-    with render.working("Writing"):
-        initialise(preset, out, seed, force)
-    render.wrote("the checkpoint", out)
-
-
-@verb("train", "Build", "train nano --data data -o run")
-def train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or its JSON file.")
-    ] = "nano",
-    *,
-    data: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the files that the recipe names lie.")
-    ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The run; resumed if begun.")
-    ],
-) -> None:
-    """Train a model in Med-MoE's three phases, or go on where a run was interrupted."""
-    with needs("train"):
-        from medmoe_edge.training.recipe import read_recipe
-        from medmoe_edge.training.run import train as train_model
-    with render.bars() as bars:
-        checkpoint = train_model(read_recipe(recipe), data, output, bars)
-    render.wrote("the checkpoint", checkpoint)
-
-
-@verb("data", "Build", "data slake Slake1.0.zip slake")
-def data(
-    dataset: Annotated[Literal["slake", "vqa-rad", "pathvqa"], typer.Argument(metavar="DATASET")],
-    source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="The official download, a folder or zip.")
-    ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The folder of JSONL and images to write.")
-    ],
-    force: Force = False,
-) -> None:
-    """Turn an official download into the question files that train and eval read."""
-    from medmoe_edge.data_preparation import prepare
-
-    with render.working("Preparing"):
-        prepared = prepare(dataset, source, out, force=force)
-    counts = ", ".join(f"{count:,} {split}" for split, count in prepared.questions.items())
-    render.wrote(f"{counts} questions about {prepared.images:,} images to", prepared.folder)
+    return pipeline.export(checkpoint, out, **options)

@@ -3,12 +3,12 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from medmoe_edge import render, render_proof
-from medmoe_edge.cli_app import Force, Json, Runtime, VisionTower, check_output, verb
+from medmoe_edge.cli_app import Device, Force, Json, Runtime, VisionTower, check_output, verb
 from medmoe_edge.cli_errors import needs
 from medmoe_edge.errors import InputError
 
@@ -35,6 +35,7 @@ def evaluate(
         Path | None, typer.Option(metavar="OUT.jsonl", help="Where to write every answer.")
     ] = None,
     runtime: Runtime = "auto",
+    device: Device = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -48,7 +49,7 @@ def evaluate(
     examples = read_examples(data)
     labelled = [item for item in read_labels(labels) if item.split != "train"] if labels else []
     with render.working("Loading") as report:
-        engine = medmoe_edge.load(bundle, runtime=runtime)
+        engine = medmoe_edge.load(bundle, runtime=runtime, device=device)
         asked = evaluation.evaluate(engine, examples, progress=partial(report, "Questions"))
         found = (
             evaluation.evaluate_labels(engine, labelled, progress=partial(report, "Labels"))
@@ -89,6 +90,10 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(metavar="OUT.html", help="A page with plots.")
     ] = None,
+    targets: Annotated[
+        Literal["all-available"] | None,
+        typer.Option(help="Instead: do the graphs of every target compute the same on DATA?"),
+    ] = None,
     vision_tower: VisionTower = None,
     force: Force = False,
     as_json: Json = False,
@@ -99,6 +104,11 @@ def verify(
     """
     from medmoe_edge.embedded import bundle_path, checkpoint_path
 
+    if targets is not None:
+        _verify_targets(
+            bundle, data or "builtin", as_json, others=bool(against or beside or report)
+        )
+        return
     if against is None and (data or beside):
         raise InputError(
             "--data and --beside measure against a checkpoint.", "Add --against CHECKPOINT."
@@ -130,6 +140,24 @@ def verify(
             render.wrote("the report", report)
     if error := found.error():
         raise error
+
+
+def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> None:
+    from medmoe_edge.embedded import bundle_path
+
+    if others:
+        raise InputError(
+            "--targets holds a bundle's targets against each other.",
+            "Leave --against, --beside and --report out.",
+        )
+    with needs("export"):
+        from medmoe_edge import pipeline
+    with render.working("Reading") as progress:
+        found = pipeline.agree(bundle_path(bundle), data, progress=progress)
+    if as_json:
+        render.as_json({"bundle": bundle, "targets": [target.to_json() for target in found]})
+    else:
+        render_proof.show_agreement(found)
 
 
 def _report_writer(path: Path | None, force: bool) -> "Callable[[Verification], None]":

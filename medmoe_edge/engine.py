@@ -24,10 +24,11 @@ from medmoe_edge.errors import (
 )
 from medmoe_edge.image import Image, load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Floats, Runtime, Step
+from medmoe_edge.runtimes.base import Cache, Floats, Runtime, Step, chosen_experts
 
 Counts = npt.NDArray[np.int64]
-RuntimeName = Literal["auto", "onnxruntime", "torch"]
+RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
+Device = Literal["auto", "cpu", "cuda"]
 ImageLike = str | os.PathLike[str] | Image
 MAX_NEW_TOKENS = 32
 REFERENCE = "reference"  # a checkpoint, which bundles are verified against
@@ -35,11 +36,19 @@ REFERENCE = "reference"  # a checkpoint, which bundles are verified against
 logger = logging.getLogger(__name__)
 
 
-def load(model: str | os.PathLike[str] = "nano", *, runtime: RuntimeName = "auto") -> "Engine":
+def load(
+    model: str | os.PathLike[str] = "nano",
+    *,
+    runtime: RuntimeName = "auto",
+    device: Device = "auto",
+) -> "Engine":
     """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
 
-    `auto` runs bundles on ONNX Runtime and checkpoints on torch. A bundle whose verification failed
-    is loaded with a warning. Raises `ModelError`.
+    `auto` runs a bundle on what it was made for and a checkpoint on torch; `device` "cpu" or "cuda"
+    chooses where ONNX Runtime or torch computes. A device that a bundle was made for and that is
+    not there is an error, never a silent fall back; asking for the CPU is how to allow one. A
+    bundle whose verification failed is loaded with a warning. Raises `ModelError` and
+    `ResourceError`.
     """
     model = os.fspath(model)
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
@@ -49,24 +58,43 @@ def load(model: str | os.PathLike[str] = "nano", *, runtime: RuntimeName = "auto
             f"{folder.name} is a bundle; torch runs checkpoints.",
             "Give the checkpoint's folder, or use the runtime onnxruntime.",
         )
-    if runtime == "onnxruntime" or is_bundle:
-        return _load_bundle(folder)
-    return _load_checkpoint(folder)
+    if is_bundle or runtime in ("onnxruntime", "tensorrt"):
+        return _load_bundle(Bundle.open(folder), runtime, device)
+    return _load_checkpoint(folder, device)
 
 
-def _load_bundle(folder: Path) -> "Engine":
-    from medmoe_edge.runtimes.ort import OrtRuntime
-
-    bundle = Bundle.open(folder)
+def _load_bundle(bundle: Bundle, runtime: RuntimeName, device: Device) -> "Engine":
     if bundle.proof == "failed":
         logger.warning(
             "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
         )
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    return Engine(OrtRuntime(bundle), tokenizer, bundle.name, bundle.sha256, bundle.proof)
+    loaded = _runtime_of(bundle, runtime, device)
+    logger.info("%s runs on %s.", bundle.name, loaded.name)
+    return Engine(loaded, tokenizer, bundle.name, bundle.sha256, bundle.proof)
 
 
-def _load_checkpoint(folder: Path) -> "Engine":
+def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device) -> Runtime:
+    if bundle.target.is_engine != (runtime == "tensorrt") and runtime != "auto":
+        raise ModelError(
+            f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
+            "Leave --runtime out, or export the model for it: medmoe-edge export --help",
+        )
+    if not bundle.target.is_engine:
+        from medmoe_edge.runtimes.ort import OrtRuntime
+
+        return OrtRuntime(bundle, device=device)
+    if device == "cpu":
+        raise ModelError(
+            f"{bundle.name} holds engines for a GPU ({bundle.target}).",
+            "On the CPU, use the portable bundle that it was made from.",
+        )
+    from medmoe_edge.runtimes.tensorrt_runtime import TensorRTRuntime
+
+    return TensorRTRuntime(bundle)
+
+
+def _load_checkpoint(folder: Path, device: Device) -> "Engine":
     if not (folder / "config.json").exists():  # found out before torch is asked for
         raise ModelError(
             f"{folder} is neither a bundle nor a checkpoint.",
@@ -83,8 +111,8 @@ def _load_checkpoint(folder: Path) -> "Engine":
             f"{folder} has no tokenizer.json.", "Copy the model's fast tokenizer there."
         )
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file)
-    name = folder.resolve().name
-    return Engine(EagerRuntime(checkpoint), tokenizer, name, checkpoint.sha256())
+    runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
+    return Engine(runtime, tokenizer, folder.resolve().name, checkpoint.sha256())
 
 
 @dataclass(frozen=True)
@@ -211,6 +239,7 @@ class Engine:
                 "name": self.name,
                 "sha256": self.sha256,
                 "verification": self.verification,
+                "runtime": self.runtime.name,
             },
             complete=complete,
         )
@@ -247,8 +276,7 @@ class Engine:
         """How often each expert was chosen in a step, over tokens and layers; `[E]`."""
         if self.config.moe is None:
             return np.zeros(0, np.int64)
-        order = np.argsort(-step.router_logits, axis=-1, kind="stable")
-        chosen = order[..., : self.config.moe.top_k]
+        chosen = chosen_experts(step.router_logits, self.config.moe.top_k)
         return np.bincount(chosen.ravel(), minlength=self.config.moe.num_experts)
 
     def _shares(self, counts: Counts) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.fidelity_figures import Routing, Share
-from medmoe_edge.runtimes.base import Floats
+from medmoe_edge.runtimes.base import Floats, chosen_experts
 
 
 class Routed(NamedTuple):
@@ -60,5 +60,4 @@ def relative_error(squared_difference: float, squared_reference: float) -> float
 
 def _chosen(router_logits: Floats, top_k: int) -> npt.NDArray[np.int64]:
     """The chosen experts in order of their index, `[S, M, K]`."""
-    order = np.argsort(-router_logits, axis=-1, kind="stable")
-    return np.sort(order[..., :top_k], axis=-1)
+    return np.sort(chosen_experts(router_logits, top_k), axis=-1)

@@ -14,6 +14,8 @@ from typing import Literal
 from PIL import Image as Picture
 
 from medmoe_edge import verification
+from medmoe_edge.agreement import Agreement
+from medmoe_edge.agreement_targets import agree_on_targets
 from medmoe_edge.atomic import check_target
 from medmoe_edge.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
@@ -172,6 +174,19 @@ def verify(
             vision_tower=vision_tower,
             progress=progress,
         )
+
+
+def agree(bundle: Path, source: str, *, progress: Progress | None = None) -> list[Agreement]:
+    """Hold every target's form of a portable bundle against its specification; see `agreement`.
+
+    `source` names questions as for `verify`. Raises `ModelError` for a bundle of another target.
+    """
+    model = Bundle.open(bundle)
+    names = model.config.moe.expert_names if model.config.moe else ()
+    data = read_calibration(source, known_modalities=names)
+    with tempfile.TemporaryDirectory() as folder:
+        examples = list(as_examples(data.draw(len(data.samples)), Path(folder)))
+        return agree_on_targets(model, examples, progress=progress)
 
 
 def as_examples(samples: Iterable[Sample], folder: Path) -> Iterator[Example]:

@@ -8,6 +8,7 @@ from medmoe_edge.render import show, show_table
 
 if TYPE_CHECKING:
     from medmoe_edge.ablation_results import Ablation
+    from medmoe_edge.agreement import Agreement
     from medmoe_edge.calibration.data import Skipped
     from medmoe_edge.calibration.statistics import Statistics
     from medmoe_edge.verification import Verification
@@ -42,6 +43,38 @@ def show_verification(verification: "Verification") -> None:
 def show_not_measured() -> None:
     """What is to be done about a bundle without proof."""
     show("What quantisation cost was not measured: see medmoe-edge verify --help.", "yellow")
+
+
+def show_agreement(found: "Sequence[Agreement]") -> None:
+    """Every target against the specification."""
+    from medmoe_edge.agreement import BOUND
+
+    rows = [
+        (
+            target.target,
+            target.executed,
+            f"{target.logit_error:.1e}",
+            f"{target.worst_question:.1e}",
+            f"{target.same_answers.count:,} of {target.same_answers.total:,}",
+            f"{target.rerouted.count:,} of {target.rerouted.total:,}",
+            f"{target.widest_tie:.2g}",
+        )
+        for target in found
+    ]
+    columns = ["target", "run by", "logits off by", "worst", "same answers", "rerouted", "tie"]
+    show_table("Against the specification: stored weights, fp32 arithmetic", columns, rows, left=2)
+    show(
+        "Rerouted: tokens x layers sent to other experts; tie: the widest lead, in probability, "
+        "that one of those experts had.",
+        "dim",
+    )
+    for target in found:
+        if not target.agrees:
+            show(
+                f"{target.target} is off by more than {BOUND:.0%}. ONNX Runtime's CPU rounds the "
+                "activations of quantised matrices to 8 bits; elsewhere it is a fault.",
+                "yellow",
+            )
 
 
 def show_coverage(

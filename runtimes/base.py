@@ -53,3 +53,12 @@ def check_room(cache: Cache, positions: int) -> None:
     """Raise `ValueError` if a step would not fit: the caller sized the cache wrongly."""
     if cache.length + positions > cache.capacity:
         raise ValueError(f"{cache.length} + {positions} positions exceed {cache.capacity}")
+
+
+def chosen_experts(router_logits: Floats, top_k: int) -> npt.NDArray[np.int64]:
+    """The experts of each token, best first, the lower index first where two are equal.
+
+    `[..., E]` to `[..., K]`.
+    """
+    order = np.argsort(-router_logits, axis=-1, kind="stable")
+    return order[..., :top_k]

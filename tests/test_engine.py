@@ -94,7 +94,12 @@ def test_an_answer_says_all(engines: dict[str, Engine], tiny_bundle: Make) -> No
     assert answer.modality in EXPERTS
     assert 0 < answer.confidence < 1
     sha256 = engines["fp32"].sha256
-    assert answer.model == {"name": "tiny", "sha256": sha256, "verification": "not measured"}
+    assert answer.model == {
+        "name": "tiny",
+        "sha256": sha256,
+        "verification": "not measured",
+        "runtime": "onnxruntime",
+    }
     assert engines["torch"].ask(random_image(), "Where?").model["verification"] == "reference"
     assert answer.notice == NOTICE
     times = answer.timings

@@ -34,9 +34,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "presets": {"checkpoint"},
     "training": {"checkpoint", "datasets", "image", "metrics", "models", "presets", "prompt"},
     "calibration": {"checkpoint", "datasets", "image", "models", "prompt"},
-    "export": {"atomic", "bundle", "calibration", "checkpoint", "models", "prompt"},
+    "tensorrt": {"bundle"},
+    "export": {"atomic", "bundle", "calibration", "checkpoint", "models", "prompt", "tensorrt"},
     "inspection": {"bundle", "checkpoint"},
-    "runtimes": {"bundle", "calibration", "checkpoint", "models"},
+    "runtimes": {"bundle", "calibration", "checkpoint", "models", "tensorrt"},
     "engine": {"answer", "bundle", "checkpoint", "embedded", "image", "prompt", "runtimes"},
     "evaluate": {"datasets", "engine", "metrics"},
     "ablation": {
@@ -44,11 +45,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training",
     },
     "fidelity": {"datasets", "image", "metrics", "prompt", "runtimes"},
+    "agreement": {"bundle", "datasets", "export", "fidelity", "prompt", "runtimes"},
     "verification": {"bundle", "checkpoint", "datasets", "fidelity", "prompt", "runtimes"},
     "report": {"bundle", "fidelity", "verification"},
     "pipeline": {
-        *("atomic", "bundle", "calibration", "checkpoint", "datasets", "embedded", "export"),
-        *("runtimes", "verification"),
+        *("agreement", "atomic", "bundle", "calibration", "checkpoint", "datasets", "embedded"),
+        *("export", "runtimes", "verification"),
     },
     "render": {"ablation", "answer", "calibration", "evaluate", "inspection", "verification"},
 }

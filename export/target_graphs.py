@@ -1,0 +1,94 @@
+"""The graphs of every target but the portable one, made from a bundle's stored weights.
+
+onnxruntime-cuda  QMoE, MatMulNBits and GroupQueryAttention in half
+tensorrt-rtx      standard ONNX in half, of fixed capacity: our ops are inlined, TensorScatter
+                  becomes TensorRT's in-place cache update, and integers behind DequantizeLinear
+                  stay integers in the engine. Every expert runs on every token: that has no
+                  branches, so that a decode step is one CUDA graph
+tensorrt          the same, with the plugin for the experts: only the chosen ones are read
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, NameFixPass
+
+from medmoe_edge.bundle import Bundle
+from medmoe_edge.bundle_target import Target
+from medmoe_edge.errors import BundleError
+from medmoe_edge.export.builder import MEDMOE
+from medmoe_edge.export.external_data import Extents, save_model
+from medmoe_edge.export.half_graph import Keep, routing, to_half_graph
+from medmoe_edge.export.moe_op import MoESpec
+from medmoe_edge.export.ort_attention import lower_attention
+from medmoe_edge.export.ort_cuda_matmul import lower_matmul_cuda
+from medmoe_edge.export.ort_cuda_moe import lower_moe_cuda
+from medmoe_edge.export.stored import specification
+from medmoe_edge.export.tensorrt_moe import lower_moe_to_plugin
+
+Progress = Callable[[str, int, int], None]
+HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+def write_graphs(
+    bundle: Bundle, target: Target, folder: Path, progress: Progress | None = None
+) -> Extents:
+    """Write `vision` and `decoder` (.onnx and .data) for a target; where each expert then lies.
+
+    Raises `BundleError` where the bundle's graphs cannot be read.
+    """
+    save_model(vision_graph(bundle, target), folder, "vision")
+    report = partial(progress, "graphs") if progress else None
+    return save_model(decoder_graph(bundle, target), folder, "decoder", progress=report)
+
+
+def decoder_graph(bundle: Bundle, target: Target) -> ir.Model:
+    """The decoder; weights are read when they are written."""
+    model = specification(bundle)
+    if target.name == "onnxruntime-cuda":
+        lower_attention(model)
+        if bundle.config.moe is not None:
+            lower_moe_cuda(model, MoESpec.of(bundle.config))
+        lower_matmul_cuda(model)
+    else:
+        if target.name == "tensorrt" and bundle.config.moe is not None:
+            lower_moe_to_plugin(model, MoESpec.of(bundle.config), HALVES[target.dtype])
+        inline(model)
+        _fix_capacity(model.graph, target.capacity)
+    to_half_graph(model, HALVES[target.dtype], _exact(model))
+    return model
+
+
+def _exact(model: ir.Model) -> Keep:
+    """What stays as it is: routing, scales as they are stored, and the plugin's own types."""
+    routes = routing(model)
+    return lambda node: routes(node) or node.op_type == "DequantizeLinear" or node.domain == MEDMOE
+
+
+def vision_graph(bundle: Bundle, target: Target) -> ir.Model:
+    """The vision tower and projector in half."""
+    path = bundle.path("vision.onnx")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and onnx-ir raise what they like
+        raise BundleError(f"{path} cannot be read.", "Copy or export it again.") from error
+    to_half_graph(model, HALVES[target.dtype], lambda node: False)
+    return model
+
+
+def inline(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Put the bodies of our ops where they are used; returns `(model, modified)`."""
+    modified = bool(model.functions)
+    InlinePass()(model)
+    NameFixPass()(model)
+    return model, modified
+
+
+def _fix_capacity(graph: ir.Graph, capacity: int) -> None:
+    for value in (*graph.inputs, *graph.outputs):
+        if str(value.name).startswith(("past_", "present_")):
+            assert value.shape is not None
+            heads, size = value.shape[1], value.shape[3]
+            value.shape = ir.Shape([1, heads, capacity, size])

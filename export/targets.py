@@ -1,0 +1,146 @@
+"""One bundle, every target: its stored weights in the graphs or engines of another.
+
+The bundle for ONNX Runtime's CPU is the portable one. All others are made from it, on a workstation
+or on the device itself, without the checkpoint and without PyTorch.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from medmoe_edge.atomic import atomic_folder
+from medmoe_edge.bundle import MANIFEST, Bundle, write_derived_manifest
+from medmoe_edge.bundle_target import DEFAULT, DType, Target, TargetName
+from medmoe_edge.errors import InputError
+from medmoe_edge.export.external_data import Extents
+from medmoe_edge.export.gpu_presets import find_gpu
+from medmoe_edge.export.moe_op import MoESpec
+from medmoe_edge.export.target_graphs import write_graphs
+from medmoe_edge.export.tensorrt_builder import Built, Profile, build_engine
+from medmoe_edge.tensorrt_library import Library, library_of, library_version, load_library
+
+Progress = Callable[[str, int, int], None]
+COMPANIONS = ("tokenizer.json", "embedding.npy", "README.md")
+POSITIONS = 1024  # of an engine's cache, where the model has as many
+
+
+def plan_target(
+    bundle: Bundle,
+    name: TargetName,
+    *,
+    gpu: str | None = None,
+    dtype: DType = "fp16",
+    capacity: int | None = None,
+) -> Target:
+    """The target in full: engines are for one `gpu`, their cache is of `capacity` positions.
+
+    Raises `InputError` for what does not go together and `MissingDependencyError` where the
+    library that builds engines is not installed.
+    """
+    if bundle.target.name != DEFAULT:
+        raise InputError(
+            f"{bundle.folder} is made for {bundle.target}.",
+            "Give the portable bundle that it was made from, or the checkpoint.",
+        )
+    if name == "onnxruntime-cuda":
+        _check_cuda(gpu, capacity, dtype)
+        return Target(name, dtype)
+    most = bundle.config.decoder.max_positions
+    positions = min(POSITIONS, most) if capacity is None else capacity
+    if not bundle.config.vision.image_tokens < positions <= most:
+        raise InputError(
+            f"A cache of {positions} positions does not fit this model.",
+            f"Its image takes {bundle.config.vision.image_tokens}, and it knows {most}.",
+        )
+    if gpu is None:
+        raise InputError(f"{name} builds for one GPU.", "Add --gpu, for example: --gpu sm89")
+    library: Library = "tensorrt-rtx" if name == "tensorrt-rtx" else "tensorrt"
+    sm = find_gpu(gpu, library).sm
+    version = library_version(load_library(library))
+    return Target(name, dtype, sm, version, positions, positions)
+
+
+def export_target(
+    bundle: Bundle,
+    out: Path,
+    target: Target,
+    *,
+    memory_limit: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Built]:
+    """Write the bundle `out` for `target`, whole or not at all; what was built, by engine.
+
+    `memory_limit` bounds an engine's GPU memory for intermediate results, in bytes. Raises
+    `ModelError` for a graph that the target does not take, `InputError` for an `out` that may not
+    be replaced, `ResourceError` where memory, disk or the GPU is missing.
+    """
+    engines: dict[str, Built] = {}
+    experts: Extents | None = None
+    with atomic_folder(out, force=force, marker=MANIFEST) as folder:
+        for name in COMPANIONS:
+            if name in bundle.manifest["files"]:
+                shutil.copyfile(bundle.path(name), folder / name)
+        if target.is_engine:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".graphs.") as graphs:
+                write_graphs(bundle, target, Path(graphs), progress)
+                engines = _build(bundle, target, Path(graphs), folder, memory_limit, progress)
+        else:
+            experts = write_graphs(bundle, target, folder, progress)
+        write_derived_manifest(folder, bundle, target, experts)
+    return {name: replace(built, path=out / built.path.name) for name, built in engines.items()}
+
+
+def _build(
+    bundle: Bundle,
+    target: Target,
+    graphs: Path,
+    folder: Path,
+    memory_limit: int | None,
+    progress: Progress | None,
+) -> dict[str, Built]:
+    library = library_of(target)
+    gpu = find_gpu(target.gpu, library)
+    if library == "tensorrt" and bundle.config.moe is not None:
+        from medmoe_edge.export.plugin.tensorrt_plugin import register
+
+        spec = MoESpec.of(bundle.config)
+        register(spec.activation, spec.num_experts + spec.meta_expert, gpu.capability)
+    profiles = {"vision": [], "decoder": _decoder_profiles(bundle, target)}
+    return {
+        name: build_engine(
+            graphs / f"{name}.onnx",
+            folder / f"{name}.engine",
+            library=library,
+            gpu=gpu,
+            profiles=shapes,
+            memory_limit=memory_limit,
+            progress=progress,
+        )
+        for name, shapes in profiles.items()
+    }
+
+
+def _decoder_profiles(bundle: Bundle, target: Target) -> list[Profile]:
+    """Prefill, fastest at an image with a short question, and decode."""
+    size, usual = bundle.config.decoder.hidden_size, bundle.config.vision.image_tokens + 32
+    steps = ((1, min(usual, target.prefill), target.prefill), (1, 1, 1))
+    return [
+        {"embeds": ((1, least, size), (1, common, size), (1, most, size))}
+        for least, common, most in steps
+    ]
+
+
+def _check_cuda(gpu: str | None, capacity: int | None, dtype: DType) -> None:
+    if gpu is not None or capacity is not None:
+        raise InputError(
+            "--gpu and --positions are for engines; onnxruntime-cuda runs on any GPU.",
+            "Leave them out, or choose the target tensorrt-rtx or tensorrt.",
+        )
+    if dtype != "fp16":
+        raise InputError(
+            f"onnxruntime-cuda computes in fp16, not {dtype}: NumPy holds no such cache.",
+            "Leave --dtype out.",
+        )

@@ -1,0 +1,248 @@
+"""An ONNX graph becomes a TensorRT engine for one GPU, built with either of TensorRT's libraries.
+
+Networks are strongly typed: the graph alone says what is computed in fp16, bf16 or fp32, and which
+weights stay in 4 or 8 bits. The engine is written as it is made, to a file that takes the place of
+`out` only when it is whole. TensorRT for RTX needs no GPU to build.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from medmoe_edge.calibration.tensor_file import writing
+from medmoe_edge.errors import ConfigError, MissingDependencyError, ModelError, ResourceError
+from medmoe_edge.export.build_memory import (
+    MB,
+    available_memory,
+    check_memory,
+    peak_memory,
+    reset_peak,
+)
+from medmoe_edge.export.engine_cache import EngineCache, atomic_file, engine_key, graph_files
+from medmoe_edge.export.gpu_presets import Gpu
+from medmoe_edge.export.tensorrt_parsing import parse
+from medmoe_edge.export.tensorrt_progress import Progress, Watch, make_monitor
+from medmoe_edge.tensorrt_library import (
+    TITLES,
+    Library,
+    library_version,
+    load_library,
+    make_logger,
+    reason,
+)
+
+Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]
+"""Of each input of varying shape: the smallest, the one to be fastest at, the largest."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine on disk: its size, and what it took to build it.
+
+    `peak_memory` is the most that the process held, in bytes, None where the system does not tell.
+    A `cached` engine was not built anew.
+    """
+
+    path: Path
+    bytes: int
+    seconds: float
+    peak_memory: int | None
+    cached: bool
+    library_version: str
+
+
+def build_engine(
+    graph: Path,
+    out: Path,
+    *,
+    library: Library,
+    gpu: Gpu,
+    profiles: Sequence[Profile],
+    memory_limit: int | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Built:
+    """Build `graph` (its weights beside it) for `gpu` into `out`, or take it from the cache.
+
+    `memory_limit` bounds the GPU memory for intermediate results, in bytes; `cache` is a folder, by
+    default the user's; `progress` is called with `(phase, done, total)` and may raise to stop.
+    Raises `ModelError` for a graph that cannot be built, `ConfigError` for impossible profiles,
+    `MissingDependencyError`, and `ResourceError` for too little memory, a full disk or, with
+    TensorRT proper, another GPU than the one to build for. Ctrl-C stops it at the next step.
+    """
+    trt, begun = load_library(library), time.monotonic()
+    engines, key = EngineCache(cache), _key(trt, graph, library, gpu, profiles, memory_limit)
+    with writing(out):
+        if engines.fetch(key, out):
+            return _built(trt, out, begun, peak=None, cached=True)
+        check_memory(sum(file.stat().st_size for file in graph_files(graph)), available_memory())
+        if library == "tensorrt":
+            _check_present(gpu)
+        reset_peak()
+        with atomic_file(out) as file:
+            timings = engines.folder / f"timings-{library_version(trt)}-{gpu.sm}.cache"
+            build = _Build(trt, library, gpu, progress)
+            build.run(graph, profiles, memory_limit, timings, file)
+        peak = peak_memory()
+        engines.keep(key, out)
+    return _built(trt, out, begun, peak=peak, cached=False)
+
+
+class _Build:
+    """One build: the TensorRT objects that must live until it ends."""
+
+    def __init__(self, trt: Any, library: Library, gpu: Gpu, progress: Progress | None) -> None:
+        self.trt, self.library, self.gpu = trt, library, gpu
+        self.title = f"{TITLES[library]} {library_version(trt)}"
+        self.log = make_logger(trt)
+        self.watch = Watch(progress)
+        self.builder = trt.Builder(self.log)
+
+    def run(
+        self,
+        graph: Path,
+        profiles: Sequence[Profile],
+        memory_limit: int | None,
+        timings: Path,
+        file: IO[bytes],
+    ) -> None:
+        typed = 1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = self.builder.create_network(typed)
+        parser = parse(self.trt, network, self.log, graph, self.title)
+        config = self._config(memory_limit)
+        for profile in profiles:
+            self._add_profile(config, profile)
+        if self.library == "tensorrt":  # the library for RTX times nothing
+            load_timings(config, timings)
+        writer = _make_writer(self.trt, file)
+        with self.watch.interruptible(), self._in_memory():
+            done = self.builder.build_serialized_network_to_stream(network, config, writer)
+        del parser  # lived until here: the network's weights are its
+        if writer.error is not None:
+            raise writer.error
+        if not done:
+            raise self._failure(memory_limit)
+        if self.library == "tensorrt":
+            save_timings(config, timings)
+
+    def _config(self, memory_limit: int | None) -> Any:
+        config = self.builder.create_builder_config()
+        if self.library == "tensorrt-rtx":
+            config.num_compute_capabilities = 1
+            wanted = getattr(self.trt.ComputeCapability, self.gpu.sm.upper())
+            config.set_compute_capability(wanted, 0)
+        if memory_limit is not None:
+            config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, memory_limit)
+        self.monitor = make_monitor(self.trt, self.watch)
+        config.progress_monitor = self.monitor
+        return config
+
+    def _add_profile(self, config: Any, profile: Profile) -> None:
+        shapes = self.builder.create_optimization_profile()
+        for name, (smallest, common, largest) in profile.items():
+            shapes.set_shape(name, smallest, common, largest)
+        if config.add_optimization_profile(shapes) < 0:
+            raise ConfigError(
+                f"The engine cannot have the shapes {dict(profile)}.",
+                "They must grow from the smallest to the largest.",
+            )
+
+    @contextlib.contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError as error:
+            raise ResourceError(
+                f"{self.title} ran out of memory.", "Build on a machine with more memory."
+            ) from error
+
+    def _failure(self, memory_limit: int | None) -> ModelError | ResourceError:
+        messages = "\n".join(self.log.errors)
+        if "workspace" in messages:
+            limit = f"{(memory_limit or 0) / MB:g} MB"
+            return ResourceError(
+                f"{self.title} cannot build this within {limit} of intermediate results.",
+                "Allow more, or leave the limit out.",
+            )
+        return ModelError(
+            f"{self.title} cannot build this for {self.gpu.name}: {reason(messages)}.",
+            "Choose another precision, or the target onnxruntime-cuda.",
+        )
+
+
+def load_timings(config: Any, path: Path) -> None:
+    """Give a build the kernels' timings of builds before it."""
+    stored = path.read_bytes() if path.is_file() else b""
+    config.set_timing_cache(config.create_timing_cache(stored), ignore_mismatch=False)
+
+
+def save_timings(config: Any, path: Path) -> None:
+    """Keep the timings of a build for the next."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(bytes(memoryview(config.get_timing_cache().serialize())))
+
+
+def _make_writer(trt: Any, file: IO[bytes]) -> Any:
+    """Takes the engine piece by piece; an `error` of the disk is kept, and TensorRT told of it."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]  # the library is chosen at run time
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
+
+    return Writer()
+
+
+def _check_present(gpu: Gpu) -> None:
+    """Raise `ResourceError` unless the GPU is here: TensorRT proper tries its kernels."""
+    try:
+        from cuda.core import Device
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("cuda-core", "tensorrt") from error
+    try:
+        capability = Device().compute_capability
+    except Exception as error:  # cuda-core's exceptions share no base, and differ with what lacks
+        raise ResourceError(
+            f"TensorRT builds on the GPU that will run the engine, and no {gpu.sm} GPU is here.",
+            "Run this export on the device itself.",
+        ) from error
+    if (present := capability.major * 10 + capability.minor) != gpu.capability:
+        raise ResourceError(
+            f"TensorRT builds on the GPU that will run the engine: this one is sm{present}, "
+            f"{gpu.name} is {gpu.sm}.",
+            f"Run this export on the device itself, or build for sm{present}.",
+        )
+
+
+def _key(
+    trt: Any,
+    graph: Path,
+    library: Library,
+    gpu: Gpu,
+    profiles: Sequence[Profile],
+    memory_limit: int | None,
+) -> str:
+    settings = {
+        "library": [library, str(trt.__version__)],
+        "gpu": gpu.sm,
+        "profiles": [dict(profile) for profile in profiles],
+        "memory_limit": memory_limit,
+    }
+    return engine_key(graph, settings)
+
+
+def _built(trt: Any, out: Path, begun: float, *, peak: int | None, cached: bool) -> Built:
+    size, seconds = out.stat().st_size, time.monotonic() - begun
+    return Built(out, size, seconds, peak, cached, library_version(trt))

@@ -1,0 +1,227 @@
+"""A bundle of TensorRT engines: `vision.engine` and `decoder.engine`, on one GPU.
+
+The decoder's engine has two optimisation profiles: prefill, of 1 to `prefill` tokens a step, and
+decode, of one token. Its KV cache is written in place: `present_*` is bound to the buffer of
+`past_*`. A decode step is captured once per cache as a CUDA graph and replayed for every token
+after: where the token stands, it reads from the device (`start`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from medmoe_edge.bundle import Bundle
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.errors import InputError, ResourceError
+from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
+from medmoe_edge.runtimes.cuda_device import CudaDevice, Device, Mirror
+from medmoe_edge.runtimes.tensorrt_engine import (
+    Context,
+    Engine,
+    TensorRTEngine,
+    is_capturable,
+)
+from medmoe_edge.tensorrt_library import EXTRAS, library_of
+
+PREFILL, DECODE = 0, 1  # the decoder's optimisation profiles
+HALF = 2  # bytes of fp16 and of bf16
+
+
+class TensorRTCache:
+    """A device buffer `[1, H, capacity, head_size]` per layer for keys and one for values.
+
+    They begin as zeros: attention gives positions not yet written the weight 0, and 0 times
+    whatever lay in the memory might be no number.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int, device: Device) -> None:
+        decoder = config.decoder
+        size = decoder.heads * capacity * decoder.head_size * HALF
+        self.capacity = capacity
+        self.length = 0
+        self.buffers = {
+            f"{kind}.{layer}": device.zeros(size)
+            for layer in range(decoder.layers)
+            for kind in ("key", "value")
+        }
+        self.decoded = False
+        self.replay: Callable[[], None] | None = None  # the captured decode step
+
+
+class TensorRTRuntime:
+    """Runs a bundle's engines. `device` and `open_engine` are CUDA and TensorRT but in tests."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: Device | None = None,
+        open_engine: Callable[[str], Engine] | None = None,
+    ) -> None:
+        self.bundle, self.config = bundle, bundle.config
+        self.target = bundle.target
+        self.name: str = self.target.name
+        self._device = device or CudaDevice(EXTRAS[library_of(self.target)])
+        self._open = open_engine or self._open_file
+        self._embedding = np.load(bundle.path("embedding.npy"), mmap_mode="r", allow_pickle=False)
+
+    def encode_image(self, pixels: Floats) -> Floats:
+        """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
+        return self._tower.run(pixels)
+
+    def embed(self, ids: list[int]) -> Floats:
+        """Token ids to embeddings `[S, D]`."""
+        return np.asarray(self._embedding[ids], np.float32)
+
+    def new_cache(self, capacity: int) -> TensorRTCache:
+        """An empty cache, of as many positions as the engine was built for.
+
+        Raises `InputError` if that is less than `capacity`.
+        """
+        if capacity > self.target.capacity:
+            raise InputError(
+                f"Image, question and answer need {capacity} positions, the engine was built for "
+                f"{self.target.capacity}.",
+                "Ask a shorter question or allow fewer new tokens.",
+            )
+        return TensorRTCache(self.config, self.target.capacity, self._device)
+
+    def step(self, embeds: Floats, cache: Cache) -> Step:
+        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S.
+
+        More than the engine takes at once go in several steps.
+        """
+        assert isinstance(cache, TensorRTCache)
+        check_room(cache, len(embeds))
+        at_once = self.target.prefill
+        steps = [
+            self._run(embeds[first : first + at_once], cache)
+            for first in range(0, len(embeds), at_once)
+        ]
+        routing = np.concatenate([step.router_logits for step in steps])
+        return Step(steps[-1].logits, routing)
+
+    def _run(self, embeds: Floats, cache: TensorRTCache) -> Step:
+        lane = self._decode if len(embeds) == 1 else self._prefill
+        lane.fill(embeds, cache.length)
+        if lane is self._prefill:
+            lane.launch(len(embeds), cache)
+        else:
+            self._launch_decode(cache)
+        self._device.synchronise()
+        cache.length += len(embeds)
+        return lane.read(len(embeds))
+
+    def _launch_decode(self, cache: TensorRTCache) -> None:
+        """The first step of a cache as it is, for TensorRT to settle; from the second, a graph."""
+        stream = self._device.stream
+        if cache.replay is None and cache.decoded and is_capturable(self._decode.context, stream):
+            cache.replay = self._device.capture(lambda: self._decode.launch(1, cache))
+        if cache.replay is None:
+            self._decode.launch(1, cache)
+            cache.decoded = True
+        else:
+            cache.replay()
+
+    def _open_file(self, name: str) -> Engine:
+        return TensorRTEngine(self.bundle.path(name), self.target, self._device)
+
+    @cached_property
+    def _tower(self) -> "Tower":
+        return Tower(self._open("vision.engine").context(0), self._device, self.config)
+
+    @cached_property
+    def _decoder(self) -> Engine:
+        return self._open("decoder.engine")
+
+    @cached_property
+    def _prefill(self) -> "Lane":
+        context = self._decoder.context(PREFILL)
+        return Lane(context, self._device, self.config, self.target.prefill)
+
+    @cached_property
+    def _decode(self) -> "Lane":
+        return Lane(self._decoder.context(DECODE), self._device, self.config, 1)
+
+
+class Lane:
+    """One profile of the decoder, with buffers for `tokens` tokens a step at most."""
+
+    def __init__(self, context: Context, device: Device, config: ModelConfig, tokens: int) -> None:
+        decoder, experts = config.decoder, config.moe.num_experts if config.moe else 0
+        self.context, self.device = context, device
+        self.size = decoder.hidden_size
+        self.embeds = device.mirror((tokens, self.size))
+        self.start = device.integers(1)
+        self.logits = device.mirror((decoder.vocab_size,))
+        self.routing = device.mirror((tokens, len(config.moe_layers), experts)) if experts else None
+
+    def fill(self, embeds: Floats, start: int) -> None:
+        """What the next launch reads; the one before must be done."""
+        self.embeds.host[: len(embeds)] = embeds
+        self.start.host[0] = start
+
+    def launch(self, tokens: int, cache: TensorRTCache) -> None:
+        """Put a step on the stream: inputs up, the engine, outputs down."""
+        outputs = {"logits": self.logits}
+        if self.routing is not None:
+            outputs["router_logits"] = self.routing
+        addresses = {
+            "embeds": self.embeds.address,
+            "start": self.start.address,
+            **{name: mirror.address for name, mirror in outputs.items()},
+            **{f"past_{name}": buffer.address for name, buffer in cache.buffers.items()},
+            **{f"present_{name}": buffer.address for name, buffer in cache.buffers.items()},
+        }
+        inputs = [self.embeds, self.start]
+        shapes = {"embeds": (1, tokens, self.size)}
+        run(self.context, self.device, shapes, addresses, inputs, list(outputs.values()))
+
+    def read(self, tokens: int) -> Step:
+        """What the last launch wrote; it must be done."""
+        routing = np.zeros((tokens, 0, 0), np.float32)
+        if self.routing is not None:
+            routing = self.routing.host[:tokens].copy()
+        return Step(self.logits.host.copy(), routing)
+
+
+class Tower:
+    """The vision engine with its buffers."""
+
+    def __init__(self, context: Context, device: Device, config: ModelConfig) -> None:
+        side = config.vision.image_size
+        self.context, self.device = context, device
+        self.pixels = device.mirror((1, 3, side, side))
+        self.tokens = device.mirror((config.vision.image_tokens, config.decoder.hidden_size))
+
+    def run(self, pixels: Floats) -> Floats:
+        """Pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
+        self.pixels.host[:] = pixels
+        addresses = {"pixels": self.pixels.address, "image_tokens": self.tokens.address}
+        run(self.context, self.device, {}, addresses, [self.pixels], [self.tokens])
+        self.device.synchronise()
+        return np.array(self.tokens.host, np.float32)
+
+
+def run(
+    context: Context,
+    device: Device,
+    shapes: Mapping[str, tuple[int, ...]],
+    addresses: Mapping[str, int],
+    inputs: Sequence[Mirror],
+    outputs: Sequence[Mirror],
+) -> None:
+    """Bind, and put on the stream: inputs up, the engine, outputs down."""
+    fine = [context.set_input_shape(name, shape) for name, shape in shapes.items()]
+    fine += [context.set_tensor_address(name, address) for name, address in addresses.items()]
+    for mirror in inputs:
+        mirror.upload()
+    fine.append(context.execute_async_v3(device.stream))
+    for mirror in outputs:
+        mirror.download()
+    if not all(fine):
+        raise ResourceError(
+            "TensorRT did not run a step of the engine.",
+            "Ask again with --verbose for its own words; see also: medmoe-edge doctor",
+        )
