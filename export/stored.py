@@ -5,14 +5,16 @@ a device can make its own without the checkpoint or PyTorch.
 """
 
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from medmoe_edge.bundle import Bundle
+from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import tensor_of
-from medmoe_edge.export.decoder import DecoderBuilder
+from medmoe_edge.export.decoder import DecoderBuilder, Parameters
 from medmoe_edge.export.dequantise import INTEGERS, insert_dequantise
 from medmoe_edge.export.ort_matmul import unpack_rows
 
@@ -20,13 +22,24 @@ SCALE = ".scale"
 PACKED, GROUP_SCALE = ".packed", ".groups.scale"
 
 
+class QuantisedParameters(Parameters, Protocol):
+    """Parameters of which some are integers; their `tensor` has no values, only a shape."""
+
+    def quantised(self, name: str) -> tuple[ir.TensorProtocol, ir.TensorProtocol] | None:
+        """Integers `[K, N]` and scales, `[N]` or in groups `[K / group, N]`; None of floats."""
+
+
 def specification(bundle: Bundle) -> ir.Model:
     """The decoder as `DecoderBuilder` makes it, its matrices behind `DequantizeLinear`.
 
     Weights are read when they are used. Raises `BundleError` where the graph cannot be read.
     """
-    stored = StoredWeights(bundle.path("decoder.onnx"))
-    model = DecoderBuilder(bundle.config, stored).model()
+    return specify(bundle.config, StoredWeights(bundle.path("decoder.onnx")))
+
+
+def specify(config: ModelConfig, stored: QuantisedParameters) -> ir.Model:
+    """The decoder of a configuration with these weights."""
+    model = DecoderBuilder(config, stored).model()
     for name, value in list(model.graph.initializers.items()):
         if (found := stored.quantised(name)) is not None:
             insert_dequantise(model.graph, value, *found)
@@ -60,7 +73,7 @@ class StoredWeights:
         if (found := self.quantised(name)) is None:
             return self.tensors[name]
         return ir.LazyTensor(
-            _never_read, ir.DataType.FLOAT, shape=ir.Shape(found[0].shape.numpy()), name=name
+            no_values, ir.DataType.FLOAT, shape=ir.Shape(found[0].shape.numpy()), name=name
         )
 
     def quantised(self, name: str) -> tuple[ir.TensorProtocol, ir.TensorProtocol] | None:
@@ -96,5 +109,6 @@ def _unpacked(
     )
 
 
-def _never_read() -> ir.TensorProtocol:
+def no_values() -> ir.TensorProtocol:
+    """For the tensors of `Parameters` that are read as integers instead."""
     raise AssertionError("a quantised weight is read as integers")

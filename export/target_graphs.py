@@ -17,6 +17,7 @@ from onnx_ir.passes.common import InlinePass, NameFixPass
 
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.bundle_target import Target
+from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import MEDMOE
 from medmoe_edge.export.external_data import Extents, save_model
@@ -46,19 +47,24 @@ def write_graphs(
 
 def decoder_graph(bundle: Bundle, target: Target) -> ir.Model:
     """The decoder; weights are read when they are written."""
-    model = specification(bundle)
+    return lower(specification(bundle), bundle.config, target)[0]
+
+
+def lower(model: ir.Model, config: ModelConfig, target: Target) -> tuple[ir.Model, bool]:
+    """All of a target's passes over a specification; returns `(model, modified)`."""
+    spec = MoESpec.of(config) if config.moe else None
     if target.name == "onnxruntime-cuda":
         lower_attention(model)
-        if bundle.config.moe is not None:
-            lower_moe_cuda(model, MoESpec.of(bundle.config))
+        if spec:
+            lower_moe_cuda(model, spec)
         lower_matmul_cuda(model)
     else:
-        if target.name == "tensorrt" and bundle.config.moe is not None:
-            lower_moe_to_plugin(model, MoESpec.of(bundle.config), HALVES[target.dtype])
+        if spec and target.name == "tensorrt":
+            lower_moe_to_plugin(model, spec, HALVES[target.dtype])
         inline(model)
         _fix_capacity(model.graph, target.capacity)
     to_half_graph(model, HALVES[target.dtype], _exact(model))
-    return model
+    return model, True
 
 
 def _exact(model: ir.Model) -> Keep:

@@ -13,6 +13,7 @@ from pathlib import Path
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle import MANIFEST, Bundle, write_derived_manifest
 from medmoe_edge.bundle_target import DEFAULT, DType, Target, TargetName
+from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError
 from medmoe_edge.export.external_data import Extents
 from medmoe_edge.export.gpu_presets import find_gpu
@@ -108,7 +109,7 @@ def _build(
 
         spec = MoESpec.of(bundle.config)
         register(spec.activation, spec.num_experts + spec.meta_expert, gpu.capability)
-    profiles = {"vision": [], "decoder": _decoder_profiles(bundle, target)}
+    profiles = {"vision": [], "decoder": decoder_profiles(bundle.config, target)}
     return {
         name: build_engine(
             graphs / f"{name}.onnx",
@@ -123,9 +124,9 @@ def _build(
     }
 
 
-def _decoder_profiles(bundle: Bundle, target: Target) -> list[Profile]:
+def decoder_profiles(config: ModelConfig, target: Target) -> list[Profile]:
     """Prefill, fastest at an image with a short question, and decode."""
-    size, usual = bundle.config.decoder.hidden_size, bundle.config.vision.image_tokens + 32
+    size, usual = config.decoder.hidden_size, config.vision.image_tokens + 32
     steps = ((1, min(usual, target.prefill), target.prefill), (1, 1, 1))
     return [
         {"embeds": ((1, least, size), (1, common, size), (1, most, size))}

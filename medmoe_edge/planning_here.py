@@ -32,7 +32,7 @@ NARROW, WIDE = 384, 1024
 ROWS, MORE_ROWS = 128, 512
 STREAMED = 96 * 2**20  # bytes: several times the caches of a PC
 SECONDS = 1.5  # per precision
-SLOT = 0.02  # seconds at least before the next takes its turn
+SLOT = 0.05  # seconds at least before the next takes its turn
 REST = 0.03  # seconds before a turn: the threads of the last session spin a while, in its way
 
 

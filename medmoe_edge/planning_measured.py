@@ -38,7 +38,7 @@ class Comparison:
         return {**asdict(self), "ratios": self.ratios}
 
 
-def compare(bundle: Bundle, *, seconds: float = 1.0) -> tuple[Comparison, Speed]:
+def compare(bundle: Bundle, *, seconds: float = 1.3) -> tuple[Comparison, Speed]:
     """Run the bundle's decoder and the microbenchmarks in turns; `seconds` of these in a round."""
     config = bundle.config
     precision: Precision = bundle.manifest["quantisation"]["precision"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -233,6 +234,18 @@ def test_the_command_builds_within_memory_and_then_from_its_cache(tmp_path: Path
     assert [run["engines"]["decoder"]["cached"] for run in told] == [False, True]
     engines = [(tmp_path / out / "decoder.engine").read_bytes() for out in ("first", "again")]
     assert engines[0] == engines[1]
+
+
+@needs_rtx
+@pytest.mark.parametrize(("precision", "gpu"), [("int4", "sm89"), ("int8", "sm120")])
+def test_a_full_width_layer_is_built_within_memory(
+    tmp_path: Path, precision: str, gpu: str
+) -> None:
+    script = [sys.executable, "tests/full_width_layer.py", precision, gpu, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    told = json.loads(subprocess.check_output(script, cwd=ROOT, env=environment))
+    assert told["weights"] < told["engine"] < 1.1 * told["weights"]
+    assert told["peak_memory"] is None or told["peak_memory"] < 1.5 * told["weights"] + 1e9
 
 
 @needs_rtx
