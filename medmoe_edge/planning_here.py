@@ -28,7 +28,7 @@ from medmoe_edge.planning_costs import Precision, bits_per_weight, step_work
 from medmoe_edge.planning_toys import resized, toy_runtime
 from medmoe_edge.runtimes.ort import OrtRuntime
 
-NARROW, WIDE = 384, 1024
+NARROW, WIDE = 320, 1024  # narrow: in caches, yet wide enough for all threads
 ROWS, MORE_ROWS = 128, 512
 STREAMED = 96 * 2**20  # bytes: several times the caches of a PC
 SECONDS = 1.5  # per precision

@@ -38,6 +38,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"atomic", "bundle", "calibration", "checkpoint", "models", "prompt", "tensorrt"},
     "inspection": {"bundle", "checkpoint"},
     "runtimes": {"bundle", "calibration", "checkpoint", "models", "tensorrt"},
+    "devices": set(),
+    "doctor": {"devices"},
+    "planning": {
+        *("bundle", "calibration", "checkpoint", "devices", "embedded", "export", "presets"),
+        "runtimes",
+    },
     "engine": {"answer", "bundle", "checkpoint", "embedded", "image", "prompt", "runtimes"},
     "evaluate": {"datasets", "engine", "metrics"},
     "ablation": {
@@ -52,7 +58,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("agreement", "atomic", "bundle", "calibration", "checkpoint", "datasets", "embedded"),
         *("export", "runtimes", "verification"),
     },
-    "render": {"ablation", "answer", "calibration", "evaluate", "inspection", "verification"},
+    "render": {
+        *("ablation", "agreement", "answer", "calibration", "doctor", "evaluate", "inspection"),
+        *("pipeline", "planning", "verification"),
+    },
 }
 TOP = {"", "cli"}  # medmoe_edge/__init__.py and the command line, which may import everything
 

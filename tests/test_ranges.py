@@ -59,7 +59,7 @@ def test_counts_are_those_of_numpy(values: Floats) -> None:
     result = histogram(values)
     limit = result.width * BINS / 2
     edges = result.width * (np.arange(BINS + 1) - BINS // 2)
-    assert np.abs(values).max() < limit or not values.any()
+    assert float(np.abs(values).max()) < limit or not values.any()
     assert not values.any() or limit <= 2 * float(np.abs(values).max())
     # each bin holds its lower edge and not its upper one
     bins = np.searchsorted(edges, values.astype(np.float64), side="right") - 1

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="needs the extra rtx"
 )
+KERNELS = 25e6  # bytes, of two profiles; weights that became fp16 would take 2 to 4 times ours
 CUDA = Target("onnxruntime-cuda", "fp16")
 
 
@@ -203,8 +204,7 @@ def test_nanos_engines_are_built_and_keep_its_bits(
     assert found.target.capacity == found.target.prefill == bundle.config.decoder.max_positions
     assert set(built) == {"vision", "decoder"}
     weights = bundle.path("decoder.data").stat().st_size
-    kernels = 13e6  # of two profiles; fp16 weights alone would be 2 or 4 times ours
-    assert weights < built["decoder"].bytes < weights + kernels
+    assert weights < built["decoder"].bytes < weights + KERNELS
     assert not any(engine.cached for engine in built.values())
     with pytest.raises(ModelError, match="holds engines for a GPU"):
         load(found.folder, device="cpu")
@@ -244,7 +244,7 @@ def test_a_full_width_layer_is_built_within_memory(
     script = [sys.executable, "tests/full_width_layer.py", precision, gpu, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     told = json.loads(subprocess.check_output(script, cwd=ROOT, env=environment))
-    assert told["weights"] < told["engine"] < 1.1 * told["weights"]
+    assert told["weights"] < told["engine"] < told["weights"] + KERNELS
     assert told["peak_memory"] is None or told["peak_memory"] < 1.5 * told["weights"] + 1e9
 
 
