@@ -8,33 +8,31 @@ Weights in groups become `MatMulNBits`, whose activations are quantised to 8 bit
 (`accuracy_level` 4; at level 0 its 8-bit kernel is a hundred times slower).
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from medmoe_edge.export.builder import CONTRIB, Builder, initializer, tensor_of
-
-Array = npt.NDArray[Any]
+from medmoe_edge.export.builder import CONTRIB, Builder, initializer
+from medmoe_edge.export.stored_matrix import StoredMatrix, lazy_tensor
 
 
 def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
     """Fuse every pair, also inside branches; returns `(model, modified)`."""
     pairs = [
-        (node, dequantise)
+        (node, matrix)
         for node in ir.traversal.RecursiveGraphIterator(model.graph)
-        if node.op_type == "MatMul" and (dequantise := _dequantises(node.inputs[1])) is not None
+        if node.op_type == "MatMul" and (matrix := StoredMatrix.behind(node.inputs[1])) is not None
     ]
     peaks: dict[tuple[object, ir.Value], tuple[ir.Value, ir.Value]] = {}
-    for node, dequantise in pairs:
-        build, x, graph = Builder(), node.inputs[0], node.graph
+    for node, matrix in pairs:
+        build, x, graph, weight = Builder(), node.inputs[0], node.graph, node.inputs[1]
         assert x is not None
+        assert weight is not None
         assert graph is not None
-        if "block_size" in dequantise.attributes:
-            new = _in_groups(build, model.graph, x, dequantise)
+        dequantise = weight.producer()
+        assert dequantise is not None
+        if matrix.group is not None:
+            new = _in_groups(build, model.graph, x, dequantise, matrix)
         else:
             if (graph, x) not in peaks:
                 peaks[graph, x] = _per_token(build, x)
@@ -53,11 +51,6 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
     return model, bool(pairs)
 
 
-def _dequantises(weight: ir.Value | None) -> ir.Node | None:
-    node = weight.producer() if weight is not None else None
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
-
-
 def _per_token(build: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """x over each token's largest magnitude, and those magnitudes `[..., 1]`."""
     magnitude = build.op("ReduceMax", build.op("Abs", x), build.constant([-1]), keepdims=1)
@@ -65,21 +58,19 @@ def _per_token(build: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     return build.op("Div", x, peak), peak
 
 
-def _in_groups(build: Builder, graph: ir.Graph, x: ir.Value, dequantise: ir.Node) -> ir.Value:
-    weight, floats = dequantise.inputs
-    cast = floats.producer() if floats is not None else None
-    assert cast is not None
-    integers, scale = tensor_of(weight), tensor_of(cast.inputs[0])
-    width, channels = integers.shape.numpy()
-    group, bits = dequantise.attributes["block_size"].as_int(), int(integers.dtype.bitwidth)
-    blocks = [channels, width // group, group * bits // 8]
-
-    def packed() -> Array:
-        return pack_rows(integers.numpy().T, bits).reshape(blocks)
-
+def _in_groups(
+    build: Builder, graph: ir.Graph, x: ir.Value, dequantise: ir.Node, matrix: StoredMatrix
+) -> ir.Value:
+    bits, group, name = matrix.bits, matrix.group, matrix.integers.name
+    assert group is not None
+    blocks = [matrix.channels, matrix.width // group, group * bits // 8]
     stored = [
-        _lazy(f"{integers.name}.packed", packed, ir.DataType.UINT8, blocks),
-        _lazy(f"{integers.name}.groups.scale", lambda: scale.numpy().T, scale.dtype, blocks[:2]),
+        lazy_tensor(
+            f"{name}.packed", lambda: matrix.packed(bits).reshape(blocks), ir.DataType.UINT8, blocks
+        ),
+        lazy_tensor(
+            f"{name}.groups.scale", lambda: matrix.scales(group), matrix.scale.dtype, blocks[:2]
+        ),
     ]
     inputs = [initializer(tensor) for tensor in stored]
     for value in inputs:
@@ -90,37 +81,9 @@ def _in_groups(build: Builder, graph: ir.Graph, x: ir.Value, dequantise: ir.Node
         "MatMulNBits",
         *(x, inputs[0], per_row.outputs[0]),
         domain=CONTRIB,
-        K=width,
-        N=channels,
+        K=matrix.width,
+        N=matrix.channels,
         bits=bits,
         block_size=group,
         accuracy_level=4,
     )
-
-
-def pack_rows(integers: Array, bits: int) -> npt.NDArray[np.uint8]:
-    """Rows of signed integers as MatMulNBits stores them: from zero up, the first one lowest."""
-    unsigned = (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
-    parts = unsigned.reshape(len(unsigned), -1, 8 // bits)
-    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts << _shifts(bits), axis=-1)
-    return packed
-
-
-def unpack_rows(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
-    """The rows that `pack_rows` packed."""
-    parts = (packed[..., None] >> _shifts(bits)) & (2**bits - 1)
-    signed: npt.NDArray[np.int8] = (parts.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
-    return signed.reshape(len(packed), -1)
-
-
-def _shifts(bits: int) -> npt.NDArray[np.uint8]:
-    return np.arange(0, 8, bits, dtype=np.uint8)
-
-
-def _lazy(
-    name: str, make: Callable[[], Array], dtype: ir.DataType, shape: list[int]
-) -> ir.LazyTensor:
-    def tensor() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(make()))
-
-    return ir.LazyTensor(tensor, dtype, shape=ir.Shape(shape), name=name)

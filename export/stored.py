@@ -16,7 +16,7 @@ from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder, Parameters
 from medmoe_edge.export.dequantise import INTEGERS, insert_dequantise
-from medmoe_edge.export.ort_matmul import unpack_rows
+from medmoe_edge.export.stored_matrix import unpack_rows
 
 SCALE = ".scale"
 PACKED, GROUP_SCALE = ".packed", ".groups.scale"
@@ -51,7 +51,7 @@ class StoredWeights:
 
     def __init__(self, graph: Path) -> None:
         try:
-            model = ir.load(graph)
+            model, self.graph = ir.load(graph), graph
         except Exception as error:  # protobuf and onnx-ir raise what they like
             raise BundleError(f"{graph} cannot be read.", "Copy or export it again.") from error
         self.tensors = {name: tensor_of(value) for name, value in model.graph.initializers.items()}
@@ -81,9 +81,17 @@ class StoredWeights:
         if (scale := self.tensors.get(f"{name}{SCALE}")) is not None:
             return self.tensors[name], scale
         if (packed := self.tensors.get(f"{name}{PACKED}")) is not None:
-            scale = self.tensors[f"{name}{GROUP_SCALE}"]
+            scale = self._known(f"{name}{GROUP_SCALE}")
             return _unpacked(name, packed, scale, self.bits[f"{name}{PACKED}"])
         return None
+
+    def _known(self, name: str) -> ir.TensorProtocol:
+        if name in self.tensors:
+            return self.tensors[name]
+        raise BundleError(
+            f"{self.graph} holds no {name}: another version of medmoe-edge wrote it.",
+            "Export the checkpoint again with this version.",
+        )
 
 
 def _unpacked(

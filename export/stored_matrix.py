@@ -12,7 +12,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from medmoe_edge.export.builder import tensor_of
-from medmoe_edge.export.ort_matmul import pack_rows
 
 Array = npt.NDArray[Any]
 
@@ -79,3 +78,22 @@ def lazy_tensor(
         return ir.tensor(np.ascontiguousarray(make()), name=name)
 
     return ir.LazyTensor(tensor, dtype, shape=ir.Shape(shape), name=name)
+
+
+def pack_rows(integers: Array, bits: int) -> npt.NDArray[np.uint8]:
+    """Rows of signed integers as MatMulNBits stores them: from zero up, the first one lowest."""
+    unsigned = (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    parts = unsigned.reshape(len(unsigned), -1, 8 // bits)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or.reduce(parts << _shifts(bits), axis=-1)
+    return packed
+
+
+def unpack_rows(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int8]:
+    """The rows that `pack_rows` packed."""
+    parts = (packed[..., None] >> _shifts(bits)) & (2**bits - 1)
+    signed: npt.NDArray[np.int8] = (parts.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    return signed.reshape(len(packed), -1)
+
+
+def _shifts(bits: int) -> npt.NDArray[np.uint8]:
+    return np.arange(0, 8, bits, dtype=np.uint8)

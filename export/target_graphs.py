@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, NameFixPass
 
@@ -19,7 +21,7 @@ from medmoe_edge.bundle import Bundle
 from medmoe_edge.bundle_target import Target
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError
-from medmoe_edge.export.builder import MEDMOE
+from medmoe_edge.export.builder import MEDMOE, initializer, tensor_of
 from medmoe_edge.export.external_data import Extents, save_model
 from medmoe_edge.export.half_graph import Keep, routing, to_half_graph
 from medmoe_edge.export.moe_op import MoESpec
@@ -27,6 +29,7 @@ from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_cuda_matmul import lower_matmul_cuda
 from medmoe_edge.export.ort_cuda_moe import lower_moe_cuda
 from medmoe_edge.export.stored import specification
+from medmoe_edge.export.stored_matrix import Array, lazy_tensor
 from medmoe_edge.export.tensorrt_moe import lower_moe_to_plugin
 
 Progress = Callable[[str, int, int], None]
@@ -61,6 +64,7 @@ def lower(model: ir.Model, config: ModelConfig, target: Target) -> tuple[ir.Mode
     else:
         if spec and target.name == "tensorrt":
             lower_moe_to_plugin(model, spec, HALVES[target.dtype])
+        widen_int2(model)
         inline(model)
         _fix_capacity(model.graph, target.capacity)
     to_half_graph(model, HALVES[target.dtype], _exact(model))
@@ -90,6 +94,24 @@ def inline(model: ir.Model) -> tuple[ir.Model, bool]:
     InlinePass()(model)
     NameFixPass()(model)
     return model, modified
+
+
+def widen_int2(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Store 2-bit integers in 4 bits, lazily: TensorRT reads none; returns `(model, modified)`."""
+    graph = model.graph
+    narrow = [value for value in graph.initializers.values() if value.dtype == ir.DataType.INT2]
+    for value in narrow:
+        source, name = tensor_of(value), str(value.name)
+        shape = list(source.shape.numpy())
+        wide = initializer(lazy_tensor(name, partial(_as_int4, source), ir.DataType.INT4, shape))
+        del graph.initializers[name]
+        graph.register_initializer(wide)
+        value.replace_all_uses_with(wide)
+    return model, bool(narrow)
+
+
+def _as_int4(source: ir.TensorProtocol) -> Array:
+    return source.numpy().astype(np.int8).astype(ml_dtypes.int4)
 
 
 def _fix_capacity(graph: ir.Graph, capacity: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle import MANIFEST, Bundle, write_derived_manifest
-from medmoe_edge.bundle_target import DEFAULT, DType, Target, TargetName
+from medmoe_edge.bundle_target import DType, Target, TargetName
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError
 from medmoe_edge.export.external_data import Extents
@@ -37,14 +37,10 @@ def plan_target(
 ) -> Target:
     """The target in full: engines are for one `gpu`, their cache is of `capacity` positions.
 
-    Raises `InputError` for what does not go together and `MissingDependencyError` where the
-    library that builds engines is not installed.
+    Raises `BundleError` for a bundle that is a target's already, `InputError` for what does not go
+    together and `MissingDependencyError` where the library that builds engines is not installed.
     """
-    if bundle.target.name != DEFAULT:
-        raise InputError(
-            f"{bundle.folder} is made for {bundle.target}.",
-            "Give the portable bundle that it was made from, or the checkpoint.",
-        )
+    bundle.check_portable()
     if name == "onnxruntime-cuda":
         _check_cuda(gpu, capacity, dtype)
         return Target(name, dtype)

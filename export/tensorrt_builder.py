@@ -6,6 +6,7 @@ weights stay in 4 or 8 bits. The engine is written as it is made, to a file that
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from medmoe_edge.tensorrt_library import (
     reason,
 )
 
+OUT_OF_WORKSPACE = re.compile("workspace|mem budget|OutOfMemory")  # in TensorRT's messages
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 """Of each input of varying shape: the smallest, the one to be fastest at, the largest."""
@@ -162,8 +164,8 @@ class _Build:
 
     def _failure(self, memory_limit: int | None) -> ModelError | ResourceError:
         messages = "\n".join(self.log.errors)
-        if "workspace" in messages:
-            limit = f"{(memory_limit or 0) / MB:g} MB"
+        if memory_limit is not None and OUT_OF_WORKSPACE.search(messages):
+            limit = f"{memory_limit / MB:g} MB"
             return ResourceError(
                 f"{self.title} cannot build this within {limit} of intermediate results.",
                 "Allow more, or leave the limit out.",

@@ -34,6 +34,7 @@ def agree_on_targets(
     The plugin of TensorRT proper is held against it in the tests, on small shapes: on a CPU its
     kernels run in an interpreter.
     """
+    bundle.check_portable()
     candidates: dict[str, Callable[[], Opened]] = {
         "onnxruntime": partial(_portable, bundle),
         "onnxruntime-cuda": partial(_cuda, bundle),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from medmoe_edge.bundle_gates import Gates
-from medmoe_edge.bundle_target import Target
+from medmoe_edge.bundle_target import DEFAULT, Target
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError, ResourceError
 
@@ -91,6 +91,14 @@ class Bundle:
         """What its graphs or engines run on; raises `ConfigError` for one that is unknown."""
         return Target.from_json(self.manifest.get("target", {}), f"{MANIFEST} target")
 
+    def check_portable(self) -> None:
+        """Raise `BundleError` unless the bundle is for ONNX Runtime's CPU, as all others' source."""
+        if self.target.name != DEFAULT:
+            raise BundleError(
+                f"{self.folder} is made for {self.target}.",
+                "Give the portable bundle that it was made from, or the checkpoint.",
+            )
+
     def path(self, name: str) -> Path:
         """The path of one of the bundle's files."""
         if name not in self.manifest["files"]:
@@ -133,6 +141,12 @@ def write_derived_manifest(
     """
     own = {"format_version", "files", SEAL, VERIFICATION, "experts"}
     kept = {name: value for name, value in bundle.manifest.items() if name not in own}
+    stored = bundle.manifest["quantisation"]
+    kept["quantisation"] = {
+        **stored,
+        "decoder": f"{stored['precision']} weights of the portable bundle, {target.dtype} activations",
+        "vision": target.dtype,
+    }
     source = {**bundle.manifest["source"], "bundle_sha256": bundle.sha256}
     places = {} if experts is None else {"experts": experts}
     write_manifest(folder, {**kept, **places, "source": source, "target": target.to_json()})

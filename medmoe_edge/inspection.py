@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from medmoe_edge.bundle_target import Target
 from medmoe_edge.checkpoint_keys import Shape, decoder_parameters, expected_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError, MissingDependencyError
@@ -20,8 +21,8 @@ class Inspection:
     tower needs torch, which is not installed); `parameters_language` the decoder without tower
     and projector, and `parameters_activated` what of it runs for one token: the router, the
     top-k experts and the meta expert, but not the other experts. `tensors` counts the official
-    layout's tensors, `types` them by number type; `bytes` are those of all files. `verification`
-    is a bundle's proof of fidelity: "passed", "failed" or "not measured".
+    layout's tensors, `types` them by number type; `bytes` are those of all files. `target` is what
+    a bundle runs on, `verification` its proof of fidelity: "passed", "failed" or "not measured".
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -36,6 +37,7 @@ class Inspection:
     tensors: int | None = None
     types: dict[str, int] | None = None
     shared_router: bool | None = None
+    target: Target | None = None
     quantisation: Any = None
     source: Any = None
     licence: Any = None
@@ -44,6 +46,7 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["target"] = self.target.to_json() if self.target else None
         layers = {str(layer): experts for layer, experts in self.experts_per_layer.items()}
         return {**values, "config": self.config.to_json(), "experts_per_layer": layers}
 
@@ -107,6 +110,7 @@ def _inspect_bundle(path: Path) -> Inspection:
         files=files,
         bytes=sum(files.values()),
         parameters_total=total,
+        target=bundle.target,
         quantisation=manifest.get("quantisation"),
         source=manifest.get("source"),
         licence=manifest.get("licence"),

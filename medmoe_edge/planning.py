@@ -14,6 +14,7 @@ from medmoe_edge.checkpoint_keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.devices import DEVICES, Device
 from medmoe_edge.errors import InputError, ResourceError
+from medmoe_edge.export.build_memory import build_memory
 from medmoe_edge.planning_costs import (
     Precision,
     bits_per_weight,
@@ -258,9 +259,9 @@ def _memory(config: ModelConfig, device: Device, weights: int) -> int:
 
 
 def _build_memory(config: ModelConfig, device: Device, weights: int) -> int:
-    """Peak bytes of the export, which streams, or the most that an engine's build may take."""
+    """Peak bytes of the export, which streams, or of an engine's build."""
     if device.kind != "cpu":
-        return weights * 3 // 2 + 10**9  # the bound that builds are held to
+        return build_memory(weights)
     largest = max(rows[0] * rows[-1] for rows in decoder_parameters(config).values())
     return EXPORT_BYTES + 4 * largest
 

@@ -108,6 +108,7 @@ def show_inspection(inspection: "Inspection") -> None:
     total = inspection.parameters_total
     rows: list[tuple[str, object]] = [
         ("kind", inspection.kind),
+        *([("target", inspection.target)] if inspection.target else []),
         ("size", f"{megabytes(inspection.bytes)} in {len(inspection.files)} files"),
         ("parameters", "unknown without torch" if total is None else f"{total:,}"),
         ("  of the language part", f"{inspection.parameters_language:,}"),

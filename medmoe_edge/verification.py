@@ -11,7 +11,13 @@ from typing import Any
 from medmoe_edge.bundle import Bundle, write_verification
 from medmoe_edge.bundle_weights import sweep_weights
 from medmoe_edge.datasets import Example
-from medmoe_edge.errors import DataError, MissingDependencyError, ModelError, VerificationError
+from medmoe_edge.errors import (
+    BundleError,
+    DataError,
+    MissingDependencyError,
+    ModelError,
+    VerificationError,
+)
 from medmoe_edge.fidelity import Fidelity, Recording, compare, record
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
@@ -120,6 +126,11 @@ def verify(
     report = progress or (lambda step, done, total: None)
     report("hashes", 0, 1)
     bundle = Bundle.open(folder)
+    if bundle.target.is_engine:
+        raise BundleError(
+            f"{folder} is whole, and no more can be told: it holds engines for {bundle.target}.",
+            "Verify the portable bundle that it was made from, whose weights they hold.",
+        )
     if checkpoint is None or data is None:
         return Verification(bundle, _faults(bundle, report), bundle.verification)
     gates, data_sha256 = bundle.gates, data.sha256()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
+from medmoe_edge.bundle_target import Target
 from medmoe_edge.checkpoint_keys import expected_parameters
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.inspection import activated_parameters, inspect_model
@@ -73,7 +74,7 @@ def test_a_bundle_is_described_by_its_manifest(
         "licence": "Apache-2.0",
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    bundle = SimpleNamespace(manifest=manifest, proof="not measured")
+    bundle = SimpleNamespace(manifest=manifest, proof="not measured", target=Target())
     opened = SimpleNamespace(open=lambda path, verify: bundle)
     monkeypatch.setitem(sys.modules, "medmoe_edge.bundle", SimpleNamespace(Bundle=opened))
     inspection = inspect_model(tmp_path)

@@ -20,7 +20,7 @@ from medmoe_edge.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle_target import Target
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine import load
-from medmoe_edge.errors import ConfigError, InputError, ModelError, ResourceError
+from medmoe_edge.errors import BundleError, ConfigError, InputError, ModelError, ResourceError
 from medmoe_edge.export import targets
 from medmoe_edge.export.build import export_bundle
 from medmoe_edge.export.stored import specification
@@ -28,6 +28,7 @@ from medmoe_edge.export.target_graphs import decoder_graph, inline
 from medmoe_edge.export.targets import export_target, plan_target
 from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort import OrtRuntime
+from medmoe_edge.verification import verify
 
 Make = Callable[..., Path]
 ROOT = Path(__file__).parents[1]
@@ -99,10 +100,12 @@ def test_it_carries_what_the_portable_bundle_knows(tiny_bundle: Make, cuda_bundl
     source = cuda_bundle.manifest["source"]
     assert source["bundle_sha256"] == portable.sha256
     assert source["checkpoint_sha256"] == portable.manifest["source"]["checkpoint_sha256"]
-    assert cuda_bundle.manifest["quantisation"] == portable.manifest["quantisation"]
+    stored = cuda_bundle.manifest["quantisation"]
+    assert stored["matrices"] == portable.manifest["quantisation"]["matrices"]
+    assert stored["decoder"] == "int8 weights of the portable bundle, fp16 activations"
     for name in ("tokenizer.json", "embedding.npy"):
         assert cuda_bundle.path(name).read_bytes() == portable.path(name).read_bytes()
-    with pytest.raises(InputError, match="is made for onnxruntime-cuda"):
+    with pytest.raises(BundleError, match="is made for onnxruntime-cuda"):
         plan_target(cuda_bundle, "onnxruntime-cuda")
 
 
@@ -206,6 +209,8 @@ def test_nanos_engines_are_built_and_keep_its_bits(
     weights = bundle.path("decoder.data").stat().st_size
     assert weights < built["decoder"].bytes < weights + KERNELS
     assert not any(engine.cached for engine in built.values())
+    with pytest.raises(BundleError, match="is whole, and no more can be told"):
+        verify(found.folder)
     with pytest.raises(ModelError, match="holds engines for a GPU"):
         load(found.folder, device="cpu")
     with pytest.raises(ResourceError):  # no GPU here; on one, the runtime's own tests run it
