@@ -47,6 +47,23 @@ class Builder:
         return self._tape.op("Constant", [], {"value": ir.tensor(np.asarray(value, dtype))})
 
 
+def replace_node(node: ir.Node, build: Builder, new: ir.Value) -> None:
+    """Put what was built, whose result is `new`, in the place of a node with one output."""
+    old, graph = node.outputs[0], node.graph
+    assert graph is not None
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    graph.insert_before(node, build.nodes)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def drop_function(model: ir.Model, name: str) -> None:
+    """Forget an op of ours that no node uses any more, and our domain with the last of them."""
+    del model.functions[(MEDMOE, name, "")]
+    if not any(node.domain == MEDMOE for node in model.graph):
+        del model.graph.opset_imports[MEDMOE]
+
+
 def initializer(tensor: ir.TensorProtocol) -> ir.Value:
     """A stored tensor as a value of the same name."""
     return ir.Value(

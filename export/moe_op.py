@@ -24,14 +24,14 @@ one stacked tensor, so that each expert's bytes lie together in the file and pag
 Source: Med-MoE, arXiv 2404.10237, and its official code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import onnx_ir as ir
 
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.export.builder import MEDMOE, OPSET, Builder
+from medmoe_edge.export.builder import MEDMOE, OPSET, Builder, drop_function, replace_node
 
 EXPERT_WEIGHTS = {
     "swiglu": ("gate.weight", "up.weight", "down.weight"),
@@ -108,6 +108,23 @@ def moe_function(spec: MoESpec) -> ir.Function:
     kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
     declared = [ir.Attr(name, kinds[type(value)], None) for name, value in spec.attributes.items()]
     return ir.Function(MEDMOE, "MoE", graph=graph, attributes=declared)
+
+
+def replace_moe(
+    model: ir.Model, spec: MoESpec, lower: Callable[[Builder, ir.Value, Weights], ir.Value]
+) -> bool:
+    """Put what `lower` makes of x and the weights in the place of every node; drop the function."""
+    nodes = [node for node in model.graph if node.domain == MEDMOE and node.op_type == "MoE"]
+    for node in nodes:
+        x, *given = node.inputs
+        assert x is not None
+        named = zip(spec.weight_names, given, strict=True)
+        weights = {name: value for name, value in named if value is not None}
+        build = Builder()
+        replace_node(node, build, lower(build, x, weights))
+    if nodes:
+        drop_function(model, "MoE")
+    return bool(nodes)
 
 
 def route(

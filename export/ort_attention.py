@@ -7,7 +7,7 @@ as `present_*`: the cache is then written in place.
 
 import onnx_ir as ir
 
-from medmoe_edge.export.builder import CONTRIB, MEDMOE, Builder
+from medmoe_edge.export.builder import CONTRIB, MEDMOE, Builder, drop_function
 
 ORT_OPSET = 21  # what is left needs no later one, and more releases of ONNX Runtime read it
 
@@ -27,7 +27,7 @@ def lower_attention(model: ir.Model) -> tuple[ir.Model, bool]:
     places = [value.name for value in graph.inputs]
     at = places.index("start")
     graph.inputs[at : at + 1] = lengths
-    del model.functions[(MEDMOE, "Attention", "")]
+    drop_function(model, "Attention")
     graph.opset_imports[CONTRIB] = 1
     graph.opset_imports[""] = ORT_OPSET
     return model, True

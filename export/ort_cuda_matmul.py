@@ -13,7 +13,7 @@ Known from ONNX Runtime's source and its CPU provider; what runs on CUDA is in t
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from medmoe_edge.export.builder import CONTRIB, Builder, initializer
+from medmoe_edge.export.builder import CONTRIB, Builder, initializer, replace_node
 from medmoe_edge.export.stored_matrix import StoredMatrix, lazy_tensor
 
 BLOCKS = (128, 64, 32, 16)
@@ -30,12 +30,8 @@ def lower_matmul_cuda(model: ir.Model) -> tuple[ir.Model, bool]:
         and (block := matrix.group or _block(matrix.width)) is not None
     ]
     for node, matrix, block in pairs:
-        build, old = Builder(), node.outputs[0]
-        new = _product(build, model.graph, node.inputs[0], matrix, block)
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        model.graph.insert_before(node, build.nodes)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        build = Builder()
+        replace_node(node, build, _product(build, model.graph, node.inputs[0], matrix, block))
         model.graph.opset_imports[CONTRIB] = 1
     if pairs:
         RemoveUnusedNodesPass()(model)

@@ -32,8 +32,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.export.builder import CONTRIB, MEDMOE, Builder, tensor_of
-from medmoe_edge.export.moe_op import MoESpec, Weights, add_meta, route
+from medmoe_edge.export.builder import CONTRIB, Builder, tensor_of
+from medmoe_edge.export.moe_op import MoESpec, Weights, add_meta, replace_moe, route
 from medmoe_edge.export.ort_cuda_matmul import LEAST_BITS, as_float, register
 from medmoe_edge.export.stored_matrix import Array, StoredMatrix, lazy_tensor
 
@@ -61,30 +61,18 @@ def lower_moe_cuda(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
     Raises `CheckpointError` for quantised experts whose sizes CUDA's kernel cannot take.
     """
     graph = model.graph
-    nodes = [node for node in graph if node.domain == MEDMOE and node.op_type == "MoE"]
-    for node in nodes:
-        build = Builder()
-        old, new = node.outputs[0], _layer(build, graph, node, spec)
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        graph.insert_before(node, build.nodes)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-    if nodes:
-        del model.functions[(MEDMOE, "MoE", "")]
-        del graph.opset_imports[MEDMOE]
+    modified = replace_moe(
+        model, spec, lambda build, x, weights: _layer(build, graph, x, weights, spec)
+    )
+    if modified:
         graph.opset_imports[CONTRIB] = 1
         RemoveUnusedNodesPass()(model)
-    return model, bool(nodes)
+    return model, modified
 
 
-def _layer(build: Builder, graph: ir.Graph, node: ir.Node, spec: MoESpec) -> ir.Value:
-    x = node.inputs[0]
-    assert x is not None
-    weights = {
-        name: value
-        for name, value in zip(spec.weight_names, node.inputs[1:], strict=True)
-        if value is not None
-    }
+def _layer(
+    build: Builder, graph: ir.Graph, x: ir.Value, weights: Weights, spec: MoESpec
+) -> ir.Value:
     gates, chosen, probabilities = route(build, x, weights, spec.top_k)
     nothing = build.op("ConstantOfShape", build.op("Shape", probabilities))
     spread = build.op("ScatterElements", nothing, chosen, gates, axis=-1)  # [B, S, E]

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from medmoe_edge.export.builder import CONTRIB, Builder, initializer
+from medmoe_edge.export.builder import CONTRIB, Builder, initializer, replace_node
 from medmoe_edge.export.stored_matrix import StoredMatrix, lazy_tensor
 
 
@@ -39,11 +39,7 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
             scaled, peak = peaks[graph, x]
             y = build.op("DynamicQuantizeMatMul", scaled, *dequantise.inputs, domain=CONTRIB)
             new = build.op("Mul", y, peak)
-        old = node.outputs[0]
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        graph.insert_before(node, build.nodes)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        replace_node(node, build, new)
         model.graph.opset_imports[CONTRIB] = 1
     if pairs:
         RemoveUnusedNodesPass()(model)

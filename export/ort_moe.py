@@ -7,35 +7,21 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
-from medmoe_edge.export.builder import MEDMOE, Builder
-from medmoe_edge.export.moe_op import MoESpec, Weights, add_meta, feed_forward, route
+from medmoe_edge.export.builder import Builder
+from medmoe_edge.export.moe_op import MoESpec, Weights, add_meta, feed_forward, replace_moe, route
 
 
 def lower_moe(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
     """Replace every `medmoe::MoE` node and drop the function; returns `(model, modified)`."""
-    nodes = [node for node in model.graph if node.domain == MEDMOE and node.op_type == "MoE"]
-    for node in nodes:
-        build = Builder()
-        old, new = node.outputs[0], _routed_experts(build, node, spec)
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        model.graph.insert_before(node, build.nodes)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
-    if nodes:
-        del model.functions[(MEDMOE, "MoE", "")]
-        del model.graph.opset_imports[MEDMOE]
+    modified = replace_moe(
+        model, spec, lambda build, x, weights: _routed_experts(build, x, weights, spec)
+    )
+    if modified:
         NameFixPass()(model)  # branches and the graph around them share one name space
-    return model, bool(nodes)
+    return model, modified
 
 
-def _routed_experts(build: Builder, node: ir.Node, spec: MoESpec) -> ir.Value:
-    x = node.inputs[0]
-    assert x is not None
-    weights = {
-        name: value
-        for name, value in zip(spec.weight_names, node.inputs[1:], strict=True)
-        if value is not None
-    }
+def _routed_experts(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
     gates, chosen, _ = route(build, x, weights, spec.top_k)
     per_token = build.constant([-1, spec.top_k])
     gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]

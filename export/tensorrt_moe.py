@@ -15,7 +15,7 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from medmoe_edge.errors import ConfigError
 from medmoe_edge.export.builder import MEDMOE, Builder, initializer
-from medmoe_edge.export.moe_op import MoESpec, Weights, affine, route
+from medmoe_edge.export.moe_op import MoESpec, Weights, affine, replace_moe, route
 from medmoe_edge.export.plugin.variant import OPS, PARTS, TILES, Kernel, namespace
 from medmoe_edge.export.stored_matrix import StoredMatrix, lazy_tensor
 
@@ -30,36 +30,31 @@ def lower_moe_to_plugin(
     `half` is FLOAT16 or BFLOAT16. Raises `ConfigError` where an expert's matrices are not stored in
     a format that the plugin has kernels for.
     """
-    nodes = [node for node in model.graph if node.domain == MEDMOE and node.op_type == "MoE"]
-    for node in nodes:
-        build = Builder()
-        old, new = node.outputs[0], _Lowering(model, build, node, spec, half).y()
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        model.graph.insert_before(node, build.nodes)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
-    if nodes:
-        del model.functions[(MEDMOE, "MoE", "")]
+    modified = replace_moe(
+        model,
+        spec,
+        lambda build, x, weights: _Lowering(model, build, x, weights, spec, half).y(),
+    )
+    if modified:
         RemoveUnusedNodesPass()(model)
         NameFixPass()(model)
-    return model, bool(nodes)
+    return model, modified
 
 
 class _Lowering:
     """One node on its way; T tokens take S slots each, E experts count the meta expert."""
 
     def __init__(
-        self, model: ir.Model, build: Builder, node: ir.Node, spec: MoESpec, half: ir.DataType
+        self,
+        model: ir.Model,
+        build: Builder,
+        x: ir.Value,
+        weights: Weights,
+        spec: MoESpec,
+        half: ir.DataType,
     ) -> None:
-        self.model, self.build, self.spec, self.half = model, build, spec, half
-        self.weights: Weights = {
-            name: value
-            for name, value in zip(spec.weight_names, node.inputs[1:], strict=True)
-            if value is not None
-        }
-        x = node.inputs[0]
-        assert x is not None
-        self.x = x
+        self.model, self.build, self.x, self.weights = model, build, x, weights
+        self.spec, self.half = spec, half
         self.experts = spec.num_experts + spec.meta_expert
         self.slots = spec.top_k + spec.meta_expert
 

@@ -44,10 +44,22 @@ def feed_forward(
     return parts.view(*chosen.shape, -1).sum(1, dtype=torch.float32).to(x.dtype)
 
 
+def linear(x: Tensor, parts: Expert) -> Tensor:
+    """`[T, K]` times one stored matrix, plus the bias where there is one: an expert of all slots.
+
+    x and the result `[T, N]` are fp16 or bf16; `parts` are the matrix, its scale and maybe a bias.
+    Raises `ConfigError` for groups that there is no kernel for.
+    """
+    slots = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
+    gates = torch.ones(len(x), device=x.device)
+    return routed_output(x, slots[:-1], gates, slots[:: len(x)].contiguous(), [parts])
+
+
 def group_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """`order` and `offsets` of the slots `[T, S]`."""
     slots = chosen.flatten()
-    counts = torch.bincount(slots, minlength=experts)
+    each = torch.arange(experts, device=slots.device)
+    counts = (slots[:, None] == each).sum(0)  # bincount would wait for the device
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return torch.argsort(slots, stable=True).int(), offsets.int()
 
