@@ -44,8 +44,8 @@ def load(
 ) -> "Engine":
     """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
 
-    `auto` runs a bundle on what it was made for and a checkpoint on torch; `device` "cpu" or "cuda"
-    chooses where ONNX Runtime or torch computes. A device that a bundle was made for and that is
+    `auto` runs a bundle on what it was made for and a checkpoint on torch, which runs portable
+    bundles too; `device` "cpu" or "cuda" chooses where ONNX Runtime or torch computes. A device that a bundle was made for and that is
     not there is an error, never a silent fall back; asking for the CPU is how to allow one. A
     bundle whose verification failed is loaded with a warning. Raises `ModelError` and
     `ResourceError`.
@@ -53,11 +53,6 @@ def load(
     model = os.fspath(model)
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
     is_bundle = (folder / MANIFEST).exists()
-    if is_bundle and runtime == "torch":
-        raise ModelError(
-            f"{folder.name} is a bundle; torch runs checkpoints.",
-            "Give the checkpoint's folder, or use the runtime onnxruntime.",
-        )
     if is_bundle or runtime in ("onnxruntime", "tensorrt"):
         return _load_bundle(Bundle.open(folder), runtime, device)
     return _load_checkpoint(folder, device)
@@ -80,6 +75,8 @@ def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device) -> Runtime
             f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
             "Leave --runtime out, or export the model for it: medmoe-edge export --help",
         )
+    if runtime == "torch":
+        return _torch_runtime(bundle, device)
     if not bundle.target.is_engine:
         from medmoe_edge.runtimes.ort import OrtRuntime
 
@@ -92,6 +89,14 @@ def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device) -> Runtime
     from medmoe_edge.runtimes.tensorrt_runtime import TensorRTRuntime
 
     return TensorRTRuntime(bundle)
+
+
+def _torch_runtime(bundle: Bundle, device: Device) -> Runtime:
+    try:
+        from medmoe_edge.runtimes.torch_bundle import TorchBundleRuntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "export") from error
+    return TorchBundleRuntime(bundle, "cuda" if device == "cuda" else "cpu")
 
 
 def _load_checkpoint(folder: Path, device: Device) -> "Engine":

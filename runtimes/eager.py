@@ -79,7 +79,7 @@ class EagerRuntime:
     @property
     def _weight(self) -> torch.Tensor:
         """One that has the device and type of all that is computed."""
-        return self.model.decoder.embed.weight
+        return self.model.decoder.norm.weight
 
     def _tensor(self, array: Floats) -> torch.Tensor:
         return torch.from_numpy(array).to(self._weight)

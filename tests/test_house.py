@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tensorrt": {"bundle"},
     "export": {"atomic", "bundle", "calibration", "checkpoint", "models", "prompt", "tensorrt"},
     "inspection": {"bundle", "checkpoint"},
-    "runtimes": {"bundle", "calibration", "checkpoint", "models", "tensorrt"},
+    "runtimes": {"bundle", "calibration", "checkpoint", "export", "models", "tensorrt"},
     "devices": set(),
     "doctor": {"devices"},
     "planning": {

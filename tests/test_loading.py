@@ -32,12 +32,11 @@ def test_a_wrong_model_names_the_right_ones(tmp_path: Path, runtime: RuntimeName
 
 
 def test_a_runtime_runs_what_is_made_for_it(tiny_bundle: Make, tiny_checkpoint: Make) -> None:
-    with pytest.raises(ModelError, match="is a bundle; torch runs checkpoints"):
-        load(tiny_bundle(), runtime="torch")
     with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
         load(tiny_checkpoint(), runtime="onnxruntime")
     assert load(tiny_bundle(), runtime="onnxruntime").runtime.name == "onnxruntime"
     assert load(tiny_checkpoint(), runtime="torch").runtime.name == "torch"
+    assert load(tiny_bundle(), runtime="torch").runtime.name == "torch"
 
 
 def test_a_checkpoint_without_its_tokenizer_is_told(tiny_checkpoint: Make, tmp_path: Path) -> None:
