@@ -61,13 +61,8 @@ def tokenise(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[TokenSeq
     The end token is left out: it is predicted, never read. Raises `CheckpointError` where the
     checkpoint has no tokenizer.
     """
-    if checkpoint.tokenizer_file is None:
-        raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer.json.",
-            "Save the model's fast tokenizer there (tokenizer.save_pretrained).",
-        )
     config = checkpoint.config
-    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file)
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
     tokenizer.check_vocabulary(config.decoder.vocab_size)
     before = tokenizer.prefix_ids()
     room = config.decoder.max_positions - config.vision.image_tokens - len(before)

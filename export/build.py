@@ -22,7 +22,6 @@ from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_matmul import lower_matmul
 from medmoe_edge.export.ort_moe import lower_moe
-from medmoe_edge.export.ort_paged import write_paged_graphs
 from medmoe_edge.export.plan import Method, Plan, Precision, check_precision, make_plan
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.vision import export_vision
@@ -80,11 +79,10 @@ def export_bundle(
         report(STEPS[2], 0, 1)
         plan = make_plan(source, precision, method, statistics, budget_bits)
         experts = _write_decoder(source, folder, plan, partial(report, STEPS[2]))
-        paging = write_paged_graphs(folder, source.config, experts) if source.config.moe else None
         report(STEPS[3], 0, 1)
         _copy_companions(source, folder)
         write_manifest(
-            folder, _manifest(source, plan, experts, paging, name or source.folder.resolve().name)
+            folder, _manifest(source, plan, experts, name or source.folder.resolve().name)
         )
         if prove is not None:
             prove(folder)
@@ -102,12 +100,7 @@ def check_exportable(
     """
     decoder = source.config.decoder
     check_precision(source, precision, budget_bits, calibrated=calibrated)
-    if source.tokenizer_file is None:
-        raise CheckpointError(
-            f"{source.folder} has no tokenizer.json.",
-            "Save the model's fast tokenizer there (tokenizer.save_pretrained).",
-        )
-    Tokenizer.from_file(source.tokenizer_file).check_vocabulary(decoder.vocab_size)
+    Tokenizer.from_file(source.tokenizer_path()).check_vocabulary(decoder.vocab_size)
     if decoder.head_size % 16 or decoder.rotary_size % 16:
         raise CheckpointError(
             f"Heads of {decoder.head_size} channels, {decoder.rotary_size} of them rotating, "
@@ -147,16 +140,13 @@ def _write_decoder(
 
 
 def _copy_companions(source: Checkpoint, folder: Path) -> None:
-    assert source.tokenizer_file is not None
-    shutil.copyfile(source.tokenizer_file, folder / "tokenizer.json")
+    shutil.copyfile(source.tokenizer_path(), folder / "tokenizer.json")
     card = source.folder / MODEL_CARD
     if card.is_file():
         shutil.copyfile(card, folder / MODEL_CARD)
 
 
-def _manifest(
-    source: Checkpoint, plan: Plan, experts: Extents, paging: dict[str, Any] | None, name: str
-) -> dict[str, Any]:
+def _manifest(source: Checkpoint, plan: Plan, experts: Extents, name: str) -> dict[str, Any]:
     statistics = plan.statistics
     return {
         "name": name,
@@ -170,7 +160,6 @@ def _manifest(
         "gates": DEFAULT_GATES[plan.precision].to_json(),
         "calibration": statistics.summary() if statistics else None,
         "experts": experts,
-        "paging": paging,
         "source": {"checkpoint_sha256": source.sha256(), "exporter": f"medmoe-edge {__version__}"},
         "licence": _licence(source.folder / MODEL_CARD),
         "intended_use": NOTICE,

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from medmoe_edge.calibration.states import check_finite
 from medmoe_edge.checkpoint import Checkpoint
-from medmoe_edge.errors import CheckpointError
 
 Floats = npt.NDArray[np.float32]
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time
@@ -81,12 +81,8 @@ class WeightSource:
             yield self._finished(name, self.checkpoint.rows(name, block.start, block.stop), block)
 
     def _finished(self, name: str, tensor: torch.Tensor, block: slice) -> Floats:
-        array = tensor.to(torch.float32, copy=True).numpy()
-        if not np.isfinite(array).all():
-            raise CheckpointError(
-                f"The tensor {name} holds values that are infinite or no numbers.",
-                "Its training diverged: use an earlier checkpoint.",
-            )
+        check_finite(tensor, name)
+        array: Floats = tensor.to(torch.float32, copy=True).numpy()
         factors = self.factors.get(name, Factors())
         if factors.rows is not None:
             array *= factors.rows[block].reshape(-1, *[1] * (array.ndim - 1))

@@ -46,6 +46,15 @@ class Checkpoint:
     names: Mapping[str, StoredTensor]
     twins: Mapping[str, StoredTensor]
 
+    def tokenizer_path(self) -> Path:
+        """Where its tokenizer is; raises `CheckpointError` where it has none."""
+        if self.tokenizer_file is None:
+            raise CheckpointError(
+                f"{self.folder} has no tokenizer.json.",
+                "Save the model's fast tokenizer there (tokenizer.save_pretrained).",
+            )
+        return self.tokenizer_file
+
     def tensor(self, name: str) -> torch.Tensor:
         """One parameter as stored; a router that all layers share is the same tensor for all."""
         if is_router(name) and self.shared_router:

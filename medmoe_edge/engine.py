@@ -45,10 +45,10 @@ def load(
     """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
 
     `auto` runs a bundle on what it was made for and a checkpoint on torch, which runs portable
-    bundles too; `device` "cpu" or "cuda" chooses where ONNX Runtime or torch computes. A device that a bundle was made for and that is
-    not there is an error, never a silent fall back; asking for the CPU is how to allow one. A
-    bundle whose verification failed is loaded with a warning. Raises `ModelError` and
-    `ResourceError`.
+    bundles too; `device` "cpu" or "cuda" chooses where ONNX Runtime or torch computes. A device
+    that a bundle was made for and that is not there is an error, never a silent fall back; asking
+    for the CPU is how to allow one. A bundle whose verification failed is loaded with a warning.
+    Raises `ModelError` and `ResourceError`.
     """
     model = os.fspath(model)
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
@@ -111,11 +111,7 @@ def _load_checkpoint(folder: Path, device: Device) -> "Engine":
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
     checkpoint = read_checkpoint(folder)
-    if checkpoint.tokenizer_file is None:
-        raise ModelError(
-            f"{folder} has no tokenizer.json.", "Copy the model's fast tokenizer there."
-        )
-    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file)
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
     runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
     return Engine(runtime, tokenizer, folder.resolve().name, checkpoint.sha256())
 
