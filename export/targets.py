@@ -41,8 +41,8 @@ def plan_target(
     together and `MissingDependencyError` where the library that builds engines is not installed.
     """
     bundle.check_portable()
-    if name == "onnxruntime-cuda":
-        _check_cuda(gpu, capacity, dtype)
+    found = check_request(name, gpu=gpu, dtype=dtype, capacity=capacity)
+    if found is None:
         return Target(name, dtype)
     most = bundle.config.decoder.max_positions
     positions = min(POSITIONS, most) if capacity is None else capacity
@@ -51,12 +51,24 @@ def plan_target(
             f"A cache of {positions} positions does not fit this model.",
             f"Its image takes {bundle.config.vision.image_tokens}, and it knows {most}.",
         )
+    return Target(name, dtype, *found, positions, positions)
+
+
+def check_request(
+    name: TargetName, *, gpu: str | None, dtype: DType, capacity: int | None
+) -> tuple[str, str] | None:
+    """What can be refused before any work: see `plan_target`.
+
+    Returns what an engine is bound to, the GPU's compute capability and the library's version;
+    None for a target that has no engines.
+    """
+    if name == "onnxruntime-cuda":
+        _check_cuda(gpu, capacity, dtype)
+        return None
     if gpu is None:
         raise InputError(f"{name} builds for one GPU.", "Add --gpu, for example: --gpu sm89")
     library: Library = "tensorrt-rtx" if name == "tensorrt-rtx" else "tensorrt"
-    sm = find_gpu(gpu, library).sm
-    version = library_version(load_library(library))
-    return Target(name, dtype, sm, version, positions, positions)
+    return find_gpu(gpu, library).sm, library_version(load_library(library))
 
 
 def export_target(

@@ -92,7 +92,7 @@ class Bundle:
         return Target.from_json(self.manifest.get("target", {}), f"{MANIFEST} target")
 
     def check_portable(self) -> None:
-        """Raise `BundleError` unless the bundle is for ONNX Runtime's CPU, as all others' source."""
+        """Raise `BundleError` unless it is for ONNX Runtime's CPU, as all others' source is."""
         if self.target.name != DEFAULT:
             raise BundleError(
                 f"{self.folder} is made for {self.target}.",
@@ -141,12 +141,9 @@ def write_derived_manifest(
     """
     own = {"format_version", "files", SEAL, VERIFICATION, "experts"}
     kept = {name: value for name, value in bundle.manifest.items() if name not in own}
-    stored = bundle.manifest["quantisation"]
-    kept["quantisation"] = {
-        **stored,
-        "decoder": f"{stored['precision']} weights of the portable bundle, {target.dtype} activations",
-        "vision": target.dtype,
-    }
+    stored, dtype = bundle.manifest["quantisation"], target.dtype
+    decoder = f"{stored['precision']} weights of the portable bundle, {dtype} activations"
+    kept["quantisation"] = {**stored, "decoder": decoder, "vision": dtype}
     source = {**bundle.manifest["source"], "bundle_sha256": bundle.sha256}
     places = {} if experts is None else {"experts": experts}
     write_manifest(folder, {**kept, **places, "source": source, "target": target.to_json()})

@@ -150,10 +150,10 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
             "--targets holds a bundle's targets against each other.",
             "Leave --against, --beside and --report out.",
         )
-    with needs("export"):
-        from medmoe_edge import pipeline
+    with needs("rtx"):
+        from medmoe_edge.pipeline_targets import agree
     with render.working("Reading") as progress:
-        found = pipeline.agree(bundle_path(bundle), data, progress=progress)
+        found = agree(bundle_path(bundle), data, progress=progress)
     if as_json:
         render.as_json({"bundle": bundle, "targets": [target.to_json() for target in found]})
     else:

@@ -6,29 +6,25 @@ Each begins with what can be refused at once, for the work may take an hour.
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image as Picture
-
 from medmoe_edge import verification
-from medmoe_edge.agreement import Agreement
-from medmoe_edge.agreement_targets import agree_on_targets
 from medmoe_edge.atomic import check_target
 from medmoe_edge.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
-from medmoe_edge.calibration.data import CalibrationData, Sample, read_calibration
+from medmoe_edge.calibration.data import CalibrationData, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.calibration.tensor_file import writing
 from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
-from medmoe_edge.datasets import Example
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.export.build import check_exportable, export_bundle
 from medmoe_edge.export.plan import Method, Precision
+from medmoe_edge.pipeline_examples import as_examples
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import OrtRuntime
 from medmoe_edge.verification import Data, Verification
@@ -173,41 +169,6 @@ def verify(
             beside=others,
             vision_tower=vision_tower,
             progress=progress,
-        )
-
-
-def agree(bundle: Path, source: str, *, progress: Progress | None = None) -> list[Agreement]:
-    """Hold every target's form of a portable bundle against its specification; see `agreement`.
-
-    `source` names questions as for `verify`. Raises `ModelError` for a bundle of another target.
-    """
-    model = Bundle.open(bundle)
-    names = model.config.moe.expert_names if model.config.moe else ()
-    data = read_calibration(source, known_modalities=names)
-    with tempfile.TemporaryDirectory() as folder:
-        examples = list(as_examples(data.draw(len(data.samples)), Path(folder)))
-        return agree_on_targets(model, examples, progress=progress)
-
-
-def as_examples(samples: Iterable[Sample], folder: Path) -> Iterator[Example]:
-    """Samples as the questions that verification reads; parts of files are written to `folder`."""
-    cut: dict[object, Path] = {}
-    for sample in samples:
-        image = sample.image
-        if sample.frame is not None or sample.field is not None:
-            image = cut.setdefault(sample.picture, folder / f"{len(cut)}.png")
-            if not image.exists():
-                Picture.fromarray(sample.load().pixels).save(image)
-        yield Example(
-            id=sample.id,
-            image=image,
-            question=sample.question,
-            answer=sample.answer,
-            answer_type=sample.answer_type,
-            modality=sample.modality,
-            body=None,
-            content=None,
-            source="calibration",
         )
 
 

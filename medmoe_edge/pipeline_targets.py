@@ -1,4 +1,4 @@
-"""A model made ready for another target: its portable bundle first, if it is a checkpoint."""
+"""A model made ready for another target, and all targets held against each other: without torch."""
 
 import tempfile
 from collections.abc import Callable, Mapping
@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medmoe_edge.agreement import Agreement
+from medmoe_edge.agreement_targets import agree_on_targets
 from medmoe_edge.atomic import check_target
 from medmoe_edge.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle_target import DType, Target, TargetName
-from medmoe_edge.export.targets import export_target, plan_target
+from medmoe_edge.calibration.data import read_calibration
+from medmoe_edge.export.targets import check_request, export_target, plan_target
 from medmoe_edge.export.tensorrt_builder import Built
+from medmoe_edge.pipeline_examples import as_examples
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,6 +60,7 @@ def export_for(
     rest and the errors see `export.targets`.
     """
     check_target(out, force=force, marker=MANIFEST)
+    check_request(name, gpu=gpu, dtype=dtype, capacity=positions)
     with tempfile.TemporaryDirectory(
         dir=_existing(out.resolve().parent), prefix=".portable."
     ) as at:
@@ -69,6 +74,19 @@ def export_for(
             bundle, out, target, memory_limit=memory_limit, force=force, progress=progress
         )
     return TargetExport(out, target, engines)
+
+
+def agree(bundle: Path, source: str, *, progress: Progress | None = None) -> list[Agreement]:
+    """Hold every target's form of a portable bundle against its specification; see `agreement`.
+
+    `source` names questions as for `verify`. Raises `ModelError` for a bundle of another target.
+    """
+    model = Bundle.open(bundle)
+    names = model.config.moe.expert_names if model.config.moe else ()
+    data = read_calibration(source, known_modalities=names)
+    with tempfile.TemporaryDirectory() as folder:
+        examples = list(as_examples(data.draw(len(data.samples)), Path(folder)))
+        return agree_on_targets(model, examples, progress=progress)
 
 
 def _existing(folder: Path) -> Path:

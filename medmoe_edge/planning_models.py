@@ -10,6 +10,7 @@ from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import InputError, MissingDependencyError, ModelError
 from medmoe_edge.planning import Plan, make_plan, precisions
 from medmoe_edge.planning_costs import Precision
+from medmoe_edge.presets import PRESETS
 
 if TYPE_CHECKING:
     from medmoe_edge.planning_measured import Comparison
@@ -65,10 +66,6 @@ def model_config(model: str) -> tuple[str, ModelConfig]:
             bundle = Bundle.open(folder, verify=False)
             return bundle.name, bundle.config
         return folder.resolve().name, _checkpoint_config(folder)
-    try:
-        from medmoe_edge.presets import PRESETS
-    except ModuleNotFoundError as error:
-        raise _missing(error) from error
     if model not in PRESETS:
         known = ", ".join(dict.fromkeys((*EMBEDDED, *PRESETS)))
         raise ModelError(

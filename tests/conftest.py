@@ -89,7 +89,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     times those of `initialise`, so that every part of the model has a say in the logits.
     """
     from medmoe_edge.checkpoint import write_checkpoint
-    from medmoe_edge.presets import PRESETS, random_tensors
+    from medmoe_edge.presets import PRESETS
+    from medmoe_edge.presets_random import random_tensors
     from medmoe_edge.training.vocabulary import train_tokenizer
 
     root = tmp_path_factory.mktemp("checkpoints")
@@ -196,7 +197,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     calls: list[tuple[str, str]] = []
 
-    def load(model: str, *, runtime: str, device: str) -> FakeEngine:
+    def load(
+        model: str, *, runtime: str, device: str, memory_budget: str | None = None
+    ) -> FakeEngine:
         calls.append((model, runtime))
         return engine
 

@@ -323,3 +323,41 @@ def test_data(run: Run, tmp_path: Path) -> None:
     assert run("data", "slake", "slake", "out").exit_code == 2
     assert run("data", "slake", "slake", "out", "--force").exit_code == 0
     assert run("data", "slack", "slake", "new").exit_code == 2
+
+
+# --- targets ---------------------------------------------------------------------------------
+
+
+def test_a_target_is_made_from_the_embedded_bundle(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "cuda"
+    result = run("export", "nano", "--target", "onnxruntime-cuda", "-o", str(out), "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["target"]["name"] == "onnxruntime-cuda"
+    assert told["engines"] == {}
+    assert "onnxruntime-cuda fp16" in run("inspect", str(out)).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--gpu", "sm89"], "are for engines"),
+        (["--target", "tensorrt-rtx"], "builds for one GPU"),
+        (["--target", "tensorrt-rtx", "--gpu", "sm1"], "There is no GPU 'sm1'"),
+        (["--target", "onnxruntime-cuda", "--dtype", "bf16"], "computes in fp16"),
+    ],
+)
+def test_what_no_target_can_be(run: Run, tmp_path: Path, options: list[str], what: str) -> None:
+    result = run("export", "nano", *options, "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert what in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_keeps_its_precision(run: Run, tmp_path: Path) -> None:
+    from medmoe_edge.embedded import bundle_path
+
+    command = ["export", str(bundle_path("nano")), "--int4", "--target", "onnxruntime-cuda"]
+    result = run(*command, "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "it was quantised and calibrated when it was made" in result.stderr

@@ -297,3 +297,37 @@ def test_tables_leave_out_what_nobody_measured(capsys: pytest.CaptureFixture[str
     render_proof._show_modalities({"routing": None, "by_modality": {"ct": answers}})
     header = capsys.readouterr().out.splitlines()[0].split()
     assert header == ["modality", "questions", "answers", "agree", "KL,", "nats"]
+
+
+# --- verify --targets -------------------------------------------------------------------------
+
+
+def test_targets_are_held_against_each_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medmoe_edge import pipeline_targets
+    from medmoe_edge.agreement import Agreement
+    from medmoe_edge.fidelity_figures import Share
+
+    def agree(bundle: Path, source: str, **_: object) -> list[Agreement]:
+        assert (bundle.name, source) == ("nano-bundle", "builtin")
+        exact, off = (0.0, 1e-6, 1e-5), (0.0, 0.02, 0.1)
+        shares = Share.of(9, 10), Share.of(1, 100)
+        return [
+            Agreement("good", "this CPU", 10, *exact, *shares, 0.001),
+            Agreement("bad", "that CPU", 10, *off, *shares, 0.5),
+        ]
+
+    monkeypatch.setattr(pipeline_targets, "agree", agree)
+    result = run("verify", "nano", "--targets", "all-available", "--json")
+    told = json.loads(result.stdout)
+    assert [target["agrees"] for target in told["targets"]] == [True, False]
+    assert told["targets"][1]["rerouted"] == {"share": 0.01, "count": 1, "total": 100}
+    shown = run("verify", "nano", "--targets", "all-available").stdout
+    assert "9 of 10" in shown
+    assert "bad is off by more than 1%" in shown
+    assert "good is off" not in shown
+
+
+def test_targets_need_no_checkpoint(run: Run) -> None:
+    result = run("verify", "nano", "--targets", "all-available", "--against", "nano")
+    assert result.exit_code == 2
+    assert "--targets holds a bundle's targets against each other" in result.stderr

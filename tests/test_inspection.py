@@ -14,7 +14,8 @@ from medmoe_edge.bundle_target import Target
 from medmoe_edge.checkpoint_keys import expected_parameters
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.inspection import activated_parameters, inspect_model
-from medmoe_edge.presets import PRESETS, initialise
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.presets_random import initialise
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ from medmoe_edge.errors import (
 )
 from medmoe_edge.export import build
 from medmoe_edge.image import load_image
-from medmoe_edge.presets import random_tensors
+from medmoe_edge.pipeline_examples import as_examples
+from medmoe_edge.presets_random import random_tensors
 from medmoe_edge.runtimes.ort import OrtRuntime
 
 Make = Callable[..., Path]
@@ -316,7 +317,7 @@ def test_parts_of_files_become_pictures_of_their_own(tmp_path: Path) -> None:
     part = [*ask_about("b", tmp_path / "slide.png", "ct", field=(10, 0, 50, 20))][:2]
     folder = tmp_path / "cut"
     folder.mkdir()
-    examples = list(pipeline.as_examples([*whole, *part], folder))
+    examples = list(as_examples([*whole, *part], folder))
     assert [example.image for example in examples[:2]] == [tmp_path / "slide.png"] * 2
     assert examples[2].image == examples[3].image
     assert left_in(folder) == ["0.png"]

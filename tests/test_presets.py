@@ -8,7 +8,8 @@ import torch
 from medmoe_edge.checkpoint import read_checkpoint
 from medmoe_edge.checkpoint_keys import expected_parameters
 from medmoe_edge.errors import InputError
-from medmoe_edge.presets import PRESETS, WEIGHT_STD, initialise, random_tensors
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.presets_random import WEIGHT_STD, initialise, random_tensors
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-phi", "nano"])

@@ -26,6 +26,7 @@ from medmoe_edge.export.build import export_bundle
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.target_graphs import decoder_graph, inline
 from medmoe_edge.export.targets import export_target, plan_target
+from medmoe_edge.pipeline_targets import export_for
 from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort import OrtRuntime
 from medmoe_edge.verification import verify
@@ -277,3 +278,33 @@ def test_an_unknown_target_in_a_manifest_is_said(cuda_bundle: Bundle) -> None:
     manifest["target"]["name"] = "abacus"
     with pytest.raises(ConfigError, match="abacus"):
         replace(cuda_bundle, manifest=manifest).target  # noqa: B018
+
+
+def test_what_cannot_be_built_is_refused_before_the_checkpoint_is_exported(
+    tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    def portable(folder: Path) -> None:
+        raise AssertionError("hours of work")
+
+    with pytest.raises(InputError, match="does not serve orin"):
+        export_for(
+            "tensorrt-rtx", tiny_checkpoint(), tmp_path / "out", portable=portable, gpu="orin"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_becomes_a_portable_bundle_first(tiny_bundle: Make, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+
+    def portable(folder: Path) -> None:
+        shutil.copytree(tiny_bundle("int4", "tiny"), folder)
+
+    made = export_for("onnxruntime-cuda", checkpoint, tmp_path / "out", portable=portable)
+    assert Bundle.open(made.bundle).target == CUDA
+    assert made.to_json() == {
+        "bundle": str(tmp_path / "out"),
+        "target": CUDA.to_json(),
+        "engines": {},
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "out"}

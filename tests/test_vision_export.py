@@ -20,7 +20,8 @@ from medmoe_edge.export import vision
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.half import SMALL, halve_weights
 from medmoe_edge.export.vision import export_vision
-from medmoe_edge.presets import PRESETS, random_tensors
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.presets_random import random_tensors
 from medmoe_edge.runtimes.base import Floats
 from medmoe_edge.runtimes.eager import EagerRuntime
 from medmoe_edge.runtimes.ort import open_session, session_options
