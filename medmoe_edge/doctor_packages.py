@@ -30,6 +30,7 @@ EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "baselines": ("comparison with bitsandbytes", ("bitsandbytes",)),
+    "peers": ("bench --peers, llama.cpp among them", ("gguf", "llama-cpp-python")),
     "gpu": ("ONNX Runtime on NVIDIA GPUs", ("nvidia-ml-py", "onnxruntime-gpu")),
     "rtx": (
         "to build and run engines of TensorRT for RTX (workstations)",

@@ -28,7 +28,7 @@ from medmoe_edge.errors import (
 )
 
 VERBS = ["ask", "export", "calibrate", "init", "train", "data"]
-VERBS += ["eval", "verify", "ablate", "inspect"]
+VERBS += ["eval", "verify", "ablate", "bench", "inspect", "doctor", "plan"]
 
 # --- Help --------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("scan")
 def test_quiet_and_verbose_may_stand_anywhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(model: str, runtime: str, device: str) -> FakeEngine:
+    def load(model: str, runtime: str, device: str, **_: object) -> FakeEngine:
         log = logging.getLogger("medmoe_edge.engine")
         log.info("loading")
         log.warning("slow")

@@ -45,6 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtimes",
     },
     "engine": {"answer", "bundle", "checkpoint", "embedded", "image", "prompt", "runtimes"},
+    "bench": {
+        *("bundle", "checkpoint", "devices", "embedded", "engine", "export", "image", "planning"),
+        *("presets", "prompt", "runtimes"),
+    },
     "evaluate": {"datasets", "engine", "metrics"},
     "ablation": {
         *("datasets", "engine", "evaluate", "image", "metrics", "models", "prompt", "runtimes"),
@@ -59,8 +63,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("export", "runtimes", "verification"),
     },
     "render": {
-        *("ablation", "agreement", "answer", "calibration", "doctor", "evaluate", "inspection"),
-        *("pipeline", "planning", "verification"),
+        *("ablation", "agreement", "answer", "bench", "calibration", "doctor", "evaluate"),
+        *("inspection", "pipeline", "planning", "verification"),
     },
 }
 TOP = {"", "cli"}  # medmoe_edge/__init__.py and the command line, which may import everything

@@ -1,0 +1,85 @@
+"""One model measured: opened in a worker, or in several, and asked in turns."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from medmoe_edge.bench_contestants import Kind, Shape
+from medmoe_edge.bench_process import Worker
+from medmoe_edge.bench_timing import Spread
+from medmoe_edge.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds by part, and bytes.
+
+    `load` until the model could answer; `vision`, `prefill` and `decode` of the first question,
+    which together are `question`; `second`, from the next question about the same image to its
+    first token. In memory were at most `loading` bytes until then, and while it answered `peak`;
+    after that `resident`. Bytes are None off Linux.
+    """
+
+    seconds: Mapping[str, Spread]
+    resident: int | None
+    peak: int | None
+    loading: int | None
+
+
+class Measurement:
+    """Gathers what workers tell of one model; `form` as `open_contestant` has it."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        shape: Shape,
+        kind: Kind = "bundle",
+        path: Path | None = None,
+        form: str = "",
+    ) -> None:
+        self._opening = {
+            "kind": kind,
+            "path": str((path or bundle.folder).resolve()),
+            "form": form,
+            "config": bundle.config.to_json(),
+            "shape": asdict(shape),
+        }
+        self._seconds: dict[str, list[float]] = {}
+        self._bytes: dict[str, list[int | None]] = {}
+
+    def open(self, worker: Worker) -> None:
+        """Load it, and ask once to have its memory."""
+        opened = worker.ask("open", **self._opening)
+        self._seconds.setdefault("load", []).append(opened["load"])
+        worker.ask("question")
+        for name, count in {"loading": opened["peak"], **worker.ask("memory")}.items():
+            self._bytes.setdefault(name, []).append(count)
+
+    def turn(self, worker: Worker) -> None:
+        """Ask for as long as a turn takes."""
+        for parts in worker.ask("question"):
+            whole = sum(value for name, value in parts.items() if name != "second")
+            for name, value in {**parts, "question": whole}.items():
+                self._seconds.setdefault(name, []).append(value)
+
+    def result(self) -> Measured:
+        """Medians over all workers and turns; one of each at least."""
+        spreads = {name: Spread.of(values) for name, values in self._seconds.items()}
+        memory = {name: _median(counts) for name, counts in self._bytes.items()}
+        return Measured(spreads, memory["resident"], memory["peak"], memory["loading"])
+
+
+def prefill_rate(measured: Measured, shape: Shape) -> float:
+    """Tokens per second of the prompt."""
+    return shape.prompt / measured.seconds["prefill"].median
+
+
+def decode_rate(measured: Measured, shape: Shape) -> float:
+    """Tokens per second of the answer, whose first one belongs to the prefill."""
+    return (shape.new - 1) / measured.seconds["decode"].median
+
+
+def _median(counts: list[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return int(median(known)) if known else None
