@@ -22,6 +22,7 @@ from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_matmul import lower_matmul
 from medmoe_edge.export.ort_moe import lower_moe
+from medmoe_edge.export.ort_paged import write_paged_graphs
 from medmoe_edge.export.plan import Method, Plan, Precision, check_precision, make_plan
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.vision import export_vision
@@ -79,10 +80,11 @@ def export_bundle(
         report(STEPS[2], 0, 1)
         plan = make_plan(source, precision, method, statistics, budget_bits)
         experts = _write_decoder(source, folder, plan, partial(report, STEPS[2]))
+        paging = write_paged_graphs(folder, source.config, experts) if source.config.moe else None
         report(STEPS[3], 0, 1)
         _copy_companions(source, folder)
         write_manifest(
-            folder, _manifest(source, plan, experts, name or source.folder.resolve().name)
+            folder, _manifest(source, plan, experts, paging, name or source.folder.resolve().name)
         )
         if prove is not None:
             prove(folder)
@@ -146,7 +148,9 @@ def _copy_companions(source: Checkpoint, folder: Path) -> None:
         shutil.copyfile(card, folder / MODEL_CARD)
 
 
-def _manifest(source: Checkpoint, plan: Plan, experts: Extents, name: str) -> dict[str, Any]:
+def _manifest(
+    source: Checkpoint, plan: Plan, experts: Extents, paging: dict[str, Any] | None, name: str
+) -> dict[str, Any]:
     statistics = plan.statistics
     return {
         "name": name,
@@ -160,6 +164,7 @@ def _manifest(source: Checkpoint, plan: Plan, experts: Extents, name: str) -> di
         "gates": DEFAULT_GATES[plan.precision].to_json(),
         "calibration": statistics.summary() if statistics else None,
         "experts": experts,
+        "paging": paging,
         "source": {"checkpoint_sha256": source.sha256(), "exporter": f"medmoe-edge {__version__}"},
         "licence": _licence(source.folder / MODEL_CARD),
         "intended_use": NOTICE,

@@ -35,7 +35,8 @@ class Answer:
     where the experts' modalities are not known; `experts` the share of routed tokens, over all
     layers, that each expert took. `model` says by `name` and `sha256` what answered, by `runtime`
     what ran it, and under `verification` what is known of its fidelity: "passed", "failed" or "not
-    measured" of a bundle, "reference" of a checkpoint.
+    measured" of a bundle, "reference" of a checkpoint. `paging` tells how experts were brought into
+    memory where that is bounded (`runtimes.paging_report`), else it is None.
     """
 
     question: str
@@ -47,6 +48,7 @@ class Answer:
     model: dict[str, str]
     complete: bool = True
     notice: str = NOTICE
+    paging: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""

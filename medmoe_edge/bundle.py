@@ -6,6 +6,8 @@
     embedding.npy    token embeddings [V, D], mapped rather than loaded
     vision.onnx      pixels [1, 3, S, S] -> image tokens [1, N, D]         (+ vision.data)
     decoder.onnx     one step of the decoder, KV cache written in place    (+ decoder.data)
+    segment.N.onnx   the same without the routed experts, cut there, and   (+ decoder.data)
+    expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
 
 The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
 """
@@ -139,7 +141,7 @@ def write_derived_manifest(
     `experts` says where each expert lies in the weights, None where an engine holds them. What was
     proven of the bundle is not proven of the target: it names the bundle instead.
     """
-    own = {"format_version", "files", SEAL, VERIFICATION, "experts"}
+    own = {"format_version", "files", SEAL, VERIFICATION, "experts", "paging"}
     kept = {name: value for name, value in bundle.manifest.items() if name not in own}
     stored, dtype = bundle.manifest["quantisation"], target.dtype
     decoder = f"{stored['precision']} weights of the portable bundle, {dtype} activations"

@@ -67,6 +67,14 @@ Device = Annotated[
     Literal["auto", "cpu", "cuda"],
     typer.Option(help="Where; auto is what the model was made for, and fails if it is not there."),
 ]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What experts may take of memory: 1500MB, or 50% of them all.",
+        show_default="no limit",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 VisionTower = Annotated[

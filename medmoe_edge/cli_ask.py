@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from medmoe_edge import render
-from medmoe_edge.cli_app import Device, Json, Runtime, verb
+from medmoe_edge.cli_app import Device, Json, MemoryBudget, Runtime, verb
 
 
 @verb("ask", "Ask", 'ask scan.png "Is there effusion?"')
@@ -18,6 +18,7 @@ def ask(
     model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
     runtime: Runtime = "auto",
     device: Device = "auto",
+    memory_budget: MemoryBudget = None,
     frame: Annotated[
         int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
     ] = None,
@@ -28,7 +29,9 @@ def ask(
     import medmoe_edge
 
     with render.working("Answering"):
-        engine = medmoe_edge.load(model, runtime=runtime, device=device)
+        engine = medmoe_edge.load(
+            model, runtime=runtime, device=device, memory_budget=memory_budget
+        )
         answers = engine.ask_all(image, questions, max_new_tokens=max_new_tokens, frame=frame)
     if as_json:
         render.as_json({"answers": [answer.to_json() for answer in answers]})

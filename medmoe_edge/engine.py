@@ -24,7 +24,8 @@ from medmoe_edge.errors import (
 )
 from medmoe_edge.image import Image, load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Floats, Runtime, Step, chosen_experts
+from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, chosen_experts
+from medmoe_edge.runtimes.paging import Budget
 
 Counts = npt.NDArray[np.int64]
 RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
@@ -41,6 +42,7 @@ def load(
     *,
     runtime: RuntimeName = "auto",
     device: Device = "auto",
+    memory_budget: Budget | None = None,
 ) -> "Engine":
     """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
 
@@ -54,27 +56,35 @@ def load(
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
     is_bundle = (folder / MANIFEST).exists()
     if is_bundle or runtime in ("onnxruntime", "tensorrt"):
-        return _load_bundle(Bundle.open(folder), runtime, device)
+        return _load_bundle(Bundle.open(folder), runtime, device, memory_budget)
+    if memory_budget is not None:
+        raise _not_paged(f"{folder.name} is a checkpoint")
     return _load_checkpoint(folder, device)
 
 
-def _load_bundle(bundle: Bundle, runtime: RuntimeName, device: Device) -> "Engine":
+def _load_bundle(
+    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget | None
+) -> "Engine":
     if bundle.proof == "failed":
         logger.warning(
             "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
         )
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    loaded = _runtime_of(bundle, runtime, device)
+    loaded = _runtime_of(bundle, runtime, device, budget)
     logger.info("%s runs on %s.", bundle.name, loaded.name)
     return Engine(loaded, tokenizer, bundle.name, bundle.sha256, bundle.proof)
 
 
-def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device) -> Runtime:
+def _runtime_of(
+    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget | None
+) -> Runtime:
     if bundle.target.is_engine != (runtime == "tensorrt") and runtime != "auto":
         raise ModelError(
             f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
             "Leave --runtime out, or export the model for it: medmoe-edge export --help",
         )
+    if budget is not None:
+        return _paged_runtime(bundle, runtime, device, budget)
     if runtime == "torch":
         return _torch_runtime(bundle, device)
     if not bundle.target.is_engine:
@@ -89,6 +99,21 @@ def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device) -> Runtime
     from medmoe_edge.runtimes.tensorrt_runtime import TensorRTRuntime
 
     return TensorRTRuntime(bundle)
+
+
+def _paged_runtime(bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget) -> Runtime:
+    if runtime == "torch" or device == "cuda" or bundle.target.is_engine:
+        raise _not_paged("This was asked for another runtime or device")
+    from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
+
+    return PagedOrtRuntime(bundle, budget)
+
+
+def _not_paged(why: str) -> InputError:
+    return InputError(
+        f"{why}; experts are paged in bundles, by ONNX Runtime on the CPU.",
+        "Leave the memory budget out, or give a bundle for the CPU.",
+    )
 
 
 def _torch_runtime(bundle: Bundle, device: Device) -> Runtime:
@@ -243,6 +268,7 @@ class Engine:
                 "runtime": self.runtime.name,
             },
             complete=complete,
+            paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
         )
 
     def _step(self, embeds: Floats, cache: Cache) -> Step:

@@ -1,6 +1,6 @@
 """What a runtime does: turn a model on disk into prefill and decode steps."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,14 @@ class Runtime(Protocol):
 
     def step(self, embeds: Floats, cache: Cache) -> Step:
         """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
+
+
+@runtime_checkable
+class Paged(Protocol):
+    """A runtime that brings experts into memory as they are needed."""
+
+    def paging(self) -> dict[str, Any]:
+        """What that was like since the last report or the image, plain JSON values."""
 
 
 def check_room(cache: Cache, positions: int) -> None:

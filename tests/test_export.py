@@ -61,7 +61,7 @@ def test_the_manifest_vouches_for_all(tiny_checkpoint: Make, tiny_bundle: Make) 
     manifest = Bundle.open(folder).manifest
     assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {MANIFEST}
     assert {name.partition(".")[0] for name in manifest["files"]} == {
-        *("decoder", "vision", "embedding", "tokenizer")
+        *("decoder", "vision", "embedding", "tokenizer", "segment", "expert")
     }
     assert manifest["config"] == checkpoint.config.to_json()
     assert manifest["source"] == {
