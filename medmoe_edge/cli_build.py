@@ -14,6 +14,7 @@ from medmoe_edge.errors import InputError
 if TYPE_CHECKING:
     from medmoe_edge.export.plan import Precision
     from medmoe_edge.pipeline import Export
+    from medmoe_edge.pipeline_targets import TargetExport
 
 MB = 10**6
 
@@ -98,6 +99,11 @@ def export(
     precision = _precision(int8=int8, int4=int4, mixed=mixed is not None, fp32=fp32)
     folder = _source(model, target, as_it_is=not (precision or calibrate or stats))
     name = model if model in EMBEDDED else folder.resolve().name
+    if target == "onnxruntime" and (gpu or positions or memory_limit):
+        raise InputError(
+            "--gpu, --positions and --memory-limit are for engines.",
+            "Add --target tensorrt-rtx, or leave them out.",
+        )
     with render.working("Reading") as report:
         portable = partial(
             _export_portable,
@@ -114,12 +120,8 @@ def export(
             progress=report,
         )
         if target == "onnxruntime":
-            if gpu or positions or memory_limit:
-                raise InputError(
-                    "--gpu, --positions and --memory-limit are for engines.",
-                    "Add --target tensorrt-rtx, or leave them out.",
-                )
             made = portable(output or Path(f"{name}-{precision or 'int8'}"), force=force)
+            show = partial(_show_portable, made, name, precision or "int8", as_json)
         else:
             with needs("rtx" if target == "tensorrt-rtx" else "export"):
                 from medmoe_edge.pipeline_targets import export_for
@@ -135,12 +137,14 @@ def export(
                 force=force,
                 progress=report,
             )
-    if target != "onnxruntime":
-        render.as_json(built.to_json()) if as_json else render_deploy.show_target(built)
-        return
+            show = partial(_show_target, built, as_json)
+    show()
+
+
+def _show_portable(made: "Export", name: str, precision: str, as_json: bool) -> None:
     if as_json:
         found = made.verification.to_json() if made.verification else None
-        bundle = {"bundle": str(made.bundle), "name": name, "precision": precision or "int8"}
+        bundle = {"bundle": str(made.bundle), "name": name, "precision": precision}
         render.as_json(bundle | {"verification": found})
         return
     if made.verification:
@@ -148,6 +152,13 @@ def export(
     render.wrote("the bundle", made.bundle)
     if made.verification is None:
         render_proof.show_not_measured()
+
+
+def _show_target(built: "TargetExport", as_json: bool) -> None:
+    if as_json:
+        render.as_json(built.to_json())
+    else:
+        render_deploy.show_target(built)
 
 
 def _precision(**given: bool) -> "Precision | None":
