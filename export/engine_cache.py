@@ -4,20 +4,19 @@ A file is named `KEY-SHA256.engine`: its name vouches for its content, so one th
 seen, removed and built again.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import onnx
 import platformdirs
 
+from medmoe_edge.atomic import atomic_file
 from medmoe_edge.errors import ModelError
 
 KEPT = 16  # engines; those used least recently go first
@@ -86,20 +85,6 @@ def graph_files(graph: Path) -> Sequence[Path]:
             f"{graph} lacks its weights, {missing[0]}.", "Copy or export the whole folder again."
         )
     return files
-
-
-@contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `target` once the block has ended well."""
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -46,14 +46,19 @@ def specify(config: ModelConfig, stored: QuantisedParameters) -> ir.Model:
     return model
 
 
+def load_graph(path: Path) -> ir.Model:
+    """A bundle's graph, its weights left on disk; raises `BundleError`."""
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf and onnx-ir raise what they like
+        raise BundleError(f"{path} cannot be read.", "Copy or export it again.") from error
+
+
 class StoredWeights:
     """The parameters in a decoder's graph for ONNX Runtime, under the checkpoint's names."""
 
     def __init__(self, graph: Path) -> None:
-        try:
-            model, self.graph = ir.load(graph), graph
-        except Exception as error:  # protobuf and onnx-ir raise what they like
-            raise BundleError(f"{graph} cannot be read.", "Copy or export it again.") from error
+        model, self.graph = load_graph(graph), graph
         self.tensors = {name: tensor_of(value) for name, value in model.graph.initializers.items()}
         self.bits = {
             str(node.inputs[1].name): node.attributes["bits"].as_int()

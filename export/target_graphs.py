@@ -20,7 +20,6 @@ from onnx_ir.passes.common import InlinePass, NameFixPass
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.bundle_target import Target
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import MEDMOE, initializer, tensor_of
 from medmoe_edge.export.external_data import Extents, save_model
 from medmoe_edge.export.half_graph import Keep, routing, to_half_graph
@@ -28,7 +27,7 @@ from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_cuda_matmul import lower_matmul_cuda
 from medmoe_edge.export.ort_cuda_moe import lower_moe_cuda
-from medmoe_edge.export.stored import specification
+from medmoe_edge.export.stored import load_graph, specification
 from medmoe_edge.export.stored_matrix import Array, lazy_tensor
 from medmoe_edge.export.tensorrt_moe import lower_moe_to_plugin
 
@@ -79,11 +78,7 @@ def _exact(model: ir.Model) -> Keep:
 
 def vision_graph(bundle: Bundle, target: Target) -> ir.Model:
     """The vision tower and projector in half."""
-    path = bundle.path("vision.onnx")
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf and onnx-ir raise what they like
-        raise BundleError(f"{path} cannot be read.", "Copy or export it again.") from error
+    model = load_graph(bundle.path("vision.onnx"))
     to_half_graph(model, HALVES[target.dtype], lambda node: False)
     return model
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from medmoe_edge.atomic import atomic_file
 from medmoe_edge.calibration.tensor_file import writing
 from medmoe_edge.errors import ConfigError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.export.build_memory import (
@@ -22,7 +23,7 @@ from medmoe_edge.export.build_memory import (
     peak_memory,
     reset_peak,
 )
-from medmoe_edge.export.engine_cache import EngineCache, atomic_file, engine_key, graph_files
+from medmoe_edge.export.engine_cache import EngineCache, engine_key, graph_files
 from medmoe_edge.export.gpu_presets import Gpu
 from medmoe_edge.export.tensorrt_parsing import parse
 from medmoe_edge.export.tensorrt_progress import Progress, Watch, make_monitor

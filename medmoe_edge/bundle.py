@@ -14,14 +14,13 @@ The same checkpoint and options give the same bytes. Nothing in a bundle is ever
 
 import hashlib
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle_gates import Gates
 from medmoe_edge.bundle_target import DEFAULT, Target
 from medmoe_edge.config import ModelConfig
@@ -169,15 +168,8 @@ def write_verification(bundle: Bundle, record: Mapping[str, Any]) -> Bundle:
 
 def _store(folder: Path, manifest: Mapping[str, Any]) -> None:
     sealed = {**manifest, SEAL: _seal(manifest)}
-    part = folder / f".{MANIFEST}.{secrets.token_hex(4)}.part"
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(sealed, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(folder / MANIFEST)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(folder / MANIFEST) as file:
+        file.write((json.dumps(sealed, indent=1) + "\n").encode())
 
 
 def _read(path: Path) -> bytes:

@@ -181,7 +181,7 @@ def test_a_verification_that_cannot_be_written_leaves_the_old_manifest(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medmoe_edge.bundle.os.fsync", full)
+    monkeypatch.setattr("medmoe_edge.atomic.os.fsync", full)
     with pytest.raises(ResourceError, match="No space left"):
         write_verification(bundle, {"passed": True})
     assert (folder / MANIFEST).read_bytes() == content
