@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from medmoe_edge.checkpoint_vision import CLIP_L_14_336, CLIP_MEAN, CLIP_STD
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig
+from medmoe_edge.config_modality import BertConfig, ModalityConfig, SwinConfig
 
 _TINY_TOWER = VisionConfig(
     kind="clip",
@@ -88,5 +89,75 @@ PRESETS: dict[str, ModelConfig] = {
             eos_token_id=50256,
         ),
         moe=MoEConfig(layers=tuple(range(0, 32, 2))),
+    ),
+}
+
+# ImageNet's normalisation, that of the published Swin towers
+_IMAGENET_MEAN = (123.675, 116.28, 103.53)
+_IMAGENET_STD = (58.395, 57.12, 57.375)
+
+# image-text alignment: another type of model, so a table of its own
+MODALITY_PRESETS: dict[str, ModalityConfig] = {
+    "modality-tiny": ModalityConfig(
+        vision=SwinConfig(
+            image_size=32,
+            patch_size=4,
+            embed_size=8,
+            depths=(2, 2),
+            heads=(2, 2),
+            window_size=4,
+            pixel_mean=_IMAGENET_MEAN,
+            pixel_std=_IMAGENET_STD,
+        ),
+        text=BertConfig(
+            vocab_size=64,
+            hidden_size=16,
+            layers=4,
+            heads=2,
+            intermediate_size=32,
+            max_positions=32,
+        ),
+    ),
+    # the embedded model: patches of 8 pixels, and three scales of 28, 14 and 7 positions a side
+    "modality-nano": ModalityConfig(
+        vision=SwinConfig(
+            image_size=224,
+            patch_size=8,
+            embed_size=64,
+            depths=(2, 6, 2),
+            heads=(2, 4, 8),
+            window_size=7,
+            pixel_mean=(127.5, 127.5, 127.5),
+            pixel_std=(127.5, 127.5, 127.5),
+        ),
+        text=BertConfig(
+            vocab_size=2048,
+            hidden_size=256,
+            layers=4,
+            heads=4,
+            intermediate_size=1024,
+            max_positions=64,
+            max_pieces=64,
+        ),
+    ),
+    # the paper's: Swin-T, and the shapes of Bio_ClinicalBERT
+    "medmoe-swin-t": ModalityConfig(
+        vision=SwinConfig(
+            image_size=224,
+            patch_size=4,
+            embed_size=96,
+            depths=(2, 2, 6, 2),
+            heads=(3, 6, 12, 24),
+            window_size=7,
+            pixel_mean=_IMAGENET_MEAN,
+            pixel_std=_IMAGENET_STD,
+        ),
+        text=BertConfig(
+            vocab_size=28996,
+            hidden_size=768,
+            layers=12,
+            heads=12,
+            intermediate_size=3072,
+        ),
     ),
 }

@@ -8,9 +8,12 @@ import torch
 
 from medmoe_edge.checkpoint import write_checkpoint
 from medmoe_edge.checkpoint_keys import Shape, expected_parameters
+from medmoe_edge.checkpoint_modality import write_modality_checkpoint
 from medmoe_edge.config import ModelConfig
+from medmoe_edge.config_modality import ModalityConfig
 from medmoe_edge.errors import InputError
-from medmoe_edge.presets import PRESETS
+from medmoe_edge.models.modality_moe import ModalityMoE
+from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
 
 WEIGHT_STD = 0.02
 _CHUNK = 2**22  # values drawn at a time: bounds the fp32 scratch memory
@@ -21,10 +24,16 @@ def initialise(preset: str, out: Path, seed: int = 0, force: bool = False) -> No
 
     Norms are ones and zeros, everything else is normal with standard deviation 0.02. Each tensor
     depends on the seed and its name alone; the router is one for all layers, as in the official
-    checkpoints.
+    checkpoints. A MedMoE is written in the folder of `write_modality_checkpoint`, as
+    `random_modality_model` makes it.
     """
+    if preset in MODALITY_PRESETS:
+        model = random_modality_model(MODALITY_PRESETS[preset], seed)
+        write_modality_checkpoint(out, model, force=force)
+        return
     if preset not in PRESETS:
-        raise InputError(f"There is no preset {preset!r}.", f"Use one of: {', '.join(PRESETS)}.")
+        known = ", ".join((*PRESETS, *MODALITY_PRESETS))
+        raise InputError(f"There is no preset {preset!r}.", f"Use one of: {known}.")
     config = PRESETS[preset]
     write_checkpoint(out, config, random_tensors(config, seed), force=force)
 
@@ -49,3 +58,21 @@ def _random(name: str, shape: Shape, seed: int) -> torch.Tensor:
         chunk = flat[start : start + _CHUNK]
         chunk.copy_(torch.randn(len(chunk), generator=generator) * WEIGHT_STD)
     return tensor
+
+
+def random_modality_model(config: ModalityConfig, seed: int) -> ModalityMoE:
+    """A MedMoE that knows nothing, ready to be trained.
+
+    The towers' matrices are normal with standard deviation 0.02 and their biases zero, as in their
+    papers; router and experts are as PyTorch makes them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ModalityMoE(config)
+        for tower in (model.vision, model.text):
+            for name, parameter in tower.named_parameters():
+                if parameter.ndim > 1:
+                    torch.nn.init.normal_(parameter, std=WEIGHT_STD)
+                elif name.endswith("bias"):
+                    torch.nn.init.zeros_(parameter)
+    return model

@@ -1,0 +1,160 @@
+"""What a MedMoE model is: Swin and BERT towers joined by one expert for each modality.
+
+Shape letters beside those of `config.py`: h, w a grid of image positions (regions, R = h * w),
+C channels of a scale, W words of a text, D the joint size of image regions and words.
+"""
+
+from dataclasses import dataclass
+
+from medmoe_edge.config import Config
+from medmoe_edge.errors import ConfigError
+
+MODALITIES = ("xray", "ct", "mri", "ultrasound", "pathology", "fundus")  # the paper's class order
+SUMMED_LAYERS = 4  # of BERT, counted from the last
+
+# Beyond these a few lines of JSON, without any weights, would fill the memory with masks.
+MAX_GRID, MAX_WINDOW, MAX_LAYERS = 512, 32, 1024
+
+
+@dataclass(frozen=True)
+class SwinConfig(Config):
+    """A Swin pyramid (https://arxiv.org/abs/2103.14030): stage i has `embed_size * 2**i` channels.
+
+    `pixel_mean` and `pixel_std` are on the 0..255 scale, per RGB channel.
+    """
+
+    image_size: int
+    patch_size: int
+    embed_size: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window_size: int
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+    mlp_ratio: int = 4
+    norm_eps: float = 1e-5
+    pad_to_square: bool = True
+
+    def __post_init__(self) -> None:
+        _check_sizes(
+            "vision",
+            *(self.image_size, self.patch_size, self.embed_size, self.window_size, self.mlp_ratio),
+            *(*self.depths, *self.heads),
+        )
+        if not 0 < len(self.depths) == len(self.heads) <= 8 or sum(self.depths) > MAX_LAYERS:
+            raise ConfigError(
+                f"vision.depths has {len(self.depths)} stages and {sum(self.depths)} blocks, "
+                f"vision.heads {len(self.heads)} stages.",
+                "Give both for each of up to 8 stages.",
+            )
+        if any(size % heads for size, heads in zip(self.channels, self.heads, strict=True)):
+            raise ConfigError(
+                f"vision.heads {list(self.heads)} do not divide the channels "
+                f"{list(self.channels)}.",
+                "Heads must divide their stage's channels.",
+            )
+        if self.image_size % self.patch_size or self.grids[-1] < self.window_size:
+            raise ConfigError(
+                f"vision.image_size {self.image_size} has no grid of patches of "
+                f"{self.patch_size} pixels that holds a window of {self.window_size} "
+                f"in each of {len(self.depths)} stages.",
+                "Choose a multiple of the patch, large enough for the last stage.",
+            )
+        if self.grids[0] > MAX_GRID or self.window_size > MAX_WINDOW:
+            raise ConfigError(
+                f"vision has {self.grids[0]} patches a side, in windows of {self.window_size}.",
+                f"Use at most {MAX_GRID}, in windows of at most {MAX_WINDOW}.",
+            )
+        if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
+            raise ConfigError(
+                "vision.pixel_mean and pixel_std are not three channels each, or a deviation is "
+                "not positive.",
+                "Give the values of the tower's preprocessing.",
+            )
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.embed_size * 2**stage for stage in range(len(self.depths)))
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Positions along one side in each stage; an odd grid is padded before it is halved."""
+        sides = [self.image_size // self.patch_size]
+        for _ in self.depths[1:]:
+            sides.append((sides[-1] + 1) // 2)
+        return tuple(sides)
+
+
+@dataclass(frozen=True)
+class BertConfig(Config):
+    """A BERT encoder (https://arxiv.org/abs/1810.04805).
+
+    `max_pieces` is how many word pieces of a text are read, the two marks around it included.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    max_positions: int = 512
+    max_pieces: int = 25
+    norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        _check_sizes(
+            "text",
+            *(self.vocab_size, self.hidden_size, self.layers, self.heads),
+            *(self.intermediate_size, self.max_positions, self.max_pieces),
+        )
+        if self.hidden_size % self.heads:
+            raise ConfigError(
+                f"text.heads {self.heads} do not divide text.hidden_size {self.hidden_size}.",
+                "Heads must divide the size.",
+            )
+        if not SUMMED_LAYERS <= self.layers <= MAX_LAYERS:
+            raise ConfigError(
+                f"text.layers is {self.layers}.", f"The last {SUMMED_LAYERS} layers are summed."
+            )
+        if not 3 <= self.max_pieces <= self.max_positions:
+            raise ConfigError(
+                f"text.max_pieces is {self.max_pieces}, text.max_positions {self.max_positions}.",
+                "Read at least 3 word pieces and no more than there are positions.",
+            )
+
+
+@dataclass(frozen=True)
+class ModalityConfig(Config):
+    """A whole MedMoE (https://arxiv.org/abs/2506.08356); `modalities` are the router's classes.
+
+    `shared_expert` is the model without experts that they are compared with: one expert sees
+    every modality, and the router only names them. All else, the losses included, is the same.
+    """
+
+    vision: SwinConfig
+    text: BertConfig
+    modalities: tuple[str, ...] = MODALITIES
+    shared_expert: bool = False
+
+    def __post_init__(self) -> None:
+        names = set(self.modalities)
+        if not 2 <= len(names) == len(self.modalities) or "" in names:
+            raise ConfigError(
+                f"modalities are {list(self.modalities)}.", "Name two or more, each once."
+            )
+
+    @property
+    def experts(self) -> int:
+        """How many experts there are."""
+        return 1 if self.shared_expert else len(self.modalities)
+
+    @property
+    def size(self) -> int:
+        """D: experts give regions of the size that words have."""
+        return self.text.hidden_size
+
+
+def _check_sizes(where: str, *sizes: int) -> None:
+    if not all(0 < size <= 2**20 for size in sizes):
+        raise ConfigError(f"{where} has an impossible size.", "Sizes and counts are positive.")
