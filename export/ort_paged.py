@@ -28,6 +28,7 @@ from medmoe_edge.export.moe_op import MoESpec, add_meta, route
 from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_expert import write_experts
 from medmoe_edge.export.ort_matmul import lower_matmul
+from medmoe_edge.export.ort_qkv import fuse_qkv
 from medmoe_edge.export.stored import StoredWeights, specify
 
 INPUT = -1  # the stage of what is there before any node runs
@@ -42,12 +43,13 @@ def write_paged_graphs(folder: Path, config: ModelConfig, extents: Extents) -> d
     stored = StoredWeights(folder / "decoder.onnx")
     model = specify(config, stored)
     lower_attention(model)
+    fuse_qkv(model)
     cut_experts(model, MoESpec.of(config))
     lower_matmul(model)
     NameFixPass()(model)
     segments = list(split(model))
     for index, segment in enumerate(segments):
-        _place_weights(segment, stored.tensors)
+        _place_weights(segment, stored.stored)
         ir.save(segment, folder / f"segment.{index}.onnx")
     experts = write_experts(folder, stored, extents, MoESpec.of(config).activation)
     return {"segments": len(segments), "experts": experts}

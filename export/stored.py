@@ -16,7 +16,8 @@ from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder, Parameters
 from medmoe_edge.export.dequantise import INTEGERS, insert_dequantise
-from medmoe_edge.export.stored_matrix import unpack_rows
+from medmoe_edge.export.ort_qkv import owners_of, split_fused
+from medmoe_edge.export.stored_matrix import no_values, unpack_rows
 
 SCALE = ".scale"
 PACKED, GROUP_SCALE = ".packed", ".groups.scale"
@@ -55,15 +56,20 @@ def load_graph(path: Path) -> ir.Model:
 
 
 class StoredWeights:
-    """The parameters in a decoder's graph for ONNX Runtime, under the checkpoint's names."""
+    """The parameters in a decoder's graph for ONNX Runtime, under the checkpoint's names.
+
+    `stored` has them under the graph's, which joins q, k and v.
+    """
 
     def __init__(self, graph: Path) -> None:
         model, self.graph = load_graph(graph), graph
-        self.tensors = {name: tensor_of(value) for name, value in model.graph.initializers.items()}
+        self.stored = {name: tensor_of(value) for name, value in model.graph.initializers.items()}
+        self.tensors = split_fused(self.stored)
         self.bits = {
-            str(node.inputs[1].name): node.attributes["bits"].as_int()
+            owner: node.attributes["bits"].as_int()
             for node in ir.traversal.RecursiveGraphIterator(model.graph)
             if node.op_type == "MatMulNBits" and node.inputs[1] is not None
+            for owner in owners_of(str(node.inputs[1].name))
         }
 
     def names_under(self, prefix: str) -> list[str]:
@@ -120,8 +126,3 @@ def _unpacked(
             scales, scale.dtype, shape=ir.Shape([groups, channels]), name=f"{name}{SCALE}"
         ),
     )
-
-
-def no_values() -> ir.TensorProtocol:
-    """For the tensors of `Parameters` that are read as integers instead."""
-    raise AssertionError("a quantised weight is read as integers")

@@ -80,6 +80,11 @@ def lazy_tensor(
     return ir.LazyTensor(tensor, dtype, shape=ir.Shape(shape), name=name)
 
 
+def no_values() -> Any:
+    """Makes the values of a tensor that stands for a quantised one, of which only the shape is."""
+    raise AssertionError("a quantised weight is read as integers")
+
+
 def pack_rows(integers: Array, bits: int) -> npt.NDArray[np.uint8]:
     """Rows of signed integers as MatMulNBits stores them: from zero up, the first one lowest."""
     unsigned = (integers.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)

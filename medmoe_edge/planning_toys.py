@@ -20,6 +20,7 @@ from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_matmul import lower_matmul
 from medmoe_edge.export.ort_moe import lower_moe
+from medmoe_edge.export.ort_qkv import fuse_qkv
 from medmoe_edge.planning_costs import Precision
 from medmoe_edge.runtimes.ort import OrtRuntime
 
@@ -75,6 +76,7 @@ def toy_runtime(config: ModelConfig, precision: Precision, folder: Path) -> OrtR
     if config.moe is not None:
         lower_moe(model, MoESpec.of(config))
     lower_attention(model)
+    fuse_qkv(model)
     lower_matmul(model)
     save_model(model, folder, "decoder")
     np.save(folder / "embedding.npy", np.zeros((1, config.decoder.hidden_size), np.float16))

@@ -19,7 +19,8 @@ from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig, VisionConf
 from medmoe_edge.export.dequantise import INTEGERS
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.gpu_presets import find_gpu
-from medmoe_edge.export.stored import no_values, specify
+from medmoe_edge.export.stored import specify
+from medmoe_edge.export.stored_matrix import no_values
 from medmoe_edge.export.target_graphs import lower
 from medmoe_edge.export.targets import decoder_profiles
 from medmoe_edge.export.tensorrt_builder import build_engine
