@@ -23,24 +23,30 @@ from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_matmul import lower_matmul
 from medmoe_edge.export.ort_moe import lower_moe
 from medmoe_edge.export.ort_paged import write_paged_graphs
-from medmoe_edge.export.plan import Method, Plan, Precision, check_precision, make_plan
+from medmoe_edge.export.ort_qkv import fuse_qkv
+from medmoe_edge.export.plan import (
+    GroupSize,
+    Method,
+    Plan,
+    Precision,
+    check_precision,
+    make_plan,
+)
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.vision import export_vision
+from medmoe_edge.export.vision_quantise import quantise_linears
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.prompt import Tokenizer
 
 Progress = Callable[[str, int, int], None]
-STORED: dict[Precision, dict[str, str]] = {
-    "fp32": {"decoder": "fp32"},
-    "int8": {"decoder": "int8 weights per output channel, dynamic 8-bit activations (W8A8)"},
-    "int4": {"decoder": "int4 weights in groups of 32; the head as in int8"},
-    "mixed": {"decoder": "each expert by its sensitivity; the head as in int8"},
+STORED: dict[Precision, str] = {
+    "fp32": "fp32",
+    "int8": "int8 weights per output channel, dynamic 8-bit activations (W8A8)",
+    "int4": "int4 weights in groups of {group}; the head as in int8",
+    "mixed": "each expert by its sensitivity; the head as in int8",
 }
-QUANTISED = {
-    "router": "fp32",
-    "vision": "fp16 weights, fp32 arithmetic",
-    "embedding": "fp16",
-}
+VISION = "fp16 weights, fp32 arithmetic"
+VISION_INT8 = "8-bit weights and activations in groups of 32; the rest as fp16 weights"
 STEPS = ("vision", "embedding", "decoder", "manifest")
 MODEL_CARD = "README.md"
 
@@ -53,6 +59,7 @@ def export_bundle(
     method: Method = "auto",
     statistics: Statistics | None = None,
     budget_bits: float | None = None,
+    group: GroupSize | None = None,
     name: str | None = None,
     vision_tower: Path | None = None,
     force: bool = False,
@@ -61,31 +68,31 @@ def export_bundle(
 ) -> Path:
     """Export the checkpoint folder to the bundle folder `out`, which appears whole or not at all.
 
-    `statistics`, of this very checkpoint, calibrate; `budget_bits` is the mean of a mixed export;
-    `prove` is given the finished folder before it takes its place, and may refuse it by raising.
-    `progress` is called with `(step, done, total)`. Raises `ModelError` for a checkpoint that
-    cannot be used, `InputError` for an `out` that may not be replaced or statistics of another
-    checkpoint, and `ResourceError` where the disk does not take it.
+    `statistics`, of this very checkpoint, calibrate; `budget_bits` is the mean of a mixed export,
+    `group` is that of int4 (32 where none is given); `prove` is given the finished folder before it
+    takes its place, and may refuse it by raising. `progress` is called with `(step, done, total)`.
+    Raises `ModelError` for a checkpoint that cannot be used, `InputError` for an `out` that may not
+    be replaced or statistics of another checkpoint, and `ResourceError` where the disk does not
+    take it.
     """
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
-    check_exportable(source, precision, budget_bits, calibrated=statistics is not None)
+    check_exportable(source, precision, budget_bits, calibrated=statistics is not None, group=group)
     if statistics is not None:
         statistics.check(source)
     report = progress or (lambda step, done, total: None)
     with atomic_folder(out, force=force, marker=MANIFEST) as folder:
         report(STEPS[0], 0, 1)
-        _write_vision(source, folder, precision)
+        vision = _write_vision(source, folder, precision)
         report(STEPS[1], 0, 1)
         _write_embedding(source, folder, precision)
         report(STEPS[2], 0, 1)
-        plan = make_plan(source, precision, method, statistics, budget_bits)
+        plan = make_plan(source, precision, method, statistics, budget_bits, group)
         experts = _write_decoder(source, folder, plan, partial(report, STEPS[2]))
         paging = write_paged_graphs(folder, source.config, experts) if source.config.moe else None
         report(STEPS[3], 0, 1)
         _copy_companions(source, folder)
-        write_manifest(
-            folder, _manifest(source, plan, experts, paging, name or source.folder.resolve().name)
-        )
+        name = name or source.folder.resolve().name
+        write_manifest(folder, _manifest(source, plan, vision, experts, paging, name))
         if prove is not None:
             prove(folder)
     report("done", 1, 1)
@@ -93,7 +100,12 @@ def export_bundle(
 
 
 def check_exportable(
-    source: Checkpoint, precision: Precision, budget_bits: float | None, *, calibrated: bool
+    source: Checkpoint,
+    precision: Precision,
+    budget_bits: float | None,
+    *,
+    calibrated: bool,
+    group: GroupSize | None = None,
 ) -> None:
     """Refuse what no work can mend: a checkpoint that does not fit, a precision out of reach.
 
@@ -101,7 +113,7 @@ def check_exportable(
     budget is too small.
     """
     decoder = source.config.decoder
-    check_precision(source, precision, budget_bits, calibrated=calibrated)
+    check_precision(source, precision, budget_bits, calibrated=calibrated, group=group)
     Tokenizer.from_file(source.tokenizer_path()).check_vocabulary(decoder.vocab_size)
     if decoder.head_size % 16 or decoder.rotary_size % 16:
         raise CheckpointError(
@@ -111,11 +123,15 @@ def check_exportable(
         )
 
 
-def _write_vision(source: Checkpoint, folder: Path, precision: Precision) -> None:
-    model = export_vision(source)
+def _write_vision(source: Checkpoint, folder: Path, precision: Precision) -> str:
+    """Returns how its weights are stored, in words."""
+    model, stored = export_vision(source), "fp32"
     if precision != "fp32":
+        in_8_bits = source.config.vision.kind == "clip" and quantise_linears(model)[1]
+        stored = VISION_INT8 if in_8_bits else VISION
         halve_weights(model)
     save_model(model, folder, "vision")
+    return stored
 
 
 def _write_embedding(source: Checkpoint, folder: Path, precision: Precision) -> None:
@@ -137,6 +153,7 @@ def _write_decoder(
     if source.config.moe is not None:
         lower_moe(model, MoESpec.of(source.config))
     lower_attention(model)
+    fuse_qkv(model)
     lower_matmul(model)
     return save_model(model, folder, "decoder", progress=progress)
 
@@ -149,16 +166,22 @@ def _copy_companions(source: Checkpoint, folder: Path) -> None:
 
 
 def _manifest(
-    source: Checkpoint, plan: Plan, experts: Extents, paging: dict[str, Any] | None, name: str
+    source: Checkpoint,
+    plan: Plan,
+    vision: str,
+    experts: Extents,
+    paging: dict[str, Any] | None,
+    name: str,
 ) -> dict[str, Any]:
     statistics = plan.statistics
+    quantised = {"router": "fp32", "vision": vision, "embedding": "fp16"}
     return {
         "name": name,
         "config": source.config.to_json(),
         "quantisation": {
             "precision": plan.precision,
-            **STORED[plan.precision],
-            **({} if plan.precision == "fp32" else QUANTISED),
+            "decoder": STORED[plan.precision].format(group=plan.group),
+            **({} if plan.precision == "fp32" else quantised),
             "matrices": plan.matrices,
         },
         "gates": DEFAULT_GATES[plan.precision].to_json(),

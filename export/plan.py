@@ -1,8 +1,9 @@
 """What becomes of every weight of the decoder: its format, its method, and the error it leaves.
 
     int8     W8A8: all matrices per output channel; calibrated: SmoothQuant's scales, then GPTQ
-    int4     groups of 32; the head per channel in int8; calibrated: GPTQ, else searched scales
-    mixed    as int4, each expert's format chosen by its sensitivity
+    int4     groups of 32, 64 or 128; the head per channel in int8; calibrated: GPTQ, else searched
+             scales
+    mixed    as int4 in groups of 32, each expert's format chosen by its sensitivity
 
 Routers and coefficients stay fp32: they decide who runs.
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 from medmoe_edge.calibration.formats import Floats, Format, Quantised
 from medmoe_edge.calibration.gptq import quantise_gptq
-from medmoe_edge.calibration.mixed import CHOICES, INT4
+from medmoe_edge.calibration.mixed import CHOICES
 from medmoe_edge.calibration.rounding import output_error, round_searched, round_to_nearest
 from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.calibration.statistics import Statistics
@@ -31,9 +32,10 @@ from medmoe_edge.export.weights import Factors
 
 Precision = Literal["fp32", "int8", "int4", "mixed"]
 Method = Literal["auto", "rtn"]
+GroupSize = Literal[32, 64, 128]
 INT8 = Format(8)
 HEAD = "decoder.head.weight"
-GROUP = 32  # of the weights in int4: the smallest group of any format
+GROUP: GroupSize = 32  # of the weights in int4, unless another is asked for
 LEAST_BITS = min(form.bits_per_weight(form.group or GROUP) for form in CHOICES)
 
 
@@ -41,7 +43,8 @@ LEAST_BITS = min(form.bits_per_weight(form.group or GROUP) for form in CHOICES)
 class Plan:
     """Chooses for one export; called by the pass `quantise_weights` with each weight's name.
 
-    `method` "rtn" rounds to nearest without looking at any data, for comparison. `formats`
+    `method` "rtn" rounds to nearest without looking at any data, for comparison. `group` is int4's:
+    larger ones run faster and take less memory, smaller ones are closer to the original. `formats`
     overrides the precision's format by weight; `factors` are what folding multiplied the matrices
     with, so that statistics of the original model still fit. `matrices` collects what was done,
     for the manifest.
@@ -50,6 +53,7 @@ class Plan:
     precision: Precision
     method: Method = "auto"
     statistics: Statistics | None = None
+    group: GroupSize = GROUP
     formats: Mapping[str, Format] = field(default_factory=dict)
     factors: Mapping[str, Factors] = field(default_factory=dict)
     matrices: list[dict[str, Any]] = field(default_factory=list)
@@ -66,7 +70,7 @@ class Plan:
         """How a matrix is stored."""
         if self.precision == "int8" or name == HEAD:
             return INT8
-        return self.formats.get(name, INT4)
+        return self.formats.get(name, Format(4, self.group))
 
     def _quantise(self, name: str, form: Format, rows: Floats) -> Quantised:
         second, hessian = self._moments(name)
@@ -126,21 +130,25 @@ def _gptq(name: str, rows: Floats, hessian: Floats, form: Format) -> Quantised:
 
 
 def check_precision(
-    source: Checkpoint, precision: Precision, budget_bits: float | None, *, calibrated: bool
+    source: Checkpoint,
+    precision: Precision,
+    budget_bits: float | None,
+    *,
+    calibrated: bool,
+    group: GroupSize | None = None,
 ) -> None:
     """Raise `CheckpointError` for matrices that do not divide into groups, where there are any.
 
-    Raises `InputError` for a mixed precision without calibration, or of fewer bits than there are.
+    Raises `InputError` for a mixed precision without calibration, or of fewer bits than there are,
+    and for a `group` that is asked of another precision than int4.
     """
+    if group is not None and precision != "int4":
+        raise InputError(
+            f"{precision} has no group size to choose.", "Leave it out, or export with --int4."
+        )
     if precision not in ("int4", "mixed"):
         return
-    for name, tensor in source.names.items():
-        if site_of(name) is not None and name != HEAD and tensor.shape[1] % GROUP:
-            raise CheckpointError(
-                f"The rows of {name}, of {tensor.shape[1]} weights, do not divide into groups of "
-                f"{GROUP}.",
-                "Export it with --int8.",
-            )
+    _check_widths(source, group or GROUP)
     if precision == "mixed":
         if not calibrated or budget_bits is None:
             raise InputError(
@@ -153,15 +161,26 @@ def check_precision(
             )
 
 
+def _check_widths(source: Checkpoint, group: int) -> None:
+    for name, tensor in source.names.items():
+        if site_of(name) is not None and name != HEAD and tensor.shape[1] % group:
+            raise CheckpointError(
+                f"The rows of {name}, of {tensor.shape[1]} weights, do not divide into groups of "
+                f"{group}.",
+                "Export it with --int8." if group == GROUP else "Choose smaller groups, or --int8.",
+            )
+
+
 def make_plan(
     source: Checkpoint,
     precision: Precision,
     method: Method,
     statistics: Statistics | None,
     budget_bits: float | None,
+    group: GroupSize | None = None,
 ) -> Plan:
     """Search scales and formats, where the precision has any to choose and statistics are given."""
-    plan = Plan(precision, method, statistics)
+    plan = Plan(precision, method, statistics, group or GROUP)
     if statistics is not None and precision == "int8" and method == "auto":
         plan.factors = fold(search_scales(source, statistics))
     if precision == "mixed" and statistics is not None and budget_bits is not None:

@@ -27,8 +27,9 @@ from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_cuda_matmul import lower_matmul_cuda
 from medmoe_edge.export.ort_cuda_moe import lower_moe_cuda
-from medmoe_edge.export.stored import load_graph, specification
+from medmoe_edge.export.stored import specification
 from medmoe_edge.export.stored_matrix import Array, lazy_tensor
+from medmoe_edge.export.stored_vision import float_vision
 from medmoe_edge.export.tensorrt_moe import lower_moe_to_plugin
 
 Progress = Callable[[str, int, int], None]
@@ -78,7 +79,7 @@ def _exact(model: ir.Model) -> Keep:
 
 def vision_graph(bundle: Bundle, target: Target) -> ir.Model:
     """The vision tower and projector in half."""
-    model = load_graph(bundle.path("vision.onnx"))
+    model = float_vision(bundle)
     to_half_graph(model, HALVES[target.dtype], lambda node: False)
     return model
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle_gates import Gates
+from medmoe_edge.bundle_intact import remember_intact, was_intact
 from medmoe_edge.bundle_target import DEFAULT, Target
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError, ResourceError
@@ -109,9 +110,9 @@ class Bundle:
     def _check_file(self, name: str) -> None:
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                intact = size == entry["bytes"] and _sha256(file) == entry["sha256"]
+            intact = path.stat().st_size == entry["bytes"] and (
+                was_intact(path, entry["sha256"]) or _hashes_to(path, entry["sha256"])
+            )
         except OSError as error:
             raise BundleError(
                 f"{path} cannot be read ({error.strerror}).", "Copy or export the bundle again."
@@ -144,7 +145,8 @@ def write_derived_manifest(
     kept = {name: value for name, value in bundle.manifest.items() if name not in own}
     stored, dtype = bundle.manifest["quantisation"], target.dtype
     decoder = f"{stored['precision']} weights of the portable bundle, {dtype} activations"
-    kept["quantisation"] = {**stored, "decoder": decoder, "vision": dtype}
+    vision = f"weights of the portable bundle in {dtype}"
+    kept["quantisation"] = {**stored, "decoder": decoder, "vision": vision}
     source = {**bundle.manifest["source"], "bundle_sha256": bundle.sha256}
     places = {} if experts is None else {"experts": experts}
     write_manifest(folder, {**kept, **places, "source": source, "target": target.to_json()})
@@ -221,6 +223,14 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     """The hash of all else in a manifest, which it carries: against damage, not forgery."""
     rest = {key: value for key, value in manifest.items() if key != SEAL}
     return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+
+def _hashes_to(path: Path, sha256: str) -> bool:
+    with path.open("rb") as file:
+        right = _sha256(file) == sha256
+    if right:
+        remember_intact(path, sha256)
+    return right
 
 
 def _sha256(file: Any) -> str:

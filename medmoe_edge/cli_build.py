@@ -28,7 +28,14 @@ def export(
         ),
     ] = "nano",
     int8: Annotated[bool, typer.Option("--int8", help="W8A8; the default.")] = False,
-    int4: Annotated[bool, typer.Option("--int4", help="Groups of 32 weights.")] = False,
+    int4: Annotated[bool, typer.Option("--int4", help="Groups of weights.")] = False,
+    group_size: Annotated[
+        Literal[32, 64, 128] | None,
+        typer.Option(
+            help="Of --int4: large ones are faster and smaller, small ones closer to the original.",
+            show_default="32",
+        ),
+    ] = None,
     mixed: Annotated[
         float | None,
         typer.Option(metavar="BITS", help="So many bits a weight, spent where they matter."),
@@ -111,6 +118,7 @@ def export(
             precision=precision or "int8",
             method=method,
             budget_bits=mixed,
+            group=group_size,
             calibrate_on=calibrate,
             samples=samples,
             stats=stats,

@@ -23,7 +23,7 @@ from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.export.build import check_exportable, export_bundle
-from medmoe_edge.export.plan import Method, Precision
+from medmoe_edge.export.plan import GroupSize, Method, Precision
 from medmoe_edge.pipeline_examples import as_examples
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import OrtRuntime
@@ -61,6 +61,7 @@ def export(
     precision: Precision = "int8",
     method: Method = "auto",
     budget_bits: float | None = None,
+    group: GroupSize | None = None,
     calibrate_on: str | None = None,
     samples: int = SAMPLES,
     stats: Path | None = None,
@@ -81,7 +82,7 @@ def export(
         raise InputError("Both data and statistics were given.", "Give one of the two.")
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
     calibrated = calibrate_on is not None or stats is not None
-    check_exportable(source, precision, budget_bits, calibrated=calibrated)
+    check_exportable(source, precision, budget_bits, calibrated=calibrated, group=group)
     build = partial(
         export_bundle,
         checkpoint,
@@ -89,6 +90,7 @@ def export(
         precision=precision,
         method=method,
         budget_bits=budget_bits,
+        group=group,
         name=name,
         vision_tower=vision_tower,
         force=force,

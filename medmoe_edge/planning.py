@@ -21,8 +21,9 @@ from medmoe_edge.planning_costs import (
     cache_values,
     decoder_parts,
     step_work,
+    vision_bytes,
+    vision_in_8_bits,
     vision_operations,
-    vision_weights,
 )
 
 TEXT_TOKENS = 48  # of a prompt beside the image: Med-MoE's system prompt and a short question
@@ -31,6 +32,7 @@ NEW_TOKENS = 32  # of an answer, at most
 REACHED_BANDWIDTH = {"gpu": 0.75, "jetson": 0.65, "cpu": 0.6}
 REACHED_COMPUTE = {"gpu": 0.5, "jetson": 0.4, "cpu": 0.4}
 CONVOLUTION = 0.5  # of matrix products' rate: depthwise layers are bound by memory
+VISION_INT8 = 1.5  # times the rate of fp32: a transformer with its matrices in 8 bits, measured
 LAYER_SECONDS = {"gpu": 30e-6, "jetson": 60e-6, "cpu": 60e-6}  # launches or dispatch of a layer
 NUMBER = {"gpu": 2, "jetson": 2, "cpu": 4}  # bytes of an activation: fp16, or fp32
 # Bytes of the process without a model: Python and ONNX Runtime; CUDA's context and TensorRT besides
@@ -182,9 +184,9 @@ def forecast(
     prompt, speed = prompt_tokens(config), speeds[precision]
     prefill = step_seconds(config, precision, speed, prompt, 0)
     token = step_seconds(config, precision, speed, 1, prompt + NEW_TOKENS // 2)
-    vision = vision_seconds(config, speeds["fp32"])
+    vision = vision_seconds(config, precision, NUMBER[device.kind], speeds["fp32"])
     weights, experts = decoder_bytes(config, precision), experts_bytes(config, precision)
-    memory = _memory(config, device, weights)
+    memory = _memory(config, device, precision, weights)
     budget, short = _expert_budget(config, device.usable - memory, experts)
     return Forecast(
         precision,
@@ -225,9 +227,11 @@ def step_seconds(
     return seconds
 
 
-def vision_seconds(config: ModelConfig, speed: Speed) -> float:
-    """Seconds of the vision tower and the projector, with the speed of floats."""
+def vision_seconds(config: ModelConfig, precision: Precision, number: int, speed: Speed) -> float:
+    """Seconds of the vision tower and the projector, from the speed of floats of `number` bytes."""
     rate = 1.0 if config.vision.kind == "clip" else CONVOLUTION
+    if vision_in_8_bits(config, precision, number):
+        rate = VISION_INT8
     return vision_operations(config) * speed.operation / rate
 
 
@@ -248,14 +252,14 @@ def experts_bytes(config: ModelConfig, precision: Precision) -> int:
     return round(part.weights * bits_per_weight("experts", precision) / 8) if part else 0
 
 
-def _memory(config: ModelConfig, device: Device, weights: int) -> int:
+def _memory(config: ModelConfig, device: Device, precision: Precision, weights: int) -> int:
     """Peak bytes while running: process, weights, KV cache, activations of the prefill."""
     number = NUMBER[device.kind]
     prompt, decoder = prompt_tokens(config), config.decoder
     cache = cache_values(config, prompt + NEW_TOKENS)
     live = prompt * (8 * decoder.hidden_size + 3 * decoder.intermediate_size)
-    vision = vision_weights(config)  # stored in fp16, expanded on loading where arithmetic is fp32
-    return PROCESS[device.kind] + weights + number * (cache + live + vision)
+    vision = vision_bytes(config, precision, number)
+    return PROCESS[device.kind] + weights + vision + number * (cache + live)
 
 
 def _build_memory(config: ModelConfig, device: Device, weights: int) -> int:

@@ -14,6 +14,7 @@ from medmoe_edge.checkpoint_keys import decoder_parameters
 from medmoe_edge.config import ModelConfig, VisionConfig
 
 Precision = Literal["fp32", "fp16", "int8", "int4", "mixed"]
+VISION_BITS = 9.0  # of a transformer's matrices in memory: 8 and an fp32 scale per group of 32
 MIXED_BITS = 6.0  # per weight, scales included: a budget between int4 and int8
 BITS: dict[Precision, float] = {  # int4: 4 and an fp16 scale per group of 32
     **{"fp32": 32, "fp16": 16, "int8": 8, "int4": 4.5, "mixed": MIXED_BITS},
@@ -127,10 +128,29 @@ def vision_operations(config: ModelConfig) -> float:
 
 def vision_weights(config: ModelConfig) -> int:
     """Parameters of the vision tower and the projector, short of biases and norms of CLIP."""
-    vision, size = config.vision, config.decoder.hidden_size
-    projector = vision.feature_size * size + size**2
+    vision = config.vision
     positions = vision.image_tokens * vision.feature_size
-    return _tower_weights(vision) + positions + projector
+    return _tower_weights(vision) + positions + _projector_weights(config)
+
+
+def vision_bytes(config: ModelConfig, precision: Precision, number: int) -> int:
+    """Bytes of the vision tower and the projector in memory, where a float takes `number`.
+
+    What is stored in fp16 is expanded where arithmetic is fp32.
+    """
+    integers = 0
+    if vision_in_8_bits(config, precision, number):
+        integers = _layers_weights(config.vision) + _projector_weights(config)
+    floats = vision_weights(config) - integers
+    return round(integers * VISION_BITS / 8) + floats * number
+
+
+def vision_in_8_bits(config: ModelConfig, precision: Precision, number: int) -> bool:
+    """Whether the tower's matrices are integers: a quantised model's transformer on a CPU.
+
+    Where a float takes `number` = 2 bytes, all are fp16.
+    """
+    return config.vision.kind == "clip" and precision != "fp32" and number == 4
 
 
 def bits_per_weight(kind: str, precision: Precision, mixed_bits: float = MIXED_BITS) -> float:
@@ -150,9 +170,18 @@ def bits_per_weight(kind: str, precision: Precision, mixed_bits: float = MIXED_B
 def _tower_weights(vision: VisionConfig) -> int:
     if vision.kind == "efficientnet-lite":
         return CONVOLUTIONS[vision.variant][1]
+    return _layers_weights(vision) + 3 * vision.patch_size**2 * vision.feature_size
+
+
+def _layers_weights(vision: VisionConfig) -> int:
+    """Weights in the layers of a transformer."""
     width = vision.feature_size
-    layer = 4 * width**2 + 2 * width * vision.intermediate_size
-    return vision.layers * layer + 3 * vision.patch_size**2 * width
+    return vision.layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+
+
+def _projector_weights(config: ModelConfig) -> int:
+    size = config.decoder.hidden_size
+    return config.vision.feature_size * size + size**2
 
 
 def _kind(name: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from medmoe_edge import bundle, bundle_intact
 from medmoe_edge.bundle import (
     FORMAT_VERSION,
     MANIFEST,
@@ -266,3 +267,26 @@ def test_a_sealed_but_impossible_configuration_is_a_model_error(
         assert result.config.to_json() == config
     else:
         assert "\n" not in result
+
+
+def test_a_large_file_is_hashed_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundle_intact, "LARGE", 5000)
+    monkeypatch.setattr(bundle_intact, "SETTLED", 0)
+    hashed: list[str] = []
+
+    def sha256(file: Any) -> str:
+        hashed.append(Path(file.name).name)
+        return real(file)
+
+    real = bundle._sha256
+    monkeypatch.setattr(bundle, "_sha256", sha256)
+    Bundle.open(folder)
+    assert sorted(hashed) == sorted(FILES)
+    Bundle.open(folder)
+    assert hashed.count("decoder.data") == 1
+    assert hashed.count("decoder.onnx") == 2
+    (folder / "decoder.data").write_bytes(bytes(4999) + b"1")
+    refused(folder, r"decoder\.data was changed")

@@ -49,6 +49,7 @@ DEFAULTS = {
     "precision": "int8",
     "method": "auto",
     "budget_bits": None,
+    "group": None,
     "calibrate_on": None,
     "samples": 128,
     "stats": None,
@@ -92,6 +93,7 @@ def test_export_of_a_folder(run: Run, exported: list[dict[str, Any]]) -> None:
         (["--mixed", "4.5"], {"precision": "mixed", "budget_bits": 4.5}),
         (["--calibrate", "scans", "--samples", "64"], {"calibrate_on": "scans", "samples": 64}),
         (["--int4", "--stats", "s", "--strict"], {"precision": "int4", "stats": Path("s")}),
+        (["--int4", "--group-size", "128"], {"precision": "int4", "group": 128}),
     ],
 )
 def test_export_passes_its_options_on(

@@ -31,6 +31,7 @@ from medmoe_edge.planning_costs import (
     cache_values,
     decoder_parts,
     step_work,
+    vision_bytes,
     vision_operations,
     vision_weights,
 )
@@ -41,6 +42,7 @@ from medmoe_edge.presets import PRESETS
 
 Make = Callable[..., Path]
 NOTHING = Speed(0, 0, 0)
+PRECISIONS: tuple[Precision, Precision] = ("fp32", "int8")
 STABLELM, PHI = PRESETS["med-moe-stablelm-1.6b"], PRESETS["med-moe-phi2-2.7b"]
 NANO = PRESETS["nano"]
 FLAT = Device("flat", "a flat one", "gpu", 10**10, Ratings(1e12, 2e14, 1e14, "made up"))
@@ -130,6 +132,18 @@ def test_bytes_against_the_embedded_bundle() -> None:
     assert made.experts == pytest.approx(owned, rel=0.02)
     stored = files["vision.data"]["bytes"]
     assert 2 * vision_weights(bundle.config) == pytest.approx(stored, rel=0.02)
+
+
+def test_a_quantised_transformer_tower_weighs_less_on_a_cpu() -> None:
+    in_fp32, in_8_bits = (vision_bytes(STABLELM, name, 4) for name in PRECISIONS)
+    assert in_fp32 == 4 * vision_weights(STABLELM) == 2 * vision_bytes(STABLELM, "int8", 2)
+    assert in_8_bits / in_fp32 == pytest.approx(9 / 32, abs=0.01)
+    assert vision_bytes(NANO, "int8", 4) == 4 * vision_weights(NANO)  # convolutions stay floats
+    board = next(device for device in DEVICES.values() if device.kind == "cpu")
+    exact, quantised = (
+        make_plan("m", STABLELM, board, precision=name).forecasts[0] for name in PRECISIONS
+    )
+    assert quantised.vision < exact.vision
 
 
 def test_experts_are_read_once_however_many_tokens_choose_them() -> None:

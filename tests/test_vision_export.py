@@ -24,7 +24,7 @@ from medmoe_edge.presets import PRESETS
 from medmoe_edge.presets_random import random_tensors
 from medmoe_edge.runtimes.base import Floats
 from medmoe_edge.runtimes.eager import EagerRuntime
-from medmoe_edge.runtimes.ort import open_session, session_options
+from medmoe_edge.runtimes.ort_sessions import open_session, session_options
 
 Make = Callable[..., Path]
 KINDS = ["clip", "efficientnet-lite"]
