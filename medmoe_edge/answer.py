@@ -12,7 +12,8 @@ class Timings:
 
     `image`: read and prepare; `vision`: tower and projector; `prefix`: prefill of system prompt
     and image tokens; `question`: prefill of the question; `decode`: all further tokens.
-    `first_token` is the time from the start to the answer's first token.
+    `first_token` is the time from the start to the answer's first token. Where the prefix was kept,
+    `vision` is 0 and `prefix` the time to fetch it; `prefix_reused` says so.
     """
 
     image: float

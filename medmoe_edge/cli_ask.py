@@ -23,6 +23,15 @@ def ask(
         int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    prefix_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep here what the model makes of images, and answer more about them at once. "
+            "It is patient data, for your eyes alone, of at most 2 GB.",
+            show_default="nothing is kept",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer questions about one image."""
@@ -30,7 +39,11 @@ def ask(
 
     with render.working("Answering"):
         engine = medmoe_edge.load(
-            model, runtime=runtime, device=device, memory_budget=memory_budget
+            model,
+            runtime=runtime,
+            device=device,
+            memory_budget=memory_budget,
+            prefix_cache=prefix_cache,
         )
         answers = engine.ask_all(image, questions, max_new_tokens=max_new_tokens, frame=frame)
     if as_json:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 Versions = Callable[[str], str | None]
-BASE = ("numpy", "onnxruntime", "pillow", "pydicom", "rich", "tokenizers", "typer")
-_ENGINES = ("cuda-bindings", "cuda-core", "onnx", "onnx-ir", "platformdirs")
+BASE = (
+    *("numpy", "onnxruntime", "pillow", "platformdirs", "pydicom", "rich", "tokenizers"),
+    "typer",
+)
+_ENGINES = ("cuda-bindings", "cuda-core", "onnx", "onnx-ir")
 # extra -> what it is for, and the packages that it adds (pyproject.toml; a test compares them)
 EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "images": (

@@ -1,40 +1,27 @@
 """ask(): an image and questions in, answers out, over any runtime."""
 
-import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.answer import Answer
-from medmoe_edge.bundle import MANIFEST, Bundle
-from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine_clock import Clock, timings
-from medmoe_edge.errors import (
-    BundleError,
-    CheckpointError,
-    InputError,
-    MissingDependencyError,
-    ModelError,
-)
+from medmoe_edge.engine_loading import REFERENCE, Device, RuntimeName, open_model
+from medmoe_edge.errors import BundleError, CheckpointError, InputError
 from medmoe_edge.image import Image, load_image, preprocess
+from medmoe_edge.prefix_cache import PrefixCache, cache_folder
+from medmoe_edge.prefix_file import Prefix
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, chosen_experts
 from medmoe_edge.runtimes.paging import Budget
 
 Counts = npt.NDArray[np.int64]
-RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
-Device = Literal["auto", "cpu", "cuda"]
 ImageLike = str | os.PathLike[str] | Image
 MAX_NEW_TOKENS = 32
-REFERENCE = "reference"  # a checkpoint, which bundles are verified against
-
-logger = logging.getLogger(__name__)
 
 
 def load(
@@ -43,6 +30,7 @@ def load(
     runtime: RuntimeName = "auto",
     device: Device = "auto",
     memory_budget: Budget | None = None,
+    prefix_cache: str | os.PathLike[str] | None = None,
 ) -> "Engine":
     """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
 
@@ -50,106 +38,15 @@ def load(
     bundles too; `device` "cpu" or "cuda" chooses where ONNX Runtime or torch computes. A device
     that a bundle was made for and that is not there is an error, never a silent fall back; asking
     for the CPU is how to allow one. A bundle whose verification failed is loaded with a warning.
-    Raises `ModelError` and `ResourceError`.
+    `prefix_cache` names a folder for what the model makes of images (`medmoe_edge.prefix_cache`):
+    later questions about the last image, and in other processes about any of them, skip that. It is
+    patient data. Raises `ModelError`, `ResourceError`, and `InputError` for what cannot be had.
     """
-    model = os.fspath(model)
-    folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
-    is_bundle = (folder / MANIFEST).exists()
-    if is_bundle or runtime in ("onnxruntime", "tensorrt"):
-        return _load_bundle(Bundle.open(folder), runtime, device, memory_budget)
-    if memory_budget is not None:
-        raise _not_paged(f"{folder.name} is a checkpoint")
-    return _load_checkpoint(folder, device)
-
-
-def _load_bundle(
-    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget | None
-) -> "Engine":
-    if bundle.proof == "failed":
-        logger.warning(
-            "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
-        )
-    tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    loaded = _runtime_of(bundle, runtime, device, budget)
-    logger.info("%s runs on %s.", bundle.name, loaded.name)
-    return Engine(loaded, tokenizer, bundle.name, bundle.sha256, bundle.proof)
-
-
-def _runtime_of(
-    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget | None
-) -> Runtime:
-    if bundle.target.is_engine != (runtime == "tensorrt") and runtime != "auto":
-        raise ModelError(
-            f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
-            "Leave --runtime out, or export the model for it: medmoe-edge export --help",
-        )
-    if budget is not None:
-        return _paged_runtime(bundle, runtime, device, budget)
-    if runtime == "torch":
-        return _torch_runtime(bundle, device)
-    if not bundle.target.is_engine:
-        from medmoe_edge.runtimes.ort import OrtRuntime
-
-        return OrtRuntime(bundle, device=device)
-    if device == "cpu":
-        raise ModelError(
-            f"{bundle.name} holds engines for a GPU ({bundle.target}).",
-            "On the CPU, use the portable bundle that it was made from.",
-        )
-    from medmoe_edge.runtimes.tensorrt_runtime import TensorRTRuntime
-
-    return TensorRTRuntime(bundle)
-
-
-def _paged_runtime(bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget) -> Runtime:
-    if runtime == "torch" or device == "cuda" or bundle.target.is_engine:
-        raise _not_paged("This was asked for another runtime or device")
-    from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
-
-    return PagedOrtRuntime(bundle, budget)
-
-
-def _not_paged(why: str) -> InputError:
-    return InputError(
-        f"{why}; experts are paged in bundles, by ONNX Runtime on the CPU.",
-        "Leave the memory budget out, or give a bundle for the CPU.",
-    )
-
-
-def _torch_runtime(bundle: Bundle, device: Device) -> Runtime:
-    try:
-        from medmoe_edge.runtimes.torch_bundle import TorchBundleRuntime
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "torch", "export") from error
-    return TorchBundleRuntime(bundle, "cuda" if device == "cuda" else "cpu")
-
-
-def _load_checkpoint(folder: Path, device: Device) -> "Engine":
-    if not (folder / "config.json").exists():  # found out before torch is asked for
-        raise ModelError(
-            f"{folder} is neither a bundle nor a checkpoint.",
-            "Give a bundle, made by: medmoe-edge export; or a folder with config.json and weights.",
-        )
-    try:
-        from medmoe_edge.checkpoint import read_checkpoint
-        from medmoe_edge.runtimes.eager import EagerRuntime
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "torch", "export") from error
-    checkpoint = read_checkpoint(folder)
-    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
-    runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
-    return Engine(runtime, tokenizer, folder.resolve().name, checkpoint.sha256())
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """System prompt and image, prefilled: every question about the image starts from here."""
-
-    cache: Cache
-    length: int
-    modality: str | None
-    experts: Counts
-    seconds: dict[str, float]
+    folder = None if prefix_cache is None else cache_folder(prefix_cache)
+    loaded = open_model(model, runtime, device, memory_budget, keeps_prefixes=folder is not None)
+    if folder is None:
+        return Engine(*loaded)
+    return Engine(*loaded, PrefixCache(folder, loaded.sha256, loaded.runtime))
 
 
 class Engine:
@@ -165,8 +62,9 @@ class Engine:
         name: str,
         sha256: str,
         verification: str = REFERENCE,
+        prefixes: PrefixCache | None = None,
     ) -> None:
-        self.runtime, self.tokenizer = runtime, tokenizer
+        self.runtime, self.tokenizer, self.prefixes = runtime, tokenizer, prefixes
         self.name, self.sha256, self.verification = name, sha256, verification
         self.config = runtime.config
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
@@ -206,7 +104,7 @@ class Engine:
         room = max((len(question) for question in ids), default=0) + max_new_tokens
         prefix = self._prefill(image, frame, room)
         return [
-            self._answer(question, tokens, prefix, max_new_tokens, reused=index > 0)
+            self._answer(question, tokens, prefix, max_new_tokens, first=index == 0)
             for index, (question, tokens) in enumerate(zip(questions, ids, strict=True))
         ]
 
@@ -214,25 +112,43 @@ class Engine:
         """The image's modality as the router reads it; None where expert names are unknown."""
         return self._prefill(image, frame, room=0).modality
 
-    def _prefill(self, image: ImageLike, frame: int | None, room: int) -> _Prefix:
-        prefix_ids = self.tokenizer.prefix_ids()
-        length = len(prefix_ids) + self.config.vision.image_tokens
+    def _prefill(self, image: ImageLike, frame: int | None, room: int) -> Prefix:
+        ids = self.tokenizer.prefix_ids()
+        length = len(ids) + self.config.vision.image_tokens
         self._check_length(length + room)
         clock = Clock()
         picture = image if isinstance(image, Image) else load_image(image, frame=frame)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
+        if self.prefixes is None:
+            prefix = self._compute(pixels, ids, length + room, clock)
+        else:
+            prefix = self._fetch(self.prefixes, pixels, ids, length + room, clock)
+        clock.lap("prefix")
+        return replace(prefix, seconds={"vision": 0.0, **clock.laps})
+
+    def _compute(self, pixels: Floats, ids: list[int], capacity: int, clock: Clock) -> Prefix:
         image_tokens = self._finite(self.runtime.encode_image(pixels))
         clock.lap("vision")
-        embeds = np.concatenate((self.runtime.embed(prefix_ids), image_tokens))
-        cache = self.runtime.new_cache(length + room)
+        embeds = np.concatenate((self.runtime.embed(ids), image_tokens))
+        cache = self.runtime.new_cache(capacity)
         step = self._step(embeds, cache)
-        clock.lap("prefix")
-        modality = self._modality(step.router_logits[len(prefix_ids) :])
-        return _Prefix(cache, cache.length, modality, self._chosen(step), clock.laps)
+        modality = self._modality(step.router_logits[len(ids) :])
+        return Prefix(cache, cache.length, modality, self._chosen(step))
+
+    def _fetch(
+        self, prefixes: PrefixCache, pixels: Floats, ids: list[int], capacity: int, clock: Clock
+    ) -> Prefix:
+        key = prefixes.key(pixels, ids)
+        length = len(ids) + self.config.vision.image_tokens
+        prefix = prefixes.find(key, length, capacity)
+        if prefix is None:
+            prefix = self._compute(pixels, ids, capacity, clock)
+            prefixes.keep(key, prefix)
+        return prefix
 
     def _answer(
-        self, question: str, ids: list[int], prefix: _Prefix, limit: int, reused: bool
+        self, question: str, ids: list[int], prefix: Prefix, limit: int, first: bool
     ) -> Answer:
         clock = Clock()
         cache = prefix.cache
@@ -260,7 +176,9 @@ class Engine:
             confidence=math.exp(log_probability),
             modality=prefix.modality,
             experts=self._shares(experts),
-            timings=timings(prefix.seconds, clock.laps, len(answer), reused),
+            timings=timings(
+                prefix.seconds, clock.laps, len(answer), first=first, reused=prefix.reused
+            ),
             model={
                 "name": self.name,
                 "sha256": self.sha256,

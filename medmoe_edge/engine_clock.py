@@ -20,16 +20,23 @@ class Clock:
 
 
 def timings(
-    prefix: Mapping[str, float], own: Mapping[str, float], tokens: int, reused: bool
+    prefix: Mapping[str, float],
+    own: Mapping[str, float],
+    tokens: int,
+    *,
+    first: bool,
+    reused: bool,
 ) -> Timings:
-    """Of an answer, from the laps of its image's prefix and its own; `reused`: not its first."""
-    shared = 0.0 if reused else sum(prefix.values())
-    first_token = shared + own["question"]
+    """Of an answer, from the laps of its image's prefix and its own.
+
+    The `first` answer about an image bears the prefix's time; `reused`: that was merely fetched.
+    """
+    first_token = (sum(prefix.values()) if first else 0.0) + own["question"]
     return Timings(
         **prefix,
         **own,
         first_token=first_token,
         total=first_token + own["decode"],
         tokens=tokens,
-        prefix_reused=reused,
+        prefix_reused=reused or not first,
     )

@@ -1,5 +1,6 @@
 """What a runtime does: turn a model on disk into prefill and decode steps."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy.typing as npt
 from medmoe_edge.config import ModelConfig
 
 Floats = npt.NDArray[np.float32]
+CacheArray = npt.NDArray[np.floating[Any]]
 
 
 class Step(NamedTuple):
@@ -28,6 +30,28 @@ class Cache(Protocol):
     @property
     def capacity(self) -> int:
         """Positions it can hold."""
+
+
+@runtime_checkable
+class PortableCache(Cache, Protocol):
+    """A cache whose contents can go into another one of the same model, by way of a file.
+
+    `origin` names the library, its version and the device, which all decide how results round.
+    """
+
+    @property
+    def origin(self) -> str:
+        """What computes its contents."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of `arrays`."""
+
+    def arrays(self) -> Iterator[CacheArray]:
+        """What it holds, `[H, length, head_size]`: keys and values of each layer in turn."""
+
+    def fill(self, arrays: Iterable[CacheArray]) -> None:
+        """Hold those instead; their number, shape and type must be right."""
 
 
 class Runtime(Protocol):

@@ -1,6 +1,7 @@
 """A checkpoint in PyTorch, uncompiled: the reference that every other runtime is held against."""
 
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from medmoe_edge.checkpoint import Checkpoint
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.models.attention import KVCache
 from medmoe_edge.models.med_moe import MedMoE
-from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
+from medmoe_edge.runtimes.base import Cache, CacheArray, Floats, Step, check_room
 
 TorchDevice = Literal["cpu", "cuda"]
 ROUTER = ".router."
@@ -22,6 +23,31 @@ class EagerCache(KVCache):
     def capacity(self) -> int:
         """Positions it can hold."""
         return int(self.keys.shape[3])
+
+    @property
+    def origin(self) -> str:
+        """What computes its contents."""
+        return f"torch {torch.__version__} {self.keys.device.type}"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of `arrays`."""
+        return self.keys.new_empty(0, device="cpu").numpy().dtype
+
+    def arrays(self) -> Iterator[CacheArray]:
+        """What it holds, `[H, length, head_size]`: keys and values of each layer in turn."""
+        for buffer in self._buffers():
+            yield buffer[:, : self.length].cpu().numpy()
+
+    def fill(self, arrays: Iterable[CacheArray]) -> None:
+        """Hold those instead; their number, shape and type must be right."""
+        for buffer, array in zip(self._buffers(), arrays, strict=True):
+            buffer[:, : array.shape[1]] = torch.from_numpy(array)
+            self.length = array.shape[1]
+
+    def _buffers(self) -> Iterator[torch.Tensor]:
+        for keys, values in zip(self.keys, self.values, strict=True):  # [1, H, capacity, head_size]
+            yield from (keys[0], values[0])
 
 
 class EagerRuntime:

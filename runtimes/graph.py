@@ -14,7 +14,9 @@ import onnxruntime as ort
 
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
-from medmoe_edge.runtimes.ort import CACHE_TYPES, open_session, session_options
+from medmoe_edge.runtimes.embedding import EmbeddingTable
+from medmoe_edge.runtimes.ort import CACHE_TYPES
+from medmoe_edge.runtimes.ort_sessions import open_session, session_options
 
 
 class GraphCache:
@@ -34,7 +36,7 @@ class GraphRuntime:
 
     def __init__(self, bundle: Bundle, vision: Path, decoder: Path) -> None:
         self.config, self.paths = bundle.config, (vision, decoder)
-        self._embedding = np.load(bundle.path("embedding.npy"), mmap_mode="r", allow_pickle=False)
+        self._embedding = EmbeddingTable(bundle.path("embedding.npy"))
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
@@ -43,7 +45,7 @@ class GraphRuntime:
 
     def embed(self, ids: list[int]) -> Floats:
         """Token ids to embeddings `[S, D]`."""
-        return np.asarray(self._embedding[ids], np.float32)
+        return self._embedding[ids]
 
     def new_cache(self, capacity: int) -> GraphCache:
         """An empty cache for `capacity` positions."""

@@ -1,26 +1,28 @@
 """The bundle on ONNX Runtime, on the CPU or CUDA."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.bundle_weights import check_scales
-from medmoe_edge.config import DecoderConfig
-from medmoe_edge.errors import BundleError
 from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
+from medmoe_edge.runtimes.embedding import EmbeddingTable
+from medmoe_edge.runtimes.ort_cache import OrtCache
 from medmoe_edge.runtimes.ort_providers import (
-    CPU,
     Device,
     check_providers,
     choose_provider,
     preload_cuda,
 )
+from medmoe_edge.runtimes.ort_sessions import EarlySessions, session_options
+from medmoe_edge.runtimes.prefill import in_parts
 
+VISION, DECODER = "vision.onnx", "decoder.onnx"
+PREFILL_AT_ONCE = 384  # tokens
 CACHE_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -29,28 +31,8 @@ CACHE_TYPES: dict[str, type[np.generic]] = {
 logger = logging.getLogger(__name__)
 
 
-class OrtCache:
-    """One buffer `[1, H, capacity, head_size]` per layer for keys and one for values.
-
-    A buffer lies on the device, and is bound both as what a step reads and as what it writes:
-    nothing is copied.
-    """
-
-    def __init__(
-        self, decoder: DecoderConfig, capacity: int, dtype: type[np.generic], device: str
-    ) -> None:
-        shape = (1, decoder.heads, capacity, decoder.head_size)
-        self.capacity = capacity
-        self.length = 0
-        self.buffers = {
-            f"{kind}.{layer}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
-            for layer in range(decoder.layers)
-            for kind in ("key", "value")
-        }
-
-
 class OrtRuntime:
-    """Runs a bundle's graphs; the embedding table is mapped, so only rows in use are read.
+    """Runs a bundle's graphs, which are opened in the background from the start.
 
     `replaced` names weights of the decoder to be exchanged for others of the same shape and type.
     `device` "auto" is what the graphs are made for; with `allow_fallback` the CPU stands in for a
@@ -84,7 +66,11 @@ class OrtRuntime:
             name: ort.OrtValue.ortvalue_from_numpy(array)
             for name, array in (replaced or {}).items()
         }
-        self._embedding = np.load(bundle.path("embedding.npy"), mmap_mode="r", allow_pickle=False)
+        self._sessions = EarlySessions(
+            {bundle.path(name): options for name, options in self._graphs().items()},
+            self.choice.providers,
+        )
+        self._embedding = EmbeddingTable(bundle.path("embedding.npy"))
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
@@ -93,7 +79,7 @@ class OrtRuntime:
 
     def embed(self, ids: list[int]) -> Floats:
         """Token ids to embeddings `[S, D]`."""
-        return np.asarray(self._embedding[ids], np.float32)
+        return self._embedding[ids]
 
     def new_cache(self, capacity: int) -> OrtCache:
         """An empty cache for `capacity` positions."""
@@ -102,9 +88,17 @@ class OrtRuntime:
         return OrtCache(self.config.decoder, capacity, dtype, self.choice.device)
 
     def step(self, embeds: Floats, cache: Cache) -> Step:
-        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
+        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S.
+
+        A CPU takes long prompts in parts: attention's scores `[H, S, positions]` would outgrow the
+        weights, and half of them, in the future of their tokens, be computed in vain.
+        """
         assert isinstance(cache, OrtCache)
         check_room(cache, len(embeds))
+        at_once = PREFILL_AT_ONCE if self.choice.device == "cpu" else len(embeds)
+        return in_parts(embeds, at_once, lambda part: self._run(part, cache))
+
+    def _run(self, embeds: Floats, cache: OrtCache) -> Step:
         total = cache.length + len(embeds)
         outputs = ["logits", "router_logits"] if self.config.moe else ["logits"]
         binding = self._decoder.io_binding()
@@ -122,41 +116,24 @@ class OrtRuntime:
         router = results[1][0] if self.config.moe else np.zeros((len(embeds), 0, 0), np.float32)
         return Step(results[0][0], router)
 
+    def _graphs(self) -> dict[str, ort.SessionOptions]:
+        """What is to be opened, in the order in which it is needed."""
+        decoder = session_options()
+        for name, value in self._replaced.items():
+            decoder.add_initializer(name, value)
+        return {VISION: session_options(), DECODER: decoder}
+
     @cached_property
     def _vision(self) -> ort.InferenceSession:
-        return self._open("vision.onnx", session_options())
+        return self._opened(VISION)
 
     @cached_property
     def _decoder(self) -> ort.InferenceSession:
-        options = session_options()
-        for name, value in self._replaced.items():
-            options.add_initializer(name, value)
-        return self._open("decoder.onnx", options)
+        return self._opened(DECODER)
 
-    def _open(self, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
-        session = open_session(self.bundle.path(name), options, self.choice.providers)
+    def _opened(self, name: str) -> ort.InferenceSession:
+        session = self._sessions[name]
         self.choice = check_providers(
             self.choice, session.get_providers(), allow_fallback=self._allow_fallback
         )
         return session
-
-
-def session_options() -> ort.SessionOptions:
-    """Quiet, and without the arena, which would keep the peak of the prefill for ever."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False
-    return options
-
-
-def open_session(
-    path: Path, options: ort.SessionOptions, providers: Sequence[str] = (CPU,)
-) -> ort.InferenceSession:
-    """Load a graph; raises `BundleError` where ONNX Runtime refuses it."""
-    try:
-        return ort.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise BundleError(
-            f"ONNX Runtime {ort.__version__} cannot load {path.name}.",
-            "Export the checkpoint again with this version.",
-        ) from error

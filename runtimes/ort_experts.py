@@ -30,8 +30,8 @@ import onnxruntime as ort
 
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.errors import BundleError, ResourceError
-from medmoe_edge.runtimes.ort import session_options
 from medmoe_edge.runtimes.ort_providers import CPU
+from medmoe_edge.runtimes.ort_sessions import one_of_many, session_options
 from medmoe_edge.runtimes.paging_store import Expert
 
 WEIGHTS = "expert.data"  # the file that the experts' graphs name, see export/ort_expert.py
@@ -133,7 +133,7 @@ class OrtExpertStore:
         return content
 
     def _session(self, extent: Extent, content: npt.NDArray[np.uint8]) -> ort.InferenceSession:
-        options = many_sessions(session_options())
+        options = one_of_many(session_options())
         options.add_external_initializers_from_files_in_memory(
             [WEIGHTS], [content], [content.nbytes]
         )
@@ -170,17 +170,6 @@ def read_extents(bundle: Bundle) -> dict[Expert, Extent]:
                 *(offset, size, own["sha256"], own["graph"], own["bytes"]),
             )
     return extents
-
-
-def many_sessions(options: ort.SessionOptions) -> ort.SessionOptions:
-    """For a process of many sessions: threads that wait for work sleep, they do not spin.
-
-    Each session has threads of its own; spinning, those of one keep the next from running, and both
-    from a machine that does something else (ten times slower beside one busy neighbour). A pool for
-    all sessions would forbid every session of the process one of its own.
-    """
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
 
 
 def return_free_memory() -> None:

@@ -14,10 +14,13 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from medmoe_edge.bundle import Bundle
+from medmoe_edge.bundle_target import DEFAULT
 from medmoe_edge.errors import BundleError
-from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
-from medmoe_edge.runtimes.ort import OrtCache, OrtRuntime, session_options
-from medmoe_edge.runtimes.ort_experts import Check, OrtExpert, OrtExpertStore, many_sessions
+from medmoe_edge.runtimes.base import Floats, Step
+from medmoe_edge.runtimes.ort import VISION, OrtRuntime
+from medmoe_edge.runtimes.ort_cache import OrtCache
+from medmoe_edge.runtimes.ort_experts import Check, OrtExpert, OrtExpertStore
+from medmoe_edge.runtimes.ort_sessions import OPENED_AT_ONCE, one_of_many, session_options
 from medmoe_edge.runtimes.paging import Budget, ExpertPager, PagedExperts
 from medmoe_edge.runtimes.paging_budget import budget_bytes
 from medmoe_edge.runtimes.paging_profile import RoutingPrediction
@@ -30,7 +33,8 @@ LEAST_SHARE = 0.01  # of a layer's tokens, below which an expert is not read ahe
 class PagedOrtRuntime(OrtRuntime):
     """Runs a bundle's segments; `budget` is in bytes, as text ("1500MB", "50%"), or a pager.
 
-    A pager may serve several runtimes, which then share its budget. `check` and `drop_pages` are
+    A pager may serve several runtimes, which then share its budget; with None all experts are
+    resident, loaded in the background from the start. `check` and `drop_pages` are
     those of `OrtExpertStore`; without `prefetch` experts are loaded only when they are needed.
     Raises `InputError` for a budget that is too small, `BundleError` for a bundle that cannot be
     paged.
@@ -39,35 +43,35 @@ class PagedOrtRuntime(OrtRuntime):
     def __init__(
         self,
         bundle: Bundle,
-        budget: Budget,
+        budget: Budget | None,
         *,
         check: Check = "first",
         drop_pages: bool = False,
         prefetch: bool = True,
     ) -> None:
-        super().__init__(bundle)
-        if self.choice.device != "cpu" or bundle.target.name != "onnxruntime":
+        if bundle.target.name != DEFAULT:
             raise BundleError(
                 f"{bundle.name} is made for {bundle.target}; experts are paged on the CPU.",
                 "Give the portable bundle that it was made from, or leave the memory budget out.",
             )
         store = OrtExpertStore(bundle, check=check, drop_pages=drop_pages)
-        if not isinstance(budget, ExpertPager):
-            total = sum(store.sizes.values())
-            budget = ExpertPager(budget_bytes(budget, total) if isinstance(budget, str) else budget)
+        super().__init__(bundle)
+        pager = budget if isinstance(budget, ExpertPager) else _pager(budget, store)
         assert bundle.config.moe is not None
         self._moe = bundle.config.moe
         self._equal_share = 1 / self._moe.num_experts
-        self.experts: PagedExperts[OrtExpert] = budget.open(store, self._moe.top_k)
+        self.experts: PagedExperts[OrtExpert] = pager.open(store, self._moe.top_k)
         weakref.finalize(self, self.experts.close_later).atexit = False
         self._prediction = RoutingPrediction.of(bundle)
-        self._prefetch = prefetch
+        self._prefetch, self._resident = prefetch, budget is None
         self._tokens = self._no_tokens()  # since the last report
         self._routed = self._no_tokens()  # since the image
         self._predicted: set[Expert] | None = None
         self._shares = np.zeros(self._tokens.shape, np.float32)  # predicted for the image
         if self._prediction is not None:
             self._predict(self._prediction.unseen)
+        elif self._resident:
+            self.experts.prefetch(store.sizes)
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""
@@ -82,10 +86,7 @@ class PagedOrtRuntime(OrtRuntime):
         """An empty cache for `capacity` positions."""
         return OrtCache(self.config.decoder, capacity, np.float32, "cpu")
 
-    def step(self, embeds: Floats, cache: Cache) -> Step:
-        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
-        assert isinstance(cache, OrtCache)
-        check_room(cache, len(embeds))
+    def _run(self, embeds: Floats, cache: OrtCache) -> Step:
         total = cache.length + len(embeds)
         values: dict[str, ort.OrtValue] = {
             "embeds": ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(embeds[None])),
@@ -104,8 +105,9 @@ class PagedOrtRuntime(OrtRuntime):
         return Step(values["logits"].numpy()[0], values["router_logits"].numpy()[0])
 
     def paging(self) -> dict[str, Any]:
-        """The report on what ran since the last one or the image; fetches nothing more ahead."""
-        self.experts.prefetch(())
+        """The report on what ran since the last one or the image; then nothing is wanted ahead."""
+        if not self._resident:
+            self.experts.prefetch(())
         counts, self.experts.counts = self.experts.counts, Counts()
         tokens, self._tokens = self._tokens, self._no_tokens()
         budget = self.experts.pager.budget
@@ -148,23 +150,30 @@ class PagedOrtRuntime(OrtRuntime):
         self._expect(shares)
         self._predicted = {(int(m), int(e)) for m, e in np.argwhere(shares > self._equal_share)}
         if self._prefetch:
-            self.experts.prefetch(sorted(self._predicted.intersection(self.experts.most_worth())))
+            wanted = sorted(self._predicted.intersection(self.experts.most_worth()))
+            others = self.experts.store.sizes if self._resident else ()
+            self.experts.prefetch(dict.fromkeys((*wanted, *others)))
             self.experts.announce((int(m), int(e)) for m, e in np.argwhere(shares > LEAST_SHARE))
 
     def _no_tokens(self) -> npt.NDArray[np.int64]:
         return np.zeros((len(self._moe.layers), self._moe.num_experts), np.int64)
 
-    @cached_property
-    def _vision(self) -> ort.InferenceSession:
-        return self._open("vision.onnx", many_sessions(session_options()))
+    def _graphs(self) -> dict[str, ort.SessionOptions]:
+        count = self.bundle.manifest["paging"]["segments"]
+        names = [VISION, *(f"segment.{index}.onnx" for index in range(count))]
+        return {name: one_of_many(session_options()) for name in names}
 
     @cached_property
     def _segments(self) -> "list[_Segment]":
-        count = self.bundle.manifest["paging"]["segments"]
-        return [
-            _Segment(self._open(f"segment.{index}.onnx", many_sessions(session_options())))
-            for index in range(count)
-        ]
+        _, *names = self._graphs()
+        return [_Segment(self._opened(name)) for name in names]
+
+
+def _pager(budget: int | str | None, store: OrtExpertStore) -> ExpertPager:
+    experts = sum(store.sizes.values())
+    if budget is None:
+        return ExpertPager(experts + OPENED_AT_ONCE * store.scratch, at_once=OPENED_AT_ONCE)
+    return ExpertPager(budget if isinstance(budget, int) else budget_bytes(budget, experts))
 
 
 class _Segment:

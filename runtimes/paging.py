@@ -55,25 +55,25 @@ class _Slot:
 
 
 class ExpertPager:
-    """A budget in bytes for the experts of any number of models, loading included."""
+    """A budget in bytes for the experts of any number of models, with `at_once` of them loading."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, *, at_once: int = 1) -> None:
+        self.budget, self.at_once = budget, at_once
         self.changed = Condition()  # guards all below; notified of every change
         self.slots: dict[tuple[int, Expert], _Slot] = {}
         self.scratch = 0
         self.used = 0
         self._clock = 0
-        self._loading = False
+        self._loading = 0
         self.urgent = 0  # loads that somebody waits for, which go before those ahead of need
-        self.ahead = ThreadPoolExecutor(1, "expert-prefetch")  # starts with its first task
+        self.ahead = ThreadPoolExecutor(at_once, "expert-prefetch")  # starts with its first task
 
     def open(self, store: Store[T], at_once: int) -> "PagedExperts[T]":
         """The experts of one model, of which one layer needs `at_once` together.
 
         Raises `InputError` for a budget that is too small, with the least that works.
         """
-        least = least_budget(store, at_once)
+        least = least_budget(store, at_once, self.at_once)
         if self.budget < least:
             raise InputError(
                 f"A memory budget of {self.budget:,} bytes is too small for this model.",
@@ -85,8 +85,8 @@ class ExpertPager:
 
     @property
     def capacity(self) -> int:
-        """Bytes for experts: the budget less what a load takes."""
-        return self.budget - self.scratch
+        """Bytes for experts: the budget less what loading takes."""
+        return self.budget - self.at_once * self.scratch
 
     def claim(self, owner: "PagedExperts[Any]", experts: Iterable[Expert]) -> list[_Slot]:
         """Pin a place for each, together, as soon as others have let go of enough."""
@@ -189,20 +189,20 @@ class ExpertPager:
 
     @contextmanager
     def _turn(self, urgent: bool) -> Iterator[None]:
-        """One load at a time: the budget holds what one takes."""
+        """As many loads at a time as the budget holds what they take."""
         with self.changed:
             self.urgent += urgent
             try:
-                while self._loading or (self.urgent and not urgent):
+                while self._loading == self.at_once or (self.urgent and not urgent):
                     self.changed.wait()
-                self._loading = True
+                self._loading += 1
             finally:
                 self.urgent -= urgent
         try:
             yield
         finally:
             with self.changed:
-                self._loading = False
+                self._loading -= 1
                 self.changed.notify_all()
 
 
@@ -261,7 +261,7 @@ class PagedExperts(Generic[T]):
     def prefetch(self, experts: Iterable[Expert]) -> None:
         """Load these in the background, in order, in the place of earlier wishes."""
         self._wishes = deque(self.announce(experts))
-        if self._wishes:
+        for _ in range(min(len(self._wishes), self.pager.at_once)):
             self.pager.ahead.submit(self._fetch)
 
     def announce(self, experts: Iterable[Expert]) -> list[Expert]:
@@ -319,6 +319,6 @@ class PagedExperts(Generic[T]):
                 self.pager.unpin([slot])
 
 
-def least_budget(store: Store[Any], at_once: int) -> int:
-    """Bytes without which a step cannot run: `at_once` experts of a layer, and a load's scratch."""
-    return at_once * max(store.sizes.values()) + store.scratch
+def least_budget(store: Store[Any], at_once: int, loads: int = 1) -> int:
+    """Bytes without which a step cannot run: `at_once` experts of a layer, and what loads take."""
+    return at_once * max(store.sizes.values()) + loads * store.scratch

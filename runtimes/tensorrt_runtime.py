@@ -16,6 +16,8 @@ from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError, ResourceError
 from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
 from medmoe_edge.runtimes.cuda_device import CudaDevice, Device, Mirror
+from medmoe_edge.runtimes.embedding import EmbeddingTable
+from medmoe_edge.runtimes.prefill import in_parts
 from medmoe_edge.runtimes.tensorrt_engine import (
     Context,
     Engine,
@@ -64,7 +66,7 @@ class TensorRTRuntime:
         self.name: str = self.target.name
         self._device = device or CudaDevice(EXTRAS[library_of(self.target)])
         self._open = open_engine or self._open_file
-        self._embedding = np.load(bundle.path("embedding.npy"), mmap_mode="r", allow_pickle=False)
+        self._embedding = EmbeddingTable(bundle.path("embedding.npy"))
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
@@ -72,7 +74,7 @@ class TensorRTRuntime:
 
     def embed(self, ids: list[int]) -> Floats:
         """Token ids to embeddings `[S, D]`."""
-        return np.asarray(self._embedding[ids], np.float32)
+        return self._embedding[ids]
 
     def new_cache(self, capacity: int) -> TensorRTCache:
         """An empty cache, of as many positions as the engine was built for.
@@ -94,13 +96,7 @@ class TensorRTRuntime:
         """
         assert isinstance(cache, TensorRTCache)
         check_room(cache, len(embeds))
-        at_once = self.target.prefill
-        steps = [
-            self._run(embeds[first : first + at_once], cache)
-            for first in range(0, len(embeds), at_once)
-        ]
-        routing = np.concatenate([step.router_logits for step in steps])
-        return Step(steps[-1].logits, routing)
+        return in_parts(embeds, self.target.prefill, lambda part: self._run(part, cache))
 
     def _run(self, embeds: Floats, cache: TensorRTCache) -> Step:
         lane = self._decode if len(embeds) == 1 else self._prefill

@@ -47,18 +47,22 @@ class TorchBundleRuntime(EagerRuntime):
                 "Give the portable bundle that it was made from.",
             )
         check_device(device)
-        self.config, self.device = bundle.config, device
+        self.config = bundle.config
+        self.device: TorchDevice = device
         self.dtype = dtype or (torch.float16 if device == "cuda" else torch.float32)
         self.half = self.dtype != torch.float32
         with torch.device("meta"):
             self.model = MedMoE(self.config).eval()
-        weights = BundleWeights(bundle, device)
-        if self.half:
-            use_kernels(self.model, weights, self.dtype)
-        fill(self.model, weights, self.dtype)
+        self._load(BundleWeights(bundle, device))
         if device == "cuda":
             self.name = "torch-cuda"
         self._embedding = np.load(bundle.path("embedding.npy"), mmap_mode="r", allow_pickle=False)
+
+    def _load(self, weights: BundleWeights) -> None:
+        """Give the model on `meta` its weights."""
+        if self.half:
+            use_kernels(self.model, weights, self.dtype)
+        fill(self.model, weights, self.dtype)
 
     def embed(self, ids: list[int]) -> Floats:
         """Token ids to embeddings `[S, D]`."""

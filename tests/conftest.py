@@ -198,7 +198,12 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     calls: list[tuple[str, str]] = []
 
     def load(
-        model: str, *, runtime: str, device: str, memory_budget: str | None = None
+        model: str,
+        *,
+        runtime: str,
+        device: str,
+        memory_budget: str | None = None,
+        prefix_cache: Path | None = None,
     ) -> FakeEngine:
         calls.append((model, runtime))
         return engine

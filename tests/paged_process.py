@@ -22,9 +22,9 @@ from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
 def main(folder: Path, budget: str) -> None:
     """A prefill of 60 tokens and 20 steps."""
     bundle = Bundle.open(folder, verify=False)
-    runtime: Runtime = OrtRuntime(bundle)
-    if budget != "resident":
-        runtime = PagedOrtRuntime(bundle, budget)
+    runtime: Runtime = (
+        OrtRuntime(bundle) if budget == "resident" else PagedOrtRuntime(bundle, budget)
+    )
     size = bundle.config.decoder.hidden_size
     generator = np.random.default_rng(0)
     cache = runtime.new_cache(80)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from medmoe_edge.engine import RuntimeName, load
+from medmoe_edge.engine import load
+from medmoe_edge.engine_loading import RuntimeName
 from medmoe_edge.errors import BundleError, ModelError
-from medmoe_edge.runtimes.ort import open_session, session_options
+from medmoe_edge.runtimes.ort_sessions import open_session, session_options
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., Path]

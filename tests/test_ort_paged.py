@@ -233,10 +233,18 @@ def test_a_budget_too_small_names_the_least(tiny_bundle: Make) -> None:
         load(folder, memory_budget=least - 1)
 
 
-@pytest.mark.parametrize("options", [{"runtime": "torch"}, {"device": "cuda"}])
-def test_only_onnx_runtime_on_the_cpu_pages(tiny_bundle: Make, options: Any) -> None:
+def test_onnx_runtime_pages_on_the_cpu_alone(tiny_bundle: Make) -> None:
     with pytest.raises(InputError, match="ONNX Runtime on the CPU"):
-        load(tiny_bundle("int8"), memory_budget="50%", **options)
+        load(tiny_bundle("int8"), memory_budget="50%", device="cuda")
+
+
+def test_torch_pages_too_but_shares_no_budget(tiny_bundle: Make) -> None:
+    folder, image = tiny_bundle("int8"), random_image()
+    paged = load(folder, runtime="torch", memory_budget="60%").ask(image, "Where?")
+    assert paged.text == load(folder, runtime="torch").ask(image, "Where?").text
+    assert paged.paging is not None
+    with pytest.raises(InputError, match="cannot share"):
+        load(folder, runtime="torch", memory_budget=ExpertPager(10**9))
 
 
 def test_a_checkpoint_is_not_paged(tiny_checkpoint: Make) -> None:

@@ -52,7 +52,7 @@ def test_wheel_installs_the_command_and_asks_for_no_torch(wheel: zipfile.ZipFile
     base = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     names = {line.split()[1].partition(">")[0] for line in base}
     assert names == {
-        *("numpy", "onnxruntime", "pillow", "pydicom"),
+        *("numpy", "onnxruntime", "pillow", "platformdirs", "pydicom"),
         *("rich", "tokenizers", "typer"),
     }
     assert "medmoe-edge = medmoe_edge.cli:main" in wheel.read(entry_points).decode()

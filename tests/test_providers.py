@@ -158,7 +158,7 @@ def test_a_bundle_for_cuda_is_not_run_on_the_cpu_in_silence(
     runtime = OrtRuntime(cuda_bundle)
     with pytest.raises(ResourceError, match="could not load its CUDA provider"):
         runtime.new_cache(4)
-    assert opened == [BOTH]
+    assert all(providers == BOTH for providers in opened)
     runtime = OrtRuntime(cuda_bundle, allow_fallback=True)
     cache = runtime.new_cache(4)
     assert runtime.choice == Choice("cpu", "CUDA's provider did not load")

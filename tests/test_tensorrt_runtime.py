@@ -203,7 +203,8 @@ def test_steps_of_any_length_give_what_one_pass_does(rig: Rig, lengths: tuple[in
 def test_a_long_prefill_goes_in_chunks_and_one_token_is_decoded(rig: Rig) -> None:
     rig.steps(tokens(17), rig.runtime.new_cache(17), 17)
     prefill, decode = rig.engine.contexts
-    assert (prefill.launches, decode.launches) == ([8, 8], [1])
+    rig.steps(tokens(1), rig.runtime.new_cache(1), 1)
+    assert (prefill.launches, decode.launches) == ([6, 6, 5], [1])
 
 
 def test_decode_is_captured_once_and_replayed_where_the_token_stands(rig: Rig) -> None:

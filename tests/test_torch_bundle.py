@@ -23,7 +23,8 @@ from medmoe_edge.calibration.formats import Format
 from medmoe_edge.calibration.rounding import round_searched
 from medmoe_edge.checkpoint import read_checkpoint
 from medmoe_edge.embedded import bundle_path
-from medmoe_edge.engine import RuntimeName, load
+from medmoe_edge.engine import load
+from medmoe_edge.engine_loading import RuntimeName
 from medmoe_edge.errors import BundleError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.export import build, plugin
 from medmoe_edge.export.external_data import save_model

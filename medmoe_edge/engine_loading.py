@@ -1,0 +1,160 @@
+"""From a name or a folder to a runtime, a tokenizer and what is known of the model."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from medmoe_edge.bundle import MANIFEST, Bundle
+from medmoe_edge.embedded import bundle_path, checkpoint_path
+from medmoe_edge.errors import InputError, MissingDependencyError, ModelError
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import Runtime
+from medmoe_edge.runtimes.paging import Budget, ExpertPager
+
+RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
+Device = Literal["auto", "cpu", "cuda"]
+LARGE = 2**28  # bytes of experts, above which each is a session: they load in parallel
+REFERENCE = "reference"  # a checkpoint, which bundles are verified against
+
+logger = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """What an engine is made of; `verification` is a bundle's proof, or "reference"."""
+
+    runtime: Runtime
+    tokenizer: Tokenizer
+    name: str
+    sha256: str
+    verification: str
+
+
+def open_model(
+    model: str | os.PathLike[str],
+    runtime: RuntimeName,
+    device: Device,
+    budget: Budget | None,
+    *,
+    keeps_prefixes: bool,
+) -> Loaded:
+    """Open what `engine.load` was given, as it says."""
+    model = os.fspath(model)
+    folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
+    is_bundle = (folder / MANIFEST).exists()
+    if is_bundle or runtime in ("onnxruntime", "tensorrt"):
+        bundle = Bundle.open(folder)
+        if keeps_prefixes and bundle.target.is_engine:
+            raise InputError(
+                f"{bundle.name} is made for {bundle.target}, whose KV cache is not kept in files.",
+                "Leave the prefix cache out, or give the portable bundle that it was made from.",
+            )
+        return _open_bundle(bundle, runtime, device, budget)
+    if budget is not None:
+        raise _not_paged(f"{folder.name} is a checkpoint")
+    return _open_checkpoint(folder, device)
+
+
+def _open_bundle(
+    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget | None
+) -> Loaded:
+    if bundle.proof == "failed":
+        logger.warning(
+            "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
+        )
+    tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
+    loaded = _runtime_of(bundle, runtime, device, budget)
+    logger.info("%s runs on %s.", bundle.name, loaded.name)
+    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, bundle.proof)
+
+
+def _runtime_of(
+    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget | None
+) -> Runtime:
+    if bundle.target.is_engine != (runtime == "tensorrt") and runtime != "auto":
+        raise ModelError(
+            f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
+            "Leave --runtime out, or export the model for it: medmoe-edge export --help",
+        )
+    if budget is not None:
+        return _paged_runtime(bundle, runtime, device, budget)
+    if runtime == "torch":
+        return _torch_runtime(bundle, device)
+    if not bundle.target.is_engine:
+        return _ort_runtime(bundle, device)
+    if device == "cpu":
+        raise ModelError(
+            f"{bundle.name} holds engines for a GPU ({bundle.target}).",
+            "On the CPU, use the portable bundle that it was made from.",
+        )
+    from medmoe_edge.runtimes.tensorrt_runtime import TensorRTRuntime
+
+    return TensorRTRuntime(bundle)
+
+
+def _ort_runtime(bundle: Bundle, device: Device) -> Runtime:
+    if device != "cuda" and bundle.manifest.get("paging") and _expert_bytes(bundle) >= LARGE:
+        from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
+
+        return PagedOrtRuntime(bundle, None, check="never")  # the whole file has just been checked
+    from medmoe_edge.runtimes.ort import OrtRuntime
+
+    return OrtRuntime(bundle, device=device)
+
+
+def _expert_bytes(bundle: Bundle) -> int:
+    return sum(size for _, size in bundle.manifest["experts"].values())
+
+
+def _paged_runtime(bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget) -> Runtime:
+    if runtime == "torch":
+        return _paged_torch_runtime(bundle, device, budget)
+    if device == "cuda" or bundle.target.is_engine:
+        raise _not_paged("This was asked for another runtime or device")
+    from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
+
+    return PagedOrtRuntime(bundle, budget)
+
+
+def _not_paged(why: str) -> InputError:
+    return InputError(
+        f"{why}; experts are paged in bundles, by ONNX Runtime on the CPU or by torch.",
+        "Leave the memory budget out, or give a portable bundle.",
+    )
+
+
+def _paged_torch_runtime(bundle: Bundle, device: Device, budget: Budget) -> Runtime:
+    if isinstance(budget, ExpertPager):
+        raise InputError(
+            "Engines on torch cannot share one memory budget.", "Give each a budget of its own."
+        )
+    try:
+        from medmoe_edge.runtimes.torch_paged import PagedTorchRuntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "export") from error
+    return PagedTorchRuntime(bundle, budget, "cuda" if device == "cuda" else "cpu")
+
+
+def _torch_runtime(bundle: Bundle, device: Device) -> Runtime:
+    try:
+        from medmoe_edge.runtimes.torch_bundle import TorchBundleRuntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "export") from error
+    return TorchBundleRuntime(bundle, "cuda" if device == "cuda" else "cpu")
+
+
+def _open_checkpoint(folder: Path, device: Device) -> Loaded:
+    if not (folder / "config.json").exists():  # found out before torch is asked for
+        raise ModelError(
+            f"{folder} is neither a bundle nor a checkpoint.",
+            "Give a bundle, made by: medmoe-edge export; or a folder with config.json and weights.",
+        )
+    try:
+        from medmoe_edge.checkpoint import read_checkpoint
+        from medmoe_edge.runtimes.eager import EagerRuntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "export") from error
+    checkpoint = read_checkpoint(folder)
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
+    runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
+    return Loaded(runtime, tokenizer, folder.resolve().name, checkpoint.sha256(), REFERENCE)
