@@ -5,75 +5,75 @@ medians and quartiles. Every model is in a process of its own, so its memory is 
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from PIL import Image as Pillow
 
 from medmoe_edge.bench_contestants import QUESTION, Shape, picture
 from medmoe_edge.bench_machine import Stream, load_average, threads
-from medmoe_edge.bench_measurement import Measurement
-from medmoe_edge.bench_peers import PEERS, Comparison, Materials, compare
+from medmoe_edge.bench_measurement import (
+    Measurement,
+    Progress,
+    find_bundle,
+    no_progress,
+    shape_of,
+)
+from medmoe_edge.bench_peers import Comparison, Materials, Peer, compare
 from medmoe_edge.bench_process import Worker, cold_start
 from medmoe_edge.bench_result import Bench, Length, Machine
-from medmoe_edge.bench_timing import Spread, turn
-from medmoe_edge.bundle import MANIFEST, Bundle
+from medmoe_edge.bench_timing import Ration, Spread, turn
+from medmoe_edge.bundle import Bundle
+from medmoe_edge.config import DecoderConfig
 from medmoe_edge.devices import cpu_name, memory_here
-from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError
+from medmoe_edge.embedded import EMBEDDED, checkpoint_path
 from medmoe_edge.planning_costs import Precision, bits_per_weight, step_work
-from medmoe_edge.prompt import Tokenizer
 
 ROUNDS = 5
-NEW_TOKENS = 8
+ALLOWANCE = 30.0  # seconds of everything measured, in which it begins again
 LENGTHS = (128, 256, 512, 1024, 2048)
 QUESTIONS = (1, 2, 4, 8)
 CACHE_NUMBER = 4  # bytes of a number in the KV cache on a CPU
-Progress = Callable[[str, int, int], None]
 
 
 def bench(
     model: str = "nano",
     *,
     rounds: int = ROUNDS,
-    peers: bool = False,
+    peers: Sequence[Peer] = (),
     checkpoint: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Bench:
-    """Measure a bundle, and with `peers` what a user would run instead.
+    """Measure a bundle, and beside it `peers`: what a user would run instead.
 
-    `checkpoint`, a folder or a name, is what the bundle was exported from and what peers load; of
-    an embedded model it is known, and without it they load random weights of the same shapes.
-    `progress` is called with `(step, done, total)`. Raises `ModelError` for what cannot be used,
-    `InputError` for a checkpoint in the bundle's place, and `ResourceError` where measuring fails.
+    There are `rounds` turns, or fewer of what takes long: one at least. `checkpoint`, a folder or a
+    name, is what the bundle was exported from and what peers load; of an embedded model it is
+    known, and without it they load random weights of the same shapes. Raises `ModelError` for what
+    cannot be used, `InputError` for a checkpoint in the bundle's place, and `ResourceError` where
+    measuring fails.
     """
-    folder = bundle_path(model)
-    if not (folder / MANIFEST).exists():
-        raise InputError(
-            f"{folder} is no bundle, so there is nothing to measure.",
-            "Export it first: medmoe-edge export CHECKPOINT.",
-        )
-    bundle = Bundle.open(folder)
+    bundle = find_bundle(model)
     if checkpoint is None and model in EMBEDDED:
         checkpoint = model
     weights = checkpoint_path(checkpoint) if checkpoint else None
-    report = progress or (lambda step, done, total: None)
-    steps = 2 * rounds + len(PEERS) * peers
-    shape = shape_of(bundle)
+    steps = 2 * rounds + len(peers)
+    shape, ration = shape_of(bundle), Ration(ALLOWANCE)
     run = _Run(bundle, shape)
     for done in range(rounds):
-        report("starting", done, steps)
-        run.start()
+        progress("starting", done, steps)
+        ration.take("starting", run.start)
     with run.opened() as worker:
         for done in range(rounds, 2 * rounds):
-            report("asking", done, steps)
-            run.ask(worker)
+            for what, take in run.turns(worker).items():
+                progress(what, done, steps)
+                ration.take(what, take)
     found = []
     if peers:
         with Materials(bundle, weights) as materials:
-            for done, peer in enumerate(PEERS, 2 * rounds):
-                report("peers", done, steps)
+            for done, peer in enumerate(peers, 2 * rounds):
+                progress(peer.title, done, steps)
                 found.append(compare(peer, materials, shape, rounds))
     return run.result(found)
 
@@ -106,15 +106,27 @@ class _Run:
             self.measurement.open(worker)
             yield worker
 
-    def ask(self, worker: Worker) -> None:
-        """A turn for everything that a loaded bundle does."""
-        self.bandwidth += turn(self._stream.bandwidth)
-        self.measurement.turn(worker)
-        for tokens, seconds in self.lengths.items():
-            seconds += worker.ask("prefill", tokens=tokens)
-            self.peaks[tokens].append(worker.ask("memory")["peak"])
-        for count, seconds in self.questions.items():
-            seconds += worker.ask("ask", questions=count)
+    def turns(self, worker: Worker) -> Mapping[str, Callable[[], object]]:
+        """A turn of everything that a loaded bundle does, by what it is."""
+        return {
+            "memory bandwidth": lambda: self.bandwidth.extend(turn(self._stream.bandwidth)),
+            "a question": partial(self.measurement.turn, worker),
+            **{
+                f"prefill of {tokens:,} tokens": partial(self._prefill, worker, tokens)
+                for tokens in self.lengths
+            },
+            **{
+                f"questions about one image: {count}": partial(self._ask, worker, count)
+                for count in self.questions
+            },
+        }
+
+    def _prefill(self, worker: Worker, tokens: int) -> None:
+        self.lengths[tokens] += worker.ask("prefill", tokens=tokens)
+        self.peaks[tokens].append(worker.ask("memory")["peak"])
+
+    def _ask(self, worker: Worker, count: int) -> None:
+        self.questions[count] += worker.ask("ask", questions=count)
 
     def result(self, peers: Sequence[Comparison]) -> Bench:
         """All of it."""
@@ -129,6 +141,7 @@ class _Run:
             cold_start=Spread.of(self.cold),
             measured=self.measurement.result(),
             decode_bytes=decode_bytes(self.bundle, self.shape),
+            cache_token_bytes=cache_token_bytes(self.bundle.config.decoder),
             lengths=tuple(
                 Length(tokens, Spread.of(seconds), self.peaks[tokens][0])
                 for tokens, seconds in self.lengths.items()
@@ -138,19 +151,17 @@ class _Run:
         )
 
 
-def shape_of(bundle: Bundle) -> Shape:
-    """The tokens of one question as the bundle's own tokenizer cuts it."""
-    tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    before, after = tokenizer.prefix_ids(), tokenizer.question_ids(QUESTION)
-    return Shape(len(before), bundle.config.vision.image_tokens, len(after), NEW_TOKENS)
-
-
 def decode_bytes(bundle: Bundle, shape: Shape) -> float:
     """Bytes of weights and KV cache that a token in the middle of the answer reads."""
     precision: Precision = bundle.manifest["quantisation"]["precision"]
     work = step_work(bundle.config, 1, shape.prompt + shape.new // 2)
     weights = (n * bits_per_weight(kind, precision) / 8 for kind, n in work.weights.items())
     return sum(weights) + CACHE_NUMBER * work.cache
+
+
+def cache_token_bytes(decoder: DecoderConfig) -> int:
+    """Bytes of one token's keys and values in all layers."""
+    return CACHE_NUMBER * decoder.layers * 2 * decoder.hidden_size
 
 
 def ask_cold(bundle: Bundle, shape: Shape) -> float:

@@ -120,12 +120,12 @@ def open_contestant(
     config: ModelConfig,
     shape: Shape,
 ) -> Contestant:
-    """Load a model; `form` is torch's dtype or bitsandbytes' kind.
+    """Load a model; `form` is torch's dtype, bitsandbytes' kind, or a bundle's memory budget.
 
     Raises what its loader raises, and `ModelError` for a checkpoint of another model.
     """
     if kind == "bundle":
-        return EngineContestant(load(path), shape)
+        return EngineContestant(load(path, memory_budget=form or None), shape)
     if kind == "llama":
         from medmoe_edge.bench_llama import LlamaContestant
 

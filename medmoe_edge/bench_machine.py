@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 STREAMED = 256 * 2**20  # bytes: several times the caches of a workstation
-STATUS, CLEAR, MEMORY = (
-    Path("/proc") / name for name in ("self/status", "self/clear_refs", "meminfo")
+STATUS, CLEAR, STAT, IO, MEMORY = (
+    Path("/proc") / name
+    for name in ("self/status", "self/clear_refs", "self/stat", "self/io", "meminfo")
 )
 
 
@@ -60,6 +61,24 @@ def reset_peak() -> None:
     """Let the peak begin anew, where the system can: proc(5), /proc/pid/clear_refs."""
     with contextlib.suppress(OSError):
         CLEAR.write_text("5")
+
+
+def faults(stat: Path = STAT) -> int | None:
+    """Major page faults of this process so far: pages that storage had to bring; None off Linux."""
+    try:
+        after_name = stat.read_text().rpartition(")")[2]  # a name may hold anything
+    except OSError:
+        return None
+    return int(after_name.split()[9])  # proc(5), /proc/pid/stat: majflt
+
+
+def read_from_storage(io: Path = IO) -> int | None:
+    """Bytes that were fetched from storage for this process; None off Linux (proc(5), io)."""
+    try:
+        found = re.search(r"^read_bytes: (\d+)$", io.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
 
 
 def available(memory: Path = MEMORY) -> int | None:

@@ -1,14 +1,20 @@
 """One model measured: opened in a worker, or in several, and asked in turns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from medmoe_edge.bench_contestants import Kind, Shape
+from medmoe_edge.bench_contestants import QUESTION, Kind, Shape
 from medmoe_edge.bench_process import Worker
 from medmoe_edge.bench_timing import Spread
-from medmoe_edge.bundle import Bundle
+from medmoe_edge.bundle import MANIFEST, Bundle
+from medmoe_edge.embedded import bundle_path
+from medmoe_edge.errors import InputError
+from medmoe_edge.prompt import Tokenizer
+
+NEW_TOKENS = 8
+Progress = Callable[[str, int, int], None]  # told of (step, done, total)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,28 @@ class Measurement:
         spreads = {name: Spread.of(values) for name, values in self._seconds.items()}
         memory = {name: _median(counts) for name, counts in self._bytes.items()}
         return Measured(spreads, memory["resident"], memory["peak"], memory["loading"])
+
+
+def no_progress(step: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+def find_bundle(model: str) -> Bundle:
+    """The bundle of a name or folder; raises `ModelError`, and `InputError` for a checkpoint."""
+    folder = bundle_path(model)
+    if not (folder / MANIFEST).exists():
+        raise InputError(
+            f"{folder} is no bundle, so there is nothing to measure.",
+            "Export it first: medmoe-edge export CHECKPOINT.",
+        )
+    return Bundle.open(folder)
+
+
+def shape_of(bundle: Bundle) -> Shape:
+    """The tokens of one question as the bundle's own tokenizer cuts it."""
+    tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
+    before, after = tokenizer.prefix_ids(), tokenizer.question_ids(QUESTION)
+    return Shape(len(before), bundle.config.vision.image_tokens, len(after), NEW_TOKENS)
 
 
 def prefill_rate(measured: Measured, shape: Shape) -> float:

@@ -2,8 +2,9 @@
 
 import importlib.util
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,13 @@ from medmoe_edge.bench_contestants import Kind, Shape
 from medmoe_edge.bench_machine import available
 from medmoe_edge.bench_measurement import Measured, Measurement
 from medmoe_edge.bench_process import Worker
+from medmoe_edge.bench_timing import Ration
 from medmoe_edge.bundle import Bundle
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import InputError, ResourceError
 from medmoe_edge.planning_costs import decoder_parts, vision_weights
 
 State = Literal["measured", "not installed", "not enough memory", "failed"]
+ALLOWANCE = 60.0  # seconds in which the turns with a peer begin again
 BESIDE = 1.1  # of a model's weights: what it computes with takes some memory too
 _TORCH = ("torch", "safetensors")
 _EXPORT = "pip install 'medmoe-edge[export]'"
@@ -40,7 +43,7 @@ class Peer:
     """One way to run the model.
 
     `packages` are modules that must be there, which `install` brings; `bytes` of a weight while it
-    loads. `form` is torch's dtype, bitsandbytes' or llama.cpp's format.
+    loads. `form` is torch's dtype, bitsandbytes' or llama.cpp's format; a bundle has none.
     """
 
     name: str
@@ -80,7 +83,7 @@ PEERS = (
         for form in ("int8", "nf4")
     ),
     Peer(
-        *("onnxruntime-fp32", "ONNX Runtime fp32", "bundle", "fp32", 4),
+        *("onnxruntime-fp32", "ONNX Runtime fp32", "bundle", "", 4),
         (*_TORCH, "onnx", "onnx_ir", "onnxscript"),
         _EXPORT,
         (_OURS, "our own exporter's graphs, all in fp32"),
@@ -99,6 +102,15 @@ PEERS = (
         for form, size in (("q8_0", 34 / 32), ("q4_0", 18 / 32))  # a block: its bytes, its weights
     ),
 )
+
+
+def find_peers(names: Sequence[str]) -> tuple[Peer, ...]:
+    """The peers of these names; raises `InputError`, which lists all."""
+    known = {peer.name: peer for peer in PEERS}
+    for name in names:
+        if name not in known:
+            raise InputError(f"There is no peer {name!r}.", f"Use some of: {', '.join(known)}.")
+    return tuple(known[name] for name in dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -184,14 +196,15 @@ class Materials:
 def compare(peer: Peer, materials: Materials, shape: Shape, rounds: int) -> Comparison:
     """Measure a peer in turns with the bundle; that it cannot be measured is a result too.
 
-    Raises `ResourceError` where the bundle's own process ends.
+    There are `rounds` turns, or fewer if they take long. Raises `ResourceError` where the bundle's
+    own process ends.
     """
     if peer.missing:
         return Comparison(peer, "not installed", why="Not installed.", remedy=peer.install)
     if short := _too_large(peer, materials.bundle):
         remedy = "Close other programs, or measure a smaller model."
         return Comparison(peer, "not enough memory", why=short, remedy=remedy)
-    ours = Measurement(materials.bundle, shape)
+    ours, ration = Measurement(materials.bundle, shape), Ration(ALLOWANCE)
     with Worker() as own, Worker() as other, tempfile.TemporaryDirectory() as folder:
         try:
             model = materials.model(peer, Path(folder))
@@ -199,13 +212,17 @@ def compare(peer: Peer, materials: Materials, shape: Shape, rounds: int) -> Comp
             ours.open(own)
             theirs.open(other)
             for _ in range(rounds):
-                ours.turn(own)
-                theirs.turn(other)
+                ration.take("turn", partial(_turn, {own: ours, other: theirs}))
         except ResourceError as error:
             if own.ended:  # which is no fault of the peer
                 raise
             return Comparison(peer, "failed", why=error.what, remedy=error.remedy)
     return Comparison(peer, "measured", ours.result(), theirs.result())
+
+
+def _turn(measured: Mapping[Worker, Measurement]) -> None:
+    for worker, measurement in measured.items():
+        measurement.turn(worker)
 
 
 def _too_large(peer: Peer, bundle: Bundle) -> str | None:

@@ -25,15 +25,18 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """A process that does what it is asked; a context, which leaves no process behind."""
+    """A process that does what it is asked; a context, which leaves no process behind.
 
-    def __init__(self, timeout: float = TIMEOUT) -> None:
-        self.timeout = timeout
+    `prefix` stands before its command, to run it under a limit.
+    """
+
+    def __init__(self, timeout: float = TIMEOUT, prefix: Sequence[str] = ()) -> None:
+        self.timeout, self._prefix = timeout, prefix
 
     def __enter__(self) -> Self:
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "medmoe_edge.bench_worker"],
+            [*self._prefix, sys.executable, "-m", "medmoe_edge.bench_worker"],
             env=_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from medmoe_edge.bench_contestants import Shape
 from medmoe_edge.bench_measurement import Measured, decode_rate, prefill_rate
 from medmoe_edge.bench_peers import Comparison
@@ -41,7 +43,8 @@ class Bench:
     """All that was measured of a bundle.
 
     `cold_start` is a whole process that answers one question; `decode_bytes` are the weights and
-    the cache that one token reads. `questions` are seconds of so many about one image.
+    the cache that one token reads, `cache_token_bytes` what the KV cache holds for one. `questions`
+    are seconds of so many about one image.
     """
 
     model: str
@@ -52,6 +55,7 @@ class Bench:
     cold_start: Spread
     measured: Measured
     decode_bytes: float
+    cache_token_bytes: int
     lengths: tuple[Length, ...]
     questions: Mapping[int, Spread]
     peers: tuple[Comparison, ...]
@@ -77,6 +81,29 @@ class Bench:
         """How much of the memory's bandwidth decoding uses; caches that hold weights add to it."""
         return self.decode_bytes * self.decode_rate / self.machine.bandwidth.median
 
+    @property
+    def token_bytes(self) -> float | None:
+        """Bytes by which the peak rises with a token of the prompt.
+
+        Among lengths beyond a question's, whose memory the process already had; None with fewer
+        than two of them, or off Linux.
+        """
+        seen = [
+            (length.tokens, length.peak)
+            for length in self.lengths
+            if length.peak and length.tokens > self.shape.prompt
+        ]
+        if len(seen) < 2:
+            return None
+        tokens, peaks = np.array(seen, np.float64).T
+        return float(np.polyfit(tokens, peaks, 1)[0])
+
+    @property
+    def length_ratio(self) -> float | None:
+        """Prefill time per token, of the worst length over the best; None without lengths."""
+        each = [length.seconds.median / length.tokens for length in self.lengths]
+        return max(each) / min(each) if each else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
         return asdict(self) | {
@@ -89,4 +116,6 @@ class Bench:
             "decode_tokens_per_second": self.decode_rate,
             "second_over_first": self.second_over_first,
             "decode_share_of_bandwidth": self.bandwidth_share,
+            "memory_per_prompt_token": self.token_bytes,
+            "prefill_worst_over_best_length": self.length_ratio,
         }

@@ -44,3 +44,20 @@ def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+class Ration:
+    """Time for several measurements: each is taken once, and again while it fits into its share.
+
+    `allowance` is that share in seconds, the same for all.
+    """
+
+    def __init__(self, allowance: float) -> None:
+        self._allowance = allowance
+        self._spent: dict[str, list[float]] = {}
+
+    def take(self, name: str, run: Callable[[], object]) -> None:
+        """Run it, unless its runs so far say that another would take more than is left."""
+        spent = self._spent.setdefault(name, [])
+        if not spent or sum(spent) * (1 + 1 / len(spent)) <= self._allowance:
+            spent.append(seconds(run))

@@ -4,14 +4,16 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medmoe_edge.bench_asking import Asker, Asking
 from medmoe_edge.bench_contestants import Contestant, EngineContestant, Shape, open_contestant
-from medmoe_edge.bench_machine import peak, reset_peak, resident
-from medmoe_edge.bench_timing import seconds, turn
+from medmoe_edge.bench_machine import faults, peak, read_from_storage, reset_peak, resident
+from medmoe_edge.bench_timing import REST, seconds, turn
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import MedMoEError
 
@@ -20,6 +22,7 @@ class Station:
     """The methods are the requests; all take and give plain JSON values."""
 
     contestant: Contestant
+    asker: Asker
 
     def open(
         self, kind: Any, path: str, form: str, config: Mapping[str, Any], shape: Mapping[str, int]
@@ -56,6 +59,27 @@ class Station:
         """Seconds of so many questions about one image; only of bundles."""
         contestant = self._bundle()
         return turn(lambda: contestant.ask(questions))
+
+    def storage(self) -> dict[str, int | None]:
+        """Major page faults of this process so far, and bytes that it had read from storage."""
+        return {"faults": faults(), "read": read_from_storage()}
+
+    def open_asker(
+        self, path: str, budget: int | None, prefetch: bool, data: str | None, follow: float
+    ) -> dict[str, Any]:
+        """Load a bundle to ask about modalities: `load` seconds until it had answered once."""
+
+        def make() -> None:
+            self.asker = Asker(Path(path), budget, prefetch, Asking(data, follow))
+
+        told = {"load": seconds(make), "peak": peak()}
+        reset_peak()
+        return told
+
+    def ask_about(self, modality: int, number: int) -> dict[str, Any]:
+        """One answer; see `Asker.ask`."""
+        time.sleep(REST)
+        return self.asker.ask(modality, number)
 
     def make_checkpoint(self, config: Mapping[str, Any], tokenizer: str, out: str) -> None:
         """Write a checkpoint of random weights."""

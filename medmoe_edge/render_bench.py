@@ -31,6 +31,8 @@ def show_bench(bench: "Bench") -> None:
         for length in bench.lengths
     ]
     show_table("By prompt length", ["tokens", "prefill", "quartiles", "a token", "peak"], rows)
+    for line in _growth(bench):
+        show(line)
     show()
     questions = [
         (f"{count}", seconds(spread.median), _quartiles(spread), seconds(spread.median / count))
@@ -68,6 +70,15 @@ def _figures(bench: "Bench") -> Iterator[tuple[str, str, str, str]]:
     each = megabytes(round(bench.decode_bytes))
     note = f"decoding reads {each} a token, {percent(bench.bandwidth_share)} of it"
     yield ("memory bandwidth", note, f"{median} GB/s", f"{low} to {high}")
+
+
+def _growth(bench: "Bench") -> Iterator[str]:
+    """How the costs of a prompt grow with it."""
+    if bench.length_ratio is not None:
+        yield f"A token's prefill, worst length over best: {bench.length_ratio:.2f}"
+    if bench.token_bytes is not None:
+        peak, cache = bench.token_bytes / 1e3, bench.cache_token_bytes / 1e3
+        yield f"A token more adds {peak:,.1f} kB to the peak; the KV cache takes {cache:,.1f} kB"
 
 
 def _show_peers(bench: "Bench") -> None:

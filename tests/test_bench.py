@@ -34,12 +34,12 @@ from medmoe_edge import (
 )
 from medmoe_edge.bench_contestants import Shape
 from medmoe_edge.bench_gguf import Form, tensors, widths, write_gguf
-from medmoe_edge.bench_measurement import Measured, Measurement
+from medmoe_edge.bench_measurement import Measured, Measurement, shape_of
 from medmoe_edge.bench_peers import PEERS, Comparison, Materials, Peer, compare
 from medmoe_edge.bench_plot import write_plot
 from medmoe_edge.bench_process import Worker, cold_start, ended
 from medmoe_edge.bench_result import Bench, Length, Machine
-from medmoe_edge.bench_timing import Spread, turn
+from medmoe_edge.bench_timing import Ration, Spread, turn
 from medmoe_edge.bench_worker import Station
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.errors import InputError, MedMoEError, ModelError, ResourceError
@@ -72,6 +72,7 @@ def result(**changes: Any) -> Bench:
         cold_start=spread(9),
         measured=measured(),
         decode_bytes=200.0,
+        cache_token_bytes=1000,
         lengths=(Length(128, spread(0.1), 7), Length(256, spread(0.2), None)),
         questions={1: spread(1), 2: spread(1.5)},
         peers=(
@@ -148,12 +149,35 @@ def test_a_turn_is_as_long_as_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench_timing.seconds(run) == pytest.approx(0.3)
 
 
+def test_a_ration_is_taken_once_and_then_as_far_as_it_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_timing, "seconds", lambda run: run())
+    ration, taken = Ration(10.0), {"long": 0, "short": 0}
+
+    def cost(name: str, seconds: float) -> float:
+        taken[name] += 1
+        return seconds
+
+    for _ in range(5):
+        ration.take("long", lambda: cost("long", 99.0))
+        ration.take("short", lambda: cost("short", 3.0))
+    assert taken == {"long": 1, "short": 3}
+
+
 def test_what_follows_from_the_figures() -> None:
     found = result()
     assert found.prefill_rate == 10  # 30 tokens in 3 s
     assert found.decode_rate == 0.5  # the first of 8 tokens belongs to the prefill
     assert found.second_over_first == 0.25  # 1 s, of vision 1 s and prefill 3 s
     assert found.bandwidth_share == 0.1  # 200 bytes, half a token a second, of 1000 bytes a second
+    assert found.length_ratio == 1
+    assert found.token_bytes is None  # one peak is known
+    peaks = [Length(n, spread(n * n), 10**6 + 1200 * n) for n in (16, 100, 200, 400)]
+    grown = result(lengths=(*peaks[1:], dataclasses.replace(peaks[0], peak=9)))
+    assert grown.token_bytes == pytest.approx(1200)  # 16 tokens are fewer than a question's
+    assert grown.length_ratio == 25
+    assert result(lengths=()).length_ratio is None
     told = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert told["questions"][1] == {"questions": 2, "seconds": dataclasses.asdict(spread(1.5))}
     assert told["decode_share_of_bandwidth"] == 0.1
@@ -189,6 +213,12 @@ def test_memory_is_read_from_the_system(tmp_path: Path) -> None:
     assert bench_machine.peak(status) == 300 * 1024
     assert bench_machine.available(status) is None
     assert bench_machine.resident(tmp_path / "none") is None
+    (tmp_path / "io").write_text("rchar: 9\nread_bytes: 4096\ncancelled_write_bytes: 0\n")
+    assert bench_machine.read_from_storage(tmp_path / "io") == 4096
+    (tmp_path / "stat").write_text("7 (a) R (b) S 1 2 3 4 5 6 70 80 99 100\n")
+    assert bench_machine.faults(tmp_path / "stat") == 99
+    assert bench_machine.faults(tmp_path / "none") is None
+    assert bench_machine.read_from_storage(tmp_path / "none") is None
     assert bench_machine.threads() >= 1
 
 
@@ -462,11 +492,10 @@ def test_a_failure_of_our_own_is_no_result(
 @pytest.mark.usefixtures("in_process")
 def test_bench(tiny_bundle: Make, tiny_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[str, int, int]] = []
-    monkeypatch.setattr(bench, "PEERS", (peer("torch-fp32"), peer("torch-bf16", packages=("no",))))
     found = bench.bench(
         str(tiny_bundle("int8")),
         rounds=2,
-        peers=True,
+        peers=(peer("torch-fp32"), peer("torch-bf16", packages=("no",))),
         checkpoint=str(tiny_checkpoint()),
         progress=lambda *step: steps.append(step),
     )
@@ -476,9 +505,11 @@ def test_bench(tiny_bundle: Make, tiny_checkpoint: Make, monkeypatch: pytest.Mon
     assert (found.cold_start, found.precision) == (Spread(0.5, 0.5, 0.5, 2), "int8")
     assert found.measured.seconds["load"].count == 3  # each round's own process, and the last one
     assert [each.state for each in found.peers] == ["measured", "not installed"]
-    assert [done for _, done, _ in steps] == list(range(6))
+    assert [step for step, _, _ in steps][-2:] == ["PyTorch eager fp32", "PyTorch eager bf16"]
+    assert "prefill of 512 tokens" in {step for step, _, _ in steps}
+    assert sorted({done for _, done, _ in steps}) == list(range(6))
     assert {total for *_, total in steps} == {6}
-    assert found.shape == bench.shape_of(Bundle.open(tiny_bundle("int8")))
+    assert found.shape == shape_of(Bundle.open(tiny_bundle("int8")))
     assert json.dumps(found.to_json(), allow_nan=False)
 
 
@@ -536,7 +567,14 @@ def test_a_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["none"], "There is no model folder 'none'.", 3),
         (["."], ". is no bundle, so there is nothing to measure.", 2),
-        (["--checkpoint", "nano"], "Only peers load a checkpoint.", 2),
+        (["--checkpoint", "nano"], "--checkpoint is for --peers or --memory-limit.", 2),
+        (["--follow", "0.5"], "--follow is for --paging or --soak.", 2),
+        (["--memory-budget", "50%"], "--memory-budget is for --paging or --soak.", 2),
+        (["--paging", "--soak", "9"], "--paging and --soak do not go together.", 2),
+        (["--paging", "--peers"], "Peers page no experts.", 2),
+        (["--paging", "--memory-budget", "half"], "'half' is no memory budget.", 2),
+        (["--memory-limit", "little"], "'little' is no memory budget.", 2),
+        (["--peer", "ollama"], "There is no peer 'ollama'.", 2),
         (["--peers", "--checkpoint", "none"], "There is no model folder 'none'.", 3),
         (["--plot", "cost.docx"], "cost.docx names no picture format.", 2),
         (["--plot", "scan.png"], "scan.png exists already.", 2),
