@@ -3,7 +3,7 @@
     manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal;
                      after `verify`, its proof of fidelity
     tokenizer.json
-    embedding.npy    token embeddings [V, D], mapped rather than loaded
+    embedding.npy    token embeddings [V, D], read row by row
     vision.onnx      pixels [1, 3, S, S] -> image tokens [1, N, D]         (+ vision.data)
     decoder.onnx     one step of the decoder, KV cache written in place    (+ decoder.data)
     segment.N.onnx   the same without the routed experts, cut there, and   (+ decoder.data)
