@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
+from medmoe_edge.runtimes.expert_file import Bytes
+
 Slot = Any  # what the device's library takes for a buffer of bytes
 
 

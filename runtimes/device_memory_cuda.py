@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.runtimes.device_memory import Bytes, Event, Slot
+from medmoe_edge.runtimes.device_memory import Event, Slot
+from medmoe_edge.runtimes.expert_file import Bytes
 
 
 class CudaMemory:

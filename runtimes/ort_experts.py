@@ -3,26 +3,20 @@
 Why a session for each, and not one graph over mapped weights: ONNX Runtime packs the weights for
 its fast kernels onto the heap when a session starts. One graph would pack all of them; without
 packing (`session.disable_prepacking`, the weights mapped in place) int8 decodes 1.6 to 14 times
-slower, by CPU, and int4 a hundred times; a packed form saved to a file is mapped only in part, and
-is for one kind of CPU. A session of 35 MB loads in 60 to 200 ms; packing takes half of that.
+slower, by CPU, and int4 a hundred times. A packed form can be saved to a file, which is mapped, but
+is for one kind of CPU and twice as large, since it holds the weights too; and they are packed again
+to find it: a session of 35 MB opens in 35 to 45 ms instead of 50 to 75.
 
-The weights are read rather than mapped: one sequential read an expert, a hash over what was read,
-and a file that shrinks under us is an error instead of a SIGBUS. ONNX Runtime copies them twice and
-packs the copy: the peak of a load is, measured, the packed bytes and three times the stored ones,
-which the budget holds; afterwards exactly the packed ones, once `malloc_trim` has given back the
-rest. (Were every block mapped by itself, `M_MMAP_THRESHOLD`, it would be 1.4 times, and a load take
-half as long again.)
+ONNX Runtime copies the bytes that were read (`expert_file.py`) twice and packs the copy: the peak
+of a load is, measured, the packed bytes and three times the stored ones, which the budget holds;
+afterwards exactly the packed ones, once `malloc_trim` has given back the rest. (Were every block
+mapped by itself, `M_MMAP_THRESHOLD`, it would be 1.4 times, and a load take half as long again.)
 """
 
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +24,7 @@ import onnxruntime as ort
 
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.errors import BundleError, ResourceError
+from medmoe_edge.runtimes.expert_file import Check, ExpertFile, Extent
 from medmoe_edge.runtimes.ort_providers import CPU
 from medmoe_edge.runtimes.ort_sessions import one_of_many, session_options
 from medmoe_edge.runtimes.paging_store import Expert
@@ -39,19 +34,6 @@ COPIES = 3  # of an expert's stored bytes while it is loaded, beside the packed 
 SESSION = 2**18  # bytes that a session takes beside its weights
 SLACK = 2**20  # what is smaller than this, the allocator holds ready anyway
 Floats = npt.NDArray[np.float32]
-Check = Literal["first", "always", "never"]
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Where an expert's weights lie in `decoder.data`, their hash, and the graph to run them."""
-
-    name: str
-    offset: int
-    bytes: int
-    sha256: str
-    graph: str
-    loaded_bytes: int
 
 
 class OrtExpert:
@@ -68,38 +50,28 @@ class OrtExpert:
 
 
 class OrtExpertStore:
-    """Loads experts of a bundle's `decoder.data`, which it keeps open until it is collected.
-
-    `check` says when an expert's hash is compared with the manifest's: when it is "first" loaded,
-    "always" or "never". With `drop_pages` what was read does not stay in the kernel's page cache:
-    the memory is really free, and the expert's next load reads the storage again.
-    """
+    """Loads experts of a bundle; `check` and `drop_pages` are those of `ExpertFile`."""
 
     def __init__(self, bundle: Bundle, *, check: Check = "first", drop_pages: bool = False) -> None:
-        self.extents = read_extents(bundle)
-        self._check, self._drop_pages = check, drop_pages
-        self._path = bundle.path("decoder.data")
+        self.file = ExpertFile(bundle, check=check, drop_pages=drop_pages)
+        extents = self.file.extents
         self._graphs = {
             name: bundle.path(name).read_bytes()
-            for name in {extent.graph for extent in self.extents.values()}
+            for name in {extent.graph for extent in extents.values()}
         }
-        self._checked: set[Expert] = set()
-        self._file = os.open(self._path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
         self.sizes: Mapping[Expert, int] = {
-            expert: extent.loaded_bytes + SESSION for expert, extent in self.extents.items()
+            expert: extent.loaded_bytes + SESSION for expert, extent in extents.items()
         }
-        self.stored: Mapping[Expert, int] = {
-            expert: extent.bytes for expert, extent in self.extents.items()
-        }
-        largest = max(extent.bytes for extent in self.extents.values())
+        self.stored = self.file.sizes
+        largest = max(self.stored.values())
         self.scratch = COPIES * largest if largest >= SLACK else 0
 
     def load(self, expert: Expert) -> OrtExpert:
         """Read, check and load one; raises `BundleError` for bytes that are not the expert's."""
-        extent = self.extents[expert]
+        content = np.empty(self.stored[expert], np.uint8)
         try:
-            return OrtExpert(self._session(extent, self._read(expert, extent)))
+            self.file.read(expert, content)
+            return OrtExpert(self._session(self.file.extents[expert], content))
         finally:
             if self.scratch:
                 return_free_memory()
@@ -112,25 +84,7 @@ class OrtExpertStore:
 
     def announce(self, experts: Sequence[Expert]) -> None:
         """Have the kernel read ahead what will be loaded."""
-        for expert in experts:
-            extent = self.extents[expert]
-            _advise(self._file, extent, "POSIX_FADV_WILLNEED")
-
-    def _read(self, expert: Expert, extent: Extent) -> npt.NDArray[np.uint8]:
-        content = np.empty(extent.bytes, np.uint8)
-        done = 0
-        while done < extent.bytes:
-            count = os.preadv(self._file, [content.data[done:]], extent.offset + done)
-            if not count:
-                raise _damaged(self._path, extent)
-            done += count
-        if self._drop_pages:
-            _advise(self._file, extent, "POSIX_FADV_DONTNEED")
-        if self._check == "always" or (self._check == "first" and expert not in self._checked):
-            if hashlib.sha256(content.data).hexdigest() != extent.sha256:
-                raise _damaged(self._path, extent)
-            self._checked.add(expert)
-        return content
+        self.file.announce(experts)
 
     def _session(self, extent: Extent, content: npt.NDArray[np.uint8]) -> ort.InferenceSession:
         options = one_of_many(session_options())
@@ -150,28 +104,6 @@ class OrtExpertStore:
             ) from error
 
 
-def read_extents(bundle: Bundle) -> dict[Expert, Extent]:
-    """The bundle's routed experts; raises `BundleError` where it has no graphs to page them."""
-    paging = bundle.manifest.get("paging")
-    if bundle.config.moe is None or not paging:
-        raise BundleError(
-            f"{bundle.name} cannot be paged: it has "
-            + ("no graphs of single experts." if bundle.config.moe else "no experts."),
-            "Leave the memory budget out, or export the checkpoint again with this version.",
-        )
-    extents = {}
-    for index, layer in enumerate(bundle.config.moe_layers):
-        for number in range(bundle.config.moe.num_experts):
-            owner = f"decoder.layers.{layer}.ffn.experts.{number}"
-            offset, size = bundle.manifest["experts"][owner]
-            own = paging["experts"][owner]
-            extents[index, number] = Extent(
-                f"expert {number} of layer {layer}",
-                *(offset, size, own["sha256"], own["graph"], own["bytes"]),
-            )
-    return extents
-
-
 def return_free_memory() -> None:
     """Give freed memory back to the system, which glibc would keep for the next load."""
     trim = _malloc_trim()
@@ -185,18 +117,6 @@ def _malloc_trim() -> Callable[[int], int] | None:
         trim: Callable[[int], int] = ctypes.CDLL("libc.so.6").malloc_trim
         return trim
     return None
-
-
-def _advise(file: int, extent: Extent, advice: str) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, extent.offset, extent.bytes, getattr(os, advice))
-
-
-def _damaged(path: os.PathLike[str], extent: Extent) -> BundleError:
-    return BundleError(
-        f"{extent.name.capitalize()} in {path} was changed or is incomplete.",
-        "Copy or export the bundle again.",
-    )
 
 
 def _no_memory(extent: Extent) -> ResourceError:

@@ -10,24 +10,21 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.bundle_target import DEFAULT
 from medmoe_edge.errors import BundleError
 from medmoe_edge.runtimes.base import Floats, Step
+from medmoe_edge.runtimes.expert_file import Check
 from medmoe_edge.runtimes.ort import VISION, OrtRuntime
 from medmoe_edge.runtimes.ort_cache import OrtCache
-from medmoe_edge.runtimes.ort_experts import Check, OrtExpert, OrtExpertStore
+from medmoe_edge.runtimes.ort_experts import OrtExpert, OrtExpertStore
 from medmoe_edge.runtimes.ort_sessions import OPENED_AT_ONCE, one_of_many, session_options
 from medmoe_edge.runtimes.paging import Budget, ExpertPager, PagedExperts
 from medmoe_edge.runtimes.paging_budget import budget_bytes
-from medmoe_edge.runtimes.paging_profile import RoutingPrediction
-from medmoe_edge.runtimes.paging_report import paging_report
-from medmoe_edge.runtimes.paging_store import Counts, Expert
-
-LEAST_SHARE = 0.01  # of a layer's tokens, below which an expert is not read ahead
+from medmoe_edge.runtimes.paging_request import Ahead, RequestRouting
+from medmoe_edge.runtimes.paging_store import Counts
 
 
 class PagedOrtRuntime(OrtRuntime):
@@ -58,28 +55,16 @@ class PagedOrtRuntime(OrtRuntime):
         super().__init__(bundle)
         pager = budget if isinstance(budget, ExpertPager) else _pager(budget, store)
         assert bundle.config.moe is not None
-        self._moe = bundle.config.moe
-        self._equal_share = 1 / self._moe.num_experts
-        self.experts: PagedExperts[OrtExpert] = pager.open(store, self._moe.top_k)
+        self.experts: PagedExperts[OrtExpert] = pager.open(store, bundle.config.moe.top_k)
         weakref.finalize(self, self.experts.close_later).atexit = False
-        self._prediction = RoutingPrediction.of(bundle)
-        self._prefetch, self._resident = prefetch, budget is None
-        self._tokens = self._no_tokens()  # since the last report
-        self._routed = self._no_tokens()  # since the image
-        self._predicted: set[Expert] | None = None
-        self._shares = np.zeros(self._tokens.shape, np.float32)  # predicted for the image
-        if self._prediction is not None:
-            self._predict(self._prediction.unseen)
-        elif self._resident:
-            self.experts.prefetch(store.sizes)
+        ahead: Ahead = "all" if budget is None else "expected"
+        self._routing = RequestRouting(bundle, self.experts, ahead if prefetch else "none")
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""
         self.paging()  # what came before belongs to no answer
-        self._routed = self._no_tokens()
         tokens = super().encode_image(pixels)
-        if self._prediction is not None:
-            self._predict(self._prediction.of_image(tokens))
+        self._routing.begin(tokens)
         return tokens
 
     def new_cache(self, capacity: int) -> OrtCache:
@@ -94,24 +79,21 @@ class PagedOrtRuntime(OrtRuntime):
             "total_length": ort.OrtValue.ortvalue_from_numpy(np.array(total, np.int32)),
         }
         values |= {f"past_{name}": buffer for name, buffer in cache.buffers.items()}
+        chosen = []  # [S, K] of each layer with experts
         for index, segment in enumerate(self._segments):
             segment.run(values, cache)
             if index < len(self._segments) - 1:
+                chosen.append(values[f"chosen.{index}"].numpy())
                 routed = self._routed_sum(index, values)
                 values[f"routed.{index}"] = ort.OrtValue.ortvalue_from_numpy(routed)
         cache.length = total
-        routed = self._routed / np.maximum(self._routed.sum(-1, keepdims=True), 1)
-        self._expect(self._shares + routed)  # what ran corrects what was predicted
+        self._routing.ran(np.stack(chosen, 1))
         return Step(values["logits"].numpy()[0], values["router_logits"].numpy()[0])
 
     def paging(self) -> dict[str, Any]:
-        """The report on what ran since the last one or the image; then nothing is wanted ahead."""
-        if not self._resident:
-            self.experts.prefetch(())
+        """The report on what ran since the last one or the image."""
         counts, self.experts.counts = self.experts.counts, Counts()
-        tokens, self._tokens = self._tokens, self._no_tokens()
-        budget = self.experts.pager.budget
-        return paging_report(budget, counts, tokens, self.config.moe_layers, self._predicted)
+        return self._routing.report(self.experts.pager.budget, counts)
 
     def _routed_sum(self, index: int, values: dict[str, ort.OrtValue]) -> Floats:
         """The weighted sum of the chosen experts `[1, S, D]`, layer `index` of those with some."""
@@ -119,7 +101,6 @@ class PagedOrtRuntime(OrtRuntime):
         rows = tokens[0]
         gates, chosen = (values[f"{name}.{index}"].numpy() for name in ("gates", "chosen"))
         total = np.zeros_like(rows)
-        self._count(index, chosen)
         for expert in map(int, np.unique(chosen)):
             share = np.where(chosen == expert, gates, np.float32(0)).sum(-1, keepdims=True)
             mine = np.flatnonzero(share)
@@ -129,34 +110,6 @@ class PagedOrtRuntime(OrtRuntime):
                 total[mine] += run(rows[mine], share[mine])
         summed: Floats = total[None]
         return summed
-
-    def _count(self, index: int, chosen: npt.NDArray[np.int64]) -> None:
-        counts = np.bincount(chosen.ravel(), minlength=self._moe.num_experts)
-        self._tokens[index] += counts
-        self._routed[index] += counts
-
-    def _expect(self, shares: Floats) -> None:
-        """Say what share of each layer's tokens the experts will get, `[M, E]`."""
-        self.experts.expect({(int(m), int(e)): float(p) for (m, e), p in np.ndenumerate(shares)})
-
-    def _predict(self, shares: Floats) -> None:
-        """Expect these shares, and fetch whoever is to get more than an equal one, layer by layer.
-
-        The others are read ahead by the kernel, no more. Loading them ahead too was measured on
-        nano, at half the experts' bytes: each makes room of one that is needed as much, and takes a
-        core from the vision tower or the prefill. Requests took 1.2 times as long.
-        """
-        self._shares = shares
-        self._expect(shares)
-        self._predicted = {(int(m), int(e)) for m, e in np.argwhere(shares > self._equal_share)}
-        if self._prefetch:
-            wanted = sorted(self._predicted.intersection(self.experts.most_worth()))
-            others = self.experts.store.sizes if self._resident else ()
-            self.experts.prefetch(dict.fromkeys((*wanted, *others)))
-            self.experts.announce((int(m), int(e)) for m, e in np.argwhere(shares > LEAST_SHARE))
-
-    def _no_tokens(self) -> npt.NDArray[np.int64]:
-        return np.zeros((len(self._moe.layers), self._moe.num_experts), np.int64)
 
     def _graphs(self) -> dict[str, ort.SessionOptions]:
         count = self.bundle.manifest["paging"]["segments"]

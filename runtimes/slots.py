@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.errors import InputError
-from medmoe_edge.runtimes.device_memory import Bytes, DeviceMemory
+from medmoe_edge.runtimes.device_memory import DeviceMemory
+from medmoe_edge.runtimes.expert_file import Bytes
 from medmoe_edge.runtimes.paging import ExpertPager, PagedExperts
 from medmoe_edge.runtimes.paging_store import Expert
 

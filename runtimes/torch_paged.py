@@ -16,12 +16,12 @@ from medmoe_edge.models.moe import route
 from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
 from medmoe_edge.runtimes.device_memory import CpuMemory, DeviceMemory
 from medmoe_edge.runtimes.eager import TorchDevice
+from medmoe_edge.runtimes.expert_file import ExpertFile
 from medmoe_edge.runtimes.paging_budget import budget_bytes
+from medmoe_edge.runtimes.paging_request import RequestRouting
 from medmoe_edge.runtimes.paging_store import Counts, Expert
 from medmoe_edge.runtimes.slots import ExpertSlots, Table, slot_count
-from medmoe_edge.runtimes.slots_file import ExpertFile
 from medmoe_edge.runtimes.slots_replay import Chosen, Replay, ReplayCounts
-from medmoe_edge.runtimes.slots_routing import RequestRouting
 from medmoe_edge.runtimes.torch_bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch_slots import SlotExperts
 from medmoe_edge.runtimes.torch_weights import BundleWeights

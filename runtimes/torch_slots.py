@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.device_memory import Slot
-from medmoe_edge.runtimes.ort_experts import Extent
+from medmoe_edge.runtimes.expert_file import Extent
 from medmoe_edge.runtimes.paging_store import Expert
 from medmoe_edge.runtimes.slots import ABSENT, Table
 from medmoe_edge.runtimes.torch_weights import BundleWeights, Stored, dequantise

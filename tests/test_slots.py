@@ -13,7 +13,8 @@ from test_paging import PATIENCE, elsewhere, settle
 
 from medmoe_edge.errors import BundleError, InputError, ResourceError
 from medmoe_edge.runtimes.base import Floats, Step
-from medmoe_edge.runtimes.device_memory import Bytes, CpuMemory, DeviceMemory, Event, Slot
+from medmoe_edge.runtimes.device_memory import CpuMemory, DeviceMemory, Event, Slot
+from medmoe_edge.runtimes.expert_file import Bytes
 from medmoe_edge.runtimes.paging_store import Expert
 from medmoe_edge.runtimes.slots import ABSENT, ExpertSlots, Table, slot_count
 from medmoe_edge.runtimes.slots_replay import Chosen, Replay, first_fault, next_try
