@@ -334,10 +334,15 @@ def test_an_interrupt_in_the_middle_of_a_load_leaves_a_usable_engine(
         signal.raise_signal(signal.SIGINT)
         return read(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            steps(runtime)
+    # a process that was started in the background may have been told to ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                steps(runtime)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert steps(runtime) == wanted
     assert runtime.experts.pager.used <= runtime.experts.pager.capacity
 
