@@ -23,15 +23,13 @@ from medmoe_edge.bench_measurement import (
     prefill_rate,
     shape_of,
 )
-from medmoe_edge.bench_paging import BUDGETS, least_of
+from medmoe_edge.bench_paging import BUDGETS, expert_budgets
 from medmoe_edge.bench_peers import Materials, Peer
 from medmoe_edge.bench_process import Worker
 from medmoe_edge.bench_timing import Ration
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.runtimes.ort_experts import OrtExpertStore
-from medmoe_edge.runtimes.paging_budget import budget_bytes
 
 MAPPED = ("llama.cpp-q8-0", "llama.cpp-q4-0")  # peers that map their file
 ALLOWANCE = 60.0  # seconds in which a contestant's questions begin again
@@ -124,9 +122,7 @@ def bench_limited(
 
 def _budgets(bundle: Bundle) -> list[int]:
     """What to try, in bytes, the most first."""
-    store = OrtExpertStore(bundle)
-    total, least = sum(store.sizes.values()), least_of(bundle, store)
-    amounts = {max(budget_bytes(budget, total), least) for budget in BUDGETS}
+    _, least, amounts = expert_budgets(bundle, BUDGETS)
     return sorted({least, *amounts}, reverse=True)
 
 

@@ -5,11 +5,11 @@ pages and fetches ahead, one that pages when it must. Modalities go round, two q
 first is a switch, the second the same again. The kernel's page cache holds the bundle all along.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from medmoe_edge.bench_asking import Asking
 from medmoe_edge.bench_measurement import Progress, find_bundle, no_progress
@@ -149,14 +149,12 @@ def bench_paging(
     `DataError` for questions of fewer than two modalities.
     """
     bundle, asking = find_bundle(model), asking or Asking()
-    store = OrtExpertStore(bundle)
-    total = sum(store.sizes.values())
-    amounts = [budget_bytes(budget, total) for budget in budgets]
-    least, modalities = least_of(bundle, store), asking.modalities(bundle)
+    experts = expert_budgets(bundle, budgets)
+    modalities = asking.modalities(bundle)
     found, shares = [], []
-    for done, (budget, amount) in enumerate(zip(budgets, amounts, strict=True)):
+    for done, (budget, amount) in enumerate(zip(budgets, experts.amounts, strict=True)):
         progress(f"experts at {budget}", done, len(budgets))
-        run = _Run(bundle, max(amount, least), asking, modalities)
+        run = _Run(bundle, amount, asking, modalities)
         run.measure(rounds)
         found.append(run.result(budget))
         shares += [answer["share"] for answer in run.answers["resident"]]
@@ -164,7 +162,7 @@ def bench_paging(
         bundle.name,
         bundle.sha256,
         bundle.manifest["quantisation"]["precision"],
-        total,
+        experts.total,
         asking,
         modalities,
         fmean(shares),
@@ -172,10 +170,21 @@ def bench_paging(
     )
 
 
-def least_of(bundle: Bundle, store: OrtExpertStore) -> int:
-    """The least budget in bytes with which the bundle answers."""
-    assert bundle.config.moe is not None
-    return least_budget(store, bundle.config.moe.top_k)
+class ExpertBudgets(NamedTuple):
+    """Bytes: of all routed experts, the least with which the bundle answers, and some budgets."""
+
+    total: int
+    least: int
+    amounts: tuple[int, ...]
+
+
+def expert_budgets(bundle: Bundle, budgets: Iterable[str]) -> ExpertBudgets:
+    """Budgets as they are written, in bytes for this bundle, each raised to the least possible."""
+    store, moe = OrtExpertStore(bundle), bundle.config.moe
+    assert moe is not None
+    total, least = sum(store.sizes.values()), least_budget(store, moe.top_k)
+    amounts = tuple(max(budget_bytes(budget, total), least) for budget in budgets)
+    return ExpertBudgets(total, least, amounts)
 
 
 class _Run:

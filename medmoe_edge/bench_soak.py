@@ -9,11 +9,9 @@ import numpy as np
 
 from medmoe_edge.bench_asking import VARIANTS, Asking
 from medmoe_edge.bench_measurement import Progress, find_bundle, no_progress
-from medmoe_edge.bench_paging import least_of
+from medmoe_edge.bench_paging import expert_budgets
 from medmoe_edge.bench_process import Worker
 from medmoe_edge.bench_timing import Spread
-from medmoe_edge.runtimes.ort_experts import OrtExpertStore
-from medmoe_edge.runtimes.paging_budget import budget_bytes
 
 BUDGET = "50%"
 SETTLED = 200  # questions, after which memory must not grow
@@ -70,9 +68,8 @@ def soak(
     Raises as `bench_paging` does.
     """
     bundle, asking = find_bundle(model), asking or Asking()
-    store = OrtExpertStore(bundle)
-    amount = budget_bytes(budget, sum(store.sizes.values()))
-    amount, modalities = max(amount, least_of(bundle, store)), asking.modalities(bundle)
+    (amount,) = expert_budgets(bundle, [budget]).amounts
+    modalities = asking.modalities(bundle)
     opening = {"path": str(bundle.folder.resolve()), "budget": amount, "prefetch": True}
     first: dict[tuple[int, int], tuple[str, float]] = {}
     changed, times, memory = 0, [], {}

@@ -11,7 +11,6 @@ On the CPU, where Triton does not run, everything is dequantised to fp32: slow, 
 
 import logging
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from medmoe_edge.export.moe_op import ACTIVATIONS
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, Floats, Step
 from medmoe_edge.runtimes.eager import EagerCache, EagerRuntime, TorchDevice, check_device
+from medmoe_edge.runtimes.embedding import EmbeddingTable
 from medmoe_edge.runtimes.torch_weights import BundleWeights
 
 KEPT_FP32 = ("vision.", "projector.", ".router.", ".coefficient.", "norm.")
@@ -33,7 +33,7 @@ class TorchBundleRuntime(EagerRuntime):
     """The bundle's decoder in `dtype`, by default fp16 on CUDA and fp32 on the CPU.
 
     In fp16 and bf16 only products and the cache are half: routing, norms, the residual stream and
-    the vision tower are fp32. The embedding table is mapped, so only rows in use are read. Raises
+    the vision tower are fp32. Of the embedding table only rows in use are read. Raises
     `ModelError` for a bundle of another target, `MissingDependencyError` where the kernels need
     Triton, and `ResourceError` for a CUDA that PyTorch does not have.
     """
@@ -56,7 +56,7 @@ class TorchBundleRuntime(EagerRuntime):
         self._load(BundleWeights(bundle, device))
         if device == "cuda":
             self.name = "torch-cuda"
-        self._embedding = np.load(bundle.path("embedding.npy"), mmap_mode="r", allow_pickle=False)
+        self._embedding = EmbeddingTable(bundle.path("embedding.npy"))
 
     def _load(self, weights: BundleWeights) -> None:
         """Give the model on `meta` its weights."""
@@ -66,7 +66,7 @@ class TorchBundleRuntime(EagerRuntime):
 
     def embed(self, ids: list[int]) -> Floats:
         """Token ids to embeddings `[S, D]`."""
-        return np.asarray(self._embedding[ids], np.float32)
+        return self._embedding[ids]
 
     def new_cache(self, capacity: int) -> EagerCache:
         """An empty cache for `capacity` positions."""

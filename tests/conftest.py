@@ -151,6 +151,27 @@ def tiny_bundle(
     return make
 
 
+@pytest.fixture
+def unlike_bundle(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_tower: Callable[[Any], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """An int4 bundle, one of its experts in other formats, as a mixed export may store them."""
+    from graphs import UNLIKE_FORMATS
+
+    from medmoe_edge.export import build
+    from medmoe_edge.export.plan import Plan
+
+    usual = Plan.format_of
+    monkeypatch.setattr(build, "export_vision", tiny_tower)
+    monkeypatch.setattr(
+        Plan, "format_of", lambda plan, name: UNLIKE_FORMATS.get(name) or usual(plan, name)
+    )
+    return build.export_bundle(tiny_checkpoint(), tmp_path / "bundle", precision="int4")
+
+
 @pytest.fixture(scope="session")
 def proven_bundle(
     tiny_bundle: Callable[..., Path],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medmoe_edge.calibration.collect import Observer
 from medmoe_edge.calibration.coverage import ExpertCoverage
+from medmoe_edge.calibration.formats import Format
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.calibration.statistics import Source, Statistics
@@ -29,6 +30,11 @@ from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.eager import EagerRuntime
 
 Floats = npt.NDArray[np.float32]
+UNLIKE_FORMATS = {  # of one expert, as a mixed export may choose them; see `unlike_bundle`
+    "decoder.layers.0.ffn.experts.1.gate.weight": Format(2, 32),
+    "decoder.layers.0.ffn.experts.1.up.weight": Format(8, 32),
+    "decoder.layers.0.ffn.experts.1.down.weight": Format(4, 64),
+}
 FEED_FORWARD: dict[str, type[nn.Module]] = {
     "phi": phi.FeedForward,
     "stablelm": stablelm.FeedForward,

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,6 +21,7 @@ from command_line import ROOT, Run, fake_module, two_lines
 from gguf import quants
 from hypothesis import given
 from hypothesis import strategies as st
+from in_process import InProcess
 
 from medmoe_edge import (
     bench,
@@ -42,7 +43,7 @@ from medmoe_edge.bench_result import Bench, Length, Machine
 from medmoe_edge.bench_timing import Ration, Spread, turn
 from medmoe_edge.bench_worker import Station
 from medmoe_edge.bundle import Bundle
-from medmoe_edge.errors import InputError, MedMoEError, ModelError, ResourceError
+from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.planning_costs import decoder_parts
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.render_bench import show_bench
@@ -81,29 +82,6 @@ def result(**changes: Any) -> Bench:
         ),
     )
     return dataclasses.replace(made, **changes)
-
-
-class InProcess:
-    """A worker whose station is here."""
-
-    started: ClassVar[list["InProcess"]] = []
-
-    def __init__(self) -> None:
-        self.station, self.ended = Station(), False
-        self.started.append(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended = True
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        try:
-            value = getattr(self.station, do)(**json.loads(json.dumps(arguments)))
-        except MedMoEError as error:
-            raise ResourceError(error.what, error.remedy) from error
-        return json.loads(json.dumps(value))
 
 
 @pytest.fixture

@@ -5,14 +5,15 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import numpy as np
 import pytest
 from command_line import Run
+from in_process import InProcess
 from PIL import Image
 
 from medmoe_edge import bench_limited, bench_limits, bench_paging, bench_soak, bench_worker
@@ -28,37 +29,13 @@ from medmoe_edge.bench_process import Worker
 from medmoe_edge.bench_soak import Soak, soak
 from medmoe_edge.bench_steering import SteeredPagedRuntime, directions, steered_bundle
 from medmoe_edge.bench_timing import Spread
-from medmoe_edge.bench_worker import Station
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.calibration.routing import RoutingProfile
-from medmoe_edge.errors import BundleError, DataError, InputError, MedMoEError, ResourceError
+from medmoe_edge.errors import BundleError, DataError, InputError, ResourceError
 from medmoe_edge.render_bench_memory import show_limited, show_paging, show_soak
 
 Make = Callable[..., Path]
 SHAPE = Shape(prefix=20, image=4, question=6, new=8)
-
-
-class InProcess:
-    """A worker whose station is here."""
-
-    prefixes: ClassVar[list[Sequence[str]]] = []
-
-    def __init__(self, timeout: float = 0, prefix: Sequence[str] = ()) -> None:
-        self.station, self.prefix, self.ended = Station(), prefix, False
-        self.prefixes.append(prefix)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended = True
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        try:
-            value = getattr(self.station, do)(**json.loads(json.dumps(arguments)))
-        except MedMoEError as error:
-            raise ResourceError(error.what, error.remedy) from error
-        return json.loads(json.dumps(value))
 
 
 @pytest.fixture(autouse=True)

@@ -13,22 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graphs import normal
+from graphs import UNLIKE_FORMATS, normal
 from interpreted import interpret
 from torch import nn
 from triton import knobs
 
 from medmoe_edge.bundle import MANIFEST, Bundle, write_manifest
-from medmoe_edge.calibration.formats import Format
 from medmoe_edge.calibration.rounding import round_searched
 from medmoe_edge.checkpoint import read_checkpoint
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.engine import load
 from medmoe_edge.engine_loading import RuntimeName
 from medmoe_edge.errors import BundleError, MissingDependencyError, ModelError, ResourceError
-from medmoe_edge.export import build, plugin
+from medmoe_edge.export import plugin
 from medmoe_edge.export.external_data import save_model
-from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.plugin.ahead_of_time import compile_kernel
 from medmoe_edge.export.plugin.variant import Variant
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights, specification
@@ -150,33 +148,17 @@ def test_a_dense_model_routes_nothing(
 
 
 def test_experts_of_unlike_formats_run_one_by_one(
-    interpreter: None,
-    tiny_checkpoint: Make,
-    tiny_tower: Callable[[Any], Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    interpreter: None, tiny_checkpoint: Make, unlike_bundle: Path
 ) -> None:
     """As a mixed export may have them, some in formats that have no kernel."""
-    expert = "decoder.layers.0.ffn.experts.1"
-    formats = {
-        f"{expert}.gate.weight": Format(2, 32),
-        f"{expert}.up.weight": Format(8, 32),
-        f"{expert}.down.weight": Format(4, 64),
-    }
-    usual = Plan.format_of
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
-    monkeypatch.setattr(
-        Plan, "format_of", lambda plan, name: formats.get(name) or usual(plan, name)
-    )
-    out = build.export_bundle(tiny_checkpoint(), tmp_path / "bundle", precision="int4")
-    runtime = TorchBundleRuntime(Bundle.open(out), "cpu", torch.float16)
+    runtime = TorchBundleRuntime(Bundle.open(unlike_bundle), "cpu", torch.float16)
     layers = [runtime.model.moe_layer(layer) for layer in (0, 2)]
     assert [type(layer) for layer in layers] == [MoE, StoredMoE]
     kinds = [[type(part) for part in expert.children()] for expert in layers[0].experts[:2]]
     assert kinds == [[StoredLinear] * 3, [nn.Linear] * 3]
-    check(steps(runtime, 7), steps(TorchBundleRuntime(Bundle.open(out), "cpu"), 7), 1e-2)
+    check(steps(runtime, 7), steps(TorchBundleRuntime(Bundle.open(unlike_bundle), "cpu"), 7), 1e-2)
     checkpoint, found = read_checkpoint(tiny_checkpoint()), runtime.model.state_dict()
-    for name, form in formats.items():
+    for name, form in UNLIKE_FORMATS.items():
         wanted = round_searched(checkpoint.tensor(name).float().numpy(), form).dequantise()
         assert difference(found[name].float().numpy(), wanted) < 1e-3
 

@@ -17,11 +17,8 @@ from interpreted import interpret
 from torch import nn
 
 from medmoe_edge.bundle import Bundle
-from medmoe_edge.calibration.formats import Format
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, InputError
-from medmoe_edge.export import build
-from medmoe_edge.export.plan import Plan
 from medmoe_edge.runtimes import torch_paged
 from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step
 from medmoe_edge.runtimes.device_memory import CpuMemory
@@ -130,25 +127,8 @@ def test_the_kernels_read_the_slots(
     assert paged.paging()["replays"] > 0
 
 
-def test_experts_of_unlike_formats_and_sizes(
-    tiny_checkpoint: Make,
-    tiny_tower: Callable[[Any], Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    expert = "decoder.layers.0.ffn.experts.1"
-    formats = {
-        f"{expert}.gate.weight": Format(2, 32),
-        f"{expert}.up.weight": Format(8, 32),
-        f"{expert}.down.weight": Format(4, 64),
-    }
-    usual = Plan.format_of
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
-    monkeypatch.setattr(
-        Plan, "format_of", lambda plan, name: formats.get(name) or usual(plan, name)
-    )
-    out = build.export_bundle(tiny_checkpoint(), tmp_path / "bundle", precision="int4")
-    bundle = Bundle.open(out)
+def test_experts_of_unlike_formats_and_sizes(unlike_bundle: Path) -> None:
+    bundle = Bundle.open(unlike_bundle)
     paged = Recorded(bundle, "60%", "cpu")
     assert len(set(paged.slots.store.stored.values())) == 2
     check(paged, TorchBundleRuntime(bundle, "cpu"))
