@@ -33,6 +33,7 @@ class EarlySessions:
             path.name: threads.submit(partial(open_session, path, options, providers))
             for path, options in graphs.items()
         }
+        threads.shutdown(wait=False)  # a thread ends when nothing is left to open
         weakref.finalize(self, threads.shutdown, wait=False, cancel_futures=True)
 
     def __getitem__(self, name: str) -> ort.InferenceSession:

@@ -18,6 +18,8 @@ from medmoe_edge.runtimes.ort_sessions import (
     session_options,
 )
 
+SOON = 60.0  # seconds; a failure then, rather than a wait for ever
+
 Make = Callable[..., Path]
 
 
@@ -47,20 +49,32 @@ def test_what_nobody_waits_for_is_not_opened(
     def open_session(path: Path, *_: Any) -> None:
         opened.append(path.name)
         begun.release()
-        go_on.wait()
+        go_on.wait(SOON)
 
     monkeypatch.setattr(ort_sessions, "open_session", open_session)
+    others = set(threading.enumerate())
     names = [f"{index}.onnx" for index in range(OPENED_AT_ONCE + 3)]
     sessions = EarlySessions({tmp_path / name: ort.SessionOptions() for name in names})
     for _ in range(OPENED_AT_ONCE):
-        begun.acquire()
-    threads = [thread for thread in threading.enumerate() if "open-session" in thread.name]
+        assert begun.acquire(timeout=SOON)
+    threads = set(threading.enumerate()) - others
     del sessions
     gc.collect()
     go_on.set()
     for thread in threads:
-        thread.join()
+        thread.join(SOON)
+        assert not thread.is_alive()
     assert sorted(opened) == names[:OPENED_AT_ONCE]
+
+
+def test_no_thread_outlives_the_opening(tiny_bundle: Make) -> None:
+    others = set(threading.enumerate())
+    sessions = EarlySessions({tiny_bundle() / "vision.onnx": session_options()})
+    threads = set(threading.enumerate()) - others
+    assert sessions["vision.onnx"]
+    for thread in threads:
+        thread.join(SOON)
+        assert not thread.is_alive()
 
 
 def test_one_of_many_spins_no_longer_than_between_two_operators() -> None:
