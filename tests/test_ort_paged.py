@@ -29,9 +29,10 @@ from medmoe_edge.export.external_data import OWNER, Extents
 from medmoe_edge.export.ort_paged import write_paged_graphs
 from medmoe_edge.planning_toys import toy_runtime
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.runtimes import ort_experts, ort_paged
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import OrtRuntime
-from medmoe_edge.runtimes.ort_experts import OrtExpertStore
+from medmoe_edge.runtimes.ort_experts import SLACK, OrtExpertStore
 from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
 from medmoe_edge.runtimes.paging import ExpertPager
 from medmoe_edge.runtimes.paging_profile import RoutingPrediction
@@ -416,3 +417,15 @@ def measured(folder: Path, budget: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     values: dict[str, Any] = json.loads(done.stdout)
     return values
+
+
+def test_a_large_model_under_a_budget_keeps_no_freed_memory(
+    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(ort_paged, "return_free_memory", lambda: given_back.append(True))
+    for slack, budget, expected in ((1, "50%", 1), (1, None, 0), (SLACK, "50%", 0)):
+        given_back.clear()
+        monkeypatch.setattr(ort_experts, "SLACK", slack)
+        PagedOrtRuntime(Bundle.open(tiny_bundle()), budget).paging()
+        assert len(given_back) == expected
