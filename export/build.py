@@ -189,12 +189,12 @@ def _manifest(
         "experts": experts,
         "paging": paging,
         "source": {"checkpoint_sha256": source.sha256(), "exporter": f"medmoe-edge {__version__}"},
-        "licence": _licence(source.folder / MODEL_CARD),
+        "licence": licence(source.folder / MODEL_CARD),
         "intended_use": NOTICE,
     }
 
 
-def _licence(card: Path) -> str:
+def licence(card: Path) -> str:
     """The `license:` line of the model card's front matter, as Hugging Face writes it."""
     if card.is_file():
         for line in card.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -24,6 +24,7 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
         if node.op_type == "MatMul" and (matrix := StoredMatrix.behind(node.inputs[1])) is not None
     ]
     peaks: dict[tuple[object, ir.Value], tuple[ir.Value, ir.Value]] = {}
+    packed: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # some matrices have several readers
     for node, matrix in pairs:
         build, x, graph, weight = Builder(), node.inputs[0], node.graph, node.inputs[1]
         assert x is not None
@@ -32,7 +33,9 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
         dequantise = weight.producer()
         assert dequantise is not None
         if matrix.group is not None:
-            new = _in_groups(build, model.graph, x, dequantise, matrix)
+            if weight not in packed:
+                packed[weight] = _packed(model.graph, dequantise, matrix)
+            new = _in_groups(build, x, packed[weight], matrix)
         else:
             if (graph, x) not in peaks:
                 peaks[graph, x] = _per_token(build, x)
@@ -54,9 +57,10 @@ def _per_token(build: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     return build.op("Div", x, peak), peak
 
 
-def _in_groups(
-    build: Builder, graph: ir.Graph, x: ir.Value, dequantise: ir.Node, matrix: StoredMatrix
-) -> ir.Value:
+def _packed(
+    graph: ir.Graph, dequantise: ir.Node, matrix: StoredMatrix
+) -> tuple[ir.Value, ir.Value]:
+    """Integers `[N, groups, bytes]` and scales `[N, groups]` as `MatMulNBits` reads them."""
     bits, group, name = matrix.bits, matrix.group, matrix.integers.name
     assert group is not None
     blocks = [matrix.channels, matrix.width // group, group * bits // 8]
@@ -73,13 +77,19 @@ def _in_groups(
         graph.register_initializer(value)
     per_row = ir.node("Cast", inputs[1:], {"to": int(ir.DataType.FLOAT)})
     graph.insert_before(dequantise, per_row)
+    return inputs[0], per_row.outputs[0]
+
+
+def _in_groups(
+    build: Builder, x: ir.Value, packed: tuple[ir.Value, ir.Value], matrix: StoredMatrix
+) -> ir.Value:
     return build.op(
         "MatMulNBits",
-        *(x, inputs[0], per_row.outputs[0]),
+        *(x, *packed),
         domain=CONTRIB,
         K=matrix.width,
         N=matrix.channels,
-        bits=bits,
-        block_size=group,
+        bits=matrix.bits,
+        block_size=matrix.group,
         accuracy_level=4,
     )

@@ -9,6 +9,7 @@
     segment.N.onnx   the same without the routed experts, cut there, and   (+ decoder.data)
     expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
 
+Of another `kind` than Med-MoE the manifest says so, and the graphs are others: `bundle_modality`.
 The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
 """
 
@@ -18,13 +19,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle_gates import Gates
 from medmoe_edge.bundle_intact import remember_intact, was_intact
 from medmoe_edge.bundle_target import DEFAULT, Target
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import Config, ModelConfig
 from medmoe_edge.errors import BundleError, ResourceError
 
 MANIFEST = "manifest.json"
@@ -33,32 +34,54 @@ REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the folder
 SEAL = "seal"
 VERIFICATION = "verification"
+Kind = Literal["med-moe", "modality-moe"]
+KINDS: dict[Kind, str] = {  # and the verbs that run them
+    "med-moe": "ask",
+    "modality-moe": "classify, locate, index and retrieve",
+}
 NOTICE = "Research demonstration, not a medical device: never base a clinical decision on it."
 
 
+C = TypeVar("C", bound=Config)
+
+
 @dataclass(frozen=True)
-class Bundle:
-    """An opened bundle. `sha256` is the manifest's own hash and so stands for the whole folder."""
+class AnyBundle(Generic[C]):
+    """An opened bundle of one kind.
+
+    `sha256` is the manifest's own hash and so stands for the whole folder.
+    """
+
+    kind: ClassVar[Kind]
 
     folder: Path
     manifest: Mapping[str, Any]
-    config: ModelConfig
+    config: C
     sha256: str
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Self:
         """Read the manifest and, with `verify`, check size and hash of every file.
 
-        Raises `BundleError` for anything missing, damaged, changed or of another version.
+        Raises `BundleError` for anything missing, damaged, changed, or of another version or kind.
         """
         text = _read(folder / MANIFEST)
         manifest = _parse(folder, text)
-        config = ModelConfig.from_json(manifest["config"], f"{MANIFEST} config")
+        if (kind := manifest_kind(manifest)) != cls.kind:
+            raise BundleError(
+                f"{folder} holds a {kind} model, and this needs one of {cls.kind}.",
+                f"Its verbs are: {KINDS[kind]}.",
+            )
+        config = cls._read_config(manifest["config"])
         bundle = cls(folder, manifest, config, hashlib.sha256(text).hexdigest())
         if verify:
             for name in manifest["files"]:
                 bundle._check_file(name)
         return bundle
+
+    @classmethod
+    def _read_config(cls, data: Mapping[str, Any]) -> C:
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -77,16 +100,6 @@ class Bundle:
         if self.verification is None:
             return "not measured"
         return "passed" if self.verification["passed"] else "failed"
-
-    @property
-    def gates(self) -> Gates:
-        """What a verification must find; raises `BundleError` where none are recorded."""
-        gates = self.manifest.get("gates")
-        if gates is None:
-            raise BundleError(
-                f"{self.folder} records no gates for its verification.", "Export it again."
-            )
-        return Gates.from_json(gates, f"{MANIFEST} gates")
 
     @property
     def target(self) -> Target:
@@ -124,6 +137,50 @@ class Bundle:
             )
 
 
+@dataclass(frozen=True)
+class Bundle(AnyBundle[ModelConfig]):
+    """An opened bundle of a Med-MoE."""
+
+    kind = "med-moe"
+
+    @classmethod
+    def _read_config(cls, data: Mapping[str, Any]) -> ModelConfig:
+        return ModelConfig.from_json(data, f"{MANIFEST} config")
+
+    @property
+    def gates(self) -> Gates:
+        """What a verification must find; raises `BundleError` where none are recorded."""
+        gates = self.manifest.get("gates")
+        if gates is None:
+            raise BundleError(
+                f"{self.folder} records no gates for its verification.", "Export it again."
+            )
+        return Gates.from_json(gates, f"{MANIFEST} gates")
+
+
+AnyBundleT = TypeVar("AnyBundleT", bound=AnyBundle[Any])
+
+
+def model_kind(folder: Path) -> Kind:
+    """What a bundle or checkpoint holds, by its manifest or its `config.json`; med-moe in doubt.
+
+    Raises `BundleError` for a damaged manifest.
+    """
+    if (folder / MANIFEST).exists():
+        return manifest_kind(_parse(folder, _read(folder / MANIFEST)))
+    try:
+        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return Bundle.kind  # whoever reads it says what is wrong
+    return "modality-moe" if kind == "modality-moe" else Bundle.kind
+
+
+def manifest_kind(manifest: Mapping[str, Any]) -> Kind:
+    """The kind in a manifest that was read; the first bundles say none."""
+    kind: Kind = manifest.get("kind", Bundle.kind)
+    return kind
+
+
 def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:
     """Hash every file of `folder` and write the manifest, the last file of a new bundle."""
     files = {}
@@ -152,7 +209,7 @@ def write_derived_manifest(
     write_manifest(folder, {**kept, **places, "source": source, "target": target.to_json()})
 
 
-def write_verification(bundle: Bundle, record: Mapping[str, Any]) -> Bundle:
+def write_verification(bundle: AnyBundleT, record: Mapping[str, Any]) -> AnyBundleT:
     """Put the record of a verification (`passed` and what else is to be kept) into the manifest.
 
     The manifest is replaced whole or not at all. Returns the bundle as it is now, under a new
@@ -208,6 +265,7 @@ def _parse(folder: Path, text: bytes) -> dict[str, Any]:
 def _is_sound(manifest: dict[str, Any]) -> bool:
     return (
         all(key in manifest for key in REQUIRED)
+        and manifest.get("kind", Bundle.kind) in KINDS
         and all(
             FILE_NAME.fullmatch(name)
             and isinstance(entry["bytes"], int)

@@ -12,6 +12,7 @@ safetensors. Nothing is ever unpickled.
 Source of the official names: transformers' `SwinModel` and `BertModel` as saved.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from medmoe_edge.checkpoint_files import (
 )
 from medmoe_edge.checkpoint_writing import wrong_shape
 from medmoe_edge.config_modality import ModalityConfig
+from medmoe_edge.config_scores import SCORES
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.models.bert import BertTower
 from medmoe_edge.models.modality_moe import ModalityMoE
@@ -165,6 +167,16 @@ def read_modality_checkpoint(folder: Path) -> ModalityMoE:
     model = ModalityMoE(config)
     _copy(model, matched)
     return model.eval()
+
+
+def modality_sha256(folder: Path) -> str:
+    """The hash over those files of a checkpoint, by name, that decide what it says."""
+    total = hashlib.sha256()
+    for name in ("config.json", SINGLE_FILE, "tokenizer.json", SCORES):
+        if (folder / name).exists():
+            with (folder / name).open("rb") as file:
+                total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def _load_tower(tower: nn.Module, folder: Path, rename: Callable[[str], str], kind: str) -> None:

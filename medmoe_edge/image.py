@@ -21,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
+from medmoe_edge.config_modality import SwinConfig
 from medmoe_edge.errors import ImageError, MedMoEError, ResourceError
 
 Pixels = npt.NDArray[np.uint8]
@@ -98,7 +99,7 @@ def load_image(path: str | os.PathLike[str], *, frame: int | None = None) -> Ima
     raise ImageError(f"{name} is not an image that can be read.", f"Give {KINDS}.")
 
 
-def preprocess(image: Image, vision: VisionConfig) -> npt.NDArray[np.float32]:
+def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[np.float32]:
     """The tower's input [1, 3, S, S]: a square of side S = `vision.image_size`, normalised.
 
     Med-MoE trains and answers on `pad_to_square`: the picture in the middle of a square of the
@@ -115,6 +116,17 @@ def preprocess(image: Image, vision: VisionConfig) -> npt.NDArray[np.float32]:
     values = np.asarray(picture, np.float32)  # [S, S, 3]
     mean, std = (np.asarray(v, np.float32) for v in (vision.pixel_mean, vision.pixel_std))
     return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+
+
+def seen_square(image: Image, vision: VisionConfig | SwinConfig) -> tuple[float, float, float]:
+    """The square of the picture that `preprocess` shows the tower: its left, top and side.
+
+    In pixels of the picture; padding reaches beyond it, and a crop stays within.
+    """
+    height, width = image.pixels.shape[:2]
+    side = max(width, height) if vision.pad_to_square else min(width, height)
+    # whole pixels as there, but for pictures that it reduces first, which are off by less than one
+    return float(-((side - width) // 2)), float(-((side - height) // 2)), float(side)
 
 
 def _pad_to_square(picture: Pillow.Image, colour: tuple[int, ...]) -> Pillow.Image:

@@ -128,7 +128,7 @@ def show_inspection(inspection: "Inspection") -> None:
         types = ", ".join(f"{count} {name}" for name, count in (inspection.types or {}).items())
         rows.append(("tensors", f"{inspection.tensors:,} ({types})"))
     for name in ("quantisation", "source", "licence", "verification"):
-        rows += _told(name, getattr(inspection, name))
+        rows += told(name, getattr(inspection, name))
     show_table(inspection.name, ["", ""], rows, left=2)
 
 
@@ -180,7 +180,7 @@ def _grounds(answer: "Answer") -> Iterator[str]:
     yield f"{answer.timings.total:.2f} s, first token after {answer.timings.first_token:.2f} s"
 
 
-def _told(name: str, value: object) -> list[tuple[str, object]]:
+def told(name: str, value: object) -> list[tuple[str, object]]:
     """A part of a manifest, or its parts; lists are left to --json."""
     if not isinstance(value, Mapping):
         return [(name, value)] if value else []

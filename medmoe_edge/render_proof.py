@@ -139,6 +139,8 @@ def _show_gates(title: str, gates: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _show_modalities(figures: Mapping[str, Any]) -> None:
+    if "by_modality" not in figures:  # of a MedMoE, the gates tell all
+        return
     flips = figures["routing"]["by_modality"] if figures["routing"] else {}
     rows = {
         name: (f"{answers['n']:,}", *_compared(answers, flips.get(name)))
@@ -169,8 +171,10 @@ def _show_columns(title: str, columns: Sequence[str], rows: Mapping[str, Sequenc
 
 def _measured(record: Mapping[str, Any]) -> str:
     figures = record["figures"]
-    questions = f"{figures['questions']:,} questions about {figures['images']:,} images"
-    return f"{questions} of {record['data']['name']}, {record['when'].partition('T')[0]}"
+    images = f"{figures['images']:,} images"
+    if "questions" in figures:
+        images = f"{figures['questions']:,} questions about {images}"
+    return f"{images} of {record['data']['name']}, {record['when'].partition('T')[0]}"
 
 
 def _compared(answers: Mapping[str, Any], flips: Mapping[str, Any] | None) -> Iterator[str]:

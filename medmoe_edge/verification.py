@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.bundle import Bundle, write_verification
+from medmoe_edge.bundle import AnyBundle, Bundle, write_verification
 from medmoe_edge.bundle_weights import sweep_weights
 from medmoe_edge.datasets import Example
 from medmoe_edge.errors import (
@@ -67,7 +67,7 @@ class Verification:
     ever measured; `beside` are other candidates held against the same reference, for comparison.
     """
 
-    bundle: Bundle
+    bundle: AnyBundle[Any]
     faults: Sequence[str]
     record: Mapping[str, Any] | None
     beside: Mapping[str, Fidelity] = field(default_factory=dict)

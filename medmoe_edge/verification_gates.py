@@ -21,6 +21,11 @@ TITLES = {
     "accuracy_drop": "Loss of accuracy",
     "routing_flips": "Routing flips",
     "vision_cosine": "Cosine of image tokens",
+    "modality_agreement": "Modality agreement",
+    "zero_shot_agreement": "Zero-shot agreement",
+    "pooled_cosine": "Cosine of images",
+    "region_cosine": "Cosine of regions",
+    "text_cosine": "Cosine of texts",
 }
 
 
@@ -54,7 +59,7 @@ class GateResult(Config):
         """A value for people, as the gate counts: a number, a cosine or a share in percent."""
         if self.name == "finite":
             return f"{value:g}"
-        return f"{value:.4f}" if self.name == "vision_cosine" else f"{value:.2%}"
+        return f"{value:.4f}" if self.name.endswith("_cosine") else f"{value:.2%}"
 
     @property
     def asked(self) -> str:
@@ -81,8 +86,8 @@ def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[
     broken = len(faults) + (not fidelity.finite)
     agreement = fidelity.overall.answer_agreement
     results = [
-        _judged("finite", broken, 0, (), at_least=False),
-        _judged(
+        judged("finite", broken, 0, (), at_least=False),
+        judged(
             "answer_agreement",
             agreement.share,
             gates.answer_agreement,
@@ -93,17 +98,15 @@ def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[
     if accuracy := fidelity.overall.accuracy:
         low, high = accuracy.interval
         drop, interval = 0 - accuracy.difference, (0 - high, 0 - low)  # not -0.0
-        results.append(
-            _judged("accuracy_drop", drop, gates.accuracy_drop, interval, at_least=False)
-        )
+        results.append(judged("accuracy_drop", drop, gates.accuracy_drop, interval, at_least=False))
     if routing := fidelity.routing:
         flips, interval = routing.flips.share, wilson(routing.flips)
         results.append(
-            _judged("routing_flips", flips, gates.routing_flips, interval, at_least=False)
+            judged("routing_flips", flips, gates.routing_flips, interval, at_least=False)
         )
     vision = fidelity.vision
     cosine, interval = vision.cosine_mean, vision.cosine_interval
-    return [*results, _judged("vision_cosine", cosine, gates.vision_cosine, interval)]
+    return [*results, judged("vision_cosine", cosine, gates.vision_cosine, interval)]
 
 
 def wilson(share: Share) -> tuple[float, float]:
@@ -128,7 +131,7 @@ def _too_few(questions: int, bound: float) -> str:
     return f"{questions} questions are too few to prove {bound * 100:g}%: that takes {needed:,}"
 
 
-def _judged(
+def judged(
     name: str,
     measured: float,
     bound: float,

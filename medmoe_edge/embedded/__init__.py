@@ -5,7 +5,7 @@ from pathlib import Path
 from medmoe_edge.errors import ModelError
 
 FOLDER = Path(__file__).parent
-EMBEDDED = ("nano",)
+EMBEDDED = ("nano", "modality-nano")
 
 
 def bundle_path(model: str) -> Path:
@@ -20,7 +20,13 @@ def checkpoint_path(model: str) -> Path:
 
 def _resolve(model: str, kind: str) -> Path:
     if model in EMBEDDED:
-        return FOLDER / f"{model}-{kind}"
+        folder = FOLDER / f"{model}-{kind}"
+        if not folder.is_dir():
+            raise ModelError(
+                f"This installation holds no {kind} of {model}.",
+                "Give the folder of a bundle or checkpoint.",
+            )
+        return folder
     if Path(model).is_dir():
         return Path(model)
     raise ModelError(

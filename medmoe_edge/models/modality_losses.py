@@ -11,9 +11,11 @@ from medmoe_edge.models.modality_similarity import (
     CONTRAST_TEMPERATURE,
     global_similarity,
     local_similarity,
+    region_map,
 )
 
 GLOBAL_WEIGHT, LOCAL_WEIGHT, ROUTER_WEIGHT = 0.5, 0.5, 2.0
+GROUNDING_WEIGHT = 1.0  # of ours; the others are the paper's
 UNKNOWN = -1  # the modality of an image that has no label
 
 
@@ -62,3 +64,13 @@ def router_loss(logits: Tensor, modality: Tensor) -> Tensor:
     """Cross-entropy of router logits `[B, E]` where the modality is known; 0 where none is."""
     total = cross_entropy(logits.float(), modality, ignore_index=UNKNOWN, reduction="sum")
     return total / (modality != UNKNOWN).sum().clamp_min(1)
+
+
+def grounding_loss(regions: Tensor, texts: TextFeatures, boxes: Tensor) -> Tensor:
+    """Cross-entropy of where texts are said to be and where they are, 0 being perfect.
+
+    Not the paper's: what `region_map` makes of regions `[G, h, w, D]`, as logits of places, is held
+    against `boxes` `[G, h, w]`, each spread evenly over its places and of sum 1.
+    """
+    maps = region_map(regions.float(), texts.words.float(), texts.mask)
+    return cross_entropy(CONTRAST_TEMPERATURE * maps.flatten(1).float(), boxes.flatten(1))

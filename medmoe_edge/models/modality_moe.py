@@ -53,8 +53,10 @@ class ScaleExpert(nn.Module):
             scores.append(self.attention_out(relu(hidden)))  # [B, h, w, 1]
             features.append(enlarge(projected, grid))
         weights = torch.cat(scores, -1).softmax(-1)  # [B, h, w, scales]
-        weighed = [x * weights[..., i, None] for i, x in enumerate(features)]
-        return torch.stack(weighed).sum(0)
+        regions = features[0] * weights[..., :1]
+        for index, x in enumerate(features[1:], start=1):
+            regions = regions + x * weights[..., index : index + 1]
+        return regions
 
 
 class ModalityMoE(nn.Module):
