@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from medmoe_edge import render, render_deploy, render_proof
+from medmoe_edge import cli_modality_build, render, render_deploy, render_proof
 from medmoe_edge.cli_app import Force, Json, Samples, Strict, VisionTower, verb
 from medmoe_edge.cli_errors import needs
 from medmoe_edge.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from medmoe_edge.export.plan import Precision
     from medmoe_edge.pipeline import Export
     from medmoe_edge.pipeline_targets import TargetExport
@@ -97,10 +99,12 @@ def export(
 ) -> None:
     """Turn a checkpoint into a bundle that answers without torch.
 
-    With --calibrate it is verified before it appears: a failed gate leaves no bundle (exit 4). For
+    With --calibrate it is verified before it appears: a failed gate leaves no bundle (exit 4). A
+    modality-moe model needs no calibration: there DATA are images that prove the result. For
     another target than onnxruntime the weights are those of the portable bundle; TensorRT for RTX
     needs no GPU to build, TensorRT builds on the device itself.
     """
+    from medmoe_edge.bundle import model_kind
     from medmoe_edge.embedded import EMBEDDED
 
     precision = _precision(int8=int8, int4=int4, mixed=mixed is not None, fp32=fp32)
@@ -111,22 +115,32 @@ def export(
             "--gpu, --positions and --memory-limit are for engines.",
             "Add --target tensorrt-rtx, or leave them out.",
         )
+    is_modality = model_kind(folder) == "modality-moe"
+    if is_modality:
+        given = {"--group-size": group_size, "--stats": stats, "--strict": strict}
+        elsewhere = target if target != "onnxruntime" else None
+        cli_modality_build.refuse({**given, "--vision-tower": vision_tower, "--target": elsewhere})
     with render.working("Reading") as report:
-        portable = partial(
+        common: dict[str, Any] = {
+            "precision": precision or "int8",
+            "calibrate_on": calibrate,
+            "name": name,
+            "progress": report,
+        }
+        portable: Callable[..., Export] = partial(
             _export_portable,
             folder,
-            precision=precision or "int8",
             method=method,
             budget_bits=mixed,
             group=group_size,
-            calibrate_on=calibrate,
             samples=samples,
             stats=stats,
             strict=strict,
-            name=name,
             vision_tower=vision_tower,
-            progress=report,
+            **common,
         )
+        if is_modality:
+            portable = partial(cli_modality_build.export_modality, folder, **common)
         if target == "onnxruntime":
             made = portable(output or Path(f"{name}-{precision or 'int8'}"), force=force)
             show = partial(_show_portable, made, name, precision or "int8", as_json)

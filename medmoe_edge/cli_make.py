@@ -17,6 +17,9 @@ from medmoe_edge.cli_app import (
     verb,
 )
 from medmoe_edge.cli_errors import needs
+from medmoe_edge.errors import InputError
+
+SHIPPED_RECIPES = {"med-moe": "nano", "modality-moe": "modality-nano"}
 
 
 @verb("calibrate", "Build", "calibrate nano --data builtin -o nano.stats")
@@ -86,9 +89,21 @@ def init(
 @verb("train", "Build", "train nano --data data -o run")
 def train(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="The name of a recipe, or its JSON file.")
-    ] = "nano",
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="The name of a recipe, or its JSON file.",
+            show_default="that of the model",
+        ),
+    ] = None,
     *,
+    model: Annotated[
+        Literal["med-moe", "modality-moe"] | None,
+        typer.Option(
+            help="Whose own recipe to use, where none is given: nano or modality-nano.",
+            show_default="med-moe",
+        ),
+    ] = None,
     data: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the files that the recipe names lie.")
     ],
@@ -96,12 +111,26 @@ def train(
         Path, typer.Option("-o", "--output", metavar="OUT", help="The run; resumed if begun.")
     ],
 ) -> None:
-    """Train a model in Med-MoE's three phases, or go on where a run was interrupted."""
+    """Train a model by a recipe, or go on where a run was interrupted.
+
+    A med-moe learns to answer questions, a modality-moe to match images with texts.
+    """
     with needs("train"):
+        from medmoe_edge.training.modality_recipe import is_modality_recipe, read_modality_recipe
+        from medmoe_edge.training.modality_run import train_modality
         from medmoe_edge.training.recipe import read_recipe
         from medmoe_edge.training.run import train as train_model
+    recipe = recipe or SHIPPED_RECIPES[model or "med-moe"]
+    of_modalities = is_modality_recipe(recipe)
+    if model and of_modalities != (model == "modality-moe"):
+        raise InputError(
+            f"The recipe {recipe!r} is not of a {model}.", "Leave --model out: the recipe says it."
+        )
     with render.bars() as bars:
-        checkpoint = train_model(read_recipe(recipe), data, output, bars)
+        if of_modalities:
+            checkpoint = train_modality(read_modality_recipe(recipe), data, output, bars)
+        else:
+            checkpoint = train_model(read_recipe(recipe), data, output, bars)
     render.wrote("the checkpoint", checkpoint)
 
 

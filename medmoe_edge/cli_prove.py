@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from medmoe_edge import render, render_proof
+from medmoe_edge import cli_modality_build, render, render_modality_proof, render_proof
 from medmoe_edge.cli_app import Device, Force, Json, Runtime, VisionTower, check_output, verb
 from medmoe_edge.cli_errors import needs
 from medmoe_edge.errors import InputError
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 @verb("eval", "Prove", "eval --data slake/test.jsonl")
 def evaluate(
     bundle: Annotated[
-        str, typer.Argument(metavar="BUNDLE", help="A bundle, a checkpoint or nano.")
+        str, typer.Argument(metavar="BUNDLE", help="A bundle, a checkpoint or an embedded model.")
     ] = "nano",
     *,
     data: Annotated[
-        Path, typer.Option(metavar="FILE", help="Questions: our JSONL or a LLaVA-style list.")
+        Path,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="Questions: our JSONL or a LLaVA-style list. For a modality-moe the folder of "
+            "labels.jsonl, vqa_val.jsonl and slake_boxes.json.",
+        ),
     ],
     labels: Annotated[
         Path | None,
@@ -39,11 +44,19 @@ def evaluate(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Score a model's answers with the papers' metrics and exact match."""
+    """Score a model's answers with the papers' metrics and exact match.
+
+    Of a modality-moe: how it routes, classifies, retrieves and locates.
+    """
     import medmoe_edge
     from medmoe_edge import evaluate as evaluation
+    from medmoe_edge.bundle import model_kind
     from medmoe_edge.datasets import read_examples, read_labels
 
+    if bundle == "modality-nano" or model_kind(Path(bundle)) == "modality-moe":
+        cli_modality_build.refuse({"--labels": labels, "--predictions": predictions})
+        _evaluate_modality(bundle, data, runtime, as_json)
+        return
     if predictions:
         check_output(predictions, force)
     examples = read_examples(data)
@@ -62,6 +75,21 @@ def evaluate(
         render.as_json(asked.to_json() | {"labels": dataclasses.asdict(found) if found else None})
     else:
         render.show_evaluation(asked, found)
+
+
+def _evaluate_modality(model: str, data: Path, runtime: Runtime, as_json: bool) -> None:
+    from medmoe_edge.modality_engine import load_modality
+    from medmoe_edge.modality_evaluate import evaluate_modality
+
+    if runtime == "tensorrt":
+        raise InputError("A modality-moe does not run on tensorrt.", "Leave --runtime out.")
+    with render.working("Loading") as report:
+        engine = load_modality(model, runtime=runtime)
+        found = evaluate_modality(engine, data, report)
+    if as_json:
+        render.as_json(found.to_json())
+    else:
+        render_modality_proof.show_modality_evaluation(found)
 
 
 @verb("verify", "Prove", "verify nano --against nano --data builtin")
@@ -102,6 +130,7 @@ def verify(
 
     A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns.
     """
+    from medmoe_edge.bundle import model_kind
     from medmoe_edge.embedded import bundle_path, checkpoint_path
 
     if targets is not None:
@@ -113,10 +142,19 @@ def verify(
         raise InputError(
             "--data and --beside measure against a checkpoint.", "Add --against CHECKPOINT."
         )
-    write_report = _report_writer(report, force)
     folder = bundle_path(bundle)
+    is_modality = model_kind(folder) == "modality-moe"
+    if is_modality:
+        given = {"--beside": beside, "--report": report, "--vision-tower": vision_tower}
+        cli_modality_build.refuse(given)
+    write_report = _report_writer(report, force)
     with render.working("Reading") as progress:
-        if against is None:
+        if is_modality:
+            checkpoint = None if against is None else checkpoint_path(against)
+            found = cli_modality_build.verify_modality(
+                folder, checkpoint, data or "builtin", progress
+            )
+        elif against is None:
             from medmoe_edge.verification import verify as check
 
             found = check(folder, progress=progress)
@@ -217,10 +255,14 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a checkpoint or bundle: structure, parameters, sizes."""
+    from medmoe_edge.bundle import model_kind
     from medmoe_edge.embedded import bundle_path
     from medmoe_edge.inspection import inspect_model
 
-    inspection = inspect_model(bundle_path(model), vision_tower=vision_tower)
+    if model_kind(folder := bundle_path(model)) == "modality-moe":
+        cli_modality_build.inspect_modality(folder, as_json)
+        return
+    inspection = inspect_model(folder, vision_tower=vision_tower)
     if as_json:
         render.as_json(inspection.to_json())
     else:

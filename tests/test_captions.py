@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medmoe_edge.captions import Captioned, fact_captions, facts, label_captions
 from medmoe_edge.datasets import Example, LabelledImage, read_examples, read_labels
-from medmoe_edge.training.captions import Captioned, fact_captions, facts, label_captions
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """The verbs that build: what they pass on, what they print, and what they refuse."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -296,18 +294,62 @@ def test_init_and_inspect(run: Run) -> None:
     assert "tiny" in two_lines(unknown)[1]
 
 
-def test_train(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(recipe: str, data: Path, out: Path, progress: Any) -> Path:
-        assert (recipe, data, out) == ("recipe nano", Path("images"), Path("run"))
-        progress.advance(progress.add_task("epoch", total=1))
-        return out / "checkpoint"
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Which trainer got which recipe."""
+    calls: list[tuple[str, str]] = []
 
-    read = SimpleNamespace(read_recipe=lambda name: f"recipe {name}")
-    monkeypatch.setitem(sys.modules, "medmoe_edge.training.recipe", read)
-    fake_module(monkeypatch, "medmoe_edge.training.run", train=train)
-    result = run("train", "--data", "images", "-o", "run")
+    def trainer(name: str) -> Callable[..., Path]:
+        def train(recipe: str, data: Path, out: Path, progress: Any) -> Path:
+            assert (data, out) == (Path("images"), Path("run"))
+            progress.advance(progress.add_task("epoch", total=1))
+            calls.append((name, recipe))
+            return out / "checkpoint"
+
+        return train
+
+    modules: dict[str, dict[str, Any]] = {
+        "recipe": {"read_recipe": lambda name: f"recipe {name}"},
+        "run": {"train": trainer("med-moe")},
+        "modality_recipe": {
+            "read_modality_recipe": lambda name: f"recipe {name}",
+            "is_modality_recipe": lambda name: "modality" in name,
+        },
+        "modality_run": {"train_modality": trainer("modality-moe")},
+    }
+    for name, members in modules.items():
+        fake_module(monkeypatch, f"medmoe_edge.training.{name}", **members)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "recipe"),
+    [
+        ([], "med-moe", "nano"),
+        (["--model", "modality-moe"], "modality-moe", "modality-nano"),
+        (["mine.json"], "med-moe", "mine.json"),
+        (["modality-nano-shared"], "modality-moe", "modality-nano-shared"),
+        (
+            ["modality-nano-shared", "--model", "modality-moe"],
+            "modality-moe",
+            "modality-nano-shared",
+        ),
+    ],
+)
+def test_train(
+    run: Run, trained: list[tuple[str, str]], options: list[str], trainer: str, recipe: str
+) -> None:
+    result = run("train", *options, "--data", "images", "-o", "run")
     assert result.stdout == "Wrote the checkpoint run/checkpoint\n"
     assert result.stderr == ""
+    assert trained == [(trainer, f"recipe {recipe}")]
+
+
+def test_a_recipe_of_the_other_model_is_refused(run: Run, trained: list[tuple[str, str]]) -> None:
+    result = run("train", "nano", "--model", "modality-moe", "--data", "images", "-o", "run")
+    assert result.exit_code == 2
+    assert "modality-moe" in two_lines(result)[0]
+    assert trained == []
 
 
 def test_data(run: Run, tmp_path: Path) -> None:

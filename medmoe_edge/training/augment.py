@@ -16,7 +16,10 @@ LIGHT = 0.2
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Normalised pixels `[B, 3, S, S]` (roughly -1 to 1), each image changed on its own."""
+    """Normalised pixels `[B, 3, S, S]` (roughly -1 to 1), each image changed on its own.
+
+    Further channels, such as masks, are moved with the first three and keep their values.
+    """
     batch = len(pixels)
 
     def uniform(limit: float, *shape: int) -> Tensor:
@@ -29,4 +32,5 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     grid = affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
     moved = grid_sample(pixels, grid, padding_mode="border", align_corners=False)
     contrast, brightness = 1 + uniform(LIGHT, 1, 1, 1), uniform(LIGHT / 2, 1, 1, 1)
-    return moved * contrast + brightness
+    moved[:, :3] = moved[:, :3] * contrast + brightness
+    return moved

@@ -3,22 +3,20 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.image import load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.augment import augment
 from medmoe_edge.training.conversations import Conversation, vary_question
+from medmoe_edge.training.loop import Loader
 from medmoe_edge.training.packing import Packed, encode_turn, pack
+from medmoe_edge.training.pictures import Listed, Pictures
 
 UNKNOWN = -1  # modality index of an image whose modality no expert serves
-
-Loader = DataLoader[Conversation]  # as torch names it, by its items; it yields `Batch`
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Batch:
 
 
 class Batches:
-    """Makes the batches of an epoch; decoded images are kept, so an epoch reads no file twice."""
+    """Makes the batches of an epoch."""
 
     def __init__(
         self, config: ModelConfig, tokenizer: Tokenizer, modalities: Sequence[str], seed: int
@@ -44,12 +42,12 @@ class Batches:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self.modalities = list(modalities)
         self.prefix = tokenizer.prefix_ids()
-        self._pixels: dict[Path, Tensor] = {}
+        self.pictures = Pictures(config.vision)
 
     def plain(self, conversations: Sequence[Conversation], size: int) -> Loader:
         """Every conversation in order, unchanged: for validation."""
         return DataLoader(
-            _Listed(conversations), size, collate_fn=lambda chosen: self.collate(chosen, None)
+            Listed(conversations), size, collate_fn=lambda chosen: self.collate(chosen, None)
         )
 
     def shuffled(
@@ -65,13 +63,11 @@ class Batches:
             for conversation in order.sample(conversations, len(conversations))
         ]
         noise = torch.Generator().manual_seed(self.seed * 1000 + epoch)
-        return DataLoader(
-            _Listed(chosen), size, collate_fn=lambda items: self.collate(items, noise)
-        )
+        return DataLoader(Listed(chosen), size, collate_fn=lambda items: self.collate(items, noise))
 
     def collate(self, items: Sequence[Conversation], noise: torch.Generator | None) -> Batch:
         """Pixels, packed text and modality indices of some conversations."""
-        pixels = torch.stack([self._load(item.image) for item in items]).float()
+        pixels = self.pictures.stack(item.image for item in items)
         if noise is not None:
             pixels = augment(pixels, noise)
         pixels = pixels.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
@@ -84,25 +80,8 @@ class Batches:
         modality = torch.tensor([self._modality(item.modality) for item in items])
         return Batch(pixels, text, modality)
 
-    def _load(self, path: Path) -> Tensor:
-        if path not in self._pixels:
-            pixels = preprocess(load_image(path), self.config.vision)
-            self._pixels[path] = torch.from_numpy(pixels[0]).half()
-        return self._pixels[path]
-
     def _modality(self, name: str | None) -> int:
         return self.modalities.index(name) if name in self.modalities else UNKNOWN
-
-
-class _Listed(Dataset[Conversation]):
-    def __init__(self, items: Sequence[Conversation]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Conversation:
-        return self.items[index]
 
 
 def _some_turns(

@@ -9,16 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from medmoe_edge.captions import NAMES
 from medmoe_edge.datasets import Example, LabelledImage
-
-NAMES = {
-    "ct": "CT",
-    "mri": "MRI",
-    "xray": "X-Ray",
-    "pathology": "Pathology",
-    "ultrasound": "Ultrasound",
-    "fundus": "Fundus",
-}  # modality -> as an answer; others are answered as the data names them
 
 
 @dataclass(frozen=True)

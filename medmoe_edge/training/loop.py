@@ -8,20 +8,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from rich.progress import Progress
 from torch import nn
+from torch.utils.data import DataLoader
 
 from medmoe_edge.errors import DataError
-from medmoe_edge.training.batches import Loader
-from medmoe_edge.training.objective import Objective
 from medmoe_edge.training.optimisers import make_optimisers, set_learning_rate
-from medmoe_edge.training.recipe import PhaseConfig
+from medmoe_edge.training.recipe import Schedule
 from medmoe_edge.training.state import load_state, save_state
 
 log = logging.getLogger(__name__)
+
+Loader = DataLoader[
+    Any
+]  # as torch names it, by its items; it yields batches that have `to(device)`
+Objective = TypeVar("Objective", bound=nn.Module)  # its forward gives the loss of a batch
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Session:
 def fit(
     name: str,
     objective: Objective,
-    phase: PhaseConfig,
+    phase: Schedule,
     epoch_batches: Callable[[int], Loader],
     validate: Callable[[Objective], dict[str, float]],
     session: Session,
@@ -72,8 +77,8 @@ def fit(
     accelerator.free_memory()  # it would keep this phase's optimiser
 
 
-def prepare_parameters(objective: Objective, phase: PhaseConfig) -> None:
-    """Freeze what the phase does not train, and set dropout and loss weights.
+def prepare_parameters(objective: nn.Module, phase: Schedule) -> None:
+    """Freeze what the phase does not train, and set its dropout.
 
     Raises `DataError` for a pattern of `phase.train` that no parameter matches.
     """
@@ -93,8 +98,6 @@ def prepare_parameters(objective: Objective, phase: PhaseConfig) -> None:
     for module in objective.modules():
         if isinstance(module, nn.Dropout):
             module.p = phase.dropout
-    objective.router_weight = phase.router_weight
-    objective.label_smoothing = phase.label_smoothing
 
 
 def learning_rate_factor(progress: float, warmup: float) -> float:
@@ -108,7 +111,7 @@ def _epoch(
     objective: nn.Module,
     optimisers: list[torch.optim.Optimizer],
     loader: Loader,
-    phase: PhaseConfig,
+    phase: Schedule,
     epoch: int,
     session: Session,
 ) -> float:

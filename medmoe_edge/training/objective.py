@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from medmoe_edge.models.med_moe import MedMoE, Output
 from medmoe_edge.training.batches import UNKNOWN, Batch
 from medmoe_edge.training.packing import IGNORED, IMAGE_ID, SHARED
+from medmoe_edge.training.recipe import PhaseConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Objective(nn.Module):
         self.model, self.router, self.layers = model, router, layers
         self.router_weight = 0.0
         self.label_smoothing = 0.0
+
+    def weigh(self, phase: PhaseConfig) -> None:
+        """Weigh the parts of the loss as a phase says."""
+        self.router_weight = phase.router_weight
+        self.label_smoothing = phase.label_smoothing
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar."""

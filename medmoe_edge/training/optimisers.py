@@ -1,7 +1,7 @@
-"""Which optimiser trains what: Muon the decoder's matrices, AdamW everything else.
+"""Which optimiser trains what: Muon the matrices inside decoder, Swin and BERT, AdamW the rest.
 
 Muon orthogonalises the momentum of a matrix (https://kellerjordan.github.io/posts/muon), which
-reaches a given loss in clearly fewer steps when a small decoder starts from nothing. Its steps are
+reaches a given loss in clearly fewer steps when a small model starts from nothing. Its steps are
 scaled to AdamW's (https://arxiv.org/abs/2502.16982), so one learning rate serves both.
 """
 
@@ -10,14 +10,16 @@ from itertools import groupby
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from medmoe_edge.training.recipe import PhaseConfig
+from medmoe_edge.training.recipe import Schedule
+
+_INNER = ("model.decoder.layers.", "model.text.layers.", "model.vision.stages.")
 
 
-def make_optimisers(objective: nn.Module, phase: PhaseConfig) -> list[Optimizer]:
+def make_optimisers(objective: nn.Module, phase: Schedule) -> list[Optimizer]:
     """The optimisers of what `phase` trains; a group's `rate` is its share of the learning rate."""
     learning = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in learning if _is_decoder_matrix(name, p)]
-    others = [(name, p) for name, p in learning if not _is_decoder_matrix(name, p)]
+    matrices = [p for name, p in learning if _is_inner_matrix(name, p)]
+    others = [(name, p) for name, p in learning if not _is_inner_matrix(name, p)]
     optimisers: list[Optimizer] = []
     if matrices:
         group = {"params": matrices, "rate": phase.matrix_rate}
@@ -40,13 +42,12 @@ def set_learning_rate(optimisers: list[Optimizer], rate: float) -> None:
             group["lr"] = rate * group["rate"]
 
 
-def _is_decoder_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return name.startswith("model.decoder.layers.") and parameter.ndim == 2
+def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+    # a Swin's offset biases are a table; the kernels of a convolutional tower have four dimensions
+    return name.startswith(_INNER) and parameter.ndim == 2 and not name.endswith("offset_bias")
 
 
-def _groups(
-    parameters: list[tuple[str, nn.Parameter]], phase: PhaseConfig
-) -> list[dict[str, object]]:
+def _groups(parameters: list[tuple[str, nn.Parameter]], phase: Schedule) -> list[dict[str, object]]:
     """Matrices decay, vectors do not; the tower learns at its own rate."""
 
     def kind(item: tuple[str, nn.Parameter]) -> tuple[bool, bool]:

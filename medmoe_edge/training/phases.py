@@ -11,9 +11,9 @@ from torch import nn
 from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.models.moe import MoE
-from medmoe_edge.training.batches import UNKNOWN, Batches, Loader
+from medmoe_edge.training.batches import UNKNOWN, Batches
 from medmoe_edge.training.conversations import Conversation
-from medmoe_edge.training.loop import Session, fit
+from medmoe_edge.training.loop import Loader, Session, fit
 from medmoe_edge.training.objective import Objective
 from medmoe_edge.training.recipe import PhaseConfig
 
@@ -39,7 +39,9 @@ def align(
     def epoch_batches(epoch: int) -> Loader:
         return batches.shuffled(corpus.captions, phase.batch_images, phase.max_turns, epoch)
 
-    fit("alignment", Objective(model, None, ()), phase, epoch_batches, lambda _: {}, session)
+    objective = Objective(model, None, ())
+    objective.weigh(phase)
+    fit("alignment", objective, phase, epoch_batches, lambda _: {}, session)
 
 
 def instruct(
@@ -105,6 +107,7 @@ def fit_instructions(
     def validate(trained: Objective) -> dict[str, float]:
         return validation_scores(trained, corpus.validation, batches, session)
 
+    objective.weigh(phase)
     fit(name, objective, phase, epoch_batches, validate, session)
 
 
