@@ -1,12 +1,18 @@
 """The verbs that ask a model; whatever only one of them needs is imported inside it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medmoe_edge import render
-from medmoe_edge.cli_app import Device, Json, MemoryBudget, Runtime, verb
+from medmoe_edge import render, render_modality
+from medmoe_edge.cli_app import Device, Force, Json, MemoryBudget, Runtime, verb
+from medmoe_edge.cli_modality import check_picture, write_heat
+from medmoe_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from medmoe_edge.answer import Answer
+    from medmoe_edge.modality_results import Location
 
 
 @verb("ask", "Ask", 'ask scan.png "Is there effusion?"')
@@ -32,11 +38,22 @@ def ask(
             show_default="nothing is kept",
         ),
     ] = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PNG",
+            help="Draw where the key phrase of question and answer lies, found by modality-nano.",
+            show_default="nothing is drawn",
+        ),
+    ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Answer questions about one image."""
     import medmoe_edge
 
+    if explain:
+        _check_explanation(explain, len(questions), force)
     with render.working("Answering"):
         engine = medmoe_edge.load(
             model,
@@ -46,9 +63,34 @@ def ask(
             prefix_cache=prefix_cache,
         )
         answers = engine.ask_all(image, questions, max_new_tokens=max_new_tokens, frame=frame)
+        found = _explain(explain, image, frame, answers[0]) if explain else None
     if as_json:
-        render.as_json({"answers": [answer.to_json() for answer in answers]})
+        told = {"explanation": found.to_json() | {"picture": str(explain)}} if found else {}
+        render.as_json({"answers": [answer.to_json() for answer in answers], **told})
     else:
         render.show_answers(answers)
+        if found and explain:
+            render_modality.show_explanation(found, answers[0].modality, explain)
+    if found and found.reading.unfamiliar:
+        render.show(render_modality.UNFAMILIAR, "yellow", stderr=True)
     for notice in dict.fromkeys(answer.notice for answer in answers):
         render.show(notice, "yellow", stderr=True)
+
+
+def _check_explanation(output: Path, questions: int, force: bool) -> None:
+    if questions > 1:
+        raise InputError("--explain draws one question.", "Ask the others without it.")
+    check_picture(output, force)
+
+
+def _explain(output: Path, file: Path, frame: int | None, answer: "Answer") -> "Location":
+    """Draw where the answer's key phrase lies."""
+    from medmoe_edge.image import load_image
+    from medmoe_edge.modality_engine import load_modality
+    from medmoe_edge.modality_phrase import key_phrase
+
+    picture = load_image(file, frame=frame)
+    phrase = key_phrase(answer.question, answer.text)
+    found = load_modality("modality-nano").locate(picture, phrase)
+    write_heat(output, picture, found)
+    return found
