@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from medmoe_edge.engine_clock import Clock, timings
 from medmoe_edge.engine_loading import REFERENCE, Device, RuntimeName, open_model
 from medmoe_edge.errors import BundleError, CheckpointError, InputError
 from medmoe_edge.image import Image, load_image, preprocess
-from medmoe_edge.prefix_cache import PrefixCache, cache_folder
+from medmoe_edge.prefix_cache import LastPrefix, PrefixCache, cache_folder
 from medmoe_edge.prefix_file import Prefix
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, chosen_experts
@@ -22,6 +22,8 @@ from medmoe_edge.runtimes.paging import Budget
 Counts = npt.NDArray[np.int64]
 ImageLike = str | os.PathLike[str] | Image
 MAX_NEW_TOKENS = 32
+ROOM = 64  # positions, whole multiples of which are kept free behind a prefix
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which another token is still to come
 
 
 def load(
@@ -62,7 +64,7 @@ class Engine:
         name: str,
         sha256: str,
         verification: str = REFERENCE,
-        prefixes: PrefixCache | None = None,
+        prefixes: LastPrefix | None = None,
     ) -> None:
         self.runtime, self.tokenizer, self.prefixes = runtime, tokenizer, prefixes
         self.name, self.sha256, self.verification = name, sha256, verification
@@ -98,15 +100,35 @@ class Engine:
         frame: int | None = None,
     ) -> list[Answer]:
         """Answer several questions, each by itself; the image is processed once for all."""
+        told = self.ask_stream(image, questions, max_new_tokens=max_new_tokens, frame=frame)
+        return [item for item in told if isinstance(item, Answer)]
+
+    def ask_stream(
+        self,
+        image: ImageLike,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        frame: int | None = None,
+    ) -> Iterator[str | Answer]:
+        """Answer several questions, telling each answer while it is made.
+
+        For each question in turn come pieces of the answer's text, one for each token, some of them
+        empty, and then the `Answer`; joined, they are its text. Nothing is computed ahead: who
+        stops iterating stops the model.
+        """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
         ids = [self.tokenizer.question_ids(question) for question in questions]
         room = max((len(question) for question in ids), default=0) + max_new_tokens
         prefix = self._prefill(image, frame, room)
-        return [
-            self._answer(question, tokens, prefix, max_new_tokens, first=index == 0)
-            for index, (question, tokens) in enumerate(zip(questions, ids, strict=True))
-        ]
+        for index, (question, tokens) in enumerate(zip(questions, ids, strict=True)):
+            yield from self._answer(question, tokens, prefix, max_new_tokens, first=index == 0)
+
+    def prompt_tokens(self, question: str) -> int:
+        """Positions that an image and a question take; raises `InputError` for an unusable one."""
+        before, after = self.tokenizer.prefix_ids(), self.tokenizer.question_ids(question)
+        return len(before) + self.config.vision.image_tokens + len(after)
 
     def modality(self, image: ImageLike, *, frame: int | None = None) -> str | None:
         """The image's modality as the router reads it; None where expert names are unknown."""
@@ -116,6 +138,9 @@ class Engine:
         ids = self.tokenizer.prefix_ids()
         length = len(ids) + self.config.vision.image_tokens
         self._check_length(length + room)
+        if self.prefixes is not None:  # a longer question about the image may follow
+            most = self.config.decoder.max_positions - length
+            room = min(-(-room // ROOM) * ROOM, most)
         clock = Clock()
         picture = image if isinstance(image, Image) else load_image(image, frame=frame)
         pixels = preprocess(picture, self.config.vision)
@@ -137,7 +162,7 @@ class Engine:
         return Prefix(cache, cache.length, modality, self._chosen(step))
 
     def _fetch(
-        self, prefixes: PrefixCache, pixels: Floats, ids: list[int], capacity: int, clock: Clock
+        self, prefixes: LastPrefix, pixels: Floats, ids: list[int], capacity: int, clock: Clock
     ) -> Prefix:
         key = prefixes.key(pixels, ids)
         length = len(ids) + self.config.vision.image_tokens
@@ -149,7 +174,7 @@ class Engine:
 
     def _answer(
         self, question: str, ids: list[int], prefix: Prefix, limit: int, first: bool
-    ) -> Answer:
+    ) -> Iterator[str | Answer]:
         clock = Clock()
         cache = prefix.cache
         cache.length = prefix.length  # forget the question before
@@ -157,6 +182,7 @@ class Engine:
         experts = prefix.experts + self._chosen(step)
         clock.lap("question")
         answer: list[int] = []
+        told = ""
         log_probability = 0.0
         complete = False
         while len(answer) < limit:
@@ -166,13 +192,18 @@ class Engine:
             if complete:
                 break
             answer.append(token)
+            piece = self._untold(answer, told)
+            told += piece
+            yield piece
             if len(answer) < limit:
                 step = self._step(self.runtime.embed([token]), cache)
                 experts = experts + self._chosen(step)
         clock.lap("decode")
-        return Answer(
+        text = self.tokenizer.decode(answer)
+        yield text.removeprefix(told)
+        yield Answer(
             question=question,
-            text=self.tokenizer.decode(answer),
+            text=text,
             confidence=math.exp(log_probability),
             modality=prefix.modality,
             experts=self._shares(experts),
@@ -188,6 +219,14 @@ class Engine:
             complete=complete,
             paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
         )
+
+    def _untold(self, ids: list[int], told: str) -> str:
+        """What the text of `ids` adds to what was told; nothing while it ends within a character.
+
+        All models have byte-level tokenizers, whose text only grows at its end.
+        """
+        text = self.tokenizer.decode(ids)
+        return "" if text.endswith(UNFINISHED) else text.removeprefix(told)
 
     def _step(self, embeds: Floats, cache: Cache) -> Step:
         step = self.runtime.step(embeds, cache)

@@ -30,23 +30,16 @@ CPU_INFO = Path("/proc/cpuinfo")
 logger = logging.getLogger(__name__)
 
 
-class PrefixCache:
-    """The last image's prefix in memory, and as many as `limit` bytes hold in a folder.
-
-    In memory only the last: questions about an image follow upon each other, each prefix takes as
-    much as an expert or two, and the system keeps the files of the others in what memory is free.
-    Several processes may share the folder; the least recently used file goes first. Whatever is
-    wrong with it, questions are answered: what cannot be read is computed, what cannot be written
-    is not kept, and a warning is logged once.
+class LastPrefix:
+    """The last image's prefix in memory: questions about an image follow upon each other.
 
     `model` is the bundle's or checkpoint's hash, `runtime` what runs it.
     """
 
-    def __init__(self, folder: Path, model: str, runtime: Runtime, limit: int = LIMIT) -> None:
-        self.folder, self.runtime, self.limit = folder, runtime, limit
+    def __init__(self, model: str, runtime: Runtime) -> None:
+        self.runtime = runtime
         self._computed_by = [__version__, model, runtime.name, cpu_features()]
         self._last: tuple[str, Prefix] | None = None
-        self._warned: set[str] = set()
 
     def key(self, pixels: Floats, ids: list[int]) -> str:
         """The hash of all that decides: version, model, runtime, CPU, tokens and pixels.
@@ -64,6 +57,32 @@ class PrefixCache:
             if known == key and prefix.cache.capacity >= capacity:
                 return prefix
         self._last = None  # its memory is free for another
+        return None
+
+    def keep(self, key: str, prefix: Prefix) -> None:
+        """Keep a prefix that was computed."""
+        self._last = key, replace(prefix, reused=True)
+
+
+class PrefixCache(LastPrefix):
+    """The last image's prefix in memory, and as many as `limit` bytes hold in a folder.
+
+    In memory only the last: each prefix takes as much as an expert or two, and the system keeps the
+    files of the others in what memory is free. Several processes may share the folder; the least
+    recently used file goes first. Whatever is wrong with it, questions are answered: what cannot be
+    read is computed, what cannot be written is not kept, and a warning is logged once.
+    """
+
+    def __init__(self, folder: Path, model: str, runtime: Runtime, limit: int = LIMIT) -> None:
+        super().__init__(model, runtime)
+        self.folder, self.limit = folder, limit
+        self._warned: set[str] = set()
+
+    def find(self, key: str, length: int, capacity: int) -> Prefix | None:
+        """The prefix of `length` positions in a cache of at least `capacity`; None if unknown."""
+        prefix = super().find(key, length, capacity)
+        if prefix is not None:
+            return prefix
         path = self._path(key)
         if not os.path.exists(path):  # Path's own raises where the folder may not be entered
             return None
@@ -83,7 +102,7 @@ class PrefixCache:
 
     def keep(self, key: str, prefix: Prefix) -> None:
         """Keep a prefix that was computed."""
-        self._last = key, replace(prefix, reused=True)
+        super().keep(key, prefix)
         decoder = self.runtime.config.decoder
         size = most_bytes(prefix.length, portable(prefix.cache), decoder)
         if size > self.limit:

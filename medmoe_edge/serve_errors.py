@@ -1,0 +1,117 @@
+"""How the service fails: one JSON shape for every error, readable by OpenAI's clients too."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from medmoe_edge.errors import (
+    ImageError,
+    InputError,
+    MedMoEError,
+    MissingDependencyError,
+    ResourceError,
+)
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+UNEXPECTED = "Something unexpected went wrong."
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong, what to do about it, and the same for programs."""
+
+    message: str
+    remedy: str
+    type: str
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is none."""
+
+    error: ErrorDetail
+
+
+class Refusal(HTTPException):
+    """A request that is not answered; `code` is a stable name for the reason."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        what: str,
+        remedy: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, what, headers)
+        self.code, self.remedy = code, remedy
+
+    def body(self) -> ErrorBody:
+        """The JSON body."""
+        kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
+        kind = TYPES.get(self.status_code, kind)
+        detail = ErrorDetail(message=self.detail, remedy=self.remedy, type=kind, code=self.code)
+        return ErrorBody(error=detail)
+
+    def response(self) -> JSONResponse:
+        """The response to send."""
+        return JSONResponse(self.body().model_dump(), self.status_code, self.headers)
+
+
+def refusal(error: Exception) -> Refusal:
+    """Any error as a refusal; of one that nobody expected nothing is told."""
+    match error:
+        case Refusal():
+            return error
+        case HTTPException(status_code=status):
+            reason = HTTPStatus(status).phrase
+            what = "The form cannot be read." if status == 400 else f"{reason}."
+            code = reason.lower().replace(" ", "_")
+            return Refusal(status, code, what, "See /openapi.json.", error.headers)
+        case RequestValidationError():
+            return Refusal(422, "invalid_request", _complaints(error), "See /openapi.json.")
+        case MissingDependencyError():
+            return Refusal(415, "unsupported_image", error.what, error.remedy)
+        case ImageError():
+            return Refusal(400, "bad_image", error.what, error.remedy)
+        case InputError():
+            return Refusal(400, "bad_input", error.what, error.remedy)
+        case ResourceError():
+            return Refusal(503, "no_resources", error.what, error.remedy)
+        case MedMoEError():
+            return Refusal(500, "model_failed", error.what, error.remedy)
+        case MemoryError():
+            return Refusal(503, "no_resources", "There is not enough memory.", "Send less at once.")
+        case _:
+            return Refusal(500, "unexpected", UNEXPECTED, "Look into the service's log.")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make all expected errors of an app's routes refusals; the others are left to its guard."""
+    for kind in (HTTPException, RequestValidationError, MedMoEError, MemoryError):
+        app.add_exception_handler(kind, _respond)
+
+
+async def _respond(request: Request, error: Exception) -> JSONResponse:
+    return refusal(error).response()
+
+
+def _complaints(error: RequestValidationError) -> str:
+    """What pydantic found wrong where, without the values, which may be about a patient."""
+    told = []
+    for found in error.errors()[:3]:
+        if found["type"] == "extra_forbidden":  # its place is a name that the client made up
+            told.append("There is an unknown field.")
+        else:
+            where = ".".join(map(str, found["loc"][1:])) or "body"
+            told.append(f"{where}: {found['msg']}.")
+    return " ".join(told)

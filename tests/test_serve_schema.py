@@ -1,0 +1,67 @@
+"""Requests made from the service's own OpenAPI document: none fails on our side."""
+
+import base64
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    response_schema_conformance,
+    status_code_conformance,
+)
+from serving import StandIn, live, png
+
+CHECKS: list[Any] = [not_a_server_error, response_schema_conformance, status_code_conformance]
+PICTURES = [png(), png(3, 5), png()[:50]]  # random bytes would all be refused for one reason
+
+CHAT = "/v1/chat/completions"
+SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+
+
+def make_sensible(body: dict[str, Any], picture: bytes) -> None:
+    """Give a request what no document can tell: a picture, and the model's name."""
+    if "image" in body:
+        body["image"] = picture
+    else:
+        url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+        image = {"type": "image_url", "image_url": {"url": url}}
+        text = {"type": "text", "text": "Is there effusion?"}
+        turn = {"role": "user", "content": [text, image]}
+        body |= {"model": "stand-in", "messages": [*body["messages"], turn]}
+
+
+def asked(url: str, mode: GenerationMode, examples: int) -> set[tuple[str, int]]:
+    """Sends what fits the document, or what does not; gives the paths and statuses seen."""
+    seen = set()
+    document = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    operations: list[Any] = [found.ok() for found in document.get_all_operations()]  # type: ignore[union-attr]
+    for operation in operations:
+        if mode is GenerationMode.NEGATIVE and operation.method != "post":
+            continue  # nothing that could be wrong
+
+        @given(operation.as_strategy(generation_mode=mode), st.sampled_from(PICTURES))
+        @settings(max_examples=examples, deadline=None, suppress_health_check=SLOW)
+        def answers(case: Any, picture: bytes) -> None:
+            if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
+                make_sensible(case.body, picture)
+            response = case.call()
+            case.validate_response(response, checks=CHECKS)
+            seen.add((case.path, response.status_code))
+
+        answers()
+    return seen
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_no_request_fails_on_our_side(mode: GenerationMode) -> None:
+    with live(StandIn()) as url:
+        seen = asked(url, mode, examples=8)
+    if mode is GenerationMode.POSITIVE:
+        answered = {path for path, status in seen if status == 200}
+        assert answered >= {"/v1/ask", "/v1/classify", "/v1/locate", "/v1/models", CHAT}
+    else:
+        assert {("/v1/ask", 422), (CHAT, 422)} <= seen
