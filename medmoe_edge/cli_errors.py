@@ -1,4 +1,4 @@
-"""How the command line fails: two lines on stderr, an exit code, and no traceback unless asked."""
+"""The group of verbs, and how it fails: two lines on stderr, an exit code, no traceback."""
 
 import errno
 import logging
@@ -17,10 +17,20 @@ from medmoe_edge.errors import InputError, MedMoEError, MissingDependencyError, 
 
 log = logging.getLogger("medmoe_edge")
 SWITCHES = {"-q", "--quiet", "-v", "--verbose"}
+ORDER = (  # of the verbs in --help; a panel stands where its first one does
+    *("ask", "classify", "locate", "index", "retrieve"),
+    *("export", "calibrate", "init", "train", "data"),
+    *("verify", "eval", "ablate", "bench", "inspect"),
+    *("doctor", "plan", "serve", "listen", "batch", "audit"),
+)
 
 
 class Commands(TyperGroup):
     """A group of verbs whose failures are told to the person, not to a programmer."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The verbs in the order of the help."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         """Run one command line and exit; -q and -v may stand anywhere before `--`."""

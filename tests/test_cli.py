@@ -29,14 +29,16 @@ from medmoe_edge.errors import (
 
 VERBS = ["ask", "export", "calibrate", "init", "train", "data"]
 VERBS += ["eval", "verify", "ablate", "bench", "inspect", "doctor", "plan"]
+VERBS += ["classify", "locate", "index", "retrieve", "serve", "listen", "batch"]
 
 # --- Help --------------------------------------------------------------------------------------
 
 
 def test_help_groups_the_verbs_by_panel(run: Run) -> None:
     shown = run("--help").stdout
-    order = [shown.index(word) for word in ("─ Ask ─", "─ Build ─", "─ Prove ─")]
+    order = [shown.index(word) for word in ("─ Ask ─", "─ Build ─", "─ Prove ─", "─ Deploy ─")]
     assert order == sorted(order)
+    assert shown.index("│ ask ") < shown.index("│ classify ")
     assert all(re.search(rf"^│ {verb} ", shown, re.MULTILINE) for verb in VERBS)
     assert "not a medical device" in shown
     assert run().stdout == shown

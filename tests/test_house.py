@@ -28,11 +28,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "metrics": set(),
     "datasets": set(),
+    "captions": {"datasets"},
     "downloads": set(),
     "data": {"atomic", "datasets", "downloads"},
     "checkpoint": {"atomic", "models"},
     "presets": {"checkpoint", "models"},
-    "training": {"checkpoint", "datasets", "image", "metrics", "models", "presets", "prompt"},
     "calibration": {"checkpoint", "datasets", "image", "models", "prompt"},
     "tensorrt": {"bundle"},
     "export": {"atomic", "bundle", "calibration", "checkpoint", "models", "prompt", "tensorrt"},
@@ -48,6 +48,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {
         *("answer", "bundle", "checkpoint", "embedded", "image", "prefix", "prompt", "runtimes"),
     },
+    "modality": {
+        *("bundle", "captions", "checkpoint", "datasets", "embedded", "engine", "image", "prompt"),
+        "runtimes",
+    },
+    "archive": {"bundle", "image", "modality"},
+    "training": {
+        *("atomic", "captions", "checkpoint", "datasets", "image", "metrics", "modality", "models"),
+        *("presets", "prompt"),
+    },
     "bench": {
         *("bundle", "calibration", "checkpoint", "datasets", "devices", "embedded", "engine"),
         *("export", "image", "planning", "presets", "prompt", "runtimes"),
@@ -59,15 +68,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "fidelity": {"datasets", "image", "metrics", "prompt", "runtimes"},
     "agreement": {"bundle", "datasets", "export", "fidelity", "prompt", "runtimes"},
-    "verification": {"bundle", "checkpoint", "datasets", "fidelity", "prompt", "runtimes"},
+    "verification": {
+        *("bundle", "checkpoint", "datasets", "fidelity", "image", "metrics", "modality", "prompt"),
+        "runtimes",
+    },
     "report": {"bundle", "fidelity", "verification"},
     "pipeline": {
         *("agreement", "atomic", "bundle", "calibration", "checkpoint", "datasets", "embedded"),
         *("export", "runtimes", "verification"),
     },
+    "audit": {"atomic", "image"},
+    "serve": {"answer", "audit", "bundle", "engine", "image", "modality", "prefix"},
+    "listen": {"answer", "atomic", "audit", "image"},
+    "batch": {"answer", "atomic", "bundle", "embedded", "engine", "prompt"},
     "render": {
-        *("ablation", "agreement", "answer", "bench", "calibration", "doctor", "evaluate"),
-        *("inspection", "pipeline", "planning", "verification"),
+        *("ablation", "agreement", "answer", "archive", "bench", "calibration", "doctor"),
+        *("evaluate", "inspection", "modality", "pipeline", "planning", "verification"),
     },
 }
 TOP = {"", "cli"}  # medmoe_edge/__init__.py and the command line, which may import everything
