@@ -48,6 +48,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_word_of_patients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After all tests: no log, audit or answer tells what the tests' images tell of patients."""
+    import patients
+
+    log = patients.Log()
+    logging.getLogger().addHandler(log)
+    yield
+    logging.getLogger().removeHandler(log)
+    assert list(patients.leaks(tmp_path_factory.getbasetemp(), log)) == []
+
+
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """What a command line sets up for its log ends with the test."""

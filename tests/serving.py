@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import patients
 from command_line import answer_to
 from fastapi import FastAPI
 from PIL import Image as Pillow
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmoe_edge.answer import Answer
 from medmoe_edge.image import Image
@@ -82,6 +84,23 @@ class StandInModality:
         return Location({"total": 0.1}, MODEL, phrase, heat, (0, 0), 0.5, self.read())
 
 
+class Overheard:
+    """Around the app: keeps what it answers in words for the search for patients at the end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As the app does."""
+
+        async def overheard(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                patients.bodies.append(message.get("body", b"").decode("latin-1"))
+            await send(message)
+
+        await self.app(scope, receive, overheard)
+
+
 def app_over(
     engine: StandIn, *, limits: Limits | None = None, modality: bool = True, **options: Any
 ) -> FastAPI:
@@ -89,7 +108,9 @@ def app_over(
     audit = options.pop("audit", None)
     settings = Settings(limits=limits or Limits(), **options)
     found: Any = StandInModality() if modality else None
-    return create_app(engine, settings, modality=found, audit=audit)
+    app = create_app(engine, settings, modality=found, audit=audit)
+    app.add_middleware(Overheard)
+    return app
 
 
 @contextlib.contextmanager
