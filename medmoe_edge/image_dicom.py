@@ -39,7 +39,7 @@ FRAME_GROUPS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "Fr
 def read_dicom(path: Path, frame: int | None) -> Image:
     """Read one frame; the errors of `medmoe_edge.image.load_image`, and whatever pydicom raises."""
     name = shown_name(path)
-    dataset = _read_dataset(path, name)
+    dataset = open_dataset(path, name)
     if not any(f"{kind}PixelData" in dataset for kind in ("", "Float", "DoubleFloat")):
         raise ImageError(
             f"{name} is a DICOM file without an image.",
@@ -48,8 +48,8 @@ def read_dicom(path: Path, frame: int | None) -> Image:
     frames = int(dataset.get("NumberOfFrames") or 1)
     _check_header(dataset, name, frames)
     index = pick_frame(name, frame, frames)
-    stored = _decode(dataset, name, index, frames)
-    _unfold_frame(dataset, index)
+    stored = decode_frame(dataset, name, index, frames)
+    unfold_frame(dataset, index)
     pixels, window = show(stored, dataset, name)
     return Image(
         as_pixels(pixels),
@@ -60,7 +60,8 @@ def read_dicom(path: Path, frame: int | None) -> Image:
     )
 
 
-def _read_dataset(path: Path, name: str) -> Dataset:
+def open_dataset(path: Path, name: str) -> Dataset:
+    """The file's elements; raises `ImageError` naming it `name`, and whatever pydicom raises."""
     if path.stat().st_size > MAX_BYTES:
         raise ImageError(f"{name} is larger than {MAX_BYTES:,} bytes.", "Split the series.")
     with path.open("rb") as file:
@@ -108,7 +109,8 @@ def _check_header(dataset: Dataset, name: str, frames: int) -> None:
         raise ImageError(f"{name} has colours of an unsupported kind.", "Save it as RGB or PNG.")
 
 
-def _decode(dataset: Dataset, name: str, index: int, frames: int) -> npt.NDArray[np.generic]:
+def decode_frame(dataset: Dataset, name: str, index: int, frames: int) -> npt.NDArray[np.generic]:
+    """Stored values of a frame, `[H, W]` or `[H, W, 3]`; the errors of `open_dataset`."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
         return pixel_array(dataset, index=index)
@@ -161,7 +163,7 @@ def jpeg_size(data: bytes) -> tuple[int, int, int] | None:
             at += 2 + length
 
 
-def _unfold_frame(dataset: Dataset, index: int) -> None:
+def unfold_frame(dataset: Dataset, index: int) -> None:
     """Bring a frame's own rescale, window and spacing to the top, where plain files have them."""
     shared = dataset.get("SharedFunctionalGroupsSequence") or []
     each = dataset.get("PerFrameFunctionalGroupsSequence") or []

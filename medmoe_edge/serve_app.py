@@ -17,6 +17,7 @@ from medmoe_edge.serve_errors import add_error_handlers
 from medmoe_edge.serve_guard import Guard
 from medmoe_edge.serve_metrics import Metrics
 from medmoe_edge.serve_openai import openai_routes
+from medmoe_edge.serve_picture import picture_routes
 from medmoe_edge.serve_queue import Places, Worker
 from medmoe_edge.serve_routes import own_routes
 from medmoe_edge.serve_settings import Settings
@@ -60,6 +61,7 @@ def create_app(
     )
     add_error_handlers(app)
     app.include_router(own_routes(work, worker, limits))
+    app.include_router(picture_routes(limits))
     app.include_router(openai_routes(work, worker, limits))
     app.include_router(state_routes(worker, metrics))
     if PAGE.is_dir():

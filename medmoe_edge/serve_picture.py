@@ -15,11 +15,11 @@ from pydantic import BaseModel
 from pydicom.pixels.processing import apply_modality_lut
 
 from medmoe_edge.image import Image, Window, decoding, finite, pick_frame, too_large
-from medmoe_edge.image_dicom import _decode, _read_dataset, _unfold_frame
+from medmoe_edge.image_dicom import decode_frame, open_dataset, unfold_frame
 from medmoe_edge.image_dicom_display import GREY
 from medmoe_edge.serve_routes import REFUSALS, ImageForm
 from medmoe_edge.serve_settings import Limits
-from medmoe_edge.serve_work import _path_to, read_upload
+from medmoe_edge.serve_work import path_to, read_upload
 
 LARGEST = 2048  # pixels of the longer side, more than a bedside screen has
 NAME = "The image"
@@ -121,13 +121,13 @@ def _codes(data: bytes, image: Image, index: int, shown: Pillow.Image) -> Codes:
 
 def _dicom_values(data: bytes, index: int) -> tuple[Values, bool] | None:
     """Rescaled values of a frame that `load_image` has accepted, and whether they are inverted."""
-    with _path_to(data) as path, decoding(NAME):
-        dataset = _read_dataset(path, NAME)
+    with path_to(data) as path, decoding(NAME):
+        dataset = open_dataset(path, NAME)
         if dataset.PhotometricInterpretation not in GREY:
             return None
         frames = int(dataset.get("NumberOfFrames") or 1)
-        stored = _decode(dataset, NAME, index, frames)
-        _unfold_frame(dataset, index)
+        stored = decode_frame(dataset, NAME, index, frames)
+        unfold_frame(dataset, index)
         inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
         return finite(apply_modality_lut(stored, dataset)).astype(np.float32), inverted
 

@@ -133,7 +133,7 @@ class Work:
 
 def read_upload(data: bytes, frame: int | None) -> Image:
     """The picture in an uploaded file; the errors of `medmoe_edge.image.load_image`."""
-    with _path_to(data) as path:
+    with path_to(data) as path:
         try:
             return load_image(path, frame=frame)
         except MedMoEError as error:
@@ -143,7 +143,7 @@ def read_upload(data: bytes, frame: int | None) -> Image:
 
 
 @contextlib.contextmanager
-def _path_to(data: bytes) -> Iterator[Path]:
+def path_to(data: bytes) -> Iterator[Path]:
     """A path for those who can only read files; in memory, where the system allows that."""
     if sys.platform == "linux":
         with open(os.memfd_create("image"), "wb") as file:

@@ -38,14 +38,16 @@ def real(name: str) -> Path:
 
 
 def made(array: npt.NDArray[Any], **attributes: Any) -> Dataset:
-    """A small uncompressed image of `array` [H, W]; `attributes` add to it or replace."""
+    """A small uncompressed image of `array` [H, W] or [F, H, W]; `attributes` add or replace."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     dataset.SOPClassUID = uid.CTImageStorage
     dataset.SOPInstanceUID = "1.2.3"
     dataset.PatientName, dataset.PatientID = NAME, IDENTITY
-    dataset.Rows, dataset.Columns = array.shape
+    *frames, dataset.Rows, dataset.Columns = array.shape
+    if frames:
+        dataset.NumberOfFrames = frames[0]
     dataset.BitsAllocated = dataset.BitsStored = 8 * array.dtype.itemsize
     dataset.HighBit = dataset.BitsStored - 1
     dataset.PixelRepresentation = int(array.dtype.kind == "i")

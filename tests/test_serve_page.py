@@ -9,8 +9,7 @@ import httpx
 import numpy as np
 import pytest
 from command_line import ROOT
-from pydicom import Dataset, dcmwrite, uid
-from pydicom.dataset import FileMetaDataset
+from pydicom import dcmwrite
 from serving import StandIn, live, png, upload
 
 pytest.importorskip("selenium", reason="needs selenium")
@@ -18,6 +17,7 @@ pytest.importorskip("selenium", reason="needs selenium")
 from browser import Page, chromium
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
+from test_dicom import made
 from test_serve_live import served
 
 from medmoe_edge.answer import Answer
@@ -76,20 +76,9 @@ def ask(page: Page, question: str = "Is there effusion?") -> None:
 
 def frames(*values: int) -> bytes:
     """A CT of 4 x 4 pixels whose frames are of one value each, shown from -100 to 100 HU."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = uid.CTImageStorage, "1.2.3"
-    dataset.Modality, dataset.PatientName = "CT", "Doe^Jane"
-    dataset.Rows = dataset.Columns = 4
-    dataset.NumberOfFrames = len(values)
-    dataset.BitsAllocated = dataset.BitsStored = 16
-    dataset.HighBit, dataset.PixelRepresentation, dataset.SamplesPerPixel = 15, 1, 1
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    dataset.WindowCenter, dataset.WindowWidth = 0, 200
-    dataset.PixelData = np.repeat(np.array(values, np.int16), 16).tobytes()
-    dataset["PixelData"].VR = "OW"
+    pixels = np.broadcast_to(np.array(values, np.int16)[:, None, None], (len(values), 4, 4))
     file = io.BytesIO()
+    dataset = made(pixels, Modality="CT", WindowCenter=0, WindowWidth=200)
     dcmwrite(file, dataset, enforce_file_format=True)
     return file.getvalue()
 

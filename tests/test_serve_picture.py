@@ -11,41 +11,23 @@ import numpy.typing as npt
 import pytest
 from fastapi import FastAPI
 from PIL import Image as Pillow
-from pydicom import Dataset, dcmread, dcmwrite, uid
+from pydicom import dcmread, dcmwrite, uid
 from pydicom.data import get_testdata_file
-from pydicom.dataset import FileMetaDataset
 from serving import StandIn, app_over, client_of, png
 from starlette.testclient import TestClient
+from test_dicom import NAME, made
 
 from medmoe_edge import serve_picture
 from medmoe_edge.image import load_image
 from medmoe_edge.serve_picture import Codes, Picture, picture_of
 from medmoe_edge.serve_settings import Limits
 
-NAME = "Doe^Jane"
 
-
-def made(array: npt.NDArray[Any], **attributes: Any) -> bytes:
+def file_of(array: npt.NDArray[Any], **attributes: Any) -> bytes:
     """A DICOM file of frames `[F, H, W]`."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = (
-        uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
-        "1.2.3",
-    )
-    dataset.PatientName, dataset.Modality = NAME, "MR"
-    dataset.NumberOfFrames, dataset.Rows, dataset.Columns = array.shape
-    dataset.BitsAllocated = dataset.BitsStored = 8 * array.dtype.itemsize
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(array.dtype.kind == "i")
-    dataset.SamplesPerPixel = 1
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    dataset.PixelData = array.tobytes()
-    for name, value in attributes.items():
-        setattr(dataset, name, value)
-    dataset["PixelData"].VR = "OW"
+    kind = uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage
     file = io.BytesIO()
+    dataset = made(array, SOPClassUID=kind, Modality="MR", **attributes)
     dcmwrite(file, dataset, enforce_file_format=True)
     return file.getvalue()
 
@@ -78,7 +60,7 @@ FRAMES = np.arange(-1000, 1000, dtype=np.int16).reshape(2, 25, 40)
 @pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
 def test_values_of_a_dicom_are_exact_beyond_its_window(kind: str) -> None:
     window = {"WindowCenter": -300, "WindowWidth": 400, "PhotometricInterpretation": kind}
-    data = made(FRAMES, RescaleSlope=2, RescaleIntercept=-24, **window)
+    data = file_of(FRAMES, RescaleSlope=2, RescaleIntercept=-24, **window)
     for frame in (0, 1):
         picture = shown(data, frame)
         assert (picture.frame, picture.frames, picture.modality) == (frame, 2, "mri")
@@ -92,17 +74,17 @@ def test_values_of_a_dicom_are_exact_beyond_its_window(kind: str) -> None:
 
 
 def test_values_without_end_fit_in_sixteen_bits() -> None:
-    data = made(np.array([[[0, 65535, 1]]], np.uint16), RescaleSlope=0.3, RescaleIntercept=5)
+    data = file_of(np.array([[[0, 65535, 1]]], np.uint16), RescaleSlope=0.3, RescaleIntercept=5)
     values = values_of(shown(data))
     np.testing.assert_allclose(values, [[5, 19665.5, 5.3]], atol=0.3)
-    flat = shown(made(np.full((1, 2, 2), 7, np.uint16)))
+    flat = shown(file_of(np.full((1, 2, 2), 7, np.uint16)))
     assert (values_of(flat) == 7).all()
     assert flat.codes is not None
     assert flat.codes.window[1] > 0
 
 
 def test_a_dicom_without_a_window_has_its_whole_range() -> None:
-    picture = shown(made(np.array([[[10, 20], [30, 110]]], np.uint8)))
+    picture = shown(file_of(np.array([[[10, 20], [30, 110]]], np.uint8)))
     assert picture.codes is not None
     assert list(picture.codes.window) == [60, 100]
 
@@ -145,7 +127,7 @@ def test_sixteen_bit_pictures_keep_their_unit_within_their_window() -> None:
 
 def test_large_pictures_come_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_picture, "LARGEST", 20)
-    picture = shown(made(FRAMES[:, :20]), 0)
+    picture = shown(file_of(FRAMES[:, :20]), 0)
     assert picture.size == (40, 20)
     assert (picture.width, picture.height) == (20, 10)
     assert pixels_of(picture).shape == values_of(picture).shape == (10, 20)
@@ -163,7 +145,7 @@ def test_the_service_decodes_and_keeps_to_its_limits(client: TestClient) -> None
     def sent(data: bytes, **fields: str) -> Any:
         return client.post("/v1/picture", files={"image": (f"{NAME}.dcm", data)}, data=fields)
 
-    found = sent(made(FRAMES[:, :5, :5]), frame="1")
+    found = sent(file_of(FRAMES[:, :5, :5]), frame="1")
     assert found.status_code == 200
     assert Picture.model_validate(found.json()).frame == 1
     assert NAME not in found.text

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.progress import Progress
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,9 +23,8 @@ from medmoe_edge.training.state import load_state, save_state
 
 log = logging.getLogger(__name__)
 
-Loader = DataLoader[
-    Any
-]  # as torch names it, by its items; it yields batches that have `to(device)`
+# As torch names it, by its items; it yields batches that have `to(device)`.
+Loader = DataLoader[Any]
 Objective = TypeVar("Objective", bound=nn.Module)  # its forward gives the loss of a batch
 
 
@@ -37,6 +36,22 @@ class Session:
     seed: int
     accelerator: Accelerator
     progress: Progress
+
+    @classmethod
+    def begin(cls, folder: Path, seed: int, progress: Progress) -> Self:
+        """In bf16, on what `accelerate launch` gave; `folder` is made."""
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[unused])
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder, seed, accelerator, progress)
+
+    def once(self, name: str, make: Callable[[Path], None]) -> Path:
+        """A file of the folder, made by the main process unless an earlier run did."""
+        file = self.folder / name
+        with self.accelerator.main_process_first():
+            if not file.exists():
+                make(file)
+        return file
 
 
 def fit(

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.progress import Progress
 
 from medmoe_edge.atomic import atomic_file
@@ -57,17 +56,11 @@ def train_modality(recipe: ModalityRecipe, data: Path, out: Path, progress: Prog
     """
     config = recipe.model_config()
     corpus = read_modality_corpus(recipe, data)
-    accelerator = Accelerator(
-        mixed_precision="bf16",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    session = Session.begin(out, recipe.seed, progress)
+    texts = [item.caption for item in corpus.captioned]
+    tokenizer_file = session.once(
+        "tokenizer.json", lambda file: train_word_pieces(texts, config.text.vocab_size, file)
     )
-    session = Session(out, recipe.seed, accelerator, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer_file = out / "tokenizer.json"
-    with accelerator.main_process_first():
-        if not tokenizer_file.exists():
-            texts = [item.caption for item in corpus.captioned]
-            train_word_pieces(texts, config.text.vocab_size, tokenizer_file)
     batches = ModalityBatches(
         config,
         ModalityTokenizer.from_file(tokenizer_file, config.text),
@@ -85,7 +78,7 @@ def train_modality(recipe: ModalityRecipe, data: Path, out: Path, progress: Prog
 
     fit("alignment", objective, schedule, epoch_batches, validate, session)
     folder = out / "checkpoint"
-    if accelerator.is_main_process:
+    if session.accelerator.is_main_process:
         write_modality_checkpoint(
             folder, objective.model, tokenizer_file=tokenizer_file, force=True
         )

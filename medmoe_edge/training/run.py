@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.progress import Progress
 from torch import nn
 
@@ -34,17 +33,11 @@ def train(recipe: Recipe, data: Path, out: Path, progress: Progress) -> Path:
     """
     config, moe = trainable_config(recipe)
     corpus = read_corpus(recipe, data)
-    accelerator = Accelerator(
-        mixed_precision="bf16",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    session = Session.begin(out, recipe.seed, progress)
+    texts = [turn for c in [*corpus.questions, *corpus.captions] for turn in c.turns]
+    tokenizer_file = session.once(
+        "tokenizer.json", lambda file: train_tokenizer(texts, recipe.vocab_size, file)
     )
-    session = Session(out, recipe.seed, accelerator, progress)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer_file = out / "tokenizer.json"
-    with accelerator.main_process_first():
-        if not tokenizer_file.exists():
-            texts = [turn for c in [*corpus.questions, *corpus.captions] for turn in c.turns]
-            train_tokenizer(texts, recipe.vocab_size, tokenizer_file)
     tokenizer = Tokenizer.from_file(tokenizer_file)
     batches = Batches(config, tokenizer, moe.expert_names, recipe.seed)
 
@@ -54,7 +47,7 @@ def train(recipe: Recipe, data: Path, out: Path, progress: Progress) -> Path:
     model = upcycle(dense, router, config)
     specialise(model, corpus, recipe.moe, batches, session)
     folder = out / "checkpoint"
-    if accelerator.is_main_process:
+    if session.accelerator.is_main_process:
         write_checkpoint(
             folder, config, model.state_dict().items(), tokenizer_file=tokenizer_file, force=True
         )
