@@ -18,6 +18,23 @@ EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "compressed DICOM and NIfTI",
         ("nibabel", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle"),
     ),
+    "archive": ("index, retrieve", ("usearch",)),
+    "serve": (
+        "serve: HTTP and a page",
+        (
+            *("fastapi", "filelock", "h11", "prometheus-client", "pydantic"),
+            *("python-multipart", "uvicorn"),
+        ),
+    ),
+    "listen": (
+        "listen: a DICOM node; audit deidentify",
+        (
+            *("dicom-anonymizer", "fhir.resources", "filelock", "highdicom", "httpx"),
+            *("pydantic", "pynetdicom"),
+        ),
+    ),
+    "batch": ("batch, to parquet", ("pyarrow",)),
+    "ray": ("batch --ray, on a cluster", ("ray",)),
     "export": (
         "export, calibrate, verify against a checkpoint, plan --device here",
         (
