@@ -13,13 +13,16 @@ SCORES = "scores.json"  # in a checkpoint; a bundle has them in its manifest
 
 @dataclass(frozen=True)
 class Scores(Config):
-    """`temperature` makes logits of similarities; an image is unfamiliar above `entropy_limit`.
+    """`temperature` makes logits of similarities; the limits are for images of known modalities.
 
-    The limit is of the router's entropy, in nats. Unfitted, the temperature is that of training.
+    An image is unfamiliar where the router's entropy, in nats, is above `entropy_limit`, or its
+    evidence (`modality_router.py`) below `evidence_limit`. Unfitted, the temperature is that of
+    training.
     """
 
     temperature: float = 10.0
     entropy_limit: float = 0.5
+    evidence_limit: float = 0.0
 
     def __post_init__(self) -> None:
         if not (0 < self.temperature < math.inf and 0 <= self.entropy_limit < math.inf):

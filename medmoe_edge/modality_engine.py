@@ -14,6 +14,7 @@ from medmoe_edge.errors import BundleError, CheckpointError, InputError
 from medmoe_edge.image import Image, load_image, preprocess, seen_square
 from medmoe_edge.modality_loading import REFERENCE, RuntimeName, open_modality
 from medmoe_edge.modality_results import Classification, Location, Reading
+from medmoe_edge.modality_router import entropy, evidence
 from medmoe_edge.modality_similarity import region_map, similarity, unit
 from medmoe_edge.modality_texts import TextCache
 from medmoe_edge.runtimes.modality_base import Floats, ImageFeatures, ModalityRuntime, TextFeatures
@@ -146,15 +147,16 @@ class ModalityEngine:
         return features
 
     def _reading(self, features: ImageFeatures, clock: Clock) -> Reading:
-        probabilities = _softmax(features.router_logits[0])
-        entropy = float(-(probabilities * np.log(np.maximum(probabilities, 1e-30))).sum())
+        logits, limits = features.router_logits[0], self.scores
+        probabilities = _softmax(logits)
+        unsure, seen = float(entropy(logits)), float(evidence(logits))
         order = np.argsort(-probabilities, kind="stable")
         names = self.config.modalities
         return Reading(
             modality=names[order[0]],
             probabilities={names[at]: float(probabilities[at]) for at in order},
-            entropy=max(entropy, 0.0),
-            unfamiliar=entropy > self.scores.entropy_limit,
+            entropy=unsure,
+            unfamiliar=unsure > limits.entropy_limit or seen < limits.evidence_limit,
             timings=_timings(clock),
             model=self._model,
         )

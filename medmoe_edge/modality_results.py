@@ -23,8 +23,8 @@ class _Result:
 class Reading(_Result):
     """The router's view: `probabilities` by modality, the most probable first, 0 to 1.
 
-    `entropy` of those in nats, from 0 where it is sure to log(E). `unfamiliar`: the entropy is
-    beyond what images of known modalities have, and nothing said about this image may be believed.
+    `entropy` of those in nats, from 0 where it is sure to log(E). `unfamiliar`: it is less sure, or
+    saw less of any modality, than with images of known ones; nothing said may be believed.
     """
 
     modality: str

@@ -25,7 +25,10 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
         ("experts", experts),
         ("  for", ", ".join(config.modalities)),
         ("temperature", f"{scores.temperature:g}"),
-        ("unfamiliar above", f"{scores.entropy_limit:g} nats"),
+        (
+            "unfamiliar",
+            f"entropy > {scores.entropy_limit:.2g}, evidence < {scores.evidence_limit:.2g}",
+        ),
     ]
     for name in ("quantisation", "source", "licence", "verification"):
         rows += told(name, getattr(inspection, name))

@@ -177,6 +177,14 @@ def test_an_image_is_unfamiliar_above_the_entropy_limit() -> None:
     assert not fixed(None, unsure, scores=Scores(entropy_limit=1.8)).read(picture()).unfamiliar
 
 
+def test_an_image_is_unfamiliar_below_the_evidence_limit() -> None:
+    limits = Scores(evidence_limit=5.0)
+    for logits, unfamiliar in (((9.0, 0, 0, 0, 0, 0), False), ((3.0, -6, -6, -6, -6, -6), True)):
+        found = fixed(None, logits, scores=limits).read(picture())
+        assert found.entropy < 0.01, "it is as sure of both"
+        assert found.unfamiliar is unfamiliar
+
+
 # --- locate -----------------------------------------------------------------------------------
 
 

@@ -18,8 +18,9 @@ from medmoe_edge.errors import DataError
 from medmoe_edge.modality_boxes import Place, read_places
 from medmoe_edge.modality_engine import ModalityEngine
 from medmoe_edge.modality_evaluate import evaluate_modality, retrieval, routing
-from medmoe_edge.modality_fitting import entropy, fit_scores
+from medmoe_edge.modality_fitting import fit_scores
 from medmoe_edge.modality_places import average_precision
+from medmoe_edge.modality_router import entropy, evidence
 from medmoe_edge.modality_shares import mean_of, share_of
 from medmoe_edge.modality_tasks import Task, best_prompts, zero_shot_tasks
 from medmoe_edge.presets import MODALITY_PRESETS
@@ -248,9 +249,12 @@ def test_a_place_holds_what_its_mask_covers() -> None:
     np.testing.assert_array_equal(mask, held)
 
 
-def test_entropy_goes_from_none_to_all() -> None:
+def test_entropy_goes_from_none_to_all_and_evidence_with_the_logits() -> None:
     logits = np.array([[1e4, 0, 0], [0, 0, 0]], np.float32)
     np.testing.assert_allclose(entropy(logits), [0, np.log(3)], atol=1e-12)
+    np.testing.assert_allclose(evidence(logits), [1e4, np.log(3)], atol=1e-12)
+    np.testing.assert_allclose(evidence(logits - 5), evidence(logits) - 5)
+    np.testing.assert_allclose(entropy(logits - 5), entropy(logits))
 
 
 def test_scores_are_the_most_likely(data: Path) -> None:
@@ -277,6 +281,7 @@ def test_scores_are_the_most_likely(data: Path) -> None:
     logits = np.array([5.0 if name == "ct" else 0.0 for name in CONFIG.modalities])
     shares = np.exp(logits) / np.exp(logits).sum()
     assert scores.entropy_limit == pytest.approx(-(shares * np.log(shares)).sum(), rel=1e-5)
+    assert scores.evidence_limit == pytest.approx(np.log(np.exp(logits).sum()), rel=1e-5)
 
 
 def test_scores_need_two_findings(data: Path) -> None:
