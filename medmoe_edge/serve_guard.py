@@ -123,7 +123,7 @@ def _name(host: str) -> str:
 
 def _route(scope: Scope) -> str:
     """The template of the route that was taken; of a file of the page its folder."""
-    return getattr(scope.get("route"), "path", scope.get("root_path") or "(unknown)")
+    return str(getattr(scope.get("route"), "path", scope.get("root_path") or "(unknown)"))
 
 
 def _where(error: Exception) -> str:
