@@ -1,6 +1,6 @@
 """A result as a Secondary Capture: the picture as it was read, and over it where the model looks.
 
-Warm is where the phrase of the question fits best, in the picture's own pixels.
+Warm is where the words of question and answer fit best, in the picture's own pixels.
 """
 
 from typing import Protocol
@@ -15,8 +15,10 @@ from pydicom.uid import ExplicitVRLittleEndian
 from medmoe_edge import __version__
 from medmoe_edge.image import Image, Pixels
 from medmoe_edge.listen_evidence import CHARACTERS, Result
+from medmoe_edge.modality_phrase import key_phrase
 
 MAX_SIDE = 1024  # pixels
+LONGEST = 1024  # characters of a text of this kind (ST)
 SHARE = 0.5  # of the hottest colour over the picture
 
 
@@ -38,8 +40,9 @@ class Locator(Protocol):
 
 
 def heat_map(result: Result, image: Image, locator: Locator) -> Dataset:
-    """The Secondary Capture for the phrase of the question."""
-    heat = locator.locate(image, result.answer.question).heat
+    """The Secondary Capture for a result; raises what `locator` does."""
+    phrase = key_phrase(result.answer.question, result.answer.text)
+    heat = locator.locate(image, phrase).heat
     picture = SCImage.from_ref_dataset(
         result.evidence.header,
         pixel_array=blended(image.pixels, heat),
@@ -58,7 +61,9 @@ def heat_map(result: Result, image: Image, locator: Locator) -> Dataset:
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
     picture.ImageComments = result.answer.notice
+    picture.DerivationDescription = f"Warm where these words fit best: {phrase}"[:LONGEST]
     picture["PatientOrientation"].value = None  # the same as of the image; its reader knows
+    picture.Laterality = ""  # what is paired may be on either side
     source = Dataset()
     source.ReferencedSOPClassUID = result.evidence.header.SOPClassUID
     source.ReferencedSOPInstanceUID = result.evidence.uid

@@ -10,8 +10,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import pytest
 from command_line import answer_to
 from fhir.resources.bundle import Bundle
@@ -26,7 +27,7 @@ from listen_process import (
     study,
     wait_for,
 )
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from test_dicom import saved
 
 from medmoe_edge.bundle import NOTICE
@@ -35,7 +36,7 @@ from medmoe_edge.listen_answering import encoded
 from medmoe_edge.listen_evidence import Evidence, Result
 from medmoe_edge.listen_fhir import fhir
 from medmoe_edge.listen_node import Node
-from medmoe_edge.listen_report_picture import blended
+from medmoe_edge.listen_report_picture import blended, heat_map
 from medmoe_edge.listen_report_sr import basic_text_sr, comprehensive_3d_sr
 
 # pynetdicom leaves a socket to the garbage collector where its peer hung up first.
@@ -48,10 +49,24 @@ RESULT = Result(
 )
 
 
+class Middle:
+    """Everything is in the middle."""
+
+    heat = np.pad(np.ones((1, 1), np.float32), 1)
+
+    def locate(self, image: Image, phrase: str) -> Self:
+        assert phrase == "é effusion none"  # the words that can be seen
+        return self
+
+
+def pictured(result: Result) -> Dataset:
+    return heat_map(result, Image.from_array(SOME), Middle())
+
+
 def tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
-        pytest.skip(f"needs {name} (Debian: dcmtk or orthanc)")
+        pytest.skip(f"needs {name} (Debian: dcmtk, dicom3tools or orthanc)")
     return path
 
 
@@ -85,6 +100,17 @@ def test_dcmtk_opens_the_reports(tmp_path: Path, make: Any) -> None:
     told = call(dump, "--print-long-values", str(path))
     for words in ("UNVERIFIED", "PRELIMINARY", "No, there is none.", NOTICE, "0" * 64):
         assert words in told
+
+
+@pytest.mark.parametrize("make", [comprehensive_3d_sr, basic_text_sr, pictured])
+def test_the_standards_own_rules_are_kept(tmp_path: Path, make: Any) -> None:
+    path = tmp_path / "report.dcm"
+    path.write_bytes(encoded(make(RESULT)))
+    done = subprocess.run(
+        [tool("dciodvfy"), str(path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "Error" not in done.stderr
+    assert make is pictured or "SR" in done.stderr
 
 
 def test_a_report_refers_to_what_it_is_about() -> None:
