@@ -2,10 +2,8 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from medmoe_edge.config_scores import Scores
 from medmoe_edge.engine import ImageLike
@@ -14,7 +12,7 @@ from medmoe_edge.errors import BundleError, CheckpointError, InputError
 from medmoe_edge.image import Image, load_image, preprocess, seen_square
 from medmoe_edge.modality_loading import REFERENCE, RuntimeName, open_modality
 from medmoe_edge.modality_results import Classification, Location, Reading
-from medmoe_edge.modality_router import entropy, evidence
+from medmoe_edge.modality_router import entropy, evidence, log_softmax
 from medmoe_edge.modality_similarity import region_map, similarity, unit
 from medmoe_edge.modality_texts import TextCache
 from medmoe_edge.runtimes.modality_base import Floats, ImageFeatures, ModalityRuntime, TextFeatures
@@ -78,7 +76,7 @@ class ModalityEngine:
         found = np.concatenate([similarity(features, texts.some(part))[0] for part in parts])
         counts = np.array([len(own) for own in wanted.values()])
         best = np.maximum.reduceat(found, np.cumsum(counts) - counts)  # [labels]
-        scores = _softmax(self.scores.temperature * best)
+        scores = np.exp(log_softmax(self.scores.temperature * best))
         clock.lap("compare")
         order = np.argsort(-scores, kind="stable")
         names = list(wanted)
@@ -148,7 +146,7 @@ class ModalityEngine:
 
     def _reading(self, features: ImageFeatures, clock: Clock) -> Reading:
         logits, limits = features.router_logits[0], self.scores
-        probabilities = _softmax(logits)
+        probabilities = np.exp(log_softmax(logits))
         unsure, seen = float(entropy(logits)), float(evidence(logits))
         order = np.argsort(-probabilities, kind="stable")
         names = self.config.modalities
@@ -215,12 +213,6 @@ def _cleaned(text: str) -> str:
     if not text:
         raise InputError("A text is empty.", "Write words, such as: pleural effusion.")
     return text
-
-
-def _softmax(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    powers = np.exp(logits - logits.max())
-    found: npt.NDArray[Any] = powers / powers.sum()
-    return found
 
 
 def _stretched(values: Floats, axis: int, count: int, start: float, side: float) -> Floats:
