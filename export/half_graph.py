@@ -148,7 +148,7 @@ class _Halver:
         return all(self._wanted(use.node, use.idx) == self.dtype for use in value.uses())
 
     def _halve_initializer(self, value: ir.Value) -> None:
-        stored = initializer(_halved(tensor_of(value), self.dtype))
+        stored = initializer(halved(tensor_of(value), self.dtype))
         value.replace_all_uses_with(stored)
         del self.graph.initializers[str(value.name)]
         self.graph.register_initializer(stored)
@@ -156,7 +156,7 @@ class _Halver:
         self.halves.add(stored)
 
     def _halve_attribute(self, node: ir.Node) -> None:
-        tensor = _halved(_filling(node), self.dtype)
+        tensor = halved(_filling(node), self.dtype)
         node.attributes.clear()
         node.attributes["value"] = ir.AttrTensor("value", tensor)
 
@@ -227,7 +227,9 @@ def _filling(node: ir.Node) -> ir.TensorProtocol:
     return ir.tensor([0.0], FLOAT) if given is None else given.as_tensor()
 
 
-def _halved(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
+def halved(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
+    """A tensor in FLOAT16 or BFLOAT16, made when it is written; raises as `to_half` does."""
+
     def half() -> ir.TensorProtocol:
         if dtype == ir.DataType.FLOAT16:
             return ir.tensor(to_half(tensor.numpy(), str(tensor.name)), name=tensor.name)

@@ -6,11 +6,15 @@ tensorrt-rtx      standard ONNX in half, of fixed capacity: our ops are inlined,
                   stay integers in the engine. Every expert runs on every token: that has no
                   branches, so that a decode step is one CUDA graph
 tensorrt          the same, with the plugin for the experts: only the chosen ones are read
+
+Those of a paged target take their experts from slots (`expert_slots.py`); TensorRT's are then in
+standard ops for both libraries.
 """
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,16 +25,19 @@ from medmoe_edge.bundle import Bundle
 from medmoe_edge.bundle_target import Target
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.builder import MEDMOE, initializer, tensor_of
-from medmoe_edge.export.external_data import Extents, save_model
+from medmoe_edge.export.expert_slots import Stacks, reads_slots, write_experts
+from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.half_graph import Keep, routing, to_half_graph
 from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.ort_attention import lower_attention
 from medmoe_edge.export.ort_cuda_matmul import lower_matmul_cuda
 from medmoe_edge.export.ort_cuda_moe import lower_moe_cuda
+from medmoe_edge.export.ort_cuda_slots import take_experts_from_slots
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.stored_matrix import Array, lazy_tensor
 from medmoe_edge.export.stored_vision import float_vision
 from medmoe_edge.export.tensorrt_moe import lower_moe_to_plugin
+from medmoe_edge.export.tensorrt_slots import lower_moe_to_slots
 
 Progress = Callable[[str, int, int], None]
 HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -38,43 +45,62 @@ HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 def write_graphs(
     bundle: Bundle, target: Target, folder: Path, progress: Progress | None = None
-) -> Extents:
-    """Write `vision` and `decoder` (.onnx and .data) for a target; where each expert then lies.
+) -> dict[str, Any]:
+    """Write `vision` and `decoder` (.onnx and .data) for a target, and paged experts beside them.
 
-    Raises `BundleError` where the bundle's graphs cannot be read.
+    Returns what the manifest says of where experts then lie. Raises `BundleError` where the
+    bundle's graphs cannot be read, and as `lower` does.
     """
     save_model(vision_graph(bundle, target), folder, "vision")
     report = partial(progress, "graphs") if progress else None
-    return save_model(decoder_graph(bundle, target), folder, "decoder", progress=report)
+    model = specification(bundle)
+    experts = lower(model, bundle.config, target)
+    extents = save_model(model, folder, "decoder", progress=report)
+    return write_experts(folder, bundle.config, experts) if experts else {"experts": extents}
 
 
 def decoder_graph(bundle: Bundle, target: Target) -> ir.Model:
     """The decoder; weights are read when they are written."""
-    return lower(specification(bundle), bundle.config, target)[0]
+    model = specification(bundle)
+    lower(model, bundle.config, target)
+    return model
 
 
-def lower(model: ir.Model, config: ModelConfig, target: Target) -> tuple[ir.Model, bool]:
-    """All of a target's passes over a specification; returns `(model, modified)`."""
+def lower(model: ir.Model, config: ModelConfig, target: Target) -> list[Stacks]:
+    """All of a target's passes over a specification; returns the experts of each layer, if paged.
+
+    Raises `ModelError` for what the target cannot compute.
+    """
     spec = MoESpec.of(config) if config.moe else None
+    experts: list[Stacks] = []
     if target.name == "onnxruntime-cuda":
         lower_attention(model)
         if spec:
             lower_moe_cuda(model, spec)
         lower_matmul_cuda(model)
     else:
-        if spec and target.name == "tensorrt":
+        if spec and target.paged:
+            experts = lower_moe_to_slots(model, spec, HALVES[target.dtype])
+        elif spec and target.name == "tensorrt":
             lower_moe_to_plugin(model, spec, HALVES[target.dtype])
         widen_int2(model)
         inline(model)
         _fix_capacity(model.graph, target.capacity)
     to_half_graph(model, HALVES[target.dtype], _exact(model))
-    return model, True
+    if target.paged and target.name == "onnxruntime-cuda":
+        experts = take_experts_from_slots(model)
+    return experts
 
 
 def _exact(model: ir.Model) -> Keep:
-    """What stays as it is: routing, scales as they are stored, and the plugin's own types."""
+    """What stays as it is: routing, scales as they are stored, slots, the plugin's own types."""
     routes = routing(model)
-    return lambda node: routes(node) or node.op_type == "DequantizeLinear" or node.domain == MEDMOE
+    return lambda node: (
+        routes(node)
+        or node.op_type == "DequantizeLinear"
+        or node.domain == MEDMOE
+        or reads_slots(node)
+    )
 
 
 def vision_graph(bundle: Bundle, target: Target) -> ir.Model:

@@ -6,16 +6,17 @@ or on the device itself, without the checkpoint and without PyTorch.
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle import MANIFEST, Bundle, write_derived_manifest
 from medmoe_edge.bundle_target import DType, Target, TargetName
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError
-from medmoe_edge.export.external_data import Extents
+from medmoe_edge.export.expert_slots import FILE
 from medmoe_edge.export.gpu_presets import find_gpu
 from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.target_graphs import write_graphs
@@ -34,16 +35,21 @@ def plan_target(
     gpu: str | None = None,
     dtype: DType = "fp16",
     capacity: int | None = None,
+    paged: bool = False,
 ) -> Target:
     """The target in full: engines are for one `gpu`, their cache is of `capacity` positions.
 
-    Raises `BundleError` for a bundle that is a target's already, `InputError` for what does not go
-    together and `MissingDependencyError` where the library that builds engines is not installed.
+    The experts of a `paged` target are kept apart, and how much memory they get is said when it is
+    loaded. Raises `BundleError` for a bundle that is a target's already, `InputError` for what does
+    not go together and `MissingDependencyError` where the library that builds engines is not
+    installed.
     """
     bundle.check_portable()
+    if paged:
+        _check_paged(bundle, name)
     found = check_request(name, gpu=gpu, dtype=dtype, capacity=capacity)
     if found is None:
-        return Target(name, dtype)
+        return Target(name, dtype, paged=paged)
     most = bundle.config.decoder.max_positions
     positions = min(POSITIONS, most) if capacity is None else capacity
     if not bundle.config.vision.image_tokens < positions <= most:
@@ -51,7 +57,7 @@ def plan_target(
             f"A cache of {positions} positions does not fit this model.",
             f"Its image takes {bundle.config.vision.image_tokens}, and it knows {most}.",
         )
-    return Target(name, dtype, *found, positions, positions)
+    return Target(name, dtype, *found, positions, positions, paged)
 
 
 def check_request(
@@ -87,18 +93,25 @@ def export_target(
     be replaced, `ResourceError` where memory, disk or the GPU is missing.
     """
     engines: dict[str, Built] = {}
-    experts: Extents | None = None
+    places: dict[str, Any] = {}
     with atomic_folder(out, force=force, marker=MANIFEST) as folder:
         for name in COMPANIONS:
             if name in bundle.manifest["files"]:
                 shutil.copyfile(bundle.path(name), folder / name)
         if target.is_engine:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".graphs.") as graphs:
-                write_graphs(bundle, target, Path(graphs), progress)
-                engines = _build(bundle, target, Path(graphs), folder, memory_limit, progress)
+                written = write_graphs(bundle, target, Path(graphs), progress)
+                if target.paged:
+                    places = written
+                    (Path(graphs) / FILE).rename(folder / FILE)
+                slots = places["paging"]["slots"] if target.paged else {}
+                profiles = decoder_profiles(bundle.config, target, slots)
+                engines = _build(
+                    bundle, target, Path(graphs), folder, profiles, memory_limit, progress
+                )
         else:
-            experts = write_graphs(bundle, target, folder, progress)
-        write_derived_manifest(folder, bundle, target, experts)
+            places = write_graphs(bundle, target, folder, progress)
+        write_derived_manifest(folder, bundle, target, places)
     return {name: replace(built, path=out / built.path.name) for name, built in engines.items()}
 
 
@@ -107,17 +120,17 @@ def _build(
     target: Target,
     graphs: Path,
     folder: Path,
+    profiles: list[Profile],
     memory_limit: int | None,
     progress: Progress | None,
 ) -> dict[str, Built]:
     library = library_of(target)
     gpu = find_gpu(target.gpu, library)
-    if library == "tensorrt" and bundle.config.moe is not None:
+    if library == "tensorrt" and bundle.config.moe is not None and not target.paged:
         from medmoe_edge.export.plugin.tensorrt_plugin import register
 
         spec = MoESpec.of(bundle.config)
         register(spec.activation, spec.num_experts + spec.meta_expert, gpu.capability)
-    profiles = {"vision": [], "decoder": decoder_profiles(bundle.config, target)}
     return {
         name: build_engine(
             graphs / f"{name}.onnx",
@@ -128,18 +141,40 @@ def _build(
             memory_limit=memory_limit,
             progress=progress,
         )
-        for name, shapes in profiles.items()
+        for name, shapes in (("vision", []), ("decoder", profiles))
     }
 
 
-def decoder_profiles(config: ModelConfig, target: Target) -> list[Profile]:
-    """Prefill, fastest at an image with a short question, and decode."""
+def decoder_profiles(
+    config: ModelConfig, target: Target, slots: Mapping[str, Any]
+) -> list[Profile]:
+    """Prefill, fastest at an image with a short question, and decode.
+
+    `slots` are the inputs of a paged decoder, of which there may be any number, up to one for each
+    expert.
+    """
     size, usual = config.decoder.hidden_size, config.vision.image_tokens + 32
+    experts = len(config.moe_layers) * config.moe.num_experts if config.moe else 0
+    pools: Profile = {
+        name: ((1, *kind["shape"]), (experts // 2, *kind["shape"]), (experts, *kind["shape"]))
+        for name, kind in slots.items()
+    }
     steps = ((1, min(usual, target.prefill), target.prefill), (1, 1, 1))
     return [
-        {"embeds": ((1, least, size), (1, common, size), (1, most, size))}
+        {"embeds": ((1, least, size), (1, common, size), (1, most, size)), **pools}
         for least, common, most in steps
     ]
+
+
+def _check_paged(bundle: Bundle, name: TargetName) -> None:
+    if bundle.config.moe is None:
+        raise InputError(f"{bundle.name} has no experts to page.", "Leave --paged out.")
+    if name == "onnxruntime-cuda" and bundle.manifest["quantisation"]["precision"] != "fp32":
+        raise InputError(
+            "onnxruntime-cuda pages experts in fp16 only: quantised ones it repacks when a model "
+            "is loaded, all at once.",
+            "Give an --fp32 bundle, leave --paged out, or choose a TensorRT target.",
+        )
 
 
 def _check_cuda(gpu: str | None, capacity: int | None, dtype: DType) -> None:

@@ -8,6 +8,7 @@
     decoder.onnx     one step of the decoder, KV cache written in place    (+ decoder.data)
     segment.N.onnx   the same without the routed experts, cut there, and   (+ decoder.data)
     expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
+    experts.data     the experts of a bundle that pages them in a GPU's memory, in its layout
 
 Of another `kind` than Med-MoE the manifest says so, and the graphs are others: `bundle_modality`.
 The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
@@ -191,12 +192,13 @@ def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:
 
 
 def write_derived_manifest(
-    folder: Path, bundle: Bundle, target: Target, experts: Mapping[str, Any] | None
+    folder: Path, bundle: Bundle, target: Target, places: Mapping[str, Any]
 ) -> None:
     """The manifest of a folder made from `bundle` for another target.
 
-    `experts` says where each expert lies in the weights, None where an engine holds them. What was
-    proven of the bundle is not proven of the target: it names the bundle instead.
+    `places` are its entries `experts`, where each lies in the weights, and `paging`, where they are
+    paged; neither where an engine holds them. What was proven of the bundle is not proven of the
+    target: it names the bundle instead.
     """
     own = {"format_version", "files", SEAL, VERIFICATION, "experts", "paging"}
     kept = {name: value for name, value in bundle.manifest.items() if name not in own}
@@ -205,7 +207,6 @@ def write_derived_manifest(
     vision = f"weights of the portable bundle in {dtype}"
     kept["quantisation"] = {**stored, "decoder": decoder, "vision": vision}
     source = {**bundle.manifest["source"], "bundle_sha256": bundle.sha256}
-    places = {} if experts is None else {"experts": experts}
     write_manifest(folder, {**kept, **places, "source": source, "target": target.to_json()})
 
 

@@ -17,7 +17,8 @@ class Target(Config):
 
     `dtype` is that of activations. Engines serve one `gpu` (a compute capability, sm89) and the
     `library_version` that built them; their cache holds `capacity` positions, and one prefill step
-    at most `prefill` of them.
+    at most `prefill` of them. Of a `paged` target the experts lie in a file of their own, and are
+    brought into slots of the GPU's memory as they are needed.
     """
 
     name: TargetName = DEFAULT
@@ -26,6 +27,7 @@ class Target(Config):
     library_version: str = ""
     capacity: int = 0
     prefill: int = 0
+    paged: bool = False
 
     def __post_init__(self) -> None:
         if self.is_engine and not (self.gpu and 0 < self.prefill <= self.capacity):
@@ -41,4 +43,5 @@ class Target(Config):
         return self.name.startswith("tensorrt")
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.name, self.gpu, self.dtype) if part)
+        parts = (self.name, self.gpu, self.dtype, "paged" if self.paged else "")
+        return " ".join(part for part in parts if part)

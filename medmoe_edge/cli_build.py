@@ -83,6 +83,10 @@ def export(
         int | None,
         typer.Option(min=1, metavar="MB", help="Of an engine's intermediate results."),
     ] = None,
+    paged: Annotated[
+        bool,
+        typer.Option("--paged", help="For a GPU: keep experts apart, for ask --memory-budget."),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -114,6 +118,10 @@ def export(
         raise InputError(
             "--gpu, --positions and --memory-limit are for engines.",
             "Add --target tensorrt-rtx, or leave them out.",
+        )
+    if target == "onnxruntime" and paged:
+        raise InputError(
+            "--paged is for GPUs: every portable bundle can be paged.", "Leave it out."
         )
     is_modality = model_kind(folder) == "modality-moe"
     if is_modality:
@@ -155,6 +163,7 @@ def export(
                 gpu=gpu,
                 dtype=dtype,
                 positions=positions,
+                paged=paged,
                 memory_limit=memory_limit * MB if memory_limit else None,
                 force=force,
                 progress=report,

@@ -51,7 +51,7 @@ EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
     "baselines": ("comparison with bitsandbytes", ("bitsandbytes",)),
     "peers": ("bench --peers, llama.cpp among them", ("gguf", "llama-cpp-python")),
-    "gpu": ("ONNX Runtime on NVIDIA GPUs", ("nvidia-ml-py", "onnxruntime-gpu")),
+    "gpu": ("ONNX Runtime on NVIDIA GPUs", ("cuda-core", "nvidia-ml-py", "onnxruntime-gpu")),
     "rtx": (
         "to build and run engines of TensorRT for RTX (workstations)",
         (*_ENGINES, "onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings"),

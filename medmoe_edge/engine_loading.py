@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from medmoe_edge.bundle import MANIFEST, Bundle
+from medmoe_edge.bundle_target import DEFAULT
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, MissingDependencyError, ModelError
 from medmoe_edge.prompt import Tokenizer
@@ -15,6 +16,7 @@ from medmoe_edge.runtimes.paging import Budget, ExpertPager
 RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
 LARGE = 2**28  # bytes of experts, above which each is a session: they load in parallel
+ALL = "100%"  # a budget for every expert
 REFERENCE = "reference"  # a checkpoint, which bundles are verified against
 
 logger = logging.getLogger(__name__)
@@ -76,17 +78,19 @@ def _runtime_of(
             f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
             "Leave --runtime out, or export the model for it: medmoe-edge export --help",
         )
+    if bundle.target.is_engine and device == "cpu":
+        raise ModelError(
+            f"{bundle.name} holds engines for a GPU ({bundle.target}).",
+            "On the CPU, use the portable bundle that it was made from.",
+        )
+    if bundle.target.paged and runtime != "torch":
+        return _slots_runtime(bundle, device, ALL if budget is None else budget)
     if budget is not None:
         return _paged_runtime(bundle, runtime, device, budget)
     if runtime == "torch":
         return _torch_runtime(bundle, device)
     if not bundle.target.is_engine:
         return _ort_runtime(bundle, device)
-    if device == "cpu":
-        raise ModelError(
-            f"{bundle.name} holds engines for a GPU ({bundle.target}).",
-            "On the CPU, use the portable bundle that it was made from.",
-        )
     from medmoe_edge.runtimes.tensorrt_runtime import TensorRTRuntime
 
     return TensorRTRuntime(bundle)
@@ -109,8 +113,10 @@ def _expert_bytes(bundle: Bundle) -> int:
 def _paged_runtime(bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget) -> Runtime:
     if runtime == "torch":
         return _paged_torch_runtime(bundle, device, budget)
-    if device == "cuda" or bundle.target.is_engine:
-        raise _not_paged("This was asked for another runtime or device")
+    if bundle.target.name != DEFAULT:
+        raise _not_paged(f"{bundle.name} is made for {bundle.target} with all experts in memory")
+    if device == "cuda":
+        raise _not_paged("This was asked for another device")
     from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
 
     return PagedOrtRuntime(bundle, budget)
@@ -118,16 +124,33 @@ def _paged_runtime(bundle: Bundle, runtime: RuntimeName, device: Device, budget:
 
 def _not_paged(why: str) -> InputError:
     return InputError(
-        f"{why}; experts are paged in bundles, by ONNX Runtime on the CPU or by torch.",
-        "Leave the memory budget out, or give a portable bundle.",
+        f"{why}; experts are paged in portable bundles, by ONNX Runtime on the CPU or by torch, "
+        "and in those for a GPU that were made for it.",
+        "Leave the memory budget out, give a portable bundle, or export for a GPU with --paged.",
+    )
+
+
+def _slots_runtime(bundle: Bundle, device: Device, budget: Budget) -> Runtime:
+    if isinstance(budget, ExpertPager):
+        raise _not_shared("a GPU")
+    if bundle.target.is_engine:
+        from medmoe_edge.runtimes.tensorrt_paged import PagedTensorRTRuntime
+
+        return PagedTensorRTRuntime(bundle, budget)
+    from medmoe_edge.runtimes.ort_slots import SlotOrtRuntime
+
+    return SlotOrtRuntime(bundle, budget, device=device)
+
+
+def _not_shared(where: str) -> InputError:
+    return InputError(
+        f"Engines on {where} cannot share one memory budget.", "Give each a budget of its own."
     )
 
 
 def _paged_torch_runtime(bundle: Bundle, device: Device, budget: Budget) -> Runtime:
     if isinstance(budget, ExpertPager):
-        raise InputError(
-            "Engines on torch cannot share one memory budget.", "Give each a budget of its own."
-        )
+        raise _not_shared("torch")
     try:
         from medmoe_edge.runtimes.torch_paged import PagedTorchRuntime
     except ModuleNotFoundError as error:

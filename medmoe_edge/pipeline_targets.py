@@ -50,6 +50,7 @@ def export_for(
     gpu: str | None = None,
     dtype: DType = "fp16",
     positions: int | None = None,
+    paged: bool = False,
     memory_limit: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -69,7 +70,7 @@ def export_for(
             folder = Path(at) / "bundle"
             portable(folder)
         bundle = Bundle.open(folder)
-        target = plan_target(bundle, name, gpu=gpu, dtype=dtype, capacity=positions)
+        target = plan_target(bundle, name, gpu=gpu, dtype=dtype, capacity=positions, paged=paged)
         engines = export_target(
             bundle, out, target, memory_limit=memory_limit, force=force, progress=progress
         )

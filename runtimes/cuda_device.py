@@ -1,10 +1,12 @@
 """What the TensorRT runtime asks of a CUDA device: memory, one stream, and graphs captured from it.
 
-Written against cuda-core, NVIDIA's own bindings, so that no torch is needed.
+Expert slots (`slot_pools.py`) are filled on a stream of their own, beside it. Written against
+cuda-core, NVIDIA's own bindings, so that no torch is needed. There was no GPU to execute it on.
 """
 
 import ctypes
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -12,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.errors import MissingDependencyError, ResourceError
+from medmoe_edge.runtimes.device_memory import Event
+from medmoe_edge.runtimes.expert_file import Bytes
+from medmoe_edge.runtimes.slot_pools import PoolDevice
 
 Array = npt.NDArray[Any]
 
@@ -29,29 +34,14 @@ class Mirror(Protocol):
         """Device to host, when the stream comes to it."""
 
 
-class Buffer(Protocol):
-    """Device memory, freed with the object."""
-
-    address: int
-
-
-class Device(Protocol):
-    """A GPU with one stream, on which everything happens in order."""
+class Device(PoolDevice, Protocol):
+    """A GPU with one stream, on which everything but `send` happens in order."""
 
     sm: str
     stream: int
 
-    def zeros(self, size: int) -> Buffer:
-        """So many bytes, all zero."""
-
-    def mirror(self, shape: tuple[int, ...]) -> Mirror:
-        """A mirrored fp32 array."""
-
-    def integers(self, count: int) -> Mirror:
-        """A mirrored int64 array."""
-
-    def synchronise(self) -> None:
-        """Wait until the stream has done everything."""
+    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Mirror:
+        """A mirrored array."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what `work` puts on the stream, without doing it; returns what replays it."""
@@ -69,6 +59,7 @@ class CudaDevice:
             self._device = Device()
             self._device.set_current()
             self._stream = self._device.create_stream()
+            self._copies = self._device.create_stream()
         except Exception as error:  # cuda-core's exceptions share no base, and differ by what lacks
             raise ResourceError(
                 "This bundle needs an NVIDIA GPU and its driver, and none can be used here.",
@@ -76,6 +67,7 @@ class CudaDevice:
             ) from error
         self._pinned = LegacyPinnedMemoryResource()
         self.sm = f"sm{self._device.arch}"
+        self.unified = bool(self._device.properties.integrated)
         self.stream = int(self._stream.handle)
 
     def zeros(self, size: int) -> "CudaBuffer":
@@ -84,13 +76,33 @@ class CudaDevice:
         buffer.memory.fill(0, stream=self._stream)
         return buffer
 
-    def mirror(self, shape: tuple[int, ...]) -> "CudaMirror":
-        """A mirrored fp32 array, page-locked on the host so that copies need not wait."""
-        return self._mirror(np.dtype(np.float32), shape)
+    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> "CudaMirror":
+        """A mirrored array, page-locked on the host so that copies need not wait."""
+        dtype = np.dtype(dtype)
+        size = dtype.itemsize * math.prod(shape)
+        pinned, memory = self._allocate(self._pinned, size), self._allocate(self._device, size)
+        return CudaMirror(pinned, memory, dtype, shape, self._stream)
 
-    def integers(self, count: int) -> "CudaMirror":
-        """A mirrored int64 array."""
-        return self._mirror(np.dtype(np.int64), (count,))
+    def pinned(self, size: int) -> Bytes:
+        """Zeros on the host, page-locked; unified addressing gives the device the same address."""
+        self._device.set_current()  # experts are fetched on threads of their own
+        memory = self._allocate(self._pinned, size)
+        raw: Any = (ctypes.c_uint8 * size).from_address(int(memory.handle))
+        weakref.finalize(raw, memory.close)
+        array: Bytes = np.frombuffer(raw, np.uint8)
+        array[:] = 0
+        return array
+
+    def send(self, source: Bytes, address: int) -> Event:
+        """Copy on the stream for copies; the event is recorded behind it."""
+        from cuda.core import Buffer as Memory
+
+        self._device.set_current()
+        here, there = (
+            Memory.from_handle(at, source.nbytes) for at in (source.ctypes.data, address)
+        )
+        there.copy_from(here, stream=self._copies)
+        return CudaEvent(self._copies.record())
 
     def synchronise(self) -> None:
         """Wait until the stream has done everything."""
@@ -107,19 +119,25 @@ class CudaDevice:
         graph = builder.complete()
         return lambda: graph.launch(self._stream)
 
-    def _mirror(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> "CudaMirror":
-        size = dtype.itemsize * math.prod(shape)
-        pinned, memory = self._allocate(self._pinned, size), self._allocate(self._device, size)
-        return CudaMirror(pinned, memory, dtype, shape, self._stream)
-
     def _allocate(self, source: Any, size: int) -> Any:
         try:
             return source.allocate(size, stream=self._stream)
         except Exception as error:  # as above
             raise ResourceError(
-                f"The GPU has no {size / 1e6:.0f} MB of memory left.",
+                f"There is no {size / 1e6:.0f} MB of memory left for the GPU.",
                 "Close other programs that use it, or use a smaller bundle (--int4).",
             ) from error
+
+
+class CudaEvent:
+    """A copy under way."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        """Return when the copy has ended."""
+        self._event.sync()
 
 
 class CudaBuffer:

@@ -1,10 +1,12 @@
 """What expert slots ask of a device's memory, and that of the CPU.
 
-A slot is one contiguous buffer. On a GPU with memory of its own it is filled by a copy on a stream
-of its own, beside the compute, from page-locked host memory; where CPU and GPU share one DRAM, as
-on a Jetson, the host writes into the slot itself, and nothing is kept or copied twice.
+A slot is one contiguous buffer here, or several (`slot_pools.py`). On a GPU with memory of its own
+it is filled by a copy on a stream of its own, beside the compute, from page-locked host memory;
+where CPU and GPU share one DRAM, as on a Jetson, the host writes into the slot itself, and nothing
+is kept or copied twice.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -34,8 +36,8 @@ class DeviceMemory(Protocol):
         """So many slots of `size` bytes, all zero; raises `ResourceError`."""
         ...
 
-    def in_place(self, slot: Slot) -> Bytes:
-        """A slot of unified memory as the host sees it."""
+    def in_place(self, slot: Slot) -> Sequence[Bytes]:
+        """The parts of a slot of unified memory as the host sees them."""
         ...
 
     def host(self, size: int) -> Bytes:
@@ -63,10 +65,9 @@ class CpuMemory:
         """So many slots of `size` bytes, all zero."""
         return [np.zeros(size, np.uint8) for _ in range(count)]
 
-    def in_place(self, slot: Slot) -> Bytes:
+    def in_place(self, slot: Slot) -> Sequence[Bytes]:
         """The slot."""
-        array: Bytes = slot
-        return array
+        return (slot,)
 
     def host(self, size: int) -> Bytes:
         """Host memory to copy from."""

@@ -5,6 +5,7 @@ Written against PyTorch's and CUDA's documentation; there was no GPU to execute 
 
 import mmap
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,9 @@ class CudaMemory:
         torch.cuda.synchronize()  # the copy stream does not wait for the zeros
         return list(slots)
 
-    def in_place(self, slot: Slot) -> Bytes:
+    def in_place(self, slot: Slot) -> Sequence[Bytes]:
         """A mapped slot as the host sees it."""
-        return self._hosts[slot.data_ptr()]
+        return (self._hosts[slot.data_ptr()],)
 
     def host(self, size: int) -> Bytes:
         """Page-locked memory, zero; raises `ResourceError`.

@@ -1,12 +1,14 @@
 """Experts' bytes as they lie in a bundle: one sequential read each, checked by their hash.
 
+They go into one buffer or into several, one after the other.
+
 They are read rather than mapped: a file that shrinks under us is an error instead of a SIGBUS.
 """
 
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,18 +25,21 @@ Check = Literal["first", "always", "never"]
 
 @dataclass(frozen=True)
 class Extent:
-    """Where an expert's weights lie in `decoder.data`, their hash, and the graph to run them."""
+    """Where an expert's weights lie, and their hash.
+
+    In a portable bundle also the graph that runs them, and how many bytes they take when loaded.
+    """
 
     name: str
     offset: int
     bytes: int
     sha256: str
-    graph: str
-    loaded_bytes: int
+    graph: str = ""
+    loaded_bytes: int = 0
 
 
 class ExpertFile:
-    """The routed experts in a bundle's `decoder.data`, kept open until this is collected.
+    """The routed experts in their file of a bundle, kept open until this is collected.
 
     `check` says when an expert's hash is compared with the manifest's: when it is "first" read,
     "always" or "never". With `drop_pages` what was read does not stay in the kernel's page cache:
@@ -45,7 +50,7 @@ class ExpertFile:
     def __init__(self, bundle: Bundle, *, check: Check = "first", drop_pages: bool = False) -> None:
         self.extents = read_extents(bundle)
         self._check, self._drop_pages = check, drop_pages
-        self._path = bundle.path("decoder.data")
+        self._path = bundle.path(bundle.manifest["paging"].get("file", "decoder.data"))
         self._checked: set[Expert] = set()
         self._file = os.open(self._path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
@@ -60,20 +65,24 @@ class ExpertFile:
         for expert in experts:
             self._advise(self.extents[expert], "POSIX_FADV_WILLNEED")
 
-    def read(self, expert: Expert, into: Bytes) -> None:
+    def read(self, expert: Expert, *into: Bytes) -> None:
         """Read one to the front of `into`; raises `BundleError` for bytes that are not its own."""
         extent = self.extents[expert]
-        content = into[: extent.bytes]
+        content = _cut([part.data for part in into], 0, extent.bytes)
         done = 0
         while done < extent.bytes:
-            count = os.preadv(self._file, [content.data[done:]], extent.offset + done)
+            rest = _cut(content, done, extent.bytes)
+            count = os.preadv(self._file, rest, extent.offset + done)
             if not count:
                 raise self._damaged(extent)
             done += count
         if self._drop_pages:
             self._advise(extent, "POSIX_FADV_DONTNEED")
         if self._check == "always" or (self._check == "first" and expert not in self._checked):
-            if hashlib.sha256(content.data).hexdigest() != extent.sha256:
+            digest = hashlib.sha256()
+            for part in content:
+                digest.update(part)
+            if digest.hexdigest() != extent.sha256:
                 raise self._damaged(extent)
             self._checked.add(expert)
 
@@ -105,6 +114,15 @@ def read_extents(bundle: Bundle) -> dict[Expert, Extent]:
             own = paging["experts"][owner]
             extents[index, number] = Extent(
                 f"expert {number} of layer {layer}",
-                *(offset, size, own["sha256"], own["graph"], own["bytes"]),
+                *(offset, size, own["sha256"], own.get("graph", ""), own.get("bytes", 0)),
             )
     return extents
+
+
+def _cut(parts: Sequence[memoryview], begin: int, end: int) -> list[memoryview]:
+    """The bytes from `begin` to `end` of parts that follow one another."""
+    found = []
+    for part in parts:
+        found.append(part[max(begin, 0) : max(end, 0)])
+        begin, end = begin - len(part), end - len(part)
+    return [part for part in found if len(part)]

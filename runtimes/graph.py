@@ -73,14 +73,14 @@ class GraphRuntime:
 
     @cached_property
     def _vision(self) -> ort.InferenceSession:
-        return open_session(self.paths[0], _as_written())
+        return open_session(self.paths[0], as_written())
 
     @cached_property
     def _decoder(self) -> ort.InferenceSession:
-        return open_session(self.paths[1], _as_written())
+        return open_session(self.paths[1], as_written())
 
 
-def _as_written() -> ort.SessionOptions:
+def as_written() -> ort.SessionOptions:
     """Without ONNX Runtime's own fusions of `DequantizeLinear`, which round activations."""
     options = session_options()
     options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -1,10 +1,12 @@
 """The bundle on ONNX Runtime, on the CPU or CUDA."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from medmoe_edge.bundle import Bundle
@@ -99,22 +101,28 @@ class OrtRuntime:
         return in_parts(embeds, at_once, lambda part: self._run(part, cache))
 
     def _run(self, embeds: Floats, cache: OrtCache) -> Step:
+        return self._run_bound(embeds, cache, self._decoder.io_binding())[0]
+
+    def _run_bound(
+        self, embeds: Floats, cache: OrtCache, binding: ort.IOBinding, more: Sequence[str] = ()
+    ) -> tuple[Step, list[npt.NDArray[Any]]]:
+        """A step, and `more` of the decoder's outputs; what is not usual is bound already."""
         total = cache.length + len(embeds)
         outputs = ["logits", "router_logits"] if self.config.moe else ["logits"]
-        binding = self._decoder.io_binding()
         binding.bind_cpu_input("embeds", np.ascontiguousarray(embeds[None]))
         binding.bind_cpu_input("seqlens_k", np.array([total - 1], np.int32))
         binding.bind_cpu_input("total_length", np.array(total, np.int32))
-        for name in outputs:
+        for name in (*outputs, *more):
             binding.bind_output(name)
         for name, buffer in cache.buffers.items():
             binding.bind_ortvalue_input(f"past_{name}", buffer)
             binding.bind_ortvalue_output(f"present_{name}", buffer)
         self._decoder.run_with_iobinding(binding)
-        results = [value.numpy() for value in binding.get_outputs()[: len(outputs)]]
+        values = binding.get_outputs()[: len(outputs) + len(more)]
+        results = [value.numpy() for value in values]
         cache.length = total
         router = results[1][0] if self.config.moe else np.zeros((len(embeds), 0, 0), np.float32)
-        return Step(results[0][0], router)
+        return Step(results[0][0], router), results[len(outputs) :]
 
     def _graphs(self) -> dict[str, ort.SessionOptions]:
         """What is to be opened, in the order in which it is needed."""

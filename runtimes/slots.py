@@ -41,8 +41,8 @@ class Source(Protocol):
     def announce(self, experts: Iterable[Expert]) -> None:
         """Hear which will be read, in order."""
 
-    def read(self, expert: Expert, into: Bytes) -> None:
-        """Read one to the front of `into`; raises what cannot be read."""
+    def read(self, expert: Expert, *into: Bytes) -> None:
+        """Read one to the front of `into`, buffers that follow one another; raises what fails."""
 
 
 class SlotStore:
@@ -76,7 +76,7 @@ class SlotStore:
         slot = self._free.pop()
         try:
             if self.memory.unified:
-                self.source.read(expert, self.memory.in_place(self.slots[slot]))
+                self.source.read(expert, *self.memory.in_place(self.slots[slot]))
             else:
                 self.memory.copy(self._host_copy(expert), self.slots[slot]).wait()
         except BaseException:

@@ -99,7 +99,7 @@ class TensorRTRuntime:
         return in_parts(embeds, self.target.prefill, lambda part: self._run(part, cache))
 
     def _run(self, embeds: Floats, cache: TensorRTCache) -> Step:
-        lane = self._decode if len(embeds) == 1 else self._prefill
+        lane = self._lane(len(embeds))
         lane.fill(embeds, cache.length)
         if lane is self._prefill:
             lane.launch(len(embeds), cache)
@@ -108,6 +108,9 @@ class TensorRTRuntime:
         self._device.synchronise()
         cache.length += len(embeds)
         return lane.read(len(embeds))
+
+    def _lane(self, tokens: int) -> "Lane":
+        return self._decode if tokens == 1 else self._prefill
 
     def _launch_decode(self, cache: TensorRTCache) -> None:
         """The first step of a cache as it is, for TensorRT to settle; from the second, a graph."""
@@ -133,53 +136,62 @@ class TensorRTRuntime:
 
     @cached_property
     def _prefill(self) -> "Lane":
-        context = self._decoder.context(PREFILL)
-        return Lane(context, self._device, self.config, self.target.prefill)
+        return self._new_lane(self._decoder.context(PREFILL), self.target.prefill)
 
     @cached_property
     def _decode(self) -> "Lane":
-        return Lane(self._decoder.context(DECODE), self._device, self.config, 1)
+        return self._new_lane(self._decoder.context(DECODE), 1)
+
+    def _new_lane(self, context: Context, tokens: int) -> "Lane":
+        return Lane(context, self._device, self.config, tokens)
 
 
 class Lane:
-    """One profile of the decoder, with buffers for `tokens` tokens a step at most."""
+    """One profile of the decoder, with buffers for `tokens` tokens a step at most.
+
+    Beside `inputs` and `outputs`, which go up and down with every step, `addresses` are those of
+    what stays on the device, and `shapes` those of inputs that the engine leaves open.
+    """
 
     def __init__(self, context: Context, device: Device, config: ModelConfig, tokens: int) -> None:
         decoder, experts = config.decoder, config.moe.num_experts if config.moe else 0
         self.context, self.device = context, device
         self.size = decoder.hidden_size
-        self.embeds = device.mirror((tokens, self.size))
-        self.start = device.integers(1)
-        self.logits = device.mirror((decoder.vocab_size,))
-        self.routing = device.mirror((tokens, len(config.moe_layers), experts)) if experts else None
+        self.inputs = {
+            "embeds": device.mirror((tokens, self.size)),
+            "start": device.mirror((1,), np.int64),
+        }
+        self.outputs = {"logits": device.mirror((decoder.vocab_size,))}
+        if experts:
+            shape = tokens, len(config.moe_layers), experts
+            self.outputs["router_logits"] = device.mirror(shape)
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def fill(self, embeds: Floats, start: int) -> None:
         """What the next launch reads; the one before must be done."""
-        self.embeds.host[: len(embeds)] = embeds
-        self.start.host[0] = start
+        self.inputs["embeds"].host[: len(embeds)] = embeds
+        self.inputs["start"].host[0] = start
 
     def launch(self, tokens: int, cache: TensorRTCache) -> None:
         """Put a step on the stream: inputs up, the engine, outputs down."""
-        outputs = {"logits": self.logits}
-        if self.routing is not None:
-            outputs["router_logits"] = self.routing
+        mirrors = {**self.inputs, **self.outputs}
         addresses = {
-            "embeds": self.embeds.address,
-            "start": self.start.address,
-            **{name: mirror.address for name, mirror in outputs.items()},
+            **self.addresses,
+            **{name: mirror.address for name, mirror in mirrors.items()},
             **{f"past_{name}": buffer.address for name, buffer in cache.buffers.items()},
             **{f"present_{name}": buffer.address for name, buffer in cache.buffers.items()},
         }
-        inputs = [self.embeds, self.start]
-        shapes = {"embeds": (1, tokens, self.size)}
-        run(self.context, self.device, shapes, addresses, inputs, list(outputs.values()))
+        shapes = {**self.shapes, "embeds": (1, tokens, self.size)}
+        inputs, outputs = list(self.inputs.values()), list(self.outputs.values())
+        run(self.context, self.device, shapes, addresses, inputs, outputs)
 
     def read(self, tokens: int) -> Step:
         """What the last launch wrote; it must be done."""
         routing = np.zeros((tokens, 0, 0), np.float32)
-        if self.routing is not None:
-            routing = self.routing.host[:tokens].copy()
-        return Step(self.logits.host.copy(), routing)
+        if "router_logits" in self.outputs:
+            routing = self.outputs["router_logits"].host[:tokens].copy()
+        return Step(self.outputs["logits"].host.copy(), routing)
 
 
 class Tower:

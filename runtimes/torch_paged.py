@@ -5,8 +5,6 @@ GPU's memory, filled by copies that run beside the compute (`device_memory_cuda.
 where memory is one, experts are read from the bundle straight into their slots.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +15,9 @@ from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
 from medmoe_edge.runtimes.device_memory import CpuMemory, DeviceMemory
 from medmoe_edge.runtimes.eager import TorchDevice
 from medmoe_edge.runtimes.expert_file import ExpertFile
-from medmoe_edge.runtimes.paging_budget import budget_bytes
-from medmoe_edge.runtimes.paging_request import RequestRouting
-from medmoe_edge.runtimes.paging_store import Counts, Expert
-from medmoe_edge.runtimes.slots import ExpertSlots, Table, slot_count
-from medmoe_edge.runtimes.slots_replay import Chosen, Replay, ReplayCounts
+from medmoe_edge.runtimes.slots import Table
+from medmoe_edge.runtimes.slots_replay import Chosen
+from medmoe_edge.runtimes.slots_requests import SlotRequests
 from medmoe_edge.runtimes.torch_bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch_slots import SlotExperts
 from medmoe_edge.runtimes.torch_weights import BundleWeights
@@ -45,16 +41,12 @@ class PagedTorchRuntime(TorchBundleRuntime):
     ) -> None:
         self._budget = budget
         super().__init__(bundle, device, dtype)
-        self._routing = RequestRouting(bundle, self.slots.experts)
-        self._replay = Replay(self.slots, self._run)
-        self._expected: Sequence[Expert] = ()
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""
         self.paging()  # what came before belongs to no answer
         tokens = super().encode_image(pixels)
-        self._routing.begin(tokens)
-        self._expected = self._routing.expected()
+        self.requests.begin(tokens)
         return tokens
 
     def step(self, embeds: Floats, cache: Cache) -> Step:
@@ -63,34 +55,18 @@ class PagedTorchRuntime(TorchBundleRuntime):
         Raises what reading an expert raises; the cache is then as it was.
         """
         check_room(cache, len(embeds))
-        step, chosen = self._replay.step(embeds, cache, self._expected)
-        self._expected = ()
-        self._routing.ran(chosen)
-        return step
+        return self.requests.step(embeds, cache)
 
     def paging(self) -> dict[str, Any]:
-        """The report on what ran since the last one or the image; fetches nothing more ahead.
-
-        A miss is an expert for which a step was run again; `replays` counts these runs.
-        """
-        experts = self.slots.experts
-        counts, experts.counts = experts.counts, Counts()
-        replay, self._replay.counts = self._replay.counts, ReplayCounts()
-        counts = replace(counts, hits=replay.hits, late=0, misses=replay.faults)
-        report = self._routing.report(experts.pager.budget, counts)
-        return {**report, "replays": replay.runs - replay.parts}
+        """The report on what ran since the last one or the image: see `SlotRequests`."""
+        return self.requests.report()
 
     def _load(self, weights: BundleWeights) -> None:
-        file, moe = ExpertFile(weights.bundle), self.config.moe
-        assert moe is not None
-        budget = self._budget
-        if isinstance(budget, str):
-            budget = budget_bytes(budget, len(file.sizes) * max(file.sizes.values()))
-        count = slot_count(budget, file.sizes, len(moe.layers) * moe.top_k)
-        shape = len(moe.layers), moe.num_experts
-        self.slots = ExpertSlots(file, memory_of(self.device), count, shape)
+        file = ExpertFile(weights.bundle)
+        memory = memory_of(self.device)
+        self.requests = SlotRequests(weights.bundle, file, memory, self._budget, self._run)
         self._bound = SlotExperts(
-            *(self.model, weights, file.extents, self.slots.store.slots, self.dtype),
+            *(self.model, weights, file.extents, self.requests.slots.store.slots, self.dtype),
             kernels=self.half,
         )
         super()._load(weights)

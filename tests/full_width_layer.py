@@ -90,14 +90,15 @@ def random(name: str, shape: list[int]) -> npt.NDArray[np.float32]:
 
 def main(precision: str, gpu: str, folder: Path) -> None:
     target = Target("tensorrt-rtx", "fp16", gpu, "any", 1024, 1024)
-    model, _ = lower(specify(CONFIG, RandomWeights(int(precision[-1]))), CONFIG, target)
+    model = specify(CONFIG, RandomWeights(int(precision[-1])))
+    lower(model, CONFIG, target)
     save_model(model, folder, "decoder")
     built = build_engine(
         folder / "decoder.onnx",
         folder / "decoder.engine",
         library="tensorrt-rtx",
         gpu=find_gpu(gpu, "tensorrt-rtx"),
-        profiles=decoder_profiles(CONFIG, target),
+        profiles=decoder_profiles(CONFIG, target, {}),
         cache=folder / "cache",
     )
     weights = (folder / "decoder.data").stat().st_size

@@ -11,9 +11,10 @@ from graphs import initializer, model, moe_config, moe_layer, random_tokens, run
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import MEDMOE, Builder, floats
+from medmoe_edge.export.expert_slots import Stacks
 from medmoe_edge.export.moe_op import MoESpec, moe_function
 from medmoe_edge.export.ort_cuda_moe import lower_moe_cuda
-from medmoe_edge.export.ort_cuda_slots import Stacks, take_experts_from_slots
+from medmoe_edge.export.ort_cuda_slots import take_experts_from_slots
 from medmoe_edge.export.plan import Plan, Precision
 from medmoe_edge.export.quantise import quantise_weights
 
@@ -72,12 +73,12 @@ def test_slots_give_the_bits_of_the_resident_graph(
     resident = run_ort(graph, x=x)
     whole = lowered(config, Plan(form, "rtn"))
     table = np.arange(8, dtype=np.int32).reshape(2, 4)
-    layers = take_experts_from_slots(whole, 8)
+    layers = take_experts_from_slots(whole)
     wanted = run_ort(whole, x=x, table=table, **fill(layers, table, 8))
     assert np.allclose(wanted, resident, rtol=1e-5, atol=1e-5 * np.abs(resident).max())
     assert form == "int4" or wanted.tobytes() == resident.tobytes()
 
-    layers = take_experts_from_slots(graph, SLOTS)
+    layers = take_experts_from_slots(graph)
     assert not any("experts" in name for name in graph.graph.initializers)
     table = np.full((2, 4), -1, np.int32)
     runs = 0
@@ -105,4 +106,4 @@ def test_layers_of_unlike_formats_are_refused() -> None:
     )
     node.replace_input_with(2, theirs.inputs[2])
     with pytest.raises(CheckpointError, match="stored otherwise"):
-        take_experts_from_slots(graph, SLOTS)
+        take_experts_from_slots(graph)

@@ -192,7 +192,7 @@ def test_engines_for_a_gpu_have_none(tiny_bundle: Make, folder: Path, tmp_path: 
     shutil.copytree(portable.folder, tmp_path / "bundle")
     (tmp_path / "bundle" / "manifest.json").unlink()
     target = Target("tensorrt-rtx", "fp16", "sm89", "1.5", 512, 128)
-    write_derived_manifest(tmp_path / "bundle", portable, target, None)
+    write_derived_manifest(tmp_path / "bundle", portable, target, {})
     with pytest.raises(InputError, match="cache is not kept"):
         load(tmp_path / "bundle", prefix_cache=folder)
 

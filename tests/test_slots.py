@@ -34,7 +34,8 @@ class FakeSource:
     def announce(self, experts: Iterable[Expert]) -> None:
         self.announced += experts
 
-    def read(self, expert: Expert, into: Bytes) -> None:
+    def read(self, expert: Expert, *parts: Bytes) -> None:
+        (into,) = parts
         if expert in self.broken:
             raise BundleError("damaged", "copy")
         self.log.append(expert)

@@ -23,6 +23,8 @@ from medmoe_edge.export.gpu_presets import find_gpu
 from medmoe_edge.export.tensorrt_builder import build_engine
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.cuda_device import CudaDevice
+from medmoe_edge.runtimes.device_memory import Event
+from medmoe_edge.runtimes.expert_file import Bytes
 from medmoe_edge.runtimes.tensorrt_engine import TensorRTEngine, check_target
 from medmoe_edge.runtimes.tensorrt_runtime import TensorRTCache, TensorRTRuntime
 from medmoe_edge.tensorrt_library import load_library
@@ -32,10 +34,15 @@ SIZES = DECODER.sizes
 TARGET = Target("tensorrt-rtx", "fp16", "sm89", "1.7.1", SIZES.capacity, SIZES.prefill)
 
 
+class Sent:
+    def wait(self) -> None:
+        pass
+
+
 class FakeBuffer:
     def __init__(self, device: "FakeDevice", size: int) -> None:
         self.array = np.zeros(size, np.uint8)
-        self.address = 4096 + len(device.memory)
+        self.address = 4096 + sum(array.nbytes + 1 for array in device.memory.values())
         device.memory[self.address] = self.array
 
 
@@ -56,7 +63,8 @@ class FakeDevice:
     sm = "sm89"
     stream = 5
 
-    def __init__(self) -> None:
+    def __init__(self, *, unified: bool = False) -> None:
+        self.unified = unified
         self.memory: dict[int, npt.NDArray[np.uint8]] = {}
         self.queue: list[Callable[[], None]] = []
         self.captures = 0
@@ -67,11 +75,22 @@ class FakeDevice:
     def zeros(self, size: int) -> FakeBuffer:
         return FakeBuffer(self, size)
 
-    def mirror(self, shape: tuple[int, ...]) -> FakeMirror:
-        return FakeMirror(self, shape, np.float32)
+    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> FakeMirror:
+        return FakeMirror(self, shape, dtype)
 
-    def integers(self, count: int) -> FakeMirror:
-        return FakeMirror(self, (count,), np.int64)
+    def pinned(self, size: int) -> Bytes:
+        array = np.zeros(size, np.uint8)
+        self.memory[array.ctypes.data] = array
+        return array
+
+    def send(self, source: Bytes, address: int) -> Event:
+        begin, array = next(
+            (begin, array)
+            for begin, array in self.memory.items()
+            if begin <= address < begin + max(1, array.nbytes)
+        )
+        array[address - begin :][: source.nbytes] = source
+        return Sent()
 
     def synchronise(self) -> None:
         queue, self.queue = self.queue, []

@@ -103,9 +103,9 @@ def test_paged_experts_give_the_same_bits(
         check(paged, resident)
         whole = sorted(paged.parts) == np.cumsum((0, *STEPS[:-1])).tolist()
         assert whole == (budget == "100%")
-        assert paged.slots.experts.pager.used <= paged.slots.experts.pager.budget
-        kept = sum(paged.slots.store.stored.values())
-        assert paged.slots.store.host_bytes == (0 if unified else kept)
+        assert paged.requests.slots.experts.pager.used <= paged.requests.slots.experts.pager.budget
+        kept = sum(paged.requests.slots.store.stored.values())
+        assert paged.requests.slots.store.host_bytes == (0 if unified else kept)
 
 
 @ANY_DEVICE
@@ -130,16 +130,16 @@ def test_the_kernels_read_the_slots(
 def test_experts_of_unlike_formats_and_sizes(unlike_bundle: Path) -> None:
     bundle = Bundle.open(unlike_bundle)
     paged = Recorded(bundle, "60%", "cpu")
-    assert len(set(paged.slots.store.stored.values())) == 2
+    assert len(set(paged.requests.slots.store.stored.values())) == 2
     check(paged, TorchBundleRuntime(bundle, "cpu"))
 
 
 def test_only_experts_in_slots_are_in_memory(tiny_bundle: Make) -> None:
     bundle = Bundle.open(tiny_bundle("fp32"))
     paged, resident = PagedTorchRuntime(bundle, "50%", "cpu"), TorchBundleRuntime(bundle, "cpu")
-    experts = sum(paged.slots.store.stored.values())
+    experts = sum(paged.requests.slots.store.stored.values())
     assert weights(resident.model) - weights(paged.model) == experts
-    assert sum(slot.nbytes for slot in paged.slots.store.slots) == experts / 2
+    assert sum(slot.nbytes for slot in paged.requests.slots.store.slots) == experts / 2
 
 
 def weights(model: nn.Module) -> int:
@@ -172,16 +172,16 @@ def test_what_is_predicted_is_there_before_the_first_step() -> None:
     runtime = PagedTorchRuntime(bundle, "50%", "cpu")
     runtime.encode_image(np.zeros((1, 3, 256, 256), np.float32))
     held: list[set[Expert]] = []
-    usual = runtime._replay._run
+    usual = runtime.requests.replay._run
 
     def spy(embeds: Floats, cache: Cache, table: Table) -> tuple[Step, Chosen]:
         held.append({(int(m), int(e)) for m, e in np.argwhere(table >= 0)})
         return usual(embeds, cache, table)
 
-    runtime._replay._run = spy
+    runtime.requests.replay._run = spy
     runtime.step(runtime.embed([1]), runtime.new_cache(1))
-    assert runtime._routing._predicted
-    assert runtime._routing._predicted <= held[0]
+    assert runtime.requests.routing._predicted
+    assert runtime.requests.routing._predicted <= held[0]
 
 
 def test_a_corrupted_expert_fails_its_request_and_no_other(
@@ -215,7 +215,7 @@ def test_a_corrupted_expert_fails_its_request_and_no_other(
 def test_a_budget_too_small_names_the_least(tiny_bundle: Make) -> None:
     bundle = Bundle.open(tiny_bundle("int8", top_k=2))
     size = least(bundle)
-    assert PagedTorchRuntime(bundle, size, "cpu").slots.count == 4  # two layers of two
+    assert PagedTorchRuntime(bundle, size, "cpu").requests.slots.count == 4  # two layers of two
     with pytest.raises(InputError):
         PagedTorchRuntime(bundle, size - 1, "cpu")
     with pytest.raises(InputError, match="is no memory budget"):
