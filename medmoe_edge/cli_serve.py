@@ -21,10 +21,7 @@ def serve(
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
-    modality_model: Annotated[
-        str | None,
-        typer.Option(help="For classify and locate.", show_default="the embedded one, if any"),
-    ] = None,
+    modality_model: Annotated[str, typer.Option(help="For classify and locate.")] = "modality-nano",
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Who has its token may ask; chmod 600.")
     ] = None,

@@ -102,10 +102,10 @@ def test_an_image_is_dropped_and_a_question_answered(page: Page, nano: str) -> N
     assert page.text(".shares .main").startswith(page.text(".facts dt:nth-of-type(2) + dd"))
     assert page.text("#announce").startswith(page.text(".answer .text"))
 
-    assert page.one("#locate").get_attribute("aria-disabled") == "true"
+    page.one("#question").send_keys("heart")
     page.one("#locate").click()
-    assert "--modality-model" in page.text("#hint")
-    assert not page.all("#heat:not([hidden])")
+    page.until(f"{DONE} && !document.getElementById('heat').hidden")
+    assert "Image read as" in page.text(".answer:last-child details")
 
     assert [entry for entry in page.logged("browser") if entry["level"] == "SEVERE"] == []
     assert {url for url in page.requests() if not url.startswith((nano, "data:", "blob:"))} <= {
@@ -294,6 +294,17 @@ def test_a_phrase_is_located_on_the_image(page: Page, engine: Seeing) -> None:
         page.one(".answer .actions button").click()
         page.until("!document.getElementById('heat').hidden")
         assert page.one("#heat-toggle").get_attribute("aria-pressed") == "true"
+
+
+def test_without_a_model_that_locates_the_page_says_so(page: Page, engine: Seeing) -> None:
+    with live(engine, modality=False) as url:
+        page.open(url)
+        page.until("document.getElementById('model').textContent")
+        page.show(png(64, 32))
+        assert page.one("#locate").get_attribute("aria-disabled") == "true"
+        page.one("#locate").click()
+        assert "--modality-model" in page.text("#hint")
+        assert not page.all("#heat:not([hidden])")
 
 
 def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: Seeing) -> None:
