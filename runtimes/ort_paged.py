@@ -19,7 +19,7 @@ from medmoe_edge.runtimes.base import Floats, Step
 from medmoe_edge.runtimes.expert_file import Check
 from medmoe_edge.runtimes.ort import VISION, OrtRuntime
 from medmoe_edge.runtimes.ort_cache import OrtCache
-from medmoe_edge.runtimes.ort_experts import OrtExpert, OrtExpertStore, return_free_memory
+from medmoe_edge.runtimes.ort_experts import OrtExpert, OrtExpertStore
 from medmoe_edge.runtimes.ort_sessions import OPENED_AT_ONCE, one_of_many, session_options
 from medmoe_edge.runtimes.paging import Budget, ExpertPager, PagedExperts
 from medmoe_edge.runtimes.paging_budget import budget_bytes
@@ -58,7 +58,6 @@ class PagedOrtRuntime(OrtRuntime):
         self.experts: PagedExperts[OrtExpert] = pager.open(store, bundle.config.moe.top_k)
         weakref.finalize(self, self.experts.close_later).atexit = False
         ahead: Ahead = "all" if budget is None else "expected"
-        self._thrifty = budget is not None and store.scratch > 0
         self._routing = RequestRouting(bundle, self.experts, ahead if prefetch else "none")
 
     def encode_image(self, pixels: Floats) -> Floats:
@@ -92,13 +91,7 @@ class PagedOrtRuntime(OrtRuntime):
         return Step(values["logits"].numpy()[0], values["router_logits"].numpy()[0])
 
     def paging(self) -> dict[str, Any]:
-        """The report on what ran since the last one or the image.
-
-        Under a budget, large models then give back what they computed with, which glibc would keep:
-        0.6 GB at the size of StableLM-2-1.6B.
-        """
-        if self._thrifty:
-            return_free_memory()
+        """The report on what ran since the last one or the image."""
         counts, self.experts.counts = self.experts.counts, Counts()
         return self._routing.report(self.experts.pager.budget, counts)
 

@@ -29,7 +29,7 @@ from medmoe_edge.export.external_data import OWNER, Extents
 from medmoe_edge.export.ort_paged import write_paged_graphs
 from medmoe_edge.planning_toys import toy_runtime
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.runtimes import ort_experts, ort_paged
+from medmoe_edge.runtimes import ort_experts
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import OrtRuntime
 from medmoe_edge.runtimes.ort_experts import SLACK, OrtExpertStore
@@ -419,13 +419,39 @@ def measured(folder: Path, budget: str) -> dict[str, Any]:
     return values
 
 
-def test_a_large_model_under_a_budget_keeps_no_freed_memory(
-    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("slack", "mapped"), [(1, True), (SLACK, False)])
+def test_matrices_of_large_experts_are_mapped_by_themselves(
+    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, slack: int, mapped: bool
 ) -> None:
-    given_back: list[bool] = []
-    monkeypatch.setattr(ort_paged, "return_free_memory", lambda: given_back.append(True))
-    for slack, budget, expected in ((1, "50%", 1), (1, None, 0), (SLACK, "50%", 0)):
-        given_back.clear()
-        monkeypatch.setattr(ort_experts, "SLACK", slack)
-        PagedOrtRuntime(Bundle.open(tiny_bundle()), budget).paging()
-        assert len(given_back) == expected
+    called: list[bool] = []
+    monkeypatch.setattr(ort_experts, "map_large_blocks", lambda: called.append(True))
+    monkeypatch.setattr(ort_experts, "SLACK", slack)
+    OrtExpertStore(Bundle.open(tiny_bundle()))
+    assert bool(called) is mapped
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_freed_block_that_was_mapped_is_gone() -> None:
+    """Also after the heap has grown, when glibc by itself would keep it."""
+    program = """
+import ctypes, re
+from pathlib import Path
+from medmoe_edge.runtimes.ort_experts import MAPPED, map_large_blocks
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+map_large_blocks()
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+def block():
+    place = libc.malloc(2 * MAPPED)
+    ctypes.memset(place, 1, 2 * MAPPED)
+    return place
+libc.free(block())
+first, second = block(), block()
+held = resident()
+libc.free(first)
+assert held - resident() > 1.9 * MAPPED, (held, resident())
+libc.free(second)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
