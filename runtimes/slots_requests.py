@@ -1,6 +1,6 @@
 """Requests to a runtime whose experts are in slots: what the image tells, steps, and the report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,10 +36,13 @@ class SlotRequests:
         self.replay = Replay(self.slots, run)
         self._expected: Sequence[Expert] = ()
 
-    def begin(self, image_tokens: Floats) -> None:
-        """A request begins, about an image with these projected tokens `[N, D]`."""
-        self.routing.begin(image_tokens)
+    def begin(self, encode_image: Callable[[Floats], Floats], pixels: Floats) -> Floats:
+        """A request begins, about an image; returns its projected tokens `[N, D]`."""
+        self.report()  # what came before belongs to no answer
+        tokens = encode_image(pixels)
+        self.routing.begin(tokens)
         self._expected = self.routing.expected()
+        return tokens
 
     def step(self, embeds: Floats, cache: Cache) -> Step:
         """A step of the runtime.

@@ -46,10 +46,7 @@ class PagedTensorRTRuntime(TensorRTRuntime):
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""
-        self.paging()  # what came before belongs to no answer
-        tokens = super().encode_image(pixels)
-        self.requests.begin(tokens)
-        return tokens
+        return self.requests.begin(super().encode_image, pixels)
 
     def paging(self) -> dict[str, Any]:
         """The report on what ran since the last one or the image: see `SlotRequests`."""

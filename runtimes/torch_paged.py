@@ -44,10 +44,7 @@ class PagedTorchRuntime(TorchBundleRuntime):
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""
-        self.paging()  # what came before belongs to no answer
-        tokens = super().encode_image(pixels)
-        self.requests.begin(tokens)
-        return tokens
+        return self.requests.begin(super().encode_image, pixels)
 
     def step(self, embeds: Floats, cache: Cache) -> Step:
         """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S.
