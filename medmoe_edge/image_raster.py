@@ -1,14 +1,13 @@
 """PNG, JPEG and TIFF: one page, upright, in RGB."""
 
 import contextlib
-import os
-import sys
-from collections.abc import Iterator
+import ctypes
+import functools
 from pathlib import Path
 
 import numpy as np
 from PIL import Image as Pillow
-from PIL import ImageOps, TiffImagePlugin
+from PIL import ImageOps, TiffImagePlugin, _imaging
 
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image import (
@@ -27,7 +26,8 @@ MAX_PAGES = 10_000
 def read_raster(path: Path, frame: int | None) -> Image:
     """Read one page; the errors of `medmoe_edge.image.load_image`, and whatever Pillow raises."""
     name = shown_name(path)
-    with _quiet_libtiff(), _open(path, name) as picture:
+    _silence_libtiff()
+    with _open(path, name) as picture:
         frames = _pages(picture, name) if isinstance(picture, TiffImagePlugin.TiffImageFile) else 1
         picture.seek(pick_frame(name, frame, frames))
         check_size(name, picture.height, picture.width)
@@ -47,21 +47,16 @@ def _open(path: Path, name: str) -> Pillow.Image:
         raise too_large(name) from None
 
 
-@contextlib.contextmanager
-def _quiet_libtiff() -> Iterator[None]:
-    """Keep the C library's own complaints off the screen: it writes them to file descriptor 2."""
-    if sys.stderr is None:  # nor is there a screen
-        yield
-        return
-    sys.stderr.flush()
-    with open(os.devnull, "wb") as nowhere:
-        screen = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
+@functools.cache
+def _silence_libtiff() -> None:
+    """Keep the C library's own complaints off the screen: it writes them to file descriptor 2.
+
+    To turn that away for a moment would swallow what other threads write meanwhile.
+    """
+    library = ctypes.CDLL(_imaging.__file__)  # which finds what Pillow itself was linked with
+    for handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        with contextlib.suppress(AttributeError):  # linked in, so that its names are not shown
+            getattr(library, handler)(None)
 
 
 def _pages(picture: TiffImagePlugin.TiffImageFile, name: str) -> int:
