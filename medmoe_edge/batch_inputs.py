@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from medmoe_edge.datasets import read_text
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.prompt import check_question
 
@@ -53,7 +54,7 @@ def read_questions(file: Path) -> tuple[str, ...]:
 
     Raises `DataError` that names the line of an unusable one.
     """
-    lines = enumerate(_text(file).split("\n"), start=1)
+    lines = enumerate(read_text(file).split("\n"), start=1)
     found = tuple(_checked(line, file, number) for number, line in lines if line.strip())
     if not found:
         raise DataError(f"{file} holds no questions.", "Write one on each line.")
@@ -97,7 +98,7 @@ def _files(folder: Path, left_out: Collection[Path]) -> Iterator[tuple[str, str]
 
 
 def _from_csv(file: Path, questions: Path | None) -> list[Item]:
-    rows = csv.DictReader(io.StringIO(_text(file), newline=""), strict=True)
+    rows = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
     try:
         columns = rows.fieldnames or ()
         if "image" not in columns:
@@ -127,14 +128,3 @@ def _checked(question: str, file: Path, line: int) -> str:
         return check_question(question)
     except InputError as error:
         raise DataError(f"{file}, line {line}: {error.what}", error.remedy) from error
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist.", "Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text.", "Save it as UTF-8.") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read.", "Give a readable file.") from error

@@ -8,14 +8,19 @@ before any data is touched.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from medmoe_edge.checkpoint_config import model_config
-from medmoe_edge.checkpoint_files import StoredTensor, check_file, read_headers, read_json
+from medmoe_edge.checkpoint_files import (
+    StoredTensor,
+    check_file,
+    files_sha256,
+    read_headers,
+    read_json,
+)
 from medmoe_edge.checkpoint_keys import (
     CLIP_PREFIX,
     TOWER_PREFIX,
@@ -97,13 +102,8 @@ class Checkpoint:
 
     @functools.cached_property
     def _sha256(self) -> str:
-        files = {self.folder / "config.json", *(stored.file for stored in self.names.values())}
-        total = hashlib.sha256()
-        for path in sorted(files):
-            with path.open("rb") as file:
-                total.update(f"{path.name}\0".encode())
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        return total.hexdigest()
+        shards = {stored.file for stored in self.names.values()}
+        return files_sha256(shards | {self.folder / "config.json"})
 
 
 def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkpoint:

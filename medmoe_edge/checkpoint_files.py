@@ -4,8 +4,9 @@ Only headers are read here; a tensor's data is mapped when it is asked for. Noth
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def check_file(path: Path) -> None:
             f"{path} is a Git-LFS pointer, not the file itself.",
             "Run `git lfs install && git lfs pull` in that folder, or download the file.",
         )
+
+
+def files_sha256(files: Iterable[Path]) -> str:
+    """The hash over some files, their names included, in order of their paths."""
+    total = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            total.update(f"{path.name}\0".encode())
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:

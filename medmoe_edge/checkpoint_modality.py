@@ -1,7 +1,10 @@
 """Checkpoints of MedMoE: our own folder, and towers as others publish them.
 
-    ours: config.json, model.safetensors (fp32, our parameter names), tokenizer.json
+    ours: config.json, tokenizer.json, and fp32 by our parameter names in
+      model.safetensors.index.json, model-0000x-of-0000y.safetensors
     theirs: a folder with a Swin or BERT in the layout of the Hugging Face hub
+
+In both a single model.safetensors is read as well.
 
 A published tower may lie at any depth of a larger model (`swin.`, `bert.`, or as the authors'
 Lightning module calls it): it is found by its patch or word embedding, and the prefix stripped.
@@ -12,26 +15,20 @@ safetensors. Nothing is ever unpickled.
 Source of the official names: transformers' `SwinModel` and `BertModel` as saved.
 """
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.checkpoint_files import (
-    SINGLE_FILE,
+    INDEX_FILE,
     StoredTensor,
-    check_file,
+    files_sha256,
     read_headers,
     read_json,
 )
-from medmoe_edge.checkpoint_writing import wrong_shape
+from medmoe_edge.checkpoint_writing import write_folder, wrong_shape
 from medmoe_edge.config_modality import ModalityConfig
 from medmoe_edge.config_scores import SCORES
 from medmoe_edge.errors import CheckpointError
@@ -40,6 +37,7 @@ from medmoe_edge.models.modality_moe import ModalityMoE
 from medmoe_edge.models.swin import SwinTower
 
 MODEL_TYPE = "modality-moe"
+SHARD_BYTES = 16 * 2**20  # what ships inside the package lies in files of less than 25 MB
 
 _ATTENTION = {
     "attention.q": "attention.self.query",
@@ -120,29 +118,29 @@ def load_bert(tower: BertTower, folder: Path) -> None:
 
 
 def write_modality_checkpoint(
-    folder: Path, model: ModalityMoE, *, tokenizer_file: Path | None = None, force: bool = False
+    folder: Path,
+    model: ModalityMoE,
+    *,
+    tokenizer_file: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
 ) -> None:
     """Write config, weights and tokenizer; `folder` appears whole or not at all.
 
-    Raises `InputError` for an existing folder (with `force`, one that is no checkpoint) and
-    `ResourceError` where the disk does not take it.
+    A shard holds `shard_bytes`, or one tensor that is larger. Raises `InputError` for an existing
+    folder (with `force`, one that is no checkpoint) and `ResourceError` where the disk does not
+    take it.
     """
-    if tokenizer_file:
-        check_file(tokenizer_file)
-    data = {"model_type": MODEL_TYPE, "config": model.config.to_json()}
-    state = {name: tensor.detach().cpu().float() for name, tensor in model.state_dict().items()}
-    with atomic_folder(Path(folder), force=force, marker="config.json") as temporary:
-        try:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in state.items()},
-                temporary / SINGLE_FILE,
-                metadata={"format": "pt"},
-            )
-        except SafetensorError as error:  # its own class also for a full disk
-            raise OSError(str(error)) from error
-        (temporary / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        if tokenizer_file:
-            shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
+    state = model.state_dict()
+    write_folder(
+        folder,
+        {"model_type": MODEL_TYPE, "config": model.config.to_json()},
+        ((name, tensor.detach().cpu().float().contiguous()) for name, tensor in state.items()),
+        sum(tensor.numel() * torch.float32.itemsize for tensor in state.values()),
+        tokenizer_file=tokenizer_file,
+        shard_bytes=shard_bytes,
+        force=force,
+    )
 
 
 def read_modality_checkpoint(folder: Path) -> ModalityMoE:
@@ -171,12 +169,9 @@ def read_modality_checkpoint(folder: Path) -> ModalityMoE:
 
 def modality_sha256(folder: Path) -> str:
     """The hash over those files of a checkpoint, by name, that decide what it says."""
-    total = hashlib.sha256()
-    for name in ("config.json", SINGLE_FILE, "tokenizer.json", SCORES):
-        if (folder / name).exists():
-            with (folder / name).open("rb") as file:
-                total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
+    besides = (folder / name for name in ("config.json", INDEX_FILE, "tokenizer.json", SCORES))
+    weights = {stored.file for stored in read_headers(folder).values()}
+    return files_sha256(weights | {path for path in besides if path.exists()})
 
 
 def _load_tower(tower: nn.Module, folder: Path, rename: Callable[[str], str], kind: str) -> None:

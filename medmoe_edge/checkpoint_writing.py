@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder in the official layout, streamed and atomic.
+"""Writing a checkpoint folder, streamed and atomic; of a Med-MoE in the official layout.
 
 Memory holds no more than one shard; the finished folder is renamed into place.
 """
@@ -41,21 +41,44 @@ def write_checkpoint(
     `CheckpointError` unless the tensors are exactly those of `config`.
     """
     expected = expected_parameters(config)
+    write_folder(
+        folder,
+        official_config(config, str(dtype).removeprefix("torch.")),
+        _checked(config, expected, tensors, dtype),
+        sum(math.prod(shape) * _stored(n, dtype).itemsize for n, shape in expected.items()),
+        tokenizer_file=tokenizer_file,
+        shard_bytes=shard_bytes,
+        force=force,
+    )
+
+
+def write_folder(
+    folder: Path,
+    config: Mapping[str, object],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    size: int,
+    *,
+    tokenizer_file: Path | None,
+    shard_bytes: int,
+    force: bool,
+) -> None:
+    """Write `config.json`, shards with their index and the tokenizer, as `write_checkpoint` does.
+
+    `tensors` come as they are stored: by their stored names, contiguous, on the CPU, together
+    `size` bytes.
+    """
     if tokenizer_file:
         check_file(tokenizer_file)
     with atomic_folder(Path(folder), force=force, marker="config.json") as temporary:
-        size = sum(math.prod(shape) * _stored(n, dtype).itemsize for n, shape in expected.items())
         _check_space(temporary, size)
-        checked = _checked(config, expected, tensors, dtype)
-        shards = _write_shards(temporary, checked, shard_bytes)
+        shards = _write_shards(temporary, tensors, shard_bytes)
         index: dict[str, str] = {}
         for number, keys in enumerate(shards, 1):
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
             (temporary / str(number)).rename(temporary / name)
             index |= dict.fromkeys(keys, name)
         _write_json(temporary / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": index})
-        data = official_config(config, str(dtype).removeprefix("torch."))
-        _write_json(temporary / "config.json", data)
+        _write_json(temporary / "config.json", config)
         if tokenizer_file:
             shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
 

@@ -59,7 +59,7 @@ def read_examples(
     Raises `DataError` naming file and line (or item) for a missing file, bad JSON, a missing key,
     an unknown answer type, an id used twice and, with `check_images`, an absent image.
     """
-    text = _read_text(file)
+    text = read_text(file)
     root = file.parent if image_root is None else image_root
     if text.lstrip().startswith("["):
         examples = list(_from_conversations(text, file, root))
@@ -86,7 +86,7 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
             source=record.text("source"),
             split=record.choice("split", _SPLITS),
         )
-        for record in _records(_read_text(file), file)
+        for record in _records(read_text(file), file)
     ]
     if not images:
         raise DataError(f"{file} holds no labelled images.", "Give a file with at least one.")
@@ -157,13 +157,14 @@ def parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where} is not valid JSON.", "Correct or download it again.") from error
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A UTF-8 file with any line ends and mark of order; raises `DataError` that names it."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist.", "Check the path.") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text.", "Give a JSON or JSONL file.") from error
+        raise DataError(f"{file} is not UTF-8 text.", "Save it as UTF-8.") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read.", "Give a readable file.") from error
 

@@ -10,13 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medmoe_edge.checkpoint_modality import read_modality_checkpoint, write_modality_checkpoint
+from medmoe_edge.checkpoint_modality import (
+    modality_sha256,
+    read_modality_checkpoint,
+    write_modality_checkpoint,
+)
 from medmoe_edge.config_modality import ModalityConfig
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ModelError
 from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
 from medmoe_edge.presets_random import initialise, random_modality_model
 
 TINY = MODALITY_PRESETS["modality-tiny"]
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00001.safetensors"
 
 
 @pytest.mark.parametrize("preset", MODALITY_PRESETS)
@@ -80,10 +86,72 @@ def test_a_model_comes_back_from_its_folder(tmp_path: Path) -> None:
     write_modality_checkpoint(tmp_path / "out", model, force=True)
 
 
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def flip_last_byte(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_small_shards_hold_the_same_model(tmp_path: Path) -> None:
+    model = random_modality_model(TINY, seed=1)
+    write_modality_checkpoint(tmp_path / "out", model, shard_bytes=2**15)
+    shards = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
+    assert len(shards) > 2
+    for tensors in shards.values():
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 2**15
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["weight_map"] == {key: name for name, held in shards.items() for key in held}
+    state = model.state_dict()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
+    assert_equal(read_modality_checkpoint(tmp_path / "out").state_dict(), state)
+
+
+def test_a_single_file_is_read_too(tmp_path: Path) -> None:
+    model = random_modality_model(TINY, seed=1)
+    write_modality_checkpoint(tmp_path / "out", model)
+    (tmp_path / "out" / INDEX).unlink()
+    single = (tmp_path / "out" / SHARD).rename(tmp_path / "out" / "model.safetensors")
+    assert_equal(read_modality_checkpoint(tmp_path / "out").state_dict(), model.state_dict())
+    sha256 = modality_sha256(tmp_path / "out")
+    flip_last_byte(single)
+    assert modality_sha256(tmp_path / "out") != sha256
+
+
+def test_the_hash_is_over_every_file_that_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_modality_checkpoint(
+        folder,
+        random_modality_model(TINY, seed=1),
+        tokenizer_file=tmp_path / "tokenizer.json",
+        shard_bytes=2**15,
+    )
+    hashes = [modality_sha256(folder)]
+    (folder / "scores.json").write_text("{}")
+    hashes.append(modality_sha256(folder))
+    files = sorted(folder.iterdir())
+    assert len(files) > 6
+    for path in files:
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            path.write_bytes(content + b"\n")
+        else:
+            flip_last_byte(path)
+        hashes.append(modality_sha256(folder))
+        path.write_bytes(content)
+    assert len(set(hashes)) == len(hashes) == len(files) + 2
+    (folder / "README.md").write_text("A card decides nothing.")
+    assert modality_sha256(folder) == hashes[1]
+
+
 def test_a_preset_becomes_a_checkpoint(tmp_path: Path) -> None:
     for number, seed in enumerate([3, 3, 4]):
         initialise("modality-tiny", tmp_path / str(number), seed=seed)
-    files = [(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(3)]
+    files = [(tmp_path / str(number) / SHARD).read_bytes() for number in range(3)]
     assert files[0] == files[1] != files[2]
     model = read_modality_checkpoint(tmp_path / "0")
     assert model.config == TINY
@@ -122,24 +190,36 @@ def huge(folder: Path) -> None:
 
 
 def cut_short(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[:-100])
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(content[:-100])
+
+
+def without_a_shard(folder: Path) -> None:
+    (folder / SHARD).unlink()
 
 
 def without_a_tensor(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / SHARD)
     del tensors["router.0.weight"]
-    save_file(tensors, folder / "model.safetensors")
+    save_single(tensors, folder)
 
 
 def with_one_more(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"experts.6.x": torch.zeros(1)}, folder / "model.safetensors")
+    tensors = load_file(folder / SHARD)
+    save_single(tensors | {"experts.6.x": torch.zeros(1)}, folder)
+
+
+def save_single(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    (folder / INDEX).unlink()
+    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     "damage",
-    [no_config, of_med_moe, unknown_key, huge, cut_short, without_a_tensor, with_one_more],
+    [
+        *(no_config, of_med_moe, unknown_key, huge, cut_short, without_a_shard),
+        *(without_a_tensor, with_one_more),
+    ],
 )
 def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], tmp_path: Path) -> None:
     initialise("modality-tiny", tmp_path / "out")

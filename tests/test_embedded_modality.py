@@ -10,7 +10,7 @@ from medmoe_edge.bundle_modality import ModalityBundle
 from medmoe_edge.captions import fact_captions
 from medmoe_edge.checkpoint_modality import modality_sha256, read_modality_checkpoint
 from medmoe_edge.datasets import read_examples, read_labels
-from medmoe_edge.embedded import bundle_path, checkpoint_path
+from medmoe_edge.embedded import FOLDER, bundle_path, checkpoint_path
 from medmoe_edge.modality_engine import ModalityEngine, load_modality
 
 SCAN = Path(__file__).parents[1] / "scan.png"
@@ -33,6 +33,12 @@ def size(folder: Path) -> int:
 def test_it_is_small() -> None:
     assert size(bundle_path("modality-nano")) <= 25e6
     assert size(checkpoint_path("modality-nano")) <= 45e6
+
+
+def test_no_embedded_file_is_too_large_for_where_the_code_is_kept() -> None:
+    sizes = {path.name: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()}
+    assert "model-00001-of-00002.safetensors" in sizes
+    assert [name for name, size in sizes.items() if size > 25e6] == []
 
 
 def test_the_bundle_is_made_from_the_checkpoint_and_verified(engine: ModalityEngine) -> None:

@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "audit": {"atomic", "image"},
     "serve": {"answer", "audit", "bundle", "engine", "image", "modality", "prefix"},
     "listen": {"answer", "atomic", "audit", "image", "modality"},
-    "batch": {"answer", "atomic", "bundle", "embedded", "engine", "prompt"},
+    "batch": {"answer", "atomic", "bundle", "datasets", "embedded", "engine", "prompt"},
     "render": {
         *("ablation", "agreement", "answer", "archive", "bench", "calibration", "doctor"),
         *("evaluate", "inspection", "modality", "pipeline", "planning", "verification"),
