@@ -3,7 +3,7 @@
     tokens [n, D], share [n, 1]  ->  part [n, D], the share of each token times the expert of it
 
 The weights are external, in a file `expert.data` that exists nowhere: their offsets count from the
-start of the expert's extent in `decoder.data`, and the runtime hands over the bytes that it read.
+start of the expert's extent in `decoder.data`, and the runtime hands over the arrays that it read.
 So all experts of one shape and format share a graph, whatever their number.
 """
 
@@ -35,11 +35,14 @@ CHUNK = 1 << 20
 def write_experts(
     folder: Path, stored: StoredWeights, extents: Extents, activation: str
 ) -> dict[str, dict[str, Any]]:
-    """Write `expert.N.onnx`, one for each shape and format; what the manifest says of each expert.
+    """Write `expert.N.onnx`, one for each shape and format; what the manifest says of the experts.
 
-    That is its `graph`, the `sha256` of its extent and the `bytes` it takes when it is loaded.
+    That is, of each of the `graphs`, its weights by name: `type`, `shape` and `offset` in the
+    extent; and of each of the `experts` its `graph`, the `sha256` of its extent and the `bytes` it
+    takes when it is loaded.
     """
-    graphs: dict[bytes, str] = {}
+    written: dict[bytes, str] = {}
+    graphs: dict[str, dict[str, Any]] = {}
     experts: dict[str, dict[str, Any]] = {}
     for owner, (offset, size) in extents.items():
         if ".experts." not in owner:
@@ -48,15 +51,16 @@ def write_experts(
         loaded = loaded_bytes(model)
         _place_weights(model, stored, owner, offset)
         content = ir.to_proto(model).SerializeToString(deterministic=True)
-        if content not in graphs:
-            graphs[content] = f"expert.{len(graphs)}.onnx"
-            (folder / graphs[content]).write_bytes(content)
+        if content not in written:
+            name = written[content] = f"expert.{len(written)}.onnx"
+            graphs[name] = _layout(model)
+            (folder / name).write_bytes(content)
         experts[owner] = {
-            "graph": graphs[content],
+            "graph": written[content],
             "sha256": _sha256(folder / "decoder.data", offset, size),
             "bytes": loaded,
         }
-    return experts
+    return {"graphs": graphs, "experts": experts}
 
 
 def expert_model(stored: StoredWeights, owner: str, activation: str) -> ir.Model:
@@ -125,6 +129,19 @@ def _place_weights(model: ir.Model, stored: StoredWeights, owner: str, start: in
         else:
             value.const_value = ir.tensor(tensor.numpy(), name=own)
         value.name = own
+
+
+def _layout(model: ir.Model) -> dict[str, Any]:
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return {
+        str(tensor.name): {
+            "type": tensor.dtype.numpy().name,
+            "shape": list(tensor.shape.numpy()),
+            "offset": tensor.offset,
+        }
+        for tensor in tensors
+        if isinstance(tensor, ir.ExternalTensor)
+    }
 
 
 def _sha256(path: Path, offset: int, size: int) -> str:

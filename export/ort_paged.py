@@ -37,8 +37,7 @@ INPUT = -1  # the stage of what is there before any node runs
 def write_paged_graphs(folder: Path, config: ModelConfig, extents: Extents) -> dict[str, Any]:
     """Write the segments and the experts' graphs beside the lowered decoder of `folder`.
 
-    Returns the manifest's `paging`: how many `segments`, and of each expert by its owner's name its
-    `graph`, the `sha256` of its extent and the `bytes` it takes when it is loaded.
+    Returns the manifest's `paging`: how many `segments`, and what `write_experts` says.
     """
     stored = StoredWeights(folder / "decoder.onnx")
     model = specify(config, stored)
@@ -51,8 +50,8 @@ def write_paged_graphs(folder: Path, config: ModelConfig, extents: Extents) -> d
     for index, segment in enumerate(segments):
         _place_weights(segment, stored.stored)
         ir.save(segment, folder / f"segment.{index}.onnx")
-    experts = write_experts(folder, stored, extents, MoESpec.of(config).activation)
-    return {"segments": len(segments), "experts": experts}
+    about = write_experts(folder, stored, extents, MoESpec.of(config).activation)
+    return {"segments": len(segments), **about}
 
 
 def cut_experts(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:

@@ -33,10 +33,12 @@ class Asking:
     """What is asked: the questions of a file `data`, by their images' modality, or else noise.
 
     Noise has no modality, so tokens are steered to one expert for each: a share `follow` of them.
+    With `drop_pages` no expert stays in the page cache, so that loads wait for storage.
     """
 
     data: str | None = None
     follow: float = 1.0
+    drop_pages: bool = False
 
     def modalities(self, bundle: Bundle) -> int:
         """How many there are; raises `DataError` for a file that has not two."""
@@ -76,9 +78,9 @@ class Asker:
             by_modality(Path(asking.data)) if asking.data is not None else ()
         )
         self.engine = (
-            _engine(path, budget, prefetch)
+            _engine(path, budget, prefetch, asking)
             if asking.data is not None
-            else _steered_engine(path, budget, prefetch, asking.follow)
+            else _steered_engine(path, budget, prefetch, asking)
         )
         self.ask(0, 0)  # sessions are opened by their first use
 
@@ -114,21 +116,24 @@ class Asker:
         return Image.from_array(generator.integers(0, 256, (side, side), np.uint8)), QUESTION
 
 
-def _engine(path: Path, budget: int | None, prefetch: bool) -> Engine:
-    if budget is None or prefetch:
-        return load(path, memory_budget=budget)
+def _engine(path: Path, budget: int | None, prefetch: bool, asking: Asking) -> Engine:
+    if budget is None:
+        return load(path)
+    if prefetch:
+        return load(path, memory_budget=budget, drop_pages=asking.drop_pages)
     bundle = Bundle.open(path)
-    return _with(bundle, PagedOrtRuntime(bundle, budget, prefetch=False))
+    runtime = PagedOrtRuntime(bundle, budget, drop_pages=asking.drop_pages, prefetch=False)
+    return _with(bundle, runtime)
 
 
-def _steered_engine(path: Path, budget: int | None, prefetch: bool, follow: float) -> Engine:
-    bundle = steered_bundle(Bundle.open(path), follow)
+def _steered_engine(path: Path, budget: int | None, prefetch: bool, asking: Asking) -> Engine:
+    bundle = steered_bundle(Bundle.open(path), asking.follow)
     runtime = (
         SteeredRuntime(bundle)
         if budget is None
-        else SteeredPagedRuntime(bundle, budget, prefetch=prefetch)
+        else SteeredPagedRuntime(bundle, budget, drop_pages=asking.drop_pages, prefetch=prefetch)
     )
-    steer(runtime, follow)
+    steer(runtime, asking.follow)
     return _with(bundle, runtime)
 
 

@@ -2,7 +2,8 @@
 
 At each budget three processes are asked the same in turns: one with all experts resident, one that
 pages and fetches ahead, one that pages when it must. Modalities go round, two questions each: the
-first is a switch, the second the same again. The kernel's page cache holds the bundle all along.
+first is a switch, the second the same again. The kernel's page cache holds the bundle all along,
+unless pages are dropped.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -120,7 +121,11 @@ class PagingBench:
     @property
     def differences(self) -> tuple[str, ...]:
         """What is not as it would be for a user."""
-        cached = "the page cache holds the bundle, so that no load waits for storage"
+        cached = (
+            "the page cache is made to forget experts, so that loads wait for storage"
+            if self.asking.drop_pages
+            else "the page cache holds the bundle, so that no load waits for storage"
+        )
         if self.asking.data is not None:
             return (cached,)
         steered = "tokens carry a direction that every router reads as one expert of the modality's"
@@ -192,7 +197,7 @@ class _Run:
 
     def __init__(self, bundle: Bundle, amount: int, asking: Asking, modalities: int) -> None:
         self.amount, self._modalities = amount, modalities
-        self._opening = {"path": str(bundle.folder.resolve()), **asdict(asking)}
+        self._opening = {"path": str(bundle.folder.resolve()), "asking": asdict(asking)}
         self._opened: dict[str, Mapping[str, Any]] = {}
         self._memory: dict[str, Mapping[str, int | None]] = {}
         self.answers: dict[str, list[Mapping[str, Any]]] = {way: [] for way in WAYS}

@@ -70,11 +70,11 @@ def soak(
     bundle, asking = find_bundle(model), asking or Asking()
     (amount,) = expert_budgets(bundle, [budget]).amounts
     modalities = asking.modalities(bundle)
-    opening = {"path": str(bundle.folder.resolve()), "budget": amount, "prefetch": True}
+    opening = {"path": str(bundle.folder.resolve()), "asking": asdict(asking)}
     first: dict[tuple[int, int], tuple[str, float]] = {}
     changed, times, memory = 0, [], {}
     with Worker() as worker:
-        worker.ask("open_asker", **opening, **asdict(asking))
+        worker.ask("open_asker", budget=amount, prefetch=True, **opening)
         for asked in range(questions):
             progress("asking", asked, questions)
             modality, number = asked % modalities, asked // modalities % VARIANTS

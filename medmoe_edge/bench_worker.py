@@ -65,12 +65,12 @@ class Station:
         return {"faults": faults(), "read": read_from_storage()}
 
     def open_asker(
-        self, path: str, budget: int | None, prefetch: bool, data: str | None, follow: float
+        self, path: str, budget: int | None, prefetch: bool, asking: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Load a bundle to ask about modalities: `load` seconds until it had answered once."""
 
         def make() -> None:
-            self.asker = Asker(Path(path), budget, prefetch, Asking(data, follow))
+            self.asker = Asker(Path(path), budget, prefetch, Asking(**asking))
 
         told = {"load": seconds(make), "peak": peak()}
         reset_peak()

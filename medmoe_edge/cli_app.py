@@ -75,6 +75,13 @@ MemoryBudget = Annotated[
         show_default="no limit",
     ),
 ]
+DropPages = Annotated[
+    bool,
+    typer.Option(
+        "--drop-pages",
+        help="With a memory budget: keep nothing of experts in the page cache.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 VisionTower = Annotated[

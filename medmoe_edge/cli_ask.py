@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medmoe_edge import render, render_modality
-from medmoe_edge.cli_app import Device, Force, Json, MemoryBudget, Runtime, verb
+from medmoe_edge.cli_app import Device, DropPages, Force, Json, MemoryBudget, Runtime, verb
 from medmoe_edge.cli_modality import check_picture, write_heat
 from medmoe_edge.errors import InputError
 
@@ -25,6 +25,7 @@ def ask(
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
+    drop_pages: DropPages = False,
     frame: Annotated[
         int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
     ] = None,
@@ -60,6 +61,7 @@ def ask(
             runtime=runtime,
             device=device,
             memory_budget=memory_budget,
+            drop_pages=drop_pages,
             prefix_cache=prefix_cache,
         )
         answers = engine.ask_all(image, questions, max_new_tokens=max_new_tokens, frame=frame)

@@ -42,6 +42,7 @@ def listen(
             runtime=runtime,
             device=device,
             memory_budget=configuration.memory_budget,
+            drop_pages=configuration.drop_pages,
         )
         locator = _locator(configuration)
     stop = threading.Event()

@@ -71,6 +71,10 @@ def bench(
     follow: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the tokens that such routing moves.")
     ] = 1.0,
+    drop_pages: Annotated[
+        bool,
+        typer.Option("--drop-pages", help="With --paging or --soak: experts come from storage."),
+    ] = False,
     rounds: Annotated[
         int, typer.Option(min=1, help="Turns of all that is measured; fewer of what takes long.")
     ] = 5,
@@ -91,15 +95,20 @@ def bench(
     )
     _refuse_useless("--peers or --memory-limit", beside or memory_limit, checkpoint=checkpoint)
     _refuse_useless(
-        "--paging or --soak", routed, memory_budget=memory_budget, data=data, follow=follow < 1
+        "--paging or --soak",
+        routed,
+        memory_budget=memory_budget,
+        data=data,
+        follow=follow < 1,
+        drop_pages=drop_pages,
     )
     if beside and routed:
         raise InputError("Peers page no experts.", "Leave them out, or use --memory-limit.")
     write_plot = _plotter(plot, force)
     if paging:
-        measure, show = _paging(memory_budget, _asking(data, follow), rounds)
+        measure, show = _paging(memory_budget, _asking(data, follow, drop_pages), rounds)
     elif soak is not None:
-        measure, show = _soak(soak, memory_budget, _asking(data, follow))
+        measure, show = _soak(soak, memory_budget, _asking(data, follow, drop_pages))
     elif memory_limit is not None:
         measure, show = _limited(memory_limit, peer or (), checkpoint, rounds)
     else:
@@ -155,10 +164,10 @@ def _soak(questions: int, budget: str | None, asking: "Asking") -> "Way":
     return run, render_bench_memory.show_soak
 
 
-def _asking(data: Path | None, follow: float) -> "Asking":
+def _asking(data: Path | None, follow: float, drop_pages: bool) -> "Asking":
     from medmoe_edge.bench_asking import Asking
 
-    return Asking(None if data is None else str(data.resolve()), follow)
+    return Asking(None if data is None else str(data.resolve()), follow, drop_pages)
 
 
 def _refuse_both(options: "Mapping[str, object]") -> None:

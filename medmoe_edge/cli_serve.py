@@ -9,7 +9,7 @@ import typer
 
 from medmoe_edge import render
 from medmoe_edge.bundle import NOTICE
-from medmoe_edge.cli_app import Device, Json, MemoryBudget, Runtime, verb
+from medmoe_edge.cli_app import Device, DropPages, Json, MemoryBudget, Runtime, verb
 from medmoe_edge.cli_errors import needs
 
 
@@ -21,6 +21,7 @@ def serve(
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
+    drop_pages: DropPages = False,
     modality_model: Annotated[str, typer.Option(help="For classify and locate.")] = "modality-nano",
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Who has its token may ask; chmod 600.")
@@ -75,6 +76,7 @@ def serve(
         runtime=runtime,
         device=device,
         memory_budget=memory_budget,
+        drop_pages=drop_pages,
         modality_model=modality_model,
         audit=audit,
     )

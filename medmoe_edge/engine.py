@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from medmoe_edge.answer import Answer
 from medmoe_edge.engine_clock import Clock, timings
-from medmoe_edge.engine_loading import REFERENCE, Device, RuntimeName, open_model
+from medmoe_edge.engine_loading import REFERENCE, Device, Paging, RuntimeName, open_model
 from medmoe_edge.errors import BundleError, CheckpointError, InputError
 from medmoe_edge.image import Image, load_image, preprocess
 from medmoe_edge.prefix_cache import LastPrefix, PrefixCache, cache_folder
@@ -32,6 +32,7 @@ def load(
     runtime: RuntimeName = "auto",
     device: Device = "auto",
     memory_budget: Budget | None = None,
+    drop_pages: bool = False,
     prefix_cache: str | os.PathLike[str] | None = None,
 ) -> "Engine":
     """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
@@ -40,12 +41,15 @@ def load(
     bundles too; `device` "cpu" or "cuda" chooses where ONNX Runtime or torch computes. A device
     that a bundle was made for and that is not there is an error, never a silent fall back; asking
     for the CPU is how to allow one. A bundle whose verification failed is loaded with a warning.
+    With a `memory_budget`, `drop_pages` also has the kernel forget what it read of experts, so that
+    the memory is really free; an expert that comes back is read from storage again.
     `prefix_cache` names a folder for what the model makes of images (`medmoe_edge.prefix_cache`):
     later questions about the last image, and in other processes about any of them, skip that. It is
     patient data. Raises `ModelError`, `ResourceError`, and `InputError` for what cannot be had.
     """
     folder = None if prefix_cache is None else cache_folder(prefix_cache)
-    loaded = open_model(model, runtime, device, memory_budget, keeps_prefixes=folder is not None)
+    paging = Paging(memory_budget, drop_pages)
+    loaded = open_model(model, runtime, device, paging, keeps_prefixes=folder is not None)
     if folder is None:
         return Engine(*loaded)
     return Engine(*loaded, PrefixCache(folder, loaded.sha256, loaded.runtime))

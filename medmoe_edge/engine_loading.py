@@ -32,15 +32,27 @@ class Loaded(NamedTuple):
     verification: str
 
 
+class Paging(NamedTuple):
+    """Whether experts are paged, and how; see `engine.load`."""
+
+    budget: Budget | None = None
+    drop_pages: bool = False
+
+
 def open_model(
     model: str | os.PathLike[str],
     runtime: RuntimeName,
     device: Device,
-    budget: Budget | None,
+    paging: Paging,
     *,
     keeps_prefixes: bool,
 ) -> Loaded:
     """Open what `engine.load` was given, as it says."""
+    if paging.drop_pages and paging.budget is None:
+        raise InputError(
+            "Pages are dropped of experts that are paged, and there is no memory budget.",
+            "Give a memory budget, or leave the pages alone.",
+        )
     model = os.fspath(model)
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
     is_bundle = (folder / MANIFEST).exists()
@@ -51,28 +63,24 @@ def open_model(
                 f"{bundle.name} is made for {bundle.target}, whose KV cache is not kept in files.",
                 "Leave the prefix cache out, or give the portable bundle that it was made from.",
             )
-        return _open_bundle(bundle, runtime, device, budget)
-    if budget is not None:
+        return _open_bundle(bundle, runtime, device, paging)
+    if paging.budget is not None:
         raise _not_paged(f"{folder.name} is a checkpoint")
     return _open_checkpoint(folder, device)
 
 
-def _open_bundle(
-    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget | None
-) -> Loaded:
+def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
     if bundle.proof == "failed":
         logger.warning(
             "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
         )
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    loaded = _runtime_of(bundle, runtime, device, budget)
+    loaded = _runtime_of(bundle, runtime, device, paging)
     logger.info("%s runs on %s.", bundle.name, loaded.name)
     return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, bundle.proof)
 
 
-def _runtime_of(
-    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget | None
-) -> Runtime:
+def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Runtime:
     if bundle.target.is_engine != (runtime == "tensorrt") and runtime != "auto":
         raise ModelError(
             f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
@@ -84,9 +92,9 @@ def _runtime_of(
             "On the CPU, use the portable bundle that it was made from.",
         )
     if bundle.target.paged and runtime != "torch":
-        return _slots_runtime(bundle, device, ALL if budget is None else budget)
-    if budget is not None:
-        return _paged_runtime(bundle, runtime, device, budget)
+        return _slots_runtime(bundle, device, paging)
+    if paging.budget is not None:
+        return _paged_runtime(bundle, runtime, device, paging.budget, paging.drop_pages)
     if runtime == "torch":
         return _torch_runtime(bundle, device)
     if not bundle.target.is_engine:
@@ -110,16 +118,18 @@ def _expert_bytes(bundle: Bundle) -> int:
     return sum(size for _, size in bundle.manifest["experts"].values())
 
 
-def _paged_runtime(bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget) -> Runtime:
+def _paged_runtime(
+    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget, drop_pages: bool
+) -> Runtime:
     if runtime == "torch":
-        return _paged_torch_runtime(bundle, device, budget)
+        return _paged_torch_runtime(bundle, device, budget, drop_pages)
     if bundle.target.name != DEFAULT:
         raise _not_paged(f"{bundle.name} is made for {bundle.target} with all experts in memory")
     if device == "cuda":
         raise _not_paged("This was asked for another device")
     from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
 
-    return PagedOrtRuntime(bundle, budget)
+    return PagedOrtRuntime(bundle, budget, drop_pages=drop_pages)
 
 
 def _not_paged(why: str) -> InputError:
@@ -130,16 +140,17 @@ def _not_paged(why: str) -> InputError:
     )
 
 
-def _slots_runtime(bundle: Bundle, device: Device, budget: Budget) -> Runtime:
+def _slots_runtime(bundle: Bundle, device: Device, paging: Paging) -> Runtime:
+    budget = ALL if paging.budget is None else paging.budget
     if isinstance(budget, ExpertPager):
         raise _not_shared("a GPU")
     if bundle.target.is_engine:
         from medmoe_edge.runtimes.tensorrt_paged import PagedTensorRTRuntime
 
-        return PagedTensorRTRuntime(bundle, budget)
+        return PagedTensorRTRuntime(bundle, budget, drop_pages=paging.drop_pages)
     from medmoe_edge.runtimes.ort_slots import SlotOrtRuntime
 
-    return SlotOrtRuntime(bundle, budget, device=device)
+    return SlotOrtRuntime(bundle, budget, device=device, drop_pages=paging.drop_pages)
 
 
 def _not_shared(where: str) -> InputError:
@@ -148,14 +159,17 @@ def _not_shared(where: str) -> InputError:
     )
 
 
-def _paged_torch_runtime(bundle: Bundle, device: Device, budget: Budget) -> Runtime:
+def _paged_torch_runtime(
+    bundle: Bundle, device: Device, budget: Budget, drop_pages: bool
+) -> Runtime:
     if isinstance(budget, ExpertPager):
         raise _not_shared("torch")
     try:
         from medmoe_edge.runtimes.torch_paged import PagedTorchRuntime
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
-    return PagedTorchRuntime(bundle, budget, "cuda" if device == "cuda" else "cpu")
+    where: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+    return PagedTorchRuntime(bundle, budget, where, drop_pages=drop_pages)
 
 
 def _torch_runtime(bundle: Bundle, device: Device) -> Runtime:

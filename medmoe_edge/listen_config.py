@@ -110,6 +110,7 @@ class Configuration(_Part):
     folder: Path
     model: str = "nano"
     memory_budget: str | None = None
+    drop_pages: bool = False
     max_new_tokens: int = pydantic.Field(32, ge=1)
     heat_map_model: str = "modality-nano"
     peers: tuple[Peer, ...] = pydantic.Field(min_length=1)

@@ -21,12 +21,19 @@ def start(
     runtime: RuntimeName = "auto",
     device: Device = "auto",
     memory_budget: str | None = None,
+    drop_pages: bool = False,
     modality_model: str = "modality-nano",
     audit: Path | None = None,
 ) -> None:
     """Serve until SIGTERM; `ready` is called with the URL. The errors of `load` and `run`."""
     settings.check_tls()
-    engine = load(model, runtime=runtime, device=device, memory_budget=memory_budget)
+    engine = load(
+        model,
+        runtime=runtime,
+        device=device,
+        memory_budget=memory_budget,
+        drop_pages=drop_pages,
+    )
     engine.prefixes = LastPrefix(engine.sha256, engine.runtime)  # questions about an image follow
     modality = load_modality(modality_model)
     log = None if audit is None else AuditLog(audit)

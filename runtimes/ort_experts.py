@@ -7,15 +7,18 @@ slower, by CPU, and int4 a hundred times. A packed form can be saved to a file, 
 is for one kind of CPU and twice as large, since it holds the weights too; and they are packed again
 to find it: a session of 35 MB opens in 35 to 45 ms instead of 50 to 75.
 
-ONNX Runtime copies the bytes that were read (`expert_file.py`) twice and packs the copy: the peak
-of a load is, measured, the packed bytes and three times the stored ones, which the budget holds;
-afterwards exactly the packed ones, once `malloc_trim` has given back the rest. Of matrices that are
-mapped each by itself (`map_large_blocks`) it is 1.4 times, and a load takes a fifth longer.
+ONNX Runtime copies the weights that were read (`expert_file.py`) and packs the copy, matrix by
+matrix: the peak of a load is the packed bytes and up to twice the stored ones, which the budget
+holds; afterwards exactly the packed ones, once `malloc_trim` has given back the rest. Handed over
+as a file in memory, as its own interface for this has it, they would be copied twice, and a load
+take a third (int8) to twice (int4) as long again. Most of what is left is new memory's pages,
+so that buffers serve again until the store may `rest`.
 """
 
 import contextlib
 import ctypes
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +31,10 @@ from medmoe_edge.runtimes.ort_providers import CPU
 from medmoe_edge.runtimes.ort_sessions import one_of_many, session_options
 from medmoe_edge.runtimes.paging_store import Expert
 
-WEIGHTS = "expert.data"  # the file that the experts' graphs name, see export/ort_expert.py
-COPIES = 3  # of an expert's stored bytes while it is loaded, beside the packed ones
+COPIES = 2  # of an expert's stored bytes while it is loaded, beside the packed ones
 SESSION = 2**18  # bytes that a session takes beside its weights
 M_MMAP_THRESHOLD = -3  # malloc.h
-MAPPED = 2**23  # bytes
+MAPPED = 10 * 2**20  # bytes: less than a matrix of an expert, more than most activations
 SLACK = 2**20  # what is smaller than this, the allocator holds ready anyway
 Floats = npt.NDArray[np.float32]
 
@@ -56,28 +58,40 @@ class OrtExpertStore:
     def __init__(self, bundle: Bundle, *, check: Check = "first", drop_pages: bool = False) -> None:
         self.file = ExpertFile(bundle, check=check, drop_pages=drop_pages)
         extents = self.file.extents
-        self._graphs = {
-            name: bundle.path(name).read_bytes()
-            for name in {extent.graph for extent in extents.values()}
-        }
+        if "graphs" not in bundle.manifest["paging"]:
+            raise BundleError(
+                f"{bundle.name} cannot be paged: it does not say where its experts' weights lie.",
+                "Export the checkpoint again with this version.",
+            )
+        self._weights: Mapping[str, Mapping[str, Any]] = bundle.manifest["paging"]["graphs"]
+        self._graphs = {name: bundle.path(name).read_bytes() for name in self._weights}
         self.sizes: Mapping[Expert, int] = {
             expert: extent.loaded_bytes + SESSION for expert, extent in extents.items()
         }
         self.stored = self.file.sizes
-        largest = max(self.stored.values())
-        self.scratch = COPIES * largest if largest >= SLACK else 0
-        if self.scratch:
-            map_large_blocks()
+        self._largest = max(self.stored.values())
+        self.scratch = COPIES * self._largest if self._largest >= SLACK else 0
+        self._buffers: list[npt.NDArray[np.uint8]] = []  # that no load uses at the moment
 
     def load(self, expert: Expert) -> OrtExpert:
         """Read, check and load one; raises `BundleError` for bytes that are not the expert's."""
-        content = np.empty(self.stored[expert], np.uint8)
+        try:
+            content = self._buffers.pop()
+        except IndexError:
+            content = np.empty(self._largest, np.uint8)
         try:
             self.file.read(expert, content)
             return OrtExpert(self._session(self.file.extents[expert], content))
         finally:
+            self._buffers.append(content)
             if self.scratch:
                 return_free_memory()
+
+    def rest(self) -> None:
+        """Give back what loads held ready for the next one, and what else is free."""
+        self._buffers.clear()
+        if self.scratch:
+            return_free_memory()
 
     def release(self, value: OrtExpert) -> None:
         """Free its session, whoever still knows the expert."""
@@ -91,10 +105,14 @@ class OrtExpertStore:
 
     def _session(self, extent: Extent, content: npt.NDArray[np.uint8]) -> ort.InferenceSession:
         options = one_of_many(session_options())
-        options.add_external_initializers_from_files_in_memory(
-            [WEIGHTS], [content], [content.nbytes]
-        )
         try:
+            weights = {  # copied when the session opens
+                name: ort.OrtValue.ortvalue_from_numpy(
+                    np.ndarray(about["shape"], about["type"], content, about["offset"])
+                )
+                for name, about in self._weights[extent.graph].items()
+            }
+            options.add_external_initializers(list(weights), list(weights.values()))
             return ort.InferenceSession(self._graphs[extent.graph], options, providers=[CPU])
         except MemoryError as error:
             raise _no_memory(extent) from error
@@ -113,11 +131,10 @@ def return_free_memory() -> None:
 
 
 def map_large_blocks() -> None:
-    """Have glibc map blocks as large as a matrix each by itself, so that freed ones are gone.
+    """Have glibc map blocks as large as a matrix each by itself, so that released ones are gone.
 
-    Else it soon keeps them in one heap with the activations, whose holes cost 0.4 GB of a
-    question's peak at the size of StableLM-2-1.6B. Smaller blocks stay there: mapping activations
-    too would make prefill a third slower.
+    Else it soon keeps them in one heap with the activations, and its holes are no room for others.
+    Prefill takes a twelfth longer, as attention's scores are mapped anew in every layer.
     """
     _call("mallopt", M_MMAP_THRESHOLD, MAPPED)
 

@@ -19,12 +19,14 @@ from medmoe_edge.runtimes.base import Floats, Step
 from medmoe_edge.runtimes.expert_file import Check
 from medmoe_edge.runtimes.ort import VISION, OrtRuntime
 from medmoe_edge.runtimes.ort_cache import OrtCache
-from medmoe_edge.runtimes.ort_experts import OrtExpert, OrtExpertStore
+from medmoe_edge.runtimes.ort_experts import OrtExpert, OrtExpertStore, map_large_blocks
 from medmoe_edge.runtimes.ort_sessions import OPENED_AT_ONCE, one_of_many, session_options
 from medmoe_edge.runtimes.paging import Budget, ExpertPager, PagedExperts
 from medmoe_edge.runtimes.paging_budget import budget_bytes
 from medmoe_edge.runtimes.paging_request import Ahead, RequestRouting
 from medmoe_edge.runtimes.paging_store import Counts
+
+RESULTS = ["logits", "router_logits"]
 
 
 class PagedOrtRuntime(OrtRuntime):
@@ -51,7 +53,9 @@ class PagedOrtRuntime(OrtRuntime):
                 f"{bundle.name} is made for {bundle.target}; experts are paged on the CPU.",
                 "Give the portable bundle that it was made from, or leave the memory budget out.",
             )
-        store = OrtExpertStore(bundle, check=check, drop_pages=drop_pages)
+        store = self._store = OrtExpertStore(bundle, check=check, drop_pages=drop_pages)
+        if budget is not None and store.scratch:
+            map_large_blocks()
         super().__init__(bundle)
         pager = budget if isinstance(budget, ExpertPager) else _pager(budget, store)
         assert bundle.config.moe is not None
@@ -78,21 +82,26 @@ class PagedOrtRuntime(OrtRuntime):
             "seqlens_k": ort.OrtValue.ortvalue_from_numpy(np.array([total - 1], np.int32)),
             "total_length": ort.OrtValue.ortvalue_from_numpy(np.array(total, np.int32)),
         }
-        values |= {f"past_{name}": buffer for name, buffer in cache.buffers.items()}
+        past = {f"past_{name}": buffer for name, buffer in cache.buffers.items()}
         chosen = []  # [S, K] of each layer with experts
         for index, segment in enumerate(self._segments):
-            segment.run(values, cache)
+            values |= segment.run(values | past, cache)
             if index < len(self._segments) - 1:
                 chosen.append(values[f"chosen.{index}"].numpy())
                 routed = self._routed_sum(index, values)
                 values[f"routed.{index}"] = ort.OrtValue.ortvalue_from_numpy(routed)
+            values = {name: value for name, value in values.items() if name in segment.kept}
         cache.length = total
         self._routing.ran(np.stack(chosen, 1))
-        return Step(values["logits"].numpy()[0], values["router_logits"].numpy()[0])
+        # copied, as the values' memory goes with them
+        logits, router_logits = (np.array(values[name].numpy()[0]) for name in RESULTS)
+        return Step(logits, router_logits)
 
     def paging(self) -> dict[str, Any]:
         """The report on what ran since the last one or the image."""
         counts, self.experts.counts = self.experts.counts, Counts()
+        if counts.loads:
+            self._store.rest()
         return self._routing.report(self.experts.pager.budget, counts)
 
     def _routed_sum(self, index: int, values: dict[str, ort.OrtValue]) -> Floats:
@@ -119,7 +128,13 @@ class PagedOrtRuntime(OrtRuntime):
     @cached_property
     def _segments(self) -> "list[_Segment]":
         _, *names = self._graphs()
-        return [_Segment(self._opened(name)) for name in names]
+        segments = [_Segment(self._opened(name)) for name in names]
+        read = [segment.inputs for segment in segments[1:]] + [[]]  # by the next one
+        later = frozenset(RESULTS)
+        for segment, soon in zip(reversed(segments), reversed(read), strict=True):
+            segment.lasting = later
+            segment.kept = later = later.union(soon)
+        return segments
 
 
 def _pager(budget: int | str | None, store: OrtExpertStore) -> ExpertPager:
@@ -130,7 +145,10 @@ def _pager(budget: int | str | None, store: OrtExpertStore) -> ExpertPager:
 
 
 class _Segment:
-    """A session whose inputs are taken from the values so far, and whose outputs join them."""
+    """A session that takes its inputs from the values so far.
+
+    Of these and its outputs, `kept` are read after it, and `lasting` also after the next one.
+    """
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self.session = session
@@ -138,8 +156,13 @@ class _Segment:
         outputs = [value.name for value in session.get_outputs()]
         self.present = [name for name in outputs if name.startswith("present_")]
         self.outputs = [name for name in outputs if not name.startswith("present_")]
+        self.kept = self.lasting = frozenset[str]()
 
-    def run(self, values: dict[str, ort.OrtValue], cache: OrtCache) -> None:
+    def run(self, values: dict[str, ort.OrtValue], cache: OrtCache) -> dict[str, ort.OrtValue]:
+        """Its outputs; the cache is written in place.
+
+        What lasts is copied: an output holds on to its binding, and so to all inputs and outputs.
+        """
         binding = self.session.io_binding()
         for name in self.inputs:
             binding.bind_ortvalue_input(name, values[name])
@@ -148,4 +171,7 @@ class _Segment:
         for name in self.present:
             binding.bind_ortvalue_output(name, cache.buffers[name.removeprefix("present_")])
         self.session.run_with_iobinding(binding)
-        values.update(zip(self.outputs, binding.get_outputs(), strict=False))
+        found = dict(zip(self.outputs, binding.get_outputs(), strict=False))
+        for name in self.lasting.intersection(found):
+            found[name] = ort.OrtValue.ortvalue_from_numpy(np.array(found[name].numpy()))
+        return found

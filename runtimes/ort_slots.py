@@ -25,16 +25,22 @@ from medmoe_edge.runtimes.slots_requests import SlotRequests
 class SlotOrtRuntime(OrtRuntime):
     """Runs a paged bundle's graphs; `budget` is that of its routed experts, in bytes or as text.
 
-    Raises what `SlotRequests` and `OrtRuntime` raise.
+    `drop_pages` is that of `ExpertFile`. Raises what `SlotRequests` and `OrtRuntime` raise.
     """
 
-    def __init__(self, bundle: Bundle, budget: int | str, *, device: Device = "auto") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        budget: int | str,
+        *,
+        device: Device = "auto",
+        drop_pages: bool = False,
+    ) -> None:
         kinds = Kind.all_of(bundle)
         super().__init__(bundle, device=device)
         self._memory = PooledMemory(_pools_on(self.choice.device), kinds)
-        self.requests = SlotRequests(
-            bundle, ExpertFile(bundle), self._memory, budget, self._run_with
-        )
+        file = ExpertFile(bundle, drop_pages=drop_pages)
+        self.requests = SlotRequests(bundle, file, self._memory, budget, self._run_with)
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""

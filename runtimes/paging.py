@@ -153,13 +153,17 @@ class ExpertPager:
             expert for expert in dict.fromkeys(wanted) if owner.key(expert) not in self.slots
         ]
         lacking = self.used + sum(map(owner.store.sizes.__getitem__, missing)) - self.capacity
+        if lacking <= 0:  # as it nearly always is
+            return missing
         victims: list[_Slot] = []
         free = [slot for key, slot in self.slots.items() if not slot.pins and key not in keys]
         for slot in sorted(free, key=lambda slot: slot.worth):
-            if lacking <= 0 or (below is not None and slot.worth[0] >= below):
+            if below is not None and slot.worth[0] >= below:
                 break
             victims.append(slot)
             lacking -= slot.size
+            if lacking <= 0:
+                break
         if lacking > 0:
             return None
         for slot in victims:

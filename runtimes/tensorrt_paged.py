@@ -26,7 +26,7 @@ from medmoe_edge.runtimes.tensorrt_runtime import Lane, TensorRTCache, TensorRTR
 class PagedTensorRTRuntime(TensorRTRuntime):
     """Runs a paged bundle's engines; `budget` is that of its routed experts, in bytes or as text.
 
-    Raises what `SlotRequests` and `TensorRTRuntime` raise.
+    `drop_pages` is that of `ExpertFile`. Raises what `SlotRequests` and `TensorRTRuntime` raise.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class PagedTensorRTRuntime(TensorRTRuntime):
         *,
         device: Device | None = None,
         open_engine: Callable[[str], Engine] | None = None,
+        drop_pages: bool = False,
     ) -> None:
         kinds = Kind.all_of(bundle)
         super().__init__(bundle, device=device, open_engine=open_engine)
         self._memory = PooledMemory(self._device, kinds)
-        self.requests = SlotRequests(
-            bundle, ExpertFile(bundle), self._memory, budget, self._run_with
-        )
+        file = ExpertFile(bundle, drop_pages=drop_pages)
+        self.requests = SlotRequests(bundle, file, self._memory, budget, self._run_with)
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""

@@ -28,8 +28,8 @@ class PagedTorchRuntime(TorchBundleRuntime):
 
     A step computes the same bits as the resident runtime. Where its tokens need more experts than
     fit, it is cut, and computes what the resident runtime does of the parts one after another.
-    Raises what that raises, `InputError` for a budget that is too small, and `BundleError` for a
-    bundle that cannot be paged.
+    `drop_pages` is that of `ExpertFile`. Raises what that raises, `InputError` for a budget that is
+    too small, and `BundleError` for a bundle that cannot be paged.
     """
 
     def __init__(
@@ -38,8 +38,10 @@ class PagedTorchRuntime(TorchBundleRuntime):
         budget: int | str,
         device: TorchDevice = "cuda",
         dtype: torch.dtype | None = None,
+        *,
+        drop_pages: bool = False,
     ) -> None:
-        self._budget = budget
+        self._budget, self._drop_pages = budget, drop_pages
         super().__init__(bundle, device, dtype)
 
     def encode_image(self, pixels: Floats) -> Floats:
@@ -59,7 +61,7 @@ class PagedTorchRuntime(TorchBundleRuntime):
         return self.requests.report()
 
     def _load(self, weights: BundleWeights) -> None:
-        file = ExpertFile(weights.bundle)
+        file = ExpertFile(weights.bundle, drop_pages=self._drop_pages)
         memory = memory_of(self.device)
         self.requests = SlotRequests(weights.bundle, file, memory, self._budget, self._run)
         self._bound = SlotExperts(

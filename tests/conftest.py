@@ -245,6 +245,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         runtime: str,
         device: str,
         memory_budget: str | None = None,
+        drop_pages: bool = False,
         prefix_cache: Path | None = None,
     ) -> FakeEngine:
         calls.append((model, runtime))

@@ -13,27 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.parser
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from command_line import start
 from graphs import normal, observed, write_no_tower
 from test_engine import random_image
 
 from medmoe_edge.answer import Answer
+from medmoe_edge.bench_machine import resident
 from medmoe_edge.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.checkpoint import read_checkpoint
 from medmoe_edge.engine import load
+from medmoe_edge.engine_loading import RuntimeName
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.export import build
 from medmoe_edge.export.external_data import OWNER, Extents
 from medmoe_edge.export.ort_paged import write_paged_graphs
 from medmoe_edge.planning_toys import toy_runtime
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.runtimes import ort_experts
+from medmoe_edge.runtimes import ort_experts, ort_paged
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import OrtRuntime
+from medmoe_edge.runtimes.ort_cache import OrtCache
 from medmoe_edge.runtimes.ort_experts import SLACK, OrtExpertStore
-from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
+from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime, _Segment
+from medmoe_edge.runtimes.ort_sessions import session_options
 from medmoe_edge.runtimes.paging import ExpertPager
 from medmoe_edge.runtimes.paging_profile import RoutingPrediction
 
@@ -162,6 +168,27 @@ def test_the_graphs_cost_little_and_share_the_weights(tiny_bundle: Make) -> None
             assert bundle.path(name).stat().st_size < 40_000
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux")
+def test_what_lasts_keeps_nothing_else_in_memory() -> None:
+    """An output of ONNX Runtime holds on to all inputs and outputs of its run."""
+    graph = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 21]>
+        two (float[n] x) => (float[n] large, float[1] small) {
+            large = Add(x, x)
+            small = ReduceMax(x)
+        }"""
+    )
+    segment = _Segment(ort.InferenceSession(graph.SerializeToString(), session_options()))
+    segment.lasting = frozenset({"small"})
+    cache = OrtCache(PRESETS["tiny"].decoder, 1, np.float32, "cpu")
+    x = np.ones(2**24, np.float32)
+    found = segment.run({"x": ort.OrtValue.ortvalue_from_numpy(x)}, cache)
+    before = resident() or 0
+    del found["large"]
+    assert before - (resident() or 0) > 0.9 * x.nbytes
+    assert found["small"].numpy() == 1
+
+
 # --- prediction -------------------------------------------------------------------------------
 
 
@@ -217,6 +244,38 @@ def test_a_bundle_without_the_graphs_answers_but_refuses_a_budget(copy: Path) ->
     assert load(copy).ask(random_image(), "Where?", max_new_tokens=1)
     with pytest.raises(BundleError, match="export the checkpoint again"):
         PagedOrtRuntime(bundle, "50%")
+
+
+def test_a_bundle_that_does_not_say_where_weights_lie_cannot_be_paged(copy: Path) -> None:
+    bundle = Bundle.open(copy)
+    paging = {name: value for name, value in bundle.manifest["paging"].items() if name != "graphs"}
+    with pytest.raises(BundleError, match="where its experts' weights lie"):
+        PagedOrtRuntime(rewrite(bundle, paging=paging), "50%")
+
+
+def test_pages_are_dropped_of_paged_experts_alone(tiny_bundle: Make) -> None:
+    with pytest.raises(InputError, match="no memory budget"):
+        load(tiny_bundle("int8"), drop_pages=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no page cache to advise")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_every_load_can_drop_its_pages(
+    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, runtime: RuntimeName
+) -> None:
+    dropped: list[int] = []
+
+    def advised(_: int, offset: int, __: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            dropped.append(offset)
+
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    for drop in (False, True):
+        engine = load(tiny_bundle("int8"), runtime=runtime, memory_budget="100%", drop_pages=drop)
+        answer = engine.ask(random_image(), "Where?", max_new_tokens=1)
+        assert answer.paging is not None
+        assert len(dropped) == (answer.paging["loads"] if drop else 0)
+    assert dropped
 
 
 def test_a_dense_model_has_nothing_to_page(tiny_bundle: Make) -> None:
@@ -419,14 +478,20 @@ def measured(folder: Path, budget: str) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize(("slack", "mapped"), [(1, True), (SLACK, False)])
-def test_matrices_of_large_experts_are_mapped_by_themselves(
-    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, slack: int, mapped: bool
+@pytest.mark.parametrize(
+    ("slack", "budget", "mapped"), [(1, "100%", True), (1, None, False), (SLACK, "100%", False)]
+)
+def test_matrices_of_large_experts_that_may_go_are_mapped_by_themselves(
+    tiny_bundle: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    slack: int,
+    budget: str | None,
+    mapped: bool,
 ) -> None:
     called: list[bool] = []
-    monkeypatch.setattr(ort_experts, "map_large_blocks", lambda: called.append(True))
+    monkeypatch.setattr(ort_paged, "map_large_blocks", lambda: called.append(True))
     monkeypatch.setattr(ort_experts, "SLACK", slack)
-    OrtExpertStore(Bundle.open(tiny_bundle()))
+    PagedOrtRuntime(Bundle.open(tiny_bundle()), budget)
     assert bool(called) is mapped
 
 
