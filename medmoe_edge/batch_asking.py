@@ -30,9 +30,11 @@ class Answering(Protocol):
 
     def begin(self, questions: Iterable[str]) -> Identity:
         """Load the model; raises `InputError` for a question that it cannot be asked."""
+        ...
 
     def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, list[Row]]]:
         """The results of each image, under its number."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

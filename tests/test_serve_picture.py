@@ -90,11 +90,10 @@ def test_a_dicom_without_a_window_has_its_whole_range() -> None:
 
 
 def test_a_real_enhanced_dicom_has_the_values_that_pydicom_reads() -> None:
-    path = get_testdata_file("emri_small.dcm", download=False)
-    assert path is not None
-    picture = shown(Path(str(path)).read_bytes(), 3)
+    path = Path(str(get_testdata_file("emri_small.dcm", download=False)))
+    picture = shown(path.read_bytes(), 3)
     np.testing.assert_array_equal(values_of(picture), dcmread(path).pixel_array[3])
-    np.testing.assert_array_equal(pixels_of(picture), load_image(str(path), frame=3).pixels[..., 0])
+    np.testing.assert_array_equal(pixels_of(picture), load_image(path, frame=3).pixels[..., 0])
 
 
 def test_grey_pictures_have_their_own_values_and_colour_has_none() -> None:

@@ -87,7 +87,7 @@ class GraphContext:
     ) -> None:
         feeds = {}
         for value in self.session.get_inputs():
-            shape = shapes.get(value.name, value.shape)
+            shape = shapes.get(value.name) or tuple(value.shape)
             dtype = np.dtype(TYPES[value.type])
             size = int(np.prod(shape)) * dtype.itemsize
             feeds[value.name] = bound[value.name][:size].view(dtype).reshape(shape).copy()
