@@ -105,7 +105,8 @@ def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Pa
 
 
 def _ort_runtime(bundle: Bundle, device: Device) -> Runtime:
-    if device != "cuda" and bundle.manifest.get("paging") and _expert_bytes(bundle) >= LARGE:
+    paging = bundle.manifest.get("paging") or {}
+    if device != "cuda" and "graphs" in paging and _expert_bytes(bundle) >= LARGE:
         from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
 
         return PagedOrtRuntime(bundle, None, check="never")  # the whole file has just been checked

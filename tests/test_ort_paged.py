@@ -21,6 +21,7 @@ from command_line import start
 from graphs import normal, observed, write_no_tower
 from test_engine import random_image
 
+from medmoe_edge import engine_loading
 from medmoe_edge.answer import Answer
 from medmoe_edge.bench_machine import resident
 from medmoe_edge.bundle import MANIFEST, Bundle, write_manifest
@@ -246,11 +247,17 @@ def test_a_bundle_without_the_graphs_answers_but_refuses_a_budget(copy: Path) ->
         PagedOrtRuntime(bundle, "50%")
 
 
-def test_a_bundle_that_does_not_say_where_weights_lie_cannot_be_paged(copy: Path) -> None:
+def test_a_bundle_that_does_not_say_where_weights_lie_answers_but_cannot_be_paged(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_loading, "LARGE", 1)
     bundle = Bundle.open(copy)
+    assert type(load(copy).runtime) is PagedOrtRuntime
     paging = {name: value for name, value in bundle.manifest["paging"].items() if name != "graphs"}
+    bundle = rewrite(bundle, paging=paging)
+    assert type(load(copy).runtime) is OrtRuntime
     with pytest.raises(BundleError, match="where its experts' weights lie"):
-        PagedOrtRuntime(rewrite(bundle, paging=paging), "50%")
+        PagedOrtRuntime(bundle, "50%")
 
 
 def test_pages_are_dropped_of_paged_experts_alone(tiny_bundle: Make) -> None:
