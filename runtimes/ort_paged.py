@@ -129,8 +129,8 @@ class PagedOrtRuntime(OrtRuntime):
     def _segments(self) -> "list[_Segment]":
         _, *names = self._graphs()
         segments = [_Segment(self._opened(name)) for name in names]
-        read = [segment.inputs for segment in segments[1:]] + [[]]  # by the next one
-        later = frozenset(RESULTS)
+        read = [segment.inputs for segment in segments[1:]] + [RESULTS]  # next
+        later = frozenset[str]()
         for segment, soon in zip(reversed(segments), reversed(read), strict=True):
             segment.lasting = later
             segment.kept = later = later.union(soon)

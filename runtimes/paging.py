@@ -158,12 +158,10 @@ class ExpertPager:
         victims: list[_Slot] = []
         free = [slot for key, slot in self.slots.items() if not slot.pins and key not in keys]
         for slot in sorted(free, key=lambda slot: slot.worth):
-            if below is not None and slot.worth[0] >= below:
+            if lacking <= 0 or (below is not None and slot.worth[0] >= below):
                 break
             victims.append(slot)
             lacking -= slot.size
-            if lacking <= 0:
-                break
         if lacking > 0:
             return None
         for slot in victims:
