@@ -145,7 +145,7 @@ def _eager(path: Path, form: str, config: ModelConfig) -> Runtime:
 def _bitsandbytes(path: Path, form: Any, config: ModelConfig) -> Runtime:
     import torch
 
-    from medmoe_edge.runtimes.torch.eager import BitsAndBytesRuntime
+    from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
 
     torch.set_num_threads(threads())
     return BitsAndBytesRuntime(_checkpoint(path, config), form)

@@ -30,7 +30,7 @@ from medmoe_edge.evaluation.ablation_results import (
 from medmoe_edge.evaluation.ablation_variants import VARIANTS, widen
 from medmoe_edge.evaluation.inspection import activated_parameters
 from medmoe_edge.image.loading import load_image, preprocess
-from medmoe_edge.models.decoder import StableLmFeedForward
+from medmoe_edge.models.decoder import PhiFeedForward, StableLmFeedForward
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
