@@ -7,7 +7,10 @@ update exactly (its U, the Cholesky factor of the inverse, is R^-1; see arXiv 25
 is Babai's nearest-plane algorithm), without the inverse.
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from medmoe_edge.calibration.formats import Floats, Format, Quantised
 from medmoe_edge.calibration.rounding import round_searched
@@ -45,7 +48,6 @@ def quantise_gptq(
     scale = np.ascontiguousarray(grid.scale.T)
     zero = np.zeros_like(scale) if grid.zero is None else grid.zero.T.astype(np.float32)
     stored = np.empty_like(grid.integers)
-    low, high = format.levels
     target = weight.T[order]  # [K, N]
     errors = np.empty_like(target)  # D: weight less what was stored, where done
     for start in range(0, width, BLOCK):
@@ -56,10 +58,22 @@ def quantise_gptq(
             column = columns[j - start]
             column += feedback[j, start:j] @ errors[start:j]
             step, offset = scale[group[j]], zero[group[j]]
-            integers = np.clip(np.rint(column / step) + offset, low, high)
+            integers = np.clip(np.rint(column / step) + offset, *_limits(order, j, stored, format))
             errors[j] = target[j] - (integers - offset) * step
             stored[:, order[j]] = integers
     return Quantised(format, stored, grid.scale, grid.zero)
+
+
+def _limits(
+    order: npt.NDArray[np.intp], j: int, stored: npt.NDArray[np.integer[Any]], format: Format
+) -> tuple[Floats | int, Floats | int]:
+    """The range of the integers of column `order[j]`, beside the neighbour already stored."""
+    low, high = format.levels
+    bound, neighbour = format.pair_bound, int(order[j]) ^ 1
+    if bound is None or neighbour not in order[:j]:
+        return low, high
+    beside = stored[:, neighbour].astype(np.float32)
+    return np.maximum(low, -bound - beside), np.minimum(high, bound - beside)
 
 
 def _feedback(hessian: Floats, damping: float) -> Floats:
