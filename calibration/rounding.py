@@ -112,7 +112,8 @@ def _by_chunks(
 ) -> Quantised:
     """Quantise some rows at a time on the grids that `choose` gives their groups `[size, M]`.
 
-    `choose` is given the groups and what each member counts. Several threads share the rows: numpy lets go of Python's lock while it computes.
+    `choose` is given the groups and what each member counts. Several threads share the rows: numpy
+    lets go of Python's lock while it computes.
     """
     _require_finite(weight, format)
     rows, width = shape = weight.shape

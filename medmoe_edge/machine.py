@@ -40,8 +40,9 @@ ARM_PARTS = {
 class Machine(Config):
     """Where a model was verified.
 
-    `flags` are the instruction sets that 8-bit and 4-bit weights profit from, best first; empty where the system does not tell. `arithmetic` is how int8 products are added:
-    "exact", or "saturating" in 16 bits (see `runtimes.arithmetic`).
+    `flags` are the instruction sets that 8-bit and 4-bit weights profit from, best first; empty
+    where the system does not tell. `arithmetic` is how int8 products are added: "exact", or
+    "saturating" in 16 bits (see `runtimes.ort.arithmetic`).
     """
 
     cpu: str

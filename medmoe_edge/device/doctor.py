@@ -273,8 +273,8 @@ def _int8_findings(machine: Machine, ort: Ort) -> Iterator[Finding]:
     if ort.int8 == "saturating":
         yield Finding(
             "hint",
-            "Sums of int8 products saturate on this processor, which has no VNNI. Bundles that this "
-            "version exports are exact all the same; older ones are not, and say so when asked.",
+            "Sums of int8 products saturate on this processor, which has no VNNI. Bundles that "
+            "this version exports are exact all the same; older ones are not, and warn of it.",
             "Export bundles of earlier versions again: medmoe-edge export",
         )
     if machine.features.get("AVX2") is False:

@@ -20,9 +20,9 @@ from medmoe_edge.runtimes.ort.providers import (
     choose_provider,
     preload_cuda,
 )
+from medmoe_edge.runtimes.ort.saturation import load_notices
 from medmoe_edge.runtimes.ort.sessions import EarlySessions, session_options
 from medmoe_edge.runtimes.prefill import in_parts
-from medmoe_edge.runtimes.ort.saturation import load_notices
 
 VISION, DECODER = "vision.onnx", "decoder.onnx"
 PREFILL_AT_ONCE = 384  # tokens

@@ -63,7 +63,7 @@ def keeps_pair_bound(bundle: Bundle) -> bool:
 
 
 def pairs_within(weight: npt.NDArray[np.int8], bound: int = PAIR_BOUND) -> bool:
-    """Whether no two stored neighbours 2i, 2i + 1 along K of `[K, N]` sum to more than the bound."""
+    """Whether no stored neighbours 2i, 2i + 1 along K of `[K, N]` sum to more than the bound."""
     paired = weight[: len(weight) // 2 * 2]
     step = 2 * max(AT_ONCE // (2 * max(weight.shape[1], 1)), 1)
     return all(
