@@ -19,6 +19,8 @@ from medmoe_edge.errors import CheckpointError
 
 Grid = tuple[Floats, Floats]  # scale and zero point of M groups, `[M]` each
 RATIOS = np.linspace(0.5, 1.15, 14, dtype=np.float32)  # of the range that keeps the largest weight
+# Of the range that also keeps every pair: near it a few pairs give way, so that the ratio matters.
+PAIR_RATIOS = np.linspace(0.7, 1.05, 29, dtype=np.float32)
 REFITS = 2
 FLOOR = 0.01  # of the mean importance, for inputs that calibration hardly saw; as GPTQ damps
 CHUNK = 2**17  # weights at once: few enough that the scratch stays in the cache
@@ -42,7 +44,7 @@ def round_searched(weight: Floats, format: Format, importance: Floats | None = N
 
     Per group: a search over clipping ratios (and the sign of the scale, or the zero point), as AWQ
     clips (arXiv 2306.00978) and HQQ needs no data, then least-squares refits of the scale, each
-    kept only where better. Never worse than `round_to_nearest`, and raises the same errors.
+    kept only where better; where the format bounds pairs, with what giving way costs. Never worse than `round_to_nearest`, and raises the same errors.
     `importance` `[K]` is E[x_k^2] of the inputs; None counts all alike. An input that calibration
     never saw active still counts `FLOOR`: it may be active tomorrow.
     """
@@ -219,7 +221,7 @@ def _candidates(grouped: Floats, format: Format) -> Iterator[Grid]:
         end = np.where(top > -bottom, top, bottom) / low
         ends = [end, -end]
     for scale in ends:
-        for ratio in RATIOS:
+        for ratio in RATIOS if format.pair_bound is None else PAIR_RATIOS:
             yield _storable(scale * ratio, format), np.zeros_like(scale)
 
 

@@ -17,11 +17,11 @@ import onnxruntime as ort
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.weights import int8_products
+from medmoe_edge.calibration.formats import PAIR_BOUND
 from medmoe_edge.errors import Notice
 from medmoe_edge.machine import OLDEST, cpu_features_here, cpu_flags, is_older
 from medmoe_edge.runtimes.ort.arithmetic import int8_arithmetic
 
-PAIR_BOUND = 128  # that of `calibration.formats`, which asking does not import
 AT_ONCE = 2**22  # bytes of a weight looked at in one piece
 
 logger = logging.getLogger(__name__)
