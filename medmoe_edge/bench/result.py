@@ -10,7 +10,7 @@ from medmoe_edge.bench.backends import Shape
 from medmoe_edge.bench.measurement import Measured, decode_rate, prefill_rate
 from medmoe_edge.bench.peers import Comparison
 from medmoe_edge.bench.timing import Spread
-from medmoe_edge.machine import Arithmetic
+from medmoe_edge.bundle.machine import Arithmetic
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from medmoe_edge.bench.process import Worker, cold_start
 from medmoe_edge.bench.result import Bench, Length, Machine
 from medmoe_edge.bench.timing import Ration, Spread, turn
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.machine import cpu_flags, cpu_name
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.device.costs import Precision, bits_per_weight, step_work
 from medmoe_edge.device.devices import memory_here
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
-from medmoe_edge.machine import cpu_flags, cpu_name
 from medmoe_edge.runtimes.ort.runtime.arithmetic import int8_arithmetic
 
 ROUNDS = 5

@@ -15,6 +15,14 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from medmoe_edge._version import __version__
+from medmoe_edge.bundle.machine import (
+    CPU_INFO,
+    OLDEST,
+    Arithmetic,
+    cpu_features,
+    cpu_name,
+    is_older,
+)
 from medmoe_edge.device.devices import GB, memory_here
 from medmoe_edge.device.hardware import (
     Gpus,
@@ -34,14 +42,6 @@ from medmoe_edge.device.packages import (
     needed_cuda,
 )
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.machine import (
-    CPU_INFO,
-    OLDEST,
-    Arithmetic,
-    cpu_features,
-    cpu_name,
-    is_older,
-)
 
 MODEL_FILE = Path("/proc/device-tree/model")
 RELEASE_FILE = Path("/etc/nv_tegra_release")
@@ -206,7 +206,7 @@ def look_at_onnxruntime() -> Ort:
         runtime = importlib.import_module("onnxruntime")
         build = importlib.import_module("onnxruntime.capi.build_and_package_info")
         providers = tuple(runtime.get_available_providers())
-        int8 = importlib.import_module("medmoe_edge.runtimes.ort.arithmetic").int8_arithmetic()
+        int8 = importlib.import_module("medmoe_edge.runtimes.arithmetic").int8_arithmetic()
     except Exception as error:  # a broken install fails in many ways; all mean the same
         return Ort(failure=type(error).__name__)
     return Ort(runtime.__version__, providers, getattr(build, "cuda_version", None), None, int8)

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.machine import OLDEST, cpu_features_here, is_older
 from medmoe_edge.bundle.weights import int8_products
 from medmoe_edge.calibration.formats import PAIR_BOUND
 from medmoe_edge.errors import Notice
-from medmoe_edge.machine import OLDEST, cpu_features_here, cpu_flags, is_older
-from medmoe_edge.runtimes.ort.arithmetic import int8_arithmetic
+from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 
 AT_ONCE = 2**22  # bytes of a weight looked at in one piece
 
@@ -32,11 +32,10 @@ def load_notices(bundle: Bundle) -> tuple[Notice, ...]:
     _tell_of_slow_processor()
     found = []
     if int8_arithmetic() == "saturating" and not keeps_pair_bound(bundle):
-        best = next(iter(cpu_flags()), "its instruction set")
         what = (
-            f"This processor ({best}, without VNNI) cannot add {bundle.name}'s int8 products "
-            "exactly: answers may differ from the original model's. Export it again with this "
-            "version of medmoe-edge, whose int8 is exact on every processor."
+            "This processor, which has no VNNI, cannot add the int8 products of "
+            f"{bundle.name} exactly: answers may differ from the original model's. Export it again "
+            "with this version of medmoe-edge, whose int8 is exact on every processor."
         )
         found.append(Notice("int8_saturates", what))
     if is_older(ort.__version__):

@@ -518,7 +518,7 @@ def test_people_see_tables_and_then_one_line(
     assert (shown.exit_code, shown.stderr) == (0, "")
     *lines, last = shown.stdout.splitlines()
     assert json.loads(last) == json.loads(json.dumps(result().to_json()))
-    assert lines[0] == "toy (int8) on a CPU, 2 threads"
+    assert lines[0] == "toy (int8) on a CPU (AVX2, exact int8), 2 threads"
     assert any("of it" in line and "10.0%" in line for line in lines)
     (row,) = (line for line in lines if line.strip().startswith("PyTorch eager fp32 "))
     assert row.split()[3:] == [*("5/s", "x", "2.00", "0/s", "x", "2.00"), *row.split()[9:]]
