@@ -45,8 +45,9 @@ def round_searched(weight: Floats, format: Format, importance: Floats | None = N
     Per group: a search over clipping ratios (and the sign of the scale, or the zero point), as AWQ
     clips (arXiv 2306.00978) and HQQ needs no data, then least-squares refits of the scale, each
     kept only where better; where the format bounds pairs, with what giving way costs. Never worse
-    than `round_to_nearest`, and raises the same errors. `importance` `[K]` is E[x_k^2] of the inputs; None counts all alike. An input that calibration
-    never saw active still counts `FLOOR`: it may be active tomorrow.
+    than `round_to_nearest`, and raises the same errors. `importance` `[K]` is E[x_k^2] of the
+    inputs; None counts all alike. An input that calibration never saw active still counts `FLOOR`:
+    it may be active tomorrow.
     """
 
     def choose(grouped: Floats, importance: Floats) -> Grid:
