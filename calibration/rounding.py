@@ -39,6 +39,11 @@ def round_to_nearest(weight: Floats, format: Format) -> Quantised:
     return _by_chunks(weight, format, members, lambda grouped, _: _full_range(grouped, format))
 
 
+def full_range_scales(weight: Floats, format: Format) -> Floats:
+    """The scales `[N]` of the rows of `weight` `[N, K]` that `round_to_nearest` takes, ungrouped."""
+    return _full_range(np.ascontiguousarray(weight.T), format)[0]
+
+
 def round_searched(weight: Floats, format: Format, importance: Floats | None = None) -> Quantised:
     """Round `weight` `[N, K]` on the grid that minimises sum_k importance_k (w_k - ŵ_k)^2.
 
