@@ -40,7 +40,7 @@ def round_to_nearest(weight: Floats, format: Format) -> Quantised:
 
 
 def full_range_scales(weight: Floats, format: Format) -> Floats:
-    """The scales `[N]` of the rows of `weight` `[N, K]` that `round_to_nearest` takes, ungrouped."""
+    """The scales `[N]` that `round_to_nearest` takes for the rows of `[N, K]`, without groups."""
     return _full_range(np.ascontiguousarray(weight.T), format)[0]
 
 

@@ -49,8 +49,9 @@ def expected_noise(
       step^2 / 12 * sum_nk (W_nk s_k)^2.
     - Row n of W diag(s) is rounded symmetrically over its full range, with
       step_n = max_k |W_nk| s_k / 127, or more where pairs of neighbours ask for it
-      (`Format.pair_bound`). Its noise multiplies the inputs: step_n^2 / 12 * sum_k E[x_k^2] / s_k^2,
-      less the k of the maximum where that decides, which is exact then.
+      (`Format.pair_bound`). Its noise multiplies the inputs:
+      step_n^2 / 12 * sum_k E[x_k^2] / s_k^2, less the k of the maximum where that decides, which is
+      exact then.
 
     The product of both noises is left out.
     """
