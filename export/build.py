@@ -12,6 +12,7 @@ from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.gates import DEFAULT_GATES
+from medmoe_edge.calibration.formats import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError
@@ -174,7 +175,12 @@ def _manifest(
     name: str,
 ) -> dict[str, Any]:
     statistics = plan.statistics
-    quantised = {"router": "fp32", "vision": vision, "embedding": "fp16"}
+    quantised = {
+        "router": "fp32",
+        "vision": vision,
+        "embedding": "fp16",
+        "pair_bound": PAIR_BOUND,  # that of all int8 weights per channel, see `Format.pair_bound`
+    }
     return {
         "name": name,
         "config": source.config.to_json(),

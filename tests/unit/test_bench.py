@@ -66,7 +66,7 @@ def result(**changes: Any) -> Bench:
         model="toy",
         sha256="0" * 64,
         precision="int8",
-        machine=Machine("a CPU", 2, 10**9, 0.1, Spread(1000.0, 900.0, 1100.0, 5)),
+        machine=Machine("a CPU", "AVX2", "exact", 2, 10**9, 0.1, Spread(1000.0, 900.0, 1100.0, 5)),
         shape=SHAPE,
         cold_start=spread(9),
         measured=measured(),
@@ -518,7 +518,7 @@ def test_people_see_tables_and_then_one_line(
     assert (shown.exit_code, shown.stderr) == (0, "")
     *lines, last = shown.stdout.splitlines()
     assert json.loads(last) == json.loads(json.dumps(result().to_json()))
-    assert lines[0] == "toy (int8) on a CPU, 2 threads"
+    assert lines[0] == "toy (int8) on a CPU (AVX2, exact int8), 2 threads"
     assert any("of it" in line and "10.0%" in line for line in lines)
     (row,) = (line for line in lines if line.strip().startswith("PyTorch eager fp32 "))
     assert row.split()[3:] == [*("5/s", "x", "2.00", "0/s", "x", "2.00"), *row.split()[9:]]

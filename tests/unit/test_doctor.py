@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from medmoe_edge.bundle.machine import OLDEST, cpu_features, is_older
 from medmoe_edge.device.doctor import (
     Diagnosis,
     Machine,
@@ -25,12 +26,12 @@ from medmoe_edge.device.hardware import (
     Gpus,
     Jetson,
     ask_power_mode,
-    cpu_features,
     find_gpus,
     find_jetson,
     too_old,
 )
 from medmoe_edge.device.packages import BASE, EXTRAS, find_extras, missing_base, needed_cuda
+from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 
 ROOT = Path(__file__).parents[2]
 RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: x\n"
@@ -48,7 +49,7 @@ MACHINE = Machine(
     gpus=None,
     jetson=None,
 )
-ORT = Ort("1.31.1", ("CPUExecutionProvider",))
+ORT = Ort("1.31.1", ("CPUExecutionProvider",), int8="exact")
 CUDA = Ort("1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"), cuda="13.0")
 
 
@@ -81,6 +82,16 @@ def test_extras_are_those_of_the_project() -> None:
     assert set(EXTRAS) == set(declared) - {"test", "dev"}
     for name, (_, packages) in EXTRAS.items():
         assert set(packages) == declared[name], name
+
+
+def test_the_oldest_onnxruntime_is_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert f"onnxruntime>={OLDEST}" in project["dependencies"]
+    assert not is_older(importlib.metadata.version("onnxruntime"))
+    assert [is_older(v) for v in ("1.9.1", "1.23.2", "1.24.0", "1.100", "2.0.dev1")] == [
+        *(True, True),
+        *(False, False, False),
+    ]
 
 
 def test_extras_by_state() -> None:
@@ -121,11 +132,11 @@ def test_cuda_that_packages_need(
 def test_cpu_features() -> None:
     x86 = "model name : A\nflags\t\t: fpu avx2 avx512_vnni\nflags : amx_int8\n"
     assert cpu_features(x86) == {
-        **{"AVX2": True, "AVX-VNNI": False},
-        **{"AVX-512 VNNI": True, "AMX int8": False},
+        **{"AMX int8": False, "AVX-512 VNNI": True, "AVX-VNNI": False},
+        **{"AVX-512": False, "AVX2": True},
     }
-    assert cpu_features("Features : fp asimd asimddp\n") == {"dotprod": True, "i8mm": False}
-    assert not any(cpu_features("").values())
+    assert cpu_features("Features : fp asimd asimddp\n") == {"i8mm": False, "dotprod": True}
+    assert cpu_features("") == {}
 
 
 class FakeNvmlError(Exception):
@@ -250,7 +261,16 @@ def test_problems_end_with_an_error() -> None:
             *(ORT, {"onnxruntime_ep_nv_tensorrt_rtx_cu13": "0.5"}),
             *("warning", "does not run on a Jetson"),
         ),
-        (changed(features={"AVX2": False}), ORT, {}, "warning", "lacks what int8 needs"),
+        (changed(features={"AVX2": False}), ORT, {}, "warning", "no AVX2: answers are exact, but"),
+        (changed(features={"dotprod": False}), ORT, {}, "hint", "no dotprod: int8 is exact"),
+        (
+            MACHINE,
+            dataclasses.replace(ORT, int8="saturating"),
+            {},
+            "hint",
+            "products saturate",
+        ),
+        (MACHINE, dataclasses.replace(ORT, version="1.23.2"), {}, "warning", "older than 1.24"),
         (changed(memory=10**9), ORT, {}, "warning", "little memory"),
         (changed(disk_free=10**9), ORT, {}, "warning", "little room"),
     ],
@@ -269,6 +289,7 @@ def test_what_does_not_meet(
         (changed(jetson=Jetson("Orin", "36.4.3", "MAXN")), ORT, {"tensorrt": "11"}),
         (changed(jetson=Jetson("Orin", None, None)), ORT, {}),
         (changed(features={}), ORT, {}),
+        (changed(features={"i8mm": False, "dotprod": True}), ORT, {}),
     ],
 )
 def test_what_meets(machine: Machine, ort: Ort, packages: dict[str, str]) -> None:
@@ -286,7 +307,8 @@ def test_facts_name_the_devices() -> None:
     assert (jetson["Jetson"], jetson["  L4T"]) == ("Orin Nano", "36.4.3, power mode 15W")
     assert "GPU" not in jetson
     assert facts(MACHINE)["GPU"] == "none found"
-    assert facts(MACHINE)["  for int8"] == "AVX2"
+    assert facts(MACHINE)["  int8"] == "exact, with AVX2"
+    assert facts(changed(features={}))["  int8"] == "exact, with no known extension"
 
 
 def test_this_machine() -> None:
@@ -295,6 +317,7 @@ def test_this_machine() -> None:
     assert diagnosis.error() is None
     assert diagnosis.ort.version == importlib.metadata.version("onnxruntime")
     assert "CPUExecutionProvider" in diagnosis.ort.providers
+    assert diagnosis.ort.int8 == int8_arithmetic()
     assert diagnosis.machine.memory > 10**8
     told = diagnosis.to_json()
     assert set(told) >= {"machine", "onnxruntime", "base", "extras", "findings"}
