@@ -27,8 +27,9 @@ from medmoe_edge.bench_result import Bench, Length, Machine
 from medmoe_edge.bench_timing import Ration, Spread, turn
 from medmoe_edge.bundle import Bundle
 from medmoe_edge.config import DecoderConfig
-from medmoe_edge.devices import cpu_name, memory_here
+from medmoe_edge.devices import memory_here
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
+from medmoe_edge.machine import cpu_name
 from medmoe_edge.planning_costs import Precision, bits_per_weight, step_work
 
 ROUNDS = 5

@@ -139,4 +139,4 @@ def _steered_engine(path: Path, budget: int | None, prefetch: bool, asking: Aski
 
 def _with(bundle: Bundle, runtime: Runtime) -> Engine:
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    return Engine(runtime, tokenizer, bundle.name, bundle.sha256, bundle.proof)
+    return Engine(runtime, tokenizer, bundle.name, bundle.sha256, proven(bundle))

@@ -6,7 +6,7 @@ field numbers: onnx.proto).
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from medmoe_edge.bundle import Bundle
 from medmoe_edge.errors import BundleError
 
 GRAPH, INITIALIZER = 7, 5  # of a model; of a graph
-DATA_TYPE, FLOAT_DATA, NAME, RAW_DATA, EXTERNAL_DATA = 2, 4, 8, 9, 13  # of a tensor
+DIMS, DATA_TYPE, FLOAT_DATA, NAME, RAW_DATA, EXTERNAL_DATA = 1, 2, 4, 8, 9, 13  # of a tensor
 KEY, VALUE = 1, 2  # of an entry of its external data
-DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8")}
+FLOATS: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8")}
+INTEGERS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint8), 3: np.dtype(np.int8)}
 
 
 def sweep_weights(bundle: Bundle) -> list[str]:
@@ -49,14 +50,27 @@ def check_scales(bundle: Bundle) -> None:
 
 def float_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Name and values, flat, of every float initializer of an ONNX file; external ones mapped."""
+    for name, array in _initializers(graph, FLOATS):
+        yield name, array.ravel()
+
+
+def stored_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Every initializer of floats or of 8-bit integers, in its shape; external ones mapped."""
+    yield from _initializers(graph, FLOATS | INTEGERS)
+
+
+def _initializers(
+    graph: Path, dtypes: Mapping[int, np.dtype[Any]]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     model = dict(_fields(memoryview(graph.read_bytes())))
     files: dict[str, npt.NDArray[np.uint8]] = {}
     for number, tensor in _fields(model[GRAPH]):
         if number != INITIALIZER:
             continue
         parts = dict(_fields(tensor))
-        if (dtype := DTYPES.get(parts[DATA_TYPE])) is None:
+        if (dtype := dtypes.get(parts[DATA_TYPE])) is None:
             continue
+        shape = [size for key, size in _fields(tensor) if key == DIMS]
         entries = [dict(_fields(part)) for key, part in _fields(tensor) if key == EXTERNAL_DATA]
         name = bytes(parts[NAME]).decode()
         if entries:
@@ -64,9 +78,10 @@ def float_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
             file, start = place["location"], int(place["offset"])
             if file not in files:
                 files[file] = np.memmap(graph.with_name(file), np.uint8, "r")
-            yield name, files[file][start : start + int(place["length"])].view(dtype)
+            values = files[file][start : start + int(place["length"])].view(dtype)
         else:
-            yield name, np.frombuffer(parts.get(RAW_DATA) or parts.get(FLOAT_DATA, b""), dtype)
+            values = np.frombuffer(parts.get(RAW_DATA) or parts.get(FLOAT_DATA, b""), dtype)
+        yield name, values.reshape(shape)
 
 
 def _sound(name: str, array: npt.NDArray[Any]) -> bool:

@@ -15,12 +15,11 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from medmoe_edge import __version__
-from medmoe_edge.devices import CPU_INFO, GB, cpu_name, memory_here
+from medmoe_edge.devices import GB, memory_here
 from medmoe_edge.doctor_devices import (
     Gpus,
     Jetson,
     ask_power_mode,
-    cpu_features,
     find_gpus,
     find_jetson,
     too_old,
@@ -35,6 +34,7 @@ from medmoe_edge.doctor_packages import (
     needed_cuda,
 )
 from medmoe_edge.errors import ResourceError
+from medmoe_edge.machine import CPU_INFO, cpu_features, cpu_name
 
 MODEL_FILE = Path("/proc/device-tree/model")
 RELEASE_FILE = Path("/etc/nv_tegra_release")

@@ -9,6 +9,7 @@ from medmoe_edge.bundle import MANIFEST
 from medmoe_edge.bundle_modality import ModalityBundle
 from medmoe_edge.config_modality import BertConfig, ModalityConfig, SwinConfig
 from medmoe_edge.config_scores import Scores, read_scores
+from medmoe_edge.engine_proof import proven
 from medmoe_edge.errors import CheckpointError
 
 ROUTER_SIZE = 128  # as in models.modality_moe, which needs torch
@@ -19,7 +20,8 @@ class ModalityInspection:
     """A MedMoE's make-up; `parameters` by part.
 
     `parameters_activated` is what runs for one image and one text: of the experts, one.
-    `verification` is a bundle's proof of fidelity: "passed", "failed" or "not measured".
+    `verification` is a bundle's proof of fidelity: "passed", "failed" or "not measured"; `verified`
+    says on which `machine` and whether that holds `here`.
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -34,6 +36,7 @@ class ModalityInspection:
     source: Any = None
     licence: Any = None
     verification: str | None = None
+    verified: dict[str, Any] | None = None
 
     @property
     def parameters_total(self) -> int:
@@ -62,7 +65,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
     name = folder.absolute().name
     if (folder / MANIFEST).exists():
         bundle = ModalityBundle.open(folder, verify=False)
-        manifest = bundle.manifest
+        manifest, known = bundle.manifest, proven(bundle)
         files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
         return ModalityInspection(
             kind="bundle",
@@ -76,7 +79,8 @@ def inspect_modality(folder: Path) -> ModalityInspection:
             quantisation=manifest["quantisation"],
             source=manifest["source"],
             licence=manifest["licence"],
-            verification=bundle.proof,
+            verification=known.status,
+            verified=known.to_json(),
         )
     config = _checkpoint_config(folder)
     weights = sorted(folder.glob("*.safetensors"))

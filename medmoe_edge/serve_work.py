@@ -12,6 +12,7 @@ from typing import Protocol
 
 from medmoe_edge.answer import Answer
 from medmoe_edge.audit import AuditLog
+from medmoe_edge.engine_proof import Proven
 from medmoe_edge.errors import DataError, ImageError, MedMoEError, ResourceError
 from medmoe_edge.image import Image, load_image, shown_name
 from medmoe_edge.modality_engine import ModalityEngine
@@ -27,6 +28,7 @@ class Asked(Protocol):
     name: str
     sha256: str
     verification: str
+    proven: Proven | None
 
     def prompt_tokens(self, question: str) -> int: ...
 

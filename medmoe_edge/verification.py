@@ -4,11 +4,10 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.bundle import AnyBundle, Bundle, write_verification
+from medmoe_edge.bundle import AnyBundle, Bundle
 from medmoe_edge.bundle_weights import sweep_weights
 from medmoe_edge.datasets import Example
 from medmoe_edge.errors import (
@@ -23,6 +22,13 @@ from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import OrtRuntime
 from medmoe_edge.verification_gates import GateResult, judge
+from medmoe_edge.verification_record import (
+    AnyRecord,
+    Source,
+    keep_record,
+    new_record,
+    read_record,
+)
 from medmoe_edge.verification_sweep import sweep_experts
 
 __all__ = ["Data", "GateResult", "Verification", "judge", "verify"]
@@ -63,21 +69,23 @@ class Verification:
     """What a verification found.
 
     `faults` are weights and experts that are not finite, and scales of 0, found in this run;
-    `record` is the proof in the manifest, just written or of an earlier run, None where nothing was
-    ever measured; `beside` are other candidates held against the same reference, for comparison.
+    `record` is what was just measured, or in the manifest from an earlier run, None where nothing
+    was ever measured; `recorded`: this run wrote it into the manifest. `beside` are other
+    candidates held against the same reference, for comparison.
     """
 
     bundle: AnyBundle[Any]
     faults: Sequence[str]
-    record: Mapping[str, Any] | None
+    record: AnyRecord | None
     beside: Mapping[str, Fidelity] = field(default_factory=dict)
+    recorded: bool = False
 
     @property
     def passed(self) -> bool | None:
         """Whether the bundle may be trusted; None where it was never measured."""
         if self.faults:
             return False
-        return None if self.record is None else bool(self.record["passed"])
+        return None if self.record is None else self.record.passed
 
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
@@ -86,8 +94,7 @@ class Verification:
         reasons = [f"not finite: {', '.join(self.faults[:FEW])}"] if self.faults else []
         if len(self.faults) > FEW:
             reasons[0] += f" and {len(self.faults) - FEW} more"
-        for gate in self.record["gates"] if self.record else ():
-            result = GateResult.from_json(gate)
+        for result in self.record.gates if self.record else ():
             if not result.passed and not (self.faults and result.name == "finite"):
                 reasons.append(result.summary)
         return VerificationError(
@@ -101,7 +108,8 @@ class Verification:
             "bundle": {"name": self.bundle.name, "sha256": self.bundle.sha256},
             "passed": self.passed,
             "faults": list(self.faults),
-            "verification": self.record,
+            "verification": self.record.to_json() if self.record else None,
+            "recorded": self.recorded,
             "beside": {name: fidelity.to_json() for name, fidelity in self.beside.items()},
         }
 
@@ -113,15 +121,17 @@ def verify(
     *,
     beside: Mapping[str, Callable[[], Runtime]] | None = None,
     vision_tower: Path | None = None,
+    record: bool | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check hashes, weights and experts and, with `checkpoint` and `data`, measure the fidelity.
 
-    What was measured is written into the manifest, also where a gate fails: see
-    `Verification.error`. The gates are those of the bundle's manifest; `beside` makes other
-    runtimes to measure, one after the other. `progress` is called with `(step, done, total)`.
-    Raises `ModelError` for a damaged bundle or another checkpoint than the bundle's own,
-    `InputError` for data that cannot be used, `ResourceError` where the manifest cannot be written.
+    What was measured is kept, also where a gate fails (see `Verification.error`): in the manifest
+    with `record`, and without a word on it where the bundle is the user's own (`keep_record`). The
+    gates are those of the bundle's manifest; `beside` makes other runtimes to measure, one after
+    the other. `progress` is called with `(step, done, total)`. Raises `ModelError` for a damaged
+    bundle or another checkpoint than the bundle's own, `InputError` for data that cannot be used,
+    `ResourceError` where the manifest was to be written and cannot be.
     """
     report = progress or (lambda step, done, total: None)
     report("hashes", 0, 1)
@@ -132,9 +142,9 @@ def verify(
             "Verify the portable bundle that it was made from, whose weights they hold.",
         )
     if checkpoint is None or data is None:
-        return Verification(bundle, _faults(bundle, report), bundle.verification)
+        return Verification(bundle, _faults(bundle, report), read_record(bundle))
     gates, data_sha256 = bundle.gates, data.sha256()
-    reference = _record(bundle, checkpoint, data, vision_tower, report)
+    reference = _reference(bundle, checkpoint, data, vision_tower, report)
     faults = _faults(bundle, report)
     fidelity = compare(
         reference, OrtRuntime(bundle), progress=lambda *at: report("the bundle", *at)
@@ -144,18 +154,10 @@ def verify(
         for name, runtime in (beside or {}).items()
     }
     results = judge(fidelity, gates, faults)
-    entry = {
-        "passed": all(result.passed for result in results),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoint_sha256": bundle.manifest["source"]["checkpoint_sha256"],
-        "data": {"name": data.name, "sha256": data_sha256},
-        "runtime": OrtRuntime.name,
-        "gates": [result.to_json() for result in results],
-        "faults": faults,
-        "figures": fidelity.to_json(),
-    }
-    bundle = write_verification(bundle, entry)
-    return Verification(bundle, faults, bundle.verification, others)
+    source = Source(data.name, data_sha256)
+    made = new_record(bundle, source, results, faults, fidelity)
+    bundle, recorded = keep_record(bundle, made, record)
+    return Verification(bundle, faults, made, others, recorded)
 
 
 def _faults(bundle: Bundle, report: Progress) -> list[str]:
@@ -168,7 +170,7 @@ def _faults(bundle: Bundle, report: Progress) -> list[str]:
     return weights + sweep_experts(bundle)
 
 
-def _record(
+def _reference(
     bundle: Bundle, folder: Path, data: Data, vision_tower: Path | None, report: Progress
 ) -> Recording:
     """What the checkpoint says; it is out of memory again when the bundle is opened."""

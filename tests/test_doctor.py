@@ -18,12 +18,12 @@ from medmoe_edge.doctor_devices import (
     Gpus,
     Jetson,
     ask_power_mode,
-    cpu_features,
     find_gpus,
     find_jetson,
     too_old,
 )
 from medmoe_edge.doctor_packages import BASE, EXTRAS, find_extras, missing_base, needed_cuda
+from medmoe_edge.machine import cpu_features
 
 ROOT = Path(__file__).parents[1]
 RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: x\n"
@@ -114,11 +114,11 @@ def test_cuda_that_packages_need(
 def test_cpu_features() -> None:
     x86 = "model name : A\nflags\t\t: fpu avx2 avx512_vnni\nflags : amx_int8\n"
     assert cpu_features(x86) == {
-        **{"AVX2": True, "AVX-VNNI": False},
-        **{"AVX-512 VNNI": True, "AMX int8": False},
+        **{"AMX int8": False, "AVX-512 VNNI": True, "AVX-VNNI": False},
+        **{"AVX-512": False, "AVX2": True},
     }
-    assert cpu_features("Features : fp asimd asimddp\n") == {"dotprod": True, "i8mm": False}
-    assert not any(cpu_features("").values())
+    assert cpu_features("Features : fp asimd asimddp\n") == {"i8mm": False, "dotprod": True}
+    assert cpu_features("") == {}
 
 
 class FakeNvmlError(Exception):

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from medmoe_edge import planning_here, planning_measured, planning_toys
+from medmoe_edge import machine, planning_here, planning_measured, planning_toys
 from medmoe_edge.bundle import Bundle
-from medmoe_edge.devices import DEVICES, Device, Ratings, cpu_name, find_device, memory_here
+from medmoe_edge.devices import DEVICES, Device, Ratings, find_device, memory_here
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.inspection import activated_parameters
@@ -254,8 +254,8 @@ def test_devices(tmp_path: Path) -> None:
         find_device("orin")
     assert find_device("here").ratings is None
     (tmp_path / "info").write_text("processor : 0\nmodel name\t: A: B\nmodel name : C\n")
-    assert cpu_name(tmp_path / "info") == "A: B"
-    assert cpu_name(tmp_path / "none")
+    assert machine.cpu_name(tmp_path / "info") == "A: B"
+    assert machine.cpu_name(tmp_path / "none")
     (tmp_path / "limit").write_text("1000\n")
     assert memory_here(tmp_path / "limit") == 1000
     (tmp_path / "limit").write_text("max\n")
