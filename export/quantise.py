@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from medmoe_edge.bundle_signature import Marks, SignatureMaker
+from medmoe_edge.bundle.signature import Marks, SignatureMaker
 from medmoe_edge.calibration.formats import Floats, Format, Quantised
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.dequantise import INTEGERS, insert_dequantise
@@ -25,9 +25,9 @@ def quantise_weights(
 ) -> tuple[ir.Model, bool]:
     """Quantise the initializers that `policy` wants, lazily; returns `(model, modified)`.
 
-    Their marks go into `signature` when they are written. They must be matrices `[K, N]` as MatMul reads them, the formats symmetric. Raises `ConfigError`
-    for groups that do not fit; weights that a format cannot hold raise `CheckpointError` when they
-    are written.
+    They must be matrices `[K, N]` as MatMul reads them, the formats symmetric; `signature` gets
+    their marks when they are written. Raises `ConfigError` for groups that do not fit; weights that
+    a format cannot hold raise `CheckpointError` when they are written.
     """
     chosen = [
         (value, found)

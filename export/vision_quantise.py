@@ -20,11 +20,11 @@ from functools import partial
 
 import onnx_ir as ir
 
-from medmoe_edge.bundle_signature import SignatureMaker
+from medmoe_edge.bundle.signature import SignatureMaker
 from medmoe_edge.calibration.formats import Format
 from medmoe_edge.calibration.rounding import round_to_nearest
 from medmoe_edge.export.builder import tensor_of
-from medmoe_edge.export.ort_matmul import lower_matmul
+from medmoe_edge.export.passes.ort_matmul import lower_matmul
 from medmoe_edge.export.quantise import Quantiser, quantise_weights
 
 GROUP = 32
@@ -37,8 +37,8 @@ def quantise_linears(
 ) -> tuple[ir.Model, bool]:
     """Make `MatMulNBits` of every `MatMul` with a wide matrix `[K, N]` that divides into groups.
 
-    Weights are read when they are written, and marked in `signature`. Returns `(model, modified)`; a weight whose scale fp16
-    cannot hold raises `CheckpointError` when it is written.
+    Weights are read, and marked in `signature`, when they are written. Returns
+    `(model, modified)`; a weight whose scale fp16 cannot hold raises `CheckpointError` then.
     """
     linears = {name for name, value in model.graph.initializers.items() if _is_linear(value)}
 
