@@ -22,10 +22,11 @@ from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.embedded import EMBEDDED, bundle_path, is_installed
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.evaluation import verify as verification
+from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import check_exportable, export_bundle
 from medmoe_edge.export.plan import GroupSize, Method, Precision
-from medmoe_edge.pipeline_examples import as_examples
+from medmoe_edge.pipeline_examples import TRAVELLING, as_examples, travelling
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
@@ -120,6 +121,7 @@ def export(
             data=proof_data(data, statistics, folder),
             vision_tower=vision_tower,
             record=True,
+            inputs=travelling(folder / TRAVELLING),
             progress=progress,
         )
         build(statistics=statistics, prove=partial(_prove, measure, found))
@@ -161,6 +163,7 @@ def verify(
     at once as `check_recordable` says.
     """
     check_recordable(bundle, record)
+    recordable = record is None and may_record(bundle)
     model = read_checkpoint(checkpoint, vision_tower=vision_tower)
     others = {_label(name): _peer(name, model) for name in beside}
     data = _data_for(model, source)
@@ -173,6 +176,7 @@ def verify(
             beside=others,
             vision_tower=vision_tower,
             record=record,
+            inputs=travelling(Path(folder, TRAVELLING)) if record or recordable else (),
             progress=progress,
         )
 

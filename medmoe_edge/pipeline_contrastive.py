@@ -13,9 +13,11 @@ from medmoe_edge.bundle.contrastive import ModalityBundle
 from medmoe_edge.calibration.data import read_calibration
 from medmoe_edge.calibration.samples import Sample
 from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
+from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.export.contrastive_build import Precision, Progress, export_modality_bundle
 from medmoe_edge.pipeline import PROOF_SAMPLES, Export, check_recordable
+from medmoe_edge.pipeline_examples import travelling_pictures
 
 
 def export_modality(
@@ -50,7 +52,12 @@ def export_modality(
     found: list[Verification] = []
 
     def prove(bundle: Path) -> None:
-        found.append(verify_modality(bundle, checkpoint, pictures, record=True, progress=progress))
+        inputs = travelling_pictures()
+        found.append(
+            verify_modality(
+                bundle, checkpoint, pictures, record=True, inputs=inputs, progress=progress
+            )
+        )
         if error := found[0].error():
             raise error
 
@@ -73,8 +80,14 @@ def verify_modality_on(
     `InputError` or `DataError` for data that cannot be used.
     """
     check_recordable(bundle, record)
+    recordable = record is None and may_record(bundle)
     return verify_modality(
-        bundle, checkpoint, read_pictures(source), record=record, progress=progress
+        bundle,
+        checkpoint,
+        read_pictures(source),
+        record=record,
+        inputs=travelling_pictures() if record or recordable else (),
+        progress=progress,
     )
 
 

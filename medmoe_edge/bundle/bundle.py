@@ -94,7 +94,7 @@ class AnyBundle(Generic[C]):
 
     @property
     def verification(self) -> Mapping[str, Any] | None:
-        """The record of the last `verify` against the checkpoint, as `evaluation.record` reads it."""
+        """The record of the last `verify` against the checkpoint, as JSON (`evaluation.record`)."""
         record: Mapping[str, Any] | None = self.manifest.get(VERIFICATION)
         return record
 

@@ -77,6 +77,14 @@ def recorded_file(bundle: AnyBundle[Any]) -> str | None:
     return next(filter(RECORDED.fullmatch, bundle.manifest["files"]), None)
 
 
+def signature_of(bundle: AnyBundle[Any]) -> Signature | None:
+    """The checkpoint's marks that travel with a bundle; None where none do.
+
+    Raises `BundleError` for a damaged file.
+    """
+    return None if recorded_file(bundle) is None else read_recorded(bundle).signature
+
+
 def read_recorded(bundle: AnyBundle[Any]) -> Recorded:
     """What travels with a bundle; raises `BundleError` where nothing does, or it is damaged."""
     name = recorded_file(bundle)

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.bundle.contrastive import ModalityBundle, ModalityGates
+from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.contrastive.loading import open_bundle, open_checkpoint
 from medmoe_edge.contrastive.similarity import similarity, unit
 from medmoe_edge.errors import DataError, ModelError
@@ -16,6 +16,7 @@ from medmoe_edge.evaluation.figures import ContrastiveFigures, Share
 from medmoe_edge.evaluation.gates import GateResult, judged, wilson
 from medmoe_edge.evaluation.metrics import bootstrap_interval
 from medmoe_edge.evaluation.record import Source, keep_record, new_record, read_record
+from medmoe_edge.evaluation.recording import Seen, pack_seen
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.image.loading import Image, preprocess
 from medmoe_edge.runtimes.contrastive import Floats, ModalityRuntime, TextFeatures
@@ -40,33 +41,20 @@ class Pictures:
     load: Sequence[Callable[[], Image]]
 
 
-class Seen(NamedTuple):
-    """What is compared of one image: chosen modality and phrase, pooled `[D]`, regions `[R, D]`."""
-
-    modality: int
-    best: int
-    pooled: Floats
-    regions: Floats
-
-    @property
-    def finite(self) -> bool:
-        """Whether its features are."""
-        return bool(np.isfinite(self.pooled).all() and np.isfinite(self.regions).all())
-
-
 def verify_modality(
     folder: Path,
     checkpoint: Path | None = None,
     pictures: Pictures | None = None,
     *,
     record: bool | None = None,
+    inputs: Sequence[Callable[[], Image]] = (),
     progress: Progress | None = None,
 ) -> Verification:
     """Check hashes and every expert and, with `checkpoint` and `pictures`, measure the fidelity.
 
-    What was measured is kept as `verification.verify` keeps it. Raises `ModelError` for a damaged
-    bundle or another checkpoint than its own, `DataError` for no pictures, `ResourceError` where
-    the manifest was to be written and cannot be.
+    What was measured, and `inputs`, are kept as `verify.verify` keeps them. Raises `ModelError` for
+    a damaged bundle or another checkpoint than its own, `DataError` for no pictures,
+    `ResourceError` where the manifest was to be written and cannot be.
     """
     report = progress or (lambda step, done, total: None)
     report("hashes", 0, 1)
@@ -99,7 +87,13 @@ def verify_modality(
     figures, results = judge_seen(pairs(), words, bundle.gates, faults)
     source = Source(pictures.name, pictures.sha256)
     made = new_record(bundle, source, results, faults, figures)
-    bundle, recorded = keep_record(bundle, made, record)
+    packed = None
+    if inputs and record is not False:
+        images = [load() for load in inputs]
+        looked = [look(runtimes[0], texts[0], image) for image in images]
+        travelling = pack_seen(looked, images, words[0], bundle.config.vision)
+        packed = Recorded(signature_of(bundle), *travelling)
+    bundle, recorded = keep_record(bundle, made, record, packed)
     return Verification(bundle, faults, made, recorded=recorded)
 
 

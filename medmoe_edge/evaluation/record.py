@@ -10,6 +10,7 @@ from typing import Any
 from medmoe_edge.bundle.bundle import MANIFEST, AnyBundle, AnyBundleT, write_verification
 from medmoe_edge.bundle.contrastive import ModalityBundle
 from medmoe_edge.bundle.machine import Machine
+from medmoe_edge.bundle.recorded import Recorded, renew_recorded
 from medmoe_edge.config import Config
 from medmoe_edge.embedded import is_installed
 from medmoe_edge.engine.proof import remember, this_machine
@@ -101,16 +102,22 @@ def read_record(bundle: AnyBundle[Any]) -> AnyRecord | None:
 
 
 def keep_record(
-    bundle: AnyBundleT, record: AnyRecord, into_bundle: bool | None = None
+    bundle: AnyBundleT,
+    record: AnyRecord,
+    into_bundle: bool | None = None,
+    inputs: Recorded | None = None,
 ) -> tuple[AnyBundleT, bool]:
     """Put a record into the bundle's manifest; where that may not be, into the user's cache.
 
     Without a word on `into_bundle`, bundles are written to in a place of their own (`may_record`).
-    Returns the bundle as it is now, and whether the record is in it. Raises `ResourceError` where
-    it was to be written and cannot be.
+    `inputs` then take the place of those that travel with the bundle. Returns the bundle as it is
+    now, and whether the record is in it. Raises `ResourceError` where it was to be written and
+    cannot be.
     """
     if may_record(bundle.folder) if into_bundle is None else into_bundle:
-        return write_verification(bundle, record.to_json()), True
+        if inputs is None:
+            return write_verification(bundle, record.to_json()), True
+        return renew_recorded(bundle, inputs, record.to_json()), True
     remember(bundle, record.to_json())
     return bundle, False
 

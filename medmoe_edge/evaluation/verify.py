@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle
+from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.bundle.weights import sweep_weights
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import (
@@ -26,6 +27,7 @@ from medmoe_edge.evaluation.record import (
     new_record,
     read_record,
 )
+from medmoe_edge.evaluation.recording import pack_recording, unpack_recording
 from medmoe_edge.evaluation.sweep import sweep_experts
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
@@ -35,6 +37,9 @@ __all__ = ["Data", "GateResult", "Verification", "judge", "verify"]
 
 Progress = Callable[[str, int, int], None]
 FEW = 5  # faults named in an error
+# What a bundle's mean KL may be on the inputs that travel with it, times what it was on the machine
+# where they were recorded: others that compute exactly stay within 1.5, saturating ones reach 40.
+KL_ROOM, KL_LEAST = 4, 1e-5
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def verify(
     beside: Mapping[str, Callable[[], Runtime]] | None = None,
     vision_tower: Path | None = None,
     record: bool | None = None,
+    inputs: Sequence[Example] = (),
     progress: Progress | None = None,
 ) -> Verification:
     """Check hashes, weights and experts and, with `checkpoint` and `data`, measure the fidelity.
@@ -129,9 +135,10 @@ def verify(
     What was measured is kept, also where a gate fails (see `Verification.error`): in the manifest
     with `record`, and without a word on it where the bundle is the user's own (`keep_record`). The
     gates are those of the bundle's manifest; `beside` makes other runtimes to measure, one after
-    the other. `progress` is called with `(step, done, total)`. Raises `ModelError` for a damaged
-    bundle or another checkpoint than the bundle's own, `InputError` for data that cannot be used,
-    `ResourceError` where the manifest was to be written and cannot be.
+    the other. `inputs` are questions that travel with the bundle from then on, where the record is
+    written into it: never a user's own. `progress` is called with `(step, done, total)`. Raises
+    `ModelError` for a damaged bundle or another checkpoint than the bundle's own, `InputError` for
+    data that cannot be used, `ResourceError` where the manifest was to be written and cannot be.
     """
     report = progress or (lambda step, done, total: None)
     report("hashes", 0, 1)
@@ -144,11 +151,14 @@ def verify(
     if checkpoint is None or data is None:
         return Verification(bundle, _faults(bundle, report), read_record(bundle))
     gates, data_sha256 = bundle.gates, data.sha256()
-    reference = _reference(bundle, checkpoint, data, vision_tower, report)
+    with_inputs = bool(inputs) and record is not False
+    asked = [data.examples, inputs] if with_inputs else [data.examples]
+    reference, *travelling = _reference(bundle, checkpoint, asked, vision_tower, report)
     faults = _faults(bundle, report)
-    fidelity = compare(
-        reference, OrtRuntime(bundle), progress=lambda *at: report("the bundle", *at)
-    )
+    runtime = OrtRuntime(bundle)
+    fidelity = compare(reference, runtime, progress=lambda *at: report("the bundle", *at))
+    packed = _packed(bundle, travelling[0], runtime) if travelling else None
+    del runtime
     others = {
         name: compare(reference, runtime(), progress=lambda *at, name=name: report(name, *at))
         for name, runtime in (beside or {}).items()
@@ -156,7 +166,7 @@ def verify(
     results = judge(fidelity, gates, faults)
     source = Source(data.name, data_sha256)
     made = new_record(bundle, source, results, faults, fidelity)
-    bundle, recorded = keep_record(bundle, made, record)
+    bundle, recorded = keep_record(bundle, made, record, packed)
     return Verification(bundle, faults, made, others, recorded)
 
 
@@ -170,10 +180,26 @@ def _faults(bundle: Bundle, report: Progress) -> list[str]:
     return weights + sweep_experts(bundle)
 
 
+def _packed(bundle: Bundle, recording: Recording, runtime: Runtime) -> Recorded:
+    """What travels with a bundle; how far it is from its checkpoint here bounds it elsewhere."""
+    about, arrays = pack_recording(recording, kl_limit=0.0)
+    made = Recorded(signature_of(bundle), about, arrays)
+    kl = compare(unpack_recording(bundle, made)[0], runtime).overall.kl.mean
+    limit = max(KL_ROOM * kl, KL_LEAST)
+    return replace(made, about={**about, "limits": {"kl": limit}})
+
+
 def _reference(
-    bundle: Bundle, folder: Path, data: Data, vision_tower: Path | None, report: Progress
-) -> Recording:
-    """What the checkpoint says; it is out of memory again when the bundle is opened."""
+    bundle: Bundle,
+    folder: Path,
+    asked: Sequence[Sequence[Example]],
+    vision_tower: Path | None,
+    report: Progress,
+) -> list[Recording]:
+    """What the checkpoint says to each set of questions.
+
+    It is out of memory again when the bundle is opened.
+    """
     try:
         from medmoe_edge.checkpoint.reader import read_checkpoint
         from medmoe_edge.runtimes.torch.eager import EagerRuntime
@@ -187,9 +213,8 @@ def _reference(
             "Give the checkpoint it was exported from, or export this one.",
         )
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    return record(
-        EagerRuntime(checkpoint),
-        tokenizer,
-        data.examples,
-        progress=lambda *at: report("the checkpoint", *at),
-    )
+    runtime = EagerRuntime(checkpoint)
+    return [
+        record(runtime, tokenizer, some, progress=lambda *at: report("the checkpoint", *at))
+        for some in asked
+    ]

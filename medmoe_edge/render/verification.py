@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from medmoe_edge.render.console import show, show_table
+from medmoe_edge.render.console import hint, show, show_table
 
 if TYPE_CHECKING:
     from medmoe_edge.calibration.data import Skipped
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from medmoe_edge.evaluation.ablation_results import Ablation
     from medmoe_edge.evaluation.figures import Answers, Fidelity, Share
     from medmoe_edge.evaluation.gates import GateResult
+    from medmoe_edge.evaluation.quick import Quick
     from medmoe_edge.evaluation.record import AnyRecord
     from medmoe_edge.evaluation.targets import Agreement
     from medmoe_edge.evaluation.verify import Verification
@@ -24,6 +25,7 @@ NONE = "\N{EN DASH}"
 
 def show_verification(verification: "Verification") -> None:
     """The gates, the figures by modality, other candidates beside the bundle, and the verdict."""
+    from medmoe_edge.engine.proof import proven
     from medmoe_edge.evaluation.record import AnswersRecord
 
     name, record = verification.bundle.name, verification.record
@@ -39,10 +41,29 @@ def show_verification(verification: "Verification") -> None:
     if record:
         verdict, style = ("Passed", "green") if verification.passed else ("Failed", "bold red")
         show(f"{verdict}: {_measured(record)}.", style)
+        hint(proven(verification.bundle).hint)
         return
     if not verification.faults:
         show("Its files are whole, its weights and experts sound.")
     show_not_measured()
+
+
+def show_quick(found: "Quick") -> None:
+    """The gates, and the verdict for this machine."""
+    from medmoe_edge.evaluation.figures import Fidelity
+
+    show_gates(f"{found.bundle.name} on this machine", found.gates)
+    for fault in found.faults:
+        show(f"Not sound: {fault}", "red")
+    if found.weights is None:
+        show("It carries no marks of its checkpoint's weights, which were not compared.", "yellow")
+    seen = ""
+    if found.figures is not None:
+        seen = f"{found.figures.images:,} recorded images"
+        if isinstance(found.figures, Fidelity):
+            seen = f"{found.figures.questions:,} questions about {seen}"
+    verdict, style = ("Passed", "green") if found.passed else ("Failed", "bold red")
+    show(f"{verdict} on {found.machine}{seen and ': '}{seen}.", style)
 
 
 def show_not_measured() -> None:
