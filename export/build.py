@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medmoe_edge import __version__
+from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.gates import DEFAULT_GATES

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from medmoe_edge import __version__
+from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.contrastive import DEFAULT_GATES, ModalityBundle

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from medmoe_edge import __version__
+from medmoe_edge._version import __version__
 from medmoe_edge.bundle.machine import CPU_INFO, cpu_features, cpu_name
 from medmoe_edge.device.devices import GB, memory_here
 from medmoe_edge.device.hardware import (
