@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.errors import Refusal
@@ -116,7 +116,7 @@ class Work:
         return picture
 
     def _record(
-        self, upload: Upload, event: str, model: Mapping[str, str], question: str, answer: str
+        self, upload: Upload, event: str, model: Mapping[str, Any], question: str, answer: str
     ) -> None:
         if self._audit is None:
             return
