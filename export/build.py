@@ -12,6 +12,8 @@ from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.gates import DEFAULT_GATES
+from medmoe_edge.bundle.recorded import Recorded, write_recorded
+from medmoe_edge.bundle.signature import SignatureMaker
 from medmoe_edge.calibration.formats import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
@@ -83,15 +85,17 @@ def export_bundle(
     report = progress or (lambda step, done, total: None)
     with atomic_folder(out, force=force, marker=MANIFEST) as folder:
         report(STEPS[0], 0, 1)
-        vision = _write_vision(source, folder, precision)
+        signature = SignatureMaker()
+        vision = _write_vision(source, folder, precision, signature)
         report(STEPS[1], 0, 1)
         _write_embedding(source, folder, precision)
         report(STEPS[2], 0, 1)
         plan = make_plan(source, precision, method, statistics, budget_bits, group)
-        experts = _write_decoder(source, folder, plan, partial(report, STEPS[2]))
+        experts = _write_decoder(source, folder, plan, signature, partial(report, STEPS[2]))
         paging = write_paged_graphs(folder, source.config, experts) if source.config.moe else None
         report(STEPS[3], 0, 1)
         _copy_companions(source, folder)
+        write_recorded(folder, Recorded(signature.signature()))
         name = name or source.folder.resolve().name
         write_manifest(folder, _manifest(source, plan, vision, experts, paging, name))
         if prove is not None:
@@ -124,11 +128,13 @@ def check_exportable(
         )
 
 
-def _write_vision(source: Checkpoint, folder: Path, precision: Precision) -> str:
+def _write_vision(
+    source: Checkpoint, folder: Path, precision: Precision, signature: SignatureMaker
+) -> str:
     """Returns how its weights are stored, in words."""
     model, stored = export_vision(source), "fp32"
     if precision != "fp32":
-        in_8_bits = source.config.vision.kind == "clip" and quantise_linears(model)[1]
+        in_8_bits = source.config.vision.kind == "clip" and quantise_linears(model, signature)[1]
         stored = VISION_INT8 if in_8_bits else VISION
         halve_weights(model)
     save_model(model, folder, "vision")
@@ -147,10 +153,14 @@ def _write_embedding(source: Checkpoint, folder: Path, precision: Precision) -> 
 
 
 def _write_decoder(
-    source: Checkpoint, folder: Path, plan: Plan, progress: Callable[[int, int], None]
+    source: Checkpoint,
+    folder: Path,
+    plan: Plan,
+    signature: SignatureMaker,
+    progress: Callable[[int, int], None],
 ) -> Extents:
     model = DecoderBuilder(source.config, WeightSource(source, plan.factors)).model()
-    quantise_weights(model, plan)
+    quantise_weights(model, plan, signature)
     if source.config.moe is not None:
         lower_moe(model, MoESpec.of(source.config))
     lower_attention(model)

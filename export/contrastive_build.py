@@ -11,6 +11,8 @@ from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.contrastive import DEFAULT_GATES, ModalityBundle
+from medmoe_edge.bundle.recorded import Recorded, write_recorded
+from medmoe_edge.bundle.signature import SignatureMaker
 from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
 from medmoe_edge.config_contrastive import read_scores
 from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
@@ -48,11 +50,13 @@ def export_modality_bundle(
     Tokenizer.from_file(words).check_vocabulary(model.config.text.vocab_size)
     with atomic_folder(out, force=force, marker=MANIFEST) as folder:
         report("image", 0, 1)
-        save_model(_stored(export_image(model), precision), folder, "image")
+        signature = SignatureMaker()
+        save_model(_stored(export_image(model), precision, signature), folder, "image")
         report("text", 0, 1)
-        save_model(_stored(export_text(model), precision), folder, "text")
+        save_model(_stored(export_text(model), precision, signature), folder, "text")
         report("manifest", 0, 1)
         shutil.copyfile(words, folder / words.name)
+        write_recorded(folder, Recorded(signature.signature()))
         card = checkpoint / MODEL_CARD
         if card.is_file():
             shutil.copyfile(card, folder / MODEL_CARD)
@@ -77,8 +81,8 @@ def export_modality_bundle(
     return out
 
 
-def _stored(model: ir.Model, precision: Precision) -> ir.Model:
+def _stored(model: ir.Model, precision: Precision, signature: SignatureMaker) -> ir.Model:
     if precision == "int8":
-        quantise_linears(model)
+        quantise_linears(model, signature)
         halve_weights(model)
     return model

@@ -19,13 +19,14 @@ from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.calibration.tensor_file import writing
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
-from medmoe_edge.embedded import EMBEDDED, bundle_path
+from medmoe_edge.embedded import EMBEDDED, bundle_path, is_installed
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.evaluation import verify as verification
+from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import check_exportable, export_bundle
 from medmoe_edge.export.plan import GroupSize, Method, Precision
-from medmoe_edge.pipeline_examples import as_examples
+from medmoe_edge.pipeline_examples import TRAVELLING, as_examples, travelling
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
@@ -119,6 +120,8 @@ def export(
             checkpoint=checkpoint,
             data=proof_data(data, statistics, folder),
             vision_tower=vision_tower,
+            record=True,
+            inputs=travelling(folder / TRAVELLING),
             progress=progress,
         )
         build(statistics=statistics, prove=partial(_prove, measure, found))
@@ -150,15 +153,17 @@ def verify(
     *,
     beside: Sequence[str] = (),
     vision_tower: Path | None = None,
+    record: bool | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Measure a bundle against its checkpoint on every question of a source; see `verification`.
 
     `beside` names what is measured too: other bundles of the checkpoint, "bitsandbytes-nf4" or
-    "bitsandbytes-int8". Raises what `verification.verify` does, and `ResourceError` at once where
-    the bundle's folder cannot be written.
+    "bitsandbytes-int8". `record` as for `verification.verify`, whose errors pass through; refused
+    at once as `check_recordable` says.
     """
-    _check_writable(bundle)
+    check_recordable(bundle, record)
+    recordable = record is None and may_record(bundle)
     model = read_checkpoint(checkpoint, vision_tower=vision_tower)
     others = {_label(name): _peer(name, model) for name in beside}
     data = _data_for(model, source)
@@ -170,6 +175,8 @@ def verify(
             Data(data.name, list(as_examples(samples, Path(folder)))),
             beside=others,
             vision_tower=vision_tower,
+            record=record,
+            inputs=travelling(Path(folder, TRAVELLING)) if record or recordable else (),
             progress=progress,
         )
 
@@ -193,14 +200,25 @@ def _work_folder(out: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _check_writable(bundle: Path) -> None:
+def check_recordable(bundle: Path, record: bool | None) -> None:
+    """Raise `InputError` where a record is wanted in a bundle that is part of an installation.
+
+    Raises `ResourceError` where one is wanted and the folder cannot be written.
+    """
+    if not record:
+        return
+    if is_installed(bundle):
+        raise InputError(
+            f"{bundle} is part of an installation, whose files are not changed.",
+            "Leave --record out, or verify a copy of the bundle.",
+        )
     try:
         with tempfile.TemporaryFile(dir=bundle):
             pass
     except OSError as error:
         raise ResourceError(
-            f"{bundle} cannot be written ({error.strerror}), and the proof is kept in it.",
-            "Verify a copy of the bundle that you may write to.",
+            f"{bundle} cannot be written ({error.strerror}), and the record was to be kept in it.",
+            "Leave --record out, or verify a copy of the bundle.",
         ) from error
 
 

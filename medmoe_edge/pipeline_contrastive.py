@@ -3,6 +3,7 @@
 Weights in 8-bit groups need no calibration: the images that are named serve for the proof alone.
 """
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from medmoe_edge.bundle.contrastive import ModalityBundle
 from medmoe_edge.calibration.data import read_calibration
 from medmoe_edge.calibration.samples import Sample
 from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
+from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.export.contrastive_build import Precision, Progress, export_modality_bundle
-from medmoe_edge.pipeline import PROOF_SAMPLES, Export
+from medmoe_edge.pipeline import PROOF_SAMPLES, Export, check_recordable
+from medmoe_edge.pipeline_examples import travelling_pictures
 
 
 def export_modality(
@@ -49,23 +52,43 @@ def export_modality(
     found: list[Verification] = []
 
     def prove(bundle: Path) -> None:
-        found.append(verify_modality(bundle, checkpoint, pictures, progress=progress))
+        inputs = travelling_pictures()
+        found.append(
+            verify_modality(
+                bundle, checkpoint, pictures, record=True, inputs=inputs, progress=progress
+            )
+        )
         if error := found[0].error():
             raise error
 
     build(prove=prove)
-    return Export(out, Verification(ModalityBundle.open(out, False), [], found[0].record))
+    bundle = ModalityBundle.open(out, False)
+    return Export(out, dataclasses.replace(found[0], bundle=bundle))
 
 
 def verify_modality_on(
-    bundle: Path, checkpoint: Path, source: str, *, progress: Progress | None = None
+    bundle: Path,
+    checkpoint: Path,
+    source: str,
+    *,
+    record: bool | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Measure a bundle against its checkpoint on the images of a source.
 
     That is a folder, a question file or "builtin". Raises what `verify_modality` does, and
     `InputError` or `DataError` for data that cannot be used.
     """
-    return verify_modality(bundle, checkpoint, read_pictures(source), progress=progress)
+    check_recordable(bundle, record)
+    recordable = record is None and may_record(bundle)
+    return verify_modality(
+        bundle,
+        checkpoint,
+        read_pictures(source),
+        record=record,
+        inputs=travelling_pictures() if record or recordable else (),
+        progress=progress,
+    )
 
 
 def read_pictures(source: str) -> Pictures:

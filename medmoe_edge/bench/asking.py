@@ -18,6 +18,7 @@ from medmoe_edge.bench.timing import seconds
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.data.datasets import Example, read_examples
 from medmoe_edge.engine.engine import Engine, load
+from medmoe_edge.engine.proof import proven
 from medmoe_edge.errors import DataError
 from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.prompt import Tokenizer
@@ -139,4 +140,4 @@ def _steered_engine(path: Path, budget: int | None, prefetch: bool, asking: Aski
 
 def _with(bundle: Bundle, runtime: Runtime) -> Engine:
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    return Engine(runtime, tokenizer, bundle.name, bundle.sha256, bundle.proof)
+    return Engine(runtime, tokenizer, bundle.name, bundle.sha256, proven(bundle))

@@ -52,7 +52,7 @@ def export_modality(
 
 
 def verify_modality(
-    folder: Path, against: Path | None, data: str, progress: Progress
+    folder: Path, against: Path | None, data: str, record: bool | None, progress: Progress
 ) -> "Verification":
     """Check a bundle and, with the checkpoint `against`, measure what quantisation cost."""
     if against is None:
@@ -61,7 +61,9 @@ def verify_modality(
         return check(folder, progress=progress)
     with needs("export"):
         from medmoe_edge import pipeline_contrastive as pipeline_modality
-    return pipeline_modality.verify_modality_on(folder, against, data, progress=progress)
+    return pipeline_modality.verify_modality_on(
+        folder, against, data, record=record, progress=progress
+    )
 
 
 def inspect_modality(folder: Path, as_json: bool) -> None:

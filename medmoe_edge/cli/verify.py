@@ -121,6 +121,21 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(metavar="OUT.html", help="A page with plots.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Instead: prove it on this machine by what travels with it, in under a minute.",
+        ),
+    ] = False,
+    record: Annotated[
+        bool | None,
+        typer.Option(
+            "--record/--no-record",
+            help="Keep the record in the bundle, with inputs for --quick.",
+            show_default="yes, but never in an installation",
+        ),
+    ] = None,
     targets: Annotated[
         Literal["all-available"] | None,
         typer.Option(help="Instead: do the graphs of every target compute the same on DATA?"),
@@ -131,11 +146,16 @@ def verify(
 ) -> None:
     """Check a bundle; with --against, measure what quantisation cost and record it in the bundle.
 
-    A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns.
+    A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns. A bundle that
+    was verified on another kind of machine is proven here with --quick.
     """
     from medmoe_edge.bundle.bundle import model_kind
     from medmoe_edge.embedded import bundle_path, checkpoint_path
 
+    if quick:
+        others = (against, data, beside, report, targets, record, vision_tower)
+        _verify_quick(bundle, as_json, others=any(other is not None for other in others))
+        return
     if targets is not None:
         _verify_targets(
             bundle, data or "builtin", as_json, others=bool(against or beside or report)
@@ -145,6 +165,8 @@ def verify(
         raise InputError(
             "--data and --beside measure against a checkpoint.", "Add --against CHECKPOINT."
         )
+    if against is None and record:
+        raise InputError("There is nothing to record.", "Add --against CHECKPOINT.")
     folder = bundle_path(bundle)
     is_modality = model_kind(folder) == "modality-moe"
     if is_modality:
@@ -155,7 +177,7 @@ def verify(
         if is_modality:
             checkpoint = None if against is None else checkpoint_path(against)
             found = cli_modality_build.verify_modality(
-                folder, checkpoint, data or "builtin", progress
+                folder, checkpoint, data or "builtin", record, progress
             )
         elif against is None:
             from medmoe_edge.evaluation.verify import verify as check
@@ -170,6 +192,7 @@ def verify(
                 data or "builtin",
                 beside=beside or [],
                 vision_tower=vision_tower,
+                record=record,
                 progress=progress,
             )
     write_report(found)
@@ -179,6 +202,24 @@ def verify(
         render_proof.show_verification(found)
         if report:
             render.wrote("the report", report)
+    if error := found.error():
+        raise error
+
+
+def _verify_quick(bundle: str, as_json: bool, *, others: bool) -> None:
+    from medmoe_edge.embedded import bundle_path
+    from medmoe_edge.evaluation.quick import verify_quick
+
+    if others:
+        raise InputError(
+            "--quick proves a bundle by what travels with it.", "Leave the other options out."
+        )
+    with render.working("Reading") as progress:
+        found = verify_quick(bundle_path(bundle), progress=progress)
+    if as_json:
+        render.as_json(found.to_json())
+    else:
+        render_proof.show_quick(found)
     if error := found.error():
         raise error
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from medmoe_edge.render.console import megabytes, show_table, told
+from medmoe_edge.render.console import megabytes, show_table, told, told_verified
 
 if TYPE_CHECKING:
     from medmoe_edge.evaluation.inspection_contrastive import ModalityInspection
@@ -32,4 +32,5 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
     ]
     for name in ("quantisation", "source", "licence", "verification"):
         rows += told(name, getattr(inspection, name))
+    rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)

@@ -345,7 +345,7 @@ def test_bundles_and_baselines_stand_beside(
     exact = found.beside[tiny_bundle().name].overall.kl.mean
     assert exact < 1e-5 < found.beside["bitsandbytes-nf4"].overall.kl.mean
     assert found.record is not None
-    assert found.record["data"]["name"] == "questions.jsonl"
+    assert found.record.data.name == "questions.jsonl"
     assert SECRET not in (bundle / MANIFEST).read_text()
 
 

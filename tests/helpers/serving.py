@@ -34,7 +34,7 @@ class StandIn:
     also one that was not told to its end.
     """
 
-    name, sha256, verification = "stand-in", "0" * 64, "passed"
+    name, sha256, verification, proven = "stand-in", "0" * 64, "passed", None
 
     def __init__(self) -> None:
         self.images: list[tuple[int, ...]] = []
@@ -69,7 +69,7 @@ class StandIn:
 class StandInModality:
     """Finds the first label likeliest, and everything in the upper left corner."""
 
-    name, sha256, verification = "stand-in-modality", "1" * 64, "passed"
+    name, sha256, verification, proven = "stand-in-modality", "1" * 64, "passed", None
 
     def read(self) -> Reading:
         return Reading({"total": 0.1}, MODEL, "xray", {"xray": 1.0}, 0.0, False)

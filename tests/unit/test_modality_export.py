@@ -298,7 +298,7 @@ def test_a_model_unlike_its_checkpoint_fails_each_gate(exported: Exported, tmp_p
     respelt(exported.fp32, tmp_path / "bundle", name, same, source=source)
     found = verify_modality(tmp_path / "bundle", checkpoint, pictures(8))
     assert found.record is not None
-    verdicts = {gate["name"]: gate["verdict"] for gate in found.record["gates"]}
+    verdicts = {gate.name: gate.verdict for gate in found.record.gates}
     assert verdicts.pop("finite") == "met"
     assert set(verdicts.values()) == {"failed"}
     assert isinstance(found.error(), VerificationError)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from medmoe_edge.bundle import machine
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.device import measure as planning_here
 from medmoe_edge.device import measured as planning_measured
@@ -29,7 +30,7 @@ from medmoe_edge.device.costs import (
     vision_operations,
     vision_weights,
 )
-from medmoe_edge.device.devices import DEVICES, Device, Ratings, cpu_name, find_device, memory_here
+from medmoe_edge.device.devices import DEVICES, Device, Ratings, find_device, memory_here
 from medmoe_edge.device.estimate import Speed, make_plan, nominal_speeds, precisions, step_seconds
 from medmoe_edge.device.measure import Bench, measure_speeds, solve
 from medmoe_edge.device.measured import compare
@@ -256,8 +257,8 @@ def test_devices(tmp_path: Path) -> None:
         find_device("orin")
     assert find_device("here").ratings is None
     (tmp_path / "info").write_text("processor : 0\nmodel name\t: A: B\nmodel name : C\n")
-    assert cpu_name(tmp_path / "info") == "A: B"
-    assert cpu_name(tmp_path / "none")
+    assert machine.cpu_name(tmp_path / "info") == "A: B"
+    assert machine.cpu_name(tmp_path / "none")
     (tmp_path / "limit").write_text("1000\n")
     assert memory_here(tmp_path / "limit") == 1000
     (tmp_path / "limit").write_text("max\n")
