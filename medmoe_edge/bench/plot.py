@@ -39,8 +39,7 @@ def write_plot(bench: Bench, file: Path) -> None:
             axes.fill_between(lengths, low, high, color=BLUE, alpha=0.2)
             axes.set(xlabel="prompt, tokens", ylabel=unit, xlim=(0, None), ylim=(0, None))
             axes.spines[["top", "right"]].set_visible(False)
-        machine = f"{bench.machine.cpu}, {bench.machine.threads} threads"
-        figure.suptitle(f"{bench.model} ({bench.precision}) on {machine}")
+        figure.suptitle(f"{bench.model} ({bench.precision}) on {bench.machine}")
         part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
         try:
             figure.savefig(part, format=file.suffix[1:].lower())

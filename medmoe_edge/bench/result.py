@@ -10,20 +10,28 @@ from medmoe_edge.bench.backends import Shape
 from medmoe_edge.bench.measurement import Measured, decode_rate, prefill_rate
 from medmoe_edge.bench.peers import Comparison
 from medmoe_edge.bench.timing import Spread
+from medmoe_edge.machine import Arithmetic
 
 
 @dataclass(frozen=True)
 class Machine:
     """What it was measured on: `bandwidth` of reading its `memory`, in bytes per second.
 
+    `instructions` is the best instruction set that int8 kernels have here (processors of one name
+    differ in it by a factor), `arithmetic` how int8 products are added: see `machine.Machine`.
     `load` is how many processors other programs kept busy in the minute before; None if unknown.
     """
 
     cpu: str
+    instructions: str
+    arithmetic: Arithmetic
     threads: int
     memory: int
     load: float | None
     bandwidth: Spread
+
+    def __str__(self) -> str:
+        return f"{self.cpu} ({self.instructions}, {self.arithmetic} int8), {self.threads} threads"
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,10 @@ from medmoe_edge.bench.timing import Ration, Spread, turn
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.device.costs import Precision, bits_per_weight, step_work
-from medmoe_edge.device.devices import cpu_name, memory_here
+from medmoe_edge.device.devices import memory_here
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
+from medmoe_edge.machine import cpu_flags, cpu_name
+from medmoe_edge.runtimes.ort.arithmetic import int8_arithmetic
 
 ROUNDS = 5
 ALLOWANCE = 30.0  # seconds of everything measured, in which it begins again
@@ -135,7 +137,13 @@ class _Run:
             sha256=self.bundle.sha256,
             precision=self.bundle.manifest["quantisation"]["precision"],
             machine=Machine(
-                cpu_name(), threads(), memory_here(), self.load, Spread.of(self.bandwidth)
+                cpu=cpu_name(),
+                instructions=next(iter(cpu_flags()), "unknown"),
+                arithmetic=int8_arithmetic(),
+                threads=threads(),
+                memory=memory_here(),
+                load=self.load,
+                bandwidth=Spread.of(self.bandwidth),
             ),
             shape=self.shape,
             cold_start=Spread.of(self.cold),

@@ -20,7 +20,7 @@ SWITCHES = {"-q", "--quiet", "-v", "--verbose"}
 ORDER = (  # of the verbs in --help; a panel stands where its first one does
     *("ask", "classify", "locate", "index", "retrieve"),
     *("export", "calibrate", "init", "train", "data"),
-    *("verify", "eval", "ablate", "bench", "inspect"),
+    *("verify", "eval", "bench", "inspect"),
     *("doctor", "plan", "serve", "listen", "batch", "audit"),
 )
 

@@ -211,46 +211,6 @@ def _report_writer(path: Path | None, force: bool) -> "Callable[[Verification], 
     return partial(write_report, path=path)
 
 
-@verb("ablate", "Prove", "ablate run --data data -o ablation")
-def ablate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that train wrote.")],
-    *,
-    data: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the files that the recipe names lie.")
-    ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder; resumed if begun.")
-    ],
-    recipe: Annotated[str, typer.Option(help="The recipe that made the run.")] = "nano",
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(help="One of several; the first is what the others are held against."),
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of phase 3, for each.", show_default="the recipe's")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Train variants of a model's structure alike, and show what each part is worth."""
-    with needs("train"):
-        from medmoe_edge.evaluation import ablation
-        from medmoe_edge.training.recipe import read_recipe
-    with render.bars() as bars:
-        found = ablation.ablate(
-            read_recipe(recipe),
-            run,
-            data,
-            output,
-            variants=variant or ablation.ALL,
-            epochs=epochs,
-            progress=bars,
-        )
-    if as_json:
-        render.as_json(found.to_json())
-    else:
-        render_proof.show_ablation(found)
-
-
 @verb("inspect", "Prove", "inspect nano")
 def inspect(
     model: Annotated[str, typer.Argument(metavar="PATH|nano", help="A bundle or a checkpoint.")],

@@ -15,12 +15,11 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from medmoe_edge._version import __version__
-from medmoe_edge.device.devices import CPU_INFO, GB, cpu_name, memory_here
+from medmoe_edge.device.devices import GB, memory_here
 from medmoe_edge.device.hardware import (
     Gpus,
     Jetson,
     ask_power_mode,
-    cpu_features,
     find_gpus,
     find_jetson,
     too_old,
@@ -35,6 +34,14 @@ from medmoe_edge.device.packages import (
     needed_cuda,
 )
 from medmoe_edge.errors import ResourceError
+from medmoe_edge.machine import (
+    CPU_INFO,
+    OLDEST,
+    Arithmetic,
+    cpu_features,
+    cpu_name,
+    is_older,
+)
 
 MODEL_FILE = Path("/proc/device-tree/model")
 RELEASE_FILE = Path("/etc/nv_tegra_release")
@@ -61,17 +68,26 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Ort:
-    """ONNX Runtime: its version, providers, and the CUDA it was built for; or why it fails."""
+    """ONNX Runtime: its version, providers, and the CUDA it was built for; or why it fails.
+
+    `int8` is how its kernels add int8 products on this processor, as a probe found; None where it
+    does not run.
+    """
 
     version: str | None = None
     providers: tuple[str, ...] = ()
     cuda: str | None = None
     failure: str | None = None
+    int8: Arithmetic | None = None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware and its system; bytes. `driver_loaded`: of NVIDIA, also where NVML is absent."""
+    """The hardware and its system; bytes. `driver_loaded`: of NVIDIA, also where NVML is absent.
+
+    `features` are the instruction sets that int8 and int4 profit from, best first, and whether they
+    are there; empty where the system does not tell.
+    """
 
     system: str
     cpu: str
@@ -100,11 +116,12 @@ class Diagnosis:
         """The machine and the base install, for people."""
         machine, ort = self.machine, self.ort
         features = [name for name, there in machine.features.items() if there]
+        arithmetic = f"{ort.int8}, with " if ort.int8 else ""
         facts = [
             Fact("medmoe-edge", f"{__version__}, Python {platform.python_version()}"),
             Fact("system", machine.system),
             Fact("processor", f"{machine.cpu}, {machine.cores} cores"),
-            Fact("  for int8", ", ".join(features) or "nothing known"),
+            Fact("  int8", arithmetic + (", ".join(features) or "no known extension")),
             Fact("memory", f"{machine.memory / 1e9:.1f} GB"),
             Fact("free on disk", f"{machine.disk_free / 1e9:.1f} GB in {machine.cache}"),
             Fact("ONNX Runtime", ort.version or "cannot be imported"),
@@ -157,6 +174,7 @@ def diagnose(machine: Machine, ort: Ort, version: Versions) -> Diagnosis:
     findings = (
         *_base_findings(ort, version),
         *_cuda_findings(machine, ort, version),
+        *_int8_findings(machine, ort),
         *_machine_findings(machine, version),
     )
     base = {package: version(package) for package in BASE}
@@ -188,9 +206,10 @@ def look_at_onnxruntime() -> Ort:
         runtime = importlib.import_module("onnxruntime")
         build = importlib.import_module("onnxruntime.capi.build_and_package_info")
         providers = tuple(runtime.get_available_providers())
+        int8 = importlib.import_module("medmoe_edge.runtimes.ort.arithmetic").int8_arithmetic()
     except Exception as error:  # a broken install fails in many ways; all mean the same
         return Ort(failure=type(error).__name__)
-    return Ort(runtime.__version__, providers, getattr(build, "cuda_version", None))
+    return Ort(runtime.__version__, providers, getattr(build, "cuda_version", None), None, int8)
 
 
 def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
@@ -202,6 +221,13 @@ def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
             "problem",
             f"ONNX Runtime cannot be imported ({ort.failure}).",
             "pip install --force-reinstall onnxruntime",
+        )
+    elif ort.version and is_older(ort.version):
+        yield Finding(
+            "warning",
+            f"ONNX Runtime {ort.version} is older than {OLDEST}, the oldest that bundles are tried "
+            "with: they may not load, or answer otherwise.",
+            "pip install --upgrade onnxruntime",
         )
 
 
@@ -242,6 +268,29 @@ def _cuda_findings(machine: Machine, ort: Ort, version: Versions) -> Iterator[Fi
         )
 
 
+def _int8_findings(machine: Machine, ort: Ort) -> Iterator[Finding]:
+    """Int8 products are exact where a bundle of this version runs; speed is another matter."""
+    if ort.int8 == "saturating":
+        yield Finding(
+            "hint",
+            "Sums of int8 products saturate on this processor, which has no VNNI. Bundles that "
+            "this version exports are exact all the same; older ones are not, and warn of it.",
+            "Export bundles of earlier versions again: medmoe-edge export",
+        )
+    if machine.features.get("AVX2") is False:
+        yield Finding(
+            "warning",
+            "The processor has no AVX2: answers are exact, but slow; int4 is computed in fp32.",
+            "Prefer int8 bundles.",
+        )
+    if machine.features.get("dotprod") is False:
+        yield Finding(
+            "hint",
+            "The processor has no dotprod: int8 is exact, and int4 is computed in fp32.",
+            "Prefer int8 bundles.",
+        )
+
+
 def _machine_findings(machine: Machine, version: Versions) -> Iterator[Finding]:
     if jetson := machine.jetson:
         if version("onnxruntime-ep-nv-tensorrt-rtx-cu13"):
@@ -256,10 +305,6 @@ def _machine_findings(machine: Machine, version: Versions) -> Iterator[Finding]:
                 f"The power mode {jetson.power_mode} limits the clocks.",
                 "See the modes: nvpmodel -p --verbose; the fastest is usually: nvpmodel -m 0",
             )
-    if machine.features and not any(machine.features.values()):
-        yield Finding(
-            "warning", "The processor lacks what int8 needs: it will be slow.", "Use int4 or fp32."
-        )
     if machine.memory < LITTLE:
         yield Finding("warning", "There is little memory.", "See what fits: medmoe-edge plan")
     if machine.disk_free < LITTLE:

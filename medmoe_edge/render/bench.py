@@ -17,7 +17,7 @@ BUSY = 0.5  # of a machine's threads, from which on other programs matter
 def show_bench(bench: "Bench") -> None:
     """The bundle's own figures, what they grow with, and its peers."""
     machine = bench.machine
-    title = f"{bench.model} ({bench.precision}) on {machine.cpu}, {machine.threads} threads"
+    title = f"{bench.model} ({bench.precision}) on {machine}"
     show_table(title, ["", "", "median", "quartiles"], _figures(bench), left=2)
     show()
     rows = [

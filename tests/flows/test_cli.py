@@ -29,7 +29,7 @@ from medmoe_edge.errors import (
 from medmoe_edge.render import console as render
 
 VERBS = ["ask", "export", "calibrate", "init", "train", "data"]
-VERBS += ["eval", "verify", "ablate", "bench", "inspect", "doctor", "plan"]
+VERBS += ["eval", "verify", "bench", "inspect", "doctor", "plan"]
 VERBS += ["classify", "locate", "index", "retrieve", "serve", "listen", "batch"]
 
 # --- Help --------------------------------------------------------------------------------------
@@ -121,7 +121,6 @@ def test_failures_are_two_lines_and_a_code(
         (["calibrate"], "--data"),
         (["calibrate", "--data", "builtin"], "--output"),
         (["export", "--mixed", "few"], "--mixed"),
-        (["ablate"], "RUN"),
     ],
 )
 def test_bad_usage_says_what_and_where_to_look(run: Run, line: list[str], what: str) -> None:

@@ -66,7 +66,7 @@ def result(**changes: Any) -> Bench:
         model="toy",
         sha256="0" * 64,
         precision="int8",
-        machine=Machine("a CPU", 2, 10**9, 0.1, Spread(1000.0, 900.0, 1100.0, 5)),
+        machine=Machine("a CPU", "AVX2", "exact", 2, 10**9, 0.1, Spread(1000.0, 900.0, 1100.0, 5)),
         shape=SHAPE,
         cold_start=spread(9),
         measured=measured(),
