@@ -15,6 +15,8 @@
 Every error says what was wrong and what to do about it; neither line may carry patient data.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -81,3 +83,17 @@ class MissingDependencyError(ResourceError):
             f"This needs the package {package!r}, which is not installed.",
             f"Install it with: pip install 'medmoe-edge[{extra}]'",
         )
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of what only the packages of an extra can do.
+
+    Raises `MissingDependencyError`, which names the package and the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("medmoe_edge"):
+            raise  # no package to install: a mistake of ours
+        raise MissingDependencyError(error.name.partition(".")[0], extra) from error

@@ -87,9 +87,7 @@ def ablate(
     if epochs is not None:
         recipe = replace(recipe, moe=replace(recipe.moe, epochs=epochs))
     experiment = _Experiment(recipe, run, data, out, progress)
-    entries = [
-        experiment.entry(name) for name in variants
-    ]  # refuses at once
+    entries = [experiment.entry(name) for name in variants]  # refuses at once
     task = progress.add_task("variants", total=len(variants))
     for entry in entries:
         experiment.finish(entry)

@@ -16,7 +16,7 @@ from command_line import ROOT, FakeEngine, Run, raising, start, two_lines
 import medmoe_edge
 from medmoe_edge import cli
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.cli.errors import Commands, needs
+from medmoe_edge.cli.common import Commands
 from medmoe_edge.errors import (
     BundleError,
     DataError,
@@ -25,6 +25,7 @@ from medmoe_edge.errors import (
     ModelError,
     ResourceError,
     VerificationError,
+    needs,
 )
 from medmoe_edge.render import console as render
 
