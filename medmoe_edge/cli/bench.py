@@ -150,7 +150,7 @@ def _way(options: BenchOptions) -> "Way":
     from medmoe_edge.bench import limits, paging, peers, run
     from medmoe_edge.bench.routing import Asking
     from medmoe_edge.device.devices import memory_here
-    from medmoe_edge.runtimes.paging.budget import budget_bytes
+    from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
     data = None if options.data is None else str(options.data.resolve())
     asking = Asking(data, options.follow, options.drop_pages)

@@ -9,11 +9,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from medmoe_edge.archive.indexing import Indexing
-    from medmoe_edge.archive.retrieval import Retrieval
-    from medmoe_edge.contrastive.evaluate import ModalityEvaluation
+    from medmoe_edge.archive.store import Retrieval
+    from medmoe_edge.contrastive.evaluate import Mean, ModalityEvaluation, Share
     from medmoe_edge.contrastive.evaluate import Retrieval as RetrievalScores
     from medmoe_edge.contrastive.results import Classification, Location, Reading
-    from medmoe_edge.contrastive.shares import Mean, Share
     from medmoe_edge.evaluation.inspection_contrastive import ModalityInspection
 
 SHOWN = 20  # of many labels; --json has them all

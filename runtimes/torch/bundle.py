@@ -1,4 +1,11 @@
-"""A portable bundle in PyTorch, from its own weights: no checkpoint is read.
+"""A bundle's parameters as PyTorch's tensors, read from its own graphs one by one.
+
+Modules that compute with the integers a bundle stores, in the plugin's kernels.
+
+No weight is ever unpacked to memory: a product reads the stored bytes, of experts the chosen ones
+only. Needs Triton, and tensors on CUDA.
+
+A portable bundle in PyTorch, from its own weights: no checkpoint is read.
 
 On CUDA activations are fp16, and what is stored in int8, or in int4 in groups of 32 or 128, stays
 as it is stored: the kernels of `export/plugin` read those very bytes, of experts the chosen ones.
@@ -10,7 +17,10 @@ On the CPU, where Triton does not run, everything is dequantised to fp32: slow, 
 """
 
 import logging
+from typing import NamedTuple, Self, cast
 
+import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +28,167 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.target import DEFAULT
 from medmoe_edge.errors import ModelError
 from medmoe_edge.export.moe_op import ACTIVATIONS
+from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights
+from medmoe_edge.kernels import launch
+from medmoe_edge.kernels.variant import PARTS, TILES, Kernel, group_of
 from medmoe_edge.models.med_moe import MedMoE
-from medmoe_edge.runtimes.base import Cache, Floats, Step
-from medmoe_edge.runtimes.embedding import EmbeddingTable
+from medmoe_edge.models.moe import MoE, route
+from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Floats, Step
 from medmoe_edge.runtimes.torch.eager import EagerCache, EagerRuntime, TorchDevice, check_device
-from medmoe_edge.runtimes.torch.weights import BundleWeights
+
+
+class Stored(NamedTuple):
+    """A parameter as it lies in a bundle: floats, or integers of so many `bits` and their scale.
+
+    Integers are int8 `[K, N]` with scales `[N]`, or unsigned and packed along K as `[N, groups,
+    bytes]`, the first lowest, zero point in the middle, with scales `[N, groups]`.
+    """
+
+    matrix: ir.TensorProtocol
+    scale: ir.TensorProtocol | None = None
+    bits: int = 8
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the plugin's kernels take it as it is stored."""
+        shape = self.matrix.shape.numpy()
+        if self.scale is None or len(shape) == 2:
+            return self.scale is not None
+        return self.bits == 4 and group_of(shape) in TILES
+
+
+class BundleWeights:
+    """The weights under the checkpoint's names, on a device."""
+
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        self.bundle, self.device = bundle, device
+        self._vision = StoredWeights(bundle.path("vision.onnx"))
+        self._decoder = StoredWeights(bundle.path("decoder.onnx"))
+        self._names = {*self._vision.names_under(""), *self._decoder.names_under("")}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the graphs read it."""
+        return name in self._names
+
+    def floats(self, name: str) -> Tensor:
+        """A parameter in fp32, matrices `[in, out]` as the graphs have them, maybe dequantised."""
+        matrix, scale, bits = self.stored(name)
+        scales = None if scale is None else self.tensor(scale)
+        return dequantise(self.tensor(matrix), scales, bits)
+
+    def stored(self, name: str) -> Stored:
+        """A parameter as the graphs store it; raises `BundleError` where its scale is missing."""
+        weights = self._decoder if name.startswith("decoder.") else self._vision
+        tensors, packed = weights.tensors, f"{name}{PACKED}"
+        if weights.quantised(name) is None:
+            return Stored(tensors[name])
+        if packed in tensors:
+            return Stored(tensors[packed], tensors[f"{name}{GROUP_SCALE}"], weights.bits[packed])
+        return Stored(tensors[name], tensors[f"{name}{SCALE}"])
+
+    def has_kernel(self, name: str) -> bool:
+        """Whether the plugin's kernels take this weight of the decoder as it is stored."""
+        return name.startswith("decoder.") and name in self and self.stored(name).has_kernel
+
+    def for_kernel(self, name: str) -> tuple[Tensor, Tensor]:
+        """The bytes and scales of a weight that `has_kernel`, see `export.plugin`."""
+        matrix, scale, _ = self.stored(name)
+        assert scale is not None
+        return self.tensor(matrix), self.tensor(scale)
+
+    def tensor(self, tensor: ir.TensorProtocol) -> Tensor:
+        """What is stored, on the device."""
+        return torch.from_numpy(np.array(tensor.numpy())).to(self.device)  # the file is mapped
+
+
+def dequantise(matrix: Tensor, scale: Tensor | None, bits: int) -> Tensor:
+    """What is `Stored` in fp32, a matrix as `[K, N]`."""
+    if scale is None:
+        return matrix.float()
+    if scale.ndim == 1:
+        return matrix.float() * scale
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=matrix.device)
+    integers = (matrix[..., None] >> shifts) & (2**bits - 1)  # [N, groups, bytes, 8 / bits]
+    centred = integers.flatten(2).float() - 2 ** (bits - 1)  # [N, groups, group]
+    weight: Tensor = centred * scale.float()[..., None]
+    return weight.flatten(1).T.contiguous()
+
+
+class StoredLinear(nn.Module):
+    """In the place of `nn.Linear`: `[..., K]` to `[..., N]` in `dtype`, fp16 or bf16.
+
+    `matrix`, `scale` and a bias of that dtype are as the docstring of `export.plugin` has them.
+    """
+
+    def __init__(
+        self, matrix: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.parts = [matrix, scale, *([] if bias is None else [bias])]
+
+    @property
+    def form(self) -> tuple[torch.dtype, torch.Size]:
+        """Matrices of the same form can go through one kernel together."""
+        return self.parts[0].dtype, self.parts[0].shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x W + b`."""
+        y = launch.linear(x.flatten(0, -2).to(self.dtype), self.parts)
+        return y.view(*x.shape[:-1], -1)
+
+
+class StoredMoE(MoE):
+    """The layer of a `MoE` whose experts all consist of `StoredLinear`s, of the same forms."""
+
+    def __init__(self, moe: MoE, activation: str, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.top_k, self.noise = moe.top_k, moe.noise
+        self.router, self.coefficient = moe.router, moe.coefficient
+        self.experts, self.meta = moe.experts, moe.meta
+        self.activation, self.dtype = activation, dtype
+
+    @classmethod
+    def of(cls, moe: MoE, activation: str, dtype: torch.dtype) -> Self | None:
+        """The layer in the kernels; None where they cannot run its experts together."""
+        forms = [
+            [linear.form if isinstance(linear, StoredLinear) else None for linear in linears]
+            for linears in map(nn.Module.children, _experts(moe))
+        ]
+        alike = None not in forms[0] and all(form == forms[0] for form in forms)
+        return cls(moe, activation, dtype) if alike else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]` in `dtype`; the meta expert is one more, that everyone takes."""
+        tokens = x.flatten(0, -2)  # [T, D]
+        gates, chosen = route(self.router_logits(tokens), self.top_k, self.noise)
+        if self.meta is not None:
+            share = torch.ones_like(gates[:, :1])
+            if self.coefficient is not None:
+                with torch.autocast(x.device.type, enabled=False):
+                    mix = self.coefficient(tokens.float()).softmax(-1)  # [T, 2]
+                gates, share = gates * mix[:, :1], share + mix[:, 1:]
+            last = torch.full_like(chosen[:, :1], len(self.experts))
+            gates, chosen = torch.cat((gates, share), -1), torch.cat((chosen, last), -1)
+        first, second = self._parts("hidden"), self._parts("output")
+        y = launch.feed_forward(
+            tokens.to(self.dtype), chosen, gates, first, second, self.activation
+        )
+        return y.view_as(x)
+
+    def _parts(self, kernel: Kernel) -> list[list[Tensor]]:
+        """What a kernel takes, of every expert."""
+        matrices = [part for part in PARTS[kernel, self.activation] if "." not in part]
+        return [
+            [part for name in matrices for part in cast(StoredLinear, getattr(expert, name)).parts]
+            for expert in _experts(self)
+        ]
+
+
+def _experts(moe: MoE) -> list[nn.Module]:
+    """The routed ones, then the meta expert."""
+    return [*moe.experts, *([] if moe.meta is None else [moe.meta])]
+
 
 KEPT_FP32 = ("vision.", "projector.", ".router.", ".coefficient.", "norm.")
 
@@ -87,7 +253,6 @@ def use_kernels(model: MedMoE, weights: BundleWeights, dtype: torch.dtype) -> No
     ]
     if not linears:
         return
-    from medmoe_edge.runtimes.torch.kernels import StoredLinear, StoredMoE  # needs Triton
 
     for name, linear in linears:
         bias = None if linear.bias is None else weights.floats(f"{name}.bias").to(dtype)

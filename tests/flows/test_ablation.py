@@ -19,7 +19,7 @@ from experiments.ablation import run as ablation
 from experiments.ablation.run import ALL, ablate
 from experiments.ablation.variants import widen
 from medmoe_edge.errors import DataError, InputError
-from medmoe_edge.models import phi, stablelm
+from medmoe_edge.models.decoder import PhiFeedForward, StableLmFeedForward
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.run import train
@@ -122,13 +122,15 @@ def test_the_command_resumes_and_refuses(
         ablate(RECIPE, run, data, tmp_path, variants=("top-9",), progress=Progress(disable=True))
 
 
-@pytest.mark.parametrize(("feed_forward", "kind"), [(stablelm, "stablelm"), (phi, "phi")])
+@pytest.mark.parametrize(
+    ("feed_forward", "kind"), [(StableLmFeedForward, "stablelm"), (PhiFeedForward, "phi")]
+)
 @pytest.mark.parametrize("copies", [1, 2, 5])
 def test_a_widened_layer_computes_the_same(feed_forward: Any, kind: Any, copies: int) -> None:
     torch.manual_seed(0)
     config = replace(CONFIG.decoder, kind=kind, hidden_size=64, intermediate_size=64)
-    narrow = feed_forward.FeedForward(config)
-    wide = feed_forward.FeedForward(replace(config, intermediate_size=64 * copies))
+    narrow = feed_forward(config)
+    wide = feed_forward(replace(config, intermediate_size=64 * copies))
     widen(narrow, wide, total=2.0)
     x = torch.randn(7, 64)
     torch.testing.assert_close(wide(x), 2 * narrow(x), atol=1e-5, rtol=1e-5)
@@ -137,8 +139,8 @@ def test_a_widened_layer_computes_the_same(feed_forward: Any, kind: Any, copies:
 def test_the_copies_of_a_unit_grow_apart() -> None:
     """Equal copies would get equal gradients and never become two units."""
     torch.manual_seed(0)
-    wide = stablelm.FeedForward(replace(CONFIG.decoder, intermediate_size=64))
-    widen(stablelm.FeedForward(CONFIG.decoder), wide, total=2.0)
+    wide = StableLmFeedForward(replace(CONFIG.decoder, intermediate_size=64))
+    widen(StableLmFeedForward(CONFIG.decoder), wide, total=2.0)
     wide(torch.randn(7, 64)).square().sum().backward()
     assert wide.gate.weight.grad is not None
     first, second = wide.gate.weight.grad.view(2, 32, 64)

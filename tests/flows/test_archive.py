@@ -14,11 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from medmoe_edge.archive.archive import Archive
-from medmoe_edge.archive.indexing import Indexing, index_folder
-from medmoe_edge.archive.retrieval import is_image, retrieve
-from medmoe_edge.archive.store import DATABASE, VECTORS, Entry, Vector
-from medmoe_edge.archive.writing import ArchiveWriter
+from medmoe_edge.archive.indexing import ArchiveWriter, Indexing, index_folder
+from medmoe_edge.archive.store import DATABASE, VECTORS, Archive, Entry, Vector, is_image, retrieve
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.results import Reading
 from medmoe_edge.errors import ImageError, InputError, ResourceError

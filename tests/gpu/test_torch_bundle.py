@@ -29,15 +29,14 @@ from medmoe_edge.errors import BundleError, MissingDependencyError, ModelError, 
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights, specification
 from medmoe_edge.image.loading import Image
-from medmoe_edge.kernels.ahead_of_time import compile_kernel
+from medmoe_edge.kernels.tensorrt_plugin import compile_kernel
 from medmoe_edge.kernels.variant import Variant
 from medmoe_edge.models.moe import MoE
 from medmoe_edge.runtimes.base import Floats, Runtime, Step
 from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
+from medmoe_edge.runtimes.torch.bundle import StoredLinear, StoredMoE, TorchBundleRuntime
 from medmoe_edge.runtimes.torch.eager import TorchDevice
-from medmoe_edge.runtimes.torch.kernels import StoredLinear, StoredMoE
 
 Make = Callable[..., Path]
 RUNTIMES: tuple[RuntimeName, ...] = ("torch", "onnxruntime")
