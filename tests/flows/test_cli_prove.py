@@ -13,7 +13,7 @@ from command_line import Run, start_without, two_lines
 from medmoe_edge import pipeline
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle, write_verification
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.render import verification as render_proof
+from medmoe_edge.render import verification as render_verification
 
 Make = Callable[..., Path]
 
@@ -237,7 +237,7 @@ def test_a_missing_package_names_its_extra(package: str, line: list[str], extra:
 
 def test_tables_leave_out_what_nobody_measured(capsys: pytest.CaptureFixture[str]) -> None:
     answers = {"n": 3, "answer_agreement": {"share": 1.0}, "kl": {"mean": 0.0}, "accuracy": None}
-    render_proof._show_modalities({"routing": None, "by_modality": {"ct": answers}})
+    render_verification._show_modalities({"routing": None, "by_modality": {"ct": answers}})
     header = capsys.readouterr().out.splitlines()[0].split()
     assert header == ["modality", "questions", "answers", "agree", "KL,", "nats"]
 
