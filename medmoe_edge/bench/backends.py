@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image as Pillow
 
-from medmoe_edge.bench import machine
+from medmoe_edge.bench import measurement
 from medmoe_edge.bench.measurement import Shape, seconds
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.config import ModelConfig
@@ -91,7 +91,7 @@ class LlamaBackend:
     """A GGUF in llama.cpp, with its defaults; image tokens are text to it, and it has no tower."""
 
     def __init__(self, path: Path, config: ModelConfig, shape: Shape) -> None:
-        self.shape, tokens, threads = shape, shape.prompt + shape.new, machine.threads()
+        self.shape, tokens, threads = shape, shape.prompt + shape.new, measurement.threads()
         self.ids = _tokens(config.decoder.vocab_size, tokens)
         llama: Any = importlib.import_module("llama_cpp")  # typed where it is not built
         options = {"n_ctx": tokens, "n_threads": threads, "n_threads_batch": threads}
@@ -140,7 +140,7 @@ def open_backend(kind: Kind, path: Path, form: str, config: ModelConfig, shape: 
 
     from medmoe_edge.checkpoint.reader import read_checkpoint
 
-    torch.set_num_threads(machine.threads())
+    torch.set_num_threads(measurement.threads())
     checkpoint = read_checkpoint(path)
     if checkpoint.config != config:
         raise ModelError(

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from medmoe_edge.bench import machine, worker
+from medmoe_edge.bench import measurement, worker
 from medmoe_edge.bench.backends import Kind
 from medmoe_edge.bench.measurement import Allowance, Measured, Shape
 from medmoe_edge.bench.worker import Measurement, Worker
@@ -210,15 +210,15 @@ def compare(peer: Peer, materials: Materials, shape: Shape, rounds: int) -> Comp
 
 
 def _turn(measured: Mapping[Worker, Measurement]) -> None:
-    for own, measurement in measured.items():
-        measurement.turn(own)
+    for own, gathered in measured.items():
+        gathered.turn(own)
 
 
 def _too_large(peer: Peer, bundle: Bundle) -> str | None:
     weights = sum(part.weights for part in decoder_parts(bundle.config).values())
     if peer.kind != "llama":
         weights += vision_weights(bundle.config)
-    needed, free = BESIDE * peer.bytes * weights, machine.available()
+    needed, free = BESIDE * peer.bytes * weights, measurement.available()
     if needed < free:
         return None
     return f"It needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free."

@@ -17,17 +17,16 @@ import psutil
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.bench import measurement, worker
 from medmoe_edge.bench.backends import QUESTION, find_bundle, save_picture, shape_of
-from medmoe_edge.bench.machine import Stream, threads
-from medmoe_edge.bench.measurement import Allowance, Measured, Shape, Spread
+from medmoe_edge.bench.measurement import Allowance, Measured, Shape, Spread, Stream
 from medmoe_edge.bench.peers import Comparison, Materials, Peer, compare
 from medmoe_edge.bench.worker import Measurement, Worker
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.machine import Arithmetic, cpu_flags, cpu_name
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.device.costs import Precision, bits_per_weight, step_work
 from medmoe_edge.device.devices import memory_here
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
-from medmoe_edge.machine import Arithmetic, cpu_flags, cpu_name
-from medmoe_edge.runtimes.ort.arithmetic import int8_arithmetic
+from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 
 ROUNDS = 5
 ALLOWANCE = 30.0  # seconds of everything measured, in which it is repeated
@@ -259,7 +258,7 @@ class _Run:
                 cpu=cpu_name(),
                 instructions=next(iter(cpu_flags()), "unknown"),
                 arithmetic=int8_arithmetic(),
-                threads=threads(),
+                threads=measurement.threads(),
                 memory=memory_here(),
                 load=self.load,
                 bandwidth=Spread.of(self.bandwidth),

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
-from medmoe_edge.bench import machine, measurement
+from medmoe_edge.bench import measurement
 from medmoe_edge.bench.backends import BundleBackend, Kind, open_backend
 from medmoe_edge.bench.measurement import Measured, Shape, Spread, seconds, turn
 from medmoe_edge.bench.routing import Asking, Session
@@ -211,7 +211,7 @@ class Requests:
 
     def prefill(self, tokens: int) -> list[float]:
         """Seconds of prefills of so many tokens; only of bundles."""
-        machine.reset_peak()
+        measurement.reset_peak()
         return turn(lambda: self._bundle().prefill(tokens))
 
     def ask(self, questions: int) -> list[float]:
@@ -219,12 +219,12 @@ class Requests:
         return turn(lambda: self._bundle().ask(questions))
 
     def memory(self) -> dict[str, int | None]:
-        """See `machine.memory`; the peak is since the model was loaded or the last prefill."""
-        return machine.memory()
+        """See `measurement.memory`; the peak is since the model was loaded or the last prefill."""
+        return measurement.memory()
 
     def storage(self) -> dict[str, int | None]:
-        """See `machine.storage`."""
-        return machine.storage()
+        """See `measurement.storage`."""
+        return measurement.storage()
 
     def open_session(
         self, path: str, budget: int | None, prefetch: bool, asking: Mapping[str, Any]
@@ -269,8 +269,8 @@ class Requests:
 
 def _opened(make: Callable[[], None]) -> dict[str, Any]:
     """Seconds and the peak of loading; the peak of what follows begins anew."""
-    told = {"load": seconds(make), "peak": machine.peak()}
-    machine.reset_peak()
+    told = {"load": seconds(make), "peak": measurement.peak()}
+    measurement.reset_peak()
     return told
 
 

@@ -129,9 +129,9 @@ def bench(
         *(peers, peer or (), checkpoint, memory_limit, paging, soak, memory_budget),
         *(data, follow, drop_pages, rounds, plot),
     )
+    options.check()
     if plot:
         check_output(plot, force)
-    options.check()
     with needs("bench"):
         measure, show = _way(options)
     with render.working("Starting") as progress:

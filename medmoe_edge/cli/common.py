@@ -36,7 +36,8 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The verbs in the order of the help."""
-        return sorted(super().list_commands(ctx), key=ORDER.index)
+        places = {name: place for place, name in enumerate(ORDER)}
+        return sorted(super().list_commands(ctx), key=lambda name: places.get(name, len(ORDER)))
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         """Run one command line and exit; -q and -v may stand anywhere before `--`."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medmoe_edge.bundle.machine import cpu_name
 from medmoe_edge.errors import InputError
-from medmoe_edge.machine import cpu_name
 
 GB = 10**9
 TERA = 10**12

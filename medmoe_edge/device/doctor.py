@@ -18,6 +18,14 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from medmoe_edge._version import __version__
+from medmoe_edge.bundle.machine import (
+    CPU_INFO,
+    OLDEST,
+    Arithmetic,
+    cpu_features,
+    cpu_name,
+    is_older,
+)
 from medmoe_edge.device.devices import GB, memory_here
 from medmoe_edge.device.hardware import (
     Gpus,
@@ -28,14 +36,6 @@ from medmoe_edge.device.hardware import (
     too_old,
 )
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.machine import (
-    CPU_INFO,
-    OLDEST,
-    Arithmetic,
-    cpu_features,
-    cpu_name,
-    is_older,
-)
 
 MODEL_FILE = Path("/proc/device-tree/model")
 RELEASE_FILE = Path("/etc/nv_tegra_release")
@@ -252,7 +252,7 @@ def look_at_onnxruntime() -> Ort:
         runtime = importlib.import_module("onnxruntime")
         build = importlib.import_module("onnxruntime.capi.build_and_package_info")
         providers = tuple(runtime.get_available_providers())
-        int8 = importlib.import_module("medmoe_edge.runtimes.ort.arithmetic").int8_arithmetic()
+        int8 = importlib.import_module("medmoe_edge.runtimes.arithmetic").int8_arithmetic()
     except Exception as error:  # a broken install fails in many ways; all mean the same
         return Ort(failure=type(error).__name__)
     return Ort(runtime.__version__, providers, getattr(build, "cuda_version", None), None, int8)
@@ -262,7 +262,11 @@ def look_at_onnxruntime() -> Ort:
 def requirements() -> Mapping[str, tuple[str, ...]]:
     """The packages that each extra adds, from our own metadata; those of the base under ""."""
     found: dict[str, tuple[str, ...]] = {"": ()}
-    for line in importlib.metadata.requires("medmoe-edge") or ():
+    try:
+        lines = importlib.metadata.requires("medmoe-edge") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that was not installed
+        lines = []
+    for line in lines:
         if (match := REQUIREMENT.fullmatch(line)) and match[1] != "medmoe-edge":
             extra = match[2] or ""
             found[extra] = (*found.get(extra, ()), match[1])
@@ -273,8 +277,9 @@ def find_extras(version: Versions) -> list[Extra]:
     """Every extra with what is there of it."""
     required = requirements()
     return [
-        Extra(name, purpose, *_sorted(required.get(name, ()), version))
+        Extra(name, purpose, *_sorted(required[name], version))
         for name, purpose in PURPOSES.items()
+        if name in required
     ]
 
 
@@ -315,6 +320,12 @@ def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
             "problem",
             f"ONNX Runtime cannot be imported ({ort.failure}).",
             "pip install --force-reinstall onnxruntime",
+        )
+    elif not requirements()[""]:
+        yield Finding(
+            "hint",
+            "This is a checkout that was not installed: nothing is known of its extras.",
+            "pip install -e .",
         )
     elif ort.version and is_older(ort.version):
         yield Finding(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import pytest
 
-from medmoe_edge.bench import machine, measurement, worker
+from medmoe_edge.bench import measurement, worker
 from medmoe_edge.bench.worker import Requests
 from medmoe_edge.errors import MedMoEError, ResourceError
 
@@ -49,6 +49,6 @@ def without_processes(monkeypatch: pytest.MonkeyPatch) -> list[InProcess]:
     monkeypatch.setattr(worker, "cold_start", lambda arguments: 0.5)
     monkeypatch.setattr(measurement, "SLOT", 0.0)
     monkeypatch.setattr(measurement, "REST", 0.0)
-    monkeypatch.setattr(machine, "STREAMED", 2**12)
-    monkeypatch.setattr(machine, "threads", lambda: 1)  # torch keeps what it is told
+    monkeypatch.setattr(measurement, "STREAMED", 2**12)
+    monkeypatch.setattr(measurement, "threads", lambda: 1)  # torch keeps what it is told
     return started

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from in_process import InProcess, without_processes
 
 from medmoe_edge.bench import gguf as bench_gguf
-from medmoe_edge.bench import machine, measurement
+from medmoe_edge.bench import measurement
 from medmoe_edge.bench import run as bench
 from medmoe_edge.bench import worker as processes
 from medmoe_edge.bench.backends import LlamaBackend, shape_of
@@ -167,28 +167,28 @@ def test_decode_reads_the_weights_and_the_cache(tiny_bundle: Make) -> None:
 
 def test_memory_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "status").write_text("Name:\tVmRSS\nVmHWM:\t   300 kB\nVmRSS:\t   200 kB\n")
-    monkeypatch.setattr(machine, "STATUS", tmp_path / "status")
-    assert machine.peak() == 300 * 1024
-    monkeypatch.setattr(machine, "STATUS", tmp_path / "none")
-    assert machine.peak() is None
-    assert machine.available() > 2**20
-    assert machine.threads() >= 1
+    monkeypatch.setattr(measurement, "STATUS", tmp_path / "status")
+    assert measurement.peak() == 300 * 1024
+    monkeypatch.setattr(measurement, "STATUS", tmp_path / "none")
+    assert measurement.peak() is None
+    assert measurement.available() > 2**20
+    assert measurement.threads() >= 1
 
 
-@pytest.mark.skipif(not machine.LINUX, reason="storage is counted on Linux")
+@pytest.mark.skipif(not measurement.LINUX, reason="storage is counted on Linux")
 def test_what_storage_brings_is_counted(tmp_path: Path) -> None:
-    before = machine.storage()
+    before = measurement.storage()
     assert set(before) == {"faults", "read"}
     assert all(count is not None and count >= 0 for count in before.values())
 
 
-@pytest.mark.skipif(not machine.CLEAR.exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not measurement.CLEAR.exists(), reason="needs Linux's /proc")
 def test_a_peak_begins_anew() -> None:
     held = np.ones(2**24)  # 128 MiB
     del held
-    before = machine.memory()
-    machine.reset_peak()
-    after = machine.memory()
+    before = measurement.memory()
+    measurement.reset_peak()
+    after = measurement.memory()
     assert before["peak"] is not None
     assert before["resident"] is not None
     assert after["peak"] is not None
@@ -422,7 +422,7 @@ def test_a_peer_that_cannot_be_measured_is_a_result(
         wrong = compare(peer("torch-fp32"), materials, SHAPE, 1)
         assert wrong.state == "failed"
         assert "another model" in wrong.why
-        monkeypatch.setattr(machine, "available", lambda: 10**6)
+        monkeypatch.setattr(measurement, "available", lambda: 10**6)
         short = compare(peer("torch-fp32"), materials, SHAPE, 1)
         assert short.state == "not enough memory"
         assert short.why.endswith("0.0 GB are free.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from medmoe_edge.bundle.machine import OLDEST, cpu_features, is_older
 from medmoe_edge.device.doctor import (
     PURPOSES,
     Diagnosis,
@@ -34,7 +35,7 @@ from medmoe_edge.device.hardware import (
     find_jetson,
     too_old,
 )
-from medmoe_edge.machine import cpu_features
+from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 
 ROOT = Path(__file__).parents[2]
 RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: x\n"
@@ -52,7 +53,7 @@ MACHINE = Machine(
     gpus=None,
     jetson=None,
 )
-ORT = Ort("1.31.1", ("CPUExecutionProvider",))
+ORT = Ort("1.31.1", ("CPUExecutionProvider",), int8="exact")
 CUDA = Ort("1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"), cuda="13.0")
 
 
@@ -76,9 +77,19 @@ def changed(**values: Any) -> Machine:
 # --- packages -------------------------------------------------------------------------------------
 
 
+def test_the_oldest_onnxruntime_is_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert f"onnxruntime>={OLDEST}" in project["dependencies"]
+    assert not is_older(importlib.metadata.version("onnxruntime"))
+    assert [is_older(v) for v in ("1.9.1", "1.23.2", "1.24.0", "1.100", "2.0.dev1")] == [
+        *(True, True),
+        *(False, False, False),
+    ]
+
+
 def test_every_extra_of_the_project_has_a_purpose() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert set(PURPOSES) == set(project["optional-dependencies"]) - {"test", "dev"}
+    assert set(PURPOSES) == set(project["optional-dependencies"]) - {"test", "docs", "dev"}
 
 
 def test_requirements_are_read_from_our_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +107,14 @@ def test_requirements_are_read_from_our_metadata(monkeypatch: pytest.MonkeyPatch
         "gpu": ("onnxruntime-gpu",),
         "ray": ("ray",),
     }
+
+    def unknown(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", unknown)
+    requirements.cache_clear()
+    assert find_extras(versions()) == []
+    assert [(level, "not installed" in what) for level, what in told()] == [("hint", True)]
     requirements.cache_clear()
 
 
@@ -136,7 +155,10 @@ def test_cuda_that_packages_need(
 
 def test_cpu_features() -> None:
     x86 = "model name : A\nflags\t\t: fpu avx2 avx512_vnni\nflags : amx_int8\n"
-    assert [name for name, here in cpu_features(x86).items() if here] == ["AVX-512 VNNI", "AVX2"]
+    assert cpu_features(x86) == {
+        **{"AMX int8": False, "AVX-512 VNNI": True, "AVX-VNNI": False},
+        **{"AVX-512": False, "AVX2": True},
+    }
     assert cpu_features("Features : fp asimd asimddp\n") == {"i8mm": False, "dotprod": True}
     assert cpu_features("") == {}
 
@@ -263,7 +285,16 @@ def test_problems_end_with_an_error() -> None:
             *(ORT, {"onnxruntime_ep_nv_tensorrt_rtx_cu13": "0.5"}),
             *("warning", "does not run on a Jetson"),
         ),
-        (changed(features={"AVX2": False}), ORT, {}, "warning", "has no AVX2"),
+        (changed(features={"AVX2": False}), ORT, {}, "warning", "no AVX2: answers are exact, but"),
+        (changed(features={"dotprod": False}), ORT, {}, "hint", "no dotprod: int8 is exact"),
+        (
+            MACHINE,
+            dataclasses.replace(ORT, int8="saturating"),
+            {},
+            "hint",
+            "products saturate",
+        ),
+        (MACHINE, dataclasses.replace(ORT, version="1.23.2"), {}, "warning", "older than 1.24"),
         (changed(memory=10**9), ORT, {}, "warning", "little memory"),
         (changed(disk_free=10**9), ORT, {}, "warning", "little room"),
     ],
@@ -282,6 +313,7 @@ def test_what_does_not_meet(
         (changed(jetson=Jetson("Orin", "36.4.3", "MAXN")), ORT, {"tensorrt": "11"}),
         (changed(jetson=Jetson("Orin", None, None)), ORT, {}),
         (changed(features={}), ORT, {}),
+        (changed(features={"i8mm": False, "dotprod": True}), ORT, {}),
     ],
 )
 def test_what_meets(machine: Machine, ort: Ort, packages: dict[str, str]) -> None:
@@ -299,7 +331,8 @@ def test_facts_name_the_devices() -> None:
     assert (jetson["Jetson"], jetson["  L4T"]) == ("Orin Nano", "36.4.3, power mode 15W")
     assert "GPU" not in jetson
     assert facts(MACHINE)["GPU"] == "none found"
-    assert facts(MACHINE)["  int8"] == "AVX2"
+    assert facts(MACHINE)["  int8"] == "exact, with AVX2"
+    assert facts(changed(features={}))["  int8"] == "exact, with no known extension"
 
 
 def test_this_machine() -> None:
@@ -308,6 +341,7 @@ def test_this_machine() -> None:
     assert diagnosis.error() is None
     assert diagnosis.ort.version == importlib.metadata.version("onnxruntime")
     assert "CPUExecutionProvider" in diagnosis.ort.providers
+    assert diagnosis.ort.int8 == int8_arithmetic()
     assert diagnosis.machine.memory > 10**8
     told = diagnosis.to_json()
     assert set(told) >= {"machine", "onnxruntime", "base", "extras", "findings"}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.machine import cpu_name
 from medmoe_edge.device.costs import (
     BITS,
     CONVOLUTIONS,
@@ -48,7 +49,6 @@ from medmoe_edge.device.measure import (
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.evaluation.inspection import activated_parameters
-from medmoe_edge.machine import cpu_name
 from medmoe_edge.models.clip import ClipTower
 from medmoe_edge.models.efficientnet_lite import Conv, EfficientNetLite
 from medmoe_edge.models.med_moe import MedMoE

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import onnxruntime as ort
 
-from medmoe_edge.machine import Arithmetic
+from medmoe_edge.bundle.machine import Arithmetic
 
 WIDTH, CHANNELS = 8, 16
 LARGEST = 127  # of an int8 weight; activations of one size are quantised to 255
