@@ -159,7 +159,7 @@ def _eager(checkpoint: Any, form: str) -> Runtime:
 
 
 def _bitsandbytes(checkpoint: Any, form: Any) -> Runtime:
-    from medmoe_edge.runtimes.torch.eager import BitsAndBytesRuntime
+    from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
 
     return BitsAndBytesRuntime(checkpoint, form)
 

@@ -35,8 +35,9 @@ from medmoe_edge.models.moe import MoE
 from medmoe_edge.runtimes.base import Floats, Runtime, Step
 from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-from medmoe_edge.runtimes.torch.bundle import StoredLinear, StoredMoE, TorchBundleRuntime
+from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch.eager import TorchDevice
+from medmoe_edge.runtimes.torch.kernels import StoredLinear, StoredMoE
 
 Make = Callable[..., Path]
 RUNTIMES: tuple[RuntimeName, ...] = ("torch", "onnxruntime")

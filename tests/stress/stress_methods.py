@@ -14,7 +14,7 @@ from medmoe_edge.calibration.rounding import round_searched, round_to_nearest, s
 from medmoe_edge.calibration.site_statistics import SiteStatistics
 from medmoe_edge.calibration.smooth import search_migration
 from medmoe_edge.export.migration import TYPICAL
-from medmoe_edge.runtimes.torch.eager import Kind, quantise_linear
+from medmoe_edge.runtimes.torch.bitsandbytes import Kind, quantise_linear
 
 INT8 = Format(8)
 

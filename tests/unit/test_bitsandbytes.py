@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import MissingDependencyError
-from medmoe_edge.runtimes.torch import eager as bitsandbytes
-from medmoe_edge.runtimes.torch.eager import (
-    BitsAndBytesRuntime,
-    EagerRuntime,
-    Kind,
-    quantise_linear,
-)
+from medmoe_edge.runtimes.torch import bitsandbytes
+from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime, Kind, quantise_linear
+from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
 # The 16 values of nf4: QLoRA, arXiv 2305.14314, appendix E.
 NEGATIVE = (-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500)

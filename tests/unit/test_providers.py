@@ -28,7 +28,8 @@ from medmoe_edge.runtimes.ort.sessions import (
     choose_provider,
     preload_cuda,
 )
-from medmoe_edge.runtimes.torch.eager import BitsAndBytesRuntime, EagerRuntime, Kind
+from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime, Kind
+from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
 Make = Callable[..., Path]
 BOTH = [CUDA, CPU]
