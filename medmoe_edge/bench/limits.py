@@ -1,4 +1,4 @@
-"""A bundle with paged experts, and peers whose files are mapped, in as little memory.
+"""A bundle with paged experts, and peers whose files are mapped, under the same memory limit.
 
 Each runs alone under a limit that the kernel holds, so that a mapped file counts as well; the
 bundle with the largest budget with which it answers. What storage had to bring meanwhile is

@@ -1,7 +1,4 @@
-"""Measurements that are repeated in turns, and what this process and this machine tell.
-
-Told are medians and quartiles.
-"""
+"""Repeated measurements, their medians and quartiles, and readings of this process and machine."""
 
 import contextlib
 import os
@@ -95,7 +92,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def turn(run: Callable[[], Result]) -> list[Result]:
-    """What a turn of `SLOT` seconds yields, after a rest: one run at least."""
+    """The results of a turn of `SLOT` seconds, after a rest; it runs at least once."""
     time.sleep(REST)
     end = time.perf_counter() + SLOT
     results = [run()]
@@ -105,7 +102,7 @@ def turn(run: Callable[[], Result]) -> list[Result]:
 
 
 class Allowance:
-    """Seconds for each of several measurements: taken once, and again while they suffice."""
+    """A time limit for each of several measurements: each runs once, then while time is left."""
 
     def __init__(self, allowed: float) -> None:
         self._allowed = allowed

@@ -176,8 +176,14 @@ def bench_paging(
         found.append(run.measure(budget, rounds))
         shares += [answer["share"] for answer in run.answers["resident"]]
     return PagingBench(
-        *(bundle.name, bundle.sha256, bundle.manifest["quantisation"]["precision"]),
-        *(experts.total, asking, modalities, fmean(shares), tuple(found)),
+        model=bundle.name,
+        sha256=bundle.sha256,
+        precision=bundle.manifest["quantisation"]["precision"],
+        expert_bytes=experts.total,
+        asking=asking,
+        modalities=modalities,
+        share=fmean(shares),
+        budgets=tuple(found),
     )
 
 
@@ -322,8 +328,17 @@ def soak(
             if (asked + 1) % EVERY == 0 or asked + 1 == questions:
                 memory[asked + 1] = own.ask("memory")["resident"]
     return Soak(
-        *(bundle.name, bundle.sha256, bundle.manifest["quantisation"]["precision"]),
-        *(asking, budget, amount, questions, len(first), changed, Spread.of(times), memory),
+        model=bundle.name,
+        sha256=bundle.sha256,
+        precision=bundle.manifest["quantisation"]["precision"],
+        asking=asking,
+        budget=budget,
+        bytes=amount,
+        questions=questions,
+        distinct=len(first),
+        changed=changed,
+        seconds=Spread.of(times),
+        memory=memory,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a user would run instead, measured in turns with our bundle, each in its own process."""
+"""Other ways to run the model, measured in turns with our bundle, each in its own process."""
 
 import importlib.util
 import tempfile

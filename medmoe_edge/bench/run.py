@@ -1,7 +1,7 @@
 """What answering costs on this machine, in time and memory.
 
-What is measured takes turns, so that other work on the machine hits all of it alike; told are
-medians and quartiles. Every model is in a process of its own, so its memory is its own.
+All measurements take turns, so that other work on the machine affects all of them alike; results
+are medians and quartiles. Every model has a process of its own, so that its memory is its own.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""Processes of their own for what is measured, so that memory is its own and so are crashes.
+"""A process of its own for each measured model, so that its memory and its crashes are its own.
 
 `Worker` starts this module as a process that reads requests and writes replies, a line of JSON
 each; the methods of `Requests` answer them there.
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """A process that does what it is asked; a context, which leaves no process behind.
+    """A process that answers requests; a context manager, which leaves no process behind.
 
     `prefix` stands before its command, to run it under a limit.
     """
@@ -66,12 +66,17 @@ class Worker:
         return self._process.poll() is not None
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """Have one thing done, and wait for what it yields.
+        """Send a request and wait for its result.
 
         Raises `ResourceError` where that fails, ends the process or takes too long.
         """
         late = threading.Event()
-        timer = threading.Timer(self.timeout, lambda: (late.set(), self._process.kill()))
+
+        def expire() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(self.timeout, expire)
         timer.start()
         try:
             line = self._reply_to(json.dumps({"do": do, **arguments}))
@@ -100,7 +105,7 @@ class Worker:
 
 
 class Measurement:
-    """Gathers what workers tell of one model; see `open_backend` for the arguments."""
+    """Gathers what workers report of one model; see `open_backend` for the arguments."""
 
     def __init__(
         self,

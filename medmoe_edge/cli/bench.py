@@ -163,7 +163,7 @@ def _way(options: BenchOptions) -> "Way":
         budget = budget or paging.SOAK_BUDGET
         soak = partial(paging.soak, questions=options.soak, budget=budget, asking=asking)
         return soak, render_bench.show_soak
-    beside = {"checkpoint": checkpoint, "rounds": rounds}
+    beside: dict[str, Any] = {"checkpoint": checkpoint, "rounds": rounds}
     if options.memory_limit is not None:
         limit = budget_bytes(options.memory_limit, memory_here())
         mapped = peers.find_peers(options.peer or limits.MAPPED)

@@ -188,7 +188,7 @@ def show_soak(soak: "Soak") -> None:
 
 
 def show_limited(bench: "LimitBench") -> None:
-    """The speed of each in as little memory, and what that cost."""
+    """The speed of each model under the limit, and what storage had to bring."""
     title = f"{bench.model} ({bench.precision}) in {megabytes(bench.limit)}"
     if bench.why is not None:
         show(f"{title}: {bench.why}", "yellow")

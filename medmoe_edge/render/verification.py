@@ -1,4 +1,4 @@
-"""What the verbs of quantisation and its proof show to people."""
+"""What `verify`, `calibrate` and `export` show to people: gates, figures, coverage, targets."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
