@@ -5,11 +5,14 @@ a hint (what more could be had), each with its remedy. Nothing is loaded but ONN
 """
 
 import importlib
+import importlib.metadata
 import os
 import platform
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -32,15 +35,6 @@ from medmoe_edge.device.hardware import (
     find_jetson,
     too_old,
 )
-from medmoe_edge.device.packages import (
-    BASE,
-    Extra,
-    Versions,
-    find_extras,
-    installed,
-    missing_base,
-    needed_cuda,
-)
 from medmoe_edge.errors import ResourceError
 
 MODEL_FILE = Path("/proc/device-tree/model")
@@ -49,6 +43,28 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 LITTLE = 2 * GB  # of memory or disk
 CUDA_PROVIDER = "CUDAExecutionProvider"
 REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps onnxruntime-gpu"
+
+
+# What each extra is for; the packages that it adds are read from our own metadata.
+PURPOSES = {
+    "images": "compressed DICOM and NIfTI",
+    "archive": "index, retrieve",
+    "serve": "serve: HTTP and a page",
+    "listen": "listen: a DICOM node; audit deidentify",
+    "batch": "batch, to parquet",
+    "ray": "batch --ray, on a cluster",
+    "export": "export, calibrate, verify against a checkpoint, plan --device here",
+    "train": "train",
+    "baselines": "comparison with bitsandbytes",
+    "bench": "bench",
+    "peers": "bench --peers, llama.cpp among them",
+    "gpu": "ONNX Runtime on NVIDIA GPUs",
+    "rtx": "to build and run engines of TensorRT for RTX (workstations)",
+    "plugin": "the MoE kernels, compiled for TensorRT's plugin",
+    "tensorrt": "to build and run engines of TensorRT (Jetson, data centres)",
+}
+REQUIREMENT = re.compile(r"""([\w.-]+)[^;]*(?:; *extra *== *["']([\w-]+)["'])?""")
+Versions = Callable[[str], str | None]
 
 
 class Finding(NamedTuple):
@@ -64,6 +80,28 @@ class Fact(NamedTuple):
 
     name: str
     value: str
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An extra of ours: the versions of what is there of it, and what is missing."""
+
+    name: str
+    purpose: str
+    versions: Mapping[str, str]
+    missing: tuple[str, ...]
+
+    @property
+    def state(self) -> Literal["installed", "in part", "missing"]:
+        """How much of it is there."""
+        if not self.missing:
+            return "installed"
+        return "in part" if self.versions else "missing"
+
+    @property
+    def command(self) -> str:
+        """What installs it."""
+        return f"pip install 'medmoe-edge[{self.name}]'"
 
 
 @dataclass(frozen=True)
@@ -163,6 +201,14 @@ class Diagnosis:
         return ResourceError("This installation cannot answer questions.", f"First: {remedy}")
 
 
+def installed(package: str) -> str | None:
+    """A package's version; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def examine(version: Versions = installed) -> Diagnosis:
     """Look at this machine and this environment; `version` says what is installed."""
     machine, ort = look_at_machine(), look_at_onnxruntime()
@@ -177,7 +223,7 @@ def diagnose(machine: Machine, ort: Ort, version: Versions) -> Diagnosis:
         *_int8_findings(machine, ort),
         *_machine_findings(machine, version),
     )
-    base = {package: version(package) for package in BASE}
+    base = {package: version(package) for package in requirements()[""]}
     return Diagnosis(machine, ort, base, tuple(find_extras(version)), findings)
 
 
@@ -212,6 +258,59 @@ def look_at_onnxruntime() -> Ort:
     return Ort(runtime.__version__, providers, getattr(build, "cuda_version", None), None, int8)
 
 
+@cache
+def requirements() -> Mapping[str, tuple[str, ...]]:
+    """The packages that each extra adds, from our own metadata; those of the base under ""."""
+    found: dict[str, tuple[str, ...]] = {"": ()}
+    try:
+        lines = importlib.metadata.requires("medmoe-edge") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that was not installed
+        lines = []
+    for line in lines:
+        if (match := REQUIREMENT.fullmatch(line)) and match[1] != "medmoe-edge":
+            extra = match[2] or ""
+            found[extra] = (*found.get(extra, ()), match[1])
+    return found
+
+
+def find_extras(version: Versions) -> list[Extra]:
+    """Every extra with what is there of it."""
+    required = requirements()
+    return [
+        Extra(name, purpose, *_sorted(required[name], version))
+        for name, purpose in PURPOSES.items()
+        if name in required
+    ]
+
+
+def missing_base(version: Versions) -> list[str]:
+    """Packages that asking needs and that are not there; onnxruntime-gpu holds onnxruntime."""
+    missing = _sorted(requirements()[""], version)[1]
+    return [name for name in missing if name != "onnxruntime" or not version("onnxruntime-gpu")]
+
+
+def needed_cuda(version: Versions, runtime_cuda: str | None) -> dict[str, int]:
+    """Packages that run on CUDA -> the major version that each was built for.
+
+    `runtime_cuda` is what ONNX Runtime says of its own build. The others carry it in their names.
+    """
+    needed = {}
+    if runtime_cuda and (major := re.match(r"\d+", runtime_cuda)) and version("onnxruntime-gpu"):
+        needed["onnxruntime-gpu"] = int(major[0])
+    for package in ("onnxruntime-ep-nv-tensorrt-rtx", "tensorrt"):
+        for major_version in (12, 13):
+            if version(f"{package}-cu{major_version}"):
+                needed[f"{package}-cu{major_version}"] = major_version
+    return needed
+
+
+def _sorted(packages: Iterable[str], version: Versions) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Versions of what is there, and names of what is not."""
+    found = {package: version(package) for package in packages}
+    there = {package: number for package, number in found.items() if number is not None}
+    return there, tuple(package for package in found if package not in there)
+
+
 def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
     if missing := missing_base(version):
         names = " ".join(missing)
@@ -221,6 +320,12 @@ def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
             "problem",
             f"ONNX Runtime cannot be imported ({ort.failure}).",
             "pip install --force-reinstall onnxruntime",
+        )
+    elif not requirements()[""]:
+        yield Finding(
+            "hint",
+            "This is a checkout that was not installed: nothing is known of its extras.",
+            "pip install -e .",
         )
     elif ort.version and is_older(ort.version):
         yield Finding(

@@ -1,6 +1,6 @@
 """What the command line shows: tables and bars for people, one JSON object for programs.
 
-What the verbs of quantisation and its proof show is in `render_proof`.
+What verification shows is in `render.verification`, of MedMoE in `render.contrastive`.
 """
 
 import json

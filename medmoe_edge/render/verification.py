@@ -1,6 +1,5 @@
-"""What the verbs of quantisation and its proof show to people."""
+"""What `verify`, `calibrate` and `export` show to people: gates, figures, coverage, targets."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,6 @@ from medmoe_edge.render.console import hint, show, show_table
 if TYPE_CHECKING:
     from medmoe_edge.calibration.data import Skipped
     from medmoe_edge.calibration.statistics import Statistics
-    from medmoe_edge.evaluation.ablation_results import Ablation
     from medmoe_edge.evaluation.figures import Answers, Fidelity, Share
     from medmoe_edge.evaluation.gates import GateResult
     from medmoe_edge.evaluation.quick import Quick
@@ -128,26 +126,6 @@ def show_coverage(
         show(title)
     for image in skipped:
         show(f"Skipped: {image.reason}", "yellow")
-
-
-def show_ablation(ablation: "Ablation") -> None:
-    """One row per variant, the recipe that trained all, and the routers' confusions.
-
-    The table is cut where its columns change their subject, so that each part fits a terminal.
-    """
-    from medmoe_edge.evaluation.ablation_results import caption, confusion_table, table
-
-    columns, rows = table(ablation)
-    cuts = [1, columns.index("its interval") + 1, columns.index("activated"), len(columns)]
-    for start, stop in itertools.pairwise(cuts):
-        part = [[row[0], *row[start:stop]] for row in rows]
-        show_table("", [columns[0], *columns[start:stop]], part)
-        show()
-    show(caption(ablation), "dim")
-    for row in ablation.rows:
-        for images, found in row.result.router.items():
-            columns, confusions = confusion_table(found)
-            show_table(f"{row.result.variant}: modality found, {images}", columns, confusions)
 
 
 def show_gates(title: str, gates: "Sequence[GateResult]") -> None:

@@ -312,11 +312,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     modules: dict[str, dict[str, Any]] = {
         "recipe": {"read_recipe": lambda name: f"recipe {name}"},
         "run": {"train": trainer("med-moe")},
-        "modality_recipe": {
+        "contrastive": {
             "read_modality_recipe": lambda name: f"recipe {name}",
             "is_modality_recipe": lambda name: "modality" in name,
+            "train_modality": trainer("modality-moe"),
         },
-        "modality_run": {"train_modality": trainer("modality-moe")},
     }
     for name, members in modules.items():
         fake_module(monkeypatch, f"medmoe_edge.training.{name}", **members)

@@ -14,12 +14,17 @@ import pytest
 
 from medmoe_edge.bundle.machine import OLDEST, cpu_features, is_older
 from medmoe_edge.device.doctor import (
+    PURPOSES,
     Diagnosis,
     Machine,
     Ort,
     diagnose,
     examine,
+    find_extras,
     look_at_onnxruntime,
+    missing_base,
+    needed_cuda,
+    requirements,
 )
 from medmoe_edge.device.hardware import (
     Gpu,
@@ -30,7 +35,6 @@ from medmoe_edge.device.hardware import (
     find_jetson,
     too_old,
 )
-from medmoe_edge.device.packages import BASE, EXTRAS, find_extras, missing_base, needed_cuda
 from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 
 ROOT = Path(__file__).parents[2]
@@ -50,12 +54,15 @@ MACHINE = Machine(
     jetson=None,
 )
 ORT = Ort("1.31.1", ("CPUExecutionProvider",), int8="exact")
-CUDA = Ort("1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"), cuda="13.0")
+CUDA = Ort("1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"), cuda="13.0", int8="exact")
 
 
 def versions(**there: str) -> Callable[[str], str | None]:
     """The base install and these packages besides; an empty version takes one away."""
-    found = {**dict.fromkeys(BASE, "1.0"), **{k.replace("_", "-"): v for k, v in there.items()}}
+    found = {
+        **dict.fromkeys(requirements()[""], "1.0"),
+        **{k.replace("_", "-"): v for k, v in there.items()},
+    }
     return lambda package: found.get(package) or None
 
 
@@ -70,20 +77,6 @@ def changed(**values: Any) -> Machine:
 # --- packages -------------------------------------------------------------------------------------
 
 
-def test_extras_are_those_of_the_project() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-
-    def names(requirements: list[str]) -> set[str]:
-        plain = {line.partition(">=")[0].partition("[")[0] for line in requirements}
-        return plain - {"medmoe-edge"}
-
-    assert set(BASE) == names(project["dependencies"])
-    declared = {name: names(lines) for name, lines in project["optional-dependencies"].items()}
-    assert set(EXTRAS) == set(declared) - {"test", "dev"}
-    for name, (_, packages) in EXTRAS.items():
-        assert set(packages) == declared[name], name
-
-
 def test_the_oldest_onnxruntime_is_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert f"onnxruntime>={OLDEST}" in project["dependencies"]
@@ -92,6 +85,37 @@ def test_the_oldest_onnxruntime_is_the_projects() -> None:
         *(True, True),
         *(False, False, False),
     ]
+
+
+def test_every_extra_of_the_project_has_a_purpose() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert set(PURPOSES) == set(project["optional-dependencies"]) - {"test", "docs", "dev"}
+
+
+def test_requirements_are_read_from_our_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "numpy>=2.0",
+        "fhir.resources>=8.3; extra == 'listen'",
+        "medmoe-edge[batch]; extra == 'ray'",
+    ]
+    lines += ['onnxruntime-gpu[cuda,cudnn]>=1.31; extra == "gpu"', 'ray[data]>=2; extra == "ray"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+    requirements.cache_clear()
+    assert requirements() == {
+        "": ("numpy",),
+        "listen": ("fhir.resources",),
+        "gpu": ("onnxruntime-gpu",),
+        "ray": ("ray",),
+    }
+
+    def unknown(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", unknown)
+    requirements.cache_clear()
+    assert find_extras(versions()) == []
+    assert [(level, "not installed" in what) for level, what in told()] == [("hint", True)]
+    requirements.cache_clear()
 
 
 def test_extras_by_state() -> None:
