@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from medmoe_edge.atomic import check_target
+from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import CalibrationData, read_calibration
@@ -24,7 +24,7 @@ from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.evaluation import verify as verification
 from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Data, Verification
-from medmoe_edge.export.build import check_exportable, export_bundle
+from medmoe_edge.export.build import BuildOptions, check_exportable, export_bundle, write_bundle
 from medmoe_edge.export.plan import GroupSize, Method, Precision
 from medmoe_edge.pipeline_examples import TRAVELLING, as_examples, travelling
 from medmoe_edge.runtimes.base import Runtime
@@ -72,68 +72,50 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Export:
-    """Export a checkpoint; calibrated and proven where `calibrate_on` names data.
+    """Export a checkpoint; calibrated and verified where `calibrate_on` names data.
 
-    `stats` are statistics that `calibrate` wrote; the bundle is then not yet proven. `strict`
-    refuses experts that too few tokens reached. Raises `VerificationError`, and leaves no bundle,
-    where the proof fails; `ModelError`, `InputError` and `ResourceError` otherwise.
+    The checkpoint is opened once, for all steps. `stats` are statistics that `calibrate` wrote; the
+    bundle is then not yet verified. `strict` refuses experts that too few tokens reached. Raises
+    `VerificationError`, and leaves no bundle, where a gate fails; `ModelError`, `InputError` and
+    `ResourceError` otherwise.
     """
     check_target(out, force=force, marker=MANIFEST)
     if calibrate_on is not None and stats is not None:
         raise InputError("Both data and statistics were given.", "Give one of the two.")
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    options = BuildOptions(precision, method, budget_bits, group, name)
     calibrated = calibrate_on is not None or stats is not None
-    check_exportable(source, precision, budget_bits, calibrated=calibrated, group=group)
-    build = partial(
-        export_bundle,
-        checkpoint,
-        out,
-        precision=precision,
-        method=method,
-        budget_bits=budget_bits,
-        group=group,
-        name=name,
-        vision_tower=vision_tower,
-        force=force,
-        progress=progress,
-    )
+    check_exportable(source, options, calibrated=calibrated)
     if calibrate_on is None:
         statistics = Statistics.open(stats) if stats else None
         if statistics is not None and strict:
             check_covered(statistics.coverage, _modalities(source))
-        return Export(build(statistics=statistics), None)
+        export_bundle(source, out, options, statistics=statistics, force=force, progress=progress)
+        return Export(out, None)
     data = _data_for(source, calibrate_on)
-    found: list[Verification] = []
-    with _work_folder(out) as folder:
+    with _work_folder(out) as work:
         statistics = calibrate(
-            checkpoint,
+            source,
             data,
-            folder / "statistics",
+            work / "statistics",
             samples=samples,
             hessians=precision != "fp32",
             strict=strict,
-            vision_tower=vision_tower,
             progress=progress,
         )
-        measure = partial(
-            verification.verify,
-            checkpoint=checkpoint,
-            data=proof_data(data, statistics, folder),
-            vision_tower=vision_tower,
-            record=True,
-            inputs=travelling(folder / TRAVELLING),
-            progress=progress,
-        )
-        build(statistics=statistics, prove=partial(_prove, measure, found))
-    return Export(out, dataclasses.replace(found[0], bundle=Bundle.open(out, verify=False)))
-
-
-def _prove(
-    measure: Callable[[Path], Verification], found: list[Verification], bundle: Path
-) -> None:
-    found.append(measure(bundle))
-    if error := found[0].error():
-        raise error
+        with atomic_folder(out, force=force, marker=MANIFEST) as staging:
+            write_bundle(source, staging, options, statistics=statistics, progress=progress)
+            found = verification.verify(
+                staging,
+                source,
+                proof_data(data, statistics, work),
+                record=True,
+                inputs=travelling(work / TRAVELLING),
+                progress=progress,
+            )
+            if error := found.error():
+                raise error
+    return Export(out, dataclasses.replace(found, bundle=Bundle.open(out, verify=False)))
 
 
 def proof_data(data: CalibrationData, statistics: Statistics, folder: Path) -> Data:
@@ -171,10 +153,9 @@ def verify(
         samples = data.draw(len(data.samples))
         return verification.verify(
             bundle,
-            checkpoint,
+            model,
             Data(data.name, list(as_examples(samples, Path(folder)))),
             beside=others,
-            vision_tower=vision_tower,
             record=record,
             inputs=travelling(Path(folder, TRAVELLING)) if record or recordable else (),
             progress=progress,

@@ -167,7 +167,9 @@ def tiny_bundle(
         checkpoint = tiny_checkpoint(preset, **options)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "export_vision", tiny_tower)
-            return build.export_bundle(checkpoint, out, precision=precision, name="tiny")
+            return build.export_bundle(
+                checkpoint, out, build.BuildOptions(precision=precision, name="tiny")
+            )
 
     return make
 
@@ -190,7 +192,9 @@ def unlike_bundle(
     monkeypatch.setattr(
         Plan, "format_of", lambda plan, name: UNLIKE_FORMATS.get(name) or usual(plan, name)
     )
-    return build.export_bundle(tiny_checkpoint(), tmp_path / "bundle", precision="int4")
+    return build.export_bundle(
+        tiny_checkpoint(), tmp_path / "bundle", build.BuildOptions(precision="int4")
+    )
 
 
 @pytest.fixture(scope="session")

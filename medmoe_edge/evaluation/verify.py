@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle
 from medmoe_edge.bundle.recorded import Recorded, signature_of
@@ -32,6 +32,9 @@ from medmoe_edge.evaluation.sweep import sweep_experts
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+
+if TYPE_CHECKING:
+    from medmoe_edge.checkpoint.reader import Checkpoint
 
 __all__ = ["Data", "GateResult", "Verification", "judge", "verify"]
 
@@ -121,7 +124,7 @@ class Verification:
 
 def verify(
     folder: Path,
-    checkpoint: Path | None = None,
+    checkpoint: "Path | Checkpoint | None" = None,
     data: Data | None = None,
     *,
     beside: Mapping[str, Callable[[], Runtime]] | None = None,
@@ -191,7 +194,7 @@ def _packed(bundle: Bundle, recording: Recording, runtime: Runtime) -> Recorded:
 
 def _reference(
     bundle: Bundle,
-    folder: Path,
+    folder: "Path | Checkpoint",
     asked: Sequence[Sequence[Example]],
     vision_tower: Path | None,
     report: Progress,
@@ -201,15 +204,15 @@ def _reference(
     It is out of memory again when the bundle is opened.
     """
     try:
-        from medmoe_edge.checkpoint.reader import read_checkpoint
+        from medmoe_edge.checkpoint.reader import as_checkpoint
         from medmoe_edge.runtimes.torch.eager import EagerRuntime
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
-    checkpoint = read_checkpoint(folder, vision_tower=vision_tower)
+    checkpoint = as_checkpoint(folder, vision_tower=vision_tower)
     source = bundle.manifest["source"]
     if not isinstance(source, Mapping) or source.get("checkpoint_sha256") != checkpoint.sha256():
         raise ModelError(
-            f"{bundle.folder} was not made from the checkpoint {folder}.",
+            f"{bundle.folder} was not made from the checkpoint {checkpoint.folder}.",
             "Give the checkpoint it was exported from, or export this one.",
         )
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))

@@ -104,7 +104,10 @@ def test_every_export_adds_exactly(
     checkpoint = tiny_checkpoint(preset)
     statistics = observed(read_checkpoint(checkpoint)) if calibrated else None
     folder = build.export_bundle(
-        checkpoint, tmp_path / "out", precision=precision, statistics=statistics, **options
+        checkpoint,
+        tmp_path / "out",
+        build.BuildOptions(precision=precision, **options),
+        statistics=statistics,
     )
     names = check(folder)
     if precision == "int8":  # whole, in segments, and the experts of two layers, alone

@@ -21,6 +21,7 @@ from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.samples import ask_about
 from medmoe_edge.calibration.statistics import Source, Statistics
+from medmoe_edge.checkpoint import reader
 from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
 from medmoe_edge.errors import (
     CheckpointError,
@@ -114,6 +115,20 @@ def test_an_export_with_data_carries_its_proof(
     assert record["figures"]["questions"] == 4
     assert json.loads(manifest)["calibration"]["samples"] == dict.fromkeys(sorted(NAMES), 1)
     assert SECRET not in manifest + caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_export_opens_and_hashes_the_checkpoint_once(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, hashed = [], []
+    read, sha256 = reader.read_headers, reader.files_sha256
+    monkeypatch.setattr(reader, "read_headers", lambda at: opened.append(at) or read(at))
+    monkeypatch.setattr(reader, "files_sha256", lambda some: hashed.append(some) or sha256(some))
+    pipeline.export(
+        tiny_checkpoint(), tmp_path / "out", precision="fp32", calibrate_on=questions, samples=4
+    )
+    assert (len(opened), len(hashed)) == (1, 1)
 
 
 @pytest.mark.usefixtures("quick")
