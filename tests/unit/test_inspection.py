@@ -75,7 +75,9 @@ def test_a_bundle_is_described_by_its_manifest(
         "licence": "Apache-2.0",
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    bundle = SimpleNamespace(manifest=manifest, proof="not measured", target=Target())
+    bundle = SimpleNamespace(
+        manifest=manifest, proof="not measured", sha256="0" * 64, verified_on=None, target=Target()
+    )
     opened = SimpleNamespace(open=lambda path, verify: bundle)
     monkeypatch.setitem(sys.modules, "medmoe_edge.bundle.bundle", SimpleNamespace(Bundle=opened))
     inspection = inspect_model(tmp_path)
