@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
+from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.target import Target
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.errors import CheckpointError, InputError
@@ -78,8 +78,7 @@ def test_a_bundle_is_described_by_its_manifest(
     bundle = SimpleNamespace(
         manifest=manifest, proof="not measured", sha256="0" * 64, verified_on=None, target=Target()
     )
-    opened = SimpleNamespace(open=lambda path, verify: bundle)
-    monkeypatch.setitem(sys.modules, "medmoe_edge.bundle.bundle", SimpleNamespace(Bundle=opened))
+    monkeypatch.setattr(Bundle, "open", lambda path, verify: bundle)
     inspection = inspect_model(tmp_path)
     assert (inspection.kind, inspection.config, inspection.bytes) == ("bundle", config, 12)
     assert inspection.files == {"a.onnx": 7, "a.data": 5}
