@@ -20,6 +20,7 @@ from torch import nn
 import medmoe_edge
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, model_kind, write_manifest
 from medmoe_edge.bundle.contrastive import DEFAULT_GATES, ModalityBundle
+from medmoe_edge.bundle.recorded import recorded_file
 from medmoe_edge.config_scores import Scores
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.loading import open_bundle
@@ -212,7 +213,8 @@ def test_the_bundle_says_what_it_is(exported: Exported) -> None:
     assert exported.int8.scores == Scores(20.0, 0.7)
     assert exported.int8.gates == DEFAULT_GATES["int8"]
     assert set(manifest["files"]) == {
-        *("image.onnx", "image.data", "text.onnx", "text.data", "tokenizer.json")
+        *("image.onnx", "image.data", "text.onnx", "text.data", "tokenizer.json"),
+        recorded_file(exported.int8),
     }
     assert model_kind(exported.checkpoint) == "modality-moe"
 
