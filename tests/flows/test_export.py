@@ -1,6 +1,7 @@
 """From a checkpoint to a bundle: the same bytes each time, with all that belongs to it, or none."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,8 +62,8 @@ def test_the_manifest_vouches_for_all(tiny_checkpoint: Make, tiny_bundle: Make) 
     checkpoint = read_checkpoint(tiny_checkpoint())
     manifest = Bundle.open(folder).manifest
     assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {MANIFEST}
-    assert {name.partition(".")[0] for name in manifest["files"]} == {
-        *("decoder", "vision", "embedding", "tokenizer", "segment", "expert")
+    assert {re.split(r"[.-]", name)[0] for name in manifest["files"]} == {
+        *("decoder", "vision", "embedding", "tokenizer", "segment", "expert", "recorded")
     }
     assert manifest["config"] == checkpoint.config.to_json()
     assert manifest["source"] == {

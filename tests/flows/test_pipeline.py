@@ -389,7 +389,9 @@ def test_what_cannot_be_verified_is_refused_at_once(
         refused(MissingDependencyError, "'bitsandbytes'", beside=["bitsandbytes-nf4"])
     read_only = raising(PermissionError(13, "Permission denied"))
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    assert "Verify a copy" in refused(ResourceError, r"cannot be written \(Permission denied\)")
+    assert "verify a copy" in refused(
+        ResourceError, r"cannot be written \(Permission denied\)", record=True
+    )
     assert (bundle / MANIFEST).read_bytes() == before
 
 

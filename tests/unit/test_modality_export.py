@@ -212,7 +212,8 @@ def test_the_bundle_says_what_it_is(exported: Exported) -> None:
     assert exported.int8.scores == Scores(20.0, 0.7)
     assert exported.int8.gates == DEFAULT_GATES["int8"]
     assert set(manifest["files"]) == {
-        *("image.onnx", "image.data", "text.onnx", "text.data", "tokenizer.json")
+        *("image.onnx", "image.data", "text.onnx", "text.data", "tokenizer.json"),
+        recorded_file(exported.int8),
     }
     assert model_kind(exported.checkpoint) == "modality-moe"
 
