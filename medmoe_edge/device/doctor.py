@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from medmoe_edge._version import __version__
+from medmoe_edge._version import too_old as onnxruntime_too_old
 from medmoe_edge.device.devices import CPU_INFO, GB, cpu_name, memory_here
 from medmoe_edge.device.hardware import (
     Gpus,
@@ -203,6 +204,8 @@ def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
             f"ONNX Runtime cannot be imported ({ort.failure}).",
             "pip install --force-reinstall onnxruntime",
         )
+    elif ort.version and (old := onnxruntime_too_old(ort.version)):
+        yield Finding("problem", *old)
 
 
 def _cuda_findings(machine: Machine, ort: Ort, version: Versions) -> Iterator[Finding]:

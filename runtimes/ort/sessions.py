@@ -12,7 +12,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from medmoe_edge.errors import BundleError
+from medmoe_edge._version import too_old
+from medmoe_edge.errors import BundleError, ResourceError
 from medmoe_edge.runtimes.ort.providers import CPU
 
 OPENED_AT_ONCE = 2  # memory's bandwidth is the bound
@@ -54,7 +55,12 @@ def open_session(
 
 
 def session_options() -> ort.SessionOptions:
-    """Quiet, and without the arena, which would keep the peak of the prefill for ever."""
+    """Quiet, and without the arena, which would keep the peak of the prefill for ever.
+
+    Raises `ResourceError` where ONNX Runtime is older than all that this was tried with.
+    """
+    if found := too_old(ort.__version__):
+        raise ResourceError(*found)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import medmoe_edge
-from medmoe_edge.answer import Answer
-from medmoe_edge.bundle import Bundle
-from medmoe_edge.datasets import Example, read_examples
+from medmoe_edge.engine.answer import Answer
+from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.data.datasets import Example, read_examples
 from medmoe_edge.embedded import bundle_path
 
 ROOT = Path(__file__).parents[2]

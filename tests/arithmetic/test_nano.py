@@ -8,11 +8,11 @@ import pytest
 from recorded import RECORD, answers
 
 import medmoe_edge
-from medmoe_edge.bundle import Bundle
+from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.runtimes.base import Runtime
-from medmoe_edge.runtimes.ort import OrtRuntime
-from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime
+from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+from medmoe_edge.runtimes.ort.paged import PagedOrtRuntime
 
 STEPS = (17, 5, 1, 1)  # a prefill, a question, two tokens
 

@@ -209,6 +209,7 @@ def test_a_sound_machine_has_no_findings() -> None:
 def test_problems_end_with_an_error() -> None:
     for ort, packages in (
         (Ort(failure="ImportError"), versions()),
+        (Ort("1.23.2", ("CPUExecutionProvider",)), versions()),
         (ORT, versions(tokenizers="", typer="")),
     ):
         diagnosis = diagnose(MACHINE, ort, packages)
