@@ -1,4 +1,4 @@
-"""The version of the package and the oldest ONNX Runtime it runs on; reading them imports neither."""
+"""The package's version and the oldest ONNX Runtime it runs on; reading them imports neither."""
 
 import re
 
@@ -7,7 +7,7 @@ OLDEST_ONNXRUNTIME = (1, 24)  # as in pyproject.toml: tests/unit/test_lock.py co
 
 
 def too_old(onnxruntime: str) -> tuple[str, str] | None:
-    """What is wrong with that version of ONNX Runtime, and its remedy; None if it is recent enough."""
+    """What is wrong with that version of ONNX Runtime, and its remedy; None if nothing is."""
     numbers = re.match(r"(\d+)\.(\d+)", onnxruntime)
     if numbers is None or (int(numbers[1]), int(numbers[2])) >= OLDEST_ONNXRUNTIME:
         return None

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings of the tests' own modules are errors, as those of the package are by pyproject.toml."""
+    """Warnings of the tests' own modules are errors; pyproject.toml makes the package's so."""
     names = "|".join(sorted(path.stem for path in Path(__file__).parent.rglob("*.py")))
     config.addinivalue_line("filterwarnings", rf"error:::({names})\Z")
 

@@ -1,8 +1,8 @@
-"""What nano's bundle answered on a CPU whose arithmetic is exact, for all others to be held against.
+"""What nano's bundle answered on a CPU with exact arithmetic, for all others to be held against.
 
-`python tests/arithmetic/recorded.py` writes `recorded.json` anew, after a new export of nano: run it
-where `medmoe-edge doctor` calls the arithmetic exact. Of the validation data, which is not committed,
-it keeps only the questions' ids.
+`python tests/arithmetic/recorded.py` writes `recorded.json` anew, after a new export of nano: run
+it where `medmoe-edge doctor` calls the arithmetic exact. Of the validation data, which is not
+committed, it keeps only the questions' ids.
 """
 
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import medmoe_edge
-from medmoe_edge.engine.answer import Answer
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.data.datasets import Example, read_examples
 from medmoe_edge.embedded import bundle_path
+from medmoe_edge.engine.answer import Answer
 
 ROOT = Path(__file__).parents[2]
 SCAN = ROOT / "scan.png"

@@ -1,4 +1,4 @@
-"""nano as it ships, on this very CPU: its answers are those of every other, and paging changes no bit."""
+"""nano as it ships, on this very CPU: answers as on every other, and paging changes no bit."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ import medmoe_edge
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.runtimes.base import Runtime
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.ort.paged import PagedOrtRuntime
+from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 STEPS = (17, 5, 1, 1)  # a prefill, a question, two tokens
 

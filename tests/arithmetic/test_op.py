@@ -1,7 +1,7 @@
 """The single op that int8 stands on: ONNX Runtime's `DynamicQuantizeMatMul`, on this very CPU.
 
-Its kernels differ by instruction set. Without VNNI, AVX2 and AVX-512 multiply with `vpmaddubsw`, which
-adds two neighbouring products in 16 bits and saturates; all others add in 32 bits.
+Its kernels differ by instruction set. Without VNNI, AVX2 and AVX-512 multiply with `vpmaddubsw`,
+which adds two neighbouring products in 16 bits and saturates; all others add in 32 bits.
 """
 
 import os

@@ -1,12 +1,12 @@
 """The lock holds one hashed release of all that the package, its tests and torch need."""
 
 import re
+import tomllib
 from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -132,7 +132,12 @@ def test_the_oldest_onnx_runtime_is_that_of_the_project() -> None:
 
 def test_everybody_installs_the_lock() -> None:
     """The second command of the README, CI and the containers."""
-    for path in "README.md", ".ci/run", "docs/deploy/Containerfile", "docs/deploy/Containerfile.jetson":
+    for path in (
+        "README.md",
+        ".ci/run",
+        "docs/deploy/Containerfile",
+        "docs/deploy/Containerfile.jetson",
+    ):
         assert "lock.txt" in (ROOT / path).read_text("utf-8"), path
 
 
