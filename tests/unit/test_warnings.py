@@ -42,7 +42,7 @@ def test_our_use_of_what_others_call_deprecated_is_an_error() -> None:
 
 
 def test_a_file_left_open_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is raised where nobody can catch it, and told to a hook, by which pytest fails the test."""
+    """It is raised where nobody can catch it, and told to a hook: there pytest fails the test."""
     told: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", lambda found: told.append(found.exc_type))
     open(__file__).read()  # noqa: SIM115
