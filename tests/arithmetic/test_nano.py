@@ -23,15 +23,22 @@ def engine() -> medmoe_edge.Engine:
 
 
 def require_recorded(data: Path | None, engine: medmoe_edge.Engine) -> None:
-    """The answers are those recorded, and so are their confidences to 0.001."""
+    """The answers are those recorded, and their confidences nearly: to 0.001 on average, 0.005 each.
+
+    int8 is exact everywhere, but fp32 rounds differently by processor (fused multiply-add, exp), and
+    an activation that lies between two of its 256 steps then takes the other.
+    """
     record = json.loads(RECORD.read_text())
     assert record["bundle"] == Bundle.open(bundle_path("nano")).sha256, (
         "nano was exported again: record its answers by `python tests/arithmetic/recorded.py`"
     )
+    differences = []
     for name, answer in answers(data, engine):
         text, confidence = record["answers"][name]
         assert answer.text == text, name
-        assert answer.confidence == pytest.approx(confidence, rel=0, abs=1e-3), name
+        differences.append(abs(answer.confidence - confidence))
+    assert max(differences) <= 5e-3, differences
+    assert sum(differences) / len(differences) <= 1e-3, differences
 
 
 def test_the_answers_about_the_scan_are_those_of_other_processors(
