@@ -23,10 +23,10 @@ def engine() -> medmoe_edge.Engine:
 
 
 def require_recorded(data: Path | None, engine: medmoe_edge.Engine) -> None:
-    """The answers are those recorded, and their confidences nearly: to 0.001 on average, 0.005 each.
+    """The answers are those recorded; confidences differ by 0.001 at most on average, 0.005 each.
 
-    int8 is exact everywhere, but fp32 rounds differently by processor (fused multiply-add, exp), and
-    an activation that lies between two of its 256 steps then takes the other.
+    int8 is exact everywhere, but fp32 rounds differently by processor (fused multiply-add, exp),
+    and an activation that lies between two of its 256 steps then takes the other.
     """
     record = json.loads(RECORD.read_text())
     assert record["bundle"] == Bundle.open(bundle_path("nano")).sha256, (
