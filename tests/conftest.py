@@ -28,6 +28,12 @@ hypothesis.settings.load_profile("tests")
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings of the tests' own modules are errors; pyproject.toml makes the package's so."""
+    names = "|".join(sorted(path.stem for path in Path(__file__).parent.rglob("*.py")))
+    config.addinivalue_line("filterwarnings", rf"error:::({names})\Z")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not _gpu_is_here():
         pytest.skip("needs a CUDA device")

@@ -1,4 +1,4 @@
-"""What should be known of a bundle's answers on this processor and this ONNX Runtime.
+"""What should be known of a bundle's answers on this processor.
 
 Bundles of this version keep `Format.pair_bound` in every int8 weight per channel, and say so in
 their manifest: their sums are exact everywhere. Others are looked at, but only on processors that
@@ -13,10 +13,9 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.machine import OLDEST, cpu_features_here, is_older
+from medmoe_edge.bundle.machine import cpu_features_here
 from medmoe_edge.bundle.weights import int8_products
 from medmoe_edge.calibration.formats import PAIR_BOUND
 from medmoe_edge.errors import Notice
@@ -38,12 +37,6 @@ def load_notices(bundle: Bundle) -> tuple[Notice, ...]:
             "with this version of medmoe-edge, whose int8 is exact on every processor."
         )
         found.append(Notice("int8_saturates", what))
-    if is_older(ort.__version__):
-        what = (
-            f"ONNX Runtime {ort.__version__} is older than {OLDEST}, the oldest that bundles are "
-            "tried with: answers may differ. Update it: pip install --upgrade onnxruntime"
-        )
-        found.append(Notice("old_onnxruntime", what))
     for notice in found:
         logger.warning("%s", notice.message)
     return tuple(found)

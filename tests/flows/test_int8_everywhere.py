@@ -18,7 +18,6 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.bundle.weights import int8_products
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.embedded import EMBEDDED, bundle_path
-from medmoe_edge.engine.engine import load
 from medmoe_edge.export import build
 from medmoe_edge.export.plan import HEAD
 from medmoe_edge.runtimes.base import Warns
@@ -203,10 +202,3 @@ def test_pairs_are_found_wherever_they_are(
     weight = np.zeros(shape, np.int8)
     weight[1:3] = 127 if rows > 2 else 0  # neighbours, but of two pairs
     assert saturation.pairs_within(weight)
-
-
-def test_an_old_onnxruntime_is_told_of(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saturation.ort, "__version__", "1.20.1")
-    (notice,) = load(tiny_bundle("int8")).runtime.warnings
-    assert notice.code == "old_onnxruntime"
-    assert "1.20.1 is older than" in notice.message
