@@ -65,9 +65,10 @@ def pack_recording(recording: Recording, kl_limit: float) -> tuple[dict[str, Any
     for index, key in enumerate(keys):
         for example in recording.examples[key]:
             found = recording.questions[example.id]
-            top = np.argsort(-found.log_probabilities, -1, kind="stable")[:, :LIKELIEST]
+            order = np.argsort(-found.log_probabilities, -1, kind="stable")
+            top = order[:, :LIKELIEST].astype(np.int32)
             said.append(found.tokens)
-            likely.append(top.astype(np.int32))
+            likely.append(top)
             chances.append(likeliest(found.log_probabilities, top))
             routes.append(found.router_logits)
             questions.append(
@@ -136,7 +137,9 @@ def _unpack(bundle: Bundle, recorded: Recorded) -> tuple[Recording, float]:
     positions = _some(prefix + config.vision.image_tokens, POSITIONS)
     moe = config.moe
     shape = (len(moe.layers), moe.num_experts) if moe else (0, 0)
-    images, examples, questions = {}, {}, {}
+    images: dict[Any, RecordedImage] = {}
+    examples: dict[Any, list[Example]] = {}
+    questions: dict[str, RecordedQuestion] = {}
     for index, (key, _) in enumerate(pictures.items()):
         features = _shaped(arrays["features"][index], len(tokens), config.decoder.hidden_size)
         routed = _shaped(arrays["prefixes"][index], len(positions), *shape)

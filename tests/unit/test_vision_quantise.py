@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.signature import SignatureMaker
 from medmoe_edge.bundle.target import Target
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.export import build
@@ -132,7 +133,7 @@ def test_transformers_of_quantised_models_are_quantised(
 ) -> None:
     monkeypatch.setattr(build, "export_vision", lambda _: product_model(normal(LEAST_WIDTH, 16)))
     source: Any = SimpleNamespace(config=PRESETS[preset])
-    assert build._write_vision(source, tmp_path, precision) == words
+    assert build._write_vision(source, tmp_path, precision, SignatureMaker()) == words
     model = ir.load(tmp_path / "vision.onnx")
     assert kind in {value.dtype for value in model.graph.initializers.values()}
 

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_a_warning_of_others_is_not(category: type[Warning], module: str) -> Non
 
 def test_our_use_of_what_others_call_deprecated_is_an_error() -> None:
     """They say so of the line that calls them, by the level of their stack."""
-    other = {"__name__": "another.package", "warnings": warnings}
+    other: dict[str, Any] = {"__name__": "another.package", "warnings": warnings}
     exec("def old(level): warnings.warn('old', DeprecationWarning, stacklevel=level)", other)
     with pytest.raises(DeprecationWarning):
         other["old"](2)
