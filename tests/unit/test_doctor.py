@@ -50,7 +50,7 @@ MACHINE = Machine(
     jetson=None,
 )
 ORT = Ort("1.31.1", ("CPUExecutionProvider",), int8="exact")
-CUDA = Ort("1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"), cuda="13.0")
+CUDA = Ort("1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"), cuda="13.0", int8="exact")
 
 
 def versions(**there: str) -> Callable[[str], str | None]:
