@@ -145,7 +145,7 @@ def _dicom_header(file: Path, head: bytes) -> tuple[str | None, str | None]:
     from pydicom.filereader import read_file_meta_info, read_partial
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-    from medmoe_edge.image_dicom import MODALITIES
+    from medmoe_edge.image_labels import modality_of
 
     try:
         with decoding(shown_name(file)):
@@ -156,7 +156,7 @@ def _dicom_header(file: Path, head: bytes) -> tuple[str | None, str | None]:
             if not deflated:  # pydicom would inflate without a limit
                 with file.open("rb") as stream:
                     header = read_partial(stream, lambda tag, *_: tag > MODALITY, force=True)
-                return kind, MODALITIES.get(str(header.get("Modality")))
+                return kind, modality_of(header)
         return kind, load_image(file).modality
     except ImageError:  # whoever draws it will hear why
         return None, None

@@ -102,6 +102,7 @@ def _show(report: "BatchReport") -> None:
         ("  done by earlier runs", f"{report.resumed:,}"),
         ("rows", f"{report.rows:,}"),
         ("  without an answer", f"{report.errors:,}"),
+        ("  with warnings", f"{report.warned:,}"),
         ("seconds", f"{report.seconds:.1f}"),
     ]
     render.show_table("", ["", ""], rows)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from medmoe_edge.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle_target import DEFAULT
 from medmoe_edge.embedded import bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, MissingDependencyError, ModelError
+from medmoe_edge.errors import InputError, MissingDependencyError, ModelError, Notice
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.paging import Budget, ExpertPager
@@ -23,13 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """What an engine is made of; `verification` is a bundle's proof, or "reference"."""
+    """What an engine is made of; `verification` is a bundle's proof, or "reference".
+
+    `warnings` are what every answer of the model is to say.
+    """
 
     runtime: Runtime
     tokenizer: Tokenizer
     name: str
     sha256: str
     verification: str
+    warnings: tuple[Notice, ...] = ()
 
 
 class Paging(NamedTuple):
@@ -70,14 +74,20 @@ def open_model(
 
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
-    if bundle.proof == "failed":
-        logger.warning(
-            "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
-        )
+    warnings = _of_proof(bundle)
+    for notice in warnings:
+        logger.warning("%s", notice.message)
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
     logger.info("%s runs on %s.", bundle.name, loaded.name)
-    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, bundle.proof)
+    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, bundle.proof, warnings)
+
+
+def _of_proof(bundle: Bundle) -> tuple[Notice, ...]:
+    if bundle.proof != "failed":
+        return ()
+    what = f"{bundle.name} failed its verification: it may answer otherwise than its checkpoint."
+    return (Notice("verification_failed", what),)
 
 
 def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Runtime:

@@ -7,6 +7,7 @@ are checked in the header, before anything is decoded.
 
 import contextlib
 import dataclasses
+import io
 import logging
 import os
 import stat
@@ -52,8 +53,9 @@ class Image:
     `pixels` [H, W, 3] is read-only; grey is repeated in the three channels. `window` is the
     (centre, width) that made the file's values visible, in the file's unit (HU for CT); None
     where the values were shown as they are. `spacing` is the distance between rows and between
-    columns in mm. `frames` counts the frames, pages or slices of the file. `notices` say what should
-    be known of the picture as it was read; they become warnings of every answer about it.
+    columns in mm. `frames` counts the frames, pages or slices of the file. `labels` are all the
+    modalities that the file states. `notices` say what should be known of the picture as it was
+    read; they become warnings of every answer about it.
     """
 
     pixels: Pixels
@@ -61,6 +63,7 @@ class Image:
     window: Window | None = None
     spacing: tuple[float, float] | None = None
     frames: int = 1
+    labels: tuple[str, ...] = ()
     notices: tuple[Notice, ...] = ()
 
     @classmethod
@@ -102,7 +105,14 @@ def load_image(path: str | os.PathLike[str], *, frame: int | None = None) -> Ima
 
 
 def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[np.float32]:
-    """The tower's input [1, 3, S, S]: a square of side S = `vision.image_size`, normalised.
+    """The tower's input [1, 3, S, S]: the picture of `seen_picture`, normalised."""
+    values = seen_picture(image, vision).astype(np.float32)  # [S, S, 3]
+    mean, std = (np.asarray(v, np.float32) for v in (vision.pixel_mean, vision.pixel_std))
+    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+
+
+def seen_picture(image: Image, vision: VisionConfig | SwinConfig) -> Pixels:
+    """What the tower sees [S, S, 3], before its values are normalised; S = `vision.image_size`.
 
     Med-MoE trains and answers on `pad_to_square`: the picture in the middle of a square of the
     mean colour (truncated to integers, as LLaVA's `expand2square` does). Its evaluation scales
@@ -115,9 +125,14 @@ def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[n
         picture = _pad_to_square(picture, colour).resize((side, side), Pillow.Resampling.BICUBIC)
     else:
         picture = _centre_crop(picture, side)
-    values = np.asarray(picture, np.float32)  # [S, S, 3]
-    mean, std = (np.asarray(v, np.float32) for v in (vision.pixel_mean, vision.pixel_std))
-    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+    return np.asarray(picture)
+
+
+def png_of(pixels: Pixels) -> bytes:
+    """Pixels [H, W, 3] as a PNG file: nothing but the picture is in it."""
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def seen_square(image: Image, vision: VisionConfig | SwinConfig) -> tuple[float, float, float]:

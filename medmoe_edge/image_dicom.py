@@ -21,15 +21,8 @@ from pydicom.tag import BaseTag
 from medmoe_edge.errors import ImageError, MissingDependencyError
 from medmoe_edge.image import MAX_BYTES, Image, as_pixels, check_size, pick_frame, shown_name
 from medmoe_edge.image_dicom_display import GREY, numbers_of, show
+from medmoe_edge.image_labels import label_notices, labels_of, modality_of
 
-MODALITIES = {
-    "CT": "ct",
-    "MR": "mri",
-    **dict.fromkeys(("CR", "DX", "DR", "RG", "XA", "MG"), "xray"),
-    "US": "ultrasound",
-    **dict.fromkeys(("SM", "GM"), "pathology"),
-    "OP": "fundus",
-}
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")  # pydicom decodes all to RGB
 
 # What an enhanced multi-frame object says frame by frame, or once for all frames.
@@ -53,10 +46,12 @@ def read_dicom(path: Path, frame: int | None) -> Image:
     pixels, window = show(stored, dataset, name)
     return Image(
         as_pixels(pixels),
-        MODALITIES.get(str(dataset.get("Modality"))),
+        modality_of(dataset),
         window,
         _spacing(dataset),
         frames,
+        labels=labels_of(dataset),
+        notices=label_notices(dataset),
     )
 
 

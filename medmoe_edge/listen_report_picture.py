@@ -60,7 +60,8 @@ def heat_map(result: Result, image: Image, locator: Locator) -> Dataset:
         specific_character_set=CHARACTERS,
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
-    picture.ImageComments = result.answer.notice
+    warnings = (f"Warning: {notice.message}" for notice in result.answer.warnings)
+    picture.ImageComments = " ".join((*warnings, result.answer.notice))
     picture.DerivationDescription = f"Warm where these words fit best: {phrase}"[:LONGEST]
     picture["PatientOrientation"].value = None  # the same as of the image; its reader knows
     picture.Laterality = ""  # what is paired may be on either side

@@ -39,6 +39,7 @@ SCHEME = "99MEDMOE"
 MAKER = "medmoe-edge"
 QUESTION = CodedConcept("question", SCHEME, "Question")
 PROBABILITY = CodedConcept("probability", SCHEME, "Model's own probability of its answer")
+WARNING = CodedConcept("warning", SCHEME, "Warning")
 CONTAINS = RelationshipTypeValues.CONTAINS
 OBSERVED = RelationshipTypeValues.HAS_OBS_CONTEXT
 
@@ -101,12 +102,19 @@ def basic_text_sr(result: Result) -> Dataset:
 
 
 def _said(result: Result) -> list[TextContentItem]:
-    """Question, answer and notice; the answer is a qualitative evaluation (TID 1501) in words."""
+    """Question, answer, its warnings and the notice.
+
+    The answer is a qualitative evaluation (TID 1501) in words.
+    """
     answer = result.answer
     words = answer.text if answer.complete else f"{answer.text} (cut off)"
     return [
         TextContentItem(QUESTION, answer.question, CONTAINS),
         TextContentItem(codes.DCM.Finding, words.strip() or "(no answer)", CONTAINS),
+        *(
+            TextContentItem(WARNING, f"{notice.message} ({notice.code})", CONTAINS)
+            for notice in answer.warnings
+        ),
         TextContentItem(codes.DCM.Comment, answer.notice, CONTAINS),
     ]
 

@@ -1,5 +1,6 @@
 """MedMoE at work: which modality, which label, and where; over any runtime."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
@@ -8,8 +9,9 @@ import numpy as np
 from medmoe_edge.config_scores import Scores
 from medmoe_edge.engine import ImageLike
 from medmoe_edge.engine_clock import Clock
-from medmoe_edge.errors import BundleError, CheckpointError, InputError
+from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
 from medmoe_edge.image import Image, load_image, preprocess, seen_square
+from medmoe_edge.image_labels import unlike_label
 from medmoe_edge.modality_loading import REFERENCE, RuntimeName, open_modality
 from medmoe_edge.modality_results import Classification, Location, Reading
 from medmoe_edge.modality_router import entropy, evidence, log_softmax
@@ -50,8 +52,9 @@ class ModalityEngine:
     def read(self, image: ImageLike, *, frame: int | None = None) -> Reading:
         """The image's modality as the router sees it; raises `ImageError`, `ModelError`."""
         clock = Clock()
-        _, features = self._look(image, frame, clock)
-        return self._reading(features, clock)
+        picture, features = self._look(image, frame, clock)
+        reading = self._reading(features, clock)
+        return dataclasses.replace(reading, warnings=_warnings(picture, reading))
 
     def classify(
         self,
@@ -68,7 +71,7 @@ class ModalityEngine:
         """
         wanted = _asked(labels, prompts or {})
         clock = Clock()
-        _, features = self._look(image, frame, clock)
+        picture, features = self._look(image, frame, clock)
         phrases = [phrase for own in wanted.values() for phrase in own]
         texts = self._encode(phrases)
         clock.lap("text")
@@ -80,12 +83,14 @@ class ModalityEngine:
         clock.lap("compare")
         order = np.argsort(-scores, kind="stable")
         names = list(wanted)
+        reading = self._reading(features, clock)
         return Classification(
             scores={names[at]: float(scores[at]) for at in order},
             similarities={names[at]: float(best[at]) for at in order},
-            reading=self._reading(features, clock),
+            reading=reading,
             timings=_timings(clock),
             model=self._model,
+            warnings=_warnings(picture, reading),
         )
 
     def locate(self, image: ImageLike, phrase: str, *, frame: int | None = None) -> Location:
@@ -100,14 +105,16 @@ class ModalityEngine:
         y, x = np.unravel_index(int(heat.argmax()), heat.shape)
         fit = float(similarity(features, texts)[0, 0])
         clock.lap("compare")
+        reading = self._reading(features, clock)
         return Location(
             phrase=phrase,
             heat=heat,
             peak=(int(x), int(y)),
             similarity=fit,
-            reading=self._reading(features, clock),
+            reading=reading,
             timings=_timings(clock),
             model=self._model,
+            warnings=_warnings(picture, reading),
         )
 
     def embed_image(self, image: ImageLike, *, frame: int | None = None) -> Floats:
@@ -184,6 +191,10 @@ class ModalityEngine:
             "verification": self.verification,
             "runtime": self.runtime.name,
         }
+
+
+def _warnings(picture: Image, reading: Reading) -> tuple[Notice, ...]:
+    return (*picture.notices, *unlike_label(picture.labels, reading.modality))
 
 
 def _timings(clock: Clock) -> dict[str, float]:

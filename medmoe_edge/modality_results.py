@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from medmoe_edge.bundle import NOTICE
+from medmoe_edge.errors import Notice
 from medmoe_edge.runtimes.modality_base import Floats
 
 
@@ -12,11 +13,13 @@ class _Result:
     """`timings` are seconds: `image` to read and prepare, `vision` tower and expert, `text` and
     `compare`, as far as each was needed, and `total`. `model` says by `name` and `sha256` what
     answered, by `runtime` what ran it, and under `verification` what is known of its fidelity.
+    `warnings` are what should be known of the image before the result is used.
     """
 
     timings: dict[str, float]
     model: dict[str, str]
     notice: str = dataclasses.field(default=NOTICE, kw_only=True)
+    warnings: tuple[Notice, ...] = dataclasses.field(default=(), kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,4 +76,5 @@ class Location(_Result):
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         height, width = values.pop("heat").shape
         values |= {"peak": list(self.peak), "reading": self.reading.to_json()}
+        values["warnings"] = [dataclasses.asdict(notice) for notice in self.warnings]
         return values | {"size": [width, height]}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from medmoe_edge.render import percent, show, show_table, wrote
+from medmoe_edge.render import percent, show, show_table, show_warnings, wrote
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +35,7 @@ def show_classification(found: "Classification") -> None:
         show(f"and {more:,} more labels; --json has them all")
     if len(rows) == 1:
         show(ONE_LABEL, "yellow")
+    show_warnings(found.warnings)
     _ground(found.reading, found.timings["total"])
 
 
@@ -44,6 +45,7 @@ def show_location(found: "Location", picture: "Path") -> None:
     height, width = found.heat.shape
     show(found.phrase)
     show(f"  most alike at {x}, {y} of {width} x {height} pixels", "bold green")
+    show_warnings(found.warnings)
     show(f"  similarity to the whole image {found.similarity:.3f}", "dim")
     _ground(found.reading, found.timings["total"])
     wrote("the map", picture)

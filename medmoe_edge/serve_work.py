@@ -13,7 +13,7 @@ from typing import Protocol
 from medmoe_edge.answer import Answer
 from medmoe_edge.audit import AuditLog
 from medmoe_edge.errors import DataError, ImageError, MedMoEError, ResourceError
-from medmoe_edge.image import Image, load_image, shown_name
+from medmoe_edge.image import Image, Pixels, load_image, png_of, shown_name
 from medmoe_edge.modality_engine import ModalityEngine
 from medmoe_edge.modality_results import Classification, Location
 from medmoe_edge.serve_errors import Refusal
@@ -29,6 +29,8 @@ class Asked(Protocol):
     verification: str
 
     def prompt_tokens(self, question: str) -> int: ...
+
+    def seen(self, image: Image) -> Pixels: ...
 
     def ask_stream(
         self, image: Image, questions: Sequence[str], *, max_new_tokens: int
@@ -84,6 +86,10 @@ class Work:
                 self._record(upload, "ask", item.model, item.question, item.text)
                 self._metrics.saw_answer(item)
             yield item
+
+    def seen(self, upload: Upload) -> Generator[bytes, None, None]:
+        """The one picture, as PNG."""
+        yield png_of(self.engine.seen(self._picture(upload)))
 
     def classify(
         self, upload: Upload, labels: Sequence[str]

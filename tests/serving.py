@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmoe_edge.answer import Answer
-from medmoe_edge.image import Image
+from medmoe_edge.image import Image, Pixels
 from medmoe_edge.modality_results import Classification, Location, Reading
 from medmoe_edge.prompt import check_question
 from medmoe_edge.serve_app import create_app
@@ -45,6 +45,9 @@ class StandIn:
 
     def prompt_tokens(self, question: str) -> int:
         return len(check_question(question).split())
+
+    def seen(self, image: Image) -> Pixels:
+        return image.pixels[:1, :1]
 
     def ask_stream(
         self, image: Image, questions: Sequence[str], *, max_new_tokens: int

@@ -183,7 +183,8 @@ def test_the_keyboard_is_enough(page: Page, engine: Seeing) -> None:
             assert outline == "solid", order
             page.keys(Keys.TAB, held=Keys.SHIFT)
             assert len(order) < 12
-        assert [name for name in order if name] == ["question", "summary", "width", "centre"]
+        named = ["question", "summary", "seen-toggle", "width", "centre"]
+        assert [name for name in order if name] == named
 
         page.keys(Keys.TAB)
         page.keys("a", held=Keys.CONTROL)

@@ -31,13 +31,44 @@ export async function open(chosen) {
 /** Lay a map over the frame that it was made of; null takes it away. */
 export async function showHeat(location, frame = picture.frame) {
   if (location && frame !== picture.frame && !(await load(frame))) return;
+  hideSeen();
   if (location) await paintHeat($("heat"), location, picture);
   $("heat").hidden = $("legend").hidden = !location;
   $("heat-toggle").hidden = false;
   $("heat-toggle").setAttribute("aria-pressed", String(Boolean(location)));
 }
 
+/** Show exactly what the model sees of the picture, at its resolution; again takes it away. */
+async function toggleSeen() {
+  if (!$("seen").hidden) return hideSeen();
+  const { signal } = loading;
+  const busy = (left) => tell(`The service is busy. Trying again in ${left} s.`);
+  try {
+    const response = await post("/v1/seen", shown(), { signal, busy });
+    const url = URL.createObjectURL(await response.blob());
+    $("seen").src = url;
+    await $("seen").decode().finally(() => URL.revokeObjectURL(url));
+    if (signal.aborted) return;
+    const { naturalWidth: width, naturalHeight: height } = $("seen");
+    $("seen").alt = `Exactly what the model sees, ${width} by ${height} pixels`;
+    $("seen").hidden = false;
+    $("seen-toggle").setAttribute("aria-pressed", "true");
+    tell("");
+  } catch (error) {
+    if (!signal.aborted) tell(`${error.message} ${error.remedy ?? ""}`);
+  }
+}
+
+function hideSeen() {
+  $("seen").hidden = true;
+  $("seen").removeAttribute("src");
+  $("seen-toggle").setAttribute("aria-pressed", "false");
+}
+
+$("seen-toggle").addEventListener("click", toggleSeen);
+
 function hideAll() {
+  hideSeen();
   for (const id of ["picture", "heat", "legend", "display-only", "heat-toggle", "tools"]) $(id).hidden = true;
 }
 
@@ -87,6 +118,7 @@ function arrange() {
   $("frame-shown").value = `${picture.frame + 1} / ${picture.frames}`;
   $("window").hidden = !codes;
   $("heat").hidden = $("legend").hidden = $("heat-toggle").hidden = true;
+  hideSeen();
   draw();
 }
 
