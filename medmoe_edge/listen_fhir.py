@@ -149,10 +149,10 @@ def _study(result: Result) -> Resource:
 
 def _subject(result: Result) -> Resource:
     """The patient by number, if the object has one."""
-    number = str(result.evidence.header.PatientID)
+    number = result.evidence.values["PatientID"]
     if not number:
         return {}
     identifier: Resource = {"value": number}
-    if issuer := str(result.evidence.header.IssuerOfPatientID):
+    if issuer := result.evidence.values["IssuerOfPatientID"]:
         identifier["assigner"] = {"display": issuer}
     return {"subject": {"type": "Patient", "identifier": identifier}}

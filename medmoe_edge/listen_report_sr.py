@@ -6,6 +6,7 @@ algorithm (TID 4019: name, version, hash of the bundle) and the image. Both docu
 preliminary and unverified, and say that they come from no medical device.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
@@ -39,13 +40,19 @@ SCHEME = "99MEDMOE"
 MAKER = "medmoe-edge"
 QUESTION = CodedConcept("question", SCHEME, "Question")
 PROBABILITY = CodedConcept("probability", SCHEME, "Model's own probability of its answer")
+SEEN = CodedConcept("seen", SCHEME, "Picture as the model saw it")
 WARNING = CodedConcept("warning", SCHEME, "Warning")
 CONTAINS = RelationshipTypeValues.CONTAINS
 OBSERVED = RelationshipTypeValues.HAS_OBS_CONTEXT
 
 
-def comprehensive_3d_sr(result: Result) -> Dataset:
-    """The answer as a measurement report, for machines."""
+def comprehensive_3d_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Dataset:
+    """The answer as a measurement report, for machines.
+
+    Args:
+        result: What is reported.
+        earlier: The reports that this one takes the place of, as the object was sent again.
+    """
     answer, evidence = result.answer, result.evidence
     algorithm = AlgorithmIdentification(
         name=answer.model["name"],
@@ -61,7 +68,11 @@ def comprehensive_3d_sr(result: Result) -> Dataset:
         source_images=[
             SourceImageForMeasurementGroup(
                 evidence.header.SOPClassUID, evidence.uid, evidence.frames
-            )
+            ),
+            *(
+                SourceImageForMeasurementGroup(shown.SOPClassUID, shown.SOPInstanceUID)
+                for shown in _shown(result)
+            ),
         ],
     )
     group[0].ContentSequence.extend(_said(result))
@@ -77,11 +88,17 @@ def comprehensive_3d_sr(result: Result) -> Dataset:
         procedure_reported=codes.SCT.ImagingProcedure,
         imaging_measurements=[group],
     )
-    return Comprehensive3DSR(content=report, **_document(result, "comprehensive-3d-sr"))
+    document = Comprehensive3DSR(
+        content=report, **_document(result, "comprehensive-3d-sr", earlier)
+    )
+    evidence.take_over(document)
+    return document
 
 
-def basic_text_sr(result: Result) -> Dataset:
+def basic_text_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Dataset:
     """The answer as text, for people and for viewers that show no more.
+
+    `result` and `earlier` are as of `comprehensive_3d_sr`.
 
     It is made as an Enhanced SR, of which Basic Text SR is the part that is used here (PS3.3
     A.35.1.3: TEXT, CODE, UIDREF, IMAGE and CONTAINER, related by CONTAINS and HAS OBS CONTEXT).
@@ -95,10 +112,25 @@ def basic_text_sr(result: Result) -> Dataset:
         referenced_frame_numbers=result.evidence.frames,
         relationship_type=CONTAINS,
     )
-    root.ContentSequence = ContentSequence([*_observer(result), _section(result), image])
-    document = EnhancedSR(content=root, **_document(result, "basic-text-sr"))
+    shown = [
+        ImageContentItem(
+            name=SEEN,
+            referenced_sop_class_uid=picture.SOPClassUID,
+            referenced_sop_instance_uid=picture.SOPInstanceUID,
+            relationship_type=CONTAINS,
+        )
+        for picture in _shown(result)
+    ]
+    root.ContentSequence = ContentSequence([*_observer(result), _section(result), image, *shown])
+    document = EnhancedSR(content=root, **_document(result, "basic-text-sr", earlier))
     document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
+    result.evidence.take_over(document)
     return document
+
+
+def _shown(result: Result) -> list[Dataset]:
+    """What the model saw, if it was kept."""
+    return [] if result.picture is None else [result.picture]
 
 
 def _said(result: Result) -> list[TextContentItem]:
@@ -137,10 +169,11 @@ def _algorithm(result: Result) -> str:
     return f"{model['name']}, {MAKER} {__version__}, sha256={model['sha256']}"
 
 
-def _document(result: Result, kind: str) -> dict[str, Any]:
+def _document(result: Result, kind: str, earlier: Sequence[Dataset]) -> dict[str, Any]:
     """What all reports have in their header."""
     return {
-        "evidence": [result.evidence.header],
+        "evidence": [result.evidence.header, *_shown(result)],
+        "previous_versions": earlier or None,
         "series_instance_uid": result.series_uid(kind),
         "series_number": 9000,
         "series_description": "AI, unverified: not a medical device",

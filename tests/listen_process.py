@@ -21,7 +21,7 @@ from pynetdicom.events import Event
 from test_dicom import made
 
 from medmoe_edge.answer import Answer
-from medmoe_edge.image import Image
+from medmoe_edge.image import Image, Pixels
 from medmoe_edge.listen_config import Configuration, load_configuration
 from medmoe_edge.listen_node import Node
 
@@ -42,6 +42,9 @@ class StandIn:
         self.asked += 1
         time.sleep(self.seconds)
         return [answer_to(question) for question in questions]
+
+    def seen(self, image: Image) -> Pixels:
+        return image.pixels[::2, ::2]
 
 
 def configuration(folder: Path, **values: Any) -> Configuration:
