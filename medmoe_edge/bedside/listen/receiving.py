@@ -1,0 +1,296 @@
+"""C-ECHO and C-STORE: what is let in, and what is kept before the sender is told so.
+
+The statuses are those of PS3.4 B.2.3 and PS3.7 annex C.
+"""
+
+import functools
+import hashlib
+import io
+import ipaddress
+import logging
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from pydicom import Dataset, dcmread
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
+from pynetdicom.association import Association
+from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.events import Event
+from pynetdicom.presentation import AllStoragePresentationContexts, build_context
+from pynetdicom.service_class import StorageServiceClass
+from pynetdicom.sop_class import register_uid
+
+from medmoe_edge.bedside.listen.config import Configuration
+from medmoe_edge.bedside.listen.files import Folder, key_of
+from medmoe_edge.bedside.listen.header import (
+    Origin,
+    check_uids,
+    notices_of,
+    origin_of,
+    text_of,
+    uid_of,
+)
+from medmoe_edge.bedside.listen.queue import Queue
+from medmoe_edge.errors import MedMoEError, ResourceError
+from medmoe_edge.image.loading import decoding, load_image, shown_name
+
+log = logging.getLogger(__name__)
+
+SUCCESS = 0x0000
+UNSUPPORTED_CLASS = 0x0122
+NOT_AUTHORISED = 0x0124
+OUT_OF_RESOURCES = 0xA700
+CLASS_MISMATCH = 0xA900
+CANNOT_UNDERSTAND = 0xC000
+
+# Classes of the storage service whose objects are made of pixels; those of other kinds (reports,
+# waveforms, presentation states, plans ...) are refused when they are offered.
+WORDS = ("Image Storage", "Image Storage - For", "Parametric Map", "Segmentation", "RT Dose")
+NOT_PIXELS = ("Presentation State", "Surface", "Spectroscopy", "Raw Data")
+# Classes that the standard has withdrawn, and that old devices still send.
+RETIRED = (
+    *("1.2.840.10008.5.1.1.29", "1.2.840.10008.5.1.1.30"),  # hardcopies
+    *("1.2.840.10008.5.1.4.1.1.3", "1.2.840.10008.5.1.4.1.1.6"),  # ultrasound
+    "1.2.840.10008.5.1.4.1.1.5",  # nuclear medicine
+    "1.2.840.10008.5.1.4.1.1.12.3",  # bi-plane angiography
+    *("1.2.840.10008.5.1.4.1.1.77.1", "1.2.840.10008.5.1.4.1.1.77.2"),  # visible light, on trial
+)
+MAX_PRIVATE = 1000  # classes of makers' own, over the life of the process
+PLAIN_UID = re.compile(r"[0-9.]{1,64}")
+LONGEST_COMMENT = 64  # characters of an Error Comment (LO)
+_registered: set[str] = set()
+
+
+def classes_with_pixels() -> list[str]:
+    """The UIDs of the storage classes that are taken."""
+    contexts = [context.abstract_syntax for context in AllStoragePresentationContexts]
+    named = [(uid, uid.name) for uid in contexts if uid is not None]
+    current = [
+        str(uid)
+        for uid, name in named
+        if any(word in name for word in WORDS) and not any(word in name for word in NOT_PIXELS)
+    ]
+    return [*current, *(uid for uid in RETIRED if register(uid))]
+
+
+@functools.cache
+def transfer_syntaxes() -> list[str]:
+    """Those that can be read here; not the deflated one, which may inflate to any size."""
+    return [
+        str(syntax)
+        for syntax in AllTransferSyntaxes
+        if syntax != DeflatedExplicitVRLittleEndian
+        and (not syntax.is_encapsulated or _is_decodable(str(syntax)))
+    ]
+
+
+class Refused(Exception):
+    """An object that is not taken: the status, and why, without a word of the patient."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status, self.why = status, why
+
+
+class Receiving:
+    """The handlers of pynetdicom's events; `arrived` is called after each object that is kept."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        folder: Folder,
+        queue: Queue,
+        arrived: Callable[[], None],
+    ) -> None:
+        self.configuration, self.folder, self.queue = configuration, folder, queue
+        self.arrived = arrived
+        self._keeping = threading.Lock()  # or two that send one object could spoil each other's
+        self.classes = set(classes_with_pixels())
+
+    def requested(self, event: Event) -> None:
+        """Reject an association from whoever is not on the list."""
+        requestor = event.assoc.requestor
+        assert requestor.primitive is not None  # what this event is about
+        title = str(requestor.primitive.calling_ae_title).strip()
+        address = ipaddress.ip_address(requestor.address)
+        for peer in self.configuration.peers:
+            if peer.ae_title == title and (not peer.hosts or address in peer.hosts):
+                self._support_private(event.assoc)
+                return
+        log.warning("An association was rejected: its AE title or address is not on the list.")
+        event.assoc.acse.send_reject(0x01, 0x01, 0x03)  # permanent; calling AE not recognised
+        event.assoc.kill()
+
+    def _support_private(self, association: Association) -> None:
+        """Let an association offer classes of its maker's own: images are judged as they come."""
+        primitive = association.requestor.primitive
+        offered = getattr(primitive, "presentation_context_definition_list", None) or ()
+        contexts = association.acceptor.supported_contexts
+        for uid in {str(context.abstract_syntax) for context in offered}:
+            if is_private(uid) and register(uid):
+                contexts.append(build_context(uid, transfer_syntaxes()))
+        association.acceptor.supported_contexts = contexts
+
+    def accepted(self, event: Event) -> None:
+        """Say what of an association's offer is not taken, which the sender may not tell."""
+        for context in event.assoc.rejected_contexts:
+            class_name = shown_uid(context.abstract_syntax)
+            if context.result == 0x03:
+                log.warning("Objects of this class are not taken: %s.", class_name)
+            else:
+                offered = ", ".join(shown_uid(uid) for uid in context.transfer_syntax)
+                log.warning("%s is offered in no readable encoding: %s.", class_name, offered)
+
+    def echo(self, event: Event) -> int:
+        """C-ECHO."""
+        return SUCCESS
+
+    def store(self, event: Event) -> Dataset:
+        """C-STORE: the status, which is success only once the object lies on the disk."""
+        answer = Dataset()
+        try:
+            self._store(event)
+        except Refused as refused:
+            answer.Status, why = refused.status, refused.why
+        except (ResourceError, OSError, MemoryError) as error:
+            answer.Status, why = OUT_OF_RESOURCES, f"no room for it ({type(error).__name__})"
+        except MedMoEError as error:
+            answer.Status, why = CANNOT_UNDERSTAND, error.what
+        except Exception as error:  # whatever a peer's bytes may still provoke
+            answer.Status, why = CANNOT_UNDERSTAND, f"it is damaged ({type(error).__name__})"
+        else:
+            answer.Status = SUCCESS
+            self.arrived()
+            return answer
+        answer.ErrorComment = why[:LONGEST_COMMENT]
+        level = logging.ERROR if answer.Status == OUT_OF_RESOURCES else logging.WARNING
+        log.log(level, "An object was refused (0x%04X): %s", answer.Status, why)
+        return answer
+
+    def _store(self, event: Event) -> None:
+        request = event.request
+        assert isinstance(request, C_STORE)
+        sop_class = str(request.AffectedSOPClassUID)
+        if sop_class not in self.classes and not is_private(sop_class):
+            raise Refused(UNSUPPORTED_CLASS, "Objects of its class are not images.")
+        if event.context.abstract_syntax != request.AffectedSOPClassUID:
+            raise Refused(CLASS_MISMATCH, "Its class is not the one that was agreed on.")
+        data = event.encoded_dataset()
+        if len(data) > self.configuration.max_object_mb * 1_000_000:
+            raise Refused(OUT_OF_RESOURCES, "It is larger than max_object_mb allows.")
+        if self.folder.free() - len(data) < self.configuration.reserve_mb * 1_000_000:
+            raise Refused(OUT_OF_RESOURCES, "The disk is too full to keep it.")
+        header, pixels = _parts(data)
+        self._judge(request, header, pixels)
+        notices = notices_of(header)
+        origin = origin_of(header, pixels[8 if header.original_encoding[0] else 12 :])
+        with self._keeping:
+            key = self._key(origin, data)
+            if self.queue.settles(key):  # the sender had not heard of it
+                return
+            self._keep(event, key, data, header, origin)
+        for notice in notices:
+            log.warning("%s: %s", key[:16], notice.message)
+
+    def _key(self, origin: Origin, data: bytes) -> str:
+        """By which an object is known; sent again with other content, it gets one of its own."""
+        versions = self.queue.versions(origin.uid)
+        for key, known in versions:
+            if known.content == origin.content:
+                return key
+        if self.queue.state(origin.uid) is None:
+            return origin.uid
+        if not versions and self.queue.job(origin.uid).sha256 == hashlib.sha256(data).hexdigest():
+            return origin.uid  # kept by an earlier version of this program
+        return key_of(f"{origin.uid} {origin.content}")
+
+    def _keep(self, event: Event, key: str, data: bytes, header: Dataset, origin: Origin) -> None:
+        path = self.folder.image(key)
+        title = str(event.assoc.requestor.ae_title).strip()
+        self.folder.keep(path, data)
+        kept = False
+        try:
+            _check_picture(path)
+            questions = self.configuration.questions_for(
+                text_of(header, "Modality").value, text_of(header, "BodyPartExamined").value
+            )
+            self._tell_of_others(key, origin)
+            self.queue.add(key, hashlib.sha256(data).hexdigest(), title, questions, origin)
+            kept = bool(questions)
+        finally:
+            if not kept and self.queue.state(key) != "failed":  # those are kept to be looked at
+                path.unlink(missing_ok=True)
+        if not questions:
+            log.info("%s: nothing is asked of such images.", key[:16])
+
+    def _tell_of_others(self, key: str, origin: Origin) -> None:
+        """Say in the log where an object contradicts those that came before."""
+        known = [each for _, each in self.queue.versions(origin.uid)]
+        if any(each.patient != origin.patient for each in known):
+            log.warning(
+                "%s: sent again in the name of another patient. It is answered anew; look at the "
+                "report that was made for the other.",
+                key[:16],
+            )
+        elif key != origin.uid:
+            log.warning("%s: sent again with other content. It is answered anew.", key[:16])
+        if self.queue.shares_study(origin):
+            log.warning("%s: its Study Instance UID is another patient's too.", key[:16])
+
+    def _judge(self, request: C_STORE, header: Dataset, pixels: memoryview) -> None:
+        check_uids(header)
+        if uid_of(header, "SOPClassUID") != str(request.AffectedSOPClassUID).strip("\0 "):
+            raise Refused(CLASS_MISMATCH, "Its SOPClassUID is another than was announced.")
+        if uid_of(header, "SOPInstanceUID") != str(request.AffectedSOPInstanceUID).strip("\0 "):
+            raise Refused(CLASS_MISMATCH, "Its SOPInstanceUID is another than was announced.")
+        if not pixels:
+            raise Refused(CLASS_MISMATCH, "It has no pixels.")
+        burned_in = text_of(header, "BurnedInAnnotation").value.upper() == "YES"
+        if burned_in and not self.configuration.allow_burned_in:
+            raise Refused(NOT_AUTHORISED, "Its pixels are marked as showing text (burned in).")
+
+
+def _parts(data: bytes) -> tuple[Dataset, memoryview]:
+    """The header of a file, and what follows it from its pixels on; raises `ImageError`."""
+    with decoding("The object"):
+        file = io.BytesIO(data)
+        header = dcmread(file, stop_before_pixels=True)
+        return header, memoryview(data)[file.tell() :]
+
+
+def _check_picture(path: Path) -> None:
+    """Raise what `load_image` does, without the name that the object has here."""
+    try:
+        load_image(path)
+    except MedMoEError as error:
+        what = error.what.replace(shown_name(path), "The object")
+        raise type(error)(what, error.remedy) from error
+
+
+def is_private(uid: str) -> bool:
+    """Whether a class is a maker's own, and not of the standard (PS3.5 annex A and B)."""
+    return not uid.startswith("1.2.840.10008.") and bool(PLAIN_UID.fullmatch(uid))
+
+
+def register(uid: str) -> bool:
+    """Have pynetdicom take a class for one of the storage service; not of any number of them."""
+    if uid not in _registered and len(_registered) < MAX_PRIVATE:
+        _registered.add(uid)
+        register_uid(uid, f"Storage{uid.replace('.', '_')}", StorageServiceClass)
+    return uid in _registered
+
+
+def shown_uid(uid: str | None) -> str:
+    """The name of a class or encoding, or its UID; what is none might be anything."""
+    text = str(uid)
+    return UID(text).name if PLAIN_UID.fullmatch(text) else "one without a valid UID"
+
+
+def _is_decodable(syntax: str) -> bool:
+    try:
+        return bool(get_decoder(syntax).is_available)
+    except NotImplementedError:
+        return False
