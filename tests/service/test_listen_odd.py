@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from listen_process import PEER, SOME, StandIn, configuration, send, study, wait_for
 from pydicom import DataElement, Dataset, config, dcmread
 from pydicom.datadict import dictionary_VR
+from pydicom.valuerep import CUSTOMIZABLE_CHARSET_VR
 from pynetdicom.ae import ApplicationEntity
+from pynetdicom.dsutils import encode
 from test_listen_fuzz import fake_event
 
 from medmoe_edge.bedside.listen import receiving as listen_receiving
@@ -331,14 +333,13 @@ def test_the_picture_that_the_model_saw_goes_with_the_report(node: Node) -> None
     assert str(picture.SOPInstanceUID).encode() in encoded(reports(node, "basic-text-sr")[0])
 
 
-@given(
-    keyword=st.sampled_from(SHARED),
-    value=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=90),
-)
-@settings(max_examples=60, deadline=None)
-def test_any_text_comes_through(keyword: str, value: str) -> None:
-    """Whatever a header holds, a report can be made and written, and holds the same."""
-    value = value.strip("\0 ")
+@given(data=st.data(), keyword=st.sampled_from(SHARED))
+@settings(max_examples=100, deadline=None)
+def test_any_text_comes_through(data: st.DataObject, keyword: str) -> None:
+    """Whatever a header holds, what is made of it can be written, and holds the same."""
+    codec = "utf-8" if dictionary_VR(keyword) in CUSTOMIZABLE_CHARSET_VR else "latin-1"
+    marks = st.characters(codec=codec, exclude_characters="\0")
+    value = data.draw(st.text(marks, max_size=90)).strip("\0 ")
     dataset = odd(**{keyword: value}, SpecificCharacterSet="ISO_IR 192")
     evidence = Evidence.of(_read(_implicit(dataset)), Image.from_array(SOME), "0" * 64)
     document = Dataset()
@@ -348,10 +349,9 @@ def test_any_text_comes_through(keyword: str, value: str) -> None:
 
 
 def _implicit(dataset: Dataset) -> bytes:
-    file = io.BytesIO()
-    dataset.save_as(file, implicit_vr=True, little_endian=True, enforce_file_format=False)
-    data = file.getvalue()
-    return data[data.find(b"DICM") + 4 :] if b"DICM" in data[:132] else data
+    data = encode(dataset, is_implicit_vr=True, is_little_endian=True)
+    assert data is not None
+    return data
 
 
 def _read(data: bytes) -> Dataset:

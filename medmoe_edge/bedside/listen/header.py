@@ -19,6 +19,7 @@ from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag
+from pydicom.valuerep import CUSTOMIZABLE_CHARSET_VR
 
 from medmoe_edge.errors import ImageError, Notice
 
@@ -82,6 +83,8 @@ def text_of(dataset: Dataset, keyword: str) -> Text:
     element = dataset.get_item(tag)
     value = None if element is None else element.value
     if isinstance(value, bytes):
+        if dictionary_VR(keyword) not in CUSTOMIZABLE_CHARSET_VR:
+            return Text(value.decode("iso-8859-1").strip(PADDING))  # to ASCII; loses no other byte
         text = _decoded(value, dataset)
         return Text(text.value.strip(PADDING), text.charset)
     values = value if isinstance(value, MultiValue | list | tuple) else [value]

@@ -6,6 +6,7 @@ algorithm (TID 4019: name, version, hash of the bundle) and the image. Both docu
 preliminary and unverified, and say that they come from no medical device.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,10 +32,10 @@ from highdicom.sr import (
 )
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import BasicTextSRStorage
+from pydicom.uid import BasicTextSRStorage, SecondaryCaptureImageStorage
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bedside.listen.evidence import CHARACTERS, Result, device_uid
+from medmoe_edge.bedside.listen.evidence import CHARACTERS, Evidence, Result, device_uid
 
 SCHEME = "99MEDMOE"
 MAKER = "medmoe-edge"
@@ -88,11 +89,8 @@ def comprehensive_3d_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Data
         procedure_reported=codes.SCT.ImagingProcedure,
         imaging_measurements=[group],
     )
-    document = Comprehensive3DSR(
-        content=report, **_document(result, "comprehensive-3d-sr", earlier)
-    )
-    evidence.take_over(document)
-    return document
+    options = _document(result, "comprehensive-3d-sr", earlier)
+    return _true_to(evidence, Comprehensive3DSR(content=report, **options))
 
 
 def basic_text_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Dataset:
@@ -124,7 +122,17 @@ def basic_text_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Dataset:
     root.ContentSequence = ContentSequence([*_observer(result), _section(result), image, *shown])
     document = EnhancedSR(content=root, **_document(result, "basic-text-sr", earlier))
     document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
-    result.evidence.take_over(document)
+    return _true_to(result.evidence, document)
+
+
+def _true_to(evidence: Evidence, document: Dataset) -> Dataset:
+    """The document with class, patient and study of the object as the object has them."""
+    for study in document.CurrentRequestedProcedureEvidenceSequence:
+        for series in study.ReferencedSeriesSequence:
+            for instance in series.ReferencedSOPSequence:
+                if instance.ReferencedSOPInstanceUID == evidence.uid:
+                    instance.ReferencedSOPClassUID = evidence.header.SOPClassUID
+    evidence.take_over(document)
     return document
 
 
@@ -171,8 +179,10 @@ def _algorithm(result: Result) -> str:
 
 def _document(result: Result, kind: str, earlier: Sequence[Dataset]) -> dict[str, Any]:
     """What all reports have in their header."""
+    image = copy.copy(result.evidence.header)
+    image.SOPClassUID = SecondaryCaptureImageStorage  # highdicom knows no private or old classes
     return {
-        "evidence": [result.evidence.header, *_shown(result)],
+        "evidence": [image, *_shown(result)],
         "previous_versions": earlier or None,
         "series_instance_uid": result.series_uid(kind),
         "series_number": 9000,
