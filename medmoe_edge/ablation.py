@@ -32,7 +32,7 @@ from medmoe_edge.datasets import LabelledImage, read_examples, read_labels
 from medmoe_edge.engine import Engine
 from medmoe_edge.errors import DataError, InputError, ResourceError
 from medmoe_edge.evaluate import Evaluation, ModalityAccuracy, Score, evaluate, evaluate_labels
-from medmoe_edge.image import load_image, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import chosen_experts

@@ -9,7 +9,7 @@ import numpy as np
 
 from medmoe_edge.datasets import Example
 from medmoe_edge.engine import Engine
-from medmoe_edge.image import load_image, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Floats
 

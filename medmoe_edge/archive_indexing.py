@@ -12,7 +12,7 @@ from medmoe_edge.archive_store import Entry, Vector
 from medmoe_edge.archive_writing import ArchiveWriter
 from medmoe_edge.bundle import NOTICE
 from medmoe_edge.errors import ImageError, InputError, MissingDependencyError
-from medmoe_edge.image import Image, load_image, pick_frame, preprocess
+from medmoe_edge.image.loading import Image, load_image, pick_frame, preprocess
 from medmoe_edge.modality_engine import ModalityEngine
 from medmoe_edge.modality_similarity import unit
 

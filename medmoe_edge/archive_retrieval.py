@@ -9,7 +9,7 @@ from typing import Any, Literal
 from medmoe_edge.archive import Archive, Hit
 from medmoe_edge.bundle import NOTICE
 from medmoe_edge.errors import ImageError, InputError
-from medmoe_edge.image import load_image, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.modality_engine import ModalityEngine
 from medmoe_edge.modality_results import Reading
 from medmoe_edge.modality_similarity import unit

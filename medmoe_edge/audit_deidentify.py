@@ -18,7 +18,7 @@ from pydicom.sr.codedict import codes
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image import decoding
+from medmoe_edge.image.loading import decoding
 
 EDITION = "dicomfields_2026c"
 

@@ -19,7 +19,7 @@ from medmoe_edge.bundle import Bundle
 from medmoe_edge.datasets import Example, read_examples
 from medmoe_edge.engine import Engine, load
 from medmoe_edge.errors import DataError
-from medmoe_edge.image import Image, load_image
+from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort_paged import PagedOrtRuntime

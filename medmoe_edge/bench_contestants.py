@@ -14,7 +14,7 @@ from medmoe_edge.config import ModelConfig
 from medmoe_edge.engine import Engine, load
 from medmoe_edge.engine_clock import Clock
 from medmoe_edge.errors import ModelError
-from medmoe_edge.image import Image, preprocess
+from medmoe_edge.image.loading import Image, preprocess
 from medmoe_edge.runtimes.base import Runtime
 
 QUESTION = "Is there evidence of a pleural effusion?"

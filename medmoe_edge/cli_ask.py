@@ -87,7 +87,7 @@ def _check_explanation(output: Path, questions: int, force: bool) -> None:
 
 def _explain(output: Path, file: Path, frame: int | None, answer: "Answer") -> "Location":
     """Draw where the answer's key phrase lies."""
-    from medmoe_edge.image import load_image
+    from medmoe_edge.image.loading import load_image
     from medmoe_edge.modality_engine import load_modality
     from medmoe_edge.modality_phrase import key_phrase
 

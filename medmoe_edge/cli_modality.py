@@ -11,7 +11,7 @@ from medmoe_edge.cli_errors import needs
 from medmoe_edge.errors import InputError
 
 if TYPE_CHECKING:
-    from medmoe_edge.image import Image
+    from medmoe_edge.image.loading import Image
     from medmoe_edge.modality_results import Location, Reading
 
 INDEX = Path("medmoe-index")  # where both verbs of the archive look for it: in the current folder
@@ -87,7 +87,7 @@ def locate(
 
     What is not in the image has a likeliest place too: look at the similarity.
     """
-    from medmoe_edge.image import load_image
+    from medmoe_edge.image.loading import load_image
     from medmoe_edge.modality_engine import load_modality
 
     check_picture(output, force)

@@ -12,7 +12,7 @@ from medmoe_edge.answer import Answer
 from medmoe_edge.engine_clock import Clock, timings
 from medmoe_edge.engine_loading import REFERENCE, Device, Paging, RuntimeName, open_model
 from medmoe_edge.errors import BundleError, CheckpointError, InputError
-from medmoe_edge.image import Image, load_image, preprocess
+from medmoe_edge.image.loading import Image, load_image, preprocess
 from medmoe_edge.prefix_cache import LastPrefix, PrefixCache, cache_folder
 from medmoe_edge.prefix_file import Prefix
 from medmoe_edge.prompt import Tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from medmoe_edge.errors import InputError
-from medmoe_edge.image import load_image, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Floats, Runtime
 

@@ -18,7 +18,7 @@ from pydicom import Dataset, dcmread, dcmwrite
 from medmoe_edge.answer import Answer
 from medmoe_edge.audit import AuditLog
 from medmoe_edge.errors import InputError, MedMoEError
-from medmoe_edge.image import Image, decoding, load_image
+from medmoe_edge.image.loading import Image, decoding, load_image
 from medmoe_edge.listen_config import Configuration, Document
 from medmoe_edge.listen_evidence import Evidence, Result
 from medmoe_edge.listen_files import Folder

@@ -15,7 +15,7 @@ from pydicom.uid import UID
 from medmoe_edge import __version__
 from medmoe_edge.answer import Answer
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image import Image
+from medmoe_edge.image.loading import Image
 from medmoe_edge.listen_files import key_of
 
 # The root of all UIDs made here, itself made by chance once.

@@ -12,7 +12,7 @@ from pynetdicom.events import EventHandlerType
 from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.image import MAX_BYTES
+from medmoe_edge.image.loading import MAX_BYTES
 from medmoe_edge.listen_answering import Answering, Asked
 from medmoe_edge.listen_config import Configuration, Destination, DicomDestination
 from medmoe_edge.listen_files import Folder

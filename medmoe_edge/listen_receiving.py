@@ -18,7 +18,7 @@ from pynetdicom.events import Event
 from pynetdicom.presentation import AllStoragePresentationContexts
 
 from medmoe_edge.errors import ImageError, MedMoEError, ResourceError
-from medmoe_edge.image import decoding, load_image
+from medmoe_edge.image.loading import decoding, load_image
 from medmoe_edge.listen_config import Configuration
 from medmoe_edge.listen_evidence import check_uids
 from medmoe_edge.listen_files import Folder, key_of

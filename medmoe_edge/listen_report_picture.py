@@ -13,7 +13,7 @@ from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from medmoe_edge import __version__
-from medmoe_edge.image import Image, Pixels
+from medmoe_edge.image.loading import Image, Pixels
 from medmoe_edge.listen_evidence import CHARACTERS, Result
 from medmoe_edge.modality_phrase import key_phrase
 

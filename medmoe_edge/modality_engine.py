@@ -9,7 +9,7 @@ from medmoe_edge.config_scores import Scores
 from medmoe_edge.engine import ImageLike
 from medmoe_edge.engine_clock import Clock
 from medmoe_edge.errors import BundleError, CheckpointError, InputError
-from medmoe_edge.image import Image, load_image, preprocess, seen_square
+from medmoe_edge.image.loading import Image, load_image, preprocess, seen_square
 from medmoe_edge.modality_loading import REFERENCE, RuntimeName, open_modality
 from medmoe_edge.modality_results import Classification, Location, Reading
 from medmoe_edge.modality_router import entropy, evidence, log_softmax

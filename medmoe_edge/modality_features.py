@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from medmoe_edge.image import load_image, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.modality_similarity import similarity
 from medmoe_edge.modality_texts import TextCache
 from medmoe_edge.runtimes.modality_base import Floats, ModalityRuntime

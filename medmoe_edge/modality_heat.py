@@ -5,7 +5,7 @@ import numpy.typing as npt
 from PIL import Image as Pillow
 from PIL import ImageDraw
 
-from medmoe_edge.image import Pixels
+from medmoe_edge.image.loading import Pixels
 from medmoe_edge.modality_legend import PAPER, legend
 from medmoe_edge.modality_results import Location
 from medmoe_edge.runtimes.modality_base import Floats

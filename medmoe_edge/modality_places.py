@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.image import load_image
+from medmoe_edge.image.loading import load_image
 from medmoe_edge.modality_boxes import Place
 from medmoe_edge.modality_engine import ModalityEngine
 from medmoe_edge.modality_features import Done

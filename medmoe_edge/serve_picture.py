@@ -14,9 +14,9 @@ from PIL import Image as Pillow
 from pydantic import BaseModel
 from pydicom.pixels.processing import apply_modality_lut
 
-from medmoe_edge.image import Image, Window, decoding, finite, pick_frame, too_large
-from medmoe_edge.image_dicom import decode_frame, open_dataset, unfold_frame
-from medmoe_edge.image_dicom_display import GREY
+from medmoe_edge.image.dicom import decode_frame, open_dataset, unfold_frame
+from medmoe_edge.image.dicom_display import GREY
+from medmoe_edge.image.loading import Image, Window, decoding, finite, pick_frame, too_large
 from medmoe_edge.serve_routes import REFUSALS, ImageForm
 from medmoe_edge.serve_settings import Limits
 from medmoe_edge.serve_work import path_to, read_upload
@@ -75,7 +75,7 @@ def picture_routes(limits: Limits) -> APIRouter:
 
 
 def picture_of(data: bytes, frame: int | None, most_pixels: int) -> Picture:
-    """The picture in an uploaded file; the errors of `medmoe_edge.image.load_image`."""
+    """The picture in an uploaded file; the errors of `medmoe_edge.image.loading.load_image`."""
     image = read_upload(data, frame)
     height, width = image.pixels.shape[:2]
     if height * width > most_pixels:

@@ -13,7 +13,7 @@ from typing import Protocol
 from medmoe_edge.answer import Answer
 from medmoe_edge.audit import AuditLog
 from medmoe_edge.errors import DataError, ImageError, MedMoEError, ResourceError
-from medmoe_edge.image import Image, load_image, shown_name
+from medmoe_edge.image.loading import Image, load_image, shown_name
 from medmoe_edge.modality_engine import ModalityEngine
 from medmoe_edge.modality_results import Classification, Location
 from medmoe_edge.serve_errors import Refusal
@@ -132,7 +132,7 @@ class Work:
 
 
 def read_upload(data: bytes, frame: int | None) -> Image:
-    """The picture in an uploaded file; the errors of `medmoe_edge.image.load_image`."""
+    """The picture in an uploaded file; the errors of `medmoe_edge.image.loading.load_image`."""
     with path_to(data) as path:
         try:
             return load_image(path, frame=frame)

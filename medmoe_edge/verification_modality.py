@@ -13,7 +13,7 @@ from medmoe_edge.bundle import write_verification
 from medmoe_edge.bundle_modality import ModalityBundle, ModalityGates
 from medmoe_edge.errors import DataError, ModelError
 from medmoe_edge.fidelity import Share
-from medmoe_edge.image import Image, preprocess
+from medmoe_edge.image.loading import Image, preprocess
 from medmoe_edge.metrics import bootstrap_interval
 from medmoe_edge.modality_loading import open_bundle, open_checkpoint
 from medmoe_edge.modality_similarity import similarity, unit

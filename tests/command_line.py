@@ -12,7 +12,7 @@ import pytest
 from typer.testing import Result
 
 from medmoe_edge.answer import Answer, Timings
-from medmoe_edge.image import load_image
+from medmoe_edge.image.loading import load_image
 from medmoe_edge.prompt import check_question
 
 ROOT = Path(__file__).parents[1]

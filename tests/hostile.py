@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from medmoe_edge.errors import ImageError, ResourceError
-from medmoe_edge.image import load_image
+from medmoe_edge.image.loading import load_image
 
 
 def check_damaged(

@@ -21,7 +21,7 @@ from pynetdicom.events import Event
 from test_dicom import made
 
 from medmoe_edge.answer import Answer
-from medmoe_edge.image import Image
+from medmoe_edge.image.loading import Image
 from medmoe_edge.listen_config import Configuration, load_configuration
 from medmoe_edge.listen_node import Node
 

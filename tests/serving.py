@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmoe_edge.answer import Answer
-from medmoe_edge.image import Image
+from medmoe_edge.image.loading import Image
 from medmoe_edge.modality_results import Classification, Location, Reading
 from medmoe_edge.prompt import check_question
 from medmoe_edge.serve_app import create_app

@@ -28,7 +28,7 @@ from medmoe_edge.ablation_results import (
 from medmoe_edge.ablation_variants import VARIANTS, widen
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import DataError, InputError, ResourceError
-from medmoe_edge.image import load_image, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.inspection import activated_parameters
 from medmoe_edge.models import phi, stablelm
 from medmoe_edge.models.med_moe import MedMoE

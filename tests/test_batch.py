@@ -28,7 +28,7 @@ from medmoe_edge.batch_inputs import read_items
 from medmoe_edge.batch_journal import Journal, journal_path
 from medmoe_edge.bundle import NOTICE
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
-from medmoe_edge.image import load_image
+from medmoe_edge.image.loading import load_image
 
 QUESTIONS = ("Is there effusion?", "Which organ is shown?")
 

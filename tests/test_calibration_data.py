@@ -31,7 +31,7 @@ from medmoe_edge.calibration import builtin, samples
 from medmoe_edge.calibration.data import CalibrationData, Sample, Skipped, read_calibration
 from medmoe_edge.calibration.sources import folder_samples
 from medmoe_edge.errors import DataError, InputError, MissingDependencyError
-from medmoe_edge.image import Image, load_image
+from medmoe_edge.image.loading import Image, load_image
 
 ASKED = len(samples.QUESTIONS)
 
@@ -135,7 +135,7 @@ def test_a_deflated_header_is_inflated_within_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dicom(tmp_path / "bomb", "MR", syntax=DeflatedExplicitVRLittleEndian)
-    monkeypatch.setattr("medmoe_edge.image_dicom.MAX_BYTES", 50)
+    monkeypatch.setattr("medmoe_edge.image.dicom.MAX_BYTES", 50)
     assert {s.modality for s in folder_samples(tmp_path)} == {None}
 
 

@@ -16,7 +16,7 @@ from medmoe_edge import modality_engine, render_modality
 from medmoe_edge.bundle import NOTICE
 from medmoe_edge.cli_modality import INDEX
 from medmoe_edge.errors import DataError, InputError
-from medmoe_edge.image import Image, load_image
+from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.modality_phrase import UNSEEN, key_phrase
 from medmoe_edge.modality_prompts import parse_labels, read_prompts
 from medmoe_edge.modality_results import Classification, Location, Reading

@@ -21,7 +21,7 @@ from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.calibration.statistics import SiteFiles
 from medmoe_edge.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError, ResourceError
-from medmoe_edge.image import preprocess
+from medmoe_edge.image.loading import preprocess
 from medmoe_edge.models.moe import route
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.eager import EagerRuntime

@@ -23,7 +23,7 @@ from medmoe_edge.errors import VerificationError
 from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.fidelity import log_softmax
-from medmoe_edge.image import preprocess
+from medmoe_edge.image.loading import preprocess
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Floats
 from medmoe_edge.runtimes.eager import EagerRuntime

@@ -13,7 +13,7 @@ from medmoe_edge.datasets import read_examples
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.evaluate import evaluate
 from medmoe_edge.export.build import export_bundle
-from medmoe_edge.image import Image, load_image
+from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.inspection import inspect_model
 
 ROOT = Path(__file__).parents[1]

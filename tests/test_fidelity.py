@@ -18,7 +18,7 @@ from medmoe_edge.datasets import Example
 from medmoe_edge.engine import load
 from medmoe_edge.errors import DataError, InputError, ModelError
 from medmoe_edge.fidelity import Fidelity, Recording, compare, log_softmax, record
-from medmoe_edge.image import load_image, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Floats, Runtime, Step
 from medmoe_edge.runtimes.eager import EagerRuntime

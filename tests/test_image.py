@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from medmoe_edge import image as module
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.errors import ImageError, ResourceError
-from medmoe_edge.image import Image, load_image, preprocess
+from medmoe_edge.image import loading as module
+from medmoe_edge.image.loading import Image, load_image, preprocess
 
 ROOT = Path(__file__).parents[1]
 NOISE = np.random.default_rng(0)
@@ -175,11 +175,11 @@ def test_pages_of_a_tiff(tmp_path: Path) -> None:
 
 
 def test_too_many_pages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medmoe_edge import image_raster
+    from medmoe_edge.image import raster
 
     pages = [Pillow.fromarray(GREY)] * 4
     path = saved(tmp_path, encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
-    monkeypatch.setattr(image_raster, "MAX_PAGES", 3)
+    monkeypatch.setattr(raster, "MAX_PAGES", 3)
     with pytest.raises(ImageError, match="more than 3 pages"):
         load_image(path)
 
@@ -307,7 +307,7 @@ def test_out_of_memory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("medmoe_edge.image_raster._flatten", fail)
+    monkeypatch.setattr("medmoe_edge.image.raster._flatten", fail)
     with pytest.raises(ResourceError, match="not enough memory"):
         load_image(saved(tmp_path, encoded(RGB, "PNG")))
 
@@ -360,7 +360,7 @@ def test_hostile_files(
 def test_a_png_costs_no_dicom_library(tmp_path: Path) -> None:
     path = saved(tmp_path, encoded(RGB, "PNG"))
     code = (
-        "import sys; from medmoe_edge.image import load_image; load_image(sys.argv[1]);"
+        "import sys; from medmoe_edge.image.loading import load_image; load_image(sys.argv[1]);"
         "print({'pydicom', 'nibabel', 'torch'} & set(sys.modules))"
     )
     result = subprocess.run(

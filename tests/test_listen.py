@@ -37,7 +37,7 @@ from medmoe_edge import listen_files, listen_receiving
 from medmoe_edge.audit_chain import verify_log
 from medmoe_edge.bundle import NOTICE
 from medmoe_edge.errors import CheckpointError, ImageError, ResourceError
-from medmoe_edge.image import Image
+from medmoe_edge.image.loading import Image
 from medmoe_edge.listen_answering import Answering
 from medmoe_edge.listen_evidence import Evidence, Result
 from medmoe_edge.listen_node import Node

@@ -31,7 +31,7 @@ from pydicom import Dataset, dcmread
 from test_dicom import saved
 
 from medmoe_edge.bundle import NOTICE
-from medmoe_edge.image import Image
+from medmoe_edge.image.loading import Image
 from medmoe_edge.listen_answering import encoded
 from medmoe_edge.listen_evidence import Evidence, Result
 from medmoe_edge.listen_fhir import fhir

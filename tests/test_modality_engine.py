@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from medmoe_edge.bundle import NOTICE
 from medmoe_edge.config_scores import Scores
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ModelError
-from medmoe_edge.image import Image
+from medmoe_edge.image.loading import Image
 from medmoe_edge.modality_engine import ModalityEngine, load_modality
 from medmoe_edge.modality_texts import TextCache
 from medmoe_edge.models.modality_similarity import similarity
@@ -69,7 +69,7 @@ def fixed(*arguments: Any, **options: Any) -> ModalityEngine:
 
 
 def test_labels_are_scored_by_the_softmax_of_their_similarities(engine: ModalityEngine) -> None:
-    from medmoe_edge.image import preprocess
+    from medmoe_edge.image.loading import preprocess
     from medmoe_edge.modality_text import ModalityTokenizer
 
     found = engine.classify(picture(), LABELS)

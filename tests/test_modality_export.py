@@ -33,7 +33,7 @@ from medmoe_edge.export.gpu_presets import find_gpu
 from medmoe_edge.export.modality import export_image
 from medmoe_edge.export.modality_build import export_modality_bundle
 from medmoe_edge.export.tensorrt_builder import build_engine
-from medmoe_edge.image import Image
+from medmoe_edge.image.loading import Image
 from medmoe_edge.inspection_modality import inspect_modality
 from medmoe_edge.modality_engine import load_modality
 from medmoe_edge.modality_loading import open_bundle

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmoe_edge.errors import ImageError, MissingDependencyError
-from medmoe_edge.image import load_image
+from medmoe_edge.image.loading import load_image
 
 nibabel = pytest.importorskip("nibabel", reason="needs nibabel")
 
@@ -152,7 +152,7 @@ def test_without_nibabel_the_extra_is_named(
 ) -> None:
     path = saved(tmp_path, nibabel.Nifti1Image(VOLUME, AFFINE))
     monkeypatch.setitem(sys.modules, "nibabel", None)
-    monkeypatch.delitem(sys.modules, "medmoe_edge.image_nifti")
+    monkeypatch.delitem(sys.modules, "medmoe_edge.image.nifti")
     with pytest.raises(MissingDependencyError, match="nibabel"):
         load_image(path)
 

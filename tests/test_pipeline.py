@@ -33,7 +33,7 @@ from medmoe_edge.errors import (
     VerificationError,
 )
 from medmoe_edge.export import build
-from medmoe_edge.image import load_image
+from medmoe_edge.image.loading import load_image
 from medmoe_edge.pipeline_examples import as_examples
 from medmoe_edge.presets_random import random_tensors
 from medmoe_edge.runtimes.ort import OrtRuntime

@@ -22,7 +22,7 @@ from test_serve_live import served
 
 from medmoe_edge.answer import Answer
 from medmoe_edge.bundle import NOTICE
-from medmoe_edge.image import Image
+from medmoe_edge.image.loading import Image
 from medmoe_edge.serve_settings import Limits
 
 SCAN = (ROOT / "scan.png").read_bytes()

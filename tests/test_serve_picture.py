@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from test_dicom import NAME, made
 
 from medmoe_edge import serve_picture
-from medmoe_edge.image import load_image
+from medmoe_edge.image.loading import load_image
 from medmoe_edge.serve_picture import Codes, Picture, picture_of
 from medmoe_edge.serve_settings import Limits
 

@@ -30,7 +30,7 @@ from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.plugin.ahead_of_time import compile_kernel
 from medmoe_edge.export.plugin.variant import Variant
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights, specification
-from medmoe_edge.image import Image
+from medmoe_edge.image.loading import Image
 from medmoe_edge.models.moe import MoE
 from medmoe_edge.runtimes.base import Floats, Runtime, Step
 from medmoe_edge.runtimes.eager import TorchDevice

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from medmoe_edge.captions import Captioned
 from medmoe_edge.config_modality import ModalityConfig
-from medmoe_edge.image import load_image, seen_square
+from medmoe_edge.image.loading import load_image, seen_square
 from medmoe_edge.modality_boxes import Place
 from medmoe_edge.modality_text import ModalityTokenizer
 from medmoe_edge.models.modality_losses import UNKNOWN

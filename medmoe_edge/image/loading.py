@@ -1,7 +1,7 @@
 """A medical image file in, one 8-bit RGB picture out; and that picture as the tower's input.
 
-The kind of a file is read from its first bytes, never from its name. `image_raster`, `image_dicom`
-and `image_nifti` do the reading, and only the file that needs a library pays for its import. Sizes
+The kind of a file is read from its first bytes, never from its name. `raster`, `dicom`
+and `nifti` do the reading, and only the file that needs a library pays for its import. Sizes
 are checked in the header, before anything is decoded.
 """
 
@@ -85,15 +85,15 @@ def load_image(path: str | os.PathLike[str], *, frame: int | None = None) -> Ima
     with decoding(name):
         head = _head(path, name)
         if head[128:132] == b"DICM" or (head[:2] == b"\x08\0" and head[3:4] == b"\0"):
-            from medmoe_edge.image_dicom import read_dicom
+            from medmoe_edge.image.dicom import read_dicom
 
             return read_dicom(path, frame)
         if head.startswith(GZIP_SIGNATURE) or is_nifti(head):
-            from medmoe_edge.image_nifti import read_nifti
+            from medmoe_edge.image.nifti import read_nifti
 
             return read_nifti(path, frame)
         if head.startswith((*SIGNATURES.values(), *TIFF_SIGNATURES)):
-            from medmoe_edge.image_raster import read_raster
+            from medmoe_edge.image.raster import read_raster
 
             return read_raster(path, frame)
     raise ImageError(f"{name} is not an image that can be read.", f"Give {KINDS}.")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.errors import ImageError, MissingDependencyError
-from medmoe_edge.image import (
+from medmoe_edge.image.loading import (
     GZIP_SIGNATURE,
     KINDS,
     MAX_BYTES,
@@ -41,7 +41,7 @@ def read_nifti(path: Path, frame: int | None) -> Image:
 
     Slices count from the feet upwards: along the last axis of the canonical orientation, RAS+.
     Of a gzip file only what lies before the slice's end is inflated, and nothing of it is kept.
-    Errors as of `medmoe_edge.image.load_image`, and whatever nibabel raises.
+    Errors as of `load_image`, and whatever nibabel raises.
     """
     name = shown_name(path)
     with _open(path) as file:

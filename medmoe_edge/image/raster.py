@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps, TiffImagePlugin, _imaging
 
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image import (
+from medmoe_edge.image.loading import (
     Image,
     as_pixels,
     check_size,
@@ -24,7 +24,7 @@ MAX_PAGES = 10_000
 
 
 def read_raster(path: Path, frame: int | None) -> Image:
-    """Read one page; the errors of `medmoe_edge.image.load_image`, and whatever Pillow raises."""
+    """Read one page; the errors of `load_image`, and whatever Pillow raises."""
     name = shown_name(path)
     _silence_libtiff()
     with _open(path, name) as picture:

@@ -18,7 +18,7 @@ from pydicom.pixels.processing import (
 )
 
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image import Pixels, Window, finite, show_percentiles
+from medmoe_edge.image.loading import Pixels, Window, finite, show_percentiles
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 SOFT_TISSUE: Window = (40.0, 400.0)  # centre and width in HU

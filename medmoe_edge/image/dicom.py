@@ -1,4 +1,4 @@
-"""DICOM: one frame of a file, decoded; `image_dicom_display` makes it visible.
+"""DICOM: one frame of a file, decoded; `dicom_display` makes it visible.
 
 No value of the file reaches a message: it may be about a patient.
 """
@@ -19,8 +19,15 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.tag import BaseTag
 
 from medmoe_edge.errors import ImageError, MissingDependencyError
-from medmoe_edge.image import MAX_BYTES, Image, as_pixels, check_size, pick_frame, shown_name
-from medmoe_edge.image_dicom_display import GREY, numbers_of, show
+from medmoe_edge.image.dicom_display import GREY, numbers_of, show
+from medmoe_edge.image.loading import (
+    MAX_BYTES,
+    Image,
+    as_pixels,
+    check_size,
+    pick_frame,
+    shown_name,
+)
 
 MODALITIES = {
     "CT": "ct",
@@ -37,7 +44,7 @@ FRAME_GROUPS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "Fr
 
 
 def read_dicom(path: Path, frame: int | None) -> Image:
-    """Read one frame; the errors of `medmoe_edge.image.load_image`, and whatever pydicom raises."""
+    """Read one frame; the errors of `load_image`, and whatever pydicom raises."""
     name = shown_name(path)
     dataset = open_dataset(path, name)
     if not any(f"{kind}PixelData" in dataset for kind in ("", "Float", "DoubleFloat")):
