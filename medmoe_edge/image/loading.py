@@ -22,7 +22,7 @@ from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_modality import SwinConfig
-from medmoe_edge.errors import ImageError, MedMoEError, ResourceError
+from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError
 
 Pixels = npt.NDArray[np.uint8]
 Window = tuple[float, float]
@@ -52,7 +52,8 @@ class Image:
     `pixels` [H, W, 3] is read-only; grey is repeated in the three channels. `window` is the
     (centre, width) that made the file's values visible, in the file's unit (HU for CT); None
     where the values were shown as they are. `spacing` is the distance between rows and between
-    columns in mm. `frames` counts the frames, pages or slices of the file.
+    columns in mm. `frames` counts the frames, pages or slices of the file. `notices` say what should
+    be known of the picture as it was read; they become warnings of every answer about it.
     """
 
     pixels: Pixels
@@ -60,6 +61,7 @@ class Image:
     window: Window | None = None
     spacing: tuple[float, float] | None = None
     frames: int = 1
+    notices: tuple[Notice, ...] = ()
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Self:
