@@ -22,6 +22,7 @@ from medmoe_edge.errors import ImageError, MissingDependencyError
 from medmoe_edge.image.dicom_display import GREY, numbers_of, show
 from medmoe_edge.image.loading import (
     MAX_BYTES,
+    MAX_PIXELS,
     Image,
     as_pixels,
     check_size,
@@ -43,7 +44,7 @@ COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")  # pydicom de
 FRAME_GROUPS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
 
 
-def read_dicom(path: Path, frame: int | None) -> Image:
+def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> Image:
     """Read one frame; the errors of `load_image`, and whatever pydicom raises."""
     name = shown_name(path)
     dataset = open_dataset(path, name)
@@ -53,7 +54,7 @@ def read_dicom(path: Path, frame: int | None) -> Image:
             "Give a file of an image series; if this is one, it was cut off: copy it again.",
         )
     frames = int(dataset.get("NumberOfFrames") or 1)
-    _check_header(dataset, name, frames)
+    _check_header(dataset, name, frames, most_pixels)
     index = pick_frame(name, frame, frames)
     stored = decode_frame(dataset, name, index, frames)
     unfold_frame(dataset, index)
@@ -102,9 +103,9 @@ def _with_transfer_syntax(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _check_header(dataset: Dataset, name: str, frames: int) -> None:
+def _check_header(dataset: Dataset, name: str, frames: int, most_pixels: int) -> None:
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
-    check_size(name, rows, columns)
+    check_size(name, rows, columns, most_pixels)
     bits = int(dataset.BitsAllocated) * int(dataset.SamplesPerPixel)
     if frames * rows * columns * bits > 8 * MAX_BYTES:
         raise ImageError(
