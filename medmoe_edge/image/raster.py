@@ -40,6 +40,11 @@ PHOTOMETRIC_NAMES = {
     **{9: "ICC Lab", 10: "ITU Lab", 32803: "raw camera", 32844: "LogL", 32845: "LogLuv"},
 }
 SAMPLE_NAMES = {1: "unsigned", 2: "signed", 3: "float", 4: "untyped", 5: "complex", 6: "complex"}
+NATIVE = {  # Pillow's names of how samples lie
+    **dict.fromkeys(("F;32F", "F;32BF"), "F;32NF"),
+    **dict.fromkeys(("I;32S", "I;32BS"), "I;32NS"),
+    **dict.fromkeys(("I;16S", "I;16BS"), "I;16NS"),
+}
 PNG_CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
@@ -50,7 +55,7 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
     `load_image`, and whatever Pillow raises.
     """
     name = shown_name(path)
-    _silence_libtiff()
+    _prepare_libtiff()
     with _explained(name), _open(path, name, most_pixels) as picture:
         notices: tuple[Notice, ...] = ()
         pages = [0]
@@ -65,7 +70,8 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
             _check_png(path)
         ratio = stated_ratio(picture)
         turned = picture.getexif().get(ORIENTATION, 1)
-        if picture.format == "TIFF":
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):
+            _correct_byte_order(picture)
             picture.load()  # which turns it upright
         else:
             ImageOps.exif_transpose(picture, in_place=True)
@@ -125,7 +131,7 @@ def _unread_tiff(file: BinaryIO, head: bytes, name: str) -> ImageError:
     if packing not in TiffImagePlugin.COMPRESSION_INFO:
         what = f"{name} is a TIFF whose compression, number {packing}, is not read."
         return ImageError(what, remedy)
-    samples = f"{len(bits)} {kind} samples of {'/'.join(map(str, sorted(set(bits))))} bits"
+    samples = f"{' + '.join(map(str, bits[:8]))} bits, {kind}"
     return ImageError(f"{name} is a TIFF of a kind that is not read: {colours}, {samples}.", remedy)
 
 
@@ -157,11 +163,14 @@ def _explained(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _silence_libtiff() -> None:
-    """Keep the C library's own complaints off the screen: it writes them to file descriptor 2.
+def _prepare_libtiff() -> None:
+    """Have it read every TIFF, and keep its own complaints off the screen.
 
-    To turn that away for a moment would swallow what other threads write meanwhile.
+    Without it Pillow reads uncompressed ones itself, and mixes up planes of more than a byte. The
+    complaints go to file descriptor 2; to turn that away for a moment would swallow what other
+    threads write meanwhile.
     """
+    TiffImagePlugin.READ_LIBTIFF = True
     library = ctypes.CDLL(_imaging.__file__)  # which finds what Pillow itself was linked with
     for handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         with contextlib.suppress(AttributeError):  # linked in, so that its names are not shown
@@ -180,6 +189,20 @@ def _pages(picture: TiffImagePlugin.TiffImageFile, name: str) -> list[int]:
         if not int(picture.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & THUMBNAIL_OR_MASK:
             whole.append(index)
     raise ImageError(f"{name} has more than {MAX_PAGES:,} pages.", "Split it.")
+
+
+def _correct_byte_order(picture: TiffImagePlugin.TiffImageFile) -> None:
+    """Have what libtiff unpacked read in the machine's byte order, in which it comes.
+
+    Pillow reads it in the file's, so that compressed big-endian samples of more than a byte, other
+    than unsigned ones of 16 bits, would turn into noise.
+    """
+    picture.tile = [
+        tile._replace(args=(NATIVE.get(tile.args[0], tile.args[0]), *tile.args[1:]))
+        if tile.codec_name == "libtiff" and isinstance(tile.args, tuple)
+        else tile
+        for tile in picture.tile
+    ]
 
 
 def _check_tiles(picture: Pillow.Image, name: str, most_pixels: int) -> None:
