@@ -29,13 +29,14 @@ import numpy.typing as npt
 
 from medmoe_edge import errors
 from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError
-from medmoe_edge.image.loading import MAX_PIXELS, Image, load_image, shown_name
+from medmoe_edge.image.loading import MAX_PIXELS, Image, decoding, load_image, shown_name
 
 NAME = "The image"  # how messages call an upload
 START_SECONDS = 60.0  # for a process to be ready, on a slow disk
 PROCESSES = 2
 CHUNK = 2**20
 MIB = 2**20
+NO_VALUES = np.empty(0, np.float32), False
 
 Task = Literal["image", "values"]
 
@@ -83,15 +84,21 @@ def read_apart(
 def grey_values_apart(
     source: bytes | Path, frame: int | None = None, bounds: Bounds | None = None
 ) -> GreyValues | None:
-    """The values behind the picture that `read_apart` reads; None if it is no grey DICOM frame."""
+    """The values behind a DICOM frame that `read_apart` reads; None where it has colours."""
     fields, values = _ask("values", source, frame, bounds or Bounds())
     return GreyValues(values, fields["inverted"]) if values.size else None
 
 
 def warm_up() -> None:
     """Start a process for the first picture, unless there is one; this does not wait for it."""
-    process = _POOL.take()
-    _POOL.give(process if process is not None and process.is_alive else _start())
+    with contextlib.suppress(queue.Empty):
+        process = _POOL.take(block=False)
+        try:
+            if process is None or not process.is_alive:
+                process = None
+                process = _Process()
+        finally:
+            _POOL.give(process)
 
 
 def _ask(
@@ -189,6 +196,9 @@ class _Process:
             yield late
         finally:
             timer.cancel()
+            timer.join()
+            if late.is_set():  # perhaps just after the answer
+                self.end()
 
 
 class _Pool:
@@ -207,15 +217,15 @@ class _Pool:
         try:
             if process is None or not process.is_alive:
                 process = None  # if none can be started, the place stays free
-                process = _start()
+                process = _Process()
             yield process
         finally:
             alive = process is not None and process.is_alive
             self.give(process if alive else None)
 
-    def take(self) -> "_Process | None":
-        """A place, and the process in it; waits for one."""
-        return self._places.get()
+    def take(self, block: bool = True) -> "_Process | None":
+        """A place, and the process in it; waits for one, or raises `queue.Empty`."""
+        return self._places.get(block)
 
     def give(self, process: "_Process | None") -> None:
         """Give a place back."""
@@ -228,10 +238,6 @@ class _Pool:
                 process = self._places.get_nowait()
                 if process is not None:
                     process.end()
-
-
-def _start() -> _Process:
-    return _Process()
 
 
 _POOL = _Pool()
@@ -325,10 +331,10 @@ def _answer(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], npt.ND
 
 def _done(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], npt.NDArray[Any]]:
     if request["task"] == "values":
-        from medmoe_edge.image.dicom import grey_values
+        from medmoe_edge.image.dicom import read_grey_values
 
-        found = grey_values(path, request["frame"], request["pixels"])
-        values, inverted = found or (np.empty(0, np.float32), False)
+        with decoding(NAME):
+            values, inverted = read_grey_values(path, request["frame"], NAME) or NO_VALUES
         return {"inverted": inverted}, values
     image = load_image(path, frame=request["frame"], most_pixels=request["pixels"])
     return {
