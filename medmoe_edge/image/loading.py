@@ -22,7 +22,7 @@ from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_modality import SwinConfig
-from medmoe_edge.errors import ImageError, MedMoEError, ResourceError
+from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError
 
 Pixels = npt.NDArray[np.uint8]
 Window = tuple[float, float]
@@ -52,7 +52,8 @@ class Image:
     `pixels` [H, W, 3] is read-only; grey is repeated in the three channels. `window` is the
     (centre, width) that made the file's values visible, in the file's unit (HU for CT); None
     where the values were shown as they are. `spacing` is the distance between rows and between
-    columns in mm. `frames` counts the frames, pages or slices of the file.
+    columns in mm. `frames` counts the frames, pages or slices of the file. `notices` say what should
+    be known of the picture as it was read; they become warnings of every answer about it.
     """
 
     pixels: Pixels
@@ -60,6 +61,7 @@ class Image:
     window: Window | None = None
     spacing: tuple[float, float] | None = None
     frames: int = 1
+    notices: tuple[Notice, ...] = ()
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Self:
@@ -84,7 +86,7 @@ def load_image(path: str | os.PathLike[str], *, frame: int | None = None) -> Ima
     name = shown_name(path)
     with decoding(name):
         head = _head(path, name)
-        if head[128:132] == b"DICM" or (head[:2] == b"\x08\0" and head[3:4] == b"\0"):
+        if is_dicom(head):
             from medmoe_edge.image.dicom import read_dicom
 
             return read_dicom(path, frame)
@@ -251,6 +253,17 @@ def show_percentiles(values: npt.NDArray[Any]) -> tuple[Pixels, Window]:
 def is_nifti(head: bytes) -> bool:
     """Whether a file's first 348 bytes are a NIfTI header."""
     return any(head[at : at + 4] in magics for at, magics in NIFTI_SIGNATURES.items())
+
+
+def is_dicom(head: bytes) -> bool:
+    """Whether a file's first 132 bytes begin a DICOM file, or a data set without its preamble.
+
+    Without it, the first element is of group 2 or 8 and has a short number, in either byte order.
+    """
+    group, element = head[:2], head[2:4]
+    little = group in (b"\x02\0", b"\x08\0") and element[1:] == b"\0"
+    big = group in (b"\0\x02", b"\0\x08") and element[:1] == b"\0"
+    return head[128:132] == b"DICM" or little or big
 
 
 def _head(path: Path, name: str) -> bytes:
