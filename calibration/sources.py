@@ -14,17 +14,13 @@ from medmoe_edge.datasets import (
     read_examples,
 )
 from medmoe_edge.errors import DataError, ImageError
-from medmoe_edge.image.loading import (
-    SIGNATURES,
-    TIFF_SIGNATURES,
-    decoding,
-    is_dicom,
-    is_nifti,
-    load_image,
-    shown_name,
-)
+from medmoe_edge.image.formats import HEAD_BYTES, is_dicom, is_nifti, is_raster
+from medmoe_edge.image.loading import decoding, load_image, shown_name
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif"),
+    *(".dcm", ".dicom", ".nii", ".nii.gz"),
+)
 
 
 def folder_samples(folder: Path) -> Iterator[Sample]:
@@ -41,11 +37,7 @@ def folder_samples(folder: Path) -> Iterator[Sample]:
             kind, modality = _dicom_header(file)
             if kind and "Image" not in kind:  # a directory, a report, a plan, a segmentation ...
                 continue
-        elif not (
-            file.name.lower().endswith(SUFFIXES)
-            or head.startswith((*SIGNATURES.values(), *TIFF_SIGNATURES))
-            or is_nifti(head)
-        ):
+        elif not (file.name.lower().endswith(SUFFIXES) or is_raster(head) or is_nifti(head)):
             continue
         yield from ask_about(printable(file.relative_to(folder).as_posix()), file, modality)
 
@@ -125,7 +117,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _head(file: Path) -> bytes:
     try:
         with file.open("rb") as stream:
-            return stream.read(348)
+            return stream.read(HEAD_BYTES)
     except OSError:
         return b""  # whoever draws it will hear why
 

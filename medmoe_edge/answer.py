@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from medmoe_edge.bundle import NOTICE
+from medmoe_edge.errors import Notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Answer:
     layers, that each expert took. `model` says by `name` and `sha256` what answered, by `runtime`
     what ran it, and under `verification` what is known of its fidelity: "passed", "failed" or "not
     measured" of a bundle, "reference" of a checkpoint. `paging` tells how experts were brought into
-    memory where that is bounded (`runtimes.paging_report`), else it is None.
+    memory where that is bounded (`runtimes.paging_report`), else it is None. `warnings` are what a
+    person and a program should know before they use the answer: of the model, of how the image was
+    read, and of a label that the image is unlike.
     """
 
     question: str
@@ -50,6 +53,7 @@ class Answer:
     complete: bool = True
     notice: str = NOTICE
     paging: dict[str, Any] | None = None
+    warnings: tuple[Notice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""

@@ -14,7 +14,8 @@ from PIL import Image as Pillow
 from pydantic import BaseModel
 
 from medmoe_edge.image.dicom import read_grey_values
-from medmoe_edge.image.loading import Image, Window, decoding, finite, is_dicom, pick_frame, too_large
+from medmoe_edge.image.formats import is_dicom
+from medmoe_edge.image.loading import Image, Window, decoding, finite, pick_frame, too_large
 from medmoe_edge.serve_routes import REFUSALS, ImageForm
 from medmoe_edge.serve_settings import Limits
 from medmoe_edge.serve_work import path_to, read_upload

@@ -47,8 +47,8 @@ MOST_STRETCH = 32  # beyond this, the stated proportions are a mistake
 OVERLAYS = range(0x6000, 0x6020, 2)
 
 
-def read_dicom(path: Path, frame: int | None) -> Image:
-    """Read one frame; the errors of `medmoe_edge.image.loading.load_image`, and pydicom's."""
+def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> Image:
+    """Read one frame; the errors of `load_image`, and whatever pydicom raises."""
     name = shown_name(path)
     notices: dict[str, Notice] = {}  # the first of each code
 
@@ -56,7 +56,7 @@ def read_dicom(path: Path, frame: int | None) -> Image:
         notices.setdefault(code, Notice(code, message))
 
     with open_container(path, name, say) as container:
-        stored, header, layout = _read_stored(container, frame, name, say)
+        stored, header, layout = _read_stored(container, frame, name, most_pixels, say)
     pixels, window = show(stored, header, layout, name, say)
     stretch = _stretch(header, pixels.shape[0], pixels.shape[1], say)
     if any((group, 0x0010) in header.dataset for group in OVERLAYS):
@@ -95,7 +95,7 @@ def read_grey_values(
         """What should be known of the file was said when it was read as a picture."""
 
     with open_container(path, name, ignore) as container:
-        stored, header, layout = _read_stored(container, frame, name, ignore)
+        stored, header, layout = _read_stored(container, frame, name, MAX_PIXELS, ignore)
     if stored.colour != "grey":
         return None
     values = read_modality(header, stored, ignore).apply(stored.values).astype(np.float32)
@@ -118,12 +118,12 @@ def read_kind(path: Path) -> tuple[str | None, str | None]:
 
 
 def _read_stored(
-    container: Container, frame: int | None, name: str, say: Say
+    container: Container, frame: int | None, name: str, most_pixels: int, say: Say
 ) -> tuple[Stored, Header, Layout]:
     header, element = container.header, container.pixels
     if element is None or element.length == 0:
         raise _without_image(container, name)
-    layout = read_layout(header, element.kind, name, say)
+    layout = read_layout(header, element.kind, name, most_pixels, say)
     index = pick_frame(name, frame, layout.frames)
     stored = read_frame(container, element, layout, index, name, say)
     return stored, _of_frame(header, index), layout

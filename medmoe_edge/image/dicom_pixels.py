@@ -81,14 +81,16 @@ class Stored:
         )
 
 
-def read_layout(header: Header, kind: str, name: str, say: Say) -> Layout:
+def read_layout(
+    header: Header, kind: str, name: str, most_pixels: int, say: Say
+) -> Layout:
     """What the header says of its frames; what it does not say follows from the rest.
 
     Raises:
         ImageError: It says too little or contradicts itself.
     """
     rows, columns = header.whole("Rows") or 0, header.whole("Columns") or 0
-    check_size(name, rows, columns)
+    check_size(name, rows, columns, most_pixels)
     samples = header.whole("SamplesPerPixel") or 1
     photometric = header.text("PhotometricInterpretation").replace(" ", "_")
     if not photometric:
