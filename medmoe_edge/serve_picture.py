@@ -12,10 +12,9 @@ import numpy.typing as npt
 from fastapi import APIRouter, Form
 from PIL import Image as Pillow
 from pydantic import BaseModel
-from pydicom.pixels.processing import apply_modality_lut
 
-from medmoe_edge.image.dicom import decode_frame, open_dataset, unfold_frame
-from medmoe_edge.image.dicom_display import GREY
+from medmoe_edge.image.dicom import read_grey_values
+from medmoe_edge.image.formats import is_dicom
 from medmoe_edge.image.loading import Image, Window, decoding, finite, pick_frame, too_large
 from medmoe_edge.serve_routes import REFUSALS, ImageForm
 from medmoe_edge.serve_settings import Limits
@@ -102,7 +101,7 @@ def _is_grey(image: Image) -> bool:
 
 def _codes(data: bytes, image: Image, index: int, shown: Pillow.Image) -> Codes:
     centre, width = image.window or (127.5, 255.0)
-    found = _dicom_values(data, index) if data[128:132] == b"DICM" else None
+    found = _dicom_values(data, index) if is_dicom(data[:132]) else None
     if found is None:  # of other files only what their window shows
         values, inverted = centre - width / 2 + np.asarray(shown) * (width / 255), False
     else:
@@ -122,14 +121,7 @@ def _codes(data: bytes, image: Image, index: int, shown: Pillow.Image) -> Codes:
 def _dicom_values(data: bytes, index: int) -> tuple[Values, bool] | None:
     """Rescaled values of a frame that `load_image` has accepted, and whether they are inverted."""
     with path_to(data) as path, decoding(NAME):
-        dataset = open_dataset(path, NAME)
-        if dataset.PhotometricInterpretation not in GREY:
-            return None
-        frames = int(dataset.get("NumberOfFrames") or 1)
-        stored = decode_frame(dataset, NAME, index, frames)
-        unfold_frame(dataset, index)
-        inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-        return finite(apply_modality_lut(stored, dataset)).astype(np.float32), inverted
+        return read_grey_values(path, index, NAME)
 
 
 def _reduced(picture: Pillow.Image) -> Pillow.Image:

@@ -92,7 +92,7 @@ TOP = {"", "cli"}  # medmoe_edge/__init__.py and the command line, which may imp
 NEVER_ON_THE_ASK_PATH = {
     *("torch", "transformers", "accelerate", "optimum", "scipy"),
     *("onnx", "onnxscript", "onnx_ir"),
-    *("pydicom", "pylibjpeg", "nibabel"),
+    *("pydicom", "imagecodecs", "nibabel"),
 }
 
 

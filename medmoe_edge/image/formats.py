@@ -52,6 +52,17 @@ def is_raster(head: bytes) -> bool:
     return webp or bmp or head.startswith(RASTERS)
 
 
+def is_dicom(head: bytes) -> bool:
+    """Whether a file's first bytes begin a DICOM file, or a data set without its preamble.
+
+    Without it, the first element is of group 2 or 8 and has a short number, in either byte order.
+    """
+    group, element = head[:2], head[2:4]
+    little = group in (b"\x02\0", b"\x08\0") and element[1:] == b"\0"
+    big = group in (b"\0\x02", b"\0\x08") and element[:1] == b"\0"
+    return head[128:132] == b"DICM" or head[:4] == b"DICM" or little or big
+
+
 def is_nifti(head: bytes) -> bool:
     """Whether a file's first 348 bytes are a NIfTI header."""
     return any(head[at : at + 4] in magics for at, magics in NIFTI_MAGICS.items())

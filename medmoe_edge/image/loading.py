@@ -24,7 +24,7 @@ from PIL import Image as Pillow
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_modality import SwinConfig
 from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError
-from medmoe_edge.image.formats import HEAD_BYTES, KINDS, is_raster, may_be_nifti, unknown
+from medmoe_edge.image.formats import HEAD_BYTES, KINDS, is_dicom, is_raster, may_be_nifti, unknown
 
 Pixels = npt.NDArray[np.uint8]
 Window = tuple[float, float]
@@ -101,7 +101,7 @@ def load_image(
 
 def _read(path: Path, name: str, frame: int | None, most_pixels: int) -> Image:
     head = _head(path, name)
-    if head[128:132] == b"DICM" or (head[:2] == b"\x08\0" and head[3:4] == b"\0"):
+    if is_dicom(head):
         from medmoe_edge.image.dicom import read_dicom
 
         return read_dicom(path, frame, most_pixels)
