@@ -12,6 +12,7 @@ from starlette.staticfiles import StaticFiles
 from medmoe_edge import __version__
 from medmoe_edge.audit import AuditLog
 from medmoe_edge.bundle import NOTICE
+from medmoe_edge.image.worker import warm_up
 from medmoe_edge.modality_engine import ModalityEngine
 from medmoe_edge.serve_errors import add_error_handlers
 from medmoe_edge.serve_guard import Guard
@@ -46,6 +47,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        warm_up()
         yield
         await asyncio.to_thread(worker.stop, STOPPING)
 
@@ -60,9 +62,9 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     add_error_handlers(app)
-    app.include_router(own_routes(work, worker, limits))
+    app.include_router(own_routes(work, worker))
     app.include_router(picture_routes(limits))
-    app.include_router(openai_routes(work, worker, limits))
+    app.include_router(openai_routes(work, worker))
     app.include_router(state_routes(worker, metrics))
     if PAGE.is_dir():
         app.mount("/page", StaticFiles(directory=PAGE))

@@ -19,6 +19,7 @@ from test_dicom import NAME, made
 
 from medmoe_edge import serve_picture
 from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.worker import Bounds
 from medmoe_edge.serve_picture import Codes, Picture, picture_of
 from medmoe_edge.serve_settings import Limits
 
@@ -33,7 +34,7 @@ def file_of(array: npt.NDArray[Any], **attributes: Any) -> bytes:
 
 
 def shown(data: bytes, frame: int | None = None) -> Picture:
-    return picture_of(data, frame, 10**8)
+    return picture_of(data, frame, Bounds())
 
 
 def values_of(picture: Picture) -> npt.NDArray[np.float64]:

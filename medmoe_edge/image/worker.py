@@ -36,6 +36,8 @@ START_SECONDS = 60.0  # for a process to be ready, on a slow disk
 PROCESSES = 2
 CHUNK = 2**20
 MIB = 2**20
+# what is told of an image beside its pixels, as plain values or lists of them
+FIELDS = {field.name for field in dataclasses.fields(Image)} - {"pixels", "notices"}
 NO_VALUES = np.empty(0, np.float32), False
 
 Task = Literal["image", "values"]
@@ -76,9 +78,9 @@ def read_apart(
         ResourceError: The other process cannot be started.
     """
     fields, pixels = _ask("image", source, frame, bounds or Bounds())
-    notices = tuple(Notice(**notice) for notice in fields["notices"])
-    window, spacing = (None if pair is None else tuple(pair) for pair in fields["pairs"])
-    return Image(pixels, fields["modality"], window, spacing, fields["frames"], notices)
+    notices = tuple(Notice(**notice) for notice in fields.pop("notices"))
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in FIELDS}
+    return Image(pixels, notices=notices, **told)
 
 
 def grey_values_apart(
@@ -337,12 +339,8 @@ def _done(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], npt.NDAr
             values, inverted = read_grey_values(path, request["frame"], NAME) or NO_VALUES
         return {"inverted": inverted}, values
     image = load_image(path, frame=request["frame"], most_pixels=request["pixels"])
-    return {
-        "modality": image.modality,
-        "pairs": (image.window, image.spacing),
-        "frames": image.frames,
-        "notices": [dataclasses.asdict(notice) for notice in image.notices],
-    }, image.pixels
+    fields = {name: getattr(image, name) for name in FIELDS}
+    return fields | {"notices": list(map(dataclasses.asdict, image.notices))}, image.pixels
 
 
 @contextlib.contextmanager
