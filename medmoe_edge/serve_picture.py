@@ -106,7 +106,8 @@ def _codes(data: bytes, image: Image, index: int, shown: Pillow.Image) -> Codes:
         values, inverted = centre - width / 2 + np.asarray(shown) * (width / 255), False
     else:
         original, inverted = found
-        values = finite(np.asarray(_reduced(Pillow.fromarray(original))))
+        # in the proportions of the picture, which the stored values may lack
+        values = finite(np.asarray(_resized(Pillow.fromarray(original), shown.size)))
     low, high = float(values.min()), float(values.max())
     if found is not None and image.window is None:
         centre, width = (low + high) / 2, high - low
@@ -129,7 +130,11 @@ def _reduced(picture: Pillow.Image) -> Pillow.Image:
     if scale >= 1:
         return picture
     width, height = (max(1, round(side * scale)) for side in picture.size)
-    return picture.resize((width, height), Pillow.Resampling.BOX)
+    return _resized(picture, (width, height))
+
+
+def _resized(picture: Pillow.Image, size: tuple[int, int]) -> Pillow.Image:
+    return picture if picture.size == size else picture.resize(size, Pillow.Resampling.BOX)
 
 
 def _png(picture: Pillow.Image) -> str:
