@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmoe_edge.datasets import AnswerType
+from medmoe_edge.data.datasets import AnswerType
 from medmoe_edge.image.loading import Image, load_image
 
 Field = tuple[int, int, int, int]

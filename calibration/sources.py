@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medmoe_edge.calibration.samples import Sample, ask_about
-from medmoe_edge.datasets import (
+from medmoe_edge.data.datasets import (
     ANSWER_TYPES,
     AnswerType,
     Record,

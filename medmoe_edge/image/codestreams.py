@@ -246,7 +246,9 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
         raise ImageError(
             f"{name} holds a JPEG 2000 picture whose colours differ in depth.", "Save it as PNG."
         )
-    tiles = math.ceil((right - tile_left) / tile_width) * math.ceil((bottom - tile_top) / tile_height)
+    tiles = math.ceil((right - tile_left) / tile_width) * math.ceil(
+        (bottom - tile_top) / tile_height
+    )
     transforms = _follow_tiles(data, start, tiles, name)
     if components == 3 and colour is None:
         colour = "rgb" if transforms[0] else "ycc" if len(set(steps)) > 1 else None

@@ -8,11 +8,9 @@ No value of the file reaches a message: it may be about a patient.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image as Pillow
 from pydicom import uid
 
 from medmoe_edge.errors import ImageError, Notice
@@ -27,6 +25,7 @@ from medmoe_edge.image.loading import (
     finite,
     pick_frame,
     shown_name,
+    square_pixels,
 )
 
 MODALITIES = {
@@ -42,8 +41,6 @@ MODALITIES = {
 FRAME_GROUPS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 
-LEAST_STRETCH = 0.005  # of a side; less cannot be seen
-MOST_STRETCH = 32  # beyond this, the stated proportions are a mistake
 OVERLAYS = range(0x6000, 0x6020, 2)
 
 
@@ -58,27 +55,23 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
     with open_container(path, name, say) as container:
         stored, header, layout = _read_stored(container, frame, name, most_pixels, say)
     pixels, window = show(stored, header, layout, name, say)
-    stretch = _stretch(header, pixels.shape[0], pixels.shape[1], say)
     if any((group, 0x0010) in header.dataset for group in OVERLAYS):
         say("overlay", "The file has overlays, which are not shown.")
-    spacing = _spacing(header)
-    if stretch is not None:
-        spacing = _stretched_spacing(spacing, pixels.shape[:2], stretch)
-        pixels = _stretched(pixels, stretch)
-    return Image(
+    image = Image(
         as_pixels(pixels),
         MODALITIES.get(header.text("Modality")),
         window,
-        spacing,
+        _spacing(header),
         layout.frames,
         notices=tuple(notices.values()),
     )
+    return square_pixels(image, _ratio(header), most_pixels)
 
 
 def read_grey_values(
     path: Path, frame: int | None, name: str
 ) -> tuple[npt.NDArray[np.float32], bool] | None:
-    """A frame's values in the file's unit, in true proportions; None for colours.
+    """A frame's values in the file's unit, as they are stored; None for colours.
 
     Args:
         path: A DICOM file that `load_image` has accepted.
@@ -91,6 +84,7 @@ def read_grey_values(
     Raises:
         ImageError: As `load_image` raises it.
     """
+
     def ignore(_code: str, _message: str) -> None:
         """What should be known of the file was said when it was read as a picture."""
 
@@ -98,10 +92,7 @@ def read_grey_values(
         stored, header, layout = _read_stored(container, frame, name, MAX_PIXELS, ignore)
     if stored.colour != "grey":
         return None
-    values = read_modality(header, stored, ignore).apply(stored.values).astype(np.float32)
-    stretch = _stretch(header, *values.shape[:2], ignore)
-    if stretch is not None:
-        values = _stretched(values, stretch)
+    values = read_modality(header, stored, ignore).apply(stored.values)
     return finite(values).astype(np.float32), is_inverted(header, layout)
 
 
@@ -154,7 +145,10 @@ def _of_frame(header: Header, index: int) -> Header:
     shared = header.items("SharedFunctionalGroupsSequence")[:1]
     each = header.items("PerFrameFunctionalGroupsSequence")[index : index + 1]
     items = [
-        item for groups in (*shared, *each) for group in FRAME_GROUPS for item in groups.items(group)
+        item
+        for groups in (*shared, *each)
+        for group in FRAME_GROUPS
+        for item in groups.items(group)
     ]
     return header.with_items(items) if items else header
 
@@ -170,36 +164,10 @@ def _spacing(header: Header) -> tuple[float, float] | None:
     return None
 
 
-def _stretch(header: Header, rows: int, columns: int, say: Say) -> tuple[int, int] | None:
-    """The rows and columns at which pixels are square, if they are not; none is thrown away."""
+def _ratio(header: Header) -> float:
+    """The distance between rows, divided by that between columns; 1 where neither is stated."""
     spacing = _spacing(header)
     if spacing is None:
         numbers = header.numbers("PixelAspectRatio")
-        if len(numbers) != 2 or min(numbers) <= 0:
-            return None
-        spacing = numbers[0], numbers[1]
-    ratio = spacing[0] / spacing[1]
-    if abs(ratio - 1) < LEAST_STRETCH:
-        return None
-    if not 1 / MOST_STRETCH <= ratio <= MOST_STRETCH:
-        say("proportions", "The file states impossible proportions: its pixels are taken as square.")
-        return None
-    high, wide = (rows * ratio, float(columns)) if ratio > 1 else (float(rows), columns / ratio)
-    shrunk = min(1.0, (MAX_PIXELS / (high * wide)) ** 0.5)
-    size = max(1, round(high * shrunk)), max(1, round(wide * shrunk))
-    say("proportions", "The pixels are not square: the picture is shown in its true proportions.")
-    return size if size != (rows, columns) else None
-
-
-def _stretched(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
-    """Values at another size, each pixel covering its area."""
-    picture = Pillow.fromarray(values)
-    return np.asarray(picture.resize(size[::-1], Pillow.Resampling.BOX))
-
-
-def _stretched_spacing(
-    spacing: tuple[float, float] | None, before: tuple[int, ...], after: tuple[int, int]
-) -> tuple[float, float] | None:
-    if spacing is None:
-        return None
-    return spacing[0] * before[0] / after[0], spacing[1] * before[1] / after[1]
+        spacing = (1, 1) if len(numbers) != 2 or min(numbers) <= 0 else (numbers[0], numbers[1])
+    return spacing[0] / spacing[1]

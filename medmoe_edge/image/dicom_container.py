@@ -125,7 +125,11 @@ def _read(file: BinaryIO, syntax: uid.UID | None, say: Say) -> Container:
     little = not (head[:1] == b"\0" and head[1:2] != b"\0")  # first come groups below 256
     implicit = head[4:6] not in KNOWN_VRS
     stated = syntax is not None and not syntax.is_private
-    if stated and len(head) == 8 and (_is_little(syntax), _is_implicit(syntax)) != (little, implicit):
+    if (
+        stated
+        and len(head) == 8
+        and (_is_little(syntax), _is_implicit(syntax)) != (little, implicit)
+    ):
         say("transfer_syntax", "The file is not written in the way that it states.")
     dataset = read_dataset(file, implicit, little, stop_when=_is_pixels)
     dataset.set_original_encoding(implicit, little)

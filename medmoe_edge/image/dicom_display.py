@@ -118,7 +118,10 @@ def show(
     if stored.colour == "palette":
         return _show_palette(stored, header, name), None
     if header.text("PresentationIntentType") == "FOR PROCESSING":
-        say("for_processing", "These are a detector's raw values, which no viewer shows as they are.")
+        say(
+            "for_processing",
+            "These are a detector's raw values, which no viewer shows as they are.",
+        )
     modality = read_modality(header, stored, say)
     rendering = _Rendering(stored, header, modality, is_inverted(header, layout), say)
     if not stored.is_whole:

@@ -9,7 +9,6 @@ be the header's, while its depth, its components and its colours are believed ov
 import dataclasses
 import io
 import math
-import struct
 import zlib
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from medmoe_edge.image.codestreams import (
     read_codestream,
 )
 from medmoe_edge.image.dicom_container import Container, PixelElement, size_of
+from medmoe_edge.image.dicom_encapsulated import read_codestream_of, read_rle
 from medmoe_edge.image.dicom_header import Header, Say
 from medmoe_edge.image.loading import check_size
 
@@ -37,7 +37,6 @@ GREY = ("MONOCHROME1", "MONOCHROME2")
 YBR = ("YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "YBR_PARTIAL_420", "YBR_PARTIAL_422")
 MAX_FRAMES = 10_000_000
 MAX_FRAME_BYTES = 2**30  # of one frame, decoded
-ITEM, DELIMITER = 0xFFFEE000, 0xFFFEE0DD
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 VIDEO = ("1.2.840.10008.1.2.4.10",)  # and MPEG2, MPEG-4, HEVC: their UIDs begin alike
 
@@ -75,15 +74,17 @@ class Stored:
     @property
     def domain(self) -> tuple[int, int]:
         """The least and the greatest value that so many bits hold."""
-        return (-(1 << self.bits - 1), (1 << self.bits - 1) - 1) if self.signed else (
-            0,
-            (1 << self.bits) - 1,
+        return (
+            (-(1 << self.bits - 1), (1 << self.bits - 1) - 1)
+            if self.signed
+            else (
+                0,
+                (1 << self.bits) - 1,
+            )
         )
 
 
-def read_layout(
-    header: Header, kind: str, name: str, most_pixels: int, say: Say
-) -> Layout:
+def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say) -> Layout:
     """What the header says of its frames; what it does not say follows from the rest.
 
     Raises:
@@ -157,11 +158,12 @@ def read_frame(
         if container.syntax is not None and container.syntax.is_encapsulated:
             say("transfer_syntax", "The file states a compression that its pixels do not have.")
         return _read_cells(container, element, layout, index, name, say)
-    data = _read_fragments(container, element, layout, index, name, say)
+    data = read_codestream_of(element, container.little, layout.frames, index, name, say)
     if is_codestream(data):
         return _decode_frame(data, layout, name, say)
     if container.syntax == uid.RLELossless:
-        return _of_planes(_read_rle(data, layout, name, say), layout, name)
+        planes = read_rle(data, layout.rows * layout.columns, layout.samples, name, say)
+        return _of_planes(planes, layout, name)
     if container.syntax == DEFLATED_FRAMES:
         return _inflate_frame(data, container, element, layout, name, say)
     raise _unknown_compression(container.syntax, name)
@@ -233,9 +235,7 @@ def _read_swapped(element: PixelElement, first: int, last: int) -> bytes:
     return pairs[first - start : last - start]
 
 
-def _cells(
-    data: bytes, skipped: int, bits: int, kind: str, layout: Layout, little: bool
-) -> Values:
+def _cells(data: bytes, skipped: int, bits: int, kind: str, layout: Layout, little: bool) -> Values:
     """The cells of so many bits; those of a whole number of bytes are a numpy type."""
     order = "<" if little else ">"
     if kind != "integer":
@@ -276,95 +276,6 @@ def _upsampled(cells: Values, layout: Layout) -> Values:
     full[..., 0] = groups[..., :2].reshape(layout.rows, layout.columns)
     full[..., 1:] = np.repeat(groups[..., 2:], 2, axis=1)
     return full
-
-
-# --- Fragments ---------------------------------------------------------------
-
-
-def _read_fragments(
-    container: Container, element: PixelElement, layout: Layout, index: int, name: str, say: Say
-) -> bytes:
-    """The codestream of one frame (PS3.5 A.4).
-
-    Offset tables are often wrong, and are used only where nothing else tells frames apart: a
-    fragment that begins like a codestream begins a frame, and one fragment a frame is the rule.
-    """
-    table, fragments = _walk(container, element, name, say)
-    starts = [i for i, (at, size) in enumerate(fragments) if _begins(element, at, size)]
-    frames = layout.frames
-    if starts and starts[0] == 0 and len(starts) >= frames:
-        if len(starts) > frames:
-            say(
-                "frames",
-                f"The file holds {len(starts)} compressed pictures and states {frames}.",
-            )
-        bounds = [*starts, len(fragments)]
-    elif len(fragments) == frames or (frames == 1 and not starts):
-        bounds = list(range(frames)) + [len(fragments)]
-    elif not starts and (found := _by_table(table, fragments, frames)):
-        bounds = found
-    else:
-        raise ImageError(
-            f"{name} states {frames} frames and holds {len(starts) or len(fragments)} compressed "
-            "pictures.",
-            "It was probably cut off or put together wrongly: export the series again.",
-        )
-    parts = []
-    for at, size in fragments[bounds[index] : bounds[index + 1]]:
-        element.file.seek(at)
-        parts.append(element.file.read(size))
-    return b"".join(parts)
-
-
-def _walk(
-    container: Container, element: PixelElement, name: str, say: Say
-) -> tuple[bytes, list[tuple[int, int]]]:
-    """The basic offset table, and where each fragment lies: place and length."""
-    file, order = element.file, "<HHI" if container.little else ">HHI"
-    found: list[tuple[int, int]] = []
-    at = element.start
-    while True:
-        file.seek(at)
-        head = file.read(8)
-        if len(head) < 8:
-            say("fragments", "The end of the compressed pictures is not marked.")
-            break
-        group, number, size = struct.unpack(order, head)
-        tag = group << 16 | number
-        if tag == DELIMITER:
-            break
-        if tag != ITEM or size == 0xFFFFFFFF or len(found) > MAX_FRAMES:
-            raise cut_off(name)
-        if size_of(file, at + 8 + size) < at + 8 + size:
-            raise cut_off(name)
-        found.append((at + 8, size))
-        at += 8 + size
-    if not found:
-        raise cut_off(name)
-    start, size = found[0]
-    if _begins(element, start, size):  # the table, even an empty one, was left out
-        return b"", found
-    file.seek(start)
-    fragments = [fragment for fragment in found[1:] if fragment[1]]
-    if not fragments:
-        raise cut_off(name)
-    return file.read(size), fragments
-
-
-def _begins(element: PixelElement, at: int, size: int) -> bool:
-    element.file.seek(at)
-    return is_codestream(element.file.read(min(size, 12)))
-
-
-def _by_table(table: bytes, fragments: list[tuple[int, int]], frames: int) -> list[int] | None:
-    """Where frames begin among the fragments by the offset table, if it fits them."""
-    first = fragments[0][0]
-    places = {at - first: i for i, (at, _) in enumerate(fragments)}
-    offsets = struct.unpack(f"<{len(table) // 4}I", table[: len(table) // 4 * 4])
-    if len(offsets) != frames or not all(offset in places for offset in offsets):
-        return None
-    bounds = [places[offset] for offset in offsets]
-    return [*bounds, len(fragments)] if bounds == sorted(set(bounds)) and not bounds[0] else None
 
 
 # --- Compressed --------------------------------------------------------------
@@ -436,43 +347,6 @@ def _is_sign_extended(values: Values, precision: int, stored: int) -> bool:
     """Whether the bits above those stored repeat the sign everywhere."""
     above = values >> (stored - 1)
     return bool(((above == 0) | (above == (1 << precision - stored + 1) - 1)).all())
-
-
-def _read_rle(data: bytes, layout: Layout, name: str, say: Say) -> Values:
-    """Planes of bytes [N, H * W], the most significant of each sample first (PS3.5 G)."""
-    if len(data) < 64:
-        raise cut_off(name)
-    count, *offsets = struct.unpack_from("<16I", data)
-    bounds = [*offsets[:count], len(data)]
-    ordered = all(low < high for low, high in zip(bounds, bounds[1:], strict=False))
-    if not 1 <= count <= 15 or bounds[0] < 64 or not ordered or count % layout.samples:
-        raise cut_off(name)
-    size = layout.rows * layout.columns
-    planes = np.empty((count, size), np.uint8)
-    for plane, start, stop in zip(planes, bounds, bounds[1:], strict=False):
-        unpacked, used = _unpack_bits(data[start:stop], size)
-        if len(unpacked) != size:
-            raise cut_off(name)
-        if len(data[start:stop]) - used > 1:
-            say("unused_data", "The compressed picture ends before its data does.")
-        plane[:] = np.frombuffer(unpacked, np.uint8)
-    return planes
-
-
-def _unpack_bits(data: bytes, size: int) -> tuple[bytearray, int]:
-    """Up to `size` bytes and a run, and how much of the data they took (PS3.5 G.3.2)."""
-    unpacked = bytearray()
-    at, end = 0, len(data)
-    while at < end and len(unpacked) < size:
-        count = data[at]
-        if count < 128:
-            unpacked += data[at + 1 : at + 2 + count]
-            at += 2 + count
-        else:
-            if count > 128:
-                unpacked += data[at + 1 : at + 2] * (257 - count)
-            at += 2 if count > 128 else 1
-    return unpacked, at
 
 
 def _of_planes(planes: Values, layout: Layout, name: str) -> Stored:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
-from medmoe_edge.config_modality import SwinConfig
+from medmoe_edge.config_contrastive import SwinConfig
 from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError
 from medmoe_edge.image.formats import HEAD_BYTES, KINDS, is_dicom, is_raster, may_be_nifti, unknown
 
