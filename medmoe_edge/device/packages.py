@@ -16,7 +16,7 @@ _ENGINES = ("cuda-bindings", "cuda-core", "onnx", "onnx-ir")
 EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "images": (
         "compressed DICOM and NIfTI",
-        ("nibabel", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle"),
+        ("imagecodecs", "nibabel"),
     ),
     "archive": ("index, retrieve", ("usearch",)),
     "serve": (

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from medmoe_edge.errors import Notice
 
-if TYPE_CHECKING:  # whoever asks about a PNG need not have it
-    from pydicom.dataset import Dataset
+if TYPE_CHECKING:  # whoever asks about a PNG need not import pydicom
+    from medmoe_edge.image.dicom_header import Header
 
 MODALITIES = {
     "CT": "ct",
@@ -51,24 +51,24 @@ _NAMES = {"ct": "CT", "mri": "MRI", "xray": "X-ray"}
 UNLIKE_LABEL = "unlike_label"
 
 
-def modality_of(dataset: "Dataset") -> str | None:
+def modality_of(header: "Header") -> str | None:
     """What Modality (0008,0060) states, of what models know; None where it does not."""
-    return MODALITIES.get(modality_code(dataset))
+    return MODALITIES.get(header.text("Modality"))
 
 
-def labels_of(dataset: "Dataset") -> tuple[str, ...]:
+def labels_of(header: "Header") -> tuple[str, ...]:
     """All modalities that a DICOM header states, by Modality and by its storage class."""
-    stated = (modality_of(dataset), _of_class(dataset))
+    stated = (modality_of(header), _of_class(header))
     return tuple(dict.fromkeys(kind for kind in stated if kind))
 
 
-def label_notices(dataset: "Dataset") -> tuple[Notice, ...]:
+def label_notices(header: "Header") -> tuple[Notice, ...]:
     """What is odd about a header's own statement of what it shows."""
-    code = modality_code(dataset)
+    code = header.text("Modality")
     if code in UNKNOWN:
         what = f"The file says that it shows {UNKNOWN[code]}, which the models were not trained on."
         return (Notice("unknown_modality", what),)
-    labels = labels_of(dataset)
+    labels = labels_of(header)
     if len(labels) < 2:
         return ()
     what = "The file says that it is {}, and its storage class is for {}."
@@ -91,18 +91,8 @@ def named(modality: str) -> str:
     return _NAMES.get(modality, modality)
 
 
-def modality_code(dataset: "Dataset") -> str:
-    """Modality as the standard writes it: the first of several values, empty where none is."""
-    value = dataset.get("Modality")
-    first = value if isinstance(value, str) else next(iter(value or ()), "")
-    return str(first).strip("\0 ").upper()
-
-
-def _of_class(dataset: "Dataset") -> str | None:
-    value = dataset.get("SOPClassUID")
-    if not isinstance(value, str):
-        return None
+def _of_class(header: "Header") -> str | None:
     from pydicom.uid import UID
 
-    name = UID(value).name  # of unknown classes the UID itself, in which no word is found
+    name = UID(header.text("SOPClassUID")).name  # of unknown ones the UID, in which no word is
     return next((kind for words, kind in _CLASSES if re.search(words, name)), None)

@@ -21,6 +21,7 @@ from medmoe_edge.bedside.serve import picture as serve_picture
 from medmoe_edge.bedside.serve.picture import Codes, Picture, picture_of
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.worker import Bounds
 
 
 def file_of(array: npt.NDArray[Any], **attributes: Any) -> bytes:
@@ -33,7 +34,7 @@ def file_of(array: npt.NDArray[Any], **attributes: Any) -> bytes:
 
 
 def shown(data: bytes, frame: int | None = None) -> Picture:
-    return picture_of(data, frame, 10**8)
+    return picture_of(data, frame, Bounds())
 
 
 def values_of(picture: Picture) -> npt.NDArray[np.float64]:

@@ -22,7 +22,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 
 from medmoe_edge.errors import ImageError, MissingDependencyError
-from medmoe_edge.image import dicom as image_dicom
+from medmoe_edge.image import dicom
 from medmoe_edge.image.loading import load_image
 
 VALUES = np.arange(-600, 600, dtype=np.int16).reshape(30, 40)
@@ -400,8 +400,8 @@ def test_a_missing_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("all plugins are missing dependencies")
 
-    monkeypatch.setattr(image_dicom, "get_decoder", lambda _: SimpleNamespace(available_plugins=()))
-    monkeypatch.setattr(image_dicom, "pixel_array", fail)
+    monkeypatch.setattr(dicom, "get_decoder", lambda _: SimpleNamespace(available_plugins=()))
+    monkeypatch.setattr(dicom, "pixel_array", fail)
     with pytest.raises(MissingDependencyError, match=re.escape("'medmoe-edge[images]'")):
         load_image(saved(tmp_path, jpeg2000(made(BYTES), BYTES)))
 
@@ -416,7 +416,7 @@ def test_a_deflated_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     plain += path.read_bytes()[132 : path.read_bytes().index(b"1.2.840.10008.1.2.1.99") + 22]
     bomb = deflater.compress(bytes(10**6)) + deflater.flush()
     path.write_bytes(plain + bomb)
-    monkeypatch.setattr(image_dicom, "MAX_BYTES", 10**5)
+    monkeypatch.setattr(dicom, "MAX_BYTES", 10**5)
     with pytest.raises(ImageError, match="inflates to more than 100,000 bytes"):
         load_image(path)
 
@@ -426,8 +426,8 @@ def test_a_deflated_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_size_of_a_compressed_picture(kind: str, mode: str) -> None:
     buffer = io.BytesIO()
     Pillow.new(mode, (37, 21)).save(buffer, kind)
-    assert image_dicom.jpeg_size(buffer.getvalue()) == (21, 37, len(mode))
-    assert image_dicom.jpeg_size(b"no picture") is None
+    assert dicom.jpeg_size(buffer.getvalue()) == (21, 37, len(mode))
+    assert dicom.jpeg_size(b"no picture") is None
 
 
 def test_messages_keep_the_patient_secret(

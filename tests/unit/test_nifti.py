@@ -19,7 +19,7 @@ nibabel = pytest.importorskip("nibabel", reason="needs nibabel")
 
 # [right, front, up] in the canonical orientation; every value differs
 VOLUME = np.random.default_rng(0).permutation(5 * 6 * 7).reshape(5, 6, 7).astype(np.int16)
-AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
+AFFINE = np.diag([2.0, 2.0, 4.0, 1.0])
 
 
 def shown(plane: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -51,7 +51,7 @@ def test_any_orientation_gives_the_same_slices(
         result = load_image(path, frame=frame)
         assert np.abs(result.pixels[..., 0] - shown(VOLUME[..., frame])).max() <= 0.5001
         assert (result.pixels == result.pixels[..., :1]).all()
-        assert (result.frames, result.spacing, result.modality) == (7, (3, 2), None)
+        assert (result.frames, result.spacing, result.modality) == (7, (2, 2), None)
     np.testing.assert_array_equal(load_image(path).pixels, load_image(path, frame=3).pixels)
     for frame in (7, -1):
         with pytest.raises(ImageError, match="has 7 frames; there is no frame"):
@@ -63,7 +63,7 @@ def test_scaling_and_units(tmp_path: Path) -> None:
     image.header.set_slope_inter(2, -100)
     image.header.set_xyzt_units("micron")
     result = load_image(saved(tmp_path, image), frame=0)
-    assert result.spacing == pytest.approx((0.003, 0.002))
+    assert result.spacing == pytest.approx((0.002, 0.002))
     assert result.window is not None
     low, high = np.percentile(VOLUME[..., 0] * 2.0 - 100, [1, 99])
     assert result.window == pytest.approx(((low + high) / 2, high - low))
@@ -97,14 +97,19 @@ def header(shape: tuple[int, ...], **fields: Any) -> bytes:
 
 
 BAD = {
-    "no voxels": (header((5, 6, 7)), "damaged"),
-    "half": (nibabel.Nifti1Image(VOLUME, AFFINE).to_bytes()[:-300], "damaged"),
+    "no voxels": (header((5, 6, 7)), "cut off"),
+    "half": (nibabel.Nifti1Image(VOLUME, AFFINE).to_bytes()[:-300], "cut off"),
+    "all but one voxel": (nibabel.Nifti1Image(VOLUME, AFFINE).to_bytes()[:-2], "cut off"),
     "no size": (header((5, 0, 7)), "has no pixels"),
     "no slices": (header((5, 6, 0)), "has no pixels"),
     "a large slice": (header((20_000, 20_000, 1)), "limit of 100,000,000 pixels"),
-    "a large volume": (header((2_000, 2_000, 2_000)), "more than the limit of 1,073,741,824"),
-    "far away": (header((5, 6, 7), vox_offset=2.0**40), "more than the limit|damaged"),
-    "no orientation": (header((5, 6, 7), sform_code=1), "damaged"),
+    "a large volume": (header((2_000, 2_000, 2_000)), "cut off"),
+    "far away": (header((5, 6, 7), vox_offset=2.0**40), "cut off"),
+    "no axes": (header((5, 6, 7), dim=[0, 5, 6, 7, 1, 1, 1, 1]), "has 0 axes"),
+    "eight axes": (header((5, 6, 7), dim=[8, 5, 6, 7, 1, 1, 1, 1]), "8 axes"),
+    "bits": (header((5, 6, 7), datatype=1), "single bits"),
+    "no kind": (header((5, 6, 7), datatype=0), "of no stated kind"),
+    "an unheard-of kind": (header((5, 6, 7), datatype=77), "unknown kind, number 77"),
     "a pair": (header((5, 6, 7), magic=b"ni1"), "one half of an .hdr and .img pair"),
 }
 
@@ -123,12 +128,12 @@ def test_bad_input(name: str, packed: bool, tmp_path: Path) -> None:
 
 def test_complex_numbers_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, nibabel.Nifti1Image(VOLUME.astype(np.complex64), AFFINE))
-    with pytest.raises(ImageError, match="no plain numbers"):
+    with pytest.raises(ImageError, match="complex numbers"):
         load_image(path)
 
 
 def test_a_gzip_bomb_never_goes_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a small volume come 50 MB of zeros, of which next to nothing is inflated."""
+    """After a small volume come 50 MB of zeros, of which little is inflated, and nothing kept."""
     path = tmp_path / "bomb.nii.gz"
     path.write_bytes(
         gzip.compress(nibabel.Nifti1Image(VOLUME, AFFINE).to_bytes() + bytes(50 << 20))
@@ -142,9 +147,11 @@ def test_a_gzip_bomb_never_goes_off(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             inflated += len(data)
             return data
 
-    monkeypatch.setattr(gzip, "open", Counted)
-    assert load_image(path).frames == 7
-    assert 0 < inflated < 10_000
+    monkeypatch.setattr(gzip, "GzipFile", Counted)
+    image = load_image(path)
+    assert image.frames == 7
+    assert [notice.code for notice in image.notices] == ["unchecked"]
+    assert 0 < inflated < 2 << 20
 
 
 def test_without_nibabel_the_extra_is_named(

@@ -58,7 +58,9 @@ def _clean_values(dataset: Dataset) -> None:
     data = dataset.PixelData[:size]
     if allocated in (8, 16, 32) and stored < allocated:
         order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
-        values = np.frombuffer(data[: len(data) // (allocated // 8) * (allocated // 8)], f"{order}u{allocated // 8}")
+        values = np.frombuffer(
+            data[: len(data) // (allocated // 8) * (allocated // 8)], f"{order}u{allocated // 8}"
+        )
         data = _masked(values, stored, int(dataset.HighBit), bool(dataset.PixelRepresentation))
     dataset.PixelData = data + b"\0" * (len(data) % 2)
 
@@ -80,7 +82,9 @@ def _clean_frames(dataset: Dataset) -> None:
     count = int(dataset.get("NumberOfFrames") or 1)
     extended = [dataset.get(f"ExtendedOffsetTable{part}") for part in ("", "Lengths")]
     tables = None if None in extended else tuple(extended)
-    frames = list(generate_frames(dataset.PixelData, number_of_frames=count, extended_offsets=tables))
+    frames = list(
+        generate_frames(dataset.PixelData, number_of_frames=count, extended_offsets=tables)
+    )
     cleaned = [_without_comments(frame) for frame in frames]
     if cleaned == frames:
         return

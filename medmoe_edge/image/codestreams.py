@@ -1,0 +1,402 @@
+"""Compressed pictures as DICOM holds them: read by their own headers, and whole or refused.
+
+JPEG (ITU-T T.81: baseline, extended, progressive and lossless), JPEG-LS (T.87) and JPEG 2000 with
+its high throughput (T.800, T.814). Decoders make up what is missing: libjpeg reads zeros after the
+end of the data and goes on. So what a codestream says of itself is read first, and a JPEG picture
+is decoded with different bytes behind its data: a whole one does not depend on them.
+"""
+
+import dataclasses
+import math
+import re
+import struct
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from medmoe_edge.errors import ImageError, MissingDependencyError
+from medmoe_edge.image.dicom_header import Say
+
+Kind = Literal["jpeg", "jpeg-ls", "jpeg 2000"]
+Segment = tuple[int, int]
+
+MAX_COMPONENTS = 4
+JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
+J2K = b"\xff\x4f\xff\x51"
+JPEG = b"\xff\xd8\xff"
+SYCC = 18  # a JP2 file's enumerated colour space: YCbCr (T.800 table I.10)
+
+# A marker in entropy-coded data; JPEG stuffs a zero after 0xFF, JPEG-LS a zero bit.
+IN_JPEG = re.compile(rb"\xff+[\x01-\xfe]")
+IN_JPEG_LS = re.compile(rb"\xff+[\x80-\xfe]")
+# What is put behind each run of entropy-coded data in turn, longer than any one code.
+PADS = (b"\0" * 16, b"\x5a\x35" * 8)
+UNUSED = 2  # bytes at the end of the data which a decoder must have needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Codestream:
+    """What a compressed picture says of itself.
+
+    `colour` is how its three components are to be read: `ycc`, `rgb`, or None where it does not
+    say. `entropy` are the scans' runs of entropy-coded data between markers, per scan.
+    """
+
+    kind: Kind
+    rows: int
+    columns: int
+    components: int
+    precision: int
+    signed: bool = False
+    lossless: bool = False
+    colour: Literal["ycc", "rgb"] | None = None
+    entropy: tuple[tuple[Segment, ...], ...] = ()
+
+
+def is_codestream(data: bytes) -> bool:
+    """Whether data begins as one of these codestreams does."""
+    return data.startswith((JPEG, J2K, JP2))
+
+
+def read_codestream(data: bytes, name: str) -> Codestream:
+    """Read a codestream's headers and follow its markers to its end.
+
+    Args:
+        data: The codestream of one frame.
+        name: What messages call the file.
+
+    Returns:
+        What it says of itself.
+
+    Raises:
+        ImageError: It is cut off, damaged, or of a kind that is not read.
+    """
+    try:
+        if data.startswith(JPEG):
+            return _read_jpeg(data, name)
+        if data.startswith((J2K, JP2)):
+            return _read_jpeg2000(data, name)
+    except (struct.error, IndexError):
+        raise cut_off(name) from None
+    raise ImageError(
+        f"The compressed picture in {name} is neither JPEG, JPEG-LS nor JPEG 2000.",
+        "Export the file again, uncompressed if there is a choice.",
+    )
+
+
+def cut_off(name: str) -> ImageError:
+    """The error for a compressed picture that is not whole."""
+    return ImageError(
+        f"The compressed picture in {name} is cut off or damaged.",
+        "Copy or export the file again: what is missing cannot be made up.",
+    )
+
+
+# --- JPEG and JPEG-LS --------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """The frame header SOFn: `sampling` are the components' factors by identifier."""
+
+    marker: int
+    precision: int
+    rows: int
+    columns: int
+    sampling: dict[int, tuple[int, int]]
+
+    @property
+    def lossless(self) -> bool:
+        return self.marker in (0xFFC3, 0xFFCB, 0xFFF7)
+
+    def units(self, components: bytes) -> int:
+        """How many units a scan of these components has (T.81 A.2): what restarts are counted in."""
+        side = 1 if self.lossless else 8
+        most = [max(factors[i] for factors in self.sampling.values()) for i in (0, 1)]
+        count = 1
+        for size, largest, i in ((self.columns, most[0], 0), (self.rows, most[1], 1)):
+            if len(components) == 1:
+                own = math.ceil(size * self.sampling[components[0]][i] / largest)
+                count *= math.ceil(own / side)
+            else:
+                count *= math.ceil(size / (side * largest))
+        return count
+
+
+def _read_jpeg(data: bytes, name: str) -> Codestream:
+    """Walk the markers (T.81 B.1, B.2); of JPEG-LS, those of T.87 C."""
+    at, interval = 2, 0
+    scans: list[tuple[Segment, ...]] = []
+    frame: _Frame | None = None
+    adobe: int | None = None
+    jfif = False
+    while True:
+        while data[at] == 0xFF and data[at + 1] == 0xFF:  # fill bytes
+            at += 1
+        (marker,) = struct.unpack_from(">H", data, at)
+        if marker == 0xFFD9:
+            break
+        (length,) = struct.unpack_from(">H", data, at + 2)
+        body = data[at + 4 : at + 2 + length]
+        if marker < 0xFFC0 or length < 2 or len(body) != length - 2:
+            raise cut_off(name)
+        at += 2 + length
+        if _is_frame(marker):
+            if frame is not None:
+                raise ImageError(f"{name} holds a hierarchical JPEG picture.", "Save it as PNG.")
+            frame = _read_frame(marker, body, name)
+        elif marker == 0xFFDD and len(body) == 2:
+            (interval,) = struct.unpack(">H", body)
+        elif marker == 0xFFEE and body.startswith(b"Adobe") and len(body) >= 12:
+            adobe = body[11]
+        elif marker == 0xFFE0 and body.startswith(b"JFIF\0"):
+            jfif = True
+        elif marker == 0xFFDA:
+            if frame is None:
+                raise cut_off(name)
+            runs, at = _read_scan(data, at, frame.marker == 0xFFF7, name)
+            components = body[1 : 1 + 2 * body[0] : 2]
+            if not components or not set(components) <= set(frame.sampling):
+                raise cut_off(name)
+            # CharLS checks the intervals of JPEG-LS itself
+            units = frame.units(components) if frame.marker != 0xFFF7 else 0
+            if units and len(runs) != (math.ceil(units / interval) if interval else 1):
+                raise cut_off(name)
+            scans.append(tuple(runs))
+    if frame is None or not scans:
+        raise cut_off(name)
+    return Codestream(
+        "jpeg-ls" if frame.marker == 0xFFF7 else "jpeg",
+        frame.rows,
+        frame.columns,
+        len(frame.sampling),
+        frame.precision,
+        lossless=frame.lossless,
+        colour=_jpeg_colour(frame, adobe, jfif),
+        entropy=tuple(scans),
+    )
+
+
+def _is_frame(marker: int) -> bool:
+    return marker == 0xFFF7 or (0xFFC0 <= marker <= 0xFFCF and marker & 0xF not in (4, 8, 12))
+
+
+def _read_frame(marker: int, body: bytes, name: str) -> _Frame:
+    precision, rows, columns, components = struct.unpack_from(">BHHB", body)
+    sampling = {
+        body[at]: (body[at + 1] >> 4, body[at + 1] & 15) for at in range(6, 6 + 3 * components, 3)
+    }
+    factors = [factor for pair in sampling.values() for factor in pair]
+    if len(body) != 6 + 3 * components or len(sampling) != components or not components:
+        raise cut_off(name)
+    if not all(1 <= factor <= 4 for factor in factors):
+        raise cut_off(name)
+    return _Frame(marker, precision, rows, columns, sampling)
+
+
+def _read_scan(data: bytes, at: int, is_ls: bool, name: str) -> tuple[list[Segment], int]:
+    """The runs of entropy-coded data from `at`, and the place of the marker that ends them."""
+    pattern = IN_JPEG_LS if is_ls else IN_JPEG
+    runs: list[Segment] = []
+    while True:
+        found = pattern.search(data, at)
+        if found is None:
+            raise cut_off(name)
+        runs.append((at, found.start()))
+        marker = data[found.end() - 1]
+        if not 0xD0 <= marker <= 0xD7:
+            return runs, found.end() - 2
+        if marker != 0xD0 + (len(runs) - 1) % 8:
+            raise cut_off(name)
+        at = found.end()
+
+
+def _jpeg_colour(frame: _Frame, adobe: int | None, jfif: bool) -> Literal["ycc", "rgb"] | None:
+    """How three components are to be read, where the codestream says so.
+
+    Adobe's marker says it outright and JFIF knows YCbCr only; components called R, G and B are
+    those, and none but YCbCr is subsampled. JPEG-LS and lossless JPEG transform no colours.
+    """
+    if len(frame.sampling) != 3 or frame.lossless:
+        return None
+    if len(set(frame.sampling.values())) > 1:
+        return "ycc"
+    if adobe is not None:
+        return "ycc" if adobe == 1 else "rgb"
+    if bytes(frame.sampling) == b"RGB":
+        return "rgb"
+    return "ycc" if jfif else None
+
+
+# --- JPEG 2000 ---------------------------------------------------------------
+
+
+def _read_jpeg2000(data: bytes, name: str) -> Codestream:
+    """The main header (T.800 A.5, A.6), and the tile-parts up to the end."""
+    start, colour = _in_boxes(data, name) if data.startswith(JP2) else (0, None)
+    right, bottom, left, top, tile_width, tile_height, tile_left, tile_top, components = (
+        struct.unpack_from(">8IH", data, start + 8)
+    )
+    depths = {data[start + 42 + 3 * i] for i in range(components)}
+    steps = [data[start + 43 + 3 * i : start + 45 + 3 * i] for i in range(components)]
+    if not (tile_width and tile_height and right > left and bottom > top and components):
+        raise cut_off(name)
+    if len(depths) != 1:
+        raise ImageError(
+            f"{name} holds a JPEG 2000 picture whose colours differ in depth.", "Save it as PNG."
+        )
+    tiles = math.ceil((right - tile_left) / tile_width) * math.ceil(
+        (bottom - tile_top) / tile_height
+    )
+    transforms = _follow_tiles(data, start, tiles, name)
+    if components == 3 and colour is None:
+        colour = "rgb" if transforms[0] else "ycc" if len(set(steps)) > 1 else None
+    (depth,) = depths
+    return Codestream(
+        "jpeg 2000",
+        bottom - top,
+        right - left,
+        components,
+        (depth & 0x7F) + 1,
+        signed=depth >= 0x80,
+        lossless=transforms[1],
+        colour=colour,
+    )
+
+
+def _in_boxes(data: bytes, name: str) -> tuple[int, Literal["ycc"] | None]:
+    """Where a JP2 file's codestream begins, and whether it is said to be YCbCr (T.800 I)."""
+    colour: Literal["ycc"] | None = None
+    at, ends = 0, [len(data)]
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body = at + 8
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", data, body)
+            body += 8
+        if kind == b"jp2c":
+            return body, colour
+        if kind == b"jp2h":  # a box of boxes
+            at, ends = body, [*ends, at + length]
+            continue
+        if kind == b"colr" and data[body] == 1:
+            (space,) = struct.unpack_from(">I", data, body + 3)
+            colour = "ycc" if space == SYCC else colour
+        if length < 8:
+            break
+        at += length
+    raise cut_off(name)
+
+
+def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool, bool]:
+    """Whether colours and whether all values are transformed reversibly; every tile is there."""
+    at, seen = start + 2, set()
+    colours = lossless = False
+    while True:
+        marker, length = struct.unpack_from(">HH", data, at)
+        if marker == 0xFF90:  # SOT: its tile, the length of the tile-part
+            tile, size = struct.unpack_from(">HI", data, at + 4)
+            seen.add(tile)
+            if size == 0:  # the last one reaches to the end of the codestream
+                break
+            if size < 14 or at + size > len(data):
+                raise cut_off(name)
+            at += size
+            if at + 2 > len(data) or data[at : at + 2] == b"\xff\xd9":
+                break
+        elif marker == 0xFFD9 or length < 2 or marker < 0xFF00:
+            raise cut_off(name)
+        else:
+            if marker == 0xFF52:  # COD: colour transform, and 1 for the reversible wavelet
+                colours, lossless = data[at + 8] == 1, data[at + 13] == 1
+            at += 2 + length
+    if len(seen) != tiles:
+        raise cut_off(name)
+    return colours, lossless
+
+
+# --- Decoding ----------------------------------------------------------------
+
+
+def decode(
+    data: bytes, stream: Codestream, colour: str | None, name: str, say: Say
+) -> npt.NDArray[Any]:
+    """Decode a codestream.
+
+    Args:
+        data: The codestream.
+        stream: What `read_codestream` says of it.
+        colour: How the file's header has three components read, `ycc` or `rgb`, where the
+            codestream does not say.
+        name: What messages call the file.
+        say: Takes what should be known of the picture.
+
+    Returns:
+        Integers [H, W] or [H, W, C]; three components of a JPEG or JPEG 2000 picture are RGB, and
+        those of JPEG-LS and lossless JPEG as they are.
+
+    Raises:
+        ImageError: It is not whole, or is of a kind that is not read.
+        MissingDependencyError: The decoders are not installed.
+    """
+    codecs = _codecs()
+    try:
+        if stream.kind == "jpeg-ls":
+            return np.asarray(codecs.jpegls_decode(data))
+        if stream.kind == "jpeg 2000":
+            return np.asarray(codecs.jpeg2k_decode(data, planar=False))
+        return _decode_jpeg(codecs, data, stream, colour, name, say)
+    except (codecs.JpeglsError, codecs.Jpeg2kError, codecs.Jpeg8Error):
+        raise cut_off(name) from None
+    except NotImplementedError:
+        raise ImageError(
+            f"The compressed picture in {name} is of a variant that is not read.",
+            "Export the file again uncompressed, or save the picture as PNG.",
+        ) from None
+
+
+def _codecs() -> Any:
+    try:
+        import imagecodecs
+    except ImportError:
+        raise MissingDependencyError("imagecodecs", "images") from None
+    return imagecodecs
+
+
+def _decode_jpeg(
+    codecs: Any, data: bytes, stream: Codestream, colour: str | None, name: str, say: Say
+) -> npt.NDArray[Any]:
+    """Decode a JPEG picture, and see that it needs all of its data and nothing beyond."""
+    options = {}
+    if stream.components == 3:
+        is_ycc = (stream.colour or colour) == "ycc" and not stream.lossless
+        space = "YCBCR" if is_ycc else "RGB"
+        options = {"colorspace": space, "outcolorspace": "RGB"}
+
+    def decoded(pad: bytes, cut: int = 0) -> npt.NDArray[Any]:
+        return np.asarray(codecs.jpeg8_decode(_padded(data, stream, pad, cut), **options))
+
+    picture = decoded(PADS[0])
+    if not np.array_equal(picture, decoded(PADS[1])):
+        raise cut_off(name)
+    if np.array_equal(picture, decoded(PADS[1], UNUSED)):
+        say(
+            "unused_data",
+            "The compressed picture ends before its data does: it may be damaged.",
+        )
+    return picture
+
+
+def _padded(data: bytes, stream: Codestream, pad: bytes, cut: int) -> bytes:
+    """The codestream with bytes put behind every run of entropy-coded data, the last one's cut."""
+    parts, at = [], 0
+    runs = [run for scan in stream.entropy for run in scan]
+    for start, end in runs:
+        last = (start, end) == runs[-1]
+        stop = max(start, end - cut) if last else end
+        if data[stop - 1 : stop] == b"\xff" and stop < end:  # not between 0xFF and its zero
+            stop -= 1
+        parts += [data[at:stop], pad]
+        at = end
+    return b"".join([*parts, data[at:]])
