@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from medmoe_edge.cli.common import Force, Json, app, check_output
+from medmoe_edge.cli.common import Force, Json, app, check_apart, check_output
 from medmoe_edge.cli.errors import needs
 from medmoe_edge.errors import VerificationError
 from medmoe_edge.render import console as render
@@ -55,11 +55,33 @@ def deidentify(
     allow_burned_in: Annotated[
         bool, typer.Option("--allow-burned-in", help="Also where the picture shows text.")
     ] = False,
+    secret: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Random bytes that nobody else has, the same for a whole study: without them, who "
+            "has the original UIDs can tell which became which.",
+            show_default="none",
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Write a DICOM file without what identifies its patient (PS3.15, Basic Profile)."""
+    """Write a DICOM image without what identifies its patient (PS3.15, Basic Profile)."""
     check_output(output, force)
+    check_apart(output, source)
     with needs("listen"):
         from medmoe_edge.bedside.audit import deidentify as audit_deidentify
-    audit_deidentify.deidentify(source, output, allow_burned_in=allow_burned_in)
+    is_removed = audit_deidentify.deidentify(
+        source,
+        output,
+        allow_burned_in=allow_burned_in,
+        secret=secret.read_bytes() if secret else b"",
+    )
     render.wrote("the example", output)
+    if not is_removed:
+        render.show(
+            "Its picture may show text, and was not looked at: the file does not claim that its "
+            "patient is removed.",
+            "yellow",
+            stderr=True,
+        )

@@ -249,6 +249,8 @@ def decoding(name: str) -> Iterator[None]:
             raise ResourceError(
                 f"There is not enough memory to read {name}.", "Close other programs, or shrink it."
             ) from None
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise _not_opened(name, error) from None  # perhaps gone meanwhile
         except Exception as error:
             raise ImageError(
                 f"{name} is damaged, incomplete or of an unsupported variant "
@@ -352,20 +354,30 @@ def _percentiles(values: npt.NDArray[Any], wanted: tuple[float, ...]) -> list[fl
     return found
 
 
-def _head(path: Path, name: str) -> bytes:
+def check_file(path: Path, name: str) -> None:
+    """Raise `ImageError` for what is no file, or none that may be read."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ImageError(f"{name} is a folder.", "Give an image file.")
         if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
             raise ImageError(f"{name} is not a regular file.", "Give an image file.")
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
+        path.open("rb").close()
     except OSError as error:
-        raise ImageError(
-            f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
-            "Check the path and its permissions.",
-        ) from None
+        raise _not_opened(name, error) from None
+
+
+def _not_opened(name: str, error: OSError) -> ImageError:
+    return ImageError(
+        f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
+        "Check the path and its permissions.",
+    )
+
+
+def _head(path: Path, name: str) -> bytes:
+    check_file(path, name)
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
     if not head:
         raise ImageError(f"{name} is empty.", f"Give {KINDS}.")
     return head

@@ -19,25 +19,33 @@ image is refused; allowed knowingly, the result does not claim that its patient 
 import functools
 import hashlib
 import hmac
+import io
 import uuid
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from dicomanonymizer.dicomfields_selector import dicom_anonymization_database_selector
-from pydicom import DataElement, Dataset, dcmwrite
-from pydicom.datadict import dictionary_has_tag
+from pydicom import DataElement, Dataset, dcmread, dcmwrite
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import FileMetaDataset
+from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
 from pydicom.tag import BaseTag
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from medmoe_edge import __version__
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.audit.pixels import clean_pixels
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image.dicom import open_dataset
-from medmoe_edge.image.loading import check_regular, decoding, shown_name
+from medmoe_edge.image.loading import MAX_BYTES, check_file, decoding, shown_name
 
 EDITION = "2026c"
 Action = Literal["X", "Z", "D", "U", "U*"]
@@ -71,7 +79,7 @@ REPEATING = ((0x5000, 0xFF00), (0x6000, 0xFF00))  # curves and overlays
 TEXT_MODALITIES = {"US", "IVUS", "ES", "OT", "SC", "HC", "DOC", "XC", "DMS"}
 TEXT_CLASSES = ("Ultrasound", "Secondary Capture", "Endoscopic", "Photographic", "Hardcopy")
 SCREENS = ("SCREEN SAVE", "SCREEN_SAVE", "SCREENSAVE", "SECONDARY CAPTURE")
-METHOD = f"PS3.15 {EDITION} Basic Profile, medmoe-edge {__version__}"
+METHOD = f"PS3.15 {EDITION} Basic Profile, medmoe-edge {__version__}"[:64]
 
 
 def deidentify(
@@ -83,8 +91,8 @@ def deidentify(
         source: A DICOM file with an image.
         target: What to write; it is replaced.
         allow_burned_in: Also take pictures that show text, or may.
-        secret: What replaced UIDs depend on, the same for all files of a study. Without one, whoever
-            has the original UIDs can tell which was made from which.
+        secret: What replaced UIDs depend on, the same for all files of a study. Without one,
+            whoever has the original UIDs can tell which was made from which.
 
     Returns:
         Whether the result claims that its patient is removed; pictures that may show text do not.
@@ -94,9 +102,9 @@ def deidentify(
             C.7.6.1.1.5, Burned In Annotation) or often do, unless allowed.
     """
     name = shown_name(source)
-    check_regular(source, name)
+    check_file(source, name)
     with decoding(name):
-        dataset = open_dataset(source, name)
+        dataset = _read(source, name)
         _check_image(dataset, name)
         may_show_text = _may_show_text(dataset)
         if may_show_text and not allow_burned_in:
@@ -109,7 +117,37 @@ def deidentify(
     return not may_show_text
 
 
+def _read(path: Path, name: str) -> Dataset:
+    """All of a file; raises `ImageError`, and whatever pydicom raises."""
+    with path.open("rb") as file:
+        file.seek(132)
+        meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
+        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            return _inflated(file, meta, name)
+    dataset = dcmread(path, force=True)  # old files lack the preamble
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else native
+    return dataset
+
+
+def _inflated(file: IO[bytes], meta: Dataset, name: str) -> Dataset:
+    """A deflated file's dataset; pydicom itself would inflate without a limit."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    data = inflater.decompress(file.read(), MAX_BYTES)
+    if inflater.unconsumed_tail:
+        raise ImageError(f"{name} inflates to more than {MAX_BYTES:,} bytes.", "Split the series.")
+    dataset = read_dataset(io.BytesIO(data), False, True)
+    dataset.set_original_encoding(False, True)
+    dataset.file_meta = FileMetaDataset(meta)
+    return dataset
+
+
 def _check_image(dataset: Dataset, name: str) -> None:
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        if not dataset.get(keyword):
+            raise ImageError(f"{name} has no {keyword}: it is no DICOM object.", "Export it again.")
     if not any(f"{kind}PixelData" in dataset for kind in ("", "Float", "DoubleFloat")):
         raise ImageError(
             f"{name} holds no image: of a report or a document nobody can tell here what in its "
@@ -139,8 +177,8 @@ def _refusal(dataset: Dataset) -> ImageError:
         what = "The picture is marked as showing text (Burned In Annotation), often a name."
     else:
         what = (
-            "Pictures of this kind often show text, such as a patient's name, and the file does not "
-            "say that this one shows none (Burned In Annotation)."
+            "Pictures of this kind often show text, such as a patient's name, and the file does "
+            "not say that this one shows none (Burned In Annotation)."
         )
     return ImageError(what, "Look at it; cover what it tells, or allow it: --allow-burned-in.")
 
@@ -241,8 +279,6 @@ def _action(tag: BaseTag) -> Action | None:
 @functools.cache
 def _table() -> dict[tuple[int, int], Action]:
     """By group and element; the repeating groups are removed as a whole."""
-    from pydicom.datadict import dictionary_VR
-
     table: dict[tuple[int, int], Action] = {}
     categories = dicom_anonymization_database_selector(f"dicomfields_{EDITION}")
     for category, action in CATEGORIES.items():

@@ -1,9 +1,11 @@
-"""What lies beside the values of pixels: overlays in their unused bits, bytes behind them, comments.
+"""What lies beside the values of pixels: overlays in unused bits, bytes behind them, comments.
 
-None of it is shown by most viewers, and all of it may tell of a patient. The values stay as they are.
+None of it is shown by most viewers, and all of it may tell of a patient. The values stay as they
+are.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +16,11 @@ from pydicom.tag import Tag
 from medmoe_edge.errors import ImageError
 
 OVERLAYS = range(0x6000, 0x6100, 2)
-SOI, JPEG_LS, SOS = b"\xff\xd8", 0xF7, 0xDA
-ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a segment, ITU-T T.81 table B.1
-COMMENT = 0xFE
+JPEG, JPEG_2000 = b"\xff\xd8", b"\xff\x4f"  # how a codestream begins
+# The first scan or tile, and all behind it, is left alone: there are no comments in it.
+SCANS = {0xDA, 0x90}  # SOS of ITU-T T.81, table B.1, and SOT of T.800, table A.2
+ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a segment
+COMMENTS = {0xFE, 0x64}
 # Application segments, T.81 B.2.4.6: those of JFIF, of SPIFF and JPEG-LS colours, and of Adobe say
 # how the picture is to be decoded; the others hold descriptions.
 APPLICATION, NEEDED = range(0xE0, 0xF0), {0xE0, 0xE8, 0xEE}
@@ -50,75 +54,69 @@ def _hides_overlays(dataset: Dataset) -> bool:
 
 def _clean_values(dataset: Dataset) -> None:
     allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    high = int(dataset.get("HighBit", stored - 1))
     frames = int(dataset.get("NumberOfFrames") or 1)
     samples = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel) * frames
     if str(dataset.PhotometricInterpretation) == "YBR_FULL_422":
         samples = samples * 2 // 3
-    size = (samples * allocated + 7) // 8
-    data = dataset.PixelData[:size]
-    if allocated in (8, 16, 32) and stored < allocated:
+    data = dataset.PixelData[: (samples * allocated + 7) // 8]
+    if allocated in (8, 16, 32) and stored < allocated and stored - 1 <= high < allocated:
+        width = allocated // 8
         order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
-        values = np.frombuffer(
-            data[: len(data) // (allocated // 8) * (allocated // 8)], f"{order}u{allocated // 8}"
-        )
-        data = _masked(values, stored, int(dataset.HighBit), bool(dataset.PixelRepresentation))
+        values = np.frombuffer(data[: len(data) // width * width], f"{order}u{width}")
+        data = _masked(values, stored, high, signed=bool(dataset.get("PixelRepresentation")))
     dataset.PixelData = data + b"\0" * (len(data) % 2)
 
 
-def _masked(values: npt.NDArray[np.unsignedinteger], stored: int, high: int, signed: bool) -> bytes:
-    """The values with all bits 0 that are not theirs; above negative ones 1, as many readers need."""
-    low = high - stored + 1
-    bits = values.dtype.itemsize * 8
-    own = ((1 << stored) - 1) << low
-    cleared = values & values.dtype.type(own)
+def _masked(values: npt.NDArray[Any], stored: int, high: int, *, signed: bool) -> bytes:
+    """The values, all bits 0 that are not theirs; above negative ones 1, as many readers need."""
+    kind, bits = values.dtype.type, values.dtype.itemsize * 8
+    own = ((1 << stored) - 1) << (high - stored + 1)
+    cleared = values & kind(own)
     if signed:
         above = ((1 << bits) - 1) ^ ((1 << (high + 1)) - 1)
-        negative = (values >> values.dtype.type(high)) & 1 == 1
-        cleared = np.where(negative, cleared | values.dtype.type(above), cleared)
+        negative = (values >> kind(high)) & kind(1) == 1
+        cleared = np.where(negative, cleared | kind(above), cleared)
     return cleared.astype(values.dtype).tobytes()
 
 
 def _clean_frames(dataset: Dataset) -> None:
     count = int(dataset.get("NumberOfFrames") or 1)
-    extended = [dataset.get(f"ExtendedOffsetTable{part}") for part in ("", "Lengths")]
-    tables = None if None in extended else tuple(extended)
-    frames = list(
-        generate_frames(dataset.PixelData, number_of_frames=count, extended_offsets=tables)
-    )
+    starts, lengths = (dataset.get(f"ExtendedOffsetTable{part}") for part in ("", "Lengths"))
+    tables = None if starts is None or lengths is None else (starts, lengths)
+    data = dataset.PixelData
+    frames = list(generate_frames(data, number_of_frames=count, extended_offsets=tables))
     cleaned = [_without_comments(frame) for frame in frames]
     if cleaned == frames:
         return
     for part in ("", "Lengths"):
         dataset.pop(f"ExtendedOffsetTable{part}", None)
-    has_table = sum(map(len, cleaned)) < LARGEST - 8 * len(cleaned)
+    has_table = sum(map(len, cleaned)) < LARGEST - 16 * len(cleaned)
     dataset.PixelData = encapsulate(cleaned, has_bot=has_table)
 
 
 def _without_comments(frame: bytes) -> bytes:
-    """A JPEG or JPEG-LS codestream without its comments; any other as it is."""
-    if not frame.startswith(SOI):
+    """A JPEG, JPEG-LS or JPEG 2000 codestream without its comments; any other as it is."""
+    if not frame.startswith((JPEG, JPEG_2000)):
         return frame
-    return SOI + b"".join(
+    return frame[:2] + b"".join(
         frame[start:end]
         for marker, start, end in _segments(frame)
-        if marker != COMMENT and (marker not in APPLICATION or marker in NEEDED)
+        if marker not in COMMENTS and (marker not in APPLICATION or marker in NEEDED)
     )
 
 
 def _segments(frame: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of each segment; the last one is the first scan, and all behind it."""
-    at = len(SOI)
-    while at + 4 <= len(frame):
-        if frame[at] != 0xFF:
-            break
+    """Marker, start and end of each segment up to the first scan; then 0 for all the rest."""
+    at = 2
+    while at + 4 <= len(frame) and frame[at] == 0xFF and frame[at + 1] not in SCANS:
         marker = frame[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
             continue
-        if marker == SOS:
-            break
-        end = at + 2 if marker in ALONE else at + 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
-        yield marker, at, min(end, len(frame))
+        length = 0 if marker in ALONE else int.from_bytes(frame[at + 2 : at + 4], "big")
+        end = min(at + 2 + length, len(frame))
+        yield marker, at, end
         at = end
     if at < len(frame):
-        yield SOS, at, len(frame)
+        yield 0, at, len(frame)
