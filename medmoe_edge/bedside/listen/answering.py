@@ -26,7 +26,7 @@ from medmoe_edge.bedside.listen.report_picture import Locator, heat_map, seen_pi
 from medmoe_edge.bedside.listen.report_sr import basic_text_sr, comprehensive_3d_sr
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import InputError, MedMoEError, Notice
-from medmoe_edge.image.loading import Image, Pixels, decoding, load_image
+from medmoe_edge.image.loading import Image, Pixels, decoding
 
 log = logging.getLogger(__name__)
 # An object at which the process itself ends, or that provokes a mistake of ours, comes after all
@@ -122,7 +122,7 @@ class Answering:
         path = self.folder.image(job.key)
         with decoding(path.name):
             dataset = dcmread(path, stop_before_pixels=True)
-        image = load_image(path)
+        image = self.folder.picture(job.key)
         limit = self.configuration.max_new_tokens
         answers = self.engine.ask_all(image, job.questions, max_new_tokens=limit)
         evidence = Evidence.of(dataset, image, job.sha256, job.key)

@@ -11,7 +11,6 @@ import logging
 import re
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from pydicom import Dataset, dcmread
 from pydicom.pixels.decoders.base import get_decoder
@@ -34,8 +33,8 @@ from medmoe_edge.bedside.listen.header import (
     uid_of,
 )
 from medmoe_edge.bedside.listen.queue import Queue
-from medmoe_edge.errors import MedMoEError, ResourceError
-from medmoe_edge.image.loading import decoding, load_image, shown_name
+from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
+from medmoe_edge.image.loading import decoding
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +154,8 @@ class Receiving:
             self._store(event)
         except Refused as refused:
             answer.Status, why = refused.status, refused.why
+        except MissingDependencyError as error:
+            answer.Status, why = CANNOT_UNDERSTAND, f"{error.what} {error.remedy}"
         except (ResourceError, OSError, MemoryError) as error:
             answer.Status, why = OUT_OF_RESOURCES, f"no room for it ({type(error).__name__})"
         except MedMoEError as error:
@@ -213,7 +214,7 @@ class Receiving:
         self.folder.keep(path, data)
         kept = False
         try:
-            _check_picture(path)
+            self.folder.picture(key)
             questions = self.configuration.questions_for(
                 text_of(header, "Modality").value, text_of(header, "BodyPartExamined").value
             )
@@ -259,15 +260,6 @@ def _parts(data: bytes) -> tuple[Dataset, memoryview]:
         file = io.BytesIO(data)
         header = dcmread(file, stop_before_pixels=True)
         return header, memoryview(data)[file.tell() :]
-
-
-def _check_picture(path: Path) -> None:
-    """Raise what `load_image` does, without the name that the object has here."""
-    try:
-        load_image(path)
-    except MedMoEError as error:
-        what = error.what.replace(shown_name(path), "The object")
-        raise type(error)(what, error.remedy) from error
 
 
 def is_private(uid: str) -> bool:
