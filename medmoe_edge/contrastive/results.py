@@ -37,7 +37,8 @@ class Reading(_Result):
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return values | {"warnings": list(values["warnings"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Classification(_Result):
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return values | {"warnings": list(values["warnings"])}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,4 +58,5 @@ class Answer:
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""
         values = dataclasses.asdict(self)
+        values["warnings"] = list(values["warnings"])
         return {"question": values.pop("question"), "answer": values.pop("text"), **values}
