@@ -39,6 +39,7 @@ from medmoe_edge.image.loading import decoding
 log = logging.getLogger(__name__)
 
 SUCCESS = 0x0000
+TRANSFER_SYNTAXES_NOT_SUPPORTED = 0x04  # of a presentation context, PS3.8 table 9-18
 UNSUPPORTED_CLASS = 0x0122
 NOT_AUTHORISED = 0x0124
 OUT_OF_RESOURCES = 0xA700
@@ -59,6 +60,7 @@ RETIRED = (
 )
 MAX_PRIVATE = 1000  # classes of makers' own, over the life of the process
 PLAIN_UID = re.compile(r"[0-9.]{1,64}")
+LONGEST_UID = 64  # characters in a command
 LONGEST_COMMENT = 64  # characters of an Error Comment (LO)
 _registered: set[str] = set()
 
@@ -134,14 +136,21 @@ class Receiving:
         association.acceptor.supported_contexts = contexts
 
     def accepted(self, event: Event) -> None:
-        """Say what of an association's offer is not taken, which the sender may not tell."""
+        """Say what of an association's offer is not taken, which the sender may not tell.
+
+        Senders offer all that they know, so that only images in no readable encoding are a warning.
+        """
+        taken = {context.abstract_syntax for context in event.assoc.accepted_contexts}
+        others: dict[bool, set[str]] = {True: set(), False: set()}
         for context in event.assoc.rejected_contexts:
-            class_name = shown_uid(context.abstract_syntax)
-            if context.result == 0x03:
-                log.warning("Objects of this class are not taken: %s.", class_name)
-            else:
-                offered = ", ".join(shown_uid(uid) for uid in context.transfer_syntax)
-                log.warning("%s is offered in no readable encoding: %s.", class_name, offered)
+            if context.abstract_syntax not in taken:
+                is_unreadable = context.result == TRANSFER_SYNTAXES_NOT_SUPPORTED
+                others[is_unreadable].add(shown_uid(context.abstract_syntax))
+        if others[True]:
+            log.warning("Offered in no readable encoding: %s.", ", ".join(sorted(others[True])))
+        if others[False]:
+            level = logging.INFO if taken else logging.WARNING
+            log.log(level, "Not taken here: %s.", ", ".join(sorted(others[False])))
 
     def echo(self, event: Event) -> int:
         """C-ECHO."""
@@ -245,7 +254,8 @@ class Receiving:
         check_uids(header)
         if uid_of(header, "SOPClassUID") != str(request.AffectedSOPClassUID).strip("\0 "):
             raise Refused(CLASS_MISMATCH, "Its SOPClassUID is another than was announced.")
-        if uid_of(header, "SOPInstanceUID") != str(request.AffectedSOPInstanceUID).strip("\0 "):
+        announced = str(request.AffectedSOPInstanceUID).strip("\0 ")
+        if uid_of(header, "SOPInstanceUID")[:LONGEST_UID] != announced:  # longer ones are cut off
             raise Refused(CLASS_MISMATCH, "Its SOPInstanceUID is another than was announced.")
         if not pixels:
             raise Refused(CLASS_MISMATCH, "It has no pixels.")
