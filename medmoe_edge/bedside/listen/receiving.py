@@ -224,9 +224,11 @@ class Receiving:
         kept = False
         try:
             self.folder.picture(key)
-            questions = self.configuration.questions_for(
-                text_of(header, "Modality").value, text_of(header, "BodyPartExamined").value
+            modality, part = (
+                text_of(header, keyword).value.partition("\\")[0]
+                for keyword in ("Modality", "BodyPartExamined")
             )
+            questions = self.configuration.questions_for(modality, part)
             self._tell_of_others(key, origin)
             self.queue.add(key, hashlib.sha256(data).hexdigest(), title, questions, origin)
             kept = bool(questions)
