@@ -74,6 +74,13 @@ class Runtime(Protocol):
 
 
 @runtime_checkable
+class Warns(Protocol):
+    """A runtime of which something should be known: `warnings` belong to every answer."""
+
+    warnings: tuple[Notice, ...]
+
+
+@runtime_checkable
 class Paged(Protocol):
     """A runtime that brings experts into memory as they are needed."""
 

@@ -74,7 +74,8 @@ class Engine:
     ) -> None:
         self.runtime, self.tokenizer, self.prefixes = runtime, tokenizer, prefixes
         self.name, self.sha256, self.verification = name, sha256, verification
-        self.config, self.warnings = runtime.config, warnings
+        self.config = runtime.config
+        self.warnings = (*warnings, *(runtime.warnings if isinstance(runtime, Warns) else ()))
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
 
     @property
