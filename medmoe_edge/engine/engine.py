@@ -17,7 +17,7 @@ from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
 from medmoe_edge.image.labels import unlike_label
 from medmoe_edge.image.loading import Image, Pixels, load_image, preprocess, seen_picture
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, chosen_experts
+from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, Warns, chosen_experts
 from medmoe_edge.runtimes.paging.pager import Budget
 
 Counts = npt.NDArray[np.int64]

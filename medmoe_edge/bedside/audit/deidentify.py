@@ -41,7 +41,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from medmoe_edge import __version__
+from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.audit.pixels import clean_pixels
 from medmoe_edge.errors import ImageError

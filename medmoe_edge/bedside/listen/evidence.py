@@ -10,7 +10,7 @@ from typing import Self
 
 from pydicom import Dataset
 
-from medmoe_edge import __version__
+from medmoe_edge._version import __version__
 from medmoe_edge.bedside.listen.files import key_of
 from medmoe_edge.bedside.listen.header import (
     SHARED,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
 
-from medmoe_edge import __version__
+from medmoe_edge._version import __version__
 from medmoe_edge.bedside.listen.evidence import NAMESPACE, Result, device_uid
 
 Version = Literal["R4", "R5"]

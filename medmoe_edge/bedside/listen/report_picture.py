@@ -13,10 +13,10 @@ from PIL import Image as Pillow
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from medmoe_edge import __version__
+from medmoe_edge._version import __version__
 from medmoe_edge.bedside.listen.evidence import CHARACTERS, Evidence, Result, made_uid, series_uid
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.contrastive.phrase import key_phrase
+from medmoe_edge.contrastive.text import key_phrase
 from medmoe_edge.image.loading import Image, Pixels
 
 MAX_SIDE = 1024  # pixels
