@@ -180,7 +180,7 @@ def test_reports(nano: Engine, tmp_path: Path) -> None:
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_file_says_by_attribute_and_by_class_what_it_shows(
-    tmp_path: Path, values: dict[str, str], labels: tuple[str, ...], codes: list[str]
+    tmp_path: Path, values: dict[str, Any], labels: tuple[str, ...], codes: list[str]
 ) -> None:
     image = load_image(saved(tmp_path, film(**values)))
     assert image.labels == labels

@@ -292,7 +292,7 @@ def test_nothing_of_the_files_beginning_is_left(scan: Path, tmp_path: Path) -> N
     dataset = dcmread(io.BytesIO(data))
     dataset.preamble = b"Doe^Jane".ljust(128, b"\0")
     dataset.file_meta.SourceApplicationEntityTitle = "DOE_JANE"
-    dataset.file_meta.PrivateInformationCreatorUID = "1.2.826.0.4711.7"
+    dataset.file_meta.PrivateInformationCreatorUID = UID("1.2.826.0.4711.7")
     dataset.file_meta.PrivateInformation = b"Doe^Jane"
     deidentify(saved(tmp_path, dataset, "scan.dcm"), tmp_path / "out.dcm")
     assert b"JANE" not in (tmp_path / "out.dcm").read_bytes().upper()

@@ -54,7 +54,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield node
 
 
-def odd(number: int = 1, **values: object) -> Dataset:
+def odd(number: int = 1, **values: Any) -> Dataset:
     """A study whose values need not be allowed."""
     dataset = study(number)
     for keyword, value in values.items():
@@ -154,7 +154,7 @@ def test_uids_of_real_devices_are_taken(node: Node) -> None:
     ],
 )
 def test_a_refusal_says_why_to_the_sender_and_in_the_log(
-    node: Node, values: dict[str, object], why: str, caplog: pytest.LogCaptureFixture
+    node: Node, values: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     entity = ApplicationEntity(PEER)
     entity.add_requested_context(study().SOPClassUID)
@@ -342,7 +342,7 @@ def test_any_text_comes_through(data: st.DataObject, keyword: str) -> None:
     codec = "utf-8" if dictionary_VR(keyword) in CUSTOMIZABLE_CHARSET_VR else "latin-1"
     marks = st.characters(codec=codec, exclude_characters="\0")
     value = data.draw(st.text(marks, max_size=90)).strip("\0 ")
-    dataset = odd(**{keyword: value}, SpecificCharacterSet="ISO_IR 192")
+    dataset = odd(1, **{keyword: value}, SpecificCharacterSet="ISO_IR 192")
     evidence = Evidence.of(_read(_implicit(dataset)), Image.from_array(SOME), "0" * 64)
     document = Dataset()
     document.SpecificCharacterSet = "ISO_IR 192"

@@ -77,7 +77,7 @@ def _masked(values: npt.NDArray[Any], stored: int, high: int, *, signed: bool) -
         above = ((1 << bits) - 1) ^ ((1 << (high + 1)) - 1)
         negative = (values >> kind(high)) & kind(1) == 1
         cleared = np.where(negative, cleared | kind(above), cleared)
-    return cleared.astype(values.dtype).tobytes()
+    return bytes(cleared.astype(values.dtype).tobytes())
 
 
 def _clean_frames(dataset: Dataset) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydicom import DataElement, Dataset, config
 from pydicom.charset import convert_encodings, decode_bytes
@@ -172,10 +172,10 @@ def _parts(dataset: Dataset) -> Iterator[bytes]:
                 yield b"["
                 yield from _parts(item)
             yield b"]"
-        elif isinstance(element, RawDataElement):
-            yield (element.value or b"").rstrip(b"\0 ")
         else:
-            yield str(element.value).encode("utf-8", "surrogatepass")
+            value: Any = element.value  # bytes, as they were sent, unless somebody has read it
+            data = value if isinstance(value, bytes) else str(value or "").encode("utf-8")
+            yield data.rstrip(b"\0 ")
         yield b";"
 
 
