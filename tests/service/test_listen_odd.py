@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from listen_process import PEER, SOME, StandIn, configuration, send, study, wait_for
 from pydicom import DataElement, Dataset, config, dcmread
 from pydicom.datadict import dictionary_VR
+from pydicom.uid import SecondaryCaptureImageStorage
 from pydicom.valuerep import CUSTOMIZABLE_CHARSET_VR
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.dsutils import encode
@@ -72,6 +73,18 @@ def reports(node: Node, kind: str = REPORT) -> list[Dataset]:
     order = [key for (key,) in node.queue._read("SELECT key FROM object ORDER BY number")]
     paths = [path for key in order for path in node.folder.documents.glob(f"{key}/*.{kind}.dcm")]
     return [dcmread(path) for path in paths]
+
+
+def classes_referred_to(report: Dataset) -> set[str]:
+    """The classes of all references in a report, its evidence and its content."""
+    found: set[str] = set()
+
+    def look(_: Dataset, element: DataElement) -> None:
+        if element.keyword == "ReferencedSOPClassUID":
+            found.add(str(element.value))
+
+    report.walk(look)
+    return found
 
 
 def warnings_of(node: Node) -> list[list[str]]:
@@ -142,6 +155,8 @@ def test_uids_of_real_devices_are_taken(node: Node) -> None:
             str(instance.ReferencedSOPInstanceUID),
         ]
         assert uid in referred
+        assert instance.ReferencedSOPClassUID == image.SOPClassUID
+        assert classes_referred_to(report) == {image.SOPClassUID, SecondaryCaptureImageStorage}
         assert report.StudyInstanceUID == image.StudyInstanceUID == referred[0]
 
 
@@ -172,9 +187,14 @@ def test_withdrawn_and_private_classes_are_taken_where_they_show_something(
 ) -> None:
     empty = study(3, SOPClassUID=PRIVATE)
     del empty.PixelData
-    sent = [study(1, SOPClassUID=RETIRED_ULTRASOUND), study(2, SOPClassUID=PRIVATE), empty]
-    assert send(node.port, *sent) == [0, 0, 0xA900]
+    classes = (RETIRED_ULTRASOUND, PRIVATE)
+    sent = [study(number, SOPClassUID=uid) for number, uid in enumerate(classes)]
+    assert send(node.port, *sent, empty) == [0, 0, 0xA900]
     answered(node, 2)
+    for kind in (REPORT, "basic-text-sr"):
+        for report, uid in zip(reports(node, kind), classes, strict=True):
+            assert uid in classes_referred_to(report)
+            assert study().SOPClassUID not in classes_referred_to(report)
     assert "It has no pixels." in caplog.text
 
 

@@ -145,15 +145,18 @@ def _inflated(file: IO[bytes], meta: Dataset, name: str) -> Dataset:
 
 
 def _check_image(dataset: Dataset, name: str) -> None:
-    for keyword in ("SOPClassUID", "SOPInstanceUID"):
-        if not dataset.get(keyword):
-            raise ImageError(f"{name} has no {keyword}: it is no DICOM object.", "Export it again.")
-    if not any(f"{kind}PixelData" in dataset for kind in ("", "Float", "DoubleFloat")):
+    has_pixels = any(f"{kind}PixelData" in dataset for kind in ("", "Float", "DoubleFloat"))
+    if not has_pixels and not dataset.get("SOPClassUID"):
+        raise ImageError(f"{name} is no DICOM image.", "Give one.")
+    if not has_pixels:
         raise ImageError(
             f"{name} holds no image: of a report or a document nobody can tell here what in its "
             "words is about the patient.",
             "Give an image.",
         )
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        if not dataset.get(keyword):
+            raise ImageError(f"{name} has no {keyword}.", "Export it again.")
 
 
 def _may_show_text(dataset: Dataset) -> bool:

@@ -59,7 +59,8 @@ def _clean_values(dataset: Dataset) -> None:
     samples = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel) * frames
     if str(dataset.PhotometricInterpretation) == "YBR_FULL_422":
         samples = samples * 2 // 3
-    data = dataset.PixelData[: (samples * allocated + 7) // 8]
+    size = (samples * allocated + 7) // 8
+    data = dataset.PixelData[: size + size % 2]  # in words, the last byte may be before the filler
     if allocated in (8, 16, 32) and stored < allocated and stored - 1 <= high < allocated:
         width = allocated // 8
         order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"

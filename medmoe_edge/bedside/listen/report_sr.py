@@ -179,7 +179,7 @@ def _algorithm(result: Result) -> str:
 
 def _document(result: Result, kind: str, earlier: Sequence[Dataset]) -> dict[str, Any]:
     """What all reports have in their header."""
-    image = copy.copy(result.evidence.header)
+    image = copy.deepcopy(result.evidence.header)
     image.SOPClassUID = SecondaryCaptureImageStorage  # highdicom knows no private or old classes
     return {
         "evidence": [image, *_shown(result)],
