@@ -356,6 +356,17 @@ def test_an_answer_says_what_it_warns_of(page: Page) -> None:
         assert "ultrasound" in page.text("#announce")
 
 
+def test_a_picture_that_is_odd_is_called_so_before_anything_is_asked(
+    page: Page, engine: Seeing
+) -> None:
+    with live(engine) as url:
+        page.open(url)
+        page.show(SCAN)
+        assert not page.one("#picture-warnings").is_displayed()
+        page.show(frames(7))  # of one shade
+        assert "of one shade" in page.one("#picture-warnings").text
+
+
 def test_the_page_shows_what_the_model_sees(page: Page, nano: str) -> None:
     page.open(nano)
     page.show(SCAN)

@@ -112,6 +112,8 @@ function arrange() {
   const frame = picture.frames > 1 ? `, frame ${picture.frame + 1} of ${picture.frames}` : "";
   canvas.setAttribute("aria-label", `Image, ${columns} by ${rows} pixels${frame}`);
   $("facts").textContent = [`${columns} × ${rows}`, picture.modality && named(picture.modality)].filter(Boolean).join(" · ");
+  $("picture-warnings").textContent = picture.warnings.map(({ message }) => message).join(" ");
+  $("picture-warnings").hidden = !picture.warnings.length;
   $("frames").hidden = picture.frames < 2;
   $("frame").max = picture.frames - 1;
   $("frame").value = picture.frame;
