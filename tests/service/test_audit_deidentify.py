@@ -14,6 +14,7 @@ from command_line import Run, two_lines
 from dicomanonymizer.dicomfields_selector import dicom_anonymization_database_selector
 from PIL import Image as Pillow
 from pydicom import DataElement, Dataset, config, dcmread
+from pydicom.data import get_testdata_file
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence
@@ -28,6 +29,7 @@ from test_dicom import made, saved
 
 from medmoe_edge.bedside.audit.deidentify import deidentify
 from medmoe_edge.errors import ImageError
+from medmoe_edge.image.loading import load_image
 
 VALUES = np.arange(64, dtype=np.uint8).reshape(8, 8)
 SECRETS = {
@@ -130,13 +132,25 @@ TRACES = [TOKEN.encode(), OLD_UID.encode(), b"20240506", b"070809.4711", b"47110
 TABLE = dicom_anonymization_database_selector("dicomfields_2026c")
 
 
+STAYING = {tag for name in ("D_TAGS", "X_Z_U_STAR_TAGS") for tag in TABLE[name]}
+
+
+def _item(tag: tuple[int, int], depth: int) -> Dataset:
+    """In sequences that stay, all again."""
+    if depth < 1 and tag in STAYING:
+        return filled(Dataset(), depth + 1)
+    item = Dataset()
+    item.PatientID, item.ReferencedSOPInstanceUID = TOKEN, OLD_UID
+    return item
+
+
 def filled(dataset: Dataset, depth: int = 0) -> Dataset:
     """Every attribute of the table in a dataset, and all of them again in its sequences."""
     for tag in TABLE["ALL_TAGS"]:
         if len(tag) == 2 and tag[0] > 2:  # those of commands and of the file's beginning apart
             vr = dictionary_VR(tag) if dictionary_has_tag(tag) else "LO"
             if vr == "SQ":
-                value: Any = [filled(Dataset(), depth + 1)] if depth < 1 else []
+                value: Any = [_item(tag, depth)]
             else:
                 value = VALUES_BY_VR[vr]
             dataset.add(DataElement(tag, vr, value, validation_mode=config.IGNORE))
@@ -280,6 +294,14 @@ def test_comments_beside_compressed_pictures_go(tmp_path: Path) -> None:
     assert (np.asarray(shown) == np.asarray(Pillow.open(file))).all()
 
 
+@pytest.mark.parametrize("name", ["JPEG2000.dcm", "MR_small_jpeg_ls_lossless.dcm", "693_J2KR.dcm"])
+def test_a_compressed_picture_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    source = Path(str(get_testdata_file(name)))
+    deidentify(source, tmp_path / "out.dcm", allow_burned_in=True)
+    assert (load_image(tmp_path / "out.dcm").pixels == load_image(source).pixels).all()
+    assert b"Kakadu" not in (tmp_path / "out.dcm").read_bytes()
+
+
 def test_documents_are_refused(tmp_path: Path) -> None:
     dataset = made(VALUES, EncapsulatedDocument=b"%PDF of Jane")
     del dataset.PixelData
@@ -318,8 +340,6 @@ def test_the_standards_own_rules_find_nothing_new(tmp_path: Path) -> None:
     checker = shutil.which("dciodvfy")
     if checker is None:
         pytest.skip("needs dciodvfy (Debian: dicom3tools)")
-    from pydicom.data import get_testdata_file
-
     source = Path(str(get_testdata_file("CT_small.dcm")))
     assert deidentify(source, tmp_path / "out.dcm")
     errors = []

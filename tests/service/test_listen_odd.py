@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from listen_process import PEER, SOME, StandIn, configuration, send, study, wait_for
 from pydicom import DataElement, Dataset, config, dcmread
 from pydicom.datadict import dictionary_VR
-from pydicom.uid import SecondaryCaptureImageStorage
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
 from pydicom.valuerep import CUSTOMIZABLE_CHARSET_VR
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.dsutils import encode
@@ -228,6 +228,33 @@ def test_names_in_wrong_character_sets_lose_no_letter(node: Node) -> None:
     answered(node, len(cases))
     assert [str(report.PatientName) for report in reports(node)] == [case[2] for case in cases]
     assert warnings_of(node) == [case[3] for case in cases]
+
+
+def test_a_patient_without_a_number_is_told_of(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert send(node.port, study(PatientID="")) == [0]
+    answered(node)
+    assert warnings_of(node) == [["no_patient_id"]]
+    assert "no Patient ID" in caplog.text
+
+
+def test_the_same_object_in_another_encoding_is_the_same(tmp_path: Path) -> None:
+    engine = StandIn()
+    with Node(configuration(tmp_path / "node"), engine) as node:
+        for syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
+            nested = Dataset()
+            nested.ReferencedSOPInstanceUID = "1.2.3"
+            dataset = study(PixelSpacing=[0.5, 0.5], ReferencedImageSequence=[nested])
+            dataset.file_meta.TransferSyntaxUID = syntax
+            entity = ApplicationEntity(PEER)
+            entity.add_requested_context(dataset.SOPClassUID, syntax)
+            association = entity.associate("127.0.0.1", node.port, ae_title="MEDMOE")
+            assert association.send_c_store(dataset).Status == 0
+            association.release()
+        answered(node)
+        assert node.queue.counts()["waiting"] == 0
+    assert engine.asked == 1
 
 
 def test_a_name_in_three_scripts_stays_one(node: Node) -> None:

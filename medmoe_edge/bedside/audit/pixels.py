@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydicom import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.tag import Tag
+from pydicom.uid import JPEG2000TransferSyntaxes, JPEGLSTransferSyntaxes, JPEGTransferSyntaxes
 
 from medmoe_edge.errors import ImageError
 
@@ -24,6 +25,7 @@ COMMENTS = {0xFE, 0x64}
 # Application segments, T.81 B.2.4.6: those of JFIF, of SPIFF and JPEG-LS colours, and of Adobe say
 # how the picture is to be decoded; the others hold descriptions.
 APPLICATION, NEEDED = range(0xE0, 0xF0), {0xE0, 0xE8, 0xEE}
+COMMENTED = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes)
 LARGEST = 2**32 - 2  # bytes whose offsets a Basic Offset Table can tell
 
 
@@ -39,9 +41,10 @@ def clean_pixels(dataset: Dataset) -> None:
             ) from error
     if "PixelData" not in dataset:
         return
-    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax in COMMENTED:
         _clean_frames(dataset)
-    else:
+    elif not syntax.is_encapsulated:
         _clean_values(dataset)
 
 
@@ -86,7 +89,14 @@ def _clean_frames(dataset: Dataset) -> None:
     starts, lengths = (dataset.get(f"ExtendedOffsetTable{part}") for part in ("", "Lengths"))
     tables = None if starts is None or lengths is None else (starts, lengths)
     data = dataset.PixelData
-    frames = list(generate_frames(data, number_of_frames=count, extended_offsets=tables))
+    try:
+        frames = list(generate_frames(data, number_of_frames=count, extended_offsets=tables))
+    except Exception as error:  # pydicom raises nearly anything on odd fragments
+        raise ImageError(
+            "The frames of the compressed picture cannot be told apart, nor what is written beside "
+            "them.",
+            "Save it uncompressed first.",
+        ) from error
     cleaned = [_without_comments(frame) for frame in frames]
     if cleaned == frames:
         return

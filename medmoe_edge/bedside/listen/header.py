@@ -125,6 +125,9 @@ def notices_of(dataset: Dataset) -> tuple[Notice, ...]:
         if text.value and not is_allowed(keyword, text.value)
     ]
     found = []
+    if not texts["PatientID"].value:
+        what = "The object has no Patient ID, and so its results have none."
+        found.append(Notice("no_patient_id", what))
     if odd:
         what = f"The object breaks the standard in {', '.join(odd)}: taken over as it is."
         found.append(Notice("nonconforming_header", what))
