@@ -24,7 +24,8 @@ from medmoe_edge.bedside.listen.report_picture import Locator, heat_map
 from medmoe_edge.bedside.listen.report_sr import basic_text_sr, comprehensive_3d_sr
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import InputError, MedMoEError
-from medmoe_edge.image.loading import Image, decoding, load_image
+from medmoe_edge.image.loading import Image, decoding
+from medmoe_edge.image.worker import read_apart
 
 log = logging.getLogger(__name__)
 # An object at which the process itself ends, or that provokes a mistake of ours, comes after all
@@ -101,7 +102,7 @@ class Answering:
         path = self.folder.image(job.key)
         with decoding(path.name):
             dataset = dcmread(path, stop_before_pixels=True)
-        image = load_image(path)
+        image = read_apart(path)
         limit = self.configuration.max_new_tokens
         answers = self.engine.ask_all(image, job.questions, max_new_tokens=limit)
         evidence = Evidence.of(dataset, image, job.sha256)

@@ -22,7 +22,8 @@ from medmoe_edge.bedside.listen.evidence import check_uids
 from medmoe_edge.bedside.listen.files import Folder, key_of
 from medmoe_edge.bedside.listen.queue import Queue
 from medmoe_edge.errors import ImageError, MedMoEError, ResourceError
-from medmoe_edge.image.loading import decoding, load_image
+from medmoe_edge.image.loading import decoding
+from medmoe_edge.image.worker import read_apart
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Receiving:
             status = self._judge(request, dataset)
             if status != SUCCESS:
                 return status
-            load_image(path)
+            read_apart(path)
             questions = self.configuration.questions_for(
                 str(dataset.get("Modality") or ""), str(dataset.get("BodyPartExamined") or "")
             )
