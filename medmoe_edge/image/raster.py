@@ -111,9 +111,11 @@ def _unopened(file: BinaryIO, name: str) -> Exception:
 def _unread_tiff(file: BinaryIO, head: bytes, name: str) -> ImageError:
     """Name what a TIFF's first page holds."""
     remedy = "Save it as 8 or 16 bit TIFF without compression, or as PNG."
+    if head.startswith(b"MM\0+"):
+        return ImageError(f"{name} is a big-endian BigTIFF, which is not read.", remedy)
     try:
         file.seek(0)
-        head = file.read(16 if head[2] == 43 or head[3] == 43 else 8)
+        head = file.read(16 if head[2] == 43 else 8)
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)
