@@ -36,7 +36,8 @@ CUT_OFF = "Copy it again from where it came, whole."
 # TIFF's tags and values, TIFF 6.0 and its supplements
 NEW_SUBFILE_TYPE = 254
 THUMBNAIL_OR_MASK = 0b101  # bits of it: of another page's, at a lower resolution; a mask
-TILE_WIDTH, TILE_LENGTH = 322, 323
+STRIP_OFFSETS, STRIP_SIZES = 273, 279
+TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_SIZES = 322, 323, 324, 325
 PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION
 PHOTOMETRIC_NAMES = {
     **{0: "grey", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab"},
@@ -76,7 +77,7 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
         turned = picture.getexif().get(ORIENTATION, 1)
         if isinstance(picture, TiffImagePlugin.TiffImageFile):
             _correct_byte_order(picture)
-            picture.load()  # which turns it upright
+            _load_tiff(picture, path.stat().st_size)
         else:
             picture.load()
             if picture.format in ("JPEG", "MPO"):
@@ -242,6 +243,26 @@ def _correct_byte_order(picture: TiffImagePlugin.TiffImageFile) -> None:
         else tile
         for tile in picture.tile
     ]
+
+
+def _load_tiff(picture: TiffImagePlugin.TiffImageFile, file_bytes: int) -> None:
+    """Decode a page, which also turns it upright.
+
+    Raises `OSError` "truncated" where its strips or tiles lead out of the file.
+    """
+    tags = picture.tag_v2
+    tiles = TILE_OFFSETS in tags
+    starts, sizes = (
+        tags.get(tag, ())
+        for tag in ((TILE_OFFSETS, TILE_SIZES) if tiles else (STRIP_OFFSETS, STRIP_SIZES))
+    )
+    try:
+        picture.load()
+    except OSError:
+        ends = (start + size for start, size in zip(starts, sizes, strict=False))
+        if any(end > file_bytes for end in ends):
+            raise OSError("truncated") from None
+        raise
 
 
 def _check_tiles(picture: Pillow.Image, name: str, most_pixels: int) -> None:
