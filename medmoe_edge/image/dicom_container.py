@@ -169,12 +169,20 @@ def _find_pixels(file: BinaryIO, implicit: bool, little: bool) -> PixelElement |
     return PixelElement(file, start, None if count == UNDEFINED else count, kind, vr != b"OB")
 
 
-def size_of(file: BinaryIO, wanted: int) -> int:
-    """How many bytes the file has, counted up to `wanted`."""
-    file.seek(wanted)
-    if isinstance(file, _Inflated):
-        return file.tell()
-    return min(wanted, file.seek(0, io.SEEK_END))
+def read_at(file: BinaryIO, start: int, size: int) -> bytes:
+    """So many bytes of the file, or fewer if it ends before."""
+    file.seek(start)
+    if not isinstance(file, _Inflated):
+        return file.read(size)
+    parts = []
+    while size > 0:
+        file.forget()
+        part = file.read(min(size, STEP))
+        if not part:
+            break
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 class _Inflated:
@@ -194,6 +202,11 @@ class _Inflated:
     def tell(self) -> int:
         return self._at
 
+    def forget(self) -> None:
+        """Let go of what was read."""
+        del self._kept[: self._at - self._base]
+        self._base = self._at
+
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         target = offset + (self._at if whence == io.SEEK_CUR else 0)
         if whence == io.SEEK_END or target < self._base:
@@ -212,7 +225,7 @@ class _Inflated:
     def read(self, size: int = -1) -> bytes:
         first = self._at - self._base
         while size < 0 or len(self._kept) < first + size:
-            if len(self._kept) > MAX_HEADER + max(size, 0):
+            if len(self._kept) > MAX_HEADER:
                 raise _too_much(self._name, MAX_HEADER)
             more = self._more()
             if not more:

@@ -130,16 +130,21 @@ def show(
     low, high = int(values.min()), int(values.max())
     if high - low >= WIDEST:
         return rendering.show(values, None)
-    places = values - low if low else values
+    places = np.subtract(values, low, dtype=np.int32) if low else values
     counts = np.bincount(places.ravel(), minlength=high - low + 1)
     table, window = rendering.show(np.arange(low, high + 1), counts)
     return table[places], window
 
 
 def is_inverted(header: Header, layout: Layout) -> bool:
-    """Whether the least value is white: MONOCHROME1, or a presentation shape that says so."""
+    """Whether the least value is white: a presentation shape says so, or else MONOCHROME1.
+
+    The two contradict each other in some files; viewers follow the shape (PS3.3 C.11.6.1.2).
+    """
     shape = header.text("PresentationLUTShape")
-    return layout.photometric == "MONOCHROME1" or shape == "INVERSE"
+    if shape in ("IDENTITY", "INVERSE"):
+        return shape == "INVERSE"
+    return layout.photometric == "MONOCHROME1"
 
 
 def _show_palette(stored: Stored, header: Header, name: str) -> Pixels:

@@ -25,7 +25,7 @@ from medmoe_edge.image.codestreams import (
     is_codestream,
     read_codestream,
 )
-from medmoe_edge.image.dicom_container import Container, PixelElement, size_of
+from medmoe_edge.image.dicom_container import Container, PixelElement, read_at
 from medmoe_edge.image.dicom_encapsulated import read_codestream_of, read_rle
 from medmoe_edge.image.dicom_header import Header, Say
 from medmoe_edge.image.loading import check_size
@@ -198,16 +198,15 @@ def _read_cells(
         subsampled = False
     whole = math.ceil(bits * layout.frames / 8)
     first, last = bits * index // 8, math.ceil(bits * (index + 1) / 8)
-    if length < whole or size_of(element.file, element.start + last) < element.start + last:
+    if length > whole + 1:
+        say("unused_data", "The file holds more pixel data than its frames need.")
+    swapped = element.words and not container.little and layout.allocated <= 8
+    data = (_read_swapped if swapped else _read_plain)(element, first, last)
+    if length < whole or len(data) < last - first:
         raise ImageError(
             f"{name} holds fewer pixels than its header states.",
             "It was probably cut off: copy or export the file again.",
         )
-    if length > whole + 1:
-        say("unused_data", "The file holds more pixel data than its frames need.")
-    element.file.seek(element.start + first)
-    swapped = element.words and not container.little and layout.allocated <= 8
-    data = _read_swapped(element, first, last) if swapped else element.file.read(last - first)
     cells = _cells(data, bits * index % 8, bits, element.kind, layout, container.little)
     if subsampled:
         cells = _upsampled(cells, layout)
@@ -226,12 +225,15 @@ def _read_cells(
     return _coloured(values, layout.stored, layout.signed, layout, name)
 
 
+def _read_plain(element: PixelElement, first: int, last: int) -> bytes:
+    return read_at(element.file, element.start + first, last - first)
+
+
 def _read_swapped(element: PixelElement, first: int, last: int) -> bytes:
     """8-bit values in big-endian words: the second of each pair comes first."""
     start, stop = first // 2 * 2, math.ceil(last / 2) * 2
-    element.file.seek(element.start + start)
-    data = element.file.read(stop - start).ljust(stop - start, b"\0")
-    pairs = np.frombuffer(data, np.uint16).byteswap().tobytes()
+    data = _read_plain(element, start, stop)
+    pairs = np.frombuffer(data[: len(data) // 2 * 2], np.uint16).byteswap().tobytes()
     return pairs[first - start : last - start]
 
 
