@@ -22,6 +22,7 @@ Kind = Literal["jpeg", "jpeg-ls", "jpeg 2000"]
 Segment = tuple[int, int]
 
 MAX_COMPONENTS = 4
+MANY_PIXELS, MOST_DENSE = 2**24, 2**12  # a picture of so many has a byte for so many at least
 JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 J2K = b"\xff\x4f\xff\x51"
 JPEG = b"\xff\xd8\xff"
@@ -74,15 +75,26 @@ def read_codestream(data: bytes, name: str) -> Codestream:
     """
     try:
         if data.startswith(JPEG):
-            return _read_jpeg(data, name)
+            return _plausible(_read_jpeg(data, name), len(data), name)
         if data.startswith((J2K, JP2)):
-            return _read_jpeg2000(data, name)
+            return _plausible(_read_jpeg2000(data, name), len(data), name)
     except (struct.error, IndexError):
         raise cut_off(name) from None
     raise ImageError(
         f"The compressed picture in {name} is neither JPEG, JPEG-LS nor JPEG 2000.",
         "Export the file again, uncompressed if there is a choice.",
     )
+
+
+def _plausible(stream: Codestream, size: int, name: str) -> Codestream:
+    """Refuse what would take seconds and a gigabyte to decode, to no picture at all."""
+    pixels = stream.rows * stream.columns
+    if pixels > MANY_PIXELS and pixels > MOST_DENSE * size:
+        raise ImageError(
+            f"{name} holds {size:,} bytes that unfold to {pixels:,} pixels: no picture does.",
+            "Export the file again.",
+        )
+    return stream
 
 
 def cut_off(name: str) -> ImageError:
@@ -131,6 +143,7 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
     frame: _Frame | None = None
     adobe: int | None = None
     jfif = False
+    near = 0  # how far from the truth JPEG-LS may be
     while True:
         while data[at] == 0xFF and data[at + 1] == 0xFF:  # fill bytes
             at += 1
@@ -159,6 +172,8 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
             components = body[1 : 1 + 2 * body[0] : 2]
             if not components or not set(components) <= set(frame.sampling):
                 raise cut_off(name)
+            if frame.marker == 0xFFF7:
+                near = body[1 + 2 * len(components)]
             # CharLS checks the intervals of JPEG-LS itself
             units = frame.units(components) if frame.marker != 0xFFF7 else 0
             if units and len(runs) != (math.ceil(units / interval) if interval else 1):
@@ -172,7 +187,7 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
         frame.columns,
         len(frame.sampling),
         frame.precision,
-        lossless=frame.lossless,
+        lossless=frame.lossless and not near,
         colour=_jpeg_colour(frame, adobe, jfif),
         entropy=tuple(scans),
     )

@@ -34,6 +34,8 @@ LONG_FORM = {vr.value.encode() for vr in VR} - {  # VR with two spare bytes and 
 }  # fmt: skip
 KNOWN_VRS = {vr.value.encode() for vr in VR if len(vr.value) == 2}
 UNDEFINED = 0xFFFFFFFF
+ITEM_LITTLE = b"\xfe\xff\x00\xe0"
+GE_BIG_ENDIAN_PIXELS = "1.2.840.113619.5.2"  # of a data set in implicit little endian
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,20 @@ class PixelElement:
     length: int | None
     kind: str
     words: bool  # OW: the file's byte order applies to units of 16 bits, even of 8-bit values
+
+    def is_encapsulated(self) -> bool:
+        """Whether it begins with an item, as compressed pixels do; their length is undefined.
+
+        Some writers state one all the same. As pixels, these bytes are improbable but possible:
+        the table of offsets, which comes first, has to fit in, and another item to follow it.
+        """
+        if self.length is None:
+            return True
+        head = read_at(self.file, self.start, min(self.length, 8))
+        size = int.from_bytes(head[4:8], "little")
+        if head[:4] != ITEM_LITTLE or size % 4 or size + 16 > self.length:
+            return False
+        return read_at(self.file, self.start + 8 + size, 4) == ITEM_LITTLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +153,8 @@ def _read(file: BinaryIO, syntax: uid.UID | None, say: Say) -> Container:
     if syntax is not None:
         dataset.file_meta.TransferSyntaxUID = syntax
     pixels = _find_pixels(file, implicit, little)
-    return Container(Header(dataset, little=little), syntax, None, little, pixels)
+    header = Header(dataset, little=little)
+    return Container(header, syntax, None, little and syntax != GE_BIG_ENDIAN_PIXELS, pixels)
 
 
 def _is_little(syntax: uid.UID | None) -> bool:

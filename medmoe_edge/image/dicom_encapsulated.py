@@ -61,7 +61,9 @@ def _walk(
     file, order = element.file, "<HHI" if little else ">HHI"
     found: list[tuple[int, int]] = []
     at, end = element.start, file.seek(0, io.SEEK_END)
-    while True:
+    if element.length is not None:
+        end = min(end, at + element.length)
+    while element.length is None or at < end:
         file.seek(at)
         head = file.read(8)
         if len(head) < 8:

@@ -36,6 +36,7 @@ Colour = Literal["grey", "palette", "rgb"]
 GREY = ("MONOCHROME1", "MONOCHROME2")
 YBR = ("YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "YBR_PARTIAL_420", "YBR_PARTIAL_422")
 MAX_FRAMES = 10_000_000
+OVERSHOOT = 1.0625  # what a lossy codestream may exceed its range by
 MAX_FRAME_BYTES = 2**30  # of one frame, decoded
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 VIDEO = ("1.2.840.10008.1.2.4.10",)  # and MPEG2, MPEG-4, HEVC: their UIDs begin alike
@@ -97,7 +98,10 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
     if not photometric:
         photometric = "MONOCHROME2" if samples == 1 else "RGB"
         say("header", "The file does not say how its values are shown: read as grey or as RGB.")
-    photometric = "PALETTE COLOR" if photometric.startswith("PALETTE") else photometric
+    if photometric.startswith("PALETTE"):
+        photometric = "PALETTE COLOR"
+    elif photometric.startswith("MONOCHROME"):
+        photometric = f"MONOCHROME{photometric[-1]}"
     floats = {"float32": 32, "float64": 64}.get(kind)
     allocated = floats or header.whole("BitsAllocated") or 0
     stored = floats or header.whole("BitsStored") or allocated
@@ -154,7 +158,7 @@ def read_frame(
             f"One frame of {name} takes more than the limit of {MAX_FRAME_BYTES:,} bytes.",
             "Shrink it or crop it first.",
         )
-    if element.length is not None:
+    if element.length is not None and not element.is_encapsulated():
         if container.syntax is not None and container.syntax.is_encapsulated:
             say("transfer_syntax", "The file states a compression that its pixels do not have.")
         return _read_cells(container, element, layout, index, name, say)
@@ -336,6 +340,8 @@ def _of_depth(
         if layout.high + 1 > stored and layout.high < precision:
             values = _values(values, stored, layout.high, layout.signed)
             return values, stored, layout.signed
+        if not stream.lossless and int(values.max()) < (1 << stored) * OVERSHOOT:
+            values = np.minimum(values, (1 << stored) - 1)  # else a loss would look like depth
         if int(values.max()) < 1 << stored or _is_sign_extended(values, precision, stored):
             precision = stored
         else:

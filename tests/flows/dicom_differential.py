@@ -49,6 +49,7 @@ EXPLAINED = {
     "fraction": "DCMTK rounds rescaled values, or a slope, to less than the window shows.",
     "few bits": "Without a window, DCMTK brings fewer than 8 bits to 8 by a shift: white is not 255.",
     "depth": "DCMTK reads a codestream of 8 bits as cells of 16, as its header has them allocated.",
+    "long": "DCMTK does not read a table too long for its representation, and so written as UN.",
     "big endian": "DCMTK takes 32-bit cells as two 16-bit words in the order of little endian.",
 }
 
@@ -507,21 +508,22 @@ def explanation(made: Made, image: Image) -> str | None:
     """Which of `EXPLAINED` a disagreement with DCMTK is, if the standard's formulas agree."""
     traits, dataset = made.traits, made.dataset
     syntax = dataset.file_meta.TransferSyntaxUID
-    lossy = syntax in LOSSY
     kinds = {
         "exact": traits.get("function") == "LINEAR_EXACT",
         "few bits": traits.get("voi") == "none" and dataset.BitsStored < 8,
         "depth": syntax not in NATIVE and dataset.BitsAllocated == 16 and dataset.BitsStored <= 8,
         "big endian": syntax == uid.ExplicitVRBigEndian and dataset.BitsAllocated == 32,
+        "long": any(
+            item["LUTData"].VR == "US" and len(item.LUTData) >= 2**15
+            for keyword in ("ModalityLUTSequence", "VOILUTSequence")
+            for item in dataset.get(keyword, [])
+        ),
         "fraction": traits.get("fraction", False),
     }
     kind = next((kind for kind, applies in kinds.items() if applies), None)
-    if kind is None or lossy and kind != "depth":
+    if kind is None or made.shown is None:
         return None
-    shown = made.shown
-    if shown is None:
-        return None
-    peer = np.rint(shown(made.values, image.window))[..., None].repeat(3, axis=2)
+    peer = np.rint(made.shown(made.values, image.window))[..., None].repeat(3, axis=2)
     return kind if differs(made, image, peer) is None else None
 
 
