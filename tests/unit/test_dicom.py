@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from dicom_files import grey, made, saved
 from hostile import check_damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 from pydicom import Dataset, dcmread, dcmwrite, uid
 from pydicom.data import get_testdata_file
-from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 
 from medmoe_edge.errors import ImageError, MissingDependencyError
@@ -27,7 +27,6 @@ from medmoe_edge.image.codestreams import read_codestream
 from medmoe_edge.image.loading import load_image
 
 VALUES = np.arange(-600, 600, dtype=np.int16).reshape(30, 40)
-NAME, IDENTITY = "Doe^Jane", "MRN-4711"
 
 
 def real(name: str) -> Path:
@@ -36,40 +35,6 @@ def real(name: str) -> Path:
     if path is None:
         pytest.skip(f"needs {name} of pydicom-data")
     return Path(str(path))
-
-
-def made(array: npt.NDArray[Any], **attributes: Any) -> Dataset:
-    """A small uncompressed image of `array` [H, W] or [F, H, W]; `attributes` add or replace."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID = uid.CTImageStorage
-    dataset.SOPInstanceUID = "1.2.3"
-    dataset.PatientName, dataset.PatientID = NAME, IDENTITY
-    *frames, dataset.Rows, dataset.Columns = array.shape
-    if frames:
-        dataset.NumberOfFrames = frames[0]
-    dataset.BitsAllocated = dataset.BitsStored = 8 * array.dtype.itemsize
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(array.dtype.kind == "i")
-    dataset.SamplesPerPixel = 1
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    dataset.PixelData = array.tobytes()
-    for name, value in attributes.items():
-        setattr(dataset, name, value)
-    dataset["PixelData"].VR = "OW"
-    return dataset
-
-
-def saved(folder: Path, dataset: Dataset, name: str = "a.dcm") -> Path:
-    dcmwrite(folder / name, dataset, enforce_file_format=True)
-    return folder / name
-
-
-def grey(path: Path, **options: Any) -> npt.NDArray[np.uint8]:
-    pixels = load_image(path, **options).pixels
-    assert (pixels == pixels[..., :1]).all()
-    return pixels[..., 0]
 
 
 def linear(x: float, centre: float, width: float) -> float:
