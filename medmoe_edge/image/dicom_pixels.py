@@ -38,6 +38,7 @@ YBR = ("YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "YBR_PARTIAL_420", "YBR
 MAX_FRAMES = 10_000_000
 OVERSHOOT = 1.0625  # what a lossy codestream may exceed its range by
 MAX_FRAME_BYTES = 2**30  # of one frame, decoded
+EXACT = (uid.JPEG2000Lossless, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL)
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 VIDEO = ("1.2.840.10008.1.2.4.10",)  # and MPEG2, MPEG-4, HEVC: their UIDs begin alike
 
@@ -164,7 +165,8 @@ def read_frame(
         return _read_cells(container, element, layout, index, name, say)
     data = read_codestream_of(element, container.little, layout.frames, index, name, say)
     if is_codestream(data):
-        return _decode_frame(data, layout, name, say)
+        exact = container.syntax in EXACT
+        return _decode_frame(data, layout, exact, name, say)
     if container.syntax == uid.RLELossless:
         planes = read_rle(data, layout.rows * layout.columns, layout.samples, name, say)
         return _of_planes(planes, layout, name)
@@ -287,7 +289,7 @@ def _upsampled(cells: Values, layout: Layout) -> Values:
 # --- Compressed --------------------------------------------------------------
 
 
-def _decode_frame(data: bytes, layout: Layout, name: str, say: Say) -> Stored:
+def _decode_frame(data: bytes, layout: Layout, exact: bool, name: str, say: Say) -> Stored:
     """Decode a codestream, and read its values by its own depth, sign and colours."""
     stream = read_codestream(data, name)
     if (stream.rows, stream.columns) != (layout.rows, layout.columns):
@@ -304,7 +306,7 @@ def _decode_frame(data: bytes, layout: Layout, name: str, say: Say) -> Stored:
     stated = "ycc" if layout.photometric in YBR else "rgb"
     if stream.kind == "jpeg 2000" and layout.photometric in ("YBR_RCT", "YBR_ICT"):
         stated = "rgb"  # those are names of transforms which the decoder undoes, if they are there
-    values = decode(data, stream, stated, name, say)
+    values = decode(data, stream, stated, exact, name, say)
     if stream.components == 3:
         fits = layout.stored < stream.precision and int(values.max()) < 1 << layout.stored
         bits = layout.stored if fits else stream.precision
