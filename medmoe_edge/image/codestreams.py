@@ -22,9 +22,11 @@ Kind = Literal["jpeg", "jpeg-ls", "jpeg 2000"]
 Segment = tuple[int, int]
 
 MAX_COMPONENTS = 4
+MANY_PIXELS, MOST_DENSE = 2**24, 2**12  # a picture of so many has a byte for so many at least
 JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 J2K = b"\xff\x4f\xff\x51"
 JPEG = b"\xff\xd8\xff"
+SIZ_DEPTHS = 42  # where the components of a JPEG 2000 codestream are described (T.800 A.5.1)
 SYCC = 18  # a JP2 file's enumerated colour space: YCbCr (T.800 table I.10)
 
 # A marker in entropy-coded data; JPEG stuffs a zero after 0xFF, JPEG-LS a zero bit.
@@ -32,7 +34,8 @@ IN_JPEG = re.compile(rb"\xff+[\x01-\xfe]")
 IN_JPEG_LS = re.compile(rb"\xff+[\x80-\xfe]")
 # What is put behind each run of entropy-coded data in turn, longer than any one code.
 PADS = (b"\0" * 16, b"\x5a\x35" * 8)
-UNUSED = 2  # bytes at the end of the data which a decoder must have needed
+# What a wavelet may leave a component's range by, as shares of it: nothing, where nothing is lost.
+LOSSLESS_OVERSHOOT, LOSSY_OVERSHOOT = 0.0, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Codestream:
     """What a compressed picture says of itself.
 
     `colour` is how its three components are to be read: `ycc`, `rgb`, or None where it does not
-    say. `entropy` are the scans' runs of entropy-coded data between markers, per scan.
+    say. `entropy` are the scans' runs of entropy-coded data between markers, per scan; `start` is where a JP2 file holds it.
     """
 
     kind: Kind
@@ -52,6 +55,7 @@ class Codestream:
     lossless: bool = False
     colour: Literal["ycc", "rgb"] | None = None
     entropy: tuple[tuple[Segment, ...], ...] = ()
+    start: int = 0
 
 
 def is_codestream(data: bytes) -> bool:
@@ -74,15 +78,26 @@ def read_codestream(data: bytes, name: str) -> Codestream:
     """
     try:
         if data.startswith(JPEG):
-            return _read_jpeg(data, name)
+            return _plausible(_read_jpeg(data, name), len(data), name)
         if data.startswith((J2K, JP2)):
-            return _read_jpeg2000(data, name)
+            return _plausible(_read_jpeg2000(data, name), len(data), name)
     except (struct.error, IndexError):
         raise cut_off(name) from None
     raise ImageError(
         f"The compressed picture in {name} is neither JPEG, JPEG-LS nor JPEG 2000.",
         "Export the file again, uncompressed if there is a choice.",
     )
+
+
+def _plausible(stream: Codestream, size: int, name: str) -> Codestream:
+    """Refuse what would take seconds and a gigabyte to decode, to no picture at all."""
+    pixels = stream.rows * stream.columns
+    if pixels > MANY_PIXELS and pixels > MOST_DENSE * size:
+        raise ImageError(
+            f"{name} holds {size:,} bytes that unfold to {pixels:,} pixels: no picture does.",
+            "Export the file again.",
+        )
+    return stream
 
 
 def cut_off(name: str) -> ImageError:
@@ -131,6 +146,7 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
     frame: _Frame | None = None
     adobe: int | None = None
     jfif = False
+    near = 0  # how far from the truth JPEG-LS may be
     while True:
         while data[at] == 0xFF and data[at + 1] == 0xFF:  # fill bytes
             at += 1
@@ -159,6 +175,8 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
             components = body[1 : 1 + 2 * body[0] : 2]
             if not components or not set(components) <= set(frame.sampling):
                 raise cut_off(name)
+            if frame.marker == 0xFFF7:
+                near = body[1 + 2 * len(components)]
             # CharLS checks the intervals of JPEG-LS itself
             units = frame.units(components) if frame.marker != 0xFFF7 else 0
             if units and len(runs) != (math.ceil(units / interval) if interval else 1):
@@ -172,7 +190,7 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
         frame.columns,
         len(frame.sampling),
         frame.precision,
-        lossless=frame.lossless,
+        lossless=frame.lossless and not near,
         colour=_jpeg_colour(frame, adobe, jfif),
         entropy=tuple(scans),
     )
@@ -238,8 +256,9 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
     right, bottom, left, top, tile_width, tile_height, tile_left, tile_top, components = (
         struct.unpack_from(">8IH", data, start + 8)
     )
-    depths = {data[start + 42 + 3 * i] for i in range(components)}
-    steps = [data[start + 43 + 3 * i : start + 45 + 3 * i] for i in range(components)]
+    first = start + SIZ_DEPTHS
+    depths = {data[first + 3 * i] for i in range(components)}
+    steps = [data[first + 3 * i + 1 : first + 3 * i + 3] for i in range(components)]
     if not (tile_width and tile_height and right > left and bottom > top and components):
         raise cut_off(name)
     if len(depths) != 1:
@@ -262,6 +281,7 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
         signed=depth >= 0x80,
         lossless=transforms[1],
         colour=colour,
+        start=start,
     )
 
 
@@ -320,7 +340,7 @@ def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool,
 
 
 def decode(
-    data: bytes, stream: Codestream, colour: str | None, name: str, say: Say
+    data: bytes, stream: Codestream, colour: str | None, exact: bool, name: str, say: Say
 ) -> npt.NDArray[Any]:
     """Decode a codestream.
 
@@ -329,6 +349,7 @@ def decode(
         stream: What `read_codestream` says of it.
         colour: How the file's header has three components read, `ycc` or `rgb`, where the
             codestream does not say.
+        exact: Whether the file's transfer syntax allows no loss.
         name: What messages call the file.
         say: Takes what should be known of the picture.
 
@@ -345,7 +366,7 @@ def decode(
         if stream.kind == "jpeg-ls":
             return np.asarray(codecs.jpegls_decode(data))
         if stream.kind == "jpeg 2000":
-            return np.asarray(codecs.jpeg2k_decode(data, planar=False))
+            return _decode_jpeg2000(codecs, data, stream, exact, say)
         return _decode_jpeg(codecs, data, stream, colour, name, say)
     except (codecs.JpeglsError, codecs.Jpeg2kError, codecs.Jpeg8Error):
         raise cut_off(name) from None
@@ -374,29 +395,62 @@ def _decode_jpeg(
         space = "YCBCR" if is_ycc else "RGB"
         options = {"colorspace": space, "outcolorspace": "RGB"}
 
-    def decoded(pad: bytes, cut: int = 0) -> npt.NDArray[Any]:
-        return np.asarray(codecs.jpeg8_decode(_padded(data, stream, pad, cut), **options))
+    def decoded(pad: bytes, *, changed: bool = False) -> npt.NDArray[Any]:
+        return np.asarray(codecs.jpeg8_decode(_padded(data, stream, pad, changed), **options))
 
     picture = decoded(PADS[0])
     if not np.array_equal(picture, decoded(PADS[1])):
         raise cut_off(name)
-    if np.array_equal(picture, decoded(PADS[1], UNUSED)):
+    if int(picture.max()) >> stream.precision:  # a wrong difference, carried on
+        raise cut_off(name)
+    if np.array_equal(picture, decoded(PADS[1], changed=True)):
         say(
-            "unused_data",
-            "The compressed picture ends before its data does: it may be damaged.",
+            "may_be_damaged", "The compressed picture ends before its data does: it may be damaged."
         )
     return picture
 
 
-def _padded(data: bytes, stream: Codestream, pad: bytes, cut: int) -> bytes:
-    """The codestream with bytes put behind every run of entropy-coded data, the last one's cut."""
+def _padded(data: bytes, stream: Codestream, pad: bytes, changed: bool) -> bytes:
+    """The codestream with bytes put behind all entropy-coded data, whose last byte is changed."""
     parts, at = [], 0
     runs = [run for scan in stream.entropy for run in scan]
     for start, end in runs:
-        last = (start, end) == runs[-1]
-        stop = max(start, end - cut) if last else end
-        if data[stop - 1 : stop] == b"\xff" and stop < end:  # not between 0xFF and its zero
-            stop -= 1
-        parts += [data[at:stop], pad]
+        parts.append(data[at:end])
         at = end
+        if changed and (start, end) == runs[-1] and end > start:
+            if data[end - 2 : end] == b"\xff\0":
+                parts[-1] = parts[-1][:-2] + b"\0"
+            else:
+                last = data[end - 1] ^ 0xFF
+                parts[-1] = parts[-1][:-1] + (b"\xff\0" if last == 0xFF else bytes([last]))
+        parts.append(pad)
     return b"".join([*parts, data[at:]])
+
+
+def _decode_jpeg2000(
+    codecs: Any, data: bytes, stream: Codestream, exact: bool, say: Say
+) -> npt.NDArray[Any]:
+    """Decode a JPEG 2000 picture, and see that its values stay in their range.
+
+    OpenJPEG cuts off what leaves it. So the codestream is made to say that its values are signed
+    and have more bits: then nothing is cut off, nor is the middle of the range added (T.800 G.1).
+    """
+    wide = max(16, stream.precision + 4)
+    patched = bytearray(data[stream.start :])
+    for component in range(stream.components):
+        patched[SIZ_DEPTHS + 3 * component] = 0x80 | (wide - 1)
+    values = np.asarray(codecs.jpeg2k_decode(bytes(patched), planar=False))
+    if not stream.lossless:  # quantisation steps are shares of the range (T.800 E.1.1)
+        values = np.rint(values / np.float32(1 << wide - stream.precision)).astype(np.int32)
+    half = 1 << stream.precision - 1
+    low, high = int(values.min()), int(values.max())
+    overshoot = LOSSLESS_OVERSHOOT if exact and stream.lossless else LOSSY_OVERSHOOT
+    if max(-half - low, high - (half - 1)) > overshoot * 2 * half:
+        say(
+            "may_be_damaged",
+            "The compressed picture leaves its range of values: it may be damaged.",
+        )
+    values = np.clip(values, -half, half - 1)
+    if stream.signed:
+        return values.astype(np.int16) if stream.precision <= 16 else values
+    return (values + half).astype(np.min_scalar_type(2 * half - 1))

@@ -34,6 +34,8 @@ LONG_FORM = {vr.value.encode() for vr in VR} - {  # VR with two spare bytes and 
 }  # fmt: skip
 KNOWN_VRS = {vr.value.encode() for vr in VR if len(vr.value) == 2}
 UNDEFINED = 0xFFFFFFFF
+ITEM_LITTLE = b"\xfe\xff\x00\xe0"
+GE_BIG_ENDIAN_PIXELS = "1.2.840.113619.5.2"  # of a data set in implicit little endian
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,20 @@ class PixelElement:
     length: int | None
     kind: str
     words: bool  # OW: the file's byte order applies to units of 16 bits, even of 8-bit values
+
+    def is_encapsulated(self) -> bool:
+        """Whether it begins with an item, as compressed pixels do; their length is undefined.
+
+        Some writers state one all the same. As pixels, these bytes are improbable but possible:
+        the table of offsets, which comes first, has to fit in, and another item to follow it.
+        """
+        if self.length is None:
+            return True
+        head = read_at(self.file, self.start, min(self.length, 8))
+        size = int.from_bytes(head[4:8], "little")
+        if head[:4] != ITEM_LITTLE or size % 4 or size + 16 > self.length:
+            return False
+        return read_at(self.file, self.start + 8 + size, 4) == ITEM_LITTLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +153,8 @@ def _read(file: BinaryIO, syntax: uid.UID | None, say: Say) -> Container:
     if syntax is not None:
         dataset.file_meta.TransferSyntaxUID = syntax
     pixels = _find_pixels(file, implicit, little)
-    return Container(Header(dataset, little=little), syntax, None, little, pixels)
+    header = Header(dataset, little=little)
+    return Container(header, syntax, None, little and syntax != GE_BIG_ENDIAN_PIXELS, pixels)
 
 
 def _is_little(syntax: uid.UID | None) -> bool:
@@ -169,12 +186,20 @@ def _find_pixels(file: BinaryIO, implicit: bool, little: bool) -> PixelElement |
     return PixelElement(file, start, None if count == UNDEFINED else count, kind, vr != b"OB")
 
 
-def size_of(file: BinaryIO, wanted: int) -> int:
-    """How many bytes the file has, counted up to `wanted`."""
-    file.seek(wanted)
-    if isinstance(file, _Inflated):
-        return file.tell()
-    return min(wanted, file.seek(0, io.SEEK_END))
+def read_at(file: BinaryIO, start: int, size: int) -> bytes:
+    """So many bytes of the file, or fewer if it ends before."""
+    file.seek(start)
+    if not isinstance(file, _Inflated):
+        return file.read(size)
+    parts = []
+    while size > 0:
+        file.forget()
+        part = file.read(min(size, STEP))
+        if not part:
+            break
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 class _Inflated:
@@ -188,16 +213,29 @@ class _Inflated:
         head = file.read(2)
         file.seek(-len(head), io.SEEK_CUR)
         zlib_header = len(head) == 2 and head[0] == 0x78 and int.from_bytes(head, "big") % 31 == 0
-        self._inflater = zlib.decompressobj(zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS)
+        self._bits = zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS
+        self._start = file.tell()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._file.seek(self._start)
+        self._inflater = zlib.decompressobj(self._bits)
         self._kept, self._base, self._at = bytearray(), 0, 0
 
     def tell(self) -> int:
         return self._at
 
+    def forget(self) -> None:
+        """Let go of what was read."""
+        del self._kept[: self._at - self._base]
+        self._base = self._at
+
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         target = offset + (self._at if whence == io.SEEK_CUR else 0)
-        if whence == io.SEEK_END or target < self._base:
-            raise io.UnsupportedOperation("what was inflated is not kept")
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("its end is not known")
+        if target < self._base:  # back to a frame, once it was seen that all of them are there
+            self._restart()
         end = self._base + len(self._kept)
         while end < target:  # what lies between is let go of
             more = self._more()
@@ -212,7 +250,7 @@ class _Inflated:
     def read(self, size: int = -1) -> bytes:
         first = self._at - self._base
         while size < 0 or len(self._kept) < first + size:
-            if len(self._kept) > MAX_HEADER + max(size, 0):
+            if len(self._kept) > MAX_HEADER:
                 raise _too_much(self._name, MAX_HEADER)
             more = self._more()
             if not more:

@@ -13,6 +13,8 @@ Values of at most 16 bits are shown through one table of all of them, which is m
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +29,11 @@ from medmoe_edge.image.loading import Pixels, Window, finite
 
 SOFT_TISSUE: Window = (40.0, 400.0)  # centre and width in HU
 WIDEST = 2**16  # values that a table of all of them covers
+MOST_SAMPLED = 2**22  # values whose percentiles are taken
+PIECE = 2**22  # values that are shown at once
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Counts = npt.NDArray[np.intp]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,22 +129,47 @@ def show(
         )
     modality = read_modality(header, stored, say)
     rendering = _Rendering(stored, header, modality, is_inverted(header, layout), say)
-    if not stored.is_whole:
-        return rendering.show(stored.values, None)
     values = stored.values
-    low, high = int(values.min()), int(values.max())
-    if high - low >= WIDEST:
-        return rendering.show(values, None)
-    places = values - low if low else values
-    counts = np.bincount(places.ravel(), minlength=high - low + 1)
-    table, window = rendering.show(np.arange(low, high + 1), counts)
-    return table[places], window
+    shown = np.empty(values.shape, np.uint8)
+    if stored.is_whole:
+        low, high = int(values.min()), int(values.max())
+        every = np.arange(low, high + 1)
+        curve = rendering.curve(every, lambda: _counts(values, low, high))
+        table = rendering.draw(every, curve)
+        for rows in _in_pieces(values):
+            shown[rows] = table[np.subtract(values[rows], low, dtype=np.int32)]
+        return shown, curve.window
+    sample = values.ravel()[:: values.size // MOST_SAMPLED + 1]
+    curve = rendering.curve(sample, lambda: np.ones(sample.shape, np.intp))
+    for rows in _in_pieces(values):
+        shown[rows] = rendering.draw(values[rows], curve)
+    return shown, curve.window
+
+
+def _in_pieces(values: Values) -> Iterator[slice]:
+    """Rows of about `PIECE` values, so that intermediate results stay small."""
+    rows = max(1, PIECE // values.shape[1])
+    return (slice(row, row + rows) for row in range(0, values.shape[0], rows))
+
+
+def _counts(values: Values, low: int, high: int) -> Counts:
+    """How many pixels have each value from `low` to `high`."""
+    counts = np.zeros(high - low + 1, np.intp)
+    for rows in _in_pieces(values):
+        places = np.subtract(values[rows], low, dtype=np.int32)
+        counts += np.bincount(places.ravel(), minlength=len(counts))
+    return counts
 
 
 def is_inverted(header: Header, layout: Layout) -> bool:
-    """Whether the least value is white: MONOCHROME1, or a presentation shape that says so."""
+    """Whether the least value is white: a presentation shape says so, or else MONOCHROME1.
+
+    The two contradict each other in some files; viewers follow the shape (PS3.3 C.11.6.1.2).
+    """
     shape = header.text("PresentationLUTShape")
-    return layout.photometric == "MONOCHROME1" or shape == "INVERSE"
+    if shape in ("IDENTITY", "INVERSE"):
+        return shape == "INVERSE"
+    return layout.photometric == "MONOCHROME1"
 
 
 def _show_palette(stored: Stored, header: Header, name: str) -> Pixels:
@@ -155,6 +185,15 @@ def _show_palette(stored: Stored, header: Header, name: str) -> Pixels:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Curve:
+    """What shows values of interest, the window that it is, and whether padding is masked."""
+
+    show: Callable[[Floats], Pixels]
+    window: Window | None = None
+    masked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class _Rendering:
     """All that turns the values of one frame into grey."""
 
@@ -164,37 +203,54 @@ class _Rendering:
     inverted: bool
     say: Say
 
-    def show(
-        self, values: Values, counts: npt.NDArray[np.intp] | None
-    ) -> tuple[Pixels, Window | None]:
-        """Grey of stored values; `counts` tells how many pixels have each, None: one."""
-        padding = padding_of(self.header, self.stored, values)
-        shown, window = self._of_interest(self.modality.apply(values), padding, counts)
+    def draw(self, values: Values, curve: _Curve) -> Pixels:
+        """Grey of stored values."""
+        shown = curve.show(self.modality.apply(values))
         if self.inverted:
             shown = 255 - shown
+        padding = padding_of(self.header, self.stored, values) if curve.masked else None
         if padding is not None:
             shown = np.where(padding, np.uint8(0), shown)
-        return self._presented(shown), window
+        return self._presented(shown)
 
-    def _of_interest(
-        self, values: Floats, padding: Mask | None, counts: npt.NDArray[np.intp] | None
-    ) -> tuple[Pixels, Window | None]:
+    def curve(self, values: Values, count: Callable[[], Counts]) -> _Curve:
+        """How values of interest are shown.
+
+        Args:
+            values: Stored values that the frame has.
+            count: How many pixels have each of them.
+        """
+        padding = padding_of(self.header, self.stored, values)
+        if padding is not None and padding.all():
+            self.say("padding", "The file calls all of its pixels padding: they are shown.")
+            padding = None
+        curve = self._of_interest()
+        if curve is None:
+            self.say(
+                "no_window", "The file states no window: shown from dark to bright by its values."
+            )
+            counts = count() if padding is None else np.where(padding, 0, count())
+            curve = _between_percentiles(self.modality.apply(values), counts)
+        return dataclasses.replace(curve, masked=padding is not None)
+
+    def _of_interest(self) -> _Curve | None:
+        """What the header says of it; None, if it takes the values themselves to know."""
         domain = self.modality.range(self.stored.domain)
         for item in self.header.items("VOILUTSequence"):
             table = read_table(item, domain, self.say)
             if table is not None:
-                return scaled(table.apply(values), table.bits), None
+                return _Curve(functools.partial(_looked_up, table=table))
         found = file_window(self.header)
         if found is not None:
-            return windowed(values, *found), found[0]
+            window, function = found
+            return _Curve(functools.partial(windowed, window=window, function=function), window)
         if self.modality.is_identity and self.stored.bits <= 8:  # already made for a screen
-            low, high = self.stored.domain
-            return scaled(values - low, self.stored.bits), None
+            low, bits = self.stored.domain[0], self.stored.bits
+            return _Curve(lambda values: scaled(values - low, bits))
         if self.header.text("Modality") == "CT" and domain[0] < 0:
             self.say("no_window", "The file states no window: shown in that of soft tissue.")
-            return windowed(values, SOFT_TISSUE, "LINEAR"), SOFT_TISSUE
-        self.say("no_window", "The file states no window: shown from dark to bright by its values.")
-        return _between_percentiles(values, padding, counts)
+            return _Curve(functools.partial(windowed, window=SOFT_TISSUE), SOFT_TISSUE)
+        return None
 
     def _presented(self, shown: Pixels) -> Pixels:
         """Through the presentation table, if the file has one (PS3.3 C.11.4)."""
@@ -220,7 +276,11 @@ def file_window(header: Header) -> tuple[Window, str] | None:
     return None
 
 
-def windowed(values: Floats, window: Window, function: str) -> Pixels:
+def _looked_up(values: Floats, table: Table) -> Pixels:
+    return scaled(table.apply(values), table.bits)
+
+
+def windowed(values: Floats, window: Window, function: str = "LINEAR") -> Pixels:
     """Values in a window, as 0..255."""
     # pydicom's output range is that of these attributes: here 0..255.
     attributes = Dataset()
@@ -234,19 +294,18 @@ def windowed(values: Floats, window: Window, function: str) -> Pixels:
     return np.rint(np.clip(shown, 0, 255)).astype(np.uint8)
 
 
-def _between_percentiles(
-    values: Floats, padding: Mask | None, counts: npt.NDArray[np.intp] | None
-) -> tuple[Pixels, Window]:
-    """From the 1st to the 99th percentile of what is no padding."""
-    counted = np.ones(values.shape, np.intp) if counts is None else counts
-    if padding is not None and not padding.all():
-        counted = np.where(padding, 0, counted)
-    low, high = _percentiles(values.ravel(), counted.ravel())
-    shown = np.clip((values - low) / ((high - low) or 1.0), 0, 1)
-    return np.rint(shown * 255).astype(np.uint8), ((low + high) / 2, high - low)
+def _between_percentiles(values: Floats, counts: Counts) -> _Curve:
+    """From the 1st to the 99th percentile of values that so many pixels have."""
+    low, high = _percentiles(values, counts)
+
+    def show(values: Floats) -> Pixels:
+        shares = np.clip((values - low) / ((high - low) or 1.0), 0, 1)
+        return np.rint(shares * 255).astype(np.uint8)
+
+    return _Curve(show, ((low + high) / 2, high - low))
 
 
-def _percentiles(values: Floats, counts: npt.NDArray[np.intp]) -> tuple[float, float]:
+def _percentiles(values: Floats, counts: Counts) -> tuple[float, float]:
     """As `numpy.percentile`; the ends, where the two are equal: a few bright dots on black."""
     order = np.argsort(values, kind="stable")
     values, ranks = values[order], np.cumsum(counts[order])

@@ -4,6 +4,8 @@ Fragments, the number of frames and the codestreams in them must agree. Where th
 is refused, or what it holds too much of is named.
 """
 
+import io
+import itertools
 import struct
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy.typing as npt
 
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.codestreams import cut_off, is_codestream
-from medmoe_edge.image.dicom_container import PixelElement, size_of
+from medmoe_edge.image.dicom_container import PixelElement
 from medmoe_edge.image.dicom_header import Say
 
 MAX_FRAGMENTS = 10_000_000
@@ -58,8 +60,10 @@ def _walk(
     """The basic offset table, and where each fragment lies: place and length."""
     file, order = element.file, "<HHI" if little else ">HHI"
     found: list[tuple[int, int]] = []
-    at = element.start
-    while True:
+    at, end = element.start, file.seek(0, io.SEEK_END)
+    if element.length is not None:
+        end = min(end, at + element.length)
+    while element.length is None or at < end:
         file.seek(at)
         head = file.read(8)
         if len(head) < 8:
@@ -71,7 +75,7 @@ def _walk(
             break
         if tag != ITEM or size == 0xFFFFFFFF or len(found) > MAX_FRAGMENTS:
             raise cut_off(name)
-        if size_of(file, at + 8 + size) < at + 8 + size:
+        if at + 8 + size > end:
             raise cut_off(name)
         found.append((at + 8, size))
         at += 8 + size
@@ -109,7 +113,7 @@ def read_rle(data: bytes, size: int, samples: int, name: str, say: Say) -> npt.N
         raise cut_off(name)
     count, *offsets = struct.unpack_from("<16I", data)
     bounds = [*offsets[:count], len(data)]
-    ordered = all(low < high for low, high in zip(bounds, bounds[1:], strict=False))
+    ordered = all(low < high for low, high in itertools.pairwise(bounds))
     if not 1 <= count <= 15 or bounds[0] < 64 or not ordered or count % samples:
         raise cut_off(name)
     planes = np.empty((count, size), np.uint8)

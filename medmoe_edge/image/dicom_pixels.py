@@ -25,7 +25,7 @@ from medmoe_edge.image.codestreams import (
     is_codestream,
     read_codestream,
 )
-from medmoe_edge.image.dicom_container import Container, PixelElement, size_of
+from medmoe_edge.image.dicom_container import Container, PixelElement, read_at
 from medmoe_edge.image.dicom_encapsulated import read_codestream_of, read_rle
 from medmoe_edge.image.dicom_header import Header, Say
 from medmoe_edge.image.loading import check_size
@@ -36,7 +36,9 @@ Colour = Literal["grey", "palette", "rgb"]
 GREY = ("MONOCHROME1", "MONOCHROME2")
 YBR = ("YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "YBR_PARTIAL_420", "YBR_PARTIAL_422")
 MAX_FRAMES = 10_000_000
+OVERSHOOT = 1.0625  # what a lossy codestream may exceed its range by
 MAX_FRAME_BYTES = 2**30  # of one frame, decoded
+EXACT = (uid.JPEG2000Lossless, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL)
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 VIDEO = ("1.2.840.10008.1.2.4.10",)  # and MPEG2, MPEG-4, HEVC: their UIDs begin alike
 
@@ -97,7 +99,10 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
     if not photometric:
         photometric = "MONOCHROME2" if samples == 1 else "RGB"
         say("header", "The file does not say how its values are shown: read as grey or as RGB.")
-    photometric = "PALETTE COLOR" if photometric.startswith("PALETTE") else photometric
+    if photometric.startswith("PALETTE"):
+        photometric = "PALETTE COLOR"
+    elif photometric.startswith("MONOCHROME"):
+        photometric = f"MONOCHROME{photometric[-1]}"
     floats = {"float32": 32, "float64": 64}.get(kind)
     allocated = floats or header.whole("BitsAllocated") or 0
     stored = floats or header.whole("BitsStored") or allocated
@@ -154,13 +159,14 @@ def read_frame(
             f"One frame of {name} takes more than the limit of {MAX_FRAME_BYTES:,} bytes.",
             "Shrink it or crop it first.",
         )
-    if element.length is not None:
+    if element.length is not None and not element.is_encapsulated():
         if container.syntax is not None and container.syntax.is_encapsulated:
             say("transfer_syntax", "The file states a compression that its pixels do not have.")
         return _read_cells(container, element, layout, index, name, say)
     data = read_codestream_of(element, container.little, layout.frames, index, name, say)
     if is_codestream(data):
-        return _decode_frame(data, layout, name, say)
+        exact = container.syntax in EXACT
+        return _decode_frame(data, layout, exact, name, say)
     if container.syntax == uid.RLELossless:
         planes = read_rle(data, layout.rows * layout.columns, layout.samples, name, say)
         return _of_planes(planes, layout, name)
@@ -198,16 +204,15 @@ def _read_cells(
         subsampled = False
     whole = math.ceil(bits * layout.frames / 8)
     first, last = bits * index // 8, math.ceil(bits * (index + 1) / 8)
-    if length < whole or size_of(element.file, element.start + last) < element.start + last:
+    if length > whole + 1:
+        say("unused_data", "The file holds more pixel data than its frames need.")
+    swapped = element.words and not container.little and layout.allocated <= 8
+    data = (_read_swapped if swapped else _read_plain)(element, first, last)
+    if length < whole or len(data) < last - first:
         raise ImageError(
             f"{name} holds fewer pixels than its header states.",
             "It was probably cut off: copy or export the file again.",
         )
-    if length > whole + 1:
-        say("unused_data", "The file holds more pixel data than its frames need.")
-    element.file.seek(element.start + first)
-    swapped = element.words and not container.little and layout.allocated <= 8
-    data = _read_swapped(element, first, last) if swapped else element.file.read(last - first)
     cells = _cells(data, bits * index % 8, bits, element.kind, layout, container.little)
     if subsampled:
         cells = _upsampled(cells, layout)
@@ -226,12 +231,15 @@ def _read_cells(
     return _coloured(values, layout.stored, layout.signed, layout, name)
 
 
+def _read_plain(element: PixelElement, first: int, last: int) -> bytes:
+    return read_at(element.file, element.start + first, last - first)
+
+
 def _read_swapped(element: PixelElement, first: int, last: int) -> bytes:
     """8-bit values in big-endian words: the second of each pair comes first."""
     start, stop = first // 2 * 2, math.ceil(last / 2) * 2
-    element.file.seek(element.start + start)
-    data = element.file.read(stop - start).ljust(stop - start, b"\0")
-    pairs = np.frombuffer(data, np.uint16).byteswap().tobytes()
+    data = _read_plain(element, start, stop)
+    pairs = np.frombuffer(data[: len(data) // 2 * 2], np.uint16).byteswap().tobytes()
     return pairs[first - start : last - start]
 
 
@@ -281,7 +289,7 @@ def _upsampled(cells: Values, layout: Layout) -> Values:
 # --- Compressed --------------------------------------------------------------
 
 
-def _decode_frame(data: bytes, layout: Layout, name: str, say: Say) -> Stored:
+def _decode_frame(data: bytes, layout: Layout, exact: bool, name: str, say: Say) -> Stored:
     """Decode a codestream, and read its values by its own depth, sign and colours."""
     stream = read_codestream(data, name)
     if (stream.rows, stream.columns) != (layout.rows, layout.columns):
@@ -298,7 +306,7 @@ def _decode_frame(data: bytes, layout: Layout, name: str, say: Say) -> Stored:
     stated = "ycc" if layout.photometric in YBR else "rgb"
     if stream.kind == "jpeg 2000" and layout.photometric in ("YBR_RCT", "YBR_ICT"):
         stated = "rgb"  # those are names of transforms which the decoder undoes, if they are there
-    values = decode(data, stream, stated, name, say)
+    values = decode(data, stream, stated, exact, name, say)
     if stream.components == 3:
         fits = layout.stored < stream.precision and int(values.max()) < 1 << layout.stored
         bits = layout.stored if fits else stream.precision
@@ -334,6 +342,8 @@ def _of_depth(
         if layout.high + 1 > stored and layout.high < precision:
             values = _values(values, stored, layout.high, layout.signed)
             return values, stored, layout.signed
+        if not stream.lossless and int(values.max()) < (1 << stored) * OVERSHOOT:
+            values = np.minimum(values, (1 << stored) - 1)  # else a loss would look like depth
         if int(values.max()) < 1 << stored or _is_sign_extended(values, precision, stored):
             precision = stored
         else:

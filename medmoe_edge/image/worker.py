@@ -1,7 +1,7 @@
 """Pictures of strangers are decoded in another process, so that none can take too much.
 
 A file of a kilobyte may unpack to gigabytes, in libraries that know no limit. `read_apart` hands
-it to a process that may take `Bounds.megabytes` and `Bounds.seconds`, and is ended when it takes
+it to a process that may take `Bounds.megabytes` and `Bounds.seconds`, and is ended where it takes
 more; whoever else asks is answered meanwhile by a second one. They start when they are first
 needed, stay for the next picture, and end with this process. Where the system has no limit for
 memory (macOS, Windows), only the time is bounded, and what a header says.
@@ -13,6 +13,7 @@ have made of the other process is run here.
 import atexit
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import queue
@@ -22,14 +23,27 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge import errors
-from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError
-from medmoe_edge.image.loading import MAX_PIXELS, Image, decoding, load_image, shown_name
+from medmoe_edge.errors import (
+    ImageError,
+    MedMoEError,
+    MissingDependencyError,
+    Notice,
+    ResourceError,
+)
+from medmoe_edge.image.formats import HEAD_BYTES, is_dicom
+from medmoe_edge.image.loading import (
+    MAX_PIXELS,
+    Image,
+    decoding,
+    load_image,
+    shown_name,
+)
 
 NAME = "The image"  # how messages call an upload
 START_SECONDS = 60.0  # for a process to be ready, on a slow disk
@@ -38,9 +52,6 @@ CHUNK = 2**20
 MIB = 2**20
 # what is told of an image beside its pixels, as plain values or lists of them
 FIELDS = {field.name for field in dataclasses.fields(Image)} - {"pixels", "notices"}
-NO_VALUES = np.empty(0, np.float32), False
-
-Task = Literal["image", "values"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Bounds:
 
     pixels: int = MAX_PIXELS
     megabytes: int = 1000
-    seconds: float = 5.0
+    seconds: float = 4.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,18 +88,24 @@ def read_apart(
         ImageError: As of `load_image`; or it takes more memory or time than it may.
         ResourceError: The other process cannot be started.
     """
-    fields, pixels = _ask("image", source, frame, bounds or Bounds())
-    notices = tuple(Notice(**notice) for notice in fields.pop("notices"))
-    told = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in FIELDS}
-    return Image(pixels, notices=notices, **told)
+    answer = _ask(source, frame, bounds or Bounds(), values=False)
+    return _image_of(answer)
 
 
-def grey_values_apart(
+def read_apart_with_values(
     source: bytes | Path, frame: int | None = None, bounds: Bounds | None = None
-) -> GreyValues | None:
-    """The values behind a DICOM frame that `read_apart` reads; None where it has colours."""
-    fields, values = _ask("values", source, frame, bounds or Bounds())
-    return GreyValues(values, fields["inverted"]) if values.size else None
+) -> tuple[Image, GreyValues | None]:
+    """The same, and the values behind it, if it is a grey frame of a DICOM file."""
+    answer = _ask(source, frame, bounds or Bounds(), values=True)
+    behind = answer.arrays[1:]
+    return _image_of(answer), GreyValues(behind[0], answer.fields["inverted"]) if behind else None
+
+
+def _image_of(answer: "_Answer") -> Image:
+    notices = tuple(Notice(**notice) for notice in answer.fields["notices"])
+    told = {name: answer.fields[name] for name in FIELDS}
+    told = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
+    return Image(answer.arrays[0], notices=notices, **told)
 
 
 def warm_up() -> None:
@@ -103,11 +120,16 @@ def warm_up() -> None:
             _POOL.give(process)
 
 
-def _ask(
-    task: Task, source: bytes | Path, frame: int | None, bounds: Bounds
-) -> tuple[dict[str, Any], npt.NDArray[Any]]:
-    request = {"task": task, "frame": frame, "pixels": bounds.pixels, "seconds": bounds.seconds}
-    request["megabytes"] = bounds.megabytes
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Answer:
+    """What the other process tells: fields, and read-only arrays."""
+
+    fields: dict[str, Any]
+    arrays: list[npt.NDArray[Any]]
+
+
+def _ask(source: bytes | Path, frame: int | None, bounds: Bounds, *, values: bool) -> _Answer:
+    request = {**dataclasses.asdict(bounds), "frame": frame, "values": values}
     if isinstance(source, Path):
         request["path"] = str(source.absolute())
     else:
@@ -141,9 +163,7 @@ class _Process:
         """Whether it can be asked."""
         return self._process.poll() is None
 
-    def ask(
-        self, request: dict[str, Any], data: bytes, bounds: Bounds
-    ) -> tuple[dict[str, Any], npt.NDArray[Any]]:
+    def ask(self, request: dict[str, Any], data: bytes, bounds: Bounds) -> _Answer:
         """Its answer; whatever goes wrong, the process has then ended or can be asked again."""
         if not self._is_ready:
             with self._killed_after(START_SECONDS):
@@ -159,7 +179,7 @@ class _Process:
                 answer = json.loads(self._out.readline())
                 if "error" in answer:
                     raise _error_of(answer)
-                return answer, self._array(answer)
+                return _Answer(answer, [self._array(*array) for array in answer["arrays"]])
             except (OSError, ValueError):  # it has ended: no line, or half of one
                 self.end()
                 raise _too_much(late.is_set(), bounds) from None
@@ -172,8 +192,8 @@ class _Process:
             with contextlib.suppress(OSError):
                 pipe.close()
 
-    def _array(self, answer: dict[str, Any]) -> npt.NDArray[Any]:
-        array = np.empty(answer["shape"], answer["dtype"])
+    def _array(self, shape: list[int], dtype: str) -> npt.NDArray[Any]:
+        array = np.empty(shape, dtype)
         left = memoryview(array.reshape(-1).view(np.uint8))
         while left:
             count = cast(Any, self._out).readinto(left)
@@ -278,21 +298,21 @@ def main() -> None:
     """Answer requests from standard input until it ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever libraries print there must not mix with the answers
-    from medmoe_edge.image import raster  # noqa: F401  the rest is imported when it is needed
-
+    for reader in ("raster", "dicom", "nifti"):  # now, or it would take of a picture's time
+        with contextlib.suppress(MissingDependencyError):
+            importlib.import_module(f"medmoe_edge.image.{reader}")
     answers.write(b"ready\n")
     answers.flush()
     while line := requests.readline():
         request = json.loads(line)
         with _source(requests, request) as path:
-            fields, array = _answer(path, request)
-        if array is not None:
-            fields |= {"shape": array.shape, "dtype": array.dtype.str}
-        answers.write(json.dumps(fields).encode() + b"\n")
-        if array is not None:
+            answer = _answer(path, request)
+        told = [(array.shape, array.dtype.str) for array in answer.arrays]
+        answers.write(json.dumps(answer.fields | {"arrays": told}).encode() + b"\n")
+        for array in answer.arrays:
             answers.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
         answers.flush()
-        del array
+        del answer
 
 
 @contextlib.contextmanager
@@ -316,31 +336,40 @@ def _source(requests: IO[bytes], request: dict[str, Any]) -> Iterator[Path]:
         yield path
 
 
-def _answer(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], npt.NDArray[Any] | None]:
+def _answer(path: Path, request: dict[str, Any]) -> _Answer:
     try:
         with _bounded(request["megabytes"] * MIB, request["seconds"]):
-            return _done(path, request)
-    except MemoryError:
-        pass
+            return _read(path, request)
+    except MissingDependencyError as error:
+        return _failed(error)
+    except (MemoryError, ResourceError):
+        what = f"{NAME} takes more memory to decode than the limit of {request['megabytes']:,} MiB."
+        return _failed(ImageError(what, "Shrink it or crop it first."))
     except MedMoEError as error:
-        shortage = type(error) is ResourceError  # not a package that is missing
-        if not shortage:
-            what = error.what if "path" in request else error.what.replace(shown_name(path), NAME)
-            return {"error": type(error).__name__, "what": what, "remedy": error.remedy}, None
-    limit = f"{NAME} takes more memory to decode than the limit of {request['megabytes']:,} MiB."
-    return {"error": "ImageError", "what": limit, "remedy": "Shrink it or crop it first."}, None
+        if "path" not in request:
+            error.what = error.what.replace(shown_name(path), NAME)
+        return _failed(error)
 
 
-def _done(path: Path, request: dict[str, Any]) -> tuple[dict[str, Any], npt.NDArray[Any]]:
-    if request["task"] == "values":
+def _failed(error: MedMoEError) -> _Answer:
+    told = {"error": type(error).__name__, "what": error.what, "remedy": error.remedy}
+    return _Answer(told, [])
+
+
+def _read(path: Path, request: dict[str, Any]) -> _Answer:
+    image = load_image(path, frame=request["frame"], most_pixels=request["pixels"])
+    fields = {name: getattr(image, name) for name in FIELDS}
+    fields["notices"] = list(map(dataclasses.asdict, image.notices))
+    with path.open("rb") as file:
+        wanted = request["values"] and is_dicom(file.read(HEAD_BYTES))
+    if wanted:
         from medmoe_edge.image.dicom import read_grey_values
 
         with decoding(NAME):
-            values, inverted = read_grey_values(path, request["frame"], NAME) or NO_VALUES
-        return {"inverted": inverted}, values
-    image = load_image(path, frame=request["frame"], most_pixels=request["pixels"])
-    fields = {name: getattr(image, name) for name in FIELDS}
-    return fields | {"notices": list(map(dataclasses.asdict, image.notices))}, image.pixels
+            found = read_grey_values(path, request["frame"], NAME)
+        if found is not None:
+            return _Answer(fields | {"inverted": found[1]}, [image.pixels, found[0]])
+    return _Answer(fields, [image.pixels])
 
 
 @contextlib.contextmanager

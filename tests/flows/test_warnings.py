@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import ROOT, Run, two_lines
+from dicom_files import made, saved
 from listen_process import configuration, send, wait_for
 from PIL import Image as Pillow
 from pyarrow import parquet
@@ -23,7 +24,6 @@ from pydicom.uid import (
     UltrasoundImageStorage,
 )
 from serving import app_over, client_of
-from test_dicom import made, saved
 
 import medmoe_edge
 from medmoe_edge.bedside.batch.run import run_batch

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import Run, two_lines
+from dicom_files import made, saved
 from dicomanonymizer.dicomfields_selector import dicom_anonymization_database_selector
 from PIL import Image as Pillow
 from pydicom import DataElement, Dataset, config, dcmread
@@ -25,7 +26,6 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
     UltrasoundImageStorage,
 )
-from test_dicom import made, saved
 
 from medmoe_edge.bedside.audit.deidentify import deidentify
 from medmoe_edge.errors import ImageError

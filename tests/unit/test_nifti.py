@@ -109,7 +109,7 @@ BAD = {
     "eight axes": (header((5, 6, 7), dim=[8, 5, 6, 7, 1, 1, 1, 1]), "8 axes"),
     "bits": (header((5, 6, 7), datatype=1), "single bits"),
     "no kind": (header((5, 6, 7), datatype=0), "of no stated kind"),
-    "an unheard-of kind": (header((5, 6, 7), datatype=77), "unknown kind, number 77"),
+    "an unheard-of kind": (header((5, 6, 7), datatype=77), "unread kind, number 77"),
     "a pair": (header((5, 6, 7), magic=b"ni1"), "one half of an .hdr and .img pair"),
 }
 

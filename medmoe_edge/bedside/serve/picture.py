@@ -14,9 +14,8 @@ from pydantic import BaseModel
 
 from medmoe_edge.bedside.serve.routes import REFUSALS, ImageForm
 from medmoe_edge.bedside.serve.settings import Limits
-from medmoe_edge.image.formats import is_dicom
 from medmoe_edge.image.loading import Image, Window, finite, pick_frame
-from medmoe_edge.image.worker import NAME, Bounds, grey_values_apart, read_apart
+from medmoe_edge.image.worker import NAME, Bounds, GreyValues, read_apart_with_values
 
 LARGEST = 2048  # pixels of the longer side, more than a bedside screen has
 
@@ -80,7 +79,7 @@ def picture_routes(limits: Limits) -> APIRouter:
 
 def picture_of(data: bytes, frame: int | None, bounds: Bounds) -> Picture:
     """The picture in an uploaded file; the errors of `medmoe_edge.image.worker.read_apart`."""
-    image = read_apart(data, frame, bounds)
+    image, values = read_apart_with_values(data, frame, bounds)
     height, width = image.pixels.shape[:2]
     index = pick_frame(NAME, frame, image.frames)
     grey = _is_grey(image)
@@ -93,7 +92,7 @@ def picture_of(data: bytes, frame: int | None, bounds: Bounds) -> Picture:
         frames=image.frames,
         modality=image.modality,
         png=_png(shown),
-        codes=_codes(data, image, index, shown, bounds) if grey else None,
+        codes=_codes(image, values, shown) if grey else None,
         warnings=[Warned(code=each.code, message=each.message) for each in image.notices],
     )
 
@@ -103,9 +102,8 @@ def _is_grey(image: Image) -> bool:
     return np.array_equal(red, green) and np.array_equal(green, blue)
 
 
-def _codes(data: bytes, image: Image, index: int, shown: Pillow.Image, bounds: Bounds) -> Codes:
+def _codes(image: Image, found: GreyValues | None, shown: Pillow.Image) -> Codes:
     centre, width = image.window or (127.5, 255.0)
-    found = grey_values_apart(data, index, bounds) if is_dicom(data[:132]) else None
     if found is None:  # of other files only what their window shows
         values, inverted = centre - width / 2 + np.asarray(shown) * (width / 255), False
     else:

@@ -30,7 +30,7 @@ class Limits:
     seconds: float = 60.0
     upload_seconds: float = 30.0
     waiting: int = 8
-    decoding_seconds: float = 5.0
+    decoding_seconds: float = 4.5
     decoding_megabytes: int = 1000
 
     @property
