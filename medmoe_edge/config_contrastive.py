@@ -3,7 +3,7 @@
 Shape letters beside those of `config.py`: h, w a grid of image positions (regions, R = h * w),
 C channels of a scale, W words of a text, D the joint size of image regions and words.
 
-How a MedMoE's similarities become scores, fitted on data once it is trained.
+`Scores` turn similarities into scores; they are fitted on data once a model is trained.
 """
 
 import json

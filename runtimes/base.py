@@ -1,11 +1,9 @@
-"""What a runtime does: turn a model on disk into prefill and decode steps.
+"""What every runtime of a Med-MoE is: prefill and decode steps over a model on disk.
 
-A long prompt in several steps.
-
-The token embeddings of a bundle, read row by row.
-
-A vocabulary of 100,000 takes 400 MB, of which an answer needs a few dozen rows. They are read and
-not mapped: a file that shrinks under us is then an error, and not the end of the process.
+`Runtime` and its caches are protocols; beside them stands what the runtimes share. Token embeddings
+are read from a bundle row by row: a vocabulary of 100,000 takes 400 MB, of which an answer needs a
+few dozen rows. They are read and not mapped, so that a file that shrinks under us is an error and
+not the end of the process.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Changing an index: entries are put and removed, and appear together when they are committed.
+"""A folder of images to an index: only what is new or changed is read, and kept part by part.
 
-A folder of images to an index: only what is new or changed is read, and kept part by part.
+Entries are put and removed, and appear together when they are committed.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The folder of an archive index: what is indexed in SQLite, its vectors in usearch.
+"""A local archive: images found again by a text or by another image, within what was indexed.
 
     archive.sqlite         one row for each image, and the name and sha256 of the file of vectors
     vectors-*.usearch      unit vectors in half precision, each under the key of its row
@@ -6,10 +6,6 @@
 New vectors go into a new file; the transaction that names it is the only moment of change. Whoever
 is killed leaves the old index or the new one, and at worst a file that the next writer removes.
 An index derives from patients' images and is as confidential: its folder is for its owner alone.
-
-A local archive: images found again by a text or by another image, within what was indexed.
-
-What an archive holds that is most like a text or an image.
 """
 
 import contextlib

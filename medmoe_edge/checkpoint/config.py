@@ -1,11 +1,10 @@
-"""The vision tower of a checkpoint: which one it is, read from `config.json` and tensor shapes.
-
-The official folder's `config.json` <-> `ModelConfig`.
+"""The official folder's `config.json` <-> `ModelConfig`, and which vision tower it means.
 
 The official file is MoE-LLaVA's: transformers' Phi or StableLM keys, `mm_*` keys and a `moe`
 block. What it cannot say lies in one block of our own, `medmoe_edge`: the vision tower where it
-is not CLIP ViT-L/14-336, and the experts' names. Values that this implementation would compute
-wrongly are refused; keys nobody knows are refused too.
+is not CLIP ViT-L/14-336, and the experts' names. The tower is read from that and from the shapes of
+its tensors. Values that this implementation would compute wrongly are refused; keys nobody knows
+are refused too.
 """
 
 import math

@@ -1,15 +1,10 @@
-"""Shares of right answers, and how far they may be believed.
-
-Zero-shot tasks: the findings of one kind of image, told apart by their names alone.
-
-Fitting what turns similarities into scores, on images that were held out of training.
-
-Does the map of a phrase lie where people drew a box? Beside pointing at the image's centre.
-
-How well a MedMoE names modalities, tells findings apart, retrieves and locates.
+"""How well a contrastive model names modalities, tells findings apart, retrieves and locates.
 
 Measured on what training never saw: the labelled images whose split is not `train`, the images of
-SLAKE's validation questions, and the boxes drawn on these.
+SLAKE's validation questions, and the boxes drawn on these, beside pointing at the image's centre.
+Zero-shot tasks tell the findings of one kind of image apart by their names alone. What turns
+similarities into scores is fitted on images held out of training. Every share comes with an
+interval.
 """
 
 import math

@@ -1,11 +1,9 @@
-"""How well texts fit images, without torch: what `models.modality_similarity` computes.
+"""Features of texts and images, and how well they fit, without torch.
 
-Source: GLoRIA (ICCV 2021), whose word-to-region attention is that of AttnGAN
-(https://arxiv.org/abs/1711.10485, equations 7 to 10).
-
-The features of texts, each computed once by an engine.
-
-Many images held against the same texts, some at a time: regions are too large to keep.
+It computes what `models/contrastive.py` defines. Source: GLoRIA (ICCV 2021), whose word-to-region
+attention is that of AttnGAN (https://arxiv.org/abs/1711.10485, equations 7 to 10). An engine
+computes the features of a text once; images are held against the same texts some at a time, for
+their regions are too large to keep.
 """
 
 from collections import OrderedDict

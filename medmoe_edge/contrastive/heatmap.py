@@ -1,6 +1,6 @@
-"""What stands below a map of heat: the phrase, the scale of colours, how sure, and the notice.
+"""Where a phrase lies, as a picture that a person can read: the image under a translucent map.
 
-Where a phrase lies, as a picture that a person can read: the image under a translucent map.
+Below it stand the phrase, the scale of colours, how sure the model is, and the notice.
 """
 
 import functools

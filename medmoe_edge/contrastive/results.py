@@ -1,6 +1,6 @@
-"""What a MedMoE says of an image: its modality, labels with scores, and where a phrase lies.
+"""What a contrastive model says of an image: modality, labels with scores, where a phrase lies.
 
-What a router's logits `[N, E]` tell beside the modality: how sure it is, and how much it saw.
+The router's logits `[N, E]` also tell how sure it is, and how much of any modality it saw.
 """
 
 import dataclasses

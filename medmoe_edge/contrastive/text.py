@@ -1,12 +1,8 @@
-"""Texts as MedMoE's BERT reads them: word pieces, and which word each piece belongs to.
+"""Texts of a contrastive model: as its BERT reads them, as labels with prompts, as a key phrase.
 
 A word is what BERT's splitting gives that holds a letter or digit and has pieces in the
 vocabulary. Punctuation is read as context but is no word, and nor is an unknown piece: a script
 that the vocabulary does not know says nothing. The tokenizer is any BERT `tokenizer.json`.
-
-Labels with the prompts that stand for them, as a person writes them down.
-
-What to look for in an image when a question about it was answered.
 """
 
 import json

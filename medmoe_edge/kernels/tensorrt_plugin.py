@@ -10,13 +10,13 @@ ONNX parser widens UINT8 initializers to INT32. Source of the interface: the Pyt
 `tensorrt.plugin` of TensorRT 11.4 (`_lib.py`, `_plugin_class.py`, `_validate.py`).
 Nothing here has run inside TensorRT: its library does not load where this was written.
 
-Compiles the kernels for GPUs that are not here: PTX for the engine, and what a program takes.
+The kernels are compiled ahead of time, for GPUs that are not here; Triton brings the assembler, so
+neither a GPU nor CUDA is needed.
 
     python -m medmoe_edge.kernels.tensorrt_plugin
 
 prints a table of docs/plugin.md: registers, KiB of shared memory and bytes spilled of every kernel
-at StableLM-2-1.6B's and Phi-2's sizes, for every GPU. Triton brings the assembler, so neither a GPU
-nor CUDA is needed.
+at StableLM-2-1.6B's and Phi-2's sizes, for every GPU.
 """
 
 import re

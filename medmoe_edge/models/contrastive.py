@@ -1,15 +1,12 @@
-"""MedMoE: image features from an expert of the image's modality (arXiv 2506.08356).
+"""MedMoE: image features from an expert of the image's modality, aligned with text.
 
-pixels -> Swin pyramid -> router -> one expert -> regions   |
-                                                            |-> modality_similarity.py
-text   -> BERT -> words                                     |
+    pixels -> Swin pyramid -> router -> one expert -> regions  |
+                                                               |-> similarity -> losses
+    text   -> BERT -> words                                    |
 
-What MedMoE minimises: images and their texts together, and the router's modality.
-
-How well texts fit images: as a whole, word by word, and where.
-
-Source: GLoRIA (ICCV 2021), whose word-to-region attention is that of AttnGAN
-(https://arxiv.org/abs/1711.10485, equations 7 to 10).
+Training minimises the distance of images to their own texts, as a whole and word by word, and the
+router's error in the modality. Sources: MedMoE (arXiv 2506.08356); GLoRIA (ICCV 2021), whose
+word-to-region attention is that of AttnGAN (https://arxiv.org/abs/1711.10485, equations 7 to 10).
 """
 
 from collections.abc import Sequence

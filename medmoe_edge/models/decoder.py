@@ -1,8 +1,7 @@
-"""What Phi-2 and StableLM-2 share: embeddings, a stack of layers, a norm and a head.
+"""The decoders of Med-MoE: embeddings, a stack of layers, a norm and a head.
 
-The Phi-2 decoder: parallel blocks, biased GELU feed-forward.
-
-The StableLM-2 decoder: sequential blocks, LayerNorm with bias, SwiGLU.
+Phi-2 has parallel blocks and a biased GELU feed-forward; StableLM-2 has sequential blocks,
+LayerNorm with bias and SwiGLU.
 """
 
 from collections.abc import Callable

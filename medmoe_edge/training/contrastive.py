@@ -1,8 +1,6 @@
-"""What a training run of MedMoE is: one phase over images and captions.
+"""`medmoe-edge train modality-nano`: images and captions in, a checkpoint of a MedMoE out.
 
-What MedMoE's training minimises.
-
-`medmoe-edge train --model modality-moe`: images and captions in, a checkpoint out.
+A run is one phase; it minimises the losses of `models/contrastive.py`.
 """
 
 import json

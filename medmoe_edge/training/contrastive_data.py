@@ -1,6 +1,6 @@
-"""A small WordPiece vocabulary, trained on captions, for a BERT that starts from nothing.
+"""What a contrastive model trains on: captioned images, which text fits which image, and where.
 
-Captioned images to batches of pixels and texts, which text fits which image, and where.
+Its BERT starts from nothing, with a small WordPiece vocabulary trained on the captions.
 """
 
 import os

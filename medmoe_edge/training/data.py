@@ -1,20 +1,12 @@
-"""Random views of an image: small rotations, scalings, shifts and changes of light.
+"""What Med-MoE trains on: random views of images, and conversations packed into sequences.
 
-No mirroring: left and right are what many questions are about.
-
-What the batches of both models are made from: a list of items, and their pictures.
-
-Training text: one image with all the questions asked about it.
-
-Captions and instructions are built from labels, since the images carry no free text.
-
-One image, all its questions, one sequence.
+Views are small rotations, scalings, shifts and changes of light. There is no mirroring: left and
+right are what many questions are about. Captions and instructions are built from labels, since the
+images carry no free text.
 
 A packed sequence is `prefix, image tokens, turn 1, turn 2, ...`. Every turn sees the prefix, the
 image and itself, never another turn, and its positions continue from the image: the model computes
 exactly what it would on separate sequences, but the image is processed once.
-
-Conversations to batches of pixels and packed text.
 """
 
 import math

@@ -1,14 +1,12 @@
-"""Which optimiser trains what: Muon the matrices inside decoder, Swin and BERT, AdamW the rest.
+"""The one training loop: cosine, bf16, accumulation, a JSONL log, and resuming from disk.
 
-Muon orthogonalises the momentum of a matrix (https://kellerjordan.github.io/posts/muon), which
-reaches a given loss in clearly fewer steps when a small model starts from nothing. Its steps are
-scaled to AdamW's (https://arxiv.org/abs/2502.16982), so one learning rate serves both.
+Muon trains the matrices inside decoder, Swin and BERT, AdamW the rest. Muon orthogonalises the
+momentum of a matrix (https://kellerjordan.github.io/posts/muon), which reaches a given loss in
+clearly fewer steps when a small model starts from nothing. Its steps are scaled to AdamW's
+(https://arxiv.org/abs/2502.16982), so one learning rate serves both.
 
-A training run on disk: weights and optimiser moments as safetensors, written atomically.
-
-Accelerate's own `save_state` pickles; nothing here is ever unpickled.
-
-The one training loop: cosine, bf16, accumulation, resume, a JSONL log.
+Weights and optimiser moments are kept as safetensors, written atomically. Accelerate's own
+`save_state` pickles; nothing here is ever unpickled.
 """
 
 import json

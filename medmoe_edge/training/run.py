@@ -1,6 +1,6 @@
-"""A small byte-level BPE tokenizer, trained on the questions and answers a model will meet.
+"""`medmoe-edge train`: a recipe and a data folder in, a checkpoint in the official layout out.
 
-`medmoe-edge train`: a recipe and a data folder in, a checkpoint in the official layout out.
+The tokenizer is a small byte-level BPE, trained on the questions and answers that the model meets.
 """
 
 import os

@@ -1,24 +1,22 @@
-"""Experts of a bundle as sessions of ONNX Runtime, each loaded and released by itself.
-
-Why a session for each, and not one graph over mapped weights: ONNX Runtime packs the weights for
-its fast kernels onto the heap when a session starts. One graph would pack all of them; without
-packing (`session.disable_prepacking`, the weights mapped in place) int8 decodes 1.6 to 14 times
-slower, by CPU, and int4 a hundred times. A packed form can be saved to a file, which is mapped, but
-is for one kind of CPU and twice as large, since it holds the weights too; and they are packed again
-to find it: a session of 35 MB opens in 35 to 45 ms instead of 50 to 75.
-
-ONNX Runtime copies the weights that were read (`expert_file.py`) and packs the copy, matrix by
-matrix: the peak of a load is the packed bytes and up to twice the stored ones, which the budget
-holds; afterwards exactly the packed ones, once `malloc_trim` has given back the rest. Handed over
-as a file in memory, as its own interface for this has it, they would be copied twice, and a load
-take a third (int8) to twice (int4) as long again. Most of what is left is new memory's pages,
-so that buffers serve again until the store may `rest`.
-
-The bundle on ONNX Runtime's CPU with its experts paged, inside a memory budget.
+"""The bundle on ONNX Runtime's CPU with its experts paged, inside a memory budget.
 
 The decoder runs in segments (`export/passes/ort_paged.py`). Between two of them the routed tokens
 are gathered, each chosen expert runs on its own as soon as it is in memory, and the sum goes on.
 The kernels and the rows that they see are those of the whole graph, so answers are the same bits.
+
+Each expert is a session of its own, not part of one graph over mapped weights, because ONNX Runtime
+packs the weights for its fast kernels onto the heap when a session starts. One graph would pack all
+of them; without packing (`session.disable_prepacking`, the weights mapped in place) int8 decodes
+1.6 to 14 times slower, by CPU, and int4 a hundred times. A packed form can be saved to a file that
+is mapped, but it is for one kind of CPU and twice as large, since it holds the weights too; and the
+weights are packed again to find it: a session of 35 MB opens in 35 to 45 ms instead of 50 to 75.
+
+ONNX Runtime copies the weights that were read (`paging/expert_file.py`) and packs the copy, matrix
+by matrix: the peak of a load is the packed bytes and up to twice the stored ones, which the budget
+holds; afterwards exactly the packed ones, once `malloc_trim` has given back the rest. Handed over
+as a file in memory, as its own interface for this has it, they would be copied twice, and a load
+take a third (int8) to twice (int4) as long again. Most of what is left is new memory's pages, so
+that buffers serve again until the store may `rest`.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""The KV cache of ONNX Runtime's runtimes.
-
-The bundle on ONNX Runtime, on the CPU or CUDA.
-"""
+"""The bundle on ONNX Runtime, on the CPU or CUDA, with its KV cache on the device."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,12 +1,11 @@
-"""Which execution provider of ONNX Runtime runs a bundle: chosen, said, and checked afterwards.
+"""Sessions of ONNX Runtime: on which execution provider, and opened when.
 
 ONNX Runtime itself falls back to the CPU without a word to the caller where CUDA's libraries do not
 load; here that is an error, unless it is allowed.
 
-Sessions of ONNX Runtime, opened early and on threads of their own.
-
-Opening packs the weights for the CPU's kernels, which is most of what loading takes. So it begins
-when a model is loaded, while its first image is still being read, and two sessions at a time.
+Opening a session packs the weights for the CPU's kernels, which is most of what loading takes. So
+it begins when a model is loaded, while its first image is still being read, on threads of its own,
+two sessions at a time.
 """
 
 import contextlib

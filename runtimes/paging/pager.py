@@ -1,6 +1,4 @@
-"""Where a pager takes experts from, and what it counts.
-
-The expert pager: which experts are in memory, under one budget of bytes.
+"""The expert pager: which experts are in memory, under one budget of bytes.
 
 It knows nothing of devices. A `Store` brings an expert into memory and releases it; the pager says
 when. An expert in use is pinned; room is made by releasing those that are worth least, and among

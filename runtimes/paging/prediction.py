@@ -1,4 +1,4 @@
-"""What an image's router scores say of the experts that its request will need.
+"""Which experts a request will need, as an image's router scores tell; and how that came true.
 
 Calibration counted, for each modality, the tokens that every expert got (`RoutingProfile`). The
 image's tokens, as the projector gives them, are put before the first router: that costs one small
@@ -7,12 +7,6 @@ whose shares in that layer are nearest to theirs stands for the image, and its p
 layers will do. On nano the expert that it names first gets 66% of a request's tokens, two get 84%
 (the best possible: 71 and 87%; a mean over modalities: 36 and 61%); weighing all modalities by
 their likelihood, or asking for the modality of the strongest expert's name, is no better.
-
-A memory budget as it is written: `1500MB`, `2GiB`, or `50%` of all routed experts.
-
-What a request's paging was like: who ran, what it cost, how well it was predicted.
-
-One request's routing, as the pager of a model hears of it: expected, then seen.
 """
 
 import math

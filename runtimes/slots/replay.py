@@ -16,8 +16,6 @@ to its longest beginning that needs no more, and goes on after it in the same wa
 needs at most M * k, which is the least number of slots. Tokens do not look ahead, so those that are
 left choose as before, and the count of runs holds for a part too, unless rounding in another number
 of rows tips a choice; then it holds from that cut on, and there are fewer cuts than tokens.
-
-Requests to a runtime whose experts are in slots: what the image tells, steps, and the report.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,10 +1,10 @@
 """Experts in a fixed number of slots of a device's memory, and the table that finds them.
 
-The pager (`paging.py`) decides who stays, as for every other runtime: its budget is the slots. What
-computes is a whole step, which cannot stop to wait for an expert. So before it runs, the experts
-that it may read are held in their slots, and it is given a table of them, `[M, E]` int32: the slot
-of each expert, -1 for one that it may not read. If it turns out to need another, it is run again
-(`slots_replay.py`).
+The pager (`paging/pager.py`) decides who stays, as for every other runtime: its budget is the
+slots. What computes is a whole step, which cannot stop to wait for an expert. So before it runs,
+the experts that it may read are held in their slots, and it is given a table of them, `[M, E]`
+int32: the slot of each expert, -1 for one that it may not read. If it turns out to need another, it
+is run again (`replay.py`).
 
 Two rules keep slots and compute apart. A load ends when its copy has passed its event, so what the
 table names is there. And experts are let go only when the compute that read them is over
@@ -12,11 +12,9 @@ table names is there. And experts are let go only when the compute that read the
 for any more, after an interrupt, may still be under way into a slot that is free again: copies run
 in order, so the next one lands on top of it.
 
-Slots whose parts are rows of pools: one array per kind of weight, as graphs take them.
-
-A graph has one input per kind, `slots.<kind>` `[slots, ...]` (`export/expert_slots.py`), and slot s
-is row s of each. The pools never move, so that what was bound to them, or recorded in a CUDA graph,
-stays right: only their contents change.
+Graphs take the parts of slots as pools, one array per kind of weight: the input `slots.<kind>`
+`[slots, ...]`, where slot s is row s. The pools never move, so that what was bound to them, or
+recorded in a CUDA graph, stays right: only their contents change.
 """
 
 import ctypes

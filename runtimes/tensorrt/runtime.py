@@ -1,11 +1,10 @@
-"""An engine file opened: refused with a remedy where it is not for this library or this GPU.
+"""A bundle of TensorRT engines: `vision.engine` and `decoder.engine`, on one GPU.
 
-A bundle of TensorRT engines: `vision.engine` and `decoder.engine`, on one GPU.
-
-The decoder's engine has two optimisation profiles: prefill, of 1 to `prefill` tokens a step, and
-decode, of one token. Its KV cache is written in place: `present_*` is bound to the buffer of
-`past_*`. A decode step is captured once per cache as a CUDA graph and replayed for every token
-after: where the token stands, it reads from the device (`start`).
+An engine that is not for this library or this GPU is refused with a remedy. The decoder's engine
+has two optimisation profiles: prefill, of 1 to `prefill` tokens a step, and decode, of one token.
+Its KV cache is written in place: `present_*` is bound to the buffer of `past_*`. A decode step is
+captured once per cache as a CUDA graph and replayed for every token after: where the token stands,
+it reads from the device (`start`).
 """
 
 import mmap

@@ -1,14 +1,13 @@
 """A portable bundle in PyTorch, from its own weights: no checkpoint is read.
 
-On CUDA activations are fp16, and what is stored in int8, or in int4 in groups of 32 or 128, stays
-as it is stored: the kernels of `export/plugin` read those very bytes, of experts the chosen ones.
-Dense layers, attention and the head go through them too, one expert each: they are a third of the
-weights of Med-MoE's StableLM, and dequantised to fp16 would outweigh its experts in int4. Formats
-without a kernel, which a mixed export may choose, are dequantised.
+The parameters come from the bundle's graphs, one by one. On CUDA activations are fp16, and what is
+stored in int8, or in int4 in groups of 32 or 128, stays as it is stored: the plugin's kernels
+(`medmoe_edge/kernels`) read those very bytes, of experts the chosen ones. Dense layers, attention
+and the head go through them too, one expert each: they are a third of the weights of Med-MoE's
+StableLM, and dequantised to fp16 would outweigh its experts in int4. Formats without a kernel,
+which a mixed export may choose, are dequantised.
 
 On the CPU, where Triton does not run, everything is dequantised to fp32: slow, for comparison.
-
-A bundle's parameters as PyTorch's tensors, read from its own graphs one by one.
 """
 
 import logging

@@ -1,4 +1,8 @@
-"""The routed experts of a PyTorch model in expert slots, found through a step's table.
+"""A portable bundle in PyTorch with its routed experts in slots, inside a memory budget.
+
+Only the routed experts are paged; all else is as in `bundle.py`. On CUDA slots lie in the GPU's
+memory, filled by copies that run beside the compute (`slots/memory_cuda.py`). On the CPU, where
+memory is one, experts are read from the bundle straight into their slots.
 
 The bytes of a slot are those of the bundle. The plugin's kernels read them as they are; what they
 have no kernel for is dequantised whenever it runs, one matrix at a time. Biases, and what is so
@@ -6,12 +10,6 @@ small that a bundle keeps it inside its graph, stay on the device.
 
 An expert that is absent runs with scales of zero, which costs no branch: what it gives is not kept,
 and nothing in its place leaves later layers a good guess at what they will choose.
-
-A portable bundle in PyTorch with its routed experts in slots, inside a memory budget.
-
-Only the routed experts are paged; all else is as in `torch_bundle.py`. On CUDA slots lie in the
-GPU's memory, filled by copies that run beside the compute (`device_memory_cuda.py`). On the CPU,
-where memory is one, experts are read from the bundle straight into their slots.
 """
 
 from collections.abc import Callable, Mapping, Sequence
