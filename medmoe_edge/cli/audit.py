@@ -7,7 +7,7 @@ import typer
 
 from medmoe_edge.cli.common import Force, Json, app, check_apart, check_output
 from medmoe_edge.cli.errors import needs
-from medmoe_edge.errors import VerificationError
+from medmoe_edge.errors import InputError, VerificationError
 from medmoe_edge.render import console as render
 
 audit = typer.Typer(no_args_is_help=True)
@@ -71,11 +71,11 @@ def deidentify(
     check_apart(output, source)
     with needs("listen"):
         from medmoe_edge.bedside.audit import deidentify as audit_deidentify
+    key = secret.read_bytes() if secret else b""
+    if secret and not key:
+        raise InputError(f"{secret} is empty.", "Make one: openssl rand -out secret 32")
     is_removed = audit_deidentify.deidentify(
-        source,
-        output,
-        allow_burned_in=allow_burned_in,
-        secret=secret.read_bytes() if secret else b"",
+        source, output, allow_burned_in=allow_burned_in, secret=key
     )
     render.wrote("the example", output)
     if not is_removed:

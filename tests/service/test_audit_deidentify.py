@@ -103,6 +103,21 @@ def test_the_verb_deidentifies(run: Run, scan: Path, tmp_path: Path) -> None:
     assert run("audit", "deidentify", str(scan), "-o", "out.dcm", "--force").exit_code == 0
 
 
+def test_a_picture_of_another_kind_is_called_so(run: Run, tmp_path: Path) -> None:
+    Pillow.new("L", (8, 8)).save(tmp_path / "a.png")
+    result = run("audit", "deidentify", "a.png", "-o", "out.dcm")
+    assert (result.exit_code, two_lines(result)[0]) == (2, "'a.png' is no DICOM file.")
+
+
+def test_a_secret_is_not_empty_or_missing(run: Run, scan: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    for name, what in (("empty", "is empty"), ("gone", "no such file")):
+        result = run("audit", "deidentify", str(scan), "-o", "out.dcm", "--secret", name)
+        assert result.exit_code == 2
+        assert what in two_lines(result)[0]
+        assert not (tmp_path / "out.dcm").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"no DICOM", b"\0" * 128 + b"DICM"])
 def test_what_is_no_dicom_file_is_refused(run: Run, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "scan.dcm").write_bytes(content)

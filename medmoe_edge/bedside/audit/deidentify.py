@@ -45,6 +45,7 @@ from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.audit.pixels import clean_pixels
 from medmoe_edge.errors import ImageError
+from medmoe_edge.image.formats import HEAD_BYTES, is_dicom
 from medmoe_edge.image.loading import MAX_BYTES, check_file, decoding, shown_name
 
 EDITION = "2026c"
@@ -120,6 +121,8 @@ def deidentify(
 def _read(path: Path, name: str) -> Dataset:
     """All of a file; raises `ImageError`, and whatever pydicom raises."""
     with path.open("rb") as file:
+        if not is_dicom(file.read(HEAD_BYTES)):
+            raise ImageError(f"{name} is no DICOM file.", "Give a DICOM image.")
         file.seek(132)
         meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
         if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
