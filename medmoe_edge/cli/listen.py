@@ -1,5 +1,6 @@
 """The verb `listen`: a DICOM node that answers configured questions."""
 
+import logging
 import signal
 import sys
 import threading
@@ -45,6 +46,9 @@ def listen(
             drop_pages=configuration.drop_pages,
         )
         locator = _locator(configuration)
+    log = logging.getLogger("medmoe_edge.bedside.listen")
+    if log.isEnabledFor(logging.WARNING):  # what becomes of each object, unless --quiet
+        log.setLevel(logging.INFO)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

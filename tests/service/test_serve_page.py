@@ -39,12 +39,12 @@ class Seeing(StandIn):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[int] = []
+        self.greys: list[int] = []
 
     def ask_stream(
         self, image: Image, questions: Sequence[str], *, max_new_tokens: int
     ) -> Iterator[str | Answer]:
-        self.seen.append(int(image.pixels.mean()))
+        self.greys.append(int(image.pixels.mean()))
         return super().ask_stream(image, questions, max_new_tokens=max_new_tokens)
 
 
@@ -330,7 +330,7 @@ def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: 
         assert page.pixel("picture", 1, 1)[0] == 191  # three quarters up
         ask(page)
         page.until(f"{DONE} && {TEXT}")
-        assert engine.seen == [255]  # that frame, in the file's own window
+        assert engine.greys == [255]  # that frame, in the file's own window
         assert "Frame3" in page.text(".answer .facts")
 
 
@@ -341,8 +341,7 @@ def test_an_answer_says_what_it_warns_of(page: Page) -> None:
         ) -> Iterator[str | Answer]:
             notice = Notice("unlike_label", "The file says that it is <b>ultrasound</b>.")
             for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):
-                whole = isinstance(item, Answer)
-                yield replace(item, warnings=(notice,)) if whole else item
+                yield replace(item, warnings=(notice,)) if isinstance(item, Answer) else item
 
     with live(Doubtful()) as url:
         page.open(url)
@@ -388,7 +387,7 @@ def test_a_view_that_cannot_be_had_is_a_problem_in_words(page: Page, engine: See
     def fail(image: Image) -> None:
         raise ResourceError("There is no room.", "Wait.")
 
-    engine.seen = fail  # type: ignore[assignment,method-assign]
+    engine.seen = fail  # type: ignore[method-assign,assignment]
     with live(engine) as url:
         page.open(url)
         page.show(SCAN)
