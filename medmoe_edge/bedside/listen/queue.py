@@ -138,9 +138,9 @@ class Queue:
         return [(key, Origin(*values)) for key, *values in rows]
 
     def shares_study(self, origin: Origin) -> bool:
-        """Whether the study of an object holds another patient too."""
-        statement = "SELECT 1 FROM origin WHERE study = ? AND patient != ? LIMIT 1"
-        return bool(self._read(statement, origin.study, origin.patient))
+        """Whether the study of an object holds another object of another patient."""
+        statement = "SELECT 1 FROM origin WHERE study = ? AND patient != ? AND uid != ? LIMIT 1"
+        return bool(self._read(statement, origin.study, origin.patient, origin.uid))
 
     def waiting(self, limit: int) -> list[str]:
         """The first objects to be answered; those last that were attempted most."""

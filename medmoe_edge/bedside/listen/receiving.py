@@ -60,6 +60,7 @@ RETIRED = (
 )
 MAX_PRIVATE = 1000  # classes of makers' own, over the life of the process
 PLAIN_UID = re.compile(r"[0-9.]{1,64}")
+SOME = 3  # of many classes
 LONGEST_UID = 64  # characters in a command
 LONGEST_COMMENT = 64  # characters of an Error Comment (LO)
 _registered: set[str] = set()
@@ -150,7 +151,8 @@ class Receiving:
             log.warning("Offered in no readable encoding: %s.", ", ".join(sorted(others[True])))
         if others[False]:
             level = logging.INFO if taken else logging.WARNING
-            log.log(level, "Not taken here: %s.", ", ".join(sorted(others[False])))
+            some = ", ".join(sorted(others[False])[:SOME])
+            log.log(level, "Not taken here (%d): %s.", len(others[False]), some)
 
     def echo(self, event: Event) -> int:
         """C-ECHO."""
