@@ -18,12 +18,13 @@ from medmoe_edge.runtimes.contrastive import Floats
 class _Result:
     """`timings` are seconds: `image` to read and prepare, `vision` tower and expert, `text` and
     `compare`, as far as each was needed, and `total`. `model` says by `name` and `sha256` what
-    answered, by `runtime` what ran it, and under `verification` what is known of its fidelity.
-    `warnings` are what should be known of the image before the result is used.
+    answered, by `runtime` what ran it, and under `verification` and `verified` what is known of
+    its fidelity, as of an `Answer`. `warnings` are what should be known of the image before the
+    result is used.
     """
 
     timings: dict[str, float]
-    model: dict[str, str]
+    model: dict[str, Any]
     notice: str = dataclasses.field(default=NOTICE, kw_only=True)
     warnings: tuple[Notice, ...] = dataclasses.field(default=(), kw_only=True)
 

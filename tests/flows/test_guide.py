@@ -25,7 +25,7 @@ from medmoe_edge.bedside.listen.config import load_configuration
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.serve.settings import Limits, read_token
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.cli.errors import Commands
+from medmoe_edge.cli.common import Commands
 
 GUIDE = (ROOT / "docs" / "integrators-guide.md").read_text("utf-8")
 DEPLOY = ROOT / "docs" / "deploy"

@@ -22,7 +22,7 @@ from medmoe_edge.bedside.listen.config import Configuration, Document
 from medmoe_edge.bedside.listen.evidence import Evidence, Result
 from medmoe_edge.bedside.listen.files import Folder
 from medmoe_edge.bedside.listen.queue import Job, Queue
-from medmoe_edge.bedside.listen.report_picture import Locator, heat_map, seen_picture
+from medmoe_edge.bedside.listen.report_picture import Locator, heat_map, seen_capture
 from medmoe_edge.bedside.listen.report_sr import basic_text_sr, comprehensive_3d_sr
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import InputError, MedMoEError, Notice
@@ -135,7 +135,7 @@ class Answering:
     def _picture(self, evidence: Evidence, image: Image) -> Dataset | None:
         if "picture" not in self.configuration.all_documents:
             return None
-        return seen_picture(evidence, self.engine.seen(image))
+        return seen_capture(evidence, self.engine.seen(image))
 
     def _notices(self, key: str) -> Iterator[Notice]:
         """What other objects say of this one."""

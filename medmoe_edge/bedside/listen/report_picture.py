@@ -41,7 +41,7 @@ class Locator(Protocol):
         ...
 
 
-def seen_picture(evidence: Evidence, pixels: Pixels) -> Dataset:
+def seen_capture(evidence: Evidence, pixels: Pixels) -> Dataset:
     """The Secondary Capture of exactly what the model saw of an object, `[S, S, 3]`."""
     picture = _capture(evidence, pixels, "picture", made_uid(evidence.key, "picture"))
     picture.SeriesNumber = 9002

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.errors import Refusal, too_long
@@ -14,6 +14,7 @@ from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.results import Classification, Location
 from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.proof import Proven
 from medmoe_edge.errors import DataError, ResourceError
 from medmoe_edge.image.loading import Image, Pixels, png_of
 from medmoe_edge.image.worker import read_apart
@@ -27,6 +28,7 @@ class Asked(Protocol):
     name: str
     sha256: str
     verification: str
+    proven: Proven | None
 
     def prompt_tokens(self, question: str) -> int: ...
 
@@ -141,7 +143,7 @@ class Work:
         yield found
 
     def _record(
-        self, upload: Upload, event: str, model: Mapping[str, str], question: str, answer: str
+        self, upload: Upload, event: str, model: Mapping[str, Any], question: str, answer: str
     ) -> None:
         if self._audit is None:
             return
