@@ -50,6 +50,7 @@ EXPLAINED = {
     "few bits": "Without a window, DCMTK brings fewer than 8 bits to 8 by a shift: white is not 255.",
     "depth": "DCMTK reads a codestream of 8 bits as cells of 16, as its header has them allocated.",
     "long": "DCMTK does not read a table too long for its representation, and so written as UN.",
+    "32 bits": "DCMTK adds the intercept to 32-bit values in 32 bits, where it overflows.",
     "big endian": "DCMTK takes 32-bit cells as two 16-bit words in the order of little endian.",
 }
 
@@ -513,6 +514,7 @@ def explanation(made: Made, image: Image) -> str | None:
         "few bits": traits.get("voi") == "none" and dataset.BitsStored < 8,
         "depth": syntax not in NATIVE and dataset.BitsAllocated == 16 and dataset.BitsStored <= 8,
         "big endian": syntax == uid.ExplicitVRBigEndian and dataset.BitsAllocated == 32,
+        "32 bits": dataset.BitsAllocated == 32 and traits.get("modality") == "rescale",
         "long": any(
             item["LUTData"].VR == "US" and len(item.LUTData) >= 2**15
             for keyword in ("ModalityLUTSequence", "VOILUTSequence")
