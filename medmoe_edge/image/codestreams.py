@@ -22,7 +22,8 @@ Kind = Literal["jpeg", "jpeg-ls", "jpeg 2000"]
 Segment = tuple[int, int]
 
 MAX_COMPONENTS = 4
-MANY_PIXELS, MOST_DENSE = 2**24, 2**12  # a picture of so many has a byte for so many at least
+# A picture of more pixels than the first has a byte for so many of them, at least.
+MANY_PIXELS, MOST_DENSE = 2**24, 2**12
 JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 J2K = b"\xff\x4f\xff\x51"
 JPEG = b"\xff\xd8\xff"
@@ -41,7 +42,8 @@ class Codestream:
     """What a compressed picture says of itself.
 
     `colour` is how its three components are to be read: `ycc`, `rgb`, or None where it does not
-    say. `entropy` are the scans' runs of entropy-coded data between markers, per scan; `start` is where a JP2 file holds it.
+    say. `entropy` are the runs of entropy-coded data between markers, per scan; `start` is where a
+    JP2 file holds the codestream.
     """
 
     kind: Kind
@@ -124,7 +126,7 @@ class _Frame:
         return self.marker in (0xFFC3, 0xFFCB, 0xFFF7)
 
     def units(self, components: bytes) -> int:
-        """How many units a scan of these components has (T.81 A.2): what restarts are counted in."""
+        """How many units, in which restarts are counted, a scan of these has (T.81 A.2)."""
         side = 1 if self.lossless else 8
         most = [max(factors[i] for factors in self.sampling.values()) for i in (0, 1)]
         count = 1

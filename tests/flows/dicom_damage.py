@@ -5,8 +5,8 @@
 Half of the damages cut a codestream off, half turn one bit over, in turn over all syntaxes. What
 comes of each: refused; warned of; the same picture; another one without a word, by how much it
 differs from the whole one. The run fails if a cut goes unnoticed, or if more bits do than
-`MOST_SILENT` says: no codestream of DICOM's carries a checksum, and a bit of a value that decodes to
-another value leaves no trace (docs/images.md).
+`MOST_SILENT` says: no codestream of DICOM's carries a checksum, and a bit of a value that decodes
+to another value leaves no trace (docs/dicom.md).
 """
 
 import argparse
