@@ -19,6 +19,7 @@ from medmoe_edge.errors import ImageError, MissingDependencyError
 from medmoe_edge.image.dicom_header import Say
 
 Kind = Literal["jpeg", "jpeg-ls", "jpeg 2000"]
+Colour = Literal["ycc", "rgb"]
 Segment = tuple[int, int]
 
 MAX_COMPONENTS = 4
@@ -53,7 +54,7 @@ class Codestream:
     precision: int
     signed: bool = False
     lossless: bool = False
-    colour: Literal["ycc", "rgb"] | None = None
+    colour: Colour | None = None
     entropy: tuple[tuple[Segment, ...], ...] = ()
     start: int = 0
 
@@ -230,7 +231,7 @@ def _read_scan(data: bytes, at: int, is_ls: bool, name: str) -> tuple[list[Segme
         at = found.end()
 
 
-def _jpeg_colour(frame: _Frame, adobe: int | None, jfif: bool) -> Literal["ycc", "rgb"] | None:
+def _jpeg_colour(frame: _Frame, adobe: int | None, jfif: bool) -> Colour | None:
     """How three components are to be read, where the codestream says so.
 
     Adobe's marker says it outright and JFIF knows YCbCr only; components called R, G and B are
@@ -285,9 +286,9 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
     )
 
 
-def _in_boxes(data: bytes, name: str) -> tuple[int, Literal["ycc"] | None]:
+def _in_boxes(data: bytes, name: str) -> tuple[int, Colour | None]:
     """Where a JP2 file's codestream begins, and whether it is said to be YCbCr (T.800 I)."""
-    colour: Literal["ycc"] | None = None
+    colour: Colour | None = None
     at, ends = 0, [len(data)]
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -451,5 +452,5 @@ def _decode_jpeg2000(
         )
     values = np.clip(values, -half, half - 1)
     if stream.signed:
-        return values.astype(np.int16) if stream.precision <= 16 else values
-    return (values + half).astype(np.min_scalar_type(2 * half - 1))
+        return np.asarray(values, np.int16 if stream.precision <= 16 else None)
+    return np.asarray(values + half, np.min_scalar_type(2 * half - 1))
