@@ -140,7 +140,7 @@ def square_pixels(image: Image, ratio: float, most_pixels: int = MAX_PIXELS) -> 
         return image
     if not 1 / MAX_STRETCH <= ratio <= MAX_STRETCH:
         odd = Notice(
-            "odd_proportions",
+            "proportions",
             "The file says that its pixels are far from square; they are shown as square.",
         )
         return dataclasses.replace(image, notices=(*image.notices, odd))

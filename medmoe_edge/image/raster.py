@@ -275,9 +275,12 @@ def _check_tiles(picture: Pillow.Image, name: str, most_pixels: int) -> None:
 
 
 def _ends_flat(picture: Pillow.Image) -> bool:
-    """Whether the last blocks of a JPEG are of one shade, as those are that a decoder makes up."""
+    """Whether the last block of a JPEG is of one shade, as those are that a decoder makes up.
+
+    Half of it is looked at: into the other, colours may run over from the block before.
+    """
     width, height = picture.size
-    corner = picture.crop((max(0, width - 16), max(0, height - 8), width, height))
+    corner = picture.crop((max(0, width - 4), max(0, height - 4), width, height))
     extrema = corner.getextrema()
     pairs = (extrema,) if picture.mode == "L" else extrema
     return all(low == high for low, high in pairs)  # type: ignore[misc,has-type]
