@@ -205,7 +205,7 @@ def read_at(file: BinaryIO, start: int, size: int) -> bytes:
 class _Inflated:
     """A deflated data set, read as a file: inflated as far as it is read, and no further.
 
-    The attributes are kept, since pydicom goes back in them; of what lies before a frame nothing is.
+    The attributes are kept, since pydicom goes back in them; what lies before a frame is not.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:

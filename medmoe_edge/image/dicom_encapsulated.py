@@ -38,7 +38,7 @@ def read_codestream_of(
             )
         bounds = [*starts, len(fragments)]
     elif len(fragments) == frames or (frames == 1 and not starts):
-        bounds = list(range(frames)) + [len(fragments)]
+        bounds = [*range(frames), len(fragments)]
     elif not starts and (found := _by_table(table, fragments, frames)):
         bounds = found
     else:

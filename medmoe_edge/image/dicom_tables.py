@@ -1,4 +1,4 @@
-"""Lookup tables as they truly are: modality, VOI, presentation and palette (PS3.3 C.11, C.7.6.3.1.5).
+"""Lookup tables as they truly are: modality, VOI, presentation and palette (PS3.3 C.11, C.7.9).
 
 A descriptor has three numbers: how many entries (0 means 65,536), the first value mapped, and the
 bits of an entry. Each of them is written wrongly by real devices, and the data is packed in more

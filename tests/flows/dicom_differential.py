@@ -1,6 +1,7 @@
 """Generated DICOM files against DCMTK: does `load_image` show what a viewer shows?
 
     python -m tests.flows.dicom_differential --count 5000 [--first 0] [--keep FOLDER]
+    python -m tests.flows.dicom_differential --files
 
 File N is made from the number N alone: `--first N --count 1` makes it again. Each draws from the
 product of photometric interpretation, bits, sign, what lies in unused bits, rescale, tables,
@@ -11,6 +12,8 @@ the compression is lossless, and on the average where it is not. A disagreement 
 `EXPLAINED` has to agree with the standard's formulas instead, written out here a second time; every
 other is printed and fails the run. DCMTK is told the window that the picture says it was shown in,
 where the file states none: which window that is, unit tests decide.
+
+`--files` does the same with the test files of pydicom, pydicom-data and highdicom.
 """
 
 import argparse
@@ -26,11 +29,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import highdicom
 import imagecodecs
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pillow
-from pydicom import Dataset, dcmwrite, uid
+from pydicom import Dataset, dcmread, dcmwrite, uid
+from pydicom.data import get_testdata_files
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.encoders.base import RLELosslessEncoder
@@ -47,9 +52,10 @@ NEAR = 2  # grey levels
 EXPLAINED = {
     "exact": "DCMTK 3.6.7 takes LINEAR_EXACT for LINEAR (PS3.3 C.11.2.1.3.2).",
     "fraction": "DCMTK rounds rescaled values, or a slope, to less than the window shows.",
-    "few bits": "Without a window, DCMTK brings fewer than 8 bits to 8 by a shift: white is not 255.",
+    "few bits": "Without a window, DCMTK shifts fewer than 8 bits to 8: white is 128 to 252.",
     "depth": "DCMTK reads a codestream of 8 bits as cells of 16, as its header has them allocated.",
-    "long": "DCMTK does not read a table too long for its representation, and so written as UN.",
+    "long": "DCMTK does not read a table that is too long for its VR, and so written as UN.",
+    "32 bits": "DCMTK adds the intercept to 32-bit values in 32 bits, where it overflows.",
     "big endian": "DCMTK takes 32-bit cells as two 16-bit words in the order of little endian.",
 }
 
@@ -461,25 +467,41 @@ def shown_by_dcmtk(path: Path, made: Made, image: Image) -> Array | str:
     """The frame as DCMTK shows it [H, W, 3], or what it says instead."""
     source = path.with_suffix(".plain.dcm")
     dcmwrite(source, made.plain, enforce_file_format=True)
+    options = made.options or window_options(image)
     if made.dataset.file_meta.TransferSyntaxUID == uid.JPEG2000:
-        raw = path.with_suffix(".raw.dcm")
-        raw.unlink(missing_ok=True)
-        done = subprocess.run(["gdcmconv", "--raw", source, raw], capture_output=True, text=True)
-        if done.returncode or not raw.exists():
-            return "gdcmconv refuses it"
-        source = raw
-    output = path.with_suffix(".png")
+        return decompressed_and_drawn(source, path.with_suffix(".png"), made.index, options)
+    return drawn(source, path.with_suffix(".png"), made.index, options)
+
+
+def window_options(image: Image) -> list[str]:
+    """DCMTK's options for the window that a picture says it is shown in."""
+    if image.window is None:
+        return []
+    centre, width = image.window
+    if image.window != SOFT_TISSUE:  # from the least to the greatest value, exactly
+        centre, width = centre + 0.5, width + 1
+    return ["+Ww", f"{centre:.6f}", f"{width:.6f}"]
+
+
+def decompressed_and_drawn(
+    source: Path, output: Path, index: int, options: list[str]
+) -> Array | str:
+    """What GDCM decompresses, as DCMTK draws it."""
+    raw = output.with_suffix(".raw.dcm")
+    raw.unlink(missing_ok=True)
+    done = subprocess.run(["gdcmconv", "--raw", source, raw], capture_output=True, check=False)
+    if done.returncode or not raw.exists():
+        return "gdcmconv refuses it"
+    return drawn(raw, output, index, options)
+
+
+def drawn(source: Path, output: Path, index: int, options: list[str]) -> Array | str:
+    """A frame as DCMTK draws it [H, W, 3], or the last that its tools say instead."""
     output.unlink(missing_ok=True)
-    options = list(made.options)
-    if not options and image.window is not None:
-        centre, width = image.window
-        if image.window != SOFT_TISSUE:  # from the least to the greatest value, exactly
-            centre, width = centre + 0.5, width + 1
-        options = ["+Ww", f"{centre:.6f}", f"{width:.6f}"]
     said = ""
     for tool in ("dcm2pnm", "dcmj2pnm", "dcml2pnm"):
-        command = [tool, "-O", "-S", "+on", "+F", str(made.index + 1), *options, source, output]
-        said = subprocess.run(command, capture_output=True, text=True).stderr
+        command = [tool, "-O", "-S", "+Ma", "+on", "+F", str(index + 1), *options, source, output]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
         if output.exists():
             return np.asarray(Pillow.open(output).convert("RGB")).astype(int)
     return said.strip().rpartition("\n")[2]
@@ -513,6 +535,7 @@ def explanation(made: Made, image: Image) -> str | None:
         "few bits": traits.get("voi") == "none" and dataset.BitsStored < 8,
         "depth": syntax not in NATIVE and dataset.BitsAllocated == 16 and dataset.BitsStored <= 8,
         "big endian": syntax == uid.ExplicitVRBigEndian and dataset.BitsAllocated == 32,
+        "32 bits": dataset.BitsAllocated == 32 and traits.get("modality") == "rescale",
         "long": any(
             item["LUTData"].VR == "US" and len(item.LUTData) >= 2**15
             for keyword in ("ModalityLUTSequence", "VOILUTSequence")
@@ -564,16 +587,75 @@ def _compared(path: Path, made: Made) -> tuple[str, str | None]:
     return "differs", difference
 
 
+def real_files() -> list[Path]:
+    """The test files of pydicom, pydicom-data and highdicom."""
+    found = {Path(str(file)) for file in get_testdata_files()}
+    found |= set(Path(highdicom.__file__).parent.rglob("*.dcm"))
+    return sorted(file for file in found if file.is_file() and _has_pixels(file))
+
+
+def _has_pixels(file: Path) -> bool:
+    try:
+        dataset = dcmread(file)
+    except Exception:  # no DICOM file, or too odd for pydicom
+        return False
+    return "PixelData" in dataset
+
+
+def compare_files() -> list[str]:
+    """What `load_image` makes of each real file, where it is not as DCMTK or GDCM shows it."""
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in real_files():
+            try:
+                image = load_image(path)
+            except ImageError as error:
+                lines.append(f"{path.name}: refused: {error}")
+                continue
+            peer = _peer_of_file(path, image, Path(folder, "a.png"))
+            if isinstance(peer, str):
+                lines.append(f"{path.name}: DCMTK is silent: {peer[:70]}")
+                continue
+            high, wide = (
+                max(1, round(a / b))
+                for a, b in zip(image.pixels.shape[:2], peer.shape[:2], strict=True)
+            )
+            peer = peer.repeat(high, axis=0).repeat(wide, axis=1)
+            if peer.shape != image.pixels.shape:
+                lines.append(f"{path.name}: {image.pixels.shape} and not {peer.shape}")
+                continue
+            mean = float(np.abs(peer - image.pixels).mean())
+            if mean > NEAR:
+                lines.append(f"{path.name}: differs by {mean:.1f} grey levels on the average")
+    return lines
+
+
+def _peer_of_file(path: Path, image: Image, output: Path) -> Array | str:
+    header = dcmread(path, stop_before_pixels=True)
+    options = window_options(image)
+    if header.get("VOILUTSequence"):
+        options = ["+Wl", "1"]
+    elif header.get("WindowWidth"):
+        options = ["+Wi", "1"]
+    index = (image.frames - 1) // 2
+    peer = drawn(path, output, index, options)
+    return decompressed_and_drawn(path, output, index, options) if isinstance(peer, str) else peer
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="a folder for the files that differ")
+    parser.add_argument("--files", action="store_true", help="the test files of pydicom instead")
     options = parser.parse_args()
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
         print("Not installed:", ", ".join(missing))
         return 5
+    if options.files:
+        print(*compare_files(), sep="\n")
+        return 0
     results, faults = run(options.first, options.count, options.keep)
     for fault in faults:
         print(fault)

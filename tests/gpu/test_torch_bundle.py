@@ -29,7 +29,7 @@ from medmoe_edge.errors import BundleError, MissingDependencyError, ModelError, 
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights, specification
 from medmoe_edge.image.loading import Image
-from medmoe_edge.kernels.ahead_of_time import compile_kernel
+from medmoe_edge.kernels.tensorrt_plugin import compile_kernel
 from medmoe_edge.kernels.variant import Variant
 from medmoe_edge.models.moe import MoE
 from medmoe_edge.runtimes.base import Floats, Runtime, Step
@@ -243,10 +243,10 @@ def test_a_gpu_that_is_not_there_is_said(tiny_bundle: Make) -> None:
 def test_kernels_without_triton_name_the_extra(
     tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("runtimes.torch_kernels", "export.plugin.launch", "export.plugin.kernels"):
+    for module in ("runtimes.torch.kernels", "kernels.launch", "kernels.triton"):
         monkeypatch.delitem(sys.modules, f"medmoe_edge.{module}")
     monkeypatch.delattr(plugin, "launch")
-    monkeypatch.delattr(plugin, "kernels")
+    monkeypatch.delattr(plugin, "triton")
     monkeypatch.setitem(sys.modules, "triton", None)
     bundle = Bundle.open(tiny_bundle("int8"))
     assert TorchBundleRuntime(bundle, "cpu").name == "torch"  # which needs none
