@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
@@ -281,9 +282,8 @@ def _ends_flat(picture: Pillow.Image) -> bool:
     """
     width, height = picture.size
     corner = picture.crop((max(0, width - 4), max(0, height - 4), width, height))
-    extrema = corner.getextrema()
-    pairs = (extrema,) if picture.mode == "L" else extrema
-    return all(low == high for low, high in pairs)  # type: ignore[misc,has-type]
+    values = np.asarray(corner)
+    return bool((values == values[-1, -1]).all())
 
 
 def _check_jpeg(path: Path, scale: Literal[1, 8]) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from dicom_files import NAME, made
 from fastapi import FastAPI
 from PIL import Image as Pillow
 from pydicom import dcmread, dcmwrite, uid
 from pydicom.data import get_testdata_file
 from serving import StandIn, app_over, client_of, png
 from starlette.testclient import TestClient
-from test_dicom import NAME, made
 
 from medmoe_edge.bedside.serve import picture as serve_picture
 from medmoe_edge.bedside.serve.picture import Codes, Picture, picture_of

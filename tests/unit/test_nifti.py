@@ -220,8 +220,8 @@ def test_of_several_volumes_the_first_is_shown_and_said(tmp_path: Path) -> None:
 
 def _without_forms(**fields: Any) -> bytes:
     """A file that states no orientation, but for these fields of its header."""
-    data = nibabel.Nifti1Image(VOLUME, AFFINE).to_bytes()
-    head = nibabel.Nifti1Header(data[:348], check=False)
+    data = bytes(nibabel.Nifti1Image(VOLUME, AFFINE).to_bytes())
+    head: Any = nibabel.Nifti1Header(data[:348], check=False)
     head["sform_code"] = head["qform_code"] = 0
     for name in ("quatern_b", "quatern_c", "quatern_d"):
         head[name] = 0
