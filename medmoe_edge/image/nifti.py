@@ -70,7 +70,7 @@ def read_nifti(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
             if isinstance(error, EOFError):
                 raise ImageError(f"{name} is cut off within its packed data.", CUT) from None
             raise ImageError(
-                f"{name} was damaged on its way: it does not match its own checksum.",
+                f"{name} is damaged: it does not match its own checksum.",
                 "Copy it again from where it came.",
             ) from None
 

@@ -177,7 +177,7 @@ def _explained(name: str) -> Iterator[None]:
             word in text for word in ("broken", "decode", "corrupt", "invalid", "failed to read")
         ):
             raise ImageError(
-                f"{name} was damaged on its way: its compressed data contradict themselves.",
+                f"{name} is damaged: its compressed data contradict themselves.",
                 "Copy it again from where it came.",
             ) from None
         raise

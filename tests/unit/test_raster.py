@@ -369,7 +369,7 @@ def test_a_jpeg_that_was_closed_too_early_is_cut_off(mode: str, options: Any, re
     data = encoded(rough, "JPEG", quality=80, **options)
     assert codes(read(data)) == []
     for share in (0.4, 0.6, 0.8, 0.95):
-        with pytest.raises(ImageError, match=r"is cut off|damaged on its way"):
+        with pytest.raises(ImageError, match=r"is cut off|is damaged"):
             read(data[: int(len(data) * share)] + b"\xff\xd9")
 
 
