@@ -19,6 +19,7 @@ from medmoe_edge.errors import ImageError, MissingDependencyError
 from medmoe_edge.image.dicom_header import Say
 
 Kind = Literal["jpeg", "jpeg-ls", "jpeg 2000"]
+Colour = Literal["ycc", "rgb"]
 Segment = tuple[int, int]
 
 MAX_COMPONENTS = 4
@@ -27,6 +28,7 @@ MANY_PIXELS, MOST_DENSE = 2**24, 2**12
 JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 J2K = b"\xff\x4f\xff\x51"
 JPEG = b"\xff\xd8\xff"
+END_OF_IMAGE = END_OF_CODESTREAM = b"\xff\xd9"
 SIZ_DEPTHS = 42  # where the components of a JPEG 2000 codestream are described (T.800 A.5.1)
 SYCC = 18  # a JP2 file's enumerated colour space: YCbCr (T.800 table I.10)
 
@@ -42,8 +44,9 @@ class Codestream:
     """What a compressed picture says of itself.
 
     `colour` is how its three components are to be read: `ycc`, `rgb`, or None where it does not
-    say. `entropy` are the runs of entropy-coded data between markers, per scan; `start` is where a
-    JP2 file holds the codestream.
+    say. `entropy` are the runs of entropy-coded data between markers, per scan; from `start` to
+    `end` lie the tiles of JPEG 2000 and all before them. `ended` tells whether the marker of a
+    JPEG picture's end is there.
     """
 
     kind: Kind
@@ -53,9 +56,11 @@ class Codestream:
     precision: int
     signed: bool = False
     lossless: bool = False
-    colour: Literal["ycc", "rgb"] | None = None
+    colour: Colour | None = None
     entropy: tuple[tuple[Segment, ...], ...] = ()
     start: int = 0
+    end: int | None = None
+    ended: bool = True
 
 
 def is_codestream(data: bytes) -> bool:
@@ -125,6 +130,16 @@ class _Frame:
     def lossless(self) -> bool:
         return self.marker in (0xFFC3, 0xFFCB, 0xFFF7)
 
+    def completed(self, scan: bytes) -> set[int]:
+        """The coefficients that a scan reads to their last bit, by the end of its header.
+
+        They are all of them, but in progressive pictures (T.81 G.1.1.1).
+        """
+        if self.marker not in (0xFFC2, 0xFFCA):
+            return set(range(64))
+        first, last, approximation = scan[:3]
+        return set() if approximation & 0xF else set(range(first, last + 1))
+
     def units(self, components: bytes) -> int:
         """How many units, in which restarts are counted, a scan of these has (T.81 A.2)."""
         side = 1 if self.lossless else 8
@@ -147,7 +162,8 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
     adobe: int | None = None
     jfif = False
     near = 0  # how far from the truth JPEG-LS may be
-    while True:
+    missing: dict[int, set[int]] = {}  # coefficients of each component that were not read in full
+    while at < len(data):  # some lack the marker of their end, which proves nothing
         while data[at] == 0xFF and data[at + 1] == 0xFF:  # fill bytes
             at += 1
         (marker,) = struct.unpack_from(">H", data, at)
@@ -162,6 +178,7 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
             if frame is not None:
                 raise ImageError(f"{name} holds a hierarchical JPEG picture.", "Save it as PNG.")
             frame = _read_frame(marker, body, name)
+            missing = {component: set(range(64)) for component in frame.sampling}
         elif marker == 0xFFDD and len(body) == 2:
             (interval,) = struct.unpack(">H", body)
         elif marker == 0xFFEE and body.startswith(b"Adobe") and len(body) >= 12:
@@ -182,7 +199,9 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
             if units and len(runs) != (math.ceil(units / interval) if interval else 1):
                 raise cut_off(name)
             scans.append(tuple(runs))
-    if frame is None or not scans:
+            for component in components:
+                missing[component] -= frame.completed(body[1 + 2 * len(components) :])
+    if frame is None or not scans or any(missing.values()):
         raise cut_off(name)
     return Codestream(
         "jpeg-ls" if frame.marker == 0xFFF7 else "jpeg",
@@ -193,6 +212,7 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
         lossless=frame.lossless and not near,
         colour=_jpeg_colour(frame, adobe, jfif),
         entropy=tuple(scans),
+        ended=at < len(data),
     )
 
 
@@ -219,8 +239,11 @@ def _read_scan(data: bytes, at: int, is_ls: bool, name: str) -> tuple[list[Segme
     runs: list[Segment] = []
     while True:
         found = pattern.search(data, at)
-        if found is None:
+        if found is None and is_ls:
             raise cut_off(name)
+        if found is None:
+            runs.append((at, len(data)))
+            return runs, len(data)
         runs.append((at, found.start()))
         marker = data[found.end() - 1]
         if not 0xD0 <= marker <= 0xD7:
@@ -230,7 +253,7 @@ def _read_scan(data: bytes, at: int, is_ls: bool, name: str) -> tuple[list[Segme
         at = found.end()
 
 
-def _jpeg_colour(frame: _Frame, adobe: int | None, jfif: bool) -> Literal["ycc", "rgb"] | None:
+def _jpeg_colour(frame: _Frame, adobe: int | None, jfif: bool) -> Colour | None:
     """How three components are to be read, where the codestream says so.
 
     Adobe's marker says it outright and JFIF knows YCbCr only; components called R, G and B are
@@ -268,9 +291,9 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
     tiles = math.ceil((right - tile_left) / tile_width) * math.ceil(
         (bottom - tile_top) / tile_height
     )
-    transforms = _follow_tiles(data, start, tiles, name)
+    colours, lossless, end = _follow_tiles(data, start, tiles, name)
     if components == 3 and colour is None:
-        colour = "rgb" if transforms[0] else "ycc" if len(set(steps)) > 1 else None
+        colour = "rgb" if colours else "ycc" if len(set(steps)) > 1 else None
     (depth,) = depths
     return Codestream(
         "jpeg 2000",
@@ -279,15 +302,16 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
         components,
         (depth & 0x7F) + 1,
         signed=depth >= 0x80,
-        lossless=transforms[1],
+        lossless=lossless,
         colour=colour,
         start=start,
+        end=end,
     )
 
 
-def _in_boxes(data: bytes, name: str) -> tuple[int, Literal["ycc"] | None]:
+def _in_boxes(data: bytes, name: str) -> tuple[int, Colour | None]:
     """Where a JP2 file's codestream begins, and whether it is said to be YCbCr (T.800 I)."""
-    colour: Literal["ycc"] | None = None
+    colour: Colour | None = None
     at, ends = 0, [len(data)]
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -309,8 +333,8 @@ def _in_boxes(data: bytes, name: str) -> tuple[int, Literal["ycc"] | None]:
     raise cut_off(name)
 
 
-def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool, bool]:
-    """Whether colours and whether all values are transformed reversibly; every tile is there."""
+def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool, bool, int]:
+    """Whether colours and whether values are transformed reversibly, and where the tiles end."""
     at, seen = start + 2, set()
     colours = lossless = False
     while True:
@@ -319,6 +343,7 @@ def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool,
             tile, size = struct.unpack_from(">HI", data, at + 4)
             seen.add(tile)
             if size == 0:  # the last one reaches to the end of the codestream
+                at = len(data)
                 break
             if size < 14 or at + size > len(data):
                 raise cut_off(name)
@@ -333,7 +358,7 @@ def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool,
             at += 2 + length
     if len(seen) != tiles:
         raise cut_off(name)
-    return colours, lossless
+    return colours, lossless, at
 
 
 # --- Decoding ----------------------------------------------------------------
@@ -398,6 +423,8 @@ def _decode_jpeg(
     def decoded(pad: bytes, *, changed: bool = False) -> npt.NDArray[Any]:
         return np.asarray(codecs.jpeg8_decode(_padded(data, stream, pad, changed), **options))
 
+    if not stream.ended:
+        say("may_be_damaged", "The compressed picture lacks its end: it may be damaged.")
     picture = decoded(PADS[0])
     if not np.array_equal(picture, decoded(PADS[1])):
         raise cut_off(name)
@@ -424,7 +451,7 @@ def _padded(data: bytes, stream: Codestream, pad: bytes, changed: bool) -> bytes
                 last = data[end - 1] ^ 0xFF
                 parts[-1] = parts[-1][:-1] + (b"\xff\0" if last == 0xFF else bytes([last]))
         parts.append(pad)
-    return b"".join([*parts, data[at:]])
+    return b"".join([*parts, data[at:], END_OF_IMAGE])
 
 
 def _decode_jpeg2000(
@@ -436,7 +463,7 @@ def _decode_jpeg2000(
     and have more bits: then nothing is cut off, nor is the middle of the range added (T.800 G.1).
     What is lossy leaves its range by up to a half where there is text, and tells nothing by it.
     """
-    data = data[stream.start :]
+    data = data[stream.start : stream.end] + END_OF_CODESTREAM  # which some lack
     if not (exact and stream.lossless):
         return np.asarray(codecs.jpeg2k_decode(data, planar=False))
     patched = bytearray(data)
@@ -451,5 +478,5 @@ def _decode_jpeg2000(
         )
     values = np.clip(values, -half, half - 1)
     if stream.signed:
-        return values.astype(np.int16) if stream.precision <= 16 else values
-    return (values + half).astype(np.min_scalar_type(2 * half - 1))
+        return np.asarray(values, np.int16 if stream.precision <= 16 else None)
+    return np.asarray(values + half, np.min_scalar_type(2 * half - 1))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydicom import uid
 
 from medmoe_edge.errors import ImageError, Notice
 from medmoe_edge.image.dicom_container import Container, open_container
@@ -137,7 +136,8 @@ def _without_image(container: Container, name: str) -> ImageError:
 
 def _class_name(container: Container) -> str | None:
     """What the standard calls a file's storage class; it has no name for private ones."""
-    return container.kind.name if container.kind in uid.UID_dictionary else None
+    kind = container.kind
+    return kind.name if kind is not None and kind.name != kind else None
 
 
 def _of_frame(header: Header, index: int) -> Header:

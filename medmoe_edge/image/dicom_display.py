@@ -328,6 +328,6 @@ def scaled(values: npt.NDArray[np.generic], bits: int) -> Pixels:
         return np.asarray(values, np.uint8)
     if values.dtype.kind == "u" and values.dtype.itemsize <= 2 and values.size > WIDEST:
         every = scaled(np.arange(1 << 8 * values.dtype.itemsize, dtype=np.float64), bits)
-        return every[values]
+        return np.asarray(every[values])
     shown: Floats = np.clip(finite(values) * (255 / (2**bits - 1)), 0, 255)
     return np.rint(shown).astype(np.uint8)

@@ -270,9 +270,9 @@ def _values(cells: Values, stored: int, high: int, signed: bool) -> Values:
         shift = high + 1 - stored
         if not above and not shift:
             return cells
-        return (cells >> shift) & cells.dtype.type((1 << stored) - 1)
+        return np.asarray((cells >> shift) & cells.dtype.type((1 << stored) - 1))
     kind = np.dtype(f"i{cells.dtype.itemsize}")
-    return (cells << cells.dtype.type(above)).view(kind) >> kind.type(width - stored)
+    return np.asarray((cells << cells.dtype.type(above)).view(kind) >> kind.type(width - stored))
 
 
 def _upsampled(cells: Values, layout: Layout) -> Values:

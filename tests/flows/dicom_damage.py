@@ -40,9 +40,8 @@ def picture(bits: int) -> npt.NDArray[Any]:
     inside = x**2 + y**2 < 0.8
     shade = 0.5 + 0.3 * np.sin(7 * x) * np.cos(5 * y) + 0.2 * ((x - 0.3) ** 2 + y**2 < 0.05)
     noise = np.random.default_rng(0).normal(0, 0.01, x.shape)
-    return np.rint(np.clip((shade + noise) * inside, 0, 1) * (2**bits - 1)).astype(
-        np.uint8 if bits <= 8 else np.uint16
-    )
+    values = np.rint(np.clip((shade + noise) * inside, 0, 1) * (2**bits - 1))
+    return np.asarray(values, np.uint8 if bits <= 8 else np.uint16)
 
 
 def streams() -> dict[str, tuple[uid.UID, int, bytes]]:
@@ -62,7 +61,7 @@ def streams() -> dict[str, tuple[uid.UID, int, bytes]]:
         encoding_plugin="pydicom",
     )
     jpeg, j2k = imagecodecs.jpeg8_encode, imagecodecs.jpeg2k_encode
-    lossless = {"codecformat": "J2K", "reversible": True}
+    lossless: dict[str, Any] = {"codecformat": "J2K", "reversible": True}
     made = {
         "RLE": (uid.RLELossless, 12, rle),
         "JPEG baseline": (uid.JPEGBaseline8Bit, 8, jpeg(eight, level=92)),

@@ -169,7 +169,7 @@ def _draw_values(draw: random.Random, dataset: Dataset, frames: int) -> Array:
     values = np.rint(shares * span).astype(np.int64)
     if dataset.PixelRepresentation:
         values -= 2 ** (dataset.BitsStored - 1)
-    return values if samples > 1 else values[..., 0]
+    return np.asarray(values if samples > 1 else values[..., 0])
 
 
 def _words(values: Array, bits: int, little: bool) -> bytes:
@@ -400,7 +400,7 @@ def _compress(frame: Array, dataset: Dataset, syntax: uid.UID) -> bytes:
         )
     if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
         space = {"RGB": "RGB", "YBR_FULL": "YCBCR"}.get(dataset.PhotometricInterpretation)
-        options = {"colorspace": space, "outcolorspace": space} if space else {}
+        options: dict[str, Any] = {"colorspace": space, "outcolorspace": space} if space else {}
         return bytes(imagecodecs.jpeg8_encode(frame, level=98, bitspersample=bits, **options))
     if syntax == uid.JPEGLosslessSV1:
         options = {"colorspace": "RGB", "outcolorspace": "RGB"} if frame.ndim == 3 else {}

@@ -495,3 +495,46 @@ def test_one_frame_of_a_large_file_is_read_alone(tmp_path: Path) -> None:
         file.write(DEEP.tobytes())
     assert frames * pixels > 2**31
     assert np.abs(grey(path, frame=5_000_000) - SHOWN).max() <= 1
+
+
+def test_a_picture_without_the_marker_of_its_end_is_told_of(tmp_path: Path) -> None:
+    data = jpeg(SMOOTH)
+    path = saved(tmp_path, compressed(made(SMOOTH), uid.JPEGBaseline8Bit, [data[:-2]]))
+    assert np.abs(grey(path).astype(int) - SMOOTH).max() <= 3
+    assert codes(path) == ["may_be_damaged"]
+
+
+def test_jpeg_2000_without_the_marker_of_its_end(tmp_path: Path) -> None:
+    _, data = STREAMS["jpeg 2000"]
+    dataset = made(NOISE, BitsStored=12, HighBit=11, **WINDOW)
+    whole = grey(saved(tmp_path, compressed(dataset, uid.JPEG2000Lossless, [data])))
+    without = compressed(dataset, uid.JPEG2000Lossless, [data[:-2]])
+    np.testing.assert_array_equal(grey(saved(tmp_path, without)), whole)
+
+
+def test_a_progressive_picture_is_whole_only_with_its_last_scan(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Pillow.fromarray(SMOOTH).save(buffer, "JPEG", quality=95, progressive=True)
+    data = buffer.getvalue()
+    scans = codestreams.read_codestream(data, "it").entropy
+    assert len(scans) > 2
+    for scan in scans[:-1]:
+        with pytest.raises(ImageError, match="cut off or damaged"):
+            codestreams.read_codestream(data[: scan[-1][1]] + b"\xff\xd9", "it")
+
+
+@pytest.mark.parametrize("kind", ["jpeg 2000", "lossless"])
+def test_values_out_of_their_range_are_damage(kind: str, tmp_path: Path) -> None:
+    """A codestream of 12 bits whose header is made to say that it has 11."""
+    syntax, data = STREAMS[kind]
+    head = b"\xff\x51" if kind == "jpeg 2000" else b"\xff\xc3"
+    at = data.index(head) + (40 if kind == "jpeg 2000" else 4)
+    assert data[at] in (11, 12, 15)
+    narrow = data[:at] + bytes([data[at] - (5 if data[at] == 15 else 1)]) + data[at + 1 :]
+    dataset = compressed(made(NOISE, BitsStored=12, HighBit=11), syntax, [narrow])
+    path = saved(tmp_path, dataset)
+    if kind == "lossless":
+        with pytest.raises(ImageError, match="cut off or damaged"):
+            load_image(path)
+    else:
+        assert "may_be_damaged" in codes(path)
