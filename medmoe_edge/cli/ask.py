@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @verb("ask", "Ask", 'ask scan.png "Is there effusion?"')
 def ask(
     image: Annotated[
-        Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, DICOM or NIfTI.")
+        Path,
+        typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI."),
     ],
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One or more.")],
     model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 INDEX = Path("medmoe-index")  # where both verbs of the archive look for it: in the current folder
 
 ImageFile = Annotated[
-    Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, DICOM or NIfTI.")
+    Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI.")
 ]
 Model = Annotated[str, typer.Option(help="A bundle, a checkpoint or modality-nano.")]
 Frame = Annotated[

@@ -42,7 +42,7 @@ MAX_ASPECT = 16
 SQUARE = 0.005  # pixels that are less out of square than this are shown as they are
 MAX_STRETCH = 16.0  # what says more than this is taken for a mistake
 BAND = 2**20  # values that are worked on at once
-FLAT = 4  # a picture of fewer grey levels shows nothing
+FLAT = 16  # in a picture of fewer grey levels next to nothing can be seen
 
 _READING = threading.Lock()
 
@@ -123,7 +123,7 @@ def _with_flatness(image: Image) -> Image:
     """The image, with a notice if nothing can be seen in it."""
     if int(image.pixels.max()) - int(image.pixels.min()) >= FLAT:
         return image
-    flat = Notice("no_contrast", "The picture is of one shade throughout: nothing is seen in it.")
+    flat = Notice("no_contrast", "The picture has no contrast: little or nothing is seen in it.")
     return dataclasses.replace(image, notices=(*image.notices, flat))
 
 
@@ -143,7 +143,7 @@ def square_pixels(image: Image, ratio: float, most_pixels: int = MAX_PIXELS) -> 
         return image
     if not 1 / MAX_STRETCH <= ratio <= MAX_STRETCH:
         odd = Notice(
-            "odd_proportions",
+            "proportions",
             "The file says that its pixels are far from square; they are shown as square.",
         )
         return dataclasses.replace(image, notices=(*image.notices, odd))

@@ -5,7 +5,6 @@ for an absent one; nibabel's own checks refuse some of these files.
 """
 
 import gzip
-import io
 import math
 import zlib
 from pathlib import Path
@@ -71,7 +70,7 @@ def read_nifti(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
             if isinstance(error, EOFError):
                 raise ImageError(f"{name} is cut off within its packed data.", CUT) from None
             raise ImageError(
-                f"{name} was damaged on its way: it does not match its own checksum.",
+                f"{name} is damaged: it does not match its own checksum.",
                 "Copy it again from where it came.",
             ) from None
 
@@ -86,7 +85,10 @@ class _Volume:
             raise unknown(f"What is packed in {name}" if head[:2] != GZIP else name, head)
         self.version = 2 if head[4:7] in (b"n+2", b"ni2") else 1
         kind = nibabel.Nifti2Header if self.version == 2 else nibabel.Nifti1Header
-        self.header: Any = kind.from_fileobj(io.BytesIO(head), check=False)  # type: ignore[no-untyped-call]
+        size = HEADER_BYTES[self.version]
+        if len(head) < size:
+            raise ImageError(f"{name} is cut off within its header.", CUT)
+        self.header: Any = kind(head[:size], check=False)  # type: ignore[no-untyped-call]
         if self.header["magic"].item().startswith(b"ni"):
             raise ImageError(
                 f"{name} is one half of an .hdr and .img pair.", "Save both as one .nii file."

@@ -6,11 +6,12 @@ PNG's gAMA. What is transparent: over black, unless nothing would be left to see
 
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import GifImagePlugin, TiffImagePlugin
 from PIL import Image as Pillow
-from PIL import TiffImagePlugin
 
 from medmoe_edge.errors import Notice
 from medmoe_edge.image.loading import Pixels, Window, as_pixels, show_percentiles
@@ -54,7 +55,7 @@ def stated_ratio(picture: Pillow.Image) -> float:
     pHYs; TIFF: its resolutions; BMP: pixels per metre; GIF: the aspect ratio in its head.
     """
     info = picture.info
-    if picture.format == "GIF":
+    if isinstance(picture, GifImagePlugin.GifImageFile):
         byte = _gif_aspect(picture)
         return 64 / (byte + 15) if byte else 1.0
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
@@ -73,7 +74,7 @@ def stated_ratio(picture: Pillow.Image) -> float:
         return 1.0
 
 
-def _gif_aspect(picture: Pillow.Image) -> int:
+def _gif_aspect(picture: GifImagePlugin.GifImageFile) -> int:
     file = picture.fp
     assert file is not None
     before = file.tell()
@@ -130,7 +131,7 @@ def flatten(picture: Pillow.Image) -> tuple[Pillow.Image, tuple[Notice, ...]]:
         return picture.convert("RGB"), (ignored,)
     shown = Pillow.new("RGB", picture.size, "black")
     shown.paste(picture, mask=alpha)
-    if max(high for _, high in shown.getextrema()) >= VISIBLE:
+    if int(np.asarray(shown).max()) >= VISIBLE:
         return shown, ()
     shown.paste("white", (0, 0, *picture.size))
     shown.paste(picture, mask=alpha)
@@ -192,7 +193,7 @@ def _rgb(picture: Pillow.Image) -> Pixels:
     return pixels
 
 
-def _values(picture: Pillow.Image) -> npt.NDArray[np.generic]:
+def _values(picture: Pillow.Image) -> npt.NDArray[Any]:
     """The values of a picture; of a large one band by band, or Pillow would hold them thrice."""
     if picture.width * picture.height <= BAND:
         return np.asarray(picture)

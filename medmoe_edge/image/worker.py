@@ -194,7 +194,7 @@ class _Process:
 
     def _array(self, shape: list[int], dtype: str) -> npt.NDArray[Any]:
         array = np.empty(shape, dtype)
-        left = memoryview(array.reshape(-1).view(np.uint8))
+        left = _bytes_of(array)
         while left:
             count = cast(Any, self._out).readinto(left)
             if not count:
@@ -285,10 +285,16 @@ def _too_much(late: bool, bounds: Bounds) -> ImageError:
 def _error_of(answer: dict[str, Any]) -> MedMoEError:
     """The error that the other process tells of; only those of ours."""
     kind = getattr(errors, str(answer["error"]), None)
-    made = isinstance(kind, type) and issubclass(kind, MedMoEError)
-    error = MedMoEError.__new__(kind if made else ImageError)
+    if not (isinstance(kind, type) and issubclass(kind, MedMoEError)):
+        kind = ImageError
+    error = kind.__new__(kind)
     MedMoEError.__init__(error, str(answer["what"]), str(answer["remedy"]))
     return error
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
+    """The memory of a contiguous array."""
+    return memoryview(cast(Any, array.reshape(-1).view(np.uint8)))
 
 
 # Below is what runs in the other process.
@@ -310,7 +316,7 @@ def main() -> None:
         told = [(array.shape, array.dtype.str) for array in answer.arrays]
         answers.write(json.dumps(answer.fields | {"arrays": told}).encode() + b"\n")
         for array in answer.arrays:
-            answers.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            answers.write(_bytes_of(np.ascontiguousarray(array)))
         answers.flush()
         del answer
 

@@ -174,7 +174,7 @@ def _voxels(draw: random.Random, code: int, count: int, order: str) -> Array:
     kind = KINDS[code]
     if kind.startswith("rgb"):
         return random_.integers(0, 256, (count, len(kind)), np.uint8)
-    dtype = np.dtype(kind).newbyteorder(order)
+    dtype = np.dtype(order + kind)
     if dtype.kind == "f":
         values = random_.normal(100, 400, count)
         if draw.random() < 0.3:
@@ -248,14 +248,15 @@ def _quaternion(turn: Array) -> tuple[tuple[float, float, float], float]:
 
 def by_itk(path: Path, limits: tuple[float, float], near: Array) -> Array:
     """The middle slice as ITK has it, and the formulas of a viewer."""
-    image = SimpleITK.ReadImage(str(path))
+    itk: Any = SimpleITK
+    image = itk.ReadImage(str(path))
     while image.GetDimension() > 3:
         image = image[..., 0] if image.GetDimension() == 4 else image[..., 0, 0]
     if image.GetDimension() == 2:
-        image = SimpleITK.JoinSeries(image)
-    image = SimpleITK.DICOMOrient(image, "LPS")
+        image = itk.JoinSeries(image)
+    image = itk.DICOMOrient(image, "LPS")
     across, down, _ = image.GetSpacing()
-    plane = SimpleITK.GetArrayFromImage(image)[(image.GetSize()[2] - 1) // 2]
+    plane = itk.GetArrayFromImage(image)[(image.GetSize()[2] - 1) // 2]
     if plane.ndim == 3:
         shown = plane[..., :3].astype(float)
         if plane.shape[2] == 4:
@@ -267,7 +268,8 @@ def by_itk(path: Path, limits: tuple[float, float], near: Array) -> Array:
 
 def by_nibabel(path: Path, limits: tuple[float, float], near: Array) -> Array:
     """The middle slice as nibabel has it, and the formulas of a viewer."""
-    image: Any = nibabel.load(path)
+    peer: Any = nibabel
+    image = peer.load(path)
     if image.header["sform_code"] and not image.header.get_sform()[:3].any():
         image.header["sform_code"] = 0
     affine = image.header.get_best_affine()
@@ -275,9 +277,9 @@ def by_nibabel(path: Path, limits: tuple[float, float], near: Array) -> Array:
     colours = image.get_data_dtype().names is not None
     voxels = image.dataobj.get_unscaled() if colours else np.asanyarray(image.dataobj)
     volume = voxels.reshape(*shape, -1, order="F")[..., 0]
-    turned = nibabel.apply_orientation(volume, nibabel.io_orientation(affine))
-    sizes = nibabel.affines.voxel_sizes(
-        affine @ nibabel.orientations.inv_ornt_aff(nibabel.io_orientation(affine), shape)
+    turned = peer.apply_orientation(volume, peer.io_orientation(affine))
+    sizes = peer.affines.voxel_sizes(
+        affine @ peer.orientations.inv_ornt_aff(peer.io_orientation(affine), shape)
     )
     plane = turned[::-1, ::-1, (turned.shape[2] - 1) // 2].T
     if colours:
@@ -312,7 +314,7 @@ def _square(shown: Array, ratio: float, near: Array) -> Array:
     )
     y = np.minimum(((np.arange(height) + 0.5) * rows / height).astype(int), rows - 1)
     x = np.minimum(((np.arange(width) + 0.5) * columns / width).astype(int), columns - 1)
-    return shown[y][:, x]
+    return np.asarray(shown[y][:, x])
 
 
 def judged(made: Made, path: Path) -> str:
@@ -371,7 +373,6 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     found = run(range(options.first, options.first + options.count), options.keep)
     for verdict, count in found.most_common():
         print(f"{count:6} {verdict}  {EXPLAINED.get(verdict, '')}")

@@ -68,7 +68,7 @@ def made(number: int) -> Made:
     return draw.choice((_png, _png, _jpeg, _tiff, _tiff, _tiff, _webp, _bmp, _gif))(draw)
 
 
-def _scene(draw: random.Random, samples: int, most: int) -> Array:
+def _scene(draw: random.Random, samples: int, most: float) -> Array:
     """Smooth shades and a few edges `[H, W, samples]`, from 0 to `most`."""
     height, width = draw.randint(9, 70), draw.randint(9, 70)
     y, x = np.mgrid[:height, :width]
@@ -229,7 +229,7 @@ def _tiff(draw: random.Random) -> Made:
         file, byteorder=options.pop("byteorder"), bigtiff=options.pop("bigtiff")
     ) as writer:
         for page in range(pages):
-            stored = np.roll(values, page, axis=0)
+            stored: Array = np.roll(values, page, axis=0)
             stored = stored[..., 0] if samples == 1 else stored
             if kind == "bilevel":
                 stored = stored > 99
@@ -348,7 +348,7 @@ def _square(shown: Array, ratio: float, near: Array) -> Array:
     )
     y = np.minimum(((np.arange(height) + 0.5) * rows / height).astype(int), rows - 1)
     x = np.minimum(((np.arange(width) + 0.5) * columns / width).astype(int), columns - 1)
-    return shown[y][:, x]
+    return np.asarray(shown[y][:, x])
 
 
 def judged(file: Made, path: Path) -> str:

@@ -245,7 +245,9 @@ SLOW_BOMBS: dict[str, Callable[[], bytes]] = {
     "jpeg 2000 of 100 megapixels": lambda: dicom(
         uid.JPEG2000Lossless,
         *(SIDE, SIDE, encoded_jpeg2000(SIDE, SIDE, "L")),
-        **{"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7},
+        BitsAllocated=8,
+        BitsStored=8,
+        HighBit=7,
     ),
     "jpeg 2000 that states little": lambda: dicom(
         uid.JPEG2000Lossless, 64, 64, encoded_jpeg2000(SIDE, SIDE, "L")

@@ -21,7 +21,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds me
 ASK = {"question": "Is there effusion?"}
 REFUSED = (
     *("limit of", "more than is allowed", "cut off or damaged", "another size", "colours"),
-    *("is cut off", "takes longer", "more memory"),
+    *("is cut off", "takes longer", "more memory", "no picture does"),
 )
 
 
