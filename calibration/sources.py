@@ -14,17 +14,13 @@ from medmoe_edge.data.datasets import (
     read_examples,
 )
 from medmoe_edge.errors import DataError, ImageError
-from medmoe_edge.image.loading import (
-    SIGNATURES,
-    TIFF_SIGNATURES,
-    decoding,
-    is_nifti,
-    load_image,
-    shown_name,
-)
+from medmoe_edge.image.formats import HEAD_BYTES, is_dicom, is_nifti, is_raster
+from medmoe_edge.image.loading import decoding, shown_name
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
-MODALITY = 0x0008_0060  # of DICOM's tags, which stand in ascending order
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif"),
+    *(".dcm", ".dicom", ".nii", ".nii.gz"),
+)
 
 
 def folder_samples(folder: Path) -> Iterator[Sample]:
@@ -37,15 +33,11 @@ def folder_samples(folder: Path) -> Iterator[Sample]:
     for file in _files(folder):
         head = _head(file)
         modality = None
-        if _is_dicom(head):
-            kind, modality = _dicom_header(file, head)
+        if is_dicom(head):
+            kind, modality = _dicom_header(file)
             if kind and "Image" not in kind:  # a directory, a report, a plan, a segmentation ...
                 continue
-        elif not (
-            file.name.lower().endswith(SUFFIXES)
-            or head.startswith((*SIGNATURES.values(), *TIFF_SIGNATURES))
-            or is_nifti(head)
-        ):
+        elif not (file.name.lower().endswith(SUFFIXES) or is_raster(head) or is_nifti(head)):
             continue
         yield from ask_about(printable(file.relative_to(folder).as_posix()), file, modality)
 
@@ -125,38 +117,17 @@ def _files(folder: Path) -> Iterator[Path]:
 def _head(file: Path) -> bytes:
     try:
         with file.open("rb") as stream:
-            return stream.read(348)
+            return stream.read(HEAD_BYTES)
     except OSError:
         return b""  # whoever draws it will hear why
 
 
-def _is_dicom(head: bytes) -> bool:
-    # Old files lack the preamble, as `load_image` knows.
-    return _has_preamble(head) or (head[:2] == b"\x08\0" and head[3:4] == b"\0")
-
-
-def _has_preamble(head: bytes) -> bool:
-    return head[128:132] == b"DICM"
-
-
-def _dicom_header(file: Path, head: bytes) -> tuple[str | None, str | None]:
+def _dicom_header(file: Path) -> tuple[str | None, str | None]:
     """The kind of a DICOM object, as the standard calls its storage class, and its modality."""
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.filereader import read_file_meta_info, read_partial
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
-
-    from medmoe_edge.image.dicom import MODALITIES
+    from medmoe_edge.image.dicom import read_kind
 
     try:
         with decoding(shown_name(file)):
-            meta = read_file_meta_info(file) if _has_preamble(head) else FileMetaDataset()
-            uid = meta.get("MediaStorageSOPClassUID")
-            kind = uid.name if uid and uid.name != uid else None  # private classes have no name
-            deflated = meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
-            if not deflated:  # pydicom would inflate without a limit
-                with file.open("rb") as stream:
-                    header = read_partial(stream, lambda tag, *_: tag > MODALITY, force=True)
-                return kind, MODALITIES.get(str(header.get("Modality")))
-        return kind, load_image(file).modality
+            return read_kind(file)
     except ImageError:  # whoever draws it will hear why
         return None, None

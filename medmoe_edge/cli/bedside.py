@@ -19,6 +19,7 @@ from medmoe_edge.cli.common import (
     MemoryBudget,
     Runtime,
     app,
+    check_apart,
     check_output,
     verb,
 )
@@ -120,6 +121,9 @@ def listen(
             drop_pages=configuration.drop_pages,
         )
         locator = _locator(configuration)
+    log = logging.getLogger("medmoe_edge.bedside.listen")
+    if log.isEnabledFor(logging.WARNING):  # what becomes of each object, unless --quiet
+        log.setLevel(logging.INFO)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -233,6 +237,7 @@ def _show_batch(report: "BatchReport") -> None:
         ("  done by earlier runs", f"{report.resumed:,}"),
         ("rows", f"{report.rows:,}"),
         ("  without an answer", f"{report.errors:,}"),
+        ("  with warnings", f"{report.warned:,}"),
         ("seconds", f"{report.seconds:.1f}"),
     ]
     render.show_table("", ["", ""], rows)
@@ -284,11 +289,31 @@ def deidentify(
     allow_burned_in: Annotated[
         bool, typer.Option("--allow-burned-in", help="Also where the picture shows text.")
     ] = False,
+    secret: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Random bytes that nobody else has, the same for a whole study: without them, who "
+            "has the original UIDs can tell which became which.",
+            show_default="none",
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
-    """Write a DICOM file without what identifies its patient (PS3.15, Basic Profile)."""
+    """Write a DICOM image without what identifies its patient (PS3.15, Basic Profile)."""
     check_output(output, force)
+    check_apart(output, source)
     with needs("listen"):
         from medmoe_edge.bedside.audit import deidentify as example
-    example.deidentify(source, output, allow_burned_in=allow_burned_in)
+    key = secret.read_bytes() if secret else b""
+    if secret and not key:
+        raise InputError(f"{secret} is empty.", "Make one: openssl rand -out secret 32")
+    is_removed = example.deidentify(source, output, allow_burned_in=allow_burned_in, secret=key)
     render.wrote("the example", output)
+    if not is_removed:
+        render.show(
+            "Its picture may show text, and was not looked at: the file does not claim that its "
+            "patient is removed.",
+            "yellow",
+            stderr=True,
+        )

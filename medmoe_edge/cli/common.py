@@ -151,6 +151,14 @@ def check_output(file: Path, force: bool) -> None:
         raise InputError(f"{file} exists already.", "Choose another name, or add --force.")
     if not file.parent.is_dir():
         raise InputError(f"{file.parent} is not a folder.", "Make it first, or choose another.")
+    if file.is_dir():
+        raise InputError(f"{file} is a folder.", "Give the name of a file.")
+
+
+def check_apart(output: Path, source: Path) -> None:
+    """Refuse an output that would take the place of the image that it is made from."""
+    if output.resolve() == source.resolve():
+        raise InputError(f"{output} would replace its own input.", "Choose another name.")
 
 
 def log_to_stderr(level: str) -> None:

@@ -5,19 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medmoe_edge.cli.common import Force, Json, check_output, verb
+from medmoe_edge.cli.common import Force, Json, check_apart, check_output, verb
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
 
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.results import Location, Reading
-    from medmoe_edge.image.loading import Image
+    from medmoe_edge.image.loading import Image, Pixels
 
 INDEX = Path("medmoe-index")  # where both verbs of the archive look for it: in the current folder
 
 ImageFile = Annotated[
-    Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, DICOM or NIfTI.")
+    Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI.")
 ]
 Model = Annotated[str, typer.Option(help="A bundle, a checkpoint or modality-nano.")]
 Frame = Annotated[
@@ -90,7 +90,7 @@ def locate(
     from medmoe_edge.contrastive.engine import load_modality
     from medmoe_edge.image.loading import load_image
 
-    check_picture(output, force)
+    check_picture(output, force, image)
     with render.working("Looking"):
         engine = load_modality(model)
         picture = load_image(image, frame=frame)
@@ -158,9 +158,10 @@ def retrieve(
     end(found.notice, found.reading)
 
 
-def check_picture(output: Path, force: bool) -> None:
+def check_picture(output: Path, force: bool, source: Path) -> None:
     """Refuse a picture before the work that it would be the result of."""
     check_output(output, force)
+    check_apart(output, source)
     if output.suffix.lower() != ".png":
         raise InputError(f"{output} is not named as a PNG.", "Let its name end in .png.")
 
@@ -172,6 +173,15 @@ def write_heat(output: Path, picture: "Image", found: "Location") -> None:
 
     with atomic_file(output) as file:
         heat_picture(picture.pixels, found).save(file, "PNG")
+
+
+def write_picture(output: Path, pixels: "Pixels") -> None:
+    """Write a picture as PNG, whole or not at all."""
+    from medmoe_edge.atomic import atomic_file
+    from medmoe_edge.image.loading import png_of
+
+    with atomic_file(output) as file:
+        file.write(png_of(pixels))
 
 
 def end(notice: str, reading: "Reading | None" = None) -> None:

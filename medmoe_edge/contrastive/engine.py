@@ -1,5 +1,6 @@
 """MedMoE at work: which modality, which label, and where; over any runtime."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ from medmoe_edge.contrastive.results import (
 from medmoe_edge.engine.clock import Clock
 from medmoe_edge.engine.engine import ImageLike
 from medmoe_edge.engine.proof import REFERENCE, Proven, describe
-from medmoe_edge.errors import BundleError, CheckpointError, InputError
+from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
+from medmoe_edge.image.labels import unlike_label
 from medmoe_edge.image.loading import Image, load_image, preprocess, seen_square
 from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, ModalityRuntime, TextFeatures
 
@@ -58,8 +60,9 @@ class ModalityEngine:
     def read(self, image: ImageLike, *, frame: int | None = None) -> Reading:
         """The image's modality as the router sees it; raises `ImageError`, `ModelError`."""
         clock = Clock()
-        _, features = self._look(image, frame, clock)
-        return self._reading(features, clock)
+        picture, features = self._look(image, frame, clock)
+        reading = self._reading(features, clock)
+        return dataclasses.replace(reading, warnings=_warnings(picture, reading))
 
     def classify(
         self,
@@ -76,7 +79,7 @@ class ModalityEngine:
         """
         wanted = _asked(labels, prompts or {})
         clock = Clock()
-        _, features = self._look(image, frame, clock)
+        picture, features = self._look(image, frame, clock)
         phrases = [phrase for own in wanted.values() for phrase in own]
         texts = self._encode(phrases)
         clock.lap("text")
@@ -88,12 +91,14 @@ class ModalityEngine:
         clock.lap("compare")
         order = np.argsort(-scores, kind="stable")
         names = list(wanted)
+        reading = self._reading(features, clock)
         return Classification(
             scores={names[at]: float(scores[at]) for at in order},
             similarities={names[at]: float(best[at]) for at in order},
-            reading=self._reading(features, clock),
+            reading=reading,
             timings=_timings(clock),
             model=self._model,
+            warnings=_warnings(picture, reading),
         )
 
     def locate(self, image: ImageLike, phrase: str, *, frame: int | None = None) -> Location:
@@ -108,14 +113,16 @@ class ModalityEngine:
         y, x = np.unravel_index(int(heat.argmax()), heat.shape)
         fit = float(similarity(features, texts)[0, 0])
         clock.lap("compare")
+        reading = self._reading(features, clock)
         return Location(
             phrase=phrase,
             heat=heat,
             peak=(int(x), int(y)),
             similarity=fit,
-            reading=self._reading(features, clock),
+            reading=reading,
             timings=_timings(clock),
             model=self._model,
+            warnings=_warnings(picture, reading),
         )
 
     def embed_image(self, image: ImageLike, *, frame: int | None = None) -> Floats:
@@ -187,6 +194,10 @@ class ModalityEngine:
     @property
     def _model(self) -> dict[str, Any]:
         return describe(self.name, self.sha256, self.proven, self.runtime.name)
+
+
+def _warnings(picture: Image, reading: Reading) -> tuple[Notice, ...]:
+    return (*picture.notices, *unlike_label(picture.labels, reading.modality))
 
 
 def _timings(clock: Clock) -> dict[str, float]:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.errors import Notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Answer:
     measured" of a bundle, "reference" of a checkpoint; of a bundle, `verified` says on what
     `machine` (None: not recorded) and whether that holds `here`. `paging` tells how experts were
     brought into memory where that is bounded (`runtimes.paging.report`), else it is None.
+    `warnings` are what a person and a program should know before they use the answer: of the model,
+    of how the image was read, and of a label that the image is unlike.
     """
 
     question: str
@@ -51,8 +54,10 @@ class Answer:
     complete: bool = True
     notice: str = NOTICE
     paging: dict[str, Any] | None = None
+    warnings: tuple[Notice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""
         values = dataclasses.asdict(self)
+        values["warnings"] = list(values["warnings"])
         return {"question": values.pop("question"), "answer": values.pop("text"), **values}

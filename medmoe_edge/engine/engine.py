@@ -14,10 +14,11 @@ from medmoe_edge.engine.loading import Device, Paging, RuntimeName, open_model
 from medmoe_edge.engine.prefix_cache import LastPrefix, PrefixCache, cache_folder
 from medmoe_edge.engine.prefix_file import Prefix
 from medmoe_edge.engine.proof import REFERENCE, Proven, describe
-from medmoe_edge.errors import BundleError, CheckpointError, InputError
-from medmoe_edge.image.loading import Image, load_image, preprocess
+from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
+from medmoe_edge.image.labels import unlike_label
+from medmoe_edge.image.loading import Image, Pixels, load_image, preprocess, seen_picture
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, chosen_experts
+from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, Warns, chosen_experts
 from medmoe_edge.runtimes.paging.pager import Budget
 
 Counts = npt.NDArray[np.int64]
@@ -51,16 +52,16 @@ def load(
     folder = None if prefix_cache is None else cache_folder(prefix_cache)
     paging = Paging(memory_budget, drop_pages)
     loaded = open_model(model, runtime, device, paging, keeps_prefixes=folder is not None)
-    if folder is None:
-        return Engine(*loaded)
-    return Engine(*loaded, PrefixCache(folder, loaded.sha256, loaded.runtime))
+    kept = None if folder is None else PrefixCache(folder, loaded.sha256, loaded.runtime)
+    return Engine(**loaded._asdict(), prefixes=kept)
 
 
 class Engine:
     """A loaded model that answers questions about images. Not thread-safe.
 
     `proven` is what is known of a bundle's fidelity, None of a checkpoint; `verification` says it
-    in a word: "passed", "failed" or "not measured", of a checkpoint "reference".
+    in a word: "passed", "failed" or "not measured", of a checkpoint "reference". `warnings` are of
+    the model, and part of every answer's.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class Engine:
         sha256: str,
         proven: Proven | None = None,
         prefixes: LastPrefix | None = None,
+        warnings: tuple[Notice, ...] = (),
     ) -> None:
         self.runtime, self.tokenizer, self.prefixes = runtime, tokenizer, prefixes
         self.name, self.sha256, self.proven = name, sha256, proven
         self.verification: str = proven.status if proven else REFERENCE
         self.config = runtime.config
+        self.warnings = (*warnings, *(runtime.warnings if isinstance(runtime, Warns) else ()))
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
 
     @property
@@ -132,6 +135,14 @@ class Engine:
         for index, (question, tokens) in enumerate(zip(questions, ids, strict=True)):
             yield from self._answer(question, tokens, prefix, max_new_tokens, first=index == 0)
 
+    def seen(self, image: ImageLike, *, frame: int | None = None) -> Pixels:
+        """Exactly what the model sees of an image, as a picture `[S, S, 3]` of S x S pixels.
+
+        It is what enters the vision tower, before its values are normalised: decoded, in the
+        file's window, padded or cropped to a square and scaled to the model's resolution.
+        """
+        return seen_picture(_picture(image, frame), self.config.vision).pixels
+
     def prompt_tokens(self, question: str) -> int:
         """Positions that an image and a question take; raises `InputError` for an unusable one."""
         before, after = self.tokenizer.prefix_ids(), self.tokenizer.question_ids(question)
@@ -149,7 +160,7 @@ class Engine:
             most = self.config.decoder.max_positions - length
             room = min(-(-room // ROOM) * ROOM, most)
         clock = Clock()
-        picture = image if isinstance(image, Image) else load_image(image, frame=frame)
+        picture = _picture(image, frame)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
         if self.prefixes is None:
@@ -157,7 +168,8 @@ class Engine:
         else:
             prefix = self._fetch(self.prefixes, pixels, ids, length + room, clock)
         clock.lap("prefix")
-        return replace(prefix, seconds={"vision": 0.0, **clock.laps})
+        found = (*picture.notices, *unlike_label(picture.labels, prefix.modality))
+        return replace(prefix, seconds={"vision": 0.0, **clock.laps}, warnings=found)
 
     def _compute(self, pixels: Floats, ids: list[int], capacity: int, clock: Clock) -> Prefix:
         image_tokens = self._finite(self.runtime.encode_image(pixels))
@@ -220,6 +232,7 @@ class Engine:
             model=describe(self.name, self.sha256, self.proven, self.runtime.name),
             complete=complete,
             paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
+            warnings=(*self.warnings, *prefix.warnings),
         )
 
     def _untold(self, ids: list[int], told: str) -> str:
@@ -269,6 +282,10 @@ class Engine:
         names = self.expert_names or tuple(f"expert-{index}" for index in range(len(counts)))
         total = max(int(counts.sum()), 1)
         return {name: int(count) / total for name, count in zip(names, counts, strict=True)}
+
+
+def _picture(image: ImageLike, frame: int | None) -> Image:
+    return image if isinstance(image, Image) else load_image(image, frame=frame)
 
 
 def _most_likely(logits: Floats) -> tuple[int, float]:

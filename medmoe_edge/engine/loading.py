@@ -9,7 +9,7 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.target import DEFAULT
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine.proof import Proven, proven
-from medmoe_edge.errors import InputError, MissingDependencyError, ModelError
+from medmoe_edge.errors import InputError, MissingDependencyError, ModelError, Notice
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.paging.pager import Budget, ExpertPager
@@ -23,13 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """What an engine is made of; `proven` is None of a checkpoint."""
+    """What an engine is made of; `proven` is None of a checkpoint.
+
+    `warnings` are what every answer of the model is to say.
+    """
 
     runtime: Runtime
     tokenizer: Tokenizer
     name: str
     sha256: str
     proven: Proven | None
+    warnings: tuple[Notice, ...] = ()
 
 
 class Paging(NamedTuple):
@@ -71,14 +75,20 @@ def open_model(
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
     known = proven(bundle)
-    if known.status == "failed":
-        logger.warning(
-            "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
-        )
+    warnings = _of_proof(bundle.name, known)
+    for notice in warnings:
+        logger.warning("%s", notice.message)
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
     logger.info("%s runs on %s.", bundle.name, loaded.name)
-    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, known)
+    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, known, warnings)
+
+
+def _of_proof(name: str, known: Proven) -> tuple[Notice, ...]:
+    if known.status != "failed":
+        return ()
+    what = f"{name} failed its verification: it may answer otherwise than its checkpoint."
+    return (Notice("verification_failed", what),)
 
 
 def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Runtime:

@@ -1,187 +1,166 @@
-"""DICOM: one frame of a file, decoded; `image_dicom_display` makes it visible.
+"""DICOM: one frame of a file as a viewer shows it, or the reason why not.
+
+A file's container says where its attributes and pixels are (`dicom_container`); a frame's cells or
+codestream become stored values (`dicom_pixels`, `codestreams`), these become grey or RGB
+(`dicom_display`, `dicom_tables`), and here the picture gets its true proportions.
 
 No value of the file reaches a message: it may be about a patient.
 """
 
-import io
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydicom import dcmread, uid
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import get_frame
-from pydicom.filereader import read_dataset
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.utils import pixel_array
-from pydicom.tag import BaseTag
 
-from medmoe_edge.errors import ImageError, MissingDependencyError
-from medmoe_edge.image.dicom_display import GREY, numbers_of, show
+from medmoe_edge.errors import ImageError, Notice
+from medmoe_edge.image.dicom_container import Container, open_container
+from medmoe_edge.image.dicom_display import is_inverted, read_modality, show
+from medmoe_edge.image.dicom_header import Header, Say
+from medmoe_edge.image.dicom_pixels import Layout, Stored, read_frame, read_layout
+from medmoe_edge.image.labels import label_notices, labels_of, modality_of
 from medmoe_edge.image.loading import (
-    MAX_BYTES,
+    MAX_PIXELS,
     Image,
     as_pixels,
-    check_size,
+    finite,
     pick_frame,
     shown_name,
+    square_pixels,
 )
-
-MODALITIES = {
-    "CT": "ct",
-    "MR": "mri",
-    **dict.fromkeys(("CR", "DX", "DR", "RG", "XA", "MG"), "xray"),
-    "US": "ultrasound",
-    **dict.fromkeys(("SM", "GM"), "pathology"),
-    "OP": "fundus",
-}
-COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")  # pydicom decodes all to RGB
 
 # What an enhanced multi-frame object says frame by frame, or once for all frames.
 FRAME_GROUPS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+
+OVERLAYS = range(0x6000, 0x6020, 2)
 
 
-def read_dicom(path: Path, frame: int | None) -> Image:
-    """Read one frame; the errors of `image.loading.load_image`, and whatever pydicom raises."""
+def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> Image:
+    """Read one frame; the errors of `load_image`, and whatever pydicom raises."""
     name = shown_name(path)
-    dataset = open_dataset(path, name)
-    if not any(f"{kind}PixelData" in dataset for kind in ("", "Float", "DoubleFloat")):
-        raise ImageError(
-            f"{name} is a DICOM file without an image.",
-            "Give a file of an image series; if this is one, it was cut off: copy it again.",
-        )
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    _check_header(dataset, name, frames)
-    index = pick_frame(name, frame, frames)
-    stored = decode_frame(dataset, name, index, frames)
-    unfold_frame(dataset, index)
-    pixels, window = show(stored, dataset, name)
-    return Image(
+    notices: dict[str, Notice] = {}  # the first of each code
+
+    def say(code: str, message: str) -> None:
+        notices.setdefault(code, Notice(code, message))
+
+    with open_container(path, name, say) as container:
+        stored, header, layout = _read_stored(container, frame, name, most_pixels, say)
+    pixels, window = show(stored, header, layout, name, say)
+    if any((group, 0x0010) in header.dataset for group in OVERLAYS):
+        say("overlay", "The file has overlays, which are not shown.")
+    image = Image(
         as_pixels(pixels),
-        MODALITIES.get(str(dataset.get("Modality"))),
+        modality_of(header),
         window,
-        _spacing(dataset),
-        frames,
+        _spacing(header),
+        layout.frames,
+        notices=(*notices.values(), *label_notices(header)),
+        labels=labels_of(header),
+    )
+    return square_pixels(image, _ratio(header), most_pixels)
+
+
+def read_grey_values(
+    path: Path, frame: int | None, name: str
+) -> tuple[npt.NDArray[np.float32], bool] | None:
+    """A frame's values in the file's unit, as they are stored; None for colours.
+
+    Args:
+        path: A DICOM file that `load_image` has accepted.
+        frame: The frame from 0; None for the middle one.
+        name: What messages call the file.
+
+    Returns:
+        The values [H, W] (HU for CT), and whether the lowest of them is shown white.
+
+    Raises:
+        ImageError: As `load_image` raises it.
+    """
+
+    def ignore(_code: str, _message: str) -> None:
+        """What should be known of the file was said when it was read as a picture."""
+
+    with open_container(path, name, ignore) as container:
+        stored, header, layout = _read_stored(container, frame, name, MAX_PIXELS, ignore)
+    if stored.colour != "grey":
+        return None
+    values = read_modality(header, stored, ignore).apply(stored.values)
+    return finite(values).astype(np.float32), is_inverted(header, layout)
+
+
+def read_kind(path: Path) -> tuple[str | None, str | None]:
+    """The standard's name of a file's storage class, and its modality; None where it has none.
+
+    Raises:
+        Exception: Whatever pydicom raises where its attributes are damaged.
+    """
+    with open_container(path, shown_name(path), lambda *_: None) as container:
+        modality = modality_of(container.header)
+        kind = _class_name(container)
+    return kind, modality
+
+
+def _read_stored(
+    container: Container, frame: int | None, name: str, most_pixels: int, say: Say
+) -> tuple[Stored, Header, Layout]:
+    header, element = container.header, container.pixels
+    if element is None or element.length == 0:
+        raise _without_image(container, name)
+    layout = read_layout(header, element.kind, name, most_pixels, say)
+    index = pick_frame(name, frame, layout.frames)
+    stored = read_frame(container, element, layout, index, name, say)
+    return stored, _of_frame(header, index), layout
+
+
+def _without_image(container: Container, name: str) -> ImageError:
+    """The error for a file without pixels, which says what it is instead if a class is known."""
+    if container.header.value("DirectoryRecordSequence"):
+        return ImageError(
+            f"{name} is a DICOMDIR, the table of contents of a disc.", "Give one of its images."
+        )
+    if container.header.value("PixelDataProviderURL"):
+        return ImageError(f"The pixels of {name} lie on a server.", "Fetch the image from there.")
+    known = _class_name(container)
+    return ImageError(
+        f"{name} is a DICOM file without an image{f' ({known})' if known else ''}.",
+        "Give a file of an image series; if this is one, it was cut off: copy it again.",
     )
 
 
-def open_dataset(path: Path, name: str) -> Dataset:
-    """The file's elements; raises `ImageError` naming it `name`, and whatever pydicom raises."""
-    if path.stat().st_size > MAX_BYTES:
-        raise ImageError(f"{name} is larger than {MAX_BYTES:,} bytes.", "Split the series.")
-    with path.open("rb") as file:
-        file.seek(132)
-        meta = read_dataset(file, False, True, stop_when=_is_past_meta)
-        if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
-            dataset: Dataset = dcmread(path, force=True)  # old files lack the preamble
-            return _with_transfer_syntax(dataset)
-        # pydicom would inflate without a limit.
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        data = inflater.decompress(file.read(), MAX_BYTES)
-    if inflater.unconsumed_tail:
-        raise ImageError(f"{name} inflates to more than {MAX_BYTES:,} bytes.", "Split the series.")
-    dataset = read_dataset(io.BytesIO(data), False, True)
-    dataset.set_original_encoding(False, True)
-    return _with_transfer_syntax(dataset)
+def _class_name(container: Container) -> str | None:
+    """What the standard calls a file's storage class; it has no name for private ones."""
+    kind = container.kind
+    return kind.name if kind is not None and kind.name != kind else None
 
 
-def _is_past_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return tag.group != 2
+def _of_frame(header: Header, index: int) -> Header:
+    """The header with a frame's own rescale, window and spacing, where plain files have them."""
+    shared = header.items("SharedFunctionalGroupsSequence")[:1]
+    each = header.items("PerFrameFunctionalGroupsSequence")[index : index + 1]
+    items = [
+        item
+        for groups in (*shared, *each)
+        for group in FRAME_GROUPS
+        for item in groups.items(group)
+    ]
+    return header.with_items(items) if items else header
 
 
-def _with_transfer_syntax(dataset: Dataset) -> Dataset:
-    """Say how uncompressed pixels lie where the file's header does not."""
-    meta = getattr(dataset, "file_meta", FileMetaDataset())
-    if "TransferSyntaxUID" not in meta:
-        implicit, little = dataset.original_encoding
-        native = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
-        meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else native
-    dataset.file_meta = meta
-    return dataset
+# --- Geometry ----------------------------------------------------------------
 
 
-def _check_header(dataset: Dataset, name: str, frames: int) -> None:
-    rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
-    check_size(name, rows, columns)
-    bits = int(dataset.BitsAllocated) * int(dataset.SamplesPerPixel)
-    if frames * rows * columns * bits > 8 * MAX_BYTES:
-        raise ImageError(
-            f"{name} holds {frames} frames of {columns} x {rows} pixels, more than the limit of "
-            f"{MAX_BYTES:,} bytes.",
-            "Split the series.",
-        )
-    if dataset.PhotometricInterpretation not in (*GREY, *COLOUR, "PALETTE COLOR"):
-        raise ImageError(f"{name} has colours of an unsupported kind.", "Save it as RGB or PNG.")
+def _spacing(header: Header) -> tuple[float, float] | None:
+    for keyword in SPACINGS:
+        numbers = header.numbers(keyword)
+        if len(numbers) == 2 and min(numbers) > 0:
+            return numbers[0], numbers[1]
+    return None
 
 
-def decode_frame(dataset: Dataset, name: str, index: int, frames: int) -> npt.NDArray[np.generic]:
-    """Stored values of a frame, `[H, W]` or `[H, W, 3]`; the errors of `open_dataset`."""
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_encapsulated:
-        return pixel_array(dataset, index=index)
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise ImageError(
-            f"{name} is compressed in an unsupported way.", "Save it uncompressed or as PNG."
-        ) from None
-    _check_codestream(get_frame(dataset.PixelData, index, number_of_frames=frames), dataset, name)
-    # The RLE plugin's panics are no Exceptions; pydicom's own decoder needs no plugin at all.
-    plugin = "pydicom" if syntax == uid.RLELossless else ""
-    try:
-        return pixel_array(dataset, index=index, decoding_plugin=plugin)
-    except RuntimeError:
-        if "pylibjpeg" not in decoder.available_plugins:
-            raise MissingDependencyError("pylibjpeg", "images") from None
-        raise
-
-
-def _check_codestream(data: bytes, dataset: Dataset, name: str) -> None:
-    """Refuse a compressed picture of another size than the header's, before it is decoded."""
-    size = jpeg_size(data)
-    if size is not None and size != (dataset.Rows, dataset.Columns, dataset.SamplesPerPixel):
-        raise ImageError(
-            f"{name} holds a compressed picture of another size than it says.",
-            "Export the file again.",
-        )
-
-
-def jpeg_size(data: bytes) -> tuple[int, int, int] | None:
-    """Rows, columns and components of a JPEG, JPEG-LS or JPEG 2000 picture; None if it is neither.
-
-    The frame header SOFn of ITU-T T.81 B.2.2 (JPEG-LS: SOF55), the segment SIZ of T.800 A.5.1.
-    """
-    start = data.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; a JP2 file wraps them in boxes
-    if start >= 0 and not data.startswith(b"\xff\xd8"):
-        right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
-        return bottom - top, right - left, *struct.unpack_from(">H", data, start + 40)
-    if not data.startswith(b"\xff\xd8"):
-        return None
-    at = 2
-    while True:
-        marker, length = struct.unpack_from(">HH", data, at)
-        if marker == 0xFFFF:  # a fill byte
-            at += 1
-        elif marker == 0xFFF7 or (0xFFC0 <= marker <= 0xFFCF and marker & 0xF not in (4, 8, 12)):
-            return struct.unpack_from(">HHB", data, at + 5)
-        else:
-            at += 2 + length
-
-
-def unfold_frame(dataset: Dataset, index: int) -> None:
-    """Bring a frame's own rescale, window and spacing to the top, where plain files have them."""
-    shared = dataset.get("SharedFunctionalGroupsSequence") or []
-    each = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    for groups in (*shared[:1], *each[index : index + 1]):
-        for name in FRAME_GROUPS:
-            for item in groups.get(name) or []:
-                dataset.update(item)
-
-
-def _spacing(dataset: Dataset) -> tuple[float, float] | None:
-    numbers = numbers_of(dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing"))
-    if len(numbers) != 2 or min(numbers) <= 0:
-        return None
-    return numbers[0], numbers[1]
+def _ratio(header: Header) -> float:
+    """The distance between rows, divided by that between columns; 1 where neither is stated."""
+    spacing = _spacing(header)
+    if spacing is None:
+        numbers = header.numbers("PixelAspectRatio")
+        spacing = (1, 1) if len(numbers) != 2 or min(numbers) <= 0 else (numbers[0], numbers[1])
+    return spacing[0] / spacing[1]

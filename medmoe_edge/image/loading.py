@@ -1,13 +1,15 @@
 """A medical image file in, one 8-bit RGB picture out; and that picture as the tower's input.
 
-The kind of a file is read from its first bytes, never from its name. `image_raster`, `image_dicom`
-and `image_nifti` do the reading, and only the file that needs a library pays for its import. Sizes
-are checked in the header, before anything is decoded.
+The kind of a file is read from its first bytes, never from its name. `raster`, `dicom` and `nifti`
+do the reading, and only the file that needs a library pays for its import. Sizes are checked in the
+header, before anything is decoded.
 """
 
 import contextlib
 import dataclasses
+import io
 import logging
+import math
 import os
 import stat
 import threading
@@ -22,7 +24,8 @@ from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
-from medmoe_edge.errors import ImageError, MedMoEError, ResourceError
+from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError
+from medmoe_edge.image.formats import HEAD_BYTES, KINDS, is_dicom, is_raster, may_be_nifti, unknown
 
 Pixels = npt.NDArray[np.uint8]
 Window = tuple[float, float]
@@ -36,11 +39,10 @@ MAX_SQUARE = 8192
 # Likewise, only the middle of a longer strip can reach the centre crop.
 MAX_ASPECT = 16
 
-SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
-TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-NIFTI_SIGNATURES = {344: (b"n+1\0", b"ni1\0"), 4: (b"n+2\0", b"ni2\0")}  # by offset
-GZIP_SIGNATURE = b"\x1f\x8b"
-KINDS = "a PNG, JPEG, TIFF, DICOM or NIfTI file"
+SQUARE = 0.005  # pixels that are less out of square than this are shown as they are
+MAX_STRETCH = 16.0  # what says more than this is taken for a mistake
+BAND = 2**20  # values that are worked on at once
+FLAT = 16  # in a picture of fewer grey levels next to nothing can be seen
 
 _READING = threading.Lock()
 
@@ -52,7 +54,9 @@ class Image:
     `pixels` [H, W, 3] is read-only; grey is repeated in the three channels. `window` is the
     (centre, width) that made the file's values visible, in the file's unit (HU for CT); None
     where the values were shown as they are. `spacing` is the distance between rows and between
-    columns in mm. `frames` counts the frames, pages or slices of the file.
+    columns in mm. `frames` counts the frames, pages or slices of the file. `notices` say what
+    should be known of the picture as it was read; they become warnings of every answer about it.
+    `labels` are all the modalities that the file states.
     """
 
     pixels: Pixels
@@ -60,6 +64,8 @@ class Image:
     window: Window | None = None
     spacing: tuple[float, float] | None = None
     frames: int = 1
+    notices: tuple[Notice, ...] = ()
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Self:
@@ -74,29 +80,83 @@ class Image:
         return cls(as_pixels(array))
 
 
-def load_image(path: str | os.PathLike[str], *, frame: int | None = None) -> Image:
-    """Read one picture of a file; `frame` counts from 0, and without it the middle one is read.
+def load_image(
+    path: str | os.PathLike[str], *, frame: int | None = None, most_pixels: int = MAX_PIXELS
+) -> Image:
+    """Read one picture of a file, as a viewer shows it, in true proportions.
 
-    Raises `ImageError` for whatever cannot be shown: no such file, not an image, damaged, too
-    large, no such frame; `MissingDependencyError` where an optional decoder is not installed.
+    Args:
+        path: The file; its name says nothing about its kind.
+        frame: From 0; without it the middle one is read.
+        most_pixels: A larger picture is refused before it is decoded.
+
+    Raises:
+        ImageError: It cannot be shown: no such file, not an image, damaged, too large, no such
+            frame.
+        MissingDependencyError: An optional decoder is not installed.
+        ResourceError: There is not enough memory.
     """
     path = Path(path)
     name = shown_name(path)
     with decoding(name):
-        head = _head(path, name)
-        if head[128:132] == b"DICM" or (head[:2] == b"\x08\0" and head[3:4] == b"\0"):
-            from medmoe_edge.image.dicom import read_dicom
+        return _with_flatness(_read(path, name, frame, most_pixels))
 
-            return read_dicom(path, frame)
-        if head.startswith(GZIP_SIGNATURE) or is_nifti(head):
-            from medmoe_edge.image.nifti import read_nifti
 
-            return read_nifti(path, frame)
-        if head.startswith((*SIGNATURES.values(), *TIFF_SIGNATURES)):
-            from medmoe_edge.image.raster import read_raster
+def _read(path: Path, name: str, frame: int | None, most_pixels: int) -> Image:
+    head = _head(path, name)
+    if is_dicom(head):
+        from medmoe_edge.image.dicom import read_dicom
 
-            return read_raster(path, frame)
-    raise ImageError(f"{name} is not an image that can be read.", f"Give {KINDS}.")
+        return read_dicom(path, frame, most_pixels)
+    if may_be_nifti(head):
+        from medmoe_edge.image.nifti import read_nifti
+
+        return read_nifti(path, frame, most_pixels)
+    if is_raster(head):
+        from medmoe_edge.image.raster import read_raster
+
+        return read_raster(path, frame, most_pixels)
+    raise unknown(name, head)
+
+
+def _with_flatness(image: Image) -> Image:
+    """The image, with a notice if nothing can be seen in it."""
+    if int(image.pixels.max()) - int(image.pixels.min()) >= FLAT:
+        return image
+    flat = Notice("no_contrast", "The picture has no contrast: little or nothing is seen in it.")
+    return dataclasses.replace(image, notices=(*image.notices, flat))
+
+
+def square_pixels(image: Image, ratio: float, most_pixels: int = MAX_PIXELS) -> Image:
+    """The image in true proportions: the coarser axis is stretched until pixels are square.
+
+    Args:
+        image: As it is stored.
+        ratio: The distance between its rows, divided by that between its columns.
+        most_pixels: Where stretching would exceed this, the finer axis shrinks too.
+
+    Returns:
+        The same image where its pixels are square already; with a notice, where the ratio cannot
+        be meant.
+    """
+    if abs(ratio - 1) < SQUARE:
+        return image
+    if not 1 / MAX_STRETCH <= ratio <= MAX_STRETCH:
+        odd = Notice(
+            "proportions",
+            "The file says that its pixels are far from square; they are shown as square.",
+        )
+        return dataclasses.replace(image, notices=(*image.notices, odd))
+    rows, columns = image.pixels.shape[:2]
+    height, width = rows * max(1.0, ratio), columns * max(1.0, 1 / ratio)
+    shrink = min(1.0, math.sqrt(most_pixels / (height * width)))
+    size = max(1, int(width * shrink + 0.5)), max(1, int(height * shrink + 0.5))
+    # a stretched pixel stays of one shade, as on a viewer that does not interpolate
+    stretched = Pillow.fromarray(image.pixels).resize(size, Pillow.Resampling.BOX)
+    pixels = np.array(stretched)
+    pixels.setflags(write=False)
+    spacing = None if image.spacing is None else (min(image.spacing) / shrink,) * 2
+    return dataclasses.replace(image, pixels=pixels, spacing=spacing)
 
 
 def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[np.float32]:
@@ -122,6 +182,13 @@ def seen_picture(image: Image, vision: VisionConfig | SwinConfig) -> Image:
     else:
         picture = _centre_crop(picture, side)
     return Image(np.asarray(picture))
+
+
+def png_of(pixels: Pixels) -> bytes:
+    """Pixels [H, W, 3] as a PNG file: nothing but the picture is in it."""
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def seen_square(image: Image, vision: VisionConfig | SwinConfig) -> tuple[float, float, float]:
@@ -183,6 +250,8 @@ def decoding(name: str) -> Iterator[None]:
             raise ResourceError(
                 f"There is not enough memory to read {name}.", "Close other programs, or shrink it."
             ) from None
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise _not_opened(name, error) from None  # perhaps gone meanwhile
         except Exception as error:
             raise ImageError(
                 f"{name} is damaged, incomplete or of an unsupported variant "
@@ -204,18 +273,18 @@ def _silence() -> Iterator[None]:
             logger.disabled = disabled
 
 
-def check_size(name: str, rows: int, columns: int) -> None:
-    """Refuse a picture without pixels or with more than `MAX_PIXELS`."""
+def check_size(name: str, rows: int, columns: int, most_pixels: int = MAX_PIXELS) -> None:
+    """Refuse a picture without pixels or with more than `most_pixels`."""
     if rows < 1 or columns < 1:
         raise ImageError(f"{name} has no pixels.", "Give an image with at least one pixel.")
-    if rows * columns > MAX_PIXELS:
-        raise too_large(name)
+    if rows * columns > most_pixels:
+        raise too_large(name, most_pixels)
 
 
-def too_large(name: str) -> ImageError:
-    """The error for a picture of more than `MAX_PIXELS`."""
+def too_large(name: str, most_pixels: int = MAX_PIXELS) -> ImageError:
+    """The error for a picture of more than `most_pixels`."""
     return ImageError(
-        f"{name} has more than the limit of {MAX_PIXELS:,} pixels.", "Shrink it or crop it first."
+        f"{name} has more than the limit of {most_pixels:,} pixels.", "Shrink it or crop it first."
     )
 
 
@@ -233,8 +302,12 @@ def pick_frame(name: str, frame: int | None, count: int) -> int:
 
 def as_pixels(values: npt.NDArray[np.uint8]) -> Pixels:
     """Grey [H, W] or RGB [H, W, 3] as a read-only [H, W, 3] of its own."""
-    grey = values.ndim == 2
-    pixels = np.repeat(values[..., None], 3, axis=2) if grey else values.copy(order="C")
+    if values.ndim == 3:
+        pixels = values.copy(order="C")
+    else:
+        pixels = np.empty((*values.shape, 3), np.uint8)
+        for channel in range(3):  # three times as fast as to repeat each value
+            pixels[..., channel] = values
     pixels.setflags(write=False)
     return pixels
 
@@ -244,35 +317,72 @@ def finite(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0), -1e30, 1e30)
 
 
-def show_percentiles(values: npt.NDArray[Any]) -> tuple[Pixels, Window]:
-    """Values without a display range of their own: 1st to 99th percentile from black to white."""
-    values = finite(values)
-    low, high = (float(v) for v in np.percentile(values, [1, 99]))
+def show_percentiles(values: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], Window]:
+    """Values without a display range of their own: 1st to 99th percentile from black to white.
+
+    NaN is black and counts for nothing, as infinite values do, which are black or white.
+    """
+    if not values.dtype.isnative:
+        values = values.astype(values.dtype.newbyteorder("="))
+    known = values
+    if values.dtype.kind == "f":
+        sound = np.isfinite(values)
+        known = values if sound.all() else values[sound]
+    if not known.size:
+        known = np.zeros(1)
+    low, high = _percentiles(known, (1, 99))
     if low == high:  # a few bright dots on black
-        low, high = float(values.min()), float(values.max())
-    shown = np.clip((values - low) / ((high - low) or 1.0), 0, 1)
-    return np.rint(shown * 255).astype(np.uint8), ((low + high) / 2, high - low)
+        low, high = float(known.min()), float(known.max())
+    return show_range(values, low, high), ((low + high) / 2, high - low)
 
 
-def is_nifti(head: bytes) -> bool:
-    """Whether a file's first 348 bytes are a NIfTI header."""
-    return any(head[at : at + 4] in magics for at, magics in NIFTI_SIGNATURES.items())
+def show_range(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
+    """Values `[H, W]` from `low`, shown black, to `high`, shown white; NaN is black."""
+    shown = np.empty(values.shape, np.uint8)
+    band = max(1, BAND // max(1, values.shape[1]))  # a picture in float64 takes eight times more
+    for top in range(0, values.shape[0], band):
+        part = values[top : top + band].astype(np.float64)
+        part = np.clip((part - low) / ((high - low) or 1.0), 0, 1)
+        shown[top : top + band] = np.rint(np.nan_to_num(part, copy=False) * 255)
+    return shown
 
 
-def _head(path: Path, name: str) -> bytes:
+def _percentiles(values: npt.NDArray[Any], wanted: tuple[float, ...]) -> list[float]:
+    """As `np.percentile` interpolates them, which takes a float64 copy and overflows in int8."""
+    places = [(values.size - 1) * percent / 100 for percent in wanted]
+    near = [(math.floor(place), math.ceil(place)) for place in places]
+    ordered = np.partition(values.ravel(), sorted({index for pair in near for index in pair}))
+    found = []
+    for place, (below, above) in zip(places, near, strict=True):
+        first, last = (min(max(float(ordered[k]), -1e300), 1e300) for k in (below, above))
+        found.append(first + (last - first) * (place - below))
+    return found
+
+
+def check_file(path: Path, name: str) -> None:
+    """Raise `ImageError` for what is no file, or none that may be read."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ImageError(f"{name} is a folder.", "Give an image file.")
         if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
             raise ImageError(f"{name} is not a regular file.", "Give an image file.")
-        with path.open("rb") as file:
-            head = file.read(348)
+        path.open("rb").close()
     except OSError as error:
-        raise ImageError(
-            f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
-            "Check the path and its permissions.",
-        ) from None
+        raise _not_opened(name, error) from None
+
+
+def _not_opened(name: str, error: OSError) -> ImageError:
+    return ImageError(
+        f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
+        "Check the path and its permissions.",
+    )
+
+
+def _head(path: Path, name: str) -> bytes:
+    check_file(path, name)
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
     if not head:
         raise ImageError(f"{name} is empty.", f"Give {KINDS}.")
     return head

@@ -1,85 +1,331 @@
-"""PNG, JPEG and TIFF: one page, upright, in RGB."""
+"""PNG, JPEG, TIFF, WebP, BMP and GIF: one page, checked before it is decoded.
+
+`raster_display` makes it visible. Everything here is by Pillow, but for what Pillow does not check:
+the sums of a PNG's chunks, the size of a TIFF's tiles, and pages without end.
+"""
 
 import contextlib
 import ctypes
 import functools
+import io
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image as Pillow
-from PIL import ImageOps, TiffImagePlugin, _imaging
+from PIL import ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
-from medmoe_edge.errors import ImageError
+from medmoe_edge.errors import ImageError, Notice
 from medmoe_edge.image.loading import (
+    MAX_PIXELS,
     Image,
-    as_pixels,
     check_size,
     pick_frame,
-    show_percentiles,
     shown_name,
+    square_pixels,
     too_large,
 )
+from medmoe_edge.image.raster_display import ORIENTATION, show, stated_ratio
 
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 MAX_PAGES = 10_000
+MAX_ENTRIES = 4096  # of a TIFF's directory
+CUT_OFF = "Copy it again from where it came, whole."
+
+# TIFF's tags and values, TIFF 6.0 and its supplements
+NEW_SUBFILE_TYPE = 254
+THUMBNAIL_OR_MASK = 0b101  # bits of it: of another page's, at a lower resolution; a mask
+STRIP_OFFSETS, STRIP_SIZES = 273, 279
+TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_SIZES = 322, 323, 324, 325
+PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION
+PHOTOMETRIC_NAMES = {
+    **{0: "grey", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab"},
+    **{9: "ICC Lab", 10: "ITU Lab", 32803: "raw camera", 32844: "LogL", 32845: "LogLuv"},
+}
+SAMPLE_NAMES = {1: "unsigned", 2: "signed", 3: "float", 4: "untyped", 5: "complex", 6: "complex"}
+NATIVE = {  # Pillow's names of how samples lie
+    **dict.fromkeys(("F;32F", "F;32BF"), "F;32NF"),
+    **dict.fromkeys(("I;32S", "I;32BS"), "I;32NS"),
+    **dict.fromkeys(("I;16S", "I;16BS"), "I;16NS"),
+}
+JPEG_PAD = b"\x5a\x35" * 64  # neither markers nor stuffing; any codes
+PNG_CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
-def read_raster(path: Path, frame: int | None) -> Image:
-    """Read one page; the errors of `image.loading.load_image`, and whatever Pillow raises."""
+def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> Image:
+    """Read one page; of an animation, its first picture.
+
+    Pages count without thumbnails and masks that a TIFF says to be such. The errors of
+    `load_image`, and whatever Pillow raises.
+    """
     name = shown_name(path)
-    _silence_libtiff()
-    with _open(path, name) as picture:
-        frames = _pages(picture, name) if isinstance(picture, TiffImagePlugin.TiffImageFile) else 1
-        picture.seek(pick_frame(name, frame, frames))
-        check_size(name, picture.height, picture.width)
-        inverted = _is_white_zero(picture)
-        upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith(("I", "F")):  # more than 8 bits a pixel
-            pixels, window = show_percentiles(np.asarray(upright))
-            pixels = as_pixels(255 - pixels if inverted else pixels)
-            return Image(pixels, window=window, frames=frames)
-        return Image(as_pixels(np.asarray(_flatten(upright))), frames=frames)
+    _prepare_libtiff()
+    with _explained(name), _open(path, name, most_pixels) as picture:
+        notices: tuple[Notice, ...] = ()
+        pages = [0]
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):
+            pages = _pages(path, name)
+        elif picture.format in ("PNG", "WEBP", "GIF") and getattr(picture, "is_animated", False):
+            notices = (Notice("animation", "The file is an animation: its first picture is read."),)
+        picture.seek(pages[pick_frame(name, frame, len(pages))])
+        check_size(name, picture.height, picture.width, most_pixels)
+        _check_tiles(picture, name, most_pixels)
+        if picture.format == "PNG":
+            _check_png(path)
+        ratio = stated_ratio(picture)
+        turned = picture.getexif().get(ORIENTATION, 1)
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):
+            _correct_byte_order(picture)
+            _load_tiff(picture, path.stat().st_size)
+        else:
+            picture.load()
+            if picture.format in ("JPEG", "MPO"):
+                if picture.info.get("progressive"):
+                    _check_jpeg(path, 1)
+                elif _ends_flat(picture):
+                    _check_jpeg(path, 8)
+            ImageOps.exif_transpose(picture, in_place=True)
+        shown = show(picture)
+    image = Image(shown.pixels, None, shown.window, None, len(pages), notices + shown.notices)
+    return square_pixels(image, 1 / ratio if 5 <= turned <= 8 else ratio, most_pixels)
 
 
-def _open(path: Path, name: str) -> Pillow.Image:
+def _open(path: Path, name: str, most_pixels: int) -> Pillow.Image:
     try:
-        return Pillow.open(path, formats=("PNG", "JPEG", "TIFF"))
+        return Pillow.open(path, formats=FORMATS)
     except Pillow.DecompressionBombError:  # Pillow's own limit is higher
-        raise too_large(name) from None
+        raise too_large(name, most_pixels) from None
+    except UnidentifiedImageError:
+        with path.open("rb") as file:
+            raise _unopened(file, name) from None
+
+
+def _unopened(file: BinaryIO, name: str) -> Exception:
+    """Why Pillow does not open a file whose first bytes it knows."""
+    head = file.read(8)
+    if head.startswith((b"II", b"MM")):
+        return _unread_tiff(file, head, name)
+    plugin = PngImagePlugin.PngImageFile if head.startswith(b"\x89PNG") else None
+    if plugin is not None:
+        file.seek(0)
+        try:
+            plugin(file)
+        except Exception as error:  # what `Pillow.open` keeps to itself
+            return error
+    return ImageError(
+        f"{name} begins like an image, but its header is damaged or cut off.",
+        "Copy it again, or export it again as PNG.",
+    )
+
+
+def _unread_tiff(file: BinaryIO, head: bytes, name: str) -> ImageError:
+    """Name what a TIFF's first page holds."""
+    remedy = "Save it as 8 or 16 bit TIFF without compression, or as PNG."
+    if head.startswith(b"MM\0+"):
+        return ImageError(f"{name} is a big-endian BigTIFF, which is not read.", remedy)
+    try:
+        file.seek(0)
+        head = file.read(16 if head[2] == 43 else 8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+        file.seek(tags.next)
+        tags.load(file)
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+        kind = SAMPLE_NAMES.get(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0], "unknown")
+        colours = PHOTOMETRIC_NAMES.get(tags.get(PHOTOMETRIC, 0), "unknown")
+        packing = tags.get(TiffImagePlugin.COMPRESSION, 1)
+        if not tags.get(TiffImagePlugin.IMAGEWIDTH) or not tags.get(TiffImagePlugin.IMAGELENGTH):
+            raise ValueError
+    except Exception:  # the directory itself
+        return ImageError(
+            f"{name} is a TIFF without a readable directory: damaged or cut off.",
+            "Copy it again, or export it again.",
+        )
+    if packing not in TiffImagePlugin.COMPRESSION_INFO:
+        what = f"{name} is a TIFF whose compression, number {packing}, is not read."
+        return ImageError(what, remedy)
+    samples = f"{' + '.join(map(str, bits[:8]))} bits, {kind}"
+    return ImageError(f"{name} is a TIFF of a kind that is not read: {colours}, {samples}.", remedy)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Say what is wrong with a file where Pillow's error is of a known kind."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (KeyError, TypeError) as error:  # from a directory of which something is missing
+        raise ImageError(
+            f"{name} is damaged where it says what it holds ({type(error).__name__}).",
+            "Copy it again from where it came.",
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:
+        text = str(error).lower()
+        if "max_text" in text:
+            raise ImageError(
+                f"{name} holds texts or a colour profile that unpack to more than is allowed.",
+                "Save the picture without metadata.",
+            ) from None
+        if "truncated" in text or "end of file" in text or "not enough" in text:
+            raise ImageError(
+                f"{name} is cut off: its data end before the picture does.",
+                CUT_OFF,
+            ) from None
+        if isinstance(error, (SyntaxError, zlib.error)) or any(
+            word in text for word in ("broken", "decode", "corrupt", "invalid", "failed to read")
+        ):
+            raise ImageError(
+                f"{name} is damaged: its compressed data contradict themselves.",
+                "Copy it again from where it came.",
+            ) from None
+        raise
 
 
 @functools.cache
-def _silence_libtiff() -> None:
-    """Keep the C library's own complaints off the screen: it writes them to file descriptor 2.
+def _prepare_libtiff() -> None:
+    """Have it read every TIFF, and keep its own complaints off the screen.
 
-    To turn that away for a moment would swallow what other threads write meanwhile.
+    Without it Pillow reads uncompressed ones itself, and mixes up planes of more than a byte. The
+    complaints go to file descriptor 2; to turn that away for a moment would swallow what other
+    threads write meanwhile.
     """
+    TiffImagePlugin.READ_LIBTIFF = True
     library = ctypes.CDLL(_imaging.__file__)  # which finds what Pillow itself was linked with
     for handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         with contextlib.suppress(AttributeError):  # linked in, so that its names are not shown
             getattr(library, handler)(None)
 
 
-def _pages(picture: TiffImagePlugin.TiffImageFile, name: str) -> int:
-    # Not n_frames, which takes hours on a hostile chain of a million pages.
-    for count in range(MAX_PAGES + 1):
-        try:
-            picture.seek(count)
-        except EOFError:
-            return count
-    raise ImageError(f"{name} has more than {MAX_PAGES:,} pages.", "Split it.")
+def _pages(path: Path, name: str) -> list[int]:
+    """The pages of a TIFF that are pictures of their own, or all where none says to be.
+
+    Its directories are followed here (TIFF 6.0, section 2): Pillow takes a chain that leads out of
+    the file for its end, and counts for hours on a hostile one of a million pages.
+    """
+    with path.open("rb") as file:
+        head = file.read(16)
+        order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+        big = int.from_bytes(head[2:4], order) == 43
+        width, of_count, of_entry = (8, 8, 20) if big else (4, 2, 12)
+        at = int.from_bytes(head[width : 2 * width], order)
+        seen: set[int] = set()
+        whole = []
+        while at and at not in seen:
+            if len(seen) == MAX_PAGES:
+                raise ImageError(f"{name} has more than {MAX_PAGES:,} pages.", "Split it.")
+            file.seek(at)
+            count = int.from_bytes(file.read(of_count), order)
+            entries = file.read(min(count, MAX_ENTRIES) * of_entry)
+            following = file.read(width)
+            if not count or count > MAX_ENTRIES or len(following) < width:
+                raise ImageError(f"{name} is cut off: not all of its pages are there.", CUT_OFF)
+            tags = {entries[i : i + 2]: i for i in range(0, len(entries), of_entry)}
+            place = tags.get(NEW_SUBFILE_TYPE.to_bytes(2, order))
+            start = 0 if place is None else place + of_entry - width
+            kind = 0 if place is None else int.from_bytes(entries[start : start + width], order)
+            if not kind & THUMBNAIL_OR_MASK:
+                whole.append(len(seen))
+            seen.add(at)
+            at = int.from_bytes(following, order)
+    return whole or list(range(len(seen)))
 
 
-def _is_white_zero(picture: Pillow.Image) -> bool:
-    # Pillow turns 8-bit TIFFs of this photometric interpretation over, but not 16-bit ones.
-    return (
-        isinstance(picture, TiffImagePlugin.TiffImageFile)
-        and picture.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+def _correct_byte_order(picture: TiffImagePlugin.TiffImageFile) -> None:
+    """Have what libtiff unpacked read in the machine's byte order, in which it comes.
+
+    Pillow reads it in the file's, so that compressed big-endian samples of more than a byte, other
+    than unsigned ones of 16 bits, would turn into noise.
+    """
+    picture.tile = [
+        tile._replace(args=(NATIVE.get(tile.args[0], tile.args[0]), *tile.args[1:]))
+        if tile.codec_name == "libtiff" and isinstance(tile.args, tuple)
+        else tile
+        for tile in picture.tile
+    ]
+
+
+def _load_tiff(picture: TiffImagePlugin.TiffImageFile, file_bytes: int) -> None:
+    """Decode a page, which also turns it upright.
+
+    Raises `OSError` "truncated" where its strips or tiles lead out of the file.
+    """
+    tags = picture.tag_v2
+    tiles = TILE_OFFSETS in tags
+    starts, sizes = (
+        tags.get(tag, ())
+        for tag in ((TILE_OFFSETS, TILE_SIZES) if tiles else (STRIP_OFFSETS, STRIP_SIZES))
     )
+    try:
+        picture.load()
+    except OSError:
+        ends = (start + size for start, size in zip(starts, sizes, strict=False))
+        if any(end > file_bytes for end in ends):
+            raise OSError("truncated") from None
+        raise
 
 
-def _flatten(picture: Pillow.Image) -> Pillow.Image:
-    """RGB over black, the background of a viewing station."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layers = picture.convert("RGBA")
-    return Pillow.alpha_composite(Pillow.new("RGBA", layers.size, "black"), layers).convert("RGB")
+def _check_tiles(picture: Pillow.Image, name: str, most_pixels: int) -> None:
+    """Refuse tiles that would take more memory than the largest picture may."""
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        tags = picture.tag_v2
+        width, length = (int(tags.get(tag, 1)) for tag in (TILE_WIDTH, TILE_LENGTH))
+        if width * length > most_pixels:
+            raise too_large(name, most_pixels)
+
+
+def _ends_flat(picture: Pillow.Image) -> bool:
+    """Whether the last block of a JPEG is of one shade, as those are that a decoder makes up.
+
+    Half of it is looked at: into the other, colours may run over from the block before.
+    """
+    width, height = picture.size
+    corner = picture.crop((max(0, width - 4), max(0, height - 4), width, height))
+    values = np.asarray(corner)
+    return bool((values == values[-1, -1]).all())
+
+
+def _check_jpeg(path: Path, scale: Literal[1, 8]) -> None:
+    """Raise `OSError` where a JPEG's data end before its picture, although it is closed properly.
+
+    libjpeg goes on with zeros then. So the picture must not depend on what follows the data; at an
+    eighth, which is quicker, where all of a block comes at once. Nor need it be looked at where the
+    same codes are repeated until the end: the shade is then the picture's own.
+    """
+    data = path.read_bytes()
+    end = data.rfind(b"\xff\xd9")
+    tail = data[max(0, end - 26) : max(0, end - 2)]  # but for the last bits and what fills them up
+    if scale == 8 and any(tail[period:] == tail[:-period] for period in range(1, 13)):
+        return
+    seen = []
+    for pad in (b"", JPEG_PAD):
+        with Pillow.open(io.BytesIO(data[:end] + pad + data[end:]), formats=("JPEG",)) as picture:
+            if scale == 8:
+                picture.draft(None, (1, 1))
+            seen.append(picture.tobytes())
+    if seen[0] != seen[1]:
+        raise OSError("truncated")
+
+
+def _check_png(path: Path) -> None:
+    """Raise `zlib.error` where a chunk that makes up the picture does not match its sum.
+
+    Pillow does not look at those of the pixels. A chunk: length, type, data, CRC-32 of the last
+    two (PNG 5.3).
+    """
+    data = memoryview(path.read_bytes())
+    at, kind = 8, b""
+    while kind != b"IEND" and at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        kind = bytes(data[at + 4 : at + 8])
+        stated = int.from_bytes(data[end : end + 4])
+        if (
+            kind in PNG_CRITICAL
+            and end + 4 <= len(data)
+            and zlib.crc32(data[at + 4 : end]) != stated
+        ):
+            raise zlib.error("a chunk does not match its sum")
+        at = end + 4
+    if kind != b"IEND":
+        raise OSError("truncated")

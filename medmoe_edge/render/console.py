@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none o
     from rich.progress import Progress
 
     from medmoe_edge.engine.answer import Answer
+    from medmoe_edge.errors import Notice
     from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Score
     from medmoe_edge.evaluation.inspection import Inspection
 
@@ -104,7 +105,14 @@ def show_answers(answers: Sequence["Answer"]) -> None:
             show()
         show(answer.question)
         show(f"  {answer.text or '(no answer)'}", "bold green")
+        show_warnings(answer.warnings)
         show(f"  {' · '.join(_grounds(answer))}", "dim")
+
+
+def show_warnings(warnings: Iterable["Notice"]) -> None:
+    """What should be known of a result, one a line."""
+    for notice in warnings:
+        show(f"  Warning: {notice.message}", "bold yellow")
 
 
 def show_inspection(inspection: "Inspection") -> None:

@@ -8,6 +8,7 @@ from medmoe_edge.render.console import (
     percent,
     show,
     show_table,
+    show_warnings,
     told,
     told_verified,
     wrote,
@@ -47,6 +48,7 @@ def show_classification(found: "Classification") -> None:
         show(f"and {more:,} more labels; --json has them all")
     if len(rows) == 1:
         show(ONE_LABEL, "yellow")
+    show_warnings(found.warnings)
     _ground(found.reading, found.timings["total"])
 
 
@@ -56,6 +58,7 @@ def show_location(found: "Location", picture: "Path") -> None:
     height, width = found.heat.shape
     show(found.phrase)
     show(f"  most alike at {x}, {y} of {width} x {height} pixels", "bold green")
+    show_warnings(found.warnings)
     show(f"  similarity to the whole image {found.similarity:.3f}", "dim")
     _ground(found.reading, found.timings["total"])
     wrote("the map", picture)

@@ -20,7 +20,7 @@ OPTIONAL: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_te
 NEVER_ON_THE_ASK_PATH = {
     *("torch", "transformers", "accelerate", "optimum", "scipy"),
     *("onnx", "onnxscript", "onnx_ir"),
-    *("pydicom", "pylibjpeg", "nibabel"),
+    *("pydicom", "imagecodecs", "nibabel"),
 }
 
 

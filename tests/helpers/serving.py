@@ -20,7 +20,7 @@ from medmoe_edge.bedside.serve.settings import Limits, Settings
 from medmoe_edge.contrastive.results import Classification, Location, Reading
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.proof import Proven
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.loading import Image, Pixels
 from medmoe_edge.prompt import check_question
 
 WORDS = ("No", " effusion", " is", " seen")
@@ -47,6 +47,9 @@ class StandIn:
 
     def prompt_tokens(self, question: str) -> int:
         return len(check_question(question).split())
+
+    def seen(self, image: Image) -> Pixels:
+        return image.pixels[:1, :1]
 
     def ask_stream(
         self, image: Image, questions: Sequence[str], *, max_new_tokens: int

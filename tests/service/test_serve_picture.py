@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from dicom_files import NAME, made
 from fastapi import FastAPI
 from PIL import Image as Pillow
 from pydicom import dcmread, dcmwrite, uid
 from pydicom.data import get_testdata_file
 from serving import StandIn, app_over, client_of, png
 from starlette.testclient import TestClient
-from test_dicom import NAME, made
 
 from medmoe_edge.bedside.serve import picture as serve_picture
 from medmoe_edge.bedside.serve.picture import Codes, Picture, picture_of
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.worker import Bounds
 
 
 def file_of(array: npt.NDArray[Any], **attributes: Any) -> bytes:
@@ -33,7 +34,7 @@ def file_of(array: npt.NDArray[Any], **attributes: Any) -> bytes:
 
 
 def shown(data: bytes, frame: int | None = None) -> Picture:
-    return picture_of(data, frame, 10**8)
+    return picture_of(data, frame, Bounds())
 
 
 def values_of(picture: Picture) -> npt.NDArray[np.float64]:
@@ -159,3 +160,15 @@ def test_the_service_decodes_and_keeps_to_its_limits(client: TestClient) -> None
         response = send()
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
         assert NAME not in response.text
+
+
+def test_a_picture_says_what_it_warns_of() -> None:
+    odd = file_of(FRAMES, WindowCenter=0, WindowWidth=2000)
+    assert shown(odd).warnings == []
+    unknown = dcmread(io.BytesIO(odd))
+    unknown.Modality = "NM"
+    file = io.BytesIO()
+    dcmwrite(file, unknown, enforce_file_format=True)
+    (warned,) = shown(file.getvalue()).warnings
+    assert warned.code == "unknown_modality"
+    assert "nuclear medicine" in warned.message

@@ -135,7 +135,8 @@ def test_a_deflated_header_is_inflated_within_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dicom(tmp_path / "bomb", "MR", syntax=DeflatedExplicitVRLittleEndian)
-    monkeypatch.setattr("medmoe_edge.image.dicom.MAX_BYTES", 50)
+    monkeypatch.setattr("medmoe_edge.image.dicom_container.MAX_INFLATED", 50)
+    monkeypatch.setattr("medmoe_edge.image.dicom_container.STEP", 20)
     assert {s.modality for s in folder_samples(tmp_path)} == {None}
 
 
@@ -283,7 +284,7 @@ def test_a_missing_decoder_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
     write_png(tmp_path / "a.png")
 
     def absent(*_: object, **__: object) -> None:
-        raise MissingDependencyError("pylibjpeg", "images")
+        raise MissingDependencyError("imagecodecs", "images")
 
     monkeypatch.setattr(samples, "load_image", absent)
     with pytest.raises(MissingDependencyError):

@@ -3,30 +3,30 @@
 import io
 import logging
 import re
+import sys
 import warnings
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from dicom_files import grey, made, saved
 from hostile import check_damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 from pydicom import Dataset, dcmread, dcmwrite, uid
 from pydicom.data import get_testdata_file
-from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 
 from medmoe_edge.errors import ImageError, MissingDependencyError
-from medmoe_edge.image import dicom as image_dicom
+from medmoe_edge.image import dicom_container
+from medmoe_edge.image.codestreams import read_codestream
 from medmoe_edge.image.loading import load_image
 
 VALUES = np.arange(-600, 600, dtype=np.int16).reshape(30, 40)
-NAME, IDENTITY = "Doe^Jane", "MRN-4711"
 
 
 def real(name: str) -> Path:
@@ -35,40 +35,6 @@ def real(name: str) -> Path:
     if path is None:
         pytest.skip(f"needs {name} of pydicom-data")
     return Path(str(path))
-
-
-def made(array: npt.NDArray[Any], **attributes: Any) -> Dataset:
-    """A small uncompressed image of `array` [H, W] or [F, H, W]; `attributes` add or replace."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID = uid.CTImageStorage
-    dataset.SOPInstanceUID = "1.2.3"
-    dataset.PatientName, dataset.PatientID = NAME, IDENTITY
-    *frames, dataset.Rows, dataset.Columns = array.shape
-    if frames:
-        dataset.NumberOfFrames = frames[0]
-    dataset.BitsAllocated = dataset.BitsStored = 8 * array.dtype.itemsize
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(array.dtype.kind == "i")
-    dataset.SamplesPerPixel = 1
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    dataset.PixelData = array.tobytes()
-    for name, value in attributes.items():
-        setattr(dataset, name, value)
-    dataset["PixelData"].VR = "OW"
-    return dataset
-
-
-def saved(folder: Path, dataset: Dataset, name: str = "a.dcm") -> Path:
-    dcmwrite(folder / name, dataset, enforce_file_format=True)
-    return folder / name
-
-
-def grey(path: Path, **options: Any) -> npt.NDArray[np.uint8]:
-    pixels = load_image(path, **options).pixels
-    assert (pixels == pixels[..., :1]).all()
-    return pixels[..., 0]
 
 
 def linear(x: float, centre: float, width: float) -> float:
@@ -283,8 +249,9 @@ def test_modality(code: str | None, modality: str | None, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("attributes", "spacing"),
     [
-        ({"PixelSpacing": ["0.5", "0.25"]}, (0.5, 0.25)),
-        ({"ImagerPixelSpacing": ["0.5", "0.25"]}, (0.5, 0.25)),
+        ({"PixelSpacing": ["0.5", "0.5"]}, (0.5, 0.5)),
+        ({"PixelSpacing": ["0.5", "0.25"]}, (0.25, 0.25)),  # in true proportions
+        ({"ImagerPixelSpacing": ["0.5", "0.25"]}, (0.25, 0.25)),
         ({"PixelSpacing": ["0", "0"]}, None),
         ({"PixelSpacing": "0.5"}, None),
         ({}, None),
@@ -319,7 +286,7 @@ def test_each_frame_has_its_own_window(tmp_path: Path) -> None:
         group.PixelValueTransformationSequence = [rescale]
         windows.append(group)
     shared, measures = Dataset(), Dataset()
-    measures.PixelSpacing = [2, 3]
+    measures.PixelSpacing = [2, 2]
     shared.PixelMeasuresSequence = [measures]
     dataset = made(
         VALUES,
@@ -331,7 +298,7 @@ def test_each_frame_has_its_own_window(tmp_path: Path) -> None:
     path = saved(tmp_path, dataset)
     for frame, centre in enumerate((0, 100)):
         image = load_image(path, frame=frame)
-        assert (image.window, image.spacing) == ((centre, 200), (2, 3))
+        assert (image.window, image.spacing) == ((centre, 200), (2, 2))
         stored = VALUES[15 * frame : 15 * frame + 15].ravel().tolist()
         expected = [linear(x + centre, centre, 200) for x in stored]
         assert np.abs(image.pixels[..., 0].ravel() - np.asarray(expected)).max() <= 0.5001
@@ -358,9 +325,9 @@ BAD = {
     "no rows": (made(BYTES, Rows=0), "has no pixels"),
     "no size": (without(made(BYTES), "Rows", "Columns"), "has no pixels"),
     "a bomb": (made(BYTES, Rows=30_000, Columns=30_000), "limit of 100,000,000 pixels"),
-    "frames without end": (made(BYTES, NumberOfFrames=10**8), "more than the limit"),
-    "one frame of two": (made(BYTES, NumberOfFrames=2), "damaged"),
-    "less than its size": (made(BYTES, Rows=11), "damaged"),
+    "frames without end": (made(BYTES, NumberOfFrames=10**8), "holds fewer pixels"),
+    "one frame of two": (made(BYTES, NumberOfFrames=2), "holds fewer pixels"),
+    "less than its size": (made(BYTES, Rows=11), "holds fewer pixels"),
     "strange colours": (made(BYTES, PhotometricInterpretation="CMYK"), "colours of an unsupported"),
     "another size inside": (jpeg2000(made(BYTES), np.zeros((40, 40), "u1")), "of another size"),
 }
@@ -378,7 +345,7 @@ def test_bad_input(name: str, tmp_path: Path) -> None:
 def test_a_hostile_rle_frame_does_not_panic(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """pylibjpeg-rle answers overlapping segments with a Rust panic, which is no `Exception`."""
+    """Its segments overlap."""
     data = bytearray(real("MR_small_RLE.dcm").read_bytes())
     header = data.index(b"\2\0\0\0\x40\0\0\0")  # two segments, the first at byte 64
     data[header + 8] = 0
@@ -389,19 +356,30 @@ def test_a_hostile_rle_frame_does_not_panic(
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_unknown_compression(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("syntax", "message"),
+    [
+        (uid.MPEG2MPML, "is a video"),
+        (uid.SMPTEST211020UncompressedProgressiveActiveVideo, "compressed in an unsupported way"),
+        (uid.JPEGBaseline8Bit, "cut off or damaged"),
+    ],
+)
+def test_an_unknown_compression(syntax: uid.UID, message: str, tmp_path: Path) -> None:
     dataset = jpeg2000(made(BYTES), BYTES)
-    dataset.file_meta.TransferSyntaxUID = uid.MPEG2MPML
-    with pytest.raises(ImageError, match="compressed in an unsupported way"):
+    dataset.PixelData = encapsulate([b"\0\0\1\xb3" * 20])
+    dataset.file_meta.TransferSyntaxUID = syntax
+    with pytest.raises(ImageError, match=message):
         load_image(saved(tmp_path, dataset))
 
 
-def test_a_missing_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("all plugins are missing dependencies")
+def test_what_a_codestream_is_decides_over_the_transfer_syntax(tmp_path: Path) -> None:
+    dataset = jpeg2000(made(BYTES), BYTES)
+    dataset.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
+    np.testing.assert_array_equal(grey(saved(tmp_path, dataset)), BYTES)
 
-    monkeypatch.setattr(image_dicom, "get_decoder", lambda _: SimpleNamespace(available_plugins=()))
-    monkeypatch.setattr(image_dicom, "pixel_array", fail)
+
+def test_a_missing_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
     with pytest.raises(MissingDependencyError, match=re.escape("'medmoe-edge[images]'")):
         load_image(saved(tmp_path, jpeg2000(made(BYTES), BYTES)))
 
@@ -411,13 +389,17 @@ def test_a_deflated_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     dataset.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
     path = saved(tmp_path, dataset)
     np.testing.assert_array_equal(grey(path), BYTES)
+    whole = path.read_bytes()
+    at = 132 + 12 + int.from_bytes(whole[140:144], "little")  # past group 2
     deflater = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    plain = path.read_bytes()[:132]
-    plain += path.read_bytes()[132 : path.read_bytes().index(b"1.2.840.10008.1.2.1.99") + 22]
-    bomb = deflater.compress(bytes(10**6)) + deflater.flush()
-    path.write_bytes(plain + bomb)
-    monkeypatch.setattr(image_dicom, "MAX_BYTES", 10**5)
-    with pytest.raises(ImageError, match="inflates to more than 100,000 bytes"):
+    inside = zlib.decompress(whole[at:], -zlib.MAX_WBITS)
+    start = inside.index(b"\xe0\x7f\x10\0")
+    private = b"\x09\0\x10\x10OB\0\0" + (10**7).to_bytes(4, "little") + bytes(10**7)
+    bomb = deflater.compress(private + inside[start:]) + deflater.flush()
+    path.write_bytes(whole[:at] + bomb)
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr(dicom_container, "MAX_HEADER", 10**6)
+    with pytest.raises(ImageError, match="inflates to more than 1,000,000 bytes"):
         load_image(path)
 
 
@@ -426,8 +408,10 @@ def test_a_deflated_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_size_of_a_compressed_picture(kind: str, mode: str) -> None:
     buffer = io.BytesIO()
     Pillow.new(mode, (37, 21)).save(buffer, kind)
-    assert image_dicom.jpeg_size(buffer.getvalue()) == (21, 37, len(mode))
-    assert image_dicom.jpeg_size(b"no picture") is None
+    stream = read_codestream(buffer.getvalue(), "it")
+    assert (stream.rows, stream.columns, stream.components) == (21, 37, len(mode))
+    with pytest.raises(ImageError, match="neither JPEG, JPEG-LS nor JPEG 2000"):
+        read_codestream(b"no picture", "it")
 
 
 def test_messages_keep_the_patient_secret(
@@ -450,7 +434,7 @@ def test_messages_keep_the_patient_secret(
                 load_image(data)
             except ImageError as error:
                 said += str(error)
-    assert "damaged" in said
+    assert "without an image" in said
     assert "Doe" not in said
     assert "4711" not in said
     assert caplog.records == []

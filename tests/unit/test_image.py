@@ -175,11 +175,11 @@ def test_pages_of_a_tiff(tmp_path: Path) -> None:
 
 
 def test_too_many_pages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medmoe_edge.image import raster as image_raster
+    from medmoe_edge.image import raster
 
     pages = [Pillow.fromarray(GREY)] * 4
     path = saved(tmp_path, encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
-    monkeypatch.setattr(image_raster, "MAX_PAGES", 3)
+    monkeypatch.setattr(raster, "MAX_PAGES", 3)
     with pytest.raises(ImageError, match="more than 3 pages"):
         load_image(path)
 
@@ -261,17 +261,29 @@ def test_a_long_strip_needs_little_memory(shape: tuple[int, int], pad: bool) -> 
 BAD = {
     "text": (b"Is there effusion?", "not an image"),
     "empty": (b"", "is empty"),
-    "gif": (encoded(GREY, "GIF"), "not an image"),
+    "ico": (encoded(GREY, "ICO"), "not an image"),
+    "jpeg 2000": (encoded(GREY, "JPEG2000"), "is a JPEG 2000 picture, which is not read"),
+    "avif": (encoded(RGB, "AVIF"), "is a HEIF or AVIF picture, which is not read"),
+    "pdf": (encoded(RGB, "PDF"), "is a PDF document, which is not read"),
+    "psd": (b"8BPS\0\1", "is a Photoshop document, which is not read"),
+    "svg": (b'<?xml version="1.0"?>\n<svg>', "is an SVG drawing, which is not read"),
+    "zip": (b"PK\x03\x04\x14\0", "is an archive, which is not read"),
+    "nrrd": (b"NRRD0004\ntype: short", "is an NRRD volume, which is not read"),
+    "metaimage": (b"ObjectType = Image\nNDims = 3", "is a MetaImage volume, which is not read"),
+    "analyze": (struct.pack("<I", 348) + bytes(344), "does not say where left and right are"),
     "signature only": (b"\x89PNG\r\n\x1a\n", "damaged"),
-    "no width": (png_header(0, 5), "damaged"),
+    "no width": (png_header(0, 5), "damaged|has no pixels"),
     "just too large": (png_header(10_000, 10_001), "limit of 100,000,000 pixels"),
     "a bomb": (png_header(30_000, 30_000), "limit of 100,000,000 pixels"),
-    "no data": (png_header(300, 300), "damaged"),
-    "half a PNG": (LOSSLESS["rgb.png"][0][:200], "damaged"),
-    "half a JPEG": (encoded(RGB, "JPEG")[:-40], "damaged"),
-    "half a TIFF": (encoded(RGB, "TIFF")[:-40], "damaged"),
+    "no data": (png_header(300, 300), "cut off"),
+    "half a PNG": (LOSSLESS["rgb.png"][0][:200], "cut off"),
+    "half a JPEG": (encoded(RGB, "JPEG")[:-40], "cut off"),
+    "half a TIFF": (encoded(RGB, "TIFF")[:-40], "cut off"),
+    "half a WebP": (encoded(RGB, "WEBP")[:-40], "damaged"),
+    "half a BMP": (encoded(RGB, "BMP")[:-40], "cut off"),
+    "half a GIF": (encoded(GREY, "GIF")[:-40], "cut off"),
     "gzip": (gzip.compress(b"Is there effusion?"), "not an image"),
-    "half a gzip": (gzip.compress(os.urandom(500))[:-90], "damaged"),
+    "half a gzip": (gzip.compress(os.urandom(500))[:-90], "cut off"),
 }
 
 
@@ -307,7 +319,7 @@ def test_out_of_memory_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("medmoe_edge.image.raster._flatten", fail)
+    monkeypatch.setattr("medmoe_edge.image.raster.show", fail)
     with pytest.raises(ResourceError, match="not enough memory"):
         load_image(saved(tmp_path, encoded(RGB, "PNG")))
 

@@ -1,0 +1,283 @@
+"""The container: where a DICOM file's attributes and its pixels lie, whatever the file's beginning.
+
+PS3.10 wants 128 bytes, `DICM` and a group 2 that names the transfer syntax. Files come without any
+of them, and with a group 2 that is wrong: how the first element is written decides over what group
+2 says. Attributes are read up to the pixels, the pixels themselves not at all: `PixelElement` says
+where they are, and a single frame is read from there.
+"""
+
+import contextlib
+import dataclasses
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+from pydicom import uid
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag
+from pydicom.valuerep import VR
+
+from medmoe_edge.errors import ImageError
+from medmoe_edge.image.dicom_header import Header, Say
+
+MAX_HEADER = 2**28  # bytes of all attributes but the pixels
+MAX_INFLATED = 2**31  # bytes that are inflated on the way to a frame
+STEP = 2**20
+PIXEL_TAGS = {0x7FE00008: "float32", 0x7FE00009: "float64", 0x7FE00010: "integer"}
+PIXEL_GROUP = 0x7FE0
+LONG_FORM = {vr.value.encode() for vr in VR} - {  # VR with two spare bytes and a length of four
+    b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FL", b"FD", b"IS", b"LO",
+    b"LT", b"PN", b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US",
+}  # fmt: skip
+KNOWN_VRS = {vr.value.encode() for vr in VR if len(vr.value) == 2}
+UNDEFINED = 0xFFFFFFFF
+ITEM_LITTLE = b"\xfe\xff\x00\xe0"
+GE_BIG_ENDIAN_PIXELS = "1.2.840.113619.5.2"  # of a data set in implicit little endian
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelElement:
+    """Where the pixels lie in `file`: `length` bytes from `start`; None, if it is undefined."""
+
+    file: BinaryIO
+    start: int
+    length: int | None
+    kind: str
+    words: bool  # OW: the file's byte order applies to units of 16 bits, even of 8-bit values
+
+    def is_encapsulated(self) -> bool:
+        """Whether it begins with an item, as compressed pixels do; their length is undefined.
+
+        Some writers state one all the same. As pixels, these bytes are improbable but possible:
+        the table of offsets, which comes first, has to fit in, and another item to follow it.
+        """
+        if self.length is None:
+            return True
+        head = read_at(self.file, self.start, min(self.length, 8))
+        size = int.from_bytes(head[4:8], "little")
+        if head[:4] != ITEM_LITTLE or size % 4 or size + 16 > self.length:
+            return False
+        return read_at(self.file, self.start + 8 + size, 4) == ITEM_LITTLE
+
+
+@dataclasses.dataclass(frozen=True)
+class Container:
+    """An open DICOM file; its `syntax` and storage class `kind` are None where none is named."""
+
+    header: Header
+    syntax: uid.UID | None
+    kind: uid.UID | None
+    little: bool
+    pixels: PixelElement | None
+
+
+@contextlib.contextmanager
+def open_container(path: Path, name: str, say: Say) -> Iterator[Container]:
+    """Open a DICOM file and read its attributes up to the pixels.
+
+    Args:
+        path: The file.
+        name: What messages call it.
+        say: Takes what should be known of the file.
+
+    Yields:
+        The container; its file is closed afterwards.
+
+    Raises:
+        ImageError: The attributes are too many.
+        Exception: Whatever pydicom raises where they are damaged.
+    """
+    with path.open("rb") as file:
+        meta = _read_meta(file)
+        syntax = _uid(meta, "TransferSyntaxUID")
+        data: IO[bytes] = file
+        if syntax == uid.DeflatedExplicitVRLittleEndian and not _starts_plainly(file):
+            data = cast(IO[bytes], _Inflated(file, name))
+        container = _read(cast(BinaryIO, data), syntax, say)
+        kind = _uid(container.header, "SOPClassUID") or _uid(meta, "MediaStorageSOPClassUID")
+        yield dataclasses.replace(container, kind=kind)
+
+
+def _uid(header: Header, keyword: str) -> uid.UID | None:
+    value = header.value(keyword)
+    return uid.UID(str(value).strip(" \0")) if value else None
+
+
+def _read_meta(file: BinaryIO) -> Header:
+    """Read group 2, where there is one, and leave the file at the first element after it."""
+    head = file.read(132)
+    start = 132 if head[128:] == b"DICM" else 4 if head[:4] == b"DICM" else 0
+    file.seek(start)
+    if file.read(2) not in (b"\x02\0", b"\0\x02"):
+        file.seek(start)
+        return Header(Dataset())
+    file.seek(start)
+    return Header(read_dataset(file, False, True, stop_when=_is_past_meta))
+
+
+def _is_past_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+    return tag.group != 2
+
+
+def _is_pixels(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+    return int(tag) in PIXEL_TAGS
+
+
+def _starts_plainly(file: BinaryIO) -> bool:
+    """Whether what is said to be deflated is not."""
+    at = file.tell()
+    head = file.read(6)
+    file.seek(at)
+    return head[:4] in (b"\x08\0\x05\0", b"\x08\0\x16\0", b"\x08\0\x08\0") and head[4:] in KNOWN_VRS
+
+
+def _read(file: BinaryIO, syntax: uid.UID | None, say: Say) -> Container:
+    at = file.tell()
+    head = file.read(8)
+    file.seek(at)
+    little = not (head[:1] == b"\0" and head[1:2] != b"\0")  # first come groups below 256
+    implicit = head[4:6] not in KNOWN_VRS
+    stated = syntax is not None and not syntax.is_private
+    if (
+        stated
+        and len(head) == 8
+        and (_is_little(syntax), _is_implicit(syntax)) != (little, implicit)
+    ):
+        say("transfer_syntax", "The file is not written in the way that it states.")
+    dataset = read_dataset(file, implicit, little, stop_when=_is_pixels)
+    dataset.set_original_encoding(implicit, little)
+    dataset.file_meta = FileMetaDataset()
+    if syntax is not None:
+        dataset.file_meta.TransferSyntaxUID = syntax
+    pixels = _find_pixels(file, implicit, little)
+    header = Header(dataset, little=little)
+    return Container(header, syntax, None, little and syntax != GE_BIG_ENDIAN_PIXELS, pixels)
+
+
+def _is_little(syntax: uid.UID | None) -> bool:
+    return syntax != uid.ExplicitVRBigEndian
+
+
+def _is_implicit(syntax: uid.UID | None) -> bool:
+    return syntax == uid.ImplicitVRLittleEndian
+
+
+def _find_pixels(file: BinaryIO, implicit: bool, little: bool) -> PixelElement | None:
+    """The element at which reading stopped (PS3.5 7.1)."""
+    head = file.read(12)
+    if len(head) < 8:
+        return None
+    order = "little" if little else "big"
+    tag = int.from_bytes(head[:2], order) << 16 | int.from_bytes(head[2:4], order)  # type: ignore[arg-type]
+    kind = PIXEL_TAGS.get(tag)
+    if kind is None:
+        return None
+    vr = head[4:6]
+    if implicit or vr not in KNOWN_VRS:
+        vr, length, start = b"OW", head[4:8], file.tell() - len(head) + 8
+    elif vr in LONG_FORM:
+        length, start = head[8:12], file.tell() - len(head) + 12
+    else:
+        length, start = head[6:8], file.tell() - len(head) + 8
+    count = int.from_bytes(length, order)  # type: ignore[arg-type]
+    return PixelElement(file, start, None if count == UNDEFINED else count, kind, vr != b"OB")
+
+
+def read_at(file: BinaryIO, start: int, size: int) -> bytes:
+    """So many bytes of the file, or fewer if it ends before."""
+    file.seek(start)
+    if not isinstance(file, _Inflated):
+        return file.read(size)
+    parts = []
+    while size > 0:
+        file.forget()
+        part = file.read(min(size, STEP))
+        if not part:
+            break
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+class _Inflated:
+    """A deflated data set, read as a file: inflated as far as it is read, and no further.
+
+    The attributes are kept, since pydicom goes back in them; what lies before a frame is not.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        head = file.read(2)
+        file.seek(-len(head), io.SEEK_CUR)
+        zlib_header = len(head) == 2 and head[0] == 0x78 and int.from_bytes(head, "big") % 31 == 0
+        self._bits = zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS
+        self._start = file.tell()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._file.seek(self._start)
+        self._inflater = zlib.decompressobj(self._bits)
+        self._kept, self._base, self._at = bytearray(), 0, 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def forget(self) -> None:
+        """Let go of what was read."""
+        del self._kept[: self._at - self._base]
+        self._base = self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        target = offset + (self._at if whence == io.SEEK_CUR else 0)
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("its end is not known")
+        if target < self._base:  # back to a frame, once it was seen that all of them are there
+            self._restart()
+        end = self._base + len(self._kept)
+        while end < target:  # what lies between is let go of
+            more = self._more()
+            if not more:
+                target = end
+                break
+            self._base, self._kept = end, more
+            end += len(more)
+        self._at = target
+        return target
+
+    def read(self, size: int = -1) -> bytes:
+        first = self._at - self._base
+        while size < 0 or len(self._kept) < first + size:
+            if len(self._kept) > MAX_HEADER:
+                raise _too_much(self._name, MAX_HEADER)
+            more = self._more()
+            if not more:
+                break
+            self._kept += more
+        data = bytes(self._kept[first:] if size < 0 else self._kept[first : first + size])
+        self._at += len(data)
+        return data
+
+    def _more(self) -> bytearray:
+        if self._base + len(self._kept) > MAX_INFLATED:
+            raise _too_much(self._name, MAX_INFLATED)
+        while not self._inflater.eof:
+            data = self._inflater.unconsumed_tail or self._file.read(STEP)
+            if not data:
+                raise ImageError(
+                    f"{self._name} is cut off: its deflated data has no end.",
+                    "Copy or export the file again.",
+                )
+            more = self._inflater.decompress(data, STEP)
+            if more:
+                return bytearray(more)
+        return bytearray()
+
+
+def _too_much(name: str, limit: int) -> ImageError:
+    return ImageError(
+        f"{name} inflates to more than {limit:,} bytes before its picture ends.",
+        "Save the wanted frame uncompressed.",
+    )

@@ -1,0 +1,189 @@
+"""Lookup tables as they truly are: modality, VOI, presentation and palette (PS3.3 C.11, C.7.9).
+
+A descriptor has three numbers: how many entries (0 means 65,536), the first value mapped, and the
+bits of an entry. Each of them is written wrongly by real devices, and the data is packed in more
+than one way. So the data decides: how many entries it holds, and how many bits they need; and of
+the two ways to read the first value, signed and unsigned, the one that meets the image's values.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.multival import MultiValue
+
+from medmoe_edge.errors import ImageError
+from medmoe_edge.image.dicom_header import Header, Say
+
+MAX_ENTRIES = 2**16
+COLOURS = ("Red", "Green", "Blue")
+WHOLE = 2**16
+Entries = npt.NDArray[np.uint16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """`entries` for the values from `first` on; lesser and greater ones take the ends."""
+
+    first: int
+    entries: Entries
+    bits: int
+
+    def apply(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """The entries of values, which may be fractions of whole numbers."""
+        places = np.rint(np.asarray(values, np.float64) - self.first)
+        return self.entries[np.clip(places, 0, len(self.entries) - 1).astype(np.intp)].astype(
+            np.float64
+        )
+
+
+def read_table(header: Header, domain: tuple[float, float], say: Say) -> Table | None:
+    """A table of an item with a LUTDescriptor and LUTData; None where it is empty or no table.
+
+    Args:
+        header: The item.
+        domain: The least and the greatest value that can come in.
+        say: Takes what is odd about the table.
+    """
+    descriptor = header.numbers("LUTDescriptor")
+    if len(descriptor) != 3:
+        return None
+    entries = _entries(header, "LUTData", descriptor)
+    if entries is None:
+        return None
+    bits = _bits_of(entries, int(descriptor[2]))
+    if bits != int(descriptor[2]):
+        say(
+            "lookup_table",
+            f"A lookup table states {int(descriptor[2])} bits and holds {bits}: it is shown by "
+            "what it holds.",
+        )
+    return Table(_first(descriptor, len(entries), domain), entries, bits)
+
+
+def read_palette(header: Header, domain: tuple[float, float], name: str) -> tuple[Table, ...]:
+    """The red, green and blue tables, all of the same bits.
+
+    Raises:
+        ImageError: One is missing, or unfolds without end.
+    """
+    tables = []
+    declared = 0
+    for colour in COLOURS:
+        descriptor = header.numbers(f"{colour}PaletteColorLookupTableDescriptor")
+        if len(descriptor) != 3:
+            raise _no_palette(name)
+        segmented = header.value(f"Segmented{colour}PaletteColorLookupTableData")
+        declared = max(declared, int(descriptor[2]))
+        if segmented is not None:
+            entries = _unfolded(_segments(header, segmented, int(descriptor[2])), name)
+        else:
+            found = _entries(header, f"{colour}PaletteColorLookupTableData", descriptor)
+            if found is None:
+                raise _no_palette(name)
+            entries = found
+        tables.append((descriptor, entries))
+    bits = _bits_of(np.concatenate([entries for _, entries in tables]), declared)
+    return tuple(
+        Table(_first(descriptor, len(entries), domain), entries, bits)
+        for descriptor, entries in tables
+    )
+
+
+def _no_palette(name: str) -> ImageError:
+    return ImageError(f"{name} lacks its colour table.", "Save the picture as RGB or PNG.")
+
+
+def _entries(header: Header, keyword: str, descriptor: list[float]) -> Entries | None:
+    """Entries as 16-bit values, however they are packed."""
+    count = int(descriptor[0]) % WHOLE or MAX_ENTRIES
+    narrow = int(descriptor[2]) <= 8
+    value = header.value(keyword)
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        data = value[: 2 * MAX_ENTRIES]
+        words = np.frombuffer(data[: len(data) // 2 * 2], "<u2" if header.little else ">u2")
+        size = len(data)
+    else:
+        try:
+            listed = list(value) if isinstance(value, (MultiValue, list, tuple)) else [value]
+            words = np.array([int(item) % WHOLE for item in listed[:MAX_ENTRIES]], np.uint16)
+        except (TypeError, ValueError):
+            return None
+        size = 2 * len(words)
+    packed = size < 2 * count and (narrow or size in (count, count + 1))
+    if packed:  # two entries a word, the first in its low byte
+        octets = words.astype("<u2").tobytes()
+        if isinstance(value, bytes) and size % 2:
+            octets += value[size - 1 : size]
+        entries = np.frombuffer(octets, np.uint8)[:count].astype(np.uint16)
+    else:
+        entries = words.astype(np.uint16)
+        if narrow and not (entries & 0xFF).any():
+            entries >>= 8
+    return entries if len(entries) else None
+
+
+def _bits_of(entries: Entries, declared: int) -> int:
+    """The bits of an entry: those declared, if the greatest entry needs just so many."""
+    needed = int(entries.max()).bit_length()
+    return needed or min(max(declared, 1), 16)
+
+
+def _first(descriptor: list[float], count: int, domain: tuple[float, float]) -> int:
+    """The first value mapped, signed or unsigned: whichever lets the table meet more values."""
+    stated = int(descriptor[1])
+    low, high = domain
+
+    def met(first: int) -> float:
+        return min(first + count - 1, high) - max(first, low)
+
+    others = (stated, stated - WHOLE if stated >= WHOLE // 2 else stated + WHOLE)
+    return max(others, key=met) if met(stated) < 0 else stated
+
+
+def _segments(header: Header, value: object, bits: int) -> list[int]:
+    data = value if isinstance(value, bytes) else b""
+    order = "u1" if bits == 8 else "<u2" if header.little else ">u2"
+    data = data[: 8 * MAX_ENTRIES]
+    return np.frombuffer(data[: len(data) // 2 * 2], order).tolist()  # type: ignore[no-any-return]
+
+
+def _unfolded(words: list[int], name: str) -> Entries:
+    """Entries of a segmented table (PS3.3 C.7.9.2): an opcode, a length, and what it stands for.
+
+    0 lists values, 1 draws a line to its one value, and 2 repeats segments from a place on.
+    """
+    entries: list[int] = []
+    _unfold(words, 0, len(words), entries, name, indirect=True)
+    if not entries:
+        raise _no_palette(name)
+    return np.array(entries, np.uint16)
+
+
+def _unfold(
+    words: list[int], at: int, segments: int, entries: list[int], name: str, *, indirect: bool
+) -> None:
+    while segments > 0 and at + 1 < len(words):
+        opcode, length = words[at : at + 2]
+        segments -= 1
+        if opcode == 0:
+            entries += words[at + 2 : at + 2 + length]
+            at += 2 + length
+        elif opcode == 1 and entries and at + 2 < len(words):
+            start, end = entries[-1], words[at + 2]
+            steps = np.linspace(start, end, length + 1)[1:]
+            entries += np.rint(steps).astype(int).tolist()
+            at += 3
+        elif opcode == 2 and indirect and at + 3 < len(words):
+            place = words[at + 2] | words[at + 3] << 16
+            _unfold(words, place, length, entries, name, indirect=False)
+            at += 4
+        elif opcode == 0xFFFF or (opcode == 0 and length == 0):  # padding
+            break
+        else:
+            raise ImageError(f"{name} has an unsupported colour table.", "Save it as RGB or PNG.")
+        if len(entries) > MAX_ENTRIES:
+            raise ImageError(f"{name} has an unsupported colour table.", "Save it as RGB or PNG.")
