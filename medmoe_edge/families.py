@@ -50,6 +50,7 @@ class VerifyOptions:
     beside: Sequence[str] = ()
     report: Path | None = None
     vision_tower: Path | None = None
+    record: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class MedMoEFamily:
             options.data,
             beside=options.beside,
             vision_tower=options.vision_tower,
+            record=options.record,
             progress=progress,
         )
 
@@ -209,7 +211,9 @@ class ContrastiveFamily:
             return verify_modality(bundle, progress=progress)
         with needs("export"):
             from medmoe_edge.pipeline_contrastive import verify_modality_on
-        return verify_modality_on(bundle, options.against, options.data, progress=progress)
+        return verify_modality_on(
+            bundle, options.against, options.data, record=options.record, progress=progress
+        )
 
     def evaluate(
         self, model: str, options: EvaluateOptions, progress: "Progress"

@@ -21,6 +21,7 @@ from medmoe_edge.bundle.weights import float_weights
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.data.datasets import Example, read_examples
 from medmoe_edge.engine.engine import Engine, load
+from medmoe_edge.engine.proof import proven
 from medmoe_edge.errors import DataError
 from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.prompt import Tokenizer
@@ -203,4 +204,4 @@ def _engine(bundle: Bundle, budget: int | None, prefetch: bool, asking: Asking) 
     if isinstance(runtime, SyntheticRuntime):
         runtime.directions, runtime.follow = directions(bundle), asking.follow
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    return Engine(runtime, tokenizer, bundle.name, bundle.sha256, bundle.proof)
+    return Engine(runtime, tokenizer, bundle.name, bundle.sha256, proven(bundle))

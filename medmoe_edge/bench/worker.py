@@ -257,9 +257,9 @@ class Requests:
 
     def make_bundle(self, checkpoint: str, out: str) -> None:
         """Export a checkpoint in fp32."""
-        from medmoe_edge.export.build import export_bundle
+        from medmoe_edge.export.build import BuildOptions, export_bundle
 
-        export_bundle(Path(checkpoint), Path(out), precision="fp32")
+        export_bundle(Path(checkpoint), Path(out), BuildOptions(precision="fp32"))
 
     def make_gguf(self, config: Mapping[str, Any], form: Any, out: str) -> None:
         """Write a GGUF of equal shape, with random weights."""

@@ -10,7 +10,6 @@ from medmoe_edge.config import Config
 
 CPU_INFO = Path("/proc/cpuinfo")
 Arithmetic = Literal["exact", "saturating"]
-OLDEST = "1.24"  # ONNX Runtime that the project declares: bundles are tried with it and later ones
 
 # What ONNX Runtime's kernels for 8-bit and 4-bit weights choose by, best first: the flags in
 # /proc/cpuinfo and their usual names.
@@ -70,15 +69,6 @@ class Machine(Config):
 
     def __str__(self) -> str:
         return f"{self.cpu} ({self.best}, {self.arithmetic} int8), ONNX Runtime {self.onnxruntime}"
-
-
-def is_older(version: str, oldest: str = OLDEST) -> bool:
-    """Whether a version of ONNX Runtime is before the oldest one."""
-
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", text)[:2]]
-
-    return numbers(version) < numbers(oldest)
 
 
 def cpu_name(info: Path = CPU_INFO) -> str:

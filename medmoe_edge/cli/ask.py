@@ -76,6 +76,8 @@ def ask(
             render_contrastive.show_explanation(found, answers[0].modality, explain)
     if found and found.reading.unfamiliar:
         render.show(render_contrastive.UNFAMILIAR, "yellow", stderr=True)
+    if engine.proven:
+        render.hint(engine.proven.hint)
     for notice in dict.fromkeys(answer.notice for answer in answers):
         render.show(notice, "yellow", stderr=True)
 

@@ -90,6 +90,21 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(metavar="OUT.html", help="A page with plots.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Instead: prove it on this machine by what travels with it, in under a minute.",
+        ),
+    ] = False,
+    record: Annotated[
+        bool | None,
+        typer.Option(
+            "--record/--no-record",
+            help="Keep the record in the bundle, with inputs for --quick.",
+            show_default="yes, but never in an installation",
+        ),
+    ] = None,
     targets: Annotated[
         Literal["all-available"] | None,
         typer.Option(help="Instead: do the graphs of every target compute the same on DATA?"),
@@ -100,22 +115,31 @@ def verify(
 ) -> None:
     """Check a bundle; with --against, measure what quantisation cost and record it in the bundle.
 
-    A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns.
+    A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns. A bundle that
+    was verified on another kind of machine is proven here with --quick.
     """
+    if quick:
+        others = (against, data, beside, report, targets, record, vision_tower)
+        _verify_quick(bundle, as_json, others=any(other is not None for other in others))
+        return
     if targets is not None:
-        others = bool(against or beside or report)
-        _verify_targets(bundle, data or "builtin", as_json, others=others)
+        mixed = bool(against or beside or report)
+        _verify_targets(bundle, data or "builtin", as_json, others=mixed)
         return
     if against is None and (data or beside):
         raise InputError(
             "--data and --beside measure against a checkpoint.", "Add --against CHECKPOINT."
         )
+    if against is None and record:
+        raise InputError("There is nothing to record.", "Add --against CHECKPOINT.")
     folder = bundle_path(bundle)
     family = family_of(folder)
     write_report = _report_writer(report, force)
     with render.working("Reading") as progress:
         checkpoint = None if against is None else checkpoint_path(against)
-        options = VerifyOptions(checkpoint, data or "builtin", beside or [], report, vision_tower)
+        options = VerifyOptions(
+            checkpoint, data or "builtin", beside or [], report, vision_tower, record
+        )
         found = family.verify(folder, options, progress)
     write_report(found)
     if as_json:
@@ -124,6 +148,24 @@ def verify(
         render_verification.show_verification(found)
         if report:
             render.wrote("the report", report)
+    if error := found.error():
+        raise error
+
+
+def _verify_quick(bundle: str, as_json: bool, *, others: bool) -> None:
+    from medmoe_edge.embedded import bundle_path
+    from medmoe_edge.evaluation.quick import verify_quick
+
+    if others:
+        raise InputError(
+            "--quick proves a bundle by what travels with it.", "Leave the other options out."
+        )
+    with render.working("Reading") as progress:
+        found = verify_quick(bundle_path(bundle), progress=progress)
+    if as_json:
+        render.as_json(found.to_json())
+    else:
+        render_verification.show_quick(found)
     if error := found.error():
         raise error
 

@@ -18,14 +18,8 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bundle.machine import (
-    CPU_INFO,
-    OLDEST,
-    Arithmetic,
-    cpu_features,
-    cpu_name,
-    is_older,
-)
+from medmoe_edge._version import too_old as onnxruntime_too_old
+from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name
 from medmoe_edge.device.devices import GB, memory_here
 from medmoe_edge.device.hardware import (
     Gpus,
@@ -327,13 +321,8 @@ def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
             "This is a checkout that was not installed: nothing is known of its extras.",
             "pip install -e .",
         )
-    elif ort.version and is_older(ort.version):
-        yield Finding(
-            "warning",
-            f"ONNX Runtime {ort.version} is older than {OLDEST}, the oldest that bundles are tried "
-            "with: they may not load, or answer otherwise.",
-            "pip install --upgrade onnxruntime",
-        )
+    elif ort.version and (old := onnxruntime_too_old(ort.version)):
+        yield Finding("problem", *old)
 
 
 def _cuda_findings(machine: Machine, ort: Ort, version: Versions) -> Iterator[Finding]:

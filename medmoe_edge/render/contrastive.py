@@ -3,7 +3,15 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from medmoe_edge.render.console import megabytes, percent, show, show_table, told, wrote
+from medmoe_edge.render.console import (
+    megabytes,
+    percent,
+    show,
+    show_table,
+    told,
+    told_verified,
+    wrote,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,6 +140,7 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
     ]
     for name in ("quantisation", "source", "licence", "verification"):
         rows += told(name, getattr(inspection, name))
+    rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)
 
 

@@ -16,6 +16,7 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import VerificationError
+from medmoe_edge.evaluation.record import read_record
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.render import console as render
 
@@ -108,7 +109,7 @@ def test_export_shows_its_proof(
     run: Run, proven_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(proven_bundle)
-    made = pipeline.Export(Path("out"), Verification(bundle, [], bundle.verification))
+    made = pipeline.Export(Path("out"), Verification(bundle, [], read_record(bundle)))
     monkeypatch.setattr(pipeline, "export", lambda *_, **__: made)
     lines = run("export").stdout.splitlines()
     assert lines[0].split() == ["tiny", "against", "its", "checkpoint"]

@@ -13,7 +13,6 @@ from command_line import Run, start_without, two_lines
 from medmoe_edge import pipeline
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle, write_verification
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.render import verification as render_verification
 
 Make = Callable[..., Path]
 
@@ -235,11 +234,15 @@ def test_a_missing_package_names_its_extra(package: str, line: list[str], extra:
     assert remedy == f"Install it with: pip install 'medmoe-edge[{extra}]'"
 
 
-def test_tables_leave_out_what_nobody_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    answers = {"n": 3, "answer_agreement": {"share": 1.0}, "kl": {"mean": 0.0}, "accuracy": None}
-    render_verification._show_modalities({"routing": None, "by_modality": {"ct": answers}})
-    header = capsys.readouterr().out.splitlines()[0].split()
-    assert header == ["modality", "questions", "answers", "agree", "KL,", "nats"]
+def test_tables_leave_out_what_nobody_measured(
+    run: Run, bundle: Path, tiny_checkpoint: Make, questions: Path
+) -> None:
+    lines = questions.read_text().splitlines()
+    stripped = [json.loads(line) | {"answer": ""} for line in lines]
+    questions.write_text("\n".join(map(json.dumps, stripped)))
+    shown = run("verify", "bundle", "--against", str(tiny_checkpoint()), "--data", str(questions))
+    assert "KL, nats" in shown.stdout
+    assert "accuracy" not in shown.stdout
 
 
 # --- verify --targets -------------------------------------------------------------------------

@@ -106,9 +106,8 @@ def test_experts_of_several_formats_in_one_model_too(
     folder = build.export_bundle(
         checkpoint,
         tmp_path / "bundle",
-        precision="mixed",
+        build.BuildOptions(precision="mixed", budget_bits=5.0),
         statistics=observed(read_checkpoint(checkpoint)),
-        budget_bits=5.0,
     )
     bundle = Bundle.open(folder)
     graphs = {name for name in bundle.manifest["files"] if name.startswith("expert.")}

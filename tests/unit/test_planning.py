@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from medmoe_edge.bundle import machine
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.machine import cpu_name
 from medmoe_edge.device.costs import (
     BITS,
     CONVOLUTIONS,
@@ -268,8 +268,8 @@ def test_devices(tmp_path: Path) -> None:
         find_device("orin")
     assert find_device("here").ratings is None
     (tmp_path / "info").write_text("processor : 0\nmodel name\t: A: B\nmodel name : C\n")
-    assert cpu_name(tmp_path / "info") == "A: B"
-    assert cpu_name(tmp_path / "none")
+    assert machine.cpu_name(tmp_path / "info") == "A: B"
+    assert machine.cpu_name(tmp_path / "none")
     (tmp_path / "limit").write_text("1000\n")
     assert memory_here(tmp_path / "limit") == 1000
     (tmp_path / "limit").write_text("max\n")
