@@ -1,9 +1,8 @@
 """What is measured: a model in memory that answers questions of one shape, whatever runs it."""
 
 import importlib
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from PIL import Image as Pillow
@@ -147,27 +146,13 @@ def open_backend(kind: Kind, path: Path, form: str, config: ModelConfig, shape: 
             f"{path} is a checkpoint of another model than the bundle.",
             "Give the one that the bundle was exported from, or none.",
         )
-    return RuntimeBackend(_TORCH[kind](checkpoint, form), shape)
+    if kind == "torch":
+        from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
-
-def _eager(checkpoint: Any, form: str) -> Runtime:
-    import torch
-
-    from medmoe_edge.runtimes.torch.eager import EagerRuntime
-
-    return EagerRuntime(checkpoint, dtype=getattr(torch, form))
-
-
-def _bitsandbytes(checkpoint: Any, form: Any) -> Runtime:
+        return RuntimeBackend(EagerRuntime(checkpoint, dtype=getattr(torch, form)), shape)
     from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
 
-    return BitsAndBytesRuntime(checkpoint, form)
-
-
-_TORCH: Mapping[str, Callable[[Any, str], Runtime]] = {
-    "torch": _eager,
-    "bitsandbytes": _bitsandbytes,
-}
+    return RuntimeBackend(BitsAndBytesRuntime(checkpoint, cast("Any", form)), shape)
 
 
 def find_bundle(model: str) -> Bundle:

@@ -162,13 +162,13 @@ class Materials:
             return self._given
         out = Path(self._folder.name) / "checkpoint"
         tokenizer = self.bundle.path("tokenizer.json")
-        _make("checkpoint", config=self.config, tokenizer=str(tokenizer), out=str(out))
+        _make(
+            "checkpoint",
+            config=self.bundle.config.to_json(),
+            tokenizer=str(tokenizer),
+            out=str(out),
+        )
         return out
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The model's configuration, as JSON."""
-        return self.bundle.config.to_json()
 
     def model(self, peer: Peer, folder: Path) -> Path:
         """What a peer loads; made, if it is its alone, in `folder`."""
@@ -176,7 +176,7 @@ class Materials:
             return self.checkpoint
         out = folder / peer.name
         if peer.kind == "llama":
-            _make("gguf", config=self.config, form=peer.form, out=str(out))
+            _make("gguf", config=self.bundle.config.to_json(), form=peer.form, out=str(out))
         else:
             _make("bundle", checkpoint=str(self.checkpoint), out=str(out))
         return out

@@ -153,7 +153,6 @@ def verify(
 
 
 def _verify_quick(bundle: str, as_json: bool, *, others: bool) -> None:
-    from medmoe_edge.embedded import bundle_path
     from medmoe_edge.evaluation.quick import verify_quick
 
     if others:

@@ -315,14 +315,14 @@ def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
             f"ONNX Runtime cannot be imported ({ort.failure}).",
             "pip install --force-reinstall onnxruntime",
         )
+    elif ort.version and (old := onnxruntime_too_old(ort.version)):
+        yield Finding("problem", *old)
     elif not requirements()[""]:
         yield Finding(
             "hint",
             "This is a checkout that was not installed: nothing is known of its extras.",
             "pip install -e .",
         )
-    elif ort.version and (old := onnxruntime_too_old(ort.version)):
-        yield Finding("problem", *old)
 
 
 def _cuda_findings(machine: Machine, ort: Ort, version: Versions) -> Iterator[Finding]:

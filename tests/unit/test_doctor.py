@@ -285,7 +285,6 @@ def test_problems_end_with_an_error() -> None:
             "hint",
             "products saturate",
         ),
-        (MACHINE, dataclasses.replace(ORT, version="1.23.2"), {}, "warning", "older than 1.24"),
         (changed(memory=10**9), ORT, {}, "warning", "little memory"),
         (changed(disk_free=10**9), ORT, {}, "warning", "little room"),
     ],
