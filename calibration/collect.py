@@ -26,7 +26,7 @@ from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.calibration.statistics import FORMAT, SiteFiles, SiteStatistics, write_sites
 from medmoe_edge.calibration.stream import LayerStream, Progress
 from medmoe_edge.calibration.tensor_file import writing
-from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.models.moe import MoE, route
 

@@ -23,7 +23,7 @@ from medmoe_edge.calibration.routing import UNKNOWN, RoutingProfile
 from medmoe_edge.calibration.statistics import SiteFiles, Source, Statistics
 from medmoe_edge.calibration.stream import Progress
 from medmoe_edge.calibration.tensor_file import refuse_existing
-from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import ResourceError
 
 logger = logging.getLogger(__name__)

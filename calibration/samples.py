@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmoe_edge.datasets import AnswerType
-from medmoe_edge.image import Image, load_image
+from medmoe_edge.data.datasets import AnswerType
+from medmoe_edge.image.loading import Image, load_image
 
 Field = tuple[int, int, int, int]
 """Left, top, right and bottom of a part of a picture, in pixels."""
@@ -52,7 +52,7 @@ class Sample:
         return hashlib.sha256(self.id.encode()).hexdigest()
 
     def load(self) -> Image:
-        """Decode its picture; the errors of `medmoe_edge.image.load_image`."""
+        """Decode its picture; the errors of `medmoe_edge.image.loading.load_image`."""
         image = load_image(self.image, frame=self.frame)
         if self.field is None:
             return image

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medmoe_edge.calibration.samples import Sample, ask_about
-from medmoe_edge.datasets import (
+from medmoe_edge.data.datasets import (
     ANSWER_TYPES,
     AnswerType,
     Record,
@@ -14,7 +14,7 @@ from medmoe_edge.datasets import (
     read_examples,
 )
 from medmoe_edge.errors import DataError, ImageError
-from medmoe_edge.image import (
+from medmoe_edge.image.loading import (
     SIGNATURES,
     TIFF_SIGNATURES,
     decoding,
@@ -145,7 +145,7 @@ def _dicom_header(file: Path, head: bytes) -> tuple[str | None, str | None]:
     from pydicom.filereader import read_file_meta_info, read_partial
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-    from medmoe_edge.image_dicom import MODALITIES
+    from medmoe_edge.image.dicom import MODALITIES
 
     try:
         with decoding(shown_name(file)):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from medmoe_edge.calibration.routing import UNKNOWN
 from medmoe_edge.calibration.samples import Sample
-from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.image import preprocess
+from medmoe_edge.image.loading import preprocess
 from medmoe_edge.models.med_moe import TOWERS, projector
 from medmoe_edge.prompt import Tokenizer
 

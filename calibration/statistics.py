@@ -19,7 +19,7 @@ from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.site_statistics import SiteStatistics
 from medmoe_edge.calibration.sites import expert_of
 from medmoe_edge.calibration.tensor_file import Array, Spec, spec_of, write_tensors
-from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import DataError
 
 __all__ = ["SiteFiles", "SiteStatistics", "Source", "Statistics", "write_sites"]

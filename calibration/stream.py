@@ -19,7 +19,7 @@ from medmoe_edge.calibration.states import (
     load_weights,
     tokenise,
 )
-from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.models.attention import causal_mask, rotary_tables
 from medmoe_edge.models.med_moe import DECODERS
 

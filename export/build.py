@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from medmoe_edge import __version__
+from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
-from medmoe_edge.bundle import MANIFEST, NOTICE, write_manifest
-from medmoe_edge.bundle_gates import DEFAULT_GATES
+from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
+from medmoe_edge.bundle.gates import DEFAULT_GATES
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.external_data import Extents, save_model
-from medmoe_edge.export.half import halve_weights, to_half
 from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.export.ort_attention import lower_attention
-from medmoe_edge.export.ort_matmul import lower_matmul
-from medmoe_edge.export.ort_moe import lower_moe
-from medmoe_edge.export.ort_paged import write_paged_graphs
-from medmoe_edge.export.ort_qkv import fuse_qkv
+from medmoe_edge.export.passes.half import halve_weights, to_half
+from medmoe_edge.export.passes.ort_attention import lower_attention
+from medmoe_edge.export.passes.ort_matmul import lower_matmul
+from medmoe_edge.export.passes.ort_moe import lower_moe
+from medmoe_edge.export.passes.ort_paged import write_paged_graphs
+from medmoe_edge.export.passes.ort_qkv import fuse_qkv
 from medmoe_edge.export.plan import (
     GroupSize,
     Method,

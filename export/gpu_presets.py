@@ -8,7 +8,7 @@ import difflib
 from dataclasses import dataclass
 
 from medmoe_edge.errors import InputError
-from medmoe_edge.tensorrt_library import TITLES, Library
+from medmoe_edge.export.tensorrt_library import TITLES, Library
 
 GB = 10**9
 RTX_CAPABILITIES = (80, 86, 89, 120, 121)

@@ -6,7 +6,7 @@ import numpy as np
 
 from medmoe_edge.calibration.smooth import search_migration
 from medmoe_edge.calibration.statistics import SiteStatistics, Statistics
-from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.export.folding import FoldPoint, fold_points
 from medmoe_edge.export.weights import Floats, WeightSource
 

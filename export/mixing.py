@@ -17,7 +17,7 @@ from medmoe_edge.calibration.mixed import CHOICES, INT4, Candidate, allocate
 from medmoe_edge.calibration.rounding import output_error, round_searched
 from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.export.weights import WeightSource
 
 ROWS = 256  # of a matrix, on which its error in every format is measured

@@ -22,7 +22,7 @@ from medmoe_edge.calibration.mixed import CHOICES
 from medmoe_edge.calibration.rounding import output_error, round_searched, round_to_nearest
 from medmoe_edge.calibration.sites import site_of
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, DataError, InputError
 from medmoe_edge.export.folding import fold
 from medmoe_edge.export.migration import search_scales

@@ -10,13 +10,13 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from medmoe_edge.bundle import Bundle
+from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder, Parameters
 from medmoe_edge.export.dequantise import INTEGERS, insert_dequantise
-from medmoe_edge.export.ort_qkv import owners_of, split_fused
+from medmoe_edge.export.passes.ort_qkv import owners_of, split_fused
 from medmoe_edge.export.stored_matrix import no_values, unpack_rows
 
 SCALE = ".scale"

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from medmoe_edge.bundle import Bundle
+from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.export.builder import CONTRIB, Builder, initializer, replace_node
 from medmoe_edge.export.stored import PACKED, StoredWeights, load_graph
 from medmoe_edge.export.stored_matrix import Array, lazy_tensor

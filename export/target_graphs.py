@@ -21,23 +21,23 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, NameFixPass
 
-from medmoe_edge.bundle import Bundle
-from medmoe_edge.bundle_target import Target
+from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.target import Target
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.builder import MEDMOE, initializer, tensor_of
 from medmoe_edge.export.expert_slots import Stacks, reads_slots, write_experts
 from medmoe_edge.export.external_data import save_model
-from medmoe_edge.export.half_graph import Keep, routing, to_half_graph
 from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.export.ort_attention import lower_attention
-from medmoe_edge.export.ort_cuda_matmul import lower_matmul_cuda
-from medmoe_edge.export.ort_cuda_moe import lower_moe_cuda
-from medmoe_edge.export.ort_cuda_slots import take_experts_from_slots
+from medmoe_edge.export.passes.half_graph import Keep, routing, to_half_graph
+from medmoe_edge.export.passes.ort_attention import lower_attention
+from medmoe_edge.export.passes.ort_cuda_matmul import lower_matmul_cuda
+from medmoe_edge.export.passes.ort_cuda_moe import lower_moe_cuda
+from medmoe_edge.export.passes.ort_cuda_slots import take_experts_from_slots
+from medmoe_edge.export.passes.tensorrt_moe import lower_moe_to_plugin
+from medmoe_edge.export.passes.tensorrt_slots import lower_moe_to_slots
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.stored_matrix import Array, lazy_tensor
 from medmoe_edge.export.stored_vision import float_vision
-from medmoe_edge.export.tensorrt_moe import lower_moe_to_plugin
-from medmoe_edge.export.tensorrt_slots import lower_moe_to_slots
 
 Progress = Callable[[str, int, int], None]
 HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

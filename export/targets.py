@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge.atomic import atomic_folder
-from medmoe_edge.bundle import MANIFEST, Bundle, write_derived_manifest
-from medmoe_edge.bundle_target import DType, Target, TargetName
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_derived_manifest
+from medmoe_edge.bundle.target import DType, Target, TargetName
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError
 from medmoe_edge.export.expert_slots import FILE
@@ -21,7 +21,7 @@ from medmoe_edge.export.gpu_presets import find_gpu
 from medmoe_edge.export.moe_op import MoESpec
 from medmoe_edge.export.target_graphs import write_graphs
 from medmoe_edge.export.tensorrt_builder import Built, Profile, build_engine
-from medmoe_edge.tensorrt_library import Library, library_of, library_version, load_library
+from medmoe_edge.export.tensorrt_library import Library, library_of, library_version, load_library
 
 Progress = Callable[[str, int, int], None]
 COMPANIONS = ("tokenizer.json", "embedding.npy", "README.md")
@@ -127,7 +127,7 @@ def _build(
     library = library_of(target)
     gpu = find_gpu(target.gpu, library)
     if library == "tensorrt" and bundle.config.moe is not None and not target.paged:
-        from medmoe_edge.export.plugin.tensorrt_plugin import register
+        from medmoe_edge.kernels.tensorrt_plugin import register
 
         spec = MoESpec.of(bundle.config)
         register(spec.activation, spec.num_experts + spec.meta_expert, gpu.capability)

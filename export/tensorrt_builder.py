@@ -25,9 +25,7 @@ from medmoe_edge.export.build_memory import (
 )
 from medmoe_edge.export.engine_cache import EngineCache, engine_key, graph_files
 from medmoe_edge.export.gpu_presets import Gpu
-from medmoe_edge.export.tensorrt_parsing import parse
-from medmoe_edge.export.tensorrt_progress import Progress, Watch, make_monitor
-from medmoe_edge.tensorrt_library import (
+from medmoe_edge.export.tensorrt_library import (
     TITLES,
     Library,
     library_version,
@@ -35,6 +33,8 @@ from medmoe_edge.tensorrt_library import (
     make_logger,
     reason,
 )
+from medmoe_edge.export.tensorrt_parsing import parse
+from medmoe_edge.export.tensorrt_progress import Progress, Watch, make_monitor
 
 OUT_OF_WORKSPACE = re.compile("workspace|mem budget|OutOfMemory")  # in TensorRT's messages
 Shape = tuple[int, ...]

@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 
 from medmoe_edge.errors import ModelError
-from medmoe_edge.tensorrt_library import reason
+from medmoe_edge.export.tensorrt_library import reason
 
 PARTS = (".weight", ".bias", ".scale")
 MAKES_FLOATS = ("DequantizeLinear", "Cast", "Transpose")

@@ -12,7 +12,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
 from medmoe_edge.export.builder import initializer
-from medmoe_edge.export.ort_attention import ORT_OPSET
+from medmoe_edge.export.passes.ort_attention import ORT_OPSET
 
 
 class Weights(Protocol):

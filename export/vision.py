@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.tracing import fill, optimise, trace
 from medmoe_edge.export.weights import WeightSource

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from medmoe_edge.calibration.formats import Format
 from medmoe_edge.calibration.rounding import round_to_nearest
 from medmoe_edge.export.builder import tensor_of
-from medmoe_edge.export.ort_matmul import lower_matmul
+from medmoe_edge.export.passes.ort_matmul import lower_matmul
 from medmoe_edge.export.quantise import Quantiser, quantise_weights
 
 GROUP = 32

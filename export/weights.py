@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from medmoe_edge.calibration.states import check_finite
-from medmoe_edge.checkpoint import Checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint
 
 Floats = npt.NDArray[np.float32]
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time

@@ -2,17 +2,18 @@
 
 from typing import TYPE_CHECKING
 
+from medmoe_edge._version import __version__
+
 __all__ = ["Answer", "Engine", "__version__", "load"]
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from medmoe_edge.answer import Answer
-    from medmoe_edge.engine import Engine, load
+    from medmoe_edge.engine.answer import Answer
+    from medmoe_edge.engine.engine import Engine, load
 else:
     # Importing any submodule runs this file, and only asking should pay for ONNX Runtime.
     def __getattr__(name):
         if name in __all__:
-            from medmoe_edge import engine
+            from medmoe_edge.engine import engine
 
             return getattr(engine, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,23 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from medmoe_edge import verification
 from medmoe_edge.atomic import check_target
-from medmoe_edge.bundle import MANIFEST, Bundle
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import CalibrationData, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.calibration.tensor_file import writing
-from medmoe_edge.checkpoint import Checkpoint, read_checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import InputError, ModelError, ResourceError
+from medmoe_edge.evaluation import verify as verification
+from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import check_exportable, export_bundle
 from medmoe_edge.export.plan import GroupSize, Method, Precision
 from medmoe_edge.pipeline_examples import as_examples
 from medmoe_edge.runtimes.base import Runtime
-from medmoe_edge.runtimes.ort import OrtRuntime
-from medmoe_edge.verification import Data, Verification
+from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 Progress = Callable[[str, int, int], None]
 SAMPLES = 128  # to calibrate on
@@ -211,7 +211,7 @@ def _label(name: str) -> str:
 def _peer(name: str, checkpoint: Checkpoint) -> Callable[[], Runtime]:
     """Makes the runtime of another candidate, which is looked for at once."""
     if name in BASELINES:
-        from medmoe_edge.runtimes.bitsandbytes import BitsAndBytesRuntime
+        from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
 
         return partial(BitsAndBytesRuntime, checkpoint, BASELINES[name])
     if name not in EMBEDDED and not Path(name).is_dir():

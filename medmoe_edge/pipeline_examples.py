@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image as Picture
 
 from medmoe_edge.calibration.samples import Sample
-from medmoe_edge.datasets import Example
+from medmoe_edge.data.datasets import Example
 
 
 def as_examples(samples: Iterable[Sample], folder: Path) -> Iterator[Example]:

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from medmoe_edge.checkpoint_vision import CLIP_L_14_336, CLIP_MEAN, CLIP_STD
+from medmoe_edge.checkpoint.vision import CLIP_L_14_336, CLIP_MEAN, CLIP_STD
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig
-from medmoe_edge.config_modality import BertConfig, ModalityConfig, SwinConfig
+from medmoe_edge.config_contrastive import BertConfig, ModalityConfig, SwinConfig
 
 _TINY_TOWER = VisionConfig(
     kind="clip",

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from medmoe_edge.checkpoint import write_checkpoint
-from medmoe_edge.checkpoint_keys import Shape, expected_parameters
-from medmoe_edge.checkpoint_modality import write_modality_checkpoint
+from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
+from medmoe_edge.checkpoint.keys import Shape, expected_parameters
+from medmoe_edge.checkpoint.reader import write_checkpoint
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.config_modality import ModalityConfig
+from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.errors import InputError
-from medmoe_edge.models.modality_moe import ModalityMoE
+from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
 
 WEIGHT_STD = 0.02

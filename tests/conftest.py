@@ -109,7 +109,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     The keywords change the preset's experts; `dense=True` leaves them out. The matrices are eight
     times those of `initialise`, so that every part of the model has a say in the logits.
     """
-    from medmoe_edge.checkpoint import write_checkpoint
+    from medmoe_edge.checkpoint.reader import write_checkpoint
     from medmoe_edge.presets import PRESETS
     from medmoe_edge.presets_random import random_tensors
     from medmoe_edge.training.vocabulary import train_tokenizer
@@ -143,7 +143,7 @@ def tiny_tower(tiny_checkpoint: Callable[..., Path]) -> Callable[[Any], Any]:
     """Does what `export_vision` does for tiny checkpoints: their towers are all the same, so it is
     traced once.
     """
-    from medmoe_edge.checkpoint import read_checkpoint
+    from medmoe_edge.checkpoint.reader import read_checkpoint
     from medmoe_edge.export.vision import export_vision
 
     vision = export_vision(read_checkpoint(tiny_checkpoint()))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from medmoe_edge.config_modality import SUMMED_LAYERS, BertConfig
+from medmoe_edge.config_contrastive import SUMMED_LAYERS, BertConfig
 
 NO_WORD = -1  # the word index of padding and of the marks around a text
 

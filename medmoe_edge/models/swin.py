@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
-from medmoe_edge.config_modality import SwinConfig
+from medmoe_edge.config_contrastive import SwinConfig
 
 SEPARATE = -100.0  # added to the scores between what a shifted window must not mix
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmoe_edge.captions import NAMES
-from medmoe_edge.datasets import Example, LabelledImage
+from medmoe_edge.data.captions import NAMES
+from medmoe_edge.data.datasets import Example, LabelledImage
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medmoe_edge.config import VisionConfig
-from medmoe_edge.config_modality import SwinConfig
-from medmoe_edge.image import load_image, preprocess
+from medmoe_edge.config_contrastive import SwinConfig
+from medmoe_edge.image.loading import load_image, preprocess
 
 Item = TypeVar("Item")
 

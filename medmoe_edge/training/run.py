@@ -7,9 +7,9 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
-from medmoe_edge.checkpoint import write_checkpoint
+from medmoe_edge.checkpoint.reader import write_checkpoint
 from medmoe_edge.config import ModelConfig, MoEConfig
-from medmoe_edge.datasets import read_examples, read_labels
+from medmoe_edge.data.datasets import read_examples, read_labels
 from medmoe_edge.errors import DataError, MissingDependencyError
 from medmoe_edge.models.efficientnet_lite import EfficientNetLite, load_imagenet_weights
 from medmoe_edge.models.med_moe import MedMoE

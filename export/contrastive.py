@@ -1,0 +1,166 @@
+"""MedMoE as two graphs, so that the features of texts can be kept.
+
+    image.onnx  pixels [1, 3, S, S]               -> regions [1, h, w, D], pooled [1, D],
+                                                     router_logits [1, E]
+    text.onnx   ids, words [T, P], seen [T, P]    -> word_features [T, P, D], pooled [T, D],
+                                                     mask [T, P]
+
+Of the experts only the chosen one runs: a chain of `If`, each with one expert and the rest of the
+chain. Swin and BERT are traced by PyTorch's exporter, one expert likewise, once for all of them.
+"""
+
+from functools import partial
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import NameFixPass
+from torch import Tensor, nn
+
+from medmoe_edge.calibration.states import check_finite
+from medmoe_edge.export.builder import Builder
+from medmoe_edge.export.stored_matrix import Array, lazy_tensor
+from medmoe_edge.export.tracing import fill, optimise, trace
+from medmoe_edge.models.contrastive import ModalityMoE
+
+FIRST = "experts.0."  # the parameters of the expert that is traced
+TEXT_OUTPUTS = ("word_features", "pooled", "mask")
+
+
+class _Tower(nn.Module):
+    """Pixels to the pyramid's scales and the router's logits."""
+
+    def __init__(self, model: ModalityMoE) -> None:
+        super().__init__()
+        self.vision, self.router = model.vision, model.router
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        pyramid = self.vision(pixels)
+        return *pyramid.scales, self.router(pyramid.last.mean((1, 2)))
+
+
+class _Expert(nn.Module):
+    """The pyramid's scales to regions and their mean, by the first expert."""
+
+    def __init__(self, model: ModalityMoE) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([model.experts[0]])
+
+    def forward(self, *scales: Tensor) -> tuple[Tensor, Tensor]:
+        regions = self.experts[0](scales)
+        return regions, regions.mean((1, 2))
+
+
+class _Text(nn.Module):
+    def __init__(self, model: ModalityMoE) -> None:
+        super().__init__()
+        self.text = model.text
+
+    def forward(self, ids: Tensor, words: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.text(ids, words, seen)
+        return found.words, found.pooled, found.mask
+
+
+def export_image(model: ModalityMoE) -> ir.Model:
+    """The image's graph; it computes what `ModalityMoE.encode_image` does for one image."""
+    config, weights = model.config.vision, _Weights(model)
+    scales = {
+        f"scale.{stage}": torch.zeros(1, grid, grid, channels)
+        for stage, (grid, channels) in enumerate(zip(config.grids, config.channels, strict=True))
+    }
+    pixels = {"pixels": torch.zeros(1, 3, config.image_size, config.image_size)}
+    made = trace(_Tower(model), pixels, [*scales, "router_logits"])
+    for value in optimise(made, weights.state):
+        fill(made.graph, value, weights)
+    expert = trace(_Expert(model), scales, ["regions", "pooled"])
+    expert.graph.inputs.extend(optimise(expert, weights.state))
+    *seen, router_logits = made.graph.outputs
+    branches = [
+        _branch(expert.graph, index, seen, made.graph, weights)
+        for index in range(model.config.experts)
+    ]
+    chosen = _run_chosen(made.graph, router_logits, branches)
+    made.graph.outputs.clear()
+    for value, like in zip(chosen, expert.graph.outputs, strict=True):
+        value.name, value.type, value.shape = like.name, like.type, like.shape
+    made.graph.outputs.extend([*chosen, router_logits])
+    NameFixPass()(made)  # branches and the graph around them share one name space
+    return made
+
+
+def export_text(model: ModalityMoE) -> ir.Model:
+    """The text's graph; it computes what `ModalityMoE.encode_text` does."""
+    weights = _Weights(model)
+    integers = torch.zeros(2, 8, dtype=torch.long)
+    example = {"ids": integers, "words": integers.clone(), "seen": integers == 0}
+    varying = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    made = trace(_Text(model), example, TEXT_OUTPUTS, [varying] * 3)
+    for value in optimise(made, weights.state):
+        fill(made.graph, value, weights)
+    return made
+
+
+def _branch(
+    traced: ir.Graph, index: int, scales: list[ir.Value], around: ir.Graph, weights: "_Weights"
+) -> ir.Graph:
+    """One expert that reads the scales of the graph `around` it, which holds its weights too."""
+    branch = traced.clone()
+    inputs = list(branch.inputs)
+    branch.inputs.clear()
+    for value, scale in zip(inputs, scales, strict=False):
+        value.replace_all_uses_with(scale)
+    for value in inputs[len(scales) :]:
+        value.name = str(value.name).replace(FIRST, f"experts.{index}.")
+        fill(around, value, weights)
+    branch.name = f"expert_{index}"
+    return branch
+
+
+def _run_chosen(
+    graph: ir.Graph, router_logits: ir.Value, branches: list[ir.Graph]
+) -> list[ir.Value]:
+    """Emit the chain, from its end: the last expert needs no question. Returns its outputs."""
+    *others, rest = branches
+    build = Builder()
+    chosen = build.op("ArgMax", router_logits, axis=1, keepdims=0)  # [1]; the first of equals
+    if others:
+        graph.extend(build.nodes)
+    for index in reversed(range(len(others))):
+        build = Builder()
+        asked = build.op("Equal", chosen, build.constant([index]))
+        outputs = build.ops("If", asked, outputs=2, then_branch=others[index], else_branch=rest)
+        rest = ir.Graph([], outputs, nodes=build.nodes, name=f"from_{index}")
+    nodes = list(rest)  # the chain, or the only expert, is part of the graph itself
+    for value in list(rest.initializers.values()):
+        del rest.initializers[str(value.name)]
+        graph.register_initializer(value)
+    outputs = list(rest.outputs)
+    rest.outputs.clear()
+    rest.remove(nodes)
+    graph.extend(nodes)
+    return outputs
+
+
+class _Weights:
+    """A model's parameters as lazy tensors; raises `CheckpointError` for one that is not finite."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.state = {name: value.detach() for name, value in model.named_parameters()}
+
+    def tensor(self, name: str) -> ir.LazyTensor:
+        """One parameter; matrices transposed, `[in, out]`."""
+        return self._lazy(name, self.state[name].T)
+
+    def untransposed(self, name: str) -> ir.LazyTensor:
+        """One parameter as it is."""
+        return self._lazy(name, self.state[name])
+
+    def _lazy(self, name: str, tensor: Tensor) -> ir.LazyTensor:
+        return lazy_tensor(
+            name, partial(_finite, tensor, name), ir.DataType.FLOAT, list(tensor.shape)
+        )
+
+
+def _finite(tensor: Tensor, name: str) -> Array:
+    check_finite(tensor, name)
+    array: Array = tensor.numpy()
+    return array

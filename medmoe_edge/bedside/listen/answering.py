@@ -1,0 +1,164 @@
+"""One received object after another: asked, its answers written as documents, and recorded.
+
+A crash at any point leaves the object waiting or answered, never half: the documents are on the
+disk before the one transaction that records the answers and what is to be sent. Made again after a
+crash, documents have the same UIDs, and none has left the machine before.
+"""
+
+import datetime
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from pydicom import Dataset, dcmread, dcmwrite
+
+from medmoe_edge.bedside.audit.log import AuditLog
+from medmoe_edge.bedside.listen.config import Configuration, Document
+from medmoe_edge.bedside.listen.evidence import Evidence, Result
+from medmoe_edge.bedside.listen.files import Folder
+from medmoe_edge.bedside.listen.queue import Job, Queue
+from medmoe_edge.bedside.listen.report_picture import Locator, heat_map
+from medmoe_edge.bedside.listen.report_sr import basic_text_sr, comprehensive_3d_sr
+from medmoe_edge.engine.answer import Answer
+from medmoe_edge.errors import InputError, MedMoEError
+from medmoe_edge.image.loading import Image, decoding, load_image
+
+log = logging.getLogger(__name__)
+# An object at which the process itself ends, or that provokes a mistake of ours, comes after all
+# others and is not tried for ever. Others end the process too: power, updates, a kill.
+MAX_ATTEMPTS = 100
+
+
+class Asked(Protocol):
+    """What answers, such as `engine.Engine`."""
+
+    def ask_all(
+        self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+    ) -> list[Answer]:
+        """Answer each question about the image."""
+        ...
+
+
+class Answering:
+    """The work of the thread that owns the engine."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        folder: Folder,
+        queue: Queue,
+        engine: Asked,
+        locator: Locator | None,
+    ) -> None:
+        self.configuration, self.folder, self.queue = configuration, folder, queue
+        self.engine, self.locator = engine, locator
+        self.audit = AuditLog(configuration.audit or folder.root / "audit.jsonl")
+
+    def pending(self, limit: int) -> list[str]:
+        """The first objects that wait."""
+        return self.queue.waiting(limit)
+
+    def do(self, key: str) -> None:
+        """Answer all questions about one object, or give it up if it can never be answered."""
+        job = self.queue.job(key)
+        if job.attempts >= MAX_ATTEMPTS:
+            self._give_up(key, "too many attempts")
+            return
+        self.queue.count_attempt(key)
+        try:
+            try:
+                image, results = self._ask(job)
+            except InputError as error:
+                self._give_up(key, type(error).__name__)
+            else:
+                self._record(job, image, results)
+        except (MedMoEError, OSError):  # a full disk, a broken audit log, a model that diverged
+            self.queue.forgive_attempt(key)
+            raise
+
+    def _record(self, job: Job, image: Image, results: list[Result]) -> None:
+        names = [name for result in results for name in self._write(job, result, image)]
+        for answer in (result.answer for result in results):
+            self.audit.append(
+                who=f"dicom:{job.peer}",
+                event="answer",
+                model=answer.model,
+                question=answer.question,
+                answer=answer.text,
+                input_sha256=job.sha256,
+            )
+        answers = {
+            result.answer.question: json.dumps(result.answer.to_json()) for result in results
+        }
+        self.queue.answered(job.key, answers, self._deliveries(names))
+        if not self.configuration.keep_images:
+            self.folder.image(job.key).unlink(missing_ok=True)
+
+    def _ask(self, job: Job) -> tuple[Image, list[Result]]:
+        path = self.folder.image(job.key)
+        with decoding(path.name):
+            dataset = dcmread(path, stop_before_pixels=True)
+        image = load_image(path)
+        limit = self.configuration.max_new_tokens
+        answers = self.engine.ask_all(image, job.questions, max_new_tokens=limit)
+        evidence = Evidence.of(dataset, image, job.sha256)
+        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return image, [Result(evidence, answer, when) for answer in answers]
+
+    def _write(self, job: Job, result: Result, image: Image) -> Iterator[str]:
+        """Write the configured documents; gives their names under the documents' folder."""
+        question = hashlib.sha256(result.answer.question.encode()).hexdigest()[:16]
+        for kind in self.configuration.all_documents:
+            data = self._made(kind, result, image)
+            if data is None:
+                continue
+            ending = "json" if kind.startswith("fhir") else "dcm"
+            name = f"{job.key}/{question}.{kind}.{ending}"
+            self.folder.keep(self.folder.documents / name, data)
+            yield name
+
+    def _made(self, kind: Document, result: Result, image: Image) -> bytes | None:
+        match kind:
+            case "fhir-r4" | "fhir-r5":
+                from medmoe_edge.bedside.listen.fhir import fhir  # half a second to import
+
+                return fhir(result, "R4" if kind == "fhir-r4" else "R5")
+            case "basic-text-sr":
+                return encoded(basic_text_sr(result))
+            case "comprehensive-3d-sr":
+                return encoded(comprehensive_3d_sr(result))
+            case "heat-map":
+                return self._heat_map(result, image)
+
+    def _heat_map(self, result: Result, image: Image) -> bytes | None:
+        """Extra to the answer, so that it is left out where it cannot be made."""
+        if self.locator is None:
+            return None
+        try:
+            return encoded(heat_map(result, image, self.locator))
+        except MedMoEError as error:
+            log.warning("No heat map was made (%s).", type(error).__name__)
+            return None
+
+    def _deliveries(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        for name in names:
+            for node in self.configuration.dicom:
+                if name.endswith(".dcm"):
+                    yield name, node.name
+            for server in self.configuration.fhir:
+                if name.endswith(f".fhir-{server.version.lower()}.json"):
+                    yield name, server.name
+
+    def _give_up(self, key: str, why: str) -> None:
+        log.error("%s cannot be answered (%s): given up, and kept.", key[:16], why)
+        self.queue.fail(key)
+
+
+def encoded(dataset: Dataset) -> bytes:
+    """A dataset as a DICOM file."""
+    buffer = io.BytesIO()
+    dcmwrite(buffer, dataset, enforce_file_format=True)
+    return buffer.getvalue()

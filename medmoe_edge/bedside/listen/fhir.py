@@ -1,0 +1,136 @@
+"""A result as FHIR: a transaction of DiagnosticReport, Observation and Device, in R4 or R5.
+
+Preliminary, as nobody has verified it. Each resource carries an identifier and is only created
+where the server has none with it, so that the transaction may be sent twice. The patient, study and
+order are named by their identifiers alone. Validated as R4B (4.3), which leaves these resources as
+R4 has them, and as R5.
+"""
+
+from typing import Any, Literal
+
+from fhir.resources.bundle import Bundle
+from fhir.resources.R4B.bundle import Bundle as BundleR4B
+
+from medmoe_edge._version import __version__
+from medmoe_edge.bedside.listen.evidence import Result, device_uid
+
+Version = Literal["R4", "R5"]
+Resource = dict[str, Any]
+DICOM = "urn:dicom:uid"
+RADIOLOGY = {"system": "http://terminology.hl7.org/CodeSystem/v2-0074", "code": "RAD"}
+IMAGING = {
+    "system": "http://terminology.hl7.org/CodeSystem/observation-category",
+    "code": "imaging",
+}
+REPORT = {"system": "http://loinc.org", "code": "18748-4", "display": "Diagnostic imaging study"}
+
+
+def fhir(result: Result, version: Version) -> bytes:
+    """The transaction as JSON; raises pydantic's `ValidationError` if it were not FHIR."""
+    entries = [_device(result, version), _observation(result), _report(result, version)]
+    bundle = {
+        "resourceType": "Bundle",
+        "type": "transaction",
+        "entry": [_entry(result, resource) for resource in entries],
+    }
+    valid = (BundleR4B if version == "R4" else Bundle).model_validate(bundle)
+    return valid.model_dump_json().encode()
+
+
+def _entry(result: Result, resource: Resource) -> Resource:
+    kind = resource["resourceType"]
+    (identifier,) = resource["identifier"]
+    condition = f"identifier={identifier['system']}|{identifier['value']}"
+    return {
+        "fullUrl": f"urn:uuid:{result.uuid(kind)}",
+        "resource": resource,
+        "request": {"method": "POST", "url": kind, "ifNoneExist": condition},
+    }
+
+
+def _device(result: Result, version: Version) -> Resource:
+    model = result.answer.model
+    device: Resource = {
+        "resourceType": "Device",
+        "identifier": [_uid(device_uid(result.answer))],  # one for all answers of a model
+        "status": "active",
+        "version": [
+            {"type": {"text": "medmoe-edge"}, "value": __version__},
+            {"type": {"text": "SHA-256 of the model"}, "value": model["sha256"]},
+        ],
+        "note": [{"text": result.answer.notice}],
+    }
+    if version == "R4":
+        device["deviceName"] = [{"name": model["name"], "type": "model-name"}]
+        return device
+    device["name"] = [{"value": model["name"], "type": "registered-name"}]
+    return device
+
+
+def _observation(result: Result) -> Resource:
+    answer = result.answer
+    observation: Resource = {
+        "resourceType": "Observation",
+        "identifier": [_uid(result.uid("Observation"))],
+        "status": "preliminary",
+        "category": [{"coding": [IMAGING]}],
+        "code": {"text": answer.question},
+        **_subject(result),
+        "effectiveDateTime": result.when,
+        "issued": result.when,
+        "device": {"reference": f"urn:uuid:{result.uuid('Device')}"},
+        "focus": [{"identifier": _uid(result.evidence.uid), "display": "The image"}],
+        "derivedFrom": [_study(result)],
+        "note": [{"text": answer.notice}],
+        "component": [
+            {
+                "code": {"text": "Model's own probability of its answer"},
+                "valueQuantity": {
+                    "value": round(answer.confidence, 6),
+                    "system": "http://unitsofmeasure.org",
+                    "code": "1",
+                },
+            }
+        ],
+    }
+    if text := answer.text.strip():
+        return observation | {"valueString": text}
+    return observation | {"dataAbsentReason": {"text": "The model gave no answer."}}
+
+
+def _report(result: Result, version: Version) -> Resource:
+    answer = result.answer
+    study = "imagingStudy" if version == "R4" else "study"
+    return {
+        "resourceType": "DiagnosticReport",
+        "identifier": [_uid(result.uid("DiagnosticReport"))],
+        "status": "preliminary",
+        "category": [{"coding": [RADIOLOGY]}],
+        "code": {"coding": [REPORT]},
+        **_subject(result),
+        "effectiveDateTime": result.when,
+        "issued": result.when,
+        study: [_study(result)],
+        "result": [{"reference": f"urn:uuid:{result.uuid('Observation')}"}],
+        "conclusion": f"{answer.question} {answer.text.strip() or '(no answer)'}\n{answer.notice}",
+    }
+
+
+def _uid(uid: str) -> dict[str, str]:
+    return {"system": DICOM, "value": f"urn:oid:{uid}"}
+
+
+def _study(result: Result) -> Resource:
+    uid = str(result.evidence.header.StudyInstanceUID)
+    return {"type": "ImagingStudy", "identifier": _uid(uid)}
+
+
+def _subject(result: Result) -> Resource:
+    """The patient by number, if the object has one."""
+    number = str(result.evidence.header.PatientID)
+    if not number:
+        return {}
+    identifier: Resource = {"value": number}
+    if issuer := str(result.evidence.header.IssuerOfPatientID):
+        identifier["assigner"] = {"display": issuer}
+    return {"subject": {"type": "Patient", "identifier": identifier}}

@@ -1,0 +1,131 @@
+"""The DICOM node: receives, answers and sends, each in threads of its own, over one queue."""
+
+import logging
+import time
+from types import TracebackType
+from typing import Self
+
+import filelock
+from pynetdicom import evt
+from pynetdicom.ae import ApplicationEntity
+from pynetdicom.events import EventHandlerType
+from pynetdicom.transport import ThreadedAssociationServer
+
+from medmoe_edge.bedside.listen.answering import Answering, Asked
+from medmoe_edge.bedside.listen.config import Configuration, Destination, DicomDestination
+from medmoe_edge.bedside.listen.files import Folder
+from medmoe_edge.bedside.listen.meter import Meter
+from medmoe_edge.bedside.listen.queue import Queue
+from medmoe_edge.bedside.listen.receiving import Receiving, classes_with_pixels, transfer_syntaxes
+from medmoe_edge.bedside.listen.report_picture import Locator
+from medmoe_edge.bedside.listen.sending import Sending
+from medmoe_edge.bedside.listen.worker import Worker
+from medmoe_edge.errors import ResourceError
+from medmoe_edge.image.loading import MAX_BYTES
+
+log = logging.getLogger(__name__)
+VERIFICATION = "1.2.840.10008.1.1"
+PATIENCE = 10.0  # seconds that open associations get to end by themselves
+# Their messages quote UIDs, AE titles and values of what they read.
+TALKATIVE = ("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore")
+
+
+class Node:
+    """A node at work inside `with`; `engine` is used by one thread alone.
+
+    Raises `ResourceError` where its port or its folder is in use.
+    """
+
+    def __init__(
+        self, configuration: Configuration, engine: Asked, locator: Locator | None = None
+    ) -> None:
+        self.configuration = configuration
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        self.folder = Folder(configuration.folder)
+        self._lock = filelock.FileLock(self.folder.lock, timeout=0, fallback_to_soft=False)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            raise ResourceError(
+                "Another node works in this folder.", "Stop it, or configure another folder."
+            ) from error
+        self.queue = Queue(self.folder.queue)
+        needed = self.queue.keys("waiting") | self.queue.keys("failed")
+        if configuration.keep_images:
+            needed |= self.queue.keys("answered")
+        self.folder.sweep(needed)
+        self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
+        self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
+        destinations: list[Destination] = [*configuration.dicom, *configuration.fhir]
+        self._senders = [self._sender(each) for each in destinations]
+        self._entity = _entity(configuration)
+        self._server: ThreadedAssociationServer | None = None
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        assert self._server is not None
+        return int(self._server.server_address[1])
+
+    def __enter__(self) -> Self:
+        receiving = Receiving(self.configuration, self.folder, self.queue, self._answerer.wake)
+        meter = Meter(min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES))
+        handlers: list[EventHandlerType] = [
+            (evt.EVT_REQUESTED, receiving.requested),
+            (evt.EVT_C_ECHO, receiving.echo),
+            (evt.EVT_C_STORE, receiving.store),
+            (evt.EVT_DATA_RECV, meter.data),
+            (evt.EVT_DIMSE_RECV, meter.message),
+        ]
+        address = (self.configuration.host, self.configuration.port)
+        try:
+            self._server = self._entity.start_server(address, block=False, evt_handlers=handlers)
+        except OSError as error:
+            self._close()
+            raise ResourceError(
+                f"The node cannot listen there ({error.strerror or type(error).__name__}).",
+                "Is another running? Configure another host or port.",
+            ) from error
+        for worker in (self._answerer, *self._senders):
+            worker.start()
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
+    ) -> None:
+        """Let what is being received end, then what is being answered and sent."""
+        if self._server is not None:
+            self._server.shutdown()
+        end = time.monotonic() + PATIENCE
+        while self._entity.active_associations and time.monotonic() < end:
+            time.sleep(0.05)
+        self._entity.shutdown()
+        for worker in (self._answerer, *self._senders):
+            worker.stop()
+        for worker in (self._answerer, *self._senders):
+            worker.join()
+        self._close()
+
+    def _close(self) -> None:
+        self.queue.close()
+        self._lock.release()
+
+    def _sender(self, destination: Destination) -> Worker:
+        title = self.configuration.ae_title
+        sending = Sending(destination, title, self.folder, self.queue)
+        kind = "C-STORE" if isinstance(destination, DicomDestination) else "FHIR"
+        return Worker(f"Sending by {kind}", sending.pending, sending.do)
+
+
+def _entity(configuration: Configuration) -> ApplicationEntity:
+    entity = ApplicationEntity(configuration.ae_title)
+    entity.require_called_aet = True
+    entity.maximum_associations = configuration.max_associations
+    entity.acse_timeout = entity.dimse_timeout = configuration.timeout
+    entity.network_timeout = configuration.timeout
+    entity.add_supported_context(VERIFICATION)
+    syntaxes = transfer_syntaxes()
+    for uid in classes_with_pixels():
+        entity.add_supported_context(uid, syntaxes)
+    return entity

@@ -1,0 +1,153 @@
+"""A result as DICOM structured reports: Comprehensive 3D SR after TID 1500, and Basic Text SR.
+
+The measurement report (PS3.16, TID 1500) holds one group (TID 1501) with the question, the answer
+as a qualitative evaluation in words, the model's own probability of it as a measurement, the
+algorithm (TID 4019: name, version, hash of the bundle) and the image. Both documents are complete,
+preliminary and unverified, and say that they come from no medical device.
+"""
+
+from typing import Any
+
+from highdicom.coding_schemes import CodingSchemeIdentificationItem
+from highdicom.sr import (
+    AlgorithmIdentification,
+    CodedConcept,
+    Comprehensive3DSR,
+    ContainerContentItem,
+    ContentSequence,
+    DeviceObserverIdentifyingAttributes,
+    EnhancedSR,
+    ImageContentItem,
+    Measurement,
+    MeasurementReport,
+    MeasurementsAndQualitativeEvaluations,
+    ObservationContext,
+    ObserverContext,
+    RelationshipTypeValues,
+    SourceImageForMeasurementGroup,
+    TextContentItem,
+    TrackingIdentifier,
+)
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import BasicTextSRStorage
+
+from medmoe_edge._version import __version__
+from medmoe_edge.bedside.listen.evidence import CHARACTERS, Result, device_uid
+
+SCHEME = "99MEDMOE"
+MAKER = "medmoe-edge"
+QUESTION = CodedConcept("question", SCHEME, "Question")
+PROBABILITY = CodedConcept("probability", SCHEME, "Model's own probability of its answer")
+CONTAINS = RelationshipTypeValues.CONTAINS
+OBSERVED = RelationshipTypeValues.HAS_OBS_CONTEXT
+
+
+def comprehensive_3d_sr(result: Result) -> Dataset:
+    """The answer as a measurement report, for machines."""
+    answer, evidence = result.answer, result.evidence
+    algorithm = AlgorithmIdentification(
+        name=answer.model["name"],
+        version=__version__,
+        parameters=[f"sha256={answer.model['sha256']}", f"fidelity={answer.model['verification']}"],
+    )
+    group = MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=TrackingIdentifier(
+            uid=result.uid("tracking"), identifier="Question answered"
+        ),
+        algorithm_id=algorithm,
+        measurements=[Measurement(PROBABILITY, answer.confidence, codes.UCUM.NoUnits)],
+        source_images=[
+            SourceImageForMeasurementGroup(
+                evidence.header.SOPClassUID, evidence.uid, evidence.frames
+            )
+        ],
+    )
+    group[0].ContentSequence.extend(_said(result))
+    report = MeasurementReport(
+        observation_context=ObservationContext(
+            observer_device_context=ObserverContext(
+                codes.DCM.Device,
+                DeviceObserverIdentifyingAttributes(
+                    uid=device_uid(result.answer), name=MAKER, model_name=answer.model["name"]
+                ),
+            )
+        ),
+        procedure_reported=codes.SCT.ImagingProcedure,
+        imaging_measurements=[group],
+    )
+    return Comprehensive3DSR(content=report, **_document(result, "comprehensive-3d-sr"))
+
+
+def basic_text_sr(result: Result) -> Dataset:
+    """The answer as text, for people and for viewers that show no more.
+
+    It is made as an Enhanced SR, of which Basic Text SR is the part that is used here (PS3.3
+    A.35.1.3: TEXT, CODE, UIDREF, IMAGE and CONTAINER, related by CONTAINS and HAS OBS CONTEXT).
+    """
+    root = ContainerContentItem(name=codes.LN.DiagnosticImagingReport, template_id="2000")
+    header = result.evidence.header
+    image = ImageContentItem(
+        name=codes.DCM.SourceOfMeasurement,
+        referenced_sop_class_uid=header.SOPClassUID,
+        referenced_sop_instance_uid=header.SOPInstanceUID,
+        referenced_frame_numbers=result.evidence.frames,
+        relationship_type=CONTAINS,
+    )
+    root.ContentSequence = ContentSequence([*_observer(result), _section(result), image])
+    document = EnhancedSR(content=root, **_document(result, "basic-text-sr"))
+    document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
+    return document
+
+
+def _said(result: Result) -> list[TextContentItem]:
+    """Question, answer and notice; the answer is a qualitative evaluation (TID 1501) in words."""
+    answer = result.answer
+    words = answer.text if answer.complete else f"{answer.text} (cut off)"
+    return [
+        TextContentItem(QUESTION, answer.question, CONTAINS),
+        TextContentItem(codes.DCM.Finding, words.strip() or "(no answer)", CONTAINS),
+        TextContentItem(codes.DCM.Comment, answer.notice, CONTAINS),
+    ]
+
+
+def _observer(result: Result) -> ObserverContext:
+    attributes = DeviceObserverIdentifyingAttributes(
+        uid=device_uid(result.answer), name=MAKER, model_name=_algorithm(result)
+    )
+    return ObserverContext(codes.DCM.Device, attributes)
+
+
+def _section(result: Result) -> ContainerContentItem:
+    section = ContainerContentItem(name=codes.DCM.Findings, relationship_type=CONTAINS)
+    section.ContentSequence = ContentSequence(_said(result))
+    return section
+
+
+def _algorithm(result: Result) -> str:
+    model = result.answer.model
+    return f"{model['name']}, {MAKER} {__version__}, sha256={model['sha256']}"
+
+
+def _document(result: Result, kind: str) -> dict[str, Any]:
+    """What all reports have in their header."""
+    return {
+        "evidence": [result.evidence.header],
+        "series_instance_uid": result.series_uid(kind),
+        "series_number": 9000,
+        "series_description": "AI, unverified: not a medical device",
+        "sop_instance_uid": result.uid(kind),
+        "instance_number": 1,
+        "manufacturer": MAKER,
+        "manufacturer_model_name": result.answer.model["name"][:64],
+        "software_versions": __version__,
+        "is_complete": True,
+        "is_final": False,
+        "is_verified": False,
+        "specific_character_set": CHARACTERS,
+        "coding_schemes": [
+            CodingSchemeIdentificationItem(
+                designator=SCHEME, name=MAKER, responsible_organization=MAKER
+            )
+        ],
+    }

@@ -1,0 +1,165 @@
+"""The service's own routes: an image and questions, labels or a phrase in, JSON or events out."""
+
+import base64
+import io
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, File, Form, Request, UploadFile
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image as Pillow
+from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, ConfigDict, Field
+
+from medmoe_edge.bedside.serve.errors import ErrorBody, refusal
+from medmoe_edge.bedside.serve.exchange import at_end
+from medmoe_edge.bedside.serve.queue import Job, Worker, started
+from medmoe_edge.bedside.serve.settings import Limits
+from medmoe_edge.bedside.serve.work import Upload, Work
+from medmoe_edge.contrastive.results import Location
+from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.engine import MAX_NEW_TOKENS
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody}
+    for status in (400, 401, 403, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)
+}
+EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+EVENTS = {"text/event-stream": {"schema": EVENT}}
+PICTURE = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
+
+Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+
+
+class ImageForm(BaseModel):
+    """An uploaded image; its name is ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF, DICOM or NIfTI.")]
+    frame: Annotated[int | None, Field(ge=0, description="From 0; else the middle one.")] = None
+
+
+class AskForm(ImageForm):
+    """Questions about an image."""
+
+    question: Annotated[list[Text], Field(min_length=1)]
+    max_new_tokens: Annotated[int, Field(ge=1)] = MAX_NEW_TOKENS
+    stream: Annotated[bool, Field(description="Tell the answers as they come, as events.")] = False
+
+
+class ClassifyForm(ImageForm):
+    """Labels to choose from."""
+
+    label: Annotated[list[Text], Field(min_length=1, max_length=100)]
+
+
+class LocateForm(ImageForm):
+    """What to look for, and how to show where it is."""
+
+    phrase: Text
+    format: Literal["json", "png"] = "json"
+
+
+def own_routes(work: Work, worker: Worker, limits: Limits) -> APIRouter:
+    """`/v1/ask`, `/v1/classify` and `/v1/locate`."""
+    router = APIRouter(prefix="/v1", responses=REFUSALS)
+
+    @router.post("/ask", responses={200: {"content": EVENTS}}, response_model=None)
+    async def ask(
+        request: Request, form: Annotated[AskForm, Form(media_type="multipart/form-data")]
+    ) -> Response:
+        """Answer questions about an image: `{"answers": [...]}` in their order.
+
+        With `stream`, as server-sent events: `token` with the `index` of its question and a piece
+        of `text`, `answer` with what else would be under `answers`, and last `done`, or `error`.
+        """
+        work.check_ask(len(form.question), form.max_new_tokens)
+        upload = await _received(request, form)
+        job = worker.do(
+            lambda: work.ask(upload, form.question, form.max_new_tokens),
+            at_end(request),
+            limits.seconds,
+        )
+        if form.stream:
+            return event_stream(_events(await started(job)))
+        return JSONResponse({"answers": [answer.to_json() for answer in await answers_of(job)]})
+
+    @router.post("/classify", response_model=None)
+    async def classify(
+        request: Request, form: Annotated[ClassifyForm, Form(media_type="multipart/form-data")]
+    ) -> Response:
+        """Choose among labels: calibrated probabilities, given that one of them is right."""
+        work.check_modality()
+        upload = await _received(request, form)
+        job = worker.do(lambda: work.classify(upload, form.label), at_end(request), limits.seconds)
+        return JSONResponse((await anext(job)).to_json())
+
+    @router.post("/locate", responses={200: {"content": PICTURE}}, response_model=None)
+    async def locate(
+        request: Request, form: Annotated[LocateForm, Form(media_type="multipart/form-data")]
+    ) -> Response:
+        """Find a phrase in an image.
+
+        The map is a grey PNG as large as the picture, black for -1 and white for 1; in JSON it is
+        under `heat_png`, base64.
+        """
+        work.check_modality()
+        upload = await _received(request, form)
+        job = worker.do(lambda: work.locate(upload, form.phrase), at_end(request), limits.seconds)
+        found = await anext(job)
+        png = heat_png(found)
+        if form.format == "png":
+            return Response(png, media_type="image/png")
+        return JSONResponse(found.to_json() | {"heat_png": base64.b64encode(png).decode()})
+
+    return router
+
+
+async def answers_of(job: Job[str | Answer]) -> list[Answer]:
+    """The answers alone."""
+    return [item async for item in job if isinstance(item, Answer)]
+
+
+def event_stream(events: AsyncIterator[str]) -> StreamingResponse:
+    """A response of server-sent events."""
+    return StreamingResponse(events, media_type="text/event-stream")
+
+
+def heat_png(found: Location) -> bytes:
+    """A heat map -1..1 `[H, W]` as a grey picture 0..255; the notice is in it as text."""
+    grey = np.rint((np.clip(found.heat, -1, 1) + 1) * 127.5).astype(np.uint8)
+    about, file = PngInfo(), io.BytesIO()
+    about.add_text("Comment", found.notice)
+    Pillow.fromarray(grey).save(file, "PNG", pnginfo=about)
+    return file.getvalue()
+
+
+async def _received(request: Request, form: ImageForm) -> Upload:
+    data = await form.image.read()
+    await form.image.close()  # gives its copy back
+    return Upload(data, form.frame, request.client.host if request.client else "unknown")
+
+
+async def _events(items: AsyncIterator[str | Answer]) -> AsyncIterator[str]:
+    index = 0
+    try:
+        async for item in items:
+            if isinstance(item, Answer):
+                yield _event("answer", {"index": index, **item.to_json()})
+                index += 1
+            elif item:
+                yield _event("token", {"index": index, "text": item})
+        yield _event("done", {})
+    except Exception as error:  # the status has been sent
+        yield _event("error", refusal(error).body().model_dump())
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"

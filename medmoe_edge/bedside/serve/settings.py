@@ -1,0 +1,115 @@
+"""What the service is told at its start: where it listens, who may ask, and how much."""
+
+import ipaddress
+import os
+import re
+import ssl
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medmoe_edge.errors import InputError
+from medmoe_edge.image.loading import MAX_PIXELS
+
+TOKEN = re.compile(r"[!-~]{16,1024}")  # visible ASCII, and long enough not to be guessed
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may take, and how many requests may wait while one is answered.
+
+    `seconds` count from the end of the upload, which itself may take `upload_seconds`.
+    """
+
+    upload_bytes: int = 64 * 2**20
+    pixels: int = MAX_PIXELS
+    questions: int = 16
+    new_tokens: int = 256
+    seconds: float = 60.0
+    upload_seconds: float = 30.0
+    waiting: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < (0 if name == "waiting" else 1):
+                raise InputError(f"The limit {name} is {value}.", "Allow at least one.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`port` 0 is any free one. Whoever holds `token` may ask; None is for this machine alone.
+
+    Raises `InputError` for a service that others could reach and use without a token.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = field(default=None, repr=False)
+    certificate: Path | None = None
+    key: Path | None = None
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        if self.token is None and not self.is_local:
+            raise InputError(
+                f"On {self.host} others can reach this service, and it has no token.",
+                "Give --token-file, or listen on 127.0.0.1.",
+            )
+        if (self.certificate is None) != (self.key is None):
+            raise InputError("TLS needs a certificate and its key.", "Give both, or neither.")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def scheme(self) -> str:
+        """`http` or `https`."""
+        return "http" if self.certificate is None else "https"
+
+    def check_tls(self) -> None:
+        """Raise `InputError` unless the certificate and the key can be used together."""
+        if self.certificate is None:
+            return
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate, self.key, password=_no_password)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"The certificate and the key cannot be used ({type(error).__name__}).",
+                "Give PEM files that belong together, the key without a password.",
+            ) from error
+
+
+def read_token(path: Path) -> str:
+    """The token in a file that nobody but its owner may read or write.
+
+    Raises `InputError` for a file of others' too, and for a token that is short or not ASCII.
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            text = file.read(2048).decode("ascii", errors="replace").strip()
+    except OSError as error:
+        raise InputError(
+            f"The token file cannot be read ({error.strerror}).", "Check its path and its owner."
+        ) from error
+    if os.name == "posix" and (stat.S_IMODE(status.st_mode) & 0o077):
+        raise InputError(
+            "Others than its owner may use the token file.",
+            f"Make it yours alone: chmod 600 {path}",
+        )
+    if not TOKEN.fullmatch(text):
+        raise InputError(
+            "The token file holds no token of 16 to 1024 visible ASCII characters.",
+            "Make one: (umask 077; openssl rand -hex 32 > FILE)",
+        )
+    return text
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password")  # or OpenSSL would ask for it on the terminal

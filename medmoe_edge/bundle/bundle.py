@@ -1,0 +1,296 @@
+"""The deployable folder: graphs, weights, tokenizer and a manifest that vouches for them.
+
+    manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal;
+                     after `verify`, its proof of fidelity
+    tokenizer.json
+    embedding.npy    token embeddings [V, D], read row by row
+    vision.onnx      pixels [1, 3, S, S] -> image tokens [1, N, D]         (+ vision.data)
+    decoder.onnx     one step of the decoder, KV cache written in place    (+ decoder.data)
+    segment.N.onnx   the same without the routed experts, cut there, and   (+ decoder.data)
+    expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
+    experts.data     the experts of a bundle that pages them in a GPU's memory, in its layout
+
+Of another `kind` than Med-MoE the manifest says so, and the graphs are others: `bundle_modality`.
+The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+
+from medmoe_edge.atomic import atomic_file
+from medmoe_edge.bundle.gates import Gates
+from medmoe_edge.bundle.intact import remember_intact, was_intact
+from medmoe_edge.bundle.target import DEFAULT, Target
+from medmoe_edge.config import Config, ModelConfig
+from medmoe_edge.errors import BundleError, ResourceError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source", "licence")
+FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the folder
+SEAL = "seal"
+VERIFICATION = "verification"
+Kind = Literal["med-moe", "modality-moe"]
+KINDS: dict[Kind, str] = {  # and the verbs that run them
+    "med-moe": "ask",
+    "modality-moe": "classify, locate, index and retrieve",
+}
+NOTICE = "Research demonstration, not a medical device: never base a clinical decision on it."
+
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class AnyBundle(Generic[C]):
+    """An opened bundle of one kind.
+
+    `sha256` is the manifest's own hash and so stands for the whole folder.
+    """
+
+    kind: ClassVar[Kind]
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    config: C
+    sha256: str
+
+    @classmethod
+    def open(cls, folder: Path, verify: bool = True) -> Self:
+        """Read the manifest and, with `verify`, check size and hash of every file.
+
+        Raises `BundleError` for anything missing, damaged, changed, or of another version or kind.
+        """
+        text = _read(folder / MANIFEST)
+        manifest = _parse(folder, text)
+        if (kind := manifest_kind(manifest)) != cls.kind:
+            raise BundleError(
+                f"{folder} holds a {kind} model, and this needs one of {cls.kind}.",
+                f"Its verbs are: {KINDS[kind]}.",
+            )
+        config = cls._read_config(manifest["config"])
+        bundle = cls(folder, manifest, config, hashlib.sha256(text).hexdigest())
+        if verify:
+            for name in manifest["files"]:
+                bundle._check_file(name)
+        return bundle
+
+    @classmethod
+    def _read_config(cls, data: Mapping[str, Any]) -> C:
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return str(self.manifest["name"])
+
+    @property
+    def verification(self) -> Mapping[str, Any] | None:
+        """The record of the last `verify` against the checkpoint."""
+        record: Mapping[str, Any] | None = self.manifest.get(VERIFICATION)
+        return record
+
+    @property
+    def proof(self) -> Literal["passed", "failed", "not measured"]:
+        """What that record says of the bundle's fidelity to its checkpoint."""
+        if self.verification is None:
+            return "not measured"
+        return "passed" if self.verification["passed"] else "failed"
+
+    @property
+    def target(self) -> Target:
+        """What its graphs or engines run on; raises `ConfigError` for one that is unknown."""
+        return Target.from_json(self.manifest.get("target", {}), f"{MANIFEST} target")
+
+    def check_portable(self) -> None:
+        """Raise `BundleError` unless it is for ONNX Runtime's CPU, as all others' source is."""
+        if self.target.name != DEFAULT:
+            raise BundleError(
+                f"{self.folder} is made for {self.target}.",
+                "Give the portable bundle that it was made from, or the checkpoint.",
+            )
+
+    def path(self, name: str) -> Path:
+        """The path of one of the bundle's files."""
+        if name not in self.manifest["files"]:
+            raise BundleError(f"{self.folder} has no {name}.", "Export the model again.")
+        return self.folder / name
+
+    def _check_file(self, name: str) -> None:
+        path, entry = self.folder / name, self.manifest["files"][name]
+        try:
+            intact = path.stat().st_size == entry["bytes"] and (
+                was_intact(path, entry["sha256"]) or _hashes_to(path, entry["sha256"])
+            )
+        except OSError as error:
+            raise BundleError(
+                f"{path} cannot be read ({error.strerror}).", "Copy or export the bundle again."
+            ) from error
+        if not intact:
+            raise BundleError(
+                f"{path} was changed or is incomplete: it does not match the manifest.",
+                "Copy or export the bundle again.",
+            )
+
+
+@dataclass(frozen=True)
+class Bundle(AnyBundle[ModelConfig]):
+    """An opened bundle of a Med-MoE."""
+
+    kind = "med-moe"
+
+    @classmethod
+    def _read_config(cls, data: Mapping[str, Any]) -> ModelConfig:
+        return ModelConfig.from_json(data, f"{MANIFEST} config")
+
+    @property
+    def gates(self) -> Gates:
+        """What a verification must find; raises `BundleError` where none are recorded."""
+        gates = self.manifest.get("gates")
+        if gates is None:
+            raise BundleError(
+                f"{self.folder} records no gates for its verification.", "Export it again."
+            )
+        return Gates.from_json(gates, f"{MANIFEST} gates")
+
+
+AnyBundleT = TypeVar("AnyBundleT", bound=AnyBundle[Any])
+
+
+def model_kind(folder: Path) -> Kind:
+    """What a bundle or checkpoint holds, by its manifest or its `config.json`; med-moe in doubt.
+
+    Raises `BundleError` for a damaged manifest.
+    """
+    if (folder / MANIFEST).exists():
+        return manifest_kind(_parse(folder, _read(folder / MANIFEST)))
+    try:
+        kind = json.loads((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return Bundle.kind  # whoever reads it says what is wrong
+    return "modality-moe" if kind == "modality-moe" else Bundle.kind
+
+
+def manifest_kind(manifest: Mapping[str, Any]) -> Kind:
+    """The kind in a manifest that was read; the first bundles say none."""
+    kind: Kind = manifest.get("kind", Bundle.kind)
+    return kind
+
+
+def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:
+    """Hash every file of `folder` and write the manifest, the last file of a new bundle."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(file)}
+    _store(folder, {"format_version": FORMAT_VERSION, **contents, "files": files})
+
+
+def write_derived_manifest(
+    folder: Path, bundle: Bundle, target: Target, places: Mapping[str, Any]
+) -> None:
+    """The manifest of a folder made from `bundle` for another target.
+
+    `places` are its entries `experts`, where each lies in the weights, and `paging`, where they are
+    paged; neither where an engine holds them. What was proven of the bundle is not proven of the
+    target: it names the bundle instead.
+    """
+    own = {"format_version", "files", SEAL, VERIFICATION, "experts", "paging"}
+    kept = {name: value for name, value in bundle.manifest.items() if name not in own}
+    stored, dtype = bundle.manifest["quantisation"], target.dtype
+    decoder = f"{stored['precision']} weights of the portable bundle, {dtype} activations"
+    vision = f"weights of the portable bundle in {dtype}"
+    kept["quantisation"] = {**stored, "decoder": decoder, "vision": vision}
+    source = {**bundle.manifest["source"], "bundle_sha256": bundle.sha256}
+    write_manifest(folder, {**kept, **places, "source": source, "target": target.to_json()})
+
+
+def write_verification(bundle: AnyBundleT, record: Mapping[str, Any]) -> AnyBundleT:
+    """Put the record of a verification (`passed` and what else is to be kept) into the manifest.
+
+    The manifest is replaced whole or not at all. Returns the bundle as it is now, under a new
+    hash; raises `ResourceError` where its folder cannot be written.
+    """
+    try:
+        _store(bundle.folder, {**bundle.manifest, VERIFICATION: record})
+    except OSError as error:
+        raise ResourceError(
+            f"{bundle.folder / MANIFEST} cannot be written ({error.strerror}).",
+            "Verify a copy of the bundle that you may write to.",
+        ) from error
+    return type(bundle).open(bundle.folder, verify=False)
+
+
+def _store(folder: Path, manifest: Mapping[str, Any]) -> None:
+    sealed = {**manifest, SEAL: _seal(manifest)}
+    with atomic_file(folder / MANIFEST) as file:
+        file.write((json.dumps(sealed, indent=1) + "\n").encode())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{path} cannot be read ({error.strerror}).",
+            "Give a bundle folder, made by: medmoe-edge export",
+        ) from error
+
+
+def _parse(folder: Path, text: bytes) -> dict[str, Any]:
+    damaged = BundleError(
+        f"{folder / MANIFEST} is damaged or was edited.", "Copy or export the bundle again."
+    )
+    try:
+        manifest = json.loads(text)
+        version = manifest["format_version"]
+        current = version == FORMAT_VERSION
+        sound = isinstance(version, int) and (not current or _is_sound(manifest))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged from error
+    if not sound:
+        raise damaged
+    if not current:
+        raise BundleError(
+            f"{folder} is a bundle of format {version}, this version reads {FORMAT_VERSION}.",
+            "Export the checkpoint again with this version.",
+        )
+    return dict(manifest)
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    return (
+        all(key in manifest for key in REQUIRED)
+        and manifest.get("kind", Bundle.kind) in KINDS
+        and all(
+            FILE_NAME.fullmatch(name)
+            and isinstance(entry["bytes"], int)
+            and isinstance(entry["sha256"], str)
+            for name, entry in manifest["files"].items()
+        )
+        and isinstance(manifest.get(VERIFICATION, {"passed": False})["passed"], bool)
+        and manifest[SEAL] == _seal(manifest)
+    )
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The hash of all else in a manifest, which it carries: against damage, not forgery."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+
+def _hashes_to(path: Path, sha256: str) -> bool:
+    with path.open("rb") as file:
+        right = _sha256(file) == sha256
+    if right:
+        remember_intact(path, sha256)
+    return right
+
+
+def _sha256(file: Any) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()

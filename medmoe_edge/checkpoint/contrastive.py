@@ -1,0 +1,234 @@
+"""Checkpoints of MedMoE: our own folder, and towers as others publish them.
+
+    ours: config.json, tokenizer.json, and fp32 by our parameter names in
+      model.safetensors.index.json, model-0000x-of-0000y.safetensors
+    theirs: a folder with a Swin or BERT in the layout of the Hugging Face hub
+
+In both a single model.safetensors is read as well.
+
+A published tower may lie at any depth of a larger model (`swin.`, `bert.`, or as the authors'
+Lightning module calls it): it is found by its patch or word embedding, and the prefix stripped.
+The authors published neither weights nor, in what we read, the names of their router and experts,
+so that only the towers of a Lightning checkpoint are read, once its `state_dict` is saved as
+safetensors. Nothing is ever unpickled.
+
+Source of the official names: transformers' `SwinModel` and `BertModel` as saved.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from medmoe_edge.checkpoint.tensors import (
+    INDEX_FILE,
+    StoredTensor,
+    files_sha256,
+    read_headers,
+    read_json,
+)
+from medmoe_edge.checkpoint.writer import write_folder, wrong_shape
+from medmoe_edge.config_contrastive import ModalityConfig
+from medmoe_edge.config_scores import SCORES
+from medmoe_edge.errors import CheckpointError
+from medmoe_edge.models.bert import BertTower
+from medmoe_edge.models.contrastive import ModalityMoE
+from medmoe_edge.models.swin import SwinTower
+
+MODEL_TYPE = "modality-moe"
+SHARD_BYTES = 16 * 2**20  # what ships inside the package lies in files of less than 25 MB
+
+_ATTENTION = {
+    "attention.q": "attention.self.query",
+    "attention.k": "attention.self.key",
+    "attention.v": "attention.self.value",
+    "attention.out": "attention.output.dense",
+}
+_SWIN_TOP = {
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "patch_norm": "embeddings.norm",
+    "norm": "layernorm",
+}
+_SWIN_BLOCK = _ATTENTION | {
+    "attention": "attention.self.relative_position_bias_table",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+_BERT_TOP = {
+    "word_embedding": "embeddings.word_embeddings",
+    "position_embedding": "embeddings.position_embeddings",
+    "type_embedding": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+}
+_BERT_LAYER = {name.removeprefix("attention."): key for name, key in _ATTENTION.items()} | {
+    "norm1": "attention.output.LayerNorm",
+    "norm2": "output.LayerNorm",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+# constants that older versions stored, and what only pre-training needs
+_UNUSED = ("relative_position_index", "position_ids", "mask_token")
+
+
+def swin_name(name: str) -> str:
+    """The hub's key of a `SwinTower` parameter."""
+    top, rest = name.split(".", 1)
+    if top == "merges":
+        index, rest = rest.split(".", 1)
+        return f"encoder.layers.{index}.downsample.{rest}"
+    if top == "stages":
+        stage, block, rest = rest.split(".", 2)
+        module, _, part = rest.rpartition(".")
+        inside = f"encoder.layers.{stage}.blocks.{block}.{_SWIN_BLOCK[module]}"
+        return inside if part == "offset_bias" else f"{inside}.{part}"
+    return f"{_SWIN_TOP[top]}.{rest}"
+
+
+def bert_name(name: str) -> str:
+    """The hub's key of a `BertTower` parameter."""
+    module, _, part = name.rpartition(".")
+    if module.startswith("layers."):
+        _, index, inner = module.split(".")
+        return f"encoder.layer.{index}.{_BERT_LAYER[inner]}.{part}"
+    return f"{_BERT_TOP[module]}.{part}"
+
+
+def load_swin(tower: SwinTower, folder: Path) -> None:
+    """Fill a tower with published weights; it stays as it was where they do not fit.
+
+    Raises `CheckpointError` for a missing, surplus or differently shaped tensor.
+    """
+    _load_tower(tower, folder, swin_name, "Swin")
+
+
+def load_bert(tower: BertTower, folder: Path) -> None:
+    """Fill a tower with published weights, as `load_swin`; their heads are in `config.json`."""
+    described = folder / "config.json"
+    data = read_json(described) if described.exists() else {}
+    heads = tower.heads
+    if data.get("num_attention_heads", heads) != heads or data.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(
+            f"{described} is not of a BERT with {heads} heads and exact GELU.",
+            "Use the BERT that the configuration describes.",
+        )
+    _load_tower(tower, folder, bert_name, "BERT")
+
+
+def write_modality_checkpoint(
+    folder: Path,
+    model: ModalityMoE,
+    *,
+    tokenizer_file: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
+) -> None:
+    """Write config, weights and tokenizer; `folder` appears whole or not at all.
+
+    A shard holds `shard_bytes`, or one tensor that is larger. Raises `InputError` for an existing
+    folder (with `force`, one that is no checkpoint) and `ResourceError` where the disk does not
+    take it.
+    """
+    state = model.state_dict()
+    write_folder(
+        folder,
+        {"model_type": MODEL_TYPE, "config": model.config.to_json()},
+        ((name, tensor.detach().cpu().float().contiguous()) for name, tensor in state.items()),
+        sum(tensor.numel() * torch.float32.itemsize for tensor in state.values()),
+        tokenizer_file=tokenizer_file,
+        shard_bytes=shard_bytes,
+        force=force,
+    )
+
+
+def read_modality_checkpoint(folder: Path) -> ModalityMoE:
+    """The model of one of our folders, in fp32 and ready to be asked.
+
+    Raises `CheckpointError` or `ConfigError`; sizes are compared before any memory is taken.
+    """
+    folder = Path(folder)
+    data = read_json(folder / "config.json")
+    if data.get("model_type") != MODEL_TYPE or "config" not in data:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of a {MODEL_TYPE} model.",
+            "Give the folder that training or init wrote.",
+        )
+    config = ModalityConfig.from_json(data["config"], "config.json config")
+    stored = read_headers(folder)
+    with torch.device("meta"):
+        matched = _match(ModalityMoE(config), stored, lambda name: name)
+    surplus = stored.keys() - matched.keys()
+    if surplus:
+        raise _surplus(min(surplus))
+    model = ModalityMoE(config)
+    _copy(model, matched)
+    return model.eval()
+
+
+def modality_sha256(folder: Path) -> str:
+    """The hash over those files of a checkpoint, by name, that decide what it says."""
+    besides = (folder / name for name in ("config.json", INDEX_FILE, "tokenizer.json", SCORES))
+    weights = {stored.file for stored in read_headers(folder).values()}
+    return files_sha256(weights | {path for path in besides if path.exists()})
+
+
+def _load_tower(tower: nn.Module, folder: Path, rename: Callable[[str], str], kind: str) -> None:
+    stored = read_headers(Path(folder))
+    anchor = rename(next(iter(tower.state_dict())))
+    prefixes = [key.removesuffix(anchor) for key in stored if f".{key}".endswith(f".{anchor}")]
+    if len(prefixes) != 1:
+        raise CheckpointError(
+            f"{folder} holds {len(prefixes)} {kind} towers.",
+            f"Give a folder with one {kind} in the layout of the Hugging Face hub.",
+        )
+    inside = {
+        _modern(key.removeprefix(prefixes[0])): tensor
+        for key, tensor in stored.items()
+        if key.startswith(prefixes[0]) and not key.endswith(_UNUSED)
+    }
+    matched = _match(tower, inside, rename)
+    known = {rename(name) for name in matched}
+    for key, tensor in inside.items():
+        # what lies beside these, such as a pooler or a classifier, is no part of the tower
+        if key.startswith(("embeddings.", "encoder.")) and key not in known:
+            raise _surplus(tensor.key)
+    _copy(tower, matched)
+
+
+def _modern(key: str) -> str:
+    """Early BERT checkpoints call a norm's weight and bias `gamma` and `beta`."""
+    return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+        "LayerNorm.beta", "LayerNorm.bias"
+    )
+
+
+def _match(
+    module: nn.Module, stored: Mapping[str, StoredTensor], rename: Callable[[str], str]
+) -> dict[str, StoredTensor]:
+    """Our names -> stored tensors; raises unless each is there in its shape."""
+    matched = {}
+    for name, tensor in module.state_dict().items():
+        key, shape = rename(name), tuple(tensor.shape)
+        if key not in stored:
+            raise CheckpointError(
+                f"The tensor {key} {list(shape)} is missing.",
+                "Check that the folder is whole and belongs to the configuration.",
+            )
+        if stored[key].shape != shape:
+            raise wrong_shape(stored[key].key, stored[key].shape, shape)
+        matched[name] = stored[key]
+    return matched
+
+
+def _copy(module: nn.Module, matched: Mapping[str, StoredTensor]) -> None:
+    tensors: dict[str, Tensor] = {name: stored.read() for name, stored in matched.items()}
+    module.load_state_dict(tensors)
+
+
+def _surplus(key: str) -> CheckpointError:
+    return CheckpointError(
+        f"The tensor {key} has no place in this configuration.",
+        "Use the configuration that belongs to these weights.",
+    )

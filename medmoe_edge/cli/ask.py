@@ -1,0 +1,99 @@
+"""The verbs that ask a model; whatever only one of them needs is imported inside it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medmoe_edge.cli.common import Device, DropPages, Force, Json, MemoryBudget, Runtime, verb
+from medmoe_edge.cli.contrastive import check_picture, write_heat
+from medmoe_edge.errors import InputError
+from medmoe_edge.render import console as render
+from medmoe_edge.render import contrastive as render_modality
+
+if TYPE_CHECKING:
+    from medmoe_edge.contrastive.results import Location
+    from medmoe_edge.engine.answer import Answer
+
+
+@verb("ask", "Ask", 'ask scan.png "Is there effusion?"')
+def ask(
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, DICOM or NIfTI.")
+    ],
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One or more.")],
+    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    runtime: Runtime = "auto",
+    device: Device = "auto",
+    memory_budget: MemoryBudget = None,
+    drop_pages: DropPages = False,
+    frame: Annotated[
+        int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    prefix_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep here what the model makes of images, and answer more about them at once. "
+            "It is patient data, for your eyes alone, of at most 2 GB.",
+            show_default="nothing is kept",
+        ),
+    ] = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PNG",
+            help="Draw where the key phrase of question and answer lies, found by modality-nano.",
+            show_default="nothing is drawn",
+        ),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Answer questions about one image."""
+    import medmoe_edge
+
+    if explain:
+        _check_explanation(explain, len(questions), force)
+    with render.working("Answering"):
+        engine = medmoe_edge.load(
+            model,
+            runtime=runtime,
+            device=device,
+            memory_budget=memory_budget,
+            drop_pages=drop_pages,
+            prefix_cache=prefix_cache,
+        )
+        answers = engine.ask_all(image, questions, max_new_tokens=max_new_tokens, frame=frame)
+        found = _explain(explain, image, frame, answers[0]) if explain else None
+    if as_json:
+        told = {"explanation": found.to_json() | {"picture": str(explain)}} if found else {}
+        render.as_json({"answers": [answer.to_json() for answer in answers], **told})
+    else:
+        render.show_answers(answers)
+        if found and explain:
+            render_modality.show_explanation(found, answers[0].modality, explain)
+    if found and found.reading.unfamiliar:
+        render.show(render_modality.UNFAMILIAR, "yellow", stderr=True)
+    for notice in dict.fromkeys(answer.notice for answer in answers):
+        render.show(notice, "yellow", stderr=True)
+
+
+def _check_explanation(output: Path, questions: int, force: bool) -> None:
+    if questions > 1:
+        raise InputError("--explain draws one question.", "Ask the others without it.")
+    check_picture(output, force)
+
+
+def _explain(output: Path, file: Path, frame: int | None, answer: "Answer") -> "Location":
+    """Draw where the answer's key phrase lies."""
+    from medmoe_edge.contrastive.engine import load_modality
+    from medmoe_edge.contrastive.phrase import key_phrase
+    from medmoe_edge.image.loading import load_image
+
+    picture = load_image(file, frame=frame)
+    phrase = key_phrase(answer.question, answer.text)
+    found = load_modality("modality-nano").locate(picture, phrase)
+    write_heat(output, picture, found)
+    return found

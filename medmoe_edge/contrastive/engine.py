@@ -1,0 +1,228 @@
+"""MedMoE at work: which modality, which label, and where; over any runtime."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from medmoe_edge.config_scores import Scores
+from medmoe_edge.contrastive.loading import REFERENCE, RuntimeName, open_modality
+from medmoe_edge.contrastive.results import Classification, Location, Reading
+from medmoe_edge.contrastive.router import entropy, evidence, log_softmax
+from medmoe_edge.contrastive.similarity import region_map, similarity, unit
+from medmoe_edge.contrastive.texts import TextCache
+from medmoe_edge.engine.clock import Clock
+from medmoe_edge.engine.engine import ImageLike
+from medmoe_edge.errors import BundleError, CheckpointError, InputError
+from medmoe_edge.image.loading import Image, load_image, preprocess, seen_square
+from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, ModalityRuntime, TextFeatures
+
+AT_ONCE = 256  # texts compared: `[words, regions]` of so many stay below 100 MB
+
+
+def load_modality(
+    model: str | os.PathLike[str] = "modality-nano", *, runtime: RuntimeName = "auto"
+) -> "ModalityEngine":
+    """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
+
+    A bundle whose verification failed is loaded with a warning. Raises `ModelError` and
+    `ResourceError`.
+    """
+    return ModalityEngine(*open_modality(model, runtime))
+
+
+class ModalityEngine:
+    """A loaded MedMoE. Not thread-safe. `verification` is a bundle's proof, or "reference"."""
+
+    def __init__(
+        self,
+        runtime: ModalityRuntime,
+        name: str,
+        sha256: str,
+        verification: str = REFERENCE,
+        scores: Scores | None = None,
+    ) -> None:
+        self.runtime, self.config = runtime, runtime.config
+        self.name, self.sha256, self.verification = name, sha256, verification
+        self.scores = scores or Scores()
+        self.texts = TextCache(runtime)
+
+    def read(self, image: ImageLike, *, frame: int | None = None) -> Reading:
+        """The image's modality as the router sees it; raises `ImageError`, `ModelError`."""
+        clock = Clock()
+        _, features = self._look(image, frame, clock)
+        return self._reading(features, clock)
+
+    def classify(
+        self,
+        image: ImageLike,
+        labels: Sequence[str],
+        *,
+        prompts: Mapping[str, Sequence[str]] | None = None,
+        frame: int | None = None,
+    ) -> Classification:
+        """Score labels, of which one is taken to be right; a label given twice counts once.
+
+        A label is as similar as the most similar of its `prompts`, which by default are the label
+        itself. Raises `InputError` for no label, an unusable one, or an unusable image.
+        """
+        wanted = _asked(labels, prompts or {})
+        clock = Clock()
+        _, features = self._look(image, frame, clock)
+        phrases = [phrase for own in wanted.values() for phrase in own]
+        texts = self._encode(phrases)
+        clock.lap("text")
+        parts = (slice(start, start + AT_ONCE) for start in range(0, len(phrases), AT_ONCE))
+        found = np.concatenate([similarity(features, texts.some(part))[0] for part in parts])
+        counts = np.array([len(own) for own in wanted.values()])
+        best = np.maximum.reduceat(found, np.cumsum(counts) - counts)  # [labels]
+        scores = np.exp(log_softmax(self.scores.temperature * best))
+        clock.lap("compare")
+        order = np.argsort(-scores, kind="stable")
+        names = list(wanted)
+        return Classification(
+            scores={names[at]: float(scores[at]) for at in order},
+            similarities={names[at]: float(best[at]) for at in order},
+            reading=self._reading(features, clock),
+            timings=_timings(clock),
+            model=self._model,
+        )
+
+    def locate(self, image: ImageLike, phrase: str, *, frame: int | None = None) -> Location:
+        """Where a phrase lies in an image; raises `InputError` for an unusable one of either."""
+        phrase = _cleaned(phrase)
+        clock = Clock()
+        picture, features = self._look(image, frame, clock)
+        texts = self._encode([phrase])
+        clock.lap("text")
+        grid = region_map(features.regions[0], texts.words[0], texts.mask[0])  # [h, w]
+        heat = self._over_picture(grid, picture)
+        y, x = np.unravel_index(int(heat.argmax()), heat.shape)
+        fit = float(similarity(features, texts)[0, 0])
+        clock.lap("compare")
+        return Location(
+            phrase=phrase,
+            heat=heat,
+            peak=(int(x), int(y)),
+            similarity=fit,
+            reading=self._reading(features, clock),
+            timings=_timings(clock),
+            model=self._model,
+        )
+
+    def embed_image(self, image: ImageLike, *, frame: int | None = None) -> Floats:
+        """The image's unit vector `[D]`."""
+        _, features = self._look(image, frame, Clock())
+        return unit(features.pooled[0])
+
+    def embed_images(self, pixels: Floats) -> ImageFeatures:
+        """Features of images that `image.preprocess` prepared, `[B, 3, S, S]`."""
+        features = self.runtime.encode_images(pixels)
+        self._check_finite(*features)
+        return features
+
+    def embed_text(self, text: str) -> Floats:
+        """The text's unit vector `[D]`; raises `InputError` for one without a word."""
+        return unit(self._encode([_cleaned(text)]).pooled[0])
+
+    def reading(self, features: ImageFeatures) -> Reading:
+        """The router's view of one image `[1, ...]` whose features are known already."""
+        return self._reading(features, Clock())
+
+    def _look(
+        self, image: ImageLike, frame: int | None, clock: Clock
+    ) -> tuple[Image, ImageFeatures]:
+        picture = image if isinstance(image, Image) else load_image(image, frame=frame)
+        pixels = preprocess(picture, self.config.vision)
+        clock.lap("image")
+        features = self.embed_images(pixels)
+        clock.lap("vision")
+        return picture, features
+
+    def _encode(self, phrases: Sequence[str]) -> TextFeatures:
+        features = self.texts.encode(phrases)
+        self._check_finite(features.words, features.pooled)
+        return features
+
+    def _reading(self, features: ImageFeatures, clock: Clock) -> Reading:
+        logits, limits = features.router_logits[0], self.scores
+        probabilities = np.exp(log_softmax(logits))
+        unsure, seen = float(entropy(logits)), float(evidence(logits))
+        order = np.argsort(-probabilities, kind="stable")
+        names = self.config.modalities
+        return Reading(
+            modality=names[order[0]],
+            probabilities={names[at]: float(probabilities[at]) for at in order},
+            entropy=unsure,
+            unfamiliar=unsure > limits.entropy_limit or seen < limits.evidence_limit,
+            timings=_timings(clock),
+            model=self._model,
+        )
+
+    def _over_picture(self, grid: Floats, picture: Image) -> Floats:
+        """A map `[h, w]` over the square that was seen, as `[H, W]` over the picture; bilinear.
+
+        Where only the middle was seen, what lies beyond is as its edge.
+        """
+        left, top, side = seen_square(picture, self.config.vision)
+        height, width = picture.pixels.shape[:2]
+        return _stretched(_stretched(grid, 0, height, top, side), 1, width, left, side)
+
+    def _check_finite(self, *arrays: Floats) -> None:
+        if all(np.isfinite(array).all() for array in arrays):
+            return
+        what = f"{self.name} computed values that are infinite or no numbers."
+        if self.verification == REFERENCE:
+            raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
+        raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
+
+    @property
+    def _model(self) -> dict[str, str]:
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "verification": self.verification,
+            "runtime": self.runtime.name,
+        }
+
+
+def _timings(clock: Clock) -> dict[str, float]:
+    return {**clock.laps, "total": sum(clock.laps.values())}
+
+
+def _asked(
+    labels: Sequence[str], prompts: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """What each label is compared by, cleaned and checked."""
+    own = {_cleaned(label): tuple(map(_cleaned, texts)) for label, texts in prompts.items()}
+    wanted = {name: own.get(name, (name,)) for name in map(_cleaned, labels)}
+    if not wanted:
+        raise InputError("There are no labels.", "Give two or more to choose from.")
+    if stray := next((name for name in own if name not in wanted), None):
+        raise InputError(f"There are prompts for {stray!r}, which is no label.", "Add the label.")
+    if empty := next((name for name, texts in wanted.items() if not texts), None):
+        raise InputError(
+            f"The label {empty!r} has an empty list of prompts.",
+            "Give at least one, or leave it out to use the label itself.",
+        )
+    return wanted
+
+
+def _cleaned(text: str) -> str:
+    text = text.strip()
+    if not text:
+        raise InputError("A text is empty.", "Write words, such as: pleural effusion.")
+    return text
+
+
+def _stretched(values: Floats, axis: int, count: int, start: float, side: float) -> Floats:
+    """Cells over `side` pixels from `start` on, as `count` pixels from 0 on, linear in between."""
+    cells = values.shape[axis]
+    at = ((np.arange(count, dtype=np.float32) + 0.5 - start) / side * cells - 0.5).clip(
+        0, cells - 1
+    )
+    low = at.astype(np.intp)
+    high = np.minimum(low + 1, cells - 1)
+    share = np.expand_dims(at - low, 1 - axis).astype(np.float32)
+    found: Floats = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
+    return found

@@ -1,0 +1,76 @@
+"""What a MedMoE says of an image: its modality, labels with scores, and where a phrase lies."""
+
+import dataclasses
+from typing import Any
+
+from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.runtimes.contrastive import Floats
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """`timings` are seconds: `image` to read and prepare, `vision` tower and expert, `text` and
+    `compare`, as far as each was needed, and `total`. `model` says by `name` and `sha256` what
+    answered, by `runtime` what ran it, and under `verification` what is known of its fidelity.
+    """
+
+    timings: dict[str, float]
+    model: dict[str, str]
+    notice: str = dataclasses.field(default=NOTICE, kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading(_Result):
+    """The router's view: `probabilities` by modality, the most probable first, 0 to 1.
+
+    `entropy` of those in nats, from 0 where it is sure to log(E). `unfamiliar`: it is less sure, or
+    saw less of any modality, than with images of known ones; nothing said may be believed.
+    """
+
+    modality: str
+    probabilities: dict[str, float]
+    entropy: float
+    unfamiliar: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """One stable JSON object."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(_Result):
+    """`scores` by label, the best first: calibrated probabilities, given that one label is right.
+
+    They sum to 1, so that the score of a label without rivals says nothing; `similarities`, -1 to
+    1 in the same order, compare each label with the image alone.
+    """
+
+    scores: dict[str, float]
+    similarities: dict[str, float]
+    reading: Reading
+
+    def to_json(self) -> dict[str, Any]:
+        """One stable JSON object."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Location(_Result):
+    """Where a phrase lies: `heat` `[H, W]` over the picture as shown, -1 to 1.
+
+    `peak` is the pixel (x, y) where it is hottest; `similarity`, -1 to 1, is of the phrase and the
+    whole image. A phrase that is not in the image has a hottest place too.
+    """
+
+    phrase: str
+    heat: Floats
+    peak: tuple[int, int]
+    similarity: float
+    reading: Reading
+
+    def to_json(self) -> dict[str, Any]:
+        """One stable JSON object; of the heat its size alone."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        height, width = values.pop("heat").shape
+        values |= {"peak": list(self.peak), "reading": self.reading.to_json()}
+        return values | {"size": [width, height]}

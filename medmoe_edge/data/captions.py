@@ -1,0 +1,153 @@
+"""Captions for MedMoE: what labels and answered questions say that an image shows.
+
+The images carry no free text. A caption is a list of phrases, the first of which names body part
+and modality; each other one is something to be seen. What is absent, or is knowledge about an
+organ and not to be seen, gives no phrase.
+
+    Does the picture contain liver?               Yes                liver
+    What diseases are included in the picture?    Brain Tumor, Edema brain tumor | edema
+    Where is the liver?                           Upper Left         liver upper left
+    Can effusion be observed on the left lung?    Yes                effusion left lung
+    Is the lung healthy?                          No                 abnormal lung
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from medmoe_edge.data.datasets import Example, LabelledImage
+
+NAMES = {
+    "ct": "CT",
+    "mri": "MRI",
+    "xray": "X-Ray",
+    "pathology": "Pathology",
+    "ultrasound": "Ultrasound",
+    "fundus": "Fundus",
+}  # modality -> as an answer; others are answered as the data names them
+
+# SLAKE's names of body parts, where they are not words that people use; its lungs are chests
+_BODIES = {
+    "lung": "chest",
+    "chest_lung": "chest",
+    "chest_heart": "chest",
+    "chest_mediastinal": "chest",
+    "brain_tissue": "brain",
+    "brain_face": "head",
+}
+_SPELLING = {"brian": "brain", "spine cord": "spinal cord"}
+_HERE = r"(?: (?:in|on) (?:this|the) (?:image|picture|film|x-ray))?"
+_ARE = r"(?:is/are|are/is|is|are)"
+
+_PRESENT = [  # questions whose yes says that something is there
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"does the picture contain (?P<what>(?!the |any )[\w ]+)",
+        rf"does the (?P<what>[\w ]+?) (?:appear|exist){_HERE}",
+        r"does the patient have (?:an? )?(?P<what>(?!any )[\w ]+)",
+        rf"can (?P<what>[\w ]+) be observed(?: on the (?P<where>[\w ]+?))?{_HERE}",
+        rf"{_ARE} there (?:evidence of )?(?:an? )?(?P<what>(?!any |no |organs |abnormalit)[\w ]+?)"
+        rf"(?: in the patient's (?P<where>[\w ]+?))?(?: present)?{_HERE}",
+    )
+]
+_STATE = re.compile(  # questions whether an organ is well
+    rf"(?:{_ARE}|does) the (?P<what>(?!.*\bnot\b)[\w ]+?) "
+    rf"(?:look )?(?P<state>healthy|normal|abnormal|unhealthy){_HERE}",
+    re.IGNORECASE,
+)
+_WHERE = re.compile(
+    rf"where {_ARE} the (?P<what>(?!abnormalit)[\w ]+?)"
+    rf"(?: located| existing)?(?: in the (?:lung|brain))?(?: of this image)?(?: located)?{_HERE}",
+    re.IGNORECASE,
+)
+_LISTED = re.compile(  # questions whose answers are things to be seen
+    r"what diseases? .*|what is the (?:main|largest) organ .*|what organ is .*"
+    r"|what is the (?:\w+most )?organ (?:on|in|located) .*|.*\bplane\b.*",
+    re.IGNORECASE,
+)
+_WEIGHTING = re.compile(r"t[12]")  # an answer that names nothing else
+_NOTHING = {"", "none", "not seen", "0", "no"}
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """An image, the phrases that describe it and, where known, its modality."""
+
+    image: Path
+    phrases: tuple[str, ...]
+    modality: str | None
+    source: str
+
+    @property
+    def caption(self) -> str:
+        """The phrases as one text."""
+        return ", ".join(self.phrases)
+
+
+def label_captions(labelled: Iterable[LabelledImage]) -> list[Captioned]:
+    """Body part and modality, and the finding, in the order of the labels."""
+    return [
+        Captioned(
+            item.image,
+            (_view(item.body, item.modality), _tidy(item.finding)),
+            item.modality,
+            item.source,
+        )
+        for item in labelled
+    ]
+
+
+def fact_captions(examples: Iterable[Example]) -> list[Captioned]:
+    """One caption an image from all the questions about it, in order of first appearance.
+
+    An image of which nothing is known, not even the body part, is left out.
+    """
+    phrases: dict[Path, dict[str, None]] = {}  # in order, each once
+    first: dict[Path, Example] = {}
+    for example in examples:
+        if example.image not in phrases:
+            first[example.image] = example
+            body = (example.body or "").lower()
+            view = _view(_BODIES.get(body, body), example.modality)
+            phrases[example.image] = {view: None} if view else {}
+        phrases[example.image] |= dict.fromkeys(facts(example.question, example.answer))
+    return [
+        Captioned(image, tuple(known), first[image].modality, first[image].source)
+        for image, known in phrases.items()
+        if known
+    ]
+
+
+def facts(question: str, answer: str) -> Iterator[str]:
+    """The phrases that one answered question gives; often none."""
+    asked = " ".join(question.split()).rstrip("? ")
+    said = _tidy(answer)
+    if found := _STATE.fullmatch(asked):
+        if said in ("yes", "no") and found["what"].lower() not in ("image", "picture"):
+            well = (found["state"].lower() in ("healthy", "normal")) == (said == "yes")
+            yield f"{'normal' if well else 'abnormal'} {_tidy(found['what'])}"
+    elif found := next(filter(None, (pattern.fullmatch(asked) for pattern in _PRESENT)), None):
+        if said == "yes":
+            where = found.groupdict().get("where")
+            yield " ".join(_tidy(part) for part in (found["what"], where) if part)
+    elif said in _NOTHING or said == "yes":
+        if said == "none" and asked.lower().startswith("what disease"):
+            yield "no finding"
+    elif found := _WHERE.fullmatch(asked):
+        yield f"{_tidy(found['what'])} {said}"
+    elif _WEIGHTING.fullmatch(said):
+        yield f"{said} weighted"
+    elif _LISTED.fullmatch(asked):
+        yield from (_tidy(part) for part in re.split(r",| and ", said) if part.strip())
+
+
+def _view(body: str, modality: str | None) -> str:
+    spoken = NAMES.get(modality, modality) if modality else ""
+    return _tidy(f"{body} {spoken}")
+
+
+def _tidy(text: str) -> str:
+    """Lower case, single spaces, no full stop, no article, and the usual spelling."""
+    words = " ".join(text.lower().split()).rstrip(".").removeprefix("the ")
+    return _SPELLING.get(words, words)

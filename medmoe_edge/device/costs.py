@@ -1,0 +1,202 @@
+"""What a model weighs and computes, part by part, from its configuration alone.
+
+Weights are counted in numbers, not bytes, so that the same count serves every precision;
+`bits_per_weight` says how each part is stored. One multiply-add is two operations.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from medmoe_edge.checkpoint.keys import decoder_parameters
+from medmoe_edge.config import ModelConfig, VisionConfig
+
+Precision = Literal["fp32", "fp16", "int8", "int4", "mixed"]
+VISION_BITS = 9.0  # of a transformer's matrices in memory: 8 and an fp32 scale per group of 32
+MIXED_BITS = 6.0  # per weight, scales included: a budget between int4 and int8
+BITS: dict[Precision, float] = {  # int4: 4 and an fp16 scale per group of 32
+    **{"fp32": 32, "fp16": 16, "int8": 8, "int4": 4.5, "mixed": MIXED_BITS},
+}
+# EfficientNet-lite without its position embedding: multiply-adds per pixel and parameters,
+# counted from models/efficientnet_lite.py, which needs torch
+# (tests/unit/test_planning.py repeats it)
+CONVOLUTIONS = {
+    "lite0": (7251.22, 2_940_656),
+    "lite1": (9588.59, 3_699_504),
+    "lite2": (11024.23, 4_331_848),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the decoder, over all layers.
+
+    `weights` are stored; a token multiplies with `active` of them, in matrices whose inputs and
+    outputs have `values` numbers together. `copies` experts share the work, `chosen` of them per
+    token.
+    """
+
+    weights: int = 0
+    active: int = 0
+    values: int = 0
+    copies: int = 1
+    chosen: int = 1
+
+    def touched(self, rows: int) -> float:
+        """Weights read for `rows` tokens: at least the chosen experts', at most all."""
+        return self.active / self.chosen * min(self.copies, rows * self.chosen)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step computes: `rows` tokens after `past` positions in the cache.
+
+    By part: `weights` read and `operations`. `attention` are the operations on keys and values,
+    `cache` the numbers read from the KV cache, `values` those that enter and leave matrices.
+    """
+
+    weights: Mapping[str, float]
+    operations: Mapping[str, float]
+    attention: float
+    cache: int
+    values: int
+
+
+@functools.cache
+def decoder_parts(config: ModelConfig) -> Mapping[str, Part]:
+    """The decoder's parts by name: embedding, head, attention, ffn, experts, meta, router, norm."""
+    moe = config.moe
+    parts: dict[str, Part] = {}
+    for name, shape in decoder_parameters(config).items():
+        part = parts.get(kind := _kind(name), Part())
+        copies, chosen = (moe.num_experts, moe.top_k) if moe and kind == "experts" else (1, 1)
+        matrix = len(shape) == 2 and kind != "embedding"
+        parts[kind] = Part(
+            part.weights + math.prod(shape),
+            part.active + matrix * math.prod(shape),
+            part.values + matrix * sum(shape),
+            copies,
+            chosen,
+        )
+    return {
+        kind: Part(
+            part.weights,
+            part.active * part.chosen // part.copies,
+            part.values * part.chosen // part.copies,
+            part.copies,
+            part.chosen,
+        )
+        for kind, part in parts.items()
+    }
+
+
+def step_work(config: ModelConfig, rows: int, past: int) -> Work:
+    """Count one step of the decoder; only the last of the `rows` goes through the head."""
+    decoder = config.decoder
+    parts = {kind: part for kind, part in decoder_parts(config).items() if part.active}
+    each = {kind: 1 if kind == "head" else rows for kind in parts}
+    positions = rows * past + rows * (rows + 1) // 2  # causal: each row reads those before it
+    return Work(
+        weights={kind: part.touched(rows) for kind, part in parts.items()},
+        operations={kind: 2.0 * each[kind] * part.active for kind, part in parts.items()},
+        attention=4.0 * decoder.layers * decoder.hidden_size * positions,
+        cache=cache_values(config, past + rows),
+        values=sum(each[kind] * part.values for kind, part in parts.items()),
+    )
+
+
+def cache_values(config: ModelConfig, positions: int) -> int:
+    """Numbers in the KV cache of so many positions."""
+    return 2 * config.decoder.layers * config.decoder.hidden_size * positions
+
+
+def vision_operations(config: ModelConfig) -> float:
+    """Operations of the vision tower, up to the layer that is read, and the projector."""
+    vision, size = config.vision, config.decoder.hidden_size
+    tokens = vision.image_tokens
+    projector = tokens * (vision.feature_size * size + size**2)
+    if vision.kind == "efficientnet-lite":
+        per_pixel, _ = CONVOLUTIONS[vision.variant]
+        return 2.0 * (per_pixel * vision.image_size**2 + projector)
+    width, layers = vision.feature_size, range(vision.layers + 1)[vision.select_layer]
+    rows = tokens + 1
+    layer = rows * (4 * width**2 + 2 * width * vision.intermediate_size) + 2 * rows**2 * width
+    patches = tokens * 3 * vision.patch_size**2 * width
+    return 2.0 * (patches + layers * layer + projector)
+
+
+def vision_weights(config: ModelConfig) -> int:
+    """Parameters of the vision tower and the projector, short of biases and norms of CLIP."""
+    vision = config.vision
+    positions = vision.image_tokens * vision.feature_size
+    return _tower_weights(vision) + positions + _projector_weights(config)
+
+
+def vision_bytes(config: ModelConfig, precision: Precision, number: int) -> int:
+    """Bytes of the vision tower and the projector in memory, where a float takes `number`.
+
+    What is stored in fp16 is expanded where arithmetic is fp32.
+    """
+    integers = 0
+    if vision_in_8_bits(config, precision, number):
+        integers = _layers_weights(config.vision) + _projector_weights(config)
+    floats = vision_weights(config) - integers
+    return round(integers * VISION_BITS / 8) + floats * number
+
+
+def vision_in_8_bits(config: ModelConfig, precision: Precision, number: int) -> bool:
+    """Whether the tower's matrices are integers: a quantised model's transformer on a CPU.
+
+    Where a float takes `number` = 2 bytes, all are fp16.
+    """
+    return config.vision.kind == "clip" and precision != "fp32" and number == 4
+
+
+def bits_per_weight(kind: str, precision: Precision, mixed_bits: float = MIXED_BITS) -> float:
+    """How a part is stored: routers and norms in fp32, embeddings in fp16, the head in int8.
+
+    Of fp32 and fp16 models everything is in that.
+    """
+    if precision in ("fp32", "fp16") or kind in ("router", "norm"):
+        return BITS["fp16" if precision == "fp16" else "fp32"]
+    if kind == "embedding":
+        return BITS["fp16"]
+    if kind == "head":
+        return BITS["int8"]
+    return mixed_bits if precision == "mixed" else BITS[precision]
+
+
+def _tower_weights(vision: VisionConfig) -> int:
+    if vision.kind == "efficientnet-lite":
+        return CONVOLUTIONS[vision.variant][1]
+    return _layers_weights(vision) + 3 * vision.patch_size**2 * vision.feature_size
+
+
+def _layers_weights(vision: VisionConfig) -> int:
+    """Weights in the layers of a transformer."""
+    width = vision.feature_size
+    return vision.layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+
+
+def _projector_weights(config: ModelConfig) -> int:
+    size = config.decoder.hidden_size
+    return config.vision.feature_size * size + size**2
+
+
+def _kind(name: str) -> str:
+    """The part that a parameter belongs to."""
+    for mark, kind in (
+        ("decoder.embed.", "embedding"),
+        ("decoder.head.", "head"),
+        (".attention.", "attention"),
+        (".ffn.experts.", "experts"),
+        (".ffn.meta.", "meta"),
+        (".ffn.router.", "router"),
+        (".ffn.coefficient.", "router"),
+        (".ffn.", "ffn"),
+    ):
+        if mark in name:
+            return kind
+    return "norm"

@@ -1,0 +1,57 @@
+"""What an answer carries."""
+
+import dataclasses
+from typing import Any
+
+from medmoe_edge.bundle.bundle import NOTICE
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Seconds. The image's part (`image`, `vision`, `prefix`) is spent once for all its questions.
+
+    `image`: read and prepare; `vision`: tower and projector; `prefix`: prefill of system prompt
+    and image tokens; `question`: prefill of the question; `decode`: all further tokens.
+    `first_token` is the time from the start to the answer's first token. Where the prefix was kept,
+    `vision` is 0 and `prefix` the time to fetch it; `prefix_reused` says so.
+    """
+
+    image: float
+    vision: float
+    prefix: float
+    question: float
+    decode: float
+    first_token: float
+    total: float
+    tokens: int
+    prefix_reused: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One question answered.
+
+    `confidence` is the model's own probability of this very answer, end token included, 0 to 1:
+    not a calibrated chance of being right. `modality` is the router's reading of the image, None
+    where the experts' modalities are not known; `experts` the share of routed tokens, over all
+    layers, that each expert took. `model` says by `name` and `sha256` what answered, by `runtime`
+    what ran it, and under `verification` what is known of its fidelity: "passed", "failed" or "not
+    measured" of a bundle, "reference" of a checkpoint. `paging` tells how experts were brought into
+    memory where that is bounded (`runtimes.paging_report`), else it is None.
+    """
+
+    question: str
+    text: str
+    confidence: float
+    modality: str | None
+    experts: dict[str, float]
+    timings: Timings
+    model: dict[str, str]
+    complete: bool = True
+    notice: str = NOTICE
+    paging: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One stable JSON object; the text is under `answer`."""
+        values = dataclasses.asdict(self)
+        return {"question": values.pop("question"), "answer": values.pop("text"), **values}

@@ -1,0 +1,280 @@
+"""ask(): an image and questions in, answers out, over any runtime."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.clock import Clock, timings
+from medmoe_edge.engine.loading import REFERENCE, Device, Paging, RuntimeName, open_model
+from medmoe_edge.engine.prefix_cache import LastPrefix, PrefixCache, cache_folder
+from medmoe_edge.engine.prefix_file import Prefix
+from medmoe_edge.errors import BundleError, CheckpointError, InputError
+from medmoe_edge.image.loading import Image, load_image, preprocess
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, chosen_experts
+from medmoe_edge.runtimes.paging.pager import Budget
+
+Counts = npt.NDArray[np.int64]
+ImageLike = str | os.PathLike[str] | Image
+MAX_NEW_TOKENS = 32
+ROOM = 64  # positions, whole multiples of which are kept free behind a prefix
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which another token is still to come
+
+
+def load(
+    model: str | os.PathLike[str] = "nano",
+    *,
+    runtime: RuntimeName = "auto",
+    device: Device = "auto",
+    memory_budget: Budget | None = None,
+    drop_pages: bool = False,
+    prefix_cache: str | os.PathLike[str] | None = None,
+) -> "Engine":
+    """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
+
+    `auto` runs a bundle on what it was made for and a checkpoint on torch, which runs portable
+    bundles too; `device` "cpu" or "cuda" chooses where ONNX Runtime or torch computes. A device
+    that a bundle was made for and that is not there is an error, never a silent fall back; asking
+    for the CPU is how to allow one. A bundle whose verification failed is loaded with a warning.
+    With a `memory_budget`, `drop_pages` also has the kernel forget what it read of experts, so that
+    the memory is really free; an expert that comes back is read from storage again.
+    `prefix_cache` names a folder for what the model makes of images (`engine.prefix_cache`): later
+    questions about the last image, and in other processes about any of them, skip that. It is
+    patient data. Raises `ModelError`, `ResourceError`, and `InputError` for what cannot be had.
+    """
+    folder = None if prefix_cache is None else cache_folder(prefix_cache)
+    paging = Paging(memory_budget, drop_pages)
+    loaded = open_model(model, runtime, device, paging, keeps_prefixes=folder is not None)
+    if folder is None:
+        return Engine(*loaded)
+    return Engine(*loaded, PrefixCache(folder, loaded.sha256, loaded.runtime))
+
+
+class Engine:
+    """A loaded model that answers questions about images. Not thread-safe.
+
+    `verification` is a bundle's proof, or "reference".
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        name: str,
+        sha256: str,
+        verification: str = REFERENCE,
+        prefixes: LastPrefix | None = None,
+    ) -> None:
+        self.runtime, self.tokenizer, self.prefixes = runtime, tokenizer, prefixes
+        self.name, self.sha256, self.verification = name, sha256, verification
+        self.config = runtime.config
+        tokenizer.check_vocabulary(self.config.decoder.vocab_size)
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The modality each expert serves, in order; empty where that is not known."""
+        return self.config.moe.expert_names if self.config.moe else ()
+
+    def ask(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        frame: int | None = None,
+    ) -> Answer:
+        """Answer one question.
+
+        Raises `InputError` for an unusable image or question, `ModelError` where the model's output
+        is not finite.
+        """
+        return self.ask_all(image, [question], max_new_tokens=max_new_tokens, frame=frame)[0]
+
+    def ask_all(
+        self,
+        image: ImageLike,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        frame: int | None = None,
+    ) -> list[Answer]:
+        """Answer several questions, each by itself; the image is processed once for all."""
+        told = self.ask_stream(image, questions, max_new_tokens=max_new_tokens, frame=frame)
+        return [item for item in told if isinstance(item, Answer)]
+
+    def ask_stream(
+        self,
+        image: ImageLike,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        frame: int | None = None,
+    ) -> Iterator[str | Answer]:
+        """Answer several questions, telling each answer while it is made.
+
+        For each question in turn come pieces of the answer's text, one for each token, some of them
+        empty, and then the `Answer`; joined, they are its text. Nothing is computed ahead: who
+        stops iterating stops the model.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
+        ids = [self.tokenizer.question_ids(question) for question in questions]
+        room = max((len(question) for question in ids), default=0) + max_new_tokens
+        prefix = self._prefill(image, frame, room)
+        for index, (question, tokens) in enumerate(zip(questions, ids, strict=True)):
+            yield from self._answer(question, tokens, prefix, max_new_tokens, first=index == 0)
+
+    def prompt_tokens(self, question: str) -> int:
+        """Positions that an image and a question take; raises `InputError` for an unusable one."""
+        before, after = self.tokenizer.prefix_ids(), self.tokenizer.question_ids(question)
+        return len(before) + self.config.vision.image_tokens + len(after)
+
+    def modality(self, image: ImageLike, *, frame: int | None = None) -> str | None:
+        """The image's modality as the router reads it; None where expert names are unknown."""
+        return self._prefill(image, frame, room=0).modality
+
+    def _prefill(self, image: ImageLike, frame: int | None, room: int) -> Prefix:
+        ids = self.tokenizer.prefix_ids()
+        length = len(ids) + self.config.vision.image_tokens
+        self._check_length(length + room)
+        if self.prefixes is not None:  # a longer question about the image may follow
+            most = self.config.decoder.max_positions - length
+            room = min(-(-room // ROOM) * ROOM, most)
+        clock = Clock()
+        picture = image if isinstance(image, Image) else load_image(image, frame=frame)
+        pixels = preprocess(picture, self.config.vision)
+        clock.lap("image")
+        if self.prefixes is None:
+            prefix = self._compute(pixels, ids, length + room, clock)
+        else:
+            prefix = self._fetch(self.prefixes, pixels, ids, length + room, clock)
+        clock.lap("prefix")
+        return replace(prefix, seconds={"vision": 0.0, **clock.laps})
+
+    def _compute(self, pixels: Floats, ids: list[int], capacity: int, clock: Clock) -> Prefix:
+        image_tokens = self._finite(self.runtime.encode_image(pixels))
+        clock.lap("vision")
+        embeds = np.concatenate((self.runtime.embed(ids), image_tokens))
+        cache = self.runtime.new_cache(capacity)
+        step = self._step(embeds, cache)
+        modality = self._modality(step.router_logits[len(ids) :])
+        return Prefix(cache, cache.length, modality, self._chosen(step))
+
+    def _fetch(
+        self, prefixes: LastPrefix, pixels: Floats, ids: list[int], capacity: int, clock: Clock
+    ) -> Prefix:
+        key = prefixes.key(pixels, ids)
+        length = len(ids) + self.config.vision.image_tokens
+        prefix = prefixes.find(key, length, capacity)
+        if prefix is None:
+            prefix = self._compute(pixels, ids, capacity, clock)
+            prefixes.keep(key, prefix)
+        return prefix
+
+    def _answer(
+        self, question: str, ids: list[int], prefix: Prefix, limit: int, first: bool
+    ) -> Iterator[str | Answer]:
+        clock = Clock()
+        cache = prefix.cache
+        cache.length = prefix.length  # forget the question before
+        step = self._step(self.runtime.embed(ids), cache)
+        experts = prefix.experts + self._chosen(step)
+        clock.lap("question")
+        answer: list[int] = []
+        told = ""
+        log_probability = 0.0
+        complete = False
+        while len(answer) < limit:
+            token, probability = _most_likely(step.logits)
+            log_probability += probability
+            complete = token == self.config.decoder.eos_token_id
+            if complete:
+                break
+            answer.append(token)
+            piece = self._untold(answer, told)
+            told += piece
+            yield piece
+            if len(answer) < limit:
+                step = self._step(self.runtime.embed([token]), cache)
+                experts = experts + self._chosen(step)
+        clock.lap("decode")
+        text = self.tokenizer.decode(answer)
+        yield text.removeprefix(told)
+        yield Answer(
+            question=question,
+            text=text,
+            confidence=math.exp(log_probability),
+            modality=prefix.modality,
+            experts=self._shares(experts),
+            timings=timings(
+                prefix.seconds, clock.laps, len(answer), first=first, reused=prefix.reused
+            ),
+            model={
+                "name": self.name,
+                "sha256": self.sha256,
+                "verification": self.verification,
+                "runtime": self.runtime.name,
+            },
+            complete=complete,
+            paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
+        )
+
+    def _untold(self, ids: list[int], told: str) -> str:
+        """What the text of `ids` adds to what was told; nothing while it ends within a character.
+
+        All models have byte-level tokenizers, whose text only grows at its end.
+        """
+        text = self.tokenizer.decode(ids)
+        return "" if text.endswith(UNFINISHED) else text.removeprefix(told)
+
+    def _step(self, embeds: Floats, cache: Cache) -> Step:
+        step = self.runtime.step(embeds, cache)
+        self._finite(step.logits)
+        self._finite(step.router_logits)
+        return step
+
+    def _finite(self, values: Floats) -> Floats:
+        """The values, unless one is infinite or no number: what follows would be no answer."""
+        if np.isfinite(values).all():
+            return values
+        what = f"{self.name} computed values that are infinite or no numbers."
+        if self.verification == REFERENCE:
+            raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
+        raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
+
+    def _check_length(self, positions: int) -> None:
+        limit = self.config.decoder.max_positions
+        if positions > limit:
+            raise InputError(
+                f"Image, question and answer need {positions} positions, the model has {limit}.",
+                "Ask a shorter question or allow fewer new tokens.",
+            )
+
+    def _modality(self, image_logits: Floats) -> str | None:
+        if not self.expert_names:
+            return None
+        return self.expert_names[int(image_logits.mean((0, 1)).argmax())]
+
+    def _chosen(self, step: Step) -> Counts:
+        """How often each expert was chosen in a step, over tokens and layers; `[E]`."""
+        if self.config.moe is None:
+            return np.zeros(0, np.int64)
+        chosen = chosen_experts(step.router_logits, self.config.moe.top_k)
+        return np.bincount(chosen.ravel(), minlength=self.config.moe.num_experts)
+
+    def _shares(self, counts: Counts) -> dict[str, float]:
+        names = self.expert_names or tuple(f"expert-{index}" for index in range(len(counts)))
+        total = max(int(counts.sum()), 1)
+        return {name: int(count) / total for name, count in zip(names, counts, strict=True)}
+
+
+def _most_likely(logits: Floats) -> tuple[int, float]:
+    """The most likely token and its log-probability."""
+    token = int(logits.argmax())
+    shifted = logits.astype(np.float64) - float(logits[token])
+    return token, -math.log(np.exp(shifted).sum())

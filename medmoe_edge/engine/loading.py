@@ -1,0 +1,198 @@
+"""From a name or a folder to a runtime, a tokenizer and what is known of the model."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle
+from medmoe_edge.bundle.target import DEFAULT
+from medmoe_edge.embedded import bundle_path, checkpoint_path
+from medmoe_edge.errors import InputError, MissingDependencyError, ModelError
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import Runtime
+from medmoe_edge.runtimes.paging.pager import Budget, ExpertPager
+
+RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
+Device = Literal["auto", "cpu", "cuda"]
+LARGE = 2**28  # bytes of experts, above which each is a session: they load in parallel
+ALL = "100%"  # a budget for every expert
+REFERENCE = "reference"  # a checkpoint, which bundles are verified against
+
+logger = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """What an engine is made of; `verification` is a bundle's proof, or "reference"."""
+
+    runtime: Runtime
+    tokenizer: Tokenizer
+    name: str
+    sha256: str
+    verification: str
+
+
+class Paging(NamedTuple):
+    """Whether experts are paged, and how; see `engine.load`."""
+
+    budget: Budget | None = None
+    drop_pages: bool = False
+
+
+def open_model(
+    model: str | os.PathLike[str],
+    runtime: RuntimeName,
+    device: Device,
+    paging: Paging,
+    *,
+    keeps_prefixes: bool,
+) -> Loaded:
+    """Open what `engine.load` was given, as it says."""
+    if paging.drop_pages and paging.budget is None:
+        raise InputError(
+            "Pages are dropped of experts that are paged, and there is no memory budget.",
+            "Give a memory budget, or leave the pages alone.",
+        )
+    model = os.fspath(model)
+    folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
+    is_bundle = (folder / MANIFEST).exists()
+    if is_bundle or runtime in ("onnxruntime", "tensorrt"):
+        bundle = Bundle.open(folder)
+        if keeps_prefixes and bundle.target.is_engine:
+            raise InputError(
+                f"{bundle.name} is made for {bundle.target}, whose KV cache is not kept in files.",
+                "Leave the prefix cache out, or give the portable bundle that it was made from.",
+            )
+        return _open_bundle(bundle, runtime, device, paging)
+    if paging.budget is not None:
+        raise _not_paged(f"{folder.name} is a checkpoint")
+    return _open_checkpoint(folder, device)
+
+
+def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
+    if bundle.proof == "failed":
+        logger.warning(
+            "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
+        )
+    tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
+    loaded = _runtime_of(bundle, runtime, device, paging)
+    logger.info("%s runs on %s.", bundle.name, loaded.name)
+    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, bundle.proof)
+
+
+def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Runtime:
+    if bundle.target.is_engine != (runtime == "tensorrt") and runtime != "auto":
+        raise ModelError(
+            f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
+            "Leave --runtime out, or export the model for it: medmoe-edge export --help",
+        )
+    if bundle.target.is_engine and device == "cpu":
+        raise ModelError(
+            f"{bundle.name} holds engines for a GPU ({bundle.target}).",
+            "On the CPU, use the portable bundle that it was made from.",
+        )
+    if bundle.target.paged and runtime != "torch":
+        return _slots_runtime(bundle, device, paging)
+    if paging.budget is not None:
+        return _paged_runtime(bundle, runtime, device, paging.budget, paging.drop_pages)
+    if runtime == "torch":
+        return _torch_runtime(bundle, device)
+    if not bundle.target.is_engine:
+        return _ort_runtime(bundle, device)
+    from medmoe_edge.runtimes.tensorrt.runtime import TensorRTRuntime
+
+    return TensorRTRuntime(bundle)
+
+
+def _ort_runtime(bundle: Bundle, device: Device) -> Runtime:
+    paging = bundle.manifest.get("paging") or {}
+    if device != "cuda" and "graphs" in paging and _expert_bytes(bundle) >= LARGE:
+        from medmoe_edge.runtimes.ort.paged import PagedOrtRuntime
+
+        return PagedOrtRuntime(bundle, None, check="never")  # the whole file has just been checked
+    from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+
+    return OrtRuntime(bundle, device=device)
+
+
+def _expert_bytes(bundle: Bundle) -> int:
+    return sum(size for _, size in bundle.manifest["experts"].values())
+
+
+def _paged_runtime(
+    bundle: Bundle, runtime: RuntimeName, device: Device, budget: Budget, drop_pages: bool
+) -> Runtime:
+    if runtime == "torch":
+        return _paged_torch_runtime(bundle, device, budget, drop_pages)
+    if bundle.target.name != DEFAULT:
+        raise _not_paged(f"{bundle.name} is made for {bundle.target} with all experts in memory")
+    if device == "cuda":
+        raise _not_paged("This was asked for another device")
+    from medmoe_edge.runtimes.ort.paged import PagedOrtRuntime
+
+    return PagedOrtRuntime(bundle, budget, drop_pages=drop_pages)
+
+
+def _not_paged(why: str) -> InputError:
+    return InputError(
+        f"{why}; experts are paged in portable bundles, by ONNX Runtime on the CPU or by torch, "
+        "and in those for a GPU that were made for it.",
+        "Leave the memory budget out, give a portable bundle, or export for a GPU with --paged.",
+    )
+
+
+def _slots_runtime(bundle: Bundle, device: Device, paging: Paging) -> Runtime:
+    budget = ALL if paging.budget is None else paging.budget
+    if isinstance(budget, ExpertPager):
+        raise _not_shared("a GPU")
+    if bundle.target.is_engine:
+        from medmoe_edge.runtimes.tensorrt.paged import PagedTensorRTRuntime
+
+        return PagedTensorRTRuntime(bundle, budget, drop_pages=paging.drop_pages)
+    from medmoe_edge.runtimes.ort.slots import SlotOrtRuntime
+
+    return SlotOrtRuntime(bundle, budget, device=device, drop_pages=paging.drop_pages)
+
+
+def _not_shared(where: str) -> InputError:
+    return InputError(
+        f"Engines on {where} cannot share one memory budget.", "Give each a budget of its own."
+    )
+
+
+def _paged_torch_runtime(
+    bundle: Bundle, device: Device, budget: Budget, drop_pages: bool
+) -> Runtime:
+    if isinstance(budget, ExpertPager):
+        raise _not_shared("torch")
+    try:
+        from medmoe_edge.runtimes.torch.paged import PagedTorchRuntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "export") from error
+    where: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+    return PagedTorchRuntime(bundle, budget, where, drop_pages=drop_pages)
+
+
+def _torch_runtime(bundle: Bundle, device: Device) -> Runtime:
+    try:
+        from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "export") from error
+    return TorchBundleRuntime(bundle, "cuda" if device == "cuda" else "cpu")
+
+
+def _open_checkpoint(folder: Path, device: Device) -> Loaded:
+    if not (folder / "config.json").exists():  # found out before torch is asked for
+        raise ModelError(
+            f"{folder} is neither a bundle nor a checkpoint.",
+            "Give a bundle, made by: medmoe-edge export; or a folder with config.json and weights.",
+        )
+    try:
+        from medmoe_edge.checkpoint.reader import read_checkpoint
+        from medmoe_edge.runtimes.torch.eager import EagerRuntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "export") from error
+    checkpoint = read_checkpoint(folder)
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
+    runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
+    return Loaded(runtime, tokenizer, folder.resolve().name, checkpoint.sha256(), REFERENCE)

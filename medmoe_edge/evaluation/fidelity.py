@@ -1,0 +1,235 @@
+"""How faithfully a model reproduces another: both read the same images and the same questions.
+
+`record` lets the reference answer once; `compare` holds any number of candidates against it. Per
+question the candidate is led along the reference's answer, so that the distributions of every
+position can be compared, and then left to give its own.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.data.datasets import Example
+from medmoe_edge.errors import DataError, ModelError
+from medmoe_edge.evaluation.figures import (
+    Accuracy,
+    Answers,
+    Divergence,
+    Fidelity,
+    Share,
+    Vision,
+)
+from medmoe_edge.evaluation.metrics import bootstrap_interval, exact_match
+from medmoe_edge.evaluation.reading import Reader, Reply, View
+from medmoe_edge.evaluation.routing import relative_error, routed, routing
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import Floats, Runtime
+
+__all__ = ["Fidelity", "Progress", "Recording", "Share", "compare", "record"]
+
+Progress = Callable[[int, int], None]
+"""Called with the images done and the images in all."""
+
+MAX_NEW_TOKENS = 32
+UNKNOWN = "unknown"
+
+
+class _Image(NamedTuple):
+    features: Floats  # [N, D]
+    router_logits: Floats  # [S, M, E]
+
+
+class _Question(NamedTuple):
+    tokens: tuple[int, ...]  # [P]
+    log_probabilities: npt.NDArray[np.float16]  # [P, V]; in fp16 KL errs by less than 1e-6
+    router_logits: Floats  # [S, M, E]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What the reference computed and answered."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    max_new_tokens: int
+    examples: Mapping[Path, Sequence[Example]]
+    images: Mapping[Path, _Image]
+    questions: Mapping[str, _Question]
+
+
+def record(
+    reference: Runtime,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress | None = None,
+) -> Recording:
+    """Let the reference answer every question.
+
+    Raises `DataError` for no examples or an id used twice, `ModelError` if its output is not
+    finite; errors of images and questions pass through.
+    """
+    if not examples:
+        raise DataError("There are no questions to compare on.", "Give at least one.")
+    if len({example.id for example in examples}) < len(examples):
+        raise DataError("Two questions share an id.", "Give every question an id of its own.")
+    reader = Reader(reference, tokenizer, max_new_tokens)
+    by_image = _by_image(examples)
+    images: dict[Path, _Image] = {}
+    questions: dict[str, _Question] = {}
+    for done, (image, group) in enumerate(by_image.items(), start=1):
+        ids = [tokenizer.question_ids(example.question) for example in group]
+        view = reader.view(image, ids)
+        images[image] = _Image(view.features, view.router_logits)
+        for example, question in zip(group, ids, strict=True):
+            reply = reader.answer(view, question)
+            log_probabilities = log_softmax(reply.logits).clip(-6e4).astype(np.float16)
+            questions[example.id] = _Question(reply.tokens, log_probabilities, reply.router_logits)
+        if not reader.finite:
+            raise ModelError(
+                "The reference model's output is not finite.",
+                "Its training diverged: use an earlier checkpoint.",
+            )
+        if progress:
+            progress(done, len(by_image))
+    return Recording(reference.config, tokenizer, max_new_tokens, by_image, images, questions)
+
+
+def compare(
+    recording: Recording, candidate: Runtime, *, progress: Progress | None = None
+) -> Fidelity:
+    """Hold a candidate against the recorded reference; raises `ModelError` for another model."""
+    if candidate.config != recording.config:
+        raise ModelError(
+            "The two models are of different make.", "Compare a model with its own checkpoint."
+        )
+    reader = Reader(candidate, recording.tokenizer, recording.max_new_tokens)
+    seen, said, routes = [], [], []
+    top_k = recording.config.moe.top_k if recording.config.moe else 0
+    for done, (image, group) in enumerate(recording.examples.items(), start=1):
+        ids = [recording.tokenizer.question_ids(example.question) for example in group]
+        view = reader.view(image, ids)
+        reference = recording.images[image]
+        seen.append(_seen(reference.features, view))
+        modality = group[0].modality or UNKNOWN
+        routes.append(routed(reference.router_logits, view.router_logits, top_k, modality))
+        for example, question in zip(group, ids, strict=True):
+            expected = recording.questions[example.id]
+            reply = reader.follow(view, question, expected.tokens)
+            said.append(_said(example, expected, reply, reader))
+            routes.append(routed(expected.router_logits, reply.router_logits, top_k, modality))
+        if progress:
+            progress(done, len(recording.examples))
+    return Fidelity(
+        questions=len(said),
+        images=len(seen),
+        overall=_answers(said),
+        by_modality=_grouped(said, lambda example: example.modality or UNKNOWN),
+        by_answer_type=_grouped(said, lambda example: example.answer_type),
+        routing=routing(routes, recording.config.moe_layers) if top_k else None,
+        vision=_vision(seen),
+        finite=reader.finite,
+    )
+
+
+def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Log-probabilities along the last axis, in double precision."""
+    shifted: npt.NDArray[np.float64] = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
+
+
+def _by_image(examples: Iterable[Example]) -> dict[Path, list[Example]]:
+    groups: dict[Path, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[example.image].append(example)
+    return dict(groups)
+
+
+class _Seen(NamedTuple):
+    cosine: float
+    squared_difference: float
+    squared_reference: float
+
+
+def _seen(reference: Floats, view: View) -> _Seen:
+    expected, found = reference.astype(np.float64), view.features.astype(np.float64)
+    norms = np.linalg.norm(expected, axis=-1) * np.linalg.norm(found, axis=-1)
+    cosines = (expected * found).sum(-1) / np.maximum(norms, 1e-30)  # [N]
+    squares = ((found - expected) ** 2).sum(), (expected**2).sum()
+    return _Seen(float(cosines.mean()), *map(float, squares))
+
+
+def _vision(seen: list[_Seen]) -> Vision:
+    cosine, difference, reference = np.array(seen).T
+    return Vision(
+        cosine_mean=float(cosine.mean()),
+        cosine_interval=bootstrap_interval(cosine, np.arange(len(cosine))),
+        cosine_min=float(cosine.min()),
+        relative_error=relative_error(difference.sum(), reference.sum()),
+    )
+
+
+class _Said(NamedTuple):
+    example: Example
+    same: bool
+    tokens_agree: npt.NDArray[np.bool_]  # [P]
+    kl: npt.NDArray[np.float64]  # [P]
+    reference_right: bool
+    candidate_right: bool
+
+
+def _said(example: Example, expected: _Question, reply: Reply, reader: Reader) -> _Said:
+    texts = reader.text(expected.tokens), reader.text(reply.tokens)
+    reference = log_softmax(expected.log_probabilities)
+    gaps = np.exp(reference) * (reference - log_softmax(reply.logits))
+    return _Said(
+        example,
+        texts[0] == texts[1],
+        reply.logits.argmax(-1) == np.array(expected.tokens),
+        np.maximum(gaps.sum(-1), 0.0),  # rounding may leave it a hair below
+        exact_match(texts[0], example.answer),
+        exact_match(texts[1], example.answer),
+    )
+
+
+def _grouped(said: list[_Said], key: Callable[[Example], str]) -> dict[str, Answers]:
+    groups: dict[str, list[_Said]] = defaultdict(list)
+    for part in said:
+        groups[key(part.example)].append(part)
+    return {name: _answers(group) for name, group in sorted(groups.items())}
+
+
+def _answers(said: list[_Said]) -> Answers:
+    agree = np.concatenate([part.tokens_agree for part in said])
+    kl = np.concatenate([part.kl for part in said])
+    return Answers(
+        n=len(said),
+        answer_agreement=Share.of(sum(part.same for part in said), len(said)),
+        token_agreement=Share.of(int(agree.sum()), len(agree)),
+        kl=Divergence(float(kl.mean()), float(np.quantile(kl, 0.99)), float(kl.max())),
+        accuracy=_accuracy([part for part in said if part.example.answer]),
+    )
+
+
+def _accuracy(said: list[_Said]) -> Accuracy | None:
+    if not said:
+        return None
+    reference = np.array([part.reference_right for part in said], np.float64)
+    candidate = np.array([part.candidate_right for part in said], np.float64)
+    difference = candidate - reference
+    return Accuracy(
+        n=len(said),
+        reference=float(reference.mean()),
+        candidate=float(candidate.mean()),
+        difference=float(difference.mean()),
+        interval=bootstrap_interval(difference, [str(part.example.image) for part in said]),
+    )

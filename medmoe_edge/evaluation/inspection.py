@@ -1,0 +1,134 @@
+"""What is in a checkpoint or bundle, told from headers and the manifest: no weights are read."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from medmoe_edge.bundle.target import Target
+from medmoe_edge.checkpoint.keys import Shape, decoder_parameters, expected_parameters
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.errors import InputError, MissingDependencyError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """A model's make-up.
+
+    `parameters_total` counts every tensor, the vision tower included (None where counting the
+    tower needs torch, which is not installed); `parameters_language` the decoder without tower
+    and projector, and `parameters_activated` what of it runs for one token: the router, the
+    top-k experts and the meta expert, but not the other experts. `tensors` counts the official
+    layout's tensors, `types` them by number type; `bytes` are those of all files. `target` is what
+    a bundle runs on, `verification` its proof of fidelity: "passed", "failed" or "not measured".
+    """
+
+    kind: Literal["checkpoint", "bundle"]
+    name: str
+    config: ModelConfig
+    bytes: int
+    files: dict[str, int]
+    parameters_total: int | None
+    parameters_language: int
+    parameters_activated: int
+    experts_per_layer: dict[int, int]
+    tensors: int | None = None
+    types: dict[str, int] | None = None
+    shared_router: bool | None = None
+    target: Target | None = None
+    quantisation: Any = None
+    source: Any = None
+    licence: Any = None
+    verification: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["target"] = self.target.to_json() if self.target else None
+        layers = {str(layer): experts for layer, experts in self.experts_per_layer.items()}
+        return {**values, "config": self.config.to_json(), "experts_per_layer": layers}
+
+
+def inspect_model(path: Path, *, vision_tower: Path | None = None) -> Inspection:
+    """Look into a checkpoint folder or a bundle.
+
+    `vision_tower` is handed to `read_checkpoint`. Raises `InputError` where there is no folder,
+    `ModelError` for a damaged model.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder.", "Give a bundle or a checkpoint folder.")
+    if (path / "manifest.json").exists():
+        return _inspect_bundle(path)
+    return _inspect_checkpoint(path, vision_tower)
+
+
+def activated_parameters(config: ModelConfig) -> int:
+    """Parameters of the language part that run for one token."""
+    shapes = decoder_parameters(config)
+    experts = _total({name: shape for name, shape in shapes.items() if ".ffn.experts." in name})
+    if config.moe is None:
+        return _total(shapes)
+    return _total(shapes) - experts + experts * config.moe.top_k // config.moe.num_experts
+
+
+def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
+    try:
+        from medmoe_edge.checkpoint.reader import read_checkpoint
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "export") from error
+    checkpoint = read_checkpoint(path, vision_tower=vision_tower)
+    stored = [*checkpoint.names.values(), *checkpoint.twins.values()]
+    files = {file.name: file.stat().st_size for file in sorted({tensor.file for tensor in stored})}
+    return Inspection(
+        kind="checkpoint",
+        files=files,
+        bytes=sum(files.values()),
+        parameters_total=_total({n: tensor.shape for n, tensor in checkpoint.names.items()}),
+        tensors=len(stored),
+        types=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in stored)),
+        shared_router=checkpoint.shared_router if checkpoint.config.moe else None,
+        **_common(path, checkpoint.config),
+    )
+
+
+def _inspect_bundle(path: Path) -> Inspection:
+    from medmoe_edge.bundle.bundle import Bundle
+
+    bundle = Bundle.open(path, verify=False)
+    manifest = bundle.manifest
+    config = ModelConfig.from_json(manifest["config"], "manifest.json config")
+    files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+    try:
+        total = _total(expected_parameters(config))
+    except MissingDependencyError:
+        total = None
+    return Inspection(
+        kind="bundle",
+        files=files,
+        bytes=sum(files.values()),
+        parameters_total=total,
+        target=bundle.target,
+        quantisation=manifest.get("quantisation"),
+        source=manifest.get("source"),
+        licence=manifest.get("licence"),
+        verification=bundle.proof,
+        **_common(path, config),
+    )
+
+
+def _common(path: Path, config: ModelConfig) -> dict[str, Any]:
+    experts = config.moe.num_experts if config.moe else 0
+    return {
+        "name": path.absolute().name,
+        "config": config,
+        "parameters_language": _total(decoder_parameters(config)),
+        "parameters_activated": activated_parameters(config),
+        "experts_per_layer": dict.fromkeys(config.moe_layers, experts),
+    }
+
+
+def _total(shapes: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())

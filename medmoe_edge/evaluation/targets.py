@@ -1,0 +1,184 @@
+"""One set of stored weights, many graphs: do they compute the same?
+
+The oracle is the specification: the bundle's integers dequantised and all arithmetic in fp32, every
+expert on every token. Each target's graph is held against it, run by whatever can run it here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from medmoe_edge.data.datasets import Example
+from medmoe_edge.errors import DataError
+from medmoe_edge.evaluation.figures import Share
+from medmoe_edge.evaluation.reading import Reader, Reply
+from medmoe_edge.evaluation.routing import relative_error
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import Floats, Runtime, chosen_experts
+
+Progress = Callable[[str, int, int], None]
+Opened = AbstractContextManager[tuple[Runtime, str]]
+"""A runtime while it is needed, and what executes it."""
+
+MAX_NEW_TOKENS = 32
+BOUND = 0.01  # of logits and image tokens: what half and 8-bit arithmetic may cost
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a target's graph agrees with the specification.
+
+    `vision_error` and `logit_error` are relative (norm of the difference over the norm), of the
+    image tokens and of the logits at all positions of the answers, less their mean; the largest of
+    a single question is `worst_question`. `rerouted` counts tokens x layers sent to other experts,
+    and `widest_tie` is the largest gap in probability, in the specification, between the expert
+    that one of them lost and the one it got: rounding decides ties.
+    """
+
+    target: str
+    executed: str
+    questions: int
+    vision_error: float
+    logit_error: float
+    worst_question: float
+    same_answers: Share
+    rerouted: Share
+    widest_tie: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether it is within `BOUND`."""
+        return max(self.logit_error, self.vision_error) <= BOUND
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "agrees": self.agrees}
+
+
+def agree(
+    specification: Callable[[], Opened],
+    candidates: Mapping[str, Callable[[], Opened]],
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    progress: Progress | None = None,
+) -> list[Agreement]:
+    """Hold every candidate against the specification; one runtime is in memory at a time.
+
+    `progress` is called with `(what, images done, images)`. Raises `DataError` for no examples;
+    errors of images, questions and runtimes pass through.
+    """
+    if not examples:
+        raise DataError("There are no questions to compare on.", "Give at least one.")
+    groups = _by_image(examples)
+    report = progress or (lambda what, done, total: None)
+    with specification() as (runtime, _):
+        reader = Reader(runtime, tokenizer, MAX_NEW_TOKENS)
+        expected = list(_read(reader, groups, None, lambda *at: report("specification", *at)))
+    found = []
+    for name, opened in candidates.items():
+        with opened() as (runtime, executed):
+            reader = Reader(runtime, tokenizer, MAX_NEW_TOKENS)
+            images = _read(reader, groups, expected, lambda *at, name=name: report(name, *at))
+            found.append(_compare(name, executed, runtime, expected, images))
+    return found
+
+
+class _Read(NamedTuple):
+    """What is kept of an image: its tokens `[N, D]`, the prefix's routing, and the replies."""
+
+    features: Floats
+    router_logits: Floats  # [S, M, E]
+    replies: list[Reply]
+
+
+def _by_image(examples: Sequence[Example]) -> list[tuple[Path, list[str]]]:
+    ordered = sorted(examples, key=lambda example: str(example.image))
+    return [
+        (image, [example.question for example in group])
+        for image, group in groupby(ordered, key=lambda example: example.image)
+    ]
+
+
+def _read(
+    reader: Reader,
+    groups: Sequence[tuple[Path, list[str]]],
+    led_by: Sequence[_Read] | None,
+    report: Callable[[int, int], None],
+) -> Iterable[_Read]:
+    for place, (image, texts) in enumerate(groups):
+        questions = [reader.tokenizer.question_ids(text) for text in texts]
+        view = reader.view(image, questions)
+        if led_by is None:
+            replies = [reader.answer(view, question) for question in questions]
+        else:
+            answers = [reply.tokens for reply in led_by[place].replies]
+            replies = [reader.follow(view, *pair) for pair in zip(questions, answers, strict=True)]
+        yield _Read(view.features, view.router_logits, replies)
+        report(place + 1, len(groups))
+
+
+def _compare(
+    name: str, executed: str, runtime: Runtime, expected: Sequence[_Read], found: Iterable[_Read]
+) -> Agreement:
+    top_k = runtime.config.moe.top_k if runtime.config.moe else 0
+    vision, logits, same, moved, tokens, ties = [], [], [], 0, 0, [0.0]
+    for ours, theirs in zip(found, expected, strict=True):
+        vision.append(_squares(ours.features, theirs.features))
+        routes = [(ours.router_logits, theirs.router_logits)]
+        for reply, other in zip(ours.replies, theirs.replies, strict=True):
+            logits.append(_squares(_centred(reply.logits), _centred(other.logits)))
+            same.append(reply.tokens == other.tokens)
+            routes.append((reply.router_logits, other.router_logits))
+        for router, reference in routes if top_k else ():
+            gaps = lost_by(reference, router, top_k)
+            tokens, moved = tokens + gaps.size, moved + int((gaps > 0).sum())
+            ties.append(float(gaps.max(initial=0.0)))
+    return Agreement(
+        name,
+        executed,
+        len(logits),
+        relative_error(*np.sum(vision, axis=0)),
+        relative_error(*np.sum(logits, axis=0)),
+        max(relative_error(*squares) for squares in logits),
+        Share.of(sum(same), len(same)),
+        Share.of(moved, tokens),
+        max(ties),
+    )
+
+
+def lost_by(reference: Floats, found: Floats, top_k: int) -> npt.NDArray[np.float64]:
+    """`[S, M]`: 0 where a token goes to the reference's experts, else by how much they led.
+
+    That is the reference's probability of the worst expert it lost, less that of the best it got.
+    """
+    shifted = np.exp(reference - reference.max(-1, keepdims=True), dtype=np.float64)
+    probabilities = shifted / shifted.sum(-1, keepdims=True)
+    masks = []
+    for logits in (reference, found):
+        mask = np.zeros(logits.shape, bool)
+        np.put_along_axis(mask, chosen_experts(logits, top_k), True, axis=-1)
+        masks.append(mask)
+    lost = np.where(masks[0] & ~masks[1], probabilities, np.inf).min(-1)
+    got = np.where(masks[1] & ~masks[0], probabilities, -np.inf).max(-1)
+    moved = np.isfinite(lost)
+    smallest = np.finfo(np.float64).tiny  # a tie to the last bit has moved all the same
+    return np.where(moved, np.maximum(lost - got, smallest), 0.0)
+
+
+def _centred(logits: Floats) -> npt.NDArray[np.float64]:
+    """What a softmax sees of them."""
+    exact = logits.astype(np.float64)
+    centred: npt.NDArray[np.float64] = exact - exact.mean(-1, keepdims=True)
+    return centred
+
+
+def _squares(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> tuple[float, float]:
+    exact = expected.astype(np.float64)
+    return float(((found - exact) ** 2).sum()), float((exact**2).sum())

@@ -1,0 +1,196 @@
+"""What the command line shows: tables and bars for people, one JSON object for programs.
+
+What the verbs of quantisation and its proof show is in `render_proof`.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none of it
+    from rich.progress import Progress
+
+    from medmoe_edge.engine.answer import Answer
+    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Score
+    from medmoe_edge.evaluation.inspection import Inspection
+
+ENDLESS = 10_000  # columns, for tables that go into a file or another program
+log = logging.getLogger(__name__)
+
+
+def as_json(value: Mapping[str, Any]) -> None:
+    """One object on one line of stdout; ASCII, so that no terminal or locale can refuse it."""
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def show(text: str = "", style: str = "", *, stderr: bool = False) -> None:
+    """One paragraph, in colour only on a terminal and without `NO_COLOR`; never as markup."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=stderr).print(Text(printable(text), style), soft_wrap=True)
+
+
+def show_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    left: int = 1,
+    styles: Mapping[str, str] | None = None,
+) -> None:
+    """A table whose first `left` columns are words and whose others are numbers.
+
+    `styles` are by the words of a cell.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if title:
+        show(title, "bold")
+    table = Table(box=None, show_header=any(columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        cells = [printable(str(value)) for value in row]
+        table.add_row(*(Text(cell, (styles or {}).get(cell, "")) for cell in cells))
+    console = Console()
+    (console if console.is_terminal else Console(width=ENDLESS)).print(table)
+
+
+def printable(text: str) -> str:
+    """The text on one line, without what could steer a terminal: models and files may hold it."""
+    return "".join(mark if mark.isprintable() else "\N{REPLACEMENT CHARACTER}" for mark in text)
+
+
+@contextmanager
+def bars() -> Iterator["Progress"]:
+    """Progress bars on stderr, if that is a terminal and nobody asked for quiet."""
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    hidden = not console.is_terminal or not log.isEnabledFor(logging.WARNING)
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        yield progress
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar while the block runs: of unknown length until told of `(step, done, total)`."""
+    with bars() as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda step, done, total: progress.update(
+            task, description=step.capitalize(), completed=done, total=total
+        )
+
+
+def show_answers(answers: Sequence["Answer"]) -> None:
+    """Each question with its answer, and beneath it what the answer rests on."""
+    for number, answer in enumerate(answers):
+        if number:
+            show()
+        show(answer.question)
+        show(f"  {answer.text or '(no answer)'}", "bold green")
+        show(f"  {' · '.join(_grounds(answer))}", "dim")
+
+
+def show_inspection(inspection: "Inspection") -> None:
+    """A model's make-up."""
+    config, moe = inspection.config, inspection.config.moe
+    decoder = config.decoder
+    total = inspection.parameters_total
+    rows: list[tuple[str, object]] = [
+        ("kind", inspection.kind),
+        *([("target", inspection.target)] if inspection.target else []),
+        ("size", f"{megabytes(inspection.bytes)} in {len(inspection.files)} files"),
+        ("parameters", "unknown without torch" if total is None else f"{total:,}"),
+        ("  of the language part", f"{inspection.parameters_language:,}"),
+        ("  activated per token", f"{inspection.parameters_activated:,}"),
+        ("vision", f"{config.vision.kind}, {config.vision.image_tokens} image tokens"),
+        ("decoder", f"{decoder.kind}, {decoder.layers} layers of {decoder.hidden_size}"),
+    ]
+    if moe:
+        meta = " + meta expert" if moe.meta_expert else ""
+        rows += [
+            ("experts", f"{moe.num_experts}, top-{moe.top_k}{meta}, in {len(moe.layers)} layers"),
+            ("  in layers", ", ".join(map(str, moe.layers))),
+        ]
+        if moe.expert_names:
+            rows.append(("  for", ", ".join(moe.expert_names)))
+    if inspection.tensors is not None:
+        types = ", ".join(f"{count} {name}" for name, count in (inspection.types or {}).items())
+        rows.append(("tensors", f"{inspection.tensors:,} ({types})"))
+    for name in ("quantisation", "source", "licence", "verification"):
+        rows += told(name, getattr(inspection, name))
+    show_table(inspection.name, ["", ""], rows, left=2)
+
+
+def show_evaluation(evaluation: "Evaluation", labels: "ModalityAccuracy | None") -> None:
+    """The papers' figures in percent, then how often the modality was found."""
+    scores: list[tuple[str, Score | None]] = [
+        ("all", evaluation.overall),
+        ("  open", evaluation.open),
+        ("  closed", evaluation.closed),
+    ]
+    for source, score in evaluation.by_source.items():
+        scores += [(source, score.overall), ("  open", score.open), ("  closed", score.closed)]
+    scores += list(evaluation.by_modality.items())
+    rows = [
+        (name, score.n, percent(score.exact_match), _interval(score), percent(score.accuracy))
+        for name, score in scores
+        if score
+    ]
+    show_table("", ["", "questions", "exact match", "95% interval", "accuracy"], rows)
+    for what, found in (("these images", evaluation.router), ("the labelled images", labels)):
+        if found and found.accuracy is not None:
+            show(f"Modality found in {what}: {percent(found.accuracy)} of {found.images}")
+
+
+def percent(fraction: float) -> str:
+    """A fraction (0..1) for people: 82.4%."""
+    return f"{fraction:.1%}"
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people: 21.3 MB, each of 1,000,000 bytes."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def wrote(what: str, path: Path) -> None:
+    """The last line of a verb that wrote something."""
+    show(f"Wrote {what} {path}")
+
+
+def _grounds(answer: "Answer") -> Iterator[str]:
+    if not answer.complete:
+        yield "cut off"
+    yield f"confidence {percent(answer.confidence)}"
+    if answer.modality:
+        yield f"modality {answer.modality}"
+    shares = sorted(answer.experts.items(), key=lambda item: -item[1])
+    if used := [f"{name} {share:.0%}" for name, share in shares if share]:
+        yield f"experts {', '.join(used)}"
+    yield f"{answer.timings.total:.2f} s, first token after {answer.timings.first_token:.2f} s"
+
+
+def told(name: str, value: object) -> list[tuple[str, object]]:
+    """A part of a manifest, or its parts; lists are left to --json."""
+    if not isinstance(value, Mapping):
+        return [(name, value)] if value else []
+    told: list[tuple[str, object]] = [(name, "")]
+    for key, part in value.items():
+        if isinstance(part, str | int | float):
+            told.append((f"  {key.replace('_', ' ')}", part))
+    return told
+
+
+def _interval(score: "Score") -> str:
+    low, high = score.exact_match_interval
+    return f"{low:.1%} to {high:.1%}"

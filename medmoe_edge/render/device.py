@@ -1,0 +1,105 @@
+"""What the verbs that deploy show to people."""
+
+from typing import TYPE_CHECKING
+
+from medmoe_edge.render.console import show, show_table, wrote
+
+if TYPE_CHECKING:
+    from medmoe_edge.device.doctor import Diagnosis
+    from medmoe_edge.device.estimate import Forecast, Plan
+    from medmoe_edge.device.measured import Comparison
+    from medmoe_edge.pipeline_targets import TargetExport
+
+STATES = {"problem": "bold red", "warning": "yellow", "hint": "dim"}
+
+
+def show_diagnosis(diagnosis: "Diagnosis") -> None:
+    """What was found, then what is wrong with it and what to do."""
+    show_table("", ["", ""], [(fact.name, fact.value) for fact in diagnosis.facts], left=2)
+    show()
+    rows = [
+        (extra.name, extra.purpose, extra.state, extra.command if extra.missing else "")
+        for extra in diagnosis.extras
+    ]
+    show_table("Extras", ["extra", "for", "state", "to install"], rows, left=4)
+    for finding in diagnosis.findings:
+        show()
+        show(f"{finding.level.capitalize()}: {finding.what}", STATES[finding.level])
+        show(f"  {finding.remedy}")
+
+
+def show_plan(plan: "Plan") -> None:
+    """A row per precision, then what the figures rest on."""
+    columns = ["", "decoder", "memory to run", "to build", "first token", "tokens/s", "fits"]
+    rows = [
+        (
+            each.precision,
+            gigabytes(each.weights),
+            gigabytes(each.memory_run),
+            gigabytes(each.memory_build),
+            seconds(each.first_token),
+            f"{each.tokens_per_second:,.1f}",
+            _verdict(each),
+        )
+        for each in plan.forecasts
+    ]
+    device = plan.device
+    title = f"{plan.model} on {device.title}, {gigabytes(device.usable)} usable"
+    show_table(title, columns, rows, styles={"yes": "green"})
+    if heavy := [f.precision for f in plan.forecasts if f.memory_build > device.usable]:
+        show(
+            f"To build {', '.join(heavy)} takes more memory than it has: build elsewhere.", "yellow"
+        )
+    rests = "measured rates" if device.ratings is None else "the maker's figures"
+    show(f"Predicted for {plan.prompt_tokens} prompt tokens, from {rests}; not run.", "dim")
+
+
+def show_comparison(comparison: "Comparison") -> None:
+    """Prediction beside measurement."""
+    rows = [
+        (
+            name,
+            seconds(comparison.predicted[name]),
+            seconds(comparison.measured[name]),
+            f"{ratio:.2f}",
+        )
+        for name, ratio in comparison.ratios.items()
+    ]
+    show()
+    show_table("Run on this machine", ["", "predicted", "measured", "ratio"], rows)
+
+
+def gigabytes(count: int) -> str:
+    """Bytes for people: 3.12 GB, each of 1,000,000,000 bytes."""
+    return f"{count / 1e9:,.2f} GB"
+
+
+def seconds(value: float) -> str:
+    """A time for people: 2.31 s, or 12.4 ms."""
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _verdict(forecast: "Forecast") -> str:
+    if forecast.short:
+        return f"no, {gigabytes(forecast.short)} short"
+    if forecast.expert_budget is None:
+        return "yes"
+    share = forecast.expert_budget / forecast.experts
+    return f"with {gigabytes(forecast.expert_budget)} for experts ({share:.0%} of them)"
+
+
+def show_target(made: "TargetExport") -> None:
+    """The engines, what they took, and where they are."""
+    rows = [
+        (
+            name,
+            gigabytes(built.bytes),
+            seconds(built.seconds),
+            gigabytes(built.peak_memory) if built.peak_memory else "",
+            "from the cache" if built.cached else "built",
+        )
+        for name, built in made.engines.items()
+    ]
+    if rows:
+        show_table(f"For {made.target}", ["engine", "size", "took", "peak memory", ""], rows)
+    wrote("the bundle", made.bundle)

@@ -1,0 +1,146 @@
+"""Experts in a fixed number of slots of a device's memory, and the table that finds them.
+
+The pager (`paging.py`) decides who stays, as for every other runtime: its budget is the slots. What
+computes is a whole step, which cannot stop to wait for an expert. So before it runs, the experts
+that it may read are held in their slots, and it is given a table of them, `[M, E]` int32: the slot
+of each expert, -1 for one that it may not read. If it turns out to need another, it is run again
+(`slots_replay.py`).
+
+Two rules keep slots and compute apart. A load ends when its copy has passed its event, so what the
+table names is there. And experts are let go only when the compute that read them is over
+(`DeviceMemory.finish`), so no slot is written that is still being read. A copy that nobody waits
+for any more, after an interrupt, may still be under way into a slot that is free again: copies run
+in order, so the next one lands on top of it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from medmoe_edge.errors import InputError
+from medmoe_edge.runtimes.paging.expert_file import Bytes
+from medmoe_edge.runtimes.paging.pager import ExpertPager, PagedExperts
+from medmoe_edge.runtimes.paging.store import Expert
+from medmoe_edge.runtimes.slots.memory import DeviceMemory
+
+Table = npt.NDArray[np.int32]
+ABSENT = -1
+
+
+class Source(Protocol):
+    """Where experts' bytes are read from."""
+
+    @property
+    def sizes(self) -> Mapping[Expert, int]:
+        """Bytes of each expert."""
+        ...
+
+    def announce(self, experts: Iterable[Expert]) -> None:
+        """Hear which will be read, in order."""
+
+    def read(self, expert: Expert, *into: Bytes) -> None:
+        """Read one to the front of `into`, buffers that follow one another; raises what fails."""
+
+
+class SlotStore:
+    """A pager's store whose experts lie in slots; what it loads is the number of the slot.
+
+    Each slot holds the largest expert. Where the device has a memory of its own, what was read once
+    stays on the host, to be copied again.
+    """
+
+    def __init__(self, source: Source, memory: DeviceMemory, count: int) -> None:
+        self.source, self.memory = source, memory
+        self.stored = source.sizes
+        self.size = max(self.stored.values())
+        self.sizes = dict.fromkeys(self.stored, self.size)
+        self.scratch = 0
+        self.slots = memory.allocate(count, self.size)
+        self._free = list(range(count))
+        self._on_host: dict[Expert, Bytes] = {}
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of experts that are kept on the host."""
+        return sum(len(copy) for copy in self._on_host.values())
+
+    def announce(self, experts: Sequence[Expert]) -> None:
+        """Have those read ahead that are not on the host."""
+        self.source.announce(expert for expert in experts if expert not in self._on_host)
+
+    def load(self, expert: Expert) -> int:
+        """Fill a free slot; raises what the source and the memory raise."""
+        slot = self._free.pop()
+        try:
+            if self.memory.unified:
+                self.source.read(expert, *self.memory.in_place(self.slots[slot]))
+            else:
+                self.memory.copy(self._host_copy(expert), self.slots[slot]).wait()
+        except BaseException:
+            self._free.append(slot)
+            raise
+        return slot
+
+    def release(self, value: int) -> None:
+        """The slot is free again."""
+        self._free.append(value)
+
+    def _host_copy(self, expert: Expert) -> Bytes:
+        if expert not in self._on_host:
+            copy = self.memory.host(self.stored[expert])
+            self.source.read(expert, copy)
+            self._on_host[expert] = copy
+        return self._on_host[expert]
+
+
+class ExpertSlots:
+    """One model's experts, M layers of E, in so many slots. May be used from several threads."""
+
+    def __init__(
+        self, source: Source, memory: DeviceMemory, count: int, shape: tuple[int, int]
+    ) -> None:
+        self.count, self.shape = count, shape
+        self.store = SlotStore(source, memory, count)
+        pager = ExpertPager(count * self.store.size)
+        self.experts: PagedExperts[int] = pager.open(self.store, 1)
+
+    @contextmanager
+    def hold(self, wanted: Sequence[Expert]) -> Iterator[Table]:
+        """The table of `wanted`, of which those that do not fit are left out, and of what is there.
+
+        They are held for as long as the context lasts; no other `hold` inside.
+        """
+        held = list(dict.fromkeys((*wanted, *self._there())))[: self.count]
+        table = np.full(self.shape, ABSENT, np.int32)
+        with self.experts.use(*held) as slots:
+            for expert, slot in zip(held, slots, strict=True):
+                table[expert] = slot
+            try:
+                yield table
+            finally:
+                self.store.memory.finish()
+
+    def _there(self) -> list[Expert]:
+        """The experts in memory, those that are worth most first."""
+        pager = self.experts.pager
+        with pager.changed:
+            there = [slot for slot in pager.slots.values() if slot.value is not None]
+            there.sort(key=lambda slot: slot.worth, reverse=True)
+        return [slot.expert for slot in there]
+
+
+def slot_count(budget: int, sizes: Mapping[Expert, int], least: int) -> int:
+    """Slots in a budget of bytes, no more than there are experts.
+
+    Raises `InputError` where they are fewer than `least`, what a single token may need.
+    """
+    size = max(sizes.values())
+    if budget < least * size:
+        raise InputError(
+            f"A memory budget of {budget:,} bytes is too small for this model.",
+            f"The experts of a single token take {least * size:,} bytes: allow as many.",
+        )
+    return min(budget // size, len(sizes))

@@ -1,0 +1,235 @@
+"""A bundle of TensorRT engines: `vision.engine` and `decoder.engine`, on one GPU.
+
+The decoder's engine has two optimisation profiles: prefill, of 1 to `prefill` tokens a step, and
+decode, of one token. Its KV cache is written in place: `present_*` is bound to the buffer of
+`past_*`. A decode step is captured once per cache as a CUDA graph and replayed for every token
+after: where the token stands, it reads from the device (`start`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.errors import InputError, ResourceError
+from medmoe_edge.export.tensorrt_library import EXTRAS, library_of
+from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
+from medmoe_edge.runtimes.embedding import EmbeddingTable
+from medmoe_edge.runtimes.prefill import in_parts
+from medmoe_edge.runtimes.tensorrt.device import CudaDevice, Device, Mirror
+from medmoe_edge.runtimes.tensorrt.engine import (
+    Context,
+    Engine,
+    TensorRTEngine,
+    is_capturable,
+)
+
+PREFILL, DECODE = 0, 1  # the decoder's optimisation profiles
+HALF = 2  # bytes of fp16 and of bf16
+
+
+class TensorRTCache:
+    """A device buffer `[1, H, capacity, head_size]` per layer for keys and one for values.
+
+    They begin as zeros: attention gives positions not yet written the weight 0, and 0 times
+    whatever lay in the memory might be no number.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int, device: Device) -> None:
+        decoder = config.decoder
+        size = decoder.heads * capacity * decoder.head_size * HALF
+        self.capacity = capacity
+        self.length = 0
+        self.buffers = {
+            f"{kind}.{layer}": device.zeros(size)
+            for layer in range(decoder.layers)
+            for kind in ("key", "value")
+        }
+        self.decoded = False
+        self.replay: Callable[[], None] | None = None  # the captured decode step
+
+
+class TensorRTRuntime:
+    """Runs a bundle's engines. `device` and `open_engine` are CUDA and TensorRT but in tests."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: Device | None = None,
+        open_engine: Callable[[str], Engine] | None = None,
+    ) -> None:
+        self.bundle, self.config = bundle, bundle.config
+        self.target = bundle.target
+        self.name: str = self.target.name
+        self._device = device or CudaDevice(EXTRAS[library_of(self.target)])
+        self._open = open_engine or self._open_file
+        self._embedding = EmbeddingTable(bundle.path("embedding.npy"))
+
+    def encode_image(self, pixels: Floats) -> Floats:
+        """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
+        return self._tower.run(pixels)
+
+    def embed(self, ids: list[int]) -> Floats:
+        """Token ids to embeddings `[S, D]`."""
+        return self._embedding[ids]
+
+    def new_cache(self, capacity: int) -> TensorRTCache:
+        """An empty cache, of as many positions as the engine was built for.
+
+        Raises `InputError` if that is less than `capacity`.
+        """
+        if capacity > self.target.capacity:
+            raise InputError(
+                f"Image, question and answer need {capacity} positions, the engine was built for "
+                f"{self.target.capacity}.",
+                "Ask a shorter question or allow fewer new tokens.",
+            )
+        return TensorRTCache(self.config, self.target.capacity, self._device)
+
+    def step(self, embeds: Floats, cache: Cache) -> Step:
+        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S.
+
+        More than the engine takes at once go in several steps.
+        """
+        assert isinstance(cache, TensorRTCache)
+        check_room(cache, len(embeds))
+        return in_parts(embeds, self.target.prefill, lambda part: self._run(part, cache))
+
+    def _run(self, embeds: Floats, cache: TensorRTCache) -> Step:
+        lane = self._lane(len(embeds))
+        lane.fill(embeds, cache.length)
+        if lane is self._prefill:
+            lane.launch(len(embeds), cache)
+        else:
+            self._launch_decode(cache)
+        self._device.synchronise()
+        cache.length += len(embeds)
+        return lane.read(len(embeds))
+
+    def _lane(self, tokens: int) -> "Lane":
+        return self._decode if tokens == 1 else self._prefill
+
+    def _launch_decode(self, cache: TensorRTCache) -> None:
+        """The first step of a cache as it is, for TensorRT to settle; from the second, a graph."""
+        stream = self._device.stream
+        if cache.replay is None and cache.decoded and is_capturable(self._decode.context, stream):
+            cache.replay = self._device.capture(lambda: self._decode.launch(1, cache))
+        if cache.replay is None:
+            self._decode.launch(1, cache)
+            cache.decoded = True
+        else:
+            cache.replay()
+
+    def _open_file(self, name: str) -> Engine:
+        return TensorRTEngine(self.bundle.path(name), self.target, self._device)
+
+    @cached_property
+    def _tower(self) -> "Tower":
+        return Tower(self._open("vision.engine").context(0), self._device, self.config)
+
+    @cached_property
+    def _decoder(self) -> Engine:
+        return self._open("decoder.engine")
+
+    @cached_property
+    def _prefill(self) -> "Lane":
+        return self._new_lane(self._decoder.context(PREFILL), self.target.prefill)
+
+    @cached_property
+    def _decode(self) -> "Lane":
+        return self._new_lane(self._decoder.context(DECODE), 1)
+
+    def _new_lane(self, context: Context, tokens: int) -> "Lane":
+        return Lane(context, self._device, self.config, tokens)
+
+
+class Lane:
+    """One profile of the decoder, with buffers for `tokens` tokens a step at most.
+
+    Beside `inputs` and `outputs`, which go up and down with every step, `addresses` are those of
+    what stays on the device, and `shapes` those of inputs that the engine leaves open.
+    """
+
+    def __init__(self, context: Context, device: Device, config: ModelConfig, tokens: int) -> None:
+        decoder, experts = config.decoder, config.moe.num_experts if config.moe else 0
+        self.context, self.device = context, device
+        self.size = decoder.hidden_size
+        self.inputs = {
+            "embeds": device.mirror((tokens, self.size)),
+            "start": device.mirror((1,), np.int64),
+        }
+        self.outputs = {"logits": device.mirror((decoder.vocab_size,))}
+        if experts:
+            shape = tokens, len(config.moe_layers), experts
+            self.outputs["router_logits"] = device.mirror(shape)
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def fill(self, embeds: Floats, start: int) -> None:
+        """What the next launch reads; the one before must be done."""
+        self.inputs["embeds"].host[: len(embeds)] = embeds
+        self.inputs["start"].host[0] = start
+
+    def launch(self, tokens: int, cache: TensorRTCache) -> None:
+        """Put a step on the stream: inputs up, the engine, outputs down."""
+        mirrors = {**self.inputs, **self.outputs}
+        addresses = {
+            **self.addresses,
+            **{name: mirror.address for name, mirror in mirrors.items()},
+            **{f"past_{name}": buffer.address for name, buffer in cache.buffers.items()},
+            **{f"present_{name}": buffer.address for name, buffer in cache.buffers.items()},
+        }
+        shapes = {**self.shapes, "embeds": (1, tokens, self.size)}
+        inputs, outputs = list(self.inputs.values()), list(self.outputs.values())
+        run(self.context, self.device, shapes, addresses, inputs, outputs)
+
+    def read(self, tokens: int) -> Step:
+        """What the last launch wrote; it must be done."""
+        routing = np.zeros((tokens, 0, 0), np.float32)
+        if "router_logits" in self.outputs:
+            routing = self.outputs["router_logits"].host[:tokens].copy()
+        return Step(self.outputs["logits"].host.copy(), routing)
+
+
+class Tower:
+    """The vision engine with its buffers."""
+
+    def __init__(self, context: Context, device: Device, config: ModelConfig) -> None:
+        side = config.vision.image_size
+        self.context, self.device = context, device
+        self.pixels = device.mirror((1, 3, side, side))
+        self.tokens = device.mirror((config.vision.image_tokens, config.decoder.hidden_size))
+
+    def run(self, pixels: Floats) -> Floats:
+        """Pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
+        self.pixels.host[:] = pixels
+        addresses = {"pixels": self.pixels.address, "image_tokens": self.tokens.address}
+        run(self.context, self.device, {}, addresses, [self.pixels], [self.tokens])
+        self.device.synchronise()
+        return np.array(self.tokens.host, np.float32)
+
+
+def run(
+    context: Context,
+    device: Device,
+    shapes: Mapping[str, tuple[int, ...]],
+    addresses: Mapping[str, int],
+    inputs: Sequence[Mirror],
+    outputs: Sequence[Mirror],
+) -> None:
+    """Bind, and put on the stream: inputs up, the engine, outputs down."""
+    fine = [context.set_input_shape(name, shape) for name, shape in shapes.items()]
+    fine += [context.set_tensor_address(name, address) for name, address in addresses.items()]
+    for mirror in inputs:
+        mirror.upload()
+    fine.append(context.execute_async_v3(device.stream))
+    for mirror in outputs:
+        mirror.download()
+    if not all(fine):
+        raise ResourceError(
+            "TensorRT did not run a step of the engine.",
+            "Ask again with --verbose for its own words; see also: medmoe-edge doctor",
+        )

@@ -1,0 +1,120 @@
+"""A portable bundle in PyTorch, from its own weights: no checkpoint is read.
+
+On CUDA activations are fp16, and what is stored in int8, or in int4 in groups of 32 or 128, stays
+as it is stored: the kernels of `export/plugin` read those very bytes, of experts the chosen ones.
+Dense layers, attention and the head go through them too, one expert each: they are a third of the
+weights of Med-MoE's StableLM, and dequantised to fp16 would outweigh its experts in int4. Formats
+without a kernel, which a mixed export may choose, are dequantised.
+
+On the CPU, where Triton does not run, everything is dequantised to fp32: slow, for comparison.
+"""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.target import DEFAULT
+from medmoe_edge.errors import ModelError
+from medmoe_edge.export.moe_op import ACTIVATIONS
+from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.runtimes.base import Cache, Floats, Step
+from medmoe_edge.runtimes.embedding import EmbeddingTable
+from medmoe_edge.runtimes.torch.eager import EagerCache, EagerRuntime, TorchDevice, check_device
+from medmoe_edge.runtimes.torch.weights import BundleWeights
+
+KEPT_FP32 = ("vision.", "projector.", ".router.", ".coefficient.", "norm.")
+
+logger = logging.getLogger(__name__)
+
+
+class TorchBundleRuntime(EagerRuntime):
+    """The bundle's decoder in `dtype`, by default fp16 on CUDA and fp32 on the CPU.
+
+    In fp16 and bf16 only products and the cache are half: routing, norms, the residual stream and
+    the vision tower are fp32. Of the embedding table only rows in use are read. Raises
+    `ModelError` for a bundle of another target, `MissingDependencyError` where the kernels need
+    Triton, and `ResourceError` for a CUDA that PyTorch does not have.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: TorchDevice = "cuda", dtype: torch.dtype | None = None
+    ) -> None:
+        if bundle.target.name != DEFAULT:
+            raise ModelError(
+                f"{bundle.name} is made for {bundle.target}, not for torch.",
+                "Give the portable bundle that it was made from.",
+            )
+        check_device(device)
+        self.config = bundle.config
+        self.device: TorchDevice = device
+        self.dtype = dtype or (torch.float16 if device == "cuda" else torch.float32)
+        self.half = self.dtype != torch.float32
+        with torch.device("meta"):
+            self.model = MedMoE(self.config).eval()
+        self._load(BundleWeights(bundle, device))
+        if device == "cuda":
+            self.name = "torch-cuda"
+        self._embedding = EmbeddingTable(bundle.path("embedding.npy"))
+
+    def _load(self, weights: BundleWeights) -> None:
+        """Give the model on `meta` its weights."""
+        if self.half:
+            use_kernels(self.model, weights, self.dtype)
+        fill(self.model, weights, self.dtype)
+
+    def embed(self, ids: list[int]) -> Floats:
+        """Token ids to embeddings `[S, D]`."""
+        return self._embedding[ids]
+
+    def new_cache(self, capacity: int) -> EagerCache:
+        """An empty cache for `capacity` positions."""
+        return EagerCache(self.config.decoder, 1, capacity, self._weight.to(self.dtype))
+
+    def step(self, embeds: Floats, cache: Cache) -> Step:
+        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
+        with torch.autocast(self.device, self.dtype, enabled=self.half):
+            return super().step(embeds, cache)
+
+
+def use_kernels(model: MedMoE, weights: BundleWeights, dtype: torch.dtype) -> None:
+    """Replace the decoder's matrices that the kernels take, and layers of experts made of them."""
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and weights.has_kernel(f"{name}.weight")
+    ]
+    if not linears:
+        return
+    from medmoe_edge.runtimes.torch.kernels import StoredLinear, StoredMoE  # needs Triton
+
+    for name, linear in linears:
+        bias = None if linear.bias is None else weights.floats(f"{name}.bias").to(dtype)
+        stored = weights.for_kernel(f"{name}.weight")
+        model.set_submodule(name, StoredLinear(*stored, bias, dtype))
+    activation = ACTIVATIONS[model.config.decoder.kind]
+    for layer in model.config.moe_layers:
+        together = StoredMoE.of(model.moe_layer(layer), activation, dtype)
+        if together is None:
+            logger.info("The experts of layer %d differ in format and run one by one.", layer)
+        else:
+            model.decoder.layers[layer].ffn = together
+
+
+def fill(model: MedMoE, weights: BundleWeights, dtype: torch.dtype) -> None:
+    """Give the parameters on `meta` their values, in fp32 or, where that is enough, in `dtype`.
+
+    What the graphs do not read stays there: the embeddings, and a tower's layers behind the chosen.
+    """
+    matrices = {
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+
+    def value(name: str) -> Tensor:
+        tensor = weights.floats(name)
+        tensor = tensor.T if name in matrices else tensor  # [in, out] to [out, in]
+        return tensor if any(part in name for part in KEPT_FP32) else tensor.to(dtype)
+
+    tensors = {name: value(name) for name, _ in model.named_parameters() if name in weights}
+    model.load_state_dict(tensors, strict=False, assign=True)

@@ -1,0 +1,124 @@
+"""A checkpoint in PyTorch, uncompiled: the reference that every other runtime is held against."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from medmoe_edge.checkpoint.reader import Checkpoint
+from medmoe_edge.errors import ResourceError
+from medmoe_edge.models.attention import KVCache
+from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.runtimes.base import Cache, CacheArray, Floats, Step, check_room
+
+TorchDevice = Literal["cpu", "cuda"]
+ROUTER = ".router."
+
+
+class EagerCache(KVCache):
+    """The model's own cache."""
+
+    @property
+    def capacity(self) -> int:
+        """Positions it can hold."""
+        return int(self.keys.shape[3])
+
+    @property
+    def origin(self) -> str:
+        """What computes its contents."""
+        return f"torch {torch.__version__} {self.keys.device.type}"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of `arrays`."""
+        return self.keys.new_empty(0, device="cpu").numpy().dtype
+
+    def arrays(self) -> Iterator[CacheArray]:
+        """What it holds, `[H, length, head_size]`: keys and values of each layer in turn."""
+        for buffer in self._buffers():
+            yield buffer[:, : self.length].cpu().numpy()
+
+    def fill(self, arrays: Iterable[CacheArray]) -> None:
+        """Hold those instead; their number, shape and type must be right."""
+        for buffer, array in zip(self._buffers(), arrays, strict=True):
+            buffer[:, : array.shape[1]] = torch.from_numpy(array)
+            self.length = array.shape[1]
+
+    def _buffers(self) -> Iterator[torch.Tensor]:
+        for keys, values in zip(self.keys, self.values, strict=True):  # [1, H, capacity, head_size]
+            yield from (keys[0], values[0])
+
+
+class EagerRuntime:
+    """On the CPU in fp32, or as asked; routers are fp32 always.
+
+    Raises `ResourceError` for a CUDA that PyTorch does not have.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: TorchDevice = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        check_device(device)
+        self.config = checkpoint.config
+        with torch.device("meta"):
+            self.model = MedMoE(self.config)
+        tensors = {
+            name: tensor.to(device, torch.float32 if ROUTER in name else dtype)
+            for name, tensor in checkpoint
+        }
+        self.model.load_state_dict(tensors, assign=True)
+        self.model.eval()
+        if device == "cuda":
+            self.name = "torch-cuda"
+
+    @torch.inference_mode()
+    def encode_image(self, pixels: Floats) -> Floats:
+        """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
+        return _array(self.model.encode_image(self._tensor(pixels))[0])
+
+    @torch.inference_mode()
+    def embed(self, ids: list[int]) -> Floats:
+        """Token ids to embeddings `[S, D]`."""
+        return _array(self.model.embed(torch.tensor(ids, device=self._weight.device)))
+
+    def new_cache(self, capacity: int) -> EagerCache:
+        """An empty cache for `capacity` positions."""
+        return EagerCache(self.config.decoder, 1, capacity, self._weight)
+
+    @torch.inference_mode()
+    def step(self, embeds: Floats, cache: Cache) -> Step:
+        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
+        assert isinstance(cache, EagerCache)
+        check_room(cache, len(embeds))
+        output = self.model(self._tensor(embeds)[None], cache)
+        logits = _array(self.model.head(output.hidden[0, -1:]))[0]
+        if self.config.moe is None:
+            return Step(logits, np.zeros((len(embeds), 0, 0), np.float32))
+        return Step(logits, _array(self.model.router_logits(output)[0]))
+
+    @property
+    def _weight(self) -> torch.Tensor:
+        """One that has the device and type of all that is computed."""
+        return self.model.decoder.norm.weight
+
+    def _tensor(self, array: Floats) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._weight)
+
+
+def check_device(device: TorchDevice) -> None:
+    """Raise `ResourceError` for a CUDA that PyTorch does not have."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            f"PyTorch {torch.__version__} sees no CUDA device.",
+            "Use the CPU, or see what is missing: medmoe-edge doctor",
+        )
+
+
+def _array(tensor: torch.Tensor) -> Floats:
+    return tensor.float().cpu().numpy()

@@ -1,0 +1,104 @@
+"""The verb `ask`: what it passes on, what it prints where, and how it fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Run, answer_to, two_lines
+
+import medmoe_edge
+from medmoe_edge.bundle.bundle import NOTICE, write_manifest
+from medmoe_edge.config import DecoderConfig, ModelConfig, VisionConfig
+from medmoe_edge.render import console as render
+
+CONFIG = ModelConfig(
+    VisionConfig("efficientnet-lite", 32, 8, (127.0,), (128.0,)),
+    DecoderConfig("stablelm", 8, 1, 1, 8, 8, 0.25),
+)
+
+
+def test_ask_for_people(run: Run, loaded: list[tuple[str, str]], scan: Path) -> None:
+    result = run("ask", "scan.png", "Is there effusion?", "Is it [bold]?")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["Is there effusion?", "  No"]
+    assert lines[4:6] == ["Is it [bold]?", "  No"]
+    assert lines[2] == (
+        "  confidence 93.4% · modality xray · experts xray 70%, pathology 20%, mri 10% · "
+        "0.37 s, first token after 0.33 s"
+    )
+    assert result.stderr == f"{NOTICE}\n"  # once, for two answers
+    assert loaded == [("nano", "auto")]
+
+
+def test_ask_passes_its_options_on(run: Run, loaded: list[tuple[str, str]], scan: Path) -> None:
+    options = ["--model", "my", "--runtime", "torch", "--frame", "0", "--max-new-tokens", "5"]
+    assert run("ask", *options, "scan.png", "a", "b").exit_code == 0
+    assert loaded == [("my", "torch")]
+    expected = (Path("scan.png"), ["a", "b"], {"max_new_tokens": 5, "frame": 0})
+    assert vars(medmoe_edge)["engine_for_test"].asked == [expected]
+
+
+@pytest.mark.usefixtures("loaded", "scan")
+def test_ask_json_is_one_object(run: Run) -> None:
+    result = run("ask", "scan.png", "Is there effusion?", "What is it? é", "--json")
+    (line,) = result.stdout.splitlines()
+    answers = json.loads(line)["answers"]
+    assert [answer["question"] for answer in answers] == ["Is there effusion?", "What is it? é"]
+    assert answers[0]["answer"] == "No"
+    assert result.stderr == f"{NOTICE}\n"
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(
+    ("content", "question"),
+    [
+        (b"", "q"),
+        (b"not an image", "q"),
+        (b"\x89PNG\r\n\x1a\n", "q"),
+        (b"\0" * 128 + b"DICM", "q"),
+        ("folder", "q"),
+        (None, "q"),
+        ("good", ""),
+        ("good", "why? " * 20_000),
+    ],
+)
+def test_bad_input_is_two_lines_and_exit_code_2(
+    run: Run, scan: Path, content: bytes | str | None, question: str
+) -> None:
+    image = scan if content == "good" else scan.with_name("bad")
+    if content == "folder":
+        image.mkdir()
+    elif isinstance(content, bytes):
+        image.write_bytes(content)
+    result = run("ask", str(image), question)
+    assert result.exit_code == 2
+    assert all(two_lines(result))
+
+
+def test_an_answer_that_says_little(capsys: pytest.CaptureFixture[str]) -> None:
+    render.show_answers([answer_to("q", "", modality=None, experts={}, complete=False)])
+    asked, said, grounds = capsys.readouterr().out.splitlines()
+    assert (asked, said) == ("q", "  (no answer)")
+    assert grounds.startswith("  cut off · confidence 93.4% · 0.37 s")
+
+
+@pytest.mark.usefixtures("scan")
+def test_a_bad_model_is_two_lines_and_exit_code_3(run: Run, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+
+    def fails(model: str, word: str) -> None:
+        result = run("ask", "scan.png", "Is there effusion?", "--model", model)
+        assert result.exit_code == 3
+        assert word in two_lines(result)[0]
+
+    fails("nanno", "nanno")
+    fails("bundle", "bundle")  # empty
+    (bundle / "manifest.json").write_text('{"format_version": 1')
+    fails("bundle", "damaged")
+    (bundle / "decoder.onnx").write_bytes(b"graph")
+    contents = {"name": "b", "config": CONFIG.to_json(), "quantisation": {}}
+    write_manifest(bundle, contents | {"source": "", "licence": ""})
+    (bundle / "decoder.onnx").write_bytes(b"grap")
+    fails("bundle", "decoder.onnx")

@@ -1,0 +1,408 @@
+"""The verbs that build: what they pass on, what they print, and what they refuse."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import Run, fake_module, raising, two_lines
+from PIL import Image
+
+from medmoe_edge import pipeline
+from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.embedded import checkpoint_path
+from medmoe_edge.errors import VerificationError
+from medmoe_edge.evaluation.verify import Verification
+from medmoe_edge.render import console as render
+
+Make = Callable[..., Path]
+NAMES = ("ct", "mri", "pathology", "xray")
+
+
+# --- export -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """The calls of the exporter, which writes nothing."""
+    calls: list[dict[str, Any]] = []
+
+    def export(checkpoint: Path, out: Path, *, progress: Any, **options: Any) -> pipeline.Export:
+        for done in (0, 1, 2):
+            progress("decoder", done, 2)
+        calls.append({"checkpoint": checkpoint, "out": out, **options})
+        return pipeline.Export(out, None)
+
+    monkeypatch.setattr(pipeline, "export", export)
+    (tmp_path / "my-model").mkdir()
+    return calls
+
+
+DEFAULTS = {
+    "checkpoint": checkpoint_path("nano"),
+    "out": Path("nano-int8"),
+    "precision": "int8",
+    "method": "auto",
+    "budget_bits": None,
+    "group": None,
+    "calibrate_on": None,
+    "samples": 128,
+    "stats": None,
+    "strict": False,
+    "name": "nano",
+    "vision_tower": None,
+    "force": False,
+}
+
+
+def test_export_alone_makes_the_embedded_model_int8(
+    run: Run, exported: list[dict[str, Any]]
+) -> None:
+    for line in (["export", "--int8"], ["export"]):
+        result = run(*line)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.splitlines()[0] == "Wrote the bundle nano-int8"
+        assert "not measured" in result.stdout
+    assert exported == [DEFAULTS, DEFAULTS]
+
+
+def test_export_of_a_folder(run: Run, exported: list[dict[str, Any]]) -> None:
+    result = run("export", "my-model/", "--fp32", "--vision-tower", "clip", "--force", "--json")
+    assert json.loads(result.stdout) == {
+        "bundle": "my-model-fp32",
+        "name": "my-model",
+        "precision": "fp32",
+        "verification": None,
+    }
+    own: dict[str, Any] = {"checkpoint": Path("my-model"), "name": "my-model"}
+    own |= {"out": Path("my-model-fp32"), "precision": "fp32"}
+    assert exported == [DEFAULTS | own | {"vision_tower": Path("clip"), "force": True}]
+    run("export", "my-model", "-o", "elsewhere")
+    assert exported[1]["out"] == Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [
+        (["--int4", "--method", "rtn"], {"precision": "int4", "method": "rtn"}),
+        (["--mixed", "4.5"], {"precision": "mixed", "budget_bits": 4.5}),
+        (["--calibrate", "scans", "--samples", "64"], {"calibrate_on": "scans", "samples": 64}),
+        (["--int4", "--stats", "s", "--strict"], {"precision": "int4", "stats": Path("s")}),
+        (["--int4", "--group-size", "128"], {"precision": "int4", "group": 128}),
+    ],
+)
+def test_export_passes_its_options_on(
+    run: Run, exported: list[dict[str, Any]], line: list[str], given: dict[str, Any]
+) -> None:
+    assert run("export", *line).exit_code == 0
+    given = given | {"strict": "--strict" in line}
+    given |= {"out": Path(f"nano-{given.get('precision', 'int8')}")}
+    assert exported == [DEFAULTS | given]
+
+
+def test_export_shows_its_proof(
+    run: Run, proven_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(proven_bundle)
+    made = pipeline.Export(Path("out"), Verification(bundle, [], bundle.verification))
+    monkeypatch.setattr(pipeline, "export", lambda *_, **__: made)
+    lines = run("export").stdout.splitlines()
+    assert lines[0].split() == ["tiny", "against", "its", "checkpoint"]
+    assert lines[-2].startswith("Passed: 2 questions about 1 images of questions.jsonl")
+    assert lines[-1] == "Wrote the bundle out"
+    told = json.loads(run("export", "--json").stdout)
+    assert told["verification"]["passed"] is True
+    failed = VerificationError("It failed.", "Do not use it.")
+    monkeypatch.setattr(pipeline, "export", raising(failed))
+    result = run("export", "--json")
+    assert result.exit_code == 4
+    assert two_lines(result) == ["It failed.", "Do not use it."]
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "remedy"),
+    [
+        (["--int4", "--int8"], "--int8 and --int4 exclude each other.", "Give one of them."),
+        (["--mixed", "4", "--fp32"], "--mixed and --fp32 exclude", "Give one of them."),
+        (["--mixed", "4.5"], "what calibration measured", "Add --calibrate DATA or --stats FILE"),
+        (["--mixed", "1", "--calibrate", "builtin"], "1 bits per weight are too few", "2.5"),
+        (["--calibrate", "nowhere"], "no calibration data 'nowhere'", "builtin"),
+        (["--calibrate", "empty"], "'empty' holds no image", "PNG"),
+        (["--stats", "scan.png"], "scan.png is missing, truncated or no statistics", "calibrate"),
+        (["--stats", "s", "--calibrate", "builtin"], "Both data and statistics", "one of the two"),
+        (["--calibrate", "builtin", "-o", "empty"], "empty exists already", "--force"),
+        (["--calibrate", "builtin", "-o", "empty", "--force"], "holds no manifest.json", "another"),
+        (["--samples", "0"], "--samples", "export --help"),
+        (["--method", "best"], "'rtn'", "export --help"),
+    ],
+)
+@pytest.mark.usefixtures("scan")
+def test_what_cannot_be_exported(
+    run: Run, tmp_path: Path, line: list[str], what: str, remedy: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run("export", *line)
+    assert result.exit_code == 2
+    told = two_lines(result)
+    assert what in told[0]
+    assert remedy in told[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "scan.png"}
+
+
+@pytest.mark.parametrize("verb", ["export", "inspect"])
+@pytest.mark.usefixtures("exported")
+def test_a_wrong_model_name_lists_the_right_ones(run: Run, verb: str) -> None:
+    result = run(verb, "nanno")
+    assert result.exit_code == 3
+    what, remedy = two_lines(result)
+    assert "'nanno'" in what
+    assert "nano" in remedy
+
+
+# --- calibrate --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Questions about 21 images; that of patient 3 is damaged."""
+    generator = np.random.default_rng(0)
+    records = []
+    for index in range(21):
+        image = f"patient{index}.png"
+        pixels = generator.integers(0, 256, (28, 28), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / image)
+        records.append({"image": image, "question": "Where?", "modality": NAMES[index % 4]})
+    (tmp_path / "patient3.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    path = tmp_path / "scans.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def test_calibrate(run: Run, tiny_checkpoint: Make, scans: Path) -> None:
+    command = ["calibrate", str(tiny_checkpoint()), "--data", "scans.jsonl", "-o", "stats"]
+    result = run(*command, "--no-hessians")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == "Skipped images that cannot be read: 1.\n"
+    lines = result.stdout.splitlines()
+    assert lines[0].strip() == "Calibrated on 6 ct, 5 mri, 5 pathology, 4 xray"
+    assert len([line for line in lines if line.rstrip().endswith(("covered", "borrowed"))]) == 8
+    assert lines[-2].startswith("Skipped: 'patient3.png' is damaged")
+    assert lines[-1] == "Wrote the statistics stats"
+    made = Path("stats").read_bytes()
+    assert b"patient" not in made
+    refused = run(*command)
+    assert refused.exit_code == 2
+    assert two_lines(refused)[0] == "stats exists already."
+    assert Path("stats").read_bytes() == made
+    again = run("-q", *command, "--force", "--json", "--samples", "4")
+    assert again.stderr == ""
+    (line,) = again.stdout.splitlines()
+    told = json.loads(line)
+    assert (told["statistics"], told["data"], told["skipped"]) == ("stats", "scans.jsonl", 1)
+    assert sum(told["samples"].values()) > 4  # more were drawn for experts that were short
+    assert len(told["coverage"]) == 8
+    assert Statistics.open(Path("stats")).sites["decoder.head.in"].hessian is not None
+
+
+def test_an_interrupted_calibration_goes_on(
+    run: Run, tiny_checkpoint: Make, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["calibrate", str(tiny_checkpoint()), "--data", "scans.jsonl", "-o", "stats"]
+    steps: list[str] = []
+
+    @contextmanager
+    def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
+        steps.clear()
+        yield report
+
+    def report(step: str, done: int, total: int) -> None:
+        steps.append(step)
+        if interrupting and step == "layers" and done == 25:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(render, "working", working)
+    interrupting = True
+    result = run(*command)
+    assert (result.exit_code, result.stdout, steps[0]) == (130, "", "images")
+    assert result.stderr.splitlines()[-1] == "Interrupted."
+    assert not Path("stats").exists()
+    assert Path(".stats.work").is_dir()
+    interrupting = False
+    assert (run(*command).exit_code, steps[0]) == (0, "layers")  # no image is looked at again
+    assert Path("stats").is_file()
+    assert not Path(".stats.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "what"),
+    [
+        ("nowhere", 2, "There is no calibration data 'nowhere'."),
+        ("empty", 2, "'empty' holds no image."),
+        ("bad.jsonl", 2, "bad.jsonl, line 1"),
+        ("martian.jsonl", 2, "modalities that the model does not know: martian"),
+        ("broken", 2, "1 of 1 images of 'broken' cannot be read, more than 5%: 'patient"),
+    ],
+)
+def test_what_cannot_be_calibrated_on(
+    run: Run, tmp_path: Path, data: str, code: int, what: str
+) -> None:
+    for name in ("empty", "broken"):
+        (tmp_path / name).mkdir()
+    for index in (0, 1):
+        (tmp_path / "broken" / f"patient{index}.png").write_bytes(b"")
+    (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "martian.jsonl").write_text('{"image": "a.png", "modality": "martian"}')
+    before = sorted(tmp_path.iterdir())
+    result = run("calibrate", "nano", "--data", data, "-o", "stats", "--samples", "2")
+    assert result.exit_code == code
+    assert what in two_lines(result)[0]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_strict_calibration_refuses(run: Run, tiny_checkpoint: Make, scans: Path) -> None:
+    command = ["calibrate", str(tiny_checkpoint()), "--data", "scans.jsonl", "-o", "stats"]
+    before = sorted(scans.parent.iterdir())
+    scans.write_text(scans.read_text().splitlines()[0])
+    result = run(*command, "--strict")
+    assert result.exit_code == 4
+    assert two_lines(result)[0].startswith("Calibration did not reach every expert: layer 0 mri")
+    assert sorted(scans.parent.iterdir()) == before
+
+
+# --- init, train, data ------------------------------------------------------------------------
+
+
+def test_init_and_inspect(run: Run) -> None:
+    pytest.importorskip("torch")
+    assert run("init", "tiny", "out", "--seed", "3").stdout == "Wrote the checkpoint out\n"
+    shown = run("inspect", "out")
+    assert shown.exit_code == 0, shown.stderr
+    described = json.loads(run("inspect", "out", "--json").stdout)
+    assert described["kind"] == "checkpoint"
+    for figure in (described["parameters_total"], described["parameters_activated"]):
+        assert f"{figure:,}" in shown.stdout
+    assert "4, top-1 + meta expert, in 2 layers" in shown.stdout
+    again = run("init", "tiny", "out")
+    assert again.exit_code == 2
+    two_lines(again)
+    assert run("init", "tiny", "out", "--force").exit_code == 0
+    unknown = run("init", "tyny", "new")
+    assert unknown.exit_code == 2
+    assert "tiny" in two_lines(unknown)[1]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Which trainer got which recipe."""
+    calls: list[tuple[str, str]] = []
+
+    def trainer(name: str) -> Callable[..., Path]:
+        def train(recipe: str, data: Path, out: Path, progress: Any) -> Path:
+            assert (data, out) == (Path("images"), Path("run"))
+            progress.advance(progress.add_task("epoch", total=1))
+            calls.append((name, recipe))
+            return out / "checkpoint"
+
+        return train
+
+    modules: dict[str, dict[str, Any]] = {
+        "recipe": {"read_recipe": lambda name: f"recipe {name}"},
+        "run": {"train": trainer("med-moe")},
+        "modality_recipe": {
+            "read_modality_recipe": lambda name: f"recipe {name}",
+            "is_modality_recipe": lambda name: "modality" in name,
+        },
+        "modality_run": {"train_modality": trainer("modality-moe")},
+    }
+    for name, members in modules.items():
+        fake_module(monkeypatch, f"medmoe_edge.training.{name}", **members)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer", "recipe"),
+    [
+        ([], "med-moe", "nano"),
+        (["--model", "modality-moe"], "modality-moe", "modality-nano"),
+        (["mine.json"], "med-moe", "mine.json"),
+        (["modality-nano-shared"], "modality-moe", "modality-nano-shared"),
+        (
+            ["modality-nano-shared", "--model", "modality-moe"],
+            "modality-moe",
+            "modality-nano-shared",
+        ),
+    ],
+)
+def test_train(
+    run: Run, trained: list[tuple[str, str]], options: list[str], trainer: str, recipe: str
+) -> None:
+    result = run("train", *options, "--data", "images", "-o", "run")
+    assert result.stdout == "Wrote the checkpoint run/checkpoint\n"
+    assert result.stderr == ""
+    assert trained == [(trainer, f"recipe {recipe}")]
+
+
+def test_a_recipe_of_the_other_model_is_refused(run: Run, trained: list[tuple[str, str]]) -> None:
+    result = run("train", "nano", "--model", "modality-moe", "--data", "images", "-o", "run")
+    assert result.exit_code == 2
+    assert "modality-moe" in two_lines(result)[0]
+    assert trained == []
+
+
+def test_data(run: Run, tmp_path: Path) -> None:
+    record = {
+        **{"qid": 1, "img_name": "xmlab1/source.jpg", "q_lang": "en", "modality": "CT"},
+        **{"location": "Lung", "question": "Is it?", "answer": "No", "answer_type": "CLOSED"},
+        "content_type": "Abnormality",
+    }
+    source = tmp_path / "slake"
+    (source / "imgs" / "xmlab1").mkdir(parents=True)
+    (source / "imgs" / "xmlab1" / "source.jpg").write_bytes(b"picture")
+    (source / "test.json").write_text(json.dumps([record]))
+    result = run("data", "slake", "slake", "out")
+    assert result.stdout == f"Wrote 1 test questions about 1 images to {tmp_path / 'out'}\n"
+    assert run("data", "slake", "slake", "out").exit_code == 2
+    assert run("data", "slake", "slake", "out", "--force").exit_code == 0
+    assert run("data", "slack", "slake", "new").exit_code == 2
+
+
+# --- targets ---------------------------------------------------------------------------------
+
+
+def test_a_target_is_made_from_the_embedded_bundle(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "cuda"
+    result = run("export", "nano", "--target", "onnxruntime-cuda", "-o", str(out), "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["target"]["name"] == "onnxruntime-cuda"
+    assert told["engines"] == {}
+    assert "onnxruntime-cuda fp16" in run("inspect", str(out)).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--gpu", "sm89"], "are for engines"),
+        (["--target", "tensorrt-rtx"], "builds for one GPU"),
+        (["--target", "tensorrt-rtx", "--gpu", "sm1"], "There is no GPU 'sm1'"),
+        (["--target", "onnxruntime-cuda", "--dtype", "bf16"], "computes in fp16"),
+    ],
+)
+def test_what_no_target_can_be(run: Run, tmp_path: Path, options: list[str], what: str) -> None:
+    result = run("export", "nano", *options, "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert what in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_keeps_its_precision(run: Run, tmp_path: Path) -> None:
+    from medmoe_edge.embedded import bundle_path
+
+    command = ["export", str(bundle_path("nano")), "--int4", "--target", "onnxruntime-cuda"]
+    result = run(*command, "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "it was quantised and calibrated when it was made" in result.stderr

@@ -1,0 +1,123 @@
+"""The verbs that deploy: what they print, and what they refuse."""
+
+import json
+
+import pytest
+from command_line import Run, start_without, two_lines
+
+from medmoe_edge.device import doctor
+from medmoe_edge.device import measure as planning_here
+from medmoe_edge.device import models as planning_models
+from medmoe_edge.device.doctor import Ort
+from medmoe_edge.device.estimate import Speed
+from medmoe_edge.device.measured import Comparison
+
+HEAVY = ["torch", "onnx", "onnx_ir", "ml_dtypes", "safetensors", "transformers", "pynvml"]
+
+
+def test_doctor(run: Run) -> None:
+    result = run("doctor")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert any(line[:2] == ["ONNX", "Runtime"] for line in lines)
+    assert "pip install 'medmoe-edge[tensorrt]'" in result.stdout
+    told = json.loads(run("doctor", "--json").stdout)
+    assert "CPUExecutionProvider" in told["onnxruntime"]["providers"]
+    assert {extra["name"] for extra in told["extras"]} >= {"export", "gpu", "rtx", "tensorrt"}
+
+
+def test_doctor_with_a_broken_base(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "look_at_onnxruntime", lambda: Ort(failure="ImportError"))
+    result = run("doctor")
+    assert result.exit_code == 5
+    assert "Problem: ONNX Runtime cannot be imported (ImportError)." in result.stdout
+    assert result.stderr.splitlines()[0] == "This installation cannot answer questions."
+
+
+def test_the_base_install_suffices() -> None:
+    plans = [["plan", model, "--device", "cpu", "--json"] for model in ("nano", "tiny")]
+    for line in (["doctor", "--json"], *plans):
+        found = start_without(HEAVY, *line)
+        assert (found.returncode, found.stderr) == (0, "")
+        assert json.loads(found.stdout)
+    refused = start_without(HEAVY, "plan", "--device", "here")
+    assert refused.returncode == 5
+    assert "pip install 'medmoe-edge[export]'" in refused.stderr
+
+
+def test_plan(run: Run) -> None:
+    command = ["plan", "med-moe-phi2-2.7b", "--device", "orin-nano-8g"]
+    result = run(*command)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == ("med-moe-phi2-2.7b on Jetson Orin Nano 8 GB, Super mode, 6.00 GB usable")
+    rows = {line.split()[0]: line for line in lines[2:6]}
+    assert list(rows) == ["int8", "int4", "mixed", "fp16"]
+    assert rows["int4"].rstrip().endswith("yes")
+    assert "GB for experts" in rows["int8"]
+    assert rows["fp16"].rstrip().endswith("short")
+    assert lines[6].startswith("To build int8, int4, mixed, fp16 takes more memory than it has")
+    assert "not run" in lines[-1]
+    told = json.loads(run(*command, "--json", "--precision", "int8").stdout)
+    assert (told["model"], told["device"]["name"]) == ("med-moe-phi2-2.7b", "orin-nano-8g")
+    (forecast,) = told["forecasts"]
+    assert forecast["expert_budget"] < forecast["experts"]
+    assert told["measured"] is None
+
+
+def test_what_does_not_fit_is_an_error(run: Run) -> None:
+    command = ["plan", "med-moe-phi2-2.7b", "--device", "orin-nano-8g", "--precision", "fp16"]
+    result = run(*command)
+    assert result.exit_code == 5
+    what, remedy = result.stderr.splitlines()
+    assert what.startswith("med-moe-phi2-2.7b does not fit orin-nano-8g: even in fp16 ")
+    assert remedy.startswith("It would fit ")
+    assert json.loads(run(*command, "--json").stdout)["forecasts"][0]["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "code"),
+    [
+        (["nano", "--device", "orin"], "There is no device 'orin'.", 2),
+        (["none", "--device", "cpu"], "There is no model 'none'.", 3),
+        (["nano", "--device", "cpu", "--precision", "fp16"], "cpu is not planned in fp16.", 2),
+        (["nano", "--device", "cpu", "--measure"], "Measured is this machine", 2),
+        (["nano", "--device", "here", "--measure", "--precision", "int8"], "Measured is", 2),
+    ],
+)
+def test_what_cannot_be_planned(run: Run, line: list[str], what: str, code: int) -> None:
+    result = run("plan", *line)
+    assert result.exit_code == code
+    assert two_lines(result)[0].startswith(what)
+
+
+def test_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = Speed(1e-10, 1e-12, 1e-11, step=1e-4)
+    asked: list[set[str]] = []
+
+    def measured(_: object, precisions: set[str]) -> dict[str, Speed]:
+        asked.append(set(precisions))
+        return dict.fromkeys(precisions, speed)
+
+    monkeypatch.setattr(planning_here, "measure_speeds", measured)
+    result = run("plan", "--device", "here", "--precision", "int4")
+    assert asked == [{"int4", "fp32"}]
+    assert "from measured rates; not run." in result.stdout
+    assert json.loads(run("plan", "--device", "here", "--json").stdout)["device"]["ratings"] is None
+
+
+def test_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planning_models.plan("nano", "cpu", "int8")
+    figures = Comparison(
+        112, {"prefill": 0.006, "token": 0.0012}, {"prefill": 0.005, "token": 0.001}
+    )
+    monkeypatch.setattr(planning_models, "plan_and_measure", lambda _: (made, figures))
+    command = ["plan", "nano", "--device", "here", "--measure"]
+    result = run(*command)
+    rows = [line.split() for line in result.stdout.splitlines()[-2:]]
+    assert rows == [
+        ["prefill", "6", "ms", "5", "ms", "1.20"],
+        ["token", "1.2", "ms", "1", "ms", "1.20"],
+    ]
+    told = json.loads(run(*command, "--json").stdout)
+    assert told["measured"]["ratios"]["token"] == pytest.approx(1.2)

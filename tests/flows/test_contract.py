@@ -1,0 +1,129 @@
+"""The coverage contract on the embedded model: what calibrating on one modality does to others.
+
+The X-rays among the built-in pictures are the adversary's calibration set. Their tokens do reach
+the experts of the other modalities, a few hundred times, and GPTQ believes them: such experts come
+out closer to fp32 where nobody will use them and further away where everybody will.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medmoe_edge.calibration.data import CalibrationData, read_calibration
+from medmoe_edge.calibration.run import calibrate
+from medmoe_edge.calibration.sites import expert_of
+from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
+from medmoe_edge.embedded import checkpoint_path
+from medmoe_edge.errors import VerificationError
+from medmoe_edge.evaluation.fidelity import log_softmax
+from medmoe_edge.export.plan import Plan
+from medmoe_edge.export.weights import WeightSource
+from medmoe_edge.image.loading import preprocess
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import Floats
+from medmoe_edge.runtimes.torch.eager import EagerRuntime
+
+OTHERS = ("mri", "ct", "pathology")
+QUESTION = "What modality is used to take this image?"
+
+
+@pytest.fixture(scope="module")
+def nano() -> Checkpoint:
+    return read_checkpoint(checkpoint_path("nano"))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> CalibrationData:
+    return read_calibration("builtin")
+
+
+def only(data: CalibrationData, modality: str) -> CalibrationData:
+    samples = tuple(sample for sample in data.samples if sample.modality == modality)
+    return dataclasses.replace(data, samples=samples)
+
+
+@pytest.fixture(scope="module")
+def statistics(
+    nano: Checkpoint, pictures: CalibrationData, tmp_path_factory: pytest.TempPathFactory
+) -> Statistics:
+    """Calibrated on X-rays alone."""
+    out = tmp_path_factory.mktemp("statistics") / "xray"
+    return calibrate(nano.folder, only(pictures, "xray"), out)
+
+
+def test_one_modality_triggers_the_contract(
+    nano: Checkpoint, pictures: CalibrationData, statistics: Statistics, tmp_path: Path
+) -> None:
+    assert nano.config.moe is not None
+    names = nano.config.moe.expert_names
+    assert statistics.samples == {"xray": 18}
+    assert {(names[record.expert], record.status) for record in statistics.coverage} == {
+        ("xray", "covered"),
+        *((name, "data-free") for name in OTHERS),
+    }
+    for record in statistics.coverage:
+        for part in ("in", "hidden"):  # it was measured, and is not to be trusted
+            site = f"decoder.layers.{record.layer}.ffn.experts.{record.expert}.{part}"
+            assert site in statistics.sites
+            assert (statistics.get(site) is None) == (record.status == "data-free")
+    with pytest.raises(VerificationError, match=r"layer 0 mri .* none of its own modality"):
+        calibrate(nano.folder, only(pictures, "xray"), tmp_path / "strict", samples=2, strict=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_contract_the_other_modalities_suffer(
+    nano: Checkpoint, pictures: CalibrationData, statistics: Statistics
+) -> None:
+    """Of the experts in int4, all else in fp32: the contract governs nothing else."""
+    diverged = divergence_of(nano, pictures)
+    kept = diverged(Plan("int4", statistics=statistics))
+    broken = diverged(Plan("int4", statistics=dataclasses.replace(statistics, coverage=())))
+    # Measured: mri 0.89e-3 and 1.19e-3, ct 0.84e-3 and 1.55e-3, pathology 1.48e-3 and 2.09e-3 nats
+    for name in OTHERS:
+        assert broken[name] > 1.15 * kept[name]
+    assert sum(broken[name] for name in OTHERS) > 1.3 * sum(kept[name] for name in OTHERS)
+    assert broken["xray"] == pytest.approx(kept["xray"], rel=0.5)  # where the damage does not show
+    assert broken["xray"] < min(kept[name] for name in OTHERS) / 4
+
+
+def divergence_of(
+    nano: Checkpoint, pictures: CalibrationData
+) -> Callable[[Plan], dict[str, float]]:
+    """Mean KL of the next token under a plan for the experts, along a question, by modality."""
+    runtime, source = EagerRuntime(nano), WeightSource(nano)
+    assert nano.tokenizer_file is not None
+    tokenizer = Tokenizer.from_file(nano.tokenizer_file)
+    prefix, question = (
+        runtime.embed(ids) for ids in (tokenizer.prefix_ids(), tokenizer.question_ids(QUESTION))
+    )
+    prompts = []
+    for sample in {sample.picture: sample for sample in pictures.samples}.values():
+        image = runtime.encode_image(preprocess(sample.load(), nano.config.vision))
+        prompts.append((str(sample.modality), np.concatenate((prefix, image, question))))
+
+    @torch.inference_mode()
+    def answers(embeds: Floats) -> Floats:
+        output = runtime.model(torch.from_numpy(embeds)[None], None)
+        logits: Floats = runtime.model.head(output.hidden[0, -len(question) :]).numpy()
+        return logits
+
+    expected = [log_softmax(answers(embeds)) for _, embeds in prompts]
+
+    def diverged(plan: Plan) -> dict[str, float]:
+        for name in filter(expert_of, nano.names):
+            chosen = plan(name)
+            assert chosen is not None
+            weight = chosen[1](source.array(name)).dequantise()
+            runtime.model.get_parameter(name).data = torch.from_numpy(weight)
+        found: dict[str, list[float]] = {}
+        for (modality, embeds), reference in zip(prompts, expected, strict=True):
+            gaps = np.exp(reference) * (reference - log_softmax(answers(embeds)))
+            found.setdefault(modality, []).append(float(gaps.sum(-1).mean()))
+        return {modality: float(np.mean(gaps)) for modality, gaps in found.items()}
+
+    return diverged

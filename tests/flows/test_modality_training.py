@@ -1,0 +1,347 @@
+"""MedMoE's training on a handful of images, and what its batches are made of."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.progress import Progress
+from safetensors.torch import load_file
+
+from medmoe_edge.config_contrastive import ModalityConfig
+from medmoe_edge.config_scores import read_scores
+from medmoe_edge.contrastive.boxes import Place
+from medmoe_edge.contrastive.engine import load_modality
+from medmoe_edge.contrastive.text import ModalityTokenizer
+from medmoe_edge.data.captions import Captioned
+from medmoe_edge.data.datasets import LabelledImage
+from medmoe_edge.errors import DataError
+from medmoe_edge.models.bert import TextFeatures
+from medmoe_edge.models.contrastive import ImageFeatures
+from medmoe_edge.models.contrastive_losses import UNKNOWN, grounding_loss
+from medmoe_edge.presets import MODALITY_PRESETS
+from medmoe_edge.presets_random import random_modality_model
+from medmoe_edge.training import contrastive_batches as modality_batches
+from medmoe_edge.training import loop
+from medmoe_edge.training.augment import augment
+from medmoe_edge.training.contrastive_batches import (
+    VIEW_ALONE,
+    ModalityBatches,
+    Told,
+    some_phrases,
+)
+from medmoe_edge.training.contrastive_objective import ModalityObjective, coarser
+from medmoe_edge.training.contrastive_recipe import (
+    ModalityRecipe,
+    is_modality_recipe,
+    read_modality_recipe,
+)
+from medmoe_edge.training.contrastive_run import hold_out, train_modality
+from medmoe_edge.training.contrastive_vocabulary import train_word_pieces
+from medmoe_edge.training.loop import prepare_parameters
+from medmoe_edge.training.optimisers import make_optimisers
+from medmoe_edge.training.recipe import Schedule
+
+TINY = MODALITY_PRESETS["modality-tiny"]
+CONFIG: ModalityConfig = replace(
+    TINY, text=replace(TINY.text, vocab_size=400), modalities=("ct", "mri")
+)
+COLOURS = {
+    ("ct", "round"): (200, 30, 30),
+    ("ct", "flat"): (30, 200, 30),
+    ("mri", "round"): (30, 30, 200),
+    ("mri", "flat"): (200, 200, 200),
+}
+RECIPE = ModalityRecipe(
+    preset="miniature",
+    seed=3,
+    questions="questions.jsonl",
+    labels="labels.jsonl",
+    schedule=Schedule(3, 3e-3, ("*",), tower_rate=1.0, batch_images=6, dropout=0.1),
+    hold_out=4,
+    boxes="boxes.json",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preset() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODALITY_PRESETS, "miniature", CONFIG)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images of each modality and finding, which their colour tells, and two questions."""
+    folder, noise = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    labels, questions = [], []
+    for number in range(16):
+        modality, finding = list(COLOURS)[number % 4]
+        pixels = noise.integers(0, 40, (32, 32, 3)) + COLOURS[modality, finding]
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+        common = {"image": f"{number}.png", "modality": modality, "body": "head", "source": "few"}
+        labels.append(common | {"finding": finding, "split": "train"})
+        if number < 2:
+            labels.append(common | {"finding": finding, "split": "val"})
+            asked = {"id": number, "question": "Is there a nodule?", "answer": "Yes"}
+            questions.append(common | asked | {"answer_type": "CLOSED", "modality": None})
+    boxes = {f"{n}.png": [{"label": "Nodule", "xywh": [2, 8, 12, 12]}] for n in range(16)}
+    (folder / "boxes.json").write_text(json.dumps(boxes))
+    for name, rows in ("questions", questions), ("labels", labels):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def run(data: Path, out: Path, recipe: ModalityRecipe = RECIPE) -> Path:
+    return train_modality(recipe, data, out, Progress(disable=True))
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    assert run(data, out) == out / "checkpoint"
+    return out
+
+
+def test_the_loss_falls_and_every_epoch_is_logged(unbroken: Path) -> None:
+    rows = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert rows[2]["loss"] < 0.9 * rows[0]["loss"]
+    for row in rows:
+        assert row.keys() >= {"seconds", "modality", "head ct"}, "there is one val image of mri"
+
+
+def test_the_checkpoint_is_whole_and_has_scores(unbroken: Path, data: Path) -> None:
+    engine = load_modality(unbroken / "checkpoint")
+    assert engine.config == CONFIG
+    assert engine.scores == read_scores(unbroken / "checkpoint")
+    assert 1 <= engine.scores.temperature <= 200
+    assert 0 < engine.scores.entropy_limit <= np.log(2) + 1e-6
+    found = engine.classify(data / "0.png", ["round", "flat"])
+    assert sum(found.scores.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_run_broken_off_goes_on(
+    unbroken: Path, data: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, calls = loop._append, iter(range(1, 100))
+
+    def broken(*arguments: Any) -> None:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        append(*arguments)
+
+    monkeypatch.setattr(loop, "_append", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path)
+    assert not (tmp_path / "checkpoint").exists()
+    run(data, tmp_path)
+    ours, theirs = (load_file(f / "alignment.safetensors") for f in (tmp_path, unbroken))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_shared_expert_trains_too(data: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, shared_expert=True, schedule=replace(RECIPE.schedule, epochs=1))
+    assert load_modality(run(data, tmp_path, recipe)).config.experts == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "nano"}, "modality-nano"),
+        ({"hold_out": 5}, "hold_out"),
+        ({"labels": "nowhere.jsonl"}, "nowhere"),
+        ({"schedule": replace(RECIPE.schedule, train=("visoin.*",))}, "visoin"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_is_refused(
+    data: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        run(data, tmp_path / "out", replace(RECIPE, **change))
+    assert not (tmp_path / "out" / "alignment.safetensors").exists()
+
+
+def test_the_shipped_recipes_differ_in_the_experts_alone() -> None:
+    recipe, shared = map(read_modality_recipe, ("modality-nano", "modality-nano-shared"))
+    assert shared == replace(recipe, shared_expert=True)
+    assert recipe.model_config() == MODALITY_PRESETS["modality-nano"]
+    assert is_modality_recipe("modality-nano")
+    assert not is_modality_recipe("nano")
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.text("abc", min_size=1), min_size=1, max_size=6, unique=True), st.integers(0, 999)
+)
+def test_what_is_said_is_known(phrases: list[str], seed: int) -> None:
+    said, text = some_phrases(phrases, random.Random(seed))
+    assert 1 <= len(said) == len(set(said)) <= len(phrases)
+    assert set(said) <= set(phrases)
+    for phrase in said:
+        assert phrase in text
+
+
+def test_a_finding_is_named_alone_and_in_many_ways() -> None:
+    order = random.Random(0)
+    told = Counter(some_phrases(("chest ct", "mass"), order)[1] for _ in range(4000))
+    assert told["chest ct"] / 4000 == pytest.approx(VIEW_ALONE, abs=0.02)
+    assert told["mass"] / 4000 == pytest.approx(0.45, abs=0.03)
+    assert {"chest ct, mass", "mass, chest ct", "mass on chest ct"} < told.keys()
+
+
+@pytest.fixture(scope="module")
+def batches(data: Path) -> ModalityBatches:
+    file = data / "tokenizer.json"
+    train_word_pieces(["head ct showing round, flat", "head mri on nodule"], 400, file)
+    places = [Place(data / "0.png", "nodule", ((8.0, 16.0, 8.0, 4.0),))]
+    return ModalityBatches(CONFIG, ModalityTokenizer.from_file(file, CONFIG.text), places, seed=1)
+
+
+def captioned(data: Path) -> list[Captioned]:
+    return [
+        Captioned(data / "0.png", ("head ct", "round"), "ct", "few"),
+        Captioned(data / "1.png", ("head ct", "flat", "nodule"), "ct", "few"),
+        Captioned(data / "2.png", ("head mri", "round"), "mri", "few"),
+        Captioned(data / "3.png", ("head",), None, "few"),
+    ]
+
+
+def test_a_text_fits_each_image_of_which_all_it_says_is_known(
+    data: Path, batches: ModalityBatches
+) -> None:
+    items = captioned(data)
+    said = [("round",), ("head ct", "nodule"), ("head mri", "round"), ("head",)]
+    told = [Told(item, own, ", ".join(own)) for item, own in zip(items, said, strict=True)]
+    batch = batches.collate(told, torch.Generator().manual_seed(0))
+    assert batch.fits.tolist() == [
+        [True, False, False, False],
+        [False, True, False, False],
+        [True, False, True, False],
+        [False, False, False, True],
+    ]
+    assert batch.modality.tolist() == [0, 0, 1, UNKNOWN]
+    assert batch.pixels.shape == (4, 3, 32, 32)
+    assert batch.texts.ids.shape == batch.texts.words.shape == batch.texts.seen.shape
+    assert batch.grounding is None
+
+
+def test_a_box_moves_with_its_image(
+    data: Path, batches: ModalityBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tilted(pixels: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+        return pixels.roll(4, -1)
+
+    place = Place(data / "0.png", "nodule", ((8.0, 16.0, 8.0, 4.0),))
+    hidden = replace(place, boxes=((40.0, 0.0, 5.0, 5.0),))
+    first, second, third, _ = captioned(data)
+    told = [
+        Told(first, ("round",), "round", hidden),
+        Told(second, ("flat",), "flat"),
+        Told(third, ("round",), "round", place),
+    ]
+    monkeypatch.setattr(modality_batches, "augment", tilted)
+    found = batches.collate(told, torch.Generator()).grounding
+    assert found is not None
+    assert found.rows.tolist() == [2], "what is out of sight teaches nothing"
+    assert found.texts.ids.shape[0] == 1
+    expected = torch.zeros(1, 8, 8)
+    expected[0, 4, 3:5] = 0.5  # patches of 4 pixels
+    torch.testing.assert_close(found.boxes, expected)
+
+
+def test_the_mask_is_augmented_as_the_pixels_are() -> None:
+    pixels = torch.zeros(2, 3, 32, 32)
+    pixels[:, :, 8:24, 4:12] = 1
+    views = augment(torch.cat((pixels, pixels[:, :1]), 1), torch.Generator().manual_seed(0))
+    alone = augment(pixels, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(views[:, :3], alone)
+    for view, mask in zip(views[:, :3], views[:, 3], strict=True):
+        flat, outside = view[0][mask > 0.99], view[0][mask < 0.01]
+        assert flat.std() < 1e-3
+        assert outside.std() < 1e-3
+        assert not torch.allclose(flat.mean() - outside.mean(), torch.tensor(1.0), atol=1e-3)
+
+
+def test_an_epoch_can_be_repeated_and_the_next_is_another(
+    data: Path, batches: ModalityBatches
+) -> None:
+    def epoch(number: int) -> list[torch.Tensor]:
+        drawn = list(batches.shuffled(captioned(data), 3, number))
+        assert [len(batch.pixels) for batch in drawn] == [3], "a rest is left out"
+        return [drawn[0].pixels, drawn[0].texts.ids, drawn[0].fits]
+
+    first, again, second = epoch(0), epoch(0), epoch(1)
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], second[0])
+    assert [len(batch.pixels) for batch in batches.shuffled(captioned(data), 8, 0)] == [4]
+
+
+def test_some_of_each_finding_are_held_out() -> None:
+    def image(number: int, finding: str) -> LabelledImage:
+        return LabelledImage(Path(f"{number}"), "ct", "head", finding, "few", "train")
+
+    labelled = [image(number, "ab"[number % 2]) for number in range(11)]  # 6 of a, 5 of b
+    learned, held_out = hold_out(labelled, 3)
+    assert [item.finding for item in held_out] == ["a", "a", "b"]
+    assert sorted([*learned, *held_out], key=lambda i: int(i.image.name)) == labelled
+
+
+# --- what learns ------------------------------------------------------------------------------
+
+
+def test_regions_are_pooled_in_squares() -> None:
+    regions = torch.randn(2, 4, 4, 3)
+    features = ImageFeatures(regions, torch.zeros(2, 3), torch.zeros(2, 2))
+    pooled = coarser(features).regions
+    assert pooled.shape == (2, 2, 2, 3)
+    torch.testing.assert_close(pooled[:, 0, 1], regions[:, :2, 2:].mean((1, 2)))
+    small = features._replace(regions=regions[:, :3, :3])
+    assert coarser(small) is small
+
+
+def test_grounding_by_hand() -> None:
+    """Two places, of which one is like the word: its logit is 10, the other's 0."""
+    regions = torch.tensor([[[[2.0, 0.0], [0.0, 3.0]]]])  # [1, 1, 2, 2]
+    words = torch.tensor([[[5.0, 0.0], [1.0, 1.0]]])
+    texts = TextFeatures(words, torch.tensor([[True, False]]), words[:, 0])
+    right, wrong = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    exact = np.log1p(np.exp(-10.0))
+    assert grounding_loss(regions, texts, right).item() == pytest.approx(exact, abs=1e-6)
+    assert grounding_loss(regions, texts, wrong).item() == pytest.approx(10 + exact, abs=1e-4)
+
+
+def test_muon_trains_the_matrices_inside_the_towers() -> None:
+    objective = ModalityObjective(random_modality_model(CONFIG, 0))
+    prepare_parameters(objective, RECIPE.schedule)
+    muon, adamw = make_optimisers(objective, RECIPE.schedule)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    by_muon, by_adamw = (
+        {names[p] for group in optimiser.param_groups for p in group["params"]}
+        for optimiser in (muon, adamw)
+    )
+    assert by_muon | by_adamw == set(names.values())
+    assert not by_muon & by_adamw
+    assert {
+        "model.vision.stages.0.0.attention.q.weight",
+        "model.text.layers.1.fc1.weight",
+    } < by_muon
+    assert {
+        "model.vision.stages.0.0.attention.offset_bias",
+        "model.text.word_embedding.weight",
+        "model.experts.0.attention_in.weight",
+        "model.router.0.weight",
+    } < by_adamw

@@ -1,0 +1,390 @@
+"""Calibrate, export and verify as one: what is proven, what is refused, and what is left behind."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import raising
+from PIL import Image
+
+from medmoe_edge import pipeline
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle
+from medmoe_edge.calibration.data import CalibrationData, Sample
+from medmoe_edge.calibration.routing import RoutingProfile
+from medmoe_edge.calibration.run import calibrate
+from medmoe_edge.calibration.samples import ask_about
+from medmoe_edge.calibration.statistics import Source, Statistics
+from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
+from medmoe_edge.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    MedMoEError,
+    MissingDependencyError,
+    ModelError,
+    ResourceError,
+    VerificationError,
+)
+from medmoe_edge.evaluation import verify as verification
+from medmoe_edge.export import build
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.pipeline_examples import as_examples
+from medmoe_edge.presets_random import random_tensors
+from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+
+Make = Callable[..., Path]
+NAMES = ("mri", "ct", "pathology", "xray")
+SECRET = "Doe_John"
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four images, one of each modality, whose names are those of patients."""
+    folder = tmp_path_factory.mktemp("questions")
+    generator = np.random.default_rng(0)
+    lines = []
+    for index, modality in enumerate(NAMES):
+        name = f"{SECRET}_{index}.png"
+        pixels = generator.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+        record = {"image": name, "question": "Where?", "answer": "Yes", "modality": modality}
+        lines.append(json.dumps({"id": f"{SECRET}-{index}", **record}))
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    return str(folder / "questions.jsonl")
+
+
+@pytest.fixture(scope="module")
+def stats(tiny_checkpoint: Make, questions: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stats") / "stats"
+    calibrate(tiny_checkpoint(), pipeline.read_data(tiny_checkpoint(), questions), out, samples=4)
+    return out
+
+
+@pytest.fixture
+def quick(tiny_tower: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports do not trace the tower again."""
+    monkeypatch.setattr(build, "export_vision", tiny_tower)
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any work fails the test."""
+    begun = AssertionError("the work has begun")
+    monkeypatch.setattr(pipeline, "calibrate", raising(begun))
+    monkeypatch.setattr(pipeline, "export_bundle", raising(begun))
+    monkeypatch.setattr(verification, "verify", raising(begun))
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- export -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_export_with_data_carries_its_proof(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, steps = tmp_path / "new" / "bundle", []
+    made = pipeline.export(
+        tiny_checkpoint(),
+        out,
+        precision="fp32",
+        calibrate_on=questions,
+        samples=4,
+        progress=lambda step, done, total: steps.append(step),
+    )
+    assert left_in(out.parent) == ["bundle"]
+    assert made.bundle == out
+    assert made.verification is not None
+    assert made.verification.bundle == Bundle.open(out)
+    assert made.verification.bundle.proof == "passed"
+    assert {"layers", "decoder", "the checkpoint", "the bundle"} <= set(steps)
+    manifest = (out / MANIFEST).read_text()
+    record = json.loads(manifest)["verification"]
+    assert record["data"]["name"] == "questions.jsonl, on which it was calibrated"
+    assert record["figures"]["questions"] == 4
+    assert json.loads(manifest)["calibration"]["samples"] == dict.fromkeys(sorted(NAMES), 1)
+    assert SECRET not in manifest + caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failed_proof_leaves_no_bundle(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"precision": "int4", "calibrate_on": questions, "samples": 4}
+    with pytest.raises(VerificationError, match="tiny-model failed its verification: "):
+        pipeline.export(
+            tiny_checkpoint(), tmp_path / "out", name="tiny-model", method="rtn", **options
+        )
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("step", ["layers", "decoder", "the bundle"])
+def test_an_interrupted_export_leaves_nothing(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path, step: str
+) -> None:
+    def interrupt(at: str, done: int, total: int) -> None:
+        if at == step and done:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"precision": "fp32", "calibrate_on": questions, "samples": 4}
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.export(tiny_checkpoint(), tmp_path / "out", progress=interrupt, **options)
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_statistics_calibrate_without_proof(
+    tiny_checkpoint: Make, stats: Path, tmp_path: Path
+) -> None:
+    made = pipeline.export(tiny_checkpoint(), tmp_path / "out", precision="int4", stats=stats)
+    assert made == pipeline.Export(tmp_path / "out", None)
+    bundle = Bundle.open(tmp_path / "out")
+    assert bundle.proof == "not measured"
+    assert bundle.manifest["calibration"]["samples"] == dict.fromkeys(sorted(NAMES), 1)
+    assert SECRET.encode() not in stats.read_bytes()
+
+
+@pytest.mark.usefixtures("idle")
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"calibrate_on": "builtin", "stats": Path("s")}, InputError, "Both data and statistics"),
+        ({"precision": "mixed", "budget_bits": 4.5}, InputError, "what calibration measured"),
+        ({"precision": "mixed", "calibrate_on": "builtin"}, InputError, "what calibration"),
+        (
+            {"precision": "mixed", "calibrate_on": "builtin", "budget_bits": 1.0},
+            InputError,
+            r"1 bits per weight are too few. The least is 2\.5",
+        ),
+        (
+            {"precision": "mixed", "calibrate_on": "builtin", "budget_bits": float("nan")},
+            InputError,
+            "nan bits per weight are too few",
+        ),
+        ({"calibrate_on": "nowhere"}, InputError, "no calibration data 'nowhere'"),
+        ({"stats": Path("nowhere")}, DataError, "nowhere is missing"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_at_once(
+    tiny_checkpoint: Make,
+    tmp_path: Path,
+    options: dict[str, Any],
+    error: type[MedMoEError],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        pipeline.export(tiny_checkpoint(), tmp_path / "out", **options)
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.usefixtures("idle")
+def test_an_output_is_refused_at_once(
+    tiny_checkpoint: Make, tiny_bundle: Make, questions: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="exists already"):
+        pipeline.export(tiny_checkpoint(), tiny_bundle(), calibrate_on=questions)
+    with pytest.raises(InputError, match=r"holds no manifest\.json"):
+        pipeline.export(tiny_checkpoint(), tmp_path, calibrate_on=questions, force=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ResourceError, match="file"):
+        pipeline.export(tiny_checkpoint(), tmp_path / "file" / "out", calibrate_on=questions)
+
+
+@pytest.mark.usefixtures("idle")
+def test_matrices_that_groups_do_not_divide_are_refused_at_once(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path
+) -> None:
+    source = read_checkpoint(tiny_checkpoint())
+    decoder = dataclasses.replace(
+        source.config.decoder, hidden_size=48, heads=3, rotary_fraction=1.0
+    )
+    config = dataclasses.replace(source.config, decoder=decoder)
+    folder = tmp_path / "odd"
+    write_checkpoint(
+        folder, config, random_tensors(config, 0), tokenizer_file=source.tokenizer_file
+    )
+    options: dict[str, Any] = {"calibrate_on": questions, "budget_bits": 4.5}
+    for precision in ("int4", "mixed"):
+        with pytest.raises(CheckpointError, match="of 48 weights, do not divide") as caught:
+            pipeline.export(folder, tmp_path / "out", precision=precision, **options)
+        assert caught.value.remedy == "Export it with --int8."
+    assert left_in(tmp_path) == ["odd"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_foreign_statistics_are_refused(tiny_checkpoint: Make, stats: Path, tmp_path: Path) -> None:
+    other = tiny_checkpoint("tiny", top_k=2)
+    with pytest.raises(DataError, match="made for another checkpoint"):
+        pipeline.export(other, tmp_path / "out", stats=stats)
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.usefixtures("idle")
+def test_strict_refuses_statistics_that_made_do(
+    tiny_checkpoint: Make, stats: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(VerificationError, match=r"layer \d \w+ \(expert \d: \d+ of 256 tokens"):
+        pipeline.export(tiny_checkpoint(), tmp_path / "out", stats=stats, strict=True)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "vision.pre_norm.weight",
+        "projector.0.weight",
+        "decoder.embed.weight",
+        "decoder.layers.0.post_norm.weight",
+        "decoder.layers.0.ffn.router.weight",
+        "decoder.layers.2.ffn.experts.1.up.weight",
+        "decoder.layers.1.attention.q.weight",
+        "decoder.norm.weight",
+        "decoder.head.weight",
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path, damaged: str
+) -> None:
+    source = read_checkpoint(tiny_checkpoint())
+    tensors = dict(source)
+    tensors[damaged] = torch.full_like(tensors[damaged], torch.nan)
+    folder = tmp_path / "broken"
+    write_checkpoint(folder, source.config, tensors.items(), tokenizer_file=source.tokenizer_file)
+    ways: list[dict[str, Any]] = [{"calibrate_on": questions, "samples": 2}]
+    if damaged.startswith("decoder"):  # the tower is not traced here
+        ways.append({})
+    for options in ways:
+        with pytest.raises(CheckpointError, match=damaged):
+            pipeline.export(folder, tmp_path / "out", **options)
+    assert left_in(tmp_path) == ["broken"]
+
+
+# --- what a bundle is proven on ---------------------------------------------------------------
+
+
+def calibration_data(count: int) -> CalibrationData:
+    samples = tuple(
+        Sample(f"{SECRET}-{index}", Path(f"{index}.png"), "Where?", "", "ct", "OPEN")
+        for index in range(count)
+    )
+    return CalibrationData("scans", samples, "ab" * 32)
+
+
+@pytest.mark.parametrize(
+    ("total", "used", "proven", "name"),
+    [
+        (1000, 128, 300, "scans"),
+        (228, 128, 100, "scans"),
+        (227, 128, 227, "scans, on which it was calibrated"),
+        (50, 50, 50, "scans, on which it was calibrated"),
+    ],
+)
+def test_the_proof_is_on_questions_held_out_if_there_are_enough(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    total: int,
+    used: int,
+    proven: int,
+    name: str,
+) -> None:
+    monkeypatch.setattr(Sample, "load", lambda self: None)
+    data = calibration_data(total)
+    drawn = {sample.sha256 for sample in data.draw(used)}
+    assert not any(SECRET in text for text in drawn)
+    source = Source("scans", data.sha256, tuple(drawn))
+    statistics = Statistics("cd" * 32, source, RoutingProfile.empty(["ct"], [], 0), (), {})
+    proof = pipeline.proof_data(data, statistics, tmp_path)
+    assert (proof.name, len(proof.examples)) == (name, proven)
+    proven_on = {example.id for example in proof.examples}
+    seen = {sample.id for sample in data.samples if sample.sha256 in drawn}
+    assert proven_on.isdisjoint(seen) == (name == "scans")
+
+
+def test_parts_of_files_become_pictures_of_their_own(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "slide.png")
+    whole = [*ask_about("a", tmp_path / "slide.png", "ct")][:2]
+    part = [*ask_about("b", tmp_path / "slide.png", "ct", field=(10, 0, 50, 20))][:2]
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    examples = list(as_examples([*whole, *part], folder))
+    assert [example.image for example in examples[:2]] == [tmp_path / "slide.png"] * 2
+    assert examples[2].image == examples[3].image
+    assert left_in(folder) == ["0.png"]
+    np.testing.assert_array_equal(load_image(examples[2].image).pixels, pixels[:20, 10:])
+
+
+# --- verify -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Make, tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle("int8"), folder)
+    return folder
+
+
+def test_bundles_and_baselines_stand_beside(
+    tiny_checkpoint: Make, tiny_bundle: Make, bundle: Path, questions: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    beside = ["bitsandbytes-nf4", str(tiny_bundle())]
+    found = pipeline.verify(bundle, tiny_checkpoint(), questions, beside=beside)
+    assert list(found.beside) == ["bitsandbytes-nf4", tiny_bundle().name]
+    exact = found.beside[tiny_bundle().name].overall.kl.mean
+    assert exact < 1e-5 < found.beside["bitsandbytes-nf4"].overall.kl.mean
+    assert found.record is not None
+    assert found.record["data"]["name"] == "questions.jsonl"
+    assert SECRET not in (bundle / MANIFEST).read_text()
+
+
+@pytest.mark.usefixtures("idle")
+def test_what_cannot_be_verified_is_refused_at_once(
+    tiny_checkpoint: Make,
+    tiny_bundle: Make,
+    bundle: Path,
+    questions: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = (bundle / MANIFEST).read_bytes()
+
+    def refused(error: type[MedMoEError], message: str, **options: Any) -> str:
+        with pytest.raises(error, match=message) as caught:
+            pipeline.verify(bundle, tiny_checkpoint(), questions, **options)
+        return caught.value.remedy
+
+    names = "nano, bitsandbytes-nf4, bitsandbytes-int8"
+    assert names in refused(InputError, "no 'nothing' to measure", beside=["nothing"])
+    other = str(tiny_bundle("fp32", "tiny-phi"))
+    refused(ModelError, "bundle of another model", beside=[other])
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "bitsandbytes", None)
+        patch.delitem(
+            __import__("sys").modules, "medmoe_edge.runtimes.torch.bitsandbytes", raising=False
+        )
+        refused(MissingDependencyError, "'bitsandbytes'", beside=["bitsandbytes-nf4"])
+    read_only = raising(PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert "Verify a copy" in refused(ResourceError, r"cannot be written \(Permission denied\)")
+    assert (bundle / MANIFEST).read_bytes() == before
+
+
+def test_another_checkpoint_is_refused(
+    tiny_checkpoint: Make, bundle: Path, questions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OrtRuntime, "step", raising(AssertionError("the work has begun")))
+    before = (bundle / MANIFEST).read_bytes()
+    with pytest.raises(ModelError, match="was not made from the checkpoint"):
+        pipeline.verify(bundle, tiny_checkpoint("tiny", top_k=2), questions)
+    assert (bundle / MANIFEST).read_bytes() == before

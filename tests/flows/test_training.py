@@ -1,0 +1,240 @@
+"""The three phases end to end on a handful of images, and what may be resumed from where."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medmoe_edge.checkpoint.reader import read_checkpoint
+from medmoe_edge.errors import DataError
+from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.training import loop
+from medmoe_edge.training.batches import Batches
+from medmoe_edge.training.recipe import PhaseConfig, Recipe
+from medmoe_edge.training.run import new_dense_model, train
+
+MODALITIES = ("mri", "ct", "pathology", "xray")
+COLOURS = ((0, 0, 0), (190, 0, 0), (0, 190, 0), (0, 0, 190))
+CONFIG = replace(
+    PRESETS["tiny"],
+    decoder=replace(PRESETS["tiny"].decoder, vocab_size=300),
+    moe=replace(PRESETS["tiny"].moe, expert_names=MODALITIES),  # type: ignore[type-var]
+)
+RECIPE = Recipe(
+    preset="miniature",
+    seed=3,
+    vocab_size=300,
+    questions="questions.jsonl",
+    validation="questions.jsonl",
+    labels="labels.jsonl",
+    alignment=PhaseConfig(1, 1e-2, ("projector.*", "decoder.*"), batch_images=4, accumulation=2),
+    instruction=PhaseConfig(
+        3,
+        1e-2,
+        ("router.*", "projector.*", "decoder.*"),
+        batch_images=8,
+        dropout=0.1,
+        router_weight=1.0,
+    ),
+    moe=PhaseConfig(
+        2,
+        1e-2,
+        ("decoder.layers.*.ffn.experts.*", "decoder.layers.*.ffn.meta.*"),
+        batch_images=8,
+        dropout=0.1,
+        labelled_share=0.5,
+    ),
+)
+PHASES = {"alignment": 1, "instruction": 3, "moe": 2}  # epochs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preset() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "miniature", CONFIG)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of each modality, which their colour tells."""
+    folder, noise = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    questions, labels = [], []
+    for number in range(8):
+        modality = MODALITIES[number % 4]
+        pixels = noise.integers(0, 60, (32, 32, 3)) + COLOURS[number % 4]
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+        common = {"image": f"{number}.png", "modality": modality, "source": "miniature"}
+        answer = {"question": "Is it CT?", "answer": "Yes" if modality == "ct" else "No"}
+        questions.append(common | answer | {"id": number, "answer_type": "CLOSED", "body": "Head"})
+        labels.append(common | {"body": "head", "finding": "nothing", "split": "train"})
+    for name, rows in ("questions", questions), ("labels", labels):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder
+
+
+def run(data: Path, out: Path, recipe: Recipe = RECIPE) -> Path:
+    return train(recipe, data, out, Progress(disable=True))
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    assert run(data, out) == out / "checkpoint"
+    return out
+
+
+def state(out: Path, phase: str) -> dict[str, Tensor]:
+    """The model's weights after a phase, by name; the phase-2 router is called `router`."""
+    tensors = load_file(out / f"{phase}.safetensors")
+    names = [name for name in tensors if name.startswith("module.")]
+    return {name.removeprefix("module.").removeprefix("model."): tensors[name] for name in names}
+
+
+def test_every_epoch_is_logged_and_the_loss_falls(unbroken: Path) -> None:
+    rows = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
+    assert [(row["phase"], row["epoch"]) for row in rows] == [
+        (phase, epoch) for phase, epochs in PHASES.items() for epoch in range(epochs)
+    ]
+    assert rows[3]["loss"] < 0.8 * rows[1]["loss"]
+    assert rows[5]["loss"] < rows[4]["loss"]
+    for row in rows[1:]:
+        assert row.keys() >= {"loss", "seconds", "miniature", "modality"}
+        assert 0 <= row["miniature"] <= 1
+    assert rows[3]["modality"] > 0.6, "colour tells the modality"
+
+
+def test_each_phase_changes_only_what_it_trains(unbroken: Path) -> None:
+    start = new_dense_model(CONFIG, RECIPE.seed).state_dict()
+    aligned, instructed, final = (
+        state(unbroken, phase) for phase in ("alignment", "instruction", "moe")
+    )
+
+    def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+        shared = before.keys() & after.keys()
+        return {name for name in shared if not torch.equal(before[name], after[name])}
+
+    learning = {name for name in start if not name.startswith("vision.")}
+    assert changed(start, aligned) == changed(aligned, instructed) == learning
+    assert changed(instructed, final) == set()  # all that phase 3 changes has a new name
+    for layer in (0, 2):
+        ffn = f"decoder.layers.{layer}.ffn."
+        for part in ("weight", "bias"):
+            assert torch.equal(final[f"{ffn}router.{part}"], instructed[f"router.{part}"])
+        learned = instructed[ffn + "up.weight"]
+        assert not torch.equal(final[ffn + "meta.up.weight"], learned)
+        assert any(
+            not torch.equal(final[f"{ffn}experts.{expert}.up.weight"], learned)
+            for expert in range(4)
+        )
+
+
+def test_gradients_accumulate(unbroken: Path) -> None:
+    step = "optimiser.step.model.decoder.head.weight"
+    assert load_file(unbroken / "alignment.safetensors")[step] == 2  # 4 batches, a step for two
+    assert load_file(unbroken / "instruction.safetensors")[step] == 6  # 3 epochs of 2 batches
+
+
+def test_the_checkpoint_is_an_official_folder(unbroken: Path) -> None:
+    checkpoint = read_checkpoint(unbroken / "checkpoint")
+    assert checkpoint.config == CONFIG
+    assert checkpoint.tokenizer_file is not None
+    assert checkpoint.tokenizer_file.read_bytes() == (unbroken / "tokenizer.json").read_bytes()
+    assert checkpoint.shared_router
+    final = state(unbroken, "moe")
+    model = MedMoE(CONFIG)
+    model.load_state_dict({name: tensor.float() for name, tensor in checkpoint})
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, final[name], rtol=2**-8, atol=0.0)
+
+
+def broken_off(function: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """`function`, but the call number `after` ends in an interrupt."""
+    calls = iter(range(1, 10_000))
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("epochs", [2, 5])
+def test_a_run_broken_off_after_an_epoch_goes_on(
+    unbroken: Path, data: Path, tmp_path: Path, epochs: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_append", broken_off(loop._append, epochs))
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path)
+    assert not (tmp_path / "checkpoint").exists()
+    run(data, tmp_path)
+    assert_same_state(tmp_path, unbroken)
+    rows = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert len(rows) == sum(PHASES.values()) - 1, "only epochs that were not done are run again"
+
+
+@pytest.mark.parametrize("batches", [3, 12], ids=["first of phase 2", "first of phase 3"])
+def test_a_run_broken_off_within_an_epoch_goes_on(
+    unbroken: Path, data: Path, tmp_path: Path, batches: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "collate", broken_off(Batches.collate, batches))
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path)
+    run(data, tmp_path)
+    assert_same_state(tmp_path, unbroken)
+
+
+def assert_same_state(out: Path, other: Path) -> None:
+    ours, theirs = (load_file(folder / "moe.safetensors") for folder in (out, other))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80\x04pickle", "truncated", {}, {"epoch": "two"}, {"epoch": "1"}],
+    ids=["empty", "pickle", "truncated", "no epoch", "a wrong epoch", "another model"],
+)
+def test_a_damaged_state_is_named(
+    unbroken: Path, data: Path, tmp_path: Path, content: bytes | str | dict[str, str]
+) -> None:
+    path = tmp_path / "alignment.safetensors"
+    whole = unbroken / "alignment.safetensors"
+    if isinstance(content, dict):
+        tensors = load_file(whole) if content != {"epoch": "1"} else {"module.x": torch.zeros(1)}
+        save_file(tensors, path, metadata=content or None)
+    else:
+        path.write_bytes(whole.read_bytes()[:-100] if isinstance(content, str) else content)
+    with pytest.raises(DataError, match=r"alignment\.safetensors"):
+        run(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "nanoo"}, "nano"),
+        ({"preset": "tiny"}, "names its experts"),
+        ({"vocab_size": 301}, "at most 300"),
+        ({"questions": "nowhere.jsonl"}, "nowhere"),
+        ({"alignment": replace(RECIPE.alignment, train=("decoder.layer.*",))}, r"decoder\.layer\."),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_is_refused(
+    data: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        run(data, tmp_path / "out", replace(RECIPE, **change))
+    assert not (tmp_path / "out" / "alignment.safetensors").exists()

@@ -1,0 +1,423 @@
+"""A batch: one row for each image and question in their order, whatever interrupts it."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from command_line import ROOT, Run, answer_to, start_without, two_lines
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as Pillow
+from pyarrow import parquet
+
+import medmoe_edge
+from medmoe_edge.bedside.batch import asking as batch_asking
+from medmoe_edge.bedside.batch import parquet as batch_parquet
+from medmoe_edge.bedside.batch.asking import Recipe
+from medmoe_edge.bedside.batch.inputs import read_items
+from medmoe_edge.bedside.batch.journal import Journal, journal_path
+from medmoe_edge.bedside.batch.run import BatchReport, run_batch
+from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.engine.answer import Answer
+from medmoe_edge.errors import InputError, MedMoEError, ResourceError
+from medmoe_edge.image.loading import load_image
+
+QUESTIONS = ("Is there effusion?", "Which organ is shown?")
+
+
+class StandIn:
+    """Answers with the image's name; `dies` at that image, by whatever way `how` is."""
+
+    name, verification = "stand-in", "passed"
+    config = SimpleNamespace(decoder=SimpleNamespace(max_positions=100))
+
+    def __init__(self, dies: int | None = None) -> None:
+        self.sha256, self.dies = "0" * 64, dies
+        self.asked: list[str] = []
+
+    def prompt_tokens(self, question: str) -> int:
+        return len(question)
+
+    def ask_all(self, path: str, questions: Sequence[str], *, max_new_tokens: int) -> list[Answer]:
+        if len(self.asked) == self.dies:
+            self.how()
+        self.asked.append(Path(path).name)
+        load_image(path)
+        model = {"name": self.name, "sha256": self.sha256}
+        name = ascii(Path(path).name)
+        return [answer_to(each, f"{name}: {each}", model=model) for each in questions]
+
+    def how(self) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    engine = StandIn()
+    monkeypatch.setattr(batch_asking, "load", lambda *_, **__: engine)
+    return engine
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Three images and a text, one of them in a folder within; a hidden file besides."""
+    folder = tmp_path / "scans"
+    (folder / "within").mkdir(parents=True)
+    for name in ("b.png", "a.png", "within/é.png", ".hidden.png"):
+        Pillow.new("L", (8, 8)).save(folder / name)
+    (folder / "notes").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    file = tmp_path / "questions.txt"
+    file.write_text("\n".join(("", *QUESTIONS, "")))
+    return file
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = parquet.read_table(output).to_pylist()
+    return found
+
+
+def told(output: Path) -> list[tuple[Any, ...]]:
+    """What does not depend on how long it took."""
+    return [tuple(value for key, value in row.items() if key != "seconds") for row in rows(output)]
+
+
+def go(scans: Path, questions: Path, **options: Any) -> BatchReport:
+    return run_batch(scans, scans.parent / "out.parquet", questions, **options)
+
+
+# --- What is written -----------------------------------------------------------------------------
+
+
+def test_every_image_and_question_has_its_row_in_order(
+    engine: StandIn, scans: Path, questions: Path, tmp_path: Path
+) -> None:
+    report = go(scans, questions)
+    found = rows(tmp_path / "out.parquet")
+    names = ["a.png", "b.png", "notes", "within/é.png"]
+    assert [(row["image"], row["question"]) for row in found] == [
+        (name, question) for name in names for question in QUESTIONS
+    ]
+    assert [row["image_number"] for row in found] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [row["question_number"] for row in found] == [0, 1] * 4
+    assert (report.images, report.rows, report.errors, report.resumed) == (4, 8, 2, 0)
+    assert report.notice == NOTICE
+    metadata = parquet.read_schema(tmp_path / "out.parquet").metadata
+    assert metadata[b"notice"].decode() == NOTICE
+    assert metadata[b"verification"] == b"passed"
+    good, bad = found[0], found[4]
+    assert good["answer"] == "'a.png': Is there effusion?"
+    assert dict(good["experts"]) == {"mri": 0.1, "ct": 0.0, "pathology": 0.2, "xray": 0.7}
+    assert (good["confidence"], good["modality"], good["complete"]) == (0.934, "xray", True)
+    assert (good["seconds"], good["error"]) == (0.37, None)
+    assert bad["error"].startswith("'notes' is not an image that can be read.")
+    assert (bad["answer"], bad["experts"], bad["seconds"]) == (None, None, None)
+    for row in found:
+        assert (row["model"], row["model_sha256"]) == ("stand-in", "0" * 64)
+    assert not journal_path(tmp_path / "out.parquet").exists()
+
+
+def test_the_real_model_answers_as_if_asked_alone(tmp_path: Path) -> None:
+    picture, out = ROOT / "scan.png", tmp_path / "out.parquet"
+    (tmp_path / "in.csv").write_text(f"image,question\n{picture},{QUESTIONS[0]}\n")
+    run_batch(tmp_path / "in.csv", out, recipe=Recipe(max_new_tokens=8))
+    engine = medmoe_edge.load("nano")
+    answer = engine.ask(picture, QUESTIONS[0], max_new_tokens=8)
+    (row,) = rows(out)
+    assert (row["answer"], row["confidence"]) == (answer.text, answer.confidence)
+    assert (dict(row["experts"]), row["modality"]) == (answer.experts, answer.modality)
+    assert row["model_sha256"] == engine.sha256
+
+
+def test_what_comes_twice_is_told_apart(engine: StandIn, scans: Path, tmp_path: Path) -> None:
+    file = scans / "list.csv"
+    file.write_text("patient,image\n1,a.png\n2,b.png\n1,a.png\n", encoding="utf-8-sig")
+    (tmp_path / "twice.txt").write_text("Why?\r\nWhy?\r\n")
+    run_batch(file, tmp_path / "out.parquet", tmp_path / "twice.txt")
+    found = rows(tmp_path / "out.parquet")
+    keys = [(row["image_number"], row["question_number"]) for row in found]
+    assert keys == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [row["image"] for row in found] == ["a.png"] * 2 + ["b.png"] * 2 + ["a.png"] * 2
+    assert {row["question"] for row in found} == {"Why?"}
+
+
+def test_a_table_may_bring_its_questions(engine: StandIn, scans: Path, tmp_path: Path) -> None:
+    absolute = scans / "b.png"
+    (scans / "list.csv").write_text(f'image,question\na.png,"Where, if?"\n{absolute},Why?\n')
+    run_batch(scans / "list.csv", tmp_path / "out.parquet")
+    found = [
+        (row["image"], row["question"], row["error"]) for row in rows(tmp_path / "out.parquet")
+    ]
+    assert found == [("a.png", "Where, if?", None), (str(absolute), "Why?", None)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems want names that are text")
+def test_names_need_not_be_text(engine: StandIn, tmp_path: Path, questions: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    Pillow.new("L", (8, 8)).save(folder / "a.png")
+    os.rename(folder / "a.png", os.fsencode(folder) + b"/\xff.png")
+    go(folder, questions)
+    assert [(row["image"], row["error"]) for row in rows(tmp_path / "out.parquet")] == [
+        ("\\xff.png", None)
+    ] * 2
+
+
+def test_neither_output_nor_questions_are_images(engine: StandIn, scans: Path) -> None:
+    (scans / "questions.txt").write_text(QUESTIONS[0])
+    for force in (False, True):
+        run_batch(scans, scans / "out.parquet", scans / "questions.txt", force=force)
+        names = [row["image"] for row in rows(scans / "out.parquet")]
+        assert names == ["a.png", "b.png", "notes", "within/é.png"]
+
+
+# --- Interrupted ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dies", range(4))
+def test_interrupted_it_goes_on_where_it_ended(
+    engine: StandIn, scans: Path, questions: Path, tmp_path: Path, dies: int
+) -> None:
+    go(scans, questions)
+    whole = told(tmp_path / "out.parquet")
+    (tmp_path / "out.parquet").unlink()
+    engine.asked.clear()
+    engine.dies = dies
+    with pytest.raises(KeyboardInterrupt):
+        go(scans, questions)
+    assert not (tmp_path / "out.parquet").exists()
+    engine.dies = None
+    assert go(scans, questions, force=True).resumed == dies  # which replaces only what it must
+    assert engine.asked == ["a.png", "b.png", "notes", "é.png"]  # none twice
+    assert told(tmp_path / "out.parquet") == whole
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+from test_batch import StandIn, batch_asking, go, Path
+engine = StandIn(dies=2)
+engine.how = lambda: os.kill(os.getpid(), signal.SIGKILL)
+batch_asking.load = lambda *_, **__: engine
+go(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_killed_it_goes_on_where_it_ended(
+    engine: StandIn, scans: Path, questions: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(scans), str(questions)]
+    killed = subprocess.run(command, cwd=ROOT, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert go(scans, questions).resumed == 2
+    assert engine.asked == ["notes", "é.png"]
+    assert len(rows(tmp_path / "out.parquet")) == 8
+
+
+@contextlib.contextmanager
+def interrupted(engine: StandIn, scans: Path, questions: Path) -> Iterator[None]:
+    engine.dies = 2
+    with pytest.raises(KeyboardInterrupt):
+        go(scans, questions)
+    engine.dies = None
+    engine.asked.clear()
+    yield
+
+
+def test_another_job_is_not_mixed_in(engine: StandIn, scans: Path, questions: Path) -> None:
+    with interrupted(engine, scans, questions):
+        engine.sha256 = "1" * 64
+        with pytest.raises(InputError, match="had other images, questions or options"):
+            go(scans, questions)
+        assert go(scans, questions, force=True).resumed == 0
+        assert len(engine.asked) == 4
+
+
+def test_a_damaged_journal_is_told(engine: StandIn, scans: Path, questions: Path) -> None:
+    journal = journal_path(scans.parent / "out.parquet")
+    journal.write_bytes(b"no database" * 1000)
+    with pytest.raises(InputError, match="is damaged"):
+        go(scans, questions)
+    assert go(scans, questions, force=True).rows == 8
+    assert not journal.exists()
+
+
+def test_one_command_at_a_time(engine: StandIn, scans: Path, questions: Path) -> None:
+    with (
+        Journal(scans.parent / "out.parquet", "another"),
+        pytest.raises(InputError, match="Another command is at work"),
+    ):
+        go(scans, questions, force=True)
+
+
+def test_a_full_disk_costs_no_answer(
+    engine: StandIn, scans: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_parquet, "atomic_file", full)
+        with pytest.raises(ResourceError, match="No space left"):
+            go(scans, questions)
+    engine.asked.clear()
+    assert go(scans, questions).resumed == 4
+    assert engine.asked == []
+
+
+@given(numbers=st.lists(st.integers(0, 2**62)), stops=st.sets(st.integers(0, 20)))
+def test_a_journal_keeps_each_once_and_in_order(
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], stops: set[int]
+) -> None:
+    output = tmp_path_factory.mktemp("journal") / "out"
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(Journal(output, "job"))
+        first: dict[int, int] = {}
+        for place, number in enumerate(numbers):
+            first.setdefault(number, place)
+            journal.keep(number, [{"place": place}])
+            if place in stops:
+                stack.close()
+                journal = stack.enter_context(Journal(output, "job"))
+        assert journal.done() == set(first)
+        assert list(journal.results()) == [(n, [{"place": first[n]}]) for n in sorted(first)]
+
+
+# --- What cannot be used -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        ("", "no column named image"),
+        ("file\na.png\n", "no column named image"),
+        ("image;question\na.png;Why?\n", "no column named image"),
+        ("image\n", "names no images"),
+        ("image,question\n,Why?\n", "line 2: there is no image"),
+        ("image,question\na.png,Why?\nb.png\n", "line 3: The question is empty"),
+        (f"image,question\na.png,{'?' * 10_001}\n", "line 2: The question has 10,001"),
+        ('image,question\n"a.png,Why?\n', "is no CSV"),
+    ],
+)
+def test_a_bad_table_is_told(tmp_path: Path, table: str, what: str) -> None:
+    (tmp_path / "in.csv").write_text(table)
+    (tmp_path / "questions.txt").write_text("Why?")
+    asked = None if "question" in table else tmp_path / "questions.txt"
+    with pytest.raises(InputError, match=what):
+        read_items(tmp_path / "in.csv", asked)
+
+
+def test_bad_questions_are_told(tmp_path: Path, scans: Path) -> None:
+    file = tmp_path / "bad"
+    for data, what in (
+        (b"\n \n", "no questions"),
+        (b"\xff", "not UTF-8"),
+        (b"a\n<image>", "line 2"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=what):
+            read_items(scans, file)
+    for missing, what in ((None, "no questions for the images"), (tmp_path / "none", "not exist")):
+        with pytest.raises(InputError, match=what):
+            read_items(scans, missing)
+    (tmp_path / "in.csv").write_text("image,question\na.png,Why?\n")
+    file.write_text("Why?")
+    with pytest.raises(InputError, match="questions of its own"):
+        read_items(tmp_path / "in.csv", file)
+
+
+def test_a_question_too_long_for_the_model_stops_before_the_first(
+    engine: StandIn, scans: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("Why?\n" + "?" * 69)
+    with pytest.raises(InputError, match=r"needs 101 positions.* the model has 100"):
+        go(scans, tmp_path / "long.txt")
+    assert engine.asked == []
+    assert not journal_path(tmp_path / "out.parquet").exists()
+
+
+def test_errors_of_the_model_are_rows_and_others_stop(
+    engine: StandIn, scans: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> Any:
+        def ask(*_: object, **__: object) -> Any:
+            raise error
+
+        return ask
+
+    monkeypatch.setattr(engine, "ask_all", fail(RuntimeError("the device is lost")))
+    with pytest.raises(RuntimeError):
+        go(scans, questions)
+    monkeypatch.setattr(engine, "ask_all", fail(MedMoEError("What.", "Do.")))
+    assert (go(scans, questions).errors, rows(scans.parent / "out.parquet")[0]["error"]) == (
+        *(8,),
+        "What. Do.",
+    )
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+def test_the_command(engine: StandIn, run: Run, scans: Path, questions: Path) -> None:
+    command = ("batch", "scans", "--questions", "questions.txt", "-o", "out.parquet")
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == NOTICE + "\n"
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[:4] == [
+        ["images", "4"],
+        ["done", "by", "earlier", "runs", "0"],
+        ["rows", "8"],
+        ["without", "an", "answer", "2"],
+    ]
+    assert two_lines(run(*command))[0] == "out.parquet exists already."
+    told = json.loads(run(*command, "--force", "--json").stdout)
+    assert (told["rows"], told["errors"], told["notice"]) == (8, 2, NOTICE)
+    assert told["model"] == {"name": "stand-in", "sha256": "0" * 64, "verification": "passed"}
+
+
+def test_ctrl_c_leaves_what_is_done(
+    engine: StandIn, run: Run, scans: Path, questions: Path
+) -> None:
+    command = ("batch", "scans", "--questions", "questions.txt", "-o", "out.parquet", "--json")
+    engine.dies = 2
+    result = run(*command)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr.startswith("What is done is kept: the same command goes on.\n")
+    engine.dies = None
+    assert json.loads(run(*command).stdout)["resumed"] == 2
+
+
+def test_the_command_refuses(run: Run, scans: Path, questions: Path) -> None:
+    command = ["batch", "scans", "--questions", "questions.txt", "-o", "out.parquet"]
+    result = run(*command, "--model", "none")
+    assert (result.exit_code, two_lines(result)[0]) == (3, "There is no model folder 'none'.")
+    result = run(*command, "--workers", "2")
+    assert (result.exit_code, two_lines(result)[0]) == (2, "Workers are of a cluster.")
+    assert run("batch", "scans", "-o", "out.parquet").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("package", "more", "extra"), [("pyarrow", [], "batch"), ("ray", ["--ray", "local"], "ray")]
+)
+def test_a_missing_package_is_named(
+    tmp_path: Path, package: str, more: list[str], extra: str
+) -> None:
+    out = str(tmp_path / "out.parquet")
+    result = start_without([package], "batch", str(tmp_path), "-o", out, *more)
+    assert result.returncode == 5
+    assert f"pip install 'medmoe-edge[{extra}]'" in result.stderr

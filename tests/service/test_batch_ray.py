@@ -1,0 +1,103 @@
+"""A batch on a Ray cluster of several processes of this machine, one of which is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import ROOT
+from PIL import Image as Pillow
+from pyarrow import parquet
+
+from medmoe_edge.bedside.batch.journal import journal_path
+
+IMAGES = 64  # four parts, for two workers
+QUESTION = "Is there effusion?"
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Images that look alike to no one, and a text among them."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    shades = np.random.default_rng(1).integers(0, 256, (IMAGES, 8, 8), np.uint8)
+    for number, shade in enumerate(shades):
+        Pillow.fromarray(shade).save(folder / f"{number:03}.png")
+    (folder / "040.png").write_text("no image")
+    (tmp_path / "questions.txt").write_text(QUESTION)
+    return folder
+
+
+def command(scans: Path, name: str, *more: str) -> list[str]:
+    ask = ["batch", str(scans), "--questions", str(scans.parent / "questions.txt")]
+    ask += ["-o", str(scans.parent / name), "--max-new-tokens", "4", "--json"]
+    return [sys.executable, str(ROOT / "cli.py"), *ask, *more]
+
+
+def workers_of(ancestor: int) -> list[int]:
+    """The processes under one that Ray has named after what works in them."""
+    parents: dict[int, int] = {}
+    workers = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)] = int(stat[1])
+            if (folder / "cmdline").read_bytes().startswith(b"ray::MapWorker"):
+                workers.append(int(folder.name))
+        except OSError:  # it has just ended
+            continue
+
+    def is_below(process: int) -> bool:
+        while process in parents and process != ancestor:
+            process = parents[process]
+        return process == ancestor
+
+    return [worker for worker in workers if is_below(worker)]
+
+
+def answers(output: Path) -> list[tuple[object, ...]]:
+    names = ["image_number", "image", "question", "answer", "confidence", "experts", "error"]
+    table = parquet.read_table(output, columns=names)
+    return [tuple(row.values()) for row in table.to_pylist()]
+
+
+@pytest.mark.timeout(450)  # seconds; a cluster's dozen processes each import Ray and the engine
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers' processes in /proc")
+def test_a_killed_worker_costs_nothing(scans: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install 'medmoe-edge[ray]'")
+    subprocess.run(command(scans, "here.parquet"), check=True, capture_output=True, timeout=120)
+    kept = Path(f"{journal_path(tmp_path / 'ray.parquet')}-wal")
+    with subprocess.Popen(
+        command(scans, "ray.parquet", "--ray", "local", "--workers", "2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as batch:
+        try:
+            begun, end = 0, time.monotonic() + 180
+            killed: int | None = None
+            while killed is None and batch.poll() is None and time.monotonic() < end:
+                size = kept.stat().st_size if kept.exists() else 0
+                begun = begun or size  # what the empty journal takes
+                workers = workers_of(batch.pid)
+                if size > begun and workers:
+                    killed = workers[0]
+                    os.kill(killed, signal.SIGKILL)
+                time.sleep(0.01)
+            told, errors = batch.communicate(timeout=90)
+        finally:
+            batch.kill()
+    assert killed is not None, errors
+    assert batch.returncode == 0, errors
+    report = json.loads(told)
+    assert (report["images"], report["rows"], report["errors"]) == (IMAGES, IMAGES, 1)
+    found = answers(tmp_path / "ray.parquet")
+    assert [row[0] for row in found] == list(range(IMAGES))
+    assert found == answers(tmp_path / "here.parquet")

@@ -1,0 +1,372 @@
+"""The DICOM node: whom it lets in, what it keeps before it says so, and what it answers."""
+
+import logging
+import socketserver
+import sqlite3
+import stat
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from command_line import answer_to, raising
+from listen_process import (
+    PEER,
+    QUESTION,
+    SOME,
+    Archive,
+    StandIn,
+    configuration,
+    free_port,
+    send,
+    study,
+    wait_for,
+)
+from patients import SECRETS
+from pydicom import dcmread
+from pydicom.uid import (
+    UID,
+    BasicTextSRStorage,
+    CTImageStorage,
+    SecondaryCaptureImageStorage,
+)
+from pynetdicom.ae import ApplicationEntity
+
+from medmoe_edge.bedside.audit.chain import verify_log
+from medmoe_edge.bedside.listen import files as listen_files
+from medmoe_edge.bedside.listen import receiving as listen_receiving
+from medmoe_edge.bedside.listen.answering import Answering
+from medmoe_edge.bedside.listen.evidence import Evidence, Result
+from medmoe_edge.bedside.listen.node import Node
+from medmoe_edge.bedside.listen.queue import Queue
+from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.errors import CheckpointError, ImageError, ResourceError
+from medmoe_edge.image.loading import Image
+
+# pynetdicom leaves a socket to the garbage collector where its peer hung up first.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def servers_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They look twice a second whether they should."""
+    monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.02,))
+
+
+def done(node: Node) -> bool:
+    counts = node.queue.counts()
+    return counts["waiting"] == counts["unsent"] == 0
+
+
+def documents(node: Node) -> list[Path]:
+    return sorted(node.folder.documents.glob("*/*"))
+
+
+def test_an_image_is_received_answered_and_forgotten(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: done(node) and not list(node.folder.images.iterdir()))
+        (path,) = documents(node)
+        report = dcmread(path)
+        assert node.queue.counts() == {"waiting": 0, "answered": 1, "failed": 0, "unsent": 0}
+    evidence = report.CurrentRequestedProcedureEvidenceSequence[0]
+    assert evidence.StudyInstanceUID == study().StudyInstanceUID == report.StudyInstanceUID
+    instance = evidence.ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
+    assert instance.ReferencedSOPInstanceUID == study().SOPInstanceUID
+    audit = tmp_path / "node" / "audit.jsonl"
+    assert verify_log(audit).entries == 1
+    assert QUESTION.encode("ascii", "backslashreplace")[:6] in audit.read_bytes()
+
+
+def test_echo(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        entity = ApplicationEntity(PEER)
+        entity.add_requested_context("1.2.840.10008.1.1")
+        association = entity.associate("127.0.0.1", node.port, ae_title="MEDMOE")
+        assert association.send_c_echo().Status == 0
+        association.release()
+
+
+@pytest.mark.parametrize(
+    ("peer", "called"),
+    [
+        ({"ae_title": "OTHER"}, "MEDMOE"),
+        ({"ae_title": PEER, "hosts": ["10.0.0.1"]}, "MEDMOE"),
+        ({"ae_title": PEER}, "SOMEBODY"),
+    ],
+)
+def test_who_is_not_on_the_list_is_not_let_in(
+    tmp_path: Path, peer: dict[str, object], called: str
+) -> None:
+    with Node(configuration(tmp_path / "node", peers=[peer]), StandIn()) as node:
+        assert send(node.port, study(), called=called) == [-1]
+        assert node.queue.counts()["waiting"] == 0
+    peer = {"ae_title": PEER, "hosts": ["127.0.0.1"]}
+    with Node(configuration(tmp_path / "node", peers=[peer]), StandIn()) as node:
+        assert send(node.port, study()) == [0]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "status"),
+    [
+        ({"BurnedInAnnotation": "YES"}, 0x0124),
+        ({"StudyInstanceUID": ""}, 0xC000),
+        ({"SeriesInstanceUID": "Jane"}, 0xC000),
+        ({"Rows": 0}, 0xC000),
+        ({"Rows": 17}, 0xC000),
+        ({"BitsAllocated": 7}, 0xC000),
+        ({"NumberOfFrames": 10**9}, 0xC000),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
+def test_what_cannot_be_used_is_refused_with_its_status(
+    tmp_path: Path, attributes: dict[str, object], status: int
+) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        assert send(node.port, study(1, **attributes), study(2)) == [status, 0]
+        wait_for(lambda: done(node) and not list(node.folder.images.iterdir()))
+        assert node.queue.counts()["answered"] == 1
+
+
+def test_objects_without_pixels_are_refused(tmp_path: Path) -> None:
+    report, empty = study(1, SOPClassUID=BasicTextSRStorage), study(2)
+    del report.PixelData, empty.PixelData
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        assert send(node.port, report, empty, study(3)) == [-1, 0xA900, 0]
+    classes = listen_receiving.classes_with_pixels()
+    assert BasicTextSRStorage not in classes
+    assert {CTImageStorage, SecondaryCaptureImageStorage} < set(classes)
+
+
+def test_marked_pixels_are_taken_where_that_is_allowed(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node", allow_burned_in=True), StandIn()) as node:
+        assert send(node.port, study(1, BurnedInAnnotation="YES")) == [0]
+
+
+def test_a_full_disk_keeps_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Node(configuration(tmp_path / "node", reserve_mb=10**9), StandIn()) as node:
+        assert send(node.port, study()) == [0xA700]
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+
+        def fail(_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("medmoe_edge.bedside.listen.files.os.fsync", fail)
+            assert send(node.port, study()) == [0xA700]
+        assert list(node.folder.images.iterdir()) == []
+        with monkeypatch.context() as patch:
+
+            def full(*_: object) -> None:
+                raise ResourceError("Full.", "Free some.")
+
+            patch.setattr(Queue, "add", full)
+            assert send(node.port, study()) == [0xA700]
+        assert list(node.folder.images.iterdir()) == []
+        assert send(node.port, study()) == [0]
+
+
+def test_an_object_beyond_the_limit_ends_the_connection(tmp_path: Path) -> None:
+    large = study(1)
+    large.Rows = large.Columns = 1200
+    large.PixelData = bytes(1200 * 1200)
+    with Node(configuration(tmp_path / "node", max_object_mb=1), StandIn()) as node:
+        assert send(node.port, large) == [-1]
+        assert send(node.port, study(2)) == [0]
+        wait_for(lambda: done(node))
+        assert node.queue.counts()["answered"] == 1
+
+
+def test_what_is_sent_again_is_answered_once(tmp_path: Path) -> None:
+    engine = StandIn(0.05)
+    with Node(configuration(tmp_path / "node"), engine) as node:
+        assert send(node.port, study(), study()) == [0, 0]
+        wait_for(lambda: done(node))
+        assert send(node.port, study()) == [0]
+        assert done(node)
+    assert engine.asked == 1
+    with Node(configuration(tmp_path / "node"), engine) as node:  # and after a restart
+        assert send(node.port, study()) == [0]
+        assert done(node)
+        assert list(node.folder.images.iterdir()) == []
+
+
+def test_questions_go_by_modality_and_body_part(tmp_path: Path) -> None:
+    questions = [
+        {"modalities": ["CR", "DX"], "ask": ["a"]},
+        {"modalities": ["CR"], "body_parts": ["chest"], "ask": ["b", "a"]},
+        {"modalities": ["CT"], "ask": ["c"]},
+    ]
+    with Node(configuration(tmp_path / "node", questions=questions), StandIn()) as node:
+        foot, mri = study(2, BodyPartExamined="FOOT"), study(3, Modality="MR")
+        assert send(node.port, study(1), foot, mri) == [0, 0, 0]
+        wait_for(lambda: done(node) and not list(node.folder.images.iterdir()))
+        rows = sqlite3.connect(node.folder.queue).execute("SELECT key, question FROM answer")
+        found = sorted(rows)
+        assert node.queue.counts()["answered"] == 3  # of the MR nothing is asked
+    keys = {number: listen_files.key_of(study(number).SOPInstanceUID) for number in (1, 2)}
+    assert found == sorted([(keys[1], "a"), (keys[1], "b"), (keys[2], "a")])
+
+
+def test_an_answer_that_fails_is_tried_again_and_a_hopeless_one_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.worker.FIRST_DELAY", 0.01)
+    engine = StandIn()
+    errors: list[Exception] = [
+        CheckpointError("a", "b"),
+        ValueError("Doe^Jane"),
+        ImageError("", ""),
+    ]
+
+    def ask_all(*_: object, **__: object) -> object:
+        if errors:
+            raise errors.pop(0)
+        return StandIn.ask_all(engine, *_, **__)  # type: ignore[arg-type]
+
+    engine.ask_all = ask_all  # type: ignore[assignment,method-assign]
+    with Node(configuration(tmp_path / "node"), engine) as node:
+        assert send(node.port, study(1)) == [0]
+        wait_for(lambda: node.queue.counts()["failed"] == 1)
+        assert len(list(node.folder.images.iterdir())) == 1  # kept, to be looked at
+        assert send(node.port, study(2)) == [0]
+        wait_for(lambda: done(node))
+        assert node.queue.counts() == {"waiting": 0, "answered": 1, "failed": 1, "unsent": 0}
+
+
+def test_an_object_is_not_blamed_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = listen_files.Folder(tmp_path / "node")
+    queue = Queue(folder.queue)
+    queue.add("a" * 64, "b" * 64, PEER, [QUESTION])
+    queue.add("c" * 64, "b" * 64, PEER, [QUESTION])
+    queue.count_attempt("a" * 64)
+    assert queue.waiting(9) == ["c" * 64, "a" * 64]
+    config = configuration(tmp_path / "node")
+    answering = Answering(config, folder, queue, StandIn(), None)
+    monkeypatch.setattr(answering, "_ask", raising(ResourceError("Full.", "Free some.")))
+    for _ in range(3):
+        with pytest.raises(ResourceError):
+            answering.do("a" * 64)
+    assert queue.job("a" * 64).attempts == 1
+    queue.close()
+
+
+def test_an_object_that_ends_the_process_again_and_again_is_given_up(tmp_path: Path) -> None:
+    queue_folder = listen_files.Folder(tmp_path / "node")
+    queue = Queue(queue_folder.queue)
+    queue.add("a" * 64, "b" * 64, PEER, [QUESTION])
+    for _ in range(100):
+        queue.count_attempt("a" * 64)
+    queue.close()
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        wait_for(lambda: node.queue.counts()["failed"] == 1)
+
+
+def test_documents_are_sent_until_they_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.worker.FIRST_DELAY", 0.05)
+    port = free_port()
+    destination = {"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": port}
+    kinds = ["comprehensive-3d-sr", "basic-text-sr"]
+    given = {"dicom": [destination], "documents": kinds}
+    with Node(configuration(tmp_path / "node", **given), StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: node.queue.counts()["unsent"] == 2)  # nobody is there
+        with Archive(port) as archive:
+            archive.refuse = 1
+            wait_for(lambda: done(node))
+    assert [len(each) for each in archive.received.values()] == [1, 1]
+
+
+def test_a_node_stops_after_what_it_has_begun(tmp_path: Path) -> None:
+    engine = StandIn(0.3)
+    with Node(configuration(tmp_path / "node"), engine) as node:
+        assert send(node.port, *(study(number) for number in range(1, 4))) == [0, 0, 0]
+        wait_for(lambda: engine.asked == 1)
+    assert engine.asked == 1
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        wait_for(lambda: node.queue.counts()["answered"] == 3)
+
+
+def test_what_nobody_was_told_of_is_swept_away(tmp_path: Path) -> None:
+    folder = listen_files.Folder(tmp_path / "node")
+    (folder.images / f"{'a' * 64}.dcm").write_bytes(b"half")
+    (folder.images / ".b.part").write_bytes(b"half")
+    with Node(configuration(tmp_path / "node"), StandIn()):
+        assert list(folder.images.iterdir()) == []
+
+
+def test_a_folder_or_a_port_in_use_is_refused(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        with pytest.raises(ResourceError, match="Another node"):
+            Node(configuration(tmp_path / "node"), StandIn())
+        other = configuration(tmp_path / "other", port=node.port)
+        with pytest.raises(ResourceError, match="cannot listen"), Node(other, StandIn()):
+            pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+def test_its_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()):
+        for folder in (tmp_path / "node", *(tmp_path / "node").glob("*/")):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_no_log_name_or_audit_tells_of_the_patient(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    documents = ["comprehensive-3d-sr", "fhir-r4"]
+    config = configuration(tmp_path / "node", documents=documents, keep_images=True)
+    with Node(config, StandIn()) as node:
+        bad = study(3, Rows=99)
+        assert send(node.port, study(1), study(2, BurnedInAnnotation="YES"), bad)[0] == 0
+        wait_for(lambda: done(node))
+    told = caplog.text + (tmp_path / "node" / "audit.jsonl").read_text()
+    told += " ".join(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    database = (tmp_path / "node" / "queue.sqlite").read_bytes().decode("latin-1")
+    for secret in (*SECRETS, "Doe"):
+        assert secret not in told
+        assert secret not in database
+
+
+def test_the_notice_is_in_every_document(tmp_path: Path) -> None:
+    kinds = ["comprehensive-3d-sr", "basic-text-sr", "fhir-r4", "fhir-r5", "heat-map"]
+
+    class Located:
+        heat = SOME[:4, :4].astype("float32")
+
+    locator: Any = SimpleNamespace(locate=lambda image, phrase: Located)
+    with Node(configuration(tmp_path / "node", documents=kinds), StandIn(), locator) as node:
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: done(node))
+        found = documents(node)
+    assert sorted(path.name.split(".")[1] for path in found) == sorted(kinds)
+    assert all(NOTICE.encode() in path.read_bytes() for path in found)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of the values made here
+def test_values_that_the_standard_forbids_are_left_out() -> None:
+    odd = study(
+        StudyTime="999999", PatientSex="Jane", PatientBirthDate="yesterday", StudyID="x" * 99
+    )
+    header = Evidence.of(odd, Image.from_array(SOME), "0" * 64).header
+    forbidden = (header.StudyTime, header.PatientSex, header.PatientBirthDate, header.StudyID)
+    assert forbidden == ("", "", "", "")
+    assert (header.PatientName, header.StudyDate) == ("Doe^Jane", "20240506")
+
+
+def test_uids_are_the_same_for_the_same_and_no_others() -> None:
+    first, second = (Evidence.of(study(n), Image.from_array(SOME), "0" * 64) for n in (1, 2))
+    results = [Result(first, answer_to("a"), ""), Result(first, answer_to("b"), "")]
+    results.append(Result(second, answer_to("a"), ""))
+    uids = [result.uid(kind) for result in results for kind in ("x", "y")]
+    assert len(set(uids)) == 6
+    assert all(UID(uid).is_valid and len(uid) <= 64 for uid in uids)
+    assert Result(first, answer_to("a", "Yes"), "later").uid("x") == uids[0]

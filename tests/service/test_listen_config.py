@@ -1,0 +1,95 @@
+"""The configuration of listen, its verb, and how both fail."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import ROOT, Run, start_without, two_lines
+from listen_process import send, study, wait_for
+
+from medmoe_edge.bedside.listen.config import load_configuration
+from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.errors import InputError
+
+GOOD = """
+folder = "node"
+peers = [{ ae_title = "SENDER" }]
+questions = [{ ask = ["Is there effusion?"] }]
+"""
+
+
+def test_a_small_configuration(tmp_path: Path) -> None:
+    (tmp_path / "listen.toml").write_text(GOOD)
+    found = load_configuration(tmp_path / "listen.toml")
+    assert found.folder == tmp_path / "node"
+    assert (found.ae_title, found.host, found.model) == ("MEDMOE", "127.0.0.1", "nano")
+    assert found.questions_for("CR", "") == ("Is there effusion?",)
+    values = {
+        "folder": "/node",
+        "peers": [{"ae_title": "A"}],
+        "questions": [{"ask": ["q"]}],
+        "fhir": [{"url": "https://x.example/fhir", "version": "R5"}],
+    }
+    (tmp_path / "listen.json").write_text(json.dumps(values))
+    found = load_configuration(tmp_path / "listen.json")
+    assert found.all_documents == ("comprehensive-3d-sr", "fhir-r5")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "folder"),
+        ("[", "not TOML"),
+        (GOOD + "[[dicom]]\nae_title='A'\nhost='h'\nport=0", "dicom.0.port"),
+        (GOOD + "modle = 'nano'", "unknown entry: modle"),
+        (GOOD + "ae_title = 'SEVENTEENLETTERS!'", "ae_title"),
+        (GOOD + "ae_title = '  '", "ae_title"),
+        (GOOD + "documents = ['pdf']", "documents.0"),
+        (GOOD + "port = 'x'", "port"),
+        (GOOD.replace('["Is there effusion?"]', "[]"), "questions.0.ask"),
+        (GOOD.replace('"Is there effusion?"', '" "'), "questions.0.ask.0"),
+        (GOOD.replace('"SENDER"', '"SENDER", hosts = ["localhost"]'), "peers.0.hosts.0"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, run: Run, text: str, what: str) -> None:
+    path = tmp_path / "listen.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=what):
+        load_configuration(path)
+    result = run("listen", "--config", "listen.toml")
+    assert result.exit_code == 2
+    assert what in two_lines(result)[0]
+
+
+def test_a_configuration_that_is_not_there(run: Run) -> None:
+    result = run("listen", "--config", "none.toml")
+    assert result.exit_code == 2
+    assert "cannot be read" in two_lines(result)[0]
+
+
+def test_what_is_missing_is_named_with_its_extra() -> None:
+    result = start_without(["pynetdicom"], "listen", "--config", "none.toml")
+    assert result.returncode == 5
+    assert "medmoe-edge[listen]" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
+def test_the_verb_answers_with_nano_and_ends_on_sigterm(tmp_path: Path) -> None:
+    (tmp_path / "listen.toml").write_text(GOOD + "port = 0\nreserve_mb = 0\n")
+    command = [sys.executable, str(ROOT / "cli.py"), "listen", "--json", "--config", "listen.toml"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        place = json.loads(process.stdout.readline())
+        assert send(place["port"], study()) == [0]
+        wait_for(lambda: bool(list(tmp_path.glob("node/documents/*/*.dcm"))), 60)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert told.splitlines() == [NOTICE]

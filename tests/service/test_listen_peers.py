@@ -1,0 +1,265 @@
+"""Real peers: DCMTK sends and reads, Orthanc takes reports and gives them back; FHIR over HTTP."""
+
+import http.server
+import io
+import json
+import shutil
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+from command_line import answer_to
+from fhir.resources.bundle import Bundle
+from fhir.resources.R4B.bundle import Bundle as BundleR4B
+from listen_process import (
+    PEER,
+    SOME,
+    StandIn,
+    configuration,
+    free_port,
+    send,
+    study,
+    wait_for,
+)
+from pydicom import Dataset, dcmread
+from test_dicom import saved
+
+from medmoe_edge.bedside.listen.answering import encoded
+from medmoe_edge.bedside.listen.evidence import Evidence, Result
+from medmoe_edge.bedside.listen.fhir import fhir
+from medmoe_edge.bedside.listen.node import Node
+from medmoe_edge.bedside.listen.report_picture import blended, heat_map
+from medmoe_edge.bedside.listen.report_sr import basic_text_sr, comprehensive_3d_sr
+from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.image.loading import Image
+
+# pynetdicom leaves a socket to the garbage collector where its peer hung up first.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+KINDS = ["comprehensive-3d-sr", "basic-text-sr"]
+RESULT = Result(
+    Evidence.of(study(), Image.from_array(SOME), "0" * 64),
+    answer_to("Is there é effusion?", "No, there is none."),
+    "2026-01-02T03:04:05+00:00",
+)
+
+
+class Middle:
+    """Everything is in the middle."""
+
+    heat = np.pad(np.ones((1, 1), np.float32), 1)
+
+    def locate(self, image: Image, phrase: str) -> Self:
+        assert phrase == "é effusion none"  # the words that can be seen
+        return self
+
+
+def pictured(result: Result) -> Dataset:
+    return heat_map(result, Image.from_array(SOME), Middle())
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"needs {name} (Debian: dcmtk, dicom3tools or orthanc)")
+    return path
+
+
+def call(*command: str) -> str:
+    """What a command says on stdout; it must end well."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_dcmtk_finds_and_feeds_the_node(tmp_path: Path) -> None:
+    echo, store = tool("echoscu"), tool("storescu")
+    path = saved(tmp_path, study())
+    with Node(configuration(tmp_path / "node", documents=KINDS), StandIn()) as node:
+        who = ["-aet", PEER, "-aec", "MEDMOE", "127.0.0.1", str(node.port)]
+        call(echo, *who)
+        call(store, *who, str(path))
+        wait_for(lambda: node.queue.counts()["answered"] == 1)
+        stranger = subprocess.run(
+            [echo, "-aet", "NOBODY", *who[2:]], capture_output=True, timeout=60, check=False
+        )
+        assert stranger.returncode != 0
+
+
+@pytest.mark.parametrize("make", [comprehensive_3d_sr, basic_text_sr])
+def test_dcmtk_opens_the_reports(tmp_path: Path, make: Any) -> None:
+    dump = tool("dsrdump")
+    path = tmp_path / "report.dcm"
+    path.write_bytes(encoded(make(RESULT)))
+    # All text, and an error for what breaks the rules of the kind of report.
+    told = call(dump, "--print-long-values", str(path))
+    for words in ("UNVERIFIED", "PRELIMINARY", "No, there is none.", NOTICE, "0" * 64):
+        assert words in told
+
+
+@pytest.mark.parametrize("make", [comprehensive_3d_sr, basic_text_sr, pictured])
+def test_the_standards_own_rules_are_kept(tmp_path: Path, make: Any) -> None:
+    path = tmp_path / "report.dcm"
+    path.write_bytes(encoded(make(RESULT)))
+    done = subprocess.run(
+        [tool("dciodvfy"), str(path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "Error" not in done.stderr
+    assert make is pictured or "SR" in done.stderr
+
+
+def test_a_report_refers_to_what_it_is_about() -> None:
+    report = dcmread(io.BytesIO(encoded(comprehensive_3d_sr(RESULT))))
+    found = [item for _, item in _items(report)]
+    texts = {item.ConceptNameCodeSequence[0].CodeMeaning: item for item in found}
+    assert texts["Finding"].TextValue == "No, there is none."
+    assert texts["Algorithm Name"].TextValue == "fake"
+    number = texts["Model's own probability of its answer"].MeasuredValueSequence[0]
+    assert float(number.NumericValue) == pytest.approx(0.934)
+    (image,) = [item for item in found if item.ValueType == "IMAGE"]
+    assert image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == study().SOPInstanceUID
+    assert report.PatientID == "MRN-4711"
+    assert report.SOPInstanceUID == RESULT.uid("comprehensive-3d-sr")
+
+
+def _items(item: Any, depth: int = 0) -> Iterator[tuple[int, Any]]:
+    for each in item.get("ContentSequence", []):
+        yield depth, each
+        yield from _items(each, depth + 1)
+
+
+@pytest.fixture(scope="module")
+def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
+    """An Orthanc of the tests' own; its DICOM port and its HTTP port."""
+    binary = tool("Orthanc")
+    folder = tmp_path_factory.mktemp("orthanc")
+    dicom, rest = free_port(), free_port()
+    settings = {
+        "StorageDirectory": str(folder / "storage"),
+        "DicomPort": dicom,
+        "HttpPort": rest,
+        "DicomAet": "ORTHANC",
+        "RemoteAccessAllowed": False,
+        "AuthenticationEnabled": False,
+        "DicomAlwaysAllowStore": True,
+        "Plugins": [],
+    }
+    (folder / "orthanc.json").write_text(json.dumps(settings))
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([binary, str(folder / "orthanc.json")], stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 60
+        while not _answers(rest):
+            assert time.monotonic() < end, "Orthanc does not start"
+            assert process.poll() is None, "Orthanc has ended"
+            time.sleep(0.1)
+        yield dicom, rest
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _get(port: int, path: str) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        return bytes(answer.read())
+
+
+def _answers(port: int) -> bool:
+    try:
+        return bool(_get(port, "/system"))
+    except OSError:
+        return False
+
+
+def test_orthanc_takes_the_reports_and_gives_them_back(
+    tmp_path: Path, orthanc: tuple[int, int]
+) -> None:
+    dicom, rest = orthanc
+    destination = {"ae_title": "ORTHANC", "host": "127.0.0.1", "port": dicom}
+    config = configuration(tmp_path / "node", documents=KINDS, dicom=[destination])
+    with Node(config, StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: node.queue.counts()["answered"] == 1)
+        wait_for(lambda: node.queue.counts()["unsent"] == 0)
+        written = {path.read_bytes() for path in node.folder.documents.glob("*/*.dcm")}
+    instances = json.loads(_get(rest, "/instances"))
+    kept = {_get(rest, f"/instances/{each}/file") for each in instances}
+    tags = [json.loads(_get(rest, f"/instances/{each}/simplified-tags")) for each in instances]
+    classes = {each["SOPClassUID"] for each in tags}
+    assert len(kept) == len(written) == 2
+    assert {dcmread(io.BytesIO(data)).to_json() for data in kept} == {
+        dcmread(io.BytesIO(data)).to_json() for data in written
+    }
+    assert classes == {"1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.88.11"}
+
+
+class FhirServer(http.server.BaseHTTPRequestHandler):
+    """Refuses the first time, then takes what it is sent."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        seen = self.server.seen  # type: ignore[attr-defined]
+        seen.append((self.headers["Authorization"], self.headers["Content-Type"], body))
+        self.send_response(503 if len(seen) == 1 else 200)
+        self.end_headers()
+
+    def log_message(self, format: str, *_: object) -> None:
+        """Not to stderr."""
+
+
+def test_fhir_is_posted_until_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.worker.FIRST_DELAY", 0.05)
+    (tmp_path / "token").write_text("secret\n")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FhirServer)
+    seen: list[tuple[str, str, bytes]] = []
+    server.seen = seen  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/fhir"
+    target = {"url": url, "version": "R4", "token_file": str(tmp_path / "token")}
+    try:
+        with Node(configuration(tmp_path / "node", fhir=[target]), StandIn()) as node:
+            assert send(node.port, study()) == [0]
+            wait_for(lambda: node.queue.counts()["answered"] == 1)
+            wait_for(lambda: node.queue.counts()["unsent"] == 0)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    assert seen[0][:2] == ("Bearer secret", "application/fhir+json")
+    assert json.loads(seen[0][2])["type"] == "transaction"
+
+
+@pytest.mark.parametrize(("version", "bundle"), [("R4", BundleR4B), ("R5", Bundle)])
+def test_fhir_says_what_the_report_says(version: Any, bundle: Any) -> None:
+    data = fhir(RESULT, version)
+    assert bundle.model_validate_json(data)
+    device, observation, report = (entry["resource"] for entry in json.loads(data)["entry"])
+    assert (observation["status"], report["status"]) == ("preliminary", "preliminary")
+    assert observation["valueString"] == "No, there is none."
+    assert observation["code"]["text"] == RESULT.answer.question
+    assert observation["subject"]["identifier"]["value"] == "MRN-4711"
+    assert "Doe" not in data.decode()
+    assert {"type": {"text": "SHA-256 of the model"}, "value": "0" * 64} in device["version"]
+    study_key = "imagingStudy" if version == "R4" else "study"
+    uid = report[study_key][0]["identifier"]["value"]
+    assert uid == f"urn:oid:{study().StudyInstanceUID}"
+    urls = {entry["fullUrl"] for entry in json.loads(data)["entry"]}
+    assert {observation["device"]["reference"], report["result"][0]["reference"]} < urls
+    assert NOTICE in report["conclusion"]
+
+
+def test_heat_lies_over_the_picture() -> None:
+    picture = Image.from_array(SOME * 0 + 100).pixels
+    heat = (SOME / 255).astype("float32")
+    shown = blended(picture, heat)
+    assert shown.shape == picture.shape
+    assert shown[0, 0].tolist() == [100, 100, 100]
+    assert shown[-1, -1].tolist() == [178, 82, 50]

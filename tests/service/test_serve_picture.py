@@ -1,0 +1,161 @@
+"""Pictures for browsers: what the model is shown, and the values below any window."""
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from fastapi import FastAPI
+from PIL import Image as Pillow
+from pydicom import dcmread, dcmwrite, uid
+from pydicom.data import get_testdata_file
+from serving import StandIn, app_over, client_of, png
+from starlette.testclient import TestClient
+from test_dicom import NAME, made
+
+from medmoe_edge.bedside.serve import picture as serve_picture
+from medmoe_edge.bedside.serve.picture import Codes, Picture, picture_of
+from medmoe_edge.bedside.serve.settings import Limits
+from medmoe_edge.image.loading import load_image
+
+
+def file_of(array: npt.NDArray[Any], **attributes: Any) -> bytes:
+    """A DICOM file of frames `[F, H, W]`."""
+    kind = uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage
+    file = io.BytesIO()
+    dataset = made(array, SOPClassUID=kind, Modality="MR", **attributes)
+    dcmwrite(file, dataset, enforce_file_format=True)
+    return file.getvalue()
+
+
+def shown(data: bytes, frame: int | None = None) -> Picture:
+    return picture_of(data, frame, 10**8)
+
+
+def values_of(picture: Picture) -> npt.NDArray[np.float64]:
+    codes = picture.codes
+    assert codes is not None
+    stored = np.frombuffer(base64.b64decode(codes.data), "<u2").reshape(picture.height, -1)
+    return codes.offset + codes.scale * stored.astype(np.float64)
+
+
+def pixels_of(picture: Picture) -> npt.NDArray[np.uint8]:
+    return np.asarray(Pillow.open(io.BytesIO(base64.b64decode(picture.png))))
+
+
+def windowed(values: npt.NDArray[np.float64], codes: Codes) -> npt.NDArray[np.float64]:
+    """What the page draws: LINEAR_EXACT."""
+    centre, width = codes.window
+    share = np.clip((values - centre) / width + 0.5, 0, 1)
+    return 255 * (1 - share if codes.inverted else share)
+
+
+FRAMES = np.arange(-1000, 1000, dtype=np.int16).reshape(2, 25, 40)
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_values_of_a_dicom_are_exact_beyond_its_window(kind: str) -> None:
+    window = {"WindowCenter": -300, "WindowWidth": 400, "PhotometricInterpretation": kind}
+    data = file_of(FRAMES, RescaleSlope=2, RescaleIntercept=-24, **window)
+    for frame in (0, 1):
+        picture = shown(data, frame)
+        assert (picture.frame, picture.frames, picture.modality) == (frame, 2, "mri")
+        assert picture.size == (picture.width, picture.height) == (40, 25)
+        np.testing.assert_array_equal(values_of(picture), FRAMES[frame] * 2.0 - 24)
+        assert picture.codes is not None
+        assert list(picture.codes.window) == [-300, 400]
+        assert picture.codes.inverted is (kind == "MONOCHROME1")
+        drawn = windowed(values_of(picture), picture.codes)
+        assert np.abs(drawn - pixels_of(picture)).max() <= 1.5  # the file's own is LINEAR
+
+
+def test_values_without_end_fit_in_sixteen_bits() -> None:
+    data = file_of(np.array([[[0, 65535, 1]]], np.uint16), RescaleSlope=0.3, RescaleIntercept=5)
+    values = values_of(shown(data))
+    np.testing.assert_allclose(values, [[5, 19665.5, 5.3]], atol=0.3)
+    flat = shown(file_of(np.full((1, 2, 2), 7, np.uint16)))
+    assert (values_of(flat) == 7).all()
+    assert flat.codes is not None
+    assert flat.codes.window[1] > 0
+
+
+def test_a_dicom_without_a_window_has_its_whole_range() -> None:
+    picture = shown(file_of(np.array([[[10, 20], [30, 110]]], np.uint8)))
+    assert picture.codes is not None
+    assert list(picture.codes.window) == [60, 100]
+
+
+def test_a_real_enhanced_dicom_has_the_values_that_pydicom_reads() -> None:
+    path = Path(str(get_testdata_file("emri_small.dcm", download=False)))
+    picture = shown(path.read_bytes(), 3)
+    np.testing.assert_array_equal(values_of(picture), dcmread(path).pixel_array[3])
+    np.testing.assert_array_equal(pixels_of(picture), load_image(path, frame=3).pixels[..., 0])
+
+
+def test_grey_pictures_have_their_own_values_and_colour_has_none() -> None:
+    file = io.BytesIO()
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Pillow.fromarray(grey).save(file, "PNG")
+    picture = shown(file.getvalue())
+    np.testing.assert_array_equal(values_of(picture), grey)
+    assert picture.codes is not None
+    assert list(picture.codes.window) == [127.5, 255]
+    np.testing.assert_array_equal(pixels_of(picture), grey)
+
+    file = io.BytesIO()
+    Pillow.new("RGB", (3, 2), (200, 20, 20)).save(file, "PNG")
+    picture = shown(file.getvalue())
+    assert picture.codes is None
+    assert pixels_of(picture).tolist() == [[[200, 20, 20]] * 3] * 2
+
+
+def test_sixteen_bit_pictures_keep_their_unit_within_their_window() -> None:
+    file = io.BytesIO()
+    ramp = np.arange(10_000, dtype=np.uint16).reshape(100, 100)
+    Pillow.fromarray(ramp).save(file, "PNG")
+    picture = shown(file.getvalue())
+    low, high = np.percentile(ramp, [1, 99])
+    np.testing.assert_allclose(
+        values_of(picture), np.clip(ramp, low, high), atol=(high - low) / 255
+    )
+
+
+def test_large_pictures_come_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_picture, "LARGEST", 20)
+    picture = shown(file_of(FRAMES[:, :20]), 0)
+    assert picture.size == (40, 20)
+    assert (picture.width, picture.height) == (20, 10)
+    assert pixels_of(picture).shape == values_of(picture).shape == (10, 20)
+    assert values_of(picture).mean() == pytest.approx(FRAMES[0, :20].mean(), abs=1)
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    app: FastAPI = app_over(StandIn(), limits=Limits(pixels=100))
+    with client_of(app) as client:
+        yield client
+
+
+def test_the_service_decodes_and_keeps_to_its_limits(client: TestClient) -> None:
+    def sent(data: bytes, **fields: str) -> Any:
+        return client.post("/v1/picture", files={"image": (f"{NAME}.dcm", data)}, data=fields)
+
+    found = sent(file_of(FRAMES[:, :5, :5]), frame="1")
+    assert found.status_code == 200
+    assert Picture.model_validate(found.json()).frame == 1
+    assert NAME not in found.text
+    refused: list[tuple[Callable[[], Any], int, str]] = [
+        (lambda: sent(b"no image"), 400, "bad_image"),
+        (lambda: sent(png(11, 11)), 400, "bad_image"),
+        (lambda: sent(png(), frame="1"), 400, "bad_image"),
+        (lambda: sent(png(), frame="-1"), 422, "invalid_request"),
+        (lambda: sent(png(), window="3"), 422, "invalid_request"),
+    ]
+    for send, status, code in refused:
+        response = send()
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+        assert NAME not in response.text

@@ -1,0 +1,780 @@
+"""The official folder layout: what is written is read back, and what is damaged is refused."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PhiConfig,
+    PhiForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
+
+from medmoe_edge.checkpoint.config import model_config, official_config
+from medmoe_edge.checkpoint.keys import expected_parameters, official_name
+from medmoe_edge.checkpoint.reader import import_router, read_checkpoint, write_checkpoint
+from medmoe_edge.checkpoint.tensors import StoredTensor
+from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig
+from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ResourceError
+from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.presets_random import random_tensors
+
+TINY = {"stablelm": PRESETS["tiny"], "phi": PRESETS["tiny-phi"]}
+KINDS = pytest.mark.parametrize("kind", ["stablelm", "phi"])
+
+
+def with_moe(config: ModelConfig, **changes: Any) -> ModelConfig:
+    assert config.moe is not None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
+
+
+def write(folder: Path, config: ModelConfig, **options: Any) -> Path:
+    write_checkpoint(folder, config, random_tensors(config, 0), **options)
+    return folder
+
+
+def edit_config(folder: Path, block: str | None = None, **changes: Any) -> None:
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    (data[block] if block else data).update(changes)
+    path.write_text(json.dumps(data))
+
+
+@contextlib.contextmanager
+def edit_tensors(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Stored tensors as a dict to change; saved as the folder's single file."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in folder.glob("*.safetensors"):
+        tensors |= {key: value.clone() for key, value in load_file(shard).items()}
+        shard.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    yield tensors
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "checkpoint", TINY["stablelm"])
+
+
+# --- round trips ------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("shard_bytes", [2**28, 8192])
+def test_round_trip_is_bit_exact(tmp_path: Path, kind: str, shard_bytes: int) -> None:
+    config = TINY[kind]
+    checkpoint = read_checkpoint(write(tmp_path / "out", config, shard_bytes=shard_bytes))
+    assert checkpoint.config == config
+    given_tensors = dict(random_tensors(config, 0))
+    read = dict(checkpoint)
+    assert read.keys() == given_tensors.keys()
+    for name, tensor in given_tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+    MedMoE(config).load_state_dict(read)
+    shards = sorted(path.name for path in checkpoint.folder.glob("*.safetensors"))
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert (len(shards) > 1) == (shard_bytes == 8192)
+
+
+@KINDS
+def test_the_written_names_are_the_official_ones(tmp_path: Path, kind: str) -> None:
+    """Against transformers' own models; the MoE names as the official checkpoints spell them."""
+    config = TINY[kind]
+    with edit_tensors(write(tmp_path / "out", config)) as tensors:
+        keys = set(tensors)
+    language = {"phi": phi_keys, "stablelm": stablelm_keys}[kind](config.decoder)
+    ffn = {key for key in language if key.startswith(("model.layers.0.mlp", "model.layers.2.mlp"))}
+    assert language - ffn <= keys
+    moe = "model.layers.2.mlp.deepspeed_moe"
+    for key in (key.removeprefix("model.layers.2.mlp.") for key in ffn if ".2.mlp" in key):
+        assert f"{moe}.experts.deepspeed_experts.3.{key}" in keys
+        assert f"model.layers.2.mlp.meta_moe.{key}" in keys
+    assert {f"{moe}.gate.wg.weight", f"{moe}.gate.wg.bias"} <= keys
+    assert "model.mm_projector.image_spatial_proj.2.bias" in keys
+    tower = {key.removeprefix("vision_model.") for key in clip(config).state_dict()}
+    prefix = "model.image_tower.image_tower.vision_model."
+    assert {key for key in keys if key.startswith(prefix)} == {prefix + key for key in tower}
+    counted = len(tower) + 4 + len(language - ffn) + 2 * (5 * len(ffn) // 2 + 2)
+    assert len(keys) == counted
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "official"),
+    [
+        ("phi", "decoder.embed.weight", "model.embed_tokens.weight"),
+        ("phi", "decoder.head.weight", "lm_head.weight"),
+        ("phi", "decoder.norm.bias", "model.final_layernorm.bias"),
+        ("phi", "decoder.layers.1.attention.out.bias", "model.layers.1.self_attn.dense.bias"),
+        ("phi", "decoder.layers.1.ffn.fc1.weight", "model.layers.1.mlp.fc1.weight"),
+        ("phi", "decoder.layers.1.ffn.fc2.weight", "model.layers.1.mlp.fc2.weight"),
+        ("stablelm", "decoder.norm.weight", "model.norm.weight"),
+        ("stablelm", "decoder.layers.1.input_norm.bias", "model.layers.1.input_layernorm.bias"),
+        ("stablelm", "decoder.layers.1.attention.q.bias", "model.layers.1.self_attn.q_proj.bias"),
+        ("stablelm", "decoder.layers.1.attention.k.bias", "model.layers.1.self_attn.k_proj.bias"),
+        ("stablelm", "decoder.layers.1.attention.v.bias", "model.layers.1.self_attn.v_proj.bias"),
+        ("stablelm", "decoder.layers.1.ffn.gate.weight", "model.layers.1.mlp.gate_proj.weight"),
+        ("stablelm", "decoder.layers.1.ffn.up.weight", "model.layers.1.mlp.up_proj.weight"),
+        ("stablelm", "decoder.layers.1.ffn.down.weight", "model.layers.1.mlp.down_proj.weight"),
+        (
+            "stablelm",
+            "decoder.layers.1.post_norm.bias",
+            "model.layers.1.post_attention_layernorm.bias",
+        ),
+        ("phi", "projector.0.weight", "model.mm_projector.image_spatial_proj.0.weight"),
+        (
+            "phi",
+            "vision.layers.1.norm2.weight",
+            "model.image_tower.image_tower.vision_model.encoder.layers.1.layer_norm2.weight",
+        ),
+        (
+            "phi",
+            "vision.layers.1.attention.k.bias",
+            "model.image_tower.image_tower.vision_model.encoder.layers.1.self_attn.k_proj.bias",
+        ),
+    ],
+)
+def test_each_name_means_its_own_tensor(kind: str, ours: str, official: str) -> None:
+    """Swapped names of equal shape would survive every other test."""
+    assert official_name(ours, TINY[kind]) == official
+
+
+def phi_keys(decoder: DecoderConfig) -> set[str]:
+    config = PhiConfig(**transformers_sizes(decoder))
+    return set(PhiForCausalLM(config).state_dict()) - {"lm_head.bias"}
+
+
+def stablelm_keys(decoder: DecoderConfig) -> set[str]:
+    config = StableLmConfig(**transformers_sizes(decoder), use_qkv_bias=True)
+    return set(StableLmForCausalLM(config).state_dict())
+
+
+def transformers_sizes(decoder: DecoderConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": decoder.hidden_size,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.heads,
+        "intermediate_size": decoder.intermediate_size,
+        "vocab_size": decoder.vocab_size,
+    }
+
+
+def clip(config: ModelConfig, **changes: Any) -> CLIPVisionModel:
+    vision = config.vision
+    sizes = {
+        "hidden_size": vision.feature_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+    }
+    return CLIPVisionModel(CLIPVisionConfig(**{**sizes, **changes}))
+
+
+def test_a_dense_model_round_trips(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY["phi"], moe=None)
+    assert read_checkpoint(write(tmp_path / "out", config)).config == config
+
+
+def test_tensors_keep_the_asked_type_and_routers_fp32(tmp_path: Path) -> None:
+    config = TINY["stablelm"]
+    names = read_checkpoint(write(tmp_path / "out", config, dtype=torch.float16)).names
+    routers = {name for name in names if ".router." in name}
+    assert len(routers) == 4
+    assert {names[name].dtype for name in routers} == {torch.float32}
+    assert {names[name].dtype for name in names.keys() - routers} == {torch.float16}
+
+
+def test_tokenizer_and_hash(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "some.json"
+    tokenizer.write_text("{}")
+    first = read_checkpoint(write(tmp_path / "a", TINY["phi"], tokenizer_file=tokenizer))
+    assert first.tokenizer_file is not None
+    assert first.tokenizer_file.read_text() == "{}"
+    same = read_checkpoint(write(tmp_path / "b", TINY["phi"]))
+    assert same.tokenizer_file is None
+    assert first.sha256() == same.sha256()
+    with edit_tensors(same.folder) as tensors:
+        tensors["lm_head.weight"][0, 0] += 1
+    assert read_checkpoint(same.folder).sha256() != first.sha256()
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    """Small models of every structure."""
+    base = TINY[draw(st.sampled_from(["stablelm", "phi"]))]
+    layers = draw(st.integers(1, 12))
+    decoder = dataclasses.replace(
+        base.decoder,
+        layers=layers,
+        max_positions=draw(st.integers(1, 9999)),
+        rotary_fraction=draw(st.sampled_from([0.25, 0.4, 0.5, 1.0])),
+        norm_eps=draw(st.sampled_from([1e-5, 1e-6])),
+        bos_token_id=draw(st.none() | st.integers(0, 255)),
+        eos_token_id=draw(st.integers(0, 255)),
+    )
+    vision = draw(st.sampled_from([base.vision, PRESETS["nano"].vision, STANDARD_TOWER]))
+    meta = draw(st.booleans())
+    moe = MoEConfig(
+        layers=tuple(sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1)))),
+        num_experts=draw(st.integers(2, 11)),
+        top_k=draw(st.integers(1, 2)),
+        meta_expert=meta,
+        use_residual=meta and draw(st.booleans()),
+        router_bias=draw(st.booleans()),
+    )
+    return ModelConfig(vision, decoder, draw(st.sampled_from([moe, None])))
+
+
+STANDARD_TOWER = PRESETS["med-moe-phi2-2.7b"].vision
+
+
+@settings(max_examples=25, deadline=None)
+@given(configs())
+def test_renaming_is_a_bijection_and_config_json_is_lossless(config: ModelConfig) -> None:
+    expected = expected_parameters(config)
+    official = {official_name(name, config): shape for name, shape in expected.items()}
+    assert len(official) == len(expected)
+    data = json.loads(json.dumps(official_config(config, "bfloat16")))
+    assert model_config(data, official) == config
+    with torch.device("meta"):
+        model = MedMoE(config)
+    assert expected == {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+# --- what others wrote ------------------------------------------------------------------------
+
+# Keys as in the published config.json files of MoE-LLaVA, sizes of the tiny presets.
+OFFICIAL: dict[str, dict[str, Any]] = {
+    "stablelm": {
+        "_name_or_path": "./checkpoints/llavastablelm-2b-other",
+        "architectures": ["MoELLaVAStablelmForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_stablelm_epoch.StableLMEpochConfig"},
+        "bos_token_id": 100,
+        "eos_token_id": 100,
+        "hidden_act": "silu",
+        "model_type": "moe_llava_stablelm",
+        "max_position_embeddings": 4096,
+        "norm_eps": 1e-05,
+        "rope_pct": 0.25,
+        "rope_theta": 10000,
+        "use_qkv_bias": True,
+    },
+    "phi": {
+        "architectures": ["MoELLaVAPhiForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "embd_pdrop": 0.0,
+        "eos_token_id": 7,
+        "hidden_act": "gelu_new",
+        "model_type": "moe_llava_phi",
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-05,
+        "partial_rotary_factor": 0.4,
+        "qk_layernorm": False,
+        "resid_pdrop": 0.1,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+    },
+}
+OFFICIAL_COMMON: dict[str, Any] = {
+    "freeze_mm_mlp_adapter": False,
+    "image_aspect_ratio": "pad",
+    "image_projector_type": "mlp2x_gelu",
+    "initializer_range": 0.02,
+    "mm_hidden_size": 16,
+    "mm_image_tower": "/home/somebody/openai/clip-vit-large-patch14-336",
+    "mm_projector_lr": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_video_tower": None,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "moe": {
+        "capacity_factor": 1.5,
+        "ep_size": 1,
+        "eval_capacity_factor": 2.0,
+        "min_capacity": 0,
+        "moe_enable": True,
+        "moe_layers_idx": [0, 2],
+        "moe_mode": "sparse",
+        "num_experts": [4, 4],
+        "router_aux_loss_coef": 0.01,
+        "top_k_experts": 2,
+        "train_modules": ["gate_proj", "up_proj", "down_proj", "wg"],
+        "use_residual": False,
+    },
+    "tie_word_embeddings": False,
+    "tokenizer_model_max_length": 2048,
+    "tokenizer_padding_side": "right",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.37.0",
+    "tune_mm_mlp_adapter": False,
+    "use_cache": True,
+    "use_mm_proj": True,
+    "video_global_proj": False,
+    "video_projector_type": "linear",
+    "video_spatial_proj": False,
+    "video_temproal_proj": False,
+}
+
+
+@KINDS
+def test_a_published_config_is_understood(tmp_path: Path, kind: str) -> None:
+    folder = write(tmp_path / "out", TINY[kind])
+    sizes = transformers_sizes(TINY[kind].decoder)
+    data = {**OFFICIAL_COMMON, **OFFICIAL[kind], **sizes}
+    (folder / "config.json").write_text(json.dumps(data))
+    with edit_tensors(folder) as tensors:  # buffers that old transformers versions stored
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
+    config = read_checkpoint(folder).config
+    assert config.decoder.kind == kind
+    assert config.decoder.rotary_fraction == {"stablelm": 0.25, "phi": 0.4}[kind]
+    assert config.decoder.max_positions == {"stablelm": 4096, "phi": 2048}[kind]
+    assert config.decoder.eos_token_id == {"stablelm": 100, "phi": 7}[kind]
+    assert config.moe == MoEConfig(layers=(0, 2), top_k=2)
+    # CLIP's sizes come from the tensors; head size 64 cannot be seen and is assumed.
+    assert config.vision == dataclasses.replace(TINY[kind].vision, heads=1)
+    assert config.vision.pad_to_square
+
+
+def test_a_null_end_token_means_the_tokenizers(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        TINY["phi"], decoder=dataclasses.replace(TINY["phi"].decoder, vocab_size=51200)
+    )
+    folder = write(tmp_path / "out", config)
+    edit_config(folder, eos_token_id=None)
+    assert read_checkpoint(folder).config.decoder.eos_token_id == 50256
+
+
+def test_transformers_5_rope_parameters(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    del data["rope_pct"], data["rope_theta"]
+    data["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.5,
+    }
+    (folder / "config.json").write_text(json.dumps(data))
+    decoder = read_checkpoint(folder).config.decoder
+    assert (decoder.rotary_fraction, decoder.rope_theta) == (0.5, 500.0)
+
+
+@KINDS
+def test_the_legacy_layout_has_neither_meta_expert_nor_router_bias(
+    tmp_path: Path, kind: str
+) -> None:
+    folder = write(tmp_path / "out", TINY[kind])
+    with edit_tensors(folder) as tensors:
+        for key in [key for key in tensors if ".meta_moe." in key or key.endswith("wg.bias")]:
+            del tensors[key]
+    checkpoint = read_checkpoint(folder)
+    legacy = with_moe(TINY[kind], meta_expert=False, router_bias=False)
+    assert checkpoint.config == legacy
+    write_checkpoint(tmp_path / "again", legacy, checkpoint)
+    assert read_checkpoint(tmp_path / "again").config == legacy
+
+
+@pytest.mark.parametrize("stored", ["meta_moe", "mlp", "both"])
+def test_the_residual_branch_and_the_meta_expert_are_one(tmp_path: Path, stored: str) -> None:
+    config = with_moe(TINY["stablelm"], use_residual=True)
+    folder = write(tmp_path / "out", config)
+    with edit_tensors(folder) as tensors:
+        for key in [key for key in tensors if ".meta_moe." in key]:
+            tensors[key.replace(".meta_moe.", ".mlp.")] = tensors[key].clone()
+        for key in [key for key in tensors if f".{stored}." not in key]:
+            if stored != "both" and (".meta_moe." in key or ".mlp.mlp." in key):
+                del tensors[key]
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.config == config
+    given_tensors = dict(random_tensors(config, 0))
+    assert all(torch.equal(value, given_tensors[name]) for name, value in checkpoint)
+
+
+def test_tied_tensors_that_differ_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "out", with_moe(TINY["stablelm"], use_residual=True))
+    key = "model.layers.2.mlp.meta_moe.up_proj.weight"
+    with edit_tensors(folder) as tensors:
+        tensors[key.replace("meta_moe", "mlp")] = tensors[key] + 1
+    checkpoint = read_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="differ"):
+        checkpoint.tensor("decoder.layers.2.ffn.meta.up.weight")
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_use_residual_must_agree_with_the_tensors(tmp_path: Path, residual: bool) -> None:
+    folder = write(tmp_path / "out", with_moe(TINY["phi"], use_residual=residual))
+    edit_config(folder, "moe", use_residual=not residual)
+    with pytest.raises(CheckpointError, match="use_residual"):
+        read_checkpoint(folder)
+
+
+def test_routers_are_recognised_as_shared(folder: Path) -> None:
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.shared_router
+    routers = [checkpoint.tensor(f"decoder.layers.{n}.ffn.router.weight") for n in (0, 2)]
+    assert routers[0] is routers[1]
+    with edit_tensors(folder) as tensors:
+        tensors["model.layers.2.mlp.deepspeed_moe.gate.wg.bias"][3] += 1e-6
+    assert not read_checkpoint(folder).shared_router
+
+
+# --- a vision tower elsewhere -----------------------------------------------------------------
+
+
+@pytest.fixture
+def towerless(folder: Path) -> Path:
+    with edit_tensors(folder) as tensors:
+        for key in [key for key in tensors if ".image_tower." in key]:
+            del tensors[key]
+    data = json.loads((folder / "config.json").read_text())
+    del data["medmoe_edge"]
+    (folder / "config.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize("named_by", ["argument", "config.json"])
+def test_the_tower_may_lie_elsewhere(towerless: Path, tmp_path: Path, named_by: str) -> None:
+    tower = clip(TINY["stablelm"])
+    tower.save_pretrained(tmp_path / "tower")
+    edit_config(towerless, mm_image_tower=str(tmp_path / "tower"))
+    override = tmp_path / "tower"
+    if named_by == "argument":
+        edit_config(towerless, mm_image_tower="/a/strangers/path")
+    checkpoint = read_checkpoint(
+        towerless, vision_tower=override if named_by == "argument" else None
+    )
+    assert checkpoint.config == TINY["stablelm"]
+    state = {key.removeprefix("vision_model."): value for key, value in tower.state_dict().items()}
+    ours = checkpoint.tensor("vision.layers.1.attention.v.weight")
+    assert torch.equal(ours, state["encoder.layers.1.self_attn.v_proj.weight"])
+    ours = checkpoint.tensor("vision.position_embedding.weight")
+    assert torch.equal(ours, state["embeddings.position_embedding.weight"])
+
+
+@pytest.mark.parametrize("path", ["/a/strangers/path", None])
+def test_a_tower_that_is_nowhere_names_the_option(towerless: Path, path: str | None) -> None:
+    edit_config(towerless, mm_image_tower=path)
+    with pytest.raises(CheckpointError, match="--vision-tower"):
+        read_checkpoint(towerless)
+
+
+def test_a_tower_with_another_activation_is_refused(towerless: Path, tmp_path: Path) -> None:
+    clip(TINY["stablelm"], hidden_act="gelu").save_pretrained(tmp_path / "tower")
+    with pytest.raises(ConfigError, match="quick_gelu"):
+        read_checkpoint(towerless, vision_tower=tmp_path / "tower")
+
+
+def test_a_tower_of_another_width_is_refused(towerless: Path, tmp_path: Path) -> None:
+    clip(TINY["stablelm"], hidden_size=32).save_pretrained(tmp_path / "tower")
+    with pytest.raises(ConfigError, match="mm_hidden_size"):
+        read_checkpoint(towerless, vision_tower=tmp_path / "tower")
+
+
+# --- configurations that are refused ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle_type": 1}, "Did you mean 'model_type'"),
+        ({"model_type": "llava"}, "moe_llava_phi"),
+        ({"use_parallel_residual": True}, "use_parallel_residual"),
+        ({"qk_layernorm": True}, "qk_layernorm"),
+        ({"hidden_act": "gelu"}, "silu"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads"),
+        ({"num_attention_heads": 5}, "num_attention_heads"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"use_qkv_bias": False}, "use_qkv_bias"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"image_projector_type": "linear"}, "mlp2x_gelu"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio"),
+        ({"mm_hidden_size": 999}, "mm_hidden_size"),
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"rope_theta": "big"}, "rope_theta"),
+        ({"eos_token_id": 256}, "eos_token_id"),
+        ({"moe": [1]}, "moe"),
+        ({"medmoe_edge": {"visoin": {}}}, "Did you mean 'vision'"),
+        ({"medmoe_edge": {"vision": {"kind": "clip"}}}, "image_size"),
+    ],
+)
+def test_impossible_configurations_are_refused(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ConfigError, match=message):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_mode": "alternate"}, "moe_mode"),
+        ({"top_k_expert": 1}, "Did you mean 'top_k_experts'"),
+        ({"top_k_experts": 3}, "top_k"),
+        ({"num_experts": [4, 3]}, "num_experts"),
+        ({"num_experts": None}, "num_experts"),
+        ({"moe_layers_idx": [0, 3]}, "moe_layers_idx"),
+        ({"moe_layers_idx": "all"}, "moe_layers_idx"),
+    ],
+)
+def test_impossible_moe_blocks_are_refused(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(folder, "moe", **changes)
+    with pytest.raises(ConfigError, match=message):
+        read_checkpoint(folder)
+
+
+def test_layers_follow_the_mode_where_they_are_not_listed(folder: Path) -> None:
+    edit_config(folder, "moe", moe_layers_idx=None, moe_mode="sparse")
+    assert read_checkpoint(folder).config.moe_layers == (0, 2)
+
+
+# --- files that are damaged -------------------------------------------------------------------
+
+SHARD = "model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_is_recognised(folder: Path, name: str) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="Git-LFS"):
+        read_checkpoint(folder)
+
+
+def test_pickled_weights_are_never_loaded(folder: Path) -> None:
+    (folder / SHARD).rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match="pickled"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        read_checkpoint(folder)
+
+
+def test_a_missing_folder_and_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a folder"):
+        read_checkpoint(tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_a_truncated_shard_is_named(folder: Path, keep: int) -> None:
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(data[:keep])
+    with pytest.raises(CheckpointError, match=SHARD):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\udcff", "[" * 100_000])
+def test_broken_json_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": {}}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../x"}}]
+)
+def test_a_broken_index_is_refused(folder: Path, index: dict[str, Any]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        read_checkpoint(folder)
+
+
+def test_an_index_that_promises_too_much(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.extra"] = SHARD
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model\.extra"):
+        read_checkpoint(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    save_file({"lm_head.weight": torch.zeros(256, 64)}, folder / "other.safetensors")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = "other.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="two shards"):
+        read_checkpoint(folder)
+
+
+def test_tensors_must_be_those_of_the_configuration(folder: Path) -> None:
+    with edit_tensors(folder) as tensors:
+        head = tensors.pop("lm_head.weight")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight \[256, 64\] is missing"):
+        read_checkpoint(folder)
+    with edit_tensors(folder) as tensors:
+        tensors["lm_head.weight"] = head[:200].clone()
+    with pytest.raises(CheckpointError, match=r"lm_head.*\[200, 64\].*\[256, 64\]"):
+        read_checkpoint(folder)
+    with edit_tensors(folder) as tensors:
+        tensors |= {"lm_head.weight": head, "lm_head.bias": torch.zeros(256)}
+    with pytest.raises(CheckpointError, match=r"lm_head\.bias \[256\]"):
+        read_checkpoint(folder)
+
+
+def test_a_quantised_tensor_is_refused(folder: Path) -> None:
+    with edit_tensors(folder) as tensors:
+        tensors["lm_head.weight"] = torch.zeros(256, 64, dtype=torch.int8)
+    with pytest.raises(CheckpointError, match="I8"):
+        read_checkpoint(folder)
+
+
+def test_opening_reads_no_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: StoredTensor) -> torch.Tensor:
+        raise AssertionError(self.key)
+
+    monkeypatch.setattr(StoredTensor, "read", fail)
+    assert len(read_checkpoint(folder).names) == len(expected_parameters(TINY["stablelm"]))
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def broken(config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    for index, pair in enumerate(random_tensors(config, 0)):
+        if index == 50:
+            raise KeyboardInterrupt
+        yield pair
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    config = TINY["phi"]
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "out", config, broken(config), shard_bytes=4096)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_replacement_leaves_the_old_one(folder: Path) -> None:
+    before = read_checkpoint(folder).sha256()
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(folder, TINY["phi"], broken(TINY["phi"]), force=True)
+    assert read_checkpoint(folder).sha256() == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_killed_write_leaves_no_checkpoint(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from medmoe_edge.checkpoint.reader import write_checkpoint\n"
+        "from medmoe_edge.presets import PRESETS\n"
+        "from medmoe_edge.presets_random import random_tensors\n"
+        "def tensors():\n"
+        "    for index, pair in enumerate(random_tensors(PRESETS['tiny'], 0)):\n"
+        "        if index == 50: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        yield pair\n"
+        "write_checkpoint(sys.argv[1], PRESETS['tiny'], tensors(), shard_bytes=4096)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    write(tmp_path / "out", TINY["stablelm"])  # what is left does not stand in the way
+
+
+def test_the_given_tensors_must_be_all_and_only_the_parameters(tmp_path: Path) -> None:
+    config = TINY["stablelm"]
+    tensors = list(random_tensors(config, 0))
+    wrong = {
+        "was not given": tensors[:-1],
+        "twice": [*tensors, tensors[0]],
+        "no parameter": [("decoder.extra", torch.zeros(1)), *tensors],
+        "shape": [(tensors[0][0], torch.zeros(3)), *tensors[1:]],
+    }
+    for message, given_tensors in wrong.items():
+        with pytest.raises(CheckpointError, match=message):
+            write_checkpoint(tmp_path / "out", config, given_tensors)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_replaced_only_when_forced(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--force"):
+        write(folder, TINY["phi"])
+    write(folder, TINY["phi"], force=True)
+    assert read_checkpoint(folder).config == TINY["phi"]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("all of it")
+    with pytest.raises(InputError, match=r"holds no config\.json, so it will not be replaced"):
+        write(precious, TINY["phi"], force=True)
+    assert (precious / "thesis.txt").exists()
+
+
+def test_a_full_disk_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(ResourceError, match="needs"):
+        write(tmp_path / "out", TINY["phi"])
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- router files -----------------------------------------------------------------------------
+
+
+def test_a_router_file_is_imported(tmp_path: Path) -> None:
+    router = {"fc1.weight": torch.randn(4, 32), "fc1.bias": torch.randn(4)}
+    torch.save(router, tmp_path / "router.pth")
+    read = import_router(tmp_path / "router.pth")
+    assert torch.equal(read["weight"], router["fc1.weight"])
+    assert torch.equal(read["bias"], router["fc1.bias"])
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize("content", ["pickle", "torch", "text", "empty", "keys", "shape", "lfs"])
+def test_a_bad_router_file_is_refused(
+    tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "router.pth"
+    if content == "pickle":
+        path.write_bytes(pickle.dumps(Hostile()))
+    elif content == "torch":
+        torch.save({"fc1.weight": Hostile()}, path)
+    elif content == "keys":
+        torch.save({"fc1.weight": torch.zeros(4, 32)}, path)
+    elif content == "shape":
+        torch.save({"fc1.weight": torch.zeros(4, 32), "fc1.bias": torch.zeros(5)}, path)
+    else:
+        lfs = "version https://git-lfs.github.com/spec/v1\n"
+        path.write_text({"text": "no router", "empty": "", "lfs": lfs}[content])
+    with pytest.raises(CheckpointError, match="LFS" if content == "lfs" else "router"):
+        import_router(path)
+    assert not (tmp_path / "ran").exists()

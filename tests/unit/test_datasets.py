@@ -1,0 +1,209 @@
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medmoe_edge.data.datasets import UniqueIds, read_examples, read_labels
+from medmoe_edge.errors import DataError
+
+QUESTION = {
+    "id": "q1",
+    "image": "images/a.jpg",
+    "modality": "ct",
+    "body": "Lung",
+    "question": "Is it normal?",
+    "answer": "No",
+    "answer_type": "CLOSED",
+    "content": "Abnormality",
+    "source": "slake",
+}
+ITEM = {
+    "id": 7,
+    "image": "a.jpg",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat is shown?"},
+        {"from": "gpt", "value": "lung"},
+    ],
+    "answer_type": "OPEN",
+}
+LABEL = {
+    "image": "a.jpg",
+    "modality": "mri",
+    "body": "head",
+    "finding": "glioma",
+    "source": "tumours",
+    "split": "val",
+}
+
+
+def write_lines(file: Path, *values: Any) -> Path:
+    file.write_text("\n".join(v if isinstance(v, str) else json.dumps(v) for v in values) + "\n")
+    return file
+
+
+def write_list(file: Path, *items: Any) -> Path:
+    file.write_text(json.dumps(items, indent=1))
+    return file
+
+
+def test_jsonl_is_read_as_written(tmp_path: Path) -> None:
+    bare = {k: v for k, v in QUESTION.items() if k not in ("modality", "body", "content")}
+    file = write_lines(tmp_path / "q.jsonl", QUESTION, "", bare | {"id": "q2", "answer": ""})
+    first, second = read_examples(file)
+    assert first.image == tmp_path / "images/a.jpg"
+    assert (first.id, first.question, first.answer) == ("q1", "Is it normal?", "No")
+    assert (first.answer_type, first.source) == ("CLOSED", "slake")
+    assert (first.modality, first.body, first.content) == ("ct", "Lung", "Abnormality")
+    assert (second.modality, second.body, second.content, second.answer) == (None, None, None, "")
+
+
+def test_line_separators_inside_strings_do_not_break_a_line(tmp_path: Path) -> None:
+    line = json.dumps(QUESTION | {"answer": "left\u2028right"}, ensure_ascii=False)
+    (tmp_path / "q.jsonl").write_text("\ufeff" + line + "\r\n", encoding="utf-8")
+    (example,) = read_examples(tmp_path / "q.jsonl")
+    assert example.answer == "left\u2028right"
+
+
+def test_official_list(tmp_path: Path) -> None:
+    file = write_list(tmp_path / "test.json", ITEM)
+    (example,) = read_examples(file)
+    assert (example.id, example.question, example.answer) == ("7", "What is shown?", "lung")
+    assert (example.image, example.source) == (tmp_path / "a.jpg", "test")
+    (elsewhere,) = read_examples(file, image_root=tmp_path / "pictures")
+    assert elsewhere.image == tmp_path / "pictures/a.jpg"
+
+
+def test_official_list_with_turns_and_repeated_ids(tmp_path: Path) -> None:
+    turns = [
+        *ITEM["conversations"],  # type: ignore[misc]
+        {"from": "human", "value": "Is it?"},
+        {"from": "gpt", "value": "yes"},
+    ]
+    misspelt = {k: v for k, v in ITEM.items() if k != "conversations"} | {"conversatons": turns}
+    examples = read_examples(write_list(tmp_path / "test.json", misspelt, ITEM))
+    assert [example.id for example in examples] == ["7", "7-2", "7-3"]
+    assert [example.answer for example in examples] == ["lung", "yes", "lung"]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("open", "OPEN"), ("close", "CLOSED"), ("Closed", "CLOSED"), ("OPEN ", "OPEN")],
+)
+def test_answer_types(tmp_path: Path, written: str, read: str) -> None:
+    in_list = write_list(tmp_path / "q.json", ITEM | {"answer_type": written})
+    in_lines = write_lines(tmp_path / "q.jsonl", QUESTION | {"answer_type": written})
+    assert [example.answer_type for example in read_examples(in_list)] == [read]
+    assert [example.answer_type for example in read_examples(in_lines)] == [read]
+
+
+SECRET = "Secret"
+BAD_LINES = {
+    "bad JSON": '{"id": "Secret',
+    "not an object": '"Secret"',
+    "nested": "[" * 3 + "{",
+    "deep": '{"id":' * 100_000,
+    "missing": {k: v for k, v in QUESTION.items() if k != "answer"},
+    "answer type": QUESTION | {"id": "q2", "answer_type": SECRET},
+    "no type": {k: v for k, v in QUESTION.items() if k != "answer_type"} | {"id": "q2"},
+    "null id": QUESTION | {"id": None},
+    "list": QUESTION | {"id": "q2", "question": [SECRET]},
+    "empty question": QUESTION | {"id": "q2", "question": " "},
+    "repeated id": QUESTION,
+    "lone surrogate": QUESTION | {"id": "q2", "question": "Secret \ud800"},
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_bad_line_is_named_but_not_quoted(tmp_path: Path, line: Any) -> None:
+    file = write_lines(tmp_path / "q.jsonl", QUESTION, line)
+    with pytest.raises(DataError) as caught:
+        read_examples(file)
+    assert f"{file}, line 2" in caught.value.what
+    assert SECRET not in str(caught.value)
+
+
+BAD_ITEMS = {
+    "no conversation": {k: v for k, v in ITEM.items() if k != "conversations"},
+    "half a turn": ITEM | {"conversations": [{"from": "human", "value": SECRET}]},
+    "no turns": ITEM | {"conversations": []},
+    "not turns": ITEM | {"conversations": SECRET},
+    "wrong order": ITEM
+    | {"conversations": [{"from": "gpt", "value": SECRET}, {"from": "human", "value": "b"}]},
+    "only the image": ITEM
+    | {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": SECRET}]},
+    "string": SECRET,
+}
+
+
+@pytest.mark.parametrize("item", BAD_ITEMS.values(), ids=BAD_ITEMS)
+def test_bad_item_is_named_but_not_quoted(tmp_path: Path, item: Any) -> None:
+    file = write_list(tmp_path / "q.json", ITEM, item)
+    with pytest.raises(DataError) as caught:
+        read_examples(file)
+    assert f"{file}, item 2" in caught.value.what
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"[]", b"[1", b"\xff\xd8\xff\xe0 an image"])
+def test_useless_files(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"q\.jsonl"):
+        read_examples(file)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    for read in (read_examples, read_labels):
+        with pytest.raises(DataError, match="does not exist"):
+            read(tmp_path / "none.jsonl")
+        with pytest.raises(DataError, match="cannot be read"):
+            read(tmp_path)
+
+
+def test_absent_images_are_found_when_asked(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "q.jsonl", QUESTION, QUESTION | {"id": "2", "image": "b.jpg"})
+    assert len(read_examples(file)) == 2
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").touch()
+    with pytest.raises(DataError, match="entry 2"):
+        read_examples(file, check_images=True)
+    (tmp_path / "b.jpg").touch()
+    assert len(read_examples(file, check_images=True)) == 2
+
+
+def test_labels(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "labels.jsonl", LABEL)
+    (image,) = read_labels(file)
+    assert image.image == tmp_path / "a.jpg"
+    assert (image.modality, image.body, image.finding) == ("mri", "head", "glioma")
+    assert (image.source, image.split) == ("tumours", "val")
+    with pytest.raises(DataError, match="does not exist"):
+        read_labels(file, check_images=True)
+    with pytest.raises(DataError, match="line 2: unknown 'split'"):
+        read_labels(write_lines(file, LABEL, LABEL | {"split": "holdout"}))
+    with pytest.raises(DataError, match="holds no labelled images"):
+        read_labels(write_lines(file))
+
+
+@given(st.lists(st.sampled_from(["a", "a-2", "a-2-2", "b"]), max_size=30))
+def test_unique_ids(bases: list[str]) -> None:
+    unique = UniqueIds()
+    given_out = [unique(base) for base in bases]
+    assert len(set(given_out)) == len(bases)
+    assert all(one.startswith(base) for one, base in zip(given_out, bases, strict=True))
+    if len(set(bases)) == len(bases):
+        assert given_out == bases
+
+
+def test_the_research_data(data_dir: Path) -> None:
+    train = read_examples(data_dir / "vqa_train.jsonl", check_images=True)
+    val = read_examples(data_dir / "vqa_val.jsonl", check_images=True)
+    labels = read_labels(data_dir / "labels.jsonl", check_images=True)
+    assert (len(train), len(val), len(labels)) == (7636, 1400, 2141)
+    assert not {example.image for example in train} & {example.image for example in val}
+    assert Counter(example.source for example in val) == {"slake": 1053, "vqa_rad": 347}
+    assert {example.modality for example in train} == {"ct", "mri", "xray", None}

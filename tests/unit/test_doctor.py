@@ -1,0 +1,305 @@
+"""The doctor: what it reads from a machine, and what it makes of it."""
+
+import dataclasses
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from medmoe_edge.device.doctor import (
+    Diagnosis,
+    Machine,
+    Ort,
+    diagnose,
+    examine,
+    look_at_onnxruntime,
+)
+from medmoe_edge.device.hardware import (
+    Gpu,
+    Gpus,
+    Jetson,
+    ask_power_mode,
+    cpu_features,
+    find_gpus,
+    find_jetson,
+    too_old,
+)
+from medmoe_edge.device.packages import BASE, EXTRAS, find_extras, missing_base, needed_cuda
+
+ROOT = Path(__file__).parents[2]
+RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: x\n"
+RTX = Gpu("NVIDIA GeForce RTX 4090", 24 * 10**9, "8.9")
+GPUS = Gpus("580.65.06", (13, 0), (RTX,))
+MACHINE = Machine(
+    system="Linux",
+    cpu="A CPU",
+    cores=4,
+    features={"AVX2": True, "AMX int8": False},
+    memory=16 * 10**9,
+    disk_free=50 * 10**9,
+    cache="/home/x/.cache",
+    driver_loaded=False,
+    gpus=None,
+    jetson=None,
+)
+ORT = Ort("1.31.1", ("CPUExecutionProvider",))
+CUDA = Ort("1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"), cuda="13.0")
+
+
+def versions(**there: str) -> Callable[[str], str | None]:
+    """The base install and these packages besides; an empty version takes one away."""
+    found = {**dict.fromkeys(BASE, "1.0"), **{k.replace("_", "-"): v for k, v in there.items()}}
+    return lambda package: found.get(package) or None
+
+
+def told(machine: Machine = MACHINE, ort: Ort = ORT, **packages: str) -> list[tuple[str, str]]:
+    return [(f.level, f.what) for f in diagnose(machine, ort, versions(**packages)).findings]
+
+
+def changed(**values: Any) -> Machine:
+    return dataclasses.replace(MACHINE, **values)
+
+
+# --- packages -------------------------------------------------------------------------------------
+
+
+def test_extras_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        plain = {line.partition(">=")[0].partition("[")[0] for line in requirements}
+        return plain - {"medmoe-edge"}
+
+    assert set(BASE) == names(project["dependencies"])
+    declared = {name: names(lines) for name, lines in project["optional-dependencies"].items()}
+    assert set(EXTRAS) == set(declared) - {"test", "dev"}
+    for name, (_, packages) in EXTRAS.items():
+        assert set(packages) == declared[name], name
+
+
+def test_extras_by_state() -> None:
+    found = {extra.name: extra for extra in find_extras(versions(triton="3.9", torch="2.13"))}
+    assert found["plugin"].state == "installed"
+    assert found["export"].state == "in part"
+    assert found["export"].versions == {"torch": "2.13"}
+    assert "onnx" in found["export"].missing
+    assert found["rtx"].state == "missing"
+    assert found["rtx"].command == "pip install 'medmoe-edge[rtx]'"
+
+
+def test_the_base_may_be_served_by_the_gpu_build() -> None:
+    assert missing_base(versions()) == []
+    assert missing_base(versions(onnxruntime="")) == ["onnxruntime"]
+    assert missing_base(versions(onnxruntime="", onnxruntime_gpu="1")) == []
+
+
+@pytest.mark.parametrize(
+    ("packages", "cuda", "needed"),
+    [
+        ({}, None, {}),
+        ({}, "12.8", {}),  # a build for CUDA without its package: not ours to judge
+        ({"onnxruntime_gpu": "1.31"}, "12.8", {"onnxruntime-gpu": 12}),
+        ({"onnxruntime_gpu": "1.31"}, None, {}),
+        ({"tensorrt_cu13": "11"}, None, {"tensorrt-cu13": 13}),
+    ],
+)
+def test_cuda_that_packages_need(
+    packages: dict[str, str], cuda: str | None, needed: dict[str, int]
+) -> None:
+    assert needed_cuda(versions(**packages), cuda) == needed
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+
+def test_cpu_features() -> None:
+    x86 = "model name : A\nflags\t\t: fpu avx2 avx512_vnni\nflags : amx_int8\n"
+    assert cpu_features(x86) == {
+        **{"AVX2": True, "AVX-VNNI": False},
+        **{"AVX-512 VNNI": True, "AMX int8": False},
+    }
+    assert cpu_features("Features : fp asimd asimddp\n") == {"dotprod": True, "i8mm": False}
+    assert not any(cpu_features("").values())
+
+
+class FakeNvmlError(Exception):
+    pass
+
+
+def nvml(**functions: Any) -> SimpleNamespace:
+    """Like pynvml, with one RTX 4090 and a driver for CUDA 12.8."""
+
+    def fail(*_: object) -> None:
+        raise FakeNvmlError
+
+    working: dict[str, Any] = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlSystemGetCudaDriverVersion": lambda: 12080,
+        "nvmlSystemGetDriverVersion": lambda: "570.1",
+        "nvmlDeviceGetName": lambda _: "RTX",
+        "nvmlDeviceGetCudaComputeCapability": lambda _: (8, 9),
+        "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=24),
+    }
+    broken = {name: fail for name, value in functions.items() if value is None}
+    return SimpleNamespace(**{**working, **broken}, NVMLError=FakeNvmlError)
+
+
+def test_gpus_by_nvml() -> None:
+    assert find_gpus(nvml()) == Gpus("570.1", (12, 8), (Gpu("RTX", 24, "8.9"),))
+    assert find_gpus(nvml(nvmlInit=None)) is None
+    assert find_gpus(nvml(nvmlDeviceGetMemoryInfo=None)) is None
+
+
+def test_real_nvml_speaks_so() -> None:
+    real = pytest.importorskip("pynvml")
+    assert set(vars(nvml())) <= set(dir(real))
+
+
+def test_a_driver_that_is_too_old() -> None:
+    old = dataclasses.replace(GPUS, cuda=(12, 9))
+    assert too_old(old, {"a": 13, "b": 12}) == ["a"]
+    assert too_old(GPUS, {"a": 13, "b": 12}) == []
+
+
+def test_jetson() -> None:
+    model = "NVIDIA Jetson AGX Orin Developer Kit\0"
+    found = find_jetson(model, RELEASE, lambda: "MAXN")
+    assert found == Jetson("NVIDIA Jetson AGX Orin Developer Kit", "36.4.3", "MAXN")
+    assert find_jetson(None, "gibberish", lambda: None) == Jetson("Jetson", None, None)
+    assert find_jetson("Raspberry Pi 5\0", None, lambda: "never asked") is None
+    assert find_jetson(None, None, lambda: "never asked") is None
+
+
+@pytest.mark.parametrize(
+    ("output", "mode"), [("NV Power Mode: 15W\n0\n", "15W"), ("no such thing", None)]
+)
+def test_power_mode(monkeypatch: pytest.MonkeyPatch, output: str, mode: str | None) -> None:
+    done = SimpleNamespace(stdout=output)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert ask_power_mode() == mode
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.TimeoutExpired("nvpmodel", 2)])
+def test_no_power_mode(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert ask_power_mode() is None
+
+
+# --- findings -------------------------------------------------------------------------------------
+
+
+def test_a_sound_machine_has_no_findings() -> None:
+    diagnosis = diagnose(MACHINE, ORT, versions())
+    assert diagnosis.findings == ()
+    assert diagnosis.error() is None
+
+
+def test_problems_end_with_an_error() -> None:
+    for ort, packages in (
+        (Ort(failure="ImportError"), versions()),
+        (ORT, versions(tokenizers="", typer="")),
+    ):
+        diagnosis = diagnose(MACHINE, ort, packages)
+        assert [finding.level for finding in diagnosis.findings] == ["problem"]
+        error = diagnosis.error()
+        assert error is not None
+        assert error.exit_code == 5
+        assert error.remedy == f"First: {diagnosis.findings[0].remedy}"
+    assert "tokenizers typer" in diagnosis.findings[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("machine", "ort", "packages", "level", "what"),
+    [
+        (MACHINE, ORT, {"onnxruntime_gpu": "1.0"}, "warning", "over each other"),
+        (MACHINE, CUDA, {"onnxruntime_gpu": "0.9"}, "warning", "over each other"),
+        (
+            *(changed(gpus=dataclasses.replace(GPUS, cuda=(12, 8))), CUDA),
+            *({"onnxruntime_gpu": "1.0"}, "warning", "runs CUDA 12, onnxruntime-gpu needs CUDA 13"),
+        ),
+        (
+            *(changed(gpus=dataclasses.replace(GPUS, cuda=(12, 8))), CUDA),
+            {"onnxruntime_gpu": "1.0", "onnxruntime_ep_nv_tensorrt_rtx_cu13": "0.5"},
+            *("warning", "onnxruntime-ep-nv-tensorrt-rtx-cu13 needs CUDA 13"),
+        ),
+        (
+            *(MACHINE, CUDA),
+            {"onnxruntime_gpu": "1.0", "onnxruntime_ep_nv_tensorrt_rtx_cu13": "0.5"},
+            *("warning", "replaces the onnxruntime"),
+        ),
+        (changed(gpus=GPUS), ORT, {}, "hint", "not used by ONNX Runtime"),
+        (changed(driver_loaded=True), ORT, {}, "hint", "cannot be asked"),
+        (
+            *(changed(jetson=Jetson("Orin", "36.4.3", "15W")), ORT, {}),
+            *("hint", "The power mode 15W limits the clocks."),
+        ),
+        (
+            changed(jetson=Jetson("Orin", "36.4.3", "MAXN_SUPER")),
+            *(ORT, {"onnxruntime_ep_nv_tensorrt_rtx_cu13": "0.5"}),
+            *("warning", "does not run on a Jetson"),
+        ),
+        (changed(features={"AVX2": False}), ORT, {}, "warning", "lacks what int8 needs"),
+        (changed(memory=10**9), ORT, {}, "warning", "little memory"),
+        (changed(disk_free=10**9), ORT, {}, "warning", "little room"),
+    ],
+)
+def test_what_does_not_meet(
+    machine: Machine, ort: Ort, packages: dict[str, str], level: str, what: str
+) -> None:
+    assert any(level == own and what in text for own, text in told(machine, ort, **packages))
+
+
+@pytest.mark.parametrize(
+    ("machine", "ort", "packages"),
+    [
+        (changed(gpus=GPUS), CUDA, {"onnxruntime_gpu": "1.0"}),
+        (changed(driver_loaded=True), ORT, {"nvidia_ml_py": "13"}),
+        (changed(jetson=Jetson("Orin", "36.4.3", "MAXN")), ORT, {"tensorrt": "11"}),
+        (changed(jetson=Jetson("Orin", None, None)), ORT, {}),
+        (changed(features={}), ORT, {}),
+    ],
+)
+def test_what_meets(machine: Machine, ort: Ort, packages: dict[str, str]) -> None:
+    assert told(machine, ort, **packages) == []
+
+
+def test_facts_name_the_devices() -> None:
+    def facts(machine: Machine) -> dict[str, str]:
+        return dict(diagnose(machine, CUDA, versions()).facts)
+
+    gpu = facts(changed(gpus=GPUS))
+    assert gpu["GPU"] == "NVIDIA GeForce RTX 4090, 24.0 GB, compute capability 8.9"
+    assert gpu["  driver"] == "580.65.06, CUDA 13.0"
+    jetson = facts(changed(jetson=Jetson("Orin Nano", "36.4.3", "15W")))
+    assert (jetson["Jetson"], jetson["  L4T"]) == ("Orin Nano", "36.4.3, power mode 15W")
+    assert "GPU" not in jetson
+    assert facts(MACHINE)["GPU"] == "none found"
+    assert facts(MACHINE)["  for int8"] == "AVX2"
+
+
+def test_this_machine() -> None:
+    diagnosis = examine()
+    assert isinstance(diagnosis, Diagnosis)
+    assert diagnosis.error() is None
+    assert diagnosis.ort.version == importlib.metadata.version("onnxruntime")
+    assert "CPUExecutionProvider" in diagnosis.ort.providers
+    assert diagnosis.machine.memory > 10**8
+    told = diagnosis.to_json()
+    assert set(told) >= {"machine", "onnxruntime", "base", "extras", "findings"}
+
+
+def test_a_broken_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert look_at_onnxruntime() == Ort(failure="ModuleNotFoundError")

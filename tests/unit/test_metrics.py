@@ -1,0 +1,129 @@
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medmoe_edge.evaluation.metrics import (
+    bootstrap_interval,
+    closed_correct,
+    exact_match,
+    normalise,
+    token_recall,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The Left Lung.", "left lung"),
+        ("a an  the\tliver\n", "liver"),
+        ("X-ray", "x ray"),
+        ("right, lower", "right lower"),
+        ("Yes!", "yes"),
+        ("T2", "T2".lower()),
+        ("two", "2"),
+        ("None", "0"),
+        ("10", "10"),
+        ("3.5 cm.", "3.5 cm"),
+        ("1,000", "1000"),
+        ("dont know", "don't know"),
+        ("don\u2019t know", "don't know"),
+        ("couldntve", "couldn't've"),
+        ("its well", "its well"),
+        ("patient's", "patient's"),
+        ("A", "a"),
+        ("the.", "the"),
+        ("?", "?"),
+        ("", ""),
+    ],
+)
+def test_normalise(text: str, normal: str) -> None:
+    assert normalise(text) == normal
+
+
+def official_normalise(text: str) -> str:
+    """vqaEval.py's two steps, without contractions, restated as an independent reference."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    out = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        if f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text):
+            out = out.replace(mark, "")
+        else:
+            out = out.replace(mark, " ")
+    out = re.sub(r"(?!<=\d)(\.)(?!\d)", "", out)
+    numbers = {"none": "0", "zero": "0", "one": "1", "two": "2", "ten": "10"}
+    words = (numbers.get(word, word) for word in out.lower().split())
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+@given(st.text(alphabet="aten o12,.-/() ?'", max_size=20).map(lambda text: f"lung {text}"))
+def test_normalise_equals_the_official_function(text: str) -> None:
+    # Whitespace runs are the only liberty taken: "a  ," is "a ," here.
+    text = " ".join(text.split())
+    assert normalise(text).replace("'", "") == official_normalise(text).replace("'", "")
+
+
+@given(st.text(max_size=40))
+def test_every_text_matches_itself(text: str) -> None:
+    assert exact_match(text, text)
+    assert exact_match(f"\t{text}\n ", text.lower())
+
+
+def test_exact_match() -> None:
+    assert exact_match("the Left Lung.", "left lung")
+    assert exact_match("two", "2")
+    assert not exact_match("left lung", "lung left")
+    assert not exact_match("", "yes")
+    assert not exact_match("the", "A")
+    assert not exact_match("?", "+")
+
+
+def test_closed_correct_is_the_official_rule() -> None:
+    assert closed_correct("No, it is not.", "no")
+    assert closed_correct("normal", "No")  # its known leniency
+    assert not closed_correct("yes", "no")
+    assert not closed_correct("anything", "")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "recall"),
+    [
+        ("the left lung", "Left Lung", 1.0),
+        ("left", "left lung", 0.5),
+        ("left left left", "left lung", 0.5),
+        ("left", "left left", 0.5),
+        ("", "left", 0.0),
+        ("left", "", 0.0),
+        ("2", "two", 1.0),
+        ("liver, spleen", "spleen liver kidney", 2 / 3),
+    ],
+)
+def test_token_recall(prediction: str, reference: str, recall: float) -> None:
+    assert token_recall(prediction, reference) == pytest.approx(recall)
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_token_recall_is_a_share(prediction: str, reference: str) -> None:
+    assert 0.0 <= token_recall(prediction, reference) <= 1.0
+    if exact_match(prediction, reference) and normalise(reference):
+        assert token_recall(prediction, reference) == 1.0
+
+
+def test_bootstrap_interval_agrees_with_the_normal_one() -> None:
+    values = np.random.default_rng(1).random(400) < 0.7
+    low, high = bootstrap_interval(values, np.arange(400), rounds=4000)
+    half = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 400)
+    assert low == pytest.approx(values.mean() - half, abs=0.006)
+    assert high == pytest.approx(values.mean() + half, abs=0.006)
+    assert (low, high) == bootstrap_interval(values, np.arange(400), rounds=4000)
+
+
+def test_bootstrap_draws_whole_images() -> None:
+    values = np.tile([0.0, 1.0], 50).repeat(10)
+    low, high = bootstrap_interval(values, np.arange(100).repeat(10))
+    apart_low, apart_high = bootstrap_interval(values, np.arange(1000))
+    # Ten questions that always agree are worth one: the interval is sqrt(10) times wider.
+    assert (high - low) / (apart_high - apart_low) == pytest.approx(np.sqrt(10), rel=0.15)
+    assert bootstrap_interval([1.0, 0.0], ["same", "same"]) == (0.5, 0.5)

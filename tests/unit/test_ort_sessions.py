@@ -1,0 +1,82 @@
+"""Sessions opened ahead: whoever needs one waits for it, and meets what opening it met."""
+
+import gc
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+
+from medmoe_edge.errors import BundleError
+from medmoe_edge.runtimes.ort import sessions as ort_sessions
+from medmoe_edge.runtimes.ort.sessions import (
+    OPENED_AT_ONCE,
+    EarlySessions,
+    one_of_many,
+    session_options,
+)
+
+SOON = 60.0  # seconds; a failure then, rather than a wait for ever
+
+Make = Callable[..., Path]
+
+
+def test_a_graph_is_open_by_its_name(tiny_bundle: Make) -> None:
+    graphs = [tiny_bundle() / name for name in ("vision.onnx", "decoder.onnx")]
+    sessions = EarlySessions({graph: session_options() for graph in graphs})
+    assert sessions["decoder.onnx"].get_inputs()[0].name == "embeds"
+    assert sessions["vision.onnx"].get_inputs()[0].name == "pixels"
+
+
+def test_what_cannot_be_opened_is_told_to_who_needs_it(tiny_bundle: Make) -> None:
+    folder = tiny_bundle()
+    graphs = (folder / "tokenizer.json", folder / "vision.onnx")
+    sessions = EarlySessions({graph: session_options() for graph in graphs})
+    assert sessions["vision.onnx"]
+    with pytest.raises(BundleError, match=r"cannot load tokenizer\.json"):
+        sessions["tokenizer.json"]
+
+
+def test_what_nobody_waits_for_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted while it loads, the process does not end only after all is loaded."""
+    opened: list[str] = []
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def open_session(path: Path, *_: Any) -> None:
+        opened.append(path.name)
+        begun.release()
+        go_on.wait(SOON)
+
+    monkeypatch.setattr(ort_sessions, "open_session", open_session)
+    others = set(threading.enumerate())
+    names = [f"{index}.onnx" for index in range(OPENED_AT_ONCE + 3)]
+    sessions = EarlySessions({tmp_path / name: ort.SessionOptions() for name in names})
+    for _ in range(OPENED_AT_ONCE):
+        assert begun.acquire(timeout=SOON)
+    threads = set(threading.enumerate()) - others
+    del sessions
+    gc.collect()
+    go_on.set()
+    for thread in threads:
+        thread.join(SOON)
+        assert not thread.is_alive()
+    assert sorted(opened) == names[:OPENED_AT_ONCE]
+
+
+def test_no_thread_outlives_the_opening(tiny_bundle: Make) -> None:
+    others = set(threading.enumerate())
+    sessions = EarlySessions({tiny_bundle() / "vision.onnx": session_options()})
+    threads = set(threading.enumerate()) - others
+    assert sessions["vision.onnx"]
+    for thread in threads:
+        thread.join(SOON)
+        assert not thread.is_alive()
+
+
+def test_one_of_many_spins_no_longer_than_between_two_operators() -> None:
+    options = one_of_many(session_options())
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "100"

@@ -1,0 +1,369 @@
+"""Plans: what is counted, what follows for memory and time, and what stands behind `here`."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.device import measure as planning_here
+from medmoe_edge.device import measured as planning_measured
+from medmoe_edge.device import toys as planning_toys
+from medmoe_edge.device.costs import (
+    BITS,
+    CONVOLUTIONS,
+    Precision,
+    bits_per_weight,
+    cache_values,
+    decoder_parts,
+    step_work,
+    vision_bytes,
+    vision_operations,
+    vision_weights,
+)
+from medmoe_edge.device.devices import DEVICES, Device, Ratings, cpu_name, find_device, memory_here
+from medmoe_edge.device.estimate import Speed, make_plan, nominal_speeds, precisions, step_seconds
+from medmoe_edge.device.measure import Bench, measure_speeds, solve
+from medmoe_edge.device.measured import compare
+from medmoe_edge.device.models import plan, plan_and_measure
+from medmoe_edge.embedded import bundle_path
+from medmoe_edge.errors import InputError, ModelError
+from medmoe_edge.evaluation.inspection import activated_parameters
+from medmoe_edge.models.clip import ClipTower
+from medmoe_edge.models.efficientnet_lite import Conv, EfficientNetLite
+from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.presets import PRESETS
+
+Make = Callable[..., Path]
+NOTHING = Speed(0, 0, 0)
+PRECISIONS: tuple[Precision, Precision] = ("fp32", "int8")
+STABLELM, PHI = PRESETS["med-moe-stablelm-1.6b"], PRESETS["med-moe-phi2-2.7b"]
+NANO = PRESETS["nano"]
+FLAT = Device("flat", "a flat one", "gpu", 10**10, Ratings(1e12, 2e14, 1e14, "made up"))
+
+
+# --- counting -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-phi", "nano"])
+def test_parts_hold_every_parameter_once(preset: str) -> None:
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        model = MedMoE(config)
+    parts = decoder_parts(config)
+    counted = sum(part.weights for part in parts.values())
+    assert counted == sum(p.numel() for p in model.decoder.parameters())
+    experts = sum(p.numel() for name, p in model.decoder.named_parameters() if ".experts." in name)
+    assert parts["experts"].weights == experts
+
+
+def test_the_published_counts_of_activated_parameters() -> None:
+    """The paper's 3.6B and 2.0B, of which the embedding, biases and norms multiply nothing."""
+    for config, published in ((PHI, 3.6e9), (STABLELM, 2.0e9)):
+        active = sum(part.active for part in decoder_parts(config).values())
+        table = config.decoder.vocab_size * config.decoder.hidden_size
+        assert active + table == pytest.approx(activated_parameters(config), rel=1e-3)
+        tower = vision_weights(config)
+        assert active + table + tower == pytest.approx(published + 0.31e9, rel=0.1)
+
+
+@pytest.mark.parametrize(("preset", "top_k"), [("tiny", 1), ("tiny", 2), ("tiny-phi", 1)])
+def test_operations_against_torch(preset: str, top_k: int) -> None:
+    base = PRESETS[preset]
+    assert base.moe is not None
+    config = dataclasses.replace(base, moe=dataclasses.replace(base.moe, top_k=top_k))
+    torch.manual_seed(0)
+    model = MedMoE(config).eval()
+    rows = 24
+    inputs = torch.randn(1, rows, config.decoder.hidden_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(inputs)
+    work = step_work(config, rows, 0)
+    head = work.operations["head"]
+    # torch does not count its fused attention on a CPU
+    assert counter.get_total_flops() == sum(work.operations.values()) - head
+
+
+def test_operations_of_the_towers_against_torch() -> None:
+    tiny = PRESETS["tiny"]
+    projector = 2 * tiny.vision.image_tokens * (16 * 64 + 64 * 64)
+    side = tiny.vision.image_size
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ClipTower(tiny.vision).eval()(torch.zeros(1, 3, side, side))
+    attention = 2 * 2 * tiny.vision.feature_size * (tiny.vision.image_tokens + 1) ** 2
+    # torch does not count its fused attention on a CPU
+    assert counter.get_total_flops() == vision_operations(tiny) - projector - attention
+
+
+@pytest.mark.parametrize("variant", CONVOLUTIONS)
+def test_convolutions_are_counted_right(variant: str) -> None:
+    features = {"lite2": 832}.get(variant, 768)
+    config = dataclasses.replace(NANO.vision, variant=variant, feature_size=features, image_size=64)
+    tower = EfficientNetLite(config)
+    per_pixel, parameters = CONVOLUTIONS[variant]
+    held = sum(p.numel() for p in tower.parameters()) - tower.position_embedding.numel()
+    assert held == parameters
+    counted = 0
+
+    def count(module: Conv, _: object, output: torch.Tensor) -> None:
+        nonlocal counted
+        counted += output.numel() * module.weight[0].numel()
+
+    for module in tower.modules():
+        if isinstance(module, Conv):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        tower(torch.zeros(1, 3, 64, 64))
+    assert counted / 64**2 == pytest.approx(per_pixel, rel=1e-4)
+
+
+def test_bytes_against_the_embedded_bundle() -> None:
+    bundle = Bundle.open(bundle_path("nano"), verify=False)
+    files = bundle.manifest["files"]
+    made = make_plan("nano", bundle.config, FLAT, precision="int8").forecasts[0]
+    assert made.weights == pytest.approx(files["decoder.data"]["bytes"], rel=0.03)
+    owned = sum(size for name, (_, size) in bundle.manifest["experts"].items() if "experts" in name)
+    assert made.experts == pytest.approx(owned, rel=0.02)
+    stored = files["vision.data"]["bytes"]
+    assert 2 * vision_weights(bundle.config) == pytest.approx(stored, rel=0.02)
+
+
+def test_a_quantised_transformer_tower_weighs_less_on_a_cpu() -> None:
+    in_fp32, in_8_bits = (vision_bytes(STABLELM, name, 4) for name in PRECISIONS)
+    assert in_fp32 == 4 * vision_weights(STABLELM) == 2 * vision_bytes(STABLELM, "int8", 2)
+    assert in_8_bits / in_fp32 == pytest.approx(9 / 32, abs=0.01)
+    assert vision_bytes(NANO, "int8", 4) == 4 * vision_weights(NANO)  # convolutions stay floats
+    board = next(device for device in DEVICES.values() if device.kind == "cpu")
+    exact, quantised = (
+        make_plan("m", STABLELM, board, precision=name).forecasts[0] for name in PRECISIONS
+    )
+    assert quantised.vision < exact.vision
+
+
+def test_experts_are_read_once_however_many_tokens_choose_them() -> None:
+    experts = decoder_parts(STABLELM)["experts"]
+    one = experts.weights / 4
+    assert [experts.touched(rows) / one for rows in (1, 2, 4, 600)] == [1, 2, 4, 4]
+    assert step_work(STABLELM, 1, 600).operations["experts"] == 2 * one
+    assert step_work(STABLELM, 600, 0).operations["experts"] == 600 * 2 * one
+    dense = dataclasses.replace(STABLELM, moe=None)
+    assert "experts" not in decoder_parts(dense)
+
+
+@given(rows=st.integers(1, 300), past=st.integers(0, 300))
+def test_steps_one_by_one_attend_as_much_as_one_step(rows: int, past: int) -> None:
+    whole = step_work(NANO, rows, past)
+    singles = [step_work(NANO, 1, past + row) for row in range(rows)]
+    assert whole.attention == sum(step.attention for step in singles)
+    assert whole.cache == singles[-1].cache == cache_values(NANO, past + rows)
+
+
+# --- the roofline ---------------------------------------------------------------------------------
+
+
+def test_a_step_takes_what_its_parts_take() -> None:
+    work = step_work(NANO, 100, 0)
+    weights = {kind: n * bits_per_weight(kind, "int8") / 8 for kind, n in work.weights.items()}
+
+    def seconds(**costs: Any) -> float:
+        return step_seconds(NANO, "int8", dataclasses.replace(NOTHING, **costs), 100, 0)
+
+    assert seconds(operation=1.0) == sum(work.operations.values())
+    assert seconds(byte=1.0) == pytest.approx(sum(weights.values()) + 4 * work.cache)
+    both = seconds(byte=1.0, operation=1.0)
+    longer = sum(max(weights[kind], work.operations[kind]) for kind in weights)
+    assert both == pytest.approx(longer + 4 * work.cache)
+    assert seconds(attention=1.0) == work.attention
+    assert seconds(value=1.0) == work.values
+    assert (seconds(step=1.0), seconds(dense=1.0), seconds(moe=1.0)) == (1, 3, 3)
+    assert seconds(expert=1.0) == 3 * 3  # in three layers, three beside the one of a decode step
+    assert step_seconds(NANO, "int8", Speed(0, 0, 0, expert=1.0), 1, 0) == 0
+
+
+def test_a_forecast_by_hand() -> None:
+    made = make_plan("m", STABLELM, FLAT, precision="int4").forecasts[0]
+    # 12 layers with 1 of 4 experts and the meta expert, 12 dense: 36 feed-forwards, 24 attentions
+    matrices = 36 * 3 * 2048 * 5632 + 24 * 4 * 2048**2
+    head = 2048 * 100352
+    read = matrices * 4.5 / 8 + head + 2 * 2 * 24 * 2048 * (624 + 16)  # and the cache, in fp16
+    assert made.token == pytest.approx(read / 0.75e12 + 36 * 30e-6, rel=0.03)
+    assert made.prefill == pytest.approx(2 * 624 * matrices / 0.5e14 + 36 * 30e-6, rel=0.04)
+    assert made.first_token == made.vision + made.prefill
+    assert made.tokens_per_second == 1 / made.token
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("config", [NANO, STABLELM, PHI], ids=["nano", "stablelm", "phi"])
+def test_what_fits_adds_up(name: str, config: Any) -> None:
+    device = DEVICES[name]
+    for each in make_plan("m", config, device).forecasts:
+        pinned = each.memory_run - each.experts
+        if each.expert_budget is None:
+            assert each.memory_run <= device.usable
+        elif each.fits:
+            assert pinned + each.expert_budget == device.usable
+            assert 0 < each.expert_budget < each.experts
+        else:
+            assert each.short > 0
+            assert each.expert_budget == 0
+            assert pinned < device.usable + each.short <= each.memory_run
+        assert all(math.isfinite(value) and value > 0 for value in (each.token, each.first_token))
+
+
+def test_fewer_bits_need_less_memory_and_time() -> None:
+    for device in (DEVICES["orin-nano-8g"], DEVICES["rtx-4090"]):
+        found = {each.precision: each for each in make_plan("m", PHI, device).forecasts}
+        order = [found[name] for name in ("int4", "mixed", "int8", "fp16")]
+        assert [f.token for f in order] == sorted(f.token for f in order)
+        assert [f.memory_run for f in order] == sorted(f.memory_run for f in order)
+
+
+def test_a_model_too_large_says_by_how_much_and_what_would_do() -> None:
+    small = dataclasses.replace(FLAT, name="small", memory=10**9)
+    made = make_plan("m", PHI, small)
+    error = made.error()
+    assert error is not None
+    missing = min(each.short for each in made.forecasts) / 1e9
+    assert f"m does not fit small: even in int4 with paged experts it lacks {missing:.2f}" in str(
+        error
+    )
+    assert error.remedy.startswith("It would fit orin-nano-8g, or any with ")
+    assert make_plan("m", PHI, dataclasses.replace(FLAT, memory=10**10)).error() is None
+    dense = make_plan("m", dataclasses.replace(PHI, moe=None), small).forecasts
+    assert all(each.short == each.memory_run - small.usable for each in dense)
+
+
+def test_precisions_of_a_device() -> None:
+    assert precisions(DEVICES["cpu"]) == ("int8", "int4", "mixed", "fp32")
+    assert precisions(DEVICES["thor"], "fp16") == ("fp16",)
+    with pytest.raises(InputError, match="cpu is not planned in fp16"):
+        precisions(DEVICES["cpu"], "fp16")
+    assert set(nominal_speeds(DEVICES["cpu"])) >= {"fp32", "int8"}
+    assert set(BITS) == {"fp32", "fp16", "int8", "int4", "mixed"}
+
+
+def test_devices(tmp_path: Path) -> None:
+    assert all(name == device.name for name, device in DEVICES.items())
+    with pytest.raises(InputError, match=r"Use one of: orin-nano-8g, .*, cpu, here"):
+        find_device("orin")
+    assert find_device("here").ratings is None
+    (tmp_path / "info").write_text("processor : 0\nmodel name\t: A: B\nmodel name : C\n")
+    assert cpu_name(tmp_path / "info") == "A: B"
+    assert cpu_name(tmp_path / "none")
+    (tmp_path / "limit").write_text("1000\n")
+    assert memory_here(tmp_path / "limit") == 1000
+    (tmp_path / "limit").write_text("max\n")
+    assert memory_here(tmp_path / "limit") == memory_here(tmp_path / "none") > 10**8
+
+
+def test_models_by_name(tiny_checkpoint: Make, tiny_bundle: Make) -> None:
+    assert plan("nano", "thor").model == "nano"
+    assert plan("med-moe-phi2-2.7b", "thor").prompt_tokens == 576 + 48
+    for folder in (tiny_checkpoint(), tiny_bundle("int8")):
+        made = plan(str(folder), "cpu", "int8")
+        assert [each.precision for each in made.forecasts] == ["int8"]
+        assert made.to_json()["forecasts"][0]["fits"] is True
+    with pytest.raises(ModelError, match=r"med-moe-stablelm-1\.6b"):
+        plan("none", "cpu")
+    with pytest.raises(InputError, match="is no bundle"):
+        plan_and_measure(str(tiny_checkpoint()))
+
+
+# --- this machine ---------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.floats(0.1, 10), min_size=3, max_size=3),
+    st.integers(0, 2**32 - 1),
+)
+def test_coefficients_are_found_again(wanted: list[float], seed: int) -> None:
+    rows = np.random.default_rng(seed).uniform(0.1, 1, (3, 3)) + 3 * np.eye(3)
+    rows *= [1.0, 1e6, 1e9]  # of unlike size, as bytes and layers are
+    found = solve(rows.tolist(), (rows @ np.array(wanted)).tolist())
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_no_coefficient_is_negative() -> None:
+    assert solve([(1.0, 1.0), (1.0, 3.0)], [2.0, 1.0]) == pytest.approx((1.2, 0.0))
+
+
+@pytest.fixture
+def small_toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Toys that take no time."""
+    values = {"NARROW": 32, "WIDE": 64, "STREAMED": 2**16, "ROWS": 4, "MORE_ROWS": 8}
+    for name, value in {**values, "REST": 0.0, "SLOT": 0.0}.items():
+        monkeypatch.setattr(planning_here, name, value)
+    for name, value in {"ROUNDS": 1, "PREFILL_SLOT": 0.0, "TOKEN_SLOT": 0.0}.items():
+        monkeypatch.setattr(planning_measured, name, value)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernel"),
+    [("int8", b"DynamicQuantizeMatMul"), ("int4", b"MatMulNBits"), ("fp32", b"MatMul")],
+)
+@pytest.mark.parametrize("preset", ["tiny", "tiny-phi"])
+def test_toys_run_the_kernels_of_their_precision(
+    precision: Precision, kernel: bytes, preset: str, tmp_path: Path
+) -> None:
+    config = planning_toys.resized(PRESETS[preset], 100, 2, experts=True)
+    assert (config.decoder.hidden_size, config.decoder.layers, config.moe_layers) == (96, 2, (0, 1))
+    runtime = planning_toys.toy_runtime(config, precision, tmp_path)
+    step = runtime.step(np.ones((3, 96), np.float32), runtime.new_cache(3))
+    assert step.router_logits.shape == (3, 2, 4)
+    assert np.isfinite(step.logits).all()
+    graph = (tmp_path / "decoder.onnx").read_bytes()
+    assert kernel in graph
+    assert (b"MatMulNBits" in graph) == (precision == "int4")
+
+
+def test_toys_hold_no_tensor_twice(tmp_path: Path) -> None:
+    config = planning_toys.resized(PRESETS["tiny"], 64, 2, experts=False)
+    planning_toys.toy_runtime(config, "int8", tmp_path)
+    data = (tmp_path / "decoder.data").read_bytes()
+    blocks = [data[start : start + 4096] for start in range(0, len(data) - 4096, 4096)]
+    assert len(set(blocks)) == len(blocks)
+
+
+@pytest.mark.usefixtures("small_toys")
+def test_every_precision_of_this_machine_is_measured() -> None:
+    config = PRESETS["tiny"]
+    speeds = measure_speeds(config, ["int4", "mixed"], seconds=0)
+    assert speeds["mixed"] == speeds["int4"]
+    for speed in speeds.values():
+        assert min(dataclasses.astuple(speed)) >= 0
+        assert step_seconds(config, "int4", speed, 8, 0) > 0
+    dense = dataclasses.replace(config, moe=None)
+    assert measure_speeds(dense, ["fp32"], seconds=0)["fp32"].moe == 0
+
+
+def test_the_model_explains_times_that_follow_it() -> None:
+    """Times made with known coefficients give these coefficients back."""
+    known = Speed(2e-11, 1e-12, 6e-12, 1e-9, 5e-5, 4e-5, 8e-5, 1e-5)
+    bench = Bench(NANO, "int8")
+    asked = [*bench.tokens, *bench.prefills, *bench.experts]
+    bench.times = {(toy, rows): step_seconds(toy, "int8", known, rows, 0) for toy, rows in asked}
+    found = bench.speed()
+    for rows, past in ((1, 128), (112, 0), (624, 0)):
+        for config in (NANO, STABLELM):
+            wanted = step_seconds(config, "int8", known, rows, past)
+            assert step_seconds(config, "int8", found, rows, past) == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.usefixtures("small_toys")
+def test_predictions_stand_beside_measurements(tiny_bundle: Make) -> None:
+    bundle = Bundle.open(tiny_bundle("int8"))
+    comparison, speed = compare(bundle, seconds=0)
+    assert set(comparison.ratios) == {"prefill", "token"}
+    wanted = step_seconds(bundle.config, "int8", speed, comparison.prompt_tokens, 0)
+    assert comparison.predicted["prefill"] == wanted
+    assert all(seconds > 0 for seconds in comparison.measured.values())
+    told = comparison.to_json()
+    assert told["ratios"]["token"] == told["predicted"]["token"] / told["measured"]["token"]

@@ -1,0 +1,174 @@
+"""What training reads: packed conversations, random views, text from labels, recipes."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medmoe_edge.data.datasets import Example, LabelledImage
+from medmoe_edge.errors import ConfigError, DataError
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.training.augment import augment
+from medmoe_edge.training.conversations import (
+    captions,
+    from_examples,
+    instructions,
+    tidy_answer,
+    vary_question,
+)
+from medmoe_edge.training.packing import IGNORED, IMAGE_ID, Turn, pack
+from medmoe_edge.training.recipe import read_recipe
+
+PREFIX, IMAGE_TOKENS = [7, 8, 9], 4
+
+
+TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=4)
+CONVERSATION = st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4)
+
+
+@given(st.lists(CONVERSATION, min_size=1, max_size=3))
+def test_every_turn_sees_the_image_and_itself_alone(batch: list[list[Turn]]) -> None:
+    text = pack(PREFIX, IMAGE_TOKENS, batch)
+    mask = text.mask()
+    assert mask.shape == (len(batch), 1, text.ids.shape[1], text.ids.shape[1])
+    shared = len(PREFIX) + IMAGE_TOKENS
+    for row, turns in enumerate(batch):
+        owner = [0] * shared  # turn of each token, counted from 1
+        for number, (question, answer) in enumerate(turns, start=1):
+            owner += [number] * (len(question) + len(answer) - 1)
+        for query in range(len(owner)):
+            seen = [key for key in range(query + 1) if owner[key] in (0, owner[query])]
+            assert mask[row, 0, query].nonzero().flatten().tolist() == seen
+            # as in a sequence of its own: as many tokens before it as its position says
+            assert text.positions[row, query] == len(seen) - 1
+        assert mask[row, 0].any(-1).all(), "a place that sees nothing would be NaN"
+
+
+@given(st.lists(CONVERSATION, min_size=1, max_size=3))
+def test_every_label_is_the_next_token(batch: list[list[Turn]]) -> None:
+    text = pack(PREFIX, IMAGE_TOKENS, batch)
+    for row, turns in enumerate(batch):
+        assert text.ids[row, :7].tolist() == PREFIX + [IMAGE_ID] * IMAGE_TOKENS
+        at = 7
+        for question, answer in turns:
+            whole = question + answer
+            end = at + len(whole) - 1
+            assert text.ids[row, at:end].tolist() == whole[:-1]
+            unasked = [IGNORED] * (len(question) - 1)
+            assert text.labels[row, at:end].tolist() == unasked + answer
+            at = end
+        assert (text.labels[row, :7] == IGNORED).all()
+        assert (text.labels[row, at:] == IGNORED).all()
+
+
+def test_augment_repeats_with_its_generator() -> None:
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    original = pixels.clone()
+    noise = torch.Generator().manual_seed(3)
+    first, second = augment(pixels, noise), augment(pixels, noise)
+    assert torch.equal(pixels, original)
+    assert torch.equal(first, augment(pixels, torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, second)
+    assert first.shape == pixels.shape
+    assert first.abs().max() <= 1.3
+    changes = (first - pixels).flatten(1)
+    assert (changes.abs().mean(1) > 0.05).all()
+    assert torch.pdist(changes).min() > 1, "every image has a view of its own"
+
+
+def test_augment_never_mirrors() -> None:
+    pixels = torch.full((64, 3, 32, 32), -1.0)
+    pixels[..., :8, :16] = 1.0  # a mark in the upper left
+    views = augment(pixels, torch.Generator().manual_seed(0)).mean(1)
+    assert (views[..., :16].mean((1, 2)) > views[..., 16:].mean((1, 2))).all()
+    assert (views[:, :16].mean((1, 2)) > views[:, 16:].mean((1, 2))).all()
+
+
+def example(image: str, question: str, answer: str, modality: str | None = "ct") -> Example:
+    return Example(
+        question, Path(image), question, answer, "OPEN", modality, "Chest", None, "slake"
+    )
+
+
+LABEL = LabelledImage(Path("l.png"), "xray", "chest", "pneumonia", "cxr", "train")
+
+
+def test_questions_are_grouped_by_image() -> None:
+    examples = [example("a", "Q1?", "yes."), example("b", "Q2?", "no"), example("a", "Q3?", " CT ")]
+    first, second = from_examples(examples)
+    assert (first.image, first.modality, first.source) == (Path("a"), "ct", "slake")
+    assert first.turns == (("Q1?", "Yes"), ("Q3?", "CT"))
+    assert second.turns == (("Q2?", "No"),)
+
+
+def test_labels_become_instructions_and_captions() -> None:
+    (asked,) = instructions([LABEL])
+    assert [answer for _, answer in asked.turns] == ["X-Ray", "Chest", "Pneumonia"]
+    assert asked.modality == "xray"
+    told = captions([LABEL], [example("a", "Q?", "A"), example("b", "Q?", "A", modality=None)])
+    assert [turns for c in told for turns in c.turns] == [
+        ("Describe this image.", "X-Ray of the chest: pneumonia"),
+        ("Describe this image.", "CT of the chest"),
+    ]
+
+
+def test_a_modality_nobody_knows_is_called_by_its_name() -> None:
+    label = LabelledImage(Path("l.png"), "OCT", "eye", "normal", "oct", "train")
+    assert instructions([label])[0].turns[0][1] == "OCT"
+    assert captions([label], [])[0].turns[0][1] == "OCT of the eye: normal"
+
+
+@pytest.mark.parametrize(
+    ("answer", "tidy"),
+    [(" left  lung. ", "Left lung"), ("x-Ray", "X-Ray"), ("", ""), ("2.5 cm", "2.5 cm")],
+)
+def test_tidy_answer(answer: str, tidy: str) -> None:
+    assert tidy_answer(answer) == tidy
+
+
+def test_questions_vary_only_in_case_and_mark() -> None:
+    asked = [vary_question("Is it CT?", random.Random(seed)) for seed in range(100)]
+    assert set(asked) == {"Is it CT?", "Is it CT", "is it ct?", "is it ct"}
+    assert asked.count("Is it CT?") > 30
+    assert {vary_question("??", random.Random(seed)) for seed in range(100)} == {"??"}
+
+
+def test_the_shipped_recipe_fits_its_preset() -> None:
+    recipe = read_recipe("nano")
+    preset = PRESETS[recipe.preset]
+    assert preset.moe is not None
+    assert preset.moe.expert_names
+    assert recipe.vocab_size == preset.decoder.vocab_size
+    assert recipe.moe.router_weight == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rat": 1}, "'learning_rate'"),
+        ({"epochs": -1}, "too small"),
+        ({"batch_images": 0}, "too small"),
+        ({"train": []}, "too small"),
+        ({"warmup": 1.0}, "share"),
+        ({"labelled_share": 1.5}, "share"),
+        ({"epochs": "many"}, "epochs"),
+    ],
+)
+def test_a_wrong_recipe_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    data = read_recipe("nano").to_json()
+    data["moe"] |= change
+    (tmp_path / "mine.json").write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(str(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[" * 100_000, "\x00"])
+def test_an_unreadable_recipe_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(DataError, match=r"mine\.json"):
+        read_recipe(str(tmp_path / "mine.json"))

@@ -1,0 +1,215 @@
+"""A transformer tower in 8 bits: what becomes of its weights, its error, and the way back."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from graphs import normal, op_types, product_model, run_ort
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.target import Target
+from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
+from medmoe_edge.export import build
+from medmoe_edge.export.build import export_bundle
+from medmoe_edge.export.builder import tensor_of
+from medmoe_edge.export.external_data import save_model
+from medmoe_edge.export.gpu_presets import find_gpu
+from medmoe_edge.export.stored_vision import float_vision
+from medmoe_edge.export.target_graphs import vision_graph
+from medmoe_edge.export.tensorrt_builder import build_engine
+from medmoe_edge.export.vision import export_vision
+from medmoe_edge.export.vision_quantise import GROUP, LEAST_WIDTH, quantise_linears
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.presets_random import random_tensors
+from medmoe_edge.runtimes.base import Floats
+from medmoe_edge.runtimes.graph import GraphRuntime
+from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+from medmoe_edge.runtimes.torch.eager import EagerRuntime
+from medmoe_edge.runtimes.torch.weights import BundleWeights
+
+Make = Callable[..., Path]
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="needs the extra rtx"
+)
+CUDA = Target("onnxruntime-cuda", "fp16")
+RTX = Target("tensorrt-rtx", "bf16", "sm89", "1", 40, 40)
+SIDE = 28
+HIDDEN = ("fc1", "fc2", "attention.q", "attention.k", "attention.v", "attention.out")
+# The second layer is never read, and the projector's second matrix, of 64 inputs, is too narrow
+IN_8_BITS = {*(f"vision.layers.0.{name}" for name in HIDDEN), "projector.0"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Of a tower just wide enough."""
+    tiny = read_checkpoint(tiny_checkpoint())
+    tower = dataclasses.replace(
+        tiny.config.vision, image_size=SIDE, feature_size=LEAST_WIDTH, intermediate_size=256
+    )
+    config = dataclasses.replace(tiny.config, vision=tower)
+    folder = tmp_path_factory.mktemp("wide") / "checkpoint"
+    tensors = (
+        (name, tensor if "norm" in name else tensor * 4)
+        for name, tensor in random_tensors(config, 0)
+    )
+    write_checkpoint(folder, config, tensors, tokenizer_file=tiny.tokenizer_path())
+    return read_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def tower(checkpoint: Checkpoint) -> ir.Model:
+    """Traced once."""
+    return export_vision(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    checkpoint: Checkpoint, tower: ir.Model, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "export_vision", lambda _: tower.clone())
+        out = tmp_path_factory.mktemp("bundle") / "out"
+        return Bundle.open(export_bundle(checkpoint.folder, out, precision="int8"))
+
+
+def error(found: Floats, expected: Floats) -> float:
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+# --- what is stored ------------------------------------------------------------------------------
+
+
+def test_linear_layers_become_products_in_groups_and_nothing_else_does(tower: ir.Model) -> None:
+    model, modified = quantise_linears(tower.clone())
+    assert modified
+    stored = {name: tensor_of(value) for name, value in model.graph.initializers.items()}
+    packed = {name for name, tensor in stored.items() if tensor.dtype == ir.DataType.UINT8}
+    assert packed == {f"{name}.weight.packed" for name in IN_8_BITS}
+    for name in IN_8_BITS:
+        channels, groups, size = stored[f"{name}.weight.packed"].shape.numpy()
+        scale = stored[f"{name}.weight.groups.scale"]
+        assert (size, scale.dtype) == (GROUP, ir.DataType.FLOAT16)
+        assert scale.shape.numpy() == (channels, groups)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":  # at level 0 its 8 bits are very slow
+            assert (node.attributes["accuracy_level"].as_int(), len(node.inputs)) == (4, 3)
+    before, after = op_types(tower), op_types(model)
+    assert after["MatMulNBits"] == len(IN_8_BITS) == before["MatMul"] - after["MatMul"]
+    assert quantise_linears(model) == (model, False)
+
+
+def test_a_bundle_says_how_its_tower_is_stored(bundle: Bundle, tiny_bundle: Make) -> None:
+    assert bundle.manifest["quantisation"]["vision"] == build.VISION_INT8
+    narrow = Bundle.open(tiny_bundle("int8"))  # too narrow
+    assert narrow.manifest["quantisation"]["vision"] == build.VISION
+    assert "vision" not in Bundle.open(tiny_bundle("fp32")).manifest["quantisation"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "precision", "words", "kind"),
+    [
+        ("med-moe-phi2-2.7b", "mixed", build.VISION_INT8, ir.DataType.UINT8),
+        ("med-moe-phi2-2.7b", "fp32", "fp32", ir.DataType.FLOAT),
+        ("nano", "int8", build.VISION, ir.DataType.FLOAT16),  # convolutions: as ever
+    ],
+)
+def test_transformers_of_quantised_models_are_quantised(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preset: str,
+    precision: Any,
+    words: str,
+    kind: Any,
+) -> None:
+    monkeypatch.setattr(build, "export_vision", lambda _: product_model(normal(LEAST_WIDTH, 16)))
+    source: Any = SimpleNamespace(config=PRESETS[preset])
+    assert build._write_vision(source, tmp_path, precision) == words
+    model = ir.load(tmp_path / "vision.onnx")
+    assert kind in {value.dtype for value in model.graph.initializers.values()}
+
+
+# --- its error -----------------------------------------------------------------------------------
+
+
+def test_a_quantised_tower_is_near_torchs(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    pixels = normal(1, 3, SIDE, SIDE)
+    expected = EagerRuntime(checkpoint).encode_image(pixels)
+    assert 1e-4 < error(OrtRuntime(bundle).encode_image(pixels), expected) < 0.02
+
+
+@settings(max_examples=30)
+@given(outlier=st.floats(1, 1e4), channel=st.integers(0, GROUP - 1), seed=st.integers(0, 99))
+def test_an_outlier_harms_its_own_group_only(outlier: float, channel: int, seed: int) -> None:
+    """The product of what stands beside an outlier, in other groups, does not feel it."""
+    weight, x = normal(LEAST_WIDTH, 8, seed=seed), normal(1, 3, LEAST_WIDTH, seed=seed + 1)
+    weight[:GROUP] = 0  # what the outlier's own group is multiplied with
+    expected = x @ weight
+    x[..., channel] *= outlier
+    quantised, _ = quantise_linears(product_model(weight))
+    assert error(run_ort(quantised, x=x), expected) < 0.03
+
+
+# --- the way back --------------------------------------------------------------------------------
+
+
+def test_the_way_back_gives_standard_onnx_with_the_stored_weights(bundle: Bundle) -> None:
+    model = float_vision(bundle)
+    assert {node.domain for node in model.graph} == {""} == set(model.graph.opset_imports)
+    assert {tensor_of(value).dtype for value in model.graph.initializers.values()} <= {
+        *(ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64)
+    }
+    for name in IN_8_BITS:
+        found = tensor_of(model.graph.initializers[f"{name}.weight"]).numpy()
+        assert np.array_equal(found, BundleWeights(bundle, "cpu").floats(f"{name}.weight").numpy())
+
+
+def test_the_stored_weights_are_the_checkpoints_rounded(
+    bundle: Bundle, checkpoint: Checkpoint
+) -> None:
+    graph = float_vision(bundle).graph
+    for name in IN_8_BITS:
+        found = tensor_of(graph.initializers[f"{name}.weight"]).numpy().T  # [N, K]
+        expected = checkpoint.tensor(f"{name}.weight").float().numpy()
+        groups = expected.reshape(len(expected), -1, GROUP)
+        step = np.abs(groups).max(-1, keepdims=True) / 127
+        off = np.abs(found.reshape(groups.shape) - groups)
+        assert (off <= step * (0.5 + 127 * 2**-11)).all()  # and what fp16 takes from the scale
+
+
+@pytest.mark.parametrize("target", [CUDA, RTX], ids=str)
+def test_other_targets_compute_the_same_in_half(
+    bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path, target: Target
+) -> None:
+    model = vision_graph(bundle, target)
+    assert {node.domain for node in model.graph} == {""}
+    matrix = model.graph.initializers["projector.0.weight"]
+    assert matrix.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    if target.dtype == "bf16":
+        return  # which no provider of a CPU computes
+    save_model(model, tmp_path, "vision")
+    graph = tmp_path / "vision.onnx"
+    pixels = normal(1, 3, SIDE, SIDE)
+    expected = EagerRuntime(checkpoint).encode_image(pixels)
+    assert error(GraphRuntime(bundle, graph, graph).encode_image(pixels), expected) < 0.02
+
+
+@needs_rtx
+def test_an_engine_is_built_of_it(bundle: Bundle, tmp_path: Path) -> None:
+    save_model(vision_graph(bundle, RTX), tmp_path, "vision")
+    built = build_engine(
+        tmp_path / "vision.onnx",
+        tmp_path / "vision.engine",
+        library="tensorrt-rtx",
+        gpu=find_gpu("sm89", "tensorrt-rtx"),
+        profiles=[],
+    )
+    assert built.bytes > (tmp_path / "vision.data").stat().st_size
