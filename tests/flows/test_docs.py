@@ -22,9 +22,9 @@ from serving import StandIn, app_over
 from test_dicom import saved
 
 from medmoe_edge import __version__, errors
-from medmoe_edge.cli_errors import ORDER
+from medmoe_edge.bedside.listen.receiving import classes_with_pixels, transfer_syntaxes
+from medmoe_edge.cli.errors import ORDER
 from medmoe_edge.export import build
-from medmoe_edge.listen_receiving import classes_with_pixels, transfer_syntaxes
 
 MODALITIES = ("ct", "mri", "pathology", "xray")
 FRONT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
