@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from medmoe_edge.calibration.ranges import Histogram
 from medmoe_edge.calibration.tensor_file import Array
+from medmoe_edge.errors import CheckpointError
 
 Floats = npt.NDArray[np.float32]
 
@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float32]
 class SiteStatistics:
     """Of one site, an activation `[T, K]` that enters one or several matrices.
 
-    Per channel `minimum`, `maximum` and `mean_square` E[x²] `[K]`; the `histogram` of all values;
+    Per channel `minimum`, `maximum` and `mean_square` E[x²] `[K]`;
     `hessian` E[x xᵀ] `[K, K]` where wanted. `tokens` and `borrowed` count rows; the two
     expectations weigh a borrowed row less than a row of the site's own, and `weight` is the total.
     """
@@ -25,7 +25,6 @@ class SiteStatistics:
     minimum: Floats
     maximum: Floats
     mean_square: Floats
-    histogram: Histogram
     hessian: Floats | None
     tokens: int = 0
     borrowed: int = 0
@@ -38,7 +37,6 @@ class SiteStatistics:
             np.full(width, np.inf, np.float32),
             np.full(width, -np.inf, np.float32),
             np.zeros(width, np.float32),
-            Histogram(),
             np.zeros((width, width), np.float32) if hessian else None,
         )
 
@@ -48,14 +46,22 @@ class SiteStatistics:
         return np.maximum(np.abs(self.minimum), np.abs(self.maximum))
 
     def update(self, x: Floats, weights: Floats | None = None) -> None:
-        """Add tokens `[T, K]`, T > 0 and all finite; with `weights` `[T]` they are borrowed."""
+        """Add tokens `[T, K]`, T > 0; with `weights` `[T]` they are borrowed.
+
+        Raises `CheckpointError` for an activation that is NaN or infinite.
+        """
+        low, high = x.min(0), x.max(0)
+        if not np.isfinite(low + high).all():
+            raise CheckpointError(
+                "An activation became NaN or infinite during calibration.",
+                "Check the checkpoint, or calibrate it in fp32.",
+            )
         added = len(x) if weights is None else float(weights.sum(dtype=np.float64))
         self.tokens += len(x) if weights is None else 0
         self.borrowed += 0 if weights is None else len(x)
         self.weight += added
-        np.minimum(self.minimum, x.min(0), out=self.minimum)
-        np.maximum(self.maximum, x.max(0), out=self.maximum)
-        self.histogram.update(x)
+        np.minimum(self.minimum, low, out=self.minimum)
+        np.maximum(self.maximum, high, out=self.maximum)
         scaled = x if weights is None else x * np.sqrt(weights)[:, None]
         kept = 1 - added / self.weight
         self.mean_square *= np.float32(kept)
@@ -72,7 +78,6 @@ class SiteStatistics:
         share = other.weight / self.weight
         np.minimum(self.minimum, other.minimum, out=self.minimum)
         np.maximum(self.maximum, other.maximum, out=self.maximum)
-        self.histogram.merge(other.histogram)
         torch.from_numpy(self.mean_square).lerp_(torch.from_numpy(other.mean_square), share)
         if self.hessian is not None and other.hessian is not None:
             torch.from_numpy(self.hessian).lerp_(torch.from_numpy(other.hessian), share)
@@ -84,7 +89,6 @@ class SiteStatistics:
             "maximum": self.maximum,
             "mean_square": self.mean_square,
         }
-        arrays |= {f"histogram.{key}": array for key, array in self.histogram.to_arrays().items()}
         return arrays if self.hessian is None else {**arrays, "hessian": self.hessian}
 
     @classmethod
@@ -92,20 +96,17 @@ class SiteStatistics:
         cls, arrays: Mapping[str, Array], tokens: int, borrowed: int, weight: float
     ) -> "SiteStatistics":
         """Read what `arrays` gave; raises `ValueError` where it cannot be that."""
+        # Files of version 0.1 hold a histogram, too, which nothing reads.
         parts = {key: array for key, array in arrays.items() if not key.startswith("histogram.")}
         width = len(parts["minimum"])
         for key, array in parts.items():
             shape = (width, width) if key == "hessian" else (width,)
             if array.shape != shape or not np.isfinite(array).all():
                 raise ValueError(f"{key} {array.shape}")
-        histogram = Histogram.from_arrays(
-            {k.removeprefix("histogram."): a for k, a in arrays.items() if k not in parts}
-        )
         return cls(
             parts["minimum"],
             parts["maximum"],
             parts["mean_square"],
-            histogram,
             parts.get("hessian"),
             int(tokens),
             int(borrowed),

@@ -1,8 +1,9 @@
 """Scales that move difficulty between activations and weights: W x = (W diag(s)) (x / s).
 
 The division folds into the norm or matrix before. W8A8 divides outliers of x, which would stretch
-the one scale of all its channels (SmoothQuant, arXiv 2211.10438); 4-bit weights are multiplied
-where x is large, so that rounding errs less there (AWQ, arXiv 2306.00978).
+the one scale of all its channels (SmoothQuant, arXiv 2211.10438). Scaling 4-bit weights up where x
+is large (AWQ, arXiv 2306.00978) was tried and lost to GPTQ on every model here: see
+`tests/stress/stress_methods.py`.
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.calibration.formats import Floats, Format
-from medmoe_edge.calibration.rounding import round_to_nearest, shares
+from medmoe_edge.calibration.formats import Floats
 
 Doubles = npt.NDArray[np.float64]
 STRENGTHS = tuple(round(0.05 * step, 2) for step in range(21))
-EXPONENTS = tuple(0.1 * step for step in range(11))
 LARGEST = 1e4  # scale of a channel, against the geometric mean; its reciprocal is the smallest
 
 
@@ -84,27 +83,6 @@ def search_migration(
         if noise < least:
             least, best = noise, (strength, scale)
     return best
-
-
-def search_awq(mean_square: Floats, weights: Sequence[Floats], format: Format) -> Floats:
-    """AWQ's s_k = E[x_k^2]^(a/2) `[K]`, of geometric mean 1, with the best a of `EXPONENTS`.
-
-    The best has the least sum over `weights` `[N, K]` of E[x_k^2] (W - Ŵ)^2, where Ŵ is W diag(s)
-    rounded to nearest in `format`, divided by s again. Inputs that calibration hardly saw count as
-    `rounding.shares` says.
-    """
-    counted = shares(mean_square, len(mean_square))
-    candidates = [_normalised(a / 2 * np.log(counted, dtype=np.float64)) for a in EXPONENTS]
-
-    def error(scale: Floats) -> float:
-        total = 0.0
-        for weight in weights:
-            scaled = weight * scale
-            scaled -= round_to_nearest(scaled, format).dequantise()
-            total += float(np.einsum("nk,nk->k", scaled, scaled) @ (counted / scale**2))
-        return total
-
-    return min(candidates, key=error)
 
 
 def _normalised(logs: Doubles, used: npt.NDArray[np.bool_] | None = None) -> Floats:

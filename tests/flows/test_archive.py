@@ -163,7 +163,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from medmoe_edge import archive_writing
+from medmoe_edge.archive import writing as archive_writing
 from medmoe_edge.archive.store import Entry
 
 folder, when = Path(sys.argv[1]), sys.argv[2]

@@ -1,6 +1,7 @@
 """The plugin's kernels, under Triton's interpreter or on a GPU, against float64 token by token."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from medmoe_edge.errors import ConfigError
 from medmoe_edge.kernels import launch
-from medmoe_edge.kernels.traffic import expert_bytes, traffic
 from medmoe_edge.kernels.variant import Kernel, Variant
 
 # Activations divide by 1 + exp(-u), which may be infinite: the quotient is then 0, as it should.
@@ -208,16 +208,9 @@ def test_only_chosen_experts_are_read_once_per_block(
         ("output", hidden, width, layer.second),
     ]
     for kernel, k, n, experts in shapes:
-        variant = Variant(kernel, activation, EXPERTS, k, n, group)
-        tile = variant.tiles[tokens > 1]
-        foretold = traffic(variant, tile, [0, tokens, 0, tokens])
+        tile = Variant(kernel, activation, EXPERTS, k, n, group).tiles[tokens > 1]
+        blocks = math.ceil(tokens / tile.m)  # of slots; each reads its expert once
         read = [sum(reads.of(part) for part in expert) for expert in experts]
-        assert read[0] == read[2] == 0
-        assert read[1] == read[3] == foretold.weights // 2
-        assert foretold.chosen == 2 * expert_bytes(variant)
-        assert foretold.weights == foretold.chosen * (1 if tokens == 1 else 2)
         stored = sum(part.nbytes for part in experts[1])
-        assert expert_bytes(variant) == stored
-        if kernel == "hidden":
-            rows = foretold.activations - 2 * 2 * tokens * n
-            assert reads.of(x) == rows
+        assert read[0] == read[2] == 0
+        assert read[1] == read[3] == stored * blocks

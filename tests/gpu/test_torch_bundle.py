@@ -243,10 +243,10 @@ def test_a_gpu_that_is_not_there_is_said(tiny_bundle: Make) -> None:
 def test_kernels_without_triton_name_the_extra(
     tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("runtimes.torch_kernels", "export.plugin.launch", "export.plugin.kernels"):
+    for module in ("runtimes.torch.kernels", "kernels.launch", "kernels.triton"):
         monkeypatch.delitem(sys.modules, f"medmoe_edge.{module}")
     monkeypatch.delattr(plugin, "launch")
-    monkeypatch.delattr(plugin, "kernels")
+    monkeypatch.delattr(plugin, "triton")
     monkeypatch.setitem(sys.modules, "triton", None)
     bundle = Bundle.open(tiny_bundle("int8"))
     assert TorchBundleRuntime(bundle, "cpu").name == "torch"  # which needs none

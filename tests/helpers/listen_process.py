@@ -146,7 +146,7 @@ class Archive:
 def start_node(config: Path, seconds: float = 0.0) -> "subprocess.Popen[str]":
     """The node in a process of its own; it is listening once this returns."""
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join((str(root), str(root / "tests")))
+    paths = os.pathsep.join(map(str, (root, root / "tests" / "unit")))
     process = subprocess.Popen(
         [sys.executable, __file__, str(config), str(seconds)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

@@ -207,7 +207,7 @@ def test_interrupted_it_goes_on_where_it_ended(
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests/service", "tests/helpers"]
 from test_batch import StandIn, batch_asking, go, Path
 engine = StandIn(dies=2)
 engine.how = lambda: os.kill(os.getpid(), signal.SIGKILL)

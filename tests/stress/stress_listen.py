@@ -1,6 +1,7 @@
 """Studies by C-STORE to a DICOM node that is killed again and again: each is answered once.
 
-    python tests/stress/stress_listen.py [STUDIES] [KILLS] [SECONDS_TO_ANSWER]
+    PYTHONPATH=tests/helpers:tests/unit \
+        python tests/stress/stress_listen.py [STUDIES] [KILLS] [SECONDS_TO_ANSWER]
 
 An archive beside it gets the reports. At the end each study has one report, which came once or as
 the same bytes again; the audit log is whole, and the node's folder holds no image any more.

@@ -1,6 +1,6 @@
 """Ways of quantising the matrices of the stress model: `nn.Linear` in, its stand-in out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from medmoe_edge.calibration.formats import Floats, Format, Quantised
 from medmoe_edge.calibration.gptq import quantise_gptq
-from medmoe_edge.calibration.rounding import round_searched, round_to_nearest
+from medmoe_edge.calibration.rounding import round_searched, round_to_nearest, shares
 from medmoe_edge.calibration.site_statistics import SiteStatistics
-from medmoe_edge.calibration.smooth import search_awq, search_migration
+from medmoe_edge.calibration.smooth import search_migration
 from medmoe_edge.export.migration import TYPICAL
 from medmoe_edge.runtimes.torch.bitsandbytes import Kind, quantise_linear
 
@@ -126,6 +126,28 @@ def int4(rounding: Rounding, group: int) -> Method:
         ]
 
     return method
+
+
+def search_awq(mean_square: Floats, weights: Sequence[Floats], format: Format) -> Floats:
+    """AWQ's s_k = E[x_k^2]^(a/2) `[K]`, of geometric mean 1, with the best a (arXiv 2306.00978).
+
+    The best has the least sum over `weights` `[N, K]` of E[x_k^2] (W - Ŵ)^2, where Ŵ is W diag(s)
+    rounded to nearest in `format`, divided by s again.
+    """
+    counted = shares(mean_square, len(mean_square))
+    logs = np.log(counted, dtype=np.float64)
+    logs -= logs.mean()
+
+    def error(scale: Floats) -> float:
+        total = 0.0
+        for weight in weights:
+            scaled = weight * scale
+            scaled -= round_to_nearest(scaled, format).dequantise()
+            total += float(np.einsum("nk,nk->k", scaled, scaled) @ (counted / scale**2))
+        return total
+
+    candidates = [np.exp(a / 2 * logs).astype(np.float32) for a in np.arange(0, 1.01, 0.1)]
+    return min(candidates, key=error)
 
 
 def int4_awq(group: int) -> Method:

@@ -473,7 +473,7 @@ def find_extents(folder: Path) -> Extents:
 
 
 def measured(folder: Path, budget: str) -> dict[str, Any]:
-    script = ROOT / "tests" / "paged_process.py"
+    script = ROOT / "tests" / "helpers" / "paged_process.py"
     done = subprocess.run(
         [sys.executable, str(script), str(folder), budget],
         capture_output=True,

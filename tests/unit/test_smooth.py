@@ -10,7 +10,6 @@ from medmoe_edge.calibration.smooth import (
     STRENGTHS,
     expected_noise,
     migration_scale,
-    search_awq,
     search_migration,
 )
 
@@ -132,28 +131,3 @@ def test_nothing_is_folded_where_folding_only_harms() -> None:
     for each in STRENGTHS:
         folded = migration_scale(np.maximum(high, -low), weight.max(0), each)
         assert expected_noise(low, high, mean_square, [weight], folded) >= least
-
-
-def test_awq_lowers_the_weighted_error() -> None:
-    matrices = weights()
-    mean_square = np.square(inputs(outliers=10)).mean(0)
-    format = Format(4, 32)
-
-    def error(scale: Floats) -> float:
-        total = 0.0
-        for weight in matrices:
-            kept = round_to_nearest(weight * scale, format).dequantise().astype(np.float64) / scale
-            total += float(((kept - weight) ** 2 * mean_square).sum())
-        return total
-
-    scale = search_awq(mean_square, matrices, format)
-    assert error(scale) < 0.7 * error(np.ones(WIDTH, np.float32))
-    assert np.log(scale).mean() == pytest.approx(0, abs=1e-5)
-    assert (np.argsort(scale)[-3:] == np.argsort(mean_square)[-3:]).all()
-    assert error(scale) < error(np.sqrt(mean_square))
-
-
-def test_awq_leaves_equal_inputs_alone() -> None:
-    for level in (0.0, 3.0):
-        scale = search_awq(np.full(WIDTH, level, np.float32), weights(), Format(4, 32))
-        np.testing.assert_array_equal(scale, 1)

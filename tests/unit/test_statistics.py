@@ -47,8 +47,7 @@ def assert_same(one: SiteStatistics, other: SiteStatistics, tolerance: float = 0
     arrays, others = one.arrays(), other.arrays()
     assert list(arrays) == list(others)
     for key, array in arrays.items():
-        allowed = 0 if key.startswith("histogram.") else tolerance
-        np.testing.assert_allclose(array, others[key], rtol=allowed, atol=allowed)
+        np.testing.assert_allclose(array, others[key], rtol=tolerance, atol=tolerance)
 
 
 def statistics(sites: dict[str, SiteStatistics]) -> Statistics:
