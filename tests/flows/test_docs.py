@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,25 @@ def test_every_table_of_benchmarks_has_its_command() -> None:
     assert "AVX-512 VNNI and without AMX" in text
     for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         assert re.search(r"`(medmoe-edge|bench|tests/stress_|serve)", section), section[:40]
+
+
+@pytest.mark.parametrize("name", ["index.md", "extending.md", "plugin.md"])
+def test_the_architecture_names_what_there_is(name: str) -> None:
+    text = re.sub(r"^```.*?^```", "", page(f"architecture/{name}"), flags=re.M | re.S)
+    named = re.findall(r"`([\w/]+(?:/|\.(?:py|toml|md)))`", text)
+    assert named
+    for path in named:
+        assert (ROOT / path).exists() or (ROOT / "medmoe_edge" / path).exists(), path
+
+
+def test_the_layers_are_drawn_as_they_are_checked() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    (contract,) = [
+        each for each in project["tool"]["importlinter"]["contracts"] if each["type"] == "layers"
+    ]
+    checked = re.findall(r"\w+", " ".join(contract["layers"]))
+    picture = (ROOT / "docs" / "pictures" / "layers.svg").read_text("utf-8")
+    assert re.findall(r'font-weight="bold">(\w+)<', picture) == checked
 
 
 # --- releases -----------------------------------------------------------------------------------
