@@ -115,12 +115,12 @@ def test_the_blocks_of_a_page(
         pytest.skip(f"all but the lines that need {', '.join(sorted(scratch.missing))}")
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_every_block_says_what_it_is(block: Block) -> None:
-    assert block.language in SHOWN | {"bash", "python"}
-    if block.reason:
-        assert len(block.reason.split()) >= 3, "why is it not run?"
-        assert block.language not in SHOWN, "what is only shown needs no reason"
+def test_every_block_says_what_it_is() -> None:
+    for block in BLOCKS:
+        assert block.language in SHOWN | {"bash", "python"}, block
+        if block.reason:
+            assert len(block.reason.split()) >= 3, f"{block}: why is it not run?"
+            assert block.language not in SHOWN, f"{block}: what is only shown needs no reason"
 
 
 COMMANDS = [
@@ -128,14 +128,15 @@ COMMANDS = [
     for block in BLOCKS
     if block.language == "bash"
     for line in block.commands
-    for part in re.split(r" && | \| ", line)
+    for part in re.split(r" && | \|\|? ", line)
     if part.strip().startswith("medmoe-edge ")
 ]
 
 
-@pytest.mark.parametrize("line", dict.fromkeys(COMMANDS))
-def test_every_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_command(line, monkeypatch)  # also of blocks that are not run
+def test_every_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(COMMANDS) > 50
+    for line in dict.fromkeys(COMMANDS):  # also those of blocks that are not run
+        check_command(line, monkeypatch)
 
 
 def test_few_blocks_are_not_run() -> None:
@@ -182,7 +183,7 @@ def test_the_command_line_is_generated_whole(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_every_route_is_in_the_reference() -> None:
     paths = app_over(StandIn()).openapi()["paths"]
-    named = set(re.findall(r"`(?:GET|POST) (/[\w/]*)`", page("reference/http.md")))
+    named = set(re.findall(r"`(?:GET|POST) (/[\w/.]*)`", page("reference/http.md")))
     assert named == set(paths) | {"/", "/openapi.json"}
 
 
@@ -202,7 +203,7 @@ def test_every_status_of_an_error_is_in_the_reference() -> None:
 
 def test_the_dicom_conformance_is_what_the_node_takes() -> None:
     text = page("reference/dicom-conformance.md")
-    uids = set(re.findall(r"\| `([\d.]+)` \|", text.partition("## What it sends")[0]))
+    uids = set(re.findall(r"\| `(\d+\.[\d.]+)` \|", text.partition("## What it sends")[0]))
     assert uids == {*classes_with_pixels(), *transfer_syntaxes(), "1.2.840.10008.1.1"}
 
 
