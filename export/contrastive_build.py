@@ -12,7 +12,7 @@ from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.contrastive import DEFAULT_GATES, ModalityBundle
 from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
-from medmoe_edge.config_scores import read_scores
+from medmoe_edge.config_contrastive import read_scores
 from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
 from medmoe_edge.export.contrastive import export_image, export_text
 from medmoe_edge.export.external_data import save_model

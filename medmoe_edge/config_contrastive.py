@@ -2,9 +2,14 @@
 
 Shape letters beside those of `config.py`: h, w a grid of image positions (regions, R = h * w),
 C channels of a scale, W words of a text, D the joint size of image regions and words.
+
+`Scores` turn similarities into scores; they are fitted on data once a model is trained.
 """
 
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from medmoe_edge.config import Config
 from medmoe_edge.errors import ConfigError
@@ -158,3 +163,40 @@ class ModalityConfig(Config):
 def _check_sizes(where: str, *sizes: int) -> None:
     if not all(0 < size <= 2**20 for size in sizes):
         raise ConfigError(f"{where} has an impossible size.", "Sizes and counts are positive.")
+
+
+SCORES = "scores.json"  # in a checkpoint; a bundle has them in its manifest
+
+
+@dataclass(frozen=True)
+class Scores(Config):
+    """`temperature` makes logits of similarities; the limits are for images of known modalities.
+
+    An image is unfamiliar where the router's entropy, in nats, is above `entropy_limit`, or its
+    evidence (`modality_router.py`) below `evidence_limit`. Unfitted, the temperature is that of
+    training.
+    """
+
+    temperature: float = 10.0
+    entropy_limit: float = 0.5
+    evidence_limit: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.temperature < math.inf and 0 <= self.entropy_limit < math.inf):
+            raise ConfigError(
+                f"scores have the temperature {self.temperature:g} and the entropy limit "
+                f"{self.entropy_limit:g}.",
+                "Both are positive and finite.",
+            )
+
+
+def read_scores(checkpoint: Path) -> Scores:
+    """Those of a checkpoint folder; raises `ConfigError` for a file that is no such scores."""
+    path = checkpoint / SCORES
+    if not path.exists():
+        return Scores()
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read.", "Train or copy the model again.") from error
+    return Scores.from_json(data, SCORES)

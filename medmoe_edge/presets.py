@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from medmoe_edge.checkpoint.vision import CLIP_L_14_336, CLIP_MEAN, CLIP_STD
+from medmoe_edge.checkpoint.config import CLIP_L_14_336, CLIP_MEAN, CLIP_STD
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig
 from medmoe_edge.config_contrastive import BertConfig, ModalityConfig, SwinConfig
 

@@ -1,12 +1,23 @@
-"""What a runtime does: turn a model on disk into prefill and decode steps."""
+"""What every runtime of a Med-MoE is: prefill and decode steps over a model on disk.
 
-from collections.abc import Iterable, Iterator
+`Runtime` and its caches are protocols; beside them stands what the runtimes share. Token embeddings
+are read from a bundle row by row: a vocabulary of 100,000 takes 400 MB, of which an answer needs a
+few dozen rows. They are read and not mapped, so that a file that shrinks under us is an error and
+not the end of the process.
+"""
+
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.config import ModelConfig
+from medmoe_edge.errors import BundleError
 
 Floats = npt.NDArray[np.float32]
 CacheArray = npt.NDArray[np.floating[Any]]
@@ -94,3 +105,41 @@ def chosen_experts(router_logits: Floats, top_k: int) -> npt.NDArray[np.int64]:
     """
     order = np.argsort(-router_logits, axis=-1, kind="stable")
     return order[..., :top_k]
+
+
+def in_parts(embeds: Floats, at_once: int, run: Callable[[Floats], Step]) -> Step:
+    """`run` on `[S, D]` embeddings in as few parts of at most `at_once` tokens as will do.
+
+    The parts are as long as each other, give or take one; what they yield is joined to one step.
+    """
+    steps = [run(part) for part in np.array_split(embeds, math.ceil(len(embeds) / at_once))]
+    return Step(steps[-1].logits, np.concatenate([step.router_logits for step in steps]))
+
+
+class EmbeddingTable:
+    """Rows `[V, D]` of an `.npy` file, which stays open until the table is collected.
+
+    Raises `BundleError` for a file that is not one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            table = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._file = os.open(path, os.O_RDONLY)
+        except (OSError, EOFError, ValueError) as error:
+            raise _damaged(path) from error
+        weakref.finalize(self, os.close, self._file)
+        self._dtype, self._width, self._start = table.dtype, table.shape[1], table.offset
+
+    def __getitem__(self, ids: Sequence[int]) -> Floats:
+        """The rows of some tokens `[S, D]`; raises `BundleError` where the file ends before."""
+        size = self._width * self._dtype.itemsize
+        rows = b"".join(os.pread(self._file, size, self._start + token * size) for token in ids)
+        if len(rows) < size * len(ids):
+            raise _damaged(self._path)
+        return np.frombuffer(rows, self._dtype).reshape(len(ids), self._width).astype(np.float32)
+
+
+def _damaged(path: Path) -> BundleError:
+    return BundleError(f"{path} was changed or is incomplete.", "Copy or export the bundle again.")

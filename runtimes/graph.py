@@ -13,8 +13,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
-from medmoe_edge.runtimes.embedding import EmbeddingTable
+from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Floats, Step, check_room
 from medmoe_edge.runtimes.ort.runtime import CACHE_TYPES
 from medmoe_edge.runtimes.ort.sessions import open_session, session_options
 

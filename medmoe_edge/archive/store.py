@@ -1,4 +1,4 @@
-"""The folder of an archive index: what is indexed in SQLite, its vectors in usearch.
+"""A local archive: images found again by a text or by another image, within what was indexed.
 
     archive.sqlite         one row for each image, and the name and sha256 of the file of vectors
     vectors-*.usearch      unit vectors in half precision, each under the key of its row
@@ -9,20 +9,25 @@ An index derives from patients' images and is as confidential: its folder is for
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-
-# usearch, of hnswlib, faiss-cpu and itself: Apache-2.0 with wheels for x86 and ARM at a sixth of
-# faiss's size (hnswlib has none), removes entries, maps its file, stores halves.
 from usearch.index import Index
 
-from medmoe_edge.errors import InputError, ResourceError
+from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.contrastive.engine import ModalityEngine
+from medmoe_edge.contrastive.features import unit
+from medmoe_edge.contrastive.results import Reading
+from medmoe_edge.errors import ImageError, InputError, ResourceError
+from medmoe_edge.image.loading import load_image, preprocess
 
 Vector = npt.NDArray[np.float32]
 
@@ -163,3 +168,164 @@ def unwritable(folder: Path) -> ResourceError:
 def damaged(folder: Path) -> InputError:
     """The error for an index that contradicts itself."""
     return InputError(f"The index {folder} is damaged or incomplete.", AGAIN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """An image that was found: `path` below the indexed folder, its `similarity` (-1 to 1).
+
+    `modality` is the router's reading of it; of the file's `frames`, `frame` was looked at.
+    """
+
+    path: str
+    similarity: float
+    modality: str
+    frame: int
+    frames: int
+
+    def to_json(self) -> dict[str, Any]:
+        """One stable JSON object."""
+        return dataclasses.asdict(self)
+
+
+class Archive:
+    """An index open for reading; a context manager. What others commit meanwhile is seen."""
+
+    def __init__(self, folder: str | os.PathLike[str], model_sha256: str) -> None:
+        """Open the index that the model of this sha256 made.
+
+        Raises `InputError` where there is none, it is damaged, or another model made it: vectors
+        of different models cannot be compared.
+        """
+        self.folder, self.model_sha256 = Path(folder), model_sha256
+        if not (self.folder / DATABASE).is_file():
+            raise InputError(
+                f"There is no index {str(folder)!r}.", "Make one first: medmoe-edge index FOLDER"
+            )
+        with contextlib.ExitStack() as stack:
+            with using(self.folder):
+                self._database = stack.enter_context(contextlib.closing(connect(self.folder)))
+            with reading(self.folder, self._database):
+                self._header, self._vectors = self._load()
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    @property
+    def root(self) -> str:
+        """The folder that was indexed."""
+        return os.fsdecode(self._header.root)
+
+    def search(self, vector: Vector, k: int) -> list[Hit]:
+        """The `k` images most similar to a unit vector `[D]`, the best first.
+
+        Every image is compared, so that none is missed; 100,000 take a few milliseconds.
+        """
+        with reading(self.folder, self._database):
+            if read_header(self._database) != self._header:
+                self._header, self._vectors = self._load()
+            found = self._vectors.search(vector, min(k, max(len(self), 1)), exact=True)
+            return [
+                self._hit(int(key), float(np.clip(1 - distance, -1, 1)))
+                for key, distance in zip(found.keys, found.distances, strict=True)
+            ]
+
+    def _load(self) -> tuple[Header, Index]:
+        header = read_header(self._database)
+        if header is None:
+            raise damaged(self.folder)
+        check_model(self.folder, header, self.model_sha256)
+        return header, read_vectors(self.folder, header, view=True)
+
+    def _hit(self, key: int, similarity: float) -> Hit:
+        query = "SELECT path, modality, frame, frames FROM entries WHERE key = ?"
+        path, modality, frame, frames = self._database.execute(query, (key,)).fetchone()
+        return Hit(os.fsdecode(path), similarity, modality, frame, frames)
+
+
+def check_model(folder: Path, header: Header, model_sha256: str) -> None:
+    """Raise `InputError` for an index that another model made."""
+    if header.model_sha256 != model_sha256:
+        raise InputError(
+            f"The index {folder} was made by another model ({header.model}, "
+            f"sha256 {header.model_sha256[:12]}).",
+            "Name that model with --model, or make the index anew: medmoe-edge index --force",
+        )
+
+
+IMAGE_NAMES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".nii", ".nii.gz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """The `hits` for a query, the best first, of `entries` images below `folder`.
+
+    `kind` says what the query was taken for; `reading` is the router's view of a query image, None
+    for a text. Similarities are cosines: only their order tells something, and the first hit of a
+    query that nothing fits is a first hit too.
+    """
+
+    query: str
+    kind: Literal["text", "image"]
+    hits: tuple[Hit, ...]
+    entries: int
+    index: str
+    folder: str
+    reading: Reading | None
+    seconds: float
+    model: dict[str, str]
+    notice: str = NOTICE
+
+    def to_json(self) -> dict[str, Any]:
+        """One stable JSON object."""
+        return dataclasses.asdict(self)
+
+
+def retrieve(
+    query: str, index: str | os.PathLike[str], engine: ModalityEngine, k: int = 10
+) -> Retrieval:
+    """The `k` images of an index most like a query: an image, if there is such a file, or a text.
+
+    Raises `InputError` as `Archive` does, for a text without a word, and for a query that is named
+    like an image file where there is none; `ImageError` for a file that is no image.
+    """
+    started = time.perf_counter()
+    if k < 1:
+        raise InputError(f"{k} images were asked for.", "Ask for at least one.")
+    with Archive(index, engine.sha256) as archive:
+        reading = None
+        if is_image(query):
+            features = engine.embed_images(preprocess(load_image(query), engine.config.vision))
+            vector, reading = unit(features.pooled[0]), engine.reading(features)
+        else:
+            vector = engine.embed_text(query)
+        return Retrieval(
+            query=query,
+            kind="image" if reading else "text",
+            hits=tuple(archive.search(vector, k)),
+            entries=len(archive),
+            index=str(index),
+            folder=archive.root,
+            reading=reading,
+            seconds=time.perf_counter() - started,
+            model={"name": engine.name, "sha256": engine.sha256},
+        )
+
+
+def is_image(query: str) -> bool:
+    """Whether a query is the path of a file; raises `ImageError` where it only looks like one."""
+    try:
+        if Path(query).is_file():
+            return True
+    except (OSError, ValueError):  # too long for a path
+        return False
+    if query.lower().endswith(IMAGE_NAMES):
+        raise ImageError("There is no such image file.", "Check its path, or ask in words.")
+    return False

@@ -17,9 +17,9 @@ from medmoe_edge.bench.measurement import Progress, find_bundle, no_progress
 from medmoe_edge.bench.process import Worker
 from medmoe_edge.bench.timing import Ration, Spread
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.runtimes.ort.experts import OrtExpertStore
-from medmoe_edge.runtimes.paging.budget import budget_bytes
+from medmoe_edge.runtimes.ort.paged import OrtExpertStore
 from medmoe_edge.runtimes.paging.pager import least_budget
+from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
 BUDGETS = ("100%", "75%", "50%", "25%")
 ALLOWANCE = 120.0  # seconds in which a budget's rounds begin again

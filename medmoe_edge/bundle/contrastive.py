@@ -12,8 +12,7 @@ from typing import Any
 
 from medmoe_edge.bundle.bundle import MANIFEST, AnyBundle
 from medmoe_edge.config import Config
-from medmoe_edge.config_contrastive import ModalityConfig
-from medmoe_edge.config_scores import Scores
+from medmoe_edge.config_contrastive import ModalityConfig, Scores
 
 
 @dataclass(frozen=True)

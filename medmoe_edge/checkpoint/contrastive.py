@@ -29,8 +29,7 @@ from medmoe_edge.checkpoint.tensors import (
     read_json,
 )
 from medmoe_edge.checkpoint.writer import write_folder, wrong_shape
-from medmoe_edge.config_contrastive import ModalityConfig
-from medmoe_edge.config_scores import SCORES
+from medmoe_edge.config_contrastive import SCORES, ModalityConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.models.bert import BertTower
 from medmoe_edge.models.contrastive import ModalityMoE

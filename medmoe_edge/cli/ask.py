@@ -89,7 +89,7 @@ def _check_explanation(output: Path, questions: int, force: bool) -> None:
 def _explain(output: Path, file: Path, frame: int | None, answer: "Answer") -> "Location":
     """Draw where the answer's key phrase lies."""
     from medmoe_edge.contrastive.engine import load_modality
-    from medmoe_edge.contrastive.phrase import key_phrase
+    from medmoe_edge.contrastive.text import key_phrase
     from medmoe_edge.image.loading import load_image
 
     picture = load_image(file, frame=frame)

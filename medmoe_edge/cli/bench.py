@@ -138,7 +138,7 @@ def _limited(limit: str, names: "Sequence[str]", checkpoint: str | None, rounds:
     from medmoe_edge.bench.limited import MAPPED, bench_limited
     from medmoe_edge.bench.peers import find_peers
     from medmoe_edge.device.devices import memory_here
-    from medmoe_edge.runtimes.paging.budget import budget_bytes
+    from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
     peers = find_peers(names or MAPPED)
     run = partial(

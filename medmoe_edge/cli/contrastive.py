@@ -53,7 +53,7 @@ def classify(
     The scores add up to 100%: name what else it could be, such as "no finding".
     """
     from medmoe_edge.contrastive.engine import load_modality
-    from medmoe_edge.contrastive.prompts import parse_labels, read_prompts
+    from medmoe_edge.contrastive.text import parse_labels, read_prompts
 
     texts = read_prompts(prompts) if prompts else None
     names = list(texts or {}) if labels is None else parse_labels(labels)
@@ -149,7 +149,7 @@ def retrieve(
     from medmoe_edge.contrastive.engine import load_modality
 
     with needs("archive"):
-        from medmoe_edge.archive.retrieval import retrieve as find
+        from medmoe_edge.archive.store import retrieve as find
     with render.working("Searching"):
         found = find(query, index, load_modality(model), count)
     if as_json:

@@ -117,8 +117,11 @@ def train(
     A med-moe learns to answer questions, a modality-moe to match images with texts.
     """
     with needs("train"):
-        from medmoe_edge.training.contrastive_recipe import is_modality_recipe, read_modality_recipe
-        from medmoe_edge.training.contrastive_run import train_modality
+        from medmoe_edge.training.contrastive import (
+            is_modality_recipe,
+            read_modality_recipe,
+            train_modality,
+        )
         from medmoe_edge.training.recipe import read_recipe
         from medmoe_edge.training.run import train as train_model
     recipe = recipe or SHIPPED_RECIPES[model or "med-moe"]

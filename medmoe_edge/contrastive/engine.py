@@ -5,12 +5,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from medmoe_edge.config_scores import Scores
+from medmoe_edge.config_contrastive import Scores
+from medmoe_edge.contrastive.features import TextCache, region_map, similarity, unit
 from medmoe_edge.contrastive.loading import REFERENCE, RuntimeName, open_modality
-from medmoe_edge.contrastive.results import Classification, Location, Reading
-from medmoe_edge.contrastive.router import entropy, evidence, log_softmax
-from medmoe_edge.contrastive.similarity import region_map, similarity, unit
-from medmoe_edge.contrastive.texts import TextCache
+from medmoe_edge.contrastive.results import (
+    Classification,
+    Location,
+    Reading,
+    entropy,
+    evidence,
+    log_softmax,
+)
 from medmoe_edge.engine.clock import Clock
 from medmoe_edge.engine.engine import ImageLike
 from medmoe_edge.errors import BundleError, CheckpointError, InputError

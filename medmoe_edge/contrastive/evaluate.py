@@ -1,11 +1,15 @@
-"""How well a MedMoE names modalities, tells findings apart, retrieves and locates.
+"""How well a contrastive model names modalities, tells findings apart, retrieves and locates.
 
 Measured on what training never saw: the labelled images whose split is not `train`, the images of
-SLAKE's validation questions, and the boxes drawn on these.
+SLAKE's validation questions, and the boxes drawn on these, beside pointing at the image's centre.
+Zero-shot tasks tell the findings of one kind of image apart by their names alone. What turns
+similarities into scores is fitted on images held out of training. Every share comes with an
+interval.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +19,212 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.contrastive.boxes import read_places
+from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Done, compare
-from medmoe_edge.contrastive.places import Localisation, localise
-from medmoe_edge.contrastive.shares import Mean, Share, mean_of, share_of
-from medmoe_edge.contrastive.tasks import Task, best_prompts, zero_shot_tasks
-from medmoe_edge.data.captions import fact_captions
-from medmoe_edge.data.datasets import read_examples, read_labels
+from medmoe_edge.contrastive.results import entropy, evidence, log_softmax
+from medmoe_edge.data.boxes import Place, read_places
+from medmoe_edge.data.captions import fact_captions, label_captions
+from medmoe_edge.data.datasets import LabelledImage, read_examples, read_labels
 from medmoe_edge.errors import DataError
-from medmoe_edge.runtimes.contrastive import Floats
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.runtimes.contrastive import Floats, ModalityRuntime
+
+Interval = tuple[float, float]
+NORMAL = 1.959964  # standard deviations around the mean that hold 95%
+
+
+@dataclass(frozen=True)
+class Share:
+    """`right` of `count`: `share`, 0 to 1, and its 95% interval (Wilson, 1927)."""
+
+    count: int
+    right: int
+    share: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of shares, 0 to 1, and its 95% interval."""
+
+    share: float
+    interval: Interval
+
+
+def share_of(right: npt.ArrayLike) -> Share:
+    """The share of what is True among one or more."""
+    values = np.asarray(right, np.bool_)
+    count, hits = len(values), int(values.sum())
+    share, narrow = hits / count, NORMAL**2 / count
+    centre = (share + narrow / 2) / (1 + narrow)
+    half = math.sqrt(narrow * (share * (1 - share) + narrow / 4)) / (1 + narrow)
+    # the ends hold the share and lie in 0 to 1, which rounding may miss
+    low, high = max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+    return Share(count, hits, share, (low, high))
+
+
+def mean_of(shares: Sequence[Share | Mean]) -> Mean:
+    """The mean in which each weighs the same: of a task's classes the balanced accuracy.
+
+    Its interval is recovered from theirs (MOVER; Zou and Donner, Statistics in Medicine 27, 2008),
+    taking them to be independent.
+    """
+    count = len(shares)
+    mean = sum(each.share for each in shares) / count
+    below = math.hypot(*(each.share - each.interval[0] for each in shares)) / count
+    above = math.hypot(*(each.interval[1] - each.share for each in shares)) / count
+    return Mean(mean, (mean - below, mean + above))
+
+
+@dataclass(frozen=True)
+class Task:
+    """`images`, each with one of `findings`; a finding's `prompts` are what it may be called."""
+
+    name: str
+    findings: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...]
+    images: tuple[LabelledImage, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        """All prompts, finding by finding."""
+        return [prompt for prompts in self.prompts for prompt in prompts]
+
+    @property
+    def answers(self) -> npt.NDArray[np.int64]:
+        """The index of each image's finding `[N]`."""
+        return np.array([self.findings.index(image.finding) for image in self.images])
+
+
+def zero_shot_tasks(labelled: Iterable[LabelledImage]) -> list[Task]:
+    """One task for each modality and body part that has more than one finding, in order.
+
+    A finding goes by its own name and by that behind the kind of image, as in captions.
+    """
+    groups: dict[str, list[LabelledImage]] = {}
+    for image in labelled:
+        groups.setdefault(_view(image), []).append(image)
+    tasks = []
+    for view, images in groups.items():
+        findings = tuple(sorted({image.finding for image in images}))
+        prompts = tuple((finding, f"{view}, {finding}") for finding in findings)
+        if len(findings) > 1:
+            tasks.append(Task(view, findings, prompts, tuple(images)))
+    return tasks
+
+
+def best_prompts(similarities: npt.NDArray[np.float32], task: Task) -> npt.NDArray[np.float32]:
+    """Each finding's best prompt: `[N, findings]` from `[N, prompts]`, of its `texts`."""
+    counts = [len(prompts) for prompts in task.prompts]
+    parts = np.split(similarities, np.cumsum(counts)[:-1], axis=1)
+    return np.stack([part.max(1) for part in parts], 1)
+
+
+def _view(image: LabelledImage) -> str:
+    return label_captions([image])[0].phrases[0]
+
+
+TEMPERATURES = np.geomspace(1.0, 200.0, 300)
+FAMILIAR = 99.0  # percent of images of known modalities keep within each limit
+
+
+def fit_scores(runtime: ModalityRuntime, labelled: Sequence[LabelledImage]) -> Scores:
+    """The temperature under which the findings are most likely, and what the router usually says.
+
+    One number for all tasks (Guo et al., https://arxiv.org/abs/1706.04599). Raises `DataError`
+    where no kind of image has two findings.
+    """
+    tasks = zero_shot_tasks(labelled)
+    if not tasks:
+        raise DataError("The images have no two findings to tell apart.", "Give more of them.")
+    losses, logits = [], []
+    for task in tasks:
+        found = compare(runtime, [item.image for item in task.images], task.texts)
+        best = best_prompts(found.similarities, task)
+        losses.append(_losses(best, task.answers))
+        logits.append(found.router_logits)
+    mean = np.concatenate(losses).mean(0)  # over images, for each temperature
+    routed = np.concatenate(logits)
+    return Scores(
+        temperature=float(TEMPERATURES[mean.argmin()]),
+        entropy_limit=float(np.percentile(entropy(routed), FAMILIAR)),
+        evidence_limit=float(np.percentile(evidence(routed), 100 - FAMILIAR)),
+    )
+
+
+def _losses(similarities: Floats, answers: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Negative log likelihood `[N, temperatures]` of the right findings, `[N, findings]`."""
+    logs = log_softmax(TEMPERATURES[:, None, None] * similarities)  # [temperatures, N, findings]
+    found: npt.NDArray[np.float64] = -logs[:, np.arange(len(answers)), answers].T
+    return found
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """The pointing game (https://arxiv.org/abs/1608.00507): is the hottest pixel in a box?
+
+    `hits` over all places, and by phrase. `precision` is the mean over places of the average
+    precision of the heat at telling pixels in the boxes from others.
+    """
+
+    hits: Share
+    phrases: dict[str, Share]
+    precision: float
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """The model's maps, and the same for a map that is hottest at the image's centre."""
+
+    places: int
+    model: Pointing
+    centre: Pointing
+
+
+def localise(engine: ModalityEngine, places: Sequence[Place], done: Done) -> Localisation:
+    """Point at every place; at least one is needed."""
+    model: list[tuple[str, bool, float]] = []
+    centre: list[tuple[str, bool, float]] = []
+    for number, place in enumerate(places, start=1):
+        found = engine.locate(load_image(place.image), place.phrase)
+        height, width = found.heat.shape
+        mask = place.mask(height, width)
+        x, y = found.peak
+        point = place.holds(x + 0.5, y + 0.5)
+        model.append((place.phrase, point, average_precision(found.heat, mask)))
+        middle = place.holds(width / 2, height / 2)
+        centre.append((place.phrase, middle, average_precision(_nearness(height, width), mask)))
+        done(number, len(places))
+    return Localisation(len(places), _pointing(model), _pointing(centre))
+
+
+def average_precision(scores: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> float:
+    """Mean precision at each true pixel, pixels of equal score counted together; 0 without any."""
+    order = np.argsort(-scores, axis=None, kind="stable")
+    ranked, right = scores.ravel()[order], np.cumsum(mask.ravel()[order])
+    if not right[-1]:
+        return 0.0
+    last = np.append(ranked[1:] != ranked[:-1], True)  # of the pixels of one score
+    found, seen = right[last], np.flatnonzero(last) + 1
+    gained = np.diff(found, prepend=0)
+    return float((gained * found / seen).sum() / right[-1])
+
+
+def _pointing(found: Sequence[tuple[str, bool, float]]) -> Pointing:
+    phrases = {
+        phrase: share_of([hit for other, hit, _ in found if other == phrase])
+        for phrase in sorted({phrase for phrase, _, _ in found})
+    }
+    precision = float(np.mean([value for _, _, value in found]))
+    return Pointing(share_of([hit for _, hit, _ in found]), phrases, precision)
+
+
+def _nearness(height: int, width: int) -> npt.NDArray[np.float32]:
+    rows, columns = np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2
+    distance: npt.NDArray[np.float32] = np.hypot(rows[:, None], columns).astype(np.float32)
+    return -distance
+
 
 LABELS, QUESTIONS, BOXES = "labels.jsonl", "vqa_val.jsonl", "slake_boxes.json"
 SLAKE = "slake"  # the source of questions whose images have captions of one kind, and boxes

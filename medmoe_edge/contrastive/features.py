@@ -1,17 +1,120 @@
-"""Many images held against the same texts, some at a time: regions are too large to keep."""
+"""Features of texts and images, and how well they fit, without torch.
 
+It computes what `models/contrastive.py` defines. Source: GLoRIA (ICCV 2021), whose word-to-region
+attention is that of AttnGAN (https://arxiv.org/abs/1711.10485, equations 7 to 10). An engine
+computes the features of a text once; images are held against the same texts some at a time, for
+their regions are too large to keep.
+"""
+
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from medmoe_edge.contrastive.similarity import similarity
-from medmoe_edge.contrastive.texts import TextCache
+from medmoe_edge.errors import InputError
 from medmoe_edge.image.loading import load_image, preprocess
-from medmoe_edge.runtimes.contrastive import Floats, ModalityRuntime
+from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, ModalityRuntime, TextFeatures
 
-AT_ONCE = 8
+ATTENTION_TEMPERATURE = 4.0  # sharpens which regions a word attends to
+WORD_TEMPERATURE = 5.0  # between the mean (0) and the maximum over words
+TINY = 1e-12  # the least length that is divided by, as in torch.nn.functional.normalize
+
+
+def similarity(images: ImageFeatures, texts: TextFeatures) -> Floats:
+    """`[I, T]`, each -1 to 1: the mean of the global and the local similarity."""
+    whole = unit(images.pooled) @ unit(texts.pooled).T
+    local = np.stack([local_similarity(regions, texts) for regions in images.regions])
+    found: Floats = (whole + local) * np.float32(0.5)
+    return found
+
+
+def local_similarity(regions: Floats, texts: TextFeatures) -> Floats:
+    """`[T]` of one image's regions `[h, w, D]`.
+
+    Each region is shared out over the words of a text (softmax), each word gathers the regions
+    that fall to it (softmax over regions, temperature 4), and the cosines of words and what they
+    gathered give a smooth maximum: `log(mean_w exp(5 cos_w)) / 5`. Every text needs a word.
+    """
+    flat = regions.reshape(-1, regions.shape[-1])  # [R, D]
+    words = texts.words[texts.mask]  # [M, D], all words of all texts
+    lengths = texts.mask.sum(-1)
+    starts = np.cumsum(lengths) - lengths
+    shares = words @ flat.T  # [M, R]
+    shares -= np.repeat(np.maximum.reduceat(shares, starts), lengths, axis=0)
+    np.exp(shares, out=shares)
+    shares /= np.repeat(np.add.reduceat(shares, starts), lengths, axis=0)
+    np.exp(ATTENTION_TEMPERATURE * shares, out=shares)  # no more than exp(4): safe without shift
+    gathered = shares @ flat / shares.sum(-1, keepdims=True)  # [M, D]
+    cosines = (unit(gathered) * unit(words)).sum(-1)  # [M]
+    means = np.add.reduceat(np.exp(WORD_TEMPERATURE * cosines), starts) / lengths
+    found: Floats = (np.log(means) / WORD_TEMPERATURE).astype(np.float32)
+    return found
+
+
+def region_map(regions: Floats, words: Floats, mask: npt.NDArray[np.bool_]) -> Floats:
+    """Where a text's words are: `[h, w]`, -1 to 1, of regions `[h, w, D]` and words `[W, D]`.
+
+    The mean over words of the cosine of word and region.
+    """
+    found: Floats = (unit(regions) @ unit(words[mask]).T).mean(-1)
+    return found
+
+
+def unit(vectors: npt.NDArray[Any]) -> Floats:
+    """The vectors along the last axis at length 1; a vector of zeros stays one."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    found: Floats = vectors / np.maximum(lengths, TINY)
+    return found
+
+
+TEXTS_AT_ONCE = 64  # texts: the text tower takes the memory of its longest
+KEPT = 4096  # texts: some 20 kB each of a large model
+MAX_TEXTS = 10_000
+
+
+class TextCache:
+    """Encodes texts; those used last are kept."""
+
+    def __init__(self, runtime: ModalityRuntime) -> None:
+        self._runtime = runtime
+        self._kept: OrderedDict[str, tuple[Floats, Floats]] = OrderedDict()  # words, pooled
+
+    def encode(self, texts: Sequence[str]) -> TextFeatures:
+        """Features of one or more texts.
+
+        Raises `InputError` for too many, or for one without a word that the model knows.
+        """
+        wanted = list(dict.fromkeys(texts))
+        if len(wanted) > MAX_TEXTS:
+            raise InputError(f"{len(wanted):,} texts are given.", f"Give at most {MAX_TEXTS:,}.")
+        missing = sorted((text for text in wanted if text not in self._kept), key=len)
+        for start in range(0, len(missing), TEXTS_AT_ONCE):
+            self._keep(missing[start : start + TEXTS_AT_ONCE])
+        found = [self._kept[text] for text in texts]
+        for text in wanted:
+            self._kept.move_to_end(text)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return _padded([words for words, _ in found], [pooled for _, pooled in found])
+
+    def _keep(self, texts: list[str]) -> None:
+        features = self._runtime.encode_texts(texts)
+        for row, text in enumerate(texts):
+            self._kept[text] = features.words[row][features.mask[row]], features.pooled[row]
+
+
+def _padded(words: list[Floats], pooled: list[Floats]) -> TextFeatures:
+    longest = max(len(text) for text in words)
+    mask = np.arange(longest) < np.array([[len(text)] for text in words])
+    together = np.zeros((*mask.shape, words[0].shape[-1]), np.float32)
+    together[mask] = np.concatenate(words)
+    return TextFeatures(together, np.stack(pooled), mask)
+
+
+IMAGES_AT_ONCE = 8
 
 Done = Callable[[int, int], None]  # how many of how many
 
@@ -32,8 +135,8 @@ def compare(
     """Every image with every text; `done` hears how many of the images have been looked at."""
     read = TextCache(runtime).encode(texts)
     similarities, logits = [], []
-    for start in range(0, len(images), AT_ONCE):
-        chosen = images[start : start + AT_ONCE]
+    for start in range(0, len(images), IMAGES_AT_ONCE):
+        chosen = images[start : start + IMAGES_AT_ONCE]
         pixels = [preprocess(load_image(path), runtime.config.vision) for path in chosen]
         seen = runtime.encode_images(np.concatenate(pixels))
         similarities.append(similarity(seen, read))

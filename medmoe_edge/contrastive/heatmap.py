@@ -1,14 +1,133 @@
-"""Where a phrase lies, as a picture that a person can read: the image under a translucent map."""
+"""Where a phrase lies, as a picture that a person can read: the image under a translucent map.
+
+Below it stand the phrase, the scale of colours, how sure the model is, and the notice.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pillow
-from PIL import ImageDraw
+from PIL import ImageDraw, ImageFont
 
-from medmoe_edge.contrastive.legend import PAPER, legend
 from medmoe_edge.contrastive.results import Location
 from medmoe_edge.image.loading import Pixels
 from medmoe_edge.runtimes.contrastive import Floats
+
+PAPER, INK, QUIET, WARNING = (24, 24, 24), (240, 240, 240), (170, 170, 170), (255, 200, 80)
+PHRASE_LINES = 2  # of a long phrase; the whole stands in what the command prints
+UNFAMILIAR = "Unfamiliar image: unlike those the model knows. Do not rely on this."
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+
+# For letters that Pillow's own font lacks; by the names under which systems find them.
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf"),
+    *("arial.ttf", "msyh.ttc", "wqy-zenhei.ttc", "unifont.ttf"),
+)
+NO_FONT = "(a phrase in letters that no font here has)"
+NO_LETTER = "\U0010ffff"  # fonts draw it as they draw every letter that they lack
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Colour = tuple[int, int, int]
+
+
+def legend(location: Location, bar: Pillow.Image, width: int, unit: float) -> Pillow.Image:
+    """The strip below a map: `width` pixels wide, of lines that are `unit` times 14 and 11 high.
+
+    `bar` are the colours from cold to hot, one pixel high.
+    """
+    margin, large, small = round(10 * unit), round(14 * unit), round(11 * unit)
+    room = width - 2 * margin
+    lines = list(_lines(location, large, small, room))
+    bar_height = round(10 * unit)
+    scale_height = bar_height + round(1.6 * small)
+    height = 3 * margin + scale_height + sum(round(1.4 * size) for _, size, _, _ in lines)
+    strip = Pillow.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(strip)
+    strip.paste(bar.resize((room, bar_height)), (margin, margin))
+    font, below = ImageFont.load_default(small), margin + round(1.2 * bar_height)
+    low, high = f"{location.heat.min():.2f} least alike", f"most alike {location.heat.max():.2f}"
+    draw.text((margin, below), low, QUIET, font)
+    draw.text((width - margin, below), high, QUIET, font, anchor="ra")
+    y = 2 * margin + scale_height
+    for text, size, colour, font in lines:
+        draw.text((margin, y), text, colour, font)
+        y += round(1.4 * size)
+    return strip
+
+
+def _lines(
+    location: Location, large: int, small: int, room: int
+) -> Iterator[tuple[str, int, Colour, Font]]:
+    reading = location.reading
+    font = font_for(location.phrase, large)
+    phrase = location.phrase if font else NO_FONT
+    plain = ImageFont.load_default(small)
+    for line in wrapped(phrase, font or plain, room, PHRASE_LINES):
+        yield line, large, INK, font or plain
+    likely = f"{reading.modality} {reading.probabilities[reading.modality]:.0%}"
+    said = f"Similarity to the whole image {location.similarity:.2f}. Ring: the place most alike."
+    paragraphs = [(said, INK), (f"Image read as {likely}.", INK), (location.notice, QUIET)]
+    if reading.unfamiliar:
+        paragraphs.insert(0, (UNFAMILIAR, WARNING))
+    for text, colour in paragraphs:
+        for line in wrapped(text, plain, room, 10):
+            yield line, small, colour, plain
+
+
+def wrapped(text: str, font: Font, room: int, most: int) -> list[str]:
+    """The text in lines that fit, at most so many, an ellipsis where there is more."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= room:
+            lines[-1] = longer
+        elif len(lines) == most:
+            lines[-1] += f" {ELLIPSIS}"
+            break
+        else:
+            lines.append(word)
+    return [_fitted(line, font, room) for line in lines]
+
+
+def font_for(text: str, size: int) -> Font | None:
+    """Pillow's own font, or one of the system's, that has all letters of a text."""
+    for name in ("", *FONTS):
+        font = _font(name, size)
+        if font and _has_letters(font, text):
+            return font
+    return None
+
+
+@functools.lru_cache(32)
+def _font(name: str, size: int) -> Font | None:
+    try:
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+    except OSError:
+        return None
+
+
+def _has_letters(font: Font, text: str) -> bool:
+    missing = _drawn(font, NO_LETTER)
+    return all(_drawn(font, mark) != missing for mark in set(text) if not mark.isspace())
+
+
+def _drawn(font: Font, mark: str) -> bytes:
+    picture = Pillow.new("L", (64, 64))
+    ImageDraw.Draw(picture).text((0, 0), mark, 255, font)
+    return picture.tobytes()
+
+
+def _fitted(line: str, font: Font, room: int) -> str:
+    """A line of one long word (or of a script without spaces), cut off where it must be."""
+    if font.getlength(line) <= room:
+        return line
+    widths = (font.getlength(line[:end] + ELLIPSIS) for end in range(len(line)))
+    fits = sum(1 for _ in itertools.takewhile(lambda width: width <= room, widths))
+    return line[: max(fits - 1, 0)] + ELLIPSIS
+
 
 # Viridis (matplotlib, CC0) at equal steps: the hotter the lighter, to the colour-blind as well.
 COLOURS = np.array(

@@ -7,8 +7,7 @@ from typing import Literal, NamedTuple
 
 from medmoe_edge.bundle.bundle import MANIFEST, model_kind
 from medmoe_edge.bundle.contrastive import ModalityBundle
-from medmoe_edge.config_contrastive import ModalityConfig
-from medmoe_edge.config_scores import Scores, read_scores
+from medmoe_edge.config_contrastive import ModalityConfig, Scores, read_scores
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import MissingDependencyError, ModelError

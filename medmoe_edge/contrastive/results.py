@@ -1,7 +1,13 @@
-"""What a MedMoE says of an image: its modality, labels with scores, and where a phrase lies."""
+"""What a contrastive model says of an image: modality, labels with scores, where a phrase lies.
+
+The router's logits `[N, E]` also tell how sure it is, and how much of any modality it saw.
+"""
 
 import dataclasses
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.runtimes.contrastive import Floats
@@ -74,3 +80,35 @@ class Location(_Result):
         height, width = values.pop("heat").shape
         values |= {"peak": list(self.peak), "reading": self.reading.to_json()}
         return values | {"size": [width, height]}
+
+
+Logits = npt.NDArray[np.floating[Any]]
+PerImage = npt.NDArray[np.float64]  # [N]
+
+
+def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    """Over the last axis, in float64."""
+    wide = logits.astype(np.float64)
+    return wide - _log_sum_exp(wide)[..., None]
+
+
+def entropy(logits: Logits) -> PerImage:
+    """Of the probabilities, in nats: from 0 where one modality is certain to log(E)."""
+    logs = log_softmax(logits)
+    found: PerImage = -(np.exp(logs) * logs).sum(-1)
+    return np.maximum(found, 0.0)
+
+
+def evidence(logits: Logits) -> PerImage:
+    """Log of the sum of their exponentials: small where an image looks like no modality at all.
+
+    Probabilities hide it, since they sum to 1 whatever was seen. It is the negative free energy of
+    Liu et al. 2020, https://arxiv.org/abs/2010.03759.
+    """
+    return _log_sum_exp(logits.astype(np.float64))
+
+
+def _log_sum_exp(logits: npt.NDArray[np.float64]) -> PerImage:
+    largest = logits.max(-1, keepdims=True)
+    found: PerImage = largest[..., 0] + np.log(np.exp(logits - largest).sum(-1))
+    return found

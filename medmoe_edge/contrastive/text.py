@@ -1,14 +1,16 @@
-"""Texts as MedMoE's BERT reads them: word pieces, and which word each piece belongs to.
+"""Texts of a contrastive model: as its BERT reads them, as labels with prompts, as a key phrase.
 
 A word is what BERT's splitting gives that holds a letter or digit and has pieces in the
 vocabulary. Punctuation is read as context but is no word, and nor is an unknown piece: a script
 that the vocabulary does not know says nothing. The tokenizer is any BERT `tokenizer.json`.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,7 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from medmoe_edge.config_contrastive import BertConfig
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.prompt import Tokenizer
 
 NO_WORD = -1  # the word index of marks, punctuation, unknown pieces and padding
@@ -94,3 +96,73 @@ def _word_indices(text: str, encoding: Encoding) -> list[int]:
             readable[word] = readable.get(word, False) or known
     number = {word: at for at, word in enumerate(w for w, readable in readable.items() if readable)}
     return [NO_WORD if w is None else number.get(w, NO_WORD) for w in encoding.word_ids]
+
+
+MAX_BYTES = 2**20
+EXAMPLE = 'Write: {"pneumonia": ["pneumonia", "consolidation of the lung"], "no finding": [...]}'
+
+Prompts = dict[str, list[str]]
+
+
+def read_prompts(path: Path) -> Prompts:
+    """Label -> prompts, from a JSON file; raises `DataError` for anything else."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise DataError(f"{path} is larger than 1 MB.", "Give fewer prompts.")
+        found = json.loads(text, object_pairs_hook=_once)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {(error.strerror or 'unknown reason').lower()}.",
+            "Check the path and its permissions.",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON file.", EXAMPLE) from error
+    if not isinstance(found, dict) or not found:
+        raise DataError(f"{path} holds no labels.", EXAMPLE)
+    for label, prompts in found.items():
+        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+            raise DataError(f"{path}: the prompts of {label!r} are no list of texts.", EXAMPLE)
+    return found
+
+
+def parse_labels(given: str) -> list[str]:
+    """The labels of a list with commas."""
+    return [label.strip() for label in given.split(",") if label.strip()]
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise DataError("The prompts name a label twice.", "Put all its prompts into one list.")
+    return found
+
+
+# Words of English questions that name nothing to be seen. Of other languages none is left out.
+ENGLISH = """
+a an any the this that these those there here it its is are was were be been being am do does did
+has have had having can could may might will would shall should must what which who whom whose where
+when why how many much kind type of in on at by to for from with within without and or as if not no
+yes you your i we us our me my they their see seen seeing show shows shown showing image images
+picture pictures scan photo please tell describe present visible located appear appears
+"""
+UNSEEN = frozenset(ENGLISH.split())
+YES_NO = {"yes", "no"}
+
+
+def key_phrase(question: str, answer: str) -> str:
+    """The question's content words, and those of an answer other than yes or no.
+
+    A text is kept word by word, as it was written, without `UNSEEN`; what has no words but those
+    (or is in a language that does not part them) stays the whole question.
+    """
+    words = _content(question)
+    if answer.strip(" .!").lower() not in YES_NO:
+        words += [word for word in _content(answer) if word not in words]
+    return " ".join(words) or question
+
+
+def _content(text: str) -> list[str]:
+    words = re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text)
+    return [word for word in words if word.lower() not in UNSEEN]

@@ -43,7 +43,7 @@ from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import chosen_experts
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
-from medmoe_edge.training.batches import Batches
+from medmoe_edge.training.data import Batches
 from medmoe_edge.training.loop import Session
 from medmoe_edge.training.objective import Objective
 from medmoe_edge.training.phases import fit_instructions

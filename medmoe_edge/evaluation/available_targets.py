@@ -19,8 +19,8 @@ from medmoe_edge.export.targets import export_target
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.graph import GraphRuntime
-from medmoe_edge.runtimes.ort.providers import CUDA
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+from medmoe_edge.runtimes.ort.sessions import CUDA
 
 CPU = "ONNX Runtime, CPU"
 GRAPH = "its graph on ONNX Runtime, CPU"

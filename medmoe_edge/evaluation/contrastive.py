@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from medmoe_edge.bundle.bundle import write_verification
 from medmoe_edge.bundle.contrastive import ModalityBundle, ModalityGates
+from medmoe_edge.contrastive.features import similarity, unit
 from medmoe_edge.contrastive.loading import open_bundle, open_checkpoint
-from medmoe_edge.contrastive.similarity import similarity, unit
 from medmoe_edge.errors import DataError, ModelError
 from medmoe_edge.evaluation.fidelity import Share
 from medmoe_edge.evaluation.gates import GateResult, judged, wilson

@@ -7,8 +7,13 @@ from typing import Any, Literal
 
 from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.bundle.contrastive import ModalityBundle
-from medmoe_edge.config_contrastive import BertConfig, ModalityConfig, SwinConfig
-from medmoe_edge.config_scores import Scores, read_scores
+from medmoe_edge.config_contrastive import (
+    BertConfig,
+    ModalityConfig,
+    Scores,
+    SwinConfig,
+    read_scores,
+)
 from medmoe_edge.errors import CheckpointError
 
 ROUTER_SIZE = 128  # as in models.modality_moe, which needs torch

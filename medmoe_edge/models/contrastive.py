@@ -1,8 +1,12 @@
-"""MedMoE: image features from an expert of the image's modality (arXiv 2506.08356).
+"""MedMoE: image features from an expert of the image's modality, aligned with text.
 
-pixels -> Swin pyramid -> router -> one expert -> regions   |
-                                                            |-> modality_similarity.py
-text   -> BERT -> words                                     |
+    pixels -> Swin pyramid -> router -> one expert -> regions  |
+                                                               |-> similarity -> losses
+    text   -> BERT -> words                                    |
+
+Training minimises the distance of images to their own texts, as a whole and word by word, and the
+router's error in the modality. Sources: MedMoE (arXiv 2506.08356); GLoRIA (ICCV 2021), whose
+word-to-region attention is that of AttnGAN (https://arxiv.org/abs/1711.10485, equations 7 to 10).
 """
 
 from collections.abc import Sequence
@@ -10,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, relu
+from torch.nn.functional import cosine_similarity, cross_entropy, interpolate, normalize, relu
 
 from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.models.bert import BertTower, TextFeatures
@@ -111,3 +115,118 @@ def enlarge(x: Tensor, grid: int) -> Tensor:
     size = (grid, grid)
     enlarged = interpolate(x.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False)
     return enlarged.permute(0, 2, 3, 1)
+
+
+GLOBAL_WEIGHT, LOCAL_WEIGHT, ROUTER_WEIGHT = 0.5, 0.5, 2.0
+GROUNDING_WEIGHT = 1.0  # of ours; the others are the paper's
+UNLABELLED = -1  # the modality of an image that has no label
+
+
+class Losses(NamedTuple):
+    """The parts, each a scalar, and their weighted sum."""
+
+    whole: Tensor
+    local: Tensor
+    router: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """`0.5 global + 0.5 local + 2 router`."""
+        aligned = GLOBAL_WEIGHT * self.whole + LOCAL_WEIGHT * self.local
+        return aligned + ROUTER_WEIGHT * self.router
+
+
+def losses(images: ImageFeatures, texts: TextFeatures, same: Tensor, modality: Tensor) -> Losses:
+    """The losses of B images and their B texts.
+
+    `same` `[B, B]` is True where a text fits an image: the diagonal, and equal texts, which would
+    else be taught apart. `modality` `[B]` is each image's class or `UNLABELLED`.
+    """
+    local = local_similarity(images.regions, texts.words, texts.mask)
+    return Losses(
+        contrastive_loss(global_similarity(images.pooled, texts.pooled), same),
+        contrastive_loss(local, same),
+        router_loss(images.router_logits, modality),
+    )
+
+
+def contrastive_loss(similarities: Tensor, same: Tensor) -> Tensor:
+    """Cross-entropy over the texts of an image plus that over the images of a text.
+
+    As in GLoRIA, where `same` is the diagonal; else the target is spread evenly over what fits
+    (UniCL, https://arxiv.org/abs/2204.03610). Both `[B, B]`; every row and column needs a fit.
+    """
+    logits = CONTRAST_TEMPERATURE * similarities.float()
+    fits = same.float()
+    by_image = cross_entropy(logits, fits / fits.sum(1, keepdim=True))
+    by_text = cross_entropy(logits.T, fits.T / fits.sum(0)[:, None])
+    return by_image + by_text
+
+
+def router_loss(logits: Tensor, modality: Tensor) -> Tensor:
+    """Cross-entropy of router logits `[B, E]` where the modality is known; 0 where none is."""
+    total = cross_entropy(logits.float(), modality, ignore_index=UNLABELLED, reduction="sum")
+    return total / (modality != UNLABELLED).sum().clamp_min(1)
+
+
+def grounding_loss(regions: Tensor, texts: TextFeatures, boxes: Tensor) -> Tensor:
+    """Cross-entropy of where texts are said to be and where they are, 0 being perfect.
+
+    Not the paper's: what `region_map` makes of regions `[G, h, w, D]`, as logits of places, is held
+    against `boxes` `[G, h, w]`, each spread evenly over its places and of sum 1.
+    """
+    maps = region_map(regions.float(), texts.words.float(), texts.mask)
+    return cross_entropy(CONTRAST_TEMPERATURE * maps.flatten(1).float(), boxes.flatten(1))
+
+
+ATTENTION_TEMPERATURE = 4.0  # sharpens which regions a word attends to
+WORD_TEMPERATURE = 5.0  # between the mean (0) and the maximum over words
+CONTRAST_TEMPERATURE = 10.0  # from similarities to logits
+
+
+def similarity(images: ImageFeatures, texts: TextFeatures) -> Tensor:
+    """`[I, T]`, each -1 to 1: the mean of the global and the local similarity."""
+    whole = global_similarity(images.pooled, texts.pooled)
+    return (whole + local_similarity(images.regions, texts.words, texts.mask)) / 2
+
+
+def global_similarity(images: Tensor, texts: Tensor) -> Tensor:
+    """Cosines `[I, T]` of pooled features `[I, D]` and `[T, D]`."""
+    return normalize(images, dim=-1) @ normalize(texts, dim=-1).T
+
+
+def local_similarity(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    """`[I, T]` from regions `[I, h, w, D]` and words `[T, W, D]` with their mask `[T, W]`.
+
+    Each region is shared out over the words of a text (softmax), each word gathers the regions
+    that fall to it (softmax over regions, temperature 4), and the cosines of words and what they
+    gathered give a smooth maximum: `log(mean_w exp(5 cos_w)) / 5`. The mean, where GLoRIA sums:
+    a sum favours long texts. Every text needs a word.
+    """
+    regions = regions.flatten(1, 2)  # [I, R, D]
+    lengths = mask.sum(-1).tolist()
+    flat = words[mask]  # [M, D], all words of all texts
+    scores = regions @ flat.T  # [I, R, M]
+    shares = torch.cat([part.softmax(-1) for part in torch.split(scores, lengths, -1)], -1)
+    attention = (ATTENTION_TEMPERATURE * shares).softmax(1)
+    gathered = attention.transpose(1, 2) @ regions  # [I, M, D]
+    cosines = cosine_similarity(gathered, flat, dim=-1)  # [I, M]
+    powers = torch.split((WORD_TEMPERATURE * cosines).exp(), lengths, -1)
+    return torch.stack([part.mean(-1) for part in powers], -1).log() / WORD_TEMPERATURE
+
+
+def region_map(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    """Where a text's words are: `[B, h, w]`, -1 to 1, from `[B, h, w, D]` and `[B, W, D]`.
+
+    The mean over words of the cosine of word and region. Not the attention of
+    `local_similarity`: where a text is a single word, that is the same everywhere.
+    """
+    cosines = torch.einsum("bhwd,bnd->bhwn", normalize(regions, dim=-1), normalize(words, dim=-1))
+    weights = mask / mask.sum(-1, keepdim=True)  # [B, W]
+    return torch.einsum("bhwn,bn->bhw", cosines, weights.to(cosines.dtype))
+
+
+def to_pixels(grid: Tensor, size: int) -> Tensor:
+    """A map `[B, h, w]` over the square image that was looked at: `[B, size, size]`, bilinear."""
+    enlarged = interpolate(grid[:, None], (size, size), mode="bilinear", align_corners=False)
+    return enlarged[:, 0]

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.models.attention import KVCache, causal_mask
 from medmoe_edge.models.clip import ClipTower
-from medmoe_edge.models.decoder import Decoder
+from medmoe_edge.models.decoder import Decoder, Phi, StableLm
 from medmoe_edge.models.efficientnet_lite import EfficientNetLite
 from medmoe_edge.models.moe import MoE
-from medmoe_edge.models.phi import Phi
-from medmoe_edge.models.stablelm import StableLm
 
 Tower = ClipTower | EfficientNetLite
 

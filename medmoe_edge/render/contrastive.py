@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from medmoe_edge.archive.indexing import Indexing
-    from medmoe_edge.archive.retrieval import Retrieval
+    from medmoe_edge.archive.store import Retrieval
     from medmoe_edge.contrastive.results import Classification, Location, Reading
 
 SHOWN = 20  # of many labels; --json has them all

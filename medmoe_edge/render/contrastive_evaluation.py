@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 from medmoe_edge.render.console import percent, show_table
 
 if TYPE_CHECKING:
-    from medmoe_edge.contrastive.evaluate import ModalityEvaluation, Retrieval
-    from medmoe_edge.contrastive.shares import Mean, Share
+    from medmoe_edge.contrastive.evaluate import Mean, ModalityEvaluation, Retrieval, Share
 
 INTERVAL = "95% interval"
 

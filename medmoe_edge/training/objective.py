@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from medmoe_edge.models.med_moe import MedMoE, Output
-from medmoe_edge.training.batches import UNKNOWN, Batch
-from medmoe_edge.training.packing import IGNORED, IMAGE_ID, SHARED
+from medmoe_edge.training.data import IGNORED, IMAGE_ID, SHARED, UNKNOWN, Batch
 from medmoe_edge.training.recipe import PhaseConfig
 
 

@@ -11,8 +11,7 @@ from torch import nn
 from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.models.moe import MoE
-from medmoe_edge.training.batches import UNKNOWN, Batches
-from medmoe_edge.training.conversations import Conversation
+from medmoe_edge.training.data import UNKNOWN, Batches, Conversation
 from medmoe_edge.training.loop import Loader, Session, fit
 from medmoe_edge.training.objective import Objective
 from medmoe_edge.training.recipe import PhaseConfig

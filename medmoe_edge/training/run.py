@@ -1,10 +1,17 @@
-"""`medmoe-edge train`: a recipe and a data folder in, a checkpoint in the official layout out."""
+"""`medmoe-edge train`: a recipe and a data folder in, a checkpoint in the official layout out.
 
+The tokenizer is a small byte-level BPE, trained on the questions and answers that the model meets.
+"""
+
+import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from medmoe_edge.checkpoint.reader import write_checkpoint
@@ -14,15 +21,36 @@ from medmoe_edge.errors import DataError, MissingDependencyError
 from medmoe_edge.models.efficientnet_lite import EfficientNetLite, load_imagenet_weights
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.training.batches import Batches
-from medmoe_edge.training.conversations import captions, from_examples, instructions
-from medmoe_edge.training.loop import Session
+from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, Tokenizer
+from medmoe_edge.training.data import Batches, captions, from_examples, instructions
+from medmoe_edge.training.loop import Session, load_state
 from medmoe_edge.training.objective import Objective
 from medmoe_edge.training.phases import Corpus, align, instruct, specialise, upcycle
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
-from medmoe_edge.training.state import load_state
-from medmoe_edge.training.vocabulary import train_tokenizer
+
+END = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int, path: Path) -> None:
+    """Write `tokenizer.json` for `(question, answer)` pairs; id 0 is the end token.
+
+    Byte level: any text can be encoded, also what training never showed.
+    """
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = [AFTER_IMAGE.format(question=question) + f" {answer}" for question, answer in texts]
+    # the system prompt is in every conversation: repeated, so that its words become tokens
+    backend.train_from_iterator([*lines, *[BEFORE_IMAGE] * 20], trainer)
+    partial = path.with_suffix(".partial")
+    backend.save(str(partial))
+    os.replace(partial, path)
 
 
 def train(recipe: Recipe, data: Path, out: Path, progress: Progress) -> Path:

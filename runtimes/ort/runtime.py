@@ -1,7 +1,7 @@
-"""The bundle on ONNX Runtime, on the CPU or CUDA."""
+"""The bundle on ONNX Runtime, on the CPU or CUDA, with its KV cache on the device."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,17 +11,60 @@ import onnxruntime as ort
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.weights import check_scales
-from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
-from medmoe_edge.runtimes.embedding import EmbeddingTable
-from medmoe_edge.runtimes.ort.cache import OrtCache
-from medmoe_edge.runtimes.ort.providers import (
+from medmoe_edge.config import DecoderConfig
+from medmoe_edge.runtimes.base import (
+    Cache,
+    CacheArray,
+    EmbeddingTable,
+    Floats,
+    Step,
+    check_room,
+    in_parts,
+)
+from medmoe_edge.runtimes.ort.sessions import (
     Device,
+    EarlySessions,
     check_providers,
     choose_provider,
     preload_cuda,
+    session_options,
 )
-from medmoe_edge.runtimes.ort.sessions import EarlySessions, session_options
-from medmoe_edge.runtimes.prefill import in_parts
+
+
+class OrtCache:
+    """One buffer `[1, H, capacity, head_size]` per layer for keys and one for values.
+
+    A buffer lies on the device, and is bound both as what a step reads and as what it writes:
+    nothing is copied.
+    """
+
+    def __init__(
+        self, decoder: DecoderConfig, capacity: int, dtype: type[np.generic], device: str
+    ) -> None:
+        shape = (1, decoder.heads, capacity, decoder.head_size)
+        self.capacity = capacity
+        self.length = 0
+        self.dtype = np.dtype(dtype)
+        self.origin = f"onnxruntime {ort.__version__} {device}"
+        self.buffers = {
+            f"{kind}.{layer}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
+            for layer in range(decoder.layers)
+            for kind in ("key", "value")
+        }
+
+    def arrays(self) -> Iterator[CacheArray]:
+        """What it holds, `[H, length, head_size]`: keys and values of each layer in turn."""
+        for buffer in self.buffers.values():
+            yield buffer.numpy()[0, :, : self.length]
+
+    def fill(self, arrays: Iterable[CacheArray]) -> None:
+        """Hold those instead; their number, shape and type must be right."""
+        for buffer, array in zip(self.buffers.values(), arrays, strict=True):
+            whole = np.zeros(buffer.shape(), self.dtype)
+            whole[0, :, : array.shape[1]] = array
+            buffer.update_inplace(whole)
+            self.length = array.shape[1]
+
 
 VISION, DECODER = "vision.onnx", "decoder.onnx"
 PREFILL_AT_ONCE = 384  # tokens

@@ -12,14 +12,11 @@ import numpy as np
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.runtimes.base import Cache, Floats, Step
-from medmoe_edge.runtimes.ort.cache import OrtCache
-from medmoe_edge.runtimes.ort.providers import Device
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+from medmoe_edge.runtimes.ort.runtime import OrtCache, OrtRuntime
+from medmoe_edge.runtimes.ort.sessions import Device
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile
-from medmoe_edge.runtimes.slots.pools import HostDevice, Kind, PoolDevice, PooledMemory
-from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.requests import SlotRequests
-from medmoe_edge.runtimes.slots.slots import Table
+from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
+from medmoe_edge.runtimes.slots.slots import HostDevice, Kind, PoolDevice, PooledMemory, Table
 
 
 class SlotOrtRuntime(OrtRuntime):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import BundleError
-from medmoe_edge.runtimes.paging.store import Expert
+from medmoe_edge.runtimes.paging.pager import Expert
 
 Bytes = npt.NDArray[np.uint8]
 Check = Literal["first", "always", "never"]

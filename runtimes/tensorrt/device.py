@@ -16,7 +16,7 @@ import numpy.typing as npt
 from medmoe_edge.errors import MissingDependencyError, ResourceError
 from medmoe_edge.runtimes.paging.expert_file import Bytes
 from medmoe_edge.runtimes.slots.memory import Event
-from medmoe_edge.runtimes.slots.pools import PoolDevice
+from medmoe_edge.runtimes.slots.slots import PoolDevice
 
 Array = npt.NDArray[Any]
 

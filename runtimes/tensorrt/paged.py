@@ -14,13 +14,16 @@ import numpy as np
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.runtimes.base import Cache, Floats, Step
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile
-from medmoe_edge.runtimes.slots.pools import Kind, PooledMemory
-from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.requests import SlotRequests
-from medmoe_edge.runtimes.slots.slots import Table
+from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
+from medmoe_edge.runtimes.slots.slots import Kind, PooledMemory, Table
 from medmoe_edge.runtimes.tensorrt.device import Device
-from medmoe_edge.runtimes.tensorrt.engine import Context, Engine
-from medmoe_edge.runtimes.tensorrt.runtime import Lane, TensorRTCache, TensorRTRuntime
+from medmoe_edge.runtimes.tensorrt.runtime import (
+    Context,
+    Engine,
+    Lane,
+    TensorRTCache,
+    TensorRTRuntime,
+)
 
 
 class PagedTensorRTRuntime(TensorRTRuntime):

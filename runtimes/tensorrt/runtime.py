@@ -1,30 +1,111 @@
 """A bundle of TensorRT engines: `vision.engine` and `decoder.engine`, on one GPU.
 
-The decoder's engine has two optimisation profiles: prefill, of 1 to `prefill` tokens a step, and
-decode, of one token. Its KV cache is written in place: `present_*` is bound to the buffer of
-`past_*`. A decode step is captured once per cache as a CUDA graph and replayed for every token
-after: where the token stands, it reads from the device (`start`).
+An engine that is not for this library or this GPU is refused with a remedy. The decoder's engine
+has two optimisation profiles: prefill, of 1 to `prefill` tokens a step, and decode, of one token.
+Its KV cache is written in place: `present_*` is bound to the buffer of `past_*`. A decode step is
+captured once per cache as a CUDA graph and replayed for every token after: where the token stands,
+it reads from the device (`start`).
 """
 
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.target import Target
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import InputError, ResourceError
-from medmoe_edge.export.tensorrt_library import EXTRAS, library_of
-from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
-from medmoe_edge.runtimes.embedding import EmbeddingTable
-from medmoe_edge.runtimes.prefill import in_parts
-from medmoe_edge.runtimes.tensorrt.device import CudaDevice, Device, Mirror
-from medmoe_edge.runtimes.tensorrt.engine import (
-    Context,
-    Engine,
-    TensorRTEngine,
-    is_capturable,
+from medmoe_edge.errors import BundleError, InputError, ResourceError
+from medmoe_edge.export.tensorrt_library import (
+    EXTRAS,
+    TITLES,
+    library_of,
+    library_version,
+    load_library,
+    make_logger,
+    reason,
 )
+from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Floats, Step, check_room, in_parts
+from medmoe_edge.runtimes.tensorrt.device import CudaDevice, Device, Mirror
+
+
+class Context(Protocol):
+    """What is used of TensorRT's `IExecutionContext`, which says False where it fails."""
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        """The shape of an input of varying shape."""
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        """Where an input is read or an output written, on the device."""
+
+    def execute_async_v3(self, stream: int) -> bool:
+        """Run, when the stream comes to it."""
+
+
+def is_capturable(context: Context, stream: int) -> bool:
+    """Whether TensorRT lets a launch be recorded; the library for RTX may still be compiling."""
+    ask: Callable[[int], bool] | None = getattr(context, "is_stream_capturable", None)
+    return ask is None or ask(stream)
+
+
+class Engine(Protocol):
+    """A model on the device."""
+
+    def context(self, profile: int) -> Context:
+        """Runs the engine within one of its optimisation profiles."""
+
+
+def check_target(target: Target, version: str, sm: str) -> None:
+    """Raise `BundleError` unless engines for `target` run on this library and this GPU."""
+    title = TITLES[library_of(target)]
+    again = f"Build it again: medmoe-edge export CHECKPOINT --target {target.name} --gpu {sm}"
+    if target.library_version != version:
+        raise BundleError(
+            f"The bundle was built with {title} {target.library_version}, "
+            f"{version} is installed here, and engines run only on their own version.",
+            again,
+        )
+    if target.gpu != sm:
+        raise BundleError(
+            f"The bundle was built for GPUs of {target.gpu}, the one here is {sm}.", again
+        )
+
+
+class TensorRTEngine:
+    """A deserialised engine; raises `BundleError` for a file that TensorRT refuses."""
+
+    def __init__(self, path: Path, target: Target, device: Device) -> None:
+        self._trt = load_library(library_of(target))
+        check_target(target, library_version(self._trt), device.sm)
+        self._device, self._log = device, make_logger(self._trt)
+        self._runtime = self._trt.Runtime(self._log)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise BundleError(
+                f"TensorRT cannot load {path.name}: {reason(chr(10).join(self._log.errors))}.",
+                "Build the bundle again on, or for, this machine; see medmoe-edge doctor.",
+            )
+
+    def context(self, profile: int) -> Context:
+        """Runs the engine within one of its optimisation profiles."""
+        # Memory for what this profile needs, not for the largest of all.
+        strategy = self._trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        context: Any = self._engine.create_execution_context(strategy)
+        if context is None or not context.set_optimization_profile_async(
+            profile, self._device.stream
+        ):
+            raise ResourceError(
+                "The GPU has too little memory left for the engine's intermediate results.",
+                "Close other programs that use it, or use a smaller bundle (--int4).",
+            )
+        self._device.synchronise()
+        ran: Context = context
+        return ran
+
 
 PREFILL, DECODE = 0, 1  # the decoder's optimisation profiles
 HALF = 2  # bytes of fp16 and of bf16

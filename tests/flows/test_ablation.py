@@ -30,7 +30,7 @@ from medmoe_edge.evaluation.ablation_results import (
 from medmoe_edge.evaluation.ablation_variants import VARIANTS, widen
 from medmoe_edge.evaluation.inspection import activated_parameters
 from medmoe_edge.image.loading import load_image, preprocess
-from medmoe_edge.models import phi, stablelm
+from medmoe_edge.models.decoder import PhiFeedForward, StableLmFeedForward
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
@@ -250,13 +250,15 @@ def test_routing_counts_the_image_tokens_of_each_layer(
     np.testing.assert_allclose(stored.routing["xray"], expected)
 
 
-@pytest.mark.parametrize(("feed_forward", "kind"), [(stablelm, "stablelm"), (phi, "phi")])
+@pytest.mark.parametrize(
+    ("feed_forward", "kind"), [(StableLmFeedForward, "stablelm"), (PhiFeedForward, "phi")]
+)
 @pytest.mark.parametrize("copies", [1, 2, 5])
 def test_a_widened_layer_computes_the_same(feed_forward: Any, kind: Any, copies: int) -> None:
     torch.manual_seed(0)
     config = replace(CONFIG.decoder, kind=kind, hidden_size=64, intermediate_size=64)
-    narrow = feed_forward.FeedForward(config)
-    wide = feed_forward.FeedForward(replace(config, intermediate_size=64 * copies))
+    narrow = feed_forward(config)
+    wide = feed_forward(replace(config, intermediate_size=64 * copies))
     widen(narrow, wide, total=2.0)
     x = torch.randn(7, 64)
     torch.testing.assert_close(wide(x), 2 * narrow(x), atol=1e-5, rtol=1e-5)
@@ -265,8 +267,8 @@ def test_a_widened_layer_computes_the_same(feed_forward: Any, kind: Any, copies:
 def test_the_copies_of_a_unit_grow_apart() -> None:
     """Equal copies would get equal gradients and never become two units."""
     torch.manual_seed(0)
-    wide = stablelm.FeedForward(replace(CONFIG.decoder, intermediate_size=64))
-    widen(stablelm.FeedForward(CONFIG.decoder), wide, total=2.0)
+    wide = StableLmFeedForward(replace(CONFIG.decoder, intermediate_size=64))
+    widen(StableLmFeedForward(CONFIG.decoder), wide, total=2.0)
     wide(torch.randn(7, 64)).square().sum().backward()
     assert wide.gate.weight.grad is not None
     first, second = wide.gate.weight.grad.view(2, 32, 64)

@@ -14,11 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from medmoe_edge.archive.archive import Archive
-from medmoe_edge.archive.indexing import Indexing, index_folder
-from medmoe_edge.archive.retrieval import is_image, retrieve
-from medmoe_edge.archive.store import DATABASE, VECTORS, Entry, Vector
-from medmoe_edge.archive.writing import ArchiveWriter
+from medmoe_edge.archive.indexing import ArchiveWriter, Indexing, index_folder
+from medmoe_edge.archive.store import DATABASE, VECTORS, Archive, Entry, Vector, is_image, retrieve
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.results import Reading
 from medmoe_edge.errors import ImageError, InputError, ResourceError
@@ -163,7 +160,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from medmoe_edge.archive import writing as archive_writing
+from medmoe_edge.archive import indexing as archive_writing
 from medmoe_edge.archive.store import Entry
 
 folder, when = Path(sys.argv[1]), sys.argv[2]

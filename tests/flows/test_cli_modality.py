@@ -15,9 +15,8 @@ from PIL import Image as Pillow
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.cli.contrastive import INDEX
 from medmoe_edge.contrastive import engine as modality_engine
-from medmoe_edge.contrastive.phrase import UNSEEN, key_phrase
-from medmoe_edge.contrastive.prompts import parse_labels, read_prompts
 from medmoe_edge.contrastive.results import Classification, Location, Reading
+from medmoe_edge.contrastive.text import UNSEEN, key_phrase, parse_labels, read_prompts
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.presets import MODALITY_PRESETS

@@ -17,38 +17,37 @@ from PIL import Image
 from rich.progress import Progress
 from safetensors.torch import load_file
 
-from medmoe_edge.config_contrastive import ModalityConfig
-from medmoe_edge.config_scores import read_scores
-from medmoe_edge.contrastive.boxes import Place
+from medmoe_edge.config_contrastive import ModalityConfig, read_scores
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.text import ModalityTokenizer
+from medmoe_edge.data.boxes import Place
 from medmoe_edge.data.captions import Captioned
 from medmoe_edge.data.datasets import LabelledImage
 from medmoe_edge.errors import DataError
 from medmoe_edge.models.bert import TextFeatures
-from medmoe_edge.models.contrastive import ImageFeatures
-from medmoe_edge.models.contrastive_losses import UNKNOWN, grounding_loss
+from medmoe_edge.models.contrastive import UNLABELLED, ImageFeatures, grounding_loss
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.presets_random import random_modality_model
-from medmoe_edge.training import contrastive_batches as modality_batches
+from medmoe_edge.training import contrastive_data as modality_batches
 from medmoe_edge.training import loop
-from medmoe_edge.training.augment import augment
-from medmoe_edge.training.contrastive_batches import (
+from medmoe_edge.training.contrastive import (
+    ModalityObjective,
+    ModalityRecipe,
+    coarser,
+    hold_out,
+    is_modality_recipe,
+    read_modality_recipe,
+    train_modality,
+)
+from medmoe_edge.training.contrastive_data import (
     VIEW_ALONE,
     ModalityBatches,
     Told,
     some_phrases,
+    train_word_pieces,
 )
-from medmoe_edge.training.contrastive_objective import ModalityObjective, coarser
-from medmoe_edge.training.contrastive_recipe import (
-    ModalityRecipe,
-    is_modality_recipe,
-    read_modality_recipe,
-)
-from medmoe_edge.training.contrastive_run import hold_out, train_modality
-from medmoe_edge.training.contrastive_vocabulary import train_word_pieces
-from medmoe_edge.training.loop import prepare_parameters
-from medmoe_edge.training.optimisers import make_optimisers
+from medmoe_edge.training.data import augment
+from medmoe_edge.training.loop import make_optimisers, prepare_parameters
 from medmoe_edge.training.recipe import Schedule
 
 TINY = MODALITY_PRESETS["modality-tiny"]
@@ -233,7 +232,7 @@ def test_a_text_fits_each_image_of_which_all_it_says_is_known(
         [True, False, True, False],
         [False, False, False, True],
     ]
-    assert batch.modality.tolist() == [0, 0, 1, UNKNOWN]
+    assert batch.modality.tolist() == [0, 0, 1, UNLABELLED]
     assert batch.pixels.shape == (4, 3, 32, 32)
     assert batch.texts.ids.shape == batch.texts.words.shape == batch.texts.seen.shape
     assert batch.grounding is None

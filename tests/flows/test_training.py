@@ -19,7 +19,7 @@ from medmoe_edge.errors import DataError
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training import loop
-from medmoe_edge.training.batches import Batches
+from medmoe_edge.training.data import Batches
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.run import new_dense_model, train
 

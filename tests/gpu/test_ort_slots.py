@@ -21,9 +21,8 @@ from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step
 from medmoe_edge.runtimes.ort import slots as ort_slots
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.ort.slots import SlotOrtRuntime
-from medmoe_edge.runtimes.slots.pools import HostDevice
 from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.slots import Table
+from medmoe_edge.runtimes.slots.slots import HostDevice, Table
 
 if TYPE_CHECKING:
     from command_line import Run

@@ -9,10 +9,10 @@ import pytest
 from triton import knobs
 
 from medmoe_edge.errors import ConfigError
-from medmoe_edge.kernels.ahead_of_time import PTX_VERSIONS, Compiled, compile_kernel
+from medmoe_edge.kernels.tensorrt_plugin import PTX_VERSIONS, Compiled, compile_kernel
 from medmoe_edge.kernels.variant import Variant
 
-# The ones that take the most; `python -m medmoe_edge.kernels.ahead_of_time` compiles all.
+# The ones that take the most; `python -m medmoe_edge.kernels.tensorrt_plugin` compiles all.
 HIDDEN = Variant("hidden", "swiglu", 5, 2048, 5632, 32, "bf16")
 OUTPUT = Variant("output", "gelu_tanh", 5, 10240, 2560, None, "fp16")
 

@@ -14,7 +14,7 @@ from test_paging import PATIENCE, elsewhere, settle
 from medmoe_edge.errors import BundleError, InputError, ResourceError
 from medmoe_edge.runtimes.base import Floats, Step
 from medmoe_edge.runtimes.paging.expert_file import Bytes
-from medmoe_edge.runtimes.paging.store import Expert
+from medmoe_edge.runtimes.paging.pager import Expert
 from medmoe_edge.runtimes.slots.memory import CpuMemory, DeviceMemory, Event, Slot
 from medmoe_edge.runtimes.slots.replay import Chosen, Replay, first_fault, next_try
 from medmoe_edge.runtimes.slots.slots import ABSENT, ExpertSlots, Table, slot_count

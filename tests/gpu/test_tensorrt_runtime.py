@@ -26,8 +26,12 @@ from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.paging.expert_file import Bytes
 from medmoe_edge.runtimes.slots.memory import Event
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice
-from medmoe_edge.runtimes.tensorrt.engine import TensorRTEngine, check_target
-from medmoe_edge.runtimes.tensorrt.runtime import TensorRTCache, TensorRTRuntime
+from medmoe_edge.runtimes.tensorrt.runtime import (
+    TensorRTCache,
+    TensorRTEngine,
+    TensorRTRuntime,
+    check_target,
+)
 
 DECODER = Decoder()
 SIZES = DECODER.sizes

@@ -39,9 +39,8 @@ from medmoe_edge.export.tensorrt_parsing import parse
 from medmoe_edge.runtimes.base import Cache, Floats, Step
 from medmoe_edge.runtimes.graph import GraphRuntime, as_written
 from medmoe_edge.runtimes.paging.pager import ExpertPager
-from medmoe_edge.runtimes.slots.pools import PooledMemory
 from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.slots import Table
+from medmoe_edge.runtimes.slots.slots import PooledMemory, Table
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice
 from medmoe_edge.runtimes.tensorrt.paged import PagedTensorRTRuntime
 

@@ -29,7 +29,7 @@ from medmoe_edge.errors import BundleError, MissingDependencyError, ModelError, 
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights, specification
 from medmoe_edge.image.loading import Image
-from medmoe_edge.kernels.ahead_of_time import compile_kernel
+from medmoe_edge.kernels.tensorrt_plugin import compile_kernel
 from medmoe_edge.kernels.variant import Variant
 from medmoe_edge.models.moe import MoE
 from medmoe_edge.runtimes.base import Floats, Runtime, Step

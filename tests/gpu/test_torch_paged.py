@@ -20,15 +20,14 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step
-from medmoe_edge.runtimes.paging.store import Expert
+from medmoe_edge.runtimes.paging.pager import Expert
 from medmoe_edge.runtimes.slots.memory import CpuMemory
 from medmoe_edge.runtimes.slots.replay import Chosen
 from medmoe_edge.runtimes.slots.slots import Table
 from medmoe_edge.runtimes.torch import paged as torch_paged
 from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch.eager import TorchDevice
-from medmoe_edge.runtimes.torch.paged import PagedTorchRuntime
-from medmoe_edge.runtimes.torch.slots import SlotLinear
+from medmoe_edge.runtimes.torch.paged import PagedTorchRuntime, SlotLinear
 
 Make = Callable[..., Path]
 STEPS = (17, 5, 1, 1, 1)

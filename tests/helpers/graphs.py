@@ -24,7 +24,7 @@ from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.export.builder import IR_VERSION, MEDMOE, OPSET, Builder, floats
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.moe_op import MoESpec, moe_function
-from medmoe_edge.models import phi, stablelm
+from medmoe_edge.models.decoder import PhiFeedForward, StableLmFeedForward
 from medmoe_edge.models.moe import MoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
@@ -36,8 +36,8 @@ UNLIKE_FORMATS = {  # of one expert, as a mixed export may choose them; see `unl
     "decoder.layers.0.ffn.experts.1.down.weight": Format(4, 64),
 }
 FEED_FORWARD: dict[str, type[nn.Module]] = {
-    "phi": phi.FeedForward,
-    "stablelm": stablelm.FeedForward,
+    "phi": PhiFeedForward,
+    "stablelm": StableLmFeedForward,
 }
 
 

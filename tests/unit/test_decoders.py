@@ -9,8 +9,7 @@ from transformers import PhiConfig, PhiForCausalLM, StableLmConfig, StableLmForC
 
 from medmoe_edge.config import DecoderConfig, ModelConfig
 from medmoe_edge.models.attention import KVCache, causal_mask
-from medmoe_edge.models.phi import Phi
-from medmoe_edge.models.stablelm import StableLm
+from medmoe_edge.models.decoder import Phi, StableLm
 from medmoe_edge.presets import PRESETS
 
 BATCH, LENGTH, SPLIT = 2, 11, 7

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medmoe_edge.errors import BundleError
-from medmoe_edge.runtimes.embedding import EmbeddingTable
+from medmoe_edge.runtimes.base import EmbeddingTable
 
 TABLE = np.random.default_rng(0).standard_normal((50, 24))
 

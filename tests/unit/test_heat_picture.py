@@ -8,9 +8,8 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.contrastive import legend as modality_legend
-from medmoe_edge.contrastive.heatmap import COLOURS, colours, heat_picture
-from medmoe_edge.contrastive.legend import font_for, wrapped
+from medmoe_edge.contrastive import heatmap as modality_legend
+from medmoe_edge.contrastive.heatmap import COLOURS, colours, font_for, heat_picture, wrapped
 from medmoe_edge.contrastive.results import Location, Reading
 from medmoe_edge.runtimes.contrastive import Floats
 

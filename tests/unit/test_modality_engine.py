@@ -14,12 +14,12 @@ from modality_models import TINY, tiny_model, write_tiny
 from torch.nn.functional import interpolate
 
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.config_scores import Scores
+from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality
-from medmoe_edge.contrastive.texts import TextCache
+from medmoe_edge.contrastive.features import TextCache
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ModelError
 from medmoe_edge.image.loading import Image
-from medmoe_edge.models.contrastive_similarity import similarity
+from medmoe_edge.models.contrastive import similarity
 from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures
 
 LABELS = ["effusion", "no finding", "a mass"]
@@ -147,7 +147,7 @@ def test_a_thousand_labels_are_encoded_in_parts_and_once() -> None:
 def test_texts_come_back_in_order_and_those_used_last_are_kept(
     engine: ModalityEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.contrastive.texts.KEPT", 2)
+    monkeypatch.setattr("medmoe_edge.contrastive.features.KEPT", 2)
     cache, texts = TextCache(engine.runtime), ["a long phrase", "mass", "a", "mass"]
     found, expected = cache.encode(texts), engine.runtime.encode_texts(texts)
     np.testing.assert_allclose(found.pooled, expected.pooled, rtol=1e-5, atol=1e-5)

@@ -13,14 +13,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medmoe_edge.config_contrastive import ModalityConfig
-from medmoe_edge.contrastive.boxes import Place, read_places
 from medmoe_edge.contrastive.engine import ModalityEngine
-from medmoe_edge.contrastive.evaluate import evaluate_modality, retrieval, routing
-from medmoe_edge.contrastive.fitting import fit_scores
-from medmoe_edge.contrastive.places import average_precision
-from medmoe_edge.contrastive.router import entropy, evidence
-from medmoe_edge.contrastive.shares import mean_of, share_of
-from medmoe_edge.contrastive.tasks import Task, best_prompts, zero_shot_tasks
+from medmoe_edge.contrastive.evaluate import (
+    Task,
+    average_precision,
+    best_prompts,
+    evaluate_modality,
+    fit_scores,
+    mean_of,
+    retrieval,
+    routing,
+    share_of,
+    zero_shot_tasks,
+)
+from medmoe_edge.contrastive.results import entropy, evidence
+from medmoe_edge.data.boxes import Place, read_places
 from medmoe_edge.data.datasets import LabelledImage
 from medmoe_edge.errors import DataError
 from medmoe_edge.presets import MODALITY_PRESETS

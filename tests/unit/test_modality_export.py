@@ -20,7 +20,7 @@ from torch import nn
 import medmoe_edge
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, model_kind, write_manifest
 from medmoe_edge.bundle.contrastive import DEFAULT_GATES, ModalityBundle
-from medmoe_edge.config_scores import Scores
+from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.loading import open_bundle
 from medmoe_edge.errors import (

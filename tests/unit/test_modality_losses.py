@@ -9,14 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medmoe_edge.models.bert import TextFeatures
-from medmoe_edge.models.contrastive import ImageFeatures
-from medmoe_edge.models.contrastive_losses import UNKNOWN, Losses, contrastive_loss, losses
-from medmoe_edge.models.contrastive_losses import router_loss as router
-from medmoe_edge.models.contrastive_similarity import (
+from medmoe_edge.models.contrastive import (
+    UNLABELLED,
+    ImageFeatures,
+    Losses,
+    contrastive_loss,
     global_similarity,
     local_similarity,
+    losses,
     similarity,
 )
+from medmoe_edge.models.contrastive import router_loss as router
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -99,7 +102,7 @@ def test_the_contrastive_loss_is_that_of_a_loop(seed: int, count: int, equal_tex
 def test_the_total_weighs_its_parts() -> None:
     images, texts = features(1, [2, 1, 4])
     same = torch.eye(3, dtype=torch.bool)
-    modality = torch.tensor([5, UNKNOWN, 0])
+    modality = torch.tensor([5, UNLABELLED, 0])
     found = losses(images, texts, same, modality)
     local = local_similarity(images.regions, texts.words, texts.mask)
     whole = global_similarity(images.pooled, texts.pooled)
@@ -123,7 +126,7 @@ def test_the_total_weighs_its_parts() -> None:
 
 def test_a_batch_without_known_modalities_has_no_router_loss() -> None:
     logits = torch.randn(3, 6, requires_grad=True)
-    loss = router(logits, torch.full((3,), UNKNOWN))
+    loss = router(logits, torch.full((3,), UNLABELLED))
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) == 0
     assert logits.grad is not None
@@ -137,7 +140,7 @@ def test_aligned_pairs_cost_less_than_shuffled_ones() -> None:
     for row in range(3):
         regions[row, 0] = texts.words[row, 0]
     aligned = images._replace(regions=regions, pooled=texts.pooled)
-    same, unknown = torch.eye(3, dtype=torch.bool), torch.full((3,), UNKNOWN)
+    same, unknown = torch.eye(3, dtype=torch.bool), torch.full((3,), UNLABELLED)
     right = losses(aligned, texts, same, unknown)
     wrong = losses(aligned, texts, same.roll(1, 0), unknown)
     assert right.whole < wrong.whole

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, softmax
 
-from medmoe_edge.models.contrastive import ImageFeatures, ModalityMoE, ScaleExpert, enlarge
-from medmoe_edge.models.contrastive_losses import losses
-from medmoe_edge.models.contrastive_similarity import region_map, to_pixels
+from medmoe_edge.models.contrastive import (
+    ImageFeatures,
+    ModalityMoE,
+    ScaleExpert,
+    enlarge,
+    losses,
+    region_map,
+    to_pixels,
+)
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.presets_random import random_modality_model
 

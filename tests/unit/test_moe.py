@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medmoe_edge.config import DecoderConfig, MoEConfig
-from medmoe_edge.models import phi, stablelm
+from medmoe_edge.models.decoder import PhiFeedForward, StableLmFeedForward
 from medmoe_edge.models.moe import MoE, route
 
 SIZE, EXPERTS = 16, 4
-FEED_FORWARD = {"phi": phi.FeedForward, "stablelm": stablelm.FeedForward}
+FEED_FORWARD = {"phi": PhiFeedForward, "stablelm": StableLmFeedForward}
 
 
 def make_moe(kind: Any = "stablelm", **options: Any) -> MoE:

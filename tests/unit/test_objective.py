@@ -9,9 +9,8 @@ from torch.nn.functional import cross_entropy
 
 from medmoe_edge.models.med_moe import MedMoE, Output
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.training.batches import UNKNOWN, Batch
+from medmoe_edge.training.data import IGNORED, UNKNOWN, Batch, Turn, pack
 from medmoe_edge.training.objective import Objective
-from medmoe_edge.training.packing import IGNORED, Turn, pack
 
 PREFIX, IMAGE_TOKENS = [7, 8, 9], 4
 IMAGE, TEXT = slice(3, 7), slice(7, None)

@@ -35,15 +35,13 @@ from medmoe_edge.export.external_data import OWNER, Extents
 from medmoe_edge.export.passes.ort_paged import write_paged_graphs
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.base import Runtime
-from medmoe_edge.runtimes.ort import experts as ort_experts
+from medmoe_edge.runtimes.ort import paged as ort_experts
 from medmoe_edge.runtimes.ort import paged as ort_paged
-from medmoe_edge.runtimes.ort.cache import OrtCache
-from medmoe_edge.runtimes.ort.experts import SLACK, OrtExpertStore
-from medmoe_edge.runtimes.ort.paged import PagedOrtRuntime, _Segment
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+from medmoe_edge.runtimes.ort.paged import SLACK, OrtExpertStore, PagedOrtRuntime, _Segment
+from medmoe_edge.runtimes.ort.runtime import OrtCache, OrtRuntime
 from medmoe_edge.runtimes.ort.sessions import session_options
 from medmoe_edge.runtimes.paging.pager import ExpertPager
-from medmoe_edge.runtimes.paging.profile import RoutingPrediction
+from medmoe_edge.runtimes.paging.prediction import RoutingPrediction
 
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Path]
@@ -509,7 +507,7 @@ def test_a_freed_block_that_was_mapped_is_gone() -> None:
     program = """
 import ctypes, re
 from pathlib import Path
-from medmoe_edge.runtimes.ort.experts import MAPPED, map_large_blocks
+from medmoe_edge.runtimes.ort.paged import MAPPED, map_large_blocks
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]

@@ -11,10 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medmoe_edge.errors import BundleError, InputError
-from medmoe_edge.runtimes.paging.budget import budget_bytes
-from medmoe_edge.runtimes.paging.pager import ExpertPager, PagedExperts
-from medmoe_edge.runtimes.paging.report import paging_report
-from medmoe_edge.runtimes.paging.store import Counts, Expert
+from medmoe_edge.runtimes.paging.pager import Counts, Expert, ExpertPager, PagedExperts
+from medmoe_edge.runtimes.paging.prediction import budget_bytes, paging_report
 
 PATIENCE = 10.0  # seconds until a test that waits for a thread gives up
 

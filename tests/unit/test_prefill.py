@@ -4,8 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medmoe_edge.runtimes.base import Floats, Step
-from medmoe_edge.runtimes.prefill import in_parts
+from medmoe_edge.runtimes.base import Floats, Step, in_parts
 
 
 @given(length=st.integers(1, 60), at_once=st.integers(1, 70))

@@ -32,7 +32,7 @@ from medmoe_edge.engine.prefix_file import Prefix, most_bytes, read_prefix, writ
 from medmoe_edge.errors import InputError
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.base import PortableCache, Runtime
-from medmoe_edge.runtimes.ort.cache import OrtCache
+from medmoe_edge.runtimes.ort.runtime import OrtCache
 
 Make = Callable[..., Path]
 MOE = MoEConfig(layers=(0, 2), expert_names=("mri", "ct", "pathology", "xray"))

@@ -16,8 +16,9 @@ from medmoe_edge.bundle.bundle import Bundle, write_manifest
 from medmoe_edge.bundle.target import TargetName
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import BundleError, MedMoEError, ResourceError
-from medmoe_edge.runtimes.ort import providers as ort_providers
-from medmoe_edge.runtimes.ort.providers import (
+from medmoe_edge.runtimes.ort import sessions as ort_providers
+from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+from medmoe_edge.runtimes.ort.sessions import (
     CPU,
     CUDA,
     TARGETS,
@@ -27,7 +28,6 @@ from medmoe_edge.runtimes.ort.providers import (
     choose_provider,
     preload_cuda,
 )
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime, Kind
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 

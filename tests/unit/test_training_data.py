@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 from medmoe_edge.data.datasets import Example, LabelledImage
 from medmoe_edge.errors import ConfigError, DataError
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.training.augment import augment
-from medmoe_edge.training.conversations import (
+from medmoe_edge.training.data import (
+    IGNORED,
+    IMAGE_ID,
+    Turn,
+    augment,
     captions,
     from_examples,
     instructions,
+    pack,
     tidy_answer,
     vary_question,
 )
-from medmoe_edge.training.packing import IGNORED, IMAGE_ID, Turn, pack
 from medmoe_edge.training.recipe import read_recipe
 
 PREFIX, IMAGE_TOKENS = [7, 8, 9], 4

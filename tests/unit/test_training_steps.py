@@ -6,9 +6,13 @@ from torch import nn
 
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.training.loop import learning_rate_factor, prepare_parameters
+from medmoe_edge.training.loop import (
+    learning_rate_factor,
+    make_optimisers,
+    prepare_parameters,
+    set_learning_rate,
+)
 from medmoe_edge.training.objective import Objective
-from medmoe_edge.training.optimisers import make_optimisers, set_learning_rate
 from medmoe_edge.training.phases import upcycle
 from medmoe_edge.training.recipe import PhaseConfig
 from medmoe_edge.training.run import new_dense_model

@@ -32,8 +32,8 @@ from medmoe_edge.presets_random import random_tensors
 from medmoe_edge.runtimes.base import Floats
 from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+from medmoe_edge.runtimes.torch.bundle import BundleWeights
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
-from medmoe_edge.runtimes.torch.weights import BundleWeights
 
 Make = Callable[..., Path]
 needs_rtx = pytest.mark.skipif(

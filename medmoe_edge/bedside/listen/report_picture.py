@@ -14,7 +14,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from medmoe_edge._version import __version__
 from medmoe_edge.bedside.listen.evidence import CHARACTERS, Result
-from medmoe_edge.contrastive.phrase import key_phrase
+from medmoe_edge.contrastive.text import key_phrase
 from medmoe_edge.image.loading import Image, Pixels
 
 MAX_SIDE = 1024  # pixels

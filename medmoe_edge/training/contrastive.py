@@ -1,36 +1,117 @@
-"""`medmoe-edge train --model modality-moe`: images and captions in, a checkpoint out."""
+"""`medmoe-edge train modality-nano`: images and captions in, a checkpoint of a MedMoE out.
+
+A run is one phase; it minimises the losses of `models/contrastive.py`.
+"""
 
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
-from medmoe_edge.config_scores import SCORES
-from medmoe_edge.contrastive.boxes import Place, read_places
-from medmoe_edge.contrastive.fitting import fit_scores
+from medmoe_edge.config import Config
+from medmoe_edge.config_contrastive import SCORES, ModalityConfig
+from medmoe_edge.contrastive.evaluate import Task, best_prompts, fit_scores, zero_shot_tasks
 from medmoe_edge.contrastive.loading import open_checkpoint
-from medmoe_edge.contrastive.tasks import Task, best_prompts, zero_shot_tasks
 from medmoe_edge.contrastive.text import ModalityTokenizer
+from medmoe_edge.data.boxes import Place, read_places
 from medmoe_edge.data.captions import Captioned, fact_captions, label_captions
 from medmoe_edge.data.datasets import LabelledImage, read_examples, read_labels
 from medmoe_edge.errors import DataError
 from medmoe_edge.models.bert import TextFeatures
-from medmoe_edge.models.contrastive import ImageFeatures
-from medmoe_edge.models.contrastive_similarity import similarity
+from medmoe_edge.models.contrastive import (
+    GROUNDING_WEIGHT,
+    ImageFeatures,
+    ModalityMoE,
+    grounding_loss,
+    losses,
+    similarity,
+)
+from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.presets_random import random_modality_model
-from medmoe_edge.training.contrastive_batches import ModalityBatches
-from medmoe_edge.training.contrastive_objective import ModalityObjective
-from medmoe_edge.training.contrastive_recipe import ModalityRecipe
-from medmoe_edge.training.contrastive_vocabulary import train_word_pieces
+from medmoe_edge.training.contrastive_data import ModalityBatch, ModalityBatches, train_word_pieces
 from medmoe_edge.training.loop import Loader, Session, fit
+from medmoe_edge.training.recipe import Schedule, recipe_json
+
+
+@dataclass(frozen=True)
+class ModalityRecipe(Config):
+    """Which model, which data (relative to the data folder), how long.
+
+    `shared_expert` trains the model without experts. Each `hold_out`th training image of a caption
+    is kept from training: scores are fitted on these. With `boxes` around what phrases name, maps
+    are taught where it is; those on other images are not looked at.
+    """
+
+    preset: str
+    seed: int
+    questions: str
+    labels: str
+    schedule: Schedule
+    shared_expert: bool = False
+    hold_out: int = 20
+    boxes: str | None = None
+
+    def model_config(self) -> ModalityConfig:
+        """What is trained; raises `DataError` for a preset that is no MedMoE."""
+        if self.preset not in MODALITY_PRESETS:
+            raise DataError(
+                f"The recipe's preset {self.preset!r} is no MedMoE.",
+                f"Use one of: {', '.join(MODALITY_PRESETS)}.",
+            )
+        return replace(MODALITY_PRESETS[self.preset], shared_expert=self.shared_expert)
+
+
+def read_modality_recipe(name_or_path: str) -> ModalityRecipe:
+    """A MedMoE recipe that ships with the package, by name, or a JSON file."""
+    return ModalityRecipe.from_json(recipe_json(name_or_path), "recipe")
+
+
+def is_modality_recipe(name_or_path: str) -> bool:
+    """Whether a recipe's preset is a MedMoE; raises `DataError` where it cannot be read."""
+    return recipe_json(name_or_path).get("preset") in MODALITY_PRESETS
+
+
+POOLED = 2  # regions a side that the local loss sees as one: a quarter of the work, as good
+
+
+class ModalityObjective(nn.Module):
+    """Wraps the model so that one forward gives the loss (which is what DDP needs)."""
+
+    def __init__(self, model: ModalityMoE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ModalityBatch) -> Tensor:
+        """The loss of a batch, a scalar."""
+        images = self.model.encode_image(batch.pixels)
+        texts = self.model.encode_text(*batch.texts)
+        loss = losses(coarser(images), texts, batch.fits, batch.modality).total
+        if found := batch.grounding:
+            phrases = self.model.encode_text(*found.texts)
+            grounding = grounding_loss(images.regions[found.rows], phrases, found.boxes)
+            loss = loss + GROUNDING_WEIGHT * grounding
+        return loss
+
+
+def coarser(images: ImageFeatures) -> ImageFeatures:
+    """The mean of each square of neighbouring regions; a grid too small for it stays."""
+    regions = images.regions
+    if regions.shape[1] < 2 * POOLED:
+        return images
+    return images._replace(
+        regions=avg_pool2d(regions.permute(0, 3, 1, 2), POOLED).permute(0, 2, 3, 1)
+    )
+
 
 AT_ONCE = 32  # images to validate on
 

@@ -1,25 +1,72 @@
-"""Captioned images to batches of pixels and texts, which text fits which image, and where."""
+"""What a contrastive model trains on: captioned images, which text fits which image, and where.
 
+Its BERT starts from nothing, with a small WordPiece vocabulary trained on the captions.
+"""
+
+import os
 import random
+import string
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader
 
 from medmoe_edge.config_contrastive import ModalityConfig
-from medmoe_edge.contrastive.boxes import Place
-from medmoe_edge.contrastive.text import ModalityTokenizer
+from medmoe_edge.contrastive.text import PADDING, UNKNOWN, ModalityTokenizer
+from medmoe_edge.data.boxes import Place
 from medmoe_edge.data.captions import Captioned
 from medmoe_edge.image.loading import load_image, seen_square
-from medmoe_edge.models.contrastive_losses import UNKNOWN
-from medmoe_edge.training.augment import augment
+from medmoe_edge.models.contrastive import UNLABELLED
+from medmoe_edge.training.data import Listed, Pictures, augment
 from medmoe_edge.training.loop import Loader
-from medmoe_edge.training.pictures import Listed, Pictures
+
+START, END = "[CLS]", "[SEP]"
+
+_MARKS = [PADDING, UNKNOWN, START, END]
+_LETTERS = string.ascii_lowercase + string.digits
+# Given to the trainer beforehand, or it numbers the pieces within words in another order each time
+# and breaks ties by that.
+_BASE = [*_MARKS, *string.punctuation, *_LETTERS, *(f"##{letter}" for letter in _LETTERS)]
+
+
+def train_word_pieces(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Write `tokenizer.json`: lower case, no accents, the marks around a text; id 0 is padding.
+
+    Any text in Latin letters can be encoded, also words that training never showed. The same texts
+    give the same file.
+    """
+    trained = _reading(models.WordPiece(unk_token=UNKNOWN))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=_BASE, show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    vocabulary = trained.get_vocab()
+    backend = _reading(models.WordPiece(vocabulary, unk_token=UNKNOWN))
+    backend.add_special_tokens(_MARKS)
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(m, vocabulary[m]) for m in (START, END)]
+    )
+    partial = path.with_suffix(".partial")
+    backend.save(str(partial))
+    os.replace(partial, path)
+
+
+def _reading(model: models.WordPiece) -> Backend:
+    """A tokenizer that splits texts as BERT does."""
+    backend = Backend(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return backend
+
 
 VIEW_ALONE = 0.1  # how often a text says only what kind of image it is
 FORMS = ("{view}, {seen}", "{seen}, {view}", "{view} showing {seen}", "{seen} on {view}")
@@ -55,7 +102,7 @@ class ModalityBatch:
     """B images `pixels` `[B, 3, S, S]` and B texts: row i of each belong together.
 
     `fits` `[B, B]` is True where the text of the column says nothing that is not known of the
-    image of the row; `modality` `[B]` is an index or `UNKNOWN`.
+    image of the row; `modality` `[B]` is an index or `UNLABELLED`.
     """
 
     pixels: Tensor
@@ -163,7 +210,7 @@ class ModalityBatches:
         return Texts(*(torch.from_numpy(part) for part in self.tokenizer.encode(texts)))
 
     def _modality(self, name: str | None) -> int:
-        return self.modalities.index(name) if name in self.modalities else UNKNOWN
+        return self.modalities.index(name) if name in self.modalities else UNLABELLED
 
 
 def some_phrases(phrases: Sequence[str], order: random.Random) -> tuple[tuple[str, ...], str]:

@@ -1,0 +1,310 @@
+"""What Med-MoE trains on: random views of images, and conversations packed into sequences.
+
+Views are small rotations, scalings, shifts and changes of light. There is no mirroring: left and
+right are what many questions are about. Captions and instructions are built from labels, since the
+images carry no free text.
+
+A packed sequence is `prefix, image tokens, turn 1, turn 2, ...`. Every turn sees the prefix, the
+image and itself, never another turn, and its positions continue from the image: the model computes
+exactly what it would on separate sequences, but the image is processed once.
+"""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+from torch.utils.data import DataLoader, Dataset
+
+from medmoe_edge.config import ModelConfig, VisionConfig
+from medmoe_edge.config_contrastive import SwinConfig
+from medmoe_edge.data.captions import NAMES
+from medmoe_edge.data.datasets import Example, LabelledImage
+from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.training.loop import Loader
+
+ROTATION = math.radians(12)
+SCALE = 0.15
+SHIFT = 0.08
+LIGHT = 0.2
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Normalised pixels `[B, 3, S, S]` (roughly -1 to 1), each image changed on its own.
+
+    Further channels, such as masks, are moved with the first three and keep their values.
+    """
+    batch = len(pixels)
+
+    def uniform(limit: float, *shape: int) -> Tensor:
+        return (torch.rand(batch, *shape, generator=generator) * 2 - 1) * limit
+
+    angle, zoom = uniform(ROTATION), 1 + uniform(SCALE)
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    shift = uniform(SHIFT, 2)
+    rows = (torch.stack((cos, -sin, shift[:, 0]), -1), torch.stack((sin, cos, shift[:, 1]), -1))
+    grid = affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
+    moved = grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    contrast, brightness = 1 + uniform(LIGHT, 1, 1, 1), uniform(LIGHT / 2, 1, 1, 1)
+    moved[:, :3] = moved[:, :3] * contrast + brightness
+    return moved
+
+
+Item = TypeVar("Item")
+
+
+class Pictures:
+    """Images as a tower's input; decoded ones are kept, so an epoch reads no file twice."""
+
+    def __init__(self, vision: VisionConfig | SwinConfig) -> None:
+        self.vision = vision
+        self._pixels: dict[Path, Tensor] = {}
+
+    def stack(self, paths: Iterable[Path]) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]`."""
+        return torch.stack([self._load(path) for path in paths]).float()
+
+    def _load(self, path: Path) -> Tensor:
+        if path not in self._pixels:
+            pixels = preprocess(load_image(path), self.vision)
+            self._pixels[path] = torch.from_numpy(pixels[0]).half()
+        return self._pixels[path]
+
+
+class Listed(Dataset[Item]):
+    """A list, as torch's loader wants it."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """An image, its modality where known, and `(question, answer)` turns.
+
+    No turn sees another.
+    """
+
+    image: Path
+    modality: str | None
+    turns: tuple[tuple[str, str], ...]
+    source: str
+
+
+def from_examples(examples: Iterable[Example]) -> list[Conversation]:
+    """Group questions by image, in order of first appearance."""
+    grouped: dict[Path, list[Example]] = defaultdict(list)
+    for example in examples:
+        grouped[example.image].append(example)
+    return [
+        Conversation(
+            image,
+            turns[0].modality,
+            tuple((turn.question, tidy_answer(turn.answer)) for turn in turns),
+            turns[0].source,
+        )
+        for image, turns in grouped.items()
+    ]
+
+
+def instructions(labelled: Iterable[LabelledImage]) -> list[Conversation]:
+    """Classification posed as questions, in the wording of the VQA sets."""
+    return [
+        Conversation(
+            image.image,
+            image.modality,
+            (
+                ("What modality is used to take this image?", _spoken(image.modality)),
+                (
+                    "Which part of the body does this image belong to?",
+                    tidy_answer(image.body),
+                ),
+                ("What is the finding in this image?", tidy_answer(image.finding)),
+            ),
+            image.source,
+        )
+        for image in labelled
+    ]
+
+
+def captions(labelled: Iterable[LabelledImage], examples: Iterable[Example]) -> list[Conversation]:
+    """Image-caption pairs: what the image is and, where a label says so, what it shows."""
+    pairs = [
+        (item.image, item.modality, f"{item.body}: {item.finding}", item.source)
+        for item in labelled
+    ]
+    pairs += [
+        (item.image, item.modality, item.body.lower(), item.source)
+        for item in {example.image: example for example in examples}.values()
+        if item.modality and item.body
+    ]
+    return [
+        Conversation(
+            image,
+            modality,
+            (("Describe this image.", f"{_spoken(modality)} of the {what}"),),
+            source,
+        )
+        for image, modality, what, source in pairs
+    ]
+
+
+def vary_question(question: str, order: random.Random) -> str:
+    """Now and then as people type: without capitals, without the question mark."""
+    if order.random() < 0.3:
+        question = question.lower()
+    shorter = question.rstrip("? ")
+    return shorter if order.random() < 0.3 and shorter else question
+
+
+def tidy_answer(answer: str) -> str:
+    """One spelling per answer: single spaces, no full stop, a capital first letter."""
+    text = " ".join(answer.split()).rstrip(".")
+    return text[:1].upper() + text[1:]
+
+
+def _spoken(modality: str) -> str:
+    return NAMES.get(modality, modality)
+
+
+IMAGE_ID = -200  # where an image token stands, as in the official code
+IGNORED = -100  # a label that does not count
+SHARED, PADDING = 0, -1  # segments: what every turn sees, and what nobody sees
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Text of a batch: `ids`, `positions`, `segments` and next-token `labels`, all `[B, S]`."""
+
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor
+    labels: Tensor
+
+    def mask(self) -> Tensor:
+        """Visibility `[B, 1, S, S]`: causal, within the own turn or into the shared prefix."""
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        causal = torch.ones(query.shape[1], key.shape[2], dtype=torch.bool, device=query.device)
+        visible = ((key == query) | (key == SHARED)) & causal.tril()
+        return visible[:, None]
+
+
+Turn = tuple[list[int], list[int]]  # question ids, answer ids with the end token
+
+
+def encode_turn(tokenizer: Tokenizer, question: str, answer: str, end: int) -> Turn:
+    """Token ids of one turn."""
+    return tokenizer.question_ids(question), [*tokenizer.answer_ids(answer), end]
+
+
+def pack(prefix: list[int], image_tokens: int, batch: Sequence[Sequence[Turn]]) -> Packed:
+    """Pack each image's turns behind the shared prefix and pad to the longest."""
+    rows = [_pack_one(prefix, image_tokens, turns) for turns in batch]
+    width = max(len(row) for row in rows)
+    fill = (0, 0, PADDING, IGNORED)
+    columns = torch.tensor([row + [fill] * (width - len(row)) for row in rows])  # [B, S, 4]
+    ids, positions, segments, labels = columns.unbind(-1)
+    return Packed(ids, positions, segments, labels)
+
+
+def _pack_one(
+    prefix: list[int], image_tokens: int, turns: Sequence[Turn]
+) -> list[tuple[int, int, int, int]]:
+    shared = [*prefix, *[IMAGE_ID] * image_tokens]
+    row = [(token, place, SHARED, IGNORED) for place, token in enumerate(shared)]
+    for segment, (question, answer) in enumerate(turns, start=1):
+        tokens = question + answer[:-1]
+        labels = [IGNORED] * (len(question) - 1) + answer  # each place predicts the next token
+        row += [
+            (token, len(shared) + place, segment, label)
+            for place, (token, label) in enumerate(zip(tokens, labels, strict=True))
+        ]
+    return row
+
+
+UNKNOWN = -1  # modality index of an image whose modality no expert serves
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`pixels` `[B, 3, S, S]`, the packed text, and each image's modality index `[B]`."""
+
+    pixels: Tensor
+    text: Packed
+    modality: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        text = Packed(*(tensor.to(device) for tensor in vars(self.text).values()))
+        return Batch(self.pixels.to(device), text, self.modality.to(device))
+
+
+class Batches:
+    """Makes the batches of an epoch."""
+
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, modalities: Sequence[str], seed: int
+    ) -> None:
+        self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self.modalities = list(modalities)
+        self.prefix = tokenizer.prefix_ids()
+        self.pictures = Pictures(config.vision)
+
+    def plain(self, conversations: Sequence[Conversation], size: int) -> Loader:
+        """Every conversation in order, unchanged: for validation."""
+        return DataLoader(
+            Listed(conversations), size, collate_fn=lambda chosen: self.collate(chosen, None)
+        )
+
+    def shuffled(
+        self, conversations: Sequence[Conversation], size: int, max_turns: int, epoch: int
+    ) -> Loader:
+        """An epoch for training: shuffled, augmented, at most `max_turns` turns an image.
+
+        The same seed and epoch give the same batches, so a resumed run repeats an unbroken one.
+        """
+        order = random.Random(f"{self.seed} {epoch}")
+        chosen = [
+            replace(conversation, turns=_some_turns(conversation, max_turns, order))
+            for conversation in order.sample(conversations, len(conversations))
+        ]
+        noise = torch.Generator().manual_seed(self.seed * 1000 + epoch)
+        return DataLoader(Listed(chosen), size, collate_fn=lambda items: self.collate(items, noise))
+
+    def collate(self, items: Sequence[Conversation], noise: torch.Generator | None) -> Batch:
+        """Pixels, packed text and modality indices of some conversations."""
+        pixels = self.pictures.stack(item.image for item in items)
+        if noise is not None:
+            pixels = augment(pixels, noise)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
+        end = self.config.decoder.eos_token_id
+        turns = [
+            [encode_turn(self.tokenizer, question, answer, end) for question, answer in item.turns]
+            for item in items
+        ]
+        text = pack(self.prefix, self.config.vision.image_tokens, turns)
+        modality = torch.tensor([self._modality(item.modality) for item in items])
+        return Batch(pixels, text, modality)
+
+    def _modality(self, name: str | None) -> int:
+        return self.modalities.index(name) if name in self.modalities else UNKNOWN
+
+
+def _some_turns(
+    conversation: Conversation, limit: int, order: random.Random
+) -> tuple[tuple[str, str], ...]:
+    chosen = order.sample(conversation.turns, min(limit, len(conversation.turns)))
+    return tuple((vary_question(question, order), answer) for question, answer in chosen)
