@@ -4,7 +4,6 @@ somewhere, and what the reference lists is what there is.
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import sys
@@ -17,8 +16,9 @@ import pytest
 import trustme
 import yaml
 from command_line import ROOT, Run
-from documents import PAGES, SHOWN, Block, Scratch, blocks_of, check_command
+from documents import PAGES, SHOWN, Scratch, blocks_of, check_command, environment
 from listen_process import study
+from medmoe_edge.training.vocabulary import train_tokenizer
 from PIL import Image as Pillow
 from serving import StandIn, app_over
 from test_dicom import saved
@@ -30,11 +30,16 @@ from medmoe_edge.cli.errors import ORDER
 from medmoe_edge.export import build
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.presets_random import random_tensors
-from medmoe_edge.training.vocabulary import train_tokenizer
 
 MODALITIES = ("ct", "mri", "pathology", "xray")
 FRONT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+# nano at tiny size, to train it in a second
+SMALL = dataclasses.replace(
+    PRESETS["tiny"], moe=dataclasses.replace(PRESETS["nano"].moe, layers=(0, 2))
+)
 
 
 def sturdy_checkpoint(folder: Path) -> None:
@@ -44,13 +49,7 @@ def sturdy_checkpoint(folder: Path) -> None:
     """
     tokenizer = folder.with_suffix(".json")
     train_tokenizer([("Is there effusion?", "Yes")], 300, tokenizer)
-    base = PRESETS["tiny"]
-    assert base.moe is not None
-    config = dataclasses.replace(
-        base,
-        decoder=dataclasses.replace(base.decoder, vocab_size=320),
-        moe=dataclasses.replace(base.moe, expert_names=("mri", "ct", "pathology", "xray")),
-    )
+    config = dataclasses.replace(SMALL, decoder=dataclasses.replace(SMALL.decoder, vocab_size=320))
     tensors = dict(random_tensors(config, seed=1))
     for name in tensors:  # as those of `tiny_checkpoint`, so that its traced tower fits
         if name.startswith(("vision.", "projector.")) and "norm" not in name:
@@ -99,6 +98,7 @@ def test_the_blocks_of_a_page(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(PRESETS, "nano", SMALL)
     trace = build.export_vision
     monkeypatch.setattr(  # the tower that several pages export is traced once
         build,
@@ -287,7 +287,8 @@ def test_ask_ipynb(presumed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
     import nbformat
 
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+    for name in ("PATH", "PYTHONPATH"):
+        monkeypatch.setenv(name, environment()[name])
     notebook = nbformat.read(ROOT / "examples" / "ask.ipynb", as_version=4)
     nbformat.validate(notebook)
     assert all(not cell.get("outputs") for cell in notebook.cells), "outputs are not committed"

@@ -194,7 +194,7 @@ class Scratch:
         self.services[verb] = service
         assert service.stdout is not None
         first = service.stdout.readline()
-        while "istening" not in first:  # the notice may come before
+        while " on " not in first or "isten" not in first:  # "Listening on", "listens on"
             assert first, f"{verb} did not start"
             first = service.stdout.readline()
 
