@@ -18,7 +18,6 @@ import yaml
 from command_line import ROOT, Run
 from documents import PAGES, SHOWN, Scratch, blocks_of, check_command, environment
 from listen_process import study
-from medmoe_edge.training.vocabulary import train_tokenizer
 from PIL import Image as Pillow
 from serving import StandIn, app_over
 from test_dicom import saved
@@ -30,6 +29,7 @@ from medmoe_edge.cli.errors import ORDER
 from medmoe_edge.export import build
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.presets_random import random_tensors
+from medmoe_edge.training.run import train_tokenizer
 
 MODALITIES = ("ct", "mri", "pathology", "xray")
 FRONT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
