@@ -37,8 +37,12 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 # nano at tiny size, to train it in a second
+NANO, TINY = PRESETS["nano"], PRESETS["tiny"]
+assert NANO.moe is not None
 SMALL = dataclasses.replace(
-    PRESETS["tiny"], moe=dataclasses.replace(PRESETS["nano"].moe, layers=(0, 2))
+    TINY,
+    decoder=dataclasses.replace(TINY.decoder, vocab_size=NANO.decoder.vocab_size),
+    moe=dataclasses.replace(NANO.moe, layers=(0, 2)),
 )
 
 
