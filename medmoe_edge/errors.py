@@ -12,10 +12,27 @@
     └── ResourceError                5   memory, disk, device
         └── MissingDependencyError   5   an optional package
 
-Every error says what was wrong and what to do about it; neither line may carry patient data.
+Every error says what was wrong and what to do about it; neither line may carry patient data. What
+is no error, but should be known of a result that stands all the same, is a `Notice`.
 """
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
+
+
+@dataclasses.dataclass(frozen=True)
+class Notice:
+    """What a person and a program should know of a result that stands all the same.
+
+    Attributes:
+        code: A stable name for programs, such as `unlike_label`.
+        message: The same for people, in one or two sentences; never patient data.
+    """
+
+    code: str
+    message: str
 
 
 class MedMoEError(Exception):
@@ -81,3 +98,17 @@ class MissingDependencyError(ResourceError):
             f"This needs the package {package!r}, which is not installed.",
             f"Install it with: pip install 'medmoe-edge[{extra}]'",
         )
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of what only the packages of an extra can do.
+
+    Raises `MissingDependencyError`, which names the package and the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("medmoe_edge"):
+            raise  # no package to install: a mistake of ours
+        raise MissingDependencyError(error.name.partition(".")[0], extra) from error

@@ -34,7 +34,7 @@ from medmoe_edge.checkpoint.writer import write_checkpoint, wrong_shape
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 
-__all__ = ["Checkpoint", "import_router", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "as_checkpoint", "import_router", "read_checkpoint", "write_checkpoint"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +129,16 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
     if tokenizer.exists():
         check_file(tokenizer)
     return Checkpoint(folder, config, tokenizer if tokenizer.exists() else None, names, twins)
+
+
+def as_checkpoint(checkpoint: Path | Checkpoint, *, vision_tower: Path | None = None) -> Checkpoint:
+    """A checkpoint that is open already, or else its folder opened as `read_checkpoint` does.
+
+    What is handed on open is read and hashed once, however many steps need it.
+    """
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    return read_checkpoint(checkpoint, vision_tower=vision_tower)
 
 
 def _read_tower(path: object) -> tuple[dict[str, StoredTensor], dict[str, object]]:

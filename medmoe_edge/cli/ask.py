@@ -9,7 +9,7 @@ from medmoe_edge.cli.common import Device, DropPages, Force, Json, MemoryBudget,
 from medmoe_edge.cli.contrastive import check_picture, write_heat
 from medmoe_edge.errors import InputError
 from medmoe_edge.render import console as render
-from medmoe_edge.render import contrastive as render_modality
+from medmoe_edge.render import contrastive as render_contrastive
 
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.results import Location
@@ -73,9 +73,11 @@ def ask(
     else:
         render.show_answers(answers)
         if found and explain:
-            render_modality.show_explanation(found, answers[0].modality, explain)
+            render_contrastive.show_explanation(found, answers[0].modality, explain)
     if found and found.reading.unfamiliar:
-        render.show(render_modality.UNFAMILIAR, "yellow", stderr=True)
+        render.show(render_contrastive.UNFAMILIAR, "yellow", stderr=True)
+    if engine.proven:
+        render.hint(engine.proven.hint)
     for notice in dict.fromkeys(answer.notice for answer in answers):
         render.show(notice, "yellow", stderr=True)
 

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medmoe_edge.cli.common import Force, Json, check_output, verb
-from medmoe_edge.cli.errors import needs
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render
-from medmoe_edge.render import contrastive as render_modality
+from medmoe_edge.render import contrastive as render_contrastive
 
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.results import Location, Reading
@@ -66,9 +65,9 @@ def classify(
     if as_json:
         render.as_json(found.to_json())
         if len(names) == 1:
-            render.show(render_modality.ONE_LABEL, "yellow", stderr=True)
+            render.show(render_contrastive.ONE_LABEL, "yellow", stderr=True)
     else:
-        render_modality.show_classification(found)
+        render_contrastive.show_classification(found)
     end(found.notice, found.reading)
 
 
@@ -100,7 +99,7 @@ def locate(
     if as_json:
         render.as_json(found.to_json() | {"picture": str(output)})
     else:
-        render_modality.show_location(found, output)
+        render_contrastive.show_location(found, output)
     end(found.notice, found.reading)
 
 
@@ -130,7 +129,7 @@ def index(
     if as_json:
         render.as_json(made.to_json())
     else:
-        render_modality.show_indexing(made)
+        render_contrastive.show_indexing(made)
     end(made.notice)
 
 
@@ -155,7 +154,7 @@ def retrieve(
     if as_json:
         render.as_json(found.to_json())
     else:
-        render_modality.show_retrieval(found)
+        render_contrastive.show_retrieval(found)
     end(found.notice, found.reading)
 
 
@@ -178,5 +177,5 @@ def write_heat(output: Path, picture: "Image", found: "Location") -> None:
 def end(notice: str, reading: "Reading | None" = None) -> None:
     """On stderr, what must be known of every result."""
     if reading and reading.unfamiliar:
-        render.show(render_modality.UNFAMILIAR, "yellow", stderr=True)
+        render.show(render_contrastive.UNFAMILIAR, "yellow", stderr=True)
     render.show(notice, "yellow", stderr=True)

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.features import TextCache, region_map, similarity, unit
-from medmoe_edge.contrastive.loading import REFERENCE, RuntimeName, open_modality
+from medmoe_edge.contrastive.loading import RuntimeName, open_modality
 from medmoe_edge.contrastive.results import (
     Classification,
     Location,
@@ -18,6 +19,7 @@ from medmoe_edge.contrastive.results import (
 )
 from medmoe_edge.engine.clock import Clock
 from medmoe_edge.engine.engine import ImageLike
+from medmoe_edge.engine.proof import REFERENCE, Proven, describe
 from medmoe_edge.errors import BundleError, CheckpointError, InputError
 from medmoe_edge.image.loading import Image, load_image, preprocess, seen_square
 from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, ModalityRuntime, TextFeatures
@@ -37,18 +39,19 @@ def load_modality(
 
 
 class ModalityEngine:
-    """A loaded MedMoE. Not thread-safe. `verification` is a bundle's proof, or "reference"."""
+    """A loaded MedMoE. Not thread-safe. `proven` and `verification` are as of an `Engine`."""
 
     def __init__(
         self,
         runtime: ModalityRuntime,
         name: str,
         sha256: str,
-        verification: str = REFERENCE,
+        proven: Proven | None = None,
         scores: Scores | None = None,
     ) -> None:
         self.runtime, self.config = runtime, runtime.config
-        self.name, self.sha256, self.verification = name, sha256, verification
+        self.name, self.sha256, self.proven = name, sha256, proven
+        self.verification: str = proven.status if proven else REFERENCE
         self.scores = scores or Scores()
         self.texts = TextCache(runtime)
 
@@ -177,18 +180,13 @@ class ModalityEngine:
         if all(np.isfinite(array).all() for array in arrays):
             return
         what = f"{self.name} computed values that are infinite or no numbers."
-        if self.verification == REFERENCE:
+        if self.proven is None:
             raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
         raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
 
     @property
-    def _model(self) -> dict[str, str]:
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "verification": self.verification,
-            "runtime": self.runtime.name,
-        }
+    def _model(self) -> dict[str, Any]:
+        return describe(self.name, self.sha256, self.proven, self.runtime.name)
 
 
 def _timings(clock: Clock) -> dict[str, float]:

@@ -17,11 +17,12 @@ from medmoe_edge.runtimes.contrastive import Floats
 class _Result:
     """`timings` are seconds: `image` to read and prepare, `vision` tower and expert, `text` and
     `compare`, as far as each was needed, and `total`. `model` says by `name` and `sha256` what
-    answered, by `runtime` what ran it, and under `verification` what is known of its fidelity.
+    answered, by `runtime` what ran it, and under `verification` and `verified` what is known of
+    its fidelity, as of an `Answer`.
     """
 
     timings: dict[str, float]
-    model: dict[str, str]
+    model: dict[str, Any]
     notice: str = dataclasses.field(default=NOTICE, kw_only=True)
 
 

@@ -36,8 +36,9 @@ class Answer:
     where the experts' modalities are not known; `experts` the share of routed tokens, over all
     layers, that each expert took. `model` says by `name` and `sha256` what answered, by `runtime`
     what ran it, and under `verification` what is known of its fidelity: "passed", "failed" or "not
-    measured" of a bundle, "reference" of a checkpoint. `paging` tells how experts were brought into
-    memory where that is bounded (`runtimes.paging_report`), else it is None.
+    measured" of a bundle, "reference" of a checkpoint; of a bundle, `verified` says on what
+    `machine` (None: not recorded) and whether that holds `here`. `paging` tells how experts were
+    brought into memory where that is bounded (`runtimes.paging.report`), else it is None.
     """
 
     question: str
@@ -46,7 +47,7 @@ class Answer:
     modality: str | None
     experts: dict[str, float]
     timings: Timings
-    model: dict[str, str]
+    model: dict[str, Any]
     complete: bool = True
     notice: str = NOTICE
     paging: dict[str, Any] | None = None

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.clock import Clock, timings
-from medmoe_edge.engine.loading import REFERENCE, Device, Paging, RuntimeName, open_model
+from medmoe_edge.engine.loading import Device, Paging, RuntimeName, open_model
 from medmoe_edge.engine.prefix_cache import LastPrefix, PrefixCache, cache_folder
 from medmoe_edge.engine.prefix_file import Prefix
+from medmoe_edge.engine.proof import REFERENCE, Proven, describe
 from medmoe_edge.errors import BundleError, CheckpointError, InputError
 from medmoe_edge.image.loading import Image, load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
@@ -74,7 +75,8 @@ def load(
 class Engine:
     """A loaded model that answers questions about images. Not thread-safe.
 
-    `verification` is a bundle's proof, or "reference".
+    `proven` is what is known of a bundle's fidelity, None of a checkpoint; `verification` says it
+    in a word: "passed", "failed" or "not measured", of a checkpoint "reference".
     """
 
     def __init__(
@@ -83,11 +85,12 @@ class Engine:
         tokenizer: Tokenizer,
         name: str,
         sha256: str,
-        verification: str = REFERENCE,
+        proven: Proven | None = None,
         prefixes: LastPrefix | None = None,
     ) -> None:
         self.runtime, self.tokenizer, self.prefixes = runtime, tokenizer, prefixes
-        self.name, self.sha256, self.verification = name, sha256, verification
+        self.name, self.sha256, self.proven = name, sha256, proven
+        self.verification: str = proven.status if proven else REFERENCE
         self.config = runtime.config
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
 
@@ -280,12 +283,7 @@ class Engine:
             timings=timings(
                 prefix.seconds, clock.laps, len(answer), first=first, reused=prefix.reused
             ),
-            model={
-                "name": self.name,
-                "sha256": self.sha256,
-                "verification": self.verification,
-                "runtime": self.runtime.name,
-            },
+            model=describe(self.name, self.sha256, self.proven, self.runtime.name),
             complete=complete,
             paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
         )
@@ -309,7 +307,7 @@ class Engine:
         if np.isfinite(values).all():
             return values
         what = f"{self.name} computed values that are infinite or no numbers."
-        if self.verification == REFERENCE:
+        if self.proven is None:
             raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
         raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
 

@@ -100,11 +100,19 @@ def load_image(path: str | os.PathLike[str], *, frame: int | None = None) -> Ima
 
 
 def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[np.float32]:
-    """The tower's input [1, 3, S, S]: a square of side S = `vision.image_size`, normalised.
+    """The tower's input [1, 3, S, S]: the square that `seen_picture` gives, normalised."""
+    values = seen_picture(image, vision).pixels.astype(np.float32)  # [S, S, 3]
+    mean, std = (np.asarray(v, np.float32) for v in (vision.pixel_mean, vision.pixel_std))
+    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+
+
+def seen_picture(image: Image, vision: VisionConfig | SwinConfig) -> Image:
+    """What the tower sees of a picture: a square of side S = `vision.image_size`.
 
     Med-MoE trains and answers on `pad_to_square`: the picture in the middle of a square of the
     mean colour (truncated to integers, as LLaVA's `expand2square` does). Its evaluation scales
-    the shortest edge to S and crops the centre, which is CLIP's own preprocessing.
+    the shortest edge to S and crops the centre, which is CLIP's own preprocessing. Such a square
+    is itself seen as it is.
     """
     picture = Pillow.fromarray(image.pixels)
     side = vision.image_size
@@ -113,9 +121,7 @@ def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[n
         picture = _pad_to_square(picture, colour).resize((side, side), Pillow.Resampling.BICUBIC)
     else:
         picture = _centre_crop(picture, side)
-    values = np.asarray(picture, np.float32)  # [S, S, 3]
-    mean, std = (np.asarray(v, np.float32) for v in (vision.pixel_mean, vision.pixel_std))
-    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+    return Image(np.asarray(picture))
 
 
 def seen_square(image: Image, vision: VisionConfig | SwinConfig) -> tuple[float, float, float]:

@@ -12,7 +12,7 @@ from medmoe_edge.data.datasets import read_examples
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.evaluation.evaluate import evaluate
 from medmoe_edge.evaluation.inspection import inspect_model
-from medmoe_edge.export.build import export_bundle
+from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.image.loading import Image, load_image
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_asked_twice_it_answers_the_same_bytes() -> None:
 
 
 def test_the_fp32_bundle_answers_as_torch_does(tmp_path: Path) -> None:
-    export_bundle(checkpoint_path("nano"), tmp_path / "fp32", precision="fp32")
+    export_bundle(checkpoint_path("nano"), tmp_path / "fp32", BuildOptions(precision="fp32"))
     ours, reference = medmoe_edge.load(tmp_path / "fp32"), medmoe_edge.load("nano", runtime="torch")
     pixels = load_image(SCAN).pixels
     views = [pixels, pixels[:, ::-1], pixels[::-1], pixels[:256], np.rot90(pixels)]

@@ -27,7 +27,7 @@ from listen_process import free_port
 from markdown_it import MarkdownIt
 
 from medmoe_edge import cli
-from medmoe_edge.cli.errors import Commands
+from medmoe_edge.cli.common import Commands
 
 PAGES = sorted(
     [

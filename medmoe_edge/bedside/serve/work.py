@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.errors import Refusal
@@ -17,6 +17,7 @@ from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.results import Classification, Location
 from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.proof import Proven
 from medmoe_edge.errors import DataError, ImageError, MedMoEError, ResourceError
 from medmoe_edge.image.loading import Image, load_image, shown_name
 
@@ -27,6 +28,7 @@ class Asked(Protocol):
     name: str
     sha256: str
     verification: str
+    proven: Proven | None
 
     def prompt_tokens(self, question: str) -> int: ...
 
@@ -114,7 +116,7 @@ class Work:
         return picture
 
     def _record(
-        self, upload: Upload, event: str, model: Mapping[str, str], question: str, answer: str
+        self, upload: Upload, event: str, model: Mapping[str, Any], question: str, answer: str
     ) -> None:
         if self._audit is None:
             return

@@ -1,5 +1,6 @@
 """What an ablation found, on disk and as a table."""
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,37 @@ import numpy as np
 
 from medmoe_edge.data.datasets import parse_json
 from medmoe_edge.errors import DataError, ResourceError
-from medmoe_edge.evaluation.ablation_cost import Latency, Size
 from medmoe_edge.evaluation.evaluate import ModalityAccuracy, Score
 from medmoe_edge.evaluation.metrics import bootstrap_interval
+from medmoe_edge.render.console import show, show_table
 from medmoe_edge.training.recipe import Recipe
 
 Routing = dict[str, list[list[float]]]
 """By true modality, for each layer with experts, each expert's share of the image's tokens."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters: all, those of the language part, and of these what runs for one token.
+
+    `bytes` is what the weights take as run here, in fp32.
+    """
+
+    total: int
+    language: int
+    activated: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median seconds in PyTorch on the CPU, fp32.
+
+    `first_token`: vision tower and prefill of image and question; `token`: each further one.
+    """
+
+    first_token: float
+    token: float
 
 
 @dataclass(frozen=True)
@@ -109,6 +134,24 @@ def caption(ablation: Ablation) -> str:
         f"of the labelled images an epoch; learning: {', '.join(phase.train)}, or what a variant "
         "has in their place."
     )
+
+
+def show_ablation(ablation: Ablation) -> None:
+    """One row per variant, the recipe that trained all, and the routers' confusions.
+
+    The table is cut where its columns change their subject, so that each part fits a terminal.
+    """
+    columns, rows = table(ablation)
+    cuts = [1, columns.index("its interval") + 1, columns.index("activated"), len(columns)]
+    for start, stop in itertools.pairwise(cuts):
+        part = [[row[0], *row[start:stop]] for row in rows]
+        show_table("", [columns[0], *columns[start:stop]], part)
+        show()
+    show(caption(ablation), "dim")
+    for row in ablation.rows:
+        for images, found in row.result.router.items():
+            columns, confusions = confusion_table(found)
+            show_table(f"{row.result.variant}: modality found, {images}", columns, confusions)
 
 
 def read_result(file: Path, settings: Mapping[str, Any], questions: int) -> Result:

@@ -1,13 +1,15 @@
-"""`medmoe-edge ablate`: what each part of the structure is worth, all else being equal.
+"""What each part of the structure is worth, all else being equal.
 
 Every variant starts from one run's phase-2 model and trains phase 3 with one recipe; then all
 answer the same questions on the same runtime.
 """
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,21 +18,23 @@ import torch
 from accelerate import Accelerator
 from rich.progress import Progress
 
-from medmoe_edge.data.datasets import LabelledImage, read_examples, read_labels
-from medmoe_edge.engine.engine import Engine
-from medmoe_edge.errors import DataError, InputError, ResourceError
-from medmoe_edge.evaluation.ablation_cost import measure, size_of
-from medmoe_edge.evaluation.ablation_results import (
+from experiments.ablation.results import (
     Ablation,
+    Latency,
     Result,
     Routing,
     Row,
+    Size,
     difference,
     read_json,
     read_result,
     write_json,
 )
-from medmoe_edge.evaluation.ablation_variants import MERGED, VARIANTS
+from experiments.ablation.variants import MERGED, VARIANTS
+from medmoe_edge._types import Floats
+from medmoe_edge.data.datasets import Example, LabelledImage, read_examples, read_labels
+from medmoe_edge.engine.engine import Engine
+from medmoe_edge.errors import DataError, InputError, ResourceError
 from medmoe_edge.evaluation.evaluate import (
     Evaluation,
     ModalityAccuracy,
@@ -51,6 +55,8 @@ from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.run import read_corpus, restore_instructed, trainable_config
 
 ALL = tuple(VARIANTS)
+ROUNDS = 24  # questions that latencies are measured on
+TOKENS = 8  # decoded in every round, wherever the answer would end
 
 
 def ablate(
@@ -80,15 +86,15 @@ def ablate(
         raise InputError("The variants are none, or one is named twice.", "Name each once.")
     if epochs is not None:
         recipe = replace(recipe, moe=replace(recipe.moe, epochs=epochs))
-    bench = _Bench(recipe, run, data, out, progress)
-    entries = [bench.entry(name) for name in variants]  # what cannot be used is found out at once
+    experiment = _Experiment(recipe, run, data, out, progress)
+    entries = [experiment.entry(name) for name in variants]  # refuses at once
     task = progress.add_task("variants", total=len(variants))
     for entry in entries:
-        bench.finish(entry)
+        experiment.finish(entry)
         progress.advance(task)
-    results = [bench.result(entry) for entry in entries]
-    latencies = measure({entry.name: entry.engine for entry in entries}, bench.examples)
-    images = [str(example.image) for example in bench.examples]
+    results = [experiment.result(entry) for entry in entries]
+    latencies = measure({entry.name: entry.engine for entry in entries}, experiment.examples)
+    images = [str(example.image) for example in experiment.examples]
     rows = [
         Row(
             VARIANTS[result.variant].description,
@@ -116,7 +122,7 @@ class _Entry:
     engine: Engine
 
 
-class _Bench:
+class _Experiment:
     """What all variants share: the recipe, the model they start from, the data."""
 
     def __init__(
@@ -269,3 +275,51 @@ def _sha256(file: Path) -> str:
             f"{file} cannot be read ({error.strerror}).",
             "Give the folder of a finished run of: medmoe-edge train; and the data it had.",
         ) from error
+
+
+def size_of(model: MedMoE) -> Size:
+    """Counted from the module, so that layers of any width count as what they are."""
+    sizes = {name: parameter.numel() for name, parameter in model.decoder.named_parameters()}
+    language = activated = sum(sizes.values())
+    if moe := model.config.moe:
+        experts = sum(size for name, size in sizes.items() if ".ffn.experts." in name)
+        activated -= experts - experts * moe.top_k // moe.num_experts
+    tensors = [*model.parameters(), *model.buffers()]
+    return Size(
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        language=language,
+        activated=activated,
+        bytes=sum(tensor.nbytes for tensor in tensors),
+    )
+
+
+def measure(engines: Mapping[str, Engine], examples: Sequence[Example]) -> dict[str, Latency]:
+    """Every engine answers the same questions; they take turns, in changing order."""
+    laps: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    chosen = [examples[number * len(examples) // ROUNDS] for number in range(ROUNDS)]
+    for number, example in enumerate([chosen[0], *chosen]):
+        for name in list(engines)[:: 1 if number % 2 else -1]:
+            engine = engines[name]
+            pixels = preprocess(load_image(example.image), engine.config.vision)
+            lap = _answer(engine, pixels, example.question)
+            if number:  # the first only warms up
+                laps[name].append(lap)
+    return {
+        name: Latency(median(first for first, _ in own), median(token for _, token in own))
+        for name, own in laps.items()
+    }
+
+
+def _answer(engine: Engine, pixels: Floats, question: str) -> tuple[float, float]:
+    """Seconds to the first token and per further token."""
+    runtime, tokenizer = engine.runtime, engine.tokenizer
+    prefix, ids = tokenizer.prefix_ids(), tokenizer.question_ids(question)
+    started = time.perf_counter()
+    image = runtime.encode_image(pixels)
+    embeds = np.concatenate((runtime.embed(prefix), image, runtime.embed(ids)))
+    cache = runtime.new_cache(len(embeds) + TOKENS)
+    logits = runtime.step(embeds, cache).logits
+    first = time.perf_counter()
+    for _ in range(TOKENS):
+        logits = runtime.step(runtime.embed([int(logits.argmax())]), cache).logits
+    return first - started, (time.perf_counter() - first) / TOKENS

@@ -1,73 +1,15 @@
-"""The verbs that build: checkpoints, statistics, data; `export` is in `cli_build`."""
+"""The verbs that make a checkpoint and its data: `init`, `train` and `data`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from medmoe_edge.cli.common import (
-    Checkpoint,
-    Force,
-    Json,
-    Samples,
-    Strict,
-    VisionTower,
-    check_output,
-    verb,
-)
-from medmoe_edge.cli.errors import needs
-from medmoe_edge.errors import InputError
+from medmoe_edge.cli.common import Force, verb
+from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render
-from medmoe_edge.render import verification as render_proof
 
 SHIPPED_RECIPES = {"med-moe": "nano", "modality-moe": "modality-nano"}
-
-
-@verb("calibrate", "Build", "calibrate nano --data builtin -o nano.stats")
-def calibrate(
-    checkpoint: Checkpoint = "nano",
-    *,
-    data: Annotated[
-        str, typer.Option(metavar="DATA", help="A folder of images, a question file or builtin.")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="STATS", help="The file.")],
-    samples: Samples = 128,
-    hessians: Annotated[
-        bool, typer.Option(help="Second moments, for GPTQ; much the largest part.")
-    ] = True,
-    strict: Strict = False,
-    vision_tower: VisionTower = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Gather the statistics that quantisation needs; an interrupted run goes on where it was."""
-    with needs("export"):
-        from medmoe_edge import pipeline
-        from medmoe_edge.calibration.run import calibrate as gather
-        from medmoe_edge.checkpoint.reader import read_checkpoint
-    from medmoe_edge.embedded import checkpoint_path
-
-    check_output(output, force)
-    folder = checkpoint_path(checkpoint)
-    with render.working("Reading") as report:
-        source = pipeline.read_data(folder, data, vision_tower=vision_tower)
-        statistics = gather(
-            folder,
-            source,
-            output,
-            samples=samples,
-            hessians=hessians,
-            strict=strict,
-            vision_tower=vision_tower,
-            force=force,
-            progress=report,
-        )
-    if as_json:
-        render.as_json({"statistics": str(output)} | statistics.summary())
-    else:
-        moe = read_checkpoint(folder, vision_tower=vision_tower).config.moe
-        render_proof.show_coverage(statistics, moe.expert_names if moe else (), source.skipped)
-        render.wrote("the statistics", output)
 
 
 @verb("init", "Build", "init tiny my-tiny")
