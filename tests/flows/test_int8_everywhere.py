@@ -3,6 +3,7 @@
 The graphs are read with onnx, as they lie in the bundles: no processor is asked.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def products(graph: onnx.GraphProto) -> Iterator[str]:
 
 def int8_weights(folder: Path) -> Iterator[tuple[str, Integers]]:
     """Every such weight `[K, N]` of every graph of a bundle, those of paged experts included."""
-    manifest = Bundle.open(folder).manifest
+    manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
     for file in sorted(folder.glob("*.onnx")):
         graph = onnx.load(file, load_external_data=False).graph
         read = set(products(graph))
