@@ -2,7 +2,7 @@
 
 import re
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 OLDEST_ONNXRUNTIME = (1, 24)  # as in pyproject.toml: tests/unit/test_lock.py compares them
 
 

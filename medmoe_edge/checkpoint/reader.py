@@ -90,11 +90,13 @@ class Checkpoint:
     def _shared_router(self) -> dict[str, torch.Tensor]:
         """`weight` and `bias` of the router common to all layers; empty where they differ."""
         shared: dict[str, torch.Tensor] = {}
-        for name in filter(is_router, self.names):
-            part, tensor = name.rsplit(".", 1)[1], self.names[name].read()
-            if not torch.equal(shared.setdefault(part, tensor), tensor):
-                return {}
-        return {part: tensor.clone() for part, tensor in shared.items()}
+        # It is kept, and may be loaded into a model later, which takes no inference tensors.
+        with torch.inference_mode(False):
+            for name in filter(is_router, self.names):
+                part, tensor = name.rsplit(".", 1)[1], self.names[name].read()
+                if not torch.equal(shared.setdefault(part, tensor), tensor):
+                    return {}
+            return {part: tensor.clone() for part, tensor in shared.items()}
 
     def sha256(self) -> str:
         """Hash over `config.json` and every weight file, in order of their names; read once."""

@@ -37,17 +37,33 @@ def load(
     drop_pages: bool = False,
     prefix_cache: str | os.PathLike[str] | None = None,
 ) -> "Engine":
-    """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
+    """Load a model to ask.
 
-    `auto` runs a bundle on what it was made for and a checkpoint on torch, which runs portable
-    bundles too; `device` "cpu" or "cuda" chooses where ONNX Runtime or torch computes. A device
-    that a bundle was made for and that is not there is an error, never a silent fall back; asking
-    for the CPU is how to allow one. A bundle whose verification failed is loaded with a warning.
-    With a `memory_budget`, `drop_pages` also has the kernel forget what it read of experts, so that
-    the memory is really free; an expert that comes back is read from storage again.
-    `prefix_cache` names a folder for what the model makes of images (`engine.prefix_cache`):
-    later questions about the last image, and in other processes about any of them, skip that. It is
-    patient data. Raises `ModelError`, `ResourceError`, and `InputError` for what cannot be had.
+    A device that a bundle was made for and that is not there is an error, never a silent fall back;
+    asking for the CPU is how to allow one. A bundle whose verification failed is loaded with a
+    warning.
+
+    Args:
+        model: The name of an embedded model ("nano"), the folder of a bundle, or (with torch) the
+            folder of a checkpoint.
+        runtime: What runs it. "auto" takes what a bundle was made for, and torch for a checkpoint;
+            "torch" runs portable bundles too.
+        device: Where ONNX Runtime or torch computes: "cpu", "cuda", or "auto" for what the model
+            was made for.
+        memory_budget: How much memory routed experts may take: bytes, as "1500MB" or "2GiB", or a
+            share of them all, as "50%". The others wait in storage; answers stay the same bits.
+        drop_pages: With a memory budget, have the kernel forget what it read of experts, so that
+            the memory is really free; one that comes back is read from storage again.
+        prefix_cache: A folder for what the model makes of images: later questions about the last
+            image, and in other processes about any of them, skip that. It is patient data.
+
+    Returns:
+        The loaded model.
+
+    Raises:
+        ModelError: The bundle or checkpoint is incomplete, damaged or of another version.
+        ResourceError: Memory, the device, or an optional package is missing.
+        InputError: The options do not go together, or the budget is too small.
     """
     folder = None if prefix_cache is None else cache_folder(prefix_cache)
     paging = Paging(memory_budget, drop_pages)
@@ -96,8 +112,18 @@ class Engine:
     ) -> Answer:
         """Answer one question.
 
-        Raises `InputError` for an unusable image or question, `ModelError` where the model's output
-        is not finite.
+        Args:
+            image: A file (PNG, JPEG, TIFF, DICOM, NIfTI) or an `Image` that was read.
+            question: At most 10,000 characters.
+            max_new_tokens: The longest answer, in tokens.
+            frame: Which frame or slice of several, from 0; None is the middle one.
+
+        Returns:
+            The answer; the same input gives the same one.
+
+        Raises:
+            InputError: The image or the question cannot be used.
+            ModelError: The model computed NaN or infinite values.
         """
         return self.ask_all(image, [question], max_new_tokens=max_new_tokens, frame=frame)[0]
 
@@ -109,7 +135,21 @@ class Engine:
         max_new_tokens: int = MAX_NEW_TOKENS,
         frame: int | None = None,
     ) -> list[Answer]:
-        """Answer several questions, each by itself; the image is processed once for all."""
+        """Answer several questions, each by itself; the image is processed once for all.
+
+        Args:
+            image: As of `ask`.
+            questions: Any number.
+            max_new_tokens: The longest answer to each, in tokens.
+            frame: As of `ask`.
+
+        Returns:
+            One answer for each question, in their order.
+
+        Raises:
+            InputError: The image or a question cannot be used.
+            ModelError: The model computed NaN or infinite values.
+        """
         told = self.ask_stream(image, questions, max_new_tokens=max_new_tokens, frame=frame)
         return [item for item in told if isinstance(item, Answer)]
 
@@ -123,9 +163,21 @@ class Engine:
     ) -> Iterator[str | Answer]:
         """Answer several questions, telling each answer while it is made.
 
-        For each question in turn come pieces of the answer's text, one for each token, some of them
-        empty, and then the `Answer`; joined, they are its text. Nothing is computed ahead: who
-        stops iterating stops the model.
+        Nothing is computed ahead: who stops iterating stops the model.
+
+        Args:
+            image: As of `ask`.
+            questions: Any number.
+            max_new_tokens: The longest answer to each, in tokens.
+            frame: As of `ask`.
+
+        Yields:
+            For each question in turn, pieces of the answer's text, one for each token, some of them
+            empty, and then the `Answer`; joined, the pieces are its text.
+
+        Raises:
+            InputError: The image or a question cannot be used.
+            ModelError: The model computed NaN or infinite values.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
@@ -144,12 +196,26 @@ class Engine:
         return seen_picture(_picture(image, frame), self.config.vision).pixels
 
     def prompt_tokens(self, question: str) -> int:
-        """Positions that an image and a question take; raises `InputError` for an unusable one."""
+        """Count the tokens of a prompt.
+
+        Returns:
+            The positions that an image and this question take in the KV cache.
+
+        Raises:
+            InputError: The question cannot be used.
+        """
         before, after = self.tokenizer.prefix_ids(), self.tokenizer.question_ids(question)
         return len(before) + self.config.vision.image_tokens + len(after)
 
     def modality(self, image: ImageLike, *, frame: int | None = None) -> str | None:
-        """The image's modality as the router reads it; None where expert names are unknown."""
+        """Read an image's modality by the router, without a question.
+
+        Returns:
+            One of `expert_names`; None where these are unknown.
+
+        Raises:
+            InputError: The image cannot be used.
+        """
         return self._prefill(image, frame, room=0).modality
 
     def _prefill(self, image: ImageLike, frame: int | None, room: int) -> Prefix:

@@ -1,6 +1,5 @@
 """The model that ships inside: that it is what its card says, and answers."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -87,16 +86,3 @@ def test_it_is_as_good_as_its_card_says(data_dir: Path) -> None:
     assert slake.exact_match > 0.75  # all 96 images: 0.82
     assert result.router.accuracy is not None
     assert result.router.accuracy > 0.98
-
-
-def test_the_readme_speaks_the_truth(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert code is not None
-    monkeypatch.chdir(ROOT)
-    exec(code[1], {})
-    assert "Is the heart enlarged? ->" in capsys.readouterr().out
-    for link in re.findall(r"\]\(([^)]+)\)", readme):
-        assert (ROOT / link).exists(), link
