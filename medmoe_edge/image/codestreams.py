@@ -36,7 +36,7 @@ SYCC = 18  # a JP2 file's enumerated colour space: YCbCr (T.800 table I.10)
 IN_JPEG = re.compile(rb"\xff+[\x01-\xfe]")
 IN_JPEG_LS = re.compile(rb"\xff+[\x80-\xfe]")
 # What is put behind each run of entropy-coded data in turn, longer than any one code.
-PADS = (b"\0" * 16, b"\x5a\x35" * 8)
+PADS = (b"\0" * 16, b"\x5a\x35" * 8, b"\xb2\x4d\x69" * 6, b"\x93\xe7\x1c" * 6, b"\x2d\x54\xc8" * 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Codestream:
     start: int = 0
     end: int | None = None
     ended: bool = True
+    progressive: bool = False
 
 
 def is_codestream(data: bytes) -> bool:
@@ -130,12 +131,16 @@ class _Frame:
     def lossless(self) -> bool:
         return self.marker in (0xFFC3, 0xFFCB, 0xFFF7)
 
+    @property
+    def progressive(self) -> bool:
+        return self.marker in (0xFFC2, 0xFFCA)
+
     def completed(self, scan: bytes) -> set[int]:
         """The coefficients that a scan reads to their last bit, by the end of its header.
 
         They are all of them, but in progressive pictures (T.81 G.1.1.1).
         """
-        if self.marker not in (0xFFC2, 0xFFCA):
+        if not self.progressive:
             return set(range(64))
         first, last, approximation = scan[:3]
         return set() if approximation & 0xF else set(range(first, last + 1))
@@ -213,6 +218,7 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
         colour=_jpeg_colour(frame, adobe, jfif),
         entropy=tuple(scans),
         ended=at < len(data),
+        progressive=frame.progressive,
     )
 
 
@@ -420,8 +426,8 @@ def _decode_jpeg(
         space = "YCBCR" if is_ycc else "RGB"
         options = {"colorspace": space, "outcolorspace": "RGB"}
 
-    def decoded(pad: bytes, *, changed: bool = False) -> npt.NDArray[Any]:
-        return np.asarray(codecs.jpeg8_decode(_padded(data, stream, pad, changed), **options))
+    def decoded(pad: bytes, unused: int = 0) -> npt.NDArray[Any]:
+        return np.asarray(codecs.jpeg8_decode(_padded(data, stream, pad, unused), **options))
 
     if not stream.ended:
         say("may_be_damaged", "The compressed picture lacks its end: it may be damaged.")
@@ -430,27 +436,26 @@ def _decode_jpeg(
         raise cut_off(name)
     if int(picture.max()) >> stream.precision:  # a wrong difference, carried on
         raise cut_off(name)
-    if np.array_equal(picture, decoded(PADS[1], changed=True)):
+    if stream.progressive or picture.min() == picture.max():  # where any data may look the same
+        return picture
+    if all(np.array_equal(picture, decoded(pad, 1)) for pad in PADS[1:]):
         say(
-            "may_be_damaged", "The compressed picture ends before its data does: it may be damaged."
+            "may_be_damaged",
+            "The compressed picture ends before its data does: it may be damaged.",
         )
     return picture
 
 
-def _padded(data: bytes, stream: Codestream, pad: bytes, changed: bool) -> bytes:
-    """The codestream with bytes put behind all entropy-coded data, whose last byte is changed."""
+def _padded(data: bytes, stream: Codestream, pad: bytes, unused: int) -> bytes:
+    """The codestream with bytes put behind all entropy-coded data, without so many at its end."""
     parts, at = [], 0
     runs = [run for scan in stream.entropy for run in scan]
     for start, end in runs:
-        parts.append(data[at:end])
+        stop = end - unused if (start, end) == runs[-1] else end
+        if stop < end and data[stop - 1 : stop] == b"\xff":  # not between 0xFF and its zero
+            stop -= 1
+        parts += [data[at : max(start, stop)], pad]
         at = end
-        if changed and (start, end) == runs[-1] and end > start:
-            if data[end - 2 : end] == b"\xff\0":
-                parts[-1] = parts[-1][:-2] + b"\0"
-            else:
-                last = data[end - 1] ^ 0xFF
-                parts[-1] = parts[-1][:-1] + (b"\xff\0" if last == 0xFF else bytes([last]))
-        parts.append(pad)
     return b"".join([*parts, data[at:], END_OF_IMAGE])
 
 
