@@ -7,6 +7,7 @@ is decoded with different bytes behind its data: a whole one does not depend on 
 """
 
 import dataclasses
+import logging
 import math
 import re
 import struct
@@ -28,6 +29,11 @@ MANY_PIXELS, MOST_DENSE = 2**24, 2**12
 JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 J2K = b"\xff\x4f\xff\x51"
 JPEG = b"\xff\xd8\xff"
+HIGH_THROUGHPUT, PREDICTABLE_TERMINATION = 0x40, 0x10  # styles of code blocks (T.800 table A.19)
+# OpenJPEG's words for a code block of which bytes are left, or that needed more of them; and how
+# many of each there may be: Kakadu cuts its blocks shorter than the standard's coder would.
+TERMINATION = re.compile(r"PTERM check failure: (\d+) (remaining|synthesized)")
+MOST_LEFT, MOST_MADE_UP = 2, 5
 END_OF_IMAGE = END_OF_CODESTREAM = b"\xff\xd9"
 SIZ_DEPTHS = 42  # where the components of a JPEG 2000 codestream are described (T.800 A.5.1)
 SYCC = 18  # a JP2 file's enumerated colour space: YCbCr (T.800 table I.10)
@@ -45,7 +51,8 @@ class Codestream:
 
     `colour` is how its three components are to be read: `ycc`, `rgb`, or None where it does not
     say. `entropy` are the runs of entropy-coded data between markers, per scan; from `start` to
-    `end` lie the tiles of JPEG 2000 and all before them. `ended` tells whether the marker of a
+    `end` lie the tiles of JPEG 2000 and all before them, with the bytes `styles` that say how code
+    blocks are coded. `ended` tells whether the marker of a
     JPEG picture's end is there.
     """
 
@@ -60,6 +67,7 @@ class Codestream:
     entropy: tuple[tuple[Segment, ...], ...] = ()
     start: int = 0
     end: int | None = None
+    styles: tuple[int, ...] = ()
     ended: bool = True
     progressive: bool = False
 
@@ -297,7 +305,7 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
     tiles = math.ceil((right - tile_left) / tile_width) * math.ceil(
         (bottom - tile_top) / tile_height
     )
-    colours, lossless, end = _follow_tiles(data, start, tiles, name)
+    colours, lossless, styles, end = _follow_tiles(data, start, tiles, components, name)
     if components == 3 and colour is None:
         colour = "rgb" if colours else "ycc" if len(set(steps)) > 1 else None
     (depth,) = depths
@@ -312,6 +320,7 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
         colour=colour,
         start=start,
         end=end,
+        styles=styles,
     )
 
 
@@ -339,10 +348,21 @@ def _in_boxes(data: bytes, name: str) -> tuple[int, Colour | None]:
     raise cut_off(name)
 
 
-def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool, bool, int]:
-    """Whether colours and whether values are transformed reversibly, and where the tiles end."""
+def _follow_tiles(
+    data: bytes, start: int, tiles: int, components: int, name: str
+) -> tuple[bool, bool, tuple[int, ...], int]:
+    """What COD and COC say of the transforms and the coding, and where the tiles end.
+
+    Returns:
+        Whether colours are transformed, whether values are so reversibly, where the styles of code
+        blocks stand, and the tiles' end.
+
+    Raises:
+        ImageError: A tile is not there, or not whole.
+    """
     at, seen = start + 2, set()
     colours = lossless = False
+    styles: list[int] = []
     while True:
         marker, length = struct.unpack_from(">HH", data, at)
         if marker == 0xFF90:  # SOT: its tile, the length of the tile-part
@@ -361,10 +381,13 @@ def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool,
         else:
             if marker == 0xFF52:  # COD: colour transform, and 1 for the reversible wavelet
                 colours, lossless = data[at + 8] == 1, data[at + 13] == 1
+                styles.append(at + 12 - start)
+            elif marker == 0xFF53:  # COC, the same of one component
+                styles.append(at + (9 if components < 257 else 10) - start)
             at += 2 + length
     if len(seen) != tiles:
         raise cut_off(name)
-    return colours, lossless, at
+    return colours, lossless, tuple(styles), at
 
 
 # --- Decoding ----------------------------------------------------------------
@@ -462,19 +485,35 @@ def _padded(data: bytes, stream: Codestream, pad: bytes, unused: int) -> bytes:
 def _decode_jpeg2000(
     codecs: Any, data: bytes, stream: Codestream, exact: bool, say: Say
 ) -> npt.NDArray[Any]:
-    """Decode a JPEG 2000 picture; of one without loss, see that its values stay in their range.
+    """Decode a JPEG 2000 picture, and see that code blocks and values end where they should.
 
-    OpenJPEG cuts off what leaves it. So the codestream is made to say that its values are signed
-    and have more bits: then nothing is cut off, nor is the middle of the range added (T.800 G.1).
-    What is lossy leaves its range by up to a half where there is text, and tells nothing by it.
+    The codestream is made to say that code blocks end predictably (T.800 D.4.2), which changes
+    nothing but that OpenJPEG looks whether they do: a block that was damaged does not, and other
+    encoders' blocks do within a few bytes.
+
+    OpenJPEG also cuts off what leaves the range of values. So a codestream without loss is made to
+    say that its values are signed and have more bits: then nothing is cut off, nor is the middle of
+    the range added (T.800 G.1). What is lossy leaves its range by up to a half where there is text,
+    and tells nothing by it.
     """
-    data = data[stream.start : stream.end] + END_OF_CODESTREAM  # which some lack
-    if not (exact and stream.lossless):
-        return np.asarray(codecs.jpeg2k_decode(data, planar=False))
-    patched = bytearray(data)
-    for component in range(stream.components):
+    patched = bytearray(data[stream.start : stream.end] + END_OF_CODESTREAM)  # which some lack
+    for at in stream.styles:
+        if not patched[at] & HIGH_THROUGHPUT:
+            patched[at] |= PREDICTABLE_TERMINATION
+    exact = exact and stream.lossless
+    for component in range(stream.components if exact else 0):
         patched[SIZ_DEPTHS + 3 * component] = 0x80 | max(15, stream.precision + 3)
-    values = np.asarray(codecs.jpeg2k_decode(bytes(patched), planar=False))
+    complaints = _Complaints()
+    logger = logging.getLogger("imagecodecs")
+    logger.addFilter(complaints)
+    try:
+        values = np.asarray(codecs.jpeg2k_decode(bytes(patched), planar=False, verbose=2))
+    finally:
+        logger.removeFilter(complaints)
+    if complaints.serious:
+        say("may_be_damaged", "Parts of the compressed picture end too early or too late.")
+    if not exact:
+        return values
     half = 1 << stream.precision - 1
     if int(values.min()) < -half or int(values.max()) >= half:
         say(
@@ -485,3 +524,16 @@ def _decode_jpeg2000(
     if stream.signed:
         return np.asarray(values, np.int16 if stream.precision <= 16 else None)
     return np.asarray(values + half, np.min_scalar_type(2 * half - 1))
+
+
+class _Complaints(logging.Filter):
+    """Takes OpenJPEG's warnings out of the log, and remembers whether any of them is serious."""
+
+    serious = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        found = TERMINATION.search(record.getMessage())
+        if found:
+            limit = MOST_LEFT if found[2] == "remaining" else MOST_MADE_UP
+            self.serious |= int(found[1]) > limit
+        return False
