@@ -12,11 +12,11 @@ import pytest
 import trustme
 import typer
 from command_line import ROOT, Run
+from dicom_files import saved
 from listen_process import StandIn as Asked
 from listen_process import free_port, study, wait_for
 from serving import StandIn, live, png
 from test_batch import StandIn as BatchStandIn
-from test_dicom import saved
 
 from medmoe_edge import cli
 from medmoe_edge.bedside.audit.log import AuditLog

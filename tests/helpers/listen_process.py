@@ -13,12 +13,12 @@ from typing import Any, Self
 
 import numpy as np
 from command_line import answer_to
+from dicom_files import made
 from pydicom import Dataset
 from pydicom.uid import ComputedRadiographyImageStorage
 from pynetdicom import evt
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.events import Event
-from test_dicom import made
 
 from medmoe_edge.bedside.listen.config import Configuration, load_configuration
 from medmoe_edge.bedside.listen.node import Node

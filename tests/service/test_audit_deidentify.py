@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Run, two_lines
+from dicom_files import made, saved
 from pydicom import Dataset, dcmread
 from pydicom.sequence import Sequence
-from test_dicom import made, saved
 
 from medmoe_edge.bedside.audit.deidentify import deidentify
 from medmoe_edge.errors import ImageError

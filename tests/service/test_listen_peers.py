@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 from command_line import answer_to
+from dicom_files import saved
 from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
 from listen_process import (
@@ -28,7 +29,6 @@ from listen_process import (
     wait_for,
 )
 from pydicom import Dataset, dcmread
-from test_dicom import saved
 
 from medmoe_edge.bedside.listen.answering import encoded
 from medmoe_edge.bedside.listen.evidence import Evidence, Result

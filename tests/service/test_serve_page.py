@@ -15,9 +15,9 @@ from serving import StandIn, live, png, upload
 pytest.importorskip("selenium", reason="needs selenium")
 
 from browser import Page, chromium
+from dicom_files import made
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
-from test_dicom import made
 from test_serve_live import served
 
 from medmoe_edge.bedside.serve.settings import Limits
