@@ -61,7 +61,7 @@ class Bounds:
     """What one picture may take: pixels, and memory and seconds while it is decoded."""
 
     pixels: int = MAX_PIXELS
-    megabytes: int = 1000
+    megabytes: int = 900
     seconds: float = 4.5
 
 
@@ -115,9 +115,7 @@ def warm_up() -> None:
     with contextlib.suppress(queue.Empty):
         process = _POOL.take(block=False)
         try:
-            if process is None or not process.is_alive:
-                process = None
-                process = _Process()
+            process = process or _Process()
         finally:
             _POOL.give(process)
 
@@ -256,13 +254,13 @@ class _Pool:
         """A process that nobody else asks meanwhile."""
         process = self.take()
         try:
-            if process is None or not process.is_alive:
+            if process is not None and not process.is_alive:
+                process.end()
                 process = None  # if none can be started, the place stays free
-                process = _Process()
+            process = process or _Process()
             yield process
         finally:
-            alive = process is not None and process.is_alive
-            self.give(process if alive else None)
+            self.give(process)
 
     def take(self, block: bool = True) -> "_Process | None":
         """A place, and the process in it; waits for one, or raises `queue.Empty`."""

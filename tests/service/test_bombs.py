@@ -76,7 +76,7 @@ def test_others_are_answered_meanwhile() -> None:
                     assert client.post("/v1/picture", files=upload()).status_code == 200
                 attacker.join()
             assert answers > 0
-            assert watch.peak < 320
+            assert watch.peak < 420  # of all that the process has ever held
     assert [(status, code) for status, code, _ in refused] == [(400, "bad_image")] * 2
     assert max(seconds for *_, seconds in refused) < 20
 
