@@ -15,7 +15,7 @@ from medmoe_edge.data.datasets import (
 )
 from medmoe_edge.errors import DataError, ImageError
 from medmoe_edge.image.formats import HEAD_BYTES, is_dicom, is_nifti, is_raster
-from medmoe_edge.image.loading import decoding, load_image, shown_name
+from medmoe_edge.image.loading import decoding, shown_name
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif"),

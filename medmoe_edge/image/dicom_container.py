@@ -213,7 +213,13 @@ class _Inflated:
         head = file.read(2)
         file.seek(-len(head), io.SEEK_CUR)
         zlib_header = len(head) == 2 and head[0] == 0x78 and int.from_bytes(head, "big") % 31 == 0
-        self._inflater = zlib.decompressobj(zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS)
+        self._bits = zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS
+        self._start = file.tell()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._file.seek(self._start)
+        self._inflater = zlib.decompressobj(self._bits)
         self._kept, self._base, self._at = bytearray(), 0, 0
 
     def tell(self) -> int:
@@ -226,8 +232,10 @@ class _Inflated:
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         target = offset + (self._at if whence == io.SEEK_CUR else 0)
-        if whence == io.SEEK_END or target < self._base:
-            raise io.UnsupportedOperation("what was inflated is not kept")
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("its end is not known")
+        if target < self._base:  # back to a frame, once it was seen that all of them are there
+            self._restart()
         end = self._base + len(self._kept)
         while end < target:  # what lies between is let go of
             more = self._more()

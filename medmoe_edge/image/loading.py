@@ -7,6 +7,7 @@ header, before anything is decoded.
 
 import contextlib
 import dataclasses
+import io
 import logging
 import math
 import os
@@ -41,7 +42,7 @@ MAX_ASPECT = 16
 SQUARE = 0.005  # pixels that are less out of square than this are shown as they are
 MAX_STRETCH = 16.0  # what says more than this is taken for a mistake
 BAND = 2**20  # values that are worked on at once
-FLAT = 4  # a picture of fewer grey levels shows nothing
+FLAT = 16  # in a picture of fewer grey levels next to nothing can be seen
 
 _READING = threading.Lock()
 
@@ -55,6 +56,7 @@ class Image:
     where the values were shown as they are. `spacing` is the distance between rows and between
     columns in mm. `frames` counts the frames, pages or slices of the file. `notices` say what
     should be known of the picture as it was read; they become warnings of every answer about it.
+    `labels` are all the modalities that the file states.
     """
 
     pixels: Pixels
@@ -63,6 +65,7 @@ class Image:
     spacing: tuple[float, float] | None = None
     frames: int = 1
     notices: tuple[Notice, ...] = ()
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Self:
@@ -120,7 +123,7 @@ def _with_flatness(image: Image) -> Image:
     """The image, with a notice if nothing can be seen in it."""
     if int(image.pixels.max()) - int(image.pixels.min()) >= FLAT:
         return image
-    flat = Notice("no_contrast", "The picture is of one shade throughout: nothing is seen in it.")
+    flat = Notice("no_contrast", "The picture has no contrast: little or nothing is seen in it.")
     return dataclasses.replace(image, notices=(*image.notices, flat))
 
 
@@ -140,7 +143,7 @@ def square_pixels(image: Image, ratio: float, most_pixels: int = MAX_PIXELS) -> 
         return image
     if not 1 / MAX_STRETCH <= ratio <= MAX_STRETCH:
         odd = Notice(
-            "odd_proportions",
+            "proportions",
             "The file says that its pixels are far from square; they are shown as square.",
         )
         return dataclasses.replace(image, notices=(*image.notices, odd))
@@ -157,11 +160,19 @@ def square_pixels(image: Image, ratio: float, most_pixels: int = MAX_PIXELS) -> 
 
 
 def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[np.float32]:
-    """The tower's input [1, 3, S, S]: a square of side S = `vision.image_size`, normalised.
+    """The tower's input [1, 3, S, S]: the square that `seen_picture` gives, normalised."""
+    values = seen_picture(image, vision).pixels.astype(np.float32)  # [S, S, 3]
+    mean, std = (np.asarray(v, np.float32) for v in (vision.pixel_mean, vision.pixel_std))
+    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+
+
+def seen_picture(image: Image, vision: VisionConfig | SwinConfig) -> Image:
+    """What the tower sees of a picture: a square of side S = `vision.image_size`.
 
     Med-MoE trains and answers on `pad_to_square`: the picture in the middle of a square of the
     mean colour (truncated to integers, as LLaVA's `expand2square` does). Its evaluation scales
-    the shortest edge to S and crops the centre, which is CLIP's own preprocessing.
+    the shortest edge to S and crops the centre, which is CLIP's own preprocessing. Such a square
+    is itself seen as it is.
     """
     picture = Pillow.fromarray(image.pixels)
     side = vision.image_size
@@ -170,9 +181,14 @@ def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[n
         picture = _pad_to_square(picture, colour).resize((side, side), Pillow.Resampling.BICUBIC)
     else:
         picture = _centre_crop(picture, side)
-    values = np.asarray(picture, np.float32)  # [S, S, 3]
-    mean, std = (np.asarray(v, np.float32) for v in (vision.pixel_mean, vision.pixel_std))
-    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+    return Image(np.asarray(picture))
+
+
+def png_of(pixels: Pixels) -> bytes:
+    """Pixels [H, W, 3] as a PNG file: nothing but the picture is in it."""
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def seen_square(image: Image, vision: VisionConfig | SwinConfig) -> tuple[float, float, float]:
@@ -234,6 +250,8 @@ def decoding(name: str) -> Iterator[None]:
             raise ResourceError(
                 f"There is not enough memory to read {name}.", "Close other programs, or shrink it."
             ) from None
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise _not_opened(name, error) from None  # perhaps gone meanwhile
         except Exception as error:
             raise ImageError(
                 f"{name} is damaged, incomplete or of an unsupported variant "
@@ -284,8 +302,12 @@ def pick_frame(name: str, frame: int | None, count: int) -> int:
 
 def as_pixels(values: npt.NDArray[np.uint8]) -> Pixels:
     """Grey [H, W] or RGB [H, W, 3] as a read-only [H, W, 3] of its own."""
-    grey = values.ndim == 2
-    pixels = np.repeat(values[..., None], 3, axis=2) if grey else values.copy(order="C")
+    if values.ndim == 3:
+        pixels = values.copy(order="C")
+    else:
+        pixels = np.empty((*values.shape, 3), np.uint8)
+        for channel in range(3):  # three times as fast as to repeat each value
+            pixels[..., channel] = values
     pixels.setflags(write=False)
     return pixels
 
@@ -337,20 +359,30 @@ def _percentiles(values: npt.NDArray[Any], wanted: tuple[float, ...]) -> list[fl
     return found
 
 
-def _head(path: Path, name: str) -> bytes:
+def check_file(path: Path, name: str) -> None:
+    """Raise `ImageError` for what is no file, or none that may be read."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ImageError(f"{name} is a folder.", "Give an image file.")
         if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
             raise ImageError(f"{name} is not a regular file.", "Give an image file.")
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
+        path.open("rb").close()
     except OSError as error:
-        raise ImageError(
-            f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
-            "Check the path and its permissions.",
-        ) from None
+        raise _not_opened(name, error) from None
+
+
+def _not_opened(name: str, error: OSError) -> ImageError:
+    return ImageError(
+        f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
+        "Check the path and its permissions.",
+    )
+
+
+def _head(path: Path, name: str) -> bytes:
+    check_file(path, name)
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
     if not head:
         raise ImageError(f"{name} is empty.", f"Give {KINDS}.")
     return head

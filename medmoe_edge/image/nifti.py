@@ -5,7 +5,6 @@ for an absent one; nibabel's own checks refuse some of these files.
 """
 
 import gzip
-import io
 import math
 import zlib
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image as Pillow
 from medmoe_edge.errors import ImageError, MissingDependencyError, Notice
 from medmoe_edge.image.formats import GZIP, is_nifti, unknown
 from medmoe_edge.image.loading import (
+    MAX_BYTES,
     MAX_PIXELS,
     Image,
     Window,
@@ -41,6 +41,7 @@ HEADER_BYTES = {1: 348, 2: 540}  # by the version of NIfTI
 UNITS = {1: 1000.0, 3: 0.001}  # metres and micrometres in mm; anything else is taken for mm
 UNREAD = {0: "of no stated kind", 1: "single bits"}
 UNREAD |= dict.fromkeys((32, 1792, 2048), "complex numbers")
+KNOWN = (2, 4, 8, 16, 64, 128, 256, 512, 768, 1024, 1280, 1536, 2304)
 
 MAX_RATIO = 1100  # deflate makes nothing smaller by more than 1,032 times
 MAX_INFLATED = 2**32  # bytes of a gzip file until the end of the slice
@@ -69,7 +70,7 @@ def read_nifti(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
             if isinstance(error, EOFError):
                 raise ImageError(f"{name} is cut off within its packed data.", CUT) from None
             raise ImageError(
-                f"{name} was damaged on its way: it does not match its own checksum.",
+                f"{name} is damaged: it does not match its own checksum.",
                 "Copy it again from where it came.",
             ) from None
 
@@ -84,7 +85,10 @@ class _Volume:
             raise unknown(f"What is packed in {name}" if head[:2] != GZIP else name, head)
         self.version = 2 if head[4:7] in (b"n+2", b"ni2") else 1
         kind = nibabel.Nifti2Header if self.version == 2 else nibabel.Nifti1Header
-        self.header: Any = kind.from_fileobj(io.BytesIO(head), check=False)  # type: ignore[no-untyped-call]
+        size = HEADER_BYTES[self.version]
+        if len(head) < size:
+            raise ImageError(f"{name} is cut off within its header.", CUT)
+        self.header: Any = kind(head[:size], check=False)  # type: ignore[no-untyped-call]
         if self.header["magic"].item().startswith(b"ni"):
             raise ImageError(
                 f"{name} is one half of an .hdr and .img pair.", "Save both as one .nii file."
@@ -121,13 +125,12 @@ class _Volume:
                 f"The voxels of {self.name} are {UNREAD[code]}.",
                 "Save what should be seen of them, such as the magnitude, as plain numbers.",
             )
-        try:
-            found: np.dtype[Any] = self.header.get_data_dtype()
-        except (KeyError, nibabel.spatialimages.HeaderDataError):
+        found: np.dtype[Any] | None = self.header.get_data_dtype() if code in KNOWN else None
+        if found is None or not found.itemsize:  # where the machine has no such float
             raise ImageError(
-                f"The voxels of {self.name} are of an unknown kind, number {code}.",
+                f"The voxels of {self.name} are of an unread kind, number {code}.",
                 "Save them as integers or 32-bit float.",
-            ) from None
+            )
         return found
 
     def _offset(self) -> int:
@@ -218,6 +221,11 @@ def _plane(volume: _Volume, axis: int, index: int, packed: bool) -> npt.NDArray[
     """
     first, second, third = volume.shape
     item = volume.dtype.itemsize
+    if math.prod(volume.shape) // volume.shape[axis] * item > MAX_BYTES:
+        raise ImageError(
+            f"One slice of {volume.name} has more than the limit of {MAX_BYTES:,} bytes.",
+            "Save it as 8 or 16 bit integers, or crop it.",
+        )
     if packed and volume.offset + first * second * third * item > MAX_INFLATED:
         raise ImageError(f"{volume.name} unpacks to too much.", "Unpack it with gunzip first.")
     if axis == 2:

@@ -7,11 +7,13 @@ the sums of a PNG's chunks, the size of a TIFF's tiles, and pages without end.
 import contextlib
 import ctypes
 import functools
+import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
+import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
@@ -29,17 +31,26 @@ from medmoe_edge.image.raster_display import ORIENTATION, show, stated_ratio
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 MAX_PAGES = 10_000
+MAX_ENTRIES = 4096  # of a TIFF's directory
+CUT_OFF = "Copy it again from where it came, whole."
 
 # TIFF's tags and values, TIFF 6.0 and its supplements
 NEW_SUBFILE_TYPE = 254
 THUMBNAIL_OR_MASK = 0b101  # bits of it: of another page's, at a lower resolution; a mask
-TILE_WIDTH, TILE_LENGTH = 322, 323
+STRIP_OFFSETS, STRIP_SIZES = 273, 279
+TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_SIZES = 322, 323, 324, 325
 PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION
 PHOTOMETRIC_NAMES = {
     **{0: "grey", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab"},
     **{9: "ICC Lab", 10: "ITU Lab", 32803: "raw camera", 32844: "LogL", 32845: "LogLuv"},
 }
 SAMPLE_NAMES = {1: "unsigned", 2: "signed", 3: "float", 4: "untyped", 5: "complex", 6: "complex"}
+NATIVE = {  # Pillow's names of how samples lie
+    **dict.fromkeys(("F;32F", "F;32BF"), "F;32NF"),
+    **dict.fromkeys(("I;32S", "I;32BS"), "I;32NS"),
+    **dict.fromkeys(("I;16S", "I;16BS"), "I;16NS"),
+}
+JPEG_PAD = b"\x5a\x35" * 64  # neither markers nor stuffing; any codes
 PNG_CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
@@ -50,12 +61,12 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
     `load_image`, and whatever Pillow raises.
     """
     name = shown_name(path)
-    _silence_libtiff()
+    _prepare_libtiff()
     with _explained(name), _open(path, name, most_pixels) as picture:
         notices: tuple[Notice, ...] = ()
         pages = [0]
         if isinstance(picture, TiffImagePlugin.TiffImageFile):
-            pages = _pages(picture, name)
+            pages = _pages(path, name)
         elif picture.format in ("PNG", "WEBP", "GIF") and getattr(picture, "is_animated", False):
             notices = (Notice("animation", "The file is an animation: its first picture is read."),)
         picture.seek(pages[pick_frame(name, frame, len(pages))])
@@ -65,9 +76,16 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
             _check_png(path)
         ratio = stated_ratio(picture)
         turned = picture.getexif().get(ORIENTATION, 1)
-        if picture.format == "TIFF":
-            picture.load()  # which turns it upright
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):
+            _correct_byte_order(picture)
+            _load_tiff(picture, path.stat().st_size)
         else:
+            picture.load()
+            if picture.format in ("JPEG", "MPO"):
+                if picture.info.get("progressive"):
+                    _check_jpeg(path, 1)
+                elif _ends_flat(picture):
+                    _check_jpeg(path, 8)
             ImageOps.exif_transpose(picture, in_place=True)
         shown = show(picture)
     image = Image(shown.pixels, None, shown.window, None, len(pages), notices + shown.notices)
@@ -105,9 +123,11 @@ def _unopened(file: BinaryIO, name: str) -> Exception:
 def _unread_tiff(file: BinaryIO, head: bytes, name: str) -> ImageError:
     """Name what a TIFF's first page holds."""
     remedy = "Save it as 8 or 16 bit TIFF without compression, or as PNG."
+    if head.startswith(b"MM\0+"):
+        return ImageError(f"{name} is a big-endian BigTIFF, which is not read.", remedy)
     try:
         file.seek(0)
-        head = file.read(16 if head[2] == 43 or head[3] == 43 else 8)
+        head = file.read(16 if head[2] == 43 else 8)
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)
@@ -125,7 +145,7 @@ def _unread_tiff(file: BinaryIO, head: bytes, name: str) -> ImageError:
     if packing not in TiffImagePlugin.COMPRESSION_INFO:
         what = f"{name} is a TIFF whose compression, number {packing}, is not read."
         return ImageError(what, remedy)
-    samples = f"{len(bits)} {kind} samples of {'/'.join(map(str, sorted(set(bits))))} bits"
+    samples = f"{' + '.join(map(str, bits[:8]))} bits, {kind}"
     return ImageError(f"{name} is a TIFF of a kind that is not read: {colours}, {samples}.", remedy)
 
 
@@ -136,6 +156,11 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise
+    except (KeyError, TypeError) as error:  # from a directory of which something is missing
+        raise ImageError(
+            f"{name} is damaged where it says what it holds ({type(error).__name__}).",
+            "Copy it again from where it came.",
+        ) from None
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:
         text = str(error).lower()
         if "max_text" in text:
@@ -146,40 +171,99 @@ def _explained(name: str) -> Iterator[None]:
         if "truncated" in text or "end of file" in text or "not enough" in text:
             raise ImageError(
                 f"{name} is cut off: its data end before the picture does.",
-                "Copy it again from where it came, whole.",
+                CUT_OFF,
             ) from None
-        if isinstance(error, (SyntaxError, zlib.error)) or "broken" in text or "decoder" in text:
+        if isinstance(error, (SyntaxError, zlib.error)) or any(
+            word in text for word in ("broken", "decode", "corrupt", "invalid", "failed to read")
+        ):
             raise ImageError(
-                f"{name} was damaged on its way: its compressed data contradict themselves.",
+                f"{name} is damaged: its compressed data contradict themselves.",
                 "Copy it again from where it came.",
             ) from None
         raise
 
 
 @functools.cache
-def _silence_libtiff() -> None:
-    """Keep the C library's own complaints off the screen: it writes them to file descriptor 2.
+def _prepare_libtiff() -> None:
+    """Have it read every TIFF, and keep its own complaints off the screen.
 
-    To turn that away for a moment would swallow what other threads write meanwhile.
+    Without it Pillow reads uncompressed ones itself, and mixes up planes of more than a byte. The
+    complaints go to file descriptor 2; to turn that away for a moment would swallow what other
+    threads write meanwhile.
     """
+    TiffImagePlugin.READ_LIBTIFF = True
     library = ctypes.CDLL(_imaging.__file__)  # which finds what Pillow itself was linked with
     for handler in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         with contextlib.suppress(AttributeError):  # linked in, so that its names are not shown
             getattr(library, handler)(None)
 
 
-def _pages(picture: TiffImagePlugin.TiffImageFile, name: str) -> list[int]:
-    """The pages that are pictures of their own, or all where none says to be."""
-    whole = []
-    # Not n_frames, which takes hours on a hostile chain of a million pages.
-    for index in range(MAX_PAGES + 1):
-        try:
-            picture.seek(index)
-        except EOFError:
-            return whole or list(range(index))
-        if not int(picture.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & THUMBNAIL_OR_MASK:
-            whole.append(index)
-    raise ImageError(f"{name} has more than {MAX_PAGES:,} pages.", "Split it.")
+def _pages(path: Path, name: str) -> list[int]:
+    """The pages of a TIFF that are pictures of their own, or all where none says to be.
+
+    Its directories are followed here (TIFF 6.0, section 2): Pillow takes a chain that leads out of
+    the file for its end, and counts for hours on a hostile one of a million pages.
+    """
+    with path.open("rb") as file:
+        head = file.read(16)
+        order: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
+        big = int.from_bytes(head[2:4], order) == 43
+        width, of_count, of_entry = (8, 8, 20) if big else (4, 2, 12)
+        at = int.from_bytes(head[width : 2 * width], order)
+        seen: set[int] = set()
+        whole = []
+        while at and at not in seen:
+            if len(seen) == MAX_PAGES:
+                raise ImageError(f"{name} has more than {MAX_PAGES:,} pages.", "Split it.")
+            file.seek(at)
+            count = int.from_bytes(file.read(of_count), order)
+            entries = file.read(min(count, MAX_ENTRIES) * of_entry)
+            following = file.read(width)
+            if not count or count > MAX_ENTRIES or len(following) < width:
+                raise ImageError(f"{name} is cut off: not all of its pages are there.", CUT_OFF)
+            tags = {entries[i : i + 2]: i for i in range(0, len(entries), of_entry)}
+            place = tags.get(NEW_SUBFILE_TYPE.to_bytes(2, order))
+            start = 0 if place is None else place + of_entry - width
+            kind = 0 if place is None else int.from_bytes(entries[start : start + width], order)
+            if not kind & THUMBNAIL_OR_MASK:
+                whole.append(len(seen))
+            seen.add(at)
+            at = int.from_bytes(following, order)
+    return whole or list(range(len(seen)))
+
+
+def _correct_byte_order(picture: TiffImagePlugin.TiffImageFile) -> None:
+    """Have what libtiff unpacked read in the machine's byte order, in which it comes.
+
+    Pillow reads it in the file's, so that compressed big-endian samples of more than a byte, other
+    than unsigned ones of 16 bits, would turn into noise.
+    """
+    picture.tile = [
+        tile._replace(args=(NATIVE.get(tile.args[0], tile.args[0]), *tile.args[1:]))
+        if tile.codec_name == "libtiff" and isinstance(tile.args, tuple)
+        else tile
+        for tile in picture.tile
+    ]
+
+
+def _load_tiff(picture: TiffImagePlugin.TiffImageFile, file_bytes: int) -> None:
+    """Decode a page, which also turns it upright.
+
+    Raises `OSError` "truncated" where its strips or tiles lead out of the file.
+    """
+    tags = picture.tag_v2
+    tiles = TILE_OFFSETS in tags
+    starts, sizes = (
+        tags.get(tag, ())
+        for tag in ((TILE_OFFSETS, TILE_SIZES) if tiles else (STRIP_OFFSETS, STRIP_SIZES))
+    )
+    try:
+        picture.load()
+    except OSError:
+        ends = (start + size for start, size in zip(starts, sizes, strict=False))
+        if any(end > file_bytes for end in ends):
+            raise OSError("truncated") from None
+        raise
 
 
 def _check_tiles(picture: Pillow.Image, name: str, most_pixels: int) -> None:
@@ -189,6 +273,39 @@ def _check_tiles(picture: Pillow.Image, name: str, most_pixels: int) -> None:
         width, length = (int(tags.get(tag, 1)) for tag in (TILE_WIDTH, TILE_LENGTH))
         if width * length > most_pixels:
             raise too_large(name, most_pixels)
+
+
+def _ends_flat(picture: Pillow.Image) -> bool:
+    """Whether the last block of a JPEG is of one shade, as those are that a decoder makes up.
+
+    Half of it is looked at: into the other, colours may run over from the block before.
+    """
+    width, height = picture.size
+    corner = picture.crop((max(0, width - 4), max(0, height - 4), width, height))
+    values = np.asarray(corner)
+    return bool((values == values[-1, -1]).all())
+
+
+def _check_jpeg(path: Path, scale: Literal[1, 8]) -> None:
+    """Raise `OSError` where a JPEG's data end before its picture, although it is closed properly.
+
+    libjpeg goes on with zeros then. So the picture must not depend on what follows the data; at an
+    eighth, which is quicker, where all of a block comes at once. Nor need it be looked at where the
+    same codes are repeated until the end: the shade is then the picture's own.
+    """
+    data = path.read_bytes()
+    end = data.rfind(b"\xff\xd9")
+    tail = data[max(0, end - 26) : max(0, end - 2)]  # but for the last bits and what fills them up
+    if scale == 8 and any(tail[period:] == tail[:-period] for period in range(1, 13)):
+        return
+    seen = []
+    for pad in (b"", JPEG_PAD):
+        with Pillow.open(io.BytesIO(data[:end] + pad + data[end:]), formats=("JPEG",)) as picture:
+            if scale == 8:
+                picture.draft(None, (1, 1))
+            seen.append(picture.tobytes())
+    if seen[0] != seen[1]:
+        raise OSError("truncated")
 
 
 def _check_png(path: Path) -> None:

@@ -6,11 +6,12 @@ PNG's gAMA. What is transparent: over black, unless nothing would be left to see
 
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import GifImagePlugin, TiffImagePlugin
 from PIL import Image as Pillow
-from PIL import TiffImagePlugin
 
 from medmoe_edge.errors import Notice
 from medmoe_edge.image.loading import Pixels, Window, as_pixels, show_percentiles
@@ -21,7 +22,7 @@ WHITE_IS_ZERO = 0  # a photometric interpretation
 
 SRGB_GAMMA = 1 / 2.2  # PNG's gAMA of what looks right without any correction
 VISIBLE = 32  # of 255: what is darker everywhere cannot be seen on black
-BAND = 2**22  # pixels that are worked on at once
+BAND = 2**24  # pixels that are worked on at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def stated_ratio(picture: Pillow.Image) -> float:
     pHYs; TIFF: its resolutions; BMP: pixels per metre; GIF: the aspect ratio in its head.
     """
     info = picture.info
-    if picture.format == "GIF":
+    if isinstance(picture, GifImagePlugin.GifImageFile):
         byte = _gif_aspect(picture)
         return 64 / (byte + 15) if byte else 1.0
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
@@ -73,7 +74,7 @@ def stated_ratio(picture: Pillow.Image) -> float:
         return 1.0
 
 
-def _gif_aspect(picture: Pillow.Image) -> int:
+def _gif_aspect(picture: GifImagePlugin.GifImageFile) -> int:
     file = picture.fp
     assert file is not None
     before = file.tell()
@@ -130,7 +131,7 @@ def flatten(picture: Pillow.Image) -> tuple[Pillow.Image, tuple[Notice, ...]]:
         return picture.convert("RGB"), (ignored,)
     shown = Pillow.new("RGB", picture.size, "black")
     shown.paste(picture, mask=alpha)
-    if max(high for _, high in shown.getextrema()) >= VISIBLE:
+    if int(np.asarray(shown).max()) >= VISIBLE:
         return shown, ()
     shown.paste("white", (0, 0, *picture.size))
     shown.paste(picture, mask=alpha)
@@ -192,8 +193,10 @@ def _rgb(picture: Pillow.Image) -> Pixels:
     return pixels
 
 
-def _values(picture: Pillow.Image) -> npt.NDArray[np.generic]:
-    """The values of a picture, copied band by band: Pillow itself would hold them three times."""
+def _values(picture: Pillow.Image) -> npt.NDArray[Any]:
+    """The values of a picture; of a large one band by band, or Pillow would hold them thrice."""
+    if picture.width * picture.height <= BAND:
+        return np.asarray(picture)
     first = np.asarray(picture.crop((0, 0, picture.width, 1)))
     values = np.empty((picture.height, *first.shape[1:]), first.dtype)
     step = max(1, BAND // picture.width)

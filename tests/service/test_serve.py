@@ -17,9 +17,9 @@ from starlette.testclient import TestClient
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.settings import Limits, Settings, read_token
-from medmoe_edge.bedside.serve.work import read_upload
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import BundleError, InputError, ResourceError
+from medmoe_edge.image.worker import read_apart
 
 ASK = {"question": "Is there effusion?"}
 
@@ -141,9 +141,9 @@ def test_an_upload_leaves_no_file_and_its_name_is_nothing(
 
 
 def test_uploads_are_read_as_files_are(scan: Path) -> None:
-    assert read_upload(scan.read_bytes(), None).pixels.shape == (8, 8, 3)
+    assert read_apart(scan.read_bytes(), None).pixels.shape == (8, 8, 3)
     with pytest.raises(InputError, match="The image has 1 frame; there is no frame 3"):
-        read_upload(scan.read_bytes(), 3)
+        read_apart(scan.read_bytes(), 3)
 
 
 # --- refusals ---------------------------------------------------------------------------------

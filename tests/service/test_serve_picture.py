@@ -21,6 +21,7 @@ from medmoe_edge.bedside.serve import picture as serve_picture
 from medmoe_edge.bedside.serve.picture import Codes, Picture, picture_of
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.worker import Bounds
 
 
 def file_of(array: npt.NDArray[Any], **attributes: Any) -> bytes:
@@ -33,7 +34,7 @@ def file_of(array: npt.NDArray[Any], **attributes: Any) -> bytes:
 
 
 def shown(data: bytes, frame: int | None = None) -> Picture:
-    return picture_of(data, frame, 10**8)
+    return picture_of(data, frame, Bounds())
 
 
 def values_of(picture: Picture) -> npt.NDArray[np.float64]:
@@ -159,3 +160,15 @@ def test_the_service_decodes_and_keeps_to_its_limits(client: TestClient) -> None
         response = send()
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
         assert NAME not in response.text
+
+
+def test_a_picture_says_what_it_warns_of() -> None:
+    odd = file_of(FRAMES, WindowCenter=0, WindowWidth=2000)
+    assert shown(odd).warnings == []
+    unknown = dcmread(io.BytesIO(odd))
+    unknown.Modality = "NM"
+    file = io.BytesIO()
+    dcmwrite(file, unknown, enforce_file_format=True)
+    (warned,) = shown(file.getvalue()).warnings
+    assert warned.code == "unknown_modality"
+    assert "nuclear medicine" in warned.message

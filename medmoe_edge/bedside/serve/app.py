@@ -23,6 +23,7 @@ from medmoe_edge.bedside.serve.state import PAGE, state_routes
 from medmoe_edge.bedside.serve.work import Asked, Work
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
+from medmoe_edge.image.worker import warm_up
 
 STOPPING = 10.0  # seconds for the worker to end, once all requests have
 
@@ -46,6 +47,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        warm_up()
         yield
         await asyncio.to_thread(worker.stop, STOPPING)
 
@@ -60,9 +62,9 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     add_error_handlers(app)
-    app.include_router(own_routes(work, worker, limits))
+    app.include_router(own_routes(work, worker))
     app.include_router(picture_routes(limits))
-    app.include_router(openai_routes(work, worker, limits))
+    app.include_router(openai_routes(work, worker))
     app.include_router(state_routes(worker, metrics))
     if PAGE.is_dir():
         app.mount("/page", StaticFiles(directory=PAGE))

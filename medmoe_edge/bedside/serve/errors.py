@@ -67,6 +67,12 @@ class Refusal(HTTPException):
         return JSONResponse(self.body().model_dump(), self.status_code, self.headers)
 
 
+def too_long() -> Refusal:
+    """The refusal of a request whose answer would come too late."""
+    what = "The answer took too long."
+    return Refusal(504, "timeout", what, "Ask less at once, or try again later.")
+
+
 def refusal(error: Exception) -> Refusal:
     """Any error as a refusal; of one that nobody expected nothing is told."""
     match error:

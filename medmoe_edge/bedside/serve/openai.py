@@ -19,9 +19,8 @@ from pydantic import BaseModel, Field
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
 from medmoe_edge.bedside.serve.exchange import at_end
 from medmoe_edge.bedside.serve.queue import Worker, started
-from medmoe_edge.bedside.serve.routes import EVENTS, REFUSALS, answers_of, event_stream
-from medmoe_edge.bedside.serve.settings import Limits
-from medmoe_edge.bedside.serve.work import Upload, Work
+from medmoe_edge.bedside.serve.routes import EVENTS, REFUSALS, answers_of, client_of, event_stream
+from medmoe_edge.bedside.serve.work import Work
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
 from medmoe_edge.errors import ImageError, InputError
@@ -125,7 +124,7 @@ def from_data_url(url: str) -> bytes:
         raise ImageError(what, "Encode the whole file, without line breaks.") from error
 
 
-def openai_routes(work: Work, worker: Worker, limits: Limits) -> APIRouter:
+def openai_routes(work: Work, worker: Worker) -> APIRouter:
     """`/v1/models` and `/v1/chat/completions`."""
     router = APIRouter(prefix="/v1", responses=REFUSALS)
 
@@ -147,12 +146,11 @@ def openai_routes(work: Work, worker: Worker, limits: Limits) -> APIRouter:
             what, hint = "There is no such model.", f"Ask {work.engine.name}."
             raise Refusal(404, "model_not_found", what, hint)
         work.check_ask(1, chat.limit)
-        upload = Upload(chat.image, None, request.client.host if request.client else "unknown")
         question, limit = chat.question, chat.limit
         completion = Completion(chat, work.engine.prompt_tokens(question))
-        job = worker.do(
-            lambda: work.ask(upload, [question], limit), at_end(request), limits.seconds
-        )
+        ending = at_end(request)
+        upload = await work.receive(chat.image, None, client_of(request), ending)
+        job = worker.do(lambda: work.ask(upload, [question], limit), ending, upload.seconds)
         if chat.stream:
             return event_stream(completion.chunks(await started(job)))
         (answer,) = await answers_of(job)
@@ -232,4 +230,5 @@ def _model(model: Any, kind: str) -> dict[str, Any]:
         "kind": kind,
         "sha256": model.sha256,
         "verification": model.verification,
+        "verified": model.proven.to_json() if model.proven else None,
     }

@@ -8,21 +8,16 @@ import io
 from typing import Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 from fastapi import APIRouter, Form
 from PIL import Image as Pillow
 from pydantic import BaseModel
 
 from medmoe_edge.bedside.serve.routes import REFUSALS, ImageForm
 from medmoe_edge.bedside.serve.settings import Limits
-from medmoe_edge.bedside.serve.work import path_to, read_upload
-from medmoe_edge.image.dicom import read_grey_values
-from medmoe_edge.image.formats import is_dicom
-from medmoe_edge.image.loading import Image, Window, decoding, finite, pick_frame, too_large
+from medmoe_edge.image.loading import Image, Window, finite, pick_frame
+from medmoe_edge.image.worker import NAME, Bounds, GreyValues, read_apart_with_values
 
 LARGEST = 2048  # pixels of the longer side, more than a bedside screen has
-NAME = "The image"
-Values = npt.NDArray[np.float32]
 
 
 class Codes(BaseModel):
@@ -39,11 +34,19 @@ class Codes(BaseModel):
     inverted: bool
 
 
+class Warned(BaseModel):
+    """A `medmoe_edge.errors.Notice`."""
+
+    code: str
+    message: str
+
+
 class Picture(BaseModel):
     """One frame. `png` is base64 of what the model is shown, in the file's own window.
 
     `size` are the columns and rows of the file; picture and codes may have fewer, `width` and
-    `height`. `codes` are None where there is colour.
+    `height`. `codes` are None where there is colour. `warnings` are what should be known of the
+    picture as it was read; answers about it repeat them.
     """
 
     size: tuple[int, int]
@@ -54,6 +57,7 @@ class Picture(BaseModel):
     modality: str | None
     png: str
     codes: Codes | None
+    warnings: list[Warned]
 
 
 def picture_routes(limits: Limits) -> APIRouter:
@@ -68,17 +72,15 @@ def picture_routes(limits: Limits) -> APIRouter:
         data = await form.image.read()
         await form.image.close()
         # not on the models' thread: one can look while another's question is answered
-        return await asyncio.to_thread(picture_of, data, form.frame, limits.pixels)
+        return await asyncio.to_thread(picture_of, data, form.frame, limits.bounds)
 
     return router
 
 
-def picture_of(data: bytes, frame: int | None, most_pixels: int) -> Picture:
-    """The picture in an uploaded file; the errors of `medmoe_edge.image.loading.load_image`."""
-    image = read_upload(data, frame)
+def picture_of(data: bytes, frame: int | None, bounds: Bounds) -> Picture:
+    """The picture in an uploaded file; the errors of `medmoe_edge.image.worker.read_apart`."""
+    image, values = read_apart_with_values(data, frame, bounds)
     height, width = image.pixels.shape[:2]
-    if height * width > most_pixels:
-        raise too_large(NAME)
     index = pick_frame(NAME, frame, image.frames)
     grey = _is_grey(image)
     shown = _reduced(Pillow.fromarray(image.pixels[..., 0] if grey else image.pixels))
@@ -90,7 +92,8 @@ def picture_of(data: bytes, frame: int | None, most_pixels: int) -> Picture:
         frames=image.frames,
         modality=image.modality,
         png=_png(shown),
-        codes=_codes(data, image, index, shown) if grey else None,
+        codes=_codes(image, values, shown) if grey else None,
+        warnings=[Warned(code=each.code, message=each.message) for each in image.notices],
     )
 
 
@@ -99,15 +102,14 @@ def _is_grey(image: Image) -> bool:
     return np.array_equal(red, green) and np.array_equal(green, blue)
 
 
-def _codes(data: bytes, image: Image, index: int, shown: Pillow.Image) -> Codes:
+def _codes(image: Image, found: GreyValues | None, shown: Pillow.Image) -> Codes:
     centre, width = image.window or (127.5, 255.0)
-    found = _dicom_values(data, index) if is_dicom(data[:132]) else None
     if found is None:  # of other files only what their window shows
         values, inverted = centre - width / 2 + np.asarray(shown) * (width / 255), False
     else:
-        original, inverted = found
+        inverted = found.inverted
         # in the proportions of the picture, which the stored values may lack
-        values = finite(np.asarray(_resized(Pillow.fromarray(original), shown.size)))
+        values = finite(np.asarray(_resized(Pillow.fromarray(found.values), shown.size)))
     low, high = float(values.min()), float(values.max())
     if found is not None and image.window is None:
         centre, width = (low + high) / 2, high - low
@@ -117,12 +119,6 @@ def _codes(data: bytes, image: Image, index: int, shown: Pillow.Image) -> Codes:
     encoded = base64.b64encode(codes.tobytes()).decode()
     window = centre, width if width > 0 else 1.0
     return Codes(data=encoded, offset=low, scale=scale, window=window, inverted=inverted)
-
-
-def _dicom_values(data: bytes, index: int) -> tuple[Values, bool] | None:
-    """Rescaled values of a frame that `load_image` has accepted, and whether they are inverted."""
-    with path_to(data) as path, decoding(NAME):
-        return read_grey_values(path, index, NAME)
 
 
 def _reduced(picture: Pillow.Image) -> Pillow.Image:

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
-from medmoe_edge.bedside.serve.errors import Refusal
+from medmoe_edge.bedside.serve.errors import Refusal, too_long
 
 T = TypeVar("T")
 SLOWEST = 60  # seconds after which anyone may try again
@@ -72,8 +72,7 @@ class Job(Generic[T]):
                 item = await self._arrived.get()
         except TimeoutError:
             self.cancel()
-            what = "The answer took too long."
-            raise Refusal(504, "timeout", what, "Ask less at once, or try again later.") from None
+            raise too_long() from None
         if not isinstance(item, _End):
             return item
         if item.error is not None:

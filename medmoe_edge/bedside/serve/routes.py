@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from medmoe_edge.bedside.serve.errors import ErrorBody, refusal
 from medmoe_edge.bedside.serve.exchange import at_end
 from medmoe_edge.bedside.serve.queue import Job, Worker, started
-from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bedside.serve.work import Upload, Work
 from medmoe_edge.contrastive.results import Location
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
+from medmoe_edge.image.formats import KINDS
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody}
@@ -42,7 +42,7 @@ class ImageForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF, DICOM or NIfTI.")]
+    image: Annotated[UploadFile, File(description=f"As a file: {KINDS}.")]
     frame: Annotated[int | None, Field(ge=0, description="From 0; else the middle one.")] = None
 
 
@@ -67,8 +67,8 @@ class LocateForm(ImageForm):
     format: Literal["json", "png"] = "json"
 
 
-def own_routes(work: Work, worker: Worker, limits: Limits) -> APIRouter:
-    """`/v1/ask`, `/v1/classify` and `/v1/locate`."""
+def own_routes(work: Work, worker: Worker) -> APIRouter:
+    """`/v1/ask`, `/v1/seen`, `/v1/classify` and `/v1/locate`."""
     router = APIRouter(prefix="/v1", responses=REFUSALS)
 
     @router.post("/ask", responses={200: {"content": EVENTS}}, response_model=None)
@@ -81,15 +81,24 @@ def own_routes(work: Work, worker: Worker, limits: Limits) -> APIRouter:
         of `text`, `answer` with what else would be under `answers`, and last `done`, or `error`.
         """
         work.check_ask(len(form.question), form.max_new_tokens)
-        upload = await _received(request, form)
+        upload = await _received(work, request, form)
         job = worker.do(
             lambda: work.ask(upload, form.question, form.max_new_tokens),
             at_end(request),
-            limits.seconds,
+            upload.seconds,
         )
         if form.stream:
             return event_stream(_events(await started(job)))
         return JSONResponse({"answers": [answer.to_json() for answer in await answers_of(job)]})
+
+    @router.post("/seen", responses={200: {"content": PICTURE}}, response_model=None)
+    async def seen(
+        request: Request, form: Annotated[ImageForm, Form(media_type="multipart/form-data")]
+    ) -> Response:
+        """Exactly what the model sees of an image when it is asked, as PNG at its resolution."""
+        upload = await _received(work, request, form)
+        job = worker.do(lambda: work.seen(upload), at_end(request), upload.seconds)
+        return Response(await anext(job), media_type="image/png")
 
     @router.post("/classify", response_model=None)
     async def classify(
@@ -97,8 +106,8 @@ def own_routes(work: Work, worker: Worker, limits: Limits) -> APIRouter:
     ) -> Response:
         """Choose among labels: calibrated probabilities, given that one of them is right."""
         work.check_modality()
-        upload = await _received(request, form)
-        job = worker.do(lambda: work.classify(upload, form.label), at_end(request), limits.seconds)
+        upload = await _received(work, request, form)
+        job = worker.do(lambda: work.classify(upload, form.label), at_end(request), upload.seconds)
         return JSONResponse((await anext(job)).to_json())
 
     @router.post("/locate", responses={200: {"content": PICTURE}}, response_model=None)
@@ -111,8 +120,8 @@ def own_routes(work: Work, worker: Worker, limits: Limits) -> APIRouter:
         under `heat_png`, base64.
         """
         work.check_modality()
-        upload = await _received(request, form)
-        job = worker.do(lambda: work.locate(upload, form.phrase), at_end(request), limits.seconds)
+        upload = await _received(work, request, form)
+        job = worker.do(lambda: work.locate(upload, form.phrase), at_end(request), upload.seconds)
         found = await anext(job)
         png = heat_png(found)
         if form.format == "png":
@@ -120,6 +129,11 @@ def own_routes(work: Work, worker: Worker, limits: Limits) -> APIRouter:
         return JSONResponse(found.to_json() | {"heat_png": base64.b64encode(png).decode()})
 
     return router
+
+
+def client_of(request: Request) -> str:
+    """The address that a request came from."""
+    return request.client.host if request.client else "unknown"
 
 
 async def answers_of(job: Job[str | Answer]) -> list[Answer]:
@@ -141,10 +155,10 @@ def heat_png(found: Location) -> bytes:
     return file.getvalue()
 
 
-async def _received(request: Request, form: ImageForm) -> Upload:
+async def _received(work: Work, request: Request, form: ImageForm) -> Upload:
     data = await form.image.read()
     await form.image.close()  # gives its copy back
-    return Upload(data, form.frame, request.client.host if request.client else "unknown")
+    return await work.receive(data, form.frame, client_of(request), at_end(request))
 
 
 async def _events(items: AsyncIterator[str | Answer]) -> AsyncIterator[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from medmoe_edge.errors import InputError
 from medmoe_edge.image.loading import MAX_PIXELS
+from medmoe_edge.image.worker import Bounds
 
 TOKEN = re.compile(r"[!-~]{16,1024}")  # visible ASCII, and long enough not to be guessed
 
@@ -18,7 +19,8 @@ TOKEN = re.compile(r"[!-~]{16,1024}")  # visible ASCII, and long enough not to b
 class Limits:
     """What one request may take, and how many requests may wait while one is answered.
 
-    `seconds` count from the end of the upload, which itself may take `upload_seconds`.
+    `seconds` count from the end of the upload, which itself may take `upload_seconds`. Decoding one
+    picture takes at most `decoding_seconds` of them, and `decoding_megabytes` of memory.
     """
 
     upload_bytes: int = 64 * 2**20
@@ -28,6 +30,13 @@ class Limits:
     seconds: float = 60.0
     upload_seconds: float = 30.0
     waiting: int = 8
+    decoding_seconds: float = 4.5
+    decoding_megabytes: int = 1000
+
+    @property
+    def bounds(self) -> Bounds:
+        """What decoding one picture may take."""
+        return Bounds(self.pixels, self.decoding_megabytes, self.decoding_seconds)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

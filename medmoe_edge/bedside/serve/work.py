@@ -1,24 +1,25 @@
 """What the worker's thread does: an upload and a question in, answers out, each of them audited."""
 
+import asyncio
 import contextlib
 import hashlib
-import os
-import sys
-import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from medmoe_edge.bedside.audit.log import AuditLog
-from medmoe_edge.bedside.serve.errors import Refusal
+from medmoe_edge.bedside.serve.errors import Refusal, too_long
 from medmoe_edge.bedside.serve.metrics import Metrics
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.results import Classification, Location
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.errors import DataError, ImageError, MedMoEError, ResourceError
-from medmoe_edge.image.loading import Image, load_image, shown_name
+from medmoe_edge.engine.proof import Proven
+from medmoe_edge.errors import DataError, ResourceError
+from medmoe_edge.image.loading import Image, Pixels, png_of
+from medmoe_edge.image.worker import read_apart
+
+PICTURES = 2  # that lie decoded in memory: of the request that is answered, and of the next
 
 
 class Asked(Protocol):
@@ -27,8 +28,11 @@ class Asked(Protocol):
     name: str
     sha256: str
     verification: str
+    proven: Proven | None
 
     def prompt_tokens(self, question: str) -> int: ...
+
+    def seen(self, image: Image) -> Pixels: ...
 
     def ask_stream(
         self, image: Image, questions: Sequence[str], *, max_new_tokens: int
@@ -37,11 +41,15 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Upload:
-    """What came in; `frame` counts from 0, None is the middle; `who` is the client's address."""
+    """What came in: the picture, and of the file its digest; `who` is the client's address.
 
-    data: bytes
-    frame: int | None
+    `seconds` are left for the answer.
+    """
+
+    image: Image
+    sha256: str
     who: str
+    seconds: float
 
 
 class Work:
@@ -57,6 +65,7 @@ class Work:
     ) -> None:
         self.engine, self.modality = engine, modality
         self._limits, self._metrics, self._audit = limits, metrics, audit
+        self._places = asyncio.Semaphore(PICTURES)
 
     def check_ask(self, questions: int, max_new_tokens: int) -> None:
         """Raise `Refusal` for more than one request may ask."""
@@ -74,23 +83,53 @@ class Work:
             what = "No modality model is loaded, which this would need."
             raise Refusal(503, "no_model", what, "Start the service with --modality-model BUNDLE.")
 
+    async def receive(
+        self, data: bytes, frame: int | None, who: str, ending: contextlib.ExitStack
+    ) -> Upload:
+        """Decode an uploaded file, apart from this process and not on the worker's thread.
+
+        Args:
+            data: The file.
+            frame: From 0; None is the middle one.
+            who: The client's address.
+            ending: Called at the request's end, until which the picture has its place in memory.
+
+        Raises:
+            ImageError, ResourceError: As of `read_apart`.
+            Refusal: It took too long until there was a place for it.
+        """
+        loop, limits = asyncio.get_running_loop(), self._limits
+        until = loop.time() + limits.seconds
+        try:
+            async with asyncio.timeout_at(until):
+                await self._places.acquire()
+        except TimeoutError:
+            raise too_long() from None
+        ending.callback(self._places.release)
+        image = await asyncio.to_thread(read_apart, data, frame, limits.bounds)
+        digest = await asyncio.to_thread(hashlib.sha256, data)
+        return Upload(image, digest.hexdigest(), who, max(0.0, until - loop.time()))
+
     def ask(
         self, upload: Upload, questions: Sequence[str], max_new_tokens: int
     ) -> Generator[str | Answer, None, None]:
         """Pieces of text and whole answers, as `Engine.ask_stream` tells them."""
-        image = self._picture(upload)
-        for item in self.engine.ask_stream(image, questions, max_new_tokens=max_new_tokens):
+        for item in self.engine.ask_stream(upload.image, questions, max_new_tokens=max_new_tokens):
             if isinstance(item, Answer):
                 self._record(upload, "ask", item.model, item.question, item.text)
                 self._metrics.saw_answer(item)
             yield item
+
+    def seen(self, upload: Upload) -> Generator[bytes, None, None]:
+        """The one picture, as PNG."""
+        yield png_of(self.engine.seen(upload.image))
 
     def classify(
         self, upload: Upload, labels: Sequence[str]
     ) -> Generator[Classification, None, None]:
         """The one classification."""
         assert self.modality is not None
-        found = self.modality.classify(self._picture(upload), labels)
+        found = self.modality.classify(upload.image, labels)
         best = next(iter(found.scores))
         self._record(upload, "classify", found.model, "; ".join(labels), best)
         yield found
@@ -98,23 +137,13 @@ class Work:
     def locate(self, upload: Upload, phrase: str) -> Generator[Location, None, None]:
         """The one location."""
         assert self.modality is not None
-        found = self.modality.locate(self._picture(upload), phrase)
+        found = self.modality.locate(upload.image, phrase)
         x, y = found.peak
         self._record(upload, "locate", found.model, phrase, f"peak {x} {y}")
         yield found
 
-    def _picture(self, upload: Upload) -> Image:
-        picture = read_upload(upload.data, upload.frame)
-        height, width = picture.pixels.shape[:2]
-        if height * width > self._limits.pixels:
-            raise ImageError(
-                f"The image has more than the limit of {self._limits.pixels:,} pixels.",
-                "Shrink it or crop it first.",
-            )
-        return picture
-
     def _record(
-        self, upload: Upload, event: str, model: Mapping[str, str], question: str, answer: str
+        self, upload: Upload, event: str, model: Mapping[str, Any], question: str, answer: str
     ) -> None:
         if self._audit is None:
             return
@@ -125,33 +154,7 @@ class Work:
                 model=model,
                 question=question,
                 answer=answer,
-                input_sha256=hashlib.sha256(upload.data).hexdigest(),
+                input_sha256=upload.sha256,
             )
         except DataError as error:  # what is wrong with the log is not the client's doing
             raise ResourceError(error.what, error.remedy) from error
-
-
-def read_upload(data: bytes, frame: int | None) -> Image:
-    """The picture in an uploaded file; the errors of `medmoe_edge.image.loading.load_image`."""
-    with path_to(data) as path:
-        try:
-            return load_image(path, frame=frame)
-        except MedMoEError as error:
-            error.what = error.what.replace(shown_name(path), "The image")
-            error.args = (f"{error.what} {error.remedy}",)
-            raise
-
-
-@contextlib.contextmanager
-def path_to(data: bytes) -> Iterator[Path]:
-    """A path for those who can only read files; in memory, where the system allows that."""
-    if sys.platform == "linux":
-        with open(os.memfd_create("image"), "wb") as file:
-            file.write(data)
-            file.flush()
-            yield Path(f"/proc/self/fd/{file.fileno()}")
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "image")
-            path.write_bytes(data)
-            yield path
