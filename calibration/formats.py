@@ -12,6 +12,7 @@ import numpy.typing as npt
 from medmoe_edge.errors import ConfigError
 
 Floats = npt.NDArray[np.float32]
+PAIR_BOUND = 128  # the largest with 255 * PAIR_BOUND < 2^15
 SCALE_BITS = {True: 16, False: 32}  # grouped scales are kept in fp16, those of channels in fp32
 
 
@@ -36,6 +37,19 @@ class Format:
             return 0, 2**self.bits - 1
         half = 2 ** (self.bits - 1)
         return (-half + (self.bits == 8), half - 1)
+
+    @property
+    def pair_bound(self) -> int | None:
+        """Largest magnitude of the sum of integers 2i and 2i + 1 of a row; None: any is allowed.
+
+        8-bit rows with one scale each run as W8A8 `DynamicQuantizeMatMul`. On processors without
+        VNNI (AVX2, AVX-512) its kernel multiplies unsigned 8-bit activations by signed 8-bit
+        weights with `vpmaddubsw`, which adds the products of two neighbours along K in 16 bits
+        *with saturation*. The largest activation is 255, so the sum is exact for any activations
+        if and only if 255 * |w_2i + w_2i+1| < 2^15, that is <= 128; integers of opposite signs
+        cannot exceed it. Elsewhere (VNNI, AMX, NEON, SSE) sums are wider, and nothing is lost.
+        """
+        return PAIR_BOUND if self.bits == 8 and self.group is None and self.symmetric else None
 
     def groups(self, width: int) -> int:
         """Scales per row of `width` weights; raises `ConfigError` where groups do not fit."""

@@ -1,5 +1,9 @@
 """Rounding weights to a format: to nearest over each group's full range, or with searched scales.
 
+Where a format bounds the sum of neighbours (`Format.pair_bound`), every choice of integers keeps
+it: a pair beyond it gives way where that costs least, and scales are searched with that error
+counted. Rounding over the full range takes scales so large that no pair has to give way.
+
 Inside, the members of a group come first, `[size, M]` for M groups: the arithmetic then runs along
 the groups, and one scale per group broadcasts for nothing.
 """
@@ -15,6 +19,8 @@ from medmoe_edge.errors import CheckpointError
 
 Grid = tuple[Floats, Floats]  # scale and zero point of M groups, `[M]` each
 RATIOS = np.linspace(0.5, 1.15, 14, dtype=np.float32)  # of the range that keeps the largest weight
+# Of the range that also keeps every pair: near it a few pairs give way, so that the ratio matters.
+PAIR_RATIOS = np.linspace(0.7, 1.05, 29, dtype=np.float32)
 REFITS = 2
 FLOOR = 0.01  # of the mean importance, for inputs that calibration hardly saw; as GPTQ damps
 CHUNK = 2**17  # weights at once: few enough that the scratch stays in the cache
@@ -23,11 +29,19 @@ CHUNK = 2**17  # weights at once: few enough that the scratch stays in the cache
 def round_to_nearest(weight: Floats, format: Format) -> Quantised:
     """Round `weight` `[N, K]` on the grid that just covers each group (or row): nothing is clipped.
 
-    A group of zeros gets scale 1. Scales are rounded as they are stored (fp16 for groups) before
-    the integers are chosen. Raises `CheckpointError` for weights that are not finite or exceed
+    Where the format bounds pairs, the grid covers their sums too: its steps are then up to twice as
+    large (typically 1.3 times), and still every weight is rounded to the nearest of them. A group
+    of zeros gets scale 1. Scales are rounded as they are stored (fp16 for groups) before the
+    integers are chosen. Raises `CheckpointError` for weights that are not finite or exceed
     fp16 scales, `ConfigError` where groups do not fit.
     """
-    return _by_chunks(weight, format, lambda grouped: _full_range(grouped, format))
+    members = _members(None, weight, format)
+    return _by_chunks(weight, format, members, lambda grouped, _: _full_range(grouped, format))
+
+
+def full_range_scales(weight: Floats, format: Format) -> Floats:
+    """The scales `[N]` that `round_to_nearest` takes for the rows of `[N, K]`, without groups."""
+    return _full_range(np.ascontiguousarray(weight.T), format)[0]
 
 
 def round_searched(weight: Floats, format: Format, importance: Floats | None = None) -> Quantised:
@@ -35,18 +49,17 @@ def round_searched(weight: Floats, format: Format, importance: Floats | None = N
 
     Per group: a search over clipping ratios (and the sign of the scale, or the zero point), as AWQ
     clips (arXiv 2306.00978) and HQQ needs no data, then least-squares refits of the scale, each
-    kept only where better. Never worse than `round_to_nearest`, and raises the same errors.
-    `importance` `[K]` is E[x_k^2] of the inputs; None counts all alike. An input that calibration
-    never saw active still counts `FLOOR`: it may be active tomorrow.
+    kept only where better; where the format bounds pairs, with what giving way costs. Never worse
+    than `round_to_nearest`, and raises the same errors. `importance` `[K]` is E[x_k^2] of the
+    inputs; None counts all alike. An input that calibration never saw active still counts `FLOOR`:
+    it may be active tomorrow.
     """
-    width, groups = weight.shape[1], format.groups(weight.shape[1])
-    members = shares(importance, width).reshape(groups, -1).T  # [size, G]
 
-    def choose(grouped: Floats) -> Grid:
+    def choose(grouped: Floats, importance: Floats) -> Grid:
         with np.errstate(over="ignore"):  # infinite errors of weights beyond 1e19: never better
-            return _search(grouped, np.tile(members, grouped.shape[1] // groups), format)
+            return _search(grouped, importance, format)
 
-    return _by_chunks(weight, format, choose)
+    return _by_chunks(weight, format, _members(importance, weight, format), choose)
 
 
 def output_error(weight: Floats, quantised: Quantised, moments: Floats) -> float:
@@ -79,6 +92,12 @@ def shares(importance: Floats | None, width: int) -> Floats:
     return (importance / mean + FLOOR).astype(np.float32)
 
 
+def _members(importance: Floats | None, weight: Floats, format: Format) -> Floats:
+    """`shares` by the groups of a row, `[size, G]`."""
+    width = weight.shape[1]
+    return shares(importance, width).reshape(format.groups(width), -1).T
+
+
 def _require_finite(weight: Floats, format: Format) -> None:
     """Raise `CheckpointError` if `weight` is not finite, or too large for the format's scales."""
     shape = "x".join(map(str, weight.shape))
@@ -96,10 +115,13 @@ def _require_finite(weight: Floats, format: Format) -> None:
         )
 
 
-def _by_chunks(weight: Floats, format: Format, choose: Callable[[Floats], Grid]) -> Quantised:
+def _by_chunks(
+    weight: Floats, format: Format, members: Floats, choose: Callable[[Floats, Floats], Grid]
+) -> Quantised:
     """Quantise some rows at a time on the grids that `choose` gives their groups `[size, M]`.
 
-    Several threads share the rows: numpy lets go of Python's lock while it computes.
+    `choose` is given the groups and what each member counts. Several threads share the rows: numpy
+    lets go of Python's lock while it computes.
     """
     _require_finite(weight, format)
     rows, width = shape = weight.shape
@@ -111,8 +133,9 @@ def _by_chunks(weight: Floats, format: Format, choose: Callable[[Floats], Grid])
     def quantise(start: int) -> None:
         part = slice(start, start + step)
         grouped = np.ascontiguousarray(weight[part].reshape(-1, width // groups).T)
-        scale, zero = choose(grouped)
-        stored = _steps(grouped, scale, zero, format) + zero
+        importance = np.tile(members, grouped.shape[1] // groups)
+        scale, zero = choose(grouped, importance)
+        stored = _steps(grouped, importance, scale, zero, format) + zero
         integers[part] = stored.astype(integers.dtype).T.reshape(-1, width)
         scales[part], zeros[part] = scale.reshape(-1, groups), zero.reshape(-1, groups)
 
@@ -121,22 +144,60 @@ def _by_chunks(weight: Floats, format: Format, choose: Callable[[Floats], Grid])
     return Quantised(format, integers, scales, None if format.symmetric else zeros)
 
 
-def _steps(grouped: Floats, scale: Floats, zero: Floats, format: Format) -> Floats:
+def _steps(
+    grouped: Floats, importance: Floats, scale: Floats, zero: Floats, format: Format
+) -> Floats:
     """The nearest whole steps from zero that the format can store, `[size, M]`."""
     low, high = format.levels
     steps = np.divide(grouped, scale)
     np.rint(steps, out=steps)
-    return np.clip(steps, low - zero, high - zero, out=steps)
+    np.clip(steps, low - zero, high - zero, out=steps)
+    if format.pair_bound is not None:
+        _bound_pairs(steps, grouped, importance, scale, format.pair_bound)
+    return steps
+
+
+def _bound_pairs(
+    steps: Floats, grouped: Floats, importance: Floats, scale: Floats, bound: int
+) -> None:
+    """Make pairs of neighbours whose sum is beyond the bound give way, in place.
+
+    Each becomes the pair of integers within the bound whose weighted squared error is least. It
+    lies on the bound, where that error is a parabola: its minimum, rounded.
+    """
+    pair, column = np.nonzero(np.abs(steps[:-1:2] + steps[1::2]) > bound)
+    if not len(pair):
+        return
+    first, second = 2 * pair, 2 * pair + 1
+    sign = np.sign(steps[first, column])  # both are of one sign
+    high = np.float32(bound - 1)
+    unit = sign * scale[column]
+    # beyond some times the range, how far makes no difference
+    x, y = (np.minimum(grouped[row, column] / unit, 8 * high) for row in (first, second))
+    share = importance[second, column] / (importance[first, column] + importance[second, column])
+    kept = np.clip(np.rint(x - (x + y - bound) * share), 1, high)
+    steps[first, column] = sign * kept
+    steps[second, column] = sign * (bound - kept)
 
 
 def _full_range(grouped: Floats, format: Format) -> Grid:
     high = format.levels[1]
     if format.symmetric:
-        scale = _storable(np.maximum(grouped.max(0), -grouped.min(0)) / high, format)
+        peak = np.maximum(grouped.max(0), -grouped.min(0)) / high
+        scale = _storable(np.maximum(peak, _pair_range(grouped, format)), format)
         return scale, np.zeros_like(scale)
     top, bottom = np.maximum(grouped.max(0), 0), np.minimum(grouped.min(0), 0)
     scale = _storable(top / high - bottom / high, format)
     return scale, np.clip(np.rint(-bottom / scale), 0, high)
+
+
+def _pair_range(grouped: Floats, format: Format) -> Floats:
+    """The least scales `[M]` by which no pair of neighbours is beyond the format's bound."""
+    if format.pair_bound is None or len(grouped) < 2:
+        return np.zeros(grouped.shape[1], np.float32)
+    half_sums = grouped[:-1:2] / 2
+    half_sums += grouped[1::2] / 2  # the sums may be beyond fp32
+    return np.asarray(np.abs(half_sums, out=half_sums).max(0) / np.float32(format.pair_bound / 2))
 
 
 def _storage(format: Format) -> "np.finfo[np.float16] | np.finfo[np.float32]":
@@ -161,12 +222,12 @@ def _candidates(grouped: Floats, format: Format) -> Iterator[Grid]:
         return
     top, bottom = grouped.max(0), grouped.min(0)
     if low == -high:
-        ends = [np.maximum(top, -bottom) / high]
+        ends = [np.maximum(np.maximum(top, -bottom) / high, _pair_range(grouped, format))]
     else:  # there is one more negative step: it takes the largest weight, or its opposite
         end = np.where(top > -bottom, top, bottom) / low
         ends = [end, -end]
     for scale in ends:
-        for ratio in RATIOS:
+        for ratio in RATIOS if format.pair_bound is None else PAIR_RATIOS:
             yield _storable(scale * ratio, format), np.zeros_like(scale)
 
 
@@ -184,7 +245,7 @@ def _search(grouped: Floats, importance: Floats, format: Format) -> Grid:
     for candidate in _candidates(grouped, format):
         offer(*candidate)
     for _ in range(REFITS):
-        steps = _steps(grouped, scale, zero, format)
+        steps = _steps(grouped, importance, scale, zero, format)
         weighted = steps * importance
         energy = np.einsum("sm,sm->m", weighted, steps)
         fitted = np.einsum("sm,sm->m", weighted, grouped) / np.where(energy > 0, energy, 1)
@@ -195,7 +256,7 @@ def _search(grouped: Floats, importance: Floats, format: Format) -> Grid:
 def _error(
     grouped: Floats, importance: Floats, scale: Floats, zero: Floats, format: Format
 ) -> Floats:
-    difference = _steps(grouped, scale, zero, format)
+    difference = _steps(grouped, importance, scale, zero, format)
     difference *= scale
     difference -= grouped
     difference *= difference

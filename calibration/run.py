@@ -23,14 +23,14 @@ from medmoe_edge.calibration.routing import UNKNOWN, RoutingProfile
 from medmoe_edge.calibration.statistics import SiteFiles, Source, Statistics
 from medmoe_edge.calibration.stream import Progress
 from medmoe_edge.calibration.tensor_file import refuse_existing
-from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 
 
 def calibrate(
-    checkpoint: Path,
+    checkpoint: Path | Checkpoint,
     data: CalibrationData,
     out: Path,
     *,
@@ -53,7 +53,7 @@ def calibrate(
     checkpoint, and `ResourceError` where the disk does not take it.
     """
     refuse_existing(out, force=force)
-    source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    source = as_checkpoint(checkpoint, vision_tower=vision_tower)
     work = work or out.with_name(f".{out.name}.work")
     run = _Run(source, data, work, hessians, progress)
     try:

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.calibration.formats import Floats
+from medmoe_edge.calibration.formats import Floats, Format
+from medmoe_edge.calibration.rounding import full_range_scales
 
 Doubles = npt.NDArray[np.float64]
+INT8 = Format(8)
 STRENGTHS = tuple(round(0.05 * step, 2) for step in range(21))
 LARGEST = 1e4  # scale of a channel, against the geometric mean; its reciprocal is the smallest
 
@@ -45,9 +47,11 @@ def expected_noise(
     - x / s is rounded on one asymmetric 8-bit grid for all channels, which includes 0, with
       step = (max_k high_k / s_k - min_k low_k / s_k) / 255. Its noise passes through W diag(s):
       step^2 / 12 * sum_nk (W_nk s_k)^2.
-    - Row n of W diag(s) is rounded symmetrically with step_n = max_k |W_nk| s_k / 127. Its noise
-      multiplies the inputs: step_n^2 / 12 * sum_k E[x_k^2] / s_k^2, less the k of the maximum,
-      which is exact.
+    - Row n of W diag(s) is rounded symmetrically over its full range, with
+      step_n = max_k |W_nk| s_k / 127, or more where pairs of neighbours ask for it
+      (`Format.pair_bound`). Its noise multiplies the inputs:
+      step_n^2 / 12 * sum_k E[x_k^2] / s_k^2, less the k of the maximum where that decides, which is
+      exact then.
 
     The product of both noises is left out.
     """
@@ -57,11 +61,12 @@ def expected_noise(
     noise = 0.0
     for weight in weights:
         passed = np.einsum("nk,nk->k", weight, weight) @ s**2
-        scaled = np.abs(weight * scale)
-        largest = scaled.argmax(1)
-        steps = scaled[np.arange(len(weight)), largest].astype(np.float64) / 127
+        scaled = np.asarray(weight * scale, np.float32)
+        largest = np.abs(scaled).argmax(1)
+        steps = full_range_scales(scaled, INT8).astype(np.float64)
+        decides = np.abs(scaled[np.arange(len(weight)), largest]) > 126.5 * steps
         noise += (span / 255) ** 2 * float(passed) + float(
-            steps**2 @ (power.sum() - power[largest])
+            steps**2 @ (power.sum() - np.where(decides, power[largest], 0))
         )
     return noise / 12
 

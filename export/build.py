@@ -2,18 +2,23 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.gates import DEFAULT_GATES
+from medmoe_edge.bundle.recorded import Recorded, write_recorded
+from medmoe_edge.bundle.signature import SignatureMaker
+from medmoe_edge.calibration.formats import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.external_data import Extents, save_model
@@ -38,7 +43,6 @@ from medmoe_edge.export.vision_quantise import quantise_linears
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.prompt import Tokenizer
 
-Progress = Callable[[str, int, int], None]
 STORED: dict[Precision, str] = {
     "fp32": "fp32",
     "int8": "int8 weights per output channel, dynamic 8-bit activations (W8A8)",
@@ -51,69 +55,112 @@ STEPS = ("vision", "embedding", "decoder", "manifest")
 MODEL_CARD = "README.md"
 
 
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a checkpoint's weights are stored in a bundle.
+
+    Attributes:
+        precision: Of the decoder.
+        method: "auto" takes the best that the statistics allow; "rtn" rounds to nearest.
+        budget_bits: Bits per weight of a mixed export, on average; None otherwise.
+        group: Weights that share a scale in int4; None: 32.
+        name: Of the bundle; None: that of the checkpoint's folder.
+    """
+
+    precision: Precision = "int8"
+    method: Method = "auto"
+    budget_bits: float | None = None
+    group: GroupSize | None = None
+    name: str | None = None
+
+
+INT8_BUNDLE = BuildOptions()
+
+
 def export_bundle(
-    checkpoint: Path,
+    checkpoint: Path | Checkpoint,
     out: Path,
+    options: BuildOptions = INT8_BUNDLE,
     *,
-    precision: Precision = "int8",
-    method: Method = "auto",
     statistics: Statistics | None = None,
-    budget_bits: float | None = None,
-    group: GroupSize | None = None,
-    name: str | None = None,
     vision_tower: Path | None = None,
     force: bool = False,
-    prove: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Export the checkpoint folder to the bundle folder `out`, which appears whole or not at all.
+    """Export a checkpoint to the bundle folder `out`, which appears whole or not at all.
 
-    `statistics`, of this very checkpoint, calibrate; `budget_bits` is the mean of a mixed export,
-    `group` is that of int4 (32 where none is given); `prove` is given the finished folder before it
-    takes its place, and may refuse it by raising. `progress` is called with `(step, done, total)`.
-    Raises `ModelError` for a checkpoint that cannot be used, `InputError` for an `out` that may not
-    be replaced or statistics of another checkpoint, and `ResourceError` where the disk does not
-    take it.
+    Args:
+        checkpoint: Its folder, or the checkpoint itself where it is open already.
+        out: The bundle.
+        options: How weights are stored.
+        statistics: Of this very checkpoint; they calibrate.
+        vision_tower: A separate CLIP folder.
+        force: Replace an older bundle.
+        progress: Called with `(step, done, total)`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ModelError: For a checkpoint that cannot be used.
+        InputError: For an `out` that may not be replaced, or statistics of another checkpoint.
+        ResourceError: Where the disk does not take it.
     """
-    source = read_checkpoint(checkpoint, vision_tower=vision_tower)
-    check_exportable(source, precision, budget_bits, calibrated=statistics is not None, group=group)
-    if statistics is not None:
-        statistics.check(source)
-    report = progress or (lambda step, done, total: None)
-    with atomic_folder(out, force=force, marker=MANIFEST) as folder:
-        report(STEPS[0], 0, 1)
-        vision = _write_vision(source, folder, precision)
-        report(STEPS[1], 0, 1)
-        _write_embedding(source, folder, precision)
-        report(STEPS[2], 0, 1)
-        plan = make_plan(source, precision, method, statistics, budget_bits, group)
-        experts = _write_decoder(source, folder, plan, partial(report, STEPS[2]))
-        paging = write_paged_graphs(folder, source.config, experts) if source.config.moe else None
-        report(STEPS[3], 0, 1)
-        _copy_companions(source, folder)
-        name = name or source.folder.resolve().name
-        write_manifest(folder, _manifest(source, plan, vision, experts, paging, name))
-        if prove is not None:
-            prove(folder)
-    report("done", 1, 1)
+    source = as_checkpoint(checkpoint, vision_tower=vision_tower)
+    check_exportable(source, options, calibrated=statistics is not None)
+    with atomic_folder(out, force=force, marker=MANIFEST) as staging:
+        write_bundle(source, staging, options, statistics=statistics, progress=progress)
     return out
 
 
-def check_exportable(
+def write_bundle(
     source: Checkpoint,
-    precision: Precision,
-    budget_bits: float | None,
+    folder: Path,
+    options: BuildOptions,
     *,
-    calibrated: bool,
-    group: GroupSize | None = None,
+    statistics: Statistics | None = None,
+    progress: Progress | None = None,
 ) -> None:
+    """Write the files of a bundle into the empty `folder`; arguments and errors of `export_bundle`.
+
+    What is exported for others to see is written beside its place and verified there first.
+    """
+    if statistics is not None:
+        statistics.check(source)
+    report = progress or no_progress
+    report(STEPS[0], 0, 1)
+    signature = SignatureMaker()
+    vision = _write_vision(source, folder, options.precision, signature)
+    report(STEPS[1], 0, 1)
+    _write_embedding(source, folder, options.precision)
+    report(STEPS[2], 0, 1)
+    plan = make_plan(
+        source, options.precision, options.method, statistics, options.budget_bits, options.group
+    )
+    experts = _write_decoder(source, folder, plan, signature, partial(report, STEPS[2]))
+    paging = write_paged_graphs(folder, source.config, experts) if source.config.moe else None
+    report(STEPS[3], 0, 1)
+    _copy_companions(source, folder)
+    write_recorded(folder, Recorded(signature.signature()))
+    name = options.name or source.folder.resolve().name
+    write_manifest(folder, _manifest(source, plan, vision, experts, paging, name))
+    report("done", 1, 1)
+
+
+def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: bool) -> None:
     """Refuse what no work can mend: a checkpoint that does not fit, a precision out of reach.
 
     Raises `CheckpointError`, and `InputError` for a mixed export that is not `calibrated` or whose
     budget is too small.
     """
     decoder = source.config.decoder
-    check_precision(source, precision, budget_bits, calibrated=calibrated, group=group)
+    check_precision(
+        source,
+        options.precision,
+        options.budget_bits,
+        calibrated=calibrated,
+        group=options.group,
+    )
     Tokenizer.from_file(source.tokenizer_path()).check_vocabulary(decoder.vocab_size)
     if decoder.head_size % 16 or decoder.rotary_size % 16:
         raise CheckpointError(
@@ -123,11 +170,13 @@ def check_exportable(
         )
 
 
-def _write_vision(source: Checkpoint, folder: Path, precision: Precision) -> str:
+def _write_vision(
+    source: Checkpoint, folder: Path, precision: Precision, signature: SignatureMaker
+) -> str:
     """Returns how its weights are stored, in words."""
     model, stored = export_vision(source), "fp32"
     if precision != "fp32":
-        in_8_bits = source.config.vision.kind == "clip" and quantise_linears(model)[1]
+        in_8_bits = source.config.vision.kind == "clip" and quantise_linears(model, signature)[1]
         stored = VISION_INT8 if in_8_bits else VISION
         halve_weights(model)
     save_model(model, folder, "vision")
@@ -146,10 +195,14 @@ def _write_embedding(source: Checkpoint, folder: Path, precision: Precision) -> 
 
 
 def _write_decoder(
-    source: Checkpoint, folder: Path, plan: Plan, progress: Callable[[int, int], None]
+    source: Checkpoint,
+    folder: Path,
+    plan: Plan,
+    signature: SignatureMaker,
+    progress: Callable[[int, int], None],
 ) -> Extents:
     model = DecoderBuilder(source.config, WeightSource(source, plan.factors)).model()
-    quantise_weights(model, plan)
+    quantise_weights(model, plan, signature)
     if source.config.moe is not None:
         lower_moe(model, MoESpec.of(source.config))
     lower_attention(model)
@@ -174,7 +227,12 @@ def _manifest(
     name: str,
 ) -> dict[str, Any]:
     statistics = plan.statistics
-    quantised = {"router": "fp32", "vision": vision, "embedding": "fp16"}
+    quantised = {
+        "router": "fp32",
+        "vision": vision,
+        "embedding": "fp16",
+        "pair_bound": PAIR_BOUND,  # that of all int8 weights per channel, see `Format.pair_bound`
+    }
     return {
         "name": name,
         "config": source.config.to_json(),

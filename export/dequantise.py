@@ -1,6 +1,7 @@
 """Integers `[K, N]` behind `DequantizeLinear`: how a quantised model is specified.
 
-Plain ONNX, the same numbers for every target. Per output channel the scales are fp32 `[N]`; in
+Plain ONNX, the same numbers for every target. Per output channel the scales are fp32 `[N]`, and
+8-bit integers keep `Format.pair_bound`: neighbours 2i and 2i + 1 along K sum to at most 128. In
 groups along the input they are stored in fp16 `[K / group, N]` (`block_size` of DequantizeLinear,
 opset 21). Lowerings for a target replace the pairs `DequantizeLinear -> MatMul` by what that target
 runs fast.

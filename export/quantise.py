@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from medmoe_edge.bundle.signature import Marks, SignatureMaker
 from medmoe_edge.calibration.formats import Floats, Format, Quantised
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.dequantise import INTEGERS, insert_dequantise
@@ -19,12 +20,14 @@ Policy = Callable[[str], tuple[Format, Quantiser] | None]
 """How to store the weight of a name; None leaves it as it is."""
 
 
-def quantise_weights(model: ir.Model, policy: Policy) -> tuple[ir.Model, bool]:
+def quantise_weights(
+    model: ir.Model, policy: Policy, signature: SignatureMaker | None = None
+) -> tuple[ir.Model, bool]:
     """Quantise the initializers that `policy` wants, lazily; returns `(model, modified)`.
 
-    They must be matrices `[K, N]` as MatMul reads them, the formats symmetric. Raises `ConfigError`
-    for groups that do not fit; weights that a format cannot hold raise `CheckpointError` when they
-    are written.
+    They must be matrices `[K, N]` as MatMul reads them, the formats symmetric; `signature` gets
+    their marks when they are written. Raises `ConfigError` for groups that do not fit; weights that
+    a format cannot hold raise `CheckpointError` when they are written.
     """
     chosen = [
         (value, found)
@@ -32,7 +35,7 @@ def quantise_weights(model: ir.Model, policy: Policy) -> tuple[ir.Model, bool]:
         if (found := policy(name)) is not None
     ]
     for value, (form, quantiser) in chosen:
-        integers, scale = _Weight(value, form, quantiser).tensors()
+        integers, scale = _Weight(value, form, quantiser, signature).tensors()
         insert_dequantise(model.graph, value, integers, scale)
     return model, bool(chosen)
 
@@ -40,10 +43,16 @@ def quantise_weights(model: ir.Model, policy: Policy) -> tuple[ir.Model, bool]:
 class _Weight:
     """Reads and quantises the weight when its integers are written; keeps scales for later."""
 
-    def __init__(self, value: ir.Value, form: Format, quantiser: Quantiser) -> None:
+    def __init__(
+        self,
+        value: ir.Value,
+        form: Format,
+        quantiser: Quantiser,
+        signature: SignatureMaker | None,
+    ) -> None:
         assert value.const_value is not None
         self.name, self.source = str(value.name), value.const_value
-        self.format, self.quantiser = form, quantiser
+        self.format, self.quantiser, self.signature = form, quantiser, signature
         self.shape = self.source.shape.numpy()  # (K, N)
         self.scale: npt.NDArray[Any] | None = None  # as stored
 
@@ -60,7 +69,13 @@ class _Weight:
         )
 
     def _integers(self) -> ir.TensorProtocol:
-        parts = [self._quantised(rows) for rows in self._rows()]
+        parts, marks = [], []
+        for rows in self._rows():
+            parts.append(self._quantised(rows))
+            marks.append(Marks.of(rows, parts[-1].scale.shape[1]))
+        if self.signature is not None:
+            width = self.shape[0]
+            self.signature.keep(self.name, self.format.bits, width, Marks.joined(marks))
         self.scale = self._stored(np.concatenate([part.scale for part in parts]))
         integers = np.concatenate([part.integers for part in parts])  # [N, K]
         _, kind = INTEGERS[self.format.bits]

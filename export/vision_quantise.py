@@ -20,6 +20,7 @@ from functools import partial
 
 import onnx_ir as ir
 
+from medmoe_edge.bundle.signature import SignatureMaker
 from medmoe_edge.calibration.formats import Format
 from medmoe_edge.calibration.rounding import round_to_nearest
 from medmoe_edge.export.builder import tensor_of
@@ -31,11 +32,13 @@ INT8_GROUPS = Format(8, GROUP)
 LEAST_WIDTH = 128  # inputs of a matrix: narrower ones weigh next to nothing
 
 
-def quantise_linears(model: ir.Model) -> tuple[ir.Model, bool]:
+def quantise_linears(
+    model: ir.Model, signature: SignatureMaker | None = None
+) -> tuple[ir.Model, bool]:
     """Make `MatMulNBits` of every `MatMul` with a wide matrix `[K, N]` that divides into groups.
 
-    Weights are read when they are written. Returns `(model, modified)`; a weight whose scale fp16
-    cannot hold raises `CheckpointError` when it is written.
+    Weights are read, and marked in `signature`, when they are written. Returns
+    `(model, modified)`; a weight whose scale fp16 cannot hold raises `CheckpointError` then.
     """
     linears = {name for name, value in model.graph.initializers.items() if _is_linear(value)}
 
@@ -44,7 +47,7 @@ def quantise_linears(model: ir.Model) -> tuple[ir.Model, bool]:
             return None
         return INT8_GROUPS, partial(round_to_nearest, format=INT8_GROUPS)
 
-    quantise_weights(model, policy)
+    quantise_weights(model, policy, signature)
     return lower_matmul(model)
 
 

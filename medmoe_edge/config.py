@@ -225,10 +225,29 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list.", "Check its value.")
+        if Ellipsis not in arguments and len(value) != len(arguments):
+            raise ConfigError(f"{where} must hold {len(arguments)} values.", "Check its value.")
         return tuple(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be an object.", "Check its value.")
+        return {
+            _key(key, arguments[0], where): _convert(part, arguments[1], f"{where}.{key}")
+            for key, part in value.items()
+        }
     if isinstance(hint, type) and issubclass(hint, Config):
         return hint.from_json(value, where)
     return _scalar(value, hint, where)
+
+
+def _key(key: str, hint: type, where: str) -> Any:
+    """A key of an object as what it stands for: JSON has only strings."""
+    try:
+        return hint(key)
+    except ValueError:
+        raise ConfigError(
+            f"{where} has the key {key!r}, which is no {hint.__name__}.", "Correct it."
+        ) from None
 
 
 def _scalar(value: Any, hint: type, where: str) -> Any:
@@ -242,4 +261,6 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, Config):
         return value.to_json()
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value

@@ -17,6 +17,8 @@ is no error, but should be known of a result that stands all the same, is a `Not
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -96,3 +98,17 @@ class MissingDependencyError(ResourceError):
             f"This needs the package {package!r}, which is not installed.",
             f"Install it with: pip install 'medmoe-edge[{extra}]'",
         )
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of what only the packages of an extra can do.
+
+    Raises `MissingDependencyError`, which names the package and the extra.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("medmoe_edge"):
+            raise  # no package to install: a mistake of ours
+        raise MissingDependencyError(error.name.partition(".")[0], extra) from error

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from medmoe_edge.atomic import check_target
+from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import CalibrationData, read_calibration
@@ -19,13 +19,14 @@ from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.calibration.tensor_file import writing
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
-from medmoe_edge.embedded import EMBEDDED, bundle_path
+from medmoe_edge.embedded import EMBEDDED, bundle_path, is_installed
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.evaluation import verify as verification
+from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Data, Verification
-from medmoe_edge.export.build import check_exportable, export_bundle
+from medmoe_edge.export.build import BuildOptions, check_exportable, export_bundle, write_bundle
 from medmoe_edge.export.plan import GroupSize, Method, Precision
-from medmoe_edge.pipeline_examples import as_examples
+from medmoe_edge.pipeline_examples import TRAVELLING, as_examples, travelling
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
@@ -71,66 +72,50 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Export:
-    """Export a checkpoint; calibrated and proven where `calibrate_on` names data.
+    """Export a checkpoint; calibrated and verified where `calibrate_on` names data.
 
-    `stats` are statistics that `calibrate` wrote; the bundle is then not yet proven. `strict`
-    refuses experts that too few tokens reached. Raises `VerificationError`, and leaves no bundle,
-    where the proof fails; `ModelError`, `InputError` and `ResourceError` otherwise.
+    The checkpoint is opened once, for all steps. `stats` are statistics that `calibrate` wrote; the
+    bundle is then not yet verified. `strict` refuses experts that too few tokens reached. Raises
+    `VerificationError`, and leaves no bundle, where a gate fails; `ModelError`, `InputError` and
+    `ResourceError` otherwise.
     """
     check_target(out, force=force, marker=MANIFEST)
     if calibrate_on is not None and stats is not None:
         raise InputError("Both data and statistics were given.", "Give one of the two.")
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    options = BuildOptions(precision, method, budget_bits, group, name)
     calibrated = calibrate_on is not None or stats is not None
-    check_exportable(source, precision, budget_bits, calibrated=calibrated, group=group)
-    build = partial(
-        export_bundle,
-        checkpoint,
-        out,
-        precision=precision,
-        method=method,
-        budget_bits=budget_bits,
-        group=group,
-        name=name,
-        vision_tower=vision_tower,
-        force=force,
-        progress=progress,
-    )
+    check_exportable(source, options, calibrated=calibrated)
     if calibrate_on is None:
         statistics = Statistics.open(stats) if stats else None
         if statistics is not None and strict:
             check_covered(statistics.coverage, _modalities(source))
-        return Export(build(statistics=statistics), None)
+        export_bundle(source, out, options, statistics=statistics, force=force, progress=progress)
+        return Export(out, None)
     data = _data_for(source, calibrate_on)
-    found: list[Verification] = []
-    with _work_folder(out) as folder:
+    with _work_folder(out) as work:
         statistics = calibrate(
-            checkpoint,
+            source,
             data,
-            folder / "statistics",
+            work / "statistics",
             samples=samples,
             hessians=precision != "fp32",
             strict=strict,
-            vision_tower=vision_tower,
             progress=progress,
         )
-        measure = partial(
-            verification.verify,
-            checkpoint=checkpoint,
-            data=proof_data(data, statistics, folder),
-            vision_tower=vision_tower,
-            progress=progress,
-        )
-        build(statistics=statistics, prove=partial(_prove, measure, found))
-    return Export(out, dataclasses.replace(found[0], bundle=Bundle.open(out, verify=False)))
-
-
-def _prove(
-    measure: Callable[[Path], Verification], found: list[Verification], bundle: Path
-) -> None:
-    found.append(measure(bundle))
-    if error := found[0].error():
-        raise error
+        with atomic_folder(out, force=force, marker=MANIFEST) as staging:
+            write_bundle(source, staging, options, statistics=statistics, progress=progress)
+            found = verification.verify(
+                staging,
+                source,
+                proof_data(data, statistics, work),
+                record=True,
+                inputs=travelling(work / TRAVELLING),
+                progress=progress,
+            )
+            if error := found.error():
+                raise error
+    return Export(out, dataclasses.replace(found, bundle=Bundle.open(out, verify=False)))
 
 
 def proof_data(data: CalibrationData, statistics: Statistics, folder: Path) -> Data:
@@ -150,15 +135,17 @@ def verify(
     *,
     beside: Sequence[str] = (),
     vision_tower: Path | None = None,
+    record: bool | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Measure a bundle against its checkpoint on every question of a source; see `verification`.
 
     `beside` names what is measured too: other bundles of the checkpoint, "bitsandbytes-nf4" or
-    "bitsandbytes-int8". Raises what `verification.verify` does, and `ResourceError` at once where
-    the bundle's folder cannot be written.
+    "bitsandbytes-int8". `record` as for `verification.verify`, whose errors pass through; refused
+    at once as `check_recordable` says.
     """
-    _check_writable(bundle)
+    check_recordable(bundle, record)
+    recordable = record is None and may_record(bundle)
     model = read_checkpoint(checkpoint, vision_tower=vision_tower)
     others = {_label(name): _peer(name, model) for name in beside}
     data = _data_for(model, source)
@@ -166,10 +153,11 @@ def verify(
         samples = data.draw(len(data.samples))
         return verification.verify(
             bundle,
-            checkpoint,
+            model,
             Data(data.name, list(as_examples(samples, Path(folder)))),
             beside=others,
-            vision_tower=vision_tower,
+            record=record,
+            inputs=travelling(Path(folder, TRAVELLING)) if record or recordable else (),
             progress=progress,
         )
 
@@ -193,14 +181,25 @@ def _work_folder(out: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _check_writable(bundle: Path) -> None:
+def check_recordable(bundle: Path, record: bool | None) -> None:
+    """Raise `InputError` where a record is wanted in a bundle that is part of an installation.
+
+    Raises `ResourceError` where one is wanted and the folder cannot be written.
+    """
+    if not record:
+        return
+    if is_installed(bundle):
+        raise InputError(
+            f"{bundle} is part of an installation, whose files are not changed.",
+            "Leave --record out, or verify a copy of the bundle.",
+        )
     try:
         with tempfile.TemporaryFile(dir=bundle):
             pass
     except OSError as error:
         raise ResourceError(
-            f"{bundle} cannot be written ({error.strerror}), and the proof is kept in it.",
-            "Verify a copy of the bundle that you may write to.",
+            f"{bundle} cannot be written ({error.strerror}), and the record was to be kept in it.",
+            "Leave --record out, or verify a copy of the bundle.",
         ) from error
 
 

@@ -3,18 +3,21 @@
 Weights in 8-bit groups need no calibration: the images that are named serve for the proof alone.
 """
 
-from functools import partial
+import dataclasses
 from pathlib import Path
 
-from medmoe_edge.atomic import check_target
+from medmoe_edge._types import Progress
+from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.bundle.contrastive import ModalityBundle
 from medmoe_edge.calibration.data import read_calibration
 from medmoe_edge.calibration.samples import Sample
 from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
+from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Verification
-from medmoe_edge.export.contrastive_build import Precision, Progress, export_modality_bundle
-from medmoe_edge.pipeline import PROOF_SAMPLES, Export
+from medmoe_edge.export.contrastive_build import Precision, write_modality_bundle
+from medmoe_edge.pipeline import PROOF_SAMPLES, Export, check_recordable
+from medmoe_edge.pipeline_examples import travelling_pictures
 
 
 def export_modality(
@@ -33,39 +36,49 @@ def export_modality(
     `InputError` and `ResourceError` otherwise.
     """
     check_target(out, force=force, marker=MANIFEST)
-    build = partial(
-        export_modality_bundle,
-        checkpoint,
-        out,
-        precision=precision,
-        name=name,
-        force=force,
-        progress=progress,
-    )
-    if prove_on is None:
-        build()
-        return Export(out, None)
-    pictures = read_pictures(prove_on)
-    found: list[Verification] = []
-
-    def prove(bundle: Path) -> None:
-        found.append(verify_modality(bundle, checkpoint, pictures, progress=progress))
-        if error := found[0].error():
+    pictures = read_pictures(prove_on) if prove_on is not None else None
+    with atomic_folder(out, force=force, marker=MANIFEST) as staging:
+        write_modality_bundle(
+            checkpoint, staging, precision=precision, name=name, progress=progress
+        )
+        if pictures is None:
+            return Export(out, None)
+        found = verify_modality(
+            staging,
+            checkpoint,
+            pictures,
+            record=True,
+            inputs=travelling_pictures(),
+            progress=progress,
+        )
+        if error := found.error():
             raise error
-
-    build(prove=prove)
-    return Export(out, Verification(ModalityBundle.open(out, False), [], found[0].record))
+    return Export(out, dataclasses.replace(found, bundle=ModalityBundle.open(out, False)))
 
 
 def verify_modality_on(
-    bundle: Path, checkpoint: Path, source: str, *, progress: Progress | None = None
+    bundle: Path,
+    checkpoint: Path,
+    source: str,
+    *,
+    record: bool | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Measure a bundle against its checkpoint on the images of a source.
 
     That is a folder, a question file or "builtin". Raises what `verify_modality` does, and
     `InputError` or `DataError` for data that cannot be used.
     """
-    return verify_modality(bundle, checkpoint, read_pictures(source), progress=progress)
+    check_recordable(bundle, record)
+    recordable = record is None and may_record(bundle)
+    return verify_modality(
+        bundle,
+        checkpoint,
+        read_pictures(source),
+        record=record,
+        inputs=travelling_pictures() if record or recordable else (),
+        progress=progress,
+    )
 
 
 def read_pictures(source: str) -> Pictures:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import BundleError
+from medmoe_edge.errors import BundleError, Notice
 
 Floats = npt.NDArray[np.float32]
 CacheArray = npt.NDArray[np.floating[Any]]
@@ -82,6 +82,13 @@ class Runtime(Protocol):
 
     def step(self, embeds: Floats, cache: Cache) -> Step:
         """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
+
+
+@runtime_checkable
+class Warns(Protocol):
+    """A runtime of which something should be known: `warnings` belong to every answer."""
+
+    warnings: tuple[Notice, ...]
 
 
 @runtime_checkable

@@ -28,6 +28,12 @@ hypothesis.settings.load_profile("tests")
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings of the tests' own modules are errors; pyproject.toml makes the package's so."""
+    names = "|".join(sorted(path.stem for path in Path(__file__).parent.rglob("*.py")))
+    config.addinivalue_line("filterwarnings", rf"error:::({names})\Z")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not _gpu_is_here():
         pytest.skip("needs a CUDA device")
@@ -167,7 +173,9 @@ def tiny_bundle(
         checkpoint = tiny_checkpoint(preset, **options)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "export_vision", tiny_tower)
-            return build.export_bundle(checkpoint, out, precision=precision, name="tiny")
+            return build.export_bundle(
+                checkpoint, out, build.BuildOptions(precision=precision, name="tiny")
+            )
 
     return make
 
@@ -190,7 +198,9 @@ def unlike_bundle(
     monkeypatch.setattr(
         Plan, "format_of", lambda plan, name: UNLIKE_FORMATS.get(name) or usual(plan, name)
     )
-    return build.export_bundle(tiny_checkpoint(), tmp_path / "bundle", precision="int4")
+    return build.export_bundle(
+        tiny_checkpoint(), tmp_path / "bundle", build.BuildOptions(precision="int4")
+    )
 
 
 @pytest.fixture(scope="session")

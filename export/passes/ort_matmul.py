@@ -4,8 +4,15 @@ Weights with a scale per output channel become W8A8 `DynamicQuantizeMatMul`: act
 quantised to 8 bits as they arrive, products accumulate in int32. It takes one scale for its whole
 input, so every token is divided by its largest magnitude before and multiplied with it after: that
 gives each token a scale of its own, and its error no longer depends on its neighbours.
+On processors without VNNI its kernel (`vpmaddubsw`: AVX2, AVX-512) adds the products of stored
+neighbours 2i and 2i + 1 along K in 16 bits, with saturation; activations go up to 255. So it is
+exact there, and the same everywhere, if and only if |w_2i + w_2i+1| <= 128 in every column: the
+bound of `calibration.formats.Format.pair_bound`, which every quantiser keeps while it chooses
+integers, and which costs nothing at run time. Unsigned weights would be exact too, but have no VNNI
+kernel; ONNX Runtime's `session.x64quantprecision` makes them of signed ones, but not of those that
+the branch of an `If` takes from outside.
 Weights in groups become `MatMulNBits`, whose activations are quantised to 8 bits in blocks of a row
-(`accuracy_level` 4; at level 0 its 8-bit kernel is a hundred times slower).
+(`accuracy_level` 4; at level 0 its 8-bit kernel is a hundred times slower); it is exact everywhere.
 """
 
 import numpy as np

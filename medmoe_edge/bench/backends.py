@@ -1,76 +1,56 @@
 """What is measured: a model in memory that answers questions of one shape, whatever runs it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import importlib
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
+from PIL import Image as Pillow
 
-from medmoe_edge.bench.machine import threads
-from medmoe_edge.bench.timing import seconds
+from medmoe_edge.bench import measurement
+from medmoe_edge.bench.measurement import Shape, seconds
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.config import ModelConfig
+from medmoe_edge.embedded import bundle_path
 from medmoe_edge.engine.clock import Clock
 from medmoe_edge.engine.engine import Engine, load
-from medmoe_edge.errors import ModelError
+from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.image.loading import Image, preprocess
+from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 
 QUESTION = "Is there evidence of a pleural effusion?"
+NEW_TOKENS = 8
 Kind = Literal["bundle", "torch", "bitsandbytes", "llama"]
-Pixels = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Tokens of one visual question: text before the image, image, question, answer."""
-
-    prefix: int
-    image: int
-    question: int
-    new: int
-
-    @property
-    def prompt(self) -> int:
-        """All that is prefilled."""
-        return self.prefix + self.image + self.question
-
-
-class Contestant(Protocol):
+class Backend(Protocol):
     """A loaded model."""
 
     def touch(self) -> None:
-        """Use every part of it once, with little work."""
+        """Use every part of it once, with little work: sessions are opened by their first use."""
 
     def question(self) -> dict[str, float]:
-        """Seconds of one question's parts.
-
-        `vision`, where it has a tower; `prefill` of the whole prompt; `decode` of all further
-        tokens; then `second`, the prefill of another question about the same image.
-        """
+        """Seconds of one question's parts, as in `Measured`; `vision` where it has a tower."""
         ...
 
 
-class RuntimeContestant:
+class RuntimeBackend:
     """Any of our runtimes, driven as `Engine` does, but with tokens that do not depend on it."""
 
     def __init__(self, runtime: Runtime, shape: Shape) -> None:
         self.runtime, self.shape = runtime, shape
         vision, decoder = runtime.config.vision, runtime.config.decoder
         self.pixels = preprocess(picture(vision.image_size), vision)
-        generator = np.random.default_rng(0)
-        self.ids: list[int] = generator.integers(
-            0, decoder.vocab_size, decoder.max_positions
-        ).tolist()
+        self.ids = _tokens(decoder.vocab_size, decoder.max_positions)
 
     def touch(self) -> None:
-        """Use every part of it once, with little work."""
+        """See `Backend`."""
         self.runtime.encode_image(self.pixels)
         self.runtime.step(self.runtime.embed(self.ids[:1]), self.runtime.new_cache(1))
 
     def question(self) -> dict[str, float]:
-        """Seconds of one question's parts; see `Contestant`."""
+        """See `Backend`."""
         run, shape, clock = self.runtime, self.shape, Clock()
         image = run.encode_image(self.pixels)
         clock.lap("vision")
@@ -87,13 +67,12 @@ class RuntimeContestant:
         return clock.laps
 
 
-class EngineContestant(RuntimeContestant):
+class BundleBackend(RuntimeBackend):
     """A bundle as people use it."""
 
     def __init__(self, engine: Engine, shape: Shape) -> None:
         super().__init__(engine.runtime, shape)
         self.engine = engine
-        self.image = picture(engine.config.vision.image_size)
 
     def prefill(self, tokens: int) -> float:
         """Seconds of a prefill of so many tokens of text."""
@@ -102,68 +81,110 @@ class EngineContestant(RuntimeContestant):
 
     def ask(self, questions: int) -> float:
         """Seconds of so many questions about one image."""
+        image = picture(self.engine.config.vision.image_size)
         asked, new = [QUESTION] * questions, self.shape.new
-        return seconds(lambda: self.engine.ask_all(self.image, asked, max_new_tokens=new))
+        return seconds(lambda: self.engine.ask_all(image, asked, max_new_tokens=new))
 
 
-def picture(side: int) -> Image:
-    """A smooth grey one, `side` pixels wide and high."""
-    ramp = np.linspace(0, np.pi, side)
-    grey: Pixels = (255 * np.outer(np.sin(ramp), np.sin(ramp) ** 2)).astype(np.uint8)
-    return Image.from_array(grey)
+class LlamaBackend:
+    """A GGUF in llama.cpp, with its defaults; image tokens are text to it, and it has no tower."""
+
+    def __init__(self, path: Path, config: ModelConfig, shape: Shape) -> None:
+        self.shape, tokens, threads = shape, shape.prompt + shape.new, measurement.threads()
+        self.ids = _tokens(config.decoder.vocab_size, tokens)
+        llama: Any = importlib.import_module("llama_cpp")  # typed where it is not built
+        options = {"n_ctx": tokens, "n_threads": threads, "n_threads_batch": threads}
+        self.model = llama.Llama(str(path), verbose=False, **options)
+
+    def touch(self) -> None:
+        """See `Backend`."""
+        self._prefill(1)
+
+    def question(self) -> dict[str, float]:
+        """See `Backend`."""
+        shape, clock = self.shape, Clock()
+        self._prefill(shape.prompt)
+        clock.lap("prefill")
+        for token in self.ids[: shape.new - 1]:
+            self.model.eval([token])
+        clock.lap("decode")
+        self.model.n_tokens = shape.prefix + shape.image
+        self.model.eval(self.ids[-shape.question :])
+        clock.lap("second")
+        return clock.laps
+
+    def _prefill(self, tokens: int) -> None:
+        self.model.reset()
+        self.model.eval(self.ids[:tokens])
 
 
-def open_contestant(
-    kind: Kind,
-    path: Path,
-    form: str,
-    config: ModelConfig,
-    shape: Shape,
-) -> Contestant:
-    """Load a model; `form` is torch's dtype, bitsandbytes' kind, or a bundle's memory budget.
+def open_backend(kind: Kind, path: Path, form: str, config: ModelConfig, shape: Shape) -> Backend:
+    """Load a model.
 
-    Raises what its loader raises, and `ModelError` for a checkpoint of another model.
+    Args:
+        kind: What runs it.
+        path: A bundle, a checkpoint or a GGUF.
+        form: torch's dtype, bitsandbytes' kind, or a bundle's memory budget.
+        config: The configuration of the bundle that is compared.
+        shape: What it is asked.
+
+    Raises:
+        MedMoEError: What its loader raises; `ModelError` for a checkpoint of another model.
     """
     if kind == "bundle":
-        return EngineContestant(load(path, memory_budget=form or None), shape)
+        return BundleBackend(load(path, memory_budget=form or None), shape)
     if kind == "llama":
-        from medmoe_edge.bench.llama import LlamaContestant
-
-        return LlamaContestant(path, config, shape)
-    return RuntimeContestant(_TORCH[kind](path, form, config), shape)
-
-
-def _eager(path: Path, form: str, config: ModelConfig) -> Runtime:
+        return LlamaBackend(path, config, shape)
     import torch
 
-    from medmoe_edge.runtimes.torch.eager import EagerRuntime
-
-    torch.set_num_threads(threads())
-    return EagerRuntime(_checkpoint(path, config), dtype=getattr(torch, form))
-
-
-def _bitsandbytes(path: Path, form: Any, config: ModelConfig) -> Runtime:
-    import torch
-
-    from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
-
-    torch.set_num_threads(threads())
-    return BitsAndBytesRuntime(_checkpoint(path, config), form)
-
-
-def _checkpoint(path: Path, config: ModelConfig) -> Any:
     from medmoe_edge.checkpoint.reader import read_checkpoint
 
+    torch.set_num_threads(measurement.threads())
     checkpoint = read_checkpoint(path)
     if checkpoint.config != config:
         raise ModelError(
             f"{path} is a checkpoint of another model than the bundle.",
             "Give the one that the bundle was exported from, or none.",
         )
-    return checkpoint
+    if kind == "torch":
+        from medmoe_edge.runtimes.torch.eager import EagerRuntime
+
+        return RuntimeBackend(EagerRuntime(checkpoint, dtype=getattr(torch, form)), shape)
+    from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
+
+    return RuntimeBackend(BitsAndBytesRuntime(checkpoint, cast("Any", form)), shape)
 
 
-_TORCH: Mapping[str, Callable[[Path, Any, ModelConfig], Runtime]] = {
-    "torch": _eager,
-    "bitsandbytes": _bitsandbytes,
-}
+def find_bundle(model: str) -> Bundle:
+    """The bundle of a name or folder; raises `ModelError`, and `InputError` for a checkpoint."""
+    folder = bundle_path(model)
+    if not (folder / MANIFEST).exists():
+        raise InputError(
+            f"{folder} is no bundle, so there is nothing to measure.",
+            "Export it first: medmoe-edge export CHECKPOINT.",
+        )
+    return Bundle.open(folder)
+
+
+def shape_of(bundle: Bundle) -> Shape:
+    """The tokens of one question as the bundle's own tokenizer cuts it."""
+    tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
+    before, after = tokenizer.prefix_ids(), tokenizer.question_ids(QUESTION)
+    return Shape(len(before), bundle.config.vision.image_tokens, len(after), NEW_TOKENS)
+
+
+def picture(side: int) -> Image:
+    """A smooth grey one, `side` pixels wide and high."""
+    ramp = np.linspace(0, np.pi, side)
+    return Image.from_array((255 * np.outer(np.sin(ramp), np.sin(ramp) ** 2)).astype(np.uint8))
+
+
+def save_picture(side: int, file: Path) -> None:
+    """Write `picture` as a file."""
+    Pillow.fromarray(picture(side).pixels).save(file)
+
+
+def _tokens(vocabulary: int, count: int) -> list[int]:
+    """The same random tokens for everybody."""
+    ids: list[int] = np.random.default_rng(0).integers(0, vocabulary, count).tolist()
+    return ids

@@ -1,12 +1,14 @@
-"""Memory that is really limited: by the kernel, so that a mapped file counts as well.
+"""A bundle with paged experts, and peers whose files are mapped, under the same memory limit.
+
+Each runs alone under a limit that the kernel holds, so that a mapped file counts as well; the
+bundle with the largest budget with which it answers. What storage had to bring meanwhile is
+counted: a mapped file's pages by faults, paged experts by reads.
 
 A limit on address space (`ulimit -v`) counts what is mapped and never touched, and Linux heeds none
 on resident memory: only a control group binds. One is made beneath this process's own (version 1),
 or systemd is asked for a scope (version 2). Whether it binds is tried with a process that asks for
-more.
-
-Pages of a file are charged to whoever brings them into memory first: what the page cache holds of a
-model is let go before its process starts.
+more. Pages of a file are charged to whoever brings them into memory first: what the page cache
+holds of a model is let go before its process starts.
 """
 
 import contextlib
@@ -15,15 +17,184 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+from medmoe_edge._types import Progress, no_progress
+from medmoe_edge.bench import worker
+from medmoe_edge.bench.backends import find_bundle, shape_of
+from medmoe_edge.bench.measurement import Allowance, Measured, Shape
+from medmoe_edge.bench.paging import BUDGETS, expert_budgets
+from medmoe_edge.bench.peers import Materials, Peer
+from medmoe_edge.bench.worker import Measurement
+from medmoe_edge.embedded import checkpoint_path
+from medmoe_edge.errors import ResourceError
+
+MAPPED = ("llama.cpp-q8-0", "llama.cpp-q4-0")  # peers that map their file
+ALLOWANCE = 60.0  # seconds in which a model's questions are repeated
+TIMEOUT = 900.0  # seconds: who waits for storage at every token may take that long
+NONE = "No limit on memory binds here: none is set with control groups or systemd-run."
 MEMBERSHIP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup/memory")
 TRIAL = 128 * 2**20  # bytes, of which a process takes twice as many
 JOIN = ("sh", "-c", 'echo $$ > "$0" && exec "$@"')
 PATIENCE = 10.0  # seconds for the last page of a group's last process to be given back
 Prefix = tuple[str, ...]  # what to put before a command
+
+
+@dataclass(frozen=True)
+class Limited:
+    """One model under the limit.
+
+    Attributes:
+        budget: A bundle's, in bytes for its experts.
+        failed: What came of larger budgets.
+        faults: Major page faults, for each question.
+        read: Bytes that came from storage, for each question.
+        why: Why it did not answer.
+    """
+
+    name: str
+    title: str
+    differences: tuple[str, ...] = ()
+    budget: int | None = None
+    failed: Mapping[int, str] = field(default_factory=dict)
+    measured: Measured | None = None
+    faults: float | None = None
+    read: float | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class LimitBench:
+    """All under `limit` bytes, set by `how`: None where no limit binds, and nothing was run."""
+
+    model: str
+    sha256: str
+    precision: str
+    limit: int
+    how: str | None
+    shape: Shape
+    found: tuple[Limited, ...]
+
+    @property
+    def why(self) -> str | None:
+        """What stood against it, in words."""
+        return None if self.how else NONE
+
+    def rates(self, found: Limited) -> tuple[float | None, float | None]:
+        """Tokens per second of its prefill and of its answer."""
+        if found.measured is None:
+            return None, None
+        return found.measured.prefill_rate(self.shape), found.measured.decode_rate(self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; seconds and bytes."""
+        names = ("prefill_tokens_per_second", "decode_tokens_per_second")
+        found = [
+            asdict(each) | dict(zip(names, self.rates(each), strict=True)) for each in self.found
+        ]
+        return asdict(self) | {"why": self.why, "found": found}
+
+
+def bench_limited(
+    model: str,
+    limit: int,
+    peers: Sequence[Peer],
+    *,
+    checkpoint: str | None = None,
+    rounds: int = 5,
+    progress: Progress = no_progress,
+) -> LimitBench:
+    """Measure a bundle and peers under a limit on all of a process's memory.
+
+    Args:
+        model: A bundle whose experts can be paged.
+        limit: Bytes.
+        peers: What is measured beside it.
+        checkpoint: What peers load; random weights of the same shapes by default.
+        rounds: Turns of each, or fewer if they take long.
+        progress: Told of each model.
+
+    Returns:
+        All under the limit; nothing was run where no limit binds.
+
+    Raises:
+        ModelError: The bundle cannot be paged.
+        InputError: It is no bundle.
+    """
+    bundle = find_bundle(model)
+    _, least, amounts = expert_budgets(bundle, BUDGETS)
+    shape, how = shape_of(bundle), find_limit()
+    found = []
+    if how is not None:
+        weights = checkpoint_path(checkpoint) if checkpoint else None
+        with WAYS[how](limit) as prefix, Materials(bundle, weights) as materials:
+            run = _Run(materials, shape, prefix, rounds)
+            progress(bundle.name, 0, 1 + len(peers))
+            found.append(run.ours(sorted({least, *amounts}, reverse=True)))
+            for done, peer in enumerate(peers, 1):
+                progress(peer.title, done, 1 + len(peers))
+                found.append(run.theirs(peer))
+    precision = bundle.manifest["quantisation"]["precision"]
+    return LimitBench(bundle.name, bundle.sha256, precision, limit, how, shape, tuple(found))
+
+
+@dataclass(frozen=True)
+class _Run:
+    materials: Materials
+    shape: Shape
+    prefix: Prefix
+    rounds: int
+
+    def ours(self, budgets: Sequence[int]) -> Limited:
+        """The bundle, with the first of the budgets with which it answers."""
+        bundle = self.materials.bundle
+        told = Limited(bundle.name, f"{bundle.name}, experts paged")
+        failed: dict[int, str] = {}
+        for budget in budgets:
+            forget(bundle.folder)
+            try:
+                found = self._measure(Measurement(bundle, self.shape, form=f"{budget}B"))
+                return replace(told, budget=budget, failed=failed, **found)
+            except ResourceError as error:
+                failed[budget] = error.what
+        return replace(told, failed=failed, why=failed[budgets[-1]])
+
+    def theirs(self, peer: Peer) -> Limited:
+        """A peer."""
+        told = Limited(peer.name, peer.title, peer.differences)
+        if peer.missing:
+            return replace(told, why=f"Not installed: {peer.install}")
+        bundle = self.materials.bundle
+        try:
+            with TemporaryDirectory() as folder:
+                model = self.materials.model(peer, Path(folder))
+                forget(model)
+                measurement = Measurement(bundle, self.shape, peer.kind, model, peer.form)
+                return replace(told, **self._measure(measurement))
+        except ResourceError as error:
+            return replace(told, why=error.what)
+
+    def _measure(self, measurement: Measurement) -> dict[str, Any]:
+        allowance = Allowance(ALLOWANCE)
+        with worker.Worker(TIMEOUT, self.prefix) as own:
+            measurement.open(own)
+            before = own.ask("storage")
+            for _ in range(self.rounds):
+                allowance.take("question", partial(measurement.turn, own))
+            after = own.ask("storage")
+        measured = measurement.result()
+        questions = measured.seconds["question"].count
+        each = {
+            name: None if first is None else (after[name] - first) / questions
+            for name, first in before.items()
+        }
+        return {"measured": measured, **each}
 
 
 @contextmanager

@@ -1,30 +1,73 @@
-"""One model measured: opened in a worker, or in several, and asked in turns."""
+"""Repeated measurements, their medians and quartiles, and readings of this process and machine."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import Self, TypeVar
 
-from medmoe_edge.bench.backends import QUESTION, Kind, Shape
-from medmoe_edge.bench.process import Worker
-from medmoe_edge.bench.timing import Spread
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle
-from medmoe_edge.embedded import bundle_path
-from medmoe_edge.errors import InputError
-from medmoe_edge.prompt import Tokenizer
+import numpy as np
+import psutil
 
-NEW_TOKENS = 8
-Progress = Callable[[str, int, int], None]  # told of (step, done, total)
+Result = TypeVar("Result")
+SLOT = 0.2  # seconds at least of a turn
+REST = 0.03  # seconds before a turn: the threads of the last one spin a while, in its way
+STREAMED = 256 * 2**20  # bytes: several times the caches of a workstation
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+LINUX = sys.platform == "linux"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of `count` measurements, and their quartiles `low` and `high`."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Self:
+        """Of one measurement at least."""
+        every = np.array(list(values), np.float64)
+        low, median, high = np.percentile(every, (25, 50, 75)).tolist()
+        return cls(median, low, high, len(every))
+
+    def __mul__(self, factor: float) -> "Spread":
+        return Spread(factor * self.median, factor * self.low, factor * self.high, self.count)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of one visual question: text before the image, image, question, answer."""
+
+    prefix: int
+    image: int
+    question: int
+    new: int
+
+    @property
+    def prompt(self) -> int:
+        """All that is prefilled."""
+        return self.prefix + self.image + self.question
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds by part, and bytes.
+    """One model.
 
-    `load` until the model could answer; `vision`, `prefill` and `decode` of the first question,
-    which together are `question`; `second`, from the next question about the same image to its
-    first token. In memory were at most `loading` bytes until then, and while it answered `peak`;
-    after that `resident`. Bytes are None off Linux.
+    Attributes:
+        seconds: By part. `load` until the model could answer; `vision`, `prefill` and `decode` of
+            the first question, which together are `question`; `second`, from the next question
+            about the same image to its first token.
+        resident: Bytes in memory after a question.
+        peak: The most bytes while it answered; None off Linux.
+        loading: The most bytes while it loaded; None off Linux.
     """
 
     seconds: Mapping[str, Spread]
@@ -32,82 +75,96 @@ class Measured:
     peak: int | None
     loading: int | None
 
+    def prefill_rate(self, shape: Shape) -> float:
+        """Tokens per second of the prompt."""
+        return shape.prompt / self.seconds["prefill"].median
 
-class Measurement:
-    """Gathers what workers tell of one model; `form` as `open_contestant` has it."""
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        shape: Shape,
-        kind: Kind = "bundle",
-        path: Path | None = None,
-        form: str = "",
-    ) -> None:
-        self._opening = {
-            "kind": kind,
-            "path": str((path or bundle.folder).resolve()),
-            "form": form,
-            "config": bundle.config.to_json(),
-            "shape": asdict(shape),
-        }
-        self._seconds: dict[str, list[float]] = {}
-        self._bytes: dict[str, list[int | None]] = {}
-
-    def open(self, worker: Worker) -> None:
-        """Load it, and ask once to have its memory."""
-        opened = worker.ask("open", **self._opening)
-        self._seconds.setdefault("load", []).append(opened["load"])
-        worker.ask("question")
-        for name, count in {"loading": opened["peak"], **worker.ask("memory")}.items():
-            self._bytes.setdefault(name, []).append(count)
-
-    def turn(self, worker: Worker) -> None:
-        """Ask for as long as a turn takes."""
-        for parts in worker.ask("question"):
-            whole = sum(value for name, value in parts.items() if name != "second")
-            for name, value in {**parts, "question": whole}.items():
-                self._seconds.setdefault(name, []).append(value)
-
-    def result(self) -> Measured:
-        """Medians over all workers and turns; one of each at least."""
-        spreads = {name: Spread.of(values) for name, values in self._seconds.items()}
-        memory = {name: _median(counts) for name, counts in self._bytes.items()}
-        return Measured(spreads, memory["resident"], memory["peak"], memory["loading"])
+    def decode_rate(self, shape: Shape) -> float:
+        """Tokens per second of the answer, whose first one belongs to the prefill."""
+        return (shape.new - 1) / self.seconds["decode"].median
 
 
-def no_progress(step: str, done: int, total: int) -> None:
-    """Tells nobody."""
+def seconds(run: Callable[[], object]) -> float:
+    """How long one run takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
-def find_bundle(model: str) -> Bundle:
-    """The bundle of a name or folder; raises `ModelError`, and `InputError` for a checkpoint."""
-    folder = bundle_path(model)
-    if not (folder / MANIFEST).exists():
-        raise InputError(
-            f"{folder} is no bundle, so there is nothing to measure.",
-            "Export it first: medmoe-edge export CHECKPOINT.",
-        )
-    return Bundle.open(folder)
+def turn(run: Callable[[], Result]) -> list[Result]:
+    """The results of a turn of `SLOT` seconds, after a rest; it runs at least once."""
+    time.sleep(REST)
+    end = time.perf_counter() + SLOT
+    results = [run()]
+    while time.perf_counter() < end:
+        results.append(run())
+    return results
 
 
-def shape_of(bundle: Bundle) -> Shape:
-    """The tokens of one question as the bundle's own tokenizer cuts it."""
-    tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    before, after = tokenizer.prefix_ids(), tokenizer.question_ids(QUESTION)
-    return Shape(len(before), bundle.config.vision.image_tokens, len(after), NEW_TOKENS)
+class Allowance:
+    """A time limit for each of several measurements: each runs once, then while time is left."""
+
+    def __init__(self, allowed: float) -> None:
+        self._allowed = allowed
+        self._spent: dict[str, list[float]] = {}
+
+    def take(self, name: str, run: Callable[[], object]) -> None:
+        """Run it, unless its runs so far say that another would take more than is left."""
+        spent = self._spent.setdefault(name, [])
+        if not spent or sum(spent) * (1 + 1 / len(spent)) <= self._allowed:
+            spent.append(seconds(run))
 
 
-def prefill_rate(measured: Measured, shape: Shape) -> float:
-    """Tokens per second of the prompt."""
-    return shape.prompt / measured.seconds["prefill"].median
+def threads() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if LINUX else os.cpu_count() or 1
 
 
-def decode_rate(measured: Measured, shape: Shape) -> float:
-    """Tokens per second of the answer, whose first one belongs to the prefill."""
-    return (shape.new - 1) / measured.seconds["decode"].median
+class Stream:
+    """An array that no cache holds, read by all threads at once."""
+
+    def __init__(self) -> None:
+        self._parts = np.array_split(np.ones(STREAMED // 4, np.float32), threads())
+
+    def bandwidth(self) -> float:
+        """Bytes per second of reading it once, by dot products: they let other threads run."""
+        with ThreadPoolExecutor(len(self._parts)) as pool:
+            taken = seconds(lambda: list(pool.map(lambda part: np.dot(part, part), self._parts)))
+        return sum(part.nbytes for part in self._parts) / taken
 
 
-def _median(counts: list[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return int(median(known)) if known else None
+def memory() -> dict[str, int | None]:
+    """Bytes of this process `resident` now, and at their `peak` since `reset_peak`."""
+    return {"resident": psutil.Process().memory_info().rss, "peak": peak()}
+
+
+def peak() -> int | None:
+    """The most bytes resident since `reset_peak`, or ever; None off Linux.
+
+    Not `ru_maxrss`, which a process inherits from the one that started it; psutil has none.
+    """
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", STATUS.read_text(), re.MULTILINE):
+            return 1024 * int(found[1])
+    return None
+
+
+def reset_peak() -> None:
+    """Let the peak begin anew, where the system can: proc(5), /proc/pid/clear_refs."""
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+
+
+def storage() -> dict[str, int | None]:
+    """Major page `faults` of this process so far, and bytes `read` from storage; None off Linux."""
+    if not LINUX:
+        return {"faults": None, "read": None}
+    import resource
+
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    return {"faults": faults, "read": psutil.Process().io_counters().read_bytes}
+
+
+def available() -> int:
+    """Bytes that a new process may take without swapping."""
+    return int(psutil.virtual_memory().available)

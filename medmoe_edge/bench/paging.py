@@ -1,4 +1,4 @@
-"""Experts paged at several budgets, beside all of them in memory.
+"""Experts paged within a budget: what it costs, and whether it holds for many questions.
 
 At each budget three processes are asked the same in turns: one with all experts resident, one that
 pages and fetches ahead, one that pages when it must. Modalities go round, two questions each: the
@@ -12,19 +12,26 @@ from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from medmoe_edge.bench.asking import Asking
-from medmoe_edge.bench.measurement import Progress, find_bundle, no_progress
-from medmoe_edge.bench.process import Worker
-from medmoe_edge.bench.timing import Ration, Spread
+import numpy as np
+
+from medmoe_edge._types import Progress, no_progress
+from medmoe_edge.bench import worker
+from medmoe_edge.bench.backends import find_bundle
+from medmoe_edge.bench.measurement import Allowance, Spread
+from medmoe_edge.bench.routing import VARIANTS, Asking
+from medmoe_edge.bench.worker import Worker
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.runtimes.ort.paged import OrtExpertStore
 from medmoe_edge.runtimes.paging.pager import least_budget
 from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
 BUDGETS = ("100%", "75%", "50%", "25%")
-ALLOWANCE = 120.0  # seconds in which a budget's rounds begin again
+ALLOWANCE = 120.0  # seconds in which a budget's rounds are repeated
 COUNTED = ("hits", "late", "misses", "loads", "bytes_read", "stall")
 WAYS: Mapping[str, bool] = {"resident": True, "prefetch": True, "on_demand": False}
+SOAK_BUDGET = "50%"
+SETTLED = 200  # questions, after which memory must not grow
+EVERY = 100  # questions between two looks at it
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,7 @@ class Cost:
     def of(cls, answers: Sequence[Mapping[str, Any]]) -> "Cost":
         """Of one answer at least."""
         reports = [answer["paging"] for answer in answers if answer["paging"]]
-        means = {
-            name: fmean(report[name] for report in reports) for name in COUNTED if len(reports)
-        }
+        means = {name: fmean(told[name] for told in reports) for name in COUNTED if reports}
         return cls(Spread.of(answer["seconds"] for answer in answers), means)
 
 
@@ -73,18 +78,17 @@ class AtBudget:
     @property
     def same_ratio(self) -> float:
         """A question of the same modality, over a resident one."""
-        return _seconds(self.held["prefetch"].same) / _seconds(self.held["resident"].same)
+        return self._median("prefetch", "same") / self._median("resident", "same")
 
     @property
     def switch_ratio(self) -> float:
         """The first question after a switch, over a resident one."""
-        return _seconds(self.held["prefetch"].switch) / _seconds(self.held["resident"].switch)
+        return self._median("prefetch", "switch") / self._median("resident", "switch")
 
     @property
     def prefetch_gain(self) -> float:
         """How many times as fast the first question after a switch is with prefetch."""
-        held = self.held
-        return _seconds(held["on_demand"].switch) / _seconds(held["prefetch"].switch)
+        return self._median("on_demand", "switch") / self._median("prefetch", "switch")
 
     @property
     def saved(self) -> int | None:
@@ -92,14 +96,14 @@ class AtBudget:
         resident, paged = self.held["resident"].peak, self.held["prefetch"].peak
         return None if resident is None or paged is None else resident - paged
 
+    def _median(self, way: str, kind: str) -> float:
+        cost: Cost = getattr(self.held[way], kind)
+        return cost.seconds.median
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
-        return asdict(self) | {
-            "same_ratio": self.same_ratio,
-            "switch_ratio": self.switch_ratio,
-            "prefetch_gain": self.prefetch_gain,
-            "saved": self.saved,
-        }
+        derived = ("same_ratio", "switch_ratio", "prefetch_gain", "saved")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,9 @@ class PagingBench:
         )
         if self.asking.data is not None:
             return (cached,)
-        steered = "tokens carry a direction that every router reads as one expert of the modality's"
+        how = "tokens carry a direction that every router reads as one expert of the modality's"
         follow = f"{self.asking.follow:.0%} of tokens follow it"
-        return (f"routing is synthetic: {steered}; {follow}", "images are noise", cached)
+        return (f"routing is synthetic: {how}; {follow}", "images are noise", cached)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
@@ -148,10 +152,19 @@ def bench_paging(
     rounds: int = 5,
     progress: Progress = no_progress,
 ) -> PagingBench:
-    """Measure a bundle's paging at these budgets, each raised to the least that works.
+    """Measure what paging a bundle's experts costs.
 
-    Raises `ModelError` for a bundle that cannot be paged, `InputError` for what is no budget,
-    `DataError` for questions of fewer than two modalities.
+    Args:
+        model: A bundle.
+        budgets: Bytes, or percent of all experts; each is raised to the least that works.
+        asking: What is asked; noise by default.
+        rounds: Turns at each budget, or fewer if they take long.
+        progress: Told of each budget.
+
+    Raises:
+        ModelError: The bundle cannot be paged.
+        InputError: A budget cannot be read.
+        DataError: The questions are of fewer than two modalities.
     """
     bundle, asking = find_bundle(model), asking or Asking()
     experts = expert_budgets(bundle, budgets)
@@ -160,18 +173,17 @@ def bench_paging(
     for done, (budget, amount) in enumerate(zip(budgets, experts.amounts, strict=True)):
         progress(f"experts at {budget}", done, len(budgets))
         run = _Run(bundle, amount, asking, modalities)
-        run.measure(rounds)
-        found.append(run.result(budget))
+        found.append(run.measure(budget, rounds))
         shares += [answer["share"] for answer in run.answers["resident"]]
     return PagingBench(
-        bundle.name,
-        bundle.sha256,
-        bundle.manifest["quantisation"]["precision"],
-        experts.total,
-        asking,
-        modalities,
-        fmean(shares),
-        tuple(found),
+        model=bundle.name,
+        sha256=bundle.sha256,
+        precision=bundle.manifest["quantisation"]["precision"],
+        expert_bytes=experts.total,
+        asking=asking,
+        modalities=modalities,
+        share=fmean(shares),
+        budgets=tuple(found),
     )
 
 
@@ -197,62 +209,144 @@ class _Run:
 
     def __init__(self, bundle: Bundle, amount: int, asking: Asking, modalities: int) -> None:
         self.amount, self._modalities = amount, modalities
-        self._opening = {"path": str(bundle.folder.resolve()), "asking": asdict(asking)}
-        self._opened: dict[str, Mapping[str, Any]] = {}
-        self._memory: dict[str, Mapping[str, int | None]] = {}
+        self._opening = _opening(bundle, asking)
         self.answers: dict[str, list[Mapping[str, Any]]] = {way: [] for way in WAYS}
 
-    def measure(self, rounds: int) -> None:
+    def measure(self, budget: str, rounds: int) -> AtBudget:
         """Ask in turns: once about each modality to warm up, then so many rounds of two each."""
-        with Worker() as resident, Worker() as prefetch, Worker() as on_demand:
+        opened = {}
+        with worker.Worker() as resident, worker.Worker() as prefetch, worker.Worker() as on_demand:
             workers = dict(zip(WAYS, (resident, prefetch, on_demand), strict=True))
-            for way, worker in workers.items():
-                budget = None if way == "resident" else self.amount
-                self._opened[way] = worker.ask(
-                    "open_asker", budget=budget, prefetch=WAYS[way], **self._opening
+            for way, own in workers.items():
+                amount = None if way == "resident" else self.amount
+                opened[way] = own.ask(
+                    "open_session", budget=amount, prefetch=WAYS[way], **self._opening
                 )
                 for modality in range(self._modalities):
-                    worker.ask("ask_about", modality=modality, number=0)
-            ration = Ration(ALLOWANCE)
+                    own.ask("ask_about", modality=modality, number=0)
+            allowance = Allowance(ALLOWANCE)
             for number in range(rounds):
-                ration.take("round", partial(self._round, workers, 2 * number))
-            self._memory = {way: worker.ask("memory") for way, worker in workers.items()}
+                allowance.take("round", partial(self._round, workers, 2 * number))
+            memory = {way: own.ask("memory") for way, own in workers.items()}
+        held = {
+            way: Held(
+                opened[way]["load"],
+                opened[way]["peak"],
+                memory[way]["peak"],
+                memory[way]["resident"],
+                same=Cost.of(answers[1::2]),
+                switch=Cost.of(answers[::2]),
+            )
+            for way, answers in self.answers.items()
+        }
+        wanted = [_told(answer) for answer in self.answers["resident"]]
+        paged = [_told(answer) for way in list(WAYS)[1:] for answer in self.answers[way]]
+        same = [one == other for one, other in zip(2 * wanted, paged, strict=True)]
+        return AtBudget(budget, self.amount, held, len(same), same.count(False))
 
     def _round(self, workers: Mapping[str, Worker], first: int) -> None:
         for modality in range(self._modalities):
             for number in (first, first + 1):
-                for way, worker in workers.items():
-                    answer = worker.ask("ask_about", modality=modality, number=number)
+                for way, own in workers.items():
+                    answer = own.ask("ask_about", modality=modality, number=number)
                     self.answers[way].append(answer)
 
-    def result(self, budget: str) -> AtBudget:
-        """What came of it."""
-        wanted = [_told(answer) for answer in self.answers["resident"]]
-        paged = [
-            zip(wanted, map(_told, self.answers[way]), strict=True)
-            for way in WAYS
-            if way != "resident"
-        ]
-        same = [one == other for pairs in paged for one, other in pairs]
-        held = {way: self._held(way) for way in WAYS}
-        return AtBudget(budget, self.amount, held, len(same), same.count(False))
 
-    def _held(self, way: str) -> Held:
-        opened, memory, answers = self._opened[way], self._memory[way], self.answers[way]
-        return Held(
-            opened["load"],
-            opened["peak"],
-            memory["peak"],
-            memory["resident"],
-            Cost.of(answers[1::2]),
-            Cost.of(answers[::2]),
-        )
+@dataclass(frozen=True)
+class Soak:
+    """Many questions in one process, modalities in turn: does memory grow, does an answer change?
+
+    Attributes:
+        questions: How many were asked, of which `distinct` are different ones.
+        changed: Answers that were not the first one to their question, to the last bit.
+        memory: Bytes resident after so many questions.
+    """
+
+    model: str
+    sha256: str
+    precision: str
+    asking: Asking
+    budget: str
+    bytes: int
+    questions: int
+    distinct: int
+    changed: int
+    seconds: Spread
+    memory: Mapping[int, int | None]
+
+    @property
+    def growth(self) -> float | None:
+        """Bytes per 1,000 questions once settled, as a line through them rises.
+
+        None with fewer than three looks, or where memory cannot be seen.
+        """
+        seen = [(n, count) for n, count in self.memory.items() if n >= SETTLED and count]
+        if len(seen) < 3:
+            return None
+        asked, counts = np.array(seen, np.float64).T
+        return 1000 * float(np.polyfit(asked - asked[0], counts, 1)[0])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; seconds and bytes."""
+        looks = [{"questions": n, "resident": count} for n, count in self.memory.items()]
+        return asdict(self) | {"memory": looks, "growth_per_1000": self.growth}
+
+
+def soak(
+    model: str = "nano",
+    questions: int = 2000,
+    *,
+    budget: str = SOAK_BUDGET,
+    asking: Asking | None = None,
+    progress: Progress = no_progress,
+) -> Soak:
+    """Ask so many questions of a bundle in one process, its experts paged.
+
+    Args:
+        model: A bundle.
+        questions: How many.
+        budget: Bytes, or percent of all experts; raised to the least that works.
+        asking: What is asked; noise by default.
+        progress: Told of each question.
+
+    Raises:
+        MedMoEError: As `bench_paging` does.
+    """
+    bundle, asking = find_bundle(model), asking or Asking()
+    (amount,) = expert_budgets(bundle, [budget]).amounts
+    modalities = asking.modalities(bundle)
+    first: dict[tuple[int, int], tuple[str, float]] = {}
+    changed, times, memory = 0, [], {}
+    with worker.Worker() as own:
+        own.ask("open_session", budget=amount, prefetch=True, **_opening(bundle, asking))
+        for asked in range(questions):
+            progress("asking", asked, questions)
+            modality, number = asked % modalities, asked // modalities % VARIANTS
+            told = own.ask("ask_about", modality=modality, number=number)
+            changed += first.setdefault((modality, number), _told(told)) != _told(told)
+            times.append(told["seconds"])
+            if (asked + 1) % EVERY == 0 or asked + 1 == questions:
+                memory[asked + 1] = own.ask("memory")["resident"]
+    return Soak(
+        model=bundle.name,
+        sha256=bundle.sha256,
+        precision=bundle.manifest["quantisation"]["precision"],
+        asking=asking,
+        budget=budget,
+        bytes=amount,
+        questions=questions,
+        distinct=len(first),
+        changed=changed,
+        seconds=Spread.of(times),
+        memory=memory,
+    )
+
+
+def _opening(bundle: Bundle, asking: Asking) -> dict[str, Any]:
+    """What a worker is told of what it is to open."""
+    return {"path": str(bundle.folder.resolve()), "asking": asdict(asking)}
 
 
 def _told(answer: Mapping[str, Any]) -> tuple[str, float]:
     """What must not depend on paging, to the last bit."""
     return answer["answer"], answer["confidence"]
-
-
-def _seconds(cost: Cost) -> float:
-    return cost.seconds.median

@@ -1,4 +1,4 @@
-"""What a user would run instead, measured in turns with our bundle, each in its own process."""
+"""Other ways to run the model, measured in turns with our bundle, each in its own process."""
 
 import importlib.util
 import tempfile
@@ -8,17 +8,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from medmoe_edge.bench.backends import Kind, Shape
-from medmoe_edge.bench.machine import available
-from medmoe_edge.bench.measurement import Measured, Measurement
-from medmoe_edge.bench.process import Worker
-from medmoe_edge.bench.timing import Ration
+from medmoe_edge.bench import measurement, worker
+from medmoe_edge.bench.backends import Kind
+from medmoe_edge.bench.measurement import Allowance, Measured, Shape
+from medmoe_edge.bench.worker import Measurement, Worker
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.device.costs import decoder_parts, vision_weights
 from medmoe_edge.errors import InputError, ResourceError
 
 State = Literal["measured", "not installed", "not enough memory", "failed"]
-ALLOWANCE = 60.0  # seconds in which the turns with a peer begin again
+ALLOWANCE = 60.0  # seconds in which the turns with a peer are repeated
 BESIDE = 1.1  # of a model's weights: what it computes with takes some memory too
 _TORCH = ("torch", "safetensors")
 _EXPORT = "pip install 'medmoe-edge[export]'"
@@ -40,10 +39,13 @@ _LLAMA = (
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to run the model.
+    """Another way to run the model.
 
-    `packages` are modules that must be there, which `install` brings; `bytes` of a weight while it
-    loads. `form` is torch's dtype, bitsandbytes' or llama.cpp's format; a bundle has none.
+    Attributes:
+        form: torch's dtype, bitsandbytes' or llama.cpp's format; a bundle has none.
+        bytes: Of a weight while it loads.
+        packages: Modules that must be there, which `install` brings.
+        differences: What else differs from our bundle.
     """
 
     name: str
@@ -71,11 +73,7 @@ PEERS = (
     ),
     *(
         Peer(
-            f"bitsandbytes-{form}",
-            f"bitsandbytes {form}",
-            "bitsandbytes",
-            form,
-            4,
+            *(f"bitsandbytes-{form}", f"bitsandbytes {form}", "bitsandbytes", form, 4),
             (*_TORCH, "bitsandbytes"),
             "pip install 'medmoe-edge[baselines]'",
             _BITSANDBYTES,
@@ -90,10 +88,7 @@ PEERS = (
     ),
     *(
         Peer(
-            f"llama.cpp-{form.replace('_', '-')}",
-            f"llama.cpp {form.upper()}",
-            "llama",
-            form,
+            *(f"llama.cpp-{form.replace('_', '-')}", f"llama.cpp {form.upper()}", "llama", form),
             size,
             ("gguf", "llama_cpp"),
             "pip install 'medmoe-edge[peers]'",
@@ -141,16 +136,10 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
-        return {
-            "name": self.peer.name,
-            "state": self.state,
-            "why": self.why or None,
-            "remedy": self.remedy or None,
-            "ours": asdict(self.ours) if self.ours else None,
-            "theirs": asdict(self.theirs) if self.theirs else None,
-            "ratios": self.ratios,
-            "differences": list(self.peer.differences),
-        }
+        own = asdict(self)
+        peer = own.pop("peer")
+        own |= {"name": peer["name"], "differences": peer["differences"], "ratios": self.ratios}
+        return own | {"why": self.why or None, "remedy": self.remedy or None}
 
 
 class Materials:
@@ -173,13 +162,13 @@ class Materials:
             return self._given
         out = Path(self._folder.name) / "checkpoint"
         tokenizer = self.bundle.path("tokenizer.json")
-        _make("checkpoint", config=self.config, tokenizer=str(tokenizer), out=str(out))
+        _make(
+            "checkpoint",
+            config=self.bundle.config.to_json(),
+            tokenizer=str(tokenizer),
+            out=str(out),
+        )
         return out
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The model's configuration, as JSON."""
-        return self.bundle.config.to_json()
 
     def model(self, peer: Peer, folder: Path) -> Path:
         """What a peer loads; made, if it is its alone, in `folder`."""
@@ -187,7 +176,7 @@ class Materials:
             return self.checkpoint
         out = folder / peer.name
         if peer.kind == "llama":
-            _make("gguf", config=self.config, form=peer.form, out=str(out))
+            _make("gguf", config=self.bundle.config.to_json(), form=peer.form, out=str(out))
         else:
             _make("bundle", checkpoint=str(self.checkpoint), out=str(out))
         return out
@@ -204,15 +193,15 @@ def compare(peer: Peer, materials: Materials, shape: Shape, rounds: int) -> Comp
     if short := _too_large(peer, materials.bundle):
         remedy = "Close other programs, or measure a smaller model."
         return Comparison(peer, "not enough memory", why=short, remedy=remedy)
-    ours, ration = Measurement(materials.bundle, shape), Ration(ALLOWANCE)
-    with Worker() as own, Worker() as other, tempfile.TemporaryDirectory() as folder:
+    ours, allowance = Measurement(materials.bundle, shape), Allowance(ALLOWANCE)
+    with worker.Worker() as own, worker.Worker() as other, tempfile.TemporaryDirectory() as folder:
         try:
             model = materials.model(peer, Path(folder))
             theirs = Measurement(materials.bundle, shape, peer.kind, model, peer.form)
             ours.open(own)
             theirs.open(other)
             for _ in range(rounds):
-                ration.take("turn", partial(_turn, {own: ours, other: theirs}))
+                allowance.take("turn", partial(_turn, {own: ours, other: theirs}))
         except ResourceError as error:
             if own.ended:  # which is no fault of the peer
                 raise
@@ -221,21 +210,21 @@ def compare(peer: Peer, materials: Materials, shape: Shape, rounds: int) -> Comp
 
 
 def _turn(measured: Mapping[Worker, Measurement]) -> None:
-    for worker, measurement in measured.items():
-        measurement.turn(worker)
+    for own, gathered in measured.items():
+        gathered.turn(own)
 
 
 def _too_large(peer: Peer, bundle: Bundle) -> str | None:
     weights = sum(part.weights for part in decoder_parts(bundle.config).values())
     if peer.kind != "llama":
         weights += vision_weights(bundle.config)
-    needed, free = BESIDE * peer.bytes * weights, available()
-    if free is None or needed < free:
+    needed, free = BESIDE * peer.bytes * weights, measurement.available()
+    if needed < free:
         return None
     return f"It needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free."
 
 
 def _make(what: str, **arguments: Any) -> None:
     """Write a model in a process of its own: that takes memory and packages that we do not have."""
-    with Worker() as worker:
-        worker.ask(f"make_{what}", **arguments)
+    with worker.Worker() as maker:
+        maker.ask(f"make_{what}", **arguments)

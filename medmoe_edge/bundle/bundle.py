@@ -9,6 +9,7 @@
     segment.N.onnx   the same without the routed experts, cut there, and   (+ decoder.data)
     expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
     experts.data     the experts of a bundle that pages them in a GPU's memory, in its layout
+    recorded-*.npz   inputs and what the checkpoint made of them: `bundle_recorded`
 
 Of another `kind` than Med-MoE the manifest says so, and the graphs are others: `bundle_modality`.
 The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
@@ -25,6 +26,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.gates import Gates
 from medmoe_edge.bundle.intact import remember_intact, was_intact
+from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.target import DEFAULT, Target
 from medmoe_edge.config import Config, ModelConfig
 from medmoe_edge.errors import BundleError, ResourceError
@@ -36,6 +38,7 @@ FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the fold
 SEAL = "seal"
 VERIFICATION = "verification"
 Kind = Literal["med-moe", "modality-moe"]
+Status = Literal["passed", "failed", "not measured"]
 KINDS: dict[Kind, str] = {  # and the verbs that run them
     "med-moe": "ask",
     "modality-moe": "classify, locate, index and retrieve",
@@ -91,16 +94,22 @@ class AnyBundle(Generic[C]):
 
     @property
     def verification(self) -> Mapping[str, Any] | None:
-        """The record of the last `verify` against the checkpoint."""
+        """The record of the last `verify` against the checkpoint, as JSON (`evaluation.record`)."""
         record: Mapping[str, Any] | None = self.manifest.get(VERIFICATION)
         return record
 
     @property
-    def proof(self) -> Literal["passed", "failed", "not measured"]:
+    def proof(self) -> Status:
         """What that record says of the bundle's fidelity to its checkpoint."""
         if self.verification is None:
             return "not measured"
         return "passed" if self.verification["passed"] else "failed"
+
+    @property
+    def verified_on(self) -> Machine | None:
+        """The machine of that record; None where none was recorded. Raises `ConfigError`."""
+        machine = (self.verification or {}).get("machine")
+        return None if machine is None else Machine.from_json(machine, f"{MANIFEST} machine")
 
     @property
     def target(self) -> Target:
@@ -210,14 +219,28 @@ def write_derived_manifest(
     write_manifest(folder, {**kept, **places, "source": source, "target": target.to_json()})
 
 
-def write_verification(bundle: AnyBundleT, record: Mapping[str, Any]) -> AnyBundleT:
+def write_verification(
+    bundle: AnyBundleT,
+    record: Mapping[str, Any],
+    added: Mapping[str, bytes] | None = None,
+    *,
+    without: str | None = None,
+) -> AnyBundleT:
     """Put the record of a verification (`passed` and what else is to be kept) into the manifest.
 
-    The manifest is replaced whole or not at all. Returns the bundle as it is now, under a new
-    hash; raises `ResourceError` where its folder cannot be written.
+    Files that are `added` are written first, and one that the bundle is to go `without` leaves the
+    manifest; the manifest is replaced whole or not at all. Returns the bundle as it is now, under a
+    new hash; raises `ResourceError` where its folder cannot be written.
     """
+    files = {name: entry for name, entry in bundle.manifest["files"].items() if name != without}
     try:
-        _store(bundle.folder, {**bundle.manifest, VERIFICATION: record})
+        for name, content in (added or {}).items():
+            with atomic_file(bundle.folder / name) as file:
+                file.write(content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            files[name] = {"bytes": len(content), "sha256": sha256}
+        files = dict(sorted(files.items()))
+        _store(bundle.folder, {**bundle.manifest, VERIFICATION: record, "files": files})
     except OSError as error:
         raise ResourceError(
             f"{bundle.folder / MANIFEST} cannot be written ({error.strerror}).",

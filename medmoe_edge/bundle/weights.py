@@ -6,7 +6,7 @@ field numbers: onnx.proto).
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ import numpy.typing as npt
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import BundleError
 
-GRAPH, INITIALIZER = 7, 5  # of a model; of a graph
-DATA_TYPE, FLOAT_DATA, NAME, RAW_DATA, EXTERNAL_DATA = 2, 4, 8, 9, 13  # of a tensor
+NODE, GRAPH, INITIALIZER = 1, 7, 5  # of a graph; of a model; of a graph
+INPUT, OP_TYPE, ATTRIBUTE, SUBGRAPH = 1, 4, 5, 6  # of a node; of an attribute
+DIMS, DATA_TYPE, FLOAT_DATA, NAME, RAW_DATA, EXTERNAL_DATA = 1, 2, 4, 8, 9, 13  # of a tensor
 KEY, VALUE = 1, 2  # of an entry of its external data
-DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8")}
+FLOATS: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8")}
+INTEGERS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint8), 3: np.dtype(np.int8)}
 
 
 def sweep_weights(bundle: Bundle) -> list[str]:
@@ -49,14 +51,49 @@ def check_scales(bundle: Bundle) -> None:
 
 def float_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Name and values, flat, of every float initializer of an ONNX file; external ones mapped."""
+    for name, array in _initializers(graph, FLOATS):
+        yield name, array.ravel()
+
+
+def stored_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Every initializer of floats or of 8-bit integers, in its shape; external ones mapped."""
+    yield from _initializers(graph, FLOATS | INTEGERS)
+
+
+def int8_products(graph: Path) -> Iterator[tuple[str, npt.NDArray[np.int8]]]:
+    """Name and values `[K, N]` of every signed weight that a `DynamicQuantizeMatMul` reads."""
+    model = dict(_fields(memoryview(graph.read_bytes())))
+    read = set(_read_by("DynamicQuantizeMatMul", model[GRAPH]))
+    for name, array in _initializers(graph, {3: INTEGERS[3]}):
+        if name in read:
+            yield name, array
+
+
+def _read_by(op_type: str, graph: memoryview) -> Iterator[str]:
+    """The names of the second inputs of all such nodes, also in branches."""
+    for number, node in _fields(graph):
+        if number != NODE:
+            continue
+        inputs = [bytes(value).decode() for key, value in _fields(node) if key == INPUT]
+        if bytes(dict(_fields(node)).get(OP_TYPE, b"")).decode() == op_type:
+            yield inputs[1]
+        for key, attribute in _fields(node):
+            if key == ATTRIBUTE and (branch := dict(_fields(attribute)).get(SUBGRAPH)):
+                yield from _read_by(op_type, branch)
+
+
+def _initializers(
+    graph: Path, dtypes: Mapping[int, np.dtype[Any]]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     model = dict(_fields(memoryview(graph.read_bytes())))
     files: dict[str, npt.NDArray[np.uint8]] = {}
     for number, tensor in _fields(model[GRAPH]):
         if number != INITIALIZER:
             continue
         parts = dict(_fields(tensor))
-        if (dtype := DTYPES.get(parts[DATA_TYPE])) is None:
+        if (dtype := dtypes.get(parts[DATA_TYPE])) is None:
             continue
+        shape = [size for key, size in _fields(tensor) if key == DIMS]
         entries = [dict(_fields(part)) for key, part in _fields(tensor) if key == EXTERNAL_DATA]
         name = bytes(parts[NAME]).decode()
         if entries:
@@ -64,9 +101,10 @@ def float_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
             file, start = place["location"], int(place["offset"])
             if file not in files:
                 files[file] = np.memmap(graph.with_name(file), np.uint8, "r")
-            yield name, files[file][start : start + int(place["length"])].view(dtype)
+            values = files[file][start : start + int(place["length"])].view(dtype)
         else:
-            yield name, np.frombuffer(parts.get(RAW_DATA) or parts.get(FLOAT_DATA, b""), dtype)
+            values = np.frombuffer(parts.get(RAW_DATA) or parts.get(FLOAT_DATA, b""), dtype)
+        yield name, values.reshape(shape)
 
 
 def _sound(name: str, array: npt.NDArray[Any]) -> bool:

@@ -34,7 +34,7 @@ from medmoe_edge.checkpoint.writer import write_checkpoint, wrong_shape
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 
-__all__ = ["Checkpoint", "import_router", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "as_checkpoint", "import_router", "read_checkpoint", "write_checkpoint"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +90,13 @@ class Checkpoint:
     def _shared_router(self) -> dict[str, torch.Tensor]:
         """`weight` and `bias` of the router common to all layers; empty where they differ."""
         shared: dict[str, torch.Tensor] = {}
-        for name in filter(is_router, self.names):
-            part, tensor = name.rsplit(".", 1)[1], self.names[name].read()
-            if not torch.equal(shared.setdefault(part, tensor), tensor):
-                return {}
-        return {part: tensor.clone() for part, tensor in shared.items()}
+        # It is kept, and may be loaded into a model later, which takes no inference tensors.
+        with torch.inference_mode(False):
+            for name in filter(is_router, self.names):
+                part, tensor = name.rsplit(".", 1)[1], self.names[name].read()
+                if not torch.equal(shared.setdefault(part, tensor), tensor):
+                    return {}
+            return {part: tensor.clone() for part, tensor in shared.items()}
 
     def sha256(self) -> str:
         """Hash over `config.json` and every weight file, in order of their names; read once."""
@@ -129,6 +131,16 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
     if tokenizer.exists():
         check_file(tokenizer)
     return Checkpoint(folder, config, tokenizer if tokenizer.exists() else None, names, twins)
+
+
+def as_checkpoint(checkpoint: Path | Checkpoint, *, vision_tower: Path | None = None) -> Checkpoint:
+    """A checkpoint that is open already, or else its folder opened as `read_checkpoint` does.
+
+    What is handed on open is read and hashed once, however many steps need it.
+    """
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    return read_checkpoint(checkpoint, vision_tower=vision_tower)
 
 
 def _read_tower(path: object) -> tuple[dict[str, StoredTensor], dict[str, object]]:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medmoe_edge.cli.common import Device, DropPages, Force, Json, MemoryBudget, Runtime, verb
-from medmoe_edge.cli.contrastive import check_picture, write_heat
+from medmoe_edge.cli.contrastive import check_picture, write_heat, write_picture
 from medmoe_edge.errors import InputError
 from medmoe_edge.render import console as render
-from medmoe_edge.render import contrastive as render_modality
+from medmoe_edge.render import contrastive as render_contrastive
 
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.results import Location
@@ -49,14 +49,27 @@ def ask(
             show_default="nothing is drawn",
         ),
     ] = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PNG",
+            help="Write exactly the picture that the model saw, at its resolution.",
+            show_default="nothing is written",
+        ),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Answer questions about one image."""
     import medmoe_edge
+    from medmoe_edge.image.loading import load_image
 
     if explain:
-        _check_explanation(explain, len(questions), force)
+        _check_explanation(explain, image, len(questions), force)
+    if show:
+        check_picture(show, force, image)
+        if explain and show.resolve() == explain.resolve():
+            raise InputError("--show and --explain name one file.", "Give each its own.")
     with render.working("Answering"):
         engine = medmoe_edge.load(
             model,
@@ -66,25 +79,34 @@ def ask(
             drop_pages=drop_pages,
             prefix_cache=prefix_cache,
         )
-        answers = engine.ask_all(image, questions, max_new_tokens=max_new_tokens, frame=frame)
+        # read once where it is shown: what is asked about is what is written
+        picture = load_image(image, frame=frame) if show else image
+        answers = engine.ask_all(picture, questions, max_new_tokens=max_new_tokens, frame=frame)
+        if show:
+            write_picture(show, engine.seen(picture))
         found = _explain(explain, image, frame, answers[0]) if explain else None
     if as_json:
         told = {"explanation": found.to_json() | {"picture": str(explain)}} if found else {}
-        render.as_json({"answers": [answer.to_json() for answer in answers], **told})
+        seen = {"picture": str(show)} if show else {}
+        render.as_json({"answers": [answer.to_json() for answer in answers], **told, **seen})
     else:
         render.show_answers(answers)
         if found and explain:
-            render_modality.show_explanation(found, answers[0].modality, explain)
+            render_contrastive.show_explanation(found, answers[0].modality, explain)
+        if show:
+            render.wrote("what the model saw", show)
     if found and found.reading.unfamiliar:
-        render.show(render_modality.UNFAMILIAR, "yellow", stderr=True)
+        render.show(render_contrastive.UNFAMILIAR, "yellow", stderr=True)
+    if engine.proven:
+        render.hint(engine.proven.hint)
     for notice in dict.fromkeys(answer.notice for answer in answers):
         render.show(notice, "yellow", stderr=True)
 
 
-def _check_explanation(output: Path, questions: int, force: bool) -> None:
+def _check_explanation(output: Path, image: Path, questions: int, force: bool) -> None:
     if questions > 1:
         raise InputError("--explain draws one question.", "Ask the others without it.")
-    check_picture(output, force)
+    check_picture(output, force, image)
 
 
 def _explain(output: Path, file: Path, frame: int | None, answer: "Answer") -> "Location":

@@ -1,5 +1,6 @@
-"""The verb that measures what answering costs."""
+"""The verb `bench`: what answering costs."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,19 +8,52 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medmoe_edge.cli.common import Force, Json, check_output, verb
-from medmoe_edge.cli.errors import needs
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import bench as render_bench
-from medmoe_edge.render import bench_memory as render_bench_memory
 from medmoe_edge.render import console as render
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from medmoe_edge.bench.asking import Asking
-    from medmoe_edge.bench.result import Bench
-
     Way = tuple[Callable[..., Any], Callable[[Any], None]]  # how to measure, how to show it
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured beside a bundle, under which limit, and what is asked."""
+
+    peers: bool
+    peer: "Sequence[str]"
+    checkpoint: str | None
+    memory_limit: str | None
+    paging: bool
+    soak: int | None
+    memory_budget: str | None
+    data: Path | None
+    follow: float
+    drop_pages: bool
+    rounds: int
+    plot: Path | None
+
+    def check(self) -> None:
+        """Raise `InputError` for options that do not go together."""
+        limit, paging, soak = self.memory_limit, self.paging, self.soak
+        _refuse_both(
+            {"--memory-limit": limit, "--paging": paging, "--soak": soak, "--plot": self.plot}
+        )
+        beside, routed = self.peers or self.peer, paging or soak is not None
+        if self.checkpoint and not (beside or limit):
+            _refuse_without("--checkpoint", "--peers or --memory-limit")
+        for name in ("memory_budget", "data", "follow", "drop_pages"):
+            given = self.follow < 1 if name == "follow" else getattr(self, name)
+            if given and not routed:
+                _refuse_without(f"--{name.replace('_', '-')}", "--paging or --soak")
+        if beside and routed:
+            raise InputError("Peers page no experts.", "Leave them out, or use --memory-limit.")
+        if self.plot:
+            with needs("export"):
+                __import__("matplotlib")
+            render_bench.check_picture(self.plot)
 
 
 @verb("bench", "Prove", "bench nano --rounds 3")
@@ -91,33 +125,19 @@ def bench(
 
     With --json nothing else is printed. --memory-limit, --paging and --soak measure that alone.
     """
-    beside, routed = bool(peers or peer), paging or soak is not None
-    _refuse_both(
-        {"--memory-limit": memory_limit, "--paging": paging, "--soak": soak, "--plot": plot}
+    options = BenchOptions(
+        *(peers, peer or (), checkpoint, memory_limit, paging, soak, memory_budget),
+        *(data, follow, drop_pages, rounds, plot),
     )
-    _refuse_useless("--peers or --memory-limit", beside or memory_limit, checkpoint=checkpoint)
-    _refuse_useless(
-        "--paging or --soak",
-        routed,
-        memory_budget=memory_budget,
-        data=data,
-        follow=follow < 1,
-        drop_pages=drop_pages,
-    )
-    if beside and routed:
-        raise InputError("Peers page no experts.", "Leave them out, or use --memory-limit.")
-    write_plot = _plotter(plot, force)
-    if paging:
-        measure, show = _paging(memory_budget, _asking(data, follow, drop_pages), rounds)
-    elif soak is not None:
-        measure, show = _soak(soak, memory_budget, _asking(data, follow, drop_pages))
-    elif memory_limit is not None:
-        measure, show = _limited(memory_limit, peer or (), checkpoint, rounds)
-    else:
-        measure, show = _speed(peer or (), peers, checkpoint, rounds)
+    options.check()
+    if plot:
+        check_output(plot, force)
+    with needs("bench"):
+        measure, show = _way(options)
     with render.working("Starting") as progress:
         found = measure(bundle, progress=progress)
-    write_plot(found)
+    if plot:
+        render_bench.write_plot(found, plot)
     if not as_json:
         show(found)
         if plot:
@@ -125,51 +145,33 @@ def bench(
     render.as_json(found.to_json())
 
 
-def _speed(names: "Sequence[str]", every: bool, checkpoint: str | None, rounds: int) -> "Way":
-    from medmoe_edge.bench.peers import PEERS, find_peers
-    from medmoe_edge.bench.run import bench as measure
-
-    peers = find_peers(names) if names or not every else PEERS
-    run = partial(measure, peers=peers, checkpoint=checkpoint, rounds=rounds)
-    return run, render_bench.show_bench
-
-
-def _limited(limit: str, names: "Sequence[str]", checkpoint: str | None, rounds: int) -> "Way":
-    from medmoe_edge.bench.limited import MAPPED, bench_limited
-    from medmoe_edge.bench.peers import find_peers
+def _way(options: BenchOptions) -> "Way":
+    """The function of the library that measures what was asked for, and the one that shows it."""
+    from medmoe_edge.bench import limits, paging, peers, run
+    from medmoe_edge.bench.routing import Asking
     from medmoe_edge.device.devices import memory_here
     from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
-    peers = find_peers(names or MAPPED)
-    run = partial(
-        bench_limited,
-        limit=budget_bytes(limit, memory_here()),
-        peers=peers,
-        checkpoint=checkpoint,
-        rounds=rounds,
-    )
-    return run, render_bench_memory.show_limited
-
-
-def _paging(budget: str | None, asking: "Asking", rounds: int) -> "Way":
-    from medmoe_edge.bench.paging import BUDGETS, bench_paging
-
-    budgets = (budget,) if budget else BUDGETS
-    run = partial(bench_paging, budgets=budgets, asking=asking, rounds=rounds)
-    return run, render_bench_memory.show_paging
-
-
-def _soak(questions: int, budget: str | None, asking: "Asking") -> "Way":
-    from medmoe_edge.bench.soak import BUDGET, soak
-
-    run = partial(soak, questions=questions, budget=budget or BUDGET, asking=asking)
-    return run, render_bench_memory.show_soak
-
-
-def _asking(data: Path | None, follow: float, drop_pages: bool) -> "Asking":
-    from medmoe_edge.bench.asking import Asking
-
-    return Asking(None if data is None else str(data.resolve()), follow, drop_pages)
+    data = None if options.data is None else str(options.data.resolve())
+    asking = Asking(data, options.follow, options.drop_pages)
+    budget, rounds, checkpoint = options.memory_budget, options.rounds, options.checkpoint
+    if options.paging:
+        budgets = (budget,) if budget else paging.BUDGETS
+        measure = partial(paging.bench_paging, budgets=budgets, asking=asking, rounds=rounds)
+        return measure, render_bench.show_paging
+    if options.soak is not None:
+        budget = budget or paging.SOAK_BUDGET
+        soak = partial(paging.soak, questions=options.soak, budget=budget, asking=asking)
+        return soak, render_bench.show_soak
+    beside: dict[str, Any] = {"checkpoint": checkpoint, "rounds": rounds}
+    if options.memory_limit is not None:
+        limit = budget_bytes(options.memory_limit, memory_here())
+        mapped = peers.find_peers(options.peer or limits.MAPPED)
+        limited = partial(limits.bench_limited, limit=limit, peers=mapped, **beside)
+        return limited, render_bench.show_limited
+    every = options.peers and not options.peer
+    chosen = peers.PEERS if every else peers.find_peers(options.peer)
+    return partial(run.bench, peers=chosen, **beside), render_bench.show_bench
 
 
 def _refuse_both(options: "Mapping[str, object]") -> None:
@@ -178,19 +180,5 @@ def _refuse_both(options: "Mapping[str, object]") -> None:
         raise InputError(f"{given[0]} and {given[1]} do not go together.", "Give one of them.")
 
 
-def _refuse_useless(needed: str, there: object, **options: object) -> None:
-    for name, value in options.items():
-        if value and not there:
-            option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{option} is for {needed}.", f"Leave it out, or add {needed}.")
-
-
-def _plotter(path: Path | None, force: bool) -> "Callable[[Bench], None]":
-    """Looks at once for what the picture needs; writes nothing without a path."""
-    if path is None:
-        return lambda _: None
-    check_output(path, force)
-    with needs("export"):
-        from medmoe_edge.bench import plot as bench_plot
-    bench_plot.check_format(path)
-    return partial(bench_plot.write_plot, file=path)
+def _refuse_without(option: str, needed: str) -> None:
+    raise InputError(f"{option} is for {needed}.", f"Leave it out, or add {needed}.")

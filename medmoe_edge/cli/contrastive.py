@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medmoe_edge.cli.common import Force, Json, check_output, verb
-from medmoe_edge.cli.errors import needs
-from medmoe_edge.errors import InputError
+from medmoe_edge.cli.common import Force, Json, check_apart, check_output, verb
+from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render
-from medmoe_edge.render import contrastive as render_modality
+from medmoe_edge.render import contrastive as render_contrastive
 
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.results import Location, Reading
-    from medmoe_edge.image.loading import Image
+    from medmoe_edge.image.loading import Image, Pixels
 
 INDEX = Path("medmoe-index")  # where both verbs of the archive look for it: in the current folder
 
@@ -66,9 +65,9 @@ def classify(
     if as_json:
         render.as_json(found.to_json())
         if len(names) == 1:
-            render.show(render_modality.ONE_LABEL, "yellow", stderr=True)
+            render.show(render_contrastive.ONE_LABEL, "yellow", stderr=True)
     else:
-        render_modality.show_classification(found)
+        render_contrastive.show_classification(found)
     end(found.notice, found.reading)
 
 
@@ -91,7 +90,7 @@ def locate(
     from medmoe_edge.contrastive.engine import load_modality
     from medmoe_edge.image.loading import load_image
 
-    check_picture(output, force)
+    check_picture(output, force, image)
     with render.working("Looking"):
         engine = load_modality(model)
         picture = load_image(image, frame=frame)
@@ -100,7 +99,7 @@ def locate(
     if as_json:
         render.as_json(found.to_json() | {"picture": str(output)})
     else:
-        render_modality.show_location(found, output)
+        render_contrastive.show_location(found, output)
     end(found.notice, found.reading)
 
 
@@ -130,7 +129,7 @@ def index(
     if as_json:
         render.as_json(made.to_json())
     else:
-        render_modality.show_indexing(made)
+        render_contrastive.show_indexing(made)
     end(made.notice)
 
 
@@ -155,13 +154,14 @@ def retrieve(
     if as_json:
         render.as_json(found.to_json())
     else:
-        render_modality.show_retrieval(found)
+        render_contrastive.show_retrieval(found)
     end(found.notice, found.reading)
 
 
-def check_picture(output: Path, force: bool) -> None:
+def check_picture(output: Path, force: bool, source: Path) -> None:
     """Refuse a picture before the work that it would be the result of."""
     check_output(output, force)
+    check_apart(output, source)
     if output.suffix.lower() != ".png":
         raise InputError(f"{output} is not named as a PNG.", "Let its name end in .png.")
 
@@ -175,8 +175,17 @@ def write_heat(output: Path, picture: "Image", found: "Location") -> None:
         heat_picture(picture.pixels, found).save(file, "PNG")
 
 
+def write_picture(output: Path, pixels: "Pixels") -> None:
+    """Write a picture as PNG, whole or not at all."""
+    from medmoe_edge.atomic import atomic_file
+    from medmoe_edge.image.loading import png_of
+
+    with atomic_file(output) as file:
+        file.write(png_of(pixels))
+
+
 def end(notice: str, reading: "Reading | None" = None) -> None:
     """On stderr, what must be known of every result."""
     if reading and reading.unfamiliar:
-        render.show(render_modality.UNFAMILIAR, "yellow", stderr=True)
+        render.show(render_contrastive.UNFAMILIAR, "yellow", stderr=True)
     render.show(notice, "yellow", stderr=True)

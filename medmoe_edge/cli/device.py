@@ -7,7 +7,7 @@ import typer
 from medmoe_edge.cli.common import Json, verb
 from medmoe_edge.errors import InputError
 from medmoe_edge.render import console as render
-from medmoe_edge.render import device as render_deploy
+from medmoe_edge.render import device as render_device
 
 
 @verb("doctor", "Deploy", "doctor")
@@ -19,7 +19,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         render.as_json(found.to_json())
     else:
-        render_deploy.show_diagnosis(found)
+        render_device.show_diagnosis(found)
     if error := found.error():
         raise error
 
@@ -42,8 +42,8 @@ def plan(
 ) -> None:
     """Predict memory, time to the first token and tokens per second; say what fits."""
     from medmoe_edge.device.devices import HERE
-    from medmoe_edge.device.models import plan as make
-    from medmoe_edge.device.models import plan_and_measure
+    from medmoe_edge.device.estimate import plan as make
+    from medmoe_edge.device.estimate import plan_and_measure
 
     if measure and (device != HERE or precision):
         raise InputError(
@@ -60,8 +60,8 @@ def plan(
         told = comparison.to_json() if comparison else None
         render.as_json(found.to_json() | {"measured": told})
     else:
-        render_deploy.show_plan(found)
+        render_device.show_plan(found)
         if comparison:
-            render_deploy.show_comparison(comparison)
+            render_device.show_comparison(comparison)
     if error := found.error():
         raise error

@@ -1,25 +1,31 @@
-"""The verb `export`: a checkpoint to a portable bundle, and either to the bundle of a target."""
+"""The verbs `export` and `calibrate`: a checkpoint to a bundle, portable or of a target."""
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from medmoe_edge.cli import contrastive_build as cli_modality_build
-from medmoe_edge.cli.common import Force, Json, Samples, Strict, VisionTower, verb
-from medmoe_edge.cli.errors import needs
-from medmoe_edge.errors import InputError
+from medmoe_edge.cli.common import (
+    Checkpoint,
+    Force,
+    Json,
+    Samples,
+    Strict,
+    VisionTower,
+    check_output,
+    verb,
+)
+from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
+from medmoe_edge.errors import InputError, needs
+from medmoe_edge.families import ExportOptions, family_of
 from medmoe_edge.render import console as render
-from medmoe_edge.render import device as render_deploy
-from medmoe_edge.render import verification as render_proof
+from medmoe_edge.render import device as render_device
+from medmoe_edge.render import verification as render_verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from medmoe_edge.export.plan import Precision
     from medmoe_edge.pipeline import Export
-    from medmoe_edge.pipeline_targets import TargetExport
 
 MB = 10**6
 
@@ -111,12 +117,8 @@ def export(
     another target than onnxruntime the weights are those of the portable bundle; TensorRT for RTX
     needs no GPU to build, TensorRT builds on the device itself.
     """
-    from medmoe_edge.bundle.bundle import model_kind
-    from medmoe_edge.embedded import EMBEDDED
-
     precision = _precision(int8=int8, int4=int4, mixed=mixed is not None, fp32=fp32)
     folder = _source(model, target, as_it_is=not (precision or calibrate or stats))
-    name = model if model in EMBEDDED else folder.resolve().name
     if target == "onnxruntime" and (gpu or positions or memory_limit):
         raise InputError(
             "--gpu, --positions and --memory-limit are for engines.",
@@ -126,43 +128,33 @@ def export(
         raise InputError(
             "--paged is for GPUs: every portable bundle can be paged.", "Leave it out."
         )
-    is_modality = model_kind(folder) == "modality-moe"
-    if is_modality:
-        given = {"--group-size": group_size, "--stats": stats, "--strict": strict}
-        elsewhere = target if target != "onnxruntime" else None
-        cli_modality_build.refuse({**given, "--vision-tower": vision_tower, "--target": elsewhere})
+    options = ExportOptions(
+        precision=precision or "int8",
+        method=method,
+        budget_bits=mixed,
+        group=group_size,
+        calibrate_on=calibrate,
+        samples=samples,
+        stats=stats,
+        strict=strict,
+        name=model if model in EMBEDDED else folder.resolve().name,
+        vision_tower=vision_tower,
+        force=force and target == "onnxruntime",
+    )
+    family = family_of(folder)
+    family.check_export(options, target)
     with render.working("Reading") as report:
-        common: dict[str, Any] = {
-            "precision": precision or "int8",
-            "calibrate_on": calibrate,
-            "name": name,
-            "progress": report,
-        }
-        portable: Callable[..., Export] = partial(
-            _export_portable,
-            folder,
-            method=method,
-            budget_bits=mixed,
-            group=group_size,
-            samples=samples,
-            stats=stats,
-            strict=strict,
-            vision_tower=vision_tower,
-            **common,
-        )
-        if is_modality:
-            portable = partial(cli_modality_build.export_modality, folder, **common)
         if target == "onnxruntime":
-            made = portable(output or Path(f"{name}-{precision or 'int8'}"), force=force)
-            show = partial(_show_portable, made, name, precision or "int8", as_json)
+            out = output or Path(f"{options.name}-{options.precision}")
+            made = family.export(folder, out, options, report)
         else:
             with needs("rtx" if target == "tensorrt-rtx" else "export"):
                 from medmoe_edge.pipeline_targets import export_for
             built = export_for(
                 target,
                 folder,
-                output or Path("-".join(filter(None, (name, target, gpu)))),
-                portable=portable,
+                output or Path("-".join(filter(None, (options.name, target, gpu)))),
+                portable=partial(family.export, folder, options=options, progress=report),
                 gpu=gpu,
                 dtype=dtype,
                 positions=positions,
@@ -171,28 +163,25 @@ def export(
                 force=force,
                 progress=report,
             )
-            show = partial(_show_target, built, as_json)
-    show()
-
-
-def _show_portable(made: "Export", name: str, precision: str, as_json: bool) -> None:
-    if as_json:
-        found = made.verification.to_json() if made.verification else None
-        bundle = {"bundle": str(made.bundle), "name": name, "precision": precision}
-        render.as_json(bundle | {"verification": found})
-        return
-    if made.verification:
-        render_proof.show_verification(made.verification)
-    render.wrote("the bundle", made.bundle)
-    if made.verification is None:
-        render_proof.show_not_measured()
-
-
-def _show_target(built: "TargetExport", as_json: bool) -> None:
-    if as_json:
+    if target == "onnxruntime":
+        _show_portable(made, options, as_json)
+    elif as_json:
         render.as_json(built.to_json())
     else:
-        render_deploy.show_target(built)
+        render_device.show_target(built)
+
+
+def _show_portable(made: "Export", options: ExportOptions, as_json: bool) -> None:
+    if as_json:
+        found = made.verification.to_json() if made.verification else None
+        bundle = {"name": options.name, "precision": options.precision, "verification": found}
+        render.as_json({"bundle": str(made.bundle)} | bundle)
+        return
+    if made.verification:
+        render_verification.show_verification(made.verification)
+    render.wrote("the bundle", made.bundle)
+    if made.verification is None:
+        render_verification.show_not_measured()
 
 
 def _precision(**given: bool) -> "Precision | None":
@@ -206,7 +195,6 @@ def _precision(**given: bool) -> "Precision | None":
 def _source(model: str, target: str, *, as_it_is: bool) -> Path:
     """The checkpoint; for another target the portable bundle, where it is to stay `as_it_is`."""
     from medmoe_edge.bundle.bundle import MANIFEST
-    from medmoe_edge.embedded import bundle_path, checkpoint_path
 
     folder = bundle_path(model) if target != "onnxruntime" and as_it_is else checkpoint_path(model)
     if (folder / MANIFEST).exists() and not as_it_is:
@@ -217,7 +205,49 @@ def _source(model: str, target: str, *, as_it_is: bool) -> Path:
     return folder
 
 
-def _export_portable(checkpoint: Path, out: Path, **options: Any) -> "Export":
+@verb("calibrate", "Build", "calibrate nano --data builtin -o nano.stats")
+def calibrate(
+    checkpoint: Checkpoint = "nano",
+    *,
+    data: Annotated[
+        str, typer.Option(metavar="DATA", help="A folder of images, a question file or builtin.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="STATS", help="The file.")],
+    samples: Samples = 128,
+    hessians: Annotated[
+        bool, typer.Option(help="Second moments, for GPTQ; much the largest part.")
+    ] = True,
+    strict: Strict = False,
+    vision_tower: VisionTower = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Gather the statistics that quantisation needs; an interrupted run goes on where it was."""
     with needs("export"):
         from medmoe_edge import pipeline
-    return pipeline.export(checkpoint, out, **options)
+        from medmoe_edge.calibration.run import calibrate as gather
+        from medmoe_edge.checkpoint.reader import read_checkpoint
+
+    check_output(output, force)
+    folder = checkpoint_path(checkpoint)
+    with render.working("Reading") as report:
+        source = pipeline.read_data(folder, data, vision_tower=vision_tower)
+        statistics = gather(
+            folder,
+            source,
+            output,
+            samples=samples,
+            hessians=hessians,
+            strict=strict,
+            vision_tower=vision_tower,
+            force=force,
+            progress=report,
+        )
+    if as_json:
+        render.as_json({"statistics": str(output)} | statistics.summary())
+    else:
+        moe = read_checkpoint(folder, vision_tower=vision_tower).config.moe
+        render_verification.show_coverage(
+            statistics, moe.expert_names if moe else (), source.skipped
+        )
+        render.wrote("the statistics", output)

@@ -1,19 +1,18 @@
-"""The verbs that prove: what a model is, how well it answers, what quantisation cost."""
+"""The verbs that prove: `verify`, `eval` and `inspect`."""
 
-import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from medmoe_edge.cli import contrastive_build as cli_modality_build
 from medmoe_edge.cli.common import Device, Force, Json, Runtime, VisionTower, check_output, verb
-from medmoe_edge.cli.errors import needs
-from medmoe_edge.errors import InputError
+from medmoe_edge.embedded import bundle_path, checkpoint_path
+from medmoe_edge.errors import InputError, needs
+from medmoe_edge.families import AnswerScores, EvaluateOptions, VerifyOptions, family_of
 from medmoe_edge.render import console as render
-from medmoe_edge.render import contrastive_evaluation as render_modality_proof
-from medmoe_edge.render import verification as render_proof
+from medmoe_edge.render import contrastive as render_contrastive
+from medmoe_edge.render import verification as render_verification
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,48 +50,18 @@ def evaluate(
 
     Of a modality-moe: how it routes, classifies, retrieves and locates.
     """
-    import medmoe_edge
-    from medmoe_edge.bundle.bundle import model_kind
-    from medmoe_edge.data.datasets import read_examples, read_labels
-    from medmoe_edge.evaluation import evaluate as evaluation
-
-    if bundle == "modality-nano" or model_kind(Path(bundle)) == "modality-moe":
-        cli_modality_build.refuse({"--labels": labels, "--predictions": predictions})
-        _evaluate_modality(bundle, data, runtime, as_json)
-        return
+    family = family_of(bundle)
+    options = EvaluateOptions(data, labels, predictions, runtime, device)
     if predictions:
         check_output(predictions, force)
-    examples = read_examples(data)
-    labelled = [item for item in read_labels(labels) if item.split != "train"] if labels else []
     with render.working("Loading") as report:
-        engine = medmoe_edge.load(bundle, runtime=runtime, device=device)
-        asked = evaluation.evaluate(engine, examples, progress=partial(report, "Questions"))
-        found = (
-            evaluation.evaluate_labels(engine, labelled, progress=partial(report, "Labels"))
-            if labels
-            else None
-        )
-    if predictions:
-        evaluation.save_predictions(asked.predictions, predictions)
-    if as_json:
-        render.as_json(asked.to_json() | {"labels": dataclasses.asdict(found) if found else None})
-    else:
-        render.show_evaluation(asked, found)
-
-
-def _evaluate_modality(model: str, data: Path, runtime: Runtime, as_json: bool) -> None:
-    from medmoe_edge.contrastive.engine import load_modality
-    from medmoe_edge.contrastive.evaluate import evaluate_modality
-
-    if runtime == "tensorrt":
-        raise InputError("A modality-moe does not run on tensorrt.", "Leave --runtime out.")
-    with render.working("Loading") as report:
-        engine = load_modality(model, runtime=runtime)
-        found = evaluate_modality(engine, data, report)
+        found = family.evaluate(bundle, options, report)
     if as_json:
         render.as_json(found.to_json())
+    elif isinstance(found, AnswerScores):
+        render.show_evaluation(found.questions, found.labels)
     else:
-        render_modality_proof.show_modality_evaluation(found)
+        render_contrastive.show_modality_evaluation(found)
 
 
 @verb("verify", "Prove", "verify nano --against nano --data builtin")
@@ -121,6 +90,21 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(metavar="OUT.html", help="A page with plots.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Instead: prove it on this machine by what travels with it, in under a minute.",
+        ),
+    ] = False,
+    record: Annotated[
+        bool | None,
+        typer.Option(
+            "--record/--no-record",
+            help="Keep the record in the bundle, with inputs for --quick.",
+            show_default="yes, but never in an installation",
+        ),
+    ] = None,
     targets: Annotated[
         Literal["all-available"] | None,
         typer.Option(help="Instead: do the graphs of every target compute the same on DATA?"),
@@ -131,61 +115,61 @@ def verify(
 ) -> None:
     """Check a bundle; with --against, measure what quantisation cost and record it in the bundle.
 
-    A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns.
+    A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns. A bundle that
+    was verified on another kind of machine is proven here with --quick.
     """
-    from medmoe_edge.bundle.bundle import model_kind
-    from medmoe_edge.embedded import bundle_path, checkpoint_path
-
+    if quick:
+        others = (against, data, beside, report, targets, record, vision_tower)
+        _verify_quick(bundle, as_json, others=any(other is not None for other in others))
+        return
     if targets is not None:
-        _verify_targets(
-            bundle, data or "builtin", as_json, others=bool(against or beside or report)
-        )
+        mixed = bool(against or beside or report)
+        _verify_targets(bundle, data or "builtin", as_json, others=mixed)
         return
     if against is None and (data or beside):
         raise InputError(
             "--data and --beside measure against a checkpoint.", "Add --against CHECKPOINT."
         )
+    if against is None and record:
+        raise InputError("There is nothing to record.", "Add --against CHECKPOINT.")
     folder = bundle_path(bundle)
-    is_modality = model_kind(folder) == "modality-moe"
-    if is_modality:
-        given = {"--beside": beside, "--report": report, "--vision-tower": vision_tower}
-        cli_modality_build.refuse(given)
+    family = family_of(folder)
     write_report = _report_writer(report, force)
     with render.working("Reading") as progress:
-        if is_modality:
-            checkpoint = None if against is None else checkpoint_path(against)
-            found = cli_modality_build.verify_modality(
-                folder, checkpoint, data or "builtin", progress
-            )
-        elif against is None:
-            from medmoe_edge.evaluation.verify import verify as check
-
-            found = check(folder, progress=progress)
-        else:
-            with needs("export"):
-                from medmoe_edge import pipeline
-            found = pipeline.verify(
-                folder,
-                checkpoint_path(against),
-                data or "builtin",
-                beside=beside or [],
-                vision_tower=vision_tower,
-                progress=progress,
-            )
+        checkpoint = None if against is None else checkpoint_path(against)
+        options = VerifyOptions(
+            checkpoint, data or "builtin", beside or [], report, vision_tower, record
+        )
+        found = family.verify(folder, options, progress)
     write_report(found)
     if as_json:
         render.as_json(found.to_json())
     else:
-        render_proof.show_verification(found)
+        render_verification.show_verification(found)
         if report:
             render.wrote("the report", report)
     if error := found.error():
         raise error
 
 
-def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> None:
-    from medmoe_edge.embedded import bundle_path
+def _verify_quick(bundle: str, as_json: bool, *, others: bool) -> None:
+    from medmoe_edge.evaluation.quick import verify_quick
 
+    if others:
+        raise InputError(
+            "--quick proves a bundle by what travels with it.", "Leave the other options out."
+        )
+    with render.working("Reading") as progress:
+        found = verify_quick(bundle_path(bundle), progress=progress)
+    if as_json:
+        render.as_json(found.to_json())
+    else:
+        render_verification.show_quick(found)
+    if error := found.error():
+        raise error
+
+
+def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> None:
     if others:
         raise InputError(
             "--targets holds a bundle's targets against each other.",
@@ -198,7 +182,7 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
     if as_json:
         render.as_json({"bundle": bundle, "targets": [target.to_json() for target in found]})
     else:
-        render_proof.show_agreement(found)
+        render_verification.show_agreement(found)
 
 
 def _report_writer(path: Path | None, force: bool) -> "Callable[[Verification], None]":
@@ -211,46 +195,6 @@ def _report_writer(path: Path | None, force: bool) -> "Callable[[Verification], 
     return partial(write_report, path=path)
 
 
-@verb("ablate", "Prove", "ablate run --data data -o ablation")
-def ablate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that train wrote.")],
-    *,
-    data: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the files that the recipe names lie.")
-    ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder; resumed if begun.")
-    ],
-    recipe: Annotated[str, typer.Option(help="The recipe that made the run.")] = "nano",
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(help="One of several; the first is what the others are held against."),
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of phase 3, for each.", show_default="the recipe's")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Train variants of a model's structure alike, and show what each part is worth."""
-    with needs("train"):
-        from medmoe_edge.evaluation import ablation
-        from medmoe_edge.training.recipe import read_recipe
-    with render.bars() as bars:
-        found = ablation.ablate(
-            read_recipe(recipe),
-            run,
-            data,
-            output,
-            variants=variant or ablation.ALL,
-            epochs=epochs,
-            progress=bars,
-        )
-    if as_json:
-        render.as_json(found.to_json())
-    else:
-        render_proof.show_ablation(found)
-
-
 @verb("inspect", "Prove", "inspect nano")
 def inspect(
     model: Annotated[str, typer.Argument(metavar="PATH|nano", help="A bundle or a checkpoint.")],
@@ -258,15 +202,13 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a checkpoint or bundle: structure, parameters, sizes."""
-    from medmoe_edge.bundle.bundle import model_kind
-    from medmoe_edge.embedded import bundle_path
-    from medmoe_edge.evaluation.inspection import inspect_model
+    from medmoe_edge.evaluation.inspection import Inspection
 
-    if model_kind(folder := bundle_path(model)) == "modality-moe":
-        cli_modality_build.inspect_modality(folder, as_json)
-        return
-    inspection = inspect_model(folder, vision_tower=vision_tower)
+    folder = bundle_path(model)
+    found = family_of(folder).inspect(folder, vision_tower)
     if as_json:
-        render.as_json(inspection.to_json())
+        render.as_json(found.to_json())
+    elif isinstance(found, Inspection):
+        render.show_inspection(found)
     else:
-        render.show_inspection(inspection)
+        render_contrastive.show_modality_inspection(found)

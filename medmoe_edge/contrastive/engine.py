@@ -1,13 +1,15 @@
 """MedMoE at work: which modality, which label, and where; over any runtime."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.features import TextCache, region_map, similarity, unit
-from medmoe_edge.contrastive.loading import REFERENCE, RuntimeName, open_modality
+from medmoe_edge.contrastive.loading import RuntimeName, open_modality
 from medmoe_edge.contrastive.results import (
     Classification,
     Location,
@@ -18,7 +20,9 @@ from medmoe_edge.contrastive.results import (
 )
 from medmoe_edge.engine.clock import Clock
 from medmoe_edge.engine.engine import ImageLike
-from medmoe_edge.errors import BundleError, CheckpointError, InputError
+from medmoe_edge.engine.proof import REFERENCE, Proven, describe
+from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
+from medmoe_edge.image.labels import unlike_label
 from medmoe_edge.image.loading import Image, load_image, preprocess, seen_square
 from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, ModalityRuntime, TextFeatures
 
@@ -37,26 +41,28 @@ def load_modality(
 
 
 class ModalityEngine:
-    """A loaded MedMoE. Not thread-safe. `verification` is a bundle's proof, or "reference"."""
+    """A loaded MedMoE. Not thread-safe. `proven` and `verification` are as of an `Engine`."""
 
     def __init__(
         self,
         runtime: ModalityRuntime,
         name: str,
         sha256: str,
-        verification: str = REFERENCE,
+        proven: Proven | None = None,
         scores: Scores | None = None,
     ) -> None:
         self.runtime, self.config = runtime, runtime.config
-        self.name, self.sha256, self.verification = name, sha256, verification
+        self.name, self.sha256, self.proven = name, sha256, proven
+        self.verification: str = proven.status if proven else REFERENCE
         self.scores = scores or Scores()
         self.texts = TextCache(runtime)
 
     def read(self, image: ImageLike, *, frame: int | None = None) -> Reading:
         """The image's modality as the router sees it; raises `ImageError`, `ModelError`."""
         clock = Clock()
-        _, features = self._look(image, frame, clock)
-        return self._reading(features, clock)
+        picture, features = self._look(image, frame, clock)
+        reading = self._reading(features, clock)
+        return dataclasses.replace(reading, warnings=_warnings(picture, reading))
 
     def classify(
         self,
@@ -73,7 +79,7 @@ class ModalityEngine:
         """
         wanted = _asked(labels, prompts or {})
         clock = Clock()
-        _, features = self._look(image, frame, clock)
+        picture, features = self._look(image, frame, clock)
         phrases = [phrase for own in wanted.values() for phrase in own]
         texts = self._encode(phrases)
         clock.lap("text")
@@ -85,12 +91,14 @@ class ModalityEngine:
         clock.lap("compare")
         order = np.argsort(-scores, kind="stable")
         names = list(wanted)
+        reading = self._reading(features, clock)
         return Classification(
             scores={names[at]: float(scores[at]) for at in order},
             similarities={names[at]: float(best[at]) for at in order},
-            reading=self._reading(features, clock),
+            reading=reading,
             timings=_timings(clock),
             model=self._model,
+            warnings=_warnings(picture, reading),
         )
 
     def locate(self, image: ImageLike, phrase: str, *, frame: int | None = None) -> Location:
@@ -105,14 +113,16 @@ class ModalityEngine:
         y, x = np.unravel_index(int(heat.argmax()), heat.shape)
         fit = float(similarity(features, texts)[0, 0])
         clock.lap("compare")
+        reading = self._reading(features, clock)
         return Location(
             phrase=phrase,
             heat=heat,
             peak=(int(x), int(y)),
             similarity=fit,
-            reading=self._reading(features, clock),
+            reading=reading,
             timings=_timings(clock),
             model=self._model,
+            warnings=_warnings(picture, reading),
         )
 
     def embed_image(self, image: ImageLike, *, frame: int | None = None) -> Floats:
@@ -177,18 +187,17 @@ class ModalityEngine:
         if all(np.isfinite(array).all() for array in arrays):
             return
         what = f"{self.name} computed values that are infinite or no numbers."
-        if self.verification == REFERENCE:
+        if self.proven is None:
             raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
         raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
 
     @property
-    def _model(self) -> dict[str, str]:
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "verification": self.verification,
-            "runtime": self.runtime.name,
-        }
+    def _model(self) -> dict[str, Any]:
+        return describe(self.name, self.sha256, self.proven, self.runtime.name)
+
+
+def _warnings(picture: Image, reading: Reading) -> tuple[Notice, ...]:
+    return (*picture.notices, *unlike_label(picture.labels, reading.modality))
 
 
 def _timings(clock: Clock) -> dict[str, float]:

@@ -10,22 +10,22 @@ from medmoe_edge.bundle.contrastive import ModalityBundle
 from medmoe_edge.config_contrastive import ModalityConfig, Scores, read_scores
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.embedded import bundle_path, checkpoint_path
+from medmoe_edge.engine.proof import Proven, proven
 from medmoe_edge.errors import MissingDependencyError, ModelError
 from medmoe_edge.runtimes.contrastive import ModalityRuntime
 
 RuntimeName = Literal["auto", "onnxruntime", "torch"]
-REFERENCE = "reference"  # a checkpoint, which bundles are verified against
 
 logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """What an engine is made of; `verification` is a bundle's proof, or "reference"."""
+    """What an engine is made of; `proven` is None of a checkpoint."""
 
     runtime: ModalityRuntime
     name: str
     sha256: str
-    verification: str
+    proven: Proven | None
     scores: Scores
 
 
@@ -67,7 +67,7 @@ def open_checkpoint(folder: Path) -> Loaded:
     model = read_modality_checkpoint(folder)
     runtime = ModalityTorchRuntime(model, _reader(folder / "tokenizer.json", model.config))
     name, sha256 = folder.resolve().name, modality_sha256(folder)
-    return Loaded(runtime, name, sha256, REFERENCE, read_scores(folder))
+    return Loaded(runtime, name, sha256, None, read_scores(folder))
 
 
 def _open_bundle(bundle: ModalityBundle, runtime: RuntimeName) -> Loaded:
@@ -76,12 +76,13 @@ def _open_bundle(bundle: ModalityBundle, runtime: RuntimeName) -> Loaded:
             f"{bundle.folder} is a bundle, and torch runs checkpoints.",
             "Leave --runtime out, or give the checkpoint.",
         )
-    if bundle.proof == "failed":
+    known = proven(bundle)
+    if known.status == "failed":
         logger.warning(
             "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
         )
     loaded = open_bundle(bundle)
-    return Loaded(loaded, bundle.name, bundle.sha256, bundle.proof, bundle.scores)
+    return Loaded(loaded, bundle.name, bundle.sha256, known, bundle.scores)
 
 
 def _reader(path: Path, config: ModalityConfig) -> ModalityTokenizer:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.errors import Notice
 from medmoe_edge.runtimes.contrastive import Floats
 
 
@@ -17,12 +18,15 @@ from medmoe_edge.runtimes.contrastive import Floats
 class _Result:
     """`timings` are seconds: `image` to read and prepare, `vision` tower and expert, `text` and
     `compare`, as far as each was needed, and `total`. `model` says by `name` and `sha256` what
-    answered, by `runtime` what ran it, and under `verification` what is known of its fidelity.
+    answered, by `runtime` what ran it, and under `verification` and `verified` what is known of
+    its fidelity, as of an `Answer`. `warnings` are what should be known of the image before the
+    result is used.
     """
 
     timings: dict[str, float]
-    model: dict[str, str]
+    model: dict[str, Any]
     notice: str = dataclasses.field(default=NOTICE, kw_only=True)
+    warnings: tuple[Notice, ...] = dataclasses.field(default=(), kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Reading(_Result):
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return values | {"warnings": list(values["warnings"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Classification(_Result):
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return values | {"warnings": list(values["warnings"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Location(_Result):
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         height, width = values.pop("heat").shape
         values |= {"peak": list(self.peak), "reading": self.reading.to_json()}
+        values["warnings"] = [dataclasses.asdict(notice) for notice in self.warnings]
         return values | {"size": [width, height]}
 
 

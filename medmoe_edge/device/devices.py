@@ -6,17 +6,16 @@ with fp32 accumulation where the maker tells them apart.
 """
 
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medmoe_edge.bundle.machine import cpu_name
 from medmoe_edge.errors import InputError
 
 GB = 10**9
 TERA = 10**12
 HERE = "here"
-CPU_INFO = Path("/proc/cpuinfo")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, version 2
 Kind = Literal["gpu", "jetson", "cpu"]
 
@@ -58,16 +57,6 @@ def find_device(name: str) -> Device:
         known = ", ".join((*DEVICES, HERE))
         raise InputError(f"There is no device {name!r}.", f"Use one of: {known}.")
     return DEVICES[name]
-
-
-def cpu_name(info: Path = CPU_INFO) -> str:
-    """What this machine's processor calls itself."""
-    try:
-        lines = info.read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
 
 
 def memory_here(limit: Path = CGROUP_LIMIT) -> int:

@@ -5,34 +5,29 @@ a hint (what more could be had), each with its remedy. Nothing is loaded but ONN
 """
 
 import importlib
+import importlib.metadata
 import os
 import platform
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from medmoe_edge._version import __version__
-from medmoe_edge.device.devices import CPU_INFO, GB, cpu_name, memory_here
+from medmoe_edge._version import too_old as onnxruntime_too_old
+from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name
+from medmoe_edge.device.devices import GB, memory_here
 from medmoe_edge.device.hardware import (
     Gpus,
     Jetson,
     ask_power_mode,
-    cpu_features,
     find_gpus,
     find_jetson,
     too_old,
-)
-from medmoe_edge.device.packages import (
-    BASE,
-    Extra,
-    Versions,
-    find_extras,
-    installed,
-    missing_base,
-    needed_cuda,
 )
 from medmoe_edge.errors import ResourceError
 
@@ -42,6 +37,28 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 LITTLE = 2 * GB  # of memory or disk
 CUDA_PROVIDER = "CUDAExecutionProvider"
 REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-deps onnxruntime-gpu"
+
+
+# What each extra is for; the packages that it adds are read from our own metadata.
+PURPOSES = {
+    "images": "compressed DICOM and NIfTI",
+    "archive": "index, retrieve",
+    "serve": "serve: HTTP and a page",
+    "listen": "listen: a DICOM node; audit deidentify",
+    "batch": "batch, to parquet",
+    "ray": "batch --ray, on a cluster",
+    "export": "export, calibrate, verify against a checkpoint, plan --device here",
+    "train": "train",
+    "baselines": "comparison with bitsandbytes",
+    "bench": "bench",
+    "peers": "bench --peers, llama.cpp among them",
+    "gpu": "ONNX Runtime on NVIDIA GPUs",
+    "rtx": "to build and run engines of TensorRT for RTX (workstations)",
+    "plugin": "the MoE kernels, compiled for TensorRT's plugin",
+    "tensorrt": "to build and run engines of TensorRT (Jetson, data centres)",
+}
+REQUIREMENT = re.compile(r"""([\w.-]+)[^;]*(?:; *extra *== *["']([\w-]+)["'])?""")
+Versions = Callable[[str], str | None]
 
 
 class Finding(NamedTuple):
@@ -60,18 +77,49 @@ class Fact(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Extra:
+    """An extra of ours: the versions of what is there of it, and what is missing."""
+
+    name: str
+    purpose: str
+    versions: Mapping[str, str]
+    missing: tuple[str, ...]
+
+    @property
+    def state(self) -> Literal["installed", "in part", "missing"]:
+        """How much of it is there."""
+        if not self.missing:
+            return "installed"
+        return "in part" if self.versions else "missing"
+
+    @property
+    def command(self) -> str:
+        """What installs it."""
+        return f"pip install 'medmoe-edge[{self.name}]'"
+
+
+@dataclass(frozen=True)
 class Ort:
-    """ONNX Runtime: its version, providers, and the CUDA it was built for; or why it fails."""
+    """ONNX Runtime: its version, providers, and the CUDA it was built for; or why it fails.
+
+    `int8` is how its kernels add int8 products on this processor, as a probe found; None where it
+    does not run.
+    """
 
     version: str | None = None
     providers: tuple[str, ...] = ()
     cuda: str | None = None
     failure: str | None = None
+    int8: Arithmetic | None = None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware and its system; bytes. `driver_loaded`: of NVIDIA, also where NVML is absent."""
+    """The hardware and its system; bytes. `driver_loaded`: of NVIDIA, also where NVML is absent.
+
+    `features` are the instruction sets that int8 and int4 profit from, best first, and whether they
+    are there; empty where the system does not tell.
+    """
 
     system: str
     cpu: str
@@ -100,11 +148,12 @@ class Diagnosis:
         """The machine and the base install, for people."""
         machine, ort = self.machine, self.ort
         features = [name for name, there in machine.features.items() if there]
+        arithmetic = f"{ort.int8}, with " if ort.int8 else ""
         facts = [
             Fact("medmoe-edge", f"{__version__}, Python {platform.python_version()}"),
             Fact("system", machine.system),
             Fact("processor", f"{machine.cpu}, {machine.cores} cores"),
-            Fact("  for int8", ", ".join(features) or "nothing known"),
+            Fact("  int8", arithmetic + (", ".join(features) or "no known extension")),
             Fact("memory", f"{machine.memory / 1e9:.1f} GB"),
             Fact("free on disk", f"{machine.disk_free / 1e9:.1f} GB in {machine.cache}"),
             Fact("ONNX Runtime", ort.version or "cannot be imported"),
@@ -146,6 +195,14 @@ class Diagnosis:
         return ResourceError("This installation cannot answer questions.", f"First: {remedy}")
 
 
+def installed(package: str) -> str | None:
+    """A package's version; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def examine(version: Versions = installed) -> Diagnosis:
     """Look at this machine and this environment; `version` says what is installed."""
     machine, ort = look_at_machine(), look_at_onnxruntime()
@@ -157,9 +214,10 @@ def diagnose(machine: Machine, ort: Ort, version: Versions) -> Diagnosis:
     findings = (
         *_base_findings(ort, version),
         *_cuda_findings(machine, ort, version),
+        *_int8_findings(machine, ort),
         *_machine_findings(machine, version),
     )
-    base = {package: version(package) for package in BASE}
+    base = {package: version(package) for package in requirements()[""]}
     return Diagnosis(machine, ort, base, tuple(find_extras(version)), findings)
 
 
@@ -188,9 +246,63 @@ def look_at_onnxruntime() -> Ort:
         runtime = importlib.import_module("onnxruntime")
         build = importlib.import_module("onnxruntime.capi.build_and_package_info")
         providers = tuple(runtime.get_available_providers())
+        int8 = importlib.import_module("medmoe_edge.runtimes.arithmetic").int8_arithmetic()
     except Exception as error:  # a broken install fails in many ways; all mean the same
         return Ort(failure=type(error).__name__)
-    return Ort(runtime.__version__, providers, getattr(build, "cuda_version", None))
+    return Ort(runtime.__version__, providers, getattr(build, "cuda_version", None), None, int8)
+
+
+@cache
+def requirements() -> Mapping[str, tuple[str, ...]]:
+    """The packages that each extra adds, from our own metadata; those of the base under ""."""
+    found: dict[str, tuple[str, ...]] = {"": ()}
+    try:
+        lines = importlib.metadata.requires("medmoe-edge") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that was not installed
+        lines = []
+    for line in lines:
+        if (match := REQUIREMENT.fullmatch(line)) and match[1] != "medmoe-edge":
+            extra = match[2] or ""
+            found[extra] = (*found.get(extra, ()), match[1])
+    return found
+
+
+def find_extras(version: Versions) -> list[Extra]:
+    """Every extra with what is there of it."""
+    required = requirements()
+    return [
+        Extra(name, purpose, *_sorted(required[name], version))
+        for name, purpose in PURPOSES.items()
+        if name in required
+    ]
+
+
+def missing_base(version: Versions) -> list[str]:
+    """Packages that asking needs and that are not there; onnxruntime-gpu holds onnxruntime."""
+    missing = _sorted(requirements()[""], version)[1]
+    return [name for name in missing if name != "onnxruntime" or not version("onnxruntime-gpu")]
+
+
+def needed_cuda(version: Versions, runtime_cuda: str | None) -> dict[str, int]:
+    """Packages that run on CUDA -> the major version that each was built for.
+
+    `runtime_cuda` is what ONNX Runtime says of its own build. The others carry it in their names.
+    """
+    needed = {}
+    if runtime_cuda and (major := re.match(r"\d+", runtime_cuda)) and version("onnxruntime-gpu"):
+        needed["onnxruntime-gpu"] = int(major[0])
+    for package in ("onnxruntime-ep-nv-tensorrt-rtx", "tensorrt"):
+        for major_version in (12, 13):
+            if version(f"{package}-cu{major_version}"):
+                needed[f"{package}-cu{major_version}"] = major_version
+    return needed
+
+
+def _sorted(packages: Iterable[str], version: Versions) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Versions of what is there, and names of what is not."""
+    found = {package: version(package) for package in packages}
+    there = {package: number for package, number in found.items() if number is not None}
+    return there, tuple(package for package in found if package not in there)
 
 
 def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
@@ -202,6 +314,14 @@ def _base_findings(ort: Ort, version: Versions) -> Iterator[Finding]:
             "problem",
             f"ONNX Runtime cannot be imported ({ort.failure}).",
             "pip install --force-reinstall onnxruntime",
+        )
+    elif ort.version and (old := onnxruntime_too_old(ort.version)):
+        yield Finding("problem", *old)
+    elif not requirements()[""]:
+        yield Finding(
+            "hint",
+            "This is a checkout that was not installed: nothing is known of its extras.",
+            "pip install -e .",
         )
 
 
@@ -242,6 +362,29 @@ def _cuda_findings(machine: Machine, ort: Ort, version: Versions) -> Iterator[Fi
         )
 
 
+def _int8_findings(machine: Machine, ort: Ort) -> Iterator[Finding]:
+    """Int8 products are exact where a bundle of this version runs; speed is another matter."""
+    if ort.int8 == "saturating":
+        yield Finding(
+            "hint",
+            "Sums of int8 products saturate on this processor, which has no VNNI. Bundles that "
+            "this version exports are exact all the same; older ones are not, and warn of it.",
+            "Export bundles of earlier versions again: medmoe-edge export",
+        )
+    if machine.features.get("AVX2") is False:
+        yield Finding(
+            "warning",
+            "The processor has no AVX2: answers are exact, but slow; int4 is computed in fp32.",
+            "Prefer int8 bundles.",
+        )
+    if machine.features.get("dotprod") is False:
+        yield Finding(
+            "hint",
+            "The processor has no dotprod: int8 is exact, and int4 is computed in fp32.",
+            "Prefer int8 bundles.",
+        )
+
+
 def _machine_findings(machine: Machine, version: Versions) -> Iterator[Finding]:
     if jetson := machine.jetson:
         if version("onnxruntime-ep-nv-tensorrt-rtx-cu13"):
@@ -256,10 +399,6 @@ def _machine_findings(machine: Machine, version: Versions) -> Iterator[Finding]:
                 f"The power mode {jetson.power_mode} limits the clocks.",
                 "See the modes: nvpmodel -p --verbose; the fastest is usually: nvpmodel -m 0",
             )
-    if machine.features and not any(machine.features.values()):
-        yield Finding(
-            "warning", "The processor lacks what int8 needs: it will be slow.", "Use int4 or fp32."
-        )
     if machine.memory < LITTLE:
         yield Finding("warning", "There is little memory.", "See what fits: medmoe-edge plan")
     if machine.disk_free < LITTLE:

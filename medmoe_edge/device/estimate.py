@@ -3,13 +3,15 @@
 A roofline: each part of the decoder takes as long as its bytes or its operations do, whichever is
 longer, and each layer a fixed time beside that (Williams et al., CACM 52(4), 2009). Of a named
 device the rates are the maker's figures times what programs reach of them; of this machine they are
-measured (`planning_here`). Only configurations are read, never weights.
+measured (`device.measure`). Only configurations are read, never weights.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.device.costs import (
@@ -22,9 +24,14 @@ from medmoe_edge.device.costs import (
     vision_in_8_bits,
     vision_operations,
 )
-from medmoe_edge.device.devices import DEVICES, Device
-from medmoe_edge.errors import InputError, ResourceError
+from medmoe_edge.device.devices import DEVICES, HERE, Device, find_device
+from medmoe_edge.embedded import EMBEDDED, bundle_path
+from medmoe_edge.errors import InputError, ModelError, ResourceError, needs
 from medmoe_edge.export.build_memory import build_memory
+from medmoe_edge.presets import PRESETS
+
+if TYPE_CHECKING:
+    from medmoe_edge.device.measure import Comparison
 
 TEXT_TOKENS = 48  # of a prompt beside the image: Med-MoE's system prompt and a short question
 NEW_TOKENS = 32  # of an answer, at most
@@ -122,6 +129,73 @@ class Plan:
             f"experts it lacks {least.short / 1e9:.2f} GB.",
             f"It would fit {larger}, or any with {needed / 1e9:.2f} GB free.",
         )
+
+
+def plan(model: str, device: str, precision: Precision | None = None) -> Plan:
+    """Predict what a model needs on a device, and how fast it will be.
+
+    Args:
+        model: A bundle, a checkpoint folder, an embedded model or a preset. A checkpoint needs the
+            extra `export`.
+        device: A name of `devices.DEVICES`, or "here" for this CPU, which is measured for a few
+            seconds and needs the extra `export`.
+        precision: Only this one; all that the device offers by default.
+
+    Returns:
+        A forecast for each precision.
+
+    Raises:
+        InputError: The device is unknown, or does not offer the precision.
+        ModelError: The model is unknown.
+        MissingDependencyError: The extra is not installed.
+    """
+    found = find_device(device)
+    name, config = model_config(model)
+    wanted = precisions(found, precision)
+    if found.ratings is not None:
+        return make_plan(name, config, found, precision=precision)
+    with needs("export"):
+        from medmoe_edge.device.measure import measure_speeds
+    speeds = measure_speeds(config, {*wanted, "fp32"})
+    return make_plan(name, config, found, precision=precision, speeds=speeds)
+
+
+def plan_and_measure(model: str) -> tuple[Plan, "Comparison"]:
+    """Plan a bundle on this CPU in its own precision, and run it beside the prediction."""
+    folder = bundle_path(model)
+    if not (folder / MANIFEST).exists():
+        raise InputError(
+            f"{folder} is no bundle, so there is nothing to run.",
+            "Export it first: medmoe-edge export CHECKPOINT.",
+        )
+    bundle = Bundle.open(folder)
+    with needs("export"):
+        from medmoe_edge.device.measure import compare, measure_speeds
+    precision: Precision = bundle.manifest["quantisation"]["precision"]
+    comparison, speed = compare(bundle)
+    speeds = measure_speeds(bundle.config, ["fp32"])
+    speeds[precision] = speed
+    device = find_device(HERE)
+    made = make_plan(bundle.name, bundle.config, device, precision=precision, speeds=speeds)
+    return made, comparison
+
+
+def model_config(model: str) -> tuple[str, ModelConfig]:
+    """Name and configuration of a model; no weights are read."""
+    if model in EMBEDDED or Path(model).is_dir():
+        folder = bundle_path(model)
+        if (folder / MANIFEST).exists():
+            bundle = Bundle.open(folder, verify=False)
+            return bundle.name, bundle.config
+        with needs("export"):
+            from medmoe_edge.checkpoint.reader import read_checkpoint
+        return folder.resolve().name, read_checkpoint(folder).config
+    if model not in PRESETS:
+        known = ", ".join(dict.fromkeys((*EMBEDDED, *PRESETS)))
+        raise ModelError(
+            f"There is no model {model!r}.", f"Give a bundle or checkpoint folder, or: {known}."
+        )
+    return model, PRESETS[model]
 
 
 def make_plan(

@@ -6,14 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What ONNX Runtime's kernels for 8-bit integers use: flag in /proc/cpuinfo -> its usual name
-X86_FEATURES = {
-    "avx2": "AVX2",
-    "avx_vnni": "AVX-VNNI",
-    "avx512_vnni": "AVX-512 VNNI",
-    "amx_int8": "AMX int8",
-}
-ARM_FEATURES = {"asimddp": "dotprod", "i8mm": "i8mm"}
 L4T = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
 POWER_MODE = re.compile(r"NV Power Mode: *(\S+)")
 
@@ -47,14 +39,6 @@ class Jetson:
     model: str
     release: str | None
     power_mode: str | None
-
-
-def cpu_features(info: str) -> dict[str, bool]:
-    """From the text of /proc/cpuinfo: which features int8 arithmetic profits from are there."""
-    found = re.search(r"^(flags|Features)\s*:(.*)$", info, re.MULTILINE)
-    flags = set(found[2].split()) if found else set()
-    names = ARM_FEATURES if found and found[1] == "Features" else X86_FEATURES
-    return {name: flag in flags for flag, name in names.items()}
 
 
 def find_gpus(nvml: Any) -> Gpus | None:

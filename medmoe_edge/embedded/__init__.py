@@ -1,5 +1,7 @@
 """The models that ship inside the package, by name."""
 
+import site
+import sysconfig
 from pathlib import Path
 
 from medmoe_edge.errors import ModelError
@@ -16,6 +18,21 @@ def bundle_path(model: str) -> Path:
 def checkpoint_path(model: str) -> Path:
     """The checkpoint folder of an embedded model, or the folder `model`; raises `ModelError`."""
     return _resolve(model, "checkpoint")
+
+
+def is_installed(folder: Path) -> bool:
+    """Whether a folder is part of an installation: inside this package or a site's packages.
+
+    Such folders are not ours to change: a package manager checks, shares and replaces them.
+    """
+    places = [FOLDER.parent, *map(Path, _site_packages())]
+    resolved = folder.resolve()
+    return any(resolved.is_relative_to(place.resolve()) for place in places)
+
+
+def _site_packages() -> list[str]:
+    paths = sysconfig.get_paths()
+    return [paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()]
 
 
 def _resolve(model: str, kind: str) -> Path:

@@ -37,10 +37,11 @@ class Answer:
     where the experts' modalities are not known; `experts` the share of routed tokens, over all
     layers, that each expert took. `model` says by `name` and `sha256` what answered, by `runtime`
     what ran it, and under `verification` what is known of its fidelity: "passed", "failed" or "not
-    measured" of a bundle, "reference" of a checkpoint. `paging` tells how experts were brought into
-    memory where that is bounded (`runtimes.paging_report`), else it is None. `warnings` are what a
-    person and a program should know before they use the answer: of the model, of how the image was
-    read, and of a label that the image is unlike.
+    measured" of a bundle, "reference" of a checkpoint; of a bundle, `verified` says on what
+    `machine` (None: not recorded) and whether that holds `here`. `paging` tells how experts were
+    brought into memory where that is bounded (`runtimes.paging.report`), else it is None.
+    `warnings` are what a person and a program should know before they use the answer: of the model,
+    of how the image was read, and of a label that the image is unlike.
     """
 
     question: str
@@ -49,7 +50,7 @@ class Answer:
     modality: str | None
     experts: dict[str, float]
     timings: Timings
-    model: dict[str, str]
+    model: dict[str, Any]
     complete: bool = True
     notice: str = NOTICE
     paging: dict[str, Any] | None = None
@@ -58,4 +59,5 @@ class Answer:
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""
         values = dataclasses.asdict(self)
+        values["warnings"] = list(values["warnings"])
         return {"question": values.pop("question"), "answer": values.pop("text"), **values}

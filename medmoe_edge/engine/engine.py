@@ -10,13 +10,15 @@ import numpy.typing as npt
 
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.clock import Clock, timings
-from medmoe_edge.engine.loading import REFERENCE, Device, Paging, RuntimeName, open_model
+from medmoe_edge.engine.loading import Device, Paging, RuntimeName, open_model
 from medmoe_edge.engine.prefix_cache import LastPrefix, PrefixCache, cache_folder
 from medmoe_edge.engine.prefix_file import Prefix
-from medmoe_edge.errors import BundleError, CheckpointError, InputError
-from medmoe_edge.image.loading import Image, load_image, preprocess
+from medmoe_edge.engine.proof import REFERENCE, Proven, describe
+from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
+from medmoe_edge.image.labels import unlike_label
+from medmoe_edge.image.loading import Image, Pixels, load_image, preprocess, seen_picture
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, chosen_experts
+from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, Warns, chosen_experts
 from medmoe_edge.runtimes.paging.pager import Budget
 
 Counts = npt.NDArray[np.int64]
@@ -35,30 +37,47 @@ def load(
     drop_pages: bool = False,
     prefix_cache: str | os.PathLike[str] | None = None,
 ) -> "Engine":
-    """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
+    """Load a model to ask.
 
-    `auto` runs a bundle on what it was made for and a checkpoint on torch, which runs portable
-    bundles too; `device` "cpu" or "cuda" chooses where ONNX Runtime or torch computes. A device
-    that a bundle was made for and that is not there is an error, never a silent fall back; asking
-    for the CPU is how to allow one. A bundle whose verification failed is loaded with a warning.
-    With a `memory_budget`, `drop_pages` also has the kernel forget what it read of experts, so that
-    the memory is really free; an expert that comes back is read from storage again.
-    `prefix_cache` names a folder for what the model makes of images (`engine.prefix_cache`): later
-    questions about the last image, and in other processes about any of them, skip that. It is
-    patient data. Raises `ModelError`, `ResourceError`, and `InputError` for what cannot be had.
+    A device that a bundle was made for and that is not there is an error, never a silent fall back;
+    asking for the CPU is how to allow one. A bundle whose verification failed is loaded with a
+    warning.
+
+    Args:
+        model: The name of an embedded model ("nano"), the folder of a bundle, or (with torch) the
+            folder of a checkpoint.
+        runtime: What runs it. "auto" takes what a bundle was made for, and torch for a checkpoint;
+            "torch" runs portable bundles too.
+        device: Where ONNX Runtime or torch computes: "cpu", "cuda", or "auto" for what the model
+            was made for.
+        memory_budget: How much memory routed experts may take: bytes, as "1500MB" or "2GiB", or a
+            share of them all, as "50%". The others wait in storage; answers stay the same bits.
+        drop_pages: With a memory budget, have the kernel forget what it read of experts, so that
+            the memory is really free; one that comes back is read from storage again.
+        prefix_cache: A folder for what the model makes of images: later questions about the last
+            image, and in other processes about any of them, skip that. It is patient data.
+
+    Returns:
+        The loaded model.
+
+    Raises:
+        ModelError: The bundle or checkpoint is incomplete, damaged or of another version.
+        ResourceError: Memory, the device, or an optional package is missing.
+        InputError: The options do not go together, or the budget is too small.
     """
     folder = None if prefix_cache is None else cache_folder(prefix_cache)
     paging = Paging(memory_budget, drop_pages)
     loaded = open_model(model, runtime, device, paging, keeps_prefixes=folder is not None)
-    if folder is None:
-        return Engine(*loaded)
-    return Engine(*loaded, PrefixCache(folder, loaded.sha256, loaded.runtime))
+    kept = None if folder is None else PrefixCache(folder, loaded.sha256, loaded.runtime)
+    return Engine(**loaded._asdict(), prefixes=kept)
 
 
 class Engine:
     """A loaded model that answers questions about images. Not thread-safe.
 
-    `verification` is a bundle's proof, or "reference".
+    `proven` is what is known of a bundle's fidelity, None of a checkpoint; `verification` says it
+    in a word: "passed", "failed" or "not measured", of a checkpoint "reference". `warnings` are of
+    the model, and part of every answer's.
     """
 
     def __init__(
@@ -67,12 +86,15 @@ class Engine:
         tokenizer: Tokenizer,
         name: str,
         sha256: str,
-        verification: str = REFERENCE,
+        proven: Proven | None = None,
         prefixes: LastPrefix | None = None,
+        warnings: tuple[Notice, ...] = (),
     ) -> None:
         self.runtime, self.tokenizer, self.prefixes = runtime, tokenizer, prefixes
-        self.name, self.sha256, self.verification = name, sha256, verification
+        self.name, self.sha256, self.proven = name, sha256, proven
+        self.verification: str = proven.status if proven else REFERENCE
         self.config = runtime.config
+        self.warnings = (*warnings, *(runtime.warnings if isinstance(runtime, Warns) else ()))
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
 
     @property
@@ -90,8 +112,18 @@ class Engine:
     ) -> Answer:
         """Answer one question.
 
-        Raises `InputError` for an unusable image or question, `ModelError` where the model's output
-        is not finite.
+        Args:
+            image: A file (PNG, JPEG, TIFF, DICOM, NIfTI) or an `Image` that was read.
+            question: At most 10,000 characters.
+            max_new_tokens: The longest answer, in tokens.
+            frame: Which frame or slice of several, from 0; None is the middle one.
+
+        Returns:
+            The answer; the same input gives the same one.
+
+        Raises:
+            InputError: The image or the question cannot be used.
+            ModelError: The model computed NaN or infinite values.
         """
         return self.ask_all(image, [question], max_new_tokens=max_new_tokens, frame=frame)[0]
 
@@ -103,7 +135,21 @@ class Engine:
         max_new_tokens: int = MAX_NEW_TOKENS,
         frame: int | None = None,
     ) -> list[Answer]:
-        """Answer several questions, each by itself; the image is processed once for all."""
+        """Answer several questions, each by itself; the image is processed once for all.
+
+        Args:
+            image: As of `ask`.
+            questions: Any number.
+            max_new_tokens: The longest answer to each, in tokens.
+            frame: As of `ask`.
+
+        Returns:
+            One answer for each question, in their order.
+
+        Raises:
+            InputError: The image or a question cannot be used.
+            ModelError: The model computed NaN or infinite values.
+        """
         told = self.ask_stream(image, questions, max_new_tokens=max_new_tokens, frame=frame)
         return [item for item in told if isinstance(item, Answer)]
 
@@ -117,9 +163,21 @@ class Engine:
     ) -> Iterator[str | Answer]:
         """Answer several questions, telling each answer while it is made.
 
-        For each question in turn come pieces of the answer's text, one for each token, some of them
-        empty, and then the `Answer`; joined, they are its text. Nothing is computed ahead: who
-        stops iterating stops the model.
+        Nothing is computed ahead: who stops iterating stops the model.
+
+        Args:
+            image: As of `ask`.
+            questions: Any number.
+            max_new_tokens: The longest answer to each, in tokens.
+            frame: As of `ask`.
+
+        Yields:
+            For each question in turn, pieces of the answer's text, one for each token, some of them
+            empty, and then the `Answer`; joined, the pieces are its text.
+
+        Raises:
+            InputError: The image or a question cannot be used.
+            ModelError: The model computed NaN or infinite values.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
@@ -129,13 +187,35 @@ class Engine:
         for index, (question, tokens) in enumerate(zip(questions, ids, strict=True)):
             yield from self._answer(question, tokens, prefix, max_new_tokens, first=index == 0)
 
+    def seen(self, image: ImageLike, *, frame: int | None = None) -> Pixels:
+        """Exactly what the model sees of an image, as a picture `[S, S, 3]` of S x S pixels.
+
+        It is what enters the vision tower, before its values are normalised: decoded, in the
+        file's window, padded or cropped to a square and scaled to the model's resolution.
+        """
+        return seen_picture(_picture(image, frame), self.config.vision).pixels
+
     def prompt_tokens(self, question: str) -> int:
-        """Positions that an image and a question take; raises `InputError` for an unusable one."""
+        """Count the tokens of a prompt.
+
+        Returns:
+            The positions that an image and this question take in the KV cache.
+
+        Raises:
+            InputError: The question cannot be used.
+        """
         before, after = self.tokenizer.prefix_ids(), self.tokenizer.question_ids(question)
         return len(before) + self.config.vision.image_tokens + len(after)
 
     def modality(self, image: ImageLike, *, frame: int | None = None) -> str | None:
-        """The image's modality as the router reads it; None where expert names are unknown."""
+        """Read an image's modality by the router, without a question.
+
+        Returns:
+            One of `expert_names`; None where these are unknown.
+
+        Raises:
+            InputError: The image cannot be used.
+        """
         return self._prefill(image, frame, room=0).modality
 
     def _prefill(self, image: ImageLike, frame: int | None, room: int) -> Prefix:
@@ -146,7 +226,7 @@ class Engine:
             most = self.config.decoder.max_positions - length
             room = min(-(-room // ROOM) * ROOM, most)
         clock = Clock()
-        picture = image if isinstance(image, Image) else load_image(image, frame=frame)
+        picture = _picture(image, frame)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
         if self.prefixes is None:
@@ -154,7 +234,8 @@ class Engine:
         else:
             prefix = self._fetch(self.prefixes, pixels, ids, length + room, clock)
         clock.lap("prefix")
-        return replace(prefix, seconds={"vision": 0.0, **clock.laps})
+        found = (*picture.notices, *unlike_label(picture.labels, prefix.modality))
+        return replace(prefix, seconds={"vision": 0.0, **clock.laps}, warnings=found)
 
     def _compute(self, pixels: Floats, ids: list[int], capacity: int, clock: Clock) -> Prefix:
         image_tokens = self._finite(self.runtime.encode_image(pixels))
@@ -214,14 +295,10 @@ class Engine:
             timings=timings(
                 prefix.seconds, clock.laps, len(answer), first=first, reused=prefix.reused
             ),
-            model={
-                "name": self.name,
-                "sha256": self.sha256,
-                "verification": self.verification,
-                "runtime": self.runtime.name,
-            },
+            model=describe(self.name, self.sha256, self.proven, self.runtime.name),
             complete=complete,
             paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
+            warnings=(*self.warnings, *prefix.warnings),
         )
 
     def _untold(self, ids: list[int], told: str) -> str:
@@ -243,7 +320,7 @@ class Engine:
         if np.isfinite(values).all():
             return values
         what = f"{self.name} computed values that are infinite or no numbers."
-        if self.verification == REFERENCE:
+        if self.proven is None:
             raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
         raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
 
@@ -271,6 +348,10 @@ class Engine:
         names = self.expert_names or tuple(f"expert-{index}" for index in range(len(counts)))
         total = max(int(counts.sum()), 1)
         return {name: int(count) / total for name, count in zip(names, counts, strict=True)}
+
+
+def _picture(image: ImageLike, frame: int | None) -> Image:
+    return image if isinstance(image, Image) else load_image(image, frame=frame)
 
 
 def _most_likely(logits: Floats) -> tuple[int, float]:

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.target import DEFAULT
 from medmoe_edge.embedded import bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, MissingDependencyError, ModelError
+from medmoe_edge.engine.proof import Proven, proven
+from medmoe_edge.errors import InputError, MissingDependencyError, ModelError, Notice
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.paging.pager import Budget, ExpertPager
@@ -17,19 +18,22 @@ RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
 LARGE = 2**28  # bytes of experts, above which each is a session: they load in parallel
 ALL = "100%"  # a budget for every expert
-REFERENCE = "reference"  # a checkpoint, which bundles are verified against
 
 logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """What an engine is made of; `verification` is a bundle's proof, or "reference"."""
+    """What an engine is made of; `proven` is None of a checkpoint.
+
+    `warnings` are what every answer of the model is to say.
+    """
 
     runtime: Runtime
     tokenizer: Tokenizer
     name: str
     sha256: str
-    verification: str
+    proven: Proven | None
+    warnings: tuple[Notice, ...] = ()
 
 
 class Paging(NamedTuple):
@@ -70,14 +74,21 @@ def open_model(
 
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
-    if bundle.proof == "failed":
-        logger.warning(
-            "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
-        )
+    known = proven(bundle)
+    warnings = _of_proof(bundle.name, known)
+    for notice in warnings:
+        logger.warning("%s", notice.message)
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
     logger.info("%s runs on %s.", bundle.name, loaded.name)
-    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, bundle.proof)
+    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, known, warnings)
+
+
+def _of_proof(name: str, known: Proven) -> tuple[Notice, ...]:
+    if known.status != "failed":
+        return ()
+    what = f"{name} failed its verification: it may answer otherwise than its checkpoint."
+    return (Notice("verification_failed", what),)
 
 
 def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Runtime:
@@ -195,4 +206,4 @@ def _open_checkpoint(folder: Path, device: Device) -> Loaded:
     checkpoint = read_checkpoint(folder)
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
     runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
-    return Loaded(runtime, tokenizer, folder.resolve().name, checkpoint.sha256(), REFERENCE)
+    return Loaded(runtime, tokenizer, folder.resolve().name, checkpoint.sha256(), None)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.config import DecoderConfig, ModelConfig
+from medmoe_edge.errors import Notice
 from medmoe_edge.runtimes.base import Cache, CacheArray, PortableCache
 
 FORMAT, VERSION = "medmoe-edge prefix", 1
@@ -33,7 +34,8 @@ class Prefix:
     """System prompt and image, prefilled: every question about the image starts from here.
 
     `experts` `[E]` counts how often each was chosen, over tokens and layers; `reused` is one that
-    was fetched, not computed; `seconds` tell what the one or the other took, by part.
+    was fetched, not computed; `seconds` tell what the one or the other took, by part. `warnings`
+    are of the file at hand and not kept: the same picture may lie in another file.
     """
 
     cache: Cache
@@ -42,6 +44,7 @@ class Prefix:
     experts: npt.NDArray[np.int64]
     reused: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[Notice, ...] = ()
 
 
 def write_prefix(file: IO[bytes], key: str, prefix: Prefix) -> None:

@@ -1,25 +1,25 @@
 """A bundle of MedMoE held against its checkpoint: same modality, same label, same directions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.bundle.bundle import write_verification
 from medmoe_edge.bundle.contrastive import ModalityBundle, ModalityGates
+from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.contrastive.features import similarity, unit
 from medmoe_edge.contrastive.loading import open_bundle, open_checkpoint
 from medmoe_edge.errors import DataError, ModelError
-from medmoe_edge.evaluation.fidelity import Share
+from medmoe_edge.evaluation.figures import ContrastiveFigures, Share
 from medmoe_edge.evaluation.gates import GateResult, judged, wilson
 from medmoe_edge.evaluation.metrics import bootstrap_interval
+from medmoe_edge.evaluation.record import Source, keep_record, new_record, read_record
+from medmoe_edge.evaluation.recording import Seen, pack_seen
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.image.loading import Image, preprocess
-from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, ModalityRuntime
+from medmoe_edge.runtimes.contrastive import Floats, ModalityRuntime, TextFeatures
 from medmoe_edge.runtimes.ort.contrastive import run_expert
 
 Progress = Callable[[str, int, int], None]
@@ -41,29 +41,20 @@ class Pictures:
     load: Sequence[Callable[[], Image]]
 
 
-class _Seen(NamedTuple):
-    """What is compared of one image."""
-
-    features: ImageFeatures
-    best: int  # of the phrases
-
-    @property
-    def modality(self) -> int:
-        return int(self.features.router_logits[0].argmax())
-
-
 def verify_modality(
     folder: Path,
     checkpoint: Path | None = None,
     pictures: Pictures | None = None,
     *,
+    record: bool | None = None,
+    inputs: Sequence[Callable[[], Image]] = (),
     progress: Progress | None = None,
 ) -> Verification:
     """Check hashes and every expert and, with `checkpoint` and `pictures`, measure the fidelity.
 
-    What was measured is written into the manifest, also where a gate fails: see
-    `Verification.error`. Raises `ModelError` for a damaged bundle or another checkpoint than its
-    own, `DataError` for no pictures, `ResourceError` where the manifest cannot be written.
+    What was measured, and `inputs`, are kept as `verify.verify` keeps them. Raises `ModelError` for
+    a damaged bundle or another checkpoint than its own, `DataError` for no pictures,
+    `ResourceError` where the manifest was to be written and cannot be.
     """
     report = progress or (lambda step, done, total: None)
     report("hashes", 0, 1)
@@ -72,7 +63,7 @@ def verify_modality(
     report("experts", 0, 1)
     faults = sweep_modality(bundle)
     if checkpoint is None or pictures is None:
-        return Verification(bundle, faults, bundle.verification)
+        return Verification(bundle, faults, read_record(bundle))
     if not pictures.load:
         raise DataError("There are no images to compare on.", "Give at least one.")
     reference = open_checkpoint(checkpoint)
@@ -81,19 +72,29 @@ def verify_modality(
             f"{folder} was not made from the checkpoint {checkpoint}.",
             "Give the checkpoint it was exported from, or export this one.",
         )
-    figures, results = _measure(reference.runtime, bundle, faults, pictures, report)
-    record = {
-        "passed": all(result.passed for result in results),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoint_sha256": reference.sha256,
-        "data": {"name": pictures.name, "sha256": pictures.sha256},
-        "runtime": "onnxruntime",
-        "gates": [result.to_json() for result in results],
-        "faults": faults,
-        "figures": figures,
-    }
-    bundle = write_verification(bundle, record)
-    return Verification(bundle, faults, bundle.verification)
+    runtimes = reference.runtime, open_bundle(bundle)
+    texts = [runtime.encode_texts(PHRASES) for runtime in runtimes]
+
+    def pairs() -> Iterator[tuple[Seen, Seen]]:
+        for done, load in enumerate(pictures.load, start=1):
+            image = load()
+            expected, given = (look(*each, image) for each in zip(runtimes, texts, strict=True))
+            yield expected, given
+            report("images", done, len(pictures.load))
+
+    seen = texts[0].mask
+    words = texts[0].words[seen], texts[1].words[seen]
+    figures, results = judge_seen(pairs(), words, bundle.gates, faults)
+    source = Source(pictures.name, pictures.sha256)
+    made = new_record(bundle, source, results, faults, figures)
+    packed = None
+    if inputs and record is not False:
+        images = [load() for load in inputs]
+        looked = [look(runtimes[0], texts[0], image) for image in images]
+        travelling = pack_seen(looked, images, words[0], bundle.config.vision)
+        packed = Recorded(signature_of(bundle), *travelling)
+    bundle, recorded = keep_record(bundle, made, record, packed)
+    return Verification(bundle, faults, made, recorded=recorded)
 
 
 def sweep_modality(bundle: ModalityBundle) -> list[str]:
@@ -114,42 +115,45 @@ def sweep_modality(bundle: ModalityBundle) -> list[str]:
     return (["the image tower"] if len(broken) == len(names) else broken) + text
 
 
-def _measure(
-    reference: ModalityRuntime,
-    bundle: ModalityBundle,
+def look(runtime: ModalityRuntime, texts: TextFeatures, image: Image) -> Seen:
+    """What a model makes of an image, beside the features of `PHRASES`."""
+    features = runtime.encode_images(preprocess(image, runtime.config.vision))
+    return Seen(
+        int(features.router_logits[0].argmax()),
+        int(similarity(features, texts)[0].argmax()),
+        features.pooled[0],
+        features.regions[0].reshape(-1, features.regions.shape[-1]),
+    )
+
+
+def judge_seen(
+    pairs: Iterable[tuple[Seen, Seen]],
+    words: tuple[Floats, Floats],
+    gates: ModalityGates,
     faults: Sequence[str],
-    pictures: Pictures,
-    report: Progress,
-) -> tuple[dict[str, Any], list[GateResult]]:
-    gates, candidate = bundle.gates, open_bundle(bundle)
-    texts = [runtime.encode_texts(PHRASES) for runtime in (reference, candidate)]
-    text = _cosines(texts[0].words[texts[0].mask], texts[1].words[texts[1].mask])
-    agreed, chosen, pooled, regions = [], [], [], []
-    finite = True
-    for done, load in enumerate(pictures.load):
-        pixels = preprocess(load(), bundle.config.vision)
-        found = []
-        for runtime, own in zip((reference, candidate), texts, strict=True):
-            features = runtime.encode_images(pixels)
-            finite &= all(bool(np.isfinite(part).all()) for part in features)
-            found.append(_Seen(features, int(similarity(features, own)[0].argmax())))
-        expected, given = found
+) -> tuple[ContrastiveFigures, list[GateResult]]:
+    """Hold what was given against what was expected: of images, and the words of texts `[T, D]`."""
+    agreed, chosen, pooled, regions, finite = [], [], [], [], np.isfinite(words[1]).all()
+    for expected, given in pairs:
         agreed.append(expected.modality == given.modality)
         chosen.append(expected.best == given.best)
-        pooled.append(float(_cosines(expected.features.pooled, given.features.pooled).mean()))
-        regions.append(float(_cosines(expected.features.regions, given.features.regions).mean()))
-        report("images", done + 1, len(pictures.load))
+        pooled.append(float(_cosines(expected.pooled, given.pooled)))
+        regions.append(float(_cosines(expected.regions, given.regions).mean()))
+        finite &= given.finite
     shares = {
         "modality_agreement": Share.of(sum(agreed), len(agreed)),
         "zero_shot_agreement": Share.of(sum(chosen), len(chosen)),
     }
-    cosines = {"pooled_cosine": pooled, "region_cosine": regions, "text_cosine": text.tolist()}
+    cosines = {
+        "pooled_cosine": pooled,
+        "region_cosine": regions,
+        "text_cosine": _cosines(*words).tolist(),
+    }
     means = {name: float(np.mean(values)) for name, values in cosines.items()}
     least = {f"{name}_min": float(np.min(values)) for name, values in cosines.items()}
-    figures = {"images": len(agreed), "texts": len(PHRASES), **means, **least}
-    figures |= {name: share.share for name, share in shares.items()}
-    broken = len(faults) + (not finite)
-    results = [judged("finite", broken, 0, (), at_least=False)]
+    agreements = {name: share.share for name, share in shares.items()}
+    figures = ContrastiveFigures(len(agreed), len(PHRASES), **agreements, **means, **least)
+    results = [judged("finite", len(faults) + (not finite), 0, (), at_least=False)]
     for name, share in shares.items():
         results.append(judged(name, share.share, _bound(gates, name), wilson(share)))
     for name, values in cosines.items():

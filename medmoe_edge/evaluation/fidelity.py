@@ -26,8 +26,9 @@ from medmoe_edge.evaluation.figures import (
     Vision,
 )
 from medmoe_edge.evaluation.metrics import bootstrap_interval, exact_match
-from medmoe_edge.evaluation.reading import Reader, Reply, View
+from medmoe_edge.evaluation.reading import Reader, Reply
 from medmoe_edge.evaluation.routing import relative_error, routed, routing
+from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Floats, Runtime
 
@@ -36,31 +37,45 @@ __all__ = ["Fidelity", "Progress", "Recording", "Share", "compare", "record"]
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
 
+Places = slice | npt.NDArray[np.int64]
 MAX_NEW_TOKENS = 32
 UNKNOWN = "unknown"
+LEAST = 1e-30  # a probability
 
 
-class _Image(NamedTuple):
-    features: Floats  # [N, D]
+class RecordedImage(NamedTuple):
+    """Image tokens `[N, D]` and router logits `[S, M, E]`, of all places or of those named."""
+
+    features: Floats
+    router_logits: Floats
+    tokens: Places = slice(None)
+    positions: Places = slice(None)
+
+
+class RecordedQuestion(NamedTuple):
+    """An answer's tokens `[P]`, the log-probabilities they were chosen by, and the routing.
+
+    `log_probabilities` are those of all tokens `[P, V]`, or of those in `likeliest` `[P, K]` with
+    that of all others together behind them `[P, K + 1]`; in fp16 KL errs by less than 1e-6.
+    """
+
+    tokens: tuple[int, ...]
+    log_probabilities: npt.NDArray[np.floating[Any]]
     router_logits: Floats  # [S, M, E]
-
-
-class _Question(NamedTuple):
-    tokens: tuple[int, ...]  # [P]
-    log_probabilities: npt.NDArray[np.float16]  # [P, V]; in fp16 KL errs by less than 1e-6
-    router_logits: Floats  # [S, M, E]
+    likeliest: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What the reference computed and answered."""
+    """What the reference computed and answered; `load` reads an image by its key."""
 
     config: ModelConfig
     tokenizer: Tokenizer
     max_new_tokens: int
     examples: Mapping[Path, Sequence[Example]]
-    images: Mapping[Path, _Image]
-    questions: Mapping[str, _Question]
+    images: Mapping[Path, RecordedImage]
+    questions: Mapping[str, RecordedQuestion]
+    load: Callable[[Path], Image] = load_image
 
 
 def record(
@@ -82,16 +97,18 @@ def record(
         raise DataError("Two questions share an id.", "Give every question an id of its own.")
     reader = Reader(reference, tokenizer, max_new_tokens)
     by_image = _by_image(examples)
-    images: dict[Path, _Image] = {}
-    questions: dict[str, _Question] = {}
+    images: dict[Path, RecordedImage] = {}
+    questions: dict[str, RecordedQuestion] = {}
     for done, (image, group) in enumerate(by_image.items(), start=1):
         ids = [tokenizer.question_ids(example.question) for example in group]
-        view = reader.view(image, ids)
-        images[image] = _Image(view.features, view.router_logits)
+        view = reader.view(load_image(image), ids)
+        images[image] = RecordedImage(view.features, view.router_logits)
         for example, question in zip(group, ids, strict=True):
             reply = reader.answer(view, question)
             log_probabilities = log_softmax(reply.logits).clip(-6e4).astype(np.float16)
-            questions[example.id] = _Question(reply.tokens, log_probabilities, reply.router_logits)
+            questions[example.id] = RecordedQuestion(
+                reply.tokens, log_probabilities, reply.router_logits
+            )
         if not reader.finite:
             raise ModelError(
                 "The reference model's output is not finite.",
@@ -115,11 +132,12 @@ def compare(
     top_k = recording.config.moe.top_k if recording.config.moe else 0
     for done, (image, group) in enumerate(recording.examples.items(), start=1):
         ids = [recording.tokenizer.question_ids(example.question) for example in group]
-        view = reader.view(image, ids)
+        view = reader.view(recording.load(image), ids)
         reference = recording.images[image]
-        seen.append(_seen(reference.features, view))
+        seen.append(_seen(reference.features, view.features[reference.tokens]))
         modality = group[0].modality or UNKNOWN
-        routes.append(routed(reference.router_logits, view.router_logits, top_k, modality))
+        found = view.router_logits[reference.positions]
+        routes.append(routed(reference.router_logits, found, top_k, modality))
         for example, question in zip(group, ids, strict=True):
             expected = recording.questions[example.id]
             reply = reader.follow(view, question, expected.tokens)
@@ -147,6 +165,22 @@ def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return shifted
 
 
+def likeliest(
+    logits: npt.NDArray[Any], tokens: npt.NDArray[np.int32] | None
+) -> npt.NDArray[np.float64]:
+    """Log-probabilities `[P, K + 1]` of the tokens `[P, K]`, and behind them of all others.
+
+    Without `tokens`, those of all `[P, V]`. Merging outcomes can only lower a KL divergence.
+    """
+    whole = log_softmax(logits)
+    if tokens is None:
+        return whole
+    others = whole.copy()
+    np.put_along_axis(others, tokens, -np.inf, -1)
+    rest = np.log(np.maximum(np.exp(others).sum(-1, keepdims=True), LEAST))
+    return np.concatenate((np.take_along_axis(whole, tokens, -1), rest), -1)
+
+
 def _by_image(examples: Iterable[Example]) -> dict[Path, list[Example]]:
     groups: dict[Path, list[Example]] = defaultdict(list)
     for example in examples:
@@ -160,8 +194,8 @@ class _Seen(NamedTuple):
     squared_reference: float
 
 
-def _seen(reference: Floats, view: View) -> _Seen:
-    expected, found = reference.astype(np.float64), view.features.astype(np.float64)
+def _seen(reference: Floats, features: Floats) -> _Seen:
+    expected, found = reference.astype(np.float64), features.astype(np.float64)
     norms = np.linalg.norm(expected, axis=-1) * np.linalg.norm(found, axis=-1)
     cosines = (expected * found).sum(-1) / np.maximum(norms, 1e-30)  # [N]
     squares = ((found - expected) ** 2).sum(), (expected**2).sum()
@@ -187,10 +221,10 @@ class _Said(NamedTuple):
     candidate_right: bool
 
 
-def _said(example: Example, expected: _Question, reply: Reply, reader: Reader) -> _Said:
+def _said(example: Example, expected: RecordedQuestion, reply: Reply, reader: Reader) -> _Said:
     texts = reader.text(expected.tokens), reader.text(reply.tokens)
     reference = log_softmax(expected.log_probabilities)
-    gaps = np.exp(reference) * (reference - log_softmax(reply.logits))
+    gaps = np.exp(reference) * (reference - likeliest(reply.logits, expected.likeliest))
     return _Said(
         example,
         texts[0] == texts[1],

@@ -1,12 +1,13 @@
 """The figures of a comparison of two models, and their JSON."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from medmoe_edge.config import Config
 
 
 @dataclass(frozen=True)
-class Share:
+class Share(Config):
     """`count` of `total`; `share` is 0 where there is nothing to count."""
 
     share: float
@@ -20,7 +21,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class Accuracy(Config):
     """Exact match with the reference answers of `n` questions that have one.
 
     `difference` is candidate less reference, with its 95% interval from resampling images.
@@ -34,7 +35,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(Config):
     """KL(reference || candidate) in nats, over all positions of the answers."""
 
     mean: float
@@ -43,7 +44,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Answers(Config):
     """Figures over `n` questions; `accuracy` is None where none of them has an answer.
 
     `answer_agreement`: the candidate's own answer reads the same; `token_agreement`: positions at
@@ -58,7 +59,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(Config):
     """`flips`: tokens x layers whose set of chosen experts differs, in prefixes and questions.
 
     `error_by_layer` is the relative error of the router logits. Layers are the decoder's.
@@ -71,7 +72,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Vision:
+class Vision(Config):
     """Cosine of the image tokens, averaged per image; 95% interval of the images' mean."""
 
     cosine_mean: float
@@ -81,7 +82,7 @@ class Vision:
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class Fidelity(Config):
     """All figures; `routing` is None for a dense model, `finite` False if anything was not."""
 
     questions: int
@@ -93,10 +94,21 @@ class Fidelity:
     vision: Vision
     finite: bool
 
-    def to_json(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
-        values = asdict(self)
-        for name in ("by_layer", "error_by_layer") if self.routing else ():
-            layers = values["routing"][name]
-            values["routing"][name] = {str(layer): figure for layer, figure in layers.items()}
-        return values
+
+@dataclass(frozen=True)
+class ContrastiveFigures(Config):
+    """Of a MedMoE: shares of images with the same modality and label, and cosines.
+
+    The cosines are of pooled features, of regions and of texts: their means, and the least.
+    """
+
+    images: int
+    texts: int
+    modality_agreement: float
+    zero_shot_agreement: float
+    pooled_cosine: float
+    region_cosine: float
+    text_cosine: float
+    pooled_cosine_min: float
+    region_cosine_min: float
+    text_cosine_min: float

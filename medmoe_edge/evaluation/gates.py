@@ -26,6 +26,8 @@ TITLES = {
     "pooled_cosine": "Cosine of images",
     "region_cosine": "Cosine of regions",
     "text_cosine": "Cosine of texts",
+    "weights": "Matrices unlike the checkpoint's",
+    "kl": "KL, nats per token",
 }
 
 
@@ -57,8 +59,8 @@ class GateResult(Config):
 
     def shown(self, value: float) -> str:
         """A value for people, as the gate counts: a number, a cosine or a share in percent."""
-        if self.name == "finite":
-            return f"{value:g}"
+        if self.name in ("finite", "weights", "kl"):
+            return f"{value:.3g}"
         return f"{value:.4f}" if self.name.endswith("_cosine") else f"{value:.2%}"
 
     @property

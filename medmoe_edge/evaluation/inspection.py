@@ -22,7 +22,8 @@ class Inspection:
     and projector, and `parameters_activated` what of it runs for one token: the router, the
     top-k experts and the meta expert, but not the other experts. `tensors` counts the official
     layout's tensors, `types` them by number type; `bytes` are those of all files. `target` is what
-    a bundle runs on, `verification` its proof of fidelity: "passed", "failed" or "not measured".
+    a bundle runs on, `verification` its proof of fidelity: "passed", "failed" or "not measured";
+    `verified` says on which `machine` and whether that holds `here`.
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -42,6 +43,7 @@ class Inspection:
     source: Any = None
     licence: Any = None
     verification: str | None = None
+    verified: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -96,9 +98,10 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
 
 def _inspect_bundle(path: Path) -> Inspection:
     from medmoe_edge.bundle.bundle import Bundle
+    from medmoe_edge.engine.proof import proven
 
     bundle = Bundle.open(path, verify=False)
-    manifest = bundle.manifest
+    manifest, known = bundle.manifest, proven(bundle)
     config = ModelConfig.from_json(manifest["config"], "manifest.json config")
     files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
     try:
@@ -114,7 +117,8 @@ def _inspect_bundle(path: Path) -> Inspection:
         quantisation=manifest.get("quantisation"),
         source=manifest.get("source"),
         licence=manifest.get("licence"),
-        verification=bundle.proof,
+        verification=known.status,
+        verified=known.to_json(),
         **_common(path, config),
     )
 

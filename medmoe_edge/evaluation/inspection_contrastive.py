@@ -14,6 +14,7 @@ from medmoe_edge.config_contrastive import (
     SwinConfig,
     read_scores,
 )
+from medmoe_edge.engine.proof import proven
 from medmoe_edge.errors import CheckpointError
 
 ROUTER_SIZE = 128  # as in models.modality_moe, which needs torch
@@ -24,7 +25,8 @@ class ModalityInspection:
     """A MedMoE's make-up; `parameters` by part.
 
     `parameters_activated` is what runs for one image and one text: of the experts, one.
-    `verification` is a bundle's proof of fidelity: "passed", "failed" or "not measured".
+    `verification` is a bundle's proof of fidelity: "passed", "failed" or "not measured"; `verified`
+    says on which `machine` and whether that holds `here`.
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -39,6 +41,7 @@ class ModalityInspection:
     source: Any = None
     licence: Any = None
     verification: str | None = None
+    verified: dict[str, Any] | None = None
 
     @property
     def parameters_total(self) -> int:
@@ -67,7 +70,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
     name = folder.absolute().name
     if (folder / MANIFEST).exists():
         bundle = ModalityBundle.open(folder, verify=False)
-        manifest = bundle.manifest
+        manifest, known = bundle.manifest, proven(bundle)
         files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
         return ModalityInspection(
             kind="bundle",
@@ -81,7 +84,8 @@ def inspect_modality(folder: Path) -> ModalityInspection:
             quantisation=manifest["quantisation"],
             source=manifest["source"],
             licence=manifest["licence"],
-            verification=bundle.proof,
+            verification=known.status,
+            verified=known.to_json(),
         )
     config = _checkpoint_config(folder)
     weights = sorted(folder.glob("*.safetensors"))

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from medmoe_edge.evaluation.fidelity import Share
+from medmoe_edge.evaluation.figures import Fidelity, Routing
 from medmoe_edge.evaluation.gates import wilson
 
 BLUE, ORANGE, INK, SOFT, LINE = "#0072b2", "#d55e00", "#1c2733", "#5b6875", "#dde3e9"
@@ -39,11 +39,11 @@ STYLE: Any = {  # typed as strings of all kinds by matplotlib
 }
 
 
-def agreement_plot(figures: Mapping[str, Any], bound: float | None) -> str:
+def agreement_plot(figures: Fidelity, bound: float | None) -> str:
     """Answer agreement of all questions, each modality and each answer type, with its bounds."""
-    types = {name.lower(): answers for name, answers in figures["by_answer_type"].items()}
-    groups = {"all": figures["overall"], **figures["by_modality"], **types}
-    rows = [Share(**answers["answer_agreement"]) for answers in groups.values()]
+    types = {name.lower(): answers for name, answers in figures.by_answer_type.items()}
+    groups = {"all": figures.overall, **figures.by_modality, **types}
+    rows = [answers.answer_agreement for answers in groups.values()]
     intervals = np.array([wilson(row) for row in rows])
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 0.9 + 0.36 * len(rows)), layout="constrained")
@@ -63,17 +63,17 @@ def agreement_plot(figures: Mapping[str, Any], bound: float | None) -> str:
         return _svg(figure)
 
 
-def routing_plot(routing: Mapping[str, Any], bound: float | None) -> str:
+def routing_plot(routing: Routing, bound: float | None) -> str:
     """Routing flips and the router logits' error, by decoder layer."""
-    layers = list(routing["by_layer"])
+    layers = list(map(str, routing.by_layer))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 2.8), layout=ConstrainedLayoutEngine(wspace=0.12))
         left, right = figure.subplots(1, 2)
-        flips = [share["share"] * 100 for share in routing["by_layer"].values()]
+        flips = [share.share * 100 for share in routing.by_layer.values()]
         left.bar(layers, flips, color=BLUE, width=0.55)
         _bound(left.axhline, bound)
         left.set_ylabel("tokens routed otherwise, %")
-        errors = [error * 100 for error in routing["error_by_layer"].values()]
+        errors = [error * 100 for error in routing.error_by_layer.values()]
         right.bar(layers, errors, color="#56b4e9", width=0.55)
         right.set_ylabel("error of the router logits, %")
         for axes in (left, right):

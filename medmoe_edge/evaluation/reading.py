@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from medmoe_edge.errors import InputError
-from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.image.loading import Image, preprocess
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Floats, Runtime
 
@@ -46,9 +45,9 @@ class Reader:
         self.runtime, self.tokenizer, self.limit = runtime, tokenizer, max_new_tokens
         self.finite = True
 
-    def view(self, image: Path, questions: Sequence[list[int]]) -> View:
+    def view(self, image: Image, questions: Sequence[list[int]]) -> View:
         """Prefill an image, with room for the longest of its questions and its answer."""
-        pixels = preprocess(load_image(image), self.runtime.config.vision)
+        pixels = preprocess(image, self.runtime.config.vision)
         features = self._checked(self.runtime.encode_image(pixels))
         prefix = self.tokenizer.prefix_ids()
         length = len(prefix) + len(features)

@@ -9,7 +9,9 @@ from typing import Any
 
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import MissingDependencyError, ResourceError
-from medmoe_edge.evaluation.verify import GateResult, Verification
+from medmoe_edge.evaluation.figures import Fidelity
+from medmoe_edge.evaluation.record import AnswersRecord, ContrastiveRecord
+from medmoe_edge.evaluation.verify import Verification
 
 try:
     import jinja2
@@ -47,8 +49,7 @@ def render_report(verification: Verification) -> str:
     source = (
         importlib.resources.files("medmoe_edge.evaluation").joinpath(TEMPLATE).read_text("utf-8")
     )
-    record, bundle = verification.record, verification.bundle
-    gates = {gate["name"]: gate for gate in record["gates"]} if record else {}
+    record, bundle = _record(verification), verification.bundle
     quantisation, calibration = (
         part if isinstance(part := bundle.manifest.get(key), Mapping) else {}
         for key in ("quantisation", "calibration")
@@ -60,18 +61,19 @@ def render_report(verification: Verification) -> str:
         "coverage": "",
     }
     if record:
-        figures = record["figures"]
-        bound = gates["answer_agreement"]["bound"]
+        figures = record.figures
+        bound = record.gate("answer_agreement").bound
         plots["agreement"] = report_plots.agreement_plot(figures, bound)
-        if figures["routing"]:
-            bound = gates["routing_flips"]["bound"]
-            plots["routing"] = report_plots.routing_plot(figures["routing"], bound)
+        if figures.routing:
+            bound = record.gate("routing_flips").bound
+            plots["routing"] = report_plots.routing_plot(figures.routing, bound)
     moe = bundle.config.moe
     names = [str(name) for name in moe.expert_names or range(moe.num_experts)] if moe else []
     if (profile := calibration.get("routing")) and names:
         plots["coverage"] = report_plots.coverage_plot(profile, names)
     coverage = calibration.get("coverage") or []
-    rows = [{"name": name, **other.to_json()} for name, other in verification.beside.items()]
+    rows = [(f"{bundle.name} (this bundle)", record.figures)] if record else []
+    rows += verification.beside.items()
     return page.from_string(source).render(
         name=bundle.name,
         precision=quantisation.get("precision"),
@@ -79,43 +81,48 @@ def render_report(verification: Verification) -> str:
         verdict=_verdict(verification),
         faults=verification.faults,
         record=record,
-        tiles=_tiles(record["figures"]) if record else [],
-        gates=[GateResult.from_json(gate) for gate in gates.values()],
+        tiles=_tiles(record.figures) if record else [],
+        gates=record.gates if record else (),
         plots=plots,
         short=[(names[part["expert"]], part) for part in coverage if part["status"] != "covered"],
-        rows=[{"name": f"{bundle.name} (this bundle)", **record["figures"]}, *rows]
-        if record
-        else rows,
+        rows=rows,
         provenance=_provenance(verification, quantisation),
     )
 
 
-def _verdict(verification: Verification) -> dict[str, str]:
+def _record(verification: Verification) -> AnswersRecord | None:
+    """The record of a Med-MoE, whose figures the page shows."""
     record = verification.record
+    assert not isinstance(record, ContrastiveRecord)
+    return record
+
+
+def _verdict(verification: Verification) -> dict[str, str]:
+    record = _record(verification)
     if error := verification.error():
         return {"state": "failed", "headline": "Failed: do not use it", "detail": error.what}
     if record is None:
         detail = "Its files are whole and its experts sound; it was held against no checkpoint."
         return {"state": "unknown", "headline": "Not measured", "detail": detail}
-    figures, verdicts = record["figures"], [gate["verdict"] for gate in record["gates"]]
+    figures, verdicts = record.figures, [gate.verdict for gate in record.gates]
     detail = (
-        f"No gate failed on {figures['questions']:,} questions about {figures['images']:,} images "
-        f"of {record['data']['name']}."
+        f"No gate failed on {figures.questions:,} questions about {figures.images:,} images "
+        f"of {record.data.name}."
     )
     if chance := verdicts.count("within chance"):
         detail += f" Bounds missed by no more than chance explains: {chance}."
     return {"state": "passed", "headline": "Passed", "detail": detail}
 
 
-def _tiles(figures: Mapping[str, Any]) -> list[dict[str, str]]:
-    overall, routing = figures["overall"], figures["routing"]
-    tiles = [(_percent(overall["answer_agreement"]["share"]), "answers agree")]
-    if accuracy := overall["accuracy"]:
-        tiles.append((_points(accuracy["difference"]), "accuracy, in points"))
+def _tiles(figures: Fidelity) -> list[dict[str, str]]:
+    overall, routing = figures.overall, figures.routing
+    tiles = [(_percent(overall.answer_agreement.share), "answers agree")]
+    if overall.accuracy:
+        tiles.append((_points(overall.accuracy.difference), "accuracy, in points"))
     if routing:
-        tiles.append((_percent(routing["flips"]["share"]), "routing flips"))
-    tiles.append((_figure(overall["kl"]["mean"]), "KL, nats per token"))
-    tiles.append((f"{figures['vision']['cosine_mean']:.4f}", "cosine of image tokens"))
+        tiles.append((_percent(routing.flips.share), "routing flips"))
+    tiles.append((_figure(overall.kl.mean), "KL, nats per token"))
+    tiles.append((f"{figures.vision.cosine_mean:.4f}", "cosine of image tokens"))
     return [{"value": value, "label": label} for value, label in tiles]
 
 
@@ -131,10 +138,11 @@ def _provenance(
     ]
     if record:
         rows += [
-            ("Checkpoint", f"sha256 {record['checkpoint_sha256']}"),
-            ("Questions", f"{record['data']['name']}, sha256 {record['data']['sha256']}"),
-            ("Runtime", str(record["runtime"])),
-            ("Measured", str(record["when"])),
+            ("Checkpoint", f"sha256 {record.checkpoint_sha256}"),
+            ("Questions", f"{record.data.name}, sha256 {record.data.sha256}"),
+            ("Runtime", record.runtime),
+            ("Machine", str(record.machine or "not recorded")),
+            ("Measured", record.when),
         ]
     return [*rows, ("Licence", str(bundle.manifest["licence"]))]
 

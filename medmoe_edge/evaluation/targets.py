@@ -19,6 +19,7 @@ from medmoe_edge.errors import DataError
 from medmoe_edge.evaluation.figures import Share
 from medmoe_edge.evaluation.reading import Reader, Reply
 from medmoe_edge.evaluation.routing import relative_error
+from medmoe_edge.image.loading import load_image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Floats, Runtime, chosen_experts
 
@@ -114,7 +115,7 @@ def _read(
 ) -> Iterable[_Read]:
     for place, (image, texts) in enumerate(groups):
         questions = [reader.tokenizer.question_ids(text) for text in texts]
-        view = reader.view(image, questions)
+        view = reader.view(load_image(image), questions)
         if led_by is None:
             replies = [reader.answer(view, question) for question in questions]
         else:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medmoe_edge.bundle.bundle import AnyBundle, Bundle, write_verification
+from medmoe_edge.bundle.bundle import AnyBundle, Bundle
+from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.bundle.weights import sweep_weights
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import (
@@ -20,15 +20,29 @@ from medmoe_edge.errors import (
 )
 from medmoe_edge.evaluation.fidelity import Fidelity, Recording, compare, record
 from medmoe_edge.evaluation.gates import GateResult, judge
+from medmoe_edge.evaluation.record import (
+    AnyRecord,
+    Source,
+    keep_record,
+    new_record,
+    read_record,
+)
+from medmoe_edge.evaluation.recording import pack_recording, unpack_recording
 from medmoe_edge.evaluation.sweep import sweep_experts
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
+if TYPE_CHECKING:
+    from medmoe_edge.checkpoint.reader import Checkpoint
+
 __all__ = ["Data", "GateResult", "Verification", "judge", "verify"]
 
 Progress = Callable[[str, int, int], None]
 FEW = 5  # faults named in an error
+# What a bundle's mean KL may be on the inputs that travel with it, times what it was on the machine
+# where they were recorded: others that compute exactly stay within 1.5, saturating ones reach 40.
+KL_ROOM, KL_LEAST = 4, 1e-5
 
 
 @dataclass(frozen=True)
@@ -63,21 +77,23 @@ class Verification:
     """What a verification found.
 
     `faults` are weights and experts that are not finite, and scales of 0, found in this run;
-    `record` is the proof in the manifest, just written or of an earlier run, None where nothing was
-    ever measured; `beside` are other candidates held against the same reference, for comparison.
+    `record` is what was just measured, or in the manifest from an earlier run, None where nothing
+    was ever measured; `recorded`: this run wrote it into the manifest. `beside` are other
+    candidates held against the same reference, for comparison.
     """
 
     bundle: AnyBundle[Any]
     faults: Sequence[str]
-    record: Mapping[str, Any] | None
+    record: AnyRecord | None
     beside: Mapping[str, Fidelity] = field(default_factory=dict)
+    recorded: bool = False
 
     @property
     def passed(self) -> bool | None:
         """Whether the bundle may be trusted; None where it was never measured."""
         if self.faults:
             return False
-        return None if self.record is None else bool(self.record["passed"])
+        return None if self.record is None else self.record.passed
 
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
@@ -86,8 +102,7 @@ class Verification:
         reasons = [f"not finite: {', '.join(self.faults[:FEW])}"] if self.faults else []
         if len(self.faults) > FEW:
             reasons[0] += f" and {len(self.faults) - FEW} more"
-        for gate in self.record["gates"] if self.record else ():
-            result = GateResult.from_json(gate)
+        for result in self.record.gates if self.record else ():
             if not result.passed and not (self.faults and result.name == "finite"):
                 reasons.append(result.summary)
         return VerificationError(
@@ -101,27 +116,32 @@ class Verification:
             "bundle": {"name": self.bundle.name, "sha256": self.bundle.sha256},
             "passed": self.passed,
             "faults": list(self.faults),
-            "verification": self.record,
+            "verification": self.record.to_json() if self.record else None,
+            "recorded": self.recorded,
             "beside": {name: fidelity.to_json() for name, fidelity in self.beside.items()},
         }
 
 
 def verify(
     folder: Path,
-    checkpoint: Path | None = None,
+    checkpoint: "Path | Checkpoint | None" = None,
     data: Data | None = None,
     *,
     beside: Mapping[str, Callable[[], Runtime]] | None = None,
     vision_tower: Path | None = None,
+    record: bool | None = None,
+    inputs: Sequence[Example] = (),
     progress: Progress | None = None,
 ) -> Verification:
     """Check hashes, weights and experts and, with `checkpoint` and `data`, measure the fidelity.
 
-    What was measured is written into the manifest, also where a gate fails: see
-    `Verification.error`. The gates are those of the bundle's manifest; `beside` makes other
-    runtimes to measure, one after the other. `progress` is called with `(step, done, total)`.
-    Raises `ModelError` for a damaged bundle or another checkpoint than the bundle's own,
-    `InputError` for data that cannot be used, `ResourceError` where the manifest cannot be written.
+    What was measured is kept, also where a gate fails (see `Verification.error`): in the manifest
+    with `record`, and without a word on it where the bundle is the user's own (`keep_record`). The
+    gates are those of the bundle's manifest; `beside` makes other runtimes to measure, one after
+    the other. `inputs` are questions that travel with the bundle from then on, where the record is
+    written into it: never a user's own. `progress` is called with `(step, done, total)`. Raises
+    `ModelError` for a damaged bundle or another checkpoint than the bundle's own, `InputError` for
+    data that cannot be used, `ResourceError` where the manifest was to be written and cannot be.
     """
     report = progress or (lambda step, done, total: None)
     report("hashes", 0, 1)
@@ -132,30 +152,25 @@ def verify(
             "Verify the portable bundle that it was made from, whose weights they hold.",
         )
     if checkpoint is None or data is None:
-        return Verification(bundle, _faults(bundle, report), bundle.verification)
+        return Verification(bundle, _faults(bundle, report), read_record(bundle))
     gates, data_sha256 = bundle.gates, data.sha256()
-    reference = _record(bundle, checkpoint, data, vision_tower, report)
+    with_inputs = bool(inputs) and record is not False
+    asked = [data.examples, inputs] if with_inputs else [data.examples]
+    reference, *travelling = _reference(bundle, checkpoint, asked, vision_tower, report)
     faults = _faults(bundle, report)
-    fidelity = compare(
-        reference, OrtRuntime(bundle), progress=lambda *at: report("the bundle", *at)
-    )
+    runtime = OrtRuntime(bundle)
+    fidelity = compare(reference, runtime, progress=lambda *at: report("the bundle", *at))
+    packed = _packed(bundle, travelling[0], runtime) if travelling else None
+    del runtime
     others = {
         name: compare(reference, runtime(), progress=lambda *at, name=name: report(name, *at))
         for name, runtime in (beside or {}).items()
     }
     results = judge(fidelity, gates, faults)
-    entry = {
-        "passed": all(result.passed for result in results),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "checkpoint_sha256": bundle.manifest["source"]["checkpoint_sha256"],
-        "data": {"name": data.name, "sha256": data_sha256},
-        "runtime": OrtRuntime.name,
-        "gates": [result.to_json() for result in results],
-        "faults": faults,
-        "figures": fidelity.to_json(),
-    }
-    bundle = write_verification(bundle, entry)
-    return Verification(bundle, faults, bundle.verification, others)
+    source = Source(data.name, data_sha256)
+    made = new_record(bundle, source, results, faults, fidelity)
+    bundle, recorded = keep_record(bundle, made, record, packed)
+    return Verification(bundle, faults, made, others, recorded)
 
 
 def _faults(bundle: Bundle, report: Progress) -> list[str]:
@@ -168,26 +183,41 @@ def _faults(bundle: Bundle, report: Progress) -> list[str]:
     return weights + sweep_experts(bundle)
 
 
-def _record(
-    bundle: Bundle, folder: Path, data: Data, vision_tower: Path | None, report: Progress
-) -> Recording:
-    """What the checkpoint says; it is out of memory again when the bundle is opened."""
+def _packed(bundle: Bundle, recording: Recording, runtime: Runtime) -> Recorded:
+    """What travels with a bundle; how far it is from its checkpoint here bounds it elsewhere."""
+    about, arrays = pack_recording(recording, kl_limit=0.0)
+    made = Recorded(signature_of(bundle), about, arrays)
+    kl = compare(unpack_recording(bundle, made)[0], runtime).overall.kl.mean
+    limit = max(KL_ROOM * kl, KL_LEAST)
+    return replace(made, about={**about, "limits": {"kl": limit}})
+
+
+def _reference(
+    bundle: Bundle,
+    folder: "Path | Checkpoint",
+    asked: Sequence[Sequence[Example]],
+    vision_tower: Path | None,
+    report: Progress,
+) -> list[Recording]:
+    """What the checkpoint says to each set of questions.
+
+    It is out of memory again when the bundle is opened.
+    """
     try:
-        from medmoe_edge.checkpoint.reader import read_checkpoint
+        from medmoe_edge.checkpoint.reader import as_checkpoint
         from medmoe_edge.runtimes.torch.eager import EagerRuntime
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
-    checkpoint = read_checkpoint(folder, vision_tower=vision_tower)
+    checkpoint = as_checkpoint(folder, vision_tower=vision_tower)
     source = bundle.manifest["source"]
     if not isinstance(source, Mapping) or source.get("checkpoint_sha256") != checkpoint.sha256():
         raise ModelError(
-            f"{bundle.folder} was not made from the checkpoint {folder}.",
+            f"{bundle.folder} was not made from the checkpoint {checkpoint.folder}.",
             "Give the checkpoint it was exported from, or export this one.",
         )
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    return record(
-        EagerRuntime(checkpoint),
-        tokenizer,
-        data.examples,
-        progress=lambda *at: report("the checkpoint", *at),
-    )
+    runtime = EagerRuntime(checkpoint)
+    return [
+        record(runtime, tokenizer, some, progress=lambda *at: report("the checkpoint", *at))
+        for some in asked
+    ]

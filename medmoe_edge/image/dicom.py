@@ -17,6 +17,7 @@ from medmoe_edge.image.dicom_container import Container, open_container
 from medmoe_edge.image.dicom_display import is_inverted, read_modality, show
 from medmoe_edge.image.dicom_header import Header, Say
 from medmoe_edge.image.dicom_pixels import Layout, Stored, read_frame, read_layout
+from medmoe_edge.image.labels import label_notices, labels_of, modality_of
 from medmoe_edge.image.loading import (
     MAX_PIXELS,
     Image,
@@ -26,15 +27,6 @@ from medmoe_edge.image.loading import (
     shown_name,
     square_pixels,
 )
-
-MODALITIES = {
-    "CT": "ct",
-    "MR": "mri",
-    **dict.fromkeys(("CR", "DX", "DR", "RG", "XA", "MG"), "xray"),
-    "US": "ultrasound",
-    **dict.fromkeys(("SM", "GM"), "pathology"),
-    "OP": "fundus",
-}
 
 # What an enhanced multi-frame object says frame by frame, or once for all frames.
 FRAME_GROUPS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
@@ -58,11 +50,12 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
         say("overlay", "The file has overlays, which are not shown.")
     image = Image(
         as_pixels(pixels),
-        MODALITIES.get(header.text("Modality")),
+        modality_of(header),
         window,
         _spacing(header),
         layout.frames,
-        notices=tuple(notices.values()),
+        notices=(*notices.values(), *label_notices(header)),
+        labels=labels_of(header),
     )
     return square_pixels(image, _ratio(header), most_pixels)
 
@@ -102,7 +95,7 @@ def read_kind(path: Path) -> tuple[str | None, str | None]:
         Exception: Whatever pydicom raises where its attributes are damaged.
     """
     with open_container(path, shown_name(path), lambda *_: None) as container:
-        modality = MODALITIES.get(container.header.text("Modality"))
+        modality = modality_of(container.header)
         kind = _class_name(container)
     return kind, modality
 

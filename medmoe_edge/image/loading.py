@@ -7,6 +7,7 @@ header, before anything is decoded.
 
 import contextlib
 import dataclasses
+import io
 import logging
 import math
 import os
@@ -55,6 +56,7 @@ class Image:
     where the values were shown as they are. `spacing` is the distance between rows and between
     columns in mm. `frames` counts the frames, pages or slices of the file. `notices` say what
     should be known of the picture as it was read; they become warnings of every answer about it.
+    `labels` are all the modalities that the file states.
     """
 
     pixels: Pixels
@@ -63,6 +65,7 @@ class Image:
     spacing: tuple[float, float] | None = None
     frames: int = 1
     notices: tuple[Notice, ...] = ()
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Self:
@@ -157,11 +160,19 @@ def square_pixels(image: Image, ratio: float, most_pixels: int = MAX_PIXELS) -> 
 
 
 def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[np.float32]:
-    """The tower's input [1, 3, S, S]: a square of side S = `vision.image_size`, normalised.
+    """The tower's input [1, 3, S, S]: the square that `seen_picture` gives, normalised."""
+    values = seen_picture(image, vision).pixels.astype(np.float32)  # [S, S, 3]
+    mean, std = (np.asarray(v, np.float32) for v in (vision.pixel_mean, vision.pixel_std))
+    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+
+
+def seen_picture(image: Image, vision: VisionConfig | SwinConfig) -> Image:
+    """What the tower sees of a picture: a square of side S = `vision.image_size`.
 
     Med-MoE trains and answers on `pad_to_square`: the picture in the middle of a square of the
     mean colour (truncated to integers, as LLaVA's `expand2square` does). Its evaluation scales
-    the shortest edge to S and crops the centre, which is CLIP's own preprocessing.
+    the shortest edge to S and crops the centre, which is CLIP's own preprocessing. Such a square
+    is itself seen as it is.
     """
     picture = Pillow.fromarray(image.pixels)
     side = vision.image_size
@@ -170,9 +181,14 @@ def preprocess(image: Image, vision: VisionConfig | SwinConfig) -> npt.NDArray[n
         picture = _pad_to_square(picture, colour).resize((side, side), Pillow.Resampling.BICUBIC)
     else:
         picture = _centre_crop(picture, side)
-    values = np.asarray(picture, np.float32)  # [S, S, 3]
-    mean, std = (np.asarray(v, np.float32) for v in (vision.pixel_mean, vision.pixel_std))
-    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+    return Image(np.asarray(picture))
+
+
+def png_of(pixels: Pixels) -> bytes:
+    """Pixels [H, W, 3] as a PNG file: nothing but the picture is in it."""
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def seen_square(image: Image, vision: VisionConfig | SwinConfig) -> tuple[float, float, float]:
@@ -234,6 +250,8 @@ def decoding(name: str) -> Iterator[None]:
             raise ResourceError(
                 f"There is not enough memory to read {name}.", "Close other programs, or shrink it."
             ) from None
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise _not_opened(name, error) from None  # perhaps gone meanwhile
         except Exception as error:
             raise ImageError(
                 f"{name} is damaged, incomplete or of an unsupported variant "
@@ -341,20 +359,30 @@ def _percentiles(values: npt.NDArray[Any], wanted: tuple[float, ...]) -> list[fl
     return found
 
 
-def _head(path: Path, name: str) -> bytes:
+def check_file(path: Path, name: str) -> None:
+    """Raise `ImageError` for what is no file, or none that may be read."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ImageError(f"{name} is a folder.", "Give an image file.")
         if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
             raise ImageError(f"{name} is not a regular file.", "Give an image file.")
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
+        path.open("rb").close()
     except OSError as error:
-        raise ImageError(
-            f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
-            "Check the path and its permissions.",
-        ) from None
+        raise _not_opened(name, error) from None
+
+
+def _not_opened(name: str, error: OSError) -> ImageError:
+    return ImageError(
+        f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
+        "Check the path and its permissions.",
+    )
+
+
+def _head(path: Path, name: str) -> bytes:
+    check_file(path, name)
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
     if not head:
         raise ImageError(f"{name} is empty.", f"Give {KINDS}.")
     return head

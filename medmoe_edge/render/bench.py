@@ -1,23 +1,31 @@
-"""What `bench` shows to people."""
+"""What `bench` shows to people: tables, and the cost of a prompt as a picture."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medmoe_edge.atomic import atomic_file
+from medmoe_edge.errors import InputError, ResourceError
 from medmoe_edge.render.console import megabytes, percent, show, show_table
 from medmoe_edge.render.device import seconds
 
 if TYPE_CHECKING:
+    from medmoe_edge.bench.limits import LimitBench
+    from medmoe_edge.bench.measurement import Spread
+    from medmoe_edge.bench.paging import AtBudget, PagingBench, Soak
     from medmoe_edge.bench.peers import Comparison
-    from medmoe_edge.bench.result import Bench
-    from medmoe_edge.bench.timing import Spread
+    from medmoe_edge.bench.run import Bench
 
 BUSY = 0.5  # of a machine's threads, from which on other programs matter
+WAYS = {"resident": "all resident", "prefetch": "paged", "on_demand": "paged, no prefetch"}
+PICTURES = (".png", ".svg", ".pdf")
+BLUE = "#0072b2"  # of Okabe and Ito's colours
 
 
 def show_bench(bench: "Bench") -> None:
     """The bundle's own figures, what they grow with, and its peers."""
     machine = bench.machine
-    title = f"{bench.model} ({bench.precision}) on {machine.cpu}, {machine.threads} threads"
+    title = f"{bench.model} ({bench.precision}) on {machine}"
     show_table(title, ["", "", "median", "quartiles"], _figures(bench), left=2)
     show()
     rows = [
@@ -100,18 +108,153 @@ def _show_peers(bench: "Bench") -> None:
 
 
 def _compared(bench: "Bench", comparison: "Comparison") -> Iterator[str]:
-    from medmoe_edge.bench.measurement import decode_rate, prefill_rate
-
     theirs, ratios = comparison.theirs, comparison.ratios
     assert theirs is not None
     for name, value in (
-        ("prefill", f"{prefill_rate(theirs, bench.shape):,.0f}/s"),
-        ("decode", f"{decode_rate(theirs, bench.shape):,.0f}/s"),
+        ("prefill", f"{theirs.prefill_rate(bench.shape):,.0f}/s"),
+        ("decode", f"{theirs.decode_rate(bench.shape):,.0f}/s"),
         ("question", seconds(theirs.seconds["question"].median)),
         ("peak", _memory(theirs.peak)),
     ):
         yield value
         yield f"x {ratios[name]:.2f}" if name in ratios else ""
+
+
+def show_paging(bench: "PagingBench") -> None:
+    """At each budget its three processes, and what the ratios are."""
+    experts = f"experts of {megabytes(bench.expert_bytes)}"
+    show(f"{bench.model} ({bench.precision}), {experts}, {bench.modalities} modalities", "bold")
+    for budget in bench.budgets:
+        show()
+        title = f"Budget {budget.budget}, {megabytes(budget.bytes)}"
+        columns = [
+            "",
+            "peak",
+            "after",
+            "same modality",
+            "switch",
+            "misses",
+            "late",
+            "read",
+            "stall",
+        ]
+        show_table(title, columns, _held(budget))
+        for line in _ratios(bench, budget):
+            show(line)
+    show()
+    share = percent(bench.share)
+    show(f"The most used expert got {share} of a question's tokens.")
+    show("; ".join(bench.differences), "dim")
+
+
+def _held(budget: "AtBudget") -> Iterator[tuple[str, ...]]:
+    for way, held in budget.held.items():
+        switch = held.switch.paging
+        yield (
+            WAYS[way],
+            _memory(held.peak),
+            _memory(held.resident),
+            seconds(held.same.seconds.median),
+            seconds(held.switch.seconds.median),
+            *(f"{switch[name]:.1f}" if switch else "" for name in ("misses", "late")),
+            megabytes(round(switch["bytes_read"])) if switch else "",
+            seconds(switch["stall"]) if switch else "",
+        )
+
+
+def _ratios(bench: "PagingBench", budget: "AtBudget") -> Iterator[str]:
+    same, switch = f"{budget.same_ratio:.2f}", f"{budget.switch_ratio:.2f}"
+    gain = f"{budget.prefetch_gain:.2f}"
+    yield f"Against resident: x {same} same modality, x {switch} after a switch"
+    yield f"Prefetch: {gain} times as fast after a switch as without"
+    if budget.saved is not None:
+        share = percent(budget.saved / bench.expert_bytes)
+        yield f"Peak lower by {megabytes(budget.saved)}, {share} of the experts' bytes"
+    what = f"{budget.answers - budget.changed} of {budget.answers} answers are the resident ones"
+    yield f"{what}, to the last bit"
+
+
+def show_soak(soak: "Soak") -> None:
+    """Memory as it went, and whether an answer changed."""
+    title = f"{soak.model} ({soak.precision}), experts in {megabytes(soak.bytes)} ({soak.budget})"
+    rows = [(f"{asked:,}", _memory(count)) for asked, count in soak.memory.items()]
+    show_table(title, ["questions", "memory"], rows, left=0)
+    show(f"A question took {seconds(soak.seconds.median)}")
+    if soak.growth is not None:
+        show(f"Memory once settled: {soak.growth / 1e6:+.2f} MB per 1,000 questions")
+    same = f"{soak.questions:,} answers to {soak.distinct} questions"
+    style = "yellow" if soak.changed else ""
+    show(f"{same}: {soak.changed:,} differ from the first to theirs", style)
+
+
+def show_limited(bench: "LimitBench") -> None:
+    """The speed of each model under the limit, and what storage had to bring."""
+    title = f"{bench.model} ({bench.precision}) in {megabytes(bench.limit)}"
+    if bench.why is not None:
+        show(f"{title}: {bench.why}", "yellow")
+        return
+    columns = ["", "prefill", "decode", "question", "peak", "faults", "read"]
+    rows = [
+        (
+            found.title,
+            f"{found.measured.prefill_rate(bench.shape):,.1f}/s",
+            f"{found.measured.decode_rate(bench.shape):,.2f}/s",
+            seconds(found.measured.seconds["question"].median),
+            _memory(found.measured.peak),
+            "unknown" if found.faults is None else f"{found.faults:,.0f}",
+            "unknown" if found.read is None else megabytes(round(found.read)),
+        )
+        for found in bench.found
+        if found.measured
+    ]
+    show_table(f"{title}, limited by {bench.how}", columns, rows)
+    for found in bench.found:
+        if found.budget is not None:
+            show(f"{found.title}: within {megabytes(found.budget)}", "dim")
+        for budget, why in found.failed.items():
+            show(f"{found.title}, within {megabytes(budget)}: {why}", "dim")
+        if found.why:
+            show(f"{found.title}: {found.why}", "yellow")
+        elif found.differences:
+            show(f"{found.title}: {'; '.join(found.differences)}.", "dim")
+
+
+def check_picture(file: Path) -> None:
+    """Raise `InputError` unless the name says what kind of picture is wanted."""
+    if file.suffix.lower() not in PICTURES:
+        raise InputError(f"{file} names no picture format.", f"Use one of: {', '.join(PICTURES)}.")
+
+
+def write_plot(bench: "Bench", file: Path) -> None:
+    """Seconds of a prefill, and of each of its tokens, by length; medians in their quartiles.
+
+    The file appears whole or not at all. Raises `ResourceError` where it cannot be written.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    check_picture(file)
+    lengths = [length.tokens for length in bench.lengths]
+    whole = [length.seconds for length in bench.lengths]
+    each = [length.seconds * (1e3 / length.tokens) for length in bench.lengths]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    with mpl.rc_context({"text.parse_math": False}):  # a name with dollars is a name
+        for axes, spreads, unit in zip(
+            figure.subplots(1, 2), (whole, each), ("prefill, s", "per token, ms"), strict=True
+        ):
+            axes.plot(lengths, [spread.median for spread in spreads], "o-", color=BLUE)
+            low, high = zip(*((spread.low, spread.high) for spread in spreads), strict=True)
+            axes.fill_between(lengths, low, high, color=BLUE, alpha=0.2)
+            axes.set(xlabel="prompt, tokens", ylabel=unit, xlim=(0, None), ylim=(0, None))
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(f"{bench.model} ({bench.precision}) on {bench.machine}")
+        try:
+            with atomic_file(file) as part:
+                figure.savefig(part, format=file.suffix[1:].lower())
+        except OSError as error:
+            raise ResourceError(
+                f"{file} cannot be written ({error.strerror}).", "Check its folder and disk."
+            ) from error
 
 
 def _quartiles(spread: "Spread") -> str:

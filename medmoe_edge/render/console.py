@@ -1,6 +1,6 @@
 """What the command line shows: tables and bars for people, one JSON object for programs.
 
-What the verbs of quantisation and its proof show is in `render_proof`.
+What verification shows is in `render.verification`, of MedMoE in `render.contrastive`.
 """
 
 import json
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none o
     from rich.progress import Progress
 
     from medmoe_edge.engine.answer import Answer
+    from medmoe_edge.errors import Notice
     from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Score
     from medmoe_edge.evaluation.inspection import Inspection
 
@@ -33,6 +34,12 @@ def show(text: str = "", style: str = "", *, stderr: bool = False) -> None:
     from rich.text import Text
 
     Console(stderr=stderr).print(Text(printable(text), style), soft_wrap=True)
+
+
+def hint(text: str) -> None:
+    """One calm line on stderr, unless it is empty or somebody asked for quiet."""
+    if text and log.isEnabledFor(logging.WARNING):
+        show(text, "dim", stderr=True)
 
 
 def show_table(
@@ -98,7 +105,14 @@ def show_answers(answers: Sequence["Answer"]) -> None:
             show()
         show(answer.question)
         show(f"  {answer.text or '(no answer)'}", "bold green")
+        show_warnings(answer.warnings)
         show(f"  {' · '.join(_grounds(answer))}", "dim")
+
+
+def show_warnings(warnings: Iterable["Notice"]) -> None:
+    """What should be known of a result, one a line."""
+    for notice in warnings:
+        show(f"  Warning: {notice.message}", "bold yellow")
 
 
 def show_inspection(inspection: "Inspection") -> None:
@@ -129,6 +143,7 @@ def show_inspection(inspection: "Inspection") -> None:
         rows.append(("tensors", f"{inspection.tensors:,} ({types})"))
     for name in ("quantisation", "source", "licence", "verification"):
         rows += told(name, getattr(inspection, name))
+    rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)
 
 
@@ -189,6 +204,17 @@ def told(name: str, value: object) -> list[tuple[str, object]]:
         if isinstance(part, str | int | float):
             told.append((f"  {key.replace('_', ' ')}", part))
     return told
+
+
+def told_verified(verified: Mapping[str, Any] | None) -> list[tuple[str, object]]:
+    """Where a bundle was verified, and whether that holds here."""
+    if verified is None or verified["machine"] is None:
+        return []
+    from medmoe_edge.bundle.machine import Machine
+
+    holds = "yes" if verified["here"] else "no: prove it with medmoe-edge verify --quick"
+    machine = Machine.from_json(verified["machine"])
+    return [("  on", str(machine)), ("  which holds here", holds)]
 
 
 def _interval(score: "Score") -> str:

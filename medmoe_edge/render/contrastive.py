@@ -1,18 +1,31 @@
-"""What the verbs of MedMoE show: scores with bars, where a phrase lies, what an archive holds."""
+"""What the verbs show of a MedMoE: scores with bars, where a phrase lies, an archive, figures."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from medmoe_edge.render.console import percent, show, show_table, wrote
+from medmoe_edge.render.console import (
+    megabytes,
+    percent,
+    show,
+    show_table,
+    show_warnings,
+    told,
+    told_verified,
+    wrote,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from medmoe_edge.archive.indexing import Indexing
     from medmoe_edge.archive.store import Retrieval
+    from medmoe_edge.contrastive.evaluate import Mean, ModalityEvaluation, Share
+    from medmoe_edge.contrastive.evaluate import Retrieval as RetrievalScores
     from medmoe_edge.contrastive.results import Classification, Location, Reading
+    from medmoe_edge.evaluation.inspection_contrastive import ModalityInspection
 
 SHOWN = 20  # of many labels; --json has them all
+INTERVAL = "95% interval"
 BAR = 30  # columns of a score of 1
 UNFAMILIAR = "Unfamiliar image: unlike those the model knows. Do not rely on what is said of it."
 ONE_LABEL = (
@@ -35,6 +48,7 @@ def show_classification(found: "Classification") -> None:
         show(f"and {more:,} more labels; --json has them all")
     if len(rows) == 1:
         show(ONE_LABEL, "yellow")
+    show_warnings(found.warnings)
     _ground(found.reading, found.timings["total"])
 
 
@@ -44,6 +58,7 @@ def show_location(found: "Location", picture: "Path") -> None:
     height, width = found.heat.shape
     show(found.phrase)
     show(f"  most alike at {x}, {y} of {width} x {height} pixels", "bold green")
+    show_warnings(found.warnings)
     show(f"  similarity to the whole image {found.similarity:.3f}", "dim")
     _ground(found.reading, found.timings["total"])
     wrote("the map", picture)
@@ -102,3 +117,86 @@ def _likely(reading: "Reading") -> Iterator[tuple[str, float]]:
 
 def _frame(frame: int, frames: int) -> str:
     return f"frame {frame} of {frames}" if frames > 1 else ""
+
+
+def show_modality_inspection(inspection: "ModalityInspection") -> None:
+    """A MedMoE's make-up."""
+    config, scores = inspection.config, inspection.scores
+    swin, bert = config.vision, config.text
+    experts = "one, shared by all" if config.shared_expert else f"{config.experts}, of which 1 runs"
+    rows: list[tuple[str, object]] = [
+        ("kind", inspection.kind),
+        *([("target", inspection.target)] if inspection.target else []),
+        ("size", f"{megabytes(inspection.bytes)} in {len(inspection.files)} files"),
+        ("parameters", f"{inspection.parameters_total:,}"),
+        *((f"  of the {part}", f"{count:,}") for part, count in inspection.parameters.items()),
+        ("  activated", f"{inspection.parameters_activated:,}"),
+        ("image tower", f"Swin, {swin.image_size} pixels, {len(swin.depths)} scales"),
+        ("text tower", f"BERT, {bert.layers} layers of {bert.hidden_size}"),
+        ("experts", experts),
+        ("  for", ", ".join(config.modalities)),
+        ("temperature", f"{scores.temperature:g}"),
+        (
+            "unfamiliar",
+            f"entropy > {scores.entropy_limit:.2g}, evidence < {scores.evidence_limit:.2g}",
+        ),
+    ]
+    for name in ("quantisation", "source", "licence", "verification"):
+        rows += told(name, getattr(inspection, name))
+    rows += told_verified(inspection.verified)
+    show_table(inspection.name, ["", ""], rows, left=2)
+
+
+def show_modality_evaluation(found: "ModalityEvaluation") -> None:
+    """Every figure in percent with its 95% interval."""
+    for name, routing in found.routing.items():
+        counts: list[tuple[object, ...]] = [
+            *((kind, *_counted(share)) for kind, share in routing.modalities.items()),
+            ("all", *_counted(routing.overall)),
+        ]
+        show_table(f"Modality of {name}", ["", "images", "right", "accuracy", INTERVAL], counts)
+    rows: list[tuple[object, ...]] = []
+    for name, task in found.zero_shot.tasks.items():
+        images = sum(share.count for share in task.findings.values())
+        rows.append((name, images, *_figures(task.balanced)))
+        rows += [
+            (f"  {finding}", share.count, *_figures(share))
+            for finding, share in task.findings.items()
+        ]
+    rows.append(("mean of the tasks", "", *_figures(found.zero_shot.mean)))
+    show_table("Zero-shot classification", ["", "images", "balanced accuracy", INTERVAL], rows)
+    show_table(
+        "Retrieval",
+        ["", "candidates", "within", "recall", INTERVAL],
+        [
+            *_retrieved("text for an image", found.text_for_image),
+            *_retrieved("image for a text", found.image_for_text),
+        ],
+    )
+    _show_places(found)
+
+
+def _show_places(found: "ModalityEvaluation") -> None:
+    model, centre = found.localisation.model, found.localisation.centre
+    rows: list[tuple[object, ...]] = [
+        (phrase, share.count, *_figures(share), percent(centre.phrases[phrase].share))
+        for phrase, share in model.phrases.items()
+    ]
+    rows.append(("all", model.hits.count, *_figures(model.hits), percent(centre.hits.share)))
+    rows.append(("average precision", "", percent(model.precision), "", percent(centre.precision)))
+    show_table("Localisation", ["", "places", "hit", INTERVAL, "centre of image"], rows)
+
+
+def _retrieved(what: str, found: "RetrievalScores") -> list[tuple[object, ...]]:
+    return [
+        (what, found.candidates, rank, *_figures(share)) for rank, share in found.recall.items()
+    ]
+
+
+def _counted(share: "Share") -> tuple[object, ...]:
+    return share.count, share.right, *_figures(share)
+
+
+def _figures(found: "Share | Mean") -> tuple[str, str]:
+    low, high = found.interval
+    return percent(found.share), f"{percent(low)} to {percent(high)}"

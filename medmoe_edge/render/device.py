@@ -7,7 +7,7 @@ from medmoe_edge.render.console import show, show_table, wrote
 if TYPE_CHECKING:
     from medmoe_edge.device.doctor import Diagnosis
     from medmoe_edge.device.estimate import Forecast, Plan
-    from medmoe_edge.device.measured import Comparison
+    from medmoe_edge.device.measure import Comparison
     from medmoe_edge.pipeline_targets import TargetExport
 
 STATES = {"problem": "bold red", "warning": "yellow", "hint": "dim"}

@@ -1,15 +1,17 @@
-"""What the verbs of quantisation and its proof show to people."""
+"""What `verify`, `calibrate` and `export` show to people: gates, figures, coverage, targets."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from medmoe_edge.render.console import show, show_table
+from medmoe_edge.render.console import hint, show, show_table
 
 if TYPE_CHECKING:
     from medmoe_edge.calibration.data import Skipped
     from medmoe_edge.calibration.statistics import Statistics
-    from medmoe_edge.evaluation.ablation_results import Ablation
+    from medmoe_edge.evaluation.figures import Answers, Fidelity, Share
+    from medmoe_edge.evaluation.gates import GateResult
+    from medmoe_edge.evaluation.quick import Quick
+    from medmoe_edge.evaluation.record import AnyRecord
     from medmoe_edge.evaluation.targets import Agreement
     from medmoe_edge.evaluation.verify import Verification
 
@@ -21,23 +23,45 @@ NONE = "\N{EN DASH}"
 
 def show_verification(verification: "Verification") -> None:
     """The gates, the figures by modality, other candidates beside the bundle, and the verdict."""
+    from medmoe_edge.engine.proof import proven
+    from medmoe_edge.evaluation.record import AnswersRecord
+
     name, record = verification.bundle.name, verification.record
     if record:
-        _show_gates(f"{name} against its checkpoint", record["gates"])
-        _show_modalities(record["figures"])
-        if verification.beside:
-            candidates = {f"{name} (this bundle)": record["figures"]}
-            candidates |= {other: found.to_json() for other, found in verification.beside.items()}
-            _show_candidates(candidates)
+        show_gates(f"{name} against its checkpoint", record.gates)
+        if isinstance(record, AnswersRecord):  # of a MedMoE, the gates tell all
+            _show_modalities(record.figures)
+            if verification.beside:
+                candidates = {f"{name} (this bundle)": record.figures, **verification.beside}
+                _show_candidates(candidates)
     for fault in verification.faults:
         show(f"Not sound: {fault}", "red")
     if record:
         verdict, style = ("Passed", "green") if verification.passed else ("Failed", "bold red")
         show(f"{verdict}: {_measured(record)}.", style)
+        hint(proven(verification.bundle).hint)
         return
     if not verification.faults:
         show("Its files are whole, its weights and experts sound.")
     show_not_measured()
+
+
+def show_quick(found: "Quick") -> None:
+    """The gates, and the verdict for this machine."""
+    from medmoe_edge.evaluation.figures import Fidelity
+
+    show_gates(f"{found.bundle.name} on this machine", found.gates)
+    for fault in found.faults:
+        show(f"Not sound: {fault}", "red")
+    if found.weights is None:
+        show("It carries no marks of its checkpoint's weights, which were not compared.", "yellow")
+    seen = ""
+    if found.figures is not None:
+        seen = f"{found.figures.images:,} recorded images"
+        if isinstance(found.figures, Fidelity):
+            seen = f"{found.figures.questions:,} questions about {seen}"
+    verdict, style = ("Passed", "green") if found.passed else ("Failed", "bold red")
+    show(f"{verdict} on {found.machine}{seen and ': '}{seen}.", style)
 
 
 def show_not_measured() -> None:
@@ -104,56 +128,32 @@ def show_coverage(
         show(f"Skipped: {image.reason}", "yellow")
 
 
-def show_ablation(ablation: "Ablation") -> None:
-    """One row per variant, the recipe that trained all, and the routers' confusions.
-
-    The table is cut where its columns change their subject, so that each part fits a terminal.
-    """
-    from medmoe_edge.evaluation.ablation_results import caption, confusion_table, table
-
-    columns, rows = table(ablation)
-    cuts = [1, columns.index("its interval") + 1, columns.index("activated"), len(columns)]
-    for start, stop in itertools.pairwise(cuts):
-        part = [[row[0], *row[start:stop]] for row in rows]
-        show_table("", [columns[0], *columns[start:stop]], part)
-        show()
-    show(caption(ablation), "dim")
-    for row in ablation.rows:
-        for images, found in row.result.router.items():
-            columns, confusions = confusion_table(found)
-            show_table(f"{row.result.variant}: modality found, {images}", columns, confusions)
-
-
-def _show_gates(title: str, gates: Sequence[Mapping[str, Any]]) -> None:
-    from medmoe_edge.evaluation.gates import GateResult
-
-    results = [GateResult.from_json(gate) for gate in gates]
+def show_gates(title: str, gates: "Sequence[GateResult]") -> None:
+    """What was measured, what was asked, and the notes."""
     rows = [
         (gate.title, gate.shown(gate.measured), gate.bounds or NONE, gate.asked, gate.verdict)
-        for gate in results
+        for gate in gates
     ]
     show_table(title, ["gate", "measured", "interval", "bound", "verdict"], rows, styles=VERDICTS)
-    for note in (gate.note for gate in results if gate.note):
+    for note in (gate.note for gate in gates if gate.note):
         show(f"  {note}", "dim")
     show()
 
 
-def _show_modalities(figures: Mapping[str, Any]) -> None:
-    if "by_modality" not in figures:  # of a MedMoE, the gates tell all
-        return
-    flips = figures["routing"]["by_modality"] if figures["routing"] else {}
+def _show_modalities(figures: "Fidelity") -> None:
+    flips = figures.routing.by_modality if figures.routing else {}
     rows = {
-        name: (f"{answers['n']:,}", *_compared(answers, flips.get(name)))
-        for name, answers in figures["by_modality"].items()
+        name: (f"{answers.n:,}", *_compared(answers, flips.get(name)))
+        for name, answers in figures.by_modality.items()
     }
     _show_columns("", ["modality", "questions", *COMPARED], rows)
 
 
-def _show_candidates(candidates: Mapping[str, Mapping[str, Any]]) -> None:
+def _show_candidates(candidates: "Mapping[str, Fidelity]") -> None:
     rows = {
         name: (
-            *_compared(found["overall"], found["routing"]["flips"] if found["routing"] else None),
-            f"{found['vision']['cosine_mean']:.4f}",
+            *_compared(found.overall, found.routing.flips if found.routing else None),
+            f"{found.vision.cosine_mean:.4f}",
         )
         for name, found in candidates.items()
     }
@@ -169,18 +169,18 @@ def _show_columns(title: str, columns: Sequence[str], rows: Mapping[str, Sequenc
     show()
 
 
-def _measured(record: Mapping[str, Any]) -> str:
-    figures = record["figures"]
-    images = f"{figures['images']:,} images"
-    if "questions" in figures:
-        images = f"{figures['questions']:,} questions about {images}"
-    return f"{images} of {record['data']['name']}, {record['when'].partition('T')[0]}"
+def _measured(record: "AnyRecord") -> str:
+    from medmoe_edge.evaluation.record import AnswersRecord
+
+    images = f"{record.figures.images:,} images"
+    if isinstance(record, AnswersRecord):
+        images = f"{record.figures.questions:,} questions about {images}"
+    return f"{images} of {record.data.name}, {record.when.partition('T')[0]}"
 
 
-def _compared(answers: Mapping[str, Any], flips: Mapping[str, Any] | None) -> Iterator[str]:
+def _compared(answers: "Answers", flips: "Share | None") -> Iterator[str]:
     """The figures of the columns `COMPARED`."""
-    yield f"{answers['answer_agreement']['share']:.2%}"
-    accuracy = answers["accuracy"]
-    yield f"{100 * accuracy['difference']:+.2f} points" if accuracy else NONE
-    yield f"{answers['kl']['mean']:.2g}"
-    yield f"{flips['share']:.2%}" if flips else NONE
+    yield f"{answers.answer_agreement.share:.2%}"
+    yield f"{100 * answers.accuracy.difference:+.2f} points" if answers.accuracy else NONE
+    yield f"{answers.kl.mean:.2g}"
+    yield f"{flips.share:.2%}" if flips else NONE

@@ -21,6 +21,7 @@ from medmoe_edge.runtimes.base import (
     check_room,
     in_parts,
 )
+from medmoe_edge.runtimes.ort.saturation import load_notices
 from medmoe_edge.runtimes.ort.sessions import (
     Device,
     EarlySessions,
@@ -82,7 +83,7 @@ class OrtRuntime:
     `replaced` names weights of the decoder to be exchanged for others of the same shape and type.
     `device` "auto" is what the graphs are made for; with `allow_fallback` the CPU stands in for a
     CUDA that does not load, which otherwise raises `ResourceError`, here or at the first step.
-    `choice` says what runs and why.
+    `choice` says what runs and why, `warnings` what is to be known of its answers.
     """
 
     name = "onnxruntime"
@@ -107,6 +108,7 @@ class OrtRuntime:
         logger.info("ONNX Runtime runs on %s: %s.", self.choice.device, self.choice.why)
         if self.choice.device == "cuda":
             preload_cuda()
+        self.warnings = load_notices(bundle) if self.choice.device == "cpu" else ()
         self._replaced = {  # kept here: a session borrows what it is given
             name: ort.OrtValue.ortvalue_from_numpy(array)
             for name, array in (replaced or {}).items()

@@ -21,6 +21,7 @@ from typing import Literal
 
 import onnxruntime as ort
 
+from medmoe_edge._version import too_old
 from medmoe_edge.errors import BundleError, ResourceError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -153,7 +154,12 @@ def open_session(
 
 
 def session_options() -> ort.SessionOptions:
-    """Quiet, and without the arena, which would keep the peak of the prefill for ever."""
+    """Quiet, and without the arena, which would keep the peak of the prefill for ever.
+
+    Raises `ResourceError` where ONNX Runtime is older than all that this was tried with.
+    """
+    if found := too_old(ort.__version__):
+        raise ResourceError(*found)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False

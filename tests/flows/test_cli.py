@@ -16,7 +16,7 @@ from command_line import ROOT, FakeEngine, Run, raising, start, two_lines
 import medmoe_edge
 from medmoe_edge import cli
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.cli.errors import Commands, needs
+from medmoe_edge.cli.common import Commands
 from medmoe_edge.errors import (
     BundleError,
     DataError,
@@ -25,11 +25,12 @@ from medmoe_edge.errors import (
     ModelError,
     ResourceError,
     VerificationError,
+    needs,
 )
 from medmoe_edge.render import console as render
 
 VERBS = ["ask", "export", "calibrate", "init", "train", "data"]
-VERBS += ["eval", "verify", "ablate", "bench", "inspect", "doctor", "plan"]
+VERBS += ["eval", "verify", "bench", "inspect", "doctor", "plan"]
 VERBS += ["classify", "locate", "index", "retrieve", "serve", "listen", "batch"]
 
 # --- Help --------------------------------------------------------------------------------------
@@ -121,7 +122,6 @@ def test_failures_are_two_lines_and_a_code(
         (["calibrate"], "--data"),
         (["calibrate", "--data", "builtin"], "--output"),
         (["export", "--mixed", "few"], "--mixed"),
-        (["ablate"], "RUN"),
     ],
 )
 def test_bad_usage_says_what_and_where_to_look(run: Run, line: list[str], what: str) -> None:

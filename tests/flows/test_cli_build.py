@@ -16,6 +16,7 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import VerificationError
+from medmoe_edge.evaluation.record import read_record
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.render import console as render
 
@@ -108,7 +109,7 @@ def test_export_shows_its_proof(
     run: Run, proven_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(proven_bundle)
-    made = pipeline.Export(Path("out"), Verification(bundle, [], bundle.verification))
+    made = pipeline.Export(Path("out"), Verification(bundle, [], read_record(bundle)))
     monkeypatch.setattr(pipeline, "export", lambda *_, **__: made)
     lines = run("export").stdout.splitlines()
     assert lines[0].split() == ["tiny", "against", "its", "checkpoint"]
@@ -312,11 +313,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     modules: dict[str, dict[str, Any]] = {
         "recipe": {"read_recipe": lambda name: f"recipe {name}"},
         "run": {"train": trainer("med-moe")},
-        "modality_recipe": {
+        "contrastive": {
             "read_modality_recipe": lambda name: f"recipe {name}",
             "is_modality_recipe": lambda name: "modality" in name,
+            "train_modality": trainer("modality-moe"),
         },
-        "modality_run": {"train_modality": trainer("modality-moe")},
     }
     for name, members in modules.items():
         fake_module(monkeypatch, f"medmoe_edge.training.{name}", **members)

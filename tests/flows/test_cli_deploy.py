@@ -5,12 +5,10 @@ import json
 import pytest
 from command_line import Run, start_without, two_lines
 
-from medmoe_edge.device import doctor
-from medmoe_edge.device import measure as planning_here
-from medmoe_edge.device import models as planning_models
+from medmoe_edge.device import doctor, estimate, measure
 from medmoe_edge.device.doctor import Ort
 from medmoe_edge.device.estimate import Speed
-from medmoe_edge.device.measured import Comparison
+from medmoe_edge.device.measure import Comparison
 
 HEAVY = ["torch", "onnx", "onnx_ir", "ml_dtypes", "safetensors", "transformers", "pynvml"]
 
@@ -99,7 +97,7 @@ def test_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(set(precisions))
         return dict.fromkeys(precisions, speed)
 
-    monkeypatch.setattr(planning_here, "measure_speeds", measured)
+    monkeypatch.setattr(measure, "measure_speeds", measured)
     result = run("plan", "--device", "here", "--precision", "int4")
     assert asked == [{"int4", "fp32"}]
     assert "from measured rates; not run." in result.stdout
@@ -107,11 +105,11 @@ def test_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = planning_models.plan("nano", "cpu", "int8")
+    made = estimate.plan("nano", "cpu", "int8")
     figures = Comparison(
         112, {"prefill": 0.006, "token": 0.0012}, {"prefill": 0.005, "token": 0.001}
     )
-    monkeypatch.setattr(planning_models, "plan_and_measure", lambda _: (made, figures))
+    monkeypatch.setattr(estimate, "plan_and_measure", lambda _: (made, figures))
     command = ["plan", "nano", "--device", "here", "--measure"]
     result = run(*command)
     rows = [line.split() for line in result.stdout.splitlines()[-2:]]

@@ -20,7 +20,7 @@ from medmoe_edge.contrastive.text import UNSEEN, key_phrase, parse_labels, read_
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.render import contrastive as render_modality
+from medmoe_edge.render import contrastive as render_contrastive
 from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures
 
 MODEL = {"name": "fake", "sha256": "0" * 64, "verification": "passed", "runtime": "onnxruntime"}
@@ -116,7 +116,7 @@ def test_classify_json_is_one_object(run: Run, engine: FakeEngine) -> None:
     assert list(found["scores"]) == ["a", "b"]
     assert sum(found["scores"].values()) == pytest.approx(1)
     assert found["reading"]["unfamiliar"] is True
-    assert result.stderr == f"{render_modality.UNFAMILIAR}\n{NOTICE}\n"
+    assert result.stderr == f"{render_contrastive.UNFAMILIAR}\n{NOTICE}\n"
     assert engine.asked == [(["a", "b"], None, 0)]
 
 
@@ -125,17 +125,17 @@ def test_one_label_gets_no_score(run: Run) -> None:
     shown = run("classify", "scan.png", "--labels", "pneumonia").stdout
     assert "100.0%" not in shown
     assert "0.250" in shown
-    assert render_modality.ONE_LABEL in shown
+    assert render_contrastive.ONE_LABEL in shown
     told = run("classify", "scan.png", "--labels", "pneumonia", "--json")
     assert json.loads(told.stdout)["scores"] == {"pneumonia": 1.0}
-    assert told.stderr == f"{render_modality.ONE_LABEL}\n{NOTICE}\n"
+    assert told.stderr == f"{render_contrastive.ONE_LABEL}\n{NOTICE}\n"
 
 
 @pytest.mark.usefixtures("engine", "scan")
 def test_a_thousand_labels(run: Run) -> None:
     labels = ",".join(f"label {number}" for number in range(1000))
     shown = run("classify", "scan.png", "--labels", labels).stdout.splitlines()
-    assert len(shown) == 1 + render_modality.SHOWN + 2
+    assert len(shown) == 1 + render_contrastive.SHOWN + 2
     assert shown[-2] == "and 980 more labels; --json has them all"
     told = run("classify", "scan.png", "--labels", labels, "--json")
     assert len(json.loads(told.stdout)["scores"]) == 1000
@@ -297,7 +297,7 @@ def test_ask_explains(run: Run, engine: FakeEngine, tmp_path: Path) -> None:
     assert lines[4] == "pleural effusion"
     assert lines[-2].split() == ["fake", "xray", "90.0%"]
     assert lines[-1].split() == ["the", "answer's", "router", "xray"]
-    assert result.stderr == f"{render_modality.UNFAMILIAR}\n{NOTICE}\n"
+    assert result.stderr == f"{render_contrastive.UNFAMILIAR}\n{NOTICE}\n"
     with Pillow.open(tmp_path / "out.png") as picture:
         assert picture.format == "PNG"
     told = run("ask", "scan.png", "Is it?", "--explain", "out.png", "--force", "--json")

@@ -5,20 +5,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from command_line import Run, fake_module, start_without, two_lines
+from command_line import Run, start_without, two_lines
 
 from medmoe_edge import pipeline
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle, write_verification
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.evaluation.ablation_cost import Latency, Size
-from medmoe_edge.evaluation.ablation_results import Ablation, Result, Row
-from medmoe_edge.evaluation.evaluate import ModalityAccuracy, Score
-from medmoe_edge.render import verification as render_proof
-from medmoe_edge.training.recipe import read_recipe
 
 Make = Callable[..., Path]
 
@@ -218,59 +212,6 @@ def test_verify_passes_its_options_on(
     assert calls == [(Path("bundle"), Path("my"), "builtin", options)]
 
 
-# --- ablate -----------------------------------------------------------------------------------
-
-
-def ablation() -> Ablation:
-    score = Score(10, 0.5, (0.4, 0.6), 0.5, (0.4, 0.6))
-    found = ModalityAccuracy(4, 0.75, {"ct": {"ct": 3, "mri": 1}})
-    size = Size(3_000_000, 2_000_000, 1_000_000, 12_000_000)
-    scores, router = {"all": score, "slake": score}, {"labels": found}
-    result = Result("baseline", {}, size, scores, router, {}, [True, False])
-    return Ablation(read_recipe("nano"), (Row("As is", result, Latency(0.1, 0.01), 0.0, (0, 0)),))
-
-
-def test_ablate(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def ablate(*given: Any, progress: Any, **options: Any) -> Ablation:
-        calls.append((*given[1:], options))
-        return ablation()
-
-    fake = SimpleNamespace(ablate=ablate, ALL=("baseline", "top-2"))
-    fake_module(monkeypatch, "medmoe_edge.evaluation.ablation", **vars(fake))
-    monkeypatch.setattr("medmoe_edge.evaluation.ablation", fake, raising=False)
-    line = ["ablate", "run", "--data", "data", "-o", "out"]
-    shown = run(*line)
-    assert (shown.exit_code, shown.stderr) == (0, "")
-    assert "baseline" in shown.stdout
-    assert "baseline: modality found, labels" in shown.stdout
-    told = json.loads(run(*line, "--variant", "top-2", "--epochs", "1", "--json").stdout)
-    assert [row["variant"] for row in told["variants"]] == ["baseline"]
-    places = (Path("run"), Path("data"), Path("out"))
-    assert calls == [
-        (*places, {"variants": ("baseline", "top-2"), "epochs": None}),
-        (*places, {"variants": ["top-2"], "epochs": 1}),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "what"),
-    [
-        (["--variant", "top-9"], "There is no variant 'top-9'."),
-        (["--variant", "top-2", "--variant", "top-2"], "one is named twice"),
-        (["--recipe", "nowhere"], "nowhere"),
-        ([], "does not exist"),
-        (["--epochs", "0"], "--epochs"),
-    ],
-)
-def test_what_cannot_be_ablated(run: Run, tmp_path: Path, line: list[str], what: str) -> None:
-    result = run("ablate", "run", "--data", "data", "-o", "out", *line)
-    assert result.exit_code == 2
-    assert what in two_lines(result)[0]
-    assert list(tmp_path.iterdir()) == []
-
-
 # --- what is not installed --------------------------------------------------------------------
 
 
@@ -282,7 +223,7 @@ def test_what_cannot_be_ablated(run: Run, tmp_path: Path, line: list[str], what:
         ("torch", ["calibrate", "--data", "builtin", "-o", "/nowhere/stats"], "export"),
         ("torch", ["verify", "--against", "nano"], "export"),
         ("jinja2", ["verify", "--report", "page.html"], "export"),
-        ("accelerate", ["ablate", "run", "--data", "data", "-o", "out"], "train"),
+        ("accelerate", ["train", "--data", "data", "-o", "out"], "train"),
     ],
 )
 def test_a_missing_package_names_its_extra(package: str, line: list[str], extra: str) -> None:
@@ -293,11 +234,15 @@ def test_a_missing_package_names_its_extra(package: str, line: list[str], extra:
     assert remedy == f"Install it with: pip install 'medmoe-edge[{extra}]'"
 
 
-def test_tables_leave_out_what_nobody_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    answers = {"n": 3, "answer_agreement": {"share": 1.0}, "kl": {"mean": 0.0}, "accuracy": None}
-    render_proof._show_modalities({"routing": None, "by_modality": {"ct": answers}})
-    header = capsys.readouterr().out.splitlines()[0].split()
-    assert header == ["modality", "questions", "answers", "agree", "KL,", "nats"]
+def test_tables_leave_out_what_nobody_measured(
+    run: Run, bundle: Path, tiny_checkpoint: Make, questions: Path
+) -> None:
+    lines = questions.read_text().splitlines()
+    stripped = [json.loads(line) | {"answer": ""} for line in lines]
+    questions.write_text("\n".join(map(json.dumps, stripped)))
+    shown = run("verify", "bundle", "--against", str(tiny_checkpoint()), "--data", str(questions))
+    assert "KL, nats" in shown.stdout
+    assert "accuracy" not in shown.stdout
 
 
 # --- verify --targets -------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.samples import ask_about
 from medmoe_edge.calibration.statistics import Source, Statistics
+from medmoe_edge.checkpoint import reader
 from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
 from medmoe_edge.errors import (
     CheckpointError,
@@ -114,6 +115,25 @@ def test_an_export_with_data_carries_its_proof(
     assert record["figures"]["questions"] == 4
     assert json.loads(manifest)["calibration"]["samples"] == dict.fromkeys(sorted(NAMES), 1)
     assert SECRET not in manifest + caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_export_opens_and_hashes_the_checkpoint_once(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("read_headers", "files_sha256"):
+        real = getattr(reader, name)
+
+        def counted(files: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
+            calls.append(name)
+            return real(files)
+
+        monkeypatch.setattr(reader, name, counted)
+    pipeline.export(
+        tiny_checkpoint(), tmp_path / "out", precision="fp32", calibrate_on=questions, samples=4
+    )
+    assert sorted(calls) == ["files_sha256", "read_headers"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -345,7 +365,7 @@ def test_bundles_and_baselines_stand_beside(
     exact = found.beside[tiny_bundle().name].overall.kl.mean
     assert exact < 1e-5 < found.beside["bitsandbytes-nf4"].overall.kl.mean
     assert found.record is not None
-    assert found.record["data"]["name"] == "questions.jsonl"
+    assert found.record.data.name == "questions.jsonl"
     assert SECRET not in (bundle / MANIFEST).read_text()
 
 
@@ -374,7 +394,9 @@ def test_what_cannot_be_verified_is_refused_at_once(
         refused(MissingDependencyError, "'bitsandbytes'", beside=["bitsandbytes-nf4"])
     read_only = raising(PermissionError(13, "Permission denied"))
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    assert "Verify a copy" in refused(ResourceError, r"cannot be written \(Permission denied\)")
+    assert "verify a copy" in refused(
+        ResourceError, r"cannot be written \(Permission denied\)", record=True
+    )
     assert (bundle / MANIFEST).read_bytes() == before
 
 

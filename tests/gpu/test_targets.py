@@ -23,7 +23,7 @@ from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import BundleError, ConfigError, InputError, ModelError, ResourceError
 from medmoe_edge.evaluation.verify import verify
 from medmoe_edge.export import targets
-from medmoe_edge.export.build import export_bundle
+from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.target_graphs import decoder_graph, inline
 from medmoe_edge.export.targets import export_target, plan_target
@@ -191,7 +191,7 @@ def test_a_graph_without_functions_is_left_alone() -> None:
 @pytest.fixture(scope="module")
 def nano_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("nano") / "int4"
-    return export_bundle(checkpoint_path("nano"), out, precision="int4", method="rtn")
+    return export_bundle(checkpoint_path("nano"), out, BuildOptions(precision="int4", method="rtn"))
 
 
 @needs_rtx

@@ -37,6 +37,7 @@ class FakeEngine:
     """Answers "No" to everything, after checking its input as the real one does."""
 
     expert_names = ("mri", "ct", "pathology", "xray")
+    proven = None
 
     def __init__(self) -> None:
         self.asked: list[tuple[Path, list[str], dict[str, object]]] = []

@@ -156,7 +156,7 @@ def changed(
     return folder
 
 
-def write_no_tower(source: Checkpoint, folder: Path, precision: str) -> str:
+def write_no_tower(source: Checkpoint, folder: Path, precision: str, signature: object) -> str:
     """In place of the export's `_write_vision`, where the tower would only take time to trace."""
     save_model(product_model(normal(4, 4)), folder, "vision")
     return "none"

@@ -23,7 +23,7 @@ from pynetdicom.events import Event
 from medmoe_edge.bedside.listen.config import Configuration, load_configuration
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.loading import Image, Pixels
 
 PEER = "SENDER"
 QUESTION = "Is there é effusion?"
@@ -42,6 +42,9 @@ class StandIn:
         self.asked += 1
         time.sleep(self.seconds)
         return [answer_to(question) for question in questions]
+
+    def seen(self, image: Image) -> Pixels:
+        return image.pixels[::2, ::2]
 
 
 def configuration(folder: Path, **values: Any) -> Configuration:

@@ -19,7 +19,8 @@ from medmoe_edge.bedside.serve.server import Server, listening, url_of
 from medmoe_edge.bedside.serve.settings import Limits, Settings
 from medmoe_edge.contrastive.results import Classification, Location, Reading
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.image.loading import Image
+from medmoe_edge.engine.proof import Proven
+from medmoe_edge.image.loading import Image, Pixels
 from medmoe_edge.prompt import check_question
 
 WORDS = ("No", " effusion", " is", " seen")
@@ -35,6 +36,7 @@ class StandIn:
     """
 
     name, sha256, verification = "stand-in", "0" * 64, "passed"
+    proven: Proven | None = None
 
     def __init__(self) -> None:
         self.images: list[tuple[int, ...]] = []
@@ -45,6 +47,9 @@ class StandIn:
 
     def prompt_tokens(self, question: str) -> int:
         return len(check_question(question).split())
+
+    def seen(self, image: Image) -> Pixels:
+        return image.pixels[:1, :1]
 
     def ask_stream(
         self, image: Image, questions: Sequence[str], *, max_new_tokens: int
@@ -70,6 +75,7 @@ class StandInModality:
     """Finds the first label likeliest, and everything in the upper left corner."""
 
     name, sha256, verification = "stand-in-modality", "1" * 64, "passed"
+    proven: Proven | None = None
 
     def read(self) -> Reading:
         return Reading({"total": 0.1}, MODEL, "xray", {"xray": 1.0}, 0.0, False)

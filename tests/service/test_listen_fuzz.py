@@ -39,7 +39,7 @@ def check_fuzzed(node: Node, data: bytes) -> int:
     receiving = listen_receiving.Receiving(
         node.configuration, node.folder, node.queue, lambda: None
     )
-    status = receiving.store(fake_event(data))  # type: ignore[arg-type]
+    status = int(receiving.store(fake_event(data)).Status)  # type: ignore[arg-type]
     if status == 0:
         for key in node.queue.waiting(1):
             node.answering.do(key)

@@ -4,6 +4,7 @@ import io
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -23,6 +24,8 @@ from test_serve_live import served
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.engine.answer import Answer
+from medmoe_edge.errors import Notice, ResourceError
+from medmoe_edge.image.formats import KINDS
 from medmoe_edge.image.loading import Image
 
 SCAN = (ROOT / "scan.png").read_bytes()
@@ -36,12 +39,12 @@ class Seeing(StandIn):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[int] = []
+        self.greys: list[int] = []
 
     def ask_stream(
         self, image: Image, questions: Sequence[str], *, max_new_tokens: int
     ) -> Iterator[str | Answer]:
-        self.seen.append(int(image.pixels.mean()))
+        self.greys.append(int(image.pixels.mean()))
         return super().ask_stream(image, questions, max_new_tokens=max_new_tokens)
 
 
@@ -183,7 +186,8 @@ def test_the_keyboard_is_enough(page: Page, engine: Seeing) -> None:
             assert outline == "solid", order
             page.keys(Keys.TAB, held=Keys.SHIFT)
             assert len(order) < 12
-        assert [name for name in order if name] == ["question", "summary", "width", "centre"]
+        named = ["question", "summary", "seen-toggle", "width", "centre"]
+        assert [name for name in order if name] == named
 
         page.keys(Keys.TAB)
         page.keys("a", held=Keys.CONTROL)
@@ -241,10 +245,8 @@ def test_problems_are_told_in_the_services_words(page: Page, engine: Seeing) -> 
         assert "Open an image first." in page.text("#hint")
         page.drop(b"no image", "Doe^Jane.dcm")
         page.until("!document.getElementById('picture-problem').hidden")
-        assert page.text("#picture-problem") == (
-            "The image is not an image that can be read. "
-            "Give a PNG, JPEG, TIFF, DICOM or NIfTI file."
-        )
+        unreadable = f"The image is not an image that can be read. Give {KINDS}."
+        assert page.text("#picture-problem") == unreadable
         assert page.one("#drop").is_displayed()
         page.show(SCAN)
         assert not page.one("#picture-problem").is_displayed()
@@ -328,5 +330,68 @@ def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: 
         assert page.pixel("picture", 1, 1)[0] == 191  # three quarters up
         ask(page)
         page.until(f"{DONE} && {TEXT}")
-        assert engine.seen == [255]  # that frame, in the file's own window
+        assert engine.greys == [255]  # that frame, in the file's own window
         assert "Frame3" in page.text(".answer .facts")
+
+
+def test_an_answer_says_what_it_warns_of(page: Page) -> None:
+    class Doubtful(StandIn):
+        def ask_stream(
+            self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+        ) -> Iterator[str | Answer]:
+            notice = Notice("unlike_label", "The file says that it is <b>ultrasound</b>.")
+            for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):
+                yield replace(item, warnings=(notice,)) if isinstance(item, Answer) else item
+
+    with live(Doubtful()) as url:
+        page.open(url)
+        page.show(SCAN)
+        ask(page)
+        page.until(f"{TEXT} && {DONE}")
+        shown = page.one(".answer .warnings")
+        assert shown.is_displayed()
+        assert shown.text == "Warning: The file says that it is <b>ultrasound</b>."
+        assert page.contrast(".answer .warnings li") >= 4.5
+        assert "ultrasound" in page.text("#announce")
+
+
+def test_a_picture_that_is_odd_is_called_so_before_anything_is_asked(
+    page: Page, engine: Seeing
+) -> None:
+    with live(engine) as url:
+        page.open(url)
+        page.show(SCAN)
+        assert not page.one("#picture-warnings").is_displayed()
+        page.show(frames(7))  # of one shade
+        assert "no contrast" in page.one("#picture-warnings").text
+
+
+def test_the_page_shows_what_the_model_sees(page: Page, nano: str) -> None:
+    page.open(nano)
+    page.show(SCAN)
+    page.one("#seen-toggle").click()
+    page.until("!document.getElementById('seen').hidden")
+    assert page.one("#seen-toggle").get_attribute("aria-pressed") == "true"
+    size = "[document.getElementById('seen').naturalWidth, seen.naturalHeight]"
+    assert page.run(f"return {size}") == [256, 256]
+    assert "256 by 256" in str(page.one("#seen").get_attribute("alt"))
+    page.one("#seen-toggle").click()
+    assert not page.one("#seen").is_displayed()
+    page.one("#seen-toggle").click()
+    page.until("!document.getElementById('seen').hidden")
+    page.show(png(5, 5))  # another image: what the model saw of the first is gone
+    assert not page.one("#seen").is_displayed()
+
+
+def test_a_view_that_cannot_be_had_is_a_problem_in_words(page: Page, engine: Seeing) -> None:
+    def fail(image: Image) -> None:
+        raise ResourceError("There is no room.", "Wait.")
+
+    engine.seen = fail  # type: ignore[method-assign,assignment]
+    with live(engine) as url:
+        page.open(url)
+        page.show(SCAN)
+        page.one("#seen-toggle").click()
+        page.until("!document.getElementById('picture-problem').hidden")
+        assert page.text("#picture-problem") == "There is no room. Wait."
+        assert not page.one("#seen").is_displayed()

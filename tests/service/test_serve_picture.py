@@ -160,3 +160,15 @@ def test_the_service_decodes_and_keeps_to_its_limits(client: TestClient) -> None
         response = send()
         assert (response.status_code, response.json()["error"]["code"]) == (status, code)
         assert NAME not in response.text
+
+
+def test_a_picture_says_what_it_warns_of() -> None:
+    odd = file_of(FRAMES, WindowCenter=0, WindowWidth=2000)
+    assert shown(odd).warnings == []
+    unknown = dcmread(io.BytesIO(odd))
+    unknown.Modality = "NM"
+    file = io.BytesIO()
+    dcmwrite(file, unknown, enforce_file_format=True)
+    (warned,) = shown(file.getvalue()).warnings
+    assert warned.code == "unknown_modality"
+    assert "nuclear medicine" in warned.message

@@ -21,30 +21,23 @@ from command_line import ROOT, Run, fake_module, two_lines
 from gguf import quants
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import InProcess
+from in_process import InProcess, without_processes
 
-from medmoe_edge.bench import backends as bench_contestants
 from medmoe_edge.bench import gguf as bench_gguf
-from medmoe_edge.bench import machine as bench_machine
-from medmoe_edge.bench import peers as bench_peers
-from medmoe_edge.bench import process as bench_process
+from medmoe_edge.bench import measurement
 from medmoe_edge.bench import run as bench
-from medmoe_edge.bench import timing as bench_timing
-from medmoe_edge.bench import worker as bench_worker
-from medmoe_edge.bench.backends import Shape
+from medmoe_edge.bench import worker as processes
+from medmoe_edge.bench.backends import LlamaBackend, shape_of
 from medmoe_edge.bench.gguf import Form, tensors, widths, write_gguf
-from medmoe_edge.bench.measurement import Measured, Measurement, shape_of
+from medmoe_edge.bench.measurement import Allowance, Measured, Shape, Spread, turn
 from medmoe_edge.bench.peers import PEERS, Comparison, Materials, Peer, compare
-from medmoe_edge.bench.plot import write_plot
-from medmoe_edge.bench.process import Worker, cold_start, ended
-from medmoe_edge.bench.result import Bench, Length, Machine
-from medmoe_edge.bench.timing import Ration, Spread, turn
-from medmoe_edge.bench.worker import Station
+from medmoe_edge.bench.run import Bench, Length, Machine
+from medmoe_edge.bench.worker import Measurement, Requests, Worker, cold_start, ended
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.device.costs import decoder_parts
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.render.bench import show_bench
+from medmoe_edge.render.bench import show_bench, write_plot
 
 Make = Callable[..., Path]
 SHAPE = Shape(prefix=20, image=4, question=6, new=8)
@@ -66,7 +59,7 @@ def result(**changes: Any) -> Bench:
         model="toy",
         sha256="0" * 64,
         precision="int8",
-        machine=Machine("a CPU", 2, 10**9, 0.1, Spread(1000.0, 900.0, 1100.0, 5)),
+        machine=Machine("a CPU", "AVX2", "exact", 2, 10**9, 0.1, Spread(1000.0, 900.0, 1100.0, 5)),
         shape=SHAPE,
         cold_start=spread(9),
         measured=measured(),
@@ -84,17 +77,8 @@ def result(**changes: Any) -> Bench:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[InProcess]:
-    """No processes and no repetitions."""
-    started: list[InProcess] = []
-    monkeypatch.setattr(InProcess, "started", started)
-    monkeypatch.setattr(bench, "Worker", InProcess)
-    monkeypatch.setattr(bench_peers, "Worker", InProcess)
-    monkeypatch.setattr(bench, "cold_start", lambda arguments: 0.5)
-    monkeypatch.setattr(bench_worker, "turn", lambda run: [run()])
-    monkeypatch.setattr(bench, "turn", lambda run: [run()])
-    monkeypatch.setattr(bench, "Stream", lambda: bench_machine.Stream(2**12))
-    monkeypatch.setattr(bench_contestants, "threads", lambda: 1)  # torch keeps what it is told
-    return started
+    """The workers that were started, none with a process of its own."""
+    return without_processes(monkeypatch)
 
 
 # --- arithmetic -----------------------------------------------------------------------------------
@@ -115,29 +99,28 @@ def test_a_turn_is_as_long_as_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> None:
         clock.now += 0.3
 
-    monkeypatch.setattr(
-        bench_timing,
-        "time",
-        SimpleNamespace(sleep=lambda rest: None, perf_counter=lambda: clock.now),
-    )
-    assert len(turn(run, 0.0)) == 1
-    assert len(turn(run, 1.0)) == 4
-    assert bench_timing.seconds(run) == pytest.approx(0.3)
+    stopped = SimpleNamespace(sleep=lambda rest: None, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(measurement, "time", stopped)
+    for slot, runs in ((0.0, 1), (1.0, 4)):
+        monkeypatch.setattr(measurement, "SLOT", slot)
+        assert len(turn(run)) == runs
+    assert measurement.seconds(run) == pytest.approx(0.3)
 
 
-def test_a_ration_is_taken_once_and_then_as_far_as_it_goes(
+def test_an_allowance_is_for_one_run_and_for_more_while_it_suffices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bench_timing, "seconds", lambda run: run())
-    ration, taken = Ration(10.0), {"long": 0, "short": 0}
+    clock, taken = SimpleNamespace(now=0.0), {"long": 0, "short": 0}
+    monkeypatch.setattr(measurement, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    allowance = Allowance(10.0)
 
-    def cost(name: str, seconds: float) -> float:
+    def spend(name: str, seconds: float) -> None:
         taken[name] += 1
-        return seconds
+        clock.now += seconds
 
     for _ in range(5):
-        ration.take("long", lambda: cost("long", 99.0))
-        ration.take("short", lambda: cost("short", 3.0))
+        allowance.take("long", lambda: spend("long", 99.0))
+        allowance.take("short", lambda: spend("short", 3.0))
     assert taken == {"long": 1, "short": 3}
 
 
@@ -182,35 +165,36 @@ def test_decode_reads_the_weights_and_the_cache(tiny_bundle: Make) -> None:
     assert bench.decode_bytes(bundle, SHAPE) == int8 + 4 * routers + 4 * cache
 
 
-def test_memory_is_read_from_the_system(tmp_path: Path) -> None:
-    status = tmp_path / "status"
-    status.write_text("Name:\tVmRSS\nVmHWM:\t   300 kB\nVmRSS:\t   200 kB\n")
-    assert bench_machine.resident(status) == 200 * 1024
-    assert bench_machine.peak(status) == 300 * 1024
-    assert bench_machine.available(status) is None
-    assert bench_machine.resident(tmp_path / "none") is None
-    (tmp_path / "io").write_text("rchar: 9\nread_bytes: 4096\ncancelled_write_bytes: 0\n")
-    assert bench_machine.read_from_storage(tmp_path / "io") == 4096
-    (tmp_path / "stat").write_text("7 (a) R (b) S 1 2 3 4 5 6 70 80 99 100\n")
-    assert bench_machine.faults(tmp_path / "stat") == 99
-    assert bench_machine.faults(tmp_path / "none") is None
-    assert bench_machine.read_from_storage(tmp_path / "none") is None
-    assert bench_machine.threads() >= 1
+def test_memory_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "status").write_text("Name:\tVmRSS\nVmHWM:\t   300 kB\nVmRSS:\t   200 kB\n")
+    monkeypatch.setattr(measurement, "STATUS", tmp_path / "status")
+    assert measurement.peak() == 300 * 1024
+    monkeypatch.setattr(measurement, "STATUS", tmp_path / "none")
+    assert measurement.peak() is None
+    assert measurement.available() > 2**20
+    assert measurement.threads() >= 1
 
 
-@pytest.mark.skipif(not bench_machine.CLEAR.exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not measurement.LINUX, reason="storage is counted on Linux")
+def test_what_storage_brings_is_counted(tmp_path: Path) -> None:
+    before = measurement.storage()
+    assert set(before) == {"faults", "read"}
+    assert all(count is not None and count >= 0 for count in before.values())
+
+
+@pytest.mark.skipif(not measurement.CLEAR.exists(), reason="needs Linux's /proc")
 def test_a_peak_begins_anew() -> None:
     held = np.ones(2**24)  # 128 MiB
     del held
-    peak, resident = bench_machine.peak(), bench_machine.resident()
-    assert peak is not None
-    assert resident is not None
-    assert peak - resident > 2**26
-    bench_machine.reset_peak()
-    after, resident = bench_machine.peak(), bench_machine.resident()
-    assert after is not None
-    assert resident is not None
-    assert after - resident < 2**26
+    before = measurement.memory()
+    measurement.reset_peak()
+    after = measurement.memory()
+    assert before["peak"] is not None
+    assert before["resident"] is not None
+    assert after["peak"] is not None
+    assert after["resident"] is not None
+    assert before["peak"] - before["resident"] > 2**26
+    assert after["peak"] - after["resident"] < 2**26
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -253,16 +237,16 @@ def test_how_a_process_ended(code: int, what: str) -> None:
 
 
 def test_a_cold_start_is_a_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_process, "COMMAND", "import sys; sys.exit(sys.argv[1] != 'a')")
+    monkeypatch.setattr(processes, "COMMAND", "import sys; sys.exit(sys.argv[1] != 'a')")
     assert cold_start(["a"]) > 0
     with pytest.raises(ResourceError, match="exit code 1"):
         cold_start(["b"])
-    monkeypatch.setattr(bench_process, "COMMAND", "import time; time.sleep(60)")
+    monkeypatch.setattr(processes, "COMMAND", "import time; time.sleep(60)")
     with pytest.raises(ResourceError, match="longer than"):
         cold_start([], timeout=0.1)
 
 
-# --- contestants ----------------------------------------------------------------------------------
+# --- backends -------------------------------------------------------------------------------------
 
 
 def opening(bundle: Bundle, kind: str, path: Path, form: str = "") -> dict[str, Any]:
@@ -279,29 +263,29 @@ def test_every_runtime_answers_questions_of_the_shape(
     kind: str, form: str, tiny_bundle: Make, tiny_checkpoint: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(tiny_bundle("int8"))
-    station = Station()
+    requests = Requests()
     path = bundle.folder if kind == "bundle" else tiny_checkpoint()
-    opened = station.open(**opening(bundle, kind, path, form))
+    opened = requests.open(**opening(bundle, kind, path, form))
     assert opened["load"] >= 0
-    contestant: Any = station.contestant
+    backend: Any = requests.backend
     steps: list[tuple[int, int]] = []
-    step = contestant.runtime.step
+    step = backend.runtime.step
 
     def counted(embeds: Any, cache: Any) -> Any:
         steps.append((len(embeds), cache.length))
         return step(embeds, cache)
 
-    monkeypatch.setattr(contestant.runtime, "step", counted)
-    (parts,) = station.question()
+    monkeypatch.setattr(backend.runtime, "step", counted)
+    (parts,) = requests.question()
     assert set(parts) == PARTS
     assert min(parts.values()) > 0
     # the prompt of 30, the tokens after the first, and 6 tokens of another question after the image
     assert steps == [(30, 0), *((1, 30 + step) for step in range(7)), (6, 24)]
     if kind == "bundle":
-        (seconds,) = station.prefill(128)
+        (seconds,) = requests.prefill(128)
         assert seconds > 0
         assert steps[-1] == (128, 0)
-        (seconds,) = station.ask(2)
+        (seconds,) = requests.ask(2)
         assert seconds > 0
 
 
@@ -309,7 +293,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_bundle: Make, tiny_checkp
     bundle = Bundle.open(tiny_bundle("int8"))
     other = opening(bundle, "torch", tiny_checkpoint("tiny-phi"), "float32")
     with pytest.raises(ModelError, match="another model"):
-        Station().open(**other)
+        Requests().open(**other)
 
 
 def test_llama_cpp_is_asked_for_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,12 +313,9 @@ def test_llama_cpp_is_asked_for_the_same_tokens(monkeypatch: pytest.MonkeyPatch)
             self.n_tokens += len(tokens)
 
     fake_module(monkeypatch, "llama_cpp", Llama=Llama)
-    monkeypatch.delitem(sys.modules, "medmoe_edge.bench.llama", raising=False)
-    from medmoe_edge.bench.llama import LlamaContestant
-
-    contestant = LlamaContestant(Path("model.gguf"), PRESETS["tiny"], SHAPE)
-    contestant.touch()
-    assert set(contestant.question()) == PARTS - {"vision"}
+    backend = LlamaBackend(Path("model.gguf"), PRESETS["tiny"], SHAPE)
+    backend.touch()
+    assert set(backend.question()) == PARTS - {"vision"}
     assert calls == [(1, 0), (30, 0), *((1, 30 + step) for step in range(7)), (6, 24)]
 
 
@@ -416,7 +397,7 @@ def test_weights_are_made_up_where_there_is_no_checkpoint(
         first = materials.checkpoint
         assert materials.model(peer("torch-bf16"), Path("unused")) == first
         assert len(in_process) == 1  # made once
-        Station().open(**opening(bundle, "torch", first, "float32"))
+        Requests().open(**opening(bundle, "torch", first, "float32"))
         assert (first / "tokenizer.json").exists()
     assert not first.exists()
 
@@ -441,7 +422,7 @@ def test_a_peer_that_cannot_be_measured_is_a_result(
         wrong = compare(peer("torch-fp32"), materials, SHAPE, 1)
         assert wrong.state == "failed"
         assert "another model" in wrong.why
-        monkeypatch.setattr(bench_peers, "available", lambda: 10**6)
+        monkeypatch.setattr(measurement, "available", lambda: 10**6)
         short = compare(peer("torch-fp32"), materials, SHAPE, 1)
         assert short.state == "not enough memory"
         assert short.why.endswith("0.0 GB are free.")
@@ -518,7 +499,7 @@ def test_people_see_tables_and_then_one_line(
     assert (shown.exit_code, shown.stderr) == (0, "")
     *lines, last = shown.stdout.splitlines()
     assert json.loads(last) == json.loads(json.dumps(result().to_json()))
-    assert lines[0] == "toy (int8) on a CPU, 2 threads"
+    assert lines[0] == "toy (int8) on a CPU (AVX2, exact int8), 2 threads"
     assert any("of it" in line and "10.0%" in line for line in lines)
     (row,) = (line for line in lines if line.strip().startswith("PyTorch eager fp32 "))
     assert row.split()[3:] == [*("5/s", "x", "2.00", "0/s", "x", "2.00"), *row.split()[9:]]
@@ -560,7 +541,7 @@ def test_a_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_measured_is_refused_at_once(
     run: Run, monkeypatch: pytest.MonkeyPatch, scan: Path, line: list[str], what: str, code: int
 ) -> None:
-    monkeypatch.setattr(bench, "cold_start", None)
+    monkeypatch.setattr(processes, "cold_start", None)
     result = run("bench", *line)
     assert result.exit_code == code
     assert what in two_lines(result)[0]
@@ -570,7 +551,7 @@ def test_an_interrupt_is_one_word(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     def interrupted(arguments: list[str]) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "cold_start", interrupted)
+    monkeypatch.setattr(processes, "cold_start", interrupted)
     result = run("bench")
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr.splitlines()[-1] == "Interrupted."

@@ -13,43 +13,37 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import Run
-from in_process import InProcess
+from in_process import InProcess, without_processes
 from PIL import Image
 
-from medmoe_edge.bench import limited as bench_limited
-from medmoe_edge.bench import limits as bench_limits
-from medmoe_edge.bench import paging as bench_paging
-from medmoe_edge.bench import soak as bench_soak
-from medmoe_edge.bench import worker as bench_worker
-from medmoe_edge.bench.asking import Asker, Asking, by_modality
-from medmoe_edge.bench.backends import Shape, open_contestant
-from medmoe_edge.bench.limited import LimitBench, Limited
-from medmoe_edge.bench.limited import bench_limited as under_limit
-from medmoe_edge.bench.limits import Prefix, find_limit, forget
-from medmoe_edge.bench.measurement import Measured
-from medmoe_edge.bench.paging import AtBudget, Cost, Held, PagingBench
+from medmoe_edge.bench import limits, paging
+from medmoe_edge.bench import worker as processes
+from medmoe_edge.bench.backends import open_backend
+from medmoe_edge.bench.limits import LimitBench, Limited, Prefix, bench_limited, find_limit, forget
+from medmoe_edge.bench.measurement import Measured, Shape, Spread
+from medmoe_edge.bench.paging import AtBudget, Cost, Held, PagingBench, Soak, bench_paging, soak
 from medmoe_edge.bench.peers import PEERS, find_peers
-from medmoe_edge.bench.process import Worker
-from medmoe_edge.bench.soak import Soak, soak
-from medmoe_edge.bench.steering import SteeredPagedRuntime, directions, steered_bundle
-from medmoe_edge.bench.timing import Spread
+from medmoe_edge.bench.routing import (
+    Asking,
+    Session,
+    SyntheticPagedRuntime,
+    by_modality,
+    directions,
+    with_synthetic_profile,
+)
+from medmoe_edge.bench.worker import Worker
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.errors import BundleError, DataError, InputError, ResourceError
-from medmoe_edge.render.bench_memory import show_limited, show_paging, show_soak
+from medmoe_edge.render.bench import show_limited, show_paging, show_soak
 
 Make = Callable[..., Path]
 SHAPE = Shape(prefix=20, image=4, question=6, new=8)
 
 
 @pytest.fixture(autouse=True)
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No processes and no pauses."""
-    monkeypatch.setattr(InProcess, "prefixes", [])
-    for module in (bench_paging, bench_soak, bench_limited):
-        monkeypatch.setattr(module, "Worker", InProcess)
-    monkeypatch.setattr(bench_worker, "REST", 0.0)
-    monkeypatch.setattr(bench_worker, "turn", lambda run: [run()])
+def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_processes(monkeypatch)
 
 
 @pytest.fixture
@@ -75,17 +69,17 @@ def spread(value: float) -> Spread:
     return Spread(value, value, value, 1)
 
 
-# --- steered routing ------------------------------------------------------------------------------
+# --- synthetic routing ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-phi"])
-def test_tokens_go_where_they_are_steered(preset: str, tiny_bundle: Make) -> None:
-    asker = Asker(tiny_bundle("int8", preset), None, True, Asking())
+def test_tokens_follow_the_modality(preset: str, tiny_bundle: Make) -> None:
+    session = Session(tiny_bundle("int8", preset), None, True, Asking())
     for modality in range(4):
-        answer = asker.ask(modality, 0)
+        answer = session.ask(modality, 0)
         assert answer["share"] == 1
-        assert answer == asker.ask(modality, 0) | {"seconds": answer["seconds"]}
-    runtime: Any = asker.engine.runtime
+        assert answer == session.ask(modality, 0) | {"seconds": answer["seconds"]}
+    runtime: Any = session.engine.runtime
     assert runtime.modality == 3
     counts = np.zeros(4)
     for seed in range(20):
@@ -97,14 +91,14 @@ def test_tokens_go_where_they_are_steered(preset: str, tiny_bundle: Make) -> Non
     assert shares == pytest.approx([0.1, 0.7, 0.1, 0.1], abs=0.03)
 
 
-def test_steering_is_predicted(tiny_bundle: Make) -> None:
-    bundle = steered_bundle(Bundle.open(tiny_bundle("int8")), 0.7)
+def test_synthetic_routing_is_predicted(tiny_bundle: Make) -> None:
+    bundle = with_synthetic_profile(Bundle.open(tiny_bundle("int8")), 0.7)
     profile = RoutingProfile.from_json(bundle.manifest["calibration"]["routing"])
     assert profile.probability("modality 2")[0] == pytest.approx([0.1, 0.1, 0.7, 0.1])
     assert profile.union.tolist() == [4, 4]
-    asker = Asker(tiny_bundle("int8"), 10**9, True, Asking())
-    assert isinstance(asker.engine.runtime, SteeredPagedRuntime)
-    report = asker.ask(2, 0)["paging"]
+    session = Session(tiny_bundle("int8"), 10**9, True, Asking())
+    assert isinstance(session.engine.runtime, SyntheticPagedRuntime)
+    report = session.ask(2, 0)["paging"]
     assert set(map(tuple, report["experts"].values())) == {(2,)}
     assert report["prediction"]["precision"] == report["prediction"]["recall"] == 1
 
@@ -120,7 +114,7 @@ def test_questions_are_grouped_by_modality(
     one = tmp_path / "one.jsonl"
     one.write_text(questions.read_text().split("\n")[0])
     with pytest.raises(DataError, match="fewer than two modalities"):
-        bench_paging.bench_paging(str(tiny_bundle("int8")), asking=Asking(str(one)))
+        bench_paging(str(tiny_bundle("int8")), asking=Asking(str(one)))
 
 
 # --- paging ---------------------------------------------------------------------------------------
@@ -156,7 +150,7 @@ def test_what_follows_of_a_budget() -> None:
 
 def test_experts_are_paged_at_budgets(tiny_bundle: Make) -> None:
     steps: list[tuple[str, int, int]] = []
-    found = bench_paging.bench_paging(
+    found = bench_paging(
         str(tiny_bundle("int8")),
         budgets=("200%", "1%"),
         rounds=1,
@@ -177,29 +171,27 @@ def test_experts_are_paged_at_budgets(tiny_bundle: Make) -> None:
 
 
 def test_another_answer_is_told(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = Asker.ask
+    ask = Session.ask
 
-    def other(self: Asker, modality: int, number: int) -> dict[str, Any]:
+    def other(self: Session, modality: int, number: int) -> dict[str, Any]:
         answer = ask(self, modality, number)
         return answer | {"confidence": 2.0} if answer["paging"] and modality == 1 else answer
 
-    monkeypatch.setattr(Asker, "ask", other)
+    monkeypatch.setattr(Session, "ask", other)
     model = str(tiny_bundle("int8"))
-    (found,) = bench_paging.bench_paging(model, budgets=("50%",), rounds=1).budgets
+    (found,) = bench_paging(model, budgets=("50%",), rounds=1).budgets
     assert (found.changed, found.answers) == (4, 16)
 
 
 def test_a_model_pages_by_its_own_routing(tiny_bundle: Make, questions: Path) -> None:
     asking = Asking(str(questions))
-    found = bench_paging.bench_paging(
-        str(tiny_bundle("int8")), budgets=("50%",), rounds=1, asking=asking
-    )
+    found = bench_paging(str(tiny_bundle("int8")), budgets=("50%",), rounds=1, asking=asking)
     assert (found.modalities, found.budgets[0].answers, found.budgets[0].changed) == (2, 8, 0)
 
 
 def test_what_cannot_be_paged_is_refused(tiny_bundle: Make) -> None:
     with pytest.raises(BundleError, match="no experts"):
-        bench_paging.bench_paging(str(tiny_bundle("int8", dense=True)))
+        bench_paging(str(tiny_bundle("int8", dense=True)))
     with pytest.raises(InputError, match="no memory budget"):
         soak(str(tiny_bundle("int8")), 1, budget="half")
 
@@ -222,18 +214,18 @@ def test_growth_is_of_what_comes_after_the_start() -> None:
 
 
 def test_a_soak_asks_again_and_compares(tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_soak, "EVERY", 30)
+    monkeypatch.setattr(paging, "EVERY", 30)
     found = soak(str(tiny_bundle("int8")), 70)
     assert (found.questions, found.distinct, found.changed) == (70, 32, 0)
     assert list(found.memory) == [30, 60, 70]
     assert found.seconds.count == 70
     told = iter(range(70))
     monkeypatch.setattr(
-        Asker,
+        Session,
         "ask",
         lambda *_, **__: {"answer": "", "confidence": float(next(told) == 40), "seconds": 1.0},
     )
-    monkeypatch.setattr(Asker, "__init__", lambda *_: None)
+    monkeypatch.setattr(Session, "__init__", lambda *_: None)
     assert soak(str(tiny_bundle("int8")), 70).changed == 1
 
 
@@ -250,8 +242,8 @@ def refused(limit: int) -> Any:
 
 
 def test_a_limit_is_one_that_binds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_limits, "TRIAL", 2**20)
-    monkeypatch.setattr(bench_limits, "WAYS", {"none": no_limit, "forbidden": refused})
+    monkeypatch.setattr(limits, "TRIAL", 2**20)
+    monkeypatch.setattr(limits, "WAYS", {"none": no_limit, "forbidden": refused})
     assert find_limit() is None
 
     @contextmanager
@@ -259,19 +251,19 @@ def test_a_limit_is_one_that_binds(monkeypatch: pytest.MonkeyPatch) -> None:
         code = "import sys; sys.exit(str(2**21) in sys.argv[-1])"
         yield (sys.executable, "-S", "-c", code)
 
-    monkeypatch.setattr(bench_limits, "WAYS", {"none": no_limit, "tight": tight})
+    monkeypatch.setattr(limits, "WAYS", {"none": no_limit, "tight": tight})
     assert find_limit() == "tight"
 
 
 def test_a_group_is_made_and_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     member = tmp_path / "cgroup"
     member.write_text("5:cpu,memory:/own\n4:name=systemd:/\n")
-    monkeypatch.setattr(bench_limits, "MEMBERSHIP", member)
-    monkeypatch.setattr(bench_limits, "GROUPS", tmp_path)
+    monkeypatch.setattr(limits, "MEMBERSHIP", member)
+    monkeypatch.setattr(limits, "GROUPS", tmp_path)
     (tmp_path / "own").mkdir()
     monkeypatch.setattr(Path, "rmdir", lambda path: removed.append(path))
     removed: list[Path] = []
-    with bench_limits.control_group(4096) as prefix:
+    with limits.control_group(4096) as prefix:
         (group,) = (tmp_path / "own").iterdir()
         assert (group / "memory.limit_in_bytes").read_text() == "4096"
         assert prefix[-1] == str(group / "cgroup.procs")
@@ -281,7 +273,7 @@ def test_a_group_is_made_and_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert (group / "cgroup.procs").read_text() == f"{pid}\n"
     assert removed == [group]
     member.write_text("0::/\n")
-    with pytest.raises(OSError, match="no such controller"), bench_limits.control_group(1):
+    with pytest.raises(OSError, match="no such controller"), limits.control_group(1):
         pass
 
 
@@ -289,12 +281,12 @@ def test_systemd_is_asked_for_a_scope(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     for user, own in ((0, False), (1000, True)):
         monkeypatch.setattr(os, "geteuid", lambda user=user: user)
-        with bench_limits.systemd_scope(4096) as prefix:
+        with limits.systemd_scope(4096) as prefix:
             assert prefix[0] == "/bin/systemd-run"
             assert ("--user" in prefix) == own
             assert "MemoryMax=4096" in prefix
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(FileNotFoundError), bench_limits.systemd_scope(1):
+    with pytest.raises(FileNotFoundError), limits.systemd_scope(1):
         pass
 
 
@@ -308,8 +300,8 @@ def test_files_that_are_forgotten_are_whole(tmp_path: Path) -> None:
 def test_nothing_is_run_where_no_limit_binds(
     tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_limited, "find_limit", lambda: None)
-    found = under_limit(str(tiny_bundle("int8")), 10**6, PEERS)
+    monkeypatch.setattr(limits, "find_limit", lambda: None)
+    found = bench_limited(str(tiny_bundle("int8")), 10**6, PEERS)
     assert (found.how, found.found, InProcess.prefixes) == (None, (), [])
     assert found.to_json()["why"].startswith("No limit on memory binds here")
 
@@ -320,23 +312,23 @@ def test_bundle_and_peers_run_under_the_limit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(bench_limited, "find_limit", lambda: "nothing")
-    monkeypatch.setattr(bench_limited, "WAYS", {"nothing": no_limit})
+    monkeypatch.setattr(limits, "find_limit", lambda: "nothing")
+    monkeypatch.setattr(limits, "WAYS", {"nothing": no_limit})
     tried: list[str] = []
 
     def tight(kind: Any, *arguments: Any) -> Any:
         tried.append(arguments[1])
         if kind == "bundle" and len(tried) < 3:
             raise ResourceError("Killed.", "Do.")
-        return open_contestant(kind, *arguments)
+        return open_backend(kind, *arguments)
 
-    monkeypatch.setattr(bench_worker, "open_contestant", tight)
+    monkeypatch.setattr(processes, "open_backend", tight)
     peers = (
         *find_peers(["torch-fp32"]),
         dataclasses.replace(PEERS[-1], packages=("no_such",)),
     )
     model, checkpoint = str(tiny_bundle("int8")), str(tiny_checkpoint("tiny-phi"))
-    found = under_limit(model, 10**6, peers, checkpoint=checkpoint, rounds=2)
+    found = bench_limited(model, 10**6, peers, checkpoint=checkpoint, rounds=2)
     ours, wrong, none = found.found
     budgets = [int(form.removesuffix("B")) for form in tried if form.endswith("B")]
     assert budgets == sorted(budgets, reverse=True)
@@ -358,10 +350,10 @@ def test_a_bundle_that_does_not_fit_is_a_result(
     def fail(*_: object) -> Any:
         raise ResourceError("Its process was killed.", "Do.")
 
-    monkeypatch.setattr(bench_limited, "find_limit", lambda: "nothing")
-    monkeypatch.setattr(bench_limited, "WAYS", {"nothing": no_limit})
-    monkeypatch.setattr(bench_worker, "open_contestant", fail)
-    (ours,) = under_limit(str(tiny_bundle("int8")), 10**6, ()).found
+    monkeypatch.setattr(limits, "find_limit", lambda: "nothing")
+    monkeypatch.setattr(limits, "WAYS", {"nothing": no_limit})
+    monkeypatch.setattr(processes, "open_backend", fail)
+    (ours,) = bench_limited(str(tiny_bundle("int8")), 10**6, ()).found
     assert (ours.measured, ours.why) == (None, "Its process was killed.")
 
 
@@ -380,16 +372,21 @@ def limited() -> LimitBench:
     ("options", "name", "made", "words"),
     [
         (["--paging"], "medmoe_edge.bench.paging.bench_paging", paging_bench(), "15 of 16 answers"),
-        (["--soak", "9"], "medmoe_edge.bench.soak.soak", soaked(), "+0.00 MB per 1,000 questions"),
+        (
+            ["--soak", "9"],
+            "medmoe_edge.bench.paging.soak",
+            soaked(),
+            "+0.00 MB per 1,000 questions",
+        ),
         (
             ["--memory-limit", "1MB"],
-            "medmoe_edge.bench.limited.bench_limited",
+            "medmoe_edge.bench.limits.bench_limited",
             limited(),
             "Peer: Killed.",
         ),
         (
             ["--memory-limit", "1MB"],
-            "medmoe_edge.bench.limited.bench_limited",
+            "medmoe_edge.bench.limits.bench_limited",
             dataclasses.replace(limited(), how=None, found=()),
             "No limit on memory binds here",
         ),

@@ -429,6 +429,14 @@ def test_use_residual_must_agree_with_the_tensors(tmp_path: Path, residual: bool
         read_checkpoint(folder)
 
 
+def test_a_shared_router_first_read_by_calibration_can_still_be_loaded(folder: Path) -> None:
+    checkpoint = read_checkpoint(folder)
+    with torch.inference_mode():
+        assert checkpoint.shared_router
+    model = MedMoE(checkpoint.config)
+    model.load_state_dict({name: tensor.float() for name, tensor in checkpoint}, assign=True)
+
+
 def test_routers_are_recognised_as_shared(folder: Path) -> None:
     checkpoint = read_checkpoint(folder)
     assert checkpoint.shared_router

@@ -127,8 +127,8 @@ def test_logits_with_a_cache(pair: Pair, chunks: list[int]) -> None:
     past, logits, expected = None, [], []
     for chunk in torch.split(random_ids(), chunks, dim=1):
         logits.append(run(ours, chunk, cache))
-        step = theirs(chunk, past_key_values=past, use_cache=True)
-        past = step.past_key_values
+        step = theirs(chunk, cache=past, use_cache=True)
+        past = step.cache
         expected.append(step.logits)
     torch.testing.assert_close(torch.cat(logits, 1), torch.cat(expected, 1), **NEAR)
     torch.testing.assert_close(torch.cat(logits, 1), theirs(random_ids()).logits, **NEAR)

@@ -12,25 +12,30 @@ from typing import Any
 
 import pytest
 
+from medmoe_edge.bundle.machine import cpu_features
 from medmoe_edge.device.doctor import (
+    PURPOSES,
     Diagnosis,
     Machine,
     Ort,
     diagnose,
     examine,
+    find_extras,
     look_at_onnxruntime,
+    missing_base,
+    needed_cuda,
+    requirements,
 )
 from medmoe_edge.device.hardware import (
     Gpu,
     Gpus,
     Jetson,
     ask_power_mode,
-    cpu_features,
     find_gpus,
     find_jetson,
     too_old,
 )
-from medmoe_edge.device.packages import BASE, EXTRAS, find_extras, missing_base, needed_cuda
+from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 
 ROOT = Path(__file__).parents[2]
 RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: x\n"
@@ -48,13 +53,16 @@ MACHINE = Machine(
     gpus=None,
     jetson=None,
 )
-ORT = Ort("1.31.1", ("CPUExecutionProvider",))
-CUDA = Ort("1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"), cuda="13.0")
+ORT = Ort("1.31.1", ("CPUExecutionProvider",), int8="exact")
+CUDA = Ort("1.31.1", ("CUDAExecutionProvider", "CPUExecutionProvider"), cuda="13.0", int8="exact")
 
 
 def versions(**there: str) -> Callable[[str], str | None]:
     """The base install and these packages besides; an empty version takes one away."""
-    found = {**dict.fromkeys(BASE, "1.0"), **{k.replace("_", "-"): v for k, v in there.items()}}
+    found = {
+        **dict.fromkeys(requirements()[""], "1.0"),
+        **{k.replace("_", "-"): v for k, v in there.items()},
+    }
     return lambda package: found.get(package) or None
 
 
@@ -69,18 +77,35 @@ def changed(**values: Any) -> Machine:
 # --- packages -------------------------------------------------------------------------------------
 
 
-def test_extras_are_those_of_the_project() -> None:
+def test_every_extra_of_the_project_has_a_purpose() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert set(PURPOSES) == set(project["optional-dependencies"]) - {"test", "docs", "dev"}
 
-    def names(requirements: list[str]) -> set[str]:
-        plain = {line.partition(">=")[0].partition("[")[0] for line in requirements}
-        return plain - {"medmoe-edge"}
 
-    assert set(BASE) == names(project["dependencies"])
-    declared = {name: names(lines) for name, lines in project["optional-dependencies"].items()}
-    assert set(EXTRAS) == set(declared) - {"test", "dev"}
-    for name, (_, packages) in EXTRAS.items():
-        assert set(packages) == declared[name], name
+def test_requirements_are_read_from_our_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "numpy>=2.0",
+        "fhir.resources>=8.3; extra == 'listen'",
+        "medmoe-edge[batch]; extra == 'ray'",
+    ]
+    lines += ['onnxruntime-gpu[cuda,cudnn]>=1.31; extra == "gpu"', 'ray[data]>=2; extra == "ray"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+    requirements.cache_clear()
+    assert requirements() == {
+        "": ("numpy",),
+        "listen": ("fhir.resources",),
+        "gpu": ("onnxruntime-gpu",),
+        "ray": ("ray",),
+    }
+
+    def unknown(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", unknown)
+    requirements.cache_clear()
+    assert find_extras(versions()) == []
+    assert [(level, "not installed" in what) for level, what in told()] == [("hint", True)]
+    requirements.cache_clear()
 
 
 def test_extras_by_state() -> None:
@@ -121,11 +146,11 @@ def test_cuda_that_packages_need(
 def test_cpu_features() -> None:
     x86 = "model name : A\nflags\t\t: fpu avx2 avx512_vnni\nflags : amx_int8\n"
     assert cpu_features(x86) == {
-        **{"AVX2": True, "AVX-VNNI": False},
-        **{"AVX-512 VNNI": True, "AMX int8": False},
+        **{"AMX int8": False, "AVX-512 VNNI": True, "AVX-VNNI": False},
+        **{"AVX-512": False, "AVX2": True},
     }
-    assert cpu_features("Features : fp asimd asimddp\n") == {"dotprod": True, "i8mm": False}
-    assert not any(cpu_features("").values())
+    assert cpu_features("Features : fp asimd asimddp\n") == {"i8mm": False, "dotprod": True}
+    assert cpu_features("") == {}
 
 
 class FakeNvmlError(Exception):
@@ -209,6 +234,7 @@ def test_a_sound_machine_has_no_findings() -> None:
 def test_problems_end_with_an_error() -> None:
     for ort, packages in (
         (Ort(failure="ImportError"), versions()),
+        (Ort("1.23.2", ("CPUExecutionProvider",)), versions()),
         (ORT, versions(tokenizers="", typer="")),
     ):
         diagnosis = diagnose(MACHINE, ort, packages)
@@ -250,7 +276,15 @@ def test_problems_end_with_an_error() -> None:
             *(ORT, {"onnxruntime_ep_nv_tensorrt_rtx_cu13": "0.5"}),
             *("warning", "does not run on a Jetson"),
         ),
-        (changed(features={"AVX2": False}), ORT, {}, "warning", "lacks what int8 needs"),
+        (changed(features={"AVX2": False}), ORT, {}, "warning", "no AVX2: answers are exact, but"),
+        (changed(features={"dotprod": False}), ORT, {}, "hint", "no dotprod: int8 is exact"),
+        (
+            MACHINE,
+            dataclasses.replace(ORT, int8="saturating"),
+            {},
+            "hint",
+            "products saturate",
+        ),
         (changed(memory=10**9), ORT, {}, "warning", "little memory"),
         (changed(disk_free=10**9), ORT, {}, "warning", "little room"),
     ],
@@ -269,6 +303,7 @@ def test_what_does_not_meet(
         (changed(jetson=Jetson("Orin", "36.4.3", "MAXN")), ORT, {"tensorrt": "11"}),
         (changed(jetson=Jetson("Orin", None, None)), ORT, {}),
         (changed(features={}), ORT, {}),
+        (changed(features={"i8mm": False, "dotprod": True}), ORT, {}),
     ],
 )
 def test_what_meets(machine: Machine, ort: Ort, packages: dict[str, str]) -> None:
@@ -286,7 +321,8 @@ def test_facts_name_the_devices() -> None:
     assert (jetson["Jetson"], jetson["  L4T"]) == ("Orin Nano", "36.4.3, power mode 15W")
     assert "GPU" not in jetson
     assert facts(MACHINE)["GPU"] == "none found"
-    assert facts(MACHINE)["  for int8"] == "AVX2"
+    assert facts(MACHINE)["  int8"] == "exact, with AVX2"
+    assert facts(changed(features={}))["  int8"] == "exact, with no known extension"
 
 
 def test_this_machine() -> None:
@@ -295,6 +331,7 @@ def test_this_machine() -> None:
     assert diagnosis.error() is None
     assert diagnosis.ort.version == importlib.metadata.version("onnxruntime")
     assert "CPUExecutionProvider" in diagnosis.ort.providers
+    assert diagnosis.ort.int8 == int8_arithmetic()
     assert diagnosis.machine.memory > 10**8
     told = diagnosis.to_json()
     assert set(told) >= {"machine", "onnxruntime", "base", "extras", "findings"}

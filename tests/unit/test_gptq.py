@@ -43,7 +43,14 @@ def as_published(weight: Floats, hessian: Floats, format: Format, damping: float
     Cholesky factor nor the blocks of the paper are relied upon.
     """
     width = weight.shape[1]
-    grid = round_searched(weight, format, np.diagonal(hessian))
+    matrix = hessian.astype(np.float64)
+    matrix += damping * np.diagonal(matrix).mean() * np.eye(width)
+    order = list(np.argsort(-np.diagonal(hessian), kind="stable"))
+    inverses = [np.linalg.inv(matrix[np.ix_(order[j:], order[j:])]) for j in range(width)]
+    importance = np.diagonal(hessian).copy()
+    if format.pair_bound is not None:  # of an error that later columns cancel as far as they can
+        importance[order] = [1 / inverse[0, 0] for inverse in inverses]
+    grid = round_searched(weight, format, importance)
     size = width // grid.scale.shape[1]
     scale = np.repeat(grid.scale.astype(np.float64), size, 1)
     zero = (
@@ -51,14 +58,16 @@ def as_published(weight: Floats, hessian: Floats, format: Format, damping: float
         if grid.zero is None
         else np.repeat(grid.zero.astype(np.float64), size, 1)
     )
-    matrix = hessian.astype(np.float64)
-    matrix += damping * np.diagonal(matrix).mean() * np.eye(width)
     left, result = weight.astype(np.float64), np.zeros(weight.shape)
-    order = list(np.argsort(-np.diagonal(hessian), kind="stable"))
-    for position, j in enumerate(order):
+    stored: dict[int, Doubles] = {}
+    for position, (j, inverse) in enumerate(zip(order, inverses, strict=True)):
         remaining = order[position:]
-        inverse = np.linalg.inv(matrix[np.ix_(remaining, remaining)])
         integers = np.clip(np.rint(left[:, j] / scale[:, j]) + zero[:, j], *format.levels)
+        if format.pair_bound is not None and (neighbour := stored.get(j ^ 1)) is not None:
+            integers = np.clip(
+                integers, -format.pair_bound - neighbour, format.pair_bound - neighbour
+            )
+        stored[j] = integers
         result[:, j] = (integers - zero[:, j]) * scale[:, j]
         error = (left[:, j] - result[:, j]) / inverse[0, 0]
         left[:, remaining] -= np.outer(error, inverse[0])
@@ -97,7 +106,7 @@ def test_it_beats_searching_which_beats_rounding(format: Format) -> None:
 
 def test_what_is_stored_is_on_the_searched_grid() -> None:
     weight, hessian = problem(rows=5, width=64)
-    for format in (Format(4, 32), Format(4, 32, symmetric=False), Format(8)):
+    for format in (Format(4, 32), Format(4, 32, symmetric=False), Format(8, 64)):
         grid = round_searched(weight, format, np.diagonal(hessian))
         quantised = quantise_gptq(weight, hessian, format)
         np.testing.assert_array_equal(quantised.scale, grid.scale)
@@ -192,10 +201,11 @@ def test_what_is_no_matrix_of_second_moments_is_refused() -> None:
 
 
 def test_the_order_of_the_inputs_does_not_matter() -> None:
+    """Where no two of them are a pair."""
     weight, hessian = problem(rows=4, width=96)
     shuffle = np.random.default_rng(3).permutation(96)
-    plain = quantise_gptq(weight, hessian, Format(8)).dequantise()
+    plain = quantise_gptq(weight, hessian, Format(8, 96)).dequantise()
     moved = quantise_gptq(
-        np.ascontiguousarray(weight[:, shuffle]), hessian[np.ix_(shuffle, shuffle)], Format(8)
+        np.ascontiguousarray(weight[:, shuffle]), hessian[np.ix_(shuffle, shuffle)], Format(8, 96)
     ).dequantise()
     assert (np.abs(moved - plain[:, shuffle]) < 1e-6).mean() > 0.95

@@ -11,7 +11,7 @@ import torch
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
-from medmoe_edge.export.build import export_bundle
+from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.plan import GROUP, HEAD, Plan, check_precision
 from medmoe_edge.export.stored import StoredWeights
 from medmoe_edge.export.weights import WeightSource
@@ -31,7 +31,9 @@ def checkpoint(tiny_checkpoint: Make) -> Checkpoint:
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("groups") / "bundle"
-    return Bundle.open(export_bundle(checkpoint.folder, folder, precision="int4", group=64))
+    return Bundle.open(
+        export_bundle(checkpoint.folder, folder, BuildOptions(precision="int4", group=64))
+    )
 
 
 def test_every_matrix_but_the_head_has_it(bundle: Bundle) -> None:

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
+from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.target import Target
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.errors import CheckpointError, InputError
@@ -75,9 +75,10 @@ def test_a_bundle_is_described_by_its_manifest(
         "licence": "Apache-2.0",
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    bundle = SimpleNamespace(manifest=manifest, proof="not measured", target=Target())
-    opened = SimpleNamespace(open=lambda path, verify: bundle)
-    monkeypatch.setitem(sys.modules, "medmoe_edge.bundle.bundle", SimpleNamespace(Bundle=opened))
+    bundle = SimpleNamespace(
+        manifest=manifest, proof="not measured", sha256="0" * 64, verified_on=None, target=Target()
+    )
+    monkeypatch.setattr(Bundle, "open", lambda path, verify: bundle)
     inspection = inspect_model(tmp_path)
     assert (inspection.kind, inspection.config, inspection.bytes) == ("bundle", config, 12)
     assert inspection.files == {"a.onnx": 7, "a.data": 5}

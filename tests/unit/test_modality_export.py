@@ -20,6 +20,7 @@ from torch import nn
 import medmoe_edge
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, model_kind, write_manifest
 from medmoe_edge.bundle.contrastive import DEFAULT_GATES, ModalityBundle
+from medmoe_edge.bundle.recorded import recorded_file
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.loading import open_bundle
@@ -212,7 +213,8 @@ def test_the_bundle_says_what_it_is(exported: Exported) -> None:
     assert exported.int8.scores == Scores(20.0, 0.7)
     assert exported.int8.gates == DEFAULT_GATES["int8"]
     assert set(manifest["files"]) == {
-        *("image.onnx", "image.data", "text.onnx", "text.data", "tokenizer.json")
+        *("image.onnx", "image.data", "text.onnx", "text.data", "tokenizer.json"),
+        recorded_file(exported.int8),
     }
     assert model_kind(exported.checkpoint) == "modality-moe"
 
@@ -298,7 +300,7 @@ def test_a_model_unlike_its_checkpoint_fails_each_gate(exported: Exported, tmp_p
     respelt(exported.fp32, tmp_path / "bundle", name, same, source=source)
     found = verify_modality(tmp_path / "bundle", checkpoint, pictures(8))
     assert found.record is not None
-    verdicts = {gate["name"]: gate["verdict"] for gate in found.record["gates"]}
+    verdicts = {gate.name: gate.verdict for gate in found.record.gates}
     assert verdicts.pop("finite") == "met"
     assert set(verdicts.values()) == {"failed"}
     assert isinstance(found.error(), VerificationError)

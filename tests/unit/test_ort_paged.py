@@ -16,15 +16,15 @@ import numpy as np
 import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
+import psutil
 import pytest
 from command_line import start
 from graphs import normal, observed, write_no_tower
 from test_engine import random_image
 
-from medmoe_edge.bench.machine import resident
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.checkpoint.reader import read_checkpoint
-from medmoe_edge.device.toys import toy_runtime
+from medmoe_edge.device.measure import toy_runtime
 from medmoe_edge.engine import loading as engine_loading
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import load
@@ -106,9 +106,8 @@ def test_experts_of_several_formats_in_one_model_too(
     folder = build.export_bundle(
         checkpoint,
         tmp_path / "bundle",
-        precision="mixed",
+        build.BuildOptions(precision="mixed", budget_bits=5.0),
         statistics=observed(read_checkpoint(checkpoint)),
-        budget_bits=5.0,
     )
     bundle = Bundle.open(folder)
     graphs = {name for name in bundle.manifest["files"] if name.startswith("expert.")}
@@ -183,9 +182,9 @@ def test_what_lasts_keeps_nothing_else_in_memory() -> None:
     cache = OrtCache(PRESETS["tiny"].decoder, 1, np.float32, "cpu")
     x = np.ones(2**24, np.float32)
     found = segment.run({"x": ort.OrtValue.ortvalue_from_numpy(x)}, cache)
-    before = resident() or 0
+    before = psutil.Process().memory_info().rss
     del found["large"]
-    assert before - (resident() or 0) > 0.9 * x.nbytes
+    assert before - psutil.Process().memory_info().rss > 0.9 * x.nbytes
     assert found["small"].numpy() == 1
 
 

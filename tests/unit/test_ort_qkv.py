@@ -9,7 +9,7 @@ import pytest
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.export import build
-from medmoe_edge.export.build import export_bundle
+from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.dequantise import insert_dequantise
 from medmoe_edge.export.passes.ort_attention import lower_attention
 from medmoe_edge.export.passes.ort_qkv import fuse_qkv, owners_of, split_fused
@@ -42,10 +42,10 @@ def test_one_product_gives_the_bits_of_three(
     precision: Precision,
 ) -> None:
     fused, apart = tmp_path / "fused", tmp_path / "apart"
-    export_bundle(tiny_checkpoint(preset), fused, precision=precision)
+    export_bundle(tiny_checkpoint(preset), fused, BuildOptions(precision=precision))
     monkeypatch.setattr(build, "fuse_qkv", lambda model: (model, False))
     monkeypatch.setattr(build, "write_paged_graphs", lambda *_: None)
-    export_bundle(tiny_checkpoint(preset), apart, precision=precision)
+    export_bundle(tiny_checkpoint(preset), apart, BuildOptions(precision=precision))
     names = StoredWeights(fused / "decoder.onnx").stored
     assert any(".attention.qkv." in name for name in names)
     assert not any(".attention.q." in name for name in names)

@@ -3,13 +3,16 @@
 import gc
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 import pytest
 
-from medmoe_edge.errors import BundleError
+import medmoe_edge
+from medmoe_edge.contrastive.engine import load_modality
+from medmoe_edge.errors import BundleError, ResourceError
 from medmoe_edge.runtimes.ort import sessions as ort_sessions
 from medmoe_edge.runtimes.ort.sessions import (
     OPENED_AT_ONCE,
@@ -80,3 +83,20 @@ def test_no_thread_outlives_the_opening(tiny_bundle: Make) -> None:
 def test_one_of_many_spins_no_longer_than_between_two_operators() -> None:
     options = one_of_many(session_options())
     assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "100"
+
+
+@pytest.mark.parametrize("version", ["1.23.2", "1.9.0", "0.5"])
+def test_an_old_onnx_runtime_is_told_before_anything_is_opened(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "__version__", version)
+    for load in medmoe_edge.load, partial(load_modality, "modality-nano"):
+        with pytest.raises(ResourceError, match=rf"{version} is installed, but 1\.24") as told:
+            load()
+        assert "pip install 'onnxruntime>=1.24'" in told.value.remedy
+
+
+@pytest.mark.parametrize("version", ["1.24.0", "1.32.0", "2.0.1", "1.33.0.dev20270101"])
+def test_a_recent_one_is_fine(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "__version__", version)
+    assert session_options()

@@ -13,10 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from medmoe_edge.bundle import machine
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.device import measure as planning_here
-from medmoe_edge.device import measured as planning_measured
-from medmoe_edge.device import toys as planning_toys
 from medmoe_edge.device.costs import (
     BITS,
     CONVOLUTIONS,
@@ -29,11 +27,25 @@ from medmoe_edge.device.costs import (
     vision_operations,
     vision_weights,
 )
-from medmoe_edge.device.devices import DEVICES, Device, Ratings, cpu_name, find_device, memory_here
-from medmoe_edge.device.estimate import Speed, make_plan, nominal_speeds, precisions, step_seconds
-from medmoe_edge.device.measure import Bench, measure_speeds, solve
-from medmoe_edge.device.measured import compare
-from medmoe_edge.device.models import plan, plan_and_measure
+from medmoe_edge.device.devices import DEVICES, Device, Ratings, find_device, memory_here
+from medmoe_edge.device.estimate import (
+    Speed,
+    make_plan,
+    nominal_speeds,
+    plan,
+    plan_and_measure,
+    precisions,
+    step_seconds,
+)
+from medmoe_edge.device.measure import (
+    Microbenchmarks,
+    Sizes,
+    compare,
+    measure_speeds,
+    resized,
+    solve,
+    toy_runtime,
+)
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.evaluation.inspection import activated_parameters
@@ -256,8 +268,8 @@ def test_devices(tmp_path: Path) -> None:
         find_device("orin")
     assert find_device("here").ratings is None
     (tmp_path / "info").write_text("processor : 0\nmodel name\t: A: B\nmodel name : C\n")
-    assert cpu_name(tmp_path / "info") == "A: B"
-    assert cpu_name(tmp_path / "none")
+    assert machine.cpu_name(tmp_path / "info") == "A: B"
+    assert machine.cpu_name(tmp_path / "none")
     (tmp_path / "limit").write_text("1000\n")
     assert memory_here(tmp_path / "limit") == 1000
     (tmp_path / "limit").write_text("max\n")
@@ -295,14 +307,7 @@ def test_no_coefficient_is_negative() -> None:
     assert solve([(1.0, 1.0), (1.0, 3.0)], [2.0, 1.0]) == pytest.approx((1.2, 0.0))
 
 
-@pytest.fixture
-def small_toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Toys that take no time."""
-    values = {"NARROW": 32, "WIDE": 64, "STREAMED": 2**16, "ROWS": 4, "MORE_ROWS": 8}
-    for name, value in {**values, "REST": 0.0, "SLOT": 0.0}.items():
-        monkeypatch.setattr(planning_here, name, value)
-    for name, value in {"ROUNDS": 1, "PREFILL_SLOT": 0.0, "TOKEN_SLOT": 0.0}.items():
-        monkeypatch.setattr(planning_measured, name, value)
+SMALL = Sizes(narrow=32, wide=64, rows=4, more_rows=8, streamed=2**16, rest=0.0, slot=0.0)
 
 
 @pytest.mark.parametrize(
@@ -313,9 +318,9 @@ def small_toys(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_toys_run_the_kernels_of_their_precision(
     precision: Precision, kernel: bytes, preset: str, tmp_path: Path
 ) -> None:
-    config = planning_toys.resized(PRESETS[preset], 100, 2, experts=True)
+    config = resized(PRESETS[preset], 100, 2, experts=True)
     assert (config.decoder.hidden_size, config.decoder.layers, config.moe_layers) == (96, 2, (0, 1))
-    runtime = planning_toys.toy_runtime(config, precision, tmp_path)
+    runtime = toy_runtime(config, precision, tmp_path)
     step = runtime.step(np.ones((3, 96), np.float32), runtime.new_cache(3))
     assert step.router_logits.shape == (3, 2, 4)
     assert np.isfinite(step.logits).all()
@@ -325,29 +330,28 @@ def test_toys_run_the_kernels_of_their_precision(
 
 
 def test_toys_hold_no_tensor_twice(tmp_path: Path) -> None:
-    config = planning_toys.resized(PRESETS["tiny"], 64, 2, experts=False)
-    planning_toys.toy_runtime(config, "int8", tmp_path)
+    config = resized(PRESETS["tiny"], 64, 2, experts=False)
+    toy_runtime(config, "int8", tmp_path)
     data = (tmp_path / "decoder.data").read_bytes()
     blocks = [data[start : start + 4096] for start in range(0, len(data) - 4096, 4096)]
     assert len(set(blocks)) == len(blocks)
 
 
-@pytest.mark.usefixtures("small_toys")
 def test_every_precision_of_this_machine_is_measured() -> None:
     config = PRESETS["tiny"]
-    speeds = measure_speeds(config, ["int4", "mixed"], seconds=0)
+    speeds = measure_speeds(config, ["int4", "mixed"], 0, SMALL)
     assert speeds["mixed"] == speeds["int4"]
     for speed in speeds.values():
         assert min(dataclasses.astuple(speed)) >= 0
         assert step_seconds(config, "int4", speed, 8, 0) > 0
     dense = dataclasses.replace(config, moe=None)
-    assert measure_speeds(dense, ["fp32"], seconds=0)["fp32"].moe == 0
+    assert measure_speeds(dense, ["fp32"], 0, SMALL)["fp32"].moe == 0
 
 
 def test_the_model_explains_times_that_follow_it() -> None:
     """Times made with known coefficients give these coefficients back."""
     known = Speed(2e-11, 1e-12, 6e-12, 1e-9, 5e-5, 4e-5, 8e-5, 1e-5)
-    bench = Bench(NANO, "int8")
+    bench = Microbenchmarks(NANO, "int8")
     asked = [*bench.tokens, *bench.prefills, *bench.experts]
     bench.times = {(toy, rows): step_seconds(toy, "int8", known, rows, 0) for toy, rows in asked}
     found = bench.speed()
@@ -357,10 +361,9 @@ def test_the_model_explains_times_that_follow_it() -> None:
             assert step_seconds(config, "int8", found, rows, past) == pytest.approx(wanted, rel=0.1)
 
 
-@pytest.mark.usefixtures("small_toys")
 def test_predictions_stand_beside_measurements(tiny_bundle: Make) -> None:
     bundle = Bundle.open(tiny_bundle("int8"))
-    comparison, speed = compare(bundle, seconds=0)
+    comparison, speed = compare(bundle, seconds=0, rounds=1, sizes=SMALL)
     assert set(comparison.ratios) == {"prefill", "token"}
     wanted = step_seconds(bundle.config, "int8", speed, comparison.prompt_tokens, 0)
     assert comparison.predicted["prefill"] == wanted

@@ -14,6 +14,7 @@ from medmoe_edge.errors import ResourceError
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
 from medmoe_edge.evaluation.figures import Accuracy, Answers, Divergence, Routing, Vision
 from medmoe_edge.evaluation.plots import coverage_plot, errors_plot
+from medmoe_edge.evaluation.record import AnswersRecord, Source
 from medmoe_edge.evaluation.report import render_report, write_report
 from medmoe_edge.evaluation.verify import Verification, judge
 from medmoe_edge.presets import PRESETS
@@ -83,19 +84,19 @@ def verification(
     figures: Fidelity | None = None, manifest: dict[str, Any] | None = None, **changes: Any
 ) -> Verification:
     results = judge(figures, DEFAULT_GATES["int8"]) if figures else []
-    record = {
-        "passed": all(result.passed for result in results),
-        "when": "2026-01-01T00:00:00+00:00",
-        "checkpoint_sha256": "c" * 64,
-        "data": {"name": "vqa_val.jsonl", "sha256": "d" * 64},
-        "runtime": "onnxruntime",
-        "gates": [result.to_json() for result in results],
-        "faults": [],
-        "figures": figures.to_json() if figures else {},
-    }
+    record = figures and AnswersRecord(
+        passed=all(result.passed for result in results),
+        when="2026-01-01T00:00:00+00:00",
+        checkpoint_sha256="c" * 64,
+        data=Source("vqa_val.jsonl", "d" * 64),
+        runtime="onnxruntime",
+        gates=tuple(results),
+        faults=(),
+        figures=figures,
+    )
     whole = {"name": "tiny", "quantisation": {"precision": "int8"}, "licence": "none"}
     bundle = Bundle(Path(), whole | (manifest or {}), PRESETS["nano"], "b" * 64)
-    values: dict[str, Any] = {"faults": [], "record": record if figures else None, **changes}
+    values: dict[str, Any] = {"faults": [], "record": record, **changes}
     return Verification(bundle, **values)
 
 

@@ -84,7 +84,11 @@ def test_no_level_is_wasted(format: Format) -> None:
     weight = random_weight() * 50
     quantised = round_to_nearest(weight, format)
     integers = per_group(quantised.integers, quantised)
-    if quantised.zero is None:
+    if format.pair_bound is not None:  # the largest weight or the largest pair is at its end
+        pairs = np.abs(integers[..., ::2] + integers[..., 1::2]).max(-1)
+        whole = np.abs(integers).max(-1) == format.levels[1]
+        assert (whole | (pairs >= format.pair_bound - 1)).all()
+    elif quantised.zero is None:
         assert (np.abs(integers).max(-1) == format.levels[1]).all()
     else:
         zero = quantised.zero.astype(np.float64)  # the range always includes 0
@@ -105,8 +109,9 @@ def test_symmetric_formats_can_negate(weight: Floats) -> None:
 def test_rows_and_groups_do_not_share_a_scale() -> None:
     weight = np.array([[1, -0.5, 0, 0], [1000, 250, 2, -2], [0, 0, 0, 0]], np.float32)
     rows = round_to_nearest(weight, Format(8))
-    np.testing.assert_array_equal(rows.integers, [[127, -64, 0, 0], [127, 32, 0, 0], [0] * 4])
-    np.testing.assert_allclose(rows.scale, [[1 / 127], [1000 / 127], [1.0]], rtol=1e-6)
+    # 1000 and 250 are a pair, which may sum to 128 steps; 1 and -0.5 have opposite signs
+    np.testing.assert_array_equal(rows.integers, [[127, -64, 0, 0], [102, 26, 0, 0], [0] * 4])
+    np.testing.assert_allclose(rows.scale, [[1 / 127], [1250 / 128], [1.0]], rtol=1e-6)
     pairs = round_to_nearest(weight, Format(4, 2))
     expected = np.array([[1 / 7, 1], [1000 / 7, 2 / 7], [1, 1]], np.float16)
     np.testing.assert_array_equal(pairs.scale, expected)

@@ -18,10 +18,12 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.bundle.gates import DEFAULT_GATES, Gates
 from medmoe_edge.bundle.weights import float_weights, sweep_weights
 from medmoe_edge.data.datasets import Example
+from medmoe_edge.engine.proof import this_machine
 from medmoe_edge.errors import BundleError, DataError, ModelError, VerificationError
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
 from medmoe_edge.evaluation.figures import Accuracy, Answers, Divergence, Routing, Vision
 from medmoe_edge.evaluation.gates import Z, wilson
+from medmoe_edge.evaluation.record import AnswersRecord, Source, read_record
 from medmoe_edge.evaluation.sweep import sweep_experts
 from medmoe_edge.evaluation.verify import Data, GateResult, judge, verify
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
@@ -290,20 +292,23 @@ def test_a_faithful_bundle_carries_its_proof(
     assert found.bundle.proof == "passed"
     json.dumps(found.to_json(), allow_nan=False)
 
-    record = Bundle.open(folder).verification
+    record = read_record(Bundle.open(folder))
     assert record == found.record
-    assert record is not None
-    assert record["checkpoint_sha256"] == found.bundle.manifest["source"]["checkpoint_sha256"]
-    assert record["data"] == {"name": "questions", "sha256": data.sha256()}
-    assert record["figures"]["overall"]["answer_agreement"]["total"] == 2
-    assert "int8" not in json.dumps(record)
-    assert str(data.examples[0].image.parent) not in json.dumps(record)
+    assert isinstance(record, AnswersRecord)
+    assert found.recorded
+    assert record.checkpoint_sha256 == found.bundle.manifest["source"]["checkpoint_sha256"]
+    assert record.data == Source("questions", data.sha256())
+    assert record.figures.overall.answer_agreement.total == 2
+    assert record.machine == this_machine()
+    written = json.dumps(Bundle.open(folder).verification)
+    assert json.loads(written)["figures"]["routing"]["by_layer"].keys() == {"0", "2"}
+    assert str(data.examples[0].image.parent) not in written
 
     alone = verify(folder)
     assert (alone.passed, alone.record) == (True, record)
     again = verify(folder, checkpoint, data)
     assert again.record is not None
-    assert {**again.record, "when": ""} == {**record, "when": ""}
+    assert dataclasses.replace(again.record, when=record.when) == record
 
 
 def test_a_failed_gate_marks_the_bundle(
@@ -336,7 +341,7 @@ def test_a_broken_expert_fails_the_verification(
     assert found.bundle.proof == "failed"
     assert found.record is not None
     expert = "decoder.layers.2.ffn.experts.1"
-    assert found.record["faults"] == [f"{expert}.up.weight", f"{expert} (ct)"]
+    assert found.record.faults == (f"{expert}.up.weight", f"{expert} (ct)")
     assert str(found.error()).count("finite") == 1
 
 

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.signature import SignatureMaker
 from medmoe_edge.bundle.target import Target
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.export import build
-from medmoe_edge.export.build import export_bundle
+from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.builder import tensor_of
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.gpu_presets import find_gpu
@@ -77,7 +78,7 @@ def bundle(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "export_vision", lambda _: tower.clone())
         out = tmp_path_factory.mktemp("bundle") / "out"
-        return Bundle.open(export_bundle(checkpoint.folder, out, precision="int8"))
+        return Bundle.open(export_bundle(checkpoint.folder, out, BuildOptions(precision="int8")))
 
 
 def error(found: Floats, expected: Floats) -> float:
@@ -132,7 +133,7 @@ def test_transformers_of_quantised_models_are_quantised(
 ) -> None:
     monkeypatch.setattr(build, "export_vision", lambda _: product_model(normal(LEAST_WIDTH, 16)))
     source: Any = SimpleNamespace(config=PRESETS[preset])
-    assert build._write_vision(source, tmp_path, precision) == words
+    assert build._write_vision(source, tmp_path, precision, SignatureMaker()) == words
     model = ir.load(tmp_path / "vision.onnx")
     assert kind in {value.dtype for value in model.graph.initializers.values()}
 

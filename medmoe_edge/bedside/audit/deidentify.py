@@ -1,81 +1,297 @@
-"""A DICOM file without its patient: the Basic Profile of PS3.15, annex E.
+"""A DICOM image without its patient: the Basic Profile of PS3.15, annex E.
 
-The rules of table E.1-1 are those of the library dicom-anonymizer, which keeps them by edition of
-the standard. It applies them to the top of a dataset only; here they also reach into sequences.
-UIDs become random ones, the same for the same within one process. Pixels are not looked at, hence
-the refusal of those that are said to show text.
+What becomes of each attribute is table E.1-1's, as the library dicom-anonymizer keeps it by edition
+of the standard; it is applied here at every depth:
+
+    X, and X/... of sequences    removed
+    Z, X/Z                       emptied
+    D, Z/D, X/D, X/Z/D           a dummy of its VR; in a sequence, all that is in it
+    U, X/Z/U*                    UIDs replaced, by the same for the same
+
+Beyond the table, whatever is not known to be harmless goes: private attributes, attributes that the
+data dictionary does not know, names of persons, overlays and curves as a whole, bits of the pixels
+that do not belong to them, and what encoders write beside compressed pictures.
+
+Pixels are not looked at. Where they are marked as showing text, or of a kind that often does, the
+image is refused; allowed knowingly, the result does not claim that its patient is removed.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import hashlib
+import hmac
+import io
+import uuid
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
-from dicomanonymizer import simpledicomanonymizer as rules
-from pydicom import Dataset, dcmread, dcmwrite
+from dicomanonymizer.dicomfields_selector import dicom_anonymization_database_selector
+from pydicom import DataElement, Dataset, dcmread, dcmwrite
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import FileMetaDataset
+from pydicom.filereader import read_dataset
+from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
+from pydicom.tag import BaseTag
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
+from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.bedside.audit.pixels import clean_pixels
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image.loading import decoding
+from medmoe_edge.image.formats import HEAD_BYTES, is_dicom
+from medmoe_edge.image.loading import MAX_BYTES, check_file, decoding, shown_name
 
-EDITION = "dicomfields_2026c"
+EDITION = "2026c"
+Action = Literal["X", "Z", "D", "U", "U*"]
+CATEGORIES: dict[str, Action] = {
+    "D_TAGS": "D",
+    "Z_TAGS": "Z",
+    "X_TAGS": "X",
+    "U_TAGS": "U",
+    "Z_D_TAGS": "D",
+    "X_Z_TAGS": "Z",
+    "X_D_TAGS": "D",
+    "X_Z_D_TAGS": "D",
+    "X_Z_U_STAR_TAGS": "U*",
+}
+OPTIONAL = ("X_Z_TAGS", "X_D_TAGS", "X_Z_D_TAGS")  # sequences of these are in no image's type 1
+WORDS = ("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UT")
+DUMMIES: dict[str, Any] = {
+    **dict.fromkeys(WORDS, "ANONYMIZED"),
+    **dict.fromkeys(("FD", "FL", "SS", "US", "SL", "UL", "SV", "UV"), 0),
+    **dict.fromkeys(("DS", "IS"), "0"),
+    **dict.fromkeys(("OB", "UN"), b"\0\0"),
+    "AS": "000Y",
+    "DA": "19000101",
+    "DT": "19000101000000",
+    "TM": "000000",
+    "UR": "http://anonymized.invalid",
+}
+WELL_KNOWN = "1.2.840.10008."  # UIDs of the standard itself, which tell of nobody
+REPEATING = ((0x5000, 0xFF00), (0x6000, 0xFF00))  # curves and overlays
+# Where text in the picture is usual: ultrasound, endoscopy, captures of screens and of paper.
+TEXT_MODALITIES = {"US", "IVUS", "ES", "OT", "SC", "HC", "DOC", "XC", "DMS"}
+TEXT_CLASSES = ("Ultrasound", "Secondary Capture", "Endoscopic", "Photographic", "Hardcopy")
+SCREENS = ("SCREEN SAVE", "SCREEN_SAVE", "SCREENSAVE", "SECONDARY CAPTURE")
+METHOD = f"PS3.15 {EDITION} Basic Profile, medmoe-edge {__version__}"[:64]
 
 
-def deidentify(source: Path, target: Path, *, allow_burned_in: bool = False) -> None:
+def deidentify(
+    source: Path, target: Path, *, allow_burned_in: bool = False, secret: bytes = b""
+) -> bool:
     """Write `source` without what identifies a patient to `target`, whole or not at all.
 
-    Raises `ImageError` for what is no DICOM file, for pixels marked as showing text (PS3.3 C.7.6.1,
-    Burned In Annotation), unless allowed, and for what the rules cannot be applied to.
+    Args:
+        source: A DICOM file with an image.
+        target: What to write; it is replaced.
+        allow_burned_in: Also take pictures that show text, or may.
+        secret: What replaced UIDs depend on, the same for all files of a study. Without one,
+            whoever has the original UIDs can tell which was made from which.
+
+    Returns:
+        Whether the result claims that its patient is removed; pictures that may show text do not.
+
+    Raises:
+        ImageError: What is no DICOM image, and pixels that are marked as showing text (PS3.3
+            C.7.6.1.1.5, Burned In Annotation) or often do, unless allowed.
     """
-    with decoding("The input"):
-        dataset = dcmread(source)
-        if not allow_burned_in:
-            refuse_burned_in(dataset)
-        _clean(dataset)
+    name = shown_name(source)
+    check_file(source, name)
+    with decoding(name):
+        dataset = _read(source, name)
+        _check_image(dataset, name)
+        may_show_text = _may_show_text(dataset)
+        if may_show_text and not allow_burned_in:
+            raise _refusal(dataset)
+        clean_pixels(dataset)
+        _Cleaning(secret).clean(dataset)
+        _claim(dataset, removed=not may_show_text)
         with atomic_file(target) as file:
             dcmwrite(file, dataset, enforce_file_format=True)
+    return not may_show_text
 
 
-def refuse_burned_in(dataset: Dataset) -> None:
-    """Raise `ImageError` for pixels that are marked as showing who the patient is."""
-    if str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES":
+def _read(path: Path, name: str) -> Dataset:
+    """All of a file; raises `ImageError`, and whatever pydicom raises."""
+    with path.open("rb") as file:
+        if not is_dicom(file.read(HEAD_BYTES)):
+            raise ImageError(f"{name} is no DICOM file.", "Give a DICOM image.")
+        file.seek(132)
+        meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
+        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            return _inflated(file, meta, name)
+    dataset = dcmread(path, force=True)  # old files lack the preamble
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else native
+    return dataset
+
+
+def _inflated(file: IO[bytes], meta: Dataset, name: str) -> Dataset:
+    """A deflated file's dataset; pydicom itself would inflate without a limit."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    data = inflater.decompress(file.read(), MAX_BYTES)
+    if inflater.unconsumed_tail:
+        raise ImageError(f"{name} inflates to more than {MAX_BYTES:,} bytes.", "Split the series.")
+    dataset = read_dataset(io.BytesIO(data), False, True)
+    dataset.set_original_encoding(False, True)
+    dataset.file_meta = FileMetaDataset(meta)
+    return dataset
+
+
+def _check_image(dataset: Dataset, name: str) -> None:
+    has_pixels = any(f"{kind}PixelData" in dataset for kind in ("", "Float", "DoubleFloat"))
+    if not has_pixels and not dataset.get("SOPClassUID"):
+        raise ImageError(f"{name} is no DICOM image.", "Give one.")
+    if not has_pixels:
         raise ImageError(
-            "The picture is marked as showing text (Burned In Annotation), often a patient's name.",
-            "Cover it first, or allow it knowingly.",
+            f"{name} holds no image: of a report or a document nobody can tell here what in its "
+            "words is about the patient.",
+            "Give an image.",
         )
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        if not dataset.get(keyword):
+            raise ImageError(f"{name} has no {keyword}.", "Export it again.")
 
 
-def _clean(dataset: Dataset) -> None:
-    for part in _with_items(dataset):
-        rules.anonymize_dataset(part, base_rules_gen=_actions)
+def _may_show_text(dataset: Dataset) -> bool:
+    marked = str(dataset.get("BurnedInAnnotation") or "").strip().upper()
+    if marked in ("YES", "NO"):
+        return marked == "YES"
+    kinds = {str(dataset.get("Modality") or "").strip().upper()}
+    sop_class = dataset.get("SOPClassUID")
+    class_name = getattr(sop_class, "name", "")
+    shown = " ".join(_values(dataset.get("ImageType"))).upper()
+    return bool(
+        kinds & TEXT_MODALITIES
+        or "ConversionType" in dataset  # made from paper, film or a screen
+        or any(word in class_name for word in TEXT_CLASSES)
+        or any(word in shown for word in SCREENS)
+    )
+
+
+def _refusal(dataset: Dataset) -> ImageError:
+    if str(dataset.get("BurnedInAnnotation") or "").strip():
+        what = "The picture is marked as showing text (Burned In Annotation), often a name."
+    else:
+        what = (
+            "Pictures of this kind often show text, such as a patient's name, and the file does "
+            "not say that this one shows none (Burned In Annotation)."
+        )
+    return ImageError(what, "Look at it; cover what it tells, or allow it: --allow-burned-in.")
+
+
+def _claim(dataset: Dataset, *, removed: bool) -> None:
+    """Say in the object what was done to it, and no more."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
     meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.file_meta, dataset.preamble = meta, None
-    dataset.PatientIdentityRemoved = "YES"
-    dataset.DeidentificationMethod = "PS3.15 Basic Profile, medmoe-edge with dicom-anonymizer"
-    item = Dataset()
-    basic = codes.DCM.BasicApplicationConfidentialityProfile
-    item.CodeValue, item.CodingSchemeDesignator = basic.value, basic.scheme_designator
-    item.CodeMeaning = basic.meaning
-    dataset.DeidentificationMethodCodeSequence = [item]
+    for keyword in ("DeidentificationMethodCodeSequence", "DeidentificationMethod"):
+        if keyword in dataset:  # of an earlier hand, which may have kept more
+            del dataset[keyword]
+    dataset.PatientIdentityRemoved = "YES" if removed else "NO"
+    dataset.LongitudinalTemporalInformationModified = "REMOVED"
+    dataset.DeidentificationMethod = METHOD if removed else [METHOD, "Pixels were not looked at"]
+    if removed:
+        item, basic = Dataset(), codes.DCM.BasicApplicationConfidentialityProfile
+        item.CodeValue, item.CodingSchemeDesignator = basic.value, basic.scheme_designator
+        item.CodeMeaning = basic.meaning
+        dataset.DeidentificationMethodCodeSequence = [item]
 
 
-def _with_items(dataset: Dataset) -> Iterator[Dataset]:
-    """The dataset, cleaned before its items are looked for, then those at any depth."""
-    yield dataset
-    for element in dataset:
-        if element.VR == "SQ":
+class _Cleaning:
+    """The table's actions on the attributes of one dataset and of all in its sequences."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def clean(self, dataset: Dataset) -> None:
+        """Leave in a dataset only what the profile leaves."""
+        for tag in list(dataset.keys()):
+            action = _action(BaseTag(tag))
+            if action == "X":
+                del dataset[tag]
+                continue
+            element = dataset[tag]
+            self._apply(action, dataset, element)
+
+    def _apply(self, action: Action | None, dataset: Dataset, element: DataElement) -> None:
+        is_sequence = element.VR == "SQ"
+        if action == "D":
+            self._replace(dataset, element)
+        elif action == "Z":
+            element.value = [] if is_sequence else None
+        elif is_sequence:
             for item in element.value:
-                yield from _with_items(item)
+                self.clean(item)
+        elif action in ("U", "U*"):
+            self._replace_uids(element)
+        elif element.VR == "PN":  # the table has all of today's
+            element.value = None
+
+    def _replace(self, dataset: Dataset, element: DataElement) -> None:
+        """A dummy of the same VR; what has none is removed."""
+        if BaseTag(element.tag).is_private or BaseTag(element.tag).element == 0:
+            del dataset[element.tag]
+        elif element.VR == "SQ":
+            for item in element.value:
+                for each in list(item):
+                    self._replace(item, each)
+        elif element.VR == "UI":
+            self._replace_uids(element)
+        elif element.VR in DUMMIES:
+            element.value = DUMMIES[element.VR]
+        else:
+            del dataset[element.tag]
+
+    def _replace_uids(self, element: DataElement) -> None:
+        found = [self._uid(value) for value in _values(element.value)]
+        element.value = found if len(found) > 1 else next(iter(found), None)
+
+    def _uid(self, uid: str) -> str:
+        """The same for the same, under the root for UUIDs (PS3.5 B.2)."""
+        if uid.startswith(WELL_KNOWN):
+            return uid
+        digest = hmac.digest(self._secret, f"medmoe-edge {uid}".encode(), hashlib.sha256)
+        return f"2.25.{uuid.UUID(bytes=digest[:16], version=4).int}"
+
+
+def _values(value: object) -> list[str]:
+    many: Iterable[object] = value if isinstance(value, MultiValue | list) else [value]
+    return [str(each) for each in many if each not in (None, "")]
+
+
+def _action(tag: BaseTag) -> Action | None:
+    if tag.is_private or tag.element == 0:
+        return "X"
+    if any(tag.group & mask == group for group, mask in REPEATING):
+        return "X"
+    found = _table().get((tag.group, tag.element))
+    if found is None and not dictionary_has_tag(tag):
+        return "X"
+    return found
 
 
 @functools.cache
-def _actions() -> dict[tuple[int, ...], Callable[..., Any]]:
-    """Of each tag. Sequences of references (X/Z/U*) stay: their items' UIDs are replaced (U)."""
-    actions = rules.initialize_actions(EDITION)
-    references = rules.delete_or_empty_or_replace_UID
-    return {tag: rules.keep if do is references else do for tag, do in actions.items()}
+def _table() -> dict[tuple[int, int], Action]:
+    """By group and element; the repeating groups are removed as a whole."""
+    table: dict[tuple[int, int], Action] = {}
+    categories = dicom_anonymization_database_selector(f"dicomfields_{EDITION}")
+    for category, action in CATEGORIES.items():
+        for group, element, *masks in categories[category]:
+            if masks:
+                continue
+            tag = (group, element)
+            is_sequence = dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"
+            table[tag] = "X" if is_sequence and category in OPTIONAL else action
+    return table

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock
 
@@ -32,7 +32,7 @@ class AuditLog:
         *,
         who: str,
         event: str,
-        model: Mapping[str, str],
+        model: Mapping[str, Any],
         question: str,
         answer: str,
         input_sha256: str,

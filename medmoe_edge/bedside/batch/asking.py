@@ -111,6 +111,7 @@ def _row(
         "modality": found and found.modality,
         "experts": found and found.experts,
         "complete": found and found.complete,
+        "warnings": found and [dataclasses.asdict(notice) for notice in found.warnings],
         "model": engine.name,
         "model_sha256": engine.sha256,
         "seconds": found and found.timings.total,

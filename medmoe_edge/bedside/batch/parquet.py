@@ -3,6 +3,7 @@
     image_number, image         which image of the inputs, from 0, and its path as given there
     question_number, question   which question of the image, from 0
     answer, confidence, modality, experts, complete, seconds    as in `answer.Answer`; null without
+    warnings                    of the answer: each a code and a message; null without an answer
     model, model_sha256         what answered
     error                       what was wrong with the image; null where there is an answer
 
@@ -14,6 +15,7 @@ first question include reading the image. The file's metadata hold `notice`, `ve
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 from pyarrow import parquet
@@ -27,6 +29,7 @@ from medmoe_edge.errors import ResourceError
 
 GROUP = 10_000  # rows that are held in memory at once
 
+WARNING = pyarrow.struct([("code", pyarrow.string()), ("message", pyarrow.string())])
 SCHEMA = pyarrow.schema(
     [
         ("image_number", pyarrow.int64()),
@@ -42,19 +45,28 @@ SCHEMA = pyarrow.schema(
         ("model_sha256", pyarrow.string()),
         ("seconds", pyarrow.float64()),
         ("error", pyarrow.string()),
+        ("warnings", pyarrow.list_(WARNING)),
     ]
 )
 
 
+class Written(NamedTuple):
+    """How many rows there are, without an answer, and with warnings."""
+
+    rows: int
+    errors: int
+    warned: int
+
+
 def write_results(
     output: Path, items: Sequence[Item], journal: Journal, verification: str
-) -> tuple[int, int]:
-    """Write all that the journal keeps, whole or not at all; gives the rows and their errors.
+) -> Written:
+    """Write all that the journal keeps, whole or not at all.
 
     Raises `ResourceError` where the disk does not take it.
     """
     about = {"notice": NOTICE, "verification": verification, "medmoe_edge": __version__}
-    count = errors = 0
+    count = errors = warned = 0
     try:
         with (
             atomic_file(output) as file,
@@ -64,12 +76,13 @@ def write_results(
                 writer.write_table(pyarrow.Table.from_pylist(rows, writer.schema))
                 count += len(rows)
                 errors += sum(row["error"] is not None for row in rows)
+                warned += sum(bool(row.get("warnings")) for row in rows)
     except OSError as error:
         raise ResourceError(
             f"{output} cannot be written ({error.strerror or type(error).__name__}).",
             "Free some space and run it again: nothing is asked twice.",
         ) from error
-    return count, errors
+    return Written(count, errors, warned)
 
 
 def _rows(items: Sequence[Item], journal: Journal) -> Iterator[Row]:

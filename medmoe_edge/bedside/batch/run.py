@@ -26,6 +26,8 @@ Progress = Callable[[str, int, int], None]
 class BatchReport:
     """What became of a batch: `rows` were written to `output`, of which `errors` have no answer.
 
+    `warned` rows have an answer with warnings.
+
     Of `images` images, `resumed` had been done by earlier runs; `seconds` are of this one.
     """
 
@@ -33,6 +35,7 @@ class BatchReport:
     images: int
     rows: int
     errors: int
+    warned: int
     resumed: int
     seconds: float
     model: dict[str, str]
@@ -73,13 +76,14 @@ def run_batch(
     with Journal(output, job, force=force) as journal:
         done = journal.done()
         _answer(items, done, journal, answering, model.sha256, progress)
-        rows, errors = write_results(output, items, journal, model.verification)
+        written = write_results(output, items, journal, model.verification)
         journal.remove()
     return BatchReport(
         output=str(output),
         images=len(items),
-        rows=rows,
-        errors=errors,
+        rows=written.rows,
+        errors=written.errors,
+        warned=written.warned,
         resumed=len(done),
         seconds=time.perf_counter() - started,
         model=model._asdict(),

@@ -10,7 +10,9 @@ import hashlib
 import io
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from pydicom import Dataset, dcmread, dcmwrite
@@ -20,17 +22,28 @@ from medmoe_edge.bedside.listen.config import Configuration, Document
 from medmoe_edge.bedside.listen.evidence import Evidence, Result
 from medmoe_edge.bedside.listen.files import Folder
 from medmoe_edge.bedside.listen.queue import Job, Queue
-from medmoe_edge.bedside.listen.report_picture import Locator, heat_map
+from medmoe_edge.bedside.listen.report_picture import Locator, heat_map, seen_capture
 from medmoe_edge.bedside.listen.report_sr import basic_text_sr, comprehensive_3d_sr
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.errors import InputError, MedMoEError
-from medmoe_edge.image.loading import Image, decoding
-from medmoe_edge.image.worker import read_apart
+from medmoe_edge.errors import InputError, MedMoEError, Notice
+from medmoe_edge.image.loading import Image, Pixels, decoding
 
 log = logging.getLogger(__name__)
 # An object at which the process itself ends, or that provokes a mistake of ours, comes after all
 # others and is not tried for ever. Others end the process too: power, updates, a kill.
 MAX_ATTEMPTS = 100
+SENT_AGAIN = Notice(
+    "sent_again",
+    "The object was sent before with other content: this answer is about what was sent last.",
+)
+OTHER_PATIENT = Notice(
+    "other_patient",
+    "The object was sent before in the name of another patient, under the same UID: look whose "
+    "image it is, and at the report that was made for the other.",
+)
+SHARED_STUDY = Notice(
+    "shared_study", "Another patient's images were sent with the same Study Instance UID."
+)
 
 
 class Asked(Protocol):
@@ -40,6 +53,10 @@ class Asked(Protocol):
         self, image: Image, questions: Sequence[str], *, max_new_tokens: int
     ) -> list[Answer]:
         """Answer each question about the image."""
+        ...
+
+    def seen(self, image: Image) -> Pixels:
+        """Exactly what the model sees of the image, `[S, S, 3]`."""
         ...
 
 
@@ -81,7 +98,10 @@ class Answering:
             raise
 
     def _record(self, job: Job, image: Image, results: list[Result]) -> None:
-        names = [name for result in results for name in self._write(job, result, image)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's quote what breaks the standard
+            names = self._write_picture(job, results)
+            names += [name for result in results for name in self._write(job, result, image)]
         for answer in (result.answer for result in results):
             self.audit.append(
                 who=f"dicom:{job.peer}",
@@ -102,35 +122,85 @@ class Answering:
         path = self.folder.image(job.key)
         with decoding(path.name):
             dataset = dcmread(path, stop_before_pixels=True)
-        image = read_apart(path)
+        image = self.folder.picture(job.key)
         limit = self.configuration.max_new_tokens
         answers = self.engine.ask_all(image, job.questions, max_new_tokens=limit)
-        evidence = Evidence.of(dataset, image, job.sha256)
+        evidence = Evidence.of(dataset, image, job.sha256, job.key)
+        found = (*evidence.notices, *self._notices(job.key))
+        answers = [replace(each, warnings=(*each.warnings, *found)) for each in answers]
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return image, [Result(evidence, answer, when) for answer in answers]
+        picture = self._picture(evidence, image)
+        return image, [Result(evidence, answer, when, picture) for answer in answers]
+
+    def _picture(self, evidence: Evidence, image: Image) -> Dataset | None:
+        if "picture" not in self.configuration.all_documents:
+            return None
+        return seen_capture(evidence, self.engine.seen(image))
+
+    def _notices(self, key: str) -> Iterator[Notice]:
+        """What other objects say of this one."""
+        origin = self.queue.origin(key)
+        if origin is None:
+            return
+        earlier = self._earlier(key)
+        if earlier:
+            yield SENT_AGAIN
+        if any(patient != origin.patient for _, patient in earlier):
+            yield OTHER_PATIENT
+        if self.queue.shares_study(origin):
+            yield SHARED_STUDY
+
+    def _earlier(self, key: str) -> list[tuple[str, str]]:
+        """The keys and patients of what was sent under the same UID before."""
+        origin = self.queue.origin(key)
+        versions = [] if origin is None else self.queue.versions(origin.uid)
+        keys = [known for known, _ in versions]
+        return [(known, each.patient) for known, each in versions[: keys.index(key)]]
+
+    def _replaced(self, key: str, name: str) -> list[Dataset]:
+        """Documents of that name about the same patient that are of earlier versions."""
+        origin = self.queue.origin(key)
+        paths = [
+            self.folder.documents / known / name
+            for known, patient in self._earlier(key)
+            if origin is not None and patient == origin.patient
+        ]
+        return [dcmread(path, stop_before_pixels=True) for path in paths if path.exists()]
+
+    def _write_picture(self, job: Job, results: list[Result]) -> list[str]:
+        """What the model saw is the same for all questions."""
+        picture = next((result.picture for result in results), None)
+        if picture is None:
+            return []
+        name = f"{job.key}/image.picture.dcm"
+        self.folder.keep(self.folder.documents / name, encoded(picture))
+        return [name]
 
     def _write(self, job: Job, result: Result, image: Image) -> Iterator[str]:
         """Write the configured documents; gives their names under the documents' folder."""
         question = hashlib.sha256(result.answer.question.encode()).hexdigest()[:16]
         for kind in self.configuration.all_documents:
-            data = self._made(kind, result, image)
+            ending = "json" if kind.startswith("fhir") else "dcm"
+            name = f"{question}.{kind}.{ending}"
+            data = self._made(kind, result, image, name)
             if data is None:
                 continue
-            ending = "json" if kind.startswith("fhir") else "dcm"
-            name = f"{job.key}/{question}.{kind}.{ending}"
-            self.folder.keep(self.folder.documents / name, data)
-            yield name
+            self.folder.keep(self.folder.documents / job.key / name, data)
+            yield f"{job.key}/{name}"
 
-    def _made(self, kind: Document, result: Result, image: Image) -> bytes | None:
+    def _made(self, kind: Document, result: Result, image: Image, name: str) -> bytes | None:
         match kind:
+            case "picture":
+                return None  # which is of the image, not of a question
             case "fhir-r4" | "fhir-r5":
                 from medmoe_edge.bedside.listen.fhir import fhir  # half a second to import
 
                 return fhir(result, "R4" if kind == "fhir-r4" else "R5")
             case "basic-text-sr":
-                return encoded(basic_text_sr(result))
+                return encoded(basic_text_sr(result, self._replaced(result.evidence.key, name)))
             case "comprehensive-3d-sr":
-                return encoded(comprehensive_3d_sr(result))
+                earlier = self._replaced(result.evidence.key, name)
+                return encoded(comprehensive_3d_sr(result, earlier))
             case "heat-map":
                 return self._heat_map(result, image)
 

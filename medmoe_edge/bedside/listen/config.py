@@ -35,7 +35,9 @@ import pydantic
 
 from medmoe_edge.errors import InputError
 
-Document = Literal["comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5"]
+Document = Literal[
+    "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5"
+]
 
 # PS3.5, table 6.2-1: no control characters, no backslash, not only spaces; ASCII by default.
 AETitle = Annotated[str, pydantic.Field(pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$")]
@@ -101,7 +103,8 @@ class Configuration(_Part):
     `folder` holds what was received until it is answered (for good with `keep_images`), the queue,
     the documents and, unless `audit` names another file, the audit log. `reserve_mb` of the disk
     stay free: what would not fit is refused. `allow_burned_in` also takes pixels marked as showing
-    text. `heat_map_model` is what draws the document "heat-map".
+    text. `heat_map_model` is what draws the document "heat-map"; "picture" is a Secondary Capture
+    of exactly what the model saw, to which the reports then refer.
     """
 
     ae_title: AETitle = "MEDMOE"

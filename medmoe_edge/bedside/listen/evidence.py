@@ -1,50 +1,66 @@
 """What a result takes over from the object that it is about: whose it is, and what it refers to.
 
-Headers come from anyone, so that only values that the standard allows are taken over. The UIDs of
-results follow from what they are about: made again, a result is the same object.
+The UIDs of results follow from what they are about: made again, a result is the same object. An
+object that was sent again with other content is another version, and has results of its own.
 """
 
 import dataclasses
 import uuid
-import warnings
-from typing import Any, Self
+from typing import Self
 
-from pydicom import Dataset, config
-from pydicom.uid import UID
+from pydicom import Dataset
 
 from medmoe_edge._version import __version__
 from medmoe_edge.bedside.listen.files import key_of
+from medmoe_edge.bedside.listen.header import (
+    SHARED,
+    UIDS,
+    element_of,
+    is_allowed,
+    notices_of,
+    patient_of,
+    text_of,
+    uid_of,
+)
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.errors import ImageError
+from medmoe_edge.errors import Notice
 from medmoe_edge.image.loading import Image
 
 # The root of all UIDs made here, itself made by chance once.
 NAMESPACE = uuid.UUID("6e7f2a53-5f0c-4c58-9a2b-0d8c8d3c3d6e")
-UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
-SHARED = (
-    *("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
-    *("StudyDate", "StudyTime", "AccessionNumber", "StudyID", "ReferringPhysicianName"),
-    *("Modality", "BodyPartExamined"),
-)
 CHARACTERS = "ISO_IR 192"  # UTF-8, PS3.3 C.12.1.1.2
-SEXES = ("M", "F", "O")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """The header of an object that was answered; `frame`, from 1, of several frames."""
+    """The header of an object that was answered, as far as results need it.
+
+    Attributes:
+        header: For the makers of documents, which take only what the standard allows: all else is
+            empty there.
+        values: By keyword, what results take over, as the object has it.
+        frame: Of several frames the one that was answered, from 1.
+        sha256: Of the object's file.
+        key: By which the node knows the object, and this version of it.
+        notices: What a reader of the results should know of the object.
+    """
 
     header: Dataset
+    values: dict[str, str]
     frame: int | None
     sha256: str
+    key: str
+    notices: tuple[Notice, ...] = ()
 
     @classmethod
-    def of(cls, dataset: Dataset, image: Image, sha256: str) -> Self:
+    def of(cls, dataset: Dataset, image: Image, sha256: str, key: str | None = None) -> Self:
         """From a whole dataset, and the picture of it that was read (the middle one)."""
         frame = (image.frames - 1) // 2 + 1 if image.frames > 1 else None
-        header = _header(dataset)
+        notices = notices_of(dataset)
+        values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
+        header = _header(dataset, values)
         header.Rows, header.Columns = image.pixels.shape[:2]
-        return cls(header, frame, sha256)
+        return cls(header, values, frame, sha256, key or key_of(header.SOPInstanceUID), notices)
 
     @property
     def uid(self) -> str:
@@ -56,26 +72,42 @@ class Evidence:
         """For references to the object."""
         return None if self.frame is None else [self.frame]
 
+    def take_over(self, document: Dataset) -> None:
+        """Give a document the patient and study of the object, as the object has them."""
+        for keyword, value in self.values.items():
+            if value or keyword in document:
+                document.add(element_of(keyword, value))
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One question about one object, answered; `when` by ISO 8601, UTC."""
+    """One question about one object, answered; `when` by ISO 8601, UTC.
+
+    `picture` is the Secondary Capture of what the model saw, if there is one.
+    """
 
     evidence: Evidence
     answer: Answer
     when: str
+    picture: Dataset | None = None
 
     def uid(self, kind: str) -> str:
         """The SOP Instance UID of this result as a document of a kind: always the same."""
-        return made_uid(key_of(self.evidence.uid), self.answer.question, kind)
+        return made_uid(self.evidence.key, self.answer.question, kind)
 
     def uuid(self, kind: str) -> str:
-        """The same as a UUID."""
+        """The UID as a UUID."""
         return str(uuid.UUID(int=int(self.uid(kind).removeprefix("2.25."))))
 
     def series_uid(self, kind: str) -> str:
-        """The series of all results of a kind in the study."""
-        return made_uid(str(self.evidence.header.StudyInstanceUID), "series", kind)
+        """The series of all results of a kind about a patient in the study."""
+        return series_uid(self.evidence, kind)
+
+
+def series_uid(evidence: Evidence, kind: str) -> str:
+    """The series of what is made of a kind; a study that holds two patients has two."""
+    study = str(evidence.header.StudyInstanceUID)
+    return made_uid(study, *patient_of(evidence.values), "series", kind)
 
 
 def made_uid(*parts: str) -> str:
@@ -88,38 +120,13 @@ def device_uid(answer: Answer) -> str:
     return made_uid("device", answer.model["sha256"], __version__)
 
 
-def check_uids(dataset: Dataset) -> None:
-    """Raise `ImageError` where what a result must refer to is missing or no UID."""
-    for keyword in UIDS:
-        value = dataset.get(keyword)
-        if not isinstance(value, str) or not UID(value).is_valid:
-            raise ImageError(f"The object has no valid {keyword}.", "Export it again.")
-
-
-def _header(dataset: Dataset) -> Dataset:
+def _header(dataset: Dataset, values: dict[str, str]) -> Dataset:
     header = Dataset()
     header.SpecificCharacterSet = CHARACTERS
     for keyword in UIDS:
-        setattr(header, keyword, str(dataset[keyword].value))
-    for keyword in SHARED:
-        setattr(header, keyword, _allowed(dataset, keyword))
-    if header.PatientSex not in SEXES:
-        header.PatientSex = ""
+        header.add(element_of(keyword, uid_of(dataset, keyword)))
+    if str(dataset.get("BurnedInAnnotation") or "").strip().upper() in ("YES", "NO"):
+        header.BurnedInAnnotation = str(dataset.BurnedInAnnotation).strip().upper()
+    for keyword, value in values.items():
+        setattr(header, keyword, value if is_allowed(keyword, value) else "")
     return header
-
-
-def _allowed(dataset: Dataset, keyword: str) -> Any:
-    """A value as the standard allows it, or nothing."""
-    try:
-        value = str(dataset.get(keyword) or "").strip("\0 ")
-        trial = Dataset()
-        with config.strict_reading(), warnings.catch_warnings():
-            warnings.simplefilter("error")
-            setattr(trial, keyword, value)
-            return str(trial[keyword].value or "") if _is_single(trial, keyword) else ""
-    except Exception:  # pydicom raises nearly anything on damaged values
-        return ""
-
-
-def _is_single(dataset: Dataset, keyword: str) -> bool:
-    return dataset[keyword].VM <= 1

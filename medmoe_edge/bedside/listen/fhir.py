@@ -6,17 +6,19 @@ order are named by their identifiers alone. Validated as R4B (4.3), which leaves
 R4 has them, and as R5.
 """
 
+import uuid
 from typing import Any, Literal
 
 from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bedside.listen.evidence import Result, device_uid
+from medmoe_edge.bedside.listen.evidence import NAMESPACE, Result, device_uid
 
 Version = Literal["R4", "R5"]
 Resource = dict[str, Any]
 DICOM = "urn:dicom:uid"
+WARNINGS = f"urn:uuid:{uuid.uuid5(NAMESPACE, 'warnings')}"  # the system of the warnings' codes
 RADIOLOGY = {"system": "http://terminology.hl7.org/CodeSystem/v2-0074", "code": "RAD"}
 IMAGING = {
     "system": "http://terminology.hl7.org/CodeSystem/observation-category",
@@ -81,7 +83,7 @@ def _observation(result: Result) -> Resource:
         "device": {"reference": f"urn:uuid:{result.uuid('Device')}"},
         "focus": [{"identifier": _uid(result.evidence.uid), "display": "The image"}],
         "derivedFrom": [_study(result)],
-        "note": [{"text": answer.notice}],
+        "note": [{"text": text} for text in (*_warnings(result), answer.notice)],
         "component": [
             {
                 "code": {"text": "Model's own probability of its answer"},
@@ -90,7 +92,17 @@ def _observation(result: Result) -> Resource:
                     "system": "http://unitsofmeasure.org",
                     "code": "1",
                 },
-            }
+            },
+            *(
+                {
+                    "code": {"text": "Warning"},
+                    "valueCodeableConcept": {
+                        "coding": [{"system": WARNINGS, "code": notice.code}],
+                        "text": notice.message,
+                    },
+                }
+                for notice in answer.warnings
+            ),
         ],
     }
     if text := answer.text.strip():
@@ -112,8 +124,18 @@ def _report(result: Result, version: Version) -> Resource:
         "issued": result.when,
         study: [_study(result)],
         "result": [{"reference": f"urn:uuid:{result.uuid('Observation')}"}],
-        "conclusion": f"{answer.question} {answer.text.strip() or '(no answer)'}\n{answer.notice}",
+        "conclusion": "\n".join(
+            (
+                f"{answer.question} {answer.text.strip() or '(no answer)'}",
+                *_warnings(result),
+                answer.notice,
+            )
+        ),
     }
+
+
+def _warnings(result: Result) -> list[str]:
+    return [f"Warning: {notice.message}" for notice in result.answer.warnings]
 
 
 def _uid(uid: str) -> dict[str, str]:
@@ -127,10 +149,10 @@ def _study(result: Result) -> Resource:
 
 def _subject(result: Result) -> Resource:
     """The patient by number, if the object has one."""
-    number = str(result.evidence.header.PatientID)
+    number = result.evidence.values["PatientID"]
     if not number:
         return {}
     identifier: Resource = {"value": number}
-    if issuer := str(result.evidence.header.IssuerOfPatientID):
+    if issuer := result.evidence.values["IssuerOfPatientID"]:
         identifier["assigner"] = {"display": issuer}
     return {"subject": {"type": "Patient", "identifier": identifier}}

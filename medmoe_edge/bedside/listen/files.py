@@ -16,6 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.errors import MedMoEError
+from medmoe_edge.image.loading import Image, shown_name
+from medmoe_edge.image.worker import Bounds, read_apart
+
+BOUNDS = Bounds(seconds=30.0)  # of one picture: nobody waits at a screen
 
 
 class Folder:
@@ -31,6 +36,19 @@ class Folder:
     def image(self, key: str) -> Path:
         """Where a received object lies."""
         return self.images / f"{key}.dcm"
+
+    def picture(self, key: str) -> Image:
+        """The picture of a received object, decoded in a process of its own, which is bounded.
+
+        Raises what `load_image` does.
+        """
+        path = self.image(key)
+        try:
+            return read_apart(path, bounds=BOUNDS)
+        except MedMoEError as error:
+            error.what = error.what.replace(shown_name(path), "The object")
+            error.args = (f"{error.what} {error.remedy}",)
+            raise
 
     def free(self) -> int:
         """Bytes free on the disk."""

@@ -73,6 +73,7 @@ class Node:
         meter = Meter(min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES))
         handlers: list[EventHandlerType] = [
             (evt.EVT_REQUESTED, receiving.requested),
+            (evt.EVT_ACCEPTED, receiving.accepted),
             (evt.EVT_C_ECHO, receiving.echo),
             (evt.EVT_C_STORE, receiving.store),
             (evt.EVT_DATA_RECV, meter.data),

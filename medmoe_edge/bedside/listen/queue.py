@@ -2,7 +2,9 @@
 
 An object is `waiting` until its answers are recorded, in one transaction with what is to be sent of
 them, and then `answered`; or `failed`, where it cannot be answered. Its key is the SHA-256 of its
-SOP Instance UID, so that what is sent again is known. Times are not kept: a clock may jump.
+SOP Instance UID, so that what is sent again is known. Sent again with other content it is another
+version, under a key of its own; `origin` tells, in hashes, what versions and patients there are.
+Times are not kept: a clock may jump.
 """
 
 import json
@@ -12,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medmoe_edge.bedside.listen.header import Origin
 from medmoe_edge.errors import ResourceError
 
 SCHEMA = """
@@ -38,8 +41,19 @@ CREATE TABLE IF NOT EXISTS delivery (
     sent INTEGER NOT NULL DEFAULT 0,
     UNIQUE (document, destination)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS origin (
+    key TEXT PRIMARY KEY,
+    uid TEXT NOT NULL,
+    content TEXT NOT NULL,
+    patient TEXT NOT NULL,
+    study TEXT NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS origin_uid ON origin (uid);
+CREATE INDEX IF NOT EXISTS origin_study ON origin (study);
 CREATE INDEX IF NOT EXISTS delivery_open ON delivery (destination, sent, number);
 """
+# Of an object that needs nothing more when it comes again.
+SETTLED = "object.state != 'failed' AND object.questions != '[]'"
 
 
 class Job(NamedTuple):
@@ -74,18 +88,59 @@ class Queue:
         """Close the file."""
         self._database.close()
 
-    def add(self, key: str, sha256: str, peer: str, questions: Sequence[str]) -> None:
-        """Add an object; one without questions needs no answer. Known ones are left alone."""
-        values = (key, sha256, peer, json.dumps(questions), "waiting" if questions else "answered")
-        self._write(
-            "INSERT OR IGNORE INTO object (key, sha256, peer, questions, state) "
-            "VALUES (?, ?, ?, ?, ?)",
-            [values],
-        )
+    def add(
+        self,
+        key: str,
+        sha256: str,
+        peer: str,
+        questions: Sequence[str],
+        origin: Origin | None = None,
+    ) -> None:
+        """Add an object; one without questions needs no answer.
 
-    def knows(self, key: str) -> bool:
-        """Whether an object was ever added."""
-        return bool(self._read("SELECT 1 FROM object WHERE key = ?", key))
+        Known ones are left alone, but for those that were given up, or of which nothing was asked:
+        they wait again.
+        """
+        values = (key, sha256, peer, json.dumps(questions), "waiting" if questions else "answered")
+        with self._lock, _explaining(), self._database as database:
+            database.execute(
+                "INSERT INTO object (key, sha256, peer, questions, state) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (key) DO UPDATE SET sha256 = excluded.sha256, peer = excluded.peer, "
+                "questions = excluded.questions, state = excluded.state, attempts = 0 "
+                f"WHERE NOT ({SETTLED})",
+                values,
+            )
+            if origin is not None:
+                statement = "INSERT OR REPLACE INTO origin VALUES (?, ?, ?, ?, ?)"
+                database.execute(statement, (key, *origin))
+
+    def settles(self, key: str) -> bool:
+        """Whether an object is answered or will be."""
+        return bool(self._read(f"SELECT 1 FROM object WHERE key = ? AND {SETTLED}", key))
+
+    def state(self, key: str) -> str | None:
+        """The state of an object; None of one that was never added."""
+        rows = self._read("SELECT state FROM object WHERE key = ?", key)
+        return str(rows[0][0]) if rows else None
+
+    def origin(self, key: str) -> Origin | None:
+        """What is known of where an object comes from."""
+        rows = self._read("SELECT uid, content, patient, study FROM origin WHERE key = ?", key)
+        return Origin(*rows[0]) if rows else None
+
+    def versions(self, uid: str) -> list[tuple[str, Origin]]:
+        """The keys of all objects of a SOP Instance UID, in the order in which they came."""
+        rows = self._read(
+            "SELECT key, uid, content, patient, study FROM origin JOIN object USING (key) "
+            "WHERE uid = ? ORDER BY number",
+            uid,
+        )
+        return [(key, Origin(*values)) for key, *values in rows]
+
+    def shares_study(self, origin: Origin) -> bool:
+        """Whether the study of an object holds another object of another patient."""
+        statement = "SELECT 1 FROM origin WHERE study = ? AND patient != ? AND uid != ? LIMIT 1"
+        return bool(self._read(statement, origin.study, origin.patient, origin.uid))
 
     def waiting(self, limit: int) -> list[str]:
         """The first objects to be answered; those last that were attempted most."""

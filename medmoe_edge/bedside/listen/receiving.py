@@ -3,31 +3,43 @@
 The statuses are those of PS3.4 B.2.3 and PS3.7 annex C.
 """
 
+import functools
 import hashlib
+import io
 import ipaddress
 import logging
+import re
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from pydicom import Dataset, dcmread
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
+from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.events import Event
-from pynetdicom.presentation import AllStoragePresentationContexts
+from pynetdicom.presentation import AllStoragePresentationContexts, build_context
+from pynetdicom.service_class import StorageServiceClass
+from pynetdicom.sop_class import register_uid
 
 from medmoe_edge.bedside.listen.config import Configuration
-from medmoe_edge.bedside.listen.evidence import check_uids
 from medmoe_edge.bedside.listen.files import Folder, key_of
+from medmoe_edge.bedside.listen.header import (
+    Origin,
+    check_uids,
+    notices_of,
+    origin_of,
+    text_of,
+    uid_of,
+)
 from medmoe_edge.bedside.listen.queue import Queue
-from medmoe_edge.errors import ImageError, MedMoEError, ResourceError
+from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
 from medmoe_edge.image.loading import decoding
-from medmoe_edge.image.worker import read_apart
 
 log = logging.getLogger(__name__)
 
 SUCCESS = 0x0000
+TRANSFER_SYNTAXES_NOT_SUPPORTED = 0x04  # of a presentation context, PS3.8 table 9-18
 UNSUPPORTED_CLASS = 0x0122
 NOT_AUTHORISED = 0x0124
 OUT_OF_RESOURCES = 0xA700
@@ -38,20 +50,35 @@ CANNOT_UNDERSTAND = 0xC000
 # waveforms, presentation states, plans ...) are refused when they are offered.
 WORDS = ("Image Storage", "Image Storage - For", "Parametric Map", "Segmentation", "RT Dose")
 NOT_PIXELS = ("Presentation State", "Surface", "Spectroscopy", "Raw Data")
-PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+# Classes that the standard has withdrawn, and that old devices still send.
+RETIRED = (
+    *("1.2.840.10008.5.1.1.29", "1.2.840.10008.5.1.1.30"),  # hardcopies
+    *("1.2.840.10008.5.1.4.1.1.3", "1.2.840.10008.5.1.4.1.1.6"),  # ultrasound
+    "1.2.840.10008.5.1.4.1.1.5",  # nuclear medicine
+    "1.2.840.10008.5.1.4.1.1.12.3",  # bi-plane angiography
+    *("1.2.840.10008.5.1.4.1.1.77.1", "1.2.840.10008.5.1.4.1.1.77.2"),  # visible light, on trial
+)
+MAX_PRIVATE = 1000  # classes of makers' own, over the life of the process
+PLAIN_UID = re.compile(r"[0-9.]{1,64}")
+SOME = 3  # of many classes
+LONGEST_UID = 64  # characters in a command
+LONGEST_COMMENT = 64  # characters of an Error Comment (LO)
+_registered: set[str] = set()
 
 
 def classes_with_pixels() -> list[str]:
     """The UIDs of the storage classes that are taken."""
     contexts = [context.abstract_syntax for context in AllStoragePresentationContexts]
     named = [(uid, uid.name) for uid in contexts if uid is not None]
-    return [
+    current = [
         str(uid)
         for uid, name in named
         if any(word in name for word in WORDS) and not any(word in name for word in NOT_PIXELS)
     ]
+    return [*current, *(uid for uid in RETIRED if register(uid))]
 
 
+@functools.cache
 def transfer_syntaxes() -> list[str]:
     """Those that can be read here; not the deflated one, which may inflate to any size."""
     return [
@@ -60,6 +87,14 @@ def transfer_syntaxes() -> list[str]:
         if syntax != DeflatedExplicitVRLittleEndian
         and (not syntax.is_encapsulated or _is_decodable(str(syntax)))
     ]
+
+
+class Refused(Exception):
+    """An object that is not taken: the status, and why, without a word of the patient."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status, self.why = status, why
 
 
 class Receiving:
@@ -85,95 +120,179 @@ class Receiving:
         address = ipaddress.ip_address(requestor.address)
         for peer in self.configuration.peers:
             if peer.ae_title == title and (not peer.hosts or address in peer.hosts):
+                self._support_private(event.assoc)
                 return
         log.warning("An association was rejected: its AE title or address is not on the list.")
         event.assoc.acse.send_reject(0x01, 0x01, 0x03)  # permanent; calling AE not recognised
         event.assoc.kill()
 
+    def _support_private(self, association: Association) -> None:
+        """Let an association offer classes of its maker's own: images are judged as they come."""
+        primitive = association.requestor.primitive
+        offered = getattr(primitive, "presentation_context_definition_list", None) or ()
+        contexts = association.acceptor.supported_contexts
+        for uid in {str(context.abstract_syntax) for context in offered}:
+            if is_private(uid) and register(uid):
+                contexts.append(build_context(uid, transfer_syntaxes()))
+        association.acceptor.supported_contexts = contexts
+
+    def accepted(self, event: Event) -> None:
+        """Say what of an association's offer is not taken, which the sender may not tell.
+
+        Senders offer all that they know, so that only images in no readable encoding are a warning.
+        """
+        taken = {context.abstract_syntax for context in event.assoc.accepted_contexts}
+        others: dict[bool, set[str]] = {True: set(), False: set()}
+        for context in event.assoc.rejected_contexts:
+            if context.abstract_syntax not in taken:
+                is_unreadable = context.result == TRANSFER_SYNTAXES_NOT_SUPPORTED
+                others[is_unreadable].add(shown_uid(context.abstract_syntax))
+        if others[True]:
+            log.warning("Offered in no readable encoding: %s.", ", ".join(sorted(others[True])))
+        if others[False]:
+            level = logging.INFO if taken else logging.WARNING
+            some = ", ".join(sorted(others[False])[:SOME])
+            log.log(level, "Not taken here (%d): %s.", len(others[False]), some)
+
     def echo(self, event: Event) -> int:
         """C-ECHO."""
         return SUCCESS
 
-    def store(self, event: Event) -> int:
+    def store(self, event: Event) -> Dataset:
         """C-STORE: the status, which is success only once the object lies on the disk."""
+        answer = Dataset()
         try:
-            status = self._store(event)
+            self._store(event)
+        except Refused as refused:
+            answer.Status, why = refused.status, refused.why
+        except MissingDependencyError as error:
+            answer.Status, why = CANNOT_UNDERSTAND, f"{error.what} {error.remedy}"
         except (ResourceError, OSError, MemoryError) as error:
-            log.error("An object was refused: no room for it (%s).", type(error).__name__)
-            return OUT_OF_RESOURCES
+            answer.Status, why = OUT_OF_RESOURCES, f"no room for it ({type(error).__name__})"
         except MedMoEError as error:
-            log.warning("An object was refused: it cannot be read (%s).", type(error).__name__)
-            return CANNOT_UNDERSTAND
+            answer.Status, why = CANNOT_UNDERSTAND, error.what
         except Exception as error:  # whatever a peer's bytes may still provoke
-            log.warning("An object was refused: it is damaged (%s).", type(error).__name__)
-            return CANNOT_UNDERSTAND
-        if status == SUCCESS:
-            self.arrived()
+            answer.Status, why = CANNOT_UNDERSTAND, f"it is damaged ({type(error).__name__})"
         else:
-            log.warning("An object was refused (0x%04X).", status)
-        return status
+            answer.Status = SUCCESS
+            self.arrived()
+            return answer
+        answer.ErrorComment = why[:LONGEST_COMMENT]
+        level = logging.ERROR if answer.Status == OUT_OF_RESOURCES else logging.WARNING
+        log.log(level, "An object was refused (0x%04X): %s", answer.Status, why)
+        return answer
 
-    def _store(self, event: Event) -> int:
+    def _store(self, event: Event) -> None:
         request = event.request
         assert isinstance(request, C_STORE)
-        if str(request.AffectedSOPClassUID) not in self.classes:
-            return UNSUPPORTED_CLASS
+        sop_class = str(request.AffectedSOPClassUID)
+        if sop_class not in self.classes and not is_private(sop_class):
+            raise Refused(UNSUPPORTED_CLASS, "Objects of its class are not images.")
         if event.context.abstract_syntax != request.AffectedSOPClassUID:
-            return CLASS_MISMATCH
-        key = key_of(str(request.AffectedSOPInstanceUID))
+            raise Refused(CLASS_MISMATCH, "Its class is not the one that was agreed on.")
         data = event.encoded_dataset()
         if len(data) > self.configuration.max_object_mb * 1_000_000:
-            raise ResourceError("An object is too large.", "Configure a higher limit.")
+            raise Refused(OUT_OF_RESOURCES, "It is larger than max_object_mb allows.")
         if self.folder.free() - len(data) < self.configuration.reserve_mb * 1_000_000:
-            raise ResourceError("The disk is too full to keep an object.", "Free some space.")
+            raise Refused(OUT_OF_RESOURCES, "The disk is too full to keep it.")
+        header, pixels = _parts(data)
+        self._judge(request, header, pixels)
+        notices = notices_of(header)
+        origin = origin_of(header, pixels[8 if header.original_encoding[0] else 12 :])
         with self._keeping:
-            if self.queue.knows(key):  # the sender had not heard of it
-                return SUCCESS
-            return self._keep(event, request, key, data)
+            key = self._key(origin, data)
+            if self.queue.settles(key):  # the sender had not heard of it
+                return
+            self._keep(event, key, data, header, origin)
+        for notice in notices:
+            log.warning("%s: %s", key[:16], notice.message)
 
-    def _keep(self, event: Event, request: C_STORE, key: str, data: bytes) -> int:
+    def _key(self, origin: Origin, data: bytes) -> str:
+        """By which an object is known; sent again with other content, it gets one of its own."""
+        versions = self.queue.versions(origin.uid)
+        for key, known in versions:
+            if known.content == origin.content:
+                return key
+        if self.queue.state(origin.uid) is None:
+            return origin.uid
+        if not versions and self.queue.job(origin.uid).sha256 == hashlib.sha256(data).hexdigest():
+            return origin.uid  # kept by an earlier version of this program
+        return key_of(f"{origin.uid} {origin.content}")
+
+    def _keep(self, event: Event, key: str, data: bytes, header: Dataset, origin: Origin) -> None:
         path = self.folder.image(key)
         title = str(event.assoc.requestor.ae_title).strip()
         self.folder.keep(path, data)
+        kept = False
         try:
-            dataset = _header(path)
-            status = self._judge(request, dataset)
-            if status != SUCCESS:
-                return status
-            read_apart(path)
-            questions = self.configuration.questions_for(
-                str(dataset.get("Modality") or ""), str(dataset.get("BodyPartExamined") or "")
+            self.folder.picture(key)
+            modality, part = (
+                text_of(header, keyword).value.partition("\\")[0]
+                for keyword in ("Modality", "BodyPartExamined")
             )
-            self.queue.add(key, hashlib.sha256(data).hexdigest(), title, questions)
+            questions = self.configuration.questions_for(modality, part)
+            self._tell_of_others(key, origin)
+            self.queue.add(key, hashlib.sha256(data).hexdigest(), title, questions, origin)
+            kept = bool(questions)
         finally:
-            if not self.queue.knows(key):
+            if not kept and self.queue.state(key) != "failed":  # those are kept to be looked at
                 path.unlink(missing_ok=True)
         if not questions:
             log.info("%s: nothing is asked of such images.", key[:16])
-            path.unlink(missing_ok=True)
-        return SUCCESS
 
-    def _judge(self, request: C_STORE, dataset: Dataset) -> int:
-        check_uids(dataset)
-        if dataset.SOPClassUID != request.AffectedSOPClassUID:
-            return CLASS_MISMATCH
-        if dataset.SOPInstanceUID != request.AffectedSOPInstanceUID:
-            return CLASS_MISMATCH
-        if not any(keyword in dataset for keyword in PIXELS):
-            return CLASS_MISMATCH
-        burned_in = str(dataset.get("BurnedInAnnotation") or "").strip().upper() == "YES"
+    def _tell_of_others(self, key: str, origin: Origin) -> None:
+        """Say in the log where an object contradicts those that came before."""
+        known = [each for _, each in self.queue.versions(origin.uid)]
+        if any(each.patient != origin.patient for each in known):
+            log.warning(
+                "%s: sent again in the name of another patient. It is answered anew; look at the "
+                "report that was made for the other.",
+                key[:16],
+            )
+        elif key != origin.uid:
+            log.warning("%s: sent again with other content. It is answered anew.", key[:16])
+        if self.queue.shares_study(origin):
+            log.warning("%s: its Study Instance UID is another patient's too.", key[:16])
+
+    def _judge(self, request: C_STORE, header: Dataset, pixels: memoryview) -> None:
+        check_uids(header)
+        if uid_of(header, "SOPClassUID") != str(request.AffectedSOPClassUID).strip("\0 "):
+            raise Refused(CLASS_MISMATCH, "Its SOPClassUID is another than was announced.")
+        announced = str(request.AffectedSOPInstanceUID).strip("\0 ")
+        if uid_of(header, "SOPInstanceUID")[:LONGEST_UID] != announced:  # longer ones are cut off
+            raise Refused(CLASS_MISMATCH, "Its SOPInstanceUID is another than was announced.")
+        if not pixels:
+            raise Refused(CLASS_MISMATCH, "It has no pixels.")
+        burned_in = text_of(header, "BurnedInAnnotation").value.upper() == "YES"
         if burned_in and not self.configuration.allow_burned_in:
-            return NOT_AUTHORISED
-        return SUCCESS
+            raise Refused(NOT_AUTHORISED, "Its pixels are marked as showing text (burned in).")
 
 
-def _header(path: Path) -> Dataset:
-    """The dataset, its long values (pixels) left on the disk; raises `ImageError`."""
-    with decoding(path.name):
-        dataset = dcmread(path, defer_size=1024)
-        if "SOPClassUID" not in dataset:
-            raise ImageError("The object is no DICOM object.", "Export it again.")
-        return dataset
+def _parts(data: bytes) -> tuple[Dataset, memoryview]:
+    """The header of a file, and what follows it from its pixels on; raises `ImageError`."""
+    with decoding("The object"):
+        file = io.BytesIO(data)
+        header = dcmread(file, stop_before_pixels=True)
+        return header, memoryview(data)[file.tell() :]
+
+
+def is_private(uid: str) -> bool:
+    """Whether a class is a maker's own, and not of the standard (PS3.5 annex A and B)."""
+    return not uid.startswith("1.2.840.10008.") and bool(PLAIN_UID.fullmatch(uid))
+
+
+def register(uid: str) -> bool:
+    """Have pynetdicom take a class for one of the storage service; not of any number of them."""
+    if uid not in _registered and len(_registered) < MAX_PRIVATE:
+        _registered.add(uid)
+        register_uid(uid, f"Storage{uid.replace('.', '_')}", StorageServiceClass)
+    return uid in _registered
+
+
+def shown_uid(uid: str | None) -> str:
+    """The name of a class or encoding, or its UID; what is none might be anything."""
+    text = str(uid)
+    return UID(text).name if PLAIN_UID.fullmatch(text) else "one without a valid UID"
 
 
 def _is_decodable(syntax: str) -> bool:

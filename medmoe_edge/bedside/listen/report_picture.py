@@ -1,6 +1,7 @@
-"""A result as a Secondary Capture: the picture as it was read, and over it where the model looks.
+"""Secondary Captures: the picture as the model saw it, and a result as a map over the picture.
 
-Warm is where the words of question and answer fit best, in the picture's own pixels.
+The map is over the picture as it was read, in its own pixels: warm is where the words of question
+and answer fit best.
 """
 
 from typing import Protocol
@@ -13,7 +14,8 @@ from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bedside.listen.evidence import CHARACTERS, Result
+from medmoe_edge.bedside.listen.evidence import CHARACTERS, Evidence, Result, made_uid, series_uid
+from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.text import key_phrase
 from medmoe_edge.image.loading import Image, Pixels
 
@@ -39,35 +41,59 @@ class Locator(Protocol):
         ...
 
 
+def seen_capture(evidence: Evidence, pixels: Pixels) -> Dataset:
+    """The Secondary Capture of exactly what the model saw of an object, `[S, S, 3]`."""
+    picture = _capture(evidence, pixels, "picture", made_uid(evidence.key, "picture"))
+    picture.SeriesNumber = 9002
+    picture.SeriesDescription = "What the AI saw: not a medical device"
+    picture.ImageComments = NOTICE
+    picture.DerivationDescription = (
+        "Exactly what the model saw, at its resolution: not for reading."
+    )
+    return picture
+
+
 def heat_map(result: Result, image: Image, locator: Locator) -> Dataset:
     """The Secondary Capture for a result; raises what `locator` does."""
     phrase = key_phrase(result.answer.question, result.answer.text)
     heat = locator.locate(image, phrase).heat
+    shown = blended(image.pixels, heat)
+    picture = _capture(result.evidence, shown, "heat-map", result.uid("heat-map"))
+    picture.SeriesNumber = 9001
+    picture.SeriesDescription = "AI heat map, unverified: not a medical device"
+    warnings = (f"Warning: {notice.message}" for notice in result.answer.warnings)
+    picture.ImageComments = " ".join((*warnings, result.answer.notice))
+    picture.DerivationDescription = f"Warm where these words fit best: {phrase}"[:LONGEST]
+    return picture
+
+
+def _capture(evidence: Evidence, pixels: Pixels, kind: str, uid: str) -> Dataset:
+    """A picture made of an object."""
     picture = SCImage.from_ref_dataset(
-        result.evidence.header,
-        pixel_array=blended(image.pixels, heat),
+        evidence.header,
+        pixel_array=pixels,
         photometric_interpretation="RGB",
         bits_allocated=8,
         coordinate_system="PATIENT",
         patient_orientation=("L", "F"),
-        series_instance_uid=result.series_uid("heat-map"),
-        series_number=9001,
-        series_description="AI heat map, unverified: not a medical device",
-        sop_instance_uid=result.uid("heat-map"),
+        series_instance_uid=series_uid(evidence, kind),
+        series_number=9000,
+        sop_instance_uid=uid,
         instance_number=1,
         manufacturer="medmoe-edge",
         software_versions=__version__,
         specific_character_set=CHARACTERS,
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
-    picture.ImageComments = result.answer.notice
-    picture.DerivationDescription = f"Warm where these words fit best: {phrase}"[:LONGEST]
     picture["PatientOrientation"].value = None  # the same as of the image; its reader knows
     picture.Laterality = ""  # what is paired may be on either side
+    if burned_in := evidence.header.get("BurnedInAnnotation"):
+        picture.BurnedInAnnotation = burned_in
     source = Dataset()
-    source.ReferencedSOPClassUID = result.evidence.header.SOPClassUID
-    source.ReferencedSOPInstanceUID = result.evidence.uid
+    source.ReferencedSOPClassUID = evidence.header.SOPClassUID
+    source.ReferencedSOPInstanceUID = evidence.uid
     picture.SourceImageSequence = [source]
+    evidence.take_over(picture)
     return picture
 
 

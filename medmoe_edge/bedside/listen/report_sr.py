@@ -6,6 +6,8 @@ algorithm (TID 4019: name, version, hash of the bundle) and the image. Both docu
 preliminary and unverified, and say that they come from no medical device.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
@@ -30,21 +32,28 @@ from highdicom.sr import (
 )
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import BasicTextSRStorage
+from pydicom.uid import BasicTextSRStorage, SecondaryCaptureImageStorage
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bedside.listen.evidence import CHARACTERS, Result, device_uid
+from medmoe_edge.bedside.listen.evidence import CHARACTERS, Evidence, Result, device_uid
 
 SCHEME = "99MEDMOE"
 MAKER = "medmoe-edge"
 QUESTION = CodedConcept("question", SCHEME, "Question")
 PROBABILITY = CodedConcept("probability", SCHEME, "Model's own probability of its answer")
+SEEN = CodedConcept("seen", SCHEME, "Picture as the model saw it")
+WARNING = CodedConcept("warning", SCHEME, "Warning")
 CONTAINS = RelationshipTypeValues.CONTAINS
 OBSERVED = RelationshipTypeValues.HAS_OBS_CONTEXT
 
 
-def comprehensive_3d_sr(result: Result) -> Dataset:
-    """The answer as a measurement report, for machines."""
+def comprehensive_3d_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Dataset:
+    """The answer as a measurement report, for machines.
+
+    Args:
+        result: What is reported.
+        earlier: The reports that this one takes the place of, as the object was sent again.
+    """
     answer, evidence = result.answer, result.evidence
     algorithm = AlgorithmIdentification(
         name=answer.model["name"],
@@ -60,7 +69,11 @@ def comprehensive_3d_sr(result: Result) -> Dataset:
         source_images=[
             SourceImageForMeasurementGroup(
                 evidence.header.SOPClassUID, evidence.uid, evidence.frames
-            )
+            ),
+            *(
+                SourceImageForMeasurementGroup(shown.SOPClassUID, shown.SOPInstanceUID)
+                for shown in _shown(result)
+            ),
         ],
     )
     group[0].ContentSequence.extend(_said(result))
@@ -76,11 +89,14 @@ def comprehensive_3d_sr(result: Result) -> Dataset:
         procedure_reported=codes.SCT.ImagingProcedure,
         imaging_measurements=[group],
     )
-    return Comprehensive3DSR(content=report, **_document(result, "comprehensive-3d-sr"))
+    options = _document(result, "comprehensive-3d-sr", earlier)
+    return _true_to(evidence, Comprehensive3DSR(content=report, **options))
 
 
-def basic_text_sr(result: Result) -> Dataset:
+def basic_text_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Dataset:
     """The answer as text, for people and for viewers that show no more.
+
+    `result` and `earlier` are as of `comprehensive_3d_sr`.
 
     It is made as an Enhanced SR, of which Basic Text SR is the part that is used here (PS3.3
     A.35.1.3: TEXT, CODE, UIDREF, IMAGE and CONTAINER, related by CONTAINS and HAS OBS CONTEXT).
@@ -94,19 +110,51 @@ def basic_text_sr(result: Result) -> Dataset:
         referenced_frame_numbers=result.evidence.frames,
         relationship_type=CONTAINS,
     )
-    root.ContentSequence = ContentSequence([*_observer(result), _section(result), image])
-    document = EnhancedSR(content=root, **_document(result, "basic-text-sr"))
+    shown = [
+        ImageContentItem(
+            name=SEEN,
+            referenced_sop_class_uid=picture.SOPClassUID,
+            referenced_sop_instance_uid=picture.SOPInstanceUID,
+            relationship_type=CONTAINS,
+        )
+        for picture in _shown(result)
+    ]
+    root.ContentSequence = ContentSequence([*_observer(result), _section(result), image, *shown])
+    document = EnhancedSR(content=root, **_document(result, "basic-text-sr", earlier))
     document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
+    return _true_to(result.evidence, document)
+
+
+def _true_to(evidence: Evidence, document: Dataset) -> Dataset:
+    """The document with class, patient and study of the object as the object has them."""
+    for study in document.CurrentRequestedProcedureEvidenceSequence:
+        for series in study.ReferencedSeriesSequence:
+            for instance in series.ReferencedSOPSequence:
+                if instance.ReferencedSOPInstanceUID == evidence.uid:
+                    instance.ReferencedSOPClassUID = evidence.header.SOPClassUID
+    evidence.take_over(document)
     return document
 
 
+def _shown(result: Result) -> list[Dataset]:
+    """What the model saw, if it was kept."""
+    return [] if result.picture is None else [result.picture]
+
+
 def _said(result: Result) -> list[TextContentItem]:
-    """Question, answer and notice; the answer is a qualitative evaluation (TID 1501) in words."""
+    """Question, answer, its warnings and the notice.
+
+    The answer is a qualitative evaluation (TID 1501) in words.
+    """
     answer = result.answer
     words = answer.text if answer.complete else f"{answer.text} (cut off)"
     return [
         TextContentItem(QUESTION, answer.question, CONTAINS),
         TextContentItem(codes.DCM.Finding, words.strip() or "(no answer)", CONTAINS),
+        *(
+            TextContentItem(WARNING, f"{notice.message} ({notice.code})", CONTAINS)
+            for notice in answer.warnings
+        ),
         TextContentItem(codes.DCM.Comment, answer.notice, CONTAINS),
     ]
 
@@ -129,10 +177,13 @@ def _algorithm(result: Result) -> str:
     return f"{model['name']}, {MAKER} {__version__}, sha256={model['sha256']}"
 
 
-def _document(result: Result, kind: str) -> dict[str, Any]:
+def _document(result: Result, kind: str, earlier: Sequence[Dataset]) -> dict[str, Any]:
     """What all reports have in their header."""
+    image = copy.deepcopy(result.evidence.header)
+    image.SOPClassUID = SecondaryCaptureImageStorage  # highdicom knows no private or old classes
     return {
-        "evidence": [result.evidence.header],
+        "evidence": [image, *_shown(result)],
+        "previous_versions": earlier or None,
         "series_instance_uid": result.series_uid(kind),
         "series_number": 9000,
         "series_description": "AI, unverified: not a medical device",

@@ -230,4 +230,5 @@ def _model(model: Any, kind: str) -> dict[str, Any]:
         "kind": kind,
         "sha256": model.sha256,
         "verification": model.verification,
+        "verified": model.proven.to_json() if model.proven else None,
     }

@@ -34,11 +34,19 @@ class Codes(BaseModel):
     inverted: bool
 
 
+class Warned(BaseModel):
+    """A `medmoe_edge.errors.Notice`."""
+
+    code: str
+    message: str
+
+
 class Picture(BaseModel):
     """One frame. `png` is base64 of what the model is shown, in the file's own window.
 
     `size` are the columns and rows of the file; picture and codes may have fewer, `width` and
-    `height`. `codes` are None where there is colour.
+    `height`. `codes` are None where there is colour. `warnings` are what should be known of the
+    picture as it was read; answers about it repeat them.
     """
 
     size: tuple[int, int]
@@ -49,6 +57,7 @@ class Picture(BaseModel):
     modality: str | None
     png: str
     codes: Codes | None
+    warnings: list[Warned]
 
 
 def picture_routes(limits: Limits) -> APIRouter:
@@ -84,6 +93,7 @@ def picture_of(data: bytes, frame: int | None, bounds: Bounds) -> Picture:
         modality=image.modality,
         png=_png(shown),
         codes=_codes(image, values, shown) if grey else None,
+        warnings=[Warned(code=each.code, message=each.message) for each in image.notices],
     )
 
 

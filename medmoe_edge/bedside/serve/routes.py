@@ -68,7 +68,7 @@ class LocateForm(ImageForm):
 
 
 def own_routes(work: Work, worker: Worker) -> APIRouter:
-    """`/v1/ask`, `/v1/classify` and `/v1/locate`."""
+    """`/v1/ask`, `/v1/seen`, `/v1/classify` and `/v1/locate`."""
     router = APIRouter(prefix="/v1", responses=REFUSALS)
 
     @router.post("/ask", responses={200: {"content": EVENTS}}, response_model=None)
@@ -90,6 +90,15 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         if form.stream:
             return event_stream(_events(await started(job)))
         return JSONResponse({"answers": [answer.to_json() for answer in await answers_of(job)]})
+
+    @router.post("/seen", responses={200: {"content": PICTURE}}, response_model=None)
+    async def seen(
+        request: Request, form: Annotated[ImageForm, Form(media_type="multipart/form-data")]
+    ) -> Response:
+        """Exactly what the model sees of an image when it is asked, as PNG at its resolution."""
+        upload = await _received(work, request, form)
+        job = worker.do(lambda: work.seen(upload), at_end(request), upload.seconds)
+        return Response(await anext(job), media_type="image/png")
 
     @router.post("/classify", response_model=None)
     async def classify(

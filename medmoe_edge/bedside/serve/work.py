@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.errors import Refusal, too_long
@@ -14,8 +14,9 @@ from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.results import Classification, Location
 from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.proof import Proven
 from medmoe_edge.errors import DataError, ResourceError
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.loading import Image, Pixels, png_of
 from medmoe_edge.image.worker import read_apart
 
 PICTURES = 2  # that lie decoded in memory: of the request that is answered, and of the next
@@ -27,8 +28,11 @@ class Asked(Protocol):
     name: str
     sha256: str
     verification: str
+    proven: Proven | None
 
     def prompt_tokens(self, question: str) -> int: ...
+
+    def seen(self, image: Image) -> Pixels: ...
 
     def ask_stream(
         self, image: Image, questions: Sequence[str], *, max_new_tokens: int
@@ -116,6 +120,10 @@ class Work:
                 self._metrics.saw_answer(item)
             yield item
 
+    def seen(self, upload: Upload) -> Generator[bytes, None, None]:
+        """The one picture, as PNG."""
+        yield png_of(self.engine.seen(upload.image))
+
     def classify(
         self, upload: Upload, labels: Sequence[str]
     ) -> Generator[Classification, None, None]:
@@ -135,7 +143,7 @@ class Work:
         yield found
 
     def _record(
-        self, upload: Upload, event: str, model: Mapping[str, str], question: str, answer: str
+        self, upload: Upload, event: str, model: Mapping[str, Any], question: str, answer: str
     ) -> None:
         if self._audit is None:
             return

@@ -45,6 +45,7 @@ export class Entry {
   /** The whole answer. */
   answer(found, frame) {
     this.#part(".text").textContent = found.answer || "(no words)";
+    const warned = this.#warnings(found);
     this.#done(found.complete ? "" : "Cut off: this is the longest answer that was allowed.");
     const { timings } = found;
     this.#summary(`Own probability ${percent(found.confidence)}`, seconds(timings.total));
@@ -58,7 +59,7 @@ export class Entry {
         `${seconds(timings.total)}${timings.prefix_reused ? "; image known already" : ""}`,
       ...model(found.model),
     });
-    return `${found.answer}. Own probability ${percent(found.confidence)}.`;
+    return `${found.answer}. ${warned}Own probability ${percent(found.confidence)}.`;
   }
 
   /** Where a phrase lies; `show` brings its map back. */
@@ -66,12 +67,13 @@ export class Entry {
     const { reading, similarity } = found;
     const said = `Similarity to the whole image ${similarity.toFixed(2)}, from -1 to 1.`;
     this.#part(".text").textContent = "Map on the image";
+    const warned = this.#warnings(found);
     this.#done(reading.unfamiliar ? "Unfamiliar image: unlike those the model knows. Do not rely on this." : "");
     this.#summary(`Similarity ${similarity.toFixed(2)}`, seconds(found.timings.total));
     this.#shares("Image read as", reading.probabilities, reading.modality);
     this.#facts({ Similarity: said, Frame: frame, ...model(found.model) });
     this.#action("Show on the image", show);
-    return `${said} The map is on the image.`;
+    return `${warned}${said} The map is on the image.`;
   }
 
   /** What went wrong, and a way to try again. */
@@ -83,6 +85,14 @@ export class Entry {
   /** It was stopped by the reader. */
   stopped() {
     this.#done("Stopped.");
+  }
+
+  /** What should be known of it; gives the same to be read aloud. */
+  #warnings({ warnings }) {
+    const place = this.#part(".warnings");
+    place.replaceChildren(...warnings.map(({ message }) => made("li", `Warning: ${message}`)));
+    place.hidden = !warnings.length;
+    return warnings.map(({ message }) => `Warning: ${message} `).join("");
   }
 
   #done(status, kind = "quiet") {

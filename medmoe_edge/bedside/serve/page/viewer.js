@@ -31,13 +31,44 @@ export async function open(chosen) {
 /** Lay a map over the frame that it was made of; null takes it away. */
 export async function showHeat(location, frame = picture.frame) {
   if (location && frame !== picture.frame && !(await load(frame))) return;
+  hideSeen();
   if (location) await paintHeat($("heat"), location, picture);
   $("heat").hidden = $("legend").hidden = !location;
   $("heat-toggle").hidden = false;
   $("heat-toggle").setAttribute("aria-pressed", String(Boolean(location)));
 }
 
+/** Show exactly what the model sees of the picture, at its resolution; again takes it away. */
+async function toggleSeen() {
+  if (!$("seen").hidden) return hideSeen();
+  const { signal } = loading;
+  const busy = (left) => tell(`The service is busy. Trying again in ${left} s.`);
+  try {
+    const response = await post("/v1/seen", shown(), { signal, busy });
+    const url = URL.createObjectURL(await response.blob());
+    $("seen").src = url;
+    await $("seen").decode().finally(() => URL.revokeObjectURL(url));
+    if (signal.aborted) return;
+    const { naturalWidth: width, naturalHeight: height } = $("seen");
+    $("seen").alt = `Exactly what the model sees, ${width} by ${height} pixels`;
+    $("seen").hidden = false;
+    $("seen-toggle").setAttribute("aria-pressed", "true");
+    tell("");
+  } catch (error) {
+    if (!signal.aborted) tell(`${error.message} ${error.remedy ?? ""}`);
+  }
+}
+
+function hideSeen() {
+  $("seen").hidden = true;
+  $("seen").removeAttribute("src");
+  $("seen-toggle").setAttribute("aria-pressed", "false");
+}
+
+$("seen-toggle").addEventListener("click", toggleSeen);
+
 function hideAll() {
+  hideSeen();
   for (const id of ["picture", "heat", "legend", "display-only", "heat-toggle", "tools"]) $(id).hidden = true;
 }
 
@@ -81,12 +112,15 @@ function arrange() {
   const frame = picture.frames > 1 ? `, frame ${picture.frame + 1} of ${picture.frames}` : "";
   canvas.setAttribute("aria-label", `Image, ${columns} by ${rows} pixels${frame}`);
   $("facts").textContent = [`${columns} × ${rows}`, picture.modality && named(picture.modality)].filter(Boolean).join(" · ");
+  $("picture-warnings").textContent = picture.warnings.map(({ message }) => message).join(" ");
+  $("picture-warnings").hidden = !picture.warnings.length;
   $("frames").hidden = picture.frames < 2;
   $("frame").max = picture.frames - 1;
   $("frame").value = picture.frame;
   $("frame-shown").value = `${picture.frame + 1} / ${picture.frames}`;
   $("window").hidden = !codes;
   $("heat").hidden = $("legend").hidden = $("heat-toggle").hidden = true;
+  hideSeen();
   draw();
 }
 

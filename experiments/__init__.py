@@ -1,0 +1,1 @@
+"""Finished experiments that the model cards report; run from a checkout, not installed."""

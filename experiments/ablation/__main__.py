@@ -1,0 +1,64 @@
+"""Train variants of a model's structure alike, and show what each part is worth.
+
+Run it from a checkout, with the extra `train` installed:
+
+    python -m experiments.ablation RUN --data data -o OUT
+
+RUN is the folder that `medmoe-edge train` wrote. An interrupted run is resumed by the same command.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experiments.ablation.results import show_ablation
+from experiments.ablation.run import ALL, ablate
+from medmoe_edge.cli.common import Json
+from medmoe_edge.errors import MedMoEError
+from medmoe_edge.render import console
+from medmoe_edge.training.recipe import read_recipe
+
+
+def ablation(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that train wrote.")],
+    *,
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder of the files that the recipe names.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder; resumed if begun.")
+    ],
+    recipe: Annotated[str, typer.Option(help="The recipe that made the run.")] = "nano",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="One of several; the first is what the others are compared with."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of phase 3, for each.", show_default="the recipe's")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train variants of a model's structure alike, and show what each part is worth."""
+    try:
+        with console.bars() as bars:
+            found = ablate(
+                read_recipe(recipe),
+                run,
+                data,
+                output,
+                variants=variant or ALL,
+                epochs=epochs,
+                progress=bars,
+            )
+    except MedMoEError as error:
+        console.show(f"{error.what} {error.remedy}", "red", stderr=True)
+        raise typer.Exit(error.exit_code) from error
+    if as_json:
+        console.as_json(found.to_json())
+    else:
+        show_ablation(found)
+
+
+if __name__ == "__main__":
+    typer.run(ablation)

@@ -1,0 +1,325 @@
+"""What each part of the structure is worth, all else being equal.
+
+Every variant starts from one run's phase-2 model and trains phase 3 with one recipe; then all
+answer the same questions on the same runtime.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from rich.progress import Progress
+
+from experiments.ablation.results import (
+    Ablation,
+    Latency,
+    Result,
+    Routing,
+    Row,
+    Size,
+    difference,
+    read_json,
+    read_result,
+    write_json,
+)
+from experiments.ablation.variants import MERGED, VARIANTS
+from medmoe_edge._types import Floats
+from medmoe_edge.data.datasets import Example, LabelledImage, read_examples, read_labels
+from medmoe_edge.engine.engine import Engine
+from medmoe_edge.errors import DataError, InputError, ResourceError
+from medmoe_edge.evaluation.evaluate import (
+    Evaluation,
+    ModalityAccuracy,
+    Score,
+    evaluate,
+    evaluate_labels,
+)
+from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import chosen_experts
+from medmoe_edge.runtimes.torch.eager import EagerRuntime
+from medmoe_edge.training.data import Batches
+from medmoe_edge.training.loop import Session
+from medmoe_edge.training.objective import Objective
+from medmoe_edge.training.phases import fit_instructions
+from medmoe_edge.training.recipe import PhaseConfig, Recipe
+from medmoe_edge.training.run import read_corpus, restore_instructed, trainable_config
+
+ALL = tuple(VARIANTS)
+ROUNDS = 24  # questions that latencies are measured on
+TOKENS = 8  # decoded in every round, wherever the answer would end
+
+
+def ablate(
+    recipe: Recipe,
+    run: Path,
+    data: Path,
+    out: Path,
+    *,
+    variants: Sequence[str] = ALL,
+    epochs: int | None = None,
+    progress: Progress,
+) -> Ablation:
+    """Train and evaluate variants of the model that `train` made by `recipe` in the folder `run`.
+
+    `epochs` replaces those of the recipe's phase 3. The first variant is what the others are held
+    against. Each keeps its training state and its result in `out/NAME`, so a second call goes on
+    where the first was interrupted; only the latencies, which say something only side by side,
+    are measured again. The whole lies in `out/ablation.json` at the end.
+
+    Raises `InputError` for an unknown variant, and `DataError` where the run or the data cannot be
+    used, or where `out` holds another ablation.
+    """
+    for name in variants:
+        if name not in VARIANTS:
+            raise InputError(f"There is no variant {name!r}.", f"Use some of: {', '.join(ALL)}.")
+    if not variants or len(set(variants)) < len(variants):
+        raise InputError("The variants are none, or one is named twice.", "Name each once.")
+    if epochs is not None:
+        recipe = replace(recipe, moe=replace(recipe.moe, epochs=epochs))
+    experiment = _Experiment(recipe, run, data, out, progress)
+    entries = [experiment.entry(name) for name in variants]  # refuses at once
+    task = progress.add_task("variants", total=len(variants))
+    for entry in entries:
+        experiment.finish(entry)
+        progress.advance(task)
+    results = [experiment.result(entry) for entry in entries]
+    latencies = measure({entry.name: entry.engine for entry in entries}, experiment.examples)
+    images = [str(example.image) for example in experiment.examples]
+    rows = [
+        Row(
+            VARIANTS[result.variant].description,
+            result,
+            latencies[result.variant],
+            *difference(result, results[0], images),
+        )
+        for result in results
+    ]
+    ablation = Ablation(recipe, tuple(rows))
+    write_json(out / "ablation.json", ablation.to_json())
+    return ablation
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A variant in its folder: the model to be trained, and the engine that asks it."""
+
+    name: str
+    folder: Path
+    model: MedMoE
+    objective: Objective
+    phase: PhaseConfig
+    settings: dict[str, Any]
+    engine: Engine
+
+
+class _Experiment:
+    """What all variants share: the recipe, the model they start from, the data."""
+
+    def __init__(
+        self, recipe: Recipe, run: Path, data: Path, out: Path, progress: Progress
+    ) -> None:
+        if recipe.validation is None:
+            raise DataError("The recipe names no validation questions.", "Add 'validation' to it.")
+        self.recipe, self.run, self.out, self.progress = recipe, run, out, progress
+        self.config, self.moe = trainable_config(recipe)
+        self.corpus = read_corpus(recipe, data)
+        self.examples = read_examples(data / recipe.validation)
+        labels = read_labels(data / recipe.labels)
+        self.labels = [item for item in labels if item.split != "train"]
+        files = [run / "instruction.safetensors", run / "tokenizer.json"]
+        files += [data / name for name in (recipe.questions, recipe.labels, recipe.validation)]
+        self.sources = {file.name: _sha256(file) for file in files}
+        self.tokenizer = Tokenizer.from_file(run / "tokenizer.json")
+        self.accelerator = Accelerator(mixed_precision="bf16")
+
+    def entry(self, name: str) -> _Entry:
+        """A variant before phase 3; raises `DataError` where its folder holds another's work."""
+        chosen = VARIANTS[name]
+        dense, router = restore_instructed(self.run, self.config, self.moe, self.recipe.instruction)
+        torch.manual_seed(self.recipe.seed)  # what a variant draws is the same after a resume
+        model = chosen.build(dense, router, self.config)
+        train = chosen.patterns(self.recipe.moe.train, model, self.moe.layers)
+        phase = replace(self.recipe.moe, train=train)
+        # a dense variant keeps the router beside it, as in phase 2, and never asks it
+        objective = Objective(model, None if model.config.moe else router, self.moe.layers)
+        settings = {
+            "variant": name,
+            "preset": self.recipe.preset,
+            "seed": self.recipe.seed,
+            "phase": phase.to_json(),
+            "sources": self.sources,
+        }
+        engine = Engine(_Runtime(model), self.tokenizer, name, "")
+        entry = _Entry(name, self.out / name, model, objective, phase, settings, engine)
+        _claim(entry.folder, settings)
+        if _file(entry).exists():
+            self.result(entry)
+        return entry
+
+    def finish(self, entry: _Entry) -> None:
+        """Train and evaluate what has not been done."""
+        names = entry.engine.expert_names
+        batches = Batches(self.config, self.tokenizer, names, self.recipe.seed)
+        session = Session(entry.folder, self.recipe.seed, self.accelerator, self.progress)
+        fit_instructions("moe", entry.objective, self.corpus, entry.phase, batches, session)
+        entry.model.cpu()
+        if not _file(entry).exists():
+            write_json(_file(entry), asdict(self._evaluated(entry)))
+
+    def result(self, entry: _Entry) -> Result:
+        """The variant's finished result; raises `DataError`."""
+        return read_result(_file(entry), entry.settings, len(self.examples))
+
+    def _evaluated(self, entry: _Entry) -> Result:
+        engine = entry.engine
+        task = self.progress.add_task("questions", total=None)
+        evaluation = evaluate(
+            engine,
+            self.examples,
+            progress=lambda done, total: self.progress.update(task, completed=done, total=total),
+        )
+        self.progress.remove_task(task)
+        router = {}
+        if engine.expert_names:
+            router["questions"] = _merged(evaluation.router, engine.expert_names)
+        if engine.expert_names and self.labels:
+            found = evaluate_labels(engine, self.labels)
+            router["labels"] = _merged(found, engine.expert_names)
+        return Result(
+            variant=entry.name,
+            settings=entry.settings,
+            size=size_of(entry.model),
+            scores=_scores(evaluation),
+            router=router,
+            routing=routing(engine, self.labels),
+            correct=[prediction.correct for prediction in evaluation.predictions],
+        )
+
+
+def _file(entry: _Entry) -> Path:
+    return entry.folder / "result.json"
+
+
+class _Runtime(EagerRuntime):
+    """The torch runtime of a model in memory: not every variant has the layout of a checkpoint."""
+
+    def __init__(self, model: MedMoE) -> None:
+        self.config, self.model = model.config, model.eval()
+
+
+def routing(engine: Engine, images: Sequence[LabelledImage]) -> Routing:
+    """How the tokens of images of each modality are spread over the experts; empty if dense."""
+    moe = engine.config.moe
+    if moe is None:
+        return {}
+    prefix = engine.tokenizer.prefix_ids()
+    shares: dict[str, list[npt.NDArray[np.float64]]] = {}
+    for item in images:
+        pixels = preprocess(load_image(item.image), engine.config.vision)
+        tokens = engine.runtime.encode_image(pixels)
+        embeds = np.concatenate((engine.runtime.embed(prefix), tokens))
+        step = engine.runtime.step(embeds, engine.runtime.new_cache(len(embeds)))
+        chosen = chosen_experts(step.router_logits[len(prefix) :], moe.top_k)
+        shares.setdefault(item.modality, []).append(np.eye(moe.num_experts)[chosen].mean((0, 2)))
+    return {name: np.mean(found, axis=0).tolist() for name, found in sorted(shares.items())}
+
+
+def _merged(found: ModalityAccuracy, names: Sequence[str]) -> ModalityAccuracy:
+    """An expert of several modalities is right for each of them."""
+    serves = {modality: name for name in names for modality in name.split(MERGED)}
+    rows = {true: row for true, row in found.confusion.items() if true in serves}
+    images = sum(sum(row.values()) for row in rows.values())
+    right = sum(row.get(serves[true], 0) for true, row in rows.items())
+    return replace(found, images=images, accuracy=right / images if images else None)
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Score]:
+    closed = {"closed": evaluation.closed} if evaluation.closed else {}
+    sources = {name: score.overall for name, score in evaluation.by_source.items()}
+    return {"all": evaluation.overall, **closed, **sources}
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Begin a variant's folder, or see that what lies there was made with the same settings."""
+    file = folder / "settings.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} cannot be made ({error.strerror}).", "Choose another output folder."
+        ) from error
+    if not file.exists() and not (folder / "moe.safetensors").exists():
+        write_json(file, settings)
+    elif read_json(file) != settings:
+        raise DataError(
+            f"{folder} was made with another recipe, run or data.", "Use an empty folder."
+        )
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error.strerror}).",
+            "Give the folder of a finished run of: medmoe-edge train; and the data it had.",
+        ) from error
+
+
+def size_of(model: MedMoE) -> Size:
+    """Counted from the module, so that layers of any width count as what they are."""
+    sizes = {name: parameter.numel() for name, parameter in model.decoder.named_parameters()}
+    language = activated = sum(sizes.values())
+    if moe := model.config.moe:
+        experts = sum(size for name, size in sizes.items() if ".ffn.experts." in name)
+        activated -= experts - experts * moe.top_k // moe.num_experts
+    tensors = [*model.parameters(), *model.buffers()]
+    return Size(
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        language=language,
+        activated=activated,
+        bytes=sum(tensor.nbytes for tensor in tensors),
+    )
+
+
+def measure(engines: Mapping[str, Engine], examples: Sequence[Example]) -> dict[str, Latency]:
+    """Every engine answers the same questions; they take turns, in changing order."""
+    laps: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    chosen = [examples[number * len(examples) // ROUNDS] for number in range(ROUNDS)]
+    for number, example in enumerate([chosen[0], *chosen]):
+        for name in list(engines)[:: 1 if number % 2 else -1]:
+            engine = engines[name]
+            pixels = preprocess(load_image(example.image), engine.config.vision)
+            lap = _answer(engine, pixels, example.question)
+            if number:  # the first only warms up
+                laps[name].append(lap)
+    return {
+        name: Latency(median(first for first, _ in own), median(token for _, token in own))
+        for name, own in laps.items()
+    }
+
+
+def _answer(engine: Engine, pixels: Floats, question: str) -> tuple[float, float]:
+    """Seconds to the first token and per further token."""
+    runtime, tokenizer = engine.runtime, engine.tokenizer
+    prefix, ids = tokenizer.prefix_ids(), tokenizer.question_ids(question)
+    started = time.perf_counter()
+    image = runtime.encode_image(pixels)
+    embeds = np.concatenate((runtime.embed(prefix), image, runtime.embed(ids)))
+    cache = runtime.new_cache(len(embeds) + TOKENS)
+    logits = runtime.step(embeds, cache).logits
+    first = time.perf_counter()
+    for _ in range(TOKENS):
+        logits = runtime.step(runtime.embed([int(logits.argmax())]), cache).logits
+    return first - started, (time.perf_counter() - first) / TOKENS

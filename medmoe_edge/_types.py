@@ -1,0 +1,16 @@
+"""Types that the whole package shares; each is defined here once."""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+Progress = Callable[[str, int, int], None]
+"""Told of long work as `(step, done, total)`: what is being done, and how far it is."""
+
+
+def no_progress(step: str, done: int, total: int) -> None:
+    """The `Progress` that tells nobody."""

@@ -1,0 +1,319 @@
+"""The verbs of the bedside: `serve`, `listen`, `batch` and `audit`."""
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.cli.common import (
+    Device,
+    DropPages,
+    Force,
+    Json,
+    MemoryBudget,
+    Runtime,
+    app,
+    check_apart,
+    check_output,
+    verb,
+)
+from medmoe_edge.errors import InputError, MedMoEError, VerificationError, needs
+from medmoe_edge.render import console as render
+
+if TYPE_CHECKING:
+    from medmoe_edge.bedside.batch.asking import Answering, Recipe
+    from medmoe_edge.bedside.batch.run import BatchReport
+    from medmoe_edge.bedside.listen.config import Configuration
+    from medmoe_edge.bedside.listen.report_picture import Locator
+
+
+@verb("serve", "Deploy", "serve --port 8000")
+def serve(
+    host: Annotated[str, typer.Option(help="Others than this machine need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
+    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    runtime: Runtime = "auto",
+    device: Device = "auto",
+    memory_budget: MemoryBudget = None,
+    drop_pages: DropPages = False,
+    modality_model: Annotated[str, typer.Option(help="For classify and locate.")] = "modality-nano",
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Who has its token may ask; chmod 600.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    audit_log: Annotated[
+        Path | None, typer.Option("--audit", metavar="FILE", help="Log every answer here.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 8,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 64,
+    max_megapixels: Annotated[int, typer.Option(min=1, max=100, help="Of a picture.")] = 100,
+    max_questions: Annotated[int, typer.Option(min=1, help="In a request.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_seconds: Annotated[float, typer.Option(min=1, help="For a request's answer.")] = 60,
+    as_json: Json = False,
+) -> None:
+    """Answer over HTTP, with a page, JSON and OpenAI's chat completions.
+
+    On SIGTERM it answers what it has accepted, and ends.
+    """
+    with needs("serve"):
+        from medmoe_edge.bedside.serve.settings import Limits, Settings, read_token
+        from medmoe_edge.bedside.serve.start import Served, start
+
+    log = logging.getLogger("medmoe_edge.bedside.serve.guard")
+    if log.isEnabledFor(logging.WARNING):  # the access log, unless --quiet
+        log.setLevel(logging.INFO)
+    limits = Limits(
+        upload_bytes=max_megabytes * 10**6,
+        pixels=max_megapixels * 10**6,
+        questions=max_questions,
+        new_tokens=max_new_tokens,
+        seconds=max_seconds,
+        waiting=queue,
+    )
+    token = None if token_file is None else read_token(token_file)
+    settings = Settings(host, port, token, tls_cert, tls_key, limits)
+
+    served = Served(model, runtime, device, memory_budget, drop_pages, modality_model, audit_log)
+
+    def ready(url: str) -> None:
+        if as_json:
+            render.as_json({"url": url})
+        else:
+            render.show(f"Listening on {url}; end with Ctrl+C.")
+        sys.stdout.flush()
+        render.show(NOTICE, "yellow", stderr=True)
+
+    start(settings, served, ready)
+    render.show("Stopped; all that was accepted is answered.", stderr=True)
+
+
+@verb("listen", "Deploy", "listen --config listen.toml")
+def listen(
+    config: Annotated[Path, typer.Option(metavar="FILE", help="Its configuration, TOML or JSON.")],
+    runtime: Runtime = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Receive DICOM images, answer configured questions, send reports on.
+
+    It ends on SIGTERM or Ctrl-C, after the work at hand; what waits is done after the next start.
+    """
+    with needs("listen"):
+        from medmoe_edge.bedside.listen.config import load_configuration
+        from medmoe_edge.bedside.listen.node import Node
+    import medmoe_edge
+
+    configuration = load_configuration(config)
+    with render.working("Loading"):
+        engine = medmoe_edge.load(
+            configuration.model,
+            runtime=runtime,
+            device=device,
+            memory_budget=configuration.memory_budget,
+            drop_pages=configuration.drop_pages,
+        )
+        locator = _locator(configuration)
+    log = logging.getLogger("medmoe_edge.bedside.listen")
+    if log.isEnabledFor(logging.WARNING):  # what becomes of each object, unless --quiet
+        log.setLevel(logging.INFO)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with Node(configuration, engine, locator) as node:
+        place = {"ae_title": configuration.ae_title, "host": configuration.host, "port": node.port}
+        if as_json:
+            render.as_json(place)
+            sys.stdout.flush()
+        else:
+            render.show("{ae_title} listens on {host}, port {port}.".format(**place))
+        render.show(NOTICE, "yellow", stderr=True)
+        stop.wait()
+
+
+def _locator(configuration: "Configuration") -> "Locator | None":
+    """What draws heat maps, if they are wanted and it can be had."""
+    if "heat-map" not in configuration.documents:
+        return None
+    from medmoe_edge.contrastive.engine import load_modality
+
+    try:
+        return load_modality(configuration.heat_map_model)
+    except MedMoEError as error:
+        render.show(f"No heat maps: {error.what}", "yellow", stderr=True)
+        return None
+
+
+@verb("batch", "Deploy", "batch scans --questions questions.txt -o results.parquet")
+def batch(
+    inputs: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER|CSV",
+            help="All files of a folder, or a table: image, perhaps question.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="PARQUET", help="The file to write.")
+    ],
+    questions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One on a line.", show_default="those of the table"),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    runtime: Runtime = "auto",
+    device: Device = "auto",
+    memory_budget: MemoryBudget = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="On a Ray cluster: HOST:PORT, or local for processes of this machine.",
+            show_default="in this process",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Engines on the cluster.", show_default="one a machine"),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Answer questions about all images of an archive, one row for each.
+
+    Interrupted, the same command goes on where it ended. An image that cannot be read has a row
+    that says so. On a cluster, paths must lead to the same files on every machine.
+    """
+    check_output(output, force)
+    if workers and ray is None:
+        raise InputError("Workers are of a cluster.", "Name one: --ray ADDRESS, or --ray local.")
+    with needs("batch"):
+        from medmoe_edge.bedside.batch.asking import Recipe
+        from medmoe_edge.bedside.batch.run import run_batch
+    recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens)
+    try:
+        with render.working("Loading") as progress, _where(ray, recipe, workers) as answering:
+            report = run_batch(
+                *(inputs, output, questions),
+                recipe=recipe,
+                answering=answering,
+                force=force,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        render.show("What is done is kept: the same command goes on.", stderr=True)
+        raise
+    if as_json:
+        render.as_json(report.to_json())
+    else:
+        _show_batch(report)
+    render.show(report.notice, "yellow", stderr=True)
+
+
+def _where(
+    ray: str | None, recipe: "Recipe", workers: int | None
+) -> contextlib.AbstractContextManager["Answering"]:
+    """Where the engines are."""
+    if ray is None:
+        from medmoe_edge.bedside.batch.asking import Here
+
+        return contextlib.nullcontext(Here(recipe))
+    with needs("ray"):
+        from medmoe_edge.bedside.batch.cluster import OnRay
+    return OnRay(ray, recipe, workers)
+
+
+def _show_batch(report: "BatchReport") -> None:
+    rows = [
+        ("images", f"{report.images:,}"),
+        ("  done by earlier runs", f"{report.resumed:,}"),
+        ("rows", f"{report.rows:,}"),
+        ("  without an answer", f"{report.errors:,}"),
+        ("  with warnings", f"{report.warned:,}"),
+        ("seconds", f"{report.seconds:.1f}"),
+    ]
+    render.show_table("", ["", ""], rows)
+    render.wrote("the answers", Path(report.output))
+
+
+audit = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    audit,
+    name="audit",
+    rich_help_panel="Deploy",
+    help="Verify an audit log; take the patient out of a DICOM file.",
+    epilog="Example: medmoe-edge audit verify audit.jsonl",
+)
+EXAMPLE = "Example: medmoe-edge audit {}"
+
+
+@audit.command("verify", epilog=EXAMPLE.format("verify audit.jsonl"))
+def verify_log(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="A recorded head, to see that no end was cut off."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell whether every line of an audit log is as it was written."""
+    from medmoe_edge.bedside.audit import chain
+
+    report = chain.verify_log(log, head)
+    if as_json:
+        render.as_json(report.to_json())
+    else:
+        render.show(report.why, "green" if report.intact else "bold red")
+        render.show(f"{report.entries:,} entries, head {report.head}")
+    if not report.intact:
+        raise VerificationError(
+            f"The audit log is not intact ({report.fault}).",
+            "The next entry cuts an unfinished line off."
+            if report.fault == "torn"
+            else "Keep it as it is, and find out who could write it.",
+        )
+
+
+@audit.command("deidentify", epilog=EXAMPLE.format("deidentify scan.dcm -o example.dcm"))
+def deidentify(
+    source: Annotated[Path, typer.Argument(metavar="DICOM", help="A DICOM file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    allow_burned_in: Annotated[
+        bool, typer.Option("--allow-burned-in", help="Also where the picture shows text.")
+    ] = False,
+    secret: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Random bytes that nobody else has, the same for a whole study: without them, who "
+            "has the original UIDs can tell which became which.",
+            show_default="none",
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a DICOM image without what identifies its patient (PS3.15, Basic Profile)."""
+    check_output(output, force)
+    check_apart(output, source)
+    with needs("listen"):
+        from medmoe_edge.bedside.audit import deidentify as example
+    key = secret.read_bytes() if secret else b""
+    if secret and not key:
+        raise InputError(f"{secret} is empty.", "Make one: openssl rand -out secret 32")
+    is_removed = example.deidentify(source, output, allow_burned_in=allow_burned_in, secret=key)
+    render.wrote("the example", output)
+    if not is_removed:
+        render.show(
+            "Its picture may show text, and was not looked at: the file does not claim that its "
+            "patient is removed.",
+            "yellow",
+            stderr=True,
+        )

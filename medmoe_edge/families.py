@@ -1,0 +1,251 @@
+"""The two families of models behind one interface, so that a verb need not know which it was given.
+
+What a method needs is imported inside it: a verb pays for nothing that it does not use.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from medmoe_edge.bundle.bundle import Kind, model_kind
+from medmoe_edge.embedded import EMBEDDED, bundle_path
+from medmoe_edge.errors import InputError, needs
+
+if TYPE_CHECKING:
+    from medmoe_edge._types import Progress
+    from medmoe_edge.contrastive.evaluate import ModalityEvaluation
+    from medmoe_edge.engine.loading import Device, RuntimeName
+    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy
+    from medmoe_edge.evaluation.inspection import Inspection
+    from medmoe_edge.evaluation.inspection_contrastive import ModalityInspection
+    from medmoe_edge.evaluation.verify import Verification
+    from medmoe_edge.export.plan import GroupSize, Method, Precision
+    from medmoe_edge.pipeline import Export
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint becomes a portable bundle; see `pipeline.export`."""
+
+    precision: "Precision" = "int8"
+    method: "Method" = "auto"
+    budget_bits: float | None = None
+    group: "GroupSize | None" = None
+    calibrate_on: str | None = None
+    samples: int = 128
+    stats: Path | None = None
+    strict: bool = False
+    name: str | None = None
+    vision_tower: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What a bundle is verified against, on which data; see `pipeline.verify`."""
+
+    against: Path | None = None
+    data: str = "builtin"
+    beside: Sequence[str] = ()
+    report: Path | None = None
+    vision_tower: Path | None = None
+    record: bool | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What a model is scored on, and where it runs."""
+
+    data: Path
+    labels: Path | None = None
+    predictions: Path | None = None
+    runtime: "RuntimeName" = "auto"
+    device: "Device" = "auto"
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """How a Med-MoE answered questions, and how it read labelled images."""
+
+    questions: "Evaluation"
+    labels: "ModalityAccuracy | None"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.questions.to_json() | {"labels": asdict(self.labels) if self.labels else None}
+
+
+class Family(Protocol):
+    """What the verbs do with a model of one family; each method raises `MedMoEError`."""
+
+    def check_export(self, options: ExportOptions, target: str) -> None:
+        """Raise `InputError` for an option or a target that the family does not have."""
+
+    def export(
+        self, checkpoint: Path, out: Path, options: ExportOptions, progress: "Progress"
+    ) -> "Export":
+        """Write a portable bundle, verified where data is given."""
+
+    def verify(self, bundle: Path, options: VerifyOptions, progress: "Progress") -> "Verification":
+        """Check a bundle; with a checkpoint, measure what quantisation cost."""
+
+    def evaluate(
+        self, model: str, options: EvaluateOptions, progress: "Progress"
+    ) -> "AnswerScores | ModalityEvaluation":
+        """Score a model on data."""
+
+    def inspect(self, folder: Path, vision_tower: Path | None) -> "Inspection | ModalityInspection":
+        """Describe what a bundle or checkpoint holds."""
+
+
+class MedMoEFamily:
+    """Med-MoE: questions about an image, answered in words."""
+
+    def check_export(self, options: ExportOptions, target: str) -> None:
+        """Nothing is refused before the checkpoint is read."""
+
+    def export(
+        self, checkpoint: Path, out: Path, options: ExportOptions, progress: "Progress"
+    ) -> "Export":
+        """See `pipeline.export`."""
+        with needs("export"):
+            from medmoe_edge import pipeline
+        return pipeline.export(checkpoint, out, **vars(options), progress=progress)
+
+    def verify(self, bundle: Path, options: VerifyOptions, progress: "Progress") -> "Verification":
+        """See `evaluation.verify`, and `pipeline.verify` against a checkpoint."""
+        if options.against is None:
+            from medmoe_edge.evaluation.verify import verify
+
+            return verify(bundle, progress=progress)
+        with needs("export"):
+            from medmoe_edge import pipeline
+        return pipeline.verify(
+            bundle,
+            options.against,
+            options.data,
+            beside=options.beside,
+            vision_tower=options.vision_tower,
+            record=options.record,
+            progress=progress,
+        )
+
+    def evaluate(self, model: str, options: EvaluateOptions, progress: "Progress") -> AnswerScores:
+        """Ask every question, and read the labelled images that are not to train on."""
+        import medmoe_edge
+        from medmoe_edge.data.datasets import read_examples, read_labels
+        from medmoe_edge.evaluation import evaluate as evaluation
+
+        examples = read_examples(options.data)
+        labelled = read_labels(options.labels) if options.labels else []
+        labelled = [item for item in labelled if item.split != "train"]
+        engine = medmoe_edge.load(model, runtime=options.runtime, device=options.device)
+        asked = evaluation.evaluate(
+            engine, examples, progress=lambda *done: progress("Questions", *done)
+        )
+        read = None
+        if options.labels:
+            read = evaluation.evaluate_labels(
+                engine, labelled, progress=lambda *done: progress("Labels", *done)
+            )
+        if options.predictions:
+            evaluation.save_predictions(asked.predictions, options.predictions)
+        return AnswerScores(asked, read)
+
+    def inspect(self, folder: Path, vision_tower: Path | None) -> "Inspection":
+        """See `evaluation.inspection`."""
+        from medmoe_edge.evaluation.inspection import inspect_model
+
+        return inspect_model(folder, vision_tower=vision_tower)
+
+
+class ContrastiveFamily:
+    """MedMoE: images and texts compared with each other."""
+
+    def check_export(self, options: ExportOptions, target: str) -> None:
+        """Weights in 8-bit groups need no calibration, and there is one target."""
+        _refuse(
+            {
+                "--group-size": options.group,
+                "--stats": options.stats,
+                "--strict": options.strict,
+                "--vision-tower": options.vision_tower,
+                "--target": target != "onnxruntime",
+            }
+        )
+        if options.precision not in ("fp32", "int8"):
+            raise InputError(
+                f"A modality-moe model is not exported in {options.precision}.",
+                "Use --int8 or --fp32.",
+            )
+
+    def export(
+        self, checkpoint: Path, out: Path, options: ExportOptions, progress: "Progress"
+    ) -> "Export":
+        """See `pipeline_contrastive.export_modality`."""
+        with needs("export"):
+            from medmoe_edge.pipeline_contrastive import export_modality
+        return export_modality(
+            checkpoint,
+            out,
+            precision="fp32" if options.precision == "fp32" else "int8",
+            prove_on=options.calibrate_on,
+            name=options.name,
+            force=options.force,
+            progress=progress,
+        )
+
+    def verify(self, bundle: Path, options: VerifyOptions, progress: "Progress") -> "Verification":
+        """See `evaluation.contrastive`."""
+        _refuse(
+            {
+                "--beside": options.beside,
+                "--report": options.report,
+                "--vision-tower": options.vision_tower,
+            }
+        )
+        if options.against is None:
+            from medmoe_edge.evaluation.contrastive import verify_modality
+
+            return verify_modality(bundle, progress=progress)
+        with needs("export"):
+            from medmoe_edge.pipeline_contrastive import verify_modality_on
+        return verify_modality_on(
+            bundle, options.against, options.data, record=options.record, progress=progress
+        )
+
+    def evaluate(
+        self, model: str, options: EvaluateOptions, progress: "Progress"
+    ) -> "ModalityEvaluation":
+        """See `contrastive.evaluate`."""
+        from medmoe_edge.contrastive.engine import load_modality
+        from medmoe_edge.contrastive.evaluate import evaluate_modality
+
+        _refuse({"--labels": options.labels, "--predictions": options.predictions})
+        if options.runtime == "tensorrt":
+            raise InputError("A modality-moe does not run on tensorrt.", "Leave --runtime out.")
+        engine = load_modality(model, runtime=options.runtime)
+        return evaluate_modality(engine, options.data, progress)
+
+    def inspect(self, folder: Path, vision_tower: Path | None) -> "ModalityInspection":
+        """See `evaluation.inspection_contrastive`."""
+        from medmoe_edge.evaluation.inspection_contrastive import inspect_modality
+
+        return inspect_modality(folder)
+
+
+FAMILIES: Mapping[Kind, Family] = {"med-moe": MedMoEFamily(), "modality-moe": ContrastiveFamily()}
+
+
+def family_of(model: str | Path) -> Family:
+    """The family of an embedded model, a bundle or a checkpoint; raises `BundleError`."""
+    name = str(model)
+    return FAMILIES[model_kind(bundle_path(name) if name in EMBEDDED else Path(name))]
+
+
+def _refuse(options: Mapping[str, object]) -> None:
+    """Raise `InputError` for the first option that was given: they are Med-MoE's."""
+    for option, value in options.items():
+        if value:
+            raise InputError(f"{option} does not go with a modality-moe model.", "Leave it out.")

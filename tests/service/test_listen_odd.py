@@ -1,0 +1,418 @@
+"""Objects as real devices send them: kept as they are and told of, or refused with a reason.
+
+What belongs to a patient is never lost, mixed with another's, or emptied without a word.
+"""
+
+import io
+import json
+import logging
+import socketserver
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import raising
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from listen_process import PEER, SOME, StandIn, configuration, send, study, wait_for
+from pydicom import DataElement, Dataset, config, dcmread
+from pydicom.datadict import dictionary_VR
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
+from pydicom.valuerep import CUSTOMIZABLE_CHARSET_VR
+from pynetdicom.ae import ApplicationEntity
+from pynetdicom.dsutils import encode
+from test_listen_fuzz import fake_event
+
+from medmoe_edge.bedside.listen import receiving as listen_receiving
+from medmoe_edge.bedside.listen.answering import encoded
+from medmoe_edge.bedside.listen.evidence import Evidence
+from medmoe_edge.bedside.listen.files import key_of
+from medmoe_edge.bedside.listen.header import SHARED, text_of
+from medmoe_edge.bedside.listen.node import Node
+from medmoe_edge.errors import ImageError
+from medmoe_edge.image.loading import Image
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::UserWarning"
+)
+REPORT = "comprehensive-3d-sr"
+LONG = "MRN-4711-" + "9" * 61  # 70 characters
+RETIRED_ULTRASOUND = "1.2.840.10008.5.1.4.1.1.6"
+PRIVATE = "1.3.46.670589.11.0.0.12.99"
+
+
+@pytest.fixture(autouse=True)
+def servers_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.02,))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    documents = [REPORT, "basic-text-sr", "fhir-r4", "picture"]
+    with Node(configuration(tmp_path / "node", documents=documents), StandIn()) as node:
+        yield node
+
+
+def odd(number: int = 1, **values: Any) -> Dataset:
+    """A study whose values need not be allowed."""
+    dataset = study(number)
+    for keyword, value in values.items():
+        vr = dictionary_VR(keyword)
+        dataset.add(DataElement(keyword, vr, value, validation_mode=config.IGNORE))
+    return dataset
+
+
+def answered(node: Node, count: int = 1) -> None:
+    wait_for(lambda: node.queue.counts()["answered"] == count, 60)
+
+
+def reports(node: Node, kind: str = REPORT) -> list[Dataset]:
+    """Of a kind, in the order in which the objects came."""
+    order = [key for (key,) in node.queue._read("SELECT key FROM object ORDER BY number")]
+    paths = [path for key in order for path in node.folder.documents.glob(f"{key}/*.{kind}.dcm")]
+    return [dcmread(path) for path in paths]
+
+
+def classes_referred_to(report: Dataset) -> set[str]:
+    """The classes of all references in a report, its evidence and its content."""
+    found: set[str] = set()
+
+    def look(_: Dataset, element: DataElement) -> None:
+        if element.keyword == "ReferencedSOPClassUID":
+            found.add(str(element.value))
+
+    report.walk(look)
+    return found
+
+
+def warnings_of(node: Node) -> list[list[str]]:
+    """The codes of the answers' warnings, in the order in which the objects came."""
+    rows = sqlite3.connect(node.folder.queue).execute(
+        "SELECT answer FROM answer JOIN object USING (key) ORDER BY number"
+    )
+    return [[each["code"] for each in json.loads(text)["warnings"]] for (text,) in rows]
+
+
+ODD = [
+    ("PatientID", LONG),
+    ("PatientID", "MRN\\4711"),
+    ("PatientID", "MRN\t4711"),
+    ("IssuerOfPatientID", "H" * 80),
+    ("PatientName", "Doe" * 40 + "^Jane"),
+    ("PatientName", "Doe^Jane^^^^^Too^Many"),
+    ("PatientBirthDate", "1970-02-03"),
+    ("PatientBirthDate", "19700231"),
+    ("PatientBirthDate", "about 1970"),
+    ("PatientSex", "female"),
+    ("StudyDate", "2024.05.06"),
+    ("StudyTime", "25:61"),
+    ("AccessionNumber", "ACCESSION-OF-MORE-THAN-16"),
+    ("StudyID", "x" * 99),
+    ("ReferringPhysicianName", "House" * 20),
+]
+
+
+def test_what_breaks_the_standard_is_taken_over_as_it_is_and_told_of(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent = [odd(number, **{keyword: value}) for number, (keyword, value) in enumerate(ODD)]
+    assert send(node.port, *sent) == [0] * len(ODD)
+    answered(node, len(ODD))
+    plain = study()
+    for kind in (REPORT, "basic-text-sr", "picture"):
+        for report, (keyword, value) in zip(reports(node, kind), ODD, strict=True):
+            assert text_of(report, keyword).value == value
+            for other in set(SHARED) - {keyword}:
+                assert text_of(report, other).value == text_of(plain, other).value
+    assert warnings_of(node) == [["nonconforming_header"]] * len(ODD)
+    for keyword, value in ODD:
+        assert f"breaks the standard in {keyword}" in caplog.text
+        assert value not in caplog.text
+    paths = [node.folder.documents.glob(f"{key_of(each.SOPInstanceUID)}/*.json") for each in sent]
+    for (path,), (keyword, value) in zip(paths, ODD, strict=True):
+        subject = json.loads(path.read_text())["entry"][1]["resource"]["subject"]
+        assert subject["identifier"]["value"] == (value if keyword == "PatientID" else "MRN-4711")
+
+
+def test_uids_of_real_devices_are_taken(node: Node) -> None:
+    odd_uids = [
+        ("StudyInstanceUID", "1.2.826.0.4711.01.1"),
+        ("SeriesInstanceUID", "1.2.826.0.4711." + "7" * 60),
+        ("SOPInstanceUID", "1.2.826.0.04711.5"),
+    ]
+    sent = [odd(number, **{keyword: uid}) for number, (keyword, uid) in enumerate(odd_uids)]
+    assert send(node.port, *sent) == [0, 0, 0]
+    answered(node, 3)
+    for report, (_, uid), image in zip(reports(node), odd_uids, sent, strict=True):
+        (evidence,) = report.CurrentRequestedProcedureEvidenceSequence
+        series = evidence.ReferencedSeriesSequence[0]  # and the picture's
+        (instance,) = series.ReferencedSOPSequence
+        referred = [
+            str(evidence.StudyInstanceUID),
+            str(series.SeriesInstanceUID),
+            str(instance.ReferencedSOPInstanceUID),
+        ]
+        assert uid in referred
+        assert instance.ReferencedSOPClassUID == image.SOPClassUID
+        assert classes_referred_to(report) == {image.SOPClassUID, SecondaryCaptureImageStorage}
+        assert report.StudyInstanceUID == image.StudyInstanceUID == referred[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"SeriesInstanceUID": "Jane"}, "The object's SeriesInstanceUID is no UID."),
+        ({"StudyInstanceUID": ""}, "The object has no StudyInstanceUID."),
+        ({"Rows": 17}, "The object"),
+    ],
+)
+def test_a_refusal_says_why_to_the_sender_and_in_the_log(
+    node: Node, values: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    entity = ApplicationEntity(PEER)
+    entity.add_requested_context(study().SOPClassUID)
+    association = entity.associate("127.0.0.1", node.port, ae_title="MEDMOE")
+    told = association.send_c_store(odd(**values))
+    association.release()
+    assert told.Status == 0xC000
+    assert told.ErrorComment.startswith(why)
+    assert f"An object was refused (0xC000): {why}" in caplog.text
+    assert "Jane" not in caplog.text
+
+
+def test_withdrawn_and_private_classes_are_taken_where_they_show_something(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty = study(3, SOPClassUID=PRIVATE)
+    del empty.PixelData
+    classes = (RETIRED_ULTRASOUND, PRIVATE)
+    sent = [study(number, SOPClassUID=uid) for number, uid in enumerate(classes)]
+    assert send(node.port, *sent, empty) == [0, 0, 0xA900]
+    answered(node, 2)
+    for kind in (REPORT, "basic-text-sr"):
+        for report, uid in zip(reports(node, kind), classes, strict=True):
+            assert uid in classes_referred_to(report)
+            assert study().SOPClassUID not in classes_referred_to(report)
+    assert "It has no pixels." in caplog.text
+
+
+def test_what_is_not_taken_of_an_offer_is_in_the_log(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    entity = ApplicationEntity(PEER)
+    entity.add_requested_context(study().SOPClassUID, "1.2.840.113619.5.2")
+    entity.add_requested_context("1.2.840.10008.5.1.4.1.1.88.11")
+    entity.add_requested_context("1.2.840.10008.1.1")
+    entity.associate("127.0.0.1", node.port, ae_title="MEDMOE").release()
+    assert "Not taken here (1): Basic Text SR Storage." in caplog.text
+    assert "Offered in no readable encoding: Computed Radiography Image Storage." in caplog.text
+
+
+def test_names_in_wrong_character_sets_lose_no_letter(node: Node) -> None:
+    cases = [
+        (b"ISO_IR 100", b"ISO_IR 100", "Müller^Jürgen", []),
+        (b"ISO_IR 100", b"ISO_IR 192", "Müller^Jürgen", ["wrong_character_set"]),
+        (b"ISO_IR 192", b"ISO_IR 999", "Müller^Jürgen", ["wrong_character_set"]),
+        (b"ISO_IR 192", b"ISO_IR 192", "Müller^Jürgen", []),
+        (b"ISO_IR 192", b"ISO_IR 6  ", "Müller^Jürgen", ["wrong_character_set"]),
+        (b"ISO_IR 100", b"ISO_IR 6  ", "Müller^Jürgen", ["wrong_character_set"]),
+        (b"ISO_IR 144", b"ISO_IR 144", "Щукин^Юлия", []),
+    ]
+    for number, (written, declared, name, _) in enumerate(cases):
+        dataset = study(number, SpecificCharacterSet=written.decode())
+        dataset.PatientName = name
+        assert _receive(node, dataset, written, declared) == 0
+    answered(node, len(cases))
+    assert [str(report.PatientName) for report in reports(node)] == [case[2] for case in cases]
+    assert warnings_of(node) == [case[3] for case in cases]
+
+
+def test_a_patient_without_a_number_is_told_of(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert send(node.port, study(PatientID="")) == [0]
+    answered(node)
+    assert warnings_of(node) == [["no_patient_id"]]
+    assert "no Patient ID" in caplog.text
+
+
+def test_the_same_object_in_another_encoding_is_the_same(tmp_path: Path) -> None:
+    engine = StandIn()
+    with Node(configuration(tmp_path / "node"), engine) as node:
+        for syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
+            nested = Dataset()
+            nested.ReferencedSOPInstanceUID = "1.2.3"
+            dataset = study(PixelSpacing=[0.5, 0.5], ReferencedImageSequence=[nested])
+            dataset.file_meta.TransferSyntaxUID = syntax
+            entity = ApplicationEntity(PEER)
+            entity.add_requested_context(dataset.SOPClassUID, syntax)
+            association = entity.associate("127.0.0.1", node.port, ae_title="MEDMOE")
+            assert association.send_c_store(dataset).Status == 0
+            association.release()
+        answered(node)
+        assert node.queue.counts()["waiting"] == 0
+    assert engine.asked == 1
+
+
+def test_a_name_in_three_scripts_stays_one(node: Node) -> None:
+    dataset = study(SpecificCharacterSet=["", "ISO 2022 IR 87"])
+    dataset.PatientName = "Yamada^Tarou=山田^太郎=やまだ^たろう"
+    assert _receive(node, dataset) == 0
+    answered(node)
+    (report,) = reports(node)
+    assert str(report.PatientName) == "Yamada^Tarou=山田^太郎=やまだ^たろう"
+    assert warnings_of(node) == [[]]
+
+
+def test_a_corrected_object_is_answered_anew(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    first, corrected = study(), study(PixelData=SOME[::-1].tobytes())
+    assert send(node.port, first) == [0]
+    answered(node)
+    assert send(node.port, corrected, corrected, first) == [0, 0, 0]  # each known by now
+    answered(node, 2)
+    assert node.queue.counts()["waiting"] == 0
+    old, new = reports(node)
+    (predecessor,) = new.PredecessorDocumentsSequence
+    (series,) = predecessor.ReferencedSeriesSequence
+    assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == old.SOPInstanceUID
+    assert series.SeriesInstanceUID == old.SeriesInstanceUID == new.SeriesInstanceUID
+    assert old.SOPInstanceUID != new.SOPInstanceUID
+    assert "PredecessorDocumentsSequence" not in old
+    assert warnings_of(node) == [[], ["sent_again"]]
+    assert "sent again with other content" in caplog.text
+
+
+def test_a_corrected_object_does_not_take_the_place_of_one_that_waits(tmp_path: Path) -> None:
+    seen = []
+
+    class Looking(StandIn):
+        def ask_all(self, image: Image, questions: Any, *, max_new_tokens: int) -> Any:
+            seen.append(int(image.pixels[0, 0, 0]))
+            return super().ask_all(image, questions, max_new_tokens=max_new_tokens)
+
+    with Node(configuration(tmp_path / "node"), Looking(0.2)) as node:
+        corrected = study(PixelData=SOME[::-1].tobytes())
+        assert send(node.port, study(9), study(), corrected) == [0, 0, 0]
+        answered(node, 3)
+    assert seen[1:] == [0, 240]
+
+
+def test_the_same_uid_of_another_patient_is_kept_apart(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert send(node.port, study()) == [0]
+    answered(node)
+    assert send(node.port, study(PatientID="MRN-0815", PatientName="Roe^Richard")) == [0]
+    answered(node, 2)
+    old, new = reports(node)
+    assert [(each.PatientID, each.PatientName) for each in (old, new)] == [
+        ("MRN-4711", "Doe^Jane"),
+        ("MRN-0815", "Roe^Richard"),
+    ]
+    assert old.SeriesInstanceUID != new.SeriesInstanceUID
+    assert "PredecessorDocumentsSequence" not in new
+    assert warnings_of(node)[1] == ["sent_again", "other_patient"]
+    assert "in the name of another patient" in caplog.text
+    for secret in ("MRN-0815", "Roe", "MRN-4711", "Doe"):
+        assert secret not in caplog.text
+        assert secret.encode() not in node.folder.queue.read_bytes()
+
+
+def test_two_patients_in_one_study_get_a_series_each(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    same = {"StudyInstanceUID": "1.2.826.0.4711.1", "SeriesInstanceUID": "1.2.826.0.4711.2"}
+    assert send(node.port, study(1, **same), study(2, **same, PatientID="MRN-0815")) == [0, 0]
+    answered(node, 2)
+    first, second = reports(node)
+    assert first.SeriesInstanceUID != second.SeriesInstanceUID
+    assert "another patient's too" in caplog.text
+    assert warnings_of(node)[1] == ["shared_study"]
+
+
+def test_what_was_given_up_is_tried_again_when_it_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        with monkeypatch.context() as patch:
+            patch.setattr(node.answering, "_ask", raising(ImageError("", "")))
+            assert send(node.port, study()) == [0]
+            wait_for(lambda: node.queue.counts()["failed"] == 1)
+        assert send(node.port, study()) == [0]
+        answered(node)
+        assert node.queue.counts()["failed"] == 0
+
+
+def test_what_nothing_was_asked_of_is_asked_when_it_is_sent_again(tmp_path: Path) -> None:
+    none = [{"modalities": ["CT"], "ask": ["a"]}]
+    with Node(configuration(tmp_path / "node", questions=none), StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        assert list(node.folder.images.iterdir()) == []
+    engine = StandIn()
+    with Node(configuration(tmp_path / "node"), engine) as node:
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: engine.asked == 1)
+
+
+def test_a_queue_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        answered(node)
+    with sqlite3.connect(tmp_path / "node" / "queue.sqlite") as database:
+        database.execute("DROP TABLE origin")
+    engine = StandIn()
+    with Node(configuration(tmp_path / "node"), engine) as node:
+        assert send(node.port, study()) == [0]
+        assert send(node.port, study(PatientID="MRN-0815")) == [0]
+        answered(node, 2)
+    assert engine.asked == 1
+
+
+def test_the_picture_that_the_model_saw_goes_with_the_report(node: Node) -> None:
+    assert send(node.port, study()) == [0]
+    answered(node)
+    (report,), (picture,) = reports(node), reports(node, "picture")
+    assert (picture.pixel_array == SOME[::2, ::2, None]).all()
+    assert picture.PatientID == "MRN-4711"
+    assert picture.SourceImageSequence[0].ReferencedSOPInstanceUID == study().SOPInstanceUID
+    assert str(picture.SOPInstanceUID).encode() in encoded(report)
+    assert str(picture.SOPInstanceUID).encode() in encoded(reports(node, "basic-text-sr")[0])
+
+
+@given(data=st.data(), keyword=st.sampled_from(SHARED))
+@settings(max_examples=100, deadline=None)
+def test_any_text_comes_through(data: st.DataObject, keyword: str) -> None:
+    """Whatever a header holds, what is made of it can be written, and holds the same."""
+    codec = "utf-8" if dictionary_VR(keyword) in CUSTOMIZABLE_CHARSET_VR else "latin-1"
+    marks = st.characters(codec=codec, exclude_characters="\0")
+    value = data.draw(st.text(marks, max_size=90)).strip("\0 ")
+    dataset = odd(1, **{keyword: value}, SpecificCharacterSet="ISO_IR 192")
+    evidence = Evidence.of(_read(_implicit(dataset)), Image.from_array(SOME), "0" * 64)
+    document = Dataset()
+    document.SpecificCharacterSet = "ISO_IR 192"
+    evidence.take_over(document)
+    assert text_of(_read(_implicit(document)), keyword).value == value
+
+
+def _implicit(dataset: Dataset) -> bytes:
+    data = encode(dataset, is_implicit_vr=True, is_little_endian=True)
+    assert data is not None
+    return data
+
+
+def _read(data: bytes) -> Dataset:
+    return dcmread(io.BytesIO(data), force=True)
+
+
+def _receive(node: Node, dataset: Dataset, old: bytes = b"", new: bytes = b"") -> int:
+    """Give it to the handlers, bytes in it exchanged; the status."""
+    receiving = listen_receiving.Receiving(
+        node.configuration, node.folder, node.queue, lambda: None
+    )
+    data = _implicit(dataset)
+    event = fake_event(data.replace(old, new) if old else data)
+    event.request.AffectedSOPInstanceUID = dataset.SOPInstanceUID
+    return int(receiving.store(event).Status)  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+"""Both families of models behind one interface."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medmoe_edge.embedded import bundle_path, checkpoint_path
+from medmoe_edge.errors import InputError
+from medmoe_edge.families import (
+    FAMILIES,
+    ContrastiveFamily,
+    EvaluateOptions,
+    ExportOptions,
+    MedMoEFamily,
+    VerifyOptions,
+    family_of,
+)
+
+CONTRASTIVE = FAMILIES["modality-moe"]
+
+
+def silent(step: str, done: int, total: int) -> None:
+    pass
+
+
+def test_a_model_is_of_the_family_that_it_says() -> None:
+    for model in ("nano", bundle_path("nano"), checkpoint_path("nano"), "no such folder"):
+        assert isinstance(family_of(model), MedMoEFamily)
+    for model in ("modality-nano", bundle_path("modality-nano"), checkpoint_path("modality-nano")):
+        assert isinstance(family_of(model), ContrastiveFamily)
+
+
+@pytest.mark.parametrize("model", ["nano", "modality-nano"])
+def test_either_family_verifies_and_inspects(model: str) -> None:
+    family, folder = family_of(model), bundle_path(model)
+    assert family.verify(folder, VerifyOptions(), silent).faults == []
+    found = family.inspect(folder, None)
+    assert (found.kind, found.verification) == ("bundle", "passed")
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "what"),
+    [
+        ({"group": 64}, "onnxruntime", "--group-size does not go with"),
+        ({"stats": Path("s")}, "onnxruntime", "--stats does not go with"),
+        ({"vision_tower": Path("t")}, "onnxruntime", "--vision-tower does not go with"),
+        ({}, "tensorrt", "--target does not go with"),
+        ({"precision": "int4"}, "onnxruntime", "is not exported in int4"),
+    ],
+)
+def test_what_a_contrastive_model_is_not_exported_with(
+    options: dict[str, Any], target: str, what: str
+) -> None:
+    with pytest.raises(InputError, match=what):
+        CONTRASTIVE.check_export(ExportOptions(**options), target)
+    FAMILIES["med-moe"].check_export(ExportOptions(**options), target)
+    CONTRASTIVE.check_export(ExportOptions(precision="fp32"), "onnxruntime")
+
+
+def test_what_a_contrastive_model_is_not_measured_with() -> None:
+    folder = bundle_path("modality-nano")
+    with pytest.raises(InputError, match="--beside does not go with"):
+        CONTRASTIVE.verify(folder, VerifyOptions(beside=["other"]), silent)
+    for options, what in (
+        (EvaluateOptions(Path("data"), labels=Path("labels.jsonl")), "--labels does not go with"),
+        (EvaluateOptions(Path("data"), runtime="tensorrt"), "does not run on tensorrt"),
+    ):
+        with pytest.raises(InputError, match=what):
+            CONTRASTIVE.evaluate("modality-nano", options, silent)
