@@ -7,6 +7,7 @@ is decoded with different bytes behind its data: a whole one does not depend on 
 """
 
 import dataclasses
+import logging
 import math
 import re
 import struct
@@ -28,6 +29,11 @@ MANY_PIXELS, MOST_DENSE = 2**24, 2**12
 JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
 J2K = b"\xff\x4f\xff\x51"
 JPEG = b"\xff\xd8\xff"
+HIGH_THROUGHPUT, PREDICTABLE_TERMINATION = 0x40, 0x10  # styles of code blocks (T.800 table A.19)
+# OpenJPEG's words for a code block of which bytes are left, or that needed more of them; and how
+# many of each there may be: Kakadu cuts its blocks shorter than the standard's coder would.
+TERMINATION = re.compile(r"PTERM check failure: (\d+) (remaining|synthesized)")
+MOST_LEFT, MOST_MADE_UP = 2, 5
 END_OF_IMAGE = END_OF_CODESTREAM = b"\xff\xd9"
 SIZ_DEPTHS = 42  # where the components of a JPEG 2000 codestream are described (T.800 A.5.1)
 SYCC = 18  # a JP2 file's enumerated colour space: YCbCr (T.800 table I.10)
@@ -36,7 +42,7 @@ SYCC = 18  # a JP2 file's enumerated colour space: YCbCr (T.800 table I.10)
 IN_JPEG = re.compile(rb"\xff+[\x01-\xfe]")
 IN_JPEG_LS = re.compile(rb"\xff+[\x80-\xfe]")
 # What is put behind each run of entropy-coded data in turn, longer than any one code.
-PADS = (b"\0" * 16, b"\x5a\x35" * 8)
+PADS = (b"\0" * 16, b"\x5a\x35" * 8, b"\xb2\x4d\x69" * 6, b"\x93\xe7\x1c" * 6, b"\x2d\x54\xc8" * 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +51,8 @@ class Codestream:
 
     `colour` is how its three components are to be read: `ycc`, `rgb`, or None where it does not
     say. `entropy` are the runs of entropy-coded data between markers, per scan; from `start` to
-    `end` lie the tiles of JPEG 2000 and all before them. `ended` tells whether the marker of a
+    `end` lie the tiles of JPEG 2000 and all before them, with the bytes `styles` that say how code
+    blocks are coded. `ended` tells whether the marker of a
     JPEG picture's end is there.
     """
 
@@ -60,7 +67,9 @@ class Codestream:
     entropy: tuple[tuple[Segment, ...], ...] = ()
     start: int = 0
     end: int | None = None
+    styles: tuple[int, ...] = ()
     ended: bool = True
+    progressive: bool = False
 
 
 def is_codestream(data: bytes) -> bool:
@@ -130,12 +139,16 @@ class _Frame:
     def lossless(self) -> bool:
         return self.marker in (0xFFC3, 0xFFCB, 0xFFF7)
 
+    @property
+    def progressive(self) -> bool:
+        return self.marker in (0xFFC2, 0xFFCA)
+
     def completed(self, scan: bytes) -> set[int]:
         """The coefficients that a scan reads to their last bit, by the end of its header.
 
         They are all of them, but in progressive pictures (T.81 G.1.1.1).
         """
-        if self.marker not in (0xFFC2, 0xFFCA):
+        if not self.progressive:
             return set(range(64))
         first, last, approximation = scan[:3]
         return set() if approximation & 0xF else set(range(first, last + 1))
@@ -213,6 +226,7 @@ def _read_jpeg(data: bytes, name: str) -> Codestream:
         colour=_jpeg_colour(frame, adobe, jfif),
         entropy=tuple(scans),
         ended=at < len(data),
+        progressive=frame.progressive,
     )
 
 
@@ -291,7 +305,7 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
     tiles = math.ceil((right - tile_left) / tile_width) * math.ceil(
         (bottom - tile_top) / tile_height
     )
-    colours, lossless, end = _follow_tiles(data, start, tiles, name)
+    colours, lossless, styles, end = _follow_tiles(data, start, tiles, components, name)
     if components == 3 and colour is None:
         colour = "rgb" if colours else "ycc" if len(set(steps)) > 1 else None
     (depth,) = depths
@@ -306,6 +320,7 @@ def _read_jpeg2000(data: bytes, name: str) -> Codestream:
         colour=colour,
         start=start,
         end=end,
+        styles=styles,
     )
 
 
@@ -333,10 +348,21 @@ def _in_boxes(data: bytes, name: str) -> tuple[int, Colour | None]:
     raise cut_off(name)
 
 
-def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool, bool, int]:
-    """Whether colours and whether values are transformed reversibly, and where the tiles end."""
+def _follow_tiles(
+    data: bytes, start: int, tiles: int, components: int, name: str
+) -> tuple[bool, bool, tuple[int, ...], int]:
+    """What COD and COC say of the transforms and the coding, and where the tiles end.
+
+    Returns:
+        Whether colours are transformed, whether values are so reversibly, where the styles of code
+        blocks stand, and the tiles' end.
+
+    Raises:
+        ImageError: A tile is not there, or not whole.
+    """
     at, seen = start + 2, set()
     colours = lossless = False
+    styles: list[int] = []
     while True:
         marker, length = struct.unpack_from(">HH", data, at)
         if marker == 0xFF90:  # SOT: its tile, the length of the tile-part
@@ -355,10 +381,13 @@ def _follow_tiles(data: bytes, start: int, tiles: int, name: str) -> tuple[bool,
         else:
             if marker == 0xFF52:  # COD: colour transform, and 1 for the reversible wavelet
                 colours, lossless = data[at + 8] == 1, data[at + 13] == 1
+                styles.append(at + 12 - start)
+            elif marker == 0xFF53:  # COC, the same of one component
+                styles.append(at + (9 if components < 257 else 10) - start)
             at += 2 + length
     if len(seen) != tiles:
         raise cut_off(name)
-    return colours, lossless, at
+    return colours, lossless, tuple(styles), at
 
 
 # --- Decoding ----------------------------------------------------------------
@@ -420,8 +449,8 @@ def _decode_jpeg(
         space = "YCBCR" if is_ycc else "RGB"
         options = {"colorspace": space, "outcolorspace": "RGB"}
 
-    def decoded(pad: bytes, *, changed: bool = False) -> npt.NDArray[Any]:
-        return np.asarray(codecs.jpeg8_decode(_padded(data, stream, pad, changed), **options))
+    def decoded(pad: bytes, unused: int = 0) -> npt.NDArray[Any]:
+        return np.asarray(codecs.jpeg8_decode(_padded(data, stream, pad, unused), **options))
 
     if not stream.ended:
         say("may_be_damaged", "The compressed picture lacks its end: it may be damaged.")
@@ -430,46 +459,61 @@ def _decode_jpeg(
         raise cut_off(name)
     if int(picture.max()) >> stream.precision:  # a wrong difference, carried on
         raise cut_off(name)
-    if np.array_equal(picture, decoded(PADS[1], changed=True)):
+    if stream.progressive or picture.min() == picture.max():  # where any data may look the same
+        return picture
+    if all(np.array_equal(picture, decoded(pad, 1)) for pad in PADS[1:]):
         say(
-            "may_be_damaged", "The compressed picture ends before its data does: it may be damaged."
+            "may_be_damaged",
+            "The compressed picture ends before its data does: it may be damaged.",
         )
     return picture
 
 
-def _padded(data: bytes, stream: Codestream, pad: bytes, changed: bool) -> bytes:
-    """The codestream with bytes put behind all entropy-coded data, whose last byte is changed."""
+def _padded(data: bytes, stream: Codestream, pad: bytes, unused: int) -> bytes:
+    """The codestream with bytes put behind all entropy-coded data, without so many at its end."""
     parts, at = [], 0
     runs = [run for scan in stream.entropy for run in scan]
     for start, end in runs:
-        parts.append(data[at:end])
+        stop = end - unused if (start, end) == runs[-1] else end
+        if stop < end and data[stop - 1 : stop] == b"\xff":  # not between 0xFF and its zero
+            stop -= 1
+        parts += [data[at : max(start, stop)], pad]
         at = end
-        if changed and (start, end) == runs[-1] and end > start:
-            if data[end - 2 : end] == b"\xff\0":
-                parts[-1] = parts[-1][:-2] + b"\0"
-            else:
-                last = data[end - 1] ^ 0xFF
-                parts[-1] = parts[-1][:-1] + (b"\xff\0" if last == 0xFF else bytes([last]))
-        parts.append(pad)
     return b"".join([*parts, data[at:], END_OF_IMAGE])
 
 
 def _decode_jpeg2000(
     codecs: Any, data: bytes, stream: Codestream, exact: bool, say: Say
 ) -> npt.NDArray[Any]:
-    """Decode a JPEG 2000 picture; of one without loss, see that its values stay in their range.
+    """Decode a JPEG 2000 picture, and see that code blocks and values end where they should.
 
-    OpenJPEG cuts off what leaves it. So the codestream is made to say that its values are signed
-    and have more bits: then nothing is cut off, nor is the middle of the range added (T.800 G.1).
-    What is lossy leaves its range by up to a half where there is text, and tells nothing by it.
+    The codestream is made to say that code blocks end predictably (T.800 D.4.2), which changes
+    nothing but that OpenJPEG looks whether they do: a block that was damaged does not, and other
+    encoders' blocks do within a few bytes.
+
+    OpenJPEG also cuts off what leaves the range of values. So a codestream without loss is made to
+    say that its values are signed and have more bits: then nothing is cut off, nor is the middle of
+    the range added (T.800 G.1). What is lossy leaves its range by up to a half where there is text,
+    and tells nothing by it.
     """
-    data = data[stream.start : stream.end] + END_OF_CODESTREAM  # which some lack
-    if not (exact and stream.lossless):
-        return np.asarray(codecs.jpeg2k_decode(data, planar=False))
-    patched = bytearray(data)
-    for component in range(stream.components):
+    patched = bytearray(data[stream.start : stream.end] + END_OF_CODESTREAM)  # which some lack
+    for at in stream.styles:
+        if not patched[at] & HIGH_THROUGHPUT:
+            patched[at] |= PREDICTABLE_TERMINATION
+    exact = exact and stream.lossless
+    for component in range(stream.components if exact else 0):
         patched[SIZ_DEPTHS + 3 * component] = 0x80 | max(15, stream.precision + 3)
-    values = np.asarray(codecs.jpeg2k_decode(bytes(patched), planar=False))
+    complaints = _Complaints()
+    logger = logging.getLogger("imagecodecs")
+    logger.addFilter(complaints)
+    try:
+        values = np.asarray(codecs.jpeg2k_decode(bytes(patched), planar=False, verbose=2))
+    finally:
+        logger.removeFilter(complaints)
+    if complaints.serious:
+        say("may_be_damaged", "Parts of the compressed picture end too early or too late.")
+    if not exact:
+        return values
     half = 1 << stream.precision - 1
     if int(values.min()) < -half or int(values.max()) >= half:
         say(
@@ -480,3 +524,16 @@ def _decode_jpeg2000(
     if stream.signed:
         return np.asarray(values, np.int16 if stream.precision <= 16 else None)
     return np.asarray(values + half, np.min_scalar_type(2 * half - 1))
+
+
+class _Complaints(logging.Filter):
+    """Takes OpenJPEG's warnings out of the log, and remembers whether any of them is serious."""
+
+    serious = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        found = TERMINATION.search(record.getMessage())
+        if found:
+            limit = MOST_LEFT if found[2] == "remaining" else MOST_MADE_UP
+            self.serious |= int(found[1]) > limit
+        return False

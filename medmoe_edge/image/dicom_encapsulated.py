@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image.codestreams import cut_off, is_codestream
+from medmoe_edge.image.codestreams import END_OF_IMAGE, cut_off, is_codestream
 from medmoe_edge.image.dicom_container import PixelElement
 from medmoe_edge.image.dicom_header import Say
 
@@ -30,6 +30,8 @@ def read_codestream_of(
     """
     table, fragments = _walk(element, little, name, say)
     starts = [i for i, (at, size) in enumerate(fragments) if _begins(element, at, size)]
+    if len(starts) > frames:  # a header may hold what looks like another's beginning
+        starts = [i for i in starts if i == 0 or _ends(element, *fragments[i - 1])]
     if starts and starts[0] == 0 and len(starts) >= frames:
         if len(starts) > frames:
             say(
@@ -94,6 +96,13 @@ def _walk(
 def _begins(element: PixelElement, at: int, size: int) -> bool:
     element.file.seek(at)
     return is_codestream(element.file.read(min(size, 12)))
+
+
+def _ends(element: PixelElement, at: int, size: int) -> bool:
+    """Whether a fragment ends as codestreams do: the last marker, and a zero to an even length."""
+    last = min(size, 3)
+    element.file.seek(at + size - last)
+    return END_OF_IMAGE in element.file.read(last)
 
 
 def _by_table(table: bytes, fragments: list[tuple[int, int]], frames: int) -> list[int] | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence
@@ -40,7 +41,7 @@ class Header:
         if isinstance(value, Sequence):
             return []
         if isinstance(value, bytes):
-            value = self._unpacked(value)
+            value = self._unpacked(keyword, value)
         try:
             numbers = [float(item) for item in (value if _is_list(value) else [value])]
         except (TypeError, ValueError):
@@ -97,13 +98,12 @@ class Header:
                     merged[keyword] = item.dataset[keyword]
         return Header(merged, little=self.little)
 
-    def _unpacked(self, value: bytes) -> object:
-        """Bytes of an attribute of numbers: as text, or as 16-bit words."""
-        try:
-            return [float(part) for part in value.decode("ascii").strip(" \0").split("\\")]
-        except (UnicodeDecodeError, ValueError):
-            order = "<u2" if self.little else ">u2"
-            return np.frombuffer(value[: len(value) // 2 * 2], order).tolist()
+    def _unpacked(self, keyword: str, value: bytes) -> object:
+        """Bytes of an attribute of numbers: as text where it is of text, else as 16-bit words."""
+        if dictionary_VR(keyword) in ("DS", "IS"):
+            return value.decode("ascii", "replace").strip(" \0").split("\\")
+        order = "<u2" if self.little else ">u2"
+        return np.frombuffer(value[: len(value) // 2 * 2], order).tolist()
 
 
 def _is_list(value: object) -> bool:
