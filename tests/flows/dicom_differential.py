@@ -55,6 +55,7 @@ EXPLAINED = {
     "few bits": "Without a window, DCMTK shifts fewer than 8 bits to 8: white is 128 to 252.",
     "depth": "DCMTK reads a codestream of 8 bits as cells of 16, as its header has them allocated.",
     "long": "DCMTK does not read a table that is too long for its VR, and so written as UN.",
+    "overshoot": "Near-lossless values beyond those stored begin anew at 0 in DCMTK: black spots.",
     "32 bits": "DCMTK adds the intercept to 32-bit values in 32 bits, where it overflows.",
     "big endian": "DCMTK takes 32-bit cells as two 16-bit words in the order of little endian.",
 }
@@ -138,6 +139,8 @@ def _draw_bits(
         allocated = 32
     if syntax in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
         stored = 8 if allocated == 8 else 12
+    elif syntax == uid.JPEG2000:  # its encoder measures the loss by all of the bits allocated
+        stored = allocated
     elif allocated == 32:
         stored = draw.choice([17, 24, 32])
     else:
@@ -287,7 +290,8 @@ def _draw_voi(
     """A table or window of interest: DCMTK's options for it, and what is shown of values."""
     low, high = bounds
     kind = draw.choice(["none", "window", "window", "windows", "table"])
-    if kind == "table" and (not 15 <= high - low <= 2**16 - 2 or traits["fraction"]):
+    fits = 15 <= high - low <= 2**16 - 2 and low >= -(2**15)
+    if kind == "table" and (not fits or traits["fraction"]):
         kind = "window"
     traits["voi"] = kind
     if kind == "none":
@@ -535,6 +539,7 @@ def explanation(made: Made, image: Image) -> str | None:
         "few bits": traits.get("voi") == "none" and dataset.BitsStored < 8,
         "depth": syntax not in NATIVE and dataset.BitsAllocated == 16 and dataset.BitsStored <= 8,
         "big endian": syntax == uid.ExplicitVRBigEndian and dataset.BitsAllocated == 32,
+        "overshoot": syntax == uid.JPEGLSNearLossless and dataset.BitsStored % 8 != 0,
         "32 bits": dataset.BitsAllocated == 32 and traits.get("modality") == "rescale",
         "long": any(
             item["LUTData"].VR == "US" and len(item.LUTData) >= 2**15
