@@ -18,17 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from medmoe_edge.calibration.borrowing import Neighbours
-from medmoe_edge.calibration.coverage import Pair
+from medmoe_edge._types import Progress
+from medmoe_edge.calibration.coverage import Neighbours, Pair
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.samples import Sample
-from medmoe_edge.calibration.sites import site_of
-from medmoe_edge.calibration.statistics import FORMAT, SiteFiles, SiteStatistics, write_sites
-from medmoe_edge.calibration.stream import LayerStream, Progress
+from medmoe_edge.calibration.statistics import (
+    FORMAT,
+    SiteFiles,
+    SiteStatistics,
+    site_of,
+    write_sites,
+)
+from medmoe_edge.calibration.stream import LayerStream
 from medmoe_edge.calibration.tensor_file import writing
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
-from medmoe_edge.models.moe import MoE, route
+from medmoe_edge.models.decoder import MoE, route
 
 RUN = "run.json"
 HEAD = "decoder.head.in"

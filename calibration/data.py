@@ -12,9 +12,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medmoe_edge.calibration.builtin import builtin_samples
-from medmoe_edge.calibration.samples import Sample
-from medmoe_edge.calibration.sources import file_samples, folder_samples, printable
+from medmoe_edge.calibration.samples import (
+    Sample,
+    builtin_samples,
+    file_samples,
+    folder_samples,
+    printable,
+)
 from medmoe_edge.errors import DataError, ImageError, InputError
 
 __all__ = ["BUILTIN", "CalibrationData", "Sample", "Skipped", "read_calibration"]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.calibration.formats import Floats, Format, Quantised
-from medmoe_edge.calibration.rounding import round_searched
+from medmoe_edge._types import Floats
+from medmoe_edge.calibration.quantisers import Format, Quantised, round_searched
 
 BLOCK = 128  # columns between two matrix products with all columns before them
 MOST_DAMPING = 1.0

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from medmoe_edge.calibration.formats import Format
+from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.errors import InputError
 
 INT4 = Format(4, 32)

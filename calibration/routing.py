@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Doubles, Floats
 from medmoe_edge.errors import DataError
 
 Counts = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 UNKNOWN = "unknown"  # the modality of an image that carries no label
 
 

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.calibration.formats import Floats, Format
-from medmoe_edge.calibration.rounding import full_range_scales
+from medmoe_edge._types import Doubles, Floats
+from medmoe_edge.calibration.quantisers import Format, full_range_scales
 
-Doubles = npt.NDArray[np.float64]
 INT8 = Format(8)
 STRENGTHS = tuple(round(0.05 * step, 2) for step in range(21))
 LARGEST = 1e4  # scale of a channel, against the geometric mean; its reciprocal is the smallest

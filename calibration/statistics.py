@@ -1,4 +1,15 @@
-"""What calibration measured: activation statistics by site, the routing profile, the coverage.
+"""Where activations are observed: a site is the input that one or several matrices share.
+
+decoder.layers.N.attention.in       of q, k and v          (after the norm)
+decoder.layers.N.attention.mixed    of out
+decoder.layers.N.ffn.in, .hidden    of gate and up, or fc1; of down, or fc2 (a dense layer)
+decoder.layers.N.ffn.experts.E.in   the same of one expert, which sees only its own tokens,
+decoder.layers.N.ffn.meta.in        and of the meta expert, which sees all; `.hidden` likewise
+decoder.head.in                     of the head
+
+Activation statistics of one site, gathered batch by batch and merged.
+
+What calibration measured: activation statistics by site, the routing profile, the coverage.
 
 A statistics file is one `.safetensors` with JSON in its `__metadata__`. At full size its Hessians
 are gigabytes, so sites are read one at a time.
@@ -7,20 +18,147 @@ are gigabytes, so sites are read one at a time.
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 
+from medmoe_edge._types import Floats
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.calibration.routing import RoutingProfile
-from medmoe_edge.calibration.site_statistics import SiteStatistics
-from medmoe_edge.calibration.sites import expert_of
 from medmoe_edge.calibration.tensor_file import Array, Spec, spec_of, write_tensors
 from medmoe_edge.checkpoint.reader import Checkpoint
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import CheckpointError, DataError
+
+_SITES = {
+    **dict.fromkeys(("q", "k", "v", "gate", "up", "fc1"), "in"),
+    **dict.fromkeys(("down", "fc2"), "hidden"),
+    "out": "mixed",
+}
+_EXPERT = re.compile(r"decoder\.layers\.(\d+)\.ffn\.experts\.(\d+)\.")
+
+
+def site_of(weight: str) -> str | None:
+    """The site whose activations a decoder matrix multiplies; None for routers and the rest."""
+    owner, _, matrix = weight.removesuffix(".weight").rpartition(".")
+    if weight == "decoder.head.weight":
+        return "decoder.head.in"
+    if not owner.startswith("decoder.layers.") or matrix not in _SITES:
+        return None
+    return f"{owner}.{_SITES[matrix]}"
+
+
+def expert_of(name: str) -> tuple[int, int] | None:
+    """Decoder layer and index of the routed expert that a weight or site belongs to."""
+    match = _EXPERT.match(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+@dataclass
+class SiteStatistics:
+    """Of one site, an activation `[T, K]` that enters one or several matrices.
+
+    Per channel `minimum`, `maximum` and `mean_square` E[x²] `[K]`;
+    `hessian` E[x xᵀ] `[K, K]` where wanted. `tokens` and `borrowed` count rows; the two
+    expectations weigh a borrowed row less than a row of the site's own, and `weight` is the total.
+    """
+
+    minimum: Floats
+    maximum: Floats
+    mean_square: Floats
+    hessian: Floats | None
+    tokens: int = 0
+    borrowed: int = 0
+    weight: float = 0.0
+
+    @classmethod
+    def empty(cls, width: int, *, hessian: bool) -> "SiteStatistics":
+        """Of `width` channels, before any token."""
+        return cls(
+            np.full(width, np.inf, np.float32),
+            np.full(width, -np.inf, np.float32),
+            np.zeros(width, np.float32),
+            np.zeros((width, width), np.float32) if hessian else None,
+        )
+
+    @property
+    def absmax(self) -> Floats:
+        """Largest magnitude of each channel, `[K]`."""
+        return np.maximum(np.abs(self.minimum), np.abs(self.maximum))
+
+    def update(self, x: Floats, weights: Floats | None = None) -> None:
+        """Add tokens `[T, K]`, T > 0; with `weights` `[T]` they are borrowed.
+
+        Raises `CheckpointError` for an activation that is NaN or infinite.
+        """
+        low, high = x.min(0), x.max(0)
+        if not np.isfinite(low + high).all():
+            raise CheckpointError(
+                "An activation became NaN or infinite during calibration.",
+                "Check the checkpoint, or calibrate it in fp32.",
+            )
+        added = len(x) if weights is None else float(weights.sum(dtype=np.float64))
+        self.tokens += len(x) if weights is None else 0
+        self.borrowed += 0 if weights is None else len(x)
+        self.weight += added
+        np.minimum(self.minimum, low, out=self.minimum)
+        np.maximum(self.maximum, high, out=self.maximum)
+        scaled = x if weights is None else x * np.sqrt(weights)[:, None]
+        kept = 1 - added / self.weight
+        self.mean_square *= np.float32(kept)
+        self.mean_square += (np.square(scaled).sum(0) / self.weight).astype(np.float32)
+        if self.hessian is not None:  # in place: it may be hundreds of megabytes
+            rows = torch.from_numpy(scaled)
+            torch.from_numpy(self.hessian).addmm_(rows.T, rows, beta=kept, alpha=1 / self.weight)
+
+    def merge(self, other: "SiteStatistics") -> None:
+        """Add what another pass saw of the same site."""
+        self.tokens += other.tokens
+        self.borrowed += other.borrowed
+        self.weight += other.weight
+        share = other.weight / self.weight
+        np.minimum(self.minimum, other.minimum, out=self.minimum)
+        np.maximum(self.maximum, other.maximum, out=self.maximum)
+        torch.from_numpy(self.mean_square).lerp_(torch.from_numpy(other.mean_square), share)
+        if self.hessian is not None and other.hessian is not None:
+            torch.from_numpy(self.hessian).lerp_(torch.from_numpy(other.hessian), share)
+
+    def arrays(self) -> dict[str, Array]:
+        """Everything but the counts."""
+        arrays: dict[str, Array] = {
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "mean_square": self.mean_square,
+        }
+        return arrays if self.hessian is None else {**arrays, "hessian": self.hessian}
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Mapping[str, Array], tokens: int, borrowed: int, weight: float
+    ) -> "SiteStatistics":
+        """Read what `arrays` gave; raises `ValueError` where it cannot be that."""
+        # Files of version 0.1 hold a histogram, too, which nothing reads.
+        parts = {key: array for key, array in arrays.items() if not key.startswith("histogram.")}
+        width = len(parts["minimum"])
+        for key, array in parts.items():
+            shape = (width, width) if key == "hessian" else (width,)
+            if array.shape != shape or not np.isfinite(array).all():
+                raise ValueError(f"{key} {array.shape}")
+        return cls(
+            parts["minimum"],
+            parts["maximum"],
+            parts["mean_square"],
+            parts.get("hessian"),
+            int(tokens),
+            int(borrowed),
+            float(weight),
+        )
+
 
 __all__ = ["SiteFiles", "SiteStatistics", "Source", "Statistics", "write_sites"]
 

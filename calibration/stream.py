@@ -1,4 +1,6 @@
-"""A model run one decoder layer at a time over all calibration samples, in fp32.
+"""Calibration samples as token sequences, and their hidden states, kept on disk between layers.
+
+A model run one decoder layer at a time over all calibration samples, in fp32.
 
 The samples' hidden states lie in two files: layer n reads `n % 2` and writes the other. What a
 layer reads is not touched before the next layer runs, so a layer may be run again at any time
@@ -6,24 +8,133 @@ until then.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medmoe_edge._types import Progress
+from medmoe_edge.calibration.routing import UNKNOWN
 from medmoe_edge.calibration.samples import Sample
-from medmoe_edge.calibration.states import (
-    States,
-    check_finite,
-    embed,
-    load_weights,
-    tokenise,
-)
 from medmoe_edge.checkpoint.reader import Checkpoint
-from medmoe_edge.models.attention import causal_mask, rotary_tables
-from medmoe_edge.models.med_moe import DECODERS
+from medmoe_edge.errors import CheckpointError
+from medmoe_edge.image.loading import preprocess
+from medmoe_edge.models.decoder import causal_mask, rotary_tables
+from medmoe_edge.models.med_moe import DECODERS, TOWERS, projector
+from medmoe_edge.prompt import Tokenizer
 
-Progress = Callable[[str, int, int], None]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A sample as the model is asked it: ids before the image, ids of question and answer."""
+
+    sample: Sample
+    modality: str
+    before: list[int]
+    after: list[int]
+
+
+class States:
+    """Hidden states `[T, D]` of every sample, one after another in one file of fp32.
+
+    Read and written rather than mapped: a full disk is then an error and not a bus fault, and
+    what was read does not stay in memory.
+    """
+
+    def __init__(self, path: Path, lengths: Sequence[int], width: int) -> None:
+        self.path, self.width = path, width
+        self._starts = np.cumsum([0, *lengths])
+
+    def __getitem__(self, index: int) -> Tensor:
+        start, end = self._starts[index : index + 2]
+        row = 4 * self.width  # bytes
+        count = int(end - start) * self.width
+        values = np.fromfile(self.path, np.float32, count, offset=int(start) * row)
+        return torch.from_numpy(values).view(-1, self.width)
+
+    def __setitem__(self, index: int, states: Tensor) -> None:
+        self.path.touch()
+        with self.path.open("r+b") as file:
+            file.seek(int(self._starts[index]) * 4 * self.width)
+            states.contiguous().numpy().tofile(file)
+
+
+def tokenise(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[TokenSequence]:
+    """Samples in the form that training uses, cut off at the model's last position.
+
+    The end token is left out: it is predicted, never read. Raises `CheckpointError` where the
+    checkpoint has no tokenizer.
+    """
+    config = checkpoint.config
+    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
+    tokenizer.check_vocabulary(config.decoder.vocab_size)
+    before = tokenizer.prefix_ids()
+    room = config.decoder.max_positions - config.vision.image_tokens - len(before)
+    return [
+        TokenSequence(
+            sample,
+            sample.modality or UNKNOWN,
+            before,
+            [
+                *tokenizer.question_ids(sample.question),
+                *(tokenizer.answer_ids(sample.answer) if sample.answer else []),
+            ][: max(room, 0)],
+        )
+        for sample in samples
+    ]
+
+
+def embed(
+    checkpoint: Checkpoint,
+    sequences: Sequence[TokenSequence],
+    states: States,
+    progress: Callable[[int], None],
+) -> None:
+    """Write what enters the first decoder layer; vision tower and projector are loaded meanwhile.
+
+    Of the embedding table, mapped from its shard, only the rows in use stay in memory.
+    """
+    config = checkpoint.config
+    with torch.device("meta"):
+        vision, project = TOWERS[config.vision.kind](config.vision), projector(config)
+    load_weights(vision, checkpoint, "vision.")
+    load_weights(project, checkpoint, "projector.")
+    table = checkpoint.tensor("decoder.embed.weight")
+    check_finite(table, "decoder.embed.weight")
+    for index, sequence in enumerate(sequences):
+        progress(index)
+        pixels = torch.from_numpy(preprocess(sequence.sample.load(), config.vision))
+        image = project(vision(pixels))[0]  # [N, D]
+        before, after = (table[ids].float() for ids in (sequence.before, sequence.after))
+        states[index] = torch.cat((before, image, after))
+
+
+def load_weights(module: Module, checkpoint: Checkpoint, prefix: str) -> Module:
+    """Fill a module built on "meta" with the parameters under `prefix`, in fp32.
+
+    Raises `CheckpointError` naming a tensor that is not finite.
+    """
+    tensors = {}
+    for name in module.state_dict():
+        tensor = checkpoint.tensor(prefix + name)
+        check_finite(tensor, prefix + name)
+        tensors[name] = tensor.float()
+    module.load_state_dict(tensors, assign=True)
+    return module.eval()
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise `CheckpointError` for a tensor with infinities or NaN."""
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN passes on to both
+        raise CheckpointError(
+            f"The tensor {name} holds values that are infinite or no numbers.",
+            "Its training diverged: use an earlier checkpoint.",
+        )
 
 
 class LayerStream:

@@ -12,23 +12,25 @@ import numpy as np
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
-from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
-from medmoe_edge.bundle.gates import DEFAULT_GATES
+from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.recorded import Recorded, write_recorded
 from medmoe_edge.bundle.signature import SignatureMaker
-from medmoe_edge.calibration.formats import PAIR_BOUND
+from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.external_data import Extents, save_model
-from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.export.passes.half import halve_weights, to_half
-from medmoe_edge.export.passes.ort_attention import lower_attention
-from medmoe_edge.export.passes.ort_matmul import lower_matmul
-from medmoe_edge.export.passes.ort_moe import lower_moe
+from medmoe_edge.export.half import halve_weights, to_half
+from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.passes.ort_cpu import (
+    fuse_qkv,
+    lower_attention,
+    lower_matmul,
+    lower_moe,
+    quantise_linears,
+)
 from medmoe_edge.export.passes.ort_paged import write_paged_graphs
-from medmoe_edge.export.passes.ort_qkv import fuse_qkv
 from medmoe_edge.export.plan import (
     GroupSize,
     Method,
@@ -39,7 +41,6 @@ from medmoe_edge.export.plan import (
 )
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.vision import export_vision
-from medmoe_edge.export.vision_quantise import quantise_linears
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.prompt import Tokenizer
 

@@ -15,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 
 from medmoe_edge.config import DecoderConfig, ModelConfig
-from medmoe_edge.export.attention_op import attention_attributes, attention_function
 from medmoe_edge.export.builder import (
     IR_VERSION,
     MEDMOE,
@@ -24,11 +23,13 @@ from medmoe_edge.export.builder import (
     floats,
     initializer,
 )
-from medmoe_edge.export.moe_op import (
+from medmoe_edge.export.ops import (
     ACTIVATIONS,
     MoESpec,
     Weights,
     affine,
+    attention_attributes,
+    attention_function,
     feed_forward,
     moe_function,
     router_logits,

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medmoe_edge.calibration.sites import site_of
+from medmoe_edge._types import Floats
+from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.export.moe_op import ACTIVATIONS, EXPERT_WEIGHTS
-from medmoe_edge.export.weights import Factors, Floats
+from medmoe_edge.export.ops import ACTIVATIONS, EXPERT_WEIGHTS
+from medmoe_edge.export.weights import Factors
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,16 @@
-"""One bundle, every target: its stored weights in the graphs or engines of another.
+"""The graphs of every target but the portable one, made from a bundle's stored weights.
+
+onnxruntime-cuda  QMoE, MatMulNBits and GroupQueryAttention in half
+tensorrt-rtx      standard ONNX in half, of fixed capacity: our ops are inlined, TensorScatter
+                  becomes TensorRT's in-place cache update, and integers behind DequantizeLinear
+                  stay integers in the engine. Every expert runs on every token: that has no
+                  branches, so that a decode step is one CUDA graph
+tensorrt          the same, with the plugin for the experts: only the chosen ones are read
+
+Those of a paged target take their experts from slots (`expert_slots.py`); TensorRT's are then in
+standard ops for both libraries.
+
+One bundle, every target: its stored weights in the graphs or engines of another.
 
 The bundle for ONNX Runtime's CPU is the portable one. All others are made from it, on a workstation
 or on the device itself, without the checkpoint and without PyTorch.
@@ -6,24 +18,149 @@ or on the device itself, without the checkpoint and without PyTorch.
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, NameFixPass
+
+from medmoe_edge._types import Progress
 from medmoe_edge.atomic import atomic_folder
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_derived_manifest
-from medmoe_edge.bundle.target import DType, Target, TargetName
+from medmoe_edge.bundle.bundle import (
+    MANIFEST,
+    Bundle,
+    DType,
+    Target,
+    TargetName,
+    write_derived_manifest,
+)
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError
-from medmoe_edge.export.expert_slots import FILE
-from medmoe_edge.export.gpu_presets import find_gpu
-from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.export.target_graphs import write_graphs
+from medmoe_edge.export.builder import MEDMOE, initializer, tensor_of
+from medmoe_edge.export.external_data import FILE, Stacks, reads_slots, save_model, write_experts
+from medmoe_edge.export.gpus import Library, find_gpu, library_of, library_version, load_library
+from medmoe_edge.export.half import Keep, routing, to_half_graph
+from medmoe_edge.export.matrix import Array, lazy_tensor
+from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.passes.ort_cpu import lower_attention
+from medmoe_edge.export.passes.ort_cuda import (
+    lower_matmul_cuda,
+    lower_moe_cuda,
+    take_experts_from_slots,
+)
+from medmoe_edge.export.passes.tensorrt import lower_moe_to_plugin, lower_moe_to_slots
+from medmoe_edge.export.stored import float_vision, specification
 from medmoe_edge.export.tensorrt_builder import Built, Profile, build_engine
-from medmoe_edge.export.tensorrt_library import Library, library_of, library_version, load_library
 
-Progress = Callable[[str, int, int], None]
+HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+def write_graphs(
+    bundle: Bundle, target: Target, folder: Path, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write `vision` and `decoder` (.onnx and .data) for a target, and paged experts beside them.
+
+    Returns what the manifest says of where experts then lie. Raises `BundleError` where the
+    bundle's graphs cannot be read, and as `lower` does.
+    """
+    save_model(vision_graph(bundle, target), folder, "vision")
+    report = partial(progress, "graphs") if progress else None
+    model = specification(bundle)
+    experts = lower(model, bundle.config, target)
+    extents = save_model(model, folder, "decoder", progress=report)
+    return write_experts(folder, bundle.config, experts) if experts else {"experts": extents}
+
+
+def decoder_graph(bundle: Bundle, target: Target) -> ir.Model:
+    """The decoder; weights are read when they are written."""
+    model = specification(bundle)
+    lower(model, bundle.config, target)
+    return model
+
+
+def lower(model: ir.Model, config: ModelConfig, target: Target) -> list[Stacks]:
+    """All of a target's passes over a specification; returns the experts of each layer, if paged.
+
+    Raises `ModelError` for what the target cannot compute.
+    """
+    spec = MoESpec.of(config) if config.moe else None
+    experts: list[Stacks] = []
+    if target.name == "onnxruntime-cuda":
+        lower_attention(model)
+        if spec:
+            lower_moe_cuda(model, spec)
+        lower_matmul_cuda(model)
+    else:
+        if spec and target.paged:
+            experts = lower_moe_to_slots(model, spec, HALVES[target.dtype])
+        elif spec and target.name == "tensorrt":
+            lower_moe_to_plugin(model, spec, HALVES[target.dtype])
+        widen_int2(model)
+        inline(model)
+        _fix_capacity(model.graph, target.capacity)
+    to_half_graph(model, HALVES[target.dtype], _exact(model))
+    if target.paged and target.name == "onnxruntime-cuda":
+        experts = take_experts_from_slots(model)
+    return experts
+
+
+def _exact(model: ir.Model) -> Keep:
+    """What stays as it is: routing, scales as they are stored, slots, the plugin's own types."""
+    routes = routing(model)
+    return lambda node: (
+        routes(node)
+        or node.op_type == "DequantizeLinear"
+        or node.domain == MEDMOE
+        or reads_slots(node)
+    )
+
+
+def vision_graph(bundle: Bundle, target: Target) -> ir.Model:
+    """The vision tower and projector in half."""
+    model = float_vision(bundle)
+    to_half_graph(model, HALVES[target.dtype], lambda node: False)
+    return model
+
+
+def inline(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Put the bodies of our ops where they are used; returns `(model, modified)`."""
+    modified = bool(model.functions)
+    InlinePass()(model)
+    NameFixPass()(model)
+    return model, modified
+
+
+def widen_int2(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Store 2-bit integers in 4 bits, lazily: TensorRT reads none; returns `(model, modified)`."""
+    graph = model.graph
+    narrow = [value for value in graph.initializers.values() if value.dtype == ir.DataType.INT2]
+    for value in narrow:
+        source, name = tensor_of(value), str(value.name)
+        shape = list(source.shape.numpy())
+        wide = initializer(lazy_tensor(name, partial(_as_int4, source), ir.DataType.INT4, shape))
+        del graph.initializers[name]
+        graph.register_initializer(wide)
+        value.replace_all_uses_with(wide)
+    return model, bool(narrow)
+
+
+def _as_int4(source: ir.TensorProtocol) -> Array:
+    return source.numpy().astype(np.int8).astype(ml_dtypes.int4)
+
+
+def _fix_capacity(graph: ir.Graph, capacity: int) -> None:
+    for value in (*graph.inputs, *graph.outputs):
+        if str(value.name).startswith(("past_", "present_")):
+            assert value.shape is not None
+            heads, size = value.shape[1], value.shape[3]
+            value.shape = ir.Shape([1, heads, capacity, size])
+
+
 COMPANIONS = ("tokenizer.json", "embedding.npy", "README.md")
 POSITIONS = 1024  # of an engine's cache, where the model has as many
 

@@ -1,4 +1,11 @@
-"""An ONNX graph becomes a TensorRT engine for one GPU, built with either of TensorRT's libraries.
+"""An ONNX file into a TensorRT network; what TensorRT does not take is named as we name it.
+
+A TensorRT build watched: how far it is, and how to stop it.
+
+An exception must not pass through TensorRT's own frames. So Ctrl-C, or what `progress` raises, is
+noted, TensorRT is told to stop at its next step, and the exception is raised when it has.
+
+An ONNX graph becomes a TensorRT engine for one GPU, built with either of TensorRT's libraries.
 
 Networks are strongly typed: the graph alone says what is computed in fp16, bf16 or fp32, and which
 weights stay in 4 or 8 bits. The engine is written as it is made, to a file that takes the place of
@@ -7,34 +14,163 @@ weights stay in 4 or 8 bits. The engine is written as it is made, to a file that
 
 import contextlib
 import re
+import signal
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import onnx
+
+from medmoe_edge._types import Progress
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.calibration.tensor_file import writing
 from medmoe_edge.errors import ConfigError, MissingDependencyError, ModelError, ResourceError
-from medmoe_edge.export.build_memory import (
+from medmoe_edge.export.engine_cache import EngineCache, engine_key, graph_files
+from medmoe_edge.export.gpus import (
     MB,
+    TITLES,
+    Gpu,
+    Library,
     available_memory,
     check_memory,
-    peak_memory,
-    reset_peak,
-)
-from medmoe_edge.export.engine_cache import EngineCache, engine_key, graph_files
-from medmoe_edge.export.gpu_presets import Gpu
-from medmoe_edge.export.tensorrt_library import (
-    TITLES,
-    Library,
     library_version,
     load_library,
     make_logger,
+    peak_memory,
     reason,
+    reset_peak,
 )
-from medmoe_edge.export.tensorrt_parsing import parse
-from medmoe_edge.export.tensorrt_progress import Progress, Watch, make_monitor
+
+PARTS = (".weight", ".bias", ".scale")
+MAKES_FLOATS = ("DequantizeLinear", "Cast", "Transpose")
+
+
+def parse(trt: Any, network: Any, log: Any, graph: Path, title: str) -> Any:
+    """Read `graph` into `network`, weights mapped; keep the parser returned as long as the network.
+
+    Raises `ModelError`, which names the ONNX op, its node and our layer.
+    """
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        raise _refusal(parser, onnx.load(graph, load_external_data=False), title)
+    return parser
+
+
+def _refusal(parser: Any, model: onnx.ModelProto, title: str) -> ModelError:
+    error = parser.get_error(0)
+    node = _node(model, error)
+    where = "the graph"
+    if node is not None:
+        op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        layer = layer_of(model, node)
+        where = f"the op {op} of node {node.name!r}" + (f" at {layer}" if layer else "")
+    return ModelError(
+        f"{title} does not take {where}: {reason(error.desc())}.",
+        "Choose another precision, or the target onnxruntime-cuda.",
+    )
+
+
+def _node(model: onnx.ModelProto, error: Any) -> onnx.NodeProto | None:
+    nodes = list(model.graph.node)
+    named = [node for node in nodes if node.name and node.name == error.node_name()]
+    at = error.node()
+    return named[0] if named else nodes[at] if 0 <= at < len(nodes) else None
+
+
+def layer_of(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
+    """The nearest weight that a node reads, without `.weight`; empty where it reads none.
+
+    Weights reach a node through what makes floats of integers, which counts as no distance.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer if tensor.name.endswith(PARTS)}
+    makers = {name: maker for maker in model.graph.node for name in maker.output}
+    names: deque[str] = deque(node.input)
+    seen = set(names)
+    while names:
+        name = names.popleft()
+        if name in weights:
+            return name.removesuffix(".scale").rpartition(".")[0]
+        if name in makers:
+            further = [one for one in makers[name].input if one not in seen]
+            seen.update(further)
+            if makers[name].op_type in MAKES_FLOATS:
+                names.extendleft(reversed(further))
+            else:
+                names.extend(further)
+    return ""
+
+
+class Watch:
+    """Reports the outermost phases of a build; TensorRT calls it through `make_monitor`."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.stopped_by: BaseException | None = None
+        self._steps: dict[str, int] = {}  # of the phases that are reported
+        self._outermost = ""
+
+    def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+        """A phase begins; only the outermost and those right inside it are of interest."""
+        if parent is None:
+            self._outermost = name
+        if parent is None or parent == self._outermost:
+            self._steps[name] = steps
+            self._report(name, 0)
+
+    def step_complete(self, name: str, step: int) -> bool:
+        """A step of a phase is done; False tells TensorRT to stop."""
+        self._report(name, step + 1)
+        return self.stopped_by is None
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C stop the build, and raise whatever stopped it once the block has ended."""
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGINT, self._interrupt)
+        else:  # signals are another thread's
+            before = None
+        try:
+            yield
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+        if self.stopped_by is not None:
+            raise self.stopped_by
+
+    def _interrupt(self, *_: object) -> None:
+        self.stopped_by = KeyboardInterrupt()
+
+    def _report(self, name: str, done: int) -> None:
+        if self.progress is None or name not in self._steps or self.stopped_by is not None:
+            return
+        try:
+            self.progress(name, done, self._steps[name])
+        except BaseException as error:
+            self.stopped_by = error
+
+
+def make_monitor(trt: Any, watch: Watch) -> Any:
+    """The `IProgressMonitor` that hands everything to `watch`."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the library is chosen at run time
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            watch.phase_start(name, parent, steps)
+
+        def phase_finish(self, name: str) -> None:
+            """Nothing to say: its last step was reported."""
+
+        def step_complete(self, name: str, step: int) -> bool:
+            return watch.step_complete(name, step)
+
+    return Monitor()
+
 
 OUT_OF_WORKSPACE = re.compile("workspace|mem budget|OutOfMemory")  # in TensorRT's messages
 Shape = tuple[int, ...]

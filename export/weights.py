@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from medmoe_edge.calibration.states import check_finite
+from medmoe_edge._types import Floats
+from medmoe_edge.calibration.stream import check_finite
 from medmoe_edge.checkpoint.reader import Checkpoint
 
-Floats = npt.NDArray[np.float32]
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time
 
 

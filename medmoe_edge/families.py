@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
     from medmoe_edge.engine.loading import Device, RuntimeName
     from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy
-    from medmoe_edge.evaluation.inspection import Inspection
-    from medmoe_edge.evaluation.inspection_contrastive import ModalityInspection
+    from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.evaluation.verify import Verification
     from medmoe_edge.export.plan import GroupSize, Method, Precision
     from medmoe_edge.pipeline import Export
@@ -230,7 +229,7 @@ class ContrastiveFamily:
 
     def inspect(self, folder: Path, vision_tower: Path | None) -> "ModalityInspection":
         """See `evaluation.inspection_contrastive`."""
-        from medmoe_edge.evaluation.inspection_contrastive import inspect_modality
+        from medmoe_edge.evaluation.inspection import inspect_modality
 
         return inspect_modality(folder)
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from medmoe_edge._types import Progress
 from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
@@ -30,7 +31,6 @@ from medmoe_edge.pipeline_examples import TRAVELLING, as_examples, travelling
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
-Progress = Callable[[str, int, int], None]
 SAMPLES = 128  # to calibrate on
 PROOF_SAMPLES = 300  # to verify on; fewer where there are no more
 FEWEST_HELD_OUT = 100  # else the proof is on all samples, those of the calibration included

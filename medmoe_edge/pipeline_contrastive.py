@@ -15,7 +15,7 @@ from medmoe_edge.calibration.samples import Sample
 from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
 from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Verification
-from medmoe_edge.export.contrastive_build import Precision, write_modality_bundle
+from medmoe_edge.export.contrastive import Precision, write_modality_bundle
 from medmoe_edge.pipeline import PROOF_SAMPLES, Export, check_recordable
 from medmoe_edge.pipeline_examples import travelling_pictures
 

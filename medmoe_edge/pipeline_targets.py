@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medmoe_edge._types import Progress
 from medmoe_edge.atomic import check_target
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle
-from medmoe_edge.bundle.target import DType, Target, TargetName
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle, DType, Target, TargetName
 from medmoe_edge.calibration.data import read_calibration
-from medmoe_edge.evaluation.available_targets import agree_on_targets
-from medmoe_edge.evaluation.targets import Agreement
+from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.export.targets import check_request, export_target, plan_target
 from medmoe_edge.export.tensorrt_builder import Built
 from medmoe_edge.pipeline_examples import as_examples
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Floats
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError, Notice
 
-Floats = npt.NDArray[np.float32]
 CacheArray = npt.NDArray[np.floating[Any]]
 
 

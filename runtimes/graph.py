@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Floats, Step, check_room
+from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step, check_room
 from medmoe_edge.runtimes.ort.runtime import CACHE_TYPES
 from medmoe_edge.runtimes.ort.sessions import open_session, session_options
 

@@ -9,12 +9,13 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from medmoe_edge._types import Progress
 from medmoe_edge.archive.store import (
     DATABASE,
     FORMAT,
@@ -172,8 +173,6 @@ def _make(folder: Path) -> None:
 
 PART = 500  # images embedded between commits: what an interrupted run may lose
 NAMED = 20  # skipped files that a report names
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,7 @@ from medmoe_edge.bench.measurement import Shape, seconds
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.embedded import bundle_path
-from medmoe_edge.engine.clock import Clock
-from medmoe_edge.engine.engine import Engine, load
+from medmoe_edge.engine.engine import Clock, Engine, load
 from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.image.loading import Image, preprocess
 from medmoe_edge.prompt import Tokenizer

@@ -1,4 +1,16 @@
-"""The deployable folder: graphs, weights, tokenizer and a manifest that vouches for them.
+"""What a bundle's graphs run on: ONNX Runtime's providers, or an engine built for one GPU.
+
+What a bundle promises: the gates that its verification must pass, kept in its manifest.
+
+Large files that were found intact before, so that gigabytes are not hashed at every start.
+
+A file counts as unchanged while its size, its times, and its place on the disk are those of when it
+was hashed last; its `ctime` is set by every write and by no user. A file that was written in the
+very seconds before it was hashed is not trusted, since a later write could leave the same times
+(git's index has the same rule, and calls such files racy). What the disk itself loses goes
+unnoticed until the record is removed; of an expert, until it is paged in.
+
+The deployable folder: graphs, weights, tokenizer and a manifest that vouches for them.
 
     manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal;
                      after `verify`, its proof of fidelity
@@ -15,21 +27,123 @@ Of another `kind` than Med-MoE the manifest says so, and the graphs are others: 
 The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.bundle.gates import Gates
-from medmoe_edge.bundle.intact import remember_intact, was_intact
 from medmoe_edge.bundle.machine import Machine
-from medmoe_edge.bundle.target import DEFAULT, Target
 from medmoe_edge.config import Config, ModelConfig
-from medmoe_edge.errors import BundleError, ResourceError
+from medmoe_edge.errors import BundleError, ConfigError, ResourceError
+
+TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
+DType = Literal["fp32", "fp16", "bf16"]
+DEFAULT: TargetName = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Target(Config):
+    """The manifest's `target`; a bundle without one is for ONNX Runtime on a CPU.
+
+    `dtype` is that of activations. Engines serve one `gpu` (a compute capability, sm89) and the
+    `library_version` that built them; their cache holds `capacity` positions, and one prefill step
+    at most `prefill` of them. Of a `paged` target the experts lie in a file of their own, and are
+    brought into slots of the GPU's memory as they are needed.
+    """
+
+    name: TargetName = DEFAULT
+    dtype: DType = "fp32"
+    gpu: str = ""
+    library_version: str = ""
+    capacity: int = 0
+    prefill: int = 0
+    paged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.is_engine and not (self.gpu and 0 < self.prefill <= self.capacity):
+            raise ConfigError(
+                f"The target {self.name} names no GPU, or a prefill of {self.prefill} in "
+                f"{self.capacity} positions.",
+                "Export the bundle again.",
+            )
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether the bundle holds engines in the place of graphs."""
+        return self.name.startswith("tensorrt")
+
+    def __str__(self) -> str:
+        parts = (self.name, self.gpu, self.dtype, "paged" if self.paged else "")
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Gates(Config):
+    """Bounds, all from 0 to 1: the least agreement and cosine, the most loss and flips."""
+
+    answer_agreement: float
+    accuracy_drop: float
+    routing_flips: float
+    vision_cosine: float = 0.99
+
+
+DEFAULT_GATES: dict[str, Gates] = {
+    "fp32": Gates(0.999, 0.001, 0.001, 0.9999),
+    "int8": Gates(0.99, 0.003, 0.005),
+    "int4": Gates(0.97, 0.01, 0.02),
+    "mixed": Gates(0.97, 0.01, 0.02),
+}
+
+
+LARGE = 2**26  # bytes; smaller files are hashed faster than looked up
+SETTLED = 2_000_000_000  # nanoseconds without a write
+
+
+def was_intact(path: Path, sha256: str) -> bool:
+    """Whether the file, as it is now, was found to have this hash before."""
+    seen = path.stat()
+    return seen.st_size >= LARGE and _read_record(_record(path)) == _state(seen, sha256)
+
+
+def remember_intact(path: Path, sha256: str) -> None:
+    """Keep in the user's cache that the file has this hash, if it is large and not just written.
+
+    Where the cache cannot be written, the file is hashed again next time.
+    """
+    seen = path.stat()
+    if seen.st_size < LARGE or time.time_ns() - seen.st_ctime_ns < SETTLED:
+        return
+    record = _record(path)
+    with contextlib.suppress(OSError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(record) as file:
+            file.write(json.dumps(_state(seen, sha256)).encode())
+
+
+def _state(seen: os.stat_result, sha256: str) -> list[str | int]:
+    times = (seen.st_mtime_ns, seen.st_ctime_ns)
+    return [sha256, seen.st_size, *times, seen.st_ino, seen.st_dev]
+
+
+def _record(path: Path) -> Path:
+    import platformdirs  # a small model never needs it
+
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    return platformdirs.user_cache_path("medmoe-edge") / "intact" / f"{name}.json"
+
+
+def _read_record(record: Path) -> object:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(record.read_bytes())
+    return None
+
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

@@ -16,12 +16,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import AnyBundle
 from medmoe_edge.bundle.weights import stored_weights
 from medmoe_edge.config import Config
 
 Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float32]
 
 AT_MOST = 400_000  # marks of a kind in a file, each of two bytes
 OF_ONE = 16_384  # norms of one matrix, while they are collected

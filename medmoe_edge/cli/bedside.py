@@ -27,10 +27,9 @@ from medmoe_edge.errors import InputError, MedMoEError, VerificationError, needs
 from medmoe_edge.render import console as render
 
 if TYPE_CHECKING:
-    from medmoe_edge.bedside.batch.asking import Answering, Recipe
-    from medmoe_edge.bedside.batch.run import BatchReport
+    from medmoe_edge.bedside.batch.run import Answering, BatchReport, Recipe
     from medmoe_edge.bedside.listen.config import Configuration
-    from medmoe_edge.bedside.listen.report_picture import Locator
+    from medmoe_edge.bedside.listen.report_sr import Locator
 
 
 @verb("serve", "Deploy", "serve --port 8000")
@@ -64,8 +63,8 @@ def serve(
     On SIGTERM it answers what it has accepted, and ends.
     """
     with needs("serve"):
+        from medmoe_edge.bedside.serve.server import Served, start
         from medmoe_edge.bedside.serve.settings import Limits, Settings, read_token
-        from medmoe_edge.bedside.serve.start import Served, start
 
     log = logging.getLogger("medmoe_edge.bedside.serve.guard")
     if log.isEnabledFor(logging.WARNING):  # the access log, unless --quiet
@@ -196,8 +195,7 @@ def batch(
     if workers and ray is None:
         raise InputError("Workers are of a cluster.", "Name one: --ray ADDRESS, or --ray local.")
     with needs("batch"):
-        from medmoe_edge.bedside.batch.asking import Recipe
-        from medmoe_edge.bedside.batch.run import run_batch
+        from medmoe_edge.bedside.batch.run import Recipe, run_batch
     recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens)
     try:
         with render.working("Loading") as progress, _where(ray, recipe, workers) as answering:
@@ -223,7 +221,7 @@ def _where(
 ) -> contextlib.AbstractContextManager["Answering"]:
     """Where the engines are."""
     if ray is None:
-        from medmoe_edge.bedside.batch.asking import Here
+        from medmoe_edge.bedside.batch.run import Here
 
         return contextlib.nullcontext(Here(recipe))
     with needs("ray"):
@@ -265,7 +263,7 @@ def verify_log(
     as_json: Json = False,
 ) -> None:
     """Tell whether every line of an audit log is as it was written."""
-    from medmoe_edge.bedside.audit import chain
+    from medmoe_edge.bedside.audit import log as chain
 
     report = chain.verify_log(log, head)
     if as_json:

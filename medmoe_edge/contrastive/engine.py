@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from medmoe_edge._types import Floats
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.features import TextCache, region_map, similarity, unit
 from medmoe_edge.contrastive.loading import RuntimeName, open_modality
@@ -18,13 +19,12 @@ from medmoe_edge.contrastive.results import (
     evidence,
     log_softmax,
 )
-from medmoe_edge.engine.clock import Clock
-from medmoe_edge.engine.engine import ImageLike
+from medmoe_edge.engine.engine import Clock, ImageLike
 from medmoe_edge.engine.proof import REFERENCE, Proven, describe
 from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
 from medmoe_edge.image.labels import unlike_label
 from medmoe_edge.image.loading import Image, load_image, preprocess, seen_square
-from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, ModalityRuntime, TextFeatures
+from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
 AT_ONCE = 256  # texts compared: `[words, regions]` of so many stay below 100 MB
 

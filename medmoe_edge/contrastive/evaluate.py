@@ -9,7 +9,7 @@ interval.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
@@ -28,7 +29,7 @@ from medmoe_edge.data.captions import fact_captions, label_captions
 from medmoe_edge.data.datasets import LabelledImage, read_examples, read_labels
 from medmoe_edge.errors import DataError
 from medmoe_edge.image.loading import load_image
-from medmoe_edge.runtimes.contrastive import Floats, ModalityRuntime
+from medmoe_edge.runtimes.contrastive import ModalityRuntime
 
 Interval = tuple[float, float]
 NORMAL = 1.959964  # standard deviations around the mean that hold 95%
@@ -229,8 +230,6 @@ def _nearness(height: int, width: int) -> npt.NDArray[np.float32]:
 LABELS, QUESTIONS, BOXES = "labels.jsonl", "vqa_val.jsonl", "slake_boxes.json"
 SLAKE = "slake"  # the source of questions whose images have captions of one kind, and boxes
 RANKS = (1, 5, 10)
-
-Progress = Callable[[str, int, int], None]  # of what, how much, of how much
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Floats
 from medmoe_edge.errors import InputError
 from medmoe_edge.image.loading import load_image, preprocess
-from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, ModalityRuntime, TextFeatures
+from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
 ATTENTION_TEMPERATURE = 4.0  # sharpens which regions a word attends to
 WORD_TEMPERATURE = 5.0  # between the mean (0) and the maximum over words

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import Notice
-from medmoe_edge.runtimes.contrastive import Floats
 
 
 @dataclasses.dataclass(frozen=True)

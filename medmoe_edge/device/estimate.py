@@ -27,7 +27,7 @@ from medmoe_edge.device.costs import (
 from medmoe_edge.device.devices import DEVICES, HERE, Device, find_device
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import InputError, ModelError, ResourceError, needs
-from medmoe_edge.export.build_memory import build_memory
+from medmoe_edge.export.gpus import build_memory
 from medmoe_edge.presets import PRESETS
 
 if TYPE_CHECKING:

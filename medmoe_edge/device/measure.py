@@ -27,20 +27,17 @@ import onnx_ir as ir
 from scipy.optimize import nnls
 
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.calibration.sites import site_of
+from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.device.costs import Precision, bits_per_weight, step_work
 from medmoe_edge.device.estimate import NEW_TOKENS, TEXT_TOKENS, Speed, prompt_tokens, step_seconds
 from medmoe_edge.export.builder import tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder
-from medmoe_edge.export.dequantise import insert_dequantise
 from medmoe_edge.export.external_data import save_model
-from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.export.passes.ort_attention import lower_attention
-from medmoe_edge.export.passes.ort_matmul import lower_matmul
-from medmoe_edge.export.passes.ort_moe import lower_moe
-from medmoe_edge.export.passes.ort_qkv import fuse_qkv
+from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.passes.ort_cpu import fuse_qkv, lower_attention, lower_matmul, lower_moe
+from medmoe_edge.export.quantise import insert_dequantise
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 HEAD = "decoder.head.weight"

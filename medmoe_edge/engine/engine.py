@@ -1,25 +1,65 @@
-"""ask(): an image and questions in, answers out, over any runtime."""
+"""Where the time of an answer went.
+
+ask(): an image and questions in, answers out, over any runtime.
+"""
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.engine.answer import Answer
-from medmoe_edge.engine.clock import Clock, timings
+from medmoe_edge._types import Floats
+from medmoe_edge.engine.answer import Answer, Timings
 from medmoe_edge.engine.loading import Device, Paging, RuntimeName, open_model
-from medmoe_edge.engine.prefix_cache import LastPrefix, PrefixCache, cache_folder
-from medmoe_edge.engine.prefix_file import Prefix
+from medmoe_edge.engine.prefix_cache import LastPrefix, Prefix, PrefixCache, cache_folder
 from medmoe_edge.engine.proof import REFERENCE, Proven, describe
 from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
 from medmoe_edge.image.labels import unlike_label
 from medmoe_edge.image.loading import Image, Pixels, load_image, preprocess, seen_picture
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step, Warns, chosen_experts
+from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step, Warns, chosen_experts
 from medmoe_edge.runtimes.paging.pager import Budget
+
+
+class Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End the lap that began with the last one's end, or with the clock."""
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def timings(
+    prefix: Mapping[str, float],
+    own: Mapping[str, float],
+    tokens: int,
+    *,
+    first: bool,
+    reused: bool,
+) -> Timings:
+    """Of an answer, from the laps of its image's prefix and its own.
+
+    The `first` answer about an image bears the prefix's time; `reused`: that was merely fetched.
+    """
+    first_token = (sum(prefix.values()) if first else 0.0) + own["question"]
+    return Timings(
+        **prefix,
+        **own,
+        first_token=first_token,
+        total=first_token + own["decode"],
+        tokens=tokens,
+        prefix_reused=reused or not first,
+    )
+
 
 Counts = npt.NDArray[np.int64]
 ImageLike = str | os.PathLike[str] | Image

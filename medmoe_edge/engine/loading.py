@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle
-from medmoe_edge.bundle.target import DEFAULT
+from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, Bundle
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine.proof import Proven, proven
 from medmoe_edge.errors import InputError, MissingDependencyError, ModelError, Notice

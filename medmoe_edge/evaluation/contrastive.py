@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.contrastive import ModalityBundle, ModalityGates
 from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.contrastive.features import similarity, unit
@@ -19,10 +20,8 @@ from medmoe_edge.evaluation.record import Source, keep_record, new_record, read_
 from medmoe_edge.evaluation.recording import Seen, pack_seen
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.image.loading import Image, preprocess
-from medmoe_edge.runtimes.contrastive import Floats, ModalityRuntime, TextFeatures
+from medmoe_edge.runtimes.contrastive import ModalityRuntime, TextFeatures
 from medmoe_edge.runtimes.ort.contrastive import run_expert
-
-Progress = Callable[[str, int, int], None]
 
 # What images are told apart by: kinds of image, and findings that are seen in them.
 PHRASES = (

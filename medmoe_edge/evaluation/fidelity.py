@@ -1,10 +1,15 @@
-"""How faithfully a model reproduces another: both read the same images and the same questions.
+"""A model over images and questions, with what it computes on the way open to view.
+
+Where two models route the same tokens: to the same experts, or not.
+
+How faithfully a model reproduces another: both read the same images and the same questions.
 
 `record` lets the reference answer once; `compare` holds any number of candidates against it. Per
 question the candidate is led along the reference's answer, so that the distributions of every
 position can be compared, and then left to give its own.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,23 +19,177 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Floats
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.data.datasets import Example
-from medmoe_edge.errors import DataError, ModelError
+from medmoe_edge.errors import DataError, InputError, ModelError
 from medmoe_edge.evaluation.figures import (
     Accuracy,
     Answers,
     Divergence,
     Fidelity,
+    Routing,
     Share,
     Vision,
 )
 from medmoe_edge.evaluation.metrics import bootstrap_interval, exact_match
-from medmoe_edge.evaluation.reading import Reader, Reply
-from medmoe_edge.evaluation.routing import relative_error, routed, routing
-from medmoe_edge.image.loading import Image, load_image
+from medmoe_edge.image.loading import Image, load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Floats, Runtime
+from medmoe_edge.runtimes.base import Cache, Runtime, chosen_experts
+
+
+@dataclass(frozen=True)
+class View:
+    """An image, prefilled behind the system prompt: its questions start from `cache`.
+
+    `features` `[N, D]` are its image tokens, `router_logits` `[S, M, E]` those of the whole prefix.
+    """
+
+    features: Floats
+    router_logits: Floats
+    cache: Cache
+    length: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A question's greedy answer: `tokens` `[P]`, the end token included where it was reached.
+
+    `logits` `[P, V]` are those each token was chosen from, or should have been chosen from;
+    `router_logits` `[S, M, E]` those of the question's tokens.
+    """
+
+    tokens: tuple[int, ...]
+    logits: Floats
+    router_logits: Floats
+
+
+class Reader:
+    """Reads with one runtime. What is not finite counts as zeros, and `finite` remembers it."""
+
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, max_new_tokens: int) -> None:
+        tokenizer.check_vocabulary(runtime.config.decoder.vocab_size)
+        self.runtime, self.tokenizer, self.limit = runtime, tokenizer, max_new_tokens
+        self.finite = True
+
+    def view(self, image: Image, questions: Sequence[list[int]]) -> View:
+        """Prefill an image, with room for the longest of its questions and its answer."""
+        pixels = preprocess(image, self.runtime.config.vision)
+        features = self._checked(self.runtime.encode_image(pixels))
+        prefix = self.tokenizer.prefix_ids()
+        length = len(prefix) + len(features)
+        needed = length + max(map(len, questions)) + self.limit
+        room = self.runtime.config.decoder.max_positions
+        if needed > room:
+            raise InputError(
+                f"Image, question and answer need {needed} positions, the model has {room}.",
+                "Leave the longest questions out.",
+            )
+        cache = self.runtime.new_cache(needed)
+        step = self.runtime.step(np.concatenate((self.runtime.embed(prefix), features)), cache)
+        return View(features, self._checked(step.router_logits), cache, length)
+
+    def answer(self, view: View, question: list[int]) -> Reply:
+        """Decode greedily."""
+        logits, router_logits = self._ask(view, question)
+        tokens, rows = self._greedy(logits, view.cache, self.limit)
+        return Reply(tokens, np.stack(rows), router_logits)
+
+    def follow(self, view: View, question: list[int], answer: Sequence[int]) -> Reply:
+        """Be led along `answer` `[P]`, whatever the model itself would have said.
+
+        The logits are those along `answer`; the tokens are the model's own greedy answer.
+        """
+        logits, router_logits = self._ask(view, question)
+        rows = [logits, *(self._next(token, view.cache) for token in answer[:-1])]
+        own = tuple(answer)
+        for place, (token, row) in enumerate(zip(answer, rows, strict=True)):
+            if row.argmax() != token:  # from here on it goes its own way
+                view.cache.length = view.length + len(question) + place
+                own = own[:place] + self._greedy(row, view.cache, self.limit - place)[0]
+                break
+        return Reply(own, np.stack(rows), router_logits)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer that tokens spell."""
+        end = self.runtime.config.decoder.eos_token_id
+        return self.tokenizer.decode([token for token in tokens if token != end])
+
+    def _ask(self, view: View, question: list[int]) -> tuple[Floats, Floats]:
+        view.cache.length = view.length  # forget the question before
+        step = self.runtime.step(self.runtime.embed(question), view.cache)
+        return self._checked(step.logits), self._checked(step.router_logits)
+
+    def _greedy(
+        self, logits: Floats, cache: Cache, limit: int
+    ) -> tuple[tuple[int, ...], list[Floats]]:
+        tokens, rows = [int(logits.argmax())], [logits]
+        while tokens[-1] != self.runtime.config.decoder.eos_token_id and len(tokens) < limit:
+            rows.append(self._next(tokens[-1], cache))
+            tokens.append(int(rows[-1].argmax()))
+        return tuple(tokens), rows
+
+    def _next(self, token: int, cache: Cache) -> Floats:
+        return self._checked(self.runtime.step(self.runtime.embed([token]), cache).logits)
+
+    def _checked(self, values: Floats) -> Floats:
+        if np.isfinite(values).all():
+            return values
+        self.finite = False
+        return np.zeros_like(values)
+
+
+class Routed(NamedTuple):
+    """How some tokens were routed; `flips` counts those sent to other experts, per MoE layer."""
+
+    modality: str
+    tokens: int
+    flips: npt.NDArray[np.int64]  # [M]
+    squared_difference: npt.NDArray[np.float64]  # [M]
+    squared_reference: npt.NDArray[np.float64]  # [M]
+
+
+def routed(reference: Floats, found: Floats, top_k: int, modality: str) -> Routed:
+    """Compare the router logits `[S, M, E]` of the same tokens."""
+    differs = (_chosen(reference, top_k) != _chosen(found, top_k)).any(-1)  # [S, M]
+    expected = reference.astype(np.float64)
+    squares = ((found - expected) ** 2).sum((0, 2)), (expected**2).sum((0, 2))
+    return Routed(modality, len(reference), differs.sum(0), *squares)
+
+
+def routing(parts: Sequence[Routed], layers: Sequence[int]) -> Routing:
+    """The figures over all tokens; `layers` are the decoder's indices of the M layers."""
+    flips = np.sum([part.flips for part in parts], axis=0)  # [M]
+    tokens = sum(part.tokens for part in parts)
+    difference = np.sum([part.squared_difference for part in parts], axis=0)
+    reference = np.sum([part.squared_reference for part in parts], axis=0)
+    by_modality = {}
+    for modality in sorted({part.modality for part in parts}):
+        group = [part for part in parts if part.modality == modality]
+        total = sum(part.tokens for part in group) * len(layers)
+        by_modality[modality] = Share.of(sum(int(part.flips.sum()) for part in group), total)
+    return Routing(
+        flips=Share.of(int(flips.sum()), tokens * len(layers)),
+        by_layer={
+            layer: Share.of(int(count), tokens) for layer, count in zip(layers, flips, strict=True)
+        },
+        by_modality=by_modality,
+        error_by_layer={
+            layer: relative_error(*squares)
+            for layer, *squares in zip(layers, difference, reference, strict=True)
+        },
+    )
+
+
+def relative_error(squared_difference: float, squared_reference: float) -> float:
+    """The norm of a difference over the norm of what should have been there."""
+    return math.sqrt(squared_difference / max(squared_reference, 1e-30))
+
+
+def _chosen(router_logits: Floats, top_k: int) -> npt.NDArray[np.int64]:
+    """The chosen experts in order of their index, `[S, M, K]`."""
+    return np.sort(chosen_experts(router_logits, top_k), axis=-1)
+
 
 __all__ = ["Fidelity", "Progress", "Recording", "Share", "compare", "record"]
 

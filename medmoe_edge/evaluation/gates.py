@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from medmoe_edge.bundle.gates import Gates
+from medmoe_edge.bundle.bundle import Gates
 from medmoe_edge.config import Config
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
 

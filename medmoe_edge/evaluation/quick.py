@@ -7,12 +7,13 @@ are those of the bundle, and two more: no matrix unlike the checkpoint's, and a 
 times what it was where the inputs were recorded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from medmoe_edge._types import Progress
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, model_kind
 from medmoe_edge.bundle.contrastive import ModalityBundle
 from medmoe_edge.bundle.machine import Machine
@@ -29,7 +30,6 @@ from medmoe_edge.evaluation.gates import GateResult, judge, judged
 from medmoe_edge.evaluation.recording import unpack_recording, unpack_seen
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
-Progress = Callable[[str, int, int], None]
 FEW = 3  # matrices named in an error
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pillow
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.contrastive import ModalityBundle
 from medmoe_edge.bundle.recorded import Recorded
@@ -32,7 +33,6 @@ from medmoe_edge.evaluation.fidelity import (
 )
 from medmoe_edge.image.loading import Image, seen_picture
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Floats
 
 T = TypeVar("T")
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -2,7 +2,7 @@
 
 TensorRT's ahead-of-time plugins launch exactly one kernel each, and a feed-forward is two products
 of which the second needs all of the first. So `medmoe::MoE` becomes two plugin ops with routing in
-standard ops before them (`export/passes/tensorrt_moe.py`):
+standard ops before them (`export/passes/tensorrt.py`):
 
     hidden = medmoe::RoutedHidden<activation>(x, tokens, offsets, experts' first matrices ...)
     parts  = medmoe::RoutedOutput(hidden, order, gates, offsets, experts' second matrices ...)

@@ -1,4 +1,8 @@
-"""The decoders of Med-MoE: embeddings, a stack of layers, a norm and a head.
+"""Multi-head attention with partial rotary positions and a preallocated KV cache.
+
+The mixture of experts: domain experts chosen by a router, and a meta expert that always runs.
+
+The decoders of Med-MoE: embeddings, a stack of layers, a norm and a head.
 
 Phi-2 has parallel blocks and a biased GELU feed-forward; StableLM-2 has sequential blocks,
 LayerNorm with bias and SwiGLU.
@@ -7,12 +11,159 @@ LayerNorm with bias and SwiGLU.
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
-from medmoe_edge.config import DecoderConfig, ModelConfig
-from medmoe_edge.models.attention import Attention, KVCache, rotary_tables
-from medmoe_edge.models.moe import MoE
+from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig
+
+
+class KVCache:
+    """Keys and values of every layer, `[B, H, capacity, head_size]`, filled from the front."""
+
+    def __init__(self, config: DecoderConfig, batch: int, capacity: int, like: Tensor) -> None:
+        shape = (config.layers, batch, config.heads, capacity, config.head_size)
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write `[B, H, S, head_size]` after what is there; return all of it for this layer.
+
+        `length` moves only when the whole model has run, so every layer writes at one place.
+        """
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def rotary_tables(config: DecoderConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[B, 1, S, rotary_size / 2]` in fp32 for integer `positions` `[B, S]`.
+
+    Rotary position embedding, https://arxiv.org/abs/2104.09864, on the first channels of a head.
+    """
+    exponents = torch.arange(0, config.rotary_size, 2, device=positions.device).float()
+    frequencies = config.rope_theta ** (-exponents / config.rotary_size)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first channels of `[B, H, S, head_size]`, half-split (GPT-NeoX) pairing."""
+    cos, sin = (table.to(x.dtype) for table in tables)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; q, k and v have biases, `out` has one for Phi only."""
+
+    def __init__(self, config: DecoderConfig, layer: int, out_bias: bool) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.heads, self.layer = config.heads, layer
+        self.q = nn.Linear(size, size)
+        self.k = nn.Linear(size, size)
+        self.v = nn.Linear(size, size)
+        self.out = nn.Linear(size, size, bias=out_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        mask: Tensor,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """`[B, S, D]` to `[B, S, D]`; `mask` `[B or 1, 1, S, past + S]` is True where visible."""
+        q, k, v = (self._split(linear(x)) for linear in (self.q, self.k, self.v))
+        q, k = rotate(q, tables), rotate(k, tables)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, S, head_size]
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
+
+
+def causal_mask(queries: int, past: int, device: torch.device) -> Tensor:
+    """`[1, 1, queries, past + queries]`: every query sees the past and itself."""
+    ones = torch.ones(queries, past + queries, dtype=torch.bool, device=device)
+    return ones.tril(past)[None, None]
+
+
+def route(
+    logits: Tensor, top_k: int, noise: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose experts from router logits `[T, E]`: weights and indices, both `[T, K]`.
+
+    k = 1 weighs with the un-renormalised probability; k = 2 renormalises over the two chosen.
+    `noise` adds Gumbel noise to the choice of the second expert only, as the official code does.
+    """
+    probabilities = logits.float().softmax(-1)
+    first = probabilities.argmax(-1, keepdim=True)  # [T, 1]
+    if top_k == 1:
+        return probabilities.gather(-1, first), first
+    scores = logits.float()
+    if noise is not None:
+        scores = scores + _gumbel(logits.shape, noise).to(scores.device)
+    second = scores.scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
+    chosen = torch.cat((first, second), -1)  # [T, 2]
+    weights = probabilities.gather(-1, chosen)
+    return weights / weights.sum(-1, keepdim=True), chosen
+
+
+def _gumbel(shape: torch.Size, noise: torch.Generator) -> Tensor:
+    uniform = torch.rand(shape, generator=noise).clamp_min(torch.finfo(torch.float32).tiny)
+    return -torch.log(-torch.log(uniform))
+
+
+class MoE(nn.Module):
+    """Feed-forward layer of routed experts, shapes `[..., D]` to `[..., D]`.
+
+    `y = sum_k g_k E_k(x) + meta(x)`; with the residual coefficient `c = softmax(coefficient(x))`,
+    `y = c0 sum_k g_k E_k(x) + c1 meta(x) + meta(x)`. Source: Med-MoE, arXiv 2404.10237, and its
+    official code. The router is computed in fp32.
+    """
+
+    def __init__(self, config: MoEConfig, size: int, make_expert: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.top_k = config.top_k
+        self.noise: torch.Generator | None = None
+        self.router = nn.Linear(size, config.num_experts, bias=config.router_bias)
+        self.experts = nn.ModuleList(make_expert() for _ in range(config.num_experts))
+        self.meta = make_expert() if config.meta_expert else None
+        self.coefficient = nn.Linear(size, 2) if config.use_residual else None
+
+    def router_logits(self, x: Tensor) -> Tensor:
+        """`[..., D]` to fp32 logits `[..., E]`, also under autocast."""
+        bias = None if self.router.bias is None else self.router.bias.float()
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.router.weight.float(), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the chosen experts on their tokens and add the meta expert."""
+        tokens = x.flatten(0, -2)  # [T, D]
+        y = self._routed(tokens)
+        if self.meta is not None:
+            meta = self.meta(tokens)
+            if self.coefficient is not None:
+                mix = self.coefficient(tokens).softmax(-1)  # [T, 2]
+                y = y * mix[:, :1] + meta * mix[:, 1:]
+            y = y + meta
+        return y.view_as(x)
+
+    def _routed(self, tokens: Tensor) -> Tensor:
+        weights, chosen = route(self.router_logits(tokens), self.top_k, self.noise)
+        y = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == index)
+            if token.numel():
+                part = expert(tokens[token]) * weights[token, slot, None]
+                y = y.index_add(0, token, part.to(y.dtype))
+        return y
 
 
 class Decoder(nn.Module):

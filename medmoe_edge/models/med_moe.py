@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.models.attention import KVCache, causal_mask
 from medmoe_edge.models.clip import ClipTower
-from medmoe_edge.models.decoder import Decoder, Phi, StableLm
+from medmoe_edge.models.decoder import Decoder, KVCache, MoE, Phi, StableLm, causal_mask
 from medmoe_edge.models.efficientnet_lite import EfficientNetLite
-from medmoe_edge.models.moe import MoE
 
 Tower = ClipTower | EfficientNetLite
 

@@ -9,8 +9,8 @@ from functools import partial
 from torch import nn
 
 from medmoe_edge.config import ModelConfig, MoEConfig
+from medmoe_edge.models.decoder import MoE
 from medmoe_edge.models.med_moe import MedMoE
-from medmoe_edge.models.moe import MoE
 from medmoe_edge.training.data import UNKNOWN, Batches, Conversation
 from medmoe_edge.training.loop import Loader, Session, fit
 from medmoe_edge.training.objective import Objective

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnxruntime as ort
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.contrastive import ModalityBundle
-from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, TextFeatures, TextReader
+from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures, TextReader
 from medmoe_edge.runtimes.ort.sessions import EarlySessions, open_session, session_options
 
 IMAGE, TEXT = "image.onnx", "text.onnx"

@@ -30,10 +30,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.target import DEFAULT
+from medmoe_edge._types import Floats
+from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.errors import BundleError, ResourceError
-from medmoe_edge.runtimes.base import Floats, Step
+from medmoe_edge.runtimes.base import Step
 from medmoe_edge.runtimes.ort.runtime import VISION, OrtCache, OrtRuntime
 from medmoe_edge.runtimes.ort.sessions import CPU, OPENED_AT_ONCE, one_of_many, session_options
 from medmoe_edge.runtimes.paging.expert_file import Check, ExpertFile, Extent

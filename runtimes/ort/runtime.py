@@ -9,18 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.weights import check_scales
 from medmoe_edge.config import DecoderConfig
-from medmoe_edge.runtimes.base import (
-    Cache,
-    CacheArray,
-    EmbeddingTable,
-    Floats,
-    Step,
-    check_room,
-    in_parts,
-)
+from medmoe_edge.runtimes.base import Cache, CacheArray, EmbeddingTable, Step, check_room, in_parts
 from medmoe_edge.runtimes.ort.saturation import load_notices
 from medmoe_edge.runtimes.ort.sessions import (
     Device,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.machine import cpu_features_here
 from medmoe_edge.bundle.weights import int8_products
-from medmoe_edge.calibration.formats import PAIR_BOUND
+from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.errors import Notice
 from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 

@@ -1,6 +1,6 @@
 """A bundle for CUDA on ONNX Runtime whose experts are in slots, inside a memory budget.
 
-The decoder takes the slots as inputs (`export/passes/ort_cuda_slots.py`), which are bound by their
+The decoder takes the slots as inputs (`export/passes/ort_cuda.py`), which are bound by their
 addresses and not copied. ONNX Runtime has computed when a run returns, so that nothing else waits.
 On the CPU, where it is asked for, the same graph runs with slots in its memory; on CUDA there was
 no GPU to execute it on.
@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.runtimes.base import Cache, Floats, Step
+from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.ort.runtime import OrtCache, OrtRuntime
 from medmoe_edge.runtimes.ort.sessions import Device
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.runtimes.base import Cache, Floats, Step
+from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile
 from medmoe_edge.runtimes.paging.pager import Counts, Expert
 from medmoe_edge.runtimes.paging.prediction import RequestRouting, budget_bytes

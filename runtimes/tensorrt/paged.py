@@ -1,6 +1,6 @@
 """A bundle of TensorRT engines whose experts are in slots of the GPU's memory, inside a budget.
 
-The engine takes the slots as inputs (`export/passes/tensorrt_slots.py`). They are bound like the KV
+The engine takes the slots as inputs (`export/passes/tensorrt.py`). They are bound like the KV
 cache, by addresses that stay, so that a captured decode step stays right too: it reads the table
 from the device, as it reads where the token stands. Each launch is a whole step;
 `slots/replay.py` runs it again until every expert that it chose was there.
@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.runtimes.base import Cache, Floats, Step
+from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
 from medmoe_edge.runtimes.slots.slots import Kind, PooledMemory, Table

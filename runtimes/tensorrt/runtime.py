@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.target import Target
+from medmoe_edge._types import Floats
+from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError, InputError, ResourceError
-from medmoe_edge.export.tensorrt_library import (
+from medmoe_edge.export.gpus import (
     EXTRAS,
     TITLES,
     library_of,
@@ -28,7 +28,7 @@ from medmoe_edge.export.tensorrt_library import (
     make_logger,
     reason,
 )
-from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Floats, Step, check_room, in_parts
+from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step, check_room, in_parts
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice, Device, Mirror
 
 

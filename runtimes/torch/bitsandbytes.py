@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from medmoe_edge.calibration.sites import site_of
+from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import MissingDependencyError
 from medmoe_edge.runtimes.torch.eager import EagerRuntime, TorchDevice, check_device

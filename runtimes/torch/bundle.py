@@ -18,14 +18,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.target import DEFAULT
+from medmoe_edge._types import Floats
+from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.errors import ModelError
-from medmoe_edge.export.moe_op import ACTIVATIONS
+from medmoe_edge.export.ops import ACTIVATIONS
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights
 from medmoe_edge.kernels.variant import TILES, group_of
 from medmoe_edge.models.med_moe import MedMoE
-from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Floats, Step
+from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step
 from medmoe_edge.runtimes.torch.eager import EagerCache, EagerRuntime, TorchDevice, check_device
 
 

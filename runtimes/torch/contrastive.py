@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from medmoe_edge._types import Floats
 from medmoe_edge.models.contrastive import ModalityMoE
-from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, TextFeatures, TextReader
+from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures, TextReader
 
 
 class ModalityTorchRuntime:

@@ -6,11 +6,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from medmoe_edge._types import Floats
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.models.attention import KVCache
+from medmoe_edge.models.decoder import KVCache
 from medmoe_edge.models.med_moe import MedMoE
-from medmoe_edge.runtimes.base import Cache, CacheArray, Floats, Step, check_room
+from medmoe_edge.runtimes.base import Cache, CacheArray, Step, check_room
 
 TorchDevice = Literal["cpu", "cuda"]
 ROUTER = ".router."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medmoe_edge.kernels import launch
 from medmoe_edge.kernels.variant import PARTS, Kernel
-from medmoe_edge.models.moe import MoE, route
+from medmoe_edge.models.decoder import MoE, route
 
 
 class StoredLinear(nn.Module):

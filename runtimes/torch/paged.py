@@ -21,10 +21,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.models.decoder import route
 from medmoe_edge.models.med_moe import MedMoE
-from medmoe_edge.models.moe import route
-from medmoe_edge.runtimes.base import Cache, Floats, Step, check_room
+from medmoe_edge.runtimes.base import Cache, Step, check_room
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile, Extent
 from medmoe_edge.runtimes.paging.pager import Expert
 from medmoe_edge.runtimes.slots.memory import CpuMemory, DeviceMemory, Slot

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.cli.contrastive import INDEX
 from medmoe_edge.contrastive import engine as modality_engine
@@ -21,7 +22,7 @@ from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.render import contrastive as render_contrastive
-from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures
+from medmoe_edge.runtimes.contrastive import ImageFeatures
 
 MODEL = {"name": "fake", "sha256": "0" * 64, "verification": "passed", "runtime": "onnxruntime"}
 CONFIG = MODALITY_PRESETS["modality-tiny"]

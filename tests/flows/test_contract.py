@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from medmoe_edge._types import Floats
 from medmoe_edge.calibration.data import CalibrationData, read_calibration
 from medmoe_edge.calibration.run import calibrate
-from medmoe_edge.calibration.sites import expert_of
-from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.calibration.statistics import Statistics, expert_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import VerificationError
@@ -25,7 +25,6 @@ from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Floats
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
 OTHERS = ("mri", "ct", "pathology")

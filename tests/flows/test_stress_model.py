@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from stress_methods import METHODS, dynamic_uint8
 from torch import Tensor, nn
 
-from medmoe_edge.models.moe import MoE
+from medmoe_edge.models.decoder import MoE
 
 IDS = torch.arange(3 * 40).view(3, 40) * 7 % 97
 

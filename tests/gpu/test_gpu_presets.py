@@ -3,8 +3,7 @@
 import pytest
 
 from medmoe_edge.errors import InputError
-from medmoe_edge.export.gpu_presets import GPUS, find_gpu
-from medmoe_edge.export.tensorrt_library import Library
+from medmoe_edge.export.gpus import GPUS, Library, find_gpu
 
 
 @pytest.mark.parametrize(

@@ -26,22 +26,20 @@ from graphs import (
 )
 
 from medmoe_edge.bundle.bundle import Bundle, write_manifest
-from medmoe_edge.calibration.formats import Format
-from medmoe_edge.calibration.rounding import round_to_nearest
+from medmoe_edge.calibration.quantisers import Format, round_to_nearest
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.external_data import save_model
-from medmoe_edge.export.moe_op import EXPERT_WEIGHTS, MoESpec
-from medmoe_edge.export.passes.half_graph import routing, to_half_graph
-from medmoe_edge.export.passes.ort_attention import lower_attention
-from medmoe_edge.export.passes.ort_cuda_matmul import lower_matmul_cuda
-from medmoe_edge.export.passes.ort_cuda_moe import lower_moe_cuda
+from medmoe_edge.export.half import routing, to_half_graph
+from medmoe_edge.export.ops import EXPERT_WEIGHTS, MoESpec
+from medmoe_edge.export.passes.ort_cpu import lower_attention
+from medmoe_edge.export.passes.ort_cuda import lower_matmul_cuda, lower_moe_cuda
 from medmoe_edge.export.plan import Plan, Precision
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.weights import WeightSource
-from medmoe_edge.models.moe import MoE
+from medmoe_edge.models.decoder import MoE
 from medmoe_edge.runtimes.base import Step, chosen_experts
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.eager import EagerRuntime

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from graphs import normal
 
-from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.target import Target
+from medmoe_edge._types import Floats
+from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import InputError, ResourceError
 from medmoe_edge.export.targets import export_target
-from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step
+from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step
 from medmoe_edge.runtimes.ort import slots as ort_slots
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.ort.slots import SlotOrtRuntime

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_paging import PATIENCE, elsewhere, settle
 
+from medmoe_edge._types import Floats
 from medmoe_edge.errors import BundleError, InputError, ResourceError
-from medmoe_edge.runtimes.base import Floats, Step
+from medmoe_edge.runtimes.base import Step
 from medmoe_edge.runtimes.paging.expert_file import Bytes
 from medmoe_edge.runtimes.paging.pager import Expert
 from medmoe_edge.runtimes.slots.memory import CpuMemory, DeviceMemory, Event, Slot

@@ -16,8 +16,7 @@ import onnx_ir as ir
 import pytest
 from graphs import op_types
 
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle
-from medmoe_edge.bundle.target import Target
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Target
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import BundleError, ConfigError, InputError, ModelError, ResourceError
@@ -25,8 +24,7 @@ from medmoe_edge.evaluation.verify import verify
 from medmoe_edge.export import targets
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.target_graphs import decoder_graph, inline
-from medmoe_edge.export.targets import export_target, plan_target
+from medmoe_edge.export.targets import decoder_graph, export_target, inline, plan_target
 from medmoe_edge.pipeline_targets import export_for
 from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime

@@ -23,11 +23,21 @@ from medmoe_edge.errors import (
     ResourceError,
 )
 from medmoe_edge.export import engine_cache, tensorrt_builder
-from medmoe_edge.export.build_memory import check_memory
-from medmoe_edge.export.gpu_presets import find_gpu
-from medmoe_edge.export.tensorrt_builder import Built, build_engine, load_timings, save_timings
-from medmoe_edge.export.tensorrt_library import Library, load_library, make_logger, reason
-from medmoe_edge.export.tensorrt_parsing import layer_of
+from medmoe_edge.export.gpus import (
+    Library,
+    check_memory,
+    find_gpu,
+    load_library,
+    make_logger,
+    reason,
+)
+from medmoe_edge.export.tensorrt_builder import (
+    Built,
+    build_engine,
+    layer_of,
+    load_timings,
+    save_timings,
+)
 
 Build = Callable[..., Built]
 
@@ -319,7 +329,7 @@ def test_the_layer_of_a_node_without_weights_is_the_nearest_above() -> None:
 def test_what_the_gpu_cannot_compute_is_said(
     build: Build, graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medmoe_edge.export import gpu_presets
+    from medmoe_edge.export import gpus as gpu_presets
 
     monkeypatch.setattr(gpu_presets, "TURING", 0)  # a GPU that the presets refuse
     monkeypatch.setattr(gpu_presets, "RTX_CAPABILITIES", (75,))

@@ -19,17 +19,16 @@ from interpreted import RoutedHidden, RoutedOutput, interpret
 from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
-from medmoe_edge.calibration.formats import Format
+from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import ConfigError
-from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.export.passes.half_graph import routing, to_half_graph
-from medmoe_edge.export.passes.ort_matmul import lower_matmul
-from medmoe_edge.export.passes.ort_moe import lower_moe
-from medmoe_edge.export.passes.tensorrt_moe import lower_moe_to_plugin
+from medmoe_edge.export.half import routing, to_half_graph
+from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
+from medmoe_edge.export.passes.tensorrt import lower_moe_to_plugin
 from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.quantise import quantise_weights
-from medmoe_edge.models.moe import MoE
+from medmoe_edge.models.decoder import MoE
 
 # Activations divide by 1 + exp(-u), which may be infinite: the quotient is then 0, as it should.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")

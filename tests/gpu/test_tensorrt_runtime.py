@@ -16,12 +16,11 @@ import numpy.typing as npt
 import pytest
 from engine_graphs import Decoder, Floats
 
-from medmoe_edge.bundle.target import Target
+from medmoe_edge.bundle.bundle import Target
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.errors import BundleError, InputError, MissingDependencyError, ResourceError
-from medmoe_edge.export.gpu_presets import find_gpu
+from medmoe_edge.export.gpus import find_gpu, load_library
 from medmoe_edge.export.tensorrt_builder import build_engine
-from medmoe_edge.export.tensorrt_library import load_library
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.paging.expert_file import Bytes
 from medmoe_edge.runtimes.slots.memory import Event

@@ -19,8 +19,8 @@ import pytest
 from graphs import normal
 from test_tensorrt_runtime import FakeDevice
 
-from medmoe_edge.bundle.bundle import Bundle, write_derived_manifest
-from medmoe_edge.bundle.target import Target
+from medmoe_edge._types import Floats
+from medmoe_edge.bundle.bundle import Bundle, Target, write_derived_manifest
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import (
@@ -30,13 +30,11 @@ from medmoe_edge.errors import (
     MissingDependencyError,
     ResourceError,
 )
-from medmoe_edge.export.expert_slots import FILE
-from medmoe_edge.export.external_data import PAGE
-from medmoe_edge.export.target_graphs import write_graphs
-from medmoe_edge.export.targets import export_target, plan_target
-from medmoe_edge.export.tensorrt_library import load_library, make_logger
-from medmoe_edge.export.tensorrt_parsing import parse
-from medmoe_edge.runtimes.base import Cache, Floats, Step
+from medmoe_edge.export.external_data import FILE, PAGE
+from medmoe_edge.export.gpus import load_library, make_logger
+from medmoe_edge.export.targets import export_target, plan_target, write_graphs
+from medmoe_edge.export.tensorrt_builder import parse
+from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.graph import GraphRuntime, as_written
 from medmoe_edge.runtimes.paging.pager import ExpertPager
 from medmoe_edge.runtimes.slots.replay import Chosen

@@ -19,8 +19,9 @@ from torch import nn
 from triton import knobs
 
 from medmoe_edge import kernels as plugin
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
-from medmoe_edge.calibration.rounding import round_searched
+from medmoe_edge.calibration.quantisers import round_searched
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.engine.engine import load
@@ -31,8 +32,8 @@ from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights,
 from medmoe_edge.image.loading import Image
 from medmoe_edge.kernels.tensorrt_plugin import compile_kernel
 from medmoe_edge.kernels.variant import Variant
-from medmoe_edge.models.moe import MoE
-from medmoe_edge.runtimes.base import Floats, Runtime, Step
+from medmoe_edge.models.decoder import MoE
+from medmoe_edge.runtimes.base import Runtime, Step
 from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime

@@ -16,10 +16,11 @@ from graphs import normal
 from interpreted import interpret
 from torch import nn
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, InputError
-from medmoe_edge.runtimes.base import Cache, Floats, Paged, Runtime, Step
+from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step
 from medmoe_edge.runtimes.paging.pager import Expert
 from medmoe_edge.runtimes.slots.memory import CpuMemory
 from medmoe_edge.runtimes.slots.replay import Chosen

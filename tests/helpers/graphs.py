@@ -15,17 +15,15 @@ from torch import Tensor, nn
 
 from medmoe_edge.calibration.collect import Observer
 from medmoe_edge.calibration.coverage import ExpertCoverage
-from medmoe_edge.calibration.formats import Format
+from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.calibration.routing import RoutingProfile
-from medmoe_edge.calibration.sites import site_of
-from medmoe_edge.calibration.statistics import Source, Statistics
+from medmoe_edge.calibration.statistics import Source, Statistics, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.export.builder import IR_VERSION, MEDMOE, OPSET, Builder, floats
 from medmoe_edge.export.external_data import save_model
-from medmoe_edge.export.moe_op import MoESpec, moe_function
-from medmoe_edge.models.decoder import PhiFeedForward, StableLmFeedForward
-from medmoe_edge.models.moe import MoE
+from medmoe_edge.export.ops import MoESpec, moe_function
+from medmoe_edge.models.decoder import MoE, PhiFeedForward, StableLmFeedForward
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 

@@ -12,8 +12,7 @@ from command_line import Run, two_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medmoe_edge.bedside.audit.chain import GENESIS, verify_log
-from medmoe_edge.bedside.audit.log import AuditLog
+from medmoe_edge.bedside.audit.log import GENESIS, AuditLog, verify_log
 from medmoe_edge.errors import DataError, InputError, ResourceError
 
 MODEL = {"name": "nano", "sha256": "a" * 64}

@@ -33,8 +33,8 @@ from pydicom.uid import (
 )
 from pynetdicom.ae import ApplicationEntity
 
-from medmoe_edge.bedside.audit.chain import verify_log
-from medmoe_edge.bedside.listen import files as listen_files
+from medmoe_edge.bedside.audit.log import verify_log
+from medmoe_edge.bedside.listen import queue as listen_files
 from medmoe_edge.bedside.listen import receiving as listen_receiving
 from medmoe_edge.bedside.listen.answering import Answering
 from medmoe_edge.bedside.listen.evidence import Evidence, Result
@@ -154,7 +154,7 @@ def test_a_full_disk_keeps_nothing_and_says_so(
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("medmoe_edge.bedside.listen.files.os.fsync", fail)
+            patch.setattr("medmoe_edge.bedside.listen.queue.os.fsync", fail)
             assert send(node.port, study()) == [0xA700]
         assert list(node.folder.images.iterdir()) == []
         with monkeypatch.context() as patch:
@@ -213,7 +213,7 @@ def test_questions_go_by_modality_and_body_part(tmp_path: Path) -> None:
 def test_an_answer_that_fails_is_tried_again_and_a_hopeless_one_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.worker.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.queue.FIRST_DELAY", 0.01)
     engine = StandIn()
     errors: list[Exception] = [
         CheckpointError("a", "b"),
@@ -269,7 +269,7 @@ def test_an_object_that_ends_the_process_again_and_again_is_given_up(tmp_path: P
 def test_documents_are_sent_until_they_are_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.worker.FIRST_DELAY", 0.05)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.queue.FIRST_DELAY", 0.05)
     port = free_port()
     destination = {"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": port}
     kinds = ["comprehensive-3d-sr", "basic-text-sr"]

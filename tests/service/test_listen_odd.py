@@ -28,9 +28,9 @@ from test_listen_fuzz import fake_event
 from medmoe_edge.bedside.listen import receiving as listen_receiving
 from medmoe_edge.bedside.listen.answering import encoded
 from medmoe_edge.bedside.listen.evidence import Evidence
-from medmoe_edge.bedside.listen.files import key_of
 from medmoe_edge.bedside.listen.header import SHARED, text_of
 from medmoe_edge.bedside.listen.node import Node
+from medmoe_edge.bedside.listen.queue import key_of
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.loading import Image
 

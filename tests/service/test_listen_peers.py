@@ -34,8 +34,12 @@ from medmoe_edge.bedside.listen.answering import encoded
 from medmoe_edge.bedside.listen.evidence import Evidence, Result
 from medmoe_edge.bedside.listen.fhir import fhir
 from medmoe_edge.bedside.listen.node import Node
-from medmoe_edge.bedside.listen.report_picture import blended, heat_map
-from medmoe_edge.bedside.listen.report_sr import basic_text_sr, comprehensive_3d_sr
+from medmoe_edge.bedside.listen.report_sr import (
+    basic_text_sr,
+    blended,
+    comprehensive_3d_sr,
+    heat_map,
+)
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.image.loading import Image
 
@@ -213,7 +217,7 @@ class FhirServer(http.server.BaseHTTPRequestHandler):
 
 
 def test_fhir_is_posted_until_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.worker.FIRST_DELAY", 0.05)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.queue.FIRST_DELAY", 0.05)
     (tmp_path / "token").write_text("secret\n")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FhirServer)
     seen: list[tuple[str, str, bytes]] = []

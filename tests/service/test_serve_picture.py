@@ -17,8 +17,8 @@ from pydicom.data import get_testdata_file
 from serving import StandIn, app_over, client_of, png
 from starlette.testclient import TestClient
 
-from medmoe_edge.bedside.serve import picture as serve_picture
-from medmoe_edge.bedside.serve.picture import Codes, Picture, picture_of
+from medmoe_edge.bedside.serve import routes as serve_picture
+from medmoe_edge.bedside.serve.routes import Codes, Picture, picture_of
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.image.worker import Bounds

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from medmoe_edge.bedside.serve.errors import Refusal
-from medmoe_edge.bedside.serve.queue import Places, Worker
+from medmoe_edge.bedside.serve.work import Places, Worker
 
 
 class Picture:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from listen_process import PEER, QUESTION, Archive, free_port, send, start_node, study
 
-from medmoe_edge.bedside.audit.chain import verify_log
+from medmoe_edge.bedside.audit.log import verify_log
 from medmoe_edge.bedside.listen.queue import Queue
 
 

@@ -8,12 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medmoe_edge.calibration.formats import Floats, Format, Quantised
+from medmoe_edge._types import Floats
 from medmoe_edge.calibration.gptq import quantise_gptq
-from medmoe_edge.calibration.rounding import round_searched, round_to_nearest, shares
-from medmoe_edge.calibration.site_statistics import SiteStatistics
+from medmoe_edge.calibration.quantisers import (
+    Format,
+    Quantised,
+    round_searched,
+    round_to_nearest,
+    shares,
+)
 from medmoe_edge.calibration.smooth import search_migration
-from medmoe_edge.export.migration import TYPICAL
+from medmoe_edge.calibration.statistics import SiteStatistics
+from medmoe_edge.export.plan import TYPICAL
 from medmoe_edge.runtimes.torch.bitsandbytes import Kind, quantise_linear
 
 INT8 = Format(8)

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 
 from medmoe_edge.calibration.collect import Observer
-from medmoe_edge.calibration.site_statistics import SiteStatistics
+from medmoe_edge.calibration.statistics import SiteStatistics
 from medmoe_edge.config import MoEConfig
-from medmoe_edge.models.moe import MoE
+from medmoe_edge.models.decoder import MoE
 
 LENGTH = 256  # tokens of a sequence
 CALIBRATION, HELD_OUT = 64, 16  # sequences

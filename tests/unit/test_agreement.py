@@ -17,8 +17,7 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import DataError
-from medmoe_edge.evaluation.available_targets import agree_on_targets
-from medmoe_edge.evaluation.targets import BOUND, agree, lost_by
+from medmoe_edge.evaluation.targets import BOUND, agree, agree_on_targets, lost_by
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.torch.eager import EagerRuntime

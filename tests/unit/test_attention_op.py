@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from medmoe_edge.config import DecoderConfig
-from medmoe_edge.export.attention_op import (
+from medmoe_edge.export.builder import MEDMOE, Builder, floats
+from medmoe_edge.export.decoder import rotary_cache
+from medmoe_edge.export.ops import (
     INPUTS,
     OUTPUTS,
     attention_attributes,
     attention_function,
 )
-from medmoe_edge.export.builder import MEDMOE, Builder, floats
-from medmoe_edge.export.decoder import rotary_cache
-from medmoe_edge.export.passes.ort_attention import lower_attention
+from medmoe_edge.export.passes.ort_cpu import lower_attention
 from medmoe_edge.export.schemas import register_schemas
 from medmoe_edge.presets import PRESETS
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medmoe_edge.calibration.sites import site_of
+from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import MissingDependencyError
 from medmoe_edge.runtimes.torch import bitsandbytes

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medmoe_edge.bundle import bundle
-from medmoe_edge.bundle import intact as bundle_intact
+from medmoe_edge.bundle import bundle as bundle_intact
 from medmoe_edge.bundle.bundle import (
     FORMAT_VERSION,
     MANIFEST,

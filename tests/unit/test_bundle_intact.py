@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medmoe_edge.bundle import intact as bundle_intact
-from medmoe_edge.bundle.intact import remember_intact, was_intact
+from medmoe_edge.bundle import bundle as bundle_intact
+from medmoe_edge.bundle.bundle import remember_intact, was_intact
 
 SHA256 = "ab" * 32
 

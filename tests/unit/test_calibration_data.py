@@ -27,9 +27,10 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
 )
 
-from medmoe_edge.calibration import builtin, samples
+from medmoe_edge.calibration import samples
+from medmoe_edge.calibration import samples as builtin
 from medmoe_edge.calibration.data import CalibrationData, Sample, Skipped, read_calibration
-from medmoe_edge.calibration.sources import folder_samples
+from medmoe_edge.calibration.samples import folder_samples
 from medmoe_edge.errors import DataError, InputError, MissingDependencyError
 from medmoe_edge.image.loading import Image, load_image
 

@@ -14,15 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from medmoe_edge.calibration.borrowing import Neighbours
 from medmoe_edge.calibration.collect import Collected, Observer, collect
+from medmoe_edge.calibration.coverage import Neighbours
 from medmoe_edge.calibration.samples import Sample
-from medmoe_edge.calibration.sites import site_of
-from medmoe_edge.calibration.statistics import SiteFiles
+from medmoe_edge.calibration.statistics import SiteFiles, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError, ResourceError
 from medmoe_edge.image.loading import preprocess
-from medmoe_edge.models.moe import route
+from medmoe_edge.models.decoder import route
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers import PhiConfig, PhiForCausalLM, StableLmConfig, StableLmForCausalLM
 
 from medmoe_edge.config import DecoderConfig, ModelConfig
-from medmoe_edge.models.attention import KVCache, causal_mask
-from medmoe_edge.models.decoder import Phi, StableLm
+from medmoe_edge.models.decoder import KVCache, Phi, StableLm, causal_mask
 from medmoe_edge.presets import PRESETS
 
 BATCH, LENGTH, SPLIT = 2, 11, 7

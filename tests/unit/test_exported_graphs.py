@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.export.decoder import rotary_cache
 from medmoe_edge.export.plan import Plan, Precision
 from medmoe_edge.export.weights import WeightSource
-from medmoe_edge.models.attention import rotary_tables
+from medmoe_edge.models.decoder import rotary_tables
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.runtimes.base import Floats
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 

@@ -24,9 +24,8 @@ from graphs import (
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import Builder, floats
 from medmoe_edge.export.external_data import INLINE_BYTES, PAGE, save_model
-from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.export.passes.ort_matmul import lower_matmul
-from medmoe_edge.export.passes.ort_moe import lower_moe
+from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
 from medmoe_edge.export.plan import Plan, Precision
 from medmoe_edge.export.quantise import quantise_weights
 

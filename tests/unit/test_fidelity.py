@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.data.datasets import Example
@@ -20,7 +21,7 @@ from medmoe_edge.errors import DataError, InputError, ModelError
 from medmoe_edge.evaluation.fidelity import Fidelity, Recording, compare, log_softmax, record
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Floats, Runtime, Step
+from medmoe_edge.runtimes.base import Cache, Runtime, Step
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medmoe_edge.calibration.formats import Format, Quantised
+from medmoe_edge.calibration.quantisers import Format, Quantised
 from medmoe_edge.errors import ConfigError
 
 

@@ -6,9 +6,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from medmoe_edge.calibration.formats import Floats, Format
+from medmoe_edge._types import Floats
 from medmoe_edge.calibration.gptq import quantise_gptq
-from medmoe_edge.calibration.rounding import output_error, round_searched, round_to_nearest
+from medmoe_edge.calibration.quantisers import (
+    Format,
+    output_error,
+    round_searched,
+    round_to_nearest,
+)
 from medmoe_edge.errors import CheckpointError
 
 Doubles = npt.NDArray[np.float64]

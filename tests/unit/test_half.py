@@ -7,7 +7,7 @@ from graphs import initializer, model, random_tokens, run_ort
 
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import Builder, floats
-from medmoe_edge.export.passes.half import halve_weights, to_half
+from medmoe_edge.export.half import halve_weights, to_half
 
 
 def product(weight: np.ndarray) -> ir.Model:

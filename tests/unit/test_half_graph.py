@@ -22,11 +22,10 @@ from graphs import (
 )
 from onnx_ir.passes.common import InlinePass
 
-from medmoe_edge.calibration.formats import Format
-from medmoe_edge.calibration.rounding import round_to_nearest
+from medmoe_edge.calibration.quantisers import Format, round_to_nearest
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import Builder, floats
-from medmoe_edge.export.passes.half_graph import routing, to_half_graph
+from medmoe_edge.export.half import routing, to_half_graph
 from medmoe_edge.export.quantise import quantise_weights
 
 HALF, BRAIN = ir.DataType.FLOAT16, ir.DataType.BFLOAT16

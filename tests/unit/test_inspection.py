@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.target import Target
+from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.evaluation.inspection import activated_parameters, inspect_model

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medmoe_edge.models.attention import causal_mask
+from medmoe_edge.models.decoder import MoE, causal_mask
 from medmoe_edge.models.med_moe import MedMoE, Output
-from medmoe_edge.models.moe import MoE
 from medmoe_edge.presets import PRESETS
 
 BATCH = 2

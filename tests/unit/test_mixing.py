@@ -7,14 +7,12 @@ import pytest
 from graphs import changed, observed
 from torch import Tensor
 
-from medmoe_edge.calibration.formats import Format
 from medmoe_edge.calibration.mixed import INT4
-from medmoe_edge.calibration.sites import site_of
-from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.calibration.quantisers import Format
+from medmoe_edge.calibration.statistics import Statistics, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import InputError
-from medmoe_edge.export.mixing import search_formats
-from medmoe_edge.export.plan import HEAD, make_plan
+from medmoe_edge.export.plan import HEAD, make_plan, search_formats
 
 Make = Callable[..., Path]
 

@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from medmoe_edge._types import Floats
 from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.evaluate import (
@@ -31,7 +32,7 @@ from medmoe_edge.data.boxes import Place, read_places
 from medmoe_edge.data.datasets import LabelledImage
 from medmoe_edge.errors import DataError
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures, TextFeatures
+from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures
 
 CONFIG: ModalityConfig = MODALITY_PRESETS["modality-tiny"]
 SIZE, GRID = CONFIG.size, 8

@@ -18,6 +18,7 @@ from PIL import Image as Pillow
 from torch import nn
 
 import medmoe_edge
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, model_kind, write_manifest
 from medmoe_edge.bundle.contrastive import DEFAULT_GATES, ModalityBundle
 from medmoe_edge.bundle.recorded import recorded_file
@@ -32,19 +33,17 @@ from medmoe_edge.errors import (
 )
 from medmoe_edge.evaluation import contrastive as verification_modality
 from medmoe_edge.evaluation.contrastive import Pictures, sweep_modality, verify_modality
-from medmoe_edge.evaluation.inspection_contrastive import inspect_modality
+from medmoe_edge.evaluation.inspection import inspect_modality
 from medmoe_edge.export import contrastive as modality
-from medmoe_edge.export import contrastive_build as modality_build
-from medmoe_edge.export import vision_quantise
-from medmoe_edge.export.contrastive import export_image
-from medmoe_edge.export.contrastive_build import export_modality_bundle
-from medmoe_edge.export.gpu_presets import find_gpu
+from medmoe_edge.export import contrastive as modality_build
+from medmoe_edge.export.contrastive import export_image, export_modality_bundle
+from medmoe_edge.export.gpus import find_gpu, load_library
+from medmoe_edge.export.passes import ort_cpu as vision_quantise
 from medmoe_edge.export.tensorrt_builder import build_engine
-from medmoe_edge.export.tensorrt_library import load_library
 from medmoe_edge.image.loading import Image
 from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.runtimes.contrastive import Floats, ImageFeatures
+from medmoe_edge.runtimes.contrastive import ImageFeatures
 from medmoe_edge.runtimes.ort.contrastive import run_expert
 
 TEXTS = ["a mass", "effusion", "no finding in the left lung"]

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medmoe_edge.config import DecoderConfig, MoEConfig
-from medmoe_edge.models.decoder import PhiFeedForward, StableLmFeedForward
-from medmoe_edge.models.moe import MoE, route
+from medmoe_edge.models.decoder import MoE, PhiFeedForward, StableLmFeedForward, route
 
 SIZE, EXPERTS = 16, 4
 FEED_FORWARD = {"phi": PhiFeedForward, "stablelm": StableLmFeedForward}

@@ -15,8 +15,8 @@ from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.models.moe import MoE, route
+from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.models.decoder import MoE, route
 
 STRUCTURES = [
     (kind, {"top_k": k, "router_bias": bias, "meta_expert": meta, "use_residual": residual})

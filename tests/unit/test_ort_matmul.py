@@ -23,12 +23,10 @@ from graphs import (
 )
 from torch import nn
 
-from medmoe_edge.calibration.formats import Format, Quantised
-from medmoe_edge.calibration.rounding import round_searched, round_to_nearest
+from medmoe_edge.calibration.quantisers import Format, Quantised, round_searched, round_to_nearest
 from medmoe_edge.export.builder import CONTRIB, Builder, floats
-from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.export.passes.ort_matmul import lower_matmul
-from medmoe_edge.export.passes.ort_moe import lower_moe
+from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
 from medmoe_edge.export.plan import INT8, Plan
 from medmoe_edge.export.quantise import Policy, quantise_weights
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from graphs import moe_config, moe_layer, moe_model, op_types, random_tokens, run_all, run_ort
 
-from medmoe_edge.export.moe_op import MoESpec
-from medmoe_edge.export.passes.ort_moe import lower_moe
+from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.passes.ort_cpu import lower_moe
 
 STRUCTURES: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {"top_k": 1}),

@@ -10,12 +10,16 @@ import pytest
 from graphs import Floats, changed, normal, observed
 from torch import Tensor
 
-from medmoe_edge.calibration.formats import Format, Quantised
 from medmoe_edge.calibration.gptq import quantise_gptq
 from medmoe_edge.calibration.mixed import INT4
-from medmoe_edge.calibration.rounding import output_error, round_searched, round_to_nearest
-from medmoe_edge.calibration.sites import site_of
-from medmoe_edge.calibration.statistics import SiteStatistics, Statistics
+from medmoe_edge.calibration.quantisers import (
+    Format,
+    Quantised,
+    output_error,
+    round_searched,
+    round_to_nearest,
+)
+from medmoe_edge.calibration.statistics import SiteStatistics, Statistics, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.export import weights

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medmoe_edge.runtimes.base import Floats, Step, in_parts
+from medmoe_edge._types import Floats
+from medmoe_edge.runtimes.base import Step, in_parts
 
 
 @given(length=st.integers(1, 60), at_once=st.integers(1, 70))

@@ -23,12 +23,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import QUESTIONS, random_image, told
 
-from medmoe_edge.bundle.bundle import Bundle, write_derived_manifest
-from medmoe_edge.bundle.target import Target
+from medmoe_edge.bundle.bundle import Bundle, Target, write_derived_manifest
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.engine.engine import Engine, load
-from medmoe_edge.engine.prefix_cache import STALE, PrefixCache, cache_folder, cpu_features
-from medmoe_edge.engine.prefix_file import Prefix, most_bytes, read_prefix, write_prefix
+from medmoe_edge.engine.prefix_cache import (
+    STALE,
+    Prefix,
+    PrefixCache,
+    cache_folder,
+    cpu_features,
+    most_bytes,
+    read_prefix,
+    write_prefix,
+)
 from medmoe_edge.errors import InputError
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.base import PortableCache, Runtime

@@ -12,8 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from medmoe_edge.bundle.bundle import Bundle, write_manifest
-from medmoe_edge.bundle.target import TargetName
+from medmoe_edge.bundle.bundle import Bundle, TargetName, write_manifest
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import BundleError, MedMoEError, ResourceError
 from medmoe_edge.runtimes.ort import sessions as ort_providers

@@ -15,8 +15,7 @@ from command_line import Run, two_lines
 from PIL import Image
 
 from medmoe_edge.bundle import signature as signature_module
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
-from medmoe_edge.bundle.gates import Gates
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Gates, write_manifest
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.recorded import Recorded, read_recorded, recorded_file
 from medmoe_edge.bundle.signature import Marks, Signature, SignatureMaker, compare_signature

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from medmoe_edge.bundle.bundle import NOTICE, Bundle
-from medmoe_edge.bundle.gates import DEFAULT_GATES
+from medmoe_edge.bundle.bundle import DEFAULT_GATES, NOTICE, Bundle
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.evaluation.fidelity import Fidelity, Share

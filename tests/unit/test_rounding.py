@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from medmoe_edge.calibration.formats import Floats, Format, Quantised
-from medmoe_edge.calibration.rounding import (
+from medmoe_edge._types import Floats
+from medmoe_edge.calibration.quantisers import (
     FLOOR,
+    Format,
+    Quantised,
     output_error,
     round_searched,
     round_to_nearest,
@@ -203,7 +205,7 @@ def test_important_inputs_are_kept_and_idle_ones_not_forgotten() -> None:
 def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, importance = random_weight(), np.square(random_weight(1)[0])
     whole = [round_searched(weight, format, importance) for format in FORMATS]
-    monkeypatch.setattr("medmoe_edge.calibration.rounding.CHUNK", 1)
+    monkeypatch.setattr("medmoe_edge.calibration.quantisers.CHUNK", 1)
     for format, expected in zip(FORMATS, whole, strict=True):
         parts = round_searched(weight, format, importance)
         np.testing.assert_array_equal(parts.integers, expected.integers)

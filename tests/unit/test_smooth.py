@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from medmoe_edge.calibration.formats import Floats, Format
-from medmoe_edge.calibration.rounding import round_to_nearest
+from medmoe_edge._types import Floats
+from medmoe_edge.calibration.quantisers import Format, round_to_nearest
 from medmoe_edge.calibration.smooth import (
     LARGEST,
     STRENGTHS,

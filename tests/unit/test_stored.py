@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 from graphs import run_all
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import BundleError
@@ -17,7 +18,6 @@ from medmoe_edge.export.plan import Plan, Precision
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.stored import StoredWeights, specification
 from medmoe_edge.export.weights import WeightSource
-from medmoe_edge.runtimes.base import Floats
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 Make = Callable[..., Path]

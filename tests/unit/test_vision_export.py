@@ -12,17 +12,17 @@ import torch
 from graphs import changed, normal
 from torch import Tensor
 
+from medmoe_edge._types import Floats
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.checkpoint.tensors import StoredTensor
 from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export import vision
 from medmoe_edge.export.external_data import save_model
-from medmoe_edge.export.passes.half import SMALL, halve_weights
+from medmoe_edge.export.half import SMALL, halve_weights
 from medmoe_edge.export.vision import export_vision
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.presets_random import random_tensors
-from medmoe_edge.runtimes.base import Floats
 from medmoe_edge.runtimes.ort.sessions import open_session, session_options
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 

@@ -22,9 +22,9 @@ import ray
 import ray.data
 import ray.exceptions
 
-from medmoe_edge.bedside.batch.asking import Identity, Numbered, Recipe, answer, check
 from medmoe_edge.bedside.batch.inputs import Item
 from medmoe_edge.bedside.batch.journal import Row
+from medmoe_edge.bedside.batch.run import Identity, Numbered, Recipe, answer, check
 from medmoe_edge.errors import InputError, MedMoEError, ModelError, ResourceError
 
 PART = 16  # images that a worker takes at once, and may lose

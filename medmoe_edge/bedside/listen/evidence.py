@@ -11,7 +11,6 @@ from typing import Self
 from pydicom import Dataset
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bedside.listen.files import key_of
 from medmoe_edge.bedside.listen.header import (
     SHARED,
     UIDS,
@@ -22,6 +21,7 @@ from medmoe_edge.bedside.listen.header import (
     text_of,
     uid_of,
 )
+from medmoe_edge.bedside.listen.queue import key_of
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import Notice
 from medmoe_edge.image.loading import Image

@@ -11,15 +11,16 @@ from pynetdicom.ae import ApplicationEntity
 from pynetdicom.events import EventHandlerType
 from pynetdicom.transport import ThreadedAssociationServer
 
-from medmoe_edge.bedside.listen.answering import Answering, Asked
+from medmoe_edge.bedside.listen.answering import Answering, Asked, Sending
 from medmoe_edge.bedside.listen.config import Configuration, Destination, DicomDestination
-from medmoe_edge.bedside.listen.files import Folder
-from medmoe_edge.bedside.listen.meter import Meter
-from medmoe_edge.bedside.listen.queue import Queue
-from medmoe_edge.bedside.listen.receiving import Receiving, classes_with_pixels, transfer_syntaxes
-from medmoe_edge.bedside.listen.report_picture import Locator
-from medmoe_edge.bedside.listen.sending import Sending
-from medmoe_edge.bedside.listen.worker import Worker
+from medmoe_edge.bedside.listen.queue import Folder, Queue, Worker
+from medmoe_edge.bedside.listen.receiving import (
+    Meter,
+    Receiving,
+    classes_with_pixels,
+    transfer_syntaxes,
+)
+from medmoe_edge.bedside.listen.report_sr import Locator
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.image.loading import MAX_BYTES
 

@@ -1,4 +1,18 @@
-"""The work queue of the DICOM node, in SQLite: survives the end of the process at any moment.
+"""The folder of the DICOM node, which holds patients' images and so is for its owner alone.
+
+    queue.sqlite     what is to be done, and what was
+    images/KEY.dcm   received objects, until they are answered
+    documents/KEY/   the results of an object, a file for each question and kind of document
+    audit.jsonl      unless the configuration names another file
+    lock             held by the node that works here
+
+KEY is the SHA-256 of the SOP Instance UID: no name of a file tells a UID or a patient.
+
+A thread that does one job after another; what fails is tried again later, and later still.
+
+When is kept in memory, by a clock that never jumps; after a restart everything is tried at once.
+
+The work queue of the DICOM node, in SQLite: survives the end of the process at any moment.
 
 An object is `waiting` until its answers are recorded, in one transaction with what is to be sent of
 them, and then `answered`; or `failed`, where it cannot be answered. Its key is the SHA-256 of its
@@ -7,15 +21,153 @@ version, under a key of its own; `origin` tells, in hashes, what versions and pa
 Times are not kept: a clock may jump.
 """
 
+import hashlib
 import json
+import logging
+import os
+import shutil
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.listen.header import Origin
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import MedMoEError, ResourceError
+from medmoe_edge.image.loading import Image, shown_name
+from medmoe_edge.image.worker import Bounds, read_apart
+
+BOUNDS = Bounds(seconds=30.0)  # of one picture: nobody waits at a screen
+
+
+class Folder:
+    """The paths, and writing that lasts."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.images, self.documents = root / "images", root / "documents"
+        self.queue, self.lock = root / "queue.sqlite", root / "lock"
+        for folder in (root, self.images, self.documents):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def image(self, key: str) -> Path:
+        """Where a received object lies."""
+        return self.images / f"{key}.dcm"
+
+    def picture(self, key: str) -> Image:
+        """The picture of a received object, decoded in a process of its own, which is bounded.
+
+        Raises what `load_image` does.
+        """
+        path = self.image(key)
+        try:
+            return read_apart(path, bounds=BOUNDS)
+        except MedMoEError as error:
+            error.what = error.what.replace(shown_name(path), "The object")
+            error.args = (f"{error.what} {error.remedy}",)
+            raise
+
+    def free(self) -> int:
+        """Bytes free on the disk."""
+        return shutil.disk_usage(self.root).free
+
+    def keep(self, path: Path, data: bytes) -> None:
+        """Write a file that, on return, is on the disk whole, and so is its name."""
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(data)
+        for folder in (path.parent, path.parent.parent):
+            sync_folder(folder)
+
+    def sweep(self, needed: Iterable[str]) -> None:
+        """Remove images that nobody was told were kept, or that are answered."""
+        names = {f"{key}.dcm" for key in needed}
+        for path in self.images.iterdir():
+            if path.name not in names:
+                path.unlink()
+        for part in self.documents.glob("*/.*.part"):
+            part.unlink()
+
+
+def key_of(uid: str) -> str:
+    """The key of an object, from its SOP Instance UID."""
+    return hashlib.sha256(uid.encode("ascii")).hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system knows how to."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+log = logging.getLogger(__name__)
+IDLE = 1.0  # seconds between looks, when nobody wakes it
+FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
+
+
+class Worker(threading.Thread):
+    """Calls `do` for the keys that `pending(limit)` names, in order.
+
+    `do` ends well, or raises: then the key is left for later. It must not be in the log what the
+    key stands for, so the log tells the kind of an error alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pending: Callable[[int], Sequence[str]],
+        do: Callable[[str], None],
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self._pending, self._do = pending, do
+        self._stopping, self._awake = threading.Event(), threading.Event()
+        self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
+
+    def wake(self) -> None:
+        """There is something new."""
+        self._awake.set()
+
+    def stop(self) -> None:
+        """End after the job at hand; `join` waits for that."""
+        self._stopping.set()
+        self._awake.set()
+
+    def run(self) -> None:
+        """The thread's life."""
+        while not self._stopping.is_set():
+            self._awake.clear()
+            try:
+                key = self._next()
+                if key is not None:
+                    self._attempt(key)
+                    continue
+            except Exception as error:
+                log.error("%s cannot work (%s): waiting.", self.name, type(error).__name__)
+            self._awake.wait(IDLE)
+
+    def _next(self) -> str | None:
+        """The first key that is due; one more than the delayed are asked for, so it is seen."""
+        now = time.monotonic()
+        keys = self._pending(len(self._delayed) + 1)
+        return next((key for key in keys if self._delayed.get(key, (0.0,))[0] <= now), None)
+
+    def _attempt(self, key: str) -> None:
+        try:
+            self._do(key)
+            self._delayed.pop(key, None)
+        except Exception as error:
+            _, delay = self._delayed.get(key, (0.0, FIRST_DELAY))
+            self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
+            kind = type(error).__name__
+            log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], kind, delay)
+
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS object (

@@ -1,4 +1,6 @@
-"""C-ECHO and C-STORE: what is let in, and what is kept before the sender is told so.
+"""How much a peer may send for one object: what it has sent is in memory until it is whole.
+
+C-ECHO and C-STORE: what is let in, and what is kept before the sender is told so.
 
 The statuses are those of PS3.4 B.2.3 and PS3.7 annex C.
 """
@@ -10,6 +12,7 @@ import ipaddress
 import logging
 import re
 import threading
+import weakref
 from collections.abc import Callable
 
 from pydicom import Dataset, dcmread
@@ -23,7 +26,6 @@ from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import register_uid
 
 from medmoe_edge.bedside.listen.config import Configuration
-from medmoe_edge.bedside.listen.files import Folder, key_of
 from medmoe_edge.bedside.listen.header import (
     Origin,
     check_uids,
@@ -32,11 +34,42 @@ from medmoe_edge.bedside.listen.header import (
     text_of,
     uid_of,
 )
-from medmoe_edge.bedside.listen.queue import Queue
+from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
 from medmoe_edge.image.loading import decoding
 
 log = logging.getLogger(__name__)
+
+
+class Meter:
+    """Counts the bytes of the message at hand; beyond `limit` the connection is closed."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._received: weakref.WeakKeyDictionary[Association, int] = weakref.WeakKeyDictionary()
+
+    def data(self, event: Event) -> None:
+        """Data of an association have come in."""
+        association = event.assoc
+        total = self._received.get(association, 0) + len(event.data)
+        self._received[association] = total
+        if total > self._limit:
+            log.warning("A connection was closed: its object is larger than allowed.")
+            _hang_up(association)
+
+    def message(self, event: Event) -> None:
+        """A message is whole: the next begins."""
+        self._received[event.assoc] = 0
+
+
+def _hang_up(association: Association) -> None:
+    """Close the connection under the association, which its own thread then notices."""
+    connection = association.dul.socket
+    if connection is not None and connection.socket is not None:
+        descriptor = connection.socket
+        connection.close()
+        descriptor.close()  # pynetdicom leaves it open where the peer was faster
+
 
 SUCCESS = 0x0000
 TRANSFER_SYNTAXES_NOT_SUPPORTED = 0x04  # of a presentation context, PS3.8 table 9-18

@@ -17,10 +17,9 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
-from medmoe_edge.bedside.serve.exchange import at_end
-from medmoe_edge.bedside.serve.queue import Worker, started
+from medmoe_edge.bedside.serve.guard import at_end
 from medmoe_edge.bedside.serve.routes import EVENTS, REFUSALS, answers_of, client_of, event_stream
-from medmoe_edge.bedside.serve.work import Work
+from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
 from medmoe_edge.errors import ImageError, InputError

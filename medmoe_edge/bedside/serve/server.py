@@ -1,17 +1,28 @@
-"""The service on a socket: uvicorn, with a deadline for request heads and a gentle end."""
+"""The service on a socket: uvicorn, with a deadline for request heads and a gentle end.
+
+From settings to a running service: the models are loaded, then requests are taken.
+"""
 
 import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from medmoe_edge.bedside.serve.exchange import SENDING
+from medmoe_edge.bedside.audit.log import AuditLog
+from medmoe_edge.bedside.serve.app import create_app
+from medmoe_edge.bedside.serve.guard import SENDING
 from medmoe_edge.bedside.serve.settings import Settings
+from medmoe_edge.contrastive.engine import load_modality
+from medmoe_edge.engine.engine import load
+from medmoe_edge.engine.loading import Device, RuntimeName
+from medmoe_edge.engine.prefix_cache import LastPrefix
 from medmoe_edge.errors import InputError
 
 HEAD_SECONDS = 10.0  # for a request's head to be whole, from its first byte or the connection
@@ -113,3 +124,41 @@ def url_of(settings: Settings, listener: socket.socket) -> str:
     """Where it can be reached; the port is the real one."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"{settings.scheme}://{host}:{listener.getsockname()[1]}"
+
+
+@dataclass(frozen=True)
+class Served:
+    """The models that a service loads (see `engine.load`), and its audit log."""
+
+    model: str = "nano"
+    runtime: RuntimeName = "auto"
+    device: Device = "auto"
+    memory_budget: str | None = None
+    drop_pages: bool = False
+    modality_model: str = "modality-nano"
+    audit: Path | None = None
+
+
+def start(settings: Settings, served: Served, ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM.
+
+    Args:
+        settings: Where it listens, and what a request may ask for.
+        served: The models, and the log of answers.
+        ready: Called with the URL once requests are taken.
+
+    Raises:
+        MedMoEError: What `engine.load`, `load_modality` and `server.run` raise.
+    """
+    settings.check_tls()
+    engine = load(
+        served.model,
+        runtime=served.runtime,
+        device=served.device,
+        memory_budget=served.memory_budget,
+        drop_pages=served.drop_pages,
+    )
+    engine.prefixes = LastPrefix(engine.sha256, engine.runtime)  # questions about an image follow
+    modality = load_modality(served.modality_model)
+    log = None if served.audit is None else AuditLog(served.audit)
+    run(create_app(engine, settings, modality=modality, audit=log), settings, ready)

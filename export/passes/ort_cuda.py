@@ -1,4 +1,15 @@
-"""Pass: `medmoe::MoE` for ONNX Runtime on CUDA, `com.microsoft::QMoE`, or `MoE` for float weights.
+"""Pass: `DequantizeLinear -> MatMul` as ONNX Runtime runs it on CUDA, `MatMulNBits`.
+
+Groups stay as they are. A scale per output channel becomes blocks that repeat it: the same numbers,
+and the kernel reads 8 bits a weight, where `DequantizeLinear` before a `MatMul` would write the
+weights in fp16 and read them again at every token. 2-bit integers are stored in 4: CUDA's fast
+kernels (`fpA_intB`: blocks of 32, 64 or 128) know 4 and 8.
+No `accuracy_level` is set: activations keep their type. CUDA knows no other way; the CPU provider,
+which runs this graph too, is exact so, and slow with 8 bits.
+
+Known from ONNX Runtime's source and its CPU provider; what runs on CUDA is in the README's table.
+
+Pass: `medmoe::MoE` for ONNX Runtime on CUDA, `com.microsoft::QMoE`, or `MoE` for float weights.
 
 The routed experts become one op; routing, meta expert and residual mix stay outside.
 
@@ -21,10 +32,31 @@ From ONNX Runtime 1.31's schema and source: `QMoE` on CUDA wants fp16 or bf16 (`
 makes it so), channels in multiples of 64, groups in multiples of 32; no earlier release was looked
 at. The CPU provider takes fp32 and fp16, exact but for 8 bits in groups, where it rounds
 activations to 8 bits.
+
+Pass: the experts of a graph for ONNX Runtime on CUDA, taken from slots instead of initializers.
+
+What `lower_moe_cuda` made of each layer, one op over that layer's E stacked experts, becomes the
+same op over the slots, in which experts of any layer may lie: it never looks into a slot that it
+has no gate for, and nothing is gathered or copied. One graph input per kind of weight holds that
+kind of every slot, `slots.<kind>` `[slots, ...]`, and is shared by all layers. The input `table`
+`[M, E]` int32 names each expert's slot, -1 where it is absent: the gates that the graph computed
+for experts are put to their slots, those of absent ones dropped, and the step must be run again
+(`runtimes/slots/replay.py`). The outputs `chosen.<m>` `[B, S, K]` tell which experts it chose.
+
+Executed on ONNX Runtime's CPU provider: the same bits whoever else is absent, and those of the
+resident graph but for rounding with int4, where that packs its constants, and with two experts a
+token in fp16, whose gates are a softmax over another number of columns.
+
+On CUDA only `MoE`, of fp16 weights, can be had so far (`targets.plan_target`). The kernel of `QMoE`
+repacks its weights when the session starts, which it can do with constants only; slots need what
+that makes, `weights_prepacked` 1, made ahead of time. ONNX Runtime 1.31 makes it ahead of time in
+its builds for CUDA alone (`pack_weights_for_cuda_mixed_gemm`); written anew and not tried on a GPU,
+it would be garbage that nobody notices (github.com/microsoft/onnxruntime/issues/28748).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Self, TypeVar
 
 import numpy as np
@@ -32,10 +64,81 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.export.builder import CONTRIB, Builder, tensor_of
-from medmoe_edge.export.moe_op import MoESpec, Weights, add_meta, replace_moe, route
-from medmoe_edge.export.passes.ort_cuda_matmul import LEAST_BITS, as_float, register
-from medmoe_edge.export.stored_matrix import Array, StoredMatrix, lazy_tensor
+from medmoe_edge.export.builder import CONTRIB, Builder, initializer, replace_node, tensor_of
+from medmoe_edge.export.external_data import Pools, Stacks, declare_chosen
+from medmoe_edge.export.matrix import Array, StoredMatrix, lazy_tensor
+from medmoe_edge.export.ops import MoESpec, Weights, add_meta, replace_moe, route
+
+BLOCKS = (128, 64, 32, 16)
+LEAST_BITS = 4
+
+
+def lower_matmul_cuda(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Fuse every pair whose width divides into blocks; returns `(model, modified)`."""
+    pairs = [
+        (node, matrix, block)
+        for node in model.graph
+        if node.op_type == "MatMul"
+        and (matrix := StoredMatrix.behind(node.inputs[1])) is not None
+        and (block := matrix.group or _block(matrix.width)) is not None
+    ]
+    for node, matrix, block in pairs:
+        build = Builder()
+        replace_node(node, build, _product(build, model.graph, node.inputs[0], matrix, block))
+        model.graph.opset_imports[CONTRIB] = 1
+    if pairs:
+        RemoveUnusedNodesPass()(model)
+    return model, bool(pairs)
+
+
+def _block(width: int) -> int | None:
+    return next((block for block in BLOCKS if width % block == 0), None)
+
+
+def _product(
+    build: Builder, graph: ir.Graph, x: ir.Value | None, matrix: StoredMatrix, block: int
+) -> ir.Value:
+    name, bits = matrix.integers.name, max(matrix.bits, LEAST_BITS)
+    blocks = [matrix.channels, matrix.width // block, block * bits // 8]
+    tensors = [
+        lazy_tensor(
+            f"{name}.packed",
+            lambda: matrix.packed(bits).reshape(blocks),
+            ir.DataType.UINT8,
+            blocks,
+        ),
+        lazy_tensor(
+            f"{name}.blocks.scale", lambda: matrix.scales(block), matrix.scale.dtype, blocks[:2]
+        ),
+    ]
+    weight, scale = (register(graph, tensor) for tensor in tensors)
+    return build.op(
+        "MatMulNBits",
+        *(x, weight, as_float(build, scale)),
+        domain=CONTRIB,
+        K=matrix.width,
+        N=matrix.channels,
+        bits=bits,
+        block_size=block,
+    )
+
+
+def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """A tensor as an initializer of the graph; one that two products share is stored once."""
+    found = graph.initializers.get(str(tensor.name))
+    if found is not None:
+        return found
+    value = initializer(tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def as_float(build: Builder, scale: ir.Value) -> ir.Value:
+    """Scales in fp32, as the op wants them beside fp32 activations."""
+    if scale.dtype == ir.DataType.FLOAT:
+        return scale
+    return build.op("Cast", scale, to=int(ir.DataType.FLOAT))
+
 
 T = TypeVar("T")
 FLOOR = 1e-30  # the gate of an expert that was not chosen, where its logarithm is wanted
@@ -205,3 +308,82 @@ def _stacked(rows: Sequence[Sequence[T]], read: Callable[[T], Array]) -> Array:
         parts = np.stack([read(part) for part in row], axis=1)  # [N, parts, ...]
         experts.append(parts.reshape(-1, *parts.shape[2:]))
     return np.stack(experts)
+
+
+KINDS = {  # of the ops' inputs behind tokens and logits, by their schemas
+    "MoE": ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"),
+    "QMoE": ("fc1.weight", "fc1.scale", "fc1.bias", "fc2.weight", "fc2.scale", "fc2.bias"),
+}
+
+
+def take_experts_from_slots(model: ir.Model) -> list[Stacks]:
+    """Do so to every layer; returns what the layers' experts were, to be stored by themselves.
+
+    Raises `CheckpointError` where they differ in shape or format, as those of a mixed export may.
+    """
+    graph = model.graph
+    nodes = [node for node in graph if node.domain == CONTRIB and node.op_type in KINDS]
+    if not nodes:
+        return []
+    pools = Pools(len(nodes), int(_stored(nodes[0], 2).shape.numpy()[0]))
+    layers = [_replace_weights(graph, node, pools) for node in nodes]
+    pools.declare(graph)
+    for row, node in enumerate(nodes):
+        _route_to_slots(graph, node, pools, row)
+    RemoveUnusedNodesPass()(model)
+    return layers
+
+
+def _replace_weights(graph: ir.Graph, node: ir.Node, pools: Pools) -> Stacks:
+    taken = {}
+    for place, kind in enumerate(KINDS[node.op_type], 2):
+        value = node.inputs[place] if place < len(node.inputs) else None
+        if value is None:
+            continue
+        tensor = _stored(node, place)
+        pool, build = pools.input_for(kind, tensor), Builder()
+        cast = value.producer() is not None
+        new = build.op("Cast", pool, to=int(ir.DataType.FLOAT)) if cast else pool
+        graph.insert_before(node, build.nodes)
+        node.replace_input_with(place, new)
+        taken[str(pool.name)] = tensor
+    return taken
+
+
+def _stored(node: ir.Node, place: int) -> ir.TensorProtocol:
+    """The constant behind an input; scales of groups are stored in fp16, behind a `Cast`."""
+    value = node.inputs[place]
+    cast = value.producer() if value is not None else None
+    return tensor_of(value if cast is None else cast.inputs[0])
+
+
+def _route_to_slots(graph: ir.Graph, node: ir.Node, pools: Pools, row: int) -> None:
+    """From logits of experts `[T, E]` to those of slots, the last of which is for absent ones."""
+    build, logits = Builder(), node.inputs[1]
+    assert logits is not None
+    dtype = (logits.dtype or ir.DataType.FLOAT).numpy().type
+    declare_chosen(graph, _chosen(logits), row)
+    slots = build.op("Shape", node.inputs[2], end=1)
+    shape = build.op("Shape", logits)
+    tokens = build.op("Shape", logits, end=1)
+    wide = build.op("Concat", tokens, build.op("Add", slots, build.constant([1])), axis=0)
+    nobody = build.op("Expand", build.constant(log(FLOOR), dtype), wide)  # [T, slots + 1]
+    own = build.op("Gather", pools.table, build.constant(row), axis=0)  # [E]
+    places = build.op("Expand", own, shape)  # -1 is the last column
+    spread = build.op("ScatterElements", nobody, places, logits, axis=1)
+    one = build.constant([1])
+    kept = build.op("Slice", spread, build.constant([0]), slots, one)
+    graph.insert_before(node, build.nodes)
+    node.replace_input_with(1, kept)
+
+
+def _chosen(logits: ir.Value) -> ir.Value:
+    """The experts `[B, S, K]` whose gates the logits are."""
+    node = logits.producer()
+    while node is not None and node.op_type != "ScatterElements":
+        before = node.inputs[0]
+        node = before.producer() if before is not None else None
+    assert node is not None
+    chosen = node.inputs[1]
+    assert chosen is not None
+    return chosen

@@ -1,0 +1,385 @@
+"""Pass: `medmoe::Attention` as ONNX Runtime's `GroupQueryAttention`, which its CPU and CUDA share.
+
+The graph's input `start` becomes that op's two: `seqlens_k` `[1]`, the last position of this step,
+and `total_length` `[]`, the positions then in the cache. A buffer may be bound both as `past_*` and
+as `present_*`: the cache is then written in place.
+
+Pass: `DequantizeLinear -> MatMul` as ONNX Runtime runs it on a CPU.
+
+Weights with a scale per output channel become W8A8 `DynamicQuantizeMatMul`: activations are
+quantised to 8 bits as they arrive, products accumulate in int32. It takes one scale for its whole
+input, so every token is divided by its largest magnitude before and multiplied with it after: that
+gives each token a scale of its own, and its error no longer depends on its neighbours.
+On processors without VNNI its kernel (`vpmaddubsw`: AVX2, AVX-512) adds the products of stored
+neighbours 2i and 2i + 1 along K in 16 bits, with saturation; activations go up to 255. So it is
+exact there, and the same everywhere, if and only if |w_2i + w_2i+1| <= 128 in every column: the
+bound of `calibration.formats.Format.pair_bound`, which every quantiser keeps while it chooses
+integers, and which costs nothing at run time. Unsigned weights would be exact too, but have no VNNI
+kernel; ONNX Runtime's `session.x64quantprecision` makes them of signed ones, but not of those that
+the branch of an `If` takes from outside.
+Weights in groups become `MatMulNBits`, whose activations are quantised to 8 bits in blocks of a row
+(`accuracy_level` 4; at level 0 its 8-bit kernel is a hundred times slower); it is exact everywhere.
+
+Pass: `medmoe::MoE` for ONNX Runtime on a CPU, one `If` per expert.
+
+Only the experts that some token was routed to run, on those tokens alone.
+
+Pass: the three products before attention as one, whose result ONNX Runtime's op takes as it is.
+
+A prefill quantises its tokens once instead of three times and multiplies a wider matrix: measured
+at StableLM's size, 23 ms a layer instead of 28 for 640 tokens. The same for gate and up would have
+to split the product, which copies it: that costs what it saves.
+
+The fused weights are stored as `attention.qkv.*`, the channels of q, k and v one after the other.
+
+Pass: the linear layers of a vision transformer in 8 bits, weights and activations in groups.
+
+The groups are small because activations of such towers have outliers: a large one coarsens what
+shares its scale. Med-MoE's CLIP ViT-L/14-336 with random weights; then with 6 channels of each norm
+and 12 of each fc1 made 30 to 100 times larger (the columns that read them smaller by as much) and
+two channels of 4 tokens 100 times. Relative error and mean cosine of the image tokens against
+fp32, and seconds an image on two cores (fp32: 2.5):
+
+    8 bits, activations             plain            with outliers    time
+    a scale per token (W8A8)        0.027  0.9996    0.44  0.907      0.9
+    groups of 128                   0.025  0.9997    0.21  0.979      1.3
+    groups of 64                                     0.15  0.988
+    groups of 32                    0.020  0.9998    0.11  0.994      1.8
+
+A bundle's gate is a cosine of 0.99, which only groups of 32 keep there; llama.cpp's Q8_0 has the
+same. Little of the error is the projector's: without it, groups of 128 have 0.021 and 0.21.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+from medmoe_edge.bundle.signature import SignatureMaker
+from medmoe_edge.calibration.quantisers import Format, round_to_nearest
+from medmoe_edge.export.builder import (
+    CONTRIB,
+    MEDMOE,
+    Builder,
+    drop_function,
+    initializer,
+    replace_node,
+    tensor_of,
+)
+from medmoe_edge.export.matrix import Array, StoredMatrix, lazy_tensor, no_values
+from medmoe_edge.export.ops import MoESpec, Weights, add_meta, feed_forward, replace_moe, route
+from medmoe_edge.export.quantise import Quantiser, insert_dequantise, quantise_weights
+
+ORT_OPSET = 21  # what is left needs no later one, and more releases of ONNX Runtime read it
+
+
+def lower_attention(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Replace every `medmoe::Attention` and drop the function; returns `(model, modified)`."""
+    graph = model.graph
+    nodes = [node for node in graph if node.domain == MEDMOE and node.op_type == "Attention"]
+    if not nodes:
+        return model, False
+    lengths = [
+        ir.val("seqlens_k", ir.DataType.INT32, [1]),
+        ir.val("total_length", ir.DataType.INT32, []),
+    ]
+    for node in nodes:
+        _replace(graph, node, lengths)
+    places = [value.name for value in graph.inputs]
+    at = places.index("start")
+    graph.inputs[at : at + 1] = lengths
+    drop_function(model, "Attention")
+    graph.opset_imports[CONTRIB] = 1
+    graph.opset_imports[""] = ORT_OPSET
+    return model, True
+
+
+def _replace(graph: ir.Graph, node: ir.Node, lengths: list[ir.Value]) -> None:
+    q, k, v, past_key, past_value, _, cos, sin = node.inputs
+    build = Builder()
+    heads = node.attributes["num_heads"].as_int()
+    outputs = build.ops(
+        "GroupQueryAttention",
+        *(q, k, v, past_key, past_value, *lengths, cos, sin),
+        outputs=3,
+        domain=CONTRIB,
+        num_heads=heads,
+        kv_num_heads=heads,
+        do_rotary=1,
+    )
+    for old, new in zip(node.outputs, outputs, strict=True):
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+    graph.insert_before(node, build.nodes)
+    for old, new in zip(node.outputs, outputs, strict=True):
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Fuse every pair, also inside branches; returns `(model, modified)`."""
+    pairs = [
+        (node, matrix)
+        for node in ir.traversal.RecursiveGraphIterator(model.graph)
+        if node.op_type == "MatMul" and (matrix := StoredMatrix.behind(node.inputs[1])) is not None
+    ]
+    peaks: dict[tuple[object, ir.Value], tuple[ir.Value, ir.Value]] = {}
+    packed: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # some matrices have several readers
+    for node, matrix in pairs:
+        build, x, graph, weight = Builder(), node.inputs[0], node.graph, node.inputs[1]
+        assert x is not None
+        assert weight is not None
+        assert graph is not None
+        dequantise = weight.producer()
+        assert dequantise is not None
+        if matrix.group is not None:
+            if weight not in packed:
+                packed[weight] = _packed(model.graph, dequantise, matrix)
+            new = _in_groups(build, x, packed[weight], matrix)
+        else:
+            if (graph, x) not in peaks:
+                peaks[graph, x] = _per_token(build, x)
+            scaled, peak = peaks[graph, x]
+            y = build.op("DynamicQuantizeMatMul", scaled, *dequantise.inputs, domain=CONTRIB)
+            new = build.op("Mul", y, peak)
+        replace_node(node, build, new)
+        model.graph.opset_imports[CONTRIB] = 1
+    if pairs:
+        RemoveUnusedNodesPass()(model)
+        NameFixPass()(model)  # branches and the graph around them share one name space
+    return model, bool(pairs)
+
+
+def _per_token(build: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """x over each token's largest magnitude, and those magnitudes `[..., 1]`."""
+    magnitude = build.op("ReduceMax", build.op("Abs", x), build.constant([-1]), keepdims=1)
+    peak = build.op("Max", magnitude, build.constant(np.finfo(np.float32).tiny, np.float32))
+    return build.op("Div", x, peak), peak
+
+
+def _packed(
+    graph: ir.Graph, dequantise: ir.Node, matrix: StoredMatrix
+) -> tuple[ir.Value, ir.Value]:
+    """Integers `[N, groups, bytes]` and scales `[N, groups]` as `MatMulNBits` reads them."""
+    bits, group, name = matrix.bits, matrix.group, matrix.integers.name
+    assert group is not None
+    blocks = [matrix.channels, matrix.width // group, group * bits // 8]
+    stored = [
+        lazy_tensor(
+            f"{name}.packed", lambda: matrix.packed(bits).reshape(blocks), ir.DataType.UINT8, blocks
+        ),
+        lazy_tensor(
+            f"{name}.groups.scale", lambda: matrix.scales(group), matrix.scale.dtype, blocks[:2]
+        ),
+    ]
+    inputs = [initializer(tensor) for tensor in stored]
+    for value in inputs:
+        graph.register_initializer(value)
+    per_row = ir.node("Cast", inputs[1:], {"to": int(ir.DataType.FLOAT)})
+    graph.insert_before(dequantise, per_row)
+    return inputs[0], per_row.outputs[0]
+
+
+def _in_groups(
+    build: Builder, x: ir.Value, packed: tuple[ir.Value, ir.Value], matrix: StoredMatrix
+) -> ir.Value:
+    return build.op(
+        "MatMulNBits",
+        *(x, *packed),
+        domain=CONTRIB,
+        K=matrix.width,
+        N=matrix.channels,
+        bits=matrix.bits,
+        block_size=matrix.group,
+        accuracy_level=4,
+    )
+
+
+def lower_moe(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
+    """Replace every `medmoe::MoE` node and drop the function; returns `(model, modified)`."""
+    modified = replace_moe(
+        model, spec, lambda build, x, weights: _routed_experts(build, x, weights, spec)
+    )
+    if modified:
+        NameFixPass()(model)  # branches and the graph around them share one name space
+    return model, modified
+
+
+def _routed_experts(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
+    gates, chosen, _ = route(build, x, weights, spec.top_k)
+    per_token = build.constant([-1, spec.top_k])
+    gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]
+    shape = build.op("Shape", x)
+    width = build.op("Gather", shape, build.constant([2]))
+    flat = build.op("Concat", build.constant([-1]), width, axis=0)
+    tokens = build.op("Reshape", x, flat)  # [T, D]
+    total = build.op("ConstantOfShape", build.op("Shape", tokens))
+    for index in range(spec.num_experts):
+        mine = build.op("Equal", chosen, build.constant(index))  # [T, K]
+        share = build.op("Where", mine, gates, build.constant(0.0, np.float32))
+        share = build.op("ReduceSum", share, build.constant([-1]), keepdims=1)  # [T, 1]
+        total = _expert_if_needed(build, (tokens, share, total), weights, index, spec.activation)
+    return add_meta(build, x, build.op("Reshape", total, shape), weights, spec)
+
+
+def _expert_if_needed(
+    build: Builder,
+    state: tuple[ir.Value, ir.Value, ir.Value],
+    weights: Weights,
+    index: int,
+    activation: str,
+) -> ir.Value:
+    """The running total with expert `index` added on the tokens whose share of it is not zero."""
+    tokens, share, total = state
+    rows = build.op("NonZero", build.op("Squeeze", share, build.constant([-1])))  # [1, n]
+    count = build.op("Squeeze", build.op("Shape", rows, start=1), build.constant([0]))
+    needed = build.op("Greater", count, build.constant(0))
+
+    run = Builder()
+    places = run.op("Transpose", rows, perm=[1, 0])  # [n, 1]
+    mine = run.op("GatherND", tokens, places)  # [n, D]
+    part = feed_forward(run, mine, weights, f"experts.{index}.", activation)
+    part = run.op("Mul", part, run.op("GatherND", share, places))
+    added = run.op("ScatterND", total, places, part, reduction="add")
+
+    skip = Builder()
+    kept = skip.op("Identity", total)
+    return build.op(
+        "If",
+        needed,
+        then_branch=ir.Graph([], [added], nodes=run.nodes, name=f"expert_{index}"),
+        else_branch=ir.Graph([], [kept], nodes=skip.nodes, name=f"skip_{index}"),
+    )
+
+
+PARTS = "qkv"
+FUSED = re.compile(r"(.*\.attention\.)qkv(\.(?:weight|bias).*)")
+CHANNELS_FIRST = (".packed", ".groups.scale")  # as MatMulNBits has them
+
+
+class _Product(NamedTuple):
+    """`x W`, plus the bias where there is one; W maybe behind `DequantizeLinear`."""
+
+    x: ir.Value | None
+    weight: ir.Value | None
+    bias: ir.Value | None
+
+
+def fuse_qkv(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Fuse before every `GroupQueryAttention`; returns `(model, modified)`.
+
+    A mixed export may store the three in several formats: those are left as they are.
+    """
+    attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    fused = [_fuse(model.graph, node) for node in attention]
+    if any(fused):
+        RemoveUnusedNodesPass()(model)
+    return model, any(fused)
+
+
+def split_fused(tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, ir.TensorProtocol]:
+    """Stored tensors by name, those of `attention.qkv.*` lazily as those of q, k and v."""
+    split: dict[str, ir.TensorProtocol] = {}
+    for name, tensor in tensors.items():
+        owners = owners_of(name)
+        axis = 0 if name.endswith(CHANNELS_FIRST) else len(tensor.shape) - 1
+        for place, own in enumerate(owners):
+            split[own] = tensor if len(owners) == 1 else _part(own, tensor, axis, place)
+    return split
+
+
+def owners_of(name: str) -> list[str]:
+    """The names of what is stored under one: its own, or those of q, k and v."""
+    found = FUSED.fullmatch(name)
+    return [f"{found[1]}{part}{found[2]}" for part in PARTS] if found else [name]
+
+
+def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
+    products = [_product(value) for value in node.inputs[: len(PARTS)]]
+    matrices = [StoredMatrix.behind(product.weight) for product in products]
+    quantised = [matrix for matrix in matrices if matrix is not None]
+    formats = {(matrix.bits, matrix.group) for matrix in quantised}
+    if len(quantised) < len(PARTS) or len(formats) > 1:
+        return False
+    integers = _joined([matrix.integers for matrix in quantised])
+    shape = list(integers.shape.numpy())
+    weight = initializer(lazy_tensor(str(integers.name), no_values, ir.DataType.FLOAT, shape))
+    graph.register_initializer(weight)
+    build = Builder()
+    y = build.op("MatMul", products[0].x, weight)
+    if products[0].bias is not None:
+        bias = initializer(_joined([tensor_of(product.bias) for product in products]))
+        graph.register_initializer(bias)
+        y = build.op("Add", y, bias)
+    graph.insert_before(node, build.nodes)
+    insert_dequantise(graph, weight, integers, _joined([matrix.scale for matrix in quantised]))
+    for place, value in enumerate((y, None, None)):
+        node.replace_input_with(place, value)
+    return True
+
+
+def _product(value: ir.Value | None) -> _Product:
+    assert value is not None
+    node, bias = value.producer(), None
+    assert node is not None
+    if node.op_type == "Add":
+        value, bias = node.inputs
+        assert value is not None
+        node = value.producer()
+        assert node is not None
+    return _Product(node.inputs[0], node.inputs[1], bias)
+
+
+def _joined(parts: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
+    """Tensors of q, k and v as one, along their last axis: the channels."""
+    shape = list(parts[0].shape.numpy())
+    shape[-1] *= len(parts)
+    name = str(parts[0].name).replace(".attention.q.", f".attention.{PARTS}.")
+
+    def join() -> Array:
+        return np.concatenate([part.numpy() for part in parts], -1)
+
+    return lazy_tensor(name, join, parts[0].dtype, shape)
+
+
+def _part(name: str, tensor: ir.TensorProtocol, axis: int, place: int) -> ir.TensorProtocol:
+    shape = list(tensor.shape.numpy())
+    shape[axis] //= len(PARTS)
+
+    def part() -> Array:
+        return np.split(tensor.numpy(), len(PARTS), axis)[place]
+
+    return lazy_tensor(name, part, tensor.dtype, shape)
+
+
+GROUP = 32
+INT8_GROUPS = Format(8, GROUP)
+LEAST_WIDTH = 128  # inputs of a matrix: narrower ones weigh next to nothing
+
+
+def quantise_linears(
+    model: ir.Model, signature: SignatureMaker | None = None
+) -> tuple[ir.Model, bool]:
+    """Make `MatMulNBits` of every `MatMul` with a wide matrix `[K, N]` that divides into groups.
+
+    Weights are read, and marked in `signature`, when they are written. Returns
+    `(model, modified)`; a weight whose scale fp16 cannot hold raises `CheckpointError` then.
+    """
+    linears = {name for name, value in model.graph.initializers.items() if _is_linear(value)}
+
+    def policy(name: str) -> tuple[Format, Quantiser] | None:
+        if name not in linears:
+            return None
+        return INT8_GROUPS, partial(round_to_nearest, format=INT8_GROUPS)
+
+    quantise_weights(model, policy, signature)
+    return lower_matmul(model)
+
+
+def _is_linear(value: ir.Value) -> bool:
+    shape, uses = tensor_of(value).shape.numpy(), value.uses()
+    multiplied = all(use.node.op_type == "MatMul" and use.idx == 1 for use in uses)
+    return multiplied and len(shape) == 2 and shape[0] >= LEAST_WIDTH and shape[0] % GROUP == 0
