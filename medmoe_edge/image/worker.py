@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -48,6 +49,7 @@ from medmoe_edge.image.loading import (
 NAME = "The image"  # how messages call an upload
 START_SECONDS = 60.0  # for a process to be ready, on a slow disk
 PROCESSES = 2
+AT_ONCE = 0.5  # seconds in which no picture has ended a process yet
 CHUNK = 2**20
 MIB = 2**20
 # what is told of an image beside its pixels, as plain values or lists of them
@@ -59,7 +61,7 @@ class Bounds:
     """What one picture may take: pixels, and memory and seconds while it is decoded."""
 
     pixels: int = MAX_PIXELS
-    megabytes: int = 1000
+    megabytes: int = 900
     seconds: float = 4.5
 
 
@@ -113,9 +115,7 @@ def warm_up() -> None:
     with contextlib.suppress(queue.Empty):
         process = _POOL.take(block=False)
         try:
-            if process is None or not process.is_alive:
-                process = None
-                process = _Process()
+            process = process or _Process()
         finally:
             _POOL.give(process)
 
@@ -134,8 +134,19 @@ def _ask(source: bytes | Path, frame: int | None, bounds: Bounds, *, values: boo
         request["path"] = str(source.absolute())
     else:
         request["bytes"] = len(source)
-    with _POOL.process() as process:
-        return process.ask(request, b"" if isinstance(source, Path) else source, bounds)
+    data = b"" if isinstance(source, Path) else source
+    started = time.monotonic()
+    for _ in range(2):
+        with _POOL.process() as process:
+            answer = process.ask(request, data, bounds)
+        if answer is not None:
+            return answer
+        if time.monotonic() - started > AT_ONCE:
+            break  # else it may have been ended before, by the system or a person
+    raise ImageError(
+        f"{NAME} cannot be decoded: it ends the program that does it, or takes too much memory.",
+        "Export it again, or save it as PNG.",
+    )
 
 
 class _Process:
@@ -163,8 +174,11 @@ class _Process:
         """Whether it can be asked."""
         return self._process.poll() is None
 
-    def ask(self, request: dict[str, Any], data: bytes, bounds: Bounds) -> _Answer:
-        """Its answer; whatever goes wrong, the process has then ended or can be asked again."""
+    def ask(self, request: dict[str, Any], data: bytes, bounds: Bounds) -> _Answer | None:
+        """Its answer; None if it has ended by itself.
+
+        Whatever goes wrong, the process has then ended or can be asked again.
+        """
         if not self._is_ready:
             with self._killed_after(START_SECONDS):
                 self._is_ready = self._out.readline() == b"ready\n"
@@ -182,7 +196,10 @@ class _Process:
                 return _Answer(answer, [self._array(*array) for array in answer["arrays"]])
             except (OSError, ValueError):  # it has ended: no line, or half of one
                 self.end()
-                raise _too_much(late.is_set(), bounds) from None
+                if not late.is_set():
+                    return None
+        what = f"{NAME} takes longer to decode than the limit of {bounds.seconds:g} s."
+        raise ImageError(what, "Shrink it or crop it first, or save it as PNG.")
 
     def end(self) -> None:
         """End it."""
@@ -237,13 +254,13 @@ class _Pool:
         """A process that nobody else asks meanwhile."""
         process = self.take()
         try:
-            if process is None or not process.is_alive:
+            if process is not None and not process.is_alive:
+                process.end()
                 process = None  # if none can be started, the place stays free
-                process = _Process()
+            process = process or _Process()
             yield process
         finally:
-            alive = process is not None and process.is_alive
-            self.give(process if alive else None)
+            self.give(process)
 
     def take(self, block: bool = True) -> "_Process | None":
         """A place, and the process in it; waits for one, or raises `queue.Empty`."""
@@ -269,16 +286,6 @@ atexit.register(_POOL.close)
 def _not_started() -> ResourceError:
     return ResourceError(
         "The process that decodes images cannot be started.", "Close other programs, and try again."
-    )
-
-
-def _too_much(late: bool, bounds: Bounds) -> ImageError:
-    if late:
-        what = f"{NAME} takes longer to decode than the limit of {bounds.seconds:g} s."
-        return ImageError(what, "Shrink it or crop it first, or save it as PNG.")
-    return ImageError(
-        f"{NAME} cannot be decoded: it ends the program that does it, or takes too much memory.",
-        "Export it again, or save it as PNG.",
     )
 
 

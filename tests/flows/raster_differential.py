@@ -319,7 +319,10 @@ def expected(file: Made, near: Array) -> Array:
     if file.cmyk:
         shown = (255 - shown[..., :3]) * (255 - shown[..., 3:]) / 255
     elif shown.shape[2] in (2, 4):
-        shown = shown[..., :-1] * shown[..., -1:] / 255
+        colours, cover = shown[..., :-1], shown[..., -1:] / 255
+        shown = colours * cover
+        if shown.max() < 32:  # on black nothing would be left to see
+            shown += 255 * (1 - cover)
     if file.inverted and (file.deep or file.suffix == ".tif"):
         shown = 255 - shown
     shown = np.repeat(shown, 3, axis=2) if shown.shape[2] == 1 else shown

@@ -208,7 +208,7 @@ def test_verify_passes_its_options_on(
     line = ["verify", "bundle", "--against", "my", "--beside", "a", "--beside", "b"]
     Path("my").mkdir()
     assert run(*line, "--vision-tower", "clip").exit_code == 5
-    options = {"beside": ["a", "b"], "vision_tower": Path("clip")}
+    options = {"beside": ["a", "b"], "vision_tower": Path("clip"), "record": None}
     assert calls == [(Path("bundle"), Path("my"), "builtin", options)]
 
 

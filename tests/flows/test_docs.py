@@ -17,17 +17,18 @@ import pytest
 import trustme
 import yaml
 from command_line import ROOT, Run
+from dicom_files import saved
 from documents import PAGES, SHOWN, Scratch, blocks_of, check_command, environment
 from listen_process import study
 from PIL import Image as Pillow
 from serving import StandIn, app_over
-from test_dicom import saved
 
 from medmoe_edge import __version__, errors
 from medmoe_edge.bedside.listen.receiving import classes_with_pixels, transfer_syntaxes
 from medmoe_edge.checkpoint.writer import write_checkpoint
 from medmoe_edge.cli.common import ORDER
 from medmoe_edge.export import build
+from medmoe_edge.export.vision import export_vision
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.presets_random import random_tensors
 from medmoe_edge.training.run import train_tokenizer
@@ -104,11 +105,10 @@ def test_the_blocks_of_a_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(PRESETS, "nano", SMALL)
-    trace = build.export_vision
     monkeypatch.setattr(  # the tower that several pages export is traced once
         build,
         "export_vision",
-        lambda read: tiny_tower(read) if read.folder.name == "CHECKPOINT" else trace(read),
+        lambda read: tiny_tower(read) if read.folder.name == "CHECKPOINT" else export_vision(read),
     )
     shutil.copytree(presumed, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("NO_PROXY", "*")
@@ -297,7 +297,7 @@ def test_ask_ipynb(presumed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("PATH", "PYTHONPATH"):
         monkeypatch.setenv(name, environment()[name])
-    notebook = nbformat.read(ROOT / "examples" / "ask.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "examples" / "ask.ipynb", as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(notebook)
     assert all(not cell.get("outputs") for cell in notebook.cells), "outputs are not committed"
     done = nbclient.NotebookClient(notebook, timeout=60).execute(cwd=str(presumed))

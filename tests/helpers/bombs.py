@@ -277,16 +277,19 @@ class Watch(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self.join()
+        self._look()
 
     def run(self) -> None:
         """Look every few milliseconds; processes come and go."""
         while not self._ended.wait(0.005):
-            for folder in Path("/proc").iterdir():
-                with contextlib.suppress(OSError, IndexError, ValueError):
-                    if b"medmoe_edge.image.worker" not in (folder / "cmdline").read_bytes():
-                        continue
-                    status = (folder / "status").read_text("ascii")
-                    if int(status.split("PPid:")[1].split()[0]) == os.getpid():
-                        self.peak = max(
-                            self.peak, int(status.split("VmHWM:")[1].split()[0]) // 1024
-                        )
+            self._look()
+
+    def _look(self) -> None:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                if b"medmoe_edge.image.worker" not in (folder / "cmdline").read_bytes():
+                    continue
+                status = (folder / "status").read_text("ascii")
+                if int(status.split("PPid:")[1].split()[0]) == os.getpid():
+                    held = int(status.split("VmHWM:")[1].split()[0])
+                    self.peak = max(self.peak, held // 1024)

@@ -9,7 +9,7 @@ import time
 
 import httpx
 import pytest
-from bombs import BOMBS, SIDE, SLOW_BOMBS, Watch, small_png, tiff
+from bombs import BOMBS, SLOW_BOMBS, Watch, deflated_dicom, small_png
 from serving import StandIn, live, png, upload
 
 from medmoe_edge.bedside.serve.settings import Limits
@@ -52,8 +52,7 @@ def test_a_bomb_takes_no_more_than_it_may(name: str) -> None:
 @linux
 def test_others_are_answered_meanwhile() -> None:
     """One client sends a bomb to every door; another asks, and is shown its picture."""
-    bomb = tiff(SIDE, SIDE, 1)
-    assert len(bomb) < 300_000
+    bomb = deflated_dicom(2000, 2000, 536)  # 4 MB, which inflate to 4 GB
     refused: list[tuple[int, str, float]] = []
 
     def attack(url: str, path: str, data: dict[str, str]) -> None:
@@ -63,7 +62,7 @@ def test_others_are_answered_meanwhile() -> None:
             error = answer.json()["error"]
             refused.append((answer.status_code, error["code"], time.monotonic() - started))
 
-    limits = Limits(decoding_seconds=3, decoding_megabytes=300)
+    limits = Limits(decoding_seconds=2, decoding_megabytes=300)
     with live(StandIn(), limits=limits) as url, httpx.Client(base_url=url, timeout=30) as client:
         assert client.post("/v1/ask", data=ASK, files=upload()).status_code == 200
         for path, data in (("/v1/ask", ASK), ("/v1/picture", {})):
@@ -73,11 +72,11 @@ def test_others_are_answered_meanwhile() -> None:
                 answers = 0
                 while attacker.is_alive():
                     assert client.post("/v1/ask", data=ASK, files=upload()).status_code == 200
-                    assert client.post("/v1/picture", files=upload()).status_code == 200
                     answers += attacker.is_alive()
+                    assert client.post("/v1/picture", files=upload()).status_code == 200
                 attacker.join()
             assert answers > 0
-            assert watch.peak < 320
+            assert watch.peak < 420  # of all that the process has ever held
     assert [(status, code) for status, code, _ in refused] == [(400, "bad_image")] * 2
     assert max(seconds for *_, seconds in refused) < 20
 

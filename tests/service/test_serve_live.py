@@ -24,6 +24,7 @@ from medmoe_edge.bedside.serve import server as serve_server
 from medmoe_edge.bedside.serve.settings import Limits, Settings
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import InputError
+from medmoe_edge.image.worker import read_apart
 
 ASK = {"question": "Is there effusion?"}
 
@@ -57,6 +58,7 @@ def until(condition: Any) -> None:
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_when_the_client_leaves_the_model_stops(engine: StandIn, stream: str) -> None:
+    read_apart(png())  # what decodes is there, so that the model begins before the client leaves
     engine.may_go_on.clear()
     with live(engine) as url, client(url) as other:
         with client(url, limits=httpx.Limits(max_keepalive_connections=0)) as leaver:

@@ -31,7 +31,7 @@ class Limits:
     upload_seconds: float = 30.0
     waiting: int = 8
     decoding_seconds: float = 4.5
-    decoding_megabytes: int = 1000
+    decoding_megabytes: int = 900
 
     @property
     def bounds(self) -> Bounds:
