@@ -24,7 +24,7 @@ from medmoe_edge.errors import ImageError
 from medmoe_edge.image.dicom_header import Header, Say
 
 MAX_HEADER = 2**28  # bytes of all attributes but the pixels
-MAX_INFLATED = 2**31  # bytes that are inflated on the way to a frame
+MAX_INFLATED = 2**30  # bytes that are inflated on the way to a frame
 STEP = 2**20
 PIXEL_TAGS = {0x7FE00008: "float32", 0x7FE00009: "float64", 0x7FE00010: "integer"}
 PIXEL_GROUP = 0x7FE0
