@@ -106,7 +106,7 @@ def collect(
     """Run `samples` through the checkpoint in fp32 and gather the statistics of every site.
 
     With `borrow`, instead only those of the experts that it names, each from so many tokens which
-    the router sent elsewhere (`borrowing.Neighbours`). `progress` is called with `(step, done,
+    the router sent elsewhere (`Neighbours`). `progress` is called with `(step, done,
     total)`.
 
     A pass that was interrupted goes on; what `work` holds of another pass (other samples, another

@@ -4,11 +4,9 @@ Every (layer, expert) needs `floor` routed tokens, and some of its own modality 
 `MoEConfig.expert_names` says which that is. One that is short
 
 1. draws more samples from the modalities that feed it, at most `EXTRA_ROUNDS` times;
-2. borrows the tokens nearest to being its own (`borrowing.Neighbours`), weighted down, at most
+2. borrows the tokens nearest to being its own (`Neighbours`), weighted down, at most
    half its floor, if it has seen its own modality;
 3. or else is quantised data-free, alone.
-
-Tokens that an expert may borrow: those which the router nearly sent to it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""How a quantised weight is stored, and what it stands for.
+"""Quantised weights: their formats, and how weights are rounded to them.
 
 Matrices are `[N, K]` here, output channels first, as checkpoints store them; a group is `group`
 neighbours along K that share one scale.

@@ -1,9 +1,4 @@
-"""One question about one calibration picture, and the questions that a bedside device asks.
-
-Calibration samples from files: a folder of pictures, or a list of questions.
-
-Calibration pictures that lie in installed packages, for use anywhere and offline.
-"""
+"""Calibration samples: questions about pictures from a folder, a file, or installed packages."""
 
 import hashlib
 import os

@@ -1,4 +1,9 @@
-"""Where activations are observed: a site is the input that one or several matrices share.
+"""What calibration measured: activation statistics by site, the routing profile, the coverage.
+
+A statistics file is one `.safetensors` with JSON in its `__metadata__`. At full size its Hessians
+are gigabytes, so sites are read one at a time.
+
+Where activations are observed: a site is the input that one or several matrices share.
 
 decoder.layers.N.attention.in       of q, k and v          (after the norm)
 decoder.layers.N.attention.mixed    of out
@@ -6,13 +11,6 @@ decoder.layers.N.ffn.in, .hidden    of gate and up, or fc1; of down, or fc2 (a d
 decoder.layers.N.ffn.experts.E.in   the same of one expert, which sees only its own tokens,
 decoder.layers.N.ffn.meta.in        and of the meta expert, which sees all; `.hidden` likewise
 decoder.head.in                     of the head
-
-Activation statistics of one site, gathered batch by batch and merged.
-
-What calibration measured: activation statistics by site, the routing profile, the coverage.
-
-A statistics file is one `.safetensors` with JSON in its `__metadata__`. At full size its Hessians
-are gigabytes, so sites are read one at a time.
 """
 
 import contextlib

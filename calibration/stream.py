@@ -1,6 +1,4 @@
-"""Calibration samples as token sequences, and their hidden states, kept on disk between layers.
-
-A model run one decoder layer at a time over all calibration samples, in fp32.
+"""A model run one decoder layer at a time over all calibration samples, in fp32.
 
 The samples' hidden states lie in two files: layer n reads `n % 2` and writes the other. What a
 layer reads is not touched before the next layer runs, so a layer may be run again at any time

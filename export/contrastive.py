@@ -7,8 +7,6 @@
 
 Of the experts only the chosen one runs: a chain of `If`, each with one expert and the rest of the
 chain. Swin and BERT are traced by PyTorch's exporter, one expert likewise, once for all of them.
-
-A checkpoint folder of MedMoE to a bundle.
 """
 
 import shutil

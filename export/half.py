@@ -1,4 +1,6 @@
-"""Pass: large weights stored in fp16 behind `Cast`; the arithmetic stays fp32.
+"""Passes to half precision: weights alone, or a whole graph.
+
+Pass: large weights stored in fp16 behind `Cast`; the arithmetic stays fp32.
 
 For what is small beside the decoder and costs most when it errs: the vision tower. In int8 per
 channel nano's image tokens are off by 1 to 2% of their length, and on pictures unlike those it was

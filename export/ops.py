@@ -1,4 +1,6 @@
-"""`medmoe::MoE`, the mixture of experts as one ONNX op whose specification is its function body.
+"""The two ops of our own that the decoder is specified with: `medmoe::MoE` and `medmoe::Attention`.
+
+`medmoe::MoE`, the mixture of experts as one ONNX op whose specification is its function body.
 
     y = medmoe::MoE<activation, top_k, num_experts>(x, router_weight, [router_bias],
             [coefficient_weight, coefficient_bias], expert 0 ..., expert 1 ..., [meta expert ...])

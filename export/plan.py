@@ -1,15 +1,4 @@
-"""Which format each matrix of a mixed export gets: by the noise that rounding it would add.
-
-The loss of a matrix in a format is that noise relative to the residual stream: the squared relative
-output error of some of its rows, times the power that its owner (attention, an expert, a dense
-feed-forward) adds to the stream, over all that was added up to there. All of it follows from the
-weights and the calibration's second moments. On nano, each matrix rounded alone, the measured
-divergence of the answers was 0.6 to 3.1 times in proportion for eight matrices in ten; the first
-attention's, the most sensitive by far, are the rest (6 times).
-
-SmoothQuant's scales for every fold point, searched on the statistics of a calibration.
-
-What becomes of every weight of the decoder: its format, its method, and the error it leaves.
+"""What becomes of every weight of the decoder: its format, its method, and the error it leaves.
 
     int8     W8A8: all matrices per output channel; calibrated: SmoothQuant's scales, then GPTQ
     int4     groups of 32, 64 or 128; the head per channel in int8; calibrated: GPTQ, else searched
@@ -17,6 +6,15 @@ What becomes of every weight of the decoder: its format, its method, and the err
     mixed    as int4 in groups of 32, each expert's format chosen by its sensitivity
 
 Routers and coefficients stay fp32: they decide who runs.
+
+Which format each matrix of a mixed export gets: by the noise that rounding it would add.
+
+The loss of a matrix in a format is that noise relative to the residual stream: the squared relative
+output error of some of its rows, times the power that its owner (attention, an expert, a dense
+feed-forward) adds to the stream, over all that was added up to there. All of it follows from the
+weights and the calibration's second moments. On nano, each matrix rounded alone, the measured
+divergence of the answers was 0.6 to 3.1 times in proportion for eight matrices in ten; the first
+attention's, the most sensitive by far, are the rest (6 times).
 """
 
 import math

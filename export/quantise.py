@@ -5,8 +5,6 @@ Plain ONNX, the same numbers for every target. Per output channel the scales are
 groups along the input they are stored in fp16 `[K / group, N]` (`block_size` of DequantizeLinear,
 opset 21). Lowerings for a target replace the pairs `DequantizeLinear -> MatMul` by what that target
 runs fast.
-
-Pass: chosen matrices `[K, N]` become integers behind `DequantizeLinear`, see `dequantise`.
 """
 
 from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ tensorrt-rtx      standard ONNX in half, of fixed capacity: our ops are inlined,
                   branches, so that a decode step is one CUDA graph
 tensorrt          the same, with the plugin for the experts: only the chosen ones are read
 
-Those of a paged target take their experts from slots (`expert_slots.py`); TensorRT's are then in
+Those of a paged target take their experts from slots (`external_data.py`); TensorRT's are then in
 standard ops for both libraries.
 
 One bundle, every target: its stored weights in the graphs or engines of another.

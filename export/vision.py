@@ -1,6 +1,4 @@
-"""A PyTorch module as a graph, through PyTorch's own exporter, its weights filled in afterwards.
-
-The vision tower and projector as one graph, through PyTorch's own exporter.
+"""The vision tower and projector as one graph, through PyTorch's own exporter.
 
 The model is traced with fake tensors, so no weight is in memory while it is; the checkpoint's take
 their places lazily, as in the decoder.

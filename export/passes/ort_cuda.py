@@ -7,7 +7,7 @@ kernels (`fpA_intB`: blocks of 32, 64 or 128) know 4 and 8.
 No `accuracy_level` is set: activations keep their type. CUDA knows no other way; the CPU provider,
 which runs this graph too, is exact so, and slow with 8 bits.
 
-Known from ONNX Runtime's source and its CPU provider; what runs on CUDA is in the README's table.
+Known from ONNX Runtime's source and its CPU provider; docs/verification.md tells what ran on CUDA.
 
 Pass: `medmoe::MoE` for ONNX Runtime on CUDA, `com.microsoft::QMoE`, or `MoE` for float weights.
 

@@ -19,7 +19,7 @@ kilobytes each and no second copy of any weight:
 
 A segment reads and writes values of the same names, and the KV cache of its own layers. All but the
 routed experts is in them, the meta experts too: what runs before a routed sum is known comes as
-early as it can. The experts' graphs are those of `ort_expert`.
+early as it can. The experts' graphs are described above.
 """
 
 import hashlib

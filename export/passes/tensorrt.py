@@ -1,14 +1,14 @@
 """Pass: `medmoe::MoE` for TensorRT proper, as routing in standard ops and two plugin nodes.
 
-`export/plugin/__init__.py` says what the two ops take and give. Routing, gates and the last sum are
-fp32; only the plugin's activations are fp16 or bf16, cast at its border. The integers and scales
+`medmoe_edge/kernels` says what the two ops take and give. Routing, gates and the last sum are fp32;
+only the plugin's activations are fp16 or bf16, cast at its border. The integers and scales
 are those that the weights were stored in, the ones of 4 bits packed as for `MatMulNBits`. A later
 pass to half must keep nodes of the domain `medmoe`: their gates and scales in fp32 stay so.
 
 Pass: `medmoe::MoE` for an engine whose experts are in slots, in standard ops.
 
 Constants that an engine was built with never leave its memory. So the experts' weights become
-inputs, bound to slots (`expert_slots.py`), and what a step needs of them is gathered: of the E
+inputs, bound to slots (`external_data.py`), and what a step needs of them is gathered: of the E
 experts the n = min(E, S K) that some of its S tokens weigh most. n follows from shapes alone, so a
 decode step of one token reads its K experts and is still one CUDA graph; a long prefill reads all.
 A copy of what was gathered is what this costs, n experts' matrices one at a time: where all experts
@@ -21,7 +21,7 @@ Runtime's CPU provider it gives the same bits however few slots there are, and t
 with constants but for the rounding of products of other shapes.
 
 An expert that is absent has no part in the sum, whatever lies in the slot that is read in its
-place: not even a number that is none.
+place: not even NaN or infinite.
 """
 
 import itertools

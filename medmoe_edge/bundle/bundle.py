@@ -1,6 +1,18 @@
-"""What a bundle's graphs run on: ONNX Runtime's providers, or an engine built for one GPU.
+"""The deployable folder: graphs, weights, tokenizer and a manifest that vouches for them.
 
-What a bundle promises: the gates that its verification must pass, kept in its manifest.
+    manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal;
+                     after `verify`, the record of its verification
+    tokenizer.json
+    embedding.npy    token embeddings [V, D], read row by row
+    vision.onnx      pixels [1, 3, S, S] -> image tokens [1, N, D]         (+ vision.data)
+    decoder.onnx     one step of the decoder, KV cache written in place    (+ decoder.data)
+    segment.N.onnx   the same without the routed experts, cut there, and   (+ decoder.data)
+    expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
+    experts.data     the experts of a bundle that pages them in a GPU's memory, in its layout
+    recorded-*.npz   inputs and what the checkpoint made of them: `bundle/recorded.py`
+
+Of another `kind` than Med-MoE the manifest says so, and the graphs are others: `contrastive.py`.
+The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
 
 Large files that were found intact before, so that gigabytes are not hashed at every start.
 
@@ -9,22 +21,6 @@ was hashed last; its `ctime` is set by every write and by no user. A file that w
 very seconds before it was hashed is not trusted, since a later write could leave the same times
 (git's index has the same rule, and calls such files racy). What the disk itself loses goes
 unnoticed until the record is removed; of an expert, until it is paged in.
-
-The deployable folder: graphs, weights, tokenizer and a manifest that vouches for them.
-
-    manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal;
-                     after `verify`, its proof of fidelity
-    tokenizer.json
-    embedding.npy    token embeddings [V, D], read row by row
-    vision.onnx      pixels [1, 3, S, S] -> image tokens [1, N, D]         (+ vision.data)
-    decoder.onnx     one step of the decoder, KV cache written in place    (+ decoder.data)
-    segment.N.onnx   the same without the routed experts, cut there, and   (+ decoder.data)
-    expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
-    experts.data     the experts of a bundle that pages them in a GPU's memory, in its layout
-    recorded-*.npz   inputs and what the checkpoint made of them: `bundle_recorded`
-
-Of another `kind` than Med-MoE the manifest says so, and the graphs are others: `bundle_modality`.
-The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
 """
 
 import contextlib

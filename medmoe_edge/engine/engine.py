@@ -1,7 +1,4 @@
-"""Where the time of an answer went.
-
-ask(): an image and questions in, answers out, over any runtime.
-"""
+"""ask(): an image and questions in, answers out, over any runtime; and where the time went."""
 
 import math
 import os

@@ -1,4 +1,10 @@
-"""What a model made of an image, as a file: the KV cache of system prompt and image, bit for bit.
+"""What a model made of images, kept for later questions about them: `load(prefix_cache="DIR")`.
+
+Answers are bit for bit the same with and without. What is kept derives from patients' images and is
+as confidential: files are for their owner alone (0600), in a folder that is made so (0700), and
+named by hashes that tell nothing to those who do not have the image.
+
+What a model made of an image, as a file: the KV cache of system prompt and image, bit for bit.
 
     about.json    format, version, key, origin, modality, experts
     0.npy, ...    keys and values of each layer in turn, [H, length, head_size]
@@ -6,12 +12,6 @@
 They stand uncompressed in a ZIP archive, which is numpy's own .npz: it needs no further package, is
 written and read a layer at a time, and has a CRC-32 of each part. (safetensors writes from a copy
 of everything, and maps what it reads: a file that shrinks meanwhile would end the process.)
-
-What a model made of images, kept for later questions about them: `load(prefix_cache="DIR")`.
-
-Answers are bit for bit the same with and without. What is kept derives from patients' images and is
-as confidential: files are for their owner alone (0600), in a folder that is made so (0700), and
-named by hashes that tell nothing to those who do not have the image.
 """
 
 import contextlib

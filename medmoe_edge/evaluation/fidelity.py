@@ -1,8 +1,4 @@
-"""A model over images and questions, with what it computes on the way open to view.
-
-Where two models route the same tokens: to the same experts, or not.
-
-How faithfully a model reproduces another: both read the same images and the same questions.
+"""How faithfully a model reproduces another: both read the same images and the same questions.
 
 `record` lets the reference answer once; `compare` holds any number of candidates against it. Per
 question the candidate is led along the reference's answer, so that the distributions of every

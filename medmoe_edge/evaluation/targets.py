@@ -2,8 +2,6 @@
 
 The oracle is the specification: the bundle's integers dequantised and all arithmetic in fp32, every
 expert on every token. Each target's graph is held against it, run by whatever can run it here.
-
-The targets that can be run here, each as made from one bundle, and what runs it.
 """
 
 import contextlib

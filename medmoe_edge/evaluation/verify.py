@@ -1,10 +1,10 @@
-"""Every expert of every layer made to run, in the engine that will run it: is its output finite?
+"""A bundle held against the checkpoint it was made from, and the record of it in the manifest.
+
+Every expert of every layer is made to run, in the engine that will run it: is its output finite?
 
 An expert that calibration never reached can be broken for years before some image is routed to it.
 Here the router is replaced so that all tokens go to one expert, in all layers at once, and E runs
 reach every expert.
-
-A bundle held against the checkpoint it was made from, and the proof of it in the manifest.
 """
 
 import hashlib

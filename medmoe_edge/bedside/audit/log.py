@@ -1,4 +1,9 @@
-"""What a line of the audit log is, and whether a log is whole.
+"""The audit log: who asked which model what, and what it answered; append-only and hash-chained.
+
+It holds no pixels, no names of files and nothing of a DICOM header: the input is named by its
+SHA-256. Several threads and processes may write one log. The format is below.
+
+What a line of the audit log is, and whether a log is whole.
 
 Each line is one JSON object in canonical form (sorted keys, no spaces, ASCII):
 
@@ -11,11 +16,6 @@ Each line is one JSON object in canonical form (sorted keys, no spaces, ASCII):
 A changed, missing or moved line breaks the chain. Nothing in it is secret: who can write the file
 can also write a whole new one, or cut off its end. Against that, keep the head (the last line's
 hash) elsewhere and give it to `verify_log`.
-
-The audit log: who asked which model what, and what it answered; append-only and hash-chained.
-
-It holds no pixels, no names of files and nothing of a DICOM header: the input is named by its
-SHA-256. Several threads and processes may write one log. `audit_chain` has the format.
 """
 
 import dataclasses

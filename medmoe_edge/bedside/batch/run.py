@@ -1,8 +1,6 @@
-"""One engine at work on a batch: here, or in each process of a cluster.
+"""Questions to a whole archive: one row for each image and question, however often interrupted.
 
-Questions to a whole archive: one row for each image and question, however often interrupted.
-
-What is done is kept in a journal beside the output (`batch_journal`), so that the same call goes on
+What is done is kept in a journal beside the output (`journal.py`), so that the same call goes on
 where it ended. Rows come in the order of the inputs, whatever the order in which they were
 answered; an image that cannot be read has rows that say so.
 """

@@ -1,4 +1,12 @@
-"""The folder of the DICOM node, which holds patients' images and so is for its owner alone.
+"""The work queue of the DICOM node, in SQLite: survives the end of the process at any moment.
+
+An object is `waiting` until its answers are recorded, in one transaction with what is to be sent of
+them, and then `answered`; or `failed`, where it cannot be answered. Its key is the SHA-256 of its
+SOP Instance UID, so that what is sent again is known. Sent again with other content it is another
+version, under a key of its own; `origin` tells, in hashes, what versions and patients there are.
+Times are not kept: a clock may jump.
+
+The folder of the DICOM node, which holds patients' images and so is for its owner alone.
 
     queue.sqlite     what is to be done, and what was
     images/KEY.dcm   received objects, until they are answered
@@ -11,14 +19,6 @@ KEY is the SHA-256 of the SOP Instance UID: no name of a file tells a UID or a p
 A thread that does one job after another; what fails is tried again later, and later still.
 
 When is kept in memory, by a clock that never jumps; after a restart everything is tried at once.
-
-The work queue of the DICOM node, in SQLite: survives the end of the process at any moment.
-
-An object is `waiting` until its answers are recorded, in one transaction with what is to be sent of
-them, and then `answered`; or `failed`, where it cannot be answered. Its key is the SHA-256 of its
-SOP Instance UID, so that what is sent again is known. Sent again with other content it is another
-version, under a key of its own; `origin` tells, in hashes, what versions and patients there are.
-Times are not kept: a clock may jump.
 """
 
 import hashlib

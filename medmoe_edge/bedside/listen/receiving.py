@@ -1,8 +1,8 @@
-"""How much a peer may send for one object: what it has sent is in memory until it is whole.
-
-C-ECHO and C-STORE: what is let in, and what is kept before the sender is told so.
+"""C-ECHO and C-STORE: what is let in, and what is kept before the sender is told so.
 
 The statuses are those of PS3.4 B.2.3 and PS3.7 annex C.
+
+How much a peer may send for one object: what it has sent is in memory until it is whole.
 """
 
 import functools

@@ -1,7 +1,4 @@
-"""How the service is: alive, ready, its figures; and the page.
-
-The service as an ASGI app, over models that are loaded.
-"""
+"""The service as an ASGI app, over models that are loaded: its routes, its health, its page."""
 
 import asyncio
 import contextlib

@@ -1,6 +1,6 @@
-"""One request, from its first byte to its last: bounded, and over when the client leaves.
+"""The outermost layer: who may ask, how much and for how long, and what the log tells of it.
 
-The outermost layer: who may ask, how much and for how long, and what the log tells of it.
+One request, from its first byte to its last: bounded, and over when the client leaves.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""Pictures for browsers, which read neither DICOM nor NIfTI: as the model is shown them, and their
-values, so that the page can lay another window over them.
+"""The service's own routes: an image and questions, labels or a phrase in, JSON or events out.
 
-The service's own routes: an image and questions, labels or a phrase in, JSON or events out.
+Pictures for browsers, which read neither DICOM nor NIfTI: as the model is shown them, and their
+values, so that the page can lay another window over them.
 """
 
 import asyncio

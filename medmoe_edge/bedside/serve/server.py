@@ -1,7 +1,4 @@
-"""The service on a socket: uvicorn, with a deadline for request heads and a gentle end.
-
-From settings to a running service: the models are loaded, then requests are taken.
-"""
+"""From settings to a running service: uvicorn on a socket, with a gentle end."""
 
 import asyncio
 import signal

@@ -1,8 +1,7 @@
-"""One thread that does all work of the models, a bounded number of requests, and their way back.
+"""The one thread that does all work of the models: its bounded queue, its jobs, its figures.
 
-What Prometheus may know of the service: counts and seconds, nothing of any question or image.
-
-What the worker's thread does: an upload and a question in, answers out, each of them audited.
+Every answer is audited. What Prometheus may know of the service are counts and seconds, nothing of
+any question or image.
 """
 
 import asyncio
