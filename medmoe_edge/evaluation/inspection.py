@@ -32,7 +32,8 @@ class Inspection:
     and projector, and `parameters_activated` what of it runs for one token: the router, the
     top-k experts and the meta expert, but not the other experts. `tensors` counts the official
     layout's tensors, `types` them by number type; `bytes` are those of all files. `target` is what
-    a bundle runs on, `verification` its outcome: "passed", "failed" or "not measured"; `verified` says on which `machine` and whether that holds `here`.
+    a bundle runs on, `verification` its outcome: "passed", "failed" or "not measured"; `verified`
+    says on which `machine` and whether that holds `here`.
     """
 
     kind: Literal["checkpoint", "bundle"]
