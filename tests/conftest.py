@@ -275,3 +275,11 @@ def scan(tmp_path: Path) -> Path:
     path = tmp_path / "scan.png"
     Image.new("L", (8, 8)).save(path)
     return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_questions_travel() -> Iterator[None]:
+    """Six instead of 64 questions travel with bundles that tests export and verify."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medmoe_edge.pipeline_examples.QUESTIONS", 6)
+        yield

@@ -284,7 +284,7 @@ def test_documents_are_sent_until_they_are_taken(
 
 
 def test_a_node_stops_after_what_it_has_begun(tmp_path: Path) -> None:
-    engine = StandIn(0.3)
+    engine = StandIn(2.0)  # so that the second is not begun while the others are sent
     with Node(configuration(tmp_path / "node"), engine) as node:
         assert send(node.port, *(study(number) for number in range(1, 4))) == [0, 0, 0]
         wait_for(lambda: engine.asked == 1)

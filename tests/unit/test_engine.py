@@ -99,6 +99,7 @@ def test_an_answer_says_all(engines: dict[str, Engine], tiny_bundle: Make) -> No
         "sha256": sha256,
         "verification": "not measured",
         "runtime": "onnxruntime",
+        "verified": {"here": False, "machine": None},
     }
     assert engines["torch"].ask(random_image(), "Where?").model["verification"] == "reference"
     assert answer.notice == NOTICE
