@@ -57,7 +57,7 @@ PURPOSES = {
     "plugin": "the MoE kernels, compiled for TensorRT's plugin",
     "tensorrt": "to build and run engines of TensorRT (Jetson, data centres)",
 }
-REQUIREMENT = re.compile(r"""([\w.-]+)[^;]*(?:; *extra *== *["']([\w-]+)["'])?""")
+REQUIREMENT = re.compile(r"""([\w.-]+)[^;]*(?:;(?:.*\bextra *== *["']([\w-]+)["'])?.*)?""")
 Versions = Callable[[str], str | None]
 
 

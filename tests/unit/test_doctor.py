@@ -87,12 +87,15 @@ def test_requirements_are_read_from_our_metadata(monkeypatch: pytest.MonkeyPatch
         "numpy>=2.0",
         "fhir.resources>=8.3; extra == 'listen'",
         "medmoe-edge[batch]; extra == 'ray'",
+        "triton>=3.9; (sys_platform == 'linux') and extra == 'plugin'",
+        "tzdata; sys_platform == 'win32'",
     ]
     lines += ['onnxruntime-gpu[cuda,cudnn]>=1.31; extra == "gpu"', 'ray[data]>=2; extra == "ray"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
     requirements.cache_clear()
     assert requirements() == {
-        "": ("numpy",),
+        "": ("numpy", "tzdata"),
+        "plugin": ("triton",),
         "listen": ("fhir.resources",),
         "gpu": ("onnxruntime-gpu",),
         "ray": ("ray",),

@@ -14,10 +14,26 @@ import re
 import threading
 import weakref
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from pydicom import Dataset, dcmread
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    AllTransferSyntaxes,
+    DeflatedExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.events import Event
@@ -71,6 +87,12 @@ def _hang_up(association: Association) -> None:
         descriptor.close()  # pynetdicom leaves it open where the peer was faster
 
 
+# What `image.codestreams` reads.
+CODESTREAMS = {
+    *(JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1),
+    *(JPEGLSLossless, JPEGLSNearLossless, JPEG2000Lossless, JPEG2000),
+    *(HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K),
+}
 SUCCESS = 0x0000
 TRANSFER_SYNTAXES_NOT_SUPPORTED = 0x04  # of a presentation context, PS3.8 table 9-18
 UNSUPPORTED_CLASS = 0x0122
@@ -329,7 +351,5 @@ def shown_uid(uid: str | None) -> str:
 
 
 def _is_decodable(syntax: str) -> bool:
-    try:
-        return bool(get_decoder(syntax).is_available)
-    except NotImplementedError:
-        return False
+    """Whether our reader decodes a compression: all but RLE by imagecodecs (extra `images`)."""
+    return syntax == RLELossless or (syntax in CODESTREAMS and bool(find_spec("imagecodecs")))
