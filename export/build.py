@@ -111,6 +111,7 @@ def export_bundle(
     check_exportable(source, options, calibrated=statistics is not None)
     with atomic_folder(out, force=force, marker=MANIFEST) as staging:
         write_bundle(source, staging, options, statistics=statistics, progress=progress)
+    (progress or no_progress)("done", 1, 1)
     return out
 
 
@@ -145,7 +146,6 @@ def write_bundle(
     write_recorded(folder, Recorded(signature.signature()))
     name = options.name or source.folder.resolve().name
     write_manifest(folder, _manifest(source, plan, vision, experts, paging, name))
-    report("done", 1, 1)
 
 
 def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: bool) -> None:

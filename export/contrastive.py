@@ -206,6 +206,7 @@ def export_modality_bundle(
         write_modality_bundle(
             checkpoint, staging, precision=precision, name=name, progress=progress
         )
+    (progress or no_progress)("done", 1, 1)
     return out
 
 
@@ -248,7 +249,6 @@ def write_modality_bundle(
         "intended_use": NOTICE,
     }
     write_manifest(folder, contents)
-    report("done", 1, 1)
 
 
 def _stored(model: ir.Model, precision: Precision, signature: SignatureMaker) -> ir.Model:

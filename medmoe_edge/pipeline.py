@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
@@ -25,7 +25,7 @@ from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.evaluation import verify as verification
 from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Data, Verification
-from medmoe_edge.export.build import BuildOptions, check_exportable, export_bundle, write_bundle
+from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
 from medmoe_edge.export.plan import GroupSize, Method, Precision
 from medmoe_edge.pipeline_examples import TRAVELLING, as_examples, travelling
 from medmoe_edge.runtimes.base import Runtime
@@ -82,6 +82,7 @@ def export(
     check_target(out, force=force, marker=MANIFEST)
     if calibrate_on is not None and stats is not None:
         raise InputError("Both data and statistics were given.", "Give one of the two.")
+    report = progress or no_progress
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
     options = BuildOptions(precision, method, budget_bits, group, name)
     calibrated = calibrate_on is not None or stats is not None
@@ -90,7 +91,9 @@ def export(
         statistics = Statistics.open(stats) if stats else None
         if statistics is not None and strict:
             check_covered(statistics.coverage, _modalities(source))
-        export_bundle(source, out, options, statistics=statistics, force=force, progress=progress)
+        with atomic_folder(out, force=force, marker=MANIFEST) as staging:
+            write_bundle(source, staging, options, statistics=statistics, progress=report)
+        report("done", 1, 1)
         return Export(out, None)
     data = _data_for(source, calibrate_on)
     with _work_folder(out) as work:
@@ -104,7 +107,7 @@ def export(
             progress=progress,
         )
         with atomic_folder(out, force=force, marker=MANIFEST) as staging:
-            write_bundle(source, staging, options, statistics=statistics, progress=progress)
+            write_bundle(source, staging, options, statistics=statistics, progress=report)
             found = verification.verify(
                 staging,
                 source,
@@ -115,6 +118,7 @@ def export(
             )
             if error := found.error():
                 raise error
+    report("done", 1, 1)
     return Export(out, dataclasses.replace(found, bundle=Bundle.open(out, verify=False)))
 
 

@@ -6,7 +6,7 @@ Weights in 8-bit groups need no calibration: the images that are named serve for
 import dataclasses
 from pathlib import Path
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.bundle.contrastive import ModalityBundle
@@ -41,18 +41,21 @@ def export_modality(
         write_modality_bundle(
             checkpoint, staging, precision=precision, name=name, progress=progress
         )
-        if pictures is None:
-            return Export(out, None)
-        found = verify_modality(
-            staging,
-            checkpoint,
-            pictures,
-            record=True,
-            inputs=travelling_pictures(),
-            progress=progress,
-        )
-        if error := found.error():
-            raise error
+        found = None
+        if pictures is not None:
+            found = verify_modality(
+                staging,
+                checkpoint,
+                pictures,
+                record=True,
+                inputs=travelling_pictures(),
+                progress=progress,
+            )
+            if error := found.error():
+                raise error
+    (progress or no_progress)("done", 1, 1)
+    if found is None:
+        return Export(out, None)
     return Export(out, dataclasses.replace(found, bundle=ModalityBundle.open(out, False)))
 
 

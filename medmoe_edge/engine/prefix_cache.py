@@ -35,6 +35,7 @@ import numpy.typing as npt
 from medmoe_edge._types import Floats
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.bundle.machine import CPU_INFO
 from medmoe_edge.config import DecoderConfig, ModelConfig
 from medmoe_edge.errors import InputError, Notice
 from medmoe_edge.runtimes.base import Cache, CacheArray, PortableCache, Runtime
@@ -136,7 +137,6 @@ def _expect(sound: bool) -> None:
 LIMIT = 2 * 10**9  # bytes of all files together
 FILE = re.compile(r"\.?[0-9a-f]{64}\.npz(\.[0-9a-f]{8}\.part)?")  # whole, or being written
 STALE = 3600  # seconds after which nobody is writing any more
-CPU_INFO = Path("/proc/cpuinfo")
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class LastPrefix:
 
     def __init__(self, model: str, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._computed_by = [__version__, model, runtime.name, cpu_features()]
+        self._computed_by = [__version__, model, runtime.name, processor_key()]
         self._last: tuple[str, Prefix] | None = None
 
     def key(self, pixels: Floats, ids: list[int]) -> str:
@@ -272,7 +272,7 @@ def cache_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def cpu_features(info: Path = CPU_INFO) -> str:
+def processor_key(info: Path = CPU_INFO) -> str:
     """What libraries choose their kernels by: processor and instruction sets, as Linux has them."""
     names = ("model name", "flags", "CPU part", "Features")
     try:

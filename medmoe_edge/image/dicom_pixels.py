@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import zlib
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -39,6 +40,11 @@ MAX_FRAMES = 10_000_000
 OVERSHOOT = 1.0625  # what a lossy codestream may exceed its range by
 MAX_FRAME_BYTES = 2**30  # of one frame, decoded
 EXACT = (uid.JPEG2000Lossless, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL)
+CODESTREAMS = {  # compressions that `codestreams` reads
+    *(uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1),
+    *(uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.JPEG2000Lossless, uid.JPEG2000),
+    *(uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K),
+}
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
 VIDEO = ("1.2.840.10008.1.2.4.10",)  # and MPEG2, MPEG-4, HEVC: their UIDs begin alike
 
@@ -173,6 +179,11 @@ def read_frame(
     if container.syntax == DEFLATED_FRAMES:
         return _inflate_frame(data, container, element, layout, name, say)
     raise _unknown_compression(container.syntax, name)
+
+
+def can_decode(syntax: uid.UID) -> bool:
+    """Whether frames of a compression are decoded here: all but RLE need the extra `images`."""
+    return syntax == uid.RLELossless or (syntax in CODESTREAMS and bool(find_spec("imagecodecs")))
 
 
 def _unknown_compression(syntax: uid.UID | None, name: str) -> ImageError:

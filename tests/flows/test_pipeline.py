@@ -79,7 +79,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any work fails the test."""
     begun = AssertionError("the work has begun")
     monkeypatch.setattr(pipeline, "calibrate", raising(begun))
-    monkeypatch.setattr(pipeline, "export_bundle", raising(begun))
+    monkeypatch.setattr(pipeline, "write_bundle", raising(begun))
     monkeypatch.setattr(verification, "verify", raising(begun))
 
 

@@ -31,8 +31,8 @@ from medmoe_edge.engine.prefix_cache import (
     Prefix,
     PrefixCache,
     cache_folder,
-    cpu_features,
     most_bytes,
+    processor_key,
     read_prefix,
     write_prefix,
 )
@@ -279,8 +279,8 @@ def test_the_key_is_of_all_that_decides(folder: Path) -> None:
 def test_the_cpu_is_known_by_its_instructions(tmp_path: Path) -> None:
     info = tmp_path / "cpuinfo"
     info.write_text("model name\t: A\ncpu MHz\t: 1\nflags\t: sse avx\n" * 2)
-    assert cpu_features(info) == "flags\t: sse avx model name\t: A"
-    assert cpu_features(tmp_path / "none")
+    assert processor_key(info) == "flags\t: sse avx model name\t: A"
+    assert processor_key(tmp_path / "none")
 
 
 # --- damage -----------------------------------------------------------------------------------

@@ -14,26 +14,9 @@ import re
 import threading
 import weakref
 from collections.abc import Callable
-from importlib.util import find_spec
 
 from pydicom import Dataset, dcmread
-from pydicom.uid import (
-    HTJ2K,
-    JPEG2000,
-    UID,
-    AllTransferSyntaxes,
-    DeflatedExplicitVRLittleEndian,
-    HTJ2KLossless,
-    HTJ2KLosslessRPCL,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
-    RLELossless,
-)
+from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
 from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.events import Event
@@ -52,6 +35,7 @@ from medmoe_edge.bedside.listen.header import (
 )
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
+from medmoe_edge.image.dicom_pixels import can_decode
 from medmoe_edge.image.loading import decoding
 
 log = logging.getLogger(__name__)
@@ -87,12 +71,6 @@ def _hang_up(association: Association) -> None:
         descriptor.close()  # pynetdicom leaves it open where the peer was faster
 
 
-# What `image.codestreams` reads.
-CODESTREAMS = {
-    *(JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1),
-    *(JPEGLSLossless, JPEGLSNearLossless, JPEG2000Lossless, JPEG2000),
-    *(HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K),
-}
 SUCCESS = 0x0000
 TRANSFER_SYNTAXES_NOT_SUPPORTED = 0x04  # of a presentation context, PS3.8 table 9-18
 UNSUPPORTED_CLASS = 0x0122
@@ -140,7 +118,7 @@ def transfer_syntaxes() -> list[str]:
         str(syntax)
         for syntax in AllTransferSyntaxes
         if syntax != DeflatedExplicitVRLittleEndian
-        and (not syntax.is_encapsulated or _is_decodable(str(syntax)))
+        and (not syntax.is_encapsulated or can_decode(syntax))
     ]
 
 
@@ -348,8 +326,3 @@ def shown_uid(uid: str | None) -> str:
     """The name of a class or encoding, or its UID; what is none might be anything."""
     text = str(uid)
     return UID(text).name if PLAIN_UID.fullmatch(text) else "one without a valid UID"
-
-
-def _is_decodable(syntax: str) -> bool:
-    """Whether our reader decodes a compression: all but RLE by imagecodecs (extra `images`)."""
-    return syntax == RLELossless or (syntax in CODESTREAMS and bool(find_spec("imagecodecs")))
