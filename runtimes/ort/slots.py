@@ -16,8 +16,9 @@ from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.ort.runtime import OrtCache, OrtRuntime
 from medmoe_edge.runtimes.ort.sessions import Device
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile
+from medmoe_edge.runtimes.slots.memory import CpuMemory, DeviceMemory
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
-from medmoe_edge.runtimes.slots.slots import HostDevice, Kind, PoolDevice, PooledMemory, Table
+from medmoe_edge.runtimes.slots.slots import Kind, SlotPools, Table
 
 
 class SlotOrtRuntime(OrtRuntime):
@@ -36,9 +37,9 @@ class SlotOrtRuntime(OrtRuntime):
     ) -> None:
         kinds = Kind.all_of(bundle)
         super().__init__(bundle, device=device)
-        self._memory = PooledMemory(_pools_on(self.choice.device), kinds)
+        self._pools = SlotPools(_memory_of(self.choice.device), kinds)
         file = ExpertFile(bundle, drop_pages=drop_pages)
-        self.requests = SlotRequests(bundle, file, self._memory, budget, self._run_with)
+        self.requests = SlotRequests(bundle, file, self._pools, budget, self._run_with)
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""
@@ -55,18 +56,18 @@ class SlotOrtRuntime(OrtRuntime):
         assert isinstance(cache, OrtCache)
         binding = self._decoder.io_binding()
         binding.bind_cpu_input("table", table)
-        for kind in self._memory.kinds:
+        for kind in self._pools.kinds:
             shape = [self.requests.slots.count, *kind.shape]
             place = self.choice.device, 0, np.dtype(kind.dtype).type, shape
-            binding.bind_input(kind.name, *place, self._memory.addresses[kind.name])
+            binding.bind_input(kind.name, *place, self._pools.addresses[kind.name])
         names = [f"chosen.{layer}" for layer in range(len(table))]
         step, chosen = self._run_bound(embeds, cache, binding, names)
         return step, np.stack([each[0] for each in chosen], 1)
 
 
-def _pools_on(device: str) -> PoolDevice:
+def _memory_of(device: str) -> DeviceMemory:
     if device == "cpu":
-        return HostDevice()
+        return CpuMemory()
     from medmoe_edge.runtimes.tensorrt.device import CudaDevice
 
     return CudaDevice("gpu")

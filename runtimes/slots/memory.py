@@ -1,20 +1,18 @@
-"""What expert slots ask of a device's memory, and that of the CPU.
+"""A device's memory, as expert slots and engines ask for it, and the CPU's own.
 
-A slot is one contiguous buffer here, or several (`slot_pools.py`). On a GPU with memory of its own
-it is filled by a copy on a stream of its own, beside the compute, from page-locked host memory;
-where CPU and GPU share one DRAM, as on a Jetson, the host writes into the slot itself, and nothing
-is kept or copied twice.
+On a GPU with memory of its own, what it computes from is filled by copies from page-locked host
+memory, on a stream of their own beside the compute. Where CPU and GPU share one DRAM, as on a
+Jetson, the host writes where the GPU reads, and nothing is kept or copied twice.
 """
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
 from medmoe_edge.runtimes.paging.expert_file import Bytes
-
-Slot = Any  # what the device's library takes for a buffer of bytes
 
 
 class Event(Protocol):
@@ -24,65 +22,80 @@ class Event(Protocol):
         """Return when the copy has ended; raises what it failed with."""
 
 
+class Buffer(Protocol):
+    """Memory of the device, freed with the object."""
+
+    address: int
+
+
 class DeviceMemory(Protocol):
     """Memory that a device computes from. May be used from several threads."""
 
     @property
     def unified(self) -> bool:
-        """Whether the host writes slots `in_place`; otherwise they are filled by copies."""
+        """Whether the CPU has the same memory: then `pinned` is all that is needed."""
         ...
 
-    def allocate(self, count: int, size: int) -> list[Slot]:
-        """So many slots of `size` bytes, all zero; raises `ResourceError`."""
+    def zeros(self, size: int) -> Buffer:
+        """So many bytes of the device's own memory, all zero; raises `ResourceError`."""
         ...
 
-    def in_place(self, slot: Slot) -> Sequence[Bytes]:
-        """The parts of a slot of unified memory as the host sees them."""
+    def pinned(self, size: int) -> Bytes:
+        """Zeros on the host, page-locked, which the device sees at the same address."""
         ...
 
-    def host(self, size: int) -> Bytes:
-        """Host memory to copy from; raises `ResourceError`."""
+    def send(self, source: Bytes, address: int) -> Event:
+        """Begin to copy page-locked bytes to the device; copies end in the order they began."""
         ...
 
-    def copy(self, source: Bytes, slot: Slot) -> Event:
-        """Begin to copy `source` to the front of a slot; copies end in the order they began."""
+    def synchronise(self) -> None:
+        """Wait until the device has computed and filled with zeros all that it was told to."""
         ...
-
-    def finish(self) -> None:
-        """Wait until all that this thread has had computed has read its slots."""
 
 
 class CpuMemory:
-    """The CPU's own, which is unified. Made with `unified=False` it behaves as a GPU's does: slots
-    are filled by copies that a thread makes one after another.
+    """The CPU's own, which is unified. Made with `unified=False` it behaves as a GPU's does: it is
+    filled by copies that a thread makes one after another.
     """
 
     def __init__(self, *, unified: bool = True) -> None:
         self.unified = unified
         self._stream = ThreadPoolExecutor(1, "expert-copy")  # starts with its first copy
 
-    def allocate(self, count: int, size: int) -> list[Slot]:
-        """So many slots of `size` bytes, all zero."""
-        return [np.zeros(size, np.uint8) for _ in range(count)]
+    def zeros(self, size: int) -> "CpuBuffer":
+        """So many bytes, all zero."""
+        return CpuBuffer(size)
 
-    def in_place(self, slot: Slot) -> Sequence[Bytes]:
-        """The slot."""
-        return (slot,)
+    def pinned(self, size: int) -> Bytes:
+        """So many bytes, all zero."""
+        return np.zeros(size, np.uint8)
 
-    def host(self, size: int) -> Bytes:
-        """Host memory to copy from."""
-        return np.empty(size, np.uint8)
+    def send(self, source: Bytes, address: int) -> Event:
+        """Have the thread copy."""
 
-    def copy(self, source: Bytes, slot: Slot) -> Event:
-        """Have the thread copy `source` to the front of a slot."""
-        return _CpuCopy(self._stream.submit(np.copyto, slot[: len(source)], source))
+        def copy() -> None:
+            ctypes.memmove(address, source.ctypes.data, source.nbytes)
 
-    def finish(self) -> None:
+        return self.queue(copy)
+
+    def queue(self, work: Callable[[], Any]) -> Event:
+        """Have the thread work, after all that it was told before."""
+        return _Queued(self._stream.submit(work))
+
+    def synchronise(self) -> None:
         """Nothing: what the CPU computed has ended when it returns."""
 
 
-class _CpuCopy:
-    def __init__(self, future: Future[None]) -> None:
+class CpuBuffer:
+    """Memory of the CPU as an array."""
+
+    def __init__(self, size: int) -> None:
+        self.array: Bytes = np.zeros(size, np.uint8)
+        self.address = self.array.ctypes.data
+
+
+class _Queued:
+    def __init__(self, future: Future[Any]) -> None:
         self._future = future
 
     def wait(self) -> None:

@@ -16,7 +16,7 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
-from medmoe_edge.runtimes.slots.slots import Kind, PooledMemory, Table
+from medmoe_edge.runtimes.slots.slots import Kind, SlotPools, Table
 from medmoe_edge.runtimes.tensorrt.device import Device
 from medmoe_edge.runtimes.tensorrt.runtime import (
     Context,
@@ -44,9 +44,9 @@ class PagedTensorRTRuntime(TensorRTRuntime):
     ) -> None:
         kinds = Kind.all_of(bundle)
         super().__init__(bundle, device=device, open_engine=open_engine)
-        self._memory = PooledMemory(self._device, kinds)
+        self._pools = SlotPools(self._device, kinds)
         file = ExpertFile(bundle, drop_pages=drop_pages)
-        self.requests = SlotRequests(bundle, file, self._memory, budget, self._run_with)
+        self.requests = SlotRequests(bundle, file, self._pools, budget, self._run_with)
 
     def encode_image(self, pixels: Floats) -> Floats:
         """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""
@@ -80,7 +80,7 @@ class PagedTensorRTRuntime(TensorRTRuntime):
         for layer in range(slots.shape[0]):
             count = tokens * self.config.moe.top_k
             lane.outputs[f"chosen.{layer}"] = self._device.mirror((count,), np.int64)
-        for kind in self._memory.kinds:
-            lane.addresses[kind.name] = self._memory.addresses[kind.name]
+        for kind in self._pools.kinds:
+            lane.addresses[kind.name] = self._pools.addresses[kind.name]
             lane.shapes[kind.name] = (slots.count, *kind.shape)
         return lane
