@@ -86,7 +86,8 @@ def slot_of(slots: ExpertSlots, number: int) -> Bytes:
     """What lies in a slot."""
     (pool,) = slots.store.pools.pools
     array: Bytes = pool.array if isinstance(pool, CpuBuffer) else pool
-    return array.reshape(slots.count, -1)[number]
+    row: Bytes = array.reshape(slots.count, -1)[number]
+    return row
 
 
 def check(slots: ExpertSlots, table: Table) -> list[Expert]:
