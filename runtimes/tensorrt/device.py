@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from medmoe_edge.errors import MissingDependencyError, ResourceError
 from medmoe_edge.runtimes.paging.expert_file import Bytes
-from medmoe_edge.runtimes.slots.memory import DeviceMemory, Event
+from medmoe_edge.runtimes.slots.slots import DeviceMemory, Event
 
 Array = npt.NDArray[Any]
 

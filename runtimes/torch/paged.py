@@ -31,9 +31,17 @@ from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, Step, check_room
 from medmoe_edge.runtimes.paging.expert_file import Bytes, ExpertFile, Extent
 from medmoe_edge.runtimes.paging.pager import Expert
-from medmoe_edge.runtimes.slots.memory import CpuBuffer, CpuMemory, DeviceMemory, Event
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
-from medmoe_edge.runtimes.slots.slots import ABSENT, Kind, SlotPools, Table
+from medmoe_edge.runtimes.slots.slots import (
+    ABSENT,
+    CpuBuffer,
+    CpuMemory,
+    DeviceMemory,
+    Event,
+    Kind,
+    SlotPools,
+    Table,
+)
 from medmoe_edge.runtimes.torch.bundle import BundleWeights, Stored, TorchBundleRuntime, dequantise
 from medmoe_edge.runtimes.torch.eager import TorchDevice
 

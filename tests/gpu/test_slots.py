@@ -16,9 +16,19 @@ from medmoe_edge.errors import BundleError, InputError, ResourceError
 from medmoe_edge.runtimes.base import Step
 from medmoe_edge.runtimes.paging.expert_file import Bytes
 from medmoe_edge.runtimes.paging.pager import Expert
-from medmoe_edge.runtimes.slots.memory import CpuBuffer, CpuMemory, DeviceMemory, Event
 from medmoe_edge.runtimes.slots.replay import Chosen, Replay, first_fault, next_try
-from medmoe_edge.runtimes.slots.slots import ABSENT, ExpertSlots, Kind, SlotPools, Table, slot_count
+from medmoe_edge.runtimes.slots.slots import (
+    ABSENT,
+    CpuBuffer,
+    CpuMemory,
+    DeviceMemory,
+    Event,
+    ExpertSlots,
+    Kind,
+    SlotPools,
+    Table,
+    slot_count,
+)
 
 BOTH = pytest.mark.parametrize("unified", [True, False])
 

@@ -30,17 +30,17 @@ from medmoe_edge.errors import (
     MissingDependencyError,
     ResourceError,
 )
-from medmoe_edge.export.external_data import FILE, PAGE
+from medmoe_edge.evaluation.targets import GraphRuntime, as_written
+from medmoe_edge.export.builder import FILE, PAGE
 from medmoe_edge.export.gpus import load_library, make_logger
 from medmoe_edge.export.targets import export_target, plan_target, write_graphs
 from medmoe_edge.export.tensorrt_builder import parse
 from medmoe_edge.runtimes.base import Cache, Step
-from medmoe_edge.runtimes.graph import GraphRuntime, as_written
 from medmoe_edge.runtimes.paging.pager import ExpertPager
 from medmoe_edge.runtimes.slots.replay import Chosen
 from medmoe_edge.runtimes.slots.slots import Table
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice
-from medmoe_edge.runtimes.tensorrt.paged import PagedTensorRTRuntime
+from medmoe_edge.runtimes.tensorrt.runtime import PagedTensorRTRuntime
 
 Make = Callable[..., Path]
 STEPS = (17, 5, 1, 1, 1)
