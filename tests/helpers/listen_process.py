@@ -55,6 +55,7 @@ def configuration(folder: Path, **values: Any) -> Configuration:
         "reserve_mb": 0,
         "peers": [{"ae_title": PEER}],
         "questions": [{"ask": [QUESTION]}],
+        "series": {"quiet": 0, "linger": 0},
     }
     return Configuration.model_validate(given | values)
 
@@ -118,9 +119,8 @@ class Archive:
         self.refuse = 0
         self._lock = threading.Lock()
         self._entity = ApplicationEntity("ARCHIVE")
-        for uid in ("1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.88.11"):
-            self._entity.add_supported_context(uid)
-        self._entity.add_supported_context("1.2.840.10008.5.1.4.1.1.7")
+        for ending in ("88.34", "88.11", "88.59", "7"):  # reports, key objects, captures
+            self._entity.add_supported_context(f"1.2.840.10008.5.1.4.1.1.{ending}")
         self._server = self._entity.start_server(
             ("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)]
         )
