@@ -6,8 +6,8 @@ crash, documents have the same UIDs, and none has left the machine before.
 
 Of a series one picture is in memory at a time, and of each slice only its answers stay.
 
-A result whose objects were sent again is replaced: by one about the same patient, whose reports name
-the earlier ones; or, where the patient is another, it is withdrawn in the earlier patient's study.
+A result whose objects were sent again is replaced: by one about the same patient, whose reports
+name the earlier ones; or, where the patient is another, it is withdrawn in that patient's study.
 """
 
 import datetime
@@ -15,9 +15,9 @@ import hashlib
 import io
 import json
 import logging
-import warnings
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -58,8 +58,8 @@ OTHER_PATIENT = Notice(
 )
 LATE = Notice(
     "late_slices",
-    "These objects came long after the others of their series, of which there is an earlier result: "
-    "this answer is about the late ones alone.",
+    "These objects came long after the others of their series, which has an earlier result: this "
+    "answer is about the late ones alone.",
 )
 UNREADABLE = Notice("unreadable_slices", "Some of the chosen slices could not be read.")
 SHARED_STUDY = Notice(
@@ -151,8 +151,8 @@ class Answering:
 
     def _answer(self, job: Job) -> None:
         selection, is_whole = self._selected(job.key)
-        result = key_of("\n".join([job.key, *(each.key for each in selection.slices)]))
         replaced = self.queue.replaced(job.key)
+        result = _result_key(job, selection, replaced)
         if selection.slices and is_whole:
             replaced |= {each: self.queue.sources(each) for each in self.queue.results(job.key)}
         if self.queue.sources(result):
@@ -422,6 +422,12 @@ class Answering:
     def _give_up(self, job: Job, why: str) -> None:
         log.error("%s cannot be answered (%s): given up, and kept.", job.key[:16], why)
         self.queue.close_series(job, "failed", why)
+
+
+def _result_key(job: Job, selection: Selection, replaced: Iterable[str]) -> str:
+    """By which a result is known: that of its slice, or a hash of all; of none, of what it ends."""
+    keys = [each.key for each in selection.slices]
+    return keys[0] if len(keys) == 1 else key_of("\n".join([job.key, *(keys or replaced)]))
 
 
 def encoded(dataset: Dataset) -> bytes:

@@ -3,8 +3,8 @@
 Preliminary, as nobody has verified it. Each resource carries an identifier and is only created
 where the server has none with it, so that the transaction may be sent twice. The patient, study and
 order are named by their identifiers alone, in the systems that the configuration names; a result
-without a patient's number is not written, as nobody could tell whose it is. Validated as R4B (4.3), which leaves these resources as
-R4 has them, and as R5.
+without a patient's number is not written, as nobody could tell whose it is. Validated as R4B (4.3),
+which leaves these resources as R4 has them, and as R5.
 """
 
 import json

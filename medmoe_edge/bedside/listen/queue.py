@@ -342,9 +342,9 @@ class Queue:
         """Whether what an object shows is in its study for presentation too."""
         return bool(
             self._read(
-                "SELECT 1 FROM object AS mine JOIN origin AS where_from ON where_from.key = mine.key "
-                "JOIN origin AS beside ON beside.study = where_from.study "
-                "AND beside.patient = where_from.patient JOIN object AS other ON other.key = "
+                "SELECT 1 FROM object AS mine JOIN origin AS own ON own.key = mine.key "
+                "JOIN origin AS beside ON beside.study = own.study "
+                "AND beside.patient = own.patient JOIN object AS other ON other.key = "
                 "beside.key WHERE mine.key = ? AND other.aside = '' AND other.view = mine.view "
                 "AND other.intent = 'presentation' LIMIT 1",
                 key,

@@ -299,7 +299,7 @@ class Receiving:
                 path.unlink(missing_ok=True)
 
     def _tell_aside(self, key: str, header: Dataset, series: str, why: str) -> None:
-        """Say that nothing is asked; that no question fits, which may be a mistake, as a warning."""
+        """Say that nothing is asked: as a warning where it may be a mistake."""
         if why != "no_question":
             log.info("%s: it %s: set aside.", key[:16], ASIDE[why])
             return

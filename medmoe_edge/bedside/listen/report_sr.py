@@ -174,7 +174,7 @@ def basic_text_sr(result: Result, standing: Standing = ALONE) -> Dataset:
 
 
 def withdrawal(reports: Sequence[Dataset], standing: Standing = ALONE) -> Dataset:
-    """A key object that rejects reports, in their own study: IHE's Imaging Object Change Management.
+    """A key object that rejects reports, in their own study (IHE Imaging Object Change Management).
 
     Args:
         reports: Made here, of one study and patient, about an object that has since come in the

@@ -9,8 +9,9 @@ same UIDs, which a DICOM node stores once and a FHIR server creates once (`ifNon
 import io
 
 import httpx
-from pydicom import dcmread
+from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.uid import (
+    UID,
     BasicTextSRStorage,
     Comprehensive3DSRStorage,
     ExplicitVRBigEndian,
@@ -78,29 +79,35 @@ class Sending:
             self._association = associated(node, self.ae_title)
         dataset = dcmread(io.BytesIO(data))
         accepted = {
-            context.abstract_syntax: context.transfer_syntax[0]
+            context.transfer_syntax[0]
             for context in self._association.accepted_contexts
+            if context.abstract_syntax == dataset.SOPClassUID
         }
-        syntax = accepted.get(dataset.SOPClassUID)
-        if syntax is None:
-            raise ResourceError(
-                f"it takes no {dataset.SOPClassUID.name}", "Configure other documents."
-            )
-        if syntax != dataset.file_meta.TransferSyntaxUID:
-            buffer = io.BytesIO()
-            dataset.save_as(
-                buffer,
-                implicit_vr=syntax.is_implicit_VR,
-                little_endian=syntax.is_little_endian,
-                enforce_file_format=False,
-            )
-            data = buffer.getvalue()
-            dataset = dcmread(io.BytesIO(data), force=True)
+        if not accepted:
+            name = dataset.SOPClassUID.name
+            raise ResourceError(f"it takes no {name}", "Configure other documents.")
+        if dataset.file_meta.TransferSyntaxUID not in accepted:
+            dataset = converted(dataset, min(accepted, key=UNCOMPRESSED.index))
         status = self._association.send_c_store(dataset).get("Status")
         if status is None:
             raise ResourceError("it does not answer", "See its log.")
         if code_to_category(status) not in ("Success", "Warning"):
             raise ResourceError(f"it refused the document: 0x{status:04X}", "See its log.")
+
+
+def converted(dataset: Dataset, syntax: UID) -> Dataset:
+    """A document in another uncompressed transfer syntax; those made here have bytes as pixels."""
+    buffer = io.BytesIO()
+    list(dataset.iterall())  # values, in place of bytes in the old order
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dcmwrite(
+        buffer,
+        dataset,
+        implicit_vr=syntax.is_implicit_VR,
+        little_endian=syntax.is_little_endian,
+        force_encoding=True,
+    )
+    return dcmread(io.BytesIO(buffer.getvalue()), force=True)
 
 
 def associated(node: DicomDestination, ae_title: str) -> Association:
@@ -112,7 +119,8 @@ def associated(node: DicomDestination, ae_title: str) -> Association:
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT
     entity.connection_timeout = TIMEOUT
     for uid in CLASSES:
-        entity.add_requested_context(uid, list(UNCOMPRESSED))
+        for syntax in UNCOMPRESSED:  # each for itself, so that the node need not choose
+            entity.add_requested_context(uid, syntax)
     association = entity.associate(node.host, node.port, ae_title=node.ae_title)
     if not association.is_established:
         why = "rejected the association" if association.is_rejected else "cannot be reached"
