@@ -291,7 +291,7 @@ def test_a_corrected_object_is_answered_anew(node: Node, caplog: pytest.LogCaptu
     assert "sent again with other content" in caplog.text
 
 
-def test_a_corrected_object_does_not_take_the_place_of_one_that_waits(tmp_path: Path) -> None:
+def test_of_a_corrected_object_that_waits_only_the_last_is_asked(tmp_path: Path) -> None:
     seen = []
 
     class Looking(StandIn):
@@ -302,8 +302,8 @@ def test_a_corrected_object_does_not_take_the_place_of_one_that_waits(tmp_path: 
     with Node(configuration(tmp_path / "node"), Looking(0.2)) as node:
         corrected = study(PixelData=SOME[::-1].tobytes())
         assert send(node.port, study(9), study(), corrected) == [0, 0, 0]
-        answered(node, 3)
-    assert seen[1:] == [0, 240]
+        answered(node, 2)
+    assert seen[1:] == [240]
 
 
 def test_the_same_uid_of_another_patient_is_kept_apart(
@@ -431,10 +431,11 @@ def test_a_queue_of_an_earlier_version_is_gone_on_with(tmp_path: Path, has_origi
         answered(node, 2)  # and the second
         assert node.queue.counts() == {"waiting": 0, "answered": 2, "failed": 1, "unsent": 1}
         assert node.queue.asides() == {"no_question": 1}
-        assert send(node.port, study(1), study(2)) == [0, 0]  # known
-        assert node.queue.counts()["waiting"] == 0
+        if has_origins:
+            assert send(node.port, study(1), study(2)) == [0, 0]  # known
+            assert node.queue.counts()["waiting"] == 0
         assert send(node.port, study(3), study(1, PatientID="MRN-0815")) == [0, 0]
-        wait_for(lambda: node.queue.counts()["answered"] >= 4)
+        answered(node, 4)
     assert engine.asked == 3
     Queue(root / "queue.sqlite").close()
     with sqlite3.connect(root / "queue.sqlite") as database:

@@ -35,7 +35,7 @@ from typing import Any
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.listen.header import Origin
-from medmoe_edge.bedside.listen.schema import STATES, Extent, Job, Place, Slice, prepare
+from medmoe_edge.bedside.listen.schema import Extent, Job, Place, Slice, prepare
 from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import Image, shown_name
 from medmoe_edge.image.worker import Bounds, read_apart
@@ -227,7 +227,7 @@ class Queue:
         """
         place = place or Place(key)
         values = (key, sha256, peer, json.dumps(questions), *place, aside)
-        with self._lock, _explaining(), self._database as database:
+        with self._lock, explaining(), self._database as database:
             database.execute(
                 "INSERT INTO object (key, sha256, peer, questions, series, position, instance, "
                 "intent, view, expected, aside) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
@@ -362,7 +362,7 @@ class Queue:
 
     def replaced(self, series: str) -> dict[str, list[str]]:
         """The results that versions in a series contradict, and the objects that they are about."""
-        with self._lock, _explaining():
+        with self._lock, explaining():
             keys = _replaced(self._database, series)
         return {key: self.sources(key) for key in keys}
 
@@ -403,7 +403,7 @@ class Queue:
         `replaced` are the results whose place it takes. A series of which objects came meanwhile
         goes on waiting.
         """
-        with self._lock, _explaining(), self._database as database:
+        with self._lock, explaining(), self._database as database:
             database.execute("INSERT INTO result (key, series) VALUES (?, ?)", (result, job.key))
             database.executemany(
                 "INSERT INTO source VALUES (?, ?)", [(result, key) for key in sources]
@@ -422,7 +422,7 @@ class Queue:
 
     def instance_number(self, series: str, document: str) -> int:
         """The Instance Number of a document in its DICOM series: always the same for the same."""
-        with self._lock, _explaining(), self._database as database:
+        with self._lock, explaining(), self._database as database:
             database.execute(
                 "INSERT OR IGNORE INTO place SELECT ?1, ?2, 1 + coalesce(max(number), 0) "
                 "FROM place WHERE series = ?1",
@@ -460,10 +460,19 @@ class Queue:
         return {key for (key,) in self._read(f"{statement} WHERE state = ?", state)}
 
     def counts(self) -> dict[str, int]:
-        """How many series are waiting, answered and failed, and documents unsent."""
+        """How many series are waiting and failed, results were answered, and documents are unsent.
+
+        A series of which objects were sent again has more than one result.
+        """
         found = dict(self._read("SELECT state, count(*) FROM series GROUP BY state"))
+        ((results,),) = self._read("SELECT count(DISTINCT result) FROM source")
         ((unsent,),) = self._read("SELECT count(*) FROM delivery WHERE sent = 0")
-        return {state: found.get(state, 0) for state in STATES[:3]} | {"unsent": unsent}
+        return {
+            "waiting": found.get("waiting", 0),
+            "answered": results,
+            "failed": found.get("failed", 0),
+            "unsent": unsent,
+        }
 
     def asides(self) -> dict[str, int]:
         """How many objects were set aside, by reason, and what else was counted."""
@@ -471,11 +480,11 @@ class Queue:
         return dict(rows) | dict(self._read("SELECT name, count FROM tally"))
 
     def _read(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock, _explaining():
+        with self._lock, explaining():
             return self._database.execute(statement, values).fetchall()
 
     def _write(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
-        with self._lock, _explaining(), self._database as database:
+        with self._lock, explaining(), self._database as database:
             database.executemany(statement, rows)
 
 
@@ -491,7 +500,7 @@ def _replaced(database: sqlite3.Connection, series: str) -> list[str]:
     return [key for (key,) in rows]
 
 
-class _explaining:
+class explaining:  # noqa: N801 - used as a function is
     """Around SQLite: its errors as ours."""
 
     def __enter__(self) -> None:

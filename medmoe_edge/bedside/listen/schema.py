@@ -21,7 +21,6 @@ from typing import NamedTuple
 from medmoe_edge.errors import ResourceError
 
 VERSION = 2  # PRAGMA user_version; those before 0.3 have none
-STATES = ("waiting", "answered", "failed", "aside")
 TABLES = """
 CREATE TABLE IF NOT EXISTS series (
     number INTEGER PRIMARY KEY,
