@@ -20,6 +20,7 @@ A thread that does one job after another; what fails is tried again later, and l
 When is kept in memory, by a clock that never jumps; after a restart everything is tried at once.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -29,7 +30,8 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,7 @@ class Queue:
         self._lock = threading.Lock()
         self._opened = time.monotonic()
         self._arrived: dict[str, float] = {}  # of series and studies, when something last came
+        self._arriving: Counter[str] = Counter()  # how much comes at the moment
         try:
             self._database = sqlite3.connect(path, timeout=10, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
@@ -250,14 +253,26 @@ class Queue:
                 "revision = revision + 1 WHERE ?2 = 'waiting'",
                 (place.series, "waiting" if waits else "aside", aside),
             )
-        now = time.monotonic()
-        self._arrived[place.series] = now
-        if origin is not None:
-            self._arrived[origin.study] = now
+
+    @contextlib.contextmanager
+    def arriving(self, *names: str) -> Iterator[None]:
+        """While an object of a series, and of a study by its origin, comes."""
+        self._arriving.update(names)
+        try:
+            yield
+        finally:
+            self._arrived.update(dict.fromkeys(names, time.monotonic()))
+            self._arriving.subtract(names)
 
     def quiet(self, name: str) -> float:
         """Seconds since an object of a series, or of a study by its origin, last came."""
+        if self._arriving[name] > 0:
+            return 0.0
         return time.monotonic() - self._arrived.get(name, self._opened)
+
+    def forget(self, name: str) -> None:
+        """Remember no longer when something of a series came."""
+        self._arrived.pop(name, None)
 
     def settles(self, key: str) -> bool:
         """Whether an object is answered or will be."""
@@ -500,7 +515,7 @@ def _replaced(database: sqlite3.Connection, series: str) -> list[str]:
     return [key for (key,) in rows]
 
 
-class explaining:  # noqa: N801 - used as a function is
+class explaining:
     """Around SQLite: its errors as ours."""
 
     def __enter__(self) -> None:

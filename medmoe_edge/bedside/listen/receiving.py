@@ -38,6 +38,7 @@ from medmoe_edge.bedside.listen.header import (
     uid_of,
 )
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
+from medmoe_edge.bedside.listen.schema import Place
 from medmoe_edge.bedside.listen.selection import ASIDE, aside, key_objects, place_of
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
 from medmoe_edge.image.dicom_pixels import can_decode
@@ -254,11 +255,15 @@ class Receiving:
         if not why or (why == "no_pixels" and sop_class in self.images):
             self._judge_pixels(header, pixels)
         origin = origin_of(header, pixels[8 if header.original_encoding[0] else 12 :])
-        with self._keeping:
+        place = place_of(header)
+        with self.queue.arriving(place.series, origin.study), self._keeping:
             key = self._key(origin, data)
             if self.queue.settles(key):  # the sender had not heard of it
                 return
-            self._keep(event, key, data, header, origin, why)
+            if why:
+                self._set_aside(event, key, data, header, origin, place, why)
+            else:
+                self._keep(event, key, data, header, origin, place)
         for notice in () if why else notices_of(header):
             log.warning("%s: %s", key[:16], notice.message)
 
@@ -274,25 +279,33 @@ class Receiving:
             return origin.uid  # kept by an earlier version of this program
         return key_of(f"{origin.uid} {origin.content}")
 
-    def _keep(
-        self, event: Event, key: str, data: bytes, header: Dataset, origin: Origin, why: str
+    def _set_aside(
+        self,
+        event: Event,
+        key: str,
+        data: bytes,
+        header: Dataset,
+        origin: Origin,
+        place: Place,
+        why: str,
     ) -> None:
         title = str(event.assoc.requestor.ae_title).strip()
-        place, sha256 = place_of(header), hashlib.sha256(data).hexdigest()
-        if why:
-            self.queue.mark(key_objects(header))
-            self.queue.add(key, sha256, title, (), origin, place, why)
-            self._tell_aside(key, header, place.series, why)
-            return
+        self.queue.mark(key_objects(header))
+        self.queue.add(key, hashlib.sha256(data).hexdigest(), title, (), origin, place, why)
+        self._tell_aside(key, header, place.series, why)
+
+    def _keep(
+        self, event: Event, key: str, data: bytes, header: Dataset, origin: Origin, place: Place
+    ) -> None:
+        title = str(event.assoc.requestor.ae_title).strip()
         path = self.folder.image(key)
         self.folder.keep(path, data)
         kept = False
         try:
             self.folder.picture(key)
-            modality = modality_of(header)
-            questions = self.configuration.questions_for(modality, body_parts_of(header))
+            asked = self.configuration.questions_for(modality_of(header), body_parts_of(header))
             self._tell_of_others(key, origin)
-            self.queue.add(key, sha256, title, questions, origin, place)
+            self.queue.add(key, hashlib.sha256(data).hexdigest(), title, asked, origin, place)
             kept = True
         finally:
             if not kept and self.queue.state(key) != "failed":  # those are kept to be looked at
