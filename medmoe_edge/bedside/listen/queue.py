@@ -186,6 +186,7 @@ CURRENT = (
     "AND later.number > object.number)"
 )
 CLOSE = "UPDATE series SET state = ?, why = ?"
+MOST_REMEMBERED, REMEMBERED = 10_000, 3600.0  # series and studies, and for how many seconds
 
 
 class Queue:
@@ -196,7 +197,7 @@ class Queue:
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._clock = threading.Lock(), threading.Lock()
         self._opened = time.monotonic()
         self._arrived: dict[str, float] = {}  # of series and studies, when something last came
         self._arriving: Counter[str] = Counter()  # how much comes at the moment
@@ -257,22 +258,26 @@ class Queue:
     @contextlib.contextmanager
     def arriving(self, *names: str) -> Iterator[None]:
         """While an object of a series, and of a study by its origin, comes."""
-        self._arriving.update(names)
+        with self._clock:
+            self._arriving.update(names)
         try:
             yield
         finally:
-            self._arrived.update(dict.fromkeys(names, time.monotonic()))
-            self._arriving.subtract(names)
+            now = time.monotonic()
+            with self._clock:
+                self._arriving.subtract(names)
+                self._arriving = +self._arriving  # those that are not zero
+                self._arrived.update(dict.fromkeys(names, now))
+                if len(self._arrived) > MOST_REMEMBERED:
+                    recent = {n: t for n, t in self._arrived.items() if now - t < REMEMBERED}
+                    self._arrived = recent
 
     def quiet(self, name: str) -> float:
         """Seconds since an object of a series, or of a study by its origin, last came."""
-        if self._arriving[name] > 0:
-            return 0.0
-        return time.monotonic() - self._arrived.get(name, self._opened)
-
-    def forget(self, name: str) -> None:
-        """Remember no longer when something of a series came."""
-        self._arrived.pop(name, None)
+        with self._clock:
+            if name in self._arriving:
+                return 0.0
+            return time.monotonic() - self._arrived.get(name, self._opened)
 
     def settles(self, key: str) -> bool:
         """Whether an object is answered or will be."""
