@@ -26,16 +26,17 @@ SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_
 def make_sensible(path: str, body: dict[str, Any], picture: bytes) -> None:
     """Give a request what no document can tell: a picture, and the model's name."""
     encoded = base64.b64encode(picture).decode()
+    turn: dict[str, Any] = {"role": "user"}
     if "image" in body:
         body["image"] = picture
     elif path == OLLAMA:
-        turn = {"role": "user", "content": "Is there effusion?", "images": [encoded]}
+        turn |= {"content": "Is there effusion?", "images": [encoded]}
         body |= {"model": "stand-in", "messages": [*body["messages"], turn]}
     elif path == CHAT:
         url = f"data:image/png;base64,{encoded}"
         image = {"type": "image_url", "image_url": {"url": url}}
         text = {"type": "text", "text": "Is there effusion?"}
-        turn = {"role": "user", "content": [text, image]}
+        turn |= {"content": [text, image]}
         body |= {"model": "stand-in", "messages": [*body["messages"], turn]}
 
 
