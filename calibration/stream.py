@@ -22,7 +22,6 @@ from medmoe_edge.errors import CheckpointError
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.models.decoder import causal_mask, rotary_tables
 from medmoe_edge.models.med_moe import DECODERS, TOWERS, projector
-from medmoe_edge.prompt import Tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -69,8 +68,7 @@ def tokenise(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[TokenSeq
     checkpoint has no tokenizer.
     """
     config = checkpoint.config
-    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
-    tokenizer.check_vocabulary(config.decoder.vocab_size)
+    tokenizer = checkpoint.tokenizer.tokenizer
     before = tokenizer.prefix_ids()
     room = config.decoder.max_positions - config.vision.image_tokens - len(before)
     return [

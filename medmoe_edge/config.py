@@ -15,6 +15,9 @@ from typing import Any, Literal, Self
 from medmoe_edge.errors import ConfigError
 
 
+_LATER = "later"
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Base of the configurations: strict JSON in, plain JSON out."""
@@ -41,7 +44,19 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """The same configuration as plain JSON values (tuples become lists)."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if not field.metadata.get(_LATER) or getattr(self, field.name) != field.default
+        }
+
+
+def later(default: Any) -> Any:
+    """A field that came later: left out of the JSON where it has its default.
+
+    So what was written before it came keeps its bytes.
+    """
+    return dataclasses.field(default=default, metadata={_LATER: True})
 
 
 def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigError:
@@ -116,6 +131,7 @@ class DecoderConfig(Config):
     max_positions: int = 2048
     bos_token_id: int | None = None
     eos_token_id: int = 0
+    more_eos_token_ids: tuple[int, ...] = later(())
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -136,6 +152,11 @@ class DecoderConfig(Config):
                 f"{self.rotary_fraction} do not divide evenly.",
                 "Heads must divide the size, and an even number of their channels rotate.",
             )
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return (self.eos_token_id, *self.more_eos_token_ids)
 
     @property
     def head_size(self) -> int:

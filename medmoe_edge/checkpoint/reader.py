@@ -30,6 +30,7 @@ from medmoe_edge.checkpoint.tensors import (
     read_headers,
     read_json,
 )
+from medmoe_edge.checkpoint.tokenizer import FAST_FILE, FoundTokenizer, find_tokenizer
 from medmoe_edge.checkpoint.writer import write_checkpoint, wrong_shape
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
@@ -51,14 +52,12 @@ class Checkpoint:
     names: Mapping[str, StoredTensor]
     twins: Mapping[str, StoredTensor]
 
-    def tokenizer_path(self) -> Path:
-        """Where its tokenizer is; raises `CheckpointError` where it has none."""
-        if self.tokenizer_file is None:
-            raise CheckpointError(
-                f"{self.folder} has no tokenizer.json.",
-                "Save the model's fast tokenizer there (tokenizer.save_pretrained).",
-            )
-        return self.tokenizer_file
+    @functools.cached_property
+    def tokenizer(self) -> FoundTokenizer:
+        """Its tokenizer, in whichever form; raises `CheckpointError` unless it fits the weights."""
+        found = find_tokenizer(self.folder)
+        found.check(self.config.decoder)
+        return found
 
     def tensor(self, name: str) -> torch.Tensor:
         """One parameter as stored; a router that all layers share is the same tensor for all."""
@@ -127,7 +126,7 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
         stored |= tower
     config = model_config(data, {key: tensor.shape for key, tensor in stored.items()}, tower_data)
     names, twins = _match(config, stored)
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = folder / FAST_FILE
     if tokenizer.exists():
         check_file(tokenizer)
     return Checkpoint(folder, config, tokenizer if tokenizer.exists() else None, names, twins)
