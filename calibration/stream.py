@@ -20,7 +20,7 @@ from medmoe_edge.calibration.samples import Sample
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.image.loading import preprocess
-from medmoe_edge.models.decoder import causal_mask, rotary_tables
+from medmoe_edge.models.decoder import causal_mask, make_norm, rotary_tables
 from medmoe_edge.models.med_moe import DECODERS, TOWERS, projector
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -180,7 +180,7 @@ class LayerStream:
         check_finite(self.checkpoint.tensor("decoder.head.weight"), "decoder.head.weight")
         decoder = self.config.decoder
         with torch.device("meta"):
-            norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
+            norm = make_norm(decoder)
         load_weights(norm, self.checkpoint, "decoder.norm.")
         states = self._states[decoder.layers % 2]
         for sample, start in enumerate(self._starts):

@@ -176,7 +176,7 @@ def _write_vision(
     """Returns how its weights are stored, in words."""
     model, stored = export_vision(source), "fp32"
     if precision != "fp32":
-        in_8_bits = source.config.vision.kind == "clip" and quantise_linears(model, signature)[1]
+        in_8_bits = source.config.vision.is_transformer and quantise_linears(model, signature)[1]
         stored = VISION_INT8 if in_8_bits else VISION
         halve_weights(model)
     save_model(model, folder, "vision")

@@ -18,6 +18,14 @@ from medmoe_edge.errors import ConfigError
 _LATER = "later"
 
 
+def later(default: Any) -> Any:
+    """A field that came later: left out of the JSON where it has its default.
+
+    So what was written before it came keeps its bytes.
+    """
+    return dataclasses.field(default=default, metadata={_LATER: True})
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Base of the configurations: strict JSON in, plain JSON out."""
@@ -51,14 +59,6 @@ class Config:
         }
 
 
-def later(default: Any) -> Any:
-    """A field that came later: left out of the JSON where it has its default.
-
-    So what was written before it came keeps its bytes.
-    """
-    return dataclasses.field(default=default, metadata={_LATER: True})
-
-
 def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigError:
     """The error for a key nobody knows, naming the nearest valid one."""
     near = difflib.get_close_matches(key, list(valid), n=1)
@@ -70,11 +70,13 @@ def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigErro
 class VisionConfig(Config):
     """The vision tower: an image of side `image_size` in, `image_tokens` features out.
 
-    `clip` reads the transformer sizes; `efficientnet-lite` reads `variant` and `feature_size`.
-    `pixel_mean` and `pixel_std` are on the 0..255 scale, per RGB channel.
+    `clip` and `siglip` read the transformer sizes; `efficientnet-lite` reads `variant` and
+    `feature_size`. `pixel_mean` and `pixel_std` are on the 0..255 scale, per RGB channel.
+    `select_feature` "patch" leaves out the first feature, which is CLIP's class token; SigLIP has
+    none and loses its first patch, as MoE-LLaVA's code has it.
     """
 
-    kind: Literal["clip", "efficientnet-lite"]
+    kind: Literal["clip", "siglip", "efficientnet-lite"]
     image_size: int
     feature_size: int
     pixel_mean: tuple[float, ...]
@@ -86,6 +88,7 @@ class VisionConfig(Config):
     intermediate_size: int = 0
     patch_size: int = 32
     select_layer: int = -2
+    select_feature: Literal["patch", "cls_patch"] = later("patch")
 
     def __post_init__(self) -> None:
         _check_positive(self, "image_size", "feature_size", "patch_size")
@@ -95,11 +98,16 @@ class VisionConfig(Config):
                 "Choose a multiple.",
             )
         states = self.layers + 1
-        if self.kind == "clip" and not -states <= self.select_layer < states:
+        if self.is_transformer and not -states <= self.select_layer < states:
             raise ConfigError(
                 f"vision.select_layer {self.select_layer} is none of the {states} states.",
                 "Med-MoE uses -2, the last state but one.",
             )
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether the tower is made of attention layers."""
+        return self.kind != "efficientnet-lite"
 
     @property
     def grid(self) -> int:
@@ -109,17 +117,19 @@ class VisionConfig(Config):
     @property
     def image_tokens(self) -> int:
         """Image tokens handed to the decoder."""
-        return self.grid**2
+        return self.grid**2 - (self.kind == "siglip" and self.select_feature == "patch")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(Config):
     """The language model. `phi` is parallel with biased GELU; `stablelm` sequential, SwiGLU.
 
+    `qwen` is `stablelm` with RMSNorm in place of LayerNorm.
+
     `bos_token_id` is kept for config.json; whether a prompt begins with it, the tokenizer says.
     """
 
-    kind: Literal["phi", "stablelm"]
+    kind: Literal["phi", "stablelm", "qwen"]
     hidden_size: int
     layers: int
     heads: int
@@ -157,6 +167,16 @@ class DecoderConfig(Config):
     def end_tokens(self) -> tuple[int, ...]:
         """The tokens that end an answer."""
         return (self.eos_token_id, *self.more_eos_token_ids)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and feed-forward read the same norm, rather than one after another."""
+        return self.kind == "phi"
+
+    @property
+    def norm_parameters(self) -> tuple[str, ...]:
+        """What a norm of the decoder has: LayerNorm a weight and a bias, RMSNorm a weight."""
+        return ("weight",) if self.kind == "qwen" else ("weight", "bias")
 
     @property
     def head_size(self) -> int:
