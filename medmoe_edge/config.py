@@ -14,7 +14,6 @@ from typing import Any, Literal, Self
 
 from medmoe_edge.errors import ConfigError
 
-
 _LATER = "later"
 
 

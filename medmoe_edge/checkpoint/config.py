@@ -206,13 +206,13 @@ _IGNORED: dict[str, str] = {
         _attn_implementation_autoset attn_implementation chunk_size_feed_forward dtype torch_dtype
         flash_attn flash_rotary fused_dense use_bfloat16 use_flash_attn use_cache use_cache_kernel
         softmax_in_fp32 bf16 fp16 fp32 onnx_safe pretraining_tp output_attentions
-        output_hidden_states is_decoder is_encoder_decoder pruned_heads torchscript low_cpu_mem_usage
-        pad_vocab_size_multiple""",
+        output_hidden_states is_decoder is_encoder_decoder pruned_heads torchscript
+        low_cpu_mem_usage pad_vocab_size_multiple""",
     "beyond the trained positions only, which are not used": "use_dynamic_ntk use_logn_attn",
     "dropout and initialisation: of training": """attention_dropout attn_pdrop attn_dropout_prob
         embd_pdrop emb_dropout_prob hidden_dropout resid_pdrop initializer_range""",
-    "which parts were trained, and how": """freeze_mm_mlp_adapter lora lora_alpha lora_r lora_dropout
-        lora_bias lora_enable mm_projector_lr only_lora_ffn tune_mm_mlp_adapter
+    "which parts were trained, and how": """freeze_mm_mlp_adapter lora lora_alpha lora_r
+        lora_dropout lora_bias lora_enable mm_projector_lr only_lora_ffn tune_mm_mlp_adapter
         unfreeze_mm_vision_tower freeze_backbone freeze_mm_vision_resampler
         tune_mm_vision_resampler""",
     "the prompt is ours, and nothing is padded": """pad_token_id mm_use_im_patch_token

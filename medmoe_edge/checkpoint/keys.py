@@ -11,7 +11,7 @@ Both are undone as the headers are read (`split_fused`) and done again as a fold
 (`Fused`), so that everywhere between each matrix has a name of its own:
 
     decoder.layers.0.attention.q.weight
-    transformer.h.0.attn.c_attn.q.weight        the first third of transformer.h.0.attn.c_attn.weight
+    transformer.h.0.attn.c_attn.q.weight    the first third of transformer.h.0.attn.c_attn.weight
 
 Source of the official names: the checkpoints of Med-MoE and MoE-LLaVA (GitHub
 `jiangsongtao/Med-MoE`, `PKU-YuanGroup/MoE-LLaVA`) and of transformers' `CLIPVisionModel` and

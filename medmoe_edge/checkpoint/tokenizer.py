@@ -16,7 +16,6 @@ ids are reproduced; tiktoken 0.14's encoding; the tables of `tokenization_arcade
 import base64
 import binascii
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -255,7 +254,9 @@ def _merged(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]
     """A token's bytes after every merge whose result has a rank `below` its own."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 1:
-        made = [ranks.get(left + right, below) for left, right in zip(parts, parts[1:], strict=False)]
+        made = [
+            ranks.get(left + right, below) for left, right in zip(parts, parts[1:], strict=False)
+        ]
         best = min(made)
         if best >= below:
             break
@@ -303,7 +304,9 @@ def _from_merges(folder: Path, config: Mapping[str, Any], special: Mapping[str, 
     for _, token in sorted(added.items()):
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     if config.get("add_bos_token", False):
-        _start_with(backend, _content(config.get("bos_token")) or _content(special.get("bos_token")))
+        _start_with(
+            backend, _content(config.get("bos_token")) or _content(special.get("bos_token"))
+        )
     return backend
 
 
@@ -418,9 +421,7 @@ def _token(text: str, flags: Mapping[str, Any], *, special: bool) -> AddedToken:
 def _start_with(backend: Backend, start: str | None) -> None:
     index = None if start is None else backend.token_to_id(start)
     if start is None or index is None:
-        raise CheckpointError(
-            f"{CONFIG_FILE} has add_bos_token, and {start!r} is no token.", _COPY
-        )
+        raise CheckpointError(f"{CONFIG_FILE} has add_bos_token, and {start!r} is no token.", _COPY)
     backend.post_processor = processors.TemplateProcessing(
         single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, index)]
     )
