@@ -16,6 +16,7 @@ ids are reproduced; tiktoken 0.14's encoding; the tables of `tokenization_arcade
 import base64
 import binascii
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -254,9 +255,7 @@ def _merged(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]
     """A token's bytes after every merge whose result has a rank `below` its own."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 1:
-        made = [
-            ranks.get(left + right, below) for left, right in zip(parts, parts[1:], strict=False)
-        ]
+        made = [ranks.get(left + right, below) for left, right in itertools.pairwise(parts)]
         best = min(made)
         if best >= below:
             break
@@ -304,9 +303,8 @@ def _from_merges(folder: Path, config: Mapping[str, Any], special: Mapping[str, 
     for _, token in sorted(added.items()):
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
     if config.get("add_bos_token", False):
-        _start_with(
-            backend, _content(config.get("bos_token")) or _content(special.get("bos_token"))
-        )
+        start = _content(config.get("bos_token")) or _content(special.get("bos_token"))
+        _start_with(backend, start)
     return backend
 
 
@@ -334,7 +332,9 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path.name} is not UTF-8.", _COPY) from error
+        raise CheckpointError(
+            f"{path.name} is not UTF-8: it is truncated or damaged.", _COPY
+        ) from error
     if lines[-1]:
         raise CheckpointError(f"{path.name} ends within a line: it is truncated.", _COPY)
     merges = []
@@ -397,7 +397,7 @@ def _added_tokens(
         if text not in found:
             assert index is not None
             found[text] = (index, _token(text, named.get(text, {}), special=text in named))
-    return {index: token for index, token in found.values()}
+    return dict(found.values())
 
 
 def _special_tokens(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
