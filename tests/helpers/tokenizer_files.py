@@ -8,6 +8,7 @@ and tiktoken's merges by rank.
 
 import base64
 import functools
+import itertools
 import json
 import random
 import unicodedata
@@ -27,7 +28,8 @@ RANKED_WORDS = regex.compile(
 )
 CORPUS = (
     "Is there effusion in the left lung? No. It is a CT of the chest, and the lungs are clear. "
-    "don't they've we're I'm he's it'll 12345 3.14 2024  größe naïve 日本語テスト 🙂 résumé Привет мир "
+    "don't they've we're I'm he's it'll 12345 3.14 2024  größe naïve 日本語テスト 🙂 résumé "
+    "Привет мир "
     "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT:\n\n"
     "   a    b\t\tc aaaaaaaa 000000 ====== "
 )
@@ -54,7 +56,7 @@ def learned() -> tuple[tuple[bytes, bytes], ...]:
     while len(merges) < MERGES:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
         for word, count in words.items():
-            for pair in zip(parts[word], parts[word][1:], strict=False):
+            for pair in itertools.pairwise(parts[word]):
                 pairs[pair] += count
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
@@ -179,7 +181,7 @@ class SlowTokenizer:
             return [self.ids[word]]
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
+            pairs = list(itertools.pairwise(parts))
             none = len(self.ids)
             ranks = [
                 self.ids.get(a + b, none) if self.ranked else self.order.get((a, b), none)
@@ -210,7 +212,7 @@ POOLS = (
     "abcdefghij XYZ ,.?!'\"-",
     "0123456789 .,",
     " \t\n\r\x0b\x0c\xa0\u2003\u3000",
-    "äöüßéñçøåÆ ſ",
+    "äöüßéñçøåÆ \u017f",
     "日本語テスト中文한국어",
     "🙂👩\u200d⚕️e\u0301s\u0323\u0307ﬁ①Ⅷ²½",
     "Приветмирاختبارעבריתहिन्दी",
@@ -218,7 +220,7 @@ POOLS = (
 )
 WORDS = (
     *("the", "lung", " is", " there", "'s", "'ll", "'RE", "don't", " n't", " effusion", "CT"),
-    *("MRI", " .", " ,", "  ", "    ", "\n\n", "12", "2024", "'ſ", "aaaaa", "a" * 9, " ' "),
+    *("MRI", " .", " ,", "  ", "    ", "\n\n", "12", "2024", "'\u017f", "aaaaa", "a" * 9, " ' "),
 )
 
 

@@ -214,14 +214,15 @@ def swap(lines: list[str]) -> None:
 
 
 def outrank(lines: list[str]) -> None:
-    """A token before the one that it is made of: every line still has its own number."""
-    first, second = lines[257].split()[0], lines[2000].split()[0]
-    lines[257], lines[2000] = f"{second} 257", f"{first} 2000"
+    """A token of three before any of two that it may be made of; each line keeps its number."""
+    first, second = lines[260].split()[0], lines[90_000].split()[0]
+    lines[260], lines[90_000] = f"{second} 260", f"{first} 90000"
 
 
 RANK_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "wrong rank": (edit_lines(lambda lines: lines.__setitem__(700, lines[700] + "1")), "line 701"),
     "swapped lines": (edit_lines(swap), "line 3001.*the rank 3000"),
+    "too early": (edit_lines(outrank), "the rank 260, at which no merge makes it"),
     "twice": (edit_lines(lambda lines: lines.__setitem__(9, "AA== 9")), "line 10"),
     "not base64": (edit_lines(lambda lines: lines.__setitem__(5, "?? 5")), "line 6"),
     "cut in a line": (lambda path: path.write_bytes(path.read_bytes()[:-3]), "line 100256"),
