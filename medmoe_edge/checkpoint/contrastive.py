@@ -172,7 +172,8 @@ def published_name(name: str) -> str:
 def read_modality_checkpoint(folder: Path, *, as_published: bool = False) -> ModalityMoE:
     """The model of one of our folders, in fp32 and ready to be asked; the names may be theirs.
 
-    `as_published` has it compute what the authors' code does, whatever config.json says. Raises `CheckpointError` or `ConfigError`; sizes are compared before any memory is taken.
+    `as_published` has it compute what the authors' code does, whatever config.json says. Raises
+    `CheckpointError` or `ConfigError`; sizes are compared before any memory is taken.
     """
     folder = Path(folder)
     data = read_json(folder / "config.json")
