@@ -217,7 +217,6 @@ class LayerStream:
 
 
 RUN = "run.json"
-
 HEAD = "decoder.head.in"
 
 
