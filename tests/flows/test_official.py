@@ -28,7 +28,7 @@ from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE
 
 QUESTIONS = [
     f"Is there {what} in {where}? {number}"
-    for number in range(12)
+    for number in range(10)
     for what in ("a mass", "größe", "3 nodules", "air")
     for where in ("the lung", "2 scans", "  the   chest", "region 日本", "it")
 ]
@@ -115,7 +115,7 @@ def test_moe_llava_answers_as_transformers_does(kind: str, tmp_path: Path) -> No
     assert config.decoder.kind == kind
     assert config.moe is not None
     assert (config.moe.meta_expert, config.moe.router_bias) == (False, False)
-    wanted = expected(official, slow, tmp_path / "c", len(vocabulary()))
+    wanted = expected(official, slow, tmp_path / "c", len(vocabulary()), count=50)
     fp32 = export_bundle(tmp_path / "c", tmp_path / "fp32", BuildOptions("fp32"))
     same_answers(fp32, wanted, list(range(50)))
 
@@ -124,7 +124,7 @@ def test_moe_llava_answers_as_transformers_does(kind: str, tmp_path: Path) -> No
 def test_only_tokens_that_exist_are_chosen_by_every_runtime(tmp_path: Path) -> None:
     """Rows that no token has would win everywhere: the others' probabilities are over the rest."""
     official, slow = save("stablelm", tmp_path / "c")
-    wanted = expected(official, slow, tmp_path / "c", len(vocabulary()))
+    wanted = expected(official, slow, tmp_path / "c", len(vocabulary()), count=5)
     bundle = export_bundle(tmp_path / "c", tmp_path / "fp32", BuildOptions("fp32"))
     confidences = []
     for options in (

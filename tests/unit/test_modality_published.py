@@ -7,6 +7,7 @@ repository's modules and names, so that what is saved is what its Lightning chec
 import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from medmoe_edge.checkpoint.contrastive import published_name, read_modality_che
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.features import similarity
 from medmoe_edge.errors import CheckpointError, InputError
+from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
 from medmoe_edge.export.contrastive import export_modality_bundle
 from medmoe_edge.families import ExportOptions, MedMoEFamily
 from medmoe_edge.image.loading import preprocess
@@ -165,12 +167,25 @@ def save(folder: Path, prefix: str) -> Reference:
     return reference
 
 
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_their_names_give_their_results(tmp_path: Path, prefix: str) -> None:
+class Made(NamedTuple):
+    folder: Path
+    reference: Reference
+    bundle: Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A folder as their Lightning module's `state_dict` gives it, and its bundle."""
+    root = tmp_path_factory.mktemp("published")
+    reference = save(root / "theirs", "model.")
+    bundle = root / "bundle"
+    export_modality_bundle(root / "theirs", bundle, precision="fp32", as_published=True)
+    return Made(root / "theirs", reference, bundle)
+
+
+def test_their_names_give_their_results(made: Made) -> None:
     """In torch and exported, of an image, of texts, and of how they fit."""
-    folder = tmp_path / "theirs"
-    reference = save(folder, prefix)
-    bundle = export_modality_bundle(folder, tmp_path / "b", precision="fp32", as_published=True)
+    folder, reference, bundle = made
     model = read_modality_checkpoint(folder, as_published=True)
     side = TINY.vision.image_size
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -214,15 +229,10 @@ def test_ours_differs_on_purpose(tmp_path: Path) -> None:
     assert (ours.pooled - pooled).abs().max() > 0.1
 
 
-def test_a_published_bundle_verifies_and_asks(tmp_path: Path) -> None:
-    from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
-
-    save(tmp_path / "theirs", "")
-    bundle = export_modality_bundle(
-        tmp_path / "theirs", tmp_path / "b", precision="fp32", as_published=True
-    )
+def test_a_published_bundle_verifies_and_asks(made: Made) -> None:
+    folder, _, bundle = made
     picture = Image.from_array(np.zeros((40, 40, 3), np.uint8) + 90)
-    found = verify_modality(bundle, tmp_path / "theirs", Pictures("x", "0" * 64, [lambda: picture]))
+    found = verify_modality(bundle, folder, Pictures("x", "0" * 64, [lambda: picture]))
     assert found.error() is None
     engine = load_modality(bundle)
     assert engine.locate(picture, "a b").heat.shape == (40, 40)
