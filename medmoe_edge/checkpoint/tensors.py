@@ -24,24 +24,38 @@ _DOWNLOAD = "Download the checkpoint again."
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what its shard's header says about it."""
+    """Where a tensor lies, and what its shard's header says about it.
+
+    It may be some rows of what is stored under its key, from the row `first` on.
+    """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    first: int | None = None
 
     def read(self) -> torch.Tensor:
         """The tensor, mapped from its shard: memory is touched as the tensor is used."""
+        if self.first is not None:
+            return self.rows(0, self.shape[0])
         with _open(self.file) as shard:
             tensor: torch.Tensor = shard.get_tensor(self.key)
         return tensor
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """A copy of some rows, for tensors that are too large to hold at once."""
+        first = self.first or 0
         with _open(self.file) as shard:
-            tensor: torch.Tensor = shard.get_slice(self.key)[start:stop]
+            tensor: torch.Tensor = shard.get_slice(self.key)[first + start : first + stop]
         return tensor
+
+    def parts(self, names: str) -> Iterator[tuple[str, "StoredTensor"]]:
+        """What is stored as one, in as many equal parts as there are letters in `names`."""
+        height = self.shape[0] // len(names)
+        for index, name in enumerate(names):
+            shape = (height, *self.shape[1:])
+            yield name, dataclasses.replace(self, shape=shape, first=index * height)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -92,6 +92,12 @@ def export(
         int | None,
         typer.Option(min=1, metavar="MB", help="Of an engine's intermediate results."),
     ] = None,
+    as_published: Annotated[
+        bool,
+        typer.Option(
+            "--as-published", help="Of a modality-moe: compute what its authors' code computes."
+        ),
+    ] = False,
     paged: Annotated[
         bool,
         typer.Option("--paged", help="For a GPU: keep experts apart, for ask --memory-budget."),
@@ -139,6 +145,7 @@ def export(
         strict=strict,
         name=model if model in EMBEDDED else folder.resolve().name,
         vision_tower=vision_tower,
+        as_published=as_published,
         force=force and target == "onnxruntime",
     )
     family = family_of(folder)

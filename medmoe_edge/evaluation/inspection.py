@@ -19,7 +19,7 @@ from medmoe_edge.config_contrastive import (
     read_scores,
 )
 from medmoe_edge.engine.loading import proven
-from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError
+from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError, Notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Inspection:
     top-k experts and the meta expert, but not the other experts. `tensors` counts the official
     layout's tensors, `types` them by number type; `bytes` are those of all files. `target` is what
     a bundle runs on, `verification` its outcome: "passed", "failed" or "not measured"; `verified`
-    says on which `machine` and whether that holds `here`.
+    says on which `machine` and whether that holds `here`. `warnings` are a checkpoint's.
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -53,12 +53,14 @@ class Inspection:
     licence: Any = None
     verification: str | None = None
     verified: dict[str, Any] | None = None
+    warnings: tuple[Notice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["target"] = self.target.to_json() if self.target else None
         layers = {str(layer): experts for layer, experts in self.experts_per_layer.items()}
+        values["warnings"] = [dataclasses.asdict(notice) for notice in self.warnings]
         return {**values, "config": self.config.to_json(), "experts_per_layer": layers}
 
 
@@ -101,6 +103,7 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
         tensors=len(stored),
         types=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in stored)),
         shared_router=checkpoint.shared_router if checkpoint.config.moe else None,
+        warnings=checkpoint.warnings,
         **_common(path, checkpoint.config),
     )
 
