@@ -28,6 +28,7 @@ from medmoe_edge.bundle.recorded import Recorded, write_recorded
 from medmoe_edge.bundle.signature import SignatureMaker
 from medmoe_edge.calibration.stream import check_finite
 from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
+from medmoe_edge.checkpoint.hub import published
 from medmoe_edge.config_contrastive import read_scores
 from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
 from medmoe_edge.export.builder import Builder
@@ -244,6 +245,7 @@ def write_modality_bundle(
         "source": {
             "checkpoint_sha256": modality_sha256(checkpoint),
             "exporter": f"medmoe-edge {__version__}",
+            **published(checkpoint, {}),
         },
         "licence": licence(card),
         "intended_use": NOTICE,

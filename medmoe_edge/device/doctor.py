@@ -49,6 +49,7 @@ PURPOSES = {
     "ray": "batch --ray, on a cluster",
     "export": "export, calibrate, verify against a checkpoint, plan --device here",
     "train": "train",
+    "hub": "pull",
     "baselines": "comparison with bitsandbytes",
     "bench": "bench",
     "peers": "bench --peers, llama.cpp among them",

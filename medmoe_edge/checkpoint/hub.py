@@ -1,0 +1,678 @@
+"""Published weights from the Hugging Face Hub, and where a folder of weights came from.
+
+`pull` resolves a revision to its commit once and takes every file at that commit. What is fetched
+is compared with the hashes that the Hub's listing states (SHA-256 of large files, git's SHA-1 of
+small ones), and written beside its place until all of it is there: a broken download goes on where
+it was. Pickles (`.bin`, `.pt`, ...) and code are never fetched, for neither is ever run.
+
+`pulled.json` in the folder holds the repository, the commit and every file's SHA-256; an export
+carries it into the bundle's manifest (`published`).
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Self
+
+from medmoe_edge._types import Progress, no_progress
+from medmoe_edge.atomic import atomic_folder, check_target
+from medmoe_edge.bundle.bundle import MANIFEST
+from medmoe_edge.errors import CheckpointError, InputError, ResourceError, needs
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+RECORD = "pulled.json"
+CONFIG = "config.json"
+CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".joblib")
+CHECKPOINT_FILES = (".json", ".jinja", ".md", ".model", ".safetensors", ".tiktoken", ".txt")
+LARGE = 2**26  # bytes; smaller files of the cache are copied, so that both can be edited apart
+COMMIT = 40  # hexadecimal digits of a commit
+TIMEOUT = 10.0  # seconds until a server that says nothing counts as out of reach
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A model that its authors published: a folder in a repository of the Hub."""
+
+    repository: str
+    folder: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.repository, self.folder)))
+
+
+# Where the authors' own pages say that their weights are: github.com/jiangsongtao/Med-MoE and
+# github.com/PKU-YuanGroup/MoE-LLaVA (model zoo).
+PUBLISHED: dict[str, Published] = {
+    "med-moe-phi2-2.7b": Published("JsST/Med-MoE", "stage3/llavaphi-2.7b-medmoe"),
+    "med-moe-stablelm-1.6b": Published("JsST/Med-MoE", "stage3/llavastablelm-1.6b-medmoe"),
+    **{
+        f"moe-llava-{name.lower()}": Published(f"LanguageBind/MoE-LLaVA-{name}")
+        for name in (
+            "Phi2-2.7B-4e",
+            "Phi2-2.7B-4e-384",
+            "StableLM-1.6B-4e",
+            "StableLM-1.6B-4e-384",
+            "Qwen-1.8B-4e",
+        )
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PullOptions:
+    """How weights are fetched.
+
+    Attributes:
+        revision: A branch, a tag or a commit.
+        endpoint: The Hub's address; None: `HF_ENDPOINT`, else huggingface.co.
+        cache: Where files that were fetched before are looked for; None: `HF_HUB_CACHE`.
+        force: Replace a folder that an earlier `pull` wrote.
+        free_space: Bytes free in a folder.
+    """
+
+    revision: str = "main"
+    endpoint: str | None = None
+    cache: Path | None = None
+    force: bool = False
+    free_space: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository; of `sha256` and `git_sha1` at least one is known.
+
+    `cached` is where the Hub's own cache holds it.
+    """
+
+    path: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+    cached: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name without the folder."""
+        return PurePosixPath(self.path).name
+
+    def hashes_of(self, file: Path) -> tuple[str, bool]:
+        """The SHA-256 of a local file, and whether it is this one."""
+        sha256, git = hashlib.sha256(), hashlib.sha1(usedforsecurity=False)
+        git.update(b"blob %d\0" % file.stat().st_size)  # how git names its objects
+        with file.open("rb") as content:
+            while block := content.read(2**20):
+                sha256.update(block)
+                if self.sha256 is None:
+                    git.update(block)
+        found = sha256.hexdigest()
+        if self.sha256 is not None:
+            return found, found == self.sha256
+        return found, git.hexdigest() == self.git_sha1
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What is to be fetched: the files of one folder of a repository at one commit."""
+
+    source: Published
+    endpoint: str
+    revision: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pulled:
+    """A folder as it was fetched; `files` maps names to `{"bytes", "sha256"}`."""
+
+    folder: Path
+    repository: str
+    path: str
+    revision: str
+    commit: str
+    endpoint: str
+    files: Mapping[str, Mapping[str, Any]]
+
+    def __str__(self) -> str:
+        size = sum(int(entry["bytes"]) for entry in self.files.values())
+        source = Published(self.repository, self.path)
+        return f"{size / 1e9:.2f} GB of {source} (commit {self.commit[:12]})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, the folder aside."""
+        own = dataclasses.asdict(self)
+        del own["folder"]
+        return own
+
+    @classmethod
+    def of(cls, folder: Path) -> Self | None:
+        """The record in a folder; None where it was not pulled. Raises `CheckpointError`."""
+        file = folder / RECORD
+        if not file.exists():
+            return None
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            files = {
+                name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])}
+                for name, e in data["files"].items()
+            }
+            names = ("repository", "path", "revision", "commit", "endpoint")
+            return cls(folder, *(str(data[name]) for name in names), files)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file} is damaged.", "Remove it, or pull the checkpoint again."
+            ) from error
+
+
+def pull(
+    name: str,
+    out: Path,
+    options: PullOptions | None = None,
+    *,
+    progress: Progress = no_progress,
+) -> Pulled:
+    """Fetch a published checkpoint, or a bundle, into the folder `out`.
+
+    Args:
+        name: One of `PUBLISHED`, or `OWNER/REPOSITORY[/FOLDER]`.
+        out: The folder, which appears whole or not at all. What an interrupted run fetched lies
+            beside it in `.OUT.pull` and is used by the next.
+        options: Revision, place and cache.
+        progress: Told of bytes.
+
+    Returns:
+        What was fetched, as `pulled.json` records it.
+
+    Raises:
+        InputError: There is no such name, repository, folder or revision, or `out` exists.
+        CheckpointError: Nothing there may be loaded, or a file's hash is not the one stated.
+        ResourceError: The network, or room on the disk, is missing.
+        MissingDependencyError: The extra `hub` is not installed.
+    """
+    options = options or PullOptions()
+    source = find_published(name)
+    check_target(out, force=options.force, marker=RECORD)
+    with needs("hub"):
+        import huggingface_hub  # noqa: F401 -- missing is told before anything is done
+        from filelock import FileLock, Timeout
+    listing = find_files(source, options)
+    out = out.resolve()
+    staging = out.with_name(f".{out.name}.pull")
+    _check_space(listing, staging, options)
+    with _writing(out):
+        staging.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{staging}.lock", timeout=0):
+            return _fetch_all(listing, staging, out, options, progress)
+    except Timeout as error:
+        raise ResourceError(
+            f"{out} is being written by another pull.", "Wait for it, or choose another name."
+        ) from error
+    finally:
+        Path(f"{staging}.lock").unlink(missing_ok=True)
+
+
+def find_published(name: str) -> Published:
+    """What a name means; raises `InputError`, which lists the names."""
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    parts = name.split("/")
+    if len(parts) < 2 or not all(parts) or any(part in (".", "..") for part in parts):
+        raise InputError(
+            f"There is no published model {name!r}.",
+            f"Use OWNER/REPOSITORY[/FOLDER], or one of: {', '.join(PUBLISHED)}.",
+        )
+    return Published("/".join(parts[:2]), "/".join(parts[2:]))
+
+
+def find_files(source: Published, options: PullOptions) -> Listing:
+    """Ask the Hub, or where it is out of reach its cache, what is to be fetched.
+
+    Raises `InputError`, `CheckpointError` and `ResourceError` as `pull` does.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=options.endpoint, library_name="medmoe-edge")
+    try:
+        with _explained(api, source, options):
+            commit = _commit(api, source, options)
+            found = list(_listed(api, source, commit, options))
+    except _OutOfReach as error:
+        listing = _cached(api, source, options)
+        if listing is None:
+            raise ResourceError(error.what, error.remedy) from error
+        log.warning("%s Taken from the cache: commit %s.", error.what, listing.commit[:12])
+        return listing
+    return Listing(source, api.endpoint, options.revision, commit, _chosen(source, found))
+
+
+class _OutOfReach(ResourceError):
+    """The Hub does not answer, or must not be asked."""
+
+
+@contextmanager
+def _explained(api: "HfApi", source: Published, options: PullOptions) -> Iterator[None]:
+    """Turn what `huggingface_hub` raises into errors for the person."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.OfflineModeIsEnabled as error:
+        raise _OutOfReach(
+            f"HF_HUB_OFFLINE is set, and {source} is not whole in the cache.",
+            "Unset HF_HUB_OFFLINE, or copy the cache of a machine that has it (HF_HOME).",
+        ) from error
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{source.repository} is given to those only who ask for it.",
+            f"Ask on {api.endpoint}/{source.repository}, then set HF_TOKEN.",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{api.endpoint} has no repository {source.repository} (or shows it to its owners).",
+            f"Check its name, set HF_TOKEN if it is private, or use one of: "
+            f"{', '.join(PUBLISHED)}.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"{source.repository} has no revision {options.revision!r}.",
+            f"Use {_revisions(api, source)}or a commit of {COMMIT} digits.",
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no")
+        raise _OutOfReach(
+            f"{api.endpoint} answered with status {status}.",
+            "Try again later, or set HF_ENDPOINT to a mirror.",
+        ) from error
+    except Exception as error:
+        if not _of_the_network(error):
+            raise
+        raise _OutOfReach(
+            f"{api.endpoint} cannot be reached ({type(error).__name__}).",
+            "Check the network, or set HF_ENDPOINT to a mirror; what was fetched is kept.",
+        ) from error
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Whether the client's transport failed: `huggingface_hub` lets its errors through as they are.
+
+    The client is httpx or a fork of it, by version; both call the base of these `TransportError`.
+    """
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
+def _revisions(api: "HfApi", source: Published) -> str:
+    """The branches and tags there are, for a sentence; empty where they cannot be asked."""
+    try:
+        refs = api.list_repo_refs(source.repository)
+    except Exception:  # only to help: the error that is being told stands
+        return ""
+    names = [ref.name for ref in (*refs.branches, *refs.tags)]
+    return f"one of: {', '.join(names)}; " if names else ""
+
+
+def _commit(api: "HfApi", source: Published, options: PullOptions) -> str:
+    found = api.model_info(source.repository, revision=options.revision, timeout=TIMEOUT).sha
+    if not found:
+        raise ResourceError(
+            f"{api.endpoint} names no commit for {source.repository}.",
+            "Set HF_ENDPOINT to a complete mirror of the Hub.",
+        )
+    return found
+
+
+def _listed(
+    api: "HfApi", source: Published, commit: str, options: PullOptions
+) -> Iterator[RemoteFile]:
+    """Every file of the repository, with where the cache has it."""
+    from huggingface_hub import RepoFile, try_to_load_from_cache
+
+    for entry in api.list_repo_tree(source.repository, recursive=True, revision=commit):
+        if not isinstance(entry, RepoFile):
+            continue
+        cached = try_to_load_from_cache(
+            source.repository, entry.path, cache_dir=options.cache, revision=commit
+        )
+        yield RemoteFile(
+            entry.path,
+            entry.size,
+            entry.lfs.sha256 if entry.lfs else None,
+            entry.blob_id,
+            Path(cached) if isinstance(cached, str) else None,
+        )
+
+
+def _cached(api: "HfApi", source: Published, options: PullOptions) -> Listing | None:
+    """The same from the cache alone; None where it does not hold the whole folder.
+
+    The cache names a file's content by its hash: SHA-256 of large files, git's SHA-1 of others.
+    """
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repositories = scan_cache_dir(options.cache).repos
+    except CacheNotFound:
+        return None
+    for repository in repositories:
+        if repository.repo_type != "model" or repository.repo_id != source.repository:
+            continue
+        for revision in repository.revisions:
+            if options.revision not in (revision.commit_hash, *revision.refs):
+                continue
+            files = []
+            for file in revision.files:
+                known = file.blob_path.name
+                path = file.file_path.relative_to(revision.snapshot_path).as_posix()
+                sha256, git = (known, None) if len(known) == 64 else (None, known)
+                files.append(RemoteFile(path, file.size_on_disk, sha256, git, file.file_path))
+            try:
+                chosen = _chosen(source, files)
+            except (InputError, CheckpointError):
+                return None
+            commit = revision.commit_hash
+            return Listing(source, api.endpoint, options.revision, commit, chosen)
+    return None
+
+
+def _chosen(source: Published, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
+    """What a checkpoint or bundle consists of, of all that a repository holds."""
+    place = PurePosixPath(source.folder)
+    inside = {file.name: file for file in files if PurePosixPath(file.path).parent == place}
+    if MANIFEST in inside:
+        chosen = {
+            name: file
+            for name, file in inside.items()
+            if not name.startswith(".") and not name.endswith((*PICKLES, ".py"))
+        }
+    elif CONFIG in inside:
+        chosen = {
+            name: file
+            for name, file in inside.items()
+            if name.endswith(CHECKPOINT_FILES) or name.startswith(("LICENSE", "LICENCE"))
+        }
+        _check_weights(source, inside, chosen)
+    else:
+        raise _no_model(source, files)
+    for file in files:  # a card that speaks of the whole repository
+        if file.path == CARD:
+            chosen.setdefault(CARD, file)
+    chosen.pop(RECORD, None)  # ours is written anew
+    return tuple(sorted(chosen.values(), key=lambda file: file.name))
+
+
+def _check_weights(
+    source: Published, inside: Mapping[str, RemoteFile], chosen: Mapping[str, RemoteFile]
+) -> None:
+    if any(name.endswith(".safetensors") for name in chosen):
+        return
+    if pickles := sorted(name for name in inside if name.endswith(PICKLES)):
+        raise CheckpointError(
+            f"{source} holds its weights only as {', '.join(pickles)}: a pickle may run any code "
+            "and is never loaded.",
+            "Ask its authors for safetensors, or convert in a sandbox with "
+            "safetensors.torch.save_file.",
+        )
+    raise CheckpointError(f"{source} holds no weights.", "Check the folder's name.")
+
+
+def _no_model(source: Published, files: Sequence[RemoteFile]) -> InputError:
+    folders = {
+        str(PurePosixPath(file.path).parent) for file in files if file.name in (CONFIG, MANIFEST)
+    } - {"."}
+    names = ", ".join(f"{source.repository}/{folder}" for folder in sorted(folders))
+    return InputError(
+        f"{source} holds neither {CONFIG} nor {MANIFEST}.",
+        f"Use one of: {names}." if names else "Give the repository of a model.",
+    )
+
+
+def _check_space(listing: Listing, staging: Path, options: PullOptions) -> None:
+    """Raise `ResourceError` where the disk has no room for what is not there yet."""
+    place = next(folder for folder in staging.parents if folder.is_dir())
+    needed = sum(file.size - _there(file, staging) for file in listing.files)
+    free = options.free_space(place)
+    if needed > free:
+        raise ResourceError(
+            f"{listing.source} takes {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free "
+            f"in {place}.",
+            "Free some space, or write to another disk.",
+        )
+
+
+def _there(file: RemoteFile, staging: Path) -> int:
+    """Bytes that need no further room: begun, complete, or to be linked to the cache."""
+    for begun in (staging / file.name, _part(file, staging)):
+        if begun.exists():
+            return min(begun.stat().st_size, file.size)
+    place = next(folder for folder in staging.parents if folder.is_dir())
+    shared = file.cached is not None and file.cached.stat().st_dev == place.stat().st_dev
+    return file.size if shared and file.size >= LARGE else 0
+
+
+def _part(file: RemoteFile, staging: Path) -> Path:
+    """A file while it is being fetched; named by its content, so that two never mix."""
+    return staging / f"{file.name}.{(file.sha256 or file.git_sha1 or '')[:16]}.part"
+
+
+def _fetch_all(
+    listing: Listing, staging: Path, out: Path, options: PullOptions, progress: Progress
+) -> Pulled:
+    done, records = 0, {}
+    for file in listing.files:
+        report = partial(_report, progress, file.name, done, listing.size)
+        with _writing(out):
+            sha256 = _fetch(listing, file, staging, options, report)
+        records[file.name] = {"bytes": file.size, "sha256": sha256}
+        done += file.size
+    _check_manifest(listing, staging, records)
+    pulled = Pulled(
+        out,
+        listing.source.repository,
+        listing.source.folder,
+        listing.revision,
+        listing.commit,
+        listing.endpoint,
+        records,
+    )
+    with atomic_folder(out, force=options.force, marker=RECORD) as folder:
+        for file in listing.files:
+            (staging / file.name).rename(folder / file.name)
+        (folder / RECORD).write_text(json.dumps(pulled.to_json(), indent=1) + "\n", "utf-8")
+    shutil.rmtree(staging, ignore_errors=True)
+    return pulled
+
+
+def _check_manifest(
+    listing: Listing, staging: Path, records: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise `CheckpointError` for a bundle whose files are not those of its manifest."""
+    if MANIFEST not in records:
+        return
+    try:
+        promised = json.loads((staging / MANIFEST).read_bytes())["files"]
+        wrong = [name for name, entry in promised.items() if records.get(name) != entry]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        wrong = [MANIFEST]
+    if wrong:
+        raise CheckpointError(
+            f"{listing.source} is a bundle whose {', '.join(sorted(wrong))} is missing or is not "
+            "what its manifest states.",
+            "Ask who pushed it to push the whole folder.",
+        )
+
+
+def _report(progress: Progress, name: str, before: int, total: int, fetched: int) -> None:
+    progress(name, before + fetched, total)
+
+
+def _fetch(
+    listing: Listing,
+    file: RemoteFile,
+    staging: Path,
+    options: PullOptions,
+    report: Callable[[int], None],
+) -> str:
+    """One file into `staging`, checked; returns its SHA-256."""
+    target = staging / file.name
+    if target.exists():  # of an earlier run, maybe of another commit
+        sha256, right = file.hashes_of(target)
+        if right:
+            return sha256
+        target.unlink()
+    part = _part(file, staging)
+    if file.cached is not None and not part.exists():
+        _take(file, part)
+    else:
+        _download(listing, file, part, options, report)
+    sha256, right = file.hashes_of(part)
+    if not right:
+        part.unlink()
+        origin = "the cache" if file.cached is not None else listing.endpoint
+        raise CheckpointError(
+            f"{file.path} of {listing.source.repository} is not what the Hub lists: its hash "
+            f"differs, as it came from {origin}.",
+            "Run the command again: the damaged file was removed, all others are kept."
+            if file.cached is None
+            else f"Remove {file.cached.resolve()}, and run the command again.",
+        )
+    part.rename(target)
+    return sha256
+
+
+def _take(file: RemoteFile, part: Path) -> None:
+    """From the cache: large files as a second name of the same bytes, where the disk can."""
+    assert file.cached is not None
+    cached = file.cached.resolve()
+    if file.size >= LARGE:
+        try:
+            os.link(cached, part)
+            return
+        except OSError:
+            log.debug("%s cannot be linked and is copied", cached)
+    shutil.copyfile(cached, part)
+
+
+def _download(
+    listing: Listing,
+    file: RemoteFile,
+    part: Path,
+    options: PullOptions,
+    report: Callable[[int], None],
+) -> None:
+    """Go on with a file where it stands.
+
+    `huggingface_hub` keeps no part of a file that broke off in another process, so that its lower
+    function is called, which goes on at an offset.
+    """
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    begun = part.stat().st_size if part.exists() else 0
+    if begun > file.size:
+        part.unlink()
+        begun = 0
+    url = hf_hub_url(
+        listing.source.repository,
+        file.path,
+        revision=listing.commit,
+        endpoint=listing.endpoint,
+    )
+    headers = build_hf_headers(library_name="medmoe-edge")
+    api = HfApi(endpoint=listing.endpoint)
+    with _explained(api, listing.source, options):
+        found = get_hf_file_metadata(url, timeout=TIMEOUT, headers=headers, retry_on_errors=True)
+        if found.location.split("/")[2] != url.split("/")[2]:  # a storage signs its own addresses
+            headers.pop("authorization", None)
+        with part.open("ab") as content:
+            http_get(
+                found.location,
+                content,
+                resume_size=begun,
+                headers=headers,
+                expected_size=file.size,
+                tqdm_class=partial(_Bar, report),  # type: ignore[arg-type]  # stands in for one
+            )
+
+
+class _Bar:
+    """Stands in for a tqdm bar of one file and tells how many bytes are there."""
+
+    def __init__(self, report: Callable[[int], None], *, initial: int = 0, **_: object) -> None:
+        self._report, self._done = report, initial
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, count: float = 1) -> None:
+        """`count` more bytes."""
+        self._done += int(count)
+        self._report(self._done)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turn what the disk refuses into `ResourceError`; what was fetched stays."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or "a file came short"
+        raise ResourceError(
+            f"{out} could not be fetched whole ({reason}).",
+            "Free some space and run the command again: it goes on where it was.",
+        ) from error
+
+
+def published(folder: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What a manifest's `source` says of where a checkpoint was published.
+
+    Args:
+        folder: The checkpoint's.
+        hashes: SHA-256 of files of it that were hashed already, by name.
+
+    Returns:
+        `published`: the record of the `pull`, with the names of files that were changed or removed
+        since under `changed`. Nothing where the folder was not pulled.
+
+    Raises:
+        CheckpointError: The record is damaged.
+    """
+    pulled = Pulled.of(folder)
+    if pulled is None:
+        return {}
+    recorded = {name: entry["sha256"] for name, entry in pulled.files.items()}
+    changed = []
+    for name, sha256 in recorded.items():
+        path = folder / name
+        found = hashes.get(name) or (_sha256(path) if path.is_file() else None)
+        if found != sha256:
+            changed.append(name)
+    if changed:
+        log.warning("%s: changed since it was pulled: %s.", folder, ", ".join(changed))
+    return {"published": {**pulled.to_json(), "files": recorded, "changed": changed}}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
