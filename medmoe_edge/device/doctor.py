@@ -50,6 +50,7 @@ PURPOSES = {
     "export": "export, calibrate, verify against a checkpoint, plan --device here",
     "train": "train",
     "hub": "pull",
+    "optimum": "Hugging Face: a model class, a pipeline, optimum-cli export medmoe",
     "baselines": "comparison with bitsandbytes",
     "bench": "bench",
     "peers": "bench --peers, llama.cpp among them",

@@ -7,6 +7,7 @@ Paths and headers are those that `huggingface_hub` documents and reads: `/api/mo
 import hashlib
 import json
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,6 +59,29 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(body=True)
+
+    def do_POST(self) -> None:
+        """Uploads: a repository is made, every file travels in the commit itself."""
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        own = f"/api/models/{hub.repository}/"
+        if path == "/api/repos/create":
+            self._json({"url": f"{hub.url}/{hub.repository}"})
+        elif path == f"{own}preupload/main":
+            asked = [entry["path"] for entry in json.loads(body)["files"]]
+            whole = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            self._json({"files": [{"path": name, **whole} for name in asked]})
+        elif path == f"{own}commit/main":
+            lines = [json.loads(line) for line in body.splitlines()]
+            for line in lines:
+                if line["key"] == "file":
+                    value = line["value"]
+                    hub.files[value["path"]] = b64decode(value["content"])
+            hub.commit = hashlib.sha1(body).hexdigest()
+            url = f"{hub.url}/{hub.repository}/commit/{hub.commit}"
+            self._json({"success": True, "commitOid": hub.commit, "commitUrl": url})
+        else:
+            self._fail("RepoNotFound")
 
     def log_message(self, *_: object) -> None:
         pass
