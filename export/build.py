@@ -16,7 +16,7 @@ from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, NOTICE, write_man
 from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.checkpoint.hub import published
+from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.decoder import DecoderBuilder

@@ -4,13 +4,9 @@
 is compared with the hashes that the Hub's listing states (SHA-256 of large files, git's SHA-1 of
 small ones), and written beside its place until all of it is there: a broken download goes on where
 it was. Pickles (`.bin`, `.pt`, ...) and code are never fetched, for neither is ever run.
-
-`pulled.json` in the folder holds the repository, the commit and every file's SHA-256; an export
-carries it into the bundle's manifest (`published`).
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -24,12 +20,19 @@ from typing import TYPE_CHECKING, Any, Self
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import MANIFEST
+from medmoe_edge.checkpoint.published import (
+    PUBLISHED,
+    RECORD,
+    Published,
+    Pulled,
+    RemoteFile,
+    find_published,
+)
 from medmoe_edge.errors import CheckpointError, InputError, ResourceError, needs
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-RECORD = "pulled.json"
 CONFIG = "config.json"
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"
@@ -40,35 +43,6 @@ COMMIT = 40  # hexadecimal digits of a commit
 TIMEOUT = 10.0  # seconds until a server that says nothing counts as out of reach
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A model that its authors published: a folder in a repository of the Hub."""
-
-    repository: str
-    folder: str = ""
-
-    def __str__(self) -> str:
-        return "/".join(filter(None, (self.repository, self.folder)))
-
-
-# Where the authors' own pages say that their weights are: github.com/jiangsongtao/Med-MoE and
-# github.com/PKU-YuanGroup/MoE-LLaVA (model zoo).
-PUBLISHED: dict[str, Published] = {
-    "med-moe-phi2-2.7b": Published("JsST/Med-MoE", "stage3/llavaphi-2.7b-medmoe"),
-    "med-moe-stablelm-1.6b": Published("JsST/Med-MoE", "stage3/llavastablelm-1.6b-medmoe"),
-    **{
-        f"moe-llava-{name.lower()}": Published(f"LanguageBind/MoE-LLaVA-{name}")
-        for name in (
-            "Phi2-2.7B-4e",
-            "Phi2-2.7B-4e-384",
-            "StableLM-1.6B-4e",
-            "StableLM-1.6B-4e-384",
-            "Qwen-1.8B-4e",
-        )
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,39 +65,6 @@ class PullOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository; of `sha256` and `git_sha1` at least one is known.
-
-    `cached` is where the Hub's own cache holds it.
-    """
-
-    path: str
-    size: int
-    sha256: str | None
-    git_sha1: str | None
-    cached: Path | None = None
-
-    @property
-    def name(self) -> str:
-        """Its name without the folder."""
-        return PurePosixPath(self.path).name
-
-    def hashes_of(self, file: Path) -> tuple[str, bool]:
-        """The SHA-256 of a local file, and whether it is this one."""
-        sha256, git = hashlib.sha256(), hashlib.sha1(usedforsecurity=False)
-        git.update(b"blob %d\0" % file.stat().st_size)  # how git names its objects
-        with file.open("rb") as content:
-            while block := content.read(2**20):
-                sha256.update(block)
-                if self.sha256 is None:
-                    git.update(block)
-        found = sha256.hexdigest()
-        if self.sha256 is not None:
-            return found, found == self.sha256
-        return found, git.hexdigest() == self.git_sha1
-
-
-@dataclasses.dataclass(frozen=True)
 class Listing:
     """What is to be fetched: the files of one folder of a repository at one commit."""
 
@@ -137,49 +78,6 @@ class Listing:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pulled:
-    """A folder as it was fetched; `files` maps names to `{"bytes", "sha256"}`."""
-
-    folder: Path
-    repository: str
-    path: str
-    revision: str
-    commit: str
-    endpoint: str
-    files: Mapping[str, Mapping[str, Any]]
-
-    def __str__(self) -> str:
-        size = sum(int(entry["bytes"]) for entry in self.files.values())
-        source = Published(self.repository, self.path)
-        return f"{size / 1e9:.2f} GB of {source} (commit {self.commit[:12]})"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, the folder aside."""
-        own = dataclasses.asdict(self)
-        del own["folder"]
-        return own
-
-    @classmethod
-    def of(cls, folder: Path) -> Self | None:
-        """The record in a folder; None where it was not pulled. Raises `CheckpointError`."""
-        file = folder / RECORD
-        if not file.exists():
-            return None
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            files = {
-                name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])}
-                for name, e in data["files"].items()
-            }
-            names = ("repository", "path", "revision", "commit", "endpoint")
-            return cls(folder, *(str(data[name]) for name in names), files)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file} is damaged.", "Remove it, or pull the checkpoint again."
-            ) from error
 
 
 def pull(
@@ -228,19 +126,6 @@ def pull(
         ) from error
     finally:
         Path(f"{staging}.lock").unlink(missing_ok=True)
-
-
-def find_published(name: str) -> Published:
-    """What a name means; raises `InputError`, which lists the names."""
-    if name in PUBLISHED:
-        return PUBLISHED[name]
-    parts = name.split("/")
-    if len(parts) < 2 or not all(parts) or any(part in (".", "..") for part in parts):
-        raise InputError(
-            f"There is no published model {name!r}.",
-            f"Use OWNER/REPOSITORY[/FOLDER], or one of: {', '.join(PUBLISHED)}.",
-        )
-    return Published("/".join(parts[:2]), "/".join(parts[2:]))
 
 
 def find_files(source: Published, options: PullOptions) -> Listing:
@@ -642,37 +527,3 @@ def _writing(out: Path) -> Iterator[None]:
             f"{out} could not be fetched whole ({reason}).",
             "Free some space and run the command again: it goes on where it was.",
         ) from error
-
-
-def published(folder: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """What a manifest's `source` says of where a checkpoint was published.
-
-    Args:
-        folder: The checkpoint's.
-        hashes: SHA-256 of files of it that were hashed already, by name.
-
-    Returns:
-        `published`: the record of the `pull`, with the names of files that were changed or removed
-        since under `changed`. Nothing where the folder was not pulled.
-
-    Raises:
-        CheckpointError: The record is damaged.
-    """
-    pulled = Pulled.of(folder)
-    if pulled is None:
-        return {}
-    recorded = {name: entry["sha256"] for name, entry in pulled.files.items()}
-    changed = []
-    for name, sha256 in recorded.items():
-        path = folder / name
-        found = hashes.get(name) or (_sha256(path) if path.is_file() else None)
-        if found != sha256:
-            changed.append(name)
-    if changed:
-        log.warning("%s: changed since it was pulled: %s.", folder, ", ".join(changed))
-    return {"published": {**pulled.to_json(), "files": recorded, "changed": changed}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

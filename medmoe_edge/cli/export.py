@@ -58,12 +58,13 @@ def pull(
     and HF_HUB_OFFLINE are honoured.
     """
     from medmoe_edge.checkpoint import hub
+    from medmoe_edge.checkpoint.published import find_published
 
     options = hub.PullOptions(revision=revision, force=force)
     out = output or Path(name.rstrip("/").split("/")[-1])
     with needs("hub"), render.working("Asking the Hub") as report:
         if dry_run:
-            listing = hub.find_files(hub.find_published(name), options)
+            listing = hub.find_files(find_published(name), options)
         else:
             pulled = hub.pull(name, out, options, progress=report)
     if dry_run:

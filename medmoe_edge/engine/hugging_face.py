@@ -21,7 +21,8 @@ from typing import Any, Self
 
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle
-from medmoe_edge.checkpoint.hub import CARD, CONFIG, PICKLES, RECORD, Pulled, PullOptions, pull
+from medmoe_edge.checkpoint.hub import CARD, CONFIG, PICKLES, PullOptions, pull
+from medmoe_edge.checkpoint.published import RECORD, Pulled
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS, Engine, load

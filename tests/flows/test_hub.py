@@ -20,7 +20,8 @@ from command_line import ROOT, Run, two_lines
 from hub_server import Hub, serving
 
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.checkpoint.hub import PUBLISHED, Pulled, PullOptions, pull
+from medmoe_edge.checkpoint.hub import PullOptions, pull
+from medmoe_edge.checkpoint.published import PUBLISHED, Pulled
 from medmoe_edge.errors import CheckpointError, InputError, ResourceError
 
 Make = Callable[..., Path]
