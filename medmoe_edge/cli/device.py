@@ -65,10 +65,10 @@ def plan(
     A device of your own is described in TOML or JSON: kind, memory_gb, bandwidth_gb_s, int8_tops,
     fp16_tops.
     """
-    from medmoe_edge.device.devices import HERE
     from medmoe_edge.device.estimate import PlanOptions, plan_and_measure
     from medmoe_edge.device.estimate import plan as make
     from medmoe_edge.device.fit import fit as find_fit
+    from medmoe_edge.device.hardware import HERE
 
     if measure and (device != HERE or precision):
         raise InputError(

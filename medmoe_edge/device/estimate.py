@@ -34,7 +34,7 @@ from medmoe_edge.device.costs import (
     vision_in_8_bits,
     vision_operations,
 )
-from medmoe_edge.device.devices import DEVICES, HERE, Device, find_device
+from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import InputError, ModelError, ResourceError, needs
 from medmoe_edge.export.gpus import build_memory

@@ -12,8 +12,8 @@ from typing import Any
 from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.device.costs import TEXT_TOKENS, Precision
-from medmoe_edge.device.devices import Device, find_device
 from medmoe_edge.device.estimate import Forecast, Plan, PlanOptions, model_config, plan
+from medmoe_edge.device.hardware import Device, find_device
 from medmoe_edge.embedded import EMBEDDED
 from medmoe_edge.errors import InputError, ResourceError
 from medmoe_edge.presets import PRESETS

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from medmoe_edge.device.costs import Precision, Work, work_seconds
-from medmoe_edge.device.devices import DEVICES, REACHED, Device, find_device
 from medmoe_edge.device.estimate import (
     Asked,
     PlanOptions,
@@ -28,6 +27,7 @@ from medmoe_edge.device.estimate import (
     plan,
 )
 from medmoe_edge.device.fit import fit
+from medmoe_edge.device.hardware import DEVICES, REACHED, Device, find_device
 from medmoe_edge.errors import DataError
 from medmoe_edge.presets import PRESETS
 

@@ -28,7 +28,6 @@ from medmoe_edge.device.costs import (
     vision_operations,
     vision_weights,
 )
-from medmoe_edge.device.devices import DEVICES, Device, Ratings, find_device, memory_here
 from medmoe_edge.device.estimate import (
     Plan,
     PlanOptions,
@@ -39,6 +38,7 @@ from medmoe_edge.device.estimate import (
     plan_and_measure,
     precisions,
 )
+from medmoe_edge.device.hardware import DEVICES, Device, Ratings, find_device, memory_here
 from medmoe_edge.device.measure import (
     Microbenchmarks,
     Sizes,
