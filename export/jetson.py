@@ -54,6 +54,7 @@ class Jetson:
     """A Jetson and its software, as its files tell; None where they do not.
 
     `release` is that of Jetson Linux (36.4.3), `tensorrt` and `cuda` are those that the system has.
+    `fastest_mode` is the number of the power mode without limits, which differs between boards.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Jetson:
     jetpack: str | None = None
     tensorrt: str | None = None
     cuda: str | None = None
+    fastest_mode: int | None = None
 
     @property
     def board(self) -> Board | None:
@@ -228,6 +230,7 @@ def find_jetson(
         jetpack=jetpack or _jetpack_of(l4t),
         tensorrt=packages.get("libnvinfer"),
         cuda=_cuda(root),
+        fastest_mode=_fastest_mode(root),
     )
 
 
@@ -246,8 +249,18 @@ def ask_power_mode() -> str | None:
 def _power_mode(root: Path) -> str | None:
     """From the number that the service keeps and the names in its configuration."""
     kept = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status") or "")
-    names = dict(POWER_MODEL.findall(_text(root / "etc/nvpmodel.conf") or ""))
-    return names.get(str(int(kept[1]))) if kept else None
+    return _power_modes(root).get(int(kept[1])) if kept else None
+
+
+def _fastest_mode(root: Path) -> int | None:
+    """MAXN_SUPER where the board has it, else MAXN."""
+    numbers = {name: number for number, name in _power_modes(root).items()}
+    return numbers.get("MAXN_SUPER", numbers.get("MAXN"))
+
+
+def _power_modes(root: Path) -> dict[int, str]:
+    found = POWER_MODEL.findall(_text(root / "etc/nvpmodel.conf") or "")
+    return {int(number): name for number, name in found}
 
 
 def _jetpack_of(l4t: str | None) -> str | None:

@@ -407,10 +407,13 @@ def _machine_findings(machine: Machine, version: Versions) -> Iterator[Finding]:
                 "Use TensorRT, which JetPack brings.",
             )
         if jetson.power_mode and not jetson.power_mode.startswith("MAXN"):
+            fastest = jetson.fastest_mode
             yield Finding(
                 "hint",
                 f"The power mode {jetson.power_mode} limits the clocks.",
-                "See the modes: nvpmodel -p --verbose; the fastest is usually: nvpmodel -m 0",
+                "See the modes: nvpmodel -p --verbose"
+                if fastest is None
+                else f"For the fastest: sudo nvpmodel -m {fastest}",
             )
     if machine.memory < LITTLE:
         yield Finding("warning", "There is little memory.", "See what fits: medmoe-edge plan")

@@ -305,6 +305,13 @@ def test_what_meets(machine: Machine, ort: Ort, packages: dict[str, str]) -> Non
     assert told(machine, ort, **packages) == []
 
 
+def test_the_fastest_mode_is_that_of_the_board() -> None:
+    for mode, remedy in ((2, "sudo nvpmodel -m 2"), (None, "nvpmodel -p --verbose")):
+        slow = dataclasses.replace(ORIN, power_mode="15W", fastest_mode=mode)
+        (finding,) = diagnose(changed(jetson=slow), ORT, versions()).findings
+        assert finding.remedy.endswith(remedy)
+
+
 def test_facts_name_the_devices() -> None:
     def facts(machine: Machine) -> dict[str, str]:
         return dict(diagnose(machine, CUDA, versions()).facts)

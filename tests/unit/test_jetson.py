@@ -69,6 +69,7 @@ def test_the_files_of_a_jetson_are_read(tmp_path: Path) -> None:
     assert found is not None
     assert (found.board, found.release, found.jetpack) == ("Orin Nano", "36.4.3", "6.2")
     assert (found.tensorrt, found.cuda, found.power_mode) == ("10.3.0.30", "12.6.68", "MAXN_SUPER")
+    assert found.fastest_mode == 2  # on other boards it is 0
     assert str(found) == "JetPack 6.2, L4T 36.4.3, TensorRT 10.3.0.30, CUDA 12.6.68"
 
 
