@@ -117,24 +117,32 @@ def command_line() -> str:
 
 def jetsons() -> str:
     """The matrix of JetPacks, what to type for each, and what each TensorRT brought."""
-    head = ("JetPack", "boards", "Python", "CUDA", "TensorRT", "SM", "target", "precisions", "graph")
-    rows = [head, ("---",) * len(head)]
+    head = [
+        "JetPack",
+        "boards",
+        "Python",
+        "CUDA",
+        "TensorRT",
+        "SM",
+        "target",
+        "precisions",
+        "graph",
+    ]
+    rows = [head, ["---"] * len(head)]
     typed = []
     for row in SUPPORT:
         rows.append(
-            (
+            [
                 *(row.jetpacks, ", ".join(row.boards), row.python, row.cuda, row.tensorrt),
                 row.compute_capability,
                 *(f"`{row.target}`" if row.target else "none", row.precisions, row.form),
-            )
+            ]
         )
         lines = "\n".join(row.commands)
         typed.append(f"### JetPack {row.jetpacks}\n\n{row.why}\n\n```text\n{lines}\n```")
-    since = [("TensorRT", "brought"), ("---", "---")]
-    since += [(".".join(map(str, version)), what) for version, what in SINCE.items()]
-    tables = [
-        "\n".join(f"| {' | '.join(cells)} |" for cells in table) for table in (rows, since)
-    ]
+    since = [["TensorRT", "brought"], ["---", "---"]]
+    since += [[".".join(map(str, version)), what] for version, what in SINCE.items()]
+    tables = ["\n".join(f"| {' | '.join(cells)} |" for cells in table) for table in (rows, since)]
     oldest = ".".join(map(str, OLDEST_TENSORRT))
     return "\n\n".join(
         [

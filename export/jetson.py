@@ -185,12 +185,20 @@ def best_path(jetson: Jetson) -> BestPath | None:
 
 
 def check_tensorrt(version: str, jetson: Jetson | None) -> None:
-    """Raise `ResourceError` for a TensorRT that cannot build the graph, before anything is done."""
+    """Raise `ResourceError` for a TensorRT that cannot build the graph, before anything is done.
+
+    Besides for its version: on a Jetson on which NVIDIA supports none that could.
+    """
+    path = best_path(jetson) if jetson else None
     if parse_version(version) >= OLDEST_TENSORRT:
+        if jetson and path and path.row.target != "tensorrt":
+            raise ResourceError(
+                f"TensorRT {version} is not for {jetson.model} with JetPack {jetson.jetpack}.",
+                path.line,
+            )
         return
     oldest = ".".join(map(str, OLDEST_TENSORRT))
     later = (since for since in SINCE if parse_version(version)[:2] < since <= OLDEST_TENSORRT)
-    path = best_path(jetson) if jetson else None
     raise ResourceError(
         f"The graph and its plugin need TensorRT {oldest}, and here is {version}, which has not: "
         f"{'; '.join(SINCE[since] for since in later)}.",

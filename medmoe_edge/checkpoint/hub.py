@@ -183,9 +183,19 @@ def _explained(api: "HfApi", source: Published, options: PullOptions) -> Iterato
         ) from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no")
+        if status in (401, 403):
+            raise InputError(
+                f"{api.endpoint} does not show {source.repository} to you (status {status}).",
+                "Set HF_TOKEN to a token of an account that may see it.",
+            ) from error
         raise _OutOfReach(
             f"{api.endpoint} answered with status {status}.",
             "Try again later, or set HF_ENDPOINT to a mirror.",
+        ) from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _OutOfReach(
+            f"{api.endpoint} does not answer as the Hub does ({type(error).__name__}).",
+            "Set HF_ENDPOINT to the Hub or a mirror of it; a proxy may have answered.",
         ) from error
     except Exception as error:
         if not _of_the_network(error):

@@ -129,8 +129,10 @@ class Pulled:
                 name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])}
                 for name, e in data["files"].items()
             }
-            names = ("repository", "path", "revision", "commit", "endpoint")
-            return cls(folder, *(str(data[name]) for name in names), files)
+            repository, path, revision, commit, endpoint = (
+                str(data[name]) for name in ("repository", "path", "revision", "commit", "endpoint")
+            )
+            return cls(folder, repository, path, revision, commit, endpoint, files)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{file} is damaged.", "Remove it, or pull the checkpoint again."

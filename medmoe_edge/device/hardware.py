@@ -159,9 +159,11 @@ def read_device(file: Path) -> Device:
             if key not in (*_NUMBERS, *_TEXTS, "reached"):
                 raise unknown_key(key, (*_NUMBERS, *_TEXTS, "reached"), where)
         numbers = {key: _number(data, key, *bounds, where) for key, bounds in _NUMBERS.items()}
-        kind = data.get("kind")
-        if kind not in get_args(Kind):
-            raise ConfigError(f"{where} has kind = {kind!r}.", "Use gpu, jetson or cpu.")
+        kind: Kind | None = next((k for k in get_args(Kind) if k == data.get("kind")), None)
+        if kind is None:
+            raise ConfigError(
+                f"{where} has kind = {data.get('kind')!r}.", "Use gpu, jetson or cpu."
+            )
         reached = _read_reached(data.get("reached"), REACHED[kind], where)
     except ConfigError as error:
         raise DataError(error.what, error.remedy) from error

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import ROOT, Run, two_lines
-from hub_server import Hub, serving
+from hub_server import Hub, answering, serving
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.hub import PullOptions, pull
 from medmoe_edge.checkpoint.published import PUBLISHED, Pulled
-from medmoe_edge.errors import CheckpointError, InputError, ResourceError
+from medmoe_edge.errors import CheckpointError, InputError, MedMoEError, ResourceError
 
 Make = Callable[..., Path]
 pytest.importorskip("huggingface_hub", reason="needs the extra hub")
@@ -119,7 +119,7 @@ def test_a_killed_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> Non
     }
     begun, deadline = 0, time.monotonic() + 60
     with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
-        while not begun and time.monotonic() < deadline and process.poll() is None:
+        while begun < 10 * 2**20 and time.monotonic() < deadline and process.poll() is None:
             parts = (tmp_path / ".out.pull").glob("a.safetensors.*.part")
             begun = max((part.stat().st_size for part in parts), default=0)
             time.sleep(0.02)
@@ -226,6 +226,21 @@ def test_without_a_network_the_cache_serves_or_two_lines_say_what_to_do(
     weights.resolve().write_bytes(b"other")
     with pytest.raises((CheckpointError, ResourceError)):
         pull(NAME, tmp_path / "third", PullOptions(cache=cache))
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "what"),
+    [
+        (200, b"<html>log in</html>", "does not answer as the Hub does"),
+        (200, b"[]", "does not answer as the Hub does"),
+        (503, b"", "answered with status 503"),
+        (401, b"", "does not show JsST/Med-MoE to you"),
+    ],
+)
+def test_what_is_no_hub_is_told(status: int, body: bytes, what: str, tmp_path: Path) -> None:
+    with answering(status, body) as url, pytest.raises(MedMoEError, match=what) as found:
+        pull(NAME, tmp_path / "out", PullOptions(endpoint=url, cache=tmp_path / "cache"))
+    assert found.value.remedy
 
 
 def test_what_the_cache_has_is_not_fetched_again(

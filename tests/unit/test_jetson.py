@@ -156,8 +156,18 @@ def test_a_tensorrt_that_is_too_old_is_refused_with_what_it_lacks(version: str) 
     assert found.value.remedy.startswith("JetPack 6.2: on the CPU")
 
 
+@pytest.mark.parametrize(
+    "found", [of("Orin NX", "7.2.2"), of("AGX Orin", "7.2"), of("Orin Nano", "6.2")]
+)
+def test_a_tensorrt_that_the_jetpack_does_not_run_is_refused(found: Jetson) -> None:
+    with pytest.raises(ResourceError, match=r"TensorRT 11\.4\.1 is not for") as error:
+        check_tensorrt("11.4.1", found)
+    assert "on the CPU" in error.value.remedy
+
+
 def test_tensorrt_of_the_matrix_is_taken() -> None:
-    check_tensorrt("11.4.1", of("AGX Orin", "7.2.2"))
+    for found in (of("AGX Orin", "7.2.2"), of("AGX Thor", "7.2.2"), of("AGX Orin", None), None):
+        check_tensorrt("11.4.1", found)
     assert parse_version("10.3.0.30-1+cuda12.5") == (10, 3, 0, 30)
     assert parse_version("none") == ()
     newest = max(SUPPORT, key=lambda row: row.since)
