@@ -479,7 +479,7 @@ def _download(
     """
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # it does
 
     begun = part.stat().st_size if part.exists() else 0
     if begun > file.size:

@@ -345,7 +345,7 @@ def paging_cost(share: float) -> float:
     pairs = list(itertools.pairwise(shares))
     above, below = next((pair for pair in pairs if share >= pair[1]), pairs[-1])
     slope = math.log(PAGING_COST[below] / PAGING_COST[above]) / math.log(below / above)
-    return PAGING_COST[above] * (share / above) ** slope
+    return float(PAGING_COST[above] * (share / above) ** slope)
 
 
 def vision_seconds(config: ModelConfig, precision: Precision, number: int, speed: Speed) -> float:

@@ -15,7 +15,7 @@ checkpoint, the same answers as `medmoe_edge.load(...).ask(...)`. Needs the extr
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +28,8 @@ from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS, Engine, load
 from medmoe_edge.engine.loading import Device, RuntimeName
 from medmoe_edge.errors import InputError, needs
-from medmoe_edge.image.loading import Image, load_image
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 
 with needs("optimum"):
     import platformdirs
@@ -38,9 +39,11 @@ with needs("optimum"):
     from transformers import Pipeline, PretrainedConfig
 
 TASK = "visual-question-answering"
+# transformers types its pipelines for its own models, which ours is not.
+_Pipeline: Any = Pipeline
 
 
-class MedMoEConfig(PretrainedConfig):
+class MedMoEConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # transformers' own hook
     """What transformers asks of a configuration; `medmoe` is the model's own, as JSON."""
 
     model_type = "medmoe_edge"
@@ -239,7 +242,7 @@ class MedMoEForVisualQuestionAnswering:
         return False
 
 
-class VisualQuestionAnsweringPipeline(Pipeline):
+class VisualQuestionAnsweringPipeline(_Pipeline):  # type: ignore[misc]  # see _Pipeline
     """Takes an image and a question, or dicts of both, one or many; yields answers with scores.
 
     The form is that of the pipeline that transformers had: a list of `{"answer", "score"}` for each
@@ -250,7 +253,9 @@ class VisualQuestionAnsweringPipeline(Pipeline):
     _load_processor = _load_image_processor = _load_tokenizer = False
     _load_feature_extractor = _load_video_processor = False
 
-    def __call__(self, image: Any, question: str | None = None, **options: Any) -> Any:
+    def __call__(
+        self, image: Any, question: str | Sequence[str] | None = None, **options: Any
+    ) -> Any:
         """Answer a question about an image; or each of several dicts `{"image", "question"}`.
 
         Args:
@@ -280,7 +285,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):
         during = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
         return before, during, {}
 
-    def preprocess(self, inputs: Mapping[str, Any], frame: int | None = None) -> dict[str, Any]:
+    def preprocess(self, inputs: Any, frame: int | None = None) -> dict[str, Any]:
         """The picture is read here, so that a damaged file fails before the model runs."""
         try:
             image, question = inputs["image"], inputs["question"]
@@ -291,16 +296,14 @@ class VisualQuestionAnsweringPipeline(Pipeline):
             ) from error
         return {"image": _picture(image, frame), "question": question}
 
-    def _forward(
-        self, inputs: Mapping[str, Any], max_new_tokens: int = MAX_NEW_TOKENS
-    ) -> dict[str, Answer]:
-        model: MedMoEForVisualQuestionAnswering = self.model
-        asked = model.engine.ask(inputs["image"], inputs["question"], max_new_tokens=max_new_tokens)
+    def _forward(self, inputs: Any, max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Answer]:
+        engine: Engine = self.model.engine
+        asked = engine.ask(inputs["image"], inputs["question"], max_new_tokens=max_new_tokens)
         return {"answer": asked}
 
-    def postprocess(self, outputs: Mapping[str, Answer]) -> list[dict[str, Any]]:
+    def postprocess(self, outputs: Any) -> list[dict[str, Any]]:
         """One answer in the form that transformers' pipeline had."""
-        answer = outputs["answer"]
+        answer: Answer = outputs["answer"]
         return [
             {
                 "answer": answer.text,
