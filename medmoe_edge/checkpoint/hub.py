@@ -1,4 +1,4 @@
-"""Published weights from the Hugging Face Hub, and where a folder of weights came from.
+"""Published weights, and bundles, from the Hugging Face Hub.
 
 `pull` resolves a revision to its commit once and takes every file at that commit. What is fetched
 is compared with the hashes that the Hub's listing states (SHA-256 of large files, git's SHA-1 of
@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from medmoe_edge._types import Progress, no_progress
@@ -26,6 +26,8 @@ from medmoe_edge.checkpoint.published import (
     Published,
     Pulled,
     RemoteFile,
+    check_shards,
+    chosen_files,
     find_published,
 )
 from medmoe_edge.errors import CheckpointError, InputError, ResourceError, needs
@@ -33,11 +35,6 @@ from medmoe_edge.errors import CheckpointError, InputError, ResourceError, needs
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-CONFIG = "config.json"
-CARD = "README.md"
-INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".joblib")
-CHECKPOINT_FILES = (".json", ".jinja", ".md", ".model", ".safetensors", ".tiktoken", ".txt")
 LARGE = 2**26  # bytes; smaller files of the cache are copied, so that both can be edited apart
 COMMIT = 40  # hexadecimal digits of a commit
 TIMEOUT = 10.0  # seconds until a server that says nothing counts as out of reach
@@ -117,15 +114,16 @@ def pull(
     _check_space(listing, staging, options)
     with _writing(out):
         staging.mkdir(parents=True, exist_ok=True)
+    lock = Path(f"{staging}.lock")
     try:
-        with FileLock(f"{staging}.lock", timeout=0):
-            return _fetch_all(listing, staging, out, options, progress)
+        with FileLock(lock, timeout=0):
+            pulled = _fetch_all(listing, staging, out, options, progress)
+            lock.unlink(missing_ok=True)
+            return pulled
     except Timeout as error:
         raise ResourceError(
             f"{out} is being written by another pull.", "Wait for it, or choose another name."
         ) from error
-    finally:
-        Path(f"{staging}.lock").unlink(missing_ok=True)
 
 
 def find_files(source: Published, options: PullOptions) -> Listing:
@@ -144,13 +142,18 @@ def find_files(source: Published, options: PullOptions) -> Listing:
         listing = _cached(api, source, options)
         if listing is None:
             raise ResourceError(error.what, error.remedy) from error
-        log.warning("%s Taken from the cache: commit %s.", error.what, listing.commit[:12])
+        if not isinstance(error, _Offline):
+            log.warning("%s Taken from the cache: commit %s.", error.what, listing.commit[:12])
         return listing
-    return Listing(source, api.endpoint, options.revision, commit, _chosen(source, found))
+    return Listing(source, api.endpoint, options.revision, commit, chosen_files(source, found))
 
 
 class _OutOfReach(ResourceError):
     """The Hub does not answer, or must not be asked."""
+
+
+class _Offline(_OutOfReach):
+    """It was wished that nothing be asked."""
 
 
 @contextmanager
@@ -161,7 +164,7 @@ def _explained(api: "HfApi", source: Published, options: PullOptions) -> Iterato
     try:
         yield
     except errors.OfflineModeIsEnabled as error:
-        raise _OutOfReach(
+        raise _Offline(
             f"HF_HUB_OFFLINE is set, and {source} is not whole in the cache.",
             "Unset HF_HUB_OFFLINE, or copy the cache of a machine that has it (HF_HOME).",
         ) from error
@@ -279,64 +282,13 @@ def _cached(api: "HfApi", source: Published, options: PullOptions) -> Listing | 
                 sha256, git = (known, None) if len(known) == 64 else (None, known)
                 files.append(RemoteFile(path, file.size_on_disk, sha256, git, file.file_path))
             try:
-                chosen = _chosen(source, files)
+                chosen = chosen_files(source, files)
+                check_shards(source, {file.name: file.cached for file in chosen})
             except (InputError, CheckpointError):
                 return None
             commit = revision.commit_hash
             return Listing(source, api.endpoint, options.revision, commit, chosen)
     return None
-
-
-def _chosen(source: Published, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
-    """What a checkpoint or bundle consists of, of all that a repository holds."""
-    place = PurePosixPath(source.folder)
-    inside = {file.name: file for file in files if PurePosixPath(file.path).parent == place}
-    if MANIFEST in inside:
-        chosen = {
-            name: file
-            for name, file in inside.items()
-            if not name.startswith(".") and not name.endswith((*PICKLES, ".py"))
-        }
-    elif CONFIG in inside:
-        chosen = {
-            name: file
-            for name, file in inside.items()
-            if name.endswith(CHECKPOINT_FILES) or name.startswith(("LICENSE", "LICENCE"))
-        }
-        _check_weights(source, inside, chosen)
-    else:
-        raise _no_model(source, files)
-    for file in files:  # a card that speaks of the whole repository
-        if file.path == CARD:
-            chosen.setdefault(CARD, file)
-    chosen.pop(RECORD, None)  # ours is written anew
-    return tuple(sorted(chosen.values(), key=lambda file: file.name))
-
-
-def _check_weights(
-    source: Published, inside: Mapping[str, RemoteFile], chosen: Mapping[str, RemoteFile]
-) -> None:
-    if any(name.endswith(".safetensors") for name in chosen):
-        return
-    if pickles := sorted(name for name in inside if name.endswith(PICKLES)):
-        raise CheckpointError(
-            f"{source} holds its weights only as {', '.join(pickles)}: a pickle may run any code "
-            "and is never loaded.",
-            "Ask its authors for safetensors, or convert in a sandbox with "
-            "safetensors.torch.save_file.",
-        )
-    raise CheckpointError(f"{source} holds no weights.", "Check the folder's name.")
-
-
-def _no_model(source: Published, files: Sequence[RemoteFile]) -> InputError:
-    folders = {
-        str(PurePosixPath(file.path).parent) for file in files if file.name in (CONFIG, MANIFEST)
-    } - {"."}
-    names = ", ".join(f"{source.repository}/{folder}" for folder in sorted(folders))
-    return InputError(
-        f"{source} holds neither {CONFIG} nor {MANIFEST}.",
-        f"Use one of: {names}." if names else "Give the repository of a model.",
-    )
 
 
 def _check_space(listing: Listing, staging: Path, options: PullOptions) -> None:
@@ -371,7 +323,11 @@ def _fetch_all(
     listing: Listing, staging: Path, out: Path, options: PullOptions, progress: Progress
 ) -> Pulled:
     done, records = 0, {}
-    for file in listing.files:
+    places: dict[str, Path | None] = {file.name: staging / file.name for file in listing.files}
+    weights = [file for file in listing.files if file.name.endswith(".safetensors")]
+    for file in (*(each for each in listing.files if each not in weights), *weights):
+        if weights and file is weights[0]:  # gigabytes, which an incomplete upload is not worth
+            check_shards(listing.source, places)
         report = partial(_report, progress, file.name, done, listing.size)
         with _writing(out):
             sha256 = _fetch(listing, file, staging, options, report)
@@ -433,7 +389,8 @@ def _fetch(
             return sha256
         target.unlink()
     part = _part(file, staging)
-    if file.cached is not None and not part.exists():
+    if file.cached is not None:
+        part.unlink(missing_ok=True)  # it may be another name of the cached file: never appended to
         _take(file, part)
     else:
         _download(listing, file, part, options, report)

@@ -1,4 +1,4 @@
-"""Models that their authors published, by name; and where a folder of weights came from.
+"""Models that their authors published: names, which files make one, and where a folder came from.
 
 `pulled.json`, which `hub.pull` writes into a folder, holds the repository, the commit and every
 file's SHA-256; an export carries it into the bundle's manifest (`published`).
@@ -8,13 +8,19 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.errors import CheckpointError, InputError
 
 RECORD = "pulled.json"
+CONFIG = "config.json"
+CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".joblib")
+CHECKPOINT_FILES = (".json", ".jinja", ".md", ".model", ".safetensors", ".tiktoken", ".txt")
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +98,77 @@ class RemoteFile:
         if self.sha256 is not None:
             return found, found == self.sha256
         return found, git.hexdigest() == self.git_sha1
+
+
+def chosen_files(source: Published, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
+    """What a checkpoint or bundle consists of, of all that a repository holds."""
+    place = PurePosixPath(source.folder)
+    inside = {file.name: file for file in files if PurePosixPath(file.path).parent == place}
+    if MANIFEST in inside:
+        chosen = {
+            name: file
+            for name, file in inside.items()
+            if not name.startswith(".") and not name.endswith((*PICKLES, ".py"))
+        }
+    elif CONFIG in inside:
+        chosen = {
+            name: file
+            for name, file in inside.items()
+            if name.endswith(CHECKPOINT_FILES) or name.startswith(("LICENSE", "LICENCE"))
+        }
+        _check_weights(source, inside, chosen)
+    else:
+        raise _no_model(source, files)
+    for file in files:  # a card that speaks of the whole repository
+        if file.path == CARD:
+            chosen.setdefault(CARD, file)
+    chosen.pop(RECORD, None)  # ours is written anew
+    return tuple(sorted(chosen.values(), key=lambda file: file.name))
+
+
+def _check_weights(
+    source: Published, inside: Mapping[str, RemoteFile], chosen: Mapping[str, RemoteFile]
+) -> None:
+    if any(name.endswith(".safetensors") for name in chosen):
+        return
+    if pickles := sorted(name for name in inside if name.endswith(PICKLES)):
+        raise CheckpointError(
+            f"{source} holds its weights only as {', '.join(pickles)}: a pickle may run any code "
+            "and is never loaded.",
+            "Ask its authors for safetensors, or convert in a sandbox with "
+            "safetensors.torch.save_file.",
+        )
+    raise CheckpointError(f"{source} holds no weights.", "Check the folder's name.")
+
+
+def _no_model(source: Published, files: Sequence[RemoteFile]) -> InputError:
+    folders = {
+        str(PurePosixPath(file.path).parent) for file in files if file.name in (CONFIG, MANIFEST)
+    } - {"."}
+    names = ", ".join(f"{source.repository}/{folder}" for folder in sorted(folders))
+    return InputError(
+        f"{source} holds neither {CONFIG} nor {MANIFEST}.",
+        f"Use one of: {names}." if names else "Give the repository of a model.",
+    )
+
+
+def check_shards(source: Published, files: Mapping[str, Path | None]) -> None:
+    """Raise `CheckpointError` where the index names a shard that is not among the files.
+
+    `files` are by name; where the index lies must be known.
+    """
+    index = files.get(INDEX)
+    if index is None:
+        return
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{INDEX} of {source} is damaged.", "Tell its authors.") from error
+    if missing := sorted(str(shard) for shard in shards if shard not in files):
+        raise CheckpointError(
+            f"{source} lacks {', '.join(missing)}, which its {INDEX} names.",
+            "Its upload is incomplete: use another revision, or tell its authors.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ models that bring a pipeline: ours does, so that `config` and `pipeline_class` m
 checkpoint, the same answers as `medmoe_edge.load(...).ask(...)`. Needs the extra `optimum`.
 """
 
+import glob
 import os
 import shutil
 import tempfile
@@ -21,13 +22,20 @@ from typing import Any, Self
 
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle
-from medmoe_edge.checkpoint.hub import CARD, CONFIG, PICKLES, PullOptions, pull
-from medmoe_edge.checkpoint.published import RECORD, Pulled
+from medmoe_edge.checkpoint.hub import PullOptions, find_files, pull
+from medmoe_edge.checkpoint.published import (
+    CARD,
+    CONFIG,
+    PICKLES,
+    RECORD,
+    Pulled,
+    find_published,
+)
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS, Engine, load
 from medmoe_edge.engine.loading import Device, RuntimeName
-from medmoe_edge.errors import InputError, needs
+from medmoe_edge.errors import InputError, ResourceError, needs
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.image.pixels import Image
 
@@ -331,10 +339,23 @@ def _picture(image: Any, frame: int | None) -> Image:
 
 
 def _fetched(name: str, revision: str, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """A model of the Hub in the cache; fetched where this revision is not there yet."""
+    """A model of the Hub in the cache, by its commit; fetched where that is not there yet.
+
+    Without a network the commit that the revision was last is taken.
+    """
     root = Path(cache_dir) if cache_dir else platformdirs.user_cache_path("medmoe-edge") / "hub"
-    folder = root / f"{name.replace('/', '--')}@{revision.replace('/', '--')}"
+    known = f"{name.replace('/', '--')}@"
+    options = PullOptions(revision=revision)
+    try:
+        commit = find_files(find_published(name), options).commit
+    except ResourceError:
+        kept = [Pulled.of(folder) for folder in root.glob(f"{glob.escape(known)}*")]
+        there = [each for each in kept if each and revision in (each.revision, each.commit)]
+        if not there:
+            raise
+        return max(there, key=lambda each: (each.folder / RECORD).stat().st_mtime).folder
+    folder = root / f"{known}{commit}"
     if Pulled.of(folder) is None:
         root.mkdir(parents=True, exist_ok=True)
-        pull(name, folder, PullOptions(revision=revision))
+        pull(name, folder, options)
     return folder

@@ -228,6 +228,46 @@ def test_without_a_network_the_cache_serves_or_two_lines_say_what_to_do(
         pull(NAME, tmp_path / "third", PullOptions(cache=cache))
 
 
+def test_an_incomplete_upload_is_refused_before_its_weights_are_fetched(
+    hub: Hub, options: PullOptions, tmp_path: Path
+) -> None:
+    weights = weights_of(hub)
+    del hub.files[weights]
+    hub.files[f"{FOLDER}/other.safetensors"] = b"x"
+    with pytest.raises(CheckpointError, match=f"lacks {Path(weights).name}, which its"):
+        pull(NAME, tmp_path / "out", options)
+    assert not any(name.endswith(".safetensors") for name, _ in hub.asked)
+
+
+def test_a_cache_that_holds_a_part_does_not_serve(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cache = tmp_path / "cache"
+    hub.files[f"{FOLDER}/b.safetensors"] = b"x"
+    huggingface_hub.snapshot_download(
+        REPOSITORY,
+        endpoint=hub.url,
+        cache_dir=cache,
+        allow_patterns=[f"{FOLDER}/*"],
+        ignore_patterns=[weights_of(hub)],
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ResourceError, match="not whole in the cache"):
+        pull(NAME, tmp_path / "out", PullOptions(endpoint=hub.url, cache=cache))
+
+
+def test_two_pulls_do_not_write_one_folder(hub: Hub, options: PullOptions, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".out.pull.lock"), pytest.raises(ResourceError, match="another pull"):
+        pull(NAME, tmp_path / "out", options)
+    pull(NAME, tmp_path / "out", options)
+    assert not list(tmp_path.glob(".out*"))
+
+
 @pytest.mark.parametrize(
     ("status", "body", "what"),
     [

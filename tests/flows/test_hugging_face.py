@@ -95,6 +95,31 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
+def test_a_model_of_the_hub_is_kept_by_its_commit(
+    hub: Hub, tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    hub.files = {path.name: path.read_bytes() for path in tiny_bundle().iterdir()}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # as HF_ENDPOINT at the start of a process
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("NO_PROXY", "*")
+    make = MedMoEForVisualQuestionAnswering.from_pretrained
+    first = make("me/mine", cache_dir=tmp_path)
+    assert first.engine.sha256 == Bundle.open(tiny_bundle()).sha256
+    asked = len(hub.asked)
+    assert make("me/mine", cache_dir=tmp_path).folder == first.folder
+    assert len(hub.asked) == asked  # what is there is not fetched again
+    hub.commit = "d" * 40
+    newer = make("me/mine", cache_dir=tmp_path)
+    assert newer.folder != first.folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert make("me/mine", cache_dir=tmp_path).folder == newer.folder
+    assert make("me/mine", revision=f"{'c0ffee':0<40}", cache_dir=tmp_path).folder == first.folder
+
+
 def test_a_bundle_is_pushed_with_its_card_and_pulled_again(
     hub: Hub, tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
