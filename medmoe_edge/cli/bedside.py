@@ -43,10 +43,19 @@ def serve(
     drop_pages: DropPages = False,
     modality_model: Annotated[str, typer.Option(help="For classify and locate.")] = "modality-nano",
     token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Who has its token may ask; chmod 600.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Who has a token in it may ask: NAME TOKEN; chmod 600."),
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    behind_proxy: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Of a proxy that ends TLS and says who asks."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages from there may ask too; may be repeated."),
+    ] = None,
     audit_log: Annotated[
         Path | None, typer.Option("--audit", metavar="FILE", help="Log every answer here.")
     ] = None,
@@ -64,7 +73,7 @@ def serve(
     """
     with needs("serve"):
         from medmoe_edge.bedside.serve.server import ServiceModels, start
-        from medmoe_edge.bedside.serve.settings import Limits, Settings, read_token
+        from medmoe_edge.bedside.serve.settings import Limits, Settings, read_tokens
 
     log = logging.getLogger("medmoe_edge.bedside.serve.guard")
     if log.isEnabledFor(logging.WARNING):  # the access log, unless --quiet
@@ -77,8 +86,9 @@ def serve(
         seconds=max_seconds,
         waiting=queue,
     )
-    token = None if token_file is None else read_token(token_file)
-    settings = Settings(host, port, token, tls_cert, tls_key, limits)
+    tokens = {} if token_file is None else read_tokens(token_file)
+    origins = tuple(cors_origin or ())
+    settings = Settings(host, port, tokens, tls_cert, tls_key, limits, behind_proxy, origins)
 
     models = ServiceModels(
         model, runtime, device, memory_budget, drop_pages, modality_model, audit_log
