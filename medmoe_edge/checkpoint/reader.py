@@ -27,6 +27,7 @@ from medmoe_edge.checkpoint.keys import (
     without_qwen,
 )
 from medmoe_edge.checkpoint.tensors import (
+    Hashes,
     StoredTensor,
     check_file,
     files_sha256,
@@ -104,10 +105,14 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Hash over `config.json` and every weight file, in order of their names; read once."""
-        return self._sha256
+        return self._hashes.total
+
+    def file_hashes(self) -> Mapping[str, str]:
+        """SHA-256 of `config.json` and every weight file by name; read once, with `sha256`."""
+        return self._hashes.files
 
     @functools.cached_property
-    def _sha256(self) -> str:
+    def _hashes(self) -> Hashes:
         shards = {stored.file for stored in self.names.values()}
         return files_sha256(shards | {self.folder / "config.json"})
 

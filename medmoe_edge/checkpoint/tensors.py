@@ -6,9 +6,9 @@ Only headers are read here; a tensor's data is mapped when it is asked for. Noth
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,14 +84,23 @@ def check_file(path: Path) -> None:
         )
 
 
-def files_sha256(files: Iterable[Path]) -> str:
-    """The hash over some files, their names included, in order of their paths."""
-    total = hashlib.sha256()
+class Hashes(NamedTuple):
+    """SHA-256 over some files, their names included, and of each by its name."""
+
+    total: str
+    files: Mapping[str, str]
+
+
+def files_sha256(files: Iterable[Path]) -> Hashes:
+    """Read and hash some files, in order of their paths."""
+    total, each = hashlib.sha256(), {}
     for path in sorted(files):
         with path.open("rb") as file:
-            total.update(f"{path.name}\0".encode())
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+            digest = hashlib.file_digest(file, "sha256")
+        total.update(f"{path.name}\0".encode())
+        total.update(digest.digest())
+        each[path.name] = digest.hexdigest()
+    return Hashes(total.hexdigest(), each)
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
