@@ -9,6 +9,7 @@ differently.
 """
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -64,8 +65,15 @@ def pairs_within(weight: npt.NDArray[np.int8], bound: int = PAIR_BOUND) -> bool:
     )
 
 
+def slow_processor(features: Mapping[str, bool]) -> str | None:
+    """What to say of a processor of these features (`cpu_features`); None if nothing."""
+    if features.get("AVX2") is False:
+        return "This processor has no AVX2: answers are exact, but slow."
+    return None
+
+
 @cache
 def _tell_of_slow_processor() -> None:
     """Once a process: answers are right there, so that they carry no warning."""
-    if cpu_features_here().get("AVX2") is False:
-        logger.warning("This processor has no AVX2: answers are exact, but slow.")
+    if told := slow_processor(cpu_features_here()):
+        logger.warning(told)
