@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -286,5 +287,8 @@ def scan(tmp_path: Path) -> Path:
 def few_questions_travel() -> Iterator[None]:
     """Six instead of 64 questions travel with bundles that tests export and verify."""
     with pytest.MonkeyPatch.context() as patch:
+        if find_spec("torch") is None:  # nothing is exported: tests/arithmetic on ARM
+            yield
+            return
         patch.setattr("medmoe_edge.pipeline.med_moe.QUESTIONS", 6)
         yield

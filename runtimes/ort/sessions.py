@@ -154,7 +154,9 @@ def open_session(
 
 
 def session_options() -> ort.SessionOptions:
-    """Quiet, and without the arena, which would keep the peak of the prefill for ever.
+    """Quiet, without the arena, which would keep the peak of the prefill for ever, and without
+    KleidiAI: where an Arm processor has SME, its `DynamicQuantizeMatMul` gives each token a scale of
+    its own, so that answers would differ from those of all other processors.
 
     Raises `ResourceError` where ONNX Runtime is older than all that this was tried with.
     """
@@ -163,6 +165,7 @@ def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("mlas.disable_kleidiai", "1")
     return options
 
 
