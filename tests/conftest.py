@@ -35,7 +35,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings of the tests' own modules are errors; pyproject.toml makes the package's so."""
+    """Warnings of the tests' own modules are errors; pyproject.toml makes the package's so.
+
+    Files are dealt out in their order, where several processes run them: xdist's own puts those of
+    few tests last, which take longest, so that one process would end long after the others.
+    """
+    config.option.loadscopereorder = False
     names = "|".join(sorted(path.stem for path in Path(__file__).parent.rglob("*.py")))
     config.addinivalue_line("filterwarnings", rf"error:::({names})\Z")
 

@@ -23,6 +23,7 @@ import onnxruntime as ort
 
 from medmoe_edge._version import too_old
 from medmoe_edge.errors import BundleError, ResourceError
+from medmoe_edge.runtimes.arithmetic import same_everywhere
 
 Device = Literal["auto", "cpu", "cuda"]
 TARGETS: dict[str, Literal["cpu", "cuda"]] = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
@@ -154,9 +155,8 @@ def open_session(
 
 
 def session_options() -> ort.SessionOptions:
-    """Quiet, without the arena, which would keep the peak of the prefill for ever, and without
-    KleidiAI: where an Arm processor has SME, its `DynamicQuantizeMatMul` gives each token a scale of
-    its own, so that answers would differ from those of all other processors.
+    """Quiet, computing the same everywhere, and without the arena, which would keep the peak of the
+    prefill for ever.
 
     Raises `ResourceError` where ONNX Runtime is older than all that this was tried with.
     """
@@ -165,7 +165,7 @@ def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("mlas.disable_kleidiai", "1")
+    same_everywhere(options)
     return options
 
 
