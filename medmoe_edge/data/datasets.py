@@ -16,12 +16,10 @@ import numpy.typing as npt
 from medmoe_edge.errors import DataError
 
 AnswerType = Literal["OPEN", "CLOSED"]
-
 Split = Literal["train", "val", "test"]
 
 
 ANSWER_TYPES: dict[str, AnswerType] = {"open": "OPEN", "close": "CLOSED", "closed": "CLOSED"}
-
 _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 
