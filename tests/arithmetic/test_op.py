@@ -26,7 +26,7 @@ KINDS = ("saturating", "exact")
 
 
 def product(tokens: Floats, weights: Int8) -> Floats:
-    """What ONNX Runtime, as we run it, makes of tokens `[m, K]` and weights `[K, N]` whose scales are all 1."""
+    """What ONNX Runtime, as we run it, makes of tokens `[m, K]` and weights `[K, N]` of scale 1."""
     width, channels = weights.shape
     node = helper.make_node(
         "DynamicQuantizeMatMul", ["x", "w", "scale"], ["y"], domain="com.microsoft"
