@@ -20,15 +20,19 @@ from medmoe_edge.checkpoint.keys import (
     expected_parameters,
     is_buffer,
     is_router,
+    official_keys,
     official_name,
     tied_name,
 )
 from medmoe_edge.checkpoint.tensors import (
+    INDEX_FILE,
     StoredTensor,
     check_file,
     files_sha256,
+    no_weights,
     read_headers,
     read_json,
+    weight_files,
 )
 from medmoe_edge.checkpoint.writer import write_checkpoint, wrong_shape
 from medmoe_edge.config import ModelConfig
@@ -117,8 +121,14 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.", "Give the checkpoint's folder.")
+    if not ((folder / INDEX_FILE).exists() or weight_files(folder)):
+        raise no_weights(folder)
     data = read_json(folder / "config.json")
-    stored = {key: tensor for key, tensor in read_headers(folder).items() if not is_buffer(key)}
+    headers = read_headers(folder)
+    official = official_keys(headers)
+    stored = {
+        official[key]: tensor for key, tensor in headers.items() if not is_buffer(official[key])
+    }
     tower_data = None
     if vision_tower or not any(key.startswith(TOWER_PREFIX) for key in stored):
         path = vision_tower or data.get("mm_image_tower") or data.get("mm_vision_tower")

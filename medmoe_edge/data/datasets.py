@@ -280,7 +280,7 @@ class _Reader:
         self._number += 1
         key = next((key for key in _CONVERSATIONS if key in record.value), None)
         listed = self.listed or key is not None
-        if listed and not ("image" in record.value or "images" in record.value):
+        if key is not None and not ("image" in record.value or "images" in record.value):
             self._without += 1  # LLaVA's lists mix in turns about no image
             return
         if key is None:

@@ -20,7 +20,7 @@ class Scores:
     """
 
     exact: Tensor  # bool, one per turn
-    modality: Tensor  # index per image
+    modality: Tensor | None  # index per image; None while there is no router
 
 
 class Objective(nn.Module):
@@ -69,6 +69,8 @@ class Objective(nn.Module):
             for row in range(len(labels))
             for segment in range(1, int(segments[row].max()) + 1)
         ]
+        if self.router is None and self.model.config.moe is None:
+            return Scores(torch.stack(exact), None)
         images = self._pools(batch)[0]
         return Scores(torch.stack(exact), self._modality_logits(output, images).argmax(-1))
 
