@@ -193,7 +193,8 @@ _TRAINERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ),
     (
         ("*.bin", "*.pt", "*.pth", "*.ckpt"),
-        "holds only pickled weights (.bin, .pt), which are never loaded: a pickle may run any code.",
+        "holds only pickled weights (.bin, .pt), which are never loaded: "
+        "a pickle may run any code.",
         f"Get the safetensors files. {_CONVERT}",
     ),
 )

@@ -29,7 +29,7 @@ def init(
 ) -> None:
     """Write a random checkpoint in the official layout."""
     with needs("export"):
-        from medmoe_edge.presets_random import initialise
+        from medmoe_edge.training.initialise import initialise
     with render.working("Writing"):
         initialise(preset, out, seed, force)
     render.wrote("the checkpoint", out)
@@ -119,7 +119,8 @@ def train(
         )
     if of_modalities and (base or lora):
         raise InputError(
-            f"--{'from' if base else 'lora'} does not go with a modality-moe model.", "Leave it out."
+            f"--{'from' if base else 'lora'} does not go with a modality-moe model.",
+            "Leave it out.",
         )
     with render.bars() as bars:
         options = TrainOptions(
@@ -281,9 +282,7 @@ def data(
     ] = None,
     as_published: Annotated[
         bool,
-        typer.Option(
-            "--as-published", help="Keep official splits even where they share pictures."
-        ),
+        typer.Option("--as-published", help="Keep official splits even where they share pictures."),
     ] = False,
     name: Annotated[
         str | None,

@@ -212,9 +212,7 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def _apart(
-    rows: list[_Row], folder: Path, published: Iterable[str]
-) -> tuple[list[_Row], int]:
+def _apart(rows: list[_Row], folder: Path, published: Iterable[str]) -> tuple[list[_Row], int]:
     """The rows without those that a held-out split forbids, and how many questions went.
 
     A picture is known by its bytes, a patient by what the set calls them. Labels move to the split

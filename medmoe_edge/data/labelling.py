@@ -240,9 +240,7 @@ def _completed(found: _Found, options: LabelOptions, header: Header) -> _Found:
 
 def _split(found: list[_Found]) -> list[_Found]:
     """With a split for each: one patient, or one picture, is one group."""
-    groups = [
-        each.patient or hashlib.sha256(each.file.read_bytes()).hexdigest() for each in found
-    ]
+    groups = [each.patient or hashlib.sha256(each.file.read_bytes()).hexdigest() for each in found]
     strata: dict[Hashable, Hashable] = {}
     for each, group in zip(found, groups, strict=True):
         if each.split is None:

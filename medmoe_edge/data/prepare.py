@@ -136,9 +136,7 @@ def _sum(image: Path) -> str:
 class _Writer:
     """Copies the questions and images of a download into a set."""
 
-    def __init__(
-        self, addition: Addition, download: Download, languages: tuple[str, ...]
-    ) -> None:
+    def __init__(self, addition: Addition, download: Download, languages: tuple[str, ...]) -> None:
         self.addition, self.languages = addition, languages
         self._download = download
         self._missing: set[str] = set()

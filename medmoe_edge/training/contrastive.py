@@ -6,7 +6,7 @@ A run is one phase; it minimises the losses of `models/contrastive.py`.
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,32 +20,33 @@ from medmoe_edge.atomic import atomic_file
 from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
 from medmoe_edge.config import Config
 from medmoe_edge.config_contrastive import SCORES, ModalityConfig
+from medmoe_edge.contrastive.engine import open_checkpoint
 from medmoe_edge.contrastive.evaluate import Task, best_prompts, fit_scores, zero_shot_tasks
-from medmoe_edge.contrastive.loading import open_checkpoint
 from medmoe_edge.contrastive.text import ModalityTokenizer
-from medmoe_edge.data.boxes import Place, read_places
 from medmoe_edge.data.captions import Captioned, fact_captions, label_captions
 from medmoe_edge.data.datasets import (
     BOXES_FILES,
     LABELS_FILE,
     LabelledImage,
+    Place,
     questions_of,
     read_examples,
     read_labels,
+    read_places,
 )
 from medmoe_edge.errors import DataError
-from medmoe_edge.models.bert import TextFeatures
 from medmoe_edge.models.contrastive import (
     GROUNDING_WEIGHT,
     ImageFeatures,
     ModalityMoE,
+    TextFeatures,
     grounding_loss,
     losses,
     similarity,
 )
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.presets_random import random_modality_model
 from medmoe_edge.training.contrastive_data import ModalityBatch, ModalityBatches, train_word_pieces
+from medmoe_edge.training.initialise import random_modality_model
 from medmoe_edge.training.loop import Loader, Session, fit
 from medmoe_edge.training.recipe import PrecisionChoice, Schedule, about, recipe_json
 from medmoe_edge.training.report import Planned, TrainOptions
@@ -60,17 +61,24 @@ class ModalityRecipe(Config):
     are taught where it is; those on other images are not looked at.
     """
 
-    preset: str = about("the model's shape, by the name of a preset")
-    seed: int = about("of the first weights and of all draws")
-    schedule: Schedule = about("the one phase")
-    precision: PrecisionChoice = about(
-        "of the products: auto takes what this processor does fastest", default="auto"
+    preset: str = field(metadata=about("the model's shape, by the name of a preset"))
+    seed: int = field(metadata=about("of the first weights and of all draws"))
+    schedule: Schedule = field(metadata=about("the one phase"))
+    precision: PrecisionChoice = field(
+        default="auto",
+        metadata=about("of the products: auto takes what this processor does fastest"),
     )
-    questions: str | None = about("that give captions; left out, train.jsonl", default=None)
-    labels: str | None = about("of images; left out, labels.jsonl", default=None)
-    boxes: str | None = about("around what phrases name; left out, boxes.json", default=None)
-    shared_expert: bool = about("train the model without experts", default=False)
-    hold_out: int = about("each so many-th image is kept to fit scores on", default=20)
+    questions: str | None = field(
+        default=None, metadata=about("that give captions; left out, train.jsonl")
+    )
+    labels: str | None = field(default=None, metadata=about("of images; left out, labels.jsonl"))
+    boxes: str | None = field(
+        default=None, metadata=about("around what phrases name; left out, boxes.json")
+    )
+    shared_expert: bool = field(default=False, metadata=about("train the model without experts"))
+    hold_out: int = field(
+        default=20, metadata=about("each so many-th image is kept to fit scores on")
+    )
 
     def model_config(self) -> ModalityConfig:
         """What is trained; raises `DataError` for a preset that is no MedMoE."""

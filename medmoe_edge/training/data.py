@@ -146,9 +146,7 @@ def instructions(labelled: Iterable[LabelledImage]) -> list[Conversation]:
 
 def captions(labelled: Iterable[LabelledImage], examples: Iterable[Example]) -> list[Conversation]:
     """Image-caption pairs: what the image is and, where a label says so, what it shows."""
-    pairs = [
-        (item.image, item.modality, item.body, item.finding, item.source) for item in labelled
-    ]
+    pairs = [(item.image, item.modality, item.body, item.finding, item.source) for item in labelled]
     pairs += [
         (item.image, item.modality, item.body.lower(), "", item.source)
         for item in {example.image: example for example in examples}.values()

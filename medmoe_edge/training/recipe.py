@@ -21,9 +21,9 @@ MIN_VOCABULARY = 257  # one token a byte, and the end of an answer
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 
 
-def about(text: str, **default: Any) -> Any:
-    """A field with what it is for, and its default where it has one."""
-    return field(**default, metadata={"about": text})
+def about(text: str) -> dict[str, str]:
+    """The metadata of a field: what it is for."""
+    return {"about": text}
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,42 @@ class Schedule(Config):
     that Muon trains.
     """
 
-    epochs: int = about("how often all images are seen; 0 leaves the phase out")
-    learning_rate: float = about("at its highest, after the warm-up")
-    train: tuple[str, ...] = about("patterns of the parameters that learn; all others are frozen")
-    tower_rate: float = about("learning rate of the vision tower, as a multiple", default=0.1)
-    matrix_rate: float = about("learning rate of matrices under Muon, as a multiple", default=1.0)
-    batch_images: int = about("images in a step", default=16)
-    accumulation: int = about("steps whose gradients are added up", default=1)
-    warmup: float = about("share of the phase in which the learning rate rises", default=0.05)
-    weight_decay: float = about("of matrices", default=0.05)
-    dropout: float = about("share of each layer's output that is dropped", default=0.0)
-    optimiser: Literal["muon", "adamw"] = about(
-        "of the matrices inside: muon from nothing, adamw for what was trained with it",
+    epochs: int = field(metadata=about("how often all images are seen; 0 leaves the phase out"))
+    learning_rate: float = field(metadata=about("at its highest, after the warm-up"))
+    train: tuple[str, ...] = field(
+        metadata=about("patterns of the parameters that learn; all others are frozen")
+    )
+    tower_rate: float = field(
+        default=0.1, metadata=about("learning rate of the vision tower, as a multiple")
+    )
+    matrix_rate: float = field(
+        default=1.0, metadata=about("learning rate of matrices under Muon, as a multiple")
+    )
+    batch_images: int = field(default=16, metadata=about("images in a step"))
+    accumulation: int = field(default=1, metadata=about("steps whose gradients are added up"))
+    warmup: float = field(
+        default=0.05, metadata=about("share of the phase in which the learning rate rises")
+    )
+    weight_decay: float = field(default=0.05, metadata=about("of matrices"))
+    dropout: float = field(
+        default=0.0, metadata=about("share of each layer's output that is dropped")
+    )
+    optimiser: Literal["muon", "adamw"] = field(
         default="muon",
+        metadata=about(
+            "of the matrices inside: muon from nothing, adamw for what was trained with it"
+        ),
     )
-    lora_rank: int = about(
-        "0, or the rank of LoRA adapters that learn in place of the decoder's matrices; they take "
-        "a fraction of the memory, and are merged when the phase ends",
+    lora_rank: int = field(
         default=0,
+        metadata=about(
+            "0, or the rank of LoRA adapters that learn in place of the decoder's matrices; they take "
+            "a fraction of the memory, and are merged when the phase ends"
+        ),
     )
-    lora_alpha: float = about("what the adapters are scaled by, over their rank", default=32.0)
+    lora_alpha: float = field(
+        default=32.0, metadata=about("what the adapters are scaled by, over their rank")
+    )
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or min(self.batch_images, self.accumulation, len(self.train)) < 1:
@@ -81,12 +97,17 @@ class PhaseConfig(Schedule):
     `labelled_share` is the part of the labelled images that each epoch draws beside the questions.
     """
 
-    label_smoothing: float = about("share of the target spread over all tokens", default=0.0)
-    router_weight: float = about("of the router's loss, where it is trained jointly", default=0.0)
-    labelled_share: float = about(
-        "share of the labelled images that an epoch draws beside the questions", default=1.0
+    label_smoothing: float = field(
+        default=0.0, metadata=about("share of the target spread over all tokens")
     )
-    max_turns: int = about("questions about one image in an epoch", default=12)
+    router_weight: float = field(
+        default=0.0, metadata=about("of the router's loss, where it is trained jointly")
+    )
+    labelled_share: float = field(
+        default=1.0,
+        metadata=about("share of the labelled images that an epoch draws beside the questions"),
+    )
+    max_turns: int = field(default=12, metadata=about("questions about one image in an epoch"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,67 +124,107 @@ class PhaseConfig(Schedule):
 class DecoderShape(Config):
     """What of the preset's decoder is another."""
 
-    kind: Literal["phi", "stablelm"] | None = about("the family", default=None)
-    hidden_size: int | None = about("channels", default=None)
-    layers: int | None = about("how many; every second one holds experts", default=None)
-    heads: int | None = about("of attention", default=None)
-    intermediate_size: int | None = about("of the feed-forward layers", default=None)
-    rotary_fraction: float | None = about("of a head's channels that rotate", default=None)
-    max_positions: int | None = about("tokens of image, question and answer", default=None)
+    kind: Literal["phi", "stablelm"] | None = field(default=None, metadata=about("the family"))
+    hidden_size: int | None = field(default=None, metadata=about("channels"))
+    layers: int | None = field(
+        default=None, metadata=about("how many; every second one holds experts")
+    )
+    heads: int | None = field(default=None, metadata=about("of attention"))
+    intermediate_size: int | None = field(
+        default=None, metadata=about("of the feed-forward layers")
+    )
+    rotary_fraction: float | None = field(
+        default=None, metadata=about("of a head's channels that rotate")
+    )
+    max_positions: int | None = field(
+        default=None, metadata=about("tokens of image, question and answer")
+    )
 
 
 @dataclass(frozen=True)
 class TowerShape(Config):
     """What of the preset's vision tower is another."""
 
-    kind: Literal["clip", "efficientnet-lite"] | None = about("the family", default=None)
-    variant: Literal["lite0", "lite2"] | None = about("of an EfficientNet-lite", default=None)
-    image_size: int | None = about("side of the image in pixels", default=None)
-    patch_size: int | None = about("side of a CLIP's patches in pixels", default=None)
-    feature_size: int | None = about("channels of a CLIP", default=None)
-    layers: int | None = about("of a CLIP", default=None)
-    heads: int | None = about("of a CLIP", default=None)
-    intermediate_size: int | None = about("of a CLIP", default=None)
-    pad_to_square: bool | None = about("pad an image rather than cut it", default=None)
+    kind: Literal["clip", "efficientnet-lite"] | None = field(
+        default=None, metadata=about("the family")
+    )
+    variant: Literal["lite0", "lite2"] | None = field(
+        default=None, metadata=about("of an EfficientNet-lite")
+    )
+    image_size: int | None = field(default=None, metadata=about("side of the image in pixels"))
+    patch_size: int | None = field(
+        default=None, metadata=about("side of a CLIP's patches in pixels")
+    )
+    feature_size: int | None = field(default=None, metadata=about("channels of a CLIP"))
+    layers: int | None = field(default=None, metadata=about("of a CLIP"))
+    heads: int | None = field(default=None, metadata=about("of a CLIP"))
+    intermediate_size: int | None = field(default=None, metadata=about("of a CLIP"))
+    pad_to_square: bool | None = field(
+        default=None, metadata=about("pad an image rather than cut it")
+    )
 
 
 @dataclass(frozen=True)
 class Recipe(Config):
     """A whole run: which model, which data (relative to the data folder), which phases."""
 
-    alignment: PhaseConfig = about("phase 1: the projector learns the decoder's language")
-    instruction: PhaseConfig = about("phase 2: the model learns to answer, the router to route")
-    moe: PhaseConfig = about("phase 3: the experts specialise; the router is frozen")
-    preset: str | None = about(
-        "the model's shape, by the name of a preset; none where the run starts from a checkpoint",
+    alignment: PhaseConfig = field(
+        metadata=about("phase 1: the projector learns the decoder's language")
+    )
+    instruction: PhaseConfig = field(
+        metadata=about("phase 2: the model learns to answer, the router to route")
+    )
+    moe: PhaseConfig = field(
+        metadata=about("phase 3: the experts specialise; the router is frozen")
+    )
+    preset: str | None = field(
         default=None,
+        metadata=about(
+            "the model's shape, by the name of a preset; none where the run starts from a checkpoint"
+        ),
     )
-    seed: int = about("of the first weights and of all draws", default=0)
-    precision: PrecisionChoice = about(
-        "of the products: auto takes what this processor does fastest", default="auto"
+    seed: int = field(default=0, metadata=about("of the first weights and of all draws"))
+    precision: PrecisionChoice = field(
+        default="auto",
+        metadata=about("of the products: auto takes what this processor does fastest"),
     )
-    vocab_size: int | None = about(
-        f"tokens of the tokenizer, which is trained on the questions; {MIN_VOCABULARY} or more. "
-        "Left out, the preset's; a checkpoint brings its own tokenizer",
+    vocab_size: int | None = field(
         default=None,
+        metadata=about(
+            f"tokens of the tokenizer, which is trained on the questions; {MIN_VOCABULARY} or more. "
+            "Left out, the preset's; a checkpoint brings its own tokenizer"
+        ),
     )
-    modalities: tuple[str, ...] | None = about(
-        "one expert each, in this order; left out, those of the data", default=None
+    modalities: tuple[str, ...] | None = field(
+        default=None, metadata=about("one expert each, in this order; left out, those of the data")
     )
-    top_k: int | None = about("experts that see a token: 1 or 2; left out, the preset's", default=None)
-    moe_layers: tuple[int, ...] | None = about(
-        "the decoder's layers that hold experts; left out, the preset's", default=None
+    top_k: int | None = field(
+        default=None, metadata=about("experts that see a token: 1 or 2; left out, the preset's")
     )
-    router: Literal["joint", "fitted"] = about(
-        "joint: the router learns in the instruction phase, by router_weight; fitted: it is fitted "
-        "to the labelled images after that phase",
+    moe_layers: tuple[int, ...] | None = field(
+        default=None,
+        metadata=about("the decoder's layers that hold experts; left out, the preset's"),
+    )
+    router: Literal["joint", "fitted"] = field(
         default="joint",
+        metadata=about(
+            "joint: the router learns in the instruction phase, by router_weight; fitted: it is fitted "
+            "to the labelled images after that phase"
+        ),
     )
-    questions: str | None = about("to train on; left out, train.jsonl", default=None)
-    labels: str | None = about("of images; left out, labels.jsonl", default=None)
-    validation: str | None = about("questions to watch; left out, val.jsonl", default=None)
-    decoder: DecoderShape | None = about("what of the preset's decoder is another", default=None)
-    vision: TowerShape | None = about("what of the preset's tower is another", default=None)
+    questions: str | None = field(
+        default=None, metadata=about("to train on; left out, train.jsonl")
+    )
+    labels: str | None = field(default=None, metadata=about("of images; left out, labels.jsonl"))
+    validation: str | None = field(
+        default=None, metadata=about("questions to watch; left out, val.jsonl")
+    )
+    decoder: DecoderShape | None = field(
+        default=None, metadata=about("what of the preset's decoder is another")
+    )
+    vision: TowerShape | None = field(
+        default=None, metadata=about("what of the preset's tower is another")
+    )
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.vocab_size < MIN_VOCABULARY:

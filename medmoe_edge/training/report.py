@@ -72,9 +72,7 @@ class ChosenPrecision:
         return f"in {self.name} (bf16 is {faster:.1f} times {how} than fp32 here)"
 
 
-def choose_precision(
-    choice: PrecisionChoice, device: torch.device, kept: Path
-) -> ChosenPrecision:
+def choose_precision(choice: PrecisionChoice, device: torch.device, kept: Path) -> ChosenPrecision:
     """The precision of a run: what was asked for, or what is timed to be faster on `device`.
 
     It is written to the file `kept`, from which a resumed run takes it. Raises `DataError` where

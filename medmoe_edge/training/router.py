@@ -196,7 +196,8 @@ def import_into(
     if tuple(router["weight"].shape) != expected:
         raise CheckpointError(
             f"{file} is a router for {router['weight'].shape[0]} experts of "
-            f"{router['weight'].shape[1]} channels; {checkpoint} has {expected[0]} of {expected[1]}.",
+            f"{router['weight'].shape[1]} channels, {checkpoint} has {expected[0]} of "
+            f"{expected[1]}.",
             "Use the router that was trained for this decoder: phi_router.pth or "
             "stablelm_router.pth.",
         )
@@ -274,9 +275,7 @@ def best_experts(model: MedMoE, features: Features, modalities: int) -> list[int
     layer = model.moe_layer(model.config.moe_layers[0])
     with torch.no_grad():
         shares = layer.router_logits(features.pooled).softmax(-1)
-    return [
-        int(shares[features.modality == index].mean(0).argmax()) for index in range(modalities)
-    ]
+    return [int(shares[features.modality == index].mean(0).argmax()) for index in range(modalities)]
 
 
 def _by_vote(

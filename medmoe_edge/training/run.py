@@ -6,8 +6,8 @@ The tokenizer is a small byte-level BPE, trained on the questions and answers th
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,8 +38,15 @@ from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, Tokenizer
 from medmoe_edge.training.data import Batches, captions, from_examples, instructions
 from medmoe_edge.training.loop import Session, load_state
-from medmoe_edge.training.objective import Objective
-from medmoe_edge.training.phases import Corpus, align, expand, instruct, specialise, upcycle
+from medmoe_edge.training.phases import (
+    Corpus,
+    Objective,
+    align,
+    expand,
+    instruct,
+    specialise,
+    upcycle,
+)
 from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
 from medmoe_edge.training.report import RUN, Planned, TrainOptions
 from medmoe_edge.training.router import install, loaded
@@ -192,9 +199,7 @@ def planned(recipe: Recipe, corpus: Corpus) -> list[Planned]:
     return [Planned(name, phase.epochs, images) for name, (phase, images) in phases.items()]
 
 
-def trainable_config(
-    recipe: Recipe, corpus: Corpus | None = None
-) -> tuple[ModelConfig, MoEConfig]:
+def trainable_config(recipe: Recipe, corpus: Corpus | None = None) -> tuple[ModelConfig, MoEConfig]:
     """The model that a recipe trains from nothing, and its experts.
 
     Experts are named by the recipe, else after the modalities of the data, else by the preset.

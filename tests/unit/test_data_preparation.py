@@ -342,7 +342,7 @@ def test_missing_source_and_wrong_dataset(tmp_path: Path) -> None:
 def test_existing_output(tmp_path: Path) -> None:
     source, out = as_folder(tmp_path), tmp_path / "out"
     prepare("slake", source, out)
-    with pytest.raises(InputError, match="holds the set .slake. already"):
+    with pytest.raises(InputError, match="holds the set 'slake' already"):
         prepare("slake", source, out)
     (out / "images/old.jpg").touch()
     prepare("slake", source, out, force=True)

@@ -11,7 +11,7 @@ from medmoe_edge.bundle.bundle import DEFAULT_GATES, NOTICE, Bundle
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
-from medmoe_edge.evaluation.figures import Accuracy, Answers, Divergence, Routing, Vision
+from medmoe_edge.evaluation.metrics import Accuracy, Answers, Divergence, Routing, Vision
 from medmoe_edge.evaluation.plots import coverage_plot, errors_plot
 from medmoe_edge.evaluation.record import AnswersRecord, Source
 from medmoe_edge.evaluation.report import render_report, write_report
