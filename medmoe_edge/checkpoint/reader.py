@@ -217,7 +217,10 @@ def import_router(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is not a plain file of tensors.", "Use the official router file."
         ) from error
     data = data if isinstance(data, dict) else {}
-    weight, bias = data.get("fc1.weight"), data.get("fc1.bias")
+    # a trainer may have put its wrapper's name before `fc1`
+    names = [key for key in data if isinstance(key, str) and f".{key}".endswith(".fc1.weight")]
+    weight = data[names[0]] if len(names) == 1 else None
+    bias = data.get(f"{names[0].removesuffix('weight')}bias") if len(names) == 1 else None
     if not (
         isinstance(weight, torch.Tensor)
         and isinstance(bias, torch.Tensor)

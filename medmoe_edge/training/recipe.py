@@ -63,8 +63,8 @@ class Schedule(Config):
     lora_rank: int = field(
         default=0,
         metadata=about(
-            "0, or the rank of LoRA adapters that learn in place of the decoder's matrices; they take "
-            "a fraction of the memory, and are merged when the phase ends"
+            "0, or the rank of LoRA adapters that learn in place of the decoder's matrices: they "
+            "take a fraction of the memory, and are merged when the phase ends"
         ),
     )
     lora_alpha: float = field(
@@ -180,7 +180,8 @@ class Recipe(Config):
     preset: str | None = field(
         default=None,
         metadata=about(
-            "the model's shape, by the name of a preset; none where the run starts from a checkpoint"
+            "the model's shape, by the name of a preset; left out where the run starts from a "
+            "checkpoint"
         ),
     )
     seed: int = field(default=0, metadata=about("of the first weights and of all draws"))
@@ -191,8 +192,8 @@ class Recipe(Config):
     vocab_size: int | None = field(
         default=None,
         metadata=about(
-            f"tokens of the tokenizer, which is trained on the questions; {MIN_VOCABULARY} or more. "
-            "Left out, the preset's; a checkpoint brings its own tokenizer"
+            f"tokens of the tokenizer, which is trained on the questions: {MIN_VOCABULARY} or "
+            "more; left out, the preset's; a checkpoint brings its own tokenizer"
         ),
     )
     modalities: tuple[str, ...] | None = field(
@@ -208,8 +209,8 @@ class Recipe(Config):
     router: Literal["joint", "fitted"] = field(
         default="joint",
         metadata=about(
-            "joint: the router learns in the instruction phase, by router_weight; fitted: it is fitted "
-            "to the labelled images after that phase"
+            "joint: the router learns in the instruction phase, by router_weight; fitted: it is "
+            "fitted to the labelled images after that phase"
         ),
     )
     questions: str | None = field(

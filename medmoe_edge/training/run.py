@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -300,37 +300,62 @@ def _other(preset: Part, changes: Config | None) -> Part:
     return replace(preset, **{name: value for name, value in given if value is not None})
 
 
-def read_corpus(recipe: Recipe, data: Path) -> Corpus:
-    """All conversations a recipe names, from the data folder or a question file.
+@dataclass(frozen=True)
+class DataFiles:
+    """The files that a run reads; each may be absent, but not both of the first two."""
 
-    Files that the recipe does not name are found by their usual names, and may be absent; some
-    question or labelled image there must be. What is labelled `val` or `test` is not learned.
+    questions: Path | None
+    labels: Path | None
+    validation: Path | None
+
+
+def data_files(recipe: Recipe, data: Path) -> DataFiles:
+    """Those that the recipe names, else those of the usual names; `data` may be a question file.
+
+    Raises `DataError` where there is neither a question file nor one of labels.
     """
+    named = (recipe.questions, recipe.labels, recipe.validation)
     if data.is_file():
-        folder, asked = data.parent, data
-    else:
-        if not data.is_dir():
-            raise DataError(f"{data} does not exist.", "Give a dataset folder or a question file.")
-        folder = data
-        asked = data / recipe.questions if recipe.questions else questions_of(data, "train")
-    validated = folder / recipe.validation if recipe.validation else None
-    labels = folder / recipe.labels if recipe.labels else None
-    if data.is_dir():
-        validated = validated or questions_of(data, "val")
-        if labels is None and (data / LABELS_FILE).is_file():
-            labels = data / LABELS_FILE
-    examples = read_examples(asked, check_images=True) if asked else []
-    labelled = read_labels(labels, check_images=True) if labels else []
+        others = [data.parent / name if name else None for name in named[1:]]
+        return DataFiles(data, *others)
+    if not data.is_dir():
+        raise DataError(f"{data} does not exist.", "Give a dataset folder or a question file.")
+    labels = data / LABELS_FILE
+    usual = (
+        questions_of(data, "train"),
+        labels if labels.is_file() else None,
+        questions_of(data, "val"),
+    )
+    found = DataFiles(
+        *(data / name if name else file for name, file in zip(named, usual, strict=True))
+    )
+    if found.questions is None and found.labels is None:
+        raise DataError(
+            f"{data} holds no questions ({QUESTION_FILES['train'][0]}) and no labels "
+            f"({LABELS_FILE}).",
+            "Make them with: medmoe-edge data",
+        )
+    return found
+
+
+def read_corpus(recipe: Recipe, data: Path) -> Corpus:
+    """All conversations of the data; what is labelled `val` or `test` is not learned from.
+
+    Raises `DataError` as `data_files` does, and where nothing is to be learned from.
+    """
+    files = data_files(recipe, data)
+    examples = read_examples(files.questions, check_images=True) if files.questions else []
+    labelled = read_labels(files.labels, check_images=True) if files.labels else []
     learned = [item for item in labelled if item.split == "train"]
     if not examples and not learned:
         raise DataError(
-            f"{data} holds no questions ({QUESTION_FILES['train'][0]}) and no images labelled for "
-            f"training ({LABELS_FILE}).",
-            "Make them with: medmoe-edge data",
+            f"{files.labels} labels no image to train on.", "Give some of them the split train."
         )
-    validation = from_examples(read_examples(validated, check_images=True)) if validated else []
-    if not validation:  # what else is held out
-        validation = instructions(item for item in labelled if item.split == "val")
+    validation = (
+        from_examples(read_examples(files.validation, check_images=True))
+        if files.validation
+        else instructions(item for item in labelled if item.split == "val")
+    )
     questions = from_examples(examples)
     return Corpus(
         # without a label, what is asked and answered aligns too, as in the official first phase
