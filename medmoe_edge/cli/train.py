@@ -162,8 +162,14 @@ def _tell(name: str | None, run: Path | None, as_json: bool) -> None:
             render.show_run(rows, finished=(run / "checkpoint").is_dir())
 
 
-router = typer.Typer(name="router", help="Put a router into a checkpoint, or train it anew.")
-app.add_typer(router, rich_help_panel="Build")
+router = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    router,
+    name="router",
+    rich_help_panel="Build",
+    help="Put a router into a checkpoint: from an official file, or fitted to labelled images.",
+    epilog="Example: medmoe-edge router train CHECKPOINT --data data",
+)
 Order = Annotated[
     str | None,
     typer.Option(
