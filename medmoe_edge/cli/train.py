@@ -332,10 +332,10 @@ def data(
         _refuse(what, given | labelling, "--name", "--split", *labelling)
     with render.working("Preparing"):
         if what == "labels":
-            from medmoe_edge.image.dicom import read_origin
+            from medmoe_edge.image.loading import dicom_origin
 
             options = LabelOptions(name, modality, body, finding, split, _words(levels))
-            prepared = add_labels(source, out, options, header=read_origin, force=force)
+            prepared = add_labels(source, out, options, header=dicom_origin, force=force)
         elif what == "questions":
             prepared = add_questions(source, out, name=name, split=split, force=force)
         else:
