@@ -111,9 +111,9 @@ def test_six_modalities_and_six_experts_from_a_phi(
     rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["phase"] for row in rows] == ["alignment", "instruction", "moe"]
     assert rows[1]["loss"] < rows[0]["loss"]
-    with medmoe_edge.load(checkpoint) as engine:
-        assert engine.expert_names == SIX
-        assert engine.ask(six / "0.png", "What modality is used to take this image?").modality
+    engine = medmoe_edge.load(checkpoint)
+    assert engine.expert_names == SIX
+    assert engine.ask(six / "0.png", "What modality is used to take this image?").modality
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-phi"])

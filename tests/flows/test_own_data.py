@@ -23,7 +23,7 @@ COLOURS = {
     "xray": (0, 190, 190),
 }
 RECIPE = """
-preset = "tiny"
+preset = "tiny-phi"
 vocab_size = 300
 seed = 5
 
