@@ -219,7 +219,6 @@ class LayerStream:
 
 
 RUN = "run.json"
-
 HEAD = "decoder.head.in"
 
 

@@ -12,7 +12,7 @@ from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
 
 if TYPE_CHECKING:
-    from medmoe_edge.contrastive.results import Location
+    from medmoe_edge.contrastive.features import Location
     from medmoe_edge.engine.answer import Answer
 
 

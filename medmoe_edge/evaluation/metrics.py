@@ -16,11 +16,8 @@ import numpy.typing as npt
 from medmoe_edge.config import Config
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-
 _DIGIT_GROUPS = re.compile(r"\d,\d")
-
 _FULL_STOP = re.compile(r"\.(?!\d)")
-
 _ARTICLES = frozenset({"a", "an", "the"})
 
 _NUMBERS = {

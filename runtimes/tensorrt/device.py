@@ -1,6 +1,6 @@
 """What the TensorRT runtime asks of a CUDA device: memory, one stream, and graphs captured from it.
 
-Expert slots (`slot_pools.py`) are filled on a stream of their own, beside it. Written against
+Expert slots (`slots/slots.py`) are filled on a stream of their own, beside it. Written against
 cuda-core, NVIDIA's own bindings, so that no torch is needed. There was no GPU to execute it on.
 """
 
@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from medmoe_edge.errors import MissingDependencyError, ResourceError
 from medmoe_edge.runtimes.paging.expert_file import Bytes
-from medmoe_edge.runtimes.slots.memory import Event
-from medmoe_edge.runtimes.slots.slots import PoolDevice
+from medmoe_edge.runtimes.slots.slots import DeviceMemory, Event
 
 Array = npt.NDArray[Any]
 
@@ -34,7 +33,7 @@ class Mirror(Protocol):
         """Device to host, when the stream comes to it."""
 
 
-class Device(PoolDevice, Protocol):
+class Device(DeviceMemory, Protocol):
     """A GPU with one stream, on which everything but `send` happens in order."""
 
     sm: str

@@ -20,13 +20,13 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Target
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import BundleError, ConfigError, InputError, ModelError, ResourceError
+from medmoe_edge.evaluation.targets import GraphRuntime
 from medmoe_edge.evaluation.verify import verify
 from medmoe_edge.export import targets
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.targets import decoder_graph, export_target, inline, plan_target
 from medmoe_edge.pipeline.targets import export_for
-from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 Make = Callable[..., Path]
@@ -140,7 +140,7 @@ def difference(found: Any, expected: Any) -> float:
 def test_an_engines_graph_computes_the_same_in_half(
     tiny_bundle: Make, tmp_path: Path, preset: str, precision: str
 ) -> None:
-    from medmoe_edge.export.external_data import save_model
+    from medmoe_edge.export.builder import save_model
 
     bundle = Bundle.open(tiny_bundle(precision, preset))
     runtimes = []

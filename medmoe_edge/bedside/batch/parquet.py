@@ -22,8 +22,7 @@ from pyarrow import parquet
 
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.bedside.batch.inputs import Item
-from medmoe_edge.bedside.batch.journal import Journal, Row
+from medmoe_edge.bedside.batch.inputs import Item, Journal, Row
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import ResourceError
 

@@ -121,7 +121,6 @@ def create_app(
 
 
 HEAD_SECONDS = 10.0  # for a request's head to be whole, from its first byte or the connection
-
 MAX_CONNECTIONS = 256
 
 

@@ -23,7 +23,7 @@ from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.errors import Refusal, too_long
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.contrastive.engine import ModalityEngine
-from medmoe_edge.contrastive.results import Classification, Location
+from medmoe_edge.contrastive.features import Classification, Location
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.loading import Proven
 from medmoe_edge.errors import DataError, ResourceError
