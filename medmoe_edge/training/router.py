@@ -121,7 +121,7 @@ def fit_router(features: Features, experts: int, *, bias: bool) -> nn.Linear:
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimiser.step(loss)  # type: ignore[no-untyped-call, arg-type]
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
     router = nn.Linear(x.shape[1], experts, bias=bias)
     with torch.no_grad():
         router.weight.copy_(weight / scale)

@@ -4,13 +4,16 @@ The tokenizer is a small byte-level BPE, trained on the questions and answers th
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fnmatch import filter as filter_names
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from rich.progress import Progress
 from tokenizers import Tokenizer as Backend
@@ -18,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.config import Config, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
 from medmoe_edge.data.datasets import (
@@ -27,7 +31,7 @@ from medmoe_edge.data.datasets import (
     read_examples,
     read_labels,
 )
-from medmoe_edge.errors import DataError, MissingDependencyError
+from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
 from medmoe_edge.models.efficientnet_lite import (
     EfficientNetLite,
     feature_size,
@@ -116,6 +120,7 @@ def train(
     tokenizer.check_vocabulary(config.decoder.vocab_size)
     batches = Batches(config, tokenizer, moe.expert_names, recipe.seed)
     session.report.plan(planned(recipe, corpus))
+    check_memory(recipe, config, session.accelerator.device)
     session.say(
         f"{moe.num_experts} experts: {', '.join(moe.expert_names) or 'unnamed'}; "
         f"{len({c.image for c in corpus.everything})} images to learn from."
@@ -140,15 +145,41 @@ def train(
     return folder
 
 
+def check_memory(recipe: Recipe, config: ModelConfig, device: torch.device) -> None:
+    """Raise `ResourceError` where weights and optimiser alone need more than is free.
+
+    A weight takes 4 bytes, one that learns 12 more: its gradient and Adam's two moments.
+    """
+    sizes = {name: math.prod(shape) for name, shape in expected_parameters(config).items()}
+    most = 0
+    for phase in (recipe.alignment, recipe.instruction, recipe.moe):
+        learning = {name for pattern in phase.train for name in filter_names(sizes, pattern)}
+        if phase.lora_rank:  # adapters are a few thousandths of the matrices
+            learning = {name for name in learning if not name.startswith("decoder.")}
+        if phase.epochs:
+            most = max(most, sum(sizes[name] for name in learning))
+    needed = 4 * sum(sizes.values()) + 12 * most
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    if needed > free:
+        lora = recipe.instruction.lora_rank and recipe.moe.lora_rank
+        raise ResourceError(
+            f"Training takes {needed / 1e9:.1f} GB and more, {free / 1e9:.1f} GB are free.",
+            "Use a larger machine." if lora else "Train adapters instead: add --lora 16.",
+        )
+
+
 def _with_options(recipe: Recipe, options: TrainOptions) -> Recipe:
     if options.precision is not None:
         recipe = replace(recipe, precision=options.precision)
     if options.lora_rank is not None:
-        rank = {"lora_rank": options.lora_rank}
         recipe = replace(
             recipe,
-            instruction=replace(recipe.instruction, **rank),
-            moe=replace(recipe.moe, **rank),
+            instruction=replace(recipe.instruction, lora_rank=options.lora_rank),
+            moe=replace(recipe.moe, lora_rank=options.lora_rank),
         )
     if options.base is None and recipe.preset is None:
         raise DataError(

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import LabelledImage, read_labels
-from medmoe_edge.errors import CheckpointError, DataError, InputError
+from medmoe_edge.errors import CheckpointError, DataError, InputError, ResourceError
+from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.data import Batches, instructions
 from medmoe_edge.training.recipe import PhaseConfig, Recipe, read_recipe
@@ -29,7 +30,7 @@ from medmoe_edge.training.router import (
     pooled_features,
     train_router,
 )
-from medmoe_edge.training.run import train
+from medmoe_edge.training.run import check_memory, train
 
 Make = Callable[..., Path]
 SIX = ("ct", "dermoscopy", "fundus", "mri", "oct", "xray")
@@ -218,6 +219,16 @@ def test_the_shipped_recipe_needs_a_checkpoint(few: Path, tmp_path: Path) -> Non
     assert "--from" in caught.value.remedy
 
 
+def test_what_no_memory_holds_is_refused_at_once(few: Path) -> None:
+    config, device = PRESETS["med-moe-phi2-2.7b"], torch.device("cpu")
+    huge = replace(config, decoder=replace(config.decoder, layers=3200, vocab_size=51200))
+    full = replace(RECIPE, instruction=replace(RECIPE.instruction, train=("decoder.*",)))
+    with pytest.raises(ResourceError, match="GB are free") as caught:
+        check_memory(full, huge, device)
+    assert "--lora" in caught.value.remedy
+    check_memory(full, PRESETS["tiny"], device)
+
+
 # --- routers ----------------------------------------------------------------------------------
 
 
@@ -293,12 +304,12 @@ def test_a_router_that_does_not_fit_is_refused(tiny_checkpoint: Make, tmp_path: 
 def test_a_router_is_trained_on_labelled_images_alone(
     tiny_checkpoint: Make, tmp_path: Path
 ) -> None:
-    data = labelled(tmp_path, ("ct", "mri", "pathology", "xray"), 30)
+    data = labelled(tmp_path, ("ct", "mri", "pathology", "xray"), 20)
     for names in (("mri", "ct", "pathology", "xray"), ()):
         base = tiny_checkpoint("tiny-phi", expert_names=names)
         result = train_router(base, data, out=tmp_path / str(len(names)))
         assert result.accuracy is not None
-        assert (result.images, result.held_out) == (108, 12)
+        assert (result.images, result.held_out) == (72, 8)
         assert result.accuracy > 0.9
         assert set(result.modalities) == {"ct", "mri", "pathology", "xray"}
         if names:
