@@ -30,7 +30,7 @@ from medmoe_edge.training.router import (
     pooled_features,
     train_router,
 )
-from medmoe_edge.training.run import check_memory, train
+from medmoe_edge.training.run import PHASES, check_memory, train
 
 Make = Callable[..., Path]
 SIX = ("ct", "dermoscopy", "fundus", "mri", "oct", "xray")
@@ -149,9 +149,6 @@ def test_an_expert_starts_as_the_one_of_its_name(
     assert all(torch.equal(new[name], old[name]) for name in same)
 
 
-PHASES = ("alignment", "instruction", "moe")
-
-
 def test_adapters_learn_in_place_of_the_decoder_and_are_merged(
     tiny_checkpoint: Make, few: Path, tmp_path: Path
 ) -> None:
@@ -202,7 +199,7 @@ def test_lists_without_modality_keep_a_models_experts(
         ({"preset": "tiny"}, "says 'preset'"),
         ({"vocab_size": 300}, "says 'vocab_size'"),
         ({"moe_layers": (1,)}, "the checkpoint has them in"),
-        ({"modalities": ("ct", "pet")}, "no labelled image"),
+        ({"modalities": ("ct", "pet")}, "no labelled image of pet"),
     ],
 )
 def test_what_the_checkpoint_decides(
@@ -210,7 +207,8 @@ def test_what_the_checkpoint_decides(
 ) -> None:
     still = {phase: replace(getattr(RECIPE, phase), epochs=0) for phase in PHASES}
     with pytest.raises(DataError, match=complaint):
-        run(tiny_checkpoint("tiny"), few, tmp_path, replace(RECIPE, **still, **change))
+        run(tiny_checkpoint("tiny"), few, tmp_path / "run", replace(RECIPE, **still, **change))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_recipe_needs_a_checkpoint(few: Path, tmp_path: Path) -> None:
@@ -219,14 +217,14 @@ def test_the_shipped_recipe_needs_a_checkpoint(few: Path, tmp_path: Path) -> Non
     assert "--from" in caught.value.remedy
 
 
-def test_what_no_memory_holds_is_refused_at_once(few: Path) -> None:
-    config, device = PRESETS["med-moe-phi2-2.7b"], torch.device("cpu")
+def test_what_no_memory_holds_is_refused_at_once() -> None:
+    config = PRESETS["med-moe-phi2-2.7b"]
     huge = replace(config, decoder=replace(config.decoder, layers=3200, vocab_size=51200))
     full = replace(RECIPE, instruction=replace(RECIPE.instruction, train=("decoder.*",)))
     with pytest.raises(ResourceError, match="GB are free") as caught:
-        check_memory(full, huge, device)
+        check_memory(full, huge)
     assert "--lora" in caught.value.remedy
-    check_memory(full, PRESETS["tiny"], device)
+    check_memory(full, PRESETS["tiny"])
 
 
 # --- routers ----------------------------------------------------------------------------------
