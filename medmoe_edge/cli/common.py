@@ -25,7 +25,7 @@ log = logging.getLogger("medmoe_edge")
 SWITCHES = {"-q", "--quiet", "-v", "--verbose"}
 ORDER = (  # of the verbs in --help; a panel stands where its first one does
     *("ask", "classify", "locate", "index", "retrieve"),
-    *("pull", "export", "calibrate", "init", "train", "data"),
+    *("pull", "export", "calibrate", "init", "train", "router", "data"),
     *("verify", "eval", "bench", "inspect"),
     *("doctor", "plan", "serve", "listen", "batch", "audit"),
 )
