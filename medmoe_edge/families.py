@@ -15,8 +15,9 @@ from medmoe_edge.errors import InputError, needs
 if TYPE_CHECKING:
     from medmoe_edge._types import Progress
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
+    from medmoe_edge.data.datasets import Example
     from medmoe_edge.engine.loading import Device, RuntimeName
-    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy
+    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Scores
     from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.evaluation.verify import Verification
     from medmoe_edge.export.plan import GroupSize, Method, Precision
@@ -54,25 +55,58 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What a model is scored on, and where it runs."""
+    """What a model is scored on, and where it runs.
+
+    `blind`: the same questions about a black picture are scored too. At most `limit` questions are
+    asked, drawn by `seed`. `predictions` is where every answer is written.
+    """
 
     data: Path
     labels: Path | None = None
     predictions: Path | None = None
     runtime: "RuntimeName" = "auto"
     device: "Device" = "auto"
+    blind: bool = False
+    limit: int | None = None
+    seed: int = 0
+    max_new_tokens: int = 32
 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """How a Med-MoE answered questions, and how it read labelled images."""
+    """How a Med-MoE answered questions, without looking too, and how it read labelled images.
+
+    `of` is the number of questions that those asked were drawn from.
+    """
 
     questions: "Evaluation"
-    labels: "ModalityAccuracy | None"
+    of: int
+    labels: "ModalityAccuracy | None" = None
+    blind: "Scores | None" = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return self.questions.to_json() | {"labels": asdict(self.labels) if self.labels else None}
+        return self.questions.to_json() | {
+            "of": self.of,
+            "labels": asdict(self.labels) if self.labels else None,
+            "blind": asdict(self.blind) if self.blind else None,
+        }
+
+
+def score_file(
+    predictions: Path, references: Path, *, limit: int | None = None, seed: int = 0
+) -> AnswerScores:
+    """Score answers that lie in a file; see `evaluation.predictions.score_predictions`."""
+    from medmoe_edge.evaluation.evaluate import sample_examples
+    from medmoe_edge.evaluation.predictions import score_predictions
+
+    counts: list[int] = []
+
+    def choose(examples: "Sequence[Example]") -> "Sequence[Example]":
+        counts.append(len(examples))
+        return sample_examples(examples, limit, seed)
+
+    return AnswerScores(score_predictions(predictions, references, choose=choose), counts[0])
 
 
 class Family(Protocol):
@@ -136,21 +170,34 @@ class MedMoEFamily:
         from medmoe_edge.data.datasets import read_examples, read_labels
         from medmoe_edge.evaluation import evaluate as evaluation
 
-        examples = read_examples(options.data)
+        given = read_examples(options.data)
+        examples = evaluation.sample_examples(given, options.limit, options.seed)
+        evaluation.check_examples(examples)
         labelled = read_labels(options.labels) if options.labels else []
         labelled = [item for item in labelled if item.split != "train"]
         engine = medmoe_edge.load(model, runtime=options.runtime, device=options.device)
+        longest = options.max_new_tokens
         asked = evaluation.evaluate(
-            engine, examples, progress=lambda *done: progress("Questions", *done)
+            engine,
+            examples,
+            max_new_tokens=longest,
+            progress=lambda *done: progress("Questions", *done),
         )
-        read = None
+        blind = read = None
+        if options.blind:
+            blind = evaluation.evaluate_blind(
+                engine,
+                examples,
+                max_new_tokens=longest,
+                progress=lambda *done: progress("Blind", *done),
+            )
         if options.labels:
             read = evaluation.evaluate_labels(
                 engine, labelled, progress=lambda *done: progress("Labels", *done)
             )
         if options.predictions:
             evaluation.save_predictions(asked.predictions, options.predictions)
-        return AnswerScores(asked, read)
+        return AnswerScores(asked, len(given), read, blind)
 
     def inspect(self, folder: Path, vision_tower: Path | None) -> "Inspection":
         """See `evaluation.inspection`."""
@@ -221,7 +268,14 @@ class ContrastiveFamily:
         from medmoe_edge.contrastive.engine import load_modality
         from medmoe_edge.contrastive.evaluate import evaluate_modality
 
-        _refuse({"--labels": options.labels, "--predictions": options.predictions})
+        _refuse(
+            {
+                "--labels": options.labels,
+                "--predictions": options.predictions,
+                "--blind": options.blind,
+                "--limit": options.limit,
+            }
+        )
         if options.runtime == "tensorrt":
             raise InputError("A modality-moe does not run on tensorrt.", "Leave --runtime out.")
         engine = load_modality(model, runtime=options.runtime)

@@ -148,7 +148,7 @@ FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the fold
 SEAL = "seal"
 VERIFICATION = "verification"
 Kind = Literal["med-moe", "modality-moe"]
-Status = Literal["passed", "failed", "not measured"]
+Status = Literal["passed", "not decided", "failed", "not measured"]
 KINDS: dict[Kind, str] = {  # and the verbs that run them
     "med-moe": "ask",
     "modality-moe": "classify, locate, index and retrieve",
@@ -211,9 +211,7 @@ class AnyBundle(Generic[C]):
     @property
     def proof(self) -> Status:
         """What that record says of the bundle's fidelity to its checkpoint."""
-        if self.verification is None:
-            return "not measured"
-        return "passed" if self.verification["passed"] else "failed"
+        return "not measured" if self.verification is None else status_of(self.verification)
 
     @property
     def verified_on(self) -> Machine | None:
@@ -406,9 +404,15 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
             and isinstance(entry["sha256"], str)
             for name, entry in manifest["files"].items()
         )
-        and isinstance(manifest.get(VERIFICATION, {"passed": False})["passed"], bool)
+        and isinstance(manifest.get(VERIFICATION, {"passed": False})["passed"], bool | None)
         and manifest[SEAL] == _seal(manifest)
     )
+
+
+def status_of(record: Mapping[str, Any]) -> Status:
+    """What the record of a verification says under `passed`: null is too few questions to tell."""
+    passed = record["passed"]
+    return "not decided" if passed is None else "passed" if passed else "failed"
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

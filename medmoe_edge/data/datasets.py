@@ -4,6 +4,7 @@ Two forms of question file are read: our JSONL, one object a line, and the JSON 
 official Med-MoE code (LLaVA's `conversations`). Images are named, not opened, here.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one image, with its reference answer (which may be empty)."""
+    """One question about one image, with its reference answer (which may be empty).
+
+    `answer_as_written` has the spaces around the answer, which the official scorer compares too;
+    None where there are none. `listed_id` is the id of the file where reading made it unique.
+    """
 
     id: str
     image: Path
@@ -34,6 +39,8 @@ class Example:
     body: str | None
     content: str | None
     source: str
+    answer_as_written: str | None = None
+    listed_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,20 +56,27 @@ class LabelledImage:
 
 
 def read_examples(
-    file: Path, *, image_root: Path | None = None, check_images: bool = False
+    file: Path,
+    *,
+    image_root: Path | None = None,
+    check_images: bool = False,
+    first_turn: bool = False,
 ) -> list[Example]:
     """Read our JSONL or the official code's JSON list, told apart by the first character.
 
-    Image paths are relative to `image_root`, by default the file's folder. In the official list
-    ids may repeat and a conversation may have several turns: later ones get `-2`, `-3` ... added.
+    Image paths are relative to `image_root`, by default the file's folder. A line without `id` gets
+    its number as one, and without `source` the file's name. In the official list ids may repeat
+    and a conversation may have several turns: later ones get `-2`, `-3` ... added; `first_turn`
+    leaves them out, as the official scorer does.
 
-    Raises `DataError` naming file and line (or item) for a missing file, bad JSON, a missing key,
-    an unknown answer type, an id used twice and, with `check_images`, an absent image.
+    Raises `DataError` naming file and line (or item) for a missing file, bad JSON, missing keys
+    (all at once), an unknown answer type, an id used twice and, with `check_images`, an
+    absent image.
     """
     text = read_text(file)
     root = file.parent if image_root is None else image_root
     if text.lstrip().startswith("["):
-        examples = list(_from_conversations(text, file, root))
+        examples = list(_from_conversations(text, file, root, first_turn=first_turn))
     else:
         examples = list(_from_records(text, file, root))
     if not examples:
@@ -112,18 +126,31 @@ class UniqueIds:
 
 
 class Record:
-    """A JSON object whose values are checked as they are taken; `where` is its file and line."""
+    """A JSON object whose values are checked as they are taken.
 
-    def __init__(self, value: object, where: str) -> None:
+    `where` is its file and line for messages, `number` the line alone.
+    """
+
+    def __init__(self, value: object, where: str, number: int = 0) -> None:
         if not isinstance(value, Mapping):
             raise DataError(f"{where} is not a JSON object.", "Check the file's structure.")
         self.value: Mapping[str, Any] = value
-        self.where = where
+        self.where, self.number = where, number
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.value:
             raise DataError(f"{self.where} lacks the key {key!r}.", "Add it.")
         return self.value[key]
+
+    def require(self, *keys: str) -> None:
+        """Raise `DataError` naming all keys that are missing."""
+        missing = [key for key in keys if key not in self.value]
+        if missing:
+            named = f"key{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"
+            raise DataError(
+                f"{self.where} lacks the {named}.",
+                f"Every entry needs: {', '.join(keys)}.",
+            )
 
     def text(self, key: str, *, empty: bool = False) -> str:
         """A required string or number (ids and counts are written both ways), stripped."""
@@ -136,6 +163,11 @@ class Record:
         if not stripped.isprintable() and any("\ud800" <= mark <= "\udfff" for mark in stripped):
             raise DataError(f"{self.where}: {key!r} is broken Unicode.", "Correct its characters.")
         return stripped
+
+    def as_written(self, key: str) -> str | None:
+        """A string that has spaces around it, with them; else None."""
+        value = self.value.get(key)
+        return value if isinstance(value, str) and value != value.strip() else None
 
     def optional(self, key: str) -> str | None:
         """A string, or None where the key is absent, null or empty."""
@@ -174,13 +206,14 @@ def _records(text: str, file: Path) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{file}, line {number}"
-            yield Record(parse_json(line, where), where)
+            yield Record(parse_json(line, where), where, number)
 
 
 def _from_records(text: str, file: Path, root: Path) -> Iterator[Example]:
     seen: set[str] = set()
     for record in _records(text, file):
-        identity = record.text("id")
+        record.require("image", "question", "answer", "answer_type")
+        identity = record.optional("id") or str(record.number)
         if identity in seen:
             raise DataError(f"{record.where} repeats the id of an earlier line.", "Make it unique.")
         seen.add(identity)
@@ -193,18 +226,23 @@ def _from_records(text: str, file: Path, root: Path) -> Iterator[Example]:
             modality=record.optional("modality"),
             body=record.optional("body"),
             content=record.optional("content"),
-            source=record.text("source"),
+            source=record.optional("source") or file.stem,
+            answer_as_written=record.as_written("answer"),
         )
 
 
-def _from_conversations(text: str, file: Path, root: Path) -> Iterator[Example]:
+def _from_conversations(
+    text: str, file: Path, root: Path, *, first_turn: bool
+) -> Iterator[Example]:
     unique = UniqueIds()
     for number, value in enumerate(parse_json(text, str(file)), start=1):
         record = Record(value, f"{file}, item {number}")
+        record.require("id", "image", "answer_type")
         answer_type = record.choice("answer_type", ANSWER_TYPES)
-        for question, answer in _turns(record):
+        listed, turns = record.text("id"), _turns(record)
+        for question, answer, written in itertools.islice(turns, 1 if first_turn else None):
             yield Example(
-                id=unique(record.text("id")),
+                id=unique(listed),
                 image=root / record.text("image"),
                 question=question,
                 answer=answer,
@@ -213,10 +251,12 @@ def _from_conversations(text: str, file: Path, root: Path) -> Iterator[Example]:
                 body=None,
                 content=None,
                 source=file.stem,
+                answer_as_written=written,
+                listed_id=listed,
             )
 
 
-def _turns(record: Record) -> Iterator[tuple[str, str]]:
+def _turns(record: Record) -> Iterator[tuple[str, str, str | None]]:
     # The official VQA-RAD list really has the misspelt key.
     key = "conversatons" if "conversatons" in record.value else "conversations"
     messages = record[key]
@@ -234,7 +274,7 @@ def _turns(record: Record) -> Iterator[tuple[str, str]]:
         question = asked.text("value").replace("<image>", "").strip()
         if not question:
             raise DataError(f"{record.where}: a question is empty.", "Fill it in.")
-        yield question, answered.text("value", empty=True)
+        yield question, answered.text("value", empty=True), answered.as_written("value")
 
 
 def _require_images(images: list[Path], file: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.bundle.bundle import AnyBundle, Status
+from medmoe_edge.bundle.bundle import AnyBundle, Status, status_of
 from medmoe_edge.bundle.machine import Machine, cpu_flags, cpu_name
 from medmoe_edge.errors import MedMoEError
 
@@ -25,7 +25,8 @@ REFERENCE = "reference"  # a checkpoint, which bundles are verified against
 class Proven:
     """What is known of a bundle's fidelity, and where it was found out.
 
-    `status` is "passed", "failed" or "not measured"; `machine` is None where it was not recorded.
+    `status` is "passed", "not decided" (on too few questions), "failed" or "not measured";
+    `machine` is None where it was not recorded.
     `here`: it holds on this machine.
     """
 
@@ -35,8 +36,8 @@ class Proven:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether it passed, but on another kind of machine."""
-        return self.status == "passed" and not self.here
+        """Whether it did not fail, but was verified on another kind of machine."""
+        return self.status in ("passed", "not decided") and not self.here
 
     @property
     def hint(self) -> str:
@@ -83,7 +84,7 @@ def proven(bundle: AnyBundle[Any]) -> Proven:
     if local := remembered(bundle):
         machine = Machine.from_json(local["machine"])
         if machine.computes_like(here):
-            return Proven("passed" if local["passed"] else "failed", machine, here=True)
+            return Proven(status_of(local), machine, here=True)
     there = bundle.verified_on
     return Proven(bundle.proof, there, here=there is not None and there.computes_like(here))
 
@@ -104,7 +105,9 @@ def remembered(bundle: AnyBundle[Any]) -> dict[str, Any] | None:
     """What `remember` kept of this very bundle; None where nothing was, or it is damaged."""
     try:
         record = json.loads(_path(bundle).read_bytes())
-        sound = isinstance(record["passed"], bool) and bool(Machine.from_json(record["machine"]))
+        sound = isinstance(record["passed"], bool | None) and bool(
+            Machine.from_json(record["machine"])
+        )
     except (OSError, ValueError, LookupError, TypeError, RecursionError, MedMoEError):
         return None
     return dict(record) if sound else None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medmoe_edge._types import Floats, Progress
-from medmoe_edge.bundle.bundle import AnyBundle, Bundle
+from medmoe_edge.bundle.bundle import AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.bundle.weights import sweep_weights
 from medmoe_edge.config import ModelConfig
@@ -186,10 +186,17 @@ class Verification:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the bundle may be trusted; None where it was never measured."""
+        """Whether the bundle may be trusted; None where that is not known, see `outcome`."""
         if self.faults:
             return False
         return None if self.record is None else self.record.passed
+
+    @property
+    def outcome(self) -> Status:
+        """The same in words; `not decided`: measured, on too few questions to tell."""
+        if self.record is None and not self.faults:
+            return "not measured"
+        return status_of({"passed": self.passed})
 
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
@@ -211,6 +218,7 @@ class Verification:
         return {
             "bundle": {"name": self.bundle.name, "sha256": self.bundle.sha256},
             "passed": self.passed,
+            "outcome": self.outcome,
             "faults": list(self.faults),
             "verification": self.record.to_json() if self.record else None,
             "recorded": self.recorded,

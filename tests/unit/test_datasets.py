@@ -109,7 +109,6 @@ BAD_LINES = {
     "missing": {k: v for k, v in QUESTION.items() if k != "answer"},
     "answer type": QUESTION | {"id": "q2", "answer_type": SECRET},
     "no type": {k: v for k, v in QUESTION.items() if k != "answer_type"} | {"id": "q2"},
-    "null id": QUESTION | {"id": None},
     "list": QUESTION | {"id": "q2", "question": [SECRET]},
     "empty question": QUESTION | {"id": "q2", "question": " "},
     "repeated id": QUESTION,
@@ -207,3 +206,17 @@ def test_the_research_data(data_dir: Path) -> None:
     assert not {example.image for example in train} & {example.image for example in val}
     assert Counter(example.source for example in val) == {"slake": 1053, "vqa_rad": 347}
     assert {example.modality for example in train} == {"ct", "mri", "xray", None}
+
+
+def test_neither_id_nor_source_is_needed(tmp_path: Path) -> None:
+    bare = {k: v for k, v in QUESTION.items() if k not in ("id", "source")}
+    first, second = read_examples(
+        write_lines(tmp_path / "mine.jsonl", bare, "", bare | {"id": None})
+    )
+    assert (first.id, first.source, second.id) == ("1", "mine", "3")
+
+
+def test_all_missing_keys_are_named_at_once(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "q.jsonl", {"image": "a.jpg"})
+    with pytest.raises(DataError, match="lacks the keys 'question', 'answer', 'answer_type'"):
+        read_examples(file)
