@@ -8,6 +8,7 @@ from functools import reduce
 from pathlib import Path
 
 from medmoe_edge._types import Progress
+from medmoe_edge.atomic import refuse_existing
 from medmoe_edge.calibration.collect import RUN, Collected, collect
 from medmoe_edge.calibration.coverage import (
     EXTRA_ROUNDS,
@@ -22,7 +23,6 @@ from medmoe_edge.calibration.coverage import (
 from medmoe_edge.calibration.data import CalibrationData, Sample
 from medmoe_edge.calibration.routing import UNKNOWN, RoutingProfile
 from medmoe_edge.calibration.statistics import SiteFiles, Source, Statistics
-from medmoe_edge.calibration.tensor_file import refuse_existing
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import ResourceError
 

@@ -27,9 +27,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from medmoe_edge._types import Floats
+from medmoe_edge.atomic import Array, Spec, spec_of, write_tensors
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.calibration.routing import RoutingProfile
-from medmoe_edge.calibration.tensor_file import Array, Spec, spec_of, write_tensors
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, DataError
 

@@ -13,8 +13,7 @@ from medmoe_edge._types import Progress, no_progress
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, NOTICE, write_manifest
-from medmoe_edge.bundle.recorded import Recorded, write_recorded
-from medmoe_edge.bundle.signature import SignatureMaker
+from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint

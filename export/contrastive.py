@@ -22,19 +22,23 @@ from torch import Tensor, nn
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
-from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, write_manifest
-from medmoe_edge.bundle.contrastive import DEFAULT_GATES, ModalityBundle
-from medmoe_edge.bundle.recorded import Recorded, write_recorded
-from medmoe_edge.bundle.signature import SignatureMaker
-from medmoe_edge.calibration.stream import check_finite
+from medmoe_edge.bundle.bundle import (
+    MANIFEST,
+    MODALITY_GATES,
+    NOTICE,
+    ModalityBundle,
+    write_manifest,
+)
+from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
+from medmoe_edge.calibration.collect import check_finite
 from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
 from medmoe_edge.config_contrastive import read_scores
 from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
 from medmoe_edge.export.builder import Builder
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.half import halve_weights
-from medmoe_edge.export.matrix import Array, lazy_tensor
 from medmoe_edge.export.passes.ort_cpu import quantise_linears
+from medmoe_edge.export.quantise import Array, lazy_tensor
 from medmoe_edge.export.vision import fill, optimise, trace
 from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.prompt import Tokenizer
@@ -240,7 +244,7 @@ def write_modality_bundle(
         "config": model.config.to_json(),
         "scores": scores.to_json(),
         "quantisation": {"precision": precision, "image": STORED[precision]},
-        "gates": DEFAULT_GATES[precision].to_json(),
+        "gates": MODALITY_GATES[precision].to_json(),
         "source": {
             "checkpoint_sha256": modality_sha256(checkpoint),
             "exporter": f"medmoe-edge {__version__}",

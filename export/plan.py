@@ -26,12 +26,12 @@ from typing import Any, Literal
 import numpy as np
 
 from medmoe_edge._types import Floats
-from medmoe_edge.calibration.gptq import quantise_gptq
 from medmoe_edge.calibration.mixed import CHOICES, INT4, Candidate, allocate
 from medmoe_edge.calibration.quantisers import (
     Format,
     Quantised,
     output_error,
+    quantise_gptq,
     round_searched,
     round_to_nearest,
 )
@@ -39,9 +39,8 @@ from medmoe_edge.calibration.smooth import search_migration
 from medmoe_edge.calibration.statistics import SiteStatistics, Statistics, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, DataError, InputError
-from medmoe_edge.export.folding import FoldPoint, fold, fold_points
 from medmoe_edge.export.quantise import Quantiser
-from medmoe_edge.export.weights import Factors, WeightSource
+from medmoe_edge.export.weights import Factors, FoldPoint, WeightSource, fold, fold_points
 
 ROWS = 256  # of a matrix, on which its error in every format is measured
 ADDS = ("out", "down", "fc2")  # the matrices that write to the residual stream

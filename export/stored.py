@@ -22,9 +22,16 @@ from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import CONTRIB, Builder, initializer, replace_node, tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder, Parameters
-from medmoe_edge.export.matrix import Array, lazy_tensor, no_values, unpack_rows
-from medmoe_edge.export.passes.ort_cpu import owners_of, split_fused
-from medmoe_edge.export.quantise import INTEGERS, insert_dequantise
+from medmoe_edge.export.quantise import (
+    INTEGERS,
+    Array,
+    insert_dequantise,
+    lazy_tensor,
+    no_values,
+    owners_of,
+    split_fused,
+    unpack_rows,
+)
 
 SCALE = ".scale"
 PACKED, GROUP_SCALE = ".packed", ".groups.scale"

@@ -45,7 +45,6 @@ from medmoe_edge.export.builder import MEDMOE, initializer, tensor_of
 from medmoe_edge.export.external_data import FILE, Stacks, reads_slots, save_model, write_experts
 from medmoe_edge.export.gpus import Library, find_gpu, library_of, library_version, load_library
 from medmoe_edge.export.half import Keep, routing, to_half_graph
-from medmoe_edge.export.matrix import Array, lazy_tensor
 from medmoe_edge.export.ops import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_attention
 from medmoe_edge.export.passes.ort_cuda import (
@@ -54,6 +53,7 @@ from medmoe_edge.export.passes.ort_cuda import (
     take_experts_from_slots,
 )
 from medmoe_edge.export.passes.tensorrt import lower_moe_to_plugin, lower_moe_to_slots
+from medmoe_edge.export.quantise import Array, lazy_tensor
 from medmoe_edge.export.stored import float_vision, specification
 from medmoe_edge.export.tensorrt_builder import Built, Profile, build_engine
 

@@ -1,4 +1,4 @@
-"""Checkpoint tensors as lazy ONNX tensors: each is read when it is written, then forgotten."""
+"""Checkpoint tensors as lazy ONNX tensors, read when written; and scales folded into them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,8 +9,11 @@ import onnx_ir as ir
 import torch
 
 from medmoe_edge._types import Floats
-from medmoe_edge.calibration.stream import check_finite
+from medmoe_edge.calibration.collect import check_finite
+from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.reader import Checkpoint
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.export.ops import ACTIVATIONS, EXPERT_WEIGHTS
 
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time
 
@@ -91,3 +94,85 @@ class WeightSource:
 
     def _read(self, name: str) -> ir.TensorProtocol:
         return ir.tensor(self.array(name), name=name)
+
+
+@dataclass(frozen=True)
+class FoldPoint:
+    """One activation: the `sites` where it is observed, what makes it and what reads it.
+
+    `producers` are parameters whose rows (or values, of a bias) are its channels, `consumers`
+    matrices whose columns are.
+    """
+
+    sites: tuple[str, ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+    @property
+    def quantised(self) -> list[str]:
+        """The consumers that quantisation rounds: all but routers and coefficients."""
+        return [name for name in self.consumers if site_of(name) is not None]
+
+
+def fold_points(config: ModelConfig) -> Iterator[FoldPoint]:
+    """Every fold point of a decoder, in the order of execution."""
+    for layer in range(config.decoder.layers):
+        own = f"decoder.layers.{layer}."
+        attention = tuple(f"{own}attention.{name}.weight" for name in "qkv")
+        reads = tuple(_feed_forward_readers(config, layer))
+        if config.decoder.kind == "phi":  # parallel: one norm for both branches
+            yield _after_norm(f"{own}input_norm", attention + reads)
+        else:
+            yield _after_norm(f"{own}input_norm", attention)
+            yield _after_norm(f"{own}post_norm", reads)
+        value = f"{own}attention.v"
+        yield FoldPoint(
+            (f"{own}attention.mixed",),
+            (f"{value}.weight", f"{value}.bias"),
+            (f"{own}attention.out.weight",),
+        )
+        if config.decoder.kind == "stablelm":
+            for owner in _feed_forwards(config, layer):
+                yield FoldPoint(
+                    (f"{owner}hidden",), (f"{owner}up.weight",), (f"{owner}down.weight",)
+                )
+    yield _after_norm("decoder.norm", ("decoder.head.weight",))
+
+
+def fold(scales: Mapping[FoldPoint, Floats]) -> dict[str, Factors]:
+    """The factors of every parameter that the scales `[K]` of these points touch."""
+    rows: dict[str, Floats] = {}
+    columns: dict[str, Floats] = {}
+    for point, scale in scales.items():
+        rows |= dict.fromkeys(point.producers, (1 / scale).astype(np.float32))
+        columns |= dict.fromkeys(point.consumers, scale)
+    names = dict.fromkeys([*rows, *columns])
+    return {name: Factors(rows.get(name), columns.get(name)) for name in names}
+
+
+def _after_norm(norm: str, consumers: tuple[str, ...]) -> FoldPoint:
+    sites = dict.fromkeys(site for name in consumers if (site := site_of(name)))
+    return FoldPoint(tuple(sites), (f"{norm}.weight", f"{norm}.bias"), consumers)
+
+
+def _feed_forwards(config: ModelConfig, layer: int) -> list[str]:
+    """The owners of feed-forward matrices: the experts and the meta expert, or the dense layer."""
+    own = f"decoder.layers.{layer}.ffn."
+    if config.moe is None or layer not in config.moe.layers:
+        return [own]
+    owners = [f"{own}experts.{index}." for index in range(config.moe.num_experts)]
+    return owners + [f"{own}meta."] * config.moe.meta_expert
+
+
+def _feed_forward_readers(config: ModelConfig, layer: int) -> Iterator[str]:
+    first = [
+        name
+        for name in EXPERT_WEIGHTS[ACTIVATIONS[config.decoder.kind]]
+        if name in ("gate.weight", "up.weight", "fc1.weight")
+    ]
+    for owner in _feed_forwards(config, layer):
+        yield from (f"{owner}{name}" for name in first)
+    if config.moe is not None and layer in config.moe.layers:
+        yield f"decoder.layers.{layer}.ffn.router.weight"
+        if config.moe.use_residual:
+            yield f"decoder.layers.{layer}.ffn.coefficient.weight"

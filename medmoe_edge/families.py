@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.evaluation.verify import Verification
     from medmoe_edge.export.plan import GroupSize, Method, Precision
-    from medmoe_edge.pipeline import Export
+    from medmoe_edge.pipeline.med_moe import Export
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a checkpoint becomes a portable bundle; see `pipeline.export`."""
+    """How a checkpoint becomes a portable bundle; see `med_moe.export`."""
 
     precision: "Precision" = "int8"
     method: "Method" = "auto"
@@ -43,7 +43,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What a bundle is verified against, on which data; see `pipeline.verify`."""
+    """What a bundle is verified against, on which data; see `med_moe.verify`."""
 
     against: Path | None = None
     data: str = "builtin"
@@ -141,20 +141,20 @@ class MedMoEFamily:
     def export(
         self, checkpoint: Path, out: Path, options: ExportOptions, progress: "Progress"
     ) -> "Export":
-        """See `pipeline.export`."""
+        """See `med_moe.export`."""
         with needs("export"):
-            from medmoe_edge import pipeline
-        return pipeline.export(checkpoint, out, **vars(options), progress=progress)
+            from medmoe_edge.pipeline import med_moe
+        return med_moe.export(checkpoint, out, **vars(options), progress=progress)
 
     def verify(self, bundle: Path, options: VerifyOptions, progress: "Progress") -> "Verification":
-        """See `evaluation.verify`, and `pipeline.verify` against a checkpoint."""
+        """See `evaluation.verify`, and `med_moe.verify` against a checkpoint."""
         if options.against is None:
             from medmoe_edge.evaluation.verify import verify
 
             return verify(bundle, progress=progress)
         with needs("export"):
-            from medmoe_edge import pipeline
-        return pipeline.verify(
+            from medmoe_edge.pipeline import med_moe
+        return med_moe.verify(
             bundle,
             options.against,
             options.data,
@@ -231,7 +231,7 @@ class ContrastiveFamily:
     ) -> "Export":
         """See `pipeline_contrastive.export_modality`."""
         with needs("export"):
-            from medmoe_edge.pipeline_contrastive import export_modality
+            from medmoe_edge.pipeline.contrastive import export_modality
         return export_modality(
             checkpoint,
             out,
@@ -256,7 +256,7 @@ class ContrastiveFamily:
 
             return verify_modality(bundle, progress=progress)
         with needs("export"):
-            from medmoe_edge.pipeline_contrastive import verify_modality_on
+            from medmoe_edge.pipeline.contrastive import verify_modality_on
         return verify_modality_on(
             bundle, options.against, options.data, record=options.record, progress=progress
         )

@@ -5,14 +5,21 @@ and without VNNI; it adds two neighbouring products in 16 bits, which saturates 
 of one `DynamicQuantizeMatMul` with the largest products there are shows it.
 """
 
+import logging
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
-from medmoe_edge.bundle.machine import Arithmetic
+from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.machine import Arithmetic, cpu_features_here
+from medmoe_edge.bundle.weights import int8_products
+from medmoe_edge.calibration.quantisers import PAIR_BOUND
+from medmoe_edge.errors import Notice
 
 WIDTH, CHANNELS = 8, 16
+
 LARGEST = 127  # of an int8 weight; activations of one size are quantised to 255
 
 
@@ -58,3 +65,54 @@ def _field(field: int, value: bytes) -> bytes:
 def _varint(value: int) -> bytes:
     low, rest = value & 127, value >> 7
     return bytes([low | 128]) + _varint(rest) if rest else bytes([low])
+
+
+AT_ONCE = 2**22  # bytes of a weight looked at in one piece
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_notices(bundle: Bundle) -> tuple[Notice, ...]:
+    """What answers on the CPU are to warn of; it is logged too."""
+    _tell_of_slow_processor()
+    found = []
+    if int8_arithmetic() == "saturating" and not keeps_pair_bound(bundle):
+        what = (
+            "This processor, which has no VNNI, cannot add the int8 products of "
+            f"{bundle.name} exactly: answers may differ from the original model's. Export it again "
+            "with this version of medmoe-edge, whose int8 is exact on every processor."
+        )
+        found.append(Notice("int8_saturates", what))
+    for notice in found:
+        logger.warning("%s", notice.message)
+    return tuple(found)
+
+
+def keeps_pair_bound(bundle: Bundle) -> bool:
+    """Whether its int8 products are exact on every processor: by its manifest, else its weights.
+
+    Reading stops at the first pair beyond the bound, which weights rounded without it have soon.
+    """
+    quantisation = bundle.manifest.get("quantisation")
+    if isinstance(quantisation, dict) and quantisation.get("pair_bound") == PAIR_BOUND:
+        return True
+    products = int8_products(bundle.path("decoder.onnx"))
+    return all(pairs_within(weight) for _, weight in products)
+
+
+def pairs_within(weight: npt.NDArray[np.int8], bound: int = PAIR_BOUND) -> bool:
+    """Whether no stored neighbours 2i, 2i + 1 along K of `[K, N]` sum to more than the bound."""
+    paired = weight[: len(weight) // 2 * 2]
+    step = 2 * max(AT_ONCE // (2 * max(weight.shape[1], 1)), 1)
+    return all(
+        np.abs(np.add(block[::2], block[1::2], dtype=np.int16)).max(initial=0) <= bound
+        for block in (paired[start : start + step] for start in range(0, len(paired), step))
+    )
+
+
+@cache
+def _tell_of_slow_processor() -> None:
+    """Once a process: answers are right there, so that they carry no warning."""
+    if cpu_features_here().get("AVX2") is False:
+        logger.warning("This processor has no AVX2: answers are exact, but slow.")

@@ -117,7 +117,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     """
     from medmoe_edge.checkpoint.reader import write_checkpoint
     from medmoe_edge.presets import PRESETS
-    from medmoe_edge.presets_random import random_tensors
+    from medmoe_edge.training.initialise import random_tensors
     from medmoe_edge.training.run import train_tokenizer
 
     root = tmp_path_factory.mktemp("checkpoints")
@@ -212,14 +212,14 @@ def proven_bundle(
     """An fp32 bundle that holds the proof of its fidelity on two questions; not to be changed."""
     from PIL import Image
 
-    from medmoe_edge import pipeline
+    from medmoe_edge.pipeline import med_moe
 
     folder = tmp_path_factory.mktemp("proven")
     Image.new("L", (8, 8)).save(folder / "scan.png")
     line = '{"image": "scan.png", "question": "%s", "answer": "No", "modality": "xray"}'
     (folder / "questions.jsonl").write_text("\n".join(line % word for word in ("Is it?", "Where?")))
     shutil.copytree(tiny_bundle(), folder / "bundle")
-    pipeline.verify(folder / "bundle", tiny_checkpoint(), str(folder / "questions.jsonl"))
+    med_moe.verify(folder / "bundle", tiny_checkpoint(), str(folder / "questions.jsonl"))
     return folder / "bundle"
 
 
@@ -281,5 +281,5 @@ def scan(tmp_path: Path) -> Path:
 def few_questions_travel() -> Iterator[None]:
     """Six instead of 64 questions travel with bundles that tests export and verify."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("medmoe_edge.pipeline_examples.QUESTIONS", 6)
+        patch.setattr("medmoe_edge.pipeline.med_moe.QUESTIONS", 6)
         yield

@@ -49,8 +49,7 @@ from medmoe_edge.runtimes.base import chosen_experts
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 from medmoe_edge.training.data import Batches
 from medmoe_edge.training.loop import Session
-from medmoe_edge.training.objective import Objective
-from medmoe_edge.training.phases import fit_instructions
+from medmoe_edge.training.phases import Objective, fit_instructions
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.run import read_corpus, restore_instructed, trainable_config
 

@@ -50,8 +50,7 @@ A bundle's gate is a cosine of 0.99, which only groups of 32 keep there; llama.c
 same. Little of the error is the projector's: without it, groups of 128 have 0.021 and 0.21.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -59,7 +58,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from medmoe_edge.bundle.signature import SignatureMaker
+from medmoe_edge.bundle.recorded import SignatureMaker
 from medmoe_edge.calibration.quantisers import Format, round_to_nearest
 from medmoe_edge.export.builder import (
     CONTRIB,
@@ -70,9 +69,17 @@ from medmoe_edge.export.builder import (
     replace_node,
     tensor_of,
 )
-from medmoe_edge.export.matrix import Array, StoredMatrix, lazy_tensor, no_values
 from medmoe_edge.export.ops import MoESpec, Weights, add_meta, feed_forward, replace_moe, route
-from medmoe_edge.export.quantise import Quantiser, insert_dequantise, quantise_weights
+from medmoe_edge.export.quantise import (
+    PARTS,
+    Array,
+    Quantiser,
+    StoredMatrix,
+    insert_dequantise,
+    lazy_tensor,
+    no_values,
+    quantise_weights,
+)
 
 ORT_OPSET = 21  # what is left needs no later one, and more releases of ONNX Runtime read it
 
@@ -255,11 +262,6 @@ def _expert_if_needed(
     )
 
 
-PARTS = "qkv"
-FUSED = re.compile(r"(.*\.attention\.)qkv(\.(?:weight|bias).*)")
-CHANNELS_FIRST = (".packed", ".groups.scale")  # as MatMulNBits has them
-
-
 class _Product(NamedTuple):
     """`x W`, plus the bias where there is one; W maybe behind `DequantizeLinear`."""
 
@@ -278,23 +280,6 @@ def fuse_qkv(model: ir.Model) -> tuple[ir.Model, bool]:
     if any(fused):
         RemoveUnusedNodesPass()(model)
     return model, any(fused)
-
-
-def split_fused(tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, ir.TensorProtocol]:
-    """Stored tensors by name, those of `attention.qkv.*` lazily as those of q, k and v."""
-    split: dict[str, ir.TensorProtocol] = {}
-    for name, tensor in tensors.items():
-        owners = owners_of(name)
-        axis = 0 if name.endswith(CHANNELS_FIRST) else len(tensor.shape) - 1
-        for place, own in enumerate(owners):
-            split[own] = tensor if len(owners) == 1 else _part(own, tensor, axis, place)
-    return split
-
-
-def owners_of(name: str) -> list[str]:
-    """The names of what is stored under one: its own, or those of q, k and v."""
-    found = FUSED.fullmatch(name)
-    return [f"{found[1]}{part}{found[2]}" for part in PARTS] if found else [name]
 
 
 def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
@@ -343,16 +328,6 @@ def _joined(parts: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
         return np.concatenate([part.numpy() for part in parts], -1)
 
     return lazy_tensor(name, join, parts[0].dtype, shape)
-
-
-def _part(name: str, tensor: ir.TensorProtocol, axis: int, place: int) -> ir.TensorProtocol:
-    shape = list(tensor.shape.numpy())
-    shape[axis] //= len(PARTS)
-
-    def part() -> Array:
-        return np.split(tensor.numpy(), len(PARTS), axis)[place]
-
-    return lazy_tensor(name, part, tensor.dtype, shape)
 
 
 GROUP = 32

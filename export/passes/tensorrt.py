@@ -36,7 +36,6 @@ from medmoe_edge.errors import ConfigError
 from medmoe_edge.export.builder import MEDMOE, Builder, initializer, tensor_of
 from medmoe_edge.export.external_data import Pools, Stacks, declare_chosen, unlike
 from medmoe_edge.export.half import halved
-from medmoe_edge.export.matrix import StoredMatrix, lazy_tensor
 from medmoe_edge.export.ops import (
     EXPERT_WEIGHTS,
     MoESpec,
@@ -47,6 +46,7 @@ from medmoe_edge.export.ops import (
     replace_moe,
     route,
 )
+from medmoe_edge.export.quantise import StoredMatrix, lazy_tensor
 from medmoe_edge.kernels.variant import OPS, PARTS, TILES, Kernel, namespace
 
 PLUGIN = {"plugin_version": "1", "aot": 1}

@@ -38,7 +38,8 @@ from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import unit
 from medmoe_edge.errors import ImageError, InputError, MissingDependencyError
-from medmoe_edge.image.loading import Image, load_image, pick_frame, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.image.pixels import Image, pick_frame
 
 INSERT = (
     f"INSERT INTO entries ({', '.join(Entry._fields)}) "

@@ -14,7 +14,8 @@ from medmoe_edge.config import ModelConfig
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.engine.engine import Clock, Engine, load
 from medmoe_edge.errors import InputError, ModelError
-from medmoe_edge.image.loading import Image, preprocess
+from medmoe_edge.image.loading import preprocess
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 

@@ -21,9 +21,10 @@ from medmoe_edge.bundle.weights import float_weights
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.data.datasets import Example, read_examples
 from medmoe_edge.engine.engine import Engine, load
-from medmoe_edge.engine.proof import proven
+from medmoe_edge.engine.loading import proven
 from medmoe_edge.errors import DataError
-from medmoe_edge.image.loading import Image, load_image
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.ort.paged import PagedOrtRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime

@@ -24,7 +24,7 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.machine import Arithmetic, cpu_flags, cpu_name
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.device.costs import Precision, bits_per_weight, step_work
-from medmoe_edge.device.devices import memory_here
+from medmoe_edge.device.hardware import memory_here
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
 from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 

@@ -249,7 +249,7 @@ class Requests:
     def make_checkpoint(self, config: Mapping[str, Any], tokenizer: str, out: str) -> None:
         """Write a checkpoint of random weights."""
         from medmoe_edge.checkpoint.reader import write_checkpoint
-        from medmoe_edge.presets_random import random_tensors
+        from medmoe_edge.training.initialise import random_tensors
 
         model = ModelConfig.from_json(config)
         tensors = random_tensors(model, seed=0)

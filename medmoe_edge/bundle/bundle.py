@@ -11,7 +11,12 @@
     experts.data     the experts of a bundle that pages them in a GPU's memory, in its layout
     recorded-*.npz   inputs and what the checkpoint made of them: `bundle/recorded.py`
 
-Of another `kind` than Med-MoE the manifest says so, and the graphs are others: `contrastive.py`.
+The bundle of a MedMoE, which its manifest calls another `kind`, holds in their place
+
+    image.onnx       pixels [1, 3, S, S] -> regions, pooled, router_logits (+ image.data)
+    text.onnx        ids, words, seen -> word_features, pooled, mask       (+ text.data)
+
+and `scores` in its manifest: how similarities become scores.
 The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
 
 Large files that were found intact before, so that gigabytes are not hashed at every start.
@@ -37,10 +42,13 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.config import Config, ModelConfig
+from medmoe_edge.config_contrastive import ModalityConfig, Scores
 from medmoe_edge.errors import BundleError, ConfigError, ResourceError
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
+
 DType = Literal["fp32", "fp16", "bf16"]
+
 DEFAULT: TargetName = "onnxruntime"
 
 
@@ -99,6 +107,7 @@ DEFAULT_GATES: dict[str, Gates] = {
 
 
 LARGE = 2**26  # bytes; smaller files are hashed faster than looked up
+
 SETTLED = 2_000_000_000  # nanoseconds without a write
 
 
@@ -142,17 +151,26 @@ def _read_record(record: Path) -> object:
 
 
 MANIFEST = "manifest.json"
+
 FORMAT_VERSION = 1
+
 REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source", "licence")
+
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the folder
+
 SEAL = "seal"
+
 VERIFICATION = "verification"
+
 Kind = Literal["med-moe", "modality-moe"]
+
 Status = Literal["passed", "not decided", "failed", "not measured"]
+
 KINDS: dict[Kind, str] = {  # and the verbs that run them
     "med-moe": "ask",
     "modality-moe": "classify, locate, index and retrieve",
 }
+
 NOTICE = "Research demonstration, not a medical device: never base a clinical decision on it."
 
 
@@ -431,3 +449,45 @@ def _hashes_to(path: Path, sha256: str) -> bool:
 
 def _sha256(file: Any) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class ModalityGates(Config):
+    """What a verification must find, all 0 to 1: the least agreement with the checkpoint.
+
+    The agreements are shares of images; the cosines are means over images, of their pooled features
+    and of all their regions, and over texts.
+    """
+
+    modality_agreement: float
+    zero_shot_agreement: float
+    pooled_cosine: float
+    region_cosine: float
+    text_cosine: float
+
+
+MODALITY_GATES: dict[str, ModalityGates] = {
+    "fp32": ModalityGates(0.999, 0.999, 0.9999, 0.9999, 0.9999),
+    "int8": ModalityGates(0.995, 0.98, 0.995, 0.99, 0.995),
+}
+
+
+@dataclass(frozen=True)
+class ModalityBundle(AnyBundle[ModalityConfig]):
+    """An opened bundle of a MedMoE."""
+
+    kind = "modality-moe"
+
+    @classmethod
+    def _read_config(cls, data: Mapping[str, Any]) -> ModalityConfig:
+        return ModalityConfig.from_json(data, f"{MANIFEST} config")
+
+    @property
+    def scores(self) -> Scores:
+        """How similarities become scores; raises `ConfigError`."""
+        return Scores.from_json(self.manifest.get("scores", {}), f"{MANIFEST} scores")
+
+    @property
+    def gates(self) -> ModalityGates:
+        """What a verification must find; raises `ConfigError` where none are recorded."""
+        return ModalityGates.from_json(self.manifest.get("gates", {}), f"{MANIFEST} gates")

@@ -13,21 +13,236 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import AnyBundle, AnyBundleT, write_verification
-from medmoe_edge.bundle.signature import MarkedMatrix, Signature
+from medmoe_edge.bundle.weights import stored_weights
+from medmoe_edge.config import Config
 from medmoe_edge.errors import BundleError, ConfigError
 
+Array = npt.NDArray[Any]
+
+
+AT_MOST = 400_000  # marks of a kind in a file, each of two bytes
+
+OF_ONE = 16_384  # norms of one matrix, while they are collected
+
+STEPS = 256  # in an octave
+
+LEAST = 1e-24  # of a squared norm: weights of nothing
+
+# By bits of a weight: how far rounding may move norms, in octaves, and a matrix, relatively.
+MOVED = {8: 0.02, 4: 0.15}
+
+ROUNDED = {8: 0.05, 4: 0.15, 3: 0.6, 2: 0.9}
+
+PACKED, GROUP_SCALE, SCALE = ".packed", ".groups.scale", ".scale"
+
+FUSED, PARTS = ".attention.qkv.", "qkv"  # stored as one matrix
+
+
+@dataclass(frozen=True)
+class MarkedMatrix(Config):
+    """A matrix `[rows, columns]`: its bits, the scales of a row, and how many neighbouring norms
+    and sums stand as one.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    bits: int
+    groups: int
+    norm_block: int = 1
+    sum_block: int = 1
+
+    @property
+    def norms(self) -> int:
+        """How many norms are kept."""
+        return -(-self.rows * self.groups // self.norm_block)
+
+    @property
+    def sums(self) -> int:
+        """How many sums are kept."""
+        return -(-self.rows // self.sum_block)
+
+    @property
+    def tolerance(self) -> float:
+        """How far a norm may be off, in octaves: half of what doubling one of its scales does."""
+        doubled = np.log2(1 + 3 / self.norm_block) / 2
+        return max(float(doubled) / 2, MOVED.get(self.bits, 0.5))
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Of one matrix: squared norms `[N, G]` of the weights behind each scale, and sums `[N]`."""
+
+    squares: Floats
+    sums: Floats
+
+    @classmethod
+    def of(cls, rows: Floats, groups: int) -> Self:
+        """Of weights `[n, K]`, each row in so many groups."""
+        parts = rows.reshape(len(rows), groups, -1)
+        return cls(np.einsum("ngk,ngk->ng", parts, parts), rows @ signs(rows.shape[1]))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Of a matrix whose blocks of rows these are."""
+        squares = np.concatenate([part.squares for part in parts])
+        return cls(squares, np.concatenate([part.sums for part in parts]))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The marks of a checkpoint: norms in octaves, 256 steps each, and sums, of all matrices."""
+
+    matrices: tuple[MarkedMatrix, ...]
+    norms: npt.NDArray[np.int16]
+    sums: npt.NDArray[np.float16]
+
+    def each(self) -> Iterator[tuple[MarkedMatrix, Array, Array]]:
+        """Every matrix with its norms, in octaves, and its sums."""
+        norm = total = 0
+        for matrix in self.matrices:
+            norms = self.norms[norm : norm + matrix.norms].astype(np.float64) / STEPS
+            sums = self.sums[total : total + matrix.sums].astype(np.float64)
+            norm, total = norm + matrix.norms, total + matrix.sums
+            yield matrix, norms, sums
+
+
+class SignatureMaker:
+    """Collects marks while a checkpoint is exported."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[MarkedMatrix, Floats, Floats]] = {}
+
+    def keep(self, name: str, bits: int, columns: int, marks: Marks) -> None:
+        """The marks of a matrix of so many columns; in the place of earlier ones of its name."""
+        rows, groups = marks.squares.shape
+        block = -(-rows * groups // OF_ONE)
+        matrix = MarkedMatrix(name, rows, columns, bits, groups, block)
+        self._found[name] = matrix, _blocks(marks.squares.ravel(), block), marks.sums
+
+    def signature(self) -> Signature:
+        """Of all that was kept."""
+        found = list(self._found.values())
+        norm_block = max(-(-sum(len(squares) for _, squares, _ in found) // AT_MOST), 1)
+        sum_block = max(-(-sum(len(sums) for _, _, sums in found) // AT_MOST), 1)
+        matrices, norms, totals = [], [np.zeros(0, np.int16)], [np.zeros(0, np.float16)]
+        for matrix, squares, sums in found:
+            block = matrix.norm_block * norm_block
+            matrices.append(replace(matrix, norm_block=block, sum_block=sum_block))
+            levels = STEPS * _octaves(_blocks(squares, norm_block))
+            norms.append(np.rint(levels).astype(np.int16))
+            totals.append(_blocks(sums, sum_block).astype(np.float16))
+        return Signature(tuple(matrices), np.concatenate(norms), np.concatenate(totals))
+
+
+@dataclass(frozen=True)
+class Compared(Config):
+    """`scales` that were looked at, and matrices whose scales or weights are not the checkpoint's.
+
+    `moved` is how far the worst norm is off, in octaves; `error` the largest relative error of a
+    matrix.
+    """
+
+    scales: int
+    wrong: tuple[str, ...]
+    moved: float
+    error: float
+
+
+def compare_signature(bundle: AnyBundle[Any], signature: Signature) -> Compared:
+    """Hold the bundle's stored matrices against a signature; one that is not there is wrong."""
+    wrong = {matrix.name: "" for matrix in signature.matrices}
+    stored = dict(stored_matrices(bundle))
+    scales, moved, worst = 0, 0.0, 0.0
+    for matrix, norms, sums in signature.each():
+        if matrix.name not in stored:
+            continue
+        integers, scale = stored[matrix.name]
+        marks = _marks_of(matrix, integers, scale)
+        off = np.abs(_octaves(_blocks(marks.squares.ravel(), matrix.norm_block)) - norms).max()
+        gap = _blocks(marks.sums, matrix.sum_block) - sums
+        error = np.sqrt((gap**2).sum() / max((4.0**norms).sum(), LEAST))  # E (w r)^2 = |w|^2
+        scales, moved, worst = scales + scale.size, max(moved, float(off)), max(worst, float(error))
+        if off <= matrix.tolerance and error <= ROUNDED.get(matrix.bits, 1.0):
+            del wrong[matrix.name]
+    return Compared(scales, tuple(wrong), moved, worst)
+
+
+def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, tuple[Array, Array]]]:
+    """Every quantised matrix of the bundle's graphs, under the checkpoint's names; not copied.
+
+    Integers with scales, both as stored: `[K, N]` of int8 and `[N]`, or packed `[N, G, n]` of uint8
+    and `[N, G]`.
+    """
+    for graph in ("vision.onnx", "decoder.onnx", "image.onnx", "text.onnx"):
+        if graph not in bundle.manifest["files"]:
+            continue
+        held = dict(stored_weights(bundle.path(graph)))
+        for name, array in held.items():
+            stem = name.removesuffix(PACKED)
+            ending = SCALE if stem == name else GROUP_SCALE
+            if (scale := held.get(stem + ending)) is None:
+                continue
+            if FUSED not in stem:
+                yield stem, (array, scale)
+                continue
+            axis = 1 if ending == SCALE else 0
+            pairs = zip(np.split(array, 3, axis), np.split(scale, 3), strict=True)
+            for part, pair in zip(PARTS, pairs, strict=True):
+                yield stem.replace(FUSED, f".attention.{part}."), pair
+
+
+def signs(count: int) -> Floats:
+    """+1 and -1 in the order of Thue and Morse, which no layout of weights follows."""
+    odd = np.bitwise_count(np.arange(count, dtype=np.uint64)) & 1
+    return (1 - 2 * odd.astype(np.float32)).astype(np.float32)
+
+
+def _marks_of(matrix: MarkedMatrix, integers: Array, scale: Array) -> Marks:
+    """Of a stored matrix, whose groups may have been cut smaller when it was packed."""
+    width, factor = matrix.columns, scale.astype(np.float32)
+    if integers.dtype == np.int8:  # [K, N]
+        weights = integers.astype(np.float32)
+        squares = np.einsum("kn,kn->n", weights, weights) * factor**2
+        return Marks(squares[:, None], (signs(width) @ weights) * factor)
+    bits = integers.size * 8 // (matrix.rows * width)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    unpacked = (integers.reshape(matrix.rows, -1, 1) >> shifts) & np.uint8(2**bits - 1)
+    weights = unpacked.reshape(matrix.rows, factor.size // matrix.rows, -1).astype(np.float32)
+    weights -= 2 ** (bits - 1)  # where MatMulNBits has its zero
+    weights *= factor.reshape(matrix.rows, -1, 1)
+    return Marks.of(weights.reshape(matrix.rows, width), matrix.groups)
+
+
+def _blocks(values: Array, block: int) -> Array:
+    """Sums over `block` neighbours."""
+    if block == 1:
+        return values
+    return np.add.reduceat(values, np.arange(0, len(values), block))
+
+
+def _octaves(squares: Array) -> Array:
+    """Norms as logarithms of base 2."""
+    logarithms: Array = np.log2(np.maximum(squares.astype(np.float64), LEAST)) / 2
+    return logarithms
+
+
 RECORDED = re.compile(r"recorded-[0-9a-f]{8}\.npz")
+
 MOST = 2**26  # bytes of all arrays
+
 ABOUT, MATRICES = "about", "matrices"
+
 REMEDY = "Copy or export the bundle again."
 
 

@@ -31,8 +31,7 @@ from medmoe_edge.checkpoint.tensors import (
 from medmoe_edge.checkpoint.writer import write_folder, wrong_shape
 from medmoe_edge.config_contrastive import SCORES, ModalityConfig
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.models.bert import BertTower
-from medmoe_edge.models.contrastive import ModalityMoE
+from medmoe_edge.models.contrastive import BertTower, ModalityMoE
 from medmoe_edge.models.swin import SwinTower
 
 MODEL_TYPE = "modality-moe"

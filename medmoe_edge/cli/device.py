@@ -41,9 +41,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict memory, time to the first token and tokens per second; say what fits."""
-    from medmoe_edge.device.devices import HERE
     from medmoe_edge.device.estimate import plan as make
     from medmoe_edge.device.estimate import plan_and_measure
+    from medmoe_edge.device.hardware import HERE
 
     if measure and (device != HERE or precision):
         raise InputError(

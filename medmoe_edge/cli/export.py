@@ -25,7 +25,7 @@ from medmoe_edge.render import verification as render_verification
 
 if TYPE_CHECKING:
     from medmoe_edge.export.plan import Precision
-    from medmoe_edge.pipeline import Export
+    from medmoe_edge.pipeline.med_moe import Export
 
 MB = 10**6
 
@@ -149,7 +149,7 @@ def export(
             made = family.export(folder, out, options, report)
         else:
             with needs("rtx" if target == "tensorrt-rtx" else "export"):
-                from medmoe_edge.pipeline_targets import export_for
+                from medmoe_edge.pipeline.targets import export_for
             built = export_for(
                 target,
                 folder,
@@ -224,14 +224,14 @@ def calibrate(
 ) -> None:
     """Gather the statistics that quantisation needs; an interrupted run goes on where it was."""
     with needs("export"):
-        from medmoe_edge import pipeline
         from medmoe_edge.calibration.run import calibrate as gather
         from medmoe_edge.checkpoint.reader import read_checkpoint
+        from medmoe_edge.pipeline import med_moe
 
     check_output(output, force)
     folder = checkpoint_path(checkpoint)
     with render.working("Reading") as report:
-        source = pipeline.read_data(folder, data, vision_tower=vision_tower)
+        source = med_moe.read_data(folder, data, vision_tower=vision_tower)
         statistics = gather(
             folder,
             source,

@@ -23,7 +23,7 @@ def init(
 ) -> None:
     """Write a random checkpoint in the official layout."""
     with needs("export"):
-        from medmoe_edge.presets_random import initialise
+        from medmoe_edge.training.initialise import initialise
     with render.working("Writing"):
         initialise(preset, out, seed, force)
     render.wrote("the checkpoint", out)

@@ -239,7 +239,7 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
             "Leave --against, --beside and --report out.",
         )
     with needs("rtx"):
-        from medmoe_edge.pipeline_targets import agree
+        from medmoe_edge.pipeline.targets import agree
     with render.working("Reading") as progress:
         found = agree(bundle_path(bundle), data, progress=progress)
     if as_json:

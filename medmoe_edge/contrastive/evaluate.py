@@ -24,9 +24,8 @@ from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Done, compare
 from medmoe_edge.contrastive.results import entropy, evidence, log_softmax
-from medmoe_edge.data.boxes import Place, read_places
 from medmoe_edge.data.captions import fact_captions, label_captions
-from medmoe_edge.data.datasets import LabelledImage, read_examples, read_labels
+from medmoe_edge.data.datasets import LabelledImage, Place, read_examples, read_labels, read_places
 from medmoe_edge.errors import DataError
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.runtimes.contrastive import ModalityRuntime

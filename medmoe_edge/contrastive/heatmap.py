@@ -14,7 +14,7 @@ from PIL import ImageDraw, ImageFont
 
 from medmoe_edge._types import Floats
 from medmoe_edge.contrastive.results import Location
-from medmoe_edge.image.loading import Pixels
+from medmoe_edge.image.pixels import Pixels
 
 PAPER, INK, QUIET, WARNING = (24, 24, 24), (240, 240, 240), (170, 170, 170), (255, 200, 80)
 PHRASE_LINES = 2  # of a long phrase; the whole stands in what the command prints

@@ -13,6 +13,9 @@ from typing import Literal
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig, VisionConfig
 
+TEXT_TOKENS = 48  # of a prompt beside the image: Med-MoE's system prompt and a short question
+NEW_TOKENS = 32  # of an answer, at most
+
 Precision = Literal["fp32", "fp16", "int8", "int4", "mixed"]
 VISION_BITS = 9.0  # of a transformer's matrices in memory: 8 and an fp32 scale per group of 32
 MIXED_BITS = 6.0  # per weight, scales included: a budget between int4 and int8
@@ -200,3 +203,47 @@ def _kind(name: str) -> str:
         if mark in name:
             return kind
     return "norm"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that a device takes at one precision.
+
+    Per `byte` of weights, per `operation` on them and per operation of `attention`; per `value`
+    that enters or leaves a matrix; and fixed: per `step`, per `dense` layer, per `moe` layer with
+    its chosen experts, and per further `expert` that some token of a prefill chose. A `number` in
+    the KV cache has so many bytes.
+    """
+
+    byte: float
+    operation: float
+    attention: float
+    value: float = 0.0
+    step: float = 0.0
+    dense: float = 0.0
+    moe: float = 0.0
+    expert: float = 0.0
+    number: int = 4
+
+
+def prompt_tokens(config: ModelConfig) -> int:
+    """Positions of a typical prompt."""
+    return config.vision.image_tokens + TEXT_TOKENS
+
+
+def step_seconds(
+    config: ModelConfig, precision: Precision, speed: Speed, rows: int, past: int
+) -> float:
+    """Seconds of one step of `rows` tokens after `past` positions."""
+    work, moe = step_work(config, rows, past), config.moe
+    seconds = speed.step + speed.value * work.values
+    for kind, weights in work.weights.items():
+        size = weights * bits_per_weight(kind, precision) / 8
+        seconds += max(size * speed.byte, work.operations[kind] * speed.operation)
+    seconds += max(speed.number * work.cache * speed.byte, work.attention * speed.attention)
+    with_experts = len(config.moe_layers)
+    seconds += (config.decoder.layers - with_experts) * speed.dense + with_experts * speed.moe
+    if moe:
+        further = min(moe.num_experts, rows * moe.top_k) - moe.top_k
+        seconds += with_experts * further * speed.expert
+    return seconds

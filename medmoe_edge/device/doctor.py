@@ -20,13 +20,14 @@ from typing import Any, Literal, NamedTuple
 from medmoe_edge._version import __version__
 from medmoe_edge._version import too_old as onnxruntime_too_old
 from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name
-from medmoe_edge.device.devices import GB, memory_here
 from medmoe_edge.device.hardware import (
+    GB,
     Gpus,
     Jetson,
     ask_power_mode,
     find_gpus,
     find_jetson,
+    memory_here,
     too_old,
 )
 from medmoe_edge.errors import ResourceError

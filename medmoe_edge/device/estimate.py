@@ -15,16 +15,19 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.device.costs import (
+    NEW_TOKENS,
     Precision,
+    Speed,
     bits_per_weight,
     cache_values,
     decoder_parts,
-    step_work,
+    prompt_tokens,
+    step_seconds,
     vision_bytes,
     vision_in_8_bits,
     vision_operations,
 )
-from medmoe_edge.device.devices import DEVICES, HERE, Device, find_device
+from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import InputError, ModelError, ResourceError, needs
 from medmoe_edge.export.gpus import build_memory
@@ -32,9 +35,6 @@ from medmoe_edge.presets import PRESETS
 
 if TYPE_CHECKING:
     from medmoe_edge.device.measure import Comparison
-
-TEXT_TOKENS = 48  # of a prompt beside the image: Med-MoE's system prompt and a short question
-NEW_TOKENS = 32  # of an answer, at most
 # What programs reach of a maker's figures; assumed, to be measured on the device.
 REACHED_BANDWIDTH = {"gpu": 0.75, "jetson": 0.65, "cpu": 0.6}
 REACHED_COMPUTE = {"gpu": 0.5, "jetson": 0.4, "cpu": 0.4}
@@ -47,27 +47,6 @@ PROCESS = {"gpu": 600 * 10**6, "jetson": 600 * 10**6, "cpu": 110 * 10**6}
 EXPORT_BYTES = 300 * 10**6  # Python and PyTorch, beside the largest tensor in fp32
 CPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp32")
 GPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp16")
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds that a device takes at one precision.
-
-    Per `byte` of weights, per `operation` on them and per operation of `attention`; per `value`
-    that enters or leaves a matrix; and fixed: per `step`, per `dense` layer, per `moe` layer with
-    its chosen experts, and per further `expert` that some token of a prefill chose. A `number` in
-    the KV cache has so many bytes.
-    """
-
-    byte: float
-    operation: float
-    attention: float
-    value: float = 0.0
-    step: float = 0.0
-    dense: float = 0.0
-    moe: float = 0.0
-    expert: float = 0.0
-    number: int = 4
 
 
 @dataclass(frozen=True)
@@ -276,29 +255,6 @@ def forecast(
         budget,
         short,
     )
-
-
-def prompt_tokens(config: ModelConfig) -> int:
-    """Positions of a typical prompt."""
-    return config.vision.image_tokens + TEXT_TOKENS
-
-
-def step_seconds(
-    config: ModelConfig, precision: Precision, speed: Speed, rows: int, past: int
-) -> float:
-    """Seconds of one step of `rows` tokens after `past` positions."""
-    work, moe = step_work(config, rows, past), config.moe
-    seconds = speed.step + speed.value * work.values
-    for kind, weights in work.weights.items():
-        size = weights * bits_per_weight(kind, precision) / 8
-        seconds += max(size * speed.byte, work.operations[kind] * speed.operation)
-    seconds += max(speed.number * work.cache * speed.byte, work.attention * speed.attention)
-    with_experts = len(config.moe_layers)
-    seconds += (config.decoder.layers - with_experts) * speed.dense + with_experts * speed.moe
-    if moe:
-        further = min(moe.num_experts, rows * moe.top_k) - moe.top_k
-        seconds += with_experts * further * speed.expert
-    return seconds
 
 
 def vision_seconds(config: ModelConfig, precision: Precision, number: int, speed: Speed) -> float:

@@ -30,8 +30,16 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.device.costs import Precision, bits_per_weight, step_work
-from medmoe_edge.device.estimate import NEW_TOKENS, TEXT_TOKENS, Speed, prompt_tokens, step_seconds
+from medmoe_edge.device.costs import (
+    NEW_TOKENS,
+    TEXT_TOKENS,
+    Precision,
+    Speed,
+    bits_per_weight,
+    prompt_tokens,
+    step_seconds,
+    step_work,
+)
 from medmoe_edge.export.builder import tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.external_data import save_model

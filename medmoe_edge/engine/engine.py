@@ -11,12 +11,20 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Floats
 from medmoe_edge.engine.answer import Answer, Timings
-from medmoe_edge.engine.loading import Device, Paging, RuntimeName, open_model
+from medmoe_edge.engine.loading import (
+    REFERENCE,
+    Device,
+    Paging,
+    Proven,
+    RuntimeName,
+    describe,
+    open_model,
+)
 from medmoe_edge.engine.prefix_cache import LastPrefix, Prefix, PrefixCache, cache_folder
-from medmoe_edge.engine.proof import REFERENCE, Proven, describe
 from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
 from medmoe_edge.image.labels import unlike_label
-from medmoe_edge.image.loading import Image, Pixels, load_image, preprocess, seen_picture
+from medmoe_edge.image.loading import load_image, preprocess, seen_picture
+from medmoe_edge.image.pixels import Image, Pixels
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step, Warns, chosen_experts
 from medmoe_edge.runtimes.paging.pager import Budget

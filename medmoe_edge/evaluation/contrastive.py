@@ -8,20 +8,19 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats, Progress
-from medmoe_edge.bundle.contrastive import ModalityBundle, ModalityGates
+from medmoe_edge.bundle.bundle import ModalityBundle, ModalityGates
 from medmoe_edge.bundle.recorded import Recorded, signature_of
+from medmoe_edge.contrastive.engine import open_bundle, open_checkpoint
 from medmoe_edge.contrastive.features import similarity, unit
-from medmoe_edge.contrastive.loading import open_bundle, open_checkpoint
 from medmoe_edge.errors import DataError, ModelError
-from medmoe_edge.evaluation.figures import ContrastiveFigures, Share
 from medmoe_edge.evaluation.gates import GateResult, judged, too_few, wilson
-from medmoe_edge.evaluation.metrics import bootstrap_interval
+from medmoe_edge.evaluation.metrics import ContrastiveFigures, Share, bootstrap_interval
 from medmoe_edge.evaluation.record import Source, keep_record, new_record, read_record
 from medmoe_edge.evaluation.recording import Seen, pack_seen
 from medmoe_edge.evaluation.verify import Verification
-from medmoe_edge.image.loading import Image, preprocess
-from medmoe_edge.runtimes.contrastive import ModalityRuntime, TextFeatures
-from medmoe_edge.runtimes.ort.contrastive import run_expert
+from medmoe_edge.image.loading import preprocess
+from medmoe_edge.image.pixels import Image
+from medmoe_edge.runtimes.contrastive import ModalityRuntime, TextFeatures, run_expert
 
 # What images are told apart by: kinds of image, and findings that are seen in them.
 PHRASES = (

@@ -19,7 +19,7 @@ from medmoe_edge._types import Floats
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import DataError, InputError, ModelError
-from medmoe_edge.evaluation.figures import (
+from medmoe_edge.evaluation.metrics import (
     Accuracy,
     Answers,
     Divergence,
@@ -27,9 +27,11 @@ from medmoe_edge.evaluation.figures import (
     Routing,
     Share,
     Vision,
+    bootstrap_interval,
+    exact_match,
 )
-from medmoe_edge.evaluation.metrics import bootstrap_interval, exact_match
-from medmoe_edge.image.loading import Image, load_image, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Runtime, chosen_experts
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from medmoe_edge.bundle.bundle import MANIFEST, Target
-from medmoe_edge.bundle.contrastive import ModalityBundle
+from medmoe_edge.bundle.bundle import MANIFEST, ModalityBundle, Target
 from medmoe_edge.checkpoint.keys import Shape, decoder_parameters, expected_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.config_contrastive import (
@@ -19,7 +18,7 @@ from medmoe_edge.config_contrastive import (
     SwinConfig,
     read_scores,
 )
-from medmoe_edge.engine.proof import proven
+from medmoe_edge.engine.loading import proven
 from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError
 
 
@@ -108,7 +107,7 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
 
 def _inspect_bundle(path: Path) -> Inspection:
     from medmoe_edge.bundle.bundle import Bundle
-    from medmoe_edge.engine.proof import proven
+    from medmoe_edge.engine.loading import proven
 
     bundle = Bundle.open(path, verify=False)
     manifest, known = bundle.manifest, proven(bundle)

@@ -11,8 +11,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from medmoe_edge.evaluation.figures import Fidelity, Routing
 from medmoe_edge.evaluation.gates import wilson
+from medmoe_edge.evaluation.metrics import Fidelity, Routing
 
 BLUE, ORANGE, INK, SOFT, LINE = "#0072b2", "#d55e00", "#1c2733", "#5b6875", "#dde3e9"
 KINDS = {  # of matrices: colour, marker and place beside the layer's tick

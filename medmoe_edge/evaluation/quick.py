@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge._types import Progress
-from medmoe_edge.bundle.bundle import AnyBundle, Bundle, model_kind, status_of
-from medmoe_edge.bundle.contrastive import ModalityBundle
+from medmoe_edge.bundle.bundle import AnyBundle, Bundle, ModalityBundle, model_kind, status_of
 from medmoe_edge.bundle.machine import Machine
-from medmoe_edge.bundle.recorded import Recorded, read_recorded
-from medmoe_edge.bundle.signature import Compared, compare_signature
+from medmoe_edge.bundle.recorded import Compared, Recorded, compare_signature, read_recorded
 from medmoe_edge.bundle.weights import sweep_weights
-from medmoe_edge.contrastive.loading import open_bundle
-from medmoe_edge.engine.proof import remember, this_machine
+from medmoe_edge.contrastive.engine import open_bundle
+from medmoe_edge.engine.loading import remember, this_machine
 from medmoe_edge.errors import BundleError, VerificationError
 from medmoe_edge.evaluation.contrastive import PHRASES, judge_seen, look
 from medmoe_edge.evaluation.fidelity import compare
-from medmoe_edge.evaluation.figures import ContrastiveFigures, Fidelity
 from medmoe_edge.evaluation.gates import GateResult, judge, judged
+from medmoe_edge.evaluation.metrics import ContrastiveFigures, Fidelity
 from medmoe_edge.evaluation.recording import unpack_recording, unpack_seen
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 

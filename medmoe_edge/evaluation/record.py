@@ -7,15 +7,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.bundle.bundle import MANIFEST, AnyBundle, AnyBundleT, write_verification
-from medmoe_edge.bundle.contrastive import ModalityBundle
+from medmoe_edge.bundle.bundle import (
+    MANIFEST,
+    AnyBundle,
+    AnyBundleT,
+    ModalityBundle,
+    write_verification,
+)
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.recorded import Recorded, renew_recorded
 from medmoe_edge.config import Config
 from medmoe_edge.embedded import is_installed
-from medmoe_edge.engine.proof import remember, this_machine
-from medmoe_edge.evaluation.figures import ContrastiveFigures, Fidelity
+from medmoe_edge.engine.loading import remember, this_machine
 from medmoe_edge.evaluation.gates import GateResult, Outcome, outcome_of
+from medmoe_edge.evaluation.metrics import ContrastiveFigures, Fidelity
 
 PASSED: dict[Outcome, bool | None] = {"passed": True, "not decided": None, "failed": False}
 

@@ -17,8 +17,7 @@ import numpy.typing as npt
 from PIL import Image as Pillow
 
 from medmoe_edge._types import Floats
-from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.contrastive import ModalityBundle
+from medmoe_edge.bundle.bundle import Bundle, ModalityBundle
 from medmoe_edge.bundle.recorded import Recorded
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
@@ -31,7 +30,8 @@ from medmoe_edge.evaluation.fidelity import (
     Recording,
     likeliest,
 )
-from medmoe_edge.image.loading import Image, seen_picture
+from medmoe_edge.image.loading import seen_picture
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import Any
 
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import MissingDependencyError, ResourceError
-from medmoe_edge.evaluation.figures import Fidelity
+from medmoe_edge.evaluation.metrics import Fidelity
 from medmoe_edge.evaluation.record import AnswersRecord, ContrastiveRecord
 from medmoe_edge.evaluation.verify import Verification
 

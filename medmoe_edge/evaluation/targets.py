@@ -23,7 +23,7 @@ from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import DataError
 from medmoe_edge.evaluation.fidelity import Reader, Reply, relative_error
-from medmoe_edge.evaluation.figures import Share
+from medmoe_edge.evaluation.metrics import Share
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.targets import export_target, write_graphs

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.errors import ImageError, MissingDependencyError
-from medmoe_edge.image.dicom_header import Say
+from medmoe_edge.image.dicom_tables import Say
 
 Kind = Literal["jpeg", "jpeg-ls", "jpeg 2000"]
 Colour = Literal["ycc", "rgb"]

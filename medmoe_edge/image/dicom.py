@@ -15,10 +15,10 @@ import numpy.typing as npt
 from medmoe_edge.errors import ImageError, Notice
 from medmoe_edge.image.dicom_container import Container, open_container
 from medmoe_edge.image.dicom_display import is_inverted, read_modality, show
-from medmoe_edge.image.dicom_header import Header, Say
 from medmoe_edge.image.dicom_pixels import Layout, Stored, read_frame, read_layout
+from medmoe_edge.image.dicom_tables import Header, Say
 from medmoe_edge.image.labels import label_notices, labels_of, modality_of
-from medmoe_edge.image.loading import (
+from medmoe_edge.image.pixels import (
     MAX_PIXELS,
     Image,
     as_pixels,

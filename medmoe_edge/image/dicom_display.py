@@ -22,10 +22,9 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_windowing
 
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image.dicom_header import Header, Say
 from medmoe_edge.image.dicom_pixels import Layout, Stored, Values
-from medmoe_edge.image.dicom_tables import Table, read_palette, read_table
-from medmoe_edge.image.loading import Pixels, Window, finite
+from medmoe_edge.image.dicom_tables import Header, Say, Table, read_palette, read_table
+from medmoe_edge.image.pixels import Pixels, Window, finite
 
 SOFT_TISSUE: Window = (40.0, 400.0)  # centre and width in HU
 WIDEST = 2**16  # values that a table of all of them covers

@@ -26,10 +26,15 @@ from medmoe_edge.image.codestreams import (
     is_codestream,
     read_codestream,
 )
-from medmoe_edge.image.dicom_container import Container, PixelElement, read_at
-from medmoe_edge.image.dicom_encapsulated import read_codestream_of, read_rle
-from medmoe_edge.image.dicom_header import Header, Say
-from medmoe_edge.image.loading import check_size
+from medmoe_edge.image.dicom_container import (
+    Container,
+    PixelElement,
+    read_at,
+    read_codestream_of,
+    read_rle,
+)
+from medmoe_edge.image.dicom_tables import Header, Say
+from medmoe_edge.image.pixels import check_size
 
 Values = npt.NDArray[Any]
 Colour = Literal["grey", "palette", "rgb"]

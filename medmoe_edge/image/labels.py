@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from medmoe_edge.errors import Notice
 
 if TYPE_CHECKING:  # whoever asks about a PNG need not import pydicom
-    from medmoe_edge.image.dicom_header import Header
+    from medmoe_edge.image.dicom_tables import Header
 
 MODALITIES = {
     "CT": "ct",

@@ -15,19 +15,21 @@ import numpy.typing as npt
 from PIL import Image as Pillow
 
 from medmoe_edge.errors import ImageError, MissingDependencyError, Notice
-from medmoe_edge.image.formats import GZIP, is_nifti, unknown
-from medmoe_edge.image.loading import (
+from medmoe_edge.image.pixels import (
+    GZIP,
     MAX_BYTES,
     MAX_PIXELS,
     Image,
     Window,
     as_pixels,
     check_size,
+    is_nifti,
     pick_frame,
     show_percentiles,
     show_range,
     shown_name,
     square_pixels,
+    unknown,
 )
 from medmoe_edge.image.raster_display import flatten
 

@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from medmoe_edge.errors import ImageError, Notice
-from medmoe_edge.image.loading import (
+from medmoe_edge.image.pixels import (
     MAX_PIXELS,
     Image,
     check_size,

@@ -14,7 +14,7 @@ from PIL import GifImagePlugin, TiffImagePlugin
 from PIL import Image as Pillow
 
 from medmoe_edge.errors import Notice
-from medmoe_edge.image.loading import Pixels, Window, as_pixels, show_percentiles
+from medmoe_edge.image.pixels import Pixels, Window, as_pixels, show_percentiles
 
 # EXIF's and TIFF's tags
 ORIENTATION, X_RESOLUTION, Y_RESOLUTION = 274, 282, 283

@@ -37,14 +37,8 @@ from medmoe_edge.errors import (
     Notice,
     ResourceError,
 )
-from medmoe_edge.image.formats import HEAD_BYTES, is_dicom
-from medmoe_edge.image.loading import (
-    MAX_PIXELS,
-    Image,
-    decoding,
-    load_image,
-    shown_name,
-)
+from medmoe_edge.image.loading import decoding, load_image
+from medmoe_edge.image.pixels import HEAD_BYTES, MAX_PIXELS, Image, is_dicom, shown_name
 
 NAME = "The image"  # how messages call an upload
 START_SECONDS = 60.0  # for a process to be ready, on a slow disk

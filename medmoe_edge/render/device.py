@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from medmoe_edge.device.doctor import Diagnosis
     from medmoe_edge.device.estimate import Forecast, Plan
     from medmoe_edge.device.measure import Comparison
-    from medmoe_edge.pipeline_targets import TargetExport
+    from medmoe_edge.pipeline.targets import TargetExport
 
 STATES = {"problem": "bold red", "warning": "yellow", "hint": "dim"}
 

@@ -8,8 +8,8 @@ from medmoe_edge.render.console import hint, show, show_table
 if TYPE_CHECKING:
     from medmoe_edge.calibration.data import Skipped
     from medmoe_edge.calibration.statistics import Statistics
-    from medmoe_edge.evaluation.figures import Answers, Fidelity, Share
     from medmoe_edge.evaluation.gates import GateResult
+    from medmoe_edge.evaluation.metrics import Answers, Fidelity, Share
     from medmoe_edge.evaluation.quick import Quick
     from medmoe_edge.evaluation.record import AnyRecord
     from medmoe_edge.evaluation.targets import Agreement
@@ -27,7 +27,7 @@ NONE = "\N{EN DASH}"
 
 def show_verification(verification: "Verification") -> None:
     """The gates, the figures by modality, other candidates beside the bundle, and the verdict."""
-    from medmoe_edge.engine.proof import proven
+    from medmoe_edge.engine.loading import proven
     from medmoe_edge.evaluation.record import AnswersRecord
 
     name, record = verification.bundle.name, verification.record
@@ -52,7 +52,7 @@ def show_verification(verification: "Verification") -> None:
 
 def show_quick(found: "Quick") -> None:
     """The gates, and the verdict for this machine."""
-    from medmoe_edge.evaluation.figures import Fidelity
+    from medmoe_edge.evaluation.metrics import Fidelity
 
     show_gates(f"{found.bundle.name} on this machine", found.gates)
     for fault in found.faults:

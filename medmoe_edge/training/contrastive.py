@@ -20,25 +20,24 @@ from medmoe_edge.atomic import atomic_file
 from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
 from medmoe_edge.config import Config
 from medmoe_edge.config_contrastive import SCORES, ModalityConfig
+from medmoe_edge.contrastive.engine import open_checkpoint
 from medmoe_edge.contrastive.evaluate import Task, best_prompts, fit_scores, zero_shot_tasks
-from medmoe_edge.contrastive.loading import open_checkpoint
 from medmoe_edge.contrastive.text import ModalityTokenizer
-from medmoe_edge.data.boxes import Place, read_places
 from medmoe_edge.data.captions import Captioned, fact_captions, label_captions
-from medmoe_edge.data.datasets import LabelledImage, read_examples, read_labels
+from medmoe_edge.data.datasets import LabelledImage, Place, read_examples, read_labels, read_places
 from medmoe_edge.errors import DataError
-from medmoe_edge.models.bert import TextFeatures
 from medmoe_edge.models.contrastive import (
     GROUNDING_WEIGHT,
     ImageFeatures,
     ModalityMoE,
+    TextFeatures,
     grounding_loss,
     losses,
     similarity,
 )
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.presets_random import random_modality_model
 from medmoe_edge.training.contrastive_data import ModalityBatch, ModalityBatches, train_word_pieces
+from medmoe_edge.training.initialise import random_modality_model
 from medmoe_edge.training.loop import Loader, Session, fit
 from medmoe_edge.training.recipe import Schedule, recipe_json
 

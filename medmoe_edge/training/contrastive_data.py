@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 
 from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.contrastive.text import PADDING, UNKNOWN, ModalityTokenizer
-from medmoe_edge.data.boxes import Place
 from medmoe_edge.data.captions import Captioned
+from medmoe_edge.data.datasets import Place
 from medmoe_edge.image.loading import load_image, seen_square
 from medmoe_edge.models.contrastive import UNLABELLED
 from medmoe_edge.training.data import Listed, Pictures, augment

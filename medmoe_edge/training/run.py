@@ -24,8 +24,7 @@ from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, Tokenizer
 from medmoe_edge.training.data import Batches, captions, from_examples, instructions
 from medmoe_edge.training.loop import Session, load_state
-from medmoe_edge.training.objective import Objective
-from medmoe_edge.training.phases import Corpus, align, instruct, specialise, upcycle
+from medmoe_edge.training.phases import Corpus, Objective, align, instruct, specialise, upcycle
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 
 END = "<|endoftext|>"

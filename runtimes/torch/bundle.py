@@ -169,7 +169,7 @@ def use_kernels(model: MedMoE, weights: BundleWeights, dtype: torch.dtype) -> No
     ]
     if not linears:
         return
-    from medmoe_edge.runtimes.torch.kernels import StoredLinear, StoredMoE  # needs Triton
+    from medmoe_edge.kernels.launch import StoredLinear, StoredMoE  # needs Triton
 
     for name, linear in linears:
         bias = None if linear.bias is None else weights.floats(f"{name}.bias").to(dtype)

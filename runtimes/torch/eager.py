@@ -1,6 +1,6 @@
 """A checkpoint in PyTorch, uncompiled: the reference that every other runtime is held against."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,11 +9,14 @@ import torch
 from medmoe_edge._types import Floats
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import ResourceError
+from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.models.decoder import KVCache
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, CacheArray, Step, check_room
+from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures, TextReader
 
 TorchDevice = Literal["cpu", "cuda"]
+
 ROUTER = ".router."
 
 
@@ -123,3 +126,24 @@ def check_device(device: TorchDevice) -> None:
 
 def _array(tensor: torch.Tensor) -> Floats:
     return tensor.float().cpu().numpy()
+
+
+class ModalityTorchRuntime:
+    """On the CPU in fp32."""
+
+    name = "torch"
+
+    def __init__(self, model: ModalityMoE, reader: TextReader) -> None:
+        self.model, self.config, self._reader = model, model.config, reader
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Floats) -> ImageFeatures:
+        """Normalised pixels `[B, 3, S, S]` to features; of each image only its own expert runs."""
+        found = self.model.encode_image(torch.from_numpy(pixels))
+        return ImageFeatures(*(part.numpy() for part in found))
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
+        """Features of each text; raises `InputError` for a text without a word."""
+        found = self.model.encode_text(*map(torch.from_numpy, self._reader.encode(texts)))
+        return TextFeatures(found.words.numpy(), found.pooled.numpy(), found.mask.numpy())

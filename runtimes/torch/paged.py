@@ -35,7 +35,7 @@ from medmoe_edge.runtimes.torch.bundle import BundleWeights, Stored, TorchBundle
 from medmoe_edge.runtimes.torch.eager import TorchDevice
 
 if TYPE_CHECKING:
-    from medmoe_edge.runtimes.torch.kernels import StoredLinear
+    from medmoe_edge.kernels.launch import StoredLinear
 
 Part = Callable[[Tensor], Tensor]  # from a slot's bytes to one of the tensors in them
 
@@ -120,7 +120,7 @@ class _Matrix:
         bias = [weights.floats(f"{name}.bias").to(dtype)] if has_bias else []
         if not (kernels and stored.has_kernel):
             return cls(SlotLinear(stored, dtype), parts, bias)
-        from medmoe_edge.runtimes.torch.kernels import StoredLinear  # needs Triton
+        from medmoe_edge.kernels.launch import StoredLinear  # needs Triton
 
         nothing = torch.empty(0)  # until it is bound
         return cls(StoredLinear(nothing, nothing, None, dtype), parts, bias)

@@ -26,7 +26,8 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.encoders.base import RLELosslessEncoder
 
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image.loading import Image, load_image
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 
 # The share of turned bits after which a picture differs by more than 2 grey levels on the average
 # without a word: measured, and half again.

@@ -42,7 +42,8 @@ from pydicom.pixels.encoders.base import RLELosslessEncoder
 
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.dicom_display import SOFT_TISSUE
-from medmoe_edge.image.loading import Image, Window, load_image
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image, Window
 
 Array = npt.NDArray[Any]
 TOOLS = ("dcm2pnm", "dcmj2pnm", "dcml2pnm", "gdcmconv")

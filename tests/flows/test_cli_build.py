@@ -11,13 +11,13 @@ import pytest
 from command_line import Run, fake_module, raising, two_lines
 from PIL import Image
 
-from medmoe_edge import pipeline
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import VerificationError
 from medmoe_edge.evaluation.record import read_record
 from medmoe_edge.evaluation.verify import Verification
+from medmoe_edge.pipeline import med_moe
 from medmoe_edge.render import console as render
 
 Make = Callable[..., Path]
@@ -32,13 +32,13 @@ def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, 
     """The calls of the exporter, which writes nothing."""
     calls: list[dict[str, Any]] = []
 
-    def export(checkpoint: Path, out: Path, *, progress: Any, **options: Any) -> pipeline.Export:
+    def export(checkpoint: Path, out: Path, *, progress: Any, **options: Any) -> med_moe.Export:
         for done in (0, 1, 2):
             progress("decoder", done, 2)
         calls.append({"checkpoint": checkpoint, "out": out, **options})
-        return pipeline.Export(out, None)
+        return med_moe.Export(out, None)
 
-    monkeypatch.setattr(pipeline, "export", export)
+    monkeypatch.setattr(med_moe, "export", export)
     (tmp_path / "my-model").mkdir()
     return calls
 
@@ -109,8 +109,8 @@ def test_export_shows_its_proof(
     run: Run, proven_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle.open(proven_bundle)
-    made = pipeline.Export(Path("out"), Verification(bundle, [], read_record(bundle)))
-    monkeypatch.setattr(pipeline, "export", lambda *_, **__: made)
+    made = med_moe.Export(Path("out"), Verification(bundle, [], read_record(bundle)))
+    monkeypatch.setattr(med_moe, "export", lambda *_, **__: made)
     lines = run("export").stdout.splitlines()
     assert lines[0].split() == ["tiny", "against", "its", "checkpoint"]
     assert lines[-2].startswith("Not decided: 2 questions about 1 images of questions.jsonl")
@@ -118,7 +118,7 @@ def test_export_shows_its_proof(
     told = json.loads(run("export", "--json").stdout)
     assert told["verification"]["outcome"] == "not decided"
     failed = VerificationError("It failed.", "Do not use it.")
-    monkeypatch.setattr(pipeline, "export", raising(failed))
+    monkeypatch.setattr(med_moe, "export", raising(failed))
     result = run("export", "--json")
     assert result.exit_code == 4
     assert two_lines(result) == ["It failed.", "Do not use it."]

@@ -6,8 +6,8 @@ import pytest
 from command_line import Run, start_without, two_lines
 
 from medmoe_edge.device import doctor, estimate, measure
+from medmoe_edge.device.costs import Speed
 from medmoe_edge.device.doctor import Ort
-from medmoe_edge.device.estimate import Speed
 from medmoe_edge.device.measure import Comparison
 
 HEAVY = ["torch", "onnx", "onnx_ir", "ml_dtypes", "safetensors", "transformers", "pynvml"]

@@ -19,7 +19,8 @@ from medmoe_edge.contrastive import engine as modality_engine
 from medmoe_edge.contrastive.results import Classification, Location, Reading
 from medmoe_edge.contrastive.text import UNSEEN, key_phrase, parse_labels, read_prompts
 from medmoe_edge.errors import DataError, InputError
-from medmoe_edge.image.loading import Image, load_image
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.render import contrastive as render_contrastive
 from medmoe_edge.runtimes.contrastive import ImageFeatures

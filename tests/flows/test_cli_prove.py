@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from command_line import Run, start_without, two_lines
 
-from medmoe_edge import pipeline
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle, write_verification
 from medmoe_edge.errors import ResourceError
+from medmoe_edge.pipeline import med_moe
 
 Make = Callable[..., Path]
 
@@ -235,7 +235,7 @@ def test_verify_passes_its_options_on(
         calls.append((*given, options))
         raise ResourceError("Enough.", "Stop.")
 
-    monkeypatch.setattr(pipeline, "verify", verify)
+    monkeypatch.setattr(med_moe, "verify", verify)
     line = ["verify", "bundle", "--against", "my", "--beside", "a", "--beside", "b"]
     Path("my").mkdir()
     assert run(*line, "--vision-tower", "clip").exit_code == 5
@@ -280,9 +280,9 @@ def test_tables_leave_out_what_nobody_measured(
 
 
 def test_targets_are_held_against_each_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medmoe_edge import pipeline_targets
-    from medmoe_edge.evaluation.figures import Share
+    from medmoe_edge.evaluation.metrics import Share
     from medmoe_edge.evaluation.targets import Agreement
+    from medmoe_edge.pipeline import targets
 
     def agree(bundle: Path, source: str, **_: object) -> list[Agreement]:
         assert (bundle.name, source) == ("nano-bundle", "builtin")
@@ -293,7 +293,7 @@ def test_targets_are_held_against_each_other(run: Run, monkeypatch: pytest.Monke
             Agreement("bad", "that CPU", 10, *off, *shares, 0.5),
         ]
 
-    monkeypatch.setattr(pipeline_targets, "agree", agree)
+    monkeypatch.setattr(targets, "agree", agree)
     result = run("verify", "nano", "--targets", "all-available", "--json")
     told = json.loads(result.stdout)
     assert [target["agrees"] for target in told["targets"]] == [True, False]

@@ -13,7 +13,8 @@ from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.evaluation.evaluate import evaluate
 from medmoe_edge.evaluation.inspection import inspect_model
 from medmoe_edge.export.build import BuildOptions, export_bundle
-from medmoe_edge.image.loading import Image, load_image
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 
 ROOT = Path(__file__).parents[2]
 SCAN = ROOT / "scan.png"

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.bundle.contrastive import ModalityBundle
+from medmoe_edge.bundle.bundle import NOTICE, ModalityBundle
 from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality
 from medmoe_edge.data.captions import fact_captions

@@ -21,8 +21,8 @@ from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.export import build
 from medmoe_edge.export.plan import HEAD
+from medmoe_edge.runtimes import arithmetic
 from medmoe_edge.runtimes.base import Warns
-from medmoe_edge.runtimes.ort import saturation
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 Make = Callable[..., Path]
@@ -161,7 +161,7 @@ def say_no_bound(folder: Path) -> None:
 def test_a_bundle_from_before_warns_where_sums_saturate(
     before: Path, tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(saturation, "int8_arithmetic", lambda: "saturating")
+    monkeypatch.setattr(arithmetic, "int8_arithmetic", lambda: "saturating")
     runtime = OrtRuntime(Bundle.open(before))
     assert isinstance(runtime, Warns)
     (notice,) = runtime.warnings
@@ -175,31 +175,31 @@ def test_a_bundle_from_before_warns_where_sums_saturate(
 def test_nothing_is_read_or_said_where_sums_are_exact(
     before: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saturation, "int8_arithmetic", lambda: "exact")
-    monkeypatch.setattr(saturation, "int8_products", lambda graph: pytest.fail("was read"))
+    monkeypatch.setattr(arithmetic, "int8_arithmetic", lambda: "exact")
+    monkeypatch.setattr(arithmetic, "int8_products", lambda graph: pytest.fail("was read"))
     assert OrtRuntime(Bundle.open(before)).warnings == ()
 
 
 def test_weights_decide_where_the_manifest_does_not_say(before: Path, tiny_bundle: Make) -> None:
-    assert not saturation.keeps_pair_bound(Bundle.open(before))
+    assert not arithmetic.keeps_pair_bound(Bundle.open(before))
     silent = before.with_name("silent")
     shutil.copytree(tiny_bundle("int8"), silent)
     say_no_bound(silent)
-    assert saturation.keeps_pair_bound(Bundle.open(silent))
+    assert arithmetic.keeps_pair_bound(Bundle.open(silent))
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 1), (7, 5), (64, 300)])
 def test_pairs_are_found_wherever_they_are(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saturation, "AT_ONCE", 600)
+    monkeypatch.setattr(arithmetic, "AT_ONCE", 600)
     rows = shape[0]
     for row in range(0, rows - 1, 2):
         weight = np.zeros(shape, np.int8)
         weight[row : row + 2, -1] = -64
-        assert saturation.pairs_within(weight)
+        assert arithmetic.pairs_within(weight)
         weight[row, -1] = -65
-        assert not saturation.pairs_within(weight)
+        assert not arithmetic.pairs_within(weight)
     weight = np.zeros(shape, np.int8)
     weight[1:3] = 127 if rows > 2 else 0  # neighbours, but of two pairs
-    assert saturation.pairs_within(weight)
+    assert arithmetic.pairs_within(weight)

@@ -20,14 +20,11 @@ from safetensors.torch import load_file
 from medmoe_edge.config_contrastive import ModalityConfig, read_scores
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.text import ModalityTokenizer
-from medmoe_edge.data.boxes import Place
 from medmoe_edge.data.captions import Captioned
-from medmoe_edge.data.datasets import LabelledImage
+from medmoe_edge.data.datasets import LabelledImage, Place
 from medmoe_edge.errors import DataError
-from medmoe_edge.models.bert import TextFeatures
-from medmoe_edge.models.contrastive import UNLABELLED, ImageFeatures, grounding_loss
+from medmoe_edge.models.contrastive import UNLABELLED, ImageFeatures, TextFeatures, grounding_loss
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.presets_random import random_modality_model
 from medmoe_edge.training import contrastive_data as modality_batches
 from medmoe_edge.training import loop
 from medmoe_edge.training.contrastive import (
@@ -47,6 +44,7 @@ from medmoe_edge.training.contrastive_data import (
     train_word_pieces,
 )
 from medmoe_edge.training.data import augment
+from medmoe_edge.training.initialise import random_modality_model
 from medmoe_edge.training.loop import make_optimisers, prepare_parameters
 from medmoe_edge.training.recipe import Schedule
 

@@ -14,12 +14,10 @@ import torch
 from command_line import raising
 from PIL import Image
 
-from medmoe_edge import pipeline
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
-from medmoe_edge.calibration.data import CalibrationData, Sample
+from medmoe_edge.calibration.data import CalibrationData, Sample, ask_about
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.run import calibrate
-from medmoe_edge.calibration.samples import ask_about
 from medmoe_edge.calibration.statistics import Source, Statistics
 from medmoe_edge.checkpoint import reader
 from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
@@ -36,9 +34,10 @@ from medmoe_edge.errors import (
 from medmoe_edge.evaluation import verify as verification
 from medmoe_edge.export import build
 from medmoe_edge.image.loading import load_image
-from medmoe_edge.pipeline_examples import as_examples
-from medmoe_edge.presets_random import random_tensors
+from medmoe_edge.pipeline import med_moe
+from medmoe_edge.pipeline.med_moe import as_examples
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+from medmoe_edge.training.initialise import random_tensors
 
 Make = Callable[..., Path]
 NAMES = ("mri", "ct", "pathology", "xray")
@@ -64,7 +63,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def stats(tiny_checkpoint: Make, questions: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stats") / "stats"
-    calibrate(tiny_checkpoint(), pipeline.read_data(tiny_checkpoint(), questions), out, samples=4)
+    calibrate(tiny_checkpoint(), med_moe.read_data(tiny_checkpoint(), questions), out, samples=4)
     return out
 
 
@@ -78,8 +77,8 @@ def quick(tiny_tower: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any work fails the test."""
     begun = AssertionError("the work has begun")
-    monkeypatch.setattr(pipeline, "calibrate", raising(begun))
-    monkeypatch.setattr(pipeline, "write_bundle", raising(begun))
+    monkeypatch.setattr(med_moe, "calibrate", raising(begun))
+    monkeypatch.setattr(med_moe, "write_bundle", raising(begun))
     monkeypatch.setattr(verification, "verify", raising(begun))
 
 
@@ -95,7 +94,7 @@ def test_an_export_with_data_carries_its_proof(
     tiny_checkpoint: Make, questions: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out, steps = tmp_path / "new" / "bundle", []
-    made = pipeline.export(
+    made = med_moe.export(
         tiny_checkpoint(),
         out,
         precision="fp32",
@@ -130,7 +129,7 @@ def test_an_export_opens_and_hashes_the_checkpoint_once(
             return real(files)
 
         monkeypatch.setattr(reader, name, counted)
-    pipeline.export(
+    med_moe.export(
         tiny_checkpoint(), tmp_path / "out", precision="fp32", calibrate_on=questions, samples=4
     )
     assert sorted(calls) == ["files_sha256", "read_headers"]
@@ -142,7 +141,7 @@ def test_a_failed_proof_leaves_no_bundle(
 ) -> None:
     options: dict[str, Any] = {"precision": "int4", "calibrate_on": questions, "samples": 4}
     with pytest.raises(VerificationError, match="tiny-model failed its verification: "):
-        pipeline.export(
+        med_moe.export(
             tiny_checkpoint(), tmp_path / "out", name="tiny-model", method="rtn", **options
         )
     assert left_in(tmp_path) == []
@@ -159,7 +158,7 @@ def test_an_interrupted_export_leaves_nothing(
 
     options: dict[str, Any] = {"precision": "fp32", "calibrate_on": questions, "samples": 4}
     with pytest.raises(KeyboardInterrupt):
-        pipeline.export(tiny_checkpoint(), tmp_path / "out", progress=interrupt, **options)
+        med_moe.export(tiny_checkpoint(), tmp_path / "out", progress=interrupt, **options)
     assert left_in(tmp_path) == []
 
 
@@ -167,8 +166,8 @@ def test_an_interrupted_export_leaves_nothing(
 def test_statistics_calibrate_without_proof(
     tiny_checkpoint: Make, stats: Path, tmp_path: Path
 ) -> None:
-    made = pipeline.export(tiny_checkpoint(), tmp_path / "out", precision="int4", stats=stats)
-    assert made == pipeline.Export(tmp_path / "out", None)
+    made = med_moe.export(tiny_checkpoint(), tmp_path / "out", precision="int4", stats=stats)
+    assert made == med_moe.Export(tmp_path / "out", None)
     bundle = Bundle.open(tmp_path / "out")
     assert bundle.proof == "not measured"
     assert bundle.manifest["calibration"]["samples"] == dict.fromkeys(sorted(NAMES), 1)
@@ -204,7 +203,7 @@ def test_what_cannot_be_exported_is_refused_at_once(
     message: str,
 ) -> None:
     with pytest.raises(error, match=message):
-        pipeline.export(tiny_checkpoint(), tmp_path / "out", **options)
+        med_moe.export(tiny_checkpoint(), tmp_path / "out", **options)
     assert left_in(tmp_path) == []
 
 
@@ -213,12 +212,12 @@ def test_an_output_is_refused_at_once(
     tiny_checkpoint: Make, tiny_bundle: Make, questions: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="exists already"):
-        pipeline.export(tiny_checkpoint(), tiny_bundle(), calibrate_on=questions)
+        med_moe.export(tiny_checkpoint(), tiny_bundle(), calibrate_on=questions)
     with pytest.raises(InputError, match=r"holds no manifest\.json"):
-        pipeline.export(tiny_checkpoint(), tmp_path, calibrate_on=questions, force=True)
+        med_moe.export(tiny_checkpoint(), tmp_path, calibrate_on=questions, force=True)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ResourceError, match="file"):
-        pipeline.export(tiny_checkpoint(), tmp_path / "file" / "out", calibrate_on=questions)
+        med_moe.export(tiny_checkpoint(), tmp_path / "file" / "out", calibrate_on=questions)
 
 
 @pytest.mark.usefixtures("idle")
@@ -237,7 +236,7 @@ def test_matrices_that_groups_do_not_divide_are_refused_at_once(
     options: dict[str, Any] = {"calibrate_on": questions, "budget_bits": 4.5}
     for precision in ("int4", "mixed"):
         with pytest.raises(CheckpointError, match="of 48 weights, do not divide") as caught:
-            pipeline.export(folder, tmp_path / "out", precision=precision, **options)
+            med_moe.export(folder, tmp_path / "out", precision=precision, **options)
         assert caught.value.remedy == "Export it with --int8."
     assert left_in(tmp_path) == ["odd"]
 
@@ -246,7 +245,7 @@ def test_matrices_that_groups_do_not_divide_are_refused_at_once(
 def test_foreign_statistics_are_refused(tiny_checkpoint: Make, stats: Path, tmp_path: Path) -> None:
     other = tiny_checkpoint("tiny", top_k=2)
     with pytest.raises(DataError, match="made for another checkpoint"):
-        pipeline.export(other, tmp_path / "out", stats=stats)
+        med_moe.export(other, tmp_path / "out", stats=stats)
     assert left_in(tmp_path) == []
 
 
@@ -255,7 +254,7 @@ def test_strict_refuses_statistics_that_made_do(
     tiny_checkpoint: Make, stats: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(VerificationError, match=r"layer \d \w+ \(expert \d: \d+ of 256 tokens"):
-        pipeline.export(tiny_checkpoint(), tmp_path / "out", stats=stats, strict=True)
+        med_moe.export(tiny_checkpoint(), tmp_path / "out", stats=stats, strict=True)
 
 
 @pytest.mark.usefixtures("quick")
@@ -286,7 +285,7 @@ def test_weights_that_are_no_numbers_are_named(
         ways.append({})
     for options in ways:
         with pytest.raises(CheckpointError, match=damaged):
-            pipeline.export(folder, tmp_path / "out", **options)
+            med_moe.export(folder, tmp_path / "out", **options)
     assert left_in(tmp_path) == ["broken"]
 
 
@@ -324,7 +323,7 @@ def test_the_proof_is_on_questions_held_out_if_there_are_enough(
     assert not any(SECRET in text for text in drawn)
     source = Source("scans", data.sha256, tuple(drawn))
     statistics = Statistics("cd" * 32, source, RoutingProfile.empty(["ct"], [], 0), (), {})
-    proof = pipeline.proof_data(data, statistics, tmp_path)
+    proof = med_moe.proof_data(data, statistics, tmp_path)
     assert (proof.name, len(proof.examples)) == (name, proven)
     proven_on = {example.id for example in proof.examples}
     seen = {sample.id for sample in data.samples if sample.sha256 in drawn}
@@ -360,7 +359,7 @@ def test_bundles_and_baselines_stand_beside(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     beside = ["bitsandbytes-nf4", str(tiny_bundle())]
-    found = pipeline.verify(bundle, tiny_checkpoint(), questions, beside=beside)
+    found = med_moe.verify(bundle, tiny_checkpoint(), questions, beside=beside)
     assert list(found.beside) == ["bitsandbytes-nf4", tiny_bundle().name]
     exact = found.beside[tiny_bundle().name].overall.kl.mean
     assert exact < 1e-5 < found.beside["bitsandbytes-nf4"].overall.kl.mean
@@ -381,7 +380,7 @@ def test_what_cannot_be_verified_is_refused_at_once(
 
     def refused(error: type[MedMoEError], message: str, **options: Any) -> str:
         with pytest.raises(error, match=message) as caught:
-            pipeline.verify(bundle, tiny_checkpoint(), questions, **options)
+            med_moe.verify(bundle, tiny_checkpoint(), questions, **options)
         return caught.value.remedy
 
     names = "nano, bitsandbytes-nf4, bitsandbytes-int8"
@@ -408,5 +407,5 @@ def test_another_checkpoint_is_refused(
     monkeypatch.setattr(OrtRuntime, "step", raising(AssertionError("the work has begun")))
     before = (bundle / MANIFEST).read_bytes()
     with pytest.raises(ModelError, match="was not made from the checkpoint"):
-        pipeline.verify(bundle, tiny_checkpoint("tiny", top_k=2), questions)
+        med_moe.verify(bundle, tiny_checkpoint("tiny", top_k=2), questions)
     assert (bundle / MANIFEST).read_bytes() == before

@@ -25,7 +25,7 @@ from medmoe_edge.export import targets
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.targets import decoder_graph, export_target, inline, plan_target
-from medmoe_edge.pipeline_targets import export_for
+from medmoe_edge.pipeline.targets import export_for
 from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 

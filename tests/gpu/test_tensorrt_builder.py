@@ -22,7 +22,7 @@ from medmoe_edge.errors import (
     ModelError,
     ResourceError,
 )
-from medmoe_edge.export import engine_cache, tensorrt_builder
+from medmoe_edge.export import tensorrt_builder
 from medmoe_edge.export.gpus import (
     Library,
     check_memory,
@@ -185,7 +185,7 @@ def test_a_damaged_engine_in_the_cache_is_built_again(
 def test_the_cache_keeps_what_was_used_last(
     build: Build, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_cache, "KEPT", 2)
+    monkeypatch.setattr(tensorrt_builder, "KEPT", 2)
     for gpu in ("sm86", "sm89", "sm86", "sm120"):
         build(graph, gpu=gpu)
     assert len(list((tmp_path / "cache").glob("*.engine"))) == 2

@@ -29,7 +29,8 @@ from medmoe_edge.engine.loading import RuntimeName
 from medmoe_edge.errors import BundleError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights, specification
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
+from medmoe_edge.kernels.launch import StoredLinear, StoredMoE
 from medmoe_edge.kernels.tensorrt_plugin import compile_kernel
 from medmoe_edge.kernels.variant import Variant
 from medmoe_edge.models.decoder import MoE
@@ -38,7 +39,6 @@ from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch.eager import TorchDevice
-from medmoe_edge.runtimes.torch.kernels import StoredLinear, StoredMoE
 
 Make = Callable[..., Path]
 RUNTIMES: tuple[RuntimeName, ...] = ("torch", "onnxruntime")
@@ -244,7 +244,7 @@ def test_a_gpu_that_is_not_there_is_said(tiny_bundle: Make) -> None:
 def test_kernels_without_triton_name_the_extra(
     tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("runtimes.torch.kernels", "kernels.launch", "kernels.triton"):
+    for module in ("kernels.launch", "kernels.triton"):
         monkeypatch.delitem(sys.modules, f"medmoe_edge.{module}")
     monkeypatch.delattr(plugin, "launch")
     monkeypatch.delattr(plugin, "triton")

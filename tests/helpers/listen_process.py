@@ -23,7 +23,7 @@ from pynetdicom.events import Event
 from medmoe_edge.bedside.listen.config import Configuration, load_configuration
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.image.loading import Image, Pixels
+from medmoe_edge.image.pixels import Image, Pixels
 
 PEER = "SENDER"
 QUESTION = "Is there é effusion?"

@@ -12,7 +12,7 @@ from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
 from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.presets_random import random_modality_model
+from medmoe_edge.training.initialise import random_modality_model
 
 TINY = MODALITY_PRESETS["modality-tiny"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

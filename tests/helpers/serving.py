@@ -14,13 +14,12 @@ from PIL import Image as Pillow
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medmoe_edge.bedside.serve.app import create_app
-from medmoe_edge.bedside.serve.server import Server, listening, url_of
+from medmoe_edge.bedside.serve.server import Server, create_app, listening, url_of
 from medmoe_edge.bedside.serve.settings import Limits, Settings
 from medmoe_edge.contrastive.results import Classification, Location, Reading
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.engine.proof import Proven
-from medmoe_edge.image.loading import Image, Pixels
+from medmoe_edge.engine.loading import Proven
+from medmoe_edge.image.pixels import Image, Pixels
 from medmoe_edge.prompt import check_question
 
 WORDS = ("No", " effusion", " is", " seen")

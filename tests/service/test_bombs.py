@@ -14,7 +14,7 @@ from serving import StandIn, live, png, upload
 
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.image.worker import Bounds, read_apart
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds memory")

@@ -42,7 +42,7 @@ from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Queue
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import CheckpointError, ImageError, ResourceError
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 
 # pynetdicom leaves a socket to the garbage collector where its peer hung up first.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -32,7 +32,7 @@ from medmoe_edge.bedside.listen.header import SHARED, text_of
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import key_of
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::UserWarning"

@@ -41,7 +41,7 @@ from medmoe_edge.bedside.listen.report_sr import (
     heat_map,
 )
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 
 # pynetdicom leaves a socket to the garbage collector where its peer hung up first.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -25,8 +25,7 @@ from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import Notice, ResourceError
-from medmoe_edge.image.formats import KINDS
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import KINDS, Image
 
 SCAN = (ROOT / "scan.png").read_bytes()
 SIZES = [(1024, 600), (390, 844), (1440, 900)]

@@ -18,8 +18,7 @@ from medmoe_edge.bundle.bundle import Target
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig
 from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.gpus import find_gpu
-from medmoe_edge.export.matrix import no_values
-from medmoe_edge.export.quantise import INTEGERS
+from medmoe_edge.export.quantise import INTEGERS, no_values
 from medmoe_edge.export.stored import specify
 from medmoe_edge.export.targets import decoder_profiles, lower
 from medmoe_edge.export.tensorrt_builder import build_engine

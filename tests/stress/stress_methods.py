@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from medmoe_edge._types import Floats
-from medmoe_edge.calibration.gptq import quantise_gptq
 from medmoe_edge.calibration.quantisers import (
     Format,
     Quantised,
+    quantise_gptq,
     round_searched,
     round_to_nearest,
     shares,

@@ -11,6 +11,7 @@ from graphs import Floats, model, normal, run_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
+from schemas import register_schemas
 
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.export.builder import MEDMOE, Builder, floats
@@ -22,7 +23,6 @@ from medmoe_edge.export.ops import (
     attention_function,
 )
 from medmoe_edge.export.passes.ort_cpu import lower_attention
-from medmoe_edge.export.schemas import register_schemas
 from medmoe_edge.presets import PRESETS
 
 CAPACITY = 24

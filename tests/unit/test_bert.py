@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM, BertModel
 from medmoe_edge.checkpoint.contrastive import load_bert
 from medmoe_edge.config_contrastive import BertConfig
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.models.bert import NO_WORD, BertTower
+from medmoe_edge.models.contrastive import NO_WORD, BertTower
 from medmoe_edge.presets import MODALITY_PRESETS
 
 TINY = MODALITY_PRESETS["modality-tiny"].text

@@ -27,14 +27,19 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
 )
 
-from medmoe_edge.calibration import samples
-from medmoe_edge.calibration import samples as builtin
-from medmoe_edge.calibration.data import CalibrationData, Sample, Skipped, read_calibration
-from medmoe_edge.calibration.samples import folder_samples
+from medmoe_edge.calibration import data as calibration_data
+from medmoe_edge.calibration.data import (
+    CalibrationData,
+    Sample,
+    Skipped,
+    folder_samples,
+    read_calibration,
+)
 from medmoe_edge.errors import DataError, InputError, MissingDependencyError
-from medmoe_edge.image.loading import Image, load_image
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 
-ASKED = len(samples.QUESTIONS)
+ASKED = len(calibration_data.QUESTIONS)
 
 
 def write_png(file: Path, shade: int = 9) -> Path:
@@ -100,7 +105,7 @@ def test_a_folder_s_pictures_get_the_bedside_questions(tmp_path: Path) -> None:
         tmp_path / "deep" / "er" / "no suffix",
     }
     asked = [(s.question, s.answer_type) for s in data.samples if s.image.name == "a.png"]
-    assert sorted(asked) == sorted(samples.QUESTIONS)
+    assert sorted(asked) == sorted(calibration_data.QUESTIONS)
     assert {(s.answer, s.modality) for s in data.samples} == {("", None)}
     assert data.name == tmp_path.name
 
@@ -254,7 +259,7 @@ def test_each_image_is_decoded_once(
         decoded.append(path)
         return load_image(path, frame=frame)
 
-    monkeypatch.setattr(samples, "load_image", counted)
+    monkeypatch.setattr(calibration_data, "load_image", counted)
     data.draw(2)
     assert len(decoded) == 2
     data.draw(1000)
@@ -287,7 +292,7 @@ def test_a_missing_decoder_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monk
     def absent(*_: object, **__: object) -> None:
         raise MissingDependencyError("imagecodecs", "images")
 
-    monkeypatch.setattr(samples, "load_image", absent)
+    monkeypatch.setattr(calibration_data, "load_image", absent)
     with pytest.raises(MissingDependencyError):
         read_calibration(tmp_path).draw(1)
 
@@ -317,7 +322,7 @@ def test_a_line_needs_no_more_than_an_image(tmp_path: Path) -> None:
     assert read["2"] == Sample("2", image, "Is there air?", "No", "x-ray", "CLOSED")
     assert read["7"] == Sample("7", image, "What?", "Air", None, "CLOSED")
     assert {(s.question, s.modality) for s in read.values() if s.image.name == "b.png"} == {
-        (question, "ct") for question, _ in samples.QUESTIONS
+        (question, "ct") for question, _ in calibration_data.QUESTIONS
     }
     assert len(read) == 3 + ASKED
 
@@ -409,18 +414,18 @@ def test_the_built_in_set_is_drawn_evenly_and_repeatably() -> None:
     assert read_calibration("builtin").samples != read_calibration("builtin", seed=1).samples
 
 
-@pytest.mark.parametrize("module", builtin.PACKAGES)
+@pytest.mark.parametrize("module", calibration_data.PACKAGES)
 def test_a_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def without(name: str) -> ModuleSpec | None:
         return None if name == module else find_spec(name)
 
-    monkeypatch.setattr(builtin, "find_spec", without)
-    with pytest.raises(MissingDependencyError, match=f"'{builtin.PACKAGES[module][0]}'"):
+    monkeypatch.setattr(calibration_data, "find_spec", without)
+    with pytest.raises(MissingDependencyError, match=f"'{calibration_data.PACKAGES[module][0]}'"):
         read_calibration("builtin")
 
 
 def test_a_package_without_the_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builtin, "PICTURES", (("skimage", "gone.png", "ct", None, None),))
+    monkeypatch.setattr(calibration_data, "PICTURES", (("skimage", "gone.png", "ct", None, None),))
     with pytest.raises(DataError, match=r"'scikit-image' lacks its file 'gone.png'"):
         read_calibration("builtin")
 

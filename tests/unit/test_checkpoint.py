@@ -34,7 +34,7 @@ from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ResourceError
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.presets_random import random_tensors
+from medmoe_edge.training.initialise import random_tensors
 
 TINY = {"stablelm": PRESETS["tiny"], "phi": PRESETS["tiny-phi"]}
 KINDS = pytest.mark.parametrize("kind", ["stablelm", "phi"])
@@ -699,7 +699,7 @@ def test_a_killed_write_leaves_no_checkpoint(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from medmoe_edge.checkpoint.reader import write_checkpoint\n"
         "from medmoe_edge.presets import PRESETS\n"
-        "from medmoe_edge.presets_random import random_tensors\n"
+        "from medmoe_edge.training.initialise import random_tensors\n"
         "def tensors():\n"
         "    for index, pair in enumerate(random_tensors(PRESETS['tiny'], 0)):\n"
         "        if index == 50: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -18,7 +18,7 @@ from medmoe_edge.checkpoint.contrastive import (
 from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ModelError
 from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
-from medmoe_edge.presets_random import initialise, random_modality_model
+from medmoe_edge.training.initialise import initialise, random_modality_model
 
 TINY = MODALITY_PRESETS["modality-tiny"]
 INDEX = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medmoe_edge.calibration.collect import Collected, Observer, collect
 from medmoe_edge.calibration.coverage import Neighbours
-from medmoe_edge.calibration.samples import Sample
+from medmoe_edge.calibration.data import Sample
 from medmoe_edge.calibration.statistics import SiteFiles, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError, ResourceError

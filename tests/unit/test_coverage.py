@@ -20,10 +20,9 @@ from medmoe_edge.calibration.coverage import (
     samples_to_draw,
     settle,
 )
-from medmoe_edge.calibration.data import CalibrationData
+from medmoe_edge.calibration.data import CalibrationData, Sample
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.run import calibrate
-from medmoe_edge.calibration.samples import Sample
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import DataError, InputError, ResourceError, VerificationError

@@ -14,7 +14,7 @@ from medmoe_edge.bundle.bundle import NOTICE, Bundle, write_verification
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import Engine, load
 from medmoe_edge.errors import BundleError, CheckpointError, InputError
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 
 Make = Callable[..., Path]
 QUESTIONS = ["Is there effusion?", "What modality is used to take this image?", "Where?"]

@@ -15,8 +15,7 @@ from medmoe_edge._types import Floats
 from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.export.decoder import DecoderBuilder
-from medmoe_edge.export.folding import FoldPoint, fold, fold_points
-from medmoe_edge.export.weights import WeightSource
+from medmoe_edge.export.weights import FoldPoint, WeightSource, fold, fold_points
 from medmoe_edge.models.med_moe import MedMoE
 
 Make = Callable[..., Path]

@@ -15,7 +15,7 @@ from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.plan import GROUP, HEAD, Plan, check_precision
 from medmoe_edge.export.stored import StoredWeights
 from medmoe_edge.export.weights import WeightSource
-from medmoe_edge.pipeline import export
+from medmoe_edge.pipeline.med_moe import export
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 

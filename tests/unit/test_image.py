@@ -21,8 +21,8 @@ from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.errors import ImageError, ResourceError
-from medmoe_edge.image import loading as module
-from medmoe_edge.image.loading import Image, load_image, preprocess
+from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.image.pixels import MAX_ASPECT, Image
 
 ROOT = Path(__file__).parents[2]
 NOISE = np.random.default_rng(0)
@@ -227,7 +227,7 @@ def test_preprocessing_is_clips(size: int, height: int, width: int, pad: bool) -
     processor = clip.CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
-    if not pad and max(height, width) > module.MAX_ASPECT * min(height, width):
+    if not pad and max(height, width) > MAX_ASPECT * min(height, width):
         return
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
     picture = pixels

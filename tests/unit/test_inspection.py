@@ -14,7 +14,7 @@ from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.evaluation.inspection import activated_parameters, inspect_model
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.presets_random import initialise
+from medmoe_edge.training.initialise import initialise
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.export import build
-from medmoe_edge.export.folding import fold_points
 from medmoe_edge.export.plan import HEAD, make_plan, search_scales
+from medmoe_edge.export.weights import fold_points
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 

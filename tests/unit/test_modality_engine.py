@@ -18,7 +18,7 @@ from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality
 from medmoe_edge.contrastive.features import TextCache
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ModelError
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.models.contrastive import similarity
 from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures
 

@@ -19,12 +19,17 @@ from torch import nn
 
 import medmoe_edge
 from medmoe_edge._types import Floats
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle, model_kind, write_manifest
-from medmoe_edge.bundle.contrastive import DEFAULT_GATES, ModalityBundle
+from medmoe_edge.bundle.bundle import (
+    MANIFEST,
+    MODALITY_GATES,
+    Bundle,
+    ModalityBundle,
+    model_kind,
+    write_manifest,
+)
 from medmoe_edge.bundle.recorded import recorded_file
 from medmoe_edge.config_contrastive import Scores
-from medmoe_edge.contrastive.engine import load_modality
-from medmoe_edge.contrastive.loading import open_bundle
+from medmoe_edge.contrastive.engine import load_modality, open_bundle
 from medmoe_edge.errors import (
     BundleError,
     MissingDependencyError,
@@ -40,11 +45,10 @@ from medmoe_edge.export.contrastive import export_image, export_modality_bundle
 from medmoe_edge.export.gpus import find_gpu, load_library
 from medmoe_edge.export.passes import ort_cpu as vision_quantise
 from medmoe_edge.export.tensorrt_builder import build_engine
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.runtimes.contrastive import ImageFeatures
-from medmoe_edge.runtimes.ort.contrastive import run_expert
+from medmoe_edge.runtimes.contrastive import ImageFeatures, run_expert
 
 TEXTS = ["a mass", "effusion", "no finding in the left lung"]
 # wide enough that 8 bits are used
@@ -210,7 +214,7 @@ def test_the_bundle_says_what_it_is(exported: Exported) -> None:
     assert manifest["kind"] == "modality-moe" == model_kind(exported.int8.folder)
     assert exported.int8.config == WIDE
     assert exported.int8.scores == Scores(20.0, 0.7)
-    assert exported.int8.gates == DEFAULT_GATES["int8"]
+    assert exported.int8.gates == MODALITY_GATES["int8"]
     assert set(manifest["files"]) == {
         *("image.onnx", "image.data", "text.onnx", "text.data", "tokenizer.json"),
         recorded_file(exported.int8),
@@ -287,7 +291,7 @@ def test_a_verification_is_recorded(exported: Exported, tmp_path: Path) -> None:
     assert record["figures"]["region_cosine_min"] > 0.9999
     names = [gate["name"] for gate in record["gates"]]
     assert names[0] == "finite"
-    assert set(names[1:]) == set(DEFAULT_GATES["int8"].to_json())
+    assert set(names[1:]) == set(MODALITY_GATES["int8"].to_json())
 
 
 def test_a_model_unlike_its_checkpoint_fails_each_gate(exported: Exported, tmp_path: Path) -> None:

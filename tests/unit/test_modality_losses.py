@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medmoe_edge.models.bert import TextFeatures
 from medmoe_edge.models.contrastive import (
     UNLABELLED,
     ImageFeatures,
     Losses,
+    TextFeatures,
     contrastive_loss,
     global_similarity,
     local_similarity,

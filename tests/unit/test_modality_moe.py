@@ -18,7 +18,7 @@ from medmoe_edge.models.contrastive import (
     to_pixels,
 )
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.presets_random import random_modality_model
+from medmoe_edge.training.initialise import random_modality_model
 
 TINY = MODALITY_PRESETS["modality-tiny"]
 MODALITIES = len(TINY.modalities)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from medmoe_edge.contrastive.features import local_similarity, region_map, similarity, unit
 from medmoe_edge.models import contrastive as reference
-from medmoe_edge.models.bert import TextFeatures as TorchTexts
 from medmoe_edge.models.contrastive import ImageFeatures as TorchImages
+from medmoe_edge.models.contrastive import TextFeatures as TorchTexts
 from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures
 
 

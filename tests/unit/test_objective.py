@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from medmoe_edge.models.med_moe import MedMoE, Output
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.data import IGNORED, UNKNOWN, Batch, Turn, pack
-from medmoe_edge.training.objective import Objective
+from medmoe_edge.training.phases import Objective
 
 PREFIX, IMAGE_TOKENS = [7, 8, 9], 4
 IMAGE, TEXT = slice(3, 7), slice(7, None)

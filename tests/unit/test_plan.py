@@ -10,12 +10,12 @@ import pytest
 from graphs import Floats, changed, normal, observed
 from torch import Tensor
 
-from medmoe_edge.calibration.gptq import quantise_gptq
 from medmoe_edge.calibration.mixed import INT4
 from medmoe_edge.calibration.quantisers import (
     Format,
     Quantised,
     output_error,
+    quantise_gptq,
     round_searched,
     round_to_nearest,
 )

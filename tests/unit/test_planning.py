@@ -19,24 +19,24 @@ from medmoe_edge.device.costs import (
     BITS,
     CONVOLUTIONS,
     Precision,
+    Speed,
     bits_per_weight,
     cache_values,
     decoder_parts,
+    step_seconds,
     step_work,
     vision_bytes,
     vision_operations,
     vision_weights,
 )
-from medmoe_edge.device.devices import DEVICES, Device, Ratings, find_device, memory_here
 from medmoe_edge.device.estimate import (
-    Speed,
     make_plan,
     nominal_speeds,
     plan,
     plan_and_measure,
     precisions,
-    step_seconds,
 )
+from medmoe_edge.device.hardware import DEVICES, Device, Ratings, find_device, memory_here
 from medmoe_edge.device.measure import (
     Microbenchmarks,
     Sizes,

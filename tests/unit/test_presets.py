@@ -9,7 +9,7 @@ from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import InputError
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.presets_random import WEIGHT_STD, initialise, random_tensors
+from medmoe_edge.training.initialise import WEIGHT_STD, initialise, random_tensors
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-phi", "nano"])

@@ -14,15 +14,22 @@ import pytest
 from command_line import Run, two_lines
 from PIL import Image
 
-from medmoe_edge.bundle import signature as signature_module
+from medmoe_edge.bundle import recorded as recorded_module
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Gates, write_manifest
 from medmoe_edge.bundle.machine import Machine
-from medmoe_edge.bundle.recorded import Recorded, read_recorded, recorded_file
-from medmoe_edge.bundle.signature import Marks, Signature, SignatureMaker, compare_signature
+from medmoe_edge.bundle.recorded import (
+    Marks,
+    Recorded,
+    Signature,
+    SignatureMaker,
+    compare_signature,
+    read_recorded,
+    recorded_file,
+)
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.embedded import bundle_path, is_installed
-from medmoe_edge.engine import proof
-from medmoe_edge.engine.proof import proven, this_machine
+from medmoe_edge.engine import loading
+from medmoe_edge.engine.loading import proven, this_machine
 from medmoe_edge.errors import BundleError
 from medmoe_edge.evaluation.quick import verify_quick
 from medmoe_edge.evaluation.verify import Data, verify
@@ -180,7 +187,7 @@ def test_any_scale_that_was_doubled_is_found(
     bundle = Bundle.open(recorded[precision])
     signature = read_recorded(bundle).signature
     assert signature is not None
-    stored = dict(signature_module.stored_matrices(bundle))
+    stored = dict(recorded_module.stored_matrices(bundle))
     assert {matrix.name for matrix in signature.matrices} == stored.keys()
     places = [(name, at) for name, (_, scale) in stored.items() for at in range(scale.size)]
     assert len(places) > 1000
@@ -189,7 +196,7 @@ def test_any_scale_that_was_doubled_is_found(
         doubled = scale.copy()
         doubled.flat[at] *= 2
         changed = {**stored, name: (integers, doubled)}
-        monkeypatch.setattr(signature_module, "stored_matrices", lambda _, new=changed: new.items())
+        monkeypatch.setattr(recorded_module, "stored_matrices", lambda _, new=changed: new.items())
         assert compare_signature(bundle, signature).wrong == (name,)
 
 
@@ -218,8 +225,8 @@ def test_marks_are_of_the_checkpoint(tiny_bundle: Make, tiny_checkpoint: Make) -
 def test_neighbours_stand_together_where_there_are_too_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(signature_module, "AT_MOST", 100)
-    monkeypatch.setattr(signature_module, "OF_ONE", 64)
+    monkeypatch.setattr(recorded_module, "AT_MOST", 100)
+    monkeypatch.setattr(recorded_module, "OF_ONE", 64)
     rows = np.random.default_rng(0).standard_normal((50, 96), np.float32)
     maker = SignatureMaker()
     for name in ("a", "b"):
@@ -390,11 +397,11 @@ def test_processors_that_do_not_tell_are_alike_by_name() -> None:
 
 def test_a_damaged_memory_is_forgotten(recorded: dict[str, Path]) -> None:
     bundle = Bundle.open(recorded["int8"])
-    proof.remember(bundle, {"passed": True, "machine": this_machine().to_json()})
-    assert proof.remembered(bundle) is not None
+    loading.remember(bundle, {"passed": True, "machine": this_machine().to_json()})
+    assert loading.remembered(bundle) is not None
     for content in (b"", b"[]", b'{"passed": 1}', b'{"passed": true, "machine": {"cpu": 1}}'):
-        proof._path(bundle).write_bytes(content)
-        assert proof.remembered(bundle) is None
+        loading._path(bundle).write_bytes(content)
+        assert loading.remembered(bundle) is None
         assert proven(bundle).here
 
 

@@ -14,7 +14,8 @@ from PIL import Image as Pillow
 from PIL import ImageCms
 
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image.loading import Image, load_image
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 
 NOISE = np.random.default_rng(3)
 GREY = NOISE.integers(0, 256, (24, 36), np.uint8)

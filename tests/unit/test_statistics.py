@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from medmoe_edge.calibration import tensor_file
+from medmoe_edge import atomic
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.statistics import (
@@ -193,7 +193,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medmoe_edge.calibration.tensor_file.os.replace", full)
+    monkeypatch.setattr("medmoe_edge.atomic.os.replace", full)
     with pytest.raises(ResourceError, match="No space left"):
         statistics({EXPERT: observed(tokens(5))}).save(tmp_path / "stats")
     assert list(tmp_path.iterdir()) == []
@@ -204,7 +204,7 @@ def test_tensors_must_be_as_announced(tmp_path: Path, wrong: str) -> None:
     specs = dict.fromkeys("ab", ("F32", (2,)))
     given = [("a", np.zeros(3 if wrong == "shape" else 2, np.float32))]
     with pytest.raises(ValueError, match=r"a is|b was not given"):
-        tensor_file.write_tensors(tmp_path / "file", specs, given, {})
+        atomic.write_tensors(tmp_path / "file", specs, given, {})
     assert list(tmp_path.iterdir()) == []
 
 

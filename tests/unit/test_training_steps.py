@@ -12,8 +12,7 @@ from medmoe_edge.training.loop import (
     prepare_parameters,
     set_learning_rate,
 )
-from medmoe_edge.training.objective import Objective
-from medmoe_edge.training.phases import upcycle
+from medmoe_edge.training.phases import Objective, upcycle
 from medmoe_edge.training.recipe import PhaseConfig
 from medmoe_edge.training.run import new_dense_model
 

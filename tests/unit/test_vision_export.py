@@ -22,9 +22,9 @@ from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.half import SMALL, halve_weights
 from medmoe_edge.export.vision import export_vision
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.presets_random import random_tensors
 from medmoe_edge.runtimes.ort.sessions import open_session, session_options
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
+from medmoe_edge.training.initialise import random_tensors
 
 Make = Callable[..., Path]
 KINDS = ["clip", "efficientnet-lite"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle, Target
-from medmoe_edge.bundle.signature import SignatureMaker
+from medmoe_edge.bundle.recorded import SignatureMaker
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.export import build
 from medmoe_edge.export.build import BuildOptions, export_bundle
@@ -29,11 +29,11 @@ from medmoe_edge.export.targets import vision_graph
 from medmoe_edge.export.tensorrt_builder import build_engine
 from medmoe_edge.export.vision import export_vision
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.presets_random import random_tensors
 from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.bundle import BundleWeights
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
+from medmoe_edge.training.initialise import random_tensors
 
 Make = Callable[..., Path]
 needs_rtx = pytest.mark.skipif(

@@ -44,7 +44,8 @@ from medmoe_edge.bedside.listen.report_sr import (
 )
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import InputError, MedMoEError, Notice, ResourceError
-from medmoe_edge.image.loading import Image, Pixels, decoding
+from medmoe_edge.image.loading import decoding
+from medmoe_edge.image.pixels import Image, Pixels
 
 log = logging.getLogger(__name__)
 # An object at which the process itself ends, or that provokes a mistake of ours, comes after all

@@ -24,7 +24,7 @@ from medmoe_edge.bedside.listen.header import (
 from medmoe_edge.bedside.listen.queue import key_of
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import Notice
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 
 # The root of all UIDs made here, itself made by chance once.
 NAMESPACE = uuid.UUID("6e7f2a53-5f0c-4c58-9a2b-0d8c8d3c3d6e")

@@ -22,7 +22,7 @@ from medmoe_edge.bedside.listen.receiving import (
 )
 from medmoe_edge.bedside.listen.report_sr import Locator
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.image.loading import MAX_BYTES
+from medmoe_edge.image.pixels import MAX_BYTES
 
 log = logging.getLogger(__name__)
 VERIFICATION = "1.2.840.10008.1.1"

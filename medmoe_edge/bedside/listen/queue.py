@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.listen.header import Origin
 from medmoe_edge.errors import MedMoEError, ResourceError
-from medmoe_edge.image.loading import Image, shown_name
+from medmoe_edge.image.pixels import Image, shown_name
 from medmoe_edge.image.worker import Bounds, read_apart
 
 BOUNDS = Bounds(seconds=30.0)  # of one picture: nobody waits at a screen

@@ -54,7 +54,7 @@ from medmoe_edge.bedside.listen.evidence import (
 )
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.text import key_phrase
-from medmoe_edge.image.loading import Image, Pixels
+from medmoe_edge.image.pixels import Image, Pixels
 
 SCHEME = "99MEDMOE"
 MAKER = "medmoe-edge"

@@ -25,8 +25,7 @@ from medmoe_edge.bedside.serve.work import Job, Upload, Work, Worker, started
 from medmoe_edge.contrastive.results import Location
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
-from medmoe_edge.image.formats import KINDS
-from medmoe_edge.image.loading import Image, Window, finite, pick_frame
+from medmoe_edge.image.pixels import KINDS, Image, Window, finite, pick_frame
 from medmoe_edge.image.worker import NAME, Bounds, GreyValues, read_apart_with_values
 
 LARGEST = 2048  # pixels of the longer side, more than a bedside screen has

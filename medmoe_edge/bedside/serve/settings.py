@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medmoe_edge.errors import InputError
-from medmoe_edge.image.loading import MAX_PIXELS
+from medmoe_edge.image.pixels import MAX_PIXELS
 from medmoe_edge.image.worker import Bounds
 
 TOKEN = re.compile(r"[!-~]{16,1024}")  # visible ASCII, and long enough not to be guessed

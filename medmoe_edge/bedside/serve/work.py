@@ -25,9 +25,10 @@ from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.results import Classification, Location
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.engine.proof import Proven
+from medmoe_edge.engine.loading import Proven
 from medmoe_edge.errors import DataError, ResourceError
-from medmoe_edge.image.loading import Image, Pixels, png_of
+from medmoe_edge.image.loading import png_of
+from medmoe_edge.image.pixels import Image, Pixels
 from medmoe_edge.image.worker import read_apart
 
 T = TypeVar("T")

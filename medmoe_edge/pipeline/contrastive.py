@@ -8,16 +8,18 @@ from pathlib import Path
 
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target
-from medmoe_edge.bundle.bundle import MANIFEST
-from medmoe_edge.bundle.contrastive import ModalityBundle
-from medmoe_edge.calibration.data import read_calibration
-from medmoe_edge.calibration.samples import Sample
+from medmoe_edge.bundle.bundle import MANIFEST, ModalityBundle
+from medmoe_edge.calibration.data import Sample, read_calibration
 from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
 from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.export.contrastive import Precision, write_modality_bundle
-from medmoe_edge.pipeline import PROOF_SAMPLES, Export, check_recordable
-from medmoe_edge.pipeline_examples import travelling_pictures
+from medmoe_edge.pipeline.med_moe import (
+    PROOF_SAMPLES,
+    Export,
+    check_recordable,
+    travelling_pictures,
+)
 
 
 def export_modality(

@@ -16,6 +16,7 @@ from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
 
 WEIGHT_STD = 0.02
+
 _CHUNK = 2**22  # values drawn at a time: bounds the fp32 scratch memory
 
 

@@ -13,7 +13,7 @@ from medmoe_edge.calibration.data import read_calibration
 from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.export.targets import check_request, export_target, plan_target
 from medmoe_edge.export.tensorrt_builder import Built
-from medmoe_edge.pipeline_examples import as_examples
+from medmoe_edge.pipeline.med_moe import as_examples
 
 
 @dataclass(frozen=True)

@@ -5,35 +5,93 @@ Each begins with what can be refused at once, for the work may take an hour.
 
 import contextlib
 import dataclasses
+import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image as Picture
+
 from medmoe_edge._types import Progress, no_progress
-from medmoe_edge.atomic import atomic_folder, check_target
+from medmoe_edge.atomic import atomic_folder, check_target, writing
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
-from medmoe_edge.calibration.data import CalibrationData, read_calibration
+from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.calibration.tensor_file import writing
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
+from medmoe_edge.data.datasets import Example
 from medmoe_edge.embedded import EMBEDDED, bundle_path, is_installed
-from medmoe_edge.errors import InputError, ModelError, ResourceError
+from medmoe_edge.errors import InputError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.evaluation import verify as verification
 from medmoe_edge.evaluation.record import may_record
+from medmoe_edge.evaluation.recording import QUESTIONS
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
 from medmoe_edge.export.plan import GroupSize, Method, Precision
-from medmoe_edge.pipeline_examples import TRAVELLING, as_examples, travelling
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
+TRAVELLING = "travelling"  # a folder for parts of its pictures
+
+
+logger = logging.getLogger(__name__)
+
+
+def as_examples(samples: Iterable[Sample], folder: Path) -> Iterator[Example]:
+    """Samples as the questions that verification reads; parts of files are written to `folder`."""
+    cut: dict[object, Path] = {}
+    for sample in samples:
+        image = sample.image
+        if sample.frame is not None or sample.field is not None:
+            image = cut.setdefault(sample.picture, folder / f"{len(cut)}.png")
+            if not image.exists():
+                Picture.fromarray(sample.load().pixels).save(image)
+        yield Example(
+            id=sample.id,
+            image=image,
+            question=sample.question,
+            answer=sample.answer,
+            answer_type=sample.answer_type,
+            modality=sample.modality,
+            body=None,
+            content=None,
+            source="calibration",
+        )
+
+
+def travelling(folder: Path) -> list[Example]:
+    """Questions that travel with a bundle, for `verify --quick`; parts of files go to `folder`.
+
+    They are about public pictures of installed packages: a user's own may be of patients. None
+    where those packages are absent.
+    """
+    folder.mkdir(exist_ok=True)
+    return list(as_examples(_public(), folder))
+
+
+def travelling_pictures() -> list[Callable[[], Image]]:
+    """The pictures of those questions."""
+    return [sample.load for sample in {sample.picture: sample for sample in _public()}.values()]
+
+
+def _public() -> list[Sample]:
+    try:
+        return read_calibration(BUILTIN).draw(QUESTIONS)
+    except MissingDependencyError as error:
+        logger.warning("The bundle will not carry inputs for a quick verification: %s", error.what)
+        return []
+
+
 SAMPLES = 128  # to calibrate on
+
 PROOF_SAMPLES = 300  # to verify on; fewer where there are no more
+
 FEWEST_HELD_OUT = 100  # else the proof is on all samples, those of the calibration included
+
 BASELINES: dict[str, Literal["nf4", "int8"]] = {
     "bitsandbytes-nf4": "nf4",
     "bitsandbytes-int8": "int8",
