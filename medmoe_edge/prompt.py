@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from medmoe_edge.errors import InputError, ModelError
+from medmoe_edge.errors import InputError, ModelError, Notice
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -18,6 +18,7 @@ SYSTEM = (
 BEFORE_IMAGE = f"{SYSTEM} USER: "
 AFTER_IMAGE = "\n{question} ASSISTANT:"
 MAX_QUESTION_CHARACTERS = 10_000
+STAND_IN = "<|stand-in tokenizer|>"  # a token of those that `init` writes
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class Tokenizer:
                 f"The tokenizer knows {tokens:,} tokens, the model {size:,}.",
                 "Use the tokenizer.json that belongs to this model.",
             )
+
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What must be known of every answer: that this is no model's own tokenizer."""
+        if self.backend.token_to_id(STAND_IN) is None:
+            return ()
+        what = "The tokenizer is a stand-in written by init: it is no model's own."
+        return (Notice("stand_in_tokenizer", what),)
 
     def prefix_ids(self) -> list[int]:
         """Token ids before the image, with a start token where the tokenizer itself adds one.

@@ -21,7 +21,11 @@ def init(
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     force: Force = False,
 ) -> None:
-    """Write a random checkpoint in the official layout."""
+    """Write a random checkpoint in the official layout, to export and try things with.
+
+    Its tokenizer is a stand-in that makes every byte a token, and says so in every answer: copy the
+    model's own tokenizer.json over it before weights that were trained.
+    """
     with needs("export"):
         from medmoe_edge.training.initialise import initialise
     with render.working("Writing"):

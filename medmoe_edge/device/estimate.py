@@ -29,7 +29,7 @@ from medmoe_edge.device.costs import (
 )
 from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
 from medmoe_edge.embedded import EMBEDDED, bundle_path
-from medmoe_edge.errors import InputError, ModelError, ResourceError, needs
+from medmoe_edge.errors import InputError, ModelError, ResourceError, did_you_mean, needs
 from medmoe_edge.export.gpus import build_memory
 from medmoe_edge.presets import PRESETS
 
@@ -170,9 +170,11 @@ def model_config(model: str) -> tuple[str, ModelConfig]:
             from medmoe_edge.checkpoint.reader import read_checkpoint
         return folder.resolve().name, read_checkpoint(folder).config
     if model not in PRESETS:
-        known = ", ".join(dict.fromkeys((*EMBEDDED, *PRESETS)))
+        names = list(dict.fromkeys((*EMBEDDED, *PRESETS)))
         raise ModelError(
-            f"There is no model {model!r}.", f"Give a bundle or checkpoint folder, or: {known}."
+            f"There is no model {model!r}.",
+            f"{did_you_mean(model, names)}Give a bundle or checkpoint folder, or: "
+            f"{', '.join(names)}.",
         )
     return model, PRESETS[model]
 

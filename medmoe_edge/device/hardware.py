@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medmoe_edge.bundle.machine import cpu_name
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import InputError, did_you_mean
 
 L4T = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
 
@@ -147,8 +147,9 @@ def find_device(name: str) -> Device:
     if name == HERE:
         return Device(HERE, cpu_name(), "cpu", memory_here(), None)
     if name not in DEVICES:
-        known = ", ".join((*DEVICES, HERE))
-        raise InputError(f"There is no device {name!r}.", f"Use one of: {known}.")
+        names = (*DEVICES, HERE)
+        hint = did_you_mean(name, names)
+        raise InputError(f"There is no device {name!r}.", f"{hint}Use one of: {', '.join(names)}.")
     return DEVICES[name]
 
 

@@ -139,7 +139,8 @@ class Engine:
         self.name, self.sha256, self.proven = name, sha256, proven
         self.verification: str = proven.status if proven else REFERENCE
         self.config = runtime.config
-        self.warnings = (*warnings, *(runtime.warnings if isinstance(runtime, Warns) else ()))
+        of_runtime = runtime.warnings if isinstance(runtime, Warns) else ()
+        self.warnings = (*warnings, *tokenizer.warnings, *of_runtime)
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
 
     @property

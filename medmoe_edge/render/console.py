@@ -23,11 +23,13 @@ if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none o
 NONE = "\N{EN DASH}"  # in a table, what is not known
 ENDLESS = 10_000  # columns, for tables that go into a file or another program
 log = logging.getLogger(__name__)
+printed_json: list[bool] = []  # whether this command line has printed its one object
 
 
 def as_json(value: Mapping[str, Any]) -> None:
     """One object on one line of stdout; ASCII, so that no terminal or locale can refuse it."""
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    printed_json.append(True)
 
 
 def show(text: str = "", style: str = "", *, stderr: bool = False) -> None:
