@@ -245,7 +245,9 @@ def _reading(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is missing, truncated or no statistics.", _AGAIN) from error
+        if not path.exists():
+            raise DataError(f"{path} does not exist.", _AGAIN) from error
+        raise DataError(f"{path} is truncated or no statistics.", _AGAIN) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged.", _AGAIN) from error
 

@@ -134,6 +134,28 @@ def needs(extra: str) -> Iterator[None]:
         raise MissingDependencyError(error.name.partition(".")[0], extra) from error
 
 
+def unreadable(what: str, error: OSError) -> tuple[str, str]:
+    """Both lines of an error about a file or folder that could not be opened, the same everywhere.
+
+    Args:
+        what: How the sentence begins, such as "scan.png" or "The audit log".
+        error: What the system said.
+    """
+    if isinstance(error, FileNotFoundError):
+        return f"{what} does not exist.", "Check the path."
+    reason = (error.strerror or "unknown reason").lower()
+    return f"{what} cannot be opened: {reason}.", "Check the path and its permissions."
+
+
+def shown_bytes(count: float) -> str:
+    """Bytes for people in the unit that fits, of powers of 1,000: 812 B, 21.3 MB, 3.12 GB."""
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1)):
+        if round(abs(count), digits) < 1000:
+            return f"{count:,.{digits}f} {unit}"
+        count /= 1000
+    return f"{count:,.2f} GB"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`Did you mean 'nano'? `, or nothing, to begin a remedy with.
 

@@ -297,6 +297,15 @@ def family_of(model: str | Path) -> Family:
     return FAMILIES[model_kind(bundle_path(name) if name in EMBEDDED else Path(name))]
 
 
+def check_calibratable(checkpoint: Path) -> None:
+    """Raise `InputError` for a checkpoint whose weights are rounded without statistics."""
+    if model_kind(checkpoint) != "med-moe":
+        raise InputError(
+            f"{checkpoint} is a modality-moe model, which needs no calibration.",
+            "Export it at once: medmoe-edge export CHECKPOINT --int8",
+        )
+
+
 def _refuse(options: Mapping[str, object]) -> None:
     """Raise `InputError` for the first option that was given: they are Med-MoE's."""
     for option, value in options.items():

@@ -83,8 +83,18 @@ class Target(Config):
         """Whether the bundle holds engines in the place of graphs."""
         return self.name.startswith("tensorrt")
 
+    @property
+    def runtime(self) -> str:
+        """What runs it and where, for people."""
+        if self.is_engine:
+            title = "TensorRT" if self.name == "tensorrt" else "TensorRT for RTX"
+            return f"{title} {self.library_version}, on a GPU of {self.gpu}"
+        return "ONNX Runtime, on any CPU" if self.name == DEFAULT else "ONNX Runtime, on CUDA"
+
     def __str__(self) -> str:
-        parts = (self.name, self.gpu, self.dtype, "paged" if self.paged else "")
+        # of the portable bundle the type of activations is no choice, and told with its weights
+        dtype = "" if self.name == DEFAULT else self.dtype
+        parts = (self.name, self.gpu, dtype, "paged" if self.paged else "")
         return " ".join(part for part in parts if part)
 
 

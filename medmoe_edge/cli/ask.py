@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medmoe_edge.cli.common import Device, DropPages, Force, Json, MemoryBudget, Runtime, verb
+from medmoe_edge.cli.common import (
+    Device,
+    DropPages,
+    Force,
+    Json,
+    MemoryBudget,
+    ModelOption,
+    Runtime,
+    verb,
+)
 from medmoe_edge.cli.contrastive import check_picture, write_heat, write_picture
 from medmoe_edge.errors import InputError
 from medmoe_edge.render import console as render
@@ -23,7 +32,7 @@ def ask(
         typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI."),
     ],
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One or more.")],
-    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    model: ModelOption = "nano",
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,

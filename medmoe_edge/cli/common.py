@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from medmoe_edge._version import __version__
 from medmoe_edge.cli import INTERRUPTED, TERMINATED, interruption
 from medmoe_edge.cli.usage import complete_models, explained
-from medmoe_edge.errors import InputError, MedMoEError, ResourceError
+from medmoe_edge.errors import InputError, MedMoEError, ResourceError, unreadable
 from medmoe_edge.render import console as render
 
 log = logging.getLogger("medmoe_edge")
@@ -257,10 +257,8 @@ def _fail(as_json: bool, code: str, what: str, remedy: str) -> None:
 def _explained(error: OSError | MemoryError) -> MedMoEError:
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return ResourceError("There is not enough memory.", "Close other programs and try again.")
-    name = error.filename or "A file"
-    if error.errno == errno.ENOENT and error.filename:
-        return InputError(f"{name} does not exist.", "Check the path.")
-    what = f"{name}: {(error.strerror or 'it cannot be used').lower()}."
+    name = str(error.filename or "A file")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = f"{name}: {(error.strerror or 'no space').lower()}."
         return ResourceError(what, "Free some space, or write to another disk.")
-    return InputError(what, "Check the path and its permissions.")
+    return InputError(*unreadable(name, error))

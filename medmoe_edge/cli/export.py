@@ -16,9 +16,10 @@ from medmoe_edge.cli.common import (
     check_output,
     verb,
 )
+from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, needs
-from medmoe_edge.families import ExportOptions, family_of
+from medmoe_edge.families import ExportOptions, check_calibratable, family_of
 from medmoe_edge.render import console as render
 from medmoe_edge.render import device as render_device
 from medmoe_edge.render import verification as render_verification
@@ -35,7 +36,9 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT", help="A checkpoint or nano; with --target a portable bundle too."
+            metavar="CHECKPOINT",
+            help="A checkpoint or nano; with --target a portable bundle too.",
+            autocompletion=complete_models,
         ),
     ] = "nano",
     int8: Annotated[bool, typer.Option("--int8", help="W8A8; the default.")] = False,
@@ -57,6 +60,7 @@ def export(
         typer.Option(
             metavar="DATA",
             help="Images, a question file or builtin: to calibrate on, and to prove the result.",
+            autocompletion=complete_data,
         ),
     ] = None,
     stats: Annotated[
@@ -71,11 +75,19 @@ def export(
     ] = "auto",
     target: Annotated[
         Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"],
-        typer.Option(help="onnxruntime is the portable bundle: any CPU, and all others' source."),
+        typer.Option(
+            metavar="TARGET",
+            help="onnxruntime: the portable bundle, any CPU, and all others' source. For GPUs: "
+            "onnxruntime-cuda, tensorrt-rtx, tensorrt.",
+        ),
     ] = "onnxruntime",
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What an engine is built for: rtx-4090, sm89, orin."),
+        typer.Option(
+            metavar="NAME",
+            help="What an engine is built for: rtx-4090, sm89, orin.",
+            autocompletion=complete_gpus,
+        ),
     ] = None,
     dtype: Annotated[
         Literal["fp16", "bf16"], typer.Option(help="Of a GPU's activations and cache.")
@@ -210,7 +222,12 @@ def calibrate(
     checkpoint: Checkpoint = "nano",
     *,
     data: Annotated[
-        str, typer.Option(metavar="DATA", help="A folder of images, a question file or builtin.")
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="A folder of images, a question file or builtin.",
+            autocompletion=complete_data,
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="STATS", help="The file.")],
     samples: Samples = 128,
@@ -230,6 +247,7 @@ def calibrate(
 
     check_output(output, force)
     folder = checkpoint_path(checkpoint)
+    check_calibratable(folder)
     with render.working("Reading") as report:
         source = med_moe.read_data(folder, data, vision_tower=vision_tower)
         statistics = gather(

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from medmoe_edge.cli.common import Force, verb
+from medmoe_edge.cli.usage import complete_presets
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render
 
@@ -15,7 +16,12 @@ SHIPPED_RECIPES = {"med-moe": "nano", "modality-moe": "modality-nano"}
 @verb("init", "Build", "init tiny my-tiny")
 def init(
     preset: Annotated[
-        str, typer.Argument(metavar="PRESET", help="tiny, nano or one of the published sizes.")
+        str,
+        typer.Argument(
+            metavar="PRESET",
+            help="tiny, nano or one of the published sizes.",
+            autocompletion=complete_presets,
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder.")],
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,

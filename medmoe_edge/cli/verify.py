@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from medmoe_edge.cli.common import Device, Force, Json, Runtime, VisionTower, check_output, verb
+from medmoe_edge.cli.usage import complete_data, complete_models
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.families import (
@@ -35,6 +36,7 @@ def evaluate(
             metavar="BUNDLE",
             help="A bundle, a checkpoint or an embedded model.",
             show_default="nano",
+            autocompletion=complete_models,
         ),
     ] = None,
     *,
@@ -129,11 +131,18 @@ def _score_file(
 
 @verb("verify", "Prove", "verify nano --against nano --data builtin")
 def verify(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle or nano.")] = "nano",
+    bundle: Annotated[
+        str,
+        typer.Argument(metavar="BUNDLE", help="A bundle or nano.", autocompletion=complete_models),
+    ] = "nano",
     *,
     against: Annotated[
         str | None,
-        typer.Option(metavar="CHECKPOINT", help="What it was exported from: measures with DATA."),
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="What it was exported from: measures with DATA.",
+            autocompletion=complete_models,
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -141,6 +150,7 @@ def verify(
             metavar="DATA",
             help="Questions: a JSONL file, a folder of images, builtin.",
             show_default="builtin",
+            autocompletion=complete_data,
         ),
     ] = None,
     beside: Annotated[
@@ -260,7 +270,15 @@ def _report_writer(path: Path | None, force: bool) -> "Callable[[Verification], 
 
 @verb("inspect", "Prove", "inspect nano")
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="PATH|nano", help="A bundle or a checkpoint.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A bundle, a checkpoint or an embedded model.",
+            autocompletion=complete_models,
+        ),
+    ] = "nano",
+    *,
     vision_tower: VisionTower = None,
     as_json: Json = False,
 ) -> None:

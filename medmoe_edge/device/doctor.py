@@ -30,7 +30,7 @@ from medmoe_edge.device.hardware import (
     memory_here,
     too_old,
 )
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import ResourceError, shown_bytes
 
 MODEL_FILE = Path("/proc/device-tree/model")
 RELEASE_FILE = Path("/etc/nv_tegra_release")
@@ -155,8 +155,8 @@ class Diagnosis:
             Fact("system", machine.system),
             Fact("processor", f"{machine.cpu}, {machine.cores} cores"),
             Fact("  int8", arithmetic + (", ".join(features) or "no known extension")),
-            Fact("memory", f"{machine.memory / 1e9:.1f} GB"),
-            Fact("free on disk", f"{machine.disk_free / 1e9:.1f} GB in {machine.cache}"),
+            Fact("memory", f"{shown_bytes(machine.memory)}"),
+            Fact("free on disk", f"{shown_bytes(machine.disk_free)} in {machine.cache}"),
             Fact("ONNX Runtime", ort.version or "cannot be imported"),
             Fact("  providers", ", ".join(ort.providers) or "none"),
         ]

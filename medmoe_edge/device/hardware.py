@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medmoe_edge.bundle.machine import cpu_name
-from medmoe_edge.errors import InputError, did_you_mean
+from medmoe_edge.errors import InputError, did_you_mean, shown_bytes
 
 L4T = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
 
@@ -25,7 +25,7 @@ class Gpu:
     compute_capability: str
 
     def __str__(self) -> str:
-        memory = f"{self.memory / 1e9:.1f} GB"
+        memory = f"{shown_bytes(self.memory)}"
         return f"{self.name}, {memory}, compute capability {self.compute_capability}"
 
 

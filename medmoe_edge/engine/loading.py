@@ -18,6 +18,7 @@ from medmoe_edge.errors import InputError, MedMoEError, MissingDependencyError, 
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.paging.pager import Budget, ExpertPager
+from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
 REFERENCE = "reference"  # a checkpoint, which bundles are verified against
 
@@ -171,6 +172,8 @@ def open_model(
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
     is_bundle = (folder / MANIFEST).exists()
     if is_bundle or runtime in ("onnxruntime", "tensorrt"):
+        if paging.budget is not None:
+            _check_budget(Bundle.open(folder, verify=False), paging.budget)
         bundle = Bundle.open(folder)
         if keeps_prefixes and bundle.target.is_engine:
             raise InputError(
@@ -181,6 +184,19 @@ def open_model(
     if paging.budget is not None:
         raise _not_paged(f"{folder.name} is a checkpoint")
     return _open_checkpoint(folder, device)
+
+
+def _check_budget(bundle: Bundle, budget: Budget) -> None:
+    """Refuse what can never work before gigabytes are read; each runtime knows the exact least."""
+    sizes = [size for _, size in bundle.manifest.get("experts", {}).values()]
+    if not sizes or isinstance(budget, ExpertPager):
+        return
+    given = budget if isinstance(budget, int) else budget_bytes(budget, sum(sizes))
+    if given < max(sizes):
+        raise InputError(
+            f"A memory budget of {given:,} bytes is too small for this model.",
+            f"One expert alone takes {max(sizes):,} bytes: allow several of them.",
+        )
 
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:

@@ -22,7 +22,7 @@ from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
-from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError
+from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError, unreadable
 from medmoe_edge.image.pixels import (
     FLAT,
     HEAD_BYTES,
@@ -212,10 +212,7 @@ def check_file(path: Path, name: str) -> None:
 
 
 def _not_opened(name: str, error: OSError) -> ImageError:
-    return ImageError(
-        f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
-        "Check the path and its permissions.",
-    )
+    return ImageError(*unreadable(name, error))
 
 
 def _head(path: Path, name: str) -> bytes:

@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medmoe_edge.errors import shown_bytes
+
 if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none of it
     from rich.progress import Progress
 
     from medmoe_edge.engine.answer import Answer
     from medmoe_edge.errors import Notice
     from medmoe_edge.evaluation.evaluate import Score, Scores
-    from medmoe_edge.evaluation.inspection import Inspection
+    from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.families import AnswerScores
 
 NONE = "\N{EN DASH}"  # in a table, what is not known
@@ -126,8 +128,8 @@ def show_inspection(inspection: "Inspection") -> None:
     total = inspection.parameters_total
     rows: list[tuple[str, object]] = [
         ("kind", inspection.kind),
-        *([("target", inspection.target)] if inspection.target else []),
-        ("size", f"{megabytes(inspection.bytes)} in {len(inspection.files)} files"),
+        *told_runtime(inspection),
+        ("size", f"{shown_bytes(inspection.bytes)} in {len(inspection.files)} files"),
         ("parameters", "unknown without torch" if total is None else f"{total:,}"),
         ("  of the language part", f"{inspection.parameters_language:,}"),
         ("  activated per token", f"{inspection.parameters_activated:,}"),
@@ -237,11 +239,6 @@ def percent(fraction: float) -> str:
     return f"{fraction:.1%}"
 
 
-def megabytes(count: int) -> str:
-    """Bytes for people: 21.3 MB, each of 1,000,000 bytes."""
-    return f"{count / 1e6:,.1f} MB"
-
-
 def wrote(what: str, path: Path) -> None:
     """The last line of a verb that wrote something."""
     show(f"Wrote {what} {path}")
@@ -268,6 +265,17 @@ def told(name: str, value: object) -> list[tuple[str, object]]:
         if isinstance(part, str | int | float):
             told.append((f"  {key.replace('_', ' ')}", part))
     return told
+
+
+def told_runtime(inspection: "Inspection | ModalityInspection") -> list[tuple[str, object]]:
+    """What it is made for, what runs it, and how many bits a weight takes."""
+    bits = inspection.bits_per_weight
+    rows = {
+        "target": inspection.target,
+        "runtime": inspection.runtime,
+        "bits per weight": None if bits is None else f"{bits:.2f}",
+    }
+    return [(name, value) for name, value in rows.items() if value]
 
 
 def told_verified(verified: Mapping[str, Any] | None) -> list[tuple[str, object]]:

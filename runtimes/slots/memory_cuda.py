@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import ResourceError, shown_bytes
 from medmoe_edge.runtimes.paging.expert_file import Bytes
 from medmoe_edge.runtimes.slots.memory import Event, Slot
 
@@ -37,7 +37,7 @@ class CudaMemory:
             slots = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(count)]
         except torch.OutOfMemoryError as error:
             raise ResourceError(
-                f"The GPU has no {count * size / 1e6:.0f} MB of memory for experts.",
+                f"The GPU has no {shown_bytes(count * size)} of memory for experts.",
                 "Give a smaller memory budget.",
             ) from error
         torch.cuda.synchronize()  # the copy stream does not wait for the zeros
@@ -58,7 +58,7 @@ class CudaMemory:
             torch.cuda.check_error(runtime.cudaHostRegister(array.ctypes.data, size, 0))
         except (OSError, RuntimeError) as error:
             raise ResourceError(
-                f"The system locks no {size / 1e6:.0f} MB of memory for an expert.",
+                f"The system locks no {shown_bytes(size)} of memory for an expert.",
                 "Free memory, or raise the limit on locked memory (ulimit -l).",
             ) from error
         weakref.finalize(array, runtime.cudaHostUnregister, array.ctypes.data)

@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import InputError, unreadable
 from medmoe_edge.image.pixels import MAX_PIXELS
 from medmoe_edge.image.worker import Bounds
 
@@ -84,6 +84,9 @@ class Settings:
         """Raise `InputError` unless the certificate and the key can be used together."""
         if self.certificate is None:
             return
+        for file in (self.certificate, self.key):
+            if file is not None and not file.exists():
+                raise InputError(f"{file} does not exist.", "Check the path.")
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate, self.key, password=_no_password)
@@ -104,9 +107,7 @@ def read_token(path: Path) -> str:
             status = os.fstat(file.fileno())
             text = file.read(2048).decode("ascii", errors="replace").strip()
     except OSError as error:
-        raise InputError(
-            f"The token file cannot be read ({error.strerror}).", "Check its path and its owner."
-        ) from error
+        raise InputError(*unreadable(f"The token file {path}", error)) from error
     if os.name == "posix" and (stat.S_IMODE(status.st_mode) & 0o077):
         raise InputError(
             "Others than its owner may use the token file.",
