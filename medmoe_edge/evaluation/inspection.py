@@ -156,7 +156,7 @@ def _common(path: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def _bits_per_weight(config: ModelConfig, quantisation: Any) -> float | None:
-    """Of the decoder's matrices, as the manifest tells how each is stored; None where it does not."""
+    """Of the decoder's matrices, as the manifest tells how each is stored; None if it does not."""
     shapes = decoder_parameters(config)
     try:
         matrices = quantisation.get("matrices") or []

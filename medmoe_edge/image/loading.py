@@ -61,7 +61,7 @@ def load_image(
     path = Path(path)
     name = shown_name(path)
     with decoding(name):
-        return _with_flatness(_read(path, name, frame, most_pixels))
+        return with_flatness(_read(path, name, frame, most_pixels))
 
 
 def _read(path: Path, name: str, frame: int | None, most_pixels: int) -> Image:
@@ -81,7 +81,7 @@ def _read(path: Path, name: str, frame: int | None, most_pixels: int) -> Image:
     raise unknown(name, head)
 
 
-def _with_flatness(image: Image) -> Image:
+def with_flatness(image: Image) -> Image:
     """The image, with a notice if nothing can be seen in it."""
     if int(image.pixels.max()) - int(image.pixels.min()) >= FLAT:
         return image
