@@ -14,13 +14,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from medmoe_edge.data.datasets import (
-    ANSWER_TYPES,
+    LABELS_FILE,
     AnswerType,
     Record,
     UniqueIds,
+    answer_type,
+    modality_name,
     parse_json,
+    questions_of,
     read_examples,
+    read_labels,
 )
+from medmoe_edge.data.folder import SUMMARY
 from medmoe_edge.errors import DataError, ImageError, InputError, MissingDependencyError
 from medmoe_edge.image.loading import decoding, load_image
 from medmoe_edge.image.pixels import HEAD_BYTES, Image, is_dicom, is_nifti, is_raster, shown_name
@@ -88,9 +93,9 @@ def ask_about(
     field: Field | None = None,
 ) -> Iterator[Sample]:
     """The bedside questions about one picture, whose ids start with `name`."""
-    for number, (question, answer_type) in enumerate(QUESTIONS, start=1):
+    for number, (question, kind) in enumerate(QUESTIONS, start=1):
         identity = f"{name}?{number}"
-        yield Sample(identity, image, question, "", modality, answer_type, frame, field)
+        yield Sample(identity, image, question, "", modality, kind, frame, field)
 
 
 SUFFIXES = (
@@ -104,8 +109,13 @@ def folder_samples(folder: Path) -> Iterator[Sample]:
 
     A picture is known by its suffix or its first bytes, so that a damaged one is not overlooked.
     Notes, hidden files and DICOM objects without an image are none. Links to folders are not
-    followed. DICOM says its modality. Raises `DataError` for a folder that cannot be read.
+    followed. DICOM says its modality. Of a dataset folder, as `medmoe-edge data` makes it, the
+    questions and labels to train on are taken instead. Raises `DataError` for a folder that cannot
+    be read.
     """
+    if (folder / SUMMARY).is_file():
+        yield from _dataset_samples(folder)
+        return
     for file in _files(folder):
         head = _head(file)
         modality = None
@@ -118,6 +128,19 @@ def folder_samples(folder: Path) -> Iterator[Sample]:
         yield from ask_about(printable(file.relative_to(folder).as_posix()), file, modality)
 
 
+def _dataset_samples(folder: Path) -> Iterator[Sample]:
+    """What a dataset folder asks in training, and the bedside questions about other images."""
+    asked = set()
+    if questions := questions_of(folder, "train"):
+        for sample in file_samples(questions):
+            asked.add(sample.image)
+            yield sample
+    if (folder / LABELS_FILE).is_file():
+        for number, item in enumerate(read_labels(folder / LABELS_FILE), start=1):
+            if item.split == "train" and item.image not in asked:
+                yield from ask_about(f"label-{number}", item.image, item.modality)
+
+
 def file_samples(file: Path) -> Iterator[Sample]:
     """The questions of a JSONL file, or of the official code's JSON list as `read_examples` does.
 
@@ -126,7 +149,7 @@ def file_samples(file: Path) -> Iterator[Sample]:
     Raises `DataError` naming file and line.
     """
     text = _text(file)
-    if text.lstrip().startswith("["):
+    if text.lstrip().startswith("[") or '"conversa' in text.partition("\n")[0]:
         for given in read_examples(file):
             yield Sample(
                 given.id,
@@ -152,17 +175,17 @@ def printable(name: str) -> str:
 
 
 def _line_samples(record: Record, identity: str, root: Path) -> Iterator[Sample]:
-    image = root / record.text("image")
-    modality = (record.optional("modality") or "").lower() or None
+    listed = record["image"]  # of several images the first, as training takes them
+    several = isinstance(listed, list) and listed
+    named = Record({"image": listed[0]}, record.where) if several else record
+    image = root / named.text("image")
+    modality = modality_name(record.optional("modality") or "") or None
     question = record.optional("question")
     if question is None:
         yield from ask_about(identity, image, modality)
         return
     answer = record.optional("answer") or ""
-    answer_type: AnswerType = "CLOSED" if answer.lower() in ("yes", "no") else "OPEN"
-    if record.optional("answer_type"):
-        answer_type = record.choice("answer_type", ANSWER_TYPES)
-    yield Sample(identity, image, question, answer, modality, answer_type)
+    yield Sample(identity, image, question, answer, modality, answer_type(record, answer))
 
 
 def _text(file: Path) -> str:

@@ -10,10 +10,10 @@ Source of the official names: the checkpoints of Med-MoE and MoE-LLaVA (GitHub
 `jiangsongtao/Med-MoE`, `PKU-YuanGroup/MoE-LLaVA`) and of transformers' `CLIPVisionModel`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from medmoe_edge.config import DecoderConfig, ModelConfig, VisionConfig
-from medmoe_edge.errors import ConfigError, MissingDependencyError
+from medmoe_edge.errors import CheckpointError, ConfigError, MissingDependencyError
 
 Shape = tuple[int, ...]
 
@@ -75,6 +75,40 @@ def official_name(name: str, config: ModelConfig) -> str:
     if rest == "head.weight":
         return "lm_head.weight"
     return "model." + _translate(rest, _DECODER_PARTS | _KIND_PARTS[config.decoder.kind])
+
+
+# What trainers put around a module; PEFT, DDP, DeepSpeed, FSDP, torch.compile and Lightning.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer.")
+_ANCHOR = "model.embed_tokens.weight"
+
+
+def official_keys(stored: Iterable[str]) -> dict[str, str]:
+    """Stored keys -> official ones: without what trainers put before or between their parts.
+
+    A prefix such as `base_model.model.` or `module.` is seen at the embeddings, and taken from all
+    keys. Raises `CheckpointError` for adapters that are not merged, and where two keys become one.
+    """
+    plain: dict[str, str] = {}
+    for key in stored:
+        if ".lora_" in key or ".modules_to_save." in key:
+            raise CheckpointError(
+                f"The weights hold LoRA adapters that are not merged ({key}).",
+                "Merge them before saving: model = model.merge_and_unload(); "
+                "model.save_pretrained(FOLDER, safe_serialization=True).",
+            )
+        name = key
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        plain[key] = name
+    anchor = next((name for name in plain.values() if name.endswith("." + _ANCHOR)), _ANCHOR)
+    prefix = anchor.removesuffix(_ANCHOR)
+    plain = {key: name.removeprefix(prefix) for key, name in plain.items()}
+    if len(set(plain.values())) < len(plain):
+        raise CheckpointError(
+            f"The weights hold a tensor twice, with {prefix or 'a wrapper'!r} and without.",
+            "Save the model once more, from its innermost module.",
+        )
+    return plain
 
 
 def tied_name(key: str) -> str:

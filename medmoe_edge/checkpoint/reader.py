@@ -20,15 +20,19 @@ from medmoe_edge.checkpoint.keys import (
     expected_parameters,
     is_buffer,
     is_router,
+    official_keys,
     official_name,
     tied_name,
 )
 from medmoe_edge.checkpoint.tensors import (
+    INDEX_FILE,
     StoredTensor,
     check_file,
     files_sha256,
+    no_weights,
     read_headers,
     read_json,
+    weight_files,
 )
 from medmoe_edge.checkpoint.writer import write_checkpoint, wrong_shape
 from medmoe_edge.config import ModelConfig
@@ -117,8 +121,14 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.", "Give the checkpoint's folder.")
+    if not ((folder / INDEX_FILE).exists() or weight_files(folder)):
+        raise no_weights(folder)
     data = read_json(folder / "config.json")
-    stored = {key: tensor for key, tensor in read_headers(folder).items() if not is_buffer(key)}
+    headers = read_headers(folder)
+    official = official_keys(headers)
+    stored = {
+        official[key]: tensor for key, tensor in headers.items() if not is_buffer(official[key])
+    }
     tower_data = None
     if vision_tower or not any(key.startswith(TOWER_PREFIX) for key in stored):
         path = vision_tower or data.get("mm_image_tower") or data.get("mm_vision_tower")
@@ -207,7 +217,10 @@ def import_router(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is not a plain file of tensors.", "Use the official router file."
         ) from error
     data = data if isinstance(data, dict) else {}
-    weight, bias = data.get("fc1.weight"), data.get("fc1.bias")
+    # a trainer may have put its wrapper's name before `fc1`
+    names = [key for key in data if isinstance(key, str) and f".{key}".endswith(".fc1.weight")]
+    weight = data[names[0]] if len(names) == 1 else None
+    bias = data.get(f"{names[0].removesuffix('weight')}bias") if len(names) == 1 else None
     if not (
         isinstance(weight, torch.Tensor)
         and isinstance(bias, torch.Tensor)

@@ -94,6 +94,14 @@ def bars() -> Iterator["Progress"]:
         yield progress
 
 
+def line_above(progress: "Progress", line: str) -> None:
+    """One calm line on stderr above the bars, which is told without a terminal too."""
+    from rich.text import Text
+
+    if log.isEnabledFor(logging.WARNING):
+        progress.console.print(Text(printable(line), "dim"), soft_wrap=True)
+
+
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """One bar while the block runs: of unknown length until told of `(step, done, total)`."""
@@ -232,6 +240,26 @@ def _remarks(found: "AnswerScores") -> Iterator[str]:
     for what, read in (("these images", asked.router), ("the labelled images", found.labels)):
         if read and read.accuracy is not None:
             yield f"Modality found in {what}: {percent(read.accuracy)} of {read.images}"
+
+
+def show_run(epochs: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
+    """How far a training run is, one row an epoch."""
+    scores = dict.fromkeys(name for row in epochs for name in row if name not in _RUN)
+    rows = [
+        (
+            row["phase"],
+            row["epoch"] + 1,
+            f"{row['loss']:.4f}",
+            *(percent(row[name]) if name in row else "" for name in scores),
+            f"{row['seconds']:.0f} s",
+        )
+        for row in epochs
+    ]
+    show_table("", ["phase", "epoch", "loss", *scores, "time"], rows)
+    show("Finished." if finished else f"{len(rows)} epochs are done; the run is not finished.")
+
+
+_RUN = ("phase", "epoch", "loss", "seconds")
 
 
 def percent(fraction: float) -> str:

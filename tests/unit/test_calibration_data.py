@@ -319,7 +319,7 @@ def test_a_line_needs_no_more_than_an_image(tmp_path: Path) -> None:
     read = {s.id: s for s in read_calibration(file).samples}
     image = tmp_path / "a.png"
     assert read["1"] == Sample("1", image, "Is there air?", "", None, "OPEN")
-    assert read["2"] == Sample("2", image, "Is there air?", "No", "x-ray", "CLOSED")
+    assert read["2"] == Sample("2", image, "Is there air?", "No", "xray", "CLOSED")
     assert read["7"] == Sample("7", image, "What?", "Air", None, "CLOSED")
     assert {(s.question, s.modality) for s in read.values() if s.image.name == "b.png"} == {
         (question, "ct") for question, _ in calibration_data.QUESTIONS
