@@ -34,11 +34,15 @@ from medmoe_edge.calibration.statistics import (
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.image.loading import preprocess
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.models.decoder import MoE, causal_mask, rotary_tables, route
 from medmoe_edge.models.med_moe import DECODERS, TOWERS, projector
 from medmoe_edge.prompt import Tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
+
+Load = Callable[[Sample], Image]
+"""Gives a sample's picture."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ def embed(
     checkpoint: Checkpoint,
     sequences: Sequence[TokenSequence],
     states: States,
+    load: Load,
     progress: Callable[[int], None],
 ) -> None:
     """Write what enters the first decoder layer; vision tower and projector are loaded meanwhile.
@@ -120,7 +125,7 @@ def embed(
     check_finite(table, "decoder.embed.weight")
     for index, sequence in enumerate(sequences):
         progress(index)
-        pixels = torch.from_numpy(preprocess(sequence.sample.load(), config.vision))
+        pixels = torch.from_numpy(preprocess(load(sequence.sample), config.vision))
         image = project(vision(pixels))[0]  # [N, D]
         before, after = (table[ids].float() for ids in (sequence.before, sequence.after))
         states[index] = torch.cat((before, image, after))
@@ -153,10 +158,15 @@ class LayerStream:
     """The decoder over some samples; raises `CheckpointError` for weights that are not finite."""
 
     def __init__(
-        self, checkpoint: Checkpoint, samples: Sequence[Sample], work: Path, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        samples: Sequence[Sample],
+        work: Path,
+        load: Load,
+        progress: Progress,
     ) -> None:
         self.checkpoint, self.config, self.progress = checkpoint, checkpoint.config, progress
-        self.work = work
+        self.work, self.load = work, load
         self.sequences = tokenise(checkpoint, samples)
         self.modalities = [sequence.modality for sequence in self.sequences]
         image_tokens = self.config.vision.image_tokens
@@ -191,6 +201,11 @@ class LayerStream:
             after[sample] = x[0]
             yield inputs[0]
 
+    def of_image(self, sample: int, states: Tensor) -> Tensor:
+        """Of a sample's states `[T, D]` those of its image's tokens `[N, D]`."""
+        end = self._starts[sample]
+        return states[end - self.config.vision.image_tokens : end]
+
     def head_inputs(self) -> Iterator[Tensor]:
         """Normed states `[T, D]` of each sample's question and answer, after the last layer."""
         check_finite(self.checkpoint.tensor("decoder.head.weight"), "decoder.head.weight")
@@ -213,12 +228,13 @@ class LayerStream:
             self.checkpoint,
             self.sequences,
             states,
+            self.load,
             lambda done: self.progress("images", done, total),
         )
         states.path = states.path.rename(whole)
 
 
-RUN = "run.json"
+RUN, READ = "run.json", "modalities.json"
 
 HEAD = "decoder.head.in"
 
@@ -278,12 +294,52 @@ class Collected:
     routing: RoutingProfile
 
 
+def read_modalities(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    work: Path,
+    *,
+    load: Load = Sample.load,
+    progress: Progress | None = None,
+) -> dict[object, str]:
+    """What the model's own router reads in pictures: the modality of each, by `Sample.picture`.
+
+    As the engine does: the expert with the highest router logit, averaged over the image's tokens
+    and all MoE layers. One layer is in memory at a time; the last answer is kept in `work`, so that
+    an interrupted run does not ask again. Raises as `collect`.
+    """
+    moe = checkpoint.config.moe
+    assert moe is not None
+    kept = work / READ
+    identity = {
+        "checkpoint": checkpoint.sha256(),
+        "samples": hashlib.sha256(repr(list(samples)).encode()).hexdigest(),
+    }
+    with torch.inference_mode(), writing(work):
+        _prepare(work, json.dumps(identity))
+        if not kept.exists():
+            stream = LayerStream(checkpoint, samples, work, load, progress or (lambda *_: None))
+            logits = torch.zeros(len(samples), moe.num_experts)
+            for index in range(max(checkpoint.config.moe_layers) + 1):
+                layer = stream.load_layer(index)
+                for row, inputs in enumerate(stream.forward(layer, index)):
+                    if isinstance(layer.ffn, MoE):
+                        logits[row] += layer.ffn.router_logits(stream.of_image(row, inputs)).mean(0)
+            kept.write_text(json.dumps(logits.argmax(1).tolist()), encoding="utf-8")
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    return {
+        sample.picture: moe.expert_names[expert]
+        for sample, expert in zip(samples, found, strict=True)
+    }
+
+
 def collect(
     checkpoint: Checkpoint,
     samples: Sequence[Sample],
     work: Path,
     *,
     hessians: bool,
+    load: Load = Sample.load,
     borrow: Mapping[Pair, int] | None = None,
     progress: Progress | None = None,
 ) -> Collected:
@@ -308,7 +364,7 @@ def collect(
     }
     with torch.inference_mode(), writing(work):
         _prepare(work, json.dumps(identity))
-        stream = LayerStream(checkpoint, samples, work, progress or (lambda *_: None))
+        stream = LayerStream(checkpoint, samples, work, load, progress or (lambda *_: None))
         last = max((layer for layer, _ in borrow), default=checkpoint.config.decoder.layers - 1)
         files = [_layer(stream, index, borrow, hessians) for index in range(last + 1)]
         if not borrow:

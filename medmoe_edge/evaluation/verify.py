@@ -39,6 +39,8 @@ from medmoe_edge.evaluation.record import (
     read_record,
 )
 from medmoe_edge.evaluation.recording import pack_recording, unpack_recording
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime, Step
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
@@ -143,10 +145,14 @@ KL_ROOM, KL_LEAST = 4, 1e-5
 
 @dataclass(frozen=True)
 class Data:
-    """Questions to verify on; the manifest keeps their name and hash, never a path."""
+    """Questions to verify on; the manifest keeps their name and hash, never a path.
+
+    `load` reads their images, which another step may have decoded already.
+    """
 
     name: str
     examples: Sequence[Example]
+    load: Callable[[Path], Image] = load_image
 
     def sha256(self) -> str:
         """Hash over every question with its answer and the bytes of its image, in order.
@@ -259,7 +265,7 @@ def verify(
         return Verification(bundle, _faults(bundle, report), read_record(bundle))
     gates, data_sha256 = bundle.gates, data.sha256()
     with_inputs = bool(inputs) and record is not False
-    asked = [data.examples, inputs] if with_inputs else [data.examples]
+    asked = [data, Data("inputs", inputs)] if with_inputs else [data]
     reference, *travelling = _reference(bundle, checkpoint, asked, vision_tower, report)
     faults = _faults(bundle, report)
     runtime = OrtRuntime(bundle)
@@ -299,7 +305,7 @@ def _packed(bundle: Bundle, recording: Recording, runtime: Runtime) -> Recorded:
 def _reference(
     bundle: Bundle,
     folder: "Path | Checkpoint",
-    asked: Sequence[Sequence[Example]],
+    asked: Sequence[Data],
     vision_tower: Path | None,
     report: Progress,
 ) -> list[Recording]:
@@ -322,6 +328,12 @@ def _reference(
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     runtime = EagerRuntime(checkpoint)
     return [
-        record(runtime, tokenizer, some, progress=lambda *at: report("the checkpoint", *at))
+        record(
+            runtime,
+            tokenizer,
+            some.examples,
+            load=some.load,
+            progress=lambda *at: report("the checkpoint", *at),
+        )
         for some in asked
     ]

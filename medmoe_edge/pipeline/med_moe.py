@@ -187,7 +187,14 @@ def proof_data(data: CalibrationData, statistics: Statistics, folder: Path) -> D
     chosen, name = data.draw(PROOF_SAMPLES, exclude=used), data.name
     if len(chosen) < FEWEST_HELD_OUT:
         chosen, name = data.draw(PROOF_SAMPLES), f"{name}, on which it was calibrated"
-    return Data(name, list(as_examples(chosen, folder)))
+    return _asked(name, data, chosen, folder)
+
+
+def _asked(name: str, data: CalibrationData, samples: Sequence[Sample], folder: Path) -> Data:
+    """Samples as what is verified on; what `data` has decoded is not decoded again."""
+    examples = list(as_examples(samples, folder))
+    of = {example.image: sample for example, sample in zip(examples, samples, strict=True)}
+    return Data(name, examples, lambda image: data.load(of[image]))
 
 
 def verify(
@@ -216,7 +223,7 @@ def verify(
         return verification.verify(
             bundle,
             model,
-            Data(data.name, list(as_examples(samples, Path(folder)))),
+            _asked(data.name, data, samples, Path(folder)),
             beside=others,
             record=record,
             inputs=travelling(Path(folder, TRAVELLING)) if record or recordable else (),
@@ -225,7 +232,8 @@ def verify(
 
 
 def _data_for(checkpoint: Checkpoint, source: str) -> CalibrationData:
-    return read_calibration(source, known_modalities=_modalities(checkpoint))
+    names, vision = _modalities(checkpoint), checkpoint.config.vision
+    return read_calibration(source, known_modalities=names, vision=vision)
 
 
 def _modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
