@@ -7,7 +7,9 @@ layer that has none.
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import writing
 from medmoe_edge.calibration.coverage import Neighbours, Pair
 from medmoe_edge.calibration.data import Sample
@@ -43,6 +45,31 @@ Module = TypeVar("Module", bound=nn.Module)
 
 Load = Callable[[Sample], Image]
 """Gives a sample's picture."""
+
+
+class Pictures:
+    """The samples' pictures and their image tokens, each computed once for all passes.
+
+    The tokens lie in a file that goes with the object, as large as one of the hidden states.
+    """
+
+    def __init__(self, load: Load = Sample.load) -> None:
+        self.load = load
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it is closed with the object
+        self._places: dict[object, int] = {}
+
+    def tokens(self, sample: Sample, see: Callable[[Image], Tensor]) -> Tensor:
+        """The image tokens `[N, D]` of a sample's picture, which `see` computes the first time."""
+        place = self._places.get(sample.picture)
+        if place is None:
+            tokens = see(self.load(sample))
+            self._places[sample.picture] = self._file.seek(0, os.SEEK_END)
+            self._shape = tokens.shape
+            self._file.write(tokens.contiguous().numpy().tobytes())
+            return tokens
+        self._file.seek(place)
+        content = bytearray(self._file.read(4 * self._shape.numel()))
+        return torch.frombuffer(content, dtype=torch.float32).view(self._shape)
 
 
 @dataclass(frozen=True)
@@ -109,7 +136,7 @@ def embed(
     checkpoint: Checkpoint,
     sequences: Sequence[TokenSequence],
     states: States,
-    load: Load,
+    pictures: Pictures,
     progress: Callable[[int], None],
 ) -> None:
     """Write what enters the first decoder layer; vision tower and projector are loaded meanwhile.
@@ -121,12 +148,17 @@ def embed(
         vision, project = TOWERS[config.vision.kind](config.vision), projector(config)
     load_weights(vision, checkpoint, "vision.")
     load_weights(project, checkpoint, "projector.")
+
+    def see(image: Image) -> Tensor:
+        pixels = torch.from_numpy(preprocess(image, config.vision))
+        tokens: Tensor = project(vision(pixels))[0]  # [N, D]
+        return tokens
+
     table = checkpoint.tensor("decoder.embed.weight")
     check_finite(table, "decoder.embed.weight")
     for index, sequence in enumerate(sequences):
         progress(index)
-        pixels = torch.from_numpy(preprocess(load(sequence.sample), config.vision))
-        image = project(vision(pixels))[0]  # [N, D]
+        image = pictures.tokens(sequence.sample, see)
         before, after = (table[ids].float() for ids in (sequence.before, sequence.after))
         states[index] = torch.cat((before, image, after))
 
@@ -162,11 +194,11 @@ class LayerStream:
         checkpoint: Checkpoint,
         samples: Sequence[Sample],
         work: Path,
-        load: Load,
+        pictures: Pictures,
         progress: Progress,
     ) -> None:
         self.checkpoint, self.config, self.progress = checkpoint, checkpoint.config, progress
-        self.work, self.load = work, load
+        self.work, self.pictures = work, pictures
         self.sequences = tokenise(checkpoint, samples)
         self.modalities = [sequence.modality for sequence in self.sequences]
         image_tokens = self.config.vision.image_tokens
@@ -228,7 +260,7 @@ class LayerStream:
             self.checkpoint,
             self.sequences,
             states,
-            self.load,
+            self.pictures,
             lambda done: self.progress("images", done, total),
         )
         states.path = states.path.rename(whole)
@@ -299,7 +331,7 @@ def read_modalities(
     samples: Sequence[Sample],
     work: Path,
     *,
-    load: Load = Sample.load,
+    pictures: Pictures | None = None,
     progress: Progress | None = None,
 ) -> dict[object, str]:
     """What the model's own router reads in pictures: the modality of each, by `Sample.picture`.
@@ -318,7 +350,9 @@ def read_modalities(
     with torch.inference_mode(), writing(work):
         _prepare(work, json.dumps(identity))
         if not kept.exists():
-            stream = LayerStream(checkpoint, samples, work, load, progress or (lambda *_: None))
+            stream = LayerStream(
+                checkpoint, samples, work, pictures or Pictures(), progress or no_progress
+            )
             logits = torch.zeros(len(samples), moe.num_experts)
             for index in range(max(checkpoint.config.moe_layers) + 1):
                 layer = stream.load_layer(index)
@@ -339,7 +373,7 @@ def collect(
     work: Path,
     *,
     hessians: bool,
-    load: Load = Sample.load,
+    pictures: Pictures | None = None,
     borrow: Mapping[Pair, int] | None = None,
     progress: Progress | None = None,
 ) -> Collected:
@@ -364,7 +398,9 @@ def collect(
     }
     with torch.inference_mode(), writing(work):
         _prepare(work, json.dumps(identity))
-        stream = LayerStream(checkpoint, samples, work, load, progress or (lambda *_: None))
+        stream = LayerStream(
+            checkpoint, samples, work, pictures or Pictures(), progress or no_progress
+        )
         last = max((layer for layer, _ in borrow), default=checkpoint.config.decoder.layers - 1)
         files = [_layer(stream, index, borrow, hessians) for index in range(last + 1)]
         if not borrow:

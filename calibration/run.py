@@ -10,7 +10,7 @@ from pathlib import Path
 
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import refuse_existing
-from medmoe_edge.calibration.collect import RUN, Collected, collect, read_modalities
+from medmoe_edge.calibration.collect import RUN, Collected, Pictures, collect, read_modalities
 from medmoe_edge.calibration.coverage import (
     EXTRA_ROUNDS,
     ExpertCoverage,
@@ -83,6 +83,7 @@ class _Run:
     ) -> None:
         self.checkpoint, self.data, self.work = checkpoint, data, work
         self.hessians, self.progress = hessians, progress
+        self.pictures = Pictures(data.load)
         self.samples: list[Sample] = []
         self.rounds: list[Collected] = []
         moe = checkpoint.config.moe
@@ -133,7 +134,7 @@ class _Run:
             self.checkpoint,
             unknown,
             self.work / "router",
-            load=self.data.load,
+            pictures=self.pictures,
             progress=self.progress,
         )
         self.data.label(found)
@@ -154,7 +155,7 @@ class _Run:
                 samples,
                 folder,
                 hessians=self.hessians,
-                load=self.data.load,
+                pictures=self.pictures,
                 progress=self.progress,
             )
         )
@@ -191,7 +192,7 @@ class _Run:
             self.samples,
             self.work / "borrowed",
             hessians=self.hessians,
-            load=self.data.load,
+            pictures=self.pictures,
             borrow=wanted,
             progress=self.progress,
         )

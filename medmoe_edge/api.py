@@ -1,13 +1,14 @@
 """The library's functions, one for each step from a checkpoint to answers.
 
-    load        an engine that answers, or one that classifies and locates
-    calibrate   a checkpoint and images in, the statistics that quantisation needs out
-    export      a checkpoint in, a bundle out that answers without torch
-    verify      what did quantisation cost?
-    evaluate    how well does a model answer?
-    train       a recipe and data in, a checkpoint out
+    load           an engine that answers, or one that classifies and locates
+    train          a recipe and data in, a checkpoint out
+    calibrate      a checkpoint and images in, the statistics that quantisation needs out
+    export_model   a checkpoint in, a bundle out that answers without torch
+    verify         what did quantisation cost?
+    evaluate       how well does a model answer?
 
-What each takes besides is in a frozen options object of the same name. Whatever goes wrong is a
+What each takes besides is in a frozen options object. (`medmoe_edge.export` is the subpackage that
+does the exporting.) Whatever goes wrong is a
 `MedMoEError`, which says what was wrong and what to do.
 """
 
@@ -24,21 +25,20 @@ from medmoe_edge.families import (
     CalibrateOptions,
     EvaluateOptions,
     ExportOptions,
-    TrainOptions,
     VerifyOptions,
     check_calibratable,
     family_of,
 )
 
 if TYPE_CHECKING:
-    from medmoe_edge.calibration.statistics import Statistics
     from medmoe_edge.contrastive.engine import ModalityEngine
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
     from medmoe_edge.engine.engine import Engine
     from medmoe_edge.engine.loading import Device, RuntimeName
     from medmoe_edge.evaluation.verify import Verification
-    from medmoe_edge.pipeline.med_moe import Export
+    from medmoe_edge.pipeline.med_moe import Calibrated, Export
     from medmoe_edge.runtimes.paging.pager import Budget
+    from medmoe_edge.training.report import TrainOptions
 
 PathLike = str | os.PathLike[str]
 
@@ -146,7 +146,7 @@ def calibrate(
     options: CalibrateOptions,
     *,
     progress: Progress = no_progress,
-) -> "Statistics":
+) -> "Calibrated":
     """Gather the statistics that quantisation needs; an interrupted run goes on where it was.
 
     Args:
@@ -156,8 +156,8 @@ def calibrate(
         progress: Told of `(step, done, total)`.
 
     Returns:
-        The statistics; `coverage` says what each expert saw, `samples` how many images of each
-        modality.
+        The statistics, whose `coverage` says what each expert saw and `samples` how many questions
+        of each modality there were, and the images that could not be read.
 
     Raises:
         InputError: The data cannot be used, or `out` exists.
@@ -169,10 +169,11 @@ def calibrate(
     check_calibratable(folder)
     with needs("export"):
         from medmoe_edge.pipeline.med_moe import calibrate_on
-    return calibrate_on(folder, Path(out), options, progress)
+    given = dict(vars(options))
+    return calibrate_on(folder, Path(out), given.pop("data"), **given, progress=progress)
 
 
-def export(
+def export_model(
     checkpoint: PathLike,
     out: PathLike,
     options: ExportOptions | None = None,
@@ -247,13 +248,20 @@ def evaluate(
     return family_of(model).evaluate(os.fspath(model), options, progress)
 
 
-def train(data: PathLike, out: PathLike, options: TrainOptions | None = None) -> Path:
+def train(
+    data: PathLike,
+    out: PathLike,
+    recipe: str = "nano",
+    options: "TrainOptions | None" = None,
+) -> Path:
     """Train a model by a recipe, or go on where a run was interrupted.
 
     Args:
-        data: The folder of a dataset.
+        data: The folder of a dataset, or a file of questions alone.
         out: The run's folder; what it holds of the same run is gone on with.
-        options: The recipe.
+        recipe: The name of a recipe that ships ("nano", "modality-nano", "fine-tune"), or its file.
+        options: A `medmoe_edge.training.report.TrainOptions`: the checkpoint to go on from,
+            precision, LoRA.
 
     Returns:
         The folder of the checkpoint.
@@ -272,8 +280,8 @@ def train(data: PathLike, out: PathLike, options: TrainOptions | None = None) ->
         from medmoe_edge.training.run import train as train_answers
     from rich.progress import Progress as Bars
 
-    recipe = (options or TrainOptions()).recipe
+    given, run = Path(data), Path(out)
     with Bars(disable=True) as bars:
         if is_modality_recipe(recipe):
-            return train_modality(read_modality_recipe(recipe), Path(data), Path(out), bars)
-        return train_answers(read_recipe(recipe), Path(data), Path(out), bars)
+            return train_modality(read_modality_recipe(recipe), given, run, bars, options)
+        return train_answers(read_recipe(recipe), given, run, bars, options)

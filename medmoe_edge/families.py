@@ -42,6 +42,27 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
+class CalibrateOptions:
+    """What a checkpoint is calibrated on.
+
+    Attributes:
+        data: A folder of images, a file of questions, a dataset folder, or "builtin".
+        samples: Questions to draw from it, evenly over the modalities.
+        hessians: Whether to gather second moments, for GPTQ; much the largest part.
+        strict: Whether to refuse experts that too few tokens reach.
+        vision_tower: The vision tower, if the checkpoint holds none.
+        force: Whether to replace what is already there.
+    """
+
+    data: str
+    samples: int = 128
+    hessians: bool = True
+    strict: bool = False
+    vision_tower: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class VerifyOptions:
     """What a bundle is verified against, on which data; see `med_moe.verify`."""
 
@@ -166,8 +187,8 @@ class MedMoEFamily:
 
     def evaluate(self, model: str, options: EvaluateOptions, progress: "Progress") -> AnswerScores:
         """Ask every question, and read the labelled images that are not to train on."""
-        import medmoe_edge
         from medmoe_edge.data.datasets import read_examples, read_labels
+        from medmoe_edge.engine.engine import load
         from medmoe_edge.evaluation import evaluate as evaluation
 
         given = read_examples(options.data)
@@ -175,7 +196,7 @@ class MedMoEFamily:
         evaluation.check_examples(examples)
         labelled = read_labels(options.labels) if options.labels else []
         labelled = [item for item in labelled if item.split != "train"]
-        engine = medmoe_edge.load(model, runtime=options.runtime, device=options.device)
+        engine = load(model, runtime=options.runtime, device=options.device)
         longest = options.max_new_tokens
         asked = evaluation.evaluate(
             engine,

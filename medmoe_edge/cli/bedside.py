@@ -112,11 +112,11 @@ def listen(
     with needs("listen"):
         from medmoe_edge.bedside.listen.config import load_configuration
         from medmoe_edge.bedside.listen.node import Node
-    import medmoe_edge
+    from medmoe_edge.engine.engine import load
 
     configuration = load_configuration(config)
     with render.working("Loading"):
-        engine = medmoe_edge.load(
+        engine = load(
             configuration.model,
             runtime=runtime,
             device=device,

@@ -19,7 +19,7 @@ from medmoe_edge.cli.common import (
 from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, needs
-from medmoe_edge.families import ExportOptions, check_calibratable, family_of
+from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
 from medmoe_edge.render import console as render
 from medmoe_edge.render import device as render_device
 from medmoe_edge.render import verification as render_verification
@@ -239,33 +239,19 @@ def calibrate(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Gather the statistics that quantisation needs; an interrupted run goes on where it was."""
-    with needs("export"):
-        from medmoe_edge.calibration.run import calibrate as gather
-        from medmoe_edge.checkpoint.reader import read_checkpoint
-        from medmoe_edge.pipeline import med_moe
+    """Gather the statistics that quantisation needs; an interrupted run goes on where it was.
+
+    Of images in a folder, DICOM files say their modality, else the folder's name does; where
+    neither does, the model's own router reads it, and its shares are told.
+    """
+    from medmoe_edge.api import calibrate as gather
 
     check_output(output, force)
-    folder = checkpoint_path(checkpoint)
-    check_calibratable(folder)
+    options = CalibrateOptions(data, samples, hessians, strict, vision_tower, force)
     with render.working("Reading") as report:
-        source = med_moe.read_data(folder, data, vision_tower=vision_tower)
-        statistics = gather(
-            folder,
-            source,
-            output,
-            samples=samples,
-            hessians=hessians,
-            strict=strict,
-            vision_tower=vision_tower,
-            force=force,
-            progress=report,
-        )
+        found = gather(checkpoint, output, options, progress=report)
     if as_json:
-        render.as_json({"statistics": str(output)} | statistics.summary())
+        render.as_json({"statistics": str(output)} | found.statistics.summary())
     else:
-        moe = read_checkpoint(folder, vision_tower=vision_tower).config.moe
-        render_verification.show_coverage(
-            statistics, moe.expert_names if moe else (), source.skipped
-        )
+        render_verification.show_coverage(found.statistics, found.expert_names, found.skipped)
         render.wrote("the statistics", output)

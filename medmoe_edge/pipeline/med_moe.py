@@ -18,7 +18,7 @@ from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target, writing
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
-from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, read_calibration
+from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
@@ -106,11 +106,41 @@ class Export:
     verification: Verification | None
 
 
-def read_data(
-    checkpoint: Path, source: str, *, vision_tower: Path | None = None
-) -> CalibrationData:
-    """Calibration data (a folder, a question file or "builtin") for the modalities of a model."""
-    return _data_for(read_checkpoint(checkpoint, vision_tower=vision_tower), source)
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """Statistics that were gathered; the experts' names, and the images that could not be read."""
+
+    statistics: Statistics
+    expert_names: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def calibrate_on(
+    checkpoint: Path,
+    out: Path,
+    source: str,
+    *,
+    samples: int = SAMPLES,
+    hessians: bool = True,
+    strict: bool = False,
+    vision_tower: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Calibrate a checkpoint on a folder, a question file or "builtin"; see `calibration.run`."""
+    model = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    data = _data_for(model, source)
+    statistics = calibrate(
+        model,
+        data,
+        out,
+        samples=samples,
+        hessians=hessians,
+        strict=strict,
+        force=force,
+        progress=progress,
+    )
+    return Calibrated(statistics, _modalities(model), tuple(data.skipped))
 
 
 def export(

@@ -133,8 +133,31 @@ def show_coverage(
         show_table(title, columns, rows, left=2, styles=STATUSES)
     else:
         show(title)
+    if told := _labelled(statistics):
+        show(told, "dim")
+    free = [row for row in rows if row[-1] == "data-free"]
+    if free:
+        named = ", ".join(f"layer {layer} {expert}" for layer, expert, *_ in free)
+        show(f"Stayed data-free, for want of tokens: {named}.", "yellow")
+    elif rows:
+        show("No expert stayed data-free.", "green")
     for image in skipped:
         show(f"Skipped: {image.reason}", "yellow")
+
+
+TOLD_BY = {
+    "list": "by the list",
+    "dicom": "by DICOM",
+    "folder": "by the folder",
+    "router": "by the model's own router",
+}
+
+
+def _labelled(statistics: "Statistics") -> str:
+    """Who said what the modalities are, which decides what each expert is calibrated on."""
+    told = statistics.source.labelled_by
+    parts = ", ".join(f"{count:,} {TOLD_BY.get(by, by)}" for by, count in told.items())
+    return parts and f"Modality told: {parts}."
 
 
 def show_gates(title: str, gates: "Sequence[GateResult]") -> None:
