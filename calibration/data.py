@@ -330,9 +330,7 @@ __all__ = ["BUILTIN", "CalibrationData", "Sample", "Skipped", "read_calibration"
 
 
 BUILTIN = "builtin"
-
 MAX_UNREADABLE = 0.05  # of the images decoded
-
 FEW = 20  # images; of fewer, no share is taken unless there are no more
 
 

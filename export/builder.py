@@ -1,10 +1,32 @@
-"""A thin layer over onnx-ir's tape, so that a graph reads as it runs."""
+"""How graphs are made with onnx-ir and saved: their nodes, and weights in a file beside them.
 
-from collections.abc import Sequence
+Weights are streamed into one `.data` file, each expert's bytes together. Every expert and meta
+expert begins on a page, after all other weights, so that it can be mapped, read ahead and dropped
+by itself.
+
+Experts that a graph takes from slots: its inputs for them, and their own file.
+
+A graph whose experts are paged in device memory has one input per kind of weight, `slots.<kind>`
+`[slots, ...]`, shared by all layers, and the input `table` `[M, E]` int32: each expert's slot, -1
+where it is absent. How many slots there are is known only when a model is loaded: engines and
+graphs are for any number. The outputs `chosen.<m>` `[1, S, K]` tell which experts a step chose; one
+that was absent is fetched, and the step run again (`runtimes/slots/replay.py`).
+
+The experts lie in `experts.data`, each a contiguous extent that begins on a page: its kinds one
+after the other in the order of the manifest's `paging.slots`, in the layout of the slots.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from medmoe_edge.config import ModelConfig
+from medmoe_edge.errors import CheckpointError
 
 OPSET = 24
 IR_VERSION = 10
@@ -84,3 +106,161 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
     assert value is not None
     assert value.const_value is not None
     return value.const_value
+
+
+PAGE = 4096
+INLINE_BYTES = 1024  # smaller tensors stay in the graph: shapes, scalars, short biases
+OWNER = re.compile(r"(.*\.ffn\.(?:experts\.\d+|meta))\.")
+
+
+Extents = dict[str, list[int]]  # owner -> [offset, bytes]
+
+
+def save_model(
+    model: ir.Model,
+    folder: Path,
+    name: str,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Extents:
+    """Write `name.onnx` and `name.data` into `folder`, one tensor in memory at a time.
+
+    `progress` is called with the bytes done and the bytes in all. Returns where each expert lies in
+    the data file. Raises `CheckpointError`.
+    """
+    values = [value for value in model.graph.initializers.values() if value.const_value is not None]
+    large = [value for value in values if tensor_of(value).nbytes >= INLINE_BYTES]
+    total = sum(tensor_of(value).nbytes for value in large)
+    extents: Extents = {}
+    previous = ""
+    done = 0
+    with (folder / f"{name}.data").open("wb") as file:
+        for value in sorted(large, key=_group):  # stable: order within a group is kept
+            group = _group(value)
+            if group != previous:
+                file.write(bytes(-file.tell() % PAGE))
+                previous = group
+            offset = file.tell()
+            tensor = tensor_of(value)
+            length = file.write(_bytes(tensor))
+            done += length
+            if progress:
+                progress(done, total)
+            value.const_value = ir.ExternalTensor(
+                f"{name}.data",
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=tensor.name or "",
+                base_dir=folder,
+            )
+            if group:
+                start = extents.setdefault(group, [offset, 0])[0]
+                extents[group][1] = offset + length - start
+    for value in values:
+        if value not in large:  # read now: inside `ir.save` an error would lose its type
+            value.const_value = ir.tensor(tensor_of(value).numpy(), name=value.name)
+    ir.save(model, folder / f"{name}.onnx")
+    return extents
+
+
+def _group(value: ir.Value) -> str:
+    """The expert that owns a weight; the empty string, which sorts first, for all others."""
+    match = OWNER.match(value.name or "")
+    return match[1] if match else ""
+
+
+def _bytes(tensor: ir.TensorProtocol) -> bytes:
+    data = tensor.tobytes()
+    if len(data) != tensor.nbytes:
+        raise CheckpointError(
+            f"The tensor {tensor.name} changed its size while it was read.",
+            "Do not change the checkpoint during an export.",
+        )
+    return data
+
+
+FILE = "experts.data"
+SLOTS = "slots."
+
+
+Stacks = Mapping[str, ir.TensorProtocol]
+
+"""A layer's weights by the name of the input that takes their place, `[E, ...]`."""
+
+
+class Pools:
+    """The inputs of a graph of so many layers that its experts' weights come from."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.table = ir.val("table", ir.DataType.INT32, (layers, experts))
+        self.inputs: dict[str, ir.Value] = {}
+
+    def input_for(self, kind: str, stack: ir.TensorProtocol) -> ir.Value:
+        """`slots.<kind>` for a stack `[E, ...]`.
+
+        Raises `CheckpointError` where experts differ in shape or format, as those of a mixed export
+        may.
+        """
+        name, shape = f"{SLOTS}{kind}", ir.Shape(["slots", *stack.shape.numpy()[1:]])
+        pool = self.inputs.setdefault(name, ir.val(name, stack.dtype, shape))
+        if (pool.dtype, pool.shape) != (stack.dtype, shape):
+            raise unlike(str(stack.name))
+        return pool
+
+    def declare(self, graph: ir.Graph) -> None:
+        """Make them and the table inputs of the graph."""
+        graph.inputs.extend([self.table, *self.inputs.values()])
+
+
+def declare_chosen(graph: ir.Graph, chosen: ir.Value, layer: int) -> None:
+    """Make the experts `[1, S, K]` of the n-th layer that has some an output."""
+    chosen.name, chosen.dtype = f"chosen.{layer}", ir.DataType.INT64
+    graph.outputs.append(chosen)
+
+
+def reads_slots(node: ir.Node) -> bool:
+    """Whether a node reads experts' weights: it takes them as they are stored."""
+    return any(str(value.name).startswith(SLOTS) for value in node.inputs if value is not None)
+
+
+def unlike(name: str) -> CheckpointError:
+    """What is wrong with a weight that does not fit the slots of others."""
+    return CheckpointError(
+        f"{name} is stored otherwise than those before it.",
+        "Export in one precision to page experts in a GPU's memory.",
+    )
+
+
+def write_experts(folder: Path, config: ModelConfig, layers: Sequence[Stacks]) -> dict[str, Any]:
+    """Write `experts.data`; returns the manifest's `experts` and `paging`.
+
+    One layer's experts are in memory at a time.
+    """
+    extents: Extents = {}
+    hashes = {}
+    with (folder / FILE).open("wb") as file:
+        for owner, content in _experts(config, layers):
+            file.write(bytes(-file.tell() % PAGE))
+            extents[owner] = [file.tell(), len(content)]
+            hashes[owner] = {"sha256": hashlib.sha256(content).hexdigest()}
+            file.write(content)
+    slots = {
+        name: {
+            "dtype": stack.dtype.numpy().name,
+            "shape": list(stack.shape.numpy()[1:]),
+            "bytes": stack.nbytes // stack.shape.numpy()[0],
+        }
+        for name, stack in layers[0].items()
+    }
+    return {"experts": extents, "paging": {"file": FILE, "slots": slots, "experts": hashes}}
+
+
+def _experts(config: ModelConfig, layers: Sequence[Stacks]) -> Iterator[tuple[str, bytes]]:
+    assert config.moe is not None
+    for layer, stacks in zip(config.moe_layers, layers, strict=True):
+        arrays = [stack.numpy() for stack in stacks.values()]
+        for number in range(config.moe.num_experts):
+            owner = f"decoder.layers.{layer}.ffn.experts.{number}"
+            yield owner, b"".join(array[number].tobytes() for array in arrays)

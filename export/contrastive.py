@@ -34,8 +34,7 @@ from medmoe_edge.calibration.collect import check_finite
 from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
 from medmoe_edge.config_contrastive import read_scores
 from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
-from medmoe_edge.export.builder import Builder
-from medmoe_edge.export.external_data import save_model
+from medmoe_edge.export.builder import Builder, save_model
 from medmoe_edge.export.half import halve_weights
 from medmoe_edge.export.passes.ort_cpu import quantise_linears
 from medmoe_edge.export.quantise import Array, lazy_tensor

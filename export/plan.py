@@ -26,16 +26,21 @@ from typing import Any, Literal
 import numpy as np
 
 from medmoe_edge._types import Floats
-from medmoe_edge.calibration.mixed import CHOICES, INT4, Candidate, allocate
+from medmoe_edge.calibration.methods import (
+    CHOICES,
+    INT4,
+    Candidate,
+    allocate,
+    quantise_gptq,
+    search_migration,
+)
 from medmoe_edge.calibration.quantisers import (
     Format,
     Quantised,
     output_error,
-    quantise_gptq,
     round_searched,
     round_to_nearest,
 )
-from medmoe_edge.calibration.smooth import search_migration
 from medmoe_edge.calibration.statistics import SiteStatistics, Statistics, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, DataError, InputError

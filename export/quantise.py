@@ -27,7 +27,6 @@ from medmoe_edge.export.weights import MatrixTensor
 PARTS = "qkv"
 FUSED = re.compile(r"(.*\.attention\.)qkv(\.(?:weight|bias).*)")
 CHANNELS_FIRST = (".packed", ".groups.scale")  # as MatMulNBits has them
-
 Array = npt.NDArray[Any]
 
 

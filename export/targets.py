@@ -41,8 +41,16 @@ from medmoe_edge.bundle.bundle import (
 )
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError
-from medmoe_edge.export.builder import MEDMOE, initializer, tensor_of
-from medmoe_edge.export.external_data import FILE, Stacks, reads_slots, save_model, write_experts
+from medmoe_edge.export.builder import (
+    FILE,
+    MEDMOE,
+    Stacks,
+    initializer,
+    reads_slots,
+    save_model,
+    tensor_of,
+    write_experts,
+)
 from medmoe_edge.export.gpus import Library, find_gpu, library_of, library_version, load_library
 from medmoe_edge.export.half import Keep, routing, to_half_graph
 from medmoe_edge.export.ops import MoESpec
@@ -74,13 +82,6 @@ def write_graphs(
     experts = lower(model, bundle.config, target)
     extents = save_model(model, folder, "decoder", progress=report)
     return write_experts(folder, bundle.config, experts) if experts else {"experts": extents}
-
-
-def decoder_graph(bundle: Bundle, target: Target) -> ir.Model:
-    """The decoder; weights are read when they are written."""
-    model = specification(bundle)
-    lower(model, bundle.config, target)
-    return model
 
 
 def lower(model: ir.Model, config: ModelConfig, target: Target) -> list[Stacks]:

@@ -125,7 +125,6 @@ def sha256(path: Path) -> str:
 
 
 PARTS = (".weight", ".bias", ".scale")
-
 MAKES_FLOATS = ("DequantizeLinear", "Cast", "Transpose")
 
 
@@ -253,9 +252,7 @@ def make_monitor(trt: Any, watch: Watch) -> Any:
 
 
 OUT_OF_WORKSPACE = re.compile("workspace|mem budget|OutOfMemory")  # in TensorRT's messages
-
 Shape = tuple[int, ...]
-
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 
 """Of each input of varying shape: the smallest, the one to be fastest at, the largest."""

@@ -89,7 +89,6 @@ def _replace(temporary: Path, target: Path) -> None:
 
 
 Array = npt.NDArray[Any]
-
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, and shape
 
 DTYPES: dict[str, np.dtype[Any]] = {

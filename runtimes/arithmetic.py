@@ -19,7 +19,6 @@ from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.errors import Notice
 
 WIDTH, CHANNELS = 8, 16
-
 LARGEST = 127  # of an int8 weight; activations of one size are quantised to 255
 
 

@@ -13,7 +13,6 @@ from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.runtimes.ort.sessions import EarlySessions, open_session, session_options
 
 Ints = npt.NDArray[np.int64]
-
 Mask = npt.NDArray[np.bool_]
 
 
@@ -61,9 +60,7 @@ class ModalityRuntime(Protocol):
 
 
 IMAGE, TEXT = "image.onnx", "text.onnx"
-
 ROUTER_BIAS = "router.2.bias"
-
 FORCE = 1e4  # a bias beside which no logit counts
 
 

@@ -64,8 +64,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.export.builder import CONTRIB, Builder, initializer, replace_node, tensor_of
-from medmoe_edge.export.external_data import Pools, Stacks, declare_chosen
+from medmoe_edge.export.builder import (
+    CONTRIB,
+    Builder,
+    Pools,
+    Stacks,
+    declare_chosen,
+    initializer,
+    replace_node,
+    tensor_of,
+)
 from medmoe_edge.export.ops import MoESpec, Weights, add_meta, replace_moe, route
 from medmoe_edge.export.quantise import Array, StoredMatrix, lazy_tensor
 

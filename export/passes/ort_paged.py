@@ -35,11 +35,11 @@ from medmoe_edge.export.builder import (
     IR_VERSION,
     MEDMOE,
     Builder,
+    Extents,
     floats,
     initializer,
     tensor_of,
 )
-from medmoe_edge.export.external_data import Extents
 from medmoe_edge.export.ops import EXPERT_WEIGHTS, MoESpec, add_meta, feed_forward, route
 from medmoe_edge.export.passes.ort_cpu import ORT_OPSET, fuse_qkv, lower_attention, lower_matmul
 from medmoe_edge.export.quantise import insert_dequantise

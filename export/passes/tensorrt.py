@@ -33,8 +33,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from medmoe_edge.errors import ConfigError
-from medmoe_edge.export.builder import MEDMOE, Builder, initializer, tensor_of
-from medmoe_edge.export.external_data import Pools, Stacks, declare_chosen, unlike
+from medmoe_edge.export.builder import (
+    MEDMOE,
+    Builder,
+    Pools,
+    Stacks,
+    declare_chosen,
+    initializer,
+    tensor_of,
+    unlike,
+)
 from medmoe_edge.export.half import halved
 from medmoe_edge.export.ops import (
     EXPERT_WEIGHTS,

@@ -24,8 +24,7 @@ from usearch.index import Index
 
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
-from medmoe_edge.contrastive.features import unit
-from medmoe_edge.contrastive.results import Reading
+from medmoe_edge.contrastive.features import Reading, unit
 from medmoe_edge.errors import ImageError, InputError, ResourceError
 from medmoe_edge.image.loading import load_image, preprocess
 

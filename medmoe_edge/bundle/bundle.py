@@ -46,9 +46,7 @@ from medmoe_edge.config_contrastive import ModalityConfig, Scores
 from medmoe_edge.errors import BundleError, ConfigError, ResourceError
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
-
 DType = Literal["fp32", "fp16", "bf16"]
-
 DEFAULT: TargetName = "onnxruntime"
 
 
@@ -117,7 +115,6 @@ DEFAULT_GATES: dict[str, Gates] = {
 
 
 LARGE = 2**26  # bytes; smaller files are hashed faster than looked up
-
 SETTLED = 2_000_000_000  # nanoseconds without a write
 
 
@@ -161,19 +158,12 @@ def _read_record(record: Path) -> object:
 
 
 MANIFEST = "manifest.json"
-
 FORMAT_VERSION = 1
-
 REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source", "licence")
-
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the folder
-
 SEAL = "seal"
-
 VERIFICATION = "verification"
-
 Kind = Literal["med-moe", "modality-moe"]
-
 Status = Literal["passed", "not decided", "failed", "not measured"]
 
 KINDS: dict[Kind, str] = {  # and the verbs that run them

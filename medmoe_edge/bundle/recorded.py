@@ -31,20 +31,14 @@ Array = npt.NDArray[Any]
 
 
 AT_MOST = 400_000  # marks of a kind in a file, each of two bytes
-
 OF_ONE = 16_384  # norms of one matrix, while they are collected
-
 STEPS = 256  # in an octave
-
 LEAST = 1e-24  # of a squared norm: weights of nothing
 
 # By bits of a weight: how far rounding may move norms, in octaves, and a matrix, relatively.
 MOVED = {8: 0.02, 4: 0.15}
-
 ROUNDED = {8: 0.05, 4: 0.15, 3: 0.6, 2: 0.9}
-
 PACKED, GROUP_SCALE, SCALE = ".packed", ".groups.scale", ".scale"
-
 FUSED, PARTS = ".attention.qkv.", "qkv"  # stored as one matrix
 
 
@@ -238,11 +232,8 @@ def _octaves(squares: Array) -> Array:
 
 
 RECORDED = re.compile(r"recorded-[0-9a-f]{8}\.npz")
-
 MOST = 2**26  # bytes of all arrays
-
 ABOUT, MATRICES = "about", "matrices"
-
 REMEDY = "Copy or export the bundle again."
 
 

@@ -24,7 +24,7 @@ from medmoe_edge.render import contrastive as render_contrastive
 STANDARD_INPUT = "-"
 
 if TYPE_CHECKING:
-    from medmoe_edge.contrastive.results import Location
+    from medmoe_edge.contrastive.features import Location
     from medmoe_edge.engine.answer import Answer
     from medmoe_edge.image.pixels import Image
 

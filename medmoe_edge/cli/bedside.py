@@ -67,7 +67,7 @@ def serve(
     On SIGTERM it answers what it has accepted, and ends.
     """
     with needs("serve"):
-        from medmoe_edge.bedside.serve.server import Served, start
+        from medmoe_edge.bedside.serve.server import ServiceModels, start
         from medmoe_edge.bedside.serve.settings import Limits, Settings, read_token
 
     log = logging.getLogger("medmoe_edge.bedside.serve.guard")
@@ -84,7 +84,9 @@ def serve(
     token = None if token_file is None else read_token(token_file)
     settings = Settings(host, port, token, tls_cert, tls_key, limits)
 
-    served = Served(model, runtime, device, memory_budget, drop_pages, modality_model, audit_log)
+    models = ServiceModels(
+        model, runtime, device, memory_budget, drop_pages, modality_model, audit_log
+    )
 
     def ready(url: str) -> None:
         if as_json:
@@ -94,7 +96,7 @@ def serve(
         sys.stdout.flush()
         render.show(NOTICE, "yellow", stderr=True)
 
-    start(settings, served, ready)
+    start(settings, models, ready)
     render.show("Stopped; all that was accepted is answered.", stderr=True)
 
 

@@ -12,7 +12,7 @@ from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
 
 if TYPE_CHECKING:
-    from medmoe_edge.contrastive.results import Location, Reading
+    from medmoe_edge.contrastive.features import Location, Reading
     from medmoe_edge.image.pixels import Image, Pixels
 
 INDEX = Path("medmoe-index")  # where both verbs of the archive look for it: in the current folder

@@ -12,14 +12,17 @@ import numpy as np
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import MANIFEST, ModalityBundle, model_kind
 from medmoe_edge.config_contrastive import ModalityConfig, Scores, read_scores
-from medmoe_edge.contrastive.features import TextCache, region_map, similarity, unit
-from medmoe_edge.contrastive.results import (
+from medmoe_edge.contrastive.features import (
     Classification,
     Location,
     Reading,
+    TextCache,
     entropy,
     evidence,
     log_softmax,
+    region_map,
+    similarity,
+    unit,
 )
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.embedded import bundle_path, checkpoint_path

@@ -22,8 +22,7 @@ from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
-from medmoe_edge.contrastive.features import Done, compare
-from medmoe_edge.contrastive.results import entropy, evidence, log_softmax
+from medmoe_edge.contrastive.features import Done, compare, entropy, evidence, log_softmax
 from medmoe_edge.data.captions import fact_captions, label_captions
 from medmoe_edge.data.datasets import LabelledImage, Place, read_examples, read_labels, read_places
 from medmoe_edge.errors import DataError

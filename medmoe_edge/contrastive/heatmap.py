@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
 from medmoe_edge._types import Floats
-from medmoe_edge.contrastive.results import Location
+from medmoe_edge.contrastive.features import Location
 from medmoe_edge.image.pixels import Pixels
 
 PAPER, INK, QUIET, WARNING = (24, 24, 24), (240, 240, 240), (170, 170, 170), (255, 200, 80)

@@ -21,7 +21,6 @@ import numpy.typing as npt
 from medmoe_edge.errors import DataError
 
 AnswerType = Literal["OPEN", "CLOSED"]
-
 Split = Literal["train", "val", "test"]
 
 

@@ -12,7 +12,6 @@ from medmoe_edge.bundle.machine import cpu_name
 from medmoe_edge.errors import InputError, did_you_mean, shown_bytes
 
 L4T = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
-
 POWER_MODE = re.compile(r"NV Power Mode: *(\S+)")
 
 
@@ -103,13 +102,9 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:
 
 
 GB = 10**9
-
 TERA = 10**12
-
 HERE = "here"
-
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, version 2
-
 Kind = Literal["gpu", "jetson", "cpu"]
 
 
@@ -171,11 +166,8 @@ def _nvidia(
 
 
 _ORIN = "NVIDIA Jetson Orin data sheets: half the sparse figure of the GPU, highest power mode"
-
 _THOR = "NVIDIA Jetson Thor data sheet: a quarter and an eighth of its sparse fp4 figure"
-
 _ADA = "NVIDIA Ada GPU architecture white paper"
-
 _BLACKWELL = "NVIDIA RTX Blackwell GPU architecture white paper"
 
 

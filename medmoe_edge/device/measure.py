@@ -40,9 +40,8 @@ from medmoe_edge.device.costs import (
     step_seconds,
     step_work,
 )
-from medmoe_edge.export.builder import tensor_of
+from medmoe_edge.export.builder import save_model, tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder
-from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.ops import MoESpec
 from medmoe_edge.export.passes.ort_cpu import fuse_qkv, lower_attention, lower_matmul, lower_moe
 from medmoe_edge.export.quantise import insert_dequantise

@@ -122,11 +122,8 @@ def _path(bundle: AnyBundle[Any]) -> Path:
 
 
 RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
-
 Device = Literal["auto", "cpu", "cuda"]
-
 LARGE = 2**28  # bytes of experts, above which each is a session: they load in parallel
-
 ALL = "100%"  # a budget for every expert
 
 
@@ -283,10 +280,10 @@ def _slots_runtime(bundle: Bundle, device: Device, paging: Paging) -> Runtime:
     if isinstance(budget, ExpertPager):
         raise _not_shared("a GPU")
     if bundle.target.is_engine:
-        from medmoe_edge.runtimes.tensorrt.paged import PagedTensorRTRuntime
+        from medmoe_edge.runtimes.tensorrt.runtime import PagedTensorRTRuntime
 
         return PagedTensorRTRuntime(bundle, budget, drop_pages=paging.drop_pages)
-    from medmoe_edge.runtimes.ort.slots import SlotOrtRuntime
+    from medmoe_edge.runtimes.ort.paged import SlotOrtRuntime
 
     return SlotOrtRuntime(bundle, budget, device=device, drop_pages=paging.drop_pages)
 

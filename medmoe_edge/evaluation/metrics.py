@@ -18,9 +18,7 @@ import numpy.typing as npt
 from medmoe_edge.config import Config
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-
 _DIGIT_GROUPS = re.compile(r"\d,\d")
-
 _FULL_STOP = re.compile(r"\.(?!\d)")
 
 _OFFICIAL_STOPS = 32  # the official code hands re.UNICODE to `sub` as the count of replacements

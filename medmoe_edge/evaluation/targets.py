@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +24,98 @@ from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import DataError
 from medmoe_edge.evaluation.fidelity import Reader, Reply, relative_error
 from medmoe_edge.evaluation.metrics import Share
-from medmoe_edge.export.external_data import save_model
+from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.targets import export_target, write_graphs
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Runtime, chosen_experts
-from medmoe_edge.runtimes.graph import GraphRuntime
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-from medmoe_edge.runtimes.ort.sessions import CUDA
+from medmoe_edge.runtimes.base import (
+    Cache,
+    EmbeddingTable,
+    Runtime,
+    Step,
+    check_room,
+    chosen_experts,
+)
+from medmoe_edge.runtimes.ort.runtime import CACHE_TYPES, OrtRuntime
+from medmoe_edge.runtimes.ort.sessions import CUDA, open_session, session_options
+
+
+class GraphCache:
+    """The arrays `past_*` that the next step reads."""
+
+    def __init__(self, past: dict[str, npt.NDArray[Any]], capacity: int) -> None:
+        self.past, self.capacity, self.length = past, capacity, 0
+
+
+class GraphRuntime:
+    """The graphs `vision` and `decoder` with the embeddings of the bundle that they were made from.
+
+    A decoder made for a fixed capacity has caches of that size, whatever was asked for.
+
+    It is no way to answer, since it copies the cache at every step, but to see what a graph
+    computes where the engine's GPU is not at hand.
+    """
+
+    name = "graph"
+
+    def __init__(self, bundle: Bundle, vision: Path, decoder: Path) -> None:
+        self.config, self.paths = bundle.config, (vision, decoder)
+        self._embedding = EmbeddingTable(bundle.path("embedding.npy"))
+
+    def encode_image(self, pixels: Floats) -> Floats:
+        """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
+        (tokens,) = self._vision.run(["image_tokens"], {"pixels": pixels})
+        return np.asarray(tokens[0], np.float32)
+
+    def embed(self, ids: list[int]) -> Floats:
+        """Token ids to embeddings `[S, D]`."""
+        return self._embedding[ids]
+
+    def new_cache(self, capacity: int) -> GraphCache:
+        """An empty cache for `capacity` positions."""
+        past = {}
+        for value in self._decoder.get_inputs():
+            if value.name.startswith("past_"):
+                fixed = value.shape[2]
+                capacity = fixed if isinstance(fixed, int) else capacity
+                shape = (1, value.shape[1], capacity, value.shape[3])
+                past[value.name] = np.zeros(shape, CACHE_TYPES[value.type])
+        return GraphCache(past, capacity)
+
+    def step(self, embeds: Floats, cache: Cache) -> Step:
+        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
+        assert isinstance(cache, GraphCache)
+        check_room(cache, len(embeds))
+        feeds = {"embeds": embeds[None], "start": np.array([cache.length]), **cache.past}
+        names = [value.name for value in self._decoder.get_outputs()]
+        outputs = dict(zip(names, self._decoder.run(names, feeds), strict=True))
+        cache.past = {name: outputs[name.replace("past", "present")] for name in cache.past}
+        cache.length += len(embeds)
+        logits = np.asarray(outputs["logits"][0])
+        empty = np.zeros((1, len(embeds), 0, 0), np.float32)
+        return Step(logits, np.asarray(outputs.get("router_logits", empty)[0]))
+
+    @cached_property
+    def _vision(self) -> ort.InferenceSession:
+        return open_session(self.paths[0], as_written())
+
+    @cached_property
+    def _decoder(self) -> ort.InferenceSession:
+        return open_session(self.paths[1], as_written())
+
+
+def as_written() -> ort.SessionOptions:
+    """Without ONNX Runtime's own fusions of `DequantizeLinear`, which round activations."""
+    options = session_options()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
 
 Opened = AbstractContextManager[tuple[Runtime, str]]
+
 """A runtime while it is needed, and what executes it."""
+
 
 MAX_NEW_TOKENS = 32
 BOUND = 0.01  # of logits and image tokens: what half and 8-bit arithmetic may cost

@@ -116,11 +116,8 @@ def _is_list(value: object) -> bool:
 
 
 MAX_ENTRIES = 2**16
-
 COLOURS = ("Red", "Green", "Blue")
-
 WHOLE = 2**16
-
 Entries = npt.NDArray[np.uint16]
 
 

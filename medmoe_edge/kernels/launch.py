@@ -25,7 +25,6 @@ Expert = Sequence[Tensor]
 
 
 HALVES: dict[torch.dtype, Half] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-
 DECODE = 16  # slots: up to here the tiles of decode, of which one block holds an expert's slots
 
 

@@ -203,9 +203,7 @@ def enlarge(x: Tensor, grid: int) -> Tensor:
 
 
 GLOBAL_WEIGHT, LOCAL_WEIGHT, ROUTER_WEIGHT = 0.5, 0.5, 2.0
-
 GROUNDING_WEIGHT = 1.0  # of ours; the others are the paper's
-
 UNLABELLED = -1  # the modality of an image that has no label
 
 
@@ -267,9 +265,7 @@ def grounding_loss(regions: Tensor, texts: TextFeatures, boxes: Tensor) -> Tenso
 
 
 ATTENTION_TEMPERATURE = 4.0  # sharpens which regions a word attends to
-
 WORD_TEMPERATURE = 5.0  # between the mean (0) and the maximum over words
-
 CONTRAST_TEMPERATURE = 10.0  # from similarities to logits
 
 
@@ -313,9 +309,3 @@ def region_map(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
     cosines = torch.einsum("bhwd,bnd->bhwn", normalize(regions, dim=-1), normalize(words, dim=-1))
     weights = mask / mask.sum(-1, keepdim=True)  # [B, W]
     return torch.einsum("bhwn,bn->bhw", cosines, weights.to(cosines.dtype))
-
-
-def to_pixels(grid: Tensor, size: int) -> Tensor:
-    """A map `[B, h, w]` over the square image that was looked at: `[B, size, size]`, bilinear."""
-    enlarged = interpolate(grid[:, None], (size, size), mode="bilinear", align_corners=False)
-    return enlarged[:, 0]

@@ -87,9 +87,7 @@ def _public() -> list[Sample]:
 
 
 SAMPLES = 128  # to calibrate on
-
 PROOF_SAMPLES = 300  # to verify on; fewer where there are no more
-
 FEWEST_HELD_OUT = 100  # else the proof is on all samples, those of the calibration included
 
 BASELINES: dict[str, Literal["nf4", "int8"]] = {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from medmoe_edge.archive.store import Retrieval
     from medmoe_edge.contrastive.evaluate import Mean, ModalityEvaluation, Share
     from medmoe_edge.contrastive.evaluate import Retrieval as RetrievalScores
-    from medmoe_edge.contrastive.results import Classification, Location, Reading
+    from medmoe_edge.contrastive.features import Classification, Location, Reading
     from medmoe_edge.evaluation.inspection import ModalityInspection
 
 SHOWN = 20  # of many labels; --json has them all

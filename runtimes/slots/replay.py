@@ -32,8 +32,7 @@ from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile
 from medmoe_edge.runtimes.paging.pager import Counts, Expert
 from medmoe_edge.runtimes.paging.prediction import RequestRouting, budget_bytes
-from medmoe_edge.runtimes.slots.memory import DeviceMemory
-from medmoe_edge.runtimes.slots.slots import ABSENT, ExpertSlots, Table, slot_count
+from medmoe_edge.runtimes.slots.slots import ABSENT, ExpertSlots, SlotPools, Table, slot_count
 
 Chosen = npt.NDArray[np.int64]  # [S, M, K]
 Run = Callable[[Floats, Cache, Table], tuple[Step, Chosen]]
@@ -154,7 +153,7 @@ def _named(mask: npt.NDArray[np.bool_]) -> list[Expert]:
 
 
 class SlotRequests:
-    """The slots of a bundle's experts in `memory`, and the steps that `run` makes over them.
+    """The slots of a bundle's experts in `pools`, and the steps that `run` makes over them.
 
     The budget is in bytes, or text: "1500MB", "50%". Raises `InputError` for one that is too small,
     `ResourceError` where the device has not as much, and `BundleError` for a bundle that cannot be
@@ -162,14 +161,16 @@ class SlotRequests:
     """
 
     def __init__(
-        self, bundle: Bundle, file: ExpertFile, memory: DeviceMemory, budget: int | str, run: Run
+        self, bundle: Bundle, file: ExpertFile, pools: SlotPools, budget: int | str, run: Run
     ) -> None:
         moe = bundle.config.moe
         assert moe is not None
         if isinstance(budget, str):
-            budget = budget_bytes(budget, len(file.sizes) * max(file.sizes.values()))
-        count = slot_count(budget, file.sizes, len(moe.layers) * moe.top_k)
-        self.slots = ExpertSlots(file, memory, count, (len(moe.layers), moe.num_experts))
+            budget = budget_bytes(budget, len(file.sizes) * pools.slot_bytes)
+        count = slot_count(
+            budget, pools.slot_bytes, len(file.sizes), least=len(moe.layers) * moe.top_k
+        )
+        self.slots = ExpertSlots(file, pools, count, (len(moe.layers), moe.num_experts))
         self.routing = RequestRouting(bundle, self.slots.experts)
         self.replay = Replay(self.slots, run)
         self._expected: Sequence[Expert] = ()

@@ -8,18 +8,23 @@ is run again (`replay.py`).
 
 Two rules keep slots and compute apart. A load ends when its copy has passed its event, so what the
 table names is there. And experts are let go only when the compute that read them is over
-(`DeviceMemory.finish`), so no slot is written that is still being read. A copy that nobody waits
+(`SlotPools.finish`), so no slot is written that is still being read. A copy that nobody waits
 for any more, after an interrupt, may still be under way into a slot that is free again: copies run
 in order, so the next one lands on top of it.
 
 Graphs take the parts of slots as pools, one array per kind of weight: the input `slots.<kind>`
 `[slots, ...]`, where slot s is row s. The pools never move, so that what was bound to them, or
 recorded in a CUDA graph, stays right: only their contents change.
+
+On a GPU with memory of its own, what it computes from is filled by copies from page-locked host
+memory, on a stream of their own beside the compute. Where CPU and GPU share one DRAM, as on a
+Jetson, the host writes where the GPU reads, and nothing is kept or copied twice.
 """
 
 import ctypes
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -31,126 +36,97 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.runtimes.paging.expert_file import Bytes
 from medmoe_edge.runtimes.paging.pager import Expert, ExpertPager, PagedExperts
-from medmoe_edge.runtimes.slots.memory import DeviceMemory, Event, Slot
+
+
+class Event(Protocol):
+    """A copy under way."""
+
+    def wait(self) -> None:
+        """Return when the copy has ended; raises what it failed with."""
+
+
+class Buffer(Protocol):
+    """Memory of the device, freed with the object."""
+
+    address: int
+
+
+class DeviceMemory(Protocol):
+    """Memory that a device computes from. May be used from several threads."""
+
+    @property
+    def unified(self) -> bool:
+        """Whether the CPU has the same memory: then `pinned` is all that is needed."""
+        ...
+
+    def zeros(self, size: int) -> Buffer:
+        """So many bytes of the device's own memory, all zero; raises `ResourceError`."""
+        ...
+
+    def pinned(self, size: int) -> Bytes:
+        """Zeros on the host, page-locked, which the device sees at the same address."""
+        ...
+
+    def send(self, source: Bytes, address: int) -> Event:
+        """Begin to copy page-locked bytes to the device; copies end in the order they began."""
+        ...
+
+    def synchronise(self) -> None:
+        """Wait until the device has computed and filled with zeros all that it was told to."""
+        ...
+
+
+class CpuMemory:
+    """The CPU's own, which is unified. Made with `unified=False` it behaves as a GPU's does: it is
+    filled by copies that a thread makes one after another.
+    """
+
+    def __init__(self, *, unified: bool = True) -> None:
+        self.unified = unified
+        self._stream = ThreadPoolExecutor(1, "expert-copy")  # starts with its first copy
+
+    def zeros(self, size: int) -> "CpuBuffer":
+        """So many bytes, all zero."""
+        return CpuBuffer(size)
+
+    def pinned(self, size: int) -> Bytes:
+        """So many bytes, all zero."""
+        return np.zeros(size, np.uint8)
+
+    def send(self, source: Bytes, address: int) -> Event:
+        """Have the thread copy."""
+
+        def copy() -> None:
+            ctypes.memmove(address, source.ctypes.data, source.nbytes)
+
+        return self.queue(copy)
+
+    def queue(self, work: Callable[[], Any]) -> Event:
+        """Have the thread work, after all that it was told before."""
+        return _Queued(self._stream.submit(work))
+
+    def synchronise(self) -> None:
+        """Nothing: what the CPU computed has ended when it returns."""
+
+
+class CpuBuffer:
+    """Memory of the CPU as an array."""
+
+    def __init__(self, size: int) -> None:
+        self.array: Bytes = np.zeros(size, np.uint8)
+        self.address = self.array.ctypes.data
+
+
+class _Queued:
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
 
 Table = npt.NDArray[np.int32]
 ABSENT = -1
-
-
-class Source(Protocol):
-    """Where experts' bytes are read from."""
-
-    @property
-    def sizes(self) -> Mapping[Expert, int]:
-        """Bytes of each expert."""
-        ...
-
-    def announce(self, experts: Iterable[Expert]) -> None:
-        """Hear which will be read, in order."""
-
-    def read(self, expert: Expert, *into: Bytes) -> None:
-        """Read one to the front of `into`, buffers that follow one another; raises what fails."""
-
-
-class SlotStore:
-    """A pager's store whose experts lie in slots; what it loads is the number of the slot.
-
-    Each slot holds the largest expert. Where the device has a memory of its own, what was read once
-    stays on the host, to be copied again.
-    """
-
-    def __init__(self, source: Source, memory: DeviceMemory, count: int) -> None:
-        self.source, self.memory = source, memory
-        self.stored = source.sizes
-        self.size = max(self.stored.values())
-        self.sizes = dict.fromkeys(self.stored, self.size)
-        self.scratch = 0
-        self.slots = memory.allocate(count, self.size)
-        self._free = list(range(count))
-        self._on_host: dict[Expert, Bytes] = {}
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of experts that are kept on the host."""
-        return sum(len(copy) for copy in self._on_host.values())
-
-    def announce(self, experts: Sequence[Expert]) -> None:
-        """Have those read ahead that are not on the host."""
-        self.source.announce(expert for expert in experts if expert not in self._on_host)
-
-    def load(self, expert: Expert) -> int:
-        """Fill a free slot; raises what the source and the memory raise."""
-        slot = self._free.pop()
-        try:
-            if self.memory.unified:
-                self.source.read(expert, *self.memory.in_place(self.slots[slot]))
-            else:
-                self.memory.copy(self._host_copy(expert), self.slots[slot]).wait()
-        except BaseException:
-            self._free.append(slot)
-            raise
-        return slot
-
-    def release(self, value: int) -> None:
-        """The slot is free again."""
-        self._free.append(value)
-
-    def _host_copy(self, expert: Expert) -> Bytes:
-        if expert not in self._on_host:
-            copy = self.memory.host(self.stored[expert])
-            self.source.read(expert, copy)
-            self._on_host[expert] = copy
-        return self._on_host[expert]
-
-
-class ExpertSlots:
-    """One model's experts, M layers of E, in so many slots. May be used from several threads."""
-
-    def __init__(
-        self, source: Source, memory: DeviceMemory, count: int, shape: tuple[int, int]
-    ) -> None:
-        self.count, self.shape = count, shape
-        self.store = SlotStore(source, memory, count)
-        pager = ExpertPager(count * self.store.size)
-        self.experts: PagedExperts[int] = pager.open(self.store, 1)
-
-    @contextmanager
-    def hold(self, wanted: Sequence[Expert]) -> Iterator[Table]:
-        """The table of `wanted`, of which those that do not fit are left out, and of what is there.
-
-        They are held for as long as the context lasts; no other `hold` inside.
-        """
-        held = list(dict.fromkeys((*wanted, *self._there())))[: self.count]
-        table = np.full(self.shape, ABSENT, np.int32)
-        with self.experts.use(*held) as slots:
-            for expert, slot in zip(held, slots, strict=True):
-                table[expert] = slot
-            try:
-                yield table
-            finally:
-                self.store.memory.finish()
-
-    def _there(self) -> list[Expert]:
-        """The experts in memory, those that are worth most first."""
-        pager = self.experts.pager
-        with pager.changed:
-            there = [slot for slot in pager.slots.values() if slot.value is not None]
-            there.sort(key=lambda slot: slot.worth, reverse=True)
-        return [slot.expert for slot in there]
-
-
-def slot_count(budget: int, sizes: Mapping[Expert, int], least: int) -> int:
-    """Slots in a budget of bytes, no more than there are experts.
-
-    Raises `InputError` where they are fewer than `least`, what a single token may need.
-    """
-    size = max(sizes.values())
-    if budget < least * size:
-        raise InputError(
-            f"A memory budget of {budget:,} bytes is too small for this model.",
-            f"The experts of a single token take {least * size:,} bytes: allow as many.",
-        )
-    return min(budget // size, len(sizes))
 
 
 @dataclass(frozen=True)
@@ -180,113 +156,158 @@ class Kind:
         ]
 
 
-class Buffer(Protocol):
-    """Memory of the device, freed with the object."""
+class SlotPools:
+    """Slots with parts of these kinds in a device's memory: a slot is its number.
 
-    address: int
+    `pools` holds the buffers of the kinds, or arrays of the host where memory is unified.
+    """
 
-
-class PoolDevice(Protocol):
-    """A device that pools lie on. May be used from several threads."""
-
-    @property
-    def unified(self) -> bool:
-        """Whether the CPU has the same memory."""
-        ...
-
-    def zeros(self, size: int) -> Buffer:
-        """So many bytes of the device's own memory, all zero; raises `ResourceError`."""
-        ...
-
-    def pinned(self, size: int) -> Bytes:
-        """Zeros on the host, page-locked, which the device sees at the same address."""
-        ...
-
-    def send(self, source: Bytes, address: int) -> Event:
-        """Begin to copy page-locked bytes to the device, beside what it computes; in order."""
-        ...
-
-    def synchronise(self) -> None:
-        """Wait until the device has computed and filled with zeros all that it was told to."""
-        ...
-
-
-class PooledMemory:
-    """The memory of slots with parts of these kinds; a slot is its number."""
-
-    def __init__(self, device: PoolDevice, kinds: Sequence[Kind]) -> None:
-        self.device, self.kinds = device, kinds
-        self.unified = device.unified
+    def __init__(self, memory: DeviceMemory, kinds: Sequence[Kind]) -> None:
+        self.memory, self.kinds = memory, kinds
+        self.slot_bytes = sum(kind.bytes for kind in kinds)
         self.addresses: dict[str, int] = {}
-        self._pools: list[Any] = []  # buffers, or arrays of unified memory
+        self.pools: list[Any] = []
 
-    def allocate(self, count: int, size: int) -> list[Slot]:
-        """So many slots, all zero, once; raises `ResourceError`."""
-        assert size == sum(kind.bytes for kind in self.kinds)
+    def allocate(self, count: int) -> None:
+        """Make so many slots, all zero, once; raises `ResourceError`."""
         for kind in self.kinds:
-            if self.unified:
-                pool: Any = self.device.pinned(count * kind.bytes)
+            if self.memory.unified:
+                pool: Any = self.memory.pinned(count * kind.bytes)
                 self.addresses[kind.name] = pool.ctypes.data
             else:
-                pool = self.device.zeros(count * kind.bytes)
+                pool = self.memory.zeros(count * kind.bytes)
                 self.addresses[kind.name] = pool.address
-            self._pools.append(pool)
-        self.device.synchronise()  # copies do not wait for the zeros
-        return list(range(count))
+            self.pools.append(pool)
+        self.memory.synchronise()  # copies do not wait for the zeros
 
-    def in_place(self, slot: Slot) -> Sequence[Bytes]:
+    def in_place(self, slot: int) -> Sequence[Bytes]:
         """The parts of a slot of unified memory as the host sees them."""
-        rows = zip(self._pools, self.kinds, strict=True)
+        rows = zip(self.pools, self.kinds, strict=True)
         return [pool[slot * kind.bytes : (slot + 1) * kind.bytes] for pool, kind in rows]
 
-    def host(self, size: int) -> Bytes:
-        """Page-locked memory; raises `ResourceError`."""
-        return self.device.pinned(size)
-
-    def copy(self, source: Bytes, slot: Slot) -> Event:
-        """Begin to copy an expert's kinds to their rows."""
+    def copy(self, source: Bytes, slot: int) -> Event:
+        """Begin to copy an expert's parts, page-locked and one behind the other, to their rows."""
         ends = list(itertools.accumulate(kind.bytes for kind in self.kinds))
         for kind, end in zip(self.kinds, ends, strict=True):
             address = self.addresses[kind.name] + slot * kind.bytes
-            event = self.device.send(source[end - kind.bytes : end], address)
+            event = self.memory.send(source[end - kind.bytes : end], address)
         return event  # in order: when the last one has ended, all have
 
     def finish(self) -> None:
         """Wait until all that was computed has read its slots."""
-        self.device.synchronise()
+        self.memory.synchronise()
 
 
-class HostDevice:
-    """The CPU as a device, to which nothing needs to be copied; with `unified=False` it is all the
-    same, at once.
+class Source(Protocol):
+    """Where experts' bytes are read from."""
+
+    @property
+    def sizes(self) -> Mapping[Expert, int]:
+        """Bytes of each expert."""
+        ...
+
+    def announce(self, experts: Iterable[Expert]) -> None:
+        """Hear which will be read, in order."""
+
+    def read(self, expert: Expert, *into: Bytes) -> None:
+        """Read one to the front of `into`, buffers that follow one another; raises what fails."""
+
+
+class SlotStore:
+    """A pager's store whose experts lie in slots; what it loads is the number of the slot.
+
+    Each slot holds the largest expert. Where the device has a memory of its own, what was read once
+    stays on the host, to be copied again.
     """
 
-    def __init__(self, *, unified: bool = True) -> None:
-        self.unified = unified
+    def __init__(self, source: Source, pools: SlotPools, count: int) -> None:
+        self.source, self.pools = source, pools
+        self.stored = source.sizes
+        self.size = pools.slot_bytes
+        self.sizes = dict.fromkeys(self.stored, self.size)
+        self.scratch = 0
+        pools.allocate(count)
+        self._free = list(range(count))
+        self._on_host: dict[Expert, Bytes] = {}
 
-    def zeros(self, size: int) -> Buffer:
-        """So many bytes, all zero."""
-        return _HostBuffer(size)
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of experts that are kept on the host."""
+        return sum(len(copy) for copy in self._on_host.values())
 
-    def pinned(self, size: int) -> Bytes:
-        """So many bytes, all zero."""
-        return np.zeros(size, np.uint8)
+    def announce(self, experts: Sequence[Expert]) -> None:
+        """Have those read ahead that are not on the host."""
+        self.source.announce(expert for expert in experts if expert not in self._on_host)
 
-    def send(self, source: Bytes, address: int) -> Event:
-        """Copy."""
-        ctypes.memmove(address, source.ctypes.data, source.nbytes)
-        return _Done()
+    def load(self, expert: Expert) -> int:
+        """Fill a free slot; raises what the source and the memory raise."""
+        slot = self._free.pop()
+        try:
+            if self.pools.memory.unified:
+                self.source.read(expert, *self.pools.in_place(slot))
+            else:
+                self.pools.copy(self._host_copy(expert), slot).wait()
+        except BaseException:
+            self._free.append(slot)
+            raise
+        return slot
 
-    def synchronise(self) -> None:
-        """Nothing: what the CPU computed has ended when it returns."""
+    def release(self, value: int) -> None:
+        """The slot is free again."""
+        self._free.append(value)
+
+    def _host_copy(self, expert: Expert) -> Bytes:
+        if expert not in self._on_host:
+            copy = self.pools.memory.pinned(self.stored[expert])
+            self.source.read(expert, copy)
+            self._on_host[expert] = copy
+        return self._on_host[expert]
 
 
-class _HostBuffer:
-    def __init__(self, size: int) -> None:
-        self._array = np.zeros(size, np.uint8)
-        self.address = self._array.ctypes.data
+class ExpertSlots:
+    """One model's experts, M layers of E, in so many slots. May be used from several threads."""
+
+    def __init__(
+        self, source: Source, pools: SlotPools, count: int, shape: tuple[int, int]
+    ) -> None:
+        self.count, self.shape = count, shape
+        self.store = SlotStore(source, pools, count)
+        pager = ExpertPager(count * self.store.size)
+        self.experts: PagedExperts[int] = pager.open(self.store, 1)
+
+    @contextmanager
+    def hold(self, wanted: Sequence[Expert]) -> Iterator[Table]:
+        """The table of `wanted`, of which those that do not fit are left out, and of what is there.
+
+        They are held for as long as the context lasts; no other `hold` inside.
+        """
+        held = list(dict.fromkeys((*wanted, *self._there())))[: self.count]
+        table = np.full(self.shape, ABSENT, np.int32)
+        with self.experts.use(*held) as slots:
+            for expert, slot in zip(held, slots, strict=True):
+                table[expert] = slot
+            try:
+                yield table
+            finally:
+                self.store.pools.finish()
+
+    def _there(self) -> list[Expert]:
+        """The experts in memory, those that are worth most first."""
+        pager = self.experts.pager
+        with pager.changed:
+            there = [slot for slot in pager.slots.values() if slot.value is not None]
+            there.sort(key=lambda slot: slot.worth, reverse=True)
+        return [slot.expert for slot in there]
 
 
-class _Done:
-    def wait(self) -> None:
-        pass
+def slot_count(budget: int, size: int, experts: int, least: int) -> int:
+    """Slots of `size` bytes in a budget of bytes, no more than there are experts.
+
+    Raises `InputError` where they are fewer than `least`, what a single token may need.
+    """
+    if budget < least * size:
+        raise InputError(
+            f"A memory budget of {budget:,} bytes is too small for this model.",
+            f"The experts of a single token take {least * size:,} bytes: allow as many.",
+        )
+    return min(budget // size, experts)

@@ -1,6 +1,6 @@
 """What the TensorRT runtime asks of a CUDA device: memory, one stream, and graphs captured from it.
 
-Expert slots (`slot_pools.py`) are filled on a stream of their own, beside it. Written against
+Expert slots (`slots/slots.py`) are filled on a stream of their own, beside it. Written against
 cuda-core, NVIDIA's own bindings, so that no torch is needed. There was no GPU to execute it on.
 """
 
@@ -15,13 +15,12 @@ import numpy.typing as npt
 
 from medmoe_edge.errors import MissingDependencyError, ResourceError, shown_bytes
 from medmoe_edge.runtimes.paging.expert_file import Bytes
-from medmoe_edge.runtimes.slots.memory import Event
-from medmoe_edge.runtimes.slots.slots import PoolDevice
+from medmoe_edge.runtimes.slots.slots import DeviceMemory, Event
 
 Array = npt.NDArray[Any]
 
 
-class Mirror(Protocol):
+class MirroredArray(Protocol):
     """An array on the host, `host`, and its twin on the device, at `address`."""
 
     host: Array
@@ -34,13 +33,13 @@ class Mirror(Protocol):
         """Device to host, when the stream comes to it."""
 
 
-class Device(PoolDevice, Protocol):
+class Device(DeviceMemory, Protocol):
     """A GPU with one stream, on which everything but `send` happens in order."""
 
     sm: str
     stream: int
 
-    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Mirror:
+    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> MirroredArray:
         """A mirrored array."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -76,12 +75,12 @@ class CudaDevice:
         buffer.memory.fill(0, stream=self._stream)
         return buffer
 
-    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> "CudaMirror":
+    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> "CudaArray":
         """A mirrored array, page-locked on the host so that copies need not wait."""
         dtype = np.dtype(dtype)
         size = dtype.itemsize * math.prod(shape)
         pinned, memory = self._allocate(self._pinned, size), self._allocate(self._device, size)
-        return CudaMirror(pinned, memory, dtype, shape, self._stream)
+        return CudaArray(pinned, memory, dtype, shape, self._stream)
 
     def pinned(self, size: int) -> Bytes:
         """Zeros on the host, page-locked; unified addressing gives the device the same address."""
@@ -148,7 +147,7 @@ class CudaBuffer:
         self.address = int(memory.handle)
 
 
-class CudaMirror:
+class CudaArray:
     """Page-locked host memory, seen as an array, and its twin on the device."""
 
     def __init__(

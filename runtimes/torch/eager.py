@@ -16,7 +16,6 @@ from medmoe_edge.runtimes.base import Cache, CacheArray, Step, check_room
 from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures, TextReader
 
 TorchDevice = Literal["cpu", "cuda"]
-
 ROUTER = ".router."
 
 

@@ -1,7 +1,7 @@
 """A portable bundle in PyTorch with its routed experts in slots, inside a memory budget.
 
 Only the routed experts are paged; all else is as in `bundle.py`. On CUDA slots lie in the GPU's
-memory, filled by copies that run beside the compute (`slots/memory_cuda.py`). On the CPU, where
+memory, filled by copies that run beside the compute (`CudaMemory`). On the CPU, where
 memory is one, experts are read from the bundle straight into their slots.
 
 The bytes of a slot are those of the bundle. The plugin's kernels read them as they are; what they
@@ -12,9 +12,11 @@ An expert that is absent runs with scales of zero, which costs no branch: what i
 and nothing in its place leaves later layers a good guess at what they will choose.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import mmap
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -23,19 +25,30 @@ from torch import Tensor, nn
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.errors import ResourceError, shown_bytes
 from medmoe_edge.models.decoder import route
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, Step, check_room
-from medmoe_edge.runtimes.paging.expert_file import ExpertFile, Extent
+from medmoe_edge.runtimes.paging.expert_file import Bytes, ExpertFile, Extent
 from medmoe_edge.runtimes.paging.pager import Expert
-from medmoe_edge.runtimes.slots.memory import CpuMemory, DeviceMemory, Slot
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
-from medmoe_edge.runtimes.slots.slots import ABSENT, Table
+from medmoe_edge.runtimes.slots.slots import (
+    ABSENT,
+    CpuBuffer,
+    CpuMemory,
+    DeviceMemory,
+    Event,
+    Kind,
+    SlotPools,
+    Table,
+)
 from medmoe_edge.runtimes.torch.bundle import BundleWeights, Stored, TorchBundleRuntime, dequantise
 from medmoe_edge.runtimes.torch.eager import TorchDevice
 
 if TYPE_CHECKING:
     from medmoe_edge.kernels.launch import StoredLinear
+
+ALIGNED = 64  # bytes: where a slot begins, so that its weights can be read as they are
 
 Part = Callable[[Tensor], Tensor]  # from a slot's bytes to one of the tensors in them
 
@@ -62,7 +75,8 @@ class SlotLinear(nn.Module):
 class SlotExperts:
     """Gives the experts of a model that is still on `meta` modules that compute from slots.
 
-    With `kernels` these are the plugin's for the formats that they take; those need Triton.
+    `slots` `[count, bytes]` are all slots. With `kernels` the modules are the plugin's for the
+    formats that they take; those need Triton.
     """
 
     def __init__(
@@ -70,12 +84,12 @@ class SlotExperts:
         model: MedMoE,
         weights: BundleWeights,
         extents: Mapping[Expert, Extent],
-        slots: Sequence[Slot],
+        slots: Tensor,
         dtype: torch.dtype,
         *,
         kernels: bool,
     ) -> None:
-        self._slots = [torch.as_tensor(slot) for slot in slots]
+        self._slots = slots
         self._matrices: dict[Expert, list[_Matrix]] = {expert: [] for expert in extents}
         self._bound: dict[Expert, int] = dict.fromkeys(extents, ABSENT)
         for (index, number), extent in extents.items():
@@ -195,10 +209,12 @@ class PagedTorchRuntime(TorchBundleRuntime):
 
     def _load(self, weights: BundleWeights) -> None:
         file = ExpertFile(weights.bundle, drop_pages=self._drop_pages)
-        memory = memory_of(self.device)
-        self.requests = SlotRequests(weights.bundle, file, memory, self._budget, self._run)
+        size = -(-max(file.sizes.values()) // ALIGNED) * ALIGNED
+        pools = SlotPools(memory_of(self.device), [Kind("experts", "uint8", (size,), size)])
+        self.requests = SlotRequests(weights.bundle, file, pools, self._budget, self._run)
         self._bound = SlotExperts(
-            *(self.model, weights, file.extents, self.requests.slots.store.slots, self.dtype),
+            *(self.model, weights, file.extents),
+            *(_rows(pools, self.device), self.dtype),
             kernels=self.half,
         )
         super()._load(weights)
@@ -214,8 +230,102 @@ class PagedTorchRuntime(TorchBundleRuntime):
 
 def memory_of(device: TorchDevice) -> DeviceMemory:
     """The memory of a device that PyTorch computes on."""
-    if device == "cpu":
-        return CpuMemory()
-    from medmoe_edge.runtimes.slots.memory_cuda import CudaMemory
+    return CpuMemory() if device == "cpu" else CudaMemory()
 
-    return CudaMemory()
+
+def _rows(pools: SlotPools, device: TorchDevice) -> Tensor:
+    """The slots of pools with one kind, as a tensor `[count, bytes]`."""
+    (pool,) = pools.pools
+    if isinstance(pool, CudaBuffer):
+        pool = pool.tensor
+    elif device == "cuda":  # unified: the GPU reads the host's
+        pool = cuda_bytes(pool.ctypes.data, pool.nbytes)
+    else:
+        pool = torch.from_numpy(pool.array if isinstance(pool, CpuBuffer) else pool)
+    rows: Tensor = pool.view(-1, pools.slot_bytes)
+    return rows
+
+
+class CudaMemory:
+    """Memory of the current CUDA device, through PyTorch.
+
+    Copies run on a stream of their own from page-locked host memory. Written against PyTorch's and
+    CUDA's documentation; there was no GPU to execute it on.
+    """
+
+    def __init__(self) -> None:
+        self.unified = bool(torch.cuda.get_device_properties("cuda").is_integrated)
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def zeros(self, size: int) -> "CudaBuffer":
+        """So many bytes, all zero; raises `ResourceError`."""
+        try:
+            return CudaBuffer(torch.zeros(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"The GPU has no {shown_bytes(size)} of memory for experts.",
+                "Give a smaller memory budget.",
+            ) from error
+
+    def pinned(self, size: int) -> Bytes:
+        """Zeros on the host, page-locked; raises `ResourceError`.
+
+        PyTorch's own would be rounded up to a power of two.
+        """
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        try:
+            array = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+            torch.cuda.check_error(runtime.cudaHostRegister(array.ctypes.data, size, 0))
+        except (OSError, RuntimeError) as error:
+            raise ResourceError(
+                f"The system locks no {shown_bytes(size)} of memory for an expert.",
+                "Free memory, or raise the limit on locked memory (ulimit -l).",
+            ) from error
+        weakref.finalize(array, runtime.cudaHostUnregister, array.ctypes.data)
+        return array
+
+    def send(self, source: Bytes, address: int) -> Event:
+        """Put a copy on the copy stream."""
+        with torch.cuda.stream(self._stream):
+            there = cuda_bytes(address, source.nbytes)
+            there.copy_(torch.from_numpy(source), non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return _CudaCopy(event)
+
+    def synchronise(self) -> None:
+        """Wait for the stream that this thread computes on."""
+        torch.cuda.current_stream().synchronize()
+
+
+class CudaBuffer:
+    """Memory of the GPU as a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.address = tensor.data_ptr()
+
+
+class _CudaCopy:
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+def cuda_bytes(address: int, size: int) -> Tensor:
+    """Memory that the GPU sees at an address, as a tensor; who owns it keeps it.
+
+    By Numba's CUDA Array Interface, version 3.
+    """
+
+    class Bytes:
+        __cuda_array_interface__: ClassVar[dict[str, Any]] = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+    return torch.as_tensor(Bytes(), device="cuda")

@@ -18,7 +18,7 @@ from medmoe_edge._types import Floats
 from medmoe_edge.archive.indexing import ArchiveWriter, Indexing, index_folder
 from medmoe_edge.archive.store import DATABASE, VECTORS, Archive, Entry, Vector, is_image, retrieve
 from medmoe_edge.contrastive.engine import ModalityEngine
-from medmoe_edge.contrastive.results import Reading
+from medmoe_edge.contrastive.features import Reading
 from medmoe_edge.errors import ImageError, InputError, ResourceError
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.runtimes.contrastive import ImageFeatures

@@ -16,7 +16,7 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.cli.contrastive import INDEX
 from medmoe_edge.contrastive import engine as modality_engine
-from medmoe_edge.contrastive.results import Classification, Location, Reading
+from medmoe_edge.contrastive.features import Classification, Location, Reading
 from medmoe_edge.contrastive.text import UNSEEN, key_phrase, parse_labels, read_prompts
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.image.loading import load_image

@@ -18,11 +18,11 @@ from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import InputError, ResourceError
 from medmoe_edge.export.targets import export_target
 from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step
-from medmoe_edge.runtimes.ort import slots as ort_slots
+from medmoe_edge.runtimes.ort import paged as ort_paged
+from medmoe_edge.runtimes.ort.paged import SlotOrtRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-from medmoe_edge.runtimes.ort.slots import SlotOrtRuntime
 from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.slots import HostDevice, Table
+from medmoe_edge.runtimes.slots.slots import CpuMemory, Table
 
 if TYPE_CHECKING:
     from command_line import Run
@@ -65,7 +65,7 @@ def test_slots_compute_what_the_resident_runtime_does(
     moe: dict[str, Any],
     unified: bool,
 ) -> None:
-    monkeypatch.setattr(ort_slots, "_pools_on", lambda _: HostDevice(unified=unified))
+    monkeypatch.setattr(ort_paged, "_memory_of", lambda _: CpuMemory(unified=unified))
     portable = Bundle.open(tiny_bundle(precision, preset, **moe))
     for name, target in (("paged", PAGED), ("whole", Target("onnxruntime-cuda", "fp16"))):
         export_target(portable, tmp_path / name, target)

@@ -16,9 +16,19 @@ from medmoe_edge.errors import BundleError, InputError, ResourceError
 from medmoe_edge.runtimes.base import Step
 from medmoe_edge.runtimes.paging.expert_file import Bytes
 from medmoe_edge.runtimes.paging.pager import Expert
-from medmoe_edge.runtimes.slots.memory import CpuMemory, DeviceMemory, Event, Slot
 from medmoe_edge.runtimes.slots.replay import Chosen, Replay, first_fault, next_try
-from medmoe_edge.runtimes.slots.slots import ABSENT, ExpertSlots, Table, slot_count
+from medmoe_edge.runtimes.slots.slots import (
+    ABSENT,
+    CpuBuffer,
+    CpuMemory,
+    DeviceMemory,
+    Event,
+    ExpertSlots,
+    Kind,
+    SlotPools,
+    Table,
+    slot_count,
+)
 
 BOTH = pytest.mark.parametrize("unified", [True, False])
 
@@ -57,12 +67,12 @@ class Copying(CpuMemory):
         self.computing = threading.Event()
         self.computing.set()
 
-    def copy(self, source: Bytes, slot: Slot) -> Event:
-        self._stream.submit(self.before)
-        event = super().copy(source, slot)
+    def send(self, source: Bytes, address: int) -> Event:
+        self.queue(self.before)
+        event = super().send(source, address)
         return Interrupted() if self.interrupted else event
 
-    def finish(self) -> None:
+    def synchronise(self) -> None:
         assert self.computing.wait(PATIENCE)
 
 
@@ -76,7 +86,18 @@ class Interrupted:
 def slots_of(
     count: int, memory: DeviceMemory | None = None, source: FakeSource | None = None
 ) -> ExpertSlots:
-    return ExpertSlots(source or FakeSource(), memory or CpuMemory(), count, (3, 4))
+    source = source or FakeSource()
+    size = max(source.sizes.values())
+    pools = SlotPools(memory or CpuMemory(), [Kind("experts", "uint8", (size,), size)])
+    return ExpertSlots(source, pools, count, (3, 4))
+
+
+def slot_of(slots: ExpertSlots, number: int) -> Bytes:
+    """What lies in a slot."""
+    (pool,) = slots.store.pools.pools
+    array: Bytes = pool.array if isinstance(pool, CpuBuffer) else pool
+    row: Bytes = array.reshape(slots.count, -1)[number]
+    return row
 
 
 def check(slots: ExpertSlots, table: Table) -> list[Expert]:
@@ -85,7 +106,7 @@ def check(slots: ExpertSlots, table: Table) -> list[Expert]:
     assert len({int(table[expert]) for expert in named}) == len(named) <= slots.count
     for expert in named:
         size = slots.store.stored[expert]
-        assert (slots.store.slots[table[expert]][:size] == value(expert)).all()
+        assert (slot_of(slots, int(table[expert]))[:size] == value(expert)).all()
     return named
 
 
@@ -134,10 +155,7 @@ def test_a_memory_of_its_own_is_copied_to_from_the_host_and_read_once() -> None:
 
 def test_of_unified_memory_nothing_is_kept_or_copied_on_the_host() -> None:
     class Unified(CpuMemory):
-        def host(self, size: int) -> Bytes:
-            raise AssertionError("nothing is kept on the host")
-
-        def copy(self, source: Bytes, slot: Slot) -> Event:
+        def send(self, source: Bytes, address: int) -> Event:
             raise AssertionError("nothing is copied")
 
     source = FakeSource()
@@ -207,9 +225,9 @@ def test_no_slot_is_written_while_it_is_computed_from() -> None:
         with elsewhere(needs_the_slot):
             while slots.experts.counts.misses != 2:
                 pass
-            assert (slots.store.slots[0][:8] == value((0, 0))).all()
+            assert (slot_of(slots, 0)[:8] == value((0, 0))).all()
             memory.computing.set()
-    assert (slots.store.slots[0][:9] == value((1, 1))).all()
+    assert (slot_of(slots, 0)[:9] == value((1, 1))).all()
 
 
 @BOTH
@@ -231,16 +249,16 @@ def test_a_copy_that_fails_does_too() -> None:
     class Failing(CpuMemory):
         fail = True
 
-        def copy(self, source: Bytes, slot: Slot) -> Event:
-            if self.fail:
-                slot = slot.view()
-                slot.flags.writeable = False
-            return super().copy(source, slot)
+        def send(self, source: Bytes, address: int) -> Event:
+            return self.queue(broken) if self.fail else super().send(source, address)
+
+    def broken() -> None:
+        raise OSError("the copy failed")
 
     memory = Failing(unified=False)
     slots = slots_of(1, memory)
     for _ in range(3):
-        with pytest.raises(ValueError, match="read-only"), slots.hold([(0, 0)]):
+        with pytest.raises(OSError, match="the copy failed"), slots.hold([(0, 0)]):
             pass
     assert slots.experts.pager.used == 0
     memory.fail = False
@@ -249,10 +267,9 @@ def test_a_copy_that_fails_does_too() -> None:
 
 
 def test_a_budget_says_how_many_slots_or_the_least_that_works() -> None:
-    sizes = FakeSource().sizes
-    assert [slot_count(budget, sizes, 3) for budget in (33, 43, 44, 10**9)] == [3, 3, 4, 12]
+    assert [slot_count(budget, 11, 12, 3) for budget in (33, 43, 44, 10**9)] == [3, 3, 4, 12]
     with pytest.raises(InputError, match="take 33 bytes: allow as many"):
-        slot_count(32, sizes, 3)
+        slot_count(32, 11, 12, 3)
 
 
 # --- replay -----------------------------------------------------------------------------------
@@ -298,7 +315,7 @@ class FakeModel:
             return value(expert)
         if table[expert] == ABSENT:
             return int(self.noise.integers(256))  # as misleading as can be, and never twice alike
-        return int(self.slots.store.slots[table[expert]][0])
+        return int(slot_of(self.slots, int(table[expert]))[0])
 
 
 def replayed(model: FakeModel, embeds: Floats, cache: FakeCache, replay: Replay) -> None:

@@ -20,13 +20,13 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Target
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import BundleError, ConfigError, InputError, ModelError, ResourceError
+from medmoe_edge.evaluation.targets import GraphRuntime
 from medmoe_edge.evaluation.verify import verify
 from medmoe_edge.export import targets
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.targets import decoder_graph, export_target, inline, plan_target
+from medmoe_edge.export.targets import export_target, inline, lower, plan_target
 from medmoe_edge.pipeline.targets import export_for
-from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 Make = Callable[..., Path]
@@ -140,7 +140,7 @@ def difference(found: Any, expected: Any) -> float:
 def test_an_engines_graph_computes_the_same_in_half(
     tiny_bundle: Make, tmp_path: Path, preset: str, precision: str
 ) -> None:
-    from medmoe_edge.export.external_data import save_model
+    from medmoe_edge.export.builder import save_model
 
     bundle = Bundle.open(tiny_bundle(precision, preset))
     runtimes = []
@@ -161,6 +161,12 @@ def test_an_engines_graph_computes_the_same_in_half(
         steps = exact.step(embeds, caches[0]), half.step(embeds, caches[1])
         assert 0 < difference(steps[1].logits, steps[0].logits) < 1e-2
         assert np.array_equal(*(step.router_logits.argmax(-1) for step in steps))
+
+
+def decoder_graph(bundle: Bundle, target: Target) -> ir.Model:
+    model = specification(bundle)
+    lower(model, bundle.config, target)
+    return model
 
 
 def test_an_engines_graph_is_standard_onnx_with_its_integers(tiny_bundle: Make) -> None:

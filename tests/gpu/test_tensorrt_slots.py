@@ -30,17 +30,17 @@ from medmoe_edge.errors import (
     MissingDependencyError,
     ResourceError,
 )
-from medmoe_edge.export.external_data import FILE, PAGE
+from medmoe_edge.evaluation.targets import GraphRuntime, as_written
+from medmoe_edge.export.builder import FILE, PAGE
 from medmoe_edge.export.gpus import load_library, make_logger
 from medmoe_edge.export.targets import export_target, plan_target, write_graphs
 from medmoe_edge.export.tensorrt_builder import parse
 from medmoe_edge.runtimes.base import Cache, Step
-from medmoe_edge.runtimes.graph import GraphRuntime, as_written
 from medmoe_edge.runtimes.paging.pager import ExpertPager
 from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.slots import PooledMemory, Table
+from medmoe_edge.runtimes.slots.slots import Table
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice
-from medmoe_edge.runtimes.tensorrt.paged import PagedTensorRTRuntime
+from medmoe_edge.runtimes.tensorrt.runtime import PagedTensorRTRuntime
 
 Make = Callable[..., Path]
 STEPS = (17, 5, 1, 1, 1)
@@ -254,9 +254,7 @@ def test_a_captured_step_stays_right_while_experts_come_and_go(
 def test_absent_experts_leave_no_trace_even_of_no_numbers(paged: Callable[..., Bundle]) -> None:
     bundle = paged("fp32", "tiny-phi")
     runtime, device = runtime_of(bundle, "75%")
-    memory = runtime.requests.slots.store.memory
-    assert isinstance(memory, PooledMemory)
-    for address in memory.addresses.values():
+    for address in runtime.requests.slots.store.pools.addresses.values():
         device.memory[address][:] = 0xFF  # no number, in fp16
     for step in check(runtime, runtime_of(bundle, "100%")[0], (2, 3, 5, 1)):
         assert np.isfinite(step.logits).all()

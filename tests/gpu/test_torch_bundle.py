@@ -27,7 +27,8 @@ from medmoe_edge.embedded import bundle_path
 from medmoe_edge.engine.engine import load
 from medmoe_edge.engine.loading import RuntimeName
 from medmoe_edge.errors import BundleError, MissingDependencyError, ModelError, ResourceError
-from medmoe_edge.export.external_data import save_model
+from medmoe_edge.evaluation.targets import GraphRuntime
+from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights, specification
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.kernels.launch import StoredLinear, StoredMoE
@@ -35,7 +36,6 @@ from medmoe_edge.kernels.tensorrt_plugin import compile_kernel
 from medmoe_edge.kernels.variant import Variant
 from medmoe_edge.models.decoder import MoE
 from medmoe_edge.runtimes.base import Runtime, Step
-from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch.eager import TorchDevice

@@ -22,9 +22,8 @@ from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step
 from medmoe_edge.runtimes.paging.pager import Expert
-from medmoe_edge.runtimes.slots.memory import CpuMemory
 from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.slots import Table
+from medmoe_edge.runtimes.slots.slots import CpuMemory, Table
 from medmoe_edge.runtimes.torch import paged as torch_paged
 from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch.eager import TorchDevice
@@ -139,7 +138,7 @@ def test_only_experts_in_slots_are_in_memory(tiny_bundle: Make) -> None:
     paged, resident = PagedTorchRuntime(bundle, "50%", "cpu"), TorchBundleRuntime(bundle, "cpu")
     experts = sum(paged.requests.slots.store.stored.values())
     assert weights(resident.model) - weights(paged.model) == experts
-    assert sum(slot.nbytes for slot in paged.requests.slots.store.slots) == experts / 2
+    assert paged.requests.slots.count * paged.requests.slots.store.size == experts / 2
 
 
 def weights(model: nn.Module) -> int:

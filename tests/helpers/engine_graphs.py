@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from medmoe_edge.export.builder import Builder, floats, initializer
-from medmoe_edge.export.external_data import save_model
+from medmoe_edge.export.builder import Builder, floats, initializer, save_model
 from medmoe_edge.export.tensorrt_builder import Profile
 
 Floats = npt.NDArray[np.float32]

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmoe_edge.bedside.serve.server import Server, create_app, listening, url_of
 from medmoe_edge.bedside.serve.settings import Limits, Settings
-from medmoe_edge.contrastive.results import Classification, Location, Reading
+from medmoe_edge.contrastive.features import Classification, Location, Reading
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.loading import Proven
 from medmoe_edge.image.pixels import Image, Pixels

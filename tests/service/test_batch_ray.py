@@ -14,7 +14,7 @@ from command_line import ROOT
 from PIL import Image as Pillow
 from pyarrow import parquet
 
-from medmoe_edge.bedside.batch.journal import journal_path
+from medmoe_edge.bedside.batch.inputs import journal_path
 
 IMAGES = 64  # four parts, for two workers
 QUESTION = "Is there effusion?"

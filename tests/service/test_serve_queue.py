@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from medmoe_edge.bedside.serve.errors import Refusal
-from medmoe_edge.bedside.serve.work import Places, Worker
+from medmoe_edge.bedside.serve.work import RequestSlots, Worker
 
 
 class Picture:
@@ -47,11 +47,11 @@ def test_who_is_cancelled_holds_no_upload_while_the_worker_is_busy() -> None:
 
 
 def test_places_are_refused_and_given_back() -> None:
-    places = Places(1)
-    with places.take(), pytest.raises(Refusal) as refused, places.take():
+    slots = RequestSlots(1)
+    with slots.take(), pytest.raises(Refusal) as refused, slots.take():
         pass
     assert refused.value.status_code == 429
-    with pytest.raises(ZeroDivisionError), places.take():
+    with pytest.raises(ZeroDivisionError), slots.take():
         raise ZeroDivisionError
-    with places.take():
-        assert places.taken == 1
+    with slots.take():
+        assert slots.taken == 1

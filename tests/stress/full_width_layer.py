@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from medmoe_edge.bundle.bundle import Target
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig
-from medmoe_edge.export.external_data import save_model
+from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.gpus import find_gpu
 from medmoe_edge.export.quantise import INTEGERS, no_values
 from medmoe_edge.export.stored import specify

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from medmoe_edge._types import Floats
+from medmoe_edge.calibration.methods import quantise_gptq, search_migration
 from medmoe_edge.calibration.quantisers import (
     Format,
     Quantised,
-    quantise_gptq,
     round_searched,
     round_to_nearest,
     shares,
 )
-from medmoe_edge.calibration.smooth import search_migration
 from medmoe_edge.calibration.statistics import SiteStatistics
 from medmoe_edge.export.plan import TYPICAL
 from medmoe_edge.runtimes.torch.bitsandbytes import Kind, quantise_linear

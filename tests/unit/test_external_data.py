@@ -22,8 +22,7 @@ from graphs import (
 )
 
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.export.builder import Builder, floats
-from medmoe_edge.export.external_data import INLINE_BYTES, PAGE, save_model
+from medmoe_edge.export.builder import INLINE_BYTES, PAGE, Builder, floats, save_model
 from medmoe_edge.export.ops import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
 from medmoe_edge.export.plan import Plan, Precision

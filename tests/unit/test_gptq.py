@@ -7,10 +7,10 @@ import numpy.typing as npt
 import pytest
 
 from medmoe_edge._types import Floats
+from medmoe_edge.calibration.methods import quantise_gptq
 from medmoe_edge.calibration.quantisers import (
     Format,
     output_error,
-    quantise_gptq,
     round_searched,
     round_to_nearest,
 )

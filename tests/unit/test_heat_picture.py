@@ -10,8 +10,8 @@ from PIL import ImageDraw, ImageFont
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive import heatmap as modality_legend
+from medmoe_edge.contrastive.features import Location, Reading
 from medmoe_edge.contrastive.heatmap import COLOURS, colours, font_for, heat_picture, wrapped
-from medmoe_edge.contrastive.results import Location, Reading
 
 MODEL = {"name": "m", "sha256": "0" * 64, "verification": "passed", "runtime": "onnxruntime"}
 

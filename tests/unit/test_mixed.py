@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medmoe_edge.calibration.mixed import CHOICES, INT4, Candidate, allocate
+from medmoe_edge.calibration.methods import CHOICES, INT4, Candidate, allocate
 from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.errors import InputError
 

@@ -7,7 +7,7 @@ import pytest
 from graphs import changed, observed
 from torch import Tensor
 
-from medmoe_edge.calibration.mixed import INT4
+from medmoe_edge.calibration.methods import INT4
 from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.calibration.statistics import Statistics, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint

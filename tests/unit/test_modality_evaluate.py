@@ -27,7 +27,7 @@ from medmoe_edge.contrastive.evaluate import (
     share_of,
     zero_shot_tasks,
 )
-from medmoe_edge.contrastive.results import entropy, evidence
+from medmoe_edge.contrastive.features import entropy, evidence
 from medmoe_edge.data.datasets import LabelledImage, Place, read_places
 from medmoe_edge.errors import DataError
 from medmoe_edge.presets import MODALITY_PRESETS

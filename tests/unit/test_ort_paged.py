@@ -31,7 +31,7 @@ from medmoe_edge.engine.engine import load
 from medmoe_edge.engine.loading import RuntimeName
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.export import build
-from medmoe_edge.export.external_data import OWNER, Extents
+from medmoe_edge.export.builder import OWNER, Extents
 from medmoe_edge.export.passes.ort_paged import write_paged_graphs
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.base import Runtime

@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from medmoe_edge._types import Floats
-from medmoe_edge.calibration.quantisers import (
-    Format,
-    Quantised,
-    quantise_gptq,
-    round_searched,
-    round_to_nearest,
-)
+from medmoe_edge.calibration.methods import quantise_gptq
+from medmoe_edge.calibration.quantisers import Format, Quantised, round_searched, round_to_nearest
 
 INT8 = Format(8)
 MOST = 2**15 // 255  # a sum of two products of activations up to 255 that 16 bits hold

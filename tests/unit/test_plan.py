@@ -10,12 +10,11 @@ import pytest
 from graphs import Floats, changed, normal, observed
 from torch import Tensor
 
-from medmoe_edge.calibration.mixed import INT4
+from medmoe_edge.calibration.methods import INT4, quantise_gptq
 from medmoe_edge.calibration.quantisers import (
     Format,
     Quantised,
     output_error,
-    quantise_gptq,
     round_searched,
     round_to_nearest,
 )
@@ -23,8 +22,8 @@ from medmoe_edge.calibration.statistics import SiteStatistics, Statistics, site_
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.export import weights
+from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.decoder import DecoderBuilder
-from medmoe_edge.export.external_data import save_model
 from medmoe_edge.export.plan import HEAD, INT8, Plan, check_precision
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.weights import Factors, WeightSource

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from medmoe_edge._types import Floats
 from medmoe_edge.calibration.quantisers import Format, Quantised, round_searched, round_to_nearest
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.export.external_data import save_model
+from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.passes.ort_cpu import lower_matmul
 from medmoe_edge.export.plan import INT8
 from medmoe_edge.export.quantise import Policy, Quantiser, quantise_weights

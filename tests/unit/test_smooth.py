@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from medmoe_edge._types import Floats
-from medmoe_edge.calibration.quantisers import Format, round_to_nearest
-from medmoe_edge.calibration.smooth import (
+from medmoe_edge.calibration.methods import (
     LARGEST,
     STRENGTHS,
     expected_noise,
     migration_scale,
     search_migration,
 )
+from medmoe_edge.calibration.quantisers import Format, round_to_nearest
 
 WIDTH = 96
 

@@ -18,7 +18,7 @@ from medmoe_edge.checkpoint.tensors import StoredTensor
 from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export import vision
-from medmoe_edge.export.external_data import save_model
+from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.half import SMALL, halve_weights
 from medmoe_edge.export.vision import export_vision
 from medmoe_edge.presets import PRESETS

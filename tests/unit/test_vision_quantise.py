@@ -18,10 +18,10 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.bundle.recorded import SignatureMaker
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
+from medmoe_edge.evaluation.targets import GraphRuntime
 from medmoe_edge.export import build
 from medmoe_edge.export.build import BuildOptions, export_bundle
-from medmoe_edge.export.builder import tensor_of
-from medmoe_edge.export.external_data import save_model
+from medmoe_edge.export.builder import save_model, tensor_of
 from medmoe_edge.export.gpus import find_gpu
 from medmoe_edge.export.passes.ort_cpu import GROUP, LEAST_WIDTH, quantise_linears
 from medmoe_edge.export.stored import float_vision
@@ -29,7 +29,6 @@ from medmoe_edge.export.targets import vision_graph
 from medmoe_edge.export.tensorrt_builder import build_engine
 from medmoe_edge.export.vision import export_vision
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.runtimes.graph import GraphRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.bundle import BundleWeights
 from medmoe_edge.runtimes.torch.eager import EagerRuntime

@@ -54,22 +54,17 @@ from medmoe_edge.image.loading import check_file, decoding
 from medmoe_edge.image.pixels import HEAD_BYTES, MAX_BYTES, is_dicom, shown_name
 
 OVERLAYS = range(0x6000, 0x6100, 2)
-
 JPEG, JPEG_2000 = b"\xff\xd8", b"\xff\x4f"  # how a codestream begins
 
 # The first scan or tile, and all behind it, is left alone: there are no comments in it.
 SCANS = {0xDA, 0x90}  # SOS of ITU-T T.81, table B.1, and SOT of T.800, table A.2
-
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a segment
-
 COMMENTS = {0xFE, 0x64}
 
 # Application segments, T.81 B.2.4.6: those of JFIF, of SPIFF and JPEG-LS colours, and of Adobe say
 # how the picture is to be decoded; the others hold descriptions.
 APPLICATION, NEEDED = range(0xE0, 0xF0), {0xE0, 0xE8, 0xEE}
-
 COMMENTED = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG2000TransferSyntaxes)
-
 LARGEST = 2**32 - 2  # bytes whose offsets a Basic Offset Table can tell
 
 
@@ -178,7 +173,6 @@ def _segments(frame: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 EDITION = "2026c"
-
 Action = Literal["X", "Z", "D", "U", "U*"]
 
 CATEGORIES: dict[str, Action] = {
@@ -194,7 +188,6 @@ CATEGORIES: dict[str, Action] = {
 }
 
 OPTIONAL = ("X_Z_TAGS", "X_D_TAGS", "X_Z_D_TAGS")  # sequences of these are in no image's type 1
-
 WORDS = ("AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UT")
 
 DUMMIES: dict[str, Any] = {
@@ -210,16 +203,12 @@ DUMMIES: dict[str, Any] = {
 }
 
 WELL_KNOWN = "1.2.840.10008."  # UIDs of the standard itself, which tell of nobody
-
 REPEATING = ((0x5000, 0xFF00), (0x6000, 0xFF00))  # curves and overlays
 
 # Where text in the picture is usual: ultrasound, endoscopy, captures of screens and of paper.
 TEXT_MODALITIES = {"US", "IVUS", "ES", "OT", "SC", "HC", "DOC", "XC", "DMS"}
-
 TEXT_CLASSES = ("Ultrasound", "Secondary Capture", "Endoscopic", "Photographic", "Hardcopy")
-
 SCREENS = ("SCREEN SAVE", "SCREEN_SAVE", "SCREENSAVE", "SECONDARY CAPTURE")
-
 METHOD = f"PS3.15 {EDITION} Basic Profile, medmoe-edge {__version__}"[:64]
 
 

@@ -22,8 +22,7 @@ import ray
 import ray.data
 import ray.exceptions
 
-from medmoe_edge.bedside.batch.inputs import Item
-from medmoe_edge.bedside.batch.journal import Row
+from medmoe_edge.bedside.batch.inputs import Item, Row
 from medmoe_edge.bedside.batch.run import Identity, Numbered, Recipe, answer, check
 from medmoe_edge.errors import InputError, MedMoEError, ModelError, ResourceError
 

@@ -24,8 +24,7 @@ from typing import IO, Any, NamedTuple
 
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.bedside.batch.inputs import Item
-from medmoe_edge.bedside.batch.journal import Journal, Row
+from medmoe_edge.bedside.batch.inputs import Item, Journal, Row
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import InputError, ResourceError, needs
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from medmoe_edge._types import Progress
-from medmoe_edge.bedside.batch.inputs import Item, fingerprint, read_items
-from medmoe_edge.bedside.batch.journal import Journal, Row
+from medmoe_edge.bedside.batch.inputs import Item, Journal, Row, fingerprint, read_items
 from medmoe_edge.bedside.batch.results import check_format, write_results
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.embedded import EMBEDDED

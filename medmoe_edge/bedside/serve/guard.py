@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
 from medmoe_edge.bedside.serve.settings import Limits, Settings
-from medmoe_edge.bedside.serve.work import Metrics, Places
+from medmoe_edge.bedside.serve.work import Metrics, RequestSlots
 
 SENDING = 30.0  # seconds that a client may take to fetch its answer
 
@@ -124,9 +124,11 @@ class Guard:
     route, the status and the milliseconds.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, places: Places, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, slots: RequestSlots, metrics: Metrics
+    ) -> None:
         self._app, self._settings = app, settings
-        self._places, self._metrics = places, metrics
+        self._slots, self._metrics = slots, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -162,7 +164,7 @@ class Guard:
         if path.startswith(PROTECTED):
             self._check_token(headers)
         if scope["method"] == "POST":
-            with self._places.take():
+            with self._slots.take():
                 await bounded(self._app, self._settings.limits, scope, receive, send)
         else:
             await self._app(scope, receive, send)

@@ -22,7 +22,7 @@ from medmoe_edge.bedside.serve.errors import ErrorBody, refusal
 from medmoe_edge.bedside.serve.guard import at_end
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bedside.serve.work import Job, Upload, Work, Worker, started
-from medmoe_edge.contrastive.results import Location
+from medmoe_edge.contrastive.features import Location
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
 from medmoe_edge.image.pixels import KINDS, Image, Window, finite, pick_frame

@@ -26,7 +26,7 @@ from medmoe_edge.bedside.serve.guard import SENDING, Guard
 from medmoe_edge.bedside.serve.openai import openai_routes
 from medmoe_edge.bedside.serve.routes import own_routes, picture_routes
 from medmoe_edge.bedside.serve.settings import Settings
-from medmoe_edge.bedside.serve.work import Asked, Metrics, Places, Work, Worker
+from medmoe_edge.bedside.serve.work import Asked, Metrics, RequestSlots, Work, Worker
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality
 from medmoe_edge.engine.engine import load
@@ -88,8 +88,8 @@ def create_app(
 ) -> FastAPI:
     """The app; while it runs, nobody else may use the engines."""
     limits = settings.limits
-    places, worker = Places(1 + limits.waiting), Worker()
-    metrics = Metrics(places)
+    slots, worker = RequestSlots(1 + limits.waiting), Worker()
+    metrics = Metrics(slots)
     work = Work(engine, modality, limits, metrics, audit)
 
     @contextlib.asynccontextmanager
@@ -116,16 +116,15 @@ def create_app(
     app.include_router(state_routes(worker, metrics))
     if PAGE.is_dir():
         app.mount("/page", StaticFiles(directory=PAGE))
-    app.add_middleware(Guard, settings=settings, places=places, metrics=metrics)
+    app.add_middleware(Guard, settings=settings, slots=slots, metrics=metrics)
     return app
 
 
 HEAD_SECONDS = 10.0  # for a request's head to be whole, from its first byte or the connection
-
 MAX_CONNECTIONS = 256
 
 
-class ImpatientProtocol(H11Protocol):
+class HeadTimeoutProtocol(H11Protocol):
     """Closes connections whose request does not come: uvicorn itself waits for ever."""
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -181,7 +180,7 @@ class Server(uvicorn.Server):
         limits, self._ready = settings.limits, ready
         config = uvicorn.Config(
             app,
-            http=ImpatientProtocol,
+            http=HeadTimeoutProtocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -223,7 +222,7 @@ def url_of(settings: Settings, listener: socket.socket) -> str:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServiceModels:
     """The models that a service loads (see `engine.load`), and its audit log."""
 
     model: str = "nano"
@@ -235,12 +234,12 @@ class Served:
     audit: Path | None = None
 
 
-def start(settings: Settings, served: Served, ready: Callable[[str], None]) -> None:
+def start(settings: Settings, models: ServiceModels, ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM.
 
     Args:
         settings: Where it listens, and what a request may ask for.
-        served: The models, and the log of answers.
+        models: The models, and the log of answers.
         ready: Called with the URL once requests are taken.
 
     Raises:
@@ -248,13 +247,13 @@ def start(settings: Settings, served: Served, ready: Callable[[str], None]) -> N
     """
     settings.check_tls()
     engine = load(
-        served.model,
-        runtime=served.runtime,
-        device=served.device,
-        memory_budget=served.memory_budget,
-        drop_pages=served.drop_pages,
+        models.model,
+        runtime=models.runtime,
+        device=models.device,
+        memory_budget=models.memory_budget,
+        drop_pages=models.drop_pages,
     )
     engine.prefixes = LastPrefix(engine.sha256, engine.runtime)  # questions about an image follow
-    modality = load_modality(served.modality_model)
-    log = None if served.audit is None else AuditLog(served.audit)
+    modality = load_modality(models.modality_model)
+    log = None if models.audit is None else AuditLog(models.audit)
     run(create_app(engine, settings, modality=modality, audit=log), settings, ready)

@@ -23,7 +23,7 @@ from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.errors import Refusal, too_long
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.contrastive.engine import ModalityEngine
-from medmoe_edge.contrastive.results import Classification, Location
+from medmoe_edge.contrastive.features import Classification, Location
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.loading import Proven
 from medmoe_edge.errors import DataError, ResourceError
@@ -35,10 +35,10 @@ T = TypeVar("T")
 SLOWEST = 60  # seconds after which anyone may try again
 
 
-class Places:
+class RequestSlots:
     """As many requests as may be under way: one is answered, the others wait. For one event loop.
 
-    Who takes a place may send an upload, so that memory is bounded too.
+    Who holds a slot may send an upload, so that memory is bounded too.
     """
 
     def __init__(self, count: int) -> None:
@@ -182,7 +182,7 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 class Metrics:
     """The figures of one service."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, slots: RequestSlots) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -209,7 +209,7 @@ class Metrics:
         taken = Gauge(
             "medmoe_requests_under_way", "Being sent, waiting or answered.", registry=registry
         )
-        taken.set_function(lambda: places.taken)
+        taken.set_function(lambda: slots.taken)
 
     def saw_request(self, route: str, status: int, seconds: float) -> None:
         """Count a request; `route` is its template, never what the client sent."""
@@ -274,7 +274,7 @@ class Work:
     ) -> None:
         self.engine, self.modality = engine, modality
         self._limits, self._metrics, self._audit = limits, metrics, audit
-        self._places = asyncio.Semaphore(PICTURES)
+        self._reading = asyncio.Semaphore(PICTURES)
 
     def check_ask(self, questions: int, max_new_tokens: int) -> None:
         """Raise `Refusal` for more than one request may ask."""
@@ -301,20 +301,20 @@ class Work:
             data: The file.
             frame: From 0; None is the middle one.
             who: The client's address.
-            ending: Called at the request's end, until which the picture has its place in memory.
+            ending: Called at the request's end, until which the picture keeps its slot in memory.
 
         Raises:
             ImageError, ResourceError: As of `read_apart`.
-            Refusal: It took too long until there was a place for it.
+            Refusal: It took too long until it could be read.
         """
         loop, limits = asyncio.get_running_loop(), self._limits
         until = loop.time() + limits.seconds
         try:
             async with asyncio.timeout_at(until):
-                await self._places.acquire()
+                await self._reading.acquire()
         except TimeoutError:
             raise too_long() from None
-        ending.callback(self._places.release)
+        ending.callback(self._reading.release)
         image = await asyncio.to_thread(read_apart, data, frame, limits.bounds)
         digest = await asyncio.to_thread(hashlib.sha256, data)
         return Upload(image, digest.hexdigest(), who, max(0.0, until - loop.time()))
