@@ -172,8 +172,14 @@ def _tell(name: str | None, run: Path | None, as_json: bool) -> None:
             render.show_run(rows, finished=(run / "checkpoint").is_dir())
 
 
-router = typer.Typer(name="router", help="Put a router into a checkpoint, or train it anew.")
-app.add_typer(router, rich_help_panel="Build")
+router = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    router,
+    name="router",
+    rich_help_panel="Build",
+    help="Put a router into a checkpoint: from an official file, or fitted to labelled images.",
+    epilog="Example: medmoe-edge router train CHECKPOINT --data data",
+)
 Order = Annotated[
     str | None,
     typer.Option(
@@ -336,10 +342,10 @@ def data(
         _refuse(what, given | labelling, "--name", "--split", *labelling)
     with render.working("Preparing"):
         if what == "labels":
-            from medmoe_edge.image.dicom import read_origin
+            from medmoe_edge.image.loading import dicom_origin
 
             options = LabelOptions(name, modality, body, finding, split, _words(levels))
-            prepared = add_labels(source, out, options, header=read_origin, force=force)
+            prepared = add_labels(source, out, options, header=dicom_origin, force=force)
         elif what == "questions":
             prepared = add_questions(source, out, name=name, split=split, force=force)
         else:

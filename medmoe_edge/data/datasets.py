@@ -111,6 +111,7 @@ def read_examples(
     text = read_text(file)
     root = file.parent if image_root is None else image_root
     listed = text.lstrip().startswith("[")
+    records: Iterator[Record]
     if listed:
         records = (
             Record(value, f"{file}, item {number}")

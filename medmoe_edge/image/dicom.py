@@ -23,7 +23,6 @@ from medmoe_edge.image.pixels import (
     MAX_PIXELS,
     Image,
     as_pixels,
-    decoding,
     finite,
     pick_frame,
     shown_name,
@@ -109,12 +108,9 @@ def read_origin(path: Path) -> tuple[str | None, str | None]:
     knows the list of all identifiers can still find it out.
 
     Raises:
-        ImageError: A file that cannot be read as DICOM.
+        Exception: Whatever pydicom raises where its attributes are damaged.
     """
-    with (
-        decoding(shown_name(path)),
-        open_container(path, shown_name(path), lambda *_: None) as container,
-    ):
+    with open_container(path, shown_name(path), lambda *_: None) as container:
         patient = container.header.text("PatientID")
         modality = modality_of(container.header)
     return modality, hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None

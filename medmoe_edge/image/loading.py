@@ -186,6 +186,17 @@ def _crop(picture: Pillow.Image, width: int, height: int) -> Pillow.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
+def dicom_origin(path: Path) -> tuple[str | None, str | None]:
+    """The modality and a name for the patient that a DICOM file states; see `dicom.read_origin`.
+
+    Raises `ImageError` for a file that cannot be read as DICOM.
+    """
+    from medmoe_edge.image.dicom import read_origin
+
+    with decoding(shown_name(path)):
+        return read_origin(path)
+
+
 @contextlib.contextmanager
 def decoding(name: str) -> Iterator[None]:
     """Around code that reads untrusted bytes: no warnings, and only our own errors.

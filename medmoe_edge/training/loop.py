@@ -355,3 +355,4 @@ def merge_adapters(objective: nn.Module, names: Sequence[str]) -> None:
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(decoder.get_submodule(parent), child, layer.get_base_layer())
+    del decoder.peft_config  # what injection left: the next phase has adapters of its own

@@ -27,7 +27,9 @@ from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.router import (
     best_experts,
     few_of_each,
+    fit_in_place,
     fit_router,
+    install,
     kept_router,
     pooled_features,
 )
@@ -167,28 +169,56 @@ def instruct(
     batches: Batches,
     session: Session,
 ) -> nn.Linear | None:
-    """Phase 2, in place: instructions, and the router as a modality classifier.
+    """Phase 2, in place: instructions, and beside them the router, where the recipe says so.
 
-    It learns beside them, or is fitted afterwards, as the recipe says. None where the data is of
-    some of the modalities alone, or says none: a model that has routers keeps its own.
+    It learns as a modality classifier. None where it is fitted later, or stays as it is.
     """
-    known = [each for each in [*corpus.classification, *corpus.questions] if each.modality]
-    named = {each.modality for each in known}
-    own = model.config.moe is not None and (not named or named < set(moe.expert_names))
-    joint = None
-    if recipe.router == "joint" and not own:
-        joint = nn.Linear(model.config.decoder.hidden_size, moe.num_experts, bias=moe.router_bias)
-    objective = Objective(model, joint, moe.layers)
+    router = None
+    if recipe.router == "joint" and not _keeps_router(model, moe, corpus):
+        router = nn.Linear(model.config.decoder.hidden_size, moe.num_experts, bias=moe.router_bias)
+    objective = Objective(model, router, moe.layers)
     fit_instructions("instruction", objective, corpus, recipe.instruction, batches, session)
-    if joint is not None or own:
-        return joint
+    return router
+
+
+def route(
+    model: MedMoE,
+    router: nn.Linear | None,
+    config: ModelConfig,
+    corpus: Corpus,
+    batches: Batches,
+    session: Session,
+) -> MedMoE:
+    """The model of phase 3, in place: with experts, and with the router of phase 2 in each layer.
+
+    Where phase 2 gave none it is fitted to images of known modality; a model that has routers keeps
+    them where the data is of some of its modalities alone, or says none.
+    """
+    moe = config.moe
+    assert moe is not None
+    if _keeps_router(model, moe, corpus):
+        return model
     file = session.folder / ROUTER
-    made = None
-    if not file.exists():
-        session.say("Fitting the router to the labelled images.")
-        features = pooled_features(model, moe.layers, batches, few_of_each(known))
-        made = fit_router(features, moe.num_experts, bias=moe.router_bias)
-    return kept_router(file, made)
+    known = few_of_each([*corpus.classification, *corpus.questions])
+    fitted = router is None and not file.exists()
+    if router is None:
+        if fitted:
+            session.say("Fitting the router to images of known modality.")
+            features = pooled_features(model, moe.layers, batches, known)
+            router = fit_router(features, moe.num_experts, bias=moe.router_bias)
+        else:
+            router = kept_router(file, None)
+    if model.config.moe is None:
+        model = upcycle(model, router, config)
+    install(model, router)
+    if fitted:
+        install(model, kept_router(file, fit_in_place(model, batches, known)))
+    return model
+
+
+def _keeps_router(model: MedMoE, moe: MoEConfig, corpus: Corpus) -> bool:
+    named = set(corpus.modalities)
+    return model.config.moe is not None and (not named or named < set(moe.expert_names))
 
 
 def expand(model: MedMoE, config: ModelConfig, corpus: Corpus, batches: Batches) -> MedMoE:

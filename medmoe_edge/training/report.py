@@ -281,7 +281,7 @@ def _summary_writer(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingDependencyError("tensorboard", "tensorboard") from error
-    return SummaryWriter(os.fspath(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(os.fspath(folder / "tensorboard"))
 
 
 def _spoken(seconds: float) -> str:

@@ -33,22 +33,25 @@ from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.data import IMAGE_ID, SHARED, UNKNOWN, Batches, Conversation, instructions
 
 MOST = 200  # images of a modality that a router is fitted to
+ROUNDS = 3  # in which a router is fitted
 AT_ONCE = 8  # images
 _PENALTY = 1e-3  # of a weight's square: features can be separable
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a router sees of images: `pooled` `[N, D]`, and the modality index of each `[N]`."""
+    """What a router sees: `pooled` `[N, D]`, and the modality index of each row `[N]`.
+
+    `of_image` `[N]` is True for means over an image's tokens, False for those over its turns.
+    """
 
     pooled: Tensor
     modality: Tensor
+    of_image: Tensor
 
-    @property
-    def known(self) -> "Features":
-        """Those whose modality is known."""
-        known = self.modality != UNKNOWN
-        return Features(self.pooled[known], self.modality[known])
+    def only(self, rows: Tensor) -> "Features":
+        """Those of the rows that are True."""
+        return Features(self.pooled[rows], self.modality[rows], self.of_image[rows])
 
 
 @torch.no_grad()
@@ -67,6 +70,7 @@ def pooled_features(
     model.eval()
     pooled: list[Tensor] = []
     modality: list[Tensor] = []
+    of_image: list[Tensor] = []
     done = 0
     for batch in batches.plain(conversations, size=AT_ONCE):
         moved = batch.to(device)
@@ -76,13 +80,14 @@ def pooled_features(
         embeds = embeds.masked_scatter((ids == IMAGE_ID)[..., None], images)
         output = model(embeds, positions=moved.text.positions, mask=moved.text.mask())
         mean = torch.stack([output.ffn_inputs[layer].float() for layer in layers]).mean(0)
-        for where in (ids == IMAGE_ID, moved.text.segments > SHARED):
+        for image, where in ((True, ids == IMAGE_ID), (False, moved.text.segments > SHARED)):
             weights = where.float() / where.sum(-1, keepdim=True).clamp_min(1)
             pooled.append(torch.einsum("bs,bsd->bd", weights, mean).cpu())
             modality.append(batch.modality)
+            of_image.append(torch.full_like(batch.modality, image, dtype=torch.bool))
         done += len(batch.modality)
         progress("Reading images", done, len(conversations))
-    return Features(torch.cat(pooled), torch.cat(modality))
+    return Features(torch.cat(pooled), torch.cat(modality), torch.cat(of_image))
 
 
 def fit_router(features: Features, experts: int, *, bias: bool) -> nn.Linear:
@@ -90,7 +95,7 @@ def fit_router(features: Features, experts: int, *, bias: bool) -> nn.Linear:
 
     Raises `DataError` where a modality has no image.
     """
-    known = features.known
+    known = features.only(features.modality != UNKNOWN)
     counts = known.modality.bincount(minlength=experts)
     if missing := int((counts == 0).sum()):
         raise DataError(
@@ -122,6 +127,31 @@ def fit_router(features: Features, experts: int, *, bias: bool) -> nn.Linear:
         router.weight.copy_(weight / scale)
         if bias:
             router.bias.copy_(offset - (weight / scale) @ mean)
+    return router
+
+
+def fit_in_place(
+    model: MedMoE,
+    batches: Batches,
+    conversations: Sequence[Conversation],
+    progress: Progress = no_progress,
+) -> nn.Linear:
+    """Fit the router of a model with experts and install it.
+
+    What a layer sees depends on the routers before it, so it is fitted in rounds, each to what the
+    layers saw under all routers so far.
+    """
+    moe = model.config.moe
+    assert moe is not None
+    seen: list[Features] = []
+    for _ in range(ROUNDS):
+        seen.append(pooled_features(model, moe.layers, batches, conversations, progress))
+        parts = (
+            torch.cat([getattr(each, name) for each in seen])
+            for name in ("pooled", "modality", "of_image")
+        )
+        router = fit_router(Features(*parts), moe.num_experts, bias=moe.router_bias)
+        install(model, router)
     return router
 
 
@@ -158,7 +188,8 @@ class RouterResult:
         checkpoint: The folder.
         modalities: Which modality each expert serves; empty where nobody said.
         images: How many it was fitted to; 0 for one from a file.
-        accuracy: Share of held-out images (else of those fitted to) whose modality it finds.
+        accuracy: Share of held-out images (else of those fitted to) whose modality it finds by
+            their own tokens.
         held_out: How many images that share is of; 0 where it is of those that it was fitted to.
     """
 
@@ -242,13 +273,10 @@ def train_router(
         features = pooled_features(model, moe.layers, votes, learned, progress)
         names = _by_vote(model, features, found, moe)
     batches = Batches(read.config, tokenizer, names, 0)
-    # what a layer sees depends on the routers before it: the second round is fitted to the first
-    for _ in range(2):
-        features = pooled_features(model, moe.layers, batches, learned, progress)
-        router = fit_router(features, moe.num_experts, bias=moe.router_bias)
-        install(model, router)
+    router = fit_in_place(model, batches, learned, progress)
     held = few_of_each(instructions(item for item in labelled if item.split != "train"))
     judged = pooled_features(model, moe.layers, batches, held or learned, progress)
+    judged = judged.only(judged.of_image)
     with torch.no_grad():
         right = (router(judged.pooled).argmax(-1) == judged.modality).double().mean()
     _write(read, dict(router.state_dict()), names, target, force=force or out is None)

@@ -44,12 +44,12 @@ from medmoe_edge.training.phases import (
     align,
     expand,
     instruct,
+    route,
     specialise,
-    upcycle,
 )
 from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
 from medmoe_edge.training.report import RUN, Planned, TrainOptions
-from medmoe_edge.training.router import install, loaded
+from medmoe_edge.training.router import loaded
 
 END = "<|endoftext|>"
 
@@ -129,11 +129,7 @@ def train(
             model = expand(model, config, corpus, batches)
     align(model, corpus, recipe.alignment, batches, session)
     router = instruct(model, moe, corpus, recipe, batches, session)
-    if router is not None:
-        if model.config.moe is None:
-            model = upcycle(model, router, config)
-        else:
-            install(model, router)
+    model = route(model, router, config, corpus, batches, session)
     specialise(model, corpus, recipe.moe, batches, session)
     folder = out / "checkpoint"
     if session.accelerator.is_main_process:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -302,7 +303,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     calls: list[tuple[str, str]] = []
 
     def trainer(name: str) -> Callable[..., Path]:
-        def train(recipe: str, data: Path, out: Path, progress: Any) -> Path:
+        def train(recipe: str, data: Path, out: Path, progress: Any, options: Any) -> Path:
+            assert options.base is None
             assert (data, out) == (Path("images"), Path("run"))
             progress.advance(progress.add_task("epoch", total=1))
             calls.append((name, recipe))
@@ -312,6 +314,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     modules: dict[str, dict[str, Any]] = {
         "recipe": {"read_recipe": lambda name: f"recipe {name}"},
+        "report": {"TrainOptions": SimpleNamespace},
         "run": {"train": trainer("med-moe")},
         "contrastive": {
             "read_modality_recipe": lambda name: f"recipe {name}",

@@ -593,7 +593,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 def test_a_missing_folder_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a folder"):
         read_checkpoint(tmp_path / "none")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         read_checkpoint(tmp_path)
 
 

@@ -17,7 +17,7 @@ from medmoe_edge.data.folder import split_evenly
 from medmoe_edge.data.labelling import LabelOptions, add_labels
 from medmoe_edge.data.prepare import add_questions, prepare
 from medmoe_edge.errors import DataError, InputError
-from medmoe_edge.image.dicom import read_origin
+from medmoe_edge.image.loading import dicom_origin
 
 
 def picture(path: Path, number: int) -> Path:
@@ -28,7 +28,7 @@ def picture(path: Path, number: int) -> Path:
 
 
 def labels(source: Path, out: Path, *, force: bool = False, **options: Any) -> Any:
-    return add_labels(source, out, LabelOptions(**options), header=read_origin, force=force)
+    return add_labels(source, out, LabelOptions(**options), header=dicom_origin, force=force)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_dicom_says_modality_and_patient_but_not_whose(tmp_path: Path) -> None:
     saved(tmp_path / "in", study(), "scan")  # archives leave suffixes out
     labels(tmp_path / "in", tmp_path / "out")
     (row,) = map(json.loads, (tmp_path / "out/labels.jsonl").read_text().splitlines())
-    assert row["modality"] == read_origin(tmp_path / "in" / "scan")[0]
+    assert row["modality"] == dicom_origin(tmp_path / "in" / "scan")[0]
     assert len(row["patient"]) == 16
     assert row["patient"] != study().PatientID
 
