@@ -27,8 +27,7 @@ from medmoe_edge.contrastive.features import (
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine.answer import Clock
-from medmoe_edge.engine.loading import REFERENCE, Proven, describe, proven
-from medmoe_edge.engine.turns import OneAtATime
+from medmoe_edge.engine.loading import REFERENCE, OneAtATime, Proven, describe, proven
 from medmoe_edge.errors import (
     BundleError,
     CheckpointError,

@@ -14,6 +14,7 @@ from medmoe_edge.engine.answer import Answer, Clock, timings
 from medmoe_edge.engine.loading import (
     REFERENCE,
     Device,
+    OneAtATime,
     Paging,
     Proven,
     RuntimeName,
@@ -21,7 +22,6 @@ from medmoe_edge.engine.loading import (
     open_model,
 )
 from medmoe_edge.engine.prefix_cache import LastPrefix, Prefix, PrefixCache, cache_folder
-from medmoe_edge.engine.turns import OneAtATime
 from medmoe_edge.errors import BundleError, CheckpointError, InputError, MedMoEError, Notice
 from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.labels import unlike_label

@@ -5,10 +5,13 @@ import json
 import logging
 import os
 import platform
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
@@ -330,3 +333,63 @@ def _open_checkpoint(folder: Path, device: Device) -> Loaded:
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
     runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
     return Loaded(runtime, tokenizer, folder.resolve().name, checkpoint.sha256(), None)
+
+
+class OneAtATime:
+    """A loaded model that computes one request at a time, and can be closed.
+
+    Methods may be called from any thread. What computes is one model with one cache, so that
+    requests wait for each other; for more at a time, load more engines. It is a context manager.
+    """
+
+    name: str
+    verification: str
+    runtime: object
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._owner: int | None = None
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model's memory back, after the request at hand; a second time does nothing."""
+        if self._closed:
+            return
+        with self.one_at_a_time():
+            self._closed = True
+            self._release()
+
+    def _release(self) -> None:
+        del self.runtime
+
+    def __repr__(self) -> str:
+        run_by = "closed" if self._closed else getattr(self.runtime, "name", "unknown runtime")
+        return f"<{type(self).__name__} {self.name}, {run_by}, verification {self.verification}>"
+
+    @contextlib.contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
+        """Wait for one's turn.
+
+        Raises `InputError` where the engine is closed, and where this thread itself is in the
+        midst of a stream, for which it would wait forever.
+        """
+        if self._owner == threading.get_ident():
+            raise InputError(
+                "An answer is being streamed by this thread.", "Read it to its end, or close it."
+            )
+        with self._turn:
+            if self._closed:
+                raise InputError(f"The engine of {self.name} is closed.", "Load the model again.")
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
