@@ -1,4 +1,4 @@
-"""The library as people write it: engines that end, threads, several images, functions with options."""
+"""The library as people write it: engines that end, threads, several images, functions."""
 
 import asyncio
 import io
@@ -128,7 +128,7 @@ def test_asked_from_an_event_loop(engine: Engine) -> None:
 
 def test_help_shows_what_matters() -> None:
     text = pydoc.render_doc(medmoe_edge, renderer=pydoc.plaintext)
-    for name in medmoe_edge.__all__:
+    for name in set(medmoe_edge.__all__) - {"__version__"}:
         assert name in text
     assert 'load("nano")' in text
     for function in ("calibrate", "export_model", "verify", "evaluate", "train", "load"):
