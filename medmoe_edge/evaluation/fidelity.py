@@ -245,9 +245,10 @@ def record(
     examples: Sequence[Example],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    load: Callable[[Path], Image] = load_image,
     progress: Progress | None = None,
 ) -> Recording:
-    """Let the reference answer every question.
+    """Let the reference answer every question; `load` reads images, here and to compare.
 
     Raises `DataError` for no examples or an id used twice, `ModelError` if its output is not
     finite; errors of images and questions pass through.
@@ -262,7 +263,7 @@ def record(
     questions: dict[str, RecordedQuestion] = {}
     for done, (image, group) in enumerate(by_image.items(), start=1):
         ids = [tokenizer.question_ids(example.question) for example in group]
-        view = reader.view(load_image(image), ids)
+        view = reader.view(load(image), ids)
         images[image] = RecordedImage(view.features, view.router_logits)
         for example, question in zip(group, ids, strict=True):
             reply = reader.answer(view, question)
@@ -277,7 +278,7 @@ def record(
             )
         if progress:
             progress(done, len(by_image))
-    return Recording(reference.config, tokenizer, max_new_tokens, by_image, images, questions)
+    return Recording(reference.config, tokenizer, max_new_tokens, by_image, images, questions, load)
 
 
 def compare(

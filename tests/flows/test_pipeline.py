@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def test_an_export_with_data_carries_its_proof(
     assert made.bundle == out
     assert made.verification is not None
     assert made.verification.bundle == Bundle.open(out)
-    assert made.verification.bundle.proof == "passed"
+    assert made.verification.bundle.proof == "not decided"
     assert {"layers", "decoder", "the checkpoint", "the bundle"} <= set(steps)
     manifest = (out / MANIFEST).read_text()
     record = json.loads(manifest)["verification"]
@@ -409,3 +410,66 @@ def test_another_checkpoint_is_refused(
     with pytest.raises(ModelError, match="was not made from the checkpoint"):
         med_moe.verify(bundle, tiny_checkpoint("tiny", top_k=2), questions)
     assert (bundle / MANIFEST).read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images in a folder of which nobody says the modality."""
+    found = tmp_path_factory.mktemp("folder")
+    generator = np.random.default_rng(3)
+    for index in range(12):
+        pixels = generator.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(found / f"{index}.png")
+    return found
+
+
+def test_the_router_says_what_nobody_else_does(
+    tiny_checkpoint: Make, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the engine reads the same images; every expert gets images of its own modality."""
+    from medmoe_edge.engine.engine import load
+
+    checkpoint, steps = tiny_checkpoint(), []
+    found = med_moe.calibrate_on(
+        checkpoint,
+        tmp_path / "stats",
+        str(folder),
+        samples=12,
+        hessians=False,
+        progress=lambda step, *_: steps.append(step),
+    )
+    engine = load(checkpoint, runtime="torch")
+    expected = Counter(engine.modality(file) for file in folder.iterdir())
+    assert found.statistics.samples == dict(expected)
+    assert found.statistics.source.labelled_by == {"router": 12}
+    assert Statistics.open(tmp_path / "stats").source.labelled_by == {"router": 12}
+    assert "images" in steps
+    name, count = expected.most_common(1)[0]
+    assert f"Of 12 images nobody says the modality: the model's own router reads {name} " in (
+        caplog.text
+    )
+    read = {record.expert for record in found.statistics.coverage if record.own_modality_tokens}
+    assert {NAMES[expert] for expert in read} == set(expected)
+    assert count > 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_export_decodes_each_image_once(
+    tiny_checkpoint: Make, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where Pillow opens files: to route, to calibrate, and to verify, one time in all."""
+    opened: Counter[str] = Counter()
+    real = Image.open
+
+    def counted(file: Any, *rest: Any, **options: Any) -> Any:
+        if isinstance(file, Path) and file.parent == folder:
+            opened[file.name] += 1
+        return real(file, *rest, **options)
+
+    monkeypatch.setattr(Image, "open", counted)
+    made = med_moe.export(
+        tiny_checkpoint(), tmp_path / "out", precision="int8", calibrate_on=str(folder), samples=12
+    )
+    assert made.verification is not None
+    assert set(opened) == {f"{index}.png" for index in range(12)}
+    assert set(opened.values()) == {1}
