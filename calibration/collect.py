@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -54,7 +55,8 @@ class Pictures:
 
     def __init__(self, load: Load = Sample.load) -> None:
         self.load = load
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it is closed with the object
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
+        weakref.finalize(self, self._file.close)
         self._places: dict[object, int] = {}
 
     def tokens(self, sample: Sample, see: Callable[[Image], Tensor]) -> Tensor:

@@ -245,7 +245,7 @@ def evaluate(
         ModelError: The model cannot be used.
         ResourceError: Memory, the device, or an optional package is missing.
     """
-    return family_of(model).evaluate(os.fspath(model), options, progress)
+    return family_of(os.fspath(model)).evaluate(os.fspath(model), options, progress)
 
 
 def train(

@@ -296,18 +296,21 @@ def verify_log(
     from medmoe_edge.bedside.audit import log as chain
 
     report = chain.verify_log(log, head)
-    if as_json:
-        render.as_json(report.to_json())
-    else:
-        render.show(report.why, "green" if report.intact else "bold red")
-        render.show(f"{report.entries:,} entries, head {report.head}")
+    error = None
     if not report.intact:
-        raise VerificationError(
+        error = VerificationError(
             f"The audit log is not intact ({report.fault}).",
             "The next entry cuts an unfinished line off."
             if report.fault == "torn"
             else "Keep it as it is, and find out who could write it.",
         )
+    if as_json:
+        render.as_json(report.to_json(), error)
+    else:
+        render.show(report.why, "green" if report.intact else "bold red")
+        render.show(f"{report.entries:,} entries, head {report.head}")
+    if error:
+        raise error
 
 
 @audit.command("ship", epilog=EXAMPLE.format("ship audit.jsonl --to logs.example:6514"))

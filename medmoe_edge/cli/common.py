@@ -250,8 +250,7 @@ def _report(error: Exception, as_json: bool) -> int:
 def _fail(as_json: bool, code: str, what: str, remedy: str) -> None:
     """The failure as the one object on stdout, unless a result that tells it is there already."""
     if as_json and not render.printed_json:
-        told = {"code": code, "message": render.printable(what), "remedy": remedy}
-        render.as_json({"error": told})
+        render.as_json({"error": render.error_json(code, what, remedy)})
 
 
 def _explained(error: OSError | MemoryError) -> MedMoEError:

@@ -18,7 +18,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = examine()
     if as_json:
-        render.as_json(found.to_json())
+        render.as_json(found.to_json(), found.error())
     else:
         render_device.show_diagnosis(found)
     if error := found.error():
@@ -115,7 +115,7 @@ def plan(
             found = make(model, options)
     if as_json:
         told = comparison.to_json() if comparison else None
-        render.as_json(found.to_json() | {"measured": told})
+        render.as_json(found.to_json() | {"measured": told}, found.error())
     else:
         render_device.show_plan(found)
         if comparison:

@@ -18,7 +18,7 @@ from medmoe_edge.cli.common import (
 )
 from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, needs
+from medmoe_edge.errors import InputError, needs, shown_bytes
 from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
 from medmoe_edge.render import console as render
 from medmoe_edge.render import device as render_device
@@ -78,7 +78,7 @@ def pull(
         render.show_table(
             f"{listing.source} at {listing.commit}",
             ["file", "size"],
-            [(file, render.megabytes(size)) for file, size in found.items()],
+            [(file, shown_bytes(size)) for file, size in found.items()],
         )
         render.show(f"{listing.size / 1e9:.2f} GB in all")
     elif as_json:

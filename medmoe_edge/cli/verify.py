@@ -216,7 +216,7 @@ def verify(
         found = family.verify(folder, options, progress)
     write_report(found)
     if as_json:
-        render.as_json(found.to_json())
+        render.as_json(found.to_json(), found.error())
     else:
         render_verification.show_verification(found)
         if report:
@@ -235,7 +235,7 @@ def _verify_quick(bundle: str, as_json: bool, *, others: bool) -> None:
     with render.working("Reading") as progress:
         found = verify_quick(bundle_path(bundle), progress=progress)
     if as_json:
-        render.as_json(found.to_json())
+        render.as_json(found.to_json(), found.error())
     else:
         render_verification.show_quick(found)
     if error := found.error():

@@ -263,8 +263,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
             verified=known.to_json(),
         )
     config = _checkpoint_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    files = {path.name: path.stat().st_size for path in weights}
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
     return ModalityInspection(
         kind="checkpoint",
         name=name,

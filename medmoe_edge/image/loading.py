@@ -14,6 +14,7 @@ import stat
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -131,7 +132,8 @@ class Decoded:
 
     def __init__(self, vision: VisionConfig) -> None:
         self.vision = vision
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it is closed with the object
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
+        weakref.finalize(self, self._file.close)
         self._places: dict[object, int] = {}
 
     def load(self, key: object, read: Callable[[], Image]) -> Image:

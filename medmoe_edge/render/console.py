@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none o
     from rich.progress import Progress
 
     from medmoe_edge.engine.answer import Answer
-    from medmoe_edge.errors import Notice
+    from medmoe_edge.errors import MedMoEError, Notice
     from medmoe_edge.evaluation.evaluate import Score, Scores
     from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.families import AnswerScores
@@ -28,10 +28,19 @@ log = logging.getLogger(__name__)
 printed_json: list[bool] = []  # whether this command line has printed its one object
 
 
-def as_json(value: Mapping[str, Any]) -> None:
-    """One object on one line of stdout; ASCII, so that no terminal or locale can refuse it."""
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+def as_json(value: Mapping[str, Any], error: "MedMoEError | None" = None) -> None:
+    """One object on one line of stdout; ASCII, so that no terminal or locale can refuse it.
+
+    `error` is that with which the verb is about to end, where it has a result all the same.
+    """
+    told = {"error": error_json(error.code, error.what, error.remedy)} if error else {}
+    sys.stdout.write(json.dumps({**value, **told}, allow_nan=False) + "\n")
     printed_json.append(True)
+
+
+def error_json(code: str, what: str, remedy: str) -> dict[str, str]:
+    """A failure for programs."""
+    return {"code": code, "message": printable(what), "remedy": printable(remedy)}
 
 
 def show(text: str = "", style: str = "", *, stderr: bool = False) -> None:

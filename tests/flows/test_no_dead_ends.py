@@ -273,7 +273,8 @@ def test_a_failed_check_is_one_json_object_too(run: Run, tmp_path: Path) -> None
     (tmp_path / "audit.jsonl").write_text("torn")
     result = run("audit", "verify", "audit.jsonl", "--json")
     assert result.exit_code == 4
-    assert json.loads(result.stdout)["intact"] is False
+    told = json.loads(result.stdout)
+    assert (told["intact"], told["error"]["code"]) == (False, "verification_failed")
 
 
 def test_exit_codes_are_in_the_help(run: Run) -> None:

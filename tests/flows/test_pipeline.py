@@ -18,7 +18,6 @@ from PIL import Image
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.data import CalibrationData, Sample, ask_about
 from medmoe_edge.calibration.routing import RoutingProfile
-from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Source, Statistics
 from medmoe_edge.checkpoint import reader
 from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
@@ -64,7 +63,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def stats(tiny_checkpoint: Make, questions: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stats") / "stats"
-    calibrate(tiny_checkpoint(), med_moe.read_data(tiny_checkpoint(), questions), out, samples=4)
+    med_moe.calibrate_on(tiny_checkpoint(), out, questions, samples=4)
     return out
 
 
@@ -193,7 +192,7 @@ def test_statistics_calibrate_without_proof(
             "nan bits per weight are too few",
         ),
         ({"calibrate_on": "nowhere"}, InputError, "no calibration data 'nowhere'"),
-        ({"stats": Path("nowhere")}, DataError, "nowhere is missing"),
+        ({"stats": Path("nowhere")}, DataError, "nowhere does not exist"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_at_once(
@@ -440,9 +439,10 @@ def test_the_router_says_what_nobody_else_does(
     )
     engine = load(checkpoint, runtime="torch")
     expected = Counter(engine.modality(file) for file in folder.iterdir())
-    assert found.statistics.samples == dict(expected)
-    assert found.statistics.source.labelled_by == {"router": 12}
-    assert Statistics.open(tmp_path / "stats").source.labelled_by == {"router": 12}
+    asked = found.statistics.samples  # some twice, for experts that were short
+    assert set(asked) == set(expected)
+    for source in (found.statistics.source, Statistics.open(tmp_path / "stats").source):
+        assert source.labelled_by == {"router": sum(asked.values())}
     assert "images" in steps
     name, count = expected.most_common(1)[0]
     assert f"Of 12 images nobody says the modality: the model's own router reads {name} " in (
@@ -468,7 +468,7 @@ def test_an_export_decodes_each_image_once(
 
     monkeypatch.setattr(Image, "open", counted)
     made = med_moe.export(
-        tiny_checkpoint(), tmp_path / "out", precision="int8", calibrate_on=str(folder), samples=12
+        tiny_checkpoint(), tmp_path / "out", precision="fp32", calibrate_on=str(folder), samples=12
     )
     assert made.verification is not None
     assert set(opened) == {f"{index}.png" for index in range(12)}

@@ -524,7 +524,7 @@ def test_a_folder_says_its_modality(folders: list[str], modality: str | None) ->
 def test_dicom_goes_before_the_folder(tmp_path: Path) -> None:
     (tmp_path / "ct").mkdir()
     write_png(tmp_path / "ct" / "a.png")
-    write_dicom(tmp_path / "ct" / "b.dcm", Modality="MR")
+    write_dicom(tmp_path / "ct" / "b.dcm", "MR")
     write_png(tmp_path / "c.png")
     data = read_calibration(tmp_path)
     told = {s.image.name: (s.modality, s.labelled_by) for s in data.samples if s.modality}

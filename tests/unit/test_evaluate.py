@@ -16,7 +16,7 @@ from medmoe_edge.evaluation.evaluate import (
     save_predictions,
 )
 from medmoe_edge.evaluation.predictions import score_predictions
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 
 
 @dataclass
