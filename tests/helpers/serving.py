@@ -14,10 +14,12 @@ from PIL import Image as Pillow
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.server import Server, create_app, listening, url_of
 from medmoe_edge.bedside.serve.settings import Limits, Settings
+from medmoe_edge.bedside.serve.work import Metrics, RequestSlots, Work
 from medmoe_edge.contrastive.features import Classification, Location, Reading
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, Piece
 from medmoe_edge.engine.loading import Proven
 from medmoe_edge.image.pixels import Image, Pixels
 from medmoe_edge.prompt import check_question
@@ -51,14 +53,20 @@ class StandIn:
         return image.pixels[:1, :1]
 
     def ask_stream(
-        self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+        self,
+        image: Image,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        alternatives: int | None = None,
     ) -> Iterator[str | Answer]:
         self.images.append(image.pixels.shape)
         for question in map(check_question, questions):
             try:
                 for word in WORDS[:max_new_tokens]:
                     self.told += 1
-                    yield word
+                    likely = [(word, -0.1), ("!", -2.5)][: alternatives or 0]
+                    yield word if alternatives is None else Piece(word, (word, -0.1), likely)
                     self.begun.set()
                     assert self.may_go_on.wait(20)
                     if self.error:
@@ -109,13 +117,20 @@ class Overheard:
 def app_over(
     engine: StandIn, *, limits: Limits | None = None, modality: bool = True, **options: Any
 ) -> FastAPI:
-    """The app; `options` are of `Settings` or the audit log."""
-    audit = options.pop("audit", None)
+    """The app; `options` are of `Settings`, one `token`, or the audit log."""
+    audit, token = options.pop("audit", None), options.pop("token", None)
+    if token is not None:
+        options["tokens"] = {"ward": token}
     settings = Settings(limits=limits or Limits(), **options)
     found: Any = StandInModality() if modality else None
     app = create_app(engine, settings, modality=found, audit=audit)
     app.add_middleware(Overheard)
     return app
+
+
+def work_over(engine: StandIn, audit: AuditLog) -> Work:
+    """What the service does with an engine, without the service."""
+    return Work(engine, None, Limits(), Metrics(RequestSlots(1)), audit)
 
 
 @contextlib.contextmanager
