@@ -108,6 +108,7 @@ class Answering:
 
     def pending(self, limit: int) -> list[str]:
         """The first series that are complete and wait."""
+        self._tidy()
         return self.queue.waiting(limit, self._is_complete)
 
     def _is_complete(self, series: str) -> bool:
@@ -142,7 +143,7 @@ class Answering:
             self.queue.forgive_attempt(key)
             raise
 
-    def tidy(self) -> None:
+    def _tidy(self) -> None:
         """Remove the images of series that were answered long enough ago."""
         now = time.monotonic()
         for series in [key for key, end in self._lingering.items() if end <= now]:
