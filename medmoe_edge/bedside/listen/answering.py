@@ -125,7 +125,7 @@ class Answering:
             return self.queue.quiet(extent.study) >= settings.quiet
         wanted = settings.expected or extent.expected
         is_quiet = self.queue.quiet(series) >= settings.quiet
-        return is_quiet or bool(wanted and extent.count >= wanted)
+        return is_quiet or bool(wanted and extent.objects >= wanted)
 
     def do(self, key: str) -> None:
         """Answer all questions about one series, or give it up if it can never be answered."""
