@@ -95,7 +95,7 @@ def test_eval_scores_answers_in_a_file(run: Run, tmp_path: Path) -> None:
     for more, what in (
         ([*command, "--blind"], "with no model"),
         (command[:1] + command[3:], "no answers to score"),
-        (["eval"], "no questions"),
+        (["eval"], "Neither --data nor"),
     ):
         assert what in " ".join(two_lines(run(*more)))
 
