@@ -28,7 +28,7 @@ from medmoe_edge.evaluation.metrics import (
     risk_coverage,
     token_recall,
 )
-from medmoe_edge.image.loading import Image
+from medmoe_edge.image.pixels import Image
 
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
