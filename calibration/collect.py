@@ -38,9 +38,8 @@ from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image
-from medmoe_edge.models.decoder import MoE, causal_mask, rotary_tables, route
+from medmoe_edge.models.decoder import MoE, causal_mask, make_norm, rotary_tables, route
 from medmoe_edge.models.med_moe import DECODERS, TOWERS, projector
-from medmoe_edge.prompt import Tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -116,8 +115,7 @@ def tokenise(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[TokenSeq
     checkpoint has no tokenizer.
     """
     config = checkpoint.config
-    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
-    tokenizer.check_vocabulary(config.decoder.vocab_size)
+    tokenizer = checkpoint.tokenizer.tokenizer
     before = tokenizer.prefix_ids()
     room = config.decoder.max_positions - config.vision.image_tokens - len(before)
     return [
@@ -245,7 +243,7 @@ class LayerStream:
         check_finite(self.checkpoint.tensor("decoder.head.weight"), "decoder.head.weight")
         decoder = self.config.decoder
         with torch.device("meta"):
-            norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
+            norm = make_norm(decoder)
         load_weights(norm, self.checkpoint, "decoder.norm.")
         states = self._states[decoder.layers % 2]
         for sample, start in enumerate(self._starts):

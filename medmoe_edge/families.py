@@ -38,6 +38,7 @@ class ExportOptions:
     strict: bool = False
     name: str | None = None
     vision_tower: Path | None = None
+    as_published: bool = False
     force: bool = False
 
 
@@ -157,7 +158,9 @@ class MedMoEFamily:
     """Med-MoE: questions about an image, answered in words."""
 
     def check_export(self, options: ExportOptions, target: str) -> None:
-        """Nothing is refused before the checkpoint is read."""
+        """Little is refused before the checkpoint is read."""
+        if options.as_published:
+            raise InputError("--as-published is for modality-moe models.", "Leave it out.")
 
     def export(
         self, checkpoint: Path, out: Path, options: ExportOptions, progress: "Progress"
@@ -165,7 +168,8 @@ class MedMoEFamily:
         """See `med_moe.export`."""
         with needs("export"):
             from medmoe_edge.pipeline import med_moe
-        return med_moe.export(checkpoint, out, **vars(options), progress=progress)
+        given = {name: value for name, value in vars(options).items() if name != "as_published"}
+        return med_moe.export(checkpoint, out, **given, progress=progress)
 
     def verify(self, bundle: Path, options: VerifyOptions, progress: "Progress") -> "Verification":
         """See `evaluation.verify`, and `med_moe.verify` against a checkpoint."""
@@ -259,6 +263,7 @@ class ContrastiveFamily:
             precision="fp32" if options.precision == "fp32" else "int8",
             prove_on=options.calibrate_on,
             name=options.name,
+            as_published=options.as_published,
             force=options.force,
             progress=progress,
         )

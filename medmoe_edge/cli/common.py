@@ -36,7 +36,7 @@ EXIT_CODES = (
 )
 ORDER = (  # of the verbs in --help; a panel stands where its first one does
     *("ask", "classify", "locate", "index", "retrieve"),
-    *("export", "calibrate", "init", "train", "router", "data"),
+    *("pull", "export", "calibrate", "init", "train", "router", "data"),
     *("verify", "eval", "bench", "inspect"),
     *("doctor", "plan", "serve", "listen", "batch", "audit"),
 )

@@ -1,4 +1,4 @@
-"""The verbs `export` and `calibrate`: a checkpoint to a bundle, portable or of a target."""
+"""The verbs `pull`, `export` and `calibrate`: published weights to a bundle of any target."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from medmoe_edge.cli.common import (
 )
 from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, needs
+from medmoe_edge.errors import InputError, needs, shown_bytes
 from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
 from medmoe_edge.render import console as render
 from medmoe_edge.render import device as render_device
@@ -29,6 +29,62 @@ if TYPE_CHECKING:
     from medmoe_edge.pipeline.med_moe import Export
 
 MB = 10**6
+
+
+@verb("pull", "Build", "pull med-moe-stablelm-1.6b --dry-run")
+def pull(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A published model, or OWNER/REPOSITORY[/FOLDER] of the Hub."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="The folder.", show_default="NAME's last part"
+        ),
+    ] = None,
+    revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be fetched.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch published weights, or a bundle, from the Hugging Face Hub.
+
+    All files are those of one commit, compared with the hashes that the Hub states; what broke off
+    goes on with the next call. Pickles and code are never fetched. HF_ENDPOINT, HF_TOKEN, HF_HOME
+    and HF_HUB_OFFLINE are honoured.
+    """
+    from medmoe_edge.checkpoint import hub
+    from medmoe_edge.checkpoint.published import find_published
+
+    options = hub.PullOptions(revision=revision, force=force)
+    out = output or Path(name.rstrip("/").split("/")[-1])
+    with needs("hub"), render.working("Asking the Hub") as report:
+        if dry_run:
+            listing = hub.find_files(find_published(name), options)
+        else:
+            pulled = hub.pull(name, out, options, progress=report)
+    if dry_run:
+        found = {file.name: file.size for file in listing.files}
+        told = {"repository": listing.source.repository, "path": listing.source.folder}
+        told |= {"revision": listing.revision, "commit": listing.commit}
+        if as_json:
+            render.as_json({**told, "files": found, "bytes": listing.size})
+            return
+        render.show_table(
+            f"{listing.source} at {listing.commit}",
+            ["file", "size"],
+            [(file, shown_bytes(size)) for file, size in found.items()],
+        )
+        render.show(f"{listing.size / 1e9:.2f} GB in all")
+    elif as_json:
+        render.as_json({"folder": str(out), **pulled.to_json()})
+    else:
+        render.wrote(f"{pulled} to", out)
 
 
 @verb("export", "Build", "export --int8 --calibrate builtin")
@@ -104,6 +160,12 @@ def export(
         int | None,
         typer.Option(min=1, metavar="MB", help="Of an engine's intermediate results."),
     ] = None,
+    as_published: Annotated[
+        bool,
+        typer.Option(
+            "--as-published", help="Of a modality-moe: compute what its authors' code computes."
+        ),
+    ] = False,
     paged: Annotated[
         bool,
         typer.Option("--paged", help="For a GPU: keep experts apart, for ask --memory-budget."),
@@ -151,6 +213,7 @@ def export(
         strict=strict,
         name=model if model in EMBEDDED else folder.resolve().name,
         vision_tower=vision_tower,
+        as_published=as_published,
         force=force and target == "onnxruntime",
     )
     family = family_of(folder)

@@ -332,8 +332,18 @@ def data(
     from medmoe_edge.data.labelling import LabelOptions, add_labels
     from medmoe_edge.data.prepare import add_questions, prepare
 
-    given = {"--name": name, "--split": split, "--lang": lang, "--as-published": as_published}
-    labelling = {"--modality": modality, "--body": body, "--finding": finding, "--levels": levels}
+    given: dict[str, object] = {
+        "--name": name,
+        "--split": split,
+        "--lang": lang,
+        "--as-published": as_published,
+    }
+    labelling: dict[str, object] = {
+        "--modality": modality,
+        "--body": body,
+        "--finding": finding,
+        "--levels": levels,
+    }
     if what == "labels":
         _refuse(what, given, "--lang", "--as-published")
     elif what == "questions":

@@ -86,14 +86,17 @@ def open_bundle(bundle: ModalityBundle) -> ModalityRuntime:
     return ModalityOrtRuntime(bundle, reader)
 
 
-def open_checkpoint(folder: Path) -> Loaded:
-    """A checkpoint on torch; raises `ModelError` and `MissingDependencyError`."""
+def open_checkpoint(folder: Path, *, as_published: bool = False) -> Loaded:
+    """A checkpoint on torch; raises `ModelError` and `MissingDependencyError`.
+
+    `as_published` as of `read_modality_checkpoint`.
+    """
     try:
         from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
         from medmoe_edge.runtimes.torch.eager import ModalityTorchRuntime
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
-    model = read_modality_checkpoint(folder)
+    model = read_modality_checkpoint(folder, as_published=as_published)
     runtime = ModalityTorchRuntime(model, _reader(folder / "tokenizer.json", model.config))
     name, sha256 = folder.resolve().name, modality_sha256(folder)
     return Loaded(runtime, name, sha256, None, read_scores(folder))
@@ -115,7 +118,7 @@ def _open_bundle(bundle: ModalityBundle, runtime: RuntimeName) -> Loaded:
 
 
 def _reader(path: Path, config: ModalityConfig) -> ModalityTokenizer:
-    return ModalityTokenizer.from_file(path, config.text)
+    return ModalityTokenizer.from_file(path, config.text, as_published=config.as_published)
 
 
 AT_ONCE = 256  # texts compared: `[words, regions]` of so many stay below 100 MB
@@ -186,7 +189,7 @@ class ModalityEngine(OneAtATime):
         texts = self._encode(phrases)
         clock.lap("text")
         parts = (slice(start, start + AT_ONCE) for start in range(0, len(phrases), AT_ONCE))
-        found = np.concatenate([similarity(features, texts.some(part))[0] for part in parts])
+        found = np.concatenate([self._similarity(features, texts.some(part)) for part in parts])
         counts = np.array([len(own) for own in wanted.values()])
         best = np.maximum.reduceat(found, np.cumsum(counts) - counts)  # [labels]
         scores = np.exp(log_softmax(self.scores.temperature * best))
@@ -215,7 +218,7 @@ class ModalityEngine(OneAtATime):
         grid = region_map(features.regions[0], texts.words[0], texts.mask[0])  # [h, w]
         heat = self._over_picture(grid, picture)
         y, x = np.unravel_index(int(heat.argmax()), heat.shape)
-        fit = float(similarity(features, texts)[0, 0])
+        fit = float(self._similarity(features, texts)[0])
         clock.lap("compare")
         reading = self._reading(features, clock)
         return Location(
@@ -228,6 +231,10 @@ class ModalityEngine(OneAtATime):
             model=self._model,
             warnings=_warnings(picture, reading),
         )
+
+    def _similarity(self, features: ImageFeatures, texts: TextFeatures) -> Floats:
+        """Of one image, `[T]`."""
+        return similarity(features, texts, as_published=self.config.as_published)[0]
 
     def embed_image(self, image: ImageLike, *, frame: int | None = None) -> Floats:
         """The image's unit vector `[D]`."""

@@ -399,7 +399,7 @@ class Engine(OneAtATime):
         while len(answer) < limit:
             token, probability = _most_likely(step.logits)
             log_probability += probability
-            complete = token == self.config.decoder.eos_token_id
+            complete = token in self.config.decoder.end_tokens
             if complete:
                 break
             answer.append(token)
@@ -430,16 +430,20 @@ class Engine(OneAtATime):
     def _untold(self, ids: list[int], told: str) -> str:
         """What the text of `ids` adds to what was told; nothing while it ends within a character.
 
-        All models have byte-level tokenizers, whose text only grows at its end.
+        All models have byte-level tokenizers, whose text only grows at its end; what clean-up may
+        still change there is not told yet.
         """
         text = self.tokenizer.decode(ids)
-        return "" if text.endswith(UNFINISHED) else text.removeprefix(told)
+        settled = text[: max(len(text) - self.tokenizer.unsettled, 0)]
+        if text.endswith(UNFINISHED) or not settled.startswith(told):
+            return ""
+        return settled.removeprefix(told)
 
     def _step(self, embeds: Floats, cache: Cache) -> Step:
         step = self.runtime.step(embeds, cache)
         self._finite(step.logits)
         self._finite(step.router_logits)
-        return step
+        return step._replace(logits=self.tokenizer.only_tokens(step.logits))
 
     def _finite(self, values: Floats) -> Floats:
         """The values, unless one is infinite or no number: what follows would be no answer."""

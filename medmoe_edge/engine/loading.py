@@ -330,7 +330,7 @@ def _open_checkpoint(folder: Path, device: Device) -> Loaded:
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
     checkpoint = read_checkpoint(folder)
-    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
+    tokenizer = checkpoint.tokenizer.tokenizer
     runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
     return Loaded(runtime, tokenizer, folder.resolve().name, checkpoint.sha256(), None)
 

@@ -64,7 +64,7 @@ def verify_modality(
         return Verification(bundle, faults, read_record(bundle))
     if not pictures.load:
         raise DataError("There are no images to compare on.", "Give at least one.")
-    reference = open_checkpoint(checkpoint)
+    reference = open_checkpoint(checkpoint, as_published=bundle.config.as_published)
     if bundle.manifest["source"].get("checkpoint_sha256") != reference.sha256:
         raise ModelError(
             f"{folder} was not made from the checkpoint {checkpoint}.",
@@ -118,7 +118,7 @@ def look(runtime: ModalityRuntime, texts: TextFeatures, image: Image) -> Seen:
     features = runtime.encode_images(preprocess(image, runtime.config.vision))
     return Seen(
         int(features.router_logits[0].argmax()),
-        int(similarity(features, texts)[0].argmax()),
+        int(similarity(features, texts, as_published=runtime.config.as_published)[0].argmax()),
         features.pooled[0],
         features.regions[0].reshape(-1, features.regions.shape[-1]),
     )

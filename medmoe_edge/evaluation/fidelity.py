@@ -33,7 +33,7 @@ from medmoe_edge.evaluation.metrics import (
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Runtime, chosen_experts
+from medmoe_edge.runtimes.base import Cache, Runtime, Step, chosen_experts
 
 
 @dataclass(frozen=True)
@@ -110,25 +110,29 @@ class Reader:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that tokens spell."""
-        end = self.runtime.config.decoder.eos_token_id
-        return self.tokenizer.decode([token for token in tokens if token != end])
+        end = self.runtime.config.decoder.end_tokens
+        return self.tokenizer.decode([token for token in tokens if token not in end])
 
     def _ask(self, view: View, question: list[int]) -> tuple[Floats, Floats]:
         view.cache.length = view.length  # forget the question before
         step = self.runtime.step(self.runtime.embed(question), view.cache)
-        return self._checked(step.logits), self._checked(step.router_logits)
+        return self._logits(step), self._checked(step.router_logits)
 
     def _greedy(
         self, logits: Floats, cache: Cache, limit: int
     ) -> tuple[tuple[int, ...], list[Floats]]:
         tokens, rows = [int(logits.argmax())], [logits]
-        while tokens[-1] != self.runtime.config.decoder.eos_token_id and len(tokens) < limit:
+        while tokens[-1] not in self.runtime.config.decoder.end_tokens and len(tokens) < limit:
             rows.append(self._next(tokens[-1], cache))
             tokens.append(int(rows[-1].argmax()))
         return tuple(tokens), rows
 
     def _next(self, token: int, cache: Cache) -> Floats:
-        return self._checked(self.runtime.step(self.runtime.embed([token]), cache).logits)
+        return self._logits(self.runtime.step(self.runtime.embed([token]), cache))
+
+    def _logits(self, step: Step) -> Floats:
+        """As `Engine` chooses from them."""
+        return self.tokenizer.only_tokens(self._checked(step.logits))
 
     def _checked(self, values: Floats) -> Floats:
         if np.isfinite(values).all():

@@ -20,7 +20,7 @@ from medmoe_edge.config_contrastive import (
     read_scores,
 )
 from medmoe_edge.engine.loading import proven
-from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError
+from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError, Notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Inspection:
     `bits_per_weight` is the mean over the decoder's matrices, scales and zero points included, of a
     checkpoint over all tensors. `target` is what a bundle is made for and `runtime` what runs it,
     in words; `verification` its outcome: "passed", "failed" or "not measured"; `verified`
-    says on which `machine` and whether that holds `here`.
+    says on which `machine` and whether that holds `here`. `warnings` are a checkpoint's.
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -58,12 +58,14 @@ class Inspection:
     licence: Any = None
     verification: str | None = None
     verified: dict[str, Any] | None = None
+    warnings: tuple[Notice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["target"] = self.target.to_json() if self.target else None
         layers = {str(layer): experts for layer, experts in self.experts_per_layer.items()}
+        values["warnings"] = [dataclasses.asdict(notice) for notice in self.warnings]
         return {**values, "config": self.config.to_json(), "experts_per_layer": layers}
 
 
@@ -106,6 +108,7 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
         tensors=len(stored),
         types=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in stored)),
         shared_router=checkpoint.shared_router if checkpoint.config.moe else None,
+        warnings=checkpoint.warnings,
         bits_per_weight=_mean(
             (8.0 * tensor.dtype.itemsize, math.prod(tensor.shape))
             for tensor in checkpoint.names.values()
@@ -260,8 +263,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
             verified=known.to_json(),
         )
     config = _checkpoint_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    files = {path.name: path.stat().st_size for path in weights}
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
     return ModalityInspection(
         kind="checkpoint",
         name=name,

@@ -46,6 +46,7 @@ from medmoe_edge.runtimes.base import Runtime, Step
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 TOKENS = 24
+FIRST_CHANNEL = 100  # times the largest value of a prompt, where a norm has no bias
 FORCE = np.float32(1e4)  # of logits: the softmax is 1 for the forced expert, and 0 for all others
 
 
@@ -80,7 +81,10 @@ def _random_prompt(runtime: OrtRuntime, generator: np.random.Generator) -> Float
     """Random tokens, then random vectors of their size where an image would stand, `[S, D]`."""
     vocabulary = runtime.config.decoder.vocab_size
     tokens = runtime.embed(generator.integers(0, vocabulary, TOKENS).tolist())
-    return np.concatenate((tokens, generator.permuted(tokens, axis=0)))
+    prompt = np.concatenate((tokens, generator.permuted(tokens, axis=0)))
+    if "bias" not in runtime.config.decoder.norm_parameters:
+        prompt[:, 0] = FIRST_CHANNEL * np.abs(prompt).max()  # it leads in every norm's output
+    return prompt
 
 
 def _run(bundle: Bundle, prompt: Floats, replaced: Mapping[str, Floats]) -> Step:
@@ -91,7 +95,8 @@ def _run(bundle: Bundle, prompt: Floats, replaced: Mapping[str, Floats]) -> Step
 def _routers_to(config: ModelConfig, expert: int) -> Mapping[str, Floats]:
     """Weights that send every token to one expert.
 
-    A router without a bias gets one through the norm before it, whose first channel is held at 1.
+    A router without a bias gets one through the norm before it, whose first channel is held at 1;
+    that of an RMSNorm, which has no bias either, is large in every prompt and positive.
     """
     assert config.moe is not None
     size, experts = config.decoder.hidden_size, config.moe.num_experts
@@ -100,15 +105,16 @@ def _routers_to(config: ModelConfig, expert: int) -> Mapping[str, Floats]:
     if config.moe.router_bias:
         return {f"decoder.layers.{layer}.ffn.router.bias": bias for layer in config.moe_layers}
     first = np.eye(1, size, dtype=np.float32)  # [1, D]: 1 in the first channel
-    norm = "input_norm" if config.decoder.kind == "phi" else "post_norm"
+    norm = "input_norm" if config.decoder.parallel else "post_norm"
+    arrays = {"ffn.router.weight": first.T * bias}
+    if "bias" in config.decoder.norm_parameters:
+        arrays |= {f"{norm}.weight": 1 - first[0], f"{norm}.bias": first[0]}
+    else:
+        arrays[f"{norm}.weight"] = np.ones(size, np.float32)
     return {
         f"decoder.layers.{layer}.{name}": array
         for layer in config.moe_layers
-        for name, array in (
-            (f"{norm}.weight", 1 - first[0]),
-            (f"{norm}.bias", first[0]),
-            ("ffn.router.weight", first.T * bias),
-        )
+        for name, array in arrays.items()
     }
 
 

@@ -170,6 +170,8 @@ def export(
         raise InputError("Both data and statistics were given.", "Give one of the two.")
     report = progress or no_progress
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    for notice in source.warnings:
+        logger.warning("%s", notice.message)
     options = BuildOptions(precision, method, budget_bits, group, name)
     calibrated = calibrate_on is not None or stats is not None
     check_exportable(source, options, calibrated=calibrated)

@@ -168,6 +168,7 @@ def show_inspection(inspection: "Inspection") -> None:
         rows += told(name, getattr(inspection, name))
     rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)
+    show_warnings(inspection.warnings)
 
 
 def show_evaluation(found: "AnswerScores") -> None:

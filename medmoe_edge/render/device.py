@@ -8,6 +8,7 @@ from medmoe_edge.render.console import show, show_table, wrote
 if TYPE_CHECKING:
     from medmoe_edge.device.doctor import Diagnosis
     from medmoe_edge.device.estimate import Forecast, Plan
+    from medmoe_edge.device.fit import Fit
     from medmoe_edge.device.measure import Comparison
     from medmoe_edge.pipeline.targets import TargetExport
 
@@ -52,7 +53,34 @@ def show_plan(plan: "Plan") -> None:
             f"To build {', '.join(heavy)} takes more memory than it has: build elsewhere.", "yellow"
         )
     rests = "measured rates" if device.ratings is None else "the maker's figures"
-    show(f"Predicted for {plan.prompt_tokens} prompt tokens, from {rests}; not run.", "dim")
+    asked = f"{plan.prompt_tokens} prompt and {plan.new_tokens} new tokens"
+    show(f"Predicted for {asked}, from {rests}; not run.", "dim")
+    if any(forecast.paging_cost > 1 for forecast in plan.forecasts):
+        show("Times with paged experts hold what paging was measured to cost on a CPU.", "dim")
+
+
+def show_fit(fit: "Fit") -> None:
+    """The form that is proposed, and the commands that make and run it."""
+    forecast = fit.forecast or fit.nearest
+    if forecast is None:
+        return
+    took = seconds(forecast.answer(fit.new_tokens))
+    memory = min(forecast.memory_run, fit.device.usable)
+    group = f" in groups of {forecast.group}" if forecast.precision == "int4" else ""
+    rows = [
+        ("precision", f"{forecast.precision}{group}"),
+        ("image tokens", str(fit.image_tokens)),
+        ("memory", f"{shown_bytes(memory)} of {shown_bytes(fit.device.usable)} usable"),
+        ("experts in memory", f"{fit.resident_experts} of {fit.experts}"),
+        ("memory budget", "none" if forecast.expert_budget is None else _verdict(forecast)),
+        ("first token", seconds(forecast.first_token)),
+        (f"{fit.new_tokens} tokens", f"{took}, of {seconds(fit.latency)} wished"),
+    ]
+    what = "Proposed" if fit.forecast else "Nearest"
+    show_table(f"{what} for {fit.model} on {fit.device.title}", ["", ""], rows, left=2)
+    for command in fit.commands:
+        show(command, "bold")
+    show("Predicted, not run.", "dim")
 
 
 def show_comparison(comparison: "Comparison") -> None:

@@ -60,22 +60,29 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 Item = TypeVar("Item")
 
 
+KEPT_BYTES = 2 * 10**9  # of decoded images
+
+
 class Pictures:
-    """Images as a tower's input; decoded ones are kept, so an epoch reads no file twice."""
+    """Images as a tower's input; decoded ones are kept, up to `KEPT_BYTES`, for later epochs."""
 
     def __init__(self, vision: VisionConfig | SwinConfig) -> None:
         self.vision = vision
         self._pixels: dict[Path, Tensor] = {}
+        self._room = KEPT_BYTES
 
     def stack(self, paths: Iterable[Path]) -> Tensor:
         """Normalised pixels `[B, 3, S, S]`."""
         return torch.stack([self._load(path) for path in paths]).float()
 
     def _load(self, path: Path) -> Tensor:
-        if path not in self._pixels:
-            pixels = preprocess(load_image(path), self.vision)
-            self._pixels[path] = torch.from_numpy(pixels[0]).half()
-        return self._pixels[path]
+        if path in self._pixels:
+            return self._pixels[path]
+        pixels = torch.from_numpy(preprocess(load_image(path), self.vision)[0]).half()
+        if pixels.nbytes <= self._room:
+            self._room -= pixels.nbytes
+            self._pixels[path] = pixels
+        return pixels
 
 
 class Listed(Dataset[Item]):

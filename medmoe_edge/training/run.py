@@ -4,20 +4,24 @@ The tokenizer is a small byte-level BPE, trained on the questions and answers th
 """
 
 import json
+import math
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fnmatch import filter as filter_names
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import psutil
 import torch
+from accelerate import PartialState
 from rich.progress import Progress
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.config import Config, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
 from medmoe_edge.data.datasets import (
@@ -27,7 +31,7 @@ from medmoe_edge.data.datasets import (
     read_examples,
     read_labels,
 )
-from medmoe_edge.errors import DataError, MissingDependencyError
+from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
 from medmoe_edge.models.efficientnet_lite import (
     EfficientNetLite,
     feature_size,
@@ -48,10 +52,12 @@ from medmoe_edge.training.phases import (
     specialise,
 )
 from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
-from medmoe_edge.training.report import RUN, Planned, TrainOptions
+from medmoe_edge.training.report import PRECISION, RUN, Planned, TrainOptions
 from medmoe_edge.training.router import loaded
 
 END = "<|endoftext|>"
+PHASES = ("alignment", "instruction", "moe")
+TOKENIZER = "tokenizer.json"
 
 
 def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int, path: Path) -> None:
@@ -95,19 +101,20 @@ def train(
     if options.base is not None:
         read = read_checkpoint(options.base, vision_tower=options.vision_tower)
         config, moe = continued_config(recipe, read, corpus)
-        source = read.tokenizer_path()
     else:
         config, moe = trainable_config(recipe, corpus)
+    check_trainable(recipe, config, corpus, dense=read is None or read.config.moe is None)
+    check_memory(recipe, config)
+    with PartialState().main_process_first():
+        _prepare_folder(out, recipe, read)
     session = Session.begin(
         out, recipe.seed, progress, recipe.precision, options.say, tensorboard=options.tensorboard
     )
-    session.once(RUN, lambda file: _write_run(file, recipe, read))
-    _check_run(session.folder / RUN, recipe, read)
     texts = [turn for c in [*corpus.questions, *corpus.captions] for turn in c.turns]
     tokenizer_file = session.once(
-        "tokenizer.json",
+        TOKENIZER,
         lambda file: (
-            shutil.copyfile(source, file)
+            read.tokenizer.write(file)
             if read
             else train_tokenizer(texts, config.decoder.vocab_size, file)
         ),
@@ -140,15 +147,69 @@ def train(
     return folder
 
 
+def check_trainable(recipe: Recipe, config: ModelConfig, corpus: Corpus, *, dense: bool) -> None:
+    """Raise `DataError` for what a later phase would stumble over; `dense` before the third.
+
+    That is a pattern that matches no parameter, and a modality without images to fit a router to.
+    """
+    experts = expected_parameters(config)
+    early = expected_parameters(replace(config, moe=None)) if dense else experts
+    router = {} if recipe.router == "fitted" else {"router.weight": (), "router.bias": ()}
+    for phase, names in (
+        (recipe.alignment, early),
+        (recipe.instruction, early | router),
+        (recipe.moe, experts),
+    ):
+        for pattern in phase.train if phase.epochs else ():
+            if not filter_names(names, pattern):
+                raise DataError(
+                    f"The recipe trains {pattern!r}, which matches no parameter.", "Correct it."
+                )
+    named = config.moe.expert_names if config.moe else ()
+    without = [name for name in named if name not in corpus.modalities]
+    if without and recipe.router == "fitted" and (dense or set(named) != set(corpus.modalities)):
+        raise DataError(
+            f"There is no labelled image of {', '.join(without)}, which an expert is to be for.",
+            "Label some, or leave these modalities out of the recipe.",
+        )
+
+
+def check_memory(recipe: Recipe, config: ModelConfig) -> None:
+    """Raise `ResourceError` where weights and optimiser alone need more than is free.
+
+    A weight takes 4 bytes, one that learns 12 more: its gradient and Adam's two moments.
+    """
+    sizes = {name: math.prod(shape) for name, shape in expected_parameters(config).items()}
+    most = 0
+    for phase in (recipe.alignment, recipe.instruction, recipe.moe):
+        learning = {name for pattern in phase.train for name in filter_names(sizes, pattern)}
+        if phase.lora_rank:  # adapters are a few thousandths of the matrices
+            learning = {name for name in learning if not name.startswith("decoder.")}
+        if phase.epochs:
+            most = max(most, sum(sizes[name] for name in learning))
+    needed = 4 * sum(sizes.values()) + 12 * most
+    device = PartialState().device
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    if needed > free:
+        lora = recipe.instruction.lora_rank and recipe.moe.lora_rank
+        raise ResourceError(
+            f"Training takes {needed / 1e9:.1f} GB and more, {free / 1e9:.1f} GB are free.",
+            "Use a larger machine." if lora else "Train adapters instead: add --lora 16.",
+        )
+
+
 def _with_options(recipe: Recipe, options: TrainOptions) -> Recipe:
     if options.precision is not None:
         recipe = replace(recipe, precision=options.precision)
     if options.lora_rank is not None:
-        rank = {"lora_rank": options.lora_rank}
         recipe = replace(
             recipe,
-            instruction=replace(recipe.instruction, **rank),
-            moe=replace(recipe.moe, **rank),
+            instruction=replace(recipe.instruction, lora_rank=options.lora_rank),
+            moe=replace(recipe.moe, lora_rank=options.lora_rank),
         )
     if options.base is None and recipe.preset is None:
         raise DataError(
@@ -158,41 +219,44 @@ def _with_options(recipe: Recipe, options: TrainOptions) -> Recipe:
     return recipe
 
 
-def _write_run(file: Path, recipe: Recipe, read: Checkpoint | None) -> None:
-    text = json.dumps(_told(recipe, read), indent=1)
+def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None) -> None:
+    """Note what the run is; a folder in which no epoch is done yet may become another's.
+
+    Raises `DataError` where a run was begun by another recipe or from another checkpoint.
+    """
+    told = {"recipe": recipe.to_json(), "base": read.sha256() if read else None}
+    file = out / RUN
+    if file.exists():
+        try:
+            begun = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} is damaged.", "Start in a new folder.") from error
+        if begun == json.loads(json.dumps(told)):
+            return
+        if any((out / f"{phase}.safetensors").exists() for phase in PHASES):
+            raise DataError(
+                f"The run in {out} was begun by another recipe or from another checkpoint.",
+                "Use the recipe it was made with, or start in a new folder.",
+            )
+        for name in (TOKENIZER, PRECISION):
+            (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as stream:
-        stream.write(text.encode() + b"\n")
-
-
-def _check_run(file: Path, recipe: Recipe, read: Checkpoint | None) -> None:
-    """Raise `DataError` where the run was begun by another recipe or from another checkpoint."""
-    try:
-        begun = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} is damaged.", "Start in a new folder.") from error
-    if begun != json.loads(json.dumps(_told(recipe, read))):
-        raise DataError(
-            f"The run in {file.parent} was begun by another recipe or from another checkpoint.",
-            "Use the recipe it was made with, or start in a new folder.",
-        )
-
-
-def _told(recipe: Recipe, read: Checkpoint | None) -> dict[str, Any]:
-    return {"recipe": recipe.to_json(), "base": read.sha256() if read else None}
+        stream.write(json.dumps(told, indent=1).encode() + b"\n")
 
 
 def planned(recipe: Recipe, corpus: Corpus) -> list[Planned]:
     """How many images each phase sees an epoch."""
     questions, labelled = len(corpus.questions), len(corpus.classification)
-    phases = {
-        "alignment": (recipe.alignment, len(corpus.captions)),
-        "instruction": (
-            recipe.instruction,
-            questions + int(labelled * recipe.instruction.labelled_share),
-        ),
-        "moe": (recipe.moe, questions + int(labelled * recipe.moe.labelled_share)),
-    }
-    return [Planned(name, phase.epochs, images) for name, (phase, images) in phases.items()]
+    drawn = (
+        questions + int(labelled * phase.labelled_share)
+        for phase in (recipe.instruction, recipe.moe)
+    )
+    phases = (recipe.alignment, recipe.instruction, recipe.moe)
+    return [
+        Planned(name, phase.epochs, images)
+        for name, phase, images in zip(PHASES, phases, (len(corpus.captions), *drawn), strict=True)
+    ]
 
 
 def trainable_config(recipe: Recipe, corpus: Corpus | None = None) -> tuple[ModelConfig, MoEConfig]:

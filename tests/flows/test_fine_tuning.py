@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import LabelledImage, read_labels
-from medmoe_edge.errors import CheckpointError, DataError, InputError
-from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.errors import CheckpointError, DataError, InputError, ResourceError
+from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.data import Batches, instructions
 from medmoe_edge.training.recipe import PhaseConfig, Recipe, read_recipe
 from medmoe_edge.training.report import TrainOptions
@@ -29,7 +29,7 @@ from medmoe_edge.training.router import (
     pooled_features,
     train_router,
 )
-from medmoe_edge.training.run import train
+from medmoe_edge.training.run import PHASES, check_memory, train
 
 Make = Callable[..., Path]
 SIX = ("ct", "dermoscopy", "fundus", "mri", "oct", "xray")
@@ -85,7 +85,7 @@ def routed(checkpoint: Path, items: list[LabelledImage]) -> float:
     read = read_checkpoint(checkpoint)
     assert read.config.moe is not None
     model, names = loaded(read), read.config.moe.expert_names
-    batches = Batches(read.config, Tokenizer.from_file(read.tokenizer_path()), names, 0)
+    batches = Batches(read.config, read.tokenizer.tokenizer, names, 0)
     found = pooled_features(model, read.config.moe.layers, batches, instructions(items))
     found = found.only(found.of_image)
     logits = model.moe_layer(read.config.moe.layers[0]).router_logits(found.pooled)
@@ -105,7 +105,7 @@ def test_six_modalities_and_six_experts_from_a_phi(
     assert read.config.moe.expert_names == SIX
     assert read.config.moe.num_experts == 6
     assert read.shared_router
-    assert read.tokenizer_path().read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert (checkpoint / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     held_out = [item for item in read_labels(six / "labels.jsonl") if item.split == "val"]
     assert routed(checkpoint, held_out) > 0.9
     rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -146,9 +146,6 @@ def test_an_expert_starts_as_the_one_of_its_name(
             assert any(torch.equal(new[key.format(index)], old[key.format(n)]) for n in range(4))
     same = [name for name in old if ".experts." not in name and ".router." not in name]
     assert all(torch.equal(new[name], old[name]) for name in same)
-
-
-PHASES = ("alignment", "instruction", "moe")
 
 
 def test_adapters_learn_in_place_of_the_decoder_and_are_merged(
@@ -201,7 +198,7 @@ def test_lists_without_modality_keep_a_models_experts(
         ({"preset": "tiny"}, "says 'preset'"),
         ({"vocab_size": 300}, "says 'vocab_size'"),
         ({"moe_layers": (1,)}, "the checkpoint has them in"),
-        ({"modalities": ("ct", "pet")}, "no labelled image"),
+        ({"modalities": ("ct", "pet")}, "no labelled image of pet"),
     ],
 )
 def test_what_the_checkpoint_decides(
@@ -209,13 +206,24 @@ def test_what_the_checkpoint_decides(
 ) -> None:
     still = {phase: replace(getattr(RECIPE, phase), epochs=0) for phase in PHASES}
     with pytest.raises(DataError, match=complaint):
-        run(tiny_checkpoint("tiny"), few, tmp_path, replace(RECIPE, **still, **change))
+        run(tiny_checkpoint("tiny"), few, tmp_path / "run", replace(RECIPE, **still, **change))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_recipe_needs_a_checkpoint(few: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names no preset") as caught:
         train(read_recipe("fine-tune"), few, tmp_path, Progress(disable=True))
     assert "--from" in caught.value.remedy
+
+
+def test_what_no_memory_holds_is_refused_at_once() -> None:
+    config = PRESETS["med-moe-phi2-2.7b"]
+    huge = replace(config, decoder=replace(config.decoder, layers=3200, vocab_size=51200))
+    full = replace(RECIPE, instruction=replace(RECIPE.instruction, train=("decoder.*",)))
+    with pytest.raises(ResourceError, match="GB are free") as caught:
+        check_memory(full, huge)
+    assert "--lora" in caught.value.remedy
+    check_memory(full, PRESETS["tiny"])
 
 
 # --- routers ----------------------------------------------------------------------------------
@@ -293,12 +301,12 @@ def test_a_router_that_does_not_fit_is_refused(tiny_checkpoint: Make, tmp_path: 
 def test_a_router_is_trained_on_labelled_images_alone(
     tiny_checkpoint: Make, tmp_path: Path
 ) -> None:
-    data = labelled(tmp_path, ("ct", "mri", "pathology", "xray"), 30)
+    data = labelled(tmp_path, ("ct", "mri", "pathology", "xray"), 20)
     for names in (("mri", "ct", "pathology", "xray"), ()):
         base = tiny_checkpoint("tiny-phi", expert_names=names)
         result = train_router(base, data, out=tmp_path / str(len(names)))
         assert result.accuracy is not None
-        assert (result.images, result.held_out) == (108, 12)
+        assert (result.images, result.held_out) == (72, 8)
         assert result.accuracy > 0.9
         assert set(result.modalities) == {"ct", "mri", "pathology", "xray"}
         if names:

@@ -282,6 +282,7 @@ def test_tensorboard(data: Path, tmp_path: Path) -> None:
         ({"vocab_size": None}, "fewer than bytes"),
         ({"questions": "nowhere.jsonl"}, "nowhere"),
         ({"alignment": replace(RECIPE.alignment, train=("decoder.layer.*",))}, r"decoder\.layer\."),
+        ({"moe": replace(RECIPE.moe, train=("decoder.*.expert.*",))}, r"\.expert\."),
     ],
 )
 def test_a_recipe_that_cannot_be_run_is_refused(

@@ -207,6 +207,32 @@ def test_pathvqa_as_parquet(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.parametrize("dataset", ["slake", "vqa-rad"])
+def test_all_sets_as_parquet(tmp_path: Path, dataset: Dataset) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="needs pyarrow, which reads parquet files")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {
+            "image": {"bytes": JPEG + text.encode(), "path": None},
+            "question": text,
+            "answer": "yes",
+            "q_lang": language,
+            "modality": "X-Ray",
+            "location": "Lung",
+        }
+        for language, text in (("en", "Is it?"), ("zh", "\u662f\u5417"))
+    ]
+    (tmp_path / "hf").mkdir()
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "hf/test-00000-of-00001.parquet")
+    assert prepare(dataset, tmp_path / "hf", tmp_path / "out").questions == {"test": 1}
+    (asked,) = read_examples(tmp_path / "out", check_images=True)
+    assert (asked.question, asked.answer_type) == ("Is it?", "CLOSED")
+    assert (asked.modality, asked.body) == ("xray", "Lung")
+    if dataset == "slake":
+        both = prepare(dataset, tmp_path / "hf", tmp_path / "both", languages=("en", "zh"))
+        assert both.questions == {"test": 2}
+
+
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ImportError(name)

@@ -261,7 +261,7 @@ def test_the_schemas_say_what_is_read(tmp_path_factory: pytest.TempPathFactory, 
     file = tmp_path_factory.getbasetemp() / "row.jsonl"
     for name, read in (("questions", read_examples), ("labels", read_labels)):
         try:
-            read(write_lines(file, row))  # type: ignore[operator]
+            read(write_lines(file, row))
             readable = True
         except DataError:
             readable = False

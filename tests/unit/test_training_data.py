@@ -154,7 +154,7 @@ def test_questions_vary_only_in_case_and_mark() -> None:
 
 def test_the_shipped_recipe_fits_its_preset() -> None:
     recipe = read_recipe("nano")
-    preset = PRESETS[recipe.preset]
+    preset = PRESETS[recipe.preset or ""]
     assert preset.moe is not None
     assert preset.moe.expert_names
     assert recipe.vocab_size == preset.decoder.vocab_size
