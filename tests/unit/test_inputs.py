@@ -74,7 +74,7 @@ def test_a_stated_range() -> None:
     hounsfield = np.array([[-1000, -160], [40, 240]], np.int16)
     shown = as_image(hounsfield, value_range=(-160, 240))
     assert shown.pixels[..., 0].tolist() == [[0, 0], [128, 255]]
-    assert shown.window == (40, 400)
+    assert list(shown.window or ()) == [40, 400]
     rgb = as_image(COLOUR / 255, value_range=(0.0, 1.0))
     assert np.array_equal(rgb.pixels, COLOUR)
 
