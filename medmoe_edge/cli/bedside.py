@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -75,6 +76,7 @@ def serve(
         from medmoe_edge.bedside.serve.server import ServiceModels, start
         from medmoe_edge.bedside.serve.settings import Limits, Settings, read_tokens
 
+    _run_as_service()
     log = logging.getLogger("medmoe_edge.bedside.serve.guard")
     if log.isEnabledFor(logging.WARNING):  # the access log, unless --quiet
         log.setLevel(logging.INFO)
@@ -106,6 +108,14 @@ def serve(
     render.show("Stopped; all that was accepted is answered.", stderr=True)
 
 
+def _run_as_service() -> None:
+    """Have lines of the log say when, and files be nobody else's, whatever the umask was."""
+    os.umask(0o077)
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+    for handler in logging.getLogger("medmoe_edge").handlers:
+        handler.setFormatter(form)
+
+
 @verb("listen", "Deploy", "listen --config listen.toml")
 def listen(
     config: Annotated[Path, typer.Option(metavar="FILE", help="Its configuration, TOML or JSON.")],
@@ -122,6 +132,7 @@ def listen(
         from medmoe_edge.bedside.listen.node import Node
     import medmoe_edge
 
+    _run_as_service()
     configuration = load_configuration(config)
     with render.working("Loading"):
         engine = medmoe_edge.load(
@@ -259,7 +270,7 @@ app.add_typer(
     audit,
     name="audit",
     rich_help_panel="Deploy",
-    help="Verify an audit log; take the patient out of a DICOM file.",
+    help="Verify an audit log or send it on; take the patient out of a DICOM file.",
     epilog="Example: medmoe-edge audit verify audit.jsonl",
 )
 EXAMPLE = "Example: medmoe-edge audit {}"
@@ -290,6 +301,35 @@ def verify_log(
             if report.fault == "torn"
             else "Keep it as it is, and find out who could write it.",
         )
+
+
+@audit.command("ship", epilog=EXAMPLE.format("ship audit.jsonl --to logs.example:6514"))
+def ship_log(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    to: Annotated[str, typer.Option(metavar="HOST:PORT", help="A collector of syslog over TLS.")],
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PEM of its authority.", show_default="this machine's own"
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM of ours, if it wants one.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for further entries.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send an audit log to a collector, from where the last run ended."""
+    with needs("serve"):
+        from medmoe_edge.bedside.audit.ship import Collector, ship
+
+    files = {"authority": tls_ca, "certificate": tls_cert, "key": tls_key}
+    sent = ship(log, Collector.at(to, **files), follow=follow)
+    if as_json:
+        render.as_json({"sent": sent})
+    else:
+        render.show(f"{sent:,} entries were sent.")
 
 
 @audit.command("deidentify", epilog=EXAMPLE.format("deidentify scan.dcm -o example.dcm"))
