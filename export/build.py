@@ -16,6 +16,7 @@ from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, NOTICE, write_man
 from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import Extents, save_model
@@ -245,7 +246,11 @@ def _manifest(
         "calibration": statistics.summary() if statistics else None,
         "experts": experts,
         "paging": paging,
-        "source": {"checkpoint_sha256": source.sha256(), "exporter": f"medmoe-edge {__version__}"},
+        "source": {
+            "checkpoint_sha256": source.sha256(),
+            "exporter": f"medmoe-edge {__version__}",
+            **published(source.folder, source.file_hashes()),
+        },
         "licence": licence(source.folder / MODEL_CARD),
         "intended_use": NOTICE,
     }

@@ -32,6 +32,7 @@ from medmoe_edge.bundle.bundle import (
 from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
 from medmoe_edge.calibration.collect import check_finite
 from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
+from medmoe_edge.checkpoint.published import published
 from medmoe_edge.config_contrastive import read_scores
 from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
 from medmoe_edge.export.builder import Builder, save_model
@@ -280,6 +281,7 @@ def write_modality_bundle(
         "source": {
             "checkpoint_sha256": modality_sha256(checkpoint),
             "exporter": f"medmoe-edge {__version__}",
+            **published(checkpoint, {}),
         },
         "licence": licence(card),
         "intended_use": NOTICE,

@@ -53,6 +53,7 @@ from medmoe_edge.export.builder import (
 )
 from medmoe_edge.export.gpus import Library, find_gpu, library_of, library_version, load_library
 from medmoe_edge.export.half import Keep, root_mean_squares, routing, to_half_graph
+from medmoe_edge.export.jetson import check_tensorrt, find_jetson
 from medmoe_edge.export.ops import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_attention
 from medmoe_edge.export.passes.ort_cuda import (
@@ -213,7 +214,10 @@ def check_request(
     if gpu is None:
         raise InputError(f"{name} builds for one GPU.", "Add --gpu, for example: --gpu sm89")
     library: Library = "tensorrt-rtx" if name == "tensorrt-rtx" else "tensorrt"
-    return find_gpu(gpu, library).sm, library_version(load_library(library))
+    found, version = find_gpu(gpu, library).sm, library_version(load_library(library))
+    if library == "tensorrt":
+        check_tensorrt(version, find_jetson())
+    return found, version
 
 
 def export_target(

@@ -5,14 +5,13 @@ F feed-forward size, E experts, K top-k, H heads, V vocabulary, N image tokens.
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from medmoe_edge.errors import ConfigError
+from medmoe_edge.errors import ConfigError, did_you_mean
 
 _LATER = "later"
 
@@ -60,8 +59,8 @@ class Config:
 
 def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigError:
     """The error for a key nobody knows, naming the nearest valid one."""
-    near = difflib.get_close_matches(key, list(valid), n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Valid keys: {', '.join(sorted(valid))}."
+    names = list(valid)
+    hint = did_you_mean(key, names).rstrip() or f"Valid keys: {', '.join(sorted(names))}."
     return ConfigError(f"{where} has an unknown key {key!r}.", hint)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
 from medmoe_edge._types import Floats
-from medmoe_edge.errors import InputError, ModelError
+from medmoe_edge.errors import InputError, ModelError, Notice
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -27,6 +27,7 @@ IMPOSSIBLE = float(np.finfo(np.float32).min)
 # How many characters at the end of a decoded text the next token may still change, where the
 # tokenizer cleans up spaces: " n ' t" becomes "n't".
 UNSETTLED = 5
+STAND_IN = "<|stand-in tokenizer|>"  # a token of those that `init` writes
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,14 @@ class Tokenizer:
     def unsettled(self) -> int:
         """How many characters at the end of a decoded text the next token may still change."""
         return UNSETTLED if b'"Replace"' in self.backend.decoder.__getstate__() else 0
+
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What must be known of every answer: that this is no model's own tokenizer."""
+        if self.backend.token_to_id(STAND_IN) is None:
+            return ()
+        what = "The tokenizer is a stand-in written by init: it is no model's own."
+        return (Notice("stand_in_tokenizer", what),)
 
     def prefix_ids(self) -> list[int]:
         """Token ids before the image, with a start token where the tokenizer itself adds one.

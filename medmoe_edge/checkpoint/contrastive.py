@@ -217,7 +217,7 @@ def modality_sha256(folder: Path) -> str:
     """The hash over those files of a checkpoint, by name, that decide what it says."""
     besides = (folder / name for name in ("config.json", INDEX_FILE, "tokenizer.json", SCORES))
     weights = {stored.file for stored in read_headers(folder).values()}
-    return files_sha256(weights | {path for path in besides if path.exists()})
+    return files_sha256(weights | {path for path in besides if path.exists()}).total
 
 
 def _load_tower(tower: nn.Module, folder: Path, rename: Callable[[str], str], kind: str) -> None:

@@ -18,10 +18,10 @@ Source of the official names: the checkpoints of Med-MoE and MoE-LLaVA (GitHub
 `SiglipVisionModel`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from medmoe_edge.config import DecoderConfig, ModelConfig, VisionConfig
-from medmoe_edge.errors import ConfigError, MissingDependencyError
+from medmoe_edge.errors import CheckpointError, ConfigError, MissingDependencyError
 
 Shape = tuple[int, ...]
 
@@ -113,6 +113,40 @@ def with_qwen(key: str, config: ModelConfig) -> str:
     if config.decoder.kind == "qwen" and key.removeprefix(_MODEL).startswith(_BESIDE_DECODER):
         return _QWEN_MODEL + key.removeprefix(_MODEL)
     return key
+
+
+# What trainers put around a module; PEFT, DDP, DeepSpeed, FSDP, torch.compile and Lightning.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer.")
+_ANCHOR = "model.embed_tokens.weight"
+
+
+def official_keys(stored: Iterable[str]) -> dict[str, str]:
+    """Stored keys -> official ones: without what trainers put before or between their parts.
+
+    A prefix such as `base_model.model.` or `module.` is seen at the embeddings, and taken from all
+    keys. Raises `CheckpointError` for adapters that are not merged, and where two keys become one.
+    """
+    plain: dict[str, str] = {}
+    for key in stored:
+        if ".lora_" in key or ".modules_to_save." in key:
+            raise CheckpointError(
+                f"The weights hold LoRA adapters that are not merged ({key}).",
+                "Merge them before saving: model = model.merge_and_unload(); "
+                "model.save_pretrained(FOLDER, safe_serialization=True).",
+            )
+        name = key
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        plain[key] = name
+    anchor = next((name for name in plain.values() if name.endswith("." + _ANCHOR)), _ANCHOR)
+    prefix = anchor.removesuffix(_ANCHOR)
+    plain = {key: name.removeprefix(prefix) for key, name in plain.items()}
+    if len(set(plain.values())) < len(plain):
+        raise CheckpointError(
+            f"The weights hold a tensor twice, with {prefix or 'a wrapper'!r} and without.",
+            "Save the model once more, from its innermost module.",
+        )
+    return plain
 
 
 def tied_name(key: str) -> str:

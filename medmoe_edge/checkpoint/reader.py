@@ -22,16 +22,21 @@ from medmoe_edge.checkpoint.keys import (
     expected_parameters,
     is_router,
     is_unread,
+    official_keys,
     official_name,
     tied_name,
     without_qwen,
 )
 from medmoe_edge.checkpoint.tensors import (
+    INDEX_FILE,
+    Hashes,
     StoredTensor,
     check_file,
     files_sha256,
+    no_weights,
     read_headers,
     read_json,
+    weight_files,
 )
 from medmoe_edge.checkpoint.tokenizer import FAST_FILE, FoundTokenizer, find_tokenizer
 from medmoe_edge.checkpoint.writer import write_checkpoint, wrong_shape
@@ -104,10 +109,14 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Hash over `config.json` and every weight file, in order of their names; read once."""
-        return self._sha256
+        return self._hashes.total
+
+    def file_hashes(self) -> Mapping[str, str]:
+        """SHA-256 of `config.json` and every weight file by name; read once, with `sha256`."""
+        return self._hashes.files
 
     @functools.cached_property
-    def _sha256(self) -> str:
+    def _hashes(self) -> Hashes:
         shards = {stored.file for stored in self.names.values()}
         return files_sha256(shards | {self.folder / "config.json"})
 
@@ -121,8 +130,12 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.", "Give the checkpoint's folder.")
+    if not ((folder / INDEX_FILE).exists() or weight_files(folder)):
+        raise no_weights(folder)
     data = read_json(folder / "config.json")
-    stored = split_fused(read_headers(folder))
+    headers = read_headers(folder)
+    official = official_keys(headers)
+    stored = split_fused({official[key]: tensor for key, tensor in headers.items()})
     tower_data = None
     if vision_tower or not any(key.startswith(TOWER_PREFIX) for key in stored):
         path = vision_tower or data.get("mm_image_tower") or data.get("mm_vision_tower")
@@ -242,7 +255,10 @@ def import_router(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is not a plain file of tensors.", "Use the official router file."
         ) from error
     data = data if isinstance(data, dict) else {}
-    weight, bias = data.get("fc1.weight"), data.get("fc1.bias")
+    # a trainer may have put its wrapper's name before `fc1`
+    names = [key for key in data if isinstance(key, str) and f".{key}".endswith(".fc1.weight")]
+    weight = data[names[0]] if len(names) == 1 else None
+    bias = data.get(f"{names[0].removesuffix('weight')}bias") if len(names) == 1 else None
     if not (
         isinstance(weight, torch.Tensor)
         and isinstance(bias, torch.Tensor)

@@ -25,7 +25,7 @@ from medmoe_edge.checkpoint.keys import (
 )
 from medmoe_edge.checkpoint.tensors import INDEX_FILE, check_file
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError, ResourceError
+from medmoe_edge.errors import CheckpointError, ResourceError, shown_bytes
 
 SHARD_BYTES = 256 * 2**20
 
@@ -173,6 +173,6 @@ def _check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise ResourceError(
-            f"The checkpoint needs {size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB.",
+            f"The checkpoint needs {shown_bytes(size)}, {folder.parent} has {shown_bytes(free)}.",
             "Free some space, or write elsewhere.",
         )

@@ -26,8 +26,8 @@ from medmoe_edge.contrastive.features import (
 )
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.embedded import bundle_path, checkpoint_path
-from medmoe_edge.engine.engine import Clock, ImageLike
-from medmoe_edge.engine.loading import REFERENCE, Proven, describe, proven
+from medmoe_edge.engine.answer import Clock
+from medmoe_edge.engine.loading import REFERENCE, OneAtATime, Proven, describe, proven
 from medmoe_edge.errors import (
     BundleError,
     CheckpointError,
@@ -36,8 +36,9 @@ from medmoe_edge.errors import (
     ModelError,
     Notice,
 )
+from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.labels import unlike_label
-from medmoe_edge.image.loading import load_image, preprocess, seen_square
+from medmoe_edge.image.loading import preprocess, seen_square
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
@@ -134,8 +135,12 @@ def load_modality(
     return ModalityEngine(*open_modality(model, runtime))
 
 
-class ModalityEngine:
-    """A loaded MedMoE. Not thread-safe. `proven` and `verification` are as of an `Engine`."""
+class ModalityEngine(OneAtATime):
+    """A loaded MedMoE, that classifies and locates.
+
+    Images are what `Engine.ask` takes. Threads, `with`, `close`, `proven` and `verification` are as
+    of an `Engine`.
+    """
 
     def __init__(
         self,
@@ -145,7 +150,9 @@ class ModalityEngine:
         proven: Proven | None = None,
         scores: Scores | None = None,
     ) -> None:
-        self.runtime, self.config = runtime, runtime.config
+        super().__init__()
+        self.runtime: ModalityRuntime = runtime
+        self.config = runtime.config
         self.name, self.sha256, self.proven = name, sha256, proven
         self.verification: str = proven.status if proven else REFERENCE
         self.scores = scores or Scores()
@@ -171,6 +178,10 @@ class ModalityEngine:
         A label is as similar as the most similar of its `prompts`, which by default are the label
         itself. Raises `InputError` for no label, an unusable one, or an unusable image.
         """
+        if isinstance(labels, str):
+            raise InputError(
+                "labels is one text, and a list is meant.", 'Write ["pneumonia", "no finding"].'
+            )
         wanted = _asked(labels, prompts or {})
         clock = Clock()
         picture, features = self._look(image, frame, clock)
@@ -197,6 +208,8 @@ class ModalityEngine:
 
     def locate(self, image: ImageLike, phrase: str, *, frame: int | None = None) -> Location:
         """Where a phrase lies in an image; raises `InputError` for an unusable one of either."""
+        if not isinstance(phrase, str):
+            raise InputError("phrase is not one text.", "Look for one at a time.")
         phrase = _cleaned(phrase)
         clock = Clock()
         picture, features = self._look(image, frame, clock)
@@ -230,7 +243,8 @@ class ModalityEngine:
 
     def embed_images(self, pixels: Floats) -> ImageFeatures:
         """Features of images that `image.preprocess` prepared, `[B, 3, S, S]`."""
-        features = self.runtime.encode_images(pixels)
+        with self.one_at_a_time():
+            features = self.runtime.encode_images(pixels)
         self._check_finite(*features)
         return features
 
@@ -245,15 +259,20 @@ class ModalityEngine:
     def _look(
         self, image: ImageLike, frame: int | None, clock: Clock
     ) -> tuple[Image, ImageFeatures]:
-        picture = image if isinstance(image, Image) else load_image(image, frame=frame)
+        picture = as_image(image, frame=frame)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
         features = self.embed_images(pixels)
         clock.lap("vision")
         return picture, features
 
+    def _release(self) -> None:
+        super()._release()
+        del self.texts
+
     def _encode(self, phrases: Sequence[str]) -> TextFeatures:
-        features = self.texts.encode(phrases)
+        with self.one_at_a_time():
+            features = self.texts.encode(phrases)
         self._check_finite(features.words, features.pooled)
         return features
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding
+from tokenizers import Encoding, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from medmoe_edge.config_contrastive import BertConfig
@@ -25,7 +25,28 @@ NO_WORD = -1  # the word index of marks, punctuation, unknown pieces and padding
 OUTSIDE = 2**30  # of a word that takes part in the mean over a text alone, as published
 PADDING = "[PAD]"
 UNKNOWN = "[UNK]"
+START, END = "[CLS]", "[SEP]"
+MARKS = (PADDING, UNKNOWN, START, END)
 MAX_CHARACTERS = 10_000  # far more than any model reads
+
+
+def splitting(model: models.Model) -> Backend:
+    """A tokenizer that splits texts as BERT does."""
+    backend = Backend(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return backend
+
+
+def word_pieces(vocabulary: dict[str, int]) -> Backend:
+    """BERT's tokenizer over a vocabulary that holds `MARKS`: they stand around every text."""
+    backend = splitting(models.WordPiece(vocabulary, unk_token=UNKNOWN))
+    backend.add_special_tokens(list(MARKS))
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(m, vocabulary[m]) for m in (START, END)]
+    )
+    return backend
 
 
 class Pieces(NamedTuple):

@@ -1,7 +1,9 @@
 """What an answer carries."""
 
 import dataclasses
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import Notice
@@ -26,6 +28,62 @@ class Timings:
     total: float
     tokens: int
     prefix_reused: bool
+
+
+class Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End the lap that began with the last one's end, or with the clock."""
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def timings(
+    prefix: Mapping[str, float],
+    own: Mapping[str, float],
+    tokens: int,
+    *,
+    first: bool,
+    reused: bool,
+) -> Timings:
+    """Of an answer, from the laps of its image's prefix and its own.
+
+    The `first` answer about an image bears the prefix's time; `reused`: that was merely fetched.
+    """
+    first_token = (sum(prefix.values()) if first else 0.0) + own["question"]
+    return Timings(
+        **prefix,
+        **own,
+        first_token=first_token,
+        total=first_token + own["decode"],
+        tokens=tokens,
+        prefix_reused=reused or not first,
+    )
+
+
+class Piece(str):
+    """A piece of an answer's text that knows its token.
+
+    Attributes:
+        chosen: The token's text and its natural log-probability.
+        likely: The same of the most likely tokens at its place, the most likely first.
+    """
+
+    chosen: tuple[str, float]
+    likely: Sequence[tuple[str, float]]
+
+    def __new__(
+        cls, text: str, chosen: tuple[str, float], likely: Sequence[tuple[str, float]]
+    ) -> Self:
+        """A text with these."""
+        piece = super().__new__(cls, text)
+        piece.chosen, piece.likely = chosen, likely
+        return piece
 
 
 @dataclasses.dataclass(frozen=True)

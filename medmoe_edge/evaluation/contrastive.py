@@ -13,7 +13,7 @@ from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.contrastive.engine import open_bundle, open_checkpoint
 from medmoe_edge.contrastive.features import similarity, unit
 from medmoe_edge.errors import DataError, ModelError
-from medmoe_edge.evaluation.gates import GateResult, judged, wilson
+from medmoe_edge.evaluation.gates import GateResult, judged, too_few, wilson
 from medmoe_edge.evaluation.metrics import ContrastiveFigures, Share, bootstrap_interval
 from medmoe_edge.evaluation.record import Source, keep_record, new_record, read_record
 from medmoe_edge.evaluation.recording import Seen, pack_seen
@@ -153,7 +153,9 @@ def judge_seen(
     figures = ContrastiveFigures(len(agreed), len(PHRASES), **agreements, **means, **least)
     results = [judged("finite", len(faults) + (not finite), 0, (), at_least=False)]
     for name, share in shares.items():
-        results.append(judged(name, share.share, _bound(gates, name), wilson(share)))
+        bound = _bound(gates, name)
+        note = too_few(share, bound, "images")
+        results.append(judged(name, share.share, bound, wilson(share), note=note))
     for name, values in cosines.items():
         interval = bootstrap_interval(values, np.arange(len(values)))
         results.append(judged(name, means[name], _bound(gates, name), interval))

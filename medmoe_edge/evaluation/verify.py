@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medmoe_edge._types import Floats, Progress
-from medmoe_edge.bundle.bundle import AnyBundle, Bundle
+from medmoe_edge.bundle.bundle import AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.bundle.weights import sweep_weights
 from medmoe_edge.config import ModelConfig
@@ -39,6 +39,8 @@ from medmoe_edge.evaluation.record import (
     read_record,
 )
 from medmoe_edge.evaluation.recording import pack_recording, unpack_recording
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime, Step
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
@@ -149,10 +151,14 @@ KL_ROOM, KL_LEAST = 4, 1e-5
 
 @dataclass(frozen=True)
 class Data:
-    """Questions to verify on; the manifest keeps their name and hash, never a path."""
+    """Questions to verify on; the manifest keeps their name and hash, never a path.
+
+    `load` reads their images, which another step may have decoded already.
+    """
 
     name: str
     examples: Sequence[Example]
+    load: Callable[[Path], Image] = load_image
 
     def sha256(self) -> str:
         """Hash over every question with its answer and the bytes of its image, in order.
@@ -192,10 +198,17 @@ class Verification:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the bundle may be trusted; None where it was never measured."""
+        """Whether the bundle may be trusted; None where that is not known, see `outcome`."""
         if self.faults:
             return False
         return None if self.record is None else self.record.passed
+
+    @property
+    def outcome(self) -> Status:
+        """The same in words; `not decided`: measured, on too few questions to tell."""
+        if self.record is None and not self.faults:
+            return "not measured"
+        return status_of({"passed": self.passed})
 
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
@@ -217,6 +230,7 @@ class Verification:
         return {
             "bundle": {"name": self.bundle.name, "sha256": self.bundle.sha256},
             "passed": self.passed,
+            "outcome": self.outcome,
             "faults": list(self.faults),
             "verification": self.record.to_json() if self.record else None,
             "recorded": self.recorded,
@@ -257,7 +271,7 @@ def verify(
         return Verification(bundle, _faults(bundle, report), read_record(bundle))
     gates, data_sha256 = bundle.gates, data.sha256()
     with_inputs = bool(inputs) and record is not False
-    asked = [data.examples, inputs] if with_inputs else [data.examples]
+    asked = [data, Data("inputs", inputs)] if with_inputs else [data]
     reference, *travelling = _reference(bundle, checkpoint, asked, vision_tower, report)
     faults = _faults(bundle, report)
     runtime = OrtRuntime(bundle)
@@ -297,7 +311,7 @@ def _packed(bundle: Bundle, recording: Recording, runtime: Runtime) -> Recorded:
 def _reference(
     bundle: Bundle,
     folder: "Path | Checkpoint",
-    asked: Sequence[Sequence[Example]],
+    asked: Sequence[Data],
     vision_tower: Path | None,
     report: Progress,
 ) -> list[Recording]:
@@ -320,6 +334,12 @@ def _reference(
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     runtime = EagerRuntime(checkpoint)
     return [
-        record(runtime, tokenizer, some, progress=lambda *at: report("the checkpoint", *at))
+        record(
+            runtime,
+            tokenizer,
+            some.examples,
+            load=some.load,
+            progress=lambda *at: report("the checkpoint", *at),
+        )
         for some in asked
     ]
