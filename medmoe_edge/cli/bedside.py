@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -17,12 +18,14 @@ from medmoe_edge.cli.common import (
     Force,
     Json,
     MemoryBudget,
+    ModelOption,
     Runtime,
     app,
     check_apart,
     check_output,
     verb,
 )
+from medmoe_edge.cli.usage import complete_models
 from medmoe_edge.errors import InputError, MedMoEError, VerificationError, needs
 from medmoe_edge.render import console as render
 
@@ -36,12 +39,14 @@ if TYPE_CHECKING:
 def serve(
     host: Annotated[str, typer.Option(help="Others than this machine need a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
-    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    model: ModelOption = "nano",
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
     drop_pages: DropPages = False,
-    modality_model: Annotated[str, typer.Option(help="For classify and locate.")] = "modality-nano",
+    modality_model: Annotated[
+        str, typer.Option(help="For classify and locate.", autocompletion=complete_models)
+    ] = "modality-nano",
     token_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Who has a token in it may ask: NAME TOKEN; chmod 600."),
@@ -75,6 +80,7 @@ def serve(
         from medmoe_edge.bedside.serve.server import ServiceModels, start
         from medmoe_edge.bedside.serve.settings import Limits, Settings, read_tokens
 
+    _run_as_service()
     log = logging.getLogger("medmoe_edge.bedside.serve.guard")
     if log.isEnabledFor(logging.WARNING):  # the access log, unless --quiet
         log.setLevel(logging.INFO)
@@ -106,6 +112,14 @@ def serve(
     render.show("Stopped; all that was accepted is answered.", stderr=True)
 
 
+def _run_as_service() -> None:
+    """Have lines of the log say when, and files be nobody else's, whatever the umask was."""
+    os.umask(0o077)
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+    for handler in logging.getLogger("medmoe_edge").handlers:
+        handler.setFormatter(form)
+
+
 @verb("listen", "Deploy", "listen --config listen.toml")
 def listen(
     config: Annotated[Path, typer.Option(metavar="FILE", help="Its configuration, TOML or JSON.")],
@@ -120,11 +134,12 @@ def listen(
     with needs("listen"):
         from medmoe_edge.bedside.listen.config import load_configuration
         from medmoe_edge.bedside.listen.node import Node
-    import medmoe_edge
+    from medmoe_edge.engine.engine import load
 
+    _run_as_service()
     configuration = load_configuration(config)
     with render.working("Loading"):
-        engine = medmoe_edge.load(
+        engine = load(
             configuration.model,
             runtime=runtime,
             device=device,
@@ -172,13 +187,16 @@ def batch(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="PARQUET", help="The file to write.")
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The table to write: .parquet or .csv."
+        ),
     ],
     questions: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="One on a line.", show_default="those of the table"),
     ] = None,
-    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    model: ModelOption = "nano",
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
@@ -206,8 +224,8 @@ def batch(
     check_output(output, force)
     if workers and ray is None:
         raise InputError("Workers are of a cluster.", "Name one: --ray ADDRESS, or --ray local.")
-    with needs("batch"):
-        from medmoe_edge.bedside.batch.run import Recipe, run_batch
+    from medmoe_edge.bedside.batch.run import Recipe, run_batch
+
     recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens)
     try:
         with render.working("Loading") as progress, _where(ray, recipe, workers) as answering:
@@ -259,7 +277,7 @@ app.add_typer(
     audit,
     name="audit",
     rich_help_panel="Deploy",
-    help="Verify an audit log; take the patient out of a DICOM file.",
+    help="Verify an audit log or send it on; take the patient out of a DICOM file.",
     epilog="Example: medmoe-edge audit verify audit.jsonl",
 )
 EXAMPLE = "Example: medmoe-edge audit {}"
@@ -278,18 +296,50 @@ def verify_log(
     from medmoe_edge.bedside.audit import log as chain
 
     report = chain.verify_log(log, head)
-    if as_json:
-        render.as_json(report.to_json())
-    else:
-        render.show(report.why, "green" if report.intact else "bold red")
-        render.show(f"{report.entries:,} entries, head {report.head}")
+    error = None
     if not report.intact:
-        raise VerificationError(
+        error = VerificationError(
             f"The audit log is not intact ({report.fault}).",
             "The next entry cuts an unfinished line off."
             if report.fault == "torn"
             else "Keep it as it is, and find out who could write it.",
         )
+    if as_json:
+        render.as_json(report.to_json(), error)
+    else:
+        render.show(report.why, "green" if report.intact else "bold red")
+        render.show(f"{report.entries:,} entries, head {report.head}")
+    if error:
+        raise error
+
+
+@audit.command("ship", epilog=EXAMPLE.format("ship audit.jsonl --to logs.example:6514"))
+def ship_log(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    to: Annotated[str, typer.Option(metavar="HOST:PORT", help="A collector of syslog over TLS.")],
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PEM of its authority.", show_default="this machine's own"
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM of ours, if it wants one.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for further entries.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send an audit log to a collector, from where the last run ended."""
+    with needs("serve"):
+        from medmoe_edge.bedside.audit.ship import Collector, ship
+
+    files = {"authority": tls_ca, "certificate": tls_cert, "key": tls_key}
+    sent = ship(log, Collector.at(to, **files), follow=follow)
+    if as_json:
+        render.as_json({"sent": sent})
+    else:
+        render.show(f"{sent:,} entries were sent.")
 
 
 @audit.command("deidentify", epilog=EXAMPLE.format("deidentify scan.dcm -o example.dcm"))

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from medmoe_edge.cli.common import Json, verb
+from medmoe_edge.cli.usage import complete_devices, complete_planned
 from medmoe_edge.errors import InputError
 from medmoe_edge.render import console as render
 from medmoe_edge.render import device as render_device
@@ -17,7 +18,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = examine()
     if as_json:
-        render.as_json(found.to_json())
+        render.as_json(found.to_json(), found.error())
     else:
         render_device.show_diagnosis(found)
     if error := found.error():
@@ -27,16 +28,29 @@ def doctor(as_json: Json = False) -> None:
 @verb("plan", "Deploy", "plan med-moe-stablelm-1.6b --device orin-agx-64g")
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A bundle, checkpoint, preset or nano.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A bundle, checkpoint, preset or nano.",
+            autocompletion=complete_planned,
+        ),
     ] = "nano",
     *,
     device: Annotated[
         str,
-        typer.Option(help="A device's name, a file that describes one, or here: this CPU."),
+        typer.Option(
+            metavar="DEVICE",
+            help="A device's name, a file that describes one, or here: this CPU, measured.",
+            autocompletion=complete_devices,
+        ),
     ],
     precision: Annotated[
         Literal["int8", "int4", "mixed", "fp16", "fp32"] | None,
-        typer.Option(help="Only one.", show_default="all"),
+        typer.Option(
+            metavar="PRECISION",
+            help="Only one: int8, int4, mixed, fp16 or fp32.",
+            show_default="all",
+        ),
     ] = None,
     group_size: Annotated[
         int, typer.Option(help="Of int4: 32, 64 or 128 weights share a scale.")
@@ -101,7 +115,7 @@ def plan(
             found = make(model, options)
     if as_json:
         told = comparison.to_json() if comparison else None
-        render.as_json(found.to_json() | {"measured": told})
+        render.as_json(found.to_json() | {"measured": told}, found.error())
     else:
         render_device.show_plan(found)
         if comparison:

@@ -16,9 +16,10 @@ from medmoe_edge.cli.common import (
     check_output,
     verb,
 )
+from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, needs
-from medmoe_edge.families import ExportOptions, family_of
+from medmoe_edge.errors import InputError, needs, shown_bytes
+from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
 from medmoe_edge.render import console as render
 from medmoe_edge.render import device as render_device
 from medmoe_edge.render import verification as render_verification
@@ -77,7 +78,7 @@ def pull(
         render.show_table(
             f"{listing.source} at {listing.commit}",
             ["file", "size"],
-            [(file, render.megabytes(size)) for file, size in found.items()],
+            [(file, shown_bytes(size)) for file, size in found.items()],
         )
         render.show(f"{listing.size / 1e9:.2f} GB in all")
     elif as_json:
@@ -91,7 +92,9 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT", help="A checkpoint or nano; with --target a portable bundle too."
+            metavar="CHECKPOINT",
+            help="A checkpoint or nano; with --target a portable bundle too.",
+            autocompletion=complete_models,
         ),
     ] = "nano",
     int8: Annotated[bool, typer.Option("--int8", help="W8A8; the default.")] = False,
@@ -113,6 +116,7 @@ def export(
         typer.Option(
             metavar="DATA",
             help="Images, a question file or builtin: to calibrate on, and to prove the result.",
+            autocompletion=complete_data,
         ),
     ] = None,
     stats: Annotated[
@@ -127,11 +131,19 @@ def export(
     ] = "auto",
     target: Annotated[
         Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"],
-        typer.Option(help="onnxruntime is the portable bundle: any CPU, and all others' source."),
+        typer.Option(
+            metavar="TARGET",
+            help="onnxruntime: the portable bundle, any CPU, and all others' source. For GPUs: "
+            "onnxruntime-cuda, tensorrt-rtx, tensorrt.",
+        ),
     ] = "onnxruntime",
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What an engine is built for: rtx-4090, sm89, orin."),
+        typer.Option(
+            metavar="NAME",
+            help="What an engine is built for: rtx-4090, sm89, orin.",
+            autocompletion=complete_gpus,
+        ),
     ] = None,
     dtype: Annotated[
         Literal["fp16", "bf16"], typer.Option(help="Of a GPU's activations and cache.")
@@ -148,6 +160,12 @@ def export(
         int | None,
         typer.Option(min=1, metavar="MB", help="Of an engine's intermediate results."),
     ] = None,
+    as_published: Annotated[
+        bool,
+        typer.Option(
+            "--as-published", help="Of a modality-moe: compute what its authors' code computes."
+        ),
+    ] = False,
     paged: Annotated[
         bool,
         typer.Option("--paged", help="For a GPU: keep experts apart, for ask --memory-budget."),
@@ -195,6 +213,7 @@ def export(
         strict=strict,
         name=model if model in EMBEDDED else folder.resolve().name,
         vision_tower=vision_tower,
+        as_published=as_published,
         force=force and target == "onnxruntime",
     )
     family = family_of(folder)
@@ -266,7 +285,12 @@ def calibrate(
     checkpoint: Checkpoint = "nano",
     *,
     data: Annotated[
-        str, typer.Option(metavar="DATA", help="A folder of images, a question file or builtin.")
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="A folder of images, a question file or builtin.",
+            autocompletion=complete_data,
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="STATS", help="The file.")],
     samples: Samples = 128,
@@ -278,32 +302,19 @@ def calibrate(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Gather the statistics that quantisation needs; an interrupted run goes on where it was."""
-    with needs("export"):
-        from medmoe_edge.calibration.run import calibrate as gather
-        from medmoe_edge.checkpoint.reader import read_checkpoint
-        from medmoe_edge.pipeline import med_moe
+    """Gather the statistics that quantisation needs; an interrupted run goes on where it was.
+
+    Of images in a folder, DICOM files say their modality, else the folder's name does; where
+    neither does, the model's own router reads it, and its shares are told.
+    """
+    from medmoe_edge.api import calibrate as gather
 
     check_output(output, force)
-    folder = checkpoint_path(checkpoint)
+    options = CalibrateOptions(data, samples, hessians, strict, vision_tower, force)
     with render.working("Reading") as report:
-        source = med_moe.read_data(folder, data, vision_tower=vision_tower)
-        statistics = gather(
-            folder,
-            source,
-            output,
-            samples=samples,
-            hessians=hessians,
-            strict=strict,
-            vision_tower=vision_tower,
-            force=force,
-            progress=report,
-        )
+        found = gather(checkpoint, output, options, progress=report)
     if as_json:
-        render.as_json({"statistics": str(output)} | statistics.summary())
+        render.as_json({"statistics": str(output)} | found.statistics.summary())
     else:
-        moe = read_checkpoint(folder, vision_tower=vision_tower).config.moe
-        render_verification.show_coverage(
-            statistics, moe.expert_names if moe else (), source.skipped
-        )
+        render_verification.show_coverage(found.statistics, found.expert_names, found.skipped)
         render.wrote("the statistics", output)

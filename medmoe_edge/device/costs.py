@@ -166,7 +166,7 @@ def vision_in_8_bits(config: ModelConfig, precision: Precision, number: int) -> 
 
     Where a float takes `number` = 2 bytes, all are fp16.
     """
-    return config.vision.kind == "clip" and precision != "fp32" and number == 4
+    return config.vision.is_transformer and precision != "fp32" and number == 4
 
 
 def bits_per_weight(kind: str, precision: Precision, group: int = GROUP) -> float:

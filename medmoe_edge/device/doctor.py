@@ -21,7 +21,7 @@ from medmoe_edge._version import __version__
 from medmoe_edge._version import too_old as onnxruntime_too_old
 from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name
 from medmoe_edge.device.hardware import GB, Gpus, find_gpus, memory_here, too_old
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import ResourceError, shown_bytes
 from medmoe_edge.export.jetson import BestPath, Jetson, best_path, find_jetson
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -152,8 +152,8 @@ class Diagnosis:
             Fact("system", machine.system),
             Fact("processor", f"{machine.cpu}, {machine.cores} cores"),
             Fact("  int8", arithmetic + (", ".join(features) or "no known extension")),
-            Fact("memory", f"{machine.memory / 1e9:.1f} GB"),
-            Fact("free on disk", f"{machine.disk_free / 1e9:.1f} GB in {machine.cache}"),
+            Fact("memory", f"{shown_bytes(machine.memory)}"),
+            Fact("free on disk", f"{shown_bytes(machine.disk_free)} in {machine.cache}"),
             Fact("ONNX Runtime", ort.version or "cannot be imported"),
             Fact("  providers", ", ".join(ort.providers) or "none"),
         ]

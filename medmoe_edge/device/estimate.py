@@ -38,7 +38,14 @@ from medmoe_edge.device.costs import (
 )
 from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
 from medmoe_edge.embedded import EMBEDDED, bundle_path
-from medmoe_edge.errors import InputError, ModelError, ResourceError, needs
+from medmoe_edge.errors import (
+    InputError,
+    ModelError,
+    ResourceError,
+    did_you_mean,
+    needs,
+    shown_bytes,
+)
 from medmoe_edge.export.gpus import build_memory
 from medmoe_edge.presets import PRESETS
 
@@ -122,8 +129,8 @@ class Plan:
         larger = min(rooms, key=lambda device: device.usable).name if rooms else "a larger device"
         return ResourceError(
             f"{self.model} does not fit {self.device.name}: even in {least.precision} with paged "
-            f"experts it lacks {least.short / 1e9:.2f} GB.",
-            f"It would fit {larger}, or any with {needed / 1e9:.2f} GB free.",
+            f"experts it lacks {shown_bytes(least.short)}.",
+            f"It would fit {larger}, or any with {shown_bytes(needed)} free.",
         )
 
 
@@ -205,9 +212,11 @@ def model_config(model: str) -> tuple[str, ModelConfig]:
             from medmoe_edge.checkpoint.reader import read_checkpoint
         return folder.resolve().name, read_checkpoint(folder).config
     if model not in PRESETS:
-        known = ", ".join(dict.fromkeys((*EMBEDDED, *PRESETS)))
+        names = list(dict.fromkeys((*EMBEDDED, *PRESETS)))
         raise ModelError(
-            f"There is no model {model!r}.", f"Give a bundle or checkpoint folder, or: {known}."
+            f"There is no model {model!r}.",
+            f"{did_you_mean(model, names)}Give a bundle or checkpoint folder, or: "
+            f"{', '.join(names)}.",
         )
     return model, PRESETS[model]
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from medmoe_edge.bundle.machine import cpu_features_here, cpu_name
 from medmoe_edge.config import unknown_key
-from medmoe_edge.errors import ConfigError, DataError, InputError
+from medmoe_edge.errors import ConfigError, DataError, InputError, did_you_mean, shown_bytes
 
 GB = 10**9
 TERA = 10**12
@@ -110,10 +110,9 @@ def find_device(name: str) -> Device:
     if name.endswith(FILES):
         return read_device(Path(name))
     if name not in DEVICES:
-        known = ", ".join((*DEVICES, HERE))
-        raise InputError(
-            f"There is no device {name!r}.", f"Use one of: {known}; or a file of your own (.toml)."
-        )
+        names = (*DEVICES, HERE)
+        known = f"Use one of: {', '.join(names)}; or a file of your own (.toml)."
+        raise InputError(f"There is no device {name!r}.", f"{did_you_mean(name, names)}{known}")
     return DEVICES[name]
 
 
@@ -313,7 +312,7 @@ class Gpu:
     compute_capability: str
 
     def __str__(self) -> str:
-        memory = f"{self.memory / 1e9:.1f} GB"
+        memory = f"{shown_bytes(self.memory)}"
         return f"{self.name}, {memory}, compute capability {self.compute_capability}"
 
 

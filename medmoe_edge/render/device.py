@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from medmoe_edge.errors import shown_bytes
 from medmoe_edge.render.console import show, show_table, wrote
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def show_plan(plan: "Plan") -> None:
     rows = [
         (
             each.precision,
-            gigabytes(each.weights),
-            gigabytes(each.memory_run),
-            gigabytes(each.memory_build),
+            shown_bytes(each.weights),
+            shown_bytes(each.memory_run),
+            shown_bytes(each.memory_build),
             seconds(each.first_token),
             f"{each.tokens_per_second:,.1f}",
             _verdict(each),
@@ -44,7 +45,7 @@ def show_plan(plan: "Plan") -> None:
         for each in plan.forecasts
     ]
     device = plan.device
-    title = f"{plan.model} on {device.title}, {gigabytes(device.usable)} usable"
+    title = f"{plan.model} on {device.title}, {shown_bytes(device.usable)} usable"
     show_table(title, columns, rows, styles={"yes": "green"})
     if heavy := [f.precision for f in plan.forecasts if f.memory_build > device.usable]:
         show(
@@ -68,7 +69,7 @@ def show_fit(fit: "Fit") -> None:
     rows = [
         ("precision", f"{forecast.precision}{group}"),
         ("image tokens", str(fit.image_tokens)),
-        ("memory", f"{gigabytes(memory)} of {gigabytes(fit.device.usable)} usable"),
+        ("memory", f"{shown_bytes(memory)} of {shown_bytes(fit.device.usable)} usable"),
         ("experts in memory", f"{fit.resident_experts} of {fit.experts}"),
         ("memory budget", "none" if forecast.expert_budget is None else _verdict(forecast)),
         ("first token", seconds(forecast.first_token)),
@@ -96,11 +97,6 @@ def show_comparison(comparison: "Comparison") -> None:
     show_table("Run on this machine", ["", "predicted", "measured", "ratio"], rows)
 
 
-def gigabytes(count: int) -> str:
-    """Bytes for people: 3.12 GB, each of 1,000,000,000 bytes."""
-    return f"{count / 1e9:,.2f} GB"
-
-
 def seconds(value: float) -> str:
     """A time for people: 2.31 s, or 12.4 ms."""
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
@@ -108,11 +104,11 @@ def seconds(value: float) -> str:
 
 def _verdict(forecast: "Forecast") -> str:
     if forecast.short:
-        return f"no, {gigabytes(forecast.short)} short"
+        return f"no, {shown_bytes(forecast.short)} short"
     if forecast.expert_budget is None:
         return "yes"
     share = forecast.expert_budget / forecast.experts
-    return f"with {gigabytes(forecast.expert_budget)} for experts ({share:.0%} of them)"
+    return f"with {shown_bytes(forecast.expert_budget)} for experts ({share:.0%} of them)"
 
 
 def show_target(made: "TargetExport") -> None:
@@ -120,9 +116,9 @@ def show_target(made: "TargetExport") -> None:
     rows = [
         (
             name,
-            gigabytes(built.bytes),
+            shown_bytes(built.bytes),
             seconds(built.seconds),
-            gigabytes(built.peak_memory) if built.peak_memory else "",
+            shown_bytes(built.peak_memory) if built.peak_memory else "",
             "from the cache" if built.cached else "built",
         )
         for name, built in made.engines.items()

@@ -317,7 +317,7 @@ def test_facts_name_the_devices() -> None:
         return dict(diagnose(machine, CUDA, versions()).facts)
 
     gpu = facts(changed(gpus=GPUS))
-    assert gpu["GPU"] == "NVIDIA GeForce RTX 4090, 24.0 GB, compute capability 8.9"
+    assert gpu["GPU"] == "NVIDIA GeForce RTX 4090, 24.00 GB, compute capability 8.9"
     assert gpu["  driver"] == "580.65.06, CUDA 13.0"
     jetson = facts(changed(jetson=ORIN))
     assert jetson["Jetson"] == "Jetson AGX Orin"
