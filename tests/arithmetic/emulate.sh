@@ -17,9 +17,9 @@ cd "$(dirname "$0")/../.."
 unset OPENBLAS_CORETYPE # NumPy's BLAS, too, is to go by the emulated processor
 x86=(Nehalem Haswell EPYC-Milan)
 arm=(cortex-a72 cortex-a76 neoverse-v1 arm-sme)
-also=(agreement ort_matmul ort_moe ort_qkv pair_bound)
-all=(engine fidelity folding gptq half_graph mixed modality_engine ort_paged prefill prefix_cache
-    quantise_pass quick rounding smooth stored verification vision_quantise)
+also=(ort_matmul ort_moe ort_qkv pair_bound)
+all=(agreement engine fidelity folding gptq half_graph mixed modality_engine ort_paged prefill
+    prefix_cache quantise_pass quick rounding smooth stored verification vision_quantise)
 python=${PYTHON:-python}
 arm64=$PWD/build/arm64
 
