@@ -257,7 +257,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """The models and runtimes that were loaded; each is the fake engine."""
     from command_line import FakeEngine
 
-    import medmoe_edge
+    import medmoe_edge.engine.engine
 
     calls: list[tuple[str, str]] = []
 
@@ -274,7 +274,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         return engine
 
     engine = FakeEngine()
-    monkeypatch.setitem(vars(medmoe_edge), "load", load)
+    monkeypatch.setattr("medmoe_edge.engine.engine.load", load)
     monkeypatch.setitem(vars(medmoe_edge), "engine_for_test", engine)
     return calls
 

@@ -51,7 +51,13 @@ from medmoe_edge.training.data import Batches
 from medmoe_edge.training.loop import Session
 from medmoe_edge.training.phases import Objective, fit_instructions
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
-from medmoe_edge.training.run import read_corpus, restore_instructed, trainable_config
+from medmoe_edge.training.report import RunReport
+from medmoe_edge.training.run import (
+    data_files,
+    read_corpus,
+    restore_instructed,
+    trainable_config,
+)
 
 ALL = tuple(VARIANTS)
 ROUNDS = 24  # questions that latencies are measured on
@@ -127,17 +133,21 @@ class _Experiment:
     def __init__(
         self, recipe: Recipe, run: Path, data: Path, out: Path, progress: Progress
     ) -> None:
-        if recipe.validation is None:
-            raise DataError("The recipe names no validation questions.", "Add 'validation' to it.")
+        files = data_files(recipe, data)
+        if files.questions is None or files.labels is None or files.validation is None:
+            raise DataError(
+                f"{data} lacks questions, labels or validation questions.",
+                "Give the data that the run was trained on.",
+            )
         self.recipe, self.run, self.out, self.progress = recipe, run, out, progress
         self.config, self.moe = trainable_config(recipe)
         self.corpus = read_corpus(recipe, data)
-        self.examples = read_examples(data / recipe.validation)
-        labels = read_labels(data / recipe.labels)
+        self.examples = read_examples(files.validation)
+        labels = read_labels(files.labels)
         self.labels = [item for item in labels if item.split != "train"]
-        files = [run / "instruction.safetensors", run / "tokenizer.json"]
-        files += [data / name for name in (recipe.questions, recipe.labels, recipe.validation)]
-        self.sources = {file.name: _sha256(file) for file in files}
+        sources = [run / "instruction.safetensors", run / "tokenizer.json"]
+        sources += [files.questions, files.labels, files.validation]
+        self.sources = {file.name: _sha256(file) for file in sources}
         self.tokenizer = Tokenizer.from_file(run / "tokenizer.json")
         self.accelerator = Accelerator(mixed_precision="bf16")
 
@@ -169,7 +179,8 @@ class _Experiment:
         """Train and evaluate what has not been done."""
         names = entry.engine.expert_names
         batches = Batches(self.config, self.tokenizer, names, self.recipe.seed)
-        session = Session(entry.folder, self.recipe.seed, self.accelerator, self.progress)
+        report = RunReport(entry.folder, self.progress, lambda line: None, tensorboard=False)
+        session = Session(entry.folder, self.recipe.seed, self.accelerator, report)
         fit_instructions("moe", entry.objective, self.corpus, entry.phase, batches, session)
         entry.model.cpu()
         if not _file(entry).exists():

@@ -6,9 +6,10 @@ Only headers are read here; a tensor's data is mapped when it is asked for. Noth
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,24 +25,38 @@ _DOWNLOAD = "Download the checkpoint again."
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what its shard's header says about it."""
+    """Where a tensor lies, and what its shard's header says about it.
+
+    It may be some rows of what is stored under its key, from the row `first` on.
+    """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    first: int | None = None
 
     def read(self) -> torch.Tensor:
         """The tensor, mapped from its shard: memory is touched as the tensor is used."""
+        if self.first is not None:
+            return self.rows(0, self.shape[0])
         with _open(self.file) as shard:
             tensor: torch.Tensor = shard.get_tensor(self.key)
         return tensor
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """A copy of some rows, for tensors that are too large to hold at once."""
+        first = self.first or 0
         with _open(self.file) as shard:
-            tensor: torch.Tensor = shard.get_slice(self.key)[start:stop]
+            tensor: torch.Tensor = shard.get_slice(self.key)[first + start : first + stop]
         return tensor
+
+    def parts(self, names: str) -> Iterator[tuple[str, "StoredTensor"]]:
+        """What is stored as one, in as many equal parts as there are letters in `names`."""
+        height = self.shape[0] // len(names)
+        for index, name in enumerate(names):
+            shape = (height, *self.shape[1:])
+            yield name, dataclasses.replace(self, shape=shape, first=index * height)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,21 +85,30 @@ def check_file(path: Path) -> None:
         )
 
 
-def files_sha256(files: Iterable[Path]) -> str:
-    """The hash over some files, their names included, in order of their paths."""
-    total = hashlib.sha256()
+class Hashes(NamedTuple):
+    """SHA-256 over some files, their names included, and of each by its name."""
+
+    total: str
+    files: Mapping[str, str]
+
+
+def files_sha256(files: Iterable[Path]) -> Hashes:
+    """Read and hash some files, in order of their paths."""
+    total, each = hashlib.sha256(), {}
     for path in sorted(files):
         with path.open("rb") as file:
-            total.update(f"{path.name}\0".encode())
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+            digest = hashlib.file_digest(file, "sha256")
+        total.update(f"{path.name}\0".encode())
+        total.update(digest.digest())
+        each[path.name] = digest.hexdigest()
+    return Hashes(total.hexdigest(), each)
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's shards by its stored name, from the headers alone."""
     stored: dict[str, StoredTensor] = {}
     index = _read_index(folder)
-    for name in sorted(set(index.values())) or [SINGLE_FILE]:
+    for name in sorted(set(index.values())) or weight_files(folder):
         for tensor in _read_header(folder / name):
             if tensor.key in stored:
                 raise CheckpointError(
@@ -101,8 +125,8 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard; empty where the folder holds a single file."""
     if not (folder / INDEX_FILE).exists():
-        if not (folder / SINGLE_FILE).exists():
-            raise _no_weights(folder)
+        if not weight_files(folder):
+            raise no_weights(folder)
         return {}
     index = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(index, dict) or not index:
@@ -113,14 +137,90 @@ def _read_index(folder: Path) -> dict[str, str]:
     return index
 
 
-def _no_weights(folder: Path) -> CheckpointError:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        return CheckpointError(
-            f"{folder} holds only pickled weights (.bin), which are never loaded: "
-            "a pickle may run any code.",
-            "Get the safetensors files, or convert in a sandbox with safetensors.torch.save_file.",
-        )
-    return CheckpointError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}.", _DOWNLOAD)
+def weight_files(folder: Path) -> list[str]:
+    """The files of weights that a folder without an index holds; empty where there are none.
+
+    That is the single file, or all shards of a set, or the only safetensors file whatever its name;
+    adapters are none.
+    """
+    if (folder / SINGLE_FILE).exists():
+        return [SINGLE_FILE]
+    names = [file.name for file in sorted(folder.glob("*.safetensors"))]
+    names = [name for name in names if not name.startswith(("adapter_", "non_lora_"))]
+    shards = [(name, found) for name in names if (found := _SHARD.fullmatch(name))]
+    if shards and len(shards) == int(shards[0][1]["count"]):
+        return [name for name, _ in shards]
+    return names if len(names) == 1 and not shards else []
+
+
+def no_weights(folder: Path) -> CheckpointError:
+    """The error for a folder without weights that are read, with the remedy for what it holds."""
+    what, remedy = next(
+        (
+            (what, remedy)
+            for patterns, what, remedy in _TRAINERS
+            if any(any(folder.glob(pattern)) for pattern in patterns)
+        ),
+        (f"has no {SINGLE_FILE} and no {INDEX_FILE}.", _DOWNLOAD),
+    )
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inner and "LoRA" not in what:
+        what, remedy = what, f"Give the folder of the checkpoint itself: {folder / inner[-1]}"
+    if base := _adapter_base(folder):
+        remedy = remedy.replace("BASE", base)
+    return CheckpointError(f"{folder} {what}", remedy)
+
+
+def _adapter_base(folder: Path) -> str | None:
+    """The base model that an adapter names, if it is a name that can be shown."""
+    try:
+        data = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = data["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return base if isinstance(base, str) and base.isprintable() and 0 < len(base) < 200 else None
+
+
+_SHARD = re.compile(r".*-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_CONVERT = (
+    "Convert it in a sandbox: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+    "'model.safetensors')."
+)
+# What trainers write that is no checkpoint yet: patterns of files, what it is, what to do.
+_TRAINERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (
+        ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin"),
+        "holds a LoRA adapter without its base.",
+        "Merge it into BASE first, with the trainer's merge script or peft's merge_and_unload(), "
+        "and save that with save_pretrained(..., safe_serialization=True).",
+    ),
+    (
+        ("mm_projector.bin", "*/mm_projector.bin"),
+        "holds a projector alone, what the first phase of training writes.",
+        "Give the checkpoint of a later phase, or save projector and language model in one.",
+    ),
+    (
+        ("zero_to_fp32.py", "global_step*", "*_optim_states.pt"),
+        "holds the parts of a DeepSpeed run.",
+        "Join them first: python zero_to_fp32.py . OUT --safe_serialization",
+    ),
+    (
+        ("*.distcp", "pytorch_model_fsdp_*"),
+        "holds the parts of an FSDP run.",
+        "Join them first: accelerate merge-weights FOLDER OUT",
+    ),
+    (
+        ("*.gguf",),
+        "holds a GGUF file, which is converted and quantised.",
+        "Give the checkpoint that it was made from.",
+    ),
+    (
+        ("*.bin", "*.pt", "*.pth", "*.ckpt"),
+        "holds only pickled weights (.bin, .pt), which are never loaded: "
+        "a pickle may run any code.",
+        f"Get the safetensors files. {_CONVERT}",
+    ),
+)
 
 
 def _read_header(path: Path) -> Iterator[StoredTensor]:

@@ -24,7 +24,17 @@ from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Done, compare, entropy, evidence, log_softmax
 from medmoe_edge.data.captions import fact_captions, label_captions
-from medmoe_edge.data.datasets import LabelledImage, Place, read_examples, read_labels, read_places
+from medmoe_edge.data.datasets import (
+    BOXES_FILES,
+    LABELS_FILE,
+    QUESTION_FILES,
+    LabelledImage,
+    Place,
+    questions_of,
+    read_examples,
+    read_labels,
+    read_places,
+)
 from medmoe_edge.errors import DataError
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.runtimes.contrastive import ModalityRuntime
@@ -225,7 +235,6 @@ def _nearness(height: int, width: int) -> npt.NDArray[np.float32]:
     return -distance
 
 
-LABELS, QUESTIONS, BOXES = "labels.jsonl", "vqa_val.jsonl", "slake_boxes.json"
 SLAKE = "slake"  # the source of questions whose images have captions of one kind, and boxes
 RANKS = (1, 5, 10)
 
@@ -284,11 +293,13 @@ def evaluate_modality(
     engine: ModalityEngine, data: Path, progress: Progress = lambda *_: None
 ) -> ModalityEvaluation:
     """All of it, on the folder `data`; raises `DataError` where its files are not as expected."""
-    tasks = zero_shot_tasks(item for item in read_labels(data / LABELS) if item.split != "train")
-    captioned = [
-        item for item in fact_captions(read_examples(data / QUESTIONS)) if item.source == SLAKE
-    ]
-    places = read_places(data / BOXES, [item.image for item in captioned])
+    labelled = [item for item in read_labels(data / LABELS_FILE) if item.split != "train"]
+    tasks = zero_shot_tasks(labelled)
+    questions = questions_of(data, "val") or data / QUESTION_FILES["val"][0]
+    captioned = [item for item in fact_captions(read_examples(questions)) if item.source == SLAKE]
+    drawn = (data / name for name in BOXES_FILES)
+    boxes = next((file for file in drawn if file.is_file()), data / BOXES_FILES[0])
+    places = read_places(boxes, [item.image for item in captioned])
     if not (tasks and captioned and places):
         raise DataError(
             f"{data} holds no tasks, captions or boxes to evaluate on.",
@@ -306,13 +317,13 @@ def evaluate_modality(
     texts = list(dict.fromkeys(item.caption for item in captioned))
     shown = compare(runtime, [i.image for i in captioned], texts, report("captions"))
     belongs = np.array([[item.caption == text for text in texts] for item in captioned])
-    labelled = [item for task in tasks for item in task.images]
+    judged = [item for task in tasks for item in task.images]
     logits = np.concatenate([found.router_logits for found in compared])
     modalities = engine.config.modalities
     return ModalityEvaluation(
         model={"name": engine.name, "sha256": engine.sha256, "runtime": runtime.name},
         routing={
-            "labelled images": routing([i.modality for i in labelled], logits, modalities),
+            "labelled images": routing([i.modality for i in judged], logits, modalities),
             SLAKE: routing([i.modality or "" for i in captioned], shown.router_logits, modalities),
         },
         zero_shot=zero_shot(tasks, [found.similarities for found in compared]),

@@ -25,6 +25,12 @@ NAMES = {
     "pathology": "Pathology",
     "ultrasound": "Ultrasound",
     "fundus": "Fundus",
+    "oct": "OCT",
+    "pet": "PET",
+    "spect": "SPECT",
+    "dermoscopy": "Dermoscopy",
+    "endoscopy": "Endoscopy",
+    "mammography": "Mammography",
 }  # modality -> as an answer; others are answered as the data names them
 
 # SLAKE's names of body parts, where they are not words that people use; its lungs are chests
@@ -90,7 +96,7 @@ def label_captions(labelled: Iterable[LabelledImage]) -> list[Captioned]:
     return [
         Captioned(
             item.image,
-            (_view(item.body, item.modality), _tidy(item.finding)),
+            tuple(filter(None, (_view(item.body, item.modality), _tidy(item.finding)))),
             item.modality,
             item.source,
         )

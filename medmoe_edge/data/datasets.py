@@ -1,12 +1,17 @@
 """Questions about images, and images with labels, as read from files.
 
 Two forms of question file are read: our JSONL, one object a line, and the JSON list of the
-official Med-MoE code (LLaVA's `conversations`). Images are named, not opened, here.
+official Med-MoE code (LLaVA's `conversations`). Images are named, not opened, here. What the keys
+of our own forms mean is said by the JSON schemas beside this module, which error messages quote.
 """
 
+import functools
+import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,15 +25,34 @@ Split = Literal["train", "val", "test"]
 
 
 ANSWER_TYPES: dict[str, AnswerType] = {"open": "OPEN", "close": "CLOSED", "closed": "CLOSED"}
-_SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
+SPLITS: dict[str, Split] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+# What people call a modality that the models know under another name.
+_SAME = {"x-ray": "xray", "x ray": "xray", "radiograph": "xray", "mr": "mri", "us": "ultrasound"}
+# The files of a dataset folder, in the order in which they are looked for.
+QUESTION_FILES: dict[Split, tuple[str, ...]] = {
+    "train": ("train.jsonl", "vqa_train.jsonl", "train.json", "questions.jsonl"),
+    "val": ("val.jsonl", "vqa_val.jsonl", "val.json"),
+    "test": ("test.jsonl", "vqa_test.jsonl", "test.json"),
+}
+LABELS_FILE = "labels.jsonl"
+BOXES_FILES = ("boxes.json", "slake_boxes.json")
 
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one image, with its reference answer (which may be empty)."""
+    """One question about one image, with its reference answer (which may be empty).
+
+    `answer_as_written` has the spaces around the answer, which the official scorer compares too;
+    None where there are none. `listed_id` is the id of the file where reading made it unique.
+    """
 
     id: str
     image: Path
@@ -39,6 +63,8 @@ class Example:
     body: str | None
     content: str | None
     source: str
+    answer_as_written: str | None = None
+    listed_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,23 +79,49 @@ class LabelledImage:
     split: Split
 
 
+def questions_of(folder: Path, *splits: Split) -> Path | None:
+    """A dataset folder's question file of the first of `splits` that has one."""
+    names = (folder / name for split in splits for name in QUESTION_FILES[split])
+    return next((file for file in names if file.is_file()), None)
+
+
 def read_examples(
-    file: Path, *, image_root: Path | None = None, check_images: bool = False
+    file: Path,
+    *,
+    image_root: Path | None = None,
+    check_images: bool = False,
+    first_turn: bool = False,
 ) -> list[Example]:
     """Read our JSONL or the official code's JSON list, told apart by the first character.
 
-    Image paths are relative to `image_root`, by default the file's folder. In the official list
-    ids may repeat and a conversation may have several turns: later ones get `-2`, `-3` ... added.
+    A line needs `image`, `question` and `answer`; the others may be left out: `id` is then the
+    line's number, `source` the file's name, and `answer_type` CLOSED for yes and no. Image paths
+    are relative to `image_root`, by default the file's folder. Of several images of one question
+    the first is read, with a warning. In the official list ids may repeat and a conversation may
+    have several turns: later ones get `-2`, `-3` ... added; `first_turn` leaves later turns out, as
+    the official scorer does. Of a dataset folder, the questions to
+    test on are read, or else those to validate on.
 
-    Raises `DataError` naming file and line (or item) for a missing file, bad JSON, a missing key,
-    an unknown answer type, an id used twice and, with `check_images`, an absent image.
+    Raises `DataError` naming file and line (or item) for a missing file, bad JSON, missing keys
+    (all at once), an unknown answer type, an id used twice and, with `check_images`, an absent
+    image.
     """
+    if file.is_dir():
+        file = _held_out(file)
     text = read_text(file)
     root = file.parent if image_root is None else image_root
-    if text.lstrip().startswith("["):
-        examples = list(_from_conversations(text, file, root))
+    listed = text.lstrip().startswith("[")
+    records: Iterator[Record]
+    if listed:
+        records = (
+            Record(value, f"{file}, item {number}")
+            for number, value in enumerate(parse_json(text, str(file)), start=1)
+        )
     else:
-        examples = list(_from_records(text, file, root))
+        records = _records(text, file)
+    reader = _Reader(file, root, listed, first_turn)
+    examples = [example for record in records for example in reader.read(record)]
+    reader.warn()
     if not examples:
         raise DataError(f"{file} holds no questions.", "Give a file with at least one.")
     if check_images:
@@ -77,27 +129,53 @@ def read_examples(
     return examples
 
 
+def _held_out(folder: Path) -> Path:
+    found = questions_of(folder, "test", "val")
+    if found is None:
+        raise DataError(
+            f"{folder} holds no {QUESTION_FILES['test'][0]} and no {QUESTION_FILES['val'][0]}.",
+            "Give a file of questions, or make such a folder with: medmoe-edge data",
+        )
+    return found
+
+
 def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage]:
     """Read labelled images from JSONL; image paths are relative to the file's folder.
 
-    Raises `DataError` as `read_examples` does.
+    A line needs `image` and `modality`. Raises `DataError` as `read_examples` does.
     """
-    images = [
-        LabelledImage(
-            image=file.parent / record.text("image"),
-            modality=record.text("modality"),
-            body=record.text("body"),
-            finding=record.text("finding"),
-            source=record.text("source"),
-            split=record.choice("split", _SPLITS),
+    images = []
+    for record in _records(read_text(file), file):
+        record.require("image", "modality", schema="labels")
+        images.append(
+            LabelledImage(
+                image=file.parent / record.text("image"),
+                modality=modality_name(record.text("modality")),
+                body=record.optional("body") or "",
+                finding=record.optional("finding") or "",
+                source=record.optional("source") or file.stem,
+                split=record.choice("split", SPLITS) if record.optional("split") else "train",
+            )
         )
-        for record in _records(read_text(file), file)
-    ]
     if not images:
         raise DataError(f"{file} holds no labelled images.", "Give a file with at least one.")
     if check_images:
         _require_images([image.image for image in images], file)
     return images
+
+
+def modality_name(name: str) -> str:
+    """A modality in the models' words: lower case, and one name for what has several."""
+    lower = name.strip().lower()
+    return _SAME.get(lower, lower)
+
+
+@functools.cache
+def schema(name: Literal["questions", "labels"]) -> dict[str, Any]:
+    """The JSON schema of one line of a question file or of a file of labels."""
+    text = files("medmoe_edge.data").joinpath(f"{name}.schema.json").read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 class UniqueIds:
@@ -130,6 +208,17 @@ class Record:
             raise DataError(f"{self.where} lacks the key {key!r}.", "Add it.")
         return self.value[key]
 
+    def require(self, *keys: str, schema: Literal["questions", "labels"]) -> None:
+        """Raise `DataError` for all of `keys` that are absent, and say what each is for."""
+        if not (missing := [key for key in keys if key not in self.value]):
+            return
+        meaning = _meanings(schema)
+        raise DataError(
+            f"{self.where} lacks the key{'s' * (len(missing) > 1)} "
+            f"{', '.join(map(repr, missing))}.",
+            f"Add {'; '.join(f'{key}: {meaning[key]}' for key in missing)}.",
+        )
+
     def text(self, key: str, *, empty: bool = False) -> str:
         """A required string or number (ids and counts are written both ways), stripped."""
         value = self[key]
@@ -141,6 +230,11 @@ class Record:
         if not stripped.isprintable() and any("\ud800" <= mark <= "\udfff" for mark in stripped):
             raise DataError(f"{self.where}: {key!r} is broken Unicode.", "Correct its characters.")
         return stripped
+
+    def as_written(self, key: str) -> str | None:
+        """A string that has spaces around it, with them; else None."""
+        value = self.value.get(key)
+        return value if isinstance(value, str) and value != value.strip() else None
 
     def optional(self, key: str) -> str | None:
         """A string, or None where the key is absent, null or empty."""
@@ -182,48 +276,107 @@ def _records(text: str, file: Path) -> Iterator[Record]:
             yield Record(parse_json(line, where), where)
 
 
-def _from_records(text: str, file: Path, root: Path) -> Iterator[Example]:
-    seen: set[str] = set()
-    for record in _records(text, file):
-        identity = record.text("id")
-        if identity in seen:
-            raise DataError(f"{record.where} repeats the id of an earlier line.", "Make it unique.")
-        seen.add(identity)
-        yield Example(
-            id=identity,
-            image=root / record.text("image"),
-            question=record.text("question"),
-            answer=record.text("answer", empty=True),
-            answer_type=record.choice("answer_type", ANSWER_TYPES),
-            modality=record.optional("modality"),
-            body=record.optional("body"),
-            content=record.optional("content"),
-            source=record.text("source"),
-        )
+def _meanings(name: Literal["questions", "labels"]) -> dict[str, str]:
+    """What each key is for, in the schema's words."""
+    properties = schema(name)["properties"]
+    return {key: told["description"].rstrip(".") for key, told in properties.items()}
 
 
-def _from_conversations(text: str, file: Path, root: Path) -> Iterator[Example]:
-    unique = UniqueIds()
-    for number, value in enumerate(parse_json(text, str(file)), start=1):
-        record = Record(value, f"{file}, item {number}")
-        answer_type = record.choice("answer_type", ANSWER_TYPES)
-        for question, answer in _turns(record):
-            yield Example(
-                id=unique(record.text("id")),
-                image=root / record.text("image"),
-                question=question,
-                answer=answer,
-                answer_type=answer_type,
-                modality=None,
-                body=None,
-                content=None,
-                source=file.stem,
+# The official VQA-RAD list really has the misspelt key.
+_CONVERSATIONS = ("conversations", "conversatons", "conversation")
+_ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
+
+
+class _Reader:
+    """Reads the records of one question file, in either form."""
+
+    def __init__(self, file: Path, root: Path, listed: bool, first_turn: bool) -> None:
+        self.file, self.root, self.listed = file, root, listed
+        self._turns = 1 if first_turn else None
+        self._unique = UniqueIds()
+        self._seen: set[str] = set()
+        self._number = 0
+        self._several = 0  # records with more than one image
+        self._without = 0  # records with none
+
+    def read(self, record: Record) -> Iterator[Example]:
+        """The questions of one record."""
+        self._number += 1
+        key = next((key for key in _CONVERSATIONS if key in record.value), None)
+        listed = self.listed or key is not None
+        if key is not None and not ("image" in record.value or "images" in record.value):
+            self._without += 1  # LLaVA's lists mix in turns about no image
+            return
+        if key is None:
+            record.require("image", "question", "answer", schema="questions")
+            asked = record.text("question"), record.text("answer", empty=True)
+            written = record.as_written("answer")
+            yield self._example(record, self._id(record, repeatable=listed), *asked, written)
+            return
+        for question, answer, written in itertools.islice(_turns(record, key), self._turns):
+            identity = self._id(record, repeatable=True)
+            yield self._example(record, identity, question, answer, written)
+
+    def warn(self) -> None:
+        """Say what was left out."""
+        if self._several:
+            logger.warning(
+                "%s: %d entries have several images; the first of each is used.",
+                self.file.name,
+                self._several,
+            )
+        if self._without:
+            logger.warning(
+                "%s: %d entries have no image and are left out.", self.file.name, self._without
             )
 
+    def _id(self, record: Record, *, repeatable: bool) -> str:
+        identity = record.optional("id")
+        if identity is None or repeatable:
+            return self._unique(identity or str(self._number))
+        if identity in self._seen:
+            raise DataError(f"{record.where} repeats the id of an earlier line.", "Make it unique.")
+        self._seen.add(identity)
+        return self._unique(identity)
 
-def _turns(record: Record) -> Iterator[tuple[str, str]]:
-    # The official VQA-RAD list really has the misspelt key.
-    key = "conversatons" if "conversatons" in record.value else "conversations"
+    def _example(
+        self, record: Record, identity: str, question: str, answer: str, written: str | None
+    ) -> Example:
+        modality = record.optional("modality")
+        return Example(
+            id=identity,
+            image=self.root / self._image(record),
+            question=question,
+            answer=answer,
+            answer_type=answer_type(record, answer),
+            modality=modality_name(modality) if modality else None,
+            body=record.optional("body"),
+            content=record.optional("content"),
+            source=record.optional("source") or self.file.stem,
+            answer_as_written=written,
+            listed_id=record.optional("id"),
+        )
+
+    def _image(self, record: Record) -> str:
+        key = "image" if "image" in record.value else "images"
+        listed = record.value[key]
+        if not isinstance(listed, list):
+            return record.text(key)
+        if not listed:
+            raise DataError(f"{record.where}: {key!r} is empty.", "Fill it in.")
+        if len(listed) > 1:
+            self._several += 1
+        return Record({key: listed[0]}, record.where).text(key)
+
+
+def answer_type(record: Record, answer: str) -> AnswerType:
+    """What a record states; else yes and no are closed, as in LLaVA-Med."""
+    if record.optional("answer_type"):
+        return record.choice("answer_type", ANSWER_TYPES)
+    return "CLOSED" if answer.strip().rstrip(".").lower() in ("yes", "no") else "OPEN"
+
+
+def _turns(record: Record, key: str) -> Iterator[tuple[str, str, str | None]]:
     messages = record[key]
     if not isinstance(messages, list) or not messages or len(messages) % 2:
         raise DataError(
@@ -232,14 +385,14 @@ def _turns(record: Record) -> Iterator[tuple[str, str]]:
         )
     for human, gpt in zip(messages[::2], messages[1::2], strict=True):
         asked, answered = Record(human, record.where), Record(gpt, record.where)
-        if asked["from"] != "human" or answered["from"] != "gpt":
+        if asked["from"] not in _ASKS or answered["from"] not in _ANSWERS:
             raise DataError(
                 f"{record.where}: a turn is out of order.", 'Let "human" and "gpt" take turns.'
             )
         question = asked.text("value").replace("<image>", "").strip()
         if not question:
             raise DataError(f"{record.where}: a question is empty.", "Fill it in.")
-        yield question, answered.text("value", empty=True)
+        yield question, answered.text("value", empty=True), answered.as_written("value")
 
 
 def _require_images(images: list[Path], file: Path) -> None:

@@ -1,28 +1,42 @@
-"""Official downloads of SLAKE, VQA-RAD and PathVQA -> our JSONL and images.
+"""What people have -> a dataset folder: official downloads, lists of questions, labelled images.
 
 SLAKE (Liu et al. 2021): `imgs/xmlabN/source.jpg`, train.json, validate.json, test.json; English
 and Chinese. VQA-RAD (Lau et al. 2018): "VQA_RAD Dataset Public.json", "VQA_RAD Image Folder/".
-PathVQA (He et al. 2020): its own questions are pickles, which are never opened; the Hugging Face
-parquet files (image, question, answer) are read instead, or the same lists saved as JSON.
+PathVQA (He et al. 2020): its own questions are pickles, which are never opened; the same lists
+saved as JSON are read. Of all three the parquet files of Hugging Face are read (image, question,
+answer; further columns where they are).
 """
 
 import hashlib
 import importlib
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from medmoe_edge.atomic import atomic_folder
-from medmoe_edge.data.datasets import ANSWER_TYPES, Record, Split, UniqueIds, parse_json
+from medmoe_edge.data.datasets import (
+    ANSWER_TYPES,
+    SPLITS,
+    Record,
+    Split,
+    answer_type,
+    modality_name,
+    parse_json,
+    read_examples,
+)
 from medmoe_edge.data.download import Download, safe_name
-from medmoe_edge.errors import DataError, MissingDependencyError
+from medmoe_edge.data.folder import Addition, Prepared, adding, split_evenly
+from medmoe_edge.errors import DataError, InputError, MissingDependencyError
 
 Dataset = Literal["slake", "vqa-rad", "pathvqa"]
 
+LANGUAGES: dict[Dataset, tuple[str, ...]] = {
+    "slake": ("en", "zh"),
+    "vqa-rad": ("en",),
+    "pathvqa": ("en",),
+}
+_SOURCES: dict[Dataset, str] = {"slake": "slake", "vqa-rad": "vqa_rad", "pathvqa": "pathvqa"}
 _MODALITIES = {"ct": "ct", "mri": "mri", "x-ray": "xray"}
 _ORGANS = {"head": "head", "chest": "chest", "abd": "abdomen"}
 _SPLIT_FILES: dict[Split, tuple[str, ...]] = {
@@ -31,83 +45,117 @@ _SPLIT_FILES: dict[Split, tuple[str, ...]] = {
     "test": ("test",),
 }
 
-SUMMARY = "dataset.json"
-
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What was written: the folder, the questions per split, and the images."""
+def prepare(
+    dataset: Dataset,
+    source: Path,
+    out: Path,
+    *,
+    languages: Sequence[str] = ("en",),
+    as_published: bool = False,
+    force: bool = False,
+) -> Prepared:
+    """Add a downloaded folder or zip to the dataset folder `out`; see `folder.adding`.
 
-    folder: Path
-    questions: dict[Split, int]
-    images: int
-
-
-def prepare(dataset: Dataset, source: Path, out: Path, *, force: bool = False) -> Prepared:
-    """Turn a downloaded folder or zip into `out`: train/val/test.jsonl, `images/`, dataset.json.
-
-    Splits are the official ones (VQA-RAD has no val, and its train and test share images); images
-    are copied byte for byte. `out` appears only when complete; an existing one is refused, and
-    with `force` replaced if it is an earlier result.
+    Splits are the official ones; images are copied byte for byte. VQA-RAD has no val, and its
+    train and test share images: what is asked about those in train is left out, unless its splits
+    are kept `as_published`. `out` changes only when all is complete.
 
     Raises `DataError` for a download that is incomplete, damaged or not what `dataset` says,
-    `MissingDependencyError` for parquet files without pyarrow, `ResourceError` if the disk fails.
+    `InputError` for a language that it does not have and as `adding`, `MissingDependencyError` for
+    parquet files without pyarrow, `ResourceError` if the disk fails.
     """
-    out = out.resolve()
-    with Download(source) as download, atomic_folder(out, force=force, marker=SUMMARY) as folder:
-        writer = _Writer(folder, download)
-        _READERS[dataset](download, writer)
-        prepared = Prepared(out, writer.finish(), writer.images)
-        summary = {"dataset": dataset, "questions": prepared.questions, "images": prepared.images}
-        (folder / SUMMARY).write_text(json.dumps(summary) + "\n", encoding="utf-8")
-        return prepared
+    for language in languages:
+        if language not in LANGUAGES[dataset]:
+            raise InputError(
+                f"{dataset} has no questions in {language!r}.",
+                f"It has: {', '.join(LANGUAGES[dataset])}.",
+            )
+    name = _SOURCES[dataset]
+    with (
+        Download(source) as download,
+        adding(name, out, force=force, as_published=as_published) as (addition, prepared),
+    ):
+        writer = _Writer(addition, download, tuple(languages))
+        if parquet := download.names(".parquet"):
+            for file in parquet:
+                _parquet(file, writer, pathology=dataset == "pathvqa")
+        else:
+            _READERS[dataset](download, writer)
+        writer.finish()
+    return prepared[0]
+
+
+def add_questions(
+    source: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    split: Split | None = None,
+    force: bool = False,
+) -> Prepared:
+    """Add a list of questions, in either form of `read_examples`, with its images.
+
+    Without `split`, a tenth of the pictures each is held out to validate and to test on. `name` is
+    the set's, by default the file's. Raises `DataError` as `read_examples` does.
+    """
+    examples = read_examples(source, check_images=True)
+    sums = {example.image: _sum(example.image) for example in examples}
+    splits = split_evenly(dict.fromkeys(sums.values()))
+    name = set_name(name or source.stem)
+    with adding(name, out, force=force) as (addition, prepared):
+        for example in examples:
+            mark = sums[example.image]
+            image = f"{mark[:16]}{''.join(example.image.suffixes[-2:])}"
+            addition.ask(
+                split or splits[mark],
+                id=example.id,
+                image=addition.write(image, example.image.read_bytes()),
+                question=example.question,
+                answer=example.answer,
+                answer_type=example.answer_type,
+                modality=example.modality,
+                body=example.body,
+                content=example.content,
+                source=name if example.source == source.stem else example.source,
+            )
+    return prepared[0]
+
+
+def set_name(text: str) -> str:
+    """A name for a set that is also one for a folder."""
+    return re.sub(r"[^\w-]+", "_", text).strip("_") or "mine"
+
+
+def _sum(image: Path) -> str:
+    return hashlib.sha256(image.read_bytes()).hexdigest()
 
 
 class _Writer:
-    """Collects questions and copies images into a folder that nobody else sees yet."""
+    """Copies the questions and images of a download into a set."""
 
-    def __init__(self, folder: Path, download: Download) -> None:
-        self.folder = folder
-        self.questions: dict[Split, list[dict[str, str | None]]] = {
-            "train": [],
-            "val": [],
-            "test": [],
-        }
+    def __init__(self, addition: Addition, download: Download, languages: tuple[str, ...]) -> None:
+        self.addition, self.languages = addition, languages
         self._download = download
-        self._unique = UniqueIds()
-        self._copied: set[str] = set()
         self._missing: set[str] = set()
 
-    @property
-    def images(self) -> int:
-        return len(self._copied)
-
-    def add(self, split: Split, *, id: str, **fields: str | None) -> None:
-        """Add one question; the keyword arguments are the fields of `Example`."""
-        self.questions[split].append({"id": self._unique(id), **fields})
-
     def copy(self, name: str, member: str) -> str:
-        """Copy an image of the download to `images/name`, once; gives that path back."""
+        """Copy an image of the download, once; gives its path in the folder back."""
         found = self._download.find(member)
         if found is None:
             self._missing.add(name)
-        elif name not in self._copied:
-            self.write(name, self._download.read(found))
-        return f"images/{name}"
+            return f"images/{self.addition.name}/{name}"
+        content = b"" if name in self.addition.copied else self._download.read(found)
+        return self.addition.write(name, content)
 
-    def write(self, name: str, content: bytes) -> str:
-        """Write an image to `images/name`, once; gives that path back."""
-        if name not in self._copied:
-            path = self.folder / "images" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-            self._copied.add(name)
-        return f"images/{name}"
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """The rows of a parquet file of the download."""
+        return _parquet_rows(self._download.path(name))
 
-    def finish(self) -> dict[Split, int]:
-        """Write the question files; gives the number of questions per split that has any."""
+    def finish(self) -> None:
+        """Raise `DataError` where images are missing, or there is no question at all."""
         source = self._download.source
         if self._missing:
             raise DataError(
@@ -115,25 +163,17 @@ class _Writer:
                 f"{min(self._missing)} among them.",
                 "Download the images too, or again.",
             )
-        counts: dict[Split, int] = {
-            split: len(lines) for split, lines in self.questions.items() if lines
-        }
-        if not counts:
+        if not any(self.addition.questions.values()):
             raise DataError(f"{source} holds no questions.", "Check that it is this dataset.")
-        for split in counts:
-            lines = (json.dumps(line, ensure_ascii=False) for line in self.questions[split])
-            text = "\n".join(lines) + "\n"
-            (self.folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        return counts
 
 
 def _slake(download: Download, writer: _Writer) -> None:
     for split, names in _SPLIT_FILES.items():
         for record in _json_records(download, *(f"{name}.json" for name in names)):
-            if record.text("q_lang") != "en":
+            if record.text("q_lang") not in writer.languages:
                 continue
             name = record.text("img_name")
-            writer.add(
+            writer.addition.ask(
                 split,
                 id=f"slake-{record.text('qid')}",
                 image=writer.copy(safe_name(name, record.where), f"imgs/{name}"),
@@ -150,7 +190,7 @@ def _slake(download: Download, writer: _Writer) -> None:
 def _vqa_rad(download: Download, writer: _Writer) -> None:
     for record in _json_records(download, "VQA_RAD Dataset Public.json"):
         name = record.text("image_name")
-        writer.add(
+        writer.addition.ask(
             "test" if record.text("phrase_type").startswith("test_") else "train",
             id=f"rad-{record.text('qid')}",
             image=writer.copy(safe_name(name, record.where), name),
@@ -164,29 +204,41 @@ def _vqa_rad(download: Download, writer: _Writer) -> None:
         )
 
 
-def _pathvqa(download: Download, writer: _Writer) -> None:
-    parquet = download.names(".parquet")
-    for name in parquet:
-        _pathvqa_parquet(download, name, writer)
-    if not parquet:
-        _pathvqa_json(download, writer)
-
-
-def _pathvqa_parquet(download: Download, name: str, writer: _Writer) -> None:
-    split = _split_of(name)
-    for number, row in enumerate(_parquet_rows(download.path(name)), start=1):
+def _parquet(name: str, writer: _Writer, *, pathology: bool) -> None:
+    """One file of a dataset on Hugging Face; each row repeats its image."""
+    split, addition = _split_of(name), writer.addition
+    for number, row in enumerate(writer.rows(name), start=1):
         record = Record(row, f"{name}, row {number}")
+        language = _first(record, "q_lang", "lang", "language") or "en"
+        if language.lower() not in writer.languages:
+            continue
         image = record["image"]
         content = image.get("bytes") if isinstance(image, dict) else None
         if not isinstance(content, bytes) or not content:
             raise DataError(f"{record.where} has no image.", "Download the file again.")
-        # Each row repeats its image; equal bytes become one file.
+        # equal bytes become one file
         kind = "png" if content.startswith(b"\x89PNG") else "jpg"
-        image_name = f"{hashlib.sha256(content).hexdigest()[:16]}.{kind}"
-        _add_pathvqa(writer, split, writer.write(image_name, content), record)
+        answer = record.text("answer", empty=True)
+        modality = "pathology" if pathology else record.optional("modality")
+        addition.ask(
+            split,
+            id=f"{addition.name}-{split}-{len(addition.questions[split]) + 1}",
+            image=addition.write(f"{hashlib.sha256(content).hexdigest()[:16]}.{kind}", content),
+            modality=modality_name(modality) if modality else None,
+            body=_first(record, "location", "image_organ", "body"),
+            question=record.text("question"),
+            answer=answer,
+            answer_type=answer_type(record, answer),
+            content=_first(record, "content_type", "question_type", "content"),
+            source=addition.name,
+        )
 
 
-def _pathvqa_json(download: Download, writer: _Writer) -> None:
+def _first(record: Record, *keys: str) -> str | None:
+    return next((found for key in keys if (found := record.optional(key))), None)
+
+
+def _pathvqa(download: Download, writer: _Writer) -> None:
     if not download.names("_qa.json") and download.names(".pkl"):
         raise DataError(
             f"{download.source} holds PathVQA's questions as pickles, which can run code when "
@@ -202,24 +254,18 @@ def _pathvqa_json(download: Download, writer: _Writer) -> None:
                     "It needs no preparation: give the file to train or eval as it is.",
                 )
             name = safe_name(f"{record.text('image')}.jpg", record.where)
-            _add_pathvqa(writer, split, writer.copy(name, name), record)
-
-
-def _add_pathvqa(writer: _Writer, split: Split, image: str, record: Record) -> None:
-    answer = record.text("answer", empty=True)
-    writer.add(
-        split,
-        id=f"pathvqa-{split}-{len(writer.questions[split]) + 1}",
-        image=image,
-        modality="pathology",
-        body=None,
-        question=record.text("question"),
-        answer=answer,
-        # The download has no answer types; as in LLaVA-Med, yes and no are the closed answers.
-        answer_type="CLOSED" if answer.lower() in ("yes", "no") else "OPEN",
-        content=None,
-        source="pathvqa",
-    )
+            answer = record.text("answer", empty=True)
+            writer.addition.ask(
+                split,
+                id=f"pathvqa-{split}-{len(writer.addition.questions[split]) + 1}",
+                image=writer.copy(name, name),
+                modality="pathology",
+                question=record.text("question"),
+                answer=answer,
+                # The download has no answer types; yes and no are the closed answers.
+                answer_type=answer_type(record, answer),
+                source="pathvqa",
+            )
 
 
 _READERS: dict[Dataset, Callable[[Download, _Writer], None]] = {
@@ -249,9 +295,9 @@ def _json_records(download: Download, *names: str) -> Iterator[Record]:
 def _split_of(parquet: str) -> Split:
     """From data/train-00000-of-00007.parquet or, as Hugging Face converts, train/0000.parquet."""
     path = PurePosixPath(parquet)
-    for split, names in _SPLIT_FILES.items():
-        if path.parent.name in names or re.split(r"\W", path.name)[0] in names:
-            return split
+    for name in (path.parent.name, re.split(r"\W", path.name)[0]):
+        if name in SPLITS:
+            return SPLITS[name]
     raise DataError(f"{parquet} does not tell its split.", "Keep the download's own file names.")
 
 

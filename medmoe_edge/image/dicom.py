@@ -7,6 +7,7 @@ codestream become stored values (`dicom_pixels`, `codestreams`), these become gr
 No value of the file reaches a message: it may be about a patient.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,21 @@ def read_kind(path: Path) -> tuple[str | None, str | None]:
         modality = modality_of(container.header)
         kind = _class_name(container)
     return kind, modality
+
+
+def read_origin(path: Path) -> tuple[str | None, str | None]:
+    """A file's modality, and a name for its patient: a hash of the PatientID; None if not stated.
+
+    The hash keeps one patient's images together and does not tell who that is to a reader; whoever
+    knows the list of all identifiers can still find it out.
+
+    Raises:
+        Exception: Whatever pydicom raises where its attributes are damaged.
+    """
+    with open_container(path, shown_name(path), lambda *_: None) as container:
+        patient = container.header.text("PatientID")
+        modality = modality_of(container.header)
+    return modality, hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
 
 
 def _read_stored(

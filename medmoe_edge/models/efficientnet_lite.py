@@ -142,6 +142,15 @@ def load_imagenet_weights(tower: EfficientNetLite, path: Path) -> None:
             convolution.bias.copy_(beta - mean * scale)
 
 
+def feature_size(variant: str) -> int:
+    """Channels of the tokens that a variant yields."""
+    channels, widths = 32, []
+    for index in range(len(STAGES)):
+        _, channels = _stage(index, channels, variant)
+        widths.append(channels)
+    return widths[-1] + 4 * widths[STRIDE_16_STAGE]
+
+
 def _wrong_variant(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path.name} does not hold this EfficientNet-lite variant.", "Check vision.variant."

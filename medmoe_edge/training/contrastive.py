@@ -6,7 +6,7 @@ A run is one phase; it minimises the losses of `models/contrastive.py`.
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,16 @@ from medmoe_edge.contrastive.engine import open_checkpoint
 from medmoe_edge.contrastive.evaluate import Task, best_prompts, fit_scores, zero_shot_tasks
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.data.captions import Captioned, fact_captions, label_captions
-from medmoe_edge.data.datasets import LabelledImage, Place, read_examples, read_labels, read_places
+from medmoe_edge.data.datasets import (
+    BOXES_FILES,
+    LABELS_FILE,
+    LabelledImage,
+    Place,
+    questions_of,
+    read_examples,
+    read_labels,
+    read_places,
+)
 from medmoe_edge.errors import DataError
 from medmoe_edge.models.contrastive import (
     GROUNDING_WEIGHT,
@@ -39,7 +48,8 @@ from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.training.contrastive_data import ModalityBatch, ModalityBatches, train_word_pieces
 from medmoe_edge.training.initialise import random_modality_model
 from medmoe_edge.training.loop import Loader, Session, fit
-from medmoe_edge.training.recipe import Schedule, recipe_json
+from medmoe_edge.training.recipe import PrecisionChoice, Schedule, about, recipe_json
+from medmoe_edge.training.report import Planned, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -51,14 +61,24 @@ class ModalityRecipe(Config):
     are taught where it is; those on other images are not looked at.
     """
 
-    preset: str
-    seed: int
-    questions: str
-    labels: str
-    schedule: Schedule
-    shared_expert: bool = False
-    hold_out: int = 20
-    boxes: str | None = None
+    preset: str = field(metadata=about("the model's shape, by the name of a preset"))
+    seed: int = field(metadata=about("of the first weights and of all draws"))
+    schedule: Schedule = field(metadata=about("the one phase"))
+    precision: PrecisionChoice = field(
+        default="auto",
+        metadata=about("of the products: auto takes what this processor does fastest"),
+    )
+    questions: str | None = field(
+        default=None, metadata=about("that give captions; left out, train.jsonl")
+    )
+    labels: str | None = field(default=None, metadata=about("of images; left out, labels.jsonl"))
+    boxes: str | None = field(
+        default=None, metadata=about("around what phrases name; left out, boxes.json")
+    )
+    shared_expert: bool = field(default=False, metadata=about("train the model without experts"))
+    hold_out: int = field(
+        default=20, metadata=about("each so many-th image is kept to fit scores on")
+    )
 
     def model_config(self) -> ModalityConfig:
         """What is trained; raises `DataError` for a preset that is no MedMoE."""
@@ -128,15 +148,26 @@ class ModalityCorpus:
     validation: list[LabelledImage]
 
 
-def train_modality(recipe: ModalityRecipe, data: Path, out: Path, progress: Progress) -> Path:
-    """Run a recipe; returns the checkpoint folder `out/checkpoint`.
+def train_modality(
+    recipe: ModalityRecipe,
+    data: Path,
+    out: Path,
+    progress: Progress,
+    options: TrainOptions | None = None,
+) -> Path:
+    """Run a recipe on a dataset folder; returns the checkpoint folder `out/checkpoint`.
 
     The state is saved in `out` after every epoch, so a second call goes on where the first was
     interrupted. Runs under `accelerate launch` unchanged.
     """
+    options = options or TrainOptions()
     config = recipe.model_config()
     corpus = read_modality_corpus(recipe, data)
-    session = Session.begin(out, recipe.seed, progress)
+    precision = options.precision or recipe.precision
+    session = Session.begin(
+        out, recipe.seed, progress, precision, options.say, tensorboard=options.tensorboard
+    )
+    session.report.plan([Planned("alignment", recipe.schedule.epochs, len(corpus.captioned))])
     texts = [item.caption for item in corpus.captioned]
     tokenizer_file = session.once(
         "tokenizer.json", lambda file: train_word_pieces(texts, config.text.vocab_size, file)
@@ -165,6 +196,7 @@ def train_modality(recipe: ModalityRecipe, data: Path, out: Path, progress: Prog
         scores = fit_scores(open_checkpoint(folder).runtime, corpus.held_out)
         with atomic_file(folder / SCORES) as file:
             file.write(json.dumps(scores.to_json(), indent=2).encode() + b"\n")
+    session.report.close()
     return folder
 
 
@@ -173,7 +205,7 @@ def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
 
     Raises `DataError` also where what is held out has nothing to fit scores on.
     """
-    labelled = read_labels(data / recipe.labels)
+    labelled = read_labels(data / (recipe.labels or LABELS_FILE))
     learned, held_out = hold_out([i for i in labelled if i.split == "train"], recipe.hold_out)
     if not zero_shot_tasks(held_out):
         raise DataError(
@@ -181,12 +213,15 @@ def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
             "do not have two findings of one kind of image.",
             "Label more images, or set hold_out lower.",
         )
-    facts = fact_captions(read_examples(data / recipe.questions))
+    questions = data / recipe.questions if recipe.questions else questions_of(data, "train")
+    facts = fact_captions(read_examples(questions)) if questions else []
     captioned = [*label_captions(learned), *facts]
     images = [item.image for item in captioned]
+    drawn = [data / recipe.boxes] if recipe.boxes else [data / name for name in BOXES_FILES]
+    boxes = next((file for file in drawn if recipe.boxes or file.is_file()), None)
     return ModalityCorpus(
         captioned,
-        read_places(data / recipe.boxes, images) if recipe.boxes else [],
+        read_places(boxes, images) if boxes else [],
         held_out,
         [item for item in labelled if item.split != "train"],
     )

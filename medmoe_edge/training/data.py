@@ -60,22 +60,29 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 Item = TypeVar("Item")
 
 
+KEPT_BYTES = 2 * 10**9  # of decoded images
+
+
 class Pictures:
-    """Images as a tower's input; decoded ones are kept, so an epoch reads no file twice."""
+    """Images as a tower's input; decoded ones are kept, up to `KEPT_BYTES`, for later epochs."""
 
     def __init__(self, vision: VisionConfig | SwinConfig) -> None:
         self.vision = vision
         self._pixels: dict[Path, Tensor] = {}
+        self._room = KEPT_BYTES
 
     def stack(self, paths: Iterable[Path]) -> Tensor:
         """Normalised pixels `[B, 3, S, S]`."""
         return torch.stack([self._load(path) for path in paths]).float()
 
     def _load(self, path: Path) -> Tensor:
-        if path not in self._pixels:
-            pixels = preprocess(load_image(path), self.vision)
-            self._pixels[path] = torch.from_numpy(pixels[0]).half()
-        return self._pixels[path]
+        if path in self._pixels:
+            return self._pixels[path]
+        pixels = torch.from_numpy(preprocess(load_image(path), self.vision)[0]).half()
+        if pixels.nbytes <= self._room:
+            self._room -= pixels.nbytes
+            self._pixels[path] = pixels
+        return pixels
 
 
 class Listed(Dataset[Item]):
@@ -122,32 +129,33 @@ def from_examples(examples: Iterable[Example]) -> list[Conversation]:
 
 def instructions(labelled: Iterable[LabelledImage]) -> list[Conversation]:
     """Classification posed as questions, in the wording of the VQA sets."""
+    asked = (
+        (
+            image,
+            (
+                ("What modality is used to take this image?", _spoken(image.modality)),
+                ("Which part of the body does this image belong to?", tidy_answer(image.body)),
+                ("What is the finding in this image?", tidy_answer(image.finding)),
+            ),
+        )
+        for image in labelled
+    )
     return [
         Conversation(
             image.image,
             image.modality,
-            (
-                ("What modality is used to take this image?", _spoken(image.modality)),
-                (
-                    "Which part of the body does this image belong to?",
-                    tidy_answer(image.body),
-                ),
-                ("What is the finding in this image?", tidy_answer(image.finding)),
-            ),
+            tuple((question, answer) for question, answer in turns if answer),
             image.source,
         )
-        for image in labelled
+        for image, turns in asked
     ]
 
 
 def captions(labelled: Iterable[LabelledImage], examples: Iterable[Example]) -> list[Conversation]:
     """Image-caption pairs: what the image is and, where a label says so, what it shows."""
-    pairs = [
-        (item.image, item.modality, f"{item.body}: {item.finding}", item.source)
-        for item in labelled
-    ]
+    pairs = [(item.image, item.modality, item.body, item.finding, item.source) for item in labelled]
     pairs += [
-        (item.image, item.modality, item.body.lower(), item.source)
+        (item.image, item.modality, item.body.lower(), "", item.source)
         for item in {example.image: example for example in examples}.values()
         if item.modality and item.body
     ]
@@ -155,11 +163,16 @@ def captions(labelled: Iterable[LabelledImage], examples: Iterable[Example]) -> 
         Conversation(
             image,
             modality,
-            (("Describe this image.", f"{_spoken(modality)} of the {what}"),),
+            (("Describe this image.", _caption(modality, body, finding)),),
             source,
         )
-        for image, modality, what, source in pairs
+        for image, modality, body, finding, source in pairs
     ]
+
+
+def _caption(modality: str, body: str, finding: str) -> str:
+    shown = f"{_spoken(modality)} of the {body}" if body else _spoken(modality)
+    return f"{shown}: {finding}" if finding else shown
 
 
 def vary_question(question: str, order: random.Random) -> str:

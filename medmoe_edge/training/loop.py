@@ -1,4 +1,4 @@
-"""The one training loop: cosine, bf16, accumulation, a JSONL log, and resuming from disk.
+"""The one training loop: cosine, accumulation, adapters, logs, and resuming from disk.
 
 Muon trains the matrices inside decoder, Swin and BERT, AdamW the rest. Muon orthogonalises the
 momentum of a matrix (https://kellerjordan.github.io/posts/muon), which reaches a given loss in
@@ -10,7 +10,6 @@ Weights and optimiser moments are kept as safetensors, written atomically. Accel
 """
 
 import json
-import logging
 import math
 import os
 import time
@@ -19,10 +18,11 @@ from dataclasses import dataclass
 from fnmatch import filter as matching
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.utils.data import DataLoader
 
-from medmoe_edge.errors import DataError, ResourceError
-from medmoe_edge.training.recipe import Schedule
+from medmoe_edge.checkpoint.keys import is_router
+from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
+from medmoe_edge.training.recipe import PrecisionChoice, Schedule
+from medmoe_edge.training.report import LOG, PRECISION, RunReport, Say, choose_precision, described
 
 _INNER = ("model.decoder.layers.", "model.text.layers.", "model.vision.stages.")
 
@@ -39,8 +41,9 @@ _INNER = ("model.decoder.layers.", "model.text.layers.", "model.vision.stages.")
 def make_optimisers(objective: nn.Module, phase: Schedule) -> list[Optimizer]:
     """The optimisers of what `phase` trains; a group's `rate` is its share of the learning rate."""
     learning = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in learning if _is_inner_matrix(name, p)]
-    others = [(name, p) for name, p in learning if not _is_inner_matrix(name, p)]
+    muons = {name for name, p in learning if phase.optimiser == "muon" and _for_muon(name, p)}
+    matrices = [p for name, p in learning if name in muons]
+    others = [(name, p) for name, p in learning if name not in muons]
     optimisers: list[Optimizer] = []
     if matrices:
         group = {"params": matrices, "rate": phase.matrix_rate}
@@ -63,9 +66,12 @@ def set_learning_rate(optimisers: list[Optimizer], rate: float) -> None:
             group["lr"] = rate * group["rate"]
 
 
-def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
-    # a Swin's offset biases are a table; the kernels of a convolutional tower have four dimensions
-    return name.startswith(_INNER) and parameter.ndim == 2 and not name.endswith("offset_bias")
+def _for_muon(name: str, parameter: nn.Parameter) -> bool:
+    # a Swin's offset biases are a table, an adapter's two matrices are one in two parts, and the
+    # kernels of a convolutional tower have four dimensions
+    if name.endswith("offset_bias") or ".lora_" in name:
+        return False
+    return name.startswith(_INNER) and parameter.ndim == 2
 
 
 def _groups(parameters: list[tuple[str, nn.Parameter]], phase: Schedule) -> list[dict[str, object]]:
@@ -142,8 +148,6 @@ def _moments(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {moment: tensors[f"optimiser.{moment}.{own}"] for _, moment, own in keys if own == name}
 
 
-log = logging.getLogger(__name__)
-
 # As torch names it, by its items; it yields batches that have `to(device)`.
 Loader = DataLoader[Any]
 Objective = TypeVar("Objective", bound=nn.Module)  # its forward gives the loss of a batch
@@ -156,17 +160,43 @@ class Session:
     folder: Path
     seed: int
     accelerator: Accelerator
-    progress: Progress
+    report: RunReport
 
     @classmethod
-    def begin(cls, folder: Path, seed: int, progress: Progress) -> Self:
-        """In bf16, on what `accelerate launch` gave; `folder` is made."""
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[unused])
-        folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder, seed, accelerator, progress)
+    def begin(
+        cls,
+        folder: Path,
+        seed: int,
+        progress: Progress,
+        precision: PrecisionChoice = "auto",
+        say: Say = lambda line: None,
+        *,
+        tensorboard: bool = False,
+    ) -> Self:
+        """On what `accelerate launch` gave, in the faster precision; `folder` is made.
 
-    def once(self, name: str, make: Callable[[Path], None]) -> Path:
+        A run that is resumed keeps the precision it was begun in.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = folder / PRECISION
+        device = PartialState().device
+        chosen = choose_precision(precision, device, kept)
+        AcceleratorState._reset_state()  # an earlier run of this process may be in another
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        mixed: Literal["bf16", "no"] = "bf16" if chosen.name == "bf16" else "no"
+        accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[unused])
+        main = accelerator.is_main_process
+        report = RunReport(folder, progress, say if main else lambda line: None, tensorboard)
+        session = cls(folder, seed, accelerator, report)
+        session.say(f"Training on {described(device)}, {chosen}.")
+        return session
+
+    @property
+    def say(self) -> Say:
+        """Tells in a line what is done."""
+        return self.report.say
+
+    def once(self, name: str, make: Callable[[Path], object]) -> Path:
         """A file of the folder, made by the main process unless an earlier run did."""
         file = self.folder / name
         with self.accelerator.main_process_first():
@@ -187,29 +217,32 @@ def fit(
 
     Runs unchanged under `accelerate launch`: everything distributed is Accelerate's.
     """
-    accelerator = session.accelerator
+    accelerator, report = session.accelerator, session.report
     accelerator.gradient_accumulation_steps = phase.accumulation
     prepare_parameters(objective, phase)
+    adapted = add_adapters(objective, phase)
     optimisers = make_optimisers(objective, phase)
     state = session.folder / f"{name}.safetensors"
     done = load_state(state, objective, optimisers) if state.exists() else 0
-    wrapped, *prepared = accelerator.prepare(objective, *optimisers)
-    task = session.progress.add_task(name, total=phase.epochs, completed=done)
-    for epoch in range(done, phase.epochs):
-        started = time.perf_counter()
-        torch.manual_seed(session.seed * 1000 + epoch)  # dropout, the same after a resume
-        loader = accelerator.prepare(epoch_batches(epoch))
-        objective.train()
-        loss = _epoch(wrapped, prepared, loader, phase, epoch, session)
-        objective.eval()
-        scores = validate(objective)
-        if accelerator.is_main_process:
-            save_state(state, objective, optimisers, epoch + 1)
-            seconds = round(time.perf_counter() - started, 1)
-            row = {"phase": name, "epoch": epoch, "loss": loss, "seconds": seconds} | scores
-            _append(session.folder / "log.jsonl", row)
-        session.progress.update(task, advance=1)
+    if done < phase.epochs:
+        wrapped, *prepared = accelerator.prepare(objective, *optimisers)
+        report.begin(name, phase.epochs, done)
+        for epoch in range(done, phase.epochs):
+            started = time.perf_counter()
+            torch.manual_seed(session.seed * 1000 + epoch)  # dropout, the same after a resume
+            loader = accelerator.prepare(epoch_batches(epoch))
+            objective.train()
+            loss = _epoch(wrapped, prepared, loader, phase, epoch, session)
+            objective.eval()
+            scores = validate(objective)
+            if accelerator.is_main_process:
+                save_state(state, objective, optimisers, epoch + 1)
+                seconds = round(time.perf_counter() - started, 1)
+                row = {"phase": name, "epoch": epoch, "loss": loss, "seconds": seconds} | scores
+                _append(session.folder / LOG, row)
+                report.epoch_done(row)
     objective.eval()
+    merge_adapters(objective, adapted)
     accelerator.free_memory()  # it would keep this phase's optimiser
 
 
@@ -230,7 +263,9 @@ def prepare_parameters(objective: nn.Module, phase: Schedule) -> None:
                 f"The recipe trains {pattern!r}, which matches no parameter.", "Correct it."
             )
         for name in names:
-            parameters[name].requires_grad = True
+            # the routers inside are one, trained apart: "decoder.*" does not mean them
+            meant = pattern == "*" or "router" in pattern or not is_router(name)
+            parameters[name].requires_grad |= meant
     for module in objective.modules():
         if isinstance(module, nn.Dropout):
             module.p = phase.dropout
@@ -253,7 +288,7 @@ def _epoch(
 ) -> float:
     accelerator = session.accelerator
     total, steps = 0.0, len(loader)
-    task = session.progress.add_task(f"epoch {epoch + 1}", total=steps)
+    session.report.begin_epoch(epoch, steps)
     for step, batch in enumerate(loader):
         factor = learning_rate_factor((epoch + (step + 1) / steps) / phase.epochs, phase.warmup)
         set_learning_rate(optimisers, phase.learning_rate * factor)
@@ -266,12 +301,58 @@ def _epoch(
                 optimiser.step()
                 optimiser.zero_grad()
         total += float(loss.detach())
-        session.progress.advance(task)
-    session.progress.remove_task(task)
+        session.report.step(len(batch.pixels) * accelerator.num_processes)
     return total / max(steps, 1)
 
 
 def _append(path: Path, row: Mapping[str, object]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    log.info("%s", row)
+
+
+def add_adapters(objective: nn.Module, phase: Schedule) -> list[str]:
+    """Give the decoder's matrices that the phase trains LoRA adapters, which learn in their place.
+
+    The rest of the decoder is frozen: embeddings and head would take most of the memory that
+    adapters save. Returns the adapted modules' names. LoRA: https://arxiv.org/abs/2106.09685, by
+    the package peft.
+
+    Raises `MissingDependencyError` without peft.
+    """
+    if not phase.lora_rank:
+        return []
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingDependencyError("peft", "train") from error
+    decoder = objective.get_submodule("model.decoder")
+    names = [
+        name
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and name != "head" and module.weight.requires_grad
+    ]
+    if not names:
+        return []
+    config = LoraConfig(
+        r=phase.lora_rank,
+        lora_alpha=phase.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=phase.dropout,
+        target_modules=names,
+    )
+    inject_adapter_in_model(config, decoder)
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad = ".lora_" in name
+    return names
+
+
+def merge_adapters(objective: nn.Module, names: Sequence[str]) -> None:
+    """Add what adapters have learned to the matrices, which take their places again."""
+    if not names:
+        return
+    decoder = objective.get_submodule("model.decoder")
+    for name in names:
+        layer: Any = decoder.get_submodule(name)
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), child, layer.get_base_layer())
+    del decoder.peft_config  # what injection left: the next phase has adapters of its own

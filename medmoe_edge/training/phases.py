@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,7 +23,18 @@ from medmoe_edge.training.data import (
     Conversation,
 )
 from medmoe_edge.training.loop import Loader, Session, fit
-from medmoe_edge.training.recipe import PhaseConfig
+from medmoe_edge.training.recipe import PhaseConfig, Recipe
+from medmoe_edge.training.router import (
+    best_experts,
+    few_of_each,
+    fit_in_place,
+    fit_router,
+    install,
+    kept_router,
+    pooled_features,
+)
+
+ROUTER = "router.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Scores:
     """
 
     exact: Tensor  # bool, one per turn
-    modality: Tensor  # index per image
+    modality: Tensor | None  # index per image; None while there is no router
 
 
 class Objective(nn.Module):
@@ -84,6 +95,8 @@ class Objective(nn.Module):
             for row in range(len(labels))
             for segment in range(1, int(segments[row].max()) + 1)
         ]
+        if self.router is None and self.model.config.moe is None:
+            return Scores(torch.stack(exact), None)
         images = self._pools(batch)[0]
         return Scores(torch.stack(exact), self._modality_logits(output, images).argmax(-1))
 
@@ -120,13 +133,24 @@ class Corpus:
     classification: list[Conversation]
     validation: list[Conversation]
 
+    @property
+    def everything(self) -> list[Conversation]:
+        """What is learned from."""
+        return [*self.captions, *self.questions, *self.classification]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that what is learned from names, in the order of their names."""
+        return tuple(sorted({each.modality for each in self.everything if each.modality}))
+
 
 def align(
     model: MedMoE, corpus: Corpus, phase: PhaseConfig, batches: Batches, session: Session
 ) -> None:
     """Phase 1, in place: captions teach the projector the decoder's language.
 
-    A decoder that starts from nothing, as nano's, learns here too: its recipe says so.
+    A decoder that starts from nothing, as nano's, learns here too: its recipe says so. A model with
+    experts already is aligned with them.
     """
 
     def epoch_batches(epoch: int) -> Loader:
@@ -141,16 +165,96 @@ def instruct(
     model: MedMoE,
     moe: MoEConfig,
     corpus: Corpus,
-    phase: PhaseConfig,
+    recipe: Recipe,
     batches: Batches,
     session: Session,
-) -> nn.Linear:
-    """Phase 2, in place: instructions, and beside them the router as a modality classifier."""
-    size = model.config.decoder.hidden_size
-    router = nn.Linear(size, moe.num_experts, bias=moe.router_bias)
+) -> nn.Linear | None:
+    """Phase 2, in place: instructions, and beside them the router, where the recipe says so.
+
+    It learns as a modality classifier. None where it is fitted later, or stays as it is.
+    """
+    router = None
+    if recipe.router == "joint" and not _keeps_router(model, moe, corpus):
+        router = nn.Linear(model.config.decoder.hidden_size, moe.num_experts, bias=moe.router_bias)
     objective = Objective(model, router, moe.layers)
-    fit_instructions("instruction", objective, corpus, phase, batches, session)
+    fit_instructions("instruction", objective, corpus, recipe.instruction, batches, session)
     return router
+
+
+def route(
+    model: MedMoE,
+    router: nn.Linear | None,
+    config: ModelConfig,
+    corpus: Corpus,
+    batches: Batches,
+    session: Session,
+) -> MedMoE:
+    """The model of phase 3, in place: with experts, and with the router of phase 2 in each layer.
+
+    Where phase 2 gave none it is fitted to images of known modality; a model that has routers keeps
+    them where the data is of some of its modalities alone, or says none.
+    """
+    moe = config.moe
+    assert moe is not None
+    if _keeps_router(model, moe, corpus):
+        return model
+    file = session.folder / ROUTER
+    known = few_of_each([*corpus.classification, *corpus.questions])
+    fitted = router is None and not file.exists()
+    if router is None:
+        if fitted:
+            session.say("Fitting the router to images of known modality.")
+            features = pooled_features(model, moe.layers, batches, known)
+            router = fit_router(features, moe.num_experts, bias=moe.router_bias)
+        else:
+            router = kept_router(file, None)
+    if model.config.moe is None:
+        model = upcycle(model, router, config)
+    install(model, router)
+    if fitted:
+        install(model, kept_router(file, fit_in_place(model, batches, known)))
+    return model
+
+
+def _keeps_router(model: MedMoE, moe: MoEConfig, corpus: Corpus) -> bool:
+    named = set(corpus.modalities)
+    return model.config.moe is not None and (not named or named < set(moe.expert_names))
+
+
+def expand(model: MedMoE, config: ModelConfig, corpus: Corpus, batches: Batches) -> MedMoE:
+    """A model of `config` from one with other experts: each starts as the one that it suits.
+
+    That is the expert of the same name, or else the one that the model's own router sends most
+    images of the modality to. Meta experts stay; routers too where the experts are the same.
+    """
+    old, new = model.config.moe, config.moe
+    assert old is not None
+    assert new is not None
+    model.config = config
+    if old.expert_names == new.expert_names and old.num_experts == new.num_experts:
+        if old.top_k != new.top_k:
+            for layer in new.layers:
+                model.moe_layer(layer).top_k = new.top_k
+        return model
+    shown = few_of_each([*corpus.classification, *corpus.questions])
+    model.config = replace(config, moe=old)
+    features = pooled_features(model, old.layers, batches, shown)
+    suited = best_experts(model, features, new.num_experts)
+    model.config = config
+    source = [
+        old.expert_names.index(name) if name in old.expert_names else suited[index]
+        for index, name in enumerate(new.expert_names)
+    ]
+    for layer in new.layers:
+        moe = model.moe_layer(layer)
+        router = nn.Linear(config.decoder.hidden_size, new.num_experts, bias=new.router_bias)
+        with torch.no_grad():
+            router.weight.copy_(moe.router.weight[source])
+            if moe.router.bias is not None:
+                router.bias.copy_(moe.router.bias[source])
+        moe.experts = nn.ModuleList(copy.deepcopy(moe.experts[index]) for index in source)
+        moe.router, moe.top_k = router, new.top_k
+    return model
 
 
 def specialise(
@@ -219,7 +323,7 @@ def validation_scores(
             conversation = conversations[at + row]
             turns = hits.setdefault(conversation.source, [])
             turns += [next(exact) for _ in conversation.turns]
-            if modality != UNKNOWN:
+            if modality != UNKNOWN and scores.modality is not None:
                 guess = int(scores.modality[row]) == modality
                 hits.setdefault("modality", []).append(guess)
         at += len(moved.modality)

@@ -1,13 +1,29 @@
-"""What a training run is: a JSON recipe of data and three phases, read strictly."""
+"""What a training run is: a TOML or JSON recipe of a model, its data and three phases.
 
+Each field says in its metadata what it is for: the schema and `train --show-recipe` are made of it.
+"""
+
+import dataclasses
 import json
-from dataclasses import dataclass
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medmoe_edge.config import Config
 from medmoe_edge.errors import ConfigError, DataError
+
+MIN_VOCABULARY = 257  # one token a byte, and the end of an answer
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
+
+
+def about(text: str) -> dict[str, str]:
+    """The metadata of a field: what it is for."""
+    return {"about": text}
 
 
 @dataclass(frozen=True)
@@ -18,16 +34,42 @@ class Schedule(Config):
     that Muon trains.
     """
 
-    epochs: int
-    learning_rate: float
-    train: tuple[str, ...]
-    tower_rate: float = 0.1
-    matrix_rate: float = 1.0
-    batch_images: int = 16
-    accumulation: int = 1
-    warmup: float = 0.05
-    weight_decay: float = 0.05
-    dropout: float = 0.0
+    epochs: int = field(metadata=about("how often all images are seen; 0 leaves the phase out"))
+    learning_rate: float = field(metadata=about("at its highest, after the warm-up"))
+    train: tuple[str, ...] = field(
+        metadata=about("patterns of the parameters that learn; all others are frozen")
+    )
+    tower_rate: float = field(
+        default=0.1, metadata=about("learning rate of the vision tower, as a multiple")
+    )
+    matrix_rate: float = field(
+        default=1.0, metadata=about("learning rate of matrices under Muon, as a multiple")
+    )
+    batch_images: int = field(default=16, metadata=about("images in a step"))
+    accumulation: int = field(default=1, metadata=about("steps whose gradients are added up"))
+    warmup: float = field(
+        default=0.05, metadata=about("share of the phase in which the learning rate rises")
+    )
+    weight_decay: float = field(default=0.05, metadata=about("of matrices"))
+    dropout: float = field(
+        default=0.0, metadata=about("share of each layer's output that is dropped")
+    )
+    optimiser: Literal["muon", "adamw"] = field(
+        default="muon",
+        metadata=about(
+            "of the matrices inside: muon from nothing, adamw for what was trained with it"
+        ),
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata=about(
+            "0, or the rank of LoRA adapters that learn in place of the decoder's matrices: they "
+            "take a fraction of the memory, and are merged when the phase ends"
+        ),
+    )
+    lora_alpha: float = field(
+        default=32.0, metadata=about("what the adapters are scaled by, over their rank")
+    )
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or min(self.batch_images, self.accumulation, len(self.train)) < 1:
@@ -40,6 +82,12 @@ class Schedule(Config):
                 "A phase of the recipe has a share outside 0 to 1.",
                 "Check warmup (below 1) and dropout.",
             )
+        if self.lora_rank < 0 or not self.lora_alpha > 0:
+            raise ConfigError(
+                f"A phase of the recipe has lora_rank = {self.lora_rank} and lora_alpha = "
+                f"{self.lora_alpha}.",
+                "Use a rank of 8 to 64, or 0 for none; alpha is positive.",
+            )
 
 
 @dataclass(frozen=True)
@@ -49,10 +97,17 @@ class PhaseConfig(Schedule):
     `labelled_share` is the part of the labelled images that each epoch draws beside the questions.
     """
 
-    label_smoothing: float = 0.0
-    router_weight: float = 0.0
-    labelled_share: float = 1.0
-    max_turns: int = 12
+    label_smoothing: float = field(
+        default=0.0, metadata=about("share of the target spread over all tokens")
+    )
+    router_weight: float = field(
+        default=0.0, metadata=about("of the router's loss, where it is trained jointly")
+    )
+    labelled_share: float = field(
+        default=1.0,
+        metadata=about("share of the labelled images that an epoch draws beside the questions"),
+    )
+    max_turns: int = field(default=12, metadata=about("questions about one image in an epoch"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,36 +121,248 @@ class PhaseConfig(Schedule):
 
 
 @dataclass(frozen=True)
+class DecoderShape(Config):
+    """What of the preset's decoder is another."""
+
+    kind: Literal["phi", "stablelm"] | None = field(default=None, metadata=about("the family"))
+    hidden_size: int | None = field(default=None, metadata=about("channels"))
+    layers: int | None = field(
+        default=None, metadata=about("how many; every second one holds experts")
+    )
+    heads: int | None = field(default=None, metadata=about("of attention"))
+    intermediate_size: int | None = field(
+        default=None, metadata=about("of the feed-forward layers")
+    )
+    rotary_fraction: float | None = field(
+        default=None, metadata=about("of a head's channels that rotate")
+    )
+    max_positions: int | None = field(
+        default=None, metadata=about("tokens of image, question and answer")
+    )
+
+
+@dataclass(frozen=True)
+class TowerShape(Config):
+    """What of the preset's vision tower is another."""
+
+    kind: Literal["clip", "efficientnet-lite"] | None = field(
+        default=None, metadata=about("the family")
+    )
+    variant: Literal["lite0", "lite2"] | None = field(
+        default=None, metadata=about("of an EfficientNet-lite")
+    )
+    image_size: int | None = field(default=None, metadata=about("side of the image in pixels"))
+    patch_size: int | None = field(
+        default=None, metadata=about("side of a CLIP's patches in pixels")
+    )
+    feature_size: int | None = field(default=None, metadata=about("channels of a CLIP"))
+    layers: int | None = field(default=None, metadata=about("of a CLIP"))
+    heads: int | None = field(default=None, metadata=about("of a CLIP"))
+    intermediate_size: int | None = field(default=None, metadata=about("of a CLIP"))
+    pad_to_square: bool | None = field(
+        default=None, metadata=about("pad an image rather than cut it")
+    )
+
+
+@dataclass(frozen=True)
 class Recipe(Config):
     """A whole run: which model, which data (relative to the data folder), which phases."""
 
-    preset: str
-    seed: int
-    vocab_size: int
-    questions: str
-    labels: str
-    alignment: PhaseConfig
-    instruction: PhaseConfig
-    moe: PhaseConfig
-    validation: str | None = None
+    alignment: PhaseConfig = field(
+        metadata=about("phase 1: the projector learns the decoder's language")
+    )
+    instruction: PhaseConfig = field(
+        metadata=about("phase 2: the model learns to answer, the router to route")
+    )
+    moe: PhaseConfig = field(
+        metadata=about("phase 3: the experts specialise; the router is frozen")
+    )
+    preset: str | None = field(
+        default=None,
+        metadata=about(
+            "the model's shape, by the name of a preset; left out where the run starts from a "
+            "checkpoint"
+        ),
+    )
+    seed: int = field(default=0, metadata=about("of the first weights and of all draws"))
+    precision: PrecisionChoice = field(
+        default="auto",
+        metadata=about("of the products: auto takes what this processor does fastest"),
+    )
+    vocab_size: int | None = field(
+        default=None,
+        metadata=about(
+            f"tokens of the tokenizer, which is trained on the questions: {MIN_VOCABULARY} or "
+            "more; left out, the preset's; a checkpoint brings its own tokenizer"
+        ),
+    )
+    modalities: tuple[str, ...] | None = field(
+        default=None, metadata=about("one expert each, in this order; left out, those of the data")
+    )
+    top_k: int | None = field(
+        default=None, metadata=about("experts that see a token: 1 or 2; left out, the preset's")
+    )
+    moe_layers: tuple[int, ...] | None = field(
+        default=None,
+        metadata=about("the decoder's layers that hold experts; left out, the preset's"),
+    )
+    router: Literal["joint", "fitted"] = field(
+        default="joint",
+        metadata=about(
+            "joint: the router learns in the instruction phase, by router_weight; fitted: it is "
+            "fitted to the labelled images after that phase"
+        ),
+    )
+    questions: str | None = field(
+        default=None, metadata=about("to train on; left out, train.jsonl")
+    )
+    labels: str | None = field(default=None, metadata=about("of images; left out, labels.jsonl"))
+    validation: str | None = field(
+        default=None, metadata=about("questions to watch; left out, val.jsonl")
+    )
+    decoder: DecoderShape | None = field(
+        default=None, metadata=about("what of the preset's decoder is another")
+    )
+    vision: TowerShape | None = field(
+        default=None, metadata=about("what of the preset's tower is another")
+    )
+
+    def __post_init__(self) -> None:
+        if self.vocab_size is not None and self.vocab_size < MIN_VOCABULARY:
+            raise ConfigError(
+                f"The recipe's vocab_size is {self.vocab_size}.",
+                f"Use {MIN_VOCABULARY} or more: one token for each byte, and one for the end.",
+            )
+        names = self.modalities
+        if names is not None and (not names or len(set(names)) < len(names) or not all(names)):
+            raise ConfigError(
+                "The recipe's modalities are none, empty or twice the same.",
+                "Name each once, or leave modalities out to take those of the data.",
+            )
 
 
 def read_recipe(name_or_path: str) -> Recipe:
-    """A Med-MoE recipe that ships with the package, by name, or a JSON file."""
+    """A Med-MoE recipe that ships with the package, by name, or a TOML or JSON file."""
     return Recipe.from_json(recipe_json(name_or_path), "recipe")
 
 
+def shipped_recipes() -> list[str]:
+    """The names of the recipes in the package."""
+    folder = files("medmoe_edge.training").joinpath("recipes")
+    return sorted(
+        file.name.removesuffix(".json")
+        for file in folder.iterdir()
+        if file.name.endswith(".json") and not file.name.endswith(".schema.json")
+    )
+
+
 def recipe_json(name_or_path: str) -> dict[str, Any]:
-    """The content of a shipped recipe or of a JSON file, not yet checked; raises `DataError`."""
+    """The content of a shipped recipe or of a file, not yet checked; raises `DataError`."""
     shipped = files("medmoe_edge.training").joinpath("recipes", f"{name_or_path}.json")
     try:
         source = shipped if shipped.is_file() else Path(name_or_path)
-        data = json.loads(source.read_text(encoding="utf-8"))
+        text = source.read_text(encoding="utf-8")
+        data = json.loads(text) if text.lstrip()[:1] in ("{", "") else tomllib.loads(text)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"There is no recipe {name_or_path!r}.",
+            f"Give a TOML or JSON file, or one of: {', '.join(shipped_recipes())}.",
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(
+            f"The recipe {name_or_path!r} is not valid TOML ({error}).", "Correct that place."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"The recipe {name_or_path!r} is not valid JSON ({error}).", "Correct that place."
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"The recipe {name_or_path!r} cannot be read.",
-            "Give the name of a shipped recipe (nano, modality-nano) or a JSON file.",
+            f"Give a TOML or JSON file, or one of: {', '.join(shipped_recipes())}.",
         ) from error
-    if not isinstance(data, dict):
-        raise DataError(f"The recipe {name_or_path!r} is not a JSON object.", "Correct it.")
+    if not isinstance(data, dict) or not data:
+        raise DataError(
+            f"The recipe {name_or_path!r} is empty or no object.",
+            "See one with: medmoe-edge train --show-recipe nano",
+        )
     return data
+
+
+def as_toml(recipe: Config) -> str:
+    """The recipe as TOML, each key with what it is for; what has no value is commented out."""
+    return "\n".join(_toml_lines(recipe, "")) + "\n"
+
+
+def _toml_lines(config: Config, path: str) -> Iterator[str]:
+    fields = dataclasses.fields(config)
+    values = {each.name: getattr(config, each.name) for each in fields}
+    for each in fields:
+        if _config_type(typing.get_type_hints(type(config))[each.name]) is None:
+            yield f"# {each.metadata.get('about', each.name.replace('_', ' '))}"
+            value = values[each.name]
+            yield f"# {each.name} =" if value is None else f"{each.name} = {_toml_value(value)}"
+    for each in fields:
+        kind = _config_type(typing.get_type_hints(type(config))[each.name])
+        if kind is not None:
+            yield ""
+            yield f"# {each.metadata.get('about', each.name)}"
+            value = values[each.name]
+            yield f"{'# ' if value is None else ''}[{path}{each.name}]"
+            if value is None:
+                yield from (f"# {part.name} =" for part in dataclasses.fields(kind))
+            else:
+                yield from _toml_lines(value, f"{path}{each.name}.")
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _config_type(hint: Any) -> type[Config] | None:
+    """The configuration that a field holds, perhaps; None where it holds plain values."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, Config)), None)
+
+
+def recipe_schema(kind: type[Config], title: str) -> dict[str, Any]:
+    """The JSON schema of a recipe; editors complete and check TOML and JSON files by it."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title}
+    return head | _object_schema(kind)
+
+
+def _object_schema(kind: type[Config]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    properties, required = {}, []
+    for each in dataclasses.fields(kind):
+        properties[each.name] = _schema(hints[each.name]) | (
+            {"description": each.metadata["about"]} if "about" in each.metadata else {}
+        )
+        if each.default is dataclasses.MISSING:
+            required.append(each.name)
+        elif each.default is not None:
+            properties[each.name]["default"] = each.default
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+def _schema(hint: Any) -> dict[str, Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _schema(next(each for each in arguments if each is not type(None)))
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin is tuple:
+        return {"type": "array", "items": _schema(arguments[0])}
+    if origin is Mapping:
+        return {"type": "object"}
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return _object_schema(hint)
+    names = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    return {"type": names[hint]}

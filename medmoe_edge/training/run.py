@@ -3,31 +3,61 @@
 The tokenizer is a small byte-level BPE, trained on the questions and answers that the model meets.
 """
 
+import json
+import math
 import os
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fnmatch import filter as filter_names
 from pathlib import Path
+from typing import TypeVar
 
+import psutil
 import torch
+from accelerate import PartialState
 from rich.progress import Progress
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from medmoe_edge.checkpoint.reader import write_checkpoint
-from medmoe_edge.config import ModelConfig, MoEConfig
-from medmoe_edge.data.datasets import read_examples, read_labels
-from medmoe_edge.errors import DataError, MissingDependencyError
-from medmoe_edge.models.efficientnet_lite import EfficientNetLite, load_imagenet_weights
+from medmoe_edge.atomic import atomic_file
+from medmoe_edge.checkpoint.keys import expected_parameters
+from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
+from medmoe_edge.config import Config, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
+from medmoe_edge.data.datasets import (
+    LABELS_FILE,
+    QUESTION_FILES,
+    questions_of,
+    read_examples,
+    read_labels,
+)
+from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
+from medmoe_edge.models.efficientnet_lite import (
+    EfficientNetLite,
+    feature_size,
+    load_imagenet_weights,
+)
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, Tokenizer
 from medmoe_edge.training.data import Batches, captions, from_examples, instructions
 from medmoe_edge.training.loop import Session, load_state
-from medmoe_edge.training.phases import Corpus, Objective, align, instruct, specialise, upcycle
-from medmoe_edge.training.recipe import PhaseConfig, Recipe
+from medmoe_edge.training.phases import (
+    Corpus,
+    Objective,
+    align,
+    expand,
+    instruct,
+    route,
+    specialise,
+)
+from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
+from medmoe_edge.training.report import PRECISION, RUN, Planned, TrainOptions
+from medmoe_edge.training.router import loaded
 
 END = "<|endoftext|>"
+PHASES = ("alignment", "instruction", "moe")
+TOKENIZER = "tokenizer.json"
 
 
 def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int, path: Path) -> None:
@@ -52,62 +82,347 @@ def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int, path: Pat
     os.replace(partial, path)
 
 
-def train(recipe: Recipe, data: Path, out: Path, progress: Progress) -> Path:
+def train(
+    recipe: Recipe, data: Path, out: Path, progress: Progress, options: TrainOptions | None = None
+) -> Path:
     """Run the three phases; returns the checkpoint folder `out/checkpoint`.
 
-    Each phase saves its state in `out` after every epoch, so a second call goes on where the
-    first was interrupted. Runs under `accelerate launch` unchanged.
+    `data` is a dataset folder, or a question file alone. Each phase saves its state in `out` after
+    every epoch, so a second call goes on where the first was interrupted. Runs under
+    `accelerate launch` unchanged.
+
+    Raises `DataError` for a recipe, data or a state that cannot be used, `ConfigError` for an
+    impossible model, and as `read_checkpoint` does where it starts from a checkpoint.
     """
-    config, moe = trainable_config(recipe)
+    options = options or TrainOptions()
+    recipe = _with_options(recipe, options)
     corpus = read_corpus(recipe, data)
-    session = Session.begin(out, recipe.seed, progress)
+    read = None
+    if options.base is not None:
+        read = read_checkpoint(options.base, vision_tower=options.vision_tower)
+        config, moe = continued_config(recipe, read, corpus)
+    else:
+        config, moe = trainable_config(recipe, corpus)
+    check_trainable(recipe, config, corpus, dense=read is None or read.config.moe is None)
+    check_memory(recipe, config)
+    with PartialState().main_process_first():
+        _prepare_folder(out, recipe, read)
+    session = Session.begin(
+        out, recipe.seed, progress, recipe.precision, options.say, tensorboard=options.tensorboard
+    )
     texts = [turn for c in [*corpus.questions, *corpus.captions] for turn in c.turns]
     tokenizer_file = session.once(
-        "tokenizer.json", lambda file: train_tokenizer(texts, recipe.vocab_size, file)
+        TOKENIZER,
+        lambda file: (
+            read.tokenizer.write(file)
+            if read
+            else train_tokenizer(texts, config.decoder.vocab_size, file)
+        ),
     )
     tokenizer = Tokenizer.from_file(tokenizer_file)
+    tokenizer.check_vocabulary(config.decoder.vocab_size)
     batches = Batches(config, tokenizer, moe.expert_names, recipe.seed)
+    session.report.plan(planned(recipe, corpus))
+    session.say(
+        f"{moe.num_experts} experts: {', '.join(moe.expert_names) or 'unnamed'}; "
+        f"{len({c.image for c in corpus.everything})} images to learn from."
+    )
 
-    dense = new_dense_model(config, recipe.seed)
-    align(dense, corpus, recipe.alignment, batches, session)
-    router = instruct(dense, moe, corpus, recipe.instruction, batches, session)
-    model = upcycle(dense, router, config)
+    if read is None:
+        model = new_dense_model(config, recipe.seed)
+    else:
+        model = loaded(read)
+        if read.config.moe is not None:
+            model = expand(model, config, corpus, batches)
+    align(model, corpus, recipe.alignment, batches, session)
+    router = instruct(model, moe, corpus, recipe, batches, session)
+    model = route(model, router, config, corpus, batches, session)
     specialise(model, corpus, recipe.moe, batches, session)
     folder = out / "checkpoint"
     if session.accelerator.is_main_process:
         write_checkpoint(
             folder, config, model.state_dict().items(), tokenizer_file=tokenizer_file, force=True
         )
+    session.report.close()
     return folder
 
 
-def trainable_config(recipe: Recipe) -> tuple[ModelConfig, MoEConfig]:
-    """The recipe's preset and its experts; raises `DataError` where they cannot be trained."""
-    config = PRESETS.get(recipe.preset)
-    if config is None or config.moe is None or not config.moe.expert_names:
-        named = [name for name, known in PRESETS.items() if known.moe and known.moe.expert_names]
+def check_trainable(recipe: Recipe, config: ModelConfig, corpus: Corpus, *, dense: bool) -> None:
+    """Raise `DataError` for what a later phase would stumble over; `dense` before the third.
+
+    That is a pattern that matches no parameter, and a modality without images to fit a router to.
+    """
+    experts = expected_parameters(config)
+    early = expected_parameters(replace(config, moe=None)) if dense else experts
+    router = {} if recipe.router == "fitted" else {"router.weight": (), "router.bias": ()}
+    for phase, names in (
+        (recipe.alignment, early),
+        (recipe.instruction, early | router),
+        (recipe.moe, experts),
+    ):
+        for pattern in phase.train if phase.epochs else ():
+            if not filter_names(names, pattern):
+                raise DataError(
+                    f"The recipe trains {pattern!r}, which matches no parameter.", "Correct it."
+                )
+    named = config.moe.expert_names if config.moe else ()
+    without = [name for name in named if name not in corpus.modalities]
+    if without and recipe.router == "fitted" and (dense or set(named) != set(corpus.modalities)):
         raise DataError(
-            f"The recipe's preset {recipe.preset!r} is not one that names its experts.",
-            f"Use one of: {', '.join(named)}.",
+            f"There is no labelled image of {', '.join(without)}, which an expert is to be for.",
+            "Label some, or leave these modalities out of the recipe.",
         )
-    if recipe.vocab_size > config.decoder.vocab_size:
+
+
+def check_memory(recipe: Recipe, config: ModelConfig) -> None:
+    """Raise `ResourceError` where weights and optimiser alone need more than is free.
+
+    A weight takes 4 bytes, one that learns 12 more: its gradient and Adam's two moments.
+    """
+    sizes = {name: math.prod(shape) for name, shape in expected_parameters(config).items()}
+    most = 0
+    for phase in (recipe.alignment, recipe.instruction, recipe.moe):
+        learning = {name for pattern in phase.train for name in filter_names(sizes, pattern)}
+        if phase.lora_rank:  # adapters are a few thousandths of the matrices
+            learning = {name for name in learning if not name.startswith("decoder.")}
+        if phase.epochs:
+            most = max(most, sum(sizes[name] for name in learning))
+    needed = 4 * sum(sizes.values()) + 12 * most
+    device = PartialState().device
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    if needed > free:
+        lora = recipe.instruction.lora_rank and recipe.moe.lora_rank
+        raise ResourceError(
+            f"Training takes {needed / 1e9:.1f} GB and more, {free / 1e9:.1f} GB are free.",
+            "Use a larger machine." if lora else "Train adapters instead: add --lora 16.",
+        )
+
+
+def _with_options(recipe: Recipe, options: TrainOptions) -> Recipe:
+    if options.precision is not None:
+        recipe = replace(recipe, precision=options.precision)
+    if options.lora_rank is not None:
+        recipe = replace(
+            recipe,
+            instruction=replace(recipe.instruction, lora_rank=options.lora_rank),
+            moe=replace(recipe.moe, lora_rank=options.lora_rank),
+        )
+    if options.base is None and recipe.preset is None:
         raise DataError(
-            f"The recipe's vocab_size {recipe.vocab_size} is more than the preset's.",
-            f"Use at most {config.decoder.vocab_size}.",
+            "The recipe names no preset, and no checkpoint to start from was given.",
+            "Add --from CHECKPOINT, or a preset to the recipe.",
         )
-    return config, config.moe
+    return recipe
+
+
+def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None) -> None:
+    """Note what the run is; a folder in which no epoch is done yet may become another's.
+
+    Raises `DataError` where a run was begun by another recipe or from another checkpoint.
+    """
+    told = {"recipe": recipe.to_json(), "base": read.sha256() if read else None}
+    file = out / RUN
+    if file.exists():
+        try:
+            begun = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} is damaged.", "Start in a new folder.") from error
+        if begun == json.loads(json.dumps(told)):
+            return
+        if any((out / f"{phase}.safetensors").exists() for phase in PHASES):
+            raise DataError(
+                f"The run in {out} was begun by another recipe or from another checkpoint.",
+                "Use the recipe it was made with, or start in a new folder.",
+            )
+        for name in (TOKENIZER, PRECISION):
+            (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as stream:
+        stream.write(json.dumps(told, indent=1).encode() + b"\n")
+
+
+def planned(recipe: Recipe, corpus: Corpus) -> list[Planned]:
+    """How many images each phase sees an epoch."""
+    questions, labelled = len(corpus.questions), len(corpus.classification)
+    drawn = (
+        questions + int(labelled * phase.labelled_share)
+        for phase in (recipe.instruction, recipe.moe)
+    )
+    phases = (recipe.alignment, recipe.instruction, recipe.moe)
+    return [
+        Planned(name, phase.epochs, images)
+        for name, phase, images in zip(PHASES, phases, (len(corpus.captions), *drawn), strict=True)
+    ]
+
+
+def trainable_config(recipe: Recipe, corpus: Corpus | None = None) -> tuple[ModelConfig, MoEConfig]:
+    """The model that a recipe trains from nothing, and its experts.
+
+    Experts are named by the recipe, else after the modalities of the data, else by the preset.
+    Raises `DataError` where it cannot be trained, `ConfigError` where it cannot be at all.
+    """
+    preset = PRESETS.get(recipe.preset or "")
+    if preset is None:
+        raise DataError(
+            f"The recipe's preset {recipe.preset!r} is none.", f"Use one of: {', '.join(PRESETS)}."
+        )
+    decoder = _other(preset.decoder, recipe.decoder)
+    if recipe.vocab_size is not None:
+        decoder = replace(decoder, vocab_size=recipe.vocab_size)
+    elif decoder.vocab_size < MIN_VOCABULARY:
+        raise DataError(
+            f"The preset {recipe.preset!r} has {decoder.vocab_size} tokens, fewer than bytes.",
+            f"Add vocab_size to the recipe: {MIN_VOCABULARY} or more.",
+        )
+    # the tokenizer that is trained gives the end of an answer the first id
+    decoder = replace(decoder, eos_token_id=0, bos_token_id=None)
+    vision = _other(preset.vision, recipe.vision)
+    if vision.kind == "efficientnet-lite" and (recipe.vision and not recipe.vision.feature_size):
+        vision = replace(vision, feature_size=feature_size(vision.variant))
+    names = recipe.modalities or (corpus.modalities if corpus else ())
+    if not names:
+        names = preset.moe.expert_names if preset.moe else ()
+    if not names:
+        raise _no_modalities()
+    kept = preset.moe or MoEConfig(layers=(0,))
+    layers = kept.layers
+    if preset.moe is None or (recipe.decoder and recipe.decoder.layers):
+        layers = tuple(range(0, decoder.layers, 2))
+    moe = replace(
+        kept,
+        layers=recipe.moe_layers or layers,
+        num_experts=len(names),
+        top_k=min(recipe.top_k or kept.top_k, len(names)),
+        expert_names=tuple(names),
+    )
+    return ModelConfig(vision, decoder, moe), moe
+
+
+def continued_config(
+    recipe: Recipe, read: Checkpoint, corpus: Corpus
+) -> tuple[ModelConfig, MoEConfig]:
+    """The model that a recipe makes of a checkpoint: its own, with experts for the modalities.
+
+    Raises `DataError` for what a checkpoint decides, where the recipe says otherwise, and where
+    nothing says the modalities that a checkpoint without experts is to learn.
+    """
+    for name in ("preset", "vocab_size", "decoder", "vision"):
+        if getattr(recipe, name) is not None:
+            raise DataError(
+                f"The recipe says {name!r}, which the checkpoint decides.",
+                "Leave it out of the recipe, or leave --from out.",
+            )
+    config, old = read.config, read.config.moe
+    found = recipe.modalities or corpus.modalities
+    if old is not None and set(found) <= set(old.expert_names):
+        names = old.expert_names  # also where the data is of some of them alone
+    elif found:
+        names = tuple(found)
+    elif old is None:
+        raise _no_modalities()
+    else:
+        names = old.expert_names
+    base = old or MoEConfig(layers=tuple(range(0, config.decoder.layers, 2)))
+    if old is not None and recipe.moe_layers not in (None, old.layers):
+        raise DataError(
+            f"The recipe puts experts into the layers {list(recipe.moe_layers or ())}, the "
+            f"checkpoint has them in {list(old.layers)}.",
+            "Leave moe_layers out of the recipe.",
+        )
+    count = len(names) or base.num_experts
+    moe = replace(
+        base,
+        layers=recipe.moe_layers or base.layers,
+        num_experts=count,
+        top_k=min(recipe.top_k or base.top_k, count),
+        expert_names=tuple(names),
+    )
+    return replace(config, moe=moe), moe
+
+
+def _no_modalities() -> DataError:
+    return DataError(
+        "No image of the data says its modality, and the router learns to tell modalities apart.",
+        "Label images (medmoe-edge data labels), or add 'modality' to the questions.",
+    )
+
+
+Part = TypeVar("Part", VisionConfig, DecoderConfig)
+
+
+def _other(preset: Part, changes: Config | None) -> Part:
+    """A part of the preset with what the recipe says of it."""
+    given = vars(changes).items() if changes else ()
+    return replace(preset, **{name: value for name, value in given if value is not None})
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files that a run reads; each may be absent, but not both of the first two."""
+
+    questions: Path | None
+    labels: Path | None
+    validation: Path | None
+
+
+def data_files(recipe: Recipe, data: Path) -> DataFiles:
+    """Those that the recipe names, else those of the usual names; `data` may be a question file.
+
+    Raises `DataError` where there is neither a question file nor one of labels.
+    """
+    named = (recipe.questions, recipe.labels, recipe.validation)
+    if data.is_file():
+        others = [data.parent / name if name else None for name in named[1:]]
+        return DataFiles(data, *others)
+    if not data.is_dir():
+        raise DataError(f"{data} does not exist.", "Give a dataset folder or a question file.")
+    labels = data / LABELS_FILE
+    usual = (
+        questions_of(data, "train"),
+        labels if labels.is_file() else None,
+        questions_of(data, "val"),
+    )
+    found = DataFiles(
+        *(data / name if name else file for name, file in zip(named, usual, strict=True))
+    )
+    if found.questions is None and found.labels is None:
+        raise DataError(
+            f"{data} holds no questions ({QUESTION_FILES['train'][0]}) and no labels "
+            f"({LABELS_FILE}).",
+            "Make them with: medmoe-edge data",
+        )
+    return found
 
 
 def read_corpus(recipe: Recipe, data: Path) -> Corpus:
-    """All conversations a recipe names, from the data folder."""
-    examples = read_examples(data / recipe.questions)
-    labelled = [item for item in read_labels(data / recipe.labels) if item.split == "train"]
-    validation = read_examples(data / recipe.validation) if recipe.validation else []
+    """All conversations of the data; what is labelled `val` or `test` is not learned from.
+
+    Raises `DataError` as `data_files` does, and where nothing is to be learned from.
+    """
+    files = data_files(recipe, data)
+    examples = read_examples(files.questions, check_images=True) if files.questions else []
+    labelled = read_labels(files.labels, check_images=True) if files.labels else []
+    learned = [item for item in labelled if item.split == "train"]
+    if not examples and not learned:
+        raise DataError(
+            f"{files.labels} labels no image to train on.", "Give some of them the split train."
+        )
+    validation = (
+        from_examples(read_examples(files.validation, check_images=True))
+        if files.validation
+        else instructions(item for item in labelled if item.split == "val")
+    )
+    questions = from_examples(examples)
     return Corpus(
-        captions=captions(labelled, examples),
-        questions=from_examples(examples),
-        classification=instructions(labelled),
-        validation=from_examples(validation),
+        # without a label, what is asked and answered aligns too, as in the official first phase
+        captions=captions(learned, examples) or questions,
+        questions=questions,
+        classification=instructions(learned),
+        validation=validation,
     )
 
 

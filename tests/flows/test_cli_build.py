@@ -1,9 +1,12 @@
 """The verbs that build: what they pass on, what they print, and what they refuse."""
 
 import json
+import shutil
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,10 +116,10 @@ def test_export_shows_its_proof(
     monkeypatch.setattr(med_moe, "export", lambda *_, **__: made)
     lines = run("export").stdout.splitlines()
     assert lines[0].split() == ["tiny", "against", "its", "checkpoint"]
-    assert lines[-2].startswith("Passed: 2 questions about 1 images of questions.jsonl")
+    assert lines[-2].startswith("Not decided: 2 questions about 1 images of questions.jsonl")
     assert lines[-1] == "Wrote the bundle out"
     told = json.loads(run("export", "--json").stdout)
-    assert told["verification"]["passed"] is True
+    assert told["verification"]["outcome"] == "not decided"
     failed = VerificationError("It failed.", "Do not use it.")
     monkeypatch.setattr(med_moe, "export", raising(failed))
     result = run("export", "--json")
@@ -302,7 +305,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     calls: list[tuple[str, str]] = []
 
     def trainer(name: str) -> Callable[..., Path]:
-        def train(recipe: str, data: Path, out: Path, progress: Any) -> Path:
+        def train(recipe: str, data: Path, out: Path, progress: Any, options: Any) -> Path:
+            assert options.base is None
             assert (data, out) == (Path("images"), Path("run"))
             progress.advance(progress.add_task("epoch", total=1))
             calls.append((name, recipe))
@@ -312,6 +316,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     modules: dict[str, dict[str, Any]] = {
         "recipe": {"read_recipe": lambda name: f"recipe {name}"},
+        "report": {"TrainOptions": SimpleNamespace},
         "run": {"train": trainer("med-moe")},
         "contrastive": {
             "read_modality_recipe": lambda name: f"recipe {name}",
@@ -369,6 +374,98 @@ def test_data(run: Run, tmp_path: Path) -> None:
     assert run("data", "slake", "slake", "out").exit_code == 2
     assert run("data", "slake", "slake", "out", "--force").exit_code == 0
     assert run("data", "slack", "slake", "new").exit_code == 2
+
+
+def test_data_labels_and_what_does_not_go_together(run: Run, tmp_path: Path) -> None:
+    for modality in ("ct", "oct"):
+        (tmp_path / "mine" / modality).mkdir(parents=True)
+        Image.new("RGB", (8, 8), len(modality)).save(tmp_path / "mine" / modality / "1.png")
+    result = run("data", "labels", "mine", "data", "--split", "train", "--body", "eye")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "Modalities: ct 1, oct 1",
+        f"Wrote 2 train labels about 2 images to {tmp_path / 'data'}",
+    ]
+    told = json.loads(run("data", "labels", "mine", "data", "--force", "--json").stdout)
+    assert told["modalities"] == {"ct": 1, "oct": 1}
+    assert run("data", "labels", "mine", "data").exit_code == 2
+    for wrong in (
+        ("slake", "mine", "x", "--modality", "ct"),
+        ("labels", "mine", "x", "--lang", "en"),
+        ("questions", "mine", "x", "--levels", "finding"),
+        ("labels", "none", "x"),
+    ):
+        result = run("data", *wrong)
+        assert result.exit_code == 2
+        two_lines(result)
+    assert not (tmp_path / "x").exists()
+
+
+def test_train_tells_recipes_and_runs(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    shown = run("train", "--show-recipe", "nano")
+    assert tomllib.loads(shown.stdout)["preset"] == "nano"
+    assert json.loads(run("train", "--show-recipe", "fine-tune", "--json").stdout)["preset"] is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    rows = [
+        {"phase": "alignment", "epoch": 0, "loss": 2.5, "seconds": 12.0},
+        {"phase": "moe", "epoch": 0, "loss": 1.25, "seconds": 61.0, "modality": 0.5},
+    ]
+    text = "\n".join(map(json.dumps, rows)) + '\n{"phase": "mo'
+    (tmp_path / "run" / "log.jsonl").write_text(text)
+    watched = run("train", "--watch", "run")
+    assert "moe" in watched.stdout
+    assert "50.0%" in watched.stdout
+    assert "2 epochs are done; the run is not finished." in watched.stdout
+    told = json.loads(run("train", "--watch", "run", "--json").stdout)
+    assert told == {"epochs": rows, "finished": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--show-recipe", "nanoo"], "no recipe 'nanoo'"),
+        (["--watch", "nowhere"], "no run's folder"),
+        (["nano", "-o", "run"], "--data was not given"),
+        (["nano", "--data", "none", "-o", "run"], "does not exist"),
+        (["modality-nano", "--from", "nano", "--data", "d", "-o", "r"], "--from does not go with"),
+        (["--from", "none", "--data", "d", "-o", "r"], "none"),
+    ],
+)
+def test_what_cannot_be_trained(run: Run, options: list[str], what: str) -> None:
+    pytest.importorskip("torch")
+    result = run("train", *options)
+    assert result.exit_code in (2, 3)
+    assert what in two_lines(result)[0]
+
+
+def test_a_router_is_put_into_a_checkpoint(
+    run: Run, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    import torch
+
+    shutil.copytree(tiny_checkpoint("tiny-phi", expert_names=()), tmp_path / "c")
+    torch.save({"fc1.weight": torch.ones(4, 64), "fc1.bias": torch.ones(4)}, "phi_router.pth")
+    result = run("router", "import", "phi_router.pth", "c")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "Wrote the router into c\n"
+    assert "name them with --modalities" in result.stderr
+    order = "ct,mri,oct,xray"
+    told = json.loads(
+        run("router", "import", "phi_router.pth", "c", "--modalities", order, "--json").stdout
+    )
+    assert told["modalities"] == order.split(",")
+    assert order.replace(",", ", ") in run("inspect", "c").stdout
+    for wrong, code in (
+        (["router", "import", "phi_router.pth", "c", "--modalities", "ct"], 2),
+        (["router", "import", "phi_router.pth", "nano"], 2),
+        (["router", "import", "none.pth", "c"], 3),
+        (["router", "train", "c", "--data", "none"], 2),
+    ):
+        result = run(*wrong)
+        assert result.exit_code == code, result.stderr
+        two_lines(result)
 
 
 # --- targets ---------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ COMMANDS = [
     for block in BLOCKS
     if block.language == "bash"
     for line in block.commands
-    for part in re.split(r" && | \|\|? ", line)
+    for part in re.split(r" && | \|\|? | > ", line)
     if part.strip().startswith("medmoe-edge ")
 ]
 

@@ -1,7 +1,10 @@
 """The three phases end to end on a handful of images, and what may be resumed from where."""
 
+import csv
+import importlib.util
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medmoe_edge.checkpoint.reader import read_checkpoint
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import ConfigError, DataError, MissingDependencyError
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training import loop
 from medmoe_edge.training.data import Batches
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
+from medmoe_edge.training.report import TrainOptions, choose_precision
 from medmoe_edge.training.run import new_dense_model, train
 
 MODALITIES = ("mri", "ct", "pathology", "xray")
@@ -31,8 +35,9 @@ CONFIG = replace(
     moe=replace(PRESETS["tiny"].moe, expert_names=MODALITIES),  # type: ignore[type-var]
 )
 RECIPE = Recipe(
-    preset="miniature",
+    preset="tiny",
     seed=3,
+    modalities=MODALITIES,
     vocab_size=300,
     questions="questions.jsonl",
     validation="questions.jsonl",
@@ -56,13 +61,6 @@ RECIPE = Recipe(
     ),
 )
 PHASES = {"alignment": 1, "instruction": 3, "moe": 2}  # epochs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _preset() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "miniature", CONFIG)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -222,14 +220,69 @@ def test_a_damaged_state_is_named(
         run(data, tmp_path)
 
 
+def test_a_vocabulary_that_no_checkpoint_can_have_is_refused_at_once() -> None:
+    for size in (0, 1, 256):
+        with pytest.raises(ConfigError, match=f"vocab_size is {size}"):
+            replace(RECIPE, vocab_size=size)
+    assert replace(RECIPE, vocab_size=257).vocab_size == 257
+
+
+def test_a_run_is_not_gone_on_with_by_another_recipe(unbroken: Path, data: Path) -> None:
+    with pytest.raises(DataError, match="begun by another recipe"):
+        run(data, unbroken, replace(RECIPE, seed=4))
+
+
+def test_what_is_told(unbroken: Path, data: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = TrainOptions(say=lines.append, precision="bf16")
+    recipe = replace(RECIPE, instruction=replace(RECIPE.instruction, epochs=1))
+    train(recipe, data, tmp_path / "run", Progress(disable=True), options)
+    assert re.match(r"Training on cpu \(.*\), in bf16, as asked\.", lines[0])
+    assert lines[1] == "4 experts: mri, ct, pathology, xray; 8 images to learn from."
+    assert lines[2].startswith("alignment 1/1: loss ")
+    assert re.match(r"instruction 1/1: loss [\d.]+, miniature [\d.]+%, modality [\d.]+%", lines[3])
+    with (tmp_path / "run" / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [float(row["loss"]) for row in rows] == [row["loss"] for row in logged]
+    assert rows[0]["modality"] == ""
+    kept = tmp_path / "run" / "precision.json"
+    with pytest.raises(DataError, match="begun in bf16"):
+        choose_precision("fp32", torch.device("cpu"), kept)
+
+
+def test_precision_is_what_is_faster_and_stays(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    chosen = choose_precision("auto", device, tmp_path / "precision.json")
+    assert chosen.ratio is not None
+    assert chosen.name == ("bf16" if chosen.ratio >= 1.1 else "fp32")
+    assert f"in {chosen.name} (bf16 is" in str(chosen)
+    assert choose_precision("auto", device, tmp_path / "precision.json") == chosen
+    (tmp_path / "precision.json").write_text("{}")
+    with pytest.raises(DataError, match="is damaged"):
+        choose_precision("auto", device, tmp_path / "precision.json")
+
+
+def test_tensorboard(data: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, **{p: replace(getattr(RECIPE, p), epochs=0) for p in PHASES})
+    options = TrainOptions(tensorboard=True)
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(MissingDependencyError, match="tensorboard"):
+            train(recipe, data, tmp_path, Progress(disable=True), options)
+        return
+    train(recipe, data, tmp_path, Progress(disable=True), options)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"preset": "nanoo"}, "nano"),
-        ({"preset": "tiny"}, "names its experts"),
-        ({"vocab_size": 301}, "at most 300"),
+        ({"preset": None}, "names no preset"),
+        ({"vocab_size": None}, "fewer than bytes"),
         ({"questions": "nowhere.jsonl"}, "nowhere"),
         ({"alignment": replace(RECIPE.alignment, train=("decoder.layer.*",))}, r"decoder\.layer\."),
+        ({"moe": replace(RECIPE.moe, train=("decoder.*.expert.*",))}, r"\.expert\."),
     ],
 )
 def test_a_recipe_that_cannot_be_run_is_refused(

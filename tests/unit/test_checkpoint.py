@@ -593,7 +593,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 def test_a_missing_folder_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a folder"):
         read_checkpoint(tmp_path / "none")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         read_checkpoint(tmp_path)
 
 
@@ -750,12 +750,106 @@ def test_a_full_disk_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+# --- what trainers write ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "module.{}",
+        "base_model.model.{}",
+        "_orig_mod.{}",
+        "model.{}",
+        "module.base_model.model._fsdp_wrapped_module.{}",
+    ],
+)
+def test_the_prefixes_of_trainers_are_taken_off(folder: Path, wrapped: str) -> None:
+    plain = dict(read_checkpoint(folder))
+    with edit_tensors(folder) as tensors:
+        for key in list(tensors):
+            tensors[wrapped.format(key)] = tensors.pop(key)
+    for name, tensor in read_checkpoint(folder):
+        assert torch.equal(tensor, plain[name])
+
+
+def test_wrappers_inside_a_key_are_taken_out(folder: Path) -> None:
+    with edit_tensors(folder) as tensors:
+        for key in [key for key in tensors if ".self_attn.q_proj." in key]:
+            inner = key.replace("q_proj.", "q_proj.base_layer.").replace(
+                ".layers.0.", ".layers.0._checkpoint_wrapped_module."
+            )
+            tensors[inner] = tensors.pop(key)
+    read_checkpoint(folder)
+
+
+def test_a_tensor_with_and_without_its_prefix_is_refused(folder: Path) -> None:
+    with edit_tensors(folder) as tensors:
+        for key in list(tensors):
+            tensors["module." + key] = tensors[key].clone()
+    with pytest.raises(CheckpointError, match="twice"):
+        read_checkpoint(folder)
+
+
+def test_adapters_that_are_not_merged_are_refused(folder: Path) -> None:
+    with edit_tensors(folder) as tensors:
+        tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(1)
+    with pytest.raises(CheckpointError, match="not merged") as caught:
+        read_checkpoint(folder)
+    assert "merge_and_unload" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "weights.safetensors"])
+def test_weights_without_an_index_are_found(folder: Path, name: str) -> None:
+    with edit_tensors(folder):
+        pass
+    (folder / "model.safetensors").rename(folder / name)
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    assert len(list(read_checkpoint(folder))) > 50
+    (folder / name).rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError):
+        read_checkpoint(folder)
+
+
+LEFT = {
+    "adapter_model.safetensors": ("LoRA adapter without its base", "merge_and_unload"),
+    "non_lora_trainables.bin": ("LoRA adapter without its base", "merge_and_unload"),
+    "mm_projector.bin": ("a projector alone", "a later phase"),
+    "zero_to_fp32.py": ("DeepSpeed", "zero_to_fp32.py . OUT"),
+    "__0_0.distcp": ("FSDP", "merge-weights"),
+    "phi.gguf": ("GGUF", "made from"),
+    "pytorch_model.bin": ("pickled", "save_file"),
+    "last.ckpt": ("pickled", "save_file"),
+    "notes.txt": ("no model.safetensors", "Download"),
+    "checkpoint-500/config.json": ("no model.safetensors", "checkpoint-500"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_used_has_a_remedy_that_fits(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    what, remedy = LEFT[name]
+    with pytest.raises(CheckpointError, match=what) as caught:
+        read_checkpoint(tmp_path)
+    assert remedy in caught.value.remedy
+
+
+def test_an_adapter_names_its_base(tmp_path: Path) -> None:
+    told = {"base_model_name_or_path": "microsoft/phi-2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="LoRA") as caught:
+        read_checkpoint(tmp_path)
+    assert "into microsoft/phi-2 first" in caught.value.remedy
+
+
 # --- router files -----------------------------------------------------------------------------
 
 
-def test_a_router_file_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "module.", "router."])
+def test_a_router_file_is_imported(tmp_path: Path, prefix: str) -> None:
     router = {"fc1.weight": torch.randn(4, 32), "fc1.bias": torch.randn(4)}
-    torch.save(router, tmp_path / "router.pth")
+    saved = {prefix + key: value for key, value in router.items()}
+    torch.save(saved, tmp_path / "router.pth")
     read = import_router(tmp_path / "router.pth")
     assert torch.equal(read["weight"], router["fc1.weight"])
     assert torch.equal(read["bias"], router["fc1.bias"])

@@ -63,10 +63,12 @@ def zipped(file: Path, files: dict[str, Any]) -> Path:
 def slake(prefix: str = "", **changes: Any) -> dict[str, Any]:
     chinese = SLAKE | {"q_lang": "zh", "img_name": "xmlab9/source.jpg", "qid": 1}
     closed = SLAKE | {"answer_type": "CLOSED", "answer": "Yes", "modality": "MRI", "qid": 2}
+    closed |= {"img_name": "xmlab3/source.jpg"}
     return {
         f"{prefix}imgs/xmlab1/source.jpg": JPEG,
         f"{prefix}imgs/xmlab1/mask.png": PNG,
         f"{prefix}imgs/xmlab2/source.jpg": PNG,
+        f"{prefix}imgs/xmlab3/source.jpg": PNG + b" of another patient",
         f"{prefix}train.json": [chinese, SLAKE | changes],
         f"{prefix}validate.json": [closed],
         f"{prefix}test.json": [SLAKE | {"img_name": "xmlab2/source.jpg", "qid": 3}],
@@ -92,14 +94,14 @@ def as_folder_with_zipped_images(tmp_path: Path) -> Path:
 def test_slake(tmp_path: Path, form: Callable[[Path], Path]) -> None:
     out = tmp_path / "deep" / "out"
     prepared = prepare("slake", form(tmp_path), out)
-    assert (prepared.folder, prepared.images) == (out, 2)
+    assert (prepared.folder, prepared.images, prepared.left_out) == (out, 3, 0)
     assert prepared.questions == {"train": 1, "val": 1, "test": 1}
 
     (train,) = read_examples(out / "train.jsonl", check_images=True)
     assert (train.id, train.question, train.answer) == ("slake-0", SLAKE["question"], "X-Ray")
     assert (train.answer_type, train.modality, train.body) == ("OPEN", "xray", "Lung")
     assert (train.content, train.source) == ("Modality", "slake")
-    assert train.image == out / "images/xmlab1/source.jpg"
+    assert train.image == out / "images/slake/xmlab1/source.jpg"
     assert train.image.read_bytes() == JPEG
     (val,) = read_examples(out / "val.jsonl", check_images=True)
     assert (val.answer_type, val.modality) == ("CLOSED", "mri")
@@ -108,12 +110,18 @@ def test_slake(tmp_path: Path, form: Callable[[Path], Path]) -> None:
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert names == {
         *("train.jsonl", "val.jsonl", "test.jsonl", "dataset.json"),
-        *("images/xmlab1/source.jpg", "images/xmlab2/source.jpg"),
+        *(f"images/slake/xmlab{number}/source.jpg" for number in (1, 2, 3)),
     }
     assert json.loads((out / "dataset.json").read_text()) == {
-        "dataset": "slake",
-        "questions": {"train": 1, "val": 1, "test": 1},
-        "images": 2,
+        "sets": {
+            "slake": {
+                "questions": {"train": 1, "val": 1, "test": 1},
+                "labels": {},
+                "images": 3,
+                "modalities": {},
+                "as_published": False,
+            }
+        }
     }
     assert list(out.parent.iterdir()) == [out]
 
@@ -128,15 +136,20 @@ def test_vqa_rad(tmp_path: Path) -> None:
             "Readme.docx": b"PK not a zip we read",
         },
     )
-    prepared = prepare("vqa-rad", source, tmp_path / "out")
+    prepared = prepare("vqa-rad", source, tmp_path / "out", as_published=True)
     assert prepared.questions == {"train": 1, "test": 1}
-    assert prepared.images == 1
+    assert (prepared.images, prepared.left_out) == (1, 0)
     (train,) = read_examples(tmp_path / "out/train.jsonl", check_images=True)
     assert (train.id, train.answer, train.content) == ("rad-3", "4", "COUNT, PRES")
     assert (train.modality, train.body, train.source) == (None, "abdomen", "vqa_rad")
     (test,) = read_examples(tmp_path / "out/test.jsonl", check_images=True)
     assert (test.id, test.answer_type, test.image) == ("rad-4", "CLOSED", train.image)
     assert not (tmp_path / "out/val.jsonl").exists()
+
+    apart = prepare("vqa-rad", source, tmp_path / "apart")
+    assert (apart.questions, apart.left_out) == ({"test": 1}, 1), "the picture is in the test"
+    assert not (tmp_path / "apart/train.jsonl").exists()
+    assert read_examples(tmp_path / "apart")[0].id == "rad-4"
 
 
 PATHVQA = [
@@ -176,13 +189,15 @@ def test_pathvqa_as_parquet(tmp_path: Path) -> None:
     for name in ("data/train-00000-of-00001-ab12.parquet", "default/validation/0000.parquet"):
         path = tmp_path / "hf" / name
         path.parent.mkdir(parents=True)
-        parquet.write_table(arrow.Table.from_pylist(rows), path)
+        split = name.split("/")[1][:5].encode()
+        own = [row | {"image": {"bytes": row["image"]["bytes"] + split}} for row in rows]
+        parquet.write_table(arrow.Table.from_pylist(own), path)
     prepared = prepare("pathvqa", tmp_path / "hf", tmp_path / "out")
     assert prepared.questions == {"train": 3, "val": 3}
-    assert prepared.images == 2
+    assert prepared.images == 4
     first, second, third = read_examples(tmp_path / "out/train.jsonl", check_images=True)
     assert first.image == third.image
-    assert first.image.read_bytes() == JPEG
+    assert first.image.read_bytes() == JPEG + b"train"
     assert second.image.suffix == ".png"
     assert (second.answer_type, third.answer_type) == ("CLOSED", "OPEN")
 
@@ -190,6 +205,32 @@ def test_pathvqa_as_parquet(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="git lfs pull"):
         prepare("pathvqa", tmp_path / "hf", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("dataset", ["slake", "vqa-rad"])
+def test_all_sets_as_parquet(tmp_path: Path, dataset: Dataset) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="needs pyarrow, which reads parquet files")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {
+            "image": {"bytes": JPEG + text.encode(), "path": None},
+            "question": text,
+            "answer": "yes",
+            "q_lang": language,
+            "modality": "X-Ray",
+            "location": "Lung",
+        }
+        for language, text in (("en", "Is it?"), ("zh", "\u662f\u5417"))
+    ]
+    (tmp_path / "hf").mkdir()
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "hf/test-00000-of-00001.parquet")
+    assert prepare(dataset, tmp_path / "hf", tmp_path / "out").questions == {"test": 1}
+    (asked,) = read_examples(tmp_path / "out", check_images=True)
+    assert (asked.question, asked.answer_type) == ("Is it?", "CLOSED")
+    assert (asked.modality, asked.body) == ("xray", "Lung")
+    if dataset == "slake":
+        both = prepare(dataset, tmp_path / "hf", tmp_path / "both", languages=("en", "zh"))
+        assert both.questions == {"test": 2}
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +286,7 @@ def test_a_linked_member_becomes_an_ordinary_file(tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr(link, "/etc/passwd")
     prepare("slake", file, tmp_path / "out")
-    image = tmp_path / "out/images/xmlab1/source.jpg"
+    image = tmp_path / "out/images/slake/xmlab1/source.jpg"
     assert not image.is_symlink()
     assert image.read_bytes() == b"/etc/passwd"
 
@@ -327,7 +368,7 @@ def test_missing_source_and_wrong_dataset(tmp_path: Path) -> None:
 def test_existing_output(tmp_path: Path) -> None:
     source, out = as_folder(tmp_path), tmp_path / "out"
     prepare("slake", source, out)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="holds the set 'slake' already"):
         prepare("slake", source, out)
     (out / "images/old.jpg").touch()
     prepare("slake", source, out, force=True)

@@ -2,6 +2,9 @@
 
 import json
 import random
+import re
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from medmoe_edge.data.datasets import Example, LabelledImage
 from medmoe_edge.errors import ConfigError, DataError
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.training.contrastive import read_modality_recipe
 from medmoe_edge.training.data import (
     IGNORED,
     IMAGE_ID,
@@ -24,7 +28,15 @@ from medmoe_edge.training.data import (
     tidy_answer,
     vary_question,
 )
-from medmoe_edge.training.recipe import read_recipe
+from medmoe_edge.training.recipe import (
+    DecoderShape,
+    Recipe,
+    TowerShape,
+    as_toml,
+    read_recipe,
+    recipe_schema,
+)
+from medmoe_edge.training.run import trainable_config
 
 PREFIX, IMAGE_TOKENS = [7, 8, 9], 4
 
@@ -142,7 +154,7 @@ def test_questions_vary_only_in_case_and_mark() -> None:
 
 def test_the_shipped_recipe_fits_its_preset() -> None:
     recipe = read_recipe("nano")
-    preset = PRESETS[recipe.preset]
+    preset = PRESETS[recipe.preset or ""]
     assert preset.moe is not None
     assert preset.moe.expert_names
     assert recipe.vocab_size == preset.decoder.vocab_size
@@ -167,6 +179,70 @@ def test_a_wrong_recipe_is_named(tmp_path: Path, change: dict[str, object], mess
     (tmp_path / "mine.json").write_text(json.dumps(data))
     with pytest.raises(ConfigError, match=message):
         read_recipe(str(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize("name", ["nano", "fine-tune", "modality-nano"])
+def test_a_recipe_is_the_same_as_toml(tmp_path: Path, name: str) -> None:
+    read = read_modality_recipe if name.startswith("modality") else read_recipe
+    text = as_toml(read(name))
+    (tmp_path / "mine.toml").write_text(text)
+    assert read(str(tmp_path / "mine.toml")) == read(name)
+    keys = [line for line in text.splitlines() if re.match(r"(# )?\w+ =", line)]
+    comments = [line for line in text.splitlines() if re.match(r"# (?!\w+ =|\[)", line)]
+    assert len(comments) >= len(keys) / 2
+
+
+def test_the_shipped_schema_says_what_a_recipe_is() -> None:
+    """Held against the package jsonschema, on what ships and on what is refused."""
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema")
+    folder = files("medmoe_edge.training").joinpath("recipes")
+    schema = json.loads(folder.joinpath("recipe.schema.json").read_text("utf-8"))
+    assert schema == json.loads(json.dumps(recipe_schema(Recipe, schema["title"])))
+    for name in ("nano", "fine-tune"):
+        whole = read_recipe(name).to_json()
+        jsonschema.validate({k: v for k, v in whole.items() if v is not None}, schema)
+        for change in ({"presett": "nano"}, {"precision": "fp8"}, {"top_k": "two"}):
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(whole | change, schema)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("preset = ", "not valid TOML"),
+        ("[moe]\nepochs = 1\n[moe]", "not valid TOML"),
+        ('{"preset": }', "not valid JSON"),
+        ("# nothing", "is empty"),
+    ],
+)
+def test_a_recipe_that_is_no_toml_or_json_says_where(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_recipe(str(tmp_path / "mine.toml"))
+    with pytest.raises(DataError, match="no recipe 'nanoo'") as caught:
+        read_recipe("nanoo")
+    assert "fine-tune, modality-nano" in caught.value.remedy
+
+
+def test_a_recipe_opens_the_models_shape() -> None:
+    recipe = replace(
+        read_recipe("nano"),
+        preset="tiny-phi",
+        vocab_size=300,
+        modalities=("oct", "ct", "pet"),
+        top_k=2,
+        decoder=DecoderShape(layers=5, heads=4),
+        vision=TowerShape(kind="efficientnet-lite", variant="lite0", image_size=64, patch_size=32),
+    )
+    config, moe = trainable_config(recipe)
+    assert (config.decoder.kind, config.decoder.layers, config.decoder.heads) == ("phi", 5, 4)
+    assert (config.decoder.vocab_size, config.vision.feature_size) == (300, 320 + 4 * 112)
+    assert (moe.layers, moe.num_experts, moe.top_k) == ((0, 2, 4), 3, 2)
+    assert moe.expert_names == ("oct", "ct", "pet")
+    with pytest.raises(ConfigError, match="outside"):
+        trainable_config(replace(recipe, moe_layers=(7,)))
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[" * 100_000, "\x00"])

@@ -1,0 +1,202 @@
+"""Sets that are added to one dataset folder, and image labels made of folders and tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dicom_files import saved
+from hypothesis import given
+from hypothesis import strategies as st
+from listen_process import study
+from PIL import Image as Pillow
+
+from medmoe_edge.data.datasets import read_examples, read_labels
+from medmoe_edge.data.folder import split_evenly
+from medmoe_edge.data.labelling import LabelOptions, add_labels
+from medmoe_edge.data.prepare import add_questions, prepare
+from medmoe_edge.errors import DataError, InputError
+from medmoe_edge.image.loading import dicom_origin
+
+
+def picture(path: Path, number: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    Pillow.fromarray(pixels).save(path)
+    return path
+
+
+def labels(source: Path, out: Path, *, force: bool = False, **options: Any) -> Any:
+    return add_labels(source, out, LabelOptions(**options), header=dicom_origin, force=force)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Twenty pictures each of two modalities, with two findings."""
+    folder = tmp_path / "mine"
+    for number in range(40):
+        modality, finding = ("ct", "oct")[number % 2], ("normal", "odd")[number // 2 % 2]
+        picture(folder / modality / finding / f"{number}.png", number)
+    (folder / "ct" / "notes.txt").write_text("not a picture")
+    (folder / "ct" / "normal" / "broken.png").write_text("no picture either")
+    return folder
+
+
+def test_a_folder_says_modality_and_finding(tmp_path: Path, pictures: Path) -> None:
+    prepared = labels(pictures, tmp_path / "data")
+    assert prepared.modalities == {"ct": 20, "oct": 20}
+    assert prepared.labels == {"train": 32, "val": 4, "test": 4}, "a tenth of every finding each"
+    found = read_labels(tmp_path / "data/labels.jsonl", check_images=True)
+    assert {(item.modality, item.finding) for item in found} == {
+        (modality, finding) for modality in ("ct", "oct") for finding in ("normal", "odd")
+    }
+    assert {item.source for item in found} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "expected"),
+    [
+        ("ct/1.png", {}, ("ct", "", "", "train")),
+        ("CT/chest/normal/1.png", {}, ("ct", "chest", "normal", "train")),
+        ("Test/mri/glioma/1.png", {}, ("mri", "", "glioma", "test")),
+        ("glioma/valid/1.png", {"modality": "MR"}, ("mri", "", "glioma", "val")),
+        ("1.png", {"modality": "oct", "body": "eye", "split": "val"}, ("oct", "eye", "", "val")),
+        ("p7/odd/us/1.png", {"levels": ("patient", "finding", "modality")},
+         ("ultrasound", "", "odd", "train")),
+    ],
+)  # fmt: skip
+def test_what_folders_mean(
+    tmp_path: Path, path: str, options: dict[str, Any], expected: tuple[str, ...]
+) -> None:
+    picture(tmp_path / "in" / path, 1)
+    labels(tmp_path / "in", tmp_path / "out", **options)
+    (found,) = read_labels(tmp_path / "out/labels.jsonl", check_images=True)
+    assert (found.modality, found.body, found.finding, found.split) == expected
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_table(tmp_path: Path, delimiter: str) -> None:
+    rows = [("Image", "Modality", "Diagnosis", "patient_id", "split")]
+    for number in range(4):
+        picture(tmp_path / "pictures" / f"{number}.png", number)
+        name = f"pictures/{number}.png" if number else "pictures/0"  # also without its suffix
+        rows.append((name, "CT", f"odd {number}", str(number // 2), "training" if number else ""))
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(delimiter.join(row) for row in rows), encoding="utf-8-sig")
+    labels(table, tmp_path / "out", body="chest")
+    found = read_labels(tmp_path / "out/labels.jsonl", check_images=True)
+    assert [(item.modality, item.body, item.finding) for item in found] == [
+        ("ct", "chest", f"odd {number}") for number in range(4)
+    ]
+    assert {item.split for item in found} == {"train"}
+
+
+def test_dicom_says_modality_and_patient_but_not_whose(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    saved(tmp_path / "in", study(), "scan")  # archives leave suffixes out
+    labels(tmp_path / "in", tmp_path / "out")
+    (row,) = map(json.loads, (tmp_path / "out/labels.jsonl").read_text().splitlines())
+    assert row["modality"] == dicom_origin(tmp_path / "in" / "scan")[0]
+    assert len(row["patient"]) == 16
+    assert row["patient"] != study().PatientID
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "complaint"),
+    [
+        ({}, {}, "no picture"),
+        ({"1.png": 1}, {}, "modality is not known"),
+        ({"ct/1.png": 1}, {"levels": ("modalities",)}, "no level 'modalities'"),
+        ({"ct/fold9/1.png": 1}, {"levels": ("modality", "split")}, "no split 'fold9'"),
+        ({"t.csv": "file\nnone.png"}, {}, "no such image"),
+        ({"t.csv": "name\n1.png"}, {}, "no column 'image'"),
+    ],
+)
+def test_what_labels_nothing(
+    tmp_path: Path, make: dict[str, Any], options: dict[str, Any], complaint: str
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, content in make.items():
+        if isinstance(content, str):
+            (folder / name).write_text(content)
+        else:
+            picture(folder / name, content)
+    source = folder / "t.csv" if "t.csv" in make else folder
+    with pytest.raises((DataError, InputError), match=complaint):
+        labels(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def question(image: str, **more: Any) -> dict[str, Any]:
+    return {"image": image, "question": "Is it?", "answer": "No"} | more
+
+
+def test_sets_merge_and_no_picture_is_in_two_splits(tmp_path: Path, pictures: Path) -> None:
+    data = tmp_path / "data"
+    labels(pictures, data)
+    found = read_labels(data / "labels.jsonl")
+    held = next(item for item in found if item.split == "test")
+    learned = next(item for item in found if item.split == "train")
+    rows = [question(str(held.image), id=1), question(str(learned.image), id=2)]
+    asked = tmp_path / "asked.json"
+    asked.write_text("\n".join(map(json.dumps, rows)))
+    prepared = add_questions(asked, data, split="train")
+    assert (prepared.questions, prepared.left_out) == ({"train": 1}, 1)
+    (kept,) = read_examples(data / "train.jsonl", check_images=True)
+    assert kept.id == "2"
+    assert read_labels(data / "labels.jsonl", check_images=True) == found
+
+    with pytest.raises(InputError, match="holds the set 'asked' already"):
+        add_questions(asked, data, split="train")
+    add_questions(asked, data, split="test", force=True)
+    assert len(read_examples(data / "test.jsonl", check_images=True)) == 2
+    assert not (data / "train.jsonl").exists(), "the set has replaced itself"
+    moved = read_labels(data / "labels.jsonl", check_images=True)
+    assert next(i for i in moved if i.image == learned.image).split == "test"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked.json", "data", "mine"]
+
+
+def test_a_patients_pictures_stay_together(tmp_path: Path) -> None:
+    """Patients 0 to 9 have two pictures each; their splits were given picture by picture."""
+    lines = ["image,modality,patient,split"]
+    for number in range(20):
+        picture(tmp_path / f"{number}.png", number)
+        split = ("train", "test")[number // 10] if number < 12 else "train"
+        lines.append(f"{number}.png,ct,{number % 10},{split}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    labels(tmp_path / "t.csv", tmp_path / "out")
+    rows = [json.loads(row) for row in (tmp_path / "out/labels.jsonl").read_text().splitlines()]
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        splits.setdefault(row["patient"], set()).add(row["split"])
+    assert splits == {str(n): {"test"} if n < 2 else {"train"} for n in range(10)}
+
+
+def test_several_languages(tmp_path: Path) -> None:
+    common = {"img_name": "xmlab1/source.jpg", "location": "Lung", "modality": "CT"}
+    common |= {"answer_type": "OPEN", "content_type": "Organ", "answer": "Lung"}
+    asked = [
+        common | {"qid": number, "q_lang": language, "question": text}
+        for number, (language, text) in enumerate([("en", "What?"), ("zh", "这是什么?")])
+    ]
+    picture(tmp_path / "in/imgs/xmlab1/source.jpg", 1)
+    (tmp_path / "in/train.json").write_text(json.dumps(asked))
+    for languages, expected in ((("en",), 1), (("zh",), 1), (("en", "zh"), 2)):
+        out = tmp_path / "-".join(languages)
+        assert prepare("slake", tmp_path / "in", out, languages=languages).questions == {
+            "train": expected
+        }
+    with pytest.raises(InputError, match="no questions in 'de'"):
+        prepare("slake", tmp_path / "in", tmp_path / "out", languages=("de",))
+
+
+@given(st.dictionaries(st.integers(), st.sampled_from("ab"), max_size=60))
+def test_splits_depend_on_the_groups_alone(groups: dict[int, str]) -> None:
+    splits = split_evenly(groups)  # type: ignore[arg-type]
+    assert splits == split_evenly(dict(reversed(groups.items())))  # type: ignore[arg-type]
+    for stratum in "ab":
+        mine = [splits[group] for group, of in groups.items() if of == stratum]
+        assert mine.count("test") == len(mine) // 10
+        assert mine.count("val") == (len(mine) + 5) // 10
