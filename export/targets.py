@@ -84,13 +84,6 @@ def write_graphs(
     return write_experts(folder, bundle.config, experts) if experts else {"experts": extents}
 
 
-def decoder_graph(bundle: Bundle, target: Target) -> ir.Model:
-    """The decoder; weights are read when they are written."""
-    model = specification(bundle)
-    lower(model, bundle.config, target)
-    return model
-
-
 def lower(model: ir.Model, config: ModelConfig, target: Target) -> list[Stacks]:
     """All of a target's passes over a specification; returns the experts of each layer, if paged.
 

@@ -53,6 +53,7 @@ def _gpu_is_here() -> bool:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Engines are kept in a cache of the tests' own."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -43,10 +44,19 @@ def serve(
     drop_pages: DropPages = False,
     modality_model: Annotated[str, typer.Option(help="For classify and locate.")] = "modality-nano",
     token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Who has its token may ask; chmod 600.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Who has a token in it may ask: NAME TOKEN; chmod 600."),
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    behind_proxy: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Of a proxy that ends TLS and says who asks."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages from there may ask too; may be repeated."),
+    ] = None,
     audit_log: Annotated[
         Path | None, typer.Option("--audit", metavar="FILE", help="Log every answer here.")
     ] = None,
@@ -63,9 +73,10 @@ def serve(
     On SIGTERM it answers what it has accepted, and ends.
     """
     with needs("serve"):
-        from medmoe_edge.bedside.serve.server import Served, start
-        from medmoe_edge.bedside.serve.settings import Limits, Settings, read_token
+        from medmoe_edge.bedside.serve.server import ServiceModels, start
+        from medmoe_edge.bedside.serve.settings import Limits, Settings, read_tokens
 
+    _run_as_service()
     log = logging.getLogger("medmoe_edge.bedside.serve.guard")
     if log.isEnabledFor(logging.WARNING):  # the access log, unless --quiet
         log.setLevel(logging.INFO)
@@ -77,10 +88,13 @@ def serve(
         seconds=max_seconds,
         waiting=queue,
     )
-    token = None if token_file is None else read_token(token_file)
-    settings = Settings(host, port, token, tls_cert, tls_key, limits)
+    tokens = {} if token_file is None else read_tokens(token_file)
+    origins = tuple(cors_origin or ())
+    settings = Settings(host, port, tokens, tls_cert, tls_key, limits, behind_proxy, origins)
 
-    served = Served(model, runtime, device, memory_budget, drop_pages, modality_model, audit_log)
+    models = ServiceModels(
+        model, runtime, device, memory_budget, drop_pages, modality_model, audit_log
+    )
 
     def ready(url: str) -> None:
         if as_json:
@@ -90,8 +104,16 @@ def serve(
         sys.stdout.flush()
         render.show(NOTICE, "yellow", stderr=True)
 
-    start(settings, served, ready)
+    start(settings, models, ready)
     render.show("Stopped; all that was accepted is answered.", stderr=True)
+
+
+def _run_as_service() -> None:
+    """Have lines of the log say when, and files be nobody else's, whatever the umask was."""
+    os.umask(0o077)
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+    for handler in logging.getLogger("medmoe_edge").handlers:
+        handler.setFormatter(form)
 
 
 @verb("listen", "Deploy", "listen --config listen.toml")
@@ -110,6 +132,7 @@ def listen(
         from medmoe_edge.bedside.listen.node import Node
     import medmoe_edge
 
+    _run_as_service()
     configuration = load_configuration(config)
     with render.working("Loading"):
         engine = medmoe_edge.load(
@@ -247,7 +270,7 @@ app.add_typer(
     audit,
     name="audit",
     rich_help_panel="Deploy",
-    help="Verify an audit log; take the patient out of a DICOM file.",
+    help="Verify an audit log or send it on; take the patient out of a DICOM file.",
     epilog="Example: medmoe-edge audit verify audit.jsonl",
 )
 EXAMPLE = "Example: medmoe-edge audit {}"
@@ -278,6 +301,35 @@ def verify_log(
             if report.fault == "torn"
             else "Keep it as it is, and find out who could write it.",
         )
+
+
+@audit.command("ship", epilog=EXAMPLE.format("ship audit.jsonl --to logs.example:6514"))
+def ship_log(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    to: Annotated[str, typer.Option(metavar="HOST:PORT", help="A collector of syslog over TLS.")],
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PEM of its authority.", show_default="this machine's own"
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM of ours, if it wants one.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for further entries.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send an audit log to a collector, from where the last run ended."""
+    with needs("serve"):
+        from medmoe_edge.bedside.audit.ship import Collector, ship
+
+    files = {"authority": tls_ca, "certificate": tls_cert, "key": tls_key}
+    sent = ship(log, Collector.at(to, **files), follow=follow)
+    if as_json:
+        render.as_json({"sent": sent})
+    else:
+        render.show(f"{sent:,} entries were sent.")
 
 
 @audit.command("deidentify", epilog=EXAMPLE.format("deidentify scan.dcm -o example.dcm"))

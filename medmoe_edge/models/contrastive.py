@@ -309,9 +309,3 @@ def region_map(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
     cosines = torch.einsum("bhwd,bnd->bhwn", normalize(regions, dim=-1), normalize(words, dim=-1))
     weights = mask / mask.sum(-1, keepdim=True)  # [B, W]
     return torch.einsum("bhwn,bn->bhw", cosines, weights.to(cosines.dtype))
-
-
-def to_pixels(grid: Tensor, size: int) -> Tensor:
-    """A map `[B, h, w]` over the square image that was looked at: `[B, size, size]`, bilinear."""
-    enlarged = interpolate(grid[:, None], (size, size), mode="bilinear", align_corners=False)
-    return enlarged[:, 0]

@@ -20,7 +20,7 @@ from medmoe_edge.runtimes.slots.slots import DeviceMemory, Event
 Array = npt.NDArray[Any]
 
 
-class Mirror(Protocol):
+class MirroredArray(Protocol):
     """An array on the host, `host`, and its twin on the device, at `address`."""
 
     host: Array
@@ -39,7 +39,7 @@ class Device(DeviceMemory, Protocol):
     sm: str
     stream: int
 
-    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Mirror:
+    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> MirroredArray:
         """A mirrored array."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -75,12 +75,12 @@ class CudaDevice:
         buffer.memory.fill(0, stream=self._stream)
         return buffer
 
-    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> "CudaMirror":
+    def mirror(self, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> "CudaArray":
         """A mirrored array, page-locked on the host so that copies need not wait."""
         dtype = np.dtype(dtype)
         size = dtype.itemsize * math.prod(shape)
         pinned, memory = self._allocate(self._pinned, size), self._allocate(self._device, size)
-        return CudaMirror(pinned, memory, dtype, shape, self._stream)
+        return CudaArray(pinned, memory, dtype, shape, self._stream)
 
     def pinned(self, size: int) -> Bytes:
         """Zeros on the host, page-locked; unified addressing gives the device the same address."""
@@ -147,7 +147,7 @@ class CudaBuffer:
         self.address = int(memory.handle)
 
 
-class CudaMirror:
+class CudaArray:
     """Page-locked host memory, seen as an array, and its twin on the device."""
 
     def __init__(

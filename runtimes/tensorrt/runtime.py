@@ -32,7 +32,7 @@ from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step, check_room, i
 from medmoe_edge.runtimes.paging.expert_file import ExpertFile
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
 from medmoe_edge.runtimes.slots.slots import Kind, SlotPools, Table
-from medmoe_edge.runtimes.tensorrt.device import CudaDevice, Device, Mirror
+from medmoe_edge.runtimes.tensorrt.device import CudaDevice, Device, MirroredArray
 
 
 class Context(Protocol):
@@ -301,8 +301,8 @@ def run(
     device: Device,
     shapes: Mapping[str, tuple[int, ...]],
     addresses: Mapping[str, int],
-    inputs: Sequence[Mirror],
-    outputs: Sequence[Mirror],
+    inputs: Sequence[MirroredArray],
+    outputs: Sequence[MirroredArray],
 ) -> None:
     """Bind, and put on the stream: inputs up, the engine, outputs down."""
     fine = [context.set_input_shape(name, shape) for name, shape in shapes.items()]

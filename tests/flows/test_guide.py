@@ -17,7 +17,7 @@ from documents import blocks_of, check_command
 from serving import StandIn, live, png
 
 from medmoe_edge.bedside.listen.config import load_configuration
-from medmoe_edge.bedside.serve.settings import Limits, read_token
+from medmoe_edge.bedside.serve.settings import Limits, read_tokens
 
 PAGE = ROOT / "docs" / "guides" / "integrators-guide.md"
 GUIDE = PAGE.read_text("utf-8")
@@ -70,7 +70,7 @@ def test_a_token_and_tls_as_the_guide_has_them(folder: Path, engine: StandIn) ->
     issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
     issued.private_key_pem.write_to_path(folder / "key.pem")
     tls = {"certificate": folder / "cert.pem", "key": folder / "key.pem"}
-    with live(engine, token=read_token(folder / "token"), **tls) as url:
+    with live(engine, token=read_tokens(folder / "token")["token"], **tls) as url:
         line = line.replace("https://localhost:8000", url)
         assert json.loads(bash(line, folder))["data"][0]["id"] == "nano"
         with pytest.raises(AssertionError, match="401"):

@@ -25,7 +25,7 @@ from medmoe_edge.evaluation.verify import verify
 from medmoe_edge.export import targets
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.targets import decoder_graph, export_target, inline, plan_target
+from medmoe_edge.export.targets import export_target, inline, lower, plan_target
 from medmoe_edge.pipeline.targets import export_for
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
@@ -161,6 +161,12 @@ def test_an_engines_graph_computes_the_same_in_half(
         steps = exact.step(embeds, caches[0]), half.step(embeds, caches[1])
         assert 0 < difference(steps[1].logits, steps[0].logits) < 1e-2
         assert np.array_equal(*(step.router_logits.argmax(-1) for step in steps))
+
+
+def decoder_graph(bundle: Bundle, target: Target) -> ir.Model:
+    model = specification(bundle)
+    lower(model, bundle.config, target)
+    return model
 
 
 def test_an_engines_graph_is_standard_onnx_with_its_integers(tiny_bundle: Make) -> None:

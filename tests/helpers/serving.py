@@ -14,8 +14,10 @@ from PIL import Image as Pillow
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.server import Server, create_app, listening, url_of
 from medmoe_edge.bedside.serve.settings import Limits, Settings
+from medmoe_edge.bedside.serve.work import Metrics, RequestSlots, Work
 from medmoe_edge.contrastive.features import Classification, Location, Reading
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.loading import Proven
@@ -109,13 +111,20 @@ class Overheard:
 def app_over(
     engine: StandIn, *, limits: Limits | None = None, modality: bool = True, **options: Any
 ) -> FastAPI:
-    """The app; `options` are of `Settings` or the audit log."""
-    audit = options.pop("audit", None)
+    """The app; `options` are of `Settings`, one `token`, or the audit log."""
+    audit, token = options.pop("audit", None), options.pop("token", None)
+    if token is not None:
+        options["tokens"] = {"ward": token}
     settings = Settings(limits=limits or Limits(), **options)
     found: Any = StandInModality() if modality else None
     app = create_app(engine, settings, modality=found, audit=audit)
     app.add_middleware(Overheard)
     return app
+
+
+def work_over(engine: StandIn, audit: AuditLog) -> Work:
+    """What the service does with an engine, without the service."""
+    return Work(engine, None, Limits(), Metrics(RequestSlots(1)), audit)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import stat
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from command_line import Run, two_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medmoe_edge.bedside.audit.log import GENESIS, AuditLog, verify_log
+from medmoe_edge.bedside.audit.log import GENESIS, AuditLog, kept_head, verify_log
 from medmoe_edge.errors import DataError, InputError, ResourceError
 
 MODEL = {"name": "nano", "sha256": "a" * 64}
@@ -111,13 +112,46 @@ def test_a_line_that_was_replaced_whole_breaks_the_chain(log: Path, tmp_path: Pa
     assert (report.fault, report.first_broken_line) == ("changed", 2)
 
 
-def test_a_cut_end_is_seen_by_a_recorded_head_alone(log: Path) -> None:
+def test_a_cut_end_is_seen_by_the_head_that_is_kept_apart(
+    log: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     head = verify_log(log).head
     write(log, "e")
+    assert verify_log(log).intact
     assert verify_log(log, head).intact  # the log has grown since
     log.write_bytes(b"".join(lines(log)[:3]))
+    assert verify_log(log).fault == verify_log(log, head).fault == "head"
+    write(log, "f")
+    assert "has 3 entries and not the last one that was written here, 5" in caplog.text
+    assert verify_log(log).fault == "head"  # until somebody has seen to it
+
+
+def test_a_head_that_was_not_kept_for_a_while_is_still_one_of_the_log(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = os.environ["XDG_STATE_HOME"]
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+    write(log, *"ef")
+    monkeypatch.setenv("XDG_STATE_HOME", kept)
+    write(log, "g")
+    assert verify_log(log).intact
+    assert kept_head(log) == (7, verify_log(log).head)
+
+
+def test_elsewhere_a_cut_end_needs_a_recorded_head(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = verify_log(log).head
+    log.write_bytes(b"".join(lines(log)[:3]))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
     assert verify_log(log).intact
     assert verify_log(log, head).fault == "head"
+
+
+def test_a_log_that_others_could_read_is_its_owners_alone_again(log: Path) -> None:
+    log.chmod(0o644)
+    write(log, "e")
+    assert log.stat().st_mode & 0o777 == 0o600
     assert verify_log(log, GENESIS).intact
 
 

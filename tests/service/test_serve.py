@@ -4,21 +4,26 @@ import base64
 import io
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_line import Run, two_lines
 from PIL import Image as Pillow
-from serving import MODEL, StandIn, app_over, client_of, png, upload
+from serving import MODEL, StandIn, app_over, client_of, png, upload, work_over
 from starlette.testclient import TestClient
 
 from medmoe_edge.bedside.audit.log import AuditLog
-from medmoe_edge.bedside.serve.settings import Limits, Settings, read_token
+from medmoe_edge.bedside.serve.guard import Logins
+from medmoe_edge.bedside.serve.settings import Limits, Settings, read_tokens
+from medmoe_edge.bedside.serve.work import Upload
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import BundleError, InputError, ResourceError
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.image.worker import read_apart
 
 ASK = {"question": "Is there effusion?"}
@@ -120,12 +125,54 @@ def test_every_answer_is_audited_before_it_is_given(tmp_path: Path) -> None:
         client.post("/v1/classify", data={"label": "mass"}, files=upload())
         client.post("/v1/locate", data={"phrase": "mass"}, files=upload())
         entries = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [entry["event"] for entry in entries] == ["ask", "classify", "locate"]
-        assert entries[0]["answer"] == "No effusion is seen"
-        assert entries[0]["model"] == MODEL
+        events = [entry["event"] for entry in entries]
+        assert events == ["accepted", "ask", "classify", "locate"]
+        assert (entries[0]["question"], entries[0]["answer"]) == (ASK["question"], "")
+        assert entries[1]["answer"] == "No effusion is seen"
+        assert entries[1]["model"] == MODEL
         path.write_text("changed\n")
         error = error_of(client.post("/v1/ask", data=ASK, files=upload()), 503)
         assert "effusion" not in json.dumps(error)
+
+
+def test_no_word_is_told_before_its_record_is_kept(tmp_path: Path) -> None:
+    """A stream that is left after its first word has its record, with what was told."""
+    path = tmp_path / "audit.jsonl"
+    engine = StandIn()
+    engine.may_go_on.clear()
+    work = work_over(engine, AuditLog(path))
+    picture = Image(np.zeros((8, 8, 3), np.uint8))
+    told = work.ask(Upload(picture, "0" * 64, "ward@10.0.0.1", 9.0), ["Is there effusion?"], 9)
+    assert next(told) == "No"
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["accepted"]
+    told.close()
+    accepted, aborted = map(json.loads, path.read_text().splitlines())
+    assert (aborted["event"], aborted["answer"], aborted["who"]) == (
+        "aborted",
+        "No",
+        "ward@10.0.0.1",
+    )
+    assert accepted["question"] == aborted["question"] == "Is there effusion?"
+
+
+def test_what_fails_half_way_is_recorded_too(tmp_path: Path) -> None:
+    path, engine = tmp_path / "audit.jsonl", StandIn()
+    engine.error = BundleError("The model is no good.", "Export it again.")
+    with client_of(app_over(engine, audit=AuditLog(path))) as client:
+        client.post("/v1/ask", data={**ASK, "stream": "true"}, files=upload())
+    events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
+    assert events == ["accepted", "aborted"]
+
+
+def test_a_service_that_cannot_audit_is_not_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with client_of(app_over(StandIn(), audit=AuditLog(tmp_path / "audit.jsonl"))) as client:
+        assert client.get("/readyz").status_code == 200
+        full = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+        assert error_of(client.get("/readyz"), 503)["code"] == "no_resources"
+        assert client.head("/healthz").status_code == 200
 
 
 def test_an_upload_leaves_no_file_and_its_name_is_nothing(
@@ -252,9 +299,10 @@ def test_pages_of_other_sites_are_refused(client: TestClient) -> None:
     assert "access-control-allow-origin" not in response.headers
 
 
-def test_only_the_token_opens() -> None:
+def test_only_the_token_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     token = "0123456789abcdef"
-    with client_of(app_over(StandIn(), token=token, host="0.0.0.0")) as client:
+    monkeypatch.setattr(Logins, "most", 100)
+    with client_of(app_over(StandIn(), token=token, host="0.0.0.0", proxy="10.0.0.1")) as client:
         for wrong in ("", "Bearer", "Bearer ", f"Basic {token}", f"Bearer {token}x", "Bearer \xe9"):
             for path in ("/v1/models", "/metrics", "/v1/nothing"):
                 response = client.get(path, headers=[(b"authorization", wrong.encode("latin-1"))])
@@ -264,6 +312,31 @@ def test_only_the_token_opens() -> None:
         assert client.get("/v1/models", headers=right).status_code == 200
         assert client.get("/healthz").status_code == 200
         assert client.post("/v1/ask", data=ASK, files=upload(), headers=right).status_code == 200
+
+
+def test_who_guesses_tokens_has_to_wait(caplog: pytest.LogCaptureFixture) -> None:
+    with client_of(app_over(StandIn(), token="0123456789abcdef")) as client:
+        for _ in range(Logins.most):
+            error_of(client.get("/v1/models"), 401)
+        right = {"authorization": "Bearer 0123456789abcdef"}
+        response = client.get("/v1/models", headers=right)
+        assert error_of(response, 429)["code"] == "too_many_logins"
+        assert 0 < int(response.headers["retry-after"]) <= Logins.seconds
+        assert client.get("/healthz").status_code == 200
+    assert sum("no token, or a wrong one" in text for text in caplog.messages) == Logins.most
+
+
+def test_pages_of_named_origins_may_ask() -> None:
+    origin = "https://viewer.example:8443"
+    with client_of(app_over(StandIn(), cors_origins=(origin,))) as client:
+        asked = {"access-control-request-method": "POST", "origin": origin}
+        assert client.options("/v1/ask", headers=asked).status_code == 200
+        response = client.post("/v1/ask", data=ASK, files=upload(), headers={"origin": origin})
+        assert response.headers["access-control-allow-origin"] == origin
+        other = {"origin": "https://evil.example"}
+        error_of(client.post("/v1/ask", data=ASK, files=upload(), headers=other), 403)
+    with pytest.raises(InputError, match="not the origin"):
+        Settings(cors_origins=("*",))
 
 
 def test_the_busy_say_when_to_come_back(engine: StandIn) -> None:
@@ -362,11 +435,14 @@ def test_models_are_listed(client: TestClient) -> None:
 def test_others_need_a_token(host: str) -> None:
     with pytest.raises(InputError, match="token"):
         Settings(host=host)
-    assert not Settings(host=host, token="0123456789abcdef").is_local
+    tokens = {"ward": "0123456789abcdef"}
+    with pytest.raises(InputError, match="unencrypted"):
+        Settings(host=host, tokens=tokens)
+    assert not Settings(host=host, tokens=tokens, proxy="10.0.0.1").is_local
 
 
 def test_a_token_is_in_no_repr() -> None:
-    assert "0123456789abcdef" not in repr(Settings(token="0123456789abcdef"))
+    assert "0123456789abcdef" not in repr(Settings(tokens={"ward": "0123456789abcdef"}))
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o777])
@@ -375,20 +451,27 @@ def test_a_token_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> N
     path.write_text("0123456789abcdef\n")
     path.chmod(mode)
     with pytest.raises(InputError, match="Others"):
-        read_token(path)
+        read_tokens(path)
     path.chmod(0o600)
-    assert read_token(path) == "0123456789abcdef"
+    assert read_tokens(path) == {"token": "0123456789abcdef"}
+    path.write_text("# who may ask\nward-3 0123456789abcdef\npacs   fedcba9876543210\n")
+    assert read_tokens(path) == {"ward-3": "0123456789abcdef", "pacs": "fedcba9876543210"}
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"short", b"with space in the middle", b"\xff" * 40, b"x" * 2000]
+    "text",
+    [
+        *(b"", b"short", b"with space in the middle", b"\xff" * 40, b"x" * 2000),
+        *(b"a 0123456789abcdef\na 1123456789abcdef", b"a 0123456789abcdef\nb 0123456789abcdef"),
+        *(b"a 0123456789abcdef\n1123456789abcdef", b"/ 0123456789abcdef"),
+    ],
 )
 def test_a_poor_token_is_refused(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "token"
     path.write_bytes(text)
     path.chmod(0o600)
-    with pytest.raises(InputError, match="no token"):
-        read_token(path)
+    with pytest.raises(InputError, match="token file"):
+        read_tokens(path)
 
 
 def test_bad_starts_are_two_lines(run: Run, tmp_path: Path) -> None:

@@ -127,8 +127,20 @@ def test_a_body_that_does_not_come_is_not_waited_for(engine: StandIn) -> None:
             answer += more
         assert answer.startswith(b"HTTP/1.1 408")
         assert b'"slow_upload"' in answer
-        with client(url) as other:  # the place is free again
+        with client(url) as other:
             assert other.post("/v1/ask", data=ASK, files=upload()).status_code == 200
+
+
+def test_uploads_that_stall_are_in_nobodys_way(engine: StandIn) -> None:
+    head = "POST /v1/ask HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
+    head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(live(engine, limits=Limits(waiting=0)))
+        for _ in range(16):
+            stack.enter_context(connected(url)).sendall(head.encode())
+        with client(url) as other:
+            for _ in range(3):
+                assert other.post("/v1/ask", data=ASK, files=upload()).status_code == 200
 
 
 @pytest.mark.parametrize("announced", [True, False])

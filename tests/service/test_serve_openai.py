@@ -1,19 +1,32 @@
 """OpenAI's own client against the service, and what it may not ask."""
 
 import base64
+import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
 from serving import StandIn, app_over, client_of, live, png
 
+from medmoe_edge.bedside.serve.forms import Until
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import BundleError
 
 TOKEN = "0123456789abcdef"
 URL = "data:image/png;base64," + base64.b64encode(png(20, 10)).decode()
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+def schema_of(schema: dict[str, Any]) -> dict[str, Any]:
+    """The `response_format` for a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "found", "schema": schema}}
 
 
 def about(url: str, text: str = "Is there effusion?", role: str = "user") -> dict[str, Any]:
@@ -84,8 +97,113 @@ def test_the_last_question_is_about_the_last_image(client: openai.OpenAI, engine
     assert engine.images[-1] == (10, 20, 3)
 
 
+def test_what_does_not_reach_the_model_is_said(client: openai.OpenAI) -> None:
+    """History, several images, a system's words, and parameters of sampling."""
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        about(URL, "What is it?"),
+        {"role": "assistant", "content": "A scan."},
+        about(URL, "And this?"),
+    ]
+    said = ask(client, *turns, temperature=0, seed=7).model_extra["medmoe"]["warnings"]
+    assert [each["code"] for each in said] == [
+        *("system_prompt_not_used", "history_not_used", "images_not_used"),
+        "parameters_without_effect",
+    ]
+    assert said[-1]["message"].startswith("seed, temperature:")
+    assert ask(client, about(URL), user="ward").model_extra["medmoe"]["warnings"] == []
+
+
+def test_a_parameter_that_cannot_be_honoured_is_named(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        ask(client, about(URL), logit_bias={"1": 100})
+    assert raised.value.param == "logit_bias"
+    assert ask(client, about(URL), tools=[], tool_choice="none").choices  # as if not given
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        ("effusion", "No ", "stop"),
+        (["nothing", " is"], "No effusion", "stop"),
+        ("usion is s", "No eff", "stop"),  # across words
+        ("seen today", "No effusion is seen", "stop"),
+        ("", "No effusion is seen", "stop"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_before_a_stop_word(
+    client: openai.OpenAI, stop: Any, text: str, reason: str, stream: bool
+) -> None:
+    found = ask(client, about(URL), stop=stop, stream=stream)
+    if stream:
+        choices = [choice for chunk in found for choice in chunk.choices]
+        assert "".join(choice.delta.content or "" for choice in choices) == text
+        assert choices[-1].finish_reason == reason
+    else:
+        assert found.choices[0].message.content == text
+        assert found.choices[0].finish_reason == reason
+
+
+def test_several_answers_are_the_same(client: openai.OpenAI) -> None:
+    first, second = ask(client, about(URL), n=2).choices
+    assert (first.index, second.index) == (0, 1)
+    assert first.message.content == second.message.content == "No effusion is seen"
+
+
+def test_more_tokens_than_allowed_are_as_many_as_allowed(client: openai.OpenAI) -> None:
+    assert ask(client, about(URL), max_tokens=5000).choices[0].finish_reason == "stop"
+
+
+class Finding(BaseModel):
+    """What a program would ask for."""
+
+    effusion: bool
+    words: str
+    side: Literal["left", "right"] | None
+
+
+def test_an_answer_is_parsed_into_a_schema(client: openai.OpenAI) -> None:
+    found = client.chat.completions.parse(
+        model="stand-in",
+        messages=[about(URL)],  # type: ignore[list-item]
+        response_format=Finding,
+    )
+    parsed = found.choices[0].message.parsed
+    assert parsed == Finding(effusion=False, words="No effusion is seen", side=None)
+    as_object = ask(client, about(URL), response_format={"type": "json_object"})
+    assert json.loads(as_object.choices[0].message.content) == {"answer": "No effusion is seen"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_fits_no_schema_is_a_refusal(client: openai.OpenAI, stream: bool) -> None:
+    numbers = schema_of({"type": "object", "properties": {"n": {"type": "integer"}}})
+    found = ask(client, about(URL), response_format=numbers, stream=stream)
+    if stream:
+        deltas = [choice.delta for chunk in found for choice in chunk.choices]
+        assert not any(delta.content for delta in deltas)
+        refused = "".join(delta.refusal or "" for delta in deltas)
+    else:
+        assert found.choices[0].message.content is None
+        refused = found.choices[0].message.refusal
+    assert refused == "The answer does not fit the schema: No effusion is seen"
+
+
+@given(st.text("ab ", max_size=12), st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3))
+def test_stop_words_are_found_however_the_text_comes(text: str, stops: list[str]) -> None:
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    for pieces in (text, [text]):
+        until = Until(stops)
+        told = "".join(map(until.take, pieces)) + until.rest()
+        assert told == text[: min(found)[1] if found else len(text)]
+        assert until.reached == bool(found)
+
+
 def test_the_client_lists_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["stand-in", "stand-in-modality"]
+    assert client.models.retrieve("stand-in").id == "stand-in"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4o")
 
 
 @pytest.mark.parametrize(
@@ -100,8 +218,20 @@ def test_the_client_lists_models(client: openai.OpenAI) -> None:
         ([about(URL, role="assistant")], {}, openai.BadRequestError, "bad_input"),
         ([{"role": "user", "content": "Hi"}], {}, openai.BadRequestError, "bad_image"),
         ([about(URL)], {"model": "gpt-4o"}, openai.NotFoundError, "model_not_found"),
-        ([about(URL)], {"max_tokens": 5000}, openai.BadRequestError, "too_many_tokens"),
-        ([about(URL)], {"n": 2}, openai.UnprocessableEntityError, "invalid_request"),
+        ([about(URL)], {"n": 99}, openai.UnprocessableEntityError, "invalid_request"),
+        ([about(URL)], {"tools": [TOOL]}, openai.BadRequestError, "unsupported_parameter"),
+        ([about(URL)], {"logprobs": True}, openai.BadRequestError, "unsupported_parameter"),
+        ([about(URL)], {"extra_body": {"X": 1}}, openai.BadRequestError, "unsupported_parameter"),
+        (
+            [about(URL)],
+            {"response_format": schema_of({"$ref": "https://example.org/schema"})},
+            *(openai.BadRequestError, "invalid_schema"),
+        ),
+        (
+            [about(URL)],
+            {"response_format": schema_of({"type": "no such type"})},
+            *(openai.BadRequestError, "invalid_schema"),
+        ),
         ([], {}, openai.UnprocessableEntityError, "invalid_request"),
         (
             [{"role": "user", "content": [{"type": "input_audio"}]}],

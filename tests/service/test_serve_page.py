@@ -332,6 +332,13 @@ def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: 
         assert engine.greys == [255]  # that frame, in the file's own window
         assert "Frame3" in page.text(".answer .facts")
 
+        page.run("document.getElementById('frame').focus()")
+        page.keys(Keys.ARROW_LEFT)
+        page.until("document.getElementById('picture').ariaLabel.endsWith('frame 2 of 3')")
+        page.until("document.querySelector('.answer').hidden")  # it is about another frame
+        page.keys(Keys.ARROW_RIGHT)
+        page.until("!document.querySelector('.answer').hidden")
+
 
 def test_an_answer_says_what_it_warns_of(page: Page) -> None:
     class Doubtful(StandIn):

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from medmoe_edge.bedside.serve.errors import Refusal
-from medmoe_edge.bedside.serve.work import Places, Worker
+from medmoe_edge.bedside.serve.work import RequestSlots, Worker
 
 
 class Picture:
@@ -31,9 +31,9 @@ def test_who_is_cancelled_holds_no_upload_while_the_worker_is_busy() -> None:
         picture = Picture()
         held = weakref.ref(picture)
         with ExitStack() as running:
-            first = worker.do(busy, running, seconds=20)
+            first = worker.do(busy, running, "ward", 20)
             with ExitStack() as waiting:
-                worker.do(partial(look_at, picture), waiting, seconds=20)
+                worker.do(partial(look_at, picture), waiting, "ward", 20)
                 del picture
                 assert held() is not None
             assert held() is None
@@ -46,12 +46,43 @@ def test_who_is_cancelled_holds_no_upload_while_the_worker_is_busy() -> None:
     assert not worker.is_alive
 
 
-def test_places_are_refused_and_given_back() -> None:
-    places = Places(1)
-    with places.take(), pytest.raises(Refusal) as refused, places.take():
+def test_clients_take_turns() -> None:
+    worker, go_on, done = Worker(), threading.Event(), list[str]()
+
+    def job(name: str) -> Generator[str, None, None]:
+        assert go_on.wait(20)
+        done.append(name)
+        yield name
+
+    async def asked() -> None:
+        with ExitStack() as running:
+            for name in ("a1", "a2", "a3", "b1", "c1", "b2"):
+                last = worker.do(partial(job, name), running, client=name[0], seconds=20)
+            worker.start()
+            go_on.set()
+            assert [item async for item in last] == ["b2"]
+            await asyncio.to_thread(worker.stop, 20)
+
+    asyncio.run(asked())
+    assert done == ["a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_slots_are_refused_and_given_back() -> None:
+    slots = RequestSlots(1)
+    with slots.take("ward"), pytest.raises(Refusal) as refused, slots.take("ward"):
         pass
     assert refused.value.status_code == 429
-    with pytest.raises(ZeroDivisionError), places.take():
+    with pytest.raises(ZeroDivisionError), slots.take("ward"):
         raise ZeroDivisionError
-    with places.take():
-        assert places.taken == 1
+    with slots.take("ward"):
+        assert slots.taken == 1
+
+
+def test_nobody_takes_all_slots() -> None:
+    slots = RequestSlots(2)
+    with slots.take("ward"), slots.take("ward"):
+        with pytest.raises(Refusal):
+            slots.check("ward")
+        with slots.take("pacs"), pytest.raises(Refusal):
+            slots.check("another")
+    assert slots.taken == 0

@@ -19,18 +19,24 @@ CHECKS: list[Any] = [not_a_server_error, response_schema_conformance, status_cod
 PICTURES = [png(), png(3, 5), png()[:50]]  # random bytes would all be refused for one reason
 
 CHAT = "/v1/chat/completions"
+OLLAMA = "/api/chat"
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
-def make_sensible(body: dict[str, Any], picture: bytes) -> None:
+def make_sensible(path: str, body: dict[str, Any], picture: bytes) -> None:
     """Give a request what no document can tell: a picture, and the model's name."""
+    encoded = base64.b64encode(picture).decode()
+    turn: dict[str, Any] = {"role": "user"}
     if "image" in body:
         body["image"] = picture
-    else:
-        url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    elif path == OLLAMA:
+        turn |= {"content": "Is there effusion?", "images": [encoded]}
+        body |= {"model": "stand-in", "messages": [*body["messages"], turn]}
+    elif path == CHAT:
+        url = f"data:image/png;base64,{encoded}"
         image = {"type": "image_url", "image_url": {"url": url}}
         text = {"type": "text", "text": "Is there effusion?"}
-        turn = {"role": "user", "content": [text, image]}
+        turn |= {"content": [text, image]}
         body |= {"model": "stand-in", "messages": [*body["messages"], turn]}
 
 
@@ -47,7 +53,7 @@ def asked(url: str, mode: GenerationMode, examples: int) -> set[tuple[str, int]]
         @settings(max_examples=examples, deadline=None, suppress_health_check=SLOW)
         def answers(case: Any, picture: bytes) -> None:
             if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
-                make_sensible(case.body, picture)
+                make_sensible(case.path, case.body, picture)
             response = case.call()
             case.validate_response(response, checks=CHECKS)
             seen.add((case.path, response.status_code))
@@ -62,6 +68,7 @@ def test_no_request_fails_on_our_side(mode: GenerationMode) -> None:
         seen = asked(url, mode, examples=8)
     if mode is GenerationMode.POSITIVE:
         answered = {path for path, status in seen if status == 200}
-        assert answered >= {"/v1/ask", "/v1/classify", "/v1/locate", "/v1/models", CHAT}
+        assert answered >= {"/v1/ask", "/v1/classify", "/v1/locate", "/v1/models", "/api/tags"}
+        assert {(CHAT, 400), (OLLAMA, 400)} <= seen or {CHAT, OLLAMA} <= answered
     else:
         assert {("/v1/ask", 422), (CHAT, 422)} <= seen

@@ -15,7 +15,6 @@ from medmoe_edge.models.contrastive import (
     enlarge,
     losses,
     region_map,
-    to_pixels,
 )
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.training.initialise import random_modality_model
@@ -209,7 +208,8 @@ def test_a_bright_patch_changes_the_map_where_it_is(at: tuple[int, int]) -> None
     expert = torch.zeros(1, dtype=torch.long)
     regions = [net.regions(net.vision(pixels), expert) for pixels in (bright, dark)]
     difference = regions[0] - regions[1]
-    pixels = to_pixels(difference.norm(dim=-1), 32)[0]
+    grid = difference.norm(dim=-1)[:, None]
+    pixels = torch.nn.functional.interpolate(grid, (32, 32), mode="bilinear")
     row, column = divmod(int(pixels.argmax()), 32)
     assert at[0] <= row < at[0] + 4
     assert at[1] <= column < at[1] + 4

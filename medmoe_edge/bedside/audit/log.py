@@ -13,9 +13,14 @@ Each line is one JSON object in canonical form (sorted keys, no spaces, ASCII):
     previous       the hash of the line before; 64 zeros in the first
     hash           SHA-256 of the same object without `hash`
 
+`event` is "accepted" for a question before its first word is told, then "ask" with the whole
+answer, or "aborted" with what was told of it; "classify", "locate" and "answer" (of the DICOM node)
+stand alone, and before what they record.
+
 A changed, missing or moved line breaks the chain. Nothing in it is secret: who can write the file
-can also write a whole new one, or cut off its end. Against that, keep the head (the last line's
-hash) elsewhere and give it to `verify_log`.
+can also write a whole new one, or cut off its end. Against that the head (the last line's hash) is
+kept in a second place, the user's state folder, where `verify_log` looks for it; or keep it on
+another machine (`ship.py`) and give it to `verify_log`.
 """
 
 import dataclasses
@@ -24,12 +29,16 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import platformdirs
 from filelock import FileLock
 
+from medmoe_edge.atomic import atomic_file
 from medmoe_edge.errors import DataError, InputError, ResourceError
 
 GENESIS = "0" * 64
@@ -94,10 +103,22 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def verify_log(path: Path, head: str | None = None) -> AuditReport:
-    """Follow the chain from the first line; with `head`, also look for that recorded hash.
+    """Follow the chain from the first line, and look for a recorded head in it.
 
-    Raises `InputError` where the log cannot be read.
+    Args:
+        path: The log.
+        head: The hash of a line that must be there; None is the last head that was written on this
+            machine, if it is known.
+
+    Returns:
+        Whether the log is what was written.
+
+    Raises:
+        InputError: The log cannot be read.
     """
+    if head is None:
+        kept = kept_head(path)
+        head = kept and kept[1]
     try:
         with path.open("rb") as file:
             return _follow(file, head)
@@ -118,7 +139,10 @@ def _follow(file: IO[bytes], head: str | None) -> AuditReport:
         previous = json.loads(line)["hash"]
         found = found or previous == head
     if not found:
-        why = "The recorded head is not in the log: lines are missing at its end, or it is another."
+        why = (
+            "The recorded head is not in the log: lines are missing at its end, or it is another. "
+            f"Heads are kept under {head_file(Path()).parent}."
+        )
         return AuditReport(number, False, number + 1, "head", why, previous)
     return AuditReport(number, True, None, None, "Every line is as it was written.", previous)
 
@@ -148,6 +172,34 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
     return iter(lambda: file.readline(MAX_LINE), b"")
 
 
+def head_file(path: Path) -> Path:
+    """Where the head of a log is kept apart from it: in the user's state folder."""
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return platformdirs.user_state_path("medmoe-edge") / "audit-heads" / f"{name}.json"
+
+
+def kept_head(path: Path) -> tuple[int, str] | None:
+    """Number and hash of the last line that this machine wrote to a log; None if not known."""
+    try:
+        found = json.loads(head_file(path).read_bytes())
+        return int(found["number"]), str(found["hash"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _keep_head(path: Path, number: int, value: str) -> None:
+    file = head_file(path)
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with atomic_file(file) as part:
+            part.write(json.dumps({"number": number, "hash": value}).encode())
+    except OSError as error:
+        log.warning(
+            "The audit log's head cannot be kept apart from it (%s): a cut end would go unnoticed.",
+            error.strerror or type(error).__name__,
+        )
+
+
 log = logging.getLogger(__name__)
 
 
@@ -158,6 +210,7 @@ class AuditLog:
         self.path = Path(path)
         # A lock of the system's, which ends with its process; never a file that a crash leaves.
         self._lock = FileLock(f"{self.path}.lock", mode=0o600, fallback_to_soft=False)
+        self._told = False  # that its head is not the one that was kept
 
     def append(
         self,
@@ -192,11 +245,33 @@ class AuditLog:
                 if len(line) >= MAX_LINE:
                     raise InputError("An audit entry is too long.", "Ask a shorter question.")
                 _write(file, line)
+                self._keep_head(file, number, previous, line)
         except OSError as error:
-            raise ResourceError(
-                f"The audit log cannot be written ({error.strerror or type(error).__name__}).",
-                "Free some space or check its permissions; nothing is answered unaudited.",
-            ) from error
+            raise _unwritable(error.strerror or type(error).__name__) from error
+
+    def check(self) -> None:
+        """Raise `ResourceError` unless the next entries could be written."""
+        try:
+            with self._lock, self._opened():
+                room = shutil.disk_usage(self.path.parent).free
+        except OSError as error:
+            raise _unwritable(error.strerror or type(error).__name__) from error
+        if room < MAX_LINE:
+            raise _unwritable("the disk is full")
+
+    def _keep_head(self, file: IO[bytes], number: int, previous: str, line: bytes) -> None:
+        """Keep the new head apart, unless the one kept is not in the log, which it then proves."""
+        kept = kept_head(self.path)
+        if kept and kept != (number, previous) and not _holds(file, kept[1]):
+            if not self._told:
+                log.error(
+                    "The audit log has %d entries and not the last one that was written here, %d: "
+                    "its end was cut off, or it is another log.",
+                    *(number, kept[0]),
+                )
+            self._told = True
+            return
+        _keep_head(self.path, number + 1, json.loads(line)["hash"])
 
     def _opened(self) -> IO[bytes]:
         is_new = not self.path.exists()
@@ -205,7 +280,24 @@ class AuditLog:
             folder = os.open(self.path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
+        if os.name == "posix" and stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
+            os.fchmod(descriptor, 0o600)  # whoever made it
         return os.fdopen(descriptor, "r+b", buffering=0)
+
+
+def _holds(file: IO[bytes], head: str) -> bool:
+    """Whether a line has this hash; the file then stands at its end."""
+    file.seek(0)
+    found = any((entry := parse(line)) and entry["hash"] == head for line in _lines(file))
+    file.seek(0, os.SEEK_END)
+    return found
+
+
+def _unwritable(why: str) -> ResourceError:
+    return ResourceError(
+        f"The audit log cannot be written ({why}).",
+        "Free some space or check its permissions; nothing is answered unaudited.",
+    )
 
 
 def _last(file: IO[bytes]) -> tuple[int, str]:

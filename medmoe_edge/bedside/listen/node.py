@@ -15,7 +15,7 @@ from medmoe_edge.bedside.listen.answering import Answering, Asked, Sending
 from medmoe_edge.bedside.listen.config import Configuration, Destination, DicomDestination
 from medmoe_edge.bedside.listen.queue import Folder, Queue, Worker
 from medmoe_edge.bedside.listen.receiving import (
-    Meter,
+    MessageSizeLimit,
     Receiving,
     classes_with_pixels,
     transfer_syntaxes,
@@ -71,14 +71,14 @@ class Node:
 
     def __enter__(self) -> Self:
         receiving = Receiving(self.configuration, self.folder, self.queue, self._answerer.wake)
-        meter = Meter(min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES))
+        size_limit = MessageSizeLimit(min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES))
         handlers: list[EventHandlerType] = [
             (evt.EVT_REQUESTED, receiving.requested),
             (evt.EVT_ACCEPTED, receiving.accepted),
             (evt.EVT_C_ECHO, receiving.echo),
             (evt.EVT_C_STORE, receiving.store),
-            (evt.EVT_DATA_RECV, meter.data),
-            (evt.EVT_DIMSE_RECV, meter.message),
+            (evt.EVT_DATA_RECV, size_limit.data),
+            (evt.EVT_DIMSE_RECV, size_limit.message),
         ]
         address = (self.configuration.host, self.configuration.port)
         try:

@@ -41,7 +41,7 @@ from medmoe_edge.image.loading import decoding
 log = logging.getLogger(__name__)
 
 
-class Meter:
+class MessageSizeLimit:
     """Counts the bytes of the message at hand; beyond `limit` the connection is closed."""
 
     def __init__(self, limit: int) -> None:

@@ -27,12 +27,13 @@ UNEXPECTED = "Something unexpected went wrong."
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong, what to do about it, and the same for programs."""
+    """What was wrong, what to do about it, and for programs a code and the field at fault."""
 
     message: str
     remedy: str
     type: str
     code: str
+    param: str | None = None
 
 
 class ErrorBody(BaseModel):
@@ -51,20 +52,26 @@ class Refusal(HTTPException):
         what: str,
         remedy: str,
         headers: Mapping[str, str] | None = None,
+        *,
+        param: str | None = None,
     ) -> None:
         super().__init__(status, what, headers)
-        self.code, self.remedy = code, remedy
+        self.code, self.remedy, self.param = code, remedy, param
 
     def body(self) -> ErrorBody:
         """The JSON body."""
         kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
         kind = TYPES.get(self.status_code, kind)
-        detail = ErrorDetail(message=self.detail, remedy=self.remedy, type=kind, code=self.code)
+        detail = ErrorDetail(
+            message=self.detail, remedy=self.remedy, type=kind, code=self.code, param=self.param
+        )
         return ErrorBody(error=detail)
 
     def response(self) -> JSONResponse:
         """The response to send."""
-        return JSONResponse(self.body().model_dump(), self.status_code, self.headers)
+        return JSONResponse(
+            self.body().model_dump(exclude_none=True), self.status_code, self.headers
+        )
 
 
 def too_long() -> Refusal:

@@ -7,9 +7,12 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import math
 import os
 import time
 import traceback
+from collections import deque
+from typing import Self
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,21 +21,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
 from medmoe_edge.bedside.serve.settings import Limits, Settings
-from medmoe_edge.bedside.serve.work import Metrics, Places
+from medmoe_edge.bedside.serve.work import Metrics, RequestSlots
 
 SENDING = 30.0  # seconds that a client may take to fetch its answer
 
 
-async def bounded(app: ASGIApp, limits: Limits, scope: Scope, receive: Receive, send: Send) -> None:
-    """Let the app answer a request, within limits; raises `Refusal` for one beyond them.
+async def bounded(app: ASGIApp, limits: Limits, scope: Scope, body: "Body", send: Send) -> None:
+    """Let the app answer a request whose body is here, within limits.
 
     If the client leaves, the app is cancelled; `at_end(request)` is then called, as at every end.
+    Raises `Refusal` where it takes too long.
     """
-    end = asyncio.timeout(limits.upload_seconds + limits.seconds + SENDING)
-    body = _Body(receive, limits, Headers(scope=scope), end)
+    end = asyncio.timeout(limits.seconds + SENDING)
+    watch = asyncio.create_task(body.watch(end))
     try:
         with contextlib.ExitStack() as ending:
-            scope.setdefault("state", {})["at_end"] = ending
+            scope["state"]["at_end"] = ending
             async with end:
                 await app(scope, body.receive, send)
     except TimeoutError:
@@ -40,8 +44,7 @@ async def bounded(app: ASGIApp, limits: Limits, scope: Scope, receive: Receive, 
             what = "The request took too long."
             raise Refusal(504, "timeout", what, "Ask less at once, or try again later.") from None
     finally:
-        if body.watch is not None:
-            body.watch.cancel()
+        watch.cancel()
 
 
 def at_end(request: Request) -> contextlib.ExitStack:
@@ -51,44 +54,97 @@ def at_end(request: Request) -> contextlib.ExitStack:
     return ending
 
 
-class _Body:
-    """A request's body as it comes in; after its end, whether the client is still there."""
+def client_of(request: Request) -> str:
+    """Who asks: the name of the token, if there is one, and the address."""
+    return str(request.state.client)
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Uploads:
+    """The bytes of all bodies in memory, at most so many. For one event loop.
+
+    A body that does not come takes next to nothing: whoever stalls is in nobody's way.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+    def hold(self, size: int) -> None:
+        """So many bytes more; raises `Refusal` where there is no room for them."""
+        if self.held + size > self.most:
+            raise Refusal(
+                *(429, "busy", "The service is busy."), "Try again in 1 s.", {"Retry-After": "1"}
+            )
+        self.held += size
+
+
+class Body:
+    """A request's body, read whole before the request takes anybody's place."""
 
     def __init__(
-        self, receive: Receive, limits: Limits, headers: Headers, end: asyncio.Timeout
+        self, receive: Receive, limits: Limits, headers: Headers, uploads: Uploads
     ) -> None:
-        self._receive, self._limits, self._end = receive, limits, end
-        self._deadline = asyncio.get_running_loop().time() + limits.upload_seconds
+        self._receive, self._limits, self._uploads = receive, limits, uploads
+        self._parts: deque[bytes] = deque()
         self._bytes = 0
-        self.watch: asyncio.Task[None] | None = None
         self.client_left = False
         length = headers.get("content-length", "0")
         self._check(int(length[:20]) if length.isdecimal() else 0)
 
-    async def receive(self) -> Message:
-        """The next message of the body; raises `Refusal` where it is too much or too late."""
-        if self.watch is not None:
-            return await self._receive()
+    async def __aenter__(self) -> Self:
+        """Read it; raises `Refusal` where it is too much or too late, and `ClientLeft`."""
         try:
-            async with asyncio.timeout_at(self._deadline):
-                message = await self._receive()
+            async with asyncio.timeout(self._limits.upload_seconds):
+                while await self._read_part():
+                    pass
         except TimeoutError:
+            self._let_go()
             raise Refusal(
                 *(408, "slow_upload", "The upload took too long."),
                 f"Send it within {self._limits.upload_seconds:.0f} s.",
             ) from None
-        self._bytes += len(message.get("body", b""))
-        self._check(self._bytes)
-        if not message.get("more_body", False):
-            self.watch = asyncio.create_task(self._watch())
-        return message
+        except BaseException:
+            self._let_go()
+            raise
+        return self
 
-    async def _watch(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
+        """Forget it."""
+        self._let_go()
+
+    async def receive(self) -> Message:
+        """The body for the app, and afterwards whether the client is still there."""
+        if not self._parts:
+            return await self._receive()
+        part = self._parts.popleft()
+        return {"type": "http.request", "body": part, "more_body": bool(self._parts)}
+
+    async def watch(self, end: asyncio.Timeout) -> None:
+        """Bring the end forward to now when the client leaves."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.client_left = True
         with contextlib.suppress(RuntimeError):  # it may just have ended by itself
-            self._end.reschedule(0)  # now
+            end.reschedule(0)
+
+    async def _read_part(self) -> bool:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        part = message.get("body", b"")
+        self._check(self._bytes + len(part))
+        self._uploads.hold(len(part))
+        self._bytes += len(part)
+        self._parts.append(part)
+        return bool(message.get("more_body", False))
+
+    def _let_go(self) -> None:
+        self._uploads.held -= self._bytes
+        self._bytes = 0
+        self._parts.clear()
 
     def _check(self, size: int) -> None:
         most = self._limits.upload_bytes
@@ -97,8 +153,36 @@ class _Body:
             raise Refusal(413, "too_large", what, "Send one picture, not a whole series.")
 
 
+class Logins:
+    """Wrong tokens by address: after too many within a minute none is looked at for a while."""
+
+    most, seconds, addresses = 10, 60.0, 4096
+
+    def __init__(self) -> None:
+        self._failed: dict[str, deque[float]] = {}
+
+    def check(self, address: str) -> None:
+        """Raise `Refusal` for an address with too many wrong tokens."""
+        failed, now = self._failed.get(address, deque()), time.monotonic()
+        while failed and now - failed[0] > self.seconds:
+            failed.popleft()
+        if len(failed) >= self.most:
+            wait = math.ceil(self.seconds - (now - failed[0]))
+            raise Refusal(
+                *(429, "too_many_logins", "There were too many wrong tokens from this address."),
+                *(f"Try again in {wait} s.", {"Retry-After": str(wait)}),
+            )
+
+    def failed(self, address: str) -> None:
+        """A token was wrong."""
+        log.warning("A request from %s had no token, or a wrong one.", address)
+        self._failed.setdefault(address, deque()).append(time.monotonic())
+        while len(self._failed) > self.addresses:  # the oldest are forgotten
+            del self._failed[next(iter(self._failed))]
+
+
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
-PROTECTED = ("/v1/", "/metrics")
+PROTECTED = ("/v1/", "/api/", "/metrics")
 METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"}
 SECURITY_HEADERS = {
     "Cache-Control": "no-store",
@@ -124,9 +208,13 @@ class Guard:
     route, the status and the milliseconds.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, places: Places, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, slots: RequestSlots, metrics: Metrics
+    ) -> None:
         self._app, self._settings = app, settings
-        self._places, self._metrics = places, metrics
+        self._slots, self._metrics = slots, metrics
+        self._uploads = Uploads(slots.count * settings.limits.upload_bytes)
+        self._logins = Logins()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -143,6 +231,8 @@ class Guard:
 
         try:
             await self._admitted(scope, receive, tell)
+        except ClientLeft:
+            pass
         except Exception as error:
             refused = refusal(error)
             if refused.code == "unexpected":  # its text might quote what was sent
@@ -159,13 +249,18 @@ class Guard:
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, path = Headers(scope=scope), scope["path"]
         self._check_site(headers)
+        client = scope["client"][0] if scope.get("client") else "unknown"
         if path.startswith(PROTECTED):
-            self._check_token(headers)
-        if scope["method"] == "POST":
-            with self._places.take():
-                await bounded(self._app, self._settings.limits, scope, receive, send)
-        else:
+            client = self._check_token(headers, client)
+        scope.setdefault("state", {})["client"] = client
+        if scope["method"] != "POST":
             await self._app(scope, receive, send)
+            return
+        limits = self._settings.limits
+        self._slots.check(client)  # before anything is sent for nothing
+        async with Body(receive, limits, headers, self._uploads) as body:
+            with self._slots.take(client):
+                await bounded(self._app, limits, scope, body, send)
 
     def _check_site(self, headers: Headers) -> None:
         """Refuse what a page of another site sends.
@@ -178,20 +273,29 @@ class Guard:
             what = "This is not the host that was asked for."
             raise Refusal(421, "wrong_host", what, "Ask localhost.")
         origin = headers.get("origin")
+        if origin in self._settings.cors_origins:
+            return
         if origin is not None and origin.partition("://")[2] != host:
             what = "Pages of other sites may not ask."
             raise Refusal(403, "wrong_origin", what, "Use the page of this service itself.")
 
-    def _check_token(self, headers: Headers) -> None:
-        token = self._settings.token
-        if token is None:
-            return
+    def _check_token(self, headers: Headers, address: str) -> str:
+        """The client's name; raises `Refusal` where the token is not one of ours."""
+        if not self._settings.tokens:
+            return address
+        self._logins.check(address)
         kind, _, given = headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(), token.encode())
-        if not same or kind.lower() != "bearer":
+        names = [
+            name
+            for name, token in self._settings.tokens.items()
+            if hmac.compare_digest(given.strip().encode(), token.encode())
+        ]
+        if not names or kind.lower() != "bearer":
+            self._logins.failed(address)
             what = "The token is missing or wrong."
             hint = "Send it as: Authorization: Bearer TOKEN"
             raise Refusal(401, "wrong_token", what, hint, {"WWW-Authenticate": "Bearer"})
+        return f"{names[0]}@{address}"
 
 
 def _name(host: str) -> str:

@@ -1,28 +1,38 @@
 """OpenAI's chat completions, as far as one question about one image is a chat.
 
-The shapes are those of https://platform.openai.com/docs/api-reference/chat; what they have beyond
-ours is ignored, except what would change the answer's form.
+The shapes are those of https://platform.openai.com/docs/api-reference/chat. What would change the
+answer and cannot be done is refused by name; what has no effect on a model that always takes the
+most likely token, and what of a conversation does not reach it, is said in `medmoe.warnings`.
 """
 
 import base64
 import binascii
 import json
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
-from medmoe_edge.bedside.serve.guard import at_end
-from medmoe_edge.bedside.serve.routes import EVENTS, REFUSALS, answers_of, client_of, event_stream
+from medmoe_edge.bedside.serve.forms import ResponseFormat, Until, check_schema, formed
+from medmoe_edge.bedside.serve.guard import at_end, client_of
+from medmoe_edge.bedside.serve.routes import (
+    EVENTS,
+    REFUSALS,
+    AnswerBody,
+    answers_of,
+    event_stream,
+)
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
-from medmoe_edge.errors import ImageError, InputError
+from medmoe_edge.errors import ImageError, InputError, Notice
 
 
 class TextPart(BaseModel):
@@ -70,22 +80,49 @@ class StreamOptions(BaseModel):
     """Whether the last chunk tells how many tokens there were."""
 
     include_usage: bool = False
+    include_obfuscation: bool = False  # nothing is ever added to chunks
+
+
+WITHOUT_EFFECT = {"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"}
+ABOUT_THE_CALLER = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    "prompt_cache_retention",
+}
+NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+MOST_CHOICES = 8
 
 
 class ChatRequest(BaseModel):
-    """The last user's words are the question, the last image is what they are about.
+    """The last user's words are the question, the last image is what they are about."""
 
-    The model has no memory: earlier turns and the system's words do not reach it. It always takes
-    the most likely token, so that `temperature` and its like change nothing.
-    """
+    model_config = ConfigDict(extra="allow")  # `check` looks at what else there is
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    n: Literal[1] | None = 1
+    n: Annotated[int | None, Field(ge=1, le=MOST_CHOICES)] = 1
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    def check(self) -> None:
+        """Raise `Refusal` for what would change the answer and cannot be done."""
+        known = WITHOUT_EFFECT | ABOUT_THE_CALLER
+        for name, value in (self.model_extra or {}).items():
+            if name in known or not value or value in ("none", ["text"], "text"):
+                continue
+            shown = name if NAME.fullmatch(name) else None
+            what = f"The parameter {shown} cannot be honoured." if shown else "A field is unknown."
+            hint = "Leave it out; see /openapi.json for what can be asked."
+            raise Refusal(400, "unsupported_parameter", what, hint, param=shown)
+        form = self.response_format
+        if form and form.type == "json_schema":
+            if form.json_schema is None:
+                what = "response_format is json_schema, and there is no schema."
+                raise Refusal(400, "invalid_schema", what, "Send it.", param="response_format")
+            check_schema(form.json_schema.definition)
 
     @property
     def question(self) -> str:
@@ -109,6 +146,41 @@ class ChatRequest(BaseModel):
         """New tokens at most."""
         return self.max_completion_tokens or self.max_tokens or MAX_NEW_TOKENS
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Where the answer is to end."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(filter(None, stops))
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """What of the request did not reach the model."""
+        return (*of_the_conversation(self.messages), *self._without_effect())
+
+    def _without_effect(self) -> Iterator[Notice]:
+        given = sorted(
+            name for name in WITHOUT_EFFECT if (self.model_extra or {}).get(name) is not None
+        )
+        if given:
+            names = ", ".join(given)
+            yield Notice(
+                "parameters_without_effect",
+                f"{names}: without effect, as the model always takes the most likely token.",
+            )
+
+
+def of_the_conversation(messages: Sequence[Message]) -> Iterator[Notice]:
+    """What of a conversation does not reach the model, which has no memory."""
+    if any(each.role in ("system", "developer") and each.text for each in messages):
+        text = "The system's words did not reach the model, which has a prompt of its own."
+        yield Notice("system_prompt_not_used", text)
+    if sum(each.role in ("user", "assistant") and bool(each.text) for each in messages) > 1:
+        text = "Earlier turns did not reach the model: it was asked the last question alone."
+        yield Notice("history_not_used", text)
+    if sum(len(each.images) for each in messages) > 1:
+        text = "There are several images: the last one alone was looked at."
+        yield Notice("images_not_used", text)
+
 
 def from_data_url(url: str) -> bytes:
     """The bytes in a data URL (RFC 2397); its media type is ignored, files tell their own."""
@@ -123,33 +195,86 @@ def from_data_url(url: str) -> bytes:
         raise ImageError(what, "Encode the whole file, without line breaks.") from error
 
 
+class Usage(BaseModel):
+    """Tokens, image tokens among those of the prompt."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChoiceMessage(BaseModel):
+    """What the model says; `refusal` is why it has no `content` of the form that was asked for."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+
+
+class Choice(BaseModel):
+    """One of `n` answers, which are all the same."""
+
+    index: int
+    message: ChoiceMessage
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """OpenAI's `chat.completion`, and what `/v1/ask` tells of the answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    medmoe: AnswerBody
+
+
 def openai_routes(work: Work, worker: Worker) -> APIRouter:
     """`/v1/models` and `/v1/chat/completions`."""
     router = APIRouter(prefix="/v1", responses=REFUSALS)
 
+    def loaded() -> list[dict[str, Any]]:
+        models = [_model(work.engine, "med-moe")]
+        if work.modality is not None:
+            models.append(_model(work.modality, "medmoe"))
+        return models
+
     @router.get("/models")
     async def models() -> dict[str, Any]:
         """What is loaded; only those of the kind `med-moe` answer questions."""
-        loaded = [_model(work.engine, "med-moe")]
-        if work.modality is not None:
-            loaded.append(_model(work.modality, "medmoe"))
-        return {"object": "list", "data": loaded}
+        return {"object": "list", "data": loaded()}
 
-    @router.post("/chat/completions", responses={200: {"content": EVENTS}}, response_model=None)
+    @router.get("/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        for found in loaded():
+            if found["id"] == name:
+                return found
+        raise no_such_model(work)
+
+    @router.post(
+        "/chat/completions",
+        responses={200: {"model": ChatCompletion, "content": EVENTS}},
+        response_model=None,
+    )
     async def chat(request: Request, chat: ChatRequest) -> Response:
         """Answer the last question about the last image, as OpenAI's API would.
 
         Beyond it, `medmoe` holds what `/v1/ask` tells of an answer.
         """
         if chat.model != work.engine.name:
-            what, hint = "There is no such model.", f"Ask {work.engine.name}."
-            raise Refusal(404, "model_not_found", what, hint)
-        work.check_ask(1, chat.limit)
-        question, limit = chat.question, chat.limit
-        completion = Completion(chat, work.engine.prompt_tokens(question))
+            raise no_such_model(work)
+        chat.check()
+        limit = min(chat.limit, work.limits.new_tokens)
+        completion = Completion(chat, work.engine.prompt_tokens(chat.question))
         ending = at_end(request)
         upload = await work.receive(chat.image, None, client_of(request), ending)
-        job = worker.do(lambda: work.ask(upload, [question], limit), ending, upload.seconds)
+        job = worker.do(
+            lambda: work.ask(upload, [chat.question], limit), ending, upload.who, upload.seconds
+        )
         if chat.stream:
             return event_stream(completion.chunks(await started(job)))
         (answer,) = await answers_of(job)
@@ -158,11 +283,17 @@ def openai_routes(work: Work, worker: Worker) -> APIRouter:
     return router
 
 
+def no_such_model(work: Work) -> Refusal:
+    """The refusal of a name that no loaded model has."""
+    what, hint = "There is no such model.", f"Ask {work.engine.name}."
+    return Refusal(404, "model_not_found", what, hint, param="model")
+
+
 class Completion:
     """The answer to one request, in OpenAI's shapes."""
 
     def __init__(self, chat: ChatRequest, prompt_tokens: int) -> None:
-        self._prompt_tokens = prompt_tokens
+        self._chat, self._prompt_tokens = chat, prompt_tokens
         self._tells_usage = bool(chat.stream_options and chat.stream_options.include_usage)
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -172,32 +303,51 @@ class Completion:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """A `chat.completion`."""
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        choice = {"message": message, "logprobs": None, "finish_reason": _reason(answer)}
+        until = Until(self._chat.stops)
+        text = until.take(answer.text) + until.rest()
+        content, refused = formed(text, self._chat.response_format)
+        message = {"role": "assistant", "content": content, "refusal": refused}
+        reason = "stop" if until.reached else _reason(answer)
+        choice = {"message": message, "logprobs": None, "finish_reason": reason}
         return {
             **self._head,
             "object": "chat.completion",
-            "choices": [{"index": 0, **choice}],
+            "choices": [{"index": index, **choice} for index in range(self._chat.n or 1)],
             "usage": self._usage(answer),
-            "medmoe": answer.to_json(),
+            "medmoe": self._told(answer),
         }
 
     async def chunks(self, items: AsyncIterator[str | Answer]) -> AsyncIterator[str]:
         """The events of a stream, each a `chat.completion.chunk`."""
+        until = Until(self._chat.stops)
+        form = self._chat.response_format
+        in_words = form is None or form.type == "text"
         try:
             yield self._chunk({"role": "assistant", "content": ""})
             async for item in items:
-                if isinstance(item, Answer):
-                    yield self._chunk({}, _reason(item), medmoe=item.to_json())
-                    if self._tells_usage:
-                        yield _data(
-                            {**self._chunk_head(), "choices": [], "usage": self._usage(item)}
-                        )
-                elif item:
-                    yield self._chunk({"content": item})
+                if not isinstance(item, Answer):
+                    piece = until.take(item) if in_words else ""
+                    if piece:
+                        yield self._chunk({"content": piece})
+                    continue
+                if in_words:
+                    rest: dict[str, Any] = {"content": until.rest()}
+                else:
+                    text = until.take(item.text) + until.rest()
+                    content, refused = formed(text, form)
+                    rest = {"content": content} if refused is None else {"refusal": refused}
+                if any(rest.values()):
+                    yield self._chunk(rest)
+                reason = "stop" if until.reached else _reason(item)
+                yield self._chunk({}, reason, medmoe=self._told(item))
+                if self._tells_usage:
+                    yield _data({**self._chunk_head(), "choices": [], "usage": self._usage(item)})
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status has been sent
-            yield _data(refusal(error).body().model_dump())
+            yield _data(refusal(error).body().model_dump(exclude_none=True))
+
+    def _told(self, answer: Answer) -> dict[str, Any]:
+        return replace(answer, warnings=(*answer.warnings, *self._chat.notices)).to_json()
 
     def _usage(self, answer: Answer) -> dict[str, int]:
         asked, told = self._prompt_tokens, answer.timings.tokens
@@ -208,8 +358,9 @@ class Completion:
         return {**self._head, "object": "chat.completion.chunk"}
 
     def _chunk(self, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return _data({**self._chunk_head(), "choices": [choice], **more})
+        choice = {"delta": delta, "logprobs": None, "finish_reason": reason}
+        choices = [{"index": index, **choice} for index in range(self._chat.n or 1)]
+        return _data({**self._chunk_head(), "choices": choices, **more})
 
 
 def _data(value: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field
 
 from medmoe_edge.bedside.serve.errors import ErrorBody, refusal
-from medmoe_edge.bedside.serve.guard import at_end
+from medmoe_edge.bedside.serve.guard import at_end, client_of
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bedside.serve.work import Job, Upload, Work, Worker, started
 from medmoe_edge.contrastive.features import Location
@@ -151,6 +151,28 @@ def _png(picture: Pillow.Image) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+class AnswerBody(BaseModel):
+    """A `medmoe_edge.engine.answer.Answer`, whose documentation says what each is."""
+
+    question: str
+    answer: str
+    confidence: float
+    modality: str | None
+    experts: dict[str, float]
+    timings: dict[str, float | bool]
+    model: dict[str, Any]
+    complete: bool
+    notice: str
+    paging: dict[str, Any] | None
+    warnings: list[Warned]
+
+
+class Answers(BaseModel):
+    """One for each question, in their order."""
+
+    answers: list[AnswerBody]
+
+
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody}
     for status in (400, 401, 403, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)
@@ -200,7 +222,9 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
     """`/v1/ask`, `/v1/seen`, `/v1/classify` and `/v1/locate`."""
     router = APIRouter(prefix="/v1", responses=REFUSALS)
 
-    @router.post("/ask", responses={200: {"content": EVENTS}}, response_model=None)
+    @router.post(
+        "/ask", responses={200: {"model": Answers, "content": EVENTS}}, response_model=None
+    )
     async def ask(
         request: Request, form: Annotated[AskForm, Form(media_type="multipart/form-data")]
     ) -> Response:
@@ -214,6 +238,7 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         job = worker.do(
             lambda: work.ask(upload, form.question, form.max_new_tokens),
             at_end(request),
+            upload.who,
             upload.seconds,
         )
         if form.stream:
@@ -226,7 +251,7 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
     ) -> Response:
         """Exactly what the model sees of an image when it is asked, as PNG at its resolution."""
         upload = await _received(work, request, form)
-        job = worker.do(lambda: work.seen(upload), at_end(request), upload.seconds)
+        job = worker.do(lambda: work.seen(upload), at_end(request), upload.who, upload.seconds)
         return Response(await anext(job), media_type="image/png")
 
     @router.post("/classify", response_model=None)
@@ -236,7 +261,9 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         """Choose among labels: calibrated probabilities, given that one of them is right."""
         work.check_modality()
         upload = await _received(work, request, form)
-        job = worker.do(lambda: work.classify(upload, form.label), at_end(request), upload.seconds)
+        job = worker.do(
+            lambda: work.classify(upload, form.label), at_end(request), upload.who, upload.seconds
+        )
         return JSONResponse((await anext(job)).to_json())
 
     @router.post("/locate", responses={200: {"content": PICTURE}}, response_model=None)
@@ -250,7 +277,9 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         """
         work.check_modality()
         upload = await _received(work, request, form)
-        job = worker.do(lambda: work.locate(upload, form.phrase), at_end(request), upload.seconds)
+        job = worker.do(
+            lambda: work.locate(upload, form.phrase), at_end(request), upload.who, upload.seconds
+        )
         found = await anext(job)
         png = heat_png(found)
         if form.format == "png":
@@ -258,11 +287,6 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         return JSONResponse(found.to_json() | {"heat_png": base64.b64encode(png).decode()})
 
     return router
-
-
-def client_of(request: Request) -> str:
-    """The address that a request came from."""
-    return request.client.host if request.client else "unknown"
 
 
 async def answers_of(job: Job[str | Answer]) -> list[Answer]:
@@ -301,7 +325,7 @@ async def _events(items: AsyncIterator[str | Answer]) -> AsyncIterator[str]:
                 yield _event("token", {"index": index, "text": item})
         yield _event("done", {})
     except Exception as error:  # the status has been sent
-        yield _event("error", refusal(error).body().model_dump())
+        yield _event("error", refusal(error).body().model_dump(exclude_none=True))
 
 
 def _event(name: str, data: dict[str, Any]) -> str:

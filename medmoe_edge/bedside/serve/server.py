@@ -16,17 +16,19 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import FileResponse, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_1_0_0
 from starlette.formparsers import MultiPartParser
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from medmoe_edge._version import __version__
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.serve.errors import Refusal, add_error_handlers
-from medmoe_edge.bedside.serve.guard import SENDING, Guard
+from medmoe_edge.bedside.serve.guard import PROTECTED, SENDING, Guard
+from medmoe_edge.bedside.serve.ollama import ollama_routes
 from medmoe_edge.bedside.serve.openai import openai_routes
 from medmoe_edge.bedside.serve.routes import own_routes, picture_routes
 from medmoe_edge.bedside.serve.settings import Settings
-from medmoe_edge.bedside.serve.work import Asked, Metrics, Places, Work, Worker
+from medmoe_edge.bedside.serve.work import Asked, Metrics, RequestSlots, Work, Worker
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality
 from medmoe_edge.engine.engine import load
@@ -38,20 +40,23 @@ from medmoe_edge.image.worker import warm_up
 PAGE = Path(__file__).parent / "page"
 
 
-def state_routes(worker: Worker, metrics: Metrics) -> APIRouter:
+def state_routes(work: Work, worker: Worker, metrics: Metrics) -> APIRouter:
     """`/healthz`, `/readyz`, `/metrics` and the page at `/`, whose files are under `/page`."""
     router = APIRouter()
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz")
     async def healthz() -> dict[str, Any]:
         """Whether the process answers at all."""
         return {"status": "ok"}
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz")
     async def readyz() -> dict[str, Any]:
-        """Whether questions are answered: the model is loaded and its thread at work."""
+        """Whether questions are answered: a model is at work, and its answers can be audited."""
         if not worker.is_alive:
             raise Refusal(503, "not_ready", "No questions are answered now.", "Try again later.")
+        await asyncio.to_thread(work.check_audit)
         return {"status": "ready", "notice": NOTICE}
 
     @router.get("/metrics", response_class=Response)
@@ -88,8 +93,8 @@ def create_app(
 ) -> FastAPI:
     """The app; while it runs, nobody else may use the engines."""
     limits = settings.limits
-    places, worker = Places(1 + limits.waiting), Worker()
-    metrics = Metrics(places)
+    slots, worker = RequestSlots(1 + limits.waiting), Worker()
+    metrics = Metrics(slots)
     work = Work(engine, modality, limits, metrics, audit)
 
     @contextlib.asynccontextmanager
@@ -113,18 +118,39 @@ def create_app(
     app.include_router(own_routes(work, worker))
     app.include_router(picture_routes(limits))
     app.include_router(openai_routes(work, worker))
-    app.include_router(state_routes(worker, metrics))
+    app.include_router(ollama_routes(work, worker))
+    app.include_router(state_routes(work, worker, metrics))
     if PAGE.is_dir():
         app.mount("/page", StaticFiles(directory=PAGE))
-    app.add_middleware(Guard, settings=settings, places=places, metrics=metrics)
+    if settings.tokens:
+        _state_security(app)
+    app.add_middleware(Guard, settings=settings, slots=slots, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
     return app
+
+
+def _state_security(app: FastAPI) -> None:
+    """Have the OpenAPI document say which routes need a token."""
+    document = app.openapi()
+    schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+    schemes["token"] = {"type": "http", "scheme": "bearer"}
+    for path, operations in document["paths"].items():
+        if path.startswith(PROTECTED):
+            for operation in operations.values():
+                operation["security"] = [{"token": []}]
 
 
 HEAD_SECONDS = 10.0  # for a request's head to be whole, from its first byte or the connection
 MAX_CONNECTIONS = 256
 
 
-class ImpatientProtocol(H11Protocol):
+class HeadTimeoutProtocol(H11Protocol):
     """Closes connections whose request does not come: uvicorn itself waits for ever."""
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -180,13 +206,14 @@ class Server(uvicorn.Server):
         limits, self._ready = settings.limits, ready
         config = uvicorn.Config(
             app,
-            http=ImpatientProtocol,
+            http=HeadTimeoutProtocol,
             ws="none",
             lifespan="on",
             log_config=None,
             log_level="warning",
             access_log=False,
-            proxy_headers=False,
+            proxy_headers=settings.proxy is not None,
+            forwarded_allow_ips=settings.proxy,
             server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=round(limits.upload_seconds + limits.seconds + SENDING),
@@ -222,7 +249,7 @@ def url_of(settings: Settings, listener: socket.socket) -> str:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServiceModels:
     """The models that a service loads (see `engine.load`), and its audit log."""
 
     model: str = "nano"
@@ -234,12 +261,12 @@ class Served:
     audit: Path | None = None
 
 
-def start(settings: Settings, served: Served, ready: Callable[[str], None]) -> None:
+def start(settings: Settings, models: ServiceModels, ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM.
 
     Args:
         settings: Where it listens, and what a request may ask for.
-        served: The models, and the log of answers.
+        models: The models, and the log of answers.
         ready: Called with the URL once requests are taken.
 
     Raises:
@@ -247,13 +274,13 @@ def start(settings: Settings, served: Served, ready: Callable[[str], None]) -> N
     """
     settings.check_tls()
     engine = load(
-        served.model,
-        runtime=served.runtime,
-        device=served.device,
-        memory_budget=served.memory_budget,
-        drop_pages=served.drop_pages,
+        models.model,
+        runtime=models.runtime,
+        device=models.device,
+        memory_budget=models.memory_budget,
+        drop_pages=models.drop_pages,
     )
     engine.prefixes = LastPrefix(engine.sha256, engine.runtime)  # questions about an image follow
-    modality = load_modality(served.modality_model)
-    log = None if served.audit is None else AuditLog(served.audit)
+    modality = load_modality(models.modality_model)
+    log = None if models.audit is None else AuditLog(models.audit)
     run(create_app(engine, settings, modality=modality, audit=log), settings, ready)

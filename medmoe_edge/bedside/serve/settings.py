@@ -5,6 +5,7 @@ import os
 import re
 import ssl
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from medmoe_edge.image.pixels import MAX_PIXELS
 from medmoe_edge.image.worker import Bounds
 
 TOKEN = re.compile(r"[!-~]{16,1024}")  # visible ASCII, and long enough not to be guessed
+NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)  # of a token, as the audit log has it
+ORIGIN = re.compile(r"https?://[\w.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?", re.ASCII)
+MAX_TOKENS = 2**20  # bytes of their file
 
 
 @dataclass(frozen=True)
@@ -46,24 +50,41 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """`port` 0 is any free one. Whoever holds `token` may ask; None is for this machine alone.
+    """Where the service listens and who may ask.
 
-    Raises `InputError` for a service that others could reach and use without a token.
+    `port` 0 is any free one. Whoever holds one of `tokens`, by name, may ask; without any, this
+    machine alone. `proxy` names the addresses, with commas between them, of a proxy that ends TLS
+    before this service and says in X-Forwarded-For who asks. Pages of `cors_origins` may ask too.
+
+    Raises `InputError` for a service that others could reach and use without a token, or whose
+    tokens and pictures would cross a network in plain text.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
-    token: str | None = field(default=None, repr=False)
+    tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
     certificate: Path | None = None
     key: Path | None = None
     limits: Limits = Limits()
+    proxy: str | None = None
+    cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.token is None and not self.is_local:
+        if not self.tokens and not self.is_local:
             raise InputError(
                 f"On {self.host} others can reach this service, and it has no token.",
                 "Give --token-file, or listen on 127.0.0.1.",
             )
+        if not self.is_local and self.certificate is None and self.proxy is None:
+            raise InputError(
+                f"On {self.host} pictures, answers and tokens would cross the network unencrypted.",
+                "Give --tls-cert and --tls-key, or the --behind-proxy ADDRESS that ends TLS.",
+            )
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise InputError(
+                    f"{origin!r} is not the origin of a page.", "Write it as https://host:port."
+                )
         if (self.certificate is None) != (self.key is None):
             raise InputError("TLS needs a certificate and its key.", "Give both, or neither.")
 
@@ -94,15 +115,18 @@ class Settings:
             ) from error
 
 
-def read_token(path: Path) -> str:
-    """The token in a file that nobody but its owner may read or write.
+def read_tokens(path: Path) -> dict[str, str]:
+    """The tokens by name in a file that nobody but its owner may read or write.
+
+    Each line is a name and a token; a file of a single token needs no name. Lines that begin with
+    `#` are comments.
 
     Raises `InputError` for a file of others' too, and for a token that is short or not ASCII.
     """
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            text = file.read(2048).decode("ascii", errors="replace").strip()
+            text = file.read(MAX_TOKENS).decode("ascii", errors="replace")
     except OSError as error:
         raise InputError(
             f"The token file cannot be read ({error.strerror}).", "Check its path and its owner."
@@ -112,12 +136,26 @@ def read_token(path: Path) -> str:
             "Others than its owner may use the token file.",
             f"Make it yours alone: chmod 600 {path}",
         )
-    if not TOKEN.fullmatch(text):
+    lines = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
+    if len(lines) == 1 and len(lines[0]) == 1:
+        lines = [["token", *lines[0]]]
+    for number, words in enumerate(lines, start=1):
+        if len(words) != 2 or not NAME.fullmatch(words[0]):
+            raise InputError(
+                f"Entry {number} of the token file is not a name and a token.",
+                "Write each on a line of its own: ward-3 TOKEN",
+            )
+    if not lines or not all(TOKEN.fullmatch(token) for _, token in lines):
         raise InputError(
-            "The token file holds no token of 16 to 1024 visible ASCII characters.",
+            "The token file holds a token that is not 16 to 1024 visible ASCII characters.",
             "Make one: (umask 077; openssl rand -hex 32 > FILE)",
         )
-    return text
+    tokens = {words[0]: words[1] for words in lines}
+    if len(tokens) < len(lines) or len(set(tokens.values())) < len(lines):
+        raise InputError(
+            "The token file has a name or a token twice.", "Give everyone a name and a token."
+        )
+    return tokens
 
 
 def _no_password() -> str:

@@ -1,6 +1,7 @@
 """The one thread that does all work of the models: its bounded queue, its jobs, its figures.
 
-Every answer is audited. What Prometheus may know of the service are counts and seconds, nothing of
+Every answer is audited: that a question was accepted before its first word is told, and what came
+of it before the last. What Prometheus may know of the service are counts and seconds, nothing of
 any question or image.
 """
 
@@ -8,14 +9,15 @@ import asyncio
 import contextlib
 import hashlib
 import math
-import queue
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import prometheus_client
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -35,31 +37,39 @@ T = TypeVar("T")
 SLOWEST = 60  # seconds after which anyone may try again
 
 
-class Places:
+class RequestSlots:
     """As many requests as may be under way: one is answered, the others wait. For one event loop.
 
-    Who takes a place may send an upload, so that memory is bounded too.
+    One slot more is kept for a client that holds none, so that nobody can take them all.
     """
 
     def __init__(self, count: int) -> None:
         self.count, self.taken = count, 0
         self._held = 1.0  # seconds, a moving average
+        self._clients: Counter[str] = Counter()
 
-    @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        """Hold one of them; raises `Refusal` where all are taken."""
-        if self.taken >= self.count:
+    def check(self, client: str) -> None:
+        """Raise `Refusal` where all that this client may have are taken."""
+        if self.taken >= self.count + (client not in self._clients):
             wait = min(max(1, math.ceil(self._held / self.count)), SLOWEST)
             raise Refusal(
                 *(429, "busy", "The service is busy."),
                 *(f"Try again in {wait} s.", {"Retry-After": str(wait)}),
             )
+
+    @contextlib.contextmanager
+    def take(self, client: str) -> Iterator[None]:
+        """Hold one of them; raises `Refusal` as `check` does."""
+        self.check(client)
         self.taken += 1
+        self._clients[client] += 1
         started = time.monotonic()
         try:
             yield
         finally:
             self.taken -= 1
+            self._clients[client] -= 1
+            self._clients += Counter()  # forgets who holds none
             self._held += 0.2 * (time.monotonic() - started - self._held)
 
 
@@ -124,10 +134,15 @@ class Job(Generic[T]):
 
 
 class Worker:
-    """The thread that alone touches the models, which are not thread-safe."""
+    """The thread that alone touches the models, which are not thread-safe.
+
+    Clients take turns: of each the first job that waits, then of the next.
+    """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
+        self._jobs: dict[str, deque[Job[Any]]] = {}  # by client, whose turn is next first
+        self._changed = threading.Condition()
+        self._ending = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -137,7 +152,9 @@ class Worker:
 
     def stop(self, seconds: float) -> None:
         """Finish what was asked for, at most this long."""
-        self._jobs.put(None)
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
         if self._thread is not None:
             self._thread.join(seconds)
 
@@ -150,16 +167,32 @@ class Worker:
         self,
         work: Callable[[], Generator[T, None, None]],
         at_end: contextlib.ExitStack,
+        client: str,
         seconds: float,
     ) -> Job[T]:
-        """Queue a job for a request; at the request's end it is cancelled."""
+        """Queue a job for a client's request; at the request's end it is cancelled."""
         job = Job(work, seconds)
         at_end.callback(job.cancel)
-        self._jobs.put(job)
+        with self._changed:
+            self._jobs.setdefault(client, deque()).append(job)
+            self._changed.notify()
         return job
 
+    def _next(self) -> Job[Any] | None:
+        """The next client's first job; None where all is done and the end has come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._ending)
+            if not self._jobs:
+                return None
+            client = next(iter(self._jobs))
+            jobs = self._jobs.pop(client)
+            job = jobs.popleft()
+            if jobs:
+                self._jobs[client] = jobs  # behind the others
+            return job
+
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             job.do()
             del job  # and with it the upload
 
@@ -182,11 +215,11 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 class Metrics:
     """The figures of one service."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, slots: RequestSlots) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        self._requests = Counter(
+        self._requests = prometheus_client.Counter(
             "medmoe_requests",
             "Requests by route and status.",
             ["route", "status"],
@@ -202,14 +235,16 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self._answers = Counter(
+        self._answers = prometheus_client.Counter(
             "medmoe_answers", "Questions answered.", ["prefix_reused"], registry=registry
         )
-        self._tokens = Counter("medmoe_answer_tokens", "Tokens of all answers.", registry=registry)
+        self._tokens = prometheus_client.Counter(
+            "medmoe_answer_tokens", "Tokens of all answers.", registry=registry
+        )
         taken = Gauge(
             "medmoe_requests_under_way", "Being sent, waiting or answered.", registry=registry
         )
-        taken.set_function(lambda: places.taken)
+        taken.set_function(lambda: slots.taken)
 
     def saw_request(self, route: str, status: int, seconds: float) -> None:
         """Count a request; `route` is its template, never what the client sent."""
@@ -250,7 +285,7 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Upload:
-    """What came in: the picture, and of the file its digest; `who` is the client's address.
+    """What came in: the picture, and of the file its digest; `who` is the client (`client_of`).
 
     `seconds` are left for the answer.
     """
@@ -273,12 +308,12 @@ class Work:
         audit: AuditLog | None,
     ) -> None:
         self.engine, self.modality = engine, modality
-        self._limits, self._metrics, self._audit = limits, metrics, audit
-        self._places = asyncio.Semaphore(PICTURES)
+        self.limits, self._metrics, self._audit = limits, metrics, audit
+        self._reading = asyncio.Semaphore(PICTURES)
 
     def check_ask(self, questions: int, max_new_tokens: int) -> None:
         """Raise `Refusal` for more than one request may ask."""
-        limits = self._limits
+        limits = self.limits
         if questions > limits.questions:
             what = f"At most {limits.questions} questions are answered at once."
             raise Refusal(400, "too_many_questions", what, "Send the others afterwards.")
@@ -300,21 +335,21 @@ class Work:
         Args:
             data: The file.
             frame: From 0; None is the middle one.
-            who: The client's address.
-            ending: Called at the request's end, until which the picture has its place in memory.
+            who: The client, as `client_of` has it.
+            ending: Called at the request's end, until which the picture keeps its slot in memory.
 
         Raises:
             ImageError, ResourceError: As of `read_apart`.
-            Refusal: It took too long until there was a place for it.
+            Refusal: It took too long until it could be read.
         """
-        loop, limits = asyncio.get_running_loop(), self._limits
+        loop, limits = asyncio.get_running_loop(), self.limits
         until = loop.time() + limits.seconds
         try:
             async with asyncio.timeout_at(until):
-                await self._places.acquire()
+                await self._reading.acquire()
         except TimeoutError:
             raise too_long() from None
-        ending.callback(self._places.release)
+        ending.callback(self._reading.release)
         image = await asyncio.to_thread(read_apart, data, frame, limits.bounds)
         digest = await asyncio.to_thread(hashlib.sha256, data)
         return Upload(image, digest.hexdigest(), who, max(0.0, until - loop.time()))
@@ -323,11 +358,33 @@ class Work:
         self, upload: Upload, questions: Sequence[str], max_new_tokens: int
     ) -> Generator[str | Answer, None, None]:
         """Pieces of text and whole answers, as `Engine.ask_stream` tells them."""
-        for item in self.engine.ask_stream(upload.image, questions, max_new_tokens=max_new_tokens):
-            if isinstance(item, Answer):
-                self._record(upload, "ask", item.model, item.question, item.text)
-                self._metrics.saw_answer(item)
-            yield item
+        model = {"name": self.engine.name, "sha256": self.engine.sha256}
+        waiting = iter(questions)
+        asked: str | None = None  # the question at hand
+        told = ""
+        try:
+            for item in self.engine.ask_stream(
+                upload.image, questions, max_new_tokens=max_new_tokens
+            ):
+                if asked is None:
+                    asked, told = next(waiting), ""
+                    self._record(upload, "accepted", model, asked, "")
+                if isinstance(item, Answer):
+                    self._record(upload, "ask", item.model, item.question, item.text)
+                    self._metrics.saw_answer(item)
+                    asked = None
+                else:
+                    told += item
+                yield item
+        except BaseException:  # also when nobody listens any more, who ends the generator
+            if asked is not None:
+                self._record(upload, "aborted", model, asked, told)
+            raise
+
+    def check_audit(self) -> None:
+        """Raise `ResourceError` where no answer could be audited, and so none is given."""
+        if self._audit is not None:
+            self._audit.check()
 
     def seen(self, upload: Upload) -> Generator[bytes, None, None]:
         """The one picture, as PNG."""

@@ -17,12 +17,18 @@ export const named = (name) => NAMES[name] ?? name;
 
 const seconds = (time) => `${time < 0.1 ? time.toFixed(3) : time.toFixed(2)} s`;
 
+/** Show the answers about this frame alone: those about another must not stand beside it. */
+export function showAbout(frame) {
+  for (const entry of list.children) entry.hidden = entry.dataset.frame !== frame;
+}
+
 export class Entry {
   #root = template.content.firstElementChild.cloneNode(true);
   #part = (name) => this.#root.querySelector(name);
 
-  constructor(question) {
+  constructor(question, frame) {
     this.#part(".question").textContent = question;
+    this.#root.dataset.frame = frame; // as people count, "" where there is one alone
     list.append(this.#root);
     this.waits("Waiting.");
     this.#reveal();

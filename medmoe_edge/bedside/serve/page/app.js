@@ -1,7 +1,7 @@
 // The page: takes an image, asks the service about it, and shows what it answers. Nothing is kept.
 
 import { events, get, onToken, post, Problem } from "./api.js";
-import { Entry } from "./answers.js";
+import { Entry, showAbout } from "./answers.js";
 import * as viewer from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
@@ -40,6 +40,8 @@ for (const type of ["dragenter", "dragover", "dragleave", "drop"]) {
   });
 }
 
+addEventListener("frame", () => showAbout(frameOf(viewer.shown())));
+
 // ---- questions
 
 $("ask").addEventListener("submit", (event) => {
@@ -75,7 +77,7 @@ function begin(work) {
 }
 
 function enter(work, question, fields) {
-  const entry = new Entry(question);
+  const entry = new Entry(question, frameOf(fields));
   const { signal: left } = image;
   turn = turn.then(async () => {
     if (left.aborted) return;

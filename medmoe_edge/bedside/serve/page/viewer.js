@@ -88,6 +88,7 @@ async function load(frame) {
     codes = found.codes && new Uint16Array(bytes(found.codes.data).buffer);
     tell("");
     arrange();
+    dispatchEvent(new Event("frame")); // another one is shown
     return true;
   } catch (error) {
     if (signal.aborted) return false;

@@ -1,0 +1,215 @@
+"""Ollama's chat, so that programs written for it (Open WebUI and others) can ask.
+
+The shapes are those of https://github.com/ollama/ollama/blob/main/docs/api.md. As with OpenAI's,
+the last user's words are the question and the last image is what they are about; what else there is
+does not reach the model, and `medmoe.warnings` say so.
+"""
+
+import base64
+import binascii
+import datetime
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from medmoe_edge._version import __version__
+from medmoe_edge.bedside.serve.errors import Refusal, refusal
+from medmoe_edge.bedside.serve.forms import Until
+from medmoe_edge.bedside.serve.guard import at_end, client_of
+from medmoe_edge.bedside.serve.openai import ChatRequest, Completion, no_such_model
+from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of
+from medmoe_edge.bedside.serve.work import Work, Worker, started
+from medmoe_edge.engine.answer import Answer
+
+NANO = 10**9  # Ollama's times are in nanoseconds
+LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
+WITHOUT_EFFECT = {"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"}
+
+
+class OllamaMessage(BaseModel):
+    """One turn of a chat; images are base64."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    images: list[str] | None = None
+
+
+class OllamaName(BaseModel):
+    """Which model; older programs call it `name`."""
+
+    model: str = ""
+    name: str = ""
+
+
+class OllamaChat(BaseModel):
+    """A chat; `options` has Ollama's, of which `num_predict` and `stop` have an effect."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    messages: Annotated[list[OllamaMessage], Field(min_length=1)]
+    stream: bool = True
+    format: Literal["json", ""] | dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+
+    def as_chat(self) -> ChatRequest:
+        """The same as OpenAI has it; raises `Refusal` for what cannot be done."""
+        options = self.options or {}
+        extra = {name: value for name, value in (self.model_extra or {}).items() if value}
+        extra = {name: extra[name] for name in extra if name not in ("keep_alive", "think")}
+        given = {name: options[name] for name in WITHOUT_EFFECT if options.get(name) is not None}
+        form: Any = None
+        if self.format == "json":
+            form = {"type": "json_object"}
+        elif isinstance(self.format, dict):
+            form = {"type": "json_schema", "json_schema": {"schema": self.format}}
+        most = options.get("num_predict")
+        try:
+            return ChatRequest.model_validate(
+                {
+                    **extra,
+                    **given,
+                    "model": self.model.removesuffix(":latest"),
+                    "messages": [_turn(message) for message in self.messages],
+                    "max_tokens": most if isinstance(most, int) and most > 0 else None,
+                    "stop": options.get("stop"),
+                    "response_format": form,
+                }
+            )
+        except ValueError as error:
+            what = "The chat or its options cannot be read."
+            raise Refusal(400, "invalid_request", what, "See /openapi.json.") from error
+
+
+def _turn(message: OllamaMessage) -> dict[str, Any]:
+    images = [
+        {"type": "image_url", "image_url": {"url": _url(each)}} for each in message.images or ()
+    ]
+    return {"role": message.role, "content": [{"type": "text", "text": message.content}, *images]}
+
+
+def _url(image: str) -> str:
+    try:
+        base64.b64decode(image, validate=True)
+    except (binascii.Error, ValueError) as error:
+        what = "An image is not valid base64."
+        raise Refusal(400, "bad_image", what, "Encode the whole file, without a prefix.") from error
+    return f"data:image;base64,{image}"
+
+
+def ollama_routes(work: Work, worker: Worker) -> APIRouter:
+    """`/api/chat`, `/api/tags`, `/api/show` and `/api/version`."""
+    router = APIRouter(prefix="/api", responses=REFUSALS)
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of this service."""
+        return {"version": __version__}
+
+    @router.get("/tags")
+    async def tags() -> dict[str, Any]:
+        """The model that answers questions."""
+        return {"models": [_tag(work)]}
+
+    @router.post("/show")
+    async def show(asked: OllamaName) -> dict[str, Any]:
+        """What can be asked of the model."""
+        name = asked.model or asked.name
+        if name.removesuffix(":latest") != work.engine.name:
+            raise no_such_model(work)
+        return {**_tag(work), "capabilities": ["completion", "vision"], "model_info": {}}
+
+    @router.post("/chat", responses={200: {"content": LINES}}, response_model=None)
+    async def chat(request: Request, asked: OllamaChat) -> Response:
+        """Answer the last question about the last image, as Ollama would."""
+        chat = asked.as_chat()
+        if chat.model != work.engine.name:
+            raise no_such_model(work)
+        chat.check()
+        limit = min(chat.limit, work.limits.new_tokens)
+        told = _Lines(asked.model, chat, work.engine.prompt_tokens(chat.question))
+        ending = at_end(request)
+        upload = await work.receive(chat.image, None, client_of(request), ending)
+        job = worker.do(
+            lambda: work.ask(upload, [chat.question], limit), ending, upload.who, upload.seconds
+        )
+        if asked.stream:
+            lines = told.lines(await started(job))
+            return StreamingResponse(lines, media_type="application/x-ndjson")
+        (answer,) = await answers_of(job)
+        return JSONResponse(told.whole(answer))
+
+    return router
+
+
+class _Lines:
+    """The answer to one request, in Ollama's shapes."""
+
+    def __init__(self, name: str, chat: ChatRequest, prompt_tokens: int) -> None:
+        self._name, self._chat = name, chat
+        self._completion, self._prompt_tokens = Completion(chat, prompt_tokens), prompt_tokens
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """All at once, and the figures."""
+        found = self._completion.whole(answer)
+        choice = found["choices"][0]
+        content = choice["message"]["content"] or choice["message"]["refusal"]
+        times = answer.timings
+        return {
+            **self._line(content, done=True),
+            "done_reason": choice["finish_reason"],
+            "total_duration": round(times.total * NANO),
+            "load_duration": 0,
+            "prompt_eval_count": self._prompt_tokens,
+            "prompt_eval_duration": round(times.first_token * NANO),
+            "eval_count": times.tokens,
+            "eval_duration": round(times.decode * NANO),
+            "medmoe": found["medmoe"],
+        }
+
+    async def lines(self, items: AsyncIterator[str | Answer]) -> AsyncIterator[str]:
+        """A line of JSON for each piece; the last has the figures."""
+        until, in_words = Until(self._chat.stops), self._chat.response_format is None
+        told = ""
+        try:
+            async for item in items:
+                if isinstance(item, Answer):
+                    last = self.whole(item)
+                    last["message"]["content"] = last["message"]["content"].removeprefix(told)
+                    yield json.dumps(last) + "\n"
+                elif in_words and (piece := until.take(item)):
+                    told += piece
+                    yield json.dumps(self._line(piece, done=False)) + "\n"
+        except Exception as error:  # the status has been sent
+            yield json.dumps({"error": refusal(error).detail}) + "\n"
+
+    def _line(self, content: str, *, done: bool) -> dict[str, Any]:
+        return {
+            "model": self._name,
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
+            "message": {"role": "assistant", "content": content},
+            "done": done,
+        }
+
+
+def _tag(work: Work) -> dict[str, Any]:
+    name = work.engine.name
+    return {
+        "name": f"{name}:latest",
+        "model": f"{name}:latest",
+        "modified_at": "1970-01-01T00:00:00Z",
+        "size": 0,
+        "digest": work.engine.sha256,
+        "details": {
+            "parent_model": "",
+            "format": "onnx",
+            "family": "med-moe",
+            "families": ["med-moe"],
+            "parameter_size": "",
+            "quantization_level": "",
+        },
+    }
