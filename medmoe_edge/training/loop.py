@@ -218,7 +218,8 @@ class Session:
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / PRECISION
         device = PartialState().device
-        chosen = choose_precision(precision, device, kept)
+        with PartialState().main_process_first():
+            chosen = choose_precision(precision, device, kept)
         AcceleratorState._reset_state()  # an earlier run of this process may be in another
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         mixed: Literal["bf16", "no"] = "bf16" if chosen.name == "bf16" else "no"
