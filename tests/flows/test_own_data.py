@@ -74,7 +74,7 @@ def downloads(folder: Path) -> None:
             ("Is this a CT?", "Yes" if modality == "ct" else "No", "CLOSED"),
         ):
             row = {"qid": f"{number}-{kind}", "question": question, "answer": answer}
-            slake[split].append(common | row | {"answer_type": kind})
+            slake[split].append({**common, **row, "answer_type": kind})
     for split, rows in slake.items():
         (folder / "slake" / f"{split}.json").write_text(json.dumps(rows))
     path: dict[str, list[dict[str, str]]] = {"train": [], "val": [], "test": []}
