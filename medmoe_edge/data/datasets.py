@@ -47,7 +47,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one image, with its reference answer (which may be empty)."""
+    """One question about one image, with its reference answer (which may be empty).
+
+    `patient` is what the data calls whose image it is; it never goes into a result.
+    """
 
     id: str
     image: Path
@@ -58,6 +61,7 @@ class Example:
     body: str | None
     content: str | None
     source: str
+    patient: str | None = None
 
 
 @dataclass(frozen=True)
@@ -335,6 +339,7 @@ class _Reader:
             body=record.optional("body"),
             content=record.optional("content"),
             source=record.optional("source") or self.file.stem,
+            patient=record.optional("patient"),
         )
 
     def _image(self, record: Record) -> str:

@@ -98,19 +98,21 @@ def add_questions(
 ) -> Prepared:
     """Add a list of questions, in either form of `read_examples`, with its images.
 
-    Without `split`, a tenth of the pictures each is held out to validate and to test on. `name` is
-    the set's, by default the file's. Raises `DataError` as `read_examples` does.
+    Without `split`, a tenth of the patients (or pictures, where none is named) each is held out to
+    validate and to test on. `name` is the set's, by default the file's. Raises `DataError` as
+    `read_examples` does.
     """
     examples = read_examples(source, check_images=True)
     sums = {example.image: _sum(example.image) for example in examples}
-    splits = split_evenly(dict.fromkeys(sums.values()))
+    groups = {example.id: example.patient or sums[example.image] for example in examples}
+    splits = split_evenly(dict.fromkeys(groups.values()))
     name = set_name(name or source.stem)
     with adding(name, out, force=force) as (addition, prepared):
         for example in examples:
             mark = sums[example.image]
             image = f"{mark[:16]}{''.join(example.image.suffixes[-2:])}"
             addition.ask(
-                split or splits[mark],
+                split or splits[groups[example.id]],
                 id=example.id,
                 image=addition.write(image, example.image.read_bytes()),
                 question=example.question,
@@ -120,6 +122,7 @@ def add_questions(
                 body=example.body,
                 content=example.content,
                 source=name if example.source == source.stem else example.source,
+                patient=example.patient,
             )
     return prepared[0]
 

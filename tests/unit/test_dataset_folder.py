@@ -174,6 +174,18 @@ def test_a_patients_pictures_stay_together(tmp_path: Path) -> None:
     assert splits == {str(n): {"test"} if n < 2 else {"train"} for n in range(10)}
 
 
+def test_a_patients_questions_stay_together(tmp_path: Path) -> None:
+    rows = [question(str(picture(tmp_path / f"{n}.png", n)), patient=n % 30) for n in range(60)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepared = add_questions(tmp_path / "q.jsonl", tmp_path / "out")
+    assert prepared.questions == {"train": 48, "val": 6, "test": 6}
+    seen: dict[str, str] = {}
+    for split in ("train", "val", "test"):
+        for example in read_examples(tmp_path / "out" / f"{split}.jsonl"):
+            assert example.patient is not None
+            assert seen.setdefault(example.patient, split) == split
+
+
 def test_several_languages(tmp_path: Path) -> None:
     common = {"img_name": "xmlab1/source.jpg", "location": "Lung", "modality": "CT"}
     common |= {"answer_type": "OPEN", "content_type": "Organ", "answer": "Lung"}
