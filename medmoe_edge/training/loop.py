@@ -70,7 +70,8 @@ def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps:
     for _ in range(steps):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide if x.shape[0] <= x.shape[1] else wide.T
+    result: Tensor = wide if x.shape[0] <= x.shape[1] else wide.T
+    return result
 
 
 def make_optimisers(objective: nn.Module, phase: Schedule, *, bf16: bool = True) -> list[Optimizer]:

@@ -107,7 +107,7 @@ def test_muon_in_fp32_does_what_torchs_does(shape: tuple[int, int]) -> None:
         optimiser = kind([parameter], 0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
         for gradient in gradients:
             parameter.grad = gradient.clone()
-            optimiser.step()
+            optimiser.step()  # type: ignore[no-untyped-call]
         assert set(optimiser.state[parameter]) == {"momentum_buffer"}
         results.append(parameter.detach())
     theirs, ours = (result - start for result in results)
