@@ -7,7 +7,10 @@ layer that has none.
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import writing
 from medmoe_edge.calibration.coverage import Neighbours, Pair
 from medmoe_edge.calibration.data import Sample
@@ -34,11 +37,40 @@ from medmoe_edge.calibration.statistics import (
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.image.loading import preprocess
-from medmoe_edge.models.decoder import MoE, causal_mask, rotary_tables, route
+from medmoe_edge.image.pixels import Image
+from medmoe_edge.models.decoder import MoE, causal_mask, make_norm, rotary_tables, route
 from medmoe_edge.models.med_moe import DECODERS, TOWERS, projector
-from medmoe_edge.prompt import Tokenizer
 
 Module = TypeVar("Module", bound=nn.Module)
+
+Load = Callable[[Sample], Image]
+"""Gives a sample's picture."""
+
+
+class Pictures:
+    """The samples' pictures and their image tokens, each computed once for all passes.
+
+    The tokens lie in a file that goes with the object, as large as one of the hidden states.
+    """
+
+    def __init__(self, load: Load = Sample.load) -> None:
+        self.load = load
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
+        weakref.finalize(self, self._file.close)
+        self._places: dict[object, int] = {}
+
+    def tokens(self, sample: Sample, see: Callable[[Image], Tensor]) -> Tensor:
+        """The image tokens `[N, D]` of a sample's picture, which `see` computes the first time."""
+        place = self._places.get(sample.picture)
+        if place is None:
+            tokens = see(self.load(sample))
+            self._places[sample.picture] = self._file.seek(0, os.SEEK_END)
+            self._shape = tokens.shape
+            self._file.write(tokens.contiguous().numpy().tobytes())
+            return tokens
+        self._file.seek(place)
+        content = bytearray(self._file.read(4 * self._shape.numel()))
+        return torch.frombuffer(content, dtype=torch.float32).view(self._shape)
 
 
 @dataclass(frozen=True)
@@ -83,8 +115,7 @@ def tokenise(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[TokenSeq
     checkpoint has no tokenizer.
     """
     config = checkpoint.config
-    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
-    tokenizer.check_vocabulary(config.decoder.vocab_size)
+    tokenizer = checkpoint.tokenizer.tokenizer
     before = tokenizer.prefix_ids()
     room = config.decoder.max_positions - config.vision.image_tokens - len(before)
     return [
@@ -105,6 +136,7 @@ def embed(
     checkpoint: Checkpoint,
     sequences: Sequence[TokenSequence],
     states: States,
+    pictures: Pictures,
     progress: Callable[[int], None],
 ) -> None:
     """Write what enters the first decoder layer; vision tower and projector are loaded meanwhile.
@@ -116,12 +148,17 @@ def embed(
         vision, project = TOWERS[config.vision.kind](config.vision), projector(config)
     load_weights(vision, checkpoint, "vision.")
     load_weights(project, checkpoint, "projector.")
+
+    def see(image: Image) -> Tensor:
+        pixels = torch.from_numpy(preprocess(image, config.vision))
+        tokens: Tensor = project(vision(pixels))[0]  # [N, D]
+        return tokens
+
     table = checkpoint.tensor("decoder.embed.weight")
     check_finite(table, "decoder.embed.weight")
     for index, sequence in enumerate(sequences):
         progress(index)
-        pixels = torch.from_numpy(preprocess(sequence.sample.load(), config.vision))
-        image = project(vision(pixels))[0]  # [N, D]
+        image = pictures.tokens(sequence.sample, see)
         before, after = (table[ids].float() for ids in (sequence.before, sequence.after))
         states[index] = torch.cat((before, image, after))
 
@@ -153,10 +190,15 @@ class LayerStream:
     """The decoder over some samples; raises `CheckpointError` for weights that are not finite."""
 
     def __init__(
-        self, checkpoint: Checkpoint, samples: Sequence[Sample], work: Path, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        samples: Sequence[Sample],
+        work: Path,
+        pictures: Pictures,
+        progress: Progress,
     ) -> None:
         self.checkpoint, self.config, self.progress = checkpoint, checkpoint.config, progress
-        self.work = work
+        self.work, self.pictures = work, pictures
         self.sequences = tokenise(checkpoint, samples)
         self.modalities = [sequence.modality for sequence in self.sequences]
         image_tokens = self.config.vision.image_tokens
@@ -191,12 +233,17 @@ class LayerStream:
             after[sample] = x[0]
             yield inputs[0]
 
+    def of_image(self, sample: int, states: Tensor) -> Tensor:
+        """Of a sample's states `[T, D]` those of its image's tokens `[N, D]`."""
+        end = self._starts[sample]
+        return states[end - self.config.vision.image_tokens : end]
+
     def head_inputs(self) -> Iterator[Tensor]:
         """Normed states `[T, D]` of each sample's question and answer, after the last layer."""
         check_finite(self.checkpoint.tensor("decoder.head.weight"), "decoder.head.weight")
         decoder = self.config.decoder
         with torch.device("meta"):
-            norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
+            norm = make_norm(decoder)
         load_weights(norm, self.checkpoint, "decoder.norm.")
         states = self._states[decoder.layers % 2]
         for sample, start in enumerate(self._starts):
@@ -213,12 +260,14 @@ class LayerStream:
             self.checkpoint,
             self.sequences,
             states,
+            self.pictures,
             lambda done: self.progress("images", done, total),
         )
         states.path = states.path.rename(whole)
 
 
-RUN = "run.json"
+RUN, READ = "run.json", "modalities.json"
+
 HEAD = "decoder.head.in"
 
 
@@ -277,12 +326,54 @@ class Collected:
     routing: RoutingProfile
 
 
+def read_modalities(
+    checkpoint: Checkpoint,
+    samples: Sequence[Sample],
+    work: Path,
+    *,
+    pictures: Pictures | None = None,
+    progress: Progress | None = None,
+) -> dict[object, str]:
+    """What the model's own router reads in pictures: the modality of each, by `Sample.picture`.
+
+    As the engine does: the expert with the highest router logit, averaged over the image's tokens
+    and all MoE layers. One layer is in memory at a time; the last answer is kept in `work`, so that
+    an interrupted run does not ask again. Raises as `collect`.
+    """
+    moe = checkpoint.config.moe
+    assert moe is not None
+    kept = work / READ
+    identity = {
+        "checkpoint": checkpoint.sha256(),
+        "samples": hashlib.sha256(repr(list(samples)).encode()).hexdigest(),
+    }
+    with torch.inference_mode(), writing(work):
+        _prepare(work, json.dumps(identity))
+        if not kept.exists():
+            stream = LayerStream(
+                checkpoint, samples, work, pictures or Pictures(), progress or no_progress
+            )
+            logits = torch.zeros(len(samples), moe.num_experts)
+            for index in range(max(checkpoint.config.moe_layers) + 1):
+                layer = stream.load_layer(index)
+                for row, inputs in enumerate(stream.forward(layer, index)):
+                    if isinstance(layer.ffn, MoE):
+                        logits[row] += layer.ffn.router_logits(stream.of_image(row, inputs)).mean(0)
+            kept.write_text(json.dumps(logits.argmax(1).tolist()), encoding="utf-8")
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    return {
+        sample.picture: moe.expert_names[expert]
+        for sample, expert in zip(samples, found, strict=True)
+    }
+
+
 def collect(
     checkpoint: Checkpoint,
     samples: Sequence[Sample],
     work: Path,
     *,
     hessians: bool,
+    pictures: Pictures | None = None,
     borrow: Mapping[Pair, int] | None = None,
     progress: Progress | None = None,
 ) -> Collected:
@@ -307,7 +398,9 @@ def collect(
     }
     with torch.inference_mode(), writing(work):
         _prepare(work, json.dumps(identity))
-        stream = LayerStream(checkpoint, samples, work, progress or (lambda *_: None))
+        stream = LayerStream(
+            checkpoint, samples, work, pictures or Pictures(), progress or no_progress
+        )
         last = max((layer for layer, _ in borrow), default=checkpoint.config.decoder.layers - 1)
         files = [_layer(stream, index, borrow, hessians) for index in range(last + 1)]
         if not borrow:

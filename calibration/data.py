@@ -1,18 +1,25 @@
 """Calibration data: which questions about which images a model is calibrated on.
 
 A source is put into a fixed shuffled order once, and samples are drawn from it evenly over the
-modalities. Images are decoded as they are drawn; those that cannot be are skipped and listed.
+modalities. Images are decoded as they are drawn, once; those that cannot be are skipped and listed.
+
+What an image's modality is says the list or the DICOM file, else the folder that it lies in, and
+where neither does, the model's own router, when it is calibrated (`calibration.run`).
 """
 
 import hashlib
 import logging
 import os
+import re
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
+from medmoe_edge._types import Progress, no_progress
+from medmoe_edge.config import VisionConfig
 from medmoe_edge.data.datasets import (
     LABELS_FILE,
     AnswerType,
@@ -27,8 +34,18 @@ from medmoe_edge.data.datasets import (
 )
 from medmoe_edge.data.folder import SUMMARY
 from medmoe_edge.errors import DataError, ImageError, InputError, MissingDependencyError
-from medmoe_edge.image.loading import decoding, load_image
-from medmoe_edge.image.pixels import HEAD_BYTES, Image, is_dicom, is_nifti, is_raster, shown_name
+from medmoe_edge.image.loading import Decoded, decoding, load_image
+from medmoe_edge.image.pixels import (
+    HEAD_BYTES,
+    KINDS,
+    Image,
+    is_dicom,
+    is_nifti,
+    is_raster,
+    shown_name,
+)
+
+LabelledBy = Literal["list", "dicom", "folder", "router"]
 
 Field = tuple[int, int, int, int]
 
@@ -53,7 +70,8 @@ QUESTIONS: tuple[tuple[str, AnswerType], ...] = (
 class Sample:
     """One question about one picture; `answer` may be empty, `modality` unknown.
 
-    The picture is a file's, or one `frame` of several, or a `field` cut out of it.
+    `labelled_by` says who told the modality, where it is known. The picture is a file's, or one
+    `frame` of several, or a `field` cut out of it.
     """
 
     id: str
@@ -64,6 +82,7 @@ class Sample:
     answer_type: AnswerType
     frame: int | None = None
     field: Field | None = None
+    labelled_by: LabelledBy = "list"
 
     @property
     def picture(self) -> tuple[Path, int | None, Field | None]:
@@ -91,12 +110,15 @@ def ask_about(
     *,
     frame: int | None = None,
     field: Field | None = None,
+    labelled_by: LabelledBy = "list",
 ) -> Iterator[Sample]:
     """The bedside questions about one picture, whose ids start with `name`."""
     for number, (question, kind) in enumerate(QUESTIONS, start=1):
         identity = f"{name}?{number}"
-        yield Sample(identity, image, question, "", modality, kind, frame, field)
+        yield Sample(identity, image, question, "", modality, kind, frame, field, labelled_by)
 
+
+USUAL = ("xray", "ct", "mri", "ultrasound", "pathology", "fundus")  # modalities
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif"),
@@ -104,14 +126,15 @@ SUFFIXES = (
 )
 
 
-def folder_samples(folder: Path) -> Iterator[Sample]:
+def folder_samples(folder: Path, known: Collection[str] = ()) -> Iterator[Sample]:
     """The bedside questions about every picture in and below `folder`; no pixel is decoded.
 
     A picture is known by its suffix or its first bytes, so that a damaged one is not overlooked.
     Notes, hidden files and DICOM objects without an image are none. Links to folders are not
-    followed. DICOM says its modality. Of a dataset folder, as `medmoe-edge data` makes it, the
-    questions and labels to train on are taken instead. Raises `DataError` for a folder that cannot
-    be read.
+    followed. DICOM says its modality; that of other files is the innermost folder's whose name has
+    one of `known` or the usual ones in it, such as `chest_xray`. Of a dataset folder, as
+    `medmoe-edge data` makes it, the questions and labels to train on are taken instead. Raises
+    `DataError` for a folder that cannot be read.
     """
     if (folder / SUMMARY).is_file():
         yield from _dataset_samples(folder)
@@ -125,7 +148,23 @@ def folder_samples(folder: Path) -> Iterator[Sample]:
                 continue
         elif not (file.name.lower().endswith(SUFFIXES) or is_raster(head) or is_nifti(head)):
             continue
-        yield from ask_about(printable(file.relative_to(folder).as_posix()), file, modality)
+        inside = file.relative_to(folder)
+        by: LabelledBy = "dicom"
+        if modality is None:
+            by, modality = "folder", modality_of_folders(inside.parts[:-1], known)
+        name = printable(inside.as_posix())
+        yield from ask_about(name, file, modality, labelled_by=by)
+
+
+def modality_of_folders(folders: Sequence[str], known: Collection[str] = ()) -> str | None:
+    """The modality that the innermost of some folders is named after; None where none is."""
+    names = {*USUAL, *(name.lower() for name in known)}
+    for folder in reversed(folders):
+        words = [folder, *re.split(r"[\W_]+", folder), *re.findall(r"[A-Za-z]+-[A-Za-z]+", folder)]
+        found = {modality_name(word) for word in words} & names
+        if len(found) == 1:
+            return found.pop()
+    return None
 
 
 def _dataset_samples(folder: Path) -> Iterator[Sample]:
@@ -319,7 +358,36 @@ class CalibrationData:
     samples: tuple[Sample, ...]
     sha256: str
     skipped: list[Skipped] = field(default_factory=list)
+    decoded: Decoded | None = None  # keeps what is decoded, where the model is known
     _readable: dict[object, bool] = field(default_factory=dict, repr=False)  # by picture
+
+    def load(self, sample: Sample) -> Image:
+        """A sample's picture; with `decoded`, as the model sees it, which reads files only once."""
+        if self.decoded is None:
+            return sample.load()
+        return self.decoded.load(sample.picture, sample.load)
+
+    def label(self, found: Mapping[object, str]) -> None:
+        """Take what the router read, by picture, for the modality of samples that have none."""
+        self.samples = tuple(
+            replace(sample, modality=found[sample.picture], labelled_by="router")
+            if sample.modality is None and sample.picture in found
+            else sample
+            for sample in self.samples
+        )
+
+    def unlabelled(self, count: int, progress: Progress = no_progress) -> list[Sample]:
+        """The first `count` readable samples without a modality, one for each picture."""
+        found: dict[object, Sample] = {}
+        for sample in self.samples:
+            if len(found) == count:
+                break
+            if sample.modality is not None or sample.picture in found:
+                continue
+            if self._is_readable(sample, missing=count - len(found)):
+                found[sample.picture] = sample
+                progress("images", len(found), count)
+        return list(found.values())
 
     def draw(
         self,
@@ -327,6 +395,7 @@ class CalibrationData:
         *,
         modalities: Collection[str] | None = None,
         exclude: Iterable[Sample] = (),
+        progress: Progress = no_progress,
     ) -> list[Sample]:
         """The next `count` samples outside `exclude`, one of each modality in turn.
 
@@ -351,6 +420,7 @@ class CalibrationData:
                 if self._is_readable(sample, missing=count - len(drawn)):
                     drawn.append(sample)
                     turns.append(stratum)
+                    progress("images", len(drawn), count)
                     break
         self._check_readable(missing=0)
         if skipped := len(self.skipped) - known:
@@ -360,7 +430,7 @@ class CalibrationData:
     def _is_readable(self, sample: Sample, missing: int) -> bool:
         if sample.picture not in self._readable:
             try:
-                sample.load()
+                self.load(sample)
                 self._readable[sample.picture] = True
             except ImageError as error:
                 self._readable[sample.picture] = False
@@ -386,12 +456,17 @@ class CalibrationData:
 
 
 def read_calibration(
-    source: str | Path, *, known_modalities: Sequence[str] = (), seed: int = 0
+    source: str | Path,
+    *,
+    known_modalities: Sequence[str] = (),
+    vision: VisionConfig | None = None,
+    seed: int = 0,
 ) -> CalibrationData:
     """Read a folder of images, a JSONL file of questions, or the named set "builtin".
 
     A folder's images get the questions of `samples.QUESTIONS`. A `Path` is never a set's name. The
-    order depends only on the ids (a folder's are paths within it) and the `seed`.
+    order depends only on the ids (a folder's are paths within it) and the `seed`. With the model's
+    `vision`, each picture is decoded once and kept as the model sees it.
 
     Raises `InputError` where there is no such source, `DataError` where it is empty or malformed
     or where it names modalities, but none of `known_modalities`.
@@ -400,7 +475,7 @@ def read_calibration(
     if source == BUILTIN:
         name, samples = BUILTIN, list(builtin_samples())
     elif os.path.isdir(source):
-        name, samples = path.resolve().name, list(folder_samples(path))
+        name, samples = path.resolve().name, list(folder_samples(path, known_modalities))
     elif os.path.isfile(source):
         name, samples = path.name, list(file_samples(path))
     else:
@@ -409,9 +484,11 @@ def read_calibration(
             f"Give a folder of images, a JSONL file of questions, or a set's name: {BUILTIN}.",
         )
     if not samples:
-        raise DataError(f"{name!r} holds no image.", "Give PNG, JPEG, TIFF, DICOM or NIfTI files.")
+        raise DataError(f"{name!r} holds no image.", f"Give images, such as {KINDS}.")
     _check_modalities(name, samples, known_modalities)
-    return CalibrationData(printable(name), _in_order(samples, seed), _fingerprint(samples))
+    decoded = None if vision is None else Decoded(vision)
+    ordered, digest = _in_order(samples, seed), _fingerprint(samples)
+    return CalibrationData(printable(name), ordered, digest, decoded=decoded)
 
 
 def _check_modalities(name: str, samples: Iterable[Sample], known: Sequence[str]) -> None:

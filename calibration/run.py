@@ -3,13 +3,14 @@
 import contextlib
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import refuse_existing
-from medmoe_edge.calibration.collect import RUN, Collected, collect
+from medmoe_edge.calibration.collect import RUN, Collected, Pictures, collect, read_modalities
 from medmoe_edge.calibration.coverage import (
     EXTRA_ROUNDS,
     ExpertCoverage,
@@ -27,6 +28,7 @@ from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import ResourceError
 
 logger = logging.getLogger(__name__)
+ROUTED = 2  # pictures that the router reads, for each that is drawn: so that it can be drawn evenly
 
 
 def calibrate(
@@ -81,6 +83,7 @@ class _Run:
     ) -> None:
         self.checkpoint, self.data, self.work = checkpoint, data, work
         self.hessians, self.progress = hessians, progress
+        self.pictures = Pictures(data.load)
         self.samples: list[Sample] = []
         self.rounds: list[Collected] = []
         moe = checkpoint.config.moe
@@ -88,7 +91,8 @@ class _Run:
 
     def statistics(self, count: int, strict: bool) -> Statistics:
         """All rounds, as the coverage contract asks for them."""
-        self._collect(self.data.draw(count))
+        self._label(ROUTED * count)
+        self._collect(self.data.draw(count, progress=self.progress or no_progress))
         first = self._assess()
         for _ in range(EXTRA_ROUNDS):
             more = self._draw_more(count)
@@ -112,10 +116,34 @@ class _Run:
                 self.data.sha256,
                 tuple(sample.sha256 for sample in self.samples),
                 len(self.data.skipped),
+                dict(Counter(s.labelled_by for s in self.samples if s.modality)),
             ),
             self._routing(),
             coverage,
             SiteFiles([*(file for done in self.rounds for file in done.files), *files]),
+        )
+
+    def _label(self, count: int) -> None:
+        """Let the router read pictures whose modality nobody told: experts need their own."""
+        if not self.expert_names:
+            return
+        unknown = self.data.unlabelled(count, self.progress or no_progress)
+        if not unknown:
+            return
+        found = read_modalities(
+            self.checkpoint,
+            unknown,
+            self.work / "router",
+            pictures=self.pictures,
+            progress=self.progress,
+        )
+        self.data.label(found)
+        shares = Counter(found.values())
+        told = ", ".join(f"{name} {n / len(found):.0%}" for name, n in shares.most_common())
+        logger.warning(
+            "Of %d images nobody says the modality: the model's own router reads %s.",
+            len(found),
+            told,
         )
 
     def _collect(self, samples: Sequence[Sample]) -> None:
@@ -123,7 +151,12 @@ class _Run:
         self.samples += samples
         self.rounds.append(
             collect(
-                self.checkpoint, samples, folder, hessians=self.hessians, progress=self.progress
+                self.checkpoint,
+                samples,
+                folder,
+                hessians=self.hessians,
+                pictures=self.pictures,
+                progress=self.progress,
             )
         )
 
@@ -159,6 +192,7 @@ class _Run:
             self.samples,
             self.work / "borrowed",
             hessians=self.hessians,
+            pictures=self.pictures,
             borrow=wanted,
             progress=self.progress,
         )

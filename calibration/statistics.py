@@ -245,7 +245,9 @@ def _reading(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is missing, truncated or no statistics.", _AGAIN) from error
+        if not path.exists():
+            raise DataError(f"{path} does not exist.", _AGAIN) from error
+        raise DataError(f"{path} is truncated or no statistics.", _AGAIN) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged.", _AGAIN) from error
 
@@ -254,17 +256,23 @@ def _reading(path: Path) -> Iterator[Any]:
 class Source:
     """The calibration data: its name and hash, the `Sample.sha256` of those drawn from it, and how
     many of its images could not be read. No file name or id is kept: they may name patients.
+
+    `labelled_by` counts the samples drawn by who told their modality: the list, DICOM, the folder
+    or the model's own router.
     """
 
     name: str
     sha256: str
     drawn: tuple[str, ...] = ()
     skipped: int = 0
+    labelled_by: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Source":
         """Read what `dataclasses.asdict` gave; raises `KeyError` or `TypeError`."""
-        return cls(data["name"], data["sha256"], tuple(data["drawn"]), int(data["skipped"]))
+        labelled = {str(by): int(count) for by, count in data.get("labelled_by", {}).items()}
+        drawn = tuple(data["drawn"])
+        return cls(data["name"], data["sha256"], drawn, int(data["skipped"]), labelled)
 
 
 @dataclass(frozen=True)
@@ -296,6 +304,7 @@ class Statistics:
             "sha256": self.source.sha256,
             "samples": self.samples,
             "skipped": self.source.skipped,
+            "labelled_by": dict(self.source.labelled_by),
             "routing": self.routing.to_json(),
             "coverage": [record.to_json() for record in self.coverage],
         }

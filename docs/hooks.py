@@ -15,9 +15,11 @@ from mkdocs.structure.files import File, Files
 from typer.cli import get_docs_for_click
 
 from medmoe_edge import cli
+from medmoe_edge.export.jetson import OLDEST_TENSORRT, SINCE, SUPPORT
 
 ROOT = Path(__file__).parents[1]
 COMMAND_LINE = "<!-- generated: the command line -->"
+JETSONS = "<!-- generated: jetsons -->"
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 EXAMPLE = re.compile(r"^Example: (.+)$", re.MULTILINE)
@@ -97,6 +99,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs with each page before it is converted."""
     if COMMAND_LINE in markdown:
         markdown = markdown.replace(COMMAND_LINE, command_line())
+    if JETSONS in markdown:
+        markdown = markdown.replace(JETSONS, jetsons())
     return INCLUDE.sub(lambda found: included(ROOT / found[1]), markdown)
 
 
@@ -109,6 +113,44 @@ def command_line() -> str:
     # the usage is no command to type, and the example is one
     text = text.replace("```console\n$ ", "```text\n")
     return EXAMPLE.sub(r"Example:\n\n```bash\n\1\n```", text)
+
+
+def jetsons() -> str:
+    """The matrix of JetPacks, what to type for each, and what each TensorRT brought."""
+    head = [
+        "JetPack",
+        "boards",
+        "Python",
+        "CUDA",
+        "TensorRT",
+        "SM",
+        "target",
+        "precisions",
+        "graph",
+    ]
+    rows = [head, ["---"] * len(head)]
+    typed = []
+    for row in SUPPORT:
+        rows.append(
+            [
+                *(row.jetpacks, ", ".join(row.boards), row.python, row.cuda, row.tensorrt),
+                row.compute_capability,
+                *(f"`{row.target}`" if row.target else "none", row.precisions, row.form),
+            ]
+        )
+        lines = "\n".join(row.commands)
+        typed.append(f"### JetPack {row.jetpacks}\n\n{row.why}\n\n```text\n{lines}\n```")
+    since = [["TensorRT", "brought"], ["---", "---"]]
+    since += [[".".join(map(str, version)), what] for version, what in SINCE.items()]
+    tables = ["\n".join(f"| {' | '.join(cells)} |" for cells in table) for table in (rows, since)]
+    oldest = ".".join(map(str, OLDEST_TENSORRT))
+    return "\n\n".join(
+        [
+            *("## The matrix", tables[0], "## What to type", *typed),
+            *("## What each TensorRT brought", tables[1]),
+            f"The `tensorrt` target of this release needs {oldest} or later.",
+        ]
+    )
 
 
 def included(path: Path) -> str:

@@ -16,6 +16,7 @@ from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, NOTICE, write_man
 from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import Extents, save_model
@@ -41,7 +42,6 @@ from medmoe_edge.export.plan import (
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.vision import export_vision
 from medmoe_edge.export.weights import WeightSource
-from medmoe_edge.prompt import Tokenizer
 
 STORED: dict[Precision, str] = {
     "fp32": "fp32",
@@ -161,7 +161,7 @@ def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: b
         calibrated=calibrated,
         group=options.group,
     )
-    Tokenizer.from_file(source.tokenizer_path()).check_vocabulary(decoder.vocab_size)
+    _ = source.tokenizer  # refused here where it is of another model
     if decoder.head_size % 16 or decoder.rotary_size % 16:
         raise CheckpointError(
             f"Heads of {decoder.head_size} channels, {decoder.rotary_size} of them rotating, "
@@ -176,7 +176,7 @@ def _write_vision(
     """Returns how its weights are stored, in words."""
     model, stored = export_vision(source), "fp32"
     if precision != "fp32":
-        in_8_bits = source.config.vision.kind == "clip" and quantise_linears(model, signature)[1]
+        in_8_bits = source.config.vision.is_transformer and quantise_linears(model, signature)[1]
         stored = VISION_INT8 if in_8_bits else VISION
         halve_weights(model)
     save_model(model, folder, "vision")
@@ -212,7 +212,7 @@ def _write_decoder(
 
 
 def _copy_companions(source: Checkpoint, folder: Path) -> None:
-    shutil.copyfile(source.tokenizer_path(), folder / "tokenizer.json")
+    source.tokenizer.write(folder / "tokenizer.json")
     card = source.folder / MODEL_CARD
     if card.is_file():
         shutil.copyfile(card, folder / MODEL_CARD)
@@ -246,7 +246,11 @@ def _manifest(
         "calibration": statistics.summary() if statistics else None,
         "experts": experts,
         "paging": paging,
-        "source": {"checkpoint_sha256": source.sha256(), "exporter": f"medmoe-edge {__version__}"},
+        "source": {
+            "checkpoint_sha256": source.sha256(),
+            "exporter": f"medmoe-edge {__version__}",
+            **published(source.folder, source.file_hashes()),
+        },
         "licence": licence(source.folder / MODEL_CARD),
         "intended_use": NOTICE,
     }

@@ -32,6 +32,7 @@ from medmoe_edge.bundle.bundle import (
 from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
 from medmoe_edge.calibration.collect import check_finite
 from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
+from medmoe_edge.checkpoint.published import published
 from medmoe_edge.config_contrastive import read_scores
 from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
 from medmoe_edge.export.builder import Builder, save_model
@@ -39,7 +40,7 @@ from medmoe_edge.export.half import halve_weights
 from medmoe_edge.export.passes.ort_cpu import quantise_linears
 from medmoe_edge.export.quantise import Array, lazy_tensor
 from medmoe_edge.export.vision import fill, optimise, trace
-from medmoe_edge.models.contrastive import ModalityMoE
+from medmoe_edge.models.contrastive import ModalityMoE, mixed_regions
 from medmoe_edge.prompt import Tokenizer
 
 FIRST = "experts.0."  # the parameters of the expert that is traced
@@ -80,8 +81,24 @@ class _Text(nn.Module):
         return found.words, found.pooled, found.mask
 
 
+class _Published(_Tower):
+    """Pixels to what the authors' code makes of an image, with all experts."""
+
+    def __init__(self, model: ModalityMoE) -> None:
+        super().__init__(model)
+        self.experts = model.experts
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        pyramid = self.vision(pixels)
+        pooled = pyramid.last.mean((1, 2))
+        logits = self.router(pooled)
+        return mixed_regions(self.experts, pyramid.scales, logits), pooled, logits
+
+
 def export_image(model: ModalityMoE) -> ir.Model:
     """The image's graph; it computes what `ModalityMoE.encode_image` does for one image."""
+    if model.config.as_published:
+        return _export_published(model)
     config, weights = model.config.vision, _Weights(model)
     scales = {
         f"scale.{stage}": torch.zeros(1, grid, grid, channels)
@@ -104,6 +121,15 @@ def export_image(model: ModalityMoE) -> ir.Model:
         value.name, value.type, value.shape = like.name, like.type, like.shape
     made.graph.outputs.extend([*chosen, router_logits])
     NameFixPass()(made)  # branches and the graph around them share one name space
+    return made
+
+
+def _export_published(model: ModalityMoE) -> ir.Model:
+    side, weights = model.config.vision.image_size, _Weights(model)
+    pixels = {"pixels": torch.zeros(1, 3, side, side)}
+    made = trace(_Published(model), pixels, ["regions", "pooled", "router_logits"])
+    for value in optimise(made, weights.state):
+        fill(made.graph, value, weights)
     return made
 
 
@@ -196,6 +222,7 @@ def export_modality_bundle(
     *,
     precision: Precision = "int8",
     name: str | None = None,
+    as_published: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -207,7 +234,12 @@ def export_modality_bundle(
     """
     with atomic_folder(out, force=force, marker=MANIFEST) as staging:
         write_modality_bundle(
-            checkpoint, staging, precision=precision, name=name, progress=progress
+            checkpoint,
+            staging,
+            precision=precision,
+            name=name,
+            as_published=as_published,
+            progress=progress,
         )
     (progress or no_progress)("done", 1, 1)
     return out
@@ -219,11 +251,13 @@ def write_modality_bundle(
     *,
     precision: Precision,
     name: str | None,
+    as_published: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the files of a bundle into the empty `folder`: see `export_modality_bundle`."""
     report = progress or no_progress
-    model, scores = read_modality_checkpoint(checkpoint), read_scores(checkpoint)
+    model = read_modality_checkpoint(checkpoint, as_published=as_published)
+    scores = read_scores(checkpoint)
     words = checkpoint / "tokenizer.json"
     Tokenizer.from_file(words).check_vocabulary(model.config.text.vocab_size)
     report("image", 0, 1)
@@ -247,6 +281,7 @@ def write_modality_bundle(
         "source": {
             "checkpoint_sha256": modality_sha256(checkpoint),
             "exporter": f"medmoe-edge {__version__}",
+            **published(checkpoint, {}),
         },
         "licence": licence(card),
         "intended_use": NOTICE,

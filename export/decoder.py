@@ -94,7 +94,7 @@ class DecoderBuilder:
         own = f"decoder.layers.{layer}."
         u = self._norm(x, f"{own}input_norm.")
         mixed = self._attention(u, layer, cos, sin)
-        if self.decoder.kind == "phi":  # parallel: both branches read the same norm
+        if self.decoder.parallel:  # both branches read the same norm
             return self.build.op("Sum", x, mixed, self._feed_forward(u, layer))
         x = self.build.op("Add", x, mixed)
         u = self._norm(x, f"{own}post_norm.")
@@ -142,10 +142,16 @@ class DecoderBuilder:
         )
 
     def _norm(self, x: ir.Value, own: str) -> ir.Value:
-        weights = self._weights(own, ["weight", "bias"])
-        return self.build.op(
-            "LayerNormalization", x, *weights.values(), epsilon=self.decoder.norm_eps
-        )
+        weights = self._weights(own, list(self.decoder.norm_parameters))
+        epsilon = self.decoder.norm_eps
+        if "bias" in weights:
+            return self.build.op("LayerNormalization", x, *weights.values(), epsilon=epsilon)
+        # RMSNorm in the steps that ONNX Runtime fuses; RMSNormalization itself needs opset 23
+        build = self.build
+        square = build.op("Pow", x, build.constant(2.0, np.float32))
+        mean = build.op("ReduceMean", square, build.constant([-1]), keepdims=1)
+        root = build.op("Sqrt", build.op("Add", mean, build.constant(epsilon, np.float32)))
+        return build.op("Mul", build.op("Div", x, root), weights["weight"])
 
     def _weights(self, own: str, names: list[str]) -> Weights:
         return {name: self._initializer(self.source.tensor(f"{own}{name}")) for name in names}

@@ -15,7 +15,6 @@ Linux tells both (man 5 proc); elsewhere nothing is known, and None is said.
 """
 
 import contextlib
-import difflib
 import importlib
 import logging
 import re
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medmoe_edge.bundle.bundle import Target
-from medmoe_edge.errors import InputError, MissingDependencyError, ResourceError
+from medmoe_edge.errors import InputError, MissingDependencyError, ResourceError, did_you_mean
 
 Library = Literal["tensorrt-rtx", "tensorrt"]
 TITLES: dict[Library, str] = {"tensorrt-rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
@@ -165,8 +164,7 @@ def find_gpu(name: str, library: Library) -> Gpu:
     """
     key = name.strip().lower().replace(" ", "-").replace("_", "-")
     if key not in GPUS:
-        near = difflib.get_close_matches(key, GPUS, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(key, GPUS)
         raise InputError(f"There is no GPU {name!r}.", f"{hint}Use one of: {', '.join(GPUS)}.")
     gpu = GPUS[key]
     if gpu.capability == TURING:

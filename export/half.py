@@ -112,6 +112,20 @@ def routing(model: ir.Model) -> Keep:
     return found.__contains__
 
 
+def root_mean_squares(model: ir.Model) -> Keep:
+    """Says the nodes between an RMSNorm's input and its root: squares are beyond fp16."""
+    found: set[ir.Node] = set()
+    for node in model.graph:
+        if node.op_type == "ReduceMean":
+            square, (added,) = node.inputs[0], node.outputs[0].consumers()
+            (root,) = added.outputs[0].consumers()
+            assert square is not None
+            made = square.producer()
+            assert made is not None
+            found |= {made, node, added, root}
+    return found.__contains__
+
+
 class _Halver:
     """`floats` are the values that were fp32, `halves` those of them that are half by now."""
 

@@ -54,7 +54,7 @@ EXPERT_WEIGHTS = {
     "swiglu": ("gate.weight", "up.weight", "down.weight"),
     "gelu_tanh": ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"),
 }
-ACTIVATIONS = {"stablelm": "swiglu", "phi": "gelu_tanh"}
+ACTIVATIONS = {"stablelm": "swiglu", "qwen": "swiglu", "phi": "gelu_tanh"}
 Weights = Mapping[str, ir.Value]
 
 

@@ -162,6 +162,7 @@ INT8 = Format(8)
 HEAD = "decoder.head.weight"
 GROUP: GroupSize = 32  # of the weights in int4, unless another is asked for
 LEAST_BITS = min(form.bits_per_weight(form.group or GROUP) for form in CHOICES)
+MOST_BITS = 16.0  # what a weight takes that is not quantised: no mixture of our formats is larger
 
 
 @dataclass
@@ -275,14 +276,19 @@ def check_precision(
         return
     _check_widths(source, group or GROUP)
     if precision == "mixed":
+        if budget_bits is not None and not budget_bits >= LEAST_BITS:  # so that NaN is none
+            raise InputError(
+                f"{budget_bits:g} bits per weight are too few.", f"The least is {LEAST_BITS:g}."
+            )
+        if budget_bits is not None and budget_bits > MOST_BITS:
+            raise InputError(
+                f"{budget_bits:g} bits per weight are more than weights have.",
+                f"The most that makes sense is {MOST_BITS:g}; --int8 stores 8 of all of them.",
+            )
         if not calibrated or budget_bits is None:
             raise InputError(
                 "Mixed precision is chosen by what calibration measured.",
                 "Add --calibrate DATA or --stats FILE, and the bits per weight.",
-            )
-        if not budget_bits >= LEAST_BITS:  # so that NaN is none
-            raise InputError(
-                f"{budget_bits:g} bits per weight are too few.", f"The least is {LEAST_BITS:g}."
             )
 
 

@@ -52,7 +52,8 @@ from medmoe_edge.export.builder import (
     write_experts,
 )
 from medmoe_edge.export.gpus import Library, find_gpu, library_of, library_version, load_library
-from medmoe_edge.export.half import Keep, routing, to_half_graph
+from medmoe_edge.export.half import Keep, root_mean_squares, routing, to_half_graph
+from medmoe_edge.export.jetson import check_tensorrt, find_jetson
 from medmoe_edge.export.ops import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_attention
 from medmoe_edge.export.passes.ort_cuda import (
@@ -111,10 +112,11 @@ def lower(model: ir.Model, config: ModelConfig, target: Target) -> list[Stacks]:
 
 
 def _exact(model: ir.Model) -> Keep:
-    """What stays as it is: routing, scales as they are stored, slots, the plugin's own types."""
-    routes = routing(model)
+    """What stays as it is: routing, squares, stored scales, slots, the plugin's own types."""
+    routes, roots = routing(model), root_mean_squares(model)
     return lambda node: (
         routes(node)
+        or roots(node)
         or node.op_type == "DequantizeLinear"
         or node.domain == MEDMOE
         or reads_slots(node)
@@ -212,7 +214,10 @@ def check_request(
     if gpu is None:
         raise InputError(f"{name} builds for one GPU.", "Add --gpu, for example: --gpu sm89")
     library: Library = "tensorrt-rtx" if name == "tensorrt-rtx" else "tensorrt"
-    return find_gpu(gpu, library).sm, library_version(load_library(library))
+    found, version = find_gpu(gpu, library).sm, library_version(load_library(library))
+    if library == "tensorrt":
+        check_tensorrt(version, find_jetson())
+    return found, version
 
 
 def export_target(

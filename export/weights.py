@@ -120,23 +120,24 @@ def fold_points(config: ModelConfig) -> Iterator[FoldPoint]:
         own = f"decoder.layers.{layer}."
         attention = tuple(f"{own}attention.{name}.weight" for name in "qkv")
         reads = tuple(_feed_forward_readers(config, layer))
-        if config.decoder.kind == "phi":  # parallel: one norm for both branches
-            yield _after_norm(f"{own}input_norm", attention + reads)
+        norm = config.decoder.norm_parameters
+        if config.decoder.parallel:  # one norm for both branches
+            yield _after_norm(f"{own}input_norm", norm, attention + reads)
         else:
-            yield _after_norm(f"{own}input_norm", attention)
-            yield _after_norm(f"{own}post_norm", reads)
+            yield _after_norm(f"{own}input_norm", norm, attention)
+            yield _after_norm(f"{own}post_norm", norm, reads)
         value = f"{own}attention.v"
         yield FoldPoint(
             (f"{own}attention.mixed",),
             (f"{value}.weight", f"{value}.bias"),
             (f"{own}attention.out.weight",),
         )
-        if config.decoder.kind == "stablelm":
+        if ACTIVATIONS[config.decoder.kind] == "swiglu":
             for owner in _feed_forwards(config, layer):
                 yield FoldPoint(
                     (f"{owner}hidden",), (f"{owner}up.weight",), (f"{owner}down.weight",)
                 )
-    yield _after_norm("decoder.norm", ("decoder.head.weight",))
+    yield _after_norm("decoder.norm", config.decoder.norm_parameters, ("decoder.head.weight",))
 
 
 def fold(scales: Mapping[FoldPoint, Floats]) -> dict[str, Factors]:
@@ -150,9 +151,9 @@ def fold(scales: Mapping[FoldPoint, Floats]) -> dict[str, Factors]:
     return {name: Factors(rows.get(name), columns.get(name)) for name in names}
 
 
-def _after_norm(norm: str, consumers: tuple[str, ...]) -> FoldPoint:
+def _after_norm(norm: str, parts: tuple[str, ...], consumers: tuple[str, ...]) -> FoldPoint:
     sites = dict.fromkeys(site for name in consumers if (site := site_of(name)))
-    return FoldPoint(tuple(sites), (f"{norm}.weight", f"{norm}.bias"), consumers)
+    return FoldPoint(tuple(sites), tuple(f"{norm}.{part}" for part in parts), consumers)
 
 
 def _feed_forwards(config: ModelConfig, layer: int) -> list[str]:

@@ -45,7 +45,10 @@ def atomic_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `target` once the block has ended well."""
+    """A file that takes the place of `target` once the block has ended well.
+
+    An `OSError` says which file it was about, also where the system did not: `write` never does.
+    """
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as file:
@@ -53,6 +56,10 @@ def atomic_file(target: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         part.replace(target)
+    except OSError as error:
+        if error.filename in (None, str(part)):
+            error.filename = str(target)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -5,14 +5,23 @@ F feed-forward size, E experts, K top-k, H heads, V vocabulary, N image tokens.
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from medmoe_edge.errors import ConfigError
+from medmoe_edge.errors import ConfigError, did_you_mean
+
+_LATER = "later"
+
+
+def later(default: Any) -> Any:
+    """A field that came later: left out of the JSON where it has its default.
+
+    So what was written before it came keeps its bytes.
+    """
+    return dataclasses.field(default=default, metadata={_LATER: True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +50,17 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """The same configuration as plain JSON values (tuples become lists)."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if not field.metadata.get(_LATER) or getattr(self, field.name) != field.default
+        }
 
 
 def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigError:
     """The error for a key nobody knows, naming the nearest valid one."""
-    near = difflib.get_close_matches(key, list(valid), n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Valid keys: {', '.join(sorted(valid))}."
+    names = list(valid)
+    hint = did_you_mean(key, names).rstrip() or f"Valid keys: {', '.join(sorted(names))}."
     return ConfigError(f"{where} has an unknown key {key!r}.", hint)
 
 
@@ -55,11 +68,13 @@ def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigErro
 class VisionConfig(Config):
     """The vision tower: an image of side `image_size` in, `image_tokens` features out.
 
-    `clip` reads the transformer sizes; `efficientnet-lite` reads `variant` and `feature_size`.
-    `pixel_mean` and `pixel_std` are on the 0..255 scale, per RGB channel.
+    `clip` and `siglip` read the transformer sizes; `efficientnet-lite` reads `variant` and
+    `feature_size`. `pixel_mean` and `pixel_std` are on the 0..255 scale, per RGB channel.
+    `select_feature` "patch" leaves out the first feature, which is CLIP's class token; SigLIP has
+    none and loses its first patch, as MoE-LLaVA's code has it.
     """
 
-    kind: Literal["clip", "efficientnet-lite"]
+    kind: Literal["clip", "siglip", "efficientnet-lite"]
     image_size: int
     feature_size: int
     pixel_mean: tuple[float, ...]
@@ -71,6 +86,7 @@ class VisionConfig(Config):
     intermediate_size: int = 0
     patch_size: int = 32
     select_layer: int = -2
+    select_feature: Literal["patch", "cls_patch"] = later("patch")
 
     def __post_init__(self) -> None:
         _check_positive(self, "image_size", "feature_size", "patch_size")
@@ -80,11 +96,16 @@ class VisionConfig(Config):
                 "Choose a multiple.",
             )
         states = self.layers + 1
-        if self.kind == "clip" and not -states <= self.select_layer < states:
+        if self.is_transformer and not -states <= self.select_layer < states:
             raise ConfigError(
                 f"vision.select_layer {self.select_layer} is none of the {states} states.",
                 "Med-MoE uses -2, the last state but one.",
             )
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether the tower is made of attention layers."""
+        return self.kind != "efficientnet-lite"
 
     @property
     def grid(self) -> int:
@@ -94,17 +115,19 @@ class VisionConfig(Config):
     @property
     def image_tokens(self) -> int:
         """Image tokens handed to the decoder."""
-        return self.grid**2
+        return self.grid**2 - (self.kind == "siglip" and self.select_feature == "patch")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(Config):
     """The language model. `phi` is parallel with biased GELU; `stablelm` sequential, SwiGLU.
 
+    `qwen` is `stablelm` with RMSNorm in place of LayerNorm.
+
     `bos_token_id` is kept for config.json; whether a prompt begins with it, the tokenizer says.
     """
 
-    kind: Literal["phi", "stablelm"]
+    kind: Literal["phi", "stablelm", "qwen"]
     hidden_size: int
     layers: int
     heads: int
@@ -116,6 +139,7 @@ class DecoderConfig(Config):
     max_positions: int = 2048
     bos_token_id: int | None = None
     eos_token_id: int = 0
+    more_eos_token_ids: tuple[int, ...] = later(())
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -136,6 +160,21 @@ class DecoderConfig(Config):
                 f"{self.rotary_fraction} do not divide evenly.",
                 "Heads must divide the size, and an even number of their channels rotate.",
             )
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return (self.eos_token_id, *self.more_eos_token_ids)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and feed-forward read the same norm, rather than one after another."""
+        return self.kind == "phi"
+
+    @property
+    def norm_parameters(self) -> tuple[str, ...]:
+        """What a norm of the decoder has: LayerNorm a weight and a bias, RMSNorm a weight."""
+        return ("weight",) if self.kind == "qwen" else ("weight", "bias")
 
     @property
     def head_size(self) -> int:

@@ -11,10 +11,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmoe_edge.config import Config
+from medmoe_edge.config import Config, later
 from medmoe_edge.errors import ConfigError
 
 MODALITIES = ("xray", "ct", "mri", "ultrasound", "pathology", "fundus")  # the paper's class order
+PUBLISHED_GRID = 16  # regions a side that the authors' code pools an image into
 SUMMED_LAYERS = 4  # of BERT, counted from the last
 
 # Beyond these a few lines of JSON, without any weights, would fill the memory with masks.
@@ -135,14 +136,20 @@ class ModalityConfig(Config):
 
     `shared_expert` is the model without experts that they are compared with: one expert sees
     every modality, and the router only names them. All else, the losses included, is the same.
+
+    `as_published` computes what the authors' repository does (GitHub `shivangchopra11/MedMoE`)
+    where ours differs on purpose: the page "Where ours differs" lists it.
     """
 
     vision: SwinConfig
     text: BertConfig
     modalities: tuple[str, ...] = MODALITIES
     shared_expert: bool = False
+    as_published: bool = later(False)
 
     def __post_init__(self) -> None:
+        if self.as_published and self.shared_expert:
+            raise ConfigError("as_published does not go with shared_expert.", "Leave one out.")
         names = set(self.modalities)
         if not 2 <= len(names) == len(self.modalities) or "" in names:
             raise ConfigError(
@@ -153,6 +160,11 @@ class ModalityConfig(Config):
     def experts(self) -> int:
         """How many experts there are."""
         return 1 if self.shared_expert else len(self.modalities)
+
+    @property
+    def grid(self) -> int:
+        """Regions along one side of an image."""
+        return PUBLISHED_GRID if self.as_published else self.vision.grids[0]
 
     @property
     def size(self) -> int:

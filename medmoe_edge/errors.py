@@ -12,12 +12,15 @@
     └── ResourceError                5   memory, disk, device
         └── MissingDependencyError   5   an optional package
 
-Every error says what was wrong and what to do about it; neither line may carry patient data. What
-is no error, but should be known of a result that stands all the same, is a `Notice`.
+Every error says what was wrong and what to do about it; neither line may carry patient data. Its
+`code` says the same to programs, more finely than the exit code. What is no error, but should be
+known of a result that stands all the same, is a `Notice`.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import difflib
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -39,6 +42,7 @@ class MedMoEError(Exception):
     """Base of all errors raised on purpose; `what` happened and what `remedy` to try."""
 
     exit_code: ClassVar[int] = 1
+    code: ClassVar[str] = "failed"
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what} {remedy}")
@@ -50,48 +54,64 @@ class InputError(MedMoEError):
     """Something given by the caller cannot be used."""
 
     exit_code = 2
+    code = "bad_input"
 
 
 class ImageError(InputError):
     """An image file cannot be read or should not be read."""
 
+    code = "bad_image"
+
 
 class DataError(InputError):
     """A dataset, question list or training recipe is malformed."""
+
+    code = "bad_data"
 
 
 class ModelError(MedMoEError):
     """A model cannot be used."""
 
     exit_code = 3
+    code = "bad_model"
 
 
 class ConfigError(ModelError):
     """A configuration has unknown keys or impossible values."""
 
+    code = "bad_config"
+
 
 class CheckpointError(ModelError):
     """A checkpoint folder is incomplete, damaged or contradicts its configuration."""
 
+    code = "bad_checkpoint"
+
 
 class BundleError(ModelError):
     """A bundle is incomplete, damaged or of another format version."""
+
+    code = "bad_bundle"
 
 
 class VerificationError(MedMoEError):
     """A fidelity gate failed: the product was made, but must not be trusted."""
 
     exit_code = 4
+    code = "verification_failed"
 
 
 class ResourceError(MedMoEError):
     """Memory, disk or a device is missing."""
 
     exit_code = 5
+    code = "no_resources"
 
 
 class MissingDependencyError(ResourceError):
     """An optional package is not installed."""
+
+    code = "missing_package"
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
@@ -112,3 +132,45 @@ def needs(extra: str) -> Iterator[None]:
         if error.name is None or error.name.startswith("medmoe_edge"):
             raise  # no package to install: a mistake of ours
         raise MissingDependencyError(error.name.partition(".")[0], extra) from error
+
+
+def unreadable(what: str, error: OSError) -> tuple[str, str]:
+    """Both lines of an error about a file or folder that could not be opened, the same everywhere.
+
+    Args:
+        what: How the sentence begins, such as "scan.png" or "The audit log".
+        error: What the system said.
+    """
+    if isinstance(error, FileNotFoundError):
+        return f"{what} does not exist.", "Check the path."
+    reason = (error.strerror or "unknown reason").lower()
+    return f"{what} cannot be opened: {reason}.", "Check the path and its permissions."
+
+
+def shown_bytes(count: float) -> str:
+    """Bytes for people in the unit that fits, of powers of 1,000: 812 B, 21.3 MB, 3.12 GB."""
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1)):
+        if round(abs(count), digits) < 1000:
+            return f"{count:,.{digits}f} {unit}"
+        count /= 1000
+    return f"{count:,.2f} GB"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`Did you mean 'nano'? `, or nothing, to begin a remedy with.
+
+    The nearest is what differs in case or marks alone; else what has all the words that were
+    given; else what begins so; else what has nearly the same letters.
+    """
+    names = list(known)
+    bare = {re.sub(r"[\W_]", "", each.lower()): each for each in reversed(names)}
+    wanted = re.sub(r"[\W_]", "", name.lower())
+    words = set(re.findall(r"[a-z]+|\d+", name.lower()))
+    near = [bare[wanted]] if wanted in bare else []
+    if not near and words:
+        near = [each for each in names if words <= set(re.findall(r"[a-z]+|\d+", each.lower()))]
+    if not near and len(wanted) > 2:
+        near = [each for each in names if each.lower().startswith(name.lower())]
+    if not near:
+        near = difflib.get_close_matches(name.lower(), names, n=1)
+    return f"Did you mean {near[0]!r}? " if near else ""

@@ -15,8 +15,9 @@ from medmoe_edge.errors import InputError, needs
 if TYPE_CHECKING:
     from medmoe_edge._types import Progress
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
+    from medmoe_edge.data.datasets import Example
     from medmoe_edge.engine.loading import Device, RuntimeName
-    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy
+    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Scores
     from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.evaluation.verify import Verification
     from medmoe_edge.export.plan import GroupSize, Method, Precision
@@ -37,6 +38,28 @@ class ExportOptions:
     strict: bool = False
     name: str | None = None
     vision_tower: Path | None = None
+    as_published: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What a checkpoint is calibrated on.
+
+    Attributes:
+        data: A folder of images, a file of questions, a dataset folder, or "builtin".
+        samples: Questions to draw from it, evenly over the modalities.
+        hessians: Whether to gather second moments, for GPTQ; much the largest part.
+        strict: Whether to refuse experts that too few tokens reach.
+        vision_tower: The vision tower, if the checkpoint holds none.
+        force: Whether to replace what is already there.
+    """
+
+    data: str
+    samples: int = 128
+    hessians: bool = True
+    strict: bool = False
+    vision_tower: Path | None = None
     force: bool = False
 
 
@@ -54,25 +77,58 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What a model is scored on, and where it runs."""
+    """What a model is scored on, and where it runs.
+
+    `blind`: the same questions about a black picture are scored too. At most `limit` questions are
+    asked, drawn by `seed`. `predictions` is where every answer is written.
+    """
 
     data: Path
     labels: Path | None = None
     predictions: Path | None = None
     runtime: "RuntimeName" = "auto"
     device: "Device" = "auto"
+    blind: bool = False
+    limit: int | None = None
+    seed: int = 0
+    max_new_tokens: int = 32
 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """How a Med-MoE answered questions, and how it read labelled images."""
+    """How a Med-MoE answered questions, without looking too, and how it read labelled images.
+
+    `of` is the number of questions that those asked were drawn from.
+    """
 
     questions: "Evaluation"
-    labels: "ModalityAccuracy | None"
+    of: int
+    labels: "ModalityAccuracy | None" = None
+    blind: "Scores | None" = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return self.questions.to_json() | {"labels": asdict(self.labels) if self.labels else None}
+        return self.questions.to_json() | {
+            "of": self.of,
+            "labels": asdict(self.labels) if self.labels else None,
+            "blind": asdict(self.blind) if self.blind else None,
+        }
+
+
+def score_file(
+    predictions: Path, references: Path, *, limit: int | None = None, seed: int = 0
+) -> AnswerScores:
+    """Score answers that lie in a file; see `evaluation.predictions.score_predictions`."""
+    from medmoe_edge.evaluation.evaluate import sample_examples
+    from medmoe_edge.evaluation.predictions import score_predictions
+
+    counts: list[int] = []
+
+    def choose(examples: "Sequence[Example]") -> "Sequence[Example]":
+        counts.append(len(examples))
+        return sample_examples(examples, limit, seed)
+
+    return AnswerScores(score_predictions(predictions, references, choose=choose), counts[0])
 
 
 class Family(Protocol):
@@ -102,7 +158,9 @@ class MedMoEFamily:
     """Med-MoE: questions about an image, answered in words."""
 
     def check_export(self, options: ExportOptions, target: str) -> None:
-        """Nothing is refused before the checkpoint is read."""
+        """Little is refused before the checkpoint is read."""
+        if options.as_published:
+            raise InputError("--as-published is for modality-moe models.", "Leave it out.")
 
     def export(
         self, checkpoint: Path, out: Path, options: ExportOptions, progress: "Progress"
@@ -110,7 +168,8 @@ class MedMoEFamily:
         """See `med_moe.export`."""
         with needs("export"):
             from medmoe_edge.pipeline import med_moe
-        return med_moe.export(checkpoint, out, **vars(options), progress=progress)
+        given = {name: value for name, value in vars(options).items() if name != "as_published"}
+        return med_moe.export(checkpoint, out, **given, progress=progress)
 
     def verify(self, bundle: Path, options: VerifyOptions, progress: "Progress") -> "Verification":
         """See `evaluation.verify`, and `med_moe.verify` against a checkpoint."""
@@ -132,25 +191,38 @@ class MedMoEFamily:
 
     def evaluate(self, model: str, options: EvaluateOptions, progress: "Progress") -> AnswerScores:
         """Ask every question, and read the labelled images that are not to train on."""
-        import medmoe_edge
         from medmoe_edge.data.datasets import read_examples, read_labels
+        from medmoe_edge.engine.engine import load
         from medmoe_edge.evaluation import evaluate as evaluation
 
-        examples = read_examples(options.data)
+        given = read_examples(options.data)
+        examples = evaluation.sample_examples(given, options.limit, options.seed)
+        evaluation.check_examples(examples)
         labelled = read_labels(options.labels) if options.labels else []
         labelled = [item for item in labelled if item.split != "train"]
-        engine = medmoe_edge.load(model, runtime=options.runtime, device=options.device)
+        engine = load(model, runtime=options.runtime, device=options.device)
+        longest = options.max_new_tokens
         asked = evaluation.evaluate(
-            engine, examples, progress=lambda *done: progress("Questions", *done)
+            engine,
+            examples,
+            max_new_tokens=longest,
+            progress=lambda *done: progress("Questions", *done),
         )
-        read = None
+        blind = read = None
+        if options.blind:
+            blind = evaluation.evaluate_blind(
+                engine,
+                examples,
+                max_new_tokens=longest,
+                progress=lambda *done: progress("Blind", *done),
+            )
         if options.labels:
             read = evaluation.evaluate_labels(
                 engine, labelled, progress=lambda *done: progress("Labels", *done)
             )
         if options.predictions:
             evaluation.save_predictions(asked.predictions, options.predictions)
-        return AnswerScores(asked, read)
+        return AnswerScores(asked, len(given), read, blind)
 
     def inspect(self, folder: Path, vision_tower: Path | None) -> "Inspection":
         """See `evaluation.inspection`."""
@@ -191,6 +263,7 @@ class ContrastiveFamily:
             precision="fp32" if options.precision == "fp32" else "int8",
             prove_on=options.calibrate_on,
             name=options.name,
+            as_published=options.as_published,
             force=options.force,
             progress=progress,
         )
@@ -221,7 +294,14 @@ class ContrastiveFamily:
         from medmoe_edge.contrastive.engine import load_modality
         from medmoe_edge.contrastive.evaluate import evaluate_modality
 
-        _refuse({"--labels": options.labels, "--predictions": options.predictions})
+        _refuse(
+            {
+                "--labels": options.labels,
+                "--predictions": options.predictions,
+                "--blind": options.blind,
+                "--limit": options.limit,
+            }
+        )
         if options.runtime == "tensorrt":
             raise InputError("A modality-moe does not run on tensorrt.", "Leave --runtime out.")
         engine = load_modality(model, runtime=options.runtime)
@@ -241,6 +321,15 @@ def family_of(model: str | Path) -> Family:
     """The family of an embedded model, a bundle or a checkpoint; raises `BundleError`."""
     name = str(model)
     return FAMILIES[model_kind(bundle_path(name) if name in EMBEDDED else Path(name))]
+
+
+def check_calibratable(checkpoint: Path) -> None:
+    """Raise `InputError` for a checkpoint whose weights are rounded without statistics."""
+    if model_kind(checkpoint) != "med-moe":
+        raise InputError(
+            f"{checkpoint} is a modality-moe model, which needs no calibration.",
+            "Export it at once: medmoe-edge export CHECKPOINT --int8",
+        )
 
 
 def _refuse(options: Mapping[str, object]) -> None:

@@ -2,7 +2,12 @@
 
 from dataclasses import replace
 
-from medmoe_edge.checkpoint.config import CLIP_L_14_336, CLIP_MEAN, CLIP_STD
+from medmoe_edge.checkpoint.config import (
+    CLIP_L_14_336,
+    CLIP_MEAN,
+    CLIP_STD,
+    SIGLIP_SO400M_14_384,
+)
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig
 from medmoe_edge.config_contrastive import BertConfig, ModalityConfig, SwinConfig
 
@@ -16,6 +21,17 @@ _TINY_TOWER = VisionConfig(
     heads=2,
     intermediate_size=32,
     patch_size=14,
+)
+
+# 3 x 3 patches of 12 of the 40 pixels' side, the first of which is dropped
+_TINY_SIGLIP = replace(
+    SIGLIP_SO400M_14_384,
+    image_size=40,
+    feature_size=16,
+    layers=2,
+    heads=2,
+    intermediate_size=32,
+    patch_size=12,
 )
 
 _TINY = ModelConfig(
@@ -90,6 +106,37 @@ PRESETS: dict[str, ModelConfig] = {
         ),
         moe=MoEConfig(layers=tuple(range(0, 32, 2))),
     ),
+}
+
+
+def _moe_llava(vision: VisionConfig, decoder: DecoderConfig) -> ModelConfig:
+    """MoE-LLaVA-*-4e (arXiv 2401.15947): two of four experts in every second layer, no meta."""
+    layers = tuple(range(0, decoder.layers, 2))
+    moe = MoEConfig(layers=layers, top_k=2, meta_expert=False, router_bias=False)
+    return ModelConfig(vision, decoder, moe)
+
+
+_QWEN = DecoderConfig(
+    kind="qwen",
+    hidden_size=2048,
+    layers=24,
+    heads=16,
+    intermediate_size=5504,
+    vocab_size=151936,
+    rotary_fraction=1.0,
+    norm_eps=1e-6,
+    max_positions=8192,
+    eos_token_id=151643,
+)
+_STABLELM = PRESETS["med-moe-stablelm-1.6b"].decoder
+_PHI = PRESETS["med-moe-phi2-2.7b"].decoder
+PRESETS |= {
+    "tiny-qwen": _moe_llava(_TINY_SIGLIP, replace(_TINY.decoder, kind="qwen", norm_eps=1e-6)),
+    "moe-llava-stablelm-1.6b": _moe_llava(CLIP_L_14_336, _STABLELM),
+    "moe-llava-stablelm-1.6b-384": _moe_llava(SIGLIP_SO400M_14_384, _STABLELM),
+    "moe-llava-phi2-2.7b": _moe_llava(CLIP_L_14_336, _PHI),
+    "moe-llava-phi2-2.7b-384": _moe_llava(SIGLIP_SO400M_14_384, _PHI),
+    "moe-llava-qwen-1.8b": _moe_llava(CLIP_L_14_336, _QWEN),
 }
 
 # ImageNet's normalisation, that of the published Swin towers

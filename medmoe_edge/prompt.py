@@ -4,12 +4,16 @@ The prompt falls into two parts, split at `<image>`, which is in no vocabulary: 
 the image is the same for every question and is prefilled once, the rest carries the question.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
-from medmoe_edge.errors import InputError, ModelError
+from medmoe_edge._types import Floats
+from medmoe_edge.errors import InputError, ModelError, Notice
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -18,6 +22,12 @@ SYSTEM = (
 BEFORE_IMAGE = f"{SYSTEM} USER: "
 AFTER_IMAGE = "\n{question} ASSISTANT:"
 MAX_QUESTION_CHARACTERS = 10_000
+# A logit of probability 0. An infinite one would make 0 x infinity, NaN, in a divergence.
+IMPOSSIBLE = float(np.finfo(np.float32).min)
+# How many characters at the end of a decoded text the next token may still change, where the
+# tokenizer cleans up spaces: " n ' t" becomes "n't".
+UNSETTLED = 5
+STAND_IN = "<|stand-in tokenizer|>"  # a token of those that `init` writes
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,47 @@ class Tokenizer:
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `ModelError` unless each of its tokens has one of `size` embeddings."""
-        tokens = self.backend.get_vocab_size()
+        tokens = int(self._ids[-1]) + 1 if len(self._ids) else 0
         if tokens > size:
             raise ModelError(
                 f"The tokenizer knows {tokens:,} tokens, the model {size:,}.",
                 "Use the tokenizer.json that belongs to this model.",
             )
+
+    @functools.cached_property
+    def _ids(self) -> npt.NDArray[np.int64]:
+        """The ids of all tokens, in order; some below the highest may be missing."""
+        return np.sort(np.fromiter(self.backend.get_vocab(True).values(), np.int64))
+
+    def known(self, rows: int) -> npt.NDArray[np.bool_]:
+        """Which of a head's `rows` are a token's; `[rows]`."""
+        known = np.zeros(rows, bool)
+        known[self._ids[self._ids < rows]] = True
+        return known
+
+    def only_tokens(self, logits: Floats) -> Floats:
+        """Logits `[..., V]` with `IMPOSSIBLE` in the rows that no token has.
+
+        Stored heads have more rows than their tokenizer has tokens (Phi 51,200 for 50,296), and a
+        vocabulary may have holes (StableLM's at 100,256). Everything that chooses a token, or
+        compares or reports probabilities, does so over the tokens that exist.
+        """
+        if len(self._ids) == logits.shape[-1]:
+            return logits
+        return np.where(self.known(logits.shape[-1]), logits, np.float32(IMPOSSIBLE))
+
+    @functools.cached_property
+    def unsettled(self) -> int:
+        """How many characters at the end of a decoded text the next token may still change."""
+        return UNSETTLED if b'"Replace"' in self.backend.decoder.__getstate__() else 0
+
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What must be known of every answer: that this is no model's own tokenizer."""
+        if self.backend.token_to_id(STAND_IN) is None:
+            return ()
+        what = "The tokenizer is a stand-in written by init: it is no model's own."
+        return (Notice("stand_in_tokenizer", what),)
 
     def prefix_ids(self) -> list[int]:
         """Token ids before the image, with a start token where the tokenizer itself adds one.

@@ -6,6 +6,7 @@ of one `DynamicQuantizeMatMul` with the largest products there are shows it.
 """
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -22,11 +23,21 @@ WIDTH, CHANNELS = 8, 16
 LARGEST = 127  # of an int8 weight; activations of one size are quantised to 255
 
 
+def same_everywhere(options: ort.SessionOptions) -> None:
+    """Leave out the kernels that would answer differently from those of all other processors.
+
+    KleidiAI's, on Arm: where a processor has SME, its `DynamicQuantizeMatMul` gives each token a
+    scale of its own, and its 4-bit kernels quantise whole rows of activations instead of blocks.
+    """
+    options.add_session_config_entry("mlas.disable_kleidiai", "1")
+
+
 @cache
 def int8_arithmetic() -> Arithmetic:
     """ "exact", or "saturating" where 2 * 255 * 127 does not come out."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    same_everywhere(options)
     session = ort.InferenceSession(_model(), options, ["CPUExecutionProvider"])
     (found,) = session.run(["y"], {"a": np.ones((1, WIDTH), np.float32)})
     right = np.allclose(found, WIDTH * LARGEST, rtol=1e-3)
@@ -68,12 +79,17 @@ def _varint(value: int) -> bytes:
 
 AT_ONCE = 2**22  # bytes of a weight looked at in one piece
 
-
 logger = logging.getLogger(__name__)
 
 
 def load_notices(bundle: Bundle) -> tuple[Notice, ...]:
-    """What answers on the CPU are to warn of; it is logged too."""
+    """What answers on the CPU are to warn of; it is logged too.
+
+    Bundles from before `Format.pair_bound` run as they are. An exact way would cost more than a new
+    export: weights split in two take twice the memory and time, and ONNX Runtime's own option
+    (`session.x64quantprecision`) misses weights that the branches of an `If` take from outside, so
+    that whole and paged graphs would answer differently.
+    """
     _tell_of_slow_processor()
     found = []
     if int8_arithmetic() == "saturating" and not keeps_pair_bound(bundle):
@@ -110,8 +126,15 @@ def pairs_within(weight: npt.NDArray[np.int8], bound: int = PAIR_BOUND) -> bool:
     )
 
 
+def slow_processor(features: Mapping[str, bool]) -> str | None:
+    """What to say of a processor of these features (`cpu_features`); None if nothing."""
+    if features.get("AVX2") is False:
+        return "This processor has no AVX2: answers are exact, but slow."
+    return None
+
+
 @cache
 def _tell_of_slow_processor() -> None:
     """Once a process: answers are right there, so that they carry no warning."""
-    if cpu_features_here().get("AVX2") is False:
-        logger.warning("This processor has no AVX2: answers are exact, but slow.")
+    if told := slow_processor(cpu_features_here()):
+        logger.warning(told)

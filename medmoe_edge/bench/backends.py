@@ -12,7 +12,8 @@ from medmoe_edge.bench.measurement import Shape, seconds
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.embedded import bundle_path
-from medmoe_edge.engine.engine import Clock, Engine, load
+from medmoe_edge.engine.answer import Clock
+from medmoe_edge.engine.engine import Engine, load
 from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image

@@ -52,7 +52,7 @@ def widths(config: ModelConfig) -> Widths:
             "Compare llama.cpp's own dense models.",
         )
     share = len(moe.layers) / decoder.layers
-    size = decoder.intermediate_size * (1.0 if decoder.kind == "stablelm" else 2 / 3)
+    size = decoder.intermediate_size * (1.0 if decoder.kind != "phi" else 2 / 3)
     shared = size * (1 - share + share * moe.meta_expert)
     return Widths(*(max(round(width / BLOCK), 1) * BLOCK for width in (share * size, shared)))
 

@@ -14,7 +14,7 @@ from medmoe_edge.bench.measurement import Allowance, Measured, Shape
 from medmoe_edge.bench.worker import Measurement, Worker
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.device.costs import decoder_parts, vision_weights
-from medmoe_edge.errors import InputError, ResourceError
+from medmoe_edge.errors import InputError, ResourceError, shown_bytes
 
 State = Literal["measured", "not installed", "not enough memory", "failed"]
 ALLOWANCE = 60.0  # seconds in which the turns with a peer are repeated
@@ -221,7 +221,7 @@ def _too_large(peer: Peer, bundle: Bundle) -> str | None:
     needed, free = BESIDE * peer.bytes * weights, measurement.available()
     if needed < free:
         return None
-    return f"It needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free."
+    return f"It needs about {shown_bytes(needed)} of memory, and {shown_bytes(free)} are free."
 
 
 def _make(what: str, **arguments: Any) -> None:

@@ -174,7 +174,7 @@ def directions(bundle: Bundle) -> Floats:
     """For each expert, what adds to its score in all layers' routers at once; `[E, D]`."""
     config = bundle.config
     assert config.moe is not None
-    experts, phi = config.moe.num_experts, config.decoder.kind == "phi"
+    experts, parallel = config.moe.num_experts, config.decoder.parallel
     weights = {
         name: array
         for name, array in float_weights(bundle.path("decoder.onnx"))
@@ -184,7 +184,7 @@ def directions(bundle: Bundle) -> Floats:
     for layer in config.moe_layers:
         own = f"decoder.layers.{layer}."
         router = weights[f"{own}ffn.router.weight"].reshape(-1, experts)  # [D, E]
-        norm = weights[f"{own}{'input' if phi else 'post'}_norm.weight"]  # [D]
+        norm = weights[f"{own}{'input' if parallel else 'post'}_norm.weight"]  # [D]
         scored = (norm[:, None] * (router - router.mean(-1, keepdims=True))).T
         total += scored / np.linalg.norm(scored, axis=-1, keepdims=True)
     scale = STRENGTH / np.sqrt(np.square(total).mean(-1, keepdims=True))

@@ -81,8 +81,18 @@ class Target(Config):
         """Whether the bundle holds engines in the place of graphs."""
         return self.name.startswith("tensorrt")
 
+    @property
+    def runtime(self) -> str:
+        """What runs it and where, for people."""
+        if self.is_engine:
+            title = "TensorRT" if self.name == "tensorrt" else "TensorRT for RTX"
+            return f"{title} {self.library_version}, on a GPU of {self.gpu}"
+        return "ONNX Runtime, on any CPU" if self.name == DEFAULT else "ONNX Runtime, on CUDA"
+
     def __str__(self) -> str:
-        parts = (self.name, self.gpu, self.dtype, "paged" if self.paged else "")
+        # of the portable bundle the type of activations is no choice, and told with its weights
+        dtype = "" if self.name == DEFAULT else self.dtype
+        parts = (self.name, self.gpu, dtype, "paged" if self.paged else "")
         return " ".join(part for part in parts if part)
 
 
@@ -154,7 +164,7 @@ FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the fold
 SEAL = "seal"
 VERIFICATION = "verification"
 Kind = Literal["med-moe", "modality-moe"]
-Status = Literal["passed", "failed", "not measured"]
+Status = Literal["passed", "not decided", "failed", "not measured"]
 
 KINDS: dict[Kind, str] = {  # and the verbs that run them
     "med-moe": "ask",
@@ -219,9 +229,7 @@ class AnyBundle(Generic[C]):
     @property
     def proof(self) -> Status:
         """What that record says of the bundle's fidelity to its checkpoint."""
-        if self.verification is None:
-            return "not measured"
-        return "passed" if self.verification["passed"] else "failed"
+        return "not measured" if self.verification is None else status_of(self.verification)
 
     @property
     def verified_on(self) -> Machine | None:
@@ -414,9 +422,15 @@ def _is_sound(manifest: dict[str, Any]) -> bool:
             and isinstance(entry["sha256"], str)
             for name, entry in manifest["files"].items()
         )
-        and isinstance(manifest.get(VERIFICATION, {"passed": False})["passed"], bool)
+        and isinstance(manifest.get(VERIFICATION, {"passed": False})["passed"], bool | None)
         and manifest[SEAL] == _seal(manifest)
     )
+
+
+def status_of(record: Mapping[str, Any]) -> Status:
+    """What the record of a verification says under `passed`: null is too few questions to tell."""
+    passed = record["passed"]
+    return "not decided" if passed is None else "passed" if passed else "failed"
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

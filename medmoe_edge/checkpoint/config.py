@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from medmoe_edge.checkpoint.keys import CLIP_PREFIX, TOWER_PREFIX, Shape
 from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig, unknown_key
-from medmoe_edge.errors import CheckpointError, ConfigError
+from medmoe_edge.errors import CheckpointError, ConfigError, Notice
 
 Json = Mapping[str, Any]
 
@@ -32,6 +32,27 @@ CLIP_L_14_336 = VisionConfig(
     patch_size=14,
 )
 CLIP_HEAD_SIZE = 64  # of every published CLIP tower
+
+
+SIGLIP_MEAN = SIGLIP_STD = (127.5, 127.5, 127.5)
+SIGLIP_SO400M_14_384 = VisionConfig(
+    kind="siglip",
+    image_size=384,
+    feature_size=1152,
+    pixel_mean=SIGLIP_MEAN,
+    pixel_std=SIGLIP_STD,
+    layers=27,
+    heads=16,
+    intermediate_size=4304,
+    patch_size=14,
+)
+SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16}  # by features, of every published SigLIP tower
+_SIGLIP_SIZES = {(27, 14): 384}
+# activation, and the normalisation of the pixels
+_TOWERS = {
+    "clip": ("quick_gelu", CLIP_MEAN, CLIP_STD),
+    "siglip": ("gelu_pytorch_tanh", SIGLIP_MEAN, SIGLIP_STD),
+}
 
 
 def is_standard(vision: VisionConfig) -> bool:
@@ -59,8 +80,9 @@ def vision_config(
         sizes = (vision.image_size, vision.patch_size, vision.feature_size)
         if not all(0 < size <= 2**16 for size in sizes) or not 0 <= vision.layers <= 1024:
             raise ConfigError("medmoe_edge.vision has an impossible size.", "Correct config.json.")
+        _check_fixed(data, {"mm_vision_select_feature": (vision.select_feature,)})
     else:
-        vision = _clip(data, shapes, tower, aspect == "pad")
+        vision = _transformer(data, shapes, tower, aspect == "pad")
     if data.get("mm_hidden_size", vision.feature_size) != vision.feature_size:
         raise ConfigError(
             f"config.json has mm_hidden_size = {data['mm_hidden_size']!r}, "
@@ -70,101 +92,149 @@ def vision_config(
     return vision
 
 
-def _clip(
+def _transformer(
     data: Json, shapes: Mapping[str, Shape], tower: Json | None, pad_to_square: bool
 ) -> VisionConfig:
-    """CLIP's sizes from its tensors' shapes; the head count is not visible in them."""
+    """A tower's sizes from its tensors' shapes; CLIP has a class token, SigLIP has none."""
     try:
         rows, size = shapes[CLIP_PREFIX + "embeddings.position_embedding.weight"]
         patch = shapes[CLIP_PREFIX + "embeddings.patch_embedding.weight"][-1]
         intermediate, _ = shapes[CLIP_PREFIX + "encoder.layers.0.mlp.fc1.weight"]
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"The tensors under {TOWER_PREFIX} are not a CLIP vision transformer.",
+            f"The tensors under {TOWER_PREFIX} are not a CLIP or SigLIP vision transformer.",
             "Give one with --vision-tower, or describe the tower in config.json's medmoe_edge.",
         ) from error
-    grid = math.isqrt(rows - 1)
+    clip = CLIP_PREFIX + "embeddings.class_embedding" in shapes
+    activation, mean, std = _TOWERS["clip" if clip else "siglip"]
     norms = (key for key in shapes if key.startswith(CLIP_PREFIX))
     described = (tower or {}).get("vision_config", tower) or {}
-    activation = described.get("hidden_act", "quick_gelu")
-    if activation != "quick_gelu":
+    heads = described.get("num_attention_heads", max(1, size // CLIP_HEAD_SIZE))
+    feature = data.get("mm_vision_select_feature", "patch")
+    if not clip:
+        heads = described.get("num_attention_heads", SIGLIP_HEADS.get(size))
+        if heads is None or not pad_to_square:
+            raise ConfigError(
+                f"The SigLIP tower of {size} features has an unknown number of heads, or images "
+                "are not padded (image_aspect_ratio), which SigLIP's own processor would distort.",
+                "Give the tower's folder with --vision-tower, and use image_aspect_ratio 'pad'.",
+            )
+    else:
+        _check_fixed(data, {"mm_vision_select_feature": ("patch",)})
+    if described.get("hidden_act", activation) != activation:
         raise ConfigError(
-            f"The vision tower has hidden_act = {activation!r}.",
-            "Only OpenAI's CLIP towers ('quick_gelu') are implemented.",
+            f"The vision tower has hidden_act = {described['hidden_act']!r}.",
+            f"Of its kind only towers with {activation!r} are implemented.",
         )
+    grid = math.isqrt(rows - 1 if clip else rows)
     return VisionConfig.from_json(
         {
-            "kind": "clip",
-            "image_size": grid * patch,
+            "kind": "clip" if clip else "siglip",
+            "image_size": _image_size(grid, patch, described),
             "feature_size": size,
-            "pixel_mean": CLIP_MEAN,
-            "pixel_std": CLIP_STD,
+            "pixel_mean": mean,
+            "pixel_std": std,
             "pad_to_square": pad_to_square,
             "layers": sum(key.endswith(".layer_norm1.weight") for key in norms),
-            "heads": described.get("num_attention_heads", max(1, size // CLIP_HEAD_SIZE)),
+            "heads": heads,
             "intermediate_size": intermediate,
             "patch_size": patch,
             "select_layer": data.get("mm_vision_select_layer", CLIP_L_14_336.select_layer),
+            "select_feature": feature,
         },
         "vision tower",
     )
 
 
+def _image_size(grid: int, patch: int, described: Json) -> Any:
+    """The tower's own, which need not be a whole number of patches: SigLIP's 384 is 27.4 of 14."""
+    size = described.get("image_size", _SIGLIP_SIZES.get((grid, patch), grid * patch))
+    return size if isinstance(size, int) and size // patch == grid else grid * patch
+
+
 # model_type -> decoder kind, whether it may hold experts, architecture
-_MODEL_TYPES: dict[str, tuple[Literal["phi", "stablelm"], bool, str]] = {
+Kind = Literal["phi", "stablelm", "qwen"]
+_MODEL_TYPES: dict[str, tuple[Kind, bool, str]] = {
     "moe_llava_phi": ("phi", True, "MoELLaVAPhiForCausalLM"),
     "moe_llava_stablelm": ("stablelm", True, "MoELLaVAStablelmForCausalLM"),
+    "moe_llava_qwen": ("qwen", True, "MoELLaVAQWenForCausalLM"),
     "llava_phi": ("phi", False, "LlavaPhiForCausalLM"),
     "llava_stablelm": ("stablelm", False, "LlavaStablelmForCausalLM"),
+    "llava_qwen": ("qwen", False, "LlavaQWenForCausalLM"),
 }
 _SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+# What is read under more than one name: ours is the first of them that the file has.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "num_attention_heads": ("num_attention_heads", "num_heads"),  # StableLM's early code
+    "rotary_fraction": ("partial_rotary_factor", "rope_pct", "rotary_pct"),
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "norm_eps": ("layer_norm_eps", "norm_eps", "layer_norm_epsilon", "rms_norm_eps"),
+}
 _READ = {
     *_SIZES,
+    *(name for names in _NAMES.values() for name in names),
     *("model_type", "moe", "medmoe_edge", "num_hidden_layers", "image_aspect_ratio"),
-    *("rope_parameters", "rope_theta"),
-    *("partial_rotary_factor", "rope_pct", "layer_norm_eps", "norm_eps", "num_key_value_heads"),
-    *("max_position_embeddings", "bos_token_id", "eos_token_id"),
+    *("rope_parameters", "num_key_value_heads", "kv_channels"),
+    *("max_position_embeddings", "seq_length", "bos_token_id", "eos_token_id"),
     *("mm_hidden_size", "mm_image_tower", "mm_vision_tower", "mm_vision_select_layer"),
+    "mm_vision_select_feature",
 }
 # Values other than these would be computed wrongly, so they are refused.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
     "qk_layernorm": (False,),
     "rope_scaling": (None,),
+    "rotary_scaling_factor": (None, 1),
     "quantization_config": (None,),
     "use_parallel_residual": (False,),
     "use_qkv_bias": (True,),
+    "no_bias": (True,),
+    "scale_attn_weights": (True,),
+    "use_cache_quantization": (False,),
+    "repetition_penalty": (None, 1),
     "image_projector_type": ("mlp2x_gelu",),
     "mm_projector_type": ("mlp2x_gelu",),
-    "mm_vision_select_feature": ("patch",),
     "mm_use_im_start_end": (False,),
+    "mm_use_x_start_end": (False,),
 }
-_ACTIVATIONS = {"phi": ("gelu_new", "gelu_pytorch_tanh"), "stablelm": ("silu",)}
-# Keys that do not change what the model computes in inference.
-_IGNORED = frozenset(
-    # SIM905: one name per line would fill a page
-    """
-    _name_or_path _attn_implementation _attn_implementation_autoset _commit_hash architectures
-    attention_dropout attn_pdrop auto_map chunk_size_feed_forward dtype embd_pdrop flash_attn
-    flash_rotary freeze_mm_mlp_adapter fused_dense hidden_dropout id2label initializer_range
-    is_decoder is_encoder_decoder label2id lora mm_patch_merge_type mm_projector_lr
-    mm_use_im_patch_token mm_video_tower only_lora_ffn output_attentions output_hidden_states
-    pad_token_id pad_vocab_size_multiple pretraining_tp problem_type resid_pdrop return_dict
-    tokenizer_model_max_length tokenizer_padding_side torch_dtype transformers_version
-    tune_mm_mlp_adapter use_bfloat16 use_cache use_flash_attn use_mm_proj
-    video_global_proj video_projector_type video_spatial_proj video_temproal_proj
-    """.split()  # noqa: SIM905
-)
+_ACTIVATIONS = {"phi": ("gelu_new", "gelu_pytorch_tanh"), "stablelm": ("silu",), "qwen": ("silu",)}
+# Keys that do not change what the model answers, and why.
+_IGNORED: dict[str, str] = {
+    "what the file is and who wrote it": """_name_or_path _commit_hash architectures auto_map
+        transformers_version tokenizer_class problem_type id2label label2id return_dict""",
+    "how transformers runs it; the results are the same": """_attn_implementation
+        _attn_implementation_autoset attn_implementation chunk_size_feed_forward dtype torch_dtype
+        flash_attn flash_rotary fused_dense use_bfloat16 use_flash_attn use_cache use_cache_kernel
+        softmax_in_fp32 bf16 fp16 fp32 onnx_safe pretraining_tp output_attentions
+        output_hidden_states is_decoder is_encoder_decoder pruned_heads torchscript
+        low_cpu_mem_usage pad_vocab_size_multiple""",
+    "beyond the trained positions only, which are not used": "use_dynamic_ntk use_logn_attn",
+    "dropout and initialisation: of training": """attention_dropout attn_pdrop attn_dropout_prob
+        embd_pdrop emb_dropout_prob hidden_dropout resid_pdrop initializer_range""",
+    "which parts were trained, and how": """freeze_mm_mlp_adapter lora lora_alpha lora_r
+        lora_dropout lora_bias lora_enable mm_projector_lr only_lora_ffn tune_mm_mlp_adapter
+        unfreeze_mm_vision_tower freeze_backbone freeze_mm_vision_resampler
+        tune_mm_vision_resampler""",
+    "the prompt is ours, and nothing is padded": """pad_token_id mm_use_im_patch_token
+        mm_patch_merge_type tokenizer_model_max_length tokenizer_padding_side max_sequence_length
+        image_grid_pinpoints""",
+    "answers are greedy": """do_sample temperature top_p top_k num_beams max_length max_new_tokens
+        typical_p early_stopping length_penalty""",
+    "videos are not read": """mm_video_tower use_mm_proj video_global_proj video_projector_type
+        video_spatial_proj video_temproal_proj""",
+}
+_IGNORED_KEYS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
 _MOE_READ = {"moe_enable", "moe_mode", "moe_layers_idx", "num_experts", "top_k_experts"}
-_MOE_READ |= {"use_residual"}
-_MOE_IGNORED = {"ep_size", "capacity_factor", "eval_capacity_factor", "min_capacity"}
+_MOE_READ |= {"use_residual", "eval_capacity_factor"}
+_MOE_IGNORED = {"ep_size", "capacity_factor", "min_capacity"}
 _MOE_IGNORED |= {"router_aux_loss_coef", "train_modules"}
 _MOE_MODES = ("sparse", "dense", "first_half", "second_half", "custom")
 
 # What an official config.json without `eos_token_id` leaves to the tokenizer: <|endoftext|>.
-_DEFAULT_EOS = {"phi": 50256, "stablelm": 100257}
-_DEFAULT_ROTARY = {"phi": 0.5, "stablelm": 0.25}
-_DEFAULT_POSITIONS = {"phi": 2048, "stablelm": 4096}
+_DEFAULT_EOS = {"phi": 50256, "stablelm": 100257, "qwen": 151643}
+_DEFAULT_ROTARY = {"phi": 0.5, "stablelm": 0.25, "qwen": 1.0}
+_DEFAULT_POSITIONS = {"phi": 2048, "stablelm": 4096, "qwen": 8192}
+_DEFAULT_EPS = {"phi": 1e-5, "stablelm": 1e-5, "qwen": 1e-6}
 _MOST = 1024  # layers or experts: a bound against absurd files, not on models
 
 
@@ -175,7 +245,7 @@ def model_config(data: Json, shapes: Mapping[str, Shape], tower: Json | None = N
     meta experts and router biases. `tower` is a separate vision tower's own `config.json`.
     Raises `ConfigError`, or `CheckpointError` where tensors and configuration disagree.
     """
-    _check_keys(data, {*_READ, *_FIXED, *_IGNORED, "hidden_act"}, "config.json")
+    _check_keys(data, {*_READ, *_FIXED, *_IGNORED_KEYS, "hidden_act"}, "config.json")
     model_type = _choice(data, "model_type", _MODEL_TYPES)
     kind, may_have_experts, _ = _MODEL_TYPES[model_type]
     _check_fixed(data, {**_FIXED, "hidden_act": _ACTIVATIONS[kind]})
@@ -194,7 +264,8 @@ def official_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """`config.json` of the official layout; `model_config` reads the same configuration back."""
     decoder, vision, moe = config.decoder, config.vision, config.moe
     model_type = ("moe_llava_" if moe else "llava_") + decoder.kind
-    phi = decoder.kind == "phi"
+    rotary, theta, epsilon = _STYLES[decoder.kind]
+    ends = decoder.end_tokens
     data: dict[str, Any] = {
         "architectures": [_MODEL_TYPES[model_type][2]],
         "model_type": model_type,
@@ -202,26 +273,29 @@ def official_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": decoder.layers,
         "num_attention_heads": decoder.heads,
         "num_key_value_heads": decoder.heads,
-        "intermediate_size": decoder.intermediate_size,
+        "intermediate_size": decoder.intermediate_size * _branches(decoder.kind),
         "vocab_size": decoder.vocab_size,
         "hidden_act": _ACTIVATIONS[decoder.kind][0],
-        "partial_rotary_factor" if phi else "rope_pct": decoder.rotary_fraction,
-        "rope_theta": decoder.rope_theta,
-        "layer_norm_eps" if phi else "norm_eps": decoder.norm_eps,
+        rotary: decoder.rotary_fraction,
+        theta: decoder.rope_theta,
+        epsilon: decoder.norm_eps,
         "max_position_embeddings": decoder.max_positions,
         "bos_token_id": decoder.bos_token_id,
-        "eos_token_id": decoder.eos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
         "image_aspect_ratio": "pad" if vision.pad_to_square else "square",
         "image_projector_type": "mlp2x_gelu",
         "mm_hidden_size": vision.feature_size,
         "mm_image_tower": "openai/clip-vit-large-patch14-336" if is_standard(vision) else None,
-        "mm_vision_select_feature": "patch",
+        "mm_vision_select_feature": vision.select_feature,
         "mm_vision_select_layer": vision.select_layer,
     }
-    if not phi:
+    if decoder.kind == "stablelm":
         data["use_qkv_bias"] = True
+    elif decoder.kind == "qwen":
+        data |= {"no_bias": True, "kv_channels": decoder.head_size}
+        data["seq_length"] = decoder.max_positions
     if moe:
         data["moe"] = {
             "moe_enable": True,
@@ -257,11 +331,15 @@ def _check_keys(data: Any, known: set[str], where: str) -> None:
 def _check_fixed(data: Json, fixed: Mapping[str, tuple[Any, ...]]) -> None:
     for key, allowed in fixed.items():
         if key in data and data[key] not in allowed:
-            names = " or ".join(repr(value) for value in allowed)
-            raise ConfigError(
-                f"config.json has {key} = {data[key]!r}, which is not implemented.",
-                f"Only {names} is; this is not a checkpoint that Med-MoE's code wrote.",
-            )
+            raise _not_implemented(key, data[key], allowed)
+
+
+def _not_implemented(key: str, value: Any, allowed: tuple[Any, ...]) -> ConfigError:
+    names = " or ".join(repr(each) for each in allowed)
+    return ConfigError(
+        f"config.json has {key} = {value!r}, which is not implemented.",
+        f"Only {names} is; this is not a checkpoint that Med-MoE's code wrote.",
+    )
 
 
 def _choice(data: Json, key: str, allowed: Iterable[str]) -> str:
@@ -287,7 +365,30 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _decoder(data: Json, kind: Literal["phi", "stablelm"]) -> DecoderConfig:
+# What the official configurations call the rotary share, the rotary base and the norms' epsilon.
+_STYLES = {
+    "phi": ("partial_rotary_factor", "rope_theta", "layer_norm_eps"),
+    "stablelm": ("rope_pct", "rope_theta", "norm_eps"),
+    "qwen": ("rotary_pct", "rotary_emb_base", "layer_norm_epsilon"),
+}
+
+
+def _branches(kind: Kind) -> int:
+    """Qwen's `intermediate_size` counts both of the matrices that read a feed-forward's input."""
+    return 2 if kind == "qwen" else 1
+
+
+def _named(data: Json, name: str) -> Any:
+    """A value that goes under more than one key; raises `ConfigError` where they disagree."""
+    found = {key: data[key] for key in _NAMES[name] if data.get(key) is not None}
+    if len({str(value) for value in found.values()}) > 1:
+        told = ", ".join(f"{key} = {value!r}" for key, value in found.items())
+        raise ConfigError(f"config.json has {told}.", "They are the same: keep the right one.")
+    return _first(*found.values())
+
+
+def _decoder(data: Json, kind: Kind) -> DecoderConfig:
+    data = {**data, "num_attention_heads": _named(data, "num_attention_heads")}
     hidden, heads, intermediate, vocabulary = (_count(data, key) for key in _SIZES)
     layers = _count(data, "num_hidden_layers", _MOST)
     if hidden % heads or data.get("num_key_value_heads") not in (None, heads):
@@ -299,36 +400,68 @@ def _decoder(data: Json, kind: Literal["phi", "stablelm"]) -> DecoderConfig:
     rope = data.get("rope_parameters") or {}  # where transformers 5 keeps the next two
     if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
         raise ConfigError(f"config.json has rope_parameters = {rope!r}.", "Only 'default' works.")
+    if data.get("kv_channels") not in (None, hidden // heads) or intermediate % _branches(kind):
+        raise ConfigError(
+            f"config.json has kv_channels = {data.get('kv_channels')!r} and "
+            f"intermediate_size = {intermediate}.",
+            "Heads must share the hidden size out, and Qwen's intermediate_size be even.",
+        )
     fraction = _first(
-        data.get("partial_rotary_factor"),
-        data.get("rope_pct"),
-        rope.get("partial_rotary_factor"),
-        _DEFAULT_ROTARY[kind],
+        _named(data, "rotary_fraction"), rope.get("partial_rotary_factor"), _DEFAULT_ROTARY[kind]
     )
+    ends = _first(data.get("eos_token_id"), _DEFAULT_EOS[kind])
+    ends = ends if isinstance(ends, list) and ends else [ends]
     decoder = DecoderConfig.from_json(
         {
             "kind": kind,
             "hidden_size": hidden,
             "layers": layers,
             "heads": heads,
-            "intermediate_size": intermediate,
+            "intermediate_size": intermediate // _branches(kind),
             "vocab_size": vocabulary,
             "rotary_fraction": fraction,
-            "rope_theta": _first(data.get("rope_theta"), rope.get("rope_theta"), 10000.0),
-            "norm_eps": _first(data.get("layer_norm_eps"), data.get("norm_eps"), 1e-5),
-            "max_positions": data.get("max_position_embeddings", _DEFAULT_POSITIONS[kind]),
+            "rope_theta": _first(_named(data, "rope_theta"), rope.get("rope_theta"), 10000.0),
+            "norm_eps": _first(_named(data, "norm_eps"), _DEFAULT_EPS[kind]),
+            "max_positions": _positions(data, kind),
             "bos_token_id": data.get("bos_token_id"),
-            "eos_token_id": _first(data.get("eos_token_id"), _DEFAULT_EOS[kind]),
+            "eos_token_id": ends[0],
+            "more_eos_token_ids": ends[1:],
         },
         "config.json",
     )
-    if decoder.eos_token_id not in range(vocabulary):
+    if any(end not in range(vocabulary) for end in decoder.end_tokens):
         raise ConfigError(
             f"config.json has eos_token_id = {data.get('eos_token_id')!r} and "
             f"vocab_size = {vocabulary}.",
             "Set eos_token_id to the tokenizer's end-of-text token.",
         )
     return decoder
+
+
+def _positions(data: Json, kind: Kind) -> Any:
+    """Trained positions; behind them Qwen computes otherwise (dynamic NTK, logn attention)."""
+    positions = data.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
+    trained = data.get("seq_length")
+    return min(positions, trained) if isinstance(trained, int) else positions
+
+
+def dropped_tokens(data: Json, config: ModelConfig) -> Notice | None:
+    """What to say of a checkpoint of MoE-LLaVA whose own code drops tokens, None where it does not.
+
+    Its gate, DeepSpeed's, gives each expert room for `tokens x k x eval_capacity_factor / experts`
+    in inference too, and what finds none skips the experts. Med-MoE's own gate has no such bound.
+    """
+    moe, block = config.moe, data.get("moe")
+    if moe is None or moe.meta_expert or not isinstance(block, Mapping):
+        return None
+    factor = block.get("eval_capacity_factor")
+    if not isinstance(factor, int | float) or factor * moe.top_k >= moe.num_experts:
+        return None
+    return Notice(
+        "tokens_dropped_elsewhere",
+        f"config.json has moe.eval_capacity_factor = {factor}: MoE-LLaVA's own code would drop "
+        "tokens whose expert is full. Here none is dropped, so answers may differ from it.",
+    )
 
 
 def _moe(

@@ -8,13 +8,20 @@ In both a single model.safetensors is read as well.
 
 A published tower may lie at any depth of a larger model (`swin.`, `bert.`, or as the authors'
 Lightning module calls it): it is found by its patch or word embedding, and the prefix stripped.
-The authors published neither weights nor, in what we read, the names of their router and experts,
-so that only the towers of a Lightning checkpoint are read, once its `state_dict` is saved as
-safetensors. Nothing is ever unpickled.
+A whole model under the names of the authors' repository (GitHub `shivangchopra11/MedMoE`, which
+holds no weights) is read beside a config.json of ours, once the `state_dict` of its Lightning
+checkpoint is saved as safetensors. Nothing is ever unpickled.
 
-Source of the official names: transformers' `SwinModel` and `BertModel` as saved.
+    experts.0.projections.1.weight     image_encoder.model.moe.experts.0.proj_convs.1.0.weight
+    experts.0.attention_in.weight      image_encoder.model.moe.experts.0.attn_proj.0.weight
+    router.2.bias                      image_encoder.model.moe.router.2.bias
+    vision., text.                     image_encoder.model.model., text_encoder.model.
+
+Source of the official names: transformers' `SwinModel` and `BertModel` as saved, and that
+repository.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -68,6 +75,10 @@ _BERT_LAYER = {name.removeprefix("attention."): key for name, key in _ATTENTION.
     "fc2": "output.dense",
 }
 # constants that older versions stored, and what only pre-training needs
+_PUBLISHED = ".moe.experts.0.proj_convs."
+# what the authors' module holds and never computes with
+_BESIDE = ("image_encoder.global_embedder.", "image_encoder.local_embedder.")
+_BESIDE += ("text_encoder.model.pooler.",)
 _UNUSED = ("relative_position_index", "position_ids", "mask_token")
 
 
@@ -141,10 +152,28 @@ def write_modality_checkpoint(
     )
 
 
-def read_modality_checkpoint(folder: Path) -> ModalityMoE:
-    """The model of one of our folders, in fp32 and ready to be asked.
+def published_name(name: str) -> str:
+    """The authors' key of one of our parameters."""
+    top, rest = name.split(".", 1)
+    if top == "vision":
+        return f"image_encoder.model.model.{swin_name(rest)}"
+    if top == "text":
+        return f"text_encoder.model.{bert_name(rest)}"
+    if top == "router":
+        return f"image_encoder.model.moe.router.{rest}"
+    index, module, part = rest.split(".", 2)
+    inside = {"attention_in": "attn_proj.0.", "attention_out": "attn_proj.2."}.get(module, "")
+    if module == "projections":
+        scale, part = part.split(".")
+        inside = f"proj_convs.{scale}.0."
+    return f"image_encoder.model.moe.experts.{index}.{inside}{part}"
 
-    Raises `CheckpointError` or `ConfigError`; sizes are compared before any memory is taken.
+
+def read_modality_checkpoint(folder: Path, *, as_published: bool = False) -> ModalityMoE:
+    """The model of one of our folders, in fp32 and ready to be asked; the names may be theirs.
+
+    `as_published` has it compute what the authors' code does, whatever config.json says. Raises
+    `CheckpointError` or `ConfigError`; sizes are compared before any memory is taken.
     """
     folder = Path(folder)
     data = read_json(folder / "config.json")
@@ -154,10 +183,14 @@ def read_modality_checkpoint(folder: Path) -> ModalityMoE:
             "Give the folder that training or init wrote.",
         )
     config = ModalityConfig.from_json(data["config"], "config.json config")
-    stored = read_headers(folder)
+    if as_published:
+        config = dataclasses.replace(config, as_published=True)
+    stored, rename = read_headers(folder), str
+    if any(_PUBLISHED in key for key in stored):
+        stored, rename = _published(stored), published_name
     with torch.device("meta"):
-        matched = _match(ModalityMoE(config), stored, lambda name: name)
-    surplus = stored.keys() - matched.keys()
+        matched = _match(ModalityMoE(config), stored, rename)
+    surplus = stored.keys() - set(map(rename, matched))
     if surplus:
         raise _surplus(min(surplus))
     model = ModalityMoE(config)
@@ -165,11 +198,26 @@ def read_modality_checkpoint(folder: Path) -> ModalityMoE:
     return model.eval()
 
 
+def _published(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """What is read of the authors' tensors, without the module that held the model.
+
+    A convolution over single positions `[D, C, 1]` is a linear map `[D, C]`.
+    """
+    stored = {}
+    for key, tensor in headers.items():
+        name = key.removeprefix("model.")
+        if name.endswith(_UNUSED) or name.startswith(_BESIDE):
+            continue
+        shape = tensor.shape[:-1] if ".proj_convs." in name and tensor.shape[1:] else tensor.shape
+        stored[_modern(name)] = dataclasses.replace(tensor, shape=shape)
+    return stored
+
+
 def modality_sha256(folder: Path) -> str:
     """The hash over those files of a checkpoint, by name, that decide what it says."""
     besides = (folder / name for name in ("config.json", INDEX_FILE, "tokenizer.json", SCORES))
     weights = {stored.file for stored in read_headers(folder).values()}
-    return files_sha256(weights | {path for path in besides if path.exists()})
+    return files_sha256(weights | {path for path in besides if path.exists()}).total
 
 
 def _load_tower(tower: nn.Module, folder: Path, rename: Callable[[str], str], kind: str) -> None:
@@ -221,7 +269,9 @@ def _match(
 
 
 def _copy(module: nn.Module, matched: Mapping[str, StoredTensor]) -> None:
-    tensors: dict[str, Tensor] = {name: stored.read() for name, stored in matched.items()}
+    tensors: dict[str, Tensor] = {
+        name: stored.read().view(stored.shape) for name, stored in matched.items()
+    }
     module.load_state_dict(tensors)
 
 

@@ -6,8 +6,16 @@ ones; reading inverts the resulting table, so the two directions cannot disagree
     decoder.layers.0.ffn.experts.2.up.weight
     model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.2.up_proj.weight
 
+Qwen's own modelling keeps the decoder under `transformer.` and q, k and v as one matrix, `c_attn`.
+Both are undone as the headers are read (`split_fused`) and done again as a folder is written
+(`Fused`), so that everywhere between each matrix has a name of its own:
+
+    decoder.layers.0.attention.q.weight
+    transformer.h.0.attn.c_attn.q.weight    the first third of transformer.h.0.attn.c_attn.weight
+
 Source of the official names: the checkpoints of Med-MoE and MoE-LLaVA (GitHub
-`jiangsongtao/Med-MoE`, `PKU-YuanGroup/MoE-LLaVA`) and of transformers' `CLIPVisionModel`.
+`jiangsongtao/Med-MoE`, `PKU-YuanGroup/MoE-LLaVA`) and of transformers' `CLIPVisionModel` and
+`SiglipVisionModel`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -60,7 +68,23 @@ _KIND_PARTS = {
         "up": "up_proj",
         "down": "down_proj",
     },
+    "qwen": {
+        "embed": "wte",
+        "layers": "h",
+        "input_norm": "ln_1",
+        "post_norm": "ln_2",
+        "attention": "attn",
+        **{part: f"c_attn.{part}" for part in "qkv"},
+        "out": "c_proj",
+        "gate": "w2",
+        "up": "w1",
+        "down": "c_proj",
+        "norm": "ln_f",
+    },
 }
+_MODEL, _QWEN_MODEL = "model.", "transformer."
+_BESIDE_DECODER = ("image_tower.", "mm_projector.", "video_tower.")
+FUSED = ".attn.c_attn."
 
 
 def official_name(name: str, config: ModelConfig) -> str:
@@ -74,7 +98,21 @@ def official_name(name: str, config: ModelConfig) -> str:
         return CLIP_PREFIX + _translate(rest, _CLIP_PARTS)
     if rest == "head.weight":
         return "lm_head.weight"
-    return "model." + _translate(rest, _DECODER_PARTS | _KIND_PARTS[config.decoder.kind])
+    model = _QWEN_MODEL if config.decoder.kind == "qwen" else _MODEL
+    return model + _translate(rest, _DECODER_PARTS | _KIND_PARTS[config.decoder.kind])
+
+
+def without_qwen(key: str) -> str:
+    """A stored key with the tower and the projector where the other models have them."""
+    rest = key.removeprefix(_QWEN_MODEL)
+    return _MODEL + rest if rest != key and rest.startswith(_BESIDE_DECODER) else key
+
+
+def with_qwen(key: str, config: ModelConfig) -> str:
+    """The key under which a folder of this model stores what is `key` to us."""
+    if config.decoder.kind == "qwen" and key.removeprefix(_MODEL).startswith(_BESIDE_DECODER):
+        return _QWEN_MODEL + key.removeprefix(_MODEL)
+    return key
 
 
 # What trainers put around a module; PEFT, DDP, DeepSpeed, FSDP, torch.compile and Lightning.
@@ -113,12 +151,17 @@ def official_keys(stored: Iterable[str]) -> dict[str, str]:
 
 def tied_name(key: str) -> str:
     """The official code keeps one module as both `mlp.mlp` and `mlp.meta_moe`: the latter key."""
-    return key.replace(".mlp.mlp.", ".mlp.meta_moe.") if key.startswith("model.layers.") else key
+    layers = ("model.layers.", "transformer.h.")
+    return key.replace(".mlp.mlp.", ".mlp.meta_moe.") if key.startswith(layers) else key
 
 
-def is_buffer(key: str) -> bool:
-    """Whether `key` is a constant that older transformers versions stored, not a parameter."""
-    return key.endswith((".rotary_emb.inv_freq", ".embeddings.position_ids"))
+def is_unread(key: str) -> bool:
+    """Whether `key` is no parameter of what is computed here.
+
+    Constants that older versions stored, and the pooling head of a SigLIP tower.
+    """
+    constants = (".rotary_emb.inv_freq", ".embeddings.position_ids", ".attn.masked_bias")
+    return key.endswith((*constants, ".attn.logn_tensor")) or ".vision_model.head." in key
 
 
 def is_router(name: str) -> bool:
@@ -132,9 +175,9 @@ def expected_parameters(config: ModelConfig) -> dict[str, Shape]:
     Raises `MissingDependencyError` for an EfficientNet-lite tower where torch is not installed.
     """
     size = config.decoder.hidden_size
-    tower = _clip if config.vision.kind == "clip" else _efficientnet_lite
+    towers = {"clip": _clip, "siglip": _siglip, "efficientnet-lite": _efficientnet_lite}
     return {
-        **dict(tower(config.vision)),
+        **dict(towers[config.vision.kind](config.vision)),
         **dict(_linear("projector.0", size, config.vision.feature_size)),
         **dict(_linear("projector.2", size, size)),
         **decoder_parameters(config),
@@ -156,9 +199,11 @@ def _linear(name: str, outputs: int, inputs: int, bias: bool = True) -> Iterator
         yield f"{name}.bias", (outputs,)
 
 
-def _norm(name: str, size: int) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.weight", (size,)
-    yield f"{name}.bias", (size,)
+def _norm(
+    name: str, size: int, parts: tuple[str, ...] = ("weight", "bias")
+) -> Iterator[tuple[str, Shape]]:
+    for part in parts:
+        yield f"{name}.{part}", (size,)
 
 
 def _clip(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
@@ -167,6 +212,19 @@ def _clip(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
     yield "vision.patch_embedding.weight", (size, 3, patch, patch)
     yield "vision.position_embedding.weight", (1 + config.image_tokens, size)
     yield from _norm("vision.pre_norm", size)
+    yield from _tower_layers(config)
+
+
+def _siglip(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
+    size, patch = config.feature_size, config.patch_size
+    yield "vision.patch_embedding.weight", (size, 3, patch, patch)
+    yield "vision.patch_embedding.bias", (size,)
+    yield "vision.position_embedding.weight", (config.grid**2, size)
+    yield from _tower_layers(config)
+
+
+def _tower_layers(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
+    size = config.feature_size
     for index in range(config.layers):
         layer = f"vision.layers.{index}"
         yield from _norm(f"{layer}.norm1", size)
@@ -197,15 +255,15 @@ def _efficientnet_lite(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
 
 def _decoder(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     decoder = config.decoder
-    size, phi = decoder.hidden_size, decoder.kind == "phi"
+    size, phi, norm = decoder.hidden_size, decoder.kind == "phi", decoder.norm_parameters
     yield "decoder.embed.weight", (decoder.vocab_size, size)
     yield "decoder.head.weight", (decoder.vocab_size, size)
-    yield from _norm("decoder.norm", size)
+    yield from _norm("decoder.norm", size, norm)
     for index in range(decoder.layers):
         layer = f"decoder.layers.{index}"
-        yield from _norm(f"{layer}.input_norm", size)
-        if not phi:
-            yield from _norm(f"{layer}.post_norm", size)
+        yield from _norm(f"{layer}.input_norm", size, norm)
+        if not decoder.parallel:
+            yield from _norm(f"{layer}.post_norm", size, norm)
         for part in "q", "k", "v":
             yield from _linear(f"{layer}.attention.{part}", size, size)
         yield from _linear(f"{layer}.attention.out", size, size, bias=phi)

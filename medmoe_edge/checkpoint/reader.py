@@ -10,22 +10,26 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from medmoe_edge.checkpoint.config import model_config
+from medmoe_edge.checkpoint.config import dropped_tokens, model_config
 from medmoe_edge.checkpoint.keys import (
     CLIP_PREFIX,
+    FUSED,
     TOWER_PREFIX,
     expected_parameters,
-    is_buffer,
     is_router,
+    is_unread,
     official_keys,
     official_name,
     tied_name,
+    without_qwen,
 )
 from medmoe_edge.checkpoint.tensors import (
     INDEX_FILE,
+    Hashes,
     StoredTensor,
     check_file,
     files_sha256,
@@ -34,9 +38,10 @@ from medmoe_edge.checkpoint.tensors import (
     read_json,
     weight_files,
 )
+from medmoe_edge.checkpoint.tokenizer import FAST_FILE, FoundTokenizer, find_tokenizer
 from medmoe_edge.checkpoint.writer import write_checkpoint, wrong_shape
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError
+from medmoe_edge.errors import CheckpointError, Notice
 
 __all__ = ["Checkpoint", "as_checkpoint", "import_router", "read_checkpoint", "write_checkpoint"]
 
@@ -46,7 +51,8 @@ class Checkpoint:
     """A checked checkpoint; iterating yields `(our name, tensor)`, each read when it is reached.
 
     `names` maps our parameter names to shape, dtype and place; `twins` those that the official
-    code stored a second time under a tied name.
+    code stored a second time under a tied name. `warnings` say where its authors' own code would
+    compute something else.
     """
 
     folder: Path
@@ -54,15 +60,14 @@ class Checkpoint:
     tokenizer_file: Path | None
     names: Mapping[str, StoredTensor]
     twins: Mapping[str, StoredTensor]
+    warnings: tuple[Notice, ...] = ()
 
-    def tokenizer_path(self) -> Path:
-        """Where its tokenizer is; raises `CheckpointError` where it has none."""
-        if self.tokenizer_file is None:
-            raise CheckpointError(
-                f"{self.folder} has no tokenizer.json.",
-                "Save the model's fast tokenizer there (tokenizer.save_pretrained).",
-            )
-        return self.tokenizer_file
+    @functools.cached_property
+    def tokenizer(self) -> FoundTokenizer:
+        """Its tokenizer, in whichever form; raises `CheckpointError` unless it fits the weights."""
+        found = find_tokenizer(self.folder)
+        found.check(self.config.decoder)
+        return found
 
     def tensor(self, name: str) -> torch.Tensor:
         """One parameter as stored; a router that all layers share is the same tensor for all."""
@@ -104,10 +109,14 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Hash over `config.json` and every weight file, in order of their names; read once."""
-        return self._sha256
+        return self._hashes.total
+
+    def file_hashes(self) -> Mapping[str, str]:
+        """SHA-256 of `config.json` and every weight file by name; read once, with `sha256`."""
+        return self._hashes.files
 
     @functools.cached_property
-    def _sha256(self) -> str:
+    def _hashes(self) -> Hashes:
         shards = {stored.file for stored in self.names.values()}
         return files_sha256(shards | {self.folder / "config.json"})
 
@@ -126,21 +135,28 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
     data = read_json(folder / "config.json")
     headers = read_headers(folder)
     official = official_keys(headers)
-    stored = {
-        official[key]: tensor for key, tensor in headers.items() if not is_buffer(official[key])
-    }
+    stored = split_fused({official[key]: tensor for key, tensor in headers.items()})
     tower_data = None
     if vision_tower or not any(key.startswith(TOWER_PREFIX) for key in stored):
         path = vision_tower or data.get("mm_image_tower") or data.get("mm_vision_tower")
         tower, tower_data = _read_tower(path)
         stored = {key: value for key, value in stored.items() if not key.startswith(TOWER_PREFIX)}
         stored |= tower
+    data = _with_generation(folder, data)
     config = model_config(data, {key: tensor.shape for key, tensor in stored.items()}, tower_data)
     names, twins = _match(config, stored)
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = folder / FAST_FILE
     if tokenizer.exists():
         check_file(tokenizer)
-    return Checkpoint(folder, config, tokenizer if tokenizer.exists() else None, names, twins)
+    notice = dropped_tokens(data, config)
+    return Checkpoint(
+        folder,
+        config,
+        tokenizer if tokenizer.exists() else None,
+        names,
+        twins,
+        warnings=(notice,) if notice else (),
+    )
 
 
 def as_checkpoint(checkpoint: Path | Checkpoint, *, vision_tower: Path | None = None) -> Checkpoint:
@@ -151,6 +167,28 @@ def as_checkpoint(checkpoint: Path | Checkpoint, *, vision_tower: Path | None = 
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
     return read_checkpoint(checkpoint, vision_tower=vision_tower)
+
+
+def _with_generation(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the end token of generation_config.json, where it names none itself."""
+    file = folder / "generation_config.json"
+    if data.get("eos_token_id") is not None or not file.exists():
+        return data
+    return {**data, "eos_token_id": read_json(file).get("eos_token_id")}
+
+
+def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The stored tensors that are read, one for each of ours; see `checkpoint.keys`."""
+    stored = {}
+    for key, tensor in headers.items():
+        if is_unread(key):
+            continue
+        if FUSED in key:
+            owner, part = key.rsplit(".", 1)
+            stored |= {f"{owner}.{name}.{part}": third for name, third in tensor.parts("qkv")}
+        else:
+            stored[without_qwen(key)] = tensor
+    return stored
 
 
 def _read_tower(path: object) -> tuple[dict[str, StoredTensor], dict[str, object]]:
@@ -164,9 +202,9 @@ def _read_tower(path: object) -> tuple[dict[str, StoredTensor], dict[str, object
     tower = {}
     for key, tensor in read_headers(folder).items():
         # CLIPModel holds a text tower too; transformers 5 leaves the prefix out
-        if key.startswith(("vision_model.", "embeddings.", "encoder.", "pre_", "post_")):
+        if key.startswith(("vision_model.", "embeddings.", "encoder.", "pre_", "post_", "head.")):
             tower[CLIP_PREFIX + key.removeprefix("vision_model.")] = tensor
-    tower = {key: tensor for key, tensor in tower.items() if not is_buffer(key)}
+    tower = {key: tensor for key, tensor in tower.items() if not is_unread(key)}
     config = folder / "config.json"
     return tower, read_json(config) if config.exists() else {}
 

@@ -7,9 +7,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,24 +25,38 @@ _DOWNLOAD = "Download the checkpoint again."
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what its shard's header says about it."""
+    """Where a tensor lies, and what its shard's header says about it.
+
+    It may be some rows of what is stored under its key, from the row `first` on.
+    """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    first: int | None = None
 
     def read(self) -> torch.Tensor:
         """The tensor, mapped from its shard: memory is touched as the tensor is used."""
+        if self.first is not None:
+            return self.rows(0, self.shape[0])
         with _open(self.file) as shard:
             tensor: torch.Tensor = shard.get_tensor(self.key)
         return tensor
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """A copy of some rows, for tensors that are too large to hold at once."""
+        first = self.first or 0
         with _open(self.file) as shard:
-            tensor: torch.Tensor = shard.get_slice(self.key)[start:stop]
+            tensor: torch.Tensor = shard.get_slice(self.key)[first + start : first + stop]
         return tensor
+
+    def parts(self, names: str) -> Iterator[tuple[str, "StoredTensor"]]:
+        """What is stored as one, in as many equal parts as there are letters in `names`."""
+        height = self.shape[0] // len(names)
+        for index, name in enumerate(names):
+            shape = (height, *self.shape[1:])
+            yield name, dataclasses.replace(self, shape=shape, first=index * height)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,14 +85,23 @@ def check_file(path: Path) -> None:
         )
 
 
-def files_sha256(files: Iterable[Path]) -> str:
-    """The hash over some files, their names included, in order of their paths."""
-    total = hashlib.sha256()
+class Hashes(NamedTuple):
+    """SHA-256 over some files, their names included, and of each by its name."""
+
+    total: str
+    files: Mapping[str, str]
+
+
+def files_sha256(files: Iterable[Path]) -> Hashes:
+    """Read and hash some files, in order of their paths."""
+    total, each = hashlib.sha256(), {}
     for path in sorted(files):
         with path.open("rb") as file:
-            total.update(f"{path.name}\0".encode())
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+            digest = hashlib.file_digest(file, "sha256")
+        total.update(f"{path.name}\0".encode())
+        total.update(digest.digest())
+        each[path.name] = digest.hexdigest()
+    return Hashes(total.hexdigest(), each)
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:

@@ -15,10 +15,17 @@ from safetensors.torch import save_file
 
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.checkpoint.config import official_config
-from medmoe_edge.checkpoint.keys import Shape, expected_parameters, is_router, official_name
+from medmoe_edge.checkpoint.keys import (
+    FUSED,
+    Shape,
+    expected_parameters,
+    is_router,
+    official_name,
+    with_qwen,
+)
 from medmoe_edge.checkpoint.tensors import INDEX_FILE, check_file
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError, ResourceError
+from medmoe_edge.errors import CheckpointError, ResourceError, shown_bytes
 
 SHARD_BYTES = 256 * 2**20
 
@@ -44,7 +51,7 @@ def write_checkpoint(
     write_folder(
         folder,
         official_config(config, str(dtype).removeprefix("torch.")),
-        _checked(config, expected, tensors, dtype),
+        _fused(_checked(config, expected, tensors, dtype)),
         sum(math.prod(shape) * _stored(n, dtype).itemsize for n, shape in expected.items()),
         tokenizer_file=tokenizer_file,
         shard_bytes=shard_bytes,
@@ -113,9 +120,25 @@ def _checked(
             raise wrong_shape(key, tuple(tensor.shape), shape)
         # Layers may share a router, and safetensors refuses tensors that share memory.
         copy = is_router(name)
+        key = with_qwen(key, config)
         yield key, tensor.detach().to("cpu", _stored(name, dtype), copy=copy).contiguous()
     if missing:
         raise CheckpointError(f"{next(iter(missing))} was not given.", "Write every parameter.")
+
+
+def _fused(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """q, k and v as the one tensor that Qwen's folders hold; see `checkpoint.keys`."""
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors:
+        if FUSED not in key:
+            yield key, tensor
+            continue
+        owner, name, part = key.rsplit(".", 2)
+        parts = waiting.setdefault(f"{owner}.{part}", {})
+        parts[name] = tensor
+        if len(parts) == 3:
+            del waiting[f"{owner}.{part}"]
+            yield f"{owner}.{part}", torch.cat([parts[name] for name in "qkv"])
 
 
 def _write_shards(
@@ -150,6 +173,6 @@ def _check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise ResourceError(
-            f"The checkpoint needs {size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB.",
+            f"The checkpoint needs {shown_bytes(size)}, {folder.parent} has {shown_bytes(free)}.",
             "Free some space, or write elsewhere.",
         )

@@ -1,21 +1,79 @@
 """The command line: each verb parses, calls one function of the library and prints.
 
-Start-up is part of answering, so whatever only one verb needs is imported inside that verb.
-Importing a module registers its verbs.
+Start-up is part of answering, so whatever only one verb needs is imported inside that verb, and
+nothing at all is imported before an interrupt would end in peace.
 """
 
-from medmoe_edge.cli import ask, bedside, bench, contrastive, device, export, train, verify
-from medmoe_edge.cli.common import app, main
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "app",
-    "ask",
-    "bedside",
-    "bench",
-    "contrastive",
-    "device",
-    "export",
-    "main",
-    "train",
-    "verify",
-]
+if TYPE_CHECKING:
+    from medmoe_edge.cli.common import app
+
+__all__ = ["app", "main"]
+INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Interruption:
+    """Ctrl-C as an exception, and the memory of it.
+
+    A library that is interrupted while it is imported may turn the exception into one of its own.
+    """
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def __call__(self, *_: object) -> None:
+        """Handle SIGINT."""
+        self.happened = True
+        raise KeyboardInterrupt
+
+
+interruption = Interruption()
+
+
+def main() -> None:
+    """The entry point of the `medmoe-edge` command."""
+    signal.signal(signal.SIGINT, interruption)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        from medmoe_edge.cli.common import start
+
+        start(_registered())
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or interruption.happened:
+            sys.stderr.write("Interrupted.\n")
+            raise SystemExit(INTERRUPTED) from None
+        raise
+
+
+def _terminate(*_: object) -> None:
+    """Leave as after an error: what was begun is removed on the way out."""
+    raise SystemExit(TERMINATED)
+
+
+def _registered() -> "Any":
+    """The app, once importing their modules has registered its verbs."""
+    from medmoe_edge.cli import (  # noqa: F401
+        ask,
+        bedside,
+        bench,
+        contrastive,
+        device,
+        export,
+        train,
+        verify,
+    )
+    from medmoe_edge.cli.common import app
+
+    return app
+
+
+def __getattr__(name: str) -> object:
+    if name == "app":
+        return _registered()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,29 +1,45 @@
 """The verbs that ask a model; whatever only one of them needs is imported inside it."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medmoe_edge.cli.common import Device, DropPages, Force, Json, MemoryBudget, Runtime, verb
+from medmoe_edge.cli.common import (
+    Device,
+    DropPages,
+    Force,
+    Json,
+    MemoryBudget,
+    ModelOption,
+    Runtime,
+    verb,
+)
 from medmoe_edge.cli.contrastive import check_picture, write_heat, write_picture
 from medmoe_edge.errors import InputError
 from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
 
+STANDARD_INPUT = "-"
+
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.features import Location
     from medmoe_edge.engine.answer import Answer
+    from medmoe_edge.image.pixels import Image
 
 
 @verb("ask", "Ask", 'ask scan.png "Is there effusion?"')
 def ask(
     image: Annotated[
         Path,
-        typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI."),
+        typer.Argument(
+            metavar="IMAGE",
+            help="PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI; - reads standard input.",
+        ),
     ],
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="One or more.")],
-    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    model: ModelOption = "nano",
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
@@ -61,8 +77,9 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer questions about one image."""
-    import medmoe_edge
-    from medmoe_edge.image.loading import load_image
+    from medmoe_edge.engine.engine import load
+    from medmoe_edge.image.inputs import as_image
+    from medmoe_edge.image.pixels import Image
 
     if explain:
         _check_explanation(explain, image, len(questions), force)
@@ -70,8 +87,9 @@ def ask(
         check_picture(show, force, image)
         if explain and show.resolve() == explain.resolve():
             raise InputError("--show and --explain name one file.", "Give each its own.")
+    piped = _standard_input() if str(image) == STANDARD_INPUT else None
     with render.working("Answering"):
-        engine = medmoe_edge.load(
+        engine = load(
             model,
             runtime=runtime,
             device=device,
@@ -79,12 +97,16 @@ def ask(
             drop_pages=drop_pages,
             prefix_cache=prefix_cache,
         )
-        # read once where it is shown: what is asked about is what is written
-        picture = load_image(image, frame=frame) if show else image
+        # read once where it is shown or piped: what is asked about is what is written
+        picture: Path | Image = image
+        if piped is not None or show or explain:
+            picture = as_image(image if piped is None else piped, frame=frame)
         answers = engine.ask_all(picture, questions, max_new_tokens=max_new_tokens, frame=frame)
         if show:
             write_picture(show, engine.seen(picture))
-        found = _explain(explain, image, frame, answers[0]) if explain else None
+        found = None
+        if explain and isinstance(picture, Image):
+            found = _explain(explain, picture, answers[0])
     if as_json:
         told = {"explanation": found.to_json() | {"picture": str(explain)}} if found else {}
         seen = {"picture": str(show)} if show else {}
@@ -109,13 +131,20 @@ def _check_explanation(output: Path, image: Path, questions: int, force: bool) -
     check_picture(output, force, image)
 
 
-def _explain(output: Path, file: Path, frame: int | None, answer: "Answer") -> "Location":
+def _standard_input() -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError(
+            "There is no image on standard input.",
+            'Pipe one in: medmoe-edge ask - "Is there effusion?" < scan.png',
+        )
+    return sys.stdin.buffer.read()
+
+
+def _explain(output: Path, picture: "Image", answer: "Answer") -> "Location":
     """Draw where the answer's key phrase lies."""
     from medmoe_edge.contrastive.engine import load_modality
     from medmoe_edge.contrastive.text import key_phrase
-    from medmoe_edge.image.loading import load_image
 
-    picture = load_image(file, frame=frame)
     phrase = key_phrase(answer.question, answer.text)
     found = load_modality("modality-nano").locate(picture, phrase)
     write_heat(output, picture, found)

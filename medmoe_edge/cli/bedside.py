@@ -18,12 +18,14 @@ from medmoe_edge.cli.common import (
     Force,
     Json,
     MemoryBudget,
+    ModelOption,
     Runtime,
     app,
     check_apart,
     check_output,
     verb,
 )
+from medmoe_edge.cli.usage import complete_models
 from medmoe_edge.errors import InputError, MedMoEError, VerificationError, needs
 from medmoe_edge.render import console as render
 
@@ -37,12 +39,14 @@ if TYPE_CHECKING:
 def serve(
     host: Annotated[str, typer.Option(help="Others than this machine need a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
-    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    model: ModelOption = "nano",
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
     drop_pages: DropPages = False,
-    modality_model: Annotated[str, typer.Option(help="For classify and locate.")] = "modality-nano",
+    modality_model: Annotated[
+        str, typer.Option(help="For classify and locate.", autocompletion=complete_models)
+    ] = "modality-nano",
     token_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Who has a token in it may ask: NAME TOKEN; chmod 600."),
@@ -130,12 +134,12 @@ def listen(
     with needs("listen"):
         from medmoe_edge.bedside.listen.config import load_configuration
         from medmoe_edge.bedside.listen.node import Node
-    import medmoe_edge
+    from medmoe_edge.engine.engine import load
 
     _run_as_service()
     configuration = load_configuration(config)
     with render.working("Loading"):
-        engine = medmoe_edge.load(
+        engine = load(
             configuration.model,
             runtime=runtime,
             device=device,
@@ -183,13 +187,16 @@ def batch(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="PARQUET", help="The file to write.")
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The table to write: .parquet or .csv."
+        ),
     ],
     questions: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="One on a line.", show_default="those of the table"),
     ] = None,
-    model: Annotated[str, typer.Option(help="A bundle, a checkpoint or nano.")] = "nano",
+    model: ModelOption = "nano",
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
@@ -217,8 +224,8 @@ def batch(
     check_output(output, force)
     if workers and ray is None:
         raise InputError("Workers are of a cluster.", "Name one: --ray ADDRESS, or --ray local.")
-    with needs("batch"):
-        from medmoe_edge.bedside.batch.run import Recipe, run_batch
+    from medmoe_edge.bedside.batch.run import Recipe, run_batch
+
     recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens)
     try:
         with render.working("Loading") as progress, _where(ray, recipe, workers) as answering:
@@ -289,18 +296,21 @@ def verify_log(
     from medmoe_edge.bedside.audit import log as chain
 
     report = chain.verify_log(log, head)
-    if as_json:
-        render.as_json(report.to_json())
-    else:
-        render.show(report.why, "green" if report.intact else "bold red")
-        render.show(f"{report.entries:,} entries, head {report.head}")
+    error = None
     if not report.intact:
-        raise VerificationError(
+        error = VerificationError(
             f"The audit log is not intact ({report.fault}).",
             "The next entry cuts an unfinished line off."
             if report.fault == "torn"
             else "Keep it as it is, and find out who could write it.",
         )
+    if as_json:
+        render.as_json(report.to_json(), error)
+    else:
+        render.show(report.why, "green" if report.intact else "bold red")
+        render.show(f"{report.entries:,} entries, head {report.head}")
+    if error:
+        raise error
 
 
 @audit.command("ship", epilog=EXAMPLE.format("ship audit.jsonl --to logs.example:6514"))

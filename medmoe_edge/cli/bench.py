@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medmoe_edge.cli.common import Force, Json, check_output, verb
+from medmoe_edge.cli.usage import complete_models
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render
@@ -58,7 +59,10 @@ class BenchOptions:
 
 @verb("bench", "Prove", "bench nano --rounds 3")
 def bench(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle or nano.")] = "nano",
+    bundle: Annotated[
+        str,
+        typer.Argument(metavar="BUNDLE", help="A bundle or nano.", autocompletion=complete_models),
+    ] = "nano",
     *,
     peers: Annotated[
         bool,

@@ -1,12 +1,15 @@
 """What all verbs share: the app and how it fails, its options, and checks before the work begins.
 
-A failure is two lines on stderr and an exit code; a traceback is shown with --verbose only.
+A failure is two lines on stderr and an exit code, with --json one object on stdout too; a traceback
+is shown with --verbose only.
 """
 
 import errno
+import inspect
 import io
 import logging
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -18,14 +21,22 @@ import typer
 from typer.core import TyperGroup
 
 from medmoe_edge._version import __version__
-from medmoe_edge.errors import InputError, MedMoEError, ResourceError
+from medmoe_edge.cli import INTERRUPTED, TERMINATED, interruption
+from medmoe_edge.cli.usage import complete_models, explained
+from medmoe_edge.errors import InputError, MedMoEError, ResourceError, unreadable
 from medmoe_edge.render import console as render
 
 log = logging.getLogger("medmoe_edge")
 SWITCHES = {"-q", "--quiet", "-v", "--verbose"}
+ENDED = {INTERRUPTED: "Interrupted", TERMINATED: "Terminated"}
+NARROW = 72  # columns, below which a help without boxes is easier to read
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 bad usage or input; 3 bad model; 4 a gate failed; 5 memory, disk, a "
+    "device or a package is missing; 130 interrupted; 143 terminated."
+)
 ORDER = (  # of the verbs in --help; a panel stands where its first one does
     *("ask", "classify", "locate", "index", "retrieve"),
-    *("export", "calibrate", "init", "train", "router", "data"),
+    *("pull", "export", "calibrate", "init", "train", "router", "data"),
     *("verify", "eval", "bench", "inspect"),
     *("doctor", "plan", "serve", "listen", "batch", "audit"),
 )
@@ -43,18 +54,23 @@ class Commands(TyperGroup):
         """Run one command line and exit; -q and -v may stand anywhere before `--`."""
         given = list(sys.argv[1:] if args is None else args) or ["--help"]
         end = given.index("--") if "--" in given else len(given)
+        as_json = "--json" in given[:end]
         given = sorted(given[:end], key=lambda word: word not in SWITCHES) + given[end:]
         options["standalone_mode"] = False  # so that failures arrive here, not yet printed
+        render.printed_json.clear()
         try:
             code = super().main(given, *more, **options) or 0
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has left; what is still buffered has nowhere to go
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
+        except SystemExit as stopped:
+            code = stopped.code
         except Exception as error:
-            code = _report(error)
-        if code == 130:
-            render.show("Interrupted.", stderr=True)
+            code = INTERRUPTED if interruption.happened else _report(error, as_json)
+        if code in ENDED:
+            _fail(as_json, ENDED[code].lower(), f"{ENDED[code]}.", "Run it again.")
+            render.show(f"{ENDED[code]}.", stderr=True)
         sys.exit(code)
 
 
@@ -62,22 +78,39 @@ app = typer.Typer(
     name="medmoe-edge",
     cls=Commands,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= NARROW else None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def main() -> None:
-    """The entry point of the `medmoe-edge` command."""
+def start(verbs: typer.Typer) -> None:
+    """Run the command line of this process."""
     if not sys.warnoptions:  # meant for programmers, who can turn them on with python -W
         warnings.simplefilter("ignore")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack a question's letters
         sys.stdout.reconfigure(errors="replace")
-    app()
+    verbs()
 
 
 def verb(name: str, panel: str, example: str) -> Callable[..., Any]:
     """Register a verb, with an example that runs as typed."""
-    return app.command(name, rich_help_panel=panel, epilog=f"Example: medmoe-edge {example}")
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        command = app.command(
+            name,
+            help=paragraphs(inspect.getdoc(function) or ""),
+            rich_help_panel=panel,
+            epilog=f"Example: medmoe-edge {example}",
+        )
+        command(function)
+        return function
+
+    return register
+
+
+def paragraphs(text: str) -> str:
+    """A docstring whose lines may be broken anew, to fit the terminal."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 def _print_version(wanted: bool) -> None:
@@ -86,7 +119,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog=EXIT_CODES)
 def _medmoe_edge(
     quiet: Annotated[
         bool, typer.Option("-q", "--quiet", help="No progress, no warnings: results and errors.")
@@ -106,7 +139,10 @@ def _medmoe_edge(
 
 
 Runtime = Annotated[
-    Literal["auto", "onnxruntime", "tensorrt", "torch"], typer.Option(help="What runs the model.")
+    Literal["auto", "onnxruntime", "tensorrt", "torch"],
+    typer.Option(
+        metavar="RUNTIME", help="What runs the model: auto, onnxruntime, tensorrt or torch."
+    ),
 ]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"],
@@ -127,6 +163,10 @@ DropPages = Annotated[
         help="With a memory budget: keep nothing of experts in the page cache.",
     ),
 ]
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", help="A bundle, a checkpoint or nano.", autocompletion=complete_models),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 VisionTower = Annotated[
@@ -136,7 +176,12 @@ VisionTower = Annotated[
 
 
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder or nano.")
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A checkpoint folder or nano.",
+        autocompletion=complete_models,
+    ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Questions to calibrate on.")]
 Strict = Annotated[
@@ -174,31 +219,45 @@ class _StderrHandler(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, as_json: bool) -> int:
     """Say what was wrong and what to do about it; gives the exit code."""
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "medmoe-edge"
         what = " ".join(error.format_message().split())  # it may list choices in a column
-        error = InputError(what, f"See: {command} --help")
-    elif log.isEnabledFor(logging.DEBUG):
-        traceback.print_exception(error)
+        what = what.replace("Value error, ", "")
+        error = InputError(explained(what, context), f"See: {command} --help")
+        error_code = "bad_usage"
+    else:
+        error_code = ""
+        if log.isEnabledFor(logging.DEBUG):
+            traceback.print_exception(error)
     if isinstance(error, OSError | MemoryError):
         error = _explained(error)
     if isinstance(error, MedMoEError):
         what, remedy, code = error.what, error.remedy, error.exit_code
+        error_code = error_code or error.code
     else:  # its own text is left out: it might quote the file that it stumbled over
         what = f"Unexpected error ({type(error).__name__})."
         remedy, code = "Run again with --verbose to see where, and report it.", 1
+        error_code = "unexpected"
+    _fail(as_json, error_code, what, remedy)
     render.show(what, "red", stderr=True)
     render.show(remedy, stderr=True)
     return code
 
 
+def _fail(as_json: bool, code: str, what: str, remedy: str) -> None:
+    """The failure as the one object on stdout, unless a result that tells it is there already."""
+    if as_json and not render.printed_json:
+        render.as_json({"error": render.error_json(code, what, remedy)})
+
+
 def _explained(error: OSError | MemoryError) -> MedMoEError:
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return ResourceError("There is not enough memory.", "Close other programs and try again.")
-    what = f"{error.filename or 'A file'}: {(error.strerror or 'it cannot be used').lower()}."
+    name = str(error.filename or "A file")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = f"{name}: {(error.strerror or 'no space').lower()}."
         return ResourceError(what, "Free some space, or write to another disk.")
-    return InputError(what, "Check the path and its permissions.")
+    return InputError(*unreadable(name, error))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medmoe_edge.cli.common import Force, Json, check_apart, check_output, verb
+from medmoe_edge.cli.usage import complete_models
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
@@ -19,7 +20,10 @@ INDEX = Path("medmoe-index")  # where both verbs of the archive look for it: in 
 ImageFile = Annotated[
     Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI.")
 ]
-Model = Annotated[str, typer.Option(help="A bundle, a checkpoint or modality-nano.")]
+Model = Annotated[
+    str,
+    typer.Option(help="A bundle, a checkpoint or modality-nano.", autocompletion=complete_models),
+]
 Frame = Annotated[
     int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
 ]

@@ -1,4 +1,4 @@
-"""The verbs `export` and `calibrate`: a checkpoint to a bundle, portable or of a target."""
+"""The verbs `pull`, `export` and `calibrate`: published weights to a bundle of any target."""
 
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,10 @@ from medmoe_edge.cli.common import (
     check_output,
     verb,
 )
+from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, needs
-from medmoe_edge.families import ExportOptions, family_of
+from medmoe_edge.errors import InputError, needs, shown_bytes
+from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
 from medmoe_edge.render import console as render
 from medmoe_edge.render import device as render_device
 from medmoe_edge.render import verification as render_verification
@@ -30,12 +31,70 @@ if TYPE_CHECKING:
 MB = 10**6
 
 
+@verb("pull", "Build", "pull med-moe-stablelm-1.6b --dry-run")
+def pull(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A published model, or OWNER/REPOSITORY[/FOLDER] of the Hub."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="The folder.", show_default="NAME's last part"
+        ),
+    ] = None,
+    revision: Annotated[str, typer.Option(help="A branch, a tag or a commit.")] = "main",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be fetched.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch published weights, or a bundle, from the Hugging Face Hub.
+
+    All files are those of one commit, compared with the hashes that the Hub states; what broke off
+    goes on with the next call. Pickles and code are never fetched. HF_ENDPOINT, HF_TOKEN, HF_HOME
+    and HF_HUB_OFFLINE are honoured.
+    """
+    from medmoe_edge.checkpoint import hub
+    from medmoe_edge.checkpoint.published import find_published
+
+    options = hub.PullOptions(revision=revision, force=force)
+    out = output or Path(name.rstrip("/").split("/")[-1])
+    with needs("hub"), render.working("Asking the Hub") as report:
+        if dry_run:
+            listing = hub.find_files(find_published(name), options)
+        else:
+            pulled = hub.pull(name, out, options, progress=report)
+    if dry_run:
+        found = {file.name: file.size for file in listing.files}
+        told = {"repository": listing.source.repository, "path": listing.source.folder}
+        told |= {"revision": listing.revision, "commit": listing.commit}
+        if as_json:
+            render.as_json({**told, "files": found, "bytes": listing.size})
+            return
+        render.show_table(
+            f"{listing.source} at {listing.commit}",
+            ["file", "size"],
+            [(file, shown_bytes(size)) for file, size in found.items()],
+        )
+        render.show(f"{listing.size / 1e9:.2f} GB in all")
+    elif as_json:
+        render.as_json({"folder": str(out), **pulled.to_json()})
+    else:
+        render.wrote(f"{pulled} to", out)
+
+
 @verb("export", "Build", "export --int8 --calibrate builtin")
 def export(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT", help="A checkpoint or nano; with --target a portable bundle too."
+            metavar="CHECKPOINT",
+            help="A checkpoint or nano; with --target a portable bundle too.",
+            autocompletion=complete_models,
         ),
     ] = "nano",
     int8: Annotated[bool, typer.Option("--int8", help="W8A8; the default.")] = False,
@@ -57,6 +116,7 @@ def export(
         typer.Option(
             metavar="DATA",
             help="Images, a question file or builtin: to calibrate on, and to prove the result.",
+            autocompletion=complete_data,
         ),
     ] = None,
     stats: Annotated[
@@ -71,11 +131,19 @@ def export(
     ] = "auto",
     target: Annotated[
         Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"],
-        typer.Option(help="onnxruntime is the portable bundle: any CPU, and all others' source."),
+        typer.Option(
+            metavar="TARGET",
+            help="onnxruntime: the portable bundle, any CPU, and all others' source. For GPUs: "
+            "onnxruntime-cuda, tensorrt-rtx, tensorrt.",
+        ),
     ] = "onnxruntime",
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What an engine is built for: rtx-4090, sm89, orin."),
+        typer.Option(
+            metavar="NAME",
+            help="What an engine is built for: rtx-4090, sm89, orin.",
+            autocompletion=complete_gpus,
+        ),
     ] = None,
     dtype: Annotated[
         Literal["fp16", "bf16"], typer.Option(help="Of a GPU's activations and cache.")
@@ -92,6 +160,12 @@ def export(
         int | None,
         typer.Option(min=1, metavar="MB", help="Of an engine's intermediate results."),
     ] = None,
+    as_published: Annotated[
+        bool,
+        typer.Option(
+            "--as-published", help="Of a modality-moe: compute what its authors' code computes."
+        ),
+    ] = False,
     paged: Annotated[
         bool,
         typer.Option("--paged", help="For a GPU: keep experts apart, for ask --memory-budget."),
@@ -139,6 +213,7 @@ def export(
         strict=strict,
         name=model if model in EMBEDDED else folder.resolve().name,
         vision_tower=vision_tower,
+        as_published=as_published,
         force=force and target == "onnxruntime",
     )
     family = family_of(folder)
@@ -210,7 +285,12 @@ def calibrate(
     checkpoint: Checkpoint = "nano",
     *,
     data: Annotated[
-        str, typer.Option(metavar="DATA", help="A folder of images, a question file or builtin.")
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="A folder of images, a question file or builtin.",
+            autocompletion=complete_data,
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="STATS", help="The file.")],
     samples: Samples = 128,
@@ -222,32 +302,19 @@ def calibrate(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Gather the statistics that quantisation needs; an interrupted run goes on where it was."""
-    with needs("export"):
-        from medmoe_edge.calibration.run import calibrate as gather
-        from medmoe_edge.checkpoint.reader import read_checkpoint
-        from medmoe_edge.pipeline import med_moe
+    """Gather the statistics that quantisation needs; an interrupted run goes on where it was.
+
+    Of images in a folder, DICOM files say their modality, else the folder's name does; where
+    neither does, the model's own router reads it, and its shares are told.
+    """
+    from medmoe_edge.api import calibrate as gather
 
     check_output(output, force)
-    folder = checkpoint_path(checkpoint)
+    options = CalibrateOptions(data, samples, hessians, strict, vision_tower, force)
     with render.working("Reading") as report:
-        source = med_moe.read_data(folder, data, vision_tower=vision_tower)
-        statistics = gather(
-            folder,
-            source,
-            output,
-            samples=samples,
-            hessians=hessians,
-            strict=strict,
-            vision_tower=vision_tower,
-            force=force,
-            progress=report,
-        )
+        found = gather(checkpoint, output, options, progress=report)
     if as_json:
-        render.as_json({"statistics": str(output)} | statistics.summary())
+        render.as_json({"statistics": str(output)} | found.statistics.summary())
     else:
-        moe = read_checkpoint(folder, vision_tower=vision_tower).config.moe
-        render_verification.show_coverage(
-            statistics, moe.expert_names if moe else (), source.skipped
-        )
+        render_verification.show_coverage(found.statistics, found.expert_names, found.skipped)
         render.wrote("the statistics", output)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from medmoe_edge.cli.common import Force, Json, VisionTower, app, verb
+from medmoe_edge.cli.usage import complete_presets
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render
@@ -21,13 +22,22 @@ FINE_TUNE = "fine-tune"
 @verb("init", "Build", "init tiny my-tiny")
 def init(
     preset: Annotated[
-        str, typer.Argument(metavar="PRESET", help="tiny, nano or one of the published sizes.")
+        str,
+        typer.Argument(
+            metavar="PRESET",
+            help="tiny, nano or one of the published sizes.",
+            autocompletion=complete_presets,
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint folder.")],
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     force: Force = False,
 ) -> None:
-    """Write a random checkpoint in the official layout."""
+    """Write a random checkpoint in the official layout, to export and try things with.
+
+    Its tokenizer is a stand-in that makes every byte a token, and says so in every answer: copy the
+    model's own tokenizer.json over it before weights that were trained.
+    """
     with needs("export"):
         from medmoe_edge.training.initialise import initialise
     with render.working("Writing"):

@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from medmoe_edge.cli.common import Device, Force, Json, Runtime, VisionTower, check_output, verb
+from medmoe_edge.cli.usage import complete_data, complete_models
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, needs
-from medmoe_edge.families import AnswerScores, EvaluateOptions, VerifyOptions, family_of
+from medmoe_edge.families import (
+    AnswerScores,
+    EvaluateOptions,
+    VerifyOptions,
+    family_of,
+    score_file,
+)
 from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
 from medmoe_edge.render import verification as render_verification
@@ -17,30 +24,61 @@ from medmoe_edge.render import verification as render_verification
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from medmoe_edge.contrastive.evaluate import ModalityEvaluation
     from medmoe_edge.evaluation.verify import Verification
 
 
-@verb("eval", "Prove", "eval --data slake/test.jsonl")
+@verb("eval", "Prove", "eval --data slake/test.jsonl --blind")
 def evaluate(
     bundle: Annotated[
-        str, typer.Argument(metavar="BUNDLE", help="A bundle, a checkpoint or an embedded model.")
-    ] = "nano",
+        str | None,
+        typer.Argument(
+            metavar="BUNDLE",
+            help="A bundle, a checkpoint or an embedded model.",
+            show_default="nano",
+            autocompletion=complete_models,
+        ),
+    ] = None,
     *,
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             metavar="FILE|DIR",
             help="Questions: our JSONL or a LLaVA-style list. For a modality-moe the folder of "
             "labels.jsonl, vqa_val.jsonl and slake_boxes.json.",
         ),
-    ],
+    ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Labelled images; those to train on are left out."),
     ] = None,
     predictions: Annotated[
-        Path | None, typer.Option(metavar="OUT.jsonl", help="Where to write every answer.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Where to write every answer; with --references the answers to score.",
+        ),
     ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Score the answers of --predictions (ours, or the official question_id and text) "
+            "against these questions, with no model.",
+        ),
+    ] = None,
+    blind: Annotated[
+        bool,
+        typer.Option("--blind", help="Ask everything about a black picture too, for comparison."),
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ask so many questions, drawn by --seed.", show_default="all"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what --limit draws.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=2048, help="Longest answer; the papers' runs allow 2048.")
+    ] = 32,
     runtime: Runtime = "auto",
     device: Device = "auto",
     force: Force = False,
@@ -48,29 +86,63 @@ def evaluate(
 ) -> None:
     """Score a model's answers with the papers' metrics and exact match.
 
-    Of a modality-moe: how it routes, classifies, retrieves and locates.
+    The papers' open recall is printed as the official scorer computes it, beside ours, which counts
+    no repeated word twice. Of a modality-moe: how it routes, classifies, retrieves and locates.
     """
-    family = family_of(bundle)
-    options = EvaluateOptions(data, labels, predictions, runtime, device)
-    if predictions:
-        check_output(predictions, force)
-    with render.working("Loading") as report:
-        found = family.evaluate(bundle, options, report)
+    found: AnswerScores | ModalityEvaluation
+    if references is not None:
+        unused = (bundle, data, labels, blind, runtime != "auto", device != "auto", force)
+        found = _score_file(predictions, references, limit, seed, others=any(unused))
+    elif data is None:
+        raise InputError(
+            "There are no questions to evaluate on.",
+            "Give --data FILE, or --predictions FILE with --references FILE.",
+        )
+    else:
+        model = bundle or "nano"
+        family = family_of(model)
+        options = EvaluateOptions(
+            *(data, labels, predictions, runtime, device, blind, limit, seed, max_new_tokens)
+        )
+        if predictions:
+            check_output(predictions, force)
+        with render.working("Loading") as report:
+            found = family.evaluate(model, options, report)
     if as_json:
         render.as_json(found.to_json())
     elif isinstance(found, AnswerScores):
-        render.show_evaluation(found.questions, found.labels)
+        render.show_evaluation(found)
     else:
         render_contrastive.show_modality_evaluation(found)
 
 
+def _score_file(
+    predictions: Path | None, references: Path, limit: int | None, seed: int, *, others: bool
+) -> AnswerScores:
+    if predictions is None:
+        raise InputError("There are no answers to score.", "Add --predictions FILE.")
+    if others:
+        raise InputError(
+            "--references scores answers that lie in a file, with no model.",
+            "Give --predictions, --limit and --seed alone.",
+        )
+    return score_file(predictions, references, limit=limit, seed=seed)
+
+
 @verb("verify", "Prove", "verify nano --against nano --data builtin")
 def verify(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle or nano.")] = "nano",
+    bundle: Annotated[
+        str,
+        typer.Argument(metavar="BUNDLE", help="A bundle or nano.", autocompletion=complete_models),
+    ] = "nano",
     *,
     against: Annotated[
         str | None,
-        typer.Option(metavar="CHECKPOINT", help="What it was exported from: measures with DATA."),
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="What it was exported from: measures with DATA.",
+            autocompletion=complete_models,
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -78,6 +150,7 @@ def verify(
             metavar="DATA",
             help="Questions: a JSONL file, a folder of images, builtin.",
             show_default="builtin",
+            autocompletion=complete_data,
         ),
     ] = None,
     beside: Annotated[
@@ -143,7 +216,7 @@ def verify(
         found = family.verify(folder, options, progress)
     write_report(found)
     if as_json:
-        render.as_json(found.to_json())
+        render.as_json(found.to_json(), found.error())
     else:
         render_verification.show_verification(found)
         if report:
@@ -162,7 +235,7 @@ def _verify_quick(bundle: str, as_json: bool, *, others: bool) -> None:
     with render.working("Reading") as progress:
         found = verify_quick(bundle_path(bundle), progress=progress)
     if as_json:
-        render.as_json(found.to_json())
+        render.as_json(found.to_json(), found.error())
     else:
         render_verification.show_quick(found)
     if error := found.error():
@@ -197,7 +270,15 @@ def _report_writer(path: Path | None, force: bool) -> "Callable[[Verification], 
 
 @verb("inspect", "Prove", "inspect nano")
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="PATH|nano", help="A bundle or a checkpoint.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A bundle, a checkpoint or an embedded model.",
+            autocompletion=complete_models,
+        ),
+    ] = "nano",
+    *,
     vision_tower: VisionTower = None,
     as_json: Json = False,
 ) -> None:

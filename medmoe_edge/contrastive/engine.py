@@ -26,8 +26,8 @@ from medmoe_edge.contrastive.features import (
 )
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.embedded import bundle_path, checkpoint_path
-from medmoe_edge.engine.engine import Clock, ImageLike
-from medmoe_edge.engine.loading import REFERENCE, Proven, describe, proven
+from medmoe_edge.engine.answer import Clock
+from medmoe_edge.engine.loading import REFERENCE, OneAtATime, Proven, describe, proven
 from medmoe_edge.errors import (
     BundleError,
     CheckpointError,
@@ -36,8 +36,9 @@ from medmoe_edge.errors import (
     ModelError,
     Notice,
 )
+from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.labels import unlike_label
-from medmoe_edge.image.loading import load_image, preprocess, seen_square
+from medmoe_edge.image.loading import preprocess, seen_square
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
@@ -85,14 +86,17 @@ def open_bundle(bundle: ModalityBundle) -> ModalityRuntime:
     return ModalityOrtRuntime(bundle, reader)
 
 
-def open_checkpoint(folder: Path) -> Loaded:
-    """A checkpoint on torch; raises `ModelError` and `MissingDependencyError`."""
+def open_checkpoint(folder: Path, *, as_published: bool = False) -> Loaded:
+    """A checkpoint on torch; raises `ModelError` and `MissingDependencyError`.
+
+    `as_published` as of `read_modality_checkpoint`.
+    """
     try:
         from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
         from medmoe_edge.runtimes.torch.eager import ModalityTorchRuntime
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
-    model = read_modality_checkpoint(folder)
+    model = read_modality_checkpoint(folder, as_published=as_published)
     runtime = ModalityTorchRuntime(model, _reader(folder / "tokenizer.json", model.config))
     name, sha256 = folder.resolve().name, modality_sha256(folder)
     return Loaded(runtime, name, sha256, None, read_scores(folder))
@@ -114,7 +118,7 @@ def _open_bundle(bundle: ModalityBundle, runtime: RuntimeName) -> Loaded:
 
 
 def _reader(path: Path, config: ModalityConfig) -> ModalityTokenizer:
-    return ModalityTokenizer.from_file(path, config.text)
+    return ModalityTokenizer.from_file(path, config.text, as_published=config.as_published)
 
 
 AT_ONCE = 256  # texts compared: `[words, regions]` of so many stay below 100 MB
@@ -131,8 +135,12 @@ def load_modality(
     return ModalityEngine(*open_modality(model, runtime))
 
 
-class ModalityEngine:
-    """A loaded MedMoE. Not thread-safe. `proven` and `verification` are as of an `Engine`."""
+class ModalityEngine(OneAtATime):
+    """A loaded MedMoE, that classifies and locates.
+
+    Images are what `Engine.ask` takes. Threads, `with`, `close`, `proven` and `verification` are as
+    of an `Engine`.
+    """
 
     def __init__(
         self,
@@ -142,7 +150,9 @@ class ModalityEngine:
         proven: Proven | None = None,
         scores: Scores | None = None,
     ) -> None:
-        self.runtime, self.config = runtime, runtime.config
+        super().__init__()
+        self.runtime: ModalityRuntime = runtime
+        self.config = runtime.config
         self.name, self.sha256, self.proven = name, sha256, proven
         self.verification: str = proven.status if proven else REFERENCE
         self.scores = scores or Scores()
@@ -168,6 +178,10 @@ class ModalityEngine:
         A label is as similar as the most similar of its `prompts`, which by default are the label
         itself. Raises `InputError` for no label, an unusable one, or an unusable image.
         """
+        if isinstance(labels, str):
+            raise InputError(
+                "labels is one text, and a list is meant.", 'Write ["pneumonia", "no finding"].'
+            )
         wanted = _asked(labels, prompts or {})
         clock = Clock()
         picture, features = self._look(image, frame, clock)
@@ -175,7 +189,7 @@ class ModalityEngine:
         texts = self._encode(phrases)
         clock.lap("text")
         parts = (slice(start, start + AT_ONCE) for start in range(0, len(phrases), AT_ONCE))
-        found = np.concatenate([similarity(features, texts.some(part))[0] for part in parts])
+        found = np.concatenate([self._similarity(features, texts.some(part)) for part in parts])
         counts = np.array([len(own) for own in wanted.values()])
         best = np.maximum.reduceat(found, np.cumsum(counts) - counts)  # [labels]
         scores = np.exp(log_softmax(self.scores.temperature * best))
@@ -194,6 +208,8 @@ class ModalityEngine:
 
     def locate(self, image: ImageLike, phrase: str, *, frame: int | None = None) -> Location:
         """Where a phrase lies in an image; raises `InputError` for an unusable one of either."""
+        if not isinstance(phrase, str):
+            raise InputError("phrase is not one text.", "Look for one at a time.")
         phrase = _cleaned(phrase)
         clock = Clock()
         picture, features = self._look(image, frame, clock)
@@ -202,7 +218,7 @@ class ModalityEngine:
         grid = region_map(features.regions[0], texts.words[0], texts.mask[0])  # [h, w]
         heat = self._over_picture(grid, picture)
         y, x = np.unravel_index(int(heat.argmax()), heat.shape)
-        fit = float(similarity(features, texts)[0, 0])
+        fit = float(self._similarity(features, texts)[0])
         clock.lap("compare")
         reading = self._reading(features, clock)
         return Location(
@@ -216,6 +232,10 @@ class ModalityEngine:
             warnings=_warnings(picture, reading),
         )
 
+    def _similarity(self, features: ImageFeatures, texts: TextFeatures) -> Floats:
+        """Of one image, `[T]`."""
+        return similarity(features, texts, as_published=self.config.as_published)[0]
+
     def embed_image(self, image: ImageLike, *, frame: int | None = None) -> Floats:
         """The image's unit vector `[D]`."""
         _, features = self._look(image, frame, Clock())
@@ -223,7 +243,8 @@ class ModalityEngine:
 
     def embed_images(self, pixels: Floats) -> ImageFeatures:
         """Features of images that `image.preprocess` prepared, `[B, 3, S, S]`."""
-        features = self.runtime.encode_images(pixels)
+        with self.one_at_a_time():
+            features = self.runtime.encode_images(pixels)
         self._check_finite(*features)
         return features
 
@@ -238,15 +259,20 @@ class ModalityEngine:
     def _look(
         self, image: ImageLike, frame: int | None, clock: Clock
     ) -> tuple[Image, ImageFeatures]:
-        picture = image if isinstance(image, Image) else load_image(image, frame=frame)
+        picture = as_image(image, frame=frame)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
         features = self.embed_images(pixels)
         clock.lap("vision")
         return picture, features
 
+    def _release(self) -> None:
+        super()._release()
+        del self.texts
+
     def _encode(self, phrases: Sequence[str]) -> TextFeatures:
-        features = self.texts.encode(phrases)
+        with self.one_at_a_time():
+            features = self.texts.encode(phrases)
         self._check_finite(features.words, features.pooled)
         return features
 

@@ -136,20 +136,26 @@ WORD_TEMPERATURE = 5.0  # between the mean (0) and the maximum over words
 TINY = 1e-12  # the least length that is divided by, as in torch.nn.functional.normalize
 
 
-def similarity(images: ImageFeatures, texts: TextFeatures) -> Floats:
-    """`[I, T]`, each -1 to 1: the mean of the global and the local similarity."""
+def similarity(images: ImageFeatures, texts: TextFeatures, *, as_published: bool = False) -> Floats:
+    """`[I, T]`, each -1 to 1: the mean of the global and the local similarity.
+
+    `as_published` as of `local_similarity`, which then may be larger.
+    """
     whole = unit(images.pooled) @ unit(texts.pooled).T
-    local = np.stack([local_similarity(regions, texts) for regions in images.regions])
+    local = np.stack(
+        [local_similarity(regions, texts, as_published=as_published) for regions in images.regions]
+    )
     found: Floats = (whole + local) * np.float32(0.5)
     return found
 
 
-def local_similarity(regions: Floats, texts: TextFeatures) -> Floats:
+def local_similarity(regions: Floats, texts: TextFeatures, *, as_published: bool = False) -> Floats:
     """`[T]` of one image's regions `[h, w, D]`.
 
     Each region is shared out over the words of a text (softmax), each word gathers the regions
     that fall to it (softmax over regions, temperature 4), and the cosines of words and what they
     gathered give a smooth maximum: `log(mean_w exp(5 cos_w)) / 5`. Every text needs a word.
+    As the authors' code and GLoRIA have it, it is `log(sum_w exp(5 cos_w))`.
     """
     flat = regions.reshape(-1, regions.shape[-1])  # [R, D]
     words = texts.words[texts.mask]  # [M, D], all words of all texts
@@ -162,7 +168,10 @@ def local_similarity(regions: Floats, texts: TextFeatures) -> Floats:
     np.exp(ATTENTION_TEMPERATURE * shares, out=shares)  # no more than exp(4): safe without shift
     gathered = shares @ flat / shares.sum(-1, keepdims=True)  # [M, D]
     cosines = (unit(gathered) * unit(words)).sum(-1)  # [M]
-    means = np.add.reduceat(np.exp(WORD_TEMPERATURE * cosines), starts) / lengths
+    sums = np.add.reduceat(np.exp(WORD_TEMPERATURE * cosines), starts)
+    if as_published:
+        return np.asarray(np.log(sums), np.float32)
+    means = sums / lengths
     found: Floats = (np.log(means) / WORD_TEMPERATURE).astype(np.float32)
     return found
 
@@ -253,7 +262,7 @@ def compare(
         chosen = images[start : start + IMAGES_AT_ONCE]
         pixels = [preprocess(load_image(path), runtime.config.vision) for path in chosen]
         seen = runtime.encode_images(np.concatenate(pixels))
-        similarities.append(similarity(seen, read))
+        similarities.append(similarity(seen, read, as_published=runtime.config.as_published))
         logits.append(seen.router_logits)
         done(start + len(chosen), len(images))
     return Compared(np.concatenate(similarities), np.concatenate(logits))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding
+from tokenizers import Encoding, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from medmoe_edge.config_contrastive import BertConfig
@@ -22,9 +22,31 @@ from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.prompt import Tokenizer
 
 NO_WORD = -1  # the word index of marks, punctuation, unknown pieces and padding
+OUTSIDE = 2**30  # of a word that takes part in the mean over a text alone, as published
 PADDING = "[PAD]"
 UNKNOWN = "[UNK]"
+START, END = "[CLS]", "[SEP]"
+MARKS = (PADDING, UNKNOWN, START, END)
 MAX_CHARACTERS = 10_000  # far more than any model reads
+
+
+def splitting(model: models.Model) -> Backend:
+    """A tokenizer that splits texts as BERT does."""
+    backend = Backend(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return backend
+
+
+def word_pieces(vocabulary: dict[str, int]) -> Backend:
+    """BERT's tokenizer over a vocabulary that holds `MARKS`: they stand around every text."""
+    backend = splitting(models.WordPiece(vocabulary, unk_token=UNKNOWN))
+    backend.add_special_tokens(list(MARKS))
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(m, vocabulary[m]) for m in (START, END)]
+    )
+    return backend
 
 
 class Pieces(NamedTuple):
@@ -45,16 +67,22 @@ class ModalityTokenizer:
 
     backend: Backend
     max_pieces: int
+    as_published: bool = False
 
     @classmethod
-    def from_file(cls, path: Path, text: BertConfig) -> "ModalityTokenizer":
-        """Read `tokenizer.json`; raises `ModelError` unless it can be read and fits the model."""
+    def from_file(
+        cls, path: Path, text: BertConfig, *, as_published: bool = False
+    ) -> "ModalityTokenizer":
+        """Read `tokenizer.json`; raises `ModelError` unless it can be read and fits the model.
+
+        `as_published` counts words as the authors' code does: see `published_words`.
+        """
         tokenizer = Tokenizer.from_file(path)
         tokenizer.check_vocabulary(text.vocab_size)
         backend = tokenizer.backend
         backend.no_padding()
         backend.enable_truncation(text.max_pieces)
-        return cls(backend, text.max_pieces)
+        return cls(backend, text.max_pieces, as_published)
 
     def encode(self, texts: Sequence[str]) -> Pieces:
         """The pieces of at least one text; what is beyond `max_pieces` is not read.
@@ -69,8 +97,10 @@ class ModalityTokenizer:
         for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             length = len(encoding.ids)
             ids[row, :length], seen[row, :length] = encoding.ids, True
-            words[row, :length] = _word_indices(text, encoding)
-            if words[row].max() == NO_WORD:
+            words[row, :length] = known = _word_indices(text, encoding)
+            if self.as_published:
+                words[row, :length] = published_words(encoding.tokens)
+            if max(known) == NO_WORD:
                 raise InputError(
                     "A text has no word that the model can read.",
                     "Write words in Latin letters, such as: pleural effusion.",
@@ -96,6 +126,19 @@ def _word_indices(text: str, encoding: Encoding) -> list[int]:
             readable[word] = readable.get(word, False) or known
     number = {word: at for at, word in enumerate(w for w, readable in readable.items() if readable)}
     return [NO_WORD if w is None else number.get(w, NO_WORD) for w in encoding.word_ids]
+
+
+def published_words(tokens: Sequence[str]) -> list[int]:
+    """Each piece's word as the authors' code counts: whatever does not begin with ## begins one.
+
+    The marks and punctuation are words. Of n words that do not begin with a bracket the first
+    n + 1 are compared with regions, the first mark among them; the others are from `OUTSIDE` on.
+    """
+    starts = [not token.startswith("##") for token in tokens]
+    indices = [sum(starts[: at + 1]) - 1 for at in range(len(tokens))]
+    named = [token for token, start in zip(tokens, starts, strict=True) if start]
+    compared = sum(not token.startswith("[") for token in named) + 1
+    return [index if index < compared else OUTSIDE + index for index in indices]
 
 
 MAX_BYTES = 2**20

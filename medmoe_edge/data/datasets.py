@@ -6,6 +6,7 @@ of our own forms mean is said by the JSON schemas beside this module, which erro
 """
 
 import functools
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 class Example:
     """One question about one image, with its reference answer (which may be empty).
 
+    `answer_as_written` has the spaces around the answer, which the official scorer compares too;
+    None where there are none. `listed_id` is the id of the file where reading made it unique.
     `patient` is what the data calls whose image it is; it never goes into a result.
     """
 
@@ -61,6 +64,8 @@ class Example:
     body: str | None
     content: str | None
     source: str
+    answer_as_written: str | None = None
+    listed_id: str | None = None
     patient: str | None = None
 
 
@@ -83,7 +88,11 @@ def questions_of(folder: Path, *splits: Split) -> Path | None:
 
 
 def read_examples(
-    file: Path, *, image_root: Path | None = None, check_images: bool = False
+    file: Path,
+    *,
+    image_root: Path | None = None,
+    check_images: bool = False,
+    first_turn: bool = False,
 ) -> list[Example]:
     """Read our JSONL or the official code's JSON list, told apart by the first character.
 
@@ -91,7 +100,8 @@ def read_examples(
     line's number, `source` the file's name, and `answer_type` CLOSED for yes and no. Image paths
     are relative to `image_root`, by default the file's folder. Of several images of one question
     the first is read, with a warning. In the official list ids may repeat and a conversation may
-    have several turns: later ones get `-2`, `-3` ... added. Of a dataset folder, the questions to
+    have several turns: later ones get `-2`, `-3` ... added; `first_turn` leaves later turns out, as
+    the official scorer does. Of a dataset folder, the questions to
     test on are read, or else those to validate on.
 
     Raises `DataError` naming file and line (or item) for a missing file, bad JSON, missing keys
@@ -111,7 +121,7 @@ def read_examples(
         )
     else:
         records = _records(text, file)
-    reader = _Reader(file, root, listed)
+    reader = _Reader(file, root, listed, first_turn)
     examples = [example for record in records for example in reader.read(record)]
     reader.warn()
     if not examples:
@@ -223,6 +233,11 @@ class Record:
             raise DataError(f"{self.where}: {key!r} is broken Unicode.", "Correct its characters.")
         return stripped
 
+    def as_written(self, key: str) -> str | None:
+        """A string that has spaces around it, with them; else None."""
+        value = self.value.get(key)
+        return value if isinstance(value, str) and value != value.strip() else None
+
     def optional(self, key: str) -> str | None:
         """A string, or None where the key is absent, null or empty."""
         return None if self.value.get(key) is None else self.text(key, empty=True) or None
@@ -277,8 +292,9 @@ _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
 class _Reader:
     """Reads the records of one question file, in either form."""
 
-    def __init__(self, file: Path, root: Path, listed: bool) -> None:
+    def __init__(self, file: Path, root: Path, listed: bool, first_turn: bool) -> None:
         self.file, self.root, self.listed = file, root, listed
+        self._turns = 1 if first_turn else None
         self._unique = UniqueIds()
         self._seen: set[str] = set()
         self._number = 0
@@ -295,15 +311,13 @@ class _Reader:
             return
         if key is None:
             record.require("image", "question", "answer", schema="questions")
-            yield self._example(
-                record,
-                self._id(record, repeatable=listed),
-                record.text("question"),
-                record.text("answer", empty=True),
-            )
+            asked = record.text("question"), record.text("answer", empty=True)
+            written = record.as_written("answer")
+            yield self._example(record, self._id(record, repeatable=listed), *asked, written)
             return
-        for question, answer in _turns(record, key):
-            yield self._example(record, self._id(record, repeatable=True), question, answer)
+        for question, answer, written in itertools.islice(_turns(record, key), self._turns):
+            identity = self._id(record, repeatable=True)
+            yield self._example(record, identity, question, answer, written)
 
     def warn(self) -> None:
         """Say what was left out."""
@@ -327,7 +341,9 @@ class _Reader:
         self._seen.add(identity)
         return self._unique(identity)
 
-    def _example(self, record: Record, identity: str, question: str, answer: str) -> Example:
+    def _example(
+        self, record: Record, identity: str, question: str, answer: str, written: str | None
+    ) -> Example:
         modality = record.optional("modality")
         return Example(
             id=identity,
@@ -339,6 +355,8 @@ class _Reader:
             body=record.optional("body"),
             content=record.optional("content"),
             source=record.optional("source") or self.file.stem,
+            answer_as_written=written,
+            listed_id=record.optional("id"),
             patient=record.optional("patient"),
         )
 
@@ -361,7 +379,7 @@ def answer_type(record: Record, answer: str) -> AnswerType:
     return "CLOSED" if answer.strip().rstrip(".").lower() in ("yes", "no") else "OPEN"
 
 
-def _turns(record: Record, key: str) -> Iterator[tuple[str, str]]:
+def _turns(record: Record, key: str) -> Iterator[tuple[str, str, str | None]]:
     messages = record[key]
     if not isinstance(messages, list) or not messages or len(messages) % 2:
         raise DataError(
@@ -377,7 +395,7 @@ def _turns(record: Record, key: str) -> Iterator[tuple[str, str]]:
         question = asked.text("value").replace("<image>", "").strip()
         if not question:
             raise DataError(f"{record.where}: a question is empty.", "Fill it in.")
-        yield question, answered.text("value", empty=True)
+        yield question, answered.text("value", empty=True), answered.as_written("value")
 
 
 def _require_images(images: list[Path], file: Path) -> None:

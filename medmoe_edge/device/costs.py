@@ -19,9 +19,13 @@ NEW_TOKENS = 32  # of an answer, at most
 Precision = Literal["fp32", "fp16", "int8", "int4", "mixed"]
 VISION_BITS = 9.0  # of a transformer's matrices in memory: 8 and an fp32 scale per group of 32
 MIXED_BITS = 6.0  # per weight, scales included: a budget between int4 and int8
-BITS: dict[Precision, float] = {  # int4: 4 and an fp16 scale per group of 32
-    **{"fp32": 32, "fp16": 16, "int8": 8, "int4": 4.5, "mixed": MIXED_BITS},
-}
+BITS: dict[Precision, float] = {"fp32": 32, "fp16": 16, "int8": 8}
+GROUP = 32  # weights that share a scale in int4, unless it is said otherwise
+SCALE_BITS = 16  # of a group as it is stored
+# What ONNX Runtime's CPU kernels hold of a group of int4 weights beside the weights themselves: its
+# scale, and the sum of the weights for the activations' zero points, in fp32, and the scale as it
+# was given. Measured at full size in groups of 32: 6.9 bits a weight in memory, 4.5 on the disk.
+HELD_SCALE_BITS = 96
 # EfficientNet-lite without its position embedding: multiply-adds per pixel and parameters,
 # counted from models/efficientnet_lite.py, which needs torch
 # (tests/unit/test_planning.py repeats it)
@@ -154,21 +158,30 @@ def vision_in_8_bits(config: ModelConfig, precision: Precision, number: int) -> 
 
     Where a float takes `number` = 2 bytes, all are fp16.
     """
-    return config.vision.kind == "clip" and precision != "fp32" and number == 4
+    return config.vision.is_transformer and precision != "fp32" and number == 4
 
 
-def bits_per_weight(kind: str, precision: Precision, mixed_bits: float = MIXED_BITS) -> float:
+def bits_per_weight(kind: str, precision: Precision, group: int = GROUP) -> float:
     """How a part is stored: routers and norms in fp32, embeddings in fp16, the head in int8.
 
     Of fp32 and fp16 models everything is in that.
     """
+    return _bits(kind, precision, 4 + SCALE_BITS / group, MIXED_BITS)
+
+
+def held_bits(kind: str, precision: Precision, group: int = GROUP) -> float:
+    """How many bits a weight takes in the memory of a process on a CPU, packed for its kernels."""
+    stored, held = 4 + SCALE_BITS / group, 4 + HELD_SCALE_BITS / group
+    in_4_bits = (8 - MIXED_BITS) / (8 - stored)  # the share of a mixed model that meets its budget
+    return _bits(kind, precision, held, in_4_bits * held + (1 - in_4_bits) * 8)
+
+
+def _bits(kind: str, precision: Precision, int4: float, mixed: float) -> float:
     if precision in ("fp32", "fp16") or kind in ("router", "norm"):
         return BITS["fp16" if precision == "fp16" else "fp32"]
-    if kind == "embedding":
-        return BITS["fp16"]
-    if kind == "head":
-        return BITS["int8"]
-    return mixed_bits if precision == "mixed" else BITS[precision]
+    if kind in ("embedding", "head"):
+        return BITS["fp16" if kind == "embedding" else "int8"]
+    return {"int4": int4, "mixed": mixed}.get(precision) or BITS[precision]
 
 
 def _tower_weights(vision: VisionConfig) -> int:
@@ -211,8 +224,9 @@ class Speed:
 
     Per `byte` of weights, per `operation` on them and per operation of `attention`; per `value`
     that enters or leaves a matrix; and fixed: per `step`, per `dense` layer, per `moe` layer with
-    its chosen experts, and per further `expert` that some token of a prefill chose. A `number` in
-    the KV cache has so many bytes.
+    its chosen experts, per further `expert` that some token of a prefill chose, and per layer of
+    any kind in a `prefill`, besides. A `number` in the KV cache has so many bytes. `overlaps`:
+    weights are read while others are computed with, so that the longer counts, not the sum.
     """
 
     byte: float
@@ -223,7 +237,9 @@ class Speed:
     dense: float = 0.0
     moe: float = 0.0
     expert: float = 0.0
+    prefill: float = 0.0
     number: int = 4
+    overlaps: bool = True
 
 
 def prompt_tokens(config: ModelConfig) -> int:
@@ -232,18 +248,39 @@ def prompt_tokens(config: ModelConfig) -> int:
 
 
 def step_seconds(
-    config: ModelConfig, precision: Precision, speed: Speed, rows: int, past: int
+    config: ModelConfig,
+    precision: Precision,
+    speed: Speed,
+    rows: int,
+    past: int,
+    group: int = GROUP,
 ) -> float:
     """Seconds of one step of `rows` tokens after `past` positions."""
     work, moe = step_work(config, rows, past), config.moe
-    seconds = speed.step + speed.value * work.values
-    for kind, weights in work.weights.items():
-        size = weights * bits_per_weight(kind, precision) / 8
-        seconds += max(size * speed.byte, work.operations[kind] * speed.operation)
-    seconds += max(speed.number * work.cache * speed.byte, work.attention * speed.attention)
-    with_experts = len(config.moe_layers)
-    seconds += (config.decoder.layers - with_experts) * speed.dense + with_experts * speed.moe
+    bits = {kind: bits_per_weight(kind, precision, group) for kind in work.weights}
+    seconds = work_seconds(work, bits, speed)
+    with_experts, layers = len(config.moe_layers), config.decoder.layers
+    seconds += (layers - with_experts) * speed.dense + with_experts * speed.moe
+    if rows > 1:
+        seconds += layers * speed.prefill
     if moe:
         further = min(moe.num_experts, rows * moe.top_k) - moe.top_k
         seconds += with_experts * further * speed.expert
     return seconds
+
+
+def work_seconds(work: Work, bits: Mapping[str, float], speed: Speed) -> float:
+    """Seconds of a step's reading and computing; layers' fixed times come besides.
+
+    Args:
+        work: What is read and computed, by part.
+        bits: Of a weight, by part.
+        speed: Of the device.
+    """
+    seconds = speed.step + speed.value * work.values
+    parts = [
+        (weights * bits[kind] / 8 * speed.byte, work.operations[kind] * speed.operation)
+        for kind, weights in work.weights.items()
+    ]
+    parts.append((speed.number * work.cache * speed.byte, work.attention * speed.attention))
+    return seconds + sum(max(part) if speed.overlaps else sum(part) for part in parts)

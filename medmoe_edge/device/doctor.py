@@ -20,20 +20,10 @@ from typing import Any, Literal, NamedTuple
 from medmoe_edge._version import __version__
 from medmoe_edge._version import too_old as onnxruntime_too_old
 from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name
-from medmoe_edge.device.hardware import (
-    GB,
-    Gpus,
-    Jetson,
-    ask_power_mode,
-    find_gpus,
-    find_jetson,
-    memory_here,
-    too_old,
-)
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.device.hardware import GB, Gpus, find_gpus, memory_here, too_old
+from medmoe_edge.errors import ResourceError, shown_bytes
+from medmoe_edge.export.jetson import BestPath, Jetson, best_path, find_jetson
 
-MODEL_FILE = Path("/proc/device-tree/model")
-RELEASE_FILE = Path("/etc/nv_tegra_release")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 LITTLE = 2 * GB  # of memory or disk
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -50,6 +40,8 @@ PURPOSES = {
     "ray": "batch --ray, on a cluster",
     "export": "export, calibrate, verify against a checkpoint, plan --device here",
     "train": "train",
+    "hub": "pull",
+    "optimum": "Hugging Face: a model class, a pipeline, optimum-cli export medmoe",
     "baselines": "comparison with bitsandbytes",
     "bench": "bench",
     "peers": "bench --peers, llama.cpp among them",
@@ -145,6 +137,11 @@ class Diagnosis:
     findings: tuple[Finding, ...]
 
     @property
+    def jetson_path(self) -> BestPath | None:
+        """What works best on this Jetson; None elsewhere, or of an unknown JetPack."""
+        return best_path(self.machine.jetson) if self.machine.jetson else None
+
+    @property
     def facts(self) -> list[Fact]:
         """The machine and the base install, for people."""
         machine, ort = self.machine, self.ort
@@ -155,16 +152,17 @@ class Diagnosis:
             Fact("system", machine.system),
             Fact("processor", f"{machine.cpu}, {machine.cores} cores"),
             Fact("  int8", arithmetic + (", ".join(features) or "no known extension")),
-            Fact("memory", f"{machine.memory / 1e9:.1f} GB"),
-            Fact("free on disk", f"{machine.disk_free / 1e9:.1f} GB in {machine.cache}"),
+            Fact("memory", f"{shown_bytes(machine.memory)}"),
+            Fact("free on disk", f"{shown_bytes(machine.disk_free)} in {machine.cache}"),
             Fact("ONNX Runtime", ort.version or "cannot be imported"),
             Fact("  providers", ", ".join(ort.providers) or "none"),
         ]
         if machine.jetson:
             mode = machine.jetson.power_mode or "unknown"
-            release = machine.jetson.release or "unknown"
             facts.append(Fact("Jetson", machine.jetson.model))
-            facts.append(Fact("  L4T", f"{release}, power mode {mode}"))
+            facts.append(Fact("  software", f"{machine.jetson}, power mode {mode}"))
+            if path := self.jetson_path:
+                facts.append(Fact("  best path", path.line))
         if gpus := machine.gpus:
             facts += [Fact("GPU", str(gpu)) for gpu in gpus.devices]
             facts.append(Fact("  driver", f"{gpus.driver}, CUDA {gpus.cuda[0]}.{gpus.cuda[1]}"))
@@ -185,6 +183,19 @@ class Diagnosis:
                 for extra in self.extras
             ],
             "findings": [finding._asdict() for finding in self.findings],
+            "jetson_path": self._path_json(),
+        }
+
+    def _path_json(self) -> dict[str, Any] | None:
+        path = self.jetson_path
+        if path is None:
+            return None
+        return {
+            "line": path.line,
+            "target": path.row.target,
+            "precisions": path.row.precisions,
+            "form": path.row.form,
+            "commands": list(path.commands),
         }
 
     def error(self) -> ResourceError | None:
@@ -237,7 +248,7 @@ def look_at_machine() -> Machine:
         cache=str(cache),
         driver_loaded=DRIVER_FILE.exists(),
         gpus=find_gpus(nvml) if nvml else None,
-        jetson=find_jetson(_text(MODEL_FILE), _text(RELEASE_FILE), ask_power_mode),
+        jetson=find_jetson(),
     )
 
 
@@ -388,6 +399,7 @@ def _int8_findings(machine: Machine, ort: Ort) -> Iterator[Finding]:
 
 def _machine_findings(machine: Machine, version: Versions) -> Iterator[Finding]:
     if jetson := machine.jetson:
+        yield from _jetson_findings(jetson, version)
         if version("onnxruntime-ep-nv-tensorrt-rtx-cu13"):
             yield Finding(
                 "warning",
@@ -395,15 +407,39 @@ def _machine_findings(machine: Machine, version: Versions) -> Iterator[Finding]:
                 "Use TensorRT, which JetPack brings.",
             )
         if jetson.power_mode and not jetson.power_mode.startswith("MAXN"):
+            fastest = jetson.fastest_mode
             yield Finding(
                 "hint",
                 f"The power mode {jetson.power_mode} limits the clocks.",
-                "See the modes: nvpmodel -p --verbose; the fastest is usually: nvpmodel -m 0",
+                "See the modes: nvpmodel -p --verbose"
+                if fastest is None
+                else f"For the fastest: sudo nvpmodel -m {fastest}",
             )
     if machine.memory < LITTLE:
         yield Finding("warning", "There is little memory.", "See what fits: medmoe-edge plan")
     if machine.disk_free < LITTLE:
         yield Finding("warning", "There is little room on the disk.", "Free some space.")
+
+
+def _jetson_findings(jetson: Jetson, version: Versions) -> Iterator[Finding]:
+    path = best_path(jetson)
+    if path is None:
+        yield Finding(
+            "hint",
+            "This Jetson does not say which JetPack it has, so that no path can be recommended.",
+            "See the matrix of JetPacks in the documentation, or: apt show nvidia-jetpack",
+        )
+        return
+    if path.row.target is None:
+        yield Finding("warning", path.line, path.commands[0])
+    wrong = version("tensorrt") and path.row.target != "tensorrt"
+    if wrong:
+        yield Finding(
+            "warning",
+            f"TensorRT for Python is installed, and JetPack {jetson.jetpack} does not run one that "
+            "engines of this package can be built with.",
+            path.line,
+        )
 
 
 def _module(name: str) -> ModuleType | None:

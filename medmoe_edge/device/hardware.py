@@ -1,18 +1,306 @@
-"""What this machine is (processor, NVIDIA GPUs, Jetson); devices as their makers rate them."""
+"""Devices by name, what their makers say of them and programs reach of that; GPUs of this machine.
 
+Bandwidth is of the memory that holds the weights; compute is dense (makers often print figures for
+structured sparsity, twice as high) on the units that matrices run on, of the GPU alone, in fp16
+with fp32 accumulation where the maker tells them apart. A Jetson's power modes bound both, and so
+are devices of their own.
+"""
+
+import dataclasses
+import json
 import os
-import re
-import subprocess
-from collections.abc import Callable, Mapping
+import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from medmoe_edge.bundle.machine import cpu_name
-from medmoe_edge.errors import InputError
+from medmoe_edge.bundle.machine import cpu_features_here, cpu_name
+from medmoe_edge.config import unknown_key
+from medmoe_edge.errors import ConfigError, DataError, InputError, did_you_mean, shown_bytes
 
-L4T = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
-POWER_MODE = re.compile(r"NV Power Mode: *(\S+)")
+GB = 10**9
+TERA = 10**12
+HERE = "here"
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, version 2
+Kind = Literal["gpu", "jetson", "cpu"]
+FILES = (".toml", ".json")  # of people's own devices
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What programs reach of a device's ratings.
+
+    Shares of the `bandwidth`, and of the compute in products of `integers` (of a GPU, which turns
+    quantised weights into floats first: those) and of `floats`. Seconds that each `layer` takes
+    besides: launches of kernels or dispatch; and `prefill_layer` more where many tokens are
+    computed at once, which is not replayed as a graph.
+    """
+
+    bandwidth: float
+    integers: float
+    floats: float
+    layer: float
+    prefill_layer: float = 0.0
+
+
+REACHED: Mapping[Kind, Reached] = {
+    # Assumed, to be measured on the device.
+    "gpu": Reached(0.75, 0.5, 0.5, 30e-6),
+    # Fitted to NVIDIA's own figures for Edge-LLM 0.9.0 and 0.10.0 on Orin: median error 6%
+    # (tests/unit/test_plan_figures.py).
+    "jetson": Reached(0.95, 0.6, 0.52, 100e-6, 200e-6),
+    # Measured on two cores of a Zen 4 with ONNX Runtime (docs/benchmarks.md).
+    "cpu": Reached(0.6, 0.3, 0.4, 60e-6),
+}
+# NVIDIA's figures for int4 weights on Thor, whose kernels use a tenth of its rating: the same test.
+_ON_THOR = Reached(0.95, 0.125, 0.25, 60e-6, 200e-6)
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Bytes per second; operations per second on 8-bit integers, and on 16-bit floats.
+
+    `reached` is what programs reach of it; None: as of its kind.
+    """
+
+    bandwidth: float
+    int8: float
+    fp16: float
+    source: str
+    reached: Reached | None = None
+
+
+@dataclass(frozen=True)
+class Device:
+    """Memory in bytes; `ratings` are the maker's, None for this machine, which is measured.
+
+    `kind` "jetson" and "cpu" share their memory with the system. `reserved` is what the system
+    keeps of it; None: as of its kind.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    memory: int
+    ratings: Ratings | None
+    reserved: int | None = None
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a model may take: a system keeps 2 GB, of a card the display 0.5 GB."""
+        usual = GB // 2 if self.kind == "gpu" else 2 * GB
+        return self.memory - (usual if self.reserved is None else self.reserved)
+
+    @property
+    def reached(self) -> Reached:
+        """What programs reach of its ratings."""
+        return (self.ratings and self.ratings.reached) or REACHED[self.kind]
+
+
+def find_device(name: str) -> Device:
+    """A device by its name, by a file that describes it, or `here` for this machine.
+
+    Raises `InputError`, which lists the names, and `DataError` for a file that is wrong.
+    """
+    if name == HERE:
+        features = [feature for feature, there in cpu_features_here().items() if there]
+        title = f"{cpu_name()} ({', '.join(features) or 'no known extension'})"
+        return Device(HERE, title, "cpu", memory_here(), None)
+    if name.endswith(FILES):
+        return read_device(Path(name))
+    if name not in DEVICES:
+        names = (*DEVICES, HERE)
+        known = f"Use one of: {', '.join(names)}; or a file of your own (.toml)."
+        raise InputError(f"There is no device {name!r}.", f"{did_you_mean(name, names)}{known}")
+    return DEVICES[name]
+
+
+def memory_here(limit: Path = CGROUP_LIMIT) -> int:
+    """Bytes of memory of this machine, or of the container that it is."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(memory, int(limit.read_text()))
+    except (OSError, ValueError):  # no such group, or its limit is "max"
+        return memory
+
+
+# What a file says of a device: keys, and the least and most that make sense.
+_NUMBERS = {
+    "memory_gb": (0.1, 10_000),
+    "bandwidth_gb_s": (0.1, 100_000),
+    "int8_tops": (1e-3, 1e6),
+    "fp16_tops": (1e-3, 1e6),
+    "reserved_gb": (0, 1000),
+}
+_REQUIRED = ("kind", "memory_gb", "bandwidth_gb_s", "int8_tops", "fp16_tops")
+_TEXTS = ("name", "title", "kind", "source")
+
+
+def read_device(file: Path) -> Device:
+    """Read a device from TOML or JSON.
+
+        kind = "jetson"          # or "gpu", "cpu"
+        memory_gb = 16
+        bandwidth_gb_s = 102
+        int8_tops = 30           # dense, 10^12 operations per second
+        fp16_tops = 15
+        title = "our panel"      # these may be left out: title, name, source, reserved_gb
+        [reached]                # and this: shares of the above, and seconds per layer
+        bandwidth = 0.9
+
+    Raises `DataError`, which names the key.
+    """
+    where = str(file)
+    data = _parsed(file)
+    try:
+        for key in data:
+            if key not in (*_NUMBERS, *_TEXTS, "reached"):
+                raise unknown_key(key, (*_NUMBERS, *_TEXTS, "reached"), where)
+        numbers = {key: _number(data, key, *bounds, where) for key, bounds in _NUMBERS.items()}
+        kind: Kind | None = next((k for k in get_args(Kind) if k == data.get("kind")), None)
+        if kind is None:
+            raise ConfigError(
+                f"{where} has kind = {data.get('kind')!r}.", "Use gpu, jetson or cpu."
+            )
+        reached = _read_reached(data.get("reached"), REACHED[kind], where)
+    except ConfigError as error:
+        raise DataError(error.what, error.remedy) from error
+    name = str(data.get("name", file.stem))
+    ratings = Ratings(
+        numbers["bandwidth_gb_s"] * GB,
+        numbers["int8_tops"] * TERA,
+        numbers["fp16_tops"] * TERA,
+        str(data.get("source", where)),
+        reached,
+    )
+    memory = round(numbers["memory_gb"] * GB)
+    reserved = round(numbers["reserved_gb"] * GB) if "reserved_gb" in data else None
+    return Device(name, str(data.get("title", name)), kind, memory, ratings, reserved)
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read.", "Give a .toml or .json file.") from error
+    try:
+        data = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is no valid {file.suffix[1:].upper()}.", str(error)) from error
+    if not isinstance(data, dict):
+        raise DataError(f"{file} holds no table.", "Write one key a line: memory_gb = 16")
+    return data
+
+
+def _number(data: Mapping[str, Any], key: str, least: float, most: float, where: str) -> float:
+    value = data.get(key, 0 if key not in _REQUIRED else None)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None:
+        raise ConfigError(f"{where} has no {key}.", f"It needs: {', '.join(_REQUIRED)}.")
+    if not number or (key in data and not least <= value <= most):
+        raise ConfigError(
+            f"{where} has {key} = {value!r}.", f"It must be a number from {least} to {most}."
+        )
+    return float(value)
+
+
+def _read_reached(data: Any, usual: Reached, where: str) -> Reached | None:
+    if data is None:
+        return None
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} has reached = {data!r}.", "Write a table: [reached]")
+    names = [field.name for field in dataclasses.fields(Reached)]
+    for key in data:
+        if key not in names:
+            raise unknown_key(key, names, f"{where} [reached]")
+    found = {key: _number(data, key, 0, 2, f"{where} [reached]") for key in data}
+    if min(found.get("bandwidth", 1), found.get("integers", 1), found.get("floats", 1)) <= 0:
+        raise ConfigError(f"{where} [reached] has a share of 0.", "Shares are above 0, to 1.")
+    return dataclasses.replace(usual, **found)
+
+
+def _nvidia(
+    name: str,
+    title: str,
+    memory: int,
+    bandwidth: float,
+    int8: float,
+    fp16: float,
+    source: str,
+    reached: Reached | None = None,
+) -> Device:
+    """Memory in GB, bandwidth in GB/s, 10^12 operations per second."""
+    kind: Kind = "jetson" if title.startswith("Jetson") else "gpu"
+    ratings = Ratings(bandwidth * GB, int8 * TERA, fp16 * TERA, source, reached)
+    return Device(name, title, kind, memory * GB, ratings)
+
+
+_ORIN_FP16 = 2048  # operations of a multiprocessor of Orin's GPU in a clock, dense; int8 twice
+_POWER_MODES = "NVIDIA's nvpmodel files for Orin (p3701-0000, p3767-0000, p3767-0003)"
+
+
+def _orin(
+    name: str, title: str, memory: int, cores: int, clock: int, bus: int, transfers: int
+) -> Device:
+    """A power mode: `cores` multiprocessors at `clock` MHz, memory at `transfers` MHz.
+
+    `bus` bytes pass at every transfer, of which a clock has two.
+    """
+    fp16 = cores * clock * _ORIN_FP16 / 1e6
+    bandwidth = 2 * transfers * bus / 1e3
+    return _nvidia(name, f"Jetson {title}", memory, bandwidth, 2 * fp16, fp16, _POWER_MODES)
+
+
+def _cpu(name: str, title: str, cores: int, clock: float, int8: int, fp32: int) -> Device:
+    """`int8` and `fp32` operations of a core in a clock; two channels of DDR4-3200."""
+    ratings = Ratings(
+        bandwidth=2 * 8 * 3200e6,  # channels x bytes x transfers
+        int8=cores * clock * int8,
+        fp16=cores * clock * fp32,  # computed in fp32
+        source="arithmetic",
+    )
+    return Device(name, f"{title}, two channels of DDR4-3200, 16 GB", "cpu", 16 * GB, ratings)
+
+
+_THOR = "NVIDIA Jetson Thor data sheet: a quarter and an eighth of its sparse fp4 figure"
+_ADA = "NVIDIA Ada GPU architecture white paper"
+_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture white paper"
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        # By a name alone: the mode in which NVIDIA's table measured it.
+        _orin("orin-nano-8g", "Orin Nano 8 GB, 15 W", 8, 8, 612, 16, 2133),
+        _orin("orin-nano-8g-7w", "Orin Nano 8 GB, 7 W", 8, 4, 408, 16, 2133),
+        _orin("orin-nano-8g-25w", "Orin Nano 8 GB, 25 W", 8, 8, 918, 16, 3199),
+        _orin("orin-nano-8g-super", "Orin Nano 8 GB, MAXN_SUPER", 8, 8, 1020, 16, 3199),
+        _orin("orin-nx-16g", "Orin NX 16 GB, MAXN", 16, 8, 918, 16, 3199),
+        _orin("orin-nx-16g-10w", "Orin NX 16 GB, 10 W", 16, 4, 612, 16, 2133),
+        _orin("orin-nx-16g-15w", "Orin NX 16 GB, 15 W", 16, 4, 612, 16, 3199),
+        _orin("orin-nx-16g-25w", "Orin NX 16 GB, 25 W", 16, 8, 408, 16, 3199),
+        _orin("orin-nx-16g-40w", "Orin NX 16 GB, 40 W (Super)", 16, 8, 1173, 16, 3199),
+        _orin("orin-agx-64g", "AGX Orin 64 GB, MAXN", 64, 16, 1301, 32, 3199),
+        _orin("orin-agx-64g-15w", "AGX Orin 64 GB, 15 W", 64, 6, 408, 32, 2133),
+        _orin("orin-agx-64g-30w", "AGX Orin 64 GB, 30 W", 64, 8, 612, 32, 3199),
+        _orin("orin-agx-64g-50w", "AGX Orin 64 GB, 50 W", 64, 16, 816, 32, 3199),
+        _nvidia("thor", "Jetson AGX Thor 128 GB", 128, 273, 517, 259, _THOR, _ON_THOR),
+        _nvidia("rtx-4060", "GeForce RTX 4060 8 GB", 8, 272, 121, 30, _ADA),
+        _nvidia("rtx-4090", "GeForce RTX 4090 24 GB", 24, 1008, 661, 165, _ADA),
+        _nvidia("rtx-5090", "GeForce RTX 5090 32 GB", 32, 1792, 838, 210, _BLACKWELL),
+        _nvidia("l4", "NVIDIA L4 24 GB", 24, 300, 242, 121, _ADA),
+        # Operations in a clock, from instructions' widths and the ports that run them: int8 of AVX2
+        # alone is two multiplications and an addition of 32 values, of VNNI one instruction.
+        _cpu("cpu", "a PC of 4 cores at 3 GHz with AVX2 and VNNI", 4, 3e9, 128, 32),
+        _cpu("cpu-avx2", "a PC of 4 cores at 3 GHz with AVX2, no VNNI", 4, 3e9, 42, 32),
+        _cpu("cpu-avx512-vnni", "4 cores at 3 GHz with AVX-512 VNNI", 4, 3e9, 256, 64),
+        _cpu("cpu-amx", "4 cores at 3 GHz with AMX", 4, 3e9, 2048, 64),
+        _cpu("cpu-arm-dotprod", "4 ARM cores at 2 GHz with dotprod", 4, 2e9, 64, 16),
+    )
+}
+
+
+# --- the GPUs of this machine ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -24,7 +312,7 @@ class Gpu:
     compute_capability: str
 
     def __str__(self) -> str:
-        memory = f"{self.memory / 1e9:.1f} GB"
+        memory = f"{shown_bytes(self.memory)}"
         return f"{self.name}, {memory}, compute capability {self.compute_capability}"
 
 
@@ -35,15 +323,6 @@ class Gpus:
     driver: str
     cuda: tuple[int, int]
     devices: tuple[Gpu, ...]
-
-
-@dataclass(frozen=True)
-class Jetson:
-    """A Jetson: model, Linux for Tegra release (36.4.3), power mode where it can be asked."""
-
-    model: str
-    release: str | None
-    power_mode: str | None
 
 
 def find_gpus(nvml: Any) -> Gpus | None:
@@ -64,29 +343,6 @@ def find_gpus(nvml: Any) -> Gpus | None:
         nvml.nvmlShutdown()
 
 
-def find_jetson(
-    model: str | None, release: str | None, power_mode: Callable[[], str | None]
-) -> Jetson | None:
-    """From the texts of /proc/device-tree/model and /etc/nv_tegra_release; None elsewhere."""
-    if release is None and (model is None or "Jetson" not in model):
-        return None
-    found = L4T.search(release or "")
-    name = (model or "Jetson").rstrip("\0\n ")
-    return Jetson(name, f"{found[1]}.{found[2]}" if found else None, power_mode())
-
-
-def ask_power_mode() -> str | None:
-    """What `nvpmodel -q` says: MAXN, 15W, ...; None where it cannot be asked."""
-    try:
-        asked = subprocess.run(
-            ["nvpmodel", "-q"], capture_output=True, text=True, timeout=2, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = POWER_MODE.search(asked.stdout)
-    return found[1] if found else None
-
-
 def too_old(gpus: Gpus, needed: Mapping[str, int]) -> list[str]:
     """Packages built for a CUDA whose major version is newer than the driver runs.
 
@@ -99,100 +355,3 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
     return Gpu(nvml.nvmlDeviceGetName(handle), int(memory), f"{major}.{minor}")
-
-
-GB = 10**9
-TERA = 10**12
-HERE = "here"
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, version 2
-Kind = Literal["gpu", "jetson", "cpu"]
-
-
-@dataclass(frozen=True)
-class Ratings:
-    """Bytes per second; operations per second on 8-bit integers, and on 16-bit floats."""
-
-    bandwidth: float
-    int8: float
-    fp16: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Device:
-    """Memory in bytes; `ratings` are the maker's, None for this machine, which is measured.
-
-    `kind` "jetson" and "cpu" share their memory with the system.
-    """
-
-    name: str
-    title: str
-    kind: Kind
-    memory: int
-    ratings: Ratings | None
-
-    @property
-    def usable(self) -> int:
-        """Bytes that a model may take: a system keeps 2 GB, of a card the display 0.5 GB."""
-        return self.memory - (GB // 2 if self.kind == "gpu" else 2 * GB)
-
-
-def find_device(name: str) -> Device:
-    """The device of a name, `here` for this machine; raises `InputError`, which lists them."""
-    if name == HERE:
-        return Device(HERE, cpu_name(), "cpu", memory_here(), None)
-    if name not in DEVICES:
-        known = ", ".join((*DEVICES, HERE))
-        raise InputError(f"There is no device {name!r}.", f"Use one of: {known}.")
-    return DEVICES[name]
-
-
-def memory_here(limit: Path = CGROUP_LIMIT) -> int:
-    """Bytes of memory of this machine, or of the container that it is."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(memory, int(limit.read_text()))
-    except (OSError, ValueError):  # no such group, or its limit is "max"
-        return memory
-
-
-def _nvidia(
-    name: str, title: str, memory: int, bandwidth: float, int8: float, fp16: float, source: str
-) -> Device:
-    kind: Kind = "jetson" if title.startswith("Jetson") else "gpu"
-    ratings = Ratings(bandwidth * GB, int8 * TERA, fp16 * TERA, source)
-    return Device(name, title, kind, memory * GB, ratings)
-
-
-_ORIN = "NVIDIA Jetson Orin data sheets: half the sparse figure of the GPU, highest power mode"
-_THOR = "NVIDIA Jetson Thor data sheet: a quarter and an eighth of its sparse fp4 figure"
-_ADA = "NVIDIA Ada GPU architecture white paper"
-_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture white paper"
-
-
-DEVICES: dict[str, Device] = {
-    device.name: device
-    for device in (
-        # memory in GB, bandwidth in GB/s, int8 and fp16 in 10^12 operations per second
-        _nvidia("orin-nano-8g", "Jetson Orin Nano 8 GB, Super mode", 8, 102, 33, 17, _ORIN),
-        _nvidia("orin-nx-16g", "Jetson Orin NX 16 GB", 16, 102, 30, 15, _ORIN),
-        _nvidia("orin-agx-64g", "Jetson AGX Orin 64 GB", 64, 205, 85, 43, _ORIN),
-        _nvidia("thor", "Jetson AGX Thor 128 GB", 128, 273, 517, 259, _THOR),
-        _nvidia("rtx-4060", "GeForce RTX 4060 8 GB", 8, 272, 121, 30, _ADA),
-        _nvidia("rtx-4090", "GeForce RTX 4090 24 GB", 24, 1008, 661, 165, _ADA),
-        _nvidia("rtx-5090", "GeForce RTX 5090 32 GB", 32, 1792, 838, 210, _BLACKWELL),
-        _nvidia("l4", "NVIDIA L4 24 GB", 24, 300, 242, 121, _ADA),
-        Device(
-            "cpu",
-            "a PC of 4 cores at 3 GHz with AVX2 and VNNI, two channels of DDR4-3200, 16 GB",
-            "cpu",
-            16 * GB,
-            Ratings(
-                bandwidth=2 * 8 * 3200e6,  # channels x bytes x transfers
-                int8=4 * 3e9 * 2 * 64,  # cores x clock x units x operations of 256 bits
-                fp16=4 * 3e9 * 2 * 16,  # computed in fp32
-                source="arithmetic",
-            ),
-        ),
-    )
-}

@@ -4,7 +4,7 @@ import site
 import sysconfig
 from pathlib import Path
 
-from medmoe_edge.errors import ModelError
+from medmoe_edge.errors import ModelError, did_you_mean
 
 FOLDER = Path(__file__).parent
 EMBEDDED = ("nano", "modality-nano")
@@ -48,5 +48,6 @@ def _resolve(model: str, kind: str) -> Path:
         return Path(model)
     raise ModelError(
         f"There is no model folder {model!r}.",
-        f"Give a bundle or checkpoint folder, or one of: {', '.join(EMBEDDED)}.",
+        f"{did_you_mean(model, EMBEDDED)}Give a bundle or checkpoint folder, or one of: "
+        f"{', '.join(EMBEDDED)}.",
     )

@@ -1,19 +1,20 @@
 """ask(): an image and questions in, answers out, over any runtime; and where the time went."""
 
+import asyncio
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.engine.answer import Answer, Timings
+from medmoe_edge.engine.answer import Answer, Clock, timings
 from medmoe_edge.engine.loading import (
     REFERENCE,
     Device,
+    OneAtATime,
     Paging,
     Proven,
     RuntimeName,
@@ -21,53 +22,17 @@ from medmoe_edge.engine.loading import (
     open_model,
 )
 from medmoe_edge.engine.prefix_cache import LastPrefix, Prefix, PrefixCache, cache_folder
-from medmoe_edge.errors import BundleError, CheckpointError, InputError, Notice
+from medmoe_edge.errors import BundleError, CheckpointError, InputError, MedMoEError, Notice
+from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.labels import unlike_label
-from medmoe_edge.image.loading import load_image, preprocess, seen_picture
-from medmoe_edge.image.pixels import Image, Pixels
+from medmoe_edge.image.loading import preprocess, seen_picture
+from medmoe_edge.image.pixels import Pixels
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step, Warns, chosen_experts
 from medmoe_edge.runtimes.paging.pager import Budget
 
-
-class Clock:
-    """Seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """End the lap that began with the last one's end, or with the clock."""
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
-
-
-def timings(
-    prefix: Mapping[str, float],
-    own: Mapping[str, float],
-    tokens: int,
-    *,
-    first: bool,
-    reused: bool,
-) -> Timings:
-    """Of an answer, from the laps of its image's prefix and its own.
-
-    The `first` answer about an image bears the prefix's time; `reused`: that was merely fetched.
-    """
-    first_token = (sum(prefix.values()) if first else 0.0) + own["question"]
-    return Timings(
-        **prefix,
-        **own,
-        first_token=first_token,
-        total=first_token + own["decode"],
-        tokens=tokens,
-        prefix_reused=reused or not first,
-    )
-
-
 Counts = npt.NDArray[np.int64]
-ImageLike = str | os.PathLike[str] | Image
+Range = tuple[float, float]
 MAX_NEW_TOKENS = 32
 ROOM = 64  # positions, whole multiples of which are kept free behind a prefix
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which another token is still to come
@@ -117,12 +82,15 @@ def load(
     return Engine(**loaded._asdict(), prefixes=kept)
 
 
-class Engine:
-    """A loaded model that answers questions about images. Not thread-safe.
+class Engine(OneAtATime):
+    """A loaded model that answers questions about images.
+
+    Every method may be called from any thread; requests are computed one at a time. `with` closes
+    it, which gives its memory back.
 
     `proven` is what is known of a bundle's fidelity, None of a checkpoint; `verification` says it
-    in a word: "passed", "failed" or "not measured", of a checkpoint "reference". `warnings` are of
-    the model, and part of every answer's.
+    in a word: "passed", "not decided", "failed" or "not measured", of a checkpoint "reference".
+    `warnings` are of the model, and part of every answer's.
     """
 
     def __init__(
@@ -135,11 +103,14 @@ class Engine:
         prefixes: LastPrefix | None = None,
         warnings: tuple[Notice, ...] = (),
     ) -> None:
-        self.runtime, self.tokenizer, self.prefixes = runtime, tokenizer, prefixes
+        super().__init__()
+        self.runtime: Runtime = runtime
+        self.tokenizer, self.prefixes = tokenizer, prefixes
         self.name, self.sha256, self.proven = name, sha256, proven
         self.verification: str = proven.status if proven else REFERENCE
         self.config = runtime.config
-        self.warnings = (*warnings, *(runtime.warnings if isinstance(runtime, Warns) else ()))
+        of_runtime = runtime.warnings if isinstance(runtime, Warns) else ()
+        self.warnings = (*warnings, *tokenizer.warnings, *of_runtime)
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
 
     @property
@@ -154,23 +125,35 @@ class Engine:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         frame: int | None = None,
+        value_range: Range | None = None,
     ) -> Answer:
         """Answer one question.
 
         Args:
-            image: A file (PNG, JPEG, TIFF, DICOM, NIfTI) or an `Image` that was read.
+            image: A path, bytes, a file opened for bytes, a PIL image, a NumPy array `[H, W]` or
+                `[H, W, 3]`, a pydicom `Dataset`, a NIfTI image of nibabel, or an `Image`.
             question: At most 10,000 characters.
             max_new_tokens: The longest answer, in tokens.
             frame: Which frame or slice of several, from 0; None is the middle one.
+            value_range: Of an array, the values shown black and white; needed unless it is uint8,
+                or grey uint16, which is shown as a 16-bit PNG is.
 
         Returns:
             The answer; the same input gives the same one.
 
         Raises:
-            InputError: The image or the question cannot be used.
+            InputError: The image or the question cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
-        return self.ask_all(image, [question], max_new_tokens=max_new_tokens, frame=frame)[0]
+        if not isinstance(question, str):
+            raise InputError("question is not one text.", "For several, use ask_all.")
+        return self.ask_all(
+            image,
+            [question],
+            max_new_tokens=max_new_tokens,
+            frame=frame,
+            value_range=value_range,
+        )[0]
 
     def ask_all(
         self,
@@ -179,24 +162,93 @@ class Engine:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         frame: int | None = None,
+        value_range: Range | None = None,
     ) -> list[Answer]:
         """Answer several questions, each by itself; the image is processed once for all.
 
         Args:
             image: As of `ask`.
-            questions: Any number.
+            questions: Any number, in a list.
             max_new_tokens: The longest answer to each, in tokens.
             frame: As of `ask`.
+            value_range: As of `ask`.
 
         Returns:
             One answer for each question, in their order.
 
         Raises:
-            InputError: The image or a question cannot be used.
+            InputError: The image or a question cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
-        told = self.ask_stream(image, questions, max_new_tokens=max_new_tokens, frame=frame)
+        told = self.ask_stream(
+            image,
+            questions,
+            max_new_tokens=max_new_tokens,
+            frame=frame,
+            value_range=value_range,
+        )
         return [item for item in told if isinstance(item, Answer)]
+
+    def ask_images(
+        self,
+        images: Iterable[ImageLike],
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        value_range: Range | None = None,
+    ) -> list[list[Answer]]:
+        """Answer the same questions about several images, of which one is in memory at a time.
+
+        Args:
+            images: Any number, each as of `ask`.
+            questions: As of `ask_all`.
+            max_new_tokens: The longest answer to each, in tokens.
+            value_range: As of `ask`, the same for all.
+
+        Returns:
+            For each image in its turn, one answer for each question.
+
+        Raises:
+            InputError: An image or a question cannot be used; it says which image, from 1.
+            ModelError: The model computed NaN or infinite values.
+        """
+        if isinstance(images, str | bytes | os.PathLike):
+            raise InputError("images is one image, and a list is meant.", "Write [image].")
+        found = []
+        for number, image in enumerate(images, start=1):
+            try:
+                answers = self.ask_all(
+                    image, questions, max_new_tokens=max_new_tokens, value_range=value_range
+                )
+            except MedMoEError as error:
+                error.what = f"Image {number}: {error.what}"
+                error.args = (f"{error.what} {error.remedy}",)
+                raise
+            found.append(answers)
+        return found
+
+    async def ask_async(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        frame: int | None = None,
+        value_range: Range | None = None,
+    ) -> Answer:
+        """Answer one question in another thread, so that the event loop goes on meanwhile.
+
+        Requests to one engine are computed one after the other. One that is cancelled is computed
+        to its end, and its answer dropped. Arguments and errors are those of `ask`.
+        """
+        return await asyncio.to_thread(
+            self.ask,
+            image,
+            question,
+            max_new_tokens=max_new_tokens,
+            frame=frame,
+            value_range=value_range,
+        )
 
     def ask_stream(
         self,
@@ -205,40 +257,56 @@ class Engine:
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         frame: int | None = None,
+        value_range: Range | None = None,
     ) -> Iterator[str | Answer]:
         """Answer several questions, telling each answer while it is made.
 
-        Nothing is computed ahead: who stops iterating stops the model.
+        Nothing is computed ahead: who stops iterating stops the model. Other requests wait until
+        the iterator has ended or is closed.
 
         Args:
             image: As of `ask`.
-            questions: Any number.
+            questions: Any number, in a list.
             max_new_tokens: The longest answer to each, in tokens.
             frame: As of `ask`.
+            value_range: As of `ask`.
 
         Yields:
             For each question in turn, pieces of the answer's text, one for each token, some of them
             empty, and then the `Answer`; joined, the pieces are its text.
 
         Raises:
-            InputError: The image or a question cannot be used.
+            InputError: The image or a question cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
+        if isinstance(questions, str):
+            raise InputError(
+                "questions is one text, and a list is meant.", "Write [question], or use ask."
+            )
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
-        ids = [self.tokenizer.question_ids(question) for question in questions]
-        room = max((len(question) for question in ids), default=0) + max_new_tokens
-        prefix = self._prefill(image, frame, room)
-        for index, (question, tokens) in enumerate(zip(questions, ids, strict=True)):
-            yield from self._answer(question, tokens, prefix, max_new_tokens, first=index == 0)
+        with self.one_at_a_time():
+            ids = [self.tokenizer.question_ids(question) for question in questions]
+            room = max((len(question) for question in ids), default=0) + max_new_tokens
+            prefix = self._prefill(image, frame, room, value_range)
+            for index, (question, tokens) in enumerate(zip(questions, ids, strict=True)):
+                yield from self._answer(question, tokens, prefix, max_new_tokens, first=index == 0)
 
-    def seen(self, image: ImageLike, *, frame: int | None = None) -> Pixels:
+    def seen(
+        self,
+        image: ImageLike,
+        *,
+        frame: int | None = None,
+        value_range: Range | None = None,
+    ) -> Pixels:
         """Exactly what the model sees of an image, as a picture `[S, S, 3]` of S x S pixels.
 
         It is what enters the vision tower, before its values are normalised: decoded, in the
         file's window, padded or cropped to a square and scaled to the model's resolution.
         """
-        return seen_picture(_picture(image, frame), self.config.vision).pixels
+        return seen_picture(
+            as_image(image, frame=frame, value_range=value_range), self.config.vision
+        ).pixels
 
     def prompt_tokens(self, question: str) -> int:
         """Count the tokens of a prompt.
@@ -252,7 +320,13 @@ class Engine:
         before, after = self.tokenizer.prefix_ids(), self.tokenizer.question_ids(question)
         return len(before) + self.config.vision.image_tokens + len(after)
 
-    def modality(self, image: ImageLike, *, frame: int | None = None) -> str | None:
+    def modality(
+        self,
+        image: ImageLike,
+        *,
+        frame: int | None = None,
+        value_range: Range | None = None,
+    ) -> str | None:
         """Read an image's modality by the router, without a question.
 
         Returns:
@@ -261,9 +335,16 @@ class Engine:
         Raises:
             InputError: The image cannot be used.
         """
-        return self._prefill(image, frame, room=0).modality
+        with self.one_at_a_time():
+            return self._prefill(image, frame, 0, value_range).modality
 
-    def _prefill(self, image: ImageLike, frame: int | None, room: int) -> Prefix:
+    def _release(self) -> None:
+        super()._release()
+        self.prefixes = None
+
+    def _prefill(
+        self, image: ImageLike, frame: int | None, room: int, value_range: Range | None
+    ) -> Prefix:
         ids = self.tokenizer.prefix_ids()
         length = len(ids) + self.config.vision.image_tokens
         self._check_length(length + room)
@@ -271,7 +352,7 @@ class Engine:
             most = self.config.decoder.max_positions - length
             room = min(-(-room // ROOM) * ROOM, most)
         clock = Clock()
-        picture = _picture(image, frame)
+        picture = as_image(image, frame=frame, value_range=value_range)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
         if self.prefixes is None:
@@ -318,7 +399,7 @@ class Engine:
         while len(answer) < limit:
             token, probability = _most_likely(step.logits)
             log_probability += probability
-            complete = token == self.config.decoder.eos_token_id
+            complete = token in self.config.decoder.end_tokens
             if complete:
                 break
             answer.append(token)
@@ -349,16 +430,20 @@ class Engine:
     def _untold(self, ids: list[int], told: str) -> str:
         """What the text of `ids` adds to what was told; nothing while it ends within a character.
 
-        All models have byte-level tokenizers, whose text only grows at its end.
+        All models have byte-level tokenizers, whose text only grows at its end; what clean-up may
+        still change there is not told yet.
         """
         text = self.tokenizer.decode(ids)
-        return "" if text.endswith(UNFINISHED) else text.removeprefix(told)
+        settled = text[: max(len(text) - self.tokenizer.unsettled, 0)]
+        if text.endswith(UNFINISHED) or not settled.startswith(told):
+            return ""
+        return settled.removeprefix(told)
 
     def _step(self, embeds: Floats, cache: Cache) -> Step:
         step = self.runtime.step(embeds, cache)
         self._finite(step.logits)
         self._finite(step.router_logits)
-        return step
+        return step._replace(logits=self.tokenizer.only_tokens(step.logits))
 
     def _finite(self, values: Floats) -> Floats:
         """The values, unless one is infinite or no number: what follows would be no answer."""
@@ -393,10 +478,6 @@ class Engine:
         names = self.expert_names or tuple(f"expert-{index}" for index in range(len(counts)))
         total = max(int(counts.sum()), 1)
         return {name: int(count) / total for name, count in zip(names, counts, strict=True)}
-
-
-def _picture(image: ImageLike, frame: int | None) -> Image:
-    return image if isinstance(image, Image) else load_image(image, frame=frame)
 
 
 def _most_likely(logits: Floats) -> tuple[int, float]:

@@ -5,19 +5,23 @@ import json
 import logging
 import os
 import platform
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status
+from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.machine import Machine, cpu_flags, cpu_name
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, MedMoEError, MissingDependencyError, ModelError, Notice
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.paging.pager import Budget, ExpertPager
+from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
 REFERENCE = "reference"  # a checkpoint, which bundles are verified against
 
@@ -26,7 +30,8 @@ REFERENCE = "reference"  # a checkpoint, which bundles are verified against
 class Proven:
     """What is known of a bundle's fidelity, and where it was found out.
 
-    `status` is "passed", "failed" or "not measured"; `machine` is None where it was not recorded.
+    `status` is "passed", "not decided" (on too few questions), "failed" or "not measured";
+    `machine` is None where it was not recorded.
     `here`: it holds on this machine.
     """
 
@@ -36,8 +41,8 @@ class Proven:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether it passed, but on another kind of machine."""
-        return self.status == "passed" and not self.here
+        """Whether it did not fail, but was verified on another kind of machine."""
+        return self.status in ("passed", "not decided") and not self.here
 
     @property
     def hint(self) -> str:
@@ -84,7 +89,7 @@ def proven(bundle: AnyBundle[Any]) -> Proven:
     if local := remembered(bundle):
         machine = Machine.from_json(local["machine"])
         if machine.computes_like(here):
-            return Proven("passed" if local["passed"] else "failed", machine, here=True)
+            return Proven(status_of(local), machine, here=True)
     there = bundle.verified_on
     return Proven(bundle.proof, there, here=there is not None and there.computes_like(here))
 
@@ -105,7 +110,9 @@ def remembered(bundle: AnyBundle[Any]) -> dict[str, Any] | None:
     """What `remember` kept of this very bundle; None where nothing was, or it is damaged."""
     try:
         record = json.loads(_path(bundle).read_bytes())
-        sound = isinstance(record["passed"], bool) and bool(Machine.from_json(record["machine"]))
+        sound = isinstance(record["passed"], bool | None) and bool(
+            Machine.from_json(record["machine"])
+        )
     except (OSError, ValueError, LookupError, TypeError, RecursionError, MedMoEError):
         return None
     return dict(record) if sound else None
@@ -165,6 +172,8 @@ def open_model(
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
     is_bundle = (folder / MANIFEST).exists()
     if is_bundle or runtime in ("onnxruntime", "tensorrt"):
+        if paging.budget is not None:
+            _check_budget(Bundle.open(folder, verify=False), paging.budget)
         bundle = Bundle.open(folder)
         if keeps_prefixes and bundle.target.is_engine:
             raise InputError(
@@ -175,6 +184,19 @@ def open_model(
     if paging.budget is not None:
         raise _not_paged(f"{folder.name} is a checkpoint")
     return _open_checkpoint(folder, device)
+
+
+def _check_budget(bundle: Bundle, budget: Budget) -> None:
+    """Refuse what can never work before gigabytes are read; each runtime knows the exact least."""
+    sizes = [size for _, size in bundle.manifest.get("experts", {}).values()]
+    if not sizes or isinstance(budget, ExpertPager):
+        return
+    given = budget if isinstance(budget, int) else budget_bytes(budget, sum(sizes))
+    if given < max(sizes):
+        raise InputError(
+            f"A memory budget of {given:,} bytes is too small for this model.",
+            f"One expert alone takes {max(sizes):,} bytes: allow several of them.",
+        )
 
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
@@ -308,6 +330,66 @@ def _open_checkpoint(folder: Path, device: Device) -> Loaded:
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
     checkpoint = read_checkpoint(folder)
-    tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path())
+    tokenizer = checkpoint.tokenizer.tokenizer
     runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
     return Loaded(runtime, tokenizer, folder.resolve().name, checkpoint.sha256(), None)
+
+
+class OneAtATime:
+    """A loaded model that computes one request at a time, and can be closed.
+
+    Methods may be called from any thread. What computes is one model with one cache, so that
+    requests wait for each other; for more at a time, load more engines. It is a context manager.
+    """
+
+    name: str
+    verification: str
+    runtime: object
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._owner: int | None = None
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model's memory back, after the request at hand; a second time does nothing."""
+        if self._closed:
+            return
+        with self.one_at_a_time():
+            self._closed = True
+            self._release()
+
+    def _release(self) -> None:
+        del self.runtime
+
+    def __repr__(self) -> str:
+        run_by = "closed" if self._closed else getattr(self.runtime, "name", "unknown runtime")
+        return f"<{type(self).__name__} {self.name}, {run_by}, verification {self.verification}>"
+
+    @contextlib.contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
+        """Wait for one's turn.
+
+        Raises `InputError` where the engine is closed, and where this thread itself is in the
+        midst of a stream, for which it would wait forever.
+        """
+        if self._owner == threading.get_ident():
+            raise InputError(
+                "An answer is being streamed by this thread.", "Read it to its end, or close it."
+            )
+        with self._turn:
+            if self._closed:
+                raise InputError(f"The engine of {self.name} is closed.", "Load the model again.")
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None

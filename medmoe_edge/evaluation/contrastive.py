@@ -13,7 +13,7 @@ from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.contrastive.engine import open_bundle, open_checkpoint
 from medmoe_edge.contrastive.features import similarity, unit
 from medmoe_edge.errors import DataError, ModelError
-from medmoe_edge.evaluation.gates import GateResult, judged, wilson
+from medmoe_edge.evaluation.gates import GateResult, judged, too_few, wilson
 from medmoe_edge.evaluation.metrics import ContrastiveFigures, Share, bootstrap_interval
 from medmoe_edge.evaluation.record import Source, keep_record, new_record, read_record
 from medmoe_edge.evaluation.recording import Seen, pack_seen
@@ -64,7 +64,7 @@ def verify_modality(
         return Verification(bundle, faults, read_record(bundle))
     if not pictures.load:
         raise DataError("There are no images to compare on.", "Give at least one.")
-    reference = open_checkpoint(checkpoint)
+    reference = open_checkpoint(checkpoint, as_published=bundle.config.as_published)
     if bundle.manifest["source"].get("checkpoint_sha256") != reference.sha256:
         raise ModelError(
             f"{folder} was not made from the checkpoint {checkpoint}.",
@@ -118,7 +118,7 @@ def look(runtime: ModalityRuntime, texts: TextFeatures, image: Image) -> Seen:
     features = runtime.encode_images(preprocess(image, runtime.config.vision))
     return Seen(
         int(features.router_logits[0].argmax()),
-        int(similarity(features, texts)[0].argmax()),
+        int(similarity(features, texts, as_published=runtime.config.as_published)[0].argmax()),
         features.pooled[0],
         features.regions[0].reshape(-1, features.regions.shape[-1]),
     )
@@ -153,7 +153,9 @@ def judge_seen(
     figures = ContrastiveFigures(len(agreed), len(PHRASES), **agreements, **means, **least)
     results = [judged("finite", len(faults) + (not finite), 0, (), at_least=False)]
     for name, share in shares.items():
-        results.append(judged(name, share.share, _bound(gates, name), wilson(share)))
+        bound = _bound(gates, name)
+        note = too_few(share, bound, "images")
+        results.append(judged(name, share.share, bound, wilson(share), note=note))
     for name, values in cosines.items():
         interval = bootstrap_interval(values, np.arange(len(values)))
         results.append(judged(name, means[name], _bound(gates, name), interval))

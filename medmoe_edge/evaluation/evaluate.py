@@ -1,40 +1,56 @@
 """How well an engine answers: the papers' metrics over a list of questions.
 
 Questions are grouped by image, so that the engine's cached image prefix is reused, and joined
-with their answers by id.
+with their answers by id. The same figures are made of answers that lie in a file
+(`evaluation.predictions`).
 """
 
-import contextlib
 import json
-import os
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from medmoe_edge.data.datasets import Example, LabelledImage
-from medmoe_edge.errors import DataError, ResourceError
+import numpy as np
+
+from medmoe_edge.atomic import atomic_file
+from medmoe_edge.data.datasets import AnswerType, Example, LabelledImage
+from medmoe_edge.errors import DataError, InputError, ResourceError
 from medmoe_edge.evaluation.metrics import (
     bootstrap_interval,
+    calibration_error,
     closed_correct,
     exact_match,
+    official_closed_correct,
+    official_recall,
+    risk_coverage,
     token_recall,
 )
+from medmoe_edge.image.pixels import Image
 
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
 
 UNKNOWN = "unknown"
+MAX_NEW_TOKENS = 32
+MOST_NEW_TOKENS = 2048  # what the official evaluation allows an answer
+BLIND_SIDE = 64  # pixels of the black picture, which every tower scales to its own size
+BLIND_AT_ONCE = 32  # questions
 
 
 class Answer(Protocol):
-    """What the evaluation reads of an answer."""
+    """What the evaluation reads of an answer; `confidence` is None where nobody knows it."""
 
     @property
     def text(self) -> str: ...
     @property
     def modality(self) -> str | None: ...
+    @property
+    def confidence(self) -> float | None: ...
+    @property
+    def complete(self) -> bool: ...
 
 
 class Engine(Protocol):
@@ -42,19 +58,43 @@ class Engine(Protocol):
 
     @property
     def expert_names(self) -> Sequence[str]: ...
-    def ask_all(self, image: Path, questions: Sequence[str], /) -> Sequence[Answer]: ...
+    def ask_all(
+        self, image: Path | Image, questions: Sequence[str], /, *, max_new_tokens: int
+    ) -> Sequence[Answer]: ...
     def modality(self, image: Path, /) -> str | None: ...
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One scored answer: `correct` is its exact match, `score` (0..1) its part of the accuracy."""
+    """One scored answer.
+
+    Attributes:
+        id: Of its question.
+        question: As it was asked.
+        prediction: What was answered.
+        correct: Whether it matches the reference exactly, after normalisation.
+        score: Its part of the accuracy, 0..1.
+        official_score: The same as the official scorer computes it.
+        reference: What should have been answered.
+        answer_type: "OPEN" or "CLOSED".
+        confidence: The model's own, 0..1; None where it is not known.
+        modality: The image's label; None where it has none.
+        modality_found: What the router read; None where it is not known.
+        complete: False of an answer that was cut off at its longest.
+    """
 
     id: str
     question: str
     prediction: str
     correct: bool
     score: float
+    official_score: float
+    reference: str
+    answer_type: AnswerType
+    confidence: float | None = None
+    modality: str | None = None
+    modality_found: str | None = None
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,12 +113,34 @@ class Score:
 
 
 @dataclass(frozen=True)
-class SourceScore:
-    """One source's figures, and those of its open and closed questions (None: it has none)."""
+class Scores:
+    """The figures of some questions, and of the open and closed ones (None: there are none).
+
+    `open_recall` is ours, a repeated word counts only where the reference repeats it;
+    `official_open_recall` and `official_closed_accuracy` are what the official scorer would print,
+    and what the papers report. All are 0..1.
+    """
 
     overall: Score
     open: Score | None
     closed: Score | None
+    open_recall: float | None
+    official_open_recall: float | None
+    official_closed_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Whether confidence means anything, over the `n` answers whose confidence is known.
+
+    `ece` (0..1) is the expected calibration error in ten bins; `risk_coverage` are pairs of the
+    share of answers that is kept, the most confident first, and the error rate among them. An
+    answer is right where it matches exactly.
+    """
+
+    n: int
+    ece: float
+    risk_coverage: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -94,15 +156,17 @@ class ModalityAccuracy:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """All figures of one evaluation, and the predictions in the order of the examples."""
+class Evaluation(Scores):
+    """All figures of one evaluation, and the predictions in the order of the examples.
 
-    overall: Score
-    open: Score | None
-    closed: Score | None
-    by_source: Mapping[str, SourceScore]
+    `cut_off` counts the answers that ended at the longest allowed.
+    """
+
+    by_source: Mapping[str, Scores]
     by_modality: Mapping[str, Score]
     router: ModalityAccuracy
+    reliability: Reliability | None
+    cut_off: int
     predictions: tuple[Prediction, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -113,43 +177,101 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine, examples: Sequence[Example], *, progress: Progress | None = None
+    engine: Engine,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Ask every question and score the answers.
 
-    Raises `DataError` for no examples or an id used twice; the engine's errors pass through.
+    Args:
+        engine: What answers.
+        examples: At least one question; every id once.
+        max_new_tokens: The longest answer, 1 to 2,048; what is cut off there is counted.
+        progress: Called with the images done and the images in all.
+
+    Raises:
+        DataError: There are no examples, or an id is used twice.
+        InputError: `max_new_tokens` is out of range.
+        MedMoEError: What the engine raises passes through.
     """
-    if not examples:
-        raise DataError("There are no questions to evaluate.", "Give at least one.")
-    if len({example.id for example in examples}) < len(examples):
-        raise DataError("Two questions share an id.", "Give every question an id of its own.")
-    answers = _ask(engine, examples, progress)
-    scored = [_scored(example, answers[example.id].text) for example in examples]
+    check_examples(examples)
+    if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+        raise InputError(
+            f"max_new_tokens is {max_new_tokens}.", f"Allow from 1 to {MOST_NEW_TOKENS:,}."
+        )
+    answers = _ask(engine, examples, max_new_tokens, progress)
+    return score_answers(examples, answers, engine.expert_names)
+
+
+def evaluate_blind(
+    engine: Engine,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score the same questions asked about a black picture: what is right without looking.
+
+    Equal questions are asked once. `progress` is called with the questions done and all of them;
+    the errors are those of `evaluate`.
+    """
+    check_examples(examples)
+    black = Image.from_array(np.zeros((BLIND_SIDE, BLIND_SIDE), np.uint8))
+    questions = list(dict.fromkeys(example.question for example in examples))
+    said: dict[str, Answer] = {}
+    for start in range(0, len(questions), BLIND_AT_ONCE):
+        some = questions[start : start + BLIND_AT_ONCE]
+        replies = engine.ask_all(black, some, max_new_tokens=max_new_tokens)
+        said |= dict(zip(some, replies, strict=True))
+        if progress:
+            progress(len(said), len(questions))
+    answers = {example.id: said[example.question] for example in examples}
+    return _scores([(example, _scored(example, answers[example.id])) for example in examples])
+
+
+def score_answers(
+    examples: Sequence[Example], answers: Mapping[str, Answer], expert_names: Sequence[str] = ()
+) -> Evaluation:
+    """Score answers, each under the id of its question."""
+    scored = [_scored(example, answers[example.id]) for example in examples]
     pairs = list(zip(examples, scored, strict=True))
     # One modality per image: that of its first answer, which the reversal lets win.
     found = {example.image: answers[example.id].modality for example in reversed(examples)}
     labels = {example.image: example.modality for example in examples if example.modality}
     return Evaluation(
-        overall=_score(pairs),
-        open=_score_if_any(_of_type(pairs, "OPEN")),
-        closed=_score_if_any(_of_type(pairs, "CLOSED")),
+        **vars(_scores(pairs)),
         by_source={
-            source: SourceScore(
-                overall=_score(group),
-                open=_score_if_any(_of_type(group, "OPEN")),
-                closed=_score_if_any(_of_type(group, "CLOSED")),
-            )
-            for source, group in _grouped(pairs, lambda example: example.source)
+            source: _scores(group) for source, group in _grouped(pairs, lambda one: one.source)
         },
         by_modality={
             modality: _score(group)
-            for modality, group in _grouped(pairs, lambda example: example.modality or UNKNOWN)
+            for modality, group in _grouped(pairs, lambda one: one.modality or UNKNOWN)
         },
         router=_modality_accuracy(
-            ((label, found[image]) for image, label in labels.items()), engine.expert_names
+            ((label, found[image]) for image, label in labels.items()), expert_names
         ),
+        reliability=_reliability(scored),
+        cut_off=sum(not prediction.complete for prediction in scored),
         predictions=tuple(scored),
     )
+
+
+def sample_examples(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
+    """At most `limit` of the questions, drawn by `seed`, in their order; all without a limit."""
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    kept = random.Random(seed).sample(range(len(examples)), limit)
+    return [examples[index] for index in sorted(kept)]
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Raise `DataError` for no examples, or an id used twice."""
+    if not examples:
+        raise DataError("There are no questions to evaluate.", "Give at least one.")
+    if len({example.id for example in examples}) < len(examples):
+        raise DataError("Two questions share an id.", "Give every question an id of its own.")
 
 
 def evaluate_labels(
@@ -168,46 +290,87 @@ def evaluate_labels(
 
 def save_predictions(predictions: Iterable[Prediction], file: Path) -> None:
     """Write one JSON object a line; an existing file is replaced only when all is written."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    lines = (json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions)
     try:
-        with part.open("w", encoding="utf-8") as stream:
-            for prediction in predictions:
-                stream.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-        part.replace(file)
+        with atomic_file(file) as stream:
+            stream.writelines(line.encode() for line in lines)
     except OSError as error:
         raise ResourceError(
             f"{file} cannot be written ({error.strerror}).", "Check its folder and the free space."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 _Pairs = list[tuple[Example, Prediction]]
 
 
 def _ask(
-    engine: Engine, examples: Sequence[Example], progress: Progress | None
+    engine: Engine, examples: Sequence[Example], max_new_tokens: int, progress: Progress | None
 ) -> dict[str, Answer]:
     by_image: dict[Path, list[Example]] = defaultdict(list)
     for example in examples:
         by_image[example.image].append(example)
     answers: dict[str, Answer] = {}
     for done, (image, group) in enumerate(by_image.items(), start=1):
-        replies = engine.ask_all(image, [example.question for example in group])
+        questions = [example.question for example in group]
+        replies = engine.ask_all(image, questions, max_new_tokens=max_new_tokens)
         answers |= {example.id: reply for example, reply in zip(group, replies, strict=True)}
         if progress:
             progress(done, len(by_image))
     return answers
 
 
-def _scored(example: Example, text: str) -> Prediction:
-    correct = exact_match(text, example.answer)
+def _scored(example: Example, answer: Answer) -> Prediction:
+    text, reference = answer.text, example.answer
+    written = reference if example.answer_as_written is None else example.answer_as_written
     if example.answer_type == "CLOSED":
-        score = float(closed_correct(text, example.answer))
+        score = float(closed_correct(text, reference))
+        official = float(official_closed_correct(text, written))
     else:
-        score = token_recall(text, example.answer)
-    return Prediction(example.id, example.question, text, correct, score)
+        score, official = token_recall(text, reference), official_recall(text, written)
+    return Prediction(
+        id=example.id,
+        question=example.question,
+        prediction=text,
+        correct=exact_match(text, reference),
+        score=score,
+        official_score=official,
+        reference=reference,
+        answer_type=example.answer_type,
+        confidence=answer.confidence,
+        modality=example.modality,
+        modality_found=answer.modality,
+        complete=answer.complete,
+    )
+
+
+def _scores(pairs: _Pairs) -> Scores:
+    opened, closed = _of_type(pairs, "OPEN"), _of_type(pairs, "CLOSED")
+    found = _score_if_any(opened)
+    return Scores(
+        overall=_score(pairs),
+        open=found,
+        closed=_score_if_any(closed),
+        open_recall=found.accuracy if found else None,
+        official_open_recall=_official(opened),
+        official_closed_accuracy=_official(closed),
+    )
+
+
+def _official(pairs: _Pairs) -> float | None:
+    scores = [prediction.official_score for _, prediction in pairs]
+    return sum(scores) / len(scores) if scores else None
+
+
+def _reliability(predictions: Iterable[Prediction]) -> Reliability | None:
+    known = [(p.confidence, float(p.correct)) for p in predictions if p.confidence is not None]
+    if not known:
+        return None
+    confidence, correct = zip(*known, strict=True)
+    return Reliability(
+        n=len(known),
+        ece=calibration_error(confidence, correct),
+        risk_coverage=risk_coverage(confidence, correct),
+    )
 
 
 def _score(pairs: _Pairs) -> Score:

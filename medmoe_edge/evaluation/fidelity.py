@@ -33,7 +33,7 @@ from medmoe_edge.evaluation.metrics import (
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Runtime, chosen_experts
+from medmoe_edge.runtimes.base import Cache, Runtime, Step, chosen_experts
 
 
 @dataclass(frozen=True)
@@ -110,25 +110,29 @@ class Reader:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that tokens spell."""
-        end = self.runtime.config.decoder.eos_token_id
-        return self.tokenizer.decode([token for token in tokens if token != end])
+        end = self.runtime.config.decoder.end_tokens
+        return self.tokenizer.decode([token for token in tokens if token not in end])
 
     def _ask(self, view: View, question: list[int]) -> tuple[Floats, Floats]:
         view.cache.length = view.length  # forget the question before
         step = self.runtime.step(self.runtime.embed(question), view.cache)
-        return self._checked(step.logits), self._checked(step.router_logits)
+        return self._logits(step), self._checked(step.router_logits)
 
     def _greedy(
         self, logits: Floats, cache: Cache, limit: int
     ) -> tuple[tuple[int, ...], list[Floats]]:
         tokens, rows = [int(logits.argmax())], [logits]
-        while tokens[-1] != self.runtime.config.decoder.eos_token_id and len(tokens) < limit:
+        while tokens[-1] not in self.runtime.config.decoder.end_tokens and len(tokens) < limit:
             rows.append(self._next(tokens[-1], cache))
             tokens.append(int(rows[-1].argmax()))
         return tuple(tokens), rows
 
     def _next(self, token: int, cache: Cache) -> Floats:
-        return self._checked(self.runtime.step(self.runtime.embed([token]), cache).logits)
+        return self._logits(self.runtime.step(self.runtime.embed([token]), cache))
+
+    def _logits(self, step: Step) -> Floats:
+        """As `Engine` chooses from them."""
+        return self.tokenizer.only_tokens(self._checked(step.logits))
 
     def _checked(self, values: Floats) -> Floats:
         if np.isfinite(values).all():
@@ -241,9 +245,10 @@ def record(
     examples: Sequence[Example],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    load: Callable[[Path], Image] = load_image,
     progress: Progress | None = None,
 ) -> Recording:
-    """Let the reference answer every question.
+    """Let the reference answer every question; `load` reads images, here and to compare.
 
     Raises `DataError` for no examples or an id used twice, `ModelError` if its output is not
     finite; errors of images and questions pass through.
@@ -258,7 +263,7 @@ def record(
     questions: dict[str, RecordedQuestion] = {}
     for done, (image, group) in enumerate(by_image.items(), start=1):
         ids = [tokenizer.question_ids(example.question) for example in group]
-        view = reader.view(load_image(image), ids)
+        view = reader.view(load(image), ids)
         images[image] = RecordedImage(view.features, view.router_logits)
         for example, question in zip(group, ids, strict=True):
             reply = reader.answer(view, question)
@@ -273,7 +278,7 @@ def record(
             )
         if progress:
             progress(done, len(by_image))
-    return Recording(reference.config, tokenizer, max_new_tokens, by_image, images, questions)
+    return Recording(reference.config, tokenizer, max_new_tokens, by_image, images, questions, load)
 
 
 def compare(

@@ -1,12 +1,13 @@
 """The gates that a quantised model must pass, and how a measurement is held against them.
 
-A measurement on few questions is a coarse ruler, so a gate fails only where chance is excluded:
-where even the favourable end of the figure's interval misses the bound. The plain figure is always
-shown, and it is said where there were too few questions to prove what the gate asks.
+A measurement on few questions is a coarse ruler, so it is the figure's interval that is held
+against the bound. A gate is met where even the unfavourable end keeps the bound, and fails where
+even the favourable end misses it; where the bound lies between the two, it is not decided, however
+good the plain figure looks. Then it is said how many questions would decide it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from medmoe_edge.config import Config
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
 
 Z = 1.6448536269514722  # one-sided 95%
+Outcome = Literal["passed", "not decided", "failed"]
 TITLES = {
     "finite": "Unsound parts",
     "answer_agreement": "Answer agreement",
@@ -35,15 +37,16 @@ TITLES = {
 class GateResult(Config):
     """One gate. `measured` should be at least, or at most, `bound`.
 
-    `interval` is of the figure: `(lowest, highest)`, empty where it is no estimate. `within
-    chance`: the figure misses its bound, by no more than chance explains.
+    `interval` is of the figure: `(lowest, highest)`, empty where it is no estimate. `not decided`:
+    the bound lies within it. Records of earlier versions say `within chance` where the figure
+    itself missed its bound, and `met` wherever it did not.
     """
 
     name: str
     measured: float
     bound: float
     at_least: bool
-    verdict: Literal["met", "within chance", "failed"]
+    verdict: Literal["met", "not decided", "failed", "within chance"]
     interval: tuple[float, ...] = ()
     note: str = ""
 
@@ -94,7 +97,7 @@ def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[
             agreement.share,
             gates.answer_agreement,
             wilson(agreement),
-            note=_too_few(agreement.total, gates.answer_agreement),
+            note=too_few(agreement, gates.answer_agreement),
         ),
     ]
     if accuracy := fidelity.overall.accuracy:
@@ -125,12 +128,27 @@ def wilson(share: Share) -> tuple[float, float]:
     return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
 
 
-def _too_few(questions: int, bound: float) -> str:
-    """What to say where even perfect agreement, whose lower bound is n / (n + Z^2), proves less."""
-    needed = math.ceil(bound * Z**2 / (1 - bound)) if bound < 1 else math.inf
-    if questions >= needed:
+def outcome_of(gates: Iterable[GateResult]) -> Outcome:
+    """Of all gates: failed where one failed, passed where all are met."""
+    verdicts = {gate.verdict for gate in gates}
+    if "failed" in verdicts:
+        return "failed"
+    return "passed" if verdicts <= {"met"} else "not decided"
+
+
+def too_few(share: Share, bound: float, what: str = "questions") -> str:
+    """What to say where questions are too few; how many of the same share would decide it.
+
+    Wilson's lower bound b of a share p of n solves (p - b)^2 = Z^2 b (1 - b) / n: here for n.
+    """
+    low, high = wilson(share)
+    if not low < bound <= high:
         return ""
-    return f"{questions} questions are too few to prove {bound * 100:g}%: that takes {needed:,}"
+    p = share.count / share.total if share.total else 1.0
+    if p <= bound:
+        return f"{share.total:,} {what} are too few to tell {p:.2%} from {bound:.2%}"
+    needed = math.ceil(Z**2 * bound * (1 - bound) / (p - bound) ** 2)
+    return f"{share.total:,} {what} are too few to prove {bound * 100:g}%: that takes {needed:,}"
 
 
 def judged(
@@ -142,11 +160,13 @@ def judged(
     at_least: bool = True,
     note: str = "",
 ) -> GateResult:
-    best = (interval or (measured, measured))[-1 if at_least else 0]
-    sign = 1 if at_least else -1
-    verdict: Literal["met", "within chance", "failed"] = "failed"
-    if sign * measured >= sign * bound:
+    """Hold a figure against its bound by its interval, or alone where it has none."""
+    low, high = (interval[0], interval[-1]) if interval else (measured, measured)
+    worst, best = (low, high) if at_least else (-high, -low)
+    wanted = bound if at_least else -bound
+    verdict: Literal["met", "not decided", "failed"] = "failed"
+    if worst >= wanted:
         verdict = "met"
-    elif sign * best >= sign * bound:
-        verdict = "within chance"
+    elif best >= wanted:
+        verdict = "not decided"
     return GateResult(name, measured, bound, at_least, verdict, interval, note)

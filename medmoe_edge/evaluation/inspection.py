@@ -4,11 +4,12 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from medmoe_edge.bundle.bundle import MANIFEST, ModalityBundle, Target
+from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.checkpoint.keys import Shape, decoder_parameters, expected_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.config_contrastive import (
@@ -19,7 +20,7 @@ from medmoe_edge.config_contrastive import (
     read_scores,
 )
 from medmoe_edge.engine.loading import proven
-from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError
+from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError, Notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Inspection:
     tower needs torch, which is not installed); `parameters_language` the decoder without tower
     and projector, and `parameters_activated` what of it runs for one token: the router, the
     top-k experts and the meta expert, but not the other experts. `tensors` counts the official
-    layout's tensors, `types` them by number type; `bytes` are those of all files. `target` is what
-    a bundle runs on, `verification` its outcome: "passed", "failed" or "not measured"; `verified`
-    says on which `machine` and whether that holds `here`.
+    layout's tensors, `types` them by number type; `bytes` are those of all files.
+    `bits_per_weight` is the mean over the decoder's matrices, scales and zero points included, of a
+    checkpoint over all tensors. `target` is what a bundle is made for and `runtime` what runs it,
+    in words; `verification` its outcome: "passed", "failed" or "not measured"; `verified`
+    says on which `machine` and whether that holds `here`. `warnings` are a checkpoint's.
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -47,18 +50,22 @@ class Inspection:
     tensors: int | None = None
     types: dict[str, int] | None = None
     shared_router: bool | None = None
+    bits_per_weight: float | None = None
     target: Target | None = None
+    runtime: str | None = None
     quantisation: Any = None
     source: Any = None
     licence: Any = None
     verification: str | None = None
     verified: dict[str, Any] | None = None
+    warnings: tuple[Notice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["target"] = self.target.to_json() if self.target else None
         layers = {str(layer): experts for layer, experts in self.experts_per_layer.items()}
+        values["warnings"] = [dataclasses.asdict(notice) for notice in self.warnings]
         return {**values, "config": self.config.to_json(), "experts_per_layer": layers}
 
 
@@ -101,6 +108,12 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
         tensors=len(stored),
         types=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in stored)),
         shared_router=checkpoint.shared_router if checkpoint.config.moe else None,
+        warnings=checkpoint.warnings,
+        bits_per_weight=_mean(
+            (8.0 * tensor.dtype.itemsize, math.prod(tensor.shape))
+            for tensor in checkpoint.names.values()
+        ),
+        runtime="PyTorch: the reference, to be exported",
         **_common(path, checkpoint.config),
     )
 
@@ -122,7 +135,9 @@ def _inspect_bundle(path: Path) -> Inspection:
         files=files,
         bytes=sum(files.values()),
         parameters_total=total,
+        bits_per_weight=_bits_per_weight(config, manifest.get("quantisation")),
         target=bundle.target,
+        runtime=bundle.target.runtime,
         quantisation=manifest.get("quantisation"),
         source=manifest.get("source"),
         licence=manifest.get("licence"),
@@ -143,6 +158,30 @@ def _common(path: Path, config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _bits_per_weight(config: ModelConfig, quantisation: Any) -> float | None:
+    """Of the decoder's matrices, as the manifest tells how each is stored; None if it does not."""
+    shapes = decoder_parameters(config)
+    try:
+        matrices = quantisation.get("matrices") or []
+        if not matrices:
+            return 32.0 if quantisation["precision"] == "fp32" else None
+        return _mean(
+            (Format(each["bits"], each["group"]).bits_per_weight(width), rows * width)
+            for each in matrices
+            for rows, width in [shapes[each["name"]]]
+        )
+    except (AttributeError, LookupError, TypeError, ValueError):  # of another version
+        return None
+
+
+def _mean(values: Iterable[tuple[float, int]]) -> float:
+    """Of values, each with its weight."""
+    bits = weights = 0.0
+    for value, weight in values:
+        bits, weights = bits + value * weight, weights + weight
+    return bits / max(weights, 1)
+
+
 def _total(shapes: Mapping[str, Shape]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
@@ -155,6 +194,7 @@ class ModalityInspection:
     """A MedMoE's make-up; `parameters` by part.
 
     `parameters_activated` is what runs for one image and one text: of the experts, one.
+    `bits_per_weight` is of all that is stored, graphs included.
     `verification` is a bundle's proof of fidelity: "passed", "failed" or "not measured"; `verified`
     says on which `machine` and whether that holds `here`.
     """
@@ -166,7 +206,9 @@ class ModalityInspection:
     files: dict[str, int]
     parameters: dict[str, int]
     scores: Scores
+    bits_per_weight: float | None = None
     target: str | None = None
+    runtime: str | None = None
     quantisation: Any = None
     source: Any = None
     licence: Any = None
@@ -202,6 +244,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
         bundle = ModalityBundle.open(folder, verify=False)
         manifest, known = bundle.manifest, proven(bundle)
         files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+        weights = sum(size for name, size in files.items() if not name.endswith((".json", ".md")))
         return ModalityInspection(
             kind="bundle",
             name=name,
@@ -210,7 +253,9 @@ def inspect_modality(folder: Path) -> ModalityInspection:
             files=files,
             parameters=parameters(bundle.config),
             scores=bundle.scores,
+            bits_per_weight=8 * weights / sum(parameters(bundle.config).values()),
             target=str(bundle.target),
+            runtime=bundle.target.runtime,
             quantisation=manifest["quantisation"],
             source=manifest["source"],
             licence=manifest["licence"],
@@ -218,8 +263,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
             verified=known.to_json(),
         )
     config = _checkpoint_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    files = {path.name: path.stat().st_size for path in weights}
+    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
     return ModalityInspection(
         kind="checkpoint",
         name=name,

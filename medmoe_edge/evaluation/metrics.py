@@ -1,7 +1,9 @@
-"""The papers' metrics: pure functions of text and numbers.
+"""The papers' metrics, ours and as they computed them: pure functions of text and numbers.
 
 Normalisation is that of the VQA evaluation (Antol et al., ICCV 2015; `vqaEval.py` of
-GT-Vision-Lab/VQA) with the punctuation of LLaVA-Med's copy of it, which Med-MoE uses.
+GT-Vision-Lab/VQA) with the punctuation of LLaVA-Med's copy of it, which Med-MoE uses. Functions
+called `official_...` do what the scorer that the authors of Med-MoE published does, its faults
+included: their figures can be held against the papers', ours say what was answered.
 """
 
 import itertools
@@ -18,6 +20,9 @@ from medmoe_edge.config import Config
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_GROUPS = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
+
+_OFFICIAL_STOPS = 32  # the official code hands re.UNICODE to `sub` as the count of replacements
+
 _ARTICLES = frozenset({"a", "an", "the"})
 
 _NUMBERS = {
@@ -62,10 +67,16 @@ def exact_match(prediction: str, reference: str) -> bool:
 def closed_correct(prediction: str, reference: str) -> bool:
     """Whether the reference occurs in the prediction, as the official code scores closed answers.
 
-    It is lenient ("no" occurs in "normal"): read it beside the exact match. An empty reference
-    is never met.
+    It is lenient ("no" occurs in "normal"): read it beside the exact match. Spaces around the
+    reference do not count, and an empty one is never met.
     """
-    return bool(reference) and reference.lower() in prediction.lower()
+    wanted = reference.strip().lower()
+    return bool(wanted) and wanted in prediction.lower()
+
+
+def official_closed_correct(prediction: str, reference: str) -> bool:
+    """The same to the letter: a reference with a space at its end must be met with it."""
+    return reference.lower() in prediction.lower()
 
 
 def token_recall(prediction: str, reference: str) -> float:
@@ -77,6 +88,51 @@ def token_recall(prediction: str, reference: str) -> float:
     wanted = Counter(normalise(reference).split())
     found = wanted & Counter(normalise(prediction).split())
     return found.total() / wanted.total() if wanted else 0.0
+
+
+def official_recall(prediction: str, reference: str) -> float:
+    """That share (0..1) as the official scorer counts it.
+
+    A word of the reference counts as often as the *prediction* repeats it, and one that is missing
+    as often as the reference has it: tp / (tp + fn) with tp of the prediction. "left left left"
+    recalls 3/4 of "left lung".
+    """
+    said = Counter(_official_words(prediction))
+    wanted = Counter(_official_words(reference))
+    met = sum(count for word, count in said.items() if word in wanted)
+    missing = sum(count for word, count in wanted.items() if word not in said)
+    return met / (met + missing) if met else 0.0
+
+
+def calibration_error(
+    confidence: npt.ArrayLike, correct: npt.ArrayLike, *, bins: int = 10
+) -> float:
+    """Expected calibration error of `confidence` [N] in 0..1 against `correct` [N], 0 or 1.
+
+    Source: Guo et al., On calibration of modern neural networks, ICML 2017: bins of equal width,
+    the gap between mean confidence and accuracy in each, weighted by its answers.
+    """
+    said, right = (np.asarray(values, np.float64) for values in (confidence, correct))
+    place = np.minimum((said * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(place, weights=right - said, minlength=bins)  # [bins], sums
+    return float(np.abs(gaps).sum() / len(said))
+
+
+def risk_coverage(
+    confidence: npt.ArrayLike, correct: npt.ArrayLike, *, steps: int = 10
+) -> tuple[tuple[float, float], ...]:
+    """Pairs (coverage, risk): the error rate among the most confident share of the answers.
+
+    Coverage goes from 1/steps to 1; equal confidences count in the order given. Source: Geifman &
+    El-Yaniv, Selective classification for deep neural networks, NeurIPS 2017.
+    """
+    said, right = (np.asarray(values, np.float64) for values in (confidence, correct))
+    errors = 1 - right[np.argsort(-said, kind="stable")]
+    shares = [step / steps for step in range(1, steps + 1)]
+    kept = [max(1, round(share * len(errors))) for share in shares]
+    return tuple(
+        (share, float(errors[:count].mean())) for share, count in zip(shares, kept, strict=True)
+    )
 
 
 def bootstrap_interval(
@@ -98,12 +154,23 @@ def bootstrap_interval(
 
 
 def _without_punctuation(text: str) -> str:
+    return _FULL_STOP.sub("", _punctuation_as_spaces(text))
+
+
+def _punctuation_as_spaces(text: str) -> str:
     groups = _DIGIT_GROUPS.search(text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if beside_space or groups else " ")
-    return _FULL_STOP.sub("", cleaned)
+    return cleaned
+
+
+def _official_words(text: str) -> list[str]:
+    text = text.lower()
+    words = _FULL_STOP.sub("", _punctuation_as_spaces(text), count=_OFFICIAL_STOPS).split()
+    kept = (word for word in (_NUMBERS.get(word, word) for word in words) if word not in _ARTICLES)
+    return [_OFFICIAL_WHOLE.get(word, word) for word in kept]
 
 
 def _partly_written(word: str) -> list[str]:
@@ -114,6 +181,14 @@ def _partly_written(word: str) -> list[str]:
 
 
 _WHOLE = {part: word for word in _CONTRACTIONS.split() for part in _partly_written(word)}
+# The official list has words with one apostrophe left out, and some as no lower-case text has them.
+_OFFICIAL_WHOLE = {
+    part: word
+    for part, word in _WHOLE.items()
+    if part.count("'") == word.count("'") - 1
+    and not word.startswith("i'")
+    and word not in ("let's", "she's", "somebody'd")
+} | {"ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at", "somebody'd": "somebodyd"}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge._types import Progress
-from medmoe_edge.bundle.bundle import AnyBundle, Bundle, ModalityBundle, model_kind
+from medmoe_edge.bundle.bundle import AnyBundle, Bundle, ModalityBundle, model_kind, status_of
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.recorded import Compared, Recorded, compare_signature, read_recorded
 from medmoe_edge.bundle.weights import sweep_weights
@@ -35,6 +35,8 @@ FEW = 3  # matrices named in an error
 class Quick:
     """What a quick verification found on `machine`, this one.
 
+    Its gates of shares only look for failures, for 64 questions decide none of them; what is exact,
+    weights and KL, carries the proof of the full verification over to here.
     `weights` is None of a bundle that carries no marks of its checkpoint's weights; `figures` is
     None where the weights could not be run.
     """
@@ -48,13 +50,15 @@ class Quick:
     figures: Fidelity | ContrastiveFigures | None
 
     @property
-    def passed(self) -> bool:
-        """Whether no gate failed."""
-        return all(gate.passed for gate in self.gates)
+    def passed(self) -> bool | None:
+        """Whether no gate failed; None where the full verification decided nothing."""
+        if not all(gate.passed for gate in self.gates):
+            return False
+        return None if self.bundle.proof == "not decided" else True
 
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
-        if self.passed:
+        if self.passed is not False:
             return None
         reasons = [gate.summary for gate in self.gates if not gate.passed]
         named = [*self.faults, *(self.weights.wrong if self.weights else ())][:FEW]
@@ -71,6 +75,7 @@ class Quick:
         return {
             "bundle": {"name": self.bundle.name, "sha256": self.bundle.sha256},
             "passed": self.passed,
+            "outcome": status_of({"passed": self.passed}),
             "when": self.when,
             "machine": self.machine.to_json(),
             "gates": [gate.to_json() for gate in self.gates],

@@ -19,8 +19,10 @@ from medmoe_edge.bundle.recorded import Recorded, renew_recorded
 from medmoe_edge.config import Config
 from medmoe_edge.embedded import is_installed
 from medmoe_edge.engine.loading import remember, this_machine
-from medmoe_edge.evaluation.gates import GateResult
+from medmoe_edge.evaluation.gates import GateResult, Outcome, outcome_of
 from medmoe_edge.evaluation.metrics import ContrastiveFigures, Fidelity
+
+PASSED: dict[Outcome, bool | None] = {"passed": True, "not decided": None, "failed": False}
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,12 @@ class Source(Config):
 class Record(Config):
     """One verification of a bundle; its figures are those of the bundle's family, see below.
 
-    `when` is in ISO 8601, UTC; `faults` are parts that are not finite and scales of 0; `machine` is
-    None in records of versions that did not keep it.
+    `passed` is None where there were too few questions to decide. `when` is in ISO 8601, UTC;
+    `faults` are parts that are not finite and scales of 0; `machine` is None in records of versions
+    that did not keep it.
     """
 
-    passed: bool
+    passed: bool | None
     when: str
     checkpoint_sha256: str
     data: Source
@@ -79,7 +82,7 @@ def new_record(
 ) -> AnyRecord:
     """The record of a verification that ended just now, on this machine, in ONNX Runtime."""
     common: dict[str, Any] = {
-        "passed": all(gate.passed for gate in gates),
+        "passed": PASSED[outcome_of(gates)],
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint_sha256": str(bundle.manifest["source"]["checkpoint_sha256"]),
         "data": data,

@@ -191,7 +191,7 @@ def _unpack_seen(
 ) -> tuple[list[tuple[Image, Seen]], npt.NDArray[np.int64], Floats]:
     vision, about, arrays = bundle.config.vision, recorded.about, recorded.arrays
     pictures = list(_pictures(recorded, vision).values())
-    regions = _some(vision.grids[0] ** 2, REGIONS)
+    regions = _some(bundle.config.grid**2, REGIONS)
     parts = (about["modalities"], about["best"], arrays["pooled"], arrays["regions"])
     size = bundle.config.size
     seen = [

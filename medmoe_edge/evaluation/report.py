@@ -109,8 +109,10 @@ def _verdict(verification: Verification) -> dict[str, str]:
         f"No gate failed on {figures.questions:,} questions about {figures.images:,} images "
         f"of {record.data.name}."
     )
-    if chance := verdicts.count("within chance"):
-        detail += f" Bounds missed by no more than chance explains: {chance}."
+    if undecided := len(verdicts) - verdicts.count("met"):
+        detail += f" Gates that so few cannot decide: {undecided}."
+    if record.passed is None:
+        return {"state": "unknown", "headline": "Not decided", "detail": detail}
     return {"state": "passed", "headline": "Passed", "detail": detail}
 
 

@@ -177,7 +177,7 @@ def agree(
         with opened() as (runtime, executed):
             reader = Reader(runtime, tokenizer, MAX_NEW_TOKENS)
             images = _read(reader, groups, expected, lambda *at, name=name: report(name, *at))
-            found.append(_compare(name, executed, runtime, expected, images))
+            found.append(_compare(name, executed, reader, expected, images))
     return found
 
 
@@ -216,15 +216,17 @@ def _read(
 
 
 def _compare(
-    name: str, executed: str, runtime: Runtime, expected: Sequence[_Read], found: Iterable[_Read]
+    name: str, executed: str, reader: Reader, expected: Sequence[_Read], found: Iterable[_Read]
 ) -> Agreement:
+    runtime = reader.runtime
     top_k = runtime.config.moe.top_k if runtime.config.moe else 0
+    known = reader.tokenizer.known(runtime.config.decoder.vocab_size)
     vision, logits, same, moved, tokens, ties = [], [], [], 0, 0, [0.0]
     for ours, theirs in zip(found, expected, strict=True):
         vision.append(_squares(ours.features, theirs.features))
         routes = [(ours.router_logits, theirs.router_logits)]
         for reply, other in zip(ours.replies, theirs.replies, strict=True):
-            logits.append(_squares(_centred(reply.logits), _centred(other.logits)))
+            logits.append(_squares(*(_centred(each.logits[:, known]) for each in (reply, other))))
             same.append(reply.tokens == other.tokens)
             routes.append((reply.router_logits, other.router_logits))
         for router, reference in routes if top_k else ():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medmoe_edge._types import Floats, Progress
-from medmoe_edge.bundle.bundle import AnyBundle, Bundle
+from medmoe_edge.bundle.bundle import AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.recorded import Recorded, signature_of
 from medmoe_edge.bundle.weights import sweep_weights
 from medmoe_edge.config import ModelConfig
@@ -39,11 +39,14 @@ from medmoe_edge.evaluation.record import (
     read_record,
 )
 from medmoe_edge.evaluation.recording import pack_recording, unpack_recording
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime, Step
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 TOKENS = 24
+FIRST_CHANNEL = 100  # times the largest value of a prompt, where a norm has no bias
 FORCE = np.float32(1e4)  # of logits: the softmax is 1 for the forced expert, and 0 for all others
 
 
@@ -78,7 +81,10 @@ def _random_prompt(runtime: OrtRuntime, generator: np.random.Generator) -> Float
     """Random tokens, then random vectors of their size where an image would stand, `[S, D]`."""
     vocabulary = runtime.config.decoder.vocab_size
     tokens = runtime.embed(generator.integers(0, vocabulary, TOKENS).tolist())
-    return np.concatenate((tokens, generator.permuted(tokens, axis=0)))
+    prompt = np.concatenate((tokens, generator.permuted(tokens, axis=0)))
+    if "bias" not in runtime.config.decoder.norm_parameters:
+        prompt[:, 0] = FIRST_CHANNEL * np.abs(prompt).max()  # it leads in every norm's output
+    return prompt
 
 
 def _run(bundle: Bundle, prompt: Floats, replaced: Mapping[str, Floats]) -> Step:
@@ -89,7 +95,8 @@ def _run(bundle: Bundle, prompt: Floats, replaced: Mapping[str, Floats]) -> Step
 def _routers_to(config: ModelConfig, expert: int) -> Mapping[str, Floats]:
     """Weights that send every token to one expert.
 
-    A router without a bias gets one through the norm before it, whose first channel is held at 1.
+    A router without a bias gets one through the norm before it, whose first channel is held at 1;
+    that of an RMSNorm, which has no bias either, is large in every prompt and positive.
     """
     assert config.moe is not None
     size, experts = config.decoder.hidden_size, config.moe.num_experts
@@ -98,15 +105,16 @@ def _routers_to(config: ModelConfig, expert: int) -> Mapping[str, Floats]:
     if config.moe.router_bias:
         return {f"decoder.layers.{layer}.ffn.router.bias": bias for layer in config.moe_layers}
     first = np.eye(1, size, dtype=np.float32)  # [1, D]: 1 in the first channel
-    norm = "input_norm" if config.decoder.kind == "phi" else "post_norm"
+    norm = "input_norm" if config.decoder.parallel else "post_norm"
+    arrays = {"ffn.router.weight": first.T * bias}
+    if "bias" in config.decoder.norm_parameters:
+        arrays |= {f"{norm}.weight": 1 - first[0], f"{norm}.bias": first[0]}
+    else:
+        arrays[f"{norm}.weight"] = np.ones(size, np.float32)
     return {
         f"decoder.layers.{layer}.{name}": array
         for layer in config.moe_layers
-        for name, array in (
-            (f"{norm}.weight", 1 - first[0]),
-            (f"{norm}.bias", first[0]),
-            ("ffn.router.weight", first.T * bias),
-        )
+        for name, array in arrays.items()
     }
 
 
@@ -143,10 +151,14 @@ KL_ROOM, KL_LEAST = 4, 1e-5
 
 @dataclass(frozen=True)
 class Data:
-    """Questions to verify on; the manifest keeps their name and hash, never a path."""
+    """Questions to verify on; the manifest keeps their name and hash, never a path.
+
+    `load` reads their images, which another step may have decoded already.
+    """
 
     name: str
     examples: Sequence[Example]
+    load: Callable[[Path], Image] = load_image
 
     def sha256(self) -> str:
         """Hash over every question with its answer and the bytes of its image, in order.
@@ -186,10 +198,17 @@ class Verification:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the bundle may be trusted; None where it was never measured."""
+        """Whether the bundle may be trusted; None where that is not known, see `outcome`."""
         if self.faults:
             return False
         return None if self.record is None else self.record.passed
+
+    @property
+    def outcome(self) -> Status:
+        """The same in words; `not decided`: measured, on too few questions to tell."""
+        if self.record is None and not self.faults:
+            return "not measured"
+        return status_of({"passed": self.passed})
 
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
@@ -211,6 +230,7 @@ class Verification:
         return {
             "bundle": {"name": self.bundle.name, "sha256": self.bundle.sha256},
             "passed": self.passed,
+            "outcome": self.outcome,
             "faults": list(self.faults),
             "verification": self.record.to_json() if self.record else None,
             "recorded": self.recorded,
@@ -251,7 +271,7 @@ def verify(
         return Verification(bundle, _faults(bundle, report), read_record(bundle))
     gates, data_sha256 = bundle.gates, data.sha256()
     with_inputs = bool(inputs) and record is not False
-    asked = [data.examples, inputs] if with_inputs else [data.examples]
+    asked = [data, Data("inputs", inputs)] if with_inputs else [data]
     reference, *travelling = _reference(bundle, checkpoint, asked, vision_tower, report)
     faults = _faults(bundle, report)
     runtime = OrtRuntime(bundle)
@@ -291,7 +311,7 @@ def _packed(bundle: Bundle, recording: Recording, runtime: Runtime) -> Recorded:
 def _reference(
     bundle: Bundle,
     folder: "Path | Checkpoint",
-    asked: Sequence[Sequence[Example]],
+    asked: Sequence[Data],
     vision_tower: Path | None,
     report: Progress,
 ) -> list[Recording]:
@@ -314,6 +334,12 @@ def _reference(
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     runtime = EagerRuntime(checkpoint)
     return [
-        record(runtime, tokenizer, some, progress=lambda *at: report("the checkpoint", *at))
+        record(
+            runtime,
+            tokenizer,
+            some.examples,
+            load=some.load,
+            progress=lambda *at: report("the checkpoint", *at),
+        )
         for some in asked
     ]

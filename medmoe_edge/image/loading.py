@@ -11,9 +11,11 @@ import io
 import logging
 import os
 import stat
+import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from PIL import Image as Pillow
 
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
-from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError
+from medmoe_edge.errors import ImageError, MedMoEError, Notice, ResourceError, unreadable
 from medmoe_edge.image.pixels import (
     FLAT,
     HEAD_BYTES,
@@ -61,7 +63,7 @@ def load_image(
     path = Path(path)
     name = shown_name(path)
     with decoding(name):
-        return _with_flatness(_read(path, name, frame, most_pixels))
+        return with_flatness(_read(path, name, frame, most_pixels))
 
 
 def _read(path: Path, name: str, frame: int | None, most_pixels: int) -> Image:
@@ -81,7 +83,7 @@ def _read(path: Path, name: str, frame: int | None, most_pixels: int) -> Image:
     raise unknown(name, head)
 
 
-def _with_flatness(image: Image) -> Image:
+def with_flatness(image: Image) -> Image:
     """The image, with a notice if nothing can be seen in it."""
     if int(image.pixels.max()) - int(image.pixels.min()) >= FLAT:
         return image
@@ -119,6 +121,35 @@ def png_of(pixels: Pixels) -> bytes:
     file = io.BytesIO()
     Pillow.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+class Decoded:
+    """Pictures as a model sees them, each decoded once: in a file that goes with the object.
+
+    What is seen is a square of `vision.image_size`; a thousand of the largest published size take
+    340 MB, on disk and not in memory.
+    """
+
+    def __init__(self, vision: VisionConfig) -> None:
+        self.vision = vision
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
+        weakref.finalize(self, self._file.close)
+        self._places: dict[object, int] = {}
+
+    def load(self, key: object, read: Callable[[], Image]) -> Image:
+        """The square that is seen of a picture, which `read` gives the first time it is asked."""
+        side = self.vision.image_size
+        size = 3 * side * side
+        place = self._places.get(key)
+        if place is None:
+            seen = seen_picture(read(), self.vision)
+            place = len(self._places) * size
+            self._file.seek(place)
+            self._file.write(np.ascontiguousarray(seen.pixels).tobytes())
+            self._places[key] = place
+            return seen
+        self._file.seek(place)
+        return Image(np.frombuffer(self._file.read(size), np.uint8).reshape(side, side, 3))
 
 
 def seen_square(image: Image, vision: VisionConfig | SwinConfig) -> tuple[float, float, float]:
@@ -223,10 +254,7 @@ def check_file(path: Path, name: str) -> None:
 
 
 def _not_opened(name: str, error: OSError) -> ImageError:
-    return ImageError(
-        f"{name} cannot be opened: {(error.strerror or 'unknown reason').lower()}.",
-        "Check the path and its permissions.",
-    )
+    return ImageError(*unreadable(name, error))
 
 
 def _head(path: Path, name: str) -> bytes:

@@ -9,7 +9,7 @@ router's error in the modality. Sources: MedMoE (arXiv 2506.08356); GLoRIA (ICCV
 word-to-region attention is that of AttnGAN (https://arxiv.org/abs/1711.10485, equations 7 to 10).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,9 +24,15 @@ from torch.nn.functional import (
     scaled_dot_product_attention,
 )
 
-from medmoe_edge.config_contrastive import SUMMED_LAYERS, BertConfig, ModalityConfig
+from medmoe_edge.config_contrastive import (
+    PUBLISHED_GRID,
+    SUMMED_LAYERS,
+    BertConfig,
+    ModalityConfig,
+)
 from medmoe_edge.models.swin import Pyramid, SwinTower
 
+OUTSIDE = 2**30  # as published: the index of a word that takes part in the mean alone
 NO_WORD = -1  # the word index of padding and of the marks around a text
 
 
@@ -71,9 +77,10 @@ class BertLayer(nn.Module):
 class BertTower(nn.Module):
     """Token ids `[B, S]` to hidden states and to word features."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, *, as_published: bool = False) -> None:
         super().__init__()
         size = config.hidden_size
+        self.as_published = as_published
         self.heads = config.heads  # not visible in the shapes of the weights
         self.word_embedding = nn.Embedding(config.vocab_size, size)
         self.position_embedding = nn.Embedding(config.max_positions, size)
@@ -87,11 +94,17 @@ class BertTower(nn.Module):
         `words` `[B, S]` is each piece's word index, counted from 0, `NO_WORD` for padding and
         marks; `seen` `[B, S]` is False for padding only. As many words are returned as there are
         pieces. A text without words gives zeros.
+
+        As published, `pooled` is the mean over all pieces, the marks among them; `words` then
+        counts the first mark as a word, and what is no word of the mask from `OUTSIDE` on.
         """
         pieces = torch.stack(self.hidden_states(ids, seen)[-SUMMED_LAYERS:]).sum(0)  # [B, S, D]
         belongs = words[:, None, :] == torch.arange(words.shape[1], device=words.device)[:, None]
         summed = belongs.to(pieces.dtype) @ pieces  # [B, W, S] @ [B, S, D]
         mask = belongs.any(-1)
+        if self.as_published:
+            shares = seen / seen.sum(-1, keepdim=True)
+            return TextFeatures(summed, mask, (pieces * shares[..., None]).sum(1))
         count = mask.sum(-1, keepdim=True).clamp_min(1)
         return TextFeatures(summed, mask, summed.sum(1) / count)
 
@@ -125,8 +138,9 @@ class ScaleExpert(nn.Module):
     the small grids have a third of the positions in all.
     """
 
-    def __init__(self, channels: Sequence[int], size: int) -> None:
+    def __init__(self, channels: Sequence[int], size: int, *, as_published: bool = False) -> None:
         super().__init__()
+        self.enlarge = lengthen if as_published else enlarge
         # a 1x1 convolution is a linear map of the channels
         self.projections = nn.ModuleList(nn.Linear(channel, size) for channel in channels)
         self.attention_in = nn.Linear(size, size // 2)
@@ -138,9 +152,9 @@ class ScaleExpert(nn.Module):
         features, scores = [], []
         for x, projection in zip(scales, self.projections, strict=True):
             projected = relu(projection(x))
-            hidden = enlarge(self.attention_in(projected), grid)
+            hidden = self.enlarge(self.attention_in(projected), grid)
             scores.append(self.attention_out(relu(hidden)))  # [B, h, w, 1]
-            features.append(enlarge(projected, grid))
+            features.append(self.enlarge(projected, grid))
         weights = torch.cat(scores, -1).softmax(-1)  # [B, h, w, scales]
         regions = features[0] * weights[..., :1]
         for index, x in enumerate(features[1:], start=1):
@@ -162,14 +176,20 @@ class ModalityMoE(nn.Module):
             nn.Linear(ROUTER_SIZE, len(config.modalities)),
         )
         self.experts = nn.ModuleList(
-            ScaleExpert(channels, config.size) for _ in range(config.experts)
+            ScaleExpert(channels, config.size, as_published=config.as_published)
+            for _ in range(config.experts)
         )
-        self.text = BertTower(config.text)
+        self.text = BertTower(config.text, as_published=config.as_published)
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Normalised pixels `[B, 3, S, S]`; only the experts that some image chose run."""
         pyramid = self.vision(pixels)
-        logits = self.router(pyramid.last.mean((1, 2)))  # [B, E]
+        pooled = pyramid.last.mean((1, 2))
+        logits = self.router(pooled)  # [B, E]
+        if self.config.as_published:
+            return ImageFeatures(
+                mixed_regions(self.experts, pyramid.scales, logits), pooled, logits
+            )
         regions = self.regions(pyramid, self.choose(logits))
         return ImageFeatures(regions, regions.mean((1, 2)), logits)
 
@@ -193,6 +213,22 @@ class ModalityMoE(nn.Module):
         return torch.cat(parts)[order]
 
 
+def mixed_regions(
+    experts: Iterable[nn.Module], scales: Sequence[Tensor], router_logits: Tensor
+) -> Tensor:
+    """As the authors' code has it: `[B, 16, 16, D]` of all experts, by their probabilities.
+
+    The positions of the finest grid, read line by line, are averaged into 256 stretches.
+    """
+    gates = router_logits.softmax(-1)
+    parts = [
+        gates[:, index, None, None, None] * expert(scales) for index, expert in enumerate(experts)
+    ]
+    flat = torch.stack(parts).sum(0).flatten(1, 2)  # [B, P, D]
+    pooled = stretches(flat.shape[1], PUBLISHED_GRID**2).to(flat) @ flat
+    return pooled.unflatten(1, (PUBLISHED_GRID, PUBLISHED_GRID))
+
+
 def enlarge(x: Tensor, grid: int) -> Tensor:
     """`[B, h, w, C]` to `[B, grid, grid, C]`, bilinear between the centres of the cells."""
     if x.shape[1] == grid:
@@ -200,6 +236,27 @@ def enlarge(x: Tensor, grid: int) -> Tensor:
     size = (grid, grid)
     enlarged = interpolate(x.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=False)
     return enlarged.permute(0, 2, 3, 1)
+
+
+def lengthen(x: Tensor, grid: int) -> Tensor:
+    """`enlarge` as the authors' code has it: linear over the positions read line by line."""
+    if x.shape[1] == grid:
+        return x
+    lines = x.flatten(1, 2).transpose(1, 2)  # [B, C, h * w]
+    longer = interpolate(lines, grid * grid, mode="linear", align_corners=False)
+    return longer.transpose(1, 2).unflatten(1, (grid, grid))
+
+
+def stretches(positions: int, count: int) -> Tensor:
+    """`[count, positions]`: what averages positions as PyTorch's adaptive pooling does.
+
+    Stretch i reaches from floor(i p / n) to ceil((i + 1) p / n), so neighbours may share one.
+    """
+    starts = torch.arange(count) * positions // count
+    ends = -(-(torch.arange(count) + 1) * positions // count)
+    at = torch.arange(positions)
+    inside = (at >= starts[:, None]) & (at < ends[:, None])
+    return inside / inside.sum(-1, keepdim=True)
 
 
 GLOBAL_WEIGHT, LOCAL_WEIGHT, ROUTER_WEIGHT = 0.5, 0.5, 2.0

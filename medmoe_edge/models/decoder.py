@@ -5,7 +5,8 @@ The mixture of experts: domain experts chosen by a router, and a meta expert tha
 The decoders of Med-MoE: embeddings, a stack of layers, a norm and a head.
 
 Phi-2 has parallel blocks and a biased GELU feed-forward; StableLM-2 has sequential blocks,
-LayerNorm with bias and SwiGLU.
+LayerNorm with bias and SwiGLU. Qwen-1.8B has StableLM's blocks with RMSNorm; its dynamic NTK
+and logn attention begin behind the trained length, which is where its positions end here.
 """
 
 from collections.abc import Callable
@@ -183,7 +184,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             self.layer_type(config, index) for index in range(decoder.layers)
         )
-        self.norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
+        self.norm = make_norm(decoder)
         self.head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
 
     def forward(
@@ -205,6 +206,13 @@ def experts_or_dense(config: ModelConfig, layer: int, make: Callable[[], nn.Modu
     return make()
 
 
+def make_norm(decoder: DecoderConfig) -> nn.Module:
+    """LayerNorm, or RMSNorm (https://arxiv.org/abs/1910.07467) where the decoder has that."""
+    if "bias" in decoder.norm_parameters:
+        return nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
+    return nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
+
+
 class PhiFeedForward(nn.Module):
     """`fc2(gelu(fc1(x)))` with biases; GELU in its tanh form (`gelu_new`)."""
 
@@ -224,7 +232,7 @@ class PhiLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         decoder = config.decoder
-        self.input_norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
+        self.input_norm = make_norm(decoder)
         self.attention = Attention(decoder, layer, out_bias=True)
         self.dropout = nn.Dropout(0.0)
         self.ffn = experts_or_dense(config, layer, lambda: PhiFeedForward(decoder))
@@ -264,8 +272,8 @@ class StableLmLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         decoder = config.decoder
-        self.input_norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
-        self.post_norm = nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)
+        self.input_norm = make_norm(decoder)
+        self.post_norm = make_norm(decoder)
         self.attention = Attention(decoder, layer, out_bias=False)
         self.dropout = nn.Dropout(0.0)
         self.ffn = experts_or_dense(config, layer, lambda: StableLmFeedForward(decoder))
@@ -280,6 +288,6 @@ class StableLmLayer(nn.Module):
 
 
 class StableLm(Decoder):
-    """The stack of StableLM-2 layers."""
+    """The stack of StableLM-2 layers; Qwen-1.8B's are the same but for their RMSNorm."""
 
     layer_type = StableLmLayer

@@ -6,14 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.models.clip import ClipTower
+from medmoe_edge.models.clip import ClipTower, SiglipTower
 from medmoe_edge.models.decoder import Decoder, KVCache, MoE, Phi, StableLm, causal_mask
 from medmoe_edge.models.efficientnet_lite import EfficientNetLite
 
-Tower = ClipTower | EfficientNetLite
+Tower = ClipTower | SiglipTower | EfficientNetLite
 
-TOWERS: dict[str, type[Tower]] = {"clip": ClipTower, "efficientnet-lite": EfficientNetLite}
-DECODERS: dict[str, type[Decoder]] = {"phi": Phi, "stablelm": StableLm}
+TOWERS: dict[str, type[Tower]] = {
+    "clip": ClipTower,
+    "siglip": SiglipTower,
+    "efficientnet-lite": EfficientNetLite,
+}
+DECODERS: dict[str, type[Decoder]] = {"phi": Phi, "stablelm": StableLm, "qwen": StableLm}
 
 
 class Output(NamedTuple):

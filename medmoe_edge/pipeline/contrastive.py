@@ -29,6 +29,7 @@ def export_modality(
     precision: Precision = "int8",
     prove_on: str | None = None,
     name: str | None = None,
+    as_published: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Export:
@@ -41,7 +42,12 @@ def export_modality(
     pictures = read_pictures(prove_on) if prove_on is not None else None
     with atomic_folder(out, force=force, marker=MANIFEST) as staging:
         write_modality_bundle(
-            checkpoint, staging, precision=precision, name=name, progress=progress
+            checkpoint,
+            staging,
+            precision=precision,
+            name=name,
+            as_published=as_published,
+            progress=progress,
         )
         found = None
         if pictures is not None:

@@ -18,7 +18,7 @@ from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target, writing
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.coverage import check_covered
-from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, read_calibration
+from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
@@ -104,11 +104,41 @@ class Export:
     verification: Verification | None
 
 
-def read_data(
-    checkpoint: Path, source: str, *, vision_tower: Path | None = None
-) -> CalibrationData:
-    """Calibration data (a folder, a question file or "builtin") for the modalities of a model."""
-    return _data_for(read_checkpoint(checkpoint, vision_tower=vision_tower), source)
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """Statistics that were gathered; the experts' names, and the images that could not be read."""
+
+    statistics: Statistics
+    expert_names: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def calibrate_on(
+    checkpoint: Path,
+    out: Path,
+    source: str,
+    *,
+    samples: int = SAMPLES,
+    hessians: bool = True,
+    strict: bool = False,
+    vision_tower: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Calibrate a checkpoint on a folder, a question file or "builtin"; see `calibration.run`."""
+    model = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    data = _data_for(model, source)
+    statistics = calibrate(
+        model,
+        data,
+        out,
+        samples=samples,
+        hessians=hessians,
+        strict=strict,
+        force=force,
+        progress=progress,
+    )
+    return Calibrated(statistics, _modalities(model), tuple(data.skipped))
 
 
 def export(
@@ -140,6 +170,8 @@ def export(
         raise InputError("Both data and statistics were given.", "Give one of the two.")
     report = progress or no_progress
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    for notice in source.warnings:
+        logger.warning("%s", notice.message)
     options = BuildOptions(precision, method, budget_bits, group, name)
     calibrated = calibrate_on is not None or stats is not None
     check_exportable(source, options, calibrated=calibrated)
@@ -185,7 +217,14 @@ def proof_data(data: CalibrationData, statistics: Statistics, folder: Path) -> D
     chosen, name = data.draw(PROOF_SAMPLES, exclude=used), data.name
     if len(chosen) < FEWEST_HELD_OUT:
         chosen, name = data.draw(PROOF_SAMPLES), f"{name}, on which it was calibrated"
-    return Data(name, list(as_examples(chosen, folder)))
+    return _asked(name, data, chosen, folder)
+
+
+def _asked(name: str, data: CalibrationData, samples: Sequence[Sample], folder: Path) -> Data:
+    """Samples as what is verified on; what `data` has decoded is not decoded again."""
+    examples = list(as_examples(samples, folder))
+    of = {example.image: sample for example, sample in zip(examples, samples, strict=True)}
+    return Data(name, examples, lambda image: data.load(of[image]))
 
 
 def verify(
@@ -214,7 +253,7 @@ def verify(
         return verification.verify(
             bundle,
             model,
-            Data(data.name, list(as_examples(samples, Path(folder)))),
+            _asked(data.name, data, samples, Path(folder)),
             beside=others,
             record=record,
             inputs=travelling(Path(folder, TRAVELLING)) if record or recordable else (),
@@ -223,7 +262,8 @@ def verify(
 
 
 def _data_for(checkpoint: Checkpoint, source: str) -> CalibrationData:
-    return read_calibration(source, known_modalities=_modalities(checkpoint))
+    names, vision = _modalities(checkpoint), checkpoint.config.vision
+    return read_calibration(source, known_modalities=names, vision=vision)
 
 
 def _modalities(checkpoint: Checkpoint) -> tuple[str, ...]:

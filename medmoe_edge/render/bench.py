@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.errors import InputError, ResourceError
-from medmoe_edge.render.console import megabytes, percent, show, show_table
+from medmoe_edge.errors import InputError, ResourceError, shown_bytes
+from medmoe_edge.render.console import percent, show, show_table
 from medmoe_edge.render.device import seconds
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _figures(bench: "Bench") -> Iterator[tuple[str, str, str, str]]:
     low, median, high = (
         f"{value / 1e9:.1f}" for value in (bandwidth.low, bandwidth.median, bandwidth.high)
     )
-    each = megabytes(round(bench.decode_bytes))
+    each = shown_bytes(bench.decode_bytes)
     note = f"decoding reads {each} a token, {percent(bench.bandwidth_share)} of it"
     yield ("memory bandwidth", note, f"{median} GB/s", f"{low} to {high}")
 
@@ -122,11 +122,11 @@ def _compared(bench: "Bench", comparison: "Comparison") -> Iterator[str]:
 
 def show_paging(bench: "PagingBench") -> None:
     """At each budget its three processes, and what the ratios are."""
-    experts = f"experts of {megabytes(bench.expert_bytes)}"
+    experts = f"experts of {shown_bytes(bench.expert_bytes)}"
     show(f"{bench.model} ({bench.precision}), {experts}, {bench.modalities} modalities", "bold")
     for budget in bench.budgets:
         show()
-        title = f"Budget {budget.budget}, {megabytes(budget.bytes)}"
+        title = f"Budget {budget.budget}, {shown_bytes(budget.bytes)}"
         columns = [
             "",
             "peak",
@@ -157,7 +157,7 @@ def _held(budget: "AtBudget") -> Iterator[tuple[str, ...]]:
             seconds(held.same.seconds.median),
             seconds(held.switch.seconds.median),
             *(f"{switch[name]:.1f}" if switch else "" for name in ("misses", "late")),
-            megabytes(round(switch["bytes_read"])) if switch else "",
+            shown_bytes(switch["bytes_read"]) if switch else "",
             seconds(switch["stall"]) if switch else "",
         )
 
@@ -169,14 +169,14 @@ def _ratios(bench: "PagingBench", budget: "AtBudget") -> Iterator[str]:
     yield f"Prefetch: {gain} times as fast after a switch as without"
     if budget.saved is not None:
         share = percent(budget.saved / bench.expert_bytes)
-        yield f"Peak lower by {megabytes(budget.saved)}, {share} of the experts' bytes"
+        yield f"Peak lower by {shown_bytes(budget.saved)}, {share} of the experts' bytes"
     what = f"{budget.answers - budget.changed} of {budget.answers} answers are the resident ones"
     yield f"{what}, to the last bit"
 
 
 def show_soak(soak: "Soak") -> None:
     """Memory as it went, and whether an answer changed."""
-    title = f"{soak.model} ({soak.precision}), experts in {megabytes(soak.bytes)} ({soak.budget})"
+    title = f"{soak.model} ({soak.precision}), experts in {shown_bytes(soak.bytes)} ({soak.budget})"
     rows = [(f"{asked:,}", _memory(count)) for asked, count in soak.memory.items()]
     show_table(title, ["questions", "memory"], rows, left=0)
     show(f"A question took {seconds(soak.seconds.median)}")
@@ -189,7 +189,7 @@ def show_soak(soak: "Soak") -> None:
 
 def show_limited(bench: "LimitBench") -> None:
     """The speed of each model under the limit, and what storage had to bring."""
-    title = f"{bench.model} ({bench.precision}) in {megabytes(bench.limit)}"
+    title = f"{bench.model} ({bench.precision}) in {shown_bytes(bench.limit)}"
     if bench.why is not None:
         show(f"{title}: {bench.why}", "yellow")
         return
@@ -202,7 +202,7 @@ def show_limited(bench: "LimitBench") -> None:
             seconds(found.measured.seconds["question"].median),
             _memory(found.measured.peak),
             "unknown" if found.faults is None else f"{found.faults:,.0f}",
-            "unknown" if found.read is None else megabytes(round(found.read)),
+            "unknown" if found.read is None else shown_bytes(found.read),
         )
         for found in bench.found
         if found.measured
@@ -210,9 +210,9 @@ def show_limited(bench: "LimitBench") -> None:
     show_table(f"{title}, limited by {bench.how}", columns, rows)
     for found in bench.found:
         if found.budget is not None:
-            show(f"{found.title}: within {megabytes(found.budget)}", "dim")
+            show(f"{found.title}: within {shown_bytes(found.budget)}", "dim")
         for budget, why in found.failed.items():
-            show(f"{found.title}, within {megabytes(budget)}: {why}", "dim")
+            show(f"{found.title}, within {shown_bytes(budget)}: {why}", "dim")
         if found.why:
             show(f"{found.title}: {found.why}", "yellow")
         elif found.differences:
@@ -262,4 +262,4 @@ def _quartiles(spread: "Spread") -> str:
 
 
 def _memory(count: int | None) -> str:
-    return "unknown" if count is None else megabytes(count)
+    return "unknown" if count is None else shown_bytes(count)

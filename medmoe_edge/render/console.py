@@ -11,21 +11,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medmoe_edge.errors import shown_bytes
+
 if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none of it
     from rich.progress import Progress
 
     from medmoe_edge.engine.answer import Answer
-    from medmoe_edge.errors import Notice
-    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Score
-    from medmoe_edge.evaluation.inspection import Inspection
+    from medmoe_edge.errors import MedMoEError, Notice
+    from medmoe_edge.evaluation.evaluate import Score, Scores
+    from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
+    from medmoe_edge.families import AnswerScores
 
+NONE = "\N{EN DASH}"  # in a table, what is not known
 ENDLESS = 10_000  # columns, for tables that go into a file or another program
 log = logging.getLogger(__name__)
+printed_json: list[bool] = []  # whether this command line has printed its one object
 
 
-def as_json(value: Mapping[str, Any]) -> None:
-    """One object on one line of stdout; ASCII, so that no terminal or locale can refuse it."""
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+def as_json(value: Mapping[str, Any], error: "MedMoEError | None" = None) -> None:
+    """One object on one line of stdout; ASCII, so that no terminal or locale can refuse it.
+
+    `error` is that with which the verb is about to end, where it has a result all the same.
+    """
+    told = {"error": error_json(error.code, error.what, error.remedy)} if error else {}
+    sys.stdout.write(json.dumps({**value, **told}, allow_nan=False) + "\n")
+    printed_json.append(True)
+
+
+def error_json(code: str, what: str, remedy: str) -> dict[str, str]:
+    """A failure for programs."""
+    return {"code": code, "message": printable(what), "remedy": printable(remedy)}
 
 
 def show(text: str = "", style: str = "", *, stderr: bool = False) -> None:
@@ -130,8 +145,8 @@ def show_inspection(inspection: "Inspection") -> None:
     total = inspection.parameters_total
     rows: list[tuple[str, object]] = [
         ("kind", inspection.kind),
-        *([("target", inspection.target)] if inspection.target else []),
-        ("size", f"{megabytes(inspection.bytes)} in {len(inspection.files)} files"),
+        *told_runtime(inspection),
+        ("size", f"{shown_bytes(inspection.bytes)} in {len(inspection.files)} files"),
         ("parameters", "unknown without torch" if total is None else f"{total:,}"),
         ("  of the language part", f"{inspection.parameters_language:,}"),
         ("  activated per token", f"{inspection.parameters_activated:,}"),
@@ -153,27 +168,88 @@ def show_inspection(inspection: "Inspection") -> None:
         rows += told(name, getattr(inspection, name))
     rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)
+    show_warnings(inspection.warnings)
 
 
-def show_evaluation(evaluation: "Evaluation", labels: "ModalityAccuracy | None") -> None:
-    """The papers' figures in percent, then how often the modality was found."""
+def show_evaluation(found: "AnswerScores") -> None:
+    """The papers' figures in percent, without the picture too, then how the modality was read."""
+    asked, blind = found.questions, found.blind
     scores: list[tuple[str, Score | None]] = [
-        ("all", evaluation.overall),
-        ("  open", evaluation.open),
-        ("  closed", evaluation.closed),
+        ("all", asked.overall),
+        ("  open", asked.open),
+        ("  closed", asked.closed),
     ]
-    for source, score in evaluation.by_source.items():
+    if blind:
+        scores += [
+            ("blind: a black picture", blind.overall),
+            ("  open", blind.open),
+            ("  closed", blind.closed),
+        ]
+    for source, score in asked.by_source.items():
         scores += [(source, score.overall), ("  open", score.open), ("  closed", score.closed)]
-    scores += list(evaluation.by_modality.items())
+    scores += list(asked.by_modality.items())
     rows = [
         (name, score.n, percent(score.exact_match), _interval(score), percent(score.accuracy))
         for name, score in scores
         if score
     ]
     show_table("", ["", "questions", "exact match", "95% interval", "accuracy"], rows)
-    for what, found in (("these images", evaluation.router), ("the labelled images", labels)):
-        if found and found.accuracy is not None:
-            show(f"Modality found in {what}: {percent(found.accuracy)} of {found.images}")
+    show()
+    show_table(
+        "",
+        ["the papers' figures", "ours", "official", *(["blind"] if blind else [])],
+        [
+            (name, *(NONE if value is None else f"{value:.2%}" for value in values))
+            for name, values in _published(asked, blind)
+        ],
+    )
+    show(
+        "Official: as the scorer of the papers counts, which pays for repeated words. Ours: a word "
+        "counts as often as the reference has it.",
+        "dim",
+    )
+    for line in _remarks(found):
+        show(line)
+
+
+def _published(
+    asked: "Scores", blind: "Scores | None"
+) -> Iterator[tuple[str, tuple[float | None, ...]]]:
+    def closed(scores: "Scores") -> float | None:
+        return scores.closed.accuracy if scores.closed else None
+
+    yield (
+        "open recall",
+        (
+            asked.open_recall,
+            asked.official_open_recall,
+            *([blind.official_open_recall] if blind else []),
+        ),
+    )
+    yield (
+        "closed accuracy",
+        (
+            closed(asked),
+            asked.official_closed_accuracy,
+            *([blind.official_closed_accuracy] if blind else []),
+        ),
+    )
+
+
+def _remarks(found: "AnswerScores") -> Iterator[str]:
+    asked = found.questions
+    if asked.overall.n < found.of:
+        yield f"Drawn from {found.of:,} questions."
+    if asked.cut_off:
+        yield f"{asked.cut_off:,} answers were cut off: allow more with --max-new-tokens."
+    if reliability := asked.reliability:
+        half = next(risk for share, risk in reliability.risk_coverage if share >= 0.5)
+        wrong = 1 - asked.overall.exact_match
+        yield f"Confidence is off by {percent(reliability.ece)} on average (ECE)."
+        yield f"Wrong are {percent(wrong)} of all answers, {percent(half)} of the surer half."
+    for what, read in (("these images", asked.router), ("the labelled images", found.labels)):
+        if read and read.accuracy is not None:
+            yield f"Modality found in {what}: {percent(read.accuracy)} of {read.images}"
 
 
 def show_run(epochs: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
@@ -199,11 +275,6 @@ _RUN = ("phase", "epoch", "loss", "seconds")
 def percent(fraction: float) -> str:
     """A fraction (0..1) for people: 82.4%."""
     return f"{fraction:.1%}"
-
-
-def megabytes(count: int) -> str:
-    """Bytes for people: 21.3 MB, each of 1,000,000 bytes."""
-    return f"{count / 1e6:,.1f} MB"
 
 
 def wrote(what: str, path: Path) -> None:
@@ -232,6 +303,17 @@ def told(name: str, value: object) -> list[tuple[str, object]]:
         if isinstance(part, str | int | float):
             told.append((f"  {key.replace('_', ' ')}", part))
     return told
+
+
+def told_runtime(inspection: "Inspection | ModalityInspection") -> list[tuple[str, object]]:
+    """What it is made for, what runs it, and how many bits a weight takes."""
+    bits = inspection.bits_per_weight
+    rows = {
+        "target": inspection.target,
+        "runtime": inspection.runtime,
+        "bits per weight": None if bits is None else f"{bits:.2f}",
+    }
+    return [(name, value) for name, value in rows.items() if value]
 
 
 def told_verified(verified: Mapping[str, Any] | None) -> list[tuple[str, object]]:

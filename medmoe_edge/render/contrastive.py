@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from medmoe_edge.errors import shown_bytes
 from medmoe_edge.render.console import (
-    megabytes,
     percent,
     show,
     show_table,
     show_warnings,
     told,
+    told_runtime,
     told_verified,
     wrote,
 )
@@ -126,8 +127,8 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
     experts = "one, shared by all" if config.shared_expert else f"{config.experts}, of which 1 runs"
     rows: list[tuple[str, object]] = [
         ("kind", inspection.kind),
-        *([("target", inspection.target)] if inspection.target else []),
-        ("size", f"{megabytes(inspection.bytes)} in {len(inspection.files)} files"),
+        *told_runtime(inspection),
+        ("size", f"{shown_bytes(inspection.bytes)} in {len(inspection.files)} files"),
         ("parameters", f"{inspection.parameters_total:,}"),
         *((f"  of the {part}", f"{count:,}") for part, count in inspection.parameters.items()),
         ("  activated", f"{inspection.parameters_activated:,}"),

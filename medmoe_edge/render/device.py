@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from medmoe_edge.errors import shown_bytes
 from medmoe_edge.render.console import show, show_table, wrote
 
 if TYPE_CHECKING:
     from medmoe_edge.device.doctor import Diagnosis
     from medmoe_edge.device.estimate import Forecast, Plan
+    from medmoe_edge.device.fit import Fit
     from medmoe_edge.device.measure import Comparison
     from medmoe_edge.pipeline.targets import TargetExport
 
@@ -34,9 +36,9 @@ def show_plan(plan: "Plan") -> None:
     rows = [
         (
             each.precision,
-            gigabytes(each.weights),
-            gigabytes(each.memory_run),
-            gigabytes(each.memory_build),
+            shown_bytes(each.weights),
+            shown_bytes(each.memory_run),
+            shown_bytes(each.memory_build),
             seconds(each.first_token),
             f"{each.tokens_per_second:,.1f}",
             _verdict(each),
@@ -44,14 +46,41 @@ def show_plan(plan: "Plan") -> None:
         for each in plan.forecasts
     ]
     device = plan.device
-    title = f"{plan.model} on {device.title}, {gigabytes(device.usable)} usable"
+    title = f"{plan.model} on {device.title}, {shown_bytes(device.usable)} usable"
     show_table(title, columns, rows, styles={"yes": "green"})
     if heavy := [f.precision for f in plan.forecasts if f.memory_build > device.usable]:
         show(
             f"To build {', '.join(heavy)} takes more memory than it has: build elsewhere.", "yellow"
         )
     rests = "measured rates" if device.ratings is None else "the maker's figures"
-    show(f"Predicted for {plan.prompt_tokens} prompt tokens, from {rests}; not run.", "dim")
+    asked = f"{plan.prompt_tokens} prompt and {plan.new_tokens} new tokens"
+    show(f"Predicted for {asked}, from {rests}; not run.", "dim")
+    if any(forecast.paging_cost > 1 for forecast in plan.forecasts):
+        show("Times with paged experts hold what paging was measured to cost on a CPU.", "dim")
+
+
+def show_fit(fit: "Fit") -> None:
+    """The form that is proposed, and the commands that make and run it."""
+    forecast = fit.forecast or fit.nearest
+    if forecast is None:
+        return
+    took = seconds(forecast.answer(fit.new_tokens))
+    memory = min(forecast.memory_run, fit.device.usable)
+    group = f" in groups of {forecast.group}" if forecast.precision == "int4" else ""
+    rows = [
+        ("precision", f"{forecast.precision}{group}"),
+        ("image tokens", str(fit.image_tokens)),
+        ("memory", f"{shown_bytes(memory)} of {shown_bytes(fit.device.usable)} usable"),
+        ("experts in memory", f"{fit.resident_experts} of {fit.experts}"),
+        ("memory budget", "none" if forecast.expert_budget is None else _verdict(forecast)),
+        ("first token", seconds(forecast.first_token)),
+        (f"{fit.new_tokens} tokens", f"{took}, of {seconds(fit.latency)} wished"),
+    ]
+    what = "Proposed" if fit.forecast else "Nearest"
+    show_table(f"{what} for {fit.model} on {fit.device.title}", ["", ""], rows, left=2)
+    for command in fit.commands:
+        show(command, "bold")
+    show("Predicted, not run.", "dim")
 
 
 def show_comparison(comparison: "Comparison") -> None:
@@ -69,11 +98,6 @@ def show_comparison(comparison: "Comparison") -> None:
     show_table("Run on this machine", ["", "predicted", "measured", "ratio"], rows)
 
 
-def gigabytes(count: int) -> str:
-    """Bytes for people: 3.12 GB, each of 1,000,000,000 bytes."""
-    return f"{count / 1e9:,.2f} GB"
-
-
 def seconds(value: float) -> str:
     """A time for people: 2.31 s, or 12.4 ms."""
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
@@ -81,11 +105,11 @@ def seconds(value: float) -> str:
 
 def _verdict(forecast: "Forecast") -> str:
     if forecast.short:
-        return f"no, {gigabytes(forecast.short)} short"
+        return f"no, {shown_bytes(forecast.short)} short"
     if forecast.expert_budget is None:
         return "yes"
     share = forecast.expert_budget / forecast.experts
-    return f"with {gigabytes(forecast.expert_budget)} for experts ({share:.0%} of them)"
+    return f"with {shown_bytes(forecast.expert_budget)} for experts ({share:.0%} of them)"
 
 
 def show_target(made: "TargetExport") -> None:
@@ -93,9 +117,9 @@ def show_target(made: "TargetExport") -> None:
     rows = [
         (
             name,
-            gigabytes(built.bytes),
+            shown_bytes(built.bytes),
             seconds(built.seconds),
-            gigabytes(built.peak_memory) if built.peak_memory else "",
+            shown_bytes(built.peak_memory) if built.peak_memory else "",
             "from the cache" if built.cached else "built",
         )
         for name, built in made.engines.items()

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from medmoe_edge.evaluation.targets import Agreement
     from medmoe_edge.evaluation.verify import Verification
 
-VERDICTS = {"met": "green", "within chance": "yellow", "failed": "bold red"}
+VERDICTS = {
+    **{"met": "green", "not decided": "yellow", "failed": "bold red"},
+    "within chance": "yellow",  # in records of earlier versions
+}
+OUTCOMES = {"passed": "green", "not decided": "yellow", "failed": "bold red"}
 STATUSES = {"covered": "green", "drew more": "green", "borrowed": "yellow", "data-free": "yellow"}
 COMPARED = ("answers agree", "accuracy", "KL, nats", "routing flips")
 NONE = "\N{EN DASH}"
@@ -37,8 +41,8 @@ def show_verification(verification: "Verification") -> None:
     for fault in verification.faults:
         show(f"Not sound: {fault}", "red")
     if record:
-        verdict, style = ("Passed", "green") if verification.passed else ("Failed", "bold red")
-        show(f"{verdict}: {_measured(record)}.", style)
+        outcome = verification.outcome
+        show(f"{outcome.capitalize()}: {_measured(record)}.", OUTCOMES[outcome])
         hint(proven(verification.bundle).hint)
         return
     if not verification.faults:
@@ -60,8 +64,13 @@ def show_quick(found: "Quick") -> None:
         seen = f"{found.figures.images:,} recorded images"
         if isinstance(found.figures, Fidelity):
             seen = f"{found.figures.questions:,} questions about {seen}"
-    verdict, style = ("Passed", "green") if found.passed else ("Failed", "bold red")
-    show(f"{verdict} on {found.machine}{seen and ': '}{seen}.", style)
+    outcome = {True: "passed", None: "not decided", False: "failed"}[found.passed]
+    show(
+        f"{outcome.capitalize()} on {found.machine}{seen and ': '}{seen}.",
+        OUTCOMES[outcome],
+    )
+    if found.passed is not False:
+        show("So few only look for failures: see medmoe-edge verify for what was proven.", "dim")
 
 
 def show_not_measured() -> None:
@@ -124,8 +133,31 @@ def show_coverage(
         show_table(title, columns, rows, left=2, styles=STATUSES)
     else:
         show(title)
+    if told := _labelled(statistics):
+        show(told, "dim")
+    free = [row for row in rows if row[-1] == "data-free"]
+    if free:
+        named = ", ".join(f"layer {layer} {expert}" for layer, expert, *_ in free)
+        show(f"Stayed data-free, for want of tokens: {named}.", "yellow")
+    elif rows:
+        show("No expert stayed data-free.", "green")
     for image in skipped:
         show(f"Skipped: {image.reason}", "yellow")
+
+
+TOLD_BY = {
+    "list": "by the list",
+    "dicom": "by DICOM",
+    "folder": "by the folder",
+    "router": "by the model's own router",
+}
+
+
+def _labelled(statistics: "Statistics") -> str:
+    """Who said what the modalities are, which decides what each expert is calibrated on."""
+    told = statistics.source.labelled_by
+    parts = ", ".join(f"{count:,} {TOLD_BY.get(by, by)}" for by, count in told.items())
+    return parts and f"Modality told: {parts}."
 
 
 def show_gates(title: str, gates: "Sequence[GateResult]") -> None:

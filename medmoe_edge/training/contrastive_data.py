@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models, trainers
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader
 
 from medmoe_edge.config_contrastive import ModalityConfig
-from medmoe_edge.contrastive.text import PADDING, UNKNOWN, ModalityTokenizer
+from medmoe_edge.contrastive.text import MARKS, UNKNOWN, ModalityTokenizer, splitting, word_pieces
 from medmoe_edge.data.captions import Captioned
 from medmoe_edge.data.datasets import Place
 from medmoe_edge.image.loading import load_image, seen_square
@@ -28,13 +27,10 @@ from medmoe_edge.models.contrastive import UNLABELLED
 from medmoe_edge.training.data import Listed, Pictures, augment
 from medmoe_edge.training.loop import Loader
 
-START, END = "[CLS]", "[SEP]"
-
-_MARKS = [PADDING, UNKNOWN, START, END]
 _LETTERS = string.ascii_lowercase + string.digits
 # Given to the trainer beforehand, or it numbers the pieces within words in another order each time
 # and breaks ties by that.
-_BASE = [*_MARKS, *string.punctuation, *_LETTERS, *(f"##{letter}" for letter in _LETTERS)]
+_BASE = [*MARKS, *string.punctuation, *_LETTERS, *(f"##{letter}" for letter in _LETTERS)]
 
 
 def train_word_pieces(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -43,29 +39,15 @@ def train_word_pieces(texts: Iterable[str], vocab_size: int, path: Path) -> None
     Any text in Latin letters can be encoded, also words that training never showed. The same texts
     give the same file.
     """
-    trained = _reading(models.WordPiece(unk_token=UNKNOWN))
+    trained = splitting(models.WordPiece(unk_token=UNKNOWN))
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=_BASE, show_progress=False
     )
     trained.train_from_iterator(texts, trainer)
-    vocabulary = trained.get_vocab()
-    backend = _reading(models.WordPiece(vocabulary, unk_token=UNKNOWN))
-    backend.add_special_tokens(_MARKS)
-    backend.decoder = decoders.WordPiece()
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{START} $A {END}", special_tokens=[(m, vocabulary[m]) for m in (START, END)]
-    )
+    backend = word_pieces(trained.get_vocab())
     partial = path.with_suffix(".partial")
     backend.save(str(partial))
     os.replace(partial, path)
-
-
-def _reading(model: models.WordPiece) -> Backend:
-    """A tokenizer that splits texts as BERT does."""
-    backend = Backend(model)
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return backend
 
 
 VIEW_ALONE = 0.1  # how often a text says only what kind of image it is

@@ -1,41 +1,98 @@
 """Random checkpoints of named configurations: what has the right shapes and knows nothing."""
 
 import hashlib
+import string
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, pre_tokenizers
+from tokenizers import models as kinds
 
+from medmoe_edge.atomic import check_target
 from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
 from medmoe_edge.checkpoint.keys import Shape, expected_parameters
 from medmoe_edge.checkpoint.reader import write_checkpoint
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig
-from medmoe_edge.errors import InputError
+from medmoe_edge.contrastive.text import MARKS, word_pieces
+from medmoe_edge.errors import InputError, did_you_mean
 from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
+from medmoe_edge.prompt import STAND_IN
 
 WEIGHT_STD = 0.02
+END = "<|endoftext|>"
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+
 _CHUNK = 2**22  # values drawn at a time: bounds the fp32 scratch memory
 
 
 def initialise(preset: str, out: Path, seed: int = 0, force: bool = False) -> None:
     """Write a random checkpoint of a preset in the official layout, one tensor in memory.
 
+    With it goes a stand-in tokenizer, so that the folder can be exported and asked at once.
+
     Norms are ones and zeros, everything else is normal with standard deviation 0.02. Each tensor
     depends on the seed and its name alone; the router is one for all layers, as in the official
     checkpoints. A MedMoE is written in the folder of `write_modality_checkpoint`, as
     `random_modality_model` makes it.
     """
-    if preset in MODALITY_PRESETS:
-        model = random_modality_model(MODALITY_PRESETS[preset], seed)
-        write_modality_checkpoint(out, model, force=force)
-        return
-    if preset not in PRESETS:
-        known = ", ".join((*PRESETS, *MODALITY_PRESETS))
-        raise InputError(f"There is no preset {preset!r}.", f"Use one of: {known}.")
-    config = PRESETS[preset]
-    write_checkpoint(out, config, random_tensors(config, seed), force=force)
+    if preset not in PRESETS and preset not in MODALITY_PRESETS:
+        names = (*PRESETS, *MODALITY_PRESETS)
+        raise InputError(
+            f"There is no preset {preset!r}.",
+            f"{did_you_mean(preset, names)}Use one of: {', '.join(names)}.",
+        )
+    check_target(out, force=force, marker="config.json")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Path(folder, "tokenizer.json")
+        if preset in MODALITY_PRESETS:
+            stand_in_pieces().save(str(tokenizer))
+            model = random_modality_model(MODALITY_PRESETS[preset], seed)
+            write_modality_checkpoint(out, model, tokenizer_file=tokenizer, force=force)
+            return
+        config = PRESETS[preset]
+        stand_in_tokenizer(config.decoder.eos_token_id).save(str(tokenizer))
+        tensors = random_tensors(config, seed)
+        write_checkpoint(out, config, tensors, tokenizer_file=tokenizer, force=force)
+
+
+def stand_in_pieces() -> Backend:
+    """A MedMoE's tokenizer that reads texts letter by letter; it says what it is, too."""
+    letters = string.ascii_lowercase
+    tokens = [*MARKS, STAND_IN, *letters, *(f"##{letter}" for letter in letters)]
+    return word_pieces({token: index for index, token in enumerate(tokens)})
+
+
+def stand_in_tokenizer(end: int) -> Backend:
+    """A tokenizer that makes every byte a token, with the end token at its id.
+
+    Bytes that UTF-8 never uses are left out, so that it fits a vocabulary of 256. It says what it
+    is by the token `STAND_IN`, which the engine warns of.
+    """
+    alphabet = bytes_to_unicode()
+    letters = [alphabet[byte] for byte in range(256) if byte not in NEVER_IN_UTF8]
+    places = iter(number for number in range(256) if number != end)
+    vocabulary = {token: next(places) for token in (STAND_IN, *letters)}
+    backend = Backend(kinds.BPE(vocab={**vocabulary, END: end}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END, STAND_IN])
+    return backend
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """The letter that stands for each byte in byte-level vocabularies.
+
+    Source: GPT-2's encoder.py (Radford et al., 2019): printable Latin-1 stands for itself, the
+    rest are the code points from 256 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = iter(range(256, 512))
+    return {byte: chr(byte if byte in printable else next(shifted)) for byte in range(256)}
 
 
 def random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:

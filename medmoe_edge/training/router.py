@@ -29,7 +29,6 @@ from medmoe_edge.data.datasets import LABELS_FILE, modality_name, read_labels
 from medmoe_edge.embedded import is_installed
 from medmoe_edge.errors import CheckpointError, DataError, InputError
 from medmoe_edge.models.med_moe import MedMoE
-from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.data import IMAGE_ID, SHARED, UNKNOWN, Batches, Conversation, instructions
 
 MOST = 200  # images of a modality that a router is fitted to
@@ -266,7 +265,7 @@ def train_router(
             "CHECKPOINT",
         )
     model = loaded(read)
-    tokenizer = Tokenizer.from_file(read.tokenizer_path())
+    tokenizer = read.tokenizer.tokenizer
     learned = few_of_each(instructions(item for item in labelled if item.split == "train"))
     if not names:
         votes = Batches(read.config, tokenizer, found, 0)

@@ -6,7 +6,6 @@ The tokenizer is a small byte-level BPE, trained on the questions and answers th
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import filter as filter_names
@@ -102,7 +101,6 @@ def train(
     if options.base is not None:
         read = read_checkpoint(options.base, vision_tower=options.vision_tower)
         config, moe = continued_config(recipe, read, corpus)
-        source = read.tokenizer_path()
     else:
         config, moe = trainable_config(recipe, corpus)
     check_trainable(recipe, config, corpus, dense=read is None or read.config.moe is None)
@@ -116,7 +114,7 @@ def train(
     tokenizer_file = session.once(
         TOKENIZER,
         lambda file: (
-            shutil.copyfile(source, file)
+            read.tokenizer.write(file)
             if read
             else train_tokenizer(texts, config.decoder.vocab_size, file)
         ),

@@ -196,10 +196,11 @@ class PagedOrtRuntime(OrtRuntime):
         store = self._store = OrtExpertStore(bundle, check=check, drop_pages=drop_pages)
         if budget is not None and store.scratch:
             map_large_blocks()
-        super().__init__(bundle)
         pager = budget if isinstance(budget, ExpertPager) else _pager(budget, store)
         assert bundle.config.moe is not None
+        # a budget that is too small is refused here, before any session is opened
         self.experts: PagedExperts[OrtExpert] = pager.open(store, bundle.config.moe.top_k)
+        super().__init__(bundle)
         weakref.finalize(self, self.experts.close_later).atexit = False
         ahead: Ahead = "all" if budget is None else "expected"
         self._routing = RequestRouting(bundle, self.experts, ahead if prefetch else "none")

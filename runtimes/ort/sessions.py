@@ -23,6 +23,7 @@ import onnxruntime as ort
 
 from medmoe_edge._version import too_old
 from medmoe_edge.errors import BundleError, ResourceError
+from medmoe_edge.runtimes.arithmetic import same_everywhere
 
 Device = Literal["auto", "cpu", "cuda"]
 TARGETS: dict[str, Literal["cpu", "cuda"]] = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
@@ -154,7 +155,8 @@ def open_session(
 
 
 def session_options() -> ort.SessionOptions:
-    """Quiet, and without the arena, which would keep the peak of the prefill for ever.
+    """Quiet, computing the same everywhere, and without the arena, which would keep the peak of the
+    prefill for ever.
 
     Raises `ResourceError` where ONNX Runtime is older than all that this was tried with.
     """
@@ -163,6 +165,7 @@ def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False
+    same_everywhere(options)
     return options
 
 

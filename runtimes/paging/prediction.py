@@ -35,7 +35,7 @@ class RoutingPrediction:
 
     shares: Floats
     prior: Floats
-    norm: tuple[Floats, Floats]
+    norm: tuple[Floats, Floats | None]
     norm_eps: float
     router: tuple[Floats, Floats]
 
@@ -61,8 +61,12 @@ class RoutingPrediction:
     def of_image(self, tokens: Floats) -> Floats:
         """Shares `[M, E]` for the projected tokens `[N, D]` of an image."""
         weight, bias = self.norm
-        mean, variance = tokens.mean(-1, keepdims=True), tokens.var(-1, keepdims=True)
-        normed = (tokens - mean) / np.sqrt(variance + self.norm_eps) * weight + bias
+        if bias is not None:  # LayerNorm; without a bias it is RMSNorm
+            tokens = tokens - tokens.mean(-1, keepdims=True)
+        square = np.square(tokens).mean(-1, keepdims=True)
+        normed = tokens / np.sqrt(square + self.norm_eps) * weight
+        if bias is not None:
+            normed = normed + bias
         matrix, offset = self.router
         chosen = (normed @ matrix + offset).argmax(-1)
         seen = np.bincount(chosen, minlength=matrix.shape[1]) / len(tokens)
@@ -70,20 +74,23 @@ class RoutingPrediction:
         return np.asarray(self.shares[nearest])
 
 
-def _first_router(bundle: Bundle) -> tuple[tuple[Floats, Floats], float, tuple[Floats, Floats]]:
+def _first_router(
+    bundle: Bundle,
+) -> tuple[tuple[Floats, Floats | None], float, tuple[Floats, Floats]]:
     """The norm before the first router, and the router `[D, E]` with its bias `[E]`."""
     config = bundle.config
     assert config.moe is not None
     own = f"decoder.layers.{config.moe_layers[0]}."
-    norm = "input_norm" if config.decoder.kind == "phi" else "post_norm"  # phi's block is parallel
-    names = [f"{own}{norm}.weight", f"{own}{norm}.bias", f"{own}ffn.router.weight"]
-    names += [f"{own}ffn.router.bias"] * config.moe.router_bias
+    norm = f"{own}{'input_norm' if config.decoder.parallel else 'post_norm'}."
+    names = [f"{norm}weight", f"{norm}bias", f"{own}ffn.router.weight", f"{own}ffn.router.bias"]
     found: dict[str, Any] = {
         name: np.array(values, np.float32)
         for name, values in float_weights(bundle.path("decoder.onnx"))
         if name in names
     }
-    weight, bias, matrix, *offset = (found[name] for name in names)
+    weight, bias, matrix, offset = (found.get(name) for name in names)
+    assert weight is not None
+    assert matrix is not None
     experts = config.moe.num_experts
     zeros = np.zeros(experts, np.float32)
     return (
@@ -91,7 +98,7 @@ def _first_router(bundle: Bundle) -> tuple[tuple[Floats, Floats], float, tuple[F
         config.decoder.norm_eps,
         (
             matrix.reshape(-1, experts),
-            offset[0] if offset else zeros,
+            zeros if offset is None else offset,
         ),
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.errors import MissingDependencyError, ResourceError
+from medmoe_edge.errors import MissingDependencyError, ResourceError, shown_bytes
 from medmoe_edge.runtimes.paging.expert_file import Bytes
 from medmoe_edge.runtimes.slots.slots import DeviceMemory, Event
 
@@ -123,7 +123,7 @@ class CudaDevice:
             return source.allocate(size, stream=self._stream)
         except Exception as error:  # as above
             raise ResourceError(
-                f"There is no {size / 1e6:.0f} MB of memory left for the GPU.",
+                f"There is no {shown_bytes(size)} of memory left for the GPU.",
                 "Close other programs that use it, or use a smaller bundle (--int4).",
             ) from error
 

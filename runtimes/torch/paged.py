@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import ResourceError, shown_bytes
 from medmoe_edge.models.decoder import route
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, Step, check_room
@@ -263,7 +263,7 @@ class CudaMemory:
             return CudaBuffer(torch.zeros(size, dtype=torch.uint8, device="cuda"))
         except torch.OutOfMemoryError as error:
             raise ResourceError(
-                f"The GPU has no {size / 1e6:.0f} MB of memory for experts.",
+                f"The GPU has no {shown_bytes(size)} of memory for experts.",
                 "Give a smaller memory budget.",
             ) from error
 
@@ -278,7 +278,7 @@ class CudaMemory:
             torch.cuda.check_error(runtime.cudaHostRegister(array.ctypes.data, size, 0))
         except (OSError, RuntimeError) as error:
             raise ResourceError(
-                f"The system locks no {size / 1e6:.0f} MB of memory for an expert.",
+                f"The system locks no {shown_bytes(size)} of memory for an expert.",
                 "Free memory, or raise the limit on locked memory (ulimit -l).",
             ) from error
         weakref.finalize(array, runtime.cudaHostUnregister, array.ctypes.data)

@@ -4,6 +4,7 @@
 #   tests/arithmetic/emulate.sh                   all of them (half an hour on two cores)
 #   tests/arithmetic/emulate.sh Nehalem Haswell   some
 #
+# arm-sme is an Arm processor with matrix instructions (as Apple's from M4 on).
 # Needs qemu-user (Debian's package) and, for x86, an environment that has the extra `test`: the Python
 # in $PYTHON, else `python`. For ARM it fetches, into build/arm64, an arm64 Python by apt (on Debian, no
 # root needed) and the locked packages for it from PyPI.
@@ -11,8 +12,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
+unset OPENBLAS_CORETYPE # NumPy's BLAS, too, is to go by the emulated processor
 x86=(Nehalem Haswell EPYC-Milan)
-arm=(cortex-a72 cortex-a76 neoverse-v1)
+arm=(cortex-a72 cortex-a76 neoverse-v1 arm-sme)
 python=${PYTHON:-python}
 arm64=$PWD/build/arm64
 
@@ -75,9 +77,11 @@ on_arm() {
     local cpu=$1
     fetch_arm64
     cpuinfo "$cpu" > "$arm64/root/proc/cpuinfo"
-    if [ "$cpu" = neoverse-v1 ] && ! qemu-aarch64 -cpu help | grep -q neoverse-v1; then
-        cpu=max,sve-default-vector-length=32 # qemu before 8.1: all features, vectors as wide as its
-    fi
+    local all=max,pauth-impdef=on,sve-default-vector-length=32 # all features, Neoverse V1's vectors
+    case $cpu in
+        arm-sme) cpu=$all ;;
+        neoverse-v1) qemu-aarch64 -cpu help | grep -q neoverse-v1 || cpu=$all,sme=off ;; # before 8.1
+    esac
     PYTHONPATH=$PWD:$arm64/site tests qemu-aarch64 -cpu "$cpu" -L "$arm64/root" \
         "$arm64/root/usr/bin/python3"
 }
@@ -89,7 +93,7 @@ for cpu; do
     MEDMOE_EDGE_ARITHMETIC=$(arithmetic "$cpu")
     export MEDMOE_EDGE_ARITHMETIC
     case $cpu in
-        cortex-* | neoverse-*) on_arm "$cpu" || failed+=("$cpu") ;;
+        cortex-* | neoverse-* | arm-*) on_arm "$cpu" || failed+=("$cpu") ;;
         *) on_x86 "$cpu" || failed+=("$cpu") ;;
     esac
 done

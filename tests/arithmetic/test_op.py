@@ -14,6 +14,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
+from medmoe_edge.runtimes.ort.sessions import session_options
+
 Floats = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
 Int64 = npt.NDArray[np.int64]
@@ -24,7 +26,7 @@ KINDS = ("saturating", "exact")
 
 
 def product(tokens: Floats, weights: Int8) -> Floats:
-    """What ONNX Runtime makes of tokens `[m, K]` and weights `[K, N]` whose scales are all 1."""
+    """What ONNX Runtime, as we run it, makes of tokens `[m, K]` and weights `[K, N]` of scale 1."""
     width, channels = weights.shape
     node = helper.make_node(
         "DynamicQuantizeMatMul", ["x", "w", "scale"], ["y"], domain="com.microsoft"
@@ -41,7 +43,9 @@ def product(tokens: Floats, weights: Int8) -> Floats:
     )
     imports = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
+    )
     y: Floats = session.run(None, {"x": tokens})[0]
     return y
 

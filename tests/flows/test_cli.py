@@ -95,7 +95,7 @@ def test_shell_completion_knows_the_verbs() -> None:
 def test_failures_are_two_lines_and_a_code(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, what: str
 ) -> None:
-    monkeypatch.setitem(vars(medmoe_edge), "load", raising(error))
+    monkeypatch.setattr("medmoe_edge.engine.engine.load", raising(error))
     result = run("ask", "scan.png", "Is there effusion?", "--json")
     assert result.exit_code == code
     assert two_lines(result)[0] == what
@@ -141,7 +141,7 @@ def test_a_module_of_ours_is_never_called_a_missing_package() -> None:
 
 
 def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vars(medmoe_edge), "load", raising(KeyboardInterrupt()))
+    monkeypatch.setattr("medmoe_edge.engine.engine.load", raising(KeyboardInterrupt()))
     result = run("ask", "scan.png", "Is there effusion?")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 
@@ -157,7 +157,7 @@ def test_quiet_and_verbose_may_stand_anywhere(run: Run, monkeypatch: pytest.Monk
         log.warning("slow")
         return FakeEngine()
 
-    monkeypatch.setitem(vars(medmoe_edge), "load", load)
+    monkeypatch.setattr("medmoe_edge.engine.engine.load", load)
     expected = {
         (): "slow\n",
         ("-q",): "",

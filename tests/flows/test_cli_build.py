@@ -116,10 +116,10 @@ def test_export_shows_its_proof(
     monkeypatch.setattr(med_moe, "export", lambda *_, **__: made)
     lines = run("export").stdout.splitlines()
     assert lines[0].split() == ["tiny", "against", "its", "checkpoint"]
-    assert lines[-2].startswith("Passed: 2 questions about 1 images of questions.jsonl")
+    assert lines[-2].startswith("Not decided: 2 questions about 1 images of questions.jsonl")
     assert lines[-1] == "Wrote the bundle out"
     told = json.loads(run("export", "--json").stdout)
-    assert told["verification"]["passed"] is True
+    assert told["verification"]["outcome"] == "not decided"
     failed = VerificationError("It failed.", "Do not use it.")
     monkeypatch.setattr(med_moe, "export", raising(failed))
     result = run("export", "--json")

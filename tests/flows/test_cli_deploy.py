@@ -48,14 +48,15 @@ def test_plan(run: Run) -> None:
     result = run(*command)
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0] == ("med-moe-phi2-2.7b on Jetson Orin Nano 8 GB, Super mode, 6.00 GB usable")
+    assert lines[0] == ("med-moe-phi2-2.7b on Jetson Orin Nano 8 GB, 15 W, 6.00 GB usable")
     rows = {line.split()[0]: line for line in lines[2:6]}
     assert list(rows) == ["int8", "int4", "mixed", "fp16"]
     assert rows["int4"].rstrip().endswith("yes")
     assert "GB for experts" in rows["int8"]
     assert rows["fp16"].rstrip().endswith("short")
     assert lines[6].startswith("To build int8, int4, mixed, fp16 takes more memory than it has")
-    assert "not run" in lines[-1]
+    assert "not run" in lines[-2]
+    assert "what paging was measured to cost" in lines[-1]
     told = json.loads(run(*command, "--json", "--precision", "int8").stdout)
     assert (told["model"], told["device"]["name"]) == ("med-moe-phi2-2.7b", "orin-nano-8g")
     (forecast,) = told["forecasts"]
@@ -80,6 +81,13 @@ def test_what_does_not_fit_is_an_error(run: Run) -> None:
         (["none", "--device", "cpu"], "There is no model 'none'.", 3),
         (["nano", "--device", "cpu", "--precision", "fp16"], "cpu is not planned in fp16.", 2),
         (["nano", "--device", "cpu", "--measure"], "Measured is this machine", 2),
+        (["nano", "--device", "cpu", "--fit"], "--fit needs --latency", 2),
+        (["nano", "--device", "cpu", "--latency", "1"], "--fit needs --latency", 2),
+        (["nano", "--device", "cpu", "--fit", "--latency", "0"], "A latency of 0 s is none.", 2),
+        (["nano", "--device", "cpu", "--group-size", "48"], "There are no groups of 48.", 2),
+        (["nano", "--device", "cpu", "--prompt-tokens", "9"], "A prompt of 9 tokens", 2),
+        (["nano", "--device", "cpu", "--new-tokens", "9999"], "A prompt of 112 tokens", 2),
+        (["nano", "--device", "none.toml"], "none.toml cannot be read.", 2),
         (["nano", "--device", "here", "--measure", "--precision", "int8"], "Measured is", 2),
     ],
 )
@@ -87,6 +95,26 @@ def test_what_cannot_be_planned(run: Run, line: list[str], what: str, code: int)
     result = run("plan", *line)
     assert result.exit_code == code
     assert two_lines(result)[0].startswith(what)
+
+
+def test_fit_proposes_what_export_takes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from documents import check_command
+
+    command = ["plan", "med-moe-phi2-2.7b", "--device", "orin-nano-8g", "--fit"]
+    result = run(*command, "--latency", "3")
+    assert (result.exit_code, result.stderr) == (0, "")
+    commands = [line for line in result.stdout.splitlines() if line.startswith("medmoe-edge ")]
+    assert len(commands) == 3
+    for line in commands:
+        check_command(line, monkeypatch)
+    told = json.loads(run(*command, "--latency", "3", "--json").stdout)
+    assert told["forecast"]["answer"] <= 3
+    assert told["forecast"]["precision"] in commands[0]
+    late = run(*command, "--latency", "0.5")
+    assert late.exit_code == 5
+    what, remedy = late.stderr.splitlines()
+    assert "does not answer within 0.5 s on orin-nano-8g" in what
+    assert "It would take " in remedy
 
 
 def test_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +133,7 @@ def test_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = estimate.plan("nano", "cpu", "int8")
+    made = estimate.plan("nano", estimate.PlanOptions("cpu", "int8"))
     figures = Comparison(
         112, {"prefill": 0.006, "token": 0.0012}, {"prefill": 0.005, "token": 0.001}
     )

@@ -70,6 +70,36 @@ def test_eval_refuses_before_it_works(
     assert (tmp_path / "out.jsonl").read_text() != "mine"
 
 
+@pytest.mark.usefixtures("questions")
+def test_eval_asks_a_black_picture_and_a_sample(
+    run: Run, loaded: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    found = run(
+        *("eval", "--data", "questions.jsonl", "--blind", "--limit", "1", "--seed", "3"),
+        *("--max-new-tokens", "2048", "--json"),
+    )
+    figures = json.loads(found.stdout)
+    assert (figures["of"], figures["overall"]["n"], figures["blind"]["overall"]["n"]) == (2, 1, 1)
+    assert figures["official_open_recall"] is None
+    assert run("eval", "--data", "questions.jsonl", "--max-new-tokens", "2049").exit_code == 2
+
+
+@pytest.mark.usefixtures("questions")
+def test_eval_scores_answers_in_a_file(run: Run, tmp_path: Path) -> None:
+    lines = [{"question_id": f"q{number}", "text": "No."} for number in range(2)]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ["eval", "--predictions", "answers.jsonl", "--references", "questions.jsonl"]
+    assert json.loads(run(*command, "--json").stdout)["official_closed_accuracy"] == 0.5
+    shown = run(*command).stdout
+    assert re.search(r"closed accuracy +50.00% +50.00%", shown)
+    for more, what in (
+        ([*command, "--blind"], "with no model"),
+        (command[:1] + command[3:], "no answers to score"),
+        (["eval"], "no questions"),
+    ):
+        assert what in " ".join(two_lines(run(*more)))
+
+
 # --- verify -----------------------------------------------------------------------------------
 
 
@@ -88,14 +118,14 @@ def test_verify_against_a_checkpoint(
     assert (result.exit_code, result.stderr) == (0, "")
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert lines[0] == "tiny against its checkpoint"
-    agreement = r" Answer agreement +100.00% +\S+ to 100.00% +at least 99.90% +met"
+    agreement = r" Answer agreement +100.00% +\S+ to 100.00% +at least 99.90% +not decided"
     assert any(re.fullmatch(agreement, line) for line in lines)
     assert "  2 questions are too few to prove 99.9%: that takes 2,703" in lines
     assert any(re.fullmatch(r" xray +2 +100.00% +\+0.00 points .*", line) for line in lines)
     shown = lines[lines.index("Beside other candidates") + 2 :]
     assert shown[0].startswith(" tiny (this bundle) ")
     assert shown[1].startswith(f" {tiny_bundle('int8').name} ")
-    assert lines[-2].startswith("Passed: 2 questions about 1 images of questions.jsonl, 20")
+    assert lines[-2].startswith("Not decided: 2 questions about 1 images of questions.jsonl, 20")
     assert lines[-1] == "Wrote the report page.html"
     page = Path("page.html").read_text()
     assert "scan.png" not in page + (bundle / MANIFEST).read_text()
@@ -103,7 +133,8 @@ def test_verify_against_a_checkpoint(
     assert (refused.exit_code, two_lines(refused)[0]) == (2, "page.html exists already.")
     assert Path("page.html").read_text() == page
     told = json.loads(run(*command, "--json").stdout)
-    assert (told["passed"], told["faults"], told["beside"]) == (True, [], {})
+    assert (told["passed"], told["outcome"]) == (None, "not decided")
+    assert (told["faults"], told["beside"]) == ([], {})
     assert told["verification"]["figures"]["questions"] == 2
 
 
@@ -119,8 +150,8 @@ def test_verify_alone_needs_the_base_install_only(tiny_bundle: Make) -> None:
 def test_a_recorded_proof_is_shown_again(run: Run, bundle: Path) -> None:
     result = run("verify", "bundle")
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[-1].startswith("Passed: 2 questions about 1 images")
-    assert json.loads(run("verify", "bundle", "--json").stdout)["passed"] is True
+    assert result.stdout.splitlines()[-1].startswith("Not decided: 2 questions about 1 images")
+    assert json.loads(run("verify", "bundle", "--json").stdout)["outcome"] == "not decided"
 
 
 def test_a_failed_gate_is_exit_code_4(

@@ -1,14 +1,20 @@
 """The CLIP tower against transformers' `CLIPVisionModel`, on random weights in fp32."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from medmoe_edge.config import VisionConfig
-from medmoe_edge.models.clip import ClipTower
+from medmoe_edge.models.clip import ClipTower, SiglipTower
 from medmoe_edge.presets import PRESETS
 
 LAYERS = 3
@@ -78,3 +84,33 @@ def test_patch_features_of_the_selected_layer(select_layer: int) -> None:
     torch.testing.assert_close(ours(pixels), expected, atol=1e-4, rtol=0.0)
     others = [state[:, 1:] for state in states if state is not states[select_layer]]
     assert all((other - expected).abs().max() > 1e-2 for other in others)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("feature", "first"), [("patch", 1), ("cls_patch", 0)])
+def test_siglip_loses_its_first_patch_as_moe_llava_has_it(feature: Any, first: int) -> None:
+    config = replace(PRESETS["tiny-qwen"].vision, select_feature=feature)
+    torch.manual_seed(0)
+    theirs = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=config.feature_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            vision_use_head=False,
+        )
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    copied = {
+        name.removeprefix("vision_model."): value for name, value in theirs.state_dict().items()
+    }
+    ours = SiglipTower(config).eval()
+    ours.load_state_dict({name: copied.pop(their_name(name)) for name in ours.state_dict()})
+    assert not copied, "transformers has weights that ours lack"
+    pixels = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, first:]
+    assert expected.shape == (2, config.image_tokens, 16)
+    torch.testing.assert_close(ours(pixels), expected, atol=1e-5, rtol=0.0)

@@ -18,7 +18,6 @@ from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import LabelledImage, read_labels
 from medmoe_edge.errors import CheckpointError, DataError, InputError, ResourceError
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.data import Batches, instructions
 from medmoe_edge.training.recipe import PhaseConfig, Recipe, read_recipe
 from medmoe_edge.training.report import TrainOptions
@@ -86,7 +85,7 @@ def routed(checkpoint: Path, items: list[LabelledImage]) -> float:
     read = read_checkpoint(checkpoint)
     assert read.config.moe is not None
     model, names = loaded(read), read.config.moe.expert_names
-    batches = Batches(read.config, Tokenizer.from_file(read.tokenizer_path()), names, 0)
+    batches = Batches(read.config, read.tokenizer.tokenizer, names, 0)
     found = pooled_features(model, read.config.moe.layers, batches, instructions(items))
     found = found.only(found.of_image)
     logits = model.moe_layer(read.config.moe.layers[0]).router_logits(found.pooled)
@@ -106,7 +105,7 @@ def test_six_modalities_and_six_experts_from_a_phi(
     assert read.config.moe.expert_names == SIX
     assert read.config.moe.num_experts == 6
     assert read.shared_router
-    assert read.tokenizer_path().read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert (checkpoint / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     held_out = [item for item in read_labels(six / "labels.jsonl") if item.split == "val"]
     assert routed(checkpoint, held_out) > 0.9
     rows = [json.loads(row) for row in (tmp_path / "run/log.jsonl").read_text().splitlines()]

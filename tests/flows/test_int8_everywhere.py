@@ -16,6 +16,7 @@ import pytest
 from graphs import observed, write_no_tower
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
+from medmoe_edge.bundle.machine import cpu_features
 from medmoe_edge.bundle.weights import int8_products
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.embedded import EMBEDDED, bundle_path
@@ -178,6 +179,13 @@ def test_nothing_is_read_or_said_where_sums_are_exact(
     monkeypatch.setattr(arithmetic, "int8_arithmetic", lambda: "exact")
     monkeypatch.setattr(arithmetic, "int8_products", lambda graph: pytest.fail("was read"))
     assert OrtRuntime(Bundle.open(before)).warnings == ()
+
+
+def test_a_processor_without_avx2_is_called_exact_but_slow() -> None:
+    nehalem = cpu_features("flags\t\t: fpu sse2 ssse3 sse4_1 sse4_2 popcnt")
+    assert "no AVX2: answers are exact, but slow" in str(arithmetic.slow_processor(nehalem))
+    others = ("flags\t: sse2 avx2", "Features\t: fp asimd", "Hardware\t: a Mac tells nothing")
+    assert [arithmetic.slow_processor(cpu_features(text)) for text in others] == [None] * 3
 
 
 def test_weights_decide_where_the_manifest_does_not_say(before: Path, tiny_bundle: Make) -> None:

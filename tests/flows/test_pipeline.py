@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from PIL import Image
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.data import CalibrationData, Sample, ask_about
 from medmoe_edge.calibration.routing import RoutingProfile
-from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Source, Statistics
 from medmoe_edge.checkpoint import reader
 from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
@@ -63,7 +63,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def stats(tiny_checkpoint: Make, questions: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stats") / "stats"
-    calibrate(tiny_checkpoint(), med_moe.read_data(tiny_checkpoint(), questions), out, samples=4)
+    med_moe.calibrate_on(tiny_checkpoint(), out, questions, samples=4)
     return out
 
 
@@ -106,7 +106,7 @@ def test_an_export_with_data_carries_its_proof(
     assert made.bundle == out
     assert made.verification is not None
     assert made.verification.bundle == Bundle.open(out)
-    assert made.verification.bundle.proof == "passed"
+    assert made.verification.bundle.proof == "not decided"
     assert {"layers", "decoder", "the checkpoint", "the bundle"} <= set(steps)
     manifest = (out / MANIFEST).read_text()
     record = json.loads(manifest)["verification"]
@@ -192,7 +192,7 @@ def test_statistics_calibrate_without_proof(
             "nan bits per weight are too few",
         ),
         ({"calibrate_on": "nowhere"}, InputError, "no calibration data 'nowhere'"),
-        ({"stats": Path("nowhere")}, DataError, "nowhere is missing"),
+        ({"stats": Path("nowhere")}, DataError, "nowhere does not exist"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_at_once(
@@ -409,3 +409,67 @@ def test_another_checkpoint_is_refused(
     with pytest.raises(ModelError, match="was not made from the checkpoint"):
         med_moe.verify(bundle, tiny_checkpoint("tiny", top_k=2), questions)
     assert (bundle / MANIFEST).read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images in a folder of which nobody says the modality."""
+    found = tmp_path_factory.mktemp("folder")
+    generator = np.random.default_rng(3)
+    for index in range(12):
+        pixels = generator.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(found / f"{index}.png")
+    return found
+
+
+def test_the_router_says_what_nobody_else_does(
+    tiny_checkpoint: Make, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the engine reads the same images; every expert gets images of its own modality."""
+    from medmoe_edge.engine.engine import load
+
+    checkpoint, steps = tiny_checkpoint(), []
+    found = med_moe.calibrate_on(
+        checkpoint,
+        tmp_path / "stats",
+        str(folder),
+        samples=12,
+        hessians=False,
+        progress=lambda step, *_: steps.append(step),
+    )
+    engine = load(checkpoint, runtime="torch")
+    expected = Counter(engine.modality(file) for file in folder.iterdir())
+    asked = found.statistics.samples  # some twice, for experts that were short
+    assert set(asked) == set(expected)
+    for source in (found.statistics.source, Statistics.open(tmp_path / "stats").source):
+        assert source.labelled_by == {"router": sum(asked.values())}
+    assert "images" in steps
+    name, count = expected.most_common(1)[0]
+    assert f"Of 12 images nobody says the modality: the model's own router reads {name} " in (
+        caplog.text
+    )
+    read = {record.expert for record in found.statistics.coverage if record.own_modality_tokens}
+    assert {NAMES[expert] for expert in read} == set(expected)
+    assert count > 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_export_decodes_each_image_once(
+    tiny_checkpoint: Make, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where Pillow opens files: to route, to calibrate, and to verify, one time in all."""
+    opened: Counter[str] = Counter()
+    real = Image.open
+
+    def counted(file: Any, *rest: Any, **options: Any) -> Any:
+        if isinstance(file, Path) and file.parent == folder:
+            opened[file.name] += 1
+        return real(file, *rest, **options)
+
+    monkeypatch.setattr(Image, "open", counted)
+    made = med_moe.export(
+        tiny_checkpoint(), tmp_path / "out", precision="fp32", calibrate_on=str(folder), samples=12
+    )
+    assert made.verification is not None
+    assert set(opened) == {f"{index}.png" for index in range(12)}
+    assert set(opened.values()) == {1}

@@ -1,14 +1,19 @@
 """The names that `import medmoe_edge` promises."""
 
-from typing import get_type_hints
-
 import pytest
 
 import medmoe_edge
 
+NAMES = [
+    *("Answer", "CalibrateOptions", "Engine", "EvaluateOptions", "ExportOptions", "Image"),
+    *("MedMoEError", "ModalityEngine", "VerifyOptions", "__version__", "calibrate", "evaluate"),
+    *("export_model", "load", "train", "verify"),
+]
+
 
 def test_all_is_pinned() -> None:
-    assert sorted(medmoe_edge.__all__) == ["Answer", "Engine", "__version__", "load"]
+    assert sorted(medmoe_edge.__all__) == sorted(NAMES)
+    assert dir(medmoe_edge) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", medmoe_edge.__all__)
@@ -16,9 +21,9 @@ def test_every_name_resolves(name: str) -> None:
     assert getattr(medmoe_edge, name) is not None
 
 
-def test_the_engine_is_what_load_returns() -> None:
-    assert get_type_hints(medmoe_edge.load)["return"] is medmoe_edge.Engine
+def test_the_engines_are_those_of_the_families() -> None:
     assert medmoe_edge.Engine.__module__ == "medmoe_edge.engine.engine"
+    assert medmoe_edge.ModalityEngine.__module__ == "medmoe_edge.contrastive.engine"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

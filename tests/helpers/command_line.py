@@ -12,7 +12,7 @@ import pytest
 from typer.testing import Result
 
 from medmoe_edge.engine.answer import Answer, Timings
-from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.loading import Image, load_image
 from medmoe_edge.prompt import check_question
 
 ROOT = Path(__file__).parents[2]
@@ -40,11 +40,14 @@ class FakeEngine:
     proven = None
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Path, list[str], dict[str, object]]] = []
+        self.asked: list[tuple[Path | Image, list[str], dict[str, object]]] = []
 
-    def ask_all(self, image: Path, questions: Sequence[str], **options: Any) -> list[Answer]:
+    def ask_all(
+        self, image: Path | Image, questions: Sequence[str], **options: Any
+    ) -> list[Answer]:
         self.asked.append((image, list(questions), options))
-        load_image(image, frame=options.get("frame"))
+        if not isinstance(image, Image):
+            load_image(image, frame=options.get("frame"))
         return [answer_to(check_question(question)) for question in questions]
 
     def modality(self, image: Path) -> str | None:

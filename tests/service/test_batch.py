@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 from pyarrow import parquet
 
 import medmoe_edge
-from medmoe_edge.bedside.batch import parquet as batch_parquet
+from medmoe_edge.bedside.batch import results as batch_results
 from medmoe_edge.bedside.batch import run as batch_asking
 from medmoe_edge.bedside.batch.inputs import Journal, journal_path, read_items
 from medmoe_edge.bedside.batch.run import BatchReport, Recipe, run_batch
@@ -269,7 +269,7 @@ def test_a_full_disk_costs_no_answer(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_parquet, "atomic_file", full)
+        patch.setattr(batch_results, "atomic_file", full)
         with pytest.raises(ResourceError, match="No space left"):
             go(scans, questions)
     engine.asked.clear()

@@ -425,7 +425,7 @@ def test_a_peer_that_cannot_be_measured_is_a_result(
         monkeypatch.setattr(measurement, "available", lambda: 10**6)
         short = compare(peer("torch-fp32"), materials, SHAPE, 1)
         assert short.state == "not enough memory"
-        assert short.why.endswith("0.0 GB are free.")
+        assert short.why.endswith("1.0 MB are free.")
         assert compare(peer("torch-fp32", bytes=0.1), materials, SHAPE, 1).state == "failed"
 
 

@@ -33,6 +33,7 @@ from medmoe_edge.calibration.data import (
     Sample,
     Skipped,
     folder_samples,
+    modality_of_folders,
     read_calibration,
 )
 from medmoe_edge.errors import DataError, InputError, MissingDependencyError
@@ -495,3 +496,42 @@ def test_further_draws_bring_only_new_samples(
     allowed = {name.lower() for name in modalities}
     rest = data.draw(1000, modalities=modalities, exclude=seen)
     assert set(rest) == {s for s in data.samples if s.modality in allowed} - set(seen)
+
+
+# --- who says the modality ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("folders", "modality"),
+    [
+        (["ct"], "ct"),
+        (["CT scans", "patient 7"], "ct"),
+        (["chest_xray"], "xray"),
+        (["X-Ray"], "xray"),
+        (["x-ray chest", "normal"], "xray"),
+        (["brain-MR"], "mri"),
+        (["mri", "ct"], "ct"),  # the innermost
+        (["ct_and_mri"], None),  # which?
+        (["direct"], None),  # no word of it is ct
+        (["endoscopy"], "endoscopy"),  # of the model
+        ([], None),
+    ],
+)
+def test_a_folder_says_its_modality(folders: list[str], modality: str | None) -> None:
+    assert modality_of_folders(folders, ("endoscopy",)) == modality
+
+
+def test_dicom_goes_before_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "ct").mkdir()
+    write_png(tmp_path / "ct" / "a.png")
+    write_dicom(tmp_path / "ct" / "b.dcm", "MR")
+    write_png(tmp_path / "c.png")
+    data = read_calibration(tmp_path)
+    told = {s.image.name: (s.modality, s.labelled_by) for s in data.samples if s.modality}
+    assert told == {"a.png": ("ct", "folder"), "b.dcm": ("mri", "dicom")}
+    unknown = data.unlabelled(5)
+    assert [sample.image.name for sample in unknown] == ["c.png"]
+    data.label({unknown[0].picture: "xray"})
+    named = {(s.image.name, s.labelled_by) for s in data.samples if s.modality == "xray"}
+    assert named == {("c.png", "router")}
+    assert {sample.modality for sample in data.draw(3)} == {"ct", "mri", "xray"}

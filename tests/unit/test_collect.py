@@ -84,6 +84,7 @@ def run(checkpoint: Checkpoint, samples: list[Sample], work: Path, **options: An
         ("tiny", {"top_k": 2, "use_residual": True}),
         ("tiny-phi", {"top_k": 2}),
         ("tiny-phi", {"dense": True}),
+        ("tiny-qwen", {}),
     ],
 )
 def test_it_sees_what_a_plain_forward_sees(

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PhiConfig, PhiForCausalLM, StableLmConfig, StableLmForCausalLM
+from transformers import (
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from medmoe_edge.config import DecoderConfig, ModelConfig
 from medmoe_edge.models.decoder import KVCache, Phi, StableLm, causal_mask
@@ -59,18 +66,20 @@ def reference_of(kind: str, fraction: float) -> nn.Module:
                 hidden_dropout=0.0,
             )
         )
+    if kind == "qwen":  # Qwen2 is Qwen with q, k and v apart and no bound on its positions
+        return Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, rms_norm_eps=1e-5))
     return PhiForCausalLM(PhiConfig(**sizes, hidden_act="gelu_new", resid_pdrop=0.0))
 
 
 def their_name(name: str, kind: str) -> str:
     if name == "head.weight":
         return "lm_head.weight"
-    parts = COMMON_NAMES | (STABLELM_NAMES if kind == "stablelm" else PHI_NAMES)
+    parts = COMMON_NAMES | (PHI_NAMES if kind == "phi" else STABLELM_NAMES)
     return "model." + ".".join(parts.get(part, part) for part in name.split("."))
 
 
 @pytest.fixture(
-    params=[("stablelm", 0.25), ("stablelm", 0.5), ("phi", 0.4), ("phi", 0.5)],
+    params=[("stablelm", 0.25), ("stablelm", 0.5), ("phi", 0.4), ("phi", 0.5), ("qwen", 1.0)],
     ids=lambda param: f"{param[0]}-{param[1]}",
 )
 def pair(request: pytest.FixtureRequest) -> Pair:
@@ -82,7 +91,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
         nn.init.normal_(parameter, 0.3 if parameter.ndim == 1 else 0.0, 0.3)
     if kind == "phi":  # Med-MoE's head has no bias
         nn.init.zeros_(theirs.get_parameter("lm_head.bias"))
-    decoders: dict[str, type[StableLm | Phi]] = {"stablelm": StableLm, "phi": Phi}
+    decoders: dict[str, type[StableLm | Phi]] = {"stablelm": StableLm, "phi": Phi, "qwen": StableLm}
     ours = decoders[kind](config_of(kind, fraction)).eval()
     copied = theirs.state_dict()
     ours.load_state_dict({name: copied.pop(their_name(name, kind)) for name in ours.state_dict()})

@@ -26,19 +26,12 @@ from medmoe_edge.device.doctor import (
     needed_cuda,
     requirements,
 )
-from medmoe_edge.device.hardware import (
-    Gpu,
-    Gpus,
-    Jetson,
-    ask_power_mode,
-    find_gpus,
-    find_jetson,
-    too_old,
-)
+from medmoe_edge.device.hardware import Gpu, Gpus, find_gpus, too_old
+from medmoe_edge.export.jetson import Jetson, ask_power_mode
 from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 
 ROOT = Path(__file__).parents[2]
-RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: x\n"
+ORIN = Jetson("Jetson AGX Orin", "39.2", "MAXN", "7.2.2", "11.4.1")
 RTX = Gpu("NVIDIA GeForce RTX 4090", 24 * 10**9, "8.9")
 GPUS = Gpus("580.65.06", (13, 0), (RTX,))
 MACHINE = Machine(
@@ -198,15 +191,6 @@ def test_a_driver_that_is_too_old() -> None:
     assert too_old(GPUS, {"a": 13, "b": 12}) == []
 
 
-def test_jetson() -> None:
-    model = "NVIDIA Jetson AGX Orin Developer Kit\0"
-    found = find_jetson(model, RELEASE, lambda: "MAXN")
-    assert found == Jetson("NVIDIA Jetson AGX Orin Developer Kit", "36.4.3", "MAXN")
-    assert find_jetson(None, "gibberish", lambda: None) == Jetson("Jetson", None, None)
-    assert find_jetson("Raspberry Pi 5\0", None, lambda: "never asked") is None
-    assert find_jetson(None, None, lambda: "never asked") is None
-
-
 @pytest.mark.parametrize(
     ("output", "mode"), [("NV Power Mode: 15W\n0\n", "15W"), ("no such thing", None)]
 )
@@ -271,14 +255,23 @@ def test_problems_end_with_an_error() -> None:
         (changed(gpus=GPUS), ORT, {}, "hint", "not used by ONNX Runtime"),
         (changed(driver_loaded=True), ORT, {}, "hint", "cannot be asked"),
         (
-            *(changed(jetson=Jetson("Orin", "36.4.3", "15W")), ORT, {}),
+            *(changed(jetson=dataclasses.replace(ORIN, power_mode="15W")), ORT, {}),
             *("hint", "The power mode 15W limits the clocks."),
         ),
         (
-            changed(jetson=Jetson("Orin", "36.4.3", "MAXN_SUPER")),
+            changed(jetson=ORIN),
             *(ORT, {"onnxruntime_ep_nv_tensorrt_rtx_cu13": "0.5"}),
             *("warning", "does not run on a Jetson"),
         ),
+        (
+            *(changed(jetson=dataclasses.replace(ORIN, jetpack="6.2")), ORT, {"tensorrt": "10"}),
+            *("warning", "JetPack 6.2 does not run one"),
+        ),
+        (
+            *(changed(jetson=dataclasses.replace(ORIN, jetpack="5.1")), ORT, {}),
+            *("warning", "JetPack 5.1: not supported."),
+        ),
+        (changed(jetson=Jetson("Orin", None, None)), ORT, {}, "hint", "does not say which JetPack"),
         (changed(features={"AVX2": False}), ORT, {}, "warning", "no AVX2: answers are exact, but"),
         (changed(features={"dotprod": False}), ORT, {}, "hint", "no dotprod: int8 is exact"),
         (
@@ -303,8 +296,7 @@ def test_what_does_not_meet(
     [
         (changed(gpus=GPUS), CUDA, {"onnxruntime_gpu": "1.0"}),
         (changed(driver_loaded=True), ORT, {"nvidia_ml_py": "13"}),
-        (changed(jetson=Jetson("Orin", "36.4.3", "MAXN")), ORT, {"tensorrt": "11"}),
-        (changed(jetson=Jetson("Orin", None, None)), ORT, {}),
+        (changed(jetson=ORIN), ORT, {"tensorrt": "11"}),
         (changed(features={}), ORT, {}),
         (changed(features={"i8mm": False, "dotprod": True}), ORT, {}),
     ],
@@ -313,15 +305,28 @@ def test_what_meets(machine: Machine, ort: Ort, packages: dict[str, str]) -> Non
     assert told(machine, ort, **packages) == []
 
 
+def test_the_fastest_mode_is_that_of_the_board() -> None:
+    for mode, remedy in ((2, "sudo nvpmodel -m 2"), (None, "nvpmodel -p --verbose")):
+        slow = dataclasses.replace(ORIN, power_mode="15W", fastest_mode=mode)
+        (finding,) = diagnose(changed(jetson=slow), ORT, versions()).findings
+        assert finding.remedy.endswith(remedy)
+
+
 def test_facts_name_the_devices() -> None:
     def facts(machine: Machine) -> dict[str, str]:
         return dict(diagnose(machine, CUDA, versions()).facts)
 
     gpu = facts(changed(gpus=GPUS))
-    assert gpu["GPU"] == "NVIDIA GeForce RTX 4090, 24.0 GB, compute capability 8.9"
+    assert gpu["GPU"] == "NVIDIA GeForce RTX 4090, 24.00 GB, compute capability 8.9"
     assert gpu["  driver"] == "580.65.06, CUDA 13.0"
-    jetson = facts(changed(jetson=Jetson("Orin Nano", "36.4.3", "15W")))
-    assert (jetson["Jetson"], jetson["  L4T"]) == ("Orin Nano", "36.4.3, power mode 15W")
+    jetson = facts(changed(jetson=ORIN))
+    assert jetson["Jetson"] == "Jetson AGX Orin"
+    assert jetson["  software"] == "JetPack 7.2.2, L4T 39.2, TensorRT 11.4.1, power mode MAXN"
+    assert jetson["  best path"].startswith("JetPack 7.2.2: on the GPU with TensorRT")
+    told = diagnose(changed(jetson=ORIN), ORT, versions()).to_json()["jetson_path"]
+    assert told["target"] == "tensorrt"
+    assert any("--gpu orin" in command for command in told["commands"])
+    assert diagnose(MACHINE, ORT, versions()).to_json()["jetson_path"] is None
     assert "GPU" not in jetson
     assert facts(MACHINE)["GPU"] == "none found"
     assert facts(MACHINE)["  int8"] == "exact, with AVX2"

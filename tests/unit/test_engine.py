@@ -190,7 +190,7 @@ def test_an_answer_ends_at_the_end_token_or_the_limit(
 
     def scripted(embeds: Any, cache: Any) -> Any:
         logits = np.full(320, -1e4, np.float32)
-        logits[[script.pop(0), 319]] = 0.0
+        logits[[script.pop(0), 299]] = 0.0
         return step(embeds, cache)._replace(logits=logits)
 
     monkeypatch.setattr(engine.runtime, "step", scripted)

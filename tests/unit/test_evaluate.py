@@ -1,19 +1,30 @@
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from medmoe_edge.data.datasets import AnswerType, Example, LabelledImage
+from medmoe_edge.data.datasets import AnswerType, Example, LabelledImage, read_examples
 from medmoe_edge.errors import DataError, ResourceError
-from medmoe_edge.evaluation.evaluate import Prediction, evaluate, evaluate_labels, save_predictions
+from medmoe_edge.evaluation.evaluate import (
+    Prediction,
+    evaluate,
+    evaluate_blind,
+    evaluate_labels,
+    sample_examples,
+    save_predictions,
+)
+from medmoe_edge.evaluation.predictions import score_predictions
+from medmoe_edge.image.pixels import Image
 
 
 @dataclass
 class FakeAnswer:
     text: str
     modality: str | None
+    confidence: float | None = 0.75
+    complete: bool = True
 
 
 class FakeEngine:
@@ -26,7 +37,14 @@ class FakeEngine:
         self.modalities = modalities
         self.asked: list[tuple[str, list[str]]] = []
 
-    def ask_all(self, image: Path, questions: Sequence[str]) -> list[FakeAnswer]:
+    def ask_all(
+        self, image: Path | Image, questions: Sequence[str], *, max_new_tokens: int
+    ) -> list[FakeAnswer]:
+        assert max_new_tokens == 32
+        if isinstance(image, Image):  # the black picture
+            assert int(image.pixels.max()) == 0
+            self.asked.append(("black", list(questions)))
+            return [FakeAnswer("No", None) for _ in questions]
         self.asked.append((image.name, list(questions)))
         return [FakeAnswer(self.answers[q], self.modalities[image.name]) for q in questions]
 
@@ -121,7 +139,11 @@ def test_json_is_plain_and_repeatable() -> None:
     figures = evaluate(engine, EXAMPLES).to_json()
     text = json.dumps(figures)
     assert text == json.dumps(evaluate(engine, EXAMPLES).to_json())
-    assert set(figures) == {"overall", "open", "closed", "by_source", "by_modality", "router"}
+    papers = {"open_recall", "official_open_recall", "official_closed_accuracy"}
+    assert set(figures) == {
+        *("overall", "open", "closed", "by_source", "by_modality", "router"),
+        *("reliability", "cut_off", *papers),
+    }
     assert figures["by_source"]["vqa_rad"]["closed"] is None
     assert json.loads(text)["by_source"]["slake"]["overall"]["n"] == 3
 
@@ -162,10 +184,156 @@ def test_no_label_with_an_expert() -> None:
 
 def test_predictions_are_saved_whole(tmp_path: Path) -> None:
     file = tmp_path / "predictions.jsonl"
-    save_predictions([Prediction("1", "q", "löwer\nlobe", True, 0.5)], file)
+    save_predictions([Prediction("1", "q", "löwer\nlobe", True, 0.5, 0.5, "x", "OPEN")], file)
     assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [
-        {"id": "1", "question": "q", "prediction": "löwer\nlobe", "correct": True, "score": 0.5}
+        {
+            **{"id": "1", "question": "q", "prediction": "löwer\nlobe", "correct": True},
+            **{"score": 0.5, "official_score": 0.5, "reference": "x", "answer_type": "OPEN"},
+            **{"confidence": None, "modality": None, "modality_found": None, "complete": True},
+        }
     ]
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(ResourceError, match="cannot be written"):
         save_predictions([], file / "inside.jsonl")
+
+
+# --- figures of the papers, and without looking -------------------------------------------------
+
+
+def test_repeated_words_pay_in_the_official_figure_alone() -> None:
+    """Counted by hand: 3 of the prediction's words are met, 1 of the reference's is missing."""
+    engine = FakeEngine({"q1": "left left left"}, {"a": "ct"})
+    found = evaluate(engine, [example(1, "a", "left lung")])
+    assert (found.open_recall, found.official_open_recall) == (0.5, 0.75)
+    assert found.official_closed_accuracy is None
+
+
+def test_the_black_picture_is_asked_each_question_once() -> None:
+    engine = FakeEngine(ANSWERS, MODALITIES)
+    twice = [*EXAMPLES, replace(EXAMPLES[1], id="again", image=Path("d"))]
+    found = evaluate_blind(engine, twice)
+    assert engine.asked == [("black", ["q1", "q2", "q3", "q4", "q5"])]
+    assert found.closed is not None
+    assert found.closed.accuracy == pytest.approx(2 / 3)  # "no" was right twice, "Yes" is not met
+    assert found.open is not None
+    assert found.open.accuracy == 0.0
+
+
+def test_reliability() -> None:
+    found = evaluate(FakeEngine(ANSWERS, MODALITIES), EXAMPLES).reliability
+    assert found is not None
+    assert (found.n, found.ece) == (5, pytest.approx(0.75 - 2 / 5))
+    assert found.risk_coverage[-1] == (1.0, pytest.approx(3 / 5))
+
+
+def test_a_sample_is_drawn_by_its_seed() -> None:
+    many = [example(number, "a", "x") for number in range(100)]
+    first = sample_examples(many, 10, seed=0)
+    assert first == sample_examples(many, 10, seed=0) != sample_examples(many, 10, seed=1)
+    assert [many.index(one) for one in first] == sorted(many.index(one) for one in first)
+    assert sample_examples(many, None, 0) == sample_examples(many, 100, 0) == many
+
+
+# --- answers in a file --------------------------------------------------------------------------
+
+
+def official_item(identity: object, question: str, answer: str, kind: str) -> dict[str, object]:
+    """In the form of the published VQA-RAD list, its misspelt key included."""
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {
+        **{"id": identity, "image": f"synpic{identity}.jpg", "answer_type": kind},
+        "conversatons": turns,
+    }
+
+
+OFFICIAL = [
+    official_item(10, "Is there an aneurysm?", "Yes", "CLOSED"),
+    official_item(12, "Where is the mass?", "in the left upper lobe", "OPEN"),
+    official_item(13, "Is it axial?", "no ", "CLOSED"),  # a space, as the published file has some
+    official_item(19, "Which organ?", "Liver.", "OPEN"),
+]
+SAID = {10: "Yes, there is one.", 12: "left, left of the left lung", 13: "no", 19: "the liver"}
+
+
+def official_files(folder: Path, said: dict[int, str]) -> tuple[Path, Path]:
+    answers, test = folder / "answers.jsonl", folder / "test.json"
+    test.write_text(json.dumps(OFFICIAL))
+    answers.write_text(
+        "".join(
+            json.dumps(
+                {
+                    **{"question_id": identity, "prompt": "?", "text": text},
+                    **{"answer_id": "x", "model_id": "m", "metadata": {}},
+                }
+            )
+            + "\n"
+            for identity, text in said.items()
+        )
+    )
+    return answers, test
+
+
+def test_answers_in_the_official_form(tmp_path: Path) -> None:
+    found = score_predictions(*official_files(tmp_path, SAID))
+    # By hand, of question 12: "left" three times is met; in, upper and lobe are missing: 3/6.
+    assert found.official_open_recall == pytest.approx((3 / 6 + 1) / 2)
+    assert found.open_recall == pytest.approx((1 / 4 + 1) / 2)
+    assert found.official_closed_accuracy == 0.5  # "no " is not in "no"
+    assert found.closed is not None
+    assert found.closed.accuracy == 1.0
+    assert found.reliability is None
+    in_another_order = dict(reversed(SAID.items()))
+    assert score_predictions(*official_files(tmp_path, in_another_order)) == found
+
+
+def test_our_own_answers_are_scored_again(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    lines = [
+        {"image": one.image.name, "question": one.question, "answer": one.answer}
+        | {"id": one.id, "answer_type": one.answer_type, "modality": one.modality}
+        | {"source": one.source}
+        for one in EXAMPLES
+    ]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    engine = FakeEngine(ANSWERS, MODALITIES)
+    asked = evaluate(engine, read_examples(questions))
+    save_predictions(asked.predictions, tmp_path / "out.jsonl")
+    again = score_predictions(tmp_path / "out.jsonl", questions)
+    assert again.predictions == asked.predictions
+    assert again.reliability == asked.reliability
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ({10: "Yes"}, "of 4 questions and 1 answers, 3 are not answered (such as '12')"),
+        (SAID | {77: "no"}, "1 are not asked (such as '77')"),
+        ({key + 1: text for key, text in SAID.items()}, "3 are not asked"),
+    ],
+)
+def test_answers_to_other_questions_are_refused(
+    tmp_path: Path, said: dict[int, str], what: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        score_predictions(*official_files(tmp_path, said))
+    assert what in caught.value.what
+    assert "references" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '{"question_id": 10}',
+        '{"id": "10"}',
+        '{"id": "10", "prediction": "x", "confidence": 2}',
+        '{"id": "10", "prediction": "x", "confidence": NaN}',
+        '{"id": "10", "prediction": "x", "complete": 1}',
+        "",
+    ],
+)
+def test_a_bad_file_of_answers(tmp_path: Path, line: str) -> None:
+    answers, test = official_files(tmp_path, SAID)
+    answers.write_text(line)
+    with pytest.raises(DataError, match=r"answers\.jsonl"):
+        score_predictions(answers, test)

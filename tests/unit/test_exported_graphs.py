@@ -41,6 +41,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("tiny-phi", {"top_k": 2, "router_bias": False}),
     ("tiny", {"dense": True}),
     ("tiny-phi", {"dense": True}),
+    ("tiny-qwen", {}),
 ]
 
 

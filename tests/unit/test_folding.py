@@ -28,6 +28,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("tiny-phi", {"meta_expert": False, "router_bias": False}),
     ("tiny-phi", {"top_k": 2, "use_residual": True}),
     ("tiny-phi", {"dense": True}),
+    ("tiny-qwen", {}),
 ]
 
 
@@ -103,7 +104,7 @@ def test_every_site_but_behind_gelu_has_one_fold_point(
         }
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-phi"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-phi", "tiny-qwen"])
 def test_the_graph_gets_the_factors_on_the_right_axes(tiny_checkpoint: Make, preset: str) -> None:
     checkpoint = read_checkpoint(tiny_checkpoint(preset))
     scales = random_scales(checkpoint)

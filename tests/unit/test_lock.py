@@ -1,9 +1,14 @@
 """The lock holds one hashed release of all that the package, its tests and torch need."""
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections import defaultdict
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -128,6 +133,36 @@ def test_the_oldest_onnx_runtime_is_that_of_the_project() -> None:
         Requirement(line) for line in PROJECT["dependencies"] if line.startswith("onnxruntime")
     )
     assert str(required.specifier) == ">=" + ".".join(map(str, OLDEST_ONNXRUNTIME))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("absent-1.0-cp27-none-win32.whl", b"locked", "No matching distribution found"),
+        ("absent-1.0-py3-none-any.whl", b"another", "DO NOT MATCH THE HASHES"),
+    ],
+    ids=["no file for this platform", "another file"],
+)
+def test_what_pip_says_of_a_lock_it_cannot_satisfy_is_explained(
+    tmp_path: Path, file: str, content: bytes, said: str
+) -> None:
+    pip = [sys.executable, "-m", "pip"] if find_spec("pip") else [shutil.which("pip") or ""]
+    if not pip[0]:
+        pytest.skip("needs pip")
+    (tmp_path / file).write_bytes(content)
+    lock = tmp_path / "lock.txt"
+    lock.write_text(f"absent==1.0 --hash=sha256:{sha256(b'locked').hexdigest()}")
+    offline = ["--isolated", "--no-index", "--find-links", str(tmp_path), "--no-deps"]
+    done = subprocess.run(
+        [*pip, "download", *offline, "--requirement", str(lock), "--dest", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert said in " ".join((ROOT / "CONTRIBUTING.md").read_text("utf-8").split())
+    assert "[CONTRIBUTING.md](CONTRIBUTING.md)" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_everybody_installs_the_lock() -> None:

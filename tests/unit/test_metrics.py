@@ -7,9 +7,13 @@ from hypothesis import strategies as st
 
 from medmoe_edge.evaluation.metrics import (
     bootstrap_interval,
+    calibration_error,
     closed_correct,
     exact_match,
     normalise,
+    official_closed_correct,
+    official_recall,
+    risk_coverage,
     token_recall,
 )
 
@@ -85,6 +89,9 @@ def test_closed_correct_is_the_official_rule() -> None:
     assert closed_correct("normal", "No")  # its known leniency
     assert not closed_correct("yes", "no")
     assert not closed_correct("anything", "")
+    assert closed_correct("no", "no ")
+    assert not official_closed_correct("no", "no ")
+    assert official_closed_correct("anything", "")
 
 
 @pytest.mark.parametrize(
@@ -127,3 +134,36 @@ def test_bootstrap_draws_whole_images() -> None:
     # Ten questions that always agree are worth one: the interval is sqrt(10) times wider.
     assert (high - low) / (apart_high - apart_low) == pytest.approx(np.sqrt(10), rel=0.15)
     assert bootstrap_interval([1.0, 0.0], ["same", "same"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "recall"),
+    [
+        ("the left lung", "Left Lung", 1.0),
+        ("left left left", "left lung", 3 / 4),  # the prediction's repetitions pay
+        ("lung", "left left lung", 1 / 3),  # a missing word counts as often as it is wanted
+        ("left", "left left", 1.0),
+        ("", "left", 0.0),
+        ("the", "the", 0.0),  # no word is left
+        ("dont", "don't", 1.0),
+        ("couldntve", "couldn't've", 0.0),  # not in the official list, other than in ours
+        ("Im", "i'm", 0.0),
+        ("somebody'd", "somebodyd", 1.0),
+        ("a." * 32 + "b.", "b", 0.0),  # no full stop is removed after the 32nd
+        ("a. " * 31 + "b.", "b", 1.0),
+    ],
+)
+def test_official_recall(prediction: str, reference: str, recall: float) -> None:
+    assert official_recall(prediction, reference) == pytest.approx(recall)
+
+
+def test_calibration_error_by_hand() -> None:
+    assert calibration_error([0.85, 0.85, 0.25, 1.0], [1, 0, 0, 1]) == pytest.approx(
+        (2 * abs(0.85 - 0.5) + 0.25 + 0) / 4
+    )
+    assert calibration_error([0.7] * 10, [1] * 7 + [0] * 3) == pytest.approx(0.0)
+
+
+def test_risk_falls_where_confidence_means_something() -> None:
+    curve = risk_coverage([0.9, 0.1, 0.8, 0.2], [1, 0, 1, 0], steps=4)
+    assert curve == ((0.25, 0.0), (0.5, 0.0), (0.75, pytest.approx(1 / 3)), (1.0, 0.5))

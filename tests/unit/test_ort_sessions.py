@@ -80,6 +80,11 @@ def test_no_thread_outlives_the_opening(tiny_bundle: Make) -> None:
         assert not thread.is_alive()
 
 
+def test_kernels_that_scale_each_token_alone_are_off() -> None:
+    """Arm's for SME; tests/arithmetic/emulate.sh runs the op on such a processor."""
+    assert session_options().get_session_config_entry("mlas.disable_kleidiai") == "1"
+
+
 def test_one_of_many_spins_no_longer_than_between_two_operators() -> None:
     options = one_of_many(session_options())
     assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "100"

@@ -12,7 +12,7 @@ from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.initialise import WEIGHT_STD, initialise, random_tensors
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-phi", "nano"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-phi", "tiny-qwen", "nano"])
 def test_a_preset_becomes_a_checkpoint_of_its_configuration(tmp_path: Path, preset: str) -> None:
     initialise(preset, tmp_path / "out")
     checkpoint = read_checkpoint(tmp_path / "out")

@@ -11,9 +11,10 @@ from medmoe_edge.bundle.bundle import DEFAULT_GATES, NOTICE, Bundle
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
+from medmoe_edge.evaluation.gates import outcome_of
 from medmoe_edge.evaluation.metrics import Accuracy, Answers, Divergence, Routing, Vision
 from medmoe_edge.evaluation.plots import coverage_plot, errors_plot
-from medmoe_edge.evaluation.record import AnswersRecord, Source
+from medmoe_edge.evaluation.record import PASSED, AnswersRecord, Source
 from medmoe_edge.evaluation.report import render_report, write_report
 from medmoe_edge.evaluation.verify import Verification, judge
 from medmoe_edge.presets import PRESETS
@@ -84,7 +85,7 @@ def verification(
 ) -> Verification:
     results = judge(figures, DEFAULT_GATES["int8"]) if figures else []
     record = figures and AnswersRecord(
-        passed=all(result.passed for result in results),
+        passed=PASSED[outcome_of(results)],
         when="2026-01-01T00:00:00+00:00",
         checkpoint_sha256="c" * 64,
         data=Source("vqa_val.jsonl", "d" * 64),
@@ -131,9 +132,9 @@ def test_a_full_page() -> None:
     ]
     assert page.tags.count("svg") == 4
     assert page.loaded == []
-    for shown in (NOTICE, "Passed", "99.33%", "at least 99.00%", "within chance", "50k", "nf4"):
+    for shown in (NOTICE, "Not decided", "99.33%", "at least 99.00%", "not decided", "50k", "nf4"):
         assert shown in text, shown
-    assert "missed by no more than chance explains: 1" in text
+    assert "Gates that so few cannot decide: 2" in text
     assert "300 questions about 20 images of vqa_val.jsonl" in text
     assert "data-free" in text
     assert text.count("Expert that was short") == text.count("Accuracy is exact match.") == 1

@@ -27,8 +27,9 @@ from medmoe_edge.runtimes.torch.eager import EagerRuntime
 from medmoe_edge.training.initialise import random_tensors
 
 Make = Callable[..., Path]
-KINDS = ["clip", "efficientnet-lite"]
-UNREAD = {"clip": ("vision.layers.1.", "vision.post_norm."), "efficientnet-lite": ()}
+KINDS = ["clip", "siglip", "efficientnet-lite"]
+BEHIND = ("vision.layers.1.", "vision.post_norm.")
+UNREAD = {"clip": BEHIND, "siglip": BEHIND, "efficientnet-lite": ()}
 TRACE = vision._trace
 
 
@@ -65,6 +66,7 @@ def towers(
     write_checkpoint(folder, config, tensors)
     return {
         "clip": read_checkpoint(tiny_checkpoint()),
+        "siglip": read_checkpoint(tiny_checkpoint("tiny-qwen")),
         "efficientnet-lite": read_checkpoint(folder),
     }
 

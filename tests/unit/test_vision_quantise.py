@@ -59,7 +59,7 @@ def checkpoint(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) 
         (name, tensor if "norm" in name else tensor * 4)
         for name, tensor in random_tensors(config, 0)
     )
-    write_checkpoint(folder, config, tensors, tokenizer_file=tiny.tokenizer_path())
+    write_checkpoint(folder, config, tensors, tokenizer_file=tiny.tokenizer_file)
     return read_checkpoint(folder)
 
 

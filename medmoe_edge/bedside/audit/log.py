@@ -39,7 +39,7 @@ import platformdirs
 from filelock import FileLock
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.errors import DataError, InputError, ResourceError
+from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
 
 GENESIS = "0" * 64
 MAX_LINE = 2**20  # bytes; a question has at most 10,000 characters
@@ -123,10 +123,7 @@ def verify_log(path: Path, head: str | None = None) -> AuditReport:
         with path.open("rb") as file:
             return _follow(file, head)
     except OSError as error:
-        raise InputError(
-            f"The audit log cannot be read: {(error.strerror or 'unknown reason').lower()}.",
-            "Check the path and its permissions.",
-        ) from error
+        raise InputError(*unreadable(f"The audit log {path}", error)) from error
 
 
 def _follow(file: IO[bytes], head: str | None) -> AuditReport:

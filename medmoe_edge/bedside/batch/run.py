@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from medmoe_edge._types import Progress
 from medmoe_edge.bedside.batch.inputs import Item, Journal, Row, fingerprint, read_items
-from medmoe_edge.bedside.batch.parquet import write_results
+from medmoe_edge.bedside.batch.results import check_format, write_results
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.embedded import EMBEDDED
 from medmoe_edge.engine.answer import Answer
@@ -161,9 +161,9 @@ def run_batch(
     force: bool = False,
     progress: Progress = lambda *_: None,
 ) -> BatchReport:
-    """Ask all questions about all images, and write the answers to a parquet file.
+    """Ask all questions about all images, and write the answers to a Parquet or a CSV file.
 
-    `batch_inputs` says what the inputs may be, `batch_parquet` what is written. `recipe` is how to
+    `inputs` says what the inputs may be, `results` what is written. `recipe` is how to
     ask (by default nano), `answering` where: in this process, or `batch_ray.OnRay`. Interrupted at
     any moment, the same call goes on; `force` replaces an output that exists, and a journal of
     another job. Raises `InputError` for inputs, questions or an output that cannot be used, the
@@ -174,6 +174,7 @@ def run_batch(
     recipe = recipe or Recipe()
     if output.exists() and not force:
         raise InputError(f"{output} exists already.", "Choose another name, or pass force.")
+    check_format(output)
     items = read_items(inputs, None if questions is None else Path(questions), besides=(output,))
     answering = answering or Here(recipe)
     model = answering.begin(dict.fromkeys(each for item in items for each in item.questions))

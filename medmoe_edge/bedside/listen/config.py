@@ -33,7 +33,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import InputError, unreadable
 
 Document = Literal[
     "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5"
@@ -152,10 +152,7 @@ def load_configuration(path: Path) -> Configuration:
         text = path.read_text("utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        raise InputError(
-            f"The configuration cannot be read: {(error.strerror or 'unknown reason').lower()}.",
-            "Check the path and its permissions.",
-        ) from error
+        raise InputError(*unreadable(f"The configuration {path}", error)) from error
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"The configuration is not {'JSON' if path.suffix == '.json' else 'TOML'}.",

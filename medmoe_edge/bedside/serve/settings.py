@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import InputError, unreadable
 from medmoe_edge.image.pixels import MAX_PIXELS
 from medmoe_edge.image.worker import Bounds
 
@@ -105,6 +105,9 @@ class Settings:
         """Raise `InputError` unless the certificate and the key can be used together."""
         if self.certificate is None:
             return
+        for file in (self.certificate, self.key):
+            if file is not None and not file.exists():
+                raise InputError(f"{file} does not exist.", "Check the path.")
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self.certificate, self.key, password=_no_password)
@@ -128,9 +131,7 @@ def read_tokens(path: Path) -> dict[str, str]:
             status = os.fstat(file.fileno())
             text = file.read(MAX_TOKENS).decode("ascii", errors="replace")
     except OSError as error:
-        raise InputError(
-            f"The token file cannot be read ({error.strerror}).", "Check its path and its owner."
-        ) from error
+        raise InputError(*unreadable(f"The token file {path}", error)) from error
     if os.name == "posix" and (stat.S_IMODE(status.st_mode) & 0o077):
         raise InputError(
             "Others than its owner may use the token file.",

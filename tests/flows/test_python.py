@@ -1,0 +1,170 @@
+"""The library as people write it: engines that end, threads, several images, functions."""
+
+import asyncio
+import io
+import json
+import pydoc
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+from test_engine import random_image, told
+
+import medmoe_edge
+from medmoe_edge.engine.engine import Engine
+from medmoe_edge.errors import InputError, MedMoEError, ModelError
+
+Make = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Make) -> Engine:
+    found: Engine = medmoe_edge.load(tiny_bundle("fp32"))
+    return found
+
+
+def test_load_gives_the_engine_of_the_family() -> None:
+    with medmoe_edge.load("modality-nano") as engine:
+        found = engine.classify(ROOT / "scan.png", ["chest x-ray", "brain mri"])
+    assert next(iter(found.scores)) == "chest x-ray"
+    with pytest.raises(InputError, match="memory_budget does not go with"):
+        medmoe_edge.load("modality-nano", memory_budget="50%")  # type: ignore[call-overload]
+    with pytest.raises(ModelError, match=r"no model folder"):
+        medmoe_edge.load("no-such-model")
+
+
+def test_an_engine_ends(tiny_bundle: Make) -> None:
+    with medmoe_edge.load(tiny_bundle("fp32")) as engine:
+        assert repr(engine) == "<Engine tiny, onnxruntime, verification not measured>"
+        engine.ask(random_image(), "Is it?", max_new_tokens=1)
+    engine.close()
+    assert repr(engine) == "<Engine tiny, closed, verification not measured>"
+    with pytest.raises(InputError, match="closed"):
+        engine.ask(random_image(), "Is it?")
+    with pytest.raises(InputError, match="closed"):
+        engine.modality(random_image())
+
+
+def test_every_form_of_a_picture_has_one_answer(engine: Engine, tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (20, 24), np.uint8)
+    path = tmp_path / "scan.png"
+    Pillow.fromarray(grey).save(path)
+    forms = [path, path.read_bytes(), io.BytesIO(path.read_bytes()), Pillow.open(path), grey]
+    answers = [told(engine.ask(form, "Where?", max_new_tokens=4)) for form in forms]
+    stated = engine.ask(grey / 255, "Where?", max_new_tokens=4, value_range=(0, 1))
+    assert all(answer == answers[0] for answer in [*answers, told(stated)])
+
+
+def test_several_images(engine: Engine) -> None:
+    images, questions = [random_image(seed) for seed in range(3)], ["Is it?", "Where?"]
+    found = engine.ask_images(images, questions, max_new_tokens=2)
+    expected = [engine.ask_all(image, questions, max_new_tokens=2) for image in images]
+    assert [[told(a) for a in each] for each in found] == [[told(a) for a in e] for e in expected]
+    with pytest.raises(InputError, match=r"^Image 2: .* is no image"):
+        engine.ask_images([images[0], 3], questions, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (lambda e: e.ask_all(random_image(), "Is it?"), "questions is one text, and a list is"),
+        (lambda e: e.ask_images("scan.png", ["Is it?"]), "images is one image, and a list is"),
+        (lambda e: e.ask_images([random_image()], "Is it?"), "questions is one text"),
+        (lambda e: e.ask(random_image(), ["Is it?"]), "question is not one text"),
+        (lambda e: next(e.ask_stream(random_image(), "Is it?")), "questions is one text"),
+    ],
+)
+def test_one_where_many_are_meant(engine: Engine, call: Callable[[Any], Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        call(engine)
+
+
+def test_threads_wait_for_each_other(engine: Engine) -> None:
+    """Eight threads, four pictures each: the answers are those of one thread."""
+    images = [random_image(seed) for seed in range(4)]
+    expected = [told(engine.ask(image, "Where?", max_new_tokens=3)) for image in images]
+    found: dict[int, list[Any]] = {}
+
+    def ask(number: int) -> None:
+        found[number] = [told(engine.ask(image, "Where?", max_new_tokens=3)) for image in images]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[number] for number in range(8)] == [expected] * 8
+
+
+def test_a_stream_keeps_its_turn(engine: Engine) -> None:
+    stream = engine.ask_stream(random_image(), ["Where?"], max_new_tokens=3)
+    next(stream)
+    with pytest.raises(InputError, match="is being streamed by this thread"):
+        engine.ask(random_image(), "Is it?")
+    waiting = threading.Thread(target=engine.ask, args=(random_image(), "Is it?"))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    stream.close()  # type: ignore[attr-defined]
+    waiting.join(30)
+    assert not waiting.is_alive()
+
+
+def test_asked_from_an_event_loop(engine: Engine) -> None:
+    async def ask() -> list[Any]:
+        asked = [engine.ask_async(random_image(n), "Where?", max_new_tokens=2) for n in range(3)]
+        return list(await asyncio.gather(*asked))
+
+    expected = [engine.ask(random_image(n), "Where?", max_new_tokens=2) for n in range(3)]
+    assert list(map(told, asyncio.run(ask()))) == list(map(told, expected))
+
+
+def test_help_shows_what_matters() -> None:
+    text = pydoc.render_doc(medmoe_edge, renderer=pydoc.plaintext)
+    for name in set(medmoe_edge.__all__) - {"__version__"}:
+        assert name in text
+    assert 'load("nano")' in text
+    for function in ("calibrate", "export_model", "verify", "evaluate", "train", "load"):
+        told_of = getattr(medmoe_edge, function).__doc__
+        assert all(part in told_of for part in ("Args:", "Returns:", "Raises:")), function
+
+
+def test_importing_loads_neither_torch_nor_onnx_runtime() -> None:
+    code = (
+        "import sys, medmoe_edge; first = set(sys.modules)\n"
+        "medmoe_edge.load; medmoe_edge.export_model; medmoe_edge.ExportOptions\n"
+        "print('onnxruntime' in first, 'numpy' in first, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False", "False"]
+
+
+def test_from_a_checkpoint_to_figures(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    """What the verbs do, Python does."""
+    for number in range(3):
+        Pillow.fromarray(random_image(number).pixels).save(tmp_path / f"{number}.png")
+    lines = [
+        {"image": f"{n}.png", "question": "Is it?", "answer": "no", "modality": "ct"}
+        for n in range(3)
+    ]
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    checkpoint = tiny_checkpoint()
+    chosen = medmoe_edge.CalibrateOptions(str(data), samples=2)
+    found = medmoe_edge.calibrate(checkpoint, tmp_path / "stats", chosen)
+    assert found.statistics.samples == {"ct": 2}
+    options = medmoe_edge.ExportOptions("int4", stats=tmp_path / "stats")
+    made = medmoe_edge.export_model(checkpoint, tmp_path / "bundle", options)
+    assert medmoe_edge.verify(made.bundle).outcome == "not measured"
+    scored = medmoe_edge.evaluate(made.bundle, medmoe_edge.EvaluateOptions(data, blind=True))
+    assert scored.to_json()["blind"]["overall"]["n"] == 3
+    with pytest.raises(MedMoEError, match="needs no calibration"):
+        medmoe_edge.calibrate("modality-nano", tmp_path / "s", chosen)
