@@ -112,7 +112,9 @@ def test_from_downloads_to_an_answer(run: Run, tmp_path: Path) -> None:
     shown = run("train", "--watch", "run")
     assert "Finished." in shown.stdout
 
-    scores = do("eval", "run/checkpoint", "--data", "DATA", "--labels", "DATA/labels.jsonl")
+    held_out = ("--data", "DATA", "--labels", "DATA/labels.jsonl")
+    scores = do("eval", "run/checkpoint", *held_out, "--blind")
+    assert scores["blind"]["overall"]["accuracy"] < scores["overall"]["accuracy"]
     assert scores["router"]["accuracy"] > 0.9
     assert scores["labels"]["accuracy"] > 0.9
     assert scores["labels"]["images"] == 24

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from medmoe_edge.data import download as downloads
+from medmoe_edge.data import prepare as downloads
 from medmoe_edge.data.datasets import read_examples
 from medmoe_edge.data.prepare import Dataset, prepare
 from medmoe_edge.errors import DataError, InputError, MissingDependencyError, ResourceError

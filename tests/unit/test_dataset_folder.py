@@ -13,8 +13,7 @@ from listen_process import study
 from PIL import Image as Pillow
 
 from medmoe_edge.data.datasets import read_examples, read_labels
-from medmoe_edge.data.folder import split_evenly
-from medmoe_edge.data.labelling import LabelOptions, add_labels
+from medmoe_edge.data.folder import LabelOptions, add_labels, split_evenly
 from medmoe_edge.data.prepare import add_questions, prepare
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.image.loading import dicom_origin
