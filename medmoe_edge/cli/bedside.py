@@ -115,10 +115,17 @@ def serve(
     render.show("Stopped; all that was accepted is answered.", stderr=True)
 
 
-<<<<<<< HEAD
-node = typer.Typer(invoke_without_command=True)
+def _run_as_service() -> None:
+    """Have lines of the log say when, and files be nobody else's, whatever the umask was."""
+    os.umask(0o077)
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+    for handler in logging.getLogger("medmoe_edge").handlers:
+        handler.setFormatter(form)
+
+
+commands = typer.Typer(invoke_without_command=True)
 app.add_typer(
-    node,
+    commands,
     name="listen",
     rich_help_panel="Deploy",
     epilog="Example: medmoe-edge listen --config listen.toml",
@@ -130,18 +137,7 @@ Keys = Annotated[
 ]
 
 
-@node.callback()
-=======
-def _run_as_service() -> None:
-    """Have lines of the log say when, and files be nobody else's, whatever the umask was."""
-    os.umask(0o077)
-    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
-    for handler in logging.getLogger("medmoe_edge").handlers:
-        handler.setFormatter(form)
-
-
-@verb("listen", "Deploy", "listen --config listen.toml")
->>>>>>> main
+@commands.callback()
 def listen(
     context: typer.Context,
     config: Annotated[
@@ -212,7 +208,7 @@ def _desk(config: Path) -> "Iterator[tuple[Desk, Configuration]]":
         desk.close()
 
 
-@node.command("status", epilog="Example: medmoe-edge listen status --config listen.toml")
+@commands.command("status", epilog="Example: medmoe-edge listen status --config listen.toml")
 def node_status(config: Config, as_json: Json = False) -> None:
     """Tell what waits, what was answered, what failed, what was not asked and why."""
     with _desk(config) as (desk, configuration):
@@ -230,7 +226,7 @@ def node_status(config: Config, as_json: Json = False) -> None:
     render.show_table("", ["", ""], rows)
 
 
-@node.command("show", epilog="Example: medmoe-edge listen show 3f2a91 --config listen.toml")
+@commands.command("show", epilog="Example: medmoe-edge listen show 3f2a91 --config listen.toml")
 def node_show(
     config: Config,
     series: Annotated[
@@ -260,7 +256,7 @@ def node_show(
     render.show_table("", names, table)
 
 
-@node.command("retry", epilog="Example: medmoe-edge listen retry --config listen.toml")
+@commands.command("retry", epilog="Example: medmoe-edge listen retry --config listen.toml")
 def node_retry(config: Config, series: Keys = None, as_json: Json = False) -> None:
     """Have series that were given up answered again: those named, or all."""
     with _desk(config) as (desk, _):
@@ -268,7 +264,7 @@ def node_retry(config: Config, series: Keys = None, as_json: Json = False) -> No
     _tell_count(as_json, "tried_again", count, "series wait again")
 
 
-@node.command("requeue", epilog="Example: medmoe-edge listen requeue 3f2a91 --config listen.toml")
+@commands.command("requeue", epilog="Example: medmoe-edge listen requeue 3f2a91 --config listen.toml")
 def node_requeue(
     config: Config,
     series: Annotated[

@@ -37,12 +37,8 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-<<<<<<< HEAD
 from medmoe_edge.bedside.listen.header import body_parts
-from medmoe_edge.errors import InputError
-=======
 from medmoe_edge.errors import InputError, unreadable
->>>>>>> main
 
 Document = Literal[
     "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5"
