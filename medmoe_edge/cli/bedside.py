@@ -344,6 +344,9 @@ def batch(
         int | None,
         typer.Option(min=1, help="Engines on the cluster.", show_default="one a machine"),
     ] = None,
+    audit_log: Annotated[
+        Path | None, typer.Option("--audit", metavar="FILE", help="Log every answer here.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -358,12 +361,18 @@ def batch(
     from medmoe_edge.bedside.batch.run import Recipe, run_batch
 
     recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens)
+    audit = None
+    if audit_log is not None:
+        with needs("serve"):
+            from medmoe_edge.bedside.audit.log import AuditLog
+        audit = AuditLog(audit_log)
     try:
         with render.working("Loading") as progress, _where(ray, recipe, workers) as answering:
             report = run_batch(
                 *(inputs, output, questions),
                 recipe=recipe,
                 answering=answering,
+                audit=audit,
                 force=force,
                 progress=progress,
             )
