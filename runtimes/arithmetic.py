@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.machine import Arithmetic, cpu_features_here
-from medmoe_edge.bundle.weights import int8_products
+from medmoe_edge.bundle.recorded import int8_products
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.errors import Notice
 

@@ -37,9 +37,8 @@ from medmoe_edge.errors import (
     Notice,
 )
 from medmoe_edge.image.inputs import ImageLike, as_image
-from medmoe_edge.image.labels import unlike_label
 from medmoe_edge.image.loading import preprocess, seen_square
-from medmoe_edge.image.pixels import Image
+from medmoe_edge.image.pixels import Image, unlike_label
 from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
 RuntimeName = Literal["auto", "onnxruntime", "torch"]

@@ -42,8 +42,16 @@ from medmoe_edge.runtimes.ort.sessions import (
     one_of_many,
     session_options,
 )
-from medmoe_edge.runtimes.paging.expert_file import Check, ExpertFile, Extent
-from medmoe_edge.runtimes.paging.pager import Budget, Counts, Expert, ExpertPager, PagedExperts
+from medmoe_edge.runtimes.paging.pager import (
+    Budget,
+    Check,
+    Counts,
+    Expert,
+    ExpertFile,
+    ExpertPager,
+    Extent,
+    PagedExperts,
+)
 from medmoe_edge.runtimes.paging.prediction import Ahead, RequestRouting, budget_bytes
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
 from medmoe_edge.runtimes.slots.slots import CpuMemory, DeviceMemory, Kind, SlotPools, Table

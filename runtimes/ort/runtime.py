@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.weights import check_scales
+from medmoe_edge.bundle.recorded import check_scales
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.runtimes.arithmetic import load_notices
 from medmoe_edge.runtimes.base import Cache, CacheArray, EmbeddingTable, Step, check_room, in_parts
