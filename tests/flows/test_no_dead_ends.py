@@ -84,6 +84,11 @@ def test_what_cannot_be_is_refused_at_once(run: Run, line: list[str], what: str)
     assert time.perf_counter() - started < 10  # a second, on a machine that is not shared
 
 
+def test_no_model_is_loaded_for_a_missing_picture(run: Run, loaded: list[tuple[str, str]]) -> None:
+    assert run("ask", "gone.png", "Is it?").exit_code == 2
+    assert loaded == []
+
+
 # --- files --------------------------------------------------------------------------------------
 
 MISSING = [
