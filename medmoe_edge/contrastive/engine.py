@@ -138,8 +138,8 @@ def load_modality(
 class ModalityEngine(OneAtATime):
     """A loaded MedMoE, that classifies and locates.
 
-    Images and `value_range` are what `Engine.ask` takes. Threads, `with`, `close`, `proven` and `verification` are as
-    of an `Engine`.
+    Images and `value_range` are what `Engine.ask` takes. Threads, `with`, `close`, `proven` and
+    `verification` are as of an `Engine`.
     """
 
     def __init__(
