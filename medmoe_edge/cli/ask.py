@@ -266,7 +266,8 @@ def ask(
     """Answer questions about one image."""
     from medmoe_edge.engine.engine import load
     from medmoe_edge.image.inputs import as_image
-    from medmoe_edge.image.pixels import Image
+    from medmoe_edge.image.loading import check_file
+    from medmoe_edge.image.pixels import Image, shown_name
 
     if explain:
         _check_explanation(explain, image, len(questions), force)
@@ -275,6 +276,8 @@ def ask(
         if explain and show.resolve() == explain.resolve():
             raise InputError("--show and --explain name one file.", "Give each its own.")
     piped = _standard_input() if str(image) == STANDARD_INPUT else None
+    if piped is None:  # before a model is loaded, which may take a minute
+        check_file(image, shown_name(image))
     with render.working("Answering"):
         engine = load(
             model,
