@@ -1,5 +1,4 @@
-"""What every reader shares: a file's kind by its first bytes, its picture, and what it is said to
-show.
+"""What every reader shares: a file's kind by its first bytes, its picture, and its labels.
 
 Labels are in the models' words: there is one mapping from DICOM's Modality (PS3.3 C.7.3.1.1.1, with
 the retired values that old archives still hold) and storage classes (PS3.4 annex B) to the

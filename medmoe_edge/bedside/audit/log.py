@@ -1,9 +1,7 @@
 """The audit log: who asked which model what, and what it answered; written, verified and sent on.
 
 It holds no pixels, no names of files and nothing of a DICOM header: the input is named by its
-SHA-256. Several threads and processes may write one log. The format is below.
-
-What a line of the audit log is, and whether a log is whole.
+SHA-256. Several threads and processes may write one log.
 
 Each line is one JSON object in canonical form (sorted keys, no spaces, ASCII):
 
@@ -19,8 +17,14 @@ stand alone, and before what they record.
 
 A changed, missing or moved line breaks the chain. Nothing in it is secret: who can write the file
 can also write a whole new one, or cut off its end. Against that the head (the last line's hash) is
-kept in a second place, the user's state folder, where `verify_log` looks for it; or keep it on
-another machine (`ship.py`) and give it to `verify_log`.
+kept in a second place, the user's state folder, where `verify_log` looks for it; or `ship` the log
+to another machine, and give `verify_log` the head.
+
+Messages to a collector are those of RFC 5424 with the log's line as their text, in the frames of
+RFC 5425 (syslog over TLS). What was sent is remembered beside the log, in `LOG.shipped`, so that
+the next run goes on behind it. Syslog confirms nothing: a line counts as sent once the connection
+has taken it, and a connection that breaks loses what was still under way. The lines carry numbers
+and a chain of hashes, so the collector sees what is missing.
 """
 
 import contextlib
