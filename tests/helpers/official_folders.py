@@ -53,9 +53,9 @@ class Deepspeed(nn.Module):
 
     def __init__(self, experts: Sequence[nn.Module], bias: bool) -> None:
         super().__init__()
-        self.gate = nn.Module()
+        self.gate: Any = nn.Module()
         self.gate.wg = nn.Linear(SIZE, len(experts), bias=bias)
-        self.experts = nn.Module()
+        self.experts: Any = nn.Module()
         self.experts.deepspeed_experts = nn.ModuleList(experts)
 
 
@@ -272,7 +272,9 @@ class Official:
         for members in groups.values():
             tails = embed(torch.tensor([after[index] for index in members]))
             x = torch.cat((head.expand(len(members), -1, -1), tails), 1)
-            chosen, gaps, cache = [], [], None
+            chosen: list[Tensor] = []
+            gaps: list[Tensor] = []
+            cache = None
             for _ in range(limit):
                 step = self.decoder(inputs_embeds=x, cache=cache, use_cache=True)
                 logits, cache = step.logits[:, -1, self.known], step.cache
