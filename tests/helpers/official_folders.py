@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 SAID = torch.arange(300, 400, 10)  # tokens
-ROTARY = {"partial_rotary_factor": 0.5}
+ROTARY: dict[str, Any] = {"partial_rotary_factor": 0.5}
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -110,7 +110,7 @@ def decoder_of(kind: str, rows: int = ROWS) -> Any:
     if kind == "phi":
         return PhiForCausalLM(PhiConfig(**sizes, **ROTARY, hidden_act="gelu_new", resid_pdrop=0.0))
     if kind == "qwen":
-        return Qwen2ForCausalLM(Qwen2Config(**sizes, rms_norm_eps=1e-6, rope_theta=10000.0))
+        return Qwen2ForCausalLM(Qwen2Config(**sizes, rms_norm_eps=1e-6))
     return StableLmForCausalLM(
         StableLmConfig(**sizes, **ROTARY, use_qkv_bias=True, hidden_dropout=0.0)
     )

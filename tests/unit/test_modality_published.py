@@ -50,7 +50,8 @@ class Expert(nn.Module):
             for conv, scale in zip(self.proj_convs, scales, strict=True)
         ]
         together = torch.stack(parts, 2)  # [B, P, scales, D]
-        return (together * self.attn_proj(together).softmax(2)).sum(2)
+        fused: Tensor = (together * self.attn_proj(together).softmax(2)).sum(2)
+        return fused
 
 
 class Experts(nn.Module):
@@ -107,7 +108,7 @@ class Reference(nn.Module):
         parts = torch.stack([expert(scales) for expert in inner.moe.experts], 1)
         mixed = (parts * shares[..., None, None]).sum(1)  # [B, P, D]
         regions = adaptive_avg_pool1d(mixed.transpose(1, 2), 256)
-        return regions.unflatten(2, (16, 16)), pooled, shares
+        return regions.view(len(regions), -1, 16, 16), pooled, shares
 
     @torch.no_grad()
     def text(self, ids: list[int], tokens: list[str]) -> tuple[Tensor, Tensor]:
