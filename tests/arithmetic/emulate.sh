@@ -3,7 +3,9 @@
 #
 #   tests/arithmetic/emulate.sh                   all of them (half an hour on two cores)
 #   tests/arithmetic/emulate.sh Nehalem Haswell   some
+#   tests/arithmetic/emulate.sh --all Nehalem     with every other test of numbers (an hour)
 #
+# On x86 it also runs those of tests/unit that compute with ONNX Runtime, in this process: $also.
 # arm-sme is an Arm processor with matrix instructions (as Apple's from M4 on).
 # Needs qemu-user (Debian's package) and, for x86, an environment that has the extra `test`: the Python
 # in $PYTHON, else `python`. For ARM it fetches, into build/arm64, an arm64 Python by apt (on Debian, no
@@ -15,6 +17,9 @@ cd "$(dirname "$0")/../.."
 unset OPENBLAS_CORETYPE # NumPy's BLAS, too, is to go by the emulated processor
 x86=(Nehalem Haswell EPYC-Milan)
 arm=(cortex-a72 cortex-a76 neoverse-v1 arm-sme)
+also=(ort_matmul ort_moe ort_qkv pair_bound)
+all=(agreement engine fidelity folding gptq half_graph mixed modality_engine ort_paged prefill
+    prefix_cache quantise_pass quick rounding smooth stored verification vision_quantise)
 python=${PYTHON:-python}
 arm64=$PWD/build/arm64
 
@@ -26,12 +31,14 @@ arithmetic() {
     esac
 }
 
-tests() { # a command that starts Python
-    "$@" -m pytest tests/arithmetic -q -p no:cacheprovider -p no:xdist -o timeout=1800 \
+tests() { # a command that starts Python; of the files $files
+    "$@" -m pytest "${files[@]}" -q -p no:cacheprovider -p no:xdist -o timeout=1800 \
         2> >(grep -v "TCG doesn't support requested feature" >&2)
 }
 
 on_x86() {
+    local name files=(tests/arithmetic)
+    for name in "${also[@]}"; do files+=("tests/unit/test_$name.py"); done
     PYTHONPATH=$PWD tests qemu-x86_64 -cpu "$1" "$(command -v "$python")"
 }
 
@@ -74,7 +81,7 @@ cpuinfo() {
 }
 
 on_arm() {
-    local cpu=$1
+    local cpu=$1 files=(tests/arithmetic)
     fetch_arm64
     cpuinfo "$cpu" > "$arm64/root/proc/cpuinfo"
     local all=max,pauth-impdef=on,sve-default-vector-length=32 # all features, Neoverse V1's vectors
@@ -87,6 +94,7 @@ on_arm() {
 }
 
 failed=()
+[ "${1:-}" = --all ] && shift && also+=("${all[@]}")
 [ $# -gt 0 ] || set -- "${x86[@]}" "${arm[@]}"
 for cpu; do
     echo "== $cpu"

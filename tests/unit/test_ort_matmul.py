@@ -73,7 +73,10 @@ def test_quantised_products_are_fused_also_in_branches(
     assert all(value.uses() for value in fused.graph.initializers.values())
     assert fused.graph.opset_imports[CONTRIB] == 1
     assert lower_matmul(fused) == (fused, False)
-    assert 0 < relative(run_ort(fused, x=x), run_ort(quantised(), x=x)) < 0.03
+    difference = relative(run_ort(fused, x=x), run_ort(quantised(), x=x))
+    assert difference < 0.03
+    if op == "DynamicQuantizeMatMul":  # the other reads fp32 activations, without AVX2 or dotprod
+        assert difference > 0
 
 
 def test_a_weight_that_is_also_used_otherwise_stays() -> None:
