@@ -179,7 +179,7 @@ def _with_generation(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
 
 def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The stored tensors that are read, one for each of ours; see `checkpoint.keys`."""
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for key, tensor in headers.items():
         if is_unread(key):
             continue

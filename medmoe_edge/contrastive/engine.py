@@ -247,7 +247,8 @@ class ModalityEngine(OneAtATime):
 
     def _similarity(self, features: ImageFeatures, texts: TextFeatures) -> Floats:
         """Of one image, `[T]`."""
-        return similarity(features, texts, as_published=self.config.as_published)[0]
+        found: Floats = similarity(features, texts, as_published=self.config.as_published)[0]
+        return found
 
     def embed_image(self, image: ImageLike, *, frame: int | None = None) -> Floats:
         """The image's unit vector `[D]`."""
