@@ -9,7 +9,7 @@ not the end of the process.
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -97,6 +97,28 @@ class Paged(Protocol):
 
     def paging(self) -> dict[str, Any]:
         """What that was like since the last report or the image, plain JSON values."""
+
+
+def greedy(
+    step: Step, take: Callable[[int], Step], *, limit: int, ends: Collection[int]
+) -> Iterator[tuple[int, Step]]:
+    """Decode greedily: every token is the most likely one.
+
+    Args:
+        step: What the first token is chosen from.
+        take: Runs a token's step.
+        limit: How many tokens at most, an end token included.
+        ends: The tokens after which there is none.
+
+    Yields:
+        Each token, an end token included, and the step that it was chosen from.
+    """
+    for left in range(limit, 0, -1):
+        token = int(step.logits.argmax())
+        yield token, step
+        if token in ends or left == 1:
+            return
+        step = take(token)
 
 
 def check_room(cache: Cache, positions: int) -> None:

@@ -45,7 +45,7 @@ from medmoe_edge.evaluation.evaluate import (
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import chosen_experts
+from medmoe_edge.runtimes.base import chosen_experts, greedy
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 from medmoe_edge.training.data import Batches
 from medmoe_edge.training.loop import Session
@@ -328,8 +328,10 @@ def _answer(engine: Engine, pixels: Floats, question: str) -> tuple[float, float
     image = runtime.encode_image(pixels)
     embeds = np.concatenate((runtime.embed(prefix), image, runtime.embed(ids)))
     cache = runtime.new_cache(len(embeds) + TOKENS)
-    logits = runtime.step(embeds, cache).logits
+    step = runtime.step(embeds, cache)
     first = time.perf_counter()
-    for _ in range(TOKENS):
-        logits = runtime.step(runtime.embed([int(logits.argmax())]), cache).logits
+    for _ in greedy(
+        step, lambda token: runtime.step(runtime.embed([token]), cache), limit=TOKENS + 1, ends=()
+    ):
+        pass
     return first - started, (time.perf_counter() - first) / TOKENS

@@ -18,7 +18,7 @@ from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Runtime
+from medmoe_edge.runtimes.base import Runtime, greedy
 
 QUESTION = "Is there evidence of a pleural effusion?"
 NEW_TOKENS = 8
@@ -59,8 +59,10 @@ class RuntimeBackend:
         cache = run.new_cache(shape.prompt + shape.new)
         step = run.step(np.concatenate((run.embed(before), image, run.embed(after))), cache)
         clock.lap("prefill")
-        for _ in range(shape.new - 1):  # the prefill gave the first
-            step = run.step(run.embed([int(step.logits.argmax())]), cache)
+        for _ in greedy(
+            step, lambda token: run.step(run.embed([token]), cache), limit=shape.new, ends=()
+        ):
+            pass
         clock.lap("decode")
         cache.length = shape.prefix + shape.image
         run.step(run.embed(after), cache)

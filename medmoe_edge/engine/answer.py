@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import Notice
@@ -64,6 +64,26 @@ def timings(
         tokens=tokens,
         prefix_reused=reused or not first,
     )
+
+
+class Piece(str):
+    """A piece of an answer's text that knows its token.
+
+    Attributes:
+        chosen: The token's text and its natural log-probability.
+        likely: The same of the most likely tokens at its place, the most likely first.
+    """
+
+    chosen: tuple[str, float]
+    likely: Sequence[tuple[str, float]]
+
+    def __new__(
+        cls, text: str, chosen: tuple[str, float], likely: Sequence[tuple[str, float]]
+    ) -> Self:
+        """A text with these."""
+        piece = super().__new__(cls, text)
+        piece.chosen, piece.likely = chosen, likely
+        return piece
 
 
 @dataclasses.dataclass(frozen=True)

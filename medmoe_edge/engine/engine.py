@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.engine.answer import Answer, Clock, timings
+from medmoe_edge.engine.answer import Answer, Clock, Piece, timings
 from medmoe_edge.engine.loading import (
     REFERENCE,
     Device,
@@ -28,7 +28,7 @@ from medmoe_edge.image.labels import unlike_label
 from medmoe_edge.image.loading import preprocess, seen_picture
 from medmoe_edge.image.pixels import Pixels
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step, Warns, chosen_experts
+from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step, Warns, chosen_experts, greedy
 from medmoe_edge.runtimes.paging.pager import Budget
 
 Counts = npt.NDArray[np.int64]
@@ -258,6 +258,7 @@ class Engine(OneAtATime):
         max_new_tokens: int = MAX_NEW_TOKENS,
         frame: int | None = None,
         value_range: Range | None = None,
+        alternatives: int | None = None,
     ) -> Iterator[str | Answer]:
         """Answer several questions, telling each answer while it is made.
 
@@ -270,6 +271,8 @@ class Engine(OneAtATime):
             max_new_tokens: The longest answer to each, in tokens.
             frame: As of `ask`.
             value_range: As of `ask`.
+            alternatives: Tell each token with its log-probability, and so many of the most likely
+                ones at its place: every piece of a token is then a `Piece`.
 
         Yields:
             For each question in turn, pieces of the answer's text, one for each token, some of them
@@ -290,7 +293,11 @@ class Engine(OneAtATime):
             room = max((len(question) for question in ids), default=0) + max_new_tokens
             prefix = self._prefill(image, frame, room, value_range)
             for index, (question, tokens) in enumerate(zip(questions, ids, strict=True)):
-                yield from self._answer(question, tokens, prefix, max_new_tokens, first=index == 0)
+                yield from self._answer(
+                    *(question, tokens, prefix, max_new_tokens),
+                    first=index == 0,
+                    alternatives=alternatives,
+                )
 
     def seen(
         self,
@@ -384,31 +391,47 @@ class Engine(OneAtATime):
         return prefix
 
     def _answer(
-        self, question: str, ids: list[int], prefix: Prefix, limit: int, first: bool
+        self,
+        question: str,
+        ids: list[int],
+        prefix: Prefix,
+        limit: int,
+        *,
+        first: bool,
+        alternatives: int | None,
     ) -> Iterator[str | Answer]:
         clock = Clock()
         cache = prefix.cache
         cache.length = prefix.length  # forget the question before
-        step = self._step(self.runtime.embed(ids), cache)
-        experts = prefix.experts + self._chosen(step)
+        first_step = self._step(self.runtime.embed(ids), cache)
         clock.lap("question")
+        experts = prefix.experts
         answer: list[int] = []
         told = ""
         log_probability = 0.0
         complete = False
-        while len(answer) < limit:
-            token, probability = _most_likely(step.logits)
-            log_probability += probability
-            complete = token in self.config.decoder.end_tokens
+        ends = self.config.decoder.end_tokens
+        decoding = greedy(
+            first_step,
+            lambda token: self._step(self.runtime.embed([token]), cache),
+            limit=limit,
+            ends=ends,
+        )
+        for token, step in decoding:
+            experts = experts + self._chosen(step)
+            likely = _log_probabilities(step.logits, token, alternatives or 0)
+            log_probability += likely[0][1]
+            complete = token in ends
             if complete:
                 break
             answer.append(token)
             piece = self._untold(answer, told)
             told += piece
-            yield piece
-            if len(answer) < limit:
-                step = self._step(self.runtime.embed([token]), cache)
-                experts = experts + self._chosen(step)
+            if alternatives is None:
+                yield piece
+            else:
+                texts = [(self.tokenizer.decode([each]), value) for each, value in likely]
+                yield Piece(piece, texts[0], texts[1:])
         clock.lap("decode")
         text = self.tokenizer.decode(answer)
         yield text.removeprefix(told)
@@ -480,8 +503,9 @@ class Engine(OneAtATime):
         return {name: int(count) / total for name, count in zip(names, counts, strict=True)}
 
 
-def _most_likely(logits: Floats) -> tuple[int, float]:
-    """The most likely token and its log-probability."""
-    token = int(logits.argmax())
-    shifted = logits.astype(np.float64) - float(logits[token])
-    return token, -math.log(np.exp(shifted).sum())
+def _log_probabilities(logits: Floats, chosen: int, count: int) -> list[tuple[int, float]]:
+    """The chosen token, then the `count` most likely ones, each with its log-probability."""
+    shifted = logits.astype(np.float64) - float(logits[chosen])
+    total = math.log(np.exp(shifted).sum())
+    best = np.argsort(-shifted, kind="stable")[:count] if count else ()
+    return [(chosen, -total), *((int(each), float(shifted[each]) - total) for each in best)]

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from medmoe_edge.evaluation.metrics import (
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Runtime, Step, chosen_experts
+from medmoe_edge.runtimes.base import Cache, Runtime, Step, chosen_experts, greedy
 
 
 @dataclass(frozen=True)
@@ -89,50 +90,47 @@ class Reader:
 
     def answer(self, view: View, question: list[int]) -> Reply:
         """Decode greedily."""
-        logits, router_logits = self._ask(view, question)
-        tokens, rows = self._greedy(logits, view.cache, self.limit)
-        return Reply(tokens, np.stack(rows), router_logits)
+        step = self._ask(view, question)
+        tokens, rows = self._greedy(step, view.cache, self.limit)
+        return Reply(tokens, np.stack(rows), step.router_logits)
 
     def follow(self, view: View, question: list[int], answer: Sequence[int]) -> Reply:
         """Be led along `answer` `[P]`, whatever the model itself would have said.
 
         The logits are those along `answer`; the tokens are the model's own greedy answer.
         """
-        logits, router_logits = self._ask(view, question)
-        rows = [logits, *(self._next(token, view.cache) for token in answer[:-1])]
+        first = self._ask(view, question)
+        steps = [first, *(self._next(token, view.cache) for token in answer[:-1])]
         own = tuple(answer)
-        for place, (token, row) in enumerate(zip(answer, rows, strict=True)):
-            if row.argmax() != token:  # from here on it goes its own way
+        for place, (token, step) in enumerate(zip(answer, steps, strict=True)):
+            if step.logits.argmax() != token:  # from here on it goes its own way
                 view.cache.length = view.length + len(question) + place
-                own = own[:place] + self._greedy(row, view.cache, self.limit - place)[0]
+                own = own[:place] + self._greedy(step, view.cache, self.limit - place)[0]
                 break
-        return Reply(own, np.stack(rows), router_logits)
+        return Reply(own, np.stack([step.logits for step in steps]), first.router_logits)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that tokens spell."""
         end = self.runtime.config.decoder.end_tokens
         return self.tokenizer.decode([token for token in tokens if token not in end])
 
-    def _ask(self, view: View, question: list[int]) -> tuple[Floats, Floats]:
+    def _ask(self, view: View, question: list[int]) -> Step:
         view.cache.length = view.length  # forget the question before
-        step = self.runtime.step(self.runtime.embed(question), view.cache)
-        return self._logits(step), self._checked(step.router_logits)
+        return self._step(question, view.cache)
 
-    def _greedy(
-        self, logits: Floats, cache: Cache, limit: int
-    ) -> tuple[tuple[int, ...], list[Floats]]:
-        tokens, rows = [int(logits.argmax())], [logits]
-        while tokens[-1] not in self.runtime.config.decoder.end_tokens and len(tokens) < limit:
-            rows.append(self._next(tokens[-1], cache))
-            tokens.append(int(rows[-1].argmax()))
-        return tuple(tokens), rows
+    def _greedy(self, step: Step, cache: Cache, limit: int) -> tuple[tuple[int, ...], list[Floats]]:
+        ends = self.runtime.config.decoder.end_tokens
+        decoded = list(greedy(step, partial(self._next, cache=cache), limit=limit, ends=ends))
+        return tuple(token for token, _ in decoded), [step.logits for _, step in decoded]
 
-    def _next(self, token: int, cache: Cache) -> Floats:
-        return self._logits(self.runtime.step(self.runtime.embed([token]), cache))
+    def _next(self, token: int, cache: Cache) -> Step:
+        return self._step([token], cache)
 
-    def _logits(self, step: Step) -> Floats:
-        """As `Engine` chooses from them."""
-        return self.tokenizer.only_tokens(self._checked(step.logits))
+    def _step(self, ids: list[int], cache: Cache) -> Step:
+        """A step with logits as `Engine` chooses from them."""
+        step = self.runtime.step(self.runtime.embed(ids), cache)
+        logits = self.tokenizer.only_tokens(self._checked(step.logits))
+        return Step(logits, self._checked(step.router_logits))
 
     def _checked(self, values: Floats) -> Floats:
         if np.isfinite(values).all():

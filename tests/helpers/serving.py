@@ -19,7 +19,7 @@ from medmoe_edge.bedside.serve.server import Server, create_app, listening, url_
 from medmoe_edge.bedside.serve.settings import Limits, Settings
 from medmoe_edge.bedside.serve.work import Metrics, RequestSlots, Work
 from medmoe_edge.contrastive.features import Classification, Location, Reading
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, Piece
 from medmoe_edge.engine.loading import Proven
 from medmoe_edge.image.pixels import Image, Pixels
 from medmoe_edge.prompt import check_question
@@ -53,14 +53,20 @@ class StandIn:
         return image.pixels[:1, :1]
 
     def ask_stream(
-        self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+        self,
+        image: Image,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        alternatives: int | None = None,
     ) -> Iterator[str | Answer]:
         self.images.append(image.pixels.shape)
         for question in map(check_question, questions):
             try:
                 for word in WORDS[:max_new_tokens]:
                     self.told += 1
-                    yield word
+                    likely = [(word, -0.1), ("!", -2.5)][: alternatives or 0]
+                    yield word if alternatives is None else Piece(word, (word, -0.1), likely)
                     self.begun.set()
                     assert self.may_go_on.wait(20)
                     if self.error:

@@ -145,6 +145,17 @@ def test_an_answer_ends_before_a_stop_word(
         assert found.choices[0].finish_reason == reason
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_told_with_their_probabilities(client: openai.OpenAI, stream: bool) -> None:
+    found = ask(client, about(URL), logprobs=True, top_logprobs=2, stop=" is", stream=stream)
+    choices = [choice for chunk in found for choice in chunk.choices] if stream else found.choices
+    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+    assert [token.token for token in tokens] == ["No", " effusion", " is"]
+    assert tokens[0].logprob == -0.1
+    assert [each.token for each in tokens[0].top_logprobs] == ["No", "!"]
+    assert tokens[1].bytes == list(b" effusion")
+
+
 def test_several_answers_are_the_same(client: openai.OpenAI) -> None:
     first, second = ask(client, about(URL), n=2).choices
     assert (first.index, second.index) == (0, 1)
@@ -220,7 +231,7 @@ def test_the_client_lists_models(client: openai.OpenAI) -> None:
         ([about(URL)], {"model": "gpt-4o"}, openai.NotFoundError, "model_not_found"),
         ([about(URL)], {"n": 99}, openai.UnprocessableEntityError, "invalid_request"),
         ([about(URL)], {"tools": [TOOL]}, openai.BadRequestError, "unsupported_parameter"),
-        ([about(URL)], {"logprobs": True}, openai.BadRequestError, "unsupported_parameter"),
+        ([about(URL)], {"logit_bias": {"1": 9}}, openai.BadRequestError, "unsupported_parameter"),
         ([about(URL)], {"extra_body": {"X": 1}}, openai.BadRequestError, "unsupported_parameter"),
         (
             [about(URL)],

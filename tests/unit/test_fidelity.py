@@ -115,7 +115,11 @@ def test_progress_counts_images(recording: Recording, tiny_bundle: Make) -> None
 
 
 def whole(runtime: Runtime, words: Tokenizer, example: Example, answer: list[int]) -> list[Step]:
-    """The steps over prefix, question and each answer token, without any reuse of the prefix."""
+    """The steps over prefix, question and each answer token, without any reuse of the prefix.
+
+    The head has more rows than there are tokens, and these cannot be chosen.
+    """
+    exist = words.backend.get_vocab_size()
     pixels = preprocess(load_image(example.image), runtime.config.vision)
     features = runtime.encode_image(pixels)
     start = np.concatenate((runtime.embed(words.prefix_ids()), features))
@@ -124,7 +128,8 @@ def whole(runtime: Runtime, words: Tokenizer, example: Example, answer: list[int
     for count in range(len(answer) + 1):
         tail = [runtime.embed(answer[:count])] if count else []
         embeds = np.concatenate((start, question, *tail))
-        steps.append(runtime.step(embeds, runtime.new_cache(len(embeds))))
+        step = runtime.step(embeds, runtime.new_cache(len(embeds)))
+        steps.append(step._replace(logits=step.logits[:exist]))
     return steps
 
 

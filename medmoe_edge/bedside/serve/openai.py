@@ -26,11 +26,10 @@ from medmoe_edge.bedside.serve.routes import (
     EVENTS,
     REFUSALS,
     AnswerBody,
-    answers_of,
     event_stream,
 )
 from medmoe_edge.bedside.serve.work import Work, Worker, started
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, Piece
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
 from medmoe_edge.errors import ImageError, InputError, Notice
 
@@ -105,6 +104,8 @@ class ChatRequest(BaseModel):
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
 
     def check(self) -> None:
@@ -145,6 +146,11 @@ class ChatRequest(BaseModel):
     def limit(self) -> int:
         """New tokens at most."""
         return self.max_completion_tokens or self.max_tokens or MAX_NEW_TOKENS
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likely tokens are told at each place; None: not even the chosen one."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -203,6 +209,27 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class LikelyToken(BaseModel):
+    """A token that could have come, its log-probability and its UTF-8, None of half a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenToken(LikelyToken):
+    """A token of the answer, and the most likely ones at its place."""
+
+    top_logprobs: list[LikelyToken]
+
+
+class LogProbs(BaseModel):
+    """The tokens of the answer, its end token left out."""
+
+    content: list[ChosenToken]
+    refusal: None
+
+
 class ChoiceMessage(BaseModel):
     """What the model says; `refusal` is why it has no `content` of the form that was asked for."""
 
@@ -216,7 +243,7 @@ class Choice(BaseModel):
 
     index: int
     message: ChoiceMessage
-    logprobs: None
+    logprobs: LogProbs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -273,12 +300,16 @@ def openai_routes(work: Work, worker: Worker) -> APIRouter:
         ending = at_end(request)
         upload = await work.receive(chat.image, None, client_of(request), ending)
         job = worker.do(
-            lambda: work.ask(upload, [chat.question], limit), ending, upload.who, upload.seconds
+            lambda: work.ask(upload, [chat.question], limit, chat.alternatives),
+            *(ending, upload.who, upload.seconds),
         )
         if chat.stream:
             return event_stream(completion.chunks(await started(job)))
-        (answer,) = await answers_of(job)
-        return JSONResponse(completion.whole(answer))
+        told = [item async for item in job]
+        (answer,) = (item for item in told if isinstance(item, Answer))
+        return JSONResponse(
+            completion.whole(answer, [item for item in told if isinstance(item, Piece)])
+        )
 
     return router
 
@@ -301,14 +332,15 @@ class Completion:
             "model": chat.model,
         }
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        """A `chat.completion`."""
+    def whole(self, answer: Answer, pieces: Sequence[Piece] = ()) -> dict[str, Any]:
+        """A `chat.completion`; with the log-probabilities of the pieces, if there are any."""
         until = Until(self._chat.stops)
         text = until.take(answer.text) + until.rest()
         content, refused = formed(text, self._chat.response_format)
         message = {"role": "assistant", "content": content, "refusal": refused}
         reason = "stop" if until.reached else _reason(answer)
-        choice = {"message": message, "logprobs": None, "finish_reason": reason}
+        told = self._before_stop(pieces) if self._chat.logprobs else None
+        choice = {"message": message, "logprobs": told, "finish_reason": reason}
         return {
             **self._head,
             "object": "chat.completion",
@@ -326,9 +358,10 @@ class Completion:
             yield self._chunk({"role": "assistant", "content": ""})
             async for item in items:
                 if not isinstance(item, Answer):
+                    likely = item if isinstance(item, Piece) and not until.reached else None
                     piece = until.take(item) if in_words else ""
-                    if piece:
-                        yield self._chunk({"content": piece})
+                    if piece or likely is not None:
+                        yield self._chunk({"content": piece}, likely=likely)
                     continue
                 if in_words:
                     rest: dict[str, Any] = {"content": until.rest()}
@@ -357,10 +390,42 @@ class Completion:
     def _chunk_head(self) -> dict[str, Any]:
         return {**self._head, "object": "chat.completion.chunk"}
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None, **more: Any) -> str:
-        choice = {"delta": delta, "logprobs": None, "finish_reason": reason}
+    def _before_stop(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The log-probabilities of the tokens up to the one in which a stop word is whole."""
+        until, told = Until(self._chat.stops), []
+        for piece in pieces:
+            if until.reached:
+                break
+            until.take(piece)
+            told.append(piece)
+        return _log_probs(told)
+
+    def _chunk(
+        self,
+        delta: dict[str, Any],
+        reason: str | None = None,
+        *,
+        likely: Piece | None = None,
+        **more: Any,
+    ) -> str:
+        told = None if likely is None else _log_probs([likely])
+        choice = {"delta": delta, "logprobs": told, "finish_reason": reason}
         choices = [{"index": index, **choice} for index in range(self._chat.n or 1)]
         return _data({**self._chunk_head(), "choices": choices, **more})
+
+
+def _log_probs(pieces: Sequence[Piece]) -> dict[str, Any]:
+    content = [
+        _token(*piece.chosen) | {"top_logprobs": [_token(*each) for each in piece.likely]}
+        for piece in pieces
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(text: str, log_probability: float) -> dict[str, Any]:
+    whole = "\N{REPLACEMENT CHARACTER}" not in text
+    told = list(text.encode()) if whole else None
+    return {"token": text, "logprob": log_probability, "bytes": told}
 
 
 def _data(value: dict[str, Any]) -> str:

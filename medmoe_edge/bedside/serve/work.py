@@ -279,7 +279,12 @@ class Asked(Protocol):
     def seen(self, image: Image) -> Pixels: ...
 
     def ask_stream(
-        self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+        self,
+        image: Image,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        alternatives: int | None,
     ) -> Iterator[str | Answer]: ...
 
 
@@ -355,7 +360,11 @@ class Work:
         return Upload(image, digest.hexdigest(), who, max(0.0, until - loop.time()))
 
     def ask(
-        self, upload: Upload, questions: Sequence[str], max_new_tokens: int
+        self,
+        upload: Upload,
+        questions: Sequence[str],
+        max_new_tokens: int,
+        alternatives: int | None = None,
     ) -> Generator[str | Answer, None, None]:
         """Pieces of text and whole answers, as `Engine.ask_stream` tells them."""
         model = {"name": self.engine.name, "sha256": self.engine.sha256}
@@ -364,7 +373,10 @@ class Work:
         told = ""
         try:
             for item in self.engine.ask_stream(
-                upload.image, questions, max_new_tokens=max_new_tokens
+                upload.image,
+                questions,
+                max_new_tokens=max_new_tokens,
+                alternatives=alternatives,
             ):
                 if asked is None:
                     asked, told = next(waiting), ""
