@@ -386,7 +386,7 @@ class CalibrationData:
                 continue
             if self._is_readable(sample, missing=count - len(found)):
                 found[sample.picture] = sample
-                progress("images", len(found), count)
+                progress("decoding", len(found), count)
         return list(found.values())
 
     def draw(
@@ -420,7 +420,7 @@ class CalibrationData:
                 if self._is_readable(sample, missing=count - len(drawn)):
                     drawn.append(sample)
                     turns.append(stratum)
-                    progress("images", len(drawn), count)
+                    progress("decoding", len(drawn), count)
                     break
         self._check_readable(missing=0)
         if skipped := len(self.skipped) - known:

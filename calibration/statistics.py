@@ -23,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
 from medmoe_edge._types import Floats
-from medmoe_edge.atomic import Array, Spec, spec_of, write_tensors
+from medmoe_edge.atomic import Spec, spec_of, write_tensors
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, DataError
+
+Array = npt.NDArray[Any]
 
 _SITES = {
     **dict.fromkeys(("q", "k", "v", "gate", "up", "fc1"), "in"),

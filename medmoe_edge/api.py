@@ -245,7 +245,8 @@ def evaluate(
         ModelError: The model cannot be used.
         ResourceError: Memory, the device, or an optional package is missing.
     """
-    return family_of(os.fspath(model)).evaluate(os.fspath(model), options, progress)
+    name = os.fspath(model)
+    return family_of(name).evaluate(name, options, progress)
 
 
 def train(

@@ -8,10 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import IO, TYPE_CHECKING, Any
 
 from medmoe_edge.errors import InputError, ResourceError
 
@@ -88,28 +85,25 @@ def _replace(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)  # the new folder stands: what is left is only litter
 
 
-Array = npt.NDArray[Any]
+if TYPE_CHECKING:  # the command line writes files before it knows whether it computes
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors names it, and shape
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "I64": np.dtype("<i8"),
-    "F32": np.dtype("<f4"),
-    "I32": np.dtype("<i4"),
-}
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4}  # bytes
+_NAMES = {"<f8": "F64", "<i8": "I64", "<f4": "F32", "<i4": "I32"}  # of numpy's
 
 
-def spec_of(array: Array) -> Spec:
+def spec_of(array: "Array") -> Spec:
     """What the file's header says of an array."""
-    return _NAMES[array.dtype], array.shape
+    return _NAMES[array.dtype.str], array.shape
 
 
 def write_tensors(
     path: Path,
     specs: Mapping[str, Spec],
-    tensors: Iterable[tuple[str, Array]],
+    tensors: "Iterable[tuple[str, Array]]",
     metadata: Mapping[str, str],
     *,
     force: bool = False,
@@ -119,6 +113,8 @@ def write_tensors(
     Raises `InputError` for an existing file without `force`, and `ResourceError` where the disk
     does not take it.
     """
+    import numpy as np
+
     refuse_existing(path, force=force)
     header, places = _layout(specs, metadata)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -162,9 +158,9 @@ def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[byt
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     places: dict[str, int] = {}
     end = 0
-    for name in sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name)):
+    for name in sorted(specs, key=lambda name: (-SIZES[specs[name][0]], name)):
         dtype, shape = specs[name]
-        places[name], end = end, end + DTYPES[dtype].itemsize * math.prod(shape)
+        places[name], end = end, end + SIZES[dtype] * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [places[name], end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)

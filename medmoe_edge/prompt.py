@@ -50,7 +50,7 @@ class Tokenizer:
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `ModelError` unless each of its tokens has one of `size` embeddings."""
-        tokens = int(self._ids[-1]) + 1 if len(self._ids) else 0
+        tokens = self._beyond
         if tokens > size:
             raise ModelError(
                 f"The tokenizer knows {tokens:,} tokens, the model {size:,}.",
@@ -62,10 +62,20 @@ class Tokenizer:
         """The ids of all tokens, in order; some below the highest may be missing."""
         return np.sort(np.fromiter(self.backend.get_vocab(True).values(), np.int64))
 
+    @property
+    def _beyond(self) -> int:
+        """The first id behind all tokens."""
+        return int(self._ids[-1]) + 1 if len(self._ids) else 0
+
+    @functools.cached_property
+    def _holes(self) -> npt.NDArray[np.int64]:
+        """Ids before that which no token has."""
+        return np.setdiff1d(np.arange(self._beyond), self._ids)
+
     def known(self, rows: int) -> npt.NDArray[np.bool_]:
         """Which of a head's `rows` are a token's; `[rows]`."""
-        known = np.zeros(rows, bool)
-        known[self._ids[self._ids < rows]] = True
+        known = np.arange(rows) < self._beyond
+        known[self._holes[self._holes < rows]] = False
         return known
 
     def only_tokens(self, logits: Floats) -> Floats:
@@ -77,7 +87,10 @@ class Tokenizer:
         """
         if len(self._ids) == logits.shape[-1]:
             return logits
-        return np.where(self.known(logits.shape[-1]), logits, np.float32(IMPOSSIBLE))
+        masked = logits.copy()
+        masked[..., self._beyond :] = IMPOSSIBLE
+        masked[..., self._holes] = IMPOSSIBLE
+        return masked
 
     @functools.cached_property
     def unsettled(self) -> int:

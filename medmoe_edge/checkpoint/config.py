@@ -441,8 +441,9 @@ def _decoder(data: Json, kind: Kind) -> DecoderConfig:
 def _positions(data: Json, kind: Kind) -> Any:
     """Trained positions; behind them Qwen computes otherwise (dynamic NTK, logn attention)."""
     positions = data.get("max_position_embeddings", _DEFAULT_POSITIONS[kind])
-    trained = data.get("seq_length")
-    return min(positions, trained) if isinstance(trained, int) else positions
+    trained = data.get("seq_length", positions)
+    whole = isinstance(positions, int) and isinstance(trained, int)
+    return min(positions, trained) if whole else positions
 
 
 def dropped_tokens(data: Json, config: ModelConfig) -> Notice | None:

@@ -36,21 +36,16 @@ class Published:
         return "/".join(filter(None, (self.repository, self.folder)))
 
 
-# Where the authors' own pages say that their weights are: github.com/jiangsongtao/Med-MoE and
-# github.com/PKU-YuanGroup/MoE-LLaVA (model zoo).
+# By the names of our presets, where the authors' own pages say that their weights are:
+# github.com/jiangsongtao/Med-MoE and github.com/PKU-YuanGroup/MoE-LLaVA (model zoo).
 PUBLISHED: dict[str, Published] = {
     "med-moe-phi2-2.7b": Published("JsST/Med-MoE", "stage3/llavaphi-2.7b-medmoe"),
     "med-moe-stablelm-1.6b": Published("JsST/Med-MoE", "stage3/llavastablelm-1.6b-medmoe"),
-    **{
-        f"moe-llava-{name.lower()}": Published(f"LanguageBind/MoE-LLaVA-{name}")
-        for name in (
-            "Phi2-2.7B-4e",
-            "Phi2-2.7B-4e-384",
-            "StableLM-1.6B-4e",
-            "StableLM-1.6B-4e-384",
-            "Qwen-1.8B-4e",
-        )
-    },
+    "moe-llava-phi2-2.7b": Published("LanguageBind/MoE-LLaVA-Phi2-2.7B-4e"),
+    "moe-llava-phi2-2.7b-384": Published("LanguageBind/MoE-LLaVA-Phi2-2.7B-4e-384"),
+    "moe-llava-stablelm-1.6b": Published("LanguageBind/MoE-LLaVA-StableLM-1.6B-4e"),
+    "moe-llava-stablelm-1.6b-384": Published("LanguageBind/MoE-LLaVA-StableLM-1.6B-4e-384"),
+    "moe-llava-qwen-1.8b": Published("LanguageBind/MoE-LLaVA-Qwen-1.8B-4e"),
 }
 
 

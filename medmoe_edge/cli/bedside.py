@@ -30,8 +30,11 @@ from medmoe_edge.errors import InputError, MedMoEError, VerificationError, needs
 from medmoe_edge.render import console as render
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from medmoe_edge.bedside.batch.run import Answering, BatchReport, Recipe
     from medmoe_edge.bedside.listen.config import Configuration
+    from medmoe_edge.bedside.listen.desk import Desk
     from medmoe_edge.bedside.listen.report_sr import Locator
 
 
@@ -120,17 +123,44 @@ def _run_as_service() -> None:
         handler.setFormatter(form)
 
 
-@verb("listen", "Deploy", "listen --config listen.toml")
+commands = typer.Typer(invoke_without_command=True)
+app.add_typer(
+    commands,
+    name="listen",
+    rich_help_panel="Deploy",
+    epilog="Example: medmoe-edge listen --config listen.toml",
+)
+Config = Annotated[Path, typer.Option(metavar="FILE", help="Its configuration, TOML or JSON.")]
+Keys = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SERIES", help="The first letters of its key, as the log has it."),
+]
+
+
+@commands.callback()
 def listen(
-    config: Annotated[Path, typer.Option(metavar="FILE", help="Its configuration, TOML or JSON.")],
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its configuration, TOML or JSON.")
+    ] = None,
     runtime: Runtime = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Receive DICOM images, answer configured questions, send reports on.
+    """Receive DICOM images, answer configured questions about each series, send reports on.
 
     It ends on SIGTERM or Ctrl-C, after the work at hand; what waits is done after the next start.
+    Its commands look at its queue while it runs, or while it does not.
     """
+    if context.invoked_subcommand is not None:
+        if config is not None:
+            raise InputError(
+                "The configuration is an option of the command.",
+                f"Write: listen {context.invoked_subcommand} --config FILE",
+            )
+        return
+    if config is None:
+        raise InputError("The node needs a configuration.", "Write: listen --config listen.toml")
     with needs("listen"):
         from medmoe_edge.bedside.listen.config import load_configuration
         from medmoe_edge.bedside.listen.node import Node
@@ -162,6 +192,109 @@ def listen(
             render.show("{ae_title} listens on {host}, port {port}.".format(**place))
         render.show(NOTICE, "yellow", stderr=True)
         stop.wait()
+
+
+@contextlib.contextmanager
+def _desk(config: Path) -> "Iterator[tuple[Desk, Configuration]]":
+    """The queue of a configured node."""
+    with needs("listen"):
+        from medmoe_edge.bedside.listen.config import load_configuration
+        from medmoe_edge.bedside.listen.desk import Desk
+    configuration = load_configuration(config)
+    desk = Desk(configuration.folder / "queue.sqlite")
+    try:
+        yield desk, configuration
+    finally:
+        desk.close()
+
+
+@commands.command("status", epilog="Example: medmoe-edge listen status --config listen.toml")
+def node_status(config: Config, as_json: Json = False) -> None:
+    """Tell what waits, what was answered, what failed, what was not asked and why."""
+    with _desk(config) as (desk, configuration):
+        found = desk.status(configuration)
+    if as_json:
+        render.as_json(found)
+        return
+    from medmoe_edge.bedside.listen.selection import reasons
+
+    rows = [("objects received", f"{found['objects']:,}")]
+    rows += [(f"series {state}", f"{count:,}") for state, count in found["series"].items()]
+    rows.append(("results", f"{found['results']:,}"))
+    rows += [(f"not asked: {why}", f"{count:,}") for why, count in reasons(found["not_asked"])]
+    rows += [(f"unsent to {name}", f"{count:,}") for name, count in found["unsent"].items()]
+    render.show_table("", ["", ""], rows)
+
+
+@commands.command("show", epilog="Example: medmoe-edge listen show 3f2a91 --config listen.toml")
+def node_show(
+    config: Config,
+    series: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SERIES",
+            help="The first letters of its key, as the log has it.",
+            show_default="list the last ones",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell all about one series, or list the last hundred."""
+    with _desk(config) as (desk, _):
+        if series is not None:
+            render.as_json(desk.show(series))
+            return
+        rows = desk.series()
+    if as_json:
+        render.as_json({"series": rows})
+        return
+    names = ["series", "state", "objects", "results", "attempts", "why"]
+    table = [
+        [str(row[name])[:16] if name == "series" else str(row[name]) for name in names]
+        for row in rows
+    ]
+    render.show_table("", names, table)
+
+
+@commands.command("retry", epilog="Example: medmoe-edge listen retry --config listen.toml")
+def node_retry(config: Config, series: Keys = None, as_json: Json = False) -> None:
+    """Have series that were given up answered again: those named, or all."""
+    with _desk(config) as (desk, _):
+        count = desk.retry(series or ())
+    _tell_count(as_json, "tried_again", count, "series wait again")
+
+
+@commands.command(
+    "requeue", epilog="Example: medmoe-edge listen requeue 3f2a91 --config listen.toml"
+)
+def node_requeue(
+    config: Config,
+    series: Annotated[
+        list[str],
+        typer.Argument(metavar="SERIES", help="The first letters of its key, as the log has it."),
+    ],
+    destination: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="As status names it.", show_default="all of them"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Have the documents of series sent again."""
+    with _desk(config) as (desk, configuration):
+        names = [each.name for each in (*configuration.dicom, *configuration.fhir)]
+        if destination is not None and destination not in names:
+            raise InputError(
+                "No destination has that name.", f"Configured: {', '.join(names) or 'none'}."
+            )
+        count = desk.requeue(series, destination)
+    _tell_count(as_json, "sent_again", count, "documents are to be sent again")
+
+
+def _tell_count(as_json: bool, name: str, count: int, words: str) -> None:
+    if as_json:
+        render.as_json({name: count})
+    else:
+        render.show(f"{count:,} {words}.")
 
 
 def _locator(configuration: "Configuration") -> "Locator | None":
@@ -213,6 +346,9 @@ def batch(
         int | None,
         typer.Option(min=1, help="Engines on the cluster.", show_default="one a machine"),
     ] = None,
+    audit_log: Annotated[
+        Path | None, typer.Option("--audit", metavar="FILE", help="Log every answer here.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -227,12 +363,18 @@ def batch(
     from medmoe_edge.bedside.batch.run import Recipe, run_batch
 
     recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens)
+    audit = None
+    if audit_log is not None:
+        with needs("serve"):
+            from medmoe_edge.bedside.audit.log import AuditLog
+        audit = AuditLog(audit_log)
     try:
         with render.working("Loading") as progress, _where(ray, recipe, workers) as answering:
             report = run_batch(
                 *(inputs, output, questions),
                 recipe=recipe,
                 answering=answering,
+                audit=audit,
                 force=force,
                 progress=progress,
             )

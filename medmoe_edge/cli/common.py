@@ -4,6 +4,7 @@ A failure is two lines on stderr and an exit code, with --json one object on std
 is shown with --verbose only.
 """
 
+import contextlib
 import errno
 import inspect
 import io
@@ -250,7 +251,9 @@ def _report(error: Exception, as_json: bool) -> int:
 def _fail(as_json: bool, code: str, what: str, remedy: str) -> None:
     """The failure as the one object on stdout, unless a result that tells it is there already."""
     if as_json and not render.printed_json:
-        render.as_json({"error": render.error_json(code, what, remedy)})
+        with contextlib.suppress(OSError):  # where stdout itself is what failed
+            render.as_json({"error": render.error_json(code, what, remedy)})
+            sys.stdout.flush()
 
 
 def _explained(error: OSError | MemoryError) -> MedMoEError:

@@ -80,8 +80,8 @@ def plan(
     fp16_tops.
     """
     from medmoe_edge.device.estimate import PlanOptions, plan_and_measure
+    from medmoe_edge.device.estimate import fit as find_fit
     from medmoe_edge.device.estimate import plan as make
-    from medmoe_edge.device.fit import fit as find_fit
     from medmoe_edge.device.hardware import HERE
 
     if measure and (device != HERE or precision):

@@ -329,7 +329,7 @@ def data(
     Sets merge; --force replaces the one of the same name. No picture and no patient is in two
     splits: what is held out to test on is not learned from.
     """
-    from medmoe_edge.data.labelling import LabelOptions, add_labels
+    from medmoe_edge.data.folder import LabelOptions, add_labels
     from medmoe_edge.data.prepare import add_questions, prepare
 
     given: dict[str, object] = {

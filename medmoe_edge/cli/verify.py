@@ -95,8 +95,7 @@ def evaluate(
         found = _score_file(predictions, references, limit, seed, others=any(unused))
     elif data is None:
         raise InputError(
-            "There are no questions to evaluate on.",
-            "Give --data FILE, or --predictions FILE with --references FILE.",
+            "Neither --data nor --references was given.", "See: medmoe-edge eval --help"
         )
     else:
         model = bundle or "nano"

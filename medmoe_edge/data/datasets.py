@@ -52,6 +52,7 @@ class Example:
 
     `answer_as_written` has the spaces around the answer, which the official scorer compares too;
     None where there are none. `listed_id` is the id of the file where reading made it unique.
+    `patient` is what the data calls whose image it is; it never goes into a result.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Example:
     source: str
     answer_as_written: str | None = None
     listed_id: str | None = None
+    patient: str | None = None
 
 
 @dataclass(frozen=True)
@@ -355,6 +357,7 @@ class _Reader:
             source=record.optional("source") or self.file.stem,
             answer_as_written=written,
             listed_id=record.optional("id"),
+            patient=record.optional("patient"),
         )
 
     def _image(self, record: Record) -> str:

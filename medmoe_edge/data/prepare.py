@@ -5,15 +5,24 @@ and Chinese. VQA-RAD (Lau et al. 2018): "VQA_RAD Dataset Public.json", "VQA_RAD 
 PathVQA (He et al. 2020): its own questions are pickles, which are never opened; the same lists
 saved as JSON are read. Of all three the parquet files of Hugging Face are read (image, question,
 answer; further columns where they are).
+
+A download is a folder, a zip or a folder with zips in it, seen as one list of files. Names come
+from strangers: nothing is extracted, and a file is read only when asked for by name; whoever writes
+it elsewhere first passes the name through `safe_name`.
 """
 
 import hashlib
 import importlib
 import logging
+import os
 import re
+import zipfile
+import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from medmoe_edge.data.datasets import (
     ANSWER_TYPES,
@@ -25,8 +34,14 @@ from medmoe_edge.data.datasets import (
     parse_json,
     read_examples,
 )
-from medmoe_edge.data.download import Download, safe_name
-from medmoe_edge.data.folder import Addition, Prepared, adding, split_evenly
+from medmoe_edge.data.folder import (
+    Addition,
+    Prepared,
+    adding,
+    safe_name,
+    set_name,
+    split_evenly,
+)
 from medmoe_edge.errors import DataError, InputError, MissingDependencyError
 
 Dataset = Literal["slake", "vqa-rad", "pathvqa"]
@@ -46,6 +61,102 @@ _SPLIT_FILES: dict[Split, tuple[str, ...]] = {
 }
 
 logger = logging.getLogger(__name__)
+
+
+_MAX_FILES = 100_000  # PathVQA has 5,000 images; far more means the wrong folder was given
+_MAX_BYTES = 1 << 28  # of one file; the largest that official downloads need has some megabytes
+
+
+class Download:
+    """Context manager over `source`; hidden files and Mac resource forks are passed over.
+
+    Raises `DataError` where `source` is neither folder nor zip, is damaged or is far too large.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self._open = ExitStack()
+        self._files: dict[str, Path | tuple[zipfile.ZipFile, zipfile.ZipInfo]] = {}
+        self._by_last_part: dict[str, list[str]] = defaultdict(list)
+
+    def __enter__(self) -> Self:
+        if self.source.is_dir():
+            self._add_folder()
+        elif self.source.is_file():
+            self._add_zip(self.source)
+        else:
+            raise DataError(f"{self.source} does not exist.", "Check the path.")
+        for name in sorted(self._files, key=lambda name: (name.count("/"), name)):
+            self._by_last_part[PurePosixPath(name).name].append(name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def names(self, suffix: str) -> list[str]:
+        """All files whose name ends with `suffix`, sorted."""
+        return sorted(name for name in self._files if name.endswith(suffix))
+
+    def find(self, name: str) -> str | None:
+        """The file with this relative name in the outermost folder that has one."""
+        candidates = self._by_last_part.get(PurePosixPath(name).name, [])
+        return next((one for one in candidates if f"/{one}".endswith(f"/{name}")), None)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file from `names` or `find`."""
+        entry = self._files[name]
+        where = f"{self.source}: {name}"
+        size = entry.stat().st_size if isinstance(entry, Path) else entry[1].file_size
+        if size > _MAX_BYTES:
+            raise DataError(f"{where} is too large.", "Check that this is the official download.")
+        try:
+            return entry.read_bytes() if isinstance(entry, Path) else entry[0].read(entry[1])
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise DataError(f"{where} is damaged.", "Download it again.") from error
+        except (RuntimeError, NotImplementedError) as error:  # encrypted, exotic compression
+            raise DataError(f"{where} cannot be unpacked.", "Unpack the zip yourself.") from error
+
+    def path(self, name: str) -> Path:
+        """Where a file lies on the disk; one inside a zip raises `DataError`."""
+        entry = self._files[name]
+        if not isinstance(entry, Path):
+            raise DataError(f"{self.source}: {name} is inside a zip.", "Unpack the zip first.")
+        return entry
+
+    def _add_folder(self) -> None:
+        for path in _walk(self.source):
+            if path.parent == self.source and path.suffix.lower() == ".zip":
+                self._add_zip(path)
+            else:
+                self._add(path.relative_to(self.source).as_posix(), path)
+
+    def _add_zip(self, path: Path) -> None:
+        try:
+            archive = self._open.enter_context(zipfile.ZipFile(path))
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise DataError(
+                f"{path} is not a readable zip.", "Give the downloaded folder or zip, complete."
+            ) from error
+        for member in archive.infolist():
+            if not member.is_dir():
+                self._add(member.filename, (archive, member))
+
+    def _add(self, name: str, entry: Path | tuple[zipfile.ZipFile, zipfile.ZipInfo]) -> None:
+        if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+            return
+        self._files[name] = entry
+        if len(self._files) > _MAX_FILES:
+            raise DataError(
+                f"{self.source} holds more than {_MAX_FILES} files.", "Give the dataset's folder."
+            )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if path.is_file():  # a device or a pipe would never end
+                yield path
 
 
 def prepare(
@@ -98,19 +209,21 @@ def add_questions(
 ) -> Prepared:
     """Add a list of questions, in either form of `read_examples`, with its images.
 
-    Without `split`, a tenth of the pictures each is held out to validate and to test on. `name` is
-    the set's, by default the file's. Raises `DataError` as `read_examples` does.
+    Without `split`, a tenth of the patients (or pictures, where none is named) each is held out to
+    validate and to test on. `name` is the set's, by default the file's. Raises `DataError` as
+    `read_examples` does.
     """
     examples = read_examples(source, check_images=True)
     sums = {example.image: _sum(example.image) for example in examples}
-    splits = split_evenly(dict.fromkeys(sums.values()))
+    groups = {example.id: example.patient or sums[example.image] for example in examples}
+    splits = split_evenly(dict.fromkeys(groups.values()))
     name = set_name(name or source.stem)
     with adding(name, out, force=force) as (addition, prepared):
         for example in examples:
             mark = sums[example.image]
             image = f"{mark[:16]}{''.join(example.image.suffixes[-2:])}"
             addition.ask(
-                split or splits[mark],
+                split or splits[groups[example.id]],
                 id=example.id,
                 image=addition.write(image, example.image.read_bytes()),
                 question=example.question,
@@ -120,13 +233,9 @@ def add_questions(
                 body=example.body,
                 content=example.content,
                 source=name if example.source == source.stem else example.source,
+                patient=example.patient,
             )
     return prepared[0]
-
-
-def set_name(text: str) -> str:
-    """A name for a set that is also one for a folder."""
-    return re.sub(r"[^\w-]+", "_", text).strip("_") or "mine"
 
 
 def _sum(image: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a model weighs and computes, part by part, from its configuration alone.
+"""What a model weighs, computes and holds in memory, from its configuration alone.
 
 Weights are counted in numbers, not bytes, so that the same count serves every precision;
 `bits_per_weight` says how each part is stored. One multiply-add is two operations.
@@ -6,12 +6,13 @@ Weights are counted in numbers, not bytes, so that the same count serves every p
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig, VisionConfig
+from medmoe_edge.device.hardware import Device
 
 TEXT_TOKENS = 48  # of a prompt beside the image: Med-MoE's system prompt and a short question
 NEW_TOKENS = 32  # of an answer, at most
@@ -26,6 +27,13 @@ SCALE_BITS = 16  # of a group as it is stored
 # scale, and the sum of the weights for the activations' zero points, in fp32, and the scale as it
 # was given. Measured at full size in groups of 32: 6.9 bits a weight in memory, 4.5 on the disk.
 HELD_SCALE_BITS = 96
+NUMBER = {"gpu": 2, "jetson": 2, "cpu": 4}  # bytes of an activation: fp16, or fp32
+# Bytes of the process without a model: Python and ONNX Runtime; CUDA's context and TensorRT besides
+PROCESS = {"gpu": 600 * 10**6, "jetson": 600 * 10**6, "cpu": 110 * 10**6}
+PREFILL_AT_ONCE = 384  # tokens of a prefill that a CPU computes together
+# Activations of a prefill are held so many times over, by kernels and the allocator: measured on a
+# CPU at full size, assumed elsewhere.
+ACTIVATIONS = {"gpu": 1, "jetson": 1, "cpu": 5}
 # EfficientNet-lite without its position embedding: multiply-adds per pixel and parameters,
 # counted from models/efficientnet_lite.py, which needs torch
 # (tests/unit/test_planning.py repeats it)
@@ -284,3 +292,51 @@ def work_seconds(work: Work, bits: Mapping[str, float], speed: Speed) -> float:
     ]
     parts.append((speed.number * work.cache * speed.byte, work.attention * speed.attention))
     return seconds + sum(max(part) if speed.overlaps else sum(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model, and the lengths of what it is asked and answers."""
+
+    config: ModelConfig
+    prompt: int
+    new_tokens: int = NEW_TOKENS
+    group: int = GROUP
+
+
+def decoder_bytes(config: ModelConfig, precision: Precision, group: int = GROUP) -> int:
+    """Bytes of the decoder's weights as stored, without the embedding, which is mapped."""
+    return _bytes(config, lambda kind: bits_per_weight(kind, precision, group))
+
+
+def experts_bytes(config: ModelConfig, precision: Precision, group: int = GROUP) -> int:
+    """Stored bytes of the routed experts, which paging may leave on disk."""
+    part = decoder_parts(config).get("experts")
+    return round(part.weights * bits_per_weight("experts", precision, group) / 8) if part else 0
+
+
+def _bytes(config: ModelConfig, bits: Callable[[str], float]) -> int:
+    parts = decoder_parts(config).items()
+    return round(sum(part.weights * bits(kind) / 8 for kind, part in parts if kind != "embedding"))
+
+
+def held_ratio(device: Device, precision: Precision, group: int) -> float:
+    """How many bytes of memory a stored byte of an expert takes."""
+    if device.kind != "cpu":
+        return 1.0
+    held = held_bits("experts", precision, group)
+    return held / bits_per_weight("experts", precision, group)
+
+
+def memory_run(asked: Asked, device: Device, precision: Precision) -> int:
+    """Peak bytes while running: process, weights, KV cache, activations of the prefill."""
+    config, number = asked.config, NUMBER[device.kind]
+    decoder, group = config.decoder, asked.group
+    held = held_bits if device.kind == "cpu" else bits_per_weight
+    weights = _bytes(config, lambda kind: held(kind, precision, group))
+    rows = min(asked.prompt, PREFILL_AT_ONCE) if device.kind == "cpu" else asked.prompt
+    live = rows * (8 * decoder.hidden_size + 3 * decoder.intermediate_size)
+    cache = cache_values(config, asked.prompt + asked.new_tokens)
+    vision = vision_bytes(config, precision, number)
+    activations = ACTIVATIONS[device.kind] * live
+    return PROCESS[device.kind] + weights + vision + number * (cache + activations)

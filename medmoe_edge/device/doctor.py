@@ -40,6 +40,7 @@ PURPOSES = {
     "ray": "batch --ray, on a cluster",
     "export": "export, calibrate, verify against a checkpoint, plan --device here",
     "train": "train",
+    "tensorboard": "train --tensorboard",
     "hub": "pull",
     "optimum": "Hugging Face: a model class, a pipeline, optimum-cli export medmoe",
     "baselines": "comparison with bitsandbytes",

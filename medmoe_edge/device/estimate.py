@@ -6,13 +6,13 @@ Of a named device the rates are the maker's figures times what programs reach of
 machine they are measured (`device.measure`). Only configurations are read, never weights.
 
 A model that does not fit whole is forecast with the experts that fit, and then costs what paging
-costs.
+costs. `fit` goes the other way: from a wished latency to the most exact form that meets it.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +22,17 @@ from medmoe_edge.config import ModelConfig
 from medmoe_edge.device.costs import (
     GROUP,
     NEW_TOKENS,
+    NUMBER,
+    TEXT_TOKENS,
+    Asked,
     Precision,
     Speed,
-    bits_per_weight,
-    cache_values,
-    decoder_parts,
-    held_bits,
+    decoder_bytes,
+    experts_bytes,
+    held_ratio,
+    memory_run,
     prompt_tokens,
     step_seconds,
-    vision_bytes,
     vision_in_8_bits,
     vision_operations,
 )
@@ -52,19 +54,14 @@ if TYPE_CHECKING:
 
 CONVOLUTION = 0.5  # of matrix products' rate: depthwise layers are bound by memory
 VISION_INT8 = 1.5  # times the rate of fp32: a transformer with its matrices in 8 bits, measured
-NUMBER = {"gpu": 2, "jetson": 2, "cpu": 4}  # bytes of an activation: fp16, or fp32
-# Bytes of the process without a model: Python and ONNX Runtime; CUDA's context and TensorRT besides
-PROCESS = {"gpu": 600 * 10**6, "jetson": 600 * 10**6, "cpu": 110 * 10**6}
-PREFILL_AT_ONCE = 384  # tokens of a prefill that a CPU computes together
-# Activations of a prefill are held so many times over, by kernels and the allocator: measured on a
-# CPU at full size, assumed elsewhere.
-ACTIVATIONS = {"gpu": 1, "jetson": 1, "cpu": 5}
 # How much longer a question takes where a share of the experts is resident: the worse of the same
 # and another modality, measured at full size on a CPU (docs/benchmarks.md).
 PAGING_COST = {1.0: 1.0, 0.5: 1.24, 0.25: 2.8}
 EXPORT_BYTES = 300 * 10**6  # Python and PyTorch, beside the largest tensor in fp32
 CPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp32")
 GPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp16")
+EXACT_FIRST: tuple[Precision, ...] = ("fp32", "fp16", "int8", "mixed", "int4")
+LARGE_GROUP = 128  # of int4 where groups of 32 are too slow or too large
 
 
 @dataclass(frozen=True)
@@ -254,16 +251,6 @@ def make_plan(
     return Plan(model, device, prompt, options.new_tokens, forecasts)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A model, and the lengths of what it is asked and answers."""
-
-    config: ModelConfig
-    prompt: int
-    new_tokens: int = NEW_TOKENS
-    group: int = GROUP
-
-
 def precisions(device: Device, wanted: Precision | None = None) -> tuple[Precision, ...]:
     """What a device offers, or of these the one that is wanted."""
     offered = CPU_PRECISIONS if device.kind == "cpu" else GPU_PRECISIONS
@@ -365,44 +352,6 @@ def vision_seconds(config: ModelConfig, precision: Precision, number: int, speed
     return vision_operations(config) * speed.operation / rate
 
 
-def decoder_bytes(config: ModelConfig, precision: Precision, group: int = GROUP) -> int:
-    """Bytes of the decoder's weights as stored, without the embedding, which is mapped."""
-    return _bytes(config, lambda kind: bits_per_weight(kind, precision, group))
-
-
-def experts_bytes(config: ModelConfig, precision: Precision, group: int = GROUP) -> int:
-    """Stored bytes of the routed experts, which paging may leave on disk."""
-    part = decoder_parts(config).get("experts")
-    return round(part.weights * bits_per_weight("experts", precision, group) / 8) if part else 0
-
-
-def _bytes(config: ModelConfig, bits: Callable[[str], float]) -> int:
-    parts = decoder_parts(config).items()
-    return round(sum(part.weights * bits(kind) / 8 for kind, part in parts if kind != "embedding"))
-
-
-def held_ratio(device: Device, precision: Precision, group: int) -> float:
-    """How many bytes of memory a stored byte of an expert takes."""
-    if device.kind != "cpu":
-        return 1.0
-    held = held_bits("experts", precision, group)
-    return held / bits_per_weight("experts", precision, group)
-
-
-def memory_run(asked: Asked, device: Device, precision: Precision) -> int:
-    """Peak bytes while running: process, weights, KV cache, activations of the prefill."""
-    config, number = asked.config, NUMBER[device.kind]
-    decoder, group = config.decoder, asked.group
-    held = held_bits if device.kind == "cpu" else bits_per_weight
-    weights = _bytes(config, lambda kind: held(kind, precision, group))
-    rows = min(asked.prompt, PREFILL_AT_ONCE) if device.kind == "cpu" else asked.prompt
-    live = rows * (8 * decoder.hidden_size + 3 * decoder.intermediate_size)
-    cache = cache_values(config, asked.prompt + asked.new_tokens)
-    vision = vision_bytes(config, precision, number)
-    activations = ACTIVATIONS[device.kind] * live
-    return PROCESS[device.kind] + weights + vision + number * (cache + activations)
-
-
 def _build_memory(config: ModelConfig, device: Device, weights: int) -> int:
     """Peak bytes of the export, which streams, or of an engine's build."""
     if device.kind != "cpu":
@@ -429,3 +378,141 @@ def _expert_budget(
     least = experts * moe.top_k // (moe.num_experts * len(moe.layers))
     budget = experts + math.floor(spare / ratio)
     return (budget, 0) if budget >= least else (0, round((least - budget) * ratio))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is proposed: `forecast` in `latency` seconds, None where nothing meets it.
+
+    `nearest` is then the fastest that fits in memory, and `image_tokens` how many it could have to
+    meet the latency (0: not even without an image's). `resident_experts` of `experts` stay in
+    memory. `commands` make and run what is proposed.
+    """
+
+    model: str
+    device: Device
+    latency: float
+    new_tokens: int
+    forecast: Forecast | None
+    nearest: Forecast | None
+    image_tokens: int
+    experts: int
+    resident_experts: int
+    commands: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; bytes and seconds."""
+        own = asdict(self)
+        own["device"] |= {"usable": self.device.usable}
+        for name in ("forecast", "nearest"):
+            found: Forecast | None = getattr(self, name)
+            if found is not None:
+                own[name] |= {"fits": found.fits, "answer": found.answer(self.new_tokens)}
+        return own
+
+    def error(self) -> ResourceError | None:
+        """Where nothing meets the latency: what comes nearest, and what would help."""
+        if self.forecast is not None:
+            return None
+        if self.nearest is None:
+            return ResourceError(
+                f"{self.model} does not fit {self.device.name} in any precision.",
+                f"See how much is missing: medmoe-edge plan {self.model} --device "
+                f"{self.device.name}",
+            )
+        took = self.nearest.answer(self.new_tokens)
+        fewer = f"an image of at most {self.image_tokens} tokens, " if self.image_tokens else ""
+        return ResourceError(
+            f"{self.model} does not answer within {self.latency:g} s on {self.device.name}: "
+            f"{self.nearest.precision} takes {took:.3g} s for {self.new_tokens} tokens.",
+            f"It would take {fewer}a shorter answer (--new-tokens) or a faster device.",
+        )
+
+
+def fit(model: str, options: PlanOptions, latency: float) -> Fit:
+    """Find the most exact form of a model that answers on a device within `latency` seconds.
+
+    Raises `InputError` for a latency that is none and what `plan` refuses.
+    """
+    if not 0 < latency < float("inf"):
+        raise InputError(f"A latency of {latency:g} s is none.", "Give seconds above 0.")
+    _, config = model_config(model)
+    forecasts = _forecasts(model, options)
+    chosen = next((each for each in forecasts if _meets(each, options, latency)), None)
+    fitting = [each for each in forecasts if each.fits]
+    nearest = min(fitting, key=lambda each: each.answer(options.new_tokens), default=None)
+    device = find_device(options.device)
+    shown = chosen or nearest
+    total = config.moe.num_experts * len(config.moe_layers) if config.moe else 0
+    share = 1.0
+    if shown and shown.expert_budget is not None and shown.experts:
+        share = shown.expert_budget / shown.experts
+    return Fit(
+        model=model,
+        device=device,
+        latency=latency,
+        new_tokens=options.new_tokens,
+        forecast=chosen,
+        nearest=None if chosen else nearest,
+        image_tokens=config.vision.image_tokens
+        if chosen
+        else _image_tokens(config, nearest, options, latency),
+        experts=total,
+        resident_experts=int(total * share),
+        commands=_commands(model, device, chosen) if chosen else (),
+    )
+
+
+def _forecasts(model: str, options: PlanOptions) -> list[Forecast]:
+    """All forms, the most exact first; int4 in groups of 128 last."""
+    made: Plan = plan(model, options)
+    found = sorted(made.forecasts, key=lambda each: EXACT_FIRST.index(each.precision))
+    if any(each.precision == "int4" for each in found) and options.group < LARGE_GROUP:
+        larger = replace(options, precision="int4", group=LARGE_GROUP)
+        found += plan(model, larger).forecasts
+    return found
+
+
+def _meets(forecast: Forecast, options: PlanOptions, latency: float) -> bool:
+    return forecast.fits and forecast.answer(options.new_tokens) <= latency
+
+
+def _image_tokens(
+    config: ModelConfig, nearest: Forecast | None, options: PlanOptions, latency: float
+) -> int:
+    """The most image tokens with which the nearest would meet the latency.
+
+    Vision and prefill are taken as proportional to the tokens that they are computed for.
+    """
+    if nearest is None:
+        return 0
+    image = config.vision.image_tokens
+    prompt = options.prompt_tokens or image + TEXT_TOKENS
+    text = prompt - image
+    rest = latency - (options.new_tokens - 1) * nearest.token - nearest.prefill * text / prompt
+    each = nearest.vision / image + nearest.prefill / prompt
+    return max(0, min(image, int(rest / each)))
+
+
+def _commands(model: str, device: Device, chosen: Forecast) -> tuple[str, ...]:
+    """What makes and runs the chosen form."""
+    if model not in EMBEDDED and (Path(model) / MANIFEST).exists():
+        return (f'medmoe-edge ask scan.png "Is there effusion?" --model {model}',)
+    source = "CHECKPOINT" if model in PRESETS and model not in EMBEDDED else model
+    form = {"mixed": "--mixed 6", "fp16": "--fp32"}.get(chosen.precision, f"--{chosen.precision}")
+    if chosen.precision == "int4" and chosen.group != 32:
+        form += f" --group-size {chosen.group}"
+    if chosen.precision in ("int8", "int4", "mixed"):
+        form += " --calibrate DATA"
+    export = f"medmoe-edge export {source} {form} -o portable"
+    asked = 'medmoe-edge ask scan.png "Is there effusion?" --model '
+    budget = ""
+    if chosen.expert_budget is not None:
+        budget = f" --memory-budget {chosen.expert_budget // 10**6}MB"
+    if device.kind == "cpu":
+        return (export, f"{asked}portable{budget}")
+    target = "tensorrt" if device.kind == "jetson" else "tensorrt-rtx"
+    gpu = f" --gpu {device.name}" if device.kind == "gpu" else ""
+    paged = " --paged" if budget else ""
+    build = f"medmoe-edge export portable --target {target}{gpu}{paged} -o engines"
+    return (export, build, f"{asked}engines{budget}")

@@ -15,7 +15,6 @@ checkpoint, the same answers as `medmoe_edge.load(...).ask(...)`. Needs the extr
 import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -36,14 +35,12 @@ from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS, Engine, load
 from medmoe_edge.engine.loading import Device, RuntimeName
 from medmoe_edge.errors import InputError, ResourceError, needs
-from medmoe_edge.image.loading import load_image
-from medmoe_edge.image.pixels import Image
+from medmoe_edge.image.inputs import as_image
 
 with needs("optimum"):
     import platformdirs
     import torch
     from huggingface_hub import CommitOperationAdd, HfApi
-    from PIL import Image as Pillow
     from transformers import Pipeline, PretrainedConfig
 
 TASK = "visual-question-answering"
@@ -267,7 +264,7 @@ class VisualQuestionAnsweringPipeline(_Pipeline):  # type: ignore[misc]  # see _
         """Answer a question about an image; or each of several dicts `{"image", "question"}`.
 
         Args:
-            image: A file, a Pillow picture, an `Image`; or a dict, a list of dicts, a generator.
+            image: Any that `ask` takes; or a dict, a list of dicts, a generator.
             question: With an image alone; a list of questions about it is taken too.
             options: `max_new_tokens`, and `frame` of a file with several.
 
@@ -302,7 +299,7 @@ class VisualQuestionAnsweringPipeline(_Pipeline):  # type: ignore[misc]  # see _
                 "An input of the pipeline has no image or no question.",
                 'Give {"image": FILE, "question": TEXT}.',
             ) from error
-        return {"image": _picture(image, frame), "question": question}
+        return {"image": as_image(image, frame=frame), "question": question}
 
     def _forward(self, inputs: Any, max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Answer]:
         engine: Engine = self.model.engine
@@ -326,16 +323,6 @@ def _is_shared(path: Path) -> bool:
     """Whether a file goes where the model goes: no pickle, no code, no record of our own pulls."""
     hidden = path.name.startswith(".") or path.name == RECORD
     return path.is_file() and not hidden and not path.name.endswith((*PICKLES, ".py"))
-
-
-def _picture(image: Any, frame: int | None) -> Image:
-    if isinstance(image, Image):
-        return image
-    if not isinstance(image, Pillow.Image):
-        return load_image(image, frame=frame)
-    with tempfile.TemporaryDirectory() as folder:  # read as the same file would be
-        image.save(Path(folder, "image.png"))
-        return load_image(Path(folder, "image.png"))
 
 
 def _fetched(name: str, revision: str, cache_dir: str | os.PathLike[str] | None) -> Path:

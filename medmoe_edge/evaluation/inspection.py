@@ -244,7 +244,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
         bundle = ModalityBundle.open(folder, verify=False)
         manifest, known = bundle.manifest, proven(bundle)
         files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
-        weights = sum(size for name, size in files.items() if not name.endswith((".json", ".md")))
+        stored = sum(size for name, size in files.items() if not name.endswith((".json", ".md")))
         return ModalityInspection(
             kind="bundle",
             name=name,
@@ -253,7 +253,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
             files=files,
             parameters=parameters(bundle.config),
             scores=bundle.scores,
-            bits_per_weight=8 * weights / sum(parameters(bundle.config).values()),
+            bits_per_weight=8 * stored / sum(parameters(bundle.config).values()),
             target=str(bundle.target),
             runtime=bundle.target.runtime,
             quantisation=manifest["quantisation"],

@@ -7,8 +7,7 @@ from medmoe_edge.render.console import show, show_table, wrote
 
 if TYPE_CHECKING:
     from medmoe_edge.device.doctor import Diagnosis
-    from medmoe_edge.device.estimate import Forecast, Plan
-    from medmoe_edge.device.fit import Fit
+    from medmoe_edge.device.estimate import Fit, Forecast, Plan
     from medmoe_edge.device.measure import Comparison
     from medmoe_edge.pipeline.targets import TargetExport
 

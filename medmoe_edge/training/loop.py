@@ -38,8 +38,47 @@ from medmoe_edge.training.report import LOG, PRECISION, RunReport, Say, choose_p
 _INNER = ("model.decoder.layers.", "model.text.layers.", "model.vision.stages.")
 
 
-def make_optimisers(objective: nn.Module, phase: Schedule) -> list[Optimizer]:
-    """The optimisers of what `phase` trains; a group's `rate` is its share of the learning rate."""
+class Fp32Muon(Muon):
+    """Muon that orthogonalises in fp32; torch's does in bf16, which many processors emulate.
+
+    Takes the groups, options and state of `torch.optim.Muon` with `adjust_lr_fn` "match_rms_adamw".
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step; `closure` is not called, as none of our callers has one."""
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+                update = parameter.grad.lerp(buffer, momentum)  # Nesterov
+                update = _orthogonal(update, group["ns_coefficients"], group["ns_steps"])
+                parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.add_(update, alpha=-rate * 0.2 * math.sqrt(max(parameter.shape)))
+
+
+def _orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Nearly the orthogonal factor of a matrix, by the quintic Newton-Schulz iteration of Muon."""
+    a, b, c = coefficients
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    result: Tensor = wide if x.shape[0] <= x.shape[1] else wide.T
+    return result
+
+
+def make_optimisers(objective: nn.Module, phase: Schedule, *, bf16: bool = True) -> list[Optimizer]:
+    """The optimisers of what `phase` trains; a group's `rate` is its share of the learning rate.
+
+    Without `bf16` none of them computes in it.
+    """
     learning = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     muons = {name for name, p in learning if phase.optimiser == "muon" and _for_muon(name, p)}
     matrices = [p for name, p in learning if name in muons]
@@ -47,7 +86,7 @@ def make_optimisers(objective: nn.Module, phase: Schedule) -> list[Optimizer]:
     optimisers: list[Optimizer] = []
     if matrices:
         group = {"params": matrices, "rate": phase.matrix_rate}
-        muon = Muon(
+        muon = (Muon if bf16 else Fp32Muon)(
             [group],
             phase.learning_rate,
             weight_decay=phase.weight_decay,
@@ -180,7 +219,8 @@ class Session:
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / PRECISION
         device = PartialState().device
-        chosen = choose_precision(precision, device, kept)
+        with PartialState().main_process_first():
+            chosen = choose_precision(precision, device, kept)
         AcceleratorState._reset_state()  # an earlier run of this process may be in another
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         mixed: Literal["bf16", "no"] = "bf16" if chosen.name == "bf16" else "no"
@@ -221,7 +261,7 @@ def fit(
     accelerator.gradient_accumulation_steps = phase.accumulation
     prepare_parameters(objective, phase)
     adapted = add_adapters(objective, phase)
-    optimisers = make_optimisers(objective, phase)
+    optimisers = make_optimisers(objective, phase, bf16=accelerator.mixed_precision == "bf16")
     state = session.folder / f"{name}.safetensors"
     done = load_state(state, objective, optimisers) if state.exists() else 0
     if done < phase.epochs:

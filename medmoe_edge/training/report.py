@@ -67,7 +67,7 @@ class ChosenPrecision:
 
     def __str__(self) -> str:
         if self.ratio is None:
-            return f"in {self.name}, as asked"
+            return f"in {self.name}"
         faster = self.ratio if self.ratio >= 1 else 1 / self.ratio
         how = "faster" if self.ratio >= 1 else "slower"
         return f"in {self.name} (bf16 is {faster:.1f} times {how} than fp32 here)"
@@ -91,11 +91,11 @@ def choose_precision(choice: PrecisionChoice, device: torch.device, kept: Path) 
                 f"Go on in {begun.name}, or start in a new folder.",
             )
         return begun
-    if choice == "auto":
+    if choice == "auto" and device.type in ("cpu", "cuda"):
         ratio = bf16_speed(device)
         chosen = ChosenPrecision("bf16" if ratio >= _WINS_BY else "fp32", round(ratio, 2))
     else:
-        chosen = ChosenPrecision(choice)
+        chosen = ChosenPrecision("bf16" if choice == "bf16" else "fp32")
     with atomic_file(kept) as file:
         file.write(json.dumps(vars(chosen)).encode() + b"\n")
     return chosen

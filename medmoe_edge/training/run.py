@@ -167,7 +167,8 @@ def check_trainable(recipe: Recipe, config: ModelConfig, corpus: Corpus, *, dens
                 )
     named = config.moe.expert_names if config.moe else ()
     without = [name for name in named if name not in corpus.modalities]
-    if without and recipe.router == "fitted" and (dense or set(named) != set(corpus.modalities)):
+    keeps_router = not dense and set(corpus.modalities) < set(named)
+    if without and recipe.router == "fitted" and not keeps_router:
         raise DataError(
             f"There is no labelled image of {', '.join(without)}, which an expert is to be for.",
             "Label some, or leave these modalities out of the recipe.",

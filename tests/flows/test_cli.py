@@ -1,6 +1,7 @@
 """The command line: help, failures, terminals, and the real process."""
 
 import errno
+import json
 import logging
 import os
 import re
@@ -86,8 +87,12 @@ def test_shell_completion_knows_the_verbs() -> None:
         (VerificationError("What.", "Do."), 4, "What."),
         (ResourceError("What.", "Do."), 5, "What."),
         (OSError(errno.ENOSPC, "No space left on device", "a"), 5, "a: no space left on device."),
-        (PermissionError(errno.EACCES, "Permission denied", "a"), 2, "a: permission denied."),
-        (OSError("strange"), 2, "A file: it cannot be used."),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a"),
+            2,
+            "a cannot be opened: permission denied.",
+        ),
+        (OSError("strange"), 2, "A file cannot be opened: unknown reason."),
         (MemoryError(), 5, "There is not enough memory."),
         (KeyError("Doe^John"), 1, "Unexpected error (KeyError)."),
     ],
@@ -96,9 +101,12 @@ def test_failures_are_two_lines_and_a_code(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, what: str
 ) -> None:
     monkeypatch.setattr("medmoe_edge.engine.engine.load", raising(error))
-    result = run("ask", "scan.png", "Is there effusion?", "--json")
+    result = run("ask", "scan.png", "Is there effusion?")
     assert result.exit_code == code
     assert two_lines(result)[0] == what
+    asked = run("ask", "scan.png", "Is there effusion?", "--json")
+    assert (asked.exit_code, asked.stderr) == (code, result.stderr)
+    assert json.loads(asked.stdout)["error"]["message"] == what
     told = run("ask", "scan.png", "Is there effusion?", "--verbose")
     assert told.exit_code == code
     assert told.stderr.startswith("Traceback")
@@ -118,7 +126,7 @@ def test_failures_are_two_lines_and_a_code(
         (["ask", "scan.png", "q", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["train"], "--data"),
         (["eval"], "--data"),
-        (["data"], "DATASET"),
+        (["data"], "WHAT"),
         (["calibrate"], "--data"),
         (["calibrate", "--data", "builtin"], "--output"),
         (["export", "--mixed", "few"], "--mixed"),
@@ -144,6 +152,8 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medmoe_edge.engine.engine.load", raising(KeyboardInterrupt()))
     result = run("ask", "scan.png", "Is there effusion?")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
+    told = run("ask", "scan.png", "Is there effusion?", "--json")
+    assert (told.exit_code, json.loads(told.stdout)["error"]["code"]) == (130, "interrupted")
 
 
 # --- Quiet, verbose, terminals -----------------------------------------------------------------
@@ -253,7 +263,7 @@ def test_a_reader_that_leaves_is_no_reason_for_a_traceback(unbuffered: str) -> N
 
 
 def test_the_command_line_starts_light() -> None:
-    code = "import sys, medmoe_edge.cli; print(*sys.modules)"
+    code = "import sys, medmoe_edge.cli; medmoe_edge.cli.app; print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -124,7 +124,8 @@ def test_export_shows_its_proof(
     monkeypatch.setattr(med_moe, "export", raising(failed))
     result = run("export", "--json")
     assert result.exit_code == 4
-    assert two_lines(result) == ["It failed.", "Do not use it."]
+    assert result.stderr.splitlines() == ["It failed.", "Do not use it."]
+    assert json.loads(result.stdout)["error"]["code"] == "verification_failed"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_export_shows_its_proof(
         (["--mixed", "1", "--calibrate", "builtin"], "1 bits per weight are too few", "2.5"),
         (["--calibrate", "nowhere"], "no calibration data 'nowhere'", "builtin"),
         (["--calibrate", "empty"], "'empty' holds no image", "PNG"),
-        (["--stats", "scan.png"], "scan.png is missing, truncated or no statistics", "calibrate"),
+        (["--stats", "scan.png"], "scan.png is truncated or no statistics", "calibrate"),
         (["--stats", "s", "--calibrate", "builtin"], "Both data and statistics", "one of the two"),
         (["--calibrate", "builtin", "-o", "empty"], "empty exists already", "--force"),
         (["--calibrate", "builtin", "-o", "empty", "--force"], "holds no manifest.json", "another"),
@@ -231,12 +232,14 @@ def test_an_interrupted_calibration_goes_on(
     monkeypatch.setattr(render, "working", working)
     interrupting = True
     result = run(*command)
-    assert (result.exit_code, result.stdout, steps[0]) == (130, "", "images")
+    assert (result.exit_code, result.stdout, steps[0]) == (130, "", "decoding")
+    assert "images" in steps
     assert result.stderr.splitlines()[-1] == "Interrupted."
     assert not Path("stats").exists()
     assert Path(".stats.work").is_dir()
     interrupting = False
-    assert (run(*command).exit_code, steps[0]) == (0, "layers")  # no image is looked at again
+    assert run(*command).exit_code == 0
+    assert list(dict.fromkeys(steps))[:2] == ["decoding", "layers"]  # no image is seen again
     assert Path("stats").is_file()
     assert not Path(".stats.work").exists()
 

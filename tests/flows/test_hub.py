@@ -339,3 +339,9 @@ def test_a_damaged_record_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         Pulled.of(tmp_path)
     assert Pulled.of(tmp_path / "none") is None
+
+
+def test_published_names_are_those_of_presets() -> None:
+    from medmoe_edge.presets import PRESETS
+
+    assert set(PUBLISHED) <= set(PRESETS)

@@ -139,9 +139,10 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_output_is_two_lines(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [["--version"], ["inspect", "nano", "--json"]], ids=" ".join)
+def test_a_full_output_is_two_lines(line: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
-        result = start("--version", stdout=full, stderr=subprocess.PIPE, capture_output=False)
+        result = start(*line, stdout=full, stderr=subprocess.PIPE, capture_output=False)
     assert result.returncode == 5
     assert "no space left on device" in result.stderr
     assert "Traceback" not in result.stderr

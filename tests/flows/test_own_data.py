@@ -74,7 +74,7 @@ def downloads(folder: Path) -> None:
             ("Is this a CT?", "Yes" if modality == "ct" else "No", "CLOSED"),
         ):
             row = {"qid": f"{number}-{kind}", "question": question, "answer": answer}
-            slake[split].append(common | row | {"answer_type": kind})
+            slake[split].append({**common, **row, "answer_type": kind})
     for split, rows in slake.items():
         (folder / "slake" / f"{split}.json").write_text(json.dumps(rows))
     path: dict[str, list[dict[str, str]]] = {"train": [], "val": [], "test": []}
@@ -112,7 +112,9 @@ def test_from_downloads_to_an_answer(run: Run, tmp_path: Path) -> None:
     shown = run("train", "--watch", "run")
     assert "Finished." in shown.stdout
 
-    scores = do("eval", "run/checkpoint", "--data", "DATA", "--labels", "DATA/labels.jsonl")
+    held_out = ("--data", "DATA", "--labels", "DATA/labels.jsonl")
+    scores = do("eval", "run/checkpoint", *held_out, "--blind")
+    assert scores["blind"]["overall"]["accuracy"] < scores["overall"]["accuracy"]
     assert scores["router"]["accuracy"] > 0.9
     assert scores["labels"]["accuracy"] > 0.9
     assert scores["labels"]["images"] == 24

@@ -444,13 +444,10 @@ def test_the_router_says_what_nobody_else_does(
     for source in (found.statistics.source, Statistics.open(tmp_path / "stats").source):
         assert source.labelled_by == {"router": sum(asked.values())}
     assert "images" in steps
-    name, count = expected.most_common(1)[0]
-    assert f"Of 12 images nobody says the modality: the model's own router reads {name} " in (
-        caplog.text
-    )
+    assert "Of 12 images nobody says the modality: the model's own router reads" in caplog.text
+    assert all(f"{name} {count / 12:.0%}" in caplog.text for name, count in expected.items())
     read = {record.expert for record in found.statistics.coverage if record.own_modality_tokens}
     assert {NAMES[expert] for expert in read} == set(expected)
-    assert count > 1
 
 
 @pytest.mark.usefixtures("quick")

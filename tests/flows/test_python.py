@@ -35,7 +35,7 @@ def test_load_gives_the_engine_of_the_family() -> None:
         found = engine.classify(ROOT / "scan.png", ["chest x-ray", "brain mri"])
     assert next(iter(found.scores)) == "chest x-ray"
     with pytest.raises(InputError, match="memory_budget does not go with"):
-        medmoe_edge.load("modality-nano", memory_budget="50%")  # type: ignore[call-overload]
+        medmoe_edge.load("modality-nano", memory_budget="50%")
     with pytest.raises(ModelError, match=r"no model folder"):
         medmoe_edge.load("no-such-model")
 
@@ -127,7 +127,7 @@ def test_asked_from_an_event_loop(engine: Engine) -> None:
 
 
 def test_help_shows_what_matters() -> None:
-    text = pydoc.render_doc(medmoe_edge, renderer=pydoc.plaintext)
+    text = pydoc.render_doc(medmoe_edge, renderer=pydoc.plaintext)  # type: ignore[attr-defined]
     for name in set(medmoe_edge.__all__) - {"__version__"}:
         assert name in text
     assert 'load("nano")' in text

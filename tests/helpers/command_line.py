@@ -12,7 +12,8 @@ import pytest
 from typer.testing import Result
 
 from medmoe_edge.engine.answer import Answer, Timings
-from medmoe_edge.image.loading import Image, load_image
+from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import check_question
 
 ROOT = Path(__file__).parents[2]

@@ -20,6 +20,7 @@ from pynetdicom import evt
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.events import Event
 
+import medmoe_edge
 from medmoe_edge.bedside.listen.config import Configuration, load_configuration
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.engine.answer import Answer
@@ -55,6 +56,7 @@ def configuration(folder: Path, **values: Any) -> Configuration:
         "reserve_mb": 0,
         "peers": [{"ae_title": PEER}],
         "questions": [{"ask": [QUESTION]}],
+        "series": {"quiet": 0, "linger": 0},
     }
     return Configuration.model_validate(given | values)
 
@@ -118,9 +120,8 @@ class Archive:
         self.refuse = 0
         self._lock = threading.Lock()
         self._entity = ApplicationEntity("ARCHIVE")
-        for uid in ("1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.88.11"):
-            self._entity.add_supported_context(uid)
-        self._entity.add_supported_context("1.2.840.10008.5.1.4.1.1.7")
+        for ending in ("88.34", "88.11", "88.59", "7"):  # reports, key objects, captures
+            self._entity.add_supported_context(f"1.2.840.10008.5.1.4.1.1.{ending}")
         self._server = self._entity.start_server(
             ("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)]
         )
@@ -146,8 +147,11 @@ class Archive:
         self._entity.shutdown()
 
 
-def start_node(config: Path, seconds: float = 0.0) -> "subprocess.Popen[str]":
-    """The node in a process of its own; it is listening once this returns."""
+def start_node(config: Path, seconds: float | str = 0.0) -> "subprocess.Popen[str]":
+    """The node in a process of its own; it is listening once this returns.
+
+    `seconds` is what the stand-in takes to answer, or the name of a model that answers in truth.
+    """
     root = Path(__file__).parents[2]
     paths = os.pathsep.join(map(str, (root, root / "tests" / "unit")))
     process = subprocess.Popen(
@@ -162,6 +166,8 @@ def start_node(config: Path, seconds: float = 0.0) -> "subprocess.Popen[str]":
 
 
 if __name__ == "__main__":
-    with Node(load_configuration(Path(sys.argv[1])), StandIn(float(sys.argv[2]))):
+    given = sys.argv[2]
+    engine = StandIn(float(given)) if given[0].isdigit() else medmoe_edge.load(given)
+    with Node(load_configuration(Path(sys.argv[1])), engine):
         print("ready", flush=True)
         threading.Event().wait()

@@ -226,4 +226,4 @@ def test_the_verb_verifies(run: Run, log: Path) -> None:
 def test_a_log_that_is_not_there(run: Run) -> None:
     result = run("audit", "verify", "none.jsonl")
     assert result.exit_code == 2
-    assert two_lines(result)[0] == "The audit log cannot be read: no such file or directory."
+    assert two_lines(result)[0] == "The audit log none.jsonl does not exist."

@@ -111,7 +111,7 @@ def test_a_picture_of_another_kind_is_called_so(run: Run, tmp_path: Path) -> Non
 
 def test_a_secret_is_not_empty_or_missing(run: Run, scan: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
-    for name, what in (("empty", "is empty"), ("gone", "no such file")):
+    for name, what in (("empty", "is empty"), ("gone", "does not exist")):
         result = run("audit", "deidentify", str(scan), "-o", "out.dcm", "--secret", name)
         assert result.exit_code == 2
         assert what in two_lines(result)[0]
@@ -337,7 +337,7 @@ def test_nothing_of_the_files_beginning_is_left(scan: Path, tmp_path: Path) -> N
 
 def test_a_missing_file_is_called_missing(run: Run, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for name, what in (("gone.dcm", "no such file"), ("folder", "is a folder")):
+    for name, what in (("gone.dcm", "does not exist"), ("folder", "is a folder")):
         result = run("audit", "deidentify", name, "-o", "out.dcm")
         assert result.exit_code == 2
         assert what in two_lines(result)[0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from PIL import Image as Pillow
 from pyarrow import parquet
 
 import medmoe_edge
+from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.batch import results as batch_results
 from medmoe_edge.bedside.batch import run as batch_asking
 from medmoe_edge.bedside.batch.inputs import Journal, journal_path, read_items
@@ -126,6 +128,21 @@ def test_every_image_and_question_has_its_row_in_order(
     for row in found:
         assert (row["model"], row["model_sha256"]) == ("stand-in", "0" * 64)
     assert not journal_path(tmp_path / "out.parquet").exists()
+
+
+def test_every_answer_is_audited_before_it_is_kept(
+    engine: StandIn, scans: Path, questions: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "audit.jsonl"
+    report = go(scans, questions, audit=AuditLog(log))
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(entries) == report.rows - report.errors
+    assert {entry["who"] for entry in entries} == {"batch"}
+    assert [entry["answer"] for entry in entries] == [
+        row["answer"] for row in rows(tmp_path / "out.parquet") if row["error"] is None
+    ]
+    digest = hashlib.sha256((scans / "a.png").read_bytes()).hexdigest()
+    assert entries[0]["input_sha256"] == digest
 
 
 def test_the_real_model_answers_as_if_asked_alone(tmp_path: Path) -> None:
@@ -394,7 +411,8 @@ def test_ctrl_c_leaves_what_is_done(
     command = ("batch", "scans", "--questions", "questions.txt", "-o", "out.parquet", "--json")
     engine.dies = 2
     result = run(*command)
-    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.exit_code == 130
+    assert json.loads(result.stdout)["error"]["code"] == "interrupted"
     assert result.stderr.startswith("What is done is kept: the same command goes on.\n")
     engine.dies = None
     assert json.loads(run(*command).stdout)["resumed"] == 2

@@ -5,6 +5,7 @@ import socketserver
 import sqlite3
 import stat
 import sys
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,7 @@ from medmoe_edge.bedside.audit.log import verify_log
 from medmoe_edge.bedside.listen import queue as listen_files
 from medmoe_edge.bedside.listen import receiving as listen_receiving
 from medmoe_edge.bedside.listen.answering import Answering
-from medmoe_edge.bedside.listen.evidence import Evidence, Result
+from medmoe_edge.bedside.listen.evidence import Evidence, Result, is_ours
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Queue
 from medmoe_edge.bundle.bundle import NOTICE
@@ -128,11 +129,14 @@ def test_what_cannot_be_used_is_refused_with_its_status(
         assert node.queue.counts()["answered"] == 1
 
 
-def test_objects_without_pixels_are_refused(tmp_path: Path) -> None:
-    report, empty = study(1, SOPClassUID=BasicTextSRStorage), study(2)
+def test_objects_without_pixels_are_set_aside_and_images_without_refused(tmp_path: Path) -> None:
+    report, empty = study(1, SOPClassUID=BasicTextSRStorage, Modality="SR"), study(2)
     del report.PixelData, empty.PixelData
     with Node(configuration(tmp_path / "node"), StandIn()) as node:
-        assert send(node.port, report, empty, study(3)) == [-1, 0xA900, 0]
+        assert send(node.port, report, empty, study(3)) == [0, 0xA900, 0]
+        wait_for(lambda: done(node))
+        assert node.queue.asides() == {"no_pixels": 1, "refused": 1}
+        assert node.queue.counts()["answered"] == 1
     classes = listen_receiving.classes_with_pixels()
     assert BasicTextSRStorage not in classes
     assert {CTImageStorage, SecondaryCaptureImageStorage} < set(classes)
@@ -203,9 +207,12 @@ def test_questions_go_by_modality_and_body_part(tmp_path: Path) -> None:
         foot, mri = study(2, BodyPartExamined="FOOT"), study(3, Modality="MR")
         assert send(node.port, study(1), foot, mri) == [0, 0, 0]
         wait_for(lambda: done(node) and not list(node.folder.images.iterdir()))
-        rows = sqlite3.connect(node.folder.queue).execute("SELECT key, question FROM answer")
+        rows = sqlite3.connect(node.folder.queue).execute(
+            "SELECT source.object, question FROM answer JOIN source ON source.result = answer.key"
+        )
         found = sorted(rows)
-        assert node.queue.counts()["answered"] == 3  # of the MR nothing is asked
+        assert node.queue.counts()["answered"] == 2
+        assert node.queue.asides() == {"no_question": 1}  # of the MR nothing is asked
     keys = {number: listen_files.key_of(study(number).SOPInstanceUID) for number in (1, 2)}
     assert found == sorted([(keys[1], "a"), (keys[1], "b"), (keys[2], "a")])
 
@@ -247,6 +254,7 @@ def test_an_object_is_not_blamed_for_a_full_disk(
     assert queue.waiting(9) == ["c" * 64, "a" * 64]
     config = configuration(tmp_path / "node")
     answering = Answering(config, folder, queue, StandIn(), None)
+    (folder.images / f"{'a' * 64}.dcm").write_bytes(b"an image")
     monkeypatch.setattr(answering, "_ask", raising(ResourceError("Full.", "Free some.")))
     for _ in range(3):
         with pytest.raises(ResourceError):
@@ -368,4 +376,16 @@ def test_uids_are_the_same_for_the_same_and_no_others() -> None:
     uids = [result.uid(kind) for result in results for kind in ("x", "y")]
     assert len(set(uids)) == 6
     assert all(UID(uid).is_valid and len(uid) <= 64 for uid in uids)
-    assert Result(first, answer_to("a", "Yes"), "later").uid("x") == uids[0]
+    assert Result(first, answer_to("a"), "later").uid("x") == uids[0]  # made again
+    model = {"name": "fake", "sha256": "1" * 64, "verification": "passed"}
+    others = [
+        Result(first, answer_to("a", "Yes"), ""),
+        Result(first, answer_to("a", confidence=0.5), ""),
+        Result(first, answer_to("a", model=model), ""),
+        Result(first, answer_to("a"), "", settings="all slices"),
+        Result(first, answer_to("a"), "", others=(first, second)),
+    ]
+    assert len({*uids, *(result.uid("x") for result in others)}) == 11
+    assert all(map(is_ours, uids))
+    foreign = f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, 'x').int}"
+    assert not any(map(is_ours, ("1.2.3", "2.25.", f"2.25.{'9' * 60}", foreign)))

@@ -67,7 +67,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, run: Run, text: str, what: str) 
 def test_a_configuration_that_is_not_there(run: Run) -> None:
     result = run("listen", "--config", "none.toml")
     assert result.exit_code == 2
-    assert "cannot be read" in two_lines(result)[0]
+    assert "does not exist" in two_lines(result)[0]
 
 
 def test_what_is_missing_is_named_with_its_extra() -> None:

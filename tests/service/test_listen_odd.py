@@ -3,6 +3,7 @@
 What belongs to a patient is never lost, mixed with another's, or emptied without a word.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -28,10 +29,10 @@ from test_listen_fuzz import fake_event
 from medmoe_edge.bedside.listen import receiving as listen_receiving
 from medmoe_edge.bedside.listen.answering import encoded
 from medmoe_edge.bedside.listen.evidence import Evidence
-from medmoe_edge.bedside.listen.header import SHARED, text_of
+from medmoe_edge.bedside.listen.header import SHARED, origin_of, text_of
 from medmoe_edge.bedside.listen.node import Node
-from medmoe_edge.bedside.listen.queue import key_of
-from medmoe_edge.errors import ImageError
+from medmoe_edge.bedside.listen.queue import Queue, key_of
+from medmoe_edge.errors import ImageError, ResourceError
 from medmoe_edge.image.pixels import Image
 
 pytestmark = pytest.mark.filterwarnings(
@@ -73,6 +74,11 @@ def reports(node: Node, kind: str = REPORT) -> list[Dataset]:
     order = [key for (key,) in node.queue._read("SELECT key FROM object ORDER BY number")]
     paths = [path for key in order for path in node.folder.documents.glob(f"{key}/*.{kind}.dcm")]
     return [dcmread(path) for path in paths]
+
+
+def rejections(node: Node) -> list[Dataset]:
+    """The key objects that withdraw reports."""
+    return [dcmread(path) for path in node.folder.documents.glob("*/*.withdrawal.dcm")]
 
 
 def classes_referred_to(report: Dataset) -> set[str]:
@@ -183,19 +189,19 @@ def test_a_refusal_says_why_to_the_sender_and_in_the_log(
 
 
 def test_withdrawn_and_private_classes_are_taken_where_they_show_something(
-    node: Node, caplog: pytest.LogCaptureFixture
+    node: Node,
 ) -> None:
     empty = study(3, SOPClassUID=PRIVATE)
     del empty.PixelData
     classes = (RETIRED_ULTRASOUND, PRIVATE)
     sent = [study(number, SOPClassUID=uid) for number, uid in enumerate(classes)]
-    assert send(node.port, *sent, empty) == [0, 0, 0xA900]
+    assert send(node.port, *sent, empty) == [0, 0, 0]
     answered(node, 2)
+    assert node.queue.asides() == {"no_pixels": 1}
     for kind in (REPORT, "basic-text-sr"):
         for report, uid in zip(reports(node, kind), classes, strict=True):
             assert uid in classes_referred_to(report)
             assert study().SOPClassUID not in classes_referred_to(report)
-    assert "It has no pixels." in caplog.text
 
 
 def test_what_is_not_taken_of_an_offer_is_in_the_log(
@@ -204,10 +210,10 @@ def test_what_is_not_taken_of_an_offer_is_in_the_log(
     caplog.set_level(logging.INFO)
     entity = ApplicationEntity(PEER)
     entity.add_requested_context(study().SOPClassUID, "1.2.840.113619.5.2")
-    entity.add_requested_context("1.2.840.10008.5.1.4.1.1.88.11")
+    entity.add_requested_context("1.2.840.10008.5.1.4.1.2.2.1")
     entity.add_requested_context("1.2.840.10008.1.1")
     entity.associate("127.0.0.1", node.port, ae_title="MEDMOE").release()
-    assert "Not taken here (1): Basic Text SR Storage." in caplog.text
+    assert "Not taken here (1): Study Root Query/Retrieve" in caplog.text
     assert "Offered in no readable encoding: Computed Radiography Image Storage." in caplog.text
 
 
@@ -285,7 +291,7 @@ def test_a_corrected_object_is_answered_anew(node: Node, caplog: pytest.LogCaptu
     assert "sent again with other content" in caplog.text
 
 
-def test_a_corrected_object_does_not_take_the_place_of_one_that_waits(tmp_path: Path) -> None:
+def test_of_a_corrected_object_that_waits_only_the_last_is_asked(tmp_path: Path) -> None:
     seen = []
 
     class Looking(StandIn):
@@ -296,8 +302,8 @@ def test_a_corrected_object_does_not_take_the_place_of_one_that_waits(tmp_path: 
     with Node(configuration(tmp_path / "node"), Looking(0.2)) as node:
         corrected = study(PixelData=SOME[::-1].tobytes())
         assert send(node.port, study(9), study(), corrected) == [0, 0, 0]
-        answered(node, 3)
-    assert seen[1:] == [0, 240]
+        answered(node, 2)
+    assert seen[1:] == [240]
 
 
 def test_the_same_uid_of_another_patient_is_kept_apart(
@@ -316,6 +322,27 @@ def test_the_same_uid_of_another_patient_is_kept_apart(
     assert "PredecessorDocumentsSequence" not in new
     assert warnings_of(node)[1] == ["sent_again", "other_patient"]
     assert "in the name of another patient" in caplog.text
+    assert "its results are withdrawn: the patient was another" in caplog.text
+    (rejection,) = rejections(node)
+    assert (rejection.PatientID, rejection.StudyInstanceUID) == ("MRN-4711", old.StudyInstanceUID)
+    assert rejection.ConceptNameCodeSequence[0].CodeValue == "113037"  # for patient safety
+    rejected = {
+        str(instance.ReferencedSOPInstanceUID)
+        for series in rejection.CurrentRequestedProcedureEvidenceSequence[
+            0
+        ].ReferencedSeriesSequence
+        for instance in series.ReferencedSOPSequence
+    }
+    wrong = {
+        str(dcmread(path).SOPInstanceUID)
+        for path in node.folder.documents.glob(f"{key_of(study().SOPInstanceUID)}/*.dcm")
+    }
+    assert rejected == wrong
+    fhir = [json.loads(path.read_bytes()) for path in node.folder.documents.glob("*/withdrawn.*")]
+    assert [[each["request"]["method"] for each in one["entry"]] for one in fhir] == [
+        ["POST", "PUT", "PUT"]
+    ]
+    assert [each["resource"]["status"] for each in fhir[0]["entry"][1:]] == ["entered-in-error"] * 2
     for secret in ("MRN-0815", "Roe", "MRN-4711", "Doe"):
         assert secret not in caplog.text
         assert secret.encode() not in node.folder.queue.read_bytes()
@@ -357,18 +384,64 @@ def test_what_nothing_was_asked_of_is_asked_when_it_is_sent_again(tmp_path: Path
         wait_for(lambda: engine.asked == 1)
 
 
-def test_a_queue_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
-    with Node(configuration(tmp_path / "node"), StandIn()) as node:
-        assert send(node.port, study()) == [0]
-        answered(node)
-    with sqlite3.connect(tmp_path / "node" / "queue.sqlite") as database:
-        database.execute("DROP TABLE origin")
+OLD_QUEUE = """
+CREATE TABLE object (number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, sha256 TEXT NOT NULL,
+    peer TEXT NOT NULL, questions TEXT NOT NULL, state TEXT NOT NULL DEFAULT 'waiting' CHECK
+    (state IN ('waiting', 'answered', 'failed')), attempts INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE INDEX object_state ON object (state, attempts, number);
+CREATE TABLE answer (key TEXT NOT NULL REFERENCES object (key), question TEXT NOT NULL,
+    answer TEXT NOT NULL, PRIMARY KEY (key, question)) STRICT;
+CREATE TABLE delivery (number INTEGER PRIMARY KEY, document TEXT NOT NULL,
+    destination TEXT NOT NULL, sent INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (document, destination)) STRICT;
+CREATE TABLE origin (key TEXT PRIMARY KEY, uid TEXT NOT NULL, content TEXT NOT NULL,
+    patient TEXT NOT NULL, study TEXT NOT NULL) STRICT;
+"""
+
+
+@pytest.mark.parametrize("has_origins", [True, False])  # the first version kept none
+def test_a_queue_of_an_earlier_version_is_gone_on_with(tmp_path: Path, has_origins: bool) -> None:
+    """One object answered, one waiting, one given up, and one of which nothing was asked."""
+    root = tmp_path / "node"
+    (root / "images").mkdir(parents=True)
+    with sqlite3.connect(root / "queue.sqlite") as database:
+        database.executescript(OLD_QUEUE)
+        states = ["answered", "waiting", "failed", "answered"]
+        for number, state in enumerate(states, 1):
+            dataset = study(number)
+            dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+            path = root / "images" / f"{key_of(dataset.SOPInstanceUID)}.dcm"
+            path.write_bytes(fake_event(_implicit(dataset)).encoded_dataset())
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            questions = "[]" if number == 4 else '["q"]'
+            row = (path.stem, sha256, PEER, questions, state)
+            database.execute(
+                "INSERT INTO object (key, sha256, peer, questions, state) VALUES (?, ?, ?, ?, ?)",
+                row,
+            )
+            if has_origins:
+                header, pixels = listen_receiving._parts(path.read_bytes())
+                origin = origin_of(header, pixels[8:])
+                database.execute("INSERT INTO origin VALUES (?, ?, ?, ?, ?)", (path.stem, *origin))
+        answered_key = key_of(study(1).SOPInstanceUID)
+        database.execute("INSERT INTO answer VALUES (?, 'q', '{}')", (answered_key,))
+        database.execute("INSERT INTO delivery VALUES (1, 'x/y.dcm', 'gone', 0)")
     engine = StandIn()
-    with Node(configuration(tmp_path / "node"), engine) as node:
-        assert send(node.port, study()) == [0]
-        assert send(node.port, study(PatientID="MRN-0815")) == [0]
-        answered(node, 2)
-    assert engine.asked == 1
+    with Node(configuration(root), engine) as node:
+        answered(node, 2)  # and the second
+        assert node.queue.counts() == {"waiting": 0, "answered": 2, "failed": 1, "unsent": 1}
+        assert node.queue.asides() == {"no_question": 1}
+        if has_origins:
+            assert send(node.port, study(1), study(2)) == [0, 0]  # known
+            assert node.queue.counts()["waiting"] == 0
+        assert send(node.port, study(3), study(1, PatientID="MRN-0815")) == [0, 0]
+        answered(node, 4)
+    assert engine.asked == 3
+    Queue(root / "queue.sqlite").close()
+    with sqlite3.connect(root / "queue.sqlite") as database:
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(ResourceError, match="later version"):
+        Node(configuration(root), engine)
 
 
 def test_the_picture_that_the_model_saw_goes_with_the_report(node: Node) -> None:

@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import resource
 import shutil
 import subprocess
 import threading
@@ -20,6 +21,7 @@ from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
 from listen_process import (
     PEER,
+    QUESTION,
     SOME,
     StandIn,
     configuration,
@@ -29,6 +31,7 @@ from listen_process import (
     wait_for,
 )
 from pydicom import Dataset, dcmread
+from pydicom.uid import BasicTextSRStorage, CTImageStorage, EncapsulatedPDFStorage
 
 from medmoe_edge.bedside.listen.answering import encoded
 from medmoe_edge.bedside.listen.evidence import Evidence, Result
@@ -173,6 +176,16 @@ def _get(port: int, path: str) -> bytes:
         return bytes(answer.read())
 
 
+def _post(port: int, path: str, data: bytes, method: str = "POST") -> bytes:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, method=method)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return bytes(answer.read())
+
+
+def _put(port: int, path: str, data: bytes) -> None:
+    _post(port, path, data, "PUT")
+
+
 def _answers(port: int) -> bool:
     try:
         return bool(_get(port, "/system"))
@@ -200,6 +213,121 @@ def test_orthanc_takes_the_reports_and_gives_them_back(
         dcmread(io.BytesIO(data)).to_json() for data in written
     }
     assert classes == {"1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.88.11"}
+
+
+def whole_study(slices: int) -> list[Dataset]:
+    """A study as a CT sends it: its slices, in no order, two localizers, a report and a PDF."""
+    study_uid, series_uid = "1.2.826.0.4711.50", "1.2.826.0.4711.50.1"
+    named = {"StudyInstanceUID": study_uid, "BodyPartExamined": "THORAX", "Modality": "CT"}
+    found = []
+    for number in range(1, slices + 1):
+        found.append(
+            study(
+                **named,
+                SOPClassUID=CTImageStorage,
+                SeriesInstanceUID=series_uid,
+                SOPInstanceUID=f"{series_uid}.{number}",
+                InstanceNumber=number,
+                ImageType=["ORIGINAL", "PRIMARY", "AXIAL"],
+                ImagePositionPatient=[0, 0, 5 * number],
+                ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+            )
+        )
+    for number in (1, 2):
+        uid = f"{study_uid}.2.{number}"
+        kind = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+        found.append(
+            study(
+                **named,
+                SOPClassUID=CTImageStorage,
+                SeriesInstanceUID=f"{study_uid}.2",
+                SOPInstanceUID=uid,
+                ImageType=kind,
+            )
+        )
+    for number, (sop_class, modality) in enumerate(
+        [(BasicTextSRStorage, "SR"), (EncapsulatedPDFStorage, "DOC")], 3
+    ):
+        document = study(
+            **named | {"Modality": modality},
+            SOPClassUID=sop_class,
+            SeriesInstanceUID=f"{study_uid}.{number}",
+            SOPInstanceUID=f"{study_uid}.{number}.1",
+        )
+        del document.PixelData
+        found.append(document)
+    return found[::2] + found[1::2]
+
+
+def test_orthanc_forwards_a_whole_study(tmp_path: Path, orthanc: tuple[int, int]) -> None:
+    """With its default settings, which give a study up at the first object that is refused."""
+    dicom, rest = orthanc
+    forwards_a_whole_study(tmp_path, dicom, rest, StandIn(), slices=30)
+
+
+def forwards_a_whole_study(
+    folder: Path, dicom: int, rest: int, engine: Any, slices: int
+) -> dict[str, float]:
+    """Twice, then with the middle slice corrected; gives seconds and memory."""
+    sent = whole_study(slices)
+    destination = {"ae_title": "ORTHANC", "host": "127.0.0.1", "port": dicom}
+    config = configuration(
+        folder / "node",
+        peers=[{"ae_title": "ORTHANC"}],
+        questions=[{"modalities": ["CT"], "body_parts": ["CHEST"], "ask": [QUESTION]}],
+        series={"quiet": 2},
+        dicom=[destination],
+    )
+    with Node(config, engine) as node:
+        place = json.dumps(["MEDMOE", "127.0.0.1", node.port]).encode()
+        _put(rest, "/modalities/node", place)
+        for dataset in sent:
+            _post(rest, "/instances", (saved(folder, dataset)).read_bytes())
+        (identifier,) = [
+            each
+            for each in json.loads(_get(rest, "/studies"))
+            if "1.2.826.0.4711.50" in _get(rest, f"/studies/{each}").decode()
+        ]
+        before, start = _memory(), time.monotonic()
+        told = json.loads(_post(rest, "/modalities/node/store", identifier.encode()))
+        assert (told["FailedInstancesCount"], told["InstancesCount"]) == (0, len(sent))
+        wait_for(lambda: node.queue.counts()["answered"] == 1, 60)
+        figures = {"seconds": time.monotonic() - start, "mb": (_memory() - before) / 1e6}
+        wait_for(lambda: node.queue.counts()["unsent"] == 0, 60)
+        assert node.queue.asides() == {"localizer": 2, "no_pixels": 2}
+
+        (path,) = node.folder.documents.glob("*/*.dcm")
+        report = dcmread(path)
+        middle = f"1.2.826.0.4711.50.1.{(slices + 1) // 2}"
+        (image,) = [item for _, item in _items(report) if item.ValueType == "IMAGE"]
+        assert image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == middle
+        texts = [item.TextValue for _, item in _items(report) if item.ValueType == "TEXT"]
+        assert f"1 of {slices} (number {(slices + 1) // 2})" in texts
+
+        # Again: now with our report in the study, which is not answered either.
+        told = json.loads(_post(rest, "/modalities/node/store", identifier.encode()))
+        assert (told["FailedInstancesCount"], told["InstancesCount"]) == (0, len(sent) + 1)
+        assert node.queue.counts() == {"waiting": 0, "answered": 1, "failed": 0, "unsent": 0}
+        assert node.queue.asides()["own_result"] == 1
+
+        corrected = next(each for each in sent if each.SOPInstanceUID == middle)
+        corrected.PixelData = SOME[::-1].tobytes()
+        assert send(node.port, corrected, title="ORTHANC") == [0]
+        wait_for(lambda: node.queue.counts()["answered"] == 2, 60)
+        old, new = sorted(
+            map(dcmread, node.folder.documents.glob("*/*.dcm")),
+            key=lambda each: "PredecessorDocumentsSequence" in each,
+        )
+        series = new.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0]
+        assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == old.SOPInstanceUID
+        assert [int(each.InstanceNumber) for each in (old, new)] == [1, 2]
+    return figures
+
+
+def _memory() -> float:
+    """Bytes that this process has in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return float(pages * resource.getpagesize())
 
 
 class FhirServer(http.server.BaseHTTPRequestHandler):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from medmoe_edge.data import download as downloads
+from medmoe_edge.data import prepare as downloads
 from medmoe_edge.data.datasets import read_examples
 from medmoe_edge.data.prepare import Dataset, prepare
 from medmoe_edge.errors import DataError, InputError, MissingDependencyError, ResourceError
@@ -181,7 +181,7 @@ def test_pathvqa_as_json(tmp_path: Path) -> None:
 def test_pathvqa_as_parquet(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow", reason="needs pyarrow, which reads parquet files")
     parquet = pytest.importorskip("pyarrow.parquet")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": {"bytes": JPEG, "path": None}, "question": "Where?", "answer": "in canals"},
         {"image": {"bytes": PNG, "path": None}, "question": "Any?", "answer": "no"},
         {"image": {"bytes": JPEG, "path": None}, "question": "What?", "answer": "cells"},

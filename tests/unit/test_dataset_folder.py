@@ -13,8 +13,7 @@ from listen_process import study
 from PIL import Image as Pillow
 
 from medmoe_edge.data.datasets import read_examples, read_labels
-from medmoe_edge.data.folder import split_evenly
-from medmoe_edge.data.labelling import LabelOptions, add_labels
+from medmoe_edge.data.folder import LabelOptions, add_labels, split_evenly
 from medmoe_edge.data.prepare import add_questions, prepare
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.image.loading import dicom_origin
@@ -172,6 +171,18 @@ def test_a_patients_pictures_stay_together(tmp_path: Path) -> None:
     for row in rows:
         splits.setdefault(row["patient"], set()).add(row["split"])
     assert splits == {str(n): {"test"} if n < 2 else {"train"} for n in range(10)}
+
+
+def test_a_patients_questions_stay_together(tmp_path: Path) -> None:
+    rows = [question(str(picture(tmp_path / f"{n}.png", n)), patient=n % 30) for n in range(60)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepared = add_questions(tmp_path / "q.jsonl", tmp_path / "out")
+    assert prepared.questions == {"train": 48, "val": 6, "test": 6}
+    seen: dict[str, str] = {}
+    for split in ("train", "val", "test"):
+        for example in read_examples(tmp_path / "out" / f"{split}.jsonl"):
+            assert example.patient is not None
+            assert seen.setdefault(example.patient, split) == split
 
 
 def test_several_languages(tmp_path: Path) -> None:

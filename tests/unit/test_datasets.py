@@ -266,7 +266,7 @@ def test_the_schemas_say_what_is_read(tmp_path_factory: pytest.TempPathFactory, 
         except DataError:
             readable = False
         try:
-            validate(row, schema(name))  # type: ignore[arg-type]
+            validate(row, schema(name))
             valid = True
         except invalid:
             valid = False

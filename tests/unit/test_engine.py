@@ -255,7 +255,7 @@ def test_a_bundle_that_failed_its_verification_answers_and_warns(
     ],
 )
 def test_what_cannot_be_asked(
-    engines: dict[str, Engine], question: str, options: dict[str, int], message: str
+    engines: dict[str, Engine], question: str, options: dict[str, Any], message: str
 ) -> None:
     for name in ("fp32", "torch"):
         with pytest.raises(InputError, match=message):

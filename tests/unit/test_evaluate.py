@@ -222,8 +222,9 @@ def test_the_black_picture_is_asked_each_question_once() -> None:
 def test_reliability() -> None:
     found = evaluate(FakeEngine(ANSWERS, MODALITIES), EXAMPLES).reliability
     assert found is not None
-    assert (found.n, found.ece) == (5, pytest.approx(0.75 - 2 / 5))
-    assert found.risk_coverage[-1] == (1.0, pytest.approx(3 / 5))
+    assert found.n == 5
+    assert found.ece == pytest.approx(0.75 - 2 / 5)
+    assert found.risk_coverage[-1] == pytest.approx((1.0, 3 / 5))
 
 
 def test_a_sample_is_drawn_by_its_seed() -> None:

@@ -306,7 +306,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "locked").write_bytes(b"")
     for path, message in {
         tmp_path: "is a folder",
-        tmp_path / "missing.png": "no such file",
+        tmp_path / "missing.png": "does not exist",
         tmp_path / "pipe": "not a regular file",
         tmp_path / ("x" * 400): "cannot be opened",
         tmp_path / "nul\0": "damaged",

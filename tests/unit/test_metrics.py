@@ -166,4 +166,5 @@ def test_calibration_error_by_hand() -> None:
 
 def test_risk_falls_where_confidence_means_something() -> None:
     curve = risk_coverage([0.9, 0.1, 0.8, 0.2], [1, 0, 1, 0], steps=4)
-    assert curve == ((0.25, 0.0), (0.5, 0.0), (0.75, pytest.approx(1 / 3)), (1.0, 0.5))
+    assert [share for share, _ in curve] == [0.25, 0.5, 0.75, 1.0]
+    assert [risk for _, risk in curve] == pytest.approx([0, 0, 1 / 3, 0.5])

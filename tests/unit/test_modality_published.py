@@ -30,6 +30,7 @@ from medmoe_edge.image.pixels import Image
 
 TEXTS = ["a b c", "effusion, left", "hi"]
 NEAR = 1e-5
+CONFIG = dataclasses.replace(TINY, modalities=("ct", "mri", "xray"))
 
 
 class Expert(nn.Module):
@@ -64,7 +65,7 @@ class Reference(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        vision, text = TINY.vision, TINY.text
+        vision, text = CONFIG.vision, CONFIG.text
         self.image_encoder, self.text_encoder = nn.Module(), nn.Module()
         inner = self.image_encoder.model = nn.Module()
         inner.model = SwinModel(
@@ -77,7 +78,7 @@ class Reference(nn.Module):
                 window_size=vision.window_size,
             )
         )
-        inner.moe = Experts(list(vision.channels), text.hidden_size, len(TINY.modalities))
+        inner.moe = Experts(list(vision.channels), text.hidden_size, len(CONFIG.modalities))
         self.image_encoder.global_embedder = nn.Linear(3, 5)
         self.text_encoder.model = BertModel(
             BertConfig(
@@ -101,7 +102,7 @@ class Reference(nn.Module):
         out = inner.model(pixels, output_hidden_states=True)
         pooled = out.last_hidden_state.mean(1)
         shares = inner.moe.router(pooled).softmax(-1)
-        scales = list(out.hidden_states[: len(TINY.vision.depths)])
+        scales = list(out.hidden_states[: len(CONFIG.vision.depths)])
         mixed = sum(
             shares[:, index, None, None] * expert(scales)
             for index, expert in enumerate(inner.moe.experts)
@@ -161,7 +162,7 @@ def save(folder: Path, prefix: str) -> Reference:
     named = stored(reference, folder.parent / "towers")
     state = {f"{prefix}{name}": value for name, value in named.items()}
     save_file(state, folder / "model.safetensors")
-    config = {"model_type": "modality-moe", "config": TINY.to_json()}
+    config = {"model_type": "modality-moe", "config": CONFIG.to_json()}
     (folder / "config.json").write_text(json.dumps(config))
     letters(folder / "tokenizer.json")
     return reference
@@ -187,9 +188,9 @@ def test_their_names_give_their_results(made: Made) -> None:
     """In torch and exported, of an image, of texts, and of how they fit."""
     folder, reference, bundle = made
     model = read_modality_checkpoint(folder, as_published=True)
-    side = TINY.vision.image_size
+    side = CONFIG.vision.image_size
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    pixels = preprocess(Image.from_array(noise), TINY.vision)
+    pixels = preprocess(Image.from_array(noise), CONFIG.vision)
     regions, pooled, shares = reference.image(torch.from_numpy(pixels))
     with torch.no_grad():
         ours = model.encode_image(torch.from_numpy(pixels))
@@ -220,11 +221,11 @@ def test_ours_differs_on_purpose(tmp_path: Path) -> None:
     """The same weights without the option: the comparison above proves something."""
     reference = save(tmp_path / "theirs", "")
     model = read_modality_checkpoint(tmp_path / "theirs")
-    pixels = torch.rand(1, 3, TINY.vision.image_size, TINY.vision.image_size)
+    pixels = torch.rand(1, 3, CONFIG.vision.image_size, CONFIG.vision.image_size)
     with torch.no_grad():
         ours = model.encode_image(pixels)
     regions, pooled, _ = reference.image(pixels)
-    assert ours.regions.shape[1:3] == (TINY.vision.grids[0],) * 2
+    assert ours.regions.shape[1:3] == (CONFIG.vision.grids[0],) * 2
     assert regions.shape[2:] == (16, 16)
     assert (ours.pooled - pooled).abs().max() > 0.1
 
@@ -251,10 +252,10 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
 
 
 def test_every_parameter_has_a_name_of_its_own(tmp_path: Path) -> None:
-    names = [published_name(name) for name in tiny_model().state_dict()]
+    names = [published_name(name) for name in tiny_model(config=CONFIG).state_dict()]
     assert len(set(names)) == len(names)
     theirs = set(stored(Reference(), tmp_path))
     assert set(names) <= theirs
     rest = {name for name in theirs - set(names) if "pooler" not in name}
     assert all("global_embedder" in name or "relative_position_index" in name for name in rest)
-    assert not dataclasses.replace(TINY).as_published
+    assert not CONFIG.as_published

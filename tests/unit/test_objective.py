@@ -89,6 +89,7 @@ def test_the_router_learns_modalities_from_two_pools(
     torch.testing.assert_close(objective(batch), expected)
 
     guesses = objective.scores(batch).modality
+    assert guesses is not None
     for row in range(2):
         logits = router(states[:, row, IMAGE].mean((0, 1)))
         assert guesses[row] == logits.argmax()

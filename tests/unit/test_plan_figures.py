@@ -15,18 +15,22 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from medmoe_edge.device.costs import Precision, Work, work_seconds
-from medmoe_edge.device.estimate import (
+from medmoe_edge.device.costs import (
     Asked,
-    PlanOptions,
+    Precision,
+    Work,
     held_ratio,
-    make_plan,
     memory_run,
+    work_seconds,
+)
+from medmoe_edge.device.estimate import (
+    PlanOptions,
+    fit,
+    make_plan,
     nominal_speeds,
     paging_cost,
     plan,
 )
-from medmoe_edge.device.fit import fit
 from medmoe_edge.device.hardware import DEVICES, REACHED, Device, find_device
 from medmoe_edge.errors import DataError
 from medmoe_edge.presets import PRESETS

@@ -22,6 +22,7 @@ from medmoe_edge.device.costs import (
     bits_per_weight,
     cache_values,
     decoder_parts,
+    held_ratio,
     step_seconds,
     step_work,
     vision_bytes,
@@ -31,7 +32,6 @@ from medmoe_edge.device.costs import (
 from medmoe_edge.device.estimate import (
     Plan,
     PlanOptions,
-    held_ratio,
     make_plan,
     nominal_speeds,
     plan,

@@ -7,6 +7,7 @@ from torch import nn
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.loop import (
+    Fp32Muon,
     learning_rate_factor,
     make_optimisers,
     prepare_parameters,
@@ -92,6 +93,25 @@ def test_muon_trains_the_decoders_matrices_and_adamw_the_rest() -> None:
         assert any(groups[name] is group for group in optimiser.param_groups), name
         assert groups[name]["lr"] == pytest.approx(rate)
         assert groups[name]["weight_decay"] == decay
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_muon_in_fp32_does_what_torchs_does(shape: tuple[int, int]) -> None:
+    """Held against torch.optim.Muon, whose orthogonalisation is rounded to bf16."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    gradients = [torch.randn(shape, generator=generator) for _ in range(4)]
+    results = []
+    for kind in (torch.optim.Muon, Fp32Muon):
+        parameter = nn.Parameter(start.clone())
+        optimiser = kind([parameter], 0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimiser.step()  # type: ignore[no-untyped-call]
+        assert set(optimiser.state[parameter]) == {"momentum_buffer"}
+        results.append(parameter.detach())
+    theirs, ours = (result - start for result in results)
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 def test_a_phase_without_decoder_matrices_needs_no_muon() -> None:

@@ -6,11 +6,13 @@ answered; an image that cannot be read has rows that say so.
 """
 
 import dataclasses
+import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from medmoe_edge._types import Progress
 from medmoe_edge.bedside.batch.inputs import Item, Journal, Row, fingerprint, read_items
@@ -21,6 +23,9 @@ from medmoe_edge.engine.answer import Answer
 from medmoe_edge.engine.engine import Engine, load
 from medmoe_edge.engine.loading import Device, RuntimeName
 from medmoe_edge.errors import InputError, MedMoEError, ModelError
+
+if TYPE_CHECKING:
+    from medmoe_edge.bedside.audit.log import AuditLog
 
 Numbered = tuple[int, Item]
 
@@ -158,16 +163,18 @@ def run_batch(
     *,
     recipe: Recipe | None = None,
     answering: Answering | None = None,
+    audit: "AuditLog | None" = None,
     force: bool = False,
     progress: Progress = lambda *_: None,
 ) -> BatchReport:
     """Ask all questions about all images, and write the answers to a Parquet or a CSV file.
 
-    `inputs` says what the inputs may be, `results` what is written. `recipe` is how to
-    ask (by default nano), `answering` where: in this process, or `batch_ray.OnRay`. Interrupted at
-    any moment, the same call goes on; `force` replaces an output that exists, and a journal of
-    another job. Raises `InputError` for inputs, questions or an output that cannot be used, the
-    errors of `engine.load`, and `ResourceError` for a disk that is full.
+    `inputs` says what the inputs may be, `results` what is written. `recipe` is how to ask (by
+    default nano), `answering` where: in this process, or `batch_ray.OnRay`. Interrupted at any
+    moment, the same call goes on; `force` replaces an output that exists, and a journal of another
+    job. With `audit`, every answer has its entry in that log before it is kept. Raises `InputError`
+    for inputs, questions or an output that cannot be used, the errors of `engine.load`, and
+    `ResourceError` for a disk that is full.
     """
     started = time.perf_counter()
     inputs, output = Path(inputs), Path(output)
@@ -181,7 +188,8 @@ def run_batch(
     job = fingerprint(items, model.sha256, recipe.max_new_tokens)
     with Journal(output, job, force=force) as journal:
         done = journal.done()
-        _answer(items, done, journal, answering, model.sha256, progress)
+        keep = partial(_keep, items, journal, audit)
+        _answer(items, done, keep, answering, model.sha256, progress)
         written = write_results(output, items, journal, model.verification)
         journal.remove()
     return BatchReport(
@@ -199,12 +207,12 @@ def run_batch(
 def _answer(
     items: Sequence[Item],
     done: set[int],
-    journal: Journal,
+    keep: Callable[[int, list[Row]], None],
     answering: Answering,
     sha256: str,
     progress: Progress,
 ) -> None:
-    """Bring all that is not done into the journal."""
+    """Bring all that is not done into the journal, as `keep` does."""
     pending = [(number, item) for number, item in enumerate(items) if number not in done]
     finished = len(done)
     progress("asking", finished, len(items))
@@ -214,6 +222,29 @@ def _answer(
                 "A machine of the cluster has another model of that name.",
                 "Bring the same bundle and version of medmoe-edge to all of them.",
             )
-        journal.keep(number, rows)
+        keep(number, rows)
         finished += 1
         progress("asking", finished, len(items))
+
+
+def _keep(
+    items: Sequence[Item],
+    journal: Journal,
+    audit: "AuditLog | None",
+    number: int,
+    rows: list[Row],
+) -> None:
+    answered = [row for row in rows if row["error"] is None]
+    if audit is not None and answered:
+        with open(items[number].path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        for row in answered:
+            audit.append(
+                who="batch",
+                event="answer",
+                model={"name": row["model"], "sha256": row["model_sha256"]},
+                question=row["question"],
+                answer=row["answer"],
+                input_sha256=digest,
+            )
+    journal.keep(number, rows)

@@ -1,13 +1,13 @@
-"""One received object after another: asked, its answers written as documents, and recorded.
+"""One complete series after another: asked, its answers written as documents, and recorded.
 
-A crash at any point leaves the object waiting or answered, never half: the documents are on the
+A crash at any point leaves the series waiting or answered, never half: the documents are on the
 disk before the one transaction that records the answers and what is to be sent. Made again after a
 crash, documents have the same UIDs, and none has left the machine before.
 
-What is sent on: documents by C-STORE, FHIR transactions by HTTP POST; each until it is taken.
+Of a series one picture is in memory at a time, and of each slice only its answers stay.
 
-A document may arrive twice, where an acknowledgement was lost: it is then the same object with the
-same UIDs, which a DICOM node stores once and a FHIR server creates once (`ifNoneExist`).
+A result whose objects were sent again is replaced: by one about the same patient, whose reports
+name the earlier ones; or, where the patient is another, it is withdrawn in that patient's study.
 """
 
 import datetime
@@ -15,35 +15,31 @@ import hashlib
 import io
 import json
 import logging
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import httpx
 from pydicom import Dataset, dcmread, dcmwrite
-from pynetdicom.ae import ApplicationEntity
-from pynetdicom.status import code_to_category
 
 from medmoe_edge.bedside.audit.log import AuditLog
-from medmoe_edge.bedside.listen.config import (
-    Configuration,
-    Destination,
-    DicomDestination,
-    Document,
-    FhirDestination,
-)
+from medmoe_edge.bedside.listen.config import Configuration, Document
 from medmoe_edge.bedside.listen.evidence import Evidence, Result
-from medmoe_edge.bedside.listen.queue import Folder, Job, Queue
+from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.report_sr import (
     Locator,
+    Standing,
     basic_text_sr,
     comprehensive_3d_sr,
     heat_map,
     seen_capture,
+    withdrawal,
 )
+from medmoe_edge.bedside.listen.schema import Job, Slice
+from medmoe_edge.bedside.listen.selection import Selection, chosen, voted
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.errors import InputError, MedMoEError, Notice, ResourceError
+from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice
 from medmoe_edge.image.loading import decoding
 from medmoe_edge.image.pixels import Image, Pixels
 
@@ -58,8 +54,14 @@ SENT_AGAIN = Notice(
 OTHER_PATIENT = Notice(
     "other_patient",
     "The object was sent before in the name of another patient, under the same UID: look whose "
-    "image it is, and at the report that was made for the other.",
+    "image it is. The results that were made for the other are withdrawn.",
 )
+LATE = Notice(
+    "late_slices",
+    "These objects came long after the others of their series, which has an earlier result: this "
+    "answer is about the late ones alone.",
+)
+UNREADABLE = Notice("unreadable_slices", "Some of the chosen slices could not be read.")
 SHARED_STUDY = Notice(
     "shared_study", "Another patient's images were sent with the same Study Instance UID."
 )
@@ -79,6 +81,15 @@ class Asked(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Asking:
+    """A slice that was asked: its answers, and the Secondary Capture of what the model saw."""
+
+    evidence: Evidence
+    answers: tuple[Answer, ...]
+    picture: Dataset | None = None
+
+
 class Answering:
     """The work of the thread that owns the engine."""
 
@@ -93,142 +104,308 @@ class Answering:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.engine, self.locator = engine, locator
         self.audit = AuditLog(configuration.audit or folder.root / "audit.jsonl")
+        self._lingering: dict[str, float] = {}  # series whose images go, and when
 
     def pending(self, limit: int) -> list[str]:
-        """The first objects that wait."""
-        return self.queue.waiting(limit)
+        """The first series that are complete and wait."""
+        return self.queue.waiting(limit, self._is_complete)
+
+    def _is_complete(self, series: str) -> bool:
+        """Nothing of it has come for a while, or all that it has to have is there.
+
+        Where other objects of the study matter, key objects or the same picture for presentation,
+        it waits for the study.
+        """
+        settings = self.configuration.series
+        if not settings.quiet:
+            return True
+        extent = self.queue.extent(series)
+        if settings.slices == "key" or extent.has_processing:
+            return self.queue.quiet(extent.study) >= settings.quiet
+        wanted = settings.expected or extent.expected
+        is_quiet = self.queue.quiet(series) >= settings.quiet
+        return is_quiet or bool(wanted and extent.count >= wanted)
 
     def do(self, key: str) -> None:
-        """Answer all questions about one object, or give it up if it can never be answered."""
+        """Answer all questions about one series, or give it up if it can never be answered."""
         job = self.queue.job(key)
         if job.attempts >= MAX_ATTEMPTS:
-            self._give_up(key, "too many attempts")
+            self._give_up(job, "too many attempts")
             return
         self.queue.count_attempt(key)
         try:
             try:
-                image, results = self._ask(job)
+                self._answer(job)
             except InputError as error:
-                self._give_up(key, type(error).__name__)
-            else:
-                self._record(job, image, results)
+                self._give_up(job, f"{type(error).__name__}: {error.what}")
         except (MedMoEError, OSError):  # a full disk, a broken audit log, a model that diverged
             self.queue.forgive_attempt(key)
             raise
 
-    def _record(self, job: Job, image: Image, results: list[Result]) -> None:
+    def tidy(self) -> None:
+        """Remove the images of series that were answered long enough ago."""
+        now = time.monotonic()
+        for series in [key for key, end in self._lingering.items() if end <= now]:
+            del self._lingering[series]
+            self._remove_images(series)
+
+    def _answer(self, job: Job) -> None:
+        selection, is_whole = self._selected(job.key)
+        replaced = self.queue.replaced(job.key)
+        result = _result_key(job, selection, replaced)
+        if selection.slices and is_whole:
+            replaced |= {each: self.queue.sources(each) for each in self.queue.results(job.key)}
+        if self.queue.sources(result):
+            log.info("%s: what came changes nothing.", job.key[:16])
+            self.queue.close_series(job, "answered")
+            self._let_go(job.key)
+            return
+        if not selection.slices and not replaced:
+            log.info("%s: nothing of it is to be asked.", job.key[:16])
+            self.queue.close_series(job, "aside", "left_out")
+            self._let_go(job.key)
+            return
+        asked = [each for slice_ in selection.slices for each in self._asked(slice_, result)]
+        if selection.slices and not asked:
+            raise ImageError("none of its slices can be read", "Send it again.")
+        if len(asked) < len(selection.slices):
+            selection = replace(selection, notices=(*selection.notices, UNREADABLE))
+        results = self._results(selection, asked)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's quote what breaks the standard
-            names = self._write_picture(job, results)
-            names += [name for result in results for name in self._write(job, result, image)]
-        for answer in (result.answer for result in results):
+            names = list(self._withdraw(result, job.key, replaced))
+            names += [f"{result}/{name}" for name in self._picture_names(asked)]
+            names += [name for each in results for name in self._write(result, each, replaced)]
+        answers = {each.answer.question: json.dumps(each.answer.to_json()) for each in results}
+        sources = [each.evidence.key for each in asked]
+        deliveries = self._deliveries(names)
+        self.queue.answered(job, result, sources, answers, deliveries, replaced)
+        self._let_go(job.key)
+
+    def _selected(self, series: str) -> tuple[Selection, bool]:
+        """The slices to ask, and whether they were chosen among all of the series.
+
+        Those for processing are left out where they are there for presentation. Where images have
+        gone since, those are chosen from that are there.
+        """
+        slices = [
+            each
+            for each in self.queue.slices(series)
+            if each.intent != "processing" or not self.queue.shown_elsewhere(each.key)
+        ]
+        settings, marked = self.configuration.series, self.queue.marked(series)
+        selection = chosen(slices, marked, settings)
+        if all(self.folder.image(each.key).exists() for each in selection.slices):
+            return selection, True
+        there = [each for each in slices if self.folder.image(each.key).exists()]
+        if not there:
+            raise ImageError("its images are gone", "Send it again.")
+        selection = chosen(there, marked, settings)
+        return replace(selection, notices=(*selection.notices, LATE)), False
+
+    def _asked(self, slice_: Slice, result: str) -> Iterator[Asking]:
+        """A slice that was asked and audited, unless it cannot be read."""
+        try:
+            asking = self._ask(slice_)
+        except InputError as error:
+            log.warning("%s: a slice cannot be read (%s).", slice_.key[:16], error.what)
+            return
+        for answer in asking.answers:
             self.audit.append(
-                who=f"dicom:{job.peer}",
+                who=f"dicom:{slice_.peer}",
                 event="answer",
                 model=answer.model,
                 question=answer.question,
                 answer=answer.text,
-                input_sha256=job.sha256,
+                input_sha256=slice_.sha256,
             )
-        answers = {
-            result.answer.question: json.dumps(result.answer.to_json()) for result in results
-        }
-        self.queue.answered(job.key, answers, self._deliveries(names))
-        if not self.configuration.keep_images:
-            self.folder.image(job.key).unlink(missing_ok=True)
+        if asking.picture is not None:
+            name = f"{slice_.key[:16]}.picture.dcm"
+            self.folder.keep(self.folder.documents / result / name, encoded(asking.picture))
+            del asking.picture.PixelData  # many would not fit into memory
+        yield asking
 
-    def _ask(self, job: Job) -> tuple[Image, list[Result]]:
-        path = self.folder.image(job.key)
+    def _ask(self, slice_: Slice) -> Asking:
+        path = self.folder.image(slice_.key)
         with decoding(path.name):
             dataset = dcmread(path, stop_before_pixels=True)
-        image = self.folder.picture(job.key)
+        image = self.folder.picture(slice_.key)
         limit = self.configuration.max_new_tokens
-        answers = self.engine.ask_all(image, job.questions, max_new_tokens=limit)
-        evidence = Evidence.of(dataset, image, job.sha256, job.key)
-        found = (*evidence.notices, *self._notices(job.key))
+        answers = self.engine.ask_all(image, slice_.questions, max_new_tokens=limit)
+        evidence = Evidence.of(dataset, image, slice_.sha256, slice_.key)
+        found = (*evidence.notices, *self._notices(slice_.key))
         answers = [replace(each, warnings=(*each.warnings, *found)) for each in answers]
-        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        picture = self._picture(evidence, image)
-        return image, [Result(evidence, answer, when, picture) for answer in answers]
+        return Asking(evidence, tuple(answers), self._picture(evidence, image))
 
     def _picture(self, evidence: Evidence, image: Image) -> Dataset | None:
         if "picture" not in self.configuration.all_documents:
             return None
-        return seen_capture(evidence, self.engine.seen(image))
+        pixels = self.engine.seen(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = seen_capture(evidence, pixels)
+        series, name = str(picture.SeriesInstanceUID), str(picture.SOPInstanceUID)
+        picture.InstanceNumber = self.queue.instance_number(series, name)
+        return picture
+
+    def _results(self, selection: Selection, asked: Sequence[Asking]) -> list[Result]:
+        """For each question what the slices say together."""
+        by_question: dict[str, dict[str, Answer]] = {}
+        for asking in asked:
+            for answer in asking.answers:
+                by_question.setdefault(answer.question, {})[asking.evidence.key] = answer
+        when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        found = []
+        for answers in by_question.values():
+            best, answer = voted(answers)
+            sources = [each for each in asked if each.evidence.key in answers]
+            answer = replace(answer, warnings=(*answer.warnings, *selection.notices))
+            found.append(
+                Result(
+                    evidence=next(each.evidence for each in sources if each.evidence.key == best),
+                    answer=answer,
+                    when=when,
+                    pictures=tuple(each.picture for each in sources if each.picture is not None),
+                    others=tuple(each.evidence for each in sources),
+                    of=selection.of,
+                    settings=self._settings(),
+                )
+            )
+        return found
+
+    def _settings(self) -> str:
+        """What in the configuration an answer depends on."""
+        series = self.configuration.series.model_dump(include={"slices", "every"})
+        return json.dumps(series | {"max_new_tokens": self.configuration.max_new_tokens})
 
     def _notices(self, key: str) -> Iterator[Notice]:
         """What other objects say of this one."""
         origin = self.queue.origin(key)
         if origin is None:
             return
-        earlier = self._earlier(key)
+        versions = self.queue.versions(origin.uid)
+        keys = [known for known, _ in versions]
+        earlier = [each.patient for _, each in versions[: keys.index(key)]]
         if earlier:
             yield SENT_AGAIN
-        if any(patient != origin.patient for _, patient in earlier):
+        if any(patient != origin.patient for patient in earlier):
             yield OTHER_PATIENT
         if self.queue.shares_study(origin):
             yield SHARED_STUDY
 
-    def _earlier(self, key: str) -> list[tuple[str, str]]:
-        """The keys and patients of what was sent under the same UID before."""
-        origin = self.queue.origin(key)
-        versions = [] if origin is None else self.queue.versions(origin.uid)
-        keys = [known for known, _ in versions]
-        return [(known, each.patient) for known, each in versions[: keys.index(key)]]
+    def _patients(self, keys: Sequence[str]) -> set[str]:
+        """Whose the objects are, hashed."""
+        return {origin.patient for origin in map(self.queue.origin, keys) if origin is not None}
 
-    def _replaced(self, key: str, name: str) -> list[Dataset]:
-        """Documents of that name about the same patient that are of earlier versions."""
-        origin = self.queue.origin(key)
+    def _withdraw(self, result: str, series: str, replaced: dict[str, list[str]]) -> Iterator[str]:
+        """Take back the earlier results: all of them at FHIR servers, another patient's at others.
+
+        Those about the same patient stay where they are in DICOM: the new reports name them.
+        """
+        ours = {self.queue.patient(series)}
+        for old, sources in replaced.items():
+            folder = self.folder.documents / old
+            for path in sorted(folder.glob("*.fhir-*.json")):
+                if path.name.startswith("withdrawn."):
+                    continue
+                from medmoe_edge.bedside.listen.fhir import withdrawn
+
+                name = f"{result}/withdrawn.{path.name}"
+                self.folder.keep(self.folder.documents / name, withdrawn(path.read_bytes()))
+                yield name
+            if not self._patients(sources) <= ours:
+                log.warning("%s: its results are withdrawn: the patient was another.", old[:16])
+                yield from self._reject(result, old)
+
+    def _reject(self, result: str, old: str) -> Iterator[str]:
+        """Write the key object that rejects the reports of an earlier result."""
+        paths = sorted((self.folder.documents / old).glob("*.dcm"))
+        reports = [dcmread(path, stop_before_pixels=True) for path in paths]
+        reports = [each for each in reports if each.Modality != "KO"]
+        if not reports:
+            return
+        document = withdrawal(reports)
+        kind, name = str(document.SeriesInstanceUID), f"{result}/{old[:16]}.withdrawal.dcm"
+        document.InstanceNumber = self.queue.instance_number(kind, name)
+        self.folder.keep(self.folder.documents / name, encoded(document))
+        yield name
+
+    def _earlier(self, name: str, result: Result, replaced: dict[str, list[str]]) -> list[Dataset]:
+        """Documents of that name about the same patient that this one takes the place of."""
+        ours = self._patients([each.key for each in result.sources])
         paths = [
-            self.folder.documents / known / name
-            for known, patient in self._earlier(key)
-            if origin is not None and patient == origin.patient
+            self.folder.documents / old / name
+            for old, sources in replaced.items()
+            if self._patients(sources) <= ours
         ]
         return [dcmread(path, stop_before_pixels=True) for path in paths if path.exists()]
 
-    def _write_picture(self, job: Job, results: list[Result]) -> list[str]:
+    def _picture_names(self, asked: Sequence[Asking]) -> list[str]:
         """What the model saw is the same for all questions."""
-        picture = next((result.picture for result in results), None)
-        if picture is None:
-            return []
-        name = f"{job.key}/image.picture.dcm"
-        self.folder.keep(self.folder.documents / name, encoded(picture))
-        return [name]
+        return [
+            f"{each.evidence.key[:16]}.picture.dcm" for each in asked if each.picture is not None
+        ]
 
-    def _write(self, job: Job, result: Result, image: Image) -> Iterator[str]:
+    def _write(self, key: str, result: Result, replaced: dict[str, list[str]]) -> Iterator[str]:
         """Write the configured documents; gives their names under the documents' folder."""
         question = hashlib.sha256(result.answer.question.encode()).hexdigest()[:16]
         for kind in self.configuration.all_documents:
             ending = "json" if kind.startswith("fhir") else "dcm"
             name = f"{question}.{kind}.{ending}"
-            data = self._made(kind, result, image, name)
+            number = self.queue.instance_number(result.series_uid(kind), f"{key}/{name}")
+            standing = Standing(number, tuple(self._earlier(name, result, replaced)))
+            data = self._made(kind, result, standing)
             if data is None:
                 continue
-            self.folder.keep(self.folder.documents / job.key / name, data)
-            yield f"{job.key}/{name}"
+            self.folder.keep(self.folder.documents / key / name, data)
+            yield f"{key}/{name}"
 
-    def _made(self, kind: Document, result: Result, image: Image, name: str) -> bytes | None:
+    def _made(self, kind: Document, result: Result, standing: Standing) -> bytes | None:
         match kind:
             case "picture":
-                return None  # which is of the image, not of a question
+                return None  # which is of a slice, not of a question
             case "fhir-r4" | "fhir-r5":
-                from medmoe_edge.bedside.listen.fhir import fhir  # half a second to import
-
-                return fhir(result, "R4" if kind == "fhir-r4" else "R5")
+                return self._fhir(kind, result)
             case "basic-text-sr":
-                return encoded(basic_text_sr(result, self._replaced(result.evidence.key, name)))
+                return encoded(basic_text_sr(result, standing))
             case "comprehensive-3d-sr":
-                earlier = self._replaced(result.evidence.key, name)
-                return encoded(comprehensive_3d_sr(result, earlier))
+                return encoded(comprehensive_3d_sr(result, standing))
             case "heat-map":
-                return self._heat_map(result, image)
+                return self._heat_map(result, standing)
 
-    def _heat_map(self, result: Result, image: Image) -> bytes | None:
+    def _fhir(self, kind: Document, result: Result) -> bytes | None:
+        """Nothing where nobody could tell whose it is."""
+        if not result.evidence.values["PatientID"]:
+            log.warning("A result has no Patient ID: nothing is posted to FHIR servers.")
+            self.queue.tally("no_subject")
+            return None
+        from medmoe_edge.bedside.listen.fhir import fhir  # half a second to import
+
+        systems = self.configuration.identifiers
+        return fhir(result, "R4" if kind == "fhir-r4" else "R5", systems)
+
+    def _let_go(self, series: str) -> None:
+        """Of the images, at once or after a while."""
+        if self.configuration.keep_images:
+            return
+        if self.configuration.series.linger:
+            self._lingering[series] = time.monotonic() + self.configuration.series.linger
+        else:
+            self._remove_images(series)
+
+    def _remove_images(self, series: str) -> None:
+        if self.queue.series_state(series) == "waiting":
+            return
+        for each in self.queue.slices(series):
+            self.folder.image(each.key).unlink(missing_ok=True)
+
+    def _heat_map(self, result: Result, standing: Standing) -> bytes | None:
         """Extra to the answer, so that it is left out where it cannot be made."""
         if self.locator is None:
             return None
         try:
-            return encoded(heat_map(result, image, self.locator))
+            image = self.folder.picture(result.evidence.key)
+            return encoded(heat_map(result, image, self.locator, standing))
         except MedMoEError as error:
             log.warning("No heat map was made (%s).", type(error).__name__)
             return None
@@ -242,9 +419,15 @@ class Answering:
                 if name.endswith(f".fhir-{server.version.lower()}.json"):
                     yield name, server.name
 
-    def _give_up(self, key: str, why: str) -> None:
-        log.error("%s cannot be answered (%s): given up, and kept.", key[:16], why)
-        self.queue.fail(key)
+    def _give_up(self, job: Job, why: str) -> None:
+        log.error("%s cannot be answered (%s): given up, and kept.", job.key[:16], why)
+        self.queue.close_series(job, "failed", why)
+
+
+def _result_key(job: Job, selection: Selection, replaced: Iterable[str]) -> str:
+    """By which a result is known: that of its slice, or a hash of all; of none, of what it ends."""
+    keys = [each.key for each in selection.slices]
+    return keys[0] if len(keys) == 1 else key_of("\n".join([job.key, *(keys or replaced)]))
 
 
 def encoded(dataset: Dataset) -> bytes:
@@ -252,66 +435,3 @@ def encoded(dataset: Dataset) -> bytes:
     buffer = io.BytesIO()
     dcmwrite(buffer, dataset, enforce_file_format=True)
     return buffer.getvalue()
-
-
-TIMEOUT = 30.0  # seconds
-
-
-class Sending:
-    """The work of the thread of one destination."""
-
-    def __init__(
-        self,
-        destination: Destination,
-        ae_title: str,
-        folder: Folder,
-        queue: Queue,
-    ) -> None:
-        self.destination, self.ae_title = destination, ae_title
-        self.folder, self.queue = folder, queue
-
-    def pending(self, limit: int) -> list[str]:
-        """The first documents that were not sent there."""
-        return self.queue.unsent(self.destination.name, limit)
-
-    def do(self, document: str) -> None:
-        """Send one document; raises `ResourceError` or `httpx.HTTPError` where it is not taken."""
-        data = (self.folder.documents / document).read_bytes()
-        if isinstance(self.destination, DicomDestination):
-            store(data, self.destination, self.ae_title)
-        else:
-            post(data, self.destination)
-        self.queue.sent(document, self.destination.name)
-
-
-def store(data: bytes, node: DicomDestination, ae_title: str) -> None:
-    """Send a DICOM file by C-STORE; raises `ResourceError` unless it is stored."""
-    dataset = dcmread(io.BytesIO(data))
-    entity = ApplicationEntity(ae_title)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT
-    entity.connection_timeout = TIMEOUT
-    entity.add_requested_context(dataset.SOPClassUID, dataset.file_meta.TransferSyntaxUID)
-    association = entity.associate(node.host, node.port, ae_title=node.ae_title)
-    if not association.is_established:
-        raise ResourceError("The DICOM destination cannot be reached.", "Is it running?")
-    try:
-        status = association.send_c_store(dataset).get("Status", 0xC000)
-    except ValueError as error:  # it takes no such objects
-        raise ResourceError(
-            "The DICOM destination takes no such documents.", "Configure others."
-        ) from error
-    finally:
-        association.release()
-    if code_to_category(status) not in ("Success", "Warning"):
-        raise ResourceError(
-            f"The DICOM destination refused a document (0x{status:04X}).", "See its log."
-        )
-
-
-def post(data: bytes, server: FhirDestination) -> None:
-    """Post a FHIR transaction; raises `httpx.HTTPError` unless it is done."""
-    headers = {"Content-Type": "application/fhir+json", "Accept": "application/fhir+json"}
-    if server.token_file is not None:
-        headers["Authorization"] = f"Bearer {server.token_file.read_text('utf-8').strip()}"
-    response = httpx.post(str(server.url), content=data, headers=headers, timeout=TIMEOUT)
-    response.raise_for_status()

@@ -12,8 +12,12 @@ A file `listen.toml` (or the same as JSON):
 
     [[questions]]                  # of an image, all that fit it are asked
     modalities = ["CR", "DX"]      # Modality (0008,0060); left out: any
-    body_parts = ["CHEST"]         # Body Part Examined (0018,0015); left out: any
+    body_parts = ["CHEST"]         # or another word for it, or a SNOMED CT code; left out: any
     ask = ["Is there a pleural effusion?"]
+
+    [series]                       # one result for each series
+    quiet = 10                     # seconds without a new object, after which it is complete
+    slices = "middle"              # which are asked: middle, key, every or all
 
     [[dicom]]                      # the DICOM documents are sent here by C-STORE
     ae_title = "PACS"
@@ -27,12 +31,13 @@ A file `listen.toml` (or the same as JSON):
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 
+from medmoe_edge.bedside.listen.header import body_parts
 from medmoe_edge.errors import InputError, unreadable
 
 Document = Literal[
@@ -63,9 +68,36 @@ class Questions(_Part):
     body_parts: tuple[str, ...] = ()
     ask: tuple[Question, ...] = pydantic.Field(min_length=1)
 
-    def fit(self, modality: str, body_part: str) -> bool:
-        """Whether they are asked of such an image."""
-        return _among(modality, self.modalities) and _among(body_part, self.body_parts)
+    def fit(self, modality: str, parts: Collection[str]) -> bool:
+        """Whether they are asked of such an image; `parts` are by `header.body_parts`."""
+        wanted = [body_parts(each) for each in self.body_parts]
+        return _among(modality, self.modalities) and (
+            not wanted or any(each and each <= set(parts) for each in wanted)
+        )
+
+
+class Series(_Part):
+    """How objects are brought together, and which of a series are asked.
+
+    A series is complete when nothing of it has come for `quiet` seconds, or as soon as it has
+    `expected` objects (0: as many as the objects say, if they do). `slices` are the middle one,
+    those that key objects of the study name, `every` so-many-th, or all; several answers are
+    brought together by a vote. For `linger` seconds after its result a series' images are kept, so
+    that a late object is answered together with the others.
+    """
+
+    quiet: float = pydantic.Field(10.0, ge=0)
+    expected: int = pydantic.Field(0, ge=0)
+    slices: Literal["middle", "key", "every", "all"] = "middle"
+    every: int = pydantic.Field(10, ge=1)
+    linger: float = pydantic.Field(600.0, ge=0)
+
+
+class Identifiers(_Part):
+    """The systems (URIs) of the identifiers in FHIR documents; left out: none is given."""
+
+    patient: str | None = pydantic.Field(None, min_length=1)
+    accession: str | None = pydantic.Field(None, min_length=1)
 
 
 class DicomDestination(_Part):
@@ -80,6 +112,11 @@ class DicomDestination(_Part):
         """By which the queue knows it."""
         return f"dicom://{self.ae_title}@{self.host}:{self.port}"
 
+    @property
+    def shown(self) -> str:
+        """For a log."""
+        return self.name
+
 
 class FhirDestination(_Part):
     """A FHIR server's base URL; `token_file` holds a bearer token."""
@@ -92,6 +129,11 @@ class FhirDestination(_Part):
     def name(self) -> str:
         """By which the queue knows it."""
         return str(self.url)
+
+    @property
+    def shown(self) -> str:
+        """For a log: without what is secret in a URL."""
+        return f"{self.url.scheme}://{self.url.host}:{self.url.port}{self.url.path or ''}"
 
 
 Destination = DicomDestination | FhirDestination
@@ -121,6 +163,8 @@ class Configuration(_Part):
     documents: tuple[Document, ...] = ("comprehensive-3d-sr",)
     dicom: tuple[DicomDestination, ...] = ()
     fhir: tuple[FhirDestination, ...] = ()
+    series: Series = Series()
+    identifiers: Identifiers = Identifiers()
     audit: Path | None = None
     reserve_mb: int = pydantic.Field(1000, ge=0)
     max_object_mb: int = pydantic.Field(1000, ge=1)
@@ -137,10 +181,14 @@ class Configuration(_Part):
             needed.append("fhir-r4" if server.version == "R4" else "fhir-r5")
         return tuple(dict.fromkeys(needed))
 
-    def questions_for(self, modality: str, body_part: str) -> tuple[str, ...]:
-        """What is asked of an image, each once."""
-        fitting = [part.ask for part in self.questions if part.fit(modality, body_part)]
+    def questions_for(self, modality: str, parts: Collection[str]) -> tuple[str, ...]:
+        """What is asked of an image, each once; `parts` are by `header.body_parts`."""
+        fitting = [part.ask for part in self.questions if part.fit(modality, parts)]
         return tuple(dict.fromkeys(question for ask in fitting for question in ask))
+
+    def names(self, modality: str) -> bool:
+        """Whether a question names the modality."""
+        return any(part.modalities and _among(modality, part.modalities) for part in self.questions)
 
 
 def load_configuration(path: Path) -> Configuration:
@@ -175,5 +223,5 @@ def _explained(error: pydantic.ValidationError) -> InputError:
     return InputError(f"The configuration is wrong at {place}.", f"{first['msg']}.")
 
 
-def _among(value: str, wanted: Sequence[str]) -> bool:
+def _among(value: str, wanted: Collection[str]) -> bool:
     return not wanted or value.strip().upper() in {each.strip().upper() for each in wanted}

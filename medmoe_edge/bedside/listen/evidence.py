@@ -1,10 +1,13 @@
 """What a result takes over from the object that it is about: whose it is, and what it refers to.
 
-The UIDs of results follow from what they are about: made again, a result is the same object. An
-object that was sent again with other content is another version, and has results of its own.
+The UIDs of results follow from what they are about and what they say: made again, a result is the
+same object; with another answer, model or setting it is another. UIDs made here can be told from
+all others (`is_ours`): they are UUIDs of version 8 (RFC 9562) that begin with the same four bytes.
 """
 
 import dataclasses
+import hashlib
+import json
 import uuid
 from typing import Self
 
@@ -18,6 +21,7 @@ from medmoe_edge.bedside.listen.header import (
     is_allowed,
     notices_of,
     patient_of,
+    taken_at,
     text_of,
     uid_of,
 )
@@ -28,6 +32,8 @@ from medmoe_edge.image.pixels import Image
 
 # The root of all UIDs made here, itself made by chance once.
 NAMESPACE = uuid.UUID("6e7f2a53-5f0c-4c58-9a2b-0d8c8d3c3d6e")
+MARK = bytes.fromhex("6e7f2a53")  # the first bytes of them all
+MAKER = "medmoe-edge"
 CHARACTERS = "ISO_IR 192"  # UTF-8, PS3.3 C.12.1.1.2
 
 
@@ -43,6 +49,8 @@ class Evidence:
         sha256: Of the object's file.
         key: By which the node knows the object, and this version of it.
         notices: What a reader of the results should know of the object.
+        taken: When the image was taken, by `header.taken_at`.
+        number: Its Instance Number, as it has it.
     """
 
     header: Dataset
@@ -51,6 +59,8 @@ class Evidence:
     sha256: str
     key: str
     notices: tuple[Notice, ...] = ()
+    taken: str = ""
+    number: str = ""
 
     @classmethod
     def of(cls, dataset: Dataset, image: Image, sha256: str, key: str | None = None) -> Self:
@@ -60,7 +70,9 @@ class Evidence:
         values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
         header = _header(dataset, values)
         header.Rows, header.Columns = image.pixels.shape[:2]
-        return cls(header, values, frame, sha256, key or key_of(header.SOPInstanceUID), notices)
+        key = key or key_of(header.SOPInstanceUID)
+        number = text_of(dataset, "InstanceNumber").value
+        return cls(header, values, frame, sha256, key, notices, taken_at(dataset), number)
 
     @property
     def uid(self) -> str:
@@ -81,19 +93,44 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One question about one object, answered; `when` by ISO 8601, UTC.
+    """One question about one series, answered; `when` by ISO 8601, UTC.
 
-    `picture` is the Secondary Capture of what the model saw, if there is one.
+    Attributes:
+        evidence: The object that gave the answer; of several, the most confident.
+        answer: What it, or a vote of all, says.
+        when: It was answered.
+        pictures: The Secondary Captures of what the model saw, if they were made, without pixels.
+        others: All objects that were asked, where they are several.
+        of: How many objects the series has.
+        settings: The configuration's settings that an answer depends on.
     """
 
     evidence: Evidence
     answer: Answer
     when: str
-    picture: Dataset | None = None
+    pictures: tuple[Dataset, ...] = ()
+    others: tuple[Evidence, ...] = ()
+    of: int = 1
+    settings: str = ""
+
+    @property
+    def sources(self) -> tuple[Evidence, ...]:
+        """All objects that were asked."""
+        return self.others or (self.evidence,)
 
     def uid(self, kind: str) -> str:
-        """The SOP Instance UID of this result as a document of a kind: always the same."""
-        return made_uid(self.evidence.key, self.answer.question, kind)
+        """The SOP Instance UID of this result as a document of a kind.
+
+        The same for the same objects, question, answer, model and settings, and for no others.
+        """
+        answer = self.answer
+        said = [
+            *(answer.question, answer.text, answer.confidence, answer.complete, answer.modality),
+            *([notice.code, notice.message] for notice in answer.warnings),
+        ]
+        about = [(each.key, each.sha256) for each in self.sources]
+        whole = [about, self.of, said, answer.model, __version__, self.settings]
+        return made_uid(json.dumps(whole, sort_keys=True, default=str), kind)
 
     def uuid(self, kind: str) -> str:
         """The UID as a UUID."""
@@ -111,8 +148,21 @@ def series_uid(evidence: Evidence, kind: str) -> str:
 
 
 def made_uid(*parts: str) -> str:
-    """A UID that stands for these words: a UUID of version 5 under 2.25 (PS3.5, B.2)."""
-    return f"2.25.{uuid.uuid5(NAMESPACE, chr(0).join(parts)).int}"
+    """A UID that stands for these words: a UUID of version 8 under 2.25 (PS3.5, B.2)."""
+    words = "\0".join(parts).encode("utf-8", "surrogatepass")
+    value = bytearray(MARK + hashlib.sha256(NAMESPACE.bytes + words).digest()[:12])
+    value[6] = 0x80 | value[6] & 0x0F  # version and variant, RFC 9562
+    value[8] = 0x80 | value[8] & 0x3F
+    return f"2.25.{int.from_bytes(value)}"
+
+
+def is_ours(uid: str) -> bool:
+    """Whether `made_uid` made a UID."""
+    root, _, number = uid.rpartition(".")
+    if root != "2.25" or not number.isascii() or not number.isdigit() or len(number) > 39:
+        return False
+    value = int(number).to_bytes(17)[1:] if int(number) < 2**128 else b""
+    return value.startswith(MARK) and value[6] >> 4 == 8 and value[8] >> 6 == 2
 
 
 def device_uid(answer: Answer) -> str:

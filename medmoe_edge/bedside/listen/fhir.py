@@ -2,10 +2,12 @@
 
 Preliminary, as nobody has verified it. Each resource carries an identifier and is only created
 where the server has none with it, so that the transaction may be sent twice. The patient, study and
-order are named by their identifiers alone. Validated as R4B (4.3), which leaves these resources as
-R4 has them, and as R5.
+order are named by their identifiers alone, in the systems that the configuration names; a result
+without a patient's number is not written, as nobody could tell whose it is. Validated as R4B (4.3),
+which leaves these resources as R4 has them, and as R5.
 """
 
+import json
 import uuid
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
 
 from medmoe_edge._version import __version__
+from medmoe_edge.bedside.listen.config import Identifiers
 from medmoe_edge.bedside.listen.evidence import NAMESPACE, Result, device_uid
 
 Version = Literal["R4", "R5"]
@@ -24,12 +27,25 @@ IMAGING = {
     "system": "http://terminology.hl7.org/CodeSystem/observation-category",
     "code": "imaging",
 }
+ACCESSION = {"system": "http://terminology.hl7.org/CodeSystem/v2-0203", "code": "ACSN"}
+NO_SYSTEMS = Identifiers()
 REPORT = {"system": "http://loinc.org", "code": "18748-4", "display": "Diagnostic imaging study"}
 
 
-def fhir(result: Result, version: Version) -> bytes:
-    """The transaction as JSON; raises pydantic's `ValidationError` if it were not FHIR."""
-    entries = [_device(result, version), _observation(result), _report(result, version)]
+def fhir(result: Result, version: Version, systems: Identifiers = NO_SYSTEMS) -> bytes:
+    """The transaction as JSON; raises pydantic's `ValidationError` if it were not FHIR.
+
+    Args:
+        result: What is reported; its patient must have a number.
+        version: Of FHIR.
+        systems: Of the identifiers.
+    """
+    named = {**_subject(result, systems), **_order(result, systems), **_effective(result)}
+    entries = [
+        _device(result, version),
+        _observation(result, named),
+        _report(result, version, named, systems),
+    ]
     bundle = {
         "resourceType": "Bundle",
         "type": "transaction",
@@ -39,9 +55,23 @@ def fhir(result: Result, version: Version) -> bytes:
     return valid.model_dump_json().encode()
 
 
+def withdrawn(transaction: bytes) -> bytes:
+    """The transaction that withdraws what an earlier one created: `entered-in-error`, by update."""
+    bundle = json.loads(transaction)
+    for entry in bundle["entry"]:
+        resource = entry["resource"]
+        if resource["resourceType"] == "Device":
+            continue
+        resource["status"] = "entered-in-error"
+        condition = entry["request"]["ifNoneExist"]
+        url = f"{resource['resourceType']}?{condition}"
+        entry["request"] = {"method": "PUT", "url": url}
+    return json.dumps(bundle).encode()
+
+
 def _entry(result: Result, resource: Resource) -> Resource:
     kind = resource["resourceType"]
-    (identifier,) = resource["identifier"]
+    identifier = resource["identifier"][0]
     condition = f"identifier={identifier['system']}|{identifier['value']}"
     return {
         "fullUrl": f"urn:uuid:{result.uuid(kind)}",
@@ -69,7 +99,7 @@ def _device(result: Result, version: Version) -> Resource:
     return device
 
 
-def _observation(result: Result) -> Resource:
+def _observation(result: Result, named: Resource) -> Resource:
     answer = result.answer
     observation: Resource = {
         "resourceType": "Observation",
@@ -77,11 +107,12 @@ def _observation(result: Result) -> Resource:
         "status": "preliminary",
         "category": [{"coding": [IMAGING]}],
         "code": {"text": answer.question},
-        **_subject(result),
-        "effectiveDateTime": result.when,
+        **named,
         "issued": result.when,
         "device": {"reference": f"urn:uuid:{result.uuid('Device')}"},
-        "focus": [{"identifier": _uid(result.evidence.uid), "display": "The image"}],
+        "focus": [
+            {"identifier": _uid(each.uid), "display": "The image"} for each in result.sources
+        ],
         "derivedFrom": [_study(result)],
         "note": [{"text": text} for text in (*_warnings(result), answer.notice)],
         "component": [
@@ -110,17 +141,16 @@ def _observation(result: Result) -> Resource:
     return observation | {"dataAbsentReason": {"text": "The model gave no answer."}}
 
 
-def _report(result: Result, version: Version) -> Resource:
+def _report(result: Result, version: Version, named: Resource, systems: Identifiers) -> Resource:
     answer = result.answer
     study = "imagingStudy" if version == "R4" else "study"
     return {
         "resourceType": "DiagnosticReport",
-        "identifier": [_uid(result.uid("DiagnosticReport"))],
+        "identifier": [_uid(result.uid("DiagnosticReport")), *_accession(result, systems)],
         "status": "preliminary",
         "category": [{"coding": [RADIOLOGY]}],
         "code": {"coding": [REPORT]},
-        **_subject(result),
-        "effectiveDateTime": result.when,
+        **named,
         "issued": result.when,
         study: [_study(result)],
         "result": [{"reference": f"urn:uuid:{result.uuid('Observation')}"}],
@@ -147,12 +177,34 @@ def _study(result: Result) -> Resource:
     return {"type": "ImagingStudy", "identifier": _uid(uid)}
 
 
-def _subject(result: Result) -> Resource:
-    """The patient by number, if the object has one."""
-    number = result.evidence.values["PatientID"]
-    if not number:
-        return {}
-    identifier: Resource = {"value": number}
-    if issuer := result.evidence.values["IssuerOfPatientID"]:
+def _subject(result: Result, systems: Identifiers) -> Resource:
+    """The patient by number."""
+    values = result.evidence.values
+    identifier: Resource = {"value": values["PatientID"]}
+    if systems.patient:
+        identifier["system"] = systems.patient
+    if issuer := values["IssuerOfPatientID"]:
         identifier["assigner"] = {"display": issuer}
     return {"subject": {"type": "Patient", "identifier": identifier}}
+
+
+def _order(result: Result, systems: Identifiers) -> Resource:
+    """The order, by the accession number that it was given."""
+    orders = [
+        {"type": "ServiceRequest", "identifier": identifier}
+        for identifier in _accession(result, systems)
+    ]
+    return {"basedOn": orders} if orders else {}
+
+
+def _accession(result: Result, systems: Identifiers) -> list[Resource]:
+    number = result.evidence.values["AccessionNumber"]
+    if not number:
+        return []
+    identifier: Resource = {"type": {"coding": [ACCESSION]}, "value": number}
+    return [identifier | ({"system": systems.accession} if systems.accession else {})]
+
+
+def _effective(result: Result) -> Resource:
+    """The time of the image, not of the answer; nothing where the image does not say."""
+    return {"effectiveDateTime": result.evidence.taken} if result.evidence.taken else {}

@@ -4,9 +4,14 @@ Devices break the letter of the standard: identifiers longer than their VR allow
 zeros, dates of other forms, text in another character set than the declared one. All of it is taken
 over as it is, so that a report lies beside its image, and is told of in `notices_of`; only what a
 result cannot refer to is refused, by `check_uids`.
+
+Body parts are compared by what they mean: the defined terms of PS3.16 annex L, their SNOMED CT
+codes (of Anatomic Region Sequence) and other words for the same are one; a region that is made of
+several, such as CHESTABDPELVIS, holds each of them.
 """
 
 import datetime
+import functools
 import hashlib
 import re
 import warnings
@@ -18,6 +23,7 @@ from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
+from pydicom.sr.coding import Code
 from pydicom.tag import BaseTag
 from pydicom.valuerep import CUSTOMIZABLE_CHARSET_VR
 
@@ -34,7 +40,47 @@ UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 LONGEST_UID = 128
 DELIMITERS = {ord(mark) for mark in "\\^=\r\n\t\f"}  # end what escapes began, PS3.5 6.1.2.5.3
 PADDING = "\0 "
+DATE = re.compile(r"\d{8}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# Of each body part: its defined term (PS3.16 annex L), its SNOMED CT codes, older ones too, and
+# other words for it, in English and in what devices of other countries write.
+BODY_PARTS = (
+    ("CHEST", "816094009 51185008 43799004", "THORAX THORACIC BRUST CXR RIBCAGE TORAX POITRINE"),
+    ("ABDOMEN", "818981001 113345001", "ABD ABDO BAUCH"),
+    ("PELVIS", "816092008 12921003", "PEL PELV BECKEN PELVIC BASSIN"),
+    ("HEAD", "69536005", "KOPF CRANIUM TETE"),
+    ("SKULL", "89546000", "SCHAEDEL SCHÄDEL"),
+    ("BRAIN", "12738006", "HIRN GEHIRN CEREBRUM"),
+    ("NECK", "45048000", "HALS COU"),
+    ("LUNG", "39607008", "LUNGS LUNGE"),
+    ("HEART", "80891009", "HERZ CARDIAC COEUR"),
+    ("BREAST", "76752008", "MAMMA BREASTS"),
+    ("SPINE", "421060004", "WS WIRBELSÄULE WIRBELSAEULE"),
+    ("CSPINE", "122494005", "CERVICALSPINE HWS"),
+    ("TSPINE", "122495006", "THORACICSPINE DSPINE BWS"),
+    ("LSPINE", "122496007", "LUMBARSPINE LWS"),
+    ("SHOULDER", "16982005", "SCHULTER"),
+    ("ELBOW", "16953009", "ELBOWJOINT ELLENBOGEN"),
+    ("WRIST", "74670003", "WRISTJOINT HANDGELENK"),
+    ("HAND", "85562004", ""),
+    ("FINGER", "7569003", "FINGERS"),
+    ("HIP", "24136001 29836001", "HIPJOINT HÜFTE HUEFTE"),
+    ("KNEE", "72696002", "KNIE GENOU"),
+    ("ANKLE", "70258002", "ANKLEJOINT SPRUNGGELENK OSG"),
+    ("FOOT", "56459004", "FUSS PIED"),
+    ("KIDNEY", "64033007", "KIDNEYS NIERE RENAL"),
+    ("LIVER", "10200004", "LEBER HEPATIC"),
+)
+REGIONS = (  # made of several; those of PS3.16 annex L
+    ("ABDOMENPELVIS ABDPELVIS ABDPELV", "818982008 416949008", "ABDOMEN PELVIS"),
+    ("CHESTABDOMEN CHESTABD", "416550000", "CHEST ABDOMEN"),
+    ("CHESTABDPELVIS CAP CHESTTOPELVIS", "416775004", "CHEST ABDOMEN PELVIS"),
+    ("HEADNECK", "774007", "HEAD NECK"),
+    ("NECKCHEST", "417437006", "NECK CHEST"),
+    ("NECKCHESTABDOMEN", "416152001", "NECK CHEST ABDOMEN"),
+    ("NECKCHESTABDPELVIS", "416319003", "NECK CHEST ABDOMEN PELVIS"),
+)
+BESIDE = {"AND", "LEFT", "RIGHT", "L", "R", "BILATERAL", "BOTH", "UND", "OF", "THE"}
 
 
 class Origin(NamedTuple):
@@ -138,6 +184,90 @@ def notices_of(dataset: Dataset) -> tuple[Notice, ...]:
         )
         found.append(Notice("wrong_character_set", what))
     return tuple(found)
+
+
+def body_parts(text: str) -> frozenset[str]:
+    """The body parts that a word or a SNOMED CT code stands for; itself where it is not known."""
+    plain = "".join(letter for letter in text.upper() if letter.isalnum())
+    words = [word for word in re.split(r"[\W_]+", text.upper()) if word and word not in BESIDE]
+    found = [_names().get(word) for word in words]
+    if plain in _names() or not plain:
+        return _names().get(plain, frozenset())
+    if found and all(found):
+        return frozenset().union(*(each for each in found if each))
+    return frozenset([plain])
+
+
+def body_parts_of(dataset: Dataset) -> frozenset[str]:
+    """All that an object says of the body part that it shows: words and codes."""
+    words = text_of(dataset, "BodyPartExamined").value.split("\\")
+    found = frozenset().union(*map(body_parts, words))
+    for item in _regions(dataset):
+        code = Code(str(item.get("CodeValue", "")), str(item.get("CodingSchemeDesignator", "")), "")
+        for known in (*BODY_PARTS, *REGIONS):
+            if any(code == Code(value, "SCT", "") for value in known[1].split()):
+                found |= body_parts(known[0].split()[0])
+        found |= body_parts(str(item.get("CodeMeaning", "")))
+    return found
+
+
+def known_body_parts() -> frozenset[str]:
+    """All defined terms that are compared by meaning."""
+    return frozenset(name for name, _, _ in BODY_PARTS)
+
+
+def modality_of(dataset: Dataset) -> str:
+    """The first of an object's modalities, in capitals."""
+    return text_of(dataset, "Modality").value.partition("\\")[0].strip().upper()
+
+
+def _regions(dataset: Dataset) -> Iterator[Dataset]:
+    """The codes of an object's anatomic region; of an enhanced one, that of all frames."""
+    try:
+        yield from dataset.get("AnatomicRegionSequence") or ()
+        for group in dataset.get("SharedFunctionalGroupsSequence") or ():
+            for anatomy in group.get("FrameAnatomySequence") or ():
+                yield from anatomy.get("AnatomicRegionSequence") or ()
+    except Exception:  # pydicom raises nearly anything on damaged values
+        return
+
+
+@functools.cache
+def _names() -> dict[str, frozenset[str]]:
+    """What is known under each word and code, written in capitals without spaces."""
+    found = {}
+    for name, values, others in BODY_PARTS:
+        for word in (name, *values.split(), *others.split()):
+            found[word] = frozenset([name])
+    for names, values, parts in REGIONS:
+        for word in (*names.split(), *values.split()):
+            found[word] = frozenset(parts.split())
+    return found
+
+
+def taken_at(dataset: Dataset) -> str:
+    """When the image was taken, as FHIR writes it (ISO 8601); empty where it does not say.
+
+    Without the object's own offset from UTC only the date: FHIR knows no time without a zone.
+    """
+    moment = text_of(dataset, "AcquisitionDateTime").value
+    for kind in ("Acquisition", "Content", "Series", "Study"):
+        if DATE.match(moment):
+            break
+        date, time = (text_of(dataset, f"{kind}{part}").value for part in ("Date", "Time"))
+        moment = date + time if DATE.fullmatch(date) else ""
+    zone = moment[-5:] if re.search(r"[+-]\d{4}$", moment) else ""
+    zone = zone or text_of(dataset, "TimezoneOffsetFromUTC").value
+    try:
+        day = datetime.datetime.strptime(moment[:8], "%Y%m%d").date()
+    except ValueError:
+        return ""
+    try:
+        offset = datetime.datetime.strptime(zone, "%z").tzinfo
+        time_of_day = datetime.datetime.strptime(moment[8:14], "%H%M%S").time()
+    except ValueError:
+        return day.isoformat()
+    return datetime.datetime.combine(day, time_of_day, offset).isoformat()
 
 
 def patient_of(values: Mapping[str, str]) -> tuple[str, ...]:

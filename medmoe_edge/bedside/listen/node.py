@@ -11,16 +11,18 @@ from pynetdicom.ae import ApplicationEntity
 from pynetdicom.events import EventHandlerType
 from pynetdicom.transport import ThreadedAssociationServer
 
-from medmoe_edge.bedside.listen.answering import Answering, Asked, Sending
-from medmoe_edge.bedside.listen.config import Configuration, Destination, DicomDestination
+from medmoe_edge.bedside.listen.answering import Answering, Asked
+from medmoe_edge.bedside.listen.config import Configuration, Destination
 from medmoe_edge.bedside.listen.queue import Folder, Queue, Worker
 from medmoe_edge.bedside.listen.receiving import (
     MessageSizeLimit,
     Receiving,
+    classes_set_aside,
     classes_with_pixels,
     transfer_syntaxes,
 )
 from medmoe_edge.bedside.listen.report_sr import Locator
+from medmoe_edge.bedside.listen.sending import Sending
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.image.pixels import MAX_BYTES
 
@@ -52,12 +54,14 @@ class Node:
                 "Another node works in this folder.", "Stop it, or configure another folder."
             ) from error
         self.queue = Queue(self.folder.queue)
-        needed = self.queue.keys("waiting") | self.queue.keys("failed")
+        needed = self.queue.images("waiting") | self.queue.images("failed")
         if configuration.keep_images:
-            needed |= self.queue.keys("answered")
+            needed |= self.queue.images("answered")
         self.folder.sweep(needed)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
-        self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
+        self._answerer = Worker(
+            "Answering", self.answering.pending, self.answering.do, self.answering.tidy
+        )
         destinations: list[Destination] = [*configuration.dicom, *configuration.fhir]
         self._senders = [self._sender(each) for each in destinations]
         self._entity = _entity(configuration)
@@ -116,8 +120,8 @@ class Node:
     def _sender(self, destination: Destination) -> Worker:
         title = self.configuration.ae_title
         sending = Sending(destination, title, self.folder, self.queue)
-        kind = "C-STORE" if isinstance(destination, DicomDestination) else "FHIR"
-        return Worker(f"Sending by {kind}", sending.pending, sending.do)
+        name = f"Sending to {destination.shown}"
+        return Worker(name, sending.pending, sending.do, sending.rest)
 
 
 def _entity(configuration: Configuration) -> ApplicationEntity:
@@ -128,6 +132,6 @@ def _entity(configuration: Configuration) -> ApplicationEntity:
     entity.network_timeout = configuration.timeout
     entity.add_supported_context(VERIFICATION)
     syntaxes = transfer_syntaxes()
-    for uid in classes_with_pixels():
+    for uid in (*classes_with_pixels(), *classes_set_aside()):
         entity.add_supported_context(uid, syntaxes)
     return entity

@@ -1,27 +1,28 @@
 """The work queue of the DICOM node, in SQLite: survives the end of the process at any moment.
 
-An object is `waiting` until its answers are recorded, in one transaction with what is to be sent of
-them, and then `answered`; or `failed`, where it cannot be answered. Its key is the SHA-256 of its
-SOP Instance UID, so that what is sent again is known. Sent again with other content it is another
-version, under a key of its own; `origin` tells, in hashes, what versions and patients there are.
-Times are not kept: a clock may jump.
+What is answered is a series; its tables and states are in `schema`. An object's key is the SHA-256
+of its SOP Instance UID, so that what is sent again is known. Sent again with other content it is
+another version, under a key of its own; `origin` tells, in hashes, what versions and patients there
+are. Times are not kept, as a clock may jump: how long a series has been quiet is known in memory.
 
 The folder of the DICOM node, which holds patients' images and so is for its owner alone.
 
     queue.sqlite     what is to be done, and what was
     images/KEY.dcm   received objects, until they are answered
-    documents/KEY/   the results of an object, a file for each question and kind of document
+    documents/KEY/   a result of a series, a file for each question and kind of document
     audit.jsonl      unless the configuration names another file
     lock             held by the node that works here
 
-KEY is the SHA-256 of the SOP Instance UID: no name of a file tells a UID or a patient.
+KEY is a SHA-256: no name of a file tells a UID or a patient.
 
 A thread that does one job after another; what fails is tried again later, and later still.
 
 When is kept in memory, by a clock that never jumps; after a restart everything is tried at once.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -29,12 +30,14 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.listen.header import Origin
+from medmoe_edge.bedside.listen.schema import Extent, Job, Place, Slice, prepare
 from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import Image, shown_name
 from medmoe_edge.image.worker import Bounds, read_apart
@@ -116,7 +119,8 @@ class Worker(threading.Thread):
     """Calls `do` for the keys that `pending(limit)` names, in order.
 
     `do` ends well, or raises: then the key is left for later. It must not be in the log what the
-    key stands for, so the log tells the kind of an error alone.
+    key stands for, so the log tells an error's own words only where they are ours. `rest` is called
+    when there is nothing to do for now, and at the end.
     """
 
     def __init__(
@@ -124,9 +128,10 @@ class Worker(threading.Thread):
         name: str,
         pending: Callable[[int], Sequence[str]],
         do: Callable[[str], None],
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self._pending, self._do = pending, do
+        self._pending, self._do, self._rest = pending, do, rest
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
 
@@ -148,9 +153,11 @@ class Worker(threading.Thread):
                 if key is not None:
                     self._attempt(key)
                     continue
+                self._rest()
             except Exception as error:
                 log.error("%s cannot work (%s): waiting.", self.name, type(error).__name__)
             self._awake.wait(IDLE)
+        self._rest()
 
     def _next(self) -> str | None:
         """The first key that is due; one more than the delayed are asked for, so it is seen."""
@@ -165,57 +172,21 @@ class Worker(threading.Thread):
         except Exception as error:
             _, delay = self._delayed.get(key, (0.0, FIRST_DELAY))
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
-            kind = type(error).__name__
-            log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], kind, delay)
+            why = error.what if isinstance(error, MedMoEError) else type(error).__name__
+            log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
 
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS object (
-    number INTEGER PRIMARY KEY,
-    key TEXT NOT NULL UNIQUE,
-    sha256 TEXT NOT NULL,
-    peer TEXT NOT NULL,
-    questions TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'answered', 'failed')),
-    attempts INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE INDEX IF NOT EXISTS object_state ON object (state, attempts, number);
-CREATE TABLE IF NOT EXISTS answer (
-    key TEXT NOT NULL REFERENCES object (key),
-    question TEXT NOT NULL,
-    answer TEXT NOT NULL,
-    PRIMARY KEY (key, question)
-) STRICT;
-CREATE TABLE IF NOT EXISTS delivery (
-    number INTEGER PRIMARY KEY,
-    document TEXT NOT NULL,
-    destination TEXT NOT NULL,
-    sent INTEGER NOT NULL DEFAULT 0,
-    UNIQUE (document, destination)
-) STRICT;
-CREATE TABLE IF NOT EXISTS origin (
-    key TEXT PRIMARY KEY,
-    uid TEXT NOT NULL,
-    content TEXT NOT NULL,
-    patient TEXT NOT NULL,
-    study TEXT NOT NULL
-) STRICT;
-CREATE INDEX IF NOT EXISTS origin_uid ON origin (uid);
-CREATE INDEX IF NOT EXISTS origin_study ON origin (study);
-CREATE INDEX IF NOT EXISTS delivery_open ON delivery (destination, sent, number);
-"""
 # Of an object that needs nothing more when it comes again.
-SETTLED = "object.state != 'failed' AND object.questions != '[]'"
-
-
-class Job(NamedTuple):
-    """An object to be answered; `sha256` is of its file, `attempts` counts those before."""
-
-    key: str
-    sha256: str
-    peer: str
-    questions: tuple[str, ...]
-    attempts: int
+SETTLED = "object.aside = '' AND series.state != 'failed'"
+# The objects of a series that may be asked about, each in its latest version.
+CURRENT = (
+    "object.series = ? AND object.aside = '' AND NOT EXISTS (SELECT 1 FROM origin AS mine "
+    "JOIN origin AS other ON other.uid = mine.uid JOIN object AS later ON later.key = other.key "
+    "WHERE mine.key = object.key AND later.series = object.series AND later.aside = '' "
+    "AND later.number > object.number)"
+)
+CLOSE = "UPDATE series SET state = ?, why = ?"
+MOST_REMEMBERED, REMEMBERED = 10_000, 3600.0  # series and studies, and for how many seconds
 
 
 class Queue:
@@ -226,13 +197,15 @@ class Queue:
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._clock = threading.Lock(), threading.Lock()
+        self._opened = time.monotonic()
+        self._arrived: dict[str, float] = {}  # of series and studies, when something last came
+        self._arriving: Counter[str] = Counter()  # how much comes at the moment
         try:
             self._database = sqlite3.connect(path, timeout=10, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
-            with self._database:
-                self._database.executescript(SCHEMA)
+            prepare(self._database)
         except sqlite3.Error as error:
             raise _explained(error) from error
 
@@ -247,33 +220,83 @@ class Queue:
         peer: str,
         questions: Sequence[str],
         origin: Origin | None = None,
+        place: Place | None = None,
+        aside: str = "",
     ) -> None:
-        """Add an object; one without questions needs no answer.
+        """Add an object; its series then waits, unless the object is set `aside` for a reason.
 
-        Known ones are left alone, but for those that were given up, or of which nothing was asked:
-        they wait again.
+        Known ones are left alone, but for those that were given up or set aside. Without a place it
+        is a series of its own. A series that another patient's result rests on waits even if
+        nothing is asked of it: that result is to be withdrawn.
         """
-        values = (key, sha256, peer, json.dumps(questions), "waiting" if questions else "answered")
-        with self._lock, _explaining(), self._database as database:
+        place = place or Place(key)
+        values = (key, sha256, peer, json.dumps(questions), *place, aside)
+        with self._lock, explaining(), self._database as database:
             database.execute(
-                "INSERT INTO object (key, sha256, peer, questions, state) VALUES (?, ?, ?, ?, ?) "
+                "INSERT INTO object (key, sha256, peer, questions, series, position, instance, "
+                "intent, view, expected, aside) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (key) DO UPDATE SET sha256 = excluded.sha256, peer = excluded.peer, "
-                "questions = excluded.questions, state = excluded.state, attempts = 0 "
-                f"WHERE NOT ({SETTLED})",
+                "questions = excluded.questions, series = excluded.series, "
+                "position = excluded.position, instance = excluded.instance, "
+                "intent = excluded.intent, view = excluded.view, expected = excluded.expected, "
+                "aside = excluded.aside "
+                "WHERE NOT EXISTS (SELECT 1 FROM series "
+                f"WHERE series.key = object.series AND {SETTLED})",
                 values,
             )
             if origin is not None:
                 statement = "INSERT OR REPLACE INTO origin VALUES (?, ?, ?, ?, ?)"
                 database.execute(statement, (key, *origin))
+            waits = not aside or bool(_replaced(database, place.series))
+            database.execute(
+                "INSERT INTO series (key, state, why) VALUES (?1, ?2, ?3) "
+                "ON CONFLICT (key) DO UPDATE SET state = 'waiting', attempts = 0, why = '', "
+                "revision = revision + 1 WHERE ?2 = 'waiting'",
+                (place.series, "waiting" if waits else "aside", aside),
+            )
+
+    @contextlib.contextmanager
+    def arriving(self, *names: str) -> Iterator[None]:
+        """While an object of a series, and of a study by its origin, comes."""
+        with self._clock:
+            self._arriving.update(names)
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            with self._clock:
+                self._arriving.subtract(names)
+                self._arriving = +self._arriving  # those that are not zero
+                self._arrived.update(dict.fromkeys(names, now))
+                if len(self._arrived) > MOST_REMEMBERED:
+                    recent = {n: t for n, t in self._arrived.items() if now - t < REMEMBERED}
+                    self._arrived = recent
+
+    def quiet(self, name: str) -> float:
+        """Seconds since an object of a series, or of a study by its origin, last came."""
+        with self._clock:
+            if name in self._arriving:
+                return 0.0
+            return time.monotonic() - self._arrived.get(name, self._opened)
 
     def settles(self, key: str) -> bool:
         """Whether an object is answered or will be."""
-        return bool(self._read(f"SELECT 1 FROM object WHERE key = ? AND {SETTLED}", key))
+        statement = "SELECT 1 FROM object JOIN series ON series.key = object.series "
+        return bool(self._read(f"{statement} WHERE object.key = ? AND {SETTLED}", key))
 
     def state(self, key: str) -> str | None:
-        """The state of an object; None of one that was never added."""
-        rows = self._read("SELECT state FROM object WHERE key = ?", key)
+        """The state of the series of an object; None of one that was never added."""
+        rows = self._read(
+            "SELECT state FROM object JOIN series ON series.key = object.series "
+            "WHERE object.key = ?",
+            key,
+        )
         return str(rows[0][0]) if rows else None
+
+    def sha256(self, key: str) -> str:
+        """The hash of an object's file."""
+        ((found,),) = self._read("SELECT sha256 FROM object WHERE key = ?", key)
+        return str(found)
 
     def origin(self, key: str) -> Origin | None:
         """What is known of where an object comes from."""
@@ -294,43 +317,140 @@ class Queue:
         statement = "SELECT 1 FROM origin WHERE study = ? AND patient != ? AND uid != ? LIMIT 1"
         return bool(self._read(statement, origin.study, origin.patient, origin.uid))
 
-    def waiting(self, limit: int) -> list[str]:
-        """The first objects to be answered; those last that were attempted most."""
+    def waiting(self, limit: int, is_complete: Callable[[str], bool] = lambda _: True) -> list[str]:
+        """The first series to be answered that are complete; those last that were tried most."""
         rows = self._read(
-            "SELECT key FROM object WHERE state = 'waiting' ORDER BY attempts, number LIMIT ?",
-            limit,
+            "SELECT key FROM series WHERE state = 'waiting' ORDER BY attempts, number"
         )
-        return [key for (key,) in rows]
+        return list(itertools.islice((key for (key,) in rows if is_complete(key)), limit))
+
+    def extent(self, key: str) -> Extent:
+        """How much of a series is there."""
+        ((count, expected, has_processing, study),) = self._read(
+            "SELECT count(*), coalesce(max(expected), 0), coalesce(max(intent = 'processing'), 0), "
+            "coalesce(max(study), '') FROM object LEFT JOIN origin USING (key) WHERE series = ?",
+            key,
+        )
+        return Extent(count, expected, bool(has_processing), study)
 
     def job(self, key: str) -> Job:
-        """What is known of an object."""
-        statement = "SELECT sha256, peer, questions, attempts FROM object WHERE key = ?"
-        ((sha256, peer, questions, attempts),) = self._read(statement, key)
-        return Job(key, sha256, peer, tuple(json.loads(questions)), attempts)
+        """What is known of a series."""
+        rows = self._read("SELECT key, attempts, revision FROM series WHERE key = ?", key)
+        return Job(*rows[0])
+
+    def patient(self, series: str) -> str:
+        """Whose a series is, hashed; empty where it is not known."""
+        statement = "SELECT patient FROM origin JOIN object USING (key) WHERE series = ? LIMIT 1"
+        rows = self._read(statement, series)
+        return str(rows[0][0]) if rows else ""
+
+    def series_state(self, key: str) -> str:
+        """The state of a series."""
+        ((state,),) = self._read("SELECT state FROM series WHERE key = ?", key)
+        return str(state)
+
+    def slices(self, series: str) -> list[Slice]:
+        """The objects of a series that may be asked about, each in its latest version."""
+        rows = self._read(
+            "SELECT key, sha256, peer, questions, position, instance, intent, view FROM object "
+            f"WHERE {CURRENT} ORDER BY number",
+            series,
+        )
+        return [Slice(*row[:3], tuple(json.loads(row[3])), *row[4:]) for row in rows]
+
+    def shown_elsewhere(self, key: str) -> bool:
+        """Whether what an object shows is in its study for presentation too."""
+        return bool(
+            self._read(
+                "SELECT 1 FROM object AS mine JOIN origin AS own ON own.key = mine.key "
+                "JOIN origin AS beside ON beside.study = own.study "
+                "AND beside.patient = own.patient JOIN object AS other ON other.key = "
+                "beside.key WHERE mine.key = ? AND other.aside = '' AND other.view = mine.view "
+                "AND other.intent = 'presentation' LIMIT 1",
+                key,
+            )
+        )
+
+    def mark(self, uids: Iterable[str]) -> None:
+        """Record the objects that key objects name, by the hashes of their UIDs."""
+        self._write("INSERT OR IGNORE INTO marked VALUES (?)", [(uid,) for uid in uids])
+
+    def marked(self, series: str) -> set[str]:
+        """The keys of a series' objects that key objects name."""
+        statement = "SELECT key FROM object JOIN origin USING (key) JOIN marked USING (uid) "
+        return {key for (key,) in self._read(f"{statement} WHERE series = ?", series)}
+
+    def replaced(self, series: str) -> dict[str, list[str]]:
+        """The results that versions in a series contradict, and the objects that they are about."""
+        with self._lock, explaining():
+            keys = _replaced(self._database, series)
+        return {key: self.sources(key) for key in keys}
+
+    def results(self, series: str) -> list[str]:
+        """The results of a series that none has taken the place of."""
+        statement = "SELECT key FROM result WHERE series = ? AND replaced = '' ORDER BY number"
+        return [key for (key,) in self._read(statement, series)]
+
+    def sources(self, result: str) -> list[str]:
+        """The objects that a result is about."""
+        return [key for (key,) in self._read("SELECT object FROM source WHERE result = ?", result)]
 
     def count_attempt(self, key: str) -> None:
         """Before each attempt, so that one that ends the process is counted too."""
-        self._write("UPDATE object SET attempts = attempts + 1 WHERE key = ?", [(key,)])
+        self._write("UPDATE series SET attempts = attempts + 1 WHERE key = ?", [(key,)])
 
     def forgive_attempt(self, key: str) -> None:
         """Take back an attempt that failed for no fault of the object's."""
-        self._write("UPDATE object SET attempts = attempts - 1 WHERE key = ?", [(key,)])
+        self._write("UPDATE series SET attempts = max(0, attempts - 1) WHERE key = ?", [(key,)])
 
-    def fail(self, key: str) -> None:
-        """Give an object up."""
-        self._write("UPDATE object SET state = 'failed' WHERE key = ?", [(key,)])
+    def close_series(self, job: Job, state: str, why: str = "") -> None:
+        """Record that a series needs no answer any more, and why, unless objects came meanwhile."""
+        self._write(
+            f"{CLOSE} WHERE key = ? AND revision = ?", [(state, why, job.key, job.revision)]
+        )
 
     def answered(
-        self, key: str, answers: dict[str, str], deliveries: Iterable[tuple[str, str]]
+        self,
+        job: Job,
+        result: str,
+        sources: Iterable[str],
+        answers: dict[str, str],
+        deliveries: Iterable[tuple[str, str]],
+        replaced: Iterable[str] = (),
     ) -> None:
-        """Record the answers by question, and which documents go where, all or nothing."""
-        rows = [(key, question, text) for question, text in answers.items()]
-        with self._lock, _explaining(), self._database as database:
+        """Record a result: its answers by question, and which documents go where, all or nothing.
+
+        `replaced` are the results whose place it takes. A series of which objects came meanwhile
+        goes on waiting.
+        """
+        with self._lock, explaining(), self._database as database:
+            database.execute("INSERT INTO result (key, series) VALUES (?, ?)", (result, job.key))
+            database.executemany(
+                "INSERT INTO source VALUES (?, ?)", [(result, key) for key in sources]
+            )
+            rows = [(result, question, text) for question, text in answers.items()]
             database.executemany("INSERT INTO answer VALUES (?, ?, ?)", rows)
             database.executemany(
                 "INSERT INTO delivery (document, destination) VALUES (?, ?)", deliveries
             )
-            database.execute("UPDATE object SET state = 'answered' WHERE key = ?", (key,))
+            database.executemany(
+                "UPDATE result SET replaced = ? WHERE key = ?", [(result, old) for old in replaced]
+            )
+            state = "answered" if answers else "aside"
+            values = (state, "", job.key, job.revision)
+            database.execute(f"{CLOSE} WHERE key = ? AND revision = ?", values)
+
+    def instance_number(self, series: str, document: str) -> int:
+        """The Instance Number of a document in its DICOM series: always the same for the same."""
+        with self._lock, explaining(), self._database as database:
+            database.execute(
+                "INSERT OR IGNORE INTO place SELECT ?1, ?2, 1 + coalesce(max(number), 0) "
+                "FROM place WHERE series = ?1",
+                (series, document),
+            )
+            statement = "SELECT number FROM place WHERE series = ? AND document = ?"
+            ((number,),) = database.execute(statement, (series, document))
+            return int(number)
 
     def unsent(self, destination: str, limit: int) -> list[str]:
         """The first documents that are to be sent to a destination."""
@@ -349,27 +469,58 @@ class Queue:
             [(document, destination)],
         )
 
-    def keys(self, state: str) -> set[str]:
-        """The objects in a state."""
-        return {key for (key,) in self._read("SELECT key FROM object WHERE state = ?", state)}
+    def tally(self, name: str) -> None:
+        """Count something that leaves no row."""
+        statement = "INSERT INTO tally VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET count = count"
+        self._write(f"{statement} + 1", [(name,)])
+
+    def images(self, state: str) -> set[str]:
+        """The objects of the series in a state."""
+        statement = "SELECT object.key FROM object JOIN series ON series.key = object.series "
+        return {key for (key,) in self._read(f"{statement} WHERE state = ?", state)}
 
     def counts(self) -> dict[str, int]:
-        """How many objects are waiting, answered and failed, and documents unsent."""
-        found = dict(self._read("SELECT state, count(*) FROM object GROUP BY state"))
+        """How many series are waiting and failed, results were answered, and documents are unsent.
+
+        A series of which objects were sent again has more than one result.
+        """
+        found = dict(self._read("SELECT state, count(*) FROM series GROUP BY state"))
+        ((results,),) = self._read("SELECT count(DISTINCT result) FROM source")
         ((unsent,),) = self._read("SELECT count(*) FROM delivery WHERE sent = 0")
-        states = {state: found.get(state, 0) for state in ("waiting", "answered", "failed")}
-        return states | {"unsent": unsent}
+        return {
+            "waiting": found.get("waiting", 0),
+            "answered": results,
+            "failed": found.get("failed", 0),
+            "unsent": unsent,
+        }
+
+    def asides(self) -> dict[str, int]:
+        """How many objects were set aside, by reason, and what else was counted."""
+        rows = self._read("SELECT aside, count(*) FROM object WHERE aside != '' GROUP BY aside")
+        return dict(rows) | dict(self._read("SELECT name, count FROM tally"))
 
     def _read(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock, _explaining():
+        with self._lock, explaining():
             return self._database.execute(statement, values).fetchall()
 
     def _write(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
-        with self._lock, _explaining(), self._database as database:
+        with self._lock, explaining(), self._database as database:
             database.executemany(statement, rows)
 
 
-class _explaining:
+def _replaced(database: sqlite3.Connection, series: str) -> list[str]:
+    """The results about objects that have a later version in a series."""
+    rows = database.execute(
+        "SELECT DISTINCT result.key FROM object AS later JOIN origin AS new ON new.key = later.key "
+        "JOIN origin AS old ON old.uid = new.uid JOIN object AS earlier ON earlier.key = old.key "
+        "JOIN source ON source.object = earlier.key JOIN result ON result.key = source.result "
+        "WHERE later.series = ? AND later.number > earlier.number AND result.replaced = ''",
+        (series,),
+    )
+    return [key for (key,) in rows]
+
+
+class explaining:
     """Around SQLite: its errors as ours."""
 
     def __enter__(self) -> None:

@@ -5,6 +5,7 @@ The statuses are those of PS3.4 B.2.3 and PS3.7 annex C.
 How much a peer may send for one object: what it has sent is in memory until it is whole.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -27,13 +28,18 @@ from pynetdicom.sop_class import register_uid
 from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.header import (
     Origin,
+    body_parts_of,
     check_uids,
+    known_body_parts,
+    modality_of,
     notices_of,
     origin_of,
     text_of,
     uid_of,
 )
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
+from medmoe_edge.bedside.listen.schema import Place
+from medmoe_edge.bedside.listen.selection import ASIDE, aside, key_objects, place_of
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
 from medmoe_edge.image.dicom_pixels import can_decode
 from medmoe_edge.image.loading import decoding
@@ -79,8 +85,9 @@ OUT_OF_RESOURCES = 0xA700
 CLASS_MISMATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 
-# Classes of the storage service whose objects are made of pixels; those of other kinds (reports,
-# waveforms, presentation states, plans ...) are refused when they are offered.
+# Classes of the storage service whose objects are made of pixels. Those of other kinds (reports,
+# waveforms, presentation states, plans ...) are taken and set aside, so that whole studies may be
+# sent: senders give a study up at the first object that is refused.
 WORDS = ("Image Storage", "Image Storage - For", "Parametric Map", "Segmentation", "RT Dose")
 NOT_PIXELS = ("Presentation State", "Surface", "Spectroscopy", "Raw Data")
 # Classes that the standard has withdrawn, and that old devices still send.
@@ -93,22 +100,33 @@ RETIRED = (
 )
 MAX_PRIVATE = 1000  # classes of makers' own, over the life of the process
 PLAIN_UID = re.compile(r"[0-9.]{1,64}")
+PLAIN_MODALITY = re.compile(r"[A-Z]{2,16}")
 SOME = 3  # of many classes
+MOST_TOLD = 10_000  # series that are remembered
 LONGEST_UID = 64  # characters in a command
 LONGEST_COMMENT = 64  # characters of an Error Comment (LO)
 _registered: set[str] = set()
 
 
 def classes_with_pixels() -> list[str]:
-    """The UIDs of the storage classes that are taken."""
-    contexts = [context.abstract_syntax for context in AllStoragePresentationContexts]
-    named = [(uid, uid.name) for uid in contexts if uid is not None]
+    """The UIDs of the storage classes whose objects may be asked about."""
     current = [
-        str(uid)
-        for uid, name in named
-        if any(word in name for word in WORDS) and not any(word in name for word in NOT_PIXELS)
+        uid
+        for uid in _storage_classes()
+        if any(word in UID(uid).name for word in WORDS)
+        and not any(word in UID(uid).name for word in NOT_PIXELS)
     ]
     return [*current, *(uid for uid in RETIRED if register(uid))]
+
+
+def classes_set_aside() -> list[str]:
+    """The UIDs of the storage classes that are taken, and of which nothing is asked."""
+    return sorted(set(_storage_classes()) - set(classes_with_pixels()))
+
+
+def _storage_classes() -> list[str]:
+    contexts = [context.abstract_syntax for context in AllStoragePresentationContexts]
+    return [str(uid) for uid in contexts if uid is not None]
 
 
 @functools.cache
@@ -143,7 +161,8 @@ class Receiving:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.arrived = arrived
         self._keeping = threading.Lock()  # or two that send one object could spoil each other's
-        self.classes = set(classes_with_pixels())
+        self.images, self.others = set(classes_with_pixels()), set(classes_set_aside())
+        self._told: set[str] = set()  # series of which it was said that no question fits
 
     def requested(self, event: Event) -> None:
         """Reject an association from whoever is not on the list."""
@@ -213,14 +232,16 @@ class Receiving:
         answer.ErrorComment = why[:LONGEST_COMMENT]
         level = logging.ERROR if answer.Status == OUT_OF_RESOURCES else logging.WARNING
         log.log(level, "An object was refused (0x%04X): %s", answer.Status, why)
+        with contextlib.suppress(ResourceError):
+            self.queue.tally("refused")
         return answer
 
     def _store(self, event: Event) -> None:
         request = event.request
         assert isinstance(request, C_STORE)
         sop_class = str(request.AffectedSOPClassUID)
-        if sop_class not in self.classes and not is_private(sop_class):
-            raise Refused(UNSUPPORTED_CLASS, "Objects of its class are not images.")
+        if sop_class not in self.images | self.others and not is_private(sop_class):
+            raise Refused(UNSUPPORTED_CLASS, "Its class is none of the storage service.")
         if event.context.abstract_syntax != request.AffectedSOPClassUID:
             raise Refused(CLASS_MISMATCH, "Its class is not the one that was agreed on.")
         data = event.encoded_dataset()
@@ -229,15 +250,21 @@ class Receiving:
         if self.folder.free() - len(data) < self.configuration.reserve_mb * 1_000_000:
             raise Refused(OUT_OF_RESOURCES, "The disk is too full to keep it.")
         header, pixels = _parts(data)
-        self._judge(request, header, pixels)
-        notices = notices_of(header)
+        self._judge(request, header)
+        why = aside(header, bool(pixels), self.configuration)
+        if not why or (why == "no_pixels" and sop_class in self.images):
+            self._judge_pixels(header, pixels)
         origin = origin_of(header, pixels[8 if header.original_encoding[0] else 12 :])
-        with self._keeping:
+        place = place_of(header)
+        with self.queue.arriving(place.series, origin.study), self._keeping:
             key = self._key(origin, data)
             if self.queue.settles(key):  # the sender had not heard of it
                 return
-            self._keep(event, key, data, header, origin)
-        for notice in notices:
+            if why:
+                self._set_aside(event, key, data, header, origin, place, why)
+            else:
+                self._keep(event, key, data, header, origin, place)
+        for notice in () if why else notices_of(header):
             log.warning("%s: %s", key[:16], notice.message)
 
     def _key(self, origin: Origin, data: bytes) -> str:
@@ -248,38 +275,67 @@ class Receiving:
                 return key
         if self.queue.state(origin.uid) is None:
             return origin.uid
-        if not versions and self.queue.job(origin.uid).sha256 == hashlib.sha256(data).hexdigest():
+        if not versions and self.queue.sha256(origin.uid) == hashlib.sha256(data).hexdigest():
             return origin.uid  # kept by an earlier version of this program
         return key_of(f"{origin.uid} {origin.content}")
 
-    def _keep(self, event: Event, key: str, data: bytes, header: Dataset, origin: Origin) -> None:
-        path = self.folder.image(key)
+    def _set_aside(
+        self,
+        event: Event,
+        key: str,
+        data: bytes,
+        header: Dataset,
+        origin: Origin,
+        place: Place,
+        why: str,
+    ) -> None:
         title = str(event.assoc.requestor.ae_title).strip()
+        self.queue.mark(key_objects(header))
+        self.queue.add(key, hashlib.sha256(data).hexdigest(), title, (), origin, place, why)
+        self._tell_aside(key, header, place.series, why)
+
+    def _keep(
+        self, event: Event, key: str, data: bytes, header: Dataset, origin: Origin, place: Place
+    ) -> None:
+        title = str(event.assoc.requestor.ae_title).strip()
+        path = self.folder.image(key)
         self.folder.keep(path, data)
         kept = False
         try:
             self.folder.picture(key)
-            modality, part = (
-                text_of(header, keyword).value.partition("\\")[0]
-                for keyword in ("Modality", "BodyPartExamined")
-            )
-            questions = self.configuration.questions_for(modality, part)
+            asked = self.configuration.questions_for(modality_of(header), body_parts_of(header))
             self._tell_of_others(key, origin)
-            self.queue.add(key, hashlib.sha256(data).hexdigest(), title, questions, origin)
-            kept = bool(questions)
+            self.queue.add(key, hashlib.sha256(data).hexdigest(), title, asked, origin, place)
+            kept = True
         finally:
             if not kept and self.queue.state(key) != "failed":  # those are kept to be looked at
                 path.unlink(missing_ok=True)
-        if not questions:
-            log.info("%s: nothing is asked of such images.", key[:16])
+
+    def _tell_aside(self, key: str, header: Dataset, series: str, why: str) -> None:
+        """Say that nothing is asked: as a warning where it may be a mistake."""
+        if why != "no_question":
+            log.info("%s: it %s: set aside.", key[:16], ASIDE[why])
+            return
+        level = logging.INFO if series in self._told else logging.WARNING
+        if len(self._told) < MOST_TOLD:
+            self._told.add(series)
+        modality = modality_of(header)
+        known = sorted(known_body_parts() & body_parts_of(header))
+        log.log(
+            level,
+            "%s: it fits no question (Modality %s, body part %s): nothing is asked.",
+            key[:16],
+            modality if PLAIN_MODALITY.fullmatch(modality) else "unknown",
+            " and ".join(known) or ("unknown" if body_parts_of(header) else "not given"),
+        )
 
     def _tell_of_others(self, key: str, origin: Origin) -> None:
         """Say in the log where an object contradicts those that came before."""
         known = [each for _, each in self.queue.versions(origin.uid)]
         if any(each.patient != origin.patient for each in known):
             log.warning(
-                "%s: sent again in the name of another patient. It is answered anew; look at the "
-                "report that was made for the other.",
+                "%s: sent again in the name of another patient. It is answered anew; the results "
+                "that were made for the other are withdrawn.",
                 key[:16],
             )
         elif key != origin.uid:
@@ -287,13 +343,15 @@ class Receiving:
         if self.queue.shares_study(origin):
             log.warning("%s: its Study Instance UID is another patient's too.", key[:16])
 
-    def _judge(self, request: C_STORE, header: Dataset, pixels: memoryview) -> None:
+    def _judge(self, request: C_STORE, header: Dataset) -> None:
         check_uids(header)
         if uid_of(header, "SOPClassUID") != str(request.AffectedSOPClassUID).strip("\0 "):
             raise Refused(CLASS_MISMATCH, "Its SOPClassUID is another than was announced.")
         announced = str(request.AffectedSOPInstanceUID).strip("\0 ")
         if uid_of(header, "SOPInstanceUID")[:LONGEST_UID] != announced:  # longer ones are cut off
             raise Refused(CLASS_MISMATCH, "Its SOPInstanceUID is another than was announced.")
+
+    def _judge_pixels(self, header: Dataset, pixels: memoryview) -> None:
         if not pixels:
             raise Refused(CLASS_MISMATCH, "It has no pixels.")
         burned_in = text_of(header, "BurnedInAnnotation").value.upper() == "YES"

@@ -12,12 +12,15 @@ and answer fit best.
 """
 
 import copy
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
+from highdicom.ko import KeyObjectSelection, KeyObjectSelectionDocument
 from highdicom.sc import SCImage
 from highdicom.sr import (
     AlgorithmIdentification,
@@ -46,34 +49,57 @@ from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, SecondaryCap
 from medmoe_edge._version import __version__
 from medmoe_edge.bedside.listen.evidence import (
     CHARACTERS,
+    MAKER,
     Evidence,
     Result,
     device_uid,
     made_uid,
     series_uid,
 )
+from medmoe_edge.bedside.listen.header import SHARED
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.text import key_phrase
 from medmoe_edge.image.pixels import Image, Pixels
 
 SCHEME = "99MEDMOE"
-MAKER = "medmoe-edge"
 QUESTION = CodedConcept("question", SCHEME, "Question")
 PROBABILITY = CodedConcept("probability", SCHEME, "Model's own probability of its answer")
 SEEN = CodedConcept("seen", SCHEME, "Picture as the model saw it")
 WARNING = CodedConcept("warning", SCHEME, "Warning")
+SLICES = CodedConcept("slices", SCHEME, "Slices of the series that were asked")
+SOME = 20  # of many numbers
+WITHDRAWN = (
+    "Withdrawn: an image that these AI results are about was sent again in the name of another "
+    "patient, under the same UID."
+)
 CONTAINS = RelationshipTypeValues.CONTAINS
 OBSERVED = RelationshipTypeValues.HAS_OBS_CONTEXT
 
 
-def comprehensive_3d_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Dataset:
+@dataclass(frozen=True)
+class Standing:
+    """How a document stands to others: its Instance Number, and those that it takes the place of.
+
+    Attributes:
+        number: Instance Number in its series.
+        earlier: The reports that it replaces, as an object was sent again.
+    """
+
+    number: int = 1
+    earlier: tuple[Dataset, ...] = ()
+
+
+ALONE = Standing()
+
+
+def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
     """The answer as a measurement report, for machines.
 
     Args:
         result: What is reported.
-        earlier: The reports that this one takes the place of, as the object was sent again.
+        standing: How the report stands to others.
     """
-    answer, evidence = result.answer, result.evidence
+    answer = result.answer
     algorithm = AlgorithmIdentification(
         name=answer.model["name"],
         version=__version__,
@@ -86,12 +112,13 @@ def comprehensive_3d_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Data
         algorithm_id=algorithm,
         measurements=[Measurement(PROBABILITY, answer.confidence, codes.UCUM.NoUnits)],
         source_images=[
-            SourceImageForMeasurementGroup(
-                evidence.header.SOPClassUID, evidence.uid, evidence.frames
+            *(
+                SourceImageForMeasurementGroup(each.header.SOPClassUID, each.uid, each.frames)
+                for each in result.sources
             ),
             *(
                 SourceImageForMeasurementGroup(shown.SOPClassUID, shown.SOPInstanceUID)
-                for shown in _shown(result)
+                for shown in result.pictures
             ),
         ],
     )
@@ -108,27 +135,29 @@ def comprehensive_3d_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Data
         procedure_reported=codes.SCT.ImagingProcedure,
         imaging_measurements=[group],
     )
-    options = _document(result, "comprehensive-3d-sr", earlier)
-    return _true_to(evidence, Comprehensive3DSR(content=report, **options))
+    options = _document(result, "comprehensive-3d-sr", standing)
+    return _true_to(result, Comprehensive3DSR(content=report, **options))
 
 
-def basic_text_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Dataset:
+def basic_text_sr(result: Result, standing: Standing = ALONE) -> Dataset:
     """The answer as text, for people and for viewers that show no more.
 
-    `result` and `earlier` are as of `comprehensive_3d_sr`.
+    `result` and `standing` are as of `comprehensive_3d_sr`.
 
     It is made as an Enhanced SR, of which Basic Text SR is the part that is used here (PS3.3
     A.35.1.3: TEXT, CODE, UIDREF, IMAGE and CONTAINER, related by CONTAINS and HAS OBS CONTEXT).
     """
     root = ContainerContentItem(name=codes.LN.DiagnosticImagingReport, template_id="2000")
-    header = result.evidence.header
-    image = ImageContentItem(
-        name=codes.DCM.SourceOfMeasurement,
-        referenced_sop_class_uid=header.SOPClassUID,
-        referenced_sop_instance_uid=header.SOPInstanceUID,
-        referenced_frame_numbers=result.evidence.frames,
-        relationship_type=CONTAINS,
-    )
+    images = [
+        ImageContentItem(
+            name=codes.DCM.SourceOfMeasurement,
+            referenced_sop_class_uid=each.header.SOPClassUID,
+            referenced_sop_instance_uid=each.uid,
+            referenced_frame_numbers=each.frames,
+            relationship_type=CONTAINS,
+        )
+        for each in result.sources
+    ]
     shown = [
         ImageContentItem(
             name=SEEN,
@@ -136,28 +165,55 @@ def basic_text_sr(result: Result, earlier: Sequence[Dataset] = ()) -> Dataset:
             referenced_sop_instance_uid=picture.SOPInstanceUID,
             relationship_type=CONTAINS,
         )
-        for picture in _shown(result)
+        for picture in result.pictures
     ]
-    root.ContentSequence = ContentSequence([*_observer(result), _section(result), image, *shown])
-    document = EnhancedSR(content=root, **_document(result, "basic-text-sr", earlier))
+    root.ContentSequence = ContentSequence([*_observer(result), _section(result), *images, *shown])
+    document = EnhancedSR(content=root, **_document(result, "basic-text-sr", standing))
     document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
-    return _true_to(result.evidence, document)
+    return _true_to(result, document)
 
 
-def _true_to(evidence: Evidence, document: Dataset) -> Dataset:
-    """The document with class, patient and study of the object as the object has them."""
-    for study in document.CurrentRequestedProcedureEvidenceSequence:
-        for series in study.ReferencedSeriesSequence:
-            for instance in series.ReferencedSOPSequence:
-                if instance.ReferencedSOPInstanceUID == evidence.uid:
-                    instance.ReferencedSOPClassUID = evidence.header.SOPClassUID
-    evidence.take_over(document)
+def withdrawal(reports: Sequence[Dataset], standing: Standing = ALONE) -> Dataset:
+    """A key object that rejects reports, in their own study (IHE Imaging Object Change Management).
+
+    Args:
+        reports: Made here, of one study and patient, about an object that has since come in the
+            name of another patient.
+        standing: Its number.
+    """
+    first, uids = reports[0], [str(each.SOPInstanceUID) for each in reports]
+    document = KeyObjectSelectionDocument(
+        evidence=reports,
+        content=KeyObjectSelection(
+            document_title=codes.DCM.RejectedForPatientSafetyReasons,
+            referenced_objects=reports,
+            description=WITHDRAWN,
+        ),
+        series_instance_uid=made_uid(str(first.SeriesInstanceUID), "series", "withdrawal"),
+        series_number=9003,
+        sop_instance_uid=made_uid(*uids, "withdrawal"),
+        instance_number=standing.number,
+        manufacturer=MAKER,
+    )
+    document.SeriesDescription = "AI results withdrawn"
+    for keyword in SHARED:
+        if keyword in first:
+            document.add(first[keyword])
+    document.SpecificCharacterSet = CHARACTERS
     return document
 
 
-def _shown(result: Result) -> list[Dataset]:
-    """What the model saw, if it was kept."""
-    return [] if result.picture is None else [result.picture]
+def _true_to(result: Result, document: Dataset) -> Dataset:
+    """The document with class, patient and study of the objects as the objects have them."""
+    classes = {each.uid: each.header.SOPClassUID for each in result.sources}
+    for study in document.CurrentRequestedProcedureEvidenceSequence:
+        for series in study.ReferencedSeriesSequence:
+            for instance in series.ReferencedSOPSequence:
+                uid = str(instance.ReferencedSOPInstanceUID)
+                if uid in classes:
+                    instance.ReferencedSOPClassUID = classes[uid]
+    result.evidence.take_over(document)
+    return document
 
 
 def _said(result: Result) -> list[TextContentItem]:
@@ -170,12 +226,20 @@ def _said(result: Result) -> list[TextContentItem]:
     return [
         TextContentItem(QUESTION, answer.question, CONTAINS),
         TextContentItem(codes.DCM.Finding, words.strip() or "(no answer)", CONTAINS),
+        *([] if result.of == 1 else [TextContentItem(SLICES, slices_of(result), CONTAINS)]),
         *(
             TextContentItem(WARNING, f"{notice.message} ({notice.code})", CONTAINS)
             for notice in answer.warnings
         ),
         TextContentItem(codes.DCM.Comment, answer.notice, CONTAINS),
     ]
+
+
+def slices_of(result: Result) -> str:
+    """Of which slices of the series a result tells, by their Instance Numbers."""
+    numbers = [each.number or "without" for each in result.sources]
+    some = ", ".join(numbers[:SOME]) + (", ..." if len(numbers) > SOME else "")
+    return f"{len(numbers)} of {result.of} (number {some})"
 
 
 def _observer(result: Result) -> ObserverContext:
@@ -196,18 +260,20 @@ def _algorithm(result: Result) -> str:
     return f"{model['name']}, {MAKER} {__version__}, sha256={model['sha256']}"
 
 
-def _document(result: Result, kind: str, earlier: Sequence[Dataset]) -> dict[str, Any]:
+def _document(result: Result, kind: str, standing: Standing) -> dict[str, Any]:
     """What all reports have in their header."""
-    image = copy.deepcopy(result.evidence.header)
-    image.SOPClassUID = SecondaryCaptureImageStorage  # highdicom knows no private or old classes
+    images = [copy.deepcopy(each.header) for each in result.sources]
+    images.sort(key=lambda image: image.SOPInstanceUID != result.evidence.uid)  # the first counts
+    for image in images:
+        image.SOPClassUID = SecondaryCaptureImageStorage  # highdicom knows no private or old ones
     return {
-        "evidence": [image, *_shown(result)],
-        "previous_versions": earlier or None,
+        "evidence": [*images, *result.pictures],
+        "previous_versions": standing.earlier or None,
         "series_instance_uid": result.series_uid(kind),
         "series_number": 9000,
         "series_description": "AI, unverified: not a medical device",
         "sop_instance_uid": result.uid(kind),
-        "instance_number": 1,
+        "instance_number": standing.number,
         "manufacturer": MAKER,
         "manufacturer_model_name": result.answer.model["name"][:64],
         "software_versions": __version__,
@@ -245,9 +311,12 @@ class Locator(Protocol):
         ...
 
 
-def seen_capture(evidence: Evidence, pixels: Pixels) -> Dataset:
+def seen_capture(evidence: Evidence, pixels: Pixels, number: int = 1) -> Dataset:
     """The Secondary Capture of exactly what the model saw of an object, `[S, S, 3]`."""
-    picture = _capture(evidence, pixels, "picture", made_uid(evidence.key, "picture"))
+    content = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    uid = made_uid(evidence.key, evidence.sha256, content, __version__, "picture")
+    picture = _capture(evidence, pixels, "picture", uid)
+    picture.InstanceNumber = number
     picture.SeriesNumber = 9002
     picture.SeriesDescription = "What the AI saw: not a medical device"
     picture.ImageComments = NOTICE
@@ -257,12 +326,13 @@ def seen_capture(evidence: Evidence, pixels: Pixels) -> Dataset:
     return picture
 
 
-def heat_map(result: Result, image: Image, locator: Locator) -> Dataset:
+def heat_map(result: Result, image: Image, locator: Locator, standing: Standing = ALONE) -> Dataset:
     """The Secondary Capture for a result; raises what `locator` does."""
     phrase = key_phrase(result.answer.question, result.answer.text)
     heat = locator.locate(image, phrase).heat
     shown = blended(image.pixels, heat)
     picture = _capture(result.evidence, shown, "heat-map", result.uid("heat-map"))
+    picture.InstanceNumber = standing.number
     picture.SeriesNumber = 9001
     picture.SeriesDescription = "AI heat map, unverified: not a medical device"
     warnings = (f"Warning: {notice.message}" for notice in result.answer.warnings)
@@ -284,7 +354,7 @@ def _capture(evidence: Evidence, pixels: Pixels, kind: str, uid: str) -> Dataset
         series_number=9000,
         sop_instance_uid=uid,
         instance_number=1,
-        manufacturer="medmoe-edge",
+        manufacturer=MAKER,
         software_versions=__version__,
         specific_character_set=CHARACTERS,
         transfer_syntax_uid=ExplicitVRLittleEndian,

@@ -1,0 +1,201 @@
+"""The tables of the node's queue, how those of earlier versions become these, and their rows.
+
+    series     objects that are answered together: those of a patient, study and series, by a hash
+    object     what was received, each version of it once
+    origin     hashes of what an object is and whose, to compare
+    result     answers about a series; `replaced` names the result that took its place
+    source     the objects that a result is about
+    answer     a result's answers, by question
+    delivery   which document goes where
+    place      the Instance Numbers given to documents, in their DICOM series
+    marked     objects that key objects name, by the hash of their UID
+    tally      how often something happened that leaves no row
+
+A series is `waiting` until its answers are recorded, in one transaction with what is to be sent of
+them, and then `answered`; `failed` where it cannot be answered; `aside` where nothing is asked.
+"""
+
+import sqlite3
+from typing import NamedTuple
+
+from medmoe_edge.errors import ResourceError
+
+VERSION = 2  # PRAGMA user_version; those before 0.3 have none
+TABLES = """
+CREATE TABLE IF NOT EXISTS series (
+    number INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    state TEXT NOT NULL CHECK (state IN ('waiting', 'answered', 'failed', 'aside')),
+    attempts INTEGER NOT NULL DEFAULT 0,
+    revision INTEGER NOT NULL DEFAULT 0,
+    why TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE INDEX IF NOT EXISTS series_state ON series (state, attempts, number);
+CREATE TABLE IF NOT EXISTS object (
+    number INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    sha256 TEXT NOT NULL,
+    peer TEXT NOT NULL,
+    questions TEXT NOT NULL,
+    series TEXT NOT NULL,
+    aside TEXT NOT NULL DEFAULT '',
+    position REAL,
+    instance INTEGER,
+    intent TEXT NOT NULL DEFAULT '',
+    view TEXT NOT NULL DEFAULT '',
+    expected INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX IF NOT EXISTS object_series ON object (series, number);
+CREATE INDEX IF NOT EXISTS object_aside ON object (aside);
+CREATE TABLE IF NOT EXISTS origin (
+    key TEXT PRIMARY KEY,
+    uid TEXT NOT NULL,
+    content TEXT NOT NULL,
+    patient TEXT NOT NULL,
+    study TEXT NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS origin_uid ON origin (uid);
+CREATE INDEX IF NOT EXISTS origin_study ON origin (study);
+CREATE TABLE IF NOT EXISTS result (
+    number INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    series TEXT NOT NULL,
+    replaced TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE INDEX IF NOT EXISTS result_series ON result (series);
+CREATE TABLE IF NOT EXISTS source (
+    result TEXT NOT NULL,
+    object TEXT NOT NULL,
+    PRIMARY KEY (result, object)
+) STRICT;
+CREATE INDEX IF NOT EXISTS source_object ON source (object);
+CREATE TABLE IF NOT EXISTS answer (
+    key TEXT NOT NULL,
+    question TEXT NOT NULL,
+    answer TEXT NOT NULL,
+    PRIMARY KEY (key, question)
+) STRICT;
+CREATE TABLE IF NOT EXISTS delivery (
+    number INTEGER PRIMARY KEY,
+    document TEXT NOT NULL,
+    destination TEXT NOT NULL,
+    sent INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (document, destination)
+) STRICT;
+CREATE INDEX IF NOT EXISTS delivery_open ON delivery (destination, sent, number);
+CREATE TABLE IF NOT EXISTS place (
+    series TEXT NOT NULL,
+    document TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    PRIMARY KEY (series, document)
+) STRICT;
+CREATE TABLE IF NOT EXISTS marked (uid TEXT PRIMARY KEY) STRICT;
+CREATE TABLE IF NOT EXISTS tally (name TEXT PRIMARY KEY, count INTEGER NOT NULL) STRICT;
+"""
+# Until 0.2 each object was answered by itself: it becomes a series of its own, under its key.
+UPGRADE = f"""
+BEGIN IMMEDIATE;
+ALTER TABLE object RENAME TO old_object;
+ALTER TABLE answer RENAME TO old_answer;
+DROP INDEX IF EXISTS object_state;
+{TABLES}
+INSERT INTO series (number, key, state, attempts)
+    SELECT number, key, CASE questions WHEN '[]' THEN 'aside' ELSE state END, attempts
+    FROM old_object;
+INSERT INTO object (number, key, sha256, peer, questions, series, aside)
+    SELECT number, key, sha256, peer, questions, key,
+        CASE questions WHEN '[]' THEN 'no_question' ELSE '' END
+    FROM old_object;
+INSERT INTO result (key, series)
+    SELECT key, key FROM old_object WHERE state = 'answered' AND questions != '[]' ORDER BY number;
+INSERT INTO source SELECT key, key FROM result;
+INSERT INTO answer SELECT key, question, answer FROM old_answer;
+DROP TABLE old_answer;
+DROP TABLE old_object;
+PRAGMA user_version = {VERSION};
+COMMIT;
+"""
+
+
+class Place(NamedTuple):
+    """Where an object belongs.
+
+    Attributes:
+        series: A hash of its patient, study and series.
+        position: Along the normal of its plane, in mm; None where it has none.
+        instance: Its Instance Number.
+        intent: "processing" or "presentation", where it says so.
+        view: A hash of what it shows, to find the other intent's picture of the same.
+        expected: How many objects its series has, 0 where it does not say.
+    """
+
+    series: str
+    position: float | None = None
+    instance: int | None = None
+    intent: str = ""
+    view: str = ""
+    expected: int = 0
+
+
+class Slice(NamedTuple):
+    """An object that may be asked about; `sha256` is of its file."""
+
+    key: str
+    sha256: str
+    peer: str
+    questions: tuple[str, ...]
+    position: float | None
+    instance: int | None
+    intent: str
+    view: str
+
+
+class Job(NamedTuple):
+    """A series to be answered.
+
+    Attributes:
+        key: A hash of its patient, study and series.
+        attempts: How often it was tried before.
+        revision: Counts its objects as they come, so that none that comes meanwhile is missed.
+    """
+
+    key: str
+    attempts: int
+    revision: int
+
+
+class Extent(NamedTuple):
+    """How much of a series is there.
+
+    Attributes:
+        count: Its objects.
+        expected: How many it has to have by its own word, 0 where it does not say.
+        has_processing: Whether some of them are for processing.
+        study: The hash of its study, empty where it is not known.
+    """
+
+    count: int
+    expected: int
+    has_processing: bool
+    study: str
+
+
+def prepare(database: sqlite3.Connection) -> None:
+    """Make the tables, or bring those of an earlier version to this one, all or nothing.
+
+    Raises `ResourceError` where they are of a later version.
+    """
+    ((version,),) = database.execute("PRAGMA user_version")
+    if version > VERSION:
+        raise ResourceError(
+            "The node's queue was written by a later version.", "Install that version again."
+        )
+    columns = [row[1] for row in database.execute("PRAGMA table_info(object)")]
+    if columns and "series" not in columns:
+        try:
+            database.executescript(UPGRADE)
+        except sqlite3.Error:
+            database.rollback()
+            raise
+    elif version < VERSION:
+        database.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version={VERSION}; COMMIT;")

@@ -1,0 +1,221 @@
+"""Which objects are asked about: what is set aside, which slices of a series are chosen, the vote.
+
+Set aside is what shows nothing to ask about (reports, plans, presentation states), localizers, what
+this program made itself, and what no question fits. It is received, counted and told of.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from pydicom import Dataset
+from pydicom.uid import UID
+
+from medmoe_edge.bedside.listen.config import Configuration, Series
+from medmoe_edge.bedside.listen.evidence import MAKER, is_ours
+from medmoe_edge.bedside.listen.header import (
+    SHARED,
+    body_parts_of,
+    modality_of,
+    patient_of,
+    text_of,
+    uid_of,
+)
+from medmoe_edge.bedside.listen.schema import Place, Slice
+from medmoe_edge.engine.answer import Answer
+from medmoe_edge.errors import Notice
+
+ASIDE = {  # the reasons, for people
+    "own_result": "was made by this program",
+    "no_pixels": "has no pixels",
+    "kind": "is of a kind that is asked about only where a question names its modality",
+    "localizer": "is a localizer",
+    "burned_in": "is a secondary capture marked as showing text",
+    "no_question": "fits no question",
+}
+# Pictures of screens and paper, and pixels that are no picture: asked about only by name.
+BY_NAME = {"OT", "SR", "SC", "SEG", "RTDOSE", "REG", "DOC", "KO", "PR"}
+NO_PICTURE = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.30")  # SEG, parametric map
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot, those of several frames
+REJECTIONS = {"113001", "113037", "113038", "113039"}  # titles of key objects, CID 7011
+
+
+def aside(dataset: Dataset, has_pixels: bool, configuration: Configuration) -> str:
+    """Why nothing is asked of an object, a key of `ASIDE`; empty where something may be."""
+    modality = modality_of(dataset)
+    sop_class = uid_of(dataset, "SOPClassUID")
+    named = configuration.names(modality)
+    if is_ours_whole(dataset):
+        return "own_result"
+    if not has_pixels:
+        return "no_pixels"
+    if (modality in BY_NAME or sop_class in NO_PICTURE) and not named:
+        return "kind"
+    if "LOCALIZER" in text_of(dataset, "ImageType").value.upper().split("\\"):
+        return "localizer"
+    is_capture = f"{sop_class}.".startswith(f"{SECONDARY_CAPTURE}.")
+    is_marked = text_of(dataset, "BurnedInAnnotation").value.upper() == "YES"
+    if is_capture and is_marked and not configuration.allow_burned_in:
+        return "burned_in"
+    if not configuration.questions_for(modality, body_parts_of(dataset)):
+        return "no_question"
+    return ""
+
+
+def is_ours_whole(dataset: Dataset) -> bool:
+    """Whether this program made an object: by its UIDs, or by its maker."""
+    uids = (uid_of(dataset, keyword) for keyword in ("SOPInstanceUID", "SeriesInstanceUID"))
+    return any(map(is_ours, uids)) or text_of(dataset, "Manufacturer").value == MAKER
+
+
+def place_of(dataset: Dataset) -> Place:
+    """Where an object belongs, from a header that `check_uids` has accepted."""
+    values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
+    uids = [uid_of(dataset, keyword) for keyword in ("StudyInstanceUID", "SeriesInstanceUID")]
+    class_name = UID(uid_of(dataset, "SOPClassUID")).name
+    said = f"{text_of(dataset, 'PresentationIntentType').value} {class_name}".upper()
+    view = [
+        text_of(dataset, keyword).value.upper()
+        for keyword in ("Modality", "Laterality", "ImageLaterality", "ViewPosition")
+    ]
+    return Place(
+        series=_hash(*uids, *patient_of(values)),
+        position=_position(dataset),
+        instance=_number(dataset, "InstanceNumber"),
+        intent=next((each for each in ("processing", "presentation") if _for(each) in said), ""),
+        view=_hash(*view, ",".join(sorted(body_parts_of(dataset)))),
+        expected=max(0, _number(dataset, "NumberOfSeriesRelatedInstances") or 0),
+    )
+
+
+def key_objects(dataset: Dataset) -> list[str]:
+    """The SOP Instance UIDs that a key object names as of interest, hashed as an origin's are."""
+    if modality_of(dataset) != "KO":
+        return []
+    try:
+        titles = dataset.get("ConceptNameCodeSequence") or ()
+        if any(str(title.get("CodeValue", "")) in REJECTIONS for title in titles):
+            return []
+        return [
+            _hash(str(reference.get("ReferencedSOPInstanceUID", "")))
+            for item in dataset.get("ContentSequence") or ()
+            for reference in item.get("ReferencedSOPSequence") or ()
+        ]
+    except Exception:  # pydicom raises nearly anything on damaged values
+        return []
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The slices to ask, of how many, and what was left out for which reason."""
+
+    slices: tuple[Slice, ...]
+    of: int
+    notices: tuple[Notice, ...] = ()
+
+
+def chosen(slices: Sequence[Slice], marked: set[str], series: Series) -> Selection:
+    """The slices of a series to ask: in their order in space, else by number, else as they came."""
+    ordered = _ordered(slices)
+    count = len(ordered)
+    notices = []
+    match series.slices:
+        case "all":
+            picked, how = ordered, "all"
+        case "every":
+            picked, how = ordered[min(series.every, count) // 2 :: series.every], "one in several"
+        case "key" if marked:
+            picked, how = [each for each in ordered if each.key in marked], "the key images"
+        case _:
+            picked, how = ordered[(count - 1) // 2 :][:1], "the middle one"
+    if series.slices == "key" and not marked and count > 1:
+        what = "No key image of the series is known: its middle slice was asked."
+        notices.append(Notice("no_key_image", what))
+    if count > len(picked):
+        what = f"Of the {count} slices of the series {len(picked)} was asked: {how}."
+        notices.append(Notice("slices", what if len(picked) == 1 else what.replace("was", "were")))
+    return Selection(tuple(picked), count, tuple(notices))
+
+
+def voted(answers: Mapping[str, Answer]) -> tuple[str, Answer]:
+    """What slices say together to a question, and the slice that says it with most confidence.
+
+    The answer that most slices give, compared without case and the last stop; of equally many the
+    more confident. Its confidence is the mean of theirs.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key, answer in answers.items():
+        groups[answer.text.strip().rstrip(".").casefold()].append(key)
+    mean = {
+        text: float(np.mean([answers[key].confidence for key in keys]))
+        for text, keys in groups.items()
+    }
+    winner = max(groups, key=lambda text: (len(groups[text]), mean[text]))
+    best = max(groups[winner], key=lambda key: answers[key].confidence)
+    notices = {notice.code: notice for answer in answers.values() for notice in answer.warnings}
+    if len(answers) > 1:
+        what = f"{len(groups[winner])} of {len(answers)} slices gave this answer."
+        others = len(answers) - len(groups[winner])
+        if others:
+            what += f" {others} gave others: look at the slices."
+        notices["vote"] = Notice("vote", what)
+    is_complete = all(answers[key].complete for key in groups[winner])
+    found = replace(
+        answers[best],
+        confidence=mean[winner],
+        complete=is_complete,
+        warnings=tuple(notices.values()),
+    )
+    return best, found
+
+
+def _ordered(slices: Sequence[Slice]) -> list[Slice]:
+    """`slices` come as they were received."""
+    if all(each.position is not None for each in slices):
+        return sorted(slices, key=lambda each: (each.position or 0.0, each.instance or 0))
+    if all(each.instance is not None for each in slices):
+        return sorted(slices, key=lambda each: each.instance or 0)
+    return list(slices)
+
+
+def _position(dataset: Dataset) -> float | None:
+    """Along the normal of the plane, PS3.3 C.7.6.2.1.1."""
+    place, directions = (
+        _floats(dataset, "ImagePositionPatient"),
+        _floats(dataset, "ImageOrientationPatient"),
+    )
+    if len(place) != 3 or len(directions) != 6:
+        return None
+    along = float(np.dot(place, np.cross(directions[:3], directions[3:])))
+    return round(along, 3) if np.isfinite(along) else None
+
+
+def _floats(dataset: Dataset, keyword: str) -> list[float]:
+    try:
+        return [float(each) for each in text_of(dataset, keyword).value.split("\\")]
+    except ValueError:
+        return []
+
+
+def _number(dataset: Dataset, keyword: str) -> int | None:
+    try:
+        found = int(text_of(dataset, keyword).value)
+    except ValueError:
+        return None
+    return found if abs(found) < 2**31 else None
+
+
+def _for(intent: str) -> str:
+    return f"FOR {intent.upper()}"
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def reasons(counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """What was set aside, in words, and how many."""
+    for name, count in counts.items():
+        yield ASIDE.get(name, name.replace("_", " ")), count
