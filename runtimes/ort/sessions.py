@@ -23,7 +23,7 @@ import onnxruntime as ort
 
 from medmoe_edge._version import too_old
 from medmoe_edge.errors import BundleError, ResourceError
-from medmoe_edge.runtimes.arithmetic import same_everywhere
+from medmoe_edge.runtimes.arithmetic import SAME_EVERYWHERE
 
 Device = Literal["auto", "cpu", "cuda"]
 TARGETS: dict[str, Literal["cpu", "cuda"]] = {"onnxruntime": "cpu", "onnxruntime-cuda": "cuda"}
@@ -165,7 +165,7 @@ def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False
-    same_everywhere(options)
+    options.add_session_config_entry(*SAME_EVERYWHERE)
     return options
 
 
