@@ -146,7 +146,7 @@ class Scratch:
                 check_extras(part)
             elif words[0] != "medmoe-edge":
                 self.bash(part)
-            elif words[1] in PORT_OF:
+            elif words[1] in PORT_OF and "".join(words[2:3])[:1] in ("", "-"):
                 self.start(words[1:])
             else:
                 result = self.run(*words[1:])
@@ -225,8 +225,9 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(group, Commands)
     words = shlex.split(line)[1:]
     command = next(group.commands[word] for word in words if not word.startswith("-"))
-    for each in getattr(command, "commands", {"": command}).values():
-        monkeypatch.setattr(each, "callback", lambda **given: calls.append(given))
+    commands = getattr(command, "commands", {})
+    each = next((commands[word] for word in words if word in commands), command)
+    monkeypatch.setattr(each, "callback", lambda *_, **given: calls.append(given))
     with pytest.raises(SystemExit) as stopped:
         group.main(words)
     assert (stopped.value.code, len(calls)) == (0, 1), line

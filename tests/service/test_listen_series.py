@@ -364,6 +364,26 @@ def test_another_patients_resend_withdraws_even_where_nothing_is_asked(tmp_path:
         assert node.queue.counts()["answered"] == 1
 
 
+def test_what_comes_back_to_the_first_patient_is_answered_there_again(tmp_path: Path) -> None:
+    engine = StandIn()
+    with Node(configuration(tmp_path / "node"), engine) as node:
+        for count, patient in enumerate(["MRN-4711", "MRN-0815", "MRN-4711"], 1):
+            assert send(node.port, study(PatientID=patient)) == [0]
+            answered(node, count)
+        standing = node.queue._read("SELECT key FROM result WHERE replaced = ''")
+        reports = {path.parent.name: path for path in node.folder.documents.glob(f"*/*.{REPORT}.*")}
+        assert [dcmread(reports[key]).PatientID for (key,) in standing] == ["MRN-4711"]
+        rejected = [
+            dcmread(path).PatientID for path in node.folder.documents.glob("*/*.withdrawal.dcm")
+        ]
+        assert sorted(rejected) == ["MRN-0815", "MRN-4711"]
+        uids = {str(dcmread(path).SOPInstanceUID) for path in reports.values()}
+        assert len(uids) == 3
+        assert send(node.port, study()) == [0]  # as it was sent last
+        assert node.queue.counts()["waiting"] == 0
+    assert engine.asked == 3
+
+
 def test_an_object_that_no_question_fits_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -108,6 +108,7 @@ class Answering:
 
     def pending(self, limit: int) -> list[str]:
         """The first series that are complete and wait."""
+        self._tidy()
         return self.queue.waiting(limit, self._is_complete)
 
     def _is_complete(self, series: str) -> bool:
@@ -124,7 +125,7 @@ class Answering:
             return self.queue.quiet(extent.study) >= settings.quiet
         wanted = settings.expected or extent.expected
         is_quiet = self.queue.quiet(series) >= settings.quiet
-        return is_quiet or bool(wanted and extent.count >= wanted)
+        return is_quiet or bool(wanted and extent.objects >= wanted)
 
     def do(self, key: str) -> None:
         """Answer all questions about one series, or give it up if it can never be answered."""
@@ -142,7 +143,7 @@ class Answering:
             self.queue.forgive_attempt(key)
             raise
 
-    def tidy(self) -> None:
+    def _tidy(self) -> None:
         """Remove the images of series that were answered long enough ago."""
         now = time.monotonic()
         for series in [key for key, end in self._lingering.items() if end <= now]:

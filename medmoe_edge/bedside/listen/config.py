@@ -86,18 +86,18 @@ class Series(_Part):
     that a late object is answered together with the others.
     """
 
-    quiet: float = pydantic.Field(10.0, ge=0)
-    expected: int = pydantic.Field(0, ge=0)
+    quiet: float = pydantic.Field(default=10.0, ge=0)
+    expected: int = pydantic.Field(default=0, ge=0)
     slices: Literal["middle", "key", "every", "all"] = "middle"
-    every: int = pydantic.Field(10, ge=1)
-    linger: float = pydantic.Field(600.0, ge=0)
+    every: int = pydantic.Field(default=10, ge=1)
+    linger: float = pydantic.Field(default=600.0, ge=0)
 
 
 class Identifiers(_Part):
     """The systems (URIs) of the identifiers in FHIR documents; left out: none is given."""
 
-    patient: str | None = pydantic.Field(None, min_length=1)
-    accession: str | None = pydantic.Field(None, min_length=1)
+    patient: str | None = pydantic.Field(default=None, min_length=1)
+    accession: str | None = pydantic.Field(default=None, min_length=1)
 
 
 class DicomDestination(_Part):

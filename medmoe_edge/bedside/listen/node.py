@@ -59,9 +59,7 @@ class Node:
             needed |= self.queue.images("answered")
         self.folder.sweep(needed)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
-        self._answerer = Worker(
-            "Answering", self.answering.pending, self.answering.do, self.answering.tidy
-        )
+        self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
         destinations: list[Destination] = [*configuration.dicom, *configuration.fhir]
         self._senders = [self._sender(each) for each in destinations]
         self._entity = _entity(configuration)

@@ -268,11 +268,17 @@ class Receiving:
             log.warning("%s: %s", key[:16], notice.message)
 
     def _key(self, origin: Origin, data: bytes) -> str:
-        """By which an object is known; sent again with other content, it gets one of its own."""
+        """By which an object is known; sent again with other content, it gets one of its own.
+
+        So does what comes back after it was sent in another patient's name meanwhile.
+        """
         versions = self.queue.versions(origin.uid)
-        for key, known in versions:
-            if known.content == origin.content:
-                return key
+        same = [place for place, (_, known) in enumerate(versions) if known == origin]
+        if same:
+            later = versions[same[-1] + 1 :]
+            if all(known.patient == origin.patient for _, known in later):
+                return versions[same[-1]][0]
+            return key_of(f"{origin.uid} {origin.content} {len(versions)}")
         if self.queue.state(origin.uid) is None:
             return origin.uid
         if not versions and self.queue.sha256(origin.uid) == hashlib.sha256(data).hexdigest():

@@ -168,13 +168,13 @@ class Extent(NamedTuple):
     """How much of a series is there.
 
     Attributes:
-        count: Its objects.
+        objects: How many have come.
         expected: How many it has to have by its own word, 0 where it does not say.
         has_processing: Whether some of them are for processing.
         study: The hash of its study, empty where it is not known.
     """
 
-    count: int
+    objects: int
     expected: int
     has_processing: bool
     study: str
