@@ -264,13 +264,7 @@ def node_retry(config: Config, series: Keys = None, as_json: Json = False) -> No
     _tell_count(as_json, "tried_again", count, "series wait again")
 
 
-<<<<<<< HEAD
-@commands.command(
-    "requeue", epilog="Example: medmoe-edge listen requeue 3f2a91 --config listen.toml"
-)
-=======
 @commands.command("requeue", epilog="Example: medmoe-edge listen requeue 3f2a --config listen.toml")
->>>>>>> n21
 def node_requeue(
     config: Config,
     series: Annotated[
