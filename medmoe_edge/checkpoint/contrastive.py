@@ -34,8 +34,9 @@ from medmoe_edge.checkpoint.tensors import (
     files_sha256,
     read_headers,
     read_json,
+    write_folder,
+    wrong_shape,
 )
-from medmoe_edge.checkpoint.writer import write_folder, wrong_shape
 from medmoe_edge.config_contrastive import SCORES, ModalityConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.models.contrastive import BertTower, ModalityMoE

@@ -37,9 +37,10 @@ from medmoe_edge.checkpoint.tensors import (
     read_headers,
     read_json,
     weight_files,
+    write_checkpoint,
+    wrong_shape,
 )
 from medmoe_edge.checkpoint.tokenizer import FAST_FILE, FoundTokenizer, find_tokenizer
-from medmoe_edge.checkpoint.writer import write_checkpoint, wrong_shape
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError, Notice
 

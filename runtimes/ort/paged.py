@@ -34,11 +34,13 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.errors import BundleError, ResourceError
 from medmoe_edge.runtimes.base import Cache, Step
-from medmoe_edge.runtimes.ort.runtime import VISION, OrtCache, OrtRuntime
-from medmoe_edge.runtimes.ort.sessions import (
+from medmoe_edge.runtimes.ort.runtime import (
     CPU,
     OPENED_AT_ONCE,
+    VISION,
     Device,
+    OrtCache,
+    OrtRuntime,
     one_of_many,
     session_options,
 )

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from medmoe_edge.config import VisionConfig
-from medmoe_edge.models.clip import ClipTower, SiglipTower
+from medmoe_edge.models.med_moe import ClipTower, SiglipTower
 from medmoe_edge.presets import PRESETS
 
 LAYERS = 3

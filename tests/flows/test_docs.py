@@ -25,7 +25,7 @@ from serving import StandIn, app_over
 
 from medmoe_edge import __version__, errors
 from medmoe_edge.bedside.listen.receiving import classes_with_pixels, transfer_syntaxes
-from medmoe_edge.checkpoint.writer import write_checkpoint
+from medmoe_edge.checkpoint.tensors import write_checkpoint
 from medmoe_edge.cli.common import ORDER
 from medmoe_edge.export import build
 from medmoe_edge.export.vision import export_vision
