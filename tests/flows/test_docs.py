@@ -192,7 +192,7 @@ def test_the_command_line_is_generated_whole(hooks: ModuleType) -> None:
 
 def test_every_route_is_in_the_reference() -> None:
     paths = app_over(StandIn()).openapi()["paths"]
-    named = set(re.findall(r"`(?:GET|POST) (/[\w/.]*)`", page("reference/http.md")))
+    named = set(re.findall(r"`(?:GET|POST) (/[\w/.{}]*)`", page("reference/http.md")))
     assert named == set(paths) | {"/", "/openapi.json"}
 
 
