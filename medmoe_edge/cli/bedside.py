@@ -279,7 +279,7 @@ def node_requeue(
 ) -> None:
     """Have the documents of series sent again."""
     with _desk(config) as (desk, configuration):
-        names = [each.name for each in (*configuration.dicom, *configuration.fhir)]
+        names = [each.name for each in configuration.destinations]
         if destination is not None and destination not in names:
             raise InputError(
                 "No destination has that name.", f"Configured: {', '.join(names) or 'none'}."

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ from medmoe_edge.bedside.listen.report_sr import (
     blended,
     comprehensive_3d_sr,
     heat_map,
+    withdrawal,
 )
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.image.pixels import Image
@@ -68,6 +70,22 @@ class Middle:
 
 def pictured(result: Result) -> Dataset:
     return heat_map(result, Image.from_array(SOME), Middle())
+
+
+def of_several(result: Result) -> Dataset:
+    """A report about three slices of a hundred, all of one series."""
+    same = {"StudyInstanceUID": "1.2.826.0.4711.1.1", "SeriesInstanceUID": "1.2.826.0.4711.1.2"}
+    others = tuple(
+        Evidence.of(study(number, InstanceNumber=number, **same), Image.from_array(SOME), "0" * 64)
+        for number in (1, 2, 3)
+    )
+    return comprehensive_3d_sr(replace(result, evidence=others[1], others=others, of=100))
+
+
+def taken_back(result: Result) -> Dataset:
+    """The withdrawal of a report, a text and a picture."""
+    made = (comprehensive_3d_sr(result), basic_text_sr(result), pictured(result))
+    return withdrawal([dcmread(io.BytesIO(encoded(each))) for each in made])
 
 
 def tool(name: str) -> str:
@@ -98,18 +116,34 @@ def test_dcmtk_finds_and_feeds_the_node(tmp_path: Path) -> None:
         assert stranger.returncode != 0
 
 
-@pytest.mark.parametrize("make", [comprehensive_3d_sr, basic_text_sr])
+def test_a_report_about_several_slices_names_them_all() -> None:
+    report = dcmread(io.BytesIO(encoded(of_several(RESULT))))
+    found = [item for _, item in _items(report)]
+    images = [item for item in found if item.ValueType == "IMAGE"]
+    assert [str(item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID) for item in images] == [
+        study(number).SOPInstanceUID for number in (1, 2, 3)
+    ]
+    texts = [item.TextValue for item in found if item.ValueType == "TEXT"]
+    assert "3 of 100 (number 1, 2, 3)" in texts
+
+
+@pytest.mark.parametrize("make", [comprehensive_3d_sr, basic_text_sr, of_several, taken_back])
 def test_dcmtk_opens_the_reports(tmp_path: Path, make: Any) -> None:
     dump = tool("dsrdump")
     path = tmp_path / "report.dcm"
     path.write_bytes(encoded(make(RESULT)))
     # All text, and an error for what breaks the rules of the kind of report.
     told = call(dump, "--print-long-values", str(path))
+    if make is taken_back:
+        assert "Rejected for Patient Safety Reasons" in told
+        return
     for words in ("UNVERIFIED", "PRELIMINARY", "No, there is none.", NOTICE, "0" * 64):
         assert words in told
 
 
-@pytest.mark.parametrize("make", [comprehensive_3d_sr, basic_text_sr, pictured])
+@pytest.mark.parametrize(
+    "make", [comprehensive_3d_sr, basic_text_sr, pictured, of_several, taken_back]
+)
 def test_the_standards_own_rules_are_kept(tmp_path: Path, make: Any) -> None:
     path = tmp_path / "report.dcm"
     path.write_bytes(encoded(make(RESULT)))
@@ -117,7 +151,7 @@ def test_the_standards_own_rules_are_kept(tmp_path: Path, make: Any) -> None:
         [tool("dciodvfy"), str(path)], capture_output=True, text=True, timeout=60, check=False
     )
     assert "Error" not in done.stderr
-    assert make is pictured or "SR" in done.stderr
+    assert make in (pictured, taken_back) or "SR" in done.stderr
 
 
 def test_a_report_refers_to_what_it_is_about() -> None:
@@ -218,7 +252,11 @@ def test_orthanc_takes_the_reports_and_gives_them_back(
 def whole_study(slices: int) -> list[Dataset]:
     """A study as a CT sends it: its slices, in no order, two localizers, a report and a PDF."""
     study_uid, series_uid = "1.2.826.0.4711.50", "1.2.826.0.4711.50.1"
-    named = {"StudyInstanceUID": study_uid, "BodyPartExamined": "THORAX", "Modality": "CT"}
+    named: dict[str, Any] = {
+        "StudyInstanceUID": study_uid,
+        "BodyPartExamined": "THORAX",
+        "Modality": "CT",
+    }
     found = []
     for number in range(1, slices + 1):
         found.append(

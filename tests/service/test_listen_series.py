@@ -73,7 +73,7 @@ def slice_of(number: int, series: int = 1, value: int | None = None, **values: A
     """A slice of a CT series; its pixels are all `value`, else its number."""
     uid = f"1.2.826.0.4711.{series}"
     pixels = bytes([number if value is None else value]) * SOME.size
-    given = {
+    given: dict[str, Any] = {
         "SOPClassUID": CTImageStorage,
         "Modality": "CT",
         "StudyInstanceUID": f"{uid}.1",
@@ -124,7 +124,7 @@ def test_a_series_has_one_result_about_its_middle(tmp_path: Path) -> None:
 def test_a_series_is_complete_as_soon_as_all_are_there(tmp_path: Path) -> None:
     series = {"quiet": 1000}
     with Node(configuration(tmp_path / "node", series=series), Reading()) as node:
-        said = {"NumberOfSeriesRelatedInstances": "2"}
+        said: dict[str, Any] = {"NumberOfSeriesRelatedInstances": "2"}
         assert send(node.port, slice_of(1, **said), slice_of(1, series=2)) == [0, 0]
         assert node.queue.counts()["waiting"] == 2
         assert send(node.port, slice_of(2, **said)) == [0]
@@ -205,7 +205,7 @@ def test_a_vote_is_of_the_words_and_the_more_confident_wins_a_draw() -> None:
 def test_what_shows_nothing_to_ask_about_is_left_out(tmp_path: Path) -> None:
     """Localizers, screens, and what is there for presentation too."""
     engine = Reading()
-    processing = {"Modality": "DX", "ViewPosition": "PA"}
+    processing: dict[str, Any] = {"Modality": "DX", "ViewPosition": "PA"}
     sent = [
         slice_of(1),
         slice_of(2, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
@@ -289,7 +289,7 @@ def test_patients_interleaved_in_one_series_stay_apart(tmp_path: Path) -> None:
     engine = Reading()
     config = configuration(tmp_path / "node", series={"quiet": 1, "slices": "all"})
     with Node(config, engine) as node:
-        others = {"PatientID": "MRN-0815", "PatientName": "Roe^Richard"}
+        others: dict[str, Any] = {"PatientID": "MRN-0815", "PatientName": "Roe^Richard"}
         sent = [
             dataset
             for number in range(1, 4)
@@ -390,7 +390,7 @@ def test_an_object_that_no_question_fits_is_told_of(
     caplog.set_level(logging.INFO)
     questions = [{"body_parts": ["CHEST"], "ask": [QUESTION]}]
     with Node(configuration(tmp_path / "node", questions=questions), StandIn()) as node:
-        same = {"SeriesInstanceUID": "1.2.826.0.4711.77"}
+        same: dict[str, Any] = {"SeriesInstanceUID": "1.2.826.0.4711.77"}
         sent = [
             study(1, BodyPartExamined=""),
             study(2, BodyPartExamined="FOOT", **same),
@@ -463,7 +463,7 @@ def test_a_region_is_known_by_its_code(value: str, scheme: str) -> None:
         ({"StudyDate": "20241399"}, ""),
     ],
 )
-def test_when_an_image_was_taken(values: dict[str, str], when: str) -> None:
+def test_when_an_image_was_taken(values: dict[str, Any], when: str) -> None:
     assert taken_at(study(**values)) == when
 
 

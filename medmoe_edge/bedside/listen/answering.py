@@ -354,7 +354,8 @@ class Answering:
             ending = "json" if kind.startswith("fhir") else "dcm"
             name = f"{question}.{kind}.{ending}"
             number = self.queue.instance_number(result.series_uid(kind), f"{key}/{name}")
-            standing = Standing(number, tuple(self._earlier(name, result, replaced)))
+            earlier = self._earlier(name, result, replaced) if ending == "dcm" else ()
+            standing = Standing(number, tuple(earlier))
             data = self._made(kind, result, standing)
             if data is None:
                 continue

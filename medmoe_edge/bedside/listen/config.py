@@ -174,6 +174,11 @@ class Configuration(_Part):
     keep_images: bool = False
 
     @property
+    def destinations(self) -> tuple[Destination, ...]:
+        """All of them."""
+        return (*self.dicom, *self.fhir)
+
+    @property
     def all_documents(self) -> tuple[Document, ...]:
         """The documents to write: those named, and those that a destination takes."""
         needed: list[Document] = list(self.documents)

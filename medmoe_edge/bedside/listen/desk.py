@@ -31,7 +31,7 @@ class Desk(Queue):
     def status(self, configuration: Configuration) -> dict[str, Any]:
         """How the queue stands, as one stable JSON object; numbers alone."""
         ((objects,),) = self._read("SELECT count(*) FROM object")
-        unsent = {each.name: 0 for each in (*configuration.dicom, *configuration.fhir)}
+        unsent = {each.name: 0 for each in configuration.destinations}
         unsent |= dict(
             self._read(
                 "SELECT destination, count(*) FROM delivery WHERE sent = 0 GROUP BY destination"

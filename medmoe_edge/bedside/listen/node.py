@@ -60,8 +60,7 @@ class Node:
         self.folder.sweep(needed)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
         self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
-        destinations: list[Destination] = [*configuration.dicom, *configuration.fhir]
-        self._senders = [self._sender(each) for each in destinations]
+        self._senders = [self._sender(each) for each in configuration.destinations]
         self._entity = _entity(configuration)
         self._server: ThreadedAssociationServer | None = None
 

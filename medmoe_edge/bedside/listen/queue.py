@@ -356,7 +356,7 @@ class Queue:
             f"WHERE {CURRENT} ORDER BY number",
             series,
         )
-        return [Slice(*row[:3], tuple(json.loads(row[3])), *row[4:]) for row in rows]
+        return [Slice._make((*row[:3], tuple(json.loads(row[3])), *row[4:])) for row in rows]
 
     def shown_elsewhere(self, key: str) -> bool:
         """Whether what an object shows is in its study for presentation too."""

@@ -77,7 +77,7 @@ class Sending:
         """Send a DICOM file by C-STORE, in the syntax that the node chose for its class."""
         if self._association is None or not self._association.is_established:
             self._association = associated(node, self.ae_title)
-        dataset = dcmread(io.BytesIO(data))
+        dataset: Dataset = dcmread(io.BytesIO(data))
         accepted = {
             context.transfer_syntax[0]
             for context in self._association.accepted_contexts
