@@ -7,7 +7,6 @@ layer that has none.
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import weakref
@@ -64,9 +63,12 @@ class Pictures:
         place = self._places.get(sample.picture)
         if place is None:
             tokens = see(self.load(sample))
-            self._places[sample.picture] = self._file.seek(0, os.SEEK_END)
-            self._shape = tokens.shape
-            self._file.write(tokens.contiguous().numpy().tobytes())
+            with contextlib.suppress(OSError):  # a full disk: they are computed again then
+                end = len(self._places) * 4 * tokens.numel()
+                self._file.seek(end)
+                self._file.write(tokens.contiguous().numpy().tobytes())
+                self._file.flush()
+                self._places[sample.picture], self._shape = end, tokens.shape
             return tokens
         self._file.seek(place)
         content = bytearray(self._file.read(4 * self._shape.numel()))

@@ -15,21 +15,16 @@ import onnxruntime as ort
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.machine import Arithmetic, cpu_features_here
-from medmoe_edge.bundle.weights import int8_products
+from medmoe_edge.bundle.recorded import int8_products
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.errors import Notice
 
 WIDTH, CHANNELS = 8, 16
 LARGEST = 127  # of an int8 weight; activations of one size are quantised to 255
-
-
-def same_everywhere(options: ort.SessionOptions) -> None:
-    """Leave out the kernels that would answer differently from those of all other processors.
-
-    KleidiAI's, on Arm: where a processor has SME, its `DynamicQuantizeMatMul` gives each token a
-    scale of its own, and its 4-bit kernels quantise whole rows of activations instead of blocks.
-    """
-    options.add_session_config_entry("mlas.disable_kleidiai", "1")
+# What every session is told, so that all processors answer alike. Where an Arm processor has SME,
+# KleidiAI's `DynamicQuantizeMatMul` gives each token a scale of its own; its 4-bit kernels quantise
+# whole rows of activations instead of blocks.
+SAME_EVERYWHERE = ("mlas.disable_kleidiai", "1")
 
 
 @cache
@@ -37,7 +32,7 @@ def int8_arithmetic() -> Arithmetic:
     """ "exact", or "saturating" where 2 * 255 * 127 does not come out."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    same_everywhere(options)
+    options.add_session_config_entry(*SAME_EVERYWHERE)
     session = ort.InferenceSession(_model(), options, ["CPUExecutionProvider"])
     (found,) = session.run(["y"], {"a": np.ones((1, WIDTH), np.float32)})
     right = np.allclose(found, WIDTH * LARGEST, rtol=1e-3)

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import ModalityBundle
 from medmoe_edge.config_contrastive import ModalityConfig
-from medmoe_edge.runtimes.ort.sessions import EarlySessions, open_session, session_options
+from medmoe_edge.runtimes.ort.runtime import EarlySessions, open_session, session_options
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]

@@ -17,7 +17,7 @@ from medmoe_edge._types import Doubles, Floats
 from medmoe_edge.bench.backends import NEW_TOKENS, QUESTION
 from medmoe_edge.bench.measurement import seconds
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.weights import float_weights
+from medmoe_edge.bundle.recorded import float_weights
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.data.datasets import Example, read_examples
 from medmoe_edge.engine.engine import Engine, load

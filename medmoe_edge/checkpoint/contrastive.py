@@ -34,8 +34,9 @@ from medmoe_edge.checkpoint.tensors import (
     files_sha256,
     read_headers,
     read_json,
+    write_folder,
+    wrong_shape,
 )
-from medmoe_edge.checkpoint.writer import write_folder, wrong_shape
 from medmoe_edge.config_contrastive import SCORES, ModalityConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.models.contrastive import BertTower, ModalityMoE
@@ -77,8 +78,11 @@ _BERT_LAYER = {name.removeprefix("attention."): key for name, key in _ATTENTION.
 # constants that older versions stored, and what only pre-training needs
 _PUBLISHED = ".moe.experts.0.proj_convs."
 # what the authors' module holds and never computes with
-_BESIDE = ("image_encoder.global_embedder.", "image_encoder.local_embedder.")
-_BESIDE += ("text_encoder.model.pooler.",)
+_BESIDE = (
+    "image_encoder.global_embedder.",
+    "image_encoder.local_embedder.",
+    "text_encoder.model.pooler.",
+)
 _UNUSED = ("relative_position_index", "position_ids", "mask_token")
 
 
@@ -185,7 +189,8 @@ def read_modality_checkpoint(folder: Path, *, as_published: bool = False) -> Mod
     config = ModalityConfig.from_json(data["config"], "config.json config")
     if as_published:
         config = dataclasses.replace(config, as_published=True)
-    stored, rename = read_headers(folder), str
+    stored = read_headers(folder)
+    rename: Callable[[str], str] = str
     if any(_PUBLISHED in key for key in stored):
         stored, rename = _published(stored), published_name
     with torch.device("meta"):

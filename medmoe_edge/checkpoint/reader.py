@@ -37,9 +37,10 @@ from medmoe_edge.checkpoint.tensors import (
     read_headers,
     read_json,
     weight_files,
+    write_checkpoint,
+    wrong_shape,
 )
 from medmoe_edge.checkpoint.tokenizer import FAST_FILE, FoundTokenizer, find_tokenizer
-from medmoe_edge.checkpoint.writer import write_checkpoint, wrong_shape
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError, Notice
 
@@ -179,7 +180,7 @@ def _with_generation(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
 
 def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The stored tensors that are read, one for each of ours; see `checkpoint.keys`."""
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for key, tensor in headers.items():
         if is_unread(key):
             continue

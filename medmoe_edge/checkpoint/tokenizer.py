@@ -46,8 +46,10 @@ ADDED_FILE, SPECIAL_FILE = "added_tokens.json", "special_tokens_map.json"
 _GPT2_CLASSES = frozenset(
     f"{name}Tokenizer{fast}" for name in ("GPT2", "CodeGen") for fast in ("", "Fast")
 )
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-_SPECIAL += ("mask_token", "additional_special_tokens")
+_SPECIAL = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
+    *("mask_token", "additional_special_tokens"),
+)
 # What transformers 4's `clean_up_tokenization` replaces in a decoded text, in this order.
 _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m"}
 _CLEANED |= {" 's": "'s", " 've": "'ve", " 're": "'re"}

@@ -62,7 +62,6 @@ def _registered() -> "Any":
         ask,
         bedside,
         bench,
-        contrastive,
         device,
         export,
         train,

@@ -472,7 +472,7 @@ def ship_log(
 ) -> None:
     """Send an audit log to a collector, from where the last run ended."""
     with needs("serve"):
-        from medmoe_edge.bedside.audit.ship import Collector, ship
+        from medmoe_edge.bedside.audit.log import Collector, ship
 
     files = {"authority": tls_ca, "certificate": tls_cert, "key": tls_key}
     sent = ship(log, Collector.at(to, **files), follow=follow)

@@ -36,7 +36,8 @@ def pull(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="A published model, or OWNER/REPOSITORY[/FOLDER] of the Hub."
+            metavar="NAME",
+            help="A published model, or OWNER/REPOSITORY of the Hub, perhaps with /FOLDER.",
         ),
     ],
     output: Annotated[

@@ -278,7 +278,7 @@ def _show_router(result: "RouterResult", as_json: bool) -> None:
 def data(
     what: Annotated[
         Literal["slake", "vqa-rad", "pathvqa", "labels", "questions"],
-        typer.Argument(metavar="WHAT", help="slake, vqa-rad, pathvqa, labels or questions."),
+        typer.Argument(metavar="WHAT", help="What SOURCE is."),
     ],
     source: Annotated[
         Path,

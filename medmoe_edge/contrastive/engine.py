@@ -37,9 +37,8 @@ from medmoe_edge.errors import (
     Notice,
 )
 from medmoe_edge.image.inputs import ImageLike, as_image
-from medmoe_edge.image.labels import unlike_label
 from medmoe_edge.image.loading import preprocess, seen_square
-from medmoe_edge.image.pixels import Image
+from medmoe_edge.image.pixels import Image, unlike_label
 from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
 RuntimeName = Literal["auto", "onnxruntime", "torch"]
@@ -138,8 +137,8 @@ def load_modality(
 class ModalityEngine(OneAtATime):
     """A loaded MedMoE, that classifies and locates.
 
-    Images are what `Engine.ask` takes. Threads, `with`, `close`, `proven` and `verification` are as
-    of an `Engine`.
+    Images and `value_range` are what `Engine.ask` takes. Threads, `with`, `close`, `proven` and
+    `verification` are as of an `Engine`.
     """
 
     def __init__(
@@ -158,10 +157,16 @@ class ModalityEngine(OneAtATime):
         self.scores = scores or Scores()
         self.texts = TextCache(runtime)
 
-    def read(self, image: ImageLike, *, frame: int | None = None) -> Reading:
+    def read(
+        self,
+        image: ImageLike,
+        *,
+        frame: int | None = None,
+        value_range: tuple[float, float] | None = None,
+    ) -> Reading:
         """The image's modality as the router sees it; raises `ImageError`, `ModelError`."""
         clock = Clock()
-        picture, features = self._look(image, frame, clock)
+        picture, features = self._look(image, frame, clock, value_range)
         reading = self._reading(features, clock)
         return dataclasses.replace(reading, warnings=_warnings(picture, reading))
 
@@ -172,6 +177,7 @@ class ModalityEngine(OneAtATime):
         *,
         prompts: Mapping[str, Sequence[str]] | None = None,
         frame: int | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> Classification:
         """Score labels, of which one is taken to be right; a label given twice counts once.
 
@@ -184,7 +190,7 @@ class ModalityEngine(OneAtATime):
             )
         wanted = _asked(labels, prompts or {})
         clock = Clock()
-        picture, features = self._look(image, frame, clock)
+        picture, features = self._look(image, frame, clock, value_range)
         phrases = [phrase for own in wanted.values() for phrase in own]
         texts = self._encode(phrases)
         clock.lap("text")
@@ -206,13 +212,20 @@ class ModalityEngine(OneAtATime):
             warnings=_warnings(picture, reading),
         )
 
-    def locate(self, image: ImageLike, phrase: str, *, frame: int | None = None) -> Location:
+    def locate(
+        self,
+        image: ImageLike,
+        phrase: str,
+        *,
+        frame: int | None = None,
+        value_range: tuple[float, float] | None = None,
+    ) -> Location:
         """Where a phrase lies in an image; raises `InputError` for an unusable one of either."""
         if not isinstance(phrase, str):
             raise InputError("phrase is not one text.", "Look for one at a time.")
         phrase = _cleaned(phrase)
         clock = Clock()
-        picture, features = self._look(image, frame, clock)
+        picture, features = self._look(image, frame, clock, value_range)
         texts = self._encode([phrase])
         clock.lap("text")
         grid = region_map(features.regions[0], texts.words[0], texts.mask[0])  # [h, w]
@@ -234,7 +247,8 @@ class ModalityEngine(OneAtATime):
 
     def _similarity(self, features: ImageFeatures, texts: TextFeatures) -> Floats:
         """Of one image, `[T]`."""
-        return similarity(features, texts, as_published=self.config.as_published)[0]
+        found: Floats = similarity(features, texts, as_published=self.config.as_published)[0]
+        return found
 
     def embed_image(self, image: ImageLike, *, frame: int | None = None) -> Floats:
         """The image's unit vector `[D]`."""
@@ -257,9 +271,13 @@ class ModalityEngine(OneAtATime):
         return self._reading(features, Clock())
 
     def _look(
-        self, image: ImageLike, frame: int | None, clock: Clock
+        self,
+        image: ImageLike,
+        frame: int | None,
+        clock: Clock,
+        value_range: tuple[float, float] | None = None,
     ) -> tuple[Image, ImageFeatures]:
-        picture = as_image(image, frame=frame)
+        picture = as_image(image, frame=frame, value_range=value_range)
         pixels = preprocess(picture, self.config.vision)
         clock.lap("image")
         features = self.embed_images(pixels)

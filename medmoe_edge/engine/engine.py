@@ -24,9 +24,8 @@ from medmoe_edge.engine.loading import (
 from medmoe_edge.engine.prefix_cache import LastPrefix, Prefix, PrefixCache, cache_folder
 from medmoe_edge.errors import BundleError, CheckpointError, InputError, MedMoEError, Notice
 from medmoe_edge.image.inputs import ImageLike, as_image
-from medmoe_edge.image.labels import unlike_label
 from medmoe_edge.image.loading import preprocess, seen_picture
-from medmoe_edge.image.pixels import Pixels
+from medmoe_edge.image.pixels import Pixels, unlike_label
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step, Warns, chosen_experts, greedy
 from medmoe_edge.runtimes.paging.pager import Budget

@@ -16,8 +16,13 @@ from typing import Any
 from medmoe_edge._types import Progress
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, ModalityBundle, model_kind, status_of
 from medmoe_edge.bundle.machine import Machine
-from medmoe_edge.bundle.recorded import Compared, Recorded, compare_signature, read_recorded
-from medmoe_edge.bundle.weights import sweep_weights
+from medmoe_edge.bundle.recorded import (
+    Compared,
+    Recorded,
+    compare_signature,
+    read_recorded,
+    sweep_weights,
+)
 from medmoe_edge.contrastive.engine import open_bundle
 from medmoe_edge.engine.loading import remember, this_machine
 from medmoe_edge.errors import BundleError, VerificationError

@@ -37,8 +37,13 @@ from medmoe_edge.runtimes.base import (
     check_room,
     chosen_experts,
 )
-from medmoe_edge.runtimes.ort.runtime import CACHE_TYPES, OrtRuntime
-from medmoe_edge.runtimes.ort.sessions import CUDA, open_session, session_options
+from medmoe_edge.runtimes.ort.runtime import (
+    CACHE_TYPES,
+    CUDA,
+    OrtRuntime,
+    open_session,
+    session_options,
+)
 
 
 class GraphCache:

@@ -18,8 +18,7 @@ import numpy as np
 
 from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, Status, status_of
-from medmoe_edge.bundle.recorded import Recorded, signature_of
-from medmoe_edge.bundle.weights import sweep_weights
+from medmoe_edge.bundle.recorded import Recorded, signature_of, sweep_weights
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import (

@@ -18,12 +18,14 @@ from medmoe_edge.image.dicom_container import Container, open_container
 from medmoe_edge.image.dicom_display import is_inverted, read_modality, show
 from medmoe_edge.image.dicom_pixels import Layout, Stored, read_frame, read_layout
 from medmoe_edge.image.dicom_tables import Header, Say
-from medmoe_edge.image.labels import label_notices, labels_of, modality_of
 from medmoe_edge.image.pixels import (
     MAX_PIXELS,
     Image,
     as_pixels,
     finite,
+    label_notices,
+    labels_of,
+    modality_of,
     pick_frame,
     shown_name,
     square_pixels,

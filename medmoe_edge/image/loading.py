@@ -144,9 +144,11 @@ class Decoded:
         if place is None:
             seen = seen_picture(read(), self.vision)
             place = len(self._places) * size
-            self._file.seek(place)
-            self._file.write(np.ascontiguousarray(seen.pixels).tobytes())
-            self._places[key] = place
+            with contextlib.suppress(OSError):  # a full disk: it is decoded again then
+                self._file.seek(place)
+                self._file.write(np.ascontiguousarray(seen.pixels).tobytes())
+                self._file.flush()
+                self._places[key] = place
             return seen
         self._file.seek(place)
         return Image(np.frombuffer(self._file.read(size), np.uint8).reshape(side, side, 3))

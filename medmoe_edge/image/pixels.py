@@ -1,11 +1,17 @@
-"""What every reader shares: what a file is by its first bytes, and the picture that it becomes."""
+"""What every reader shares: a file's kind by its first bytes, its picture, and its labels.
+
+Labels are in the models' words: there is one mapping from DICOM's Modality (PS3.3 C.7.3.1.1.1, with
+the retired values that old archives still hold) and storage classes (PS3.4 annex B) to the
+modalities that the models know.
+"""
 
 import dataclasses
 import math
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,25 +19,41 @@ from PIL import Image as Pillow
 
 from medmoe_edge.errors import ImageError, Notice
 
+if TYPE_CHECKING:
+    from medmoe_edge.image.dicom_tables import Header
+
+
 Pixels = npt.NDArray[np.uint8]
+
 Window = tuple[float, float]
 
+
 MAX_PIXELS = 100_000_000  # of one picture: 10,000 x 10,000
+
 MAX_BYTES = 2**30  # of all frames of a file, decoded: 2,000 CT slices
+
 
 # The paper pads to a square before it shrinks. Longer sides are reduced to this first, or a strip
 # of 1 x 100,000,000 pixels would need a square of 10^16.
 MAX_SQUARE = 8192
+
 # Likewise, only the middle of a longer strip can reach the centre crop.
 MAX_ASPECT = 16
 
+
 SQUARE = 0.005  # pixels that are less out of square than this are shown as they are
+
 MAX_STRETCH = 16.0  # what says more than this is taken for a mistake
+
 BAND = 2**20  # values that are worked on at once
+
 FLAT = 16  # in a picture of fewer grey levels next to nothing can be seen
 
+
 HEAD_BYTES = 348  # enough for all of these; a NIfTI-1 header is the longest
+
 KINDS = "a PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI file"
+
 
 RASTERS = (
     b"\x89PNG\r\n\x1a\n",
@@ -39,11 +61,16 @@ RASTERS = (
     *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),  # TIFF and BigTIFF
     *(b"GIF87a", b"GIF89a"),
 )
+
 BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # sizes of what follows the 14 bytes of every BMP
+
 NIFTI_MAGICS = {344: (b"n+1\0", b"ni1\0"), 4: (b"n+2\0", b"ni2\0")}  # by offset
+
 GZIP = b"\x1f\x8b"
 
+
 SAVE_AS = "Open it in the program that made it, and save the picture as PNG."
+
 # What else people try, each with its remedy.
 OTHERS: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
     (re.compile(pattern, re.DOTALL), kind, remedy)
@@ -260,3 +287,92 @@ def _percentiles(values: npt.NDArray[Any], wanted: tuple[float, ...]) -> list[fl
         first, last = (min(max(float(ordered[k]), -1e300), 1e300) for k in (below, above))
         found.append(first + (last - first) * (place - below))
     return found
+
+
+MODALITIES = {
+    "CT": "ct",
+    **dict.fromkeys(("MR", "MA", "MS"), "mri"),
+    **dict.fromkeys(("CR", "DX", "DR", "MG", "RG", "IO", "PX", "PANO"), "xray"),
+    **dict.fromkeys(("XA", "RF", "DF", "DS", "CF", "BMD", "RTIMAGE"), "xray"),
+    **dict.fromkeys(("US", "IVUS", "EC", "DD", "CD", "BDUS"), "ultrasound"),
+    **dict.fromkeys(("SM", "GM", "DM"), "pathology"),
+    **dict.fromkeys(("OP", "OPT", "OPTENF", "FA", "FS"), "fundus"),
+}
+
+# What no model here was trained on; anything else, such as OT, says nothing of what is shown.
+UNKNOWN = {
+    "PT": "positron emission tomography",
+    "NM": "nuclear medicine",
+    "ST": "single-photon emission tomography",
+    "ES": "endoscopy",
+    "IVOCT": "intravascular optical coherence tomography",
+    "OCT": "optical coherence tomography",
+    "XC": "photography",
+    "DMS": "dermatoscopy",
+    "TG": "thermography",
+    "EPS": "electrophysiology",
+    "ECG": "electrocardiography",
+    "SEG": "a segmentation",
+    "RTDOSE": "a radiation dose",
+}
+
+# Words in the names of storage classes, where Modality says nothing.
+_CLASSES = (
+    (r"\bCT\b", "ct"),
+    (r"\bMR\b", "mri"),
+    (r"Ultrasound", "ultrasound"),
+    (r"X-Ray|Computed Radiography|Enhanced XA|Enhanced XRF|Breast|RT Image", "xray"),
+    (r"Microscop", "pathology"),
+    (r"Ophthalmic (Photography|Tomography)", "fundus"),
+)
+
+_NAMES = {"ct": "CT", "mri": "MRI", "xray": "X-ray"}
+
+UNLIKE_LABEL = "unlike_label"
+
+
+def modality_of(header: "Header") -> str | None:
+    """What Modality (0008,0060) states, of what models know; None where it does not."""
+    return MODALITIES.get(header.text("Modality"))
+
+
+def labels_of(header: "Header") -> tuple[str, ...]:
+    """All modalities that a DICOM header states, by Modality and by its storage class."""
+    stated = (modality_of(header), _of_class(header))
+    return tuple(dict.fromkeys(kind for kind in stated if kind))
+
+
+def label_notices(header: "Header") -> tuple[Notice, ...]:
+    """What is odd about a header's own statement of what it shows."""
+    code = header.text("Modality")
+    if code in UNKNOWN:
+        what = f"The file says that it shows {UNKNOWN[code]}, which the models were not trained on."
+        return (Notice("unknown_modality", what),)
+    labels = labels_of(header)
+    if len(labels) < 2:
+        return ()
+    what = "The file says that it is {}, and its storage class is for {}."
+    return (Notice("contradictory_label", what.format(*map(named, labels))),)
+
+
+def unlike_label(labels: Sequence[str], read_as: str | None) -> tuple[Notice, ...]:
+    """What to say where the model reads an image as none of the modalities its file states."""
+    if not labels or read_as is None or read_as in labels:
+        return ()
+    what = (
+        f"The file says that it is {named(labels[0])}, and the model reads the image as "
+        f"{named(read_as)}: look at the picture before you rely on the answer."
+    )
+    return (Notice(UNLIKE_LABEL, what),)
+
+
+def named(modality: str) -> str:
+    """A modality as people write it."""
+    return _NAMES.get(modality, modality)
+
+
+def _of_class(header: "Header") -> str | None:
+    from pydicom.uid import UID
+
+    name = UID(header.text("SOPClassUID")).name  # of unknown ones the UID, in which no word is
+    return next((kind for words, kind in _CLASSES if re.search(words, name)), None)

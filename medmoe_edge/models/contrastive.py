@@ -226,7 +226,7 @@ def mixed_regions(
     ]
     flat = torch.stack(parts).sum(0).flatten(1, 2)  # [B, P, D]
     pooled = stretches(flat.shape[1], PUBLISHED_GRID**2).to(flat) @ flat
-    return pooled.unflatten(1, (PUBLISHED_GRID, PUBLISHED_GRID))
+    return pooled.view(len(pooled), PUBLISHED_GRID, PUBLISHED_GRID, -1)
 
 
 def enlarge(x: Tensor, grid: int) -> Tensor:
@@ -244,7 +244,7 @@ def lengthen(x: Tensor, grid: int) -> Tensor:
         return x
     lines = x.flatten(1, 2).transpose(1, 2)  # [B, C, h * w]
     longer = interpolate(lines, grid * grid, mode="linear", align_corners=False)
-    return longer.transpose(1, 2).unflatten(1, (grid, grid))
+    return longer.transpose(1, 2).reshape(len(x), grid, grid, -1)
 
 
 def stretches(positions: int, count: int) -> Tensor:

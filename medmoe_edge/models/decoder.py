@@ -206,7 +206,7 @@ def experts_or_dense(config: ModelConfig, layer: int, make: Callable[[], nn.Modu
     return make()
 
 
-def make_norm(decoder: DecoderConfig) -> nn.Module:
+def make_norm(decoder: DecoderConfig) -> nn.LayerNorm | nn.RMSNorm:
     """LayerNorm, or RMSNorm (https://arxiv.org/abs/1910.07467) where the decoder has that."""
     if "bias" in decoder.norm_parameters:
         return nn.LayerNorm(decoder.hidden_size, decoder.norm_eps)

@@ -198,21 +198,23 @@ def route(
     assert moe is not None
     if _keeps_router(model, moe, corpus):
         return model
-    file = session.folder / ROUTER
-    known = few_of_each([*corpus.classification, *corpus.questions])
-    fitted = router is None and not file.exists()
-    if router is None:
+    device = session.accelerator.device
+    with session.accelerator.main_process_first():
+        file = session.folder / ROUTER
+        known = few_of_each([*corpus.classification, *corpus.questions])
+        fitted = router is None and not file.exists()
         if fitted:
             session.say("Fitting the router to images of known modality.")
-            features = pooled_features(model, moe.layers, batches, known)
+            features = pooled_features(model.to(device), moe.layers, batches, known)
             router = fit_router(features, moe.num_experts, bias=moe.router_bias)
-        else:
+        elif router is None:
             router = kept_router(file, None)
-    if model.config.moe is None:
-        model = upcycle(model, router, config)
-    install(model, router)
-    if fitted:
-        install(model, kept_router(file, fit_in_place(model, batches, known)))
+        if model.config.moe is None:
+            model = upcycle(model, router, config)
+        install(model, router)
+        if fitted:
+            kept = kept_router(file, fit_in_place(model.to(device), batches, known))
+            install(model, kept)
     return model
 
 

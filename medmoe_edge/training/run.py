@@ -43,6 +43,7 @@ from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, Tokenizer
 from medmoe_edge.training.data import Batches, captions, from_examples, instructions
 from medmoe_edge.training.loop import Session, load_state
 from medmoe_edge.training.phases import (
+    ROUTER,
     Corpus,
     Objective,
     align,
@@ -239,7 +240,7 @@ def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None) -> None:
                 f"The run in {out} was begun by another recipe or from another checkpoint.",
                 "Use the recipe it was made with, or start in a new folder.",
             )
-        for name in (TOKENIZER, PRECISION):
+        for name in (TOKENIZER, PRECISION, ROUTER):
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as stream:

@@ -34,16 +34,26 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.errors import BundleError, ResourceError
 from medmoe_edge.runtimes.base import Cache, Step
-from medmoe_edge.runtimes.ort.runtime import VISION, OrtCache, OrtRuntime
-from medmoe_edge.runtimes.ort.sessions import (
+from medmoe_edge.runtimes.ort.runtime import (
     CPU,
     OPENED_AT_ONCE,
+    VISION,
     Device,
+    OrtCache,
+    OrtRuntime,
     one_of_many,
     session_options,
 )
-from medmoe_edge.runtimes.paging.expert_file import Check, ExpertFile, Extent
-from medmoe_edge.runtimes.paging.pager import Budget, Counts, Expert, ExpertPager, PagedExperts
+from medmoe_edge.runtimes.paging.pager import (
+    Budget,
+    Check,
+    Counts,
+    Expert,
+    ExpertFile,
+    ExpertPager,
+    Extent,
+    PagedExperts,
+)
 from medmoe_edge.runtimes.paging.prediction import Ahead, RequestRouting, budget_bytes
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
 from medmoe_edge.runtimes.slots.slots import CpuMemory, DeviceMemory, Kind, SlotPools, Table

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.weights import float_weights
+from medmoe_edge.bundle.recorded import float_weights
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.errors import InputError
 from medmoe_edge.runtimes.paging.pager import Counts, Expert, PagedExperts

@@ -29,8 +29,7 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.runtimes.base import Cache, Step
-from medmoe_edge.runtimes.paging.expert_file import ExpertFile
-from medmoe_edge.runtimes.paging.pager import Counts, Expert
+from medmoe_edge.runtimes.paging.pager import Counts, Expert, ExpertFile
 from medmoe_edge.runtimes.paging.prediction import RequestRouting, budget_bytes
 from medmoe_edge.runtimes.slots.slots import ABSENT, ExpertSlots, SlotPools, Table, slot_count
 

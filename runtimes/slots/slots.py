@@ -34,8 +34,7 @@ import numpy.typing as npt
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import BundleError, InputError
-from medmoe_edge.runtimes.paging.expert_file import Bytes
-from medmoe_edge.runtimes.paging.pager import Expert, ExpertPager, PagedExperts
+from medmoe_edge.runtimes.paging.pager import Bytes, Expert, ExpertPager, PagedExperts
 
 
 class Event(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge.errors import MissingDependencyError, ResourceError, shown_bytes
-from medmoe_edge.runtimes.paging.expert_file import Bytes
+from medmoe_edge.runtimes.paging.pager import Bytes
 from medmoe_edge.runtimes.slots.slots import DeviceMemory, Event
 
 Array = npt.NDArray[Any]

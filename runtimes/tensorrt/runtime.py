@@ -29,7 +29,7 @@ from medmoe_edge.export.gpus import (
     reason,
 )
 from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step, check_room, in_parts
-from medmoe_edge.runtimes.paging.expert_file import ExpertFile
+from medmoe_edge.runtimes.paging.pager import ExpertFile
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
 from medmoe_edge.runtimes.slots.slots import Kind, SlotPools, Table
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice, Device, MirroredArray

@@ -29,8 +29,7 @@ from medmoe_edge.errors import ResourceError, shown_bytes
 from medmoe_edge.models.decoder import route
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, Step, check_room
-from medmoe_edge.runtimes.paging.expert_file import Bytes, ExpertFile, Extent
-from medmoe_edge.runtimes.paging.pager import Expert
+from medmoe_edge.runtimes.paging.pager import Bytes, Expert, ExpertFile, Extent
 from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
 from medmoe_edge.runtimes.slots.slots import (
     ABSENT,

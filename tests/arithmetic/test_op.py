@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
-from medmoe_edge.runtimes.ort.sessions import session_options
+from medmoe_edge.runtimes.ort.runtime import session_options
 
 Floats = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]

@@ -97,6 +97,7 @@ def test_shell_completion_knows_the_verbs() -> None:
         (KeyError("Doe^John"), 1, "Unexpected error (KeyError)."),
     ],
 )
+@pytest.mark.usefixtures("scan")
 def test_failures_are_two_lines_and_a_code(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, what: str
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_module_of_ours_is_never_called_a_missing_package() -> None:
         __import__("nothing_at_all.deep")
 
 
+@pytest.mark.usefixtures("scan")
 def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medmoe_edge.engine.engine.load", raising(KeyboardInterrupt()))
     result = run("ask", "scan.png", "Is there effusion?")

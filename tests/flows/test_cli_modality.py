@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.cli.contrastive import INDEX
+from medmoe_edge.cli.ask import INDEX
 from medmoe_edge.contrastive import engine as modality_engine
 from medmoe_edge.contrastive.features import Classification, Location, Reading
 from medmoe_edge.contrastive.text import UNSEEN, key_phrase, parse_labels, read_prompts

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from medmoe_edge.config import VisionConfig
-from medmoe_edge.models.clip import ClipTower, SiglipTower
+from medmoe_edge.models.med_moe import ClipTower, SiglipTower
 from medmoe_edge.presets import PRESETS
 
 LAYERS = 3
@@ -91,7 +91,7 @@ def test_patch_features_of_the_selected_layer(select_layer: int) -> None:
 def test_siglip_loses_its_first_patch_as_moe_llava_has_it(feature: Any, first: int) -> None:
     config = replace(PRESETS["tiny-qwen"].vision, select_feature=feature)
     torch.manual_seed(0)
-    theirs = SiglipVisionModel(
+    theirs: nn.Module = SiglipVisionModel(
         SiglipVisionConfig(
             hidden_size=config.feature_size,
             intermediate_size=config.intermediate_size,
@@ -101,7 +101,8 @@ def test_siglip_loses_its_first_patch_as_moe_llava_has_it(feature: Any, first: i
             patch_size=config.patch_size,
             vision_use_head=False,
         )
-    ).eval()
+    )
+    theirs.eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     copied = {

@@ -17,7 +17,7 @@ from graphs import observed, write_no_tower
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.bundle.machine import cpu_features
-from medmoe_edge.bundle.weights import int8_products
+from medmoe_edge.bundle.recorded import int8_products
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.export import build

@@ -14,7 +14,7 @@ from PIL import Image
 from medmoe_edge.engine.engine import load
 from medmoe_edge.engine.loading import RuntimeName
 from medmoe_edge.errors import BundleError, ModelError
-from medmoe_edge.runtimes.ort.sessions import open_session, session_options
+from medmoe_edge.runtimes.ort.runtime import open_session, session_options
 
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Path]

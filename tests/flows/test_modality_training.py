@@ -25,22 +25,20 @@ from medmoe_edge.data.datasets import LabelledImage, Place
 from medmoe_edge.errors import DataError
 from medmoe_edge.models.contrastive import UNLABELLED, ImageFeatures, TextFeatures, grounding_loss
 from medmoe_edge.presets import MODALITY_PRESETS
-from medmoe_edge.training import contrastive_data as modality_batches
+from medmoe_edge.training import contrastive as modality_batches
 from medmoe_edge.training import loop
 from medmoe_edge.training.contrastive import (
+    VIEW_ALONE,
+    ModalityBatches,
     ModalityObjective,
     ModalityRecipe,
+    Told,
     coarser,
     hold_out,
     is_modality_recipe,
     read_modality_recipe,
-    train_modality,
-)
-from medmoe_edge.training.contrastive_data import (
-    VIEW_ALONE,
-    ModalityBatches,
-    Told,
     some_phrases,
+    train_modality,
     train_word_pieces,
 )
 from medmoe_edge.training.data import augment

@@ -84,6 +84,11 @@ def test_what_cannot_be_is_refused_at_once(run: Run, line: list[str], what: str)
     assert time.perf_counter() - started < 10  # a second, on a machine that is not shared
 
 
+def test_no_model_is_loaded_for_a_missing_picture(run: Run, loaded: list[tuple[str, str]]) -> None:
+    assert run("ask", "gone.png", "Is it?").exit_code == 2
+    assert loaded == []
+
+
 # --- files --------------------------------------------------------------------------------------
 
 MISSING = [
@@ -289,8 +294,12 @@ def test_help_fits_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
     group: Any = typer.main.get_command(cli.app)
-    for name, command in group.commands.items():
-        shown = run(name, "--help").stdout
+    verbs = {(name,): command for name, command in group.commands.items()}
+    for (name,), command in list(verbs.items()):
+        inner = getattr(command, "commands", {})
+        verbs |= {(name, each): verb for each, verb in inner.items()}
+    for name, command in verbs.items():
+        shown = run(*name, "--help").stdout
         lines = shown.splitlines()
         assert max(map(len, lines)) <= 80, name
         assert "\N{HORIZONTAL ELLIPSIS}" not in shown, name

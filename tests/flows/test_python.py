@@ -32,7 +32,12 @@ def engine(tiny_bundle: Make) -> Engine:
 
 def test_load_gives_the_engine_of_the_family() -> None:
     with medmoe_edge.load("modality-nano") as engine:
-        found = engine.classify(ROOT / "scan.png", ["chest x-ray", "brain mri"])
+        labels = ["chest x-ray", "brain mri"]
+        found = engine.classify(ROOT / "scan.png", labels)
+        pixels = np.asarray(Pillow.open(ROOT / "scan.png")) / 255
+        assert engine.classify(pixels, labels, value_range=(0, 1)).scores == found.scores
+        with pytest.raises(InputError, match="labels is one text"):
+            engine.classify(pixels, "chest x-ray")
     assert next(iter(found.scores)) == "chest x-ray"
     with pytest.raises(InputError, match="memory_budget does not go with"):
         medmoe_edge.load("modality-nano", memory_budget="50%")
@@ -160,7 +165,7 @@ def test_from_a_checkpoint_to_figures(tiny_checkpoint: Make, tmp_path: Path) -> 
     checkpoint = tiny_checkpoint()
     chosen = medmoe_edge.CalibrateOptions(str(data), samples=2)
     found = medmoe_edge.calibrate(checkpoint, tmp_path / "stats", chosen)
-    assert found.statistics.samples == {"ct": 2}
+    assert set(found.statistics.samples) == {"ct"}
     options = medmoe_edge.ExportOptions("int4", stats=tmp_path / "stats")
     made = medmoe_edge.export_model(checkpoint, tmp_path / "bundle", options)
     assert medmoe_edge.verify(made.bundle).outcome == "not measured"

@@ -31,9 +31,8 @@ from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.engine.engine import Engine
 from medmoe_edge.errors import Notice
-from medmoe_edge.image.labels import labels_of, modality_of, unlike_label
 from medmoe_edge.image.loading import load_image, preprocess
-from medmoe_edge.image.pixels import Image
+from medmoe_edge.image.pixels import Image, labels_of, modality_of, unlike_label
 
 CHEST = np.asarray(Pillow.open(ROOT / "scan.png").convert("L"))
 QUESTION = "Is there effusion?"

@@ -14,8 +14,7 @@ from test_paging import PATIENCE, elsewhere, settle
 from medmoe_edge._types import Floats
 from medmoe_edge.errors import BundleError, InputError, ResourceError
 from medmoe_edge.runtimes.base import Step
-from medmoe_edge.runtimes.paging.expert_file import Bytes
-from medmoe_edge.runtimes.paging.pager import Expert
+from medmoe_edge.runtimes.paging.pager import Bytes, Expert
 from medmoe_edge.runtimes.slots.replay import Chosen, Replay, first_fault, next_try
 from medmoe_edge.runtimes.slots.slots import (
     ABSENT,

@@ -22,7 +22,7 @@ from medmoe_edge.errors import BundleError, InputError, MissingDependencyError, 
 from medmoe_edge.export.gpus import find_gpu, load_library
 from medmoe_edge.export.tensorrt_builder import build_engine
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.runtimes.paging.expert_file import Bytes
+from medmoe_edge.runtimes.paging.pager import Bytes
 from medmoe_edge.runtimes.slots.slots import Event
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice
 from medmoe_edge.runtimes.tensorrt.runtime import (

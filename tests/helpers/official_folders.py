@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 SAID = torch.arange(300, 400, 10)  # tokens
-ROTARY = {"partial_rotary_factor": 0.5}
+ROTARY: dict[str, Any] = {"partial_rotary_factor": 0.5}
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -53,9 +53,9 @@ class Deepspeed(nn.Module):
 
     def __init__(self, experts: Sequence[nn.Module], bias: bool) -> None:
         super().__init__()
-        self.gate = nn.Module()
+        self.gate: Any = nn.Module()
         self.gate.wg = nn.Linear(SIZE, len(experts), bias=bias)
-        self.experts = nn.Module()
+        self.experts: Any = nn.Module()
         self.experts.deepspeed_experts = nn.ModuleList(experts)
 
 
@@ -110,7 +110,7 @@ def decoder_of(kind: str, rows: int = ROWS) -> Any:
     if kind == "phi":
         return PhiForCausalLM(PhiConfig(**sizes, **ROTARY, hidden_act="gelu_new", resid_pdrop=0.0))
     if kind == "qwen":
-        return Qwen2ForCausalLM(Qwen2Config(**sizes, rms_norm_eps=1e-6, rope_theta=10000.0))
+        return Qwen2ForCausalLM(Qwen2Config(**sizes, rms_norm_eps=1e-6))
     return StableLmForCausalLM(
         StableLmConfig(**sizes, **ROTARY, use_qkv_bias=True, hidden_dropout=0.0)
     )
@@ -272,7 +272,9 @@ class Official:
         for members in groups.values():
             tails = embed(torch.tensor([after[index] for index in members]))
             x = torch.cat((head.expand(len(members), -1, -1), tails), 1)
-            chosen, gaps, cache = [], [], None
+            chosen: list[Tensor] = []
+            gaps: list[Tensor] = []
+            cache = None
             for _ in range(limit):
                 step = self.decoder(inputs_embeds=x, cache=cache, use_cache=True)
                 logits, cache = step.logits[:, -1, self.known], step.cache

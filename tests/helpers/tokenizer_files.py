@@ -35,8 +35,8 @@ CORPUS = (
 )
 END = "<|endoftext|>"
 MERGES = 160
-CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"))
-CLEANED += ((" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+CLEANED = [(f" {mark}", mark) for mark in ".?!,"] + [(" ' ", "'")]
+CLEANED += [(f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")]
 
 
 @functools.cache
@@ -203,7 +203,7 @@ class SlowTokenizer:
         tokens |= {index: text.encode() for text, index in self.added.items()}
         joined_bytes = b"".join(tokens[index] for index in ids if index not in special)
         text = joined_bytes.decode("utf-8", errors="replace")
-        for before, after in CLEANED if clean else ():
+        for before, after in CLEANED if clean else []:
             text = text.replace(before, after)
         return text
 

@@ -13,7 +13,7 @@ import trustme
 from command_line import Run, two_lines
 from test_audit import lines, write
 
-from medmoe_edge.bedside.audit.ship import Collector, ship
+from medmoe_edge.bedside.audit.log import Collector, ship
 from medmoe_edge.errors import DataError, InputError, ResourceError
 
 

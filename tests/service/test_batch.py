@@ -22,8 +22,8 @@ from pyarrow import parquet
 
 import medmoe_edge
 from medmoe_edge.bedside.audit.log import AuditLog
-from medmoe_edge.bedside.batch import results as batch_results
 from medmoe_edge.bedside.batch import run as batch_asking
+from medmoe_edge.bedside.batch import run as batch_results
 from medmoe_edge.bedside.batch.inputs import Journal, journal_path, read_items
 from medmoe_edge.bedside.batch.run import BatchReport, Recipe, run_batch
 from medmoe_edge.bundle.bundle import NOTICE

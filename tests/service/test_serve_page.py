@@ -41,7 +41,12 @@ class Seeing(StandIn):
         self.greys: list[int] = []
 
     def ask_stream(
-        self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+        self,
+        image: Image,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        alternatives: int | None = None,
     ) -> Iterator[str | Answer]:
         self.greys.append(int(image.pixels.mean()))
         return super().ask_stream(image, questions, max_new_tokens=max_new_tokens)
@@ -343,7 +348,12 @@ def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: 
 def test_an_answer_says_what_it_warns_of(page: Page) -> None:
     class Doubtful(StandIn):
         def ask_stream(
-            self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+            self,
+            image: Image,
+            questions: Sequence[str],
+            *,
+            max_new_tokens: int,
+            alternatives: int | None = None,
         ) -> Iterator[str | Answer]:
             notice = Notice("unlike_label", "The file says that it is <b>ultrasound</b>.")
             for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):

@@ -90,5 +90,5 @@ def test_a_bundle_is_described_by_its_manifest(
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a folder"):
         inspect_model(tmp_path / "none")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         inspect_model(tmp_path)

@@ -175,7 +175,7 @@ def test_a_shared_expert_needs_no_question(tmp_path: Path) -> None:
 
 def session_of(graph: ir.Model, folder: Path) -> Any:
     from medmoe_edge.export.builder import save_model
-    from medmoe_edge.runtimes.ort.sessions import open_session, session_options
+    from medmoe_edge.runtimes.ort.runtime import open_session, session_options
 
     save_model(graph, folder, "image")
     return open_session(folder / "image.onnx", session_options())

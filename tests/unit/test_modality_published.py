@@ -7,7 +7,7 @@ repository's modules and names, so that what is saved is what its Lightning chec
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -50,7 +50,8 @@ class Expert(nn.Module):
             for conv, scale in zip(self.proj_convs, scales, strict=True)
         ]
         together = torch.stack(parts, 2)  # [B, P, scales, D]
-        return (together * self.attn_proj(together).softmax(2)).sum(2)
+        fused: Tensor = (together * self.attn_proj(together).softmax(2)).sum(2)
+        return fused
 
 
 class Experts(nn.Module):
@@ -66,7 +67,8 @@ class Reference(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         vision, text = CONFIG.vision, CONFIG.text
-        self.image_encoder, self.text_encoder = nn.Module(), nn.Module()
+        self.image_encoder: Any = nn.Module()
+        self.text_encoder: Any = nn.Module()
         inner = self.image_encoder.model = nn.Module()
         inner.model = SwinModel(
             SwinConfig(
@@ -103,12 +105,10 @@ class Reference(nn.Module):
         pooled = out.last_hidden_state.mean(1)
         shares = inner.moe.router(pooled).softmax(-1)
         scales = list(out.hidden_states[: len(CONFIG.vision.depths)])
-        mixed = sum(
-            shares[:, index, None, None] * expert(scales)
-            for index, expert in enumerate(inner.moe.experts)
-        )
+        parts = torch.stack([expert(scales) for expert in inner.moe.experts], 1)
+        mixed = (parts * shares[..., None, None]).sum(1)  # [B, P, D]
         regions = adaptive_avg_pool1d(mixed.transpose(1, 2), 256)
-        return regions.unflatten(2, (16, 16)), pooled, shares
+        return regions.view(len(regions), -1, 16, 16), pooled, shares
 
     @torch.no_grad()
     def text(self, ids: list[int], tokens: list[str]) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ def stored(reference: Reference, folder: Path) -> dict[str, Tensor]:
         if not name.startswith(tuple(towers))
     }
     for prefix, tower in towers.items():
-        tower.save_pretrained(folder / prefix)  # type: ignore[operator]
+        tower.save_pretrained(folder / prefix)
         saved = load_file(folder / prefix / "model.safetensors")
         state |= {f"{prefix}{name}": value for name, value in saved.items()}
     return state

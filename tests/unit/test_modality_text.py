@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from medmoe_edge.config_contrastive import BertConfig
 from medmoe_edge.contrastive.text import NO_WORD, ModalityTokenizer
 from medmoe_edge.errors import InputError, ModelError
-from medmoe_edge.training.contrastive_data import train_word_pieces
+from medmoe_edge.training.contrastive import train_word_pieces
 
 TEXTS = ["chest x-ray, pneumonia", "head ct, no finding", "abdomen mri, t2 weighted, liver"] * 5
 

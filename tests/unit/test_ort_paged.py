@@ -38,8 +38,7 @@ from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort import paged as ort_experts
 from medmoe_edge.runtimes.ort import paged as ort_paged
 from medmoe_edge.runtimes.ort.paged import SLACK, OrtExpertStore, PagedOrtRuntime, _Segment
-from medmoe_edge.runtimes.ort.runtime import OrtCache, OrtRuntime
-from medmoe_edge.runtimes.ort.sessions import session_options
+from medmoe_edge.runtimes.ort.runtime import OrtCache, OrtRuntime, session_options
 from medmoe_edge.runtimes.paging.pager import ExpertPager
 from medmoe_edge.runtimes.paging.prediction import RoutingPrediction
 

@@ -13,8 +13,8 @@ import pytest
 import medmoe_edge
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.errors import BundleError, ResourceError
-from medmoe_edge.runtimes.ort import sessions as ort_sessions
-from medmoe_edge.runtimes.ort.sessions import (
+from medmoe_edge.runtimes.ort import runtime as ort_sessions
+from medmoe_edge.runtimes.ort.runtime import (
     OPENED_AT_ONCE,
     EarlySessions,
     one_of_many,

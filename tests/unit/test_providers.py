@@ -15,14 +15,14 @@ import torch
 from medmoe_edge.bundle.bundle import Bundle, TargetName, write_manifest
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import BundleError, MedMoEError, ResourceError
-from medmoe_edge.runtimes.ort import sessions as ort_providers
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-from medmoe_edge.runtimes.ort.sessions import (
+from medmoe_edge.runtimes.ort import runtime as ort_providers
+from medmoe_edge.runtimes.ort.runtime import (
     CPU,
     CUDA,
     TARGETS,
     Choice,
     Device,
+    OrtRuntime,
     check_providers,
     choose_provider,
     preload_cuda,

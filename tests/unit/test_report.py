@@ -13,9 +13,8 @@ from medmoe_edge.errors import ResourceError
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
 from medmoe_edge.evaluation.gates import outcome_of
 from medmoe_edge.evaluation.metrics import Accuracy, Answers, Divergence, Routing, Vision
-from medmoe_edge.evaluation.plots import coverage_plot, errors_plot
 from medmoe_edge.evaluation.record import PASSED, AnswersRecord, Source
-from medmoe_edge.evaluation.report import render_report, write_report
+from medmoe_edge.evaluation.report import coverage_plot, errors_plot, render_report, write_report
 from medmoe_edge.evaluation.verify import Verification, judge
 from medmoe_edge.presets import PRESETS
 

@@ -115,7 +115,8 @@ def test_what_transformers_5_saves(tmp_path: Path) -> None:
 
     ids = {shown(token): index for token, index in vocabulary().items()}
     theirs = GPT2Tokenizer(
-        vocab=ids | {END: len(ids)}, merges=[(shown(a), shown(b)) for a, b in learned()]
+        vocab=ids | {END: len(ids)},
+        merges=[(shown(a), shown(b)) for a, b in learned()],  # type: ignore[misc]
     )
     theirs.save_pretrained(tmp_path)
     backend = backend_of(tmp_path)
@@ -219,7 +220,7 @@ def outrank(lines: list[str]) -> None:
     lines[260], lines[90_000] = f"{second} 260", f"{first} 90000"
 
 
-RANK_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+RANK_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong rank": (edit_lines(lambda lines: lines.__setitem__(700, lines[700] + "1")), "line 701"),
     "swapped lines": (edit_lines(swap), "line 3001.*the rank 3000"),
     "too early": (edit_lines(outrank), "the rank 260, at which no merge makes it"),
@@ -275,7 +276,7 @@ def cut_lines(folder: Path) -> None:
     edit_lines(lambda lines: lines.__delitem__(slice(100, -1)))(folder / "merges.txt")
 
 
-FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+FILE_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no merges": (drop("merges.txt"), "merges.txt is missing"),
     "cut merges": (cut("merges.txt", 0.5), "truncated"),
     "cut at a line": (cut_lines, "made by no line of merges.txt"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, Bundle, Gates, write_manifest
-from medmoe_edge.bundle.weights import float_weights, sweep_weights
+from medmoe_edge.bundle.recorded import float_weights, sweep_weights
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.engine.loading import this_machine
 from medmoe_edge.errors import BundleError, DataError, ModelError, VerificationError

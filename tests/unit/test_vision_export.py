@@ -22,7 +22,7 @@ from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.half import SMALL, halve_weights
 from medmoe_edge.export.vision import export_vision
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.runtimes.ort.sessions import open_session, session_options
+from medmoe_edge.runtimes.ort.runtime import open_session, session_options
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 from medmoe_edge.training.initialise import random_tensors
 
