@@ -579,7 +579,7 @@ def test_the_queue_is_looked_at_and_tried_again(
     port = free_port()
     (tmp_path / "listen.toml").write_text(CONFIG % (PEER, port))
     listen, given = ("listen",), ("--config", "listen.toml", "--json")
-    nothing = run(*listen, "status", *given)
+    nothing = run(*listen, "status", *given[:2])
     assert nothing.exit_code == 2
     assert "no queue" in two_lines(nothing)[0]
     destination = {"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": port}
