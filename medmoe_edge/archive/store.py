@@ -20,6 +20,9 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+
+# Before usearch: loaded after it, ONNX Runtime ends the process (usearch 2.26, numkong 7.8).
+import onnxruntime  # noqa: F401
 from usearch.index import Index
 
 from medmoe_edge.bundle.bundle import NOTICE

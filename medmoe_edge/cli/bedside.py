@@ -23,6 +23,7 @@ from medmoe_edge.cli.common import (
     app,
     check_apart,
     check_output,
+    paragraphs,
     verb,
 )
 from medmoe_edge.cli.usage import complete_models
@@ -123,11 +124,17 @@ def _run_as_service() -> None:
         handler.setFormatter(form)
 
 
+LISTEN = """Receive DICOM images, answer configured questions about each series, send reports on.
+
+It ends on SIGTERM or Ctrl-C, after the work at hand; what waits is done after the next start. Its
+commands look at its queue while it runs, or while it does not.
+"""
 commands = typer.Typer(invoke_without_command=True)
 app.add_typer(
     commands,
     name="listen",
     rich_help_panel="Deploy",
+    help=paragraphs(LISTEN),
     epilog="Example: medmoe-edge listen --config listen.toml",
 )
 Config = Annotated[Path, typer.Option(metavar="FILE", help="Its configuration, TOML or JSON.")]
@@ -147,11 +154,6 @@ def listen(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Receive DICOM images, answer configured questions about each series, send reports on.
-
-    It ends on SIGTERM or Ctrl-C, after the work at hand; what waits is done after the next start.
-    Its commands look at its queue while it runs, or while it does not.
-    """
     if context.invoked_subcommand is not None:
         if config is not None:
             raise InputError(

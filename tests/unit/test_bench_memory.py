@@ -413,4 +413,4 @@ def test_a_changed_answer_is_told_to_people(capsys: pytest.CaptureFixture[str]) 
     show_soak(soaked(changed=3, memory={}))
     assert "3 differ" in capsys.readouterr().out
     show_paging(paging_bench())
-    assert "Peak lower by 0.0 MB, 30.0% of the experts' bytes" in capsys.readouterr().out
+    assert "Peak lower by 300 B, 30.0% of the experts' bytes" in capsys.readouterr().out

@@ -265,7 +265,7 @@ def test_an_interrupted_run_goes_on(
     assert [path.name for path in work.iterdir()] == ["thesis.txt"]
     calibrate(tiny_checkpoint(), few, tmp_path / "whole", samples=14)
     assert (tmp_path / "stats").read_bytes() == (tmp_path / "whole").read_bytes()
-    assert len(steps) == 14 + 14  # the images and one layer of the pass that borrows
+    assert len(steps) == 3 * 14  # decoding, the images, and one layer of the pass that borrows
 
 
 def test_a_run_that_fails_leaves_nothing(

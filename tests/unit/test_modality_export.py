@@ -29,7 +29,8 @@ from medmoe_edge.bundle.bundle import (
 )
 from medmoe_edge.bundle.recorded import recorded_file
 from medmoe_edge.config_contrastive import Scores
-from medmoe_edge.contrastive.engine import load_modality, open_bundle
+from medmoe_edge.contrastive.engine import ModalityEngine, load_modality, open_bundle
+from medmoe_edge.engine.engine import load as load_engine
 from medmoe_edge.errors import (
     BundleError,
     MissingDependencyError,
@@ -226,7 +227,8 @@ def test_each_kind_of_bundle_refuses_the_others_verbs(
     exported: Exported, tiny_bundle: Any, run: Run, scan: Path
 ) -> None:
     with pytest.raises(BundleError, match=r"modality-moe model.*classify, locate"):
-        medmoe_edge.load(exported.fp32.folder)
+        load_engine(exported.fp32.folder)
+    assert isinstance(medmoe_edge.load(exported.fp32.folder), ModalityEngine)
     with pytest.raises(BundleError, match="med-moe model, and this needs one of modality-moe"):
         load_modality(tiny_bundle())
     result = run("ask", str(scan), "Is there effusion?", "--model", str(exported.fp32.folder))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Run, two_lines
+from command_line import ROOT, Run, two_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import QUESTIONS, random_image, told
@@ -189,7 +189,7 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_runs(run: Run, tmp_p
     for bad in ("file", "file/below", "x" * 300):
         with pytest.raises(InputError, match="cannot be the prefix cache"):
             load("no such model", prefix_cache=bad)
-        result = run("ask", "no.png", "Where?", "--prefix-cache", bad)
+        result = run("ask", str(ROOT / "scan.png"), "Where?", "--prefix-cache", bad)
         assert result.exit_code == 2
         assert "cannot be the prefix cache" in two_lines(result)[0]
 
