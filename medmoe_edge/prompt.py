@@ -95,7 +95,9 @@ class Tokenizer:
     @functools.cached_property
     def unsettled(self) -> int:
         """How many characters at the end of a decoded text the next token may still change."""
-        return UNSETTLED if b'"Replace"' in self.backend.decoder.__getstate__() else 0
+        decoder = self.backend.decoder
+        state = b"" if decoder is None else decoder.__getstate__()  # its JSON
+        return UNSETTLED if b'"Replace"' in state else 0
 
     @property
     def warnings(self) -> tuple[Notice, ...]:
