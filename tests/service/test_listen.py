@@ -319,7 +319,12 @@ def test_a_folder_or_a_port_in_use_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
-def test_its_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made_before", [False, True])
+def test_its_folder_is_for_its_owner_alone(tmp_path: Path, made_before: bool) -> None:
+    if made_before:
+        (tmp_path / "node/images").mkdir(parents=True)
+        for folder in (tmp_path / "node", tmp_path / "node/images"):
+            folder.chmod(0o755)
     with Node(configuration(tmp_path / "node"), StandIn()):
         for folder in (tmp_path / "node", *(tmp_path / "node").glob("*/")):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -28,6 +28,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import stat
 import threading
 import time
 from collections import Counter
@@ -54,6 +55,8 @@ class Folder:
         self.queue, self.lock = root / "queue.sqlite", root / "lock"
         for folder in (root, self.images, self.documents):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.name == "posix" and stat.S_IMODE(folder.stat().st_mode) & 0o077:
+                folder.chmod(0o700)  # whoever made it, nobody else may look into it
 
     def image(self, key: str) -> Path:
         """Where a received object lies."""
