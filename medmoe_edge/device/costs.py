@@ -132,7 +132,7 @@ def vision_operations(config: ModelConfig) -> float:
     vision, size = config.vision, config.decoder.hidden_size
     tokens = vision.image_tokens
     projector = tokens * (vision.feature_size * size + size**2)
-    if vision.kind == "efficientnet-lite":
+    if not vision.is_transformer:
         per_pixel, _ = CONVOLUTIONS[vision.variant]
         return 2.0 * (per_pixel * vision.image_size**2 + projector)
     width, layers = vision.feature_size, range(vision.layers + 1)[vision.select_layer]
@@ -193,7 +193,7 @@ def _bits(kind: str, precision: Precision, int4: float, mixed: float) -> float:
 
 
 def _tower_weights(vision: VisionConfig) -> int:
-    if vision.kind == "efficientnet-lite":
+    if not vision.is_transformer:
         return CONVOLUTIONS[vision.variant][1]
     return _layers_weights(vision) + 3 * vision.patch_size**2 * vision.feature_size
 

@@ -346,7 +346,7 @@ def paging_cost(share: float) -> float:
 
 def vision_seconds(config: ModelConfig, precision: Precision, number: int, speed: Speed) -> float:
     """Seconds of the vision tower and the projector, from the speed of floats of `number` bytes."""
-    rate = 1.0 if config.vision.kind == "clip" else CONVOLUTION
+    rate = 1.0 if config.vision.is_transformer else CONVOLUTION
     if vision_in_8_bits(config, precision, number):
         rate = VISION_INT8
     return vision_operations(config) * speed.operation / rate

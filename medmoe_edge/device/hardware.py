@@ -6,6 +6,7 @@ with fp32 accumulation where the maker tells them apart. A Jetson's power modes 
 are devices of their own.
 """
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -17,7 +18,14 @@ from typing import Any, Literal, get_args
 
 from medmoe_edge.bundle.machine import cpu_features_here, cpu_name
 from medmoe_edge.config import unknown_key
-from medmoe_edge.errors import ConfigError, DataError, InputError, did_you_mean, shown_bytes
+from medmoe_edge.errors import (
+    ConfigError,
+    DataError,
+    InputError,
+    ResourceError,
+    did_you_mean,
+    shown_bytes,
+)
 
 GB = 10**9
 TERA = 10**12
@@ -118,11 +126,32 @@ def find_device(name: str) -> Device:
 
 def memory_here(limit: Path = CGROUP_LIMIT) -> int:
     """Bytes of memory of this machine, or of the container that it is."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = _memory()
     try:
         return min(memory, int(limit.read_text()))
     except (OSError, ValueError):  # no such group, or its limit is "max"
         return memory
+
+
+class _MemoryStatus(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX, 64 bytes: `size` is its own, `others` what is not read here."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 6),
+    )
+
+
+def _memory() -> int:
+    """Bytes of memory of the machine."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    status = _MemoryStatus(size=ctypes.sizeof(_MemoryStatus))
+    if not ctypes.CDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise ResourceError("Windows does not tell how much memory there is.", "Try again.")
+    return int(status.total)
 
 
 # What a file says of a device: keys, and the least and most that make sense.

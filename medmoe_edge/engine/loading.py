@@ -332,7 +332,8 @@ def _open_checkpoint(folder: Path, device: Device) -> Loaded:
     checkpoint = read_checkpoint(folder)
     tokenizer = checkpoint.tokenizer.tokenizer
     runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
-    return Loaded(runtime, tokenizer, folder.resolve().name, checkpoint.sha256(), None)
+    name, sha256 = folder.resolve().name, checkpoint.sha256()
+    return Loaded(runtime, tokenizer, name, sha256, None, checkpoint.warnings)
 
 
 class OneAtATime:

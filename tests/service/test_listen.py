@@ -389,8 +389,9 @@ def test_uids_are_the_same_for_the_same_and_no_others() -> None:
         Result(first, answer_to("a", model=model), ""),
         Result(first, answer_to("a"), "", settings="all slices"),
         Result(first, answer_to("a"), "", others=(first, second)),
+        Result(first, answer_to("a"), "", repeat=1),
     ]
-    assert len({*uids, *(result.uid("x") for result in others)}) == 11
+    assert len({*uids, *(result.uid("x") for result in others)}) == 12
     assert all(map(is_ours, uids))
     foreign = f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, 'x').int}"
     assert not any(map(is_ours, ("1.2.3", "2.25.", f"2.25.{'9' * 60}", foreign)))

@@ -36,12 +36,13 @@ from pynetdicom.ae import ApplicationEntity
 from pynetdicom.events import Event
 
 from medmoe_edge.bedside.listen.config import Series
-from medmoe_edge.bedside.listen.header import body_parts, body_parts_of, taken_at
+from medmoe_edge.bedside.listen.header import Origin, body_parts, body_parts_of, origin_of, taken_at
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Queue
-from medmoe_edge.bedside.listen.schema import Slice
-from medmoe_edge.bedside.listen.selection import chosen, voted
+from medmoe_edge.bedside.listen.schema import Place, Slice
+from medmoe_edge.bedside.listen.selection import chosen, place_of, voted
 from medmoe_edge.engine.answer import Answer
+from medmoe_edge.errors import ResourceError
 from medmoe_edge.image.pixels import Image
 
 pytestmark = pytest.mark.filterwarnings(
@@ -131,6 +132,145 @@ def test_a_series_is_complete_as_soon_as_all_are_there(tmp_path: Path) -> None:
         wait_for(
             lambda: node.queue.counts() == {"waiting": 1, "answered": 1, "failed": 0, "unsent": 0}
         )
+
+
+def test_what_a_series_has_counts_each_object_once(tmp_path: Path) -> None:
+    """Versions are one object; what is set aside counts towards what the series says alone."""
+    queue = Queue(tmp_path / "queue.sqlite")
+    for key, uid, aside in (
+        *(("a", "uid 1", ""), ("b", "uid 1", ""), ("c", "uid 2", "localizer")),
+        *(("d", "uid 2", "localizer"), ("e", None, "")),
+    ):
+        origin = uid and Origin(uid, key, "patient", "study")
+        place = Place("series", expected=5)
+        queue.add(key, "", PEER, ["q"], origin or None, place, aside)
+    assert queue.extent("series") == (2, 3, 5, False, "study")
+    queue.close()
+
+
+def test_an_object_in_two_versions_does_not_complete_a_series(tmp_path: Path) -> None:
+    said: dict[str, Any] = {"NumberOfSeriesRelatedInstances": "3"}
+    localizer: dict[str, Any] = {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
+    for expected in (0, 2):
+        series = {"quiet": 1000, "expected": expected}
+        with Node(configuration(tmp_path / str(expected), series=series), Reading()) as node:
+            first = [slice_of(1, **said), slice_of(1, value=7, **said)]
+            assert send(node.port, *first, slice_of(3, **said, **localizer)) == [0] * 3
+            (name,) = node.queue.waiting(2)
+            assert not node.answering.pending(1)
+            assert send(node.port, slice_of(2, **said)) == [0]
+            answered(node)
+            assert node.queue.extent(name)[:2] == (2, 3)
+
+
+def test_the_images_of_all_versions_go_and_of_nothing_else(tmp_path: Path) -> None:
+    with Node(
+        configuration(tmp_path / "node", series={"quiet": 0.5, "linger": 0}), Reading()
+    ) as node:
+        sent = [slice_of(1), slice_of(1, value=7), slice_of(2)]
+        assert send(node.port, *sent) == [0] * 3
+        answered(node)
+        assert node.queue._read("SELECT count(*) FROM object") == [(3,)]
+        wait_for(lambda: not list(node.folder.images.iterdir()))
+
+
+def test_images_are_kept_of_what_waits_or_was_given_up(tmp_path: Path) -> None:
+    queue = Queue(tmp_path / "queue.sqlite")
+    for key, aside in (("a", ""), ("b", ""), ("c", "localizer")):
+        queue.add(key, "", PEER, ["q"], Origin("uid", key, "p", "s"), Place("series"), aside)
+    for state, gone in (("failed", []), ("aside", ["a", "b"]), ("answered", ["a", "b"])):
+        assert queue.settled("series") == []  # it waits
+        queue.close_series(queue.job("series"), state)
+        assert queue.settled("series") == gone
+        queue.add(f"of {state}", "", PEER, ["q"], None, Place("other"))
+        queue._write("UPDATE series SET state = 'waiting' WHERE key = ?", [("series",)])
+    queue.close()
+
+
+AT_ONCE = {"quiet": 0, "linger": 600}
+
+
+def _keep(node: Node, *datasets: Dataset) -> None:
+    """As received, without a network."""
+    for dataset in datasets:
+        origin = origin_of(dataset, dataset.PixelData)
+        key = origin.content
+        path = node.folder.image(key)
+        dataset.save_as(path, implicit_vr=False, enforce_file_format=True)
+        node.queue.add(key, "0" * 64, PEER, [QUESTION], origin, place_of(dataset))
+
+
+def test_a_choice_that_comes_back_takes_its_place_again(tmp_path: Path) -> None:
+    """The middle goes from 2 to 3 and back, as often as the series grows."""
+    config = configuration(tmp_path / "node", documents=[REPORT, "fhir-r4"], series=AT_ONCE)
+    node = Node(config, Reading())
+    # Numbers, and which is then the middle one.
+    steps = [((1, 2, 3), 2), ((4, 5), 3), ((0, -1), 2), ((6, 7), 3), ((-2, -3), 2)]
+    names: list[str] = []
+    for numbers, middle in steps:
+        _keep(node, *(slice_of(100 + each, InstanceNumber=each) for each in numbers))
+        (series,) = node.answering.pending(1)
+        node.answering.do(series)
+        (name,) = node.queue.results(series)
+        assert name not in names
+        names.append(name)
+        ((instance,),) = node.queue._read(
+            "SELECT instance FROM object JOIN source ON object = key WHERE result = ?", name
+        )
+        assert instance == middle
+    _keep(node, slice_of(108, InstanceNumber=8))  # of twelve, the middle stays
+    node.answering.do(series)
+    assert node.queue.results(series) == [names[-1]]
+    replaced = node.queue._read("SELECT key, replaced FROM result ORDER BY number")
+    assert replaced == list(zip(names, [*names[1:], ""], strict=True))
+    paths = [path for name in names for path in node.folder.documents.glob(f"{name}/*.dcm")]
+    assert len({str(dcmread(path).SOPInstanceUID) for path in paths}) == len(names)
+    node._close()
+
+
+def test_a_choice_that_comes_back_at_the_same_size_has_a_uid_of_its_own(tmp_path: Path) -> None:
+    """Where versions move slices, not a word of the answer differs from the first time."""
+    config = configuration(tmp_path / "node", documents=[REPORT, "fhir-r4"], series=AT_ONCE)
+    node = Node(config, Reading())
+    posted = []
+    _keep(node, slice_of(1), slice_of(2))
+    for number in (3, 0, 4):  # the third slice moves to the front and back
+        _keep(node, slice_of(3, value=number, InstanceNumber=number))
+        (series,) = node.answering.pending(1)
+        node.answering.do(series)
+        (name,) = node.queue.results(series)
+        (path,) = node.folder.documents.glob(f"{name}/*.comprehensive-3d-sr.dcm")
+        (fhir,) = (node.folder.documents / name).glob("[0-9a-f]*.fhir-r4.json")
+        entries = json.loads(fhir.read_bytes())["entry"]
+        posted.append((dcmread(path).SOPInstanceUID, entries[1]["request"]["ifNoneExist"]))
+    answers = results(node)
+    assert answers[0]["answer"] == answers[2]["answer"] != answers[1]["answer"]
+    assert answers[0]["warnings"] == answers[2]["warnings"]
+    assert len({uid for uid, _ in posted}) == len({condition for _, condition in posted}) == 3
+    node._close()
+
+
+def test_a_crash_before_a_repeated_result_is_recorded_changes_no_uid(tmp_path: Path) -> None:
+    node = Node(configuration(tmp_path / "node", series=AT_ONCE), Reading())
+    queue, answering = node.queue, node.answering
+    for number in (1, 2, 3):
+        _keep(node, slice_of(number))
+    (series,) = answering.pending(1)
+    answering.do(series)
+    _keep(node, slice_of(4), slice_of(5))
+    answering.do(series)
+    _keep(node, slice_of(60, InstanceNumber=0), slice_of(61, InstanceNumber=-1))
+    full = "BEFORE INSERT ON result BEGIN SELECT raise(ABORT, ''); END"
+    queue._database.execute(f"CREATE TRIGGER full {full}")
+    with pytest.raises(ResourceError):
+        answering.do(series)
+    before = {path: dcmread(path).SOPInstanceUID for path in node.folder.documents.glob("*/*.dcm")}
+    queue._database.execute("DROP TRIGGER full")
+    answering.do(series)
+    after = {path: dcmread(path).SOPInstanceUID for path in node.folder.documents.glob("*/*.dcm")}
+    assert before == after
+    assert len(set(after.values())) == 3
+    node._close()
 
 
 def test_all_slices_vote_and_the_report_names_them(tmp_path: Path) -> None:

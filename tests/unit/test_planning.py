@@ -1,7 +1,9 @@
 """Plans: what is counted, what follows for memory and time, and what stands behind `here`."""
 
+import ctypes
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from medmoe_edge.device.estimate import (
     plan,
     plan_and_measure,
     precisions,
+    vision_seconds,
 )
 from medmoe_edge.device.hardware import DEVICES, Device, Ratings, find_device, memory_here
 from medmoe_edge.device.measure import (
@@ -49,7 +52,7 @@ from medmoe_edge.device.measure import (
     toy_runtime,
 )
 from medmoe_edge.embedded import bundle_path
-from medmoe_edge.errors import InputError, ModelError
+from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.evaluation.inspection import activated_parameters
 from medmoe_edge.models.efficientnet_lite import Conv, EfficientNetLite
 from medmoe_edge.models.med_moe import ClipTower, MedMoE
@@ -288,6 +291,41 @@ def test_devices(tmp_path: Path) -> None:
     assert memory_here(tmp_path / "limit") == 1000
     (tmp_path / "limit").write_text("max\n")
     assert memory_here(tmp_path / "limit") == memory_here(tmp_path / "none") > 10**8
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    class Kernel32:
+        """Fills MEMORYSTATUSEX by the offsets of its documentation."""
+
+        def __init__(self, _name: str) -> None: ...
+
+        def GlobalMemoryStatusEx(self, status: Any) -> bool:
+            whole = (ctypes.c_char * 64).from_buffer(status._obj)
+            assert int.from_bytes(whole[:4], "little") == ctypes.sizeof(status._obj) == 64
+            whole[8:16] = (34 * 10**9).to_bytes(8, "little")
+            return not fails
+
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(ctypes, "CDLL", Kernel32)
+    if fails:
+        with pytest.raises(ResourceError):
+            memory_here(tmp_path / "none")
+    else:
+        assert memory_here(tmp_path / "none") == 34 * 10**9
+
+
+def test_a_siglip_tower_is_forecast_as_the_matrix_products_it_is() -> None:
+    tiny = PRESETS["tiny"]
+    speed = Speed(0.0, 1e-12, 0.0)
+    as_clip = vision_seconds(tiny, "fp32", 4, speed)
+    siglip = dataclasses.replace(tiny, vision=dataclasses.replace(tiny.vision, kind="siglip"))
+    same = vision_operations(siglip) / vision_operations(tiny)  # it has one image token less
+    assert vision_seconds(siglip, "fp32", 4, speed) == pytest.approx(as_clip * same)
+    lite = PRESETS["nano"]
+    assert not lite.vision.is_transformer
+    per_operation = vision_seconds(lite, "fp32", 4, speed) / vision_operations(lite)
+    assert per_operation == pytest.approx(2 * as_clip / vision_operations(tiny))
 
 
 def test_models_by_name(tiny_checkpoint: Make, tiny_bundle: Make) -> None:

@@ -13,6 +13,7 @@ name the earlier ones; or, where the patient is another, it is withdrawn in that
 import datetime
 import hashlib
 import io
+import itertools
 import json
 import logging
 import time
@@ -123,9 +124,11 @@ class Answering:
         extent = self.queue.extent(series)
         if settings.slices == "key" or extent.has_processing:
             return self.queue.quiet(extent.study) >= settings.quiet
-        wanted = settings.expected or extent.expected
-        is_quiet = self.queue.quiet(series) >= settings.quiet
-        return is_quiet or bool(wanted and extent.objects >= wanted)
+        if self.queue.quiet(series) >= settings.quiet:
+            return True
+        if settings.expected:
+            return extent.objects >= settings.expected
+        return 0 < extent.expected <= extent.instances
 
     def do(self, key: str) -> None:
         """Answer all questions about one series, or give it up if it can never be answered."""
@@ -153,14 +156,18 @@ class Answering:
     def _answer(self, job: Job) -> None:
         selection, is_whole = self._selected(job.key)
         replaced = self.queue.replaced(job.key)
-        result = _result_key(job, selection, replaced)
+        names = enumerate(_result_keys(job, selection, replaced))
+        repeat, result = next(each for each in names if not self.queue.is_replaced(each[1]))
         if selection.slices and is_whole:
             replaced |= {each: self.queue.sources(each) for each in self.queue.results(job.key)}
-        if self.queue.sources(result):
-            log.info("%s: what came changes nothing.", job.key[:16])
-            self.queue.close_series(job, "answered")
-            self._let_go(job.key)
-            return
+        if standing := self.queue.sources(result):
+            if replaced.keys() <= {result}:
+                log.info("%s: what came changes nothing.", job.key[:16])
+                self.queue.close_series(job, "answered")
+                self._let_go(job.key)
+                return
+            replaced[result] = standing
+            repeat, result = next(names)
         if not selection.slices and not replaced:
             log.info("%s: nothing of it is to be asked.", job.key[:16])
             self.queue.close_series(job, "aside", "left_out")
@@ -171,7 +178,7 @@ class Answering:
             raise ImageError("none of its slices can be read", "Send it again.")
         if len(asked) < len(selection.slices):
             selection = replace(selection, notices=(*selection.notices, UNREADABLE))
-        results = self._results(selection, asked)
+        results = [replace(each, repeat=repeat) for each in self._results(selection, asked)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's quote what breaks the standard
             names = list(self._withdraw(result, job.key, replaced))
@@ -396,10 +403,8 @@ class Answering:
             self._remove_images(series)
 
     def _remove_images(self, series: str) -> None:
-        if self.queue.series_state(series) == "waiting":
-            return
-        for each in self.queue.slices(series):
-            self.folder.image(each.key).unlink(missing_ok=True)
+        for key in self.queue.settled(series):
+            self.folder.image(key).unlink(missing_ok=True)
 
     def _heat_map(self, result: Result, standing: Standing) -> bytes | None:
         """Extra to the answer, so that it is left out where it cannot be made."""
@@ -426,10 +431,15 @@ class Answering:
         self.queue.close_series(job, "failed", why)
 
 
-def _result_key(job: Job, selection: Selection, replaced: Iterable[str]) -> str:
-    """By which a result is known: that of its slice, or a hash of all; of none, of what it ends."""
+def _result_keys(job: Job, selection: Selection, replaced: Iterable[str]) -> Iterator[str]:
+    """By which a result is known: that of its slice, or a hash of all; of none, of what it ends.
+
+    Where one was replaced, the next about the same has the next of these.
+    """
     keys = [each.key for each in selection.slices]
-    return keys[0] if len(keys) == 1 else key_of("\n".join([job.key, *(keys or replaced)]))
+    first = keys[0] if len(keys) == 1 else key_of("\n".join([job.key, *(keys or replaced)]))
+    yield first
+    yield from (key_of(f"{first} {repeat}") for repeat in itertools.count(1))
 
 
 def encoded(dataset: Dataset) -> bytes:

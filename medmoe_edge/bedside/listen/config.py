@@ -80,10 +80,11 @@ class Series(_Part):
     """How objects are brought together, and which of a series are asked.
 
     A series is complete when nothing of it has come for `quiet` seconds, or as soon as it has
-    `expected` objects (0: as many as the objects say, if they do). `slices` are the middle one,
-    those that key objects of the study name, `every` so-many-th, or all; several answers are
-    brought together by a vote. For `linger` seconds after its result a series' images are kept, so
-    that a late object is answered together with the others.
+    `expected` objects that may be asked about (0: as many instances as the objects say, if they
+    do, with those that are set aside). `slices` are the middle one, those that key objects of the
+    study name, `every` so-many-th, or all; several answers are brought together by a vote. For
+    `linger` seconds after its result a series' images are kept, so that a late object is answered
+    together with the others.
     """
 
     quiet: float = pydantic.Field(default=10.0, ge=0)

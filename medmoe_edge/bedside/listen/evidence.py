@@ -103,6 +103,7 @@ class Result:
         others: All objects that were asked, where they are several.
         of: How many objects the series has.
         settings: The configuration's settings that an answer depends on.
+        repeat: How many results about the same objects were replaced before it.
     """
 
     evidence: Evidence
@@ -112,6 +113,7 @@ class Result:
     others: tuple[Evidence, ...] = ()
     of: int = 1
     settings: str = ""
+    repeat: int = 0
 
     @property
     def sources(self) -> tuple[Evidence, ...]:
@@ -121,7 +123,8 @@ class Result:
     def uid(self, kind: str) -> str:
         """The SOP Instance UID of this result as a document of a kind.
 
-        The same for the same objects, question, answer, model and settings, and for no others.
+        The same for the same objects, question, answer, model and settings, and for no others; and
+        another where such a result was replaced, and maybe withdrawn, before.
         """
         answer = self.answer
         said = [
@@ -129,7 +132,7 @@ class Result:
             *([notice.code, notice.message] for notice in answer.warnings),
         ]
         about = [(each.key, each.sha256) for each in self.sources]
-        whole = [about, self.of, said, answer.model, __version__, self.settings]
+        whole = [about, self.of, said, answer.model, __version__, self.settings, self.repeat]
         return made_uid(json.dumps(whole, sort_keys=True, default=str), kind)
 
     def uuid(self, kind: str) -> str:

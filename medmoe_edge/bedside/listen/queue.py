@@ -329,12 +329,14 @@ class Queue:
 
     def extent(self, key: str) -> Extent:
         """How much of a series is there."""
-        ((count, expected, has_processing, study),) = self._read(
-            "SELECT count(*), coalesce(max(expected), 0), coalesce(max(intent = 'processing'), 0), "
+        uid = "coalesce(uid, key)"  # those of before 0.3 may have no origin
+        ((objects, instances, expected, has_processing, study),) = self._read(
+            f"SELECT count(DISTINCT CASE aside WHEN '' THEN {uid} END), count(DISTINCT {uid}), "
+            "coalesce(max(expected), 0), coalesce(max(intent = 'processing'), 0), "
             "coalesce(max(study), '') FROM object LEFT JOIN origin USING (key) WHERE series = ?",
             key,
         )
-        return Extent(count, expected, bool(has_processing), study)
+        return Extent(objects, instances, expected, bool(has_processing), study)
 
     def job(self, key: str) -> Job:
         """What is known of a series."""
@@ -347,10 +349,15 @@ class Queue:
         rows = self._read(statement, series)
         return str(rows[0][0]) if rows else ""
 
-    def series_state(self, key: str) -> str:
-        """The state of a series."""
-        ((state,),) = self._read("SELECT state FROM series WHERE key = ?", key)
-        return str(state)
+    def settled(self, series: str) -> list[str]:
+        """The objects of a series whose images it needs no more, in all versions.
+
+        None while it waits, and where it was given up. An object that was set aside has no image
+        unless one is just coming.
+        """
+        statement = "SELECT object.key FROM object JOIN series ON series.key = object.series "
+        where = "WHERE object.series = ? AND aside = '' AND state IN ('answered', 'aside')"
+        return [key for (key,) in self._read(f"{statement}{where}", series)]
 
     def slices(self, series: str) -> list[Slice]:
         """The objects of a series that may be asked about, each in its latest version."""
@@ -393,6 +400,11 @@ class Queue:
         """The results of a series that none has taken the place of."""
         statement = "SELECT key FROM result WHERE series = ? AND replaced = '' ORDER BY number"
         return [key for (key,) in self._read(statement, series)]
+
+    def is_replaced(self, result: str) -> bool:
+        """Whether another result has taken the place of one."""
+        statement = "SELECT 1 FROM result WHERE key = ? AND replaced != ''"
+        return bool(self._read(statement, result))
 
     def sources(self, result: str) -> list[str]:
         """The objects that a result is about."""

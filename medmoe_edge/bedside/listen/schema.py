@@ -168,13 +168,15 @@ class Extent(NamedTuple):
     """How much of a series is there.
 
     Attributes:
-        objects: How many have come.
-        expected: How many it has to have by its own word, 0 where it does not say.
+        objects: How many have come that may be asked about; one sent again counts once.
+        instances: How many have come, with those set aside; one sent again counts once.
+        expected: How many instances it has to have by its own word, 0 where it does not say.
         has_processing: Whether some of them are for processing.
         study: The hash of its study, empty where it is not known.
     """
 
     objects: int
+    instances: int
     expected: int
     has_processing: bool
     study: str
