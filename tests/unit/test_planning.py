@@ -301,8 +301,8 @@ def test_memory_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail
         def __init__(self, _name: str) -> None: ...
 
         def GlobalMemoryStatusEx(self, status: Any) -> bool:
-            whole = (ctypes.c_char * 64).from_buffer(status._obj)
-            assert int.from_bytes(whole[:4], "little") == ctypes.sizeof(status._obj) == 64
+            whole = memoryview(status._obj).cast("B")
+            assert int.from_bytes(whole[:4], "little") == len(whole) == 64
             whole[8:16] = (34 * 10**9).to_bytes(8, "little")
             return not fails
 

@@ -156,8 +156,8 @@ class Answering:
     def _answer(self, job: Job) -> None:
         selection, is_whole = self._selected(job.key)
         replaced = self.queue.replaced(job.key)
-        names = enumerate(_result_keys(job, selection, replaced))
-        repeat, result = next(each for each in names if not self.queue.is_replaced(each[1]))
+        known_by = enumerate(_result_keys(job, selection, replaced))
+        repeat, result = next(each for each in known_by if not self.queue.is_replaced(each[1]))
         if selection.slices and is_whole:
             replaced |= {each: self.queue.sources(each) for each in self.queue.results(job.key)}
         if standing := self.queue.sources(result):
@@ -167,7 +167,7 @@ class Answering:
                 self._let_go(job.key)
                 return
             replaced[result] = standing
-            repeat, result = next(names)
+            repeat, result = next(known_by)
         if not selection.slices and not replaced:
             log.info("%s: nothing of it is to be asked.", job.key[:16])
             self.queue.close_series(job, "aside", "left_out")
