@@ -346,18 +346,16 @@ class Queue:
     def patient(self, series: str) -> str:
         """Whose a series is, hashed; empty where it is not known."""
         statement = "SELECT patient FROM origin JOIN object USING (key) WHERE series = ? LIMIT 1"
-        rows = self._read(statement, series)
-        return str(rows[0][0]) if rows else ""
+        return "".join(patient for (patient,) in self._read(statement, series))
 
     def settled(self, series: str) -> list[str]:
-        """The objects of a series whose images it needs no more, in all versions.
+        """The objects of a series, in all versions; none while it waits, or where it was given up.
 
-        None while it waits, and where it was given up. An object that was set aside has no image
-        unless one is just coming.
+        Nor what was set aside: that has no image unless one is just coming.
         """
-        statement = "SELECT object.key FROM object JOIN series ON series.key = object.series "
-        where = "WHERE object.series = ? AND aside = '' AND state IN ('answered', 'aside')"
-        return [key for (key,) in self._read(f"{statement}{where}", series)]
+        statement = "SELECT object.key FROM object JOIN series ON series.key = object.series WHERE "
+        where = "object.series = ? AND aside = '' AND state IN ('answered', 'aside')"
+        return [key for (key,) in self._read(statement + where, series)]
 
     def slices(self, series: str) -> list[Slice]:
         """The objects of a series that may be asked about, each in its latest version."""
@@ -403,8 +401,7 @@ class Queue:
 
     def is_replaced(self, result: str) -> bool:
         """Whether another result has taken the place of one."""
-        statement = "SELECT 1 FROM result WHERE key = ? AND replaced != ''"
-        return bool(self._read(statement, result))
+        return bool(self._read("SELECT 1 FROM result WHERE key = ? AND replaced != ''", result))
 
     def sources(self, result: str) -> list[str]:
         """The objects that a result is about."""
