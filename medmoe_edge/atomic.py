@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -59,6 +59,37 @@ def atomic_file(target: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`; a copy where the file system has no hard links.
+
+    A symbolic link is made anew with the same text, by which a relative one may name another file.
+    """
+    if source.is_symlink():
+        target.symlink_to(source.readlink())
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def carry_over(source: Path, target: Path, *, without: Set[Path]) -> None:
+    """Link everything of the folder `source` into `target`, but what is there already.
+
+    `without` are files and folders of `source` that are left out. Folders keep their permissions.
+    """
+    for entry in source.iterdir():
+        into = target / entry.name
+        if entry in without:
+            continue
+        if entry.is_dir() and (into.is_dir() or not entry.is_symlink()):
+            into.mkdir(exist_ok=True)
+            carry_over(entry, into, without=without)
+        elif not os.path.lexists(into):
+            link(entry, into)
+    shutil.copymode(source, target)
 
 
 def check_target(target: Path, *, force: bool, marker: str) -> None:

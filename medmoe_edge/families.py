@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from medmoe_edge.bundle.bundle import Kind, model_kind
 from medmoe_edge.embedded import EMBEDDED, bundle_path
-from medmoe_edge.errors import InputError, needs
+from medmoe_edge.errors import DataError, InputError, needs
 
 if TYPE_CHECKING:
     from medmoe_edge._types import Progress
@@ -200,6 +200,11 @@ class MedMoEFamily:
         evaluation.check_examples(examples)
         labelled = read_labels(options.labels) if options.labels else []
         labelled = [item for item in labelled if item.split != "train"]
+        if options.labels and not labelled:
+            raise DataError(
+                f"{options.labels} holds no image to validate or to test on, only to train on.",
+                "Give some images another split, or leave the labels out.",
+            )
         engine = load(model, runtime=options.runtime, device=options.device)
         longest = options.max_new_tokens
         asked = evaluation.evaluate(
@@ -208,6 +213,8 @@ class MedMoEFamily:
             max_new_tokens=longest,
             progress=lambda *done: progress("Questions", *done),
         )
+        if options.predictions:
+            evaluation.save_predictions(asked.predictions, options.predictions)
         blind = read = None
         if options.blind:
             blind = evaluation.evaluate_blind(
@@ -220,8 +227,6 @@ class MedMoEFamily:
             read = evaluation.evaluate_labels(
                 engine, labelled, progress=lambda *done: progress("Labels", *done)
             )
-        if options.predictions:
-            evaluation.save_predictions(asked.predictions, options.predictions)
         return AnswerScores(asked, len(given), read, blind)
 
     def inspect(self, folder: Path, vision_tower: Path | None) -> "Inspection":

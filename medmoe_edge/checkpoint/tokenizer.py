@@ -32,6 +32,7 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Backend
 
+from medmoe_edge.atomic import atomic_file
 from medmoe_edge.checkpoint.tensors import check_file, read_json
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.errors import CheckpointError
@@ -50,6 +51,11 @@ _SPECIAL = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
     *("mask_token", "additional_special_tokens"),
 )
+# Where tokenizer_config.json does not say: transformers 4 cleaned up the texts of fast and slow
+# tokenizers alike until 4.45 (https://github.com/huggingface/transformers/issues/31884), so also in
+# the release that Med-MoE's authors use (4.37), and later ones write the value down. transformers 5
+# does not, and does not clean up; its files have the key "backend".
+CLEANS_UP = True
 # What transformers 4's `clean_up_tokenization` replaces in a decoded text, in this order.
 _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m"}
 _CLEANED |= {" 's": "'s", " 've": "'ve", " 're": "'re"}
@@ -140,9 +146,11 @@ class FoundTokenizer:
     def write(self, path: Path) -> None:
         """Write it as a tokenizer.json, the bytes of the folder's own where that is used."""
         if self.file is not None:
-            path.write_bytes(self.file.read_bytes())
+            content = self.file.read_bytes()
         else:
-            self.tokenizer.backend.save(str(path), pretty=False)
+            content = self.tokenizer.backend.to_str(pretty=False).encode()
+        with atomic_file(path) as file:
+            file.write(content)
 
 
 def find_tokenizer(folder: Path) -> FoundTokenizer:
@@ -158,7 +166,8 @@ def find_tokenizer(folder: Path) -> FoundTokenizer:
         check_file(folder / FAST_FILE)
         tokenizer = Tokenizer.from_file(folder / FAST_FILE)
         end = _content(config.get("eos_token"))
-        if config.get("clean_up_tokenization_spaces") is not True:
+        # without a configuration no transformers saved the folder: our own training did
+        if not config or not _cleans_up(config):
             return FoundTokenizer(tokenizer, folder / FAST_FILE, end)
         tokenizer.backend.decoder = _cleaning(tokenizer.backend.decoder)
         return FoundTokenizer(tokenizer, None, end)
@@ -299,7 +308,7 @@ def _from_merges(folder: Path, config: Mapping[str, Any], special: Mapping[str, 
         )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefixed)
     backend.decoder = decoders.ByteLevel()
-    if config.get("clean_up_tokenization_spaces", True):  # the default of transformers 4
+    if _cleans_up(config):
         backend.decoder = _cleaning(backend.decoder)
     # Slow tokenizers look for all added tokens at once, with the longest first.
     for _, token in sorted(added.items()):
@@ -427,6 +436,11 @@ def _start_with(backend: Backend, start: str | None) -> None:
     backend.post_processor = processors.TemplateProcessing(
         single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, index)]
     )
+
+
+def _cleans_up(config: Mapping[str, Any]) -> bool:
+    """Whether the transformers that saved a tokenizer_config.json cleans up what it decodes."""
+    return bool(config.get("clean_up_tokenization_spaces", CLEANS_UP and "backend" not in config))
 
 
 def _cleaning(decoder: Any) -> Any:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -120,7 +120,7 @@ def read_examples(
             for number, value in enumerate(parse_json(text, str(file)), start=1)
         )
     else:
-        records = _records(text, file)
+        records = json_lines(text, file)
     reader = _Reader(file, root, listed, first_turn)
     examples = [example for record in records for example in reader.read(record)]
     reader.warn()
@@ -147,7 +147,7 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
     A line needs `image` and `modality`. Raises `DataError` as `read_examples` does.
     """
     images = []
-    for record in _records(read_text(file), file):
+    for record in json_lines(read_text(file), file):
         record.require("image", "modality", schema="labels")
         images.append(
             LabelledImage(
@@ -270,7 +270,18 @@ def read_text(file: Path) -> str:
         raise DataError(f"{file} cannot be read.", "Give a readable file.") from error
 
 
-def _records(text: str, file: Path) -> Iterator[Record]:
+def safe_name(
+    name: str, where: str, advice: str = "Use the official download; report this."
+) -> str:
+    """The relative path `name`, if it stays inside the folder it is joined to; else `DataError`."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts or set(name) & set("\\:\0"):
+        raise DataError(f"{where} names a file outside the dataset.", advice)
+    return path.as_posix()
+
+
+def json_lines(text: str, file: Path) -> Iterator[Record]:
+    """The JSON objects of a file's text, one a line; raises `DataError` with file and line."""
     # Split at "\n" alone: JSON strings may hold other characters that str.splitlines() breaks at.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

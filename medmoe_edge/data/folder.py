@@ -5,8 +5,8 @@
     labels.jsonl                    what is known of images, each with its split
     images/SET/...                  the pictures of each set
 
-A set is added to what is there already, or replaces itself. No picture and no patient is in two
-splits: what is known to be held out for a test is not learned from.
+A set is added to what is there already, or replaces itself; other files stay. No picture and no
+patient is in two splits: what is known to be held out for a test is not learned from.
 
 Labelled images (`data labels`) come from a folder, whose sub-folders say what is known
 (`ct/normal/1.png`, `train/ct/chest/normal/1.png`), or from a table, a CSV file with a column
@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,16 +29,19 @@ from typing import Any
 
 from PIL import Image as Picture
 
-from medmoe_edge.atomic import atomic_folder
+from medmoe_edge.atomic import atomic_folder, carry_over
 from medmoe_edge.data.datasets import (
     LABELS_FILE,
     QUESTION_FILES,
     SPLITS,
+    Record,
     Split,
     UniqueIds,
+    json_lines,
     modality_name,
     parse_json,
     read_text,
+    safe_name,
 )
 from medmoe_edge.errors import DataError, ImageError, InputError
 
@@ -48,6 +50,7 @@ logger = logging.getLogger(__name__)
 SUMMARY = "dataset.json"
 _ORDER: tuple[Split, ...] = ("train", "val", "test")  # a later one wins over an earlier
 _FILES = {split: QUESTION_FILES[split][0] for split in _ORDER}
+_WRITTEN = (SUMMARY, LABELS_FILE, *_FILES.values())
 
 Row = dict[str, Any]
 
@@ -115,6 +118,8 @@ def adding(
 ) -> Iterator[tuple[Addition, list[Prepared]]]:
     """Add the set `name` to the dataset folder `out`, which is made or replaced as a whole.
 
+    Whatever else lies in the folder stays in it; of the set itself, what is in images/NAME goes.
+
     Yields the addition, and a list that holds the result once the block has ended well. With
     `as_published` the set's own splits stay as they are, also where they share pictures.
 
@@ -123,18 +128,19 @@ def adding(
     """
     out = out.resolve()
     sets = _sets(out)
-    if name in sets and not force:
+    rows = list(_rows(out)) if (out / SUMMARY).is_file() else []
+    own = out / "images" / name
+    if not force and (name in sets or own.exists() or any(row.set == name for row in rows)):
         raise InputError(
             f"{out} holds the set {name!r} already.", "Add --force to replace it in there."
         )
     results: list[Prepared] = []
     with atomic_folder(out, force=True, marker=SUMMARY) as folder:
-        kept = [row for row in _rows(out) if row.set != name] if sets else []
-        for row in kept:
-            _link(out / row.data["image"], folder / row.data["image"])
         addition = Addition(name, folder)
         yield addition, results
-        rows = [*kept, *_added(addition)]
+        if out.exists():
+            carry_over(out, folder, without={own, *(out / file for file in _WRITTEN)})
+        rows = [*(row for row in rows if row.set != name), *_added(addition)]
         if not any(row.set == name for row in rows):
             raise DataError("No question and no label was found.", "Check what was given.")
         published = {each for each, told in sets.items() if told.get("as_published")} - {name}
@@ -196,7 +202,7 @@ def _sets(out: Path) -> dict[str, Any]:
         return {}
     data = parse_json(read_text(file), str(file))
     sets = data.get("sets") if isinstance(data, dict) else None
-    if not isinstance(sets, dict):
+    if not isinstance(sets, dict) or not all(isinstance(told, dict) for told in sets.values()):
         raise DataError(f"{file} is of an earlier version.", "Choose another folder.")
     return sets
 
@@ -205,25 +211,37 @@ def _rows(folder: Path) -> Iterator[_Row]:
     names: dict[str, Split | None] = {name: split for split, name in _FILES.items()}
     for name, split in (names | {LABELS_FILE: None}).items():
         file = folder / name
-        for line in read_text(file).split("\n") if file.exists() else ():
-            if line.strip():
-                data = parse_json(line, str(file))
-                yield _Row(data["image"].split("/")[1], split, data)
+        lines = json_lines(read_text(file), file) if file.exists() else ()
+        for number, record in enumerate(lines, start=1):
+            set_of, image = _place(record, folder)
+            data = dict(record.value) | {"image": image}
+            if split is None:
+                record.require("modality", schema="labels")
+                given = record.choice("split", SPLITS) if record.optional("split") else "train"
+                data |= {"modality": record.text("modality"), "split": given}
+            else:
+                record.require("question", "answer", schema="questions")
+                data |= {"id": record.optional("id") or str(number)}
+            yield _Row(set_of, split, data)
+
+
+def _place(record: Record, folder: Path) -> tuple[str, str]:
+    """The set that a line's picture is of, and its path in the folder."""
+    record.require("image", schema="questions")
+    image = safe_name(record.text("image"), record.where, "Correct the line.")
+    parts = image.split("/")
+    if len(parts) < 3 or parts[0] != "images" or not (folder / image).is_file():
+        raise DataError(
+            f"{record.where}: 'image' is no picture in images/SET/.",
+            "Correct the line, or take it out and add the picture with: medmoe-edge data",
+        )
+    return parts[1], image
 
 
 def _added(addition: Addition) -> Iterator[_Row]:
     for split, questions in addition.questions.items():
         yield from (_Row(addition.name, split, data) for data in questions)
     yield from (_Row(addition.name, None, data) for data in addition.labels)
-
-
-def _link(source: Path, target: Path) -> None:
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, target)
 
 
 def _apart(rows: list[_Row], folder: Path, published: Iterable[str]) -> tuple[list[_Row], int]:
@@ -294,16 +312,6 @@ def _counts(rows: Iterable[_Row], name: str) -> dict[str, Any]:
 def set_name(text: str) -> str:
     """A name for a set that is also one for a folder."""
     return re.sub(r"[^\w-]+", "_", text).strip("_") or "mine"
-
-
-def safe_name(name: str, where: str) -> str:
-    """The relative path `name`, if it stays inside the folder it is joined to; else `DataError`."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or not path.parts or ".." in path.parts or set(name) & set("\\:\0"):
-        raise DataError(
-            f"{where} names a file outside the dataset.", "Use the official download; report this."
-        )
-    return path.as_posix()
 
 
 Header = Callable[[Path], tuple[str | None, str | None]]

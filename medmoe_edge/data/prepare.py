@@ -33,12 +33,12 @@ from medmoe_edge.data.datasets import (
     modality_name,
     parse_json,
     read_examples,
+    safe_name,
 )
 from medmoe_edge.data.folder import (
     Addition,
     Prepared,
     adding,
-    safe_name,
     set_name,
     split_evenly,
 )

@@ -46,34 +46,7 @@ def load(
     drop_pages: bool = False,
     prefix_cache: str | os.PathLike[str] | None = None,
 ) -> "Engine":
-    """Load a model to ask.
-
-    A device that a bundle was made for and that is not there is an error, never a silent fall back;
-    asking for the CPU is how to allow one. A bundle whose verification failed is loaded with a
-    warning.
-
-    Args:
-        model: The name of an embedded model ("nano"), the folder of a bundle, or (with torch) the
-            folder of a checkpoint.
-        runtime: What runs it. "auto" takes what a bundle was made for, and torch for a checkpoint;
-            "torch" runs portable bundles too.
-        device: Where ONNX Runtime or torch computes: "cpu", "cuda", or "auto" for what the model
-            was made for.
-        memory_budget: How much memory routed experts may take: bytes, as "1500MB" or "2GiB", or a
-            share of them all, as "50%". The others wait in storage; answers stay the same bits.
-        drop_pages: With a memory budget, have the kernel forget what it read of experts, so that
-            the memory is really free; one that comes back is read from storage again.
-        prefix_cache: A folder for what the model makes of images: later questions about the last
-            image, and in other processes about any of them, skip that. It is patient data.
-
-    Returns:
-        The loaded model.
-
-    Raises:
-        ModelError: The bundle or checkpoint is incomplete, damaged or of another version.
-        ResourceError: Memory, the device, or an optional package is missing.
-        InputError: The options do not go together, or the budget is too small.
-    """
+    """Load a Med-MoE to ask; arguments and errors are those of `medmoe_edge.load`."""
     folder = None if prefix_cache is None else cache_folder(prefix_cache)
     paging = Paging(memory_budget, drop_pages)
     loaded = open_model(model, runtime, device, paging, keeps_prefixes=folder is not None)

@@ -56,16 +56,20 @@ class Quick:
 
     @property
     def passed(self) -> bool | None:
-        """Whether no gate failed; None where the full verification decided nothing."""
-        if not all(gate.passed for gate in self.gates):
+        """Whether no gate failed; None where the full verification decided nothing.
+
+        What the full verification refused, 64 questions do not make good.
+        """
+        if self.bundle.proof == "failed" or not all(gate.passed for gate in self.gates):
             return False
-        return None if self.bundle.proof == "not decided" else True
+        return True if self.bundle.proof == "passed" else None
 
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
         if self.passed is not False:
             return None
         reasons = [gate.summary for gate in self.gates if not gate.passed]
+        reasons = reasons or ["its full verification failed"]
         named = [*self.faults, *(self.weights.wrong if self.weights else ())][:FEW]
         if named:
             reasons[0] += f" (such as {', '.join(named)})"

@@ -141,7 +141,12 @@ def _encoded(picture: Pillow.Image, frame: int | None) -> bytes:
         count = getattr(picture, "n_frames", 1)
         if not 0 <= frame < count:
             raise ImageError(f"The image has {count} frames; there is no frame {frame}.", ACCEPTED)
-        picture.seek(frame)
+        at = picture.tell()
+        try:
+            picture.seek(frame)
+            return _encoded(picture, None)
+        finally:
+            picture.seek(at)  # the picture is the caller's, who may be stepping through it
     check_size(repr(NAME), picture.height, picture.width)
     ratio = stated_ratio(picture)
     options: dict[str, Any] = {

@@ -197,7 +197,7 @@ class ModalityBatches:
             moved[:, :3],
             self._read([item.text for item in told]),
             _fits(told),
-            torch.tensor([self._modality(item.image.modality) for item in told]),
+            torch.tensor([self.modality_index(item.image.modality) for item in told]),
             self._grounding(told, moved[:, 3:]),
         )
 
@@ -228,7 +228,8 @@ class ModalityBatches:
     def _read(self, texts: Sequence[str]) -> Texts:
         return Texts(*(torch.from_numpy(part) for part in self.tokenizer.encode(texts)))
 
-    def _modality(self, name: str | None) -> int:
+    def modality_index(self, name: str | None) -> int:
+        """The class of a modality; `UNLABELLED` for none of the model's."""
         return self.modalities.index(name) if name in self.modalities else UNLABELLED
 
 
@@ -445,16 +446,19 @@ def validation_scores(
     labelled: Sequence[LabelledImage],
     batches: ModalityBatches,
 ) -> dict[str, float]:
-    """How many modalities are recognised and, for each task, findings told apart; 0 to 1."""
+    """How many modalities are recognised and, for each task, findings told apart; 0 to 1.
+
+    Images of a modality that the model does not have count for the findings alone.
+    """
     tasks = zero_shot_tasks(labelled)
     scores, right = {}, []
     for task in tasks:
         images, similarities = _compare(objective, task, batches)
         guessed = best_prompts(similarities, task).argmax(1)
         scores[task.name] = round(float((guessed == task.answers).mean()), 4)
-        known = [batches.modalities.index(item.modality) for item in task.images]
-        right += (images.argmax(1) == known).tolist()
-    return {"modality": round(float(np.mean(right)), 4)} | scores if right else {}
+        labels = np.array([batches.modality_index(item.modality) for item in task.images])
+        right += (images.argmax(1) == labels)[labels != UNLABELLED].tolist()
+    return ({"modality": round(float(np.mean(right)), 4)} if right else {}) | scores
 
 
 def _compare(

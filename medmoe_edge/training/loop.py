@@ -274,9 +274,11 @@ def fit(
             objective.train()
             loss = _epoch(wrapped, prepared, loader, phase, epoch, session)
             objective.eval()
-            scores = validate(objective)
             if accelerator.is_main_process:
                 save_state(state, objective, optimisers, epoch + 1)
+            with torch.random.fork_rng([]):  # the state is saved: a resumed run does not validate
+                scores = validate(objective)
+            if accelerator.is_main_process:
                 seconds = round(time.perf_counter() - started, 1)
                 row = {"phase": name, "epoch": epoch, "loss": loss, "seconds": seconds} | scores
                 _append(session.folder / LOG, row)

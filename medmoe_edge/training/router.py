@@ -5,10 +5,8 @@ over layers and tokens, are classified by one linear layer, which is then copied
 layers (arXiv 2404.10237, section 3.2).
 """
 
-import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from medmoe_edge._types import Progress, no_progress
-from medmoe_edge.atomic import atomic_folder
+from medmoe_edge.atomic import atomic_folder, link
 from medmoe_edge.checkpoint.keys import is_router
 from medmoe_edge.checkpoint.reader import Checkpoint, import_router, read_checkpoint
 from medmoe_edge.checkpoint.tensors import read_json
@@ -383,10 +381,7 @@ def _write(
             elif file.name == "config.json" and file.parent == read.folder:
                 copy.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             else:
-                with contextlib.suppress(OSError):
-                    os.link(file, copy)
-                    continue
-                shutil.copyfile(file, copy)
+                link(file.resolve(), copy)  # the Hub's cache holds links relative to their folder
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """Training that starts from a checkpoint: other experts, adapters, routers, people's own lists."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -253,8 +254,6 @@ def router_file(folder: Path, experts: int = 4, size: int = 64) -> tuple[Path, t
 def test_a_router_is_imported_into_every_layer(
     tiny_checkpoint: Make, tmp_path: Path, in_place: bool
 ) -> None:
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(tiny_checkpoint("tiny-phi", expert_names=()), base)
     (base / "generation_config.json").write_text("{}")
@@ -280,6 +279,23 @@ def test_a_router_is_imported_into_every_layer(
         with pytest.raises(InputError, match="exists already"):
             import_into(file, base, out=out)
     assert {path.name for path in tmp_path.iterdir()} <= {"base", "out", "phi_router.pth"}
+
+
+def test_a_snapshot_of_links_is_copied_by_what_they_name(
+    tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    """As the Hub's cache holds it: every file a relative link into a folder of blobs."""
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "1", tmp_path / "cache" / "blobs"
+    shutil.copytree(tiny_checkpoint("tiny-phi"), blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs", file.name))
+    file, weight = router_file(tmp_path)
+    out = import_into(file, snapshot, out=tmp_path / "a" / "b" / "out").checkpoint
+    assert {path.name for path in out.iterdir()} == {path.name for path in blobs.iterdir()}
+    assert not any(path.is_symlink() for path in out.iterdir())
+    tensors = dict(read_checkpoint(out))
+    assert torch.equal(tensors["decoder.layers.0.ffn.router.weight"], weight)
 
 
 def test_a_router_that_does_not_fit_is_refused(tiny_checkpoint: Make, tmp_path: Path) -> None:

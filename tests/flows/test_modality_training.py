@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.data.captions import Captioned
 from medmoe_edge.data.datasets import LabelledImage, Place
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import DataError, ImageError
 from medmoe_edge.models.contrastive import UNLABELLED, ImageFeatures, TextFeatures, grounding_loss
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.training import contrastive as modality_batches
@@ -40,6 +41,7 @@ from medmoe_edge.training.contrastive import (
     some_phrases,
     train_modality,
     train_word_pieces,
+    validation_scores,
 )
 from medmoe_edge.training.data import augment
 from medmoe_edge.training.initialise import random_modality_model
@@ -113,6 +115,41 @@ def test_the_loss_falls_and_every_epoch_is_logged(unbroken: Path) -> None:
     assert rows[2]["loss"] < 0.9 * rows[0]["loss"]
     for row in rows:
         assert row.keys() >= {"seconds", "modality", "head ct"}, "there is one val image of mri"
+
+
+def test_an_image_of_no_known_modality_counts_for_its_finding_alone(
+    data: Path, batches: ModalityBatches
+) -> None:
+    def labelled(modality: str) -> list[LabelledImage]:
+        findings = ("round", "flat")
+        return [
+            LabelledImage(data / f"{n}.png", modality, "head", finding, "few", "val")
+            for n, finding in enumerate(findings)
+        ]
+
+    objective = ModalityObjective(random_modality_model(CONFIG, 0)).eval()
+    known = validation_scores(objective, labelled("ct"), batches)
+    mixed = validation_scores(objective, [*labelled("ct"), *labelled("oct")], batches)
+    assert mixed.keys() == {"modality", "head ct", "head oct"}
+    assert known.items() <= mixed.items()
+    assert validation_scores(objective, labelled("oct"), batches).keys() == {"head oct"}
+
+
+def test_an_epoch_is_kept_though_its_validation_fails(data: Path, tmp_path: Path) -> None:
+    """A validation picture is damaged after training has begun, and mended for the second run."""
+    copy, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, copy)
+    row = {"image": "held.png", "modality": "mri", "body": "head", "split": "val"}
+    with (copy / "labels.jsonl").open("a") as file:
+        file.writelines("\n" + json.dumps(row | {"finding": each}) for each in ("flat", "round"))
+    (copy / "held.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError):
+        run(copy, out)
+    assert not (out / "log.jsonl").exists()
+    shutil.copyfile(copy / "0.png", copy / "held.png")
+    run(copy, out)
+    logged = [json.loads(row)["epoch"] for row in (out / "log.jsonl").read_text().splitlines()]
+    assert logged == [1, 2]
 
 
 def test_the_checkpoint_is_whole_and_has_scores(unbroken: Path, data: Path) -> None:

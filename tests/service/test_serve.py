@@ -439,6 +439,15 @@ def test_others_need_a_token(host: str) -> None:
     with pytest.raises(InputError, match="unencrypted"):
         Settings(host=host, tokens=tokens)
     assert not Settings(host=host, tokens=tokens, proxy="10.0.0.1").is_local
+    with pytest.raises(InputError, match="Through a proxy"):
+        Settings(proxy="10.0.0.1")
+
+
+def test_behind_a_proxy_hosts_are_its_own() -> None:
+    with client_of(app_over(StandIn(), token="0123456789abcdef", proxy="10.0.0.1")) as client:
+        headers = {"authorization": "Bearer 0123456789abcdef", "host": "edge.hospital.example"}
+        headers |= {"origin": "https://edge.hospital.example:443"}
+        assert client.post("/v1/ask", data=ASK, files=upload(), headers=headers).status_code == 200
 
 
 def test_a_token_is_in_no_repr() -> None:

@@ -49,10 +49,15 @@ def test_answers_come_line_by_line_unless_all_at_once_is_asked_for(client: TestC
 
 
 def test_options_have_their_effect_or_are_said_to_have_none(client: TestClient) -> None:
-    options = {"num_predict": 2, "temperature": 0.8}
+    options = {"num_predict": 2, "temperature": 0.8, "repeat_penalty": 1.1}
     found = ask(client, stream=False, options=options).json()
     assert (found["message"]["content"], found["done_reason"]) == ("No effusion", "length")
-    assert [each["code"] for each in found["medmoe"]["warnings"]] == ["parameters_without_effect"]
+    (notice,) = found["medmoe"]["warnings"]
+    assert notice["code"] == "options_not_applied"
+    assert notice["message"].startswith("repeat_penalty, temperature:")
+    for stream in (False, True):  # nothing is left of the answer, and that is what is told
+        lines = ask(client, stream=stream, options={"stop": ["No"]}).text.splitlines()
+        assert json.loads(lines[-1])["message"]["content"] == ""
     stopped = ask(client, stream=False, options={"stop": [" is"]}).json()
     assert stopped["message"]["content"] == "No effusion"
     form = {"type": "object", "properties": {"effusion": {"type": "boolean"}}}
@@ -70,6 +75,7 @@ def test_options_have_their_effect_or_are_said_to_have_none(client: TestClient) 
         ({"messages": [{**TURN, "images": ["####"]}]}, 400, "bad_image"),
         ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter"),
         ({"options": {"stop": 7}}, 400, "invalid_request"),
+        ({"logprobs": True}, 400, "unsupported_parameter"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import jsonschema
 import openai
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from serving import StandIn, app_over, client_of, live, png
 
-from medmoe_edge.bedside.serve.forms import Until
+from medmoe_edge.bedside.serve.forms import Unfit, Until, fitted
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import BundleError
@@ -200,6 +201,40 @@ def test_an_answer_that_fits_no_schema_is_a_refusal(client: openai.OpenAI, strea
     assert refused == "The answer does not fit the schema: No effusion is seen"
 
 
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ("no", {"anyOf": [{"const": "yes"}, {"const": "no"}]}, "no"),
+        ("Pneumonia.", {"enum": ["pneumonia", "normal"]}, "pneumonia"),
+        ("The left lung", {"enum": ["left", "right"]}, "left"),
+        ("There is no pneumonia.", {"enum": ["pneumonia", "normal"]}, Unfit),
+        ("no evidence of effusion", {"enum": ["effusion", "no effusion"]}, Unfit),
+        ("left and right", {"enum": ["left", "right"]}, Unfit),
+        ("maybe", {"const": "yes"}, Unfit),
+        ("Yes, it is.", {"type": ["boolean", "null"]}, True),
+        ("Perhaps", {"type": ["boolean", "null"]}, None),
+        ("Perhaps", {"type": "boolean"}, Unfit),
+        ("words", {}, "words"),
+        ("yes", {"properties": {"a": {"type": "boolean"}}}, {"a": True}),
+        ("2.7 cm", {"type": "number"}, 2.7),
+        ("2.7 cm", {"type": "integer"}, Unfit),
+        ("level 007", {"type": "integer"}, 7),
+        ("3 of 4", {"type": "integer"}, Unfit),
+        ("left", {"type": "array", "items": {"enum": ["left", "right"]}}, ["left"]),
+        ("x", {"properties": {"n": {"type": "integer"}}, "required": ["n"]}, Unfit),
+    ],
+)
+def test_words_become_a_value_or_none_and_nothing_is_made_up(
+    text: str, schema: dict[str, Any], value: Any
+) -> None:
+    if value is Unfit:
+        with pytest.raises(Unfit):
+            fitted(text, schema, schema)
+    else:
+        assert fitted(text, schema, schema) == value
+        jsonschema.validate(value, schema)
+
+
 @given(st.text("ab ", max_size=12), st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3))
 def test_stop_words_are_found_however_the_text_comes(text: str, stops: list[str]) -> None:
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
@@ -238,11 +273,22 @@ def test_the_client_lists_models(client: openai.OpenAI) -> None:
             {"response_format": schema_of({"$ref": "https://example.org/schema"})},
             *(openai.BadRequestError, "invalid_schema"),
         ),
-        (
-            [about(URL)],
-            {"response_format": schema_of({"type": "no such type"})},
-            *(openai.BadRequestError, "invalid_schema"),
+        *(
+            (
+                [about(URL)],
+                {"response_format": schema_of(schema)},
+                *(openai.BadRequestError, "invalid_schema"),
+            )
+            for schema in (
+                {"type": "no such type"},
+                {"type": "string", "pattern": r"^(\w+\s?)*$"},  # would take for ever
+                {"type": "string", "$dynamicRef": "http://169.254.169.254/x"},
+                {"$ref": "#/nope"},
+                {"type": "object", "properties": {name: {"$ref": "#"} for name in "abcdefgh"}},
+                {"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}},
+            )
         ),
+        ([about(URL)], {"frequency_penalty": 1}, openai.BadRequestError, "unsupported_parameter"),
         ([], {}, openai.UnprocessableEntityError, "invalid_request"),
         (
             [{"role": "user", "content": [{"type": "input_audio"}]}],

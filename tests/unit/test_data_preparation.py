@@ -370,9 +370,11 @@ def test_existing_output(tmp_path: Path) -> None:
     prepare("slake", source, out)
     with pytest.raises(InputError, match="holds the set 'slake' already"):
         prepare("slake", source, out)
-    (out / "images/old.jpg").touch()
+    old, other = out / "images/slake/old.jpg", out / "images/other.jpg"
+    old.touch()
+    other.touch()
     prepare("slake", source, out, force=True)
-    assert not (out / "images/old.jpg").exists()
+    assert (old.exists(), other.exists()) == (False, True), "the set alone is replaced"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out"]
 
     precious = tmp_path / "precious"

@@ -211,3 +211,79 @@ def test_splits_depend_on_the_groups_alone(groups: dict[int, str]) -> None:
         mine = [splits[group] for group, of in groups.items() if of == stratum]
         assert mine.count("test") == len(mine) // 10
         assert mine.count("val") == (len(mine) + 5) // 10
+
+
+def test_what_else_lies_in_the_folder_stays(tmp_path: Path, pictures: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    labels(pictures, data)
+    elsewhere.mkdir()
+    (data / "slake_boxes.json").write_text("{}")
+    (data / "run" / "checkpoint").mkdir(parents=True)
+    (data / "run" / "alignment.safetensors").write_bytes(b"epochs")
+    (data / "run").chmod(0o700)
+    (data / "images" / "mine" / "notes.txt").write_text("of the set mine")
+    (data / "elsewhere").symlink_to(elsewhere)
+    (data / "gone").symlink_to("nowhere")
+    before = {path.relative_to(data): path.lstat().st_mode for path in data.rglob("*")}
+    picture(tmp_path / "more" / "mri" / "1.png", 99)
+    labels(tmp_path / "more", data)
+    after = {path.relative_to(data): path.lstat().st_mode for path in data.rglob("*")}
+    assert before.items() <= after.items()
+    assert (data / "run" / "alignment.safetensors").read_bytes() == b"epochs"
+    assert (data / "elsewhere").resolve() == elsewhere
+    assert len(read_labels(data / "labels.jsonl", check_images=True)) == 41
+
+    labels(pictures, data, force=True)
+    assert (data / "run" / "alignment.safetensors").exists()
+    assert not (data / "images" / "mine" / "notes.txt").exists(), "a set is replaced as a whole"
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("train.jsonl", {"image": "a.png"}, "no picture in images/SET/"),
+        ("train.jsonl", {"image": "images/mine/none.png"}, "no picture in images/SET/"),
+        ("train.jsonl", {"image": "images/mine/../../../out.png"}, "outside the dataset"),
+        ("train.jsonl", {"image": ["a.png", "b.png"]}, "'image' is not text"),
+        ("train.jsonl", {}, "lacks the key 'image'"),
+        ("labels.jsonl", {"image": "GIVEN"}, "lacks the key 'modality'"),
+        ("labels.jsonl", {"image": "GIVEN", "modality": "ct", "split": "all"}, "unknown 'split'"),
+        ("train.jsonl", {"image": "GIVEN", "question": "Is it?"}, "lacks the key 'answer'"),
+    ],
+)
+def test_a_line_edited_by_hand_is_refused_by_its_number(
+    tmp_path: Path, file: str, line: dict[str, Any], message: str
+) -> None:
+    picture(tmp_path / "mine" / "ct" / "1.png", 1)
+    picture(tmp_path / "more" / "ct" / "2.png", 2)
+    picture(tmp_path / "out.png", 3)
+    data = tmp_path / "data"
+    labels(tmp_path / "mine", data, split="train")
+    if line.get("image") == "GIVEN":
+        line = line | {"image": "images/mine/ct/1.png"}
+    with (data / file).open("a") as stream:
+        stream.write("\n" + json.dumps(line) + "\n")
+    number = len((data / file).read_text().splitlines())
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    with pytest.raises(DataError, match=f"{file}, line {number}.*{message}"):
+        labels(tmp_path / "more", data)
+    assert before == {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "more", "out.png", "data"}
+
+
+def test_a_good_line_written_by_hand_is_kept(tmp_path: Path) -> None:
+    picture(tmp_path / "mine" / "ct" / "1.png", 1)
+    picture(tmp_path / "more" / "ct" / "2.png", 2)
+    data = tmp_path / "data"
+    labels(tmp_path / "mine", data, split="train")
+    (data / "train.jsonl").write_text(json.dumps(question("./images/mine/ct/1.png")))
+    picture(data / "images" / "hand" / "3.png", 3)
+    with (data / "labels.jsonl").open("a") as stream:
+        stream.write(json.dumps({"image": "images/hand/3.png", "modality": 7}) + "\n")
+    labels(tmp_path / "more", data)
+    (asked,) = read_examples(data / "train.jsonl", check_images=True)
+    assert (asked.id, asked.image) == ("1", data / "images/mine/ct/1.png")
+    found = read_labels(data / "labels.jsonl", check_images=True)
+    assert {item.modality for item in found} == {"ct", "7"}
+    with pytest.raises(InputError, match="holds the set 'hand' already"):
+        labels(tmp_path / "more", data, name="hand")

@@ -1,12 +1,14 @@
 """Both families of models behind one interface."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image as Pillow
 
 from medmoe_edge.embedded import bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import DataError, ImageError, InputError
 from medmoe_edge.families import (
     FAMILIES,
     ContrastiveFamily,
@@ -68,3 +70,29 @@ def test_what_a_contrastive_model_is_not_measured_with() -> None:
     ):
         with pytest.raises(InputError, match=what):
             CONTRASTIVE.evaluate("modality-nano", options, silent)
+
+
+def asked_and_labelled(folder: Path, split: str) -> tuple[Path, Path]:
+    """A question about a picture, and a label of one that is damaged."""
+    picture = {"image": "1.png", "modality": "ct"}
+    Pillow.new("L", (64, 64), 90).save(folder / "1.png")
+    (folder / "2.png").write_bytes(b"no picture")
+    questions, labels = folder / "q.jsonl", folder / "l.jsonl"
+    questions.write_text(json.dumps(picture | {"question": "Is it?", "answer": "No"}))
+    labels.write_text(json.dumps(picture | {"image": "2.png", "split": split}))
+    return questions, labels
+
+
+def test_labels_without_a_held_out_image_are_refused_at_once(tmp_path: Path) -> None:
+    questions, labels = asked_and_labelled(tmp_path, "train")
+    with pytest.raises(DataError, match=r"l\.jsonl holds no image to validate or to test on"):
+        FAMILIES["med-moe"].evaluate("no such folder", EvaluateOptions(questions, labels), silent)
+
+
+def test_answers_are_saved_before_anything_else_is_done(tmp_path: Path) -> None:
+    questions, labels = asked_and_labelled(tmp_path, "test")
+    options = EvaluateOptions(questions, labels, tmp_path / "answers.jsonl", max_new_tokens=2)
+    with pytest.raises(ImageError):
+        FAMILIES["med-moe"].evaluate("nano", options, silent)
+    (answer,) = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert json.loads(answer)["question"] == "Is it?"

@@ -155,3 +155,16 @@ def test_what_is_no_image(source: Any, options: dict[str, Any], what: str) -> No
     with pytest.raises(MedMoEError, match=what) as caught:
         as_image(source, **options)
     assert isinstance(caught.value, InputError)
+
+
+def test_a_picture_stands_where_the_caller_left_it() -> None:
+    file = io.BytesIO()
+    first, *others = [Pillow.new("L", (32, 32), 40 * number) for number in range(4)]
+    first.save(file, "TIFF", save_all=True, append_images=others)
+    with Pillow.open(file) as picture:
+        picture.seek(1)
+        assert as_image(picture, frame=3).pixels.max() == 120
+        assert picture.tell() == 1
+        with pytest.raises(ImageError, match="no frame 4"):
+            as_image(picture, frame=4)
+        assert as_image(picture).pixels.max() == 40

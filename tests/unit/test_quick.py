@@ -81,8 +81,9 @@ def copy(recorded: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 
 
 def reseal(folder: Path, **changes: Any) -> None:
-    """New hashes and a new seal: only numbers can tell what was changed."""
+    """New hashes and a new seal: only numbers can tell what was changed. None takes a key away."""
     manifest = json.loads((folder / MANIFEST).read_text()) | changes
+    manifest = {key: value for key, value in manifest.items() if value is not None}
     for key in ("files", "seal", "format_version"):
         del manifest[key]
     (folder / MANIFEST).unlink()
@@ -148,6 +149,20 @@ def test_a_faithful_bundle_is_proven(recorded: dict[str, Path], precision: str) 
     assert found.machine == this_machine()
     json.dumps(found.to_json(), allow_nan=False)
     assert (recorded[precision] / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize(("proof", "verdict"), [("failed", False), ("not measured", None)])
+def test_what_was_refused_or_never_measured_is_not_made_good(
+    copy: Callable[[str], Path], proof: str, verdict: bool | None
+) -> None:
+    folder = copy("int8")
+    record = json.loads((folder / MANIFEST).read_text())["verification"]
+    reseal(folder, verification={**record, "passed": False} if proof == "failed" else None)
+    assert Bundle.open(folder).proof == proof
+    quick = verify_quick(folder)
+    assert all(gate.passed for gate in quick.gates)
+    assert quick.passed is verdict
+    assert (quick.error() is not None) == (proof == "failed")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -7,6 +7,7 @@ against transformers 4.57.6's slow tokenizers and tiktoken 0.14, which gave the 
 import dataclasses
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -170,6 +171,60 @@ def test_phi_cleans_the_spaces_of_its_answers(phi: Path, tmp_path: Path) -> None
         assert tokenizer.decode(ids) == "No, there isn't any."
     plain = find_tokenizer(tmp_path / "plain").tokenizer
     assert plain.decode(plain.backend.encode(text).ids) == text
+
+
+@pytest.mark.parametrize(
+    ("config", "cleans"),
+    [
+        ({}, True),
+        ({"clean_up_tokenization_spaces": True}, True),
+        ({"clean_up_tokenization_spaces": False}, False),
+        ({"backend": "tokenizers"}, False),  # as transformers 5 saves it
+    ],
+)
+def test_both_forms_clean_up_alike(tmp_path: Path, config: dict[str, Any], cleans: bool) -> None:
+    slow, fast = tmp_path / "slow", tmp_path / "fast"
+    write_gpt2(slow, config)
+    write_gpt2(tmp_path / "plain", {"clean_up_tokenization_spaces": False})
+    fast.mkdir()
+    find_tokenizer(tmp_path / "plain").write(fast / "tokenizer.json")
+    saved = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END} | config
+    (fast / "tokenizer_config.json").write_text(json.dumps(saved))
+    for folder in slow, fast:
+        tokenizer = find_tokenizer(folder).tokenizer
+        text = tokenizer.decode(tokenizer.backend.encode("No , it is n't .").ids)
+        assert text == ("No, it isn't." if cleans else "No , it is n't .")
+
+
+def test_a_tokenizer_of_our_own_training_is_used_as_it_is(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "plain", {"clean_up_tokenization_spaces": False})
+    find_tokenizer(tmp_path / "plain").write(tmp_path / "tokenizer.json")
+    found = find_tokenizer(tmp_path)
+    assert found.file == tmp_path / "tokenizer.json"
+    assert found.tokenizer.decode(found.tokenizer.backend.encode("No .").ids) == "No ."
+
+
+@pytest.mark.parametrize("form", ["slow", "fast"])
+def test_a_tokenizer_is_written_whole_or_not_at_all(
+    phi: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = phi
+    if form == "fast":
+        find_tokenizer(phi).write(tmp_path / "tokenizer.json")
+        folder = tmp_path
+    found, target = find_tokenizer(folder), tmp_path / "out" / "tokenizer.json"
+    target.parent.mkdir()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            found.write(target)
+    assert list(target.parent.iterdir()) == []
+    found.write(target)
+    assert Tokenizer.from_file(target).question_ids("A?") == found.tokenizer.question_ids("A?")
 
 
 def test_what_is_settled_of_a_cleaned_text_is_never_taken_back(phi: Path) -> None:

@@ -10,7 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from medmoe_edge.bedside.serve.errors import Refusal
 
-MOST_DEPTH = 16  # of a schema
+MOST_PARTS = 256  # of a schema, its references followed
+# What words can be held to. Of the others some would need what the model cannot give, and some
+# (patterns, references elsewhere) could be used against the service.
+KEYWORDS = {
+    *("type", "properties", "required", "additionalProperties", "items", "enum", "const"),
+    *("anyOf", "oneOf", "$ref", "$defs", "definitions"),
+    *("title", "description", "default", "examples", "$schema", "$id", "$comment"),
+}
+NEGATIONS = re.compile(
+    r"\b(no|not|none|never|neither|nor|without|absent|negative|free)\b|n't\b", re.I
+)
 
 
 class JsonSchema(BaseModel):
@@ -64,91 +74,163 @@ class Until:
         return rest
 
 
+class Unfit(Exception):
+    """Words that are no value of a schema."""
+
+
 def formed(text: str, form: ResponseFormat | None) -> tuple[str | None, str | None]:
     """The content in the form that was asked for; or None, and why it has not that form.
 
     The model answers in words. In JSON these are the value of `answer`, or of the properties of a
-    schema that they fit: text as it is, one of some values where the words name it, yes and no as
-    true and false, a number where there is one.
+    schema that they fit: text as it is, the one of some values that the words name, yes and no as
+    true and false, a number where there is one. Nothing is made up: what does not fit is null where
+    a schema allows that, and no value at all where it does not.
     """
     if form is None or form.type == "text":
         return text, None
     if form.json_schema is None:
         return json.dumps({"answer": text}), None
     schema = form.json_schema.definition
-    value = fitted(text, schema, schema)
     try:
-        jsonschema.validate(value, schema)
-    except (jsonschema.ValidationError, jsonschema.SchemaError, RecursionError):
+        value = fitted(text, schema, schema)
+        if not _says_something(value):
+            raise Unfit
+    except Unfit:
         return None, f"The answer does not fit the schema: {text}"
     return json.dumps(value), None
 
 
 def check_schema(schema: dict[str, Any]) -> None:
-    """Raise `Refusal` for what is no JSON schema, or refers to others than its own parts."""
+    """Raise `Refusal` for what is no JSON schema, or has more than words can be held to."""
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
-        outside = any(not str(each).startswith("#") for each in _references(schema))
-    except (jsonschema.SchemaError, RecursionError):
-        outside = True
-    if outside:
-        what = "The schema of response_format cannot be used."
-        hint = "Send a JSON schema that refers to its own parts alone."
-        raise Refusal(400, "invalid_schema", what, hint, param="response_format")
+        if sum(1 for _ in _parts(schema, schema, ())) == 0:
+            raise Unfit
+    except (jsonschema.SchemaError, RecursionError, Unfit) as error:
+        named = f" ({error})" if isinstance(error, Unfit) and str(error) else ""
+        what = f"The schema of response_format cannot be used{named}."
+        hint = "Use type, properties, required, enum, const, anyOf, items and $ref to $defs."
+        raise Refusal(400, "invalid_schema", what, hint, param="response_format") from error
 
 
-def _references(part: Any) -> Iterator[Any]:
-    if isinstance(part, dict):
+def _parts(schema: Any, root: dict[str, Any], above: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Every part of a schema that words are fitted to; raises `Unfit` for what cannot be used."""
+    waiting: list[tuple[Any, tuple[str, ...]]] = [(schema, above)]
+    count = 0
+    while waiting:
+        part, trail = waiting.pop()
+        count += 1
+        if not isinstance(part, dict) or count > MOST_PARTS:
+            raise Unfit(
+                "it has too many parts" if count > MOST_PARTS else "true and false are none"
+            )
+        if unknown := sorted(set(part) - KEYWORDS):
+            name = unknown[0] if re.fullmatch(r"\$?[A-Za-z]{1,40}", unknown[0]) else "a keyword"
+            raise Unfit(f"{name} is not honoured")
         if "$ref" in part:
-            yield part["$ref"]
-        for value in part.values():
-            yield from _references(value)
-    elif isinstance(part, list):
-        for value in part:
-            yield from _references(value)
-
-
-def fitted(text: str, schema: Any, root: dict[str, Any], depth: int = 0) -> Any:
-    """Words as a value of a schema, as well as it can be done; `root` holds its definitions."""
-    if not isinstance(schema, dict) or depth > MOST_DEPTH:
-        return None
-    if "$ref" in schema:
-        return fitted(text, _definition(root, str(schema["$ref"])), root, depth + 1)
-    if "const" in schema:
-        return schema["const"]
-    if "enum" in schema:
-        named = [each for each in schema["enum"] if isinstance(each, str) and _names(text, each)]
-        return max(named, key=len, default=None)
-    for kind in ("anyOf", "oneOf"):
-        for option in schema.get(kind, ()):
-            value = fitted(text, option, root, depth + 1)
-            if value is not None:
-                return value
-    match schema.get("type"):
-        case "object":
-            parts = schema.get("properties", {})
-            return {name: fitted(text, part, root, depth + 1) for name, part in parts.items()}
-        case "array":
-            return [fitted(text, schema.get("items", {}), root, depth + 1)]
-        case "string":
-            return text
-        case "boolean":
-            word = (re.findall(r"[a-z]+", text.lower()) or [""])[0]
-            return {"yes": True, "no": False}.get(word)
-        case "integer" | "number" as kind:
-            found = re.search(r"-?\d+(\.\d+)?", text)
-            number = float(found[0]) if found else None
-            return int(number) if number is not None and kind == "integer" else number
-        case _:
-            return None
+            reference = str(part["$ref"])
+            if reference in trail:
+                raise Unfit("it refers to itself")
+            waiting.append((_definition(root, reference), (*trail, reference)))
+        inner = [*part.get("properties", {}).values(), *part.get("anyOf", ())]
+        inner += [*part.get("oneOf", ()), *([part["items"]] if "items" in part else [])]
+        waiting += [(each, trail) for each in inner]
+        yield part
 
 
 def _definition(root: dict[str, Any], reference: str) -> Any:
+    """What a reference within the schema (RFC 6901) leads to; raises `Unfit`."""
+    if not reference.startswith("#/"):
+        raise Unfit("it refers to something else than its own $defs")
     found: Any = root
-    for part in reference.removeprefix("#").strip("/").split("/"):
-        found = found.get(part, {}) if part and isinstance(found, dict) else found
+    for part in reference[2:].split("/"):
+        key = part.replace("~1", "/").replace("~0", "~")
+        if not isinstance(found, dict) or key not in found:
+            raise Unfit("it refers to what is not there")
+        found = found[key]
     return found
 
 
-def _names(text: str, value: str) -> bool:
-    return re.search(rf"\b{re.escape(value)}\b", text, re.IGNORECASE) is not None
+def fitted(text: str, schema: dict[str, Any], root: dict[str, Any]) -> Any:
+    """Words as a value of a schema that was checked; `root` holds its definitions.
+
+    Raises:
+        Unfit: They are none.
+    """
+    if "$ref" in schema:
+        return fitted(text, _definition(root, str(schema["$ref"])), root)
+    if "const" in schema or "enum" in schema:
+        return _one_of(text, schema["enum"] if "enum" in schema else [schema["const"]])
+    options = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    if not options:
+        kinds = schema.get("type", "object" if "properties" in schema else "string")
+        options = [
+            {**schema, "type": kind} for kind in ([kinds] if isinstance(kinds, str) else kinds)
+        ]
+        if len(options) == 1:
+            return _of_type(text, options[0], root)
+    for option in sorted(options, key=lambda option: option.get("type") == "null"):
+        try:
+            return fitted(text, option, root)
+        except Unfit:
+            continue
+    raise Unfit
+
+
+def _of_type(text: str, schema: dict[str, Any], root: dict[str, Any]) -> Any:
+    match schema["type"]:
+        case "object":
+            return _object(text, schema, root)
+        case "array":
+            return [fitted(text, schema.get("items", {"type": "string"}), root)]
+        case "string":
+            return text
+        case "null":
+            return None
+        case "boolean":
+            return _one_of(text, [True, False])
+        case "integer" | "number" as kind:
+            found = re.findall(r"-?\d+(?:\.\d+)?", text)
+            if len(found) == 1 and (kind == "number" or "." not in found[0]):
+                return int(found[0]) if kind == "integer" else float(found[0])
+    raise Unfit
+
+
+def _object(text: str, schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, part in schema.get("properties", {}).items():
+        try:
+            found[name] = fitted(text, part, root)
+        except Unfit:
+            if name in schema.get("required", ()):
+                raise
+    if missing := set(schema.get("required", ())) - set(found):
+        raise Unfit(str(missing))
+    return found
+
+
+def _one_of(text: str, values: Sequence[Any]) -> Any:
+    """The value that the words are, or else the only one that they name and do not deny."""
+    plain = _plain(text)
+    for value in values:
+        if isinstance(value, bool):
+            first = (re.findall(r"[a-z]+", plain) or [""])[0]
+            if first == ("yes" if value else "no"):
+                return value
+        elif isinstance(value, str) and _plain(value) == plain:
+            return value
+    words = [value for value in values if isinstance(value, str)]
+    named = [value for value in words if re.search(rf"\b{re.escape(_plain(value))}\b", plain)]
+    if len(named) == 1 and not NEGATIONS.search(text):
+        return named[0]
+    raise Unfit
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"[\w'-]+", text.casefold()))
+
+
+def _says_something(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_says_something, value.values()))
+    return value is not None

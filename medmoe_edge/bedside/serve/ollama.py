@@ -20,14 +20,15 @@ from medmoe_edge._version import __version__
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
 from medmoe_edge.bedside.serve.forms import Until
 from medmoe_edge.bedside.serve.guard import at_end, client_of
-from medmoe_edge.bedside.serve.openai import ChatRequest, Completion, no_such_model
+from medmoe_edge.bedside.serve.openai import NAME, ChatRequest, Completion, no_such_model
 from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
 
 NANO = 10**9  # Ollama's times are in nanoseconds
 LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
-WITHOUT_EFFECT = {"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"}
+HONOURED = {"num_predict", "stop"}
+REFUSED = {"logprobs", "top_logprobs", "n"}  # of OpenAI's, which have no place in Ollama's shapes
 
 
 class OllamaMessage(BaseModel):
@@ -61,7 +62,9 @@ class OllamaChat(BaseModel):
         options = self.options or {}
         extra = {name: value for name, value in (self.model_extra or {}).items() if value}
         extra = {name: extra[name] for name in extra if name not in ("keep_alive", "think")}
-        given = {name: options[name] for name in WITHOUT_EFFECT if options.get(name) is not None}
+        if refused := sorted(REFUSED & set(extra)):
+            what = f"The parameter {refused[0]} cannot be honoured."
+            raise Refusal(400, "unsupported_parameter", what, "Leave it out.", param=refused[0])
         form: Any = None
         if self.format == "json":
             form = {"type": "json_object"}
@@ -72,7 +75,6 @@ class OllamaChat(BaseModel):
             return ChatRequest.model_validate(
                 {
                     **extra,
-                    **given,
                     "model": self.model.removesuffix(":latest"),
                     "messages": [_turn(message) for message in self.messages],
                     "max_tokens": most if isinstance(most, int) and most > 0 else None,
@@ -83,6 +85,16 @@ class OllamaChat(BaseModel):
         except ValueError as error:
             what = "The chat or its options cannot be read."
             raise Refusal(400, "invalid_request", what, "See /openapi.json.") from error
+
+    @property
+    def notices(self) -> list[dict[str, str]]:
+        """What of the options has not been applied."""
+        given = sorted(name for name, value in (self.options or {}).items() if value is not None)
+        named = [name for name in given if name not in HONOURED and NAME.fullmatch(name)]
+        if not named:
+            return []
+        text = f"{', '.join(named)}: not applied, as the model always takes the most likely token."
+        return [{"code": "options_not_applied", "message": text}]
 
 
 def _turn(message: OllamaMessage) -> dict[str, Any]:
@@ -131,7 +143,7 @@ def ollama_routes(work: Work, worker: Worker) -> APIRouter:
             raise no_such_model(work)
         chat.check()
         limit = min(chat.limit, work.limits.new_tokens)
-        told = _Lines(asked.model, chat, work.engine.prompt_tokens(chat.question))
+        told = _Lines(asked, chat, work.engine.prompt_tokens(chat.question))
         ending = at_end(request)
         upload = await work.receive(chat.image, None, client_of(request), ending)
         job = worker.do(
@@ -149,15 +161,17 @@ def ollama_routes(work: Work, worker: Worker) -> APIRouter:
 class _Lines:
     """The answer to one request, in Ollama's shapes."""
 
-    def __init__(self, name: str, chat: ChatRequest, prompt_tokens: int) -> None:
-        self._name, self._chat = name, chat
+    def __init__(self, asked: OllamaChat, chat: ChatRequest, prompt_tokens: int) -> None:
+        self._asked, self._chat = asked, chat
         self._completion, self._prompt_tokens = Completion(chat, prompt_tokens), prompt_tokens
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """All at once, and the figures."""
         found = self._completion.whole(answer)
         choice = found["choices"][0]
-        content = choice["message"]["content"] or choice["message"]["refusal"]
+        content, refused = choice["message"]["content"], choice["message"]["refusal"]
+        content = refused if content is None else content
+        found["medmoe"]["warnings"] += self._asked.notices
         times = answer.timings
         return {
             **self._line(content, done=True),
@@ -189,7 +203,7 @@ class _Lines:
 
     def _line(self, content: str, *, done: bool) -> dict[str, Any]:
         return {
-            "model": self._name,
+            "model": self._asked.model,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
             "message": {"role": "assistant", "content": content},
             "done": done,

@@ -82,7 +82,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False  # nothing is ever added to chunks
 
 
-WITHOUT_EFFECT = {"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"}
+WITHOUT_EFFECT = {"temperature", "top_p", "seed"}  # on what is always the most likely token
 ABOUT_THE_CALLER = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     "prompt_cache_retention",

@@ -70,10 +70,11 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.tokens and not self.is_local:
+        if not self.tokens and not (self.is_local and self.proxy is None):
+            where = "Through a proxy" if self.is_local else f"On {self.host}"
             raise InputError(
-                f"On {self.host} others can reach this service, and it has no token.",
-                "Give --token-file, or listen on 127.0.0.1.",
+                f"{where} others can reach this service, and it has no token.",
+                "Give --token-file, or listen on 127.0.0.1 without a proxy.",
             )
         if not self.is_local and self.certificate is None and self.proxy is None:
             raise InputError(
