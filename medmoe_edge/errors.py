@@ -22,7 +22,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +95,14 @@ class BundleError(ModelError):
 
 
 class VerificationError(MedMoEError):
-    """A fidelity gate failed: the product was made, but must not be trusted."""
+    """A fidelity gate failed: the product was made, but must not be trusted.
+
+    `found` is the verification with all its figures, where there is one.
+    """
 
     exit_code = 4
     code = "verification_failed"
+    found: Any = None
 
 
 class ResourceError(MedMoEError):

@@ -18,7 +18,7 @@ from medmoe_edge.cli.common import (
 )
 from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, needs, shown_bytes
+from medmoe_edge.errors import InputError, VerificationError, needs, shown_bytes
 from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
 from medmoe_edge.render import console as render
 from medmoe_edge.render import device as render_device
@@ -222,7 +222,11 @@ def export(
     with render.working("Reading") as report:
         if target == "onnxruntime":
             out = output or Path(f"{options.name}-{options.precision}")
-            made = family.export(folder, out, options, report)
+            try:
+                made = family.export(folder, out, options, report)
+            except VerificationError as error:
+                _show_failed(error, as_json)
+                raise
         else:
             with needs("rtx" if target == "tensorrt-rtx" else "export"):
                 from medmoe_edge.pipeline.targets import export_for
@@ -245,6 +249,16 @@ def export(
         render.as_json(built.to_json())
     else:
         render_device.show_target(built)
+
+
+def _show_failed(error: VerificationError, as_json: bool) -> None:
+    """What was measured of a bundle that is not kept: which gate failed, and by what."""
+    if error.found is None:
+        return
+    if as_json:
+        render.as_json({"bundle": None, "verification": error.found.to_json()}, error)
+    else:
+        render_verification.show_verification(error.found)
 
 
 def _show_portable(made: "Export", options: ExportOptions, as_json: bool) -> None:

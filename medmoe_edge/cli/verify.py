@@ -95,7 +95,8 @@ def evaluate(
         found = _score_file(predictions, references, limit, seed, others=any(unused))
     elif data is None:
         raise InputError(
-            "Neither --data nor --references was given.", "See: medmoe-edge eval --help"
+            "Neither --data nor --references was given.",
+            "Give --data, questions that the model is asked; --labels are scored beside them.",
         )
     else:
         model = bundle or "nano"

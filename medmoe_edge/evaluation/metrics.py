@@ -135,13 +135,17 @@ def risk_coverage(
     )
 
 
+Z95 = 1.959963984540054  # two-sided 95% of a normal distribution
+
+
 def bootstrap_interval(
     values: npt.ArrayLike, groups: npt.ArrayLike, *, rounds: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """95% percentile interval of the mean of `values` [N], resampling whole `groups` [N].
 
     Questions about one image are not independent, so images are what is drawn
-    (cluster bootstrap; Davison & Hinkley, Bootstrap Methods, 1997, hierarchical data).
+    (cluster bootstrap; Davison & Hinkley, Bootstrap Methods, 1997, hierarchical data). Where all
+    are right, or all wrong, that has no width, and Wilson's interval over the groups stands in.
     """
     data = np.asarray(values, dtype=np.float64)
     _, member = np.unique(np.asarray(groups), return_inverse=True)
@@ -150,6 +154,9 @@ def bootstrap_interval(
     draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=rounds)
     means = (draws @ sums) / (draws @ sizes)  # [rounds]
     low, high = np.quantile(means, (0.025, 0.975))
+    if low == high and low in (0.0, 1.0):  # drawing again and again finds no other image
+        slack = Z95**2 / (count + Z95**2)  # Wilson's interval at its end (JASA 22, 1927)
+        return (0.0, slack) if low == 0 else (1 - slack, 1.0)
     return float(low), float(high)
 
 

@@ -60,6 +60,7 @@ def export_modality(
                 progress=progress,
             )
             if error := found.error():
+                error.found = found
                 raise error
     (progress or no_progress)("done", 1, 1)
     if found is None:

@@ -205,6 +205,7 @@ def export(
                 progress=progress,
             )
             if error := found.error():
+                error.found = found
                 raise error
     report("done", 1, 1)
     return Export(out, dataclasses.replace(found, bundle=Bundle.open(out, verify=False)))

@@ -243,7 +243,10 @@ class Recipe(Config):
 
 def read_recipe(name_or_path: str) -> Recipe:
     """A Med-MoE recipe that ships with the package, by name, or a TOML or JSON file."""
-    return Recipe.from_json(recipe_json(name_or_path), "recipe")
+    try:
+        return Recipe.from_json(recipe_json(name_or_path), "recipe")
+    except ConfigError as error:
+        raise DataError(f"The recipe {name_or_path!r}: {error.what}", error.remedy) from error
 
 
 def shipped_recipes() -> list[str]:

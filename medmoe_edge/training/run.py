@@ -3,6 +3,7 @@
 The tokenizer is a small byte-level BPE, trained on the questions and answers that the model meets.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -107,7 +108,7 @@ def train(
     check_trainable(recipe, config, corpus, dense=read is None or read.config.moe is None)
     check_memory(recipe, config)
     with PartialState().main_process_first():
-        _prepare_folder(out, recipe, read)
+        _prepare_folder(out, recipe, read, corpus)
     session = Session.begin(
         out, recipe.seed, progress, recipe.precision, options.say, tensorboard=options.tensorboard
     )
@@ -221,12 +222,17 @@ def _with_options(recipe: Recipe, options: TrainOptions) -> Recipe:
     return recipe
 
 
-def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None) -> None:
+def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None, corpus: Corpus) -> None:
     """Note what the run is; a folder in which no epoch is done yet may become another's.
 
-    Raises `DataError` where a run was begun by another recipe or from another checkpoint.
+    Raises `DataError` where a run was begun by another recipe, from another checkpoint or on other
+    data.
     """
-    told = {"recipe": recipe.to_json(), "base": read.sha256() if read else None}
+    told = {
+        "recipe": recipe.to_json(),
+        "base": read.sha256() if read else None,
+        "data": _digest(corpus),
+    }
     file = out / RUN
     if file.exists():
         try:
@@ -237,14 +243,23 @@ def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None) -> None:
             return
         if any((out / f"{phase}.safetensors").exists() for phase in PHASES):
             raise DataError(
-                f"The run in {out} was begun by another recipe or from another checkpoint.",
-                "Use the recipe it was made with, or start in a new folder.",
+                f"The run in {out} was begun by another recipe, from another checkpoint or on "
+                "other data.",
+                "Use what it was made with, or start in a new folder.",
             )
         for name in (TOKENIZER, PRECISION, ROUTER):
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as stream:
         stream.write(json.dumps(told, indent=1).encode() + b"\n")
+
+
+def _digest(corpus: Corpus) -> str:
+    """A hash of what is learned from: the names of images, and all words about them."""
+    digest = hashlib.sha256()
+    for each in corpus.everything:
+        digest.update(f"{each.image.name}|{each.modality}|{each.turns}\n".encode())
+    return digest.hexdigest()
 
 
 def planned(recipe: Recipe, corpus: Corpus) -> list[Planned]:

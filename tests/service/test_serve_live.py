@@ -23,7 +23,7 @@ from serving import StandIn, live, png, upload
 from medmoe_edge.bedside.serve import server as serve_server
 from medmoe_edge.bedside.serve.settings import Limits, Settings
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import InputError, ResourceError
 from medmoe_edge.image.worker import read_apart
 
 ASK = {"question": "Is there effusion?"}
@@ -177,7 +177,7 @@ def test_tls_is_spoken(engine: StandIn, tmp_path: Path) -> None:
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"port {port}"):
+        with pytest.raises(ResourceError, match=f"port {port}"):
             serve_server.listening(Settings(port=port))
 
 

@@ -34,7 +34,7 @@ from medmoe_edge.contrastive.engine import ModalityEngine, load_modality
 from medmoe_edge.engine.engine import load
 from medmoe_edge.engine.loading import Device, RuntimeName
 from medmoe_edge.engine.prefix_cache import LastPrefix
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import ResourceError
 from medmoe_edge.image.worker import warm_up
 
 PAGE = Path(__file__).parent / "page"
@@ -185,7 +185,7 @@ class HeadTimeoutProtocol(H11Protocol):
 def run(app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; what was accepted is then still answered.
 
-    `ready` is called with the URL once requests are taken. Raises `InputError` where it cannot
+    `ready` is called with the URL once requests are taken. Raises `ResourceError` where it cannot
     listen, and `KeyboardInterrupt` after a SIGINT.
     """
     with listening(settings) as listener:
@@ -229,14 +229,14 @@ class Server(uvicorn.Server):
 
 
 def listening(settings: Settings) -> socket.socket:
-    """A socket that listens; raises `InputError` where the address cannot be had."""
+    """A socket that listens; raises `ResourceError` where the address cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise InputError(
+        raise ResourceError(
             f"Nothing can listen on {settings.host}, port {settings.port} ({error.strerror}).",
             "Choose another --host or --port.",
         ) from error
