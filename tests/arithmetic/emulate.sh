@@ -4,6 +4,7 @@
 #   tests/arithmetic/emulate.sh                   all of them (half an hour on two cores)
 #   tests/arithmetic/emulate.sh Nehalem Haswell   some
 #   tests/arithmetic/emulate.sh --all Nehalem     with every other test of numbers (an hour)
+#   tests/arithmetic/emulate.sh --few Nehalem     tests/arithmetic alone
 #
 # On x86 it also runs those of tests/unit that compute with ONNX Runtime, in this process: $also.
 # arm-sme is an Arm processor with matrix instructions (as Apple's from M4 on).
@@ -94,7 +95,10 @@ on_arm() {
 }
 
 failed=()
-[ "${1:-}" = --all ] && shift && also+=("${all[@]}")
+case ${1:-} in
+    --all) shift && also+=("${all[@]}") ;;
+    --few) shift && also=() ;;
+esac
 [ $# -gt 0 ] || set -- "${x86[@]}" "${arm[@]}"
 for cpu; do
     echo "== $cpu"
