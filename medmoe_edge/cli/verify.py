@@ -96,7 +96,9 @@ def evaluate(
     elif data is None:
         raise InputError(
             "Neither --data nor --references was given.",
-            "Give --data, questions that the model is asked; --labels are scored beside them.",
+            "See: medmoe-edge eval --help"
+            if labels is None
+            else "Give --data, questions that the model is asked; --labels are scored beside them.",
         )
     else:
         model = bundle or "nano"

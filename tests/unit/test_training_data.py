@@ -177,7 +177,7 @@ def test_a_wrong_recipe_is_named(tmp_path: Path, change: dict[str, object], mess
     data = read_recipe("nano").to_json()
     data["moe"] |= change
     (tmp_path / "mine.json").write_text(json.dumps(data))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(DataError, match=message):
         read_recipe(str(tmp_path / "mine.json"))
 
 
