@@ -1,6 +1,5 @@
 """ask(): an image and questions in, answers out, over any runtime; and where the time went."""
 
-import asyncio
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -213,6 +212,8 @@ class Engine(OneAtATime):
         Requests to one engine are computed one after the other. One that is cancelled is computed
         to its end, and its answer dropped. Arguments and errors are those of `ask`.
         """
+        import asyncio  # which asking without it need not pay for
+
         return await asyncio.to_thread(
             self.ask,
             image,
