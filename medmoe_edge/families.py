@@ -80,10 +80,11 @@ class EvaluateOptions:
     """What a model is scored on, and where it runs.
 
     `blind`: the same questions about a black picture are scored too. At most `limit` questions are
-    asked, drawn by `seed`. `predictions` is where every answer is written.
+    asked, drawn by `seed`. `predictions` is where every answer is written. With `labels` a Med-MoE
+    may do without `data`: then only how it reads labelled images is scored.
     """
 
-    data: Path
+    data: Path | None
     labels: Path | None = None
     predictions: Path | None = None
     runtime: "RuntimeName" = "auto"
@@ -98,17 +99,18 @@ class EvaluateOptions:
 class AnswerScores:
     """How a Med-MoE answered questions, without looking too, and how it read labelled images.
 
-    `of` is the number of questions that those asked were drawn from.
+    `of` is the number of questions that those asked were drawn from; `questions` is None where none
+    were asked.
     """
 
-    questions: "Evaluation"
+    questions: "Evaluation | None"
     of: int
     labels: "ModalityAccuracy | None" = None
     blind: "Scores | None" = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return self.questions.to_json() | {
+        return (self.questions.to_json() if self.questions else {}) | {
             "of": self.of,
             "labels": asdict(self.labels) if self.labels else None,
             "blind": asdict(self.blind) if self.blind else None,
@@ -195,9 +197,10 @@ class MedMoEFamily:
         from medmoe_edge.engine.engine import load
         from medmoe_edge.evaluation import evaluate as evaluation
 
-        given = read_examples(options.data)
+        given = read_examples(options.data) if options.data else []
         examples = evaluation.sample_examples(given, options.limit, options.seed)
-        evaluation.check_examples(examples)
+        if options.data:
+            evaluation.check_examples(examples)
         labelled = read_labels(options.labels) if options.labels else []
         labelled = [item for item in labelled if item.split != "train"]
         if options.labels and not labelled:
@@ -207,16 +210,18 @@ class MedMoEFamily:
             )
         engine = load(model, runtime=options.runtime, device=options.device)
         longest = options.max_new_tokens
-        asked = evaluation.evaluate(
-            engine,
-            examples,
-            max_new_tokens=longest,
-            progress=lambda *done: progress("Questions", *done),
-        )
-        if options.predictions:
+        asked = None
+        if examples:
+            asked = evaluation.evaluate(
+                engine,
+                examples,
+                max_new_tokens=longest,
+                progress=lambda *done: progress("Questions", *done),
+            )
+        if asked and options.predictions:
             evaluation.save_predictions(asked.predictions, options.predictions)
         blind = read = None
-        if options.blind:
+        if examples and options.blind:
             blind = evaluation.evaluate_blind(
                 engine,
                 examples,
@@ -310,6 +315,8 @@ class ContrastiveFamily:
         if options.runtime == "tensorrt":
             raise InputError("A modality-moe does not run on tensorrt.", "Leave --runtime out.")
         engine = load_modality(model, runtime=options.runtime)
+        if options.data is None:
+            raise InputError("A modality-moe model is scored on --data.", "Give a folder of it.")
         return evaluate_modality(engine, options.data, progress)
 
     def inspect(self, folder: Path, vision_tower: Path | None) -> "ModalityInspection":

@@ -93,12 +93,9 @@ def evaluate(
     if references is not None:
         unused = (bundle, data, labels, blind, runtime != "auto", device != "auto", force)
         found = _score_file(predictions, references, limit, seed, others=any(unused))
-    elif data is None:
+    elif data is None and labels is None:
         raise InputError(
-            "Neither --data nor --references was given.",
-            "See: medmoe-edge eval --help"
-            if labels is None
-            else "Give --data, questions that the model is asked; --labels are scored beside them.",
+            "Neither --data nor --references was given.", "See: medmoe-edge eval --help"
         )
     else:
         model = bundle or "nano"

@@ -136,7 +136,9 @@ def _held_out(folder: Path) -> Path:
     if found is None:
         raise DataError(
             f"{folder} holds no {QUESTION_FILES['test'][0]} and no {QUESTION_FILES['val'][0]}.",
-            "Give a file of questions, or make such a folder with: medmoe-edge data",
+            f"Score its labels with --labels {folder / 'labels.jsonl'} alone; or give questions."
+            if (folder / "labels.jsonl").exists()
+            else "Give a file of questions, or make such a folder with: medmoe-edge data",
         )
     return found
 

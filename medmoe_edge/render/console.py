@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none o
 
     from medmoe_edge.engine.answer import Answer
     from medmoe_edge.errors import MedMoEError, Notice
-    from medmoe_edge.evaluation.evaluate import Score, Scores
+    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Score, Scores
     from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.families import AnswerScores
 
@@ -173,6 +173,9 @@ def show_inspection(inspection: "Inspection") -> None:
 
 def show_evaluation(found: "AnswerScores") -> None:
     """The papers' figures in percent, without the picture too, then how the modality was read."""
+    if found.questions is None:
+        show(_modality_found("the labelled images", found.labels))
+        return
     asked, blind = found.questions, found.blind
     scores: list[tuple[str, Score | None]] = [
         ("all", asked.overall),
@@ -208,7 +211,7 @@ def show_evaluation(found: "AnswerScores") -> None:
         "counts as often as the reference has it.",
         "dim",
     )
-    for line in _remarks(found):
+    for line in _remarks(asked, found):
         show(line)
 
 
@@ -236,8 +239,7 @@ def _published(
     )
 
 
-def _remarks(found: "AnswerScores") -> Iterator[str]:
-    asked = found.questions
+def _remarks(asked: "Evaluation", found: "AnswerScores") -> Iterator[str]:
     if asked.overall.n < found.of:
         yield f"Drawn from {found.of:,} questions."
     if asked.cut_off:
@@ -248,8 +250,14 @@ def _remarks(found: "AnswerScores") -> Iterator[str]:
         yield f"Confidence is off by {percent(reliability.ece)} on average (ECE)."
         yield f"Wrong are {percent(wrong)} of all answers, {percent(half)} of the surer half."
     for what, read in (("these images", asked.router), ("the labelled images", found.labels)):
-        if read and read.accuracy is not None:
-            yield f"Modality found in {what}: {percent(read.accuracy)} of {read.images}"
+        if line := _modality_found(what, read):
+            yield line
+
+
+def _modality_found(what: str, read: "ModalityAccuracy | None") -> str:
+    if read is None or read.accuracy is None:
+        return ""
+    return f"Modality found in {what}: {percent(read.accuracy)} of {read.images}"
 
 
 def show_run(epochs: Sequence[Mapping[str, Any]], *, finished: bool) -> None:

@@ -54,6 +54,25 @@ def test_eval(run: Run, loaded: list[tuple[str, str]], tmp_path: Path) -> None:
     assert json.loads(run(*command, "--json").stdout)["labels"] is None
 
 
+@pytest.mark.usefixtures("loaded")
+def test_labels_alone_can_be_scored(run: Run, scan: Path, tmp_path: Path) -> None:
+    label = {"image": scan.name, "body": "chest", "finding": "none", "source": "s", "split": "val"}
+    lines = [json.dumps({**label, "modality": name}) for name in ("xray", "ct")]
+    (tmp_path / "DATA").mkdir()
+    shutil.copy(scan, tmp_path / "DATA")
+    (tmp_path / "DATA/labels.jsonl").write_text("\n".join(lines))
+    command = ["eval", "my", "--labels", "DATA/labels.jsonl"]
+    told = run(*command, "--json")
+    assert told.exit_code == 0, told.stdout
+    figures = json.loads(told.stdout)
+    assert (figures["labels"]["accuracy"], figures["labels"]["images"]) == (0.5, 2)
+    assert "overall" not in figures
+    assert "Modality found in the labelled images: 50.0% of 2" in run(*command).stdout
+    refused = run("eval", "my", "--data", "DATA")
+    assert refused.exit_code == 2
+    assert "--labels DATA/labels.jsonl alone" in two_lines(refused)[1]
+
+
 @pytest.mark.usefixtures("questions")
 def test_eval_refuses_before_it_works(
     run: Run, loaded: list[tuple[str, str]], tmp_path: Path
