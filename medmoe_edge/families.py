@@ -264,7 +264,7 @@ class ContrastiveFamily:
     def export(
         self, checkpoint: Path, out: Path, options: ExportOptions, progress: "Progress"
     ) -> "Export":
-        """See `pipeline_contrastive.export_modality`."""
+        """See `pipeline.contrastive.export_modality`."""
         with needs("export"):
             from medmoe_edge.pipeline.contrastive import export_modality
         return export_modality(

@@ -310,7 +310,7 @@ def run_batch(
     """Ask all questions about all images, and write the answers to a Parquet or a CSV file.
 
     `inputs` says what the inputs may be, `results` what is written. `recipe` is how to ask (by
-    default nano), `answering` where: in this process, or `batch_ray.OnRay`. Interrupted at any
+    default nano), `answering` where: in this process, or `cluster.OnRay`. Interrupted at any
     moment, the same call goes on; `force` replaces an output that exists, and a journal of another
     job. With `audit`, every answer has its entry in that log before it is kept. Raises `InputError`
     for inputs, questions or an output that cannot be used, the errors of `engine.load`, and
