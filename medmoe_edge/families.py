@@ -120,9 +120,8 @@ class AnswerScores:
 def score_file(
     predictions: Path, references: Path, *, limit: int | None = None, seed: int = 0
 ) -> AnswerScores:
-    """Score answers that lie in a file; see `evaluation.predictions.score_predictions`."""
-    from medmoe_edge.evaluation.evaluate import sample_examples
-    from medmoe_edge.evaluation.predictions import score_predictions
+    """Score answers that lie in a file; see `evaluation.evaluate.score_predictions`."""
+    from medmoe_edge.evaluation.evaluate import sample_examples, score_predictions
 
     counts: list[int] = []
 
