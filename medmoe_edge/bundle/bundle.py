@@ -301,6 +301,24 @@ class Bundle(AnyBundle[ModelConfig]):
         fitted = self.manifest.get(CONFIDENCE)
         return None if fitted is None else Confidence.from_json(fitted, f"{MANIFEST} {CONFIDENCE}")
 
+    @property
+    def refusals(self) -> Mapping[str, float]:
+        """By its code, the probability from which on a refusal of its model counts.
+
+        Empty where the manifest says none; raises `ConfigError` for one that is impossible.
+        """
+        found: Any = self.manifest.get(REFUSALS, {})
+        known = self.config.codes
+        if not isinstance(found, Mapping) or not all(
+            code in known and type(value) in (int, float) and 0 <= value <= 1
+            for code, value in found.items()
+        ):
+            raise ConfigError(
+                f"{MANIFEST} has {REFUSALS} = {found!r}.",
+                "Give each code that the model knows a probability from 0 to 1.",
+            )
+        return {code: float(value) for code, value in found.items()}
+
 
 AnyBundleT = TypeVar("AnyBundleT", bound=AnyBundle[Any])
 

@@ -30,7 +30,7 @@ from medmoe_edge.evaluation.metrics import reliability
 
 FEWEST = 50  # answers that a curve is fitted on
 MANY = 500  # from which on it is isotonic
-FOLDS = 10
+FOLDS = 5
 FLAGGED = 0.22  # the most answers that are unsure where nobody asks for another accuracy
 SCANS_FLAGGED = 0.02  # the most ordinary questions that a refusal may flag
 EDGE = 1e-6  # probabilities are held this far from 0 and 1, where log-odds are infinite
