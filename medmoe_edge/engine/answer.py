@@ -216,18 +216,19 @@ class Answer:
 
     `confidence` (0 to 1) is the chance that the answer is right, where `confidence_kind` is
     "calibrated": the bundle knows how often answers of its probability were right. "raw" is the
-    model's own probability of this very answer, end token included, and no such chance. `modality` is the router's reading of the image, None
-    where the experts' modalities are not known; `experts` the share of routed tokens, over all
-    layers, that each expert took. `model` says by `name` and `sha256` what answered, by `runtime`
-    what ran it, and under `verification` what is known of its fidelity: "passed", "failed" or "not
-    measured" of a bundle, "reference" of a checkpoint; of a bundle, `verified` says on what
-    `machine` (None: not recorded) and whether that holds `here`. `paging` tells how experts were
-    brought into memory where that is bounded (`runtimes.paging.report`), else it is None.
-    `warnings` are what a person and a program should know before they use the answer: of the model,
-    of how the image was read, of a label that the image is unlike, and why it is `unsure`. Then
-    `text` is a best guess. It is not `complete` where it was `stopped` by its "length", or by the
-    model's "repetition" of itself. `refusals` are the probabilities that the model gave to having
-    no answer, by their codes; `confidence` is what they and all other answers leave to this one.
+    model's own probability of this very answer, end token included, and no such chance.
+    `modality` is the router's reading of the image, None where the experts' modalities are not
+    known; `experts` the share of routed tokens, over all layers, that each expert took. `model`
+    says by `name` and `sha256` what answered, by `runtime` what ran it, and under `verification`
+    what is known of its fidelity: "passed", "failed" or "not measured" of a bundle, "reference" of
+    a checkpoint; of a bundle, `verified` says on what `machine` (None: not recorded) and whether
+    that holds `here`. `paging` tells how experts were brought into memory where that is bounded
+    (`runtimes.paging.report`), else it is None. `warnings` are what a person and a program should
+    know before they use the answer: of the model, of how the image was read, of a label that the
+    image is unlike, and why it is `unsure`. Then `text` is a best guess. It is not `complete` where
+    it was `stopped` by its "length", or by the model's "repetition" of itself. `refusals` are the
+    probabilities that the model gave to having no answer, by their codes; `confidence` is what they
+    and all other answers leave to this one.
     `probabilities` are those of the choices that were given, which add up to 1; else None.
     """
 

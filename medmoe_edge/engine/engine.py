@@ -73,9 +73,9 @@ class Engine(OneAtATime):
     `proven` is what is known of a bundle's fidelity, None of a checkpoint; `verification` says it
     in a word: "passed", "not decided", "failed" or "not measured", of a checkpoint "reference".
     `warnings` are of the model, and part of every answer's. `thresholds` say by its code how likely
-    a refusal must be to count (`answer.REFUSED` where nothing does); `fitted` makes the confidence
-    of answers from their probability, which is what it is where it is None. An answer ends where it begins
-    to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`.
+    a refusal must be to count (`answer.REFUSED` where nothing does); `fitted` makes an answer's
+    confidence of its probability, and without it the one is the other. An answer ends where it
+    begins to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`.
     """
 
     def __init__(

@@ -137,8 +137,8 @@ logger = logging.getLogger(__name__)
 class Loaded(NamedTuple):
     """What an engine is made of; `proven` is None of a checkpoint.
 
-    `warnings` are what every answer of the model is to say; `thresholds` say by its code how likely
-    a refusal must be to count, and `fitted` how often answers are right, where the bundle says that.
+    `warnings` are what every answer of the model is to say. Where the bundle says it, `thresholds`
+    tell by its code how likely a refusal must be to count, and `fitted` how often it is right.
     """
 
     runtime: Runtime

@@ -15,18 +15,24 @@ others. So no answer judges a fit that saw its image. The curves that are kept a
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Doubles
-from medmoe_edge.config import Confidence, Curve, Unsure, answer_kind
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_confidence
+from medmoe_edge.config import Confidence, Curve, answer_kind
 from medmoe_edge.data.datasets import Example
-from medmoe_edge.errors import DataError, InputError, needs
+from medmoe_edge.embedded import is_installed
+from medmoe_edge.engine.loading import remember, remembered
+from medmoe_edge.errors import DataError, InputError, ResourceError, needs
 from medmoe_edge.evaluation.evaluate import Prediction
-from medmoe_edge.evaluation.metrics import reliability
+from medmoe_edge.evaluation.metrics import Share, reliability, selective
 
 FEWEST = 50  # answers that a curve is fitted on
 MANY = 500  # from which on it is isotonic
@@ -102,7 +108,7 @@ def fit_confidence(
             f"No tenth of the answers is right in {selective_accuracy:.0%} of cases.",
             "Ask for a lower --selective-accuracy, or leave it out.",
         )
-    fit, wrong, sure = _fit(answers), 1 - answers.right, answers.right[~unsure]
+    fit = _fit(answers)
     return Confidence(
         closed=fit.closed,
         open=fit.open,
@@ -113,11 +119,7 @@ def fit_confidence(
         data_sha256=data_sha256,
         before=reliability(answers.probability, answers.right),
         after=reliability(crossed, answers.right),
-        unsure=Unsure(
-            answers=float(unsure.mean()),
-            errors=float(wrong[unsure].sum() / wrong.sum()),
-            accuracy=float(sure.mean()) if len(sure) else 0.0,
-        ),
+        unsure=selective(unsure, answers.right),
     )
 
 
@@ -194,6 +196,81 @@ def refusal_threshold(usual: npt.ArrayLike, refused: npt.ArrayLike) -> float:
     low, high = (math.log(p / (1 - p)) for p in np.clip((least, most), EDGE, 1 - EDGE))
     middle = 1 / (1 + math.exp(-(low + high) / 2))
     return min(max(middle, float(np.nextafter(least, 1))), most)
+
+
+@dataclass(frozen=True)
+class RefusalFit:
+    """The threshold of a refusal, and what it flags, each case by a fit that never saw it.
+
+    `usual` is the share of what should be answered, `refused` of what should be refused (None:
+    there was nothing of the kind).
+    """
+
+    threshold: float
+    usual: Share
+    refused: Share | None
+
+
+def fit_refusal(usual: Sequence[float], refused: Sequence[float]) -> RefusalFit:
+    """Choose a threshold as `refusal_threshold` does, and judge it by cross-fitting."""
+    flagged = {True: 0, False: 0}
+    parts = [_dealt(usual), _dealt(refused)]
+    for fold in range(FOLDS):
+        seen = [values[places != fold] for values, places in parts]
+        if not len(seen[0]):
+            continue
+        threshold = refusal_threshold(*seen)
+        for wanted, (values, places) in zip((False, True), parts, strict=True):
+            flagged[wanted] += int((values[places == fold] >= threshold).sum())
+    return RefusalFit(
+        threshold=refusal_threshold(usual, refused),
+        usual=Share.of(flagged[False], len(usual)),
+        refused=Share.of(flagged[True], len(refused)) if refused else None,
+    )
+
+
+def _dealt(values: Sequence[float]) -> tuple[Doubles, npt.NDArray[np.int64]]:
+    """Values, and the fold of each."""
+    order = np.random.default_rng(0).permutation(len(values))
+    return np.array(values, np.float64), order % FOLDS
+
+
+def check_fittable(folder: Path) -> None:
+    """Raise before anything is asked where the confidence of a model could not be kept.
+
+    Raises:
+        InputError: It is no bundle, or part of an installation.
+        ResourceError: The folder cannot be written.
+    """
+    if not (folder / MANIFEST).exists():
+        raise InputError(
+            f"{folder} is no bundle, and confidence is kept in a bundle.",
+            "Export the model first: medmoe-edge export CHECKPOINT",
+        )
+    if is_installed(folder):
+        raise InputError(
+            f"{folder} is part of an installation, whose files are not changed.",
+            "Fit the confidence of a copy of the bundle.",
+        )
+    if not os.access(folder, os.W_OK):
+        raise ResourceError(f"{folder} cannot be written.", "Work on a copy of the bundle.")
+
+
+def keep_confidence(
+    folder: Path, confidence: Confidence, refusals: Mapping[str, RefusalFit]
+) -> Bundle:
+    """Write what was fitted into a bundle's manifest; its graphs and its verification stand.
+
+    Returns the bundle as it is now, under a new hash; raises `ResourceError` where it cannot be
+    written.
+    """
+    bundle = Bundle.open(folder, verify=False)
+    proof = remembered(bundle)
+    thresholds = {code: fit.threshold for code, fit in refusals.items()}
+    written = write_confidence(bundle, confidence, thresholds)
+    if proof:  # what was found out on this machine holds of the same graphs under their new hash
+        remember(written, proof)
+    return written
 
 
 def _answers(examples: Sequence[Example], predictions: Sequence[Prediction]) -> _Answers:

@@ -14,14 +14,14 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.config import Reliability
+from medmoe_edge.config import Reliability, Unsure
 from medmoe_edge.data.datasets import (
     AnswerType,
     Example,
@@ -39,6 +39,7 @@ from medmoe_edge.evaluation.metrics import (
     official_closed_correct,
     official_recall,
     reliability,
+    selective,
     token_recall,
 )
 from medmoe_edge.image.pixels import Image
@@ -67,6 +68,10 @@ class Answer(Protocol):
     def confidence(self) -> float | None: ...
     @property
     def complete(self) -> bool: ...
+    @property
+    def unsure(self) -> bool: ...
+    @property
+    def refusals(self) -> Mapping[str, float]: ...
 
 
 class Engine(Protocol):
@@ -96,7 +101,9 @@ class Prediction:
         confidence: The model's own, 0..1; None where it is not known.
         modality: The image's label; None where it has none.
         modality_found: What the router read; None where it is not known.
-        complete: False of an answer that was cut off at its longest.
+        complete: False of an answer that was cut off.
+        unsure: Whether the answer was marked as a guess.
+        refusals: How likely the model found it to have no answer, by the code of each reason.
     """
 
     id: str
@@ -111,6 +118,8 @@ class Prediction:
     modality: str | None = None
     modality_found: str | None = None
     complete: bool = True
+    unsure: bool = False
+    refusals: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,13 +170,15 @@ class ModalityAccuracy:
 class Evaluation(Scores):
     """All figures of one evaluation, and the predictions in the order of the examples.
 
-    `cut_off` counts the answers that ended at the longest allowed.
+    `cut_off` counts the answers that are not whole; `unsure` is what marking answers as guesses
+    gave.
     """
 
     by_source: Mapping[str, Scores]
     by_modality: Mapping[str, Score]
     router: ModalityAccuracy
     reliability: Reliability | None
+    unsure: Unsure
     cut_off: int
     predictions: tuple[Prediction, ...]
 
@@ -260,6 +271,7 @@ def score_answers(
             ((label, found[image]) for image, label in labels.items()), expert_names
         ),
         reliability=_reliability(scored),
+        unsure=selective([one.unsure for one in scored], [one.correct for one in scored]),
         cut_off=sum(not prediction.complete for prediction in scored),
         predictions=tuple(scored),
     )
@@ -347,6 +359,8 @@ def _scored(example: Example, answer: Answer) -> Prediction:
         modality=example.modality,
         modality_found=answer.modality,
         complete=answer.complete,
+        unsure=answer.unsure,
+        refusals=dict(answer.refusals),
     )
 
 
@@ -427,6 +441,8 @@ class GivenAnswer:
     confidence: float | None = None
     modality: str | None = None
     complete: bool = True
+    unsure: bool = False
+    refusals: Mapping[str, float] = field(default_factory=dict)
 
 
 def score_predictions(

@@ -203,37 +203,34 @@ def area_under_curve(scores: npt.ArrayLike, there: npt.ArrayLike) -> float:
     return float(_wins(np.asarray(scores, np.float64), np.asarray(there, np.bool_)).mean())
 
 
-def evaluate_no_scans(
-    engine: Engine,
-    pictures: Sequence[Finding],
-    scans: Sequence[Path],
-    *,
-    progress: Progress | None = None,
-) -> NoScans:
-    """Ask one question about pictures that are no scans, and about scans.
-
-    Raises `DataError` where there are none of either.
-    """
-    if not pictures or not scans:
-        raise DataError(
-            "There are no pictures that are no scans, or no scans.",
-            'Give some of both: a picture that is no scan has the modality "none".',
-        )
-    images = [*(picture.image for picture in pictures), *dict.fromkeys(scans)]
-    flagged = []
-    for done, image in enumerate(images, start=1):
-        (answer,) = engine.ask_all(image, [FLAGSHIP], max_new_tokens=MAX_NEW_TOKENS)
-        flagged.append(any(notice.code == "not_a_scan" for notice in answer.warnings))
+def ask_flagship(
+    engine: Engine, images: Sequence[Path], *, progress: Progress | None = None
+) -> list[Answer]:
+    """Ask one question about each image."""
+    answers: list[Answer] = []
+    for image in images:
+        answers += engine.ask_all(image, [FLAGSHIP], max_new_tokens=MAX_NEW_TOKENS)
         if progress:
-            progress(done, len(images))
-    of_pictures, of_scans = flagged[: len(pictures)], flagged[len(pictures) :]
-    kinds = zip(pictures, of_pictures, strict=True)
+            progress(len(answers), len(images))
+    return answers
+
+
+def score_no_scans(
+    pictures: Sequence[Finding], of_pictures: Sequence[Answer], of_scans: Sequence[Answer]
+) -> NoScans:
+    """Which pictures that are no scans, and which scans, were taken for no scan."""
+    flagged, wrongly = ([_no_scan(answer) for answer in some] for some in (of_pictures, of_scans))
+    kinds = zip(pictures, flagged, strict=True)
     return NoScans(
         question=FLAGSHIP,
-        pictures=Share.of(sum(of_pictures), len(of_pictures)),
-        scans=Share.of(sum(of_scans), len(of_scans)),
+        pictures=Share.of(sum(flagged), len(flagged)),
+        scans=Share.of(sum(wrongly), len(wrongly)),
         missed=dict(Counter(one.kind or "unknown" for one, found in kinds if not found)),
     )
+
+
+def _no_scan(answer: Answer) -> bool:
+    return any(notice.code == "not_a_scan" for notice in answer.warnings)
 
 
 def read_versions(file: Path) -> list[dict[str, str]]:

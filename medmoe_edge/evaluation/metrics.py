@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.config import Bin, Config, Reliability
+from medmoe_edge.config import Bin, Config, Reliability, Unsure
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_GROUPS = re.compile(r"\d,\d")
@@ -148,6 +148,17 @@ def risk_coverage(
     kept = [max(1, round(share * len(errors))) for share in shares]
     return tuple(
         (share, float(errors[:count].mean())) for share, count in zip(shares, kept, strict=True)
+    )
+
+
+def selective(unsure: npt.ArrayLike, correct: npt.ArrayLike) -> Unsure:
+    """What being `unsure` [N] (true or false) of answers gives, `correct` [N] being 0 or 1."""
+    doubted, right = np.asarray(unsure, np.bool_), np.asarray(correct, np.float64)
+    errors, sure = 1 - right, right[~doubted]
+    return Unsure(
+        answers=float(doubted.mean()),
+        errors=float(errors[doubted].sum() / max(errors.sum(), 1)),
+        accuracy=float(sure.mean()) if len(sure) else 0.0,
     )
 
 
