@@ -22,7 +22,8 @@ from medmoe_edge.errors import ResourceError
 Version = tuple[int, ...]
 Board = Literal["AGX Orin", "Orin NX", "Orin Nano", "Thor"]
 
-OLDEST_TENSORRT: Version = (11, 0)
+OLDEST_TENSORRT: Version = (10, 3)
+AOT_PLUGINS: Version = (10, 9)  # compiled ahead of time from Python, without which no MoE plugin
 # What a version of TensorRT brought that the `tensorrt` target needs or could use.
 SINCE: dict[Version, str] = {
     (10, 3): "opsets to 20; strongly typed networks; no AOT plugins",

@@ -214,16 +214,14 @@ def attention_function(decoder: DecoderConfig) -> ir.Function:
     """The op's body in standard ops."""
     build = Builder()
     values = {name: ir.Value(name=name) for name in INPUTS}
-    steps = _positions(build, values["q"], values["start"])  # [S]
-    query, key = (_rotated(build, values, name, steps, decoder) for name in "qk")
+    steps = positions(build, values["q"], values["start"])  # [S]
+    query, key = (rotated(build, values, name, steps, decoder) for name in "qk")
     caches = [
         build.op("TensorScatter", values[f"past_{name}"], new, values["start"], axis=2)
-        for name, new in (("key", key), ("value", _heads(build, values["v"], decoder)))
+        for name, new in (("key", key), ("value", heads(build, values["v"], decoder)))
     ]
-    mixed = build.op("Attention", query, *caches, _visible(build, caches[0], steps))
-    y = build.op(
-        "Reshape", build.op("Transpose", mixed, perm=[0, 2, 1, 3]), build.constant([0, 0, -1])
-    )
+    mixed = build.op("Attention", query, *caches, visible(build, caches[0], steps))
+    y = merged(build, mixed)
     graph = ir.Graph(
         list(values.values()),
         [y, *caches],
@@ -235,7 +233,8 @@ def attention_function(decoder: DecoderConfig) -> ir.Function:
     return ir.Function(MEDMOE, "Attention", graph=graph, attributes=declared)
 
 
-def _positions(build: Builder, q: ir.Value, start: ir.Value) -> ir.Value:
+def positions(build: Builder, q: ir.Value, start: ir.Value) -> ir.Value:
+    """Of the tokens of a step, `[S]`."""
     length = build.op("Squeeze", build.op("Shape", q, start=1, end=2))
     return build.op("Add", start, build.op("Range", *_from_zero(build, length)))
 
@@ -244,22 +243,29 @@ def _from_zero(build: Builder, end: ir.Value) -> tuple[ir.Value, ir.Value, ir.Va
     return build.constant(0), end, build.constant(1)
 
 
-def _heads(build: Builder, x: ir.Value, decoder: DecoderConfig) -> ir.Value:
+def heads(build: Builder, x: ir.Value, decoder: DecoderConfig) -> ir.Value:
     """`[1, S, D]` to `[1, H, S, head_size]`."""
     shape = build.constant([0, 0, decoder.heads, decoder.head_size])
     return build.op("Transpose", build.op("Reshape", x, shape), perm=[0, 2, 1, 3])
 
 
-def _rotated(
+def merged(build: Builder, x: ir.Value) -> ir.Value:
+    """`[1, H, S, head_size]` to `[1, S, D]`."""
+    rows = build.op("Transpose", x, perm=[0, 2, 1, 3])
+    return build.op("Reshape", rows, build.constant([0, 0, -1]))
+
+
+def rotated(
     build: Builder,
     values: dict[str, ir.Value],
     name: str,
     steps: ir.Value,
     decoder: DecoderConfig,
 ) -> ir.Value:
+    """Heads of q or k, `[1, H, S, head_size]`, turned by their positions."""
     return build.op(
         "RotaryEmbedding",
-        _heads(build, values[name], decoder),
+        heads(build, values[name], decoder),
         values["cos"],
         values["sin"],
         build.op("Unsqueeze", steps, build.constant([0])),
@@ -267,7 +273,7 @@ def _rotated(
     )
 
 
-def _visible(build: Builder, cache: ir.Value, steps: ir.Value) -> ir.Value:
+def visible(build: Builder, cache: ir.Value, steps: ir.Value) -> ir.Value:
     """`[S, C]`: which cached positions each token may attend over."""
     capacity = build.op("Squeeze", build.op("Shape", cache, start=2, end=3))
     cached = build.op("Range", *_from_zero(build, capacity))
