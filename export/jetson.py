@@ -1,8 +1,8 @@
 """Jetsons: what software one has, which TensorRT goes with it, and what to type there.
 
 A Jetson's TensorRT comes with its JetPack, and knows what its version knows: graphs are written in
-the operators of its parser (`passes/tensorrt_parser.py`), from `OLDEST_TENSORRT` on. The tables are facts from NVIDIA's pages,
-read in November 2026; none of their GPU rows has run on a Jetson yet.
+the operators of its parser (`passes/tensorrt_parser.py`), from `OLDEST_TENSORRT` on. The tables are
+facts from NVIDIA's pages, read in November 2026; none of their GPU rows has run on a Jetson yet.
 
     JetPack and Jetson Linux   developer.nvidia.com/embedded/jetpack-archive
     TensorRT on JetPack        docs.nvidia.com/deeplearning/tensorrt/11.4.1: migration guide for

@@ -51,10 +51,10 @@ from medmoe_edge.export.builder import (
     tensor_of,
     write_experts,
 )
+from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.gpus import Library, find_gpu, library_of, library_version, load_library
 from medmoe_edge.export.half import Keep, root_mean_squares, routing, to_half_graph
 from medmoe_edge.export.jetson import check_tensorrt, find_jetson
-from medmoe_edge.export.ops import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_attention
 from medmoe_edge.export.passes.ort_cuda import (
     lower_matmul_cuda,
@@ -270,11 +270,7 @@ def _build(
 ) -> dict[str, Built]:
     library = library_of(target)
     gpu = find_gpu(target.gpu, library)
-    if (
-        library == "tensorrt"
-        and bundle.config.moe is not None
-        and Parser.of_target(target).plugins
-    ):
+    if library == "tensorrt" and bundle.config.moe is not None and Parser.of_target(target).plugins:
         from medmoe_edge.kernels.tensorrt_plugin import register
 
         spec = MoESpec.of(bundle.config)

@@ -43,8 +43,7 @@ from medmoe_edge.export.builder import (
     tensor_of,
     unlike,
 )
-from medmoe_edge.export.half import halved
-from medmoe_edge.export.ops import (
+from medmoe_edge.export.decoder import (
     EXPERT_WEIGHTS,
     MoESpec,
     Weights,
@@ -54,6 +53,7 @@ from medmoe_edge.export.ops import (
     replace_moe,
     route,
 )
+from medmoe_edge.export.half import halved
 from medmoe_edge.export.quantise import StoredMatrix, lazy_tensor
 from medmoe_edge.kernels.variant import OPS, PARTS, TILES, Kernel, namespace
 

@@ -41,8 +41,7 @@ from medmoe_edge.export.builder import (
     replace_node,
     tensor_of,
 )
-from medmoe_edge.export.jetson import AOT_PLUGINS, Version, parse_version
-from medmoe_edge.export.ops import (
+from medmoe_edge.export.decoder import (
     INPUTS,
     attention_attributes,
     heads,
@@ -51,6 +50,7 @@ from medmoe_edge.export.ops import (
     rotated,
     visible,
 )
+from medmoe_edge.export.jetson import AOT_PLUGINS, Version, parse_version
 from medmoe_edge.export.quantise import Array, lazy_tensor
 
 OPERATORS: dict[Version, str] = {
@@ -204,9 +204,7 @@ def _copied(
     head = build.constant(np.arange(decoder.heads)[None, :, None])
     columns = (build.constant([[[0]]]), head, build.op("Unsqueeze", steps, build.constant([0, 1])))
     last = build.constant([-1])
-    indices = [
-        build.op("Unsqueeze", build.op("Expand", column, shape), last) for column in columns
-    ]
+    indices = [build.op("Unsqueeze", build.op("Expand", column, shape), last) for column in columns]
     return build.op("ScatterND", past, build.op("Concat", *indices, axis=-1), new)
 
 

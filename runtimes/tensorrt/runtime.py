@@ -32,8 +32,7 @@ from medmoe_edge.export.gpus import (
 )
 from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step, check_room, in_parts
 from medmoe_edge.runtimes.paging.pager import ExpertFile
-from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
-from medmoe_edge.runtimes.slots.slots import Kind, SlotPools, Table
+from medmoe_edge.runtimes.slots.slots import Chosen, Kind, SlotPools, SlotRequests, Table
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice, Device, MirroredArray
 
 
@@ -351,7 +350,7 @@ class PagedTensorRTRuntime(TensorRTRuntime):
     The engine takes the slots as inputs (`export/passes/tensorrt.py`). They are bound like the KV
     cache, by addresses that stay, so that a captured decode step stays right too: it reads the
     table from the device, as it reads where the token stands. Each launch is a whole step;
-    `slots/replay.py` runs it again until every expert that it chose was there.
+    `slots/slots.py` runs it again until every expert that it chose was there.
     """
 
     def __init__(

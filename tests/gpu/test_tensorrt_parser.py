@@ -5,6 +5,7 @@ the plugin's kernels are interpreted, and in ONNX Runtime where it has no plugin
 for RTX, which can be loaded here, parses and builds them.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def graph(bundle: Bundle, version: str) -> ir.Model:
 
 def test_a_later_parser_takes_all_that_an_earlier_one_does() -> None:
     parsers = [Parser.of(tuple(map(int, version.split(".")))[:2]) for version in VERSIONS]
-    for earlier, later in zip(parsers, parsers[1:], strict=False):
+    for earlier, later in itertools.pairwise(parsers):
         assert earlier.operators <= later.operators
         assert earlier.opset <= later.opset
     assert [parser.opset for parser in parsers] == [20, 21, 24, 24, 24, 24]
