@@ -383,7 +383,7 @@ class FhirServer(http.server.BaseHTTPRequestHandler):
 
 
 def test_fhir_is_posted_until_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.queue.FIRST_DELAY", 0.05)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
     (tmp_path / "token").write_text("secret\n")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FhirServer)
     seen: list[tuple[str, str, bytes]] = []

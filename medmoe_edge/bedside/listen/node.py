@@ -1,47 +1,25 @@
 """The DICOM node: receives, answers and sends, each in threads of its own, over one queue.
 
-What is sent on: documents by C-STORE, FHIR transactions by HTTP POST; each until it is taken.
-
-All that waits for a DICOM node goes over one association, which ends when nothing waits any more.
-
-A document may arrive twice, where an acknowledgement was lost: it is then the same object with the
-same UIDs, which a DICOM node stores once and a FHIR server creates once (`ifNoneExist`).
+A thread does one job after another; what fails is tried again later, and later still. When is kept
+in memory, by a clock that never jumps; after a restart everything is tried at once.
 """
 
-import io
 import logging
+import threading
 import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
 import filelock
-import httpx
-from pydicom import Dataset, dcmread, dcmwrite
-from pydicom.uid import (
-    UID,
-    BasicTextSRStorage,
-    Comprehensive3DSRStorage,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    KeyObjectSelectionDocumentStorage,
-    SecondaryCaptureImageStorage,
-)
 from pynetdicom import evt
 from pynetdicom.ae import ApplicationEntity
-from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
-from pynetdicom.status import code_to_category
 from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.bedside.listen.answering import Answering, Asked
-from medmoe_edge.bedside.listen.config import (
-    Configuration,
-    Destination,
-    DicomDestination,
-    FhirDestination,
-)
-from medmoe_edge.bedside.listen.queue import Folder, Queue, Worker
+from medmoe_edge.bedside.listen.config import Configuration, Destination
+from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
     MessageSizeLimit,
     Receiving,
@@ -50,7 +28,8 @@ from medmoe_edge.bedside.listen.receiving import (
     transfer_syntaxes,
 )
 from medmoe_edge.bedside.listen.report_sr import Locator
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.bedside.listen.sending import Sending
+from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import MAX_BYTES
 
 log = logging.getLogger(__name__)
@@ -58,6 +37,69 @@ VERIFICATION = "1.2.840.10008.1.1"
 PATIENCE = 10.0  # seconds that open associations get to end by themselves
 # Their messages quote UIDs, AE titles and values of what they read.
 TALKATIVE = ("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore")
+IDLE = 1.0  # seconds between looks, when nobody wakes it
+FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
+
+
+class Worker(threading.Thread):
+    """Calls `do` for the keys that `pending(limit)` names, in order.
+
+    `do` ends well, or raises: then the key is left for later. It must not be in the log what the
+    key stands for, so the log tells an error's own words only where they are ours. `rest` is called
+    when there is nothing to do for now, and at the end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pending: Callable[[int], Sequence[str]],
+        do: Callable[[str], None],
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self._pending, self._do, self._rest = pending, do, rest
+        self._stopping, self._awake = threading.Event(), threading.Event()
+        self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
+
+    def wake(self) -> None:
+        """There is something new."""
+        self._awake.set()
+
+    def stop(self) -> None:
+        """End after the job at hand; `join` waits for that."""
+        self._stopping.set()
+        self._awake.set()
+
+    def run(self) -> None:
+        """The thread's life."""
+        while not self._stopping.is_set():
+            self._awake.clear()
+            try:
+                key = self._next()
+                if key is not None:
+                    self._attempt(key)
+                    continue
+                self._rest()
+            except Exception as error:
+                log.error("%s cannot work (%s): waiting.", self.name, type(error).__name__)
+            self._awake.wait(IDLE)
+        self._rest()
+
+    def _next(self) -> str | None:
+        """The first key that is due; one more than the delayed are asked for, so it is seen."""
+        now = time.monotonic()
+        keys = self._pending(len(self._delayed) + 1)
+        return next((key for key in keys if self._delayed.get(key, (0.0,))[0] <= now), None)
+
+    def _attempt(self, key: str) -> None:
+        try:
+            self._do(key)
+            self._delayed.pop(key, None)
+        except Exception as error:
+            _, delay = self._delayed.get(key, (0.0, FIRST_DELAY))
+            self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
+            why = error.what if isinstance(error, MedMoEError) else type(error).__name__
+            log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
 
 
 class Node:
@@ -159,116 +201,3 @@ def _entity(configuration: Configuration) -> ApplicationEntity:
     for uid in (*classes_with_pixels(), *classes_set_aside()):
         entity.add_supported_context(uid, syntaxes)
     return entity
-
-
-TIMEOUT = 30.0  # seconds
-CLASSES = (
-    *(Comprehensive3DSRStorage, BasicTextSRStorage, KeyObjectSelectionDocumentStorage),
-    SecondaryCaptureImageStorage,
-)
-UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian)
-
-
-class Sending:
-    """The work of the thread of one destination."""
-
-    def __init__(
-        self,
-        destination: Destination,
-        ae_title: str,
-        folder: Folder,
-        queue: Queue,
-    ) -> None:
-        self.destination, self.ae_title = destination, ae_title
-        self.folder, self.queue = folder, queue
-        self._association: Association | None = None
-
-    def pending(self, limit: int) -> list[str]:
-        """The first documents that were not sent there."""
-        return self.queue.unsent(self.destination.name, limit)
-
-    def do(self, document: str) -> None:
-        """Send one document; raises `ResourceError`, saying why, where it is not taken."""
-        data = (self.folder.documents / document).read_bytes()
-        if isinstance(self.destination, DicomDestination):
-            try:
-                self._store(data, self.destination)
-            except BaseException:
-                self.rest()
-                raise
-        else:
-            post(data, self.destination)
-        self.queue.sent(document, self.destination.name)
-
-    def rest(self) -> None:
-        """Nothing waits for now: end the association."""
-        association, self._association = self._association, None
-        if association is not None and association.is_established:
-            association.release()
-
-    def _store(self, data: bytes, node: DicomDestination) -> None:
-        """Send a DICOM file by C-STORE, in the syntax that the node chose for its class."""
-        if self._association is None or not self._association.is_established:
-            self._association = associated(node, self.ae_title)
-        dataset: Dataset = dcmread(io.BytesIO(data))
-        accepted = {
-            context.transfer_syntax[0]
-            for context in self._association.accepted_contexts
-            if context.abstract_syntax == dataset.SOPClassUID
-        }
-        if not accepted:
-            name = dataset.SOPClassUID.name
-            raise ResourceError(f"it takes no {name}", "Configure other documents.")
-        if dataset.file_meta.TransferSyntaxUID not in accepted:
-            dataset = converted(dataset, min(accepted, key=UNCOMPRESSED.index))
-        status = self._association.send_c_store(dataset).get("Status")
-        if status is None:
-            raise ResourceError("it does not answer", "See its log.")
-        if code_to_category(status) not in ("Success", "Warning"):
-            raise ResourceError(f"it refused the document: 0x{status:04X}", "See its log.")
-
-
-def converted(dataset: Dataset, syntax: UID) -> Dataset:
-    """A document in another uncompressed transfer syntax; those made here have bytes as pixels."""
-    buffer = io.BytesIO()
-    list(dataset.iterall())  # values, in place of bytes in the old order
-    dataset.file_meta.TransferSyntaxUID = syntax
-    dcmwrite(
-        buffer,
-        dataset,
-        implicit_vr=syntax.is_implicit_VR,
-        little_endian=syntax.is_little_endian,
-        force_encoding=True,
-    )
-    return dcmread(io.BytesIO(buffer.getvalue()), force=True)
-
-
-def associated(node: DicomDestination, ae_title: str) -> Association:
-    """An association for all kinds of documents in all uncompressed syntaxes.
-
-    Raises `ResourceError` where the node cannot be reached or rejects it.
-    """
-    entity = ApplicationEntity(ae_title)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT
-    entity.connection_timeout = TIMEOUT
-    for uid in CLASSES:
-        for syntax in UNCOMPRESSED:  # each for itself, so that the node need not choose
-            entity.add_requested_context(uid, syntax)
-    association = entity.associate(node.host, node.port, ae_title=node.ae_title)
-    if not association.is_established:
-        why = "rejected the association" if association.is_rejected else "cannot be reached"
-        raise ResourceError(f"it {why}", "Is it running, and does it know this AE title?")
-    return association
-
-
-def post(data: bytes, server: FhirDestination) -> None:
-    """Post a FHIR transaction; raises `ResourceError` unless it is done."""
-    headers = {"Content-Type": "application/fhir+json", "Accept": "application/fhir+json"}
-    if server.token_file is not None:
-        headers["Authorization"] = f"Bearer {server.token_file.read_text('utf-8').strip()}"
-    try:
-        response = httpx.post(str(server.url), content=data, headers=headers, timeout=TIMEOUT)
-    except httpx.HTTPError as error:
-        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
-    if not response.is_success:
-        raise ResourceError(f"it refused: HTTP {response.status_code}", "See its log.")
