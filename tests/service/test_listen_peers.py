@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import hl7
 import numpy as np
 import pytest
 from command_line import answer_to
 from dicom_files import saved
 from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
+from highdicom.sr import MeasurementReport, srread
 from listen_process import (
     PEER,
     QUESTION,
@@ -32,11 +34,14 @@ from listen_process import (
     wait_for,
 )
 from pydicom import Dataset, dcmread
+from pydicom.sr.coding import Code
 from pydicom.uid import BasicTextSRStorage, CTImageStorage, EncapsulatedPDFStorage
 
+from medmoe_edge.bedside.listen import evidence
 from medmoe_edge.bedside.listen.answering import encoded
-from medmoe_edge.bedside.listen.evidence import Evidence, Result
-from medmoe_edge.bedside.listen.fhir import fhir
+from medmoe_edge.bedside.listen.config import Certainty, Finding
+from medmoe_edge.bedside.listen.evidence import Evidence, Result, coded
+from medmoe_edge.bedside.listen.hl7 import fhir, oru, oru_withdrawn
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.report_sr import (
     basic_text_sr,
@@ -56,6 +61,15 @@ RESULT = Result(
     answer_to("Is there é effusion?", "No, there is none."),
     "2026-01-02T03:04:05+00:00",
 )
+EFFUSION = Finding.model_validate(
+    {
+        "ask": [QUESTION],
+        "code": ["60046008", "SCT", "Pleural effusion"],
+        "same": [["RID34539", "RADLEX", "pleural effusion"]],
+        "site": ["3120008", "SCT", "Pleural structure"],
+    }
+)
+CODED = replace(RESULT, coded=coded(EFFUSION, RESULT.answer, Certainty(), True))
 
 
 class Middle:
@@ -80,6 +94,11 @@ def of_several(result: Result) -> Dataset:
         for number in (1, 2, 3)
     )
     return comprehensive_3d_sr(replace(result, evidence=others[1], others=others, of=100))
+
+
+def in_codes(_: Result) -> Dataset:
+    """A report whose answer is coded too."""
+    return comprehensive_3d_sr(CODED)
 
 
 def taken_back(result: Result) -> Dataset:
@@ -119,7 +138,7 @@ def test_dcmtk_finds_and_feeds_the_node(tmp_path: Path) -> None:
 def test_a_report_about_several_slices_names_them_all() -> None:
     report = dcmread(io.BytesIO(encoded(of_several(RESULT))))
     found = [item for _, item in _items(report)]
-    images = [item for item in found if item.ValueType == "IMAGE"]
+    images = [item for item in found if item.ValueType == "IMAGE"][3:]  # after the library
     assert [str(item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID) for item in images] == [
         study(number).SOPInstanceUID for number in (1, 2, 3)
     ]
@@ -127,7 +146,9 @@ def test_a_report_about_several_slices_names_them_all() -> None:
     assert "3 of 100 (number 1, 2, 3)" in texts
 
 
-@pytest.mark.parametrize("make", [comprehensive_3d_sr, basic_text_sr, of_several, taken_back])
+@pytest.mark.parametrize(
+    "make", [comprehensive_3d_sr, basic_text_sr, of_several, in_codes, taken_back]
+)
 def test_dcmtk_opens_the_reports(tmp_path: Path, make: Any) -> None:
     dump = tool("dsrdump")
     path = tmp_path / "report.dcm"
@@ -142,7 +163,7 @@ def test_dcmtk_opens_the_reports(tmp_path: Path, make: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [comprehensive_3d_sr, basic_text_sr, pictured, of_several, taken_back]
+    "make", [comprehensive_3d_sr, basic_text_sr, pictured, of_several, in_codes, taken_back]
 )
 def test_the_standards_own_rules_are_kept(tmp_path: Path, make: Any) -> None:
     path = tmp_path / "report.dcm"
@@ -162,10 +183,100 @@ def test_a_report_refers_to_what_it_is_about() -> None:
     assert texts["Algorithm Name"].TextValue == "fake"
     number = texts["Model's own probability of its answer"].MeasuredValueSequence[0]
     assert float(number.NumericValue) == pytest.approx(0.934)
-    (image,) = [item for item in found if item.ValueType == "IMAGE"]
+    (listed, image) = [item for item in found if item.ValueType == "IMAGE"]
+    assert listed.ConceptNameCodeSequence[0].CodeMeaning.startswith("Source")  # the image library
     assert image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == study().SOPInstanceUID
     assert report.PatientID == "MRN-4711"
     assert report.SOPInstanceUID == RESULT.uid("comprehensive-3d-sr")
+
+
+def test_highdicom_reads_what_was_found_and_where_and_how_certainly(tmp_path: Path) -> None:
+    path = tmp_path / "report.dcm"
+    path.write_bytes(encoded(in_codes(RESULT)))
+    content = srread(path).content
+    assert isinstance(content, MeasurementReport)
+    (group,) = content.get_image_measurement_groups()
+    values = {item.name.meaning: item.value for item in group.get_qualitative_evaluations()}
+    assert values["Pleural effusion"] == Code(*evidence.ABSENT)
+    assert values["Certainty of Finding"] == Code(*evidence.PROBABLY_ABSENT)
+    assert [site.value for site in group.finding_sites] == [Code("3120008", "SCT", "")]
+    assert group.finding_type is None  # nobody shall take what is absent for found
+    (named,) = [
+        item.ConceptNameCodeSequence[0]
+        for _, item in _items(dcmread(path))
+        if item.ConceptNameCodeSequence[0].CodeValue == "60046008"
+    ]
+    assert named.EquivalentCodeSequence[0].CodeValue == "RID34539"
+    modality = [item for _, item in _items(dcmread(path)) if item.ValueType == "CODE"]
+    assert "CR" in {item.ConceptCodeSequence[0].CodeValue for item in modality}
+
+
+@pytest.mark.parametrize(
+    ("text", "confidence", "agreed", "presence", "certainty"),
+    [
+        ("Yes", 0.95, True, evidence.PRESENT, evidence.PROBABLY_PRESENT),
+        ("yes, on the left.", 0.95, True, evidence.PRESENT, evidence.PROBABLY_PRESENT),
+        ("No.", 0.95, True, evidence.ABSENT, evidence.PROBABLY_ABSENT),
+        ("No.", 0.7, True, evidence.ABSENT, evidence.POSSIBLE),
+        ("No.", 0.4, True, evidence.UNDETERMINED, None),
+        ("No.", 0.95, False, evidence.UNDETERMINED, None),  # a slice said otherwise
+        ("No change", 0.95, True, evidence.UNDETERMINED, None),
+        ("Nothing.", 0.95, True, evidence.UNDETERMINED, None),
+        ("left lung", 0.95, True, evidence.UNDETERMINED, None),
+        ("", 0.95, True, evidence.UNDETERMINED, None),
+    ],
+)
+def test_only_a_clear_answer_says_that_a_finding_is_there_or_not(
+    text: str, confidence: float, agreed: bool, presence: Any, certainty: Any
+) -> None:
+    answer = replace(answer_to(QUESTION, text), confidence=confidence)
+    found = coded(EFFUSION, answer, Certainty(), agreed)
+    assert (found.presence, found.certainty) == (presence, certainty)
+    cut = coded(EFFUSION, replace(answer, complete=False), Certainty(), agreed)
+    assert cut.presence == evidence.UNDETERMINED
+
+
+@pytest.mark.parametrize(("version", "bundle"), [("R4", BundleR4B), ("R5", Bundle)])
+def test_fhir_has_the_same_codes(version: Any, bundle: Any) -> None:
+    data = fhir(CODED, version)
+    assert bundle.model_validate_json(data)
+    _, observation, _ = (entry["resource"] for entry in json.loads(data)["entry"])
+    assert observation["code"]["text"] == QUESTION
+    assert [(each["system"], each["code"]) for each in observation["code"]["coding"]] == [
+        ("http://snomed.info/sct", "60046008"),
+        ("http://radlex.org", "RID34539"),
+    ]
+    value = observation["valueCodeableConcept"]
+    assert (value["text"], value["coding"][0]["code"]) == ("No, there is none.", "272519000")
+    assert observation["bodySite"]["coding"][0]["code"] == "3120008"
+    (certainty,) = [
+        part["valueCodeableConcept"]["coding"][0]["code"]
+        for part in observation["component"]
+        if part["code"].get("coding")
+    ]
+    assert certainty == "410593006"
+
+
+def test_hl7_version_2_says_the_same() -> None:
+    message = hl7.parse(oru(CODED, "MEDMOE").decode())
+    assert str(message.segment("PID")[3]) == "MRN-4711"
+    assert (str(message.segment("MSH")[9]), str(message.segment("MSH")[12])) == (
+        "ORU^R01^ORU_R01",
+        "2.5.1",
+    )
+    assert str(message.segment("OBR")[25]) == "R"  # stored, not yet verified
+    found = {str(each[3][0][1]): each for each in message.segments("OBX")}
+    assert {str(each[11]) for each in message.segments("OBX")} == {"R"}
+    assert str(found["Pleural effusion"][5]) == "272519000^Absent^SCT"
+    assert str(found["Finding"][5]) == "No, there is none."
+    assert message.unescape(str(found["Question"][5])) == QUESTION
+    odd = replace(RESULT, answer=answer_to("a|b^c&d~e\\f\ng", "x"))
+    written = hl7.parse(oru(odd, "MEDMOE").decode())
+    (asked,) = [each for each in written.segments("OBX") if str(each[3][0][1]) == "Question"]
+    assert written.unescape(str(asked[5])).replace("\r", "\n") == "a|b^c&d~e\\f\ng"
+    withdrawn = hl7.parse(oru_withdrawn(oru(CODED, "MEDMOE")).decode())
+    assert {str(each[11]) for each in withdrawn.segments("OBX")} == {"W"}
+    assert str(withdrawn.segment("MSH")[10]) != str(message.segment("MSH")[10])
 
 
 def _items(item: Any, depth: int = 0) -> Iterator[tuple[int, Any]]:
@@ -337,7 +448,7 @@ def forwards_a_whole_study(
         (path,) = node.folder.documents.glob("*/*.dcm")
         report = dcmread(path)
         middle = f"1.2.826.0.4711.50.1.{(slices + 1) // 2}"
-        (image,) = [item for _, item in _items(report) if item.ValueType == "IMAGE"]
+        (_, image) = [item for _, item in _items(report) if item.ValueType == "IMAGE"]
         assert image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == middle
         texts = [item.TextValue for _, item in _items(report) if item.ValueType == "TEXT"]
         assert f"1 of {slices} (number {(slices + 1) // 2})" in texts

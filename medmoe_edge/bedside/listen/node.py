@@ -15,10 +15,12 @@ import filelock
 from pynetdicom import evt
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.events import EventHandlerType
+from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.bedside.listen.answering import Answering, Asked
 from medmoe_edge.bedside.listen.config import Configuration, Destination
+from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
     MessageSizeLimit,
@@ -28,7 +30,7 @@ from medmoe_edge.bedside.listen.receiving import (
     transfer_syntaxes,
 )
 from medmoe_edge.bedside.listen.report_sr import Locator
-from medmoe_edge.bedside.listen.sending import Sending
+from medmoe_edge.bedside.listen.sending import Sending, commitment_handlers
 from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import MAX_BYTES
 
@@ -36,7 +38,10 @@ log = logging.getLogger(__name__)
 VERIFICATION = "1.2.840.10008.1.1"
 PATIENCE = 10.0  # seconds that open associations get to end by themselves
 # Their messages quote UIDs, AE titles and values of what they read.
-TALKATIVE = ("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore")
+TALKATIVE = (
+    *("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore"),
+    *("dicomweb_client", "urllib3", "hl7"),
+)
 IDLE = 1.0  # seconds between looks, when nobody wakes it
 FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
 
@@ -120,7 +125,8 @@ class Node:
             self._lock.acquire()
         except filelock.Timeout as error:
             raise ResourceError(
-                "Another node works in this folder.", "Stop it, or configure another folder."
+                "Another node works in this folder.",
+                "One node owns a queue: stop it, or give each node a folder of its own.",
             ) from error
         self.queue = Queue(self.folder.queue)
         needed = self.queue.images("waiting") | self.queue.images("failed")
@@ -130,6 +136,10 @@ class Node:
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
         self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
         self._senders = [self._sender(each) for each in configuration.destinations]
+        self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
+        fetching = Fetching(configuration, self.queue, self.receiving)
+        self._fetcher = Worker("Fetching", fetching.pending, fetching.do)
+        self._workers = [self._answerer, self._fetcher, *self._senders]
         self._entity = _entity(configuration)
         self._server: ThreadedAssociationServer | None = None
 
@@ -140,7 +150,7 @@ class Node:
         return int(self._server.server_address[1])
 
     def __enter__(self) -> Self:
-        receiving = Receiving(self.configuration, self.folder, self.queue, self._answerer.wake)
+        receiving = self.receiving
         size_limit = MessageSizeLimit(min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES))
         handlers: list[EventHandlerType] = [
             (evt.EVT_REQUESTED, receiving.requested),
@@ -149,17 +159,24 @@ class Node:
             (evt.EVT_C_STORE, receiving.store),
             (evt.EVT_DATA_RECV, size_limit.data),
             (evt.EVT_DIMSE_RECV, size_limit.message),
+            *commitment_handlers(self.queue),
         ]
         address = (self.configuration.host, self.configuration.port)
+        tls = self.configuration.tls
         try:
-            self._server = self._entity.start_server(address, block=False, evt_handlers=handlers)
+            self._server = self._entity.start_server(
+                address,
+                block=False,
+                evt_handlers=handlers,
+                ssl_context=tls.server() if tls else None,
+            )
         except OSError as error:
             self._close()
             raise ResourceError(
                 f"The node cannot listen there ({error.strerror or type(error).__name__}).",
                 "Is another running? Configure another host or port.",
             ) from error
-        for worker in (self._answerer, *self._senders):
+        for worker in self._workers:
             worker.start()
         return self
 
@@ -173,9 +190,9 @@ class Node:
         while self._entity.active_associations and time.monotonic() < end:
             time.sleep(0.05)
         self._entity.shutdown()
-        for worker in (self._answerer, *self._senders):
+        for worker in self._workers:
             worker.stop()
-        for worker in (self._answerer, *self._senders):
+        for worker in self._workers:
             worker.join()
         self._close()
 
@@ -200,4 +217,7 @@ def _entity(configuration: Configuration) -> ApplicationEntity:
     syntaxes = transfer_syntaxes()
     for uid in (*classes_with_pixels(), *classes_set_aside()):
         entity.add_supported_context(uid, syntaxes)
+    if any(node.commitment for node in configuration.dicom):  # who answers calls as SCP
+        uid = StorageCommitmentPushModel
+        entity.add_supported_context(uid, scu_role=True, scp_role=True)
     return entity

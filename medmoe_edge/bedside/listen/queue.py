@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -33,11 +34,12 @@ from typing import Any
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.listen.header import Origin
-from medmoe_edge.bedside.listen.schema import Extent, Job, Place, Slice, prepare
+from medmoe_edge.bedside.listen.schema import Extent, Job, Place, Request, Slice, prepare
 from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import Image, shown_name
 from medmoe_edge.image.worker import Bounds, read_apart
 
+RECOUNT = 30.0  # seconds
 BOUNDS = Bounds(seconds=30.0)  # of one picture: nobody waits at a screen
 
 
@@ -48,6 +50,7 @@ class Folder:
         self.root = root
         self.images, self.documents = root / "images", root / "documents"
         self.queue, self.lock = root / "queue.sqlite", root / "lock"
+        self._used, self._counted = 0, -math.inf
         for folder in (root, self.images, self.documents):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if os.name == "posix" and stat.S_IMODE(folder.stat().st_mode) & 0o077:
@@ -74,6 +77,14 @@ class Folder:
         """Bytes free on the disk."""
         return shutil.disk_usage(self.root).free
 
+    def used(self) -> int:
+        """Bytes that images, documents and the queue take; counted anew once in a while."""
+        now = time.monotonic()
+        if now >= self._counted + RECOUNT:
+            self._used = sum(map(size_of, self.root.rglob("*")))
+            self._counted = now
+        return self._used
+
     def keep(self, path: Path, data: bytes) -> None:
         """Write a file that, on return, is on the disk whole, and so is its name."""
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -81,6 +92,7 @@ class Folder:
             file.write(data)
         for folder in (path.parent, path.parent.parent):
             sync_folder(folder)
+        self._used += len(data)
 
     def sweep(self, needed: Iterable[str]) -> None:
         """Remove images that nobody was told were kept, or that are answered."""
@@ -95,6 +107,14 @@ class Folder:
 def key_of(uid: str) -> str:
     """The key of an object, from its SOP Instance UID."""
     return hashlib.sha256(uid.encode("ascii")).hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; none of one that has just gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def sync_folder(folder: Path) -> None:
@@ -408,6 +428,50 @@ class Queue:
         self._write(
             "UPDATE delivery SET sent = 1 WHERE document = ? AND destination = ?",
             [(document, destination)],
+        )
+
+    def uncommitted(self, destination: str, limit: int) -> list[str]:
+        """The first documents that were sent and that it was not asked to keep."""
+        rows = self._read(
+            "SELECT document FROM delivery WHERE destination = ? AND sent = 1 AND document LIKE "
+            "'%.dcm' AND NOT EXISTS (SELECT 1 FROM commitment WHERE commitment.document = "
+            "delivery.document AND commitment.destination = delivery.destination) "
+            "ORDER BY number LIMIT ?",
+            destination,
+            limit,
+        )
+        return [document for (document,) in rows]
+
+    def ask_commitment(self, destination: str, asked: str, uids: dict[str, str]) -> None:
+        """Record, by document, the UIDs that a destination is `asked`, by that UID, to keep."""
+        rows = [(document, destination, uid, asked) for document, uid in uids.items()]
+        statement = "INSERT OR REPLACE INTO commitment (document, destination, uid, asked) VALUES "
+        self._write(f"{statement}(?, ?, ?, ?)", rows)
+
+    def commit(self, asked: str, uids: Iterable[str], state: str) -> None:
+        """Record what a destination said of documents that it was `asked` to keep."""
+        self._write(
+            "UPDATE commitment SET state = ? WHERE asked = ? AND uid = ?",
+            [(state, asked, uid) for uid in uids],
+        )
+
+    def forget_commitment(self, destination: str, asked: str | None = None) -> None:
+        """Forget what was not answered, to ask anew: of one request, or of all."""
+        self._write(
+            "DELETE FROM commitment WHERE destination = ?1 AND state = 'asked' "
+            "AND (?2 IS NULL OR asked = ?2)",
+            [(destination, asked)],
+        )
+
+    def requests(self, limit: int) -> list[Request]:
+        """The first studies to be fetched."""
+        statement = "SELECT number, study, priors, source FROM request WHERE state = 'waiting' "
+        return [Request(*row) for row in self._read(f"{statement} ORDER BY number LIMIT ?", limit)]
+
+    def close_request(self, number: int, state: str, why: str = "") -> None:
+        """Record that a study was fetched, or why it cannot be."""
+        self._write(
+            "UPDATE request SET state = ?, why = ? WHERE number = ?", [(state, why, number)]
         )
 
     def tally(self, name: str) -> None:
