@@ -4,11 +4,9 @@ import http.server
 import io
 import json
 import resource
-import shutil
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 from command_line import answer_to
 from dicom_files import saved
+from dicom_peers import call, get, orthanc_at, post_to, put_to, tool
 from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
 from highdicom.sr import MeasurementReport, srread
@@ -28,7 +27,6 @@ from listen_process import (
     SOME,
     StandIn,
     configuration,
-    free_port,
     send,
     study,
     wait_for,
@@ -105,20 +103,6 @@ def taken_back(result: Result) -> Dataset:
     """The withdrawal of a report, a text and a picture."""
     made = (comprehensive_3d_sr(result), basic_text_sr(result), pictured(result))
     return withdrawal([dcmread(io.BytesIO(encoded(each))) for each in made])
-
-
-def tool(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"needs {name} (Debian: dcmtk, dicom3tools or orthanc)")
-    return path
-
-
-def call(*command: str) -> str:
-    """What a command says on stdout; it must end well."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_dcmtk_finds_and_feeds_the_node(tmp_path: Path) -> None:
@@ -288,54 +272,8 @@ def _items(item: Any, depth: int = 0) -> Iterator[tuple[int, Any]]:
 @pytest.fixture(scope="module")
 def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
     """An Orthanc of the tests' own; its DICOM port and its HTTP port."""
-    binary = tool("Orthanc")
-    folder = tmp_path_factory.mktemp("orthanc")
-    dicom, rest = free_port(), free_port()
-    settings = {
-        "StorageDirectory": str(folder / "storage"),
-        "DicomPort": dicom,
-        "HttpPort": rest,
-        "DicomAet": "ORTHANC",
-        "RemoteAccessAllowed": False,
-        "AuthenticationEnabled": False,
-        "DicomAlwaysAllowStore": True,
-        "Plugins": [],
-    }
-    (folder / "orthanc.json").write_text(json.dumps(settings))
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([binary, str(folder / "orthanc.json")], stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + 60
-        while not _answers(rest):
-            assert time.monotonic() < end, "Orthanc does not start"
-            assert process.poll() is None, "Orthanc has ended"
-            time.sleep(0.1)
-        yield dicom, rest
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _get(port: int, path: str) -> bytes:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
-        return bytes(answer.read())
-
-
-def _post(port: int, path: str, data: bytes, method: str = "POST") -> bytes:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, method=method)
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return bytes(answer.read())
-
-
-def _put(port: int, path: str, data: bytes) -> None:
-    _post(port, path, data, "PUT")
-
-
-def _answers(port: int) -> bool:
-    try:
-        return bool(_get(port, "/system"))
-    except OSError:
-        return False
+    with orthanc_at(tmp_path_factory.mktemp("orthanc")) as found:
+        yield found
 
 
 def test_orthanc_takes_the_reports_and_gives_them_back(
@@ -349,9 +287,9 @@ def test_orthanc_takes_the_reports_and_gives_them_back(
         wait_for(lambda: node.queue.counts()["answered"] == 1)
         wait_for(lambda: node.queue.counts()["unsent"] == 0)
         written = {path.read_bytes() for path in node.folder.documents.glob("*/*.dcm")}
-    instances = json.loads(_get(rest, "/instances"))
-    kept = {_get(rest, f"/instances/{each}/file") for each in instances}
-    tags = [json.loads(_get(rest, f"/instances/{each}/simplified-tags")) for each in instances]
+    instances = json.loads(get(rest, "/instances"))
+    kept = {get(rest, f"/instances/{each}/file") for each in instances}
+    tags = [json.loads(get(rest, f"/instances/{each}/simplified-tags")) for each in instances]
     classes = {each["SOPClassUID"] for each in tags}
     assert len(kept) == len(written) == 2
     assert {dcmread(io.BytesIO(data)).to_json() for data in kept} == {
@@ -429,16 +367,16 @@ def forwards_a_whole_study(
     )
     with Node(config, engine) as node:
         place = json.dumps(["MEDMOE", "127.0.0.1", node.port]).encode()
-        _put(rest, "/modalities/node", place)
+        put_to(rest, "/modalities/node", place)
         for dataset in sent:
-            _post(rest, "/instances", (saved(folder, dataset)).read_bytes())
+            post_to(rest, "/instances", (saved(folder, dataset)).read_bytes())
         (identifier,) = [
             each
-            for each in json.loads(_get(rest, "/studies"))
-            if "1.2.826.0.4711.50" in _get(rest, f"/studies/{each}").decode()
+            for each in json.loads(get(rest, "/studies"))
+            if "1.2.826.0.4711.50" in get(rest, f"/studies/{each}").decode()
         ]
         before, start = _memory(), time.monotonic()
-        told = json.loads(_post(rest, "/modalities/node/store", identifier.encode()))
+        told = json.loads(post_to(rest, "/modalities/node/store", identifier.encode()))
         assert (told["FailedInstancesCount"], told["InstancesCount"]) == (0, len(sent))
         wait_for(lambda: node.queue.counts()["answered"] == 1, 60)
         figures = {"seconds": time.monotonic() - start, "mb": (_memory() - before) / 1e6}
@@ -454,7 +392,7 @@ def forwards_a_whole_study(
         assert f"1 of {slices} (number {(slices + 1) // 2})" in texts
 
         # Again: now with our report in the study, which is not answered either.
-        told = json.loads(_post(rest, "/modalities/node/store", identifier.encode()))
+        told = json.loads(post_to(rest, "/modalities/node/store", identifier.encode()))
         assert (told["FailedInstancesCount"], told["InstancesCount"]) == (0, len(sent) + 1)
         assert node.queue.counts() == {"waiting": 0, "answered": 1, "failed": 0, "unsent": 0}
         assert node.queue.asides()["own_result"] == 1

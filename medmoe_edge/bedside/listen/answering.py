@@ -107,6 +107,7 @@ class Answering:
         self.engine, self.locator = engine, locator
         self.audit = AuditLog(configuration.audit or folder.root / "audit.jsonl")
         self._lingering: dict[str, float] = {}  # series whose images go, and when
+        self.progress = time.monotonic()  # when a slice was last begun
 
     def pending(self, limit: int) -> list[str]:
         """The first series that are complete and wait."""
@@ -214,6 +215,7 @@ class Answering:
 
     def _asked(self, slice_: Slice, result: str) -> Iterator[Asking]:
         """A slice that was asked and audited, unless it cannot be read."""
+        self.progress = time.monotonic()
         try:
             asking = self._ask(slice_)
         except InputError as error:
@@ -317,6 +319,8 @@ class Answering:
         ours = {self.queue.patient(series)}
         for old, sources in replaced.items():
             folder = self.folder.documents / old
+            if not folder.is_dir():
+                log.error("%s: its documents are gone, and cannot be withdrawn.", old[:16])
             for path in sorted((*folder.glob("*.fhir-*.json"), *folder.glob("*.hl7"))):
                 if path.name.startswith("withdrawn."):
                     continue

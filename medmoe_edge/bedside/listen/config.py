@@ -313,6 +313,14 @@ class WebSource(_Web):
 Source = DicomSource | WebSource
 
 
+class Log(_Part):
+    """A file for the log in place of stderr: `keep` old ones beside it, each of `max_mb`."""
+
+    file: File
+    max_mb: int = pydantic.Field(10, ge=1)
+    keep: int = pydantic.Field(5, ge=1)
+
+
 class Http(_Part):
     """The node's own HTTP port: its figures, its health, and STOW-RS at `/studies`.
 
@@ -323,6 +331,12 @@ class Http(_Part):
     port: int = pydantic.Field(11180, ge=0, le=65535)
     token_file: File | None = None
     tls: Tls | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _others_need_a_token(self) -> Self:
+        if not _is_loopback(self.host) and (self.token_file is None or self.tls is None):
+            raise ValueError("Others than this machine can reach it: give token_file and tls.")
+        return self
 
 
 def _is_loopback(host: str) -> bool:
@@ -367,6 +381,7 @@ class Configuration(_Part):
     series: Series = Series()
     identifiers: Identifiers = Identifiers()
     audit: File | None = None
+    log: Log | None = None
     reserve_mb: int = pydantic.Field(1000, ge=0)
     quota_mb: int = pydantic.Field(0, ge=0)  # 0: none
     keep_days: int = pydantic.Field(0, ge=0)  # 0: for good

@@ -2,14 +2,22 @@
 
 A thread does one job after another; what fails is tried again later, and later still. When is kept
 in memory, by a clock that never jumps; after a restart everything is tried at once.
+
+Whether the node is well can be asked of its HTTP port, which also takes objects by STOW-RS and has
+figures for Prometheus; systemd is told by itself (sd_notify(3)).
 """
 
+import asyncio
+import contextlib
+import hmac
 import logging
+import os
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import filelock
 from pynetdicom import evt
@@ -19,23 +27,37 @@ from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr
 from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.bedside.listen.answering import Answering, Asked
-from medmoe_edge.bedside.listen.config import Configuration, Destination
+from medmoe_edge.bedside.listen.config import Configuration, Destination, Http
+from medmoe_edge.bedside.listen.desk import Desk, Tidying
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
     MessageSizeLimit,
     Receiving,
+    Refused,
     classes_set_aside,
     classes_with_pixels,
+    stored,
     transfer_syntaxes,
 )
 from medmoe_edge.bedside.listen.report_sr import Locator
 from medmoe_edge.bedside.listen.sending import Sending, commitment_handlers
-from medmoe_edge.errors import MedMoEError, ResourceError
+from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.errors import MedMoEError, ResourceError, needs
 from medmoe_edge.image.pixels import MAX_BYTES
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
 
 log = logging.getLogger(__name__)
 VERIFICATION = "1.2.840.10008.1.1"
+STUCK = 600.0  # seconds for one slice's answers, after which an engine hangs
+MOST_UPLOADS, UPLOAD_SECONDS = 2, 300.0  # of STOW-RS
+MULTIPART = 1_000_000  # bytes around the objects of a request
+MOST_CONNECTIONS = 64
 PATIENCE = 10.0  # seconds that open associations get to end by themselves
 # Their messages quote UIDs, AE titles and values of what they read.
 TALKATIVE = (
@@ -65,6 +87,7 @@ class Worker(threading.Thread):
         self._pending, self._do, self._rest = pending, do, rest
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
+        self._began: float | None = None  # the job at hand
 
     def wake(self) -> None:
         """There is something new."""
@@ -96,7 +119,13 @@ class Worker(threading.Thread):
         keys = self._pending(len(self._delayed) + 1)
         return next((key for key in keys if self._delayed.get(key, (0.0,))[0] <= now), None)
 
+    def busy(self) -> float:
+        """Seconds since the job at hand began; 0 where there is none."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
     def _attempt(self, key: str) -> None:
+        self._began = time.monotonic()
         try:
             self._do(key)
             self._delayed.pop(key, None)
@@ -105,6 +134,8 @@ class Worker(threading.Thread):
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
             why = error.what if isinstance(error, MedMoEError) else type(error).__name__
             log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
+        finally:
+            self._began = None
 
 
 class Node:
@@ -139,7 +170,11 @@ class Node:
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
         fetching = Fetching(configuration, self.queue, self.receiving)
         self._fetcher = Worker("Fetching", fetching.pending, fetching.do)
-        self._workers = [self._answerer, self._fetcher, *self._senders]
+        self.desk = Desk(self.folder.queue)
+        tidying = Tidying(configuration, self.folder, self.desk)
+        self._tidier = Worker("Tidying", tidying.pending, tidying.do)
+        self._workers = [self._answerer, self._fetcher, self._tidier, *self._senders]
+        self._web = None if configuration.http is None else WebServer(self, configuration.http)
         self._entity = _entity(configuration)
         self._server: ThreadedAssociationServer | None = None
 
@@ -178,12 +213,16 @@ class Node:
             ) from error
         for worker in self._workers:
             worker.start()
+        if self._web is not None:
+            self._web.start()
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
     ) -> None:
         """Let what is being received end, then what is being answered and sent."""
+        if self._web is not None:
+            self._web.stop()
         if self._server is not None:
             self._server.shutdown()
         end = time.monotonic() + PATIENCE
@@ -196,7 +235,45 @@ class Node:
             worker.join()
         self._close()
 
+    def ails(self) -> str:
+        """What is wrong with the node so that only a new start helps; empty where nothing is."""
+        for worker in self._workers:
+            if not worker.is_alive():
+                return f"{worker.name} has ended"
+        quiet = time.monotonic() - self.answering.progress
+        if min(self._answerer.busy(), quiet) > STUCK:
+            return "an answer takes too long"
+        return ""
+
+    def lacks(self) -> str:
+        """Why the node would not take an object now; empty where it would."""
+        try:
+            self.answering.audit.check()
+            self.queue.counts()
+            self.receiving.judge_room(0)
+        except (MedMoEError, Refused) as error:
+            return str(error)
+        return self.ails()
+
+    def watch(self, stop: threading.Event) -> None:
+        """Until `stop`, tell systemd that the node is ready, and from then on that it is well."""
+        notify("READY=1")
+        every = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
+        while not stop.wait(every):
+            if why := self.ails():
+                log.error("The node is not well (%s).", why)
+            else:
+                notify("WATCHDOG=1")
+        notify("STOPPING=1")
+
+    @property
+    def web_port(self) -> int:
+        """Where its HTTP port is."""
+        assert self._web is not None
+        return self._web.port
+
     def _close(self) -> None:
+        self.desk.close()
         self.queue.close()
         self._lock.release()
 
@@ -205,6 +282,198 @@ class Node:
         sending = Sending(destination, title, self.folder, self.queue)
         name = f"Sending to {destination.shown}"
         return Worker(name, sending.pending, sending.do, sending.rest)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it has started this process and wants to know."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path or not hasattr(socket, "AF_UNIX"):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        link.connect(f"\0{path[1:]}" if path[0] == "@" else path)
+        link.sendall(state.encode())
+
+
+class WebServer:
+    """The node's HTTP port, in a thread of its own.
+
+    Raises `InputError` for a token file or certificates of no use, and `ResourceError` where the
+    port is in use.
+    """
+
+    def __init__(self, node: Node, settings: Http) -> None:
+        with needs("serve"):
+            import uvicorn
+
+            from medmoe_edge.bedside.serve.server import HeadTimeoutProtocol
+            from medmoe_edge.bedside.serve.settings import read_tokens
+        self._tokens = read_tokens(settings.token_file) if settings.token_file else {}
+        self._node = node
+        self._uploads = threading.Semaphore(MOST_UPLOADS)
+        config = uvicorn.Config(
+            self._app(),
+            http=HeadTimeoutProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=round(PATIENCE),
+        )
+        config.load()
+        if settings.tls is not None:
+            config.ssl = settings.tls.server()
+        try:
+            self._socket = socket.create_server((settings.host, settings.port))
+        except OSError as error:
+            raise ResourceError(
+                f"The node's HTTP port cannot be had ({error.strerror or type(error).__name__}).",
+                "Configure another under [http].",
+            ) from error
+        self.port = int(self._socket.getsockname()[1])
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="HTTP", daemon=True
+        )
+
+    def start(self) -> None:
+        """Take requests."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after what is under way."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(2 * PATIENCE)
+        self._socket.close()
+
+    def _app(self) -> "Starlette":
+        from starlette.applications import Starlette
+        from starlette.routing import Route
+
+        return Starlette(
+            routes=[
+                Route("/healthz", self._health),
+                Route("/readyz", self._readiness),
+                Route("/metrics", self._figures),
+                Route("/studies", self._studies, methods=["POST"]),
+                Route("/studies/{study}", self._studies, methods=["POST"]),
+            ]
+        )
+
+    def _health(self, _: "Request") -> "Response":
+        """Whether the node is well; for who would start it anew."""
+        return _told(self._node.ails())
+
+    def _readiness(self, _: "Request") -> "Response":
+        """Whether it would take an object now."""
+        return _told(self._node.lacks())
+
+    def _figures(self, _: "Request") -> "Response":
+        """Figures for Prometheus; numbers alone."""
+        from starlette.responses import Response
+
+        return Response(figures(self._node), media_type="text/plain; version=0.0.4")
+
+    async def _studies(self, request: "Request") -> "Response":
+        """STOW-RS, of few at once, as each is in memory until it is kept."""
+        from starlette.responses import JSONResponse
+
+        who = self._who(request)
+        if who is None:
+            refusal = {"error": "A token is needed: Authorization: Bearer TOKEN"}
+            return JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
+        if not self._uploads.acquire(blocking=False):
+            return JSONResponse({"error": "Others are sending."}, 503, {"Retry-After": "5"})
+        try:
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                body = await self._body(request)
+            if body is None:
+                return JSONResponse({"error": "It is larger than max_object_mb allows."}, 413)
+            kind = request.headers.get("content-type", "")
+            study = request.path_params.get("study")
+            status, told = await asyncio.to_thread(
+                stored, self._node.receiving, body, kind, who, study
+            )
+        except TimeoutError:
+            return JSONResponse({"error": "It took too long."}, 408)
+        finally:
+            self._uploads.release()
+        if told is None:
+            what = "It is not multipart/related of application/dicom, or has no end."
+            return JSONResponse({"error": what}, status)
+        return JSONResponse(told.to_json_dict(), status, media_type="application/dicom+json")
+
+    def _who(self, request: "Request") -> str | None:
+        """The name of the token that was given; None where it is none of ours."""
+        if not self._tokens:
+            return "DICOMweb"  # of this machine: others need a token
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        for name, token in self._tokens.items():
+            if hmac.compare_digest(given, token.encode()):
+                return f"DICOMweb {name}"
+        return None
+
+    async def _body(self, request: "Request") -> bytes | None:
+        """All of it; None where it is too large."""
+        limit = self._node.configuration.max_object_mb * 1_000_000 + MULTIPART
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                return None
+        return bytes(body)
+
+
+def _told(fault: str) -> "Response":
+    from starlette.responses import JSONResponse
+
+    state = {"status": fault or "ready", "notice": NOTICE}
+    return JSONResponse(state, 503 if fault else 200)
+
+
+def figures(node: Node) -> str:
+    """How the node stands, as Prometheus has it; no name, UID, question or answer."""
+    import prometheus_client
+    from prometheus_client.core import GaugeMetricFamily
+
+    found = node.desk.status(node.configuration)
+    registry = prometheus_client.CollectorRegistry()
+    prometheus_client.ProcessCollector(registry=registry)
+    values: list[tuple[str, str, str, Mapping[str, float]]] = [
+        ("objects", "Objects received.", "", {"": found["objects"]}),
+        ("series", "Series by state.", "state", found["series"]),
+        ("results", "Results made.", "", {"": found["results"]}),
+        ("not_asked", "What was set aside or refused.", "reason", found["not_asked"]),
+        ("unsent", "Documents to be sent.", "destination", found["unsent"]),
+        ("uncommitted", "Sent, and not yet said to be kept.", "destination", found["uncommitted"]),
+        ("requests", "Studies to fetch.", "state", found["requests"]),
+        ("free_bytes", "Free on the disk.", "", {"": node.folder.free()}),
+        ("used_bytes", "Of the node's folder.", "", {"": node.folder.used()}),
+        ("well", "1 unless only a new start helps.", "", {"": float(not node.ails())}),
+    ]
+    families = []
+    for name, about, label, numbers in values:
+        labels = [label] if label else []
+        family = GaugeMetricFamily(f"medmoe_listen_{name}", about, labels=labels)
+        for key, value in numbers.items():
+            family.add_metric([key] if label else [], value)
+        families.append(family)
+    registry.register(_Collected(families))
+    return prometheus_client.generate_latest(registry).decode()
+
+
+class _Collected:
+    """Figures that were taken already, as a collector of Prometheus's client."""
+
+    def __init__(self, families: "Sequence[Metric]") -> None:
+        self._families = families
+
+    def collect(self) -> "Iterator[Metric]":
+        """All of them."""
+        yield from self._families
 
 
 def _entity(configuration: Configuration) -> ApplicationEntity:

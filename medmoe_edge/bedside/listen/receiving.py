@@ -276,7 +276,7 @@ class Receiving:
         origin = origin_of(header, pixels[8 if header.original_encoding[0] else 12 :])
         place = place_of(header)
         with self.queue.arriving(place.series, origin.study), self._keeping:
-            self._judge_room(len(data))
+            self.judge_room(len(data))
             key = self._key(origin, data)
             if self.queue.settles(key):  # the sender had not heard of it
                 return
@@ -291,8 +291,8 @@ class Receiving:
         if sop_class not in self.images | self.others and not is_private(sop_class):
             raise Refused(UNSUPPORTED_CLASS, "Its class is none of the storage service.")
 
-    def _judge_room(self, size: int) -> None:
-        """Nothing is taken that could not be kept; one object at a time is judged and written."""
+    def judge_room(self, size: int) -> None:
+        """Refuse what could not be kept; one object at a time is judged and written."""
         if self.folder.free() - size < self.configuration.reserve_mb * 1_000_000:
             raise Refused(OUT_OF_RESOURCES, "The disk is too full to keep it.")
         quota = self.configuration.quota_mb * 1_000_000
