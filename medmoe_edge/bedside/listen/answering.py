@@ -26,7 +26,7 @@ from pydicom import Dataset, dcmread, dcmwrite
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, Document
-from medmoe_edge.bedside.listen.evidence import Evidence, Result
+from medmoe_edge.bedside.listen.evidence import Evidence, Result, coded
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.report_sr import (
     Locator,
@@ -57,6 +57,7 @@ OTHER_PATIENT = Notice(
     "The object was sent before in the name of another patient, under the same UID: look whose "
     "image it is. The results that were made for the other are withdrawn.",
 )
+ENDINGS = {"fhir-r4": "json", "fhir-r5": "json", "hl7-v2": "hl7"}  # of documents not of DICOM
 LATE = Notice(
     "late_slices",
     "These objects came long after the others of their series, which has an earlier result: this "
@@ -106,6 +107,7 @@ class Answering:
         self.engine, self.locator = engine, locator
         self.audit = AuditLog(configuration.audit or folder.root / "audit.jsonl")
         self._lingering: dict[str, float] = {}  # series whose images go, and when
+        self.progress = time.monotonic()  # when a slice was last begun
 
     def pending(self, limit: int) -> list[str]:
         """The first series that are complete and wait."""
@@ -213,6 +215,7 @@ class Answering:
 
     def _asked(self, slice_: Slice, result: str) -> Iterator[Asking]:
         """A slice that was asked and audited, unless it cannot be read."""
+        self.progress = time.monotonic()
         try:
             asking = self._ask(slice_)
         except InputError as error:
@@ -265,7 +268,9 @@ class Answering:
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         found = []
         for answers in by_question.values():
-            best, answer = voted(answers)
+            best, answer, agreed = voted(answers)
+            finding = self.configuration.finding(answer.question)
+            certainty = self.configuration.certainty
             sources = [each for each in asked if each.evidence.key in answers]
             answer = replace(answer, warnings=(*answer.warnings, *selection.notices))
             found.append(
@@ -277,6 +282,7 @@ class Answering:
                     others=tuple(each.evidence for each in sources),
                     of=selection.of,
                     settings=self._settings(),
+                    coded=finding and coded(finding, answer, certainty, agreed),
                 )
             )
         return found
@@ -306,20 +312,23 @@ class Answering:
         return {origin.patient for origin in map(self.queue.origin, keys) if origin is not None}
 
     def _withdraw(self, result: str, series: str, replaced: dict[str, list[str]]) -> Iterator[str]:
-        """Take back the earlier results: all of them at FHIR servers, another patient's at others.
+        """Take back the earlier results: all of them in HL7's forms, another patient's in DICOM.
 
         Those about the same patient stay where they are in DICOM: the new reports name them.
         """
         ours = {self.queue.patient(series)}
         for old, sources in replaced.items():
             folder = self.folder.documents / old
-            for path in sorted(folder.glob("*.fhir-*.json")):
+            if not folder.is_dir():
+                log.error("%s: its documents are gone, and cannot be withdrawn.", old[:16])
+            for path in sorted((*folder.glob("*.fhir-*.json"), *folder.glob("*.hl7"))):
                 if path.name.startswith("withdrawn."):
                     continue
-                from medmoe_edge.bedside.listen.fhir import withdrawn
+                from medmoe_edge.bedside.listen.hl7 import oru_withdrawn, withdrawn
 
+                take_back = oru_withdrawn if path.suffix == ".hl7" else withdrawn
                 name = f"{result}/withdrawn.{path.name}"
-                self.folder.keep(self.folder.documents / name, withdrawn(path.read_bytes()))
+                self.folder.keep(self.folder.documents / name, take_back(path.read_bytes()))
                 yield name
             if not self._patients(sources) <= ours:
                 log.warning("%s: its results are withdrawn: the patient was another.", old[:16])
@@ -358,7 +367,7 @@ class Answering:
         """Write the configured documents; gives their names under the documents' folder."""
         question = hashlib.sha256(result.answer.question.encode()).hexdigest()[:16]
         for kind in self.configuration.all_documents:
-            ending = "json" if kind.startswith("fhir") else "dcm"
+            ending = ENDINGS.get(kind, "dcm")
             name = f"{question}.{kind}.{ending}"
             number = self.queue.instance_number(result.series_uid(kind), f"{key}/{name}")
             earlier = self._earlier(name, result, replaced) if ending == "dcm" else ()
@@ -373,8 +382,8 @@ class Answering:
         match kind:
             case "picture":
                 return None  # which is of a slice, not of a question
-            case "fhir-r4" | "fhir-r5":
-                return self._fhir(kind, result)
+            case "fhir-r4" | "fhir-r5" | "hl7-v2":
+                return self._hl7(kind, result)
             case "basic-text-sr":
                 return encoded(basic_text_sr(result, standing))
             case "comprehensive-3d-sr":
@@ -382,14 +391,16 @@ class Answering:
             case "heat-map":
                 return self._heat_map(result, standing)
 
-    def _fhir(self, kind: Document, result: Result) -> bytes | None:
+    def _hl7(self, kind: Document, result: Result) -> bytes | None:
         """Nothing where nobody could tell whose it is."""
         if not result.evidence.values["PatientID"]:
-            log.warning("A result has no Patient ID: nothing is posted to FHIR servers.")
+            log.warning("A result has no Patient ID: nothing of it is sent as FHIR or HL7.")
             self.queue.tally("no_subject")
             return None
-        from medmoe_edge.bedside.listen.fhir import fhir  # half a second to import
+        from medmoe_edge.bedside.listen.hl7 import fhir, oru  # half a second to import
 
+        if kind == "hl7-v2":
+            return oru(result, self.configuration.ae_title)
         systems = self.configuration.identifiers
         return fhir(result, "R4" if kind == "fhir-r4" else "R5", systems)
 
@@ -418,11 +429,13 @@ class Answering:
             return None
 
     def _deliveries(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        settings = self.configuration
         for name in names:
-            for node in self.configuration.dicom:
-                if name.endswith(".dcm"):
-                    yield name, node.name
-            for server in self.configuration.fhir:
+            if name.endswith(".dcm"):
+                yield from ((name, each.name) for each in (*settings.dicom, *settings.stow))
+            if name.endswith(".hl7"):
+                yield from ((name, each.name) for each in settings.hl7)
+            for server in settings.fhir:
                 if name.endswith(f".fhir-{server.version.lower()}.json"):
                     yield name, server.name
 

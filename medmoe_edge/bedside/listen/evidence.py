@@ -3,22 +3,28 @@
 The UIDs of results follow from what they are about and what they say: made again, a result is the
 same object; with another answer, model or setting it is another. UIDs made here can be told from
 all others (`is_ours`): they are UUIDs of version 8 (RFC 9562) that begin with the same four bytes.
+
+An answer to a question that asks for a configured finding is coded too, as `Coded`: whether it is
+there (PS3.16, CID 240), and how certain that is.
 """
 
 import dataclasses
 import hashlib
 import json
+import re
 import uuid
 from typing import Self
 
 from pydicom import Dataset
 
 from medmoe_edge._version import __version__
+from medmoe_edge.bedside.listen.config import Certainty, Code, Finding
 from medmoe_edge.bedside.listen.header import (
     SHARED,
     UIDS,
     element_of,
     is_allowed,
+    modality_of,
     notices_of,
     patient_of,
     taken_at,
@@ -51,6 +57,7 @@ class Evidence:
         notices: What a reader of the results should know of the object.
         taken: When the image was taken, by `header.taken_at`.
         number: Its Instance Number, as it has it.
+        modality: Its modality, in capitals.
     """
 
     header: Dataset
@@ -61,6 +68,7 @@ class Evidence:
     notices: tuple[Notice, ...] = ()
     taken: str = ""
     number: str = ""
+    modality: str = ""
 
     @classmethod
     def of(cls, dataset: Dataset, image: Image, sha256: str, key: str | None = None) -> Self:
@@ -72,7 +80,8 @@ class Evidence:
         header.Rows, header.Columns = image.pixels.shape[:2]
         key = key or key_of(header.SOPInstanceUID)
         number = text_of(dataset, "InstanceNumber").value
-        return cls(header, values, frame, sha256, key, notices, taken_at(dataset), number)
+        when, modality = taken_at(dataset), modality_of(dataset)
+        return cls(header, values, frame, sha256, key, notices, when, number, modality)
 
     @property
     def uid(self) -> str:
@@ -91,6 +100,41 @@ class Evidence:
                 document.add(element_of(keyword, value))
 
 
+PRESENT = Code("52101004", "SCT", "Present")
+ABSENT = Code("272519000", "SCT", "Absent")
+UNDETERMINED = Code("373068000", "SCT", "Undetermined")
+CERTAINTY = Code("111012", "DCM", "Certainty of Finding")
+PROBABLY_PRESENT = Code("410592001", "SCT", "Probably present")
+PROBABLY_ABSENT = Code("410593006", "SCT", "Probably not present")
+POSSIBLE = Code("410590009", "SCT", "Known possible")
+YES_OR_NO = re.compile(r"\s*(yes|no)\s*([.,;:!].*)?", re.IGNORECASE | re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """A finding, whether it is there, and how certain that is; None where it is undetermined."""
+
+    finding: Finding
+    presence: Code
+    certainty: Code | None
+
+
+def coded(finding: Finding, answer: Answer, certainty: Certainty, agreed: bool) -> Coded:
+    """What an answer says of a finding, in codes.
+
+    Only a whole answer that is "yes" or "no", or begins so before a stop or comma, says whether it
+    is there; and only if the slices `agreed`: a finding in one slice of many is there, whatever
+    most say. What is left is undetermined.
+    """
+    match = YES_OR_NO.fullmatch(answer.text)
+    if match is None or not answer.complete or not agreed or answer.confidence < certainty.possible:
+        return Coded(finding, UNDETERMINED, None)
+    is_there = match[1].lower() == "yes"
+    probable = PROBABLY_PRESENT if is_there else PROBABLY_ABSENT
+    grade = probable if answer.confidence >= certainty.probable else POSSIBLE
+    return Coded(finding, PRESENT if is_there else ABSENT, grade)
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """One question about one series, answered; `when` by ISO 8601, UTC.
@@ -104,6 +148,7 @@ class Result:
         of: How many objects the series has.
         settings: The configuration's settings that an answer depends on.
         repeat: How many results about the same objects were replaced before it.
+        coded: What the answer says in codes, where the question asks for a configured finding.
     """
 
     evidence: Evidence
@@ -114,6 +159,7 @@ class Result:
     of: int = 1
     settings: str = ""
     repeat: int = 0
+    coded: Coded | None = None
 
     @property
     def sources(self) -> tuple[Evidence, ...]:
@@ -133,6 +179,9 @@ class Result:
         ]
         about = [(each.key, each.sha256) for each in self.sources]
         whole = [about, self.of, said, answer.model, __version__, self.settings, self.repeat]
+        if self.coded is not None:
+            found = self.coded
+            whole += [found.finding.model_dump(), found.presence, found.certainty]
         return made_uid(json.dumps(whole, sort_keys=True, default=str), kind)
 
     def uuid(self, kind: str) -> str:

@@ -8,6 +8,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from pydicom import Dataset
@@ -139,8 +140,16 @@ def chosen(slices: Sequence[Slice], marked: set[str], series: Series) -> Selecti
     return Selection(tuple(picked), count, tuple(notices))
 
 
-def voted(answers: Mapping[str, Answer]) -> tuple[str, Answer]:
-    """What slices say together to a question, and the slice that says it with most confidence.
+class Vote(NamedTuple):
+    """Which slice says what all say with most confidence, what that is, and whether all say it."""
+
+    best: str
+    answer: Answer
+    agreed: bool
+
+
+def voted(answers: Mapping[str, Answer]) -> Vote:
+    """What slices say together to a question.
 
     The answer that most slices give, compared without case and the last stop; of equally many the
     more confident. Its confidence is the mean of theirs.
@@ -168,7 +177,7 @@ def voted(answers: Mapping[str, Answer]) -> tuple[str, Answer]:
         complete=is_complete,
         warnings=tuple(notices.values()),
     )
-    return best, found
+    return Vote(best, found, len(groups) == 1)
 
 
 def _ordered(slices: Sequence[Slice]) -> list[Slice]:
