@@ -25,7 +25,6 @@ from medmoe_edge.training.data import (
 from medmoe_edge.training.loop import Loader, Session, fit
 from medmoe_edge.training.questions import Asking
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
-from medmoe_edge.training.tower import Seen
 from medmoe_edge.training.router import (
     best_experts,
     few_of_each,
@@ -35,6 +34,7 @@ from medmoe_edge.training.router import (
     kept_router,
     pooled_features,
 )
+from medmoe_edge.training.tower import Seen
 
 ROUTER = "router.safetensors"
 

@@ -228,8 +228,8 @@ class Recipe(Config):
     experts_from: Literal["moe", "instruction"] = field(
         default="moe",
         metadata=about(
-            "the phase that begins with experts: moe as in the paper; instruction makes them of the "
-            "feed-forward after the alignment, so that they differ more in the end"
+            "the phase that begins with experts: moe as in the paper; instruction makes them of "
+            "the feed-forward after the alignment, so that they differ more in the end"
         ),
     )
     views: int = field(

@@ -63,7 +63,6 @@ from medmoe_edge.training.phases import (
     route,
     specialise,
 )
-from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
 from medmoe_edge.training.questions import (
     Asking,
     facts_of_examples,
@@ -71,6 +70,7 @@ from medmoe_edge.training.questions import (
     facts_of_labels,
     refusal_token,
 )
+from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
 from medmoe_edge.training.report import PRECISION, RUN, Planned, TrainOptions
 from medmoe_edge.training.router import loaded
 from medmoe_edge.training.tower import teach_tower, what_is_seen

@@ -3,7 +3,7 @@
 An ImageNet tower tells dogs from cats, not a film with effusion from one without; a decoder that
 learns beside it finds the words first and does not look. So the tower is first taught by itself,
 with one linear output for each thing that is known of many images: findings, modality, part of the
-body, and the answers to questions that are asked of many images. The outputs are dropped afterwards.
+body, and the answers to questions that are asked of many images. The outputs are then dropped.
 """
 
 import math
@@ -89,7 +89,7 @@ def _frequent_answers(
 
 @dataclass(frozen=True)
 class SeenBatch:
-    """`pixels` as of `Batch`; of each thing whether it is there, `[B, T]`, and the weight of that."""
+    """`pixels` as of `Batch`; whether each thing is there, `[B, T]`, and the weight of that."""
 
     pixels: Tensor
     target: Tensor

@@ -23,7 +23,9 @@ from medmoe_edge.training.questions import (
 REFUSALS = {code: refusal_token(code) for code in ("not_a_scan", "not_answerable", "language")}
 
 
-def film(index: int, *present: str, absent: tuple[str, ...] = (), implied: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
+def film(
+    index: int, *present: str, absent: tuple[str, ...] = (), implied: tuple[str, ...] = ()
+) -> Facts:
     sets = (frozenset(present), frozenset(absent), frozenset(implied))
     return Facts(Path(f"{index}.png"), "xray", "chest", "films", *sets, view="pa")
 
@@ -52,15 +54,14 @@ def negated(question: str, name: str) -> bool:
     """Whether a question's yes means that the finding is absent, by the phrase book's lists."""
     book = phrase_book()
 
+    names = "|".join(map(re.escape, book["findings"][name]["names"]))
+
     def fits(kind: str) -> bool:
-        for wording in book[kind]:
-            pattern = re.escape(wording).replace(
-                r"\{n\}", "(?:%s)" % "|".join(map(re.escape, book["findings"][name]["names"]))
-            )
-            pattern = re.sub(r"\\\{[mab]\\\}", ".+", pattern)
-            if re.fullmatch(pattern, question, re.IGNORECASE):
-                return True
-        return False
+        patterns = (re.escape(wording).replace(r"\{n\}", f"(?:{names})") for wording in book[kind])
+        return any(
+            re.fullmatch(re.sub(r"\\\{[mab]\\\}", ".+", each), question, re.IGNORECASE)
+            for each in patterns
+        )
 
     assert fits("present") != fits("absent"), question
     return fits("absent")
@@ -89,7 +90,7 @@ def test_what_is_only_not_labelled_is_asked_less() -> None:
         for i, *_ in asked("pleural effusion", FILMS)
         if "pleural effusion" not in FILMS[i].present
     ]
-    implied = sum("pleural effusion" in FILMS[index].implied for index in without)
+    implied = sum("pleural effusion" in each.implied for each in without)
     assert 0 < implied < len(without) / 2
 
 
