@@ -85,11 +85,8 @@ def test_the_answer_is_the_fact_whatever_the_wording() -> None:
 
 
 def test_what_is_only_not_labelled_is_asked_less() -> None:
-    without = [
-        i
-        for i, *_ in asked("pleural effusion", FILMS)
-        if "pleural effusion" not in FILMS[i].present
-    ]
+    shown = (FILMS[index] for index, *_ in asked("pleural effusion", FILMS))
+    without = [each for each in shown if "pleural effusion" not in each.present]
     implied = sum("pleural effusion" in each.implied for each in without)
     assert 0 < implied < len(without) / 2
 
