@@ -1,12 +1,18 @@
-"""What an answer carries."""
+"""What an answer carries, how its text comes about, and what makes it unsure."""
 
 import dataclasses
+import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
 
+import numpy as np
+
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import Notice
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import Chosen, Decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +92,115 @@ class Piece(str):
         return piece
 
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which another token is still to come
+
+
+class Draft:
+    """An answer in the making.
+
+    A token is told once it is clear that it is no part of a loop, so that nothing that was told has
+    to be taken back.
+
+    Attributes:
+        tokens: Those told so far.
+        text: What they spell, as far as it was told.
+        log_probability: Of these tokens, and of the end once it is there.
+        stopped: Why there are no more, as `Chosen` has it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, decoding: Decoding, alternatives: int | None = None
+    ) -> None:
+        self._tokenizer, self._decoding, self._alternatives = tokenizer, decoding, alternatives
+        self._held: list[list[tuple[int, float]]] = []
+        self.tokens: list[int] = []
+        self.text, self.log_probability = "", 0.0
+        self.stopped: Literal["end", "length", "repetition"] | None = None
+
+    def take(self, chosen: Chosen) -> Iterator[str]:
+        """Add a token, and tell the pieces of text that are settled by it."""
+        count, never = self._alternatives or 0, self._decoding.never
+        likely = _log_probabilities(chosen.step.logits, chosen.token, count, never)
+        self.stopped = chosen.stopped
+        if chosen.stopped != "end":
+            self._held.append(likely)
+        while len(self._held) > chosen.held:
+            yield self._told(self._held.pop(0))
+        if chosen.stopped == "end":
+            self.log_probability += likely[0][1]
+
+    def rest(self) -> str:
+        """What was not told yet of the whole text, once there are no more tokens."""
+        text = self._tokenizer.decode(self.tokens)
+        rest, self.text = text.removeprefix(self.text), text
+        return rest
+
+    def _told(self, likely: list[tuple[int, float]]) -> str:
+        token, log_probability = likely[0]
+        self.tokens.append(token)
+        self.log_probability += log_probability
+        piece = self._untold()
+        self.text += piece
+        if self._alternatives is None:
+            return piece
+        texts = [(self._tokenizer.decode([each]), value) for each, value in likely]
+        return Piece(piece, texts[0], texts[1:])
+
+    def _untold(self) -> str:
+        """What the tokens' text adds to what was told; nothing while it ends within a character.
+
+        All models have byte-level tokenizers, whose text only grows at its end; what clean-up may
+        still change there is not told yet.
+        """
+        text = self._tokenizer.decode(self.tokens)
+        settled = text[: max(len(text) - self._tokenizer.unsettled, 0)]
+        if text.endswith(UNFINISHED) or not settled.startswith(self.text):
+            return ""
+        return settled.removeprefix(self.text)
+
+
+def _log_probabilities(
+    logits: Floats, chosen: int, count: int, never: Sequence[int]
+) -> list[tuple[int, float]]:
+    """The chosen token, then the `count` most likely ones, each with its log-probability.
+
+    What is `never` chosen has its share of probability, and is not among the likely ones.
+    """
+    shifted = logits.astype(np.float64) - float(logits[chosen])
+    total = math.log(np.exp(shifted).sum())
+    shifted[list(never)] = -np.inf
+    best = np.argsort(-shifted, kind="stable")[:count] if count else ()
+    return [(chosen, -total), *((int(each), float(shifted[each]) - total) for each in best)]
+
+
+REFUSED = 0.5  # the probability of a refusal from which on it counts, where no bundle says another
+_WHY = {
+    "not_a_scan": "The picture is not like the medical images that the model learned from.",
+    "not_answerable": "The model cannot answer this question from this picture.",
+    "language": "The question is in no language that the model reads.",
+    "empty_answer": "The model said nothing.",
+    "repetition": "The model began to repeat itself: its answer ends before that.",
+}
+
+
+def doubts(
+    refused: Mapping[str, float], thresholds: Mapping[str, float], draft: Draft
+) -> tuple[Notice, ...]:
+    """Why an answer is unsure: what the model refuses, and what is wrong with its text.
+
+    Args:
+        refused: The probability of each refusal, by its code.
+        thresholds: From which on each counts; `REFUSED` where there is none.
+        draft: The answer, with all of its text.
+    """
+    codes = [code for code, value in refused.items() if value >= thresholds.get(code, REFUSED)]
+    if not draft.text:
+        codes.append("empty_answer")
+    if draft.stopped == "repetition":
+        codes.append("repetition")
+    return tuple(Notice(code, _WHY[code]) for code in codes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """One question answered.
@@ -99,7 +214,11 @@ class Answer:
     `machine` (None: not recorded) and whether that holds `here`. `paging` tells how experts were
     brought into memory where that is bounded (`runtimes.paging.report`), else it is None.
     `warnings` are what a person and a program should know before they use the answer: of the model,
-    of how the image was read, and of a label that the image is unlike.
+    of how the image was read, of a label that the image is unlike, and why it is `unsure`. Then
+    `text` is a best guess. It is not `complete` where it was `stopped` by its "length", or by the
+    model's "repetition" of itself. `refusals` are the probabilities that the model gave to having
+    no answer, by their codes; `confidence` is what they and all other answers leave to this one.
+    `probabilities` are those of the choices that were given, which add up to 1; else None.
     """
 
     question: str
@@ -113,6 +232,20 @@ class Answer:
     notice: str = NOTICE
     paging: dict[str, Any] | None = None
     warnings: tuple[Notice, ...] = ()
+    unsure: bool = False
+    stopped: Literal["length", "repetition"] | None = None
+    refusals: dict[str, float] = dataclasses.field(default_factory=dict)
+    probabilities: dict[str, float] | None = None
+
+    @property
+    def shown(self) -> str:
+        """The answer for people, who see at once whether it is a guess, and whether it is whole."""
+        said = self.text or "(no answer)"
+        if not self.complete:
+            said += " (cut off)"
+        if not self.unsure:
+            return said
+        return f"Unsure. Best guess: {said}" if self.text else f"Unsure. {said}"
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""

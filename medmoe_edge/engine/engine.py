@@ -2,14 +2,14 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.engine.answer import Answer, Clock, Piece, timings
+from medmoe_edge.engine.answer import Answer, Clock, Draft, doubts, timings
 from medmoe_edge.engine.loading import (
     REFERENCE,
     Device,
@@ -26,14 +26,23 @@ from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.loading import preprocess, seen_picture
 from medmoe_edge.image.pixels import Pixels, unlike_label
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step, Warns, chosen_experts, greedy
+from medmoe_edge.runtimes.base import (
+    Cache,
+    Decoding,
+    Paged,
+    Runtime,
+    Step,
+    Warns,
+    chosen_experts,
+    greedy,
+    log_softmax,
+)
 from medmoe_edge.runtimes.paging.pager import Budget
 
 Counts = npt.NDArray[np.int64]
 Range = tuple[float, float]
 MAX_NEW_TOKENS = 32
 ROOM = 64  # positions, whole multiples of which are kept free behind a prefix
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which another token is still to come
 
 
 def load(
@@ -44,13 +53,14 @@ def load(
     memory_budget: Budget | None = None,
     drop_pages: bool = False,
     prefix_cache: str | os.PathLike[str] | None = None,
+    allow_repetition: bool = False,
 ) -> "Engine":
     """Load a Med-MoE to ask; arguments and errors are those of `medmoe_edge.load`."""
     folder = None if prefix_cache is None else cache_folder(prefix_cache)
     paging = Paging(memory_budget, drop_pages)
     loaded = open_model(model, runtime, device, paging, keeps_prefixes=folder is not None)
     kept = None if folder is None else PrefixCache(folder, loaded.sha256, loaded.runtime)
-    return Engine(**loaded._asdict(), prefixes=kept)
+    return Engine(**loaded._asdict(), prefixes=kept, allow_repetition=allow_repetition)
 
 
 class Engine(OneAtATime):
@@ -61,7 +71,9 @@ class Engine(OneAtATime):
 
     `proven` is what is known of a bundle's fidelity, None of a checkpoint; `verification` says it
     in a word: "passed", "not decided", "failed" or "not measured", of a checkpoint "reference".
-    `warnings` are of the model, and part of every answer's.
+    `warnings` are of the model, and part of every answer's. `thresholds` say by its code how likely
+    a refusal must be to count (`answer.REFUSED` where nothing does). An answer ends where it begins
+    to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`.
     """
 
     def __init__(
@@ -73,6 +85,9 @@ class Engine(OneAtATime):
         proven: Proven | None = None,
         prefixes: LastPrefix | None = None,
         warnings: tuple[Notice, ...] = (),
+        thresholds: Mapping[str, float] | None = None,
+        *,
+        allow_repetition: bool = False,
     ) -> None:
         super().__init__()
         self.runtime: Runtime = runtime
@@ -83,6 +98,8 @@ class Engine(OneAtATime):
         of_runtime = runtime.warnings if isinstance(runtime, Warns) else ()
         self.warnings = (*warnings, *tokenizer.warnings, *of_runtime)
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
+        self.decoding = Decoding.of(self.config, tokenizer, allow_repetition=allow_repetition)
+        self.thresholds = thresholds or {}
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -378,62 +395,44 @@ class Engine(OneAtATime):
         cache.length = prefix.length  # forget the question before
         first_step = self._step(self.runtime.embed(ids), cache)
         clock.lap("question")
+        refused = self._refused(first_step)
         experts = prefix.experts
-        answer: list[int] = []
-        told = ""
-        log_probability = 0.0
-        complete = False
-        ends = self.config.decoder.end_tokens
-        decoding = greedy(
+        draft = Draft(self.tokenizer, self.decoding, alternatives)
+        for chosen in greedy(
             first_step,
             lambda token: self._step(self.runtime.embed([token]), cache),
+            self.decoding,
             limit=limit,
-            ends=ends,
-        )
-        for token, step in decoding:
-            experts = experts + self._chosen(step)
-            likely = _log_probabilities(step.logits, token, alternatives or 0)
-            log_probability += likely[0][1]
-            complete = token in ends
-            if complete:
-                break
-            answer.append(token)
-            piece = self._untold(answer, told)
-            told += piece
-            if alternatives is None:
-                yield piece
-            else:
-                texts = [(self.tokenizer.decode([each]), value) for each, value in likely]
-                yield Piece(piece, texts[0], texts[1:])
+        ):
+            experts = experts + self._chosen(chosen.step)
+            yield from draft.take(chosen)
         clock.lap("decode")
-        text = self.tokenizer.decode(answer)
-        yield text.removeprefix(told)
+        yield draft.rest()
+        unsure = doubts(refused, self.thresholds, draft)
         yield Answer(
             question=question,
-            text=text,
-            confidence=math.exp(log_probability),
+            text=draft.text,
+            confidence=math.exp(draft.log_probability),
             modality=prefix.modality,
             experts=self._shares(experts),
             timings=timings(
-                prefix.seconds, clock.laps, len(answer), first=first, reused=prefix.reused
+                prefix.seconds, clock.laps, len(draft.tokens), first=first, reused=prefix.reused
             ),
             model=describe(self.name, self.sha256, self.proven, self.runtime.name),
-            complete=complete,
+            complete=draft.stopped == "end",
             paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
-            warnings=(*self.warnings, *prefix.warnings),
+            warnings=(*unsure, *self.warnings, *prefix.warnings),
+            unsure=bool(unsure),
+            stopped=None if draft.stopped == "end" else draft.stopped,
+            refusals=refused,
         )
 
-    def _untold(self, ids: list[int], told: str) -> str:
-        """What the text of `ids` adds to what was told; nothing while it ends within a character.
-
-        All models have byte-level tokenizers, whose text only grows at its end; what clean-up may
-        still change there is not told yet.
-        """
-        text = self.tokenizer.decode(ids)
-        settled = text[: max(len(text) - self.tokenizer.unsettled, 0)]
-        if text.endswith(UNFINISHED) or not settled.startswith(told):
-            return ""
-        return settled.removeprefix(told)
+    def _refused(self, step: Step) -> dict[str, float]:
+        """How likely each refusal is in the place of an answer, by its code."""
+        if not self.decoding.never:
+            return {}
+        likely = np.exp(log_softmax(step.logits)[list(self.decoding.never)])
+        return dict(zip(self.config.codes, map(float, likely), strict=True))
 
     def _step(self, embeds: Floats, cache: Cache) -> Step:
         step = self.runtime.step(embeds, cache)
@@ -474,11 +473,3 @@ class Engine(OneAtATime):
         names = self.expert_names or tuple(f"expert-{index}" for index in range(len(counts)))
         total = max(int(counts.sum()), 1)
         return {name: int(count) / total for name, count in zip(names, counts, strict=True)}
-
-
-def _log_probabilities(logits: Floats, chosen: int, count: int) -> list[tuple[int, float]]:
-    """The chosen token, then the `count` most likely ones, each with its log-probability."""
-    shifted = logits.astype(np.float64) - float(logits[chosen])
-    total = math.log(np.exp(shifted).sum())
-    best = np.argsort(-shifted, kind="stable")[:count] if count else ()
-    return [(chosen, -total), *((int(each), float(shifted[each]) - total) for each in best)]

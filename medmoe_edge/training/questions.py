@@ -117,11 +117,6 @@ def facts_of_examples(examples: Iterable[Example]) -> list[Facts]:
     ]
 
 
-def refusal_token(code: str) -> str:
-    """The token that answers where nothing else can, by its code."""
-    return f"<|{code}|>"
-
-
 @functools.cache
 def phrase_book() -> Mapping[str, Any]:
     """The wordings, by what they ask."""

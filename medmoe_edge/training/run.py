@@ -8,7 +8,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import filter as filter_names
 from pathlib import Path
@@ -25,7 +25,14 @@ from torch import nn
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
-from medmoe_edge.config import Config, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
+from medmoe_edge.config import (
+    Config,
+    DecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    Refusal,
+    VisionConfig,
+)
 from medmoe_edge.data.datasets import (
     FINDINGS_FILE,
     LABELS_FILE,
@@ -68,7 +75,6 @@ from medmoe_edge.training.questions import (
     facts_of_examples,
     facts_of_findings,
     facts_of_labels,
-    refusal_token,
 )
 from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
 from medmoe_edge.training.report import PRECISION, RUN, Planned, TrainOptions
@@ -82,20 +88,22 @@ FRONT = ("vision.stem.", *(f"vision.stages.{index}." for index in range(FRONT_ST
 
 
 def train_tokenizer(
-    texts: Iterable[tuple[str, str]], vocab_size: int, path: Path, refusals: Sequence[str] = ()
+    texts: Iterable[tuple[str, str]],
+    vocab_size: int,
+    path: Path,
+    refusals: Iterable[Refusal] = (),
 ) -> None:
-    """Write `tokenizer.json` for `(question, answer)` pairs; id 0 is the end token.
+    """Write `tokenizer.json` for `(question, answer)` pairs.
 
-    The tokens of `refusals` have the ids after it.
-
-    Byte level: any text can be encoded, also what training never showed.
+    Id 0 is the end token; those of the refusals follow in their order. Byte level: any text can be
+    encoded, also what training never showed.
     """
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, *refusals],
+        special_tokens=[END, *(refusal.token for refusal in refusals)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -144,9 +152,7 @@ def train(
         lambda file: (
             read.tokenizer.write(file)
             if read
-            else train_tokenizer(
-                texts, config.decoder.vocab_size, file, list(map(refusal_token, recipe.refusals))
-            )
+            else train_tokenizer(texts, config.decoder.vocab_size, file, config.refusals)
         ),
     )
     tokenizer = Tokenizer.from_file(tokenizer_file)
@@ -355,10 +361,13 @@ def trainable_config(recipe: Recipe, corpus: Corpus | None = None) -> tuple[Mode
     decoder = _other(preset.decoder, recipe.decoder)
     if recipe.vocab_size is not None:
         decoder = replace(decoder, vocab_size=recipe.vocab_size)
-    elif decoder.vocab_size < MIN_VOCABULARY:
+    refusals = _refusals(recipe)
+    least = MIN_VOCABULARY + len(refusals)
+    if decoder.vocab_size < least:
         raise DataError(
-            f"The preset {recipe.preset!r} has {decoder.vocab_size} tokens, fewer than bytes.",
-            f"Add vocab_size to the recipe: {MIN_VOCABULARY} or more.",
+            f"The preset {recipe.preset!r} has {decoder.vocab_size} tokens, fewer than bytes and "
+            "special tokens.",
+            f"Add vocab_size to the recipe: {least} or more.",
         )
     # the tokenizer that is trained gives the end of an answer the first id
     decoder = replace(decoder, eos_token_id=0, bos_token_id=None)
@@ -381,7 +390,11 @@ def trainable_config(recipe: Recipe, corpus: Corpus | None = None) -> tuple[Mode
         top_k=min(recipe.top_k or kept.top_k, len(names)),
         expert_names=tuple(names),
     )
-    return ModelConfig(vision, decoder, moe), moe
+    return ModelConfig(vision, decoder, moe, refusals), moe
+
+
+def _refusals(recipe: Recipe) -> tuple[Refusal, ...]:
+    return tuple(Refusal(code, f"<|{code}|>") for code in recipe.refusals or ())
 
 
 def continued_config(
@@ -392,7 +405,7 @@ def continued_config(
     Raises `DataError` for what a checkpoint decides, where the recipe says otherwise, and where
     nothing says the modalities that a checkpoint without experts is to learn.
     """
-    for name in ("preset", "vocab_size", "decoder", "vision"):
+    for name in ("preset", "vocab_size", "refusals", "decoder", "vision"):
         if getattr(recipe, name) is not None:
             raise DataError(
                 f"The recipe says {name!r}, which the checkpoint decides.",
@@ -509,7 +522,7 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
         ]
         for split, asked in (("train", examples), ("val", held))
     )
-    refusals = {code: refusal_token(code) for code in recipe.refusals}
+    refusals = {refusal.code: refusal.token for refusal in _refusals(recipe)}
     return Corpus(
         # without a label, what is asked and answered aligns too, as in the official first phase
         captions=captions(learned, examples) or questions,

@@ -16,11 +16,10 @@ from medmoe_edge.training.questions import (
     facts_of_findings,
     facts_of_labels,
     phrase_book,
-    refusal_token,
     reworded,
 )
 
-REFUSALS = {code: refusal_token(code) for code in ("not_a_scan", "not_answerable", "language")}
+REFUSALS = {code: f"<|{code}|>" for code in ("not_a_scan", "not_answerable", "language")}
 
 
 def film(
