@@ -248,7 +248,7 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
             "Leave --against, --beside and --report out.",
         )
     with needs("rtx"):
-        from medmoe_edge.pipeline.targets import agree
+        from medmoe_edge.pipeline.med_moe import agree
     with render.working("Reading") as progress:
         found = agree(bundle_path(bundle), data, progress=progress)
     if as_json:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from medmoe_edge.device.doctor import Diagnosis
     from medmoe_edge.device.estimate import Fit, Forecast, Plan
     from medmoe_edge.device.measure import Comparison
-    from medmoe_edge.pipeline.targets import TargetExport
+    from medmoe_edge.pipeline.med_moe import TargetExport
 
 STATES = {"problem": "bold red", "warning": "yellow", "hint": "dim"}
 
