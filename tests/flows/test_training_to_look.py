@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import DataError
+from medmoe_edge.training.data import Batches, Conversation, Listed
 from medmoe_edge.training.recipe import PhaseConfig, Recipe, TowerShape
 from medmoe_edge.training.run import read_corpus, train
 
@@ -141,3 +142,24 @@ def test_patients_to_validate_on_are_not_learned_from(data: Path) -> None:
     assert learned
     assert not learned & {each.image.name for each in corpus.seen_held_out}
     assert not any(f"{number}.png" in learned for number in range(64, 96))
+
+
+def test_an_epoch_holds_each_conversation_once_and_little_padding(run: Path, data: Path) -> None:
+    read = read_checkpoint(run / "checkpoint")
+    batches = Batches(read.config, read.tokenizer.tokenizer, RECIPE.modalities or (), 3)
+    asked = [
+        Conversation(data / f"{number}.png", "xray", (("Is it?", "Yes"),) * (1 + number % 12), "x")
+        for number in range(61)
+    ]
+    loader = batches.shuffled(asked, 8, 12, 0)
+    chosen = loader.dataset
+    assert isinstance(chosen, Listed)
+    assert sorted(each.image.name for each in chosen.items) == sorted(
+        each.image.name for each in asked
+    )
+    longest = [max(len(each.turns) for each in chosen.items[at : at + 8]) for at in range(0, 61, 8)]
+    assert sum(longest) < 0.8 * 12 * len(longest), "batches as they come have an image of 12 each"
+    assert longest != sorted(longest), "long and short batches take turns"
+    again = batches.shuffled(asked, 8, 12, 0).dataset
+    assert isinstance(again, Listed)
+    assert again.items == chosen.items
