@@ -522,7 +522,7 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
         ]
         for split, asked in (("train", examples), ("val", held))
     )
-    refusals = {refusal.code: refusal.token for refusal in _refusals(recipe)}
+    refusals: dict[str, str] = {each.code: each.token for each in _refusals(recipe)}
     return Corpus(
         # without a label, what is asked and answered aligns too, as in the official first phase
         captions=captions(learned, examples) or questions,

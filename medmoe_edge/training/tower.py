@@ -3,13 +3,14 @@
 An ImageNet tower tells dogs from cats, not a film with effusion from one without; a decoder that
 learns beside it finds the words first and does not look. So the tower is first taught by itself,
 with one linear output for each thing that is known of many images: findings, modality, part of the
-body, and the answers to questions that are asked of many images. The outputs are then dropped.
+body, and the answers to questions that are asked of many images. The outputs are then dropped, but
+for their directions, with which the projector begins.
 """
 
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,6 +186,24 @@ def teach_tower(
         return _areas(trained, things, loader(held_out, None), session) if held_out else {}
 
     fit("tower", sight, phase, epoch_batches, validate, session)
+    _hand_over(sight, things, counts)
+
+
+@torch.no_grad()
+def _hand_over(sight: Sight, things: Sequence[str], counts: Mapping[str, int]) -> None:
+    """Let half of the projector's first layer begin as the outputs: the decoder need not find them.
+
+    Findings come first, then what is known of most images.
+    """
+    first = sight.model.projector[0]
+    assert isinstance(first, nn.Linear)
+    order = sorted(
+        range(len(things)), key=lambda at: (not things[at].startswith(FINDING), -counts[things[at]])
+    )
+    for row, at in enumerate(order[: first.out_features // 2]):
+        direction = sight.everywhere.weight[at] + sight.somewhere.weight[at]
+        first.weight[row] = direction / direction.norm()
+        first.bias[row] = 0.0
 
 
 def _collate(
