@@ -30,6 +30,8 @@ STAGES = (
 BATCH_NORM_EPS = 1e-3
 POSITION_DEVIATION = 0.2  # beside features of deviation 1
 STRIDE_16_STAGE = 4  # the last stage before the final downsampling
+PIXEL_CHANNELS = 3
+FRONT_STAGES = 4  # their filters suit any picture: what `front` does need not learn
 
 
 class Conv(nn.Conv2d):
@@ -97,11 +99,21 @@ class EfficientNetLite(nn.Module):
             torch.randn(config.image_tokens, config.feature_size) * POSITION_DEVIATION
         )
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """`pixels` normalised with the configured mean and deviation."""
+    def front(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` to what the first stages see, `[B, C, S / 16, S / 16]`.
+
+        Training computes it once for each view of an image where these stages are frozen.
+        """
         x = relu6(self.stem(pixels))
+        for stage in self.stages[:FRONT_STAGES]:
+            x = stage(x)
+        return x  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`images` are pixels, normalised as configured, or what `front` made of them."""
+        x = self.front(images) if images.shape[1] == PIXEL_CHANNELS else images
         fine = x
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages[FRONT_STAGES:], start=FRONT_STAGES):
             x = stage(x)
             if index == STRIDE_16_STAGE:
                 fine = x

