@@ -6,7 +6,6 @@ The tokenizer is a small byte-level BPE, trained on the questions and answers th
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,8 +17,6 @@ import psutil
 import torch
 from accelerate import PartialState
 from rich.progress import Progress
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from medmoe_edge.atomic import atomic_file
@@ -50,7 +47,7 @@ from medmoe_edge.models.efficientnet_lite import (
 )
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, Tokenizer
+from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.data import (
     Batches,
     as_labelled,
@@ -58,7 +55,7 @@ from medmoe_edge.training.data import (
     from_examples,
     instructions,
 )
-from medmoe_edge.training.initialise import dense_model, new_dense_model
+from medmoe_edge.training.initialise import dense_model, new_dense_model, train_tokenizer
 from medmoe_edge.training.loop import Session, load_state
 from medmoe_edge.training.phases import (
     ROUTER,
@@ -81,38 +78,9 @@ from medmoe_edge.training.report import PRECISION, RUN, Planned, TrainOptions
 from medmoe_edge.training.router import loaded
 from medmoe_edge.training.tower import teach_tower, what_is_seen
 
-END = "<|endoftext|>"
 PHASES = ("alignment", "instruction", "moe")
 TOKENIZER = "tokenizer.json"
 FRONT = ("vision.stem.", *(f"vision.stages.{index}." for index in range(FRONT_STAGES)))
-
-
-def train_tokenizer(
-    texts: Iterable[tuple[str, str]],
-    vocab_size: int,
-    path: Path,
-    refusals: Iterable[Refusal] = (),
-) -> None:
-    """Write `tokenizer.json` for `(question, answer)` pairs.
-
-    Id 0 is the end token; those of the refusals follow in their order. Byte level: any text can be
-    encoded, also what training never showed.
-    """
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END, *(refusal.token for refusal in refusals)],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    lines = [AFTER_IMAGE.format(question=question) + f" {answer}" for question, answer in texts]
-    # the system prompt is in every conversation: repeated, so that its words become tokens
-    backend.train_from_iterator([*lines, *[BEFORE_IMAGE] * 20], trainer)
-    partial = path.with_suffix(".partial")
-    backend.save(str(partial))
-    os.replace(partial, path)
 
 
 def train(

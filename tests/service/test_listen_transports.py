@@ -104,7 +104,7 @@ def documents(node: Node) -> set[str]:
 
 
 class Authority:
-    """Certificates of a test, as files: of an authority, and `localhost`'s for server and client."""
+    """Certificates as files: of an authority, and those of `localhost` for server and client."""
 
     def __init__(self, folder: Path) -> None:
         authority, stranger = trustme.CA(), trustme.CA()
