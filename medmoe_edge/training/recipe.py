@@ -276,10 +276,6 @@ class Recipe(Config):
             )
         if self.views < 0:
             raise ConfigError(f"The recipe's views are {self.views}.", "Use 0 or more.")
-        if self.refusals and not self.phrases:
-            raise ConfigError(
-                "The recipe's refusals are taught with phrases alone.", "Set phrases to true."
-            )
         names = self.modalities
         if names is not None and (not names or len(set(names)) < len(names) or not all(names)):
             raise ConfigError(
