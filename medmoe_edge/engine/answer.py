@@ -2,17 +2,18 @@
 
 import dataclasses
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.errors import Notice
+from medmoe_edge.errors import InputError, Notice
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Chosen, Decoding
+from medmoe_edge.runtimes.base import Chosen, Decoding, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,90 @@ class Piece(str):
         return piece
 
 
+Choices = Sequence[str] | Mapping[str, Sequence[str]]
+"""The answers that may be given, to every question; or by question, where it has any."""
+
+YES_NO = ("Yes", "No")
+MOST_CHOICES = 20
+LONGEST_CHOICE = 200  # characters
+
+
+def choices_of(choices: Choices | None, question: str) -> tuple[str, ...]:
+    """The answers that may be given to a question, checked; empty where any may be.
+
+    Raises `InputError` for choices that are none, empty, the same but for their case, too many or
+    too long.
+    """
+    found = choices.get(question) if isinstance(choices, Mapping) else choices
+    if found is None:
+        return ()
+    if isinstance(found, str):
+        raise InputError("choices is one text, and a list is meant.", 'Write ["yes", "no"].')
+    given = tuple(each.strip() if isinstance(each, str) else "" for each in found)
+    folded = [each.casefold() for each in given]
+    if len(given) < 2 or not all(given):
+        raise InputError(
+            "The choices are fewer than two, or one of them is empty.", "Name two or more."
+        )
+    twice = next((each for each in given if folded.count(each.casefold()) > 1), None)
+    if twice is not None:
+        raise InputError(f"The choice {twice!r} is there twice.", "Name each once.")
+    longest = max(given, key=len)
+    if len(given) > MOST_CHOICES or len(longest) > LONGEST_CHOICE:
+        raise InputError(
+            f"There are {len(given)} choices, the longest of {len(longest)} characters.",
+            f"Give at most {MOST_CHOICES}, of {LONGEST_CHOICE} characters each.",
+        )
+    return given
+
+
+def spellings(choice: str) -> list[str]:
+    """A choice with its first letter small and large, unless it is an abbreviation such as CT."""
+    first, rest = choice[0], choice[1:]
+    if rest[:1].isupper():
+        return [choice]
+    return list(dict.fromkeys((choice, first.upper() + rest, first.lower() + rest)))
+
+
+def is_yes_or_no(question: str) -> bool:
+    """Whether an English question asks for yes or no, by its first word and without an "or"."""
+    words = re.findall(r"[a-z']+", question.lower())
+    return bool(words) and words[0] in _ASKS_YES_OR_NO and "or" not in words
+
+
+_ASKS_YES_OR_NO = {
+    *("is", "are", "was", "were", "does", "do", "did", "has", "have", "had"),
+    *("can", "could", "will", "would", "should", "any"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question in tokens, and those of the answers that it may have; none: any.
+
+    Each of these answers may be spelt in several ways.
+    """
+
+    question: str
+    ids: list[int]
+    choices: Mapping[str, list[list[int]]]
+
+    @classmethod
+    def of(cls, question: str, choices: Choices | None, tokenizer: Tokenizer) -> Self:
+        """Both checked; raises `InputError`."""
+        given = {
+            choice: [tokenizer.answer_ids(spelt) for spelt in spellings(choice)]
+            for choice in choices_of(choices, question)
+        }
+        return cls(question, tokenizer.question_ids(question), given)
+
+    def positions(self, limit: int) -> int:
+        """In the cache, of the question and the longest answer."""
+        lengths = (len(tokens) for spelt in self.choices.values() for tokens in spelt)
+        return len(self.ids) + max(lengths, default=limit)
+
+
+Score = Callable[[list[int]], tuple[float, list[Step]]]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which another token is still to come
 
 
@@ -113,6 +198,7 @@ class Draft:
     ) -> None:
         self._tokenizer, self._decoding, self._alternatives = tokenizer, decoding, alternatives
         self._held: list[list[tuple[int, float]]] = []
+        self._choice = ""
         self.tokens: list[int] = []
         self.text, self.log_probability = "", 0.0
         self.stopped: Literal["end", "length", "repetition"] | None = None
@@ -129,9 +215,35 @@ class Draft:
         if chosen.stopped == "end":
             self.log_probability += likely[0][1]
 
+    def choose(
+        self, choices: Mapping[str, list[list[int]]], score: Score
+    ) -> tuple[dict[str, float], list[Step]]:
+        """Be the likeliest of some answers, each as likely as its spellings together.
+
+        Args:
+            choices: Each answer, with the tokens of its spellings.
+            score: The log-probability of some tokens and the answer's end.
+
+        Returns:
+            The probability of each choice, where one of them is taken to be right, and the steps
+            of the likeliest one's likeliest spelling.
+        """
+        totals, spelt = {}, {}
+        for choice, spellings in choices.items():
+            found = [(*score(tokens), tokens) for tokens in spellings]
+            totals[choice] = float(np.logaddexp.reduce([value for value, _, _ in found]))
+            spelt[choice] = max(found, key=lambda each: each[0])
+        best = max(totals, key=totals.__getitem__)
+        _, steps, tokens = spelt[best]
+        self._choice, self.tokens, self.stopped = best, tokens, "end"
+        self.log_probability = totals[best]
+        shares = {choice: math.exp(value - totals[best]) for choice, value in totals.items()}
+        whole = sum(shares.values())
+        return {choice: share / whole for choice, share in shares.items()}, steps
+
     def rest(self) -> str:
         """What was not told yet of the whole text, once there are no more tokens."""
-        text = self._tokenizer.decode(self.tokens)
+        text = self._choice or self._tokenizer.decode(self.tokens)
         rest, self.text = text.removeprefix(self.text), text
         return rest
 

@@ -4,13 +4,22 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
 from medmoe_edge.config import Confidence
-from medmoe_edge.engine.answer import Answer, Clock, Draft, doubts, timings
+from medmoe_edge.engine.answer import (
+    Answer,
+    Asked,
+    Choices,
+    Clock,
+    Draft,
+    doubts,
+    timings,
+)
 from medmoe_edge.engine.loading import (
     REFERENCE,
     Device,
@@ -36,6 +45,7 @@ from medmoe_edge.runtimes.base import (
     Warns,
     chosen_experts,
     greedy,
+    log_probability,
     log_softmax,
 )
 from medmoe_edge.runtimes.paging.pager import Budget
@@ -115,6 +125,7 @@ class Engine(OneAtATime):
         question: str,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         frame: int | None = None,
         value_range: Range | None = None,
     ) -> Answer:
@@ -125,6 +136,8 @@ class Engine(OneAtATime):
                 `[H, W, 3]`, a pydicom `Dataset`, a NIfTI image of nibabel, or an `Image`.
             question: At most 10,000 characters.
             max_new_tokens: The longest answer, in tokens.
+            choices: The answers that may be given, such as `["yes", "no"]`: the likeliest is
+                the text, and `probabilities` has them all. None: any answer.
             frame: Which frame or slice of several, from 0; None is the middle one.
             value_range: Of an array, the values shown black and white; needed unless it is uint8,
                 or grey uint16, which is shown as a 16-bit PNG is.
@@ -133,7 +146,7 @@ class Engine(OneAtATime):
             The answer; the same input gives the same one.
 
         Raises:
-            InputError: The image or the question cannot be used, or the engine is closed.
+            InputError: The image, the question or a choice cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
         if not isinstance(question, str):
@@ -142,6 +155,7 @@ class Engine(OneAtATime):
             image,
             [question],
             max_new_tokens=max_new_tokens,
+            choices=choices,
             frame=frame,
             value_range=value_range,
         )[0]
@@ -152,6 +166,7 @@ class Engine(OneAtATime):
         questions: Sequence[str],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         frame: int | None = None,
         value_range: Range | None = None,
     ) -> list[Answer]:
@@ -161,6 +176,7 @@ class Engine(OneAtATime):
             image: As of `ask`.
             questions: Any number, in a list.
             max_new_tokens: The longest answer to each, in tokens.
+            choices: As of `ask`, for every question; or by question, in a mapping.
             frame: As of `ask`.
             value_range: As of `ask`.
 
@@ -168,13 +184,14 @@ class Engine(OneAtATime):
             One answer for each question, in their order.
 
         Raises:
-            InputError: The image or a question cannot be used, or the engine is closed.
+            InputError: The image, a question or a choice cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
         told = self.ask_stream(
             image,
             questions,
             max_new_tokens=max_new_tokens,
+            choices=choices,
             frame=frame,
             value_range=value_range,
         )
@@ -186,6 +203,7 @@ class Engine(OneAtATime):
         questions: Sequence[str],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         value_range: Range | None = None,
     ) -> list[list[Answer]]:
         """Answer the same questions about several images, of which one is in memory at a time.
@@ -194,13 +212,14 @@ class Engine(OneAtATime):
             images: Any number, each as of `ask`.
             questions: As of `ask_all`.
             max_new_tokens: The longest answer to each, in tokens.
+            choices: As of `ask`, for every question; or by question, in a mapping.
             value_range: As of `ask`, the same for all.
 
         Returns:
             For each image in its turn, one answer for each question.
 
         Raises:
-            InputError: An image or a question cannot be used; it says which image, from 1.
+            InputError: An image (it says which, from 1), a question or a choice cannot be used.
             ModelError: The model computed NaN or infinite values.
         """
         if isinstance(images, str | bytes | os.PathLike):
@@ -209,7 +228,11 @@ class Engine(OneAtATime):
         for number, image in enumerate(images, start=1):
             try:
                 answers = self.ask_all(
-                    image, questions, max_new_tokens=max_new_tokens, value_range=value_range
+                    image,
+                    questions,
+                    max_new_tokens=max_new_tokens,
+                    choices=choices,
+                    value_range=value_range,
                 )
             except MedMoEError as error:
                 error.what = f"Image {number}: {error.what}"
@@ -224,6 +247,7 @@ class Engine(OneAtATime):
         question: str,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         frame: int | None = None,
         value_range: Range | None = None,
     ) -> Answer:
@@ -239,6 +263,7 @@ class Engine(OneAtATime):
             image,
             question,
             max_new_tokens=max_new_tokens,
+            choices=choices,
             frame=frame,
             value_range=value_range,
         )
@@ -249,6 +274,7 @@ class Engine(OneAtATime):
         questions: Sequence[str],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         frame: int | None = None,
         value_range: Range | None = None,
         alternatives: int | None = None,
@@ -262,6 +288,7 @@ class Engine(OneAtATime):
             image: As of `ask`.
             questions: Any number, in a list.
             max_new_tokens: The longest answer to each, in tokens.
+            choices: As of `ask`, for every question; or by question, in a mapping.
             frame: As of `ask`.
             value_range: As of `ask`.
             alternatives: Tell each token with its log-probability, and so many of the most likely
@@ -272,7 +299,7 @@ class Engine(OneAtATime):
             empty, and then the `Answer`; joined, the pieces are its text.
 
         Raises:
-            InputError: The image or a question cannot be used, or the engine is closed.
+            InputError: The image, a question or a choice cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
         if isinstance(questions, str):
@@ -282,14 +309,12 @@ class Engine(OneAtATime):
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
         with self.one_at_a_time():
-            ids = [self.tokenizer.question_ids(question) for question in questions]
-            room = max((len(question) for question in ids), default=0) + max_new_tokens
+            asked = [Asked.of(question, choices, self.tokenizer) for question in questions]
+            room = max((each.positions(max_new_tokens) for each in asked), default=max_new_tokens)
             prefix = self._prefill(image, frame, room, value_range)
-            for index, (question, tokens) in enumerate(zip(questions, ids, strict=True)):
+            for index, each in enumerate(asked):
                 yield from self._answer(
-                    *(question, tokens, prefix, max_new_tokens),
-                    first=index == 0,
-                    alternatives=alternatives,
+                    *(each, prefix, max_new_tokens), first=index == 0, alternatives=alternatives
                 )
 
     def seen(
@@ -384,37 +409,33 @@ class Engine(OneAtATime):
         return prefix
 
     def _answer(
-        self,
-        question: str,
-        ids: list[int],
-        prefix: Prefix,
-        limit: int,
-        *,
-        first: bool,
-        alternatives: int | None,
+        self, asked: Asked, prefix: Prefix, limit: int, *, first: bool, alternatives: int | None
     ) -> Iterator[str | Answer]:
         clock = Clock()
         cache = prefix.cache
         cache.length = prefix.length  # forget the question before
-        first_step = self._step(self.runtime.embed(ids), cache)
+        first_step = self._step(self.runtime.embed(asked.ids), cache)
         clock.lap("question")
         refused = self._refused(first_step)
-        experts = prefix.experts
+        experts = prefix.experts + self._chosen(first_step)
         draft = Draft(self.tokenizer, self.decoding, alternatives)
-        for chosen in greedy(
-            first_step,
-            lambda token: self._step(self.runtime.embed([token]), cache),
-            self.decoding,
-            limit=limit,
-        ):
-            experts = experts + self._chosen(chosen.step)
-            yield from draft.take(chosen)
+        probabilities = None
+        if asked.choices:
+            score = partial(self._score, first_step, cache)
+            probabilities, steps = draft.choose(asked.choices, score)
+            experts = experts + np.sum([self._chosen(step) for step in steps], axis=0)
+        else:
+            take = partial(self._next, cache)
+            for chosen in greedy(first_step, take, self.decoding, limit=limit):
+                if chosen.step is not first_step:
+                    experts = experts + self._chosen(chosen.step)
+                yield from draft.take(chosen)
         clock.lap("decode")
         yield draft.rest()
-        confidence, enough = self._chance(draft)
+        confidence, enough = self._chance(draft, probabilities, refused)
         unsure = doubts(refused, self.thresholds, draft, enough=enough)
         yield Answer(
-            question=question,
+            question=asked.question,
             text=draft.text,
             confidence=confidence,
             confidence_kind="calibrated" if self.fitted else "raw",
@@ -430,15 +451,35 @@ class Engine(OneAtATime):
             unsure=bool(unsure),
             stopped=None if draft.stopped == "end" else draft.stopped,
             refusals=refused,
+            probabilities=self._among(probabilities),
         )
 
-    def _chance(self, draft: Draft) -> tuple[float, bool]:
+    def _chance(
+        self, draft: Draft, among: Mapping[str, float] | None, refused: Mapping[str, float]
+    ) -> tuple[float, bool]:
         """An answer's confidence, and whether that is enough not to be unsure."""
         probability = math.exp(draft.log_probability)
         if self.fitted is None:
             return probability, True
+        if among:  # one of the choices is right, as far as there is an answer
+            probability = among[draft.text] * (1 - sum(refused.values()))
         chance = self.fitted.chance(draft.text, probability)
         return chance, chance >= self.fitted.threshold
+
+    def _among(self, probabilities: dict[str, float] | None) -> dict[str, float] | None:
+        if self.fitted is None or probabilities is None:
+            return probabilities
+        return self.fitted.among(probabilities)
+
+    def _score(self, step: Step, cache: Cache, tokens: list[int]) -> tuple[float, list[Step]]:
+        """The log-probability of these tokens and an end, from the question's step on."""
+        start, take = cache.length, partial(self._next, cache)
+        found = log_probability(step, take, tokens, self.decoding.ends)
+        cache.length = start
+        return found
+
+    def _next(self, cache: Cache, token: int) -> Step:
+        return self._step(self.runtime.embed([token]), cache)
 
     def _refused(self, step: Step) -> dict[str, float]:
         """How likely each refusal is in the place of an answer, by its code."""
