@@ -387,6 +387,23 @@ class Confidence(Config):
         curve = self.closed if answer_kind(text) == "closed" else self.open
         return curve.chance(probability)
 
+    def among(self, probabilities: Mapping[str, float]) -> dict[str, float]:
+        """The chance of each of several answers (two or more), one of which is right.
+
+        The likeliest one has its chance, but stays at least as likely as the next; what that leaves
+        is shared among the others as before.
+        """
+        best, second = sorted(probabilities, key=probabilities.__getitem__, reverse=True)[:2]
+        others = sum(probabilities.values()) - probabilities[best]
+        if not others:
+            return dict(probabilities)
+        least = probabilities[second] / (others + probabilities[second])
+        chance = max(self.chance(best, probabilities[best]), least)
+        return {
+            text: chance if text == best else (1 - chance) * value / others
+            for text, value in probabilities.items()
+        }
+
 
 def _check_positive(config: Config, *names: str) -> None:
     for name in names:

@@ -118,7 +118,7 @@ class AnswerScores:
         labels: How it read the modality of labelled images.
         blind: How it answered the same questions about a black picture.
         findings: How well it saw each finding.
-        no_scans: Which pictures it took for no scans.
+        no_scans: Which pictures it took for no scans; None where that was fitted (`refusals`).
         languages: How it answered in other languages than English.
         paraphrases: What other words cost, over `"all"` questions and by their source.
         confidence: What the bundle knows of its confidence: just fitted, or before.
@@ -141,9 +141,9 @@ class AnswerScores:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        rest = {**vars(self), "confidence": self.confidence and self.confidence.to_json()}
-        del rest["questions"]
-        return (self.questions.to_json() if self.questions else {}) | _plain(rest)
+        told = self.questions.to_json() if self.questions else {}
+        rest = {name: _plain(part) for name, part in vars(self).items() if name != "questions"}
+        return told | rest
 
 
 def _plain(value: Any) -> Any:
@@ -339,6 +339,11 @@ class ContrastiveFamily:
                 "--predictions": options.predictions,
                 "--blind": options.blind,
                 "--limit": options.limit,
+                "--findings": options.findings,
+                "--languages": options.languages,
+                "--paraphrases": options.paraphrases,
+                "--fit-confidence": options.fit_confidence,
+                "--selective-accuracy": options.selective_accuracy,
             }
         )
         if options.runtime == "tensorrt":
@@ -374,7 +379,8 @@ class _Scored(NamedTuple):
     def scans(self) -> list[Path]:
         """All other images, each once."""
         scans = [one.image for one in self.findings if one.modality != NO_SCAN]
-        scans += [one.image for one in (*self.labelled, *self.examples)]
+        scans += [item.image for item in self.labelled]
+        scans += [example.image for example in self.examples]
         return list(dict.fromkeys(scans))
 
 
@@ -452,7 +458,8 @@ def _with_confidence(
         return scores
     asked = Data(options.data.name, data.examples)
     if not options.fit_confidence:
-        return replace(scores, fitted_on_these=known and known.data_sha256 == asked.sha256())
+        same = known is not None and known.data_sha256 == asked.sha256()
+        return replace(scores, fitted_on_these=same)
     answers = scores.questions.predictions
     fitted = fitting.fit_confidence(
         data.examples,
@@ -461,9 +468,10 @@ def _with_confidence(
         data_sha256=asked.sha256(),
         selective_accuracy=options.selective_accuracy,
     )
-    refusals = {
+    usual = [one.refusals for one in answers] + [one.refusals for one in of_scans]
+    refusals: dict[str, RefusalFit] = {
         code: fitting.fit_refusal(
-            [one.refusals[code] for one in (*answers, *of_scans)],
+            [one[code] for one in usual],
             [one.refusals[code] for one in of_pictures] if code == "not_a_scan" else [],
         )
         for code in engine.config.codes
@@ -478,8 +486,9 @@ def _seen(engine: "Engine", data: _Scored, scores: AnswerScores, told: _Told) ->
     from medmoe_edge.evaluation import findings as seeing
 
     if len(data.findings) > len(data.pictures):
+        known, engine.fitted = engine.fitted, None  # calibration makes ties of what can be ordered
         found = seeing.evaluate_findings(engine, data.findings, progress=told("Findings"))
-        scores = replace(scores, findings=found)
+        scores, engine.fitted = replace(scores, findings=found), known
     if data.languages:
         versions = seeing.evaluate_versions(
             engine, data.languages, data.scans, progress=told("Languages")

@@ -432,7 +432,7 @@ class Engine(OneAtATime):
                 yield from draft.take(chosen)
         clock.lap("decode")
         yield draft.rest()
-        confidence, enough = self._chance(draft)
+        confidence, enough = self._chance(draft, probabilities, refused)
         unsure = doubts(refused, self.thresholds, draft, enough=enough)
         yield Answer(
             question=asked.question,
@@ -451,8 +451,25 @@ class Engine(OneAtATime):
             unsure=bool(unsure),
             stopped=None if draft.stopped == "end" else draft.stopped,
             refusals=refused,
-            probabilities=probabilities,
+            probabilities=self._among(probabilities),
         )
+
+    def _chance(
+        self, draft: Draft, among: Mapping[str, float] | None, refused: Mapping[str, float]
+    ) -> tuple[float, bool]:
+        """An answer's confidence, and whether that is enough not to be unsure."""
+        probability = math.exp(draft.log_probability)
+        if self.fitted is None:
+            return probability, True
+        if among:  # one of the choices is right, as far as there is an answer
+            probability = among[draft.text] * (1 - sum(refused.values()))
+        chance = self.fitted.chance(draft.text, probability)
+        return chance, chance >= self.fitted.threshold
+
+    def _among(self, probabilities: dict[str, float] | None) -> dict[str, float] | None:
+        if self.fitted is None or probabilities is None:
+            return probabilities
+        return self.fitted.among(probabilities)
 
     def _score(self, step: Step, cache: Cache, tokens: list[int]) -> tuple[float, list[Step]]:
         """The log-probability of these tokens and an end, from the question's step on."""
@@ -463,14 +480,6 @@ class Engine(OneAtATime):
 
     def _next(self, cache: Cache, token: int) -> Step:
         return self._step(self.runtime.embed([token]), cache)
-
-    def _chance(self, draft: Draft) -> tuple[float, bool]:
-        """An answer's confidence, and whether that is enough not to be unsure."""
-        probability = math.exp(draft.log_probability)
-        if self.fitted is None:
-            return probability, True
-        chance = self.fitted.chance(draft.text, probability)
-        return chance, chance >= self.fitted.threshold
 
     def _refused(self, step: Step) -> dict[str, float]:
         """How likely each refusal is in the place of an answer, by its code."""
