@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from medmoe_edge.cli.common import (
+    AllowRepetition,
     Device,
     Force,
     Json,
@@ -127,6 +128,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=2048, help="Longest answer; the papers' runs allow 2048.")
     ] = 32,
+    allow_repetition: AllowRepetition = False,
     runtime: Runtime = "auto",
     device: Device = "auto",
     force: Force = False,
@@ -156,6 +158,7 @@ def evaluate(
         options = EvaluateOptions(
             *(data, labels, predictions, runtime, device, blind, limit, seed, max_new_tokens),
             *(findings, languages, paraphrases, fit_confidence, selective_accuracy),
+            allow_repetition,
         )
         if predictions:
             check_output(predictions, force)
