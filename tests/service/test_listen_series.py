@@ -336,7 +336,8 @@ def test_a_vote_is_of_the_words_and_the_more_confident_wins_a_draw() -> None:
         "c": answer_to("q", "yes", confidence=0.9),
         "d": answer_to("q", "no", confidence=0.7),
     }
-    best, answer = voted(answers)
+    best, answer, agreed = voted(answers)
+    assert not agreed
     assert (best, answer.text) == ("c", "yes")
     assert answer.confidence == pytest.approx(0.7)
     assert voted({"a": answers["a"]}) == ("a", answers["a"])
@@ -632,7 +633,7 @@ def test_fhir_names_patient_order_and_time(
         assert (order["system"], order["value"]) == ("urn:oid:1.2.4", "A-77")
         assert order["type"]["coding"][0]["code"] == "ACSN"
     assert report["identifier"][1] == order
-    assert "no Patient ID: nothing is posted" in caplog.text
+    assert "no Patient ID: nothing of it is sent" in caplog.text
 
 
 def test_one_association_for_a_batch(tmp_path: Path) -> None:
