@@ -293,7 +293,7 @@ def test_all_slices_vote_and_the_report_names_them(tmp_path: Path) -> None:
     common = [each for each in engine.seen_values if engine.seen_values.count(each) == 3]
     assert answer["answer"] == str(common[0])
     assert codes_of(answer) == ["vote"]
-    assert "3 of 4 slices gave this answer. 1 gave others" in answer["warnings"][0]["message"]
+    assert "3 of 4 pictures gave this answer. 1 gave others" in answer["warnings"][0]["message"]
     assert len(pictures) == 4
     for kind in (REPORT, "basic-text-sr", "fhir-r4"):
         for dataset in sent:
@@ -340,7 +340,7 @@ def test_a_vote_is_of_the_words_and_the_more_confident_wins_a_draw() -> None:
     assert not agreed
     assert (best, answer.text) == ("c", "yes")
     assert answer.confidence == pytest.approx(0.7)
-    assert voted({"a": answers["a"]}) == ("a", answers["a"])
+    assert voted({"a": answers["a"]}) == ("a", answers["a"], True)
 
 
 def test_what_shows_nothing_to_ask_about_is_left_out(tmp_path: Path) -> None:
