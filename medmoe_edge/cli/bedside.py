@@ -220,7 +220,7 @@ def _desk(config: Path) -> "Iterator[tuple[Desk, Configuration]]":
         from medmoe_edge.bedside.listen.config import load_configuration
         from medmoe_edge.bedside.listen.desk import Desk
     configuration = load_configuration(config)
-    desk = Desk(configuration.folder / "queue.sqlite")
+    desk = Desk(configuration.folder)
     try:
         yield desk, configuration
     finally:
@@ -364,11 +364,7 @@ def node_backup(
     """Write the node's queue, images, documents and audit log to one file; it may be running."""
     check_output(output, force)
     with _desk(config) as (desk, configuration):
-        from medmoe_edge.bedside.listen.queue import Folder
-
-        folder = Folder(configuration.folder)
-        audit = configuration.audit or folder.root / "audit.jsonl"
-        count = desk.back_up(folder, audit, output)
+        count = desk.back_up(configuration.audit_log, output)
     _tell_count(as_json, "files", count, "files: the backup is as confidential as they are")
 
 
@@ -386,8 +382,7 @@ def node_restore(
         from medmoe_edge.bedside.listen.desk import restore
         from medmoe_edge.bedside.listen.queue import Folder
     configuration = load_configuration(config)
-    folder = Folder(configuration.folder)
-    count = restore(backup, folder, configuration.audit or folder.root / "audit.jsonl")
+    count = restore(backup, Folder(configuration.folder), configuration.audit_log)
     _tell_count(as_json, "files", count, "files are back: start the node")
 
 

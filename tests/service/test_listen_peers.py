@@ -67,7 +67,9 @@ EFFUSION = Finding.model_validate(
         "site": ["3120008", "SCT", "Pleural structure"],
     }
 )
-CODED = replace(RESULT, coded=coded(EFFUSION, RESULT.answer, Certainty(), True))
+CODED = replace(
+    RESULT, coded=coded(EFFUSION, RESULT.answer, Certainty(), agreed=True, is_whole=True)
+)
 
 
 class Middle:
@@ -214,10 +216,14 @@ def test_only_a_clear_answer_says_that_a_finding_is_there_or_not(
     text: str, confidence: float, agreed: bool, presence: Any, certainty: Any
 ) -> None:
     answer = replace(answer_to(QUESTION, text), confidence=confidence)
-    found = coded(EFFUSION, answer, Certainty(), agreed)
+    found = coded(EFFUSION, answer, Certainty(), agreed=agreed, is_whole=True)
     assert (found.presence, found.certainty) == (presence, certainty)
-    cut = coded(EFFUSION, replace(answer, complete=False), Certainty(), agreed)
+    cut = coded(
+        EFFUSION, replace(answer, complete=False), Certainty(), agreed=agreed, is_whole=True
+    )
     assert cut.presence == evidence.UNDETERMINED
+    part = coded(EFFUSION, answer, Certainty(), agreed=agreed, is_whole=False)
+    assert part.presence == (presence if presence == evidence.PRESENT else evidence.UNDETERMINED)
 
 
 @pytest.mark.parametrize(("version", "bundle"), [("R4", BundleR4B), ("R5", Bundle)])

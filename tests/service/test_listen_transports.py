@@ -27,7 +27,7 @@ from listen_process import (
     study,
     wait_for,
 )
-from pydicom import Dataset
+from pydicom import Dataset, dcmread
 
 from medmoe_edge.bedside.listen.config import Configuration, Tls, load_configuration
 from medmoe_edge.bedside.listen.desk import Desk
@@ -98,13 +98,11 @@ def sent(node: Node) -> None:
 
 
 def documents(node: Node) -> set[str]:
-    from pydicom import dcmread
-
     return {str(dcmread(each).SOPInstanceUID) for each in node.folder.documents.glob("*/*.dcm")}
 
 
 class Authority:
-    """Certificates as files: of an authority, and those of `localhost` for server and client."""
+    """Certificates as files: of an authority, of `localhost` from it, and from another."""
 
     def __init__(self, folder: Path) -> None:
         authority, stranger = trustme.CA(), trustme.CA()
@@ -250,7 +248,7 @@ def test_stow_says_what_became_of_each_object(tmp_path: Path) -> None:
 def test_only_dicom_in_parts_is_stowed(kind: str) -> None:
     body, headers = body_of(b"data\r\n--end", b"")
     assert multipart(body, headers["Content-Type"]) == [b"data\r\n--end", b""]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"."):
         multipart(body, kind)
 
 
@@ -290,7 +288,7 @@ def test_a_study_and_its_priors_are_fetched(tmp_path: Path, orthanc: Orthanc, wa
     orthanc.take(*scans, folder=tmp_path)
     config = beside(orthanc, tmp_path, sources=[SOURCES[way] | place], keep_images=True)
     with Node(config, StandIn()) as node:
-        desk = Desk(node.folder.queue)
+        desk = Desk(node.folder.root)
         missing = desk.request("1.2.3.4", 0, "")
         number = desk.request(STUDY, 1, "")
         wait_for(lambda: desk.fetched(number)[0] == "fetched", 60)
@@ -298,8 +296,7 @@ def test_a_study_and_its_priors_are_fetched(tmp_path: Path, orthanc: Orthanc, wa
         wait_for(lambda: node.queue.counts()["answered"] == 2)
         assert desk.status(config)["requests"] == {"waiting": 0, "fetched": 1, "failed": 1}
         desk.close()
-        from pydicom import dcmread
-
+        assert not list(node.folder.requests.iterdir())
         images = [dcmread(path) for path in node.folder.images.glob("*.dcm")]
     assert {str(each.StudyDate) for each in images} == {"20240506", "20230101"}
 
@@ -309,11 +306,12 @@ def test_a_source_that_is_not_there_is_asked_again(
 ) -> None:
     source = {"ae_title": "NOBODY", "host": "127.0.0.1", "port": free_port()}
     with Node(configuration(tmp_path / "node", sources=[source]), StandIn()) as node:
-        desk = Desk(node.folder.queue)
+        desk = Desk(node.folder.root)
         number = desk.request(STUDY, 0, "")
         wait_for(lambda: "request 1 failed (it cannot be reached)" in caplog.text)
         assert desk.fetched(number) == ("waiting", "")
         desk.close()
+        assert len(list(node.folder.requests.iterdir())) == 1
     assert STUDY not in caplog.text
 
 

@@ -422,6 +422,11 @@ class Configuration(_Part):
                 )
         return self
 
+    @property
+    def audit_log(self) -> Path:
+        """Where every answer is logged."""
+        return self.audit or self.folder / "audit.jsonl"
+
     def finding(self, question: str) -> Finding | None:
         """What a question asks for the presence of, if that has a code."""
         return next((each for each in self.findings if question in each.ask), None)

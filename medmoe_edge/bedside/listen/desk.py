@@ -8,6 +8,7 @@ were at one moment. What is old is removed by the node itself (`Tidying`).
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import sqlite3
 import tarfile
@@ -28,17 +29,18 @@ TIDY_EVERY, DAY = 3600.0, 86400.0  # seconds
 
 
 class Desk(Queue):
-    """The queue in the file `path`, which must be there, as a person uses it.
+    """The queue in a node's folder, which must be there, as a person uses it.
 
     Series are named by the first letters of their keys.
     """
 
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
+    def __init__(self, root: Path) -> None:
+        if not (root / QUEUE).exists():
             raise InputError(
                 "The node has no queue in its folder yet.", "Start it: medmoe-edge listen."
             )
-        super().__init__(path)
+        self.folder = Folder(root)
+        super().__init__(self.folder.queue)
 
     def status(self, configuration: Configuration) -> dict[str, Any]:
         """How the queue stands, as one stable JSON object; numbers alone."""
@@ -71,10 +73,12 @@ class Desk(Queue):
 
     def request(self, study: str, priors: int, source: str) -> int:
         """Have a study fetched and answered; the request's number."""
+        file = secrets.token_hex(16)
+        self.folder.keep(self.folder.requests / file, study.encode("ascii"))
         with self._lock, explaining(), self._database as database:
             number = database.execute(
-                "INSERT INTO request (study, priors, source) VALUES (?, ?, ?)",
-                (study, priors, source),
+                "INSERT INTO request (file, priors, source) VALUES (?, ?, ?)",
+                (file, priors, source),
             ).lastrowid
         assert number is not None
         return number
@@ -185,18 +189,23 @@ class Desk(Queue):
         """Remove the words of a result; what it is about stays known."""
         self._write("DELETE FROM answer WHERE key = ?", [(result,)])
 
-    def back_up(self, folder: Folder, audit: Path, output: Path) -> int:
+    def back_up(self, audit: Path, output: Path) -> int:
         """Write a tar file of all that the node keeps, and its audit log; how many files.
 
         While the files are linked into a folder of their own nothing is recorded, so that queue,
         images and documents fit each other; they are read from there afterwards.
         """
+        folder = self.folder
         with tempfile.TemporaryDirectory(dir=folder.root, prefix=".backup.") as place:
             staging = Path(place)
             with self._lock, explaining():
                 self._database.execute("BEGIN IMMEDIATE")
                 try:
-                    for path in (*folder.images.iterdir(), *folder.documents.glob("*/*")):
+                    for path in (
+                        *folder.images.iterdir(),
+                        *folder.requests.iterdir(),
+                        *folder.documents.glob("*/*"),
+                    ):
                         if not path.name.endswith(".part"):
                             _link(path, staging / path.relative_to(folder.root))
                     if audit.exists():
@@ -210,6 +219,7 @@ class Desk(Queue):
                     self._database.rollback()
             paths = _files(staging)
             with atomic_file(output) as part, tarfile.open(fileobj=part, mode="w") as archive:
+                Path(part.name).chmod(0o600)  # whatever the umask is
                 for path in paths:
                     archive.add(path, path.relative_to(staging).as_posix())
         return len(paths)
@@ -277,8 +287,8 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
 class Tidying:
     """The work of a thread that removes what the configuration keeps no longer."""
 
-    def __init__(self, configuration: Configuration, folder: Folder, desk: Desk) -> None:
-        self.days, self.folder, self.desk = configuration.keep_days, folder, desk
+    def __init__(self, configuration: Configuration, desk: Desk) -> None:
+        self.days, self.folder, self.desk = configuration.keep_days, desk.folder, desk
         self._due = time.monotonic()
 
     def pending(self, _: int) -> list[str]:

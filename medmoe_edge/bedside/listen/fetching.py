@@ -27,7 +27,7 @@ from pynetdicom.status import code_to_category
 
 from medmoe_edge.bedside.listen.config import Configuration, DicomSource, Source, WebSource
 from medmoe_edge.bedside.listen.header import text_of
-from medmoe_edge.bedside.listen.queue import Queue
+from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
     Receiving,
     classes_with_pixels,
@@ -50,8 +50,11 @@ ASKED_FOR = ("StudyInstanceUID", "PatientID", "StudyDate", "StudyTime")
 class Fetching:
     """The work of the thread that fetches."""
 
-    def __init__(self, configuration: Configuration, queue: Queue, receiving: Receiving) -> None:
-        self.configuration, self.queue, self.receiving = configuration, queue, receiving
+    def __init__(
+        self, configuration: Configuration, folder: Folder, queue: Queue, receiving: Receiving
+    ) -> None:
+        self.configuration, self.folder = configuration, folder
+        self.queue, self.receiving = queue, receiving
         self._requests: dict[str, Request] = {}
 
     def pending(self, limit: int) -> list[str]:
@@ -62,23 +65,26 @@ class Fetching:
     def do(self, name: str) -> None:
         """Fetch a study; raises `ResourceError` where it may come another time."""
         request = self._requests[name]
+        path = self.folder.requests / request.file
+        state, why = "fetched", ""
         try:
-            self._fetch(request)
+            self._fetch(request, path.read_text("ascii"))
         except ResourceError:
             raise
         except MedMoEError as error:
-            log.error("%s cannot be fetched (%s).", name, error.what)
-            self.queue.close_request(request.number, "failed", error.what)
-            return
-        self.queue.close_request(request.number, "fetched")
-        log.info("%s is fetched.", name)
+            state, why = "failed", error.what
+        except FileNotFoundError:
+            state, why = "failed", "its UID is gone: ask again"
+        self.queue.close_request(request.number, state, why)
+        path.unlink(missing_ok=True)
+        log.log(logging.ERROR if why else logging.INFO, "%s: %s", name, why or state)
 
-    def _fetch(self, request: Request) -> None:
+    def _fetch(self, request: Request, study: str) -> None:
         finder = self._finder(source_of(self.configuration, request.source))
-        found = finder.find(StudyInstanceUID=request.study)
+        found = finder.find(StudyInstanceUID=study)
         if not found:
             raise InputError("the source has no such study", "Check the UID.")
-        for uid in [*_priors(request, found[0], finder), request.study]:
+        for uid in [*_priors(request.priors, found[0], finder), study]:
             finder.retrieve(uid)
 
     def _finder(self, source: Source) -> "Finder":
@@ -98,20 +104,20 @@ def source_of(configuration: Configuration, name: str) -> Source:
     raise InputError("No source of studies has that name.", f"Configured: {known}.")
 
 
-def _priors(request: Request, study: dict[str, str], finder: "Finder") -> list[str]:
+def _priors(count: int, study: dict[str, str], finder: "Finder") -> list[str]:
     """The latest earlier studies of its patient; none where it has no patient's number."""
-    if not request.priors or not study["PatientID"]:
+    if not count or not study["PatientID"]:
         return []
     when = (study["StudyDate"], study["StudyTime"])
     found = [
         each
         for each in finder.find(PatientID=study["PatientID"])
         if each["PatientID"] == study["PatientID"]  # it may hold a wildcard
-        and each["StudyInstanceUID"] != request.study
+        and each["StudyInstanceUID"] != study["StudyInstanceUID"]
         and (each["StudyDate"], each["StudyTime"]) <= when
     ]
     found.sort(key=lambda each: (each["StudyDate"], each["StudyTime"]), reverse=True)
-    return [each["StudyInstanceUID"] for each in found[: request.priors]]
+    return [each["StudyInstanceUID"] for each in found[:count]]
 
 
 class Finder(Protocol):

@@ -168,10 +168,10 @@ class Node:
         self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
         self._senders = [self._sender(each) for each in configuration.destinations]
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
-        fetching = Fetching(configuration, self.queue, self.receiving)
+        fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
         self._fetcher = Worker("Fetching", fetching.pending, fetching.do)
-        self.desk = Desk(self.folder.queue)
-        tidying = Tidying(configuration, self.folder, self.desk)
+        self.desk = Desk(configuration.folder)
+        tidying = Tidying(configuration, self.desk)
         self._tidier = Worker("Tidying", tidying.pending, tidying.do)
         self._workers = [self._answerer, self._fetcher, self._tidier, *self._senders]
         self._web = None if configuration.http is None else WebServer(self, configuration.http)

@@ -10,6 +10,7 @@ The folder of the DICOM node, which holds patients' images and so is for its own
     queue.sqlite     what is to be done, and what was
     images/KEY.dcm   received objects, until they are answered
     documents/KEY/   a result of a series, a file for each question and kind of document
+    requests/        UIDs of studies that are to be fetched, until they are
     audit.jsonl      unless the configuration names another file
     lock             held by the node that works here
 
@@ -49,9 +50,10 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.images, self.documents = root / "images", root / "documents"
+        self.requests = root / "requests"
         self.queue, self.lock = root / "queue.sqlite", root / "lock"
         self._used, self._counted = 0, -math.inf
-        for folder in (root, self.images, self.documents):
+        for folder in (root, self.images, self.documents, self.requests):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if os.name == "posix" and stat.S_IMODE(folder.stat().st_mode) & 0o077:
                 folder.chmod(0o700)  # whoever made it, nobody else may look into it
@@ -60,14 +62,14 @@ class Folder:
         """Where a received object lies."""
         return self.images / f"{key}.dcm"
 
-    def picture(self, key: str) -> Image:
-        """The picture of a received object, decoded in a process of its own, which is bounded.
+    def picture(self, key: str, frame: int | None = None) -> Image:
+        """A frame of a received object, the middle one if none is named.
 
-        Raises what `load_image` does.
+        Decoded in a process of its own, which is bounded. Raises what `load_image` does.
         """
         path = self.image(key)
         try:
-            return read_apart(path, bounds=BOUNDS)
+            return read_apart(path, frame, BOUNDS)
         except MedMoEError as error:
             error.what = error.what.replace(shown_name(path), "The object")
             error.args = (f"{error.what} {error.remedy}",)
@@ -465,7 +467,7 @@ class Queue:
 
     def requests(self, limit: int) -> list[Request]:
         """The first studies to be fetched."""
-        statement = "SELECT number, study, priors, source FROM request WHERE state = 'waiting' "
+        statement = "SELECT number, file, priors, source FROM request WHERE state = 'waiting' "
         return [Request(*row) for row in self._read(f"{statement} ORDER BY number LIMIT ?", limit)]
 
     def close_request(self, number: int, state: str, why: str = "") -> None:

@@ -241,7 +241,7 @@ def _said(result: Result) -> list[TextContentItem]:
             for notice in answer.warnings
         ),
         TextContentItem(codes.DCM.Finding, answer.shown, CONTAINS),
-        *([] if result.of == 1 else [TextContentItem(SLICES, slices_of(result), CONTAINS)]),
+        *([TextContentItem(SLICES, slices_of(result), CONTAINS)] if is_part(result) else []),
         TextContentItem(codes.DCM.Comment, answer.notice, CONTAINS),
     ]
 
@@ -314,9 +314,19 @@ def _entry(source: Evidence) -> ImageContentItem:
     return entry
 
 
+def is_part(result: Result) -> bool:
+    """Whether a result is of several slices or frames, or of one of several."""
+    return result.of > 1 or any(each.of_frames > 1 for each in result.sources)
+
+
 def slices_of(result: Result) -> str:
-    """Of which slices of the series a result tells, by their Instance Numbers."""
-    numbers = [each.number or "without" for each in result.sources]
+    """Of which slices of the series a result tells, by Instance Numbers, and of which frames."""
+    numbers = []
+    for each in result.sources:
+        frames = each.frames or []
+        some = ", ".join(map(str, frames[:SOME])) + (", ..." if len(frames) > SOME else "")
+        told = f" frame {some} of {each.of_frames}" if frames else ""
+        numbers.append(f"{each.number or 'without'}{told}")
     some = ", ".join(numbers[:SOME]) + (", ..." if len(numbers) > SOME else "")
     return f"{len(numbers)} of {result.of} (number {some})"
 
@@ -393,7 +403,9 @@ class Locator(Protocol):
 def seen_capture(evidence: Evidence, pixels: Pixels, number: int = 1) -> Dataset:
     """The Secondary Capture of exactly what the model saw of an object, `[S, S, 3]`."""
     content = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    uid = made_uid(evidence.key, evidence.sha256, content, __version__, "picture")
+    uid = made_uid(
+        *(evidence.key, evidence.sha256, str(evidence.frame), content, __version__, "picture")
+    )
     picture = _capture(evidence, pixels, "picture", uid)
     picture.InstanceNumber = number
     picture.SeriesNumber = 9002

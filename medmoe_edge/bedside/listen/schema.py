@@ -11,7 +11,7 @@
     marked     objects that key objects name, by the hash of their UID
     tally      how often something happened that leaves no row
     commitment which documents a destination was asked to keep, and what it said
-    request    studies that a person wants fetched and answered
+    request    studies that a person wants fetched; their UIDs are in files of a folder beside
 
 A series is `waiting` until its answers are recorded, in one transaction with what is to be sent of
 them, and then `answered`; `failed` where it cannot be answered; `aside` where nothing is asked.
@@ -103,7 +103,7 @@ CREATE TABLE IF NOT EXISTS commitment (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS request (
     number INTEGER PRIMARY KEY,
-    study TEXT NOT NULL,
+    file TEXT NOT NULL,
     priors INTEGER NOT NULL,
     source TEXT NOT NULL,
     state TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'fetched', 'failed')),
@@ -185,11 +185,12 @@ class Job(NamedTuple):
 class Request(NamedTuple):
     """A study that is to be fetched, with so many earlier ones of its patient.
 
-    `source` is the one to ask, as a person names it; empty: the first.
+    `file` is the name of the one with its UID, while it waits; `source` is the one to ask, as a
+    person names it; empty: the first.
     """
 
     number: int
-    study: str
+    file: str
     priors: int
     source: str
 

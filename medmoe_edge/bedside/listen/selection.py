@@ -140,6 +140,15 @@ def chosen(slices: Sequence[Slice], marked: set[str], series: Series) -> Selecti
     return Selection(tuple(picked), count, tuple(notices))
 
 
+def chosen_frames(count: int, series: Series) -> list[int]:
+    """Which frames of an object of `count` to ask, from 0, as slices of a series are chosen."""
+    if series.slices == "all":
+        return list(range(count))
+    if series.slices == "every":
+        return list(range(min(series.every, count) // 2, count, series.every))
+    return [(count - 1) // 2]
+
+
 class Vote(NamedTuple):
     """Which slice says what all say with most confidence, what that is, and whether all say it."""
 
@@ -165,10 +174,10 @@ def voted(answers: Mapping[str, Answer]) -> Vote:
     best = max(groups[winner], key=lambda key: answers[key].confidence)
     notices = {notice.code: notice for answer in answers.values() for notice in answer.warnings}
     if len(answers) > 1:
-        what = f"{len(groups[winner])} of {len(answers)} slices gave this answer."
+        what = f"{len(groups[winner])} of {len(answers)} pictures gave this answer."
         others = len(answers) - len(groups[winner])
         if others:
-            what += f" {others} gave others: look at the slices."
+            what += f" {others} gave others: look at them all."
         notices["vote"] = Notice("vote", what)
     won = [answers[key] for key in groups[winner]]
     found = replace(
