@@ -151,6 +151,16 @@ def new_dense_model(config: ModelConfig, seed: int) -> MedMoE:
     return model
 
 
+def new_router(config: ModelConfig, seed: int) -> torch.nn.Linear:
+    """A router that knows nothing, for a model whose experts learn from the second phase on."""
+    assert config.moe is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.nn.Linear(
+            config.decoder.hidden_size, config.moe.num_experts, bias=config.moe.router_bias
+        )
+
+
 def dense_model(config: ModelConfig) -> MedMoE:
     """A model without experts, as PyTorch makes it, with its tower laid out for convolutions."""
     model = MedMoE(replace(config, moe=None))

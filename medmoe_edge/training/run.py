@@ -55,7 +55,12 @@ from medmoe_edge.training.data import (
     from_examples,
     instructions,
 )
-from medmoe_edge.training.initialise import dense_model, new_dense_model, train_tokenizer
+from medmoe_edge.training.initialise import (
+    dense_model,
+    new_dense_model,
+    new_router,
+    train_tokenizer,
+)
 from medmoe_edge.training.loop import Session, load_state
 from medmoe_edge.training.phases import (
     ROUTER,
@@ -66,6 +71,7 @@ from medmoe_edge.training.phases import (
     instruct,
     route,
     specialise,
+    upcycle,
 )
 from medmoe_edge.training.questions import (
     Asking,
@@ -145,9 +151,9 @@ def train(
         teach_tower(model, corpus.seen, corpus.seen_held_out, recipe.tower, batches, session)
     align(model, corpus, recipe.alignment, batches, session)
     if recipe.experts_from == "instruction" and model.config.moe is None:
-        model = route(model, None, config, corpus, batches, session)
+        model = upcycle(model, new_router(config, recipe.seed), config)
     router = instruct(model, moe, corpus, recipe, batches, session)
-    if model.config.moe is None or recipe.experts_from == "moe":
+    if recipe.experts_from == "moe":
         model = route(model, router, config, corpus, batches, session)
     specialise(model, corpus, recipe.moe, batches, session)
     folder = out / "checkpoint"
