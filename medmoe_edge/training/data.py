@@ -29,7 +29,7 @@ from medmoe_edge.config_contrastive import SwinConfig
 from medmoe_edge.data.captions import NAMES
 from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, LabelledImage
 from medmoe_edge.image.loading import load_image, preprocess
-from medmoe_edge.models.efficientnet_lite import EfficientNetLite
+from medmoe_edge.models.med_moe import EfficientNetLite
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.loop import Loader
 from medmoe_edge.training.questions import reworded

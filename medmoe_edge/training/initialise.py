@@ -22,8 +22,7 @@ from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.contrastive.text import MARKS, word_pieces
 from medmoe_edge.errors import DataError, InputError, MissingDependencyError, did_you_mean
 from medmoe_edge.models.contrastive import ModalityMoE
-from medmoe_edge.models.efficientnet_lite import EfficientNetLite, load_imagenet_weights
-from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.models.med_moe import EfficientNetLite, MedMoE, load_imagenet_weights
 from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
 from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, STAND_IN
 

@@ -40,12 +40,12 @@ from medmoe_edge.data.datasets import (
     read_labels,
 )
 from medmoe_edge.errors import DataError, ResourceError
-from medmoe_edge.models.efficientnet_lite import (
+from medmoe_edge.models.med_moe import (
     FRONT_STAGES,
     EfficientNetLite,
+    MedMoE,
     feature_size,
 )
-from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.data import (
