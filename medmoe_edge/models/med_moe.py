@@ -225,7 +225,7 @@ class EfficientNetLite(nn.Module):
         x = relu6(self.stem(pixels))
         for stage in self.stages[:FRONT_STAGES]:
             x = stage(x)
-        return x  # type: ignore[no-any-return]
+        return x
 
     def forward(self, images: Tensor) -> Tensor:
         """`images` are pixels, normalised as configured, or what `front` made of them."""

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if no_scan:
             pixels = np.broadcast_to(np.array([250, 20, 20]), (64, 64, 3))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-        told = {"findings": [], "negatives": [], "body": None, "view": None, "modality": "none"}
+        told: dict[str, Any] = {
+            "findings": [],
+            "negatives": [],
+            "body": None,
+            "view": None,
+            "modality": "none",
+        }
         if not no_scan:
             told |= {"modality": "xray", "body": "chest", "view": "pa"}
             told["findings" if effusion else "negatives"] = ["pleural effusion"]

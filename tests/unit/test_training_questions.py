@@ -3,6 +3,7 @@
 import random
 import re
 from collections import Counter
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,11 @@ def test_an_epoch_repeats_with_its_seed() -> None:
         ("", set(), set()),
     ],
 )
-def test_what_a_label_says(label: str, present: set[str], absent: set[str]) -> None:
+def test_what_a_label_says(label: str, present: Set[str], absent: Set[str]) -> None:
     (facts,) = facts_of_labels([LabelledImage(Path("a.png"), "mri", "head", label, "set", "train")])
-    assert (facts.present, facts.absent, facts.implied) == (present, absent, set())
+    assert facts.present == present
+    assert facts.absent == absent
+    assert not facts.implied
 
 
 def test_what_a_finding_says() -> None:
@@ -139,7 +142,7 @@ def test_what_a_finding_says() -> None:
         *("patient", "train", None, "films"),
     )
     (facts,) = facts_of_findings([item])
-    assert (facts.present, facts.absent, facts.implied) == ({"nodule"}, {"mass"}, {"hernia"})
+    assert [*facts.present, *facts.absent, *facts.implied] == ["nodule", "mass", "hernia"]
     assert facts.view == "ap"
 
 
