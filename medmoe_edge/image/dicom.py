@@ -168,7 +168,7 @@ def read_stated(path: Path, frame: int | None) -> dict[str, Any]:
 
 
 def _line(header: Header, keyword: str) -> str:
-    """The first value as a person reads it, on one line and not too long; empty if there is none."""
+    """The first value as a person reads it, on one line, not too long; empty without one."""
     value = header.value(keyword)
     if value is None or isinstance(value, bytes):
         return ""
