@@ -16,12 +16,12 @@ from medmoe_edge.errors import ConfigError, did_you_mean
 _LATER = "later"
 
 
-def later(default: Any) -> Any:
+def later(default: Any, metadata: Mapping[str, Any] | None = None) -> Any:
     """A field that came later: left out of the JSON where it has its default.
 
     So what was written before it came keeps its bytes.
     """
-    return dataclasses.field(default=default, metadata={_LATER: True})
+    return dataclasses.field(default=default, metadata={**(metadata or {}), _LATER: True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,21 +219,51 @@ class MoEConfig(Config):
             )
 
 
+RefusalCode = Literal["not_a_scan", "not_answerable", "language"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal(Config):
+    """A token of the tokenizer that stands for a whole answer: why there can be none.
+
+    `not_a_scan`: the picture is no medical image; `not_answerable`: the picture does not show what
+    is asked; `language`: the question is in no language that the model reads.
+    """
+
+    code: RefusalCode
+    token: str
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Config):
-    """A whole Med-MoE: tower, two-layer GELU projector, decoder, experts (None: dense)."""
+    """A whole Med-MoE: tower, two-layer GELU projector, decoder, experts (None: dense).
+
+    `refusals` are those that the model was trained to give; most models have none.
+    """
 
     vision: VisionConfig
     decoder: DecoderConfig
     moe: MoEConfig | None = None
+    refusals: tuple[Refusal, ...] = later(())
 
     def __post_init__(self) -> None:
+        tokens = [refusal.token for refusal in self.refusals]
+        if not all(tokens) or len(set(tokens)) < len(tokens) or len(set(self.codes)) < len(tokens):
+            raise ConfigError(
+                "refusals names a code or a token twice, or an empty token.",
+                "Give each code one token of its own.",
+            )
         layers = self.moe.layers if self.moe else ()
         if any(not 0 <= layer < self.decoder.layers for layer in layers):
             raise ConfigError(
                 f"moe.layers names a layer outside 0..{self.decoder.layers - 1}.",
                 "Check moe.layers against decoder.layers.",
             )
+
+    @property
+    def codes(self) -> tuple[RefusalCode, ...]:
+        """The codes of its refusals."""
+        return tuple(refusal.code for refusal in self.refusals)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

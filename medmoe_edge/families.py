@@ -80,7 +80,8 @@ class EvaluateOptions:
     """What a model is scored on, and where it runs.
 
     `blind`: the same questions about a black picture are scored too. At most `limit` questions are
-    asked, drawn by `seed`. `predictions` is where every answer is written. With `labels` a Med-MoE
+    asked, drawn by `seed`. With `allow_repetition` an answer that repeats itself goes on.
+    `predictions` is where every answer is written. With `labels` a Med-MoE
     may do without `data`: then only how it reads labelled images is scored.
     """
 
@@ -93,6 +94,7 @@ class EvaluateOptions:
     limit: int | None = None
     seed: int = 0
     max_new_tokens: int = 32
+    allow_repetition: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,12 @@ class MedMoEFamily:
                 f"{options.labels} holds no image to validate or to test on, only to train on.",
                 "Give some images another split, or leave the labels out.",
             )
-        engine = load(model, runtime=options.runtime, device=options.device)
+        engine = load(
+            model,
+            runtime=options.runtime,
+            device=options.device,
+            allow_repetition=options.allow_repetition,
+        )
         longest = options.max_new_tokens
         asked = None
         if examples:

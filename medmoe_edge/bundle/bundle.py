@@ -293,6 +293,24 @@ class Bundle(AnyBundle[ModelConfig]):
             )
         return Gates.from_json(gates, f"{MANIFEST} gates")
 
+    @property
+    def refusals(self) -> Mapping[str, float]:
+        """By its code, the probability from which on a refusal of its model counts.
+
+        Empty where the manifest says none; raises `ConfigError` for one that is impossible.
+        """
+        found: Any = self.manifest.get("refusals", {})
+        known = self.config.codes
+        if not isinstance(found, Mapping) or not all(
+            code in known and type(value) in (int, float) and 0 <= value <= 1
+            for code, value in found.items()
+        ):
+            raise ConfigError(
+                f"{MANIFEST} has refusals = {found!r}.",
+                "Give each code that the model knows a probability from 0 to 1.",
+            )
+        return {code: float(value) for code, value in found.items()}
+
 
 AnyBundleT = TypeVar("AnyBundleT", bound=AnyBundle[Any])
 

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from medmoe_edge.cli.common import Device, Force, Json, Runtime, VisionTower, check_output, verb
+from medmoe_edge.cli.common import (
+    AllowRepetition,
+    Device,
+    Force,
+    Json,
+    Runtime,
+    VisionTower,
+    check_output,
+    verb,
+)
 from medmoe_edge.cli.usage import complete_data, complete_models
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, needs
@@ -79,6 +88,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=2048, help="Longest answer; the papers' runs allow 2048.")
     ] = 32,
+    allow_repetition: AllowRepetition = False,
     runtime: Runtime = "auto",
     device: Device = "auto",
     force: Force = False,
@@ -101,7 +111,8 @@ def evaluate(
         model = bundle or "nano"
         family = family_of(model)
         options = EvaluateOptions(
-            *(data, labels, predictions, runtime, device, blind, limit, seed, max_new_tokens)
+            *(data, labels, predictions, runtime, device, blind, limit, seed, max_new_tokens),
+            allow_repetition,
         )
         if predictions:
             check_output(predictions, force)

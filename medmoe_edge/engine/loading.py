@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -136,7 +136,8 @@ logger = logging.getLogger(__name__)
 class Loaded(NamedTuple):
     """What an engine is made of; `proven` is None of a checkpoint.
 
-    `warnings` are what every answer of the model is to say.
+    `warnings` are what every answer of the model is to say; `thresholds` say by its code how likely
+    a refusal must be to count, where the bundle says that.
     """
 
     runtime: Runtime
@@ -145,6 +146,7 @@ class Loaded(NamedTuple):
     sha256: str
     proven: Proven | None
     warnings: tuple[Notice, ...] = ()
+    thresholds: Mapping[str, float] | None = None
 
 
 class Paging(NamedTuple):
@@ -207,7 +209,9 @@ def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: P
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
     logger.info("%s runs on %s.", bundle.name, loaded.name)
-    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, known, warnings)
+    return Loaded(
+        *(loaded, tokenizer, bundle.name, bundle.sha256, known, warnings), bundle.refusals
+    )
 
 
 def _of_proof(name: str, known: Proven) -> tuple[Notice, ...]:

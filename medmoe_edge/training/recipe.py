@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from medmoe_edge.config import Config
+from medmoe_edge.config import Config, RefusalCode, later
 from medmoe_edge.errors import ConfigError, DataError
 
 MIN_VOCABULARY = 257  # one token a byte, and the end of an answer
@@ -220,6 +220,13 @@ class Recipe(Config):
     validation: str | None = field(
         default=None, metadata=about("questions to watch; left out, val.jsonl")
     )
+    refusals: tuple[RefusalCode, ...] | None = later(
+        None,
+        about(
+            "why a question can have no answer, each a token of its own: not_a_scan, "
+            "not_answerable, language; left out, none; a checkpoint brings its own"
+        ),
+    )
     decoder: DecoderShape | None = field(
         default=None, metadata=about("what of the preset's decoder is another")
     )
@@ -228,10 +235,11 @@ class Recipe(Config):
     )
 
     def __post_init__(self) -> None:
-        if self.vocab_size is not None and self.vocab_size < MIN_VOCABULARY:
+        least = MIN_VOCABULARY + len(self.refusals or ())
+        if self.vocab_size is not None and self.vocab_size < least:
             raise ConfigError(
                 f"The recipe's vocab_size is {self.vocab_size}.",
-                f"Use {MIN_VOCABULARY} or more: one token for each byte, and one for the end.",
+                f"Use {least} or more: one token for each byte, the end and each refusal.",
             )
         names = self.modalities
         if names is not None and (not names or len(set(names)) < len(names) or not all(names)):

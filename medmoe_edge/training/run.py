@@ -24,7 +24,14 @@ from torch import nn
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
-from medmoe_edge.config import Config, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
+from medmoe_edge.config import (
+    Config,
+    DecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    Refusal,
+    VisionConfig,
+)
 from medmoe_edge.data.datasets import (
     LABELS_FILE,
     QUESTION_FILES,
@@ -62,17 +69,23 @@ PHASES = ("alignment", "instruction", "moe")
 TOKENIZER = "tokenizer.json"
 
 
-def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int, path: Path) -> None:
-    """Write `tokenizer.json` for `(question, answer)` pairs; id 0 is the end token.
+def train_tokenizer(
+    texts: Iterable[tuple[str, str]],
+    vocab_size: int,
+    path: Path,
+    refusals: Iterable[Refusal] = (),
+) -> None:
+    """Write `tokenizer.json` for `(question, answer)` pairs.
 
-    Byte level: any text can be encoded, also what training never showed.
+    Id 0 is the end token; those of the refusals follow in their order. Byte level: any text can be
+    encoded, also what training never showed.
     """
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[END, *(refusal.token for refusal in refusals)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -118,7 +131,7 @@ def train(
         lambda file: (
             read.tokenizer.write(file)
             if read
-            else train_tokenizer(texts, config.decoder.vocab_size, file)
+            else train_tokenizer(texts, config.decoder.vocab_size, file, config.refusals)
         ),
     )
     tokenizer = Tokenizer.from_file(tokenizer_file)
@@ -290,10 +303,13 @@ def trainable_config(recipe: Recipe, corpus: Corpus | None = None) -> tuple[Mode
     decoder = _other(preset.decoder, recipe.decoder)
     if recipe.vocab_size is not None:
         decoder = replace(decoder, vocab_size=recipe.vocab_size)
-    elif decoder.vocab_size < MIN_VOCABULARY:
+    refusals = tuple(Refusal(code, f"<|{code}|>") for code in recipe.refusals or ())
+    least = MIN_VOCABULARY + len(refusals)
+    if decoder.vocab_size < least:
         raise DataError(
-            f"The preset {recipe.preset!r} has {decoder.vocab_size} tokens, fewer than bytes.",
-            f"Add vocab_size to the recipe: {MIN_VOCABULARY} or more.",
+            f"The preset {recipe.preset!r} has {decoder.vocab_size} tokens, fewer than bytes and "
+            "special tokens.",
+            f"Add vocab_size to the recipe: {least} or more.",
         )
     # the tokenizer that is trained gives the end of an answer the first id
     decoder = replace(decoder, eos_token_id=0, bos_token_id=None)
@@ -316,7 +332,7 @@ def trainable_config(recipe: Recipe, corpus: Corpus | None = None) -> tuple[Mode
         top_k=min(recipe.top_k or kept.top_k, len(names)),
         expert_names=tuple(names),
     )
-    return ModelConfig(vision, decoder, moe), moe
+    return ModelConfig(vision, decoder, moe, refusals), moe
 
 
 def continued_config(
@@ -327,7 +343,7 @@ def continued_config(
     Raises `DataError` for what a checkpoint decides, where the recipe says otherwise, and where
     nothing says the modalities that a checkpoint without experts is to learn.
     """
-    for name in ("preset", "vocab_size", "decoder", "vision"):
+    for name in ("preset", "vocab_size", "refusals", "decoder", "vision"):
         if getattr(recipe, name) is not None:
             raise DataError(
                 f"The recipe says {name!r}, which the checkpoint decides.",

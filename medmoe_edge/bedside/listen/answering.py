@@ -39,7 +39,7 @@ from medmoe_edge.bedside.listen.report_sr import (
 )
 from medmoe_edge.bedside.listen.schema import Job, Slice
 from medmoe_edge.bedside.listen.selection import Selection, chosen, voted
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice
 from medmoe_edge.image.loading import decoding
 from medmoe_edge.image.pixels import Image, Pixels
@@ -72,7 +72,12 @@ class Asked(Protocol):
     """What answers, such as `engine.Engine`."""
 
     def ask_all(
-        self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+        self,
+        image: Image,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        choices: Choices | None = None,
     ) -> list[Answer]:
         """Answer each question about the image."""
         ...
@@ -224,7 +229,7 @@ class Answering:
                 event="answer",
                 model=answer.model,
                 question=answer.question,
-                answer=answer.text,
+                answer=answer.logged,
                 input_sha256=slice_.sha256,
             )
         if asking.picture is not None:
@@ -239,7 +244,10 @@ class Answering:
             dataset = dcmread(path, stop_before_pixels=True)
         image = self.folder.picture(slice_.key)
         limit = self.configuration.max_new_tokens
-        answers = self.engine.ask_all(image, slice_.questions, max_new_tokens=limit)
+        choices = self.configuration.choices_for(slice_.questions)
+        answers = self.engine.ask_all(
+            image, slice_.questions, max_new_tokens=limit, choices=choices
+        )
         evidence = Evidence.of(dataset, image, slice_.sha256, slice_.key)
         found = (*evidence.notices, *self._notices(slice_.key))
         answers = [replace(each, warnings=(*each.warnings, *found)) for each in answers]

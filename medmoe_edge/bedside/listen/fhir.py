@@ -136,8 +136,8 @@ def _observation(result: Result, named: Resource) -> Resource:
             ),
         ],
     }
-    if text := answer.text.strip():
-        return observation | {"valueString": text}
+    if answer.text:
+        return observation | {"valueString": answer.shown}
     return observation | {"dataAbsentReason": {"text": "The model gave no answer."}}
 
 
@@ -156,8 +156,8 @@ def _report(result: Result, version: Version, named: Resource, systems: Identifi
         "result": [{"reference": f"urn:uuid:{result.uuid('Observation')}"}],
         "conclusion": "\n".join(
             (
-                f"{answer.question} {answer.text.strip() or '(no answer)'}",
                 *_warnings(result),
+                f"{answer.question} {answer.shown}",
                 answer.notice,
             )
         ),

@@ -26,7 +26,7 @@ from medmoe_edge.bedside.serve.guard import at_end, client_of
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bedside.serve.work import Job, Upload, Work, Worker, started
 from medmoe_edge.contrastive.features import Location
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, choices_of, given_choices
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
 from medmoe_edge.image.pixels import KINDS, Image, Window, finite, pick_frame
 from medmoe_edge.image.worker import NAME, Bounds, GreyValues, held, read_for_display
@@ -216,6 +216,10 @@ class AnswerBody(BaseModel):
     notice: str
     paging: dict[str, Any] | None
     warnings: list[Warned]
+    unsure: bool
+    stopped: Literal["length", "repetition"] | None
+    refusals: dict[str, float]
+    probabilities: dict[str, float] | None
 
 
 class Answers(BaseModel):
@@ -260,6 +264,12 @@ class AskForm(ImageForm):
 
     question: Annotated[list[Text], Field(min_length=1)]
     max_new_tokens: Annotated[int, Field(ge=1)] = MAX_NEW_TOKENS
+    choices: Annotated[
+        list[Text] | None, Field(description="The answers that may be given, to every question.")
+    ] = None
+    yes_no: Annotated[
+        bool, Field(description="Answer questions that ask for yes or no with one of these.")
+    ] = False
     stream: Annotated[bool, Field(description="Tell the answers as they come, as events.")] = False
 
 
@@ -292,9 +302,10 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         of `text`, `answer` with what else would be under `answers`, and last `done`, or `error`.
         """
         work.check_ask(len(form.question), form.max_new_tokens)
+        choices = choices_of(form.choices, "") or given_choices(form.question, form.yes_no)
         upload = await _received(work, request, form)
         job = worker.do(
-            lambda: work.ask(upload, form.question, form.max_new_tokens),
+            lambda: work.ask(upload, form.question, form.max_new_tokens, choices=choices),
             at_end(request),
             upload.who,
             upload.seconds,
