@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
+from medmoe_edge.config import Confidence
 from medmoe_edge.engine.answer import (
     Answer,
     Asked,
@@ -82,8 +83,9 @@ class Engine(OneAtATime):
     `proven` is what is known of a bundle's fidelity, None of a checkpoint; `verification` says it
     in a word: "passed", "not decided", "failed" or "not measured", of a checkpoint "reference".
     `warnings` are of the model, and part of every answer's. `thresholds` say by its code how likely
-    a refusal must be to count (`answer.REFUSED` where nothing does). An answer ends where it begins
-    to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`.
+    a refusal must be to count (`answer.REFUSED` where nothing does); `fitted` makes an answer's
+    confidence of its probability, and without it the one is the other. An answer ends where it
+    begins to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Engine(OneAtATime):
         prefixes: LastPrefix | None = None,
         warnings: tuple[Notice, ...] = (),
         thresholds: Mapping[str, float] | None = None,
+        fitted: Confidence | None = None,
         *,
         allow_repetition: bool = False,
     ) -> None:
@@ -109,7 +112,7 @@ class Engine(OneAtATime):
         self.warnings = (*warnings, *tokenizer.warnings, *of_runtime)
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
         self.decoding = Decoding.of(self.config, tokenizer, allow_repetition=allow_repetition)
-        self.thresholds = thresholds or {}
+        self.thresholds, self.fitted = thresholds or {}, fitted
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -429,11 +432,13 @@ class Engine(OneAtATime):
                 yield from draft.take(chosen)
         clock.lap("decode")
         yield draft.rest()
-        unsure = doubts(refused, self.thresholds, draft)
+        confidence, enough = self._chance(draft, probabilities, refused)
+        unsure = doubts(refused, self.thresholds, draft, enough=enough)
         yield Answer(
             question=asked.question,
             text=draft.text,
-            confidence=math.exp(draft.log_probability),
+            confidence=confidence,
+            confidence_kind="calibrated" if self.fitted else "raw",
             modality=prefix.modality,
             experts=self._shares(experts),
             timings=timings(
@@ -446,8 +451,25 @@ class Engine(OneAtATime):
             unsure=bool(unsure),
             stopped=None if draft.stopped == "end" else draft.stopped,
             refusals=refused,
-            probabilities=probabilities,
+            probabilities=self._among(probabilities),
         )
+
+    def _chance(
+        self, draft: Draft, among: Mapping[str, float] | None, refused: Mapping[str, float]
+    ) -> tuple[float, bool]:
+        """An answer's confidence, and whether that is enough not to be unsure."""
+        probability = math.exp(draft.log_probability)
+        if self.fitted is None:
+            return probability, True
+        if among:  # one of the choices is right, as far as there is an answer
+            probability = among[draft.text] * (1 - sum(refused.values()))
+        chance = self.fitted.chance(draft.text, probability)
+        return chance, chance >= self.fitted.threshold
+
+    def _among(self, probabilities: dict[str, float] | None) -> dict[str, float] | None:
+        if self.fitted is None or probabilities is None:
+            return probabilities
+        return self.fitted.among(probabilities)
 
     def _score(self, step: Step, cache: Cache, tokens: list[int]) -> tuple[float, list[Step]]:
         """The log-probability of these tokens and an end, from the question's step on."""

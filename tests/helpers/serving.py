@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from medmoe_edge.prompt import check_question
 
 WORDS = ("No", " effusion", " is", " seen")
 LOCAL = "http://localhost"
+BANNER = re.compile(r'"patient":\{[^{}]*\}')  # whose picture it is: told to whoever shows it alone
 MODEL = {"name": "stand-in", "sha256": "0" * 64, "verification": "passed", "runtime": "none"}
 
 
@@ -111,7 +113,8 @@ class Overheard:
 
         async def overheard(message: Message) -> None:
             if message["type"] == "http.response.body":
-                patients.bodies.append(message.get("body", b"").decode("latin-1"))
+                body = message.get("body", b"").decode("latin-1")
+                patients.bodies.append(BANNER.sub("", body))
             await send(message)
 
         await self.app(scope, receive, overheard)

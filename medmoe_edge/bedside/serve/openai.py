@@ -275,9 +275,9 @@ def openai_routes(work: Work, worker: Worker) -> APIRouter:
     router = APIRouter(prefix="/v1", responses=REFUSALS)
 
     def loaded() -> list[dict[str, Any]]:
-        models = [_model(work.engine, "med-moe")]
+        models = [_model(work, work.engine, "med-moe")]
         if work.modality is not None:
-            models.append(_model(work.modality, "medmoe"))
+            models.append(_model(work, work.modality, "medmoe"))
         return models
 
     @router.get("/models")
@@ -469,7 +469,7 @@ def _reason(answer: Answer) -> str:
     return "stop" if answer.complete else "length"
 
 
-def _model(model: Any, kind: str) -> dict[str, Any]:
+def _model(work: Work, model: Any, kind: str) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",
@@ -479,4 +479,5 @@ def _model(model: Any, kind: str) -> dict[str, Any]:
         "sha256": model.sha256,
         "verification": model.verification,
         "verified": model.proven.to_json() if model.proven else None,
+        "audited": work.is_audited,
     }

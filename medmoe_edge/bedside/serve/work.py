@@ -397,6 +397,11 @@ class Work:
                 self._record(upload, "aborted", model, asked, told)
             raise
 
+    @property
+    def is_audited(self) -> bool:
+        """Whether questions and answers are recorded in an audit log."""
+        return self._audit is not None
+
     def check_audit(self) -> None:
         """Raise `ResourceError` where no answer could be audited, and so none is given."""
         if self._audit is not None:
