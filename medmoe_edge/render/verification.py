@@ -114,7 +114,7 @@ def show_agreement(found: "Sequence[Agreement]") -> None:
 
 
 def show_seen(found: "AnswerScores") -> None:
-    """How single findings are seen, what is taken for no scan, what other words cost, confidence."""
+    """How findings are seen, what is taken for no scan, what other words cost, and confidence."""
     if found.findings:
         show()
         show_table("Findings: yes against no", _FINDINGS, map(_finding_row, found.findings))
