@@ -26,6 +26,7 @@ from medmoe_edge.render import contrastive as render_contrastive
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.features import Location, Reading
     from medmoe_edge.engine.answer import Answer
+    from medmoe_edge.engine.engine import Engine
     from medmoe_edge.image.pixels import Image, Pixels
 
 
@@ -248,7 +249,8 @@ def ask(
         Path | None,
         typer.Option(
             metavar="PNG",
-            help="Draw where the key phrase of question and answer lies, found by modality-nano.",
+            help="Draw where the key phrase of question and answer lies, found by modality-nano; "
+            "nothing where the answer does not rest on the picture.",
             show_default="nothing is drawn",
         ),
     ] = None,
@@ -296,9 +298,11 @@ def ask(
             write_picture(show, engine.seen(picture))
         found = None
         if explain and isinstance(picture, Image):
-            found = _explain(explain, picture, answers[0])
+            found = _explain(explain, picture, answers[0], engine, max_new_tokens)
     if as_json:
-        told = {"explanation": found.to_json() | {"picture": str(explain)}} if found else {}
+        told: dict[str, object] = {}
+        if explain:
+            told["explanation"] = found.to_json() | {"picture": str(explain)} if found else None
         seen = {"picture": str(show)} if show else {}
         render.as_json({"answers": [answer.to_json() for answer in answers], **told, **seen})
     else:
@@ -309,6 +313,10 @@ def ask(
             render.wrote("what the model saw", show)
     if found and found.reading.unfamiliar:
         render.show(render_contrastive.UNFAMILIAR, "yellow", stderr=True)
+    if explain and not found:
+        from medmoe_edge.contrastive.heatmap import NO_MAP
+
+        render.show(NO_MAP, "yellow", stderr=True)
     if engine.proven:
         render.hint(engine.proven.hint)
     for notice in dict.fromkeys(answer.notice for answer in answers):
@@ -330,11 +338,19 @@ def _standard_input() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def _explain(output: Path, picture: "Image", answer: "Answer") -> "Location":
-    """Draw where the answer's key phrase lies."""
+def _explain(
+    output: Path, picture: "Image", answer: "Answer", engine: "Engine", max_new_tokens: int
+) -> "Location | None":
+    """Draw where the answer's key phrase lies; nothing where it does not rest on the picture."""
     from medmoe_edge.contrastive.engine import load_modality
+    from medmoe_edge.contrastive.heatmap import rests_on_picture
     from medmoe_edge.contrastive.text import key_phrase
+    from medmoe_edge.image.pixels import black_picture
 
+    asked = [answer.question]
+    (blind,) = engine.ask_all(black_picture(), asked, max_new_tokens=max_new_tokens)
+    if not rests_on_picture(answer, blind):
+        return None
     phrase = key_phrase(answer.question, answer.text)
     found = load_modality("modality-nano").locate(picture, phrase)
     write_heat(output, picture, found)

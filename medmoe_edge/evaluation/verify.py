@@ -19,7 +19,7 @@ import numpy as np
 from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.recorded import Recorded, signature_of, sweep_weights
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import Confidence, ModelConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import (
     BundleError,
@@ -209,6 +209,11 @@ class Verification:
             return "not measured"
         return status_of({"passed": self.passed})
 
+    @property
+    def fitted(self) -> Confidence | None:
+        """What the bundle knows of how often its answers are right; not measured here."""
+        return self.bundle.confidence if isinstance(self.bundle, Bundle) else None
+
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
         if self.passed is not False:
@@ -233,6 +238,7 @@ class Verification:
             "faults": list(self.faults),
             "verification": self.record.to_json() if self.record else None,
             "recorded": self.recorded,
+            "confidence": self.fitted.to_json() if self.fitted else None,
             "beside": {name: fidelity.to_json() for name, fidelity in self.beside.items()},
         }
 

@@ -41,6 +41,8 @@ def show_verification(verification: "Verification") -> None:
             if verification.beside:
                 candidates = {f"{name} (this bundle)": record.figures, **verification.beside}
                 _show_candidates(candidates)
+    if verification.fitted:
+        show_confidence(verification.fitted)
     for fault in verification.faults:
         show(f"Not sound: {fault}", "red")
     if record:

@@ -39,10 +39,11 @@ from medmoe_edge.bedside.listen.report_sr import (
 )
 from medmoe_edge.bedside.listen.schema import Job, Slice
 from medmoe_edge.bedside.listen.selection import Selection, chosen, voted
+from medmoe_edge.contrastive.heatmap import NO_MAP, rests_on_picture
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice
 from medmoe_edge.image.loading import decoding
-from medmoe_edge.image.pixels import Image, Pixels
+from medmoe_edge.image.pixels import Image, Pixels, black_picture
 
 log = logging.getLogger(__name__)
 # An object at which the process itself ends, or that provokes a mistake of ours, comes after all
@@ -407,10 +408,15 @@ class Answering:
             self.folder.image(key).unlink(missing_ok=True)
 
     def _heat_map(self, result: Result, standing: Standing) -> bytes | None:
-        """Extra to the answer, so that it is left out where it cannot be made."""
+        """Extra to the answer: left out where it cannot be made, or would say what is not so."""
         if self.locator is None:
             return None
         try:
+            limit, question = self.configuration.max_new_tokens, result.answer.question
+            (blind,) = self.engine.ask_all(black_picture(), [question], max_new_tokens=limit)
+            if not rests_on_picture(result.answer, blind):
+                log.info("%s", NO_MAP)
+                return None
             image = self.folder.picture(result.evidence.key)
             return encoded(heat_map(result, image, self.locator, standing))
         except MedMoEError as error:
