@@ -166,8 +166,7 @@ def test_an_answer_rests_on_its_picture(
     text: str, confidence: float, blind: str, blind_confidence: float, rests: bool
 ) -> None:
     answer = answer_to("Is it?", text, confidence=confidence)
-    assert (
-        rests_on_picture(answer, answer_to("Is it?", blind, confidence=blind_confidence)) is rests
-    )
-    refused = replace(answer, warnings=(Notice("not_a_scan", "..."),))
+    of_black = answer_to("Is it?", blind, confidence=blind_confidence)
+    assert rests_on_picture(answer, of_black) is rests
+    refused = answer_to("Is it?", text, warnings=(Notice("not_a_scan", "..."),))
     assert not rests_on_picture(refused, answer_to("Is it?", "other"))
