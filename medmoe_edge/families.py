@@ -85,11 +85,12 @@ class EvaluateOptions:
     """What a model is scored on, and where it runs.
 
     `blind`: the same questions about a black picture are scored too. At most `limit` questions are
-    asked, drawn by `seed`. `predictions` is where every answer is written. With `labels` or
-    `findings` a Med-MoE may do without `data`: then only how it reads those images is scored.
-    `languages` are questions in several languages, `paraphrases` those of `data` in other words.
-    `fit_confidence` keeps in the bundle how often its answers are right, with a threshold for which
-    `selective_accuracy` of the answers above it are.
+    asked, drawn by `seed`. With `allow_repetition` an answer that repeats itself goes on.
+    `predictions` is where every answer is written. With `labels` or `findings` a Med-MoE may do
+    without `data`: then only how it reads those images is scored. `languages` are questions in
+    several languages, `paraphrases` those of `data` in other words. `fit_confidence` keeps in the
+    bundle how often its answers are right, with a threshold for which `selective_accuracy` of the
+    answers above it are.
     """
 
     data: Path | None
@@ -106,6 +107,7 @@ class EvaluateOptions:
     paraphrases: Path | None = None
     fit_confidence: bool = False
     selective_accuracy: float | None = None
+    allow_repetition: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,12 @@ class MedMoEFamily:
                 from medmoe_edge.evaluation.confidence import check_fittable
 
             check_fittable(bundle_path(model))
-        engine = load(model, runtime=options.runtime, device=options.device)
+        engine = load(
+            model,
+            runtime=options.runtime,
+            device=options.device,
+            allow_repetition=options.allow_repetition,
+        )
         told = _Told(progress)
         scores = AnswerScores(None, data.of, confidence=engine.fitted)
         if options.fit_confidence:

@@ -30,6 +30,7 @@ unnoticed until the record is removed; of an expert, until it is paged in.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -239,7 +240,7 @@ class AnyBundle(Generic[C]):
         machine = (self.verification or {}).get("machine")
         return None if machine is None else Machine.from_json(machine, f"{MANIFEST} machine")
 
-    @property
+    @functools.cached_property
     def target(self) -> Target:
         """What its graphs or engines run on; raises `ConfigError` for one that is unknown."""
         return Target.from_json(self.manifest.get("target", {}), f"{MANIFEST} target")

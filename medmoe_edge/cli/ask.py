@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medmoe_edge.cli.common import (
+    AllowRepetition,
     Device,
     DropPages,
     Force,
@@ -26,7 +27,6 @@ from medmoe_edge.render import contrastive as render_contrastive
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.features import Location, Reading
     from medmoe_edge.engine.answer import Answer
-    from medmoe_edge.engine.engine import Engine
     from medmoe_edge.image.pixels import Image, Pixels
 
 
@@ -236,6 +236,15 @@ def ask(
         int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHOICES",
+            help='Answer with the likeliest of these, with commas between them: "yes,no".',
+            show_default="any answer",
+        ),
+    ] = None,
+    allow_repetition: AllowRepetition = False,
     prefix_cache: Annotated[
         Path | None,
         typer.Option(
@@ -266,11 +275,13 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer questions about one image."""
+    from medmoe_edge.engine.answer import choices_of
     from medmoe_edge.engine.engine import load
     from medmoe_edge.image.inputs import as_image
     from medmoe_edge.image.loading import check_file
-    from medmoe_edge.image.pixels import Image, shown_name
+    from medmoe_edge.image.pixels import Image, black_picture, shown_name
 
+    given = None if choices is None else choices_of(choices.split(","), "")
     if explain:
         _check_explanation(explain, image, len(questions), force)
     if show:
@@ -288,17 +299,23 @@ def ask(
             memory_budget=memory_budget,
             drop_pages=drop_pages,
             prefix_cache=prefix_cache,
+            allow_repetition=allow_repetition,
         )
         # read once where it is shown or piped: what is asked about is what is written
         picture: Path | Image = image
         if piped is not None or show or explain:
             picture = as_image(image if piped is None else piped, frame=frame)
-        answers = engine.ask_all(picture, questions, max_new_tokens=max_new_tokens, frame=frame)
+        answers = engine.ask_all(
+            picture, questions, max_new_tokens=max_new_tokens, choices=given, frame=frame
+        )
         if show:
             write_picture(show, engine.seen(picture))
         found = None
         if explain and isinstance(picture, Image):
-            found = _explain(explain, picture, answers[0], engine, max_new_tokens)
+            (blind,) = engine.ask_all(
+                black_picture(), questions, max_new_tokens=max_new_tokens, choices=given
+            )
+            found = _explain(explain, picture, answers[0], blind)
     if as_json:
         told: dict[str, object] = {}
         if explain:
@@ -339,16 +356,16 @@ def _standard_input() -> bytes:
 
 
 def _explain(
-    output: Path, picture: "Image", answer: "Answer", engine: "Engine", max_new_tokens: int
+    output: Path, picture: "Image", answer: "Answer", blind: "Answer"
 ) -> "Location | None":
-    """Draw where the answer's key phrase lies; nothing where it does not rest on the picture."""
+    """Draw where the answer's key phrase lies; nothing where it does not rest on the picture.
+
+    `blind` is the answer to the same question about a black picture.
+    """
     from medmoe_edge.contrastive.engine import load_modality
     from medmoe_edge.contrastive.heatmap import rests_on_picture
     from medmoe_edge.contrastive.text import key_phrase
-    from medmoe_edge.image.pixels import black_picture
 
-    asked = [answer.question]
-    (blind,) = engine.ask_all(black_picture(), asked, max_new_tokens=max_new_tokens)
     if not rests_on_picture(answer, blind):
         return None
     phrase = key_phrase(answer.question, answer.text)

@@ -153,6 +153,12 @@ def facts(question: str, answer: str) -> Iterator[str]:
         yield from (_tidy(part) for part in re.split(r",| and ", said) if part.strip())
 
 
+def body_name(body: str) -> str:
+    """A part of the body as people call it; SLAKE's names have others."""
+    lower = body.strip().lower()
+    return _BODIES.get(lower, lower).replace("_", " ")
+
+
 def _view(body: str, modality: str | None) -> str:
     spoken = NAMES.get(modality, modality) if modality else ""
     return _tidy(f"{body} {spoken}")

@@ -36,6 +36,7 @@ QUESTION_FILES: dict[Split, tuple[str, ...]] = {
     "test": ("test.jsonl", "vqa_test.jsonl", "test.json"),
 }
 LABELS_FILE = "labels.jsonl"
+FINDINGS_FILE = "findings.jsonl"
 BOXES_FILES = ("boxes.json", "slake_boxes.json")
 FormName = Literal["questions", "labels", "findings"]
 NO_SCAN = "none"  # the modality of a picture that is no medical image

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -142,6 +142,11 @@ def is_yes_or_no(question: str) -> bool:
     """Whether an English question asks for yes or no, by its first word and without an "or"."""
     words = re.findall(r"[a-z']+", question.lower())
     return bool(words) and words[0] in _ASKS_YES_OR_NO and "or" not in words
+
+
+def given_choices(questions: Iterable[str], yes_no: bool) -> dict[str, Sequence[str]]:
+    """For those of the questions that ask for yes or no, these; none where it is not wanted."""
+    return {each: YES_NO for each in questions if yes_no and is_yes_or_no(each)}
 
 
 _ASKS_YES_OR_NO = {
@@ -286,7 +291,7 @@ def _log_probabilities(
 
 
 REFUSED = 0.5  # the probability of a refusal from which on it counts, where no bundle says another
-_WHY = {
+WHY = {
     "not_a_scan": "The picture is not like the medical images that the model learned from.",
     "not_answerable": "The model cannot answer this question from this picture.",
     "language": "The question is in no language that the model reads.",
@@ -319,7 +324,23 @@ def doubts(
         codes.append("repetition")
     if not codes and not enough:
         codes.append("unsure")
-    return tuple(Notice(code, _WHY[code]) for code in codes)
+    return tuple(Notice(code, WHY[code]) for code in codes)
+
+
+def shown(text: str, *, complete: bool, unsure: bool) -> str:
+    """An answer for people, who see at once whether it is a guess, and whether it is whole."""
+    said = text or "(no answer)"
+    if not complete:
+        said += " (cut off)"
+    if not unsure:
+        return said
+    return f"Unsure. Best guess: {said}" if text else f"Unsure. {said}"
+
+
+def logged(told: str, codes: Iterable[str]) -> str:
+    """An answer for an audit log: as people are shown it, with the codes of why it is unsure."""
+    why = ", ".join(code for code in codes if code in WHY)
+    return f"{told} [{why}]" if why else told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,12 +385,17 @@ class Answer:
     @property
     def shown(self) -> str:
         """The answer for people, who see at once whether it is a guess, and whether it is whole."""
-        said = self.text or "(no answer)"
-        if not self.complete:
-            said += " (cut off)"
-        if not self.unsure:
-            return said
-        return f"Unsure. Best guess: {said}" if self.text else f"Unsure. {said}"
+        return shown(self.text, complete=self.complete, unsure=self.unsure)
+
+    @property
+    def reasons(self) -> tuple[Notice, ...]:
+        """The warnings that say why it is unsure."""
+        return tuple(notice for notice in self.warnings if notice.code in WHY)
+
+    @property
+    def logged(self) -> str:
+        """The answer for an audit log."""
+        return logged(self.shown, (notice.code for notice in self.warnings))
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -129,6 +130,19 @@ def reliability(
         ),
         risk_coverage=risk_coverage(said, right),
     )
+
+
+def roc_auc(there: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating[Any]]) -> float:
+    """The area under the ROC curve: how often what is there scores higher than what is not.
+
+    Equal scores count half; both kinds must occur. Source: Mann and Whitney's U over its largest
+    value (Hanley and McNeil, Radiology 143, 1982).
+    """
+    from scipy.stats import rankdata
+
+    count = int(there.sum())
+    ranks = rankdata(scores)[there].sum()
+    return float((ranks - count * (count + 1) / 2) / (count * (len(there) - count)))
 
 
 def risk_coverage(

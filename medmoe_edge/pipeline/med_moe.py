@@ -314,8 +314,9 @@ def _label(name: str) -> str:
 def _peer(name: str, checkpoint: Checkpoint) -> Callable[[], Runtime]:
     """Makes the runtime of another candidate, which is looked for at once."""
     if name in BASELINES:
-        from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
+        from medmoe_edge.runtimes.torch.eager import BitsAndBytesRuntime, bitsandbytes
 
+        bitsandbytes()  # missed at once
         return partial(BitsAndBytesRuntime, checkpoint, BASELINES[name])
     if name not in EMBEDDED and not Path(name).is_dir():
         raise InputError(

@@ -127,8 +127,8 @@ def show_answers(answers: Sequence["Answer"]) -> None:
         if number:
             show()
         show(answer.question)
-        show(f"  {answer.text or '(no answer)'}", "bold green")
         show_warnings(answer.warnings)
+        show(f"  {answer.shown}", "bold yellow" if answer.unsure else "bold green")
         show(f"  {' · '.join(_grounds(answer))}", "dim")
 
 
@@ -296,8 +296,8 @@ def wrote(what: str, path: Path) -> None:
 
 
 def _grounds(answer: "Answer") -> Iterator[str]:
-    if not answer.complete:
-        yield "cut off"
+    if answer.probabilities:
+        yield ", ".join(f"{name} {percent(share)}" for name, share in answer.probabilities.items())
     yield f"confidence {percent(answer.confidence)}"
     if answer.modality:
         yield f"modality {answer.modality}"

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 from medmoe_edge.render.console import hint, show, show_table
 
 if TYPE_CHECKING:
+    from medmoe_edge.bundle.recorded import Compared
     from medmoe_edge.calibration.data import Skipped
     from medmoe_edge.calibration.statistics import Statistics
     from medmoe_edge.config import Confidence
     from medmoe_edge.evaluation.findings import FindingScore
     from medmoe_edge.evaluation.gates import GateResult
     from medmoe_edge.evaluation.metrics import Answers, Fidelity, Share
+    from medmoe_edge.evaluation.mutations import Mutations
     from medmoe_edge.evaluation.quick import Quick
     from medmoe_edge.evaluation.record import AnyRecord
     from medmoe_edge.evaluation.targets import Agreement
@@ -26,6 +28,7 @@ OUTCOMES = {"passed": "green", "not decided": "yellow", "failed": "bold red"}
 STATUSES = {"covered": "green", "drew more": "green", "borrowed": "yellow", "data-free": "yellow"}
 COMPARED = ("answers agree", "accuracy", "KL, nats", "routing flips")
 NONE = "\N{EN DASH}"
+FEW = 8  # matrices named
 
 
 def show_verification(verification: "Verification") -> None:
@@ -43,14 +46,14 @@ def show_verification(verification: "Verification") -> None:
                 _show_candidates(candidates)
     if verification.fitted:
         show_confidence(verification.fitted)
-    for fault in verification.faults:
-        show(f"Not sound: {fault}", "red")
+    _show_damage(verification.faults, verification.weights)
+    _show_mutations(record.mutations if record else None)
     if record:
         outcome = verification.outcome
         show(f"{outcome.capitalize()}: {_measured(record)}.", OUTCOMES[outcome])
         hint(proven(verification.bundle).hint)
         return
-    if not verification.faults:
+    if verification.passed is None:
         show("Its files are whole, its weights and experts sound.")
     show_not_measured()
 
@@ -60,10 +63,8 @@ def show_quick(found: "Quick") -> None:
     from medmoe_edge.evaluation.metrics import Fidelity
 
     show_gates(f"{found.bundle.name} on this machine", found.gates)
-    for fault in found.faults:
-        show(f"Not sound: {fault}", "red")
-    if found.weights is None:
-        show("It carries no marks of its checkpoint's weights, which were not compared.", "yellow")
+    _show_damage(found.faults, found.weights)
+    _show_mutations(found.mutations)
     seen = ""
     if found.figures is not None:
         seen = f"{found.figures.images:,} recorded images"
@@ -76,6 +77,23 @@ def show_quick(found: "Quick") -> None:
     )
     if found.passed is not False:
         show("So few only look for failures: see medmoe-edge verify for what was proven.", "dim")
+
+
+def _show_damage(faults: Sequence[str], weights: "Compared | None") -> None:
+    for fault in faults:
+        show(f"Not sound: {fault}", "red")
+    if weights is None:
+        show("It carries no marks of its checkpoint's weights, which were not compared.", "yellow")
+        return
+    for name in weights.wrong[:FEW]:
+        show(f"Not the checkpoint's: {name}", "red")
+    if len(weights.wrong) > FEW:
+        show(f"and {len(weights.wrong) - FEW} more", "red")
+
+
+def _show_mutations(found: "Mutations | None") -> None:
+    if found is not None:
+        show(found.summary, "yellow" if found.unseen else "dim")
 
 
 def show_not_measured() -> None:

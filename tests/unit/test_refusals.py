@@ -34,8 +34,9 @@ from medmoe_edge.runtimes.base import (
     looping,
 )
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
+from medmoe_edge.training.initialise import train_tokenizer
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
-from medmoe_edge.training.run import train_tokenizer, trainable_config
+from medmoe_edge.training.run import trainable_config
 
 CODES = ("not_a_scan", "not_answerable", "language")
 REFUSALS = tuple(Refusal(code, f"<|{code}|>") for code in CODES)
