@@ -9,6 +9,7 @@ The results are a Parquet or a CSV file, as the suffix of its name says.
     image_number, image         which image of the inputs, from 0, and its path as given there
     question_number, question   which question of the image, from 0
     answer, confidence, modality, experts, complete, seconds    as in `answer.Answer`; null without
+    confidence_kind, unsure, stopped    of the same
     warnings                    of the answer: each a code and a message; null without an answer
     model, model_sha256         what answered
     error                       what was wrong with the image; null where there is an answer
