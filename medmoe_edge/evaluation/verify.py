@@ -26,7 +26,7 @@ from medmoe_edge.bundle.recorded import (
     signature_of,
     sweep_weights,
 )
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import Confidence, ModelConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import (
     BundleError,
@@ -220,6 +220,11 @@ class Verification:
             return "not measured"
         return status_of({"passed": self.passed})
 
+    @property
+    def fitted(self) -> Confidence | None:
+        """What the bundle knows of how often its answers are right; not measured here."""
+        return self.bundle.confidence if isinstance(self.bundle, Bundle) else None
+
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
         if self.passed is not False:
@@ -253,6 +258,7 @@ class Verification:
             "weights": self.weights.to_json() if self.weights else None,
             "verification": self.record.to_json() if self.record else None,
             "recorded": self.recorded,
+            "confidence": self.fitted.to_json() if self.fitted else None,
             "beside": {name: fidelity.to_json() for name, fidelity in self.beside.items()},
         }
 

@@ -23,6 +23,7 @@ from pynetdicom.events import Event
 import medmoe_edge
 from medmoe_edge.bedside.listen.config import Configuration, load_configuration
 from medmoe_edge.bedside.listen.node import Node
+from medmoe_edge.contrastive.features import Location, Reading
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.image.pixels import Image, Pixels
 
@@ -32,7 +33,7 @@ SOME = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
 class StandIn:
-    """Answers "No", after `seconds`."""
+    """Answers "No", after `seconds`; of a black picture something else, for it looks."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds, self.asked = seconds, 0
@@ -42,10 +43,21 @@ class StandIn:
     ) -> list[Answer]:
         self.asked += 1
         time.sleep(self.seconds)
-        return [answer_to(question) for question in questions]
+        said = ["No"] if image.pixels.any() else ["Nothing"]
+        return [answer_to(question, *said) for question in questions]
 
     def seen(self, image: Image) -> Pixels:
         return image.pixels[::2, ::2]
+
+
+def located(image: Image, phrase: str) -> Location:
+    """A phrase in the middle of a picture."""
+    height, width = image.pixels.shape[:2]
+    heat = np.zeros((height, width), np.float32)
+    heat[height // 2, width // 2] = 1
+    model = {"name": "fake", "sha256": "0" * 64}
+    reading = Reading({}, model, "xray", {"xray": 0.9, "ct": 0.1}, 0.3, unfamiliar=False)
+    return Location({}, model, phrase, heat, (width // 2, height // 2), 0.25, reading)
 
 
 def configuration(folder: Path, **values: Any) -> Configuration:
