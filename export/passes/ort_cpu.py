@@ -69,7 +69,7 @@ from medmoe_edge.export.builder import (
     replace_node,
     tensor_of,
 )
-from medmoe_edge.export.ops import MoESpec, Weights, add_meta, feed_forward, replace_moe, route
+from medmoe_edge.export.decoder import MoESpec, Weights, add_meta, feed_forward, replace_moe, route
 from medmoe_edge.export.quantise import (
     PARTS,
     Array,

@@ -16,6 +16,7 @@ import typer
 
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.cli.common import (
+    AllowRepetition,
     Device,
     DropPages,
     Force,
@@ -75,6 +76,7 @@ def serve(
     max_megapixels: Annotated[int, typer.Option(min=1, max=100, help="Of a picture.")] = 100,
     max_questions: Annotated[int, typer.Option(min=1, help="In a request.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    allow_repetition: AllowRepetition = False,
     max_seconds: Annotated[float, typer.Option(min=1, help="For a request's answer.")] = 60,
     as_json: Json = False,
 ) -> None:
@@ -103,7 +105,8 @@ def serve(
     settings = Settings(host, port, tokens, tls_cert, tls_key, limits, behind_proxy, origins)
 
     models = ServiceModels(
-        model, runtime, device, memory_budget, drop_pages, modality_model, audit_log
+        *(model, runtime, device, memory_budget, drop_pages, allow_repetition),
+        *(modality_model, audit_log),
     )
 
     def ready(url: str) -> None:
@@ -190,6 +193,7 @@ def listen(
             device=device,
             memory_budget=configuration.memory_budget,
             drop_pages=configuration.drop_pages,
+            allow_repetition=configuration.allow_repetition,
         )
         locator = _locator(configuration)
     log = logging.getLogger("medmoe_edge.bedside.listen")
@@ -426,6 +430,7 @@ def batch(
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    allow_repetition: AllowRepetition = False,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -454,7 +459,7 @@ def batch(
         raise InputError("Workers are of a cluster.", "Name one: --ray ADDRESS, or --ray local.")
     from medmoe_edge.bedside.batch.run import Recipe, run_batch
 
-    recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens)
+    recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens, allow_repetition)
     audit = None
     if audit_log is not None:
         with needs("serve"):

@@ -229,7 +229,7 @@ def export(
                 raise
         else:
             with needs("rtx" if target == "tensorrt-rtx" else "export"):
-                from medmoe_edge.pipeline.targets import export_for
+                from medmoe_edge.pipeline.med_moe import export_for
             built = export_for(
                 target,
                 folder,

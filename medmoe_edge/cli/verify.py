@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from medmoe_edge.cli.common import (
+    AllowRepetition,
     Device,
     Force,
     Json,
@@ -81,6 +82,44 @@ def evaluate(
         bool,
         typer.Option("--blind", help="Ask everything about a black picture too, for comparison."),
     ] = False,
+    findings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Images with what is present and absent, and pictures that are no scans: how well "
+            "each finding is seen. Those to train on are left out.",
+        ),
+    ] = None,
+    languages: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Questions in several languages: answered as in English, or marked as unsure?",
+        ),
+    ] = None,
+    paraphrases: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="The questions of --data in other words: what do they cost?"
+        ),
+    ] = None,
+    fit_confidence: Annotated[
+        bool,
+        typer.Option(
+            "--fit-confidence",
+            help="Keep in the bundle how often its answers are right: confidence is then that "
+            "chance, and what is likely wrong is marked as unsure.",
+        ),
+    ] = False,
+    selective_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="How many of the answers that are not unsure should be right, from 0 to 1.",
+            show_default="what being unsure of 22% gives",
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Ask so many questions, drawn by --seed.", show_default="all"),
@@ -89,6 +128,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=2048, help="Longest answer; the papers' runs allow 2048.")
     ] = 32,
+    allow_repetition: AllowRepetition = False,
     runtime: Runtime = "auto",
     device: Device = "auto",
     force: Force = False,
@@ -98,12 +138,17 @@ def evaluate(
 
     The papers' open recall is printed as the official scorer computes it, beside ours, which counts
     no repeated word twice. Of a modality-moe: how it routes, classifies, retrieves and locates.
+
+    --fit-confidence writes into the bundle; verifying it again later leaves that as it is.
     """
     found: AnswerScores | ModalityEvaluation
     if references is not None:
-        unused = (bundle, data, labels, blind, runtime != "auto", device != "auto", force)
+        unused = (
+            *(bundle, data, labels, blind, runtime != "auto", device != "auto", force),
+            *(findings, languages, paraphrases, fit_confidence, selective_accuracy),
+        )
         found = _score_file(predictions, references, limit, seed, others=any(unused))
-    elif data is None and labels is None:
+    elif data is None and labels is None and findings is None:
         raise InputError(
             "Neither --data nor --references was given.", "See: medmoe-edge eval --help"
         )
@@ -111,7 +156,9 @@ def evaluate(
         model = bundle or "nano"
         family = family_of(model)
         options = EvaluateOptions(
-            *(data, labels, predictions, runtime, device, blind, limit, seed, max_new_tokens)
+            *(data, labels, predictions, runtime, device, blind, limit, seed, max_new_tokens),
+            *(findings, languages, paraphrases, fit_confidence, selective_accuracy),
+            allow_repetition,
         )
         if predictions:
             check_output(predictions, force)
@@ -121,6 +168,7 @@ def evaluate(
         render.as_json(found.to_json())
     elif isinstance(found, AnswerScores):
         render.show_evaluation(found)
+        render_verification.show_seen(found)
     else:
         render_contrastive.show_modality_evaluation(found)
 
@@ -258,7 +306,7 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
             "Leave --against, --beside and --report out.",
         )
     with needs("rtx"):
-        from medmoe_edge.pipeline.targets import agree
+        from medmoe_edge.pipeline.med_moe import agree
     with render.working("Reading") as progress:
         found = agree(bundle_path(bundle), data, progress=progress)
     if as_json:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from medmoe_edge.device.doctor import Diagnosis
     from medmoe_edge.device.estimate import Fit, Forecast, Plan
     from medmoe_edge.device.measure import Comparison as Measured
-    from medmoe_edge.pipeline.targets import TargetExport
+    from medmoe_edge.pipeline.med_moe import TargetExport
 
 BUSY = 0.5  # of a machine's threads, from which on other programs matter
 WAYS = {"resident": "all resident", "prefetch": "paged", "on_demand": "paged, no prefetch"}

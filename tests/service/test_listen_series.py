@@ -64,7 +64,9 @@ class Reading(StandIn):
         self.seen_values: list[int] = []
         self.confidence = confidence
 
-    def ask_all(self, image: Image, questions: Any, *, max_new_tokens: int) -> list[Answer]:
+    def ask_all(
+        self, image: Image, questions: Any, *, max_new_tokens: int, **_: Any
+    ) -> list[Answer]:
         value = int(image.pixels[0, 0, 0])
         self.seen_values.append(value)
         return [answer_to(each, str(value), confidence=self.confidence) for each in questions]

@@ -40,7 +40,7 @@ from medmoe_edge.bedside.listen.report_sr import (
 )
 from medmoe_edge.bedside.listen.schema import Job, Slice
 from medmoe_edge.bedside.listen.selection import Selection, chosen, chosen_frames, voted
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice
 from medmoe_edge.image.loading import decoding
 from medmoe_edge.image.pixels import Image, Pixels
@@ -75,7 +75,12 @@ class Asked(Protocol):
     """What answers, such as `engine.Engine`."""
 
     def ask_all(
-        self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+        self,
+        image: Image,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        choices: Choices | None = None,
     ) -> list[Answer]:
         """Answer each question about the image."""
         ...
@@ -242,7 +247,7 @@ class Answering:
                 event="answer",
                 model=answer.model,
                 question=answer.question,
-                answer=answer.text,
+                answer=answer.logged,
                 input_sha256=slice_.sha256,
             )
         if asking.picture is not None:
@@ -261,11 +266,14 @@ class Answering:
         if len(frames) < image.frames:
             notices.append(Notice("frames", FRAMES.format(len(frames), image.frames)))
         limit = self.configuration.max_new_tokens
+        choices = self.configuration.choices_for(slice_.questions)
         for index in frames:
             self.progress = time.monotonic()
             if len(frames) > 1:
                 image = self.folder.picture(slice_.key, index)
-            answers = self.engine.ask_all(image, slice_.questions, max_new_tokens=limit)
+            answers = self.engine.ask_all(
+                image, slice_.questions, max_new_tokens=limit, choices=choices
+            )
             evidence = Evidence.of(dataset, image, slice_.sha256, slice_.key, index)
             found = (*evidence.notices, *notices)
             answers = [replace(each, warnings=(*each.warnings, *found)) for each in answers]

@@ -42,13 +42,14 @@ import json
 import socket
 import ssl
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import pydantic
 
 from medmoe_edge.bedside.listen.header import body_parts
+from medmoe_edge.engine.answer import choices_of, given_choices
 from medmoe_edge.errors import InputError, unreadable
 
 Document = Literal[
@@ -83,11 +84,15 @@ class Peer(_Part):
 
 
 class Questions(_Part):
-    """What is asked of images of these modalities and body parts."""
+    """What is asked of images of these modalities and body parts.
+
+    `choices` are the answers that may be given to each; left out, any.
+    """
 
     modalities: tuple[str, ...] = ()
     body_parts: tuple[str, ...] = ()
     ask: tuple[Question, ...] = pydantic.Field(min_length=1)
+    choices: tuple[str, ...] | None = None
 
     def fit(self, modality: str, parts: Collection[str]) -> bool:
         """Whether they are asked of such an image; `parts` are by `header.body_parts`."""
@@ -363,6 +368,8 @@ class Configuration(_Part):
     Documents that were sent, and images that are kept, go after `keep_days`. `allow_burned_in` also
     takes pixels marked as showing text. `heat_map_model` is what draws the document "heat-map";
     "picture" is a Secondary Capture of exactly what the model saw, to which the reports then refer.
+    With `yes_no`, questions that ask for yes or no are answered with one of them; with
+    `allow_repetition`, an answer that repeats itself goes on.
     """
 
     ae_title: AETitle = "MEDMOE"
@@ -375,6 +382,8 @@ class Configuration(_Part):
     memory_budget: str | None = None
     drop_pages: bool = False
     max_new_tokens: int = pydantic.Field(32, ge=1)
+    allow_repetition: bool = False
+    yes_no: bool = True
     heat_map_model: str = "modality-nano"
     peers: tuple[Peer, ...] = pydantic.Field(min_length=1)
     questions: tuple[Questions, ...] = pydantic.Field(min_length=1)
@@ -450,6 +459,17 @@ class Configuration(_Part):
         fitting = [part.ask for part in self.questions if part.fit(modality, parts)]
         return tuple(dict.fromkeys(question for ask in fitting for question in ask))
 
+    def choices_for(self, questions: Collection[str]) -> dict[str, Sequence[str]]:
+        """The answers that may be given to questions, by question; those of the rest are free."""
+        named = {
+            question: part.choices
+            for part in reversed(self.questions)
+            for question in part.ask
+            if part.choices is not None
+        }
+        found = given_choices(questions, self.yes_no)
+        return found | {each: named[each] for each in questions if each in named}
+
     def names(self, modality: str) -> bool:
         """Whether a question names the modality."""
         return any(part.modalities and _among(modality, part.modalities) for part in self.questions)
@@ -458,7 +478,7 @@ class Configuration(_Part):
 def load_configuration(path: Path) -> Configuration:
     """Read a configuration; relative paths in it are from its folder.
 
-    Raises `InputError` that names the first wrong entry.
+    Raises `InputError` that names the first wrong entry, or choices that cannot be chosen from.
     """
     try:
         text = path.read_text("utf-8")
@@ -472,9 +492,12 @@ def load_configuration(path: Path) -> Configuration:
         ) from error
     try:
         home = path.parent.resolve()
-        return Configuration.model_validate(values, context={"home": home})
+        found = Configuration.model_validate(values, context={"home": home})
     except pydantic.ValidationError as error:
         raise _explained(error) from error
+    for part in found.questions:
+        choices_of(part.choices, "")
+    return found
 
 
 def _explained(error: pydantic.ValidationError) -> InputError:

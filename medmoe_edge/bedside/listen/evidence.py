@@ -228,6 +228,7 @@ class Result:
         said = [
             *(answer.question, answer.text, answer.confidence, answer.complete, answer.modality),
             *([notice.code, notice.message] for notice in answer.warnings),
+            *([answer.probabilities] if answer.probabilities else ()),
         ]
         about = [(each.key, each.sha256, *each.asked) for each in self.sources]
         whole = [about, self.of, said, answer.model, __version__, self.settings, self.repeat]

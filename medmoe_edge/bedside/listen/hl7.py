@@ -150,10 +150,10 @@ def _observation(result: Result, named: Resource) -> Resource:
     if result.coded is not None:
         finding = result.coded.finding
         observation["code"] = _concept(answer.question, finding.code, *finding.same)
-        value = _concept(answer.text.strip() or "(no answer)", result.coded.presence)
+        value = _concept(answer.shown, result.coded.presence)
         return observation | {"valueCodeableConcept": value}
-    if text := answer.text.strip():
-        return observation | {"valueString": text}
+    if answer.text.strip():
+        return observation | {"valueString": answer.shown}
     return observation | {"dataAbsentReason": {"text": "The model gave no answer."}}
 
 
@@ -196,8 +196,8 @@ def _report(result: Result, version: Version, named: Resource, systems: Identifi
         "result": [{"reference": f"urn:uuid:{result.uuid('Observation')}"}],
         "conclusion": "\n".join(
             (
-                f"{answer.question} {answer.text.strip() or '(no answer)'}",
                 *_warnings(result),
+                f"{answer.question} {answer.shown}",
                 answer.notice,
             )
         ),

@@ -229,20 +229,19 @@ def _true_to(result: Result, document: Dataset) -> Dataset:
 
 
 def _said(result: Result) -> list[TextContentItem]:
-    """Question, answer, its warnings and the notice.
+    """Question, warnings, answer and the notice.
 
     The answer is a qualitative evaluation (TID 1501) in words.
     """
     answer = result.answer
-    words = answer.text if answer.complete else f"{answer.text} (cut off)"
     return [
         TextContentItem(QUESTION, answer.question, CONTAINS),
-        TextContentItem(codes.DCM.Finding, words.strip() or "(no answer)", CONTAINS),
-        *([TextContentItem(SLICES, slices_of(result), CONTAINS)] if is_part(result) else []),
         *(
             TextContentItem(WARNING, f"{notice.message} ({notice.code})", CONTAINS)
             for notice in answer.warnings
         ),
+        TextContentItem(codes.DCM.Finding, answer.shown, CONTAINS),
+        *([TextContentItem(SLICES, slices_of(result), CONTAINS)] if is_part(result) else []),
         TextContentItem(codes.DCM.Comment, answer.notice, CONTAINS),
     ]
 

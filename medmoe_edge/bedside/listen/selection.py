@@ -161,7 +161,7 @@ def voted(answers: Mapping[str, Answer]) -> Vote:
     """What slices say together to a question.
 
     The answer that most slices give, compared without case and the last stop; of equally many the
-    more confident. Its confidence is the mean of theirs.
+    more confident. Its probabilities are the means of theirs; it is unsure where one of them is.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for key, answer in answers.items():
@@ -179,14 +179,27 @@ def voted(answers: Mapping[str, Answer]) -> Vote:
         if others:
             what += f" {others} gave others: look at them all."
         notices["vote"] = Notice("vote", what)
-    is_complete = all(answers[key].complete for key in groups[winner])
+    won = [answers[key] for key in groups[winner]]
     found = replace(
         answers[best],
         confidence=mean[winner],
-        complete=is_complete,
+        complete=all(each.complete for each in won),
+        stopped=next((each.stopped for each in won if each.stopped), None),
+        unsure=any(each.unsure for each in won),
+        refusals=_means([each.refusals for each in won]),
+        probabilities=_means([each.probabilities or {} for each in won]) or None,
         warnings=tuple(notices.values()),
     )
     return Vote(best, found, len(groups) == 1)
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure that all have."""
+    return {
+        name: float(np.mean([each[name] for each in found]))
+        for name in found[0]
+        if all(name in each for each in found)
+    }
 
 
 def _ordered(slices: Sequence[Slice]) -> list[Slice]:
