@@ -218,6 +218,9 @@ def test_only_a_clear_answer_says_that_a_finding_is_there_or_not(
     answer = replace(answer_to(QUESTION, text), confidence=confidence)
     found = coded(EFFUSION, answer, Certainty(), agreed=agreed, is_whole=True)
     assert (found.presence, found.certainty) == (presence, certainty)
+    unsure = replace(answer, unsure=True)
+    doubted = coded(EFFUSION, unsure, Certainty(), agreed=agreed, is_whole=True)
+    assert doubted.presence == evidence.UNDETERMINED
     cut = coded(
         EFFUSION, replace(answer, complete=False), Certainty(), agreed=agreed, is_whole=True
     )

@@ -326,7 +326,7 @@ def _observations(result: Result) -> Iterator[tuple[str, str, str]]:
     answer = result.answer
     yield "ST", "110180^Study Instance UID^DCM", str(result.evidence.header.StudyInstanceUID)
     yield "TX", f"question^Question^{LOCAL}", escaped(answer.question)
-    yield "TX", "121071^Finding^DCM", escaped(answer.text.strip() or "(no answer)")
+    yield "TX", "121071^Finding^DCM", escaped(answer.shown)
     if result.coded is not None:
         finding = result.coded.finding
         yield "CWE", _element(finding.code, *finding.same[:1]), _element(result.coded.presence)
