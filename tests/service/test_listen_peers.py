@@ -257,6 +257,8 @@ def test_hl7_version_2_says_the_same() -> None:
         "ORU^R01^ORU_R01",
         "2.5.1",
     )
+    assert str(message.segment("MSH")[7]) == "20260102030405+0000"
+    assert str(message.segment("OBR")[7]) == "20240506"
     assert str(message.segment("OBR")[25]) == "R"  # stored, not yet verified
     found = {str(each[3][0][1]): each for each in message.segments("OBX")}
     assert {str(each[11]) for each in message.segments("OBX")} == {"R"}
