@@ -365,9 +365,10 @@ class Configuration(_Part):
     `folder` holds what was received until it is answered (for good with `keep_images`), the queue,
     the documents and, unless `audit` names another file, the audit log. `reserve_mb` of the disk
     stay free, and the folder never holds more than `quota_mb`: what would not fit is refused.
-    Documents that were sent or are sent nowhere, and images that are kept, go after `keep_days`. `allow_burned_in` also
-    takes pixels marked as showing text. `heat_map_model` is what draws the document "heat-map";
-    "picture" is a Secondary Capture of exactly what the model saw, to which the reports then refer.
+    Documents that were sent or are sent nowhere, and images that are kept, go after `keep_days`.
+    `allow_burned_in` also takes pixels marked as showing text. `heat_map_model` is what draws the
+    document "heat-map"; "picture" is a Secondary Capture of exactly what the model saw, to which
+    the reports then refer.
     With `yes_no`, questions that ask for yes or no are answered with one of them; with
     `allow_repetition`, an answer that repeats itself goes on.
     """

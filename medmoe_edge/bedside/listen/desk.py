@@ -178,7 +178,7 @@ class Desk(Queue):
         return found
 
     def is_finished(self, result: str) -> bool:
-        """Whether all of a result has been sent, if it is to be, and is kept where that was asked."""
+        """Whether nothing of a result is to be sent, and all is kept where that was asked."""
         return not self._read(
             "SELECT 1 FROM delivery LEFT JOIN commitment USING (document, destination) "
             "WHERE substr(document, 1, 64) = ? AND (sent = 0 OR state IN ('asked', 'failed'))",
