@@ -20,9 +20,8 @@ from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import Extents, save_model
-from medmoe_edge.export.decoder import DecoderBuilder
+from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
 from medmoe_edge.export.half import halve_weights, to_half
-from medmoe_edge.export.ops import MoESpec
 from medmoe_edge.export.passes.ort_cpu import (
     fuse_qkv,
     lower_attention,

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from medmoe_edge.bundle.bundle import Target
 from medmoe_edge.errors import InputError, MissingDependencyError, ResourceError, did_you_mean
+from medmoe_edge.export.jetson import IN_PLACE, parse_version
 
 Library = Literal["tensorrt-rtx", "tensorrt"]
 TITLES: dict[Library, str] = {"tensorrt-rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
@@ -38,6 +39,13 @@ logger = logging.getLogger(__name__)
 def library_of(target: Target) -> Library:
     """The library that builds and runs a target's engines."""
     return "tensorrt-rtx" if target.name == "tensorrt-rtx" else "tensorrt"
+
+
+def writes_in_place(target: Target) -> bool:
+    """Whether a target's engine may write its KV cache where it reads it."""
+    if library_of(target) == "tensorrt-rtx":
+        return True
+    return parse_version(target.library_version) >= IN_PLACE
 
 
 def load_library(name: Library) -> Any:

@@ -17,7 +17,7 @@ from medmoe_edge.calibration.collect import check_finite
 from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.export.ops import ACTIVATIONS, EXPERT_WEIGHTS
+from medmoe_edge.export.decoder import ACTIVATIONS, EXPERT_WEIGHTS
 
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time
 FLOOR = 0.01  # of the mean importance, for inputs that calibration hardly saw

@@ -81,7 +81,7 @@ from medmoe_edge.export.builder import (
     replace_node,
     tensor_of,
 )
-from medmoe_edge.export.ops import (
+from medmoe_edge.export.decoder import (
     MoESpec,
     Weights,
     add_meta,

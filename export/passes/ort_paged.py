@@ -40,7 +40,7 @@ from medmoe_edge.export.builder import (
     initializer,
     tensor_of,
 )
-from medmoe_edge.export.ops import EXPERT_WEIGHTS, MoESpec, add_meta, feed_forward, route
+from medmoe_edge.export.decoder import EXPERT_WEIGHTS, MoESpec, add_meta, feed_forward, route
 from medmoe_edge.export.passes.ort_cpu import ORT_OPSET, fuse_qkv, lower_attention, lower_matmul
 from medmoe_edge.export.quantise import insert_dequantise
 from medmoe_edge.export.stored import StoredWeights, specify

@@ -41,8 +41,7 @@ from medmoe_edge.device.costs import (
     step_work,
 )
 from medmoe_edge.export.builder import save_model, tensor_of
-from medmoe_edge.export.decoder import DecoderBuilder
-from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
 from medmoe_edge.export.passes.ort_cpu import fuse_qkv, lower_attention, lower_matmul, lower_moe
 from medmoe_edge.export.quantise import insert_dequantise
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime

@@ -30,15 +30,16 @@ from medmoe_edge.models.decoder import route
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, Step, check_room
 from medmoe_edge.runtimes.paging.pager import Bytes, Expert, ExpertFile, Extent
-from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
 from medmoe_edge.runtimes.slots.slots import (
     ABSENT,
+    Chosen,
     CpuBuffer,
     CpuMemory,
     DeviceMemory,
     Event,
     Kind,
     SlotPools,
+    SlotRequests,
     Table,
 )
 from medmoe_edge.runtimes.torch.bundle import BundleWeights, Stored, TorchBundleRuntime, dequantise

@@ -22,7 +22,7 @@ from medmoe_edge.calibration.statistics import Source, Statistics, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.export.builder import IR_VERSION, MEDMOE, OPSET, Builder, floats, save_model
-from medmoe_edge.export.ops import MoESpec, moe_function
+from medmoe_edge.export.decoder import MoESpec, moe_function
 from medmoe_edge.models.decoder import MoE, PhiFeedForward, StableLmFeedForward
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
