@@ -25,7 +25,7 @@ from medmoe_edge.bundle.recorded import compare_weights, stored_weights
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.evaluation.mutations import Mutation, mutated_weights
 from medmoe_edge.export import build
-from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_deltas
 from medmoe_edge.export.plan import read_deltas
 from medmoe_edge.export.stored import specification
