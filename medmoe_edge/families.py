@@ -37,6 +37,7 @@ class ExportOptions:
     method: "Method" = "auto"
     budget_bits: float | None = None
     group: "GroupSize | None" = None
+    experts: str | None = None
     calibrate_on: str | None = None
     samples: int = 128
     stats: Path | None = None
@@ -285,6 +286,7 @@ class ContrastiveFamily:
         _refuse(
             {
                 "--group-size": options.group,
+                "--experts": options.experts,
                 "--stats": options.stats,
                 "--strict": options.strict,
                 "--vision-tower": options.vision_tower,

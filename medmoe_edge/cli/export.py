@@ -107,6 +107,15 @@ def export(
             show_default="32",
         ),
     ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="delta, delta:rank=R or delta:bits=B: routed experts as what they add to the meta "
+            "expert. For ONNX Runtime's CPU with all experts in memory.",
+            show_default="whole",
+        ),
+    ] = None,
     mixed: Annotated[
         float | None,
         typer.Option(metavar="BITS", help="So many bits a weight, spent where they matter."),
@@ -199,6 +208,10 @@ def export(
             "--gpu, --positions and --memory-limit are for engines.",
             "Add --target tensorrt-rtx, or leave them out.",
         )
+    if target != "onnxruntime" and experts:
+        raise InputError(
+            f"{target} does not read experts as deltas.", "Leave --experts or --target out."
+        )
     if target == "onnxruntime" and paged:
         raise InputError(
             "--paged is for GPUs: every portable bundle can be paged.", "Leave it out."
@@ -208,6 +221,7 @@ def export(
         method=method,
         budget_bits=mixed,
         group=group_size,
+        experts=experts,
         calibrate_on=calibrate,
         samples=samples,
         stats=stats,

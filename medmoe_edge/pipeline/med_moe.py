@@ -31,7 +31,7 @@ from medmoe_edge.evaluation.recording import QUESTIONS
 from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
-from medmoe_edge.export.plan import GroupSize, Method, Precision
+from medmoe_edge.export.plan import GroupSize, Method, Precision, read_deltas
 from medmoe_edge.export.targets import check_request, export_target, plan_target
 from medmoe_edge.export.tensorrt_builder import Built
 from medmoe_edge.image.pixels import Image
@@ -152,6 +152,7 @@ def export(
     method: Method = "auto",
     budget_bits: float | None = None,
     group: GroupSize | None = None,
+    experts: str | None = None,
     calibrate_on: str | None = None,
     samples: int = SAMPLES,
     stats: Path | None = None,
@@ -164,9 +165,10 @@ def export(
     """Export a checkpoint; calibrated and verified where `calibrate_on` names data.
 
     The checkpoint is opened once, for all steps. `stats` are statistics that `calibrate` wrote; the
-    bundle is then not yet verified. `strict` refuses experts that too few tokens reached. Raises
-    `VerificationError`, and leaves no bundle, where a gate fails; `ModelError`, `InputError` and
-    `ResourceError` otherwise.
+    bundle is then not yet verified. `experts` is how routed experts are stored, see
+    `export.plan.read_deltas`; None: whole. `strict` refuses experts that too few tokens reached.
+    Raises `VerificationError`, and leaves no bundle, where a gate fails; `ModelError`, `InputError`
+    and `ResourceError` otherwise.
     """
     check_target(out, force=force, marker=MANIFEST)
     if calibrate_on is not None and stats is not None:
@@ -175,7 +177,8 @@ def export(
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
     for notice in source.warnings:
         logger.warning("%s", notice.message)
-    options = BuildOptions(precision, method, budget_bits, group, name)
+    deltas = None if experts is None else read_deltas(experts)
+    options = BuildOptions(precision, method, budget_bits, group, name, deltas)
     calibrated = calibrate_on is not None or stats is not None
     check_exportable(source, options, calibrated=calibrated)
     if calibrate_on is None:
