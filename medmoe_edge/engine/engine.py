@@ -23,6 +23,7 @@ from medmoe_edge.engine.answer import (
 from medmoe_edge.engine.loading import (
     REFERENCE,
     Device,
+    MemoryChoice,
     OneAtATime,
     Paging,
     Proven,
@@ -85,7 +86,8 @@ class Engine(OneAtATime):
     `warnings` are of the model, and part of every answer's. `thresholds` say by its code how likely
     a refusal must be to count (`answer.REFUSED` where nothing does); `fitted` makes an answer's
     confidence of its probability, and without it the one is the other. An answer ends where it
-    begins to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`.
+    begins to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`. `memory` is
+    what a memory budget of "auto" came to, else None.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Engine(OneAtATime):
         warnings: tuple[Notice, ...] = (),
         thresholds: Mapping[str, float] | None = None,
         fitted: Confidence | None = None,
+        memory: MemoryChoice | None = None,
         *,
         allow_repetition: bool = False,
     ) -> None:
@@ -113,6 +116,7 @@ class Engine(OneAtATime):
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
         self.decoding = Decoding.of(self.config, tokenizer, allow_repetition=allow_repetition)
         self.thresholds, self.fitted = thresholds or {}, fitted
+        self.memory = memory
 
     @property
     def expert_names(self) -> tuple[str, ...]:
