@@ -216,7 +216,7 @@ def lower_moe(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
 
 
 def _routed_experts(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
-    gates, chosen, _ = route(build, x, weights, spec.top_k)
+    gates, chosen, _ = route(build, x, weights, spec)
     per_token = build.constant([-1, spec.top_k])
     gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]
     shape = build.op("Shape", x)

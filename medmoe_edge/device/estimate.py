@@ -110,6 +110,7 @@ class Plan:
     prompt_tokens: int
     new_tokens: int
     forecasts: tuple[Forecast, ...]
+    left_out: tuple[str, ...] = ()  # modalities whose experts the model has no more
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; bytes and seconds."""
@@ -248,7 +249,8 @@ def make_plan(
     forecasts = tuple(
         forecast(work, device, each, speeds) for each in precisions(device, options.precision)
     )
-    return Plan(model, device, prompt, options.new_tokens, forecasts)
+    left_out = config.moe.left_out if config.moe else ()
+    return Plan(model, device, prompt, options.new_tokens, forecasts, left_out)
 
 
 def precisions(device: Device, wanted: Precision | None = None) -> tuple[Precision, ...]:

@@ -18,6 +18,7 @@ from medmoe_edge.engine.answer import (
     Clock,
     Draft,
     doubts,
+    other_modality,
     timings,
 )
 from medmoe_edge.engine.loading import (
@@ -48,6 +49,7 @@ from medmoe_edge.runtimes.base import (
     greedy,
     log_probability,
     log_softmax,
+    own_logits,
 )
 from medmoe_edge.runtimes.paging.pager import Budget
 
@@ -359,7 +361,8 @@ class Engine(OneAtATime):
         """Read an image's modality by the router, without a question.
 
         Returns:
-            One of `expert_names`; None where these are unknown.
+            One of `expert_names`, or of the modalities whose experts were left out; None where
+            these are unknown.
 
         Raises:
             InputError: The image cannot be used.
@@ -389,7 +392,8 @@ class Engine(OneAtATime):
         else:
             prefix = self._fetch(self.prefixes, pixels, ids, length + room, clock)
         clock.lap("prefix")
-        found = (*picture.notices, *unlike_label(picture.labels, prefix.modality))
+        other = other_modality(self.config.moe, prefix.modality)
+        found = (*other, *picture.notices, *unlike_label(picture.labels, prefix.modality))
         return replace(prefix, seconds={"vision": 0.0, **clock.laps}, warnings=found)
 
     def _compute(self, pixels: Floats, ids: list[int], capacity: int, clock: Clock) -> Prefix:
@@ -516,15 +520,15 @@ class Engine(OneAtATime):
             )
 
     def _modality(self, image_logits: Floats) -> str | None:
-        if not self.expert_names:
-            return None
-        return self.expert_names[int(image_logits.mean((0, 1)).argmax())]
+        names = self.config.moe.modalities if self.config.moe else ()
+        return names[int(image_logits.mean((0, 1)).argmax())] if names else None
 
     def _chosen(self, step: Step) -> Counts:
         """How often each expert was chosen in a step, over tokens and layers; `[E]`."""
         if self.config.moe is None:
             return np.zeros(0, np.int64)
-        chosen = chosen_experts(step.router_logits, self.config.moe.top_k)
+        own = own_logits(step.router_logits, self.config.moe)
+        chosen = chosen_experts(own, self.config.moe.top_k)
         return np.bincount(chosen.ravel(), minlength=self.config.moe.num_experts)
 
     def _shares(self, counts: Counts) -> dict[str, float]:

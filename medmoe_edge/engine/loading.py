@@ -290,7 +290,7 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
     if whole <= free:
         return MemoryChoice(None, free, whole)
     if bundle.config.moe is None or not bundle.manifest.get("paging"):
-        raise _no_room(bundle, whole, free, "")
+        raise _no_room(bundle, whole, free)
     from medmoe_edge.runtimes.ort.paged import OrtExpertStore
 
     store = OrtExpertStore(bundle)
@@ -298,14 +298,14 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
     least = least_budget(store, bundle.config.moe.top_k)
     budget = min(free - rest, sum(store.sizes.values()) + store.scratch)
     if budget < least:
-        raise _no_room(bundle, rest + least, free, "with paged experts ")
+        raise _no_room(bundle, min(rest + least, whole), free)
     return MemoryChoice(budget, free, rest + budget)
 
 
-def _no_room(bundle: Bundle, least: int, free: int, how: str) -> ResourceError:
+def _no_room(bundle: Bundle, least: int, free: int) -> ResourceError:
     return ResourceError(
-        f"{bundle.name} takes {shown_bytes(least)} of memory {how}at least, and "
-        f"{shown_bytes(free)} are free.",
+        f"{bundle.name} takes at least {shown_bytes(least)} of memory, and {shown_bytes(free)} "
+        "are free.",
         f"Free {shown_bytes(least - free)}, or export the model smaller: --int4.",
     )
 
