@@ -324,15 +324,15 @@ def _check_budget(bundle: Bundle, budget: Budget) -> None:
 
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
-    known = proven(bundle)
-    warnings = _of_proof(bundle.name, known)
+    known, name = proven(bundle), bundle.name
+    warnings = _of_proof(name, known)
     for notice in warnings:
         logger.warning("%s", notice.message)
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
-    logger.info("%s runs on %s.", bundle.name, loaded.name)
+    logger.info("%s runs on %s.", name, loaded.name)
     return Loaded(
-        *(loaded, tokenizer, bundle.name, bundle.sha256, known, warnings),
+        *(loaded, tokenizer, name, bundle.sha256, known, warnings),
         thresholds=bundle.refusals,
         fitted=bundle.confidence,
     )
@@ -346,23 +346,24 @@ def _of_proof(name: str, known: Proven) -> tuple[Notice, ...]:
 
 
 def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Runtime:
-    if bundle.target.is_engine != (runtime == "tensorrt") and runtime != "auto":
+    target, is_engine = bundle.target, bundle.target.is_engine
+    if is_engine != (runtime == "tensorrt") and runtime != "auto":
         raise ModelError(
-            f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
+            f"{bundle.name} is made for {target}, not for {runtime}.",
             "Leave --runtime out, or export the model for it: medmoe-edge export --help",
         )
-    if bundle.target.is_engine and device == "cpu":
+    if is_engine and device == "cpu":
         raise ModelError(
-            f"{bundle.name} holds engines for a GPU ({bundle.target}).",
+            f"{bundle.name} holds engines for a GPU ({target}).",
             "On the CPU, use the portable bundle that it was made from.",
         )
-    if bundle.target.paged and runtime != "torch":
+    if target.paged and runtime != "torch":
         return _slots_runtime(bundle, device, paging)
     if paging.budget is not None:
         return _paged_runtime(bundle, runtime, device, paging.budget, paging.drop_pages)
     if runtime == "torch":
         return _torch_runtime(bundle, device)
-    if not bundle.target.is_engine:
+    if not is_engine:
         return _ort_runtime(bundle, device)
     from medmoe_edge.runtimes.tensorrt.runtime import TensorRTRuntime
 
