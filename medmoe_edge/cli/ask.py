@@ -321,7 +321,9 @@ def ask(
         if explain:
             told["explanation"] = found.to_json() | {"picture": str(explain)} if found else None
         seen = {"picture": str(show)} if show else {}
-        render.as_json({"answers": [answer.to_json() for answer in answers], **told, **seen})
+        memory = {"memory": engine.memory.to_json()} if engine.memory else {}
+        answered = {"answers": [answer.to_json() for answer in answers]}
+        render.as_json({**answered, **told, **seen, **memory})
     else:
         render.show_answers(answers)
         if found and explain:

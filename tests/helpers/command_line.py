@@ -43,6 +43,7 @@ class FakeEngine:
     expert_names = ("mri", "ct", "pathology", "xray")
     proven = None
     blind = "Yes"
+    memory = None
 
     def __init__(self) -> None:
         self.asked: list[tuple[Path | Image, list[str], dict[str, object]]] = []

@@ -90,7 +90,7 @@ def send(port: int, *datasets: Dataset, title: str = PEER, called: str = "MEDMOE
     if not datasets:
         return []
     entity = ApplicationEntity(title)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 10
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 60
     for uid in {dataset.SOPClassUID for dataset in datasets}:
         entity.add_requested_context(uid)
     association = entity.associate("127.0.0.1", port, ae_title=called)
@@ -109,7 +109,7 @@ def _stored(association: Any, dataset: Dataset) -> int:
         return -1
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until it is so, or fail."""
     end = time.monotonic() + seconds
     while not what():

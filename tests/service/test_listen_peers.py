@@ -218,6 +218,9 @@ def test_only_a_clear_answer_says_that_a_finding_is_there_or_not(
     answer = replace(answer_to(QUESTION, text), confidence=confidence)
     found = coded(EFFUSION, answer, Certainty(), agreed=agreed, is_whole=True)
     assert (found.presence, found.certainty) == (presence, certainty)
+    unsure = replace(answer, unsure=True)
+    doubted = coded(EFFUSION, unsure, Certainty(), agreed=agreed, is_whole=True)
+    assert doubted.presence == evidence.UNDETERMINED
     cut = coded(
         EFFUSION, replace(answer, complete=False), Certainty(), agreed=agreed, is_whole=True
     )
@@ -254,6 +257,8 @@ def test_hl7_version_2_says_the_same() -> None:
         "ORU^R01^ORU_R01",
         "2.5.1",
     )
+    assert str(message.segment("MSH")[7]) == "20260102030405+0000"
+    assert str(message.segment("OBR")[7]) == "20240506"
     assert str(message.segment("OBR")[25]) == "R"  # stored, not yet verified
     found = {str(each[3][0][1]): each for each in message.segments("OBX")}
     assert {str(each[11]) for each in message.segments("OBX")} == {"R"}
