@@ -18,6 +18,7 @@ from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
+from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import Extents, save_model
 from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
@@ -149,7 +150,8 @@ def write_bundle(
         options.deltas,
     )
     experts = _write_decoder(source, folder, plan, signature, partial(report, STEPS[2]))
-    paged = source.config.moe is not None and options.deltas is None
+    moe = source.config.moe
+    paged = moe is not None and not moe.merged and options.deltas is None
     paging = write_paged_graphs(folder, source.config, experts) if paged else None
     report(STEPS[3], 0, 1)
     _copy_companions(source, folder)
@@ -267,9 +269,19 @@ def _manifest(
             "exporter": f"medmoe-edge {__version__}",
             **published(source.folder, source.file_hashes()),
         },
+        **left_out(source.config),
         "licence": licence(source.folder / MODEL_CARD),
         "intended_use": NOTICE,
     }
+
+
+def left_out(config: ModelConfig) -> dict[str, Any]:
+    """What the manifest says of a model that was cut to some modalities; nothing of others."""
+    moe = config.moe
+    if moe is None or not (moe.left_out or moe.merged):
+        return {}
+    told = {"kept": list(moe.expert_names), "modalities": list(moe.left_out), "merged": moe.merged}
+    return {"left_out": told}
 
 
 def licence(card: Path) -> str:

@@ -260,6 +260,8 @@ def _feed_forwards(config: ModelConfig, layer: int) -> list[str]:
     own = f"decoder.layers.{layer}.ffn."
     if config.moe is None or layer not in config.moe.layers:
         return [own]
+    if config.moe.merged:
+        return [f"{own}merged."]
     owners = [f"{own}experts.{index}." for index in range(config.moe.num_experts)]
     return owners + [f"{own}meta."] * config.moe.meta_expert
 

@@ -45,6 +45,8 @@ class ExportOptions:
     name: str | None = None
     vision_tower: Path | None = None
     as_published: bool = False
+    modalities: tuple[str, ...] = ()
+    merge: bool = False
     force: bool = False
 
 
@@ -290,6 +292,8 @@ class ContrastiveFamily:
                 "--stats": options.stats,
                 "--strict": options.strict,
                 "--vision-tower": options.vision_tower,
+                "--modality": options.modalities,
+                "--merge": options.merge,
                 "--target": target != "onnxruntime",
             }
         )

@@ -282,7 +282,7 @@ def _ending(value: ir.Value) -> str:
 
 
 def _routed_deltas(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
-    gates, chosen, _ = route(build, x, weights, spec.top_k)
+    gates, chosen, _ = route(build, x, weights, spec)
     per_token = build.constant([-1, spec.top_k])
     gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]
     tokens, shape = _as_tokens(build, x)
@@ -388,7 +388,7 @@ def _rows(build: Builder, share: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _routed_experts(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
-    gates, chosen, _ = route(build, x, weights, spec.top_k)
+    gates, chosen, _ = route(build, x, weights, spec)
     per_token = build.constant([-1, spec.top_k])
     gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]
     tokens, shape = _as_tokens(build, x)
