@@ -282,11 +282,16 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
         ResourceError: Not even one layer's experts would fit beside the rest; it says how many
             bytes would do.
     """
-    precision = bundle.manifest["quantisation"]["precision"]
-    groups = [each["group"] for each in bundle.manifest["quantisation"].get("matrices", ())]
+    stored = bundle.manifest["quantisation"]
+    precision = stored["precision"]
+    groups = [each["group"] for each in stored.get("matrices", ())]
     group = max((group for group in groups if group), default=GROUP)
     asked = Asked(bundle.config, prompt_tokens(bundle.config), group=group)
-    whole = round(SPARE * (memory_run(asked, "cpu", precision) - PROCESS["cpu"]))
+    held = held_experts(asked, precision)
+    rest = memory_run(asked, "cpu", precision) - PROCESS["cpu"] - held
+    if "experts" in stored:  # what they add to the meta expert, of which forecasts know nothing
+        held = _expert_bytes(bundle)
+    rest, whole = round(SPARE * rest), round(SPARE * (rest + held))
     if whole <= free:
         return MemoryChoice(None, free, whole)
     if bundle.config.moe is None or not bundle.manifest.get("paging"):
@@ -294,7 +299,6 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
     from medmoe_edge.runtimes.ort.paged import OrtExpertStore
 
     store = OrtExpertStore(bundle)
-    rest = whole - round(SPARE * held_experts(asked, precision))
     least = least_budget(store, bundle.config.moe.top_k)
     budget = min(free - rest, sum(store.sizes.values()) + store.scratch)
     if budget < least:
