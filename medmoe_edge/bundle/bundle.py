@@ -10,6 +10,7 @@
     expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
     experts.data     the experts of a bundle that pages them in a GPU's memory, in its layout
     recorded-*.npz   inputs and what the checkpoint made of them: `bundle/recorded.py`
+    manifest.sig     a signature of manifest.json, if there is one: `bundle/signature.py`
 
 The bundle of a MedMoE, which its manifest calls another `kind`, holds in their place
 
@@ -41,9 +42,15 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.machine import Machine
+from medmoe_edge.bundle.signature import (
+    check_signature,
+    read_private_key,
+    vouch_for,
+    write_signature,
+)
 from medmoe_edge.config import Config, ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig, Scores
-from medmoe_edge.errors import BundleError, ConfigError, ResourceError
+from medmoe_edge.errors import BundleError, ConfigError, ResourceError, VerificationError
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
 DType = Literal["fp32", "fp16", "bf16"]
@@ -195,9 +202,11 @@ class AnyBundle(Generic[C]):
     def open(cls, folder: Path, verify: bool = True) -> Self:
         """Read the manifest and, with `verify`, check size and hash of every file.
 
-        Raises `BundleError` for anything missing, damaged, changed, or of another version or kind.
+        Raises `BundleError` for anything missing, damaged, changed, or of another version or kind,
+        and where keys are trusted for what none of them signed.
         """
         text = _read(folder / MANIFEST)
+        check_signature(folder, text)
         manifest = _parse(folder, text)
         if (kind := manifest_kind(manifest)) != cls.kind:
             raise BundleError(
@@ -375,10 +384,34 @@ def write_verification(
     return type(bundle).open(bundle.folder, verify=False)
 
 
+def sign_bundle(folder: Path, key: Path) -> None:
+    """Sign a bundle of either kind by its manifest, which holds the hashes of all its files.
+
+    Verify it first: this checks no file. Raises `BundleError` for a damaged manifest,
+    `VerificationError` for a bundle that failed its verification, `InputError` for a key that
+    cannot be used, and `ResourceError` where the folder cannot be written.
+    """
+    private, text = read_private_key(key), _read(folder / MANIFEST)
+    record = _parse(folder, text).get(VERIFICATION)
+    if record is not None and status_of(record) == "failed":
+        raise VerificationError(
+            f"{folder} failed its verification, and is not signed.",
+            "Export it in another precision or with calibration, and sign that.",
+        )
+    try:
+        write_signature(folder, text, private)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} cannot be written ({error.strerror}).", "Sign a copy of the bundle."
+        ) from error
+
+
 def _store(folder: Path, manifest: Mapping[str, Any]) -> None:
     sealed = {**manifest, SEAL: _seal(manifest)}
+    text = (json.dumps(sealed, indent=1) + "\n").encode()
     with atomic_file(folder / MANIFEST) as file:
-        file.write((json.dumps(sealed, indent=1) + "\n").encode())
+        file.write(text)
+    vouch_for(text)
 
 
 def _read(path: Path) -> bytes:

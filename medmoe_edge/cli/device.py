@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from medmoe_edge.cli.common import Json, verb
-from medmoe_edge.cli.usage import complete_devices, complete_planned
+from medmoe_edge.cli.common import Json, complete_devices, complete_planned, verb
 from medmoe_edge.errors import InputError
 from medmoe_edge.render import console as render
 from medmoe_edge.render import device as render_device
