@@ -78,7 +78,8 @@ class Node:
             self._lock.acquire()
         except filelock.Timeout as error:
             raise ResourceError(
-                "Another node works in this folder.", "Stop it, or configure another folder."
+                "Another node works in this folder: a queue has one owner.",
+                "Stop it, or give each node a folder of its own.",
             ) from error
         self.queue = Queue(self.folder.queue)
         needed = self.queue.images("waiting") | self.queue.images("failed")
