@@ -1,4 +1,4 @@
-"""What `.ci/sbom` runs, with cyclonedx-bom: lock.txt, torch and the embedded models as CycloneDX."""
+"""What `.ci/sbom` runs, with cyclonedx-bom: lock.txt, torch, the embedded models as CycloneDX."""
 
 import hashlib
 import json

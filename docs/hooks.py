@@ -160,7 +160,7 @@ def jetsons() -> str:
 
 def soup() -> str:
     """Every package of lock.txt: its release, what of the project asks for it, and where."""
-    lines = re.sub(r"\\\\\n\s*", " ", (ROOT / "lock.txt").read_text("utf-8")).splitlines()
+    lines = re.sub(r"\\\n\s*", " ", (ROOT / "lock.txt").read_text("utf-8")).splitlines()
     asked = asked_for()
     rows = [["package", "release", "asked for by", "only where", "files"], ["---"] * 5]
     for line in lines:
