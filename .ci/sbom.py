@@ -1,11 +1,9 @@
-"""What `.ci/sbom` runs, with cyclonedx-bom: lock.txt, torch, the embedded models as CycloneDX."""
+"""What `.ci/sbom` runs: lock.txt, torch and the embedded models as a CycloneDX document."""
 
 import hashlib
 import json
 import re
-import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +20,10 @@ from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.model.license import DisjunctiveLicense
 from cyclonedx.output.json import JsonV1Dot6
+from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "medmoe_edge" / "embedded"
@@ -40,15 +40,28 @@ def version_of(name: str, text: str, pattern: str) -> str:
     return found[1]
 
 
-def packages() -> Bom:
-    """Every package of lock.txt, with the project itself as what needs them."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, "bom.json")
-        command = [sys.executable, "-m", "cyclonedx_py", "requirements", "lock.txt"]
-        command += ["--pyproject", "pyproject.toml", "--mc-type", "application"]
-        command += ["--output-reproducible", "--spec-version", "1.6", "--output-file", str(made)]
-        subprocess.run(command, cwd=ROOT, check=True)
-        return Bom.from_json(json.loads(made.read_text("utf-8")))  # type: ignore[attr-defined, no-any-return]
+def packages() -> Iterator[Component]:
+    """Every package of lock.txt, with the hashes of all files that may be installed of it."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "lock.txt").read_text("utf-8"))
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        stated, *hashes = line.split(" --hash=sha256:")
+        found = Requirement(stated)
+        version = str(found.specifier).removeprefix("==")
+        files = ExternalReference(
+            type=ExternalReferenceType.DISTRIBUTION,
+            url=XsUri(f"https://pypi.org/project/{found.name}/{version}/"),
+            hashes=[HashType(alg=HashAlgorithm.SHA_256, content=each.strip()) for each in hashes],
+        )
+        yield Component(
+            name=found.name,
+            version=version,
+            bom_ref=f"{found.name}=={version}",
+            purl=PackageURL("pypi", None, found.name, version),
+            description=f"Only where {found.marker}" if found.marker else "",
+            external_references=[files],
+        )
 
 
 def torch() -> Component:
@@ -113,12 +126,6 @@ def facts(folder: Path) -> Iterator[Property]:
         yield Property(name=f"{OURS}:{name}", value=str(value))
 
 
-def where(line: str) -> str:
-    """On which platforms a package is installed, from its line in the lock."""
-    found = re.search(r"; (.*?)\s+--hash", line)
-    return f"Only where {found[1]}" if found else ""
-
-
 def content(bom: Bom) -> str:
     """A hash of what the document names, so that the same has the same serial number."""
     named = sorted(f"{each.name} {each.version} {each.bom_ref}" for each in bom.components)
@@ -129,17 +136,20 @@ def main(output: Path) -> None:
     """Write the document, unless it breaks the standard's schema."""
     text = (ROOT / "medmoe_edge/_version.py").read_text("utf-8")
     version = version_of("medmoe_edge/_version.py", text, r'__version__ = "([^"]+)"')
-    bom = packages()
-    assert bom.metadata.component is not None
-    bom.metadata.component.version = version
-    for component in bom.components:  # said of each is its line of the lock, hashes and all
-        component.description = where(component.description or "")
-    for component in (torch(), *models(version)):
-        bom.components.add(component)
+    bom = Bom(components=[*packages(), torch(), *models(version)])
+    bom.metadata.component = Component(
+        name=OURS,
+        version=version,
+        type=ComponentType.APPLICATION,
+        bom_ref=OURS,
+        licenses=[DisjunctiveLicense(id="Apache-2.0")],
+    )
     bom.register_dependency(bom.metadata.component, bom.components)
     bom.serial_number = uuid.uuid5(uuid.NAMESPACE_URL, f"{OURS} {version} {content(bom)}")
-    written = JsonV1Dot6(bom).output_as_string(indent=1)
-    if error := JsonStrictValidator(JsonV1Dot6(bom).schema_version).validate_str(written):
+    document = json.loads(JsonV1Dot6(bom).output_as_string())
+    del document["metadata"]["timestamp"]  # the same bytes each time
+    written = json.dumps(document, indent=1)
+    if error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(written):
         sys.exit(f"The document breaks the schema: {error}")
     output.write_text(written + "\n", "utf-8")
     print(f"{output}: {len(bom.components):,} components")

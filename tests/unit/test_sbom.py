@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def sbom(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `.ci/sbom` writes, in this environment."""
-    pytest.importorskip("cyclonedx_py", reason="needs cyclonedx-bom, of the extra dev")
+    pytest.importorskip("cyclonedx", reason="needs cyclonedx-python-lib, of the extra dev")
     output = tmp_path_factory.mktemp("sbom") / "bom.json"
     command = [sys.executable, str(ROOT / ".ci/sbom.py"), str(output)]
     subprocess.run(command, check=True, capture_output=True, timeout=250)
