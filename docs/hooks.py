@@ -145,15 +145,15 @@ def jetsons() -> str:
         )
         lines = "\n".join(row.commands)
         typed.append(f"### JetPack {row.jetpacks}\n\n{row.why}\n\n```text\n{lines}\n```")
-    since = [["TensorRT", "brought"], ["---", "---"]]
-    since += [[".".join(map(str, version)), what] for version, what in SINCE.items()]
+    since = [["TensorRT", "brought", "the graph"], ["---"] * 3]
+    since += [[".".join(map(str, version)), *told] for version, told in SINCE.items()]
     tables = ["\n".join(f"| {' | '.join(cells)} |" for cells in table) for table in (rows, since)]
     oldest = ".".join(map(str, OLDEST_TENSORRT))
     return "\n\n".join(
         [
             *("## The matrix", tables[0], "## What to type", *typed),
-            *("## What each TensorRT brought", tables[1]),
-            f"The `tensorrt` target of this release needs {oldest} or later.",
+            *("## The graph for each TensorRT", tables[1]),
+            f"The `tensorrt` target needs {oldest} or later.",
         ]
     )
 

@@ -52,6 +52,7 @@ def load(
     memory_budget: "Budget | None" = ...,
     drop_pages: bool = ...,
     prefix_cache: PathLike | None = ...,
+    allow_repetition: bool = ...,
 ) -> "Engine": ...
 @overload
 def load(
@@ -66,6 +67,7 @@ def load(
     memory_budget: "Budget | None" = ...,
     drop_pages: bool = ...,
     prefix_cache: PathLike | None = ...,
+    allow_repetition: bool = ...,
 ) -> "Any": ...
 
 
@@ -77,6 +79,7 @@ def load(
     memory_budget: "Budget | None" = None,
     drop_pages: bool = False,
     prefix_cache: PathLike | None = None,
+    allow_repetition: bool = False,
 ) -> "Engine | ModalityEngine":
     """Load a model: a Med-MoE to ask, a MedMoE to classify and locate.
 
@@ -93,17 +96,21 @@ def load(
             was made for.
         memory_budget: How much memory routed experts may take: bytes, as "1500MB" or "2GiB", or a
             share of them all, as "50%". The others wait in storage; answers stay the same bits.
+            "auto" looks at free memory, that of a container included, and has all of them resident
+            where they fit, else as many as do; `Engine.memory` says which.
         drop_pages: With a memory budget, have the kernel forget what it read of experts, so that
             the memory is really free; one that comes back is read from storage again.
         prefix_cache: A folder for what the model makes of images: later questions about the last
             image, and in other processes about any of them, skip that. It is patient data.
+        allow_repetition: Let an answer that repeats itself go on, rather than end it there.
 
     Returns:
         An `Engine`, or of a MedMoE a `ModalityEngine`; both are context managers.
 
     Raises:
         ModelError: The bundle or checkpoint is incomplete, damaged or of another version.
-        ResourceError: Memory, the device, or an optional package is missing.
+        ResourceError: Memory (of "auto": it says the least that works), the device, or an optional
+            package is missing.
         InputError: The options do not go together, or the budget is too small.
     """
     if _kind(model) != "modality-moe":
@@ -116,11 +123,13 @@ def load(
             memory_budget=memory_budget,
             drop_pages=drop_pages,
             prefix_cache=prefix_cache,
+            allow_repetition=allow_repetition,
         )
     unfit = {
         "memory_budget": memory_budget,
         "drop_pages": drop_pages,
         "prefix_cache": prefix_cache,
+        "allow_repetition": allow_repetition,
         "device": device == "cuda",
         "runtime": runtime == "tensorrt",
     }
@@ -243,7 +252,8 @@ def evaluate(
     Raises:
         InputError: The data cannot be used.
         ModelError: The model cannot be used.
-        ResourceError: Memory, the device, or an optional package is missing.
+        ResourceError: Memory (of "auto": it says the least that works), the device, or an optional
+            package is missing.
     """
     name = os.fspath(model)
     return family_of(name).evaluate(name, options, progress)

@@ -1,7 +1,8 @@
 """The deployable folder: graphs, weights, tokenizer and a manifest that vouches for them.
 
     manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal;
-                     after `verify`, the record of its verification
+                     after `verify`, the record of its verification; after `eval
+                     --fit-confidence`, how often its answers are right
     tokenizer.json
     embedding.npy    token embeddings [V, D], read row by row
     vision.onnx      pixels [1, 3, S, S] -> image tokens [1, N, D]         (+ vision.data)
@@ -10,7 +11,7 @@
     expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
     experts.data     the experts of a bundle that pages them in a GPU's memory, in its layout
     recorded-*.npz   inputs and what the checkpoint made of them: `bundle/recorded.py`
-    manifest.sig     a signature of manifest.json, if there is one: `bundle/signature.py`
+    manifest.sig     a signature of manifest.json, if there is one: `bundle/trust.py`
 
 The bundle of a MedMoE, which its manifest calls another `kind`, holds in their place
 
@@ -19,22 +20,12 @@ The bundle of a MedMoE, which its manifest calls another `kind`, holds in their 
 
 and `scores` in its manifest: how similarities become scores.
 The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
-
-Large files that were found intact before, so that gigabytes are not hashed at every start.
-
-A file counts as unchanged while its size, its times, and its place on the disk are those of when it
-was hashed last; its `ctime` is set by every write and by no user. A file that was written in the
-very seconds before it was hashed is not trusted, since a later write could leave the same times
-(git's index has the same rule, and calls such files racy). What the disk itself loses goes
-unnoticed until the record is removed; of an expert, until it is paged in.
 """
 
-import contextlib
+import functools
 import hashlib
 import json
-import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +33,15 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.machine import Machine
-from medmoe_edge.bundle.signature import (
+from medmoe_edge.bundle.trust import (
     check_signature,
     read_private_key,
+    remember_intact,
     vouch_for,
+    was_intact,
     write_signature,
 )
-from medmoe_edge.config import Config, ModelConfig
+from medmoe_edge.config import Confidence, Config, ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig, Scores
 from medmoe_edge.errors import BundleError, ConfigError, ResourceError, VerificationError
 
@@ -121,55 +114,13 @@ DEFAULT_GATES: dict[str, Gates] = {
 }
 
 
-LARGE = 2**26  # bytes; smaller files are hashed faster than looked up
-SETTLED = 2_000_000_000  # nanoseconds without a write
-
-
-def was_intact(path: Path, sha256: str) -> bool:
-    """Whether the file, as it is now, was found to have this hash before."""
-    seen = path.stat()
-    return seen.st_size >= LARGE and _read_record(_record(path)) == _state(seen, sha256)
-
-
-def remember_intact(path: Path, sha256: str) -> None:
-    """Keep in the user's cache that the file has this hash, if it is large and not just written.
-
-    Where the cache cannot be written, the file is hashed again next time.
-    """
-    seen = path.stat()
-    if seen.st_size < LARGE or time.time_ns() - seen.st_ctime_ns < SETTLED:
-        return
-    record = _record(path)
-    with contextlib.suppress(OSError):
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(record) as file:
-            file.write(json.dumps(_state(seen, sha256)).encode())
-
-
-def _state(seen: os.stat_result, sha256: str) -> list[str | int]:
-    times = (seen.st_mtime_ns, seen.st_ctime_ns)
-    return [sha256, seen.st_size, *times, seen.st_ino, seen.st_dev]
-
-
-def _record(path: Path) -> Path:
-    import platformdirs  # a small model never needs it
-
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    return platformdirs.user_cache_path("medmoe-edge") / "intact" / f"{name}.json"
-
-
-def _read_record(record: Path) -> object:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(record.read_bytes())
-    return None
-
-
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source", "licence")
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the folder
 SEAL = "seal"
 VERIFICATION = "verification"
+CONFIDENCE, REFUSALS = "confidence", "refusals"
 Kind = Literal["med-moe", "modality-moe"]
 Status = Literal["passed", "not decided", "failed", "not measured"]
 
@@ -246,7 +197,7 @@ class AnyBundle(Generic[C]):
         machine = (self.verification or {}).get("machine")
         return None if machine is None else Machine.from_json(machine, f"{MANIFEST} machine")
 
-    @property
+    @functools.cached_property
     def target(self) -> Target:
         """What its graphs or engines run on; raises `ConfigError` for one that is unknown."""
         return Target.from_json(self.manifest.get("target", {}), f"{MANIFEST} target")
@@ -301,6 +252,30 @@ class Bundle(AnyBundle[ModelConfig]):
                 f"{self.folder} records no gates for its verification.", "Export it again."
             )
         return Gates.from_json(gates, f"{MANIFEST} gates")
+
+    @property
+    def confidence(self) -> Confidence | None:
+        """How often its answers are right, where that was fitted; raises `ConfigError`."""
+        fitted = self.manifest.get(CONFIDENCE)
+        return None if fitted is None else Confidence.from_json(fitted, f"{MANIFEST} {CONFIDENCE}")
+
+    @property
+    def refusals(self) -> Mapping[str, float]:
+        """By its code, the probability from which on a refusal of its model counts.
+
+        Empty where the manifest says none; raises `ConfigError` for one that is impossible.
+        """
+        found: Any = self.manifest.get(REFUSALS, {})
+        known = self.config.codes
+        if not isinstance(found, Mapping) or not all(
+            code in known and type(value) in (int, float) and 0 <= value <= 1
+            for code, value in found.items()
+        ):
+            raise ConfigError(
+                f"{MANIFEST} has {REFUSALS} = {found!r}.",
+                "Give each code that the model knows a probability from 0 to 1.",
+            )
+        return {code: float(value) for code, value in found.items()}
 
 
 AnyBundleT = TypeVar("AnyBundleT", bound=AnyBundle[Any])
@@ -367,19 +342,39 @@ def write_verification(
     manifest; the manifest is replaced whole or not at all. Returns the bundle as it is now, under a
     new hash; raises `ResourceError` where its folder cannot be written.
     """
+    return _rewrite(bundle, {VERIFICATION: record}, added or {}, without)
+
+
+def write_confidence(
+    bundle: Bundle, confidence: Confidence, refusals: Mapping[str, float]
+) -> Bundle:
+    """Put what was fitted into the manifest: it stays there when the bundle is verified again.
+
+    `refusals` are thresholds by their codes. Returns and raises what `write_verification` does.
+    """
+    fitted = {CONFIDENCE: confidence.to_json(), **({REFUSALS: dict(refusals)} if refusals else {})}
+    return _rewrite(bundle, fitted, {}, None)
+
+
+def _rewrite(
+    bundle: AnyBundleT,
+    changed: Mapping[str, Any],
+    added: Mapping[str, bytes],
+    without: str | None,
+) -> AnyBundleT:
     files = {name: entry for name, entry in bundle.manifest["files"].items() if name != without}
     try:
-        for name, content in (added or {}).items():
+        for name, content in added.items():
             with atomic_file(bundle.folder / name) as file:
                 file.write(content)
             sha256 = hashlib.sha256(content).hexdigest()
             files[name] = {"bytes": len(content), "sha256": sha256}
         files = dict(sorted(files.items()))
-        _store(bundle.folder, {**bundle.manifest, VERIFICATION: record, "files": files})
+        _store(bundle.folder, {**bundle.manifest, **changed, "files": files})
     except OSError as error:
         raise ResourceError(
             f"{bundle.folder / MANIFEST} cannot be written ({error.strerror}).",
-            "Verify a copy of the bundle that you may write to.",
+            "Work on a copy of the bundle that you may write to.",
         ) from error
     return type(bundle).open(bundle.folder, verify=False)
 

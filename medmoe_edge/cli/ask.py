@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medmoe_edge.cli.common import (
+    AllowRepetition,
     Device,
     DropPages,
     Force,
@@ -235,6 +236,15 @@ def ask(
         int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHOICES",
+            help='Answer with the likeliest of these, with commas between them: "yes,no".',
+            show_default="any answer",
+        ),
+    ] = None,
+    allow_repetition: AllowRepetition = False,
     prefix_cache: Annotated[
         Path | None,
         typer.Option(
@@ -248,7 +258,8 @@ def ask(
         Path | None,
         typer.Option(
             metavar="PNG",
-            help="Draw where the key phrase of question and answer lies, found by modality-nano.",
+            help="Draw where the key phrase of question and answer lies, found by modality-nano; "
+            "nothing where the answer does not rest on the picture.",
             show_default="nothing is drawn",
         ),
     ] = None,
@@ -264,11 +275,13 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer questions about one image."""
+    from medmoe_edge.engine.answer import choices_of
     from medmoe_edge.engine.engine import load
     from medmoe_edge.image.inputs import as_image
     from medmoe_edge.image.loading import check_file
-    from medmoe_edge.image.pixels import Image, shown_name
+    from medmoe_edge.image.pixels import Image, black_picture, shown_name
 
+    given = None if choices is None else choices_of(choices.split(","), "")
     if explain:
         _check_explanation(explain, image, len(questions), force)
     if show:
@@ -286,21 +299,31 @@ def ask(
             memory_budget=memory_budget,
             drop_pages=drop_pages,
             prefix_cache=prefix_cache,
+            allow_repetition=allow_repetition,
         )
         # read once where it is shown or piped: what is asked about is what is written
         picture: Path | Image = image
         if piped is not None or show or explain:
             picture = as_image(image if piped is None else piped, frame=frame)
-        answers = engine.ask_all(picture, questions, max_new_tokens=max_new_tokens, frame=frame)
+        answers = engine.ask_all(
+            picture, questions, max_new_tokens=max_new_tokens, choices=given, frame=frame
+        )
         if show:
             write_picture(show, engine.seen(picture))
         found = None
         if explain and isinstance(picture, Image):
-            found = _explain(explain, picture, answers[0])
+            (blind,) = engine.ask_all(
+                black_picture(), questions, max_new_tokens=max_new_tokens, choices=given
+            )
+            found = _explain(explain, picture, answers[0], blind)
     if as_json:
-        told = {"explanation": found.to_json() | {"picture": str(explain)}} if found else {}
+        told: dict[str, object] = {}
+        if explain:
+            told["explanation"] = found.to_json() | {"picture": str(explain)} if found else None
         seen = {"picture": str(show)} if show else {}
-        render.as_json({"answers": [answer.to_json() for answer in answers], **told, **seen})
+        memory = {"memory": engine.memory.to_json()} if engine.memory else {}
+        answered = {"answers": [answer.to_json() for answer in answers]}
+        render.as_json({**answered, **told, **seen, **memory})
     else:
         render.show_answers(answers)
         if found and explain:
@@ -309,6 +332,10 @@ def ask(
             render.wrote("what the model saw", show)
     if found and found.reading.unfamiliar:
         render.show(render_contrastive.UNFAMILIAR, "yellow", stderr=True)
+    if explain and not found:
+        from medmoe_edge.contrastive.heatmap import NO_MAP
+
+        render.show(NO_MAP, "yellow", stderr=True)
     if engine.proven:
         render.hint(engine.proven.hint)
     for notice in dict.fromkeys(answer.notice for answer in answers):
@@ -330,11 +357,19 @@ def _standard_input() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def _explain(output: Path, picture: "Image", answer: "Answer") -> "Location":
-    """Draw where the answer's key phrase lies."""
+def _explain(
+    output: Path, picture: "Image", answer: "Answer", blind: "Answer"
+) -> "Location | None":
+    """Draw where the answer's key phrase lies; nothing where it does not rest on the picture.
+
+    `blind` is the answer to the same question about a black picture.
+    """
     from medmoe_edge.contrastive.engine import load_modality
+    from medmoe_edge.contrastive.heatmap import rests_on_picture
     from medmoe_edge.contrastive.text import key_phrase
 
+    if not rests_on_picture(answer, blind):
+        return None
     phrase = key_phrase(answer.question, answer.text)
     found = load_modality("modality-nano").locate(picture, phrase)
     write_heat(output, picture, found)

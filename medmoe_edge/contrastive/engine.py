@@ -11,7 +11,7 @@ import numpy as np
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import MANIFEST, ModalityBundle, model_kind
-from medmoe_edge.bundle.signature import check_checkpoint
+from medmoe_edge.bundle.trust import check_checkpoint
 from medmoe_edge.config_contrastive import ModalityConfig, Scores, read_scores
 from medmoe_edge.contrastive.features import (
     Classification,

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import DataError, InputError, ModelError
 from medmoe_edge.evaluation.metrics import (
@@ -34,7 +34,17 @@ from medmoe_edge.evaluation.metrics import (
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Runtime, Step, chosen_experts, greedy
+from medmoe_edge.runtimes.base import (
+    LEAST,
+    Cache,
+    Decoding,
+    Runtime,
+    Step,
+    chosen_experts,
+    greedy,
+    log_softmax,
+    own_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Reader:
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer, max_new_tokens: int) -> None:
         tokenizer.check_vocabulary(runtime.config.decoder.vocab_size)
         self.runtime, self.tokenizer, self.limit = runtime, tokenizer, max_new_tokens
+        self.decoding = Decoding.of(runtime.config, tokenizer)
         self.finite = True
 
     def view(self, image: Image, questions: Sequence[list[int]]) -> View:
@@ -91,7 +102,7 @@ class Reader:
     def answer(self, view: View, question: list[int]) -> Reply:
         """Decode greedily."""
         step = self._ask(view, question)
-        tokens, rows = self._greedy(step, view.cache, self.limit)
+        tokens, rows = self._greedy(step, view.cache)
         return Reply(tokens, np.stack(rows), step.router_logits)
 
     def follow(self, view: View, question: list[int], answer: Sequence[int]) -> Reply:
@@ -103,25 +114,27 @@ class Reader:
         steps = [first, *(self._next(token, view.cache) for token in answer[:-1])]
         own = tuple(answer)
         for place, (token, step) in enumerate(zip(answer, steps, strict=True)):
-            if step.logits.argmax() != token:  # from here on it goes its own way
+            if self.decoding.choose(step.logits) != token:  # from here on it goes its own way
                 view.cache.length = view.length + len(question) + place
-                own = own[:place] + self._greedy(step, view.cache, self.limit - place)[0]
+                own = own[:place] + self._greedy(step, view.cache, own[:place])[0]
                 break
         return Reply(own, np.stack([step.logits for step in steps]), first.router_logits)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The answer that tokens spell."""
-        end = self.runtime.config.decoder.end_tokens
-        return self.tokenizer.decode([token for token in tokens if token not in end])
+        """The answer that tokens spell, as `Engine` tells it."""
+        return self.tokenizer.decode(list(self.decoding.kept(tokens)))
 
     def _ask(self, view: View, question: list[int]) -> Step:
         view.cache.length = view.length  # forget the question before
         return self._step(question, view.cache)
 
-    def _greedy(self, step: Step, cache: Cache, limit: int) -> tuple[tuple[int, ...], list[Floats]]:
-        ends = self.runtime.config.decoder.end_tokens
-        decoded = list(greedy(step, partial(self._next, cache=cache), limit=limit, ends=ends))
-        return tuple(token for token, _ in decoded), [step.logits for _, step in decoded]
+    def _greedy(
+        self, step: Step, cache: Cache, before: Sequence[int] = ()
+    ) -> tuple[tuple[int, ...], list[Floats]]:
+        """The further tokens of an answer, those of a loop that ends it included."""
+        take, limit = partial(self._next, cache=cache), self.limit - len(before)
+        decoded = list(greedy(step, take, self.decoding, limit=limit, before=before))
+        return tuple(each.token for each in decoded), [each.step.logits for each in decoded]
 
     def _next(self, token: int, cache: Cache) -> Step:
         return self._step([token], cache)
@@ -155,6 +168,14 @@ def routed(reference: Floats, found: Floats, top_k: int, modality: str) -> Route
     expected = reference.astype(np.float64)
     squares = ((found - expected) ** 2).sum((0, 2)), (expected**2).sum((0, 2))
     return Routed(modality, len(reference), differs.sum(0), *squares)
+
+
+def _routed(
+    reference: Floats, found: Floats, moe: MoEConfig | None, modality: str
+) -> Iterable[Routed]:
+    """Among the experts that are there; nothing of a dense model."""
+    if moe is not None:
+        yield routed(own_logits(reference, moe), own_logits(found, moe), moe.top_k, modality)
 
 
 def routing(parts: Sequence[Routed], layers: Sequence[int]) -> Routing:
@@ -199,7 +220,6 @@ Progress = Callable[[int, int], None]
 Places = slice | npt.NDArray[np.int64]
 MAX_NEW_TOKENS = 32
 UNKNOWN = "unknown"
-LEAST = 1e-30  # a probability
 
 
 class RecordedImage(NamedTuple):
@@ -289,7 +309,7 @@ def compare(
         )
     reader = Reader(candidate, recording.tokenizer, recording.max_new_tokens)
     seen, said, routes = [], [], []
-    top_k = recording.config.moe.top_k if recording.config.moe else 0
+    moe = recording.config.moe
     for done, (image, group) in enumerate(recording.examples.items(), start=1):
         ids = [recording.tokenizer.question_ids(example.question) for example in group]
         view = reader.view(recording.load(image), ids)
@@ -297,12 +317,12 @@ def compare(
         seen.append(_seen(reference.features, view.features[reference.tokens]))
         modality = group[0].modality or UNKNOWN
         found = view.router_logits[reference.positions]
-        routes.append(routed(reference.router_logits, found, top_k, modality))
+        routes += _routed(reference.router_logits, found, moe, modality)
         for example, question in zip(group, ids, strict=True):
             expected = recording.questions[example.id]
             reply = reader.follow(view, question, expected.tokens)
             said.append(_said(example, expected, reply, reader))
-            routes.append(routed(expected.router_logits, reply.router_logits, top_k, modality))
+            routes += _routed(expected.router_logits, reply.router_logits, moe, modality)
         if progress:
             progress(done, len(recording.examples))
     return Fidelity(
@@ -311,18 +331,10 @@ def compare(
         overall=_answers(said),
         by_modality=_grouped(said, lambda example: example.modality or UNKNOWN),
         by_answer_type=_grouped(said, lambda example: example.answer_type),
-        routing=routing(routes, recording.config.moe_layers) if top_k else None,
+        routing=routing(routes, recording.config.moe_layers) if moe else None,
         vision=_vision(seen),
         finite=reader.finite,
     )
-
-
-def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Log-probabilities along the last axis, in double precision."""
-    shifted: npt.NDArray[np.float64] = logits.astype(np.float64)
-    shifted -= shifted.max(-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return shifted
 
 
 def likeliest(
@@ -388,7 +400,7 @@ def _said(example: Example, expected: RecordedQuestion, reply: Reply, reader: Re
     return _Said(
         example,
         texts[0] == texts[1],
-        reply.logits.argmax(-1) == np.array(expected.tokens),
+        reader.decoding.choose(reply.logits) == np.array(expected.tokens),
         np.maximum(gaps.sum(-1), 0.0),  # rounding may leave it a hair below
         exact_match(texts[0], example.answer),
         exact_match(texts[1], example.answer),

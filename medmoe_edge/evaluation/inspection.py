@@ -23,7 +23,7 @@ from medmoe_edge.bundle.bundle import (
     model_kind,
 )
 from medmoe_edge.bundle.recorded import read_recorded, recorded_file, stored_weights
-from medmoe_edge.bundle.signature import Signed, signed
+from medmoe_edge.bundle.trust import Signed, signed
 from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.checkpoint.keys import Shape, decoder_parameters, expected_parameters
 from medmoe_edge.config import ModelConfig
@@ -106,7 +106,7 @@ def activated_parameters(config: ModelConfig) -> int:
     """Parameters of the language part that run for one token."""
     shapes = decoder_parameters(config)
     experts = _total({name: shape for name, shape in shapes.items() if ".ffn.experts." in name})
-    if config.moe is None:
+    if config.moe is None or config.moe.merged:
         return _total(shapes)
     return _total(shapes) - experts + experts * config.moe.top_k // config.moe.num_experts
 

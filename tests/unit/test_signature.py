@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import medmoe_edge
-from medmoe_edge.bundle import signature
+from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, sign_bundle, write_verification
-from medmoe_edge.bundle.signature import SIGNATURE, TRUSTED_KEYS, read_private_key
+from medmoe_edge.bundle.trust import SIGNATURE, TRUSTED_KEYS, read_private_key
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, InputError, MissingDependencyError, VerificationError
 
@@ -43,7 +43,7 @@ def keys(
     tiny_bundle()
     private, public = key_pair(tmp_path, "ward")
     monkeypatch.setenv(TRUSTED_KEYS, str(public))
-    monkeypatch.setattr(signature, "_written", set())
+    monkeypatch.setattr(trust, "_written", set())
     return private, public
 
 
@@ -105,7 +105,7 @@ def test_the_signature_covers_every_file(
         (bundle / name).write_bytes(content)
     # Who can write the folder can write a manifest that is whole: not one that is signed.
     write_verification(Bundle.open(bundle), {"passed": True})
-    monkeypatch.setattr(signature, "_written", set())
+    monkeypatch.setattr(trust, "_written", set())
     with pytest.raises(BundleError, match="changed since"):
         Bundle.open(bundle)
 
@@ -117,7 +117,7 @@ def test_what_this_process_writes_it_may_open(keys: tuple[Path, Path], bundle: P
 
 
 def test_what_failed_is_not_signed(keys: tuple[Path, Path], bundle: Path) -> None:
-    signature.vouch_for((bundle / MANIFEST).read_bytes())
+    trust.vouch_for((bundle / MANIFEST).read_bytes())
     write_verification(Bundle.open(bundle), {"passed": False})
     with pytest.raises(VerificationError, match="not signed"):
         sign_bundle(bundle, keys[0])
@@ -221,7 +221,7 @@ def test_export_signs(
     assert done.exit_code == 2
     assert not Path("made").exists()
     assert run(*line, "--sign", str(keys[0])).exit_code == 0
-    monkeypatch.setattr(signature, "_written", set())
+    monkeypatch.setattr(trust, "_written", set())
     assert Bundle.open(Path("made")).name
 
 

@@ -25,7 +25,7 @@ import ray.exceptions
 
 from medmoe_edge.bedside.batch.inputs import Header, Item, Row, header_of
 from medmoe_edge.bedside.batch.run import Identity, Numbered, Recipe, answer, check
-from medmoe_edge.bundle.signature import TRUSTED_KEYS
+from medmoe_edge.bundle.trust import TRUSTED_KEYS
 from medmoe_edge.errors import InputError, MedMoEError, ModelError, Notice, ResourceError
 
 PART = 16  # images or series that a worker takes at once, and may lose

@@ -10,6 +10,7 @@ The results are a Parquet or a CSV file, as the suffix of its name says.
     slices, slices_of           of a series: the images that were asked, and how many it has
     question_number, question   which question of the image, from 0
     answer, confidence, modality, experts, complete, seconds    as in `answer.Answer`; null without
+    confidence_kind, unsure, stopped    of the same
     warnings                    of the answer: each a code and a message; null without an answer
     model, model_sha256         what answered
     error                       what was wrong with the image; null where there is an answer
@@ -52,7 +53,8 @@ from medmoe_edge.bedside.batch.inputs import (
 )
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.embedded import EMBEDDED
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, logged
+from medmoe_edge.engine.answer import shown as shown_answer
 from medmoe_edge.engine.engine import Engine, load
 from medmoe_edge.engine.loading import Device, RuntimeName
 from medmoe_edge.errors import (
@@ -75,6 +77,7 @@ UNREADABLE = Notice("unreadable_slices", "Some of the chosen slices could not be
 COLUMNS = (
     *("image_number", "image", "question_number", "question", "answer", "confidence", "modality"),
     *("experts", "complete", "model", "model_sha256", "seconds", "error", "warnings"),
+    *("unsure", "stopped", "confidence_kind"),
     *("slices", "slices_of"),
 )
 
@@ -141,7 +144,7 @@ def _parquet(file: IO[bytes], about: dict[str, str]) -> Iterator[Write]:
         **dict.fromkeys(("image_number", "question_number"), pyarrow.int64()),
         **dict.fromkeys(("confidence", "seconds"), number),
         "experts": pyarrow.map_(text, number),
-        "complete": pyarrow.bool_(),
+        **dict.fromkeys(("complete", "unsure"), pyarrow.bool_()),
         "warnings": pyarrow.list_(pyarrow.struct([("code", text), ("message", text)])),
         "slices": pyarrow.list_(text),
         "slices_of": pyarrow.int64(),
@@ -231,11 +234,16 @@ class Recipe:
     device: Device = "auto"
     memory_budget: str | None = None
     max_new_tokens: int = 32
+    allow_repetition: bool = False
 
     def load(self) -> Engine:
         """The engine; the errors of `engine.load`."""
         return load(
-            self.model, runtime=self.runtime, device=self.device, memory_budget=self.memory_budget
+            self.model,
+            runtime=self.runtime,
+            device=self.device,
+            memory_budget=self.memory_budget,
+            allow_repetition=self.allow_repetition,
         )
 
     def elsewhere(self) -> "Recipe":
@@ -328,6 +336,9 @@ def _row(
         "experts": found and found.experts,
         "complete": found and found.complete,
         "warnings": found and [dataclasses.asdict(notice) for notice in found.warnings],
+        "unsure": found and found.unsure,
+        "stopped": found and found.stopped,
+        "confidence_kind": found and found.confidence_kind,
         "model": engine.name,
         "model_sha256": engine.sha256,
         "seconds": found and found.timings.total,
@@ -399,7 +410,7 @@ def run_batch(
     if series is not None:
         headers = _headers(items, answering, progress)
         items, left_out = group_series(items, headers, series)
-    job = fingerprint(items, model.sha256, recipe.max_new_tokens)
+    job = fingerprint(items, model.sha256, recipe.max_new_tokens, recipe.allow_repetition)
     with Journal(output, job, force=force) as journal:
         done = journal.done()
         keep = partial(_keep, items, journal, audit)
@@ -452,6 +463,11 @@ def _answer(
         progress("asking", finished, len(items))
 
 
+def _logged(row: Row) -> str:
+    told = shown_answer(row["answer"], complete=row["complete"], unsure=row["unsure"])
+    return logged(told, (notice["code"] for notice in row["warnings"]))
+
+
 def _keep(
     items: Sequence[Item],
     journal: Journal,
@@ -472,7 +488,7 @@ def _keep(
                 event="answer",
                 model={"name": row["model"], "sha256": row["model_sha256"]},
                 question=row["question"],
-                answer=row["answer"],
+                answer=_logged(row),
                 input_sha256=digest,
             )
     journal.keep(number, rows)

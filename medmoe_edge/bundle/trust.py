@@ -1,4 +1,4 @@
-"""Who vouches for a bundle: the signature beside its manifest, and the keys that are trusted.
+"""What is believed of a bundle: who signed it, and which of its files were found intact before.
 
     manifest.sig    Ed25519 (RFC 8032) over the bytes of manifest.json: 64 bytes, nothing else
 
@@ -8,12 +8,23 @@ Keys are PEM files as OpenSSL writes them, and `openssl pkeyutl -verify` checks 
 Where the environment variable `MEDMOE_EDGE_TRUSTED_KEYS` names a file of public keys, no model is
 opened that none of them has signed, by whatever verb, service or Python call. A manifest that this
 very process wrote needs no signature: so a bundle can be verified while it is made.
+
+Large files that were found intact before, so that gigabytes are not hashed at every start.
+
+A file counts as unchanged while its size, its times, and its place on the disk are those of when it
+was hashed last; its `ctime` is set by every write and by no user. A file that was written in the
+very seconds before it was hashed is not trusted, since a later write could leave the same times
+(git's index has the same rule, and calls such files racy). What the disk itself loses goes
+unnoticed until the record is removed; of an expert, until it is paged in.
 """
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +42,8 @@ SIGNATURE = "manifest.sig"
 TRUSTED_KEYS = "MEDMOE_EDGE_TRUSTED_KEYS"
 PUBLIC = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 LARGEST = 2**20  # bytes of a file of keys
+LARGE = 2**26  # bytes; smaller files are hashed faster than looked up
+SETTLED = 2_000_000_000  # nanoseconds without a write
 MAKE_ONE = "Make one: (umask 077; openssl genpkey -algorithm ed25519 -out FILE)"
 SIGN_IT = "Have it signed by who may: medmoe-edge verify BUNDLE --sign KEY"
 
@@ -160,3 +173,42 @@ def _read(path: Path, what: str) -> tuple[bytes, int]:
             return file.read(LARGEST), stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     except OSError as error:
         raise InputError(*unreadable(what, error)) from error
+
+
+def was_intact(path: Path, sha256: str) -> bool:
+    """Whether the file, as it is now, was found to have this hash before."""
+    seen = path.stat()
+    return seen.st_size >= LARGE and _read_record(_record(path)) == _state(seen, sha256)
+
+
+def remember_intact(path: Path, sha256: str) -> None:
+    """Keep in the user's cache that the file has this hash, if it is large and not just written.
+
+    Where the cache cannot be written, the file is hashed again next time.
+    """
+    seen = path.stat()
+    if seen.st_size < LARGE or time.time_ns() - seen.st_ctime_ns < SETTLED:
+        return
+    record = _record(path)
+    with contextlib.suppress(OSError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(record) as file:
+            file.write(json.dumps(_state(seen, sha256)).encode())
+
+
+def _state(seen: os.stat_result, sha256: str) -> list[str | int]:
+    times = (seen.st_mtime_ns, seen.st_ctime_ns)
+    return [sha256, seen.st_size, *times, seen.st_ino, seen.st_dev]
+
+
+def _record(path: Path) -> Path:
+    import platformdirs  # a small model never needs it
+
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    return platformdirs.user_cache_path("medmoe-edge") / "intact" / f"{name}.json"
+
+
+def _read_record(record: Path) -> object:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(record.read_bytes())
+    return None
