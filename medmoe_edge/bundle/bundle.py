@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.trust import (
     check_signature,
@@ -219,9 +220,7 @@ class AnyBundle(Generic[C]):
     def _check_file(self, name: str) -> None:
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
-            intact = path.stat().st_size == entry["bytes"] and (
-                was_intact(path, entry["sha256"]) or _hashes_to(path, entry["sha256"])
-            )
+            intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
         except OSError as error:
             raise BundleError(
                 f"{path} cannot be read ({error.strerror}).", "Copy or export the bundle again."
@@ -468,9 +467,12 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _hashes_to(path: Path, sha256: str) -> bool:
+    large = path.stat().st_size >= trust.LARGE
+    if large and was_intact(path, sha256):
+        return True
     with path.open("rb") as file:
         right = _sha256(file) == sha256
-    if right:
+    if right and large:
         remember_intact(path, sha256)
     return right
 
