@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from medmoe_edge.cli.common import Force, Json, check_output, verb
-from medmoe_edge.cli.usage import complete_devices, complete_models, complete_planned
+from medmoe_edge.cli.common import (
+    Force,
+    Json,
+    check_output,
+    complete_devices,
+    complete_models,
+    complete_planned,
+    verb,
+)
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render
@@ -153,7 +160,7 @@ def _way(options: BenchOptions) -> "Way":
     """The function of the library that measures what was asked for, and the one that shows it."""
     from medmoe_edge.bench import limits, paging, peers, run
     from medmoe_edge.bench.routing import Asking
-    from medmoe_edge.device.hardware import memory_here
+    from medmoe_edge.bundle.machine import memory_here
     from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
     data = None if options.data is None else str(options.data.resolve())

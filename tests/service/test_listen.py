@@ -21,6 +21,7 @@ from listen_process import (
     StandIn,
     configuration,
     free_port,
+    located,
     send,
     study,
     wait_for,
@@ -353,10 +354,7 @@ def test_no_log_name_or_audit_tells_of_the_patient(
 def test_the_notice_is_in_every_document(tmp_path: Path) -> None:
     kinds = ["comprehensive-3d-sr", "basic-text-sr", "fhir-r4", "fhir-r5", "heat-map"]
 
-    class Located:
-        heat = SOME[:4, :4].astype("float32")
-
-    locator: Any = SimpleNamespace(locate=lambda image, phrase: Located)
+    locator: Any = SimpleNamespace(locate=located)
     with Node(configuration(tmp_path / "node", documents=kinds), StandIn(), locator) as node:
         assert send(node.port, study()) == [0]
         wait_for(lambda: done(node))

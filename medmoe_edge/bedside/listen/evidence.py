@@ -172,10 +172,10 @@ def coded(
 ) -> Coded:
     """What an answer says of a finding, in codes.
 
-    Only a complete answer, not an unsure one, that is "yes" or "no", or begins so before a stop or
-    comma, says whether it is there. A finding in one slice of many is there, whatever most slices
-    say: where they have not `agreed` it is undetermined, and it is absent only where the whole
-    series was asked.
+    Only a complete answer that is "yes" or "no", or begins so before a stop or comma, and of which
+    the model is not unsure, says whether it is there. A finding in one slice of many is there,
+    whatever most slices say: where they have not `agreed` it is undetermined, and it is absent only
+    where the whole series was asked.
     """
     match = YES_OR_NO.fullmatch(answer.text)
     is_clear = answer.complete and agreed and not answer.unsure
