@@ -19,7 +19,6 @@ pytest.importorskip("selenium", reason="needs selenium")
 from browser import Page, chromium
 from dicom_files import made
 from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from test_serve_page import DONE, SIZES, TEXT, Seeing, ask
@@ -38,6 +37,10 @@ const transfer = new DataTransfer();
 const data = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
 transfer.items.add(new File([data], "image.png"));
 dispatchEvent(new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true }));
+"""
+PINCH = """
+const how = { deltaY: -100, ctrlKey: true, bubbles: true, cancelable: true };
+document.getElementById("stage").dispatchEvent(new WheelEvent("wheel", how));
 """
 # Keeps what is drawn as text, what is saved and what is copied.
 OVERHEAR = """
@@ -174,7 +177,7 @@ def test_the_patient_and_the_sides_are_shown_and_kept_nowhere(
         page.until("!document.getElementById('picture-problem').hidden")
         assert not page.one("#patient").is_displayed()
         assert not any("Jane" in address or "4711" in address for address in page.requests())
-    assert "Jane" not in caplog.text
+    assert "Jane" not in caplog.text  # of the service: selenium writes down what it reads
     assert "4711" not in caplog.text
 
 
@@ -255,11 +258,8 @@ def test_zooming_and_moving_change_what_is_seen_alone(page: Page) -> None:
         assert right > 0
         assert page.text("#fit") == "156%"
         stage = page.one("#stage")
-        origin = ScrollOrigin.from_element(stage)
         before = page.text("#frame-shown")
-        ActionChains(page.driver).key_down(Keys.CONTROL).scroll_from_origin(origin, 0, -100).key_up(
-            Keys.CONTROL
-        ).perform()
+        page.run(PINCH)  # as a touchpad tells it
         assert layers()[0] > scale
         assert page.text("#frame-shown") == before
         page.one("#move").click()
@@ -384,7 +384,7 @@ def test_the_catalogue_is_whole(page: Page) -> None:
         assert names == LANGUAGES
         assert wrong == []
         assert unknown == []
-        assert count > 50
+        assert count > 30
 
 
 @pytest.mark.parametrize("size", SIZES)
