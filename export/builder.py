@@ -10,7 +10,7 @@ A graph whose experts are paged in device memory has one input per kind of weigh
 `[slots, ...]`, shared by all layers, and the input `table` `[M, E]` int32: each expert's slot, -1
 where it is absent. How many slots there are is known only when a model is loaded: engines and
 graphs are for any number. The outputs `chosen.<m>` `[1, S, K]` tell which experts a step chose; one
-that was absent is fetched, and the step run again (`runtimes/slots/replay.py`).
+that was absent is fetched, and the step run again (`runtimes/slots/slots.py`).
 
 The experts lie in `experts.data`, each a contiguous extent that begins on a page: its kinds one
 after the other in the order of the manifest's `paging.slots`, in the layout of the slots.

@@ -2,14 +2,63 @@
 
 Inputs: `embeds` `[1, S, D]`, `start` `[1]` (the position of its first token), and `past_key.N`,
 `past_value.N` `[1, H, C, head_size]` per layer. Outputs: `logits` `[1, V]` of the last position,
-`router_logits` `[1, S, M, E]` of the M layers with experts, and `present_*`, which a runtime binds
-to the buffers of `past_*`: the cache is written in place.
+`router_logits` `[1, S, M, E]` of the M layers with experts (where some were left out, those of all
+that the router knows), and `present_*`, which a runtime binds to the buffers of `past_*`: the cache
+is written in place.
 
 This is the specification of every target: standard ONNX and two ops that are functions of it,
 `medmoe::Attention` and `medmoe::MoE`. Each target's passes replace what it runs otherwise.
+
+The two ops of our own that the decoder is specified with: `medmoe::MoE` and `medmoe::Attention`.
+
+`medmoe::MoE`, the mixture of experts as one ONNX op whose specification is its function body.
+
+    y = medmoe::MoE<activation, top_k, num_experts>(x, router_weight, [router_bias],
+            [coefficient_weight, coefficient_bias], expert 0 ..., expert 1 ..., [meta expert ...])
+
+x and y are floats `[B, S, D]`. Matrices are `[in, out]`, as MatMul reads them: the router `[D, E]`,
+the coefficient `[D, 2]`, and of every expert, in this order,
+
+    swiglu     gate [D, F], up [D, F], down [F, D]
+    gelu_tanh  fc1 [D, F], its bias [F], fc2 [F, D], its bias [D]
+
+Where experts were left out (`MoEConfig.router_names`), the router keeps its R rows, the softmax is
+over all of them, and what follows is among the experts that are there. A merged layer has no op:
+it is one feed-forward.
+
+With p = softmax(x router_weight + router_bias), the k largest chosen (lower index on ties) and
+g = p for k = 1, p / (sum of the chosen p) for k = 2:
+
+    y = sum over chosen e of g_e E_e(x)  +  meta(x)
+
+and with a coefficient, c = softmax(x coefficient_weight + coefficient_bias):
+
+    y = c_0 sum over chosen e of g_e E_e(x)  +  c_1 meta(x)  +  meta(x)
+
+The body runs every expert on every token and weighs the unchosen with zero: slow and plain, it runs
+in any ONNX engine, and every lowering must agree with it. Experts are separate inputs rather than
+one stacked tensor, so that each expert's bytes lie together in the file and page as one.
+Source: Med-MoE, arXiv 2404.10237, and its official code.
+
+`medmoe::Attention`, causal attention over a KV cache as one ONNX op, specified by its body.
+
+    y, present_key, present_value = medmoe::Attention<num_heads, head_size, rotary_size>(
+        q, k, v, past_key, past_value, start, cos, sin)
+
+q, k, v and y are floats `[1, S, D]`, the caches `[1, H, C, head_size]`, start is int64 `[1]`: the
+position of the step's first token, which is how many positions the cache already holds. cos and sin
+are `[positions, rotary_size / 2]`. The first `rotary_size` channels of each head of q and k rotate
+with their position (halves, not interleaved, as GPT-NeoX does); the S new rows of k and v take the
+cache's positions start .. start + S - 1; every token attends over the positions up to its own,
+with scale 1 / sqrt(head_size).
+
+present_* is past_* with the new rows in it, so that an engine may write it in place.
+The body uses ONNX's RotaryEmbedding (opset 23), TensorScatter and Attention (opset 24).
 """
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -20,20 +69,248 @@ from medmoe_edge.export.builder import (
     MEDMOE,
     OPSET,
     Builder,
+    drop_function,
     floats,
     initializer,
+    replace_node,
 )
-from medmoe_edge.export.ops import (
-    ACTIVATIONS,
-    MoESpec,
-    Weights,
-    affine,
-    attention_attributes,
-    attention_function,
-    feed_forward,
-    moe_function,
-    router_logits,
-)
+
+EXPERT_WEIGHTS = {
+    "swiglu": ("gate.weight", "up.weight", "down.weight"),
+    "gelu_tanh": ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"),
+}
+ACTIVATIONS = {"stablelm": "swiglu", "qwen": "swiglu", "phi": "gelu_tanh"}
+Weights = Mapping[str, ir.Value]
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """The part of a configuration that shapes the op and fixes the order of its inputs."""
+
+    activation: str
+    top_k: int
+    num_experts: int
+    router_bias: bool
+    use_residual: bool
+    meta_expert: bool
+    rows: tuple[int, ...] | None = None  # of the router, where experts were left out
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Self:
+        """The op of a model that has experts."""
+        moe = config.moe
+        assert moe is not None
+        return cls(
+            ACTIVATIONS[config.decoder.kind],
+            moe.top_k,
+            moe.num_experts,
+            moe.router_bias,
+            moe.use_residual,
+            moe.meta_expert,
+            moe.own_rows,
+        )
+
+    @property
+    def weight_names(self) -> list[str]:
+        """The weight inputs in the node's order, named relative to the layer's `ffn.`."""
+        names = ["router.weight"]
+        names += ["router.bias"] * self.router_bias
+        names += ["coefficient.weight", "coefficient.bias"] * self.use_residual
+        owners = [f"experts.{index}." for index in range(self.num_experts)]
+        owners += ["meta."] * self.meta_expert
+        return names + [
+            owner + part for owner in owners for part in EXPERT_WEIGHTS[self.activation]
+        ]
+
+    @property
+    def attributes(self) -> dict[str, int | str]:
+        """The node's attributes."""
+        return {"activation": self.activation, "top_k": self.top_k, "num_experts": self.num_experts}
+
+
+def moe_function(spec: MoESpec) -> ir.Function:
+    """The op's body in standard ops."""
+    build = Builder()
+    x = ir.Value(name="x")
+    weights = {name: ir.Value(name=name) for name in spec.weight_names}
+    gates, chosen, probabilities = route(build, x, weights, spec)
+    zeros = build.op("ConstantOfShape", build.op("Shape", probabilities))
+    spread = build.op("ScatterElements", zeros, chosen, gates, axis=-1)  # [B, S, E]
+    shares = build.ops(
+        "Split", spread, outputs=spec.num_experts, axis=-1, num_outputs=spec.num_experts
+    )
+    parts = [
+        build.op(
+            "Mul", feed_forward(build, x, weights, f"experts.{index}.", spec.activation), share
+        )
+        for index, share in enumerate(shares)
+    ]
+    y = add_meta(build, x, build.op("Sum", *parts), weights, spec)
+    graph = ir.Graph(
+        [x, *weights.values()], [y], nodes=build.nodes, opset_imports={"": OPSET}, name="MoE"
+    )
+    kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
+    declared = [ir.Attr(name, kinds[type(value)], None) for name, value in spec.attributes.items()]
+    return ir.Function(MEDMOE, "MoE", graph=graph, attributes=declared)
+
+
+def replace_moe(
+    model: ir.Model, spec: MoESpec, lower: Callable[[Builder, ir.Value, Weights], ir.Value]
+) -> bool:
+    """Put what `lower` makes of x and the weights in the place of every node; drop the function."""
+    nodes = [node for node in model.graph if node.domain == MEDMOE and node.op_type == "MoE"]
+    for node in nodes:
+        x, *given = node.inputs
+        assert x is not None
+        named = zip(spec.weight_names, given, strict=True)
+        weights = {name: value for name, value in named if value is not None}
+        build = Builder()
+        replace_node(node, build, lower(build, x, weights))
+    if nodes:
+        drop_function(model, "MoE")
+    return bool(nodes)
+
+
+def route(
+    build: Builder, x: ir.Value, weights: Weights, spec: MoESpec
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Gates and chosen experts, both `[B, S, K]`, and the experts' probabilities `[B, S, E]`.
+
+    They are over all rows of the router, those included whose experts were left out.
+    """
+    top_k = spec.top_k
+    probabilities = build.op("Softmax", router_logits(build, x, weights), axis=-1)
+    if spec.rows is not None:
+        probabilities = build.op("Gather", probabilities, build.constant(list(spec.rows)), axis=-1)
+    gates, chosen = build.ops(
+        "TopK", probabilities, build.constant([top_k]), outputs=2, axis=-1, largest=1, sorted=1
+    )
+    if top_k > 1:
+        total = build.op("ReduceSum", gates, build.constant([-1]), keepdims=1)
+        gates = build.op("Div", gates, total)
+    return gates, chosen, probabilities
+
+
+def router_logits(build: Builder, x: ir.Value, weights: Weights) -> ir.Value:
+    """`[B, S, E]`, or of all R rows of the router where experts were left out."""
+    return affine(build, x, weights, "router.")
+
+
+def feed_forward(
+    build: Builder, x: ir.Value, weights: Weights, owner: str, activation: str
+) -> ir.Value:
+    """One expert, or a dense layer's feed-forward; `[..., D]` to `[..., D]`."""
+    if activation == "swiglu":
+        gate = affine(build, x, weights, f"{owner}gate.")
+        up = affine(build, x, weights, f"{owner}up.")
+        hidden = build.op("Mul", build.op("Mul", gate, build.op("Sigmoid", gate)), up)
+        return affine(build, hidden, weights, f"{owner}down.")
+    hidden = build.op("Gelu", affine(build, x, weights, f"{owner}fc1."), approximate="tanh")
+    return affine(build, hidden, weights, f"{owner}fc2.")
+
+
+def add_meta(
+    build: Builder, x: ir.Value, routed: ir.Value, weights: Weights, spec: MoESpec
+) -> ir.Value:
+    """The routed sum with the meta expert, and the residual mix where there is a coefficient."""
+    if not spec.meta_expert:
+        return routed
+    meta = feed_forward(build, x, weights, "meta.", spec.activation)
+    if spec.use_residual:
+        mix = build.op("Softmax", affine(build, x, weights, "coefficient."), axis=-1)
+        first, second = build.ops("Split", mix, outputs=2, axis=-1, num_outputs=2)
+        routed = build.op("Add", build.op("Mul", routed, first), build.op("Mul", meta, second))
+    return build.op("Add", routed, meta)
+
+
+def affine(build: Builder, x: ir.Value, weights: Weights, owner: str) -> ir.Value:
+    """`x W`, plus the bias where there is one."""
+    y = build.op("MatMul", x, weights[f"{owner}weight"])
+    bias = weights.get(f"{owner}bias")
+    return y if bias is None else build.op("Add", y, bias)
+
+
+INPUTS = ("q", "k", "v", "past_key", "past_value", "start", "cos", "sin")
+OUTPUTS = ("y", "present_key", "present_value")
+
+
+def attention_attributes(decoder: DecoderConfig) -> dict[str, int]:
+    """The node's attributes."""
+    return {
+        "num_heads": decoder.heads,
+        "head_size": decoder.head_size,
+        "rotary_size": decoder.rotary_size,
+    }
+
+
+def attention_function(decoder: DecoderConfig) -> ir.Function:
+    """The op's body in standard ops."""
+    build = Builder()
+    values = {name: ir.Value(name=name) for name in INPUTS}
+    steps = positions(build, values["q"], values["start"])  # [S]
+    query, key = (rotated(build, values, name, steps, decoder) for name in "qk")
+    caches = [
+        build.op("TensorScatter", values[f"past_{name}"], new, values["start"], axis=2)
+        for name, new in (("key", key), ("value", heads(build, values["v"], decoder)))
+    ]
+    mixed = build.op("Attention", query, *caches, visible(build, caches[0], steps))
+    y = merged(build, mixed)
+    graph = ir.Graph(
+        list(values.values()),
+        [y, *caches],
+        nodes=build.nodes,
+        opset_imports={"": OPSET},
+        name="Attention",
+    )
+    declared = [ir.Attr(name, ir.AttributeType.INT, None) for name in attention_attributes(decoder)]
+    return ir.Function(MEDMOE, "Attention", graph=graph, attributes=declared)
+
+
+def positions(build: Builder, q: ir.Value, start: ir.Value) -> ir.Value:
+    """Of the tokens of a step, `[S]`."""
+    length = build.op("Squeeze", build.op("Shape", q, start=1, end=2))
+    return build.op("Add", start, build.op("Range", *_from_zero(build, length)))
+
+
+def _from_zero(build: Builder, end: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    return build.constant(0), end, build.constant(1)
+
+
+def heads(build: Builder, x: ir.Value, decoder: DecoderConfig) -> ir.Value:
+    """`[1, S, D]` to `[1, H, S, head_size]`."""
+    shape = build.constant([0, 0, decoder.heads, decoder.head_size])
+    return build.op("Transpose", build.op("Reshape", x, shape), perm=[0, 2, 1, 3])
+
+
+def merged(build: Builder, x: ir.Value) -> ir.Value:
+    """`[1, H, S, head_size]` to `[1, S, D]`."""
+    rows = build.op("Transpose", x, perm=[0, 2, 1, 3])
+    return build.op("Reshape", rows, build.constant([0, 0, -1]))
+
+
+def rotated(
+    build: Builder,
+    values: dict[str, ir.Value],
+    name: str,
+    steps: ir.Value,
+    decoder: DecoderConfig,
+) -> ir.Value:
+    """Heads of q or k, `[1, H, S, head_size]`, turned by their positions."""
+    return build.op(
+        "RotaryEmbedding",
+        heads(build, values[name], decoder),
+        values["cos"],
+        values["sin"],
+        build.op("Unsqueeze", steps, build.constant([0])),
+        rotary_embedding_dim=decoder.rotary_size,
+    )
+
+
+def visible(build: Builder, cache: ir.Value, steps: ir.Value) -> ir.Value:
+    """`[S, C]`: which cached positions each token may attend over."""
+    capacity = build.op("Squeeze", build.op("Shape", cache, start=2, end=3))
+    cached = build.op("Range", *_from_zero(build, capacity))
+    return build.op("LessOrEqual", cached, build.op("Unsqueeze", steps, build.constant([1])))
 
 
 class Parameters(Protocol):
@@ -77,7 +354,7 @@ class DecoderBuilder:
         for name, value in named.items():
             value.name = name
         functions = [attention_function(self.decoder)]
-        if self.config.moe is not None:
+        if self.config.moe is not None and not self.config.moe.merged:
             functions.append(moe_function(MoESpec.of(self.config)))
         graph = ir.Graph(
             self.inputs,
@@ -131,6 +408,12 @@ class DecoderBuilder:
             activation = ACTIVATIONS[self.decoder.kind]
             return feed_forward(self.build, u, self._weights(own, names), "", activation)
         spec = MoESpec.of(self.config)
+        assert self.config.moe is not None
+        if self.config.moe.merged:
+            names = self.source.names_under(own)
+            weights = self._weights(own, names)
+            self.routing.append(router_logits(self.build, u, weights))
+            return feed_forward(self.build, u, weights, "merged.", spec.activation)
         weights = self._weights(own, spec.weight_names)
         self.routing.append(router_logits(self.build, u, weights))
         return self.build.op("MoE", u, *weights.values(), domain=MEDMOE, **spec.attributes)
@@ -166,7 +449,7 @@ class DecoderBuilder:
     def _declare_outputs(self, named: dict[str, ir.Value]) -> None:
         shapes: dict[str, list[int | str]] = {"logits": [1, self.decoder.vocab_size]}
         if self.config.moe:
-            shapes["router_logits"] = [1, "S", len(self.routing), self.config.moe.num_experts]
+            shapes["router_logits"] = [1, "S", len(self.routing), self.config.moe.router_rows]
         for name, value in named.items():
             value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(shapes[name])
 

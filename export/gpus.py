@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from medmoe_edge.bundle.bundle import Target
 from medmoe_edge.errors import InputError, MissingDependencyError, ResourceError, did_you_mean
+from medmoe_edge.export.jetson import IN_PLACE, parse_version
 
 Library = Literal["tensorrt-rtx", "tensorrt"]
 TITLES: dict[Library, str] = {"tensorrt-rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
@@ -38,6 +39,13 @@ logger = logging.getLogger(__name__)
 def library_of(target: Target) -> Library:
     """The library that builds and runs a target's engines."""
     return "tensorrt-rtx" if target.name == "tensorrt-rtx" else "tensorrt"
+
+
+def writes_in_place(target: Target) -> bool:
+    """Whether a target's engine may write its KV cache where it reads it."""
+    if library_of(target) == "tensorrt-rtx":
+        return True
+    return parse_version(target.library_version) >= IN_PLACE
 
 
 def load_library(name: Library) -> Any:
@@ -186,7 +194,7 @@ def find_gpu(name: str, library: Library) -> Gpu:
 TIMES_THE_WEIGHTS = 3
 FIXED = 400 * 2**20
 MB = 10**6
-STATUS, CLEAR, MEMORY = "/proc/self/status", "/proc/self/clear_refs", "/proc/meminfo"
+STATUS, CLEAR = "/proc/self/status", "/proc/self/clear_refs"
 
 
 def build_memory(weights: int) -> int:
@@ -202,11 +210,6 @@ def check_memory(weights: int, available: int | None) -> None:
             f"The build needs about {needed // MB} MB of memory, {available // MB} MB are free.",
             "Close other programs, or build on a machine with more memory.",
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that a process may take without swapping."""
-    return _field(MEMORY, "MemAvailable")
 
 
 def reset_peak() -> None:

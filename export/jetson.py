@@ -1,8 +1,8 @@
 """Jetsons: what software one has, which TensorRT goes with it, and what to type there.
 
-A Jetson's TensorRT comes with its JetPack, and knows what its version knows; the plugin and the
-graph that this package builds need `OLDEST_TENSORRT`. The tables are facts from NVIDIA's pages,
-read in November 2026; none of their GPU rows has run on a Jetson yet.
+A Jetson's TensorRT comes with its JetPack, and knows what its version knows: graphs are written in
+the operators of its parser (`passes/tensorrt_parser.py`), from `OLDEST_TENSORRT` on. The tables are
+facts from NVIDIA's pages, read in November 2026; none of their GPU rows has run on a Jetson yet.
 
     JetPack and Jetson Linux   developer.nvidia.com/embedded/jetpack-archive
     TensorRT on JetPack        docs.nvidia.com/deeplearning/tensorrt/11.4.1: migration guide for
@@ -22,16 +22,31 @@ from medmoe_edge.errors import ResourceError
 Version = tuple[int, ...]
 Board = Literal["AGX Orin", "Orin NX", "Orin Nano", "Thor"]
 
-OLDEST_TENSORRT: Version = (11, 0)
-# What a version of TensorRT brought that the `tensorrt` target needs or could use.
-SINCE: dict[Version, str] = {
-    (10, 3): "opsets to 20; strongly typed networks; no AOT plugins",
-    (10, 9): "plugins compiled ahead of time from Python (aot_impl)",
-    (10, 13): "opsets to 24",
-    (10, 14): "the operator Attention",
-    (10, 15): "the operator RotaryEmbedding (10.15.1)",
-    (10, 16): "a layer for experts of its own (newest GPUs first)",
-    (11, 0): "operators of the parser's own (TRT_Attention, TRT_KVCacheUpdate, TRT_MoE)",
+OLDEST_TENSORRT: Version = (10, 3)
+AOT_PLUGINS: Version = (10, 9)  # compiled ahead of time from Python, without which no MoE plugin
+IN_PLACE: Version = (10, 15)  # the operator TensorScatter: a cache that is written in place
+# What a version of TensorRT brought, and how the `tensorrt` target's graph is then written.
+SINCE: dict[Version, tuple[str, str]] = {
+    (10, 3): (
+        "opsets to 20; strongly typed networks; no AOT plugins",
+        "all experts on every token, attention by MatMul and Softmax, a cache that is copied; "
+        "4 bits become 8 when an engine is built",
+    ),
+    (10, 9): (
+        "plugins compiled ahead of time from Python (aot_impl); opset 21, blocks of 4 bits",
+        "chosen experts only, by the plugin; 4 bits stay",
+    ),
+    (10, 13): ("opsets to 24; engines written as they are built", "the same"),
+    (10, 14): ("the operator Attention", "attention in one operator"),
+    (10, 15): (
+        "the operators RotaryEmbedding and TensorScatter",
+        "rotation in one operator; a cache written in place",
+    ),
+    (10, 16): ("a layer for experts of its own (newest GPUs first)", "the same; not used"),
+    (11, 0): (
+        "operators of the parser's own (TRT_Attention, TRT_KVCacheUpdate, TRT_MoE)",
+        "the same; not used",
+    ),
 }
 
 L4T = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
@@ -103,8 +118,14 @@ _VENV = (
     "python3 -m venv ~/medmoe && ~/medmoe/bin/pip install 'medmoe-edge[images]'",
     '~/medmoe/bin/medmoe-edge ask scan.png "Is there effusion?" --model portable',
 )
-_UPGRADE = (
-    "On AGX Orin and Thor, JetPack 7.2.2 takes TensorRT 11.4.1, with which the GPU can be used."
+_GPU = "int8, int4 weights; fp16 or bf16 activations"
+_GPU_FORM = "as its TensorRT's parser takes it, see below"
+_ENGINE = (
+    "python3 -m venv --system-site-packages ~/medmoe",
+    "~/medmoe/bin/pip install 'medmoe-edge[images,tensorrt]'",
+    "~/medmoe/bin/medmoe-edge prove",
+    "~/medmoe/bin/medmoe-edge export portable --target tensorrt --gpu GPU -o engines",
+    '~/medmoe/bin/medmoe-edge ask scan.png "Is there effusion?" --model engines',
 )
 # The newest row that fits counts.
 SUPPORT: tuple[Support, ...] = (
@@ -116,8 +137,9 @@ SUPPORT: tuple[Support, ...] = (
     Support(
         *((6,), "6.0 to 6.2", _ORIN, "3.10", "12.2 to 12.6", "8.6 (6.0), 10.3", "8.7"),
         *("onnxruntime", _CPU, _CPU_FORM),
-        "Its TensorRT is older than 11 and stays so, its Python older than 3.11: a newer Python is "
-        f"brought by uv. {_UPGRADE}",
+        "Its TensorRT comes for Python 3.10 only, which is older than this package takes: a newer "
+        "Python is brought by uv, and has no TensorRT. JetPack 7.2 has both: flash it to use the "
+        "GPU.",
         (
             "pip install uv && uv venv --python 3.12 ~/medmoe",
             "uv pip install --python ~/medmoe/bin/python 'medmoe-edge[images]'",
@@ -126,28 +148,22 @@ SUPPORT: tuple[Support, ...] = (
     ),
     Support(
         *((7, 0), "7.0, 7.1", ("Thor",), "3.12", "13.0", "10.13", "11.0"),
-        *("onnxruntime", _CPU, _CPU_FORM),
-        f"TensorRT 11.0 to 11.3 run on no JetPack. {_UPGRADE}",
-        _VENV,
+        *("tensorrt", _GPU, _GPU_FORM),
+        "TensorRT 11 runs on no such JetPack; 10.13, which it brings, is what is used.",
+        _ENGINE,
     ),
     Support(
         *((7, 2), "7.2, 7.2.1", _ALL, "3.12", "13.2", "10.x", "8.7, 11.0"),
-        *("onnxruntime", _CPU, _CPU_FORM),
-        f"TensorRT 11.0 to 11.3 run on no JetPack. {_UPGRADE}",
-        _VENV,
+        *("tensorrt", _GPU, _GPU_FORM),
+        "TensorRT 11.0 to 11.3 run on no JetPack; the 10.x that it brings is what is used.",
+        _ENGINE,
     ),
     Support(
-        *((7, 2, 2), "7.2.2 and later", ("AGX Orin", "Thor"), "3.12", "13.2"),
-        *("11.4.1, installed from the SBSA package", "8.7, 11.0", "tensorrt"),
-        "int8, int4, mixed weights; fp16 or bf16 activations",
-        "opset 24 with TensorScatter, experts as an AOT plugin",
-        "Install TensorRT 11.4.1 (Linux SBSA package) first: JetPack brings 10.x.",
-        (
-            "python3 -m venv --system-site-packages ~/medmoe",
-            "~/medmoe/bin/pip install 'medmoe-edge[images,tensorrt]'",
-            "~/medmoe/bin/medmoe-edge export portable --target tensorrt --gpu GPU -o engines",
-            '~/medmoe/bin/medmoe-edge ask scan.png "Is there effusion?" --model engines',
-        ),
+        *((7, 2, 2), "7.2.2 and later", _ALL, "3.12", "13.2"),
+        *("10.x; 11.4.1 from the SBSA package on AGX Orin, Thor", "8.7, 11.0", "tensorrt"),
+        *(_GPU, _GPU_FORM),
+        "On AGX Orin and Thor TensorRT 11.4.1 (Linux SBSA package) can be installed as well.",
+        _ENGINE,
     ),
 )
 
@@ -180,32 +196,44 @@ def best_path(jetson: Jetson) -> BestPath | None:
     else:
         line = f"JetPack {jetson.jetpack}: on the GPU with TensorRT (never run yet). {row.why}"
         if jetson.tensorrt and parse_version(jetson.tensorrt) >= OLDEST_TENSORRT:
-            line = line.replace(row.why, f"TensorRT {jetson.tensorrt} is there.")
+            line = line.replace(row.why, f"TensorRT {jetson.tensorrt} is there: {_form(jetson)}.")
     return BestPath(row, line, commands)
 
 
-def check_tensorrt(version: str, jetson: Jetson | None) -> None:
-    """Raise `ResourceError` for a TensorRT that cannot build the graph, before anything is done.
+def _form(jetson: Jetson) -> str:
+    """How the graph is written for the TensorRT that is there."""
+    number = parse_version(jetson.tensorrt or "")
+    return SINCE[max(since for since in SINCE if since <= number)][1]
 
-    Besides for its version: on a Jetson on which NVIDIA supports none that could.
+
+def check_tensorrt(version: str, jetson: Jetson | None) -> None:
+    """Raise `ResourceError` for a TensorRT that builds no graph of ours, before anything is done.
+
+    Besides for its version: on a Jetson for one that NVIDIA does not make for its JetPack.
     """
-    path = best_path(jetson) if jetson else None
-    if parse_version(version) >= OLDEST_TENSORRT:
-        if jetson and path and path.row.target != "tensorrt":
-            raise ResourceError(
-                f"TensorRT {version} is not for {jetson.model} with JetPack {jetson.jetpack}.",
-                path.line,
-            )
-        return
-    oldest = ".".join(map(str, OLDEST_TENSORRT))
-    later = (since for since in SINCE if parse_version(version)[:2] < since <= OLDEST_TENSORRT)
-    raise ResourceError(
-        f"The graph and its plugin need TensorRT {oldest}, and here is {version}, which has not: "
-        f"{'; '.join(SINCE[since] for since in later)}.",
-        path.line
-        if path
-        else f"Install TensorRT {oldest}, or stay on the CPU with the portable bundle.",
-    )
+    path, number = best_path(jetson) if jetson else None, parse_version(version)
+    if number < OLDEST_TENSORRT:
+        oldest = ".".join(map(str, OLDEST_TENSORRT))
+        raise ResourceError(
+            f"Graphs are made for TensorRT {oldest} and later, and here is {version}.",
+            path.line
+            if path
+            else f"Install TensorRT {oldest}, or stay on the CPU with the portable bundle.",
+        )
+    if jetson and path and not _runs_on(number, jetson):
+        raise ResourceError(
+            f"TensorRT {version} is not for {jetson.model} with JetPack {jetson.jetpack}.",
+            path.line,
+        )
+
+
+def _runs_on(tensorrt: Version, jetson: Jetson) -> bool:
+    """TensorRT 11: from 11.4.1 on, with JetPack 7.2.2, on AGX Orin and Thor. 10: everywhere."""
+    if tensorrt < (11,):
+        return True
+    jetpack = parse_version(jetson.jetpack or "")
+    boards = (None, "AGX Orin", "Thor")
+    return tensorrt >= (11, 4) and jetpack >= (7, 2, 2) and jetson.board in boards
 
 
 def parse_version(text: str) -> Version:

@@ -5,10 +5,11 @@ tensorrt-rtx      standard ONNX in half, of fixed capacity: our ops are inlined,
                   becomes TensorRT's in-place cache update, and integers behind DequantizeLinear
                   stay integers in the engine. Every expert runs on every token: that has no
                   branches, so that a decode step is one CUDA graph
-tensorrt          the same, with the plugin for the experts: only the chosen ones are read
+tensorrt          the same in the operators that the installed version's parser takes
+                  (`passes/tensorrt_parser.py`), with the plugin for the experts where it can be
+                  compiled ahead of time, from 10.9 on: only the chosen ones are read
 
-Those of a paged target take their experts from slots (`external_data.py`); TensorRT's are then in
-standard ops for both libraries.
+Those of a paged target take their experts from slots (`builder.py`).
 
 One bundle, every target: its stored weights in the graphs or engines of another.
 
@@ -27,7 +28,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, NameFixPass
 
 from medmoe_edge._types import Progress
 from medmoe_edge.atomic import atomic_folder
@@ -51,10 +51,10 @@ from medmoe_edge.export.builder import (
     tensor_of,
     write_experts,
 )
+from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.gpus import Library, find_gpu, library_of, library_version, load_library
 from medmoe_edge.export.half import Keep, root_mean_squares, routing, to_half_graph
 from medmoe_edge.export.jetson import check_tensorrt, find_jetson
-from medmoe_edge.export.ops import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_attention
 from medmoe_edge.export.passes.ort_cuda import (
     lower_matmul_cuda,
@@ -62,6 +62,7 @@ from medmoe_edge.export.passes.ort_cuda import (
     take_experts_from_slots,
 )
 from medmoe_edge.export.passes.tensorrt import lower_moe_to_plugin, lower_moe_to_slots
+from medmoe_edge.export.passes.tensorrt_parser import Parser, write_for
 from medmoe_edge.export.quantise import Array, lazy_tensor
 from medmoe_edge.export.stored import float_vision, specification
 from medmoe_edge.export.tensorrt_builder import Built, Profile, build_engine
@@ -98,17 +99,23 @@ def lower(model: ir.Model, config: ModelConfig, target: Target) -> list[Stacks]:
             lower_moe_cuda(model, spec)
         lower_matmul_cuda(model)
     else:
+        parser = Parser.of_target(target)
         if spec and target.paged:
             experts = lower_moe_to_slots(model, spec, HALVES[target.dtype])
-        elif spec and target.name == "tensorrt":
+        elif spec and target.name == "tensorrt" and parser.plugins and _is_quantised(model):
             lower_moe_to_plugin(model, spec, HALVES[target.dtype])
         widen_int2(model)
-        inline(model)
+        write_for(model, parser, config.decoder)
         _fix_capacity(model.graph, target.capacity)
     to_half_graph(model, HALVES[target.dtype], _exact(model))
     if target.paged and target.name == "onnxruntime-cuda":
         experts = take_experts_from_slots(model)
     return experts
+
+
+def _is_quantised(model: ir.Model) -> bool:
+    """Whether experts are stored as integers, which the plugin's kernels are for."""
+    return any(node.op_type == "DequantizeLinear" for node in model.graph)
 
 
 def _exact(model: ir.Model) -> Keep:
@@ -126,16 +133,10 @@ def _exact(model: ir.Model) -> Keep:
 def vision_graph(bundle: Bundle, target: Target) -> ir.Model:
     """The vision tower and projector in half."""
     model = float_vision(bundle)
+    if target.is_engine:
+        write_for(model, Parser.of_target(target))
     to_half_graph(model, HALVES[target.dtype], lambda node: False)
     return model
-
-
-def inline(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Put the bodies of our ops where they are used; returns `(model, modified)`."""
-    modified = bool(model.functions)
-    InlinePass()(model)
-    NameFixPass()(model)
-    return model, modified
 
 
 def widen_int2(model: ir.Model) -> tuple[ir.Model, bool]:
@@ -269,7 +270,7 @@ def _build(
 ) -> dict[str, Built]:
     library = library_of(target)
     gpu = find_gpu(target.gpu, library)
-    if library == "tensorrt" and bundle.config.moe is not None and not target.paged:
+    if library == "tensorrt" and bundle.config.moe is not None and Parser.of_target(target).plugins:
         from medmoe_edge.kernels.tensorrt_plugin import register
 
         spec = MoESpec.of(bundle.config)
@@ -312,6 +313,11 @@ def decoder_profiles(
 def _check_paged(bundle: Bundle, name: TargetName) -> None:
     if bundle.config.moe is None:
         raise InputError(f"{bundle.name} has no experts to page.", "Leave --paged out.")
+    if name == "tensorrt":
+        raise InputError(
+            "TensorRT's parser lists no Gather of integers of 8 bits, which paged experts are.",
+            "Leave --paged out, or page with the target tensorrt-rtx or onnxruntime-cuda.",
+        )
     if name == "onnxruntime-cuda" and bundle.manifest["quantisation"]["precision"] != "fp32":
         raise InputError(
             "onnxruntime-cuda pages experts in fp16 only: quantised ones it repacks when a model "

@@ -33,13 +33,13 @@ import platformdirs
 
 from medmoe_edge._types import Progress
 from medmoe_edge.atomic import atomic_file, writing
+from medmoe_edge.bundle.machine import available_memory
 from medmoe_edge.errors import ConfigError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.export.gpus import (
     MB,
     TITLES,
     Gpu,
     Library,
-    available_memory,
     check_memory,
     library_version,
     load_library,
@@ -337,16 +337,24 @@ class _Build:
             self._add_profile(config, profile)
         if self.library == "tensorrt":  # the library for RTX times nothing
             load_timings(config, timings)
-        writer = _make_writer(self.trt, file)
         with self.watch.interruptible(), self._in_memory():
-            done = self.builder.build_serialized_network_to_stream(network, config, writer)
+            done = self._write(network, config, file)
         del parser  # lived until here: the network's weights are its
-        if writer.error is not None:
-            raise writer.error
         if not done:
             raise self._failure(memory_limit)
         if self.library == "tensorrt":
             save_timings(config, timings)
+
+    def _write(self, network: Any, config: Any, file: IO[bytes]) -> bool:
+        """Build into the file: piece by piece where TensorRT can (from 10.13 on), or at once."""
+        if not hasattr(self.builder, "build_serialized_network_to_stream"):
+            plan = self.builder.build_serialized_network(network, config)
+            return plan is not None and file.write(plan) > 0
+        writer = _make_writer(self.trt, file)
+        done = self.builder.build_serialized_network_to_stream(network, config, writer)
+        if writer.error is not None:
+            raise writer.error
+        return bool(done)
 
     def _config(self, memory_limit: int | None) -> Any:
         config = self.builder.create_builder_config()

@@ -129,8 +129,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     """
     from medmoe_edge.checkpoint.reader import write_checkpoint
     from medmoe_edge.presets import PRESETS
-    from medmoe_edge.training.initialise import random_tensors
-    from medmoe_edge.training.run import train_tokenizer
+    from medmoe_edge.training.initialise import random_tensors, train_tokenizer
 
     root = tmp_path_factory.mktemp("checkpoints")
     train_tokenizer([("Is there effusion?", "Yes")], 300, root / "tokenizer.json")
@@ -269,6 +268,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         memory_budget: str | None = None,
         drop_pages: bool = False,
         prefix_cache: Path | None = None,
+        allow_repetition: bool = False,
     ) -> FakeEngine:
         calls.append((model, runtime))
         return engine

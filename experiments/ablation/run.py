@@ -45,7 +45,7 @@ from medmoe_edge.evaluation.evaluate import (
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import chosen_experts, greedy
+from medmoe_edge.runtimes.base import Decoding, chosen_experts, greedy
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 from medmoe_edge.training.data import Batches
 from medmoe_edge.training.loop import Session
@@ -330,8 +330,9 @@ def _answer(engine: Engine, pixels: Floats, question: str) -> tuple[float, float
     cache = runtime.new_cache(len(embeds) + TOKENS)
     step = runtime.step(embeds, cache)
     first = time.perf_counter()
+    on_and_on = Decoding(ends=(), allow_repetition=True)
     for _ in greedy(
-        step, lambda token: runtime.step(runtime.embed([token]), cache), limit=TOKENS + 1, ends=()
+        step, lambda token: runtime.step(runtime.embed([token]), cache), on_and_on, limit=TOKENS + 1
     ):
         pass
     return first - started, (time.perf_counter() - first) / TOKENS

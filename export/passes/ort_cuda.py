@@ -41,7 +41,7 @@ has no gate for, and nothing is gathered or copied. One graph input per kind of 
 kind of every slot, `slots.<kind>` `[slots, ...]`, and is shared by all layers. The input `table`
 `[M, E]` int32 names each expert's slot, -1 where it is absent: the gates that the graph computed
 for experts are put to their slots, those of absent ones dropped, and the step must be run again
-(`runtimes/slots/replay.py`). The outputs `chosen.<m>` `[B, S, K]` tell which experts it chose.
+(`runtimes/slots/slots.py`). The outputs `chosen.<m>` `[B, S, K]` tell which experts it chose.
 
 Executed on ONNX Runtime's CPU provider: the same bits whoever else is absent, and those of the
 resident graph but for rounding with int4, where that packs its constants, and with two experts a
@@ -74,7 +74,7 @@ from medmoe_edge.export.builder import (
     replace_node,
     tensor_of,
 )
-from medmoe_edge.export.ops import MoESpec, Weights, add_meta, replace_moe, route
+from medmoe_edge.export.decoder import MoESpec, Weights, add_meta, replace_moe, route
 from medmoe_edge.export.quantise import Array, StoredMatrix, lazy_tensor
 
 BLOCKS = (128, 64, 32, 16)
@@ -184,7 +184,7 @@ def lower_moe_cuda(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
 def _layer(
     build: Builder, graph: ir.Graph, x: ir.Value, weights: Weights, spec: MoESpec
 ) -> ir.Value:
-    gates, chosen, probabilities = route(build, x, weights, spec.top_k)
+    gates, chosen, probabilities = route(build, x, weights, spec)
     nothing = build.op("ConstantOfShape", build.op("Shape", probabilities))
     spread = build.op("ScatterElements", nothing, chosen, gates, axis=-1)  # [B, S, E]
     floor = build.constant(FLOOR, np.float32)

@@ -40,7 +40,7 @@ from medmoe_edge.export.builder import (
     initializer,
     tensor_of,
 )
-from medmoe_edge.export.ops import EXPERT_WEIGHTS, MoESpec, add_meta, feed_forward, route
+from medmoe_edge.export.decoder import EXPERT_WEIGHTS, MoESpec, add_meta, feed_forward, route
 from medmoe_edge.export.passes.ort_cpu import ORT_OPSET, fuse_qkv, lower_attention, lower_matmul
 from medmoe_edge.export.quantise import insert_dequantise
 from medmoe_edge.export.stored import StoredWeights, specify
@@ -212,7 +212,7 @@ def cut_experts(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
             for name, value in zip(spec.weight_names, node.inputs[1:], strict=True)
             if value is not None
         }
-        gates, chosen, _ = route(build, x, weights, spec.top_k)
+        gates, chosen, _ = route(build, x, weights, spec)
         per_token = build.constant([-1, spec.top_k])
         gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))
         named = {

@@ -43,8 +43,7 @@ from medmoe_edge.export.builder import (
     tensor_of,
     unlike,
 )
-from medmoe_edge.export.half import halved
-from medmoe_edge.export.ops import (
+from medmoe_edge.export.decoder import (
     EXPERT_WEIGHTS,
     MoESpec,
     Weights,
@@ -54,6 +53,7 @@ from medmoe_edge.export.ops import (
     replace_moe,
     route,
 )
+from medmoe_edge.export.half import halved
 from medmoe_edge.export.quantise import StoredMatrix, lazy_tensor
 from medmoe_edge.kernels.variant import OPS, PARTS, TILES, Kernel, namespace
 
@@ -114,7 +114,7 @@ class _Lowering:
     def _slots(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Gates fp32 and experts int32 of the slots, both `[T, S]`."""
         build = self.build
-        gates, chosen, _ = route(build, x, self.weights, self.spec.top_k)
+        gates, chosen, _ = route(build, x, self.weights, self.spec)
         chosen = self._cast(chosen, ir.DataType.INT32)
         if not self.spec.meta_expert:
             return gates, chosen
@@ -131,10 +131,13 @@ class _Lowering:
         )
 
     def _sorted(self, chosen: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """`order` and `offsets` of the slots `[T * S, 1]`: a counting sort, which is stable."""
+        """`order` and `offsets` of the slots `[T * S, 1]`: a counting sort, which is stable.
+
+        Counts are fp32, exact to 2^24 slots: TensorRT's parser lists no CumSum of integers.
+        """
         build = self.build
         each = build.constant(np.arange(self.experts), np.int32)
-        mine = self._cast(build.op("Equal", chosen, each), ir.DataType.INT32)  # [T * S, E]
+        mine = self._cast(build.op("Equal", chosen, each), ir.DataType.FLOAT)  # [T * S, E]
         down, across = build.constant(0), build.constant(0)
         counts = build.op("ReduceSum", mine, build.constant([0]), keepdims=0)
         ends = build.op("CumSum", counts, across)
@@ -143,12 +146,14 @@ class _Lowering:
         earlier = build.op("Sub", build.op("CumSum", mine, down), mine)
         places = build.op("Mul", mine, build.op("Add", earlier, begins))
         places = build.op("ReduceSum", places, build.constant([1]), keepdims=0)
+        places = self._cast(places, ir.DataType.INT32)
         count = build.op("Squeeze", build.op("Shape", places), build.constant([0]))
         numbers = self._cast(
             build.op("Range", build.constant(0), count, build.constant(1)), ir.DataType.INT32
         )
         order = build.op("ScatterElements", numbers, places, numbers, axis=0)
         first = build.constant([0], np.int32)
+        ends = self._cast(ends, ir.DataType.INT32)
         return order, build.op("Concat", first, ends, axis=0)
 
     def _plugin(self, kernel: Kernel, *leading: ir.Value) -> ir.Value:
@@ -282,7 +287,7 @@ class _Layer:
     def lowered(self, layer: int) -> tuple[ir.Value, ir.Value]:
         """The chosen experts `[1, S, K]`, and the op's result, of the shape of x."""
         build, spec = self.build, self.spec
-        gates, chosen, probabilities = route(build, self.x, self.weights, spec.top_k)
+        gates, chosen, probabilities = route(build, self.x, self.weights, spec)
         nothing = build.op("ConstantOfShape", build.op("Shape", probabilities))
         spread = build.op("ScatterElements", nothing, chosen, gates, axis=-1)  # [1, S, E]
         read = self._most_weighed(spread)  # [n]

@@ -150,12 +150,10 @@ def open_backend(kind: Kind, path: Path, form: str, config: ModelConfig, shape: 
             f"{path} is a checkpoint of another model than the bundle.",
             "Give the one that the bundle was exported from, or none.",
         )
+    from medmoe_edge.runtimes.torch.eager import BitsAndBytesRuntime, EagerRuntime
+
     if kind == "torch":
-        from medmoe_edge.runtimes.torch.eager import EagerRuntime
-
         return RuntimeBackend(EagerRuntime(checkpoint, dtype=getattr(torch, form)), shape)
-    from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
-
     return RuntimeBackend(BitsAndBytesRuntime(checkpoint, cast("Any", form)), shape)
 
 

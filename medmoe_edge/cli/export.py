@@ -6,22 +6,27 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from medmoe_edge.bundle.bundle import sign_bundle
+from medmoe_edge.bundle.trust import read_private_key
 from medmoe_edge.cli.common import (
     Checkpoint,
     Force,
     Json,
     Samples,
+    Sign,
     Strict,
     VisionTower,
     check_output,
+    complete_data,
+    complete_gpus,
+    complete_models,
     verb,
 )
-from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, VerificationError, needs, shown_bytes
 from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
+from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render
-from medmoe_edge.render import device as render_device
 from medmoe_edge.render import verification as render_verification
 
 if TYPE_CHECKING:
@@ -107,6 +112,15 @@ def export(
             show_default="32",
         ),
     ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="delta, delta:rank=R or delta:bits=B: routed experts as what they add to the meta "
+            "expert. For ONNX Runtime's CPU with all experts in memory.",
+            show_default="whole",
+        ),
+    ] = None,
     mixed: Annotated[
         float | None,
         typer.Option(metavar="BITS", help="So many bits a weight, spent where they matter."),
@@ -167,6 +181,21 @@ def export(
             "--as-published", help="Of a modality-moe: compute what its authors' code computes."
         ),
     ] = False,
+    modality: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Only the experts of these, with commas between them: xray,ct. Answers about "
+            "images of others say so.",
+            show_default="all",
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="With one --modality: its expert and the meta expert become one."
+        ),
+    ] = False,
     paged: Annotated[
         bool,
         typer.Option("--paged", help="For a GPU: keep experts apart, for ask --memory-budget."),
@@ -178,10 +207,11 @@ def export(
             "--output",
             metavar="OUT",
             help="The bundle.",
-            show_default="NAME-PRECISION, or NAME-TARGET-GPU",
+            show_default="NAME-MODALITIES-PRECISION, or NAME-TARGET-GPU",
         ),
     ] = None,
     vision_tower: VisionTower = None,
+    sign: Sign = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -193,12 +223,20 @@ def export(
     needs no GPU to build, TensorRT builds on the device itself.
     """
     precision = _precision(int8=int8, int4=int4, mixed=mixed is not None, fp32=fp32)
-    folder = _source(model, target, as_it_is=not (precision or calibrate or stats))
+    cut = tuple(name.strip().lower() for name in modality.split(",")) if modality else ()
+    as_it_is = not (precision or calibrate or stats or cut or merge)
+    folder = _source(model, target, as_it_is=as_it_is)
     if target == "onnxruntime" and (gpu or positions or memory_limit):
         raise InputError(
             "--gpu, --positions and --memory-limit are for engines.",
             "Add --target tensorrt-rtx, or leave them out.",
         )
+    if target != "onnxruntime" and experts:
+        raise InputError(
+            f"{target} does not read experts as deltas.", "Leave --experts or --target out."
+        )
+    if sign is not None:
+        read_private_key(sign)  # found out before the work
     if target == "onnxruntime" and paged:
         raise InputError(
             "--paged is for GPUs: every portable bundle can be paged.", "Leave it out."
@@ -208,6 +246,7 @@ def export(
         method=method,
         budget_bits=mixed,
         group=group_size,
+        experts=experts,
         calibrate_on=calibrate,
         samples=samples,
         stats=stats,
@@ -215,13 +254,15 @@ def export(
         name=model if model in EMBEDDED else folder.resolve().name,
         vision_tower=vision_tower,
         as_published=as_published,
+        modalities=cut,
+        merge=merge,
         force=force and target == "onnxruntime",
     )
     family = family_of(folder)
     family.check_export(options, target)
     with render.working("Reading") as report:
         if target == "onnxruntime":
-            out = output or Path(f"{options.name}-{options.precision}")
+            out = output or Path("-".join((str(options.name), *cut, options.precision)))
             try:
                 made = family.export(folder, out, options, report)
             except VerificationError as error:
@@ -229,11 +270,12 @@ def export(
                 raise
         else:
             with needs("rtx" if target == "tensorrt-rtx" else "export"):
-                from medmoe_edge.pipeline.targets import export_for
+                from medmoe_edge.pipeline.med_moe import export_for
+            out = output or Path("-".join(filter(None, (options.name, target, gpu))))
             built = export_for(
                 target,
                 folder,
-                output or Path("-".join(filter(None, (options.name, target, gpu)))),
+                out,
                 portable=partial(family.export, folder, options=options, progress=report),
                 gpu=gpu,
                 dtype=dtype,
@@ -243,12 +285,14 @@ def export(
                 force=force,
                 progress=report,
             )
+        if sign is not None:
+            sign_bundle(out, sign)
     if target == "onnxruntime":
         _show_portable(made, options, as_json)
     elif as_json:
         render.as_json(built.to_json())
     else:
-        render_device.show_target(built)
+        render_bench.show_target(built)
 
 
 def _show_failed(error: VerificationError, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that prove: `verify`, `eval` and `inspect`."""
+"""The verbs that prove: `verify`, `eval` and `inspect` of models, `audit` of what was answered."""
 
 from functools import partial
 from pathlib import Path
@@ -6,19 +6,25 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from medmoe_edge.bundle.bundle import MANIFEST, sign_bundle
+from medmoe_edge.bundle.trust import SIGNATURE, is_signed, read_private_key, vouch_for
 from medmoe_edge.cli.common import (
     AllowRepetition,
     Device,
     Force,
     Json,
     Runtime,
+    Sign,
     VisionTower,
+    app,
+    check_apart,
     check_output,
+    complete_data,
+    complete_models,
     verb,
 )
-from medmoe_edge.cli.usage import complete_data, complete_models
-from medmoe_edge.embedded import bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, needs
+from medmoe_edge.embedded import bundle_path, checkpoint_path, is_installed
+from medmoe_edge.errors import InputError, VerificationError, needs
 from medmoe_edge.families import (
     AnswerScores,
     EvaluateOptions,
@@ -80,6 +86,44 @@ def evaluate(
         bool,
         typer.Option("--blind", help="Ask everything about a black picture too, for comparison."),
     ] = False,
+    findings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Images with what is present and absent, and pictures that are no scans: how well "
+            "each finding is seen. Those to train on are left out.",
+        ),
+    ] = None,
+    languages: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Questions in several languages: answered as in English, or marked as unsure?",
+        ),
+    ] = None,
+    paraphrases: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="The questions of --data in other words: what do they cost?"
+        ),
+    ] = None,
+    fit_confidence: Annotated[
+        bool,
+        typer.Option(
+            "--fit-confidence",
+            help="Keep in the bundle how often its answers are right: confidence is then that "
+            "chance, and what is likely wrong is marked as unsure.",
+        ),
+    ] = False,
+    selective_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="How many of the answers that are not unsure should be right, from 0 to 1.",
+            show_default="what being unsure of 22% gives",
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Ask so many questions, drawn by --seed.", show_default="all"),
@@ -98,12 +142,17 @@ def evaluate(
 
     The papers' open recall is printed as the official scorer computes it, beside ours, which counts
     no repeated word twice. Of a modality-moe: how it routes, classifies, retrieves and locates.
+
+    --fit-confidence writes into the bundle; verifying it again later leaves that as it is.
     """
     found: AnswerScores | ModalityEvaluation
     if references is not None:
-        unused = (bundle, data, labels, blind, runtime != "auto", device != "auto", force)
+        unused = (
+            *(bundle, data, labels, blind, runtime != "auto", device != "auto", force),
+            *(findings, languages, paraphrases, fit_confidence, selective_accuracy),
+        )
         found = _score_file(predictions, references, limit, seed, others=any(unused))
-    elif data is None and labels is None:
+    elif data is None and labels is None and findings is None:
         raise InputError(
             "Neither --data nor --references was given.", "See: medmoe-edge eval --help"
         )
@@ -112,6 +161,7 @@ def evaluate(
         family = family_of(model)
         options = EvaluateOptions(
             *(data, labels, predictions, runtime, device, blind, limit, seed, max_new_tokens),
+            *(findings, languages, paraphrases, fit_confidence, selective_accuracy),
             allow_repetition,
         )
         if predictions:
@@ -122,6 +172,7 @@ def evaluate(
         render.as_json(found.to_json())
     elif isinstance(found, AnswerScores):
         render.show_evaluation(found)
+        render_verification.show_seen(found)
     else:
         render_contrastive.show_modality_evaluation(found)
 
@@ -193,14 +244,18 @@ def verify(
         typer.Option(help="Instead: do the graphs of every target compute the same on DATA?"),
     ] = None,
     vision_tower: VisionTower = None,
+    sign: Sign = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Check a bundle; with --against, measure what quantisation cost and record it in the bundle.
 
     A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns. A bundle that
-    was verified on another kind of machine is proven here with --quick.
+    was verified on another kind of machine is proven here with --quick. With --sign it is signed
+    once nothing failed, after the record was written.
     """
+    if sign is not None:
+        _check_signing(bundle, sign, alone=not quick and targets is None)
     if quick:
         others = (against, data, beside, report, targets, record, vision_tower)
         _verify_quick(bundle, as_json, others=any(other is not None for other in others))
@@ -216,6 +271,13 @@ def verify(
     if against is None and record:
         raise InputError("There is nothing to record.", "Add --against CHECKPOINT.")
     folder = bundle_path(bundle)
+    if record and sign is None and is_signed(folder):
+        raise InputError(
+            f"{folder} is signed: with a new record in it, its signature would not hold.",
+            "Sign it again with --sign KEY, or give --no-record.",
+        )
+    if sign is not None and against is not None and record is None:
+        record = True
     family = family_of(folder)
     write_report = _report_writer(report, force)
     with render.working("Reading") as progress:
@@ -233,6 +295,26 @@ def verify(
             render.wrote("the report", report)
     if error := found.error():
         raise error
+    if sign is not None:
+        sign_bundle(folder, sign)
+        render.show(f"Signed: {folder / SIGNATURE}", stderr=True)
+
+
+def _check_signing(bundle: str, key: Path, *, alone: bool) -> None:
+    """Refuse what cannot be signed before the work, and let it be opened by who signs it."""
+    if not alone:
+        raise InputError(
+            "--quick and --targets prove a bundle that stays as it is.", "Leave --sign out."
+        )
+    folder = bundle_path(bundle)
+    if is_installed(folder):
+        raise InputError(
+            f"{bundle} is part of an installation, which is not written to.",
+            f"Sign a copy: cp -r {folder} my-{bundle}",
+        )
+    read_private_key(key)
+    if (folder / MANIFEST).exists():
+        vouch_for((folder / MANIFEST).read_bytes())
 
 
 def _verify_quick(bundle: str, as_json: bool, *, others: bool) -> None:
@@ -259,7 +341,7 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
             "Leave --against, --beside and --report out.",
         )
     with needs("rtx"):
-        from medmoe_edge.pipeline.targets import agree
+        from medmoe_edge.pipeline.med_moe import agree
     with render.working("Reading") as progress:
         found = agree(bundle_path(bundle), data, progress=progress)
     if as_json:
@@ -288,14 +370,36 @@ def inspect(
             autocompletion=complete_models,
         ),
     ] = "nano",
+    other: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="OTHER",
+            help="Another bundle: show what changed from MODEL to it.",
+            show_default="nothing is compared",
+            autocompletion=complete_models,
+        ),
+    ] = None,
     *,
     vision_tower: VisionTower = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is in a checkpoint or bundle: structure, parameters, sizes."""
-    from medmoe_edge.evaluation.inspection import Inspection
+    """Show what is in a checkpoint or bundle: structure, parameters, sizes.
+
+    Of two bundles, a change record: what differs in weights, precision, gates, thresholds, figures
+    of their verifications, and in the answers of their checkpoints to the questions they carry.
+    """
+    from medmoe_edge.evaluation.inspection import Inspection, compare_bundles
 
     folder = bundle_path(model)
+    if other is not None:
+        if vision_tower is not None:
+            raise InputError("A vision tower is of a checkpoint.", "Leave --vision-tower out.")
+        changes = compare_bundles(folder, bundle_path(other))
+        if as_json:
+            render.as_json(changes.to_json())
+        else:
+            render_verification.show_changes(changes)
+        return
     found = family_of(folder).inspect(folder, vision_tower)
     if as_json:
         render.as_json(found.to_json())
@@ -303,3 +407,110 @@ def inspect(
         render.show_inspection(found)
     else:
         render_contrastive.show_modality_inspection(found)
+
+
+audit = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    audit,
+    name="audit",
+    rich_help_panel="Deploy",
+    help="Verify an audit log or send it on; take the patient out of a DICOM file.",
+    epilog="Example: medmoe-edge audit verify audit.jsonl",
+)
+EXAMPLE = "Example: medmoe-edge audit {}"
+
+
+@audit.command("verify", epilog=EXAMPLE.format("verify audit.jsonl"))
+def verify_log(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="A recorded head, to see that no end was cut off."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell whether every line of an audit log is as it was written."""
+    from medmoe_edge.bedside.audit import log as chain
+
+    report = chain.verify_log(log, head)
+    error = None
+    if not report.intact:
+        error = VerificationError(
+            f"The audit log is not intact ({report.fault}).",
+            "The next entry cuts an unfinished line off."
+            if report.fault == "torn"
+            else "Keep it as it is, and find out who could write it.",
+        )
+    if as_json:
+        render.as_json(report.to_json(), error)
+    else:
+        render.show(report.why, "green" if report.intact else "bold red")
+        render.show(f"{report.entries:,} entries, head {report.head}")
+    if error:
+        raise error
+
+
+@audit.command("ship", epilog=EXAMPLE.format("ship audit.jsonl --to logs.example:6514"))
+def ship_log(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    to: Annotated[str, typer.Option(metavar="HOST:PORT", help="A collector of syslog over TLS.")],
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PEM of its authority.", show_default="this machine's own"
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM of ours, if it wants one.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for further entries.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send an audit log to a collector, from where the last run ended."""
+    with needs("serve"):
+        from medmoe_edge.bedside.audit.log import Collector, ship
+
+    files = {"authority": tls_ca, "certificate": tls_cert, "key": tls_key}
+    sent = ship(log, Collector.at(to, **files), follow=follow)
+    if as_json:
+        render.as_json({"sent": sent})
+    else:
+        render.show(f"{sent:,} entries were sent.")
+
+
+@audit.command("deidentify", epilog=EXAMPLE.format("deidentify scan.dcm -o example.dcm"))
+def deidentify(
+    source: Annotated[Path, typer.Argument(metavar="DICOM", help="A DICOM file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    allow_burned_in: Annotated[
+        bool, typer.Option("--allow-burned-in", help="Also where the picture shows text.")
+    ] = False,
+    secret: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Random bytes that nobody else has, the same for a whole study: without them, who "
+            "has the original UIDs can tell which became which.",
+            show_default="none",
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a DICOM image without what identifies its patient (PS3.15, Basic Profile)."""
+    check_output(output, force)
+    check_apart(output, source)
+    with needs("listen"):
+        from medmoe_edge.bedside.audit import deidentify as example
+    key = secret.read_bytes() if secret else b""
+    if secret and not key:
+        raise InputError(f"{secret} is empty.", "Make one: openssl rand -out secret 32")
+    is_removed = example.deidentify(source, output, allow_burned_in=allow_burned_in, secret=key)
+    render.wrote("the example", output)
+    if not is_removed:
+        render.show(
+            "Its picture may show text, and was not looked at: the file does not claim that its "
+            "patient is removed.",
+            "yellow",
+            stderr=True,
+        )

@@ -19,10 +19,10 @@ from typing import Any, Literal, NamedTuple
 
 from medmoe_edge._version import __version__
 from medmoe_edge._version import too_old as onnxruntime_too_old
-from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name
-from medmoe_edge.device.hardware import GB, Gpus, find_gpus, memory_here, too_old
+from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name, memory_here
+from medmoe_edge.device.hardware import GB, Gpus, find_gpus, too_old
 from medmoe_edge.errors import ResourceError, shown_bytes
-from medmoe_edge.export.jetson import BestPath, Jetson, best_path, find_jetson
+from medmoe_edge.export.jetson import BestPath, Jetson, best_path, check_tensorrt, find_jetson
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 LITTLE = 2 * GB  # of memory or disk
@@ -433,14 +433,11 @@ def _jetson_findings(jetson: Jetson, version: Versions) -> Iterator[Finding]:
         return
     if path.row.target is None:
         yield Finding("warning", path.line, path.commands[0])
-    wrong = version("tensorrt") and path.row.target != "tensorrt"
-    if wrong:
-        yield Finding(
-            "warning",
-            f"TensorRT for Python is installed, and JetPack {jetson.jetpack} does not run one that "
-            "engines of this package can be built with.",
-            path.line,
-        )
+    if number := version("tensorrt"):
+        try:
+            check_tensorrt(number, jetson)
+        except ResourceError as error:
+            yield Finding("warning", error.what, error.remedy)
 
 
 def _module(name: str) -> ModuleType | None:

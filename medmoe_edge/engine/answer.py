@@ -11,7 +11,9 @@ import numpy as np
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.config import MoEConfig
 from medmoe_edge.errors import InputError, Notice
+from medmoe_edge.image.pixels import named
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Chosen, Decoding, Step
 
@@ -297,25 +299,46 @@ WHY = {
     "language": "The question is in no language that the model reads.",
     "empty_answer": "The model said nothing.",
     "repetition": "The model began to repeat itself: its answer ends before that.",
+    "unsure": "The model is unsure of this answer: it is often wrong with this confidence.",
 }
 
 
 def doubts(
-    refused: Mapping[str, float], thresholds: Mapping[str, float], draft: Draft
+    refused: Mapping[str, float],
+    thresholds: Mapping[str, float],
+    draft: Draft,
+    *,
+    enough: bool,
 ) -> tuple[Notice, ...]:
-    """Why an answer is unsure: what the model refuses, and what is wrong with its text.
+    """Why an answer is unsure: what the model refuses, what is wrong with its text, or its chance.
 
     Args:
         refused: The probability of each refusal, by its code.
         thresholds: From which on each counts; `REFUSED` where there is none.
         draft: The answer, with all of its text.
+        enough: Whether its chance of being right is not known to be too small; that it is, is told
+            where nothing else is.
     """
     codes = [code for code, value in refused.items() if value >= thresholds.get(code, REFUSED)]
     if not draft.text:
         codes.append("empty_answer")
     if draft.stopped == "repetition":
         codes.append("repetition")
+    if not codes and not enough:
+        codes.append("unsure")
     return tuple(Notice(code, WHY[code]) for code in codes)
+
+
+def other_modality(moe: MoEConfig | None, read_as: str | None) -> tuple[Notice, ...]:
+    """What to say where a model reads an image as a modality whose experts were left out."""
+    if moe is None or read_as not in moe.left_out:
+        return ()
+    kept = ", ".join(named(name) for name in moe.expert_names)
+    what = (
+        f"The model reads the image as {named(read_as)}, whose experts were left out of this "
+        f"bundle (it is for {kept}): do not rely on the answer."
+    )
+    return (Notice("other_modality", what),)
 
 
 def shown(text: str, *, complete: bool, unsure: bool) -> str:
@@ -338,19 +361,21 @@ def logged(told: str, codes: Iterable[str]) -> str:
 class Answer:
     """One question answered.
 
-    `confidence` is the model's own probability of this very answer, end token included, 0 to 1:
-    not a calibrated chance of being right. `modality` is the router's reading of the image, None
-    where the experts' modalities are not known; `experts` the share of routed tokens, over all
-    layers, that each expert took. `model` says by `name` and `sha256` what answered, by `runtime`
-    what ran it, and under `verification` what is known of its fidelity: "passed", "failed" or "not
-    measured" of a bundle, "reference" of a checkpoint; of a bundle, `verified` says on what
-    `machine` (None: not recorded) and whether that holds `here`. `paging` tells how experts were
-    brought into memory where that is bounded (`runtimes.paging.report`), else it is None.
-    `warnings` are what a person and a program should know before they use the answer: of the model,
-    of how the image was read, of a label that the image is unlike, and why it is `unsure`. Then
-    `text` is a best guess. It is not `complete` where it was `stopped` by its "length", or by the
-    model's "repetition" of itself. `refusals` are the probabilities that the model gave to having
-    no answer, by their codes; `confidence` is what they and all other answers leave to this one.
+    `confidence` (0 to 1) is the chance that the answer is right, where `confidence_kind` is
+    "calibrated": the bundle knows how often answers of its probability were right. "raw" is the
+    model's own probability of this very answer, end token included, and no such chance.
+    `modality` is the router's reading of the image, None where the experts' modalities are not
+    known; `experts` the share of routed tokens, over all layers, that each expert took. `model`
+    says by `name` and `sha256` what answered, by `runtime` what ran it, and under `verification`
+    what is known of its fidelity: "passed", "failed" or "not measured" of a bundle, "reference" of
+    a checkpoint; of a bundle, `verified` says on what `machine` (None: not recorded) and whether
+    that holds `here`. `paging` tells how experts were brought into memory where that is bounded
+    (`runtimes.paging.report`), else it is None. `warnings` are what a person and a program should
+    know before they use the answer: of the model, of how the image was read, of a label that the
+    image is unlike, and why it is `unsure`. Then `text` is a best guess. It is not `complete` where
+    it was `stopped` by its "length", or by the model's "repetition" of itself. `refusals` are the
+    probabilities that the model gave to having no answer, by their codes; `confidence` is what they
+    and all other answers leave to this one.
     `probabilities` are those of the choices that were given, which add up to 1; else None.
     """
 
@@ -369,6 +394,7 @@ class Answer:
     stopped: Literal["length", "repetition"] | None = None
     refusals: dict[str, float] = dataclasses.field(default_factory=dict)
     probabilities: dict[str, float] | None = None
+    confidence_kind: Literal["calibrated", "raw"] = "raw"
 
     @property
     def shown(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
+from medmoe_edge.config import Confidence
 from medmoe_edge.engine.answer import (
     Answer,
     Asked,
@@ -17,11 +18,13 @@ from medmoe_edge.engine.answer import (
     Clock,
     Draft,
     doubts,
+    other_modality,
     timings,
 )
 from medmoe_edge.engine.loading import (
     REFERENCE,
     Device,
+    MemoryChoice,
     OneAtATime,
     Paging,
     Proven,
@@ -46,6 +49,7 @@ from medmoe_edge.runtimes.base import (
     greedy,
     log_probability,
     log_softmax,
+    own_logits,
 )
 from medmoe_edge.runtimes.paging.pager import Budget
 
@@ -82,8 +86,10 @@ class Engine(OneAtATime):
     `proven` is what is known of a bundle's fidelity, None of a checkpoint; `verification` says it
     in a word: "passed", "not decided", "failed" or "not measured", of a checkpoint "reference".
     `warnings` are of the model, and part of every answer's. `thresholds` say by its code how likely
-    a refusal must be to count (`answer.REFUSED` where nothing does). An answer ends where it begins
-    to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`.
+    a refusal must be to count (`answer.REFUSED` where nothing does); `fitted` makes an answer's
+    confidence of its probability, and without it the one is the other. An answer ends where it
+    begins to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`. `memory` is
+    what a memory budget of "auto" came to, else None.
     """
 
     def __init__(
@@ -96,6 +102,8 @@ class Engine(OneAtATime):
         prefixes: LastPrefix | None = None,
         warnings: tuple[Notice, ...] = (),
         thresholds: Mapping[str, float] | None = None,
+        fitted: Confidence | None = None,
+        memory: MemoryChoice | None = None,
         *,
         allow_repetition: bool = False,
     ) -> None:
@@ -109,7 +117,8 @@ class Engine(OneAtATime):
         self.warnings = (*warnings, *tokenizer.warnings, *of_runtime)
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
         self.decoding = Decoding.of(self.config, tokenizer, allow_repetition=allow_repetition)
-        self.thresholds = thresholds or {}
+        self.thresholds, self.fitted = thresholds or {}, fitted
+        self.memory = memory
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -352,7 +361,8 @@ class Engine(OneAtATime):
         """Read an image's modality by the router, without a question.
 
         Returns:
-            One of `expert_names`; None where these are unknown.
+            One of `expert_names`, or of the modalities whose experts were left out; None where
+            these are unknown.
 
         Raises:
             InputError: The image cannot be used.
@@ -382,7 +392,8 @@ class Engine(OneAtATime):
         else:
             prefix = self._fetch(self.prefixes, pixels, ids, length + room, clock)
         clock.lap("prefix")
-        found = (*picture.notices, *unlike_label(picture.labels, prefix.modality))
+        other = other_modality(self.config.moe, prefix.modality)
+        found = (*other, *picture.notices, *unlike_label(picture.labels, prefix.modality))
         return replace(prefix, seconds={"vision": 0.0, **clock.laps}, warnings=found)
 
     def _compute(self, pixels: Floats, ids: list[int], capacity: int, clock: Clock) -> Prefix:
@@ -429,11 +440,13 @@ class Engine(OneAtATime):
                 yield from draft.take(chosen)
         clock.lap("decode")
         yield draft.rest()
-        unsure = doubts(refused, self.thresholds, draft)
+        confidence, enough = self._chance(draft, probabilities, refused)
+        unsure = doubts(refused, self.thresholds, draft, enough=enough)
         yield Answer(
             question=asked.question,
             text=draft.text,
-            confidence=math.exp(draft.log_probability),
+            confidence=confidence,
+            confidence_kind="calibrated" if self.fitted else "raw",
             modality=prefix.modality,
             experts=self._shares(experts),
             timings=timings(
@@ -446,8 +459,25 @@ class Engine(OneAtATime):
             unsure=bool(unsure),
             stopped=None if draft.stopped == "end" else draft.stopped,
             refusals=refused,
-            probabilities=probabilities,
+            probabilities=self._among(probabilities),
         )
+
+    def _chance(
+        self, draft: Draft, among: Mapping[str, float] | None, refused: Mapping[str, float]
+    ) -> tuple[float, bool]:
+        """An answer's confidence, and whether that is enough not to be unsure."""
+        probability = math.exp(draft.log_probability)
+        if self.fitted is None:
+            return probability, True
+        if among:  # one of the choices is right, as far as there is an answer
+            probability = among[draft.text] * (1 - sum(refused.values()))
+        chance = self.fitted.chance(draft.text, probability)
+        return chance, chance >= self.fitted.threshold
+
+    def _among(self, probabilities: dict[str, float] | None) -> dict[str, float] | None:
+        if self.fitted is None or probabilities is None:
+            return probabilities
+        return self.fitted.among(probabilities)
 
     def _score(self, step: Step, cache: Cache, tokens: list[int]) -> tuple[float, list[Step]]:
         """The log-probability of these tokens and an end, from the question's step on."""
@@ -490,15 +520,15 @@ class Engine(OneAtATime):
             )
 
     def _modality(self, image_logits: Floats) -> str | None:
-        if not self.expert_names:
-            return None
-        return self.expert_names[int(image_logits.mean((0, 1)).argmax())]
+        names = self.config.moe.modalities if self.config.moe else ()
+        return names[int(image_logits.mean((0, 1)).argmax())] if names else None
 
     def _chosen(self, step: Step) -> Counts:
         """How often each expert was chosen in a step, over tokens and layers; `[E]`."""
         if self.config.moe is None:
             return np.zeros(0, np.int64)
-        chosen = chosen_experts(step.router_logits, self.config.moe.top_k)
+        own = own_logits(step.router_logits, self.config.moe)
+        chosen = chosen_experts(own, self.config.moe.top_k)
         return np.bincount(chosen.ravel(), minlength=self.config.moe.num_experts)
 
     def _shares(self, counts: Counts) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle that carries its proof: calibrate, export, verify.
+"""From a checkpoint to a bundle that carries its proof, and on to other targets.
 
 Each begins with what can be refused at once, for the work may take an hour.
 """
@@ -7,30 +7,33 @@ import contextlib
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image as Picture
 
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target, writing
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle, DType, Target, TargetName
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint, cut_checkpoint, cut_like, read_checkpoint
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.embedded import EMBEDDED, bundle_path, is_installed
 from medmoe_edge.errors import InputError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.evaluation import verify as verification
 from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.recording import QUESTIONS
+from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
-from medmoe_edge.export.plan import GroupSize, Method, Precision
+from medmoe_edge.export.plan import GroupSize, Method, Precision, read_deltas
+from medmoe_edge.export.targets import check_request, export_target, plan_target
+from medmoe_edge.export.tensorrt_builder import Built
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
@@ -149,30 +152,50 @@ def export(
     method: Method = "auto",
     budget_bits: float | None = None,
     group: GroupSize | None = None,
+    experts: str | None = None,
     calibrate_on: str | None = None,
     samples: int = SAMPLES,
     stats: Path | None = None,
     strict: bool = False,
     name: str | None = None,
     vision_tower: Path | None = None,
+    modalities: Sequence[str] = (),
+    merge: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Export:
     """Export a checkpoint; calibrated and verified where `calibrate_on` names data.
 
     The checkpoint is opened once, for all steps. `stats` are statistics that `calibrate` wrote; the
-    bundle is then not yet verified. `strict` refuses experts that too few tokens reached. Raises
-    `VerificationError`, and leaves no bundle, where a gate fails; `ModelError`, `InputError` and
-    `ResourceError` otherwise.
+    bundle is then not yet verified. `experts` is how routed experts are stored, see
+    `export.plan.read_deltas`; None: whole. `strict` refuses experts that too few tokens reached.
+    With `modalities` the experts of these alone are exported, calibrated and verified, and with
+    `merge` as `cut_checkpoint` says. Raises `VerificationError`, and leaves no bundle, where a gate
+    fails; `ModelError`, `InputError` and `ResourceError` otherwise.
     """
     check_target(out, force=force, marker=MANIFEST)
     if calibrate_on is not None and stats is not None:
         raise InputError("Both data and statistics were given.", "Give one of the two.")
     report = progress or no_progress
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    if merge and not modalities:
+        raise InputError("What is to be merged?", "Name its modality: --modality xray --merge.")
+    if merge and experts is not None:
+        raise InputError(
+            "A merged expert is no delta: it is one feed-forward with the meta expert.",
+            "Leave --merge or --experts out.",
+        )
+    if modalities:
+        if stats is not None:
+            raise InputError(
+                "The statistics are those of the whole model, and experts are to be left out.",
+                "Calibrate what is left: --calibrate DATA in place of --stats.",
+            )
+        source = cut_checkpoint(source, modalities, merge=merge)
     for notice in source.warnings:
         logger.warning("%s", notice.message)
-    options = BuildOptions(precision, method, budget_bits, group, name)
+    deltas = None if experts is None else read_deltas(experts)
+    options = BuildOptions(precision, method, budget_bits, group, name, deltas)
     calibrated = calibrate_on is not None or stats is not None
     check_exportable(source, options, calibrated=calibrated)
     if calibrate_on is None:
@@ -246,7 +269,8 @@ def verify(
     """
     check_recordable(bundle, record)
     recordable = record is None and may_record(bundle)
-    model = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    read = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    model = cut_like(read, Bundle.open(bundle, verify=False).config)
     others = {_label(name): _peer(name, model) for name in beside}
     data = _data_for(model, source)
     with tempfile.TemporaryDirectory() as folder:
@@ -263,8 +287,14 @@ def verify(
 
 
 def _data_for(checkpoint: Checkpoint, source: str) -> CalibrationData:
-    names, vision = _modalities(checkpoint), checkpoint.config.vision
-    return read_calibration(source, known_modalities=names, vision=vision)
+    """Of a checkpoint that was cut, samples of modalities that were left out are none."""
+    moe, vision = checkpoint.config.moe, checkpoint.config.vision
+    data = read_calibration(source, known_modalities=_modalities(checkpoint), vision=vision)
+    if moe is None or not moe.left_out:
+        return data
+    kept = tuple(sample for sample in data.samples if sample.modality not in moe.left_out)
+    name = f"{data.name}, {' and '.join(moe.expert_names)} alone"
+    return dataclasses.replace(data, samples=kept, name=name)
 
 
 def _modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -311,8 +341,9 @@ def _label(name: str) -> str:
 def _peer(name: str, checkpoint: Checkpoint) -> Callable[[], Runtime]:
     """Makes the runtime of another candidate, which is looked for at once."""
     if name in BASELINES:
-        from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
+        from medmoe_edge.runtimes.torch.eager import BitsAndBytesRuntime, bitsandbytes
 
+        bitsandbytes()  # missed at once
         return partial(BitsAndBytesRuntime, checkpoint, BASELINES[name])
     if name not in EMBEDDED and not Path(name).is_dir():
         raise InputError(
@@ -326,3 +357,77 @@ def _peer(name: str, checkpoint: Checkpoint) -> Callable[[], Runtime]:
             "Measure bundles of one checkpoint beside each other.",
         )
     return partial(OrtRuntime, bundle)
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetExport:
+    """A bundle for a target, and what its engines took to build; none for graphs."""
+
+    bundle: Path
+    target: Target
+    engines: Mapping[str, Built]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        engines = {
+            name: {
+                "bytes": built.bytes,
+                "seconds": built.seconds,
+                "peak_memory": built.peak_memory,
+                "cached": built.cached,
+            }
+            for name, built in self.engines.items()
+        }
+        return {"bundle": str(self.bundle), "target": self.target.to_json(), "engines": engines}
+
+
+def export_for(
+    name: TargetName,
+    model: Path,
+    out: Path,
+    *,
+    portable: Callable[[Path], object],
+    gpu: str | None = None,
+    dtype: DType = "fp16",
+    positions: int | None = None,
+    paged: bool = False,
+    memory_limit: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TargetExport:
+    """Write the bundle `out` of `model` for the target `name`.
+
+    `model` is a portable bundle, or a checkpoint that `portable` exports to a folder first. For the
+    rest and the errors see `export.targets`.
+    """
+    check_target(out, force=force, marker=MANIFEST)
+    check_request(name, gpu=gpu, dtype=dtype, capacity=positions)
+    with tempfile.TemporaryDirectory(dir=_made(out.resolve().parent), prefix=".portable.") as at:
+        folder = model
+        if not (model / MANIFEST).exists():
+            folder = Path(at) / "bundle"
+            portable(folder)
+        bundle = Bundle.open(folder)
+        target = plan_target(bundle, name, gpu=gpu, dtype=dtype, capacity=positions, paged=paged)
+        engines = export_target(
+            bundle, out, target, memory_limit=memory_limit, force=force, progress=progress
+        )
+    return TargetExport(out, target, engines)
+
+
+def agree(bundle: Path, source: str, *, progress: Progress | None = None) -> list[Agreement]:
+    """Hold every target's form of a portable bundle against its specification; see `agreement`.
+
+    `source` names questions as for `verify`. Raises `ModelError` for a bundle of another target.
+    """
+    model = Bundle.open(bundle)
+    names = model.config.moe.expert_names if model.config.moe else ()
+    data = read_calibration(source, known_modalities=names)
+    with tempfile.TemporaryDirectory() as folder:
+        examples = list(as_examples(data.draw(len(data.samples)), Path(folder)))
+        return agree_on_targets(model, examples, progress=progress)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,4 +1,4 @@
-"""What `bench` shows to people: tables, and the cost of a prompt as a picture."""
+"""What the verbs about a machine show: what answering costs on it, what it has, what fits it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.errors import InputError, ResourceError, shown_bytes
-from medmoe_edge.render.console import percent, show, show_table
-from medmoe_edge.render.device import seconds
+from medmoe_edge.render.console import percent, show, show_table, wrote
 
 if TYPE_CHECKING:
     from medmoe_edge.bench.limits import LimitBench
@@ -15,6 +14,10 @@ if TYPE_CHECKING:
     from medmoe_edge.bench.paging import AtBudget, PagingBench, Soak
     from medmoe_edge.bench.peers import Comparison
     from medmoe_edge.bench.run import Bench
+    from medmoe_edge.device.doctor import Diagnosis
+    from medmoe_edge.device.estimate import Fit, Forecast, Plan
+    from medmoe_edge.device.measure import Comparison as Measured
+    from medmoe_edge.pipeline.med_moe import TargetExport
 
 BUSY = 0.5  # of a machine's threads, from which on other programs matter
 WAYS = {"resident": "all resident", "prefetch": "paged", "on_demand": "paged, no prefetch"}
@@ -263,3 +266,122 @@ def _quartiles(spread: "Spread") -> str:
 
 def _memory(count: int | None) -> str:
     return "unknown" if count is None else shown_bytes(count)
+
+
+STATES = {"problem": "bold red", "warning": "yellow", "hint": "dim"}
+
+
+def show_diagnosis(diagnosis: "Diagnosis") -> None:
+    """What was found, then what is wrong with it and what to do."""
+    show_table("", ["", ""], [(fact.name, fact.value) for fact in diagnosis.facts], left=2)
+    show()
+    rows = [
+        (extra.name, extra.purpose, extra.state, extra.command if extra.missing else "")
+        for extra in diagnosis.extras
+    ]
+    show_table("Extras", ["extra", "for", "state", "to install"], rows, left=4)
+    for finding in diagnosis.findings:
+        show()
+        show(f"{finding.level.capitalize()}: {finding.what}", STATES[finding.level])
+        show(f"  {finding.remedy}")
+
+
+def show_plan(plan: "Plan") -> None:
+    """A row per precision, then what the figures rest on."""
+    columns = ["", "decoder", "memory to run", "to build", "first token", "tokens/s", "fits"]
+    rows = [
+        (
+            each.precision,
+            shown_bytes(each.weights),
+            shown_bytes(each.memory_run),
+            shown_bytes(each.memory_build),
+            seconds(each.first_token),
+            f"{each.tokens_per_second:,.1f}",
+            _verdict(each),
+        )
+        for each in plan.forecasts
+    ]
+    device = plan.device
+    title = f"{plan.model} on {device.title}, {shown_bytes(device.usable)} usable"
+    show_table(title, columns, rows, styles={"yes": "green"})
+    if heavy := [f.precision for f in plan.forecasts if f.memory_build > device.usable]:
+        show(
+            f"To build {', '.join(heavy)} takes more memory than it has: build elsewhere.", "yellow"
+        )
+    rests = "measured rates" if device.ratings is None else "the maker's figures"
+    asked = f"{plan.prompt_tokens} prompt and {plan.new_tokens} new tokens"
+    show(f"Predicted for {asked}, from {rests}; not run.", "dim")
+    if plan.left_out:
+        show(f"The bundle is without its experts for {', '.join(plan.left_out)}.", "dim")
+    if any(forecast.paging_cost > 1 for forecast in plan.forecasts):
+        show("Times with paged experts hold what paging was measured to cost on a CPU.", "dim")
+
+
+def show_fit(fit: "Fit") -> None:
+    """The form that is proposed, and the commands that make and run it."""
+    forecast = fit.forecast or fit.nearest
+    if forecast is None:
+        return
+    took = seconds(forecast.answer(fit.new_tokens))
+    memory = min(forecast.memory_run, fit.device.usable)
+    group = f" in groups of {forecast.group}" if forecast.precision == "int4" else ""
+    rows = [
+        ("precision", f"{forecast.precision}{group}"),
+        ("image tokens", str(fit.image_tokens)),
+        ("memory", f"{shown_bytes(memory)} of {shown_bytes(fit.device.usable)} usable"),
+        ("experts in memory", f"{fit.resident_experts} of {fit.experts}"),
+        ("memory budget", "none" if forecast.expert_budget is None else _verdict(forecast)),
+        ("first token", seconds(forecast.first_token)),
+        (f"{fit.new_tokens} tokens", f"{took}, of {seconds(fit.latency)} wished"),
+    ]
+    what = "Proposed" if fit.forecast else "Nearest"
+    show_table(f"{what} for {fit.model} on {fit.device.title}", ["", ""], rows, left=2)
+    for command in fit.commands:
+        show(command, "bold")
+    show("Predicted, not run.", "dim")
+
+
+def show_comparison(comparison: "Measured") -> None:
+    """Prediction beside measurement."""
+    rows = [
+        (
+            name,
+            seconds(comparison.predicted[name]),
+            seconds(comparison.measured[name]),
+            f"{ratio:.2f}",
+        )
+        for name, ratio in comparison.ratios.items()
+    ]
+    show()
+    show_table("Run on this machine", ["", "predicted", "measured", "ratio"], rows)
+
+
+def seconds(value: float) -> str:
+    """A time for people: 2.31 s, or 12.4 ms."""
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _verdict(forecast: "Forecast") -> str:
+    if forecast.short:
+        return f"no, {shown_bytes(forecast.short)} short"
+    if forecast.expert_budget is None:
+        return "yes"
+    share = forecast.expert_budget / forecast.experts
+    return f"with {shown_bytes(forecast.expert_budget)} for experts ({share:.0%} of them)"
+
+
+def show_target(made: "TargetExport") -> None:
+    """The engines, what they took, and where they are."""
+    rows = [
+        (
+            name,
+            shown_bytes(built.bytes),
+            seconds(built.seconds),
+            shown_bytes(built.peak_memory) if built.peak_memory else "",
+            "from the cache" if built.cached else "built",
+        )
+        for name, built in made.engines.items()
+    ]
+    if rows:
+        show_table(f"For {made.target}", ["engine", "size", "took", "peak memory", ""], rows)
+    wrote("the bundle", made.bundle)

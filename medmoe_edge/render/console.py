@@ -155,16 +155,19 @@ def show_inspection(inspection: "Inspection") -> None:
     ]
     if moe:
         meta = " + meta expert" if moe.meta_expert else ""
+        meta += ", merged into one" if moe.merged else ""
         rows += [
             ("experts", f"{moe.num_experts}, top-{moe.top_k}{meta}, in {len(moe.layers)} layers"),
             ("  in layers", ", ".join(map(str, moe.layers))),
         ]
         if moe.expert_names:
             rows.append(("  for", ", ".join(moe.expert_names)))
+        if moe.left_out:
+            rows.append(("  left out", f"{', '.join(moe.left_out)}; answers about them say so"))
     if inspection.tensors is not None:
         types = ", ".join(f"{count} {name}" for name, count in (inspection.types or {}).items())
         rows.append(("tensors", f"{inspection.tensors:,} ({types})"))
-    for name in ("quantisation", "source", "licence", "verification"):
+    for name in ("quantisation", "source", "licence", "signature", "verification"):
         rows += told(name, getattr(inspection, name))
     rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)
@@ -174,7 +177,8 @@ def show_inspection(inspection: "Inspection") -> None:
 def show_evaluation(found: "AnswerScores") -> None:
     """The papers' figures in percent, without the picture too, then how the modality was read."""
     if found.questions is None:
-        show(_modality_found("the labelled images", found.labels))
+        if found.labels:
+            show(_modality_found("the labelled images", found.labels))
         return
     asked, blind = found.questions, found.blind
     scores: list[tuple[str, Score | None]] = [
@@ -245,10 +249,14 @@ def _remarks(asked: "Evaluation", found: "AnswerScores") -> Iterator[str]:
     if asked.cut_off:
         yield f"{asked.cut_off:,} answers were cut off: allow more with --max-new-tokens."
     if reliability := asked.reliability:
-        half = next(risk for share, risk in reliability.risk_coverage if share >= 0.5)
-        wrong = 1 - asked.overall.exact_match
+        wrong, half = 1 - reliability.accuracy, 1 - reliability.half
         yield f"Confidence is off by {percent(reliability.ece)} on average (ECE)."
         yield f"Wrong are {percent(wrong)} of all answers, {percent(half)} of the surer half."
+    if asked.unsure.answers:
+        yield (
+            f"Unsure are {percent(asked.unsure.answers)} of the answers, with "
+            f"{percent(asked.unsure.errors)} of the errors."
+        )
     for what, read in (("these images", asked.router), ("the labelled images", found.labels)):
         if line := _modality_found(what, read):
             yield line

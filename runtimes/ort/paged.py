@@ -55,8 +55,15 @@ from medmoe_edge.runtimes.paging.pager import (
     PagedExperts,
 )
 from medmoe_edge.runtimes.paging.prediction import Ahead, RequestRouting, budget_bytes
-from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
-from medmoe_edge.runtimes.slots.slots import CpuMemory, DeviceMemory, Kind, SlotPools, Table
+from medmoe_edge.runtimes.slots.slots import (
+    Chosen,
+    CpuMemory,
+    DeviceMemory,
+    Kind,
+    SlotPools,
+    SlotRequests,
+    Table,
+)
 
 COPIES = 2  # of an expert's stored bytes while it is loaded, beside the packed ones
 SESSION = 2**18  # bytes that a session takes beside its weights

@@ -253,7 +253,7 @@ class OrtRuntime:
     def __init__(
         self,
         bundle: Bundle,
-        replaced: Mapping[str, Floats] | None = None,
+        replaced: Mapping[str, npt.NDArray[Any]] | None = None,
         *,
         device: Device = "auto",
         allow_fallback: bool = False,

@@ -2,9 +2,10 @@
 
 An engine that is not for this library or this GPU is refused with a remedy. The decoder's engine
 has two optimisation profiles: prefill, of 1 to `prefill` tokens a step, and decode, of one token.
-Its KV cache is written in place: `present_*` is bound to the buffer of `past_*`. A decode step is
-captured once per cache as a CUDA graph and replayed for every token after: where the token stands,
-it reads from the device (`start`).
+Its KV cache is written in place: `present_*` is bound to the buffer of `past_*`. An engine of
+TensorRT before 10.15 copies the cache instead; it writes into a second set of buffers, and the two
+take turns. A decode step is captured as a CUDA graph, once per cache and set of buffers, and
+replayed for every token after: where the token stands, it reads from the device (`start`).
 """
 
 import mmap
@@ -27,11 +28,11 @@ from medmoe_edge.export.gpus import (
     load_library,
     make_logger,
     reason,
+    writes_in_place,
 )
 from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step, check_room, in_parts
 from medmoe_edge.runtimes.paging.pager import ExpertFile
-from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
-from medmoe_edge.runtimes.slots.slots import Kind, SlotPools, Table
+from medmoe_edge.runtimes.slots.slots import Chosen, Kind, SlotPools, SlotRequests, Table
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice, Device, MirroredArray
 
 
@@ -118,21 +119,39 @@ class TensorRTCache:
     """A device buffer `[1, H, capacity, head_size]` per layer for keys and one for values.
 
     They begin as zeros: attention gives positions not yet written the weight 0, and 0 times
-    whatever lay in the memory might be no number.
+    whatever lay in the memory might be no number. A step reads `buffers` and writes `written`,
+    which are the same where the engine writes in place.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int, device: Device) -> None:
+    def __init__(
+        self, config: ModelConfig, capacity: int, device: Device, *, in_place: bool = True
+    ) -> None:
         decoder = config.decoder
         size = decoder.heads * capacity * decoder.head_size * HALF
         self.capacity = capacity
         self.length = 0
-        self.buffers = {
-            f"{kind}.{layer}": device.zeros(size)
-            for layer in range(decoder.layers)
-            for kind in ("key", "value")
-        }
+        self.buffers, written = (
+            {
+                f"{kind}.{layer}": device.zeros(size)
+                for layer in range(decoder.layers)
+                for kind in ("key", "value")
+            }
+            if wanted
+            else {}
+            for wanted in (True, not in_place)
+        )
+        self.written = written or self.buffers
         self.decoded = False
-        self.replay: Callable[[], None] | None = None  # the captured decode step
+        self.replays: dict[int, Callable[[], None]] = {}  # captured decode steps, by what they read
+
+    @property
+    def side(self) -> int:
+        """Which of the two sets the next step reads."""
+        return id(self.buffers)
+
+    def turn(self) -> None:
+        """What the last step wrote is what the next one reads."""
+        self.buffers, self.written = self.written, self.buffers
 
 
 class TensorRTRuntime:
@@ -171,7 +190,8 @@ class TensorRTRuntime:
                 f"{self.target.capacity}.",
                 "Ask a shorter question or allow fewer new tokens.",
             )
-        return TensorRTCache(self.config, self.target.capacity, self._device)
+        in_place = writes_in_place(self.target)
+        return TensorRTCache(self.config, self.target.capacity, self._device, in_place=in_place)
 
     def step(self, embeds: Floats, cache: Cache) -> Step:
         """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S.
@@ -191,6 +211,7 @@ class TensorRTRuntime:
             self._launch_decode(cache)
         self._device.synchronise()
         cache.length += len(embeds)
+        cache.turn()
         return lane.read(len(embeds))
 
     def _lane(self, tokens: int) -> "Lane":
@@ -199,13 +220,15 @@ class TensorRTRuntime:
     def _launch_decode(self, cache: TensorRTCache) -> None:
         """The first step of a cache as it is, for TensorRT to settle; from the second, a graph."""
         stream = self._device.stream
-        if cache.replay is None and cache.decoded and is_capturable(self._decode.context, stream):
-            cache.replay = self._device.capture(lambda: self._decode.launch(1, cache))
-        if cache.replay is None:
+        replay = cache.replays.get(cache.side)
+        if replay is None and cache.decoded and is_capturable(self._decode.context, stream):
+            replay = self._device.capture(lambda: self._decode.launch(1, cache))
+            cache.replays[cache.side] = replay
+        if replay is None:
             self._decode.launch(1, cache)
             cache.decoded = True
         else:
-            cache.replay()
+            replay()
 
     def _open_file(self, name: str) -> Engine:
         return TensorRTEngine(self.bundle.path(name), self.target, self._device)
@@ -238,7 +261,7 @@ class Lane:
     """
 
     def __init__(self, context: Context, device: Device, config: ModelConfig, tokens: int) -> None:
-        decoder, experts = config.decoder, config.moe.num_experts if config.moe else 0
+        decoder, experts = config.decoder, config.moe.router_rows if config.moe else 0
         self.context, self.device = context, device
         self.size = decoder.hidden_size
         self.inputs = {
@@ -264,7 +287,7 @@ class Lane:
             **self.addresses,
             **{name: mirror.address for name, mirror in mirrors.items()},
             **{f"past_{name}": buffer.address for name, buffer in cache.buffers.items()},
-            **{f"present_{name}": buffer.address for name, buffer in cache.buffers.items()},
+            **{f"present_{name}": buffer.address for name, buffer in cache.written.items()},
         }
         shapes = {**self.shapes, "embeds": (1, tokens, self.size)}
         inputs, outputs = list(self.inputs.values()), list(self.outputs.values())
@@ -327,7 +350,7 @@ class PagedTensorRTRuntime(TensorRTRuntime):
     The engine takes the slots as inputs (`export/passes/tensorrt.py`). They are bound like the KV
     cache, by addresses that stay, so that a captured decode step stays right too: it reads the
     table from the device, as it reads where the token stands. Each launch is a whole step;
-    `slots/replay.py` runs it again until every expert that it chose was there.
+    `slots/slots.py` runs it again until every expert that it chose was there.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.errors import ModelError
-from medmoe_edge.export.ops import ACTIVATIONS
+from medmoe_edge.export.decoder import ACTIVATIONS
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights
 from medmoe_edge.kernels.variant import TILES, group_of
 from medmoe_edge.models.med_moe import MedMoE

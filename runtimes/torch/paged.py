@@ -30,15 +30,16 @@ from medmoe_edge.models.decoder import route
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, Step, check_room
 from medmoe_edge.runtimes.paging.pager import Bytes, Expert, ExpertFile, Extent
-from medmoe_edge.runtimes.slots.replay import Chosen, SlotRequests
 from medmoe_edge.runtimes.slots.slots import (
     ABSENT,
+    Chosen,
     CpuBuffer,
     CpuMemory,
     DeviceMemory,
     Event,
     Kind,
     SlotPools,
+    SlotRequests,
     Table,
 )
 from medmoe_edge.runtimes.torch.bundle import BundleWeights, Stored, TorchBundleRuntime, dequantise
@@ -223,7 +224,8 @@ class PagedTorchRuntime(TorchBundleRuntime):
         step = super().step(embeds, cache)
         logits = torch.from_numpy(step.router_logits).to(self.device)
         assert self.config.moe is not None
-        _, chosen = route(logits, self.config.moe.top_k)  # as its layers did, to the bit
+        moe = self.config.moe
+        _, chosen = route(logits, moe.top_k, rows=moe.own_rows)  # as its layers did, to the bit
         return step, chosen.cpu().numpy()
 
 

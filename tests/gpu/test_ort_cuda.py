@@ -31,9 +31,8 @@ from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import save_model
-from medmoe_edge.export.decoder import DecoderBuilder
+from medmoe_edge.export.decoder import EXPERT_WEIGHTS, DecoderBuilder, MoESpec
 from medmoe_edge.export.half import routing, to_half_graph
-from medmoe_edge.export.ops import EXPERT_WEIGHTS, MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_attention
 from medmoe_edge.export.passes.ort_cuda import lower_matmul_cuda, lower_moe_cuda
 from medmoe_edge.export.plan import Plan, Precision

@@ -11,7 +11,7 @@ from graphs import initializer, model, moe_config, moe_layer, random_tokens, run
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import MEDMOE, Builder, Stacks, floats
-from medmoe_edge.export.ops import MoESpec, moe_function
+from medmoe_edge.export.decoder import MoESpec, moe_function
 from medmoe_edge.export.passes.ort_cuda import lower_moe_cuda, take_experts_from_slots
 from medmoe_edge.export.plan import Plan, Precision
 from medmoe_edge.export.quantise import quantise_weights

@@ -21,8 +21,7 @@ from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step
 from medmoe_edge.runtimes.ort import paged as ort_paged
 from medmoe_edge.runtimes.ort.paged import SlotOrtRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.slots import CpuMemory, Table
+from medmoe_edge.runtimes.slots.slots import Chosen, CpuMemory, Table
 
 if TYPE_CHECKING:
     from command_line import Run

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from tensorrt_stub import Build, DataType, bindings, stub
+from tensorrt_stub import PLUGIN_VERSIONS, Build, DataType, bindings, stub
 from test_plugin_ahead_of_time import own_cache
 
 from medmoe_edge.errors import ConfigError, MissingDependencyError
@@ -26,11 +26,13 @@ T, SLOTS, EXPERTS, D, F = 37, 2, 3, 64, 160
 HALF, INT32, FLOAT, INT8 = DataType.HALF, DataType.INT32, DataType.FLOAT, DataType.INT8
 
 
-@pytest.fixture
-def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    folder = bindings()
+@pytest.fixture(params=PLUGIN_VERSIONS)
+def tensorrt(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModuleType]:
+    folder = bindings(request.param)
     if folder is None:
-        pytest.skip("needs NVIDIA's Python code: pip install tensorrt-cu13-bindings")
+        pytest.skip(f"needs NVIDIA's Python code of TensorRT {request.param}: .ci/bindings FOLDER")
     module = stub(folder)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(tensorrt_plugin, "_registered", {})
@@ -112,6 +114,30 @@ def test_scales_turned_half_are_refused(tensorrt: ModuleType) -> None:
     build.tactics()
     with pytest.raises(ConfigError, match="gate_scale_0 is HALF, not FLOAT"):
         build.launch(1)
+
+
+# What the builder and the runtime use of the C++ bindings, in every version.
+USED = (
+    *("STRONGLY_TYPED", "build_serialized_network", "parse_from_file", "get_error"),
+    *("set_memory_pool_limit", "progress_monitor", "IProgressMonitor", "WORKSPACE"),
+    *("create_optimization_profile", "add_optimization_profile", "set_timing_cache"),
+    *("deserialize_cuda_engine", "create_execution_context", "ON_PROFILE_CHANGE"),
+    *("set_optimization_profile_async", "set_tensor_address", "set_input_shape"),
+    "execute_async_v3",
+)
+
+
+@pytest.mark.parametrize("version", ["10.3", *PLUGIN_VERSIONS])
+def test_the_bindings_have_what_is_used(version: str) -> None:
+    folder = bindings(version)
+    if folder is None:
+        pytest.skip(f"needs the bindings of TensorRT {version}: .ci/bindings FOLDER")
+    (library,) = folder.glob("tensorrt.*")
+    content = library.read_bytes()
+    assert [name for name in USED if name.encode() not in content] == []
+    streams = b"buildSerializedNetworkToStream" in content
+    assert streams == (version not in ("10.3", "10.9"))  # before, a plan is built at once
+    assert (folder / "plugin").is_dir() == (version != "10.3")
 
 
 def test_without_tensorrt_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

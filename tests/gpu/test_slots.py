@@ -15,17 +15,20 @@ from medmoe_edge._types import Floats
 from medmoe_edge.errors import BundleError, InputError, ResourceError
 from medmoe_edge.runtimes.base import Step
 from medmoe_edge.runtimes.paging.pager import Bytes, Expert
-from medmoe_edge.runtimes.slots.replay import Chosen, Replay, first_fault, next_try
 from medmoe_edge.runtimes.slots.slots import (
     ABSENT,
+    Chosen,
     CpuBuffer,
     CpuMemory,
     DeviceMemory,
     Event,
     ExpertSlots,
     Kind,
+    Replay,
     SlotPools,
     Table,
+    first_fault,
+    next_try,
     slot_count,
 )
 

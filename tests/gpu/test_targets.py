@@ -26,7 +26,7 @@ from medmoe_edge.export import targets
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.targets import export_target, inline, lower, plan_target
-from medmoe_edge.pipeline.targets import export_for
+from medmoe_edge.pipeline.med_moe import export_for
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 Make = Callable[..., Path]

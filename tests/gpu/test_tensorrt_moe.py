@@ -22,8 +22,8 @@ from onnx.reference import ReferenceEvaluator
 from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import ConfigError
+from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.half import routing, to_half_graph
-from medmoe_edge.export.ops import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
 from medmoe_edge.export.passes.tensorrt import lower_moe_to_plugin
 from medmoe_edge.export.plan import Plan

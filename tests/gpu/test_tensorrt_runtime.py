@@ -111,8 +111,8 @@ class FakeDevice:
 class FakeContext:
     """Computes what `Decoder` does, out of the memory at the addresses bound to it."""
 
-    def __init__(self, device: FakeDevice, profile: int) -> None:
-        self.device, self.profile = device, profile
+    def __init__(self, device: FakeDevice, profile: int, in_place: bool = True) -> None:
+        self.device, self.profile, self.in_place = device, profile, in_place
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.launches: list[int] = []
@@ -137,12 +137,14 @@ class FakeContext:
 
     def _compute(self, bound: dict[str, npt.NDArray[np.uint8]], tokens: int) -> None:
         for kind in ("key", "value"):
-            assert bound[f"past_{kind}.0"] is bound[f"present_{kind}.0"], "written elsewhere"
+            past, present = bound[f"past_{kind}.0"], bound[f"present_{kind}.0"]
+            assert (past is present) == self.in_place, "written elsewhere, or where it is read"
+            present[:] = past
         (start,) = bound["start"].view(np.int64)
         x = bound["embeds"].view(np.float32).reshape(-1, SIZES.hidden)[:tokens]
-        keys = bound["past_key.0"].view(np.float16).reshape(SIZES.capacity, SIZES.hidden)
+        keys = bound["present_key.0"].view(np.float16).reshape(SIZES.capacity, SIZES.hidden)
         keys[start : start + tokens] = x
-        bound["past_value.0"].view(np.float16)[:] = keys.ravel() / 2
+        bound["present_value.0"].view(np.float16)[:] = keys.ravel() / 2
         logits, _ = DECODER.reference(keys[: start + tokens].astype(np.float32))
         bound["logits"].view(np.float32)[:] = logits
         routing = x @ DECODER.router
@@ -150,8 +152,8 @@ class FakeContext:
 
 
 class FakeEngine:
-    def __init__(self, device: FakeDevice) -> None:
-        self.contexts = [FakeContext(device, profile) for profile in (0, 1)]
+    def __init__(self, device: FakeDevice, in_place: bool = True) -> None:
+        self.contexts = [FakeContext(device, profile, in_place) for profile in (0, 1)]
 
     def context(self, profile: int) -> FakeContext:
         return self.contexts[profile]
@@ -243,6 +245,24 @@ def test_nothing_is_captured_before_tensorrt_allows_it(rig: Rig) -> None:
     steps = rig.steps(x, rig.runtime.new_cache(8), 3, 1, 1, 1, 1, 1)
     assert (rig.device.captures, allowed) == (1, [])
     np.testing.assert_allclose(steps[-1].logits, DECODER.reference(x)[0], atol=1e-3)
+
+
+def test_an_engine_that_copies_its_cache_gets_a_second_one(tmp_path: Path) -> None:
+    device = FakeDevice()
+    engine = FakeEngine(device, in_place=False)
+    bundle = fake_bundle(tmp_path)
+    bundle.target = dataclasses.replace(
+        TARGET, name="tensorrt", gpu="sm87", library_version="10.13.3"
+    )
+    runtime = TensorRTRuntime(bundle, device=device, open_engine=lambda name: engine)
+    old, x = Rig(runtime, device, engine), tokens(12)
+    cache = runtime.new_cache(12)
+    steps = old.steps(x, cache, 4, 1, 1, 1, 1, 1, 1, 2)
+    for step, end in zip(steps, (4, 5, 6, 7, 8, 9, 10, 12), strict=True):
+        np.testing.assert_allclose(step.logits, DECODER.reference(x[:end])[0], atol=1e-3)
+    assert device.captures == 2  # one for each of the two
+    cache.length = 5
+    assert np.abs(old.steps(x[5:], cache, 1)[0].logits - steps[2].logits).max() < 1e-3
 
 
 def test_every_cache_has_its_own_graph(rig: Rig) -> None:

@@ -37,8 +37,7 @@ from medmoe_edge.export.targets import export_target, plan_target, write_graphs
 from medmoe_edge.export.tensorrt_builder import parse
 from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.paging.pager import ExpertPager
-from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.slots import Table
+from medmoe_edge.runtimes.slots.slots import Chosen, Table
 from medmoe_edge.runtimes.tensorrt.device import CudaDevice
 from medmoe_edge.runtimes.tensorrt.runtime import PagedTensorRTRuntime
 

@@ -22,8 +22,7 @@ from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step
 from medmoe_edge.runtimes.paging.pager import Expert
-from medmoe_edge.runtimes.slots.replay import Chosen
-from medmoe_edge.runtimes.slots.slots import CpuMemory, Table
+from medmoe_edge.runtimes.slots.slots import Chosen, CpuMemory, Table
 from medmoe_edge.runtimes.torch import paged as torch_paged
 from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch.eager import TorchDevice

@@ -10,7 +10,7 @@ import onnx
 from onnx.defs import OpSchema
 
 from medmoe_edge.export.builder import MEDMOE
-from medmoe_edge.export.ops import INPUTS, OUTPUTS
+from medmoe_edge.export.decoder import INPUTS, OUTPUTS
 
 Inference = Callable[[onnx.shape_inference.InferenceContext], None]
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -29,7 +29,7 @@ def _moe() -> OpSchema:
         "MoE",
         MEDMOE,
         1,
-        "The mixture of experts of medmoe_edge.export.ops.",
+        "The mixture of experts of medmoe_edge.export.decoder.",
         inputs=[
             OpSchema.FormalParameter("x", "T", "Tokens [B, S, D]."),
             OpSchema.FormalParameter(
@@ -53,7 +53,7 @@ def _attention() -> OpSchema:
         "Attention",
         MEDMOE,
         1,
-        "The cached attention of medmoe_edge.export.ops.",
+        "The cached attention of medmoe_edge.export.decoder.",
         inputs=[
             OpSchema.FormalParameter(name, "I" if name == "start" else "T", "") for name in INPUTS
         ],

@@ -34,8 +34,8 @@ MODEL = {"name": "stand-in", "sha256": "0" * 64, "verification": "passed", "runt
 class StandIn:
     """Answers the same to everything, a word at a time, as far as `may_go_on`.
 
-    `images` are their sizes, `choices` what it was to choose from; `told` counts the words; `ended` is set whenever an answer is over,
-    also one that was not told to its end.
+    `images` are their sizes, `choices` what it was to choose from; `told` counts the words; `ended`
+    is set whenever an answer is over, also one that was not told to its end.
     """
 
     name, sha256, verification = "stand-in", "0" * 64, "passed"

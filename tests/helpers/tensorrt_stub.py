@@ -5,8 +5,10 @@ NVIDIA's, from the package `tensorrt-cu13-bindings`. Dimensions are plain number
 profile's dynamic axes are marked, since a plugin may not read them.
 """
 
+import contextlib
 import enum
 import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -107,13 +109,23 @@ def stub(folder: Path) -> ModuleType:
     return module
 
 
-def bindings() -> Path | None:
-    """The folder of NVIDIA's Python code, where the package is installed."""
-    try:
+PLUGIN_VERSIONS = ("10.9", "10.13", "10.15", "11.4")  # each the first of a form, and the newest
+
+
+def bindings(version: str) -> Path | None:
+    """The folder of NVIDIA's Python code of a version; None where it is not at hand.
+
+    It is that of the installed package, or one in the folder that `MEDMOE_TENSORRT_BINDINGS` names,
+    which `.ci/bindings` fills.
+    """
+    more = Path(os.environ.get("MEDMOE_TENSORRT_BINDINGS") or "nowhere")
+    for folder in sorted(more.glob(f"{version}.*/tensorrt_bindings")):
+        return folder
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found = importlib.metadata.distribution("tensorrt-cu13-bindings")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return Path(str(found.locate_file("tensorrt_bindings")))
+        if found.version.startswith(f"{version}."):
+            return Path(str(found.locate_file("tensorrt_bindings")))
+    return None
 
 
 class Build:

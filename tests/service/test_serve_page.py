@@ -5,7 +5,6 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import httpx
 import numpy as np
@@ -24,7 +23,7 @@ from test_serve_live import served
 
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.errors import Notice, ResourceError
 from medmoe_edge.image.pixels import KINDS, Image
 
@@ -47,7 +46,7 @@ class Seeing(StandIn):
         questions: Sequence[str],
         *,
         max_new_tokens: int,
-        choices: Any = None,
+        choices: Choices | None = None,
         alternatives: int | None = None,
     ) -> Iterator[str | Answer]:
         self.greys.append(int(image.pixels.mean()))
@@ -360,7 +359,7 @@ def test_an_answer_says_what_it_warns_of(page: Page) -> None:
             questions: Sequence[str],
             *,
             max_new_tokens: int,
-            choices: Any = None,
+            choices: Choices | None = None,
             alternatives: int | None = None,
         ) -> Iterator[str | Answer]:
             notice = Notice("unlike_label", "The file says that it is <b>ultrasound</b>.")

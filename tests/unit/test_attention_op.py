@@ -15,12 +15,12 @@ from schemas import register_schemas
 
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.export.builder import MEDMOE, Builder, floats
-from medmoe_edge.export.decoder import rotary_cache
-from medmoe_edge.export.ops import (
+from medmoe_edge.export.decoder import (
     INPUTS,
     OUTPUTS,
     attention_attributes,
     attention_function,
+    rotary_cache,
 )
 from medmoe_edge.export.passes.ort_cpu import lower_attention
 from medmoe_edge.presets import PRESETS

@@ -264,8 +264,8 @@ def test_problems_end_with_an_error() -> None:
             *("warning", "does not run on a Jetson"),
         ),
         (
-            *(changed(jetson=dataclasses.replace(ORIN, jetpack="6.2")), ORT, {"tensorrt": "10"}),
-            *("warning", "JetPack 6.2 does not run one"),
+            *(changed(jetson=dataclasses.replace(ORIN, jetpack="6.2")), ORT, {"tensorrt": "11.4"}),
+            *("warning", "TensorRT 11.4 is not for Jetson AGX Orin with JetPack 6.2."),
         ),
         (
             *(changed(jetson=dataclasses.replace(ORIN, jetpack="5.1")), ORT, {}),
@@ -296,7 +296,8 @@ def test_what_does_not_meet(
     [
         (changed(gpus=GPUS), CUDA, {"onnxruntime_gpu": "1.0"}),
         (changed(driver_loaded=True), ORT, {"nvidia_ml_py": "13"}),
-        (changed(jetson=ORIN), ORT, {"tensorrt": "11"}),
+        (changed(jetson=ORIN), ORT, {"tensorrt": "11.4.1"}),
+        (changed(jetson=ORIN), ORT, {"tensorrt": "10.16.1"}),
         (changed(features={}), ORT, {}),
         (changed(features={"i8mm": False, "dotprod": True}), ORT, {}),
     ],

@@ -23,7 +23,7 @@ from graphs import (
 
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import INLINE_BYTES, PAGE, Builder, floats, save_model
-from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
 from medmoe_edge.export.plan import Plan, Precision
 from medmoe_edge.export.quantise import quantise_weights

@@ -8,6 +8,8 @@ import pytest
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.export.gpus import find_gpu
 from medmoe_edge.export.jetson import (
+    AOT_PLUGINS,
+    IN_PLACE,
     JETPACK_OF,
     OLDEST_TENSORRT,
     SINCE,
@@ -122,10 +124,10 @@ def of(board: str, jetpack: str | None, tensorrt: str | None = None) -> Jetson:
         (of("AGX Xavier", "5.1"), None, "not supported"),
         (of("AGX Orin", "5.1.3"), None, "not supported"),
         (of("Orin Nano", "6.2"), "onnxruntime", "on the CPU"),
-        (of("AGX Thor", "7.1"), "onnxruntime", "on the CPU"),
-        (of("AGX Orin", "7.2"), "onnxruntime", "on the CPU"),
-        (of("Orin NX", "7.2.2"), "onnxruntime", "on the CPU"),
-        (of("AGX Orin", "7.2.2", "10.16"), "tensorrt", "Install TensorRT 11.4.1"),
+        (of("AGX Thor", "7.1", "10.13.3"), "tensorrt", "TensorRT 10.13.3 is there: the same."),
+        (of("AGX Orin", "7.2"), "tensorrt", "the 10.x that it brings"),
+        (of("Orin NX", "7.2.2", "10.14.1"), "tensorrt", "is there: attention in one operator."),
+        (of("AGX Orin", "7.2.2"), "tensorrt", "can be installed as well"),
         (of("AGX Orin", "7.2.2", "11.4.1.3"), "tensorrt", "TensorRT 11.4.1.3 is there"),
         (of("AGX Thor", "7.3"), "tensorrt", "never run yet"),
     ],
@@ -144,33 +146,38 @@ def test_the_best_path(found: Jetson, target: str | None, words: str) -> None:
         assert find_gpu(gpu, "tensorrt").sm == ("sm110" if gpu == "thor" else "sm87")
 
 
-@pytest.mark.parametrize("version", ["10.3.0", "10.9.0", "10.13.3", "10.16.1"])
-def test_a_tensorrt_that_is_too_old_is_refused_with_what_it_lacks(version: str) -> None:
+@pytest.mark.parametrize("version", ["8.6.2", "10.0.1", "10.2.0"])
+def test_a_tensorrt_that_is_too_old_is_refused(version: str) -> None:
     with pytest.raises(ResourceError, match=f"here is {version}") as found:
         check_tensorrt(version, None)
-    assert "TRT_KVCacheUpdate" in found.value.what
-    assert ("aot_impl" in found.value.what) == (version == "10.3.0")
-    assert "11.0" in found.value.remedy
+    assert "10.3" in found.value.remedy
     with pytest.raises(ResourceError) as found:
         check_tensorrt(version, of("Orin Nano", "6.2"))
     assert found.value.remedy.startswith("JetPack 6.2: on the CPU")
 
 
 @pytest.mark.parametrize(
-    "found", [of("Orin NX", "7.2.2"), of("AGX Orin", "7.2"), of("Orin Nano", "6.2")]
+    ("version", "found"),
+    [
+        *(("11.4.1", of("Orin NX", "7.2.2")), ("11.4.1", of("AGX Orin", "7.2"))),
+        *(("11.4.1", of("Orin Nano", "6.2")), ("11.3.0", of("AGX Orin", "7.2.2"))),
+    ],
 )
-def test_a_tensorrt_that_the_jetpack_does_not_run_is_refused(found: Jetson) -> None:
-    with pytest.raises(ResourceError, match=r"TensorRT 11\.4\.1 is not for") as error:
-        check_tensorrt("11.4.1", found)
-    assert "on the CPU" in error.value.remedy
+def test_a_tensorrt_that_the_jetpack_does_not_run_is_refused(version: str, found: Jetson) -> None:
+    with pytest.raises(ResourceError, match=rf"TensorRT {version} is not for") as error:
+        check_tensorrt(version, found)
+    assert error.value.remedy.startswith(f"JetPack {found.jetpack}: ")
 
 
 def test_tensorrt_of_the_matrix_is_taken() -> None:
     for found in (of("AGX Orin", "7.2.2"), of("AGX Thor", "7.2.2"), of("AGX Orin", None), None):
         check_tensorrt("11.4.1", found)
+    for version, found in (("10.3.0", of("Orin Nano", "6.2")), ("10.16", of("AGX Orin", "7.2"))):
+        check_tensorrt(version, found)
     assert parse_version("10.3.0.30-1+cuda12.5") == (10, 3, 0, 30)
     assert parse_version("none") == ()
     newest = max(SUPPORT, key=lambda row: row.since)
     assert newest.target == "tensorrt"
-    assert parse_version(newest.tensorrt) >= OLDEST_TENSORRT in SINCE
+    assert min(SINCE) == OLDEST_TENSORRT
+    assert {AOT_PLUGINS, IN_PLACE} < set(SINCE)
     assert [row.since for row in SUPPORT] == sorted(row.since for row in SUPPORT)

@@ -15,7 +15,7 @@ from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.models.decoder import MoE, route
 
 STRUCTURES = [

@@ -25,7 +25,7 @@ from torch import nn
 
 from medmoe_edge.calibration.quantisers import Format, Quantised, round_searched, round_to_nearest
 from medmoe_edge.export.builder import CONTRIB, Builder, floats
-from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
 from medmoe_edge.export.plan import INT8, Plan
 from medmoe_edge.export.quantise import Policy, quantise_weights

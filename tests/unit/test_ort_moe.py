@@ -9,7 +9,7 @@ import pytest
 import torch
 from graphs import moe_config, moe_layer, moe_model, op_types, random_tokens, run_all, run_ort
 
-from medmoe_edge.export.ops import MoESpec
+from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_moe
 
 STRUCTURES: list[tuple[str, dict[str, Any]]] = [

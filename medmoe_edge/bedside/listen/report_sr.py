@@ -1,9 +1,12 @@
 """A result as DICOM structured reports: Comprehensive 3D SR after TID 1500, and Basic Text SR.
 
-The measurement report (PS3.16, TID 1500) holds one group (TID 1501) with the question, the answer
-as a qualitative evaluation in words, the model's own probability of it as a measurement, the
-algorithm (TID 4019: name, version, hash of the bundle) and the image. Both documents are complete,
-preliminary and unverified, and say that they come from no medical device.
+The measurement report (PS3.16, TID 1500) holds an image library (TID 1600) and one group (TID 1501)
+with the question, the answer as a qualitative evaluation in words, the model's own probability of
+it as a measurement, the algorithm (TID 4019: name, version, hash of the bundle) and the image.
+Where the question asks for a finding that has a code, a qualitative evaluation is named after the
+finding, and its value is whether it is there; the finding stands nowhere else, so that nobody takes
+one that is absent for found. Both documents are complete, preliminary and unverified, and say that
+they come from no medical device.
 
 Secondary Captures: the picture as the model saw it, and a result as a map over the picture.
 
@@ -18,36 +21,40 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from highdicom.ko import KeyObjectSelection, KeyObjectSelectionDocument
 from highdicom.sc import SCImage
 from highdicom.sr import (
     AlgorithmIdentification,
+    CodeContentItem,
     CodedConcept,
     Comprehensive3DSR,
     ContainerContentItem,
     ContentSequence,
     DeviceObserverIdentifyingAttributes,
     EnhancedSR,
+    FindingSite,
     ImageContentItem,
     Measurement,
     MeasurementReport,
     MeasurementsAndQualitativeEvaluations,
+    NumContentItem,
     ObservationContext,
     ObserverContext,
+    QualitativeEvaluation,
     RelationshipTypeValues,
     SourceImageForMeasurementGroup,
     TextContentItem,
     TrackingIdentifier,
 )
-from PIL import Image as Pillow
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from medmoe_edge._version import __version__
+from medmoe_edge.bedside.listen.config import Code
 from medmoe_edge.bedside.listen.evidence import (
+    CERTAINTY,
     CHARACTERS,
     MAKER,
     Evidence,
@@ -58,6 +65,8 @@ from medmoe_edge.bedside.listen.evidence import (
 )
 from medmoe_edge.bedside.listen.header import SHARED
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.contrastive.features import Location
+from medmoe_edge.contrastive.heatmap import heat_picture
 from medmoe_edge.contrastive.text import key_phrase
 from medmoe_edge.image.pixels import Image, Pixels
 
@@ -73,7 +82,8 @@ WITHDRAWN = (
     "patient, under the same UID."
 )
 CONTAINS = RelationshipTypeValues.CONTAINS
-OBSERVED = RelationshipTypeValues.HAS_OBS_CONTEXT
+ACQUIRED = RelationshipTypeValues.HAS_ACQ_CONTEXT
+MODALITIES = [getattr(codes.cid29, name) for name in codes.cid29.dir()]
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,7 @@ def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
         ),
         algorithm_id=algorithm,
         measurements=[Measurement(PROBABILITY, answer.confidence, codes.UCUM.NoUnits)],
+        **_coded(result),
         source_images=[
             *(
                 SourceImageForMeasurementGroup(each.header.SOPClassUID, each.uid, each.frames)
@@ -135,6 +146,7 @@ def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
         procedure_reported=codes.SCT.ImagingProcedure,
         imaging_measurements=[group],
     )
+    report[0].ContentSequence.insert(-1, _library(result))  # before the measurements
     options = _document(result, "comprehensive-3d-sr", standing)
     return _true_to(result, Comprehensive3DSR(content=report, **options))
 
@@ -229,14 +241,92 @@ def _said(result: Result) -> list[TextContentItem]:
             for notice in answer.warnings
         ),
         TextContentItem(codes.DCM.Finding, answer.shown, CONTAINS),
-        *([] if result.of == 1 else [TextContentItem(SLICES, slices_of(result), CONTAINS)]),
+        *([TextContentItem(SLICES, slices_of(result), CONTAINS)] if is_part(result) else []),
         TextContentItem(codes.DCM.Comment, answer.notice, CONTAINS),
     ]
 
 
+def _coded(result: Result) -> dict[str, Any]:
+    """The finding, whether it is there and how certainly: evaluations and site of the group."""
+    found = result.coded
+    if found is None:
+        return {}
+    values = [
+        QualitativeEvaluation(
+            concept(found.finding.code, *found.finding.same), concept(found.presence)
+        )
+    ]
+    if found.certainty is not None:
+        values.append(QualitativeEvaluation(concept(CERTAINTY), concept(found.certainty)))
+    site = found.finding.site
+    return {
+        "qualitative_evaluations": values,
+        "finding_sites": None if site is None else [FindingSite(concept(site))],
+    }
+
+
+def concept(code: Code, *same: Code) -> CodedConcept:
+    """A configured code, with equivalent ones of other schemes (PS3.3, 8.8)."""
+    found = CodedConcept(code.value, code.scheme, code.meaning)
+    if same:
+        found.EquivalentCodeSequence = [concept(each) for each in same]
+    return found
+
+
+def _library(result: Result) -> ContainerContentItem:
+    """The images that were asked (TID 1600), in groups of a modality."""
+    library = ContainerContentItem(codes.DCM.ImageLibrary, relationship_type=CONTAINS)
+    library.ContentSequence = ContentSequence()
+    for modality in dict.fromkeys(each.modality for each in result.sources):
+        group = ContainerContentItem(codes.DCM.ImageLibraryGroup, relationship_type=CONTAINS)
+        group.ContentSequence = ContentSequence(
+            [
+                *(
+                    CodeContentItem(codes.DCM.Modality, code, ACQUIRED)
+                    for code in MODALITIES
+                    if code.value == modality
+                ),
+                *(_entry(each) for each in result.sources if each.modality == modality),
+            ]
+        )
+        library.ContentSequence.append(group)
+    return library
+
+
+def _entry(source: Evidence) -> ImageContentItem:
+    """An image with its size (TID 1601 and 1602)."""
+    pixels = CodedConcept("{pixels}", "UCUM", "Pixels")
+    entry = ImageContentItem(
+        name=codes.SCT.Source,
+        referenced_sop_class_uid=source.header.SOPClassUID,
+        referenced_sop_instance_uid=source.uid,
+        relationship_type=CONTAINS,
+    )
+    entry.ContentSequence = ContentSequence(
+        NumContentItem(
+            name, float(source.header[keyword].value), pixels, relationship_type=ACQUIRED
+        )
+        for name, keyword in (
+            (codes.DCM.PixelDataRows, "Rows"),
+            (codes.DCM.PixelDataColumns, "Columns"),
+        )
+    )
+    return entry
+
+
+def is_part(result: Result) -> bool:
+    """Whether a result is of several slices or frames, or of one of several."""
+    return result.of > 1 or any(each.of_frames > 1 for each in result.sources)
+
+
 def slices_of(result: Result) -> str:
-    """Of which slices of the series a result tells, by their Instance Numbers."""
-    numbers = [each.number or "without" for each in result.sources]
+    """Of which slices of the series a result tells, by Instance Numbers, and of which frames."""
+    numbers = []
+    for each in result.sources:
+        frames = each.frames or []
+        some = ", ".join(map(str, frames[:SOME])) + (", ..." if len(frames) > SOME else "")
+        told = f" frame {some} of {each.of_frames}" if frames else ""
+        numbers.append(f"{each.number or 'without'}{told}")
     some = ", ".join(numbers[:SOME]) + (", ..." if len(numbers) > SOME else "")
     return f"{len(numbers)} of {result.of} (number {some})"
 
@@ -288,24 +378,13 @@ def _document(result: Result, kind: str, standing: Standing) -> dict[str, Any]:
     }
 
 
-MAX_SIDE = 1024  # pixels
 LONGEST = 1024  # characters of a text of this kind (ST)
-SHARE = 0.5  # of the hottest colour over the picture
-
-
-class Located(Protocol):
-    """Where a phrase is, over the picture as shown."""
-
-    @property
-    def heat(self) -> npt.NDArray[np.float32]:
-        """`[H, W]`, -1 to 1."""
-        ...
 
 
 class Locator(Protocol):
     """What can point at a phrase in a picture, such as `modality_engine.ModalityEngine`."""
 
-    def locate(self, image: Image, phrase: str) -> Located:
+    def locate(self, image: Image, phrase: str) -> Location:
         """Raises `MedMoEError` for what it cannot use."""
         ...
 
@@ -313,7 +392,9 @@ class Locator(Protocol):
 def seen_capture(evidence: Evidence, pixels: Pixels, number: int = 1) -> Dataset:
     """The Secondary Capture of exactly what the model saw of an object, `[S, S, 3]`."""
     content = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    uid = made_uid(evidence.key, evidence.sha256, content, __version__, "picture")
+    uid = made_uid(
+        *(evidence.key, evidence.sha256, str(evidence.frame), content, __version__, "picture")
+    )
     picture = _capture(evidence, pixels, "picture", uid)
     picture.InstanceNumber = number
     picture.SeriesNumber = 9002
@@ -326,10 +407,12 @@ def seen_capture(evidence: Evidence, pixels: Pixels, number: int = 1) -> Dataset
 
 
 def heat_map(result: Result, image: Image, locator: Locator, standing: Standing = ALONE) -> Dataset:
-    """The Secondary Capture for a result; raises what `locator` does."""
+    """The Secondary Capture for a result; raises what `locator` does.
+
+    Phrase, scale of colours and notices are in its pixels: viewers show nothing else.
+    """
     phrase = key_phrase(result.answer.question, result.answer.text)
-    heat = locator.locate(image, phrase).heat
-    shown = blended(image.pixels, heat)
+    shown = np.asarray(heat_picture(image.pixels, locator.locate(image, phrase)))
     picture = _capture(result.evidence, shown, "heat-map", result.uid("heat-map"))
     picture.InstanceNumber = standing.number
     picture.SeriesNumber = 9001
@@ -368,15 +451,3 @@ def _capture(evidence: Evidence, pixels: Pixels, kind: str, uid: str) -> Dataset
     picture.SourceImageSequence = [source]
     evidence.take_over(picture)
     return picture
-
-
-def blended(pixels: Pixels, heat: npt.NDArray[np.float32]) -> Pixels:
-    """The picture `[H, W, 3]` with the heat `[h, w]` over it, at most `MAX_SIDE` wide and high."""
-    picture = Pillow.fromarray(pixels)
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    low, high = float(heat.min()), float(heat.max())
-    share = ((heat - low) / ((high - low) or 1.0)).astype(np.float32)
-    share = np.asarray(Pillow.fromarray(share).resize(picture.size))[..., None]  # [H, W, 1]
-    warm = np.array([255, 64, 0], np.float32)
-    mixed = np.asarray(picture, np.float32) * (1 - SHARE * share) + warm * (SHARE * share)
-    return mixed.round().astype(np.uint8)

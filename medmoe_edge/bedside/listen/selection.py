@@ -6,14 +6,15 @@ this program made itself, and what no question fits. It is received, counted and
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from pydicom import Dataset
 from pydicom.uid import UID
 
-from medmoe_edge.bedside.listen.config import Configuration, Series
+from medmoe_edge.bedside.listen.config import Series
 from medmoe_edge.bedside.listen.evidence import MAKER, is_ours
 from medmoe_edge.bedside.listen.header import (
     SHARED,
@@ -34,6 +35,8 @@ ASIDE = {  # the reasons, for people
     "localizer": "is a localizer",
     "burned_in": "is a secondary capture marked as showing text",
     "no_question": "fits no question",
+    "for_processing": "is for processing, and is there for presentation too",
+    "twice": "is there twice",
 }
 # Pictures of screens and paper, and pixels that are no picture: asked about only by name.
 BY_NAME = {"OT", "SR", "SC", "SEG", "RTDOSE", "REG", "DOC", "KO", "PR"}
@@ -42,7 +45,24 @@ SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot, those of sev
 REJECTIONS = {"113001", "113037", "113038", "113039"}  # titles of key objects, CID 7011
 
 
-def aside(dataset: Dataset, has_pixels: bool, configuration: Configuration) -> str:
+class Questioning(Protocol):
+    """What is asked of which images, as a `Configuration` says it."""
+
+    @property
+    def allow_burned_in(self) -> bool:
+        """Whether pixels that are marked as showing text are asked about too."""
+        ...
+
+    def names(self, modality: str) -> bool:
+        """Whether a question names the modality."""
+        ...
+
+    def questions_for(self, modality: str, parts: Collection[str]) -> tuple[str, ...]:
+        """What is asked of an image."""
+        ...
+
+
+def aside(dataset: Dataset, has_pixels: bool, configuration: Questioning) -> str:
     """Why nothing is asked of an object, a key of `ASIDE`; empty where something may be."""
     modality = modality_of(dataset)
     sop_class = uid_of(dataset, "SOPClassUID")
@@ -139,8 +159,25 @@ def chosen(slices: Sequence[Slice], marked: set[str], series: Series) -> Selecti
     return Selection(tuple(picked), count, tuple(notices))
 
 
-def voted(answers: Mapping[str, Answer]) -> tuple[str, Answer]:
-    """What slices say together to a question, and the slice that says it with most confidence.
+def chosen_frames(count: int, series: Series) -> list[int]:
+    """Which frames of an object of `count` to ask, from 0, as slices of a series are chosen."""
+    if series.slices == "all":
+        return list(range(count))
+    if series.slices == "every":
+        return list(range(min(series.every, count) // 2, count, series.every))
+    return [(count - 1) // 2]
+
+
+class Vote(NamedTuple):
+    """Which slice says what all say with most confidence, what that is, and whether all say it."""
+
+    best: str
+    answer: Answer
+    agreed: bool
+
+
+def voted(answers: Mapping[str, Answer]) -> Vote:
+    """What slices say together to a question.
 
     The answer that most slices give, compared without case and the last stop; of equally many the
     more confident. Its probabilities are the means of theirs; it is unsure where one of them is.
@@ -156,10 +193,10 @@ def voted(answers: Mapping[str, Answer]) -> tuple[str, Answer]:
     best = max(groups[winner], key=lambda key: answers[key].confidence)
     notices = {notice.code: notice for answer in answers.values() for notice in answer.warnings}
     if len(answers) > 1:
-        what = f"{len(groups[winner])} of {len(answers)} slices gave this answer."
+        what = f"{len(groups[winner])} of {len(answers)} pictures gave this answer."
         others = len(answers) - len(groups[winner])
         if others:
-            what += f" {others} gave others: look at the slices."
+            what += f" {others} gave others: look at them all."
         notices["vote"] = Notice("vote", what)
     won = [answers[key] for key in groups[winner]]
     found = replace(
@@ -172,7 +209,7 @@ def voted(answers: Mapping[str, Answer]) -> tuple[str, Answer]:
         probabilities=_means([each.probabilities or {} for each in won]) or None,
         warnings=tuple(notices.values()),
     )
-    return best, found
+    return Vote(best, found, len(groups) == 1)
 
 
 def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
