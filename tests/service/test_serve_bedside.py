@@ -25,7 +25,7 @@ from test_serve_page import DONE, SIZES, TEXT, Seeing, ask
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import WHY, Answer
 from medmoe_edge.errors import Notice
 from medmoe_edge.image.pixels import Image
 
@@ -74,7 +74,9 @@ import("/page/texts.js").then(({ LANGUAGES, TEXTS, QUESTIONS }) => {
   const keys = [document, ...templates].flatMap((root) => [...root.querySelectorAll("*")])
     .flatMap((element) => names.map((name) => element.dataset?.[name])).filter(Boolean);
   const unknown = keys.filter((key) => !(key in TEXTS));
-  done([languages, wrong.map(([key]) => key), unknown, keys.length]);
+  const warnings = Object.entries(TEXTS).filter(([key]) => key.startsWith("warning."))
+    .map(([key, [english]]) => [key.slice(8), english]);
+  done([languages, wrong.map(([key]) => key), unknown, keys.length, warnings]);
 });
 """
 AXE = """
@@ -102,7 +104,11 @@ class Doubtful(StandIn):
         )
         for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):
             doubted = isinstance(item, Answer)
-            yield replace(item, warnings=warnings, unsure=True) if doubted else item  # type: ignore[arg-type,type-var]
+            yield (
+                replace(item, warnings=warnings, unsure=True, confidence_kind="calibrated")
+                if doubted
+                else item
+            )  # type: ignore[arg-type,type-var]
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +364,7 @@ def test_warnings_come_first_and_details_are_folded_away(page: Page) -> None:
         assert page.text(".said").startswith("Unsicher. Beste Vermutung: No effusion")
         size = "return parseFloat(getComputedStyle(document.querySelector(arguments[0])).fontSize)"
         assert page.run(size, ".warnings") > page.run(size, "details")
+        assert page.text(".answer summary").startswith("Chance, richtig zu sein: 93")
         assert not page.one(".answer details").get_property("open")
         assert page.contrast(".answer .warnings li") >= 4.5
 
@@ -380,11 +387,12 @@ def test_examples_fit_the_modality(page: Page) -> None:
 def test_the_catalogue_is_whole(page: Page) -> None:
     with live(StandIn()) as url:
         page.open(url)
-        names, wrong, unknown, count = page.driver.execute_async_script(CATALOGUE)
+        names, wrong, unknown, count, warnings = page.driver.execute_async_script(CATALOGUE)
         assert names == LANGUAGES
         assert wrong == []
         assert unknown == []
         assert count > 30
+        assert WHY.items() <= dict(warnings).items()  # in the service's own words
 
 
 @pytest.mark.parametrize("size", SIZES)
