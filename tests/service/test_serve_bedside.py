@@ -213,15 +213,7 @@ def test_windows_are_chosen_by_name(page: Page) -> None:
         turn_to(page, 0)
         preset = Select(page.one("#preset"))
         names = [option.text for option in preset.options if option.is_enabled()]
-        assert names == [
-            "Of the file",
-            "Full range",
-            "Brain",
-            "Soft tissue",
-            "Lung",
-            "Bone",
-            "Liver",
-        ]
+        assert names == "Of the file,Full range,Brain,Soft tissue,Lung,Bone,Liver".split(",")
         preset.select_by_value("lung")
         assert page.pixel("picture", 1, 1)[0] == 128
         assert page.one("#width").get_property("value") == "1500"
