@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Self
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.machine import Machine, available_memory, cpu_flags, cpu_name
+from medmoe_edge.bundle.trust import check_checkpoint
 from medmoe_edge.config import Confidence
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import (
@@ -242,6 +243,7 @@ def open_model(
         return _open_bundle(bundle, runtime, device, paging)._replace(memory=memory)
     if paging.budget is not None:
         raise _not_paged(f"{folder.name} is a checkpoint")
+    check_checkpoint(folder)
     return _open_checkpoint(folder, device)
 
 
