@@ -193,6 +193,7 @@ def find_gpu(name: str, library: Library) -> Gpu:
 # the pages of the weight file, which the system may take back: 2 to 3 times the weights.
 TIMES_THE_WEIGHTS = 3
 FIXED = 400 * 2**20
+MOST_ENGINES = 2  # that a decoder is built in, one after the other
 MB = 10**6
 STATUS, CLEAR, MEMORY = "/proc/self/status", "/proc/self/clear_refs", "/proc/meminfo"
 

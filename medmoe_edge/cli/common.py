@@ -39,7 +39,7 @@ ORDER = (  # of the verbs in --help; a panel stands where its first one does
     *("ask", "classify", "locate", "index", "retrieve"),
     *("pull", "export", "calibrate", "init", "train", "router", "data"),
     *("verify", "eval", "bench", "inspect"),
-    *("doctor", "plan", "serve", "listen", "batch", "audit"),
+    *("doctor", "plan", "prove", "serve", "listen", "batch", "audit"),
 )
 
 

@@ -1,10 +1,11 @@
 """The verbs that deploy: what a device can run, and what is installed to run it."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from medmoe_edge.cli.common import Json, verb
+from medmoe_edge.cli.common import Force, Json, verb
 from medmoe_edge.cli.usage import complete_devices, complete_planned
 from medmoe_edge.errors import InputError
 from medmoe_edge.render import console as render
@@ -120,5 +121,39 @@ def plan(
         render_device.show_plan(found)
         if comparison:
             render_device.show_comparison(comparison)
+    if error := found.error():
+        raise error
+
+
+@verb("prove", "Deploy", "prove -o proof")
+def prove(
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="A new folder for proof.json and proof.html."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Run every GPU path of this package here, each against something independent.
+
+    A path passes, fails or is not run, with the reason; without a CUDA device none is proven, and
+    what stands in for it is named. Ends within 8 minutes, and needs no network.
+    """
+    from medmoe_edge.atomic import check_target
+    from medmoe_edge.device.prove import RECORD, write_proof
+    from medmoe_edge.device.prove import prove as run
+
+    if output is not None:
+        check_target(output, force=force, marker=RECORD)
+    with render.working("Proving") as progress:
+        found = run(progress)
+    if output is not None:
+        write_proof(found, output, force=force)
+    if as_json:
+        render.as_json(found.to_json(), found.error())
+    else:
+        render_device.show_proof(found)
+        if output is not None:
+            render.wrote("the proof", output)
     if error := found.error():
         raise error

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from medmoe_edge.device.doctor import Diagnosis
     from medmoe_edge.device.estimate import Fit, Forecast, Plan
     from medmoe_edge.device.measure import Comparison
+    from medmoe_edge.device.prove import Proof
     from medmoe_edge.pipeline.targets import TargetExport
 
 STATES = {"problem": "bold red", "warning": "yellow", "hint": "dim"}
@@ -27,6 +28,22 @@ def show_diagnosis(diagnosis: "Diagnosis") -> None:
         show()
         show(f"{finding.level.capitalize()}: {finding.what}", STATES[finding.level])
         show(f"  {finding.remedy}")
+
+
+VERDICTS = {"passed": "green", "failed": "bold red", "not run": "dim"}
+
+
+def show_proof(proof: "Proof") -> None:
+    """A row for each path, then what the figures of those that ran are."""
+    rows = [
+        (path.what, path.verdict, path.why or "", path.stand_in or "", seconds(path.seconds))
+        for path in proof.paths
+    ]
+    columns = ["path", "on the GPU", "", "run in its place", "took"]
+    show_table("This machine's GPU paths", columns, rows, styles=VERDICTS, left=4)
+    if proof.machine["throttled"]:
+        show("The power mode limits the clocks: times are not the fastest.", "yellow")
+    show("Figures: --json, or a page to send in: -o FOLDER", "dim")
 
 
 def show_plan(plan: "Plan") -> None:
