@@ -140,7 +140,7 @@ def prove(
     what stands in for it is named. Ends within 8 minutes, and needs no network.
     """
     from medmoe_edge.atomic import check_target
-    from medmoe_edge.device.prove import RECORD, write_proof
+    from medmoe_edge.device.prove import RECORD
     from medmoe_edge.device.prove import prove as run
 
     if output is not None:
@@ -148,7 +148,7 @@ def prove(
     with render.working("Proving") as progress:
         found = run(progress)
     if output is not None:
-        write_proof(found, output, force=force)
+        render_device.write_proof(found, output, force=force)
     if as_json:
         render.as_json(found.to_json(), found.error())
     else:

@@ -17,14 +17,12 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from html import escape
 from itertools import islice
 from pathlib import Path as FilePath
 from typing import Any, Literal, NamedTuple
@@ -33,7 +31,6 @@ import numpy as np
 
 from medmoe_edge._types import Progress
 from medmoe_edge._version import __version__
-from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.bundle.machine import cpu_name
 from medmoe_edge.bundle.recorded import read_recorded
@@ -42,7 +39,6 @@ from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import (
     MedMoEError,
     MissingDependencyError,
-    ResourceError,
     VerificationError,
 )
 from medmoe_edge.export.gpus import EXTRAS, GPUS, Library, writes_in_place
@@ -62,7 +58,7 @@ BOUND = 0.01  # of logits and image tokens, relative
 WIDTH, HIDDEN = 2048, 5632  # of one full-width layer: StableLM-2-1.6B's
 FORMATS = {"int8": None, "int4-32": 32, "int4-128": 128}
 REPEATS = 50
-PAGE, RECORD = "proof.html", "proof.json"
+PAGE, RECORD = "proof.html", "proof.json"  # what is sent in
 
 
 class Fault(Exception):
@@ -134,11 +130,14 @@ class Path(NamedTuple):
 
 
 class Bench:
-    """What paths are tried with: nano, its recorded inputs, a folder, and a device."""
+    """What paths are tried with: nano, its recorded inputs, a folder, and a device.
+
+    `weights` is the bundle whose stored weights the specification is of.
+    """
 
     def __init__(self, folder: FilePath, device: Device) -> None:
         self.folder, self.device = folder, device
-        self.bundle = Bundle.open(bundle_path("nano"))
+        self.bundle = self.weights = Bundle.open(bundle_path("nano"))
 
     @cached_property
     def _recording(self) -> Any:
@@ -158,7 +157,7 @@ class Bench:
             )
         )
         (found,) = agree(
-            lambda: specified(self.bundle),
+            lambda: specified(self.weights),
             {"path": lambda: contextlib.nullcontext((runtime, "here"))},
             recording.tokenizer,
             examples,
@@ -286,6 +285,22 @@ def _ort_cuda(bench: Bench) -> Figures:
     return bench.compare(OrtRuntime(Bundle.open(out), device=bench.device))
 
 
+def _ort_cuda_paged(bench: Bench) -> Figures:
+    """In fp16, the one form that is paged: nano is exported anew from its checkpoint."""
+    from medmoe_edge.embedded import checkpoint_path
+    from medmoe_edge.export.build import BuildOptions, export_bundle
+    from medmoe_edge.export.targets import export_target
+    from medmoe_edge.runtimes.ort.paged import SlotOrtRuntime
+
+    exact = bench.folder / "fp32"
+    export_bundle(checkpoint_path("nano"), exact, BuildOptions(precision="fp32"))
+    out = bench.folder / "paged"
+    export_target(Bundle.open(exact), out, Target("onnxruntime-cuda", "fp16", paged=True))
+    bench.weights = Bundle.open(exact)
+    runtime = SlotOrtRuntime(Bundle.open(out), "50%", device="cuda")
+    return bench.compare(runtime) | _paged(runtime)
+
+
 def _engine(bench: Bench) -> Figures:
     """Build, deserialise, compare, replay; on the CPU what of that there is."""
     from medmoe_edge.export.targets import export_target, plan_target, write_graphs
@@ -356,8 +371,6 @@ def _engine_paged(bench: Bench) -> Figures:
     from medmoe_edge.runtimes.tensorrt.device import CudaDevice
     from medmoe_edge.runtimes.tensorrt.runtime import PagedTensorRTRuntime
 
-    if bench.device == "cpu":
-        raise ResourceError(NO_DEVICE, "")
     if _library() != "tensorrt-rtx":
         raise MissingDependencyError("tensorrt-rtx-cu13-bindings", "rtx")
     device = CudaDevice(EXTRAS["tensorrt-rtx"])
@@ -392,6 +405,10 @@ PATHS = (
     Path(
         *("onnxruntime-cuda", "ONNX Runtime on CUDA", _ONNX, _ort_cuda),
         "the same graph in ONNX Runtime on the CPU",
+    ),
+    Path(
+        *("onnxruntime-cuda-paged", "ONNX Runtime on CUDA, half of the experts in memory"),
+        *(_TORCH, _ort_cuda_paged, ""),
     ),
     Path(
         *("engine", "TensorRT: build, load, compare, replay", _ONNX, _engine),
@@ -437,7 +454,8 @@ def check(path: Path, folder: FilePath, device: Device, *, late: bool = False) -
     cpu = device == "cpu"
     tried = Checked(path.name, path.what, "not run", NO_DEVICE if cpu else "", None, {}, 0.0)
     if late:
-        return replace(tried, why=f"{SECONDS // 60} minutes are over")
+        why = f"{SECONDS // 60} minutes are over"
+        return replace(tried, why=f"{NO_DEVICE}; {why}" if cpu else why)
     if lacking := [need for need in path.needs if importlib.util.find_spec(need[0]) is None]:
         _, package, extra = lacking[0]
         why = f"{package} is not installed (medmoe-edge[{extra}])"
@@ -493,45 +511,3 @@ def _versions() -> Iterator[tuple[str, str]]:
     for package in ("onnxruntime", "onnxruntime-gpu", "torch", "triton", "tensorrt", "cuda-core"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             yield package, importlib.metadata.version(package)
-
-
-# --- what is sent in ----------------------------------------------------------------------------
-
-
-def write_proof(proof: Proof, folder: FilePath, *, force: bool = False) -> None:
-    """Write `proof.json` and `proof.html`; raises `InputError` for a folder that is there."""
-    with atomic_folder(folder, force=force, marker=RECORD) as out:
-        (out / RECORD).write_text(json.dumps(proof.to_json(), indent=2) + "\n")
-        (out / PAGE).write_text(page(proof))
-
-
-def page(proof: Proof) -> str:
-    """One page for people, which needs nothing else."""
-    rows = "".join(
-        f"<tr class='{escape(path.verdict.replace(' ', '-'))}'><td>{escape(path.what)}</td>"
-        f"<td>{escape(path.verdict)}{escape(f': {path.why}' if path.why else '')}</td>"
-        f"<td>{escape(path.stand_in or '')}</td><td>{_listed(path.figures)}</td>"
-        f"<td>{path.seconds:.1f} s</td></tr>"
-        for path in proof.paths
-    )
-    machine = "".join(
-        f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>"
-        for key, value in proof.machine.items()
-    )
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>medmoe-edge prove</title>"
-        "<style>body{font:15px sans-serif;margin:2em}td,th{padding:.3em .8em;text-align:left;"
-        "vertical-align:top;border-bottom:1px solid #ccc}.passed td:nth-child(2){color:#060}"
-        ".failed td:nth-child(2){color:#a00}</style>"
-        f"<h1>medmoe-edge {__version__} on its GPU</h1><table><tr><th>path<th>verdict"
-        f"<th>run in its place<th>figures<th>took</tr>{rows}</table>"
-        f"<h2>Machine</h2><table>{machine}</table></html>\n"
-    )
-
-
-def _listed(figures: Mapping[str, float | str | bool]) -> str:
-    told = (
-        f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}"
-        for name, value in figures.items()
-    )
-    return "<br>".join(map(escape, told))

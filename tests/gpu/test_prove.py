@@ -10,10 +10,11 @@ import pytest
 from command_line import Run
 
 from medmoe_edge.device import prove
-from medmoe_edge.device.prove import NO_DEVICE, PATHS, Fault, check, cuda_devices, page
+from medmoe_edge.device.prove import NO_DEVICE, PATHS, Fault, check, cuda_devices
 from medmoe_edge.errors import MissingDependencyError, ResourceError
 from medmoe_edge.export.passes import tensorrt_parser
 from medmoe_edge.kernels import launch
+from medmoe_edge.render.device import proof_page
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch.paged import PagedTorchRuntime
@@ -140,7 +141,7 @@ def test_what_is_missing_or_late_is_not_run(tmp_path: Path) -> None:
 def test_a_page_shows_what_failed_and_escapes_it() -> None:
     failed = prove.Checked("engine", "TensorRT", "failed", "<b>off</b>", None, {"x": 0.5}, 1.0)
     proof = prove.Proof({"gpus": "<none>"}, (failed,))
-    shown = page(proof)
+    shown = proof_page(proof)
     assert "&lt;b&gt;off&lt;/b&gt;" in shown
     assert "&lt;none&gt;" in shown
     assert "<b>" not in shown

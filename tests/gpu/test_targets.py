@@ -195,7 +195,7 @@ def test_a_decoder_in_two_graphs_computes_the_same(
     second = run("decoder.1", first["hidden"])
     assert difference(second["logits"], whole["logits"]) < 1e-3
     routing = [part["router_logits"] for part in (first, second) if "router_logits" in part]
-    assert np.allclose(np.concatenate(routing, 2), whole["router_logits"], atol=1e-3)
+    assert np.allclose(np.concatenate(routing, 2), whole["router_logits"], atol=1e-2)  # half
     written = {name for part in (first, second) for name in part if name.startswith("present_")}
     assert written == {name for name in whole if name.startswith("present_")}
 
