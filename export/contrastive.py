@@ -38,7 +38,7 @@ from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
 from medmoe_edge.export.builder import Builder, save_model
 from medmoe_edge.export.half import halve_weights
 from medmoe_edge.export.passes.ort_cpu import quantise_linears
-from medmoe_edge.export.quantise import Array, lazy_tensor
+from medmoe_edge.export.quantise import Array, lazy_tensor, quantise_weights
 from medmoe_edge.export.vision import fill, optimise, trace
 from medmoe_edge.models.contrastive import ModalityMoE, mixed_regions
 from medmoe_edge.prompt import Tokenizer
@@ -293,4 +293,6 @@ def _stored(model: ir.Model, precision: Precision, signature: SignatureMaker) ->
     if precision == "int8":
         quantise_linears(model, signature)
         halve_weights(model)
+    else:
+        quantise_weights(model, lambda _: None, signature)
     return model

@@ -10,6 +10,7 @@ runs fast.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import ml_dtypes
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from medmoe_edge._types import Floats
-from medmoe_edge.bundle.recorded import Marks, SignatureMaker
+from medmoe_edge.bundle.recorded import FLOAT, Marks, SignatureMaker, is_routed
 from medmoe_edge.calibration.quantisers import Format, Quantised
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import initializer, tensor_of
@@ -168,8 +169,9 @@ def quantise_weights(
     """Quantise the initializers that `policy` wants, lazily; returns `(model, modified)`.
 
     They must be matrices `[K, N]` as MatMul reads them, the formats symmetric; `signature` gets
-    their marks when they are written. Raises `ConfigError` for groups that do not fit; weights that
-    a format cannot hold raise `CheckpointError` when they are written.
+    their marks when they are written, and those of routers and experts that stay floats. Raises
+    `ConfigError` for groups that do not fit; weights that a format cannot hold raise
+    `CheckpointError` when they are written.
     """
     chosen = [
         (value, found)
@@ -179,7 +181,26 @@ def quantise_weights(
     for value, (form, quantiser) in chosen:
         integers, scale = _Weight(value, form, quantiser, signature).tensors()
         insert_dequantise(model.graph, value, integers, scale)
+    if signature is not None:
+        _mark_floats(model, signature)
     return model, bool(chosen)
+
+
+def _mark_floats(model: ir.Model, signature: SignatureMaker) -> None:
+    """Mark routers and experts that are floats, as the graph has them, when they are written."""
+    for name, value in model.graph.initializers.items():
+        source = tensor_of(value)
+        if source.dtype == ir.DataType.FLOAT and is_routed(name, source.shape.numpy()):
+            read = partial(_read_marked, source, name, signature)
+            shape = list(source.shape.numpy())
+            value.const_value = lazy_tensor(name, read, ir.DataType.FLOAT, shape)
+
+
+def _read_marked(source: ir.TensorProtocol, name: str, signature: SignatureMaker) -> Array:
+    values: Array = source.numpy()
+    rows = np.ascontiguousarray(values.T)  # [N, K]
+    signature.keep(name, FLOAT, rows.shape[1], Marks.of(rows, 1))
+    return values
 
 
 class _Weight:

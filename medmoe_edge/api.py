@@ -52,6 +52,7 @@ def load(
     memory_budget: "Budget | None" = ...,
     drop_pages: bool = ...,
     prefix_cache: PathLike | None = ...,
+    allow_repetition: bool = ...,
 ) -> "Engine": ...
 @overload
 def load(
@@ -66,6 +67,7 @@ def load(
     memory_budget: "Budget | None" = ...,
     drop_pages: bool = ...,
     prefix_cache: PathLike | None = ...,
+    allow_repetition: bool = ...,
 ) -> "Any": ...
 
 
@@ -77,6 +79,7 @@ def load(
     memory_budget: "Budget | None" = None,
     drop_pages: bool = False,
     prefix_cache: PathLike | None = None,
+    allow_repetition: bool = False,
 ) -> "Engine | ModalityEngine":
     """Load a model: a Med-MoE to ask, a MedMoE to classify and locate.
 
@@ -97,6 +100,7 @@ def load(
             the memory is really free; one that comes back is read from storage again.
         prefix_cache: A folder for what the model makes of images: later questions about the last
             image, and in other processes about any of them, skip that. It is patient data.
+        allow_repetition: Let an answer that repeats itself go on, rather than end it there.
 
     Returns:
         An `Engine`, or of a MedMoE a `ModalityEngine`; both are context managers.
@@ -116,11 +120,13 @@ def load(
             memory_budget=memory_budget,
             drop_pages=drop_pages,
             prefix_cache=prefix_cache,
+            allow_repetition=allow_repetition,
         )
     unfit = {
         "memory_budget": memory_budget,
         "drop_pages": drop_pages,
         "prefix_cache": prefix_cache,
+        "allow_repetition": allow_repetition,
         "device": device == "cuda",
         "runtime": runtime == "tensorrt",
     }

@@ -4,7 +4,9 @@ Shape letters used throughout: B batch, S sequence, T tokens (B*S flattened), D 
 F feed-forward size, E experts, K top-k, H heads, V vocabulary, N image tokens.
 """
 
+import bisect
 import dataclasses
+import itertools
 import math
 import types
 import typing
@@ -16,12 +18,12 @@ from medmoe_edge.errors import ConfigError, did_you_mean
 _LATER = "later"
 
 
-def later(default: Any) -> Any:
+def later(default: Any, metadata: Mapping[str, Any] | None = None) -> Any:
     """A field that came later: left out of the JSON where it has its default.
 
     So what was written before it came keeps its bytes.
     """
-    return dataclasses.field(default=default, metadata={_LATER: True})
+    return dataclasses.field(default=default, metadata={**(metadata or {}), _LATER: True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,15 +221,40 @@ class MoEConfig(Config):
             )
 
 
+RefusalCode = Literal["not_a_scan", "not_answerable", "language"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal(Config):
+    """A token of the tokenizer that stands for a whole answer: why there can be none.
+
+    `not_a_scan`: the picture is no medical image; `not_answerable`: the picture does not show what
+    is asked; `language`: the question is in no language that the model reads.
+    """
+
+    code: RefusalCode
+    token: str
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Config):
-    """A whole Med-MoE: tower, two-layer GELU projector, decoder, experts (None: dense)."""
+    """A whole Med-MoE: tower, two-layer GELU projector, decoder, experts (None: dense).
+
+    `refusals` are those that the model was trained to give; most models have none.
+    """
 
     vision: VisionConfig
     decoder: DecoderConfig
     moe: MoEConfig | None = None
+    refusals: tuple[Refusal, ...] = later(())
 
     def __post_init__(self) -> None:
+        tokens = [refusal.token for refusal in self.refusals]
+        if not all(tokens) or len(set(tokens)) < len(tokens) or len(set(self.codes)) < len(tokens):
+            raise ConfigError(
+                "refusals names a code or a token twice, or an empty token.",
+                "Give each code one token of its own.",
+            )
         layers = self.moe.layers if self.moe else ()
         if any(not 0 <= layer < self.decoder.layers for layer in layers):
             raise ConfigError(
@@ -236,9 +263,146 @@ class ModelConfig(Config):
             )
 
     @property
+    def codes(self) -> tuple[RefusalCode, ...]:
+        """The codes of its refusals."""
+        return tuple(refusal.code for refusal in self.refusals)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the decoder layers that hold experts."""
         return self.moe.layers if self.moe else ()
+
+
+AnswerKind = Literal["closed", "open"]
+
+
+def answer_kind(text: str) -> AnswerKind:
+    """Of an answer as it was given: "closed" is yes or no, "open" all else."""
+    return "closed" if text.strip().rstrip(".").lower() in ("yes", "no") else "open"
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve(Config):
+    """How the probability that a model gives its answer becomes the chance that this is right.
+
+    `points` are pairs (probability, chance): both from 0 to 1, the first rising, the second never
+    falling. Between them lie straight lines; below the first and above the last the curve is level.
+    It was fitted by `method` on so many `questions`.
+    """
+
+    method: Literal["isotonic", "logistic"]
+    questions: int
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        rising = all(
+            low[0] < high[0] and low[1] <= high[1] for low, high in itertools.pairwise(self.points)
+        )
+        within = all(0 <= value <= 1 for point in self.points for value in point)
+        if not (self.points and rising and within):
+            raise ConfigError(
+                "confidence has a curve that is not monotone from 0 to 1.", "Fit it again."
+            )
+
+    def chance(self, probability: float) -> float:
+        """The chance (0 to 1) that an answer of this probability is right."""
+        at = bisect.bisect_right(self.points, probability, key=lambda point: point[0])
+        if at in (0, len(self.points)):
+            return self.points[max(at - 1, 0)][1]
+        (left, low), (right, high) = self.points[at - 1 : at + 1]
+        return low + (high - low) * (probability - left) / (right - left)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin(Config):
+    """The `n` answers whose confidence lies in one tenth: its mean, and the share that is right."""
+
+    n: int
+    confidence: float
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reliability(Config):
+    """Whether confidence means anything, over `n` answers of which the share `accuracy` is right.
+
+    `ece` (0..1) is the expected calibration error over `bins`, of which empty ones are left out;
+    `risk_coverage` are pairs of the share of answers that is kept, the most confident first, and
+    the error rate among them. An answer is right where it matches exactly.
+    """
+
+    n: int
+    accuracy: float
+    ece: float
+    bins: tuple[Bin, ...]
+    risk_coverage: tuple[tuple[float, float], ...]
+
+    @property
+    def half(self) -> float:
+        """The accuracy of the more confident half."""
+        return 1 - next(risk for share, risk in self.risk_coverage if share >= 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsure(Config):
+    """What a threshold gives: the share of `answers` and of all `errors` that are below it.
+
+    `accuracy` is that of the answers above it.
+    """
+
+    answers: float
+    errors: float
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence(Config):
+    """What a bundle's manifest knows of how often its answers are right (`eval --fit-confidence`).
+
+    An answer is unsure whose chance of being right is below `threshold`, which was chosen so that
+    the share `selective_accuracy` of the others is right. It was fitted on answers of this bundle
+    about so many `images` of `data`. `before` judges the probabilities as the model gives them;
+    `after` and `unsure` judge the confidence, each answer by a fit that never saw its image.
+    """
+
+    closed: Curve
+    open: Curve
+    threshold: float
+    selective_accuracy: float
+    images: int
+    data: str
+    data_sha256: str
+    before: Reliability
+    after: Reliability
+    unsure: Unsure
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(
+                f"confidence.threshold is {self.threshold}.", "It must be from 0 to 1."
+            )
+
+    def chance(self, text: str, probability: float) -> float:
+        """The chance (0 to 1) that the answer `text`, of this probability, is right."""
+        curve = self.closed if answer_kind(text) == "closed" else self.open
+        return curve.chance(probability)
+
+    def among(self, probabilities: Mapping[str, float]) -> dict[str, float]:
+        """The chance of each of several answers (two or more), one of which is right.
+
+        The likeliest one has its chance, but stays at least as likely as the next; what that leaves
+        is shared among the others as before.
+        """
+        best, second = sorted(probabilities, key=probabilities.__getitem__, reverse=True)[:2]
+        others = sum(probabilities.values()) - probabilities[best]
+        if not others:
+            return dict(probabilities)
+        least = probabilities[second] / (others + probabilities[second])
+        chance = max(self.chance(best, probabilities[best]), least)
+        return {
+            text: chance if text == best else (1 - chance) * value / others
+            for text, value in probabilities.items()
+        }
 
 
 def _check_positive(config: Config, *names: str) -> None:

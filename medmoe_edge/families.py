@@ -3,21 +3,26 @@
 What a method needs is imported inside it: a verb pays for nothing that it does not use.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from medmoe_edge.bundle.bundle import Kind, model_kind
+from medmoe_edge.data.datasets import NO_SCAN
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import DataError, InputError, needs
 
 if TYPE_CHECKING:
     from medmoe_edge._types import Progress
+    from medmoe_edge.config import Confidence
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
-    from medmoe_edge.data.datasets import Example
+    from medmoe_edge.data.datasets import Example, Finding, LabelledImage
+    from medmoe_edge.engine.engine import Engine
     from medmoe_edge.engine.loading import Device, RuntimeName
+    from medmoe_edge.evaluation.confidence import RefusalFit
     from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Scores
+    from medmoe_edge.evaluation.findings import FindingScore, NoScans, Paraphrased, Versions
     from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.evaluation.verify import Verification
     from medmoe_edge.export.plan import GroupSize, Method, Precision
@@ -80,8 +85,12 @@ class EvaluateOptions:
     """What a model is scored on, and where it runs.
 
     `blind`: the same questions about a black picture are scored too. At most `limit` questions are
-    asked, drawn by `seed`. `predictions` is where every answer is written. With `labels` a Med-MoE
-    may do without `data`: then only how it reads labelled images is scored.
+    asked, drawn by `seed`. With `allow_repetition` an answer that repeats itself goes on.
+    `predictions` is where every answer is written. With `labels` or `findings` a Med-MoE may do
+    without `data`: then only how it reads those images is scored. `languages` are questions in
+    several languages, `paraphrases` those of `data` in other words. `fit_confidence` keeps in the
+    bundle how often its answers are right, with a threshold for which `selective_accuracy` of the
+    answers above it are.
     """
 
     data: Path | None
@@ -93,36 +102,66 @@ class EvaluateOptions:
     limit: int | None = None
     seed: int = 0
     max_new_tokens: int = 32
+    findings: Path | None = None
+    languages: Path | None = None
+    paraphrases: Path | None = None
+    fit_confidence: bool = False
+    selective_accuracy: float | None = None
+    allow_repetition: bool = False
 
 
 @dataclass(frozen=True)
 class AnswerScores:
     """How a Med-MoE answered questions, without looking too, and how it read labelled images.
 
-    `of` is the number of questions that those asked were drawn from; `questions` is None where none
-    were asked.
+    Attributes:
+        questions: How it answered; None where none were asked.
+        of: The number of questions that those asked were drawn from.
+        labels: How it read the modality of labelled images.
+        blind: How it answered the same questions about a black picture.
+        findings: How well it saw each finding.
+        no_scans: Which pictures it took for no scans; None where that was fitted (`refusals`).
+        languages: How it answered in other languages than English.
+        paraphrases: What other words cost, over `"all"` questions and by their source.
+        confidence: What the bundle knows of its confidence: just fitted, or before.
+        refusals: The thresholds of refusals that were just fitted.
+        fitted_on_these: Whether the confidence was fitted on the very questions that were asked:
+            then `questions.reliability` flatters it, and `confidence.after` does not.
     """
 
     questions: "Evaluation | None"
     of: int
     labels: "ModalityAccuracy | None" = None
     blind: "Scores | None" = None
+    findings: "Sequence[FindingScore]" = ()
+    no_scans: "NoScans | None" = None
+    languages: "Mapping[str, Versions] | None" = None
+    paraphrases: "Mapping[str, Paraphrased] | None" = None
+    confidence: "Confidence | None" = None
+    refusals: "Mapping[str, RefusalFit] | None" = None
+    fitted_on_these: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return (self.questions.to_json() if self.questions else {}) | {
-            "of": self.of,
-            "labels": asdict(self.labels) if self.labels else None,
-            "blind": asdict(self.blind) if self.blind else None,
-        }
+        told = self.questions.to_json() if self.questions else {}
+        rest = {name: _plain(part) for name, part in vars(self).items() if name != "questions"}
+        return told | rest
+
+
+def _plain(value: Any) -> Any:
+    """Records, and mappings and sequences of them, as plain JSON values."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def score_file(
     predictions: Path, references: Path, *, limit: int | None = None, seed: int = 0
 ) -> AnswerScores:
-    """Score answers that lie in a file; see `evaluation.predictions.score_predictions`."""
-    from medmoe_edge.evaluation.evaluate import sample_examples
-    from medmoe_edge.evaluation.predictions import score_predictions
+    """Score answers that lie in a file; see `evaluation.evaluate.score_predictions`."""
+    from medmoe_edge.evaluation.evaluate import sample_examples, score_predictions
 
     counts: list[int] = []
 
@@ -192,47 +231,44 @@ class MedMoEFamily:
         )
 
     def evaluate(self, model: str, options: EvaluateOptions, progress: "Progress") -> AnswerScores:
-        """Ask every question, and read the labelled images that are not to train on."""
-        from medmoe_edge.data.datasets import read_examples, read_labels
+        """Ask every question, and read the images that are not to train on."""
         from medmoe_edge.engine.engine import load
         from medmoe_edge.evaluation import evaluate as evaluation
 
-        given = read_examples(options.data) if options.data else []
-        examples = evaluation.sample_examples(given, options.limit, options.seed)
-        if options.data:
-            evaluation.check_examples(examples)
-        labelled = read_labels(options.labels) if options.labels else []
-        labelled = [item for item in labelled if item.split != "train"]
-        if options.labels and not labelled:
-            raise DataError(
-                f"{options.labels} holds no image to validate or to test on, only to train on.",
-                "Give some images another split, or leave the labels out.",
-            )
-        engine = load(model, runtime=options.runtime, device=options.device)
+        data = _read_scored(options)
+        if options.fit_confidence:
+            with needs("export"):
+                from medmoe_edge.evaluation.confidence import check_fittable
+
+            check_fittable(bundle_path(model))
+        engine = load(
+            model,
+            runtime=options.runtime,
+            device=options.device,
+            allow_repetition=options.allow_repetition,
+        )
+        told = _Told(progress)
+        scores = AnswerScores(None, data.of, confidence=engine.fitted)
+        if options.fit_confidence:
+            engine.fitted = None  # what is fitted is the model's own probability
         longest = options.max_new_tokens
-        asked = None
-        if examples:
+        if data.examples:
             asked = evaluation.evaluate(
-                engine,
-                examples,
-                max_new_tokens=longest,
-                progress=lambda *done: progress("Questions", *done),
+                engine, data.examples, max_new_tokens=longest, progress=told("Questions")
             )
-        if asked and options.predictions:
-            evaluation.save_predictions(asked.predictions, options.predictions)
-        blind = read = None
-        if examples and options.blind:
+            scores = replace(scores, questions=asked)
+            if options.predictions:
+                evaluation.save_predictions(asked.predictions, options.predictions)
+        scores = _with_confidence(engine, bundle_path(model), options, data, scores, told)
+        if data.examples and options.blind:
             blind = evaluation.evaluate_blind(
-                engine,
-                examples,
-                max_new_tokens=longest,
-                progress=lambda *done: progress("Blind", *done),
+                engine, data.examples, max_new_tokens=longest, progress=told("Blind")
             )
+            scores = replace(scores, blind=blind)
         if options.labels:
-            read = evaluation.evaluate_labels(
-                engine, labelled, progress=lambda *done: progress("Labels", *done)
-            )
-        return AnswerScores(asked, len(given), read, blind)
+            labels = evaluation.evaluate_labels(engine, data.labelled, progress=told("Labels"))
+            scores = replace(scores, labels=labels)
+        return _seen(engine, data, scores, told)
 
     def inspect(self, folder: Path, vision_tower: Path | None) -> "Inspection":
         """See `evaluation.inspection`."""
@@ -310,6 +346,11 @@ class ContrastiveFamily:
                 "--predictions": options.predictions,
                 "--blind": options.blind,
                 "--limit": options.limit,
+                "--findings": options.findings,
+                "--languages": options.languages,
+                "--paraphrases": options.paraphrases,
+                "--fit-confidence": options.fit_confidence,
+                "--selective-accuracy": options.selective_accuracy,
             }
         )
         if options.runtime == "tensorrt":
@@ -324,6 +365,152 @@ class ContrastiveFamily:
         from medmoe_edge.evaluation.inspection import inspect_modality
 
         return inspect_modality(folder)
+
+
+class _Scored(NamedTuple):
+    """What a Med-MoE is scored on: questions (drawn from `of`), labelled images, findings."""
+
+    examples: "Sequence[Example]"
+    of: int
+    labelled: "Sequence[LabelledImage]"
+    findings: "Sequence[Finding]"
+    languages: Sequence[Mapping[str, str]]
+    paraphrases: Mapping[str, Sequence[str]]
+
+    @property
+    def pictures(self) -> "list[Finding]":
+        """Pictures that are no scans."""
+        return [one for one in self.findings if one.modality == NO_SCAN]
+
+    @property
+    def scans(self) -> list[Path]:
+        """All other images, each once."""
+        scans = [one.image for one in self.findings if one.modality != NO_SCAN]
+        scans += [item.image for item in self.labelled]
+        scans += [example.image for example in self.examples]
+        return list(dict.fromkeys(scans))
+
+
+def _read_scored(options: EvaluateOptions) -> _Scored:
+    """Read all files before a model is loaded; images to train on are left out."""
+    from medmoe_edge.data.datasets import read_examples, read_findings, read_labels
+    from medmoe_edge.evaluation.evaluate import check_examples, sample_examples
+    from medmoe_edge.evaluation.findings import read_paraphrases, read_versions
+
+    if options.data is None and (options.fit_confidence or options.paraphrases):
+        what = "--fit-confidence" if options.fit_confidence else "--paraphrases"
+        raise InputError(f"{what} is about questions with answers.", "Add --data FILE.")
+    if options.selective_accuracy is not None and not options.fit_confidence:
+        raise InputError(
+            "--selective-accuracy is what a fit aims at.", "Add --fit-confidence, or leave it out."
+        )
+    given = read_examples(options.data) if options.data else []
+    examples = sample_examples(given, options.limit, options.seed)
+    if options.data:
+        check_examples(examples)
+    labelled = read_labels(options.labels) if options.labels else []
+    findings = read_findings(options.findings) if options.findings else []
+    scored = _Scored(
+        examples,
+        len(given),
+        [item for item in labelled if item.split != "train"],
+        [item for item in findings if item.split != "train"],
+        read_versions(options.languages) if options.languages else [],
+        read_paraphrases(options.paraphrases) if options.paraphrases else {},
+    )
+    for file, held_out in ((options.labels, scored.labelled), (options.findings, scored.findings)):
+        if file and not held_out:
+            raise DataError(
+                f"{file} holds no image to validate or to test on, only to train on.",
+                "Give some images another split, or leave the file out.",
+            )
+    if options.languages and not scored.scans:
+        raise InputError(
+            "--languages asks about images, and there are none.", "Add --data or --findings."
+        )
+    return scored
+
+
+class _Told:
+    """The progress of each step, by its name."""
+
+    def __init__(self, progress: "Progress") -> None:
+        self._progress = progress
+
+    def __call__(self, step: str) -> Callable[[int, int], None]:
+        return lambda done, total: self._progress(step, done, total)
+
+
+def _with_confidence(
+    engine: "Engine",
+    folder: Path,
+    options: EvaluateOptions,
+    data: _Scored,
+    scores: AnswerScores,
+    told: _Told,
+) -> AnswerScores:
+    """The scores, with pictures that are no scans and with the confidence that is to be fitted."""
+    from medmoe_edge.evaluation import confidence as fitting
+    from medmoe_edge.evaluation import findings as seeing
+    from medmoe_edge.evaluation.verify import Data
+
+    pictures = [one.image for one in data.pictures]
+    of_pictures = seeing.ask_flagship(engine, pictures, progress=told("No scans"))
+    of_scans = seeing.ask_flagship(engine, data.scans, progress=told("Scans")) if pictures else []
+    if pictures and not options.fit_confidence:
+        found = seeing.score_no_scans(data.pictures, of_pictures, of_scans)
+        scores = replace(scores, no_scans=found)
+    known = scores.confidence
+    if scores.questions is None or options.data is None or not (known or options.fit_confidence):
+        return scores
+    asked = Data(options.data.name, data.examples)
+    if not options.fit_confidence:
+        same = known is not None and known.data_sha256 == asked.sha256()
+        return replace(scores, fitted_on_these=same)
+    answers = scores.questions.predictions
+    fitted = fitting.fit_confidence(
+        data.examples,
+        answers,
+        data=asked.name,
+        data_sha256=asked.sha256(),
+        selective_accuracy=options.selective_accuracy,
+    )
+    usual = [one.refusals for one in answers] + [one.refusals for one in of_scans]
+    refusals: dict[str, RefusalFit] = {
+        code: fitting.fit_refusal(
+            [one[code] for one in usual],
+            [one.refusals[code] for one in of_pictures] if code == "not_a_scan" else [],
+        )
+        for code in engine.config.codes
+    }
+    fitting.keep_confidence(folder, fitted, refusals)
+    engine.fitted, engine.thresholds = fitted, {code: r.threshold for code, r in refusals.items()}
+    return replace(scores, confidence=fitted, refusals=refusals, fitted_on_these=True)
+
+
+def _seen(engine: "Engine", data: _Scored, scores: AnswerScores, told: _Told) -> AnswerScores:
+    """The scores, with those of findings, of other languages and of other words."""
+    from medmoe_edge.evaluation import findings as seeing
+
+    if len(data.findings) > len(data.pictures):
+        known, engine.fitted = engine.fitted, None  # calibration makes ties of what can be ordered
+        found = seeing.evaluate_findings(engine, data.findings, progress=told("Findings"))
+        scores, engine.fitted = replace(scores, findings=found), known
+    if data.languages:
+        versions = seeing.evaluate_versions(
+            engine, data.languages, data.scans, progress=told("Languages")
+        )
+        scores = replace(scores, languages=versions)
+    if data.paraphrases and scores.questions:
+        reworded = seeing.evaluate_paraphrases(
+            engine,
+            data.examples,
+            scores.questions.predictions,
+            data.paraphrases,
+            progress=told("Paraphrases"),
+        )
+        scores = replace(scores, paraphrases=reworded)
+    return scores
 
 
 FAMILIES: Mapping[Kind, Family] = {"med-moe": MedMoEFamily(), "modality-moe": ContrastiveFamily()}

@@ -5,6 +5,7 @@ the image is the same for every question and is prefilled once, the rest carries
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 
 from medmoe_edge._types import Floats
+from medmoe_edge.config import Refusal, RefusalCode
 from medmoe_edge.errors import InputError, ModelError, Notice
 
 SYSTEM = (
@@ -91,6 +93,20 @@ class Tokenizer:
         masked[..., self._beyond :] = IMPOSSIBLE
         masked[..., self._holes] = IMPOSSIBLE
         return masked
+
+    def ids_of(self, refusals: Iterable[Refusal]) -> dict[RefusalCode, int]:
+        """The token of each refusal, by its code; raises `ModelError` for one that it lacks."""
+        ids = {}
+        for refusal in refusals:
+            found = self.backend.token_to_id(refusal.token)
+            if found is None:
+                raise ModelError(
+                    f"The model refuses by the token {refusal.token!r}, which the tokenizer does "
+                    "not have.",
+                    "Use the tokenizer.json that belongs to this model.",
+                )
+            ids[refusal.code] = found
+        return ids
 
     @functools.cached_property
     def unsettled(self) -> int:

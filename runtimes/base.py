@@ -6,12 +6,14 @@ few dozen rows. They are read and not mapped, so that a file that shrinks under 
 not the end of the process.
 """
 
+import itertools
 import math
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from medmoe_edge._types import Floats
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError, Notice
+from medmoe_edge.prompt import Tokenizer
 
 CacheArray = npt.NDArray[np.floating[Any]]
 
@@ -99,26 +102,158 @@ class Paged(Protocol):
         """What that was like since the last report or the image, plain JSON values."""
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded: always the most likely token that may be chosen.
+
+    Attributes:
+        ends: The tokens after which there is none.
+        never: Tokens that are never chosen, however likely: those that refuse an answer.
+        allow_repetition: Whether an answer that repeats itself goes on to its limit.
+    """
+
+    ends: Collection[int]
+    never: tuple[int, ...] = ()
+    allow_repetition: bool = False
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, tokenizer: Tokenizer, *, allow_repetition: bool = False
+    ) -> Self:
+        """That of a model's answers; raises `ModelError` for a refusal that is no token."""
+        never = tuple(tokenizer.ids_of(config.refusals).values())
+        return cls(config.decoder.end_tokens, never, allow_repetition)
+
+    def choose(self, logits: Floats) -> npt.NDArray[np.int64]:
+        """The token to choose at each place; `[..., V]` to `[...]`."""
+        if self.never:
+            logits = logits.copy()
+            logits[..., list(self.never)] = -np.inf
+        chosen: npt.NDArray[np.int64] = logits.argmax(-1)
+        return chosen
+
+    def kept(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Of an answer as it was decoded, what is told: without the end, and without a loop."""
+        if tokens and tokens[-1] in self.ends:
+            return tokens[:-1]
+        loop = 0 if self.allow_repetition else looping(tokens, AT_LIMIT)
+        return tokens[: len(tokens) - loop]
+
+
+class Chosen(NamedTuple):
+    """A token of an answer, and the step that it was chosen from.
+
+    `held` counts the last tokens, this one among them, that repeat earlier ones: they are told once
+    it is clear that they begin no loop. `stopped` says of the last token why the answer ends there:
+    at its "end", at the limit of its "length", or in a "repetition", whose `held` tokens are no
+    part of the answer.
+    """
+
+    token: int
+    step: Step
+    held: int = 0
+    stopped: Literal["end", "length", "repetition"] | None = None
+
+
 def greedy(
-    step: Step, take: Callable[[int], Step], *, limit: int, ends: Collection[int]
-) -> Iterator[tuple[int, Step]]:
+    step: Step,
+    take: Callable[[int], Step],
+    decoding: Decoding,
+    *,
+    limit: int,
+    before: Sequence[int] = (),
+) -> Iterator[Chosen]:
     """Decode greedily: every token is the most likely one.
 
     Args:
         step: What the first token is chosen from.
         take: Runs a token's step.
+        decoding: How tokens are chosen, and when there are no more.
         limit: How many tokens at most, an end token included.
-        ends: The tokens after which there is none.
+        before: The tokens of the answer that were decoded already.
 
     Yields:
-        Each token, an end token included, and the step that it was chosen from.
+        Each token, an end token included.
     """
+    tokens = list(before)
     for left in range(limit, 0, -1):
-        token = int(step.logits.argmax())
-        yield token, step
-        if token in ends or left == 1:
+        token = int(decoding.choose(step.logits))
+        tokens.append(token)
+        if token in decoding.ends:
+            yield Chosen(token, step, stopped="end")
             return
+        held = loop = 0
+        if not decoding.allow_repetition:
+            held = max(_runs(tokens).values(), default=0)
+            loop = looping(tokens, AT_LIMIT if left == 1 else REPEATED)
+        if loop or left == 1:
+            yield Chosen(token, step, loop, "repetition" if loop else "length")
+            return
+        yield Chosen(token, step, held)
         step = take(token)
+
+
+LONGEST = 64  # tokens of what is repeated
+COPIES = 3  # of it, one after the other
+REPEATED = 16  # tokens that only repeat what stands before them
+AT_LIMIT = 8  # of these, where the limit of the answer's length cuts it off
+
+
+def looping(tokens: Sequence[int], enough: int) -> int:
+    """How many of the last tokens are a loop; 0 where they are none.
+
+    A loop is the same run of 1 to `LONGEST` tokens, `COPIES` times or more without anything
+    between, of which `enough` tokens or more come after the first copy. They alone are counted: the
+    first copy belongs to the answer. "No, no, no" is none, nor is a list whose numbers go on.
+    """
+    return max(
+        (run for period, run in _runs(tokens).items() if run >= max(enough, (COPIES - 1) * period)),
+        default=0,
+    )
+
+
+def _runs(tokens: Sequence[int]) -> dict[int, int]:
+    """By period, how many of the last tokens equal the one that stands so many places before."""
+    runs = {}
+    for period in range(1, min(LONGEST, len(tokens) - 1) + 1):
+        pairs = zip(reversed(tokens), reversed(tokens[:-period]), strict=False)
+        if run := sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)):
+            runs[period] = run
+    return runs
+
+
+def log_probability(
+    step: Step, take: Callable[[int], Step], tokens: Sequence[int], ends: Collection[int]
+) -> tuple[float, list[Step]]:
+    """How likely it is that an answer is exactly these tokens, and then ends.
+
+    Args:
+        step: What the first token would be chosen from.
+        take: Runs a token's step.
+        tokens: At least one.
+        ends: Any of these may end it.
+
+    Returns:
+        The natural log-probability, and the step of each token.
+    """
+    total, steps = 0.0, []
+    for token in tokens:
+        total += float(log_softmax(step.logits)[token])
+        step = take(token)
+        steps.append(step)
+    end = np.exp(log_softmax(step.logits)[list(ends)]).sum()
+    return total + math.log(max(float(end), LEAST)), steps
+
+
+LEAST = 1e-30  # a probability
+
+
+def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Log-probabilities along the last axis, in double precision."""
+    shifted: npt.NDArray[np.float64] = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
 
 
 def check_room(cache: Cache, positions: int) -> None:

@@ -1,7 +1,7 @@
 """What a runtime of MedMoE does, and that of ONNX Runtime: images and texts to features."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -92,9 +92,27 @@ def run_expert(bundle: ModalityBundle, expert: int, pixels: Floats) -> ImageFeat
     """Features of images by an expert of one's choice: of the router, only a bias is left."""
     bias = np.zeros(len(bundle.config.modalities), np.float32)
     bias[expert] = FORCE
-    forced, options = ort.OrtValue.ortvalue_from_numpy(bias), _options()
-    options.add_initializer(ROUTER_BIAS, forced)
-    return _run(open_session(bundle.path(IMAGE), options), pixels)
+    return run_replaced(bundle, {ROUTER_BIAS: bias})(pixels)
+
+
+def run_replaced(
+    bundle: ModalityBundle, replaced: Mapping[str, npt.NDArray[Any]]
+) -> Callable[[Floats], ImageFeatures]:
+    """Makes features of images with some of the bundle's weights exchanged for others.
+
+    They are of the same shapes and types as those of the bundle that have their names.
+    """
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in replaced.items()}
+    options = _options()
+    for name, value in values.items():
+        options.add_initializer(name, value)
+    session = open_session(bundle.path(IMAGE), options)
+
+    def run(pixels: Floats) -> ImageFeatures:
+        assert values.keys() == replaced.keys()  # kept alive: the session borrows them
+        return _run(session, pixels)
+
+    return run
 
 
 def _run(session: ort.InferenceSession, pixels: Floats) -> ImageFeatures:

@@ -129,8 +129,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     """
     from medmoe_edge.checkpoint.reader import write_checkpoint
     from medmoe_edge.presets import PRESETS
-    from medmoe_edge.training.initialise import random_tensors
-    from medmoe_edge.training.run import train_tokenizer
+    from medmoe_edge.training.initialise import random_tensors, train_tokenizer
 
     root = tmp_path_factory.mktemp("checkpoints")
     train_tokenizer([("Is there effusion?", "Yes")], 300, root / "tokenizer.json")

@@ -18,7 +18,7 @@ from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Runtime, greedy
+from medmoe_edge.runtimes.base import Decoding, Runtime, greedy
 
 QUESTION = "Is there evidence of a pleural effusion?"
 NEW_TOKENS = 8
@@ -59,8 +59,9 @@ class RuntimeBackend:
         cache = run.new_cache(shape.prompt + shape.new)
         step = run.step(np.concatenate((run.embed(before), image, run.embed(after))), cache)
         clock.lap("prefill")
+        counted = Decoding(ends=(), allow_repetition=True)  # always as many tokens
         for _ in greedy(
-            step, lambda token: run.step(run.embed([token]), cache), limit=shape.new, ends=()
+            step, lambda token: run.step(run.embed([token]), cache), counted, limit=shape.new
         ):
             pass
         clock.lap("decode")
@@ -149,12 +150,10 @@ def open_backend(kind: Kind, path: Path, form: str, config: ModelConfig, shape: 
             f"{path} is a checkpoint of another model than the bundle.",
             "Give the one that the bundle was exported from, or none.",
         )
+    from medmoe_edge.runtimes.torch.eager import BitsAndBytesRuntime, EagerRuntime
+
     if kind == "torch":
-        from medmoe_edge.runtimes.torch.eager import EagerRuntime
-
         return RuntimeBackend(EagerRuntime(checkpoint, dtype=getattr(torch, form)), shape)
-    from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime
-
     return RuntimeBackend(BitsAndBytesRuntime(checkpoint, cast("Any", form)), shape)
 
 

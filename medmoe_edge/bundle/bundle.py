@@ -1,7 +1,8 @@
 """The deployable folder: graphs, weights, tokenizer and a manifest that vouches for them.
 
     manifest.json    format, model configuration, quantisation, source, licence, all hashes, a seal;
-                     after `verify`, the record of its verification
+                     after `verify`, the record of its verification; after `eval
+                     --fit-confidence`, how often its answers are right
     tokenizer.json
     embedding.npy    token embeddings [V, D], read row by row
     vision.onnx      pixels [1, 3, S, S] -> image tokens [1, N, D]         (+ vision.data)
@@ -29,6 +30,7 @@ unnoticed until the record is removed; of an expert, until it is paged in.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -42,7 +44,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.machine import Machine
-from medmoe_edge.config import Config, ModelConfig
+from medmoe_edge.config import Confidence, Config, ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig, Scores
 from medmoe_edge.errors import BundleError, ConfigError, ResourceError
 
@@ -178,6 +180,7 @@ REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # leads nowhere outside the folder
 SEAL = "seal"
 VERIFICATION = "verification"
+CONFIDENCE, REFUSALS = "confidence", "refusals"
 Kind = Literal["med-moe", "modality-moe"]
 Status = Literal["passed", "not decided", "failed", "not measured"]
 
@@ -252,7 +255,7 @@ class AnyBundle(Generic[C]):
         machine = (self.verification or {}).get("machine")
         return None if machine is None else Machine.from_json(machine, f"{MANIFEST} machine")
 
-    @property
+    @functools.cached_property
     def target(self) -> Target:
         """What its graphs or engines run on; raises `ConfigError` for one that is unknown."""
         return Target.from_json(self.manifest.get("target", {}), f"{MANIFEST} target")
@@ -307,6 +310,30 @@ class Bundle(AnyBundle[ModelConfig]):
                 f"{self.folder} records no gates for its verification.", "Export it again."
             )
         return Gates.from_json(gates, f"{MANIFEST} gates")
+
+    @property
+    def confidence(self) -> Confidence | None:
+        """How often its answers are right, where that was fitted; raises `ConfigError`."""
+        fitted = self.manifest.get(CONFIDENCE)
+        return None if fitted is None else Confidence.from_json(fitted, f"{MANIFEST} {CONFIDENCE}")
+
+    @property
+    def refusals(self) -> Mapping[str, float]:
+        """By its code, the probability from which on a refusal of its model counts.
+
+        Empty where the manifest says none; raises `ConfigError` for one that is impossible.
+        """
+        found: Any = self.manifest.get(REFUSALS, {})
+        known = self.config.codes
+        if not isinstance(found, Mapping) or not all(
+            code in known and type(value) in (int, float) and 0 <= value <= 1
+            for code, value in found.items()
+        ):
+            raise ConfigError(
+                f"{MANIFEST} has {REFUSALS} = {found!r}.",
+                "Give each code that the model knows a probability from 0 to 1.",
+            )
+        return {code: float(value) for code, value in found.items()}
 
 
 AnyBundleT = TypeVar("AnyBundleT", bound=AnyBundle[Any])
@@ -373,19 +400,39 @@ def write_verification(
     manifest; the manifest is replaced whole or not at all. Returns the bundle as it is now, under a
     new hash; raises `ResourceError` where its folder cannot be written.
     """
+    return _rewrite(bundle, {VERIFICATION: record}, added or {}, without)
+
+
+def write_confidence(
+    bundle: Bundle, confidence: Confidence, refusals: Mapping[str, float]
+) -> Bundle:
+    """Put what was fitted into the manifest: it stays there when the bundle is verified again.
+
+    `refusals` are thresholds by their codes. Returns and raises what `write_verification` does.
+    """
+    fitted = {CONFIDENCE: confidence.to_json(), **({REFUSALS: dict(refusals)} if refusals else {})}
+    return _rewrite(bundle, fitted, {}, None)
+
+
+def _rewrite(
+    bundle: AnyBundleT,
+    changed: Mapping[str, Any],
+    added: Mapping[str, bytes],
+    without: str | None,
+) -> AnyBundleT:
     files = {name: entry for name, entry in bundle.manifest["files"].items() if name != without}
     try:
-        for name, content in (added or {}).items():
+        for name, content in added.items():
             with atomic_file(bundle.folder / name) as file:
                 file.write(content)
             sha256 = hashlib.sha256(content).hexdigest()
             files[name] = {"bytes": len(content), "sha256": sha256}
         files = dict(sorted(files.items()))
-        _store(bundle.folder, {**bundle.manifest, VERIFICATION: record, "files": files})
+        _store(bundle.folder, {**bundle.manifest, **changed, "files": files})
     except OSError as error:
         raise ResourceError(
             f"{bundle.folder / MANIFEST} cannot be written ({error.strerror}).",
-            "Verify a copy of the bundle that you may write to.",
+            "Work on a copy of the bundle that you may write to.",
         ) from error
     return type(bundle).open(bundle.folder, verify=False)
 

@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,7 +104,7 @@ def _read_by(op_type: str, graph: memoryview) -> Iterator[str]:
 
 
 def _initializers(
-    graph: Path, dtypes: Mapping[int, np.dtype[Any]]
+    graph: Path, dtypes: Mapping[int, np.dtype[Any]], *, external: bool = True
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     model = dict(_fields(memoryview(graph.read_bytes())))
     files: dict[str, npt.NDArray[np.uint8]] = {}
@@ -116,6 +117,8 @@ def _initializers(
         shape = [size for key, size in _fields(tensor) if key == DIMS]
         entries = [dict(_fields(part)) for key, part in _fields(tensor) if key == EXTERNAL_DATA]
         name = bytes(parts[NAME]).decode()
+        if entries and not external:
+            continue
         if entries:
             place = {bytes(e[KEY]).decode(): bytes(e[VALUE]).decode() for e in entries}
             file, start = place["location"], int(place["offset"])
@@ -173,10 +176,19 @@ STEPS = 256  # in an octave
 LEAST = 1e-24  # of a squared norm: weights of nothing
 
 
+FLOAT = 32  # bits of a weight that is stored as a float, whether of 32 bits or of 16
+
 # By bits of a weight: how far rounding may move norms, in octaves, and a matrix, relatively.
 MOVED = {8: 0.02, 4: 0.15}
 
-ROUNDED = {8: 0.05, 4: 0.15, 3: 0.6, 2: 0.9}
+ROUNDED = {FLOAT: 0.01, 8: 0.05, 4: 0.15, 3: 0.6, 2: 0.9}
+
+# Matrices that decide who runs, or that only some tokens meet: marked also where they are floats.
+ROUTED = re.compile(r"(.*\.)?(router|coefficient|meta|experts\.\d+)\.(.+\.)?weight")
+
+EXPERT = re.compile(r"(|.*\.)(experts\.\d+|meta)\.(.+)")
+
+SURE = 10  # times the distance of two experts' marks over the root of their number: 5 deviations
 
 PACKED, GROUP_SCALE, SCALE = ".packed", ".groups.scale", ".scale"
 
@@ -285,7 +297,8 @@ class Compared(Config):
     """`scales` that were looked at, and matrices whose scales or weights are not the checkpoint's.
 
     `moved` is how far the worst norm is off, in octaves; `error` the largest relative error of a
-    matrix.
+    matrix. Wrong is, too, an expert's matrix that is nearer to another's, and one that the graphs
+    for paging read otherwise than the whole decoder does.
     """
 
     scales: int
@@ -294,30 +307,89 @@ class Compared(Config):
     error: float
 
 
+def compare_weights(bundle: AnyBundle[Any]) -> Compared | None:
+    """Hold the bundle's weights against the checkpoint's marks; None of a bundle without any.
+
+    Raises `BundleError` for damaged marks.
+    """
+    signature = signature_of(bundle)
+    return None if signature is None else compare_signature(bundle, signature)
+
+
+@np.errstate(invalid="ignore", over="ignore")  # of weights that are not finite
 def compare_signature(bundle: AnyBundle[Any], signature: Signature) -> Compared:
     """Hold the bundle's stored matrices against a signature; one that is not there is wrong."""
     wrong = {matrix.name: "" for matrix in signature.matrices}
     stored = dict(stored_matrices(bundle))
     scales, moved, worst = 0, 0.0, 0.0
+    found: dict[str, Array] = {}
     for matrix, norms, sums in signature.each():
         if matrix.name not in stored:
             continue
-        integers, scale = stored[matrix.name]
-        marks = _marks_of(matrix, integers, scale)
+        array, scale = stored[matrix.name]
+        marks = _marks_of(matrix, array, scale)
         off = np.abs(_octaves(_blocks(marks.squares.ravel(), matrix.norm_block)) - norms).max()
-        gap = _blocks(marks.sums, matrix.sum_block) - sums
+        found[matrix.name] = _blocks(marks.sums, matrix.sum_block)
+        gap = found[matrix.name] - sums
         error = np.sqrt((gap**2).sum() / max((4.0**norms).sum(), LEAST))  # E (w r)^2 = |w|^2
-        scales, moved, worst = scales + scale.size, max(moved, float(off)), max(worst, float(error))
+        scales += 0 if scale is None else scale.size
+        moved, worst = max(moved, float(off)), max(worst, float(error))
         if off <= matrix.tolerance and error <= ROUNDED.get(matrix.bits, 1.0):
             del wrong[matrix.name]
-    return Compared(scales, tuple(wrong), moved, worst)
+    odd = dict.fromkeys((*_exchanged(signature, found), *_paged_otherwise(bundle)), "")
+    return Compared(scales, tuple(wrong | odd), moved, worst)
 
 
-def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, tuple[Array, Array]]]:
-    """Every quantised matrix of the bundle's graphs, under the checkpoint's names; not copied.
+def _exchanged(signature: Signature, found: Mapping[str, Array]) -> Iterator[str]:
+    """Matrices of experts whose sums are nearer to those of another expert of the layer.
+
+    This tells apart experts that differ by less than rounding moves them. With e the error of
+    rounding and d the difference to the other, |e + d|^2 - |e|^2 is |d|^2, give or take
+    2 |e| |d| / sqrt(N): the signs of the sums know nothing of either.
+    """
+    layers: dict[tuple[str, str], dict[str, Array]] = {}
+    for matrix, _, sums in signature.each():
+        if (match := EXPERT.fullmatch(matrix.name)) and matrix.name in found:
+            layers.setdefault((match[1], match[3]), {})[matrix.name] = sums
+    for experts in layers.values():
+        for name, own in experts.items():
+            gap = np.linalg.norm(found[name] - own)
+            for other in experts.values():
+                if other.shape != own.shape:
+                    continue
+                apart, nearer = np.linalg.norm(other - own), np.linalg.norm(found[name] - other)
+                if gap**2 - nearer**2 > SURE * gap * apart / np.sqrt(own.size):
+                    yield name
+
+
+def _paged_otherwise(bundle: AnyBundle[Any]) -> Iterator[str]:
+    """Weights that the graphs for paging read from elsewhere than `decoder.onnx`, or otherwise."""
+    paging = bundle.manifest.get("paging")
+    if not paging or "graphs" not in paging:
+        return
+    whole = dict(stored_weights(bundle.path("decoder.onnx")))
+    parts: dict[str, Array] = {}
+    for index in range(paging["segments"]):
+        parts |= stored_weights(bundle.path(f"segment.{index}.onnx"))
+    data = np.memmap(bundle.path("decoder.data"), np.uint8, "r")
+    for owner, expert in paging["experts"].items():
+        start = bundle.manifest["experts"][owner][0]
+        for name, place in paging["graphs"][expert["graph"]].items():
+            kind, at = np.dtype(place["type"]), start + place["offset"]
+            size = math.prod(place["shape"]) * kind.itemsize
+            parts[f"{owner}.{name}"] = data[at : at + size].view(kind).reshape(place["shape"])
+        inline = _initializers(bundle.path(expert["graph"]), FLOATS | INTEGERS, external=False)
+        parts |= {f"{owner}.{name}": array for name, array in inline}
+    for name, array in parts.items():
+        if not np.array_equal(array, whole.get(name, ()), equal_nan=array.dtype.kind == "f"):
+            yield name
+
+
+def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, tuple[Array, Array | None]]]:
+    """Every matrix of the bundle's graphs that has marks, under the checkpoint's names; not copied.
 
     Integers with scales, both as stored: `[K, N]` of int8 and `[N]`, or packed `[N, G, n]` of uint8
-    and `[N, G]`.
+    and `[N, G]`. Floats `[K, N]`, of routers and experts alone, with None.
     """
     for graph in ("vision.onnx", "decoder.onnx", "image.onnx", "text.onnx"):
         if graph not in bundle.manifest["files"]:
@@ -327,6 +399,8 @@ def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, tuple[Array, 
             stem = name.removesuffix(PACKED)
             ending = SCALE if stem == name else GROUP_SCALE
             if (scale := held.get(stem + ending)) is None:
+                if is_routed(name, array.shape) and array.dtype.kind == "f":
+                    yield name, (array, None)
                 continue
             if FUSED not in stem:
                 yield stem, (array, scale)
@@ -337,14 +411,21 @@ def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, tuple[Array, 
                 yield stem.replace(FUSED, f".attention.{part}."), pair
 
 
+def is_routed(name: str, shape: Sequence[int]) -> bool:
+    """Whether a weight is a matrix of a router or an expert, which has marks as floats, too."""
+    return len(shape) == 2 and ROUTED.fullmatch(name) is not None
+
+
 def signs(count: int) -> Floats:
     """+1 and -1 in the order of Thue and Morse, which no layout of weights follows."""
     odd = np.bitwise_count(np.arange(count, dtype=np.uint64)) & 1
     return (1 - 2 * odd.astype(np.float32)).astype(np.float32)
 
 
-def _marks_of(matrix: MarkedMatrix, integers: Array, scale: Array) -> Marks:
+def _marks_of(matrix: MarkedMatrix, integers: Array, scale: Array | None) -> Marks:
     """Of a stored matrix, whose groups may have been cut smaller when it was packed."""
+    if scale is None:
+        return Marks.of(np.ascontiguousarray(integers.T.astype(np.float32)), 1)
     width, factor = matrix.columns, scale.astype(np.float32)
     if integers.dtype == np.int8:  # [K, N]
         weights = integers.astype(np.float32)

@@ -2,9 +2,9 @@
 
 The official file is MoE-LLaVA's: transformers' Phi or StableLM keys, `mm_*` keys and a `moe`
 block. What it cannot say lies in one block of our own, `medmoe_edge`: the vision tower where it
-is not CLIP ViT-L/14-336, and the experts' names. The tower is read from that and from the shapes of
-its tensors. Values that this implementation would compute wrongly are refused; keys nobody knows
-are refused too.
+is not CLIP ViT-L/14-336, the experts' names, and the tokens that refuse an answer. The tower is
+read from that and from the shapes of its tensors. Values that this implementation would compute
+wrongly are refused; keys nobody knows are refused too.
 """
 
 import math
@@ -12,7 +12,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from medmoe_edge.checkpoint.keys import CLIP_PREFIX, TOWER_PREFIX, Shape
-from medmoe_edge.config import DecoderConfig, ModelConfig, MoEConfig, VisionConfig, unknown_key
+from medmoe_edge.config import (
+    DecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    Refusal,
+    VisionConfig,
+    unknown_key,
+)
 from medmoe_edge.errors import CheckpointError, ConfigError, Notice
 
 Json = Mapping[str, Any]
@@ -250,13 +257,14 @@ def model_config(data: Json, shapes: Mapping[str, Shape], tower: Json | None = N
     kind, may_have_experts, _ = _MODEL_TYPES[model_type]
     _check_fixed(data, {**_FIXED, "hidden_act": _ACTIVATIONS[kind]})
     own = data.get("medmoe_edge", {})
-    _check_keys(own, {"vision", "expert_names"}, "config.json medmoe_edge")
+    _check_keys(own, {"vision", "expert_names", "refusals"}, "config.json medmoe_edge")
     block = data.get("moe") if may_have_experts else None
     decoder = _decoder(data, kind)
     return ModelConfig(
         vision=vision_config(data, own, shapes, tower),
         decoder=decoder,
         moe=_moe(block, own, decoder.layers, shapes) if block else None,
+        refusals=_refusals(own.get("refusals", {})),
     )
 
 
@@ -315,9 +323,21 @@ def official_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     own: dict[str, Any] = {} if is_standard(vision) else {"vision": vision.to_json()}
     if moe and moe.expert_names:
         own["expert_names"] = list(moe.expert_names)
+    if config.refusals:
+        own["refusals"] = {refusal.code: refusal.token for refusal in config.refusals}
     if own:
         data["medmoe_edge"] = own
     return data
+
+
+def _refusals(data: Any) -> tuple[Refusal, ...]:
+    """The block's `refusals`: an object of codes and the tokens that stand for them."""
+    where = "config.json medmoe_edge.refusals"
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must be an object.", "Check the file's structure.")
+    return tuple(
+        Refusal.from_json({"code": code, "token": token}, where) for code, token in data.items()
+    )
 
 
 def _check_keys(data: Any, known: set[str], where: str) -> None:

@@ -240,7 +240,7 @@ def _efficientnet_lite(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
     try:
         import torch
 
-        from medmoe_edge.models.efficientnet_lite import VARIANTS, EfficientNetLite
+        from medmoe_edge.models.med_moe import VARIANTS, EfficientNetLite
     except ModuleNotFoundError as error:
         raise MissingDependencyError("torch", "export") from error
     if config.variant not in VARIANTS:

@@ -68,6 +68,7 @@ class Checkpoint:
         """Its tokenizer, in whichever form; raises `CheckpointError` unless it fits the weights."""
         found = find_tokenizer(self.folder)
         found.check(self.config.decoder)
+        found.tokenizer.ids_of(self.config.refusals)
         return found
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -62,7 +62,6 @@ def _registered() -> "Any":
         ask,
         bedside,
         bench,
-        device,
         export,
         train,
         verify,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medmoe_edge.cli.common import (
+    AllowRepetition,
     Device,
     DropPages,
     Force,
@@ -235,6 +236,15 @@ def ask(
         int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHOICES",
+            help='Answer with the likeliest of these, with commas between them: "yes,no".',
+            show_default="any answer",
+        ),
+    ] = None,
+    allow_repetition: AllowRepetition = False,
     prefix_cache: Annotated[
         Path | None,
         typer.Option(
@@ -264,11 +274,13 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer questions about one image."""
+    from medmoe_edge.engine.answer import choices_of
     from medmoe_edge.engine.engine import load
     from medmoe_edge.image.inputs import as_image
     from medmoe_edge.image.loading import check_file
     from medmoe_edge.image.pixels import Image, shown_name
 
+    given = None if choices is None else choices_of(choices.split(","), "")
     if explain:
         _check_explanation(explain, image, len(questions), force)
     if show:
@@ -286,12 +298,15 @@ def ask(
             memory_budget=memory_budget,
             drop_pages=drop_pages,
             prefix_cache=prefix_cache,
+            allow_repetition=allow_repetition,
         )
         # read once where it is shown or piped: what is asked about is what is written
         picture: Path | Image = image
         if piped is not None or show or explain:
             picture = as_image(image if piped is None else piped, frame=frame)
-        answers = engine.ask_all(picture, questions, max_new_tokens=max_new_tokens, frame=frame)
+        answers = engine.ask_all(
+            picture, questions, max_new_tokens=max_new_tokens, choices=given, frame=frame
+        )
         if show:
             write_picture(show, engine.seen(picture))
         found = None

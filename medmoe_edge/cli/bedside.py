@@ -1,11 +1,14 @@
-"""The verbs of the bedside: `serve`, `listen`, `batch` and `audit`."""
+"""The verbs of the bedside: `serve`, `listen` and `batch`."""
 
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
+import time
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +16,7 @@ import typer
 
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.cli.common import (
+    AllowRepetition,
     Device,
     DropPages,
     Force,
@@ -21,20 +25,19 @@ from medmoe_edge.cli.common import (
     ModelOption,
     Runtime,
     app,
-    check_apart,
     check_output,
     paragraphs,
     verb,
 )
 from medmoe_edge.cli.usage import complete_models
-from medmoe_edge.errors import InputError, MedMoEError, VerificationError, needs
+from medmoe_edge.errors import InputError, MedMoEError, needs, unreadable
 from medmoe_edge.render import console as render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from medmoe_edge.bedside.batch.run import Answering, BatchReport, Recipe
-    from medmoe_edge.bedside.listen.config import Configuration
+    from medmoe_edge.bedside.listen.config import Configuration, Log
     from medmoe_edge.bedside.listen.desk import Desk
     from medmoe_edge.bedside.listen.report_sr import Locator
 
@@ -73,6 +76,7 @@ def serve(
     max_megapixels: Annotated[int, typer.Option(min=1, max=100, help="Of a picture.")] = 100,
     max_questions: Annotated[int, typer.Option(min=1, help="In a request.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    allow_repetition: AllowRepetition = False,
     max_seconds: Annotated[float, typer.Option(min=1, help="For a request's answer.")] = 60,
     as_json: Json = False,
 ) -> None:
@@ -101,7 +105,8 @@ def serve(
     settings = Settings(host, port, tokens, tls_cert, tls_key, limits, behind_proxy, origins)
 
     models = ServiceModels(
-        model, runtime, device, memory_budget, drop_pages, modality_model, audit_log
+        *(model, runtime, device, memory_budget, drop_pages, allow_repetition),
+        *(modality_model, audit_log),
     )
 
     def ready(url: str) -> None:
@@ -116,9 +121,20 @@ def serve(
     render.show("Stopped; all that was accepted is answered.", stderr=True)
 
 
-def _run_as_service() -> None:
-    """Have lines of the log say when, and files be nobody else's, whatever the umask was."""
+def _run_as_service(file: "Log | None" = None) -> None:
+    """Have lines of the log say when, and files be nobody else's, whatever the umask was.
+
+    With a file the log goes there, and to further ones as it grows.
+    """
     os.umask(0o077)
+    if file is not None:
+        try:
+            handler = RotatingFileHandler(
+                file.file, maxBytes=file.max_mb * 10**6, backupCount=file.keep, encoding="utf-8"
+            )
+        except OSError as error:
+            raise InputError(*unreadable("The log's file", error)) from error
+        logging.getLogger("medmoe_edge").handlers = [handler]
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
     for handler in logging.getLogger("medmoe_edge").handlers:
         handler.setFormatter(form)
@@ -168,8 +184,8 @@ def listen(
         from medmoe_edge.bedside.listen.node import Node
     from medmoe_edge.engine.engine import load
 
-    _run_as_service()
     configuration = load_configuration(config)
+    _run_as_service(configuration.log)
     with render.working("Loading"):
         engine = load(
             configuration.model,
@@ -177,6 +193,7 @@ def listen(
             device=device,
             memory_budget=configuration.memory_budget,
             drop_pages=configuration.drop_pages,
+            allow_repetition=configuration.allow_repetition,
         )
         locator = _locator(configuration)
     log = logging.getLogger("medmoe_edge.bedside.listen")
@@ -193,7 +210,7 @@ def listen(
         else:
             render.show("{ae_title} listens on {host}, port {port}.".format(**place))
         render.show(NOTICE, "yellow", stderr=True)
-        stop.wait()
+        node.watch(stop)
 
 
 @contextlib.contextmanager
@@ -203,7 +220,7 @@ def _desk(config: Path) -> "Iterator[tuple[Desk, Configuration]]":
         from medmoe_edge.bedside.listen.config import load_configuration
         from medmoe_edge.bedside.listen.desk import Desk
     configuration = load_configuration(config)
-    desk = Desk(configuration.folder / "queue.sqlite")
+    desk = Desk(configuration.folder)
     try:
         yield desk, configuration
     finally:
@@ -225,6 +242,10 @@ def node_status(config: Config, as_json: Json = False) -> None:
     rows.append(("results", f"{found['results']:,}"))
     rows += [(f"not asked: {why}", f"{count:,}") for why, count in reasons(found["not_asked"])]
     rows += [(f"unsent to {name}", f"{count:,}") for name, count in found["unsent"].items()]
+    kept = found["uncommitted"].items()
+    rows += [(f"not yet kept by {name}", f"{count:,}") for name, count in kept]
+    wanted = [(state, count) for state, count in found["requests"].items() if count]
+    rows += [(f"studies to fetch: {state}", f"{count:,}") for state, count in wanted]
     render.show_table("", ["", ""], rows)
 
 
@@ -290,6 +311,81 @@ def node_requeue(
     _tell_count(as_json, "sent_again", count, "documents are to be sent again")
 
 
+STUDY = re.compile(r"[0-9]+(\.[0-9]+)+")
+FETCH_SECONDS = 600.0  # that --wait waits
+
+
+@commands.command(
+    "ask", epilog="Example: medmoe-edge listen ask --study 1.2.3 --config listen.toml"
+)
+def node_ask(
+    config: Config,
+    study: Annotated[str, typer.Option(metavar="UID", help="Its Study Instance UID.")],
+    priors: Annotated[
+        int, typer.Option(min=0, max=20, help="Earlier studies of the patient, too.")
+    ] = 0,
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="AE title or URL.", show_default="the first"),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it is fetched.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Have the node fetch a study from a source, and answer it."""
+    if not STUDY.fullmatch(study) or len(study) > 64:
+        raise InputError("That is no Study Instance UID.", "It is of digits and dots.")
+    with _desk(config) as (desk, configuration):
+        from medmoe_edge.bedside.listen.fetching import source_of
+
+        name = source_of(configuration, source or "").shown
+        number = desk.request(study, priors, name)
+        state, why = desk.fetched(number)
+        end = time.monotonic() + FETCH_SECONDS
+        while wait and state == "waiting" and time.monotonic() < end:
+            time.sleep(0.2)
+            state, why = desk.fetched(number)
+    if state == "failed":
+        raise InputError(f"The study was not fetched: {why}.", "See the node's log.")
+    if as_json:
+        render.as_json({"request": number, "source": name, "state": state})
+    else:
+        render.show(f"Request {number} to {name}: {state}. See: listen status, listen show.")
+
+
+@commands.command(
+    "backup", epilog="Example: medmoe-edge listen backup -o b.tar --config listen.toml"
+)
+def node_backup(
+    config: Config,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .tar file.")],
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write the node's queue, images, documents and audit log to one file; it may be running."""
+    check_output(output, force)
+    with _desk(config) as (desk, configuration):
+        count = desk.back_up(configuration.audit_log, output)
+    _tell_count(as_json, "files", count, "files: the backup is as confidential as they are")
+
+
+@commands.command(
+    "restore", epilog="Example: medmoe-edge listen restore b.tar --config listen.toml"
+)
+def node_restore(
+    config: Config,
+    backup: Annotated[Path, typer.Argument(metavar="FILE", help="What backup wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Bring a backup back into an empty folder; then start the node."""
+    with needs("listen"):
+        from medmoe_edge.bedside.listen.config import load_configuration
+        from medmoe_edge.bedside.listen.desk import restore
+        from medmoe_edge.bedside.listen.queue import Folder
+    configuration = load_configuration(config)
+    count = restore(backup, Folder(configuration.folder), configuration.audit_log)
+    _tell_count(as_json, "files", count, "files are back: start the node")
+
+
 def _tell_count(as_json: bool, name: str, count: int, words: str) -> None:
     if as_json:
         render.as_json({name: count})
@@ -334,6 +430,7 @@ def batch(
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    allow_repetition: AllowRepetition = False,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -362,7 +459,7 @@ def batch(
         raise InputError("Workers are of a cluster.", "Name one: --ray ADDRESS, or --ray local.")
     from medmoe_edge.bedside.batch.run import Recipe, run_batch
 
-    recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens)
+    recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens, allow_repetition)
     audit = None
     if audit_log is not None:
         with needs("serve"):
@@ -412,110 +509,3 @@ def _show_batch(report: "BatchReport") -> None:
     ]
     render.show_table("", ["", ""], rows)
     render.wrote("the answers", Path(report.output))
-
-
-audit = typer.Typer(no_args_is_help=True)
-app.add_typer(
-    audit,
-    name="audit",
-    rich_help_panel="Deploy",
-    help="Verify an audit log or send it on; take the patient out of a DICOM file.",
-    epilog="Example: medmoe-edge audit verify audit.jsonl",
-)
-EXAMPLE = "Example: medmoe-edge audit {}"
-
-
-@audit.command("verify", epilog=EXAMPLE.format("verify audit.jsonl"))
-def verify_log(
-    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
-    head: Annotated[
-        str | None,
-        typer.Option(metavar="HASH", help="A recorded head, to see that no end was cut off."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Tell whether every line of an audit log is as it was written."""
-    from medmoe_edge.bedside.audit import log as chain
-
-    report = chain.verify_log(log, head)
-    error = None
-    if not report.intact:
-        error = VerificationError(
-            f"The audit log is not intact ({report.fault}).",
-            "The next entry cuts an unfinished line off."
-            if report.fault == "torn"
-            else "Keep it as it is, and find out who could write it.",
-        )
-    if as_json:
-        render.as_json(report.to_json(), error)
-    else:
-        render.show(report.why, "green" if report.intact else "bold red")
-        render.show(f"{report.entries:,} entries, head {report.head}")
-    if error:
-        raise error
-
-
-@audit.command("ship", epilog=EXAMPLE.format("ship audit.jsonl --to logs.example:6514"))
-def ship_log(
-    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
-    to: Annotated[str, typer.Option(metavar="HOST:PORT", help="A collector of syslog over TLS.")],
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="PEM of its authority.", show_default="this machine's own"
-        ),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="PEM of ours, if it wants one.")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Wait for further entries.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Send an audit log to a collector, from where the last run ended."""
-    with needs("serve"):
-        from medmoe_edge.bedside.audit.log import Collector, ship
-
-    files = {"authority": tls_ca, "certificate": tls_cert, "key": tls_key}
-    sent = ship(log, Collector.at(to, **files), follow=follow)
-    if as_json:
-        render.as_json({"sent": sent})
-    else:
-        render.show(f"{sent:,} entries were sent.")
-
-
-@audit.command("deidentify", epilog=EXAMPLE.format("deidentify scan.dcm -o example.dcm"))
-def deidentify(
-    source: Annotated[Path, typer.Argument(metavar="DICOM", help="A DICOM file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
-    allow_burned_in: Annotated[
-        bool, typer.Option("--allow-burned-in", help="Also where the picture shows text.")
-    ] = False,
-    secret: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Random bytes that nobody else has, the same for a whole study: without them, who "
-            "has the original UIDs can tell which became which.",
-            show_default="none",
-        ),
-    ] = None,
-    force: Force = False,
-) -> None:
-    """Write a DICOM image without what identifies its patient (PS3.15, Basic Profile)."""
-    check_output(output, force)
-    check_apart(output, source)
-    with needs("listen"):
-        from medmoe_edge.bedside.audit import deidentify as example
-    key = secret.read_bytes() if secret else b""
-    if secret and not key:
-        raise InputError(f"{secret} is empty.", "Make one: openssl rand -out secret 32")
-    is_removed = example.deidentify(source, output, allow_burned_in=allow_burned_in, secret=key)
-    render.wrote("the example", output)
-    if not is_removed:
-        render.show(
-            "Its picture may show text, and was not looked at: the file does not claim that its "
-            "patient is removed.",
-            "yellow",
-            stderr=True,
-        )

@@ -164,6 +164,13 @@ DropPages = Annotated[
         help="With a memory budget: keep nothing of experts in the page cache.",
     ),
 ]
+AllowRepetition = Annotated[
+    bool,
+    typer.Option(
+        "--allow-repetition",
+        help="Let an answer that repeats itself go on, rather than end it there.",
+    ),
+]
 ModelOption = Annotated[
     str,
     typer.Option("--model", help="A bundle, a checkpoint or nano.", autocompletion=complete_models),

@@ -20,8 +20,8 @@ from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, VerificationError, needs, shown_bytes
 from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
+from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render
-from medmoe_edge.render import device as render_device
 from medmoe_edge.render import verification as render_verification
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def export(
                 raise
         else:
             with needs("rtx" if target == "tensorrt-rtx" else "export"):
-                from medmoe_edge.pipeline.targets import export_for
+                from medmoe_edge.pipeline.med_moe import export_for
             built = export_for(
                 target,
                 folder,
@@ -248,7 +248,7 @@ def export(
     elif as_json:
         render.as_json(built.to_json())
     else:
-        render_device.show_target(built)
+        render_bench.show_target(built)
 
 
 def _show_failed(error: VerificationError, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that prove: `verify`, `eval` and `inspect`."""
+"""The verbs that prove: `verify`, `eval` and `inspect` of models, `audit` of what was answered."""
 
 from functools import partial
 from pathlib import Path
@@ -6,10 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from medmoe_edge.cli.common import Device, Force, Json, Runtime, VisionTower, check_output, verb
+from medmoe_edge.cli.common import (
+    AllowRepetition,
+    Device,
+    Force,
+    Json,
+    Runtime,
+    VisionTower,
+    app,
+    check_apart,
+    check_output,
+    verb,
+)
 from medmoe_edge.cli.usage import complete_data, complete_models
 from medmoe_edge.embedded import bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, needs
+from medmoe_edge.errors import InputError, VerificationError, needs
 from medmoe_edge.families import (
     AnswerScores,
     EvaluateOptions,
@@ -71,6 +82,44 @@ def evaluate(
         bool,
         typer.Option("--blind", help="Ask everything about a black picture too, for comparison."),
     ] = False,
+    findings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Images with what is present and absent, and pictures that are no scans: how well "
+            "each finding is seen. Those to train on are left out.",
+        ),
+    ] = None,
+    languages: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Questions in several languages: answered as in English, or marked as unsure?",
+        ),
+    ] = None,
+    paraphrases: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="The questions of --data in other words: what do they cost?"
+        ),
+    ] = None,
+    fit_confidence: Annotated[
+        bool,
+        typer.Option(
+            "--fit-confidence",
+            help="Keep in the bundle how often its answers are right: confidence is then that "
+            "chance, and what is likely wrong is marked as unsure.",
+        ),
+    ] = False,
+    selective_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="How many of the answers that are not unsure should be right, from 0 to 1.",
+            show_default="what being unsure of 22% gives",
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="Ask so many questions, drawn by --seed.", show_default="all"),
@@ -79,6 +128,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=2048, help="Longest answer; the papers' runs allow 2048.")
     ] = 32,
+    allow_repetition: AllowRepetition = False,
     runtime: Runtime = "auto",
     device: Device = "auto",
     force: Force = False,
@@ -88,12 +138,17 @@ def evaluate(
 
     The papers' open recall is printed as the official scorer computes it, beside ours, which counts
     no repeated word twice. Of a modality-moe: how it routes, classifies, retrieves and locates.
+
+    --fit-confidence writes into the bundle; verifying it again later leaves that as it is.
     """
     found: AnswerScores | ModalityEvaluation
     if references is not None:
-        unused = (bundle, data, labels, blind, runtime != "auto", device != "auto", force)
+        unused = (
+            *(bundle, data, labels, blind, runtime != "auto", device != "auto", force),
+            *(findings, languages, paraphrases, fit_confidence, selective_accuracy),
+        )
         found = _score_file(predictions, references, limit, seed, others=any(unused))
-    elif data is None and labels is None:
+    elif data is None and labels is None and findings is None:
         raise InputError(
             "Neither --data nor --references was given.", "See: medmoe-edge eval --help"
         )
@@ -101,7 +156,9 @@ def evaluate(
         model = bundle or "nano"
         family = family_of(model)
         options = EvaluateOptions(
-            *(data, labels, predictions, runtime, device, blind, limit, seed, max_new_tokens)
+            *(data, labels, predictions, runtime, device, blind, limit, seed, max_new_tokens),
+            *(findings, languages, paraphrases, fit_confidence, selective_accuracy),
+            allow_repetition,
         )
         if predictions:
             check_output(predictions, force)
@@ -111,6 +168,7 @@ def evaluate(
         render.as_json(found.to_json())
     elif isinstance(found, AnswerScores):
         render.show_evaluation(found)
+        render_verification.show_seen(found)
     else:
         render_contrastive.show_modality_evaluation(found)
 
@@ -248,7 +306,7 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
             "Leave --against, --beside and --report out.",
         )
     with needs("rtx"):
-        from medmoe_edge.pipeline.targets import agree
+        from medmoe_edge.pipeline.med_moe import agree
     with render.working("Reading") as progress:
         found = agree(bundle_path(bundle), data, progress=progress)
     if as_json:
@@ -292,3 +350,110 @@ def inspect(
         render.show_inspection(found)
     else:
         render_contrastive.show_modality_inspection(found)
+
+
+audit = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    audit,
+    name="audit",
+    rich_help_panel="Deploy",
+    help="Verify an audit log or send it on; take the patient out of a DICOM file.",
+    epilog="Example: medmoe-edge audit verify audit.jsonl",
+)
+EXAMPLE = "Example: medmoe-edge audit {}"
+
+
+@audit.command("verify", epilog=EXAMPLE.format("verify audit.jsonl"))
+def verify_log(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="A recorded head, to see that no end was cut off."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell whether every line of an audit log is as it was written."""
+    from medmoe_edge.bedside.audit import log as chain
+
+    report = chain.verify_log(log, head)
+    error = None
+    if not report.intact:
+        error = VerificationError(
+            f"The audit log is not intact ({report.fault}).",
+            "The next entry cuts an unfinished line off."
+            if report.fault == "torn"
+            else "Keep it as it is, and find out who could write it.",
+        )
+    if as_json:
+        render.as_json(report.to_json(), error)
+    else:
+        render.show(report.why, "green" if report.intact else "bold red")
+        render.show(f"{report.entries:,} entries, head {report.head}")
+    if error:
+        raise error
+
+
+@audit.command("ship", epilog=EXAMPLE.format("ship audit.jsonl --to logs.example:6514"))
+def ship_log(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    to: Annotated[str, typer.Option(metavar="HOST:PORT", help="A collector of syslog over TLS.")],
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PEM of its authority.", show_default="this machine's own"
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM of ours, if it wants one.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for further entries.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send an audit log to a collector, from where the last run ended."""
+    with needs("serve"):
+        from medmoe_edge.bedside.audit.log import Collector, ship
+
+    files = {"authority": tls_ca, "certificate": tls_cert, "key": tls_key}
+    sent = ship(log, Collector.at(to, **files), follow=follow)
+    if as_json:
+        render.as_json({"sent": sent})
+    else:
+        render.show(f"{sent:,} entries were sent.")
+
+
+@audit.command("deidentify", epilog=EXAMPLE.format("deidentify scan.dcm -o example.dcm"))
+def deidentify(
+    source: Annotated[Path, typer.Argument(metavar="DICOM", help="A DICOM file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")],
+    allow_burned_in: Annotated[
+        bool, typer.Option("--allow-burned-in", help="Also where the picture shows text.")
+    ] = False,
+    secret: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Random bytes that nobody else has, the same for a whole study: without them, who "
+            "has the original UIDs can tell which became which.",
+            show_default="none",
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a DICOM image without what identifies its patient (PS3.15, Basic Profile)."""
+    check_output(output, force)
+    check_apart(output, source)
+    with needs("listen"):
+        from medmoe_edge.bedside.audit import deidentify as example
+    key = secret.read_bytes() if secret else b""
+    if secret and not key:
+        raise InputError(f"{secret} is empty.", "Make one: openssl rand -out secret 32")
+    is_removed = example.deidentify(source, output, allow_burned_in=allow_burned_in, secret=key)
+    render.wrote("the example", output)
+    if not is_removed:
+        render.show(
+            "Its picture may show text, and was not looked at: the file does not claim that its "
+            "patient is removed.",
+            "yellow",
+            stderr=True,
+        )

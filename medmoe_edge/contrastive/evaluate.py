@@ -23,17 +23,15 @@ from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Done, compare, entropy, evidence, log_softmax
-from medmoe_edge.data.captions import fact_captions, label_captions
+from medmoe_edge.data.captions import Place, fact_captions, label_captions, read_places
 from medmoe_edge.data.datasets import (
     BOXES_FILES,
     LABELS_FILE,
     QUESTION_FILES,
     LabelledImage,
-    Place,
     questions_of,
     read_examples,
     read_labels,
-    read_places,
 )
 from medmoe_edge.errors import DataError
 from medmoe_edge.image.loading import load_image

@@ -9,14 +9,11 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
-
-import numpy as np
-import numpy.typing as npt
 
 from medmoe_edge.errors import DataError
 
@@ -39,7 +36,10 @@ QUESTION_FILES: dict[Split, tuple[str, ...]] = {
     "test": ("test.jsonl", "vqa_test.jsonl", "test.json"),
 }
 LABELS_FILE = "labels.jsonl"
+FINDINGS_FILE = "findings.jsonl"
 BOXES_FILES = ("boxes.json", "slake_boxes.json")
+FormName = Literal["questions", "labels", "findings"]
+NO_SCAN = "none"  # the modality of a picture that is no medical image
 
 
 T = TypeVar("T")
@@ -79,6 +79,29 @@ class LabelledImage:
     finding: str
     source: str
     split: Split
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One image, with the findings that its source says are present and absent in it.
+
+    Names of findings are in lower case, and none is in two of the three tuples. `implied_absent`
+    are those that the source does not mention though it would have looked for them, which is weaker
+    than `absent`. A picture that is no medical image has the modality "none" (`NO_SCAN`), no
+    findings, and says of what `kind` it is. `patient` never goes into a result.
+    """
+
+    image: Path
+    modality: str
+    body: str
+    view: str | None
+    present: tuple[str, ...]
+    absent: tuple[str, ...]
+    implied_absent: tuple[str, ...]
+    patient: str | None
+    split: Split
+    kind: str | None
+    source: str
 
 
 def questions_of(folder: Path, *splits: Split) -> Path | None:
@@ -168,6 +191,30 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
     return images
 
 
+def read_findings(file: Path, *, check_images: bool = False) -> list[Finding]:
+    """Read a file of findings (JSONL, `findings.schema.json`).
+
+    What a panel of readers decided (`adjudicated`) is read as present or absent.
+
+    Args:
+        file: The file; image paths are relative to its folder.
+        check_images: Whether an absent image is an error.
+
+    Returns:
+        The images in the file's order, of all splits.
+
+    Raises:
+        DataError: The file or a line cannot be read (named), a finding is both present and absent,
+            or an image is absent.
+    """
+    images = [_finding(record, file) for record in json_lines(read_text(file), file)]
+    if not images:
+        raise DataError(f"{file} holds no images with findings.", "Give a file with at least one.")
+    if check_images:
+        _require_images([image.image for image in images], file)
+    return images
+
+
 def modality_name(name: str) -> str:
     """A modality in the models' words: lower case, and one name for what has several."""
     lower = name.strip().lower()
@@ -175,8 +222,8 @@ def modality_name(name: str) -> str:
 
 
 @functools.cache
-def schema(name: Literal["questions", "labels"]) -> dict[str, Any]:
-    """The JSON schema of one line of a question file or of a file of labels."""
+def schema(name: FormName) -> dict[str, Any]:
+    """The JSON schema of one line of a file of questions, labels or findings."""
     text = files("medmoe_edge.data").joinpath(f"{name}.schema.json").read_text("utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
@@ -212,7 +259,7 @@ class Record:
             raise DataError(f"{self.where} lacks the key {key!r}.", "Add it.")
         return self.value[key]
 
-    def require(self, *keys: str, schema: Literal["questions", "labels"]) -> None:
+    def require(self, *keys: str, schema: FormName) -> None:
         """Raise `DataError` for all of `keys` that are absent, and say what each is for."""
         if not (missing := [key for key in keys if key not in self.value]):
             return
@@ -243,6 +290,15 @@ class Record:
     def optional(self, key: str) -> str | None:
         """A string, or None where the key is absent, null or empty."""
         return None if self.value.get(key) is None else self.text(key, empty=True) or None
+
+    def texts(self, key: str) -> list[str]:
+        """A list of non-empty strings; none where the key is absent or null."""
+        values = self.value.get(key)
+        if values is None:
+            return []
+        if not isinstance(values, list):
+            raise DataError(f"{self.where}: {key!r} is not a list.", "Write it in brackets.")
+        return [Record({key: value}, self.where).text(key) for value in values]
 
     def choice(self, key: str, known: Mapping[str, T]) -> T:
         """What `known` says of a required string, whose case does not matter."""
@@ -291,7 +347,7 @@ def json_lines(text: str, file: Path) -> Iterator[Record]:
             yield Record(parse_json(line, where), where)
 
 
-def _meanings(name: Literal["questions", "labels"]) -> dict[str, str]:
+def _meanings(name: FormName) -> dict[str, str]:
     """What each key is for, in the schema's words."""
     properties = schema(name)["properties"]
     return {key: told["description"].rstrip(".") for key, told in properties.items()}
@@ -411,6 +467,41 @@ def _turns(record: Record, key: str) -> Iterator[tuple[str, str, str | None]]:
         yield question, answered.text("value", empty=True), answered.as_written("value")
 
 
+def _finding(record: Record, file: Path) -> Finding:
+    record.require("image", "modality", schema="findings")
+    judged = record.value.get("adjudicated")
+    judged = {} if judged is None else judged
+    if not isinstance(judged, Mapping) or not all(isinstance(one, bool) for one in judged.values()):
+        raise DataError(
+            f"{record.where}: 'adjudicated' does not say true or false of findings.",
+            'Write it as {"fracture": false}.',
+        )
+    decided = {name.strip().lower(): found for name, found in judged.items()}
+    present, absent, implied = (
+        dict.fromkeys(name.lower() for name in record.texts(key))
+        for key in ("findings", "negatives", "implied_negatives")
+    )
+    present |= dict.fromkeys(name for name, found in decided.items() if found)
+    absent |= dict.fromkeys(name for name, found in decided.items() if not found)
+    if both := [name for name in present if name in absent or name in implied]:
+        raise DataError(
+            f"{record.where}: {both[0]!r} is both present and absent.", "Correct the line."
+        )
+    return Finding(
+        image=file.parent / record.text("image"),
+        modality=modality_name(record.text("modality")),
+        body=record.optional("body") or "",
+        view=record.optional("view"),
+        present=tuple(present),
+        absent=tuple(absent),
+        implied_absent=tuple(name for name in implied if name not in absent),
+        patient=record.optional("patient"),
+        split=record.choice("split", SPLITS) if record.optional("split") else "train",
+        kind=record.optional("kind"),
+        source=record.optional("source") or file.stem,
+    )
+
+
 def _require_images(images: list[Path], file: Path) -> None:
     absent = [number for number, image in enumerate(images, start=1) if not image.is_file()]
     if absent:
@@ -418,80 +509,3 @@ def _require_images(images: list[Path], file: Path) -> None:
             f"{file}: the image of entry {absent[0]} does not exist ({len(absent)} are absent).",
             "Check the image paths and the folder they are relative to.",
         )
-
-
-Box = tuple[float, float, float, float]  # x, y, width, height in pixels
-
-
-@dataclass(frozen=True)
-class Place:
-    """A phrase and the boxes around what it names in an image."""
-
-    image: Path
-    phrase: str
-    boxes: tuple[Box, ...]
-
-    def holds(self, x: float, y: float) -> bool:
-        """Whether the point (x, y) lies in one of the boxes."""
-        return any(
-            left <= x < left + width and top <= y < top + height
-            for left, top, width, height in self.boxes
-        )
-
-    def mask(self, height: int, width: int) -> npt.NDArray[np.bool_]:
-        """True for the pixels `[H, W]` whose centre lies in a box."""
-        rows, columns = np.arange(height) + 0.5, np.arange(width) + 0.5
-        mask = np.zeros((height, width), np.bool_)
-        for x, y, wide, high in self.boxes:
-            across = (x <= columns) & (columns < x + wide)
-            mask |= ((y <= rows) & (rows < y + high))[:, None] & across
-        return mask
-
-    def within(self, left: float, top: float, scale: float) -> "Place":
-        """The same in a part of the image that begins at (left, top) and is enlarged by `scale`."""
-        boxes = (
-            (scale * (x - left), scale * (y - top), scale * width, scale * height)
-            for x, y, width, height in self.boxes
-        )
-        return replace(self, boxes=tuple(boxes))
-
-
-def read_places(file: Path, images: Iterable[Path]) -> list[Place]:
-    """The boxes drawn on `images`, by label in lower case; `file` names images from its folder.
-
-    Raises `DataError` for a file of another form.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read.", "Give the boxes of SLAKE as JSON.") from error
-    everything = Record(data, str(file)).value
-    wanted = set(images)
-    return [
-        Place(file.parent / name, phrase, tuple(boxes))
-        for name, drawn in everything.items()
-        if file.parent / name in wanted
-        for phrase, boxes in _grouped(drawn, f"{file}, {name!r}").items()
-    ]
-
-
-def _grouped(drawn: object, where: str) -> Mapping[str, list[Box]]:
-    if not isinstance(drawn, list):
-        raise DataError(f"{where} is no list of boxes.", "Check the file's structure.")
-    grouped: dict[str, list[Box]] = {}
-    for item in drawn:
-        record = Record(item, where)
-        grouped.setdefault(record.text("label").lower(), []).append(_box(record))
-    return grouped
-
-
-def _box(record: Record) -> Box:
-    values = record["xywh"]
-    if not (isinstance(values, list) and len(values) == 4 and all(_is_number(v) for v in values)):
-        raise DataError(f"{record.where}: a box is not four numbers.", "Give x, y, width, height.")
-    x, y, width, height = values
-    return x, y, width, height
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -35,7 +35,7 @@ PREFILL_AT_ONCE = 384  # tokens of a prefill that a CPU computes together
 # CPU at full size, assumed elsewhere.
 ACTIVATIONS = {"gpu": 1, "jetson": 1, "cpu": 5}
 # EfficientNet-lite without its position embedding: multiply-adds per pixel and parameters,
-# counted from models/efficientnet_lite.py, which needs torch
+# counted from models/med_moe.py, which needs torch
 # (tests/unit/test_planning.py repeats it)
 CONVOLUTIONS = {
     "lite0": (7251.22, 2_940_656),

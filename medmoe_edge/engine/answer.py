@@ -1,12 +1,19 @@
-"""What an answer carries."""
+"""What an answer carries, how its text comes about, and what makes it unsure."""
 
 import dataclasses
+import math
+import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
 
+import numpy as np
+
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.errors import Notice
+from medmoe_edge.errors import InputError, Notice
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import Chosen, Decoding, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +93,276 @@ class Piece(str):
         return piece
 
 
+Choices = Sequence[str] | Mapping[str, Sequence[str]]
+"""The answers that may be given, to every question; or by question, where it has any."""
+
+YES_NO = ("Yes", "No")
+MOST_CHOICES = 20
+LONGEST_CHOICE = 200  # characters
+
+
+def choices_of(choices: Choices | None, question: str) -> tuple[str, ...]:
+    """The answers that may be given to a question, checked; empty where any may be.
+
+    Raises `InputError` for choices that are none, empty, the same but for their case, too many or
+    too long.
+    """
+    found = choices.get(question) if isinstance(choices, Mapping) else choices
+    if found is None:
+        return ()
+    if isinstance(found, str):
+        raise InputError("choices is one text, and a list is meant.", 'Write ["yes", "no"].')
+    given = tuple(each.strip() if isinstance(each, str) else "" for each in found)
+    folded = [each.casefold() for each in given]
+    if len(given) < 2 or not all(given):
+        raise InputError(
+            "The choices are fewer than two, or one of them is empty.", "Name two or more."
+        )
+    twice = next((each for each in given if folded.count(each.casefold()) > 1), None)
+    if twice is not None:
+        raise InputError(f"The choice {twice!r} is there twice.", "Name each once.")
+    longest = max(given, key=len)
+    if len(given) > MOST_CHOICES or len(longest) > LONGEST_CHOICE:
+        raise InputError(
+            f"There are {len(given)} choices, the longest of {len(longest)} characters.",
+            f"Give at most {MOST_CHOICES}, of {LONGEST_CHOICE} characters each.",
+        )
+    return given
+
+
+def spellings(choice: str) -> list[str]:
+    """A choice with its first letter small and large, unless it is an abbreviation such as CT."""
+    first, rest = choice[0], choice[1:]
+    if rest[:1].isupper():
+        return [choice]
+    return list(dict.fromkeys((choice, first.upper() + rest, first.lower() + rest)))
+
+
+def is_yes_or_no(question: str) -> bool:
+    """Whether an English question asks for yes or no, by its first word and without an "or"."""
+    words = re.findall(r"[a-z']+", question.lower())
+    return bool(words) and words[0] in _ASKS_YES_OR_NO and "or" not in words
+
+
+def given_choices(questions: Iterable[str], yes_no: bool) -> dict[str, Sequence[str]]:
+    """For those of the questions that ask for yes or no, these; none where it is not wanted."""
+    return {each: YES_NO for each in questions if yes_no and is_yes_or_no(each)}
+
+
+_ASKS_YES_OR_NO = {
+    *("is", "are", "was", "were", "does", "do", "did", "has", "have", "had"),
+    *("can", "could", "will", "would", "should", "any"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question in tokens, and those of the answers that it may have; none: any.
+
+    Each of these answers may be spelt in several ways.
+    """
+
+    question: str
+    ids: list[int]
+    choices: Mapping[str, list[list[int]]]
+
+    @classmethod
+    def of(cls, question: str, choices: Choices | None, tokenizer: Tokenizer) -> Self:
+        """Both checked; raises `InputError`."""
+        given = {
+            choice: [tokenizer.answer_ids(spelt) for spelt in spellings(choice)]
+            for choice in choices_of(choices, question)
+        }
+        return cls(question, tokenizer.question_ids(question), given)
+
+    def positions(self, limit: int) -> int:
+        """In the cache, of the question and the longest answer."""
+        lengths = (len(tokens) for spelt in self.choices.values() for tokens in spelt)
+        return len(self.ids) + max(lengths, default=limit)
+
+
+Score = Callable[[list[int]], tuple[float, list[Step]]]
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which another token is still to come
+
+
+class Draft:
+    """An answer in the making.
+
+    A token is told once it is clear that it is no part of a loop, so that nothing that was told has
+    to be taken back.
+
+    Attributes:
+        tokens: Those told so far.
+        text: What they spell, as far as it was told.
+        log_probability: Of these tokens, and of the end once it is there.
+        stopped: Why there are no more, as `Chosen` has it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, decoding: Decoding, alternatives: int | None = None
+    ) -> None:
+        self._tokenizer, self._decoding, self._alternatives = tokenizer, decoding, alternatives
+        self._held: list[list[tuple[int, float]]] = []
+        self._choice = ""
+        self.tokens: list[int] = []
+        self.text, self.log_probability = "", 0.0
+        self.stopped: Literal["end", "length", "repetition"] | None = None
+
+    def take(self, chosen: Chosen) -> Iterator[str]:
+        """Add a token, and tell the pieces of text that are settled by it."""
+        count, never = self._alternatives or 0, self._decoding.never
+        likely = _log_probabilities(chosen.step.logits, chosen.token, count, never)
+        self.stopped = chosen.stopped
+        if chosen.stopped != "end":
+            self._held.append(likely)
+        while len(self._held) > chosen.held:
+            yield self._told(self._held.pop(0))
+        if chosen.stopped == "end":
+            self.log_probability += likely[0][1]
+
+    def choose(
+        self, choices: Mapping[str, list[list[int]]], score: Score
+    ) -> tuple[dict[str, float], list[Step]]:
+        """Be the likeliest of some answers, each as likely as its spellings together.
+
+        Args:
+            choices: Each answer, with the tokens of its spellings.
+            score: The log-probability of some tokens and the answer's end.
+
+        Returns:
+            The probability of each choice, where one of them is taken to be right, and the steps
+            of the likeliest one's likeliest spelling.
+        """
+        totals, spelt = {}, {}
+        for choice, spellings in choices.items():
+            found = [(*score(tokens), tokens) for tokens in spellings]
+            totals[choice] = float(np.logaddexp.reduce([value for value, _, _ in found]))
+            spelt[choice] = max(found, key=lambda each: each[0])
+        best = max(totals, key=totals.__getitem__)
+        _, steps, tokens = spelt[best]
+        self._choice, self.tokens, self.stopped = best, tokens, "end"
+        self.log_probability = totals[best]
+        shares = {choice: math.exp(value - totals[best]) for choice, value in totals.items()}
+        whole = sum(shares.values())
+        return {choice: share / whole for choice, share in shares.items()}, steps
+
+    def rest(self) -> str:
+        """What was not told yet of the whole text, once there are no more tokens."""
+        text = self._choice or self._tokenizer.decode(self.tokens)
+        rest, self.text = text.removeprefix(self.text), text
+        return rest
+
+    def _told(self, likely: list[tuple[int, float]]) -> str:
+        token, log_probability = likely[0]
+        self.tokens.append(token)
+        self.log_probability += log_probability
+        piece = self._untold()
+        self.text += piece
+        if self._alternatives is None:
+            return piece
+        texts = [(self._tokenizer.decode([each]), value) for each, value in likely]
+        return Piece(piece, texts[0], texts[1:])
+
+    def _untold(self) -> str:
+        """What the tokens' text adds to what was told; nothing while it ends within a character.
+
+        All models have byte-level tokenizers, whose text only grows at its end; what clean-up may
+        still change there is not told yet.
+        """
+        text = self._tokenizer.decode(self.tokens)
+        settled = text[: max(len(text) - self._tokenizer.unsettled, 0)]
+        if text.endswith(UNFINISHED) or not settled.startswith(self.text):
+            return ""
+        return settled.removeprefix(self.text)
+
+
+def _log_probabilities(
+    logits: Floats, chosen: int, count: int, never: Sequence[int]
+) -> list[tuple[int, float]]:
+    """The chosen token, then the `count` most likely ones, each with its log-probability.
+
+    What is `never` chosen has its share of probability, and is not among the likely ones.
+    """
+    shifted = logits.astype(np.float64) - float(logits[chosen])
+    total = math.log(np.exp(shifted).sum())
+    shifted[list(never)] = -np.inf
+    best = np.argsort(-shifted, kind="stable")[:count] if count else ()
+    return [(chosen, -total), *((int(each), float(shifted[each]) - total) for each in best)]
+
+
+REFUSED = 0.5  # the probability of a refusal from which on it counts, where no bundle says another
+WHY = {
+    "not_a_scan": "The picture is not like the medical images that the model learned from.",
+    "not_answerable": "The model cannot answer this question from this picture.",
+    "language": "The question is in no language that the model reads.",
+    "empty_answer": "The model said nothing.",
+    "repetition": "The model began to repeat itself: its answer ends before that.",
+    "unsure": "The model is unsure of this answer: it is often wrong with this confidence.",
+}
+
+
+def doubts(
+    refused: Mapping[str, float],
+    thresholds: Mapping[str, float],
+    draft: Draft,
+    *,
+    enough: bool,
+) -> tuple[Notice, ...]:
+    """Why an answer is unsure: what the model refuses, what is wrong with its text, or its chance.
+
+    Args:
+        refused: The probability of each refusal, by its code.
+        thresholds: From which on each counts; `REFUSED` where there is none.
+        draft: The answer, with all of its text.
+        enough: Whether its chance of being right is not known to be too small; that it is, is told
+            where nothing else is.
+    """
+    codes = [code for code, value in refused.items() if value >= thresholds.get(code, REFUSED)]
+    if not draft.text:
+        codes.append("empty_answer")
+    if draft.stopped == "repetition":
+        codes.append("repetition")
+    if not codes and not enough:
+        codes.append("unsure")
+    return tuple(Notice(code, WHY[code]) for code in codes)
+
+
+def shown(text: str, *, complete: bool, unsure: bool) -> str:
+    """An answer for people, who see at once whether it is a guess, and whether it is whole."""
+    said = text or "(no answer)"
+    if not complete:
+        said += " (cut off)"
+    if not unsure:
+        return said
+    return f"Unsure. Best guess: {said}" if text else f"Unsure. {said}"
+
+
+def logged(told: str, codes: Iterable[str]) -> str:
+    """An answer for an audit log: as people are shown it, with the codes of why it is unsure."""
+    why = ", ".join(code for code in codes if code in WHY)
+    return f"{told} [{why}]" if why else told
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """One question answered.
 
-    `confidence` is the model's own probability of this very answer, end token included, 0 to 1:
-    not a calibrated chance of being right. `modality` is the router's reading of the image, None
-    where the experts' modalities are not known; `experts` the share of routed tokens, over all
-    layers, that each expert took. `model` says by `name` and `sha256` what answered, by `runtime`
-    what ran it, and under `verification` what is known of its fidelity: "passed", "failed" or "not
-    measured" of a bundle, "reference" of a checkpoint; of a bundle, `verified` says on what
-    `machine` (None: not recorded) and whether that holds `here`. `paging` tells how experts were
-    brought into memory where that is bounded (`runtimes.paging.report`), else it is None.
-    `warnings` are what a person and a program should know before they use the answer: of the model,
-    of how the image was read, and of a label that the image is unlike.
+    `confidence` (0 to 1) is the chance that the answer is right, where `confidence_kind` is
+    "calibrated": the bundle knows how often answers of its probability were right. "raw" is the
+    model's own probability of this very answer, end token included, and no such chance.
+    `modality` is the router's reading of the image, None where the experts' modalities are not
+    known; `experts` the share of routed tokens, over all layers, that each expert took. `model`
+    says by `name` and `sha256` what answered, by `runtime` what ran it, and under `verification`
+    what is known of its fidelity: "passed", "failed" or "not measured" of a bundle, "reference" of
+    a checkpoint; of a bundle, `verified` says on what `machine` (None: not recorded) and whether
+    that holds `here`. `paging` tells how experts were brought into memory where that is bounded
+    (`runtimes.paging.report`), else it is None. `warnings` are what a person and a program should
+    know before they use the answer: of the model, of how the image was read, of a label that the
+    image is unlike, and why it is `unsure`. Then `text` is a best guess. It is not `complete` where
+    it was `stopped` by its "length", or by the model's "repetition" of itself. `refusals` are the
+    probabilities that the model gave to having no answer, by their codes; `confidence` is what they
+    and all other answers leave to this one.
+    `probabilities` are those of the choices that were given, which add up to 1; else None.
     """
 
     question: str
@@ -113,6 +376,26 @@ class Answer:
     notice: str = NOTICE
     paging: dict[str, Any] | None = None
     warnings: tuple[Notice, ...] = ()
+    unsure: bool = False
+    stopped: Literal["length", "repetition"] | None = None
+    refusals: dict[str, float] = dataclasses.field(default_factory=dict)
+    probabilities: dict[str, float] | None = None
+    confidence_kind: Literal["calibrated", "raw"] = "raw"
+
+    @property
+    def shown(self) -> str:
+        """The answer for people, who see at once whether it is a guess, and whether it is whole."""
+        return shown(self.text, complete=self.complete, unsure=self.unsure)
+
+    @property
+    def reasons(self) -> tuple[Notice, ...]:
+        """The warnings that say why it is unsure."""
+        return tuple(notice for notice in self.warnings if notice.code in WHY)
+
+    @property
+    def logged(self) -> str:
+        """The answer for an audit log."""
+        return logged(self.shown, (notice.code for notice in self.warnings))
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""

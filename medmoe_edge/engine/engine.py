@@ -2,14 +2,24 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.engine.answer import Answer, Clock, Piece, timings
+from medmoe_edge.config import Confidence
+from medmoe_edge.engine.answer import (
+    Answer,
+    Asked,
+    Choices,
+    Clock,
+    Draft,
+    doubts,
+    timings,
+)
 from medmoe_edge.engine.loading import (
     REFERENCE,
     Device,
@@ -26,14 +36,24 @@ from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.loading import preprocess, seen_picture
 from medmoe_edge.image.pixels import Pixels, unlike_label
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step, Warns, chosen_experts, greedy
+from medmoe_edge.runtimes.base import (
+    Cache,
+    Decoding,
+    Paged,
+    Runtime,
+    Step,
+    Warns,
+    chosen_experts,
+    greedy,
+    log_probability,
+    log_softmax,
+)
 from medmoe_edge.runtimes.paging.pager import Budget
 
 Counts = npt.NDArray[np.int64]
 Range = tuple[float, float]
 MAX_NEW_TOKENS = 32
 ROOM = 64  # positions, whole multiples of which are kept free behind a prefix
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of which another token is still to come
 
 
 def load(
@@ -44,13 +64,14 @@ def load(
     memory_budget: Budget | None = None,
     drop_pages: bool = False,
     prefix_cache: str | os.PathLike[str] | None = None,
+    allow_repetition: bool = False,
 ) -> "Engine":
     """Load a Med-MoE to ask; arguments and errors are those of `medmoe_edge.load`."""
     folder = None if prefix_cache is None else cache_folder(prefix_cache)
     paging = Paging(memory_budget, drop_pages)
     loaded = open_model(model, runtime, device, paging, keeps_prefixes=folder is not None)
     kept = None if folder is None else PrefixCache(folder, loaded.sha256, loaded.runtime)
-    return Engine(**loaded._asdict(), prefixes=kept)
+    return Engine(**loaded._asdict(), prefixes=kept, allow_repetition=allow_repetition)
 
 
 class Engine(OneAtATime):
@@ -61,7 +82,10 @@ class Engine(OneAtATime):
 
     `proven` is what is known of a bundle's fidelity, None of a checkpoint; `verification` says it
     in a word: "passed", "not decided", "failed" or "not measured", of a checkpoint "reference".
-    `warnings` are of the model, and part of every answer's.
+    `warnings` are of the model, and part of every answer's. `thresholds` say by its code how likely
+    a refusal must be to count (`answer.REFUSED` where nothing does); `fitted` makes an answer's
+    confidence of its probability, and without it the one is the other. An answer ends where it
+    begins to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`.
     """
 
     def __init__(
@@ -73,6 +97,10 @@ class Engine(OneAtATime):
         proven: Proven | None = None,
         prefixes: LastPrefix | None = None,
         warnings: tuple[Notice, ...] = (),
+        thresholds: Mapping[str, float] | None = None,
+        fitted: Confidence | None = None,
+        *,
+        allow_repetition: bool = False,
     ) -> None:
         super().__init__()
         self.runtime: Runtime = runtime
@@ -83,6 +111,8 @@ class Engine(OneAtATime):
         of_runtime = runtime.warnings if isinstance(runtime, Warns) else ()
         self.warnings = (*warnings, *tokenizer.warnings, *of_runtime)
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
+        self.decoding = Decoding.of(self.config, tokenizer, allow_repetition=allow_repetition)
+        self.thresholds, self.fitted = thresholds or {}, fitted
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -95,6 +125,7 @@ class Engine(OneAtATime):
         question: str,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         frame: int | None = None,
         value_range: Range | None = None,
     ) -> Answer:
@@ -105,6 +136,8 @@ class Engine(OneAtATime):
                 `[H, W, 3]`, a pydicom `Dataset`, a NIfTI image of nibabel, or an `Image`.
             question: At most 10,000 characters.
             max_new_tokens: The longest answer, in tokens.
+            choices: The answers that may be given, such as `["yes", "no"]`: the likeliest is
+                the text, and `probabilities` has them all. None: any answer.
             frame: Which frame or slice of several, from 0; None is the middle one.
             value_range: Of an array, the values shown black and white; needed unless it is uint8,
                 or grey uint16, which is shown as a 16-bit PNG is.
@@ -113,7 +146,7 @@ class Engine(OneAtATime):
             The answer; the same input gives the same one.
 
         Raises:
-            InputError: The image or the question cannot be used, or the engine is closed.
+            InputError: The image, the question or a choice cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
         if not isinstance(question, str):
@@ -122,6 +155,7 @@ class Engine(OneAtATime):
             image,
             [question],
             max_new_tokens=max_new_tokens,
+            choices=choices,
             frame=frame,
             value_range=value_range,
         )[0]
@@ -132,6 +166,7 @@ class Engine(OneAtATime):
         questions: Sequence[str],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         frame: int | None = None,
         value_range: Range | None = None,
     ) -> list[Answer]:
@@ -141,6 +176,7 @@ class Engine(OneAtATime):
             image: As of `ask`.
             questions: Any number, in a list.
             max_new_tokens: The longest answer to each, in tokens.
+            choices: As of `ask`, for every question; or by question, in a mapping.
             frame: As of `ask`.
             value_range: As of `ask`.
 
@@ -148,13 +184,14 @@ class Engine(OneAtATime):
             One answer for each question, in their order.
 
         Raises:
-            InputError: The image or a question cannot be used, or the engine is closed.
+            InputError: The image, a question or a choice cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
         told = self.ask_stream(
             image,
             questions,
             max_new_tokens=max_new_tokens,
+            choices=choices,
             frame=frame,
             value_range=value_range,
         )
@@ -166,6 +203,7 @@ class Engine(OneAtATime):
         questions: Sequence[str],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         value_range: Range | None = None,
     ) -> list[list[Answer]]:
         """Answer the same questions about several images, of which one is in memory at a time.
@@ -174,13 +212,14 @@ class Engine(OneAtATime):
             images: Any number, each as of `ask`.
             questions: As of `ask_all`.
             max_new_tokens: The longest answer to each, in tokens.
+            choices: As of `ask`, for every question; or by question, in a mapping.
             value_range: As of `ask`, the same for all.
 
         Returns:
             For each image in its turn, one answer for each question.
 
         Raises:
-            InputError: An image or a question cannot be used; it says which image, from 1.
+            InputError: An image (it says which, from 1), a question or a choice cannot be used.
             ModelError: The model computed NaN or infinite values.
         """
         if isinstance(images, str | bytes | os.PathLike):
@@ -189,7 +228,11 @@ class Engine(OneAtATime):
         for number, image in enumerate(images, start=1):
             try:
                 answers = self.ask_all(
-                    image, questions, max_new_tokens=max_new_tokens, value_range=value_range
+                    image,
+                    questions,
+                    max_new_tokens=max_new_tokens,
+                    choices=choices,
+                    value_range=value_range,
                 )
             except MedMoEError as error:
                 error.what = f"Image {number}: {error.what}"
@@ -204,6 +247,7 @@ class Engine(OneAtATime):
         question: str,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         frame: int | None = None,
         value_range: Range | None = None,
     ) -> Answer:
@@ -219,6 +263,7 @@ class Engine(OneAtATime):
             image,
             question,
             max_new_tokens=max_new_tokens,
+            choices=choices,
             frame=frame,
             value_range=value_range,
         )
@@ -229,6 +274,7 @@ class Engine(OneAtATime):
         questions: Sequence[str],
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        choices: Choices | None = None,
         frame: int | None = None,
         value_range: Range | None = None,
         alternatives: int | None = None,
@@ -242,6 +288,7 @@ class Engine(OneAtATime):
             image: As of `ask`.
             questions: Any number, in a list.
             max_new_tokens: The longest answer to each, in tokens.
+            choices: As of `ask`, for every question; or by question, in a mapping.
             frame: As of `ask`.
             value_range: As of `ask`.
             alternatives: Tell each token with its log-probability, and so many of the most likely
@@ -252,7 +299,7 @@ class Engine(OneAtATime):
             empty, and then the `Answer`; joined, the pieces are its text.
 
         Raises:
-            InputError: The image or a question cannot be used, or the engine is closed.
+            InputError: The image, a question or a choice cannot be used, or the engine is closed.
             ModelError: The model computed NaN or infinite values.
         """
         if isinstance(questions, str):
@@ -262,14 +309,12 @@ class Engine(OneAtATime):
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
         with self.one_at_a_time():
-            ids = [self.tokenizer.question_ids(question) for question in questions]
-            room = max((len(question) for question in ids), default=0) + max_new_tokens
+            asked = [Asked.of(question, choices, self.tokenizer) for question in questions]
+            room = max((each.positions(max_new_tokens) for each in asked), default=max_new_tokens)
             prefix = self._prefill(image, frame, room, value_range)
-            for index, (question, tokens) in enumerate(zip(questions, ids, strict=True)):
+            for index, each in enumerate(asked):
                 yield from self._answer(
-                    *(question, tokens, prefix, max_new_tokens),
-                    first=index == 0,
-                    alternatives=alternatives,
+                    *(each, prefix, max_new_tokens), first=index == 0, alternatives=alternatives
                 )
 
     def seen(
@@ -364,76 +409,84 @@ class Engine(OneAtATime):
         return prefix
 
     def _answer(
-        self,
-        question: str,
-        ids: list[int],
-        prefix: Prefix,
-        limit: int,
-        *,
-        first: bool,
-        alternatives: int | None,
+        self, asked: Asked, prefix: Prefix, limit: int, *, first: bool, alternatives: int | None
     ) -> Iterator[str | Answer]:
         clock = Clock()
         cache = prefix.cache
         cache.length = prefix.length  # forget the question before
-        first_step = self._step(self.runtime.embed(ids), cache)
+        first_step = self._step(self.runtime.embed(asked.ids), cache)
         clock.lap("question")
-        experts = prefix.experts
-        answer: list[int] = []
-        told = ""
-        log_probability = 0.0
-        complete = False
-        ends = self.config.decoder.end_tokens
-        decoding = greedy(
-            first_step,
-            lambda token: self._step(self.runtime.embed([token]), cache),
-            limit=limit,
-            ends=ends,
-        )
-        for token, step in decoding:
-            experts = experts + self._chosen(step)
-            likely = _log_probabilities(step.logits, token, alternatives or 0)
-            log_probability += likely[0][1]
-            complete = token in ends
-            if complete:
-                break
-            answer.append(token)
-            piece = self._untold(answer, told)
-            told += piece
-            if alternatives is None:
-                yield piece
-            else:
-                texts = [(self.tokenizer.decode([each]), value) for each, value in likely]
-                yield Piece(piece, texts[0], texts[1:])
+        refused = self._refused(first_step)
+        experts = prefix.experts + self._chosen(first_step)
+        draft = Draft(self.tokenizer, self.decoding, alternatives)
+        probabilities = None
+        if asked.choices:
+            score = partial(self._score, first_step, cache)
+            probabilities, steps = draft.choose(asked.choices, score)
+            experts = experts + np.sum([self._chosen(step) for step in steps], axis=0)
+        else:
+            take = partial(self._next, cache)
+            for chosen in greedy(first_step, take, self.decoding, limit=limit):
+                if chosen.step is not first_step:
+                    experts = experts + self._chosen(chosen.step)
+                yield from draft.take(chosen)
         clock.lap("decode")
-        text = self.tokenizer.decode(answer)
-        yield text.removeprefix(told)
+        yield draft.rest()
+        confidence, enough = self._chance(draft, probabilities, refused)
+        unsure = doubts(refused, self.thresholds, draft, enough=enough)
         yield Answer(
-            question=question,
-            text=text,
-            confidence=math.exp(log_probability),
+            question=asked.question,
+            text=draft.text,
+            confidence=confidence,
+            confidence_kind="calibrated" if self.fitted else "raw",
             modality=prefix.modality,
             experts=self._shares(experts),
             timings=timings(
-                prefix.seconds, clock.laps, len(answer), first=first, reused=prefix.reused
+                prefix.seconds, clock.laps, len(draft.tokens), first=first, reused=prefix.reused
             ),
             model=describe(self.name, self.sha256, self.proven, self.runtime.name),
-            complete=complete,
+            complete=draft.stopped == "end",
             paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
-            warnings=(*self.warnings, *prefix.warnings),
+            warnings=(*unsure, *self.warnings, *prefix.warnings),
+            unsure=bool(unsure),
+            stopped=None if draft.stopped == "end" else draft.stopped,
+            refusals=refused,
+            probabilities=self._among(probabilities),
         )
 
-    def _untold(self, ids: list[int], told: str) -> str:
-        """What the text of `ids` adds to what was told; nothing while it ends within a character.
+    def _chance(
+        self, draft: Draft, among: Mapping[str, float] | None, refused: Mapping[str, float]
+    ) -> tuple[float, bool]:
+        """An answer's confidence, and whether that is enough not to be unsure."""
+        probability = math.exp(draft.log_probability)
+        if self.fitted is None:
+            return probability, True
+        if among:  # one of the choices is right, as far as there is an answer
+            probability = among[draft.text] * (1 - sum(refused.values()))
+        chance = self.fitted.chance(draft.text, probability)
+        return chance, chance >= self.fitted.threshold
 
-        All models have byte-level tokenizers, whose text only grows at its end; what clean-up may
-        still change there is not told yet.
-        """
-        text = self.tokenizer.decode(ids)
-        settled = text[: max(len(text) - self.tokenizer.unsettled, 0)]
-        if text.endswith(UNFINISHED) or not settled.startswith(told):
-            return ""
-        return settled.removeprefix(told)
+    def _among(self, probabilities: dict[str, float] | None) -> dict[str, float] | None:
+        if self.fitted is None or probabilities is None:
+            return probabilities
+        return self.fitted.among(probabilities)
+
+    def _score(self, step: Step, cache: Cache, tokens: list[int]) -> tuple[float, list[Step]]:
+        """The log-probability of these tokens and an end, from the question's step on."""
+        start, take = cache.length, partial(self._next, cache)
+        found = log_probability(step, take, tokens, self.decoding.ends)
+        cache.length = start
+        return found
+
+    def _next(self, cache: Cache, token: int) -> Step:
+        return self._step(self.runtime.embed([token]), cache)
+
+    def _refused(self, step: Step) -> dict[str, float]:
+        """How likely each refusal is in the place of an answer, by its code."""
+        if not self.decoding.never:
+            return {}
+        likely = np.exp(log_softmax(step.logits)[list(self.decoding.never)])
+        return dict(zip(self.config.codes, map(float, likely), strict=True))
 
     def _step(self, embeds: Floats, cache: Cache) -> Step:
         step = self.runtime.step(embeds, cache)
@@ -474,11 +527,3 @@ class Engine(OneAtATime):
         names = self.expert_names or tuple(f"expert-{index}" for index in range(len(counts)))
         total = max(int(counts.sum()), 1)
         return {name: int(count) / total for name, count in zip(names, counts, strict=True)}
-
-
-def _log_probabilities(logits: Floats, chosen: int, count: int) -> list[tuple[int, float]]:
-    """The chosen token, then the `count` most likely ones, each with its log-probability."""
-    shifted = logits.astype(np.float64) - float(logits[chosen])
-    total = math.log(np.exp(shifted).sum())
-    best = np.argsort(-shifted, kind="stable")[:count] if count else ()
-    return [(chosen, -total), *((int(each), float(shifted[each]) - total) for each in best)]

@@ -315,6 +315,8 @@ class VisualQuestionAnsweringPipeline(_Pipeline):  # type: ignore[misc]  # see _
                 "score": answer.confidence,
                 "modality": answer.modality,
                 "warnings": [notice.message for notice in answer.warnings],
+                "unsure": answer.unsure,
+                "stopped": answer.stopped,
             }
         ]
 

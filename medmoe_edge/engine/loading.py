@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Self
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.machine import Machine, cpu_flags, cpu_name
+from medmoe_edge.config import Confidence
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, MedMoEError, MissingDependencyError, ModelError, Notice
 from medmoe_edge.prompt import Tokenizer
@@ -76,7 +77,7 @@ def this_machine() -> Machine:
     """The machine that runs this; takes some milliseconds, once."""
     import onnxruntime
 
-    from medmoe_edge.runtimes.arithmetic import int8_arithmetic
+    from medmoe_edge.runtimes.ort.runtime import int8_arithmetic
 
     return Machine(
         cpu_name(), platform.machine(), cpu_flags(), onnxruntime.__version__, int8_arithmetic()
@@ -136,7 +137,8 @@ logger = logging.getLogger(__name__)
 class Loaded(NamedTuple):
     """What an engine is made of; `proven` is None of a checkpoint.
 
-    `warnings` are what every answer of the model is to say.
+    `warnings` are what every answer of the model is to say. Where the bundle says it, `thresholds`
+    tell by its code how likely a refusal must be to count, and `fitted` how often it is right.
     """
 
     runtime: Runtime
@@ -145,6 +147,8 @@ class Loaded(NamedTuple):
     sha256: str
     proven: Proven | None
     warnings: tuple[Notice, ...] = ()
+    thresholds: Mapping[str, float] | None = None
+    fitted: Confidence | None = None
 
 
 class Paging(NamedTuple):
@@ -207,7 +211,11 @@ def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: P
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
     logger.info("%s runs on %s.", bundle.name, loaded.name)
-    return Loaded(loaded, tokenizer, bundle.name, bundle.sha256, known, warnings)
+    return Loaded(
+        *(loaded, tokenizer, bundle.name, bundle.sha256, known, warnings),
+        thresholds=bundle.refusals,
+        fitted=bundle.confidence,
+    )
 
 
 def _of_proof(name: str, known: Proven) -> tuple[Notice, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,46 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import ModalityBundle, ModalityGates
-from medmoe_edge.bundle.recorded import Recorded, signature_of
+from medmoe_edge.bundle.recorded import Recorded, compare_weights, signature_of, stored_weights
+from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.contrastive.engine import open_bundle, open_checkpoint
 from medmoe_edge.contrastive.features import similarity, unit
 from medmoe_edge.errors import DataError, ModelError
-from medmoe_edge.evaluation.gates import GateResult, judged, too_few, wilson
+from medmoe_edge.evaluation.gates import (
+    GateResult,
+    judge_weights,
+    judged,
+    outcome_of,
+    too_few,
+    wilson,
+)
 from medmoe_edge.evaluation.metrics import ContrastiveFigures, Share, bootstrap_interval
-from medmoe_edge.evaluation.record import Source, keep_record, new_record, read_record
+from medmoe_edge.evaluation.mutations import (
+    QUESTIONS,
+    Effect,
+    Mutations,
+    mutated_weights,
+    mutations_of,
+)
+from medmoe_edge.evaluation.record import (
+    Source,
+    keep_record,
+    new_record,
+    read_mutations,
+    read_record,
+)
 from medmoe_edge.evaluation.recording import Seen, pack_seen
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image
-from medmoe_edge.runtimes.contrastive import ModalityRuntime, TextFeatures, run_expert
+from medmoe_edge.runtimes.contrastive import (
+    IMAGE,
+    ImageFeatures,
+    ModalityRuntime,
+    TextFeatures,
+    run_expert,
+    run_replaced,
+)
 
 # What images are told apart by: kinds of image, and findings that are seen in them.
 PHRASES = (
@@ -58,10 +87,12 @@ def verify_modality(
     report("hashes", 0, 1)
     bundle = ModalityBundle.open(folder)
     bundle.check_portable()
+    report("weights", 0, 1)
+    weights = compare_weights(bundle)
     report("experts", 0, 1)
     faults = sweep_modality(bundle)
     if checkpoint is None or pictures is None:
-        return Verification(bundle, faults, read_record(bundle))
+        return Verification(bundle, faults, read_record(bundle), weights=weights)
     if not pictures.load:
         raise DataError("There are no images to compare on.", "Give at least one.")
     reference = open_checkpoint(checkpoint, as_published=bundle.config.as_published)
@@ -83,8 +114,13 @@ def verify_modality(
     seen = texts[0].mask
     words = texts[0].words[seen], texts[1].words[seen]
     figures, results = judge_seen(pairs(), words, bundle.gates, faults)
+    results = [*judge_weights(weights), *results]
+    mutations = read_mutations(bundle)
+    if mutations is None and outcome_of(results) != "failed":
+        progress = partial(report, "damaged models")
+        mutations = _measure_mutations(bundle, texts[1], pictures.load, progress)
     source = Source(pictures.name, pictures.sha256)
-    made = new_record(bundle, source, results, faults, figures)
+    made = new_record(bundle, source, results, faults, figures, mutations)
     packed = None
     if inputs and record is not False:
         images = [load() for load in inputs]
@@ -92,7 +128,35 @@ def verify_modality(
         travelling = pack_seen(looked, images, words[0], bundle.config.vision)
         packed = Recorded(signature_of(bundle), *travelling)
     bundle, recorded = keep_record(bundle, made, record, packed)
-    return Verification(bundle, faults, made, recorded=recorded)
+    return Verification(bundle, faults, made, recorded=recorded, weights=weights)
+
+
+def _measure_mutations(
+    bundle: ModalityBundle,
+    texts: TextFeatures,
+    pictures: Sequence[Callable[[], Image]],
+    progress: Callable[[int, int], None],
+) -> Mutations:
+    """What `evaluation.mutations` does, of a MedMoE: on a few images, its texts as they are."""
+    images = [load() for load in pictures[:QUESTIONS]]
+    held = dict(stored_weights(bundle.path(IMAGE)))
+    whole = run_replaced(bundle, {})
+    expected = [_look(whole, bundle.config, texts, image) for image in images]
+    counts = np.bincount([one.modality for one in expected], minlength=bundle.config.experts)
+    found = list(mutations_of(held, {"": counts.tolist()}))
+    effects = []
+    for done, mutation in enumerate(found):
+        progress(done, len(found))
+        run = run_replaced(bundle, mutated_weights(held, mutation) or {})
+        given = [_look(run, bundle.config, texts, image) for image in images]
+        pairs, words = list(zip(expected, given, strict=True)), texts.words[texts.mask]
+        figures, results = judge_seen(pairs, (words, words), bundle.gates, ())
+        answers = sum(one.best != other.best for one, other in pairs)
+        routing = sum(one.modality != other.modality for one, other in pairs)
+        shares = (Share.of(count, len(images)) for count in (answers, routing))
+        failed = not all(gate.passed for gate in results)
+        effects.append(Effect(mutation, *shares, failed, cosine=figures.region_cosine))
+    return Mutations(tuple(effects))
 
 
 def sweep_modality(bundle: ModalityBundle) -> list[str]:
@@ -115,10 +179,19 @@ def sweep_modality(bundle: ModalityBundle) -> list[str]:
 
 def look(runtime: ModalityRuntime, texts: TextFeatures, image: Image) -> Seen:
     """What a model makes of an image, beside the features of `PHRASES`."""
-    features = runtime.encode_images(preprocess(image, runtime.config.vision))
+    return _look(runtime.encode_images, runtime.config, texts, image)
+
+
+def _look(
+    encode: Callable[[Floats], ImageFeatures],
+    config: ModalityConfig,
+    texts: TextFeatures,
+    image: Image,
+) -> Seen:
+    features = encode(preprocess(image, config.vision))
     return Seen(
         int(features.router_logits[0].argmax()),
-        int(similarity(features, texts, as_published=runtime.config.as_published)[0].argmax()),
+        int(similarity(features, texts, as_published=config.as_published)[0].argmax()),
         features.pooled[0],
         features.regions[0].reshape(-1, features.regions.shape[-1]),
     )

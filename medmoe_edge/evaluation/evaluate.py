@@ -1,37 +1,54 @@
 """How well an engine answers: the papers' metrics over a list of questions.
 
 Questions are grouped by image, so that the engine's cached image prefix is reused, and joined
-with their answers by id. The same figures are made of answers that lie in a file
-(`evaluation.predictions`).
+with their answers by id.
+
+The same figures are made of answers that lie in a file (`eval --predictions --references`), one
+JSON object a line: in the form of the official Med-MoE code, with `question_id` and `text`, or our
+own (`eval --predictions OUT`), with `id` and `prediction`. References are a question file of either
+form (`data.datasets`). The official scorer pairs the two by their order and never looks at an id;
+here ids have to match.
 """
 
 import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.data.datasets import AnswerType, Example, LabelledImage
+from medmoe_edge.config import Reliability, Unsure
+from medmoe_edge.data.datasets import (
+    AnswerType,
+    Example,
+    LabelledImage,
+    Record,
+    parse_json,
+    read_examples,
+    read_text,
+)
 from medmoe_edge.errors import DataError, InputError, ResourceError
 from medmoe_edge.evaluation.metrics import (
     bootstrap_interval,
-    calibration_error,
     closed_correct,
     exact_match,
     official_closed_correct,
     official_recall,
-    risk_coverage,
+    reliability,
+    selective,
     token_recall,
 )
 from medmoe_edge.image.pixels import Image
 
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
+
+Choose = Callable[[Sequence[Example]], Sequence[Example]]
+"""Picks the questions that are scored."""
 
 UNKNOWN = "unknown"
 MAX_NEW_TOKENS = 32
@@ -51,6 +68,10 @@ class Answer(Protocol):
     def confidence(self) -> float | None: ...
     @property
     def complete(self) -> bool: ...
+    @property
+    def unsure(self) -> bool: ...
+    @property
+    def refusals(self) -> Mapping[str, float]: ...
 
 
 class Engine(Protocol):
@@ -80,7 +101,9 @@ class Prediction:
         confidence: The model's own, 0..1; None where it is not known.
         modality: The image's label; None where it has none.
         modality_found: What the router read; None where it is not known.
-        complete: False of an answer that was cut off at its longest.
+        complete: False of an answer that was cut off.
+        unsure: Whether the answer was marked as a guess.
+        refusals: How likely the model found it to have no answer, by the code of each reason.
     """
 
     id: str
@@ -95,6 +118,8 @@ class Prediction:
     modality: str | None = None
     modality_found: str | None = None
     complete: bool = True
+    unsure: bool = False
+    refusals: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,20 +155,6 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Reliability:
-    """Whether confidence means anything, over the `n` answers whose confidence is known.
-
-    `ece` (0..1) is the expected calibration error in ten bins; `risk_coverage` are pairs of the
-    share of answers that is kept, the most confident first, and the error rate among them. An
-    answer is right where it matches exactly.
-    """
-
-    n: int
-    ece: float
-    risk_coverage: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
 class ModalityAccuracy:
     """The modality found, per image: `confusion[true][found]` counts every labelled image.
 
@@ -159,13 +170,15 @@ class ModalityAccuracy:
 class Evaluation(Scores):
     """All figures of one evaluation, and the predictions in the order of the examples.
 
-    `cut_off` counts the answers that ended at the longest allowed.
+    `cut_off` counts the answers that are not whole; `unsure` is what marking answers as guesses
+    gave.
     """
 
     by_source: Mapping[str, Scores]
     by_modality: Mapping[str, Score]
     router: ModalityAccuracy
     reliability: Reliability | None
+    unsure: Unsure
     cut_off: int
     predictions: tuple[Prediction, ...]
 
@@ -218,7 +231,7 @@ def evaluate_blind(
     the errors are those of `evaluate`.
     """
     check_examples(examples)
-    black = Image.from_array(np.zeros((BLIND_SIDE, BLIND_SIDE), np.uint8))
+    black = black_picture()
     questions = list(dict.fromkeys(example.question for example in examples))
     said: dict[str, Answer] = {}
     for start in range(0, len(questions), BLIND_AT_ONCE):
@@ -229,6 +242,11 @@ def evaluate_blind(
             progress(len(said), len(questions))
     answers = {example.id: said[example.question] for example in examples}
     return _scores([(example, _scored(example, answers[example.id])) for example in examples])
+
+
+def black_picture() -> Image:
+    """What a model is shown that is not to look."""
+    return Image.from_array(np.zeros((BLIND_SIDE, BLIND_SIDE), np.uint8))
 
 
 def score_answers(
@@ -253,6 +271,7 @@ def score_answers(
             ((label, found[image]) for image, label in labels.items()), expert_names
         ),
         reliability=_reliability(scored),
+        unsure=selective([one.unsure for one in scored], [one.correct for one in scored]),
         cut_off=sum(not prediction.complete for prediction in scored),
         predictions=tuple(scored),
     )
@@ -340,6 +359,8 @@ def _scored(example: Example, answer: Answer) -> Prediction:
         modality=example.modality,
         modality_found=answer.modality,
         complete=answer.complete,
+        unsure=answer.unsure,
+        refusals=dict(answer.refusals),
     )
 
 
@@ -365,12 +386,7 @@ def _reliability(predictions: Iterable[Prediction]) -> Reliability | None:
     known = [(p.confidence, float(p.correct)) for p in predictions if p.confidence is not None]
     if not known:
         return None
-    confidence, correct = zip(*known, strict=True)
-    return Reliability(
-        n=len(known),
-        ece=calibration_error(confidence, correct),
-        risk_coverage=risk_coverage(confidence, correct),
-    )
+    return reliability(*zip(*known, strict=True))
 
 
 def _score(pairs: _Pairs) -> Score:
@@ -414,3 +430,117 @@ def _modality_accuracy(
         accuracy=right / images if images else None,
         confusion={true: dict(sorted(row.items())) for true, row in sorted(confusion.items())},
     )
+
+
+@dataclass(frozen=True)
+class GivenAnswer:
+    """An answer as a file holds it; what the file does not tell is None."""
+
+    id: str
+    text: str
+    confidence: float | None = None
+    modality: str | None = None
+    complete: bool = True
+    unsure: bool = False
+    refusals: Mapping[str, float] = field(default_factory=dict)
+
+
+def score_predictions(
+    predictions: Path, references: Path, *, choose: Choose | None = None
+) -> Evaluation:
+    """Score the answers of a file.
+
+    Of an official list's conversation the first turn is scored, as the official scorer does. Where
+    an id occurs several times, the answers have to stand in the references' order.
+
+    Args:
+        predictions: JSONL, in the official form or ours.
+        references: The questions with their answers; the images are not opened.
+        choose: Picks some of the questions; their answers are scored alone.
+
+    Returns:
+        The figures, the official scorer's among them.
+
+    Raises:
+        DataError: A file is missing or malformed, or the ids of the two do not match.
+    """
+    examples = read_examples(references, first_turn=True)
+    given = read_predictions(predictions)
+    listed = _listed_ids(examples)
+    names = [answer.id for answer in given]
+    _check_same(Counter(listed), Counter(names), predictions, references)
+    if names != listed:
+        given = _reordered(given, listed, predictions)
+    answers = {example.id: answer for example, answer in zip(examples, given, strict=True)}
+    return score_answers(choose(examples) if choose else examples, answers)
+
+
+def read_predictions(file: Path) -> list[GivenAnswer]:
+    """Read a file of answers; raises `DataError` naming file and line."""
+    answers = []
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            answers.append(_answer(Record(parse_json(line, where), where)))
+    if not answers:
+        raise DataError(f"{file} holds no answers.", "Give a file with at least one.")
+    return answers
+
+
+def _answer(record: Record) -> GivenAnswer:
+    if "question_id" in record.value:
+        return GivenAnswer(record.text("question_id"), record.text("text", empty=True))
+    confidence, complete = record.value.get("confidence"), record.value.get("complete", True)
+    if confidence is not None and (
+        isinstance(confidence, bool)
+        or not isinstance(confidence, int | float)
+        or not 0 <= confidence <= 1
+    ):
+        raise DataError(
+            f"{record.where}: 'confidence' is no number from 0 to 1.",
+            "Correct it, or leave it out.",
+        )
+    if not isinstance(complete, bool):
+        raise DataError(f"{record.where}: 'complete' is not true or false.", "Correct it.")
+    return GivenAnswer(
+        record.text("id"),
+        record.text("prediction", empty=True),
+        None if confidence is None else float(confidence),
+        record.optional("modality_found"),
+        complete,
+    )
+
+
+def _listed_ids(examples: Sequence[Example]) -> list[str]:
+    """The ids as the references have them: a repeated one without the `-2` that reading added."""
+    return [example.listed_id or example.id for example in examples]
+
+
+def _check_same(
+    wanted: Counter[str], given: Counter[str], predictions: Path, references: Path
+) -> None:
+    missing, unknown = wanted - given, given - wanted
+    if not missing and not unknown:
+        return
+    told = [
+        f"{len(some):,} {what} (such as {next(iter(some))!r})"
+        for some, what in ((missing, "are not answered"), (unknown, "are not asked"))
+        if some
+    ]
+    raise DataError(
+        f"The ids of {predictions} and {references} do not match: of {wanted.total():,} questions "
+        f"and {given.total():,} answers, {', '.join(told)}.",
+        "Give the references that these answers were made for, or answer the questions again.",
+    )
+
+
+def _reordered(
+    given: Sequence[GivenAnswer], listed: Sequence[str], predictions: Path
+) -> list[GivenAnswer]:
+    by_id = {answer.id: answer for answer in given}
+    if len(by_id) < len(given):
+        raise DataError(
+            f"{predictions} uses ids several times, and is not in the references' order.",
+            "Bring its lines into that order: an id alone does not say which question is meant.",
+        )
+    return [by_id[identity] for identity in listed]

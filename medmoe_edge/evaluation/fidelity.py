@@ -34,7 +34,16 @@ from medmoe_edge.evaluation.metrics import (
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import Cache, Runtime, Step, chosen_experts, greedy
+from medmoe_edge.runtimes.base import (
+    LEAST,
+    Cache,
+    Decoding,
+    Runtime,
+    Step,
+    chosen_experts,
+    greedy,
+    log_softmax,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class Reader:
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer, max_new_tokens: int) -> None:
         tokenizer.check_vocabulary(runtime.config.decoder.vocab_size)
         self.runtime, self.tokenizer, self.limit = runtime, tokenizer, max_new_tokens
+        self.decoding = Decoding.of(runtime.config, tokenizer)
         self.finite = True
 
     def view(self, image: Image, questions: Sequence[list[int]]) -> View:
@@ -91,7 +101,7 @@ class Reader:
     def answer(self, view: View, question: list[int]) -> Reply:
         """Decode greedily."""
         step = self._ask(view, question)
-        tokens, rows = self._greedy(step, view.cache, self.limit)
+        tokens, rows = self._greedy(step, view.cache)
         return Reply(tokens, np.stack(rows), step.router_logits)
 
     def follow(self, view: View, question: list[int], answer: Sequence[int]) -> Reply:
@@ -103,25 +113,27 @@ class Reader:
         steps = [first, *(self._next(token, view.cache) for token in answer[:-1])]
         own = tuple(answer)
         for place, (token, step) in enumerate(zip(answer, steps, strict=True)):
-            if step.logits.argmax() != token:  # from here on it goes its own way
+            if self.decoding.choose(step.logits) != token:  # from here on it goes its own way
                 view.cache.length = view.length + len(question) + place
-                own = own[:place] + self._greedy(step, view.cache, self.limit - place)[0]
+                own = own[:place] + self._greedy(step, view.cache, own[:place])[0]
                 break
         return Reply(own, np.stack([step.logits for step in steps]), first.router_logits)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The answer that tokens spell."""
-        end = self.runtime.config.decoder.end_tokens
-        return self.tokenizer.decode([token for token in tokens if token not in end])
+        """The answer that tokens spell, as `Engine` tells it."""
+        return self.tokenizer.decode(list(self.decoding.kept(tokens)))
 
     def _ask(self, view: View, question: list[int]) -> Step:
         view.cache.length = view.length  # forget the question before
         return self._step(question, view.cache)
 
-    def _greedy(self, step: Step, cache: Cache, limit: int) -> tuple[tuple[int, ...], list[Floats]]:
-        ends = self.runtime.config.decoder.end_tokens
-        decoded = list(greedy(step, partial(self._next, cache=cache), limit=limit, ends=ends))
-        return tuple(token for token, _ in decoded), [step.logits for _, step in decoded]
+    def _greedy(
+        self, step: Step, cache: Cache, before: Sequence[int] = ()
+    ) -> tuple[tuple[int, ...], list[Floats]]:
+        """The further tokens of an answer, those of a loop that ends it included."""
+        take, limit = partial(self._next, cache=cache), self.limit - len(before)
+        decoded = list(greedy(step, take, self.decoding, limit=limit, before=before))
+        return tuple(each.token for each in decoded), [each.step.logits for each in decoded]
 
     def _next(self, token: int, cache: Cache) -> Step:
         return self._step([token], cache)
@@ -199,7 +211,6 @@ Progress = Callable[[int, int], None]
 Places = slice | npt.NDArray[np.int64]
 MAX_NEW_TOKENS = 32
 UNKNOWN = "unknown"
-LEAST = 1e-30  # a probability
 
 
 class RecordedImage(NamedTuple):
@@ -317,14 +328,6 @@ def compare(
     )
 
 
-def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Log-probabilities along the last axis, in double precision."""
-    shifted: npt.NDArray[np.float64] = logits.astype(np.float64)
-    shifted -= shifted.max(-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return shifted
-
-
 def likeliest(
     logits: npt.NDArray[Any], tokens: npt.NDArray[np.int32] | None
 ) -> npt.NDArray[np.float64]:
@@ -388,7 +391,7 @@ def _said(example: Example, expected: RecordedQuestion, reply: Reply, reader: Re
     return _Said(
         example,
         texts[0] == texts[1],
-        reply.logits.argmax(-1) == np.array(expected.tokens),
+        reader.decoding.choose(reply.logits) == np.array(expected.tokens),
         np.maximum(gaps.sum(-1), 0.0),  # rounding may leave it a hair below
         exact_match(texts[0], example.answer),
         exact_match(texts[1], example.answer),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medmoe_edge.bundle.bundle import Gates
+from medmoe_edge.bundle.recorded import Compared
 from medmoe_edge.config import Config
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
 
@@ -80,6 +81,13 @@ class GateResult(Config):
     def summary(self) -> str:
         """The gate in words, such as `answer agreement 95.24%, should be at least 99.00%`."""
         return f"{self.title.lower()} {self.shown(self.measured)}, should be {self.asked}"
+
+
+def judge_weights(found: Compared | None) -> list[GateResult]:
+    """The gate of the checkpoint's marks; none of a bundle that carries no marks."""
+    if found is None:
+        return []
+    return [judged("weights", len(found.wrong), 0, (), at_least=False)]
 
 
 def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[GateResult]:

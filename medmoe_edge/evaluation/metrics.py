@@ -11,11 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.config import Config
+from medmoe_edge.config import Bin, Config, Reliability, Unsure
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_GROUPS = re.compile(r"\d,\d")
@@ -104,18 +105,44 @@ def official_recall(prediction: str, reference: str) -> float:
     return met / (met + missing) if met else 0.0
 
 
-def calibration_error(
+def reliability(
     confidence: npt.ArrayLike, correct: npt.ArrayLike, *, bins: int = 10
-) -> float:
-    """Expected calibration error of `confidence` [N] in 0..1 against `correct` [N], 0 or 1.
+) -> Reliability:
+    """How well `confidence` [N] in 0..1 tells which answers are `correct` [N], 0 or 1.
 
-    Source: Guo et al., On calibration of modern neural networks, ICML 2017: bins of equal width,
-    the gap between mean confidence and accuracy in each, weighted by its answers.
+    The expected calibration error is that of Guo et al., On calibration of modern neural networks,
+    ICML 2017: bins of equal width, the gap between mean confidence and accuracy in each, weighted
+    by its answers.
     """
     said, right = (np.asarray(values, np.float64) for values in (confidence, correct))
     place = np.minimum((said * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(place, weights=right - said, minlength=bins)  # [bins], sums
-    return float(np.abs(gaps).sum() / len(said))
+    counts = np.bincount(place, minlength=bins)
+    sums = [np.bincount(place, weights=values, minlength=bins) for values in (said, right)]
+    gaps = np.abs(sums[1] - sums[0])
+    return Reliability(
+        n=len(said),
+        accuracy=float(right.mean()),
+        ece=float(gaps.sum() / len(said)),
+        bins=tuple(
+            Bin(int(n), float(told / n), float(hits / n))
+            for n, told, hits in zip(counts, *sums, strict=True)
+            if n
+        ),
+        risk_coverage=risk_coverage(said, right),
+    )
+
+
+def roc_auc(there: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating[Any]]) -> float:
+    """The area under the ROC curve: how often what is there scores higher than what is not.
+
+    Equal scores count half; both kinds must occur. Source: Mann and Whitney's U over its largest
+    value (Hanley and McNeil, Radiology 143, 1982).
+    """
+    from scipy.stats import rankdata
+
+    count = int(there.sum())
+    ranks = rankdata(scores)[there].sum()
+    return float((ranks - count * (count + 1) / 2) / (count * (len(there) - count)))
 
 
 def risk_coverage(
@@ -123,15 +150,29 @@ def risk_coverage(
 ) -> tuple[tuple[float, float], ...]:
     """Pairs (coverage, risk): the error rate among the most confident share of the answers.
 
-    Coverage goes from 1/steps to 1; equal confidences count in the order given. Source: Geifman &
-    El-Yaniv, Selective classification for deep neural networks, NeurIPS 2017.
+    Coverage goes from 1/steps to 1. Of answers of equal confidence each counts as their mean, as if
+    one did not know which comes first. Source: Geifman & El-Yaniv, Selective classification for
+    deep neural networks, NeurIPS 2017.
     """
     said, right = (np.asarray(values, np.float64) for values in (confidence, correct))
-    errors = 1 - right[np.argsort(-said, kind="stable")]
+    _, place, counts = np.unique(-said, return_inverse=True, return_counts=True)
+    mean = np.bincount(place, weights=1 - right) / counts
+    errors = mean[np.sort(place)]
     shares = [step / steps for step in range(1, steps + 1)]
     kept = [max(1, round(share * len(errors))) for share in shares]
     return tuple(
         (share, float(errors[:count].mean())) for share, count in zip(shares, kept, strict=True)
+    )
+
+
+def selective(unsure: npt.ArrayLike, correct: npt.ArrayLike) -> Unsure:
+    """What being `unsure` [N] (true or false) of answers gives, `correct` [N] being 0 or 1."""
+    doubted, right = np.asarray(unsure, np.bool_), np.asarray(correct, np.float64)
+    errors, sure = 1 - right, right[~doubted]
+    return Unsure(
+        answers=float(doubted.mean()),
+        errors=float(errors[doubted].sum() / max(errors.sum(), 1)),
+        accuracy=float(sure.mean()) if len(sure) else 0.0,
     )
 
 

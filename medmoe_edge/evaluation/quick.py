@@ -1,7 +1,8 @@
 """`verify --quick`: a bundle proven on this machine by what travels with it, without a checkpoint.
 
-Its stored weights are held against the marks of the checkpoint's, and what it computes here against
-what the checkpoint computed in fp32: answers, their probabilities and the routing of up to 64
+Its stored weights are held against the marks of the checkpoint's (which alone can tell a damaged
+expert where experts are nearly alike), and what it computes here against what the checkpoint
+computed in fp32: answers, their probabilities and the routing of up to 64
 questions; of a MedMoE the modality, the nearest phrase and the features of a few images. The gates
 are those of the bundle, and two more: no matrix unlike the checkpoint's, and a mean KL of at most 4
 times what it was where the inputs were recorded.
@@ -19,7 +20,7 @@ from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.recorded import (
     Compared,
     Recorded,
-    compare_signature,
+    compare_weights,
     read_recorded,
     sweep_weights,
 )
@@ -28,8 +29,10 @@ from medmoe_edge.engine.loading import remember, this_machine
 from medmoe_edge.errors import BundleError, VerificationError
 from medmoe_edge.evaluation.contrastive import PHRASES, judge_seen, look
 from medmoe_edge.evaluation.fidelity import compare
-from medmoe_edge.evaluation.gates import GateResult, judge, judged
+from medmoe_edge.evaluation.gates import GateResult, judge, judge_weights, judged
 from medmoe_edge.evaluation.metrics import ContrastiveFigures, Fidelity
+from medmoe_edge.evaluation.mutations import Mutations
+from medmoe_edge.evaluation.record import read_mutations
 from medmoe_edge.evaluation.recording import unpack_recording, unpack_seen
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
@@ -53,6 +56,11 @@ class Quick:
     faults: tuple[str, ...]
     weights: Compared | None
     figures: Fidelity | ContrastiveFigures | None
+
+    @property
+    def mutations(self) -> Mutations | None:
+        """Which damage the answers would tell, as it was measured when the bundle was made."""
+        return read_mutations(self.bundle)
 
     @property
     def passed(self) -> bool | None:
@@ -91,6 +99,7 @@ class Quick:
             "faults": list(self.faults),
             "weights": self.weights.to_json() if self.weights else None,
             "figures": self.figures.to_json() if self.figures else None,
+            "mutations": self.mutations.to_json() if self.mutations else None,
         }
 
 
@@ -112,14 +121,13 @@ def verify_quick(folder: Path, *, progress: Progress | None = None) -> Quick:
         )
     report("weights", 0, 1)
     faults = tuple(sweep_weights(bundle)) if isinstance(bundle, Bundle) else ()
-    weights = compare_signature(bundle, recorded.signature) if recorded.signature else None
-    unlike = judged("weights", len(weights.wrong), 0, (), at_least=False) if weights else None
+    weights = compare_weights(bundle)
     gates, figures = _run(bundle, recorded, faults, report)
     found = Quick(
         bundle=bundle,
         machine=this_machine(),
         when=datetime.now(UTC).isoformat(timespec="seconds"),
-        gates=(*([unlike] if unlike else []), *gates),
+        gates=(*judge_weights(weights), *gates),
         faults=faults,
         weights=weights,
         figures=figures,

@@ -19,8 +19,10 @@ from medmoe_edge.bundle.recorded import Recorded, renew_recorded
 from medmoe_edge.config import Config
 from medmoe_edge.embedded import is_installed
 from medmoe_edge.engine.loading import remember, this_machine
+from medmoe_edge.errors import ConfigError
 from medmoe_edge.evaluation.gates import GateResult, Outcome, outcome_of
 from medmoe_edge.evaluation.metrics import ContrastiveFigures, Fidelity
+from medmoe_edge.evaluation.mutations import Mutations
 
 PASSED: dict[Outcome, bool | None] = {"passed": True, "not decided": None, "failed": False}
 
@@ -39,7 +41,8 @@ class Record(Config):
 
     `passed` is None where there were too few questions to decide. `when` is in ISO 8601, UTC;
     `faults` are parts that are not finite and scales of 0; `machine` is None in records of versions
-    that did not keep it.
+    that did not keep it. `mutations` says which damage to experts the answers would tell; None
+    where that was not measured.
     """
 
     passed: bool | None
@@ -50,6 +53,7 @@ class Record(Config):
     machine: Machine | None = None
     gates: tuple[GateResult, ...]
     faults: tuple[str, ...]
+    mutations: Mutations | None = None
 
     def gate(self, name: str) -> GateResult:
         """The result of one gate."""
@@ -79,6 +83,7 @@ def new_record(
     gates: Sequence[GateResult],
     faults: Sequence[str],
     figures: Fidelity | ContrastiveFigures,
+    mutations: Mutations | None = None,
 ) -> AnyRecord:
     """The record of a verification that ended just now, on this machine, in ONNX Runtime."""
     common: dict[str, Any] = {
@@ -90,6 +95,7 @@ def new_record(
         "machine": this_machine(),
         "gates": tuple(gates),
         "faults": tuple(faults),
+        "mutations": mutations,
     }
     if isinstance(figures, Fidelity):
         return AnswersRecord(**common, figures=figures)
@@ -107,6 +113,15 @@ def read_record(bundle: AnyBundle[Any]) -> AnyRecord | None:
     if isinstance(bundle, ModalityBundle):
         return ContrastiveRecord.from_json(bundle.verification, where)
     return AnswersRecord.from_json(bundle.verification, where)
+
+
+def read_mutations(bundle: AnyBundle[Any]) -> Mutations | None:
+    """Which damage the bundle's answers would tell; None where no record says it."""
+    try:
+        record = read_record(bundle)
+    except ConfigError:
+        return None
+    return record.mutations if record else None
 
 
 def keep_record(

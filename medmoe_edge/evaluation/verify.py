@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,13 @@ import numpy as np
 
 from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, Status, status_of
-from medmoe_edge.bundle.recorded import Recorded, signature_of, sweep_weights
+from medmoe_edge.bundle.recorded import (
+    Compared,
+    Recorded,
+    compare_weights,
+    signature_of,
+    sweep_weights,
+)
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import (
@@ -29,12 +36,14 @@ from medmoe_edge.errors import (
     VerificationError,
 )
 from medmoe_edge.evaluation.fidelity import Fidelity, Recording, compare, record
-from medmoe_edge.evaluation.gates import GateResult, judge
+from medmoe_edge.evaluation.gates import GateResult, judge, judge_weights, outcome_of
+from medmoe_edge.evaluation.mutations import Mutations, measure_mutations
 from medmoe_edge.evaluation.record import (
     AnyRecord,
     Source,
     keep_record,
     new_record,
+    read_mutations,
     read_record,
 )
 from medmoe_edge.evaluation.recording import pack_recording, unpack_recording
@@ -186,7 +195,8 @@ class Verification:
     `faults` are weights and experts that are not finite, and scales of 0, found in this run;
     `record` is what was just measured, or in the manifest from an earlier run, None where nothing
     was ever measured; `recorded`: this run wrote it into the manifest. `beside` are other
-    candidates held against the same reference, for comparison.
+    candidates held against the same reference, for comparison. `weights`: how the stored weights
+    compare with the marks of the checkpoint's, None of a bundle that carries none.
     """
 
     bundle: AnyBundle[Any]
@@ -194,18 +204,19 @@ class Verification:
     record: AnyRecord | None
     beside: Mapping[str, Fidelity] = field(default_factory=dict)
     recorded: bool = False
+    weights: Compared | None = None
 
     @property
     def passed(self) -> bool | None:
         """Whether the bundle may be trusted; None where that is not known, see `outcome`."""
-        if self.faults:
+        if self.faults or (self.weights and self.weights.wrong):
             return False
         return None if self.record is None else self.record.passed
 
     @property
     def outcome(self) -> Status:
         """The same in words; `not decided`: measured, on too few questions to tell."""
-        if self.record is None and not self.faults:
+        if self.record is None and self.passed is None:
             return "not measured"
         return status_of({"passed": self.passed})
 
@@ -216,12 +227,20 @@ class Verification:
         reasons = [f"not finite: {', '.join(self.faults[:FEW])}"] if self.faults else []
         if len(self.faults) > FEW:
             reasons[0] += f" and {len(self.faults) - FEW} more"
+        for result in judge_weights(self.weights):
+            if self.weights and not result.passed:
+                named = ", ".join(self.weights.wrong[:FEW])
+                reasons.append(f"{result.summary} (such as {named})")
         for result in self.record.gates if self.record else ():
-            if not result.passed and not (self.faults and result.name == "finite"):
+            told = result.name == "weights" or (self.faults and result.name == "finite")
+            if not (result.passed or told):
                 reasons.append(result.summary)
+        remedy = "export again at a higher precision, or with more calibration data."
+        if self.weights and self.weights.wrong:
+            remedy = "copy or export it again."
         return VerificationError(
             f"{self.bundle.name} failed its verification: {'; '.join(reasons)}.",
-            "Do not use it: export again at a higher precision, or with more calibration data.",
+            f"Do not use it: {remedy}",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -231,6 +250,7 @@ class Verification:
             "passed": self.passed,
             "outcome": self.outcome,
             "faults": list(self.faults),
+            "weights": self.weights.to_json() if self.weights else None,
             "verification": self.record.to_json() if self.record else None,
             "recorded": self.recorded,
             "beside": {name: fidelity.to_json() for name, fidelity in self.beside.items()},
@@ -267,12 +287,14 @@ def verify(
             "Verify the portable bundle that it was made from, whose weights they hold.",
         )
     if checkpoint is None or data is None:
-        return Verification(bundle, _faults(bundle, report), read_record(bundle))
+        weights = compare_weights(bundle)
+        faults = _faults(bundle, report)
+        return Verification(bundle, faults, read_record(bundle), weights=weights)
     gates, data_sha256 = bundle.gates, data.sha256()
     with_inputs = bool(inputs) and record is not False
     asked = [data, Data("inputs", inputs)] if with_inputs else [data]
     reference, *travelling = _reference(bundle, checkpoint, asked, vision_tower, report)
-    faults = _faults(bundle, report)
+    weights, faults = compare_weights(bundle), _faults(bundle, report)
     runtime = OrtRuntime(bundle)
     fidelity = compare(reference, runtime, progress=lambda *at: report("the bundle", *at))
     packed = _packed(bundle, travelling[0], runtime) if travelling else None
@@ -281,11 +303,28 @@ def verify(
         name: compare(reference, runtime(), progress=lambda *at, name=name: report(name, *at))
         for name, runtime in (beside or {}).items()
     }
-    results = judge(fidelity, gates, faults)
+    results = [*judge_weights(weights), *judge(fidelity, gates, faults)]
+    mutations = _mutations(bundle, data, results, fidelity, report)
     source = Source(data.name, data_sha256)
-    made = new_record(bundle, source, results, faults, fidelity)
+    made = new_record(bundle, source, results, faults, fidelity, mutations)
     bundle, recorded = keep_record(bundle, made, record, packed)
-    return Verification(bundle, faults, made, others, recorded)
+    return Verification(bundle, faults, made, others, recorded, weights)
+
+
+def _mutations(
+    bundle: Bundle,
+    data: Data,
+    results: Sequence[GateResult],
+    fidelity: Fidelity,
+    report: Progress,
+) -> Mutations | None:
+    """What damage its answers would tell: measured once, and not of a bundle that fails anyway."""
+    known = read_mutations(bundle)
+    if known is not None or outcome_of(results) == "failed":
+        return known
+    limit = max(KL_ROOM * fidelity.overall.kl.mean, KL_LEAST)
+    progress = partial(report, "damaged models")
+    return measure_mutations(bundle, data.examples, data.load, limit, progress)
 
 
 def _faults(bundle: Bundle, report: Progress) -> list[str]:

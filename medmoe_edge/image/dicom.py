@@ -7,8 +7,11 @@ codestream become stored values (`dicom_pixels`, `codestreams`), these become gr
 No value of the file reaches a message: it may be about a patient.
 """
 
+import datetime
 import hashlib
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +35,26 @@ from medmoe_edge.image.pixels import (
 )
 
 # What an enhanced multi-frame object says frame by frame, or once for all frames.
-FRAME_GROUPS = ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
+FRAME_GROUPS = (
+    *("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence"),
+    *("PlaneOrientationSequence", "PlanePositionSequence"),
+)
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+
+# What the head of a viewer says, and where it stands.
+BANNER = {
+    "name": "PatientName",
+    "id": "PatientID",
+    "birth_date": "PatientBirthDate",
+    "sex": "PatientSex",
+    "study_date": "StudyDate",
+    "study": "StudyDescription",
+    "series": "SeriesDescription",
+    "laterality": "ImageLaterality",
+}
+LONGEST = 100  # characters of each
+OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "H": "F", "F": "H"}
+OBLIQUE = 0.25  # of a direction's length, about 15 degrees: then its second letter is told too
 
 OVERLAYS = range(0x6000, 0x6020, 2)
 
@@ -59,6 +80,7 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
         layout.frames,
         notices=(*notices.values(), *label_notices(header)),
         labels=labels_of(header),
+        sides=_sides(header),
     )
     return square_pixels(image, _ratio(header), most_pixels)
 
@@ -116,6 +138,55 @@ def read_origin(path: Path) -> tuple[str | None, str | None]:
         patient = container.header.text("PatientID")
         modality = modality_of(container.header)
     return modality, hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
+
+
+def read_stated(path: Path, frame: int | None) -> dict[str, Any]:
+    """What a file says of its patient and its series, for whoever looks at the picture.
+
+    Args:
+        path: A DICOM file that `load_image` has accepted.
+        frame: The frame from 0; None for the first one's place.
+
+    Returns:
+        The fields of `medmoe_edge.image.worker.Stated`.
+
+    Raises:
+        Exception: Whatever pydicom raises where its attributes are damaged.
+    """
+    with open_container(path, shown_name(path), lambda *_: None) as container:
+        header = _of_frame(container.header, frame or 0)
+    found = {name: _line(header, keyword) for name, keyword in BANNER.items()}
+    found |= {name: _date(found[name]) for name in ("birth_date", "study_date")}
+    uid = _line(header, "SeriesInstanceUID")
+    whole = "\n".join((uid, found["id"], found["name"])).encode()
+    return {
+        "patient": {name: text for name, text in found.items() if text},
+        "series": hashlib.sha256(whole).hexdigest()[:16] if uid else None,
+        "position": _position(header),
+        "instance": header.whole("InstanceNumber"),
+    }
+
+
+def _line(header: Header, keyword: str) -> str:
+    """The first value as a person reads it, on one line, not too long; empty without one."""
+    value = header.value(keyword)
+    if value is None or isinstance(value, bytes):
+        return ""
+    if keyword == "PatientName":
+        groups = [str(group).split("^") for group in getattr(value, "components", [value])]
+        # "Doe, Jane", and the same name in ideographs and as it is spoken
+        names = [", ".join(filter(None, (name[0], " ".join(name[1:3]).strip()))) for name in groups]
+        value = " · ".join(filter(None, names))
+    text = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
+    return " ".join(text.split())[:LONGEST]
+
+
+def _date(text: str) -> str:
+    """DICOM's date as ISO 8601 has it; anything else as it is."""
+    try:
+        return datetime.datetime.strptime(text.replace(".", ""), "%Y%m%d").date().isoformat()
+    except ValueError:
+        return text
 
 
 def _read_stored(
@@ -182,3 +253,48 @@ def _ratio(header: Header) -> float:
         numbers = header.numbers("PixelAspectRatio")
         spacing = (1, 1) if len(numbers) != 2 or min(numbers) <= 0 else (numbers[0], numbers[1])
     return spacing[0] / spacing[1]
+
+
+def _directions(header: Header) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+    """Where rows run to the right, and columns downwards: unit vectors to the left, back and head.
+
+    None where the file does not say (PS3.3 C.7.6.2.1.1), or says what cannot be.
+    """
+    numbers = header.numbers("ImageOrientationPatient")
+    if len(numbers) != 6 or header.text("AnatomicalOrientationType") == "QUADRUPED":
+        return None
+    row, column = np.array(numbers[:3]), np.array(numbers[3:])
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if not all(0.9 < length < 1.1 for length in lengths) or abs(row @ column) > 0.1:
+        return None
+    return row, column
+
+
+def _sides(header: Header) -> tuple[str, str, str, str] | None:
+    """The letters of the left, upper, right and lower edge, as of `Image.sides`."""
+    directions = _directions(header)
+    if directions is not None:
+        right, down = (_letters(direction) for direction in directions)
+    else:
+        stated = header.texts("PatientOrientation")
+        if len(stated) != 2 or not all(text and set(text) <= set(OPPOSITE) for text in stated):
+            return None
+        right, down = (text[:2] for text in stated)
+    left, up = ("".join(OPPOSITE[letter] for letter in letters) for letters in (right, down))
+    return left, up, right, down
+
+
+def _letters(direction: npt.NDArray[np.float64]) -> str:
+    """A direction's letters, the nearest first; the second where it is oblique."""
+    pairs = ("R", "L"), ("A", "P"), ("F", "H")
+    order = np.argsort(-np.abs(direction), kind="stable")[:2]
+    letters = [pairs[axis][int(direction[axis] > 0)] for axis in order]
+    return "".join(letters if abs(direction[order[1]]) > OBLIQUE else letters[:1])
+
+
+def _position(header: Header) -> float | None:
+    """How far along its normal the plane lies, in mm: what puts a series in its order."""
+    directions, place = _directions(header), header.numbers("ImagePositionPatient")
+    if directions is None or len(place) != 3:
+        return None
+    return float(np.cross(*directions) @ np.array(place))

@@ -4,6 +4,7 @@ The header is read as nifti1.h says and as its reference library does, which tak
 for an absent one; nibabel's own checks refuse some of these files.
 """
 
+import dataclasses
 import gzip
 import math
 import zlib
@@ -100,6 +101,7 @@ class _Volume:
         self.offset = self._offset()
         self.bytes = math.prod(self.shape) * self.volumes * self.dtype.itemsize
         self.affine, self.notices = self._affine()
+        self.sides_known = not self.notices
         if self.volumes > 1:
             first = f"The file holds {self.volumes} volumes; the first of them is shown."
             self.notices += (Notice("first_volume", first),)
@@ -211,7 +213,13 @@ def _read(
     image = _shown(volume, plane[:: -sign[front], :: -sign[right]])
     sizes = volume.sizes()
     spacing = sizes[front], sizes[right]
-    image = Image(image.pixels, None, image.window, spacing, shape[up], notices + image.notices)
+    image = dataclasses.replace(
+        image,
+        spacing=spacing,
+        frames=shape[up],
+        notices=notices + image.notices,
+        sides=("R", "A", "L", "P") if volume.sides_known else None,
+    )
     return square_pixels(image, spacing[0] / spacing[1], most_pixels)
 
 

@@ -142,7 +142,10 @@ class Image:
     where the values were shown as they are. `spacing` is the distance between rows and between
     columns in mm. `frames` counts the frames, pages or slices of the file. `notices` say what
     should be known of the picture as it was read; they become warnings of every answer about it.
-    `labels` are all the modalities that the file states.
+    `labels` are all the modalities that the file states. `sides` are where the patient's left (L),
+    right (R), front (A), back (P), head (H) and feet (F) lie: the letters of the picture's left,
+    upper, right and lower edge, the nearest direction first (DICOM PS3.3 C.7.6.1.1.1); None where
+    the file does not say.
     """
 
     pixels: Pixels
@@ -152,6 +155,7 @@ class Image:
     frames: int = 1
     notices: tuple[Notice, ...] = ()
     labels: tuple[str, ...] = ()
+    sides: tuple[str, str, str, str] | None = None
 
     @classmethod
     def from_array(cls, array: npt.NDArray[Any]) -> Self:

@@ -70,6 +70,31 @@ class GreyValues:
     inverted: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """What a DICOM file says of the patient and the series: to be shown, never to be kept.
+
+    `patient` has those of `name`, `id`, `birth_date`, `sex`, `study_date`, `study`, `series` and
+    `laterality` that are stated, dates in ISO 8601. `series` is a hash, the same for all files of
+    a patient's series. `position` along the normal of the plane in mm, or else `instance`, puts
+    them in order.
+    """
+
+    patient: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    series: str | None = None
+    position: float | None = None
+    instance: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Displayed:
+    """A picture, the values behind it if it is a grey frame of a DICOM file, and what that says."""
+
+    image: Image
+    values: GreyValues | None
+    stated: Stated
+
+
 def read_apart(
     source: bytes | Path, frame: int | None = None, bounds: Bounds | None = None
 ) -> Image:
@@ -88,13 +113,28 @@ def read_apart(
     return _image_of(answer)
 
 
-def read_apart_with_values(
+def read_for_display(
     source: bytes | Path, frame: int | None = None, bounds: Bounds | None = None
-) -> tuple[Image, GreyValues | None]:
-    """The same, and the values behind it, if it is a grey frame of a DICOM file."""
+) -> Displayed:
+    """The same, with what a person who looks at it may want to know."""
     answer = _ask(source, frame, bounds or Bounds(), values=True)
     behind = answer.arrays[1:]
-    return _image_of(answer), GreyValues(behind[0], answer.fields["inverted"]) if behind else None
+    values = GreyValues(behind[0], answer.fields["inverted"]) if behind else None
+    return Displayed(_image_of(answer), values, Stated(**answer.fields["stated"]))
+
+
+@contextlib.contextmanager
+def held(data: bytes) -> Iterator[Path]:
+    """A path that the other processes can read: for several frames of one upload.
+
+    It lies in memory where the system can do so (Linux), else in a folder that is then removed.
+    Messages name it `NAME`, as they do all uploads.
+    """
+    with contextlib.ExitStack() as ending:
+        file, path = _nameless(ending, os.getpid())
+        file.write(data)
+        file.flush()
+        yield path
 
 
 def _image_of(answer: "_Answer") -> Image:
@@ -124,6 +164,7 @@ class _Answer:
 
 def _ask(source: bytes | Path, frame: int | None, bounds: Bounds, *, values: bool) -> _Answer:
     request = {**dataclasses.asdict(bounds), "frame": frame, "values": values}
+    request["upload"] = isinstance(source, bytes) or values  # only uploads are displayed
     if isinstance(source, Path):
         request["path"] = str(source.absolute())
     else:
@@ -329,18 +370,22 @@ def _source(requests: IO[bytes], request: dict[str, Any]) -> Iterator[Path]:
         yield Path(request["path"])
         return
     with contextlib.ExitStack() as ending:
-        if sys.platform == "linux":
-            file = ending.enter_context(os.fdopen(os.memfd_create("image"), "wb"))
-            path = Path(f"/proc/self/fd/{file.fileno()}")
-        else:
-            path = Path(ending.enter_context(tempfile.TemporaryDirectory()), "image")
-            file = ending.enter_context(path.open("wb"))
+        file, path = _nameless(ending, "self")
         left = request["bytes"]
         while left:
             data = requests.read(min(left, CHUNK))
             left -= file.write(data) if data else sys.exit()
         file.flush()
         yield path
+
+
+def _nameless(ending: contextlib.ExitStack, process: int | str) -> tuple[IO[bytes], Path]:
+    """A file that `process` holds open until the end, and the path of it."""
+    if sys.platform == "linux":
+        file = ending.enter_context(os.fdopen(os.memfd_create("image"), "wb"))
+        return file, Path(f"/proc/{process}/fd/{file.fileno()}")
+    path = Path(ending.enter_context(tempfile.TemporaryDirectory()), "image")
+    return ending.enter_context(path.open("wb")), path
 
 
 def _answer(path: Path, request: dict[str, Any]) -> _Answer:
@@ -353,7 +398,7 @@ def _answer(path: Path, request: dict[str, Any]) -> _Answer:
         what = f"{NAME} takes more memory to decode than the limit of {request['megabytes']:,} MiB."
         return _failed(ImageError(what, "Shrink it or crop it first."))
     except MedMoEError as error:
-        if "path" not in request:
+        if request["upload"]:
             error.what = error.what.replace(shown_name(path), NAME)
         return _failed(error)
 
@@ -366,14 +411,15 @@ def _failed(error: MedMoEError) -> _Answer:
 def _read(path: Path, request: dict[str, Any]) -> _Answer:
     image = load_image(path, frame=request["frame"], most_pixels=request["pixels"])
     fields = {name: getattr(image, name) for name in FIELDS}
-    fields["notices"] = list(map(dataclasses.asdict, image.notices))
+    fields |= {"notices": list(map(dataclasses.asdict, image.notices)), "stated": {}}
     with path.open("rb") as file:
         wanted = request["values"] and is_dicom(file.read(HEAD_BYTES))
     if wanted:
-        from medmoe_edge.image.dicom import read_grey_values
+        from medmoe_edge.image.dicom import read_grey_values, read_stated
 
         with decoding(NAME):
             found = read_grey_values(path, request["frame"], NAME)
+            fields["stated"] = read_stated(path, request["frame"])
         if found is not None:
             return _Answer(fields | {"inverted": found[1]}, [image.pixels, found[0]])
     return _Answer(fields, [image.pixels])

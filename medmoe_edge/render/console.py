@@ -127,8 +127,8 @@ def show_answers(answers: Sequence["Answer"]) -> None:
         if number:
             show()
         show(answer.question)
-        show(f"  {answer.text or '(no answer)'}", "bold green")
         show_warnings(answer.warnings)
+        show(f"  {answer.shown}", "bold yellow" if answer.unsure else "bold green")
         show(f"  {' · '.join(_grounds(answer))}", "dim")
 
 
@@ -174,7 +174,8 @@ def show_inspection(inspection: "Inspection") -> None:
 def show_evaluation(found: "AnswerScores") -> None:
     """The papers' figures in percent, without the picture too, then how the modality was read."""
     if found.questions is None:
-        show(_modality_found("the labelled images", found.labels))
+        if found.labels:
+            show(_modality_found("the labelled images", found.labels))
         return
     asked, blind = found.questions, found.blind
     scores: list[tuple[str, Score | None]] = [
@@ -245,10 +246,14 @@ def _remarks(asked: "Evaluation", found: "AnswerScores") -> Iterator[str]:
     if asked.cut_off:
         yield f"{asked.cut_off:,} answers were cut off: allow more with --max-new-tokens."
     if reliability := asked.reliability:
-        half = next(risk for share, risk in reliability.risk_coverage if share >= 0.5)
-        wrong = 1 - asked.overall.exact_match
+        wrong, half = 1 - reliability.accuracy, 1 - reliability.half
         yield f"Confidence is off by {percent(reliability.ece)} on average (ECE)."
         yield f"Wrong are {percent(wrong)} of all answers, {percent(half)} of the surer half."
+    if asked.unsure.answers:
+        yield (
+            f"Unsure are {percent(asked.unsure.answers)} of the answers, with "
+            f"{percent(asked.unsure.errors)} of the errors."
+        )
     for what, read in (("these images", asked.router), ("the labelled images", found.labels)):
         if line := _modality_found(what, read):
             yield line
@@ -291,8 +296,8 @@ def wrote(what: str, path: Path) -> None:
 
 
 def _grounds(answer: "Answer") -> Iterator[str]:
-    if not answer.complete:
-        yield "cut off"
+    if answer.probabilities:
+        yield ", ".join(f"{name} {percent(share)}" for name, share in answer.probabilities.items())
     yield f"confidence {percent(answer.confidence)}"
     if answer.modality:
         yield f"modality {answer.modality}"

@@ -1,4 +1,4 @@
-"""What `verify`, `calibrate` and `export` show to people: gates, figures, coverage, targets."""
+"""What `verify`, `eval`, `calibrate` and `export` show to people: gates, figures, coverage."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING
 from medmoe_edge.render.console import hint, show, show_table
 
 if TYPE_CHECKING:
+    from medmoe_edge.bundle.recorded import Compared
     from medmoe_edge.calibration.data import Skipped
     from medmoe_edge.calibration.statistics import Statistics
+    from medmoe_edge.config import Confidence
+    from medmoe_edge.evaluation.findings import FindingScore
     from medmoe_edge.evaluation.gates import GateResult
     from medmoe_edge.evaluation.metrics import Answers, Fidelity, Share
+    from medmoe_edge.evaluation.mutations import Mutations
     from medmoe_edge.evaluation.quick import Quick
     from medmoe_edge.evaluation.record import AnyRecord
     from medmoe_edge.evaluation.targets import Agreement
     from medmoe_edge.evaluation.verify import Verification
+    from medmoe_edge.families import AnswerScores
 
 VERDICTS = {
     **{"met": "green", "not decided": "yellow", "failed": "bold red"},
@@ -23,6 +28,7 @@ OUTCOMES = {"passed": "green", "not decided": "yellow", "failed": "bold red"}
 STATUSES = {"covered": "green", "drew more": "green", "borrowed": "yellow", "data-free": "yellow"}
 COMPARED = ("answers agree", "accuracy", "KL, nats", "routing flips")
 NONE = "\N{EN DASH}"
+FEW = 8  # matrices named
 
 
 def show_verification(verification: "Verification") -> None:
@@ -38,14 +44,14 @@ def show_verification(verification: "Verification") -> None:
             if verification.beside:
                 candidates = {f"{name} (this bundle)": record.figures, **verification.beside}
                 _show_candidates(candidates)
-    for fault in verification.faults:
-        show(f"Not sound: {fault}", "red")
+    _show_damage(verification.faults, verification.weights)
+    _show_mutations(record.mutations if record else None)
     if record:
         outcome = verification.outcome
         show(f"{outcome.capitalize()}: {_measured(record)}.", OUTCOMES[outcome])
         hint(proven(verification.bundle).hint)
         return
-    if not verification.faults:
+    if verification.passed is None:
         show("Its files are whole, its weights and experts sound.")
     show_not_measured()
 
@@ -55,10 +61,8 @@ def show_quick(found: "Quick") -> None:
     from medmoe_edge.evaluation.metrics import Fidelity
 
     show_gates(f"{found.bundle.name} on this machine", found.gates)
-    for fault in found.faults:
-        show(f"Not sound: {fault}", "red")
-    if found.weights is None:
-        show("It carries no marks of its checkpoint's weights, which were not compared.", "yellow")
+    _show_damage(found.faults, found.weights)
+    _show_mutations(found.mutations)
     seen = ""
     if found.figures is not None:
         seen = f"{found.figures.images:,} recorded images"
@@ -71,6 +75,23 @@ def show_quick(found: "Quick") -> None:
     )
     if found.passed is not False:
         show("So few only look for failures: see medmoe-edge verify for what was proven.", "dim")
+
+
+def _show_damage(faults: Sequence[str], weights: "Compared | None") -> None:
+    for fault in faults:
+        show(f"Not sound: {fault}", "red")
+    if weights is None:
+        show("It carries no marks of its checkpoint's weights, which were not compared.", "yellow")
+        return
+    for name in weights.wrong[:FEW]:
+        show(f"Not the checkpoint's: {name}", "red")
+    if len(weights.wrong) > FEW:
+        show(f"and {len(weights.wrong) - FEW} more", "red")
+
+
+def _show_mutations(found: "Mutations | None") -> None:
+    if found is not None:
+        show(found.summary, "yellow" if found.unseen else "dim")
 
 
 def show_not_measured() -> None:
@@ -108,6 +129,89 @@ def show_agreement(found: "Sequence[Agreement]") -> None:
                 "activations of quantised matrices to 8 bits; elsewhere it is a fault.",
                 "yellow",
             )
+
+
+def show_seen(found: "AnswerScores") -> None:
+    """How findings are seen, what is taken for no scan, what other words cost, and confidence."""
+    if found.findings:
+        show()
+        show_table("Findings: yes against no", _FINDINGS, map(_finding_row, found.findings))
+        show(
+            "Shuffled: each image with the answer about another one. In brackets: 95% intervals, "
+            "and where 95% of the shuffled ones lie. A black picture is at 0.50 whatever it says.",
+            "dim",
+        )
+    for line in _seen_lines(found):
+        show(line)
+    if found.confidence:
+        show()
+        show_confidence(found.confidence)
+        if found.fitted_on_these:
+            show(
+                "It was fitted on these very questions: the figures after fitting are of fits that "
+                "did not see the answer's image, those above are not.",
+                "dim",
+            )
+
+
+def show_confidence(fitted: "Confidence") -> None:
+    """What a bundle knows of its confidence, and what that is worth."""
+    before, after, unsure = fitted.before, fitted.after, fitted.unsure
+    rows = [
+        (name, f"{value.ece:.1%}", f"{value.accuracy:.1%}", f"{value.half:.1%}")
+        for name, value in (("before fitting", before), ("after", after))
+    ]
+    about = f"{after.n:,} answers about {fitted.images:,} images of {fitted.data}"
+    show_table(f"Confidence, by {about}", ["", "off by (ECE)", "right", "surer half"], rows)
+    show(
+        f"Unsure below {fitted.threshold:.0%}: {unsure.answers:.1%} of the answers, with "
+        f"{unsure.errors:.1%} of the errors; of the others {unsure.accuracy:.1%} are right "
+        f"({fitted.selective_accuracy:.0%} was aimed at)."
+    )
+
+
+_FINDINGS = ("finding", "present", "absent", "AUC", "", "sensitivity", "specificity", "shuffled")
+
+
+def _finding_row(score: "FindingScore") -> tuple[object, ...]:
+    (low, high), (least, most) = score.auc_interval, score.chance
+    return (
+        *(score.finding, score.present, score.absent),
+        *(f"{score.auc:.2f}", f"[{low:.2f} to {high:.2f}]"),
+        *(f"{score.sensitivity:.1%}", f"{score.specificity:.1%}"),
+        f"{score.shuffled.auc:.2f} [{least:.2f} to {most:.2f}]",
+    )
+
+
+def _seen_lines(found: "AnswerScores") -> Iterator[str]:
+    if seen := found.no_scans:
+        yield (
+            f"Taken for no scan: {_counted(seen.pictures)} pictures that are none, "
+            f"{_counted(seen.scans)} scans."
+        )
+    for code, fit in (found.refusals or {}).items():
+        caught = f"{_counted(fit.refused)} that it is meant for, " if fit.refused else ""
+        name = code.replace("_", " ")
+        yield (
+            f"Refusal, {name}: from {fit.threshold:.2g} on. It flags {caught}"
+            f"{_counted(fit.usual)} others."
+        )
+    for language, said in (found.languages or {}).items():
+        yield (
+            f"In {language}: {_counted(said.alike)} answered as in English, "
+            f"{_counted(said.flagged)} marked as unsure, {_counted(said.silent)} neither."
+        )
+    for name, cost in (found.paraphrases or {}).items():
+        low, high = cost.interval
+        yield (
+            f"In other words, {name}: {cost.original:.1%} of {cost.questions:,} right become "
+            f"{cost.paraphrased:.1%}: {100 * cost.loss:.1f} points lost "
+            f"({100 * low:.1f} to {100 * high:.1f})."
+        )
+
+
+def _counted(share: "Share") -> str:
+    return f"{share.count:,} of {share.total:,} ({share.share:.1%})"
 
 
 def show_coverage(

@@ -31,16 +31,14 @@ from medmoe_edge.config_contrastive import SCORES, ModalityConfig
 from medmoe_edge.contrastive.engine import open_checkpoint
 from medmoe_edge.contrastive.evaluate import Task, best_prompts, fit_scores, zero_shot_tasks
 from medmoe_edge.contrastive.text import MARKS, UNKNOWN, ModalityTokenizer, splitting, word_pieces
-from medmoe_edge.data.captions import Captioned, fact_captions, label_captions
+from medmoe_edge.data.captions import Captioned, Place, fact_captions, label_captions, read_places
 from medmoe_edge.data.datasets import (
     BOXES_FILES,
     LABELS_FILE,
     LabelledImage,
-    Place,
     questions_of,
     read_examples,
     read_labels,
-    read_places,
 )
 from medmoe_edge.errors import DataError
 from medmoe_edge.image.loading import load_image, seen_square

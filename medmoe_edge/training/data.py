@@ -9,6 +9,8 @@ image and itself, never another turn, and its positions continue from the image:
 exactly what it would on separate sequences, but the image is processed once.
 """
 
+import hashlib
+import itertools
 import math
 import random
 from collections import defaultdict
@@ -25,10 +27,12 @@ from torch.utils.data import DataLoader, Dataset
 from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
 from medmoe_edge.data.captions import NAMES
-from medmoe_edge.data.datasets import Example, LabelledImage
+from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, LabelledImage
 from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.models.med_moe import EfficientNetLite
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.loop import Loader
+from medmoe_edge.training.questions import reworded
 
 ROTATION = math.radians(12)
 SCALE = 0.15
@@ -60,7 +64,11 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 Item = TypeVar("Item")
 
 
-KEPT_BYTES = 2 * 10**9  # of decoded images
+KEPT_BYTES = 2 * 10**9  # of decoded images, and of views
+PLAIN = -1
+SLIPS = 0.05  # of the questions have a typing error, where a recipe says phrases
+BATCHES_SORTED = 4
+REWORDED = 0.5  # of the questions of question files, where a recipe says so
 
 
 class Pictures:
@@ -83,6 +91,49 @@ class Pictures:
             self._room -= pixels.nbytes
             self._pixels[path] = pixels
         return pixels
+
+
+class Views:
+    """What the frozen front of a tower sees of images, in a few views of each, computed once.
+
+    A tower's first stages take most of the time that an image costs; where they do not learn, an
+    epoch takes the view whose turn it is. View `PLAIN` is the image unchanged.
+    """
+
+    def __init__(self, tower: EfficientNetLite, pictures: Pictures, count: int, seed: int) -> None:
+        self.tower, self.pictures, self.count, self.seed = tower, pictures, count, seed
+        self._kept: dict[tuple[Path, int], Tensor] = {}
+        self._room = KEPT_BYTES
+
+    @torch.no_grad()
+    def stack(self, paths: Sequence[Path], view: int) -> Tensor:
+        """`[B, C, h, w]`, as `EfficientNetLite.front` gives it."""
+        absent = [path for path in dict.fromkeys(paths) if (path, view) not in self._kept]
+        fresh: dict[Path, Tensor] = {}
+        if absent:
+            pixels = self.pictures.stack(absent)
+            if view != PLAIN:
+                views = [
+                    augment(image[None], seeded(f"{self.seed} {path.name} {view}"))
+                    for image, path in zip(pixels, absent, strict=True)
+                ]
+                pixels = torch.cat(views)
+            device = next(self.tower.parameters()).device
+            pixels = pixels.to(device, memory_format=torch.channels_last)
+            seen = self.tower.front(pixels).cpu().half()
+            fresh = dict(zip(absent, seen, strict=True))
+            for path, features in fresh.items():
+                if features.nbytes <= self._room:
+                    self._room -= features.nbytes
+                    self._kept[path, view] = features
+        chosen = [self._kept.get((path, view), fresh.get(path)) for path in paths]
+        return torch.stack([each for each in chosen if each is not None]).float()
+
+
+def seeded(seed: str) -> torch.Generator:
+    """A generator whose numbers follow from a text alone."""
+    digest = hashlib.sha256(seed.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 class Listed(Dataset[Item]):
@@ -109,6 +160,7 @@ class Conversation:
     modality: str | None
     turns: tuple[tuple[str, str], ...]
     source: str
+    made: bool = False  # of facts, in many wordings already
 
 
 def from_examples(examples: Iterable[Example]) -> list[Conversation]:
@@ -151,6 +203,18 @@ def instructions(labelled: Iterable[LabelledImage]) -> list[Conversation]:
     ]
 
 
+def as_labelled(findings: Iterable[Finding]) -> list[LabelledImage]:
+    """Scans with findings as images with one label, which joins what is present."""
+    return [
+        LabelledImage(
+            *(item.image, item.modality, item.body, ", ".join(item.present)),
+            *(item.source, item.split),
+        )
+        for item in findings
+        if item.modality != NO_SCAN
+    ]
+
+
 def captions(labelled: Iterable[LabelledImage], examples: Iterable[Example]) -> list[Conversation]:
     """Image-caption pairs: what the image is and, where a label says so, what it shows."""
     pairs = [(item.image, item.modality, item.body, item.finding, item.source) for item in labelled]
@@ -175,10 +239,19 @@ def _caption(modality: str, body: str, finding: str) -> str:
     return f"{shown}: {finding}" if finding else shown
 
 
-def vary_question(question: str, order: random.Random) -> str:
-    """Now and then as people type: without capitals, without the question mark."""
+def vary_question(question: str, order: random.Random, slips: float = 0.0) -> str:
+    """Now and then as people type: without capitals, without the question mark.
+
+    In a share `slips` of the questions one letter is missing, doubled or exchanged with the next.
+    """
     if order.random() < 0.3:
         question = question.lower()
+    if slips and order.random() < slips and len(question) > 8:
+        at = order.randrange(1, len(question) - 2)
+        slip = order.choice(("", question[at] * 2, question[at + 1] + question[at]))
+        question = (
+            question[:at] + slip + question[at + 1 + (len(slip) == 2 and slip[0] != slip[1]) :]
+        )
     shorter = question.rstrip("? ")
     return shorter if order.random() < 0.3 and shorter else question
 
@@ -253,7 +326,10 @@ UNKNOWN = -1  # modality index of an image whose modality no expert serves
 
 @dataclass(frozen=True)
 class Batch:
-    """`pixels` `[B, 3, S, S]`, the packed text, and each image's modality index `[B]`."""
+    """What enters the tower, the packed text, and each image's modality index `[B]`.
+
+    `pixels` are `[B, 3, S, S]`, or what the tower's front made of them, `[B, C, h, w]`.
+    """
 
     pixels: Tensor
     text: Packed
@@ -275,6 +351,25 @@ class Batches:
         self.modalities = list(modalities)
         self.prefix = tokenizer.prefix_ids()
         self.pictures = Pictures(config.vision)
+        self.views: Views | None = None
+        self.reword = False
+
+    def keep_views(self, tower: EfficientNetLite, count: int) -> None:
+        """From now on take `count` views of each image, through the frozen front of `tower`."""
+        self.views = Views(tower, self.pictures, count, self.seed)
+
+    def images(self, paths: Sequence[Path], epoch: int | None) -> Tensor:
+        """What enters the tower: changed at random for an epoch of training, plain for None.
+
+        The same seed and epoch give the same, so a resumed run repeats an unbroken one.
+        """
+        if self.views is not None:
+            return self.views.stack(paths, PLAIN if epoch is None else epoch % self.views.count)
+        pixels = self.pictures.stack(paths)
+        if epoch is not None:
+            names = " ".join(path.name for path in paths)
+            pixels = augment(pixels, seeded(f"{self.seed} {epoch} {names}"))
+        return pixels.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def plain(self, conversations: Sequence[Conversation], size: int) -> Loader:
         """Every conversation in order, unchanged: for validation."""
@@ -291,18 +386,15 @@ class Batches:
         """
         order = random.Random(f"{self.seed} {epoch}")
         chosen = [
-            replace(conversation, turns=_some_turns(conversation, max_turns, order))
+            replace(conversation, turns=self._some_turns(conversation, max_turns, order))
             for conversation in order.sample(conversations, len(conversations))
         ]
-        noise = torch.Generator().manual_seed(self.seed * 1000 + epoch)
-        return DataLoader(Listed(chosen), size, collate_fn=lambda items: self.collate(items, noise))
+        chosen = _alike_together(chosen, size, order)
+        return DataLoader(Listed(chosen), size, collate_fn=lambda items: self.collate(items, epoch))
 
-    def collate(self, items: Sequence[Conversation], noise: torch.Generator | None) -> Batch:
-        """Pixels, packed text and modality indices of some conversations."""
-        pixels = self.pictures.stack(item.image for item in items)
-        if noise is not None:
-            pixels = augment(pixels, noise)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
+    def collate(self, items: Sequence[Conversation], epoch: int | None) -> Batch:
+        """Images, packed text and modality indices of some conversations."""
+        pixels = self.images([item.image for item in items], epoch)
         end = self.config.decoder.eos_token_id
         turns = [
             [encode_turn(self.tokenizer, question, answer, end) for question, answer in item.turns]
@@ -315,9 +407,30 @@ class Batches:
     def _modality(self, name: str | None) -> int:
         return self.modalities.index(name) if name in self.modalities else UNKNOWN
 
+    def _some_turns(
+        self, conversation: Conversation, limit: int, order: random.Random
+    ) -> tuple[tuple[str, str], ...]:
+        turns = order.sample(conversation.turns, min(limit, len(conversation.turns)))
+        if self.reword and not conversation.made:
+            turns = [
+                (reworded(question, order) if order.random() < REWORDED else question, answer)
+                for question, answer in turns
+            ]
+        slips = SLIPS if self.reword else 0.0
+        return tuple((vary_question(question, order, slips), answer) for question, answer in turns)
 
-def _some_turns(
-    conversation: Conversation, limit: int, order: random.Random
-) -> tuple[tuple[str, str], ...]:
-    chosen = order.sample(conversation.turns, min(limit, len(conversation.turns)))
-    return tuple((vary_question(question, order), answer) for question, answer in chosen)
+
+def _alike_together(
+    shuffled: Sequence[Conversation], size: int, order: random.Random
+) -> list[Conversation]:
+    """Of every few batches those with as many turns in one: less padding is computed."""
+    window = size * BATCHES_SORTED
+    found: list[Conversation] = []
+    for start in range(0, len(shuffled), window):
+        part = sorted(shuffled[start : start + window], key=lambda each: len(each.turns))
+        batches = [part[at : at + size] for at in range(0, len(part), size)]
+        order.shuffle(batches)
+        # a batch that is not full would shift all that follow it
+        batches.sort(key=lambda batch: len(batch) < size)
+        found += itertools.chain.from_iterable(batches)
+    return found

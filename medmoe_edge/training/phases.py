@@ -23,6 +23,7 @@ from medmoe_edge.training.data import (
     Conversation,
 )
 from medmoe_edge.training.loop import Loader, Session, fit
+from medmoe_edge.training.questions import Asking
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.router import (
     best_experts,
@@ -33,6 +34,7 @@ from medmoe_edge.training.router import (
     kept_router,
     pooled_features,
 )
+from medmoe_edge.training.tower import Seen
 
 ROUTER = "router.safetensors"
 
@@ -132,6 +134,19 @@ class Corpus:
     questions: list[Conversation]
     classification: list[Conversation]
     validation: list[Conversation]
+    asking: Asking | None = None  # makes questions of facts; None: classification stands for them
+    seen: Sequence[Seen] = ()  # what a tower can be taught to see, and that by which it is judged
+    seen_held_out: Sequence[Seen] = ()
+
+    def asked(self, order: random.Random, phase: PhaseConfig) -> list[Conversation]:
+        """An epoch's questions about facts; images that none is about are left out."""
+        assert self.asking is not None
+        turns = self.asking.epoch(order, phase.asked_share, phase.labelled_share)
+        return [
+            Conversation(facts.image, facts.modality, tuple(own), facts.source, made=True)
+            for facts, own in zip(self.asking.known, turns, strict=True)
+            if own
+        ]
 
     @property
     def everything(self) -> list[Conversation]:
@@ -174,11 +189,29 @@ def instruct(
     It learns as a modality classifier. None where it is fitted later, or stays as it is.
     """
     router = None
-    if recipe.router == "joint" and not _keeps_router(model, moe, corpus):
+    if model.config.moe is not None and recipe.experts_from == "instruction":
+        tie_routers(model)  # one classifier, which learns with the experts that it feeds
+    elif recipe.router == "joint" and not _keeps_router(model, moe, corpus):
         router = nn.Linear(model.config.decoder.hidden_size, moe.num_experts, bias=moe.router_bias)
     objective = Objective(model, router, moe.layers)
     fit_instructions("instruction", objective, corpus, recipe.instruction, batches, session)
+    if model.config.moe is not None:
+        untie_routers(model)
     return router
+
+
+def tie_routers(model: MedMoE) -> None:
+    """Let all layers with experts have one router, that of the first."""
+    first = model.moe_layer(model.config.moe_layers[0]).router
+    for layer in model.config.moe_layers:
+        model.moe_layer(layer).router = first
+
+
+def untie_routers(model: MedMoE) -> None:
+    """Give each layer a router of its own again, with the weights that it has."""
+    for layer in model.config.moe_layers:
+        moe = model.moe_layer(layer)
+        moe.router = copy.deepcopy(moe.router)
 
 
 def route(
@@ -297,9 +330,12 @@ def fit_instructions(
     """What phases 2 and 3 share, in place: all questions and a draw of the labelled images."""
 
     def epoch_batches(epoch: int) -> Loader:
-        drawn = random.Random(f"{session.seed} {epoch} labels").sample(
-            corpus.classification, int(len(corpus.classification) * phase.labelled_share)
-        )
+        order = random.Random(f"{session.seed} {epoch} labels")
+        if corpus.asking is not None:
+            drawn = corpus.asked(order, phase)
+        else:
+            count = int(len(corpus.classification) * phase.labelled_share)
+            drawn = order.sample(corpus.classification, count)
         chosen = [*corpus.questions, *drawn]
         return batches.shuffled(chosen, phase.batch_images, phase.max_turns, epoch)
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from medmoe_edge.config import Config
+from medmoe_edge.config import Config, RefusalCode, later
 from medmoe_edge.errors import ConfigError, DataError
 
 MIN_VOCABULARY = 257  # one token a byte, and the end of an answer
@@ -108,15 +108,19 @@ class PhaseConfig(Schedule):
         metadata=about("share of the labelled images that an epoch draws beside the questions"),
     )
     max_turns: int = field(default=12, metadata=about("questions about one image in an epoch"))
+    asked_share: float = later(
+        1.0, about("share of the questions made of labels and findings that an epoch asks")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_turns < 1:
             raise ConfigError("A phase of the recipe asks nothing.", "Set max_turns to 1 or more.")
-        if not (0 <= self.labelled_share <= 1 and 0 <= self.label_smoothing <= 1):
+        shares = (self.labelled_share, self.label_smoothing, self.asked_share)
+        if not all(0 <= share <= 1 for share in shares):
             raise ConfigError(
                 "A phase of the recipe has a share outside 0 to 1.",
-                "Check labelled_share and label_smoothing.",
+                "Check labelled_share, asked_share and label_smoothing.",
             )
 
 
@@ -177,6 +181,13 @@ class Recipe(Config):
     moe: PhaseConfig = field(
         metadata=about("phase 3: the experts specialise; the router is frozen")
     )
+    tower: PhaseConfig | None = later(  # noqa: RUF009  # it makes a field
+        None,
+        about(
+            "before the phases: the vision tower learns to see what labels, findings and frequent "
+            "questions say of the images"
+        ),
+    )
     preset: str | None = field(
         default=None,
         metadata=about(
@@ -213,12 +224,41 @@ class Recipe(Config):
             "fitted to the labelled images after that phase"
         ),
     )
+    experts_from: Literal["moe", "instruction"] = later(
+        "moe",
+        about(
+            "the phase that begins with experts: moe as in the paper; instruction makes them of "
+            "the feed-forward after the alignment, so that they differ more in the end"
+        ),
+    )
+    views: int = later(
+        0,
+        about(
+            "0: every epoch sees images changed at random; else so many views of each image are "
+            "kept as the first stages of the tower see them, which must be frozen"
+        ),
+    )
+    phrases: bool = later(
+        False,
+        about(
+            "ask what labels and findings say in many wordings, as often with yes as with no, and "
+            "the questions of question files in other words too"
+        ),
+    )
     questions: str | None = field(
         default=None, metadata=about("to train on; left out, train.jsonl")
     )
     labels: str | None = field(default=None, metadata=about("of images; left out, labels.jsonl"))
+    findings: str | None = later(None, about("of images; left out, findings.jsonl"))
     validation: str | None = field(
         default=None, metadata=about("questions to watch; left out, val.jsonl")
+    )
+    refusals: tuple[RefusalCode, ...] | None = later(
+        None,
+        about(
+            "why a question can have no answer, each a token of its own: not_a_scan, "
+            "not_answerable, language; left out, none; a checkpoint brings its own"
+        ),
     )
     decoder: DecoderShape | None = field(
         default=None, metadata=about("what of the preset's decoder is another")
@@ -228,11 +268,14 @@ class Recipe(Config):
     )
 
     def __post_init__(self) -> None:
-        if self.vocab_size is not None and self.vocab_size < MIN_VOCABULARY:
+        least = MIN_VOCABULARY + len(self.refusals or ())
+        if self.vocab_size is not None and self.vocab_size < least:
             raise ConfigError(
                 f"The recipe's vocab_size is {self.vocab_size}.",
-                f"Use {MIN_VOCABULARY} or more: one token for each byte, and one for the end.",
+                f"Use {least} or more: one token for each byte, the end and each refusal.",
             )
+        if self.views < 0:
+            raise ConfigError(f"The recipe's views are {self.views}.", "Use 0 or more.")
         names = self.modalities
         if names is not None and (not names or len(set(names)) < len(names) or not all(names)):
             raise ConfigError(

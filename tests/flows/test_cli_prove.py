@@ -301,7 +301,6 @@ def test_tables_leave_out_what_nobody_measured(
 def test_targets_are_held_against_each_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from medmoe_edge.evaluation.metrics import Share
     from medmoe_edge.evaluation.targets import Agreement
-    from medmoe_edge.pipeline import targets
 
     def agree(bundle: Path, source: str, **_: object) -> list[Agreement]:
         assert (bundle.name, source) == ("nano-bundle", "builtin")
@@ -312,7 +311,7 @@ def test_targets_are_held_against_each_other(run: Run, monkeypatch: pytest.Monke
             Agreement("bad", "that CPU", 10, *off, *shares, 0.5),
         ]
 
-    monkeypatch.setattr(targets, "agree", agree)
+    monkeypatch.setattr("medmoe_edge.pipeline.med_moe.agree", agree)
     result = run("verify", "nano", "--targets", "all-available", "--json")
     told = json.loads(result.stdout)
     assert [target["agrees"] for target in told["targets"]] == [True, False]

@@ -20,11 +20,11 @@ from medmoe_edge.calibration.statistics import Statistics, expert_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import VerificationError
-from medmoe_edge.evaluation.fidelity import log_softmax
 from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.weights import WeightSource
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
 OTHERS = ("mri", "ct", "pathology")

@@ -30,8 +30,7 @@ from medmoe_edge.cli.common import ORDER
 from medmoe_edge.export import build
 from medmoe_edge.export.vision import export_vision
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.training.initialise import random_tensors
-from medmoe_edge.training.run import train_tokenizer
+from medmoe_edge.training.initialise import random_tensors, train_tokenizer
 
 MODALITIES = ("ct", "mri", "pathology", "xray")
 FRONT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")

@@ -78,7 +78,7 @@ def modules() -> dict[Path, int]:
 def test_modules_are_concepts() -> None:
     lines = modules()
     assert len(lines) <= 180
-    assert 150 <= statistics.median(lines.values()) <= 300
+    assert 150 <= statistics.median(lines.values()) <= 350
     assert {path.name: n for path, n in lines.items() if n > 550} == {}
     assert len([path for path in lines if path.parent == ROOT / OURS]) <= 12
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from medmoe_edge.config_contrastive import ModalityConfig, read_scores
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.text import ModalityTokenizer
-from medmoe_edge.data.captions import Captioned
-from medmoe_edge.data.datasets import LabelledImage, Place
+from medmoe_edge.data.captions import Captioned, Place
+from medmoe_edge.data.datasets import LabelledImage
 from medmoe_edge.errors import DataError, ImageError
 from medmoe_edge.models.contrastive import UNLABELLED, ImageFeatures, TextFeatures, grounding_loss
 from medmoe_edge.presets import MODALITY_PRESETS

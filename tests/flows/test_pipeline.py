@@ -389,9 +389,6 @@ def test_what_cannot_be_verified_is_refused_at_once(
     refused(ModelError, "bundle of another model", beside=[other])
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "bitsandbytes", None)
-        patch.delitem(
-            __import__("sys").modules, "medmoe_edge.runtimes.torch.bitsandbytes", raising=False
-        )
         refused(MissingDependencyError, "'bitsandbytes'", beside=["bitsandbytes-nf4"])
     read_only = raising(PermissionError(13, "Permission denied"))
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)

@@ -23,9 +23,10 @@ from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training import loop
 from medmoe_edge.training.data import Batches
+from medmoe_edge.training.initialise import new_dense_model
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.report import TrainOptions, choose_precision
-from medmoe_edge.training.run import new_dense_model, train
+from medmoe_edge.training.run import train
 
 MODALITIES = ("mri", "ct", "pathology", "xray")
 COLOURS = ((0, 0, 0), (190, 0, 0), (0, 190, 0), (0, 0, 190))

@@ -14,7 +14,7 @@ from medmoe_edge.device.prove import NO_DEVICE, PATHS, Fault, check, cuda_device
 from medmoe_edge.errors import MissingDependencyError, ResourceError
 from medmoe_edge.export.passes import tensorrt_parser
 from medmoe_edge.kernels import launch
-from medmoe_edge.render.device import proof_page
+from medmoe_edge.render.bench import proof_page
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
 from medmoe_edge.runtimes.torch.paged import PagedTorchRuntime

@@ -38,7 +38,7 @@ class StandIn:
         self.seconds, self.asked = seconds, 0
 
     def ask_all(
-        self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+        self, image: Image, questions: Sequence[str], *, max_new_tokens: int, **_: Any
     ) -> list[Answer]:
         self.asked += 1
         time.sleep(self.seconds)

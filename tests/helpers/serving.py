@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,21 +20,22 @@ from medmoe_edge.bedside.serve.server import Server, create_app, listening, url_
 from medmoe_edge.bedside.serve.settings import Limits, Settings
 from medmoe_edge.bedside.serve.work import Metrics, RequestSlots, Work
 from medmoe_edge.contrastive.features import Classification, Location, Reading
-from medmoe_edge.engine.answer import Answer, Piece
+from medmoe_edge.engine.answer import Answer, Choices, Piece
 from medmoe_edge.engine.loading import Proven
 from medmoe_edge.image.pixels import Image, Pixels
 from medmoe_edge.prompt import check_question
 
 WORDS = ("No", " effusion", " is", " seen")
 LOCAL = "http://localhost"
+BANNER = re.compile(r'"patient":\{[^{}]*\}')  # whose picture it is: told to whoever shows it alone
 MODEL = {"name": "stand-in", "sha256": "0" * 64, "verification": "passed", "runtime": "none"}
 
 
 class StandIn:
     """Answers the same to everything, a word at a time, as far as `may_go_on`.
 
-    `images` are their sizes; `told` counts the words; `ended` is set whenever an answer is over,
-    also one that was not told to its end.
+    `images` are their sizes, `choices` what it was to choose from; `told` counts the words; `ended`
+    is set whenever an answer is over, also one that was not told to its end.
     """
 
     name, sha256, verification = "stand-in", "0" * 64, "passed"
@@ -41,6 +43,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.images: list[tuple[int, ...]] = []
+        self.choices: list[Choices | None] = []
         self.told = 0
         self.may_go_on, self.begun, self.ended = (threading.Event() for _ in range(3))
         self.may_go_on.set()
@@ -58,8 +61,10 @@ class StandIn:
         questions: Sequence[str],
         *,
         max_new_tokens: int,
+        choices: Choices | None = None,
         alternatives: int | None = None,
     ) -> Iterator[str | Answer]:
+        self.choices.append(choices)
         self.images.append(image.pixels.shape)
         for question in map(check_question, questions):
             try:
@@ -108,7 +113,8 @@ class Overheard:
 
         async def overheard(message: Message) -> None:
             if message["type"] == "http.response.body":
-                patients.bodies.append(message.get("body", b"").decode("latin-1"))
+                body = message.get("body", b"").decode("latin-1")
+                patients.bodies.append(BANNER.sub("", body))
             await send(message)
 
         await self.app(scope, receive, overheard)

@@ -220,7 +220,7 @@ def test_questions_go_by_modality_and_body_part(tmp_path: Path) -> None:
 def test_an_answer_that_fails_is_tried_again_and_a_hopeless_one_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.queue.FIRST_DELAY", 0.01)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.01)
     engine = StandIn()
     errors: list[Exception] = [
         CheckpointError("a", "b"),
@@ -277,7 +277,7 @@ def test_an_object_that_ends_the_process_again_and_again_is_given_up(tmp_path: P
 def test_documents_are_sent_until_they_are_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.queue.FIRST_DELAY", 0.05)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
     port = free_port()
     destination = {"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": port}
     kinds = ["comprehensive-3d-sr", "basic-text-sr"]

@@ -295,7 +295,7 @@ def test_of_a_corrected_object_that_waits_only_the_last_is_asked(tmp_path: Path)
     seen = []
 
     class Looking(StandIn):
-        def ask_all(self, image: Image, questions: Any, *, max_new_tokens: int) -> Any:
+        def ask_all(self, image: Image, questions: Any, *, max_new_tokens: int, **_: Any) -> Any:
             seen.append(int(image.pixels[0, 0, 0]))
             return super().ask_all(image, questions, max_new_tokens=max_new_tokens)
 

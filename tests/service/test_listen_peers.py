@@ -4,39 +4,42 @@ import http.server
 import io
 import json
 import resource
-import shutil
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import hl7
 import numpy as np
 import pytest
 from command_line import answer_to
 from dicom_files import saved
+from dicom_peers import call, get, orthanc_at, post_to, put_to, tool
 from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
+from highdicom.sr import MeasurementReport, srread
 from listen_process import (
     PEER,
     QUESTION,
     SOME,
     StandIn,
     configuration,
-    free_port,
     send,
     study,
     wait_for,
 )
 from pydicom import Dataset, dcmread
+from pydicom.sr.coding import Code
 from pydicom.uid import BasicTextSRStorage, CTImageStorage, EncapsulatedPDFStorage
 
+from medmoe_edge.bedside.listen import evidence
 from medmoe_edge.bedside.listen.answering import encoded
-from medmoe_edge.bedside.listen.evidence import Evidence, Result
-from medmoe_edge.bedside.listen.fhir import fhir
+from medmoe_edge.bedside.listen.config import Certainty, Finding
+from medmoe_edge.bedside.listen.evidence import Evidence, Result, coded
+from medmoe_edge.bedside.listen.hl7 import fhir, oru, oru_withdrawn
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.report_sr import (
     basic_text_sr,
@@ -55,6 +58,17 @@ RESULT = Result(
     Evidence.of(study(), Image.from_array(SOME), "0" * 64),
     answer_to("Is there é effusion?", "No, there is none."),
     "2026-01-02T03:04:05+00:00",
+)
+EFFUSION = Finding.model_validate(
+    {
+        "ask": [QUESTION],
+        "code": ["60046008", "SCT", "Pleural effusion"],
+        "same": [["RID34539", "RADLEX", "pleural effusion"]],
+        "site": ["3120008", "SCT", "Pleural structure"],
+    }
+)
+CODED = replace(
+    RESULT, coded=coded(EFFUSION, RESULT.answer, Certainty(), agreed=True, is_whole=True)
 )
 
 
@@ -82,24 +96,15 @@ def of_several(result: Result) -> Dataset:
     return comprehensive_3d_sr(replace(result, evidence=others[1], others=others, of=100))
 
 
+def in_codes(_: Result) -> Dataset:
+    """A report whose answer is coded too."""
+    return comprehensive_3d_sr(CODED)
+
+
 def taken_back(result: Result) -> Dataset:
     """The withdrawal of a report, a text and a picture."""
     made = (comprehensive_3d_sr(result), basic_text_sr(result), pictured(result))
     return withdrawal([dcmread(io.BytesIO(encoded(each))) for each in made])
-
-
-def tool(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"needs {name} (Debian: dcmtk, dicom3tools or orthanc)")
-    return path
-
-
-def call(*command: str) -> str:
-    """What a command says on stdout; it must end well."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_dcmtk_finds_and_feeds_the_node(tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def test_dcmtk_finds_and_feeds_the_node(tmp_path: Path) -> None:
 def test_a_report_about_several_slices_names_them_all() -> None:
     report = dcmread(io.BytesIO(encoded(of_several(RESULT))))
     found = [item for _, item in _items(report)]
-    images = [item for item in found if item.ValueType == "IMAGE"]
+    images = [item for item in found if item.ValueType == "IMAGE"][3:]  # after the library
     assert [str(item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID) for item in images] == [
         study(number).SOPInstanceUID for number in (1, 2, 3)
     ]
@@ -127,7 +132,9 @@ def test_a_report_about_several_slices_names_them_all() -> None:
     assert "3 of 100 (number 1, 2, 3)" in texts
 
 
-@pytest.mark.parametrize("make", [comprehensive_3d_sr, basic_text_sr, of_several, taken_back])
+@pytest.mark.parametrize(
+    "make", [comprehensive_3d_sr, basic_text_sr, of_several, in_codes, taken_back]
+)
 def test_dcmtk_opens_the_reports(tmp_path: Path, make: Any) -> None:
     dump = tool("dsrdump")
     path = tmp_path / "report.dcm"
@@ -142,7 +149,7 @@ def test_dcmtk_opens_the_reports(tmp_path: Path, make: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [comprehensive_3d_sr, basic_text_sr, pictured, of_several, taken_back]
+    "make", [comprehensive_3d_sr, basic_text_sr, pictured, of_several, in_codes, taken_back]
 )
 def test_the_standards_own_rules_are_kept(tmp_path: Path, make: Any) -> None:
     path = tmp_path / "report.dcm"
@@ -162,10 +169,104 @@ def test_a_report_refers_to_what_it_is_about() -> None:
     assert texts["Algorithm Name"].TextValue == "fake"
     number = texts["Model's own probability of its answer"].MeasuredValueSequence[0]
     assert float(number.NumericValue) == pytest.approx(0.934)
-    (image,) = [item for item in found if item.ValueType == "IMAGE"]
+    (listed, image) = [item for item in found if item.ValueType == "IMAGE"]
+    assert listed.ConceptNameCodeSequence[0].CodeMeaning.startswith("Source")  # the image library
     assert image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == study().SOPInstanceUID
     assert report.PatientID == "MRN-4711"
     assert report.SOPInstanceUID == RESULT.uid("comprehensive-3d-sr")
+
+
+def test_highdicom_reads_what_was_found_and_where_and_how_certainly(tmp_path: Path) -> None:
+    path = tmp_path / "report.dcm"
+    path.write_bytes(encoded(in_codes(RESULT)))
+    content = srread(path).content
+    assert isinstance(content, MeasurementReport)
+    (group,) = content.get_image_measurement_groups()
+    values = {item.name.meaning: item.value for item in group.get_qualitative_evaluations()}
+    assert values["Pleural effusion"] == Code(*evidence.ABSENT)
+    assert values["Certainty of Finding"] == Code(*evidence.PROBABLY_ABSENT)
+    assert [site.value for site in group.finding_sites] == [Code("3120008", "SCT", "")]
+    assert group.finding_type is None  # nobody shall take what is absent for found
+    (named,) = [
+        item.ConceptNameCodeSequence[0]
+        for _, item in _items(dcmread(path))
+        if item.ConceptNameCodeSequence[0].CodeValue == "60046008"
+    ]
+    assert named.EquivalentCodeSequence[0].CodeValue == "RID34539"
+    modality = [item for _, item in _items(dcmread(path)) if item.ValueType == "CODE"]
+    assert "CR" in {item.ConceptCodeSequence[0].CodeValue for item in modality}
+
+
+@pytest.mark.parametrize(
+    ("text", "confidence", "agreed", "presence", "certainty"),
+    [
+        ("Yes", 0.95, True, evidence.PRESENT, evidence.PROBABLY_PRESENT),
+        ("yes, on the left.", 0.95, True, evidence.PRESENT, evidence.PROBABLY_PRESENT),
+        ("No.", 0.95, True, evidence.ABSENT, evidence.PROBABLY_ABSENT),
+        ("No.", 0.7, True, evidence.ABSENT, evidence.POSSIBLE),
+        ("No.", 0.4, True, evidence.UNDETERMINED, None),
+        ("No.", 0.95, False, evidence.UNDETERMINED, None),  # a slice said otherwise
+        ("No change", 0.95, True, evidence.UNDETERMINED, None),
+        ("Nothing.", 0.95, True, evidence.UNDETERMINED, None),
+        ("left lung", 0.95, True, evidence.UNDETERMINED, None),
+        ("", 0.95, True, evidence.UNDETERMINED, None),
+    ],
+)
+def test_only_a_clear_answer_says_that_a_finding_is_there_or_not(
+    text: str, confidence: float, agreed: bool, presence: Any, certainty: Any
+) -> None:
+    answer = replace(answer_to(QUESTION, text), confidence=confidence)
+    found = coded(EFFUSION, answer, Certainty(), agreed=agreed, is_whole=True)
+    assert (found.presence, found.certainty) == (presence, certainty)
+    cut = coded(
+        EFFUSION, replace(answer, complete=False), Certainty(), agreed=agreed, is_whole=True
+    )
+    assert cut.presence == evidence.UNDETERMINED
+    part = coded(EFFUSION, answer, Certainty(), agreed=agreed, is_whole=False)
+    assert part.presence == (presence if presence == evidence.PRESENT else evidence.UNDETERMINED)
+
+
+@pytest.mark.parametrize(("version", "bundle"), [("R4", BundleR4B), ("R5", Bundle)])
+def test_fhir_has_the_same_codes(version: Any, bundle: Any) -> None:
+    data = fhir(CODED, version)
+    assert bundle.model_validate_json(data)
+    _, observation, _ = (entry["resource"] for entry in json.loads(data)["entry"])
+    assert observation["code"]["text"] == QUESTION
+    assert [(each["system"], each["code"]) for each in observation["code"]["coding"]] == [
+        ("http://snomed.info/sct", "60046008"),
+        ("http://radlex.org", "RID34539"),
+    ]
+    value = observation["valueCodeableConcept"]
+    assert (value["text"], value["coding"][0]["code"]) == ("No, there is none.", "272519000")
+    assert observation["bodySite"]["coding"][0]["code"] == "3120008"
+    (certainty,) = [
+        part["valueCodeableConcept"]["coding"][0]["code"]
+        for part in observation["component"]
+        if part["code"].get("coding")
+    ]
+    assert certainty == "410593006"
+
+
+def test_hl7_version_2_says_the_same() -> None:
+    message = hl7.parse(oru(CODED, "MEDMOE").decode())
+    assert str(message.segment("PID")[3]) == "MRN-4711"
+    assert (str(message.segment("MSH")[9]), str(message.segment("MSH")[12])) == (
+        "ORU^R01^ORU_R01",
+        "2.5.1",
+    )
+    assert str(message.segment("OBR")[25]) == "R"  # stored, not yet verified
+    found = {str(each[3][0][1]): each for each in message.segments("OBX")}
+    assert {str(each[11]) for each in message.segments("OBX")} == {"R"}
+    assert str(found["Pleural effusion"][5]) == "272519000^Absent^SCT"
+    assert str(found["Finding"][5]) == "No, there is none."
+    assert message.unescape(str(found["Question"][5])) == QUESTION
+    odd = replace(RESULT, answer=answer_to("a|b^c&d~e\\f\ng", "x"))
+    written = hl7.parse(oru(odd, "MEDMOE").decode())
+    (asked,) = [each for each in written.segments("OBX") if str(each[3][0][1]) == "Question"]
+    assert written.unescape(str(asked[5])).replace("\r", "\n") == "a|b^c&d~e\\f\ng"
+    withdrawn = hl7.parse(oru_withdrawn(oru(CODED, "MEDMOE")).decode())
+    assert {str(each[11]) for each in withdrawn.segments("OBX")} == {"W"}
+    assert str(withdrawn.segment("MSH")[10]) != str(message.segment("MSH")[10])
 
 
 def _items(item: Any, depth: int = 0) -> Iterator[tuple[int, Any]]:
@@ -177,54 +278,8 @@ def _items(item: Any, depth: int = 0) -> Iterator[tuple[int, Any]]:
 @pytest.fixture(scope="module")
 def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
     """An Orthanc of the tests' own; its DICOM port and its HTTP port."""
-    binary = tool("Orthanc")
-    folder = tmp_path_factory.mktemp("orthanc")
-    dicom, rest = free_port(), free_port()
-    settings = {
-        "StorageDirectory": str(folder / "storage"),
-        "DicomPort": dicom,
-        "HttpPort": rest,
-        "DicomAet": "ORTHANC",
-        "RemoteAccessAllowed": False,
-        "AuthenticationEnabled": False,
-        "DicomAlwaysAllowStore": True,
-        "Plugins": [],
-    }
-    (folder / "orthanc.json").write_text(json.dumps(settings))
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([binary, str(folder / "orthanc.json")], stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + 60
-        while not _answers(rest):
-            assert time.monotonic() < end, "Orthanc does not start"
-            assert process.poll() is None, "Orthanc has ended"
-            time.sleep(0.1)
-        yield dicom, rest
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _get(port: int, path: str) -> bytes:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
-        return bytes(answer.read())
-
-
-def _post(port: int, path: str, data: bytes, method: str = "POST") -> bytes:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, method=method)
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return bytes(answer.read())
-
-
-def _put(port: int, path: str, data: bytes) -> None:
-    _post(port, path, data, "PUT")
-
-
-def _answers(port: int) -> bool:
-    try:
-        return bool(_get(port, "/system"))
-    except OSError:
-        return False
+    with orthanc_at(tmp_path_factory.mktemp("orthanc")) as found:
+        yield found
 
 
 def test_orthanc_takes_the_reports_and_gives_them_back(
@@ -238,9 +293,9 @@ def test_orthanc_takes_the_reports_and_gives_them_back(
         wait_for(lambda: node.queue.counts()["answered"] == 1)
         wait_for(lambda: node.queue.counts()["unsent"] == 0)
         written = {path.read_bytes() for path in node.folder.documents.glob("*/*.dcm")}
-    instances = json.loads(_get(rest, "/instances"))
-    kept = {_get(rest, f"/instances/{each}/file") for each in instances}
-    tags = [json.loads(_get(rest, f"/instances/{each}/simplified-tags")) for each in instances]
+    instances = json.loads(get(rest, "/instances"))
+    kept = {get(rest, f"/instances/{each}/file") for each in instances}
+    tags = [json.loads(get(rest, f"/instances/{each}/simplified-tags")) for each in instances]
     classes = {each["SOPClassUID"] for each in tags}
     assert len(kept) == len(written) == 2
     assert {dcmread(io.BytesIO(data)).to_json() for data in kept} == {
@@ -318,16 +373,16 @@ def forwards_a_whole_study(
     )
     with Node(config, engine) as node:
         place = json.dumps(["MEDMOE", "127.0.0.1", node.port]).encode()
-        _put(rest, "/modalities/node", place)
+        put_to(rest, "/modalities/node", place)
         for dataset in sent:
-            _post(rest, "/instances", (saved(folder, dataset)).read_bytes())
+            post_to(rest, "/instances", (saved(folder, dataset)).read_bytes())
         (identifier,) = [
             each
-            for each in json.loads(_get(rest, "/studies"))
-            if "1.2.826.0.4711.50" in _get(rest, f"/studies/{each}").decode()
+            for each in json.loads(get(rest, "/studies"))
+            if "1.2.826.0.4711.50" in get(rest, f"/studies/{each}").decode()
         ]
         before, start = _memory(), time.monotonic()
-        told = json.loads(_post(rest, "/modalities/node/store", identifier.encode()))
+        told = json.loads(post_to(rest, "/modalities/node/store", identifier.encode()))
         assert (told["FailedInstancesCount"], told["InstancesCount"]) == (0, len(sent))
         wait_for(lambda: node.queue.counts()["answered"] == 1, 60)
         figures = {"seconds": time.monotonic() - start, "mb": (_memory() - before) / 1e6}
@@ -337,13 +392,13 @@ def forwards_a_whole_study(
         (path,) = node.folder.documents.glob("*/*.dcm")
         report = dcmread(path)
         middle = f"1.2.826.0.4711.50.1.{(slices + 1) // 2}"
-        (image,) = [item for _, item in _items(report) if item.ValueType == "IMAGE"]
+        (_, image) = [item for _, item in _items(report) if item.ValueType == "IMAGE"]
         assert image.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == middle
         texts = [item.TextValue for _, item in _items(report) if item.ValueType == "TEXT"]
         assert f"1 of {slices} (number {(slices + 1) // 2})" in texts
 
         # Again: now with our report in the study, which is not answered either.
-        told = json.loads(_post(rest, "/modalities/node/store", identifier.encode()))
+        told = json.loads(post_to(rest, "/modalities/node/store", identifier.encode()))
         assert (told["FailedInstancesCount"], told["InstancesCount"]) == (0, len(sent) + 1)
         assert node.queue.counts() == {"waiting": 0, "answered": 1, "failed": 0, "unsent": 0}
         assert node.queue.asides()["own_result"] == 1
@@ -383,7 +438,7 @@ class FhirServer(http.server.BaseHTTPRequestHandler):
 
 
 def test_fhir_is_posted_until_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.queue.FIRST_DELAY", 0.05)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
     (tmp_path / "token").write_text("secret\n")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FhirServer)
     seen: list[tuple[str, str, bytes]] = []

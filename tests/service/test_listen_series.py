@@ -64,7 +64,9 @@ class Reading(StandIn):
         self.seen_values: list[int] = []
         self.confidence = confidence
 
-    def ask_all(self, image: Image, questions: Any, *, max_new_tokens: int) -> list[Answer]:
+    def ask_all(
+        self, image: Image, questions: Any, *, max_new_tokens: int, **_: Any
+    ) -> list[Answer]:
         value = int(image.pixels[0, 0, 0])
         self.seen_values.append(value)
         return [answer_to(each, str(value), confidence=self.confidence) for each in questions]
@@ -293,7 +295,7 @@ def test_all_slices_vote_and_the_report_names_them(tmp_path: Path) -> None:
     common = [each for each in engine.seen_values if engine.seen_values.count(each) == 3]
     assert answer["answer"] == str(common[0])
     assert codes_of(answer) == ["vote"]
-    assert "3 of 4 slices gave this answer. 1 gave others" in answer["warnings"][0]["message"]
+    assert "3 of 4 pictures gave this answer. 1 gave others" in answer["warnings"][0]["message"]
     assert len(pictures) == 4
     for kind in (REPORT, "basic-text-sr", "fhir-r4"):
         for dataset in sent:
@@ -336,10 +338,11 @@ def test_a_vote_is_of_the_words_and_the_more_confident_wins_a_draw() -> None:
         "c": answer_to("q", "yes", confidence=0.9),
         "d": answer_to("q", "no", confidence=0.7),
     }
-    best, answer = voted(answers)
+    best, answer, agreed = voted(answers)
+    assert not agreed
     assert (best, answer.text) == ("c", "yes")
     assert answer.confidence == pytest.approx(0.7)
-    assert voted({"a": answers["a"]}) == ("a", answers["a"])
+    assert voted({"a": answers["a"]}) == ("a", answers["a"], True)
 
 
 def test_what_shows_nothing_to_ask_about_is_left_out(tmp_path: Path) -> None:
@@ -632,7 +635,7 @@ def test_fhir_names_patient_order_and_time(
         assert (order["system"], order["value"]) == ("urn:oid:1.2.4", "A-77")
         assert order["type"]["coding"][0]["code"] == "ACSN"
     assert report["identifier"][1] == order
-    assert "no Patient ID: nothing is posted" in caplog.text
+    assert "no Patient ID: nothing of it is sent" in caplog.text
 
 
 def test_one_association_for_a_batch(tmp_path: Path) -> None:

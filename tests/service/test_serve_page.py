@@ -5,6 +5,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -46,6 +47,7 @@ class Seeing(StandIn):
         questions: Sequence[str],
         *,
         max_new_tokens: int,
+        choices: Any = None,
         alternatives: int | None = None,
     ) -> Iterator[str | Answer]:
         self.greys.append(int(image.pixels.mean()))
@@ -353,6 +355,7 @@ def test_an_answer_says_what_it_warns_of(page: Page) -> None:
             questions: Sequence[str],
             *,
             max_new_tokens: int,
+            choices: Any = None,
             alternatives: int | None = None,
         ) -> Iterator[str | Answer]:
             notice = Notice("unlike_label", "The file says that it is <b>ultrasound</b>.")

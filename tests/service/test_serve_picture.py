@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy.typing as npt
 import pytest
 from dicom_files import NAME, made
 from fastapi import FastAPI
+from highdicom.spatial import get_closest_patient_orientation
 from PIL import Image as Pillow
-from pydicom import dcmread, dcmwrite, uid
+from pydicom import Dataset, dcmread, dcmwrite, uid
 from pydicom.data import get_testdata_file
 from serving import StandIn, app_over, client_of, png
 from starlette.testclient import TestClient
@@ -20,6 +22,7 @@ from starlette.testclient import TestClient
 from medmoe_edge.bedside.serve import routes as serve_picture
 from medmoe_edge.bedside.serve.routes import Codes, Picture, picture_of
 from medmoe_edge.bedside.serve.settings import Limits
+from medmoe_edge.errors import ImageError
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.image.worker import Bounds
 
@@ -172,3 +175,138 @@ def test_a_picture_says_what_it_warns_of() -> None:
     (warned,) = shown(file.getvalue()).warnings
     assert warned.code == "unknown_modality"
     assert "nuclear medicine" in warned.message
+
+
+def sides_of(**attributes: Any) -> tuple[str, str, str, str] | None:
+    return shown(file_of(FRAMES[:1], **attributes)).sides
+
+
+def test_the_sides_are_those_of_highdicom() -> None:
+    generator = np.random.default_rng(5)
+    for _ in range(8):
+        turned, _ = np.linalg.qr(generator.normal(size=(3, 3)))
+        row, column = turned[:, 0], turned[:, 1]
+        sides = sides_of(ImageOrientationPatient=[f"{v:.6f}" for v in (*row, *column)])
+        assert sides is not None
+        affine = np.eye(4)
+        affine[:3, :3] = turned
+        right, down, _ = (value.value for value in get_closest_patient_orientation(affine))
+        # the closest axes are told apart, of two that are both closest to one it takes the nearer
+        letters = {"right": right, "down": down}
+        assert letters["right"] in sides[2] or letters["down"] in sides[3]
+        for here, there in ((sides[0], sides[2]), (sides[1], sides[3])):
+            opposite = str.maketrans("LRAPHF", "RLPAFH")
+            assert here == there.translate(opposite)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "sides"),
+    [
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, ("R", "A", "L", "P")),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, ("R", "H", "L", "F")),
+        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, ("A", "H", "P", "F")),
+        ({"ImageOrientationPatient": [-1, 0, 0, 0, -1, 0]}, ("L", "P", "R", "A")),  # prone
+        (
+            {"ImageOrientationPatient": ["0.8", "0.6", 0, 0, 0, -1]},
+            ("RA", "H", "LP", "F"),
+        ),
+        ({"PatientOrientation": ["L", "F"]}, ("R", "H", "L", "F")),
+        ({"PatientOrientation": ["AR", "FA"]}, ("PL", "HP", "AR", "FA")),
+        ({"PatientOrientation": ["LE", "RT"]}, None),  # an animal's
+        ({"PatientOrientation": ["L"]}, None),
+        ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, None),
+        ({"ImageOrientationPatient": [0, 0, 0, 0, 0, 0]}, None),
+        (
+            {
+                "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+                "AnatomicalOrientationType": "QUADRUPED",
+            },
+            None,
+        ),
+        ({}, None),
+    ],
+)
+def test_a_picture_says_where_left_and_right_are(
+    attributes: dict[str, Any], sides: tuple[str, str, str, str] | None
+) -> None:
+    assert sides_of(**attributes) == sides
+
+
+def test_each_frame_of_an_enhanced_dicom_has_sides() -> None:
+    groups = []
+    for orientation in ([1, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, -1]):
+        plane, group = Dataset(), Dataset()
+        plane.ImageOrientationPatient = orientation
+        group.PlaneOrientationSequence = [plane]
+        groups.append(group)
+    data = file_of(FRAMES, PerFrameFunctionalGroupsSequence=groups)
+    assert shown(data, 0).sides == ("R", "A", "L", "P")
+    assert shown(data, 1).sides == ("A", "H", "P", "F")
+
+
+def test_whose_picture_it_is_is_told_on_request_alone(client: TestClient) -> None:
+    name = "Wang^XiaoDong=王^小东="
+    data = file_of(
+        FRAMES[:, :5, :5],
+        SpecificCharacterSet="GB18030",
+        PatientName=name,
+        PatientBirthDate="19700203",
+        PatientSex="M",
+        SeriesInstanceUID="1.2.826.0.4711",
+        StudyDescription="Thorax\n<b>nativ</b>",
+        InstanceNumber=7,
+        ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+        ImagePositionPatient=[0, 0, -12.5],
+    )
+
+    def told(data: bytes, **fields: str) -> Any:
+        return client.post("/v1/picture", files={"image": data}, data=fields).json()
+
+    silent = told(data)
+    assert silent["patient"] is silent["series"] is silent["position"] is None
+    found = told(data, patient="true")
+    assert found["patient"] == {
+        "name": "Wang, XiaoDong · 王, 小东",
+        "id": "MRN-4711",
+        "birth_date": "1970-02-03",
+        "sex": "M",
+        "study": "Thorax <b>nativ</b>",
+    }
+    assert (found["position"], found["instance"]) == (-12.5, 7)
+    assert "1.2.826" not in json.dumps(found)
+    same = told(file_of(FRAMES[:, :5, :5], SeriesInstanceUID="1.2.826.0.4711"), patient="true")
+    assert same["series"] != found["series"]  # another patient's
+    assert told(png(), patient="true")["patient"] == {}
+
+
+def test_one_upload_shows_all_frames_the_middle_one_first(client: TestClient) -> None:
+    data = file_of(np.arange(5, dtype=np.int16).repeat(9).reshape(5, 3, 3))
+    response = client.post("/v1/picture", files={"image": data}, data={"stream": "true"})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    blocks = [dict(line.split(": ", 1) for line in block.splitlines())
+              for block in response.text.strip().split("\n\n")]  # fmt: skip
+    assert [block["event"] for block in blocks] == ["picture"] * 5 + ["done"]
+    pictures = [Picture.model_validate_json(block["data"]) for block in blocks[:-1]]
+    assert [picture.frame for picture in pictures] == [2, 1, 3, 0, 4]
+    assert all((values_of(picture) == picture.frame).all() for picture in pictures)
+
+    refused = client.post("/v1/picture", files={"image": b"none"}, data={"stream": "true"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "bad_image")
+
+
+def test_what_goes_wrong_after_the_first_frame_is_an_event(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: Path, frame: int | None, bounds: Bounds, *, patient: bool) -> Picture:
+        if frame == 1:
+            raise ImageError("The image is damaged.", "Copy it again.")
+        return picture_of(source, frame, bounds, patient=patient)
+
+    monkeypatch.setattr(serve_picture, "picture_of", broken)
+    files = {"image": file_of(FRAMES[:, :5, :5])}
+    text = client.post("/v1/picture", files=files, data={"stream": "true"}).text
+    assert [line for line in text.splitlines() if line.startswith("event")] == [
+        "event: picture",
+        "event: error",
+    ]
+    assert "The image is damaged." in text

@@ -19,7 +19,7 @@ from medmoe_edge.calibration.quantisers import (
 )
 from medmoe_edge.calibration.statistics import SiteStatistics
 from medmoe_edge.export.plan import TYPICAL
-from medmoe_edge.runtimes.torch.bitsandbytes import Kind, quantise_linear
+from medmoe_edge.runtimes.torch.eager import Kind, quantise_linear
 
 INT8 = Format(8)
 

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medmoe_edge.data.datasets import UniqueIds, read_examples, read_labels, schema
+from medmoe_edge.data.datasets import (
+    FormName,
+    UniqueIds,
+    read_examples,
+    read_findings,
+    read_labels,
+    schema,
+)
 from medmoe_edge.errors import DataError
 
 QUESTION = {
@@ -158,7 +165,7 @@ def test_useless_files(tmp_path: Path, content: bytes) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    for read in (read_examples, read_labels):
+    for read in (read_examples, read_labels, read_findings):
         with pytest.raises(DataError, match="does not exist"):
             read(tmp_path / "none.jsonl")
 
@@ -186,6 +193,52 @@ def test_labels(tmp_path: Path) -> None:
         read_labels(write_lines(file, LABEL, LABEL | {"split": "holdout"}))
     with pytest.raises(DataError, match="holds no labelled images"):
         read_labels(write_lines(file))
+
+
+def test_findings(tmp_path: Path) -> None:
+    row = {
+        "image": "a.jpg",
+        "modality": "X-ray",
+        "body": "chest",
+        "view": "pa",
+        "findings": ["Pleural effusion"],
+        "negatives": ["fracture"],
+        "implied_negatives": ["nodule", "airspace opacity"],
+        "adjudicated": {"nodule or mass": True, "fracture": False, "airspace opacity": False},
+        "patient": "p1",
+        "split": "val",
+        "source": "films",
+    }
+    cat = {"image": "cat.png", "modality": "none", "kind": "photo"}
+    file = write_lines(tmp_path / "findings.jsonl", row, cat)
+    film, picture = read_findings(file)
+    assert film.image == tmp_path / "a.jpg"
+    assert (film.modality, film.body, film.view) == ("xray", "chest", "pa")
+    assert film.present == ("pleural effusion", "nodule or mass")
+    assert film.absent == ("fracture", "airspace opacity")
+    assert film.implied_absent == ("nodule",)  # what a panel decided is stated
+    assert (film.patient, film.split, film.source, film.kind) == ("p1", "val", "films", None)
+    assert (picture.modality, picture.present, picture.absent) == ("none", (), ())
+    assert (picture.kind, picture.split, picture.source) == ("photo", "train", "findings")
+    with pytest.raises(DataError, match="does not exist"):
+        read_findings(file, check_images=True)
+    with pytest.raises(DataError, match="line 1: 'fracture' is both present and absent"):
+        read_findings(write_lines(file, row | {"findings": ["Fracture"]}))
+    with pytest.raises(DataError, match="line 1: 'findings' is not a list"):
+        read_findings(write_lines(file, row | {"findings": "effusion"}))
+    with pytest.raises(DataError, match="holds no images with findings"):
+        read_findings(write_lines(file))
+
+
+def test_the_findings_of_the_shared_data(data_dir: Path) -> None:
+    """No patient is in two splits, and every image is there."""
+    findings = read_findings(data_dir / "findings.jsonl", check_images=True)
+    splits: dict[str, set[str]] = {}
+    for one in findings:
+        splits.setdefault(one.patient or str(one.image), set()).add(one.split)
+    assert {len(held) for held in splits.values()} == {1}
+    effusion = [one for one in findings if one.split == "val" and "pleural effusion" in one.present]
+    assert len(effusion) == 33
 
 
 def test_what_may_be_left_out(tmp_path: Path) -> None:
@@ -249,6 +302,9 @@ ROWS = st.fixed_dictionaries(
         "modality": st.sampled_from(["ct", "", None, []]),
         "source": st.sampled_from(["mine", "", None]),
         "split": st.sampled_from(["train", "Validation", "", None, "holdout"]),
+        "findings": st.sampled_from([["Effusion"], [], None, "effusion", [" "], [None]]),
+        "adjudicated": st.sampled_from([{"fracture": False}, {}, [], None, {"fracture": "no"}]),
+        "kind": st.sampled_from(["photo", "", None, []]),
     },
 )
 
@@ -259,7 +315,12 @@ def test_the_schemas_say_what_is_read(tmp_path_factory: pytest.TempPathFactory, 
     validate = pytest.importorskip("jsonschema", reason="needs jsonschema").validate
     invalid = pytest.importorskip("jsonschema").ValidationError
     file = tmp_path_factory.getbasetemp() / "row.jsonl"
-    for name, read in (("questions", read_examples), ("labels", read_labels)):
+    readers: dict[FormName, Any] = {
+        "questions": read_examples,
+        "labels": read_labels,
+        "findings": read_findings,
+    }
+    for name, read in readers.items():
         try:
             read(write_lines(file, row))
             readable = True

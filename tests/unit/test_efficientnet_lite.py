@@ -10,7 +10,7 @@ from torch.nn.functional import batch_norm, conv2d, pad, relu6
 
 from medmoe_edge.config import VisionConfig
 from medmoe_edge.errors import CheckpointError, ConfigError
-from medmoe_edge.models.efficientnet_lite import Conv, EfficientNetLite, load_imagenet_weights
+from medmoe_edge.models.med_moe import Conv, EfficientNetLite, load_imagenet_weights
 
 LITE0 = VisionConfig(
     kind="efficientnet-lite",

@@ -14,8 +14,8 @@ from medmoe_edge.evaluation.evaluate import (
     evaluate_labels,
     sample_examples,
     save_predictions,
+    score_predictions,
 )
-from medmoe_edge.evaluation.predictions import score_predictions
 from medmoe_edge.image.pixels import Image
 
 

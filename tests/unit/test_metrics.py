@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from medmoe_edge.evaluation.metrics import (
     bootstrap_interval,
-    calibration_error,
     closed_correct,
     exact_match,
     normalise,
     official_closed_correct,
     official_recall,
+    reliability,
     risk_coverage,
     token_recall,
 )
@@ -157,14 +157,24 @@ def test_official_recall(prediction: str, reference: str, recall: float) -> None
     assert official_recall(prediction, reference) == pytest.approx(recall)
 
 
-def test_calibration_error_by_hand() -> None:
-    assert calibration_error([0.85, 0.85, 0.25, 1.0], [1, 0, 0, 1]) == pytest.approx(
-        (2 * abs(0.85 - 0.5) + 0.25 + 0) / 4
-    )
-    assert calibration_error([0.7] * 10, [1] * 7 + [0] * 3) == pytest.approx(0.0)
+def test_reliability_by_hand() -> None:
+    found = reliability([0.85, 0.85, 0.25, 1.0], [1, 0, 0, 1])
+    assert found.ece == pytest.approx((2 * abs(0.85 - 0.5) + 0.25 + 0) / 4)
+    assert [(one.n, one.accuracy) for one in found.bins] == [(1, 0.0), (2, 0.5), (1, 1.0)]
+    assert [one.confidence for one in found.bins] == pytest.approx([0.25, 0.85, 1.0])
+    assert (found.n, found.accuracy) == (4, 0.5)
+    assert found.half == pytest.approx(0.75)  # the sure one, and one of two that are alike
+    assert reliability([0.7] * 10, [1] * 7 + [0] * 3).ece == pytest.approx(0.0)
 
 
 def test_risk_falls_where_confidence_means_something() -> None:
     curve = risk_coverage([0.9, 0.1, 0.8, 0.2], [1, 0, 1, 0], steps=4)
     assert [share for share, _ in curve] == [0.25, 0.5, 0.75, 1.0]
     assert [risk for _, risk in curve] == pytest.approx([0, 0, 1 / 3, 0.5])
+
+
+@given(st.permutations(range(6)))
+def test_the_order_of_equal_confidences_does_not_matter(order: list[int]) -> None:
+    said, right = [0.9, 0.5, 0.5, 0.5, 0.5, 0.1], [1, 1, 1, 0, 0, 0]
+    dealt = risk_coverage([said[at] for at in order], [right[at] for at in order], steps=3)
+    assert [risk for _, risk in dealt] == pytest.approx([0.25, 0.375, 0.5])

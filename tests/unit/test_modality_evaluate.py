@@ -28,7 +28,8 @@ from medmoe_edge.contrastive.evaluate import (
     zero_shot_tasks,
 )
 from medmoe_edge.contrastive.features import entropy, evidence
-from medmoe_edge.data.datasets import LabelledImage, Place, read_places
+from medmoe_edge.data.captions import Place, read_places
+from medmoe_edge.data.datasets import LabelledImage
 from medmoe_edge.errors import DataError
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures

@@ -14,6 +14,7 @@ import pytest
 import torch
 from command_line import Run, two_lines
 from modality_models import TINY, tiny_model, write_tiny
+from mutants import write_weights
 from PIL import Image as Pillow
 from torch import nn
 
@@ -27,7 +28,7 @@ from medmoe_edge.bundle.bundle import (
     model_kind,
     write_manifest,
 )
-from medmoe_edge.bundle.recorded import recorded_file
+from medmoe_edge.bundle.recorded import compare_weights, recorded_file, stored_weights
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality, open_bundle
 from medmoe_edge.engine.engine import load as load_engine
@@ -40,6 +41,7 @@ from medmoe_edge.errors import (
 from medmoe_edge.evaluation import contrastive as verification_modality
 from medmoe_edge.evaluation.contrastive import Pictures, sweep_modality, verify_modality
 from medmoe_edge.evaluation.inspection import inspect_modality
+from medmoe_edge.evaluation.mutations import Mutation, mutated_weights
 from medmoe_edge.export import contrastive as modality
 from medmoe_edge.export import contrastive as modality_build
 from medmoe_edge.export.contrastive import export_image, export_modality_bundle
@@ -292,8 +294,55 @@ def test_a_verification_is_recorded(exported: Exported, tmp_path: Path) -> None:
     assert record["figures"]["modality_agreement"] == 1
     assert record["figures"]["region_cosine_min"] > 0.9999
     names = [gate["name"] for gate in record["gates"]]
-    assert names[0] == "finite"
-    assert set(names[1:]) == set(MODALITY_GATES["int8"].to_json())
+    assert names[:2] == ["weights", "finite"]
+    assert set(names[2:]) == set(MODALITY_GATES["int8"].to_json())
+    assert found.record is not None
+    assert found.record.mutations is not None
+    kinds = [effect.mutation.kind for effect in found.record.mutations.effects]
+    assert kinds == ["exchange", "router"]  # there is no meta expert, and fp32 has no scales
+    for effect in found.record.mutations.effects:
+        assert (effect.kl, effect.answers.total) == (None, 6)
+    exchange, router = found.record.mutations.effects
+    assert exchange.cosine is not None
+    assert exchange.cosine < 0.99
+    assert exchange.seen
+    assert router.routing.count
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_damage_to_any_expert_fails_every_verification(
+    exported: Exported, tmp_path: Path, precision: str
+) -> None:
+    bundle = exported.int8 if precision == "int8" else exported.fp32
+    folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    weights = {name: np.array(array) for name, array in stored_weights(folder / "image.onnx")}
+    experts, damaged = bundle.config.experts, None
+    for index in range(experts):
+        owner = f"experts.{index}"
+        for mutation in (
+            Mutation("exchange", owner, f"experts.{(index + 1) % experts}"),
+            Mutation("scale", owner),
+            Mutation("router", owner),
+        ):
+            damaged = mutated_weights(weights, mutation)
+            if damaged is None:
+                assert mutation.kind == "scale"
+                continue
+            write_weights(folder, damaged)
+            found = compare_weights(ModalityBundle.open(folder))
+            assert found is not None
+            place = "router." if mutation.kind == "router" else f"{owner}."
+            assert any(name.startswith(place) for name in found.wrong), mutation
+            write_weights(folder, {name: weights[name] for name in damaged})
+    assert damaged is not None
+    write_weights(folder, damaged)
+    alone = verify_modality(folder)
+    measured = verify_modality(folder, exported.checkpoint, pictures())
+    for outcome in (alone, measured):
+        assert outcome.passed is False
+        assert "matrices unlike the checkpoint's" in str(outcome.error())
+    assert measured.record is not None
+    assert measured.record.gate("weights").verdict == "failed"
 
 
 def test_a_model_unlike_its_checkpoint_fails_each_gate(exported: Exported, tmp_path: Path) -> None:
@@ -307,6 +356,7 @@ def test_a_model_unlike_its_checkpoint_fails_each_gate(exported: Exported, tmp_p
     assert found.record is not None
     verdicts = {gate.name: gate.verdict for gate in found.record.gates}
     assert verdicts.pop("finite") == "met"
+    assert verdicts.pop("weights") == "met"  # they are those of the checkpoint it was made from
     assert set(verdicts.values()) == {"failed"}
     assert isinstance(found.error(), VerificationError)
     assert "Cosine of regions".lower() in str(found.error())

@@ -54,8 +54,7 @@ from medmoe_edge.device.measure import (
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.evaluation.inspection import activated_parameters
-from medmoe_edge.models.efficientnet_lite import Conv, EfficientNetLite
-from medmoe_edge.models.med_moe import ClipTower, MedMoE
+from medmoe_edge.models.med_moe import ClipTower, Conv, EfficientNetLite, MedMoE
 from medmoe_edge.presets import PRESETS
 
 Make = Callable[..., Path]

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from medmoe_edge.errors import InputError, ModelError
 from medmoe_edge.prompt import BEFORE_IMAGE, Tokenizer, check_question
-from medmoe_edge.training.run import END, train_tokenizer
+from medmoe_edge.training.initialise import END, train_tokenizer
 
 TEXTS = [("Is there effusion?", "Yes"), ("What modality is this?", "CT"), ("Where?", "Left lung")]
 

@@ -27,8 +27,7 @@ from medmoe_edge.runtimes.ort.runtime import (
     choose_provider,
     preload_cuda,
 )
-from medmoe_edge.runtimes.torch.bitsandbytes import BitsAndBytesRuntime, Kind
-from medmoe_edge.runtimes.torch.eager import EagerRuntime
+from medmoe_edge.runtimes.torch.eager import BitsAndBytesRuntime, EagerRuntime, Kind
 
 Make = Callable[..., Path]
 BOTH = [CUDA, CPU]

@@ -6,6 +6,7 @@ from torch import nn
 
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.training.initialise import new_dense_model
 from medmoe_edge.training.loop import (
     Fp32Muon,
     learning_rate_factor,
@@ -15,7 +16,6 @@ from medmoe_edge.training.loop import (
 )
 from medmoe_edge.training.phases import Objective, upcycle
 from medmoe_edge.training.recipe import PhaseConfig
-from medmoe_edge.training.run import new_dense_model
 
 CONFIG = PRESETS["tiny"]
 SIZE = CONFIG.decoder.hidden_size

@@ -291,7 +291,8 @@ def test_a_faithful_bundle_carries_its_proof(
         progress=lambda step, done, total: steps.append(step),
     )
     assert list(dict.fromkeys(steps)) == [
-        *("hashes", "the checkpoint", "weights", "experts", "the bundle", "int8")
+        *("hashes", "the checkpoint", "weights", "experts", "the bundle", "int8"),
+        "damaged models",
     ]
     assert (found.passed, found.outcome) == (None, "not decided")  # on two questions
     assert found.error() is None

@@ -16,7 +16,7 @@ from pydicom import dcmwrite
 
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.loading import load_image
-from medmoe_edge.image.worker import Bounds, read_apart, read_apart_with_values, warm_up
+from medmoe_edge.image.worker import Bounds, held, read_apart, read_for_display, warm_up
 
 GREY = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
 
@@ -49,12 +49,21 @@ def test_it_is_the_same_picture(scan: Path, dicom: Path) -> None:
 
 
 def test_values_come_with_a_grey_dicom_frame(scan: Path, dicom: Path) -> None:
-    image, behind = read_apart_with_values(dicom.read_bytes())
+    found = read_for_display(dicom.read_bytes())
+    image, behind = found.image, found.values
     assert behind is not None
     assert not behind.inverted
     np.testing.assert_array_equal(behind.values, GREY.astype(float) * 4 - 300)
     np.testing.assert_array_equal(image.pixels, load_image(dicom).pixels)
-    assert read_apart_with_values(scan)[1] is None
+    assert read_for_display(scan).values is None
+
+
+def test_frames_of_one_upload_are_read_by_its_path_without_a_name(dicom: Path) -> None:
+    with held(dicom.read_bytes()) as path:
+        assert read_for_display(path).values is not None
+        with pytest.raises(ImageError, match=r"^The image has "):
+            read_for_display(path, 7)
+    assert not path.exists()
 
 
 def test_errors_are_the_same(scan: Path, tmp_path: Path) -> None:

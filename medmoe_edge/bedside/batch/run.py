@@ -39,7 +39,8 @@ from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.batch.inputs import Item, Journal, Row, fingerprint, read_items
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.embedded import EMBEDDED
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, logged
+from medmoe_edge.engine.answer import shown as shown_answer
 from medmoe_edge.engine.engine import Engine, load
 from medmoe_edge.engine.loading import Device, RuntimeName
 from medmoe_edge.errors import InputError, MedMoEError, ModelError, ResourceError, needs
@@ -53,6 +54,7 @@ GROUP = 10_000  # rows that are held in memory at once
 COLUMNS = (
     *("image_number", "image", "question_number", "question", "answer", "confidence", "modality"),
     *("experts", "complete", "model", "model_sha256", "seconds", "error", "warnings"),
+    *("unsure", "stopped"),
 )
 
 FORMATS = (".parquet", ".csv")
@@ -118,7 +120,7 @@ def _parquet(file: IO[bytes], about: dict[str, str]) -> Iterator[Write]:
         **dict.fromkeys(("image_number", "question_number"), pyarrow.int64()),
         **dict.fromkeys(("confidence", "seconds"), number),
         "experts": pyarrow.map_(text, number),
-        "complete": pyarrow.bool_(),
+        **dict.fromkeys(("complete", "unsure"), pyarrow.bool_()),
         "warnings": pyarrow.list_(pyarrow.struct([("code", text), ("message", text)])),
     }
     schema = pyarrow.schema([(name, kinds.get(name, text)) for name in COLUMNS])
@@ -199,11 +201,16 @@ class Recipe:
     device: Device = "auto"
     memory_budget: str | None = None
     max_new_tokens: int = 32
+    allow_repetition: bool = False
 
     def load(self) -> Engine:
         """The engine; the errors of `engine.load`."""
         return load(
-            self.model, runtime=self.runtime, device=self.device, memory_budget=self.memory_budget
+            self.model,
+            runtime=self.runtime,
+            device=self.device,
+            memory_budget=self.memory_budget,
+            allow_repetition=self.allow_repetition,
         )
 
     def elsewhere(self) -> "Recipe":
@@ -265,6 +272,8 @@ def _row(
         "experts": found and found.experts,
         "complete": found and found.complete,
         "warnings": found and [dataclasses.asdict(notice) for notice in found.warnings],
+        "unsure": found and found.unsure,
+        "stopped": found and found.stopped,
         "model": engine.name,
         "model_sha256": engine.sha256,
         "seconds": found and found.timings.total,
@@ -325,7 +334,7 @@ def run_batch(
     items = read_items(inputs, None if questions is None else Path(questions), besides=(output,))
     answering = answering or Here(recipe)
     model = answering.begin(dict.fromkeys(each for item in items for each in item.questions))
-    job = fingerprint(items, model.sha256, recipe.max_new_tokens)
+    job = fingerprint(items, model.sha256, recipe.max_new_tokens, recipe.allow_repetition)
     with Journal(output, job, force=force) as journal:
         done = journal.done()
         keep = partial(_keep, items, journal, audit)
@@ -367,6 +376,11 @@ def _answer(
         progress("asking", finished, len(items))
 
 
+def _logged(row: Row) -> str:
+    told = shown_answer(row["answer"], complete=row["complete"], unsure=row["unsure"])
+    return logged(told, (notice["code"] for notice in row["warnings"]))
+
+
 def _keep(
     items: Sequence[Item],
     journal: Journal,
@@ -384,7 +398,7 @@ def _keep(
                 event="answer",
                 model={"name": row["model"], "sha256": row["model_sha256"]},
                 question=row["question"],
-                answer=row["answer"],
+                answer=_logged(row),
                 input_sha256=digest,
             )
     journal.keep(number, rows)

@@ -18,6 +18,7 @@ import json
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -26,7 +27,7 @@ from pydicom import Dataset, dcmread, dcmwrite
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, Document
-from medmoe_edge.bedside.listen.evidence import Evidence, Result
+from medmoe_edge.bedside.listen.evidence import Evidence, Result, coded, together
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.report_sr import (
     Locator,
@@ -38,8 +39,8 @@ from medmoe_edge.bedside.listen.report_sr import (
     withdrawal,
 )
 from medmoe_edge.bedside.listen.schema import Job, Slice
-from medmoe_edge.bedside.listen.selection import Selection, chosen, voted
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.bedside.listen.selection import Selection, chosen, chosen_frames, voted
+from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice
 from medmoe_edge.image.loading import decoding
 from medmoe_edge.image.pixels import Image, Pixels
@@ -57,11 +58,13 @@ OTHER_PATIENT = Notice(
     "The object was sent before in the name of another patient, under the same UID: look whose "
     "image it is. The results that were made for the other are withdrawn.",
 )
+ENDINGS = {"fhir-r4": "json", "fhir-r5": "json", "hl7-v2": "hl7"}  # of documents not of DICOM
 LATE = Notice(
     "late_slices",
     "These objects came long after the others of their series, which has an earlier result: this "
     "answer is about the late ones alone.",
 )
+FRAMES = "Of an object {0} of {1} frames were asked."
 UNREADABLE = Notice("unreadable_slices", "Some of the chosen slices could not be read.")
 SHARED_STUDY = Notice(
     "shared_study", "Another patient's images were sent with the same Study Instance UID."
@@ -72,7 +75,12 @@ class Asked(Protocol):
     """What answers, such as `engine.Engine`."""
 
     def ask_all(
-        self, image: Image, questions: Sequence[str], *, max_new_tokens: int
+        self,
+        image: Image,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        choices: Choices | None = None,
     ) -> list[Answer]:
         """Answer each question about the image."""
         ...
@@ -84,11 +92,21 @@ class Asked(Protocol):
 
 @dataclass(frozen=True)
 class Asking:
-    """A slice that was asked: its answers, and the Secondary Capture of what the model saw."""
+    """A picture that was asked: its answers, and the Secondary Capture of what the model saw.
+
+    `expected` is how many frames of its object were to be asked.
+    """
 
     evidence: Evidence
     answers: tuple[Answer, ...]
     picture: Dataset | None = None
+    expected: int = 1
+
+    @property
+    def picture_name(self) -> str:
+        """Of the Secondary Capture's file."""
+        frame = f".{self.evidence.frame}" if self.expected > 1 else ""
+        return f"{self.evidence.key[:16]}{frame}.picture.dcm"
 
 
 class Answering:
@@ -104,8 +122,9 @@ class Answering:
     ) -> None:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.engine, self.locator = engine, locator
-        self.audit = AuditLog(configuration.audit or folder.root / "audit.jsonl")
+        self.audit = AuditLog(configuration.audit_log)
         self._lingering: dict[str, float] = {}  # series whose images go, and when
+        self.progress = time.monotonic()  # when a slice was last begun
 
     def pending(self, limit: int) -> list[str]:
         """The first series that are complete and wait."""
@@ -176,7 +195,7 @@ class Answering:
         asked = [each for slice_ in selection.slices for each in self._asked(slice_, result)]
         if selection.slices and not asked:
             raise ImageError("none of its slices can be read", "Send it again.")
-        if len(asked) < len(selection.slices):
+        if _is_partly_unreadable(selection, asked):
             selection = replace(selection, notices=(*selection.notices, UNREADABLE))
         results = [replace(each, repeat=repeat) for each in self._results(selection, asked)]
         with warnings.catch_warnings():
@@ -185,7 +204,7 @@ class Answering:
             names += [f"{result}/{name}" for name in self._picture_names(asked)]
             names += [name for each in results for name in self._write(result, each, replaced)]
         answers = {each.answer.question: json.dumps(each.answer.to_json()) for each in results}
-        sources = [each.evidence.key for each in asked]
+        sources = list(dict.fromkeys(each.evidence.key for each in asked))
         deliveries = self._deliveries(names)
         self.queue.answered(job, result, sources, answers, deliveries, replaced)
         self._let_go(job.key)
@@ -212,38 +231,54 @@ class Answering:
         return replace(selection, notices=(*selection.notices, LATE)), False
 
     def _asked(self, slice_: Slice, result: str) -> Iterator[Asking]:
-        """A slice that was asked and audited, unless it cannot be read."""
+        """The pictures of a slice, asked and audited, as far as they can be read."""
         try:
-            asking = self._ask(slice_)
+            for asking in self._ask(slice_):
+                self._keep(asking, slice_, result)
+                yield asking
         except InputError as error:
             log.warning("%s: a slice cannot be read (%s).", slice_.key[:16], error.what)
-            return
+
+    def _keep(self, asking: Asking, slice_: Slice, result: str) -> None:
+        """Audit the answers, and write the picture."""
         for answer in asking.answers:
             self.audit.append(
                 who=f"dicom:{slice_.peer}",
                 event="answer",
                 model=answer.model,
                 question=answer.question,
-                answer=answer.text,
+                answer=answer.logged,
                 input_sha256=slice_.sha256,
             )
         if asking.picture is not None:
-            name = f"{slice_.key[:16]}.picture.dcm"
-            self.folder.keep(self.folder.documents / result / name, encoded(asking.picture))
+            path = self.folder.documents / result / asking.picture_name
+            self.folder.keep(path, encoded(asking.picture))
             del asking.picture.PixelData  # many would not fit into memory
-        yield asking
 
-    def _ask(self, slice_: Slice) -> Asking:
+    def _ask(self, slice_: Slice) -> Iterator[Asking]:
+        """One picture after another of a slice: itself, or those of its frames that are chosen."""
         path = self.folder.image(slice_.key)
         with decoding(path.name):
             dataset = dcmread(path, stop_before_pixels=True)
         image = self.folder.picture(slice_.key)
+        frames = chosen_frames(image.frames, self.configuration.series)
+        notices = [*self._notices(slice_.key)]
+        if len(frames) < image.frames:
+            notices.append(Notice("frames", FRAMES.format(len(frames), image.frames)))
         limit = self.configuration.max_new_tokens
-        answers = self.engine.ask_all(image, slice_.questions, max_new_tokens=limit)
-        evidence = Evidence.of(dataset, image, slice_.sha256, slice_.key)
-        found = (*evidence.notices, *self._notices(slice_.key))
-        answers = [replace(each, warnings=(*each.warnings, *found)) for each in answers]
-        return Asking(evidence, tuple(answers), self._picture(evidence, image))
+        choices = self.configuration.choices_for(slice_.questions)
+        for index in frames:
+            self.progress = time.monotonic()
+            if len(frames) > 1:
+                image = self.folder.picture(slice_.key, index)
+            answers = self.engine.ask_all(
+                image, slice_.questions, max_new_tokens=limit, choices=choices
+            )
+            evidence = Evidence.of(dataset, image, slice_.sha256, slice_.key, index)
+            found = (*evidence.notices, *notices)
+            answers = [replace(each, warnings=(*each.warnings, *found)) for each in answers]
+            picture = self._picture(evidence, image)
+            yield Asking(evidence, tuple(answers), picture, len(frames))
 
     def _picture(self, evidence: Evidence, image: Image) -> Dataset | None:
         if "picture" not in self.configuration.all_documents:
@@ -261,22 +296,30 @@ class Answering:
         by_question: dict[str, dict[str, Answer]] = {}
         for asking in asked:
             for answer in asking.answers:
-                by_question.setdefault(answer.question, {})[asking.evidence.key] = answer
+                by_question.setdefault(answer.question, {})[asking.evidence.place] = answer
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         found = []
         for answers in by_question.values():
-            best, answer = voted(answers)
-            sources = [each for each in asked if each.evidence.key in answers]
+            best, answer, agreed = voted(answers)
+            finding = self.configuration.finding(answer.question)
+            certainty = self.configuration.certainty
+            pictures = [each for each in asked if each.evidence.place in answers]
+            sources = together(each.evidence for each in pictures)
+            is_whole = len(sources) == selection.of and all(each.is_whole for each in sources)
             answer = replace(answer, warnings=(*answer.warnings, *selection.notices))
             found.append(
                 Result(
-                    evidence=next(each.evidence for each in sources if each.evidence.key == best),
+                    evidence=next(
+                        each.evidence for each in pictures if each.evidence.place == best
+                    ),
                     answer=answer,
                     when=when,
-                    pictures=tuple(each.picture for each in sources if each.picture is not None),
-                    others=tuple(each.evidence for each in sources),
+                    pictures=tuple(each.picture for each in pictures if each.picture is not None),
+                    others=sources,
                     of=selection.of,
                     settings=self._settings(),
+                    coded=finding
+                    and coded(finding, answer, certainty, agreed=agreed, is_whole=is_whole),
                 )
             )
         return found
@@ -306,20 +349,23 @@ class Answering:
         return {origin.patient for origin in map(self.queue.origin, keys) if origin is not None}
 
     def _withdraw(self, result: str, series: str, replaced: dict[str, list[str]]) -> Iterator[str]:
-        """Take back the earlier results: all of them at FHIR servers, another patient's at others.
+        """Take back the earlier results: all of them in HL7's forms, another patient's in DICOM.
 
         Those about the same patient stay where they are in DICOM: the new reports name them.
         """
         ours = {self.queue.patient(series)}
         for old, sources in replaced.items():
             folder = self.folder.documents / old
-            for path in sorted(folder.glob("*.fhir-*.json")):
+            if not folder.is_dir():
+                log.error("%s: its documents are gone, and cannot be withdrawn.", old[:16])
+            for path in sorted((*folder.glob("*.fhir-*.json"), *folder.glob("*.hl7"))):
                 if path.name.startswith("withdrawn."):
                     continue
-                from medmoe_edge.bedside.listen.fhir import withdrawn
+                from medmoe_edge.bedside.listen.hl7 import oru_withdrawn, withdrawn
 
+                take_back = oru_withdrawn if path.suffix == ".hl7" else withdrawn
                 name = f"{result}/withdrawn.{path.name}"
-                self.folder.keep(self.folder.documents / name, withdrawn(path.read_bytes()))
+                self.folder.keep(self.folder.documents / name, take_back(path.read_bytes()))
                 yield name
             if not self._patients(sources) <= ours:
                 log.warning("%s: its results are withdrawn: the patient was another.", old[:16])
@@ -350,15 +396,13 @@ class Answering:
 
     def _picture_names(self, asked: Sequence[Asking]) -> list[str]:
         """What the model saw is the same for all questions."""
-        return [
-            f"{each.evidence.key[:16]}.picture.dcm" for each in asked if each.picture is not None
-        ]
+        return [each.picture_name for each in asked if each.picture is not None]
 
     def _write(self, key: str, result: Result, replaced: dict[str, list[str]]) -> Iterator[str]:
         """Write the configured documents; gives their names under the documents' folder."""
         question = hashlib.sha256(result.answer.question.encode()).hexdigest()[:16]
         for kind in self.configuration.all_documents:
-            ending = "json" if kind.startswith("fhir") else "dcm"
+            ending = ENDINGS.get(kind, "dcm")
             name = f"{question}.{kind}.{ending}"
             number = self.queue.instance_number(result.series_uid(kind), f"{key}/{name}")
             earlier = self._earlier(name, result, replaced) if ending == "dcm" else ()
@@ -373,8 +417,8 @@ class Answering:
         match kind:
             case "picture":
                 return None  # which is of a slice, not of a question
-            case "fhir-r4" | "fhir-r5":
-                return self._fhir(kind, result)
+            case "fhir-r4" | "fhir-r5" | "hl7-v2":
+                return self._hl7(kind, result)
             case "basic-text-sr":
                 return encoded(basic_text_sr(result, standing))
             case "comprehensive-3d-sr":
@@ -382,14 +426,16 @@ class Answering:
             case "heat-map":
                 return self._heat_map(result, standing)
 
-    def _fhir(self, kind: Document, result: Result) -> bytes | None:
+    def _hl7(self, kind: Document, result: Result) -> bytes | None:
         """Nothing where nobody could tell whose it is."""
         if not result.evidence.values["PatientID"]:
-            log.warning("A result has no Patient ID: nothing is posted to FHIR servers.")
+            log.warning("A result has no Patient ID: nothing of it is sent as FHIR or HL7.")
             self.queue.tally("no_subject")
             return None
-        from medmoe_edge.bedside.listen.fhir import fhir  # half a second to import
+        from medmoe_edge.bedside.listen.hl7 import fhir, oru  # half a second to import
 
+        if kind == "hl7-v2":
+            return oru(result, self.configuration.ae_title)
         systems = self.configuration.identifiers
         return fhir(result, "R4" if kind == "fhir-r4" else "R5", systems)
 
@@ -411,24 +457,34 @@ class Answering:
         if self.locator is None:
             return None
         try:
-            image = self.folder.picture(result.evidence.key)
+            frame = result.evidence.frame
+            image = self.folder.picture(result.evidence.key, None if frame is None else frame - 1)
             return encoded(heat_map(result, image, self.locator, standing))
         except MedMoEError as error:
             log.warning("No heat map was made (%s).", type(error).__name__)
             return None
 
     def _deliveries(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        settings = self.configuration
         for name in names:
-            for node in self.configuration.dicom:
-                if name.endswith(".dcm"):
-                    yield name, node.name
-            for server in self.configuration.fhir:
+            if name.endswith(".dcm"):
+                yield from ((name, each.name) for each in (*settings.dicom, *settings.stow))
+            if name.endswith(".hl7"):
+                yield from ((name, each.name) for each in settings.hl7)
+            for server in settings.fhir:
                 if name.endswith(f".fhir-{server.version.lower()}.json"):
                     yield name, server.name
 
     def _give_up(self, job: Job, why: str) -> None:
         log.error("%s cannot be answered (%s): given up, and kept.", job.key[:16], why)
         self.queue.close_series(job, "failed", why)
+
+
+def _is_partly_unreadable(selection: Selection, asked: Sequence[Asking]) -> bool:
+    """Whether a chosen slice, or a frame of one, was not asked."""
+    counts = Counter(each.evidence.key for each in asked)
+    is_missing = len(counts) < len(selection.slices)
+    return is_missing or any(counts[each.evidence.key] < each.expected for each in asked)
 
 
 def _result_keys(job: Job, selection: Selection, replaced: Iterable[str]) -> Iterator[str]:

@@ -15,6 +15,11 @@ A file `listen.toml` (or the same as JSON):
     body_parts = ["CHEST"]         # or another word for it, or a SNOMED CT code; left out: any
     ask = ["Is there a pleural effusion?"]
 
+    [[findings]]                   # what a question asks for, in codes
+    ask = ["Is there a pleural effusion?"]           # yes: it is there, no: it is not
+    code = ["60046008", "SCT", "Pleural effusion"]
+    site = ["3120008", "SCT", "Pleural structure"]
+
     [series]                       # one result for each series
     quiet = 10                     # seconds without a new object, after which it is complete
     slices = "middle"              # which are asked: middle, key, every or all
@@ -27,27 +32,43 @@ A file `listen.toml` (or the same as JSON):
     [[fhir]]                       # and a FHIR transaction is posted here
     url = "https://fhir.example.org/r4"
     version = "R4"
+
+Also `[[stow]]` and `[[hl7]]` as destinations, `[[sources]]` to fetch studies from, `[tls]` for the
+node's port and `[http]` for its figures, its health and STOW-RS.
 """
 
+import ipaddress
 import json
+import ssl
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import pydantic
 
 from medmoe_edge.bedside.listen.header import body_parts
+from medmoe_edge.engine.answer import choices_of, given_choices
 from medmoe_edge.errors import InputError, unreadable
 
 Document = Literal[
-    "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5"
+    "picture", "comprehensive-3d-sr", "basic-text-sr", "heat-map", "fhir-r4", "fhir-r5", "hl7-v2"
 ]
 
 # PS3.5, table 6.2-1: no control characters, no backslash, not only spaces; ASCII by default.
 AETitle = Annotated[str, pydantic.Field(pattern=r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$")]
 Port = Annotated[int, pydantic.Field(ge=1, le=65535)]
 Question = Annotated[str, pydantic.Field(min_length=1, max_length=1000, pattern=r"\S")]
+
+
+def _from_home(path: Path, info: pydantic.ValidationInfo) -> Path:
+    """From the configuration's folder, not from where the node is started."""
+    return Path((info.context or {}).get("home", "")) / path
+
+
+File = Annotated[Path, pydantic.AfterValidator(_from_home)]
+# Those of BCP 195 (RFC 9325, 4.2) that OpenSSL has below TLS 1.3, whose own are all good.
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
 class _Part(pydantic.BaseModel):
@@ -62,11 +83,15 @@ class Peer(_Part):
 
 
 class Questions(_Part):
-    """What is asked of images of these modalities and body parts."""
+    """What is asked of images of these modalities and body parts.
+
+    `choices` are the answers that may be given to each; left out, any.
+    """
 
     modalities: tuple[str, ...] = ()
     body_parts: tuple[str, ...] = ()
     ask: tuple[Question, ...] = pydantic.Field(min_length=1)
+    choices: tuple[str, ...] | None = None
 
     def fit(self, modality: str, parts: Collection[str]) -> bool:
         """Whether they are asked of such an image; `parts` are by `header.body_parts`."""
@@ -74,6 +99,38 @@ class Questions(_Part):
         return _among(modality, self.modalities) and (
             not wanted or any(each and each <= set(parts) for each in wanted)
         )
+
+
+class Code(NamedTuple):
+    """A coded concept (PS3.3, 8.8): its value, its scheme's designator, its meaning in words."""
+
+    value: Annotated[str, pydantic.Field(pattern=r"^[!-\[\]-~]{1,16}$")]
+    scheme: Annotated[str, pydantic.Field(pattern=r"^[!-\[\]-~]{1,16}$")]
+    meaning: Annotated[str, pydantic.Field(pattern=r"^[^\\\x00-\x1f]{1,64}$")]
+
+
+class Finding(_Part):
+    """What questions ask for the presence of: "yes" says that it is there, "no" that it is not.
+
+    `ask` are the very questions, as none can be understood from its words ("Is the effusion
+    smaller?"). `same` are codes of other schemes for the same, `site` is where it is.
+    """
+
+    ask: tuple[Question, ...] = pydantic.Field(min_length=1)
+    code: Code
+    same: tuple[Code, ...] = ()
+    site: Code | None = None
+
+
+class Certainty(_Part):
+    """From which of the model's own probabilities on a finding is coded as probable, or at all.
+
+    They are not calibrated: nothing is ever coded as certain. Below `possible` it is undetermined
+    whether a finding is there.
+    """
+
+    probable: float = pydantic.Field(default=0.9, ge=0, le=1)
+    possible: float = pydantic.Field(default=0.5, ge=0, le=1)
 
 
 class Series(_Part):
@@ -101,12 +158,61 @@ class Identifiers(_Part):
     accession: str | None = pydantic.Field(default=None, min_length=1)
 
 
+class Tls(_Part):
+    """Files in PEM: this node's certificate and key, and the authority that the others' are from.
+
+    TLS 1.2 and 1.3 with the ciphers of BCP 195 (PS3.15, B.12 and B.13). Without an authority a
+    server is trusted as this machine trusts it, and no certificate is asked of clients.
+    """
+
+    certificate: File | None = None
+    key: File | None = None
+    authority: File | None = None
+
+    def client(self) -> ssl.SSLContext:
+        """For calling others; raises `InputError` for files of no use."""
+        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+    def server(self) -> ssl.SSLContext:
+        """For being called; raises `InputError` for files of no use."""
+        return self._context(ssl.PROTOCOL_TLS_SERVER)
+
+    def _context(self, side: "ssl._SSLMethod") -> ssl.SSLContext:
+        context = ssl.SSLContext(side)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(CIPHERS)
+        try:
+            if self.authority is not None:
+                context.load_verify_locations(self.authority)
+                context.verify_mode = ssl.CERT_REQUIRED  # of clients too
+            elif side == ssl.PROTOCOL_TLS_CLIENT:
+                context.load_default_certs()
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key, password=_no_password)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"The certificates under tls cannot be used ({type(error).__name__}).",
+                "Give PEM files that belong together, the key without a password.",
+            ) from error
+        return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password")  # or OpenSSL would ask for it on the terminal
+
+
 class DicomDestination(_Part):
-    """A node that the DICOM documents are sent to."""
+    """A node that the DICOM documents are sent to.
+
+    With `commitment` it is asked to say that it keeps them (Storage Commitment), which it does in
+    an association of its own: it must be among the peers.
+    """
 
     ae_title: AETitle
     host: str = pydantic.Field(min_length=1)
     port: Port
+    tls: Tls | None = None
+    commitment: bool = False
 
     @property
     def name(self) -> str:
@@ -119,12 +225,18 @@ class DicomDestination(_Part):
         return self.name
 
 
-class FhirDestination(_Part):
-    """A FHIR server's base URL; `token_file` holds a bearer token."""
+class _Web(_Part):
+    """A server's base URL; `token_file` holds a bearer token."""
 
     url: pydantic.HttpUrl
-    version: Literal["R4", "R5"]
-    token_file: Path | None = None
+    token_file: File | None = None
+    tls: Tls | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _keeps_its_token(self) -> Self:
+        if self.token_file and self.url.scheme == "http" and not _is_loopback(self.url.host or ""):
+            raise ValueError("A token would cross the network unencrypted: write https.")
+        return self
 
     @property
     def name(self) -> str:
@@ -136,8 +248,107 @@ class FhirDestination(_Part):
         """For a log: without what is secret in a URL."""
         return f"{self.url.scheme}://{self.url.host}:{self.url.port}{self.url.path or ''}"
 
+    def headers(self) -> dict[str, str]:
+        """With the token, if there is one."""
+        if self.token_file is None:
+            return {}
+        return {"Authorization": f"Bearer {self.token_file.read_text('utf-8').strip()}"}
 
-Destination = DicomDestination | FhirDestination
+
+class FhirDestination(_Web):
+    """A FHIR server that transactions are posted to."""
+
+    version: Literal["R4", "R5"]
+
+
+class StowDestination(_Web):
+    """A DICOMweb server that the DICOM documents are sent to by STOW-RS.
+
+    Its name in the queue begins otherwise than a FHIR server's at the same address.
+    """
+
+    @property
+    def name(self) -> str:
+        """By which the queue knows it."""
+        return f"stow+{self.url}"
+
+
+class Hl7Destination(_Part):
+    """Who takes messages of HL7 version 2 by MLLP; `application` and `facility` go into MSH."""
+
+    host: str = pydantic.Field(min_length=1)
+    port: Port
+    application: str = ""
+    facility: str = ""
+    tls: Tls | None = None
+
+    @property
+    def name(self) -> str:
+        """By which the queue knows it."""
+        return f"mllp://{self.host}:{self.port}"
+
+    @property
+    def shown(self) -> str:
+        """For a log."""
+        return self.name
+
+
+Destination = DicomDestination | StowDestination | FhirDestination | Hl7Destination
+
+
+class DicomSource(_Part):
+    """A node that studies are fetched from: by C-MOVE, which has it send them here, or C-GET."""
+
+    ae_title: AETitle
+    host: str = pydantic.Field(min_length=1)
+    port: Port
+    retrieve: Literal["move", "get"] = "move"
+    tls: Tls | None = None
+
+    @property
+    def shown(self) -> str:
+        """For a log, and by which a person names it."""
+        return self.ae_title
+
+
+class WebSource(_Web):
+    """A DICOMweb server that studies are fetched from by QIDO-RS and WADO-RS."""
+
+
+Source = DicomSource | WebSource
+
+
+class Log(_Part):
+    """A file for the log in place of stderr: `keep` old ones beside it, each of `max_mb`."""
+
+    file: File
+    max_mb: int = pydantic.Field(10, ge=1)
+    keep: int = pydantic.Field(5, ge=1)
+
+
+class Http(_Part):
+    """The node's own HTTP port: its figures, its health, and STOW-RS at `/studies`.
+
+    `token_file` is as of `serve`. Others than this machine need a token and TLS.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = pydantic.Field(11180, ge=0, le=65535)
+    token_file: File | None = None
+    tls: Tls | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _others_need_a_token(self) -> Self:
+        if not _is_loopback(self.host) and (self.token_file is None or self.tls is None):
+            raise ValueError("Others than this machine can reach it: give token_file and tls.")
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Configuration(_Part):
@@ -145,39 +356,85 @@ class Configuration(_Part):
 
     `folder` holds what was received until it is answered (for good with `keep_images`), the queue,
     the documents and, unless `audit` names another file, the audit log. `reserve_mb` of the disk
-    stay free: what would not fit is refused. `allow_burned_in` also takes pixels marked as showing
-    text. `heat_map_model` is what draws the document "heat-map"; "picture" is a Secondary Capture
-    of exactly what the model saw, to which the reports then refer.
+    stay free, and the folder never holds more than `quota_mb`: what would not fit is refused.
+    Documents that were sent, and images that are kept, go after `keep_days`. `allow_burned_in` also
+    takes pixels marked as showing text. `heat_map_model` is what draws the document "heat-map";
+    "picture" is a Secondary Capture of exactly what the model saw, to which the reports then refer.
+    With `yes_no`, questions that ask for yes or no are answered with one of them; with
+    `allow_repetition`, an answer that repeats itself goes on.
     """
 
     ae_title: AETitle = "MEDMOE"
     host: str = "127.0.0.1"
     port: int = pydantic.Field(11112, ge=0, le=65535)  # 0: any that is free
-    folder: Path
+    tls: Tls | None = None
+    http: Http | None = None
+    folder: File
     model: str = "nano"
     memory_budget: str | None = None
     drop_pages: bool = False
     max_new_tokens: int = pydantic.Field(32, ge=1)
+    allow_repetition: bool = False
+    yes_no: bool = True
     heat_map_model: str = "modality-nano"
     peers: tuple[Peer, ...] = pydantic.Field(min_length=1)
     questions: tuple[Questions, ...] = pydantic.Field(min_length=1)
+    findings: tuple[Finding, ...] = ()
+    certainty: Certainty = Certainty()
     documents: tuple[Document, ...] = ("comprehensive-3d-sr",)
     dicom: tuple[DicomDestination, ...] = ()
+    stow: tuple[StowDestination, ...] = ()
     fhir: tuple[FhirDestination, ...] = ()
+    hl7: tuple[Hl7Destination, ...] = ()
+    sources: tuple[Source, ...] = ()
     series: Series = Series()
     identifiers: Identifiers = Identifiers()
-    audit: Path | None = None
+    audit: File | None = None
+    log: Log | None = None
     reserve_mb: int = pydantic.Field(1000, ge=0)
+    quota_mb: int = pydantic.Field(0, ge=0)  # 0: none
+    keep_days: int = pydantic.Field(0, ge=0)  # 0: for good
     max_object_mb: int = pydantic.Field(1000, ge=1)
     max_associations: int = pydantic.Field(10, ge=1)
     timeout: float = pydantic.Field(30.0, gt=0, description="seconds a peer may keep silent")
     allow_burned_in: bool = False
     keep_images: bool = False
 
+    @pydantic.model_validator(mode="after")
+    def _findings_are_asked(self) -> Self:
+        asked = {question for part in self.questions for question in part.ask}
+        coded = [question for finding in self.findings for question in finding.ask]
+        for question in coded:
+            if question not in asked:
+                raise ValueError(f"A finding is of a question that is not asked: {question!r}")
+            if coded.count(question) > 1:
+                raise ValueError(f"A question is of two findings: {question!r}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _who_commits_may_call(self) -> Self:
+        peers = {peer.ae_title for peer in self.peers}
+        for node in self.dicom:
+            if node.commitment and node.ae_title not in peers:
+                raise ValueError(
+                    f"{node.ae_title} is asked for storage commitment, and its answer is an "
+                    "association of its own: name it under peers too"
+                )
+        return self
+
+    @property
+    def audit_log(self) -> Path:
+        """Where every answer is logged."""
+        return self.audit or self.folder / "audit.jsonl"
+
+    def finding(self, question: str) -> Finding | None:
+        """What a question asks for the presence of, if that has a code."""
+        return next((each for each in self.findings if question in each.ask), None)
+
     @property
     def destinations(self) -> tuple[Destination, ...]:
         """All of them."""
-        return (*self.dicom, *self.fhir)
+        return (*self.dicom, *self.stow, *self.fhir, *self.hl7)
 
     @property
     def all_documents(self) -> tuple[Document, ...]:
@@ -185,12 +442,25 @@ class Configuration(_Part):
         needed: list[Document] = list(self.documents)
         for server in self.fhir:
             needed.append("fhir-r4" if server.version == "R4" else "fhir-r5")
+        if self.hl7:
+            needed.append("hl7-v2")
         return tuple(dict.fromkeys(needed))
 
     def questions_for(self, modality: str, parts: Collection[str]) -> tuple[str, ...]:
         """What is asked of an image, each once; `parts` are by `header.body_parts`."""
         fitting = [part.ask for part in self.questions if part.fit(modality, parts)]
         return tuple(dict.fromkeys(question for ask in fitting for question in ask))
+
+    def choices_for(self, questions: Collection[str]) -> dict[str, Sequence[str]]:
+        """The answers that may be given to questions, by question; those of the rest are free."""
+        named = {
+            question: part.choices
+            for part in reversed(self.questions)
+            for question in part.ask
+            if part.choices is not None
+        }
+        found = given_choices(questions, self.yes_no)
+        return found | {each: named[each] for each in questions if each in named}
 
     def names(self, modality: str) -> bool:
         """Whether a question names the modality."""
@@ -200,7 +470,7 @@ class Configuration(_Part):
 def load_configuration(path: Path) -> Configuration:
     """Read a configuration; relative paths in it are from its folder.
 
-    Raises `InputError` that names the first wrong entry.
+    Raises `InputError` that names the first wrong entry, or choices that cannot be chosen from.
     """
     try:
         text = path.read_text("utf-8")
@@ -213,12 +483,13 @@ def load_configuration(path: Path) -> Configuration:
             str(error) or "Correct it.",
         ) from error
     try:
-        found = Configuration.model_validate(values)
+        home = path.parent.resolve()
+        found = Configuration.model_validate(values, context={"home": home})
     except pydantic.ValidationError as error:
         raise _explained(error) from error
-    home = path.parent.resolve()
-    places = {"folder": home / found.folder, "audit": found.audit and home / found.audit}
-    return found.model_copy(update=places)
+    for part in found.questions:
+        choices_of(part.choices, "")
+    return found
 
 
 def _explained(error: pydantic.ValidationError) -> InputError:

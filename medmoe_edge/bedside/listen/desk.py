@@ -1,32 +1,46 @@
-"""What a person does with the node's queue: look at it, have something tried or sent again.
+"""What a person does with the node's queue: look at it, have something tried, sent or fetched.
 
-It works beside a running node, which finds what is asked of it within a second.
+It works beside a running node, which finds what is asked of it within a second. So does a backup:
+one file with the queue, the documents, the images that are still needed and the audit log, as they
+were at one moment. What is old is removed by the node itself (`Tidying`).
 """
 
+import contextlib
 import json
+import os
+import secrets
+import shutil
+import sqlite3
+import tarfile
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.listen.config import Configuration
-from medmoe_edge.bedside.listen.queue import Queue, explaining
+from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
 from medmoe_edge.errors import InputError
 
 SHORTEST = 4  # letters of a key that are enough
+QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
+TIDY_EVERY, DAY = 3600.0, 86400.0  # seconds
 
 
 class Desk(Queue):
-    """The queue in the file `path`, which must be there, as a person uses it.
+    """The queue in a node's folder, which must be there, as a person uses it.
 
     Series are named by the first letters of their keys.
     """
 
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
+    def __init__(self, root: Path) -> None:
+        if not (root / QUEUE).exists():
             raise InputError(
                 "The node has no queue in its folder yet.", "Start it: medmoe-edge listen."
             )
-        super().__init__(path)
+        self.folder = Folder(root)
+        super().__init__(self.folder.queue)
 
     def status(self, configuration: Configuration) -> dict[str, Any]:
         """How the queue stands, as one stable JSON object; numbers alone."""
@@ -37,6 +51,11 @@ class Desk(Queue):
                 "SELECT destination, count(*) FROM delivery WHERE sent = 0 GROUP BY destination"
             )
         )
+        uncommitted = self._read(
+            "SELECT destination, count(*) FROM commitment WHERE state != 'kept' "
+            "GROUP BY destination"
+        )
+        requests = dict(self._read("SELECT state, count(*) FROM request GROUP BY state"))
         series = dict(self._read("SELECT state, count(*) FROM series GROUP BY state"))
         return {
             "objects": objects,
@@ -46,7 +65,28 @@ class Desk(Queue):
             "results": self.counts()["answered"],
             "not_asked": self.asides(),
             "unsent": unsent,
+            "uncommitted": dict(uncommitted),
+            "requests": {
+                state: requests.get(state, 0) for state in ("waiting", "fetched", "failed")
+            },
         }
+
+    def request(self, study: str, priors: int, source: str) -> int:
+        """Have a study fetched and answered; the request's number."""
+        file = secrets.token_hex(16)
+        self.folder.keep(self.folder.requests / file, study.encode("ascii"))
+        with self._lock, explaining(), self._database as database:
+            number = database.execute(
+                "INSERT INTO request (file, priors, source) VALUES (?, ?, ?)",
+                (file, priors, source),
+            ).lastrowid
+        assert number is not None
+        return number
+
+    def fetched(self, number: int) -> tuple[str, str]:
+        """The state of a request, and why it failed."""
+        ((state, why),) = self._read("SELECT state, why FROM request WHERE number = ?", number)
+        return state, why
 
     def series(self, state: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
         """The last series, all or those in a state."""
@@ -124,6 +164,11 @@ class Desk(Queue):
         found = 0
         for key in map(self._key, keys):
             with self._lock, explaining(), self._database as database:
+                database.execute(
+                    "DELETE FROM commitment WHERE (?2 IS NULL OR destination = ?2) AND "
+                    "substr(document, 1, 64) IN (SELECT key FROM result WHERE series = ?1)",
+                    (key, destination),
+                )
                 found += database.execute(
                     "UPDATE delivery SET sent = 0 WHERE sent = 1 "
                     "AND (?2 IS NULL OR destination = ?2) AND substr(document, 1, 64) IN "
@@ -131,6 +176,53 @@ class Desk(Queue):
                     (key, destination),
                 ).rowcount
         return found
+
+    def is_finished(self, result: str) -> bool:
+        """Whether all of a result has been sent, and is kept where that was asked."""
+        return not self._read(
+            "SELECT 1 FROM delivery LEFT JOIN commitment USING (document, destination) "
+            "WHERE substr(document, 1, 64) = ? AND (sent = 0 OR state IN ('asked', 'failed'))",
+            result,
+        )
+
+    def forget_answers(self, result: str) -> None:
+        """Remove the words of a result; what it is about stays known."""
+        self._write("DELETE FROM answer WHERE key = ?", [(result,)])
+
+    def back_up(self, audit: Path, output: Path) -> int:
+        """Write a tar file of all that the node keeps, and its audit log; how many files.
+
+        While the files are linked into a folder of their own nothing is recorded, so that queue,
+        images and documents fit each other; they are read from there afterwards.
+        """
+        folder = self.folder
+        with tempfile.TemporaryDirectory(dir=folder.root, prefix=".backup.") as place:
+            staging = Path(place)
+            with self._lock, explaining():
+                self._database.execute("BEGIN IMMEDIATE")
+                try:
+                    for path in (
+                        *folder.images.iterdir(),
+                        *folder.requests.iterdir(),
+                        *folder.documents.glob("*/*"),
+                    ):
+                        if not path.name.endswith(".part"):
+                            _link(path, staging / path.relative_to(folder.root))
+                    if audit.exists():
+                        shutil.copy2(audit, staging / AUDIT)
+                    with (
+                        contextlib.closing(sqlite3.connect(folder.queue)) as source,
+                        contextlib.closing(sqlite3.connect(staging / QUEUE)) as copy,
+                    ):
+                        source.backup(copy)
+                finally:
+                    self._database.rollback()
+            paths = _files(staging)
+            with atomic_file(output) as part, tarfile.open(fileobj=part, mode="w") as archive:
+                Path(part.name).chmod(0o600)  # whatever the umask is
+                for path in paths:
+                    archive.add(path, path.relative_to(staging).as_posix())
+        return len(paths)
 
     def _key(self, letters: str) -> str:
         """The one series whose key begins so; that of an object or a result of it counts too."""
@@ -147,3 +239,87 @@ class Desk(Queue):
             what = "No series has" if not rows else "More than one series has"
             raise InputError(f"{what} a key that begins so.", "See: listen show.")
         return str(rows[0][0])
+
+
+def restore(backup: Path, folder: Folder, audit: Path) -> int:
+    """Bring back what `back_up` wrote; how many files.
+
+    Args:
+        backup: Its file.
+        folder: The node's, which must hold no queue yet.
+        audit: Where the audit log goes; an existing one stays as it is.
+
+    Raises:
+        InputError: The folder holds a queue, or the file is no whole backup.
+    """
+    if folder.queue.exists():
+        raise InputError(
+            "The node's folder holds a queue already.",
+            "Restore into another folder, or move this one away.",
+        )
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=folder.root, prefix=".restore.") as place,
+            tarfile.open(backup) as archive,
+        ):
+            staging = Path(place)
+            archive.extractall(staging, filter="data")
+            with contextlib.closing(sqlite3.connect(staging / QUEUE)) as database:
+                ((verdict,),) = database.execute("PRAGMA integrity_check")
+                database.execute("SELECT 1 FROM series")
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(verdict)
+            paths = _files(staging)
+            for path in sorted(paths, key=lambda path: path.name == QUEUE):  # then it is whole
+                target = audit if path.name == AUDIT else folder.root / path.relative_to(staging)
+                if not target.exists():
+                    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    path.chmod(0o600)
+                    shutil.move(path, target)
+    except (OSError, tarfile.TarError, sqlite3.Error) as error:
+        raise InputError(
+            f"{backup} cannot be restored ({type(error).__name__}).",
+            "Give a whole file that `listen backup` wrote.",
+        ) from error
+    return len(paths)
+
+
+class Tidying:
+    """The work of a thread that removes what the configuration keeps no longer."""
+
+    def __init__(self, configuration: Configuration, desk: Desk) -> None:
+        self.days, self.folder, self.desk = configuration.keep_days, desk.folder, desk
+        self._due = time.monotonic()
+
+    def pending(self, _: int) -> list[str]:
+        """Once an hour."""
+        return ["old files"] if self.days and time.monotonic() >= self._due else []
+
+    def do(self, _: str) -> None:
+        """Remove documents that were sent, and images of what was answered, that are old enough."""
+        self._due = time.monotonic() + TIDY_EVERY
+        before = time.time() - self.days * DAY
+        for result in self.folder.documents.iterdir():
+            newest = max(path.stat().st_mtime for path in (result, *result.iterdir()))
+            if newest < before and self.desk.is_finished(result.name):
+                shutil.rmtree(result)
+                self.desk.forget_answers(result.name)
+        for image in self.folder.images.iterdir():
+            is_answered = self.desk.state(image.stem) in ("answered", "aside")
+            if image.stat().st_mtime < before and is_answered:
+                image.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _link(path: Path, target: Path) -> None:
+    """Another name for a file, as none is ever changed; a copy where the disk has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, target)
+    except FileNotFoundError:
+        return  # an image that was answered just now
+    except OSError:
+        shutil.copy2(path, target)

@@ -3,22 +3,29 @@
 The UIDs of results follow from what they are about and what they say: made again, a result is the
 same object; with another answer, model or setting it is another. UIDs made here can be told from
 all others (`is_ours`): they are UUIDs of version 8 (RFC 9562) that begin with the same four bytes.
+
+An answer to a question that asks for a configured finding is coded too, as `Coded`: whether it is
+there (PS3.16, CID 240), and how certain that is.
 """
 
 import dataclasses
 import hashlib
 import json
+import re
 import uuid
+from collections.abc import Iterable
 from typing import Self
 
 from pydicom import Dataset
 
 from medmoe_edge._version import __version__
+from medmoe_edge.bedside.listen.config import Certainty, Code, Finding
 from medmoe_edge.bedside.listen.header import (
     SHARED,
     UIDS,
     element_of,
     is_allowed,
+    modality_of,
     notices_of,
     patient_of,
     taken_at,
@@ -46,11 +53,14 @@ class Evidence:
             empty there.
         values: By keyword, what results take over, as the object has it.
         frame: Of several frames the one that was answered, from 1.
+        of_frames: How many it has.
+        asked: All its frames that were asked, from 1, where they are several.
         sha256: Of the object's file.
         key: By which the node knows the object, and this version of it.
         notices: What a reader of the results should know of the object.
         taken: When the image was taken, by `header.taken_at`.
         number: Its Instance Number, as it has it.
+        modality: Its modality, in capitals.
     """
 
     header: Dataset
@@ -61,18 +71,40 @@ class Evidence:
     notices: tuple[Notice, ...] = ()
     taken: str = ""
     number: str = ""
+    modality: str = ""
+    of_frames: int = 1
+    asked: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, dataset: Dataset, image: Image, sha256: str, key: str | None = None) -> Self:
-        """From a whole dataset, and the picture of it that was read (the middle one)."""
-        frame = (image.frames - 1) // 2 + 1 if image.frames > 1 else None
+    def of(
+        cls,
+        dataset: Dataset,
+        image: Image,
+        sha256: str,
+        key: str | None = None,
+        index: int | None = None,
+    ) -> Self:
+        """From a whole dataset, and the frame of it that was read, from 0: else the middle one."""
+        middle = (image.frames - 1) // 2
+        frame = 1 + (middle if index is None else index) if image.frames > 1 else None
         notices = notices_of(dataset)
         values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
         header = _header(dataset, values)
         header.Rows, header.Columns = image.pixels.shape[:2]
         key = key or key_of(header.SOPInstanceUID)
         number = text_of(dataset, "InstanceNumber").value
-        return cls(header, values, frame, sha256, key, notices, taken_at(dataset), number)
+        return cls(
+            header,
+            values,
+            frame,
+            sha256,
+            key,
+            notices,
+            taken_at(dataset),
+            number,
+            modality_of(dataset),
+            image.frames,
+        )
 
     @property
     def uid(self) -> str:
@@ -82,13 +114,77 @@ class Evidence:
     @property
     def frames(self) -> list[int] | None:
         """For references to the object."""
+        if self.asked:
+            return list(self.asked)
         return None if self.frame is None else [self.frame]
+
+    @property
+    def place(self) -> str:
+        """The object and the frame, by which its answers are told apart."""
+        return f"{self.key} {self.frame or ''}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all its frames were asked."""
+        return len(self.frames or [0]) == self.of_frames
 
     def take_over(self, document: Dataset) -> None:
         """Give a document the patient and study of the object, as the object has them."""
         for keyword, value in self.values.items():
             if value or keyword in document:
                 document.add(element_of(keyword, value))
+
+
+def together(asked: Iterable[Evidence]) -> tuple[Evidence, ...]:
+    """Each object once, with all its frames that were asked."""
+    objects: dict[str, list[Evidence]] = {}
+    for each in asked:
+        objects.setdefault(each.key, []).append(each)
+    return tuple(
+        each[0]
+        if len(each) == 1
+        else dataclasses.replace(each[0], asked=tuple(one.frame or 1 for one in each))
+        for each in objects.values()
+    )
+
+
+PRESENT = Code("52101004", "SCT", "Present")
+ABSENT = Code("272519000", "SCT", "Absent")
+UNDETERMINED = Code("373068000", "SCT", "Undetermined")
+CERTAINTY = Code("111012", "DCM", "Certainty of Finding")
+PROBABLY_PRESENT = Code("410592001", "SCT", "Probably present")
+PROBABLY_ABSENT = Code("410593006", "SCT", "Probably not present")
+POSSIBLE = Code("410590009", "SCT", "Known possible")
+YES_OR_NO = re.compile(r"\s*(yes|no)\s*([.,;:!].*)?", re.IGNORECASE | re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """A finding, whether it is there, and how certain that is; None where it is undetermined."""
+
+    finding: Finding
+    presence: Code
+    certainty: Code | None
+
+
+def coded(
+    finding: Finding, answer: Answer, certainty: Certainty, *, agreed: bool, is_whole: bool
+) -> Coded:
+    """What an answer says of a finding, in codes.
+
+    Only a complete answer that is "yes" or "no", or begins so before a stop or comma, says whether
+    it is there. A finding in one slice of many is there, whatever most slices say: where they have
+    not `agreed` it is undetermined, and it is absent only where the whole series was asked.
+    """
+    match = YES_OR_NO.fullmatch(answer.text)
+    if match is None or not answer.complete or not agreed or answer.confidence < certainty.possible:
+        return Coded(finding, UNDETERMINED, None)
+    is_there = match[1].lower() == "yes"
+    if not is_there and not is_whole:
+        return Coded(finding, UNDETERMINED, None)
+    probable = PROBABLY_PRESENT if is_there else PROBABLY_ABSENT
+    grade = probable if answer.confidence >= certainty.probable else POSSIBLE
+    return Coded(finding, PRESENT if is_there else ABSENT, grade)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +200,7 @@ class Result:
         of: How many objects the series has.
         settings: The configuration's settings that an answer depends on.
         repeat: How many results about the same objects were replaced before it.
+        coded: What the answer says in codes, where the question asks for a configured finding.
     """
 
     evidence: Evidence
@@ -114,6 +211,7 @@ class Result:
     of: int = 1
     settings: str = ""
     repeat: int = 0
+    coded: Coded | None = None
 
     @property
     def sources(self) -> tuple[Evidence, ...]:
@@ -130,9 +228,13 @@ class Result:
         said = [
             *(answer.question, answer.text, answer.confidence, answer.complete, answer.modality),
             *([notice.code, notice.message] for notice in answer.warnings),
+            *([answer.probabilities] if answer.probabilities else ()),
         ]
-        about = [(each.key, each.sha256) for each in self.sources]
+        about = [(each.key, each.sha256, *each.asked) for each in self.sources]
         whole = [about, self.of, said, answer.model, __version__, self.settings, self.repeat]
+        if self.coded is not None:
+            found = self.coded
+            whole += [found.finding.model_dump(), found.presence, found.certainty]
         return made_uid(json.dumps(whole, sort_keys=True, default=str), kind)
 
     def uuid(self, kind: str) -> str:

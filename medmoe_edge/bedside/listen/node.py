@@ -1,63 +1,141 @@
 """The DICOM node: receives, answers and sends, each in threads of its own, over one queue.
 
-What is sent on: documents by C-STORE, FHIR transactions by HTTP POST; each until it is taken.
+A thread does one job after another; what fails is tried again later, and later still. When is kept
+in memory, by a clock that never jumps; after a restart everything is tried at once.
 
-All that waits for a DICOM node goes over one association, which ends when nothing waits any more.
-
-A document may arrive twice, where an acknowledgement was lost: it is then the same object with the
-same UIDs, which a DICOM node stores once and a FHIR server creates once (`ifNoneExist`).
+Whether the node is well can be asked of its HTTP port, which also takes objects by STOW-RS and has
+figures for Prometheus; systemd is told by itself (sd_notify(3)).
 """
 
-import io
+import asyncio
+import contextlib
+import hmac
 import logging
+import os
+import socket
+import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import filelock
-import httpx
-from pydicom import Dataset, dcmread, dcmwrite
-from pydicom.uid import (
-    UID,
-    BasicTextSRStorage,
-    Comprehensive3DSRStorage,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    KeyObjectSelectionDocumentStorage,
-    SecondaryCaptureImageStorage,
-)
 from pynetdicom import evt
 from pynetdicom.ae import ApplicationEntity
-from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
-from pynetdicom.status import code_to_category
+from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.bedside.listen.answering import Answering, Asked
-from medmoe_edge.bedside.listen.config import (
-    Configuration,
-    Destination,
-    DicomDestination,
-    FhirDestination,
-)
-from medmoe_edge.bedside.listen.queue import Folder, Queue, Worker
+from medmoe_edge.bedside.listen.config import Configuration, Destination, Http
+from medmoe_edge.bedside.listen.desk import Desk, Tidying
+from medmoe_edge.bedside.listen.fetching import Fetching
+from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
     MessageSizeLimit,
     Receiving,
+    Refused,
     classes_set_aside,
     classes_with_pixels,
+    stored,
     transfer_syntaxes,
 )
 from medmoe_edge.bedside.listen.report_sr import Locator
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.bedside.listen.sending import Sending, commitment_handlers
+from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.errors import MedMoEError, ResourceError, needs
 from medmoe_edge.image.pixels import MAX_BYTES
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
 
 log = logging.getLogger(__name__)
 VERIFICATION = "1.2.840.10008.1.1"
+STUCK = 600.0  # seconds for one slice's answers, after which an engine hangs
+MOST_UPLOADS, UPLOAD_SECONDS = 2, 300.0  # of STOW-RS
+MULTIPART = 1_000_000  # bytes around the objects of a request
+MOST_CONNECTIONS = 64
 PATIENCE = 10.0  # seconds that open associations get to end by themselves
 # Their messages quote UIDs, AE titles and values of what they read.
-TALKATIVE = ("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore")
+TALKATIVE = (
+    *("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore"),
+    *("dicomweb_client", "urllib3", "hl7"),
+)
+IDLE = 1.0  # seconds between looks, when nobody wakes it
+FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
+
+
+class Worker(threading.Thread):
+    """Calls `do` for the keys that `pending(limit)` names, in order.
+
+    `do` ends well, or raises: then the key is left for later. It must not be in the log what the
+    key stands for, so the log tells an error's own words only where they are ours. `rest` is called
+    when there is nothing to do for now, and at the end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pending: Callable[[int], Sequence[str]],
+        do: Callable[[str], None],
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self._pending, self._do, self._rest = pending, do, rest
+        self._stopping, self._awake = threading.Event(), threading.Event()
+        self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
+        self._began: float | None = None  # the job at hand
+
+    def wake(self) -> None:
+        """There is something new."""
+        self._awake.set()
+
+    def stop(self) -> None:
+        """End after the job at hand; `join` waits for that."""
+        self._stopping.set()
+        self._awake.set()
+
+    def run(self) -> None:
+        """The thread's life."""
+        while not self._stopping.is_set():
+            self._awake.clear()
+            try:
+                key = self._next()
+                if key is not None:
+                    self._attempt(key)
+                    continue
+                self._rest()
+            except Exception as error:
+                log.error("%s cannot work (%s): waiting.", self.name, type(error).__name__)
+            self._awake.wait(IDLE)
+        self._rest()
+
+    def _next(self) -> str | None:
+        """The first key that is due; one more than the delayed are asked for, so it is seen."""
+        now = time.monotonic()
+        keys = self._pending(len(self._delayed) + 1)
+        return next((key for key in keys if self._delayed.get(key, (0.0,))[0] <= now), None)
+
+    def busy(self) -> float:
+        """Seconds since the job at hand began; 0 where there is none."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def _attempt(self, key: str) -> None:
+        self._began = time.monotonic()
+        try:
+            self._do(key)
+            self._delayed.pop(key, None)
+        except Exception as error:
+            _, delay = self._delayed.get(key, (0.0, FIRST_DELAY))
+            self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
+            why = error.what if isinstance(error, MedMoEError) else type(error).__name__
+            log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
+        finally:
+            self._began = None
 
 
 class Node:
@@ -78,7 +156,8 @@ class Node:
             self._lock.acquire()
         except filelock.Timeout as error:
             raise ResourceError(
-                "Another node works in this folder.", "Stop it, or configure another folder."
+                "Another node works in this folder.",
+                "One node owns a queue: stop it, or give each node a folder of its own.",
             ) from error
         self.queue = Queue(self.folder.queue)
         needed = self.queue.images("waiting") | self.queue.images("failed")
@@ -88,6 +167,14 @@ class Node:
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
         self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
         self._senders = [self._sender(each) for each in configuration.destinations]
+        self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
+        fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
+        self._fetcher = Worker("Fetching", fetching.pending, fetching.do)
+        self.desk = Desk(configuration.folder)
+        tidying = Tidying(configuration, self.desk)
+        self._tidier = Worker("Tidying", tidying.pending, tidying.do)
+        self._workers = [self._answerer, self._fetcher, self._tidier, *self._senders]
+        self._web = None if configuration.http is None else WebServer(self, configuration.http)
         self._entity = _entity(configuration)
         self._server: ThreadedAssociationServer | None = None
 
@@ -98,7 +185,7 @@ class Node:
         return int(self._server.server_address[1])
 
     def __enter__(self) -> Self:
-        receiving = Receiving(self.configuration, self.folder, self.queue, self._answerer.wake)
+        receiving = self.receiving
         size_limit = MessageSizeLimit(min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES))
         handlers: list[EventHandlerType] = [
             (evt.EVT_REQUESTED, receiving.requested),
@@ -107,37 +194,86 @@ class Node:
             (evt.EVT_C_STORE, receiving.store),
             (evt.EVT_DATA_RECV, size_limit.data),
             (evt.EVT_DIMSE_RECV, size_limit.message),
+            *commitment_handlers(self.queue),
         ]
         address = (self.configuration.host, self.configuration.port)
+        tls = self.configuration.tls
         try:
-            self._server = self._entity.start_server(address, block=False, evt_handlers=handlers)
+            self._server = self._entity.start_server(
+                address,
+                block=False,
+                evt_handlers=handlers,
+                ssl_context=tls.server() if tls else None,
+            )
         except OSError as error:
             self._close()
             raise ResourceError(
                 f"The node cannot listen there ({error.strerror or type(error).__name__}).",
                 "Is another running? Configure another host or port.",
             ) from error
-        for worker in (self._answerer, *self._senders):
+        for worker in self._workers:
             worker.start()
+        if self._web is not None:
+            self._web.start()
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
     ) -> None:
         """Let what is being received end, then what is being answered and sent."""
+        if self._web is not None:
+            self._web.stop()
         if self._server is not None:
             self._server.shutdown()
         end = time.monotonic() + PATIENCE
         while self._entity.active_associations and time.monotonic() < end:
             time.sleep(0.05)
         self._entity.shutdown()
-        for worker in (self._answerer, *self._senders):
+        for worker in self._workers:
             worker.stop()
-        for worker in (self._answerer, *self._senders):
+        for worker in self._workers:
             worker.join()
         self._close()
 
+    def ails(self) -> str:
+        """What is wrong with the node so that only a new start helps; empty where nothing is."""
+        for worker in self._workers:
+            if not worker.is_alive():
+                return f"{worker.name} has ended"
+        quiet = time.monotonic() - self.answering.progress
+        if min(self._answerer.busy(), quiet) > STUCK:
+            return "an answer takes too long"
+        return ""
+
+    def lacks(self) -> str:
+        """Why the node would not take an object now; empty where it would."""
+        try:
+            self.answering.audit.check()
+            self.queue.counts()
+            self.receiving.judge_room(0)
+        except (MedMoEError, Refused) as error:
+            return str(error)
+        return self.ails()
+
+    def watch(self, stop: threading.Event) -> None:
+        """Until `stop`, tell systemd that the node is ready, and from then on that it is well."""
+        notify("READY=1")
+        every = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
+        while not stop.wait(every):
+            if why := self.ails():
+                log.error("The node is not well (%s).", why)
+            else:
+                notify("WATCHDOG=1")
+        notify("STOPPING=1")
+
+    @property
+    def web_port(self) -> int:
+        """Where its HTTP port is."""
+        assert self._web is not None
+        return self._web.port
+
     def _close(self) -> None:
+        self.desk.close()
         self.queue.close()
         self._lock.release()
 
@@ -146,6 +282,198 @@ class Node:
         sending = Sending(destination, title, self.folder, self.queue)
         name = f"Sending to {destination.shown}"
         return Worker(name, sending.pending, sending.do, sending.rest)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it has started this process and wants to know."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path or not hasattr(socket, "AF_UNIX"):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        link.connect(f"\0{path[1:]}" if path[0] == "@" else path)
+        link.sendall(state.encode())
+
+
+class WebServer:
+    """The node's HTTP port, in a thread of its own.
+
+    Raises `InputError` for a token file or certificates of no use, and `ResourceError` where the
+    port is in use.
+    """
+
+    def __init__(self, node: Node, settings: Http) -> None:
+        with needs("serve"):
+            import uvicorn
+
+            from medmoe_edge.bedside.serve.server import HeadTimeoutProtocol
+            from medmoe_edge.bedside.serve.settings import read_tokens
+        self._tokens = read_tokens(settings.token_file) if settings.token_file else {}
+        self._node = node
+        self._uploads = threading.Semaphore(MOST_UPLOADS)
+        config = uvicorn.Config(
+            self._app(),
+            http=HeadTimeoutProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=round(PATIENCE),
+        )
+        config.load()
+        if settings.tls is not None:
+            config.ssl = settings.tls.server()
+        try:
+            self._socket = socket.create_server((settings.host, settings.port))
+        except OSError as error:
+            raise ResourceError(
+                f"The node's HTTP port cannot be had ({error.strerror or type(error).__name__}).",
+                "Configure another under [http].",
+            ) from error
+        self.port = int(self._socket.getsockname()[1])
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="HTTP", daemon=True
+        )
+
+    def start(self) -> None:
+        """Take requests."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after what is under way."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(2 * PATIENCE)
+        self._socket.close()
+
+    def _app(self) -> "Starlette":
+        from starlette.applications import Starlette
+        from starlette.routing import Route
+
+        return Starlette(
+            routes=[
+                Route("/healthz", self._health),
+                Route("/readyz", self._readiness),
+                Route("/metrics", self._figures),
+                Route("/studies", self._studies, methods=["POST"]),
+                Route("/studies/{study}", self._studies, methods=["POST"]),
+            ]
+        )
+
+    def _health(self, _: "Request") -> "Response":
+        """Whether the node is well; for who would start it anew."""
+        return _told(self._node.ails())
+
+    def _readiness(self, _: "Request") -> "Response":
+        """Whether it would take an object now."""
+        return _told(self._node.lacks())
+
+    def _figures(self, _: "Request") -> "Response":
+        """Figures for Prometheus; numbers alone."""
+        from starlette.responses import Response
+
+        return Response(figures(self._node), media_type="text/plain; version=0.0.4")
+
+    async def _studies(self, request: "Request") -> "Response":
+        """STOW-RS, of few at once, as each is in memory until it is kept."""
+        from starlette.responses import JSONResponse
+
+        who = self._who(request)
+        if who is None:
+            refusal = {"error": "A token is needed: Authorization: Bearer TOKEN"}
+            return JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
+        if not self._uploads.acquire(blocking=False):
+            return JSONResponse({"error": "Others are sending."}, 503, {"Retry-After": "5"})
+        try:
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                body = await self._body(request)
+            if body is None:
+                return JSONResponse({"error": "It is larger than max_object_mb allows."}, 413)
+            kind = request.headers.get("content-type", "")
+            study = request.path_params.get("study")
+            status, told = await asyncio.to_thread(
+                stored, self._node.receiving, body, kind, who, study
+            )
+        except TimeoutError:
+            return JSONResponse({"error": "It took too long."}, 408)
+        finally:
+            self._uploads.release()
+        if told is None:
+            what = "It is not multipart/related of application/dicom, or has no end."
+            return JSONResponse({"error": what}, status)
+        return JSONResponse(told.to_json_dict(), status, media_type="application/dicom+json")
+
+    def _who(self, request: "Request") -> str | None:
+        """The name of the token that was given; None where it is none of ours."""
+        if not self._tokens:
+            return "DICOMweb"  # of this machine: others need a token
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        for name, token in self._tokens.items():
+            if hmac.compare_digest(given, token.encode()):
+                return f"DICOMweb {name}"
+        return None
+
+    async def _body(self, request: "Request") -> bytes | None:
+        """All of it; None where it is too large."""
+        limit = self._node.configuration.max_object_mb * 1_000_000 + MULTIPART
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                return None
+        return bytes(body)
+
+
+def _told(fault: str) -> "Response":
+    from starlette.responses import JSONResponse
+
+    state = {"status": fault or "ready", "notice": NOTICE}
+    return JSONResponse(state, 503 if fault else 200)
+
+
+def figures(node: Node) -> str:
+    """How the node stands, as Prometheus has it; no name, UID, question or answer."""
+    import prometheus_client
+    from prometheus_client.core import GaugeMetricFamily
+
+    found = node.desk.status(node.configuration)
+    registry = prometheus_client.CollectorRegistry()
+    prometheus_client.ProcessCollector(registry=registry)
+    values: list[tuple[str, str, str, Mapping[str, float]]] = [
+        ("objects", "Objects received.", "", {"": found["objects"]}),
+        ("series", "Series by state.", "state", found["series"]),
+        ("results", "Results made.", "", {"": found["results"]}),
+        ("not_asked", "What was set aside or refused.", "reason", found["not_asked"]),
+        ("unsent", "Documents to be sent.", "destination", found["unsent"]),
+        ("uncommitted", "Sent, and not yet said to be kept.", "destination", found["uncommitted"]),
+        ("requests", "Studies to fetch.", "state", found["requests"]),
+        ("free_bytes", "Free on the disk.", "", {"": node.folder.free()}),
+        ("used_bytes", "Of the node's folder.", "", {"": node.folder.used()}),
+        ("well", "1 unless only a new start helps.", "", {"": float(not node.ails())}),
+    ]
+    families = []
+    for name, about, label, numbers in values:
+        labels = [label] if label else []
+        family = GaugeMetricFamily(f"medmoe_listen_{name}", about, labels=labels)
+        for key, value in numbers.items():
+            family.add_metric([key] if label else [], value)
+        families.append(family)
+    registry.register(_Collected(families))
+    return prometheus_client.generate_latest(registry).decode()
+
+
+class _Collected:
+    """Figures that were taken already, as a collector of Prometheus's client."""
+
+    def __init__(self, families: "Sequence[Metric]") -> None:
+        self._families = families
+
+    def collect(self) -> "Iterator[Metric]":
+        """All of them."""
+        yield from self._families
 
 
 def _entity(configuration: Configuration) -> ApplicationEntity:
@@ -158,117 +486,7 @@ def _entity(configuration: Configuration) -> ApplicationEntity:
     syntaxes = transfer_syntaxes()
     for uid in (*classes_with_pixels(), *classes_set_aside()):
         entity.add_supported_context(uid, syntaxes)
+    if any(node.commitment for node in configuration.dicom):  # who answers calls as SCP
+        uid = StorageCommitmentPushModel
+        entity.add_supported_context(uid, scu_role=True, scp_role=True)
     return entity
-
-
-TIMEOUT = 30.0  # seconds
-CLASSES = (
-    *(Comprehensive3DSRStorage, BasicTextSRStorage, KeyObjectSelectionDocumentStorage),
-    SecondaryCaptureImageStorage,
-)
-UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian)
-
-
-class Sending:
-    """The work of the thread of one destination."""
-
-    def __init__(
-        self,
-        destination: Destination,
-        ae_title: str,
-        folder: Folder,
-        queue: Queue,
-    ) -> None:
-        self.destination, self.ae_title = destination, ae_title
-        self.folder, self.queue = folder, queue
-        self._association: Association | None = None
-
-    def pending(self, limit: int) -> list[str]:
-        """The first documents that were not sent there."""
-        return self.queue.unsent(self.destination.name, limit)
-
-    def do(self, document: str) -> None:
-        """Send one document; raises `ResourceError`, saying why, where it is not taken."""
-        data = (self.folder.documents / document).read_bytes()
-        if isinstance(self.destination, DicomDestination):
-            try:
-                self._store(data, self.destination)
-            except BaseException:
-                self.rest()
-                raise
-        else:
-            post(data, self.destination)
-        self.queue.sent(document, self.destination.name)
-
-    def rest(self) -> None:
-        """Nothing waits for now: end the association."""
-        association, self._association = self._association, None
-        if association is not None and association.is_established:
-            association.release()
-
-    def _store(self, data: bytes, node: DicomDestination) -> None:
-        """Send a DICOM file by C-STORE, in the syntax that the node chose for its class."""
-        if self._association is None or not self._association.is_established:
-            self._association = associated(node, self.ae_title)
-        dataset: Dataset = dcmread(io.BytesIO(data))
-        accepted = {
-            context.transfer_syntax[0]
-            for context in self._association.accepted_contexts
-            if context.abstract_syntax == dataset.SOPClassUID
-        }
-        if not accepted:
-            name = dataset.SOPClassUID.name
-            raise ResourceError(f"it takes no {name}", "Configure other documents.")
-        if dataset.file_meta.TransferSyntaxUID not in accepted:
-            dataset = converted(dataset, min(accepted, key=UNCOMPRESSED.index))
-        status = self._association.send_c_store(dataset).get("Status")
-        if status is None:
-            raise ResourceError("it does not answer", "See its log.")
-        if code_to_category(status) not in ("Success", "Warning"):
-            raise ResourceError(f"it refused the document: 0x{status:04X}", "See its log.")
-
-
-def converted(dataset: Dataset, syntax: UID) -> Dataset:
-    """A document in another uncompressed transfer syntax; those made here have bytes as pixels."""
-    buffer = io.BytesIO()
-    list(dataset.iterall())  # values, in place of bytes in the old order
-    dataset.file_meta.TransferSyntaxUID = syntax
-    dcmwrite(
-        buffer,
-        dataset,
-        implicit_vr=syntax.is_implicit_VR,
-        little_endian=syntax.is_little_endian,
-        force_encoding=True,
-    )
-    return dcmread(io.BytesIO(buffer.getvalue()), force=True)
-
-
-def associated(node: DicomDestination, ae_title: str) -> Association:
-    """An association for all kinds of documents in all uncompressed syntaxes.
-
-    Raises `ResourceError` where the node cannot be reached or rejects it.
-    """
-    entity = ApplicationEntity(ae_title)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT
-    entity.connection_timeout = TIMEOUT
-    for uid in CLASSES:
-        for syntax in UNCOMPRESSED:  # each for itself, so that the node need not choose
-            entity.add_requested_context(uid, syntax)
-    association = entity.associate(node.host, node.port, ae_title=node.ae_title)
-    if not association.is_established:
-        why = "rejected the association" if association.is_rejected else "cannot be reached"
-        raise ResourceError(f"it {why}", "Is it running, and does it know this AE title?")
-    return association
-
-
-def post(data: bytes, server: FhirDestination) -> None:
-    """Post a FHIR transaction; raises `ResourceError` unless it is done."""
-    headers = {"Content-Type": "application/fhir+json", "Accept": "application/fhir+json"}
-    if server.token_file is not None:
-        headers["Authorization"] = f"Bearer {server.token_file.read_text('utf-8').strip()}"
-    try:
-        response = httpx.post(str(server.url), content=data, headers=headers, timeout=TIMEOUT)
-    except httpx.HTTPError as error:
-        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
-    if not response.is_success:
-        raise ResourceError(f"it refused: HTTP {response.status_code}", "See its log.")

@@ -10,21 +10,18 @@ The folder of the DICOM node, which holds patients' images and so is for its own
     queue.sqlite     what is to be done, and what was
     images/KEY.dcm   received objects, until they are answered
     documents/KEY/   a result of a series, a file for each question and kind of document
+    requests/        UIDs of studies that are to be fetched, until they are
     audit.jsonl      unless the configuration names another file
     lock             held by the node that works here
 
 KEY is a SHA-256: no name of a file tells a UID or a patient.
-
-A thread that does one job after another; what fails is tried again later, and later still.
-
-When is kept in memory, by a clock that never jumps; after a restart everything is tried at once.
 """
 
 import contextlib
 import hashlib
 import itertools
 import json
-import logging
+import math
 import os
 import shutil
 import sqlite3
@@ -38,11 +35,12 @@ from typing import Any
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.listen.header import Origin
-from medmoe_edge.bedside.listen.schema import Extent, Job, Place, Slice, prepare
+from medmoe_edge.bedside.listen.schema import Extent, Job, Place, Request, Slice, prepare
 from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import Image, shown_name
 from medmoe_edge.image.worker import Bounds, read_apart
 
+RECOUNT = 30.0  # seconds
 BOUNDS = Bounds(seconds=30.0)  # of one picture: nobody waits at a screen
 
 
@@ -52,8 +50,10 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.images, self.documents = root / "images", root / "documents"
+        self.requests = root / "requests"
         self.queue, self.lock = root / "queue.sqlite", root / "lock"
-        for folder in (root, self.images, self.documents):
+        self._used, self._counted = 0, -math.inf
+        for folder in (root, self.images, self.documents, self.requests):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if os.name == "posix" and stat.S_IMODE(folder.stat().st_mode) & 0o077:
                 folder.chmod(0o700)  # whoever made it, nobody else may look into it
@@ -62,14 +62,14 @@ class Folder:
         """Where a received object lies."""
         return self.images / f"{key}.dcm"
 
-    def picture(self, key: str) -> Image:
-        """The picture of a received object, decoded in a process of its own, which is bounded.
+    def picture(self, key: str, frame: int | None = None) -> Image:
+        """A frame of a received object, the middle one if none is named.
 
-        Raises what `load_image` does.
+        Decoded in a process of its own, which is bounded. Raises what `load_image` does.
         """
         path = self.image(key)
         try:
-            return read_apart(path, bounds=BOUNDS)
+            return read_apart(path, frame, BOUNDS)
         except MedMoEError as error:
             error.what = error.what.replace(shown_name(path), "The object")
             error.args = (f"{error.what} {error.remedy}",)
@@ -79,6 +79,14 @@ class Folder:
         """Bytes free on the disk."""
         return shutil.disk_usage(self.root).free
 
+    def used(self) -> int:
+        """Bytes that images, documents and the queue take; counted anew once in a while."""
+        now = time.monotonic()
+        if now >= self._counted + RECOUNT:
+            self._used = sum(map(size_of, self.root.rglob("*")))
+            self._counted = now
+        return self._used
+
     def keep(self, path: Path, data: bytes) -> None:
         """Write a file that, on return, is on the disk whole, and so is its name."""
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -86,6 +94,7 @@ class Folder:
             file.write(data)
         for folder in (path.parent, path.parent.parent):
             sync_folder(folder)
+        self._used += len(data)
 
     def sweep(self, needed: Iterable[str]) -> None:
         """Remove images that nobody was told were kept, or that are answered."""
@@ -102,6 +111,14 @@ def key_of(uid: str) -> str:
     return hashlib.sha256(uid.encode("ascii")).hexdigest()
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file; none of one that has just gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk, where the system knows how to."""
     if os.name != "posix":
@@ -111,72 +128,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-log = logging.getLogger(__name__)
-IDLE = 1.0  # seconds between looks, when nobody wakes it
-FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
-
-
-class Worker(threading.Thread):
-    """Calls `do` for the keys that `pending(limit)` names, in order.
-
-    `do` ends well, or raises: then the key is left for later. It must not be in the log what the
-    key stands for, so the log tells an error's own words only where they are ours. `rest` is called
-    when there is nothing to do for now, and at the end.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        pending: Callable[[int], Sequence[str]],
-        do: Callable[[str], None],
-        rest: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(name=name, daemon=True)
-        self._pending, self._do, self._rest = pending, do, rest
-        self._stopping, self._awake = threading.Event(), threading.Event()
-        self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
-
-    def wake(self) -> None:
-        """There is something new."""
-        self._awake.set()
-
-    def stop(self) -> None:
-        """End after the job at hand; `join` waits for that."""
-        self._stopping.set()
-        self._awake.set()
-
-    def run(self) -> None:
-        """The thread's life."""
-        while not self._stopping.is_set():
-            self._awake.clear()
-            try:
-                key = self._next()
-                if key is not None:
-                    self._attempt(key)
-                    continue
-                self._rest()
-            except Exception as error:
-                log.error("%s cannot work (%s): waiting.", self.name, type(error).__name__)
-            self._awake.wait(IDLE)
-        self._rest()
-
-    def _next(self) -> str | None:
-        """The first key that is due; one more than the delayed are asked for, so it is seen."""
-        now = time.monotonic()
-        keys = self._pending(len(self._delayed) + 1)
-        return next((key for key in keys if self._delayed.get(key, (0.0,))[0] <= now), None)
-
-    def _attempt(self, key: str) -> None:
-        try:
-            self._do(key)
-            self._delayed.pop(key, None)
-        except Exception as error:
-            _, delay = self._delayed.get(key, (0.0, FIRST_DELAY))
-            self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
-            why = error.what if isinstance(error, MedMoEError) else type(error).__name__
-            log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
 
 
 # Of an object that needs nothing more when it comes again.
@@ -479,6 +430,50 @@ class Queue:
         self._write(
             "UPDATE delivery SET sent = 1 WHERE document = ? AND destination = ?",
             [(document, destination)],
+        )
+
+    def uncommitted(self, destination: str, limit: int) -> list[str]:
+        """The first documents that were sent and that it was not asked to keep."""
+        rows = self._read(
+            "SELECT document FROM delivery WHERE destination = ? AND sent = 1 AND document LIKE "
+            "'%.dcm' AND NOT EXISTS (SELECT 1 FROM commitment WHERE commitment.document = "
+            "delivery.document AND commitment.destination = delivery.destination) "
+            "ORDER BY number LIMIT ?",
+            destination,
+            limit,
+        )
+        return [document for (document,) in rows]
+
+    def ask_commitment(self, destination: str, asked: str, uids: dict[str, str]) -> None:
+        """Record, by document, the UIDs that a destination is `asked`, by that UID, to keep."""
+        rows = [(document, destination, uid, asked) for document, uid in uids.items()]
+        statement = "INSERT OR REPLACE INTO commitment (document, destination, uid, asked) VALUES "
+        self._write(f"{statement}(?, ?, ?, ?)", rows)
+
+    def commit(self, asked: str, uids: Iterable[str], state: str) -> None:
+        """Record what a destination said of documents that it was `asked` to keep."""
+        self._write(
+            "UPDATE commitment SET state = ? WHERE asked = ? AND uid = ?",
+            [(state, asked, uid) for uid in uids],
+        )
+
+    def forget_commitment(self, destination: str, asked: str | None = None) -> None:
+        """Forget what was not answered, to ask anew: of one request, or of all."""
+        self._write(
+            "DELETE FROM commitment WHERE destination = ?1 AND state = 'asked' "
+            "AND (?2 IS NULL OR asked = ?2)",
+            [(destination, asked)],
+        )
+
+    def requests(self, limit: int) -> list[Request]:
+        """The first studies to be fetched."""
+        statement = "SELECT number, file, priors, source FROM request WHERE state = 'waiting' "
+        return [Request(*row) for row in self._read(f"{statement} ORDER BY number LIMIT ?", limit)]
+
+    def close_request(self, number: int, state: str, why: str = "") -> None:
+        """Record that a study was fetched, or why it cannot be."""
+        self._write(
+            "UPDATE request SET state = ?, why = ? WHERE number = ?", [(state, why, number)]
         )
 
     def tally(self, name: str) -> None:

@@ -1,6 +1,6 @@
-"""C-ECHO and C-STORE: what is let in, and what is kept before the sender is told so.
+"""C-ECHO, C-STORE and STOW-RS: what is let in, and what is kept before the sender is told so.
 
-The statuses are those of PS3.4 B.2.3 and PS3.7 annex C.
+The statuses are those of PS3.4 B.2.3 and PS3.7 annex C; STOW-RS has the same as failure reasons.
 
 How much a peer may send for one object: what it has sent is in memory until it is whole.
 """
@@ -24,6 +24,7 @@ from pynetdicom.events import Event
 from pynetdicom.presentation import AllStoragePresentationContexts, build_context
 from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import register_uid
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.header import (
@@ -78,6 +79,7 @@ def _hang_up(association: Association) -> None:
 
 
 SUCCESS = 0x0000
+OK, ACCEPTED, BAD_REQUEST, CONFLICT = 200, 202, 400, 409  # of HTTP
 TRANSFER_SYNTAXES_NOT_SUPPORTED = 0x04  # of a presentation context, PS3.8 table 9-18
 UNSUPPORTED_CLASS = 0x0122
 NOT_AUTHORISED = 0x0124
@@ -213,59 +215,89 @@ class Receiving:
     def store(self, event: Event) -> Dataset:
         """C-STORE: the status, which is success only once the object lies on the disk."""
         answer = Dataset()
+        answer.Status, why = self.judged(lambda: self._store(event))
+        if why:
+            answer.ErrorComment = why[:LONGEST_COMMENT]
+        return answer
+
+    def judged(self, receive: Callable[[], None]) -> tuple[int, str]:
+        """What `receive` comes to: a status, and why it is not success."""
         try:
-            self._store(event)
+            receive()
         except Refused as refused:
-            answer.Status, why = refused.status, refused.why
+            status, why = refused.status, refused.why
         except MissingDependencyError as error:
-            answer.Status, why = CANNOT_UNDERSTAND, f"{error.what} {error.remedy}"
+            status, why = CANNOT_UNDERSTAND, f"{error.what} {error.remedy}"
         except (ResourceError, OSError, MemoryError) as error:
-            answer.Status, why = OUT_OF_RESOURCES, f"no room for it ({type(error).__name__})"
+            status, why = OUT_OF_RESOURCES, f"no room for it ({type(error).__name__})"
         except MedMoEError as error:
-            answer.Status, why = CANNOT_UNDERSTAND, error.what
+            status, why = CANNOT_UNDERSTAND, error.what
         except Exception as error:  # whatever a peer's bytes may still provoke
-            answer.Status, why = CANNOT_UNDERSTAND, f"it is damaged ({type(error).__name__})"
+            status, why = CANNOT_UNDERSTAND, f"it is damaged ({type(error).__name__})"
         else:
-            answer.Status = SUCCESS
             self.arrived()
-            return answer
-        answer.ErrorComment = why[:LONGEST_COMMENT]
-        level = logging.ERROR if answer.Status == OUT_OF_RESOURCES else logging.WARNING
-        log.log(level, "An object was refused (0x%04X): %s", answer.Status, why)
+            return SUCCESS, ""
+        level = logging.ERROR if status == OUT_OF_RESOURCES else logging.WARNING
+        log.log(level, "An object was refused (0x%04X): %s", status, why)
         with contextlib.suppress(ResourceError):
             self.queue.tally("refused")
-        return answer
+        return status, why
 
     def _store(self, event: Event) -> None:
         request = event.request
         assert isinstance(request, C_STORE)
         sop_class = str(request.AffectedSOPClassUID)
-        if sop_class not in self.images | self.others and not is_private(sop_class):
-            raise Refused(UNSUPPORTED_CLASS, "Its class is none of the storage service.")
+        self._judge_class(sop_class)
         if event.context.abstract_syntax != request.AffectedSOPClassUID:
             raise Refused(CLASS_MISMATCH, "Its class is not the one that was agreed on.")
-        data = event.encoded_dataset()
+        announced = (sop_class, str(request.AffectedSOPInstanceUID))
+        peer = str(event.assoc.requestor.ae_title).strip()
+        self.receive(event.encoded_dataset(), peer, announced)
+
+    def receive(self, data: bytes, peer: str, announced: tuple[str, str] | None = None) -> None:
+        """Keep an object, or set it aside; on return the disk has it.
+
+        Args:
+            data: A DICOM file.
+            peer: Who sends it.
+            announced: The class and UID that the sender announced, if it did.
+
+        Raises:
+            Refused: It is not taken.
+            MedMoEError: It cannot be read or kept.
+        """
         if len(data) > self.configuration.max_object_mb * 1_000_000:
             raise Refused(OUT_OF_RESOURCES, "It is larger than max_object_mb allows.")
-        if self.folder.free() - len(data) < self.configuration.reserve_mb * 1_000_000:
-            raise Refused(OUT_OF_RESOURCES, "The disk is too full to keep it.")
         header, pixels = _parts(data)
-        self._judge(request, header)
+        self._judge(header, announced)
         why = aside(header, bool(pixels), self.configuration)
-        if not why or (why == "no_pixels" and sop_class in self.images):
+        if not why or (why == "no_pixels" and uid_of(header, "SOPClassUID") in self.images):
             self._judge_pixels(header, pixels)
         origin = origin_of(header, pixels[8 if header.original_encoding[0] else 12 :])
         place = place_of(header)
         with self.queue.arriving(place.series, origin.study), self._keeping:
+            self.judge_room(len(data))
             key = self._key(origin, data)
             if self.queue.settles(key):  # the sender had not heard of it
                 return
             if why:
-                self._set_aside(event, key, data, header, origin, place, why)
+                self._set_aside(peer, key, data, header, origin, place, why)
             else:
-                self._keep(event, key, data, header, origin, place)
+                self._keep(peer, key, data, header, origin, place)
         for notice in () if why else notices_of(header):
             log.warning("%s: %s", key[:16], notice.message)
+
+    def _judge_class(self, sop_class: str) -> None:
+        if sop_class not in self.images | self.others and not is_private(sop_class):
+            raise Refused(UNSUPPORTED_CLASS, "Its class is none of the storage service.")
+
+    def judge_room(self, size: int) -> None:
+        """Refuse what could not be kept; one object at a time is judged and written."""
+        if self.folder.free() - size < self.configuration.reserve_mb * 1_000_000:
+            raise Refused(OUT_OF_RESOURCES, "The disk is too full to keep it.")
+        quota = self.configuration.quota_mb * 1_000_000
+        if quota and self.folder.used() + size > quota:
+            raise Refused(OUT_OF_RESOURCES, "The node's folder has reached its quota_mb.")
 
     def _key(self, origin: Origin, data: bytes) -> str:
         """By which an object is known; sent again with other content, it gets one of its own.
@@ -287,7 +319,7 @@ class Receiving:
 
     def _set_aside(
         self,
-        event: Event,
+        peer: str,
         key: str,
         data: bytes,
         header: Dataset,
@@ -295,15 +327,13 @@ class Receiving:
         place: Place,
         why: str,
     ) -> None:
-        title = str(event.assoc.requestor.ae_title).strip()
         self.queue.mark(key_objects(header))
-        self.queue.add(key, hashlib.sha256(data).hexdigest(), title, (), origin, place, why)
+        self.queue.add(key, hashlib.sha256(data).hexdigest(), peer, (), origin, place, why)
         self._tell_aside(key, header, place.series, why)
 
     def _keep(
-        self, event: Event, key: str, data: bytes, header: Dataset, origin: Origin, place: Place
+        self, peer: str, key: str, data: bytes, header: Dataset, origin: Origin, place: Place
     ) -> None:
-        title = str(event.assoc.requestor.ae_title).strip()
         path = self.folder.image(key)
         self.folder.keep(path, data)
         kept = False
@@ -311,7 +341,7 @@ class Receiving:
             self.folder.picture(key)
             asked = self.configuration.questions_for(modality_of(header), body_parts_of(header))
             self._tell_of_others(key, origin)
-            self.queue.add(key, hashlib.sha256(data).hexdigest(), title, asked, origin, place)
+            self.queue.add(key, hashlib.sha256(data).hexdigest(), peer, asked, origin, place)
             kept = True
         finally:
             if not kept and self.queue.state(key) != "failed":  # those are kept to be looked at
@@ -349,12 +379,18 @@ class Receiving:
         if self.queue.shares_study(origin):
             log.warning("%s: its Study Instance UID is another patient's too.", key[:16])
 
-    def _judge(self, request: C_STORE, header: Dataset) -> None:
+    def _judge(self, header: Dataset, announced: tuple[str, str] | None) -> None:
+        """Whether it is what was announced, or else of a class and encoding that are taken."""
         check_uids(header)
-        if uid_of(header, "SOPClassUID") != str(request.AffectedSOPClassUID).strip("\0 "):
+        if announced is None:
+            self._judge_class(uid_of(header, "SOPClassUID"))
+            if header.file_meta.get("TransferSyntaxUID") not in transfer_syntaxes():
+                raise Refused(CANNOT_UNDERSTAND, "Its transfer syntax cannot be read here.")
+            return
+        sop_class, uid = (value.strip("\0 ") for value in announced)
+        if uid_of(header, "SOPClassUID") != sop_class:
             raise Refused(CLASS_MISMATCH, "Its SOPClassUID is another than was announced.")
-        announced = str(request.AffectedSOPInstanceUID).strip("\0 ")
-        if uid_of(header, "SOPInstanceUID")[:LONGEST_UID] != announced:  # longer ones are cut off
+        if uid_of(header, "SOPInstanceUID")[:LONGEST_UID] != uid:  # longer ones are cut off
             raise Refused(CLASS_MISMATCH, "Its SOPInstanceUID is another than was announced.")
 
     def _judge_pixels(self, header: Dataset, pixels: memoryview) -> None:
@@ -363,6 +399,69 @@ class Receiving:
         burned_in = text_of(header, "BurnedInAnnotation").value.upper() == "YES"
         if burned_in and not self.configuration.allow_burned_in:
             raise Refused(NOT_AUTHORISED, "Its pixels are marked as showing text (burned in).")
+
+
+def stored(
+    receiving: Receiving, body: bytes, content_type: str, peer: str, study: str | None
+) -> tuple[int, Dataset | None]:
+    """STOW-RS (PS3.18, 10.5): the HTTP status, and what became of each object.
+
+    Args:
+        receiving: What keeps them.
+        body: Of the request.
+        content_type: Of the request: multipart/related of application/dicom.
+        peer: Who sends them.
+        study: The Study Instance UID in the path, if there is one; others are refused.
+    """
+    told = Dataset()
+    told.ReferencedSOPSequence, told.FailedSOPSequence = [], []
+    try:
+        parts = multipart(body, content_type)
+    except ValueError:
+        return BAD_REQUEST, None
+    for part in parts:
+        item = Dataset()
+
+        def receive(part: bytes = part, item: Dataset = item) -> None:
+            header, _ = _parts(part)
+            item.ReferencedSOPClassUID = UID(uid_of(header, "SOPClassUID"))
+            item.ReferencedSOPInstanceUID = UID(uid_of(header, "SOPInstanceUID"))
+            if study is not None and uid_of(header, "StudyInstanceUID") != study:
+                raise Refused(CLASS_MISMATCH, "It is of another study than the request.")
+            receiving.receive(part, peer)
+
+        status, _ = receiving.judged(receive)
+        if status == SUCCESS:
+            told.ReferencedSOPSequence.append(item)
+        else:
+            item.FailureReason = status
+            told.FailedSOPSequence.append(item)
+    if not told.FailedSOPSequence:
+        return OK, told
+    return (ACCEPTED if told.ReferencedSOPSequence else CONFLICT), told
+
+
+def multipart(body: bytes, content_type: str) -> list[bytes]:
+    """The DICOM files of a multipart/related body; raises `ValueError` for anything else."""
+    kind, options = parse_options_header(content_type)
+    part_kind = options.get(b"type", b"application/dicom").lower()
+    if kind.lower() != b"multipart/related" or part_kind != b"application/dicom":
+        raise ValueError("not multipart/related of application/dicom")
+    found: list[bytearray] = []
+    done = []
+    parser = MultipartParser(
+        options.get(b"boundary", b""),
+        {
+            "on_part_begin": lambda: found.append(bytearray()),
+            "on_part_data": lambda data, start, end: found[-1].extend(data[start:end]),
+            "on_end": lambda: done.append(True),
+        },
+    )
+    parser.write(body)
+    parser.finalize()
+    if not done or not found:
+        raise ValueError("it has no part, or no end")
+    return [bytes(part) for part in found]
 
 
 def _parts(data: bytes) -> tuple[Dataset, memoryview]:

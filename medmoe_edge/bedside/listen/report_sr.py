@@ -1,9 +1,12 @@
 """A result as DICOM structured reports: Comprehensive 3D SR after TID 1500, and Basic Text SR.
 
-The measurement report (PS3.16, TID 1500) holds one group (TID 1501) with the question, the answer
-as a qualitative evaluation in words, the model's own probability of it as a measurement, the
-algorithm (TID 4019: name, version, hash of the bundle) and the image. Both documents are complete,
-preliminary and unverified, and say that they come from no medical device.
+The measurement report (PS3.16, TID 1500) holds an image library (TID 1600) and one group (TID 1501)
+with the question, the answer as a qualitative evaluation in words, the model's own probability of
+it as a measurement, the algorithm (TID 4019: name, version, hash of the bundle) and the image.
+Where the question asks for a finding that has a code, a qualitative evaluation is named after the
+finding, and its value is whether it is there; the finding stands nowhere else, so that nobody takes
+one that is absent for found. Both documents are complete, preliminary and unverified, and say that
+they come from no medical device.
 
 Secondary Captures: the picture as the model saw it, and a result as a map over the picture.
 
@@ -24,18 +27,22 @@ from highdicom.ko import KeyObjectSelection, KeyObjectSelectionDocument
 from highdicom.sc import SCImage
 from highdicom.sr import (
     AlgorithmIdentification,
+    CodeContentItem,
     CodedConcept,
     Comprehensive3DSR,
     ContainerContentItem,
     ContentSequence,
     DeviceObserverIdentifyingAttributes,
     EnhancedSR,
+    FindingSite,
     ImageContentItem,
     Measurement,
     MeasurementReport,
     MeasurementsAndQualitativeEvaluations,
+    NumContentItem,
     ObservationContext,
     ObserverContext,
+    QualitativeEvaluation,
     RelationshipTypeValues,
     SourceImageForMeasurementGroup,
     TextContentItem,
@@ -47,7 +54,9 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from medmoe_edge._version import __version__
+from medmoe_edge.bedside.listen.config import Code
 from medmoe_edge.bedside.listen.evidence import (
+    CERTAINTY,
     CHARACTERS,
     MAKER,
     Evidence,
@@ -73,7 +82,8 @@ WITHDRAWN = (
     "patient, under the same UID."
 )
 CONTAINS = RelationshipTypeValues.CONTAINS
-OBSERVED = RelationshipTypeValues.HAS_OBS_CONTEXT
+ACQUIRED = RelationshipTypeValues.HAS_ACQ_CONTEXT
+MODALITIES = [getattr(codes.cid29, name) for name in codes.cid29.dir()]
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,7 @@ def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
         ),
         algorithm_id=algorithm,
         measurements=[Measurement(PROBABILITY, answer.confidence, codes.UCUM.NoUnits)],
+        **_coded(result),
         source_images=[
             *(
                 SourceImageForMeasurementGroup(each.header.SOPClassUID, each.uid, each.frames)
@@ -135,6 +146,7 @@ def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
         procedure_reported=codes.SCT.ImagingProcedure,
         imaging_measurements=[group],
     )
+    report[0].ContentSequence.insert(-1, _library(result))  # before the measurements
     options = _document(result, "comprehensive-3d-sr", standing)
     return _true_to(result, Comprehensive3DSR(content=report, **options))
 
@@ -217,27 +229,104 @@ def _true_to(result: Result, document: Dataset) -> Dataset:
 
 
 def _said(result: Result) -> list[TextContentItem]:
-    """Question, answer, its warnings and the notice.
+    """Question, warnings, answer and the notice.
 
     The answer is a qualitative evaluation (TID 1501) in words.
     """
     answer = result.answer
-    words = answer.text if answer.complete else f"{answer.text} (cut off)"
     return [
         TextContentItem(QUESTION, answer.question, CONTAINS),
-        TextContentItem(codes.DCM.Finding, words.strip() or "(no answer)", CONTAINS),
-        *([] if result.of == 1 else [TextContentItem(SLICES, slices_of(result), CONTAINS)]),
         *(
             TextContentItem(WARNING, f"{notice.message} ({notice.code})", CONTAINS)
             for notice in answer.warnings
         ),
+        TextContentItem(codes.DCM.Finding, answer.shown, CONTAINS),
+        *([TextContentItem(SLICES, slices_of(result), CONTAINS)] if is_part(result) else []),
         TextContentItem(codes.DCM.Comment, answer.notice, CONTAINS),
     ]
 
 
+def _coded(result: Result) -> dict[str, Any]:
+    """The finding, whether it is there and how certainly: evaluations and site of the group."""
+    found = result.coded
+    if found is None:
+        return {}
+    values = [
+        QualitativeEvaluation(
+            concept(found.finding.code, *found.finding.same), concept(found.presence)
+        )
+    ]
+    if found.certainty is not None:
+        values.append(QualitativeEvaluation(concept(CERTAINTY), concept(found.certainty)))
+    site = found.finding.site
+    return {
+        "qualitative_evaluations": values,
+        "finding_sites": None if site is None else [FindingSite(concept(site))],
+    }
+
+
+def concept(code: Code, *same: Code) -> CodedConcept:
+    """A configured code, with equivalent ones of other schemes (PS3.3, 8.8)."""
+    found = CodedConcept(code.value, code.scheme, code.meaning)
+    if same:
+        found.EquivalentCodeSequence = [concept(each) for each in same]
+    return found
+
+
+def _library(result: Result) -> ContainerContentItem:
+    """The images that were asked (TID 1600), in groups of a modality."""
+    library = ContainerContentItem(codes.DCM.ImageLibrary, relationship_type=CONTAINS)
+    library.ContentSequence = ContentSequence()
+    for modality in dict.fromkeys(each.modality for each in result.sources):
+        group = ContainerContentItem(codes.DCM.ImageLibraryGroup, relationship_type=CONTAINS)
+        group.ContentSequence = ContentSequence(
+            [
+                *(
+                    CodeContentItem(codes.DCM.Modality, code, ACQUIRED)
+                    for code in MODALITIES
+                    if code.value == modality
+                ),
+                *(_entry(each) for each in result.sources if each.modality == modality),
+            ]
+        )
+        library.ContentSequence.append(group)
+    return library
+
+
+def _entry(source: Evidence) -> ImageContentItem:
+    """An image with its size (TID 1601 and 1602)."""
+    pixels = CodedConcept("{pixels}", "UCUM", "Pixels")
+    entry = ImageContentItem(
+        name=codes.SCT.Source,
+        referenced_sop_class_uid=source.header.SOPClassUID,
+        referenced_sop_instance_uid=source.uid,
+        relationship_type=CONTAINS,
+    )
+    entry.ContentSequence = ContentSequence(
+        NumContentItem(
+            name, float(source.header[keyword].value), pixels, relationship_type=ACQUIRED
+        )
+        for name, keyword in (
+            (codes.DCM.PixelDataRows, "Rows"),
+            (codes.DCM.PixelDataColumns, "Columns"),
+        )
+    )
+    return entry
+
+
+def is_part(result: Result) -> bool:
+    """Whether a result is of several slices or frames, or of one of several."""
+    return result.of > 1 or any(each.of_frames > 1 for each in result.sources)
+
+
 def slices_of(result: Result) -> str:
-    """Of which slices of the series a result tells, by their Instance Numbers."""
-    numbers = [each.number or "without" for each in result.sources]
+    """Of which slices of the series a result tells, by Instance Numbers, and of which frames."""
+    numbers = []
+    for each in result.sources:
+        frames = each.frames or []
+        some = ", ".join(map(str, frames[:SOME])) + (", ..." if len(frames) > SOME else "")
+        told = f" frame {some} of {each.of_frames}" if frames else ""
+        numbers.append(f"{each.number or 'without'}{told}")
     some = ", ".join(numbers[:SOME]) + (", ..." if len(numbers) > SOME else "")
     return f"{len(numbers)} of {result.of} (number {some})"
 
@@ -314,7 +403,9 @@ class Locator(Protocol):
 def seen_capture(evidence: Evidence, pixels: Pixels, number: int = 1) -> Dataset:
     """The Secondary Capture of exactly what the model saw of an object, `[S, S, 3]`."""
     content = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    uid = made_uid(evidence.key, evidence.sha256, content, __version__, "picture")
+    uid = made_uid(
+        *(evidence.key, evidence.sha256, str(evidence.frame), content, __version__, "picture")
+    )
     picture = _capture(evidence, pixels, "picture", uid)
     picture.InstanceNumber = number
     picture.SeriesNumber = 9002

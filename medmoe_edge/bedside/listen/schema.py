@@ -10,6 +10,8 @@
     place      the Instance Numbers given to documents, in their DICOM series
     marked     objects that key objects name, by the hash of their UID
     tally      how often something happened that leaves no row
+    commitment which documents a destination was asked to keep, and what it said
+    request    studies that a person wants fetched; their UIDs are in files of a folder beside
 
 A series is `waiting` until its answers are recorded, in one transaction with what is to be sent of
 them, and then `answered`; `failed` where it cannot be answered; `aside` where nothing is asked.
@@ -20,7 +22,7 @@ from typing import NamedTuple
 
 from medmoe_edge.errors import ResourceError
 
-VERSION = 2  # PRAGMA user_version; those before 0.3 have none
+VERSION = 3  # PRAGMA user_version; those before 0.3 have none
 TABLES = """
 CREATE TABLE IF NOT EXISTS series (
     number INTEGER PRIMARY KEY,
@@ -91,6 +93,22 @@ CREATE TABLE IF NOT EXISTS place (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS marked (uid TEXT PRIMARY KEY) STRICT;
 CREATE TABLE IF NOT EXISTS tally (name TEXT PRIMARY KEY, count INTEGER NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS commitment (
+    document TEXT NOT NULL,
+    destination TEXT NOT NULL,
+    uid TEXT NOT NULL,
+    asked TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'asked' CHECK (state IN ('asked', 'kept', 'failed')),
+    PRIMARY KEY (document, destination)
+) STRICT;
+CREATE TABLE IF NOT EXISTS request (
+    number INTEGER PRIMARY KEY,
+    file TEXT NOT NULL,
+    priors INTEGER NOT NULL,
+    source TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'fetched', 'failed')),
+    why TEXT NOT NULL DEFAULT ''
+) STRICT;
 """
 # Until 0.2 each object was answered by itself: it becomes a series of its own, under its key.
 UPGRADE = f"""
@@ -162,6 +180,19 @@ class Job(NamedTuple):
     key: str
     attempts: int
     revision: int
+
+
+class Request(NamedTuple):
+    """A study that is to be fetched, with so many earlier ones of its patient.
+
+    `file` is the name of the one with its UID, while it waits; `source` is the one to ask, as a
+    person names it; empty: the first.
+    """
+
+    number: int
+    file: str
+    priors: int
+    source: str
 
 
 class Extent(NamedTuple):

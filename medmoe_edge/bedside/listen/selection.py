@@ -8,6 +8,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from pydicom import Dataset
@@ -139,11 +140,28 @@ def chosen(slices: Sequence[Slice], marked: set[str], series: Series) -> Selecti
     return Selection(tuple(picked), count, tuple(notices))
 
 
-def voted(answers: Mapping[str, Answer]) -> tuple[str, Answer]:
-    """What slices say together to a question, and the slice that says it with most confidence.
+def chosen_frames(count: int, series: Series) -> list[int]:
+    """Which frames of an object of `count` to ask, from 0, as slices of a series are chosen."""
+    if series.slices == "all":
+        return list(range(count))
+    if series.slices == "every":
+        return list(range(min(series.every, count) // 2, count, series.every))
+    return [(count - 1) // 2]
+
+
+class Vote(NamedTuple):
+    """Which slice says what all say with most confidence, what that is, and whether all say it."""
+
+    best: str
+    answer: Answer
+    agreed: bool
+
+
+def voted(answers: Mapping[str, Answer]) -> Vote:
+    """What slices say together to a question.
 
     The answer that most slices give, compared without case and the last stop; of equally many the
-    more confident. Its confidence is the mean of theirs.
+    more confident. Its probabilities are the means of theirs; it is unsure where one of them is.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for key, answer in answers.items():
@@ -156,19 +174,32 @@ def voted(answers: Mapping[str, Answer]) -> tuple[str, Answer]:
     best = max(groups[winner], key=lambda key: answers[key].confidence)
     notices = {notice.code: notice for answer in answers.values() for notice in answer.warnings}
     if len(answers) > 1:
-        what = f"{len(groups[winner])} of {len(answers)} slices gave this answer."
+        what = f"{len(groups[winner])} of {len(answers)} pictures gave this answer."
         others = len(answers) - len(groups[winner])
         if others:
-            what += f" {others} gave others: look at the slices."
+            what += f" {others} gave others: look at them all."
         notices["vote"] = Notice("vote", what)
-    is_complete = all(answers[key].complete for key in groups[winner])
+    won = [answers[key] for key in groups[winner]]
     found = replace(
         answers[best],
         confidence=mean[winner],
-        complete=is_complete,
+        complete=all(each.complete for each in won),
+        stopped=next((each.stopped for each in won if each.stopped), None),
+        unsure=any(each.unsure for each in won),
+        refusals=_means([each.refusals for each in won]),
+        probabilities=_means([each.probabilities or {} for each in won]) or None,
         warnings=tuple(notices.values()),
     )
-    return best, found
+    return Vote(best, found, len(groups) == 1)
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure that all have."""
+    return {
+        name: float(np.mean([each[name] for each in found]))
+        for name in found[0]
+        if all(name in each for each in found)
+    }
 
 
 def _ordered(slices: Sequence[Slice]) -> list[Slice]:

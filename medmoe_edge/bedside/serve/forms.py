@@ -9,6 +9,8 @@ import jsonschema
 from pydantic import BaseModel, ConfigDict, Field
 
 from medmoe_edge.bedside.serve.errors import Refusal
+from medmoe_edge.engine.answer import YES_NO, choices_of
+from medmoe_edge.errors import InputError
 
 MOST_PARTS = 256  # of a schema, its references followed
 # What words can be held to. Of the others some would need what the model cannot give, and some
@@ -98,6 +100,28 @@ def formed(text: str, form: ResponseFormat | None) -> tuple[str | None, str | No
     except Unfit:
         return None, f"The answer does not fit the schema: {text}"
     return json.dumps(value), None
+
+
+def choices_in(form: ResponseFormat | None) -> tuple[str, ...] | None:
+    """The answers that a checked schema allows, where it holds one value of an enum or a boolean.
+
+    None where it allows others, more than one value, or what the engine cannot choose from.
+    """
+    if form is None or form.json_schema is None:
+        return None
+    root = schema = form.json_schema.definition
+    while "$ref" in schema or schema.get("properties"):
+        if "$ref" in schema:
+            schema = _definition(root, str(schema["$ref"]))
+        elif len(schema["properties"]) == 1:
+            (schema,) = schema["properties"].values()
+        else:
+            return None
+    values = YES_NO if schema.get("type") == "boolean" else schema.get("enum", ())
+    try:
+        return choices_of([each if isinstance(each, str) else "" for each in values], "")
+    except InputError:
+        return None
 
 
 def check_schema(schema: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from medmoe_edge._version import __version__
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
 from medmoe_edge.bedside.serve.forms import Until
 from medmoe_edge.bedside.serve.guard import at_end, client_of
-from medmoe_edge.bedside.serve.openai import NAME, ChatRequest, Completion, no_such_model
+from medmoe_edge.bedside.serve.openai import NAME, ChatRequest, Completion, guessed, no_such_model
 from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
@@ -147,7 +147,8 @@ def ollama_routes(work: Work, worker: Worker) -> APIRouter:
         ending = at_end(request)
         upload = await work.receive(chat.image, None, client_of(request), ending)
         job = worker.do(
-            lambda: work.ask(upload, [chat.question], limit), ending, upload.who, upload.seconds
+            lambda: work.ask(upload, [chat.question], limit, choices=chat.choices),
+            *(ending, upload.who, upload.seconds),
         )
         if asked.stream:
             lines = told.lines(await started(job))
@@ -193,7 +194,11 @@ class _Lines:
             async for item in items:
                 if isinstance(item, Answer):
                     last = self.whole(item)
-                    last["message"]["content"] = last["message"]["content"].removeprefix(told)
+                    if told and item.unsure:
+                        rest = until.rest()
+                        last["message"]["content"] = f"{rest}\n\n{guessed(item)}"
+                    else:
+                        last["message"]["content"] = last["message"]["content"].removeprefix(told)
                     yield json.dumps(last) + "\n"
                 elif in_words and (piece := until.take(item)):
                     told += piece

@@ -20,7 +20,13 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
-from medmoe_edge.bedside.serve.forms import ResponseFormat, Until, check_schema, formed
+from medmoe_edge.bedside.serve.forms import (
+    ResponseFormat,
+    Until,
+    check_schema,
+    choices_in,
+    formed,
+)
 from medmoe_edge.bedside.serve.guard import at_end, client_of
 from medmoe_edge.bedside.serve.routes import (
     EVENTS,
@@ -153,6 +159,11 @@ class ChatRequest(BaseModel):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def choices(self) -> tuple[str, ...] | None:
+        """The answers that its schema allows; with log-probabilities it is asked freely."""
+        return None if self.logprobs else choices_in(self.response_format)
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Where the answer is to end."""
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -264,9 +275,9 @@ def openai_routes(work: Work, worker: Worker) -> APIRouter:
     router = APIRouter(prefix="/v1", responses=REFUSALS)
 
     def loaded() -> list[dict[str, Any]]:
-        models = [_model(work.engine, "med-moe")]
+        models = [_model(work, work.engine, "med-moe")]
         if work.modality is not None:
-            models.append(_model(work.modality, "medmoe"))
+            models.append(_model(work, work.modality, "medmoe"))
         return models
 
     @router.get("/models")
@@ -300,7 +311,11 @@ def openai_routes(work: Work, worker: Worker) -> APIRouter:
         ending = at_end(request)
         upload = await work.receive(chat.image, None, client_of(request), ending)
         job = worker.do(
-            lambda: work.ask(upload, [chat.question], limit, chat.alternatives),
+            lambda: work.ask(
+                *(upload, [chat.question], limit),
+                choices=chat.choices,
+                alternatives=chat.alternatives,
+            ),
             *(ending, upload.who, upload.seconds),
         )
         if chat.stream:
@@ -337,6 +352,8 @@ class Completion:
         until = Until(self._chat.stops)
         text = until.take(answer.text) + until.rest()
         content, refused = formed(text, self._chat.response_format)
+        if self._in_words and answer.unsure:
+            content = guessed(answer, text)
         message = {"role": "assistant", "content": content, "refusal": refused}
         reason = "stop" if until.reached else _reason(answer)
         told = self._before_stop(pieces) if self._chat.logprobs else None
@@ -352,8 +369,7 @@ class Completion:
     async def chunks(self, items: AsyncIterator[str | Answer]) -> AsyncIterator[str]:
         """The events of a stream, each a `chat.completion.chunk`."""
         until = Until(self._chat.stops)
-        form = self._chat.response_format
-        in_words = form is None or form.type == "text"
+        form, in_words = self._chat.response_format, self._in_words
         try:
             yield self._chunk({"role": "assistant", "content": ""})
             async for item in items:
@@ -364,7 +380,8 @@ class Completion:
                         yield self._chunk({"content": piece}, likely=likely)
                     continue
                 if in_words:
-                    rest: dict[str, Any] = {"content": until.rest()}
+                    doubt = f"\n\n{guessed(item)}" if item.unsure else ""
+                    rest: dict[str, Any] = {"content": until.rest() + doubt}
                 else:
                     text = until.take(item.text) + until.rest()
                     content, refused = formed(text, form)
@@ -378,6 +395,11 @@ class Completion:
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status has been sent
             yield _data(refusal(error).body().model_dump(exclude_none=True))
+
+    @property
+    def _in_words(self) -> bool:
+        form = self._chat.response_format
+        return form is None or form.type == "text"
 
     def _told(self, answer: Answer) -> dict[str, Any]:
         return replace(answer, warnings=(*answer.warnings, *self._chat.notices)).to_json()
@@ -414,6 +436,17 @@ class Completion:
         return _data({**self._chunk_head(), "choices": choices, **more})
 
 
+def guessed(answer: Answer, text: str | None = None) -> str:
+    """An unsure answer for people: why it is that, and the best guess.
+
+    Without its `text`, which was streamed already, that what was said is a guess.
+    """
+    why = " ".join(notice.message for notice in answer.reasons)
+    if text is None:
+        return f"Unsure: this is a best guess. {why}".strip()
+    return f"{why} {replace(answer, text=text).shown}".strip()
+
+
 def _log_probs(pieces: Sequence[Piece]) -> dict[str, Any]:
     content = [
         _token(*piece.chosen) | {"top_logprobs": [_token(*each) for each in piece.likely]}
@@ -436,7 +469,7 @@ def _reason(answer: Answer) -> str:
     return "stop" if answer.complete else "length"
 
 
-def _model(model: Any, kind: str) -> dict[str, Any]:
+def _model(work: Work, model: Any, kind: str) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",
@@ -446,4 +479,5 @@ def _model(model: Any, kind: str) -> dict[str, Any]:
         "sha256": model.sha256,
         "verification": model.verification,
         "verified": model.proven.to_json() if model.proven else None,
+        "audited": work.is_audited,
     }

@@ -6,9 +6,12 @@ values, so that the page can lay another window over them.
 
 import asyncio
 import base64
+import contextlib
+import dataclasses
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -23,10 +26,10 @@ from medmoe_edge.bedside.serve.guard import at_end, client_of
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bedside.serve.work import Job, Upload, Work, Worker, started
 from medmoe_edge.contrastive.features import Location
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, choices_of, given_choices
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
 from medmoe_edge.image.pixels import KINDS, Image, Window, finite, pick_frame
-from medmoe_edge.image.worker import NAME, Bounds, GreyValues, read_apart_with_values
+from medmoe_edge.image.worker import NAME, Bounds, GreyValues, held, read_for_display
 
 LARGEST = 2048  # pixels of the longer side, more than a bedside screen has
 
@@ -57,7 +60,9 @@ class Picture(BaseModel):
 
     `size` are the columns and rows of the file; picture and codes may have fewer, `width` and
     `height`. `codes` are None where there is colour. `warnings` are what should be known of the
-    picture as it was read; answers about it repeat them.
+    picture as it was read; answers about it repeat them. `sides` are the directions at the left,
+    upper, right and lower edge, as of `medmoe_edge.image.pixels.Image`. `patient`, `series`,
+    `position` and `instance` are as of `medmoe_edge.image.worker.Stated`: told on request alone.
     """
 
     size: tuple[int, int]
@@ -69,28 +74,72 @@ class Picture(BaseModel):
     png: str
     codes: Codes | None
     warnings: list[Warned]
+    sides: tuple[str, str, str, str] | None
+    patient: dict[str, str] | None = None
+    series: str | None = None
+    position: float | None = None
+    instance: int | None = None
 
 
 def picture_routes(limits: Limits) -> APIRouter:
     """`/v1/picture`."""
     router = APIRouter(prefix="/v1", responses=REFUSALS)
 
-    @router.post("/picture")
+    @router.post(
+        "/picture", responses={200: {"model": Picture, "content": EVENTS}}, response_model=None
+    )
     async def picture(
-        form: Annotated[ImageForm, Form(media_type="multipart/form-data")],
-    ) -> Picture:
-        """Decode an image for display; nothing of it is kept."""
+        form: Annotated[PictureForm, Form(media_type="multipart/form-data")],
+    ) -> Response:
+        """Decode an image for display; nothing of it is kept.
+
+        With `stream`, all frames of it, as server-sent events: `picture` with that frame, then with
+        its neighbours, outwards, and last `done`, or `error`.
+        """
         data = await form.image.read()
         await form.image.close()
-        # not on the models' thread: one can look while another's question is answered
-        return await asyncio.to_thread(picture_of, data, form.frame, limits.bounds)
+        pictures = _pictures(data, form, limits.bounds)
+        if form.stream:
+            return event_stream(_told(await started(pictures)))
+        async with contextlib.aclosing(pictures):
+            return Response(await anext(pictures), media_type="application/json")
 
     return router
 
 
-def picture_of(data: bytes, frame: int | None, bounds: Bounds) -> Picture:
-    """The picture in an uploaded file; the errors of `medmoe_edge.image.worker.read_apart`."""
-    image, values = read_apart_with_values(data, frame, bounds)
+async def _pictures(data: bytes, form: "PictureForm", bounds: Bounds) -> AsyncGenerator[str]:
+    """The frame that is asked for, then the others from there outwards, as JSON."""
+
+    def read(frame: int | None) -> tuple[str, int, int]:
+        found = picture_of(path, frame, bounds, patient=form.patient)
+        return found.model_dump_json(), found.frame, found.frames
+
+    with held(data) as path:
+        # not on the models' thread: one can look while another's question is answered
+        first, at, count = await asyncio.to_thread(read, form.frame)
+        yield first
+        for frame in sorted(range(count), key=lambda other: abs(other - at))[1:]:
+            yield (await asyncio.to_thread(read, frame))[0]
+
+
+async def _told(pictures: AsyncIterator[str]) -> AsyncIterator[str]:
+    try:
+        async for picture in pictures:
+            yield f"event: picture\ndata: {picture}\n\n"
+        yield _event("done", {})
+    except Exception as error:  # the status has been sent
+        yield _event("error", refusal(error).body().model_dump(exclude_none=True))
+
+
+def picture_of(
+    source: bytes | Path, frame: int | None, bounds: Bounds, *, patient: bool = False
+) -> Picture:
+    """The picture in an uploaded file; the errors of `medmoe_edge.image.worker.read_apart`.
+
+    With `patient`, also what the file says of the patient and the series.
+    """
+    found = read_for_display(source, frame, bounds)
+    image, values = found.image, found.values
     height, width = image.pixels.shape[:2]
     index = pick_frame(NAME, frame, image.frames)
     grey = _is_grey(image)
@@ -105,6 +154,8 @@ def picture_of(data: bytes, frame: int | None, bounds: Bounds) -> Picture:
         png=_png(shown),
         codes=_codes(image, values, shown) if grey else None,
         warnings=[Warned(code=each.code, message=each.message) for each in image.notices],
+        sides=image.sides,
+        **(dataclasses.asdict(found.stated) if patient else {}),
     )
 
 
@@ -165,6 +216,10 @@ class AnswerBody(BaseModel):
     notice: str
     paging: dict[str, Any] | None
     warnings: list[Warned]
+    unsure: bool
+    stopped: Literal["length", "repetition"] | None
+    refusals: dict[str, float]
+    probabilities: dict[str, float] | None
 
 
 class Answers(BaseModel):
@@ -197,11 +252,24 @@ class ImageForm(BaseModel):
     frame: Annotated[int | None, Field(ge=0, description="From 0; else the middle one.")] = None
 
 
+class PictureForm(ImageForm):
+    """What is to be told of an image that is shown."""
+
+    patient: Annotated[bool, Field(description="Tell whose it is, for those who may know.")] = False
+    stream: Annotated[bool, Field(description="Tell all frames as they come, as events.")] = False
+
+
 class AskForm(ImageForm):
     """Questions about an image."""
 
     question: Annotated[list[Text], Field(min_length=1)]
     max_new_tokens: Annotated[int, Field(ge=1)] = MAX_NEW_TOKENS
+    choices: Annotated[
+        list[Text] | None, Field(description="The answers that may be given, to every question.")
+    ] = None
+    yes_no: Annotated[
+        bool, Field(description="Answer questions that ask for yes or no with one of these.")
+    ] = False
     stream: Annotated[bool, Field(description="Tell the answers as they come, as events.")] = False
 
 
@@ -234,9 +302,10 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         of `text`, `answer` with what else would be under `answers`, and last `done`, or `error`.
         """
         work.check_ask(len(form.question), form.max_new_tokens)
+        choices = choices_of(form.choices, "") or given_choices(form.question, form.yes_no)
         upload = await _received(work, request, form)
         job = worker.do(
-            lambda: work.ask(upload, form.question, form.max_new_tokens),
+            lambda: work.ask(upload, form.question, form.max_new_tokens, choices=choices),
             at_end(request),
             upload.who,
             upload.seconds,

@@ -257,6 +257,7 @@ class ServiceModels:
     device: Device = "auto"
     memory_budget: str | None = None
     drop_pages: bool = False
+    allow_repetition: bool = False
     modality_model: str = "modality-nano"
     audit: Path | None = None
 
@@ -279,6 +280,7 @@ def start(settings: Settings, models: ServiceModels, ready: Callable[[str], None
         device=models.device,
         memory_budget=models.memory_budget,
         drop_pages=models.drop_pages,
+        allow_repetition=models.allow_repetition,
     )
     engine.prefixes = LastPrefix(engine.sha256, engine.runtime)  # questions about an image follow
     modality = load_modality(models.modality_model)

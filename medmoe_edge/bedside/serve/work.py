@@ -26,7 +26,7 @@ from medmoe_edge.bedside.serve.errors import Refusal, too_long
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Classification, Location
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.engine.loading import Proven
 from medmoe_edge.errors import DataError, ResourceError
 from medmoe_edge.image.loading import png_of
@@ -284,6 +284,7 @@ class Asked(Protocol):
         questions: Sequence[str],
         *,
         max_new_tokens: int,
+        choices: Choices | None,
         alternatives: int | None,
     ) -> Iterator[str | Answer]: ...
 
@@ -364,6 +365,8 @@ class Work:
         upload: Upload,
         questions: Sequence[str],
         max_new_tokens: int,
+        *,
+        choices: Choices | None = None,
         alternatives: int | None = None,
     ) -> Generator[str | Answer, None, None]:
         """Pieces of text and whole answers, as `Engine.ask_stream` tells them."""
@@ -376,13 +379,14 @@ class Work:
                 upload.image,
                 questions,
                 max_new_tokens=max_new_tokens,
+                choices=choices,
                 alternatives=alternatives,
             ):
                 if asked is None:
                     asked, told = next(waiting), ""
                     self._record(upload, "accepted", model, asked, "")
                 if isinstance(item, Answer):
-                    self._record(upload, "ask", item.model, item.question, item.text)
+                    self._record(upload, "ask", item.model, item.question, item.logged)
                     self._metrics.saw_answer(item)
                     asked = None
                 else:
@@ -392,6 +396,11 @@ class Work:
             if asked is not None:
                 self._record(upload, "aborted", model, asked, told)
             raise
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether questions and answers are recorded in an audit log."""
+        return self._audit is not None
 
     def check_audit(self) -> None:
         """Raise `ResourceError` where no answer could be audited, and so none is given."""

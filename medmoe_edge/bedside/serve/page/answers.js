@@ -15,6 +15,11 @@ const NAMES = { ct: "CT", mri: "MRI", xray: "X-ray" };
 /** A modality or an expert as people write it. */
 export const named = (name) => NAMES[name] ?? name;
 
+const STOPPED = {
+  length: "Cut off: this is the longest answer that was allowed.",
+  repetition: "Cut off: the model began to repeat itself.",
+};
+
 const seconds = (time) => `${time < 0.1 ? time.toFixed(3) : time.toFixed(2)} s`;
 
 /** Show the answers about this frame alone: those about another must not stand beside it. */
@@ -50,14 +55,19 @@ export class Entry {
 
   /** The whole answer. */
   answer(found, frame) {
-    this.#part(".text").textContent = found.answer || "(no words)";
+    const said = found.answer || "(no answer)";
+    const shown = found.unsure ? `Unsure. ${found.answer ? "Best guess: " : ""}${said}` : said;
+    this.#part(".text").textContent = shown;
     const warned = this.#warnings(found);
-    this.#done(found.complete ? "" : "Cut off: this is the longest answer that was allowed.");
+    this.#done(STOPPED[found.stopped] ?? "");
     const { timings } = found;
     this.#summary(`Own probability ${percent(found.confidence)}`, seconds(timings.total));
     this.#shares("Experts", found.experts, found.modality);
     this.#facts({
       Probability: "The model’s own, of these very words; not the chance that they are right.",
+      Choices: Object.entries(found.probabilities ?? {})
+        .map(([choice, share]) => `${choice} ${percent(share)}`)
+        .join(", "),
       "Image read as": found.modality ? named(found.modality) : "not known to this model",
       Frame: frame,
       Time:
@@ -65,7 +75,7 @@ export class Entry {
         `${seconds(timings.total)}${timings.prefix_reused ? "; image known already" : ""}`,
       ...model(found.model),
     });
-    return `${found.answer}. ${warned}Own probability ${percent(found.confidence)}.`;
+    return `${warned}${shown}. Own probability ${percent(found.confidence)}.`;
   }
 
   /** Where a phrase lies; `show` brings its map back. */

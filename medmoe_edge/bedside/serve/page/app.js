@@ -99,7 +99,7 @@ function enter(work, question, fields) {
 }
 
 async function askOne(entry, question, fields, how) {
-  const response = await post("/v1/ask", { ...fields, question, stream: true }, how);
+  const response = await post("/v1/ask", { ...fields, question, yes_no: true, stream: true }, how);
   let said = "";
   for await (const [name, data] of events(response)) {
     if (name === "token") entry.token(data.text);

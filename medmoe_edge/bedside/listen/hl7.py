@@ -1,22 +1,25 @@
-"""A result as FHIR: a transaction of DiagnosticReport, Observation and Device, in R4 or R5.
+"""A result as HL7 has it: a FHIR transaction, R4 or R5, or a message of version 2 (ORU^R01).
 
-Preliminary, as nobody has verified it. Each resource carries an identifier and is only created
-where the server has none with it, so that the transaction may be sent twice. The patient, study and
-order are named by their identifiers alone, in the systems that the configuration names; a result
-without a patient's number is not written, as nobody could tell whose it is. Validated as R4B (4.3),
-which leaves these resources as R4 has them, and as R5.
+Preliminary, as nobody has verified it; the patient, study and order are named by their identifiers.
+A result without a patient's number is not written, as nobody could tell whose it is.
+
+The transaction is of DiagnosticReport, Observation and Device. Each resource carries an identifier
+and is only created where the server has none with it, so that it may be sent twice. Validated as
+R4B (4.3), which leaves these resources as R4 has them, and as R5. The message is of version 2.5.1,
+in UTF-8; its control ID is the same whenever it is sent.
 """
 
 import json
 import uuid
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from fhir.resources.bundle import Bundle
 from fhir.resources.R4B.bundle import Bundle as BundleR4B
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bedside.listen.config import Identifiers
-from medmoe_edge.bedside.listen.evidence import NAMESPACE, Result, device_uid
+from medmoe_edge.bedside.listen.config import Code, Identifiers
+from medmoe_edge.bedside.listen.evidence import CERTAINTY, NAMESPACE, Result, device_uid
 
 Version = Literal["R4", "R5"]
 Resource = dict[str, Any]
@@ -30,6 +33,12 @@ IMAGING = {
 ACCESSION = {"system": "http://terminology.hl7.org/CodeSystem/v2-0203", "code": "ACSN"}
 NO_SYSTEMS = Identifiers()
 REPORT = {"system": "http://loinc.org", "code": "18748-4", "display": "Diagnostic imaging study"}
+SYSTEMS = {  # of the schemes' designators, PS3.16 table 8-1
+    "SCT": "http://snomed.info/sct",
+    "RADLEX": "http://radlex.org",
+    "LN": "http://loinc.org",
+    "DCM": "http://dicom.nema.org/resources/ontology/DCM",
+}
 
 
 def fhir(result: Result, version: Version, systems: Identifiers = NO_SYSTEMS) -> bytes:
@@ -107,6 +116,7 @@ def _observation(result: Result, named: Resource) -> Resource:
         "status": "preliminary",
         "category": [{"coding": [IMAGING]}],
         "code": {"text": answer.question},
+        **_site(result),
         **named,
         "issued": result.when,
         "device": {"reference": f"urn:uuid:{result.uuid('Device')}"},
@@ -124,6 +134,7 @@ def _observation(result: Result, named: Resource) -> Resource:
                     "code": "1",
                 },
             },
+            *_certainty(result),
             *(
                 {
                     "code": {"text": "Warning"},
@@ -136,9 +147,38 @@ def _observation(result: Result, named: Resource) -> Resource:
             ),
         ],
     }
-    if text := answer.text.strip():
-        return observation | {"valueString": text}
+    if result.coded is not None:
+        finding = result.coded.finding
+        observation["code"] = _concept(answer.question, finding.code, *finding.same)
+        value = _concept(answer.shown, result.coded.presence)
+        return observation | {"valueCodeableConcept": value}
+    if answer.text.strip():
+        return observation | {"valueString": answer.shown}
     return observation | {"dataAbsentReason": {"text": "The model gave no answer."}}
+
+
+def _site(result: Result) -> Resource:
+    """Where the finding is looked for."""
+    site = result.coded and result.coded.finding.site
+    return {"bodySite": _concept(site.meaning, site)} if site else {}
+
+
+def _certainty(result: Result) -> list[Resource]:
+    found = result.coded and result.coded.certainty
+    if not found:
+        return []
+    name = _concept(CERTAINTY.meaning, CERTAINTY)
+    return [{"code": name, "valueCodeableConcept": _concept(found.meaning, found)}]
+
+
+def _concept(text: str, *codes: Code) -> Resource:
+    """In words and in codes; a code of an unknown scheme has no system."""
+    coding = [
+        ({"system": SYSTEMS[code.scheme]} if code.scheme in SYSTEMS else {})
+        | {"code": code.value, "display": code.meaning}
+        for code in codes
+    ]
+    return {"coding": coding, "text": text}
 
 
 def _report(result: Result, version: Version, named: Resource, systems: Identifiers) -> Resource:
@@ -156,8 +196,8 @@ def _report(result: Result, version: Version, named: Resource, systems: Identifi
         "result": [{"reference": f"urn:uuid:{result.uuid('Observation')}"}],
         "conclusion": "\n".join(
             (
-                f"{answer.question} {answer.text.strip() or '(no answer)'}",
                 *_warnings(result),
+                f"{answer.question} {answer.shown}",
                 answer.notice,
             )
         ),
@@ -208,3 +248,100 @@ def _accession(result: Result, systems: Identifiers) -> list[Resource]:
 def _effective(result: Result) -> Resource:
     """The time of the image, not of the answer; nothing where the image does not say."""
     return {"effectiveDateTime": result.evidence.taken} if result.evidence.taken else {}
+
+
+FIELDS = str.maketrans(
+    {
+        "\\": "\\E\\",
+        "|": "\\F\\",
+        "^": "\\S\\",
+        "&": "\\T\\",
+        "~": "\\R\\",
+        "\n": "\\.br\\",
+        "\r": "",
+    }
+)  # the escapes of section 2.7
+LOCAL = "99MEDMOE"
+
+
+def oru(result: Result, ae_title: str) -> bytes:
+    """The result as ORU^R01 of HL7 2.5.1, with statuses that say that nobody has verified it.
+
+    Args:
+        result: What is reported; its patient must have a number.
+        ae_title: Of the node, which is the sending facility. Who receives it is `addressed` later.
+    """
+    values, answer = result.evidence.values, result.answer
+    when = "".join(letter for letter in result.when[:19] if letter.isdigit())
+    named = [*values["PatientName"].split("=")[0].split("^"), "", "", "", "", ""]
+    family, given, middle, prefix, suffix = named[:5]
+    number = result.uuid("hl7-v2").replace("-", "")
+    taken = "".join(letter for letter in result.evidence.taken[:19] if letter.isdigit())
+    report = f"{REPORT['code']}^{REPORT['display']}^LN"
+    order = escaped(values["AccessionNumber"])
+    issuer = escaped(values["IssuerOfPatientID"])
+    identifier = escaped(values["PatientID"]) + (f"^^^{issuer}" if issuer else "")
+    kind = "ORU^R01^ORU_R01"
+    name = "^".join(map(escaped, (family, given, middle, suffix, prefix))).rstrip("^")
+    person = f"{name}||{escaped(values['PatientBirthDate'])}|{escaped(values['PatientSex'])}"
+    lines = [
+        f"MSH|^~\\&|medmoe-edge|{escaped(ae_title)}|||{when}||{kind}|{number}|P|2.5.1"
+        "||||||UNICODE UTF-8",
+        f"PID|1||{identifier}||{person}",
+        f"OBR|1||{order or number}|{report}|||{taken}|||||||||||{order}||||{when}||RAD|R",
+    ]
+    for place, (kind, name, value) in enumerate(_observations(result), start=1):
+        lines.append(f"OBX|{place}|{kind}|{name}|1|{value}||||||R|||{taken}|||||")
+    lines.append(f"NTE|1|L|{escaped(answer.notice)}")
+    return "".join(f"{line.rstrip('|')}\r" for line in lines).encode("utf-8", "replace")
+
+
+def addressed(message: bytes, application: str, facility: str) -> bytes:
+    """A message to an application of a facility."""
+    fields = message.decode().split("|")
+    fields[4:6] = [escaped(application), escaped(facility)]
+    return "|".join(fields).encode()
+
+
+def oru_withdrawn(message: bytes) -> bytes:
+    """The message that says that an earlier one was sent for the wrong object (status `W`)."""
+    lines = []
+    for line in message.decode().split("\r"):
+        fields = line.split("|")
+        if fields[0] == "OBX":
+            fields[11] = "W"
+        if fields[0] == "MSH":
+            fields[9] = f"{fields[9][:31]}W"
+        lines.append("|".join(fields))
+    return "\r".join(lines).encode()
+
+
+def escaped(text: str) -> str:
+    """A text as a field of version 2."""
+    return text.translate(FIELDS)
+
+
+def _observations(result: Result) -> Iterator[tuple[str, str, str]]:
+    """Of each OBX its type, name and value."""
+    answer = result.answer
+    yield "ST", "110180^Study Instance UID^DCM", str(result.evidence.header.StudyInstanceUID)
+    yield "TX", f"question^Question^{LOCAL}", escaped(answer.question)
+    yield "TX", "121071^Finding^DCM", escaped(answer.text.strip() or "(no answer)")
+    if result.coded is not None:
+        finding = result.coded.finding
+        yield "CWE", _element(finding.code, *finding.same[:1]), _element(result.coded.presence)
+        if result.coded.certainty is not None:
+            yield "CWE", _element(CERTAINTY), _element(result.coded.certainty)
+    probability = f"probability^Model's own probability of its answer^{LOCAL}"
+    yield "NM", probability, f"{answer.confidence:.6g}"
+    for notice in answer.warnings:
+        yield "TX", f"warning^Warning^{LOCAL}", escaped(f"{notice.message} ({notice.code})")
+    model = f"{answer.model['name']}, medmoe-edge {__version__}, sha256={answer.model['sha256']}"
+    yield "TX", "111001^Algorithm Name^DCM", escaped(model)
+
+
+def _element(*codes: Code) -> str:
+    """A coded element: one code, and perhaps another for the same."""
+    return "^".join(
+        escaped(part) for each in codes for part in (each.value, each.meaning, each.scheme)
+    )

@@ -1,0 +1,247 @@
+"""Studies that a person asks for: found and fetched from a source, and then answered as others are.
+
+From a DICOM node by C-FIND and C-MOVE, which has it send them to this node's port, or C-GET (PS3.4
+C, study root); from a DICOMweb server by QIDO-RS and WADO-RS. Earlier studies of the same patient
+come before, the latest first.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from typing import Protocol
+
+import requests
+from pydicom import Dataset, dcmwrite
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom import evt
+from pynetdicom.association import Association
+from pynetdicom.events import Event
+from pynetdicom.presentation import build_role
+from pynetdicom.sop_class import (
+    StudyRootQueryRetrieveInformationModelFind,  # type: ignore[attr-defined]
+    StudyRootQueryRetrieveInformationModelGet,  # type: ignore[attr-defined]
+    StudyRootQueryRetrieveInformationModelMove,  # type: ignore[attr-defined]
+)
+from pynetdicom.status import code_to_category
+
+from medmoe_edge.bedside.listen.config import Configuration, DicomSource, Source, WebSource
+from medmoe_edge.bedside.listen.header import text_of
+from medmoe_edge.bedside.listen.queue import Folder, Queue
+from medmoe_edge.bedside.listen.receiving import (
+    Receiving,
+    classes_with_pixels,
+    transfer_syntaxes,
+)
+from medmoe_edge.bedside.listen.schema import Request
+from medmoe_edge.bedside.listen.sending import associated, web_client
+from medmoe_edge.errors import InputError, MedMoEError, ResourceError
+
+log = logging.getLogger(__name__)
+PLAIN = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
+FIND = StudyRootQueryRetrieveInformationModelFind
+MOVE = StudyRootQueryRetrieveInformationModelMove
+GET = StudyRootQueryRetrieveInformationModelGet
+MOST_CLASSES = 127  # in an association, beside C-GET itself
+PATIENCE = 600.0  # seconds until a source says how far it is
+ASKED_FOR = ("StudyInstanceUID", "PatientID", "StudyDate", "StudyTime")
+
+
+class Fetching:
+    """The work of the thread that fetches."""
+
+    def __init__(
+        self, configuration: Configuration, folder: Folder, queue: Queue, receiving: Receiving
+    ) -> None:
+        self.configuration, self.folder = configuration, folder
+        self.queue, self.receiving = queue, receiving
+        self._requests: dict[str, Request] = {}
+
+    def pending(self, limit: int) -> list[str]:
+        """The first requests, by their numbers."""
+        self._requests = {f"request {each.number}": each for each in self.queue.requests(limit)}
+        return list(self._requests)
+
+    def do(self, name: str) -> None:
+        """Fetch a study; raises `ResourceError` where it may come another time."""
+        request = self._requests[name]
+        path = self.folder.requests / request.file
+        state, why = "fetched", ""
+        try:
+            self._fetch(request, path.read_text("ascii"))
+        except ResourceError:
+            raise
+        except MedMoEError as error:
+            state, why = "failed", error.what
+        except FileNotFoundError:
+            state, why = "failed", "its UID is gone: ask again"
+        self.queue.close_request(request.number, state, why)
+        path.unlink(missing_ok=True)
+        log.log(logging.ERROR if why else logging.INFO, "%s: %s", name, why or state)
+
+    def _fetch(self, request: Request, study: str) -> None:
+        finder = self._finder(source_of(self.configuration, request.source))
+        found = finder.find(StudyInstanceUID=study)
+        if not found:
+            raise InputError("the source has no such study", "Check the UID.")
+        for uid in [*_priors(request.priors, found[0], finder), study]:
+            finder.retrieve(uid)
+
+    def _finder(self, source: Source) -> "Finder":
+        if isinstance(source, WebSource):
+            return WebFinder(source, self.receiving)
+        return DicomFinder(source, self.configuration.ae_title, self.receiving)
+
+
+def source_of(configuration: Configuration, name: str) -> Source:
+    """The source of that name, or the first where it is empty; raises `InputError`."""
+    for source in configuration.sources:
+        if name in ("", source.shown):
+            return source
+    known = ", ".join(each.shown for each in configuration.sources)
+    if not known:
+        raise InputError("No source of studies is configured.", "Name one under [[sources]].")
+    raise InputError("No source of studies has that name.", f"Configured: {known}.")
+
+
+def _priors(count: int, study: dict[str, str], finder: "Finder") -> list[str]:
+    """The latest earlier studies of its patient; none where it has no patient's number."""
+    if not count or not study["PatientID"]:
+        return []
+    when = (study["StudyDate"], study["StudyTime"])
+    found = [
+        each
+        for each in finder.find(PatientID=study["PatientID"])
+        if each["PatientID"] == study["PatientID"]  # it may hold a wildcard
+        and each["StudyInstanceUID"] != study["StudyInstanceUID"]
+        and (each["StudyDate"], each["StudyTime"]) <= when
+    ]
+    found.sort(key=lambda each: (each["StudyDate"], each["StudyTime"]), reverse=True)
+    return [each["StudyInstanceUID"] for each in found[:count]]
+
+
+class Finder(Protocol):
+    """A source of studies; its methods raise `ResourceError` where it cannot be reached."""
+
+    def find(self, **keys: str) -> list[dict[str, str]]:
+        """The studies with these values, by keyword as in `ASKED_FOR`."""
+        ...
+
+    def retrieve(self, uid: str) -> None:
+        """Have a study received here; returns when all of it is."""
+        ...
+
+
+class DicomFinder:
+    """A node that is asked by C-FIND and C-MOVE or C-GET."""
+
+    def __init__(self, source: DicomSource, ae_title: str, receiving: Receiving) -> None:
+        self.source, self.ae_title, self.receiving = source, ae_title, receiving
+
+    def find(self, **keys: str) -> list[dict[str, str]]:
+        """The studies with these values."""
+        query = Dataset()
+        query.QueryRetrieveLevel = "STUDY"
+        for keyword in ASKED_FOR:
+            setattr(query, keyword, keys.get(keyword, ""))
+        association = associated(self.source, self.ae_title, [(FIND, PLAIN)])
+        found = []
+        try:
+            for status, answer in association.send_c_find(query, FIND):
+                _check(status, "the query")
+                if answer is not None:
+                    found.append({each: text_of(answer, each).value for each in ASKED_FOR})
+        except (ValueError, RuntimeError) as error:  # not offered, or it has hung up
+            raise ResourceError("it answers no queries", "See its log.") from error
+        finally:
+            association.release()
+        return found
+
+    def retrieve(self, uid: str) -> None:
+        """By the way that is configured."""
+        wanted = Dataset()
+        wanted.QueryRetrieveLevel, wanted.StudyInstanceUID = "STUDY", uid
+        moves = self.source.retrieve == "move"
+        association = self._associated(MOVE if moves else GET)
+        association.dimse_timeout = PATIENCE
+        try:
+            answers = (
+                association.send_c_move(wanted, self.ae_title, MOVE)
+                if moves
+                else association.send_c_get(wanted, GET)
+            )
+            for status, _ in answers:
+                _check(status, "the study")
+                last = status
+        except (ValueError, RuntimeError) as error:
+            raise ResourceError("it gives out no studies", "See its log.") from error
+        finally:
+            association.release()
+        failed = int(last.get("NumberOfFailedSuboperations") or 0)
+        done = int(last.get("NumberOfCompletedSuboperations") or 0)
+        if failed and not done:
+            hint = "Does it know this node's AE title, address and port?"
+            raise ResourceError("it could send none of the study", hint)
+        if failed:
+            log.warning("%d of %d objects of a study were not sent.", failed, failed + done)
+
+    def _associated(self, model: str) -> Association:
+        if model == MOVE:
+            return associated(self.source, self.ae_title, [(MOVE, PLAIN)])
+        classes = classes_with_pixels()[:MOST_CLASSES]
+        return associated(
+            self.source,
+            self.ae_title,
+            [(GET, PLAIN), *((uid, transfer_syntaxes()) for uid in classes)],
+            handlers=[(evt.EVT_C_STORE, self._store)],
+            ext_neg=[build_role(uid, scp_role=True) for uid in classes],
+        )
+
+    def _store(self, event: Event) -> int:
+        data = event.encoded_dataset()
+        peer = self.source.ae_title
+        status, _ = self.receiving.judged(lambda: self.receiving.receive(data, peer))
+        return status
+
+
+class WebFinder:
+    """A DICOMweb server that is asked by QIDO-RS and WADO-RS."""
+
+    def __init__(self, source: WebSource, receiving: Receiving) -> None:
+        self.client, self.receiving = web_client(source), receiving
+
+    def find(self, **keys: str) -> list[dict[str, str]]:
+        """The studies with these values."""
+        with _explained():
+            found = self.client.search_for_studies(search_filters=keys)
+        datasets = [Dataset.from_json(each) for each in found]
+        return [{each: text_of(found, each).value for each in ASKED_FOR} for found in datasets]
+
+    def retrieve(self, uid: str) -> None:
+        """One object after another, as the server has them."""
+        with _explained():
+            for dataset in self.client.iter_study(uid, media_types=(("application/dicom", "*"),)):
+                buffer = io.BytesIO()
+                dcmwrite(buffer, dataset, enforce_file_format=True)
+                data = buffer.getvalue()
+                self.receiving.judged(lambda data=data: self.receiving.receive(data, "DICOMweb"))
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Around calls of a DICOMweb client: its errors as ours, without the UIDs that they quote."""
+    try:
+        yield
+    except requests.HTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        raise ResourceError(f"it refused: HTTP {status}", "See its log.") from None
+    except requests.RequestException as error:
+        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from None
+
+
+def _check(status: Dataset, what: str) -> None:
+    """Raise `ResourceError` unless an answer of C-FIND, C-MOVE or C-GET is none of failure."""
+    if "Status" not in status:
+        raise ResourceError("it does not answer", "See its log.")
+    if code_to_category(status.Status) not in ("Success", "Pending", "Warning"):
+        raise ResourceError(f"it refused {what}: 0x{status.Status:04X}", "See its log.")

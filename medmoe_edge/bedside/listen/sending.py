@@ -1,0 +1,347 @@
+"""What is sent on, each document until it is taken, and the connections that it takes.
+
+Documents of DICOM go by C-STORE or STOW-RS, FHIR transactions by HTTP POST, messages of HL7 version
+2 by MLLP. All that waits for a DICOM node goes over one association, which ends when nothing waits
+any more; then the node may be asked to say that it keeps what it has (Storage Commitment, PS3.4 J).
+
+A document may arrive twice, where an acknowledgement was lost: it is then the same object with the
+same UIDs, which a DICOM node stores once and a FHIR server creates once (`ifNoneExist`), or the
+same message with the same control ID.
+"""
+
+import asyncio
+import io
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import hl7
+import hl7.mllp
+import httpx
+import requests
+from dicomweb_client.api import DICOMwebClient
+from pydicom import Dataset, dcmread, dcmwrite
+from pydicom.uid import (
+    UID,
+    BasicTextSRStorage,
+    Comprehensive3DSRStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    KeyObjectSelectionDocumentStorage,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+from pynetdicom import evt
+from pynetdicom.ae import ApplicationEntity
+from pynetdicom.association import Association
+from pynetdicom.events import Event, EventHandlerType
+from pynetdicom.sop_class import (
+    StorageCommitmentPushModel,  # type: ignore[attr-defined]
+    StorageCommitmentPushModelInstance,  # type: ignore[attr-defined]
+)
+from pynetdicom.status import code_to_category
+
+from medmoe_edge.bedside.listen.config import (
+    Destination,
+    DicomDestination,
+    DicomSource,
+    FhirDestination,
+    Hl7Destination,
+    StowDestination,
+    WebSource,
+)
+from medmoe_edge.bedside.listen.hl7 import addressed
+from medmoe_edge.bedside.listen.queue import Folder, Queue
+from medmoe_edge.errors import ResourceError
+
+log = logging.getLogger(__name__)
+TIMEOUT = 30.0  # seconds
+CLASSES = (
+    *(Comprehensive3DSRStorage, BasicTextSRStorage, KeyObjectSelectionDocumentStorage),
+    SecondaryCaptureImageStorage,
+)
+UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian)
+COMMITMENT = "commitment"  # a job of the sender: no document has such a name
+AT_ONCE = 500  # documents in one request for commitment
+ACCEPTED = ("AA", "CA")  # of HL7 table 0008
+MALFORMED = (hl7.HL7Exception, hl7.mllp.InvalidBlockError)
+SUCCESS = 0x0000
+
+
+class Sending:
+    """The work of the thread of one destination."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        ae_title: str,
+        folder: Folder,
+        queue: Queue,
+    ) -> None:
+        self.destination, self.ae_title = destination, ae_title
+        self.folder, self.queue = folder, queue
+        self._association: Association | None = None
+        self._client: DICOMwebClient | None = None
+        if isinstance(destination, DicomDestination) and destination.commitment:
+            queue.forget_commitment(destination.name)  # the answer may have come meanwhile
+
+    def pending(self, limit: int) -> list[str]:
+        """The first documents that were not sent there; then the question whether it keeps them."""
+        found = self.queue.unsent(self.destination.name, limit)
+        node = self.destination
+        if len(found) < limit and isinstance(node, DicomDestination) and node.commitment:
+            found += [COMMITMENT] if self.queue.uncommitted(node.name, 1) else []
+        return found
+
+    def do(self, document: str) -> None:
+        """Send one document; raises `ResourceError`, saying why, where it is not taken."""
+        if isinstance(self.destination, DicomDestination):
+            try:
+                if document == COMMITMENT:
+                    self._ask_commitment(self.destination)
+                    return
+                self._store(self._data(document), self.destination)
+            except BaseException:
+                self.rest()
+                raise
+        elif isinstance(self.destination, StowDestination):
+            self._client = self._client or web_client(self.destination)
+            stow(self._data(document), self._client)
+        elif isinstance(self.destination, FhirDestination):
+            post(self._data(document), self.destination)
+        else:
+            say(self._data(document), self.destination)
+        self.queue.sent(document, self.destination.name)
+
+    def rest(self) -> None:
+        """Nothing waits for now: end the association."""
+        association, self._association = self._association, None
+        if association is not None and association.is_established:
+            association.release()
+
+    def _data(self, document: str) -> bytes:
+        return (self.folder.documents / document).read_bytes()
+
+    def _connected(self, node: DicomDestination) -> Association:
+        if self._association is None or not self._association.is_established:
+            handlers = commitment_handlers(self.queue) if node.commitment else []
+            self._association = associated(
+                node, self.ae_title, self._contexts(node), handlers=handlers
+            )
+        return self._association
+
+    def _contexts(self, node: DicomDestination) -> list[tuple[str, Sequence[UID]]]:
+        """Each syntax for itself, so that the node need not choose."""
+        found = [(uid, [syntax]) for uid in CLASSES for syntax in UNCOMPRESSED]
+        if node.commitment:
+            found.append((StorageCommitmentPushModel, UNCOMPRESSED))
+        return found
+
+    def _store(self, data: bytes, node: DicomDestination) -> None:
+        """Send a DICOM file by C-STORE, in the syntax that the node chose for its class."""
+        association = self._connected(node)
+        dataset: Dataset = dcmread(io.BytesIO(data))
+        accepted = {
+            context.transfer_syntax[0]
+            for context in association.accepted_contexts
+            if context.abstract_syntax == dataset.SOPClassUID
+        }
+        if not accepted:
+            name = dataset.SOPClassUID.name
+            raise ResourceError(f"it takes no {name}", "Configure other documents.")
+        if dataset.file_meta.TransferSyntaxUID not in accepted:
+            dataset = converted(dataset, min(accepted, key=UNCOMPRESSED.index))
+        status = association.send_c_store(dataset).get("Status")
+        if status is None:
+            raise ResourceError("it does not answer", "See its log.")
+        if code_to_category(status) not in ("Success", "Warning"):
+            raise ResourceError(f"it refused the document: 0x{status:04X}", "See its log.")
+
+    def _ask_commitment(self, node: DicomDestination) -> None:
+        """Ask whether it keeps what it has, by N-ACTION; it says so by `commitment_handlers`."""
+        documents = self.queue.uncommitted(node.name, AT_ONCE)
+        headers = {
+            each: dcmread(self.folder.documents / each, stop_before_pixels=True)
+            for each in documents
+        }
+        request = Dataset()
+        request.TransactionUID = asked = generate_uid()
+        request.ReferencedSOPSequence = []
+        for header in headers.values():
+            item = Dataset()
+            item.ReferencedSOPClassUID = header.SOPClassUID
+            item.ReferencedSOPInstanceUID = header.SOPInstanceUID
+            request.ReferencedSOPSequence.append(item)
+        association = self._connected(node)
+        uids = {each: str(header.SOPInstanceUID) for each, header in headers.items()}
+        self.queue.ask_commitment(node.name, asked, uids)  # its answer may come at once
+        try:
+            status, _ = association.send_n_action(
+                request, 1, StorageCommitmentPushModel, StorageCommitmentPushModelInstance
+            )
+        except ValueError as error:
+            self.queue.forget_commitment(node.name, asked)
+            raise ResourceError(
+                "it offers no storage commitment", "Set commitment = false."
+            ) from error
+        if status.get("Status") != SUCCESS:
+            self.queue.forget_commitment(node.name, asked)
+            told = f"0x{status.Status:04X}" if "Status" in status else "no answer"
+            raise ResourceError(f"it refused to commit itself: {told}", "See its log.")
+
+
+def commitment_handlers(queue: Queue) -> list[EventHandlerType]:
+    """Record what a node says of documents that it was asked to keep (N-EVENT-REPORT)."""
+
+    def report(event: Event) -> tuple[int, None]:
+        told = event.event_information
+        asked = str(told.get("TransactionUID", ""))
+        for keyword, state in (("ReferencedSOPSequence", "kept"), ("FailedSOPSequence", "failed")):
+            items = told.get(keyword) or ()
+            uids = [str(item.get("ReferencedSOPInstanceUID", "")) for item in items]
+            queue.commit(asked, uids, state)
+            if state == "failed" and uids:
+                log.error(
+                    "A destination does not keep %d documents that it took (0x%04X). "
+                    "See: listen status; listen requeue sends them again.",
+                    len(uids),
+                    int(items[0].get("FailureReason") or 0),
+                )
+        return SUCCESS, None
+
+    return [(evt.EVT_N_EVENT_REPORT, report)]
+
+
+def converted(dataset: Dataset, syntax: UID) -> Dataset:
+    """A document in another uncompressed transfer syntax; those made here have bytes as pixels."""
+    buffer = io.BytesIO()
+    list(dataset.iterall())  # values, in place of bytes in the old order
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dcmwrite(
+        buffer,
+        dataset,
+        implicit_vr=syntax.is_implicit_VR,
+        little_endian=syntax.is_little_endian,
+        force_encoding=True,
+    )
+    return dcmread(io.BytesIO(buffer.getvalue()), force=True)
+
+
+def associated(
+    node: DicomDestination | DicomSource,
+    ae_title: str,
+    contexts: Sequence[tuple[str, Sequence[UID]]],
+    handlers: Sequence[EventHandlerType] = (),
+    **options: Any,
+) -> Association:
+    """An association, over TLS where the node is configured so.
+
+    Args:
+        node: Whom to call.
+        ae_title: Whom it is told that calls.
+        contexts: Classes, each with its transfer syntaxes.
+        handlers: Of what the node sends over it.
+        options: Of pynetdicom's `associate`.
+
+    Raises:
+        ResourceError: The node cannot be reached or rejects it.
+        InputError: The certificates are of no use.
+    """
+    entity = ApplicationEntity(ae_title)
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT
+    entity.connection_timeout = TIMEOUT
+    for uid, syntaxes in contexts:
+        entity.add_requested_context(uid, list(syntaxes))
+    association = entity.associate(
+        node.host,
+        node.port,
+        ae_title=node.ae_title,
+        evt_handlers=list(handlers),
+        tls_args=(node.tls.client(), node.host) if node.tls else None,
+        **options,
+    )
+    if not association.is_established:
+        why = "rejected the association" if association.is_rejected else "cannot be reached"
+        hint = "Is it running, and does it know this AE title?"
+        if node.tls:
+            why, hint = f"{why} over TLS", f"{hint} Is its certificate from the authority?"
+        raise ResourceError(f"it {why}", hint)
+    return association
+
+
+def web_client(server: StowDestination | WebSource) -> DICOMwebClient:
+    """A client of a DICOMweb server; raises `InputError` for certificates of no use."""
+    session = requests.Session()
+    if server.tls is not None:
+        server.tls.client()  # says what is wrong with them
+        if server.tls.authority is not None:
+            session.verify = str(server.tls.authority)
+        if server.tls.certificate is not None:
+            session.cert = (str(server.tls.certificate), str(server.tls.key))
+    return DICOMwebClient(
+        str(server.url).rstrip("/"),
+        session=session,
+        headers=server.headers(),
+        timeout=TIMEOUT,
+        permissive_uid=True,  # real ones have leading zeros
+    )
+
+
+def stow(data: bytes, client: DICOMwebClient) -> None:
+    """Send a DICOM file by STOW-RS; raises `ResourceError` unless it is kept."""
+    try:
+        told = client.store_instances([dcmread(io.BytesIO(data))])
+    except requests.HTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        raise ResourceError(f"it refused: HTTP {status}", "See its log.") from error
+    except requests.RequestException as error:
+        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
+    if failed := told.get("FailedSOPSequence"):
+        reason = int(failed[0].get("FailureReason") or 0)
+        raise ResourceError(f"it refused the document: 0x{reason:04X}", "See its log.")
+
+
+def post(data: bytes, server: FhirDestination) -> None:
+    """Post a FHIR transaction; raises `ResourceError` unless it is done."""
+    headers = {"Content-Type": "application/fhir+json", "Accept": "application/fhir+json"}
+    try:
+        response = httpx.post(
+            str(server.url),
+            content=data,
+            headers=headers | server.headers(),
+            timeout=TIMEOUT,
+            verify=server.tls.client() if server.tls else True,
+        )
+    except httpx.HTTPError as error:
+        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
+    if not response.is_success:
+        raise ResourceError(f"it refused: HTTP {response.status_code}", "See its log.")
+
+
+def say(data: bytes, receiver: Hl7Destination) -> None:
+    """Send a message by MLLP; raises `ResourceError` unless it is acknowledged as accepted."""
+    message = addressed(data, receiver.application, receiver.facility)
+    try:
+        told = asyncio.run(asyncio.wait_for(_exchange(message, receiver), TIMEOUT))
+        answer = hl7.parse(told).segment("MSA")
+        acknowledgement, number = str(answer[1]), str(answer[2])
+    except (OSError, EOFError, ValueError, LookupError, *MALFORMED) as error:
+        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
+    if acknowledgement not in ACCEPTED:
+        raise ResourceError(f"it refused the message: {acknowledgement[:2]}", "See its log.")
+    if number.encode() != message.split(b"|")[9]:
+        raise ResourceError("it acknowledged another message", "See its log.")
+
+
+async def _exchange(message: bytes, receiver: Hl7Destination) -> str:
+    context = receiver.tls.client() if receiver.tls else None
+    reader, writer = await hl7.mllp.open_hl7_connection(
+        receiver.host, receiver.port, encoding="utf-8", ssl=context
+    )
+    try:
+        writer.writeblock(message)
+        await writer.drain()
+        return (await reader.readblock()).decode("utf-8", "replace")
+    finally:
+        writer.close()

@@ -1,0 +1,347 @@
+"""The node as it is run: figures and health, systemd, backup, what is kept and for how long; and
+what frames of an object say together.
+"""
+
+import json
+import os
+import socket
+import sqlite3
+import stat
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from command_line import Run, answer_to
+from dicom_files import made
+from listen_process import (
+    PEER,
+    QUESTION,
+    SOME,
+    StandIn,
+    configuration,
+    send,
+    study,
+    wait_for,
+)
+from prometheus_client.parser import text_string_to_metric_families
+from pydicom import Dataset, dcmread
+from pydicom.uid import UltrasoundMultiFrameImageStorage
+
+from medmoe_edge.bedside.listen.desk import DAY, Desk, Tidying, restore
+from medmoe_edge.bedside.listen.node import Node
+from medmoe_edge.bedside.listen.queue import Folder, Queue
+from medmoe_edge.bedside.listen.schema import VERSION
+from medmoe_edge.engine.answer import Answer
+from medmoe_edge.errors import InputError, ResourceError
+from medmoe_edge.image.pixels import Image
+
+# pynetdicom leaves a socket to the garbage collector where its peer hung up first.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+CONFIG = f"""
+folder = "node"
+peers = [{{ ae_title = "{PEER}" }}]
+questions = [{{ ask = ["a?"] }}]
+"""
+FINDING = {"ask": [QUESTION], "code": ["60046008", "SCT", "Pleural effusion"]}
+
+
+def answered(node: Node, count: int = 1) -> None:
+    wait_for(lambda: node.queue.counts()["answered"] == count)
+
+
+def test_prometheus_and_an_orchestrator_are_told_how_the_node_stands(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node", http={"port": 0}), StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        answered(node)
+        url = f"http://127.0.0.1:{node.web_port}"
+        for route in ("/healthz", "/readyz"):
+            assert httpx.get(url + route).json()["status"] == "ready"
+            assert httpx.head(url + route).status_code == 200
+        text = httpx.get(f"{url}/metrics").text
+        found = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        assert found["medmoe_listen_objects",] == found["medmoe_listen_results",] == 1
+        assert found["medmoe_listen_series", "answered"] == 1
+        assert found["medmoe_listen_well",] == 1
+        assert found["medmoe_listen_used_bytes",] > 0
+        log = tmp_path / "node" / "audit.jsonl"
+        log.unlink()
+        log.mkdir()  # answers could not be audited
+        told = httpx.get(f"{url}/readyz")
+        assert (told.status_code, "audit log" in told.json()["status"]) == (503, True)
+        assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_an_engine_that_hangs_is_not_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.node.STUCK", 0.2)
+    with Node(configuration(tmp_path / "node"), StandIn(seconds=2)) as node:
+        assert node.ails() == ""
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: node.ails() == "an answer takes too long")
+        answered(node)
+        wait_for(lambda: node.ails() == "")
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets, as systemd does")
+def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        link.bind(str(path))
+        link.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        stop = threading.Event()
+        with Node(configuration(tmp_path / "node"), StandIn()) as node:
+            watching = threading.Thread(target=node.watch, args=[stop])
+            watching.start()
+            assert [link.recv(100) for _ in range(3)] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+            stop.set()
+            watching.join(10)
+            while (told := link.recv(100)) == b"WATCHDOG=1":
+                pass
+            assert told == b"STOPPING=1"
+
+
+def test_a_backup_of_a_running_node_is_whole_and_goes_on_elsewhere(tmp_path: Path) -> None:
+    config = configuration(tmp_path / "node", series={"quiet": 0, "linger": 600})
+    with Node(config, StandIn()) as node:
+        assert send(node.port, study(1)) == [0]
+        answered(node)
+        slow = configuration(tmp_path / "node", series={"quiet": 600})
+        node.answering.configuration = slow  # the second series waits
+        assert send(node.port, study(2)) == [0]
+        assert node.desk.back_up(config.audit_log, tmp_path / "node.tar") == 5
+        assert stat.S_IMODE((tmp_path / "node.tar").stat().st_mode) & 0o077 == 0
+        assert not list(node.folder.root.glob(".backup.*"))
+        documents = {path.name: path.read_bytes() for path in node.folder.documents.glob("*/*")}
+        with pytest.raises(InputError, match="holds a queue already"):
+            restore(tmp_path / "node.tar", node.folder, config.audit_log)
+    other = configuration(tmp_path / "other")
+    with pytest.raises(InputError, match="cannot be restored"):
+        restore(Path(__file__), Folder(other.folder), other.audit_log)
+    restore(tmp_path / "node.tar", Folder(other.folder), other.audit_log)
+    assert other.audit_log.read_bytes().count(b"\n") == 1
+    with Node(other, StandIn()) as node:
+        answered(node, 2)
+        kept = {path.name: path.read_bytes() for path in node.folder.documents.glob("*/*")}
+        assert documents.items() <= kept.items()
+        assert send(node.port, study(1)) == [0]  # it knows it
+        assert node.queue.counts() == {"waiting": 0, "answered": 2, "failed": 0, "unsent": 0}
+
+
+def test_the_commands_back_up_and_restore(tmp_path: Path, run: Run) -> None:
+    text = CONFIG
+    (tmp_path / "listen.toml").write_text(text)
+    given = ["--config", str(tmp_path / "listen.toml"), "--json"]
+    assert run("listen", "backup", "-o", str(tmp_path / "b.tar"), *given).exit_code == 2
+    assert not (tmp_path / "node").exists()  # nothing is made by looking
+    Queue(Folder(tmp_path / "node").queue).close()
+    done = run("listen", "backup", "-o", str(tmp_path / "b.tar"), *given)
+    assert json.loads(done.stdout) == {"files": 1}
+    assert run("listen", "backup", "-o", str(tmp_path / "b.tar"), *given).exit_code == 2
+    (tmp_path / "listen.toml").write_text(text.replace('"node"', '"other"'))
+    done = run("listen", "restore", str(tmp_path / "b.tar"), *given)
+    assert json.loads(done.stdout) == {"files": 1}
+    assert json.loads(run("listen", "status", *given).stdout)["objects"] == 0
+
+
+def test_the_command_asks_for_a_study(tmp_path: Path, run: Run) -> None:
+    text = CONFIG
+    (tmp_path / "listen.toml").write_text(text)
+    Queue(Folder(tmp_path / "node").queue).close()
+    given = ["--config", str(tmp_path / "listen.toml"), "--json"]
+    assert "No source" in run("listen", "ask", "--study", "1.2.3", *given).output
+    source = '[[sources]]\nae_title = "PACS"\nhost = "127.0.0.1"\nport = 104\n'
+    (tmp_path / "listen.toml").write_text(text + source)
+    assert run("listen", "ask", "--study", "1.2.3; DROP", *given).exit_code == 2
+    assert "PACS" in run("listen", "ask", "--study", "1.2.3", "--source", "x", *given).output
+    done = run("listen", "ask", "--study", "1.2.3", "--priors", "2", *given)
+    assert json.loads(done.stdout) == {"request": 1, "source": "PACS", "state": "waiting"}
+    assert json.loads(run("listen", "status", *given).stdout)["requests"]["waiting"] == 1
+
+
+def test_the_log_goes_to_files_that_do_not_grow_for_ever(tmp_path: Path) -> None:
+    from medmoe_edge.bedside.listen.config import Log
+    from medmoe_edge.cli import bedside
+
+    ours = bedside.logging.getLogger("medmoe_edge")
+    before, umask = list(ours.handlers), os.umask(0o022)
+    try:
+        bedside._run_as_service(Log(file=tmp_path / "node.log", max_mb=1, keep=2))
+        for number in range(4):
+            ours.error("%d %s", number, "x" * 700_000)
+        for handler in ours.handlers:
+            handler.close()
+    finally:
+        ours.handlers = before
+        os.umask(umask)
+    files = sorted(tmp_path.glob("node.log*"))
+    assert [path.name for path in files] == ["node.log", "node.log.1", "node.log.2"]
+    assert files[0].read_text()[:4].isdigit()  # each line says when
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+
+
+def test_nothing_is_accepted_that_cannot_be_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    big = study(2, Rows=1000, Columns=1000)
+    big.PixelData = bytes(1_000_000)
+    config = configuration(tmp_path / "node", quota_mb=1)
+    with Node(config, StandIn()) as node:
+        assert send(node.port, study(1)) == [0]
+        assert send(node.port, big) == [0xA700]
+        answered(node)
+        assert "reached its quota_mb" in caplog.text
+        assert not [path for path in node.folder.images.iterdir() if path.stat().st_size > 10**6]
+
+
+def test_what_was_sent_goes_after_a_while_and_is_known_still(tmp_path: Path) -> None:
+    config = configuration(tmp_path / "node", keep_days=30, keep_images=True)
+    with Node(config, StandIn()) as node:
+        assert send(node.port, study(1)) == [0]
+        answered(node)
+        tidying, (result,) = Tidying(config, node.desk), node.folder.documents.iterdir()
+        assert tidying.pending(1) == ["old files"]
+        tidying.do("old files")
+        assert tidying.pending(1) == []
+        assert result.exists()
+        old = time.time() - 31 * DAY
+        for path in (*result.iterdir(), result, *node.folder.images.iterdir()):
+            os.utime(path, (old, old))
+        node.queue.ask_commitment("somewhere", "1.2", {f"{result.name}/x.dcm": "1.3"})
+        node.queue._write(
+            "INSERT INTO delivery (document, destination, sent) VALUES (?, 'somewhere', 1)",
+            [(f"{result.name}/x.dcm",)],
+        )
+        tidying.do("old files")
+        assert result.exists()  # nobody has said yet that he keeps it
+        node.queue.commit("1.2", ["1.3"], "kept")
+        tidying.do("old files")
+        assert not result.exists()
+        assert not list(node.folder.images.iterdir())
+        (series,) = node.desk.series()
+        assert node.desk.show(series["series"])["results"][0]["answers"] == []
+        assert send(node.port, study(1)) == [0]
+        assert node.queue.counts() == {"waiting": 0, "answered": 1, "failed": 0, "unsent": 0}
+
+
+def test_a_queue_of_version_2_is_taken_over(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "node")
+    with Node(configuration(folder.root), StandIn()) as node:
+        assert send(node.port, study(1)) == [0]
+        answered(node)
+    database = sqlite3.connect(folder.queue)
+    database.executescript(
+        "DROP TABLE commitment; DROP TABLE request; PRAGMA user_version = 2; VACUUM;"
+    )
+    database.close()
+    with Node(configuration(folder.root), StandIn()) as node:
+        assert node.queue.counts()["answered"] == 1
+        assert node.desk.status(node.configuration)["requests"]["waiting"] == 0
+    database = sqlite3.connect(folder.queue)
+    assert database.execute("PRAGMA user_version").fetchone() == (VERSION,)
+    database.execute(f"PRAGMA user_version = {VERSION + 1}")
+    database.commit()
+    database.close()
+    with pytest.raises(ResourceError, match="later version"):
+        Desk(folder.root)
+
+
+def test_two_nodes_behind_one_folder_are_refused(tmp_path: Path) -> None:
+    with (
+        Node(configuration(tmp_path / "node"), StandIn()),
+        pytest.raises(ResourceError, match="Another node works") as refused,
+    ):
+        Node(configuration(tmp_path / "node"), StandIn())
+    assert "folder of its own" in refused.value.remedy
+
+
+class ByBrightness(StandIn):
+    """Says "Yes" of bright pictures."""
+
+    def ask_all(self, image: Image, questions: Any, *, max_new_tokens: int) -> list[Answer]:
+        self.asked += 1
+        text = "Yes" if image.pixels.mean() > 128 else "No"
+        sure = 0.99 if text == "Yes" else 0.95
+        return [replace(answer_to(question, text), confidence=sure) for question in questions]
+
+
+def cine(bright: int, frames: int = 6) -> Dataset:
+    """An ultrasound of frames, of which some are bright."""
+    pixels = np.zeros((frames, *SOME.shape), np.uint8)
+    pixels[:, 0] = 255  # some contrast in each
+    pixels[:bright, 8:] = 255
+    pixels[:bright, :8] = 200
+    uids = {
+        "SOPClassUID": UltrasoundMultiFrameImageStorage,
+        "SOPInstanceUID": "1.2.826.0.4711.70.3",
+        "SeriesInstanceUID": "1.2.826.0.4711.70.2",
+        "StudyInstanceUID": "1.2.826.0.4711.70.1",
+    }
+    return made(pixels, Modality="US", StudyDate="20240506", **uids)
+
+
+@pytest.mark.parametrize(
+    ("slices", "bright", "asked", "text", "presence"),
+    [
+        ("middle", 6, 1, "Yes", "52101004"),
+        ("middle", 0, 1, "No", "373068000"),  # the other frames may show it
+        ("all", 6, 6, "Yes", "52101004"),
+        ("all", 0, 6, "No", "272519000"),
+        ("all", 1, 6, "No", "373068000"),  # one shows it, whatever most say
+        ("every", 6, 3, "Yes", "52101004"),
+    ],
+)
+def test_frames_of_an_object_are_asked_and_vote(
+    tmp_path: Path, slices: str, bright: int, asked: int, text: str, presence: str
+) -> None:
+    engine = ByBrightness()
+    series = {"quiet": 0, "linger": 0, "slices": slices, "every": 2}
+    config = configuration(
+        tmp_path / "node",
+        series=series,
+        findings=[FINDING],
+        documents=["comprehensive-3d-sr", "picture"],
+    )
+    with Node(config, engine) as node:
+        assert send(node.port, cine(bright)) == [0]
+        answered(node)
+        (series_row,) = node.desk.series()
+        ((answer,),) = [each["answers"] for each in node.desk.show(series_row["series"])["results"]]
+    assert engine.asked == asked
+    codes = {notice["code"]: notice["message"] for notice in answer["warnings"]}
+    assert answer["answer"] == text
+    assert ("frames" in codes) == (asked < 6)
+    assert ("vote" in codes) == (asked > 1)
+    (path,) = (tmp_path / "node" / "documents").glob("*/*-sr.dcm")
+    report = dcmread(path)
+    found = list(_items(report))
+    (coded,) = [
+        item.ConceptCodeSequence[0].CodeValue
+        for item in found
+        if item.ConceptNameCodeSequence[0].CodeValue == "60046008"
+    ]
+    assert coded == presence
+    (frames,) = [
+        item.ReferencedSOPSequence[0].ReferencedFrameNumber
+        for item in found
+        if item.ValueType == "IMAGE" and "ReferencedFrameNumber" in item.ReferencedSOPSequence[0]
+    ]
+    assert len([frames] if isinstance(frames, int | str) else frames) == asked
+    pictures = list((tmp_path / "node" / "documents").glob("*/*.picture.dcm"))
+    assert len(pictures) == asked
+    assert len({dcmread(each).SOPInstanceUID for each in pictures}) == asked
+
+
+def _items(item: Any) -> Any:
+    for each in item.get("ContentSequence", []):
+        yield each
+        yield from _items(each)

@@ -1,0 +1,433 @@
+"""How a department is connected, each way against a real peer: Orthanc with its DICOMweb plugin,
+DCMTK over TLS, an MLLP server.
+"""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hl7
+import hl7.mllp
+import httpx
+import pytest
+import trustme
+from dicom_files import saved
+from dicom_peers import PLUGINS, get, orthanc_at, post_to, put_to, tool
+from listen_process import (
+    PEER,
+    StandIn,
+    configuration,
+    free_port,
+    send,
+    study,
+    wait_for,
+)
+from pydicom import Dataset, dcmread
+
+from medmoe_edge.bedside.listen.config import Configuration, Tls, load_configuration
+from medmoe_edge.bedside.listen.desk import Desk
+from medmoe_edge.bedside.listen.node import Node
+from medmoe_edge.bedside.listen.receiving import multipart
+from medmoe_edge.bedside.listen.sending import commitment_handlers
+from medmoe_edge.errors import InputError
+
+# pynetdicom leaves a socket to the garbage collector where its peer hung up first.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+STUDY = str(study().StudyInstanceUID)
+
+
+class Orthanc(NamedTuple):
+    """An Orthanc that knows the node by its port."""
+
+    dicom: int
+    rest: int
+    node: int
+
+    @property
+    def web(self) -> str:
+        """The base of its DICOMweb."""
+        return f"http://127.0.0.1:{self.rest}/dicom-web"
+
+    def keeps(self) -> set[str]:
+        """The SOP Instance UIDs that it has."""
+        found = json.loads(get(self.rest, "/instances?expand"))
+        return {each["MainDicomTags"]["SOPInstanceUID"] for each in found}
+
+    def take(self, *datasets: Dataset, folder: Path) -> None:
+        for dataset in datasets:
+            post_to(self.rest, "/instances", saved(folder, dataset).read_bytes())
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
+    if not Path(PLUGINS, "libOrthancDicomWeb.so").exists():
+        pytest.skip("needs Orthanc's DICOMweb plugin (Debian: orthanc-dicomweb)")
+    port = free_port()
+    with orthanc_at(
+        tmp_path_factory.mktemp("orthanc"),
+        Plugins=[PLUGINS],
+        DicomModalities={"node": ["MEDMOE", "127.0.0.1", port]},
+        DicomWeb={"Enable": True},
+    ) as (dicom, rest):
+        yield Orthanc(dicom, rest, port)
+
+
+@pytest.fixture
+def orthanc(started: Orthanc) -> Orthanc:
+    """With nothing in it."""
+    for each in json.loads(get(started.rest, "/patients")):
+        post_to(started.rest, f"/patients/{each}", b"", "DELETE")
+    return started
+
+
+def beside(orthanc: Orthanc, folder: Path, **values: Any) -> Configuration:
+    """A node on the port that Orthanc knows."""
+    peers = [{"ae_title": PEER}, {"ae_title": "ORTHANC"}]
+    return configuration(folder / "node", port=orthanc.node, peers=peers, **values)
+
+
+def sent(node: Node) -> None:
+    """Wait until an answer has gone to where it is to go."""
+    wait_for(lambda: node.queue.counts()["answered"] == 1)
+    wait_for(lambda: node.queue.counts()["unsent"] == 0)
+
+
+def documents(node: Node) -> set[str]:
+    return {str(dcmread(each).SOPInstanceUID) for each in node.folder.documents.glob("*/*.dcm")}
+
+
+class Authority:
+    """Certificates as files: of an authority, of `localhost` from it, and from another."""
+
+    def __init__(self, folder: Path) -> None:
+        authority, stranger = trustme.CA(), trustme.CA()
+        issued = authority.issue_cert("localhost", "127.0.0.1")
+        other = stranger.issue_cert("localhost", "127.0.0.1")
+        self.ca, self.cert, self.key = folder / "ca.pem", folder / "cert.pem", folder / "key.pem"
+        self.others_cert, self.others_key = folder / "o.pem", folder / "ok.pem"
+        authority.cert_pem.write_to_path(self.ca)
+        issued.cert_chain_pems[0].write_to_path(self.cert)
+        issued.private_key_pem.write_to_path(self.key)
+        other.cert_chain_pems[0].write_to_path(self.others_cert)
+        other.private_key_pem.write_to_path(self.others_key)
+
+    def tls(self, **more: Any) -> dict[str, str]:
+        """As the configuration has it."""
+        files = {"certificate": self.cert, "key": self.key, "authority": self.ca}
+        return {name: str(path) for name, path in (files | more).items()}
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def test_dcmtk_sends_over_tls_and_nobody_else(tmp_path: Path, authority: Authority) -> None:
+    store, path = tool("storescu"), saved(tmp_path, study())
+    with Node(configuration(tmp_path / "node", tls=authority.tls()), StandIn()) as node:
+        who = ["-aet", PEER, "-aec", "MEDMOE", "localhost", str(node.port), str(path)]
+        trusting = ["+cf", str(authority.ca)]
+        ours = ["+tls", str(authority.key), str(authority.cert)]
+        theirs = ["+tls", str(authority.others_key), str(authority.others_cert)]
+
+        def ended(*options: str) -> int:
+            command = [store, *options, *who]
+            return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
+
+        assert ended() != 0  # without TLS
+        assert ended(*theirs, *trusting) != 0  # of another authority
+        assert node.queue.counts()["waiting"] == node.queue.counts()["answered"] == 0
+        assert ended(*ours, *trusting) == 0
+        wait_for(lambda: node.queue.counts()["answered"] == 1)
+
+
+def test_reports_go_to_dcmtk_over_tls(tmp_path: Path, authority: Authority) -> None:
+    (tmp_path / "kept").mkdir()
+    port = free_port()
+    command = [tool("storescp"), "+tls", str(authority.key), str(authority.cert)]
+    command += ["+cf", str(authority.ca), "-od", str(tmp_path / "kept"), str(port)]
+    archive = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    node = {"ae_title": "STORESCP", "host": "localhost", "port": port, "tls": authority.tls()}
+    try:
+        with Node(configuration(tmp_path / "node", dicom=[node]), StandIn()) as running:
+            assert send(running.port, study()) == [0]
+            sent(running)
+        assert len(list((tmp_path / "kept").iterdir())) == 1
+    finally:
+        archive.terminate()
+        archive.wait(30)
+
+
+def test_a_server_of_another_authority_gets_nothing(
+    tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "kept").mkdir()
+    port = free_port()
+    command = [tool("storescp"), "+tls", str(authority.others_key), str(authority.others_cert)]
+    command += ["+cf", str(authority.ca), "-od", str(tmp_path / "kept"), str(port)]
+    archive = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    node = {"ae_title": "STORESCP", "host": "localhost", "port": port, "tls": authority.tls()}
+    try:
+        with Node(configuration(tmp_path / "node", dicom=[node]), StandIn()) as running:
+            assert send(running.port, study()) == [0]
+            wait_for(lambda: "over TLS" in caplog.text)
+            assert running.queue.counts()["unsent"] == 1
+        assert not list((tmp_path / "kept").iterdir())
+    finally:
+        archive.terminate()
+        archive.wait(30)
+
+
+def test_certificates_of_no_use_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "no.pem").write_text("nothing")
+    tls = Tls(certificate=tmp_path / "no.pem", key=tmp_path / "no.pem")
+    with pytest.raises(InputError, match="certificates under tls"):
+        tls.server()
+
+
+def test_reports_go_to_orthanc_by_stow(tmp_path: Path, orthanc: Orthanc) -> None:
+    config = beside(orthanc, tmp_path, stow=[{"url": orthanc.web}])
+    with Node(config, StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        sent(node)
+        assert orthanc.keeps() == documents(node) != set()
+
+
+def test_orthanc_sends_by_stow(tmp_path: Path, orthanc: Orthanc) -> None:
+    orthanc.take(study(1), study(2), folder=tmp_path)
+    with Node(beside(orthanc, tmp_path, http={"port": 0}), StandIn()) as node:
+        place = {"Url": f"http://127.0.0.1:{node.web_port}/"}
+        put_to(orthanc.rest, "/dicom-web/servers/node", json.dumps(place).encode())
+        wanted = json.dumps({"Resources": json.loads(get(orthanc.rest, "/studies"))}).encode()
+        post_to(orthanc.rest, "/dicom-web/servers/node/stow", wanted)
+        wait_for(lambda: node.queue.counts()["answered"] == 2)
+
+
+def body_of(*parts: bytes) -> tuple[bytes, dict[str, str]]:
+    """A request of STOW-RS."""
+    head = b"--ends\r\nContent-Type: application/dicom\r\n\r\n"
+    body = b"".join(head + part + b"\r\n" for part in parts) + b"--ends--\r\n"
+    kind = 'multipart/related; type="application/dicom"; boundary=ends'
+    return body, {"Content-Type": kind}
+
+
+def test_stow_says_what_became_of_each_object(tmp_path: Path) -> None:
+    one, two = (saved(tmp_path, study(number)).read_bytes() for number in (1, 2))
+    with Node(configuration(tmp_path / "node", http={"port": 0}), StandIn()) as node:
+        url = f"http://127.0.0.1:{node.web_port}/studies"
+
+        def post(where: str, *parts: bytes) -> tuple[int, Any]:
+            body, headers = body_of(*parts)
+            found = httpx.post(where, content=body, headers=headers, timeout=30)
+            return found.status_code, found.json()
+
+        status, told = post(url, one)
+        assert status == 200
+        (kept,) = told["00081199"]["Value"]
+        assert kept["00081155"]["Value"] == [study(1).SOPInstanceUID]
+        status, told = post(f"{url}/{study(1).StudyInstanceUID}", one, two, b"no DICOM")
+        assert status == 202
+        reasons = [each["00081197"]["Value"] for each in told["00081198"]["Value"]]
+        assert reasons == [[0xA900], [0xC000]]
+        assert post(url, b"no DICOM")[0] == 409
+        body, headers = body_of(one)
+        assert httpx.post(url, content=body[:-20], headers=headers).status_code == 400
+        assert httpx.post(url, content=body).status_code == 400
+        wait_for(lambda: node.queue.counts()["answered"] == 1)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["", "multipart/related", "multipart/form-data; boundary=ends", 'multipart/related; type="x"'],
+)
+def test_only_dicom_in_parts_is_stowed(kind: str) -> None:
+    body, headers = body_of(b"data\r\n--end", b"")
+    assert multipart(body, headers["Content-Type"]) == [b"data\r\n--end", b""]
+    with pytest.raises(ValueError, match=r"."):
+        multipart(body, kind)
+
+
+def test_others_than_this_machine_need_a_token(tmp_path: Path, authority: Authority) -> None:
+    token = tmp_path / "tokens"
+    token.write_text("pacs 0123456789abcdef0123\n")
+    token.chmod(0o600)
+    with pytest.raises(ValueError, match="token_file and tls"):
+        configuration(tmp_path / "node", http={"host": "0.0.0.0"})
+    tls = {"certificate": str(authority.cert), "key": str(authority.key)}
+    web = {"port": 0, "token_file": str(token), "tls": tls}
+    with Node(configuration(tmp_path / "node", http=web), StandIn()) as node:
+        body, headers = body_of(saved(tmp_path, study()).read_bytes())
+        url = f"https://localhost:{node.web_port}"
+        context = Tls(authority=authority.ca).client()
+        with httpx.Client(verify=context) as client:
+            assert client.post(f"{url}/studies", content=body, headers=headers).status_code == 401
+            headers["Authorization"] = "Bearer 0123456789abcdef0123"
+            assert client.post(f"{url}/studies", content=body, headers=headers).status_code == 200
+        wait_for(lambda: node.queue.counts()["answered"] == 1)
+        assert "DICOMweb pacs" in (node.folder.root / "audit.jsonl").read_text()
+
+
+SOURCES = {
+    "move": {"ae_title": "ORTHANC", "host": "127.0.0.1", "retrieve": "move"},
+    "get": {"ae_title": "ORTHANC", "host": "127.0.0.1", "retrieve": "get"},
+    "web": {},
+}
+
+
+@pytest.mark.parametrize("way", SOURCES)
+def test_a_study_and_its_priors_are_fetched(tmp_path: Path, orthanc: Orthanc, way: str) -> None:
+    place = {"url": orthanc.web} if way == "web" else {"port": orthanc.dicom}
+    dates = {1: "20240506", 2: "20230101", 3: "20220101", 4: "20250101"}
+    scans = [study(number, StudyDate=date) for number, date in dates.items()]
+    scans.append(study(5, StudyDate="20230601", PatientID="OTHER"))
+    orthanc.take(*scans, folder=tmp_path)
+    config = beside(orthanc, tmp_path, sources=[SOURCES[way] | place], keep_images=True)
+    with Node(config, StandIn()) as node:
+        desk = Desk(node.folder.root)
+        missing = desk.request("1.2.3.4", 0, "")
+        number = desk.request(STUDY, 1, "")
+        wait_for(lambda: desk.fetched(number)[0] == "fetched", 60)
+        assert desk.fetched(missing) == ("failed", "the source has no such study")
+        wait_for(lambda: node.queue.counts()["answered"] == 2)
+        assert desk.status(config)["requests"] == {"waiting": 0, "fetched": 1, "failed": 1}
+        desk.close()
+        assert not list(node.folder.requests.iterdir())
+        images = [dcmread(path) for path in node.folder.images.glob("*.dcm")]
+    assert {str(each.StudyDate) for each in images} == {"20240506", "20230101"}
+
+
+def test_a_source_that_is_not_there_is_asked_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = {"ae_title": "NOBODY", "host": "127.0.0.1", "port": free_port()}
+    with Node(configuration(tmp_path / "node", sources=[source]), StandIn()) as node:
+        desk = Desk(node.folder.root)
+        number = desk.request(STUDY, 0, "")
+        wait_for(lambda: "request 1 failed (it cannot be reached)" in caplog.text)
+        assert desk.fetched(number) == ("waiting", "")
+        desk.close()
+        assert len(list(node.folder.requests.iterdir())) == 1
+    assert STUDY not in caplog.text
+
+
+def test_orthanc_commits_itself_to_what_it_took(tmp_path: Path, orthanc: Orthanc) -> None:
+    place = {"ae_title": "ORTHANC", "host": "127.0.0.1", "port": orthanc.dicom, "commitment": True}
+    with Node(beside(orthanc, tmp_path, dicom=[place]), StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        sent(node)
+        (name,) = [each.name for each in node.configuration.destinations]
+        wait_for(lambda: not node.queue.uncommitted(name, 1))
+        wait_for(lambda: node.desk.status(node.configuration)["uncommitted"] == {})
+        (result,) = node.folder.documents.iterdir()
+        assert node.desk.is_finished(result.name)
+
+
+def test_who_is_asked_to_commit_itself_must_be_let_in(tmp_path: Path) -> None:
+    place = {"ae_title": "PACS", "host": "127.0.0.1", "port": 104, "commitment": True}
+    with pytest.raises(ValueError, match="PACS is asked for storage commitment"):
+        configuration(tmp_path / "node", dicom=[place])
+
+
+def test_what_a_destination_does_not_keep_is_told_and_can_be_sent_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: node.queue.counts()["answered"] == 1)
+        (path,) = node.folder.documents.glob("*/*.dcm")
+        document = f"{path.parent.name}/{path.name}"
+        node.queue.ask_commitment("there", "1.2.9", {document: "1.2.3"})
+        told = Dataset()
+        told.TransactionUID = "1.2.9"
+        failed = Dataset()
+        failed.ReferencedSOPInstanceUID, failed.FailureReason = "1.2.3", 0x0110
+        told.FailedSOPSequence = [failed]
+        ((_, handler),) = commitment_handlers(node.queue)
+        event = type("Event", (), {"event_information": told})
+        assert handler(event) == (0, None)
+        assert node.desk.status(node.configuration)["uncommitted"] == {"there": 1}
+        assert "does not keep 1 documents that it took (0x0110)" in caplog.text
+        (series,) = node.desk.series()
+        node.desk.requeue([series["series"]], None)
+        assert node.desk.status(node.configuration)["uncommitted"] == {}
+
+
+class Listener:
+    """An MLLP server: keeps what it is told, and acknowledges with `code`."""
+
+    def __init__(self, *codes: str) -> None:
+        self.codes, self.heard = list(codes), list[hl7.Message]()
+        self.port = 0
+        self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=[self._serve()])
+
+    async def _serve(self) -> None:
+        self._end = asyncio.Event()
+        server = await hl7.mllp.start_hl7_server(
+            self._client, "127.0.0.1", 0, encoding="utf-8", limit=2**20
+        )
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        async with server:
+            await self._end.wait()
+
+    async def _client(self, reader: Any, writer: Any) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                message = await reader.readmessage()
+                self.heard.append(message)
+                writer.writemessage(message.create_ack(self.codes.pop(0)))
+                await writer.drain()
+
+    def __enter__(self) -> "Listener":
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join(10)
+        self._loop.close()
+
+
+def test_hl7_is_said_until_it_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
+    with Listener("AE", "AA") as listener:
+        receiver = {"host": "127.0.0.1", "port": listener.port, "application": "RIS|1"}
+        with Node(configuration(tmp_path / "node", hl7=[receiver]), StandIn()) as node:
+            assert send(node.port, study(AccessionNumber="A1")) == [0]
+            sent(node)
+    first, second = listener.heard
+    assert str(first) == str(second)
+    assert first.unescape(str(first.segment("MSH")[5])) == "RIS|1"
+    assert str(first.segment("OBR")[18]) == "A1"
+    assert str(first.segment("PID")[3]) == "MRN-4711"
+    finding = next(each for each in first.segments("OBX") if str(each[3]).startswith("121071^"))
+    assert (str(finding[5]), str(finding[11])) == ("No", "R")
+
+
+def test_files_are_from_the_configurations_folder_and_tokens_stay_secret(tmp_path: Path) -> None:
+    text = f"""
+folder = "node"
+peers = [{{ ae_title = "{PEER}" }}]
+questions = [{{ ask = ["Is there effusion?"] }}]
+[[stow]]
+url = "https://pacs.example/dicom-web"
+token_file = "token"
+[stow.tls]
+authority = "ca.pem"
+"""
+    (tmp_path / "listen.toml").write_text(text)
+    (stow,) = load_configuration(tmp_path / "listen.toml").stow
+    assert stow.token_file == tmp_path / "token"
+    assert stow.tls is not None
+    assert stow.tls.authority == tmp_path / "ca.pem"
+    (tmp_path / "listen.toml").write_text(text.replace("https:", "http:"))
+    with pytest.raises(InputError, match="stow") as refused:
+        load_configuration(tmp_path / "listen.toml")
+    assert "unencrypted" in refused.value.remedy

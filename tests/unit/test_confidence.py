@@ -1,0 +1,211 @@
+"""Calibrated confidence on answers whose chance of being right is known: they are made up."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medmoe_edge._types import Doubles
+from medmoe_edge.config import Confidence, Curve, answer_kind
+from medmoe_edge.data.datasets import Example
+from medmoe_edge.errors import ConfigError, DataError, InputError
+from medmoe_edge.evaluation.confidence import (
+    FLAGGED,
+    choose_threshold,
+    fit_confidence,
+    fit_curve,
+    refusal_threshold,
+)
+from medmoe_edge.evaluation.evaluate import Prediction
+
+Made = tuple[list[Example], list[Prediction]]
+
+
+def made(probability: Doubles, chance: Doubles, *, per_image: int = 10, seed: int = 0) -> Made:
+    """Answers that are right with `chance`, every other one of yes or no."""
+    right = np.random.default_rng(seed).random(len(chance)) < chance
+    examples, predictions = [], []
+    for number, (said, hit) in enumerate(zip(probability, right, strict=True)):
+        text = "Yes" if number % 2 else "left lung"
+        image = Path(f"{number // per_image}.png")
+        about = f"q{number}", image, "?", text if hit else "other", "OPEN", None, None, None
+        examples.append(Example(*about, source="made"))  # type: ignore[arg-type]
+        predictions.append(
+            Prediction(f"q{number}", "?", text, bool(hit), 0, 0, "", "OPEN", float(said))
+        )
+    return examples, predictions
+
+
+def fitted(answers: Made, wanted: float | None = None) -> Confidence:
+    return fit_confidence(*answers, data="made", data_sha256="0", selective_accuracy=wanted)
+
+
+def spread(count: int) -> Doubles:
+    return np.random.default_rng(1).permutation(np.linspace(0.02, 0.98, count))
+
+
+# --- curves -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "off"), [(200, 0.06), (4000, 0.03)])
+def test_what_is_calibrated_stays_as_it_is(count: int, off: float) -> None:
+    """Both methods, within what chance does to so many answers."""
+    probability = spread(count)
+    right = np.random.default_rng(2).random(count) < probability
+    curve = fit_curve(probability, right)
+    assert curve.method == ("isotonic" if count > 500 else "logistic")
+    places = np.linspace(0.1, 0.9, 17)
+    gaps = [curve.chance(float(place)) - place for place in places]
+    assert np.abs(gaps).mean() < off
+
+
+@pytest.mark.parametrize("count", [200, 4000])
+def test_what_is_overconfident_is_put_right(count: int) -> None:
+    """The model says p where p squared is right."""
+    probability = spread(count)
+    right = np.random.default_rng(3).random(count) < probability**2
+    curve = fit_curve(probability, right)
+    for place in (0.2, 0.5, 0.8):
+        assert curve.chance(place) == pytest.approx(place**2, abs=0.12)
+
+
+answered = st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), min_size=1, max_size=40)
+
+
+@settings(deadline=None, max_examples=60)
+@given(answered, st.sampled_from([1, 500]), st.floats(0, 1), st.floats(0, 1))
+def test_every_curve_is_monotone_and_within_bounds(
+    some: list[tuple[float, bool]], times: int, low: float, high: float
+) -> None:
+    """Of few answers, and of the same many times over, which is another method."""
+    probability, right = zip(*(some * times), strict=True)
+    curve = fit_curve(probability[:2000], right[:2000])
+    low, high = sorted((low, high))
+    assert 0 < curve.chance(low) <= curve.chance(high) < 1
+    told = Curve.from_json(curve.to_json())
+    assert told == curve
+
+
+def test_a_curve_is_lines_between_its_points() -> None:
+    curve = Curve("isotonic", 10, ((0.2, 0.1), (0.4, 0.5), (0.8, 0.9)))
+    for place, chance in ((0, 0.1), (0.2, 0.1), (0.3, 0.3), (0.4, 0.5), (0.6, 0.7), (1, 0.9)):
+        assert curve.chance(place) == pytest.approx(chance)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [(), ((0.2, 0.5), (0.2, 0.6)), ((0.2, 0.5), (0.4, 0.4)), ((0.2, 1.5),), ((-0.1, 0.5),)],
+)
+def test_curves_that_are_none_are_refused(points: tuple[tuple[float, float], ...]) -> None:
+    with pytest.raises(ConfigError, match="not monotone"):
+        Curve("isotonic", 10, points)
+
+
+def test_answers_of_yes_and_no_are_closed() -> None:
+    assert {answer_kind(text) for text in ("Yes", "no.", " NO ")} == {"closed"}
+    assert {answer_kind(text) for text in ("", "Left", "no mass", "yes, both")} == {"open"}
+
+
+# --- the whole fit ------------------------------------------------------------------------------
+
+
+def test_the_fit_says_what_it_gained() -> None:
+    """Raw probabilities that are far off; the answers that are right stand before the others."""
+    probability = spread(3000)
+    found = fitted(made(probability, np.sqrt(probability)))
+    assert found.before.ece > 0.1 > 0.04 > found.after.ece
+    assert found.before.n == found.after.n == 3000
+    assert found.before.accuracy == found.after.accuracy
+    assert found.images == 300
+    assert found.after.half > found.after.accuracy + 0.1
+    assert found.unsure.answers == pytest.approx(FLAGGED, abs=0.04)
+    assert found.unsure.errors > 1.5 * found.unsure.answers
+    assert found.unsure.accuracy == pytest.approx(found.selective_accuracy, abs=0.03)
+    assert Confidence.from_json(found.to_json()) == found
+
+
+def test_each_kind_has_a_curve_of_its_own() -> None:
+    """Answers of yes and no are right half as often as they say, all others always as often."""
+    probability = spread(2000)
+    found = fitted(made(probability, np.where(np.arange(2000) % 2, probability / 2, probability)))
+    assert found.chance("Yes", 0.8) == pytest.approx(0.4, abs=0.08)
+    assert found.chance("left lung", 0.8) == pytest.approx(0.8, abs=0.08)
+    assert (found.closed.questions, found.open.questions) == (1000, 1000)
+
+
+def test_too_few_of_a_kind_share_the_curve_of_all() -> None:
+    probability = spread(80)
+    found = fitted(made(probability, probability))
+    assert found.closed == found.open
+    assert found.closed.questions == 80
+
+
+def test_no_answer_judges_a_fit_that_saw_its_image() -> None:
+    """All answers about an image are right, or all wrong, and equally probable: a fit that saw
+    some of them knows the others. Where each is said to be about another image, that pays.
+    """
+    images = np.random.default_rng(2).random(60) < 0.5
+    probability, right = np.repeat(np.linspace(0.3, 0.7, 60), 10), np.repeat(images, 10)
+    apart = fitted(made(probability, right.astype(float)))
+    leaked = fitted(made(probability, right.astype(float), per_image=1))
+    assert leaked.after.ece + 0.1 < apart.after.ece
+    assert leaked.after.half > apart.after.half + 0.1
+
+
+def test_the_accuracy_that_was_asked_for() -> None:
+    probability = spread(2000)
+    answers = made(probability, probability)
+    found = fitted(answers, 0.8)
+    assert found.selective_accuracy == 0.8
+    assert found.unsure.accuracy == pytest.approx(0.8, abs=0.03)
+    assert found.threshold == pytest.approx(0.6, abs=0.08)  # the mean of 0.6 to 1 is 0.8
+    with pytest.raises(InputError, match="No tenth of the answers is right in 100%"):
+        fitted(answers, 1.0)
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    with pytest.raises(DataError, match="20 answers about 2 images are too few"):
+        fitted(made(spread(20), spread(20)))
+    with pytest.raises(DataError, match="too few"):
+        fitted(made(spread(100), spread(100), per_image=50))
+    with pytest.raises(DataError, match="All 100 answers are right"):
+        fitted(made(spread(100), np.ones(100)))
+    with pytest.raises(DataError, match="0 answers about 0 images"):
+        fitted(([], []))
+
+
+# --- thresholds ---------------------------------------------------------------------------------
+
+
+def test_the_threshold_keeps_as_many_as_it_can() -> None:
+    confidence, right = [0.9, 0.8, 0.7, 0.6, 0.5], [1, 1, 1, 0, 0]
+    assert choose_threshold(confidence, right, 1.0) == (0.7, 1.0)
+    assert choose_threshold(confidence, right, 0.75) == (0.6, 0.75)
+    assert choose_threshold(confidence, right, 0.1) == (0.5, 0.1)
+    assert choose_threshold(confidence, [0, 0, 0, 0, 0], 0.5) is None
+    assert choose_threshold(confidence, right) == (0.6, 0.75)  # one of five is less than 22%
+    assert choose_threshold([0.5] * 5, right) == (0.5, 0.6)  # alike: all or none
+
+
+@settings(deadline=None)
+@given(answered, st.lists(st.floats(0, 1, width=32), max_size=20))
+def test_a_refusal_flags_at_most_two_in_a_hundred(
+    some: list[tuple[float, bool]], refused: list[float]
+) -> None:
+    usual = [value for value, _ in some] * 10
+    threshold = refusal_threshold(usual, refused)
+    assert 0 <= threshold <= 1
+    flagged = sum(value >= threshold for value in usual)
+    assert flagged <= 0.02 * len(usual) or threshold == 1
+
+
+def test_a_refusal_is_put_between_what_can_be_told_apart() -> None:
+    scans, cats = [0.001] * 98 + [0.3, 0.9], [0.2, 0.8, 0.99]
+    threshold = refusal_threshold(scans, cats)
+    assert 0.001 < threshold <= 0.2  # two scans in a hundred may be flagged
+    assert threshold == pytest.approx(0.0156, abs=0.001)  # the middle, in log-odds
+    assert refusal_threshold([0.4] * 50, [0.1]) > 0.4  # it cannot be told: no scan is flagged
+    assert refusal_threshold(scans, []) == 0.5
+    assert refusal_threshold([0.7] * 100, []) > 0.7
