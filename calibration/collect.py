@@ -355,7 +355,7 @@ def read_modalities(
             stream = LayerStream(
                 checkpoint, samples, work, pictures or Pictures(), progress or no_progress
             )
-            logits = torch.zeros(len(samples), moe.num_experts)
+            logits = torch.zeros(len(samples), moe.router_rows)
             for index in range(max(checkpoint.config.moe_layers) + 1):
                 layer = stream.load_layer(index)
                 for row, inputs in enumerate(stream.forward(layer, index)):
@@ -364,7 +364,7 @@ def read_modalities(
             kept.write_text(json.dumps(logits.argmax(1).tolist()), encoding="utf-8")
         found = json.loads(kept.read_text(encoding="utf-8"))
     return {
-        sample.picture: moe.expert_names[expert]
+        sample.picture: moe.modalities[expert]
         for sample, expert in zip(samples, found, strict=True)
     }
 
@@ -450,16 +450,17 @@ def _run(
     stream: LayerStream, layer: nn.Module, index: int, neighbours: Sequence[Neighbours]
 ) -> RoutingProfile:
     """Run a layer over all samples; count what its router chose, and nearly chose."""
-    moe = layer.ffn if isinstance(layer.ffn, MoE) else None
+    moe = layer.ffn if isinstance(layer.ffn, MoE) and layer.ffn.merged is None else None
     profile = _profile(stream, [] if moe is None else [index])
     for modality, inputs in zip(stream.modalities, stream.forward(layer, index), strict=True):
         if moe is None:
             continue
         logits = moe.router_logits(inputs)  # [T, E]
-        _, chosen = route(logits, moe.top_k)  # [T, K]
+        _, chosen = route(logits, moe.top_k, rows=moe.rows)  # [T, K]
         profile.record(index, modality, chosen.numpy())
         for lent in neighbours:
-            lent.offer(inputs, logits.softmax(-1), chosen)
+            likely = logits.softmax(-1)
+            lent.offer(inputs, likely if moe.rows is None else likely[:, moe.rows], chosen)
     return profile
 
 

@@ -18,6 +18,7 @@ from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
+from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import Extents, save_model
 from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
@@ -25,22 +26,25 @@ from medmoe_edge.export.half import halve_weights, to_half
 from medmoe_edge.export.passes.ort_cpu import (
     fuse_qkv,
     lower_attention,
+    lower_deltas,
     lower_matmul,
     lower_moe,
     quantise_linears,
 )
 from medmoe_edge.export.passes.ort_paged import write_paged_graphs
 from medmoe_edge.export.plan import (
+    GROUP,
     GroupSize,
     Method,
     Plan,
     Precision,
+    check_deltas,
     check_precision,
     make_plan,
 )
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.vision import export_vision
-from medmoe_edge.export.weights import WeightSource
+from medmoe_edge.export.weights import DeltaForm, WeightSource
 
 STORED: dict[Precision, str] = {
     "fp32": "fp32",
@@ -64,6 +68,7 @@ class BuildOptions:
         budget_bits: Bits per weight of a mixed export, on average; None otherwise.
         group: Weights that share a scale in int4; None: 32.
         name: Of the bundle; None: that of the checkpoint's folder.
+        deltas: Of routed experts that are stored as what they add to the meta expert; None: whole.
     """
 
     precision: Precision = "int8"
@@ -71,6 +76,7 @@ class BuildOptions:
     budget_bits: float | None = None
     group: GroupSize | None = None
     name: str | None = None
+    deltas: DeltaForm | None = None
 
 
 INT8_BUNDLE = BuildOptions()
@@ -135,10 +141,18 @@ def write_bundle(
     _write_embedding(source, folder, options.precision)
     report(STEPS[2], 0, 1)
     plan = make_plan(
-        source, options.precision, options.method, statistics, options.budget_bits, options.group
+        source,
+        options.precision,
+        options.method,
+        statistics,
+        options.budget_bits,
+        options.group,
+        options.deltas,
     )
     experts = _write_decoder(source, folder, plan, signature, partial(report, STEPS[2]))
-    paging = write_paged_graphs(folder, source.config, experts) if source.config.moe else None
+    moe = source.config.moe
+    paged = moe is not None and not moe.merged and options.deltas is None
+    paging = write_paged_graphs(folder, source.config, experts) if paged else None
     report(STEPS[3], 0, 1)
     _copy_companions(source, folder)
     write_recorded(folder, Recorded(signature.signature()))
@@ -160,6 +174,8 @@ def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: b
         calibrated=calibrated,
         group=options.group,
     )
+    if options.deltas is not None:
+        check_deltas(source, options.precision, options.deltas, options.group or GROUP)
     _ = source.tokenizer  # refused here where it is of another model
     if decoder.head_size % 16 or decoder.rotary_size % 16:
         raise CheckpointError(
@@ -201,8 +217,10 @@ def _write_decoder(
     progress: Callable[[int, int], None],
 ) -> Extents:
     model = DecoderBuilder(source.config, WeightSource(source, plan.factors)).model()
+    if plan.deltas is not None:
+        lower_deltas(model, MoESpec.of(source.config), plan.deltas, plan.importance)
     quantise_weights(model, plan, signature)
-    if source.config.moe is not None:
+    if source.config.moe is not None and plan.deltas is None:
         lower_moe(model, MoESpec.of(source.config))
     lower_attention(model)
     fuse_qkv(model)
@@ -239,6 +257,7 @@ def _manifest(
             "precision": plan.precision,
             "decoder": STORED[plan.precision].format(group=plan.group),
             **({} if plan.precision == "fp32" else quantised),
+            **({"experts": str(plan.deltas)} if plan.deltas else {}),
             "matrices": plan.matrices,
         },
         "gates": DEFAULT_GATES[plan.precision].to_json(),
@@ -250,9 +269,19 @@ def _manifest(
             "exporter": f"medmoe-edge {__version__}",
             **published(source.folder, source.file_hashes()),
         },
+        **left_out(source.config),
         "licence": licence(source.folder / MODEL_CARD),
         "intended_use": NOTICE,
     }
+
+
+def left_out(config: ModelConfig) -> dict[str, Any]:
+    """What the manifest says of a model that was cut to some modalities; nothing of others."""
+    moe = config.moe
+    if moe is None or not (moe.left_out or moe.merged):
+        return {}
+    told = {"kept": list(moe.expert_names), "modalities": list(moe.left_out), "merged": moe.merged}
+    return {"left_out": told}
 
 
 def licence(card: Path) -> str:

@@ -2,8 +2,9 @@
 
 Inputs: `embeds` `[1, S, D]`, `start` `[1]` (the position of its first token), and `past_key.N`,
 `past_value.N` `[1, H, C, head_size]` per layer. Outputs: `logits` `[1, V]` of the last position,
-`router_logits` `[1, S, M, E]` of the M layers with experts, and `present_*`, which a runtime binds
-to the buffers of `past_*`: the cache is written in place.
+`router_logits` `[1, S, M, E]` of the M layers with experts (where some were left out, those of all
+that the router knows), and `present_*`, which a runtime binds to the buffers of `past_*`: the cache
+is written in place.
 
 This is the specification of every target: standard ONNX and two ops that are functions of it,
 `medmoe::Attention` and `medmoe::MoE`. Each target's passes replace what it runs otherwise.
@@ -20,6 +21,10 @@ the coefficient `[D, 2]`, and of every expert, in this order,
 
     swiglu     gate [D, F], up [D, F], down [F, D]
     gelu_tanh  fc1 [D, F], its bias [F], fc2 [F, D], its bias [D]
+
+Where experts were left out (`MoEConfig.router_names`), the router keeps its R rows, the softmax is
+over all of them, and what follows is among the experts that are there. A merged layer has no op:
+it is one feed-forward.
 
 With p = softmax(x router_weight + router_bias), the k largest chosen (lower index on ties) and
 g = p for k = 1, p / (sum of the chosen p) for k = 2:
@@ -88,6 +93,7 @@ class MoESpec:
     router_bias: bool
     use_residual: bool
     meta_expert: bool
+    rows: tuple[int, ...] | None = None  # of the router, where experts were left out
 
     @classmethod
     def of(cls, config: ModelConfig) -> Self:
@@ -101,6 +107,7 @@ class MoESpec:
             moe.router_bias,
             moe.use_residual,
             moe.meta_expert,
+            moe.own_rows,
         )
 
     @property
@@ -126,7 +133,7 @@ def moe_function(spec: MoESpec) -> ir.Function:
     build = Builder()
     x = ir.Value(name="x")
     weights = {name: ir.Value(name=name) for name in spec.weight_names}
-    gates, chosen, probabilities = route(build, x, weights, spec.top_k)
+    gates, chosen, probabilities = route(build, x, weights, spec)
     zeros = build.op("ConstantOfShape", build.op("Shape", probabilities))
     spread = build.op("ScatterElements", zeros, chosen, gates, axis=-1)  # [B, S, E]
     shares = build.ops(
@@ -165,10 +172,16 @@ def replace_moe(
 
 
 def route(
-    build: Builder, x: ir.Value, weights: Weights, top_k: int
+    build: Builder, x: ir.Value, weights: Weights, spec: MoESpec
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Gates and chosen experts, both `[B, S, K]`, and all probabilities `[B, S, E]`."""
+    """Gates and chosen experts, both `[B, S, K]`, and the experts' probabilities `[B, S, E]`.
+
+    They are over all rows of the router, those included whose experts were left out.
+    """
+    top_k = spec.top_k
     probabilities = build.op("Softmax", router_logits(build, x, weights), axis=-1)
+    if spec.rows is not None:
+        probabilities = build.op("Gather", probabilities, build.constant(list(spec.rows)), axis=-1)
     gates, chosen = build.ops(
         "TopK", probabilities, build.constant([top_k]), outputs=2, axis=-1, largest=1, sorted=1
     )
@@ -179,7 +192,7 @@ def route(
 
 
 def router_logits(build: Builder, x: ir.Value, weights: Weights) -> ir.Value:
-    """`[B, S, E]`."""
+    """`[B, S, E]`, or of all R rows of the router where experts were left out."""
     return affine(build, x, weights, "router.")
 
 
@@ -352,7 +365,7 @@ class DecoderBuilder:
         for name, value in named.items():
             value.name = name
         functions = [attention_function(self.decoder)]
-        if self.routing:
+        if self.routing and self.config.moe is not None and not self.config.moe.merged:
             functions.append(moe_function(MoESpec.of(self.config)))
         graph = ir.Graph(
             self.inputs,
@@ -406,6 +419,12 @@ class DecoderBuilder:
             activation = ACTIVATIONS[self.decoder.kind]
             return feed_forward(self.build, u, self._weights(own, names), "", activation)
         spec = MoESpec.of(self.config)
+        assert self.config.moe is not None
+        if self.config.moe.merged:
+            names = self.source.names_under(own)
+            weights = self._weights(own, names)
+            self.routing.append(router_logits(self.build, u, weights))
+            return feed_forward(self.build, u, weights, "merged.", spec.activation)
         weights = self._weights(own, spec.weight_names)
         self.routing.append(router_logits(self.build, u, weights))
         return self.build.op("MoE", u, *weights.values(), domain=MEDMOE, **spec.attributes)
@@ -444,7 +463,7 @@ class DecoderBuilder:
             "hidden": [1, "S", self.decoder.hidden_size],
         }
         if self.config.moe:
-            shapes["router_logits"] = [1, "S", len(self.routing), self.config.moe.num_experts]
+            shapes["router_logits"] = [1, "S", len(self.routing), self.config.moe.router_rows]
         for name, value in named.items():
             value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape(shapes[name])
 

@@ -194,7 +194,7 @@ TIMES_THE_WEIGHTS = 3
 FIXED = 400 * 2**20
 MOST_ENGINES = 2  # that a decoder is built in, one after the other
 MB = 10**6
-STATUS, CLEAR, MEMORY = "/proc/self/status", "/proc/self/clear_refs", "/proc/meminfo"
+STATUS, CLEAR = "/proc/self/status", "/proc/self/clear_refs"
 
 
 def build_memory(weights: int) -> int:
@@ -210,11 +210,6 @@ def check_memory(weights: int, available: int | None) -> None:
             f"The build needs about {needed // MB} MB of memory, {available // MB} MB are free.",
             "Close other programs, or build on a machine with more memory.",
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that a process may take without swapping."""
-    return _field(MEMORY, "MemAvailable")
 
 
 def reset_peak() -> None:

@@ -1,8 +1,9 @@
 """What becomes of every weight of the decoder: its format, its method, and the error it leaves.
 
     int8     W8A8: all matrices per output channel; calibrated: SmoothQuant's scales, then GPTQ
-    int4     groups of 32, 64 or 128; the head per channel in int8; calibrated: GPTQ, else searched
-             scales
+    int4     groups of 32, 64 or 128; the head per channel in int8; calibrated: GPTQ, or scales
+             searched with what each input counts; data-free: rounded to nearest (a search by the
+             weights' own error lost to it by far on SmolLM2)
     mixed    as int4 in groups of 32, each expert's format chosen by its sensitivity
 
 Routers and coefficients stay fp32: they decide who runs.
@@ -45,7 +46,15 @@ from medmoe_edge.calibration.statistics import SiteStatistics, Statistics, site_
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, DataError, InputError
 from medmoe_edge.export.quantise import Quantiser
-from medmoe_edge.export.weights import Factors, FoldPoint, WeightSource, fold, fold_points
+from medmoe_edge.export.weights import (
+    DELTA,
+    DeltaForm,
+    Factors,
+    FoldPoint,
+    WeightSource,
+    fold,
+    fold_points,
+)
 
 ROWS = 256  # of a matrix, on which its error in every format is measured
 ADDS = ("out", "down", "fc2")  # the matrices that write to the residual stream
@@ -161,6 +170,9 @@ GroupSize = Literal[32, 64, 128]
 INT8 = Format(8)
 HEAD = "decoder.head.weight"
 GROUP: GroupSize = 32  # of the weights in int4, unless another is asked for
+FEWEST = 2  # bits, in which a range that clips nothing leaves little but zeros
+DELTA_GROUP = 32
+DELTA_BITS = (2, 4, 8)
 LEAST_BITS = min(form.bits_per_weight(form.group or GROUP) for form in CHOICES)
 MOST_BITS = 16.0  # what a weight takes that is not quantised: no mixture of our formats is larger
 
@@ -171,9 +183,10 @@ class Plan:
 
     `method` "rtn" rounds to nearest without looking at any data, for comparison. `group` is int4's:
     larger ones run faster and take less memory, smaller ones are closer to the original. `formats`
-    overrides the precision's format by weight; `factors` are what folding multiplied the matrices
-    with, so that statistics of the original model still fit. `matrices` collects what was done,
-    for the manifest.
+    overrides the precision's format by weight; `deltas` is how routed experts are stored where they
+    are what they add to the meta expert, and their matrices `NAME.delta`; `factors` are what
+    folding multiplied the matrices with, so that statistics of the original model still fit.
+    `matrices` collects what was done, for the manifest.
     """
 
     precision: Precision
@@ -181,19 +194,28 @@ class Plan:
     statistics: Statistics | None = None
     group: GroupSize = GROUP
     formats: Mapping[str, Format] = field(default_factory=dict)
+    deltas: DeltaForm | None = None
     factors: Mapping[str, Factors] = field(default_factory=dict)
     matrices: list[dict[str, Any]] = field(default_factory=list)
     _rows: int = 0  # of the last matrix, so far
 
     def __call__(self, name: str) -> tuple[Format, Quantiser] | None:
         """The format and quantiser of a weight; None for what stays as it is."""
-        if self.precision == "fp32" or site_of(name) is None:
+        delta = DELTA in name
+        whole = self.precision == "fp32" and not (delta and self.deltas and self.deltas.bits)
+        if whole or (not delta and site_of(name) is None):
             return None
         form = self.format_of(name)
         return form, partial(self._quantise, name, form)
 
+    def importance(self, name: str) -> Floats | None:
+        """Mean squares `[K]` of what a matrix reads, after folding; None where they are unknown."""
+        return self._moments(name)[0]
+
     def format_of(self, name: str) -> Format:
         """How a matrix is stored."""
+        if DELTA in name and self.deltas and self.deltas.bits:
+            return Format(self.deltas.bits, DELTA_GROUP)
         if self.precision == "int8" or name == HEAD:
             return INT8
         return self.formats.get(name, Format(4, self.group))
@@ -202,7 +224,7 @@ class Plan:
         second, hessian = self._moments(name)
         if self.method == "auto" and hessian is not None:
             method, quantised = "gptq", _gptq(name, rows, hessian, form)
-        elif self.method == "rtn" or form.group is None:
+        elif self.method == "rtn" or form.group is None or (second is None and form.bits > FEWEST):
             method, quantised = "rtn", round_to_nearest(rows, form)
         else:
             method = "searched" if second is None else "weighted"
@@ -233,10 +255,14 @@ class Plan:
 
     def _moments(self, name: str) -> tuple[Floats | None, Floats | None]:
         """E[x²] `[K]` and E[x xᵀ] `[K, K]` of what the matrix reads after folding, where known."""
-        found = self.statistics.get(str(site_of(name))) if self.statistics else None
+        stem, delta, ending = name.partition(DELTA)
+        if ending == ".b":  # reads what its other half made
+            return None, None
+        read = f"{stem}.weight" if delta else name
+        found = self.statistics.get(str(site_of(read))) if self.statistics else None
         if found is None:
             return None, None
-        columns = self.factors.get(name, Factors()).columns
+        columns = self.factors.get(read, Factors()).columns
         if columns is None:
             return found.mean_square, found.hessian
         hessian = found.hessian
@@ -302,6 +328,61 @@ def _check_widths(source: Checkpoint, group: int) -> None:
             )
 
 
+def read_deltas(text: str) -> DeltaForm:
+    """`delta`, `delta:rank=R` or `delta:bits=B`; raises `InputError` for anything else."""
+    kind, _, choice = text.partition(":")
+    name, _, value = choice.partition("=")
+    number = int(value) if value.isascii() and value.isdigit() else 0
+    if text == "delta":
+        return DeltaForm()
+    if kind == "delta" and name == "rank" and number:
+        return DeltaForm(rank=number)
+    if kind == "delta" and name == "bits" and number in DELTA_BITS:
+        return DeltaForm(bits=number)
+    raise InputError(
+        f"{text!r} is no form of experts.",
+        "Use delta, delta:rank=R with R of 1 or more, or delta:bits=B with B of "
+        f"{', '.join(map(str, DELTA_BITS))}.",
+    )
+
+
+def check_deltas(source: Checkpoint, precision: Precision, form: DeltaForm, group: int) -> None:
+    """Raise `CheckpointError` for experts that have no meta expert of their shapes to differ from.
+
+    Raises `InputError` for a precision that chooses by itself, and a rank that does not divide.
+    """
+    moe = source.config.moe
+    if moe is None or not moe.meta_expert:
+        raise CheckpointError(
+            "The model has no meta expert that experts could be told apart from.",
+            "Leave --experts out.",
+        )
+    for name, tensor in source.names.items():
+        owner, found, rest = name.partition(".experts.")
+        meta = f"{owner}.meta.{rest.partition('.')[2]}"
+        if found and tensor.shape != source.names[meta].shape:
+            raise CheckpointError(f"{name} has another shape than {meta}.", "Leave --experts out.")
+    if precision == "mixed":
+        raise InputError(
+            "A mixed export chooses the bits of every expert.", "Leave --mixed or --experts out."
+        )
+    if precision == "int4" and form.rank and form.rank % group:
+        raise InputError(
+            f"A rank of {form.rank} does not divide into groups of {group}.",
+            "Choose a multiple of them, or export with --int8.",
+        )
+
+
+def _shared(scales: Mapping[FoldPoint, Floats]) -> dict[FoldPoint, Floats]:
+    """The scales that an expert shares with the meta expert: none of a hidden layer of its own."""
+    own = (".ffn.experts.", ".ffn.meta.")
+    return {
+        point: scale
+        for point, scale in scales.items()
+        if not any(part in name for name in point.producers for part in own)
+    }
+
+
 def make_plan(
     source: Checkpoint,
     precision: Precision,
@@ -309,11 +390,13 @@ def make_plan(
     statistics: Statistics | None,
     budget_bits: float | None,
     group: GroupSize | None = None,
+    deltas: DeltaForm | None = None,
 ) -> Plan:
     """Search scales and formats, where the precision has any to choose and statistics are given."""
-    plan = Plan(precision, method, statistics, group or GROUP)
+    plan = Plan(precision, method, statistics, group or GROUP, deltas=deltas)
     if statistics is not None and precision == "int8" and method == "auto":
-        plan.factors = fold(search_scales(source, statistics))
+        scales = search_scales(source, statistics)
+        plan.factors = fold(_shared(scales) if deltas else scales)
     if precision == "mixed" and statistics is not None and budget_bits is not None:
         plan.formats = search_formats(source, statistics, budget_bits)
     return plan

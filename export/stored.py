@@ -32,6 +32,7 @@ from medmoe_edge.export.quantise import (
     split_fused,
     unpack_rows,
 )
+from medmoe_edge.export.weights import DELTA
 
 SCALE = ".scale"
 PACKED, GROUP_SCALE = ".packed", ".groups.scale"
@@ -99,7 +100,7 @@ class StoredWeights:
     def tensor(self, name: str) -> ir.TensorProtocol:
         """A parameter; of a quantised one only its shape `[in, out]`, see `quantised`."""
         if (found := self.quantised(name)) is None:
-            return self.tensors[name]
+            return self._known(name)
         return ir.LazyTensor(
             no_values, ir.DataType.FLOAT, shape=ir.Shape(found[0].shape.numpy()), name=name
         )
@@ -116,6 +117,11 @@ class StoredWeights:
     def _known(self, name: str) -> ir.TensorProtocol:
         if name in self.tensors:
             return self.tensors[name]
+        if any(DELTA in own for own in self.tensors):
+            raise BundleError(
+                f"{self.graph} holds experts as deltas, which ONNX Runtime's CPU alone reads.",
+                "Export the checkpoint again without --experts.",
+            )
         raise BundleError(
             f"{self.graph} holds no {name}: another version of medmoe-edge wrote it.",
             "Export the checkpoint again with this version.",

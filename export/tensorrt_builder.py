@@ -33,13 +33,13 @@ import platformdirs
 
 from medmoe_edge._types import Progress
 from medmoe_edge.atomic import atomic_file, writing
+from medmoe_edge.bundle.machine import available_memory
 from medmoe_edge.errors import ConfigError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.export.gpus import (
     MB,
     TITLES,
     Gpu,
     Library,
-    available_memory,
     check_memory,
     library_version,
     load_library,

@@ -1,6 +1,10 @@
-"""Checkpoint tensors as lazy ONNX tensors, read when written; and scales folded into them."""
+"""Checkpoint tensors as lazy ONNX tensors, read when written; and scales folded into them.
 
-from collections.abc import Iterator, Mapping
+And experts as what they add to the meta expert they were copied from, E = meta + D: whole, or as
+the product of two narrow matrices (DeRS, arXiv 2503.01359, stores up-cycled experts so).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +20,9 @@ from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.decoder import ACTIVATIONS, EXPERT_WEIGHTS
 
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time
+FLOOR = 0.01  # of the mean importance, for inputs that calibration hardly saw
+DELTA = ".delta"  # in the name of what an expert's matrix adds to the meta expert's
+LEAST = 1e-30  # of a squared singular value
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,97 @@ class WeightSource:
         return ir.tensor(self.array(name), name=name)
 
 
+MATRICES = {  # of a feed-forward, the one that writes its output last
+    activation: tuple(part.removesuffix(".weight") for part in parts if part.endswith(".weight"))
+    for activation, parts in EXPERT_WEIGHTS.items()
+}
+Importance = Callable[[str], Floats | None]
+
+
+@dataclass(frozen=True)
+class DeltaForm:
+    """How what experts add to the meta expert is stored.
+
+    Attributes:
+        rank: As two matrices of so many columns and rows; None: whole.
+        bits: Of a weight, in groups of 32; None: those of the other matrices.
+    """
+
+    rank: int | None = None
+    bits: int | None = None
+
+    def __str__(self) -> str:
+        told = [f"rank {self.rank}"] if self.rank else []
+        told += [f"{self.bits} bits in groups of 32"] if self.bits else []
+        return ", ".join(["deltas from the meta expert", *told])
+
+
+def delta_tensors(
+    expert: ir.TensorProtocol, meta: ir.TensorProtocol, form: DeltaForm, importance: Importance
+) -> list[ir.LazyTensor]:
+    """What an expert's matrix `[K, N]` adds to the meta expert's, computed when it is written.
+
+    Either `NAME.delta`, or of a smaller rank `NAME.delta.a` `[K, R]` and `NAME.delta.b` `[R, N]`.
+    """
+    name = str(expert.name)
+    stem = name.removesuffix(".weight")
+    width, channels = (int(size) for size in expert.shape.numpy())
+
+    def lazy(ending: str, make: Callable[[], Floats], shape: list[int]) -> ir.LazyTensor:
+        own = f"{stem}{DELTA}{ending}"
+
+        def tensor() -> ir.TensorProtocol:
+            return ir.tensor(np.ascontiguousarray(make()), name=own)
+
+        return ir.LazyTensor(tensor, ir.DataType.FLOAT, shape=ir.Shape(shape), name=own)
+
+    def whole() -> Floats:
+        return expert.numpy() - meta.numpy()
+
+    if form.rank is None or form.rank >= min(width, channels):
+        return [lazy("", whole, [width, channels])]
+    pending: list[Floats] = []  # b, from when a is written until it is itself
+
+    def first() -> Floats:
+        a, b = low_rank(whole(), form.rank or 0, importance(name))
+        pending[:] = [b]
+        return a
+
+    def second() -> Floats:
+        if not pending:
+            first()
+        return pending.pop()
+
+    return [
+        lazy(".a", first, [width, form.rank]),
+        lazy(".b", second, [form.rank, channels]),
+    ]
+
+
+def low_rank(matrix: Floats, rank: int, importance: Floats | None) -> tuple[Floats, Floats]:
+    """Factors `[K, R]` and `[R, N]` whose product is nearest to a matrix `[K, N]`.
+
+    Nearest in the outputs for inputs whose mean squares are `importance` `[K]`, taken as
+    uncorrelated; None: all alike. The factors share the singular values evenly, so that neither
+    is harder to round. Source: Eckart & Young, Psychometrika 1 (1936), on diag(sqrt(importance)) D.
+    """
+    scale = np.ones(len(matrix), np.float64)
+    if importance is not None:
+        mean = float(importance.mean(dtype=np.float64)) or 1.0
+        scale = np.sqrt(importance / mean + FLOOR)
+    weighted = scale[:, None] * matrix
+    narrow = len(matrix) <= matrix.shape[1]
+    gram = weighted @ weighted.T if narrow else weighted.T @ weighted
+    values, vectors = np.linalg.eigh(gram)  # rising
+    chosen = vectors[:, : -rank - 1 : -1]
+    root = np.sqrt(np.sqrt(np.maximum(values[: -rank - 1 : -1], LEAST)))  # of singular values
+    if narrow:  # weighted = U S V^T, chosen is U
+        a, b = chosen * root, (chosen.T @ weighted) / root[:, None]
+    else:
+        a, b = (weighted @ chosen) / root, chosen.T * root[:, None]
+    return (a / scale[:, None]).astype(np.float32), b.astype(np.float32)
+
+
 @dataclass(frozen=True)
 class FoldPoint:
     """One activation: the `sites` where it is observed, what makes it and what reads it.
@@ -161,6 +259,8 @@ def _feed_forwards(config: ModelConfig, layer: int) -> list[str]:
     own = f"decoder.layers.{layer}.ffn."
     if config.moe is None or layer not in config.moe.layers:
         return [own]
+    if config.moe.merged:
+        return [f"{own}merged."]
     owners = [f"{own}experts.{index}." for index in range(config.moe.num_experts)]
     return owners + [f"{own}meta."] * config.moe.meta_expert
 

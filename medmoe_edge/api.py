@@ -96,6 +96,8 @@ def load(
             was made for.
         memory_budget: How much memory routed experts may take: bytes, as "1500MB" or "2GiB", or a
             share of them all, as "50%". The others wait in storage; answers stay the same bits.
+            "auto" looks at free memory, that of a container included, and has all of them resident
+            where they fit, else as many as do; `Engine.memory` says which.
         drop_pages: With a memory budget, have the kernel forget what it read of experts, so that
             the memory is really free; one that comes back is read from storage again.
         prefix_cache: A folder for what the model makes of images: later questions about the last
@@ -107,7 +109,8 @@ def load(
 
     Raises:
         ModelError: The bundle or checkpoint is incomplete, damaged or of another version.
-        ResourceError: Memory, the device, or an optional package is missing.
+        ResourceError: Memory (of "auto": it says the least that works), the device, or an optional
+            package is missing.
         InputError: The options do not go together, or the budget is too small.
     """
     if _kind(model) != "modality-moe":
@@ -249,7 +252,8 @@ def evaluate(
     Raises:
         InputError: The data cannot be used.
         ModelError: The model cannot be used.
-        ResourceError: Memory, the device, or an optional package is missing.
+        ResourceError: Memory (of "auto": it says the least that works), the device, or an optional
+            package is missing.
     """
     name = os.fspath(model)
     return family_of(name).evaluate(name, options, progress)

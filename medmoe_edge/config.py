@@ -193,7 +193,10 @@ class DecoderConfig(Config):
 class MoEConfig(Config):
     """Which layers hold experts and how the router chooses.
 
-    `expert_names` says which modality each expert serves, where that is known.
+    `expert_names` says which modality each expert serves, where that is known. Where experts were
+    left out, `router_names` says what every row of the router stands for: it still tells images of
+    all modalities apart, and tokens are sent to the best expert that is there. `merged`: the only
+    expert is one feed-forward with the meta expert, and always counts fully.
     """
 
     layers: tuple[int, ...]
@@ -203,6 +206,8 @@ class MoEConfig(Config):
     meta_expert: bool = True
     router_bias: bool = True
     expert_names: tuple[str, ...] = ()
+    router_names: tuple[str, ...] = later(())
+    merged: bool = later(False)
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_experts")
@@ -219,6 +224,38 @@ class MoEConfig(Config):
             raise ConfigError(
                 "moe.use_residual needs the meta expert.", "Set moe.meta_expert to true."
             )
+        if self.router_names and not set(self.expert_names) < set(self.router_names):
+            raise ConfigError(
+                "moe.router_names does not name all experts and one that was left out.",
+                "Export the model again.",
+            )
+        if self.merged and (self.num_experts > 1 or self.use_residual):
+            raise ConfigError(
+                "moe.merged is for one expert, without a residual coefficient.",
+                "Export the model again.",
+            )
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What each row of the router stands for, where that is known."""
+        return self.router_names or self.expert_names
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of the router: one for each expert, those included that were left out."""
+        return len(self.router_names) or self.num_experts
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The modalities whose experts were left out."""
+        return tuple(name for name in self.router_names if name not in self.expert_names)
+
+    @property
+    def own_rows(self) -> tuple[int, ...] | None:
+        """The router's rows of the experts that are there; None: all of them."""
+        if not self.router_names:
+            return None
+        return tuple(self.router_names.index(name) for name in self.expert_names)
 
 
 RefusalCode = Literal["not_a_scan", "not_answerable", "language"]
@@ -266,6 +303,13 @@ class ModelConfig(Config):
     def codes(self) -> tuple[RefusalCode, ...]:
         """The codes of its refusals."""
         return tuple(refusal.code for refusal in self.refusals)
+
+    @property
+    def merged_decoder(self) -> DecoderConfig:
+        """The decoder whose feed-forward a merged expert is: as wide as it and the meta expert."""
+        copies = 2 if self.moe and self.moe.meta_expert else 1
+        width = copies * self.decoder.intermediate_size
+        return dataclasses.replace(self.decoder, intermediate_size=width)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

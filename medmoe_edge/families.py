@@ -37,6 +37,7 @@ class ExportOptions:
     method: "Method" = "auto"
     budget_bits: float | None = None
     group: "GroupSize | None" = None
+    experts: str | None = None
     calibrate_on: str | None = None
     samples: int = 128
     stats: Path | None = None
@@ -44,6 +45,8 @@ class ExportOptions:
     name: str | None = None
     vision_tower: Path | None = None
     as_published: bool = False
+    modalities: tuple[str, ...] = ()
+    merge: bool = False
     force: bool = False
 
 
@@ -285,9 +288,12 @@ class ContrastiveFamily:
         _refuse(
             {
                 "--group-size": options.group,
+                "--experts": options.experts,
                 "--stats": options.stats,
                 "--strict": options.strict,
                 "--vision-tower": options.vision_tower,
+                "--modality": options.modalities,
+                "--merge": options.merge,
                 "--target": target != "onnxruntime",
             }
         )

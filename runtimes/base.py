@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.errors import BundleError, Notice
 from medmoe_edge.prompt import Tokenizer
 
@@ -29,7 +29,8 @@ CacheArray = npt.NDArray[np.floating[Any]]
 class Step(NamedTuple):
     """What one step yields: `logits` `[V]` of its last position, `router_logits` `[S, M, E]`.
 
-    M counts the layers with experts, 0 for a dense model.
+    M counts the layers with experts, 0 for a dense model. Of a model whose experts were left out in
+    part, E counts those too: see `own_logits`.
     """
 
     logits: Floats
@@ -269,6 +270,11 @@ def chosen_experts(router_logits: Floats, top_k: int) -> npt.NDArray[np.int64]:
     """
     order = np.argsort(-router_logits, axis=-1, kind="stable")
     return order[..., :top_k]
+
+
+def own_logits(router_logits: Floats, moe: MoEConfig) -> Floats:
+    """Of router logits `[..., R]` those of the experts that are there, `[..., E]`."""
+    return router_logits if moe.own_rows is None else router_logits[..., list(moe.own_rows)]
 
 
 def in_parts(embeds: Floats, at_once: int, run: Callable[[Floats], Step]) -> Step:

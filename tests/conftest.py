@@ -268,6 +268,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         memory_budget: str | None = None,
         drop_pages: bool = False,
         prefix_cache: Path | None = None,
+        allow_repetition: bool = False,
     ) -> FakeEngine:
         calls.append((model, runtime))
         return engine

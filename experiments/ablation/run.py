@@ -330,8 +330,9 @@ def _answer(engine: Engine, pixels: Floats, question: str) -> tuple[float, float
     cache = runtime.new_cache(len(embeds) + TOKENS)
     step = runtime.step(embeds, cache)
     first = time.perf_counter()
+    on_and_on = Decoding(ends=(), allow_repetition=True)
     for _ in greedy(
-        step, lambda token: runtime.step(runtime.embed([token]), cache), limit=TOKENS + 1, ends=()
+        step, lambda token: runtime.step(runtime.embed([token]), cache), on_and_on, limit=TOKENS + 1
     ):
         pass
     return first - started, (time.perf_counter() - first) / TOKENS

@@ -24,6 +24,18 @@ Pass: `medmoe::MoE` for ONNX Runtime on a CPU, one `If` per expert.
 
 Only the experts that some token was routed to run, on those tokens alone.
 
+Pass: the same with experts as what they add to the meta expert, E = meta + D.
+
+The first products of an expert are those of the meta expert and D's, and the last product is
+linear in what goes into it. With h the hidden layer of each (`silu(gate x) * up x`), g the gates:
+
+    g down_e(h_e) + down_m(h_m) = down_m(g h_e + h_m) + g Ddown_e(h_e)
+
+so one full feed-forward serves the meta expert and all routed ones, for any routing of each token,
+exactly; with a residual coefficient c it is c_0 g for g, and 1 + c_1 for the meta expert's 1.
+Biases are kept whole: an expert's own in place of the meta expert's where GELU is computed, both at
+the end. What D then takes, in products and bytes, is what its form takes: a low rank, or few bits.
+
 Pass: the three products before attention as one, whose result ONNX Runtime's op takes as it is.
 
 A prefill quantises its tokens once instead of three times and multiplies a wider matrix: measured
@@ -69,7 +81,15 @@ from medmoe_edge.export.builder import (
     replace_node,
     tensor_of,
 )
-from medmoe_edge.export.decoder import MoESpec, Weights, add_meta, feed_forward, replace_moe, route
+from medmoe_edge.export.decoder import (
+    MoESpec,
+    Weights,
+    add_meta,
+    affine,
+    feed_forward,
+    replace_moe,
+    route,
+)
 from medmoe_edge.export.quantise import (
     PARTS,
     Array,
@@ -80,6 +100,7 @@ from medmoe_edge.export.quantise import (
     no_values,
     quantise_weights,
 )
+from medmoe_edge.export.weights import MATRICES, DeltaForm, Importance, delta_tensors
 
 ORT_OPSET = 21  # what is left needs no later one, and more releases of ONNX Runtime read it
 
@@ -215,19 +236,165 @@ def lower_moe(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
     return model, modified
 
 
-def _routed_experts(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
-    gates, chosen, _ = route(build, x, weights, spec.top_k)
+def lower_deltas(
+    model: ir.Model, spec: MoESpec, form: DeltaForm, importance: Importance = lambda _: None
+) -> tuple[ir.Model, bool]:
+    """Replace every `medmoe::MoE` node by experts as deltas; returns `(model, modified)`.
+
+    Their weights become `experts.N.gate.delta`, or of a low rank the factors `.delta.a` and
+    `.delta.b`; they are computed when they are written. The experts must have the meta expert's
+    shapes.
+
+    Args:
+        model: A decoder as it was specified, its weights in floats.
+        spec: Of its op; there must be a meta expert.
+        form: Of the deltas.
+        importance: Mean squares `[K]` of the inputs of a weight, by its name, where known.
+    """
+    graph = model.graph
+
+    def lower(build: Builder, x: ir.Value, weights: Weights) -> ir.Value:
+        held = dict(weights)
+        for index in range(spec.num_experts):
+            for part in MATRICES[spec.activation]:
+                expert, meta = (
+                    weights[f"{owner}.{part}.weight"] for owner in (f"experts.{index}", "meta")
+                )
+                made = delta_tensors(tensor_of(expert), tensor_of(meta), form, importance)
+                for tensor in made:
+                    value = initializer(tensor)
+                    graph.register_initializer(value)
+                    held[f"experts.{index}.{part}.{_ending(value)}"] = value
+        return _routed_deltas(build, x, held, spec)
+
+    modified = replace_moe(model, spec, lower)
+    if modified:
+        for name, value in list(graph.initializers.items()):
+            if not value.uses():
+                del graph.initializers[name]
+        NameFixPass()(model)  # branches and the graph around them share one name space
+    return model, modified
+
+
+def _ending(value: ir.Value) -> str:
+    """What follows the part in a delta's name: `delta`, `delta.a` or `delta.b`."""
+    return "delta" + str(value.name).rpartition(".delta")[2]
+
+
+def _routed_deltas(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
+    gates, chosen, _ = route(build, x, weights, spec)
     per_token = build.constant([-1, spec.top_k])
     gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]
+    tokens, shape = _as_tokens(build, x)
+    *first, last = MATRICES[spec.activation]
+    shared = [build.op("MatMul", tokens, weights[f"meta.{part}.weight"]) for part in first]
+    hidden = _hidden(build, shared, weights, "meta.")  # [T, F]
+    bias = weights.get(f"meta.{last}.bias")
+    if spec.use_residual:
+        mix = build.op("Softmax", affine(build, tokens, weights, "coefficient."), axis=-1)
+        routed, own = build.ops("Split", mix, outputs=2, axis=-1, num_outputs=2)
+        own = build.op("Add", own, build.constant(1.0, np.float32))
+        gates, hidden = build.op("Mul", gates, routed), build.op("Mul", hidden, own)
+        bias = bias and build.op("Mul", bias, own)
+    total = build.op("ConstantOfShape", build.op("Shape", tokens))
+    for index in range(spec.num_experts):
+        share = _share(build, gates, chosen, index)
+        state = (tokens, share, *shared, hidden, total)
+        hidden, total = _delta_if_needed(build, state, weights, index, spec.activation)
+    y = build.op("Add", build.op("MatMul", hidden, weights[f"meta.{last}.weight"]), total)
+    y = y if bias is None else build.op("Add", y, bias)
+    return build.op("Reshape", y, shape)
+
+
+def _delta_if_needed(
+    build: Builder,
+    state: tuple[ir.Value, ...],
+    weights: Weights,
+    index: int,
+    activation: str,
+) -> Sequence[ir.Value]:
+    """The hidden layer and the running total with expert `index` added on the tokens it serves.
+
+    `state`: tokens, the share of each, the meta expert's first products, hidden layer and total.
+    """
+    tokens, share, *shared, hidden, total = state
+    rows, needed = _rows(build, share)
+    owner, (*first, last) = f"experts.{index}.", MATRICES[activation]
+
+    run = Builder()
+    places = run.op("Transpose", rows, perm=[1, 0])  # [n, 1]
+    mine = run.op("GatherND", tokens, places)  # [n, D]
+    gate = run.op("GatherND", share, places)  # [n, 1]
+    products = [
+        run.op("Add", run.op("GatherND", base, places), _delta(run, mine, weights, owner + part))
+        for base, part in zip(shared, first, strict=True)
+    ]
+    part = run.op("Mul", _hidden(run, products, weights, owner), gate)  # [n, F]
+    added = _delta(run, part, weights, owner + last)
+    if (bias := weights.get(f"{owner}{last}.bias")) is not None:
+        added = run.op("Add", added, run.op("Mul", bias, gate))
+    outputs = [
+        run.op("ScatterND", whole, places, new, reduction="add")
+        for whole, new in ((hidden, part), (total, added))
+    ]
+
+    skip = Builder()
+    kept = [skip.op("Identity", value) for value in (hidden, total)]
+    return build.ops(
+        "If",
+        needed,
+        outputs=2,
+        then_branch=ir.Graph([], outputs, nodes=run.nodes, name=f"expert_{index}"),
+        else_branch=ir.Graph([], kept, nodes=skip.nodes, name=f"skip_{index}"),
+    )
+
+
+def _hidden(build: Builder, products: Sequence[ir.Value], weights: Weights, owner: str) -> ir.Value:
+    """The hidden layer of a feed-forward, from its first products without their bias."""
+    if len(products) == 2:
+        gate, up = products
+        return build.op("Mul", build.op("Mul", gate, build.op("Sigmoid", gate)), up)
+    biased = build.op("Add", products[0], weights[f"{owner}fc1.bias"])
+    return build.op("Gelu", biased, approximate="tanh")
+
+
+def _delta(build: Builder, x: ir.Value, weights: Weights, stem: str) -> ir.Value:
+    if (whole := weights.get(f"{stem}.delta")) is not None:
+        return build.op("MatMul", x, whole)
+    narrow = build.op("MatMul", x, weights[f"{stem}.delta.a"])
+    return build.op("MatMul", narrow, weights[f"{stem}.delta.b"])
+
+
+def _as_tokens(build: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """x as `[T, D]`, and its shape."""
     shape = build.op("Shape", x)
     width = build.op("Gather", shape, build.constant([2]))
     flat = build.op("Concat", build.constant([-1]), width, axis=0)
-    tokens = build.op("Reshape", x, flat)  # [T, D]
+    return build.op("Reshape", x, flat), shape
+
+
+def _share(build: Builder, gates: ir.Value, chosen: ir.Value, index: int) -> ir.Value:
+    """What expert `index` counts for each token, `[T, 1]`; 0 where it was not chosen."""
+    mine = build.op("Equal", chosen, build.constant(index))  # [T, K]
+    share = build.op("Where", mine, gates, build.constant(0.0, np.float32))
+    return build.op("ReduceSum", share, build.constant([-1]), keepdims=1)
+
+
+def _rows(build: Builder, share: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The tokens `[1, n]` whose share is not zero, and whether there are any."""
+    rows = build.op("NonZero", build.op("Squeeze", share, build.constant([-1])))
+    count = build.op("Squeeze", build.op("Shape", rows, start=1), build.constant([0]))
+    return rows, build.op("Greater", count, build.constant(0))
+
+
+def _routed_experts(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
+    gates, chosen, _ = route(build, x, weights, spec)
+    per_token = build.constant([-1, spec.top_k])
+    gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]
+    tokens, shape = _as_tokens(build, x)
     total = build.op("ConstantOfShape", build.op("Shape", tokens))
     for index in range(spec.num_experts):
-        mine = build.op("Equal", chosen, build.constant(index))  # [T, K]
-        share = build.op("Where", mine, gates, build.constant(0.0, np.float32))
-        share = build.op("ReduceSum", share, build.constant([-1]), keepdims=1)  # [T, 1]
+        share = _share(build, gates, chosen, index)
         total = _expert_if_needed(build, (tokens, share, total), weights, index, spec.activation)
     return add_meta(build, x, build.op("Reshape", total, shape), weights, spec)
 
@@ -241,9 +408,7 @@ def _expert_if_needed(
 ) -> ir.Value:
     """The running total with expert `index` added on the tokens whose share of it is not zero."""
     tokens, share, total = state
-    rows = build.op("NonZero", build.op("Squeeze", share, build.constant([-1])))  # [1, n]
-    count = build.op("Squeeze", build.op("Shape", rows, start=1), build.constant([0]))
-    needed = build.op("Greater", count, build.constant(0))
+    rows, needed = _rows(build, share)
 
     run = Builder()
     places = run.op("Transpose", rows, perm=[1, 0])  # [n, 1]

@@ -184,7 +184,7 @@ def lower_moe_cuda(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
 def _layer(
     build: Builder, graph: ir.Graph, x: ir.Value, weights: Weights, spec: MoESpec
 ) -> ir.Value:
-    gates, chosen, probabilities = route(build, x, weights, spec.top_k)
+    gates, chosen, probabilities = route(build, x, weights, spec)
     nothing = build.op("ConstantOfShape", build.op("Shape", probabilities))
     spread = build.op("ScatterElements", nothing, chosen, gates, axis=-1)  # [B, S, E]
     floor = build.constant(FLOOR, np.float32)

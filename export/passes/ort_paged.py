@@ -212,7 +212,7 @@ def cut_experts(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
             for name, value in zip(spec.weight_names, node.inputs[1:], strict=True)
             if value is not None
         }
-        gates, chosen, _ = route(build, x, weights, spec.top_k)
+        gates, chosen, _ = route(build, x, weights, spec)
         per_token = build.constant([-1, spec.top_k])
         gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))
         named = {

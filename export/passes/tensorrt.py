@@ -114,7 +114,7 @@ class _Lowering:
     def _slots(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Gates fp32 and experts int32 of the slots, both `[T, S]`."""
         build = self.build
-        gates, chosen, _ = route(build, x, self.weights, self.spec.top_k)
+        gates, chosen, _ = route(build, x, self.weights, self.spec)
         chosen = self._cast(chosen, ir.DataType.INT32)
         if not self.spec.meta_expert:
             return gates, chosen
@@ -287,7 +287,7 @@ class _Layer:
     def lowered(self, layer: int) -> tuple[ir.Value, ir.Value]:
         """The chosen experts `[1, S, K]`, and the op's result, of the shape of x."""
         build, spec = self.build, self.spec
-        gates, chosen, probabilities = route(build, self.x, self.weights, spec.top_k)
+        gates, chosen, probabilities = route(build, self.x, self.weights, spec)
         nothing = build.op("ConstantOfShape", build.op("Shape", probabilities))
         spread = build.op("ScatterElements", nothing, chosen, gates, axis=-1)  # [1, S, E]
         read = self._most_weighed(spread)  # [n]

@@ -13,8 +13,8 @@ from medmoe_edge.bench.backends import Kind
 from medmoe_edge.bench.measurement import Allowance, Measured, Shape
 from medmoe_edge.bench.worker import Measurement, Worker
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.device.costs import decoder_parts, vision_weights
 from medmoe_edge.errors import InputError, ResourceError, shown_bytes
+from medmoe_edge.runtimes.costs import decoder_parts, vision_weights
 
 State = Literal["measured", "not installed", "not enough memory", "failed"]
 ALLOWANCE = 60.0  # seconds in which the turns with a peer are repeated

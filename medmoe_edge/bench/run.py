@@ -21,11 +21,10 @@ from medmoe_edge.bench.measurement import Allowance, Measured, Shape, Spread, St
 from medmoe_edge.bench.peers import Comparison, Materials, Peer, compare
 from medmoe_edge.bench.worker import Measurement, Worker
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.machine import Arithmetic, cpu_flags, cpu_name
+from medmoe_edge.bundle.machine import Arithmetic, cpu_flags, cpu_name, memory_here
 from medmoe_edge.config import DecoderConfig
-from medmoe_edge.device.costs import Precision, bits_per_weight, step_work
-from medmoe_edge.device.hardware import memory_here
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
+from medmoe_edge.runtimes.costs import Precision, bits_per_weight, step_work
 from medmoe_edge.runtimes.ort.runtime import int8_arithmetic
 
 ROUNDS = 5

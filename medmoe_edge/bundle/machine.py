@@ -1,14 +1,21 @@
-"""The machine that a proof holds on: its processor, what that computes with, and ONNX Runtime."""
+"""This machine: what its processor computes with, on which a proof holds, and its memory."""
 
+import ctypes
+import math
+import os
 import platform
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from medmoe_edge.config import Config
+from medmoe_edge.errors import ResourceError
 
 CPU_INFO = Path("/proc/cpuinfo")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, version 2
+SYSTEM, MEMORY_INFO, MEMBERSHIP = Path("/"), "proc/meminfo", "proc/self/cgroup"
 Arithmetic = Literal["exact", "saturating"]
 
 # What ONNX Runtime's kernels for 8-bit and 4-bit weights choose by, best first: the flags in
@@ -32,6 +39,29 @@ ARM_PARTS = {
     "0xd42": "Cortex-A78AE",
     "0xd49": "Neoverse N2",
     "0xd4f": "Neoverse V2",
+}
+
+
+class GroupFiles(NamedTuple):
+    """Where a version of control groups says what memory it limits; `cached` is a key of `stat`."""
+
+    root: str
+    limits: tuple[str, ...]
+    usage: str
+    cached: str
+    stat: str = "memory.stat"
+
+
+GROUP_FILES = {  # by what /proc/self/cgroup calls the controller: version 2 has no name
+    "": GroupFiles(
+        "sys/fs/cgroup", ("memory.max", "memory.high"), "memory.current", "inactive_file"
+    ),
+    "memory": GroupFiles(
+        "sys/fs/cgroup/memory",
+        ("memory.limit_in_bytes",),
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
 }
 
 
@@ -106,6 +136,87 @@ def cpu_features(info: str) -> dict[str, bool]:
     flags = set(found[2].split())
     names = ARM_FLAGS if found[1] == "Features" else X86_FLAGS
     return {name: flag in flags for flag, name in names.items()}
+
+
+def memory_here(limit: Path = CGROUP_LIMIT) -> int:
+    """Bytes of memory of this machine, or of the container that it is."""
+    memory = _memory()
+    try:
+        return min(memory, int(limit.read_text()))
+    except (OSError, ValueError):  # no such group, or its limit is "max"
+        return memory
+
+
+class _MemoryStatus(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX, 64 bytes: `size` is its own, `others` what is not read here."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 5),
+    )
+
+
+def _memory() -> int:
+    """Bytes of memory of the machine."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(_windows_memory().total)
+
+
+def _windows_memory() -> _MemoryStatus:
+    status = _MemoryStatus(size=ctypes.sizeof(_MemoryStatus))
+    if not ctypes.CDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status)):
+        raise ResourceError("Windows does not tell how much memory there is.", "Try again.")
+    return status
+
+
+def available_memory(system: Path = SYSTEM) -> int | None:
+    """Bytes that this process may still take without swapping.
+
+    The least of what the kernel has to give (free memory, and caches that it would drop for it) and
+    of what each control group around this process leaves, whose file caches do not count either:
+    a container's limit, or a service's. None where the system does not tell. `system` is the folder
+    that proc and sys are in.
+    """
+    if not hasattr(os, "sysconf"):
+        return int(_windows_memory().available)
+    kernel = re.search(r"^MemAvailable:\s*(\d+) kB", _text(system / MEMORY_INFO), re.MULTILINE)
+    if kernel is None:
+        return None
+    return max(min(int(kernel[1]) * 1024, *_left_by_groups(system)), 0)
+
+
+def _left_by_groups(system: Path) -> Iterator[float]:
+    """What each control group of memory leaves, those around it included; infinite without one."""
+    yield math.inf
+    for line in _text(system / MEMBERSHIP).splitlines():
+        _, controllers, path = line.split(":", 2)
+        names = GROUP_FILES.get("memory" if "memory" in controllers.split(",") else controllers)
+        if names is None:
+            continue
+        root = system / names.root
+        # Inside a container the path may be the host's: then only the root is there.
+        for group in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
+            if not group.is_relative_to(root):
+                break
+            used, cached = _number(group / names.usage), _cached(group / names.stat, names.cached)
+            if used is not None:
+                limits = (_number(group / name) for name in names.limits)
+                yield from (limit - (used - cached) for limit in limits if limit is not None)
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdecimal() else None  # no such group, or its limit is "max"
+
+
+def _cached(path: Path, key: str) -> int:
+    """Bytes of files that a group holds and the kernel can drop."""
+    found = re.search(rf"^{key} (\d+)$", _text(path), re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def _text(path: Path) -> str:

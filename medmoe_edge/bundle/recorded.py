@@ -184,7 +184,9 @@ MOVED = {8: 0.02, 4: 0.15}
 ROUNDED = {FLOAT: 0.01, 8: 0.05, 4: 0.15, 3: 0.6, 2: 0.9}
 
 # Matrices that decide who runs, or that only some tokens meet: marked also where they are floats.
-ROUTED = re.compile(r"(.*\.)?(router|coefficient|meta|experts\.\d+)\.(.+\.)?weight")
+ROUTED = re.compile(
+    r"(.*\.)?(router|coefficient|meta|experts\.\d+)\.(.+\.)?(weight|delta(\.[ab])?)"
+)
 
 EXPERT = re.compile(r"(|.*\.)(experts\.\d+|meta)\.(.+)")
 

@@ -276,7 +276,10 @@ def _decoder(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 def _moe(name: str, config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     moe, size = config.moe, config.decoder.hidden_size
     assert moe is not None
-    yield from _linear(f"{name}.router", moe.num_experts, size, bias=moe.router_bias)
+    yield from _linear(f"{name}.router", moe.router_rows, size, bias=moe.router_bias)
+    if moe.merged:
+        yield from _ffn(f"{name}.merged", config.merged_decoder)
+        return
     for expert in range(moe.num_experts):
         yield from _ffn(f"{name}.experts.{expert}", config.decoder)
     if moe.meta_expert:

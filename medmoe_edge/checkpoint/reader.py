@@ -4,11 +4,20 @@
 
 Every tensor's name and shape is checked against the configuration from the shards' headers,
 before any data is touched.
+
+A checkpoint can be cut to the experts of some modalities: it is then read like any other, with the
+same hash. The router stays whole: probabilities are over all of its rows, so that a token whose
+expert is there is computed as before, to the bit; others go to the best expert that is there, with
+the little that it counts; and images of other modalities are still recognised.
+
+With one expert left, that and the meta expert can be merged into one feed-forward, whose hidden
+channels are those of both side by side. It is exact where the expert counts fully (g = 1), as it
+does in a router of that one row; what this changes, a verification measures.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +51,33 @@ from medmoe_edge.checkpoint.tensors import (
 )
 from medmoe_edge.checkpoint.tokenizer import FAST_FILE, FoundTokenizer, find_tokenizer
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError, Notice
+from medmoe_edge.errors import CheckpointError, InputError, Notice, did_you_mean
 
 __all__ = ["Checkpoint", "as_checkpoint", "import_router", "read_checkpoint", "write_checkpoint"]
+
+LAST = ("down", "fc2")  # of a feed-forward's matrices
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedTensor:
+    """A parameter of feed-forwards side by side: along `axis`, or their sum where it is None."""
+
+    checkpoint: "Checkpoint"
+    parts: tuple[str, ...]
+    axis: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """The parameter; the checkpoint's own are read one after the other."""
+        parts = [self.checkpoint.tensor(name) for name in self.parts]
+        if self.axis is None:
+            return torch.stack(parts).float().sum(0)
+        return torch.cat(parts, self.axis)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Some rows of it, copied."""
+        return self.read()[start:stop].clone()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +86,16 @@ class Checkpoint:
 
     `names` maps our parameter names to shape, dtype and place; `twins` those that the official
     code stored a second time under a tied name. `warnings` say where its authors' own code would
-    compute something else.
+    compute something else. `whole` is the checkpoint that experts were left out of.
     """
 
     folder: Path
     config: ModelConfig
     tokenizer_file: Path | None
-    names: Mapping[str, StoredTensor]
+    names: Mapping[str, "StoredTensor | MergedTensor"]
     twins: Mapping[str, StoredTensor]
     warnings: tuple[Notice, ...] = ()
+    whole: "Checkpoint | None" = None
 
     @functools.cached_property
     def tokenizer(self) -> FoundTokenizer:
@@ -78,7 +112,7 @@ class Checkpoint:
         tensor = self.names[name].read()
         if name in self.twins and not torch.equal(tensor, self.twins[name].read()):
             raise CheckpointError(
-                f"{self.names[name].key} and {self.twins[name].key} differ, but are one module.",
+                f"{name} and {self.twins[name].key} differ, but are one module.",
                 "This is not a checkpoint that Med-MoE's code wrote.",
             )
         return tensor
@@ -119,7 +153,10 @@ class Checkpoint:
 
     @functools.cached_property
     def _hashes(self) -> Hashes:
-        shards = {stored.file for stored in self.names.values()}
+        if self.whole is not None:
+            return self.whole._hashes
+        stored = self.names.values()
+        shards = {tensor.file for tensor in stored if isinstance(tensor, StoredTensor)}
         return files_sha256(shards | {self.folder / "config.json"})
 
 
@@ -169,6 +206,110 @@ def as_checkpoint(checkpoint: Path | Checkpoint, *, vision_tower: Path | None = 
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
     return read_checkpoint(checkpoint, vision_tower=vision_tower)
+
+
+def cut_checkpoint(
+    whole: Checkpoint, modalities: Sequence[str], *, merge: bool = False
+) -> Checkpoint:
+    """The checkpoint with the experts of some modalities alone.
+
+    Args:
+        whole: A checkpoint that says which modality each expert serves.
+        modalities: Whose experts stay; they keep their order in the model.
+        merge: Make one feed-forward of the only expert and the meta expert.
+
+    Returns:
+        What reads like a checkpoint, of the same hash; nothing of it is on the disk.
+
+    Raises:
+        InputError: A modality is unknown, nothing would change, or the experts that would be left
+            are too few to choose among or cannot be merged.
+    """
+    config = cut_config(whole.config, modalities, merge=merge)
+    moe, before = config.moe, whole.config.moe
+    assert moe is not None
+    assert before is not None
+    numbers = [before.expert_names.index(name) for name in moe.expert_names]
+    names: dict[str, StoredTensor | MergedTensor] = {}
+    for name, tensor in whole.names.items():
+        own, is_expert, rest = name.partition(".ffn.experts.")
+        number, _, part = rest.partition(".")
+        if is_expert and int(number) not in numbers:
+            continue
+        if is_expert and merge:
+            parts = (name, f"{own}.ffn.meta.{part}")[: 1 + moe.meta_expert]
+            names[f"{own}.ffn.merged.{part}"] = _merged(whole, parts)
+        elif is_expert:
+            names[f"{own}.ffn.experts.{numbers.index(int(number))}.{part}"] = tensor
+        elif not (merge and ".ffn.meta." in name):
+            names[name] = tensor
+    twins = {name: tensor for name, tensor in whole.twins.items() if name in names}
+    return dataclasses.replace(whole, config=config, names=names, twins=twins, whole=whole)
+
+
+def cut_config(
+    config: ModelConfig, modalities: Sequence[str], *, merge: bool = False
+) -> ModelConfig:
+    """The configuration of `cut_checkpoint`, whose errors it raises."""
+    moe = config.moe
+    if moe is None or not moe.expert_names:
+        raise InputError(
+            "The model does not say which expert serves which modality.",
+            "Leave --modality out: all of it is exported.",
+        )
+    for name in modalities:
+        if name not in moe.expert_names:
+            known = ", ".join(moe.expert_names)
+            hint = did_you_mean(name, moe.expert_names)
+            raise InputError(f"The model has no expert for {name!r}.", f"{hint}It has: {known}.")
+    kept = tuple(name for name in moe.expert_names if name in modalities)
+    left_out = len(kept) < moe.num_experts
+    if not kept or not (left_out or merge):
+        raise InputError(
+            "No modality was named." if not kept else "All of the model's experts would stay.",
+            f"Name some of: {', '.join(moe.expert_names)}.",
+        )
+    if len(kept) < moe.top_k:
+        raise InputError(
+            f"The model asks {moe.top_k} experts about each token, and {len(kept)} would be left.",
+            "Keep one modality more.",
+        )
+    if merge and (len(kept) > 1 or moe.use_residual):
+        raise InputError(
+            "An expert that does not count fully for every token cannot be merged."
+            if len(kept) == 1
+            else f"{len(kept)} experts would be left, and one alone can be merged.",
+            "Leave --merge out.",
+        )
+    cut = dataclasses.replace(
+        moe,
+        num_experts=len(kept),
+        expert_names=kept,
+        router_names=moe.expert_names if left_out else (),
+        merged=merge,
+    )
+    return dataclasses.replace(config, moe=cut)
+
+
+def cut_like(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
+    """The reference of a model: its checkpoint, with the experts that it has, none merged."""
+    whole, moe = checkpoint.whole or checkpoint, config.moe
+    if moe is None or not moe.left_out or whole.config.moe is None:
+        return whole
+    return cut_checkpoint(whole, moe.expert_names)
+
+
+def _merged(whole: Checkpoint, parts: tuple[str, ...]) -> MergedTensor:
+    """Of a feed-forward's first matrices and biases the rows, of its last matrix the columns."""
+    first = whole.names[parts[0]]
+    matrix, kind = parts[0].split(".")[-2:]
+    last = matrix in LAST
+    axis = (1 if kind == "weight" else None) if last else 0
+    shape = list(first.shape)
+    if axis is not None:
+        shape[axis] *= len(parts)
+    dtype = torch.float32 if axis is None else first.dtype
+    return MergedTensor(whole, parts, axis, tuple(shape), dtype)
 
 
 def _with_generation(folder: Path, data: dict[str, Any]) -> dict[str, Any]:

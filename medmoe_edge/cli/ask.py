@@ -258,7 +258,8 @@ def ask(
         Path | None,
         typer.Option(
             metavar="PNG",
-            help="Draw where the key phrase of question and answer lies, found by modality-nano.",
+            help="Draw where the key phrase of question and answer lies, found by modality-nano; "
+            "nothing where the answer does not rest on the picture.",
             show_default="nothing is drawn",
         ),
     ] = None,
@@ -278,7 +279,7 @@ def ask(
     from medmoe_edge.engine.engine import load
     from medmoe_edge.image.inputs import as_image
     from medmoe_edge.image.loading import check_file
-    from medmoe_edge.image.pixels import Image, shown_name
+    from medmoe_edge.image.pixels import Image, black_picture, shown_name
 
     given = None if choices is None else choices_of(choices.split(","), "")
     if explain:
@@ -311,11 +312,18 @@ def ask(
             write_picture(show, engine.seen(picture))
         found = None
         if explain and isinstance(picture, Image):
-            found = _explain(explain, picture, answers[0])
+            (blind,) = engine.ask_all(
+                black_picture(), questions, max_new_tokens=max_new_tokens, choices=given
+            )
+            found = _explain(explain, picture, answers[0], blind)
     if as_json:
-        told = {"explanation": found.to_json() | {"picture": str(explain)}} if found else {}
+        told: dict[str, object] = {}
+        if explain:
+            told["explanation"] = found.to_json() | {"picture": str(explain)} if found else None
         seen = {"picture": str(show)} if show else {}
-        render.as_json({"answers": [answer.to_json() for answer in answers], **told, **seen})
+        memory = {"memory": engine.memory.to_json()} if engine.memory else {}
+        answered = {"answers": [answer.to_json() for answer in answers]}
+        render.as_json({**answered, **told, **seen, **memory})
     else:
         render.show_answers(answers)
         if found and explain:
@@ -324,6 +332,10 @@ def ask(
             render.wrote("what the model saw", show)
     if found and found.reading.unfamiliar:
         render.show(render_contrastive.UNFAMILIAR, "yellow", stderr=True)
+    if explain and not found:
+        from medmoe_edge.contrastive.heatmap import NO_MAP
+
+        render.show(NO_MAP, "yellow", stderr=True)
     if engine.proven:
         render.hint(engine.proven.hint)
     for notice in dict.fromkeys(answer.notice for answer in answers):
@@ -345,11 +357,19 @@ def _standard_input() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def _explain(output: Path, picture: "Image", answer: "Answer") -> "Location":
-    """Draw where the answer's key phrase lies."""
+def _explain(
+    output: Path, picture: "Image", answer: "Answer", blind: "Answer"
+) -> "Location | None":
+    """Draw where the answer's key phrase lies; nothing where it does not rest on the picture.
+
+    `blind` is the answer to the same question about a black picture.
+    """
     from medmoe_edge.contrastive.engine import load_modality
+    from medmoe_edge.contrastive.heatmap import rests_on_picture
     from medmoe_edge.contrastive.text import key_phrase
 
+    if not rests_on_picture(answer, blind):
+        return None
     phrase = key_phrase(answer.question, answer.text)
     found = load_modality("modality-nano").locate(picture, phrase)
     write_heat(output, picture, found)

@@ -153,7 +153,7 @@ def _way(options: BenchOptions) -> "Way":
     """The function of the library that measures what was asked for, and the one that shows it."""
     from medmoe_edge.bench import limits, paging, peers, run
     from medmoe_edge.bench.routing import Asking
-    from medmoe_edge.device.hardware import memory_here
+    from medmoe_edge.bundle.machine import memory_here
     from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
     data = None if options.data is None else str(options.data.resolve())

@@ -153,7 +153,7 @@ MemoryBudget = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="What experts may take of memory: 1500MB, or 50% of them all.",
+        help="What experts may take of memory: 1500MB, 50% of them all, or auto: what is free.",
         show_default="no limit",
     ),
 ]
@@ -218,6 +218,8 @@ def log_to_stderr(level: str) -> None:
     """Show what the library logs, from `level` on; progress bars follow it."""
     log.handlers = [_StderrHandler()]
     log.setLevel(level)
+    # what a memory budget of "auto" came to is told unless somebody asked for quiet
+    logging.getLogger(f"{log.name}.engine.memory").setLevel("INFO" if level == "WARNING" else level)
 
 
 class _StderrHandler(logging.Handler):

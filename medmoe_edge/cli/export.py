@@ -107,6 +107,15 @@ def export(
             show_default="32",
         ),
     ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="delta, delta:rank=R or delta:bits=B: routed experts as what they add to the meta "
+            "expert. For ONNX Runtime's CPU with all experts in memory.",
+            show_default="whole",
+        ),
+    ] = None,
     mixed: Annotated[
         float | None,
         typer.Option(metavar="BITS", help="So many bits a weight, spent where they matter."),
@@ -167,6 +176,21 @@ def export(
             "--as-published", help="Of a modality-moe: compute what its authors' code computes."
         ),
     ] = False,
+    modality: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Only the experts of these, with commas between them: xray,ct. Answers about "
+            "images of others say so.",
+            show_default="all",
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="With one --modality: its expert and the meta expert become one."
+        ),
+    ] = False,
     paged: Annotated[
         bool,
         typer.Option("--paged", help="For a GPU: keep experts apart, for ask --memory-budget."),
@@ -178,7 +202,7 @@ def export(
             "--output",
             metavar="OUT",
             help="The bundle.",
-            show_default="NAME-PRECISION, or NAME-TARGET-GPU",
+            show_default="NAME-MODALITIES-PRECISION, or NAME-TARGET-GPU",
         ),
     ] = None,
     vision_tower: VisionTower = None,
@@ -193,11 +217,17 @@ def export(
     needs no GPU to build, TensorRT builds on the device itself.
     """
     precision = _precision(int8=int8, int4=int4, mixed=mixed is not None, fp32=fp32)
-    folder = _source(model, target, as_it_is=not (precision or calibrate or stats))
+    cut = tuple(name.strip().lower() for name in modality.split(",")) if modality else ()
+    as_it_is = not (precision or calibrate or stats or cut or merge)
+    folder = _source(model, target, as_it_is=as_it_is)
     if target == "onnxruntime" and (gpu or positions or memory_limit):
         raise InputError(
             "--gpu, --positions and --memory-limit are for engines.",
             "Add --target tensorrt-rtx, or leave them out.",
+        )
+    if target != "onnxruntime" and experts:
+        raise InputError(
+            f"{target} does not read experts as deltas.", "Leave --experts or --target out."
         )
     if target == "onnxruntime" and paged:
         raise InputError(
@@ -208,6 +238,7 @@ def export(
         method=method,
         budget_bits=mixed,
         group=group_size,
+        experts=experts,
         calibrate_on=calibrate,
         samples=samples,
         stats=stats,
@@ -215,13 +246,15 @@ def export(
         name=model if model in EMBEDDED else folder.resolve().name,
         vision_tower=vision_tower,
         as_published=as_published,
+        modalities=cut,
+        merge=merge,
         force=force and target == "onnxruntime",
     )
     family = family_of(folder)
     family.check_export(options, target)
     with render.working("Reading") as report:
         if target == "onnxruntime":
-            out = output or Path(f"{options.name}-{options.precision}")
+            out = output or Path("-".join((str(options.name), *cut, options.precision)))
             try:
                 made = family.export(folder, out, options, report)
             except VerificationError as error:

@@ -1,6 +1,7 @@
 """Where a phrase lies, as a picture that a person can read: the image under a translucent map.
 
-Below it stand the phrase, the scale of colours, how sure the model is, and the notice.
+Below it stand the phrase, the scale of colours, how sure the model is, and the notices: they are
+part of the picture, wherever it goes. An answer that does not rest on the picture gets no map.
 """
 
 import functools
@@ -14,11 +15,20 @@ from PIL import ImageDraw, ImageFont
 
 from medmoe_edge._types import Floats
 from medmoe_edge.contrastive.features import Location
+from medmoe_edge.engine.answer import Answer
 from medmoe_edge.image.pixels import Pixels
 
 PAPER, INK, QUIET, WARNING = (24, 24, 24), (240, 240, 240), (170, 170, 170), (255, 200, 80)
 PHRASE_LINES = 2  # of a long phrase; the whole stands in what the command prints
 UNFAMILIAR = "Unfamiliar image: unlike those the model knows. Do not rely on this."
+NO_FINDING = "Not a finding: what is not in the image has a place most alike, too."
+# A black picture must make an answer less likely, in odds, by this factor.
+FACTOR = 2.0
+REFUSED = frozenset({"not_a_scan", "not_answerable", "language", "empty_answer"})
+NO_MAP = (
+    "No map: the answer does not rest on the picture. The model answers a black picture alike, or "
+    "has no answer."
+)
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 # For letters that Pillow's own font lacks; by the names under which systems find them.
@@ -31,6 +41,24 @@ NO_LETTER = "\U0010ffff"  # fonts draw it as they draw every letter that they la
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Colour = tuple[int, int, int]
+
+
+def rests_on_picture(answer: Answer, blind: Answer) -> bool:
+    """Whether an answer comes from its picture, and not from the words of the question alone.
+
+    It does where a black picture gets another answer, or makes the odds of the same one half as
+    large or less; it does not where the model finds no answer.
+
+    Args:
+        answer: The answer about the picture.
+        blind: The same engine's, to the same question about a black picture.
+    """
+    if any(notice.code in REFUSED for notice in answer.warnings):
+        return False
+    if answer.text.strip().lower() != blind.text.strip().lower():
+        return True
+    with_picture, without = answer.confidence, blind.confidence
+    return without < 1 and with_picture * (1 - without) >= FACTOR * without * (1 - with_picture)
 
 
 def legend(location: Location, bar: Pillow.Image, width: int, unit: float) -> Pillow.Image:
@@ -69,7 +97,8 @@ def _lines(
         yield line, large, INK, font or plain
     likely = f"{reading.modality} {reading.probabilities[reading.modality]:.0%}"
     said = f"Similarity to the whole image {location.similarity:.2f}. Ring: the place most alike."
-    paragraphs = [(said, INK), (f"Image read as {likely}.", INK), (location.notice, QUIET)]
+    paragraphs = [(NO_FINDING, WARNING), (said, INK), (f"Image read as {likely}.", INK)]
+    paragraphs.append((location.notice, QUIET))
     if reading.unfamiliar:
         paragraphs.insert(0, (UNFAMILIAR, WARNING))
     for text, colour in paragraphs:

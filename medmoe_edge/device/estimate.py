@@ -19,7 +19,19 @@ from typing import TYPE_CHECKING, Any
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.device.costs import (
+from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
+from medmoe_edge.embedded import EMBEDDED, bundle_path
+from medmoe_edge.errors import (
+    InputError,
+    ModelError,
+    ResourceError,
+    did_you_mean,
+    needs,
+    shown_bytes,
+)
+from medmoe_edge.export.gpus import MOST_ENGINES, build_memory
+from medmoe_edge.presets import PRESETS
+from medmoe_edge.runtimes.costs import (
     GROUP,
     NEW_TOKENS,
     NUMBER,
@@ -36,18 +48,6 @@ from medmoe_edge.device.costs import (
     vision_in_8_bits,
     vision_operations,
 )
-from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
-from medmoe_edge.embedded import EMBEDDED, bundle_path
-from medmoe_edge.errors import (
-    InputError,
-    ModelError,
-    ResourceError,
-    did_you_mean,
-    needs,
-    shown_bytes,
-)
-from medmoe_edge.export.gpus import MOST_ENGINES, build_memory
-from medmoe_edge.presets import PRESETS
 
 if TYPE_CHECKING:
     from medmoe_edge.device.measure import Comparison
@@ -110,6 +110,7 @@ class Plan:
     prompt_tokens: int
     new_tokens: int
     forecasts: tuple[Forecast, ...]
+    left_out: tuple[str, ...] = ()  # modalities whose experts the model has no more
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; bytes and seconds."""
@@ -248,7 +249,8 @@ def make_plan(
     forecasts = tuple(
         forecast(work, device, each, speeds) for each in precisions(device, options.precision)
     )
-    return Plan(model, device, prompt, options.new_tokens, forecasts)
+    left_out = config.moe.left_out if config.moe else ()
+    return Plan(model, device, prompt, options.new_tokens, forecasts, left_out)
 
 
 def precisions(device: Device, wanted: Precision | None = None) -> tuple[Precision, ...]:
@@ -307,7 +309,7 @@ def forecast(
         decoder_bytes(config, precision, group),
         experts_bytes(config, precision, group),
     )
-    memory = memory_run(asked, device, precision)
+    memory = memory_run(asked, device.kind, precision)
     budget, short = _expert_budget(asked, device, precision, memory)
     cost = 1.0 if not budget else paging_cost(budget / experts)
     vision = cost * vision_seconds(config, precision, NUMBER[device.kind], speeds["fp32"])
@@ -375,7 +377,7 @@ def _expert_budget(
     if moe is None:
         return 0, -spare
     experts = experts_bytes(asked.config, precision, asked.group)
-    ratio = held_ratio(device, precision, asked.group)
+    ratio = held_ratio(device.kind, precision, asked.group)
     least = experts * moe.top_k // (moe.num_experts * len(moe.layers))
     budget = experts + math.floor(spare / ratio)
     return (budget, 0) if budget >= least else (0, round((least - budget) * ratio))

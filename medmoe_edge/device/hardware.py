@@ -6,32 +6,28 @@ with fp32 accumulation where the maker tells them apart. A Jetson's power modes 
 are devices of their own.
 """
 
-import ctypes
 import dataclasses
 import json
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from medmoe_edge.bundle.machine import cpu_features_here, cpu_name
+from medmoe_edge.bundle.machine import cpu_features_here, cpu_name, memory_here
 from medmoe_edge.config import unknown_key
 from medmoe_edge.errors import (
     ConfigError,
     DataError,
     InputError,
-    ResourceError,
     did_you_mean,
     shown_bytes,
 )
+from medmoe_edge.runtimes.costs import Kind
 
 GB = 10**9
 TERA = 10**12
 HERE = "here"
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, version 2
-Kind = Literal["gpu", "jetson", "cpu"]
 FILES = (".toml", ".json")  # of people's own devices
 
 
@@ -122,36 +118,6 @@ def find_device(name: str) -> Device:
         known = f"Use one of: {', '.join(names)}; or a file of your own (.toml)."
         raise InputError(f"There is no device {name!r}.", f"{did_you_mean(name, names)}{known}")
     return DEVICES[name]
-
-
-def memory_here(limit: Path = CGROUP_LIMIT) -> int:
-    """Bytes of memory of this machine, or of the container that it is."""
-    memory = _memory()
-    try:
-        return min(memory, int(limit.read_text()))
-    except (OSError, ValueError):  # no such group, or its limit is "max"
-        return memory
-
-
-class _MemoryStatus(ctypes.Structure):
-    """Windows' MEMORYSTATUSEX, 64 bytes: `size` is its own, `others` what is not read here."""
-
-    _fields_ = (
-        ("size", ctypes.c_uint32),
-        ("load", ctypes.c_uint32),
-        ("total", ctypes.c_uint64),
-        ("others", ctypes.c_uint64 * 6),
-    )
-
-
-def _memory() -> int:
-    """Bytes of memory of the machine."""
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    status = _MemoryStatus(size=ctypes.sizeof(_MemoryStatus))
-    if not ctypes.CDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status)):
-        raise ResourceError("Windows does not tell how much memory there is.", "Try again.")
-    return int(status.total)
 
 
 # What a file says of a device: keys, and the least and most that make sense.

@@ -30,7 +30,11 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.device.costs import (
+from medmoe_edge.export.builder import save_model, tensor_of
+from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
+from medmoe_edge.export.passes.ort_cpu import fuse_qkv, lower_attention, lower_matmul, lower_moe
+from medmoe_edge.export.quantise import insert_dequantise
+from medmoe_edge.runtimes.costs import (
     NEW_TOKENS,
     TEXT_TOKENS,
     Precision,
@@ -40,10 +44,6 @@ from medmoe_edge.device.costs import (
     step_seconds,
     step_work,
 )
-from medmoe_edge.export.builder import save_model, tensor_of
-from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
-from medmoe_edge.export.passes.ort_cpu import fuse_qkv, lower_attention, lower_matmul, lower_moe
-from medmoe_edge.export.quantise import insert_dequantise
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 HEAD = "decoder.head.weight"

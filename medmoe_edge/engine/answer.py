@@ -11,7 +11,9 @@ import numpy as np
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.config import MoEConfig
 from medmoe_edge.errors import InputError, Notice
+from medmoe_edge.image.pixels import named
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Chosen, Decoding, Step
 
@@ -325,6 +327,18 @@ def doubts(
     if not codes and not enough:
         codes.append("unsure")
     return tuple(Notice(code, WHY[code]) for code in codes)
+
+
+def other_modality(moe: MoEConfig | None, read_as: str | None) -> tuple[Notice, ...]:
+    """What to say where a model reads an image as a modality whose experts were left out."""
+    if moe is None or read_as not in moe.left_out:
+        return ()
+    kept = ", ".join(named(name) for name in moe.expert_names)
+    what = (
+        f"The model reads the image as {named(read_as)}, whose experts were left out of this "
+        f"bundle (it is for {kept}): do not rely on the answer."
+    )
+    return (Notice("other_modality", what),)
 
 
 def shown(text: str, *, complete: bool, unsure: bool) -> str:

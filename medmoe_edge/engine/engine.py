@@ -18,11 +18,13 @@ from medmoe_edge.engine.answer import (
     Clock,
     Draft,
     doubts,
+    other_modality,
     timings,
 )
 from medmoe_edge.engine.loading import (
     REFERENCE,
     Device,
+    MemoryChoice,
     OneAtATime,
     Paging,
     Proven,
@@ -47,6 +49,7 @@ from medmoe_edge.runtimes.base import (
     greedy,
     log_probability,
     log_softmax,
+    own_logits,
 )
 from medmoe_edge.runtimes.paging.pager import Budget
 
@@ -85,7 +88,8 @@ class Engine(OneAtATime):
     `warnings` are of the model, and part of every answer's. `thresholds` say by its code how likely
     a refusal must be to count (`answer.REFUSED` where nothing does); `fitted` makes an answer's
     confidence of its probability, and without it the one is the other. An answer ends where it
-    begins to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`.
+    begins to repeat itself, unless `allow_repetition`: see `runtimes.base.looping`. `memory` is
+    what a memory budget of "auto" came to, else None.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Engine(OneAtATime):
         warnings: tuple[Notice, ...] = (),
         thresholds: Mapping[str, float] | None = None,
         fitted: Confidence | None = None,
+        memory: MemoryChoice | None = None,
         *,
         allow_repetition: bool = False,
     ) -> None:
@@ -113,6 +118,7 @@ class Engine(OneAtATime):
         tokenizer.check_vocabulary(self.config.decoder.vocab_size)
         self.decoding = Decoding.of(self.config, tokenizer, allow_repetition=allow_repetition)
         self.thresholds, self.fitted = thresholds or {}, fitted
+        self.memory = memory
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -355,7 +361,8 @@ class Engine(OneAtATime):
         """Read an image's modality by the router, without a question.
 
         Returns:
-            One of `expert_names`; None where these are unknown.
+            One of `expert_names`, or of the modalities whose experts were left out; None where
+            these are unknown.
 
         Raises:
             InputError: The image cannot be used.
@@ -385,7 +392,8 @@ class Engine(OneAtATime):
         else:
             prefix = self._fetch(self.prefixes, pixels, ids, length + room, clock)
         clock.lap("prefix")
-        found = (*picture.notices, *unlike_label(picture.labels, prefix.modality))
+        other = other_modality(self.config.moe, prefix.modality)
+        found = (*other, *picture.notices, *unlike_label(picture.labels, prefix.modality))
         return replace(prefix, seconds={"vision": 0.0, **clock.laps}, warnings=found)
 
     def _compute(self, pixels: Floats, ids: list[int], capacity: int, clock: Clock) -> Prefix:
@@ -512,15 +520,15 @@ class Engine(OneAtATime):
             )
 
     def _modality(self, image_logits: Floats) -> str | None:
-        if not self.expert_names:
-            return None
-        return self.expert_names[int(image_logits.mean((0, 1)).argmax())]
+        names = self.config.moe.modalities if self.config.moe else ()
+        return names[int(image_logits.mean((0, 1)).argmax())] if names else None
 
     def _chosen(self, step: Step) -> Counts:
         """How often each expert was chosen in a step, over tokens and layers; `[E]`."""
         if self.config.moe is None:
             return np.zeros(0, np.int64)
-        chosen = chosen_experts(step.router_logits, self.config.moe.top_k)
+        own = own_logits(step.router_logits, self.config.moe)
+        chosen = chosen_experts(own, self.config.moe.top_k)
         return np.bincount(chosen.ravel(), minlength=self.config.moe.num_experts)
 
     def _shares(self, counts: Counts) -> dict[str, float]:

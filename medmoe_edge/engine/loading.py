@@ -15,13 +15,29 @@ from typing import Any, Literal, NamedTuple, Self
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
-from medmoe_edge.bundle.machine import Machine, cpu_flags, cpu_name
+from medmoe_edge.bundle.machine import Machine, available_memory, cpu_flags, cpu_name
 from medmoe_edge.config import Confidence
 from medmoe_edge.embedded import bundle_path, checkpoint_path
-from medmoe_edge.errors import InputError, MedMoEError, MissingDependencyError, ModelError, Notice
+from medmoe_edge.errors import (
+    InputError,
+    MedMoEError,
+    MissingDependencyError,
+    ModelError,
+    Notice,
+    ResourceError,
+    shown_bytes,
+)
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
-from medmoe_edge.runtimes.paging.pager import Budget, ExpertPager
+from medmoe_edge.runtimes.costs import (
+    GROUP,
+    PROCESS,
+    Asked,
+    held_experts,
+    memory_run,
+    prompt_tokens,
+)
+from medmoe_edge.runtimes.paging.pager import Budget, ExpertPager, least_budget
 from medmoe_edge.runtimes.paging.prediction import budget_bytes
 
 REFERENCE = "reference"  # a checkpoint, which bundles are verified against
@@ -129,9 +145,40 @@ RuntimeName = Literal["auto", "onnxruntime", "tensorrt", "torch"]
 Device = Literal["auto", "cpu", "cuda"]
 LARGE = 2**28  # bytes of experts, above which each is a session: they load in parallel
 ALL = "100%"  # a budget for every expert
+AUTO = "auto"  # a budget that free memory decides
+# Of the memory that is forecast, which is then looked for: forecasts were within 8% of what was
+# measured (tests/unit/test_plan_figures.py).
+SPARE = 1.1
 
 
 logger = logging.getLogger(__name__)
+# What a budget of "auto" came to: the command line shows this one from INFO on, in one line.
+chosen_memory = logging.getLogger("medmoe_edge.engine.memory")
+
+
+@dataclass(frozen=True)
+class MemoryChoice:
+    """What a memory budget of "auto" came to; bytes.
+
+    `budget` is of the experts, None where all of them are resident. `free` memory was found, and
+    `needed` is what the process is expected to add to what it holds, a tenth to spare.
+    """
+
+    budget: int | None
+    free: int
+    needed: int
+
+    def __str__(self) -> str:
+        """One line for people."""
+        found = f"Of {shown_bytes(self.free)} free memory"
+        if self.budget is None:
+            return f"{found} the model takes {shown_bytes(self.needed)}: all experts are resident."
+        return f"{found} experts may take {shown_bytes(self.budget)}: they are paged."
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        mode = "resident" if self.budget is None else "paged"
+        return {"mode": mode, "budget": self.budget, "free": self.free, "needed": self.needed}
 
 
 class Loaded(NamedTuple):
@@ -139,6 +186,7 @@ class Loaded(NamedTuple):
 
     `warnings` are what every answer of the model is to say. Where the bundle says it, `thresholds`
     tell by its code how likely a refusal must be to count, and `fitted` how often it is right.
+    `memory` is what a budget of "auto" came to.
     """
 
     runtime: Runtime
@@ -149,6 +197,7 @@ class Loaded(NamedTuple):
     warnings: tuple[Notice, ...] = ()
     thresholds: Mapping[str, float] | None = None
     fitted: Confidence | None = None
+    memory: MemoryChoice | None = None
 
 
 class Paging(NamedTuple):
@@ -176,18 +225,89 @@ def open_model(
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
     is_bundle = (folder / MANIFEST).exists()
     if is_bundle or runtime in ("onnxruntime", "tensorrt"):
+        memory = None
         if paging.budget is not None:
-            _check_budget(Bundle.open(folder, verify=False), paging.budget)
+            unchecked = Bundle.open(folder, verify=False)
+            if is_auto(paging.budget):
+                memory = _choose_memory(unchecked, runtime, device)
+                paging = Paging(memory.budget, paging.drop_pages and memory.budget is not None)
+            else:
+                _check_budget(unchecked, paging.budget)
         bundle = Bundle.open(folder)
         if keeps_prefixes and bundle.target.is_engine:
             raise InputError(
                 f"{bundle.name} is made for {bundle.target}, whose KV cache is not kept in files.",
                 "Leave the prefix cache out, or give the portable bundle that it was made from.",
             )
-        return _open_bundle(bundle, runtime, device, paging)
+        return _open_bundle(bundle, runtime, device, paging)._replace(memory=memory)
     if paging.budget is not None:
         raise _not_paged(f"{folder.name} is a checkpoint")
     return _open_checkpoint(folder, device)
+
+
+def is_auto(budget: Budget) -> bool:
+    """Whether free memory is to decide."""
+    return isinstance(budget, str) and budget.strip().lower() == AUTO
+
+
+def _choose_memory(bundle: Bundle, runtime: RuntimeName, device: Device) -> MemoryChoice:
+    """What free memory allows on this CPU; logged in one line."""
+    if bundle.target.name != DEFAULT or device == "cuda" or runtime == "torch":
+        raise InputError(
+            "A memory budget of auto looks at this machine's memory, for ONNX Runtime on its CPU.",
+            "Give bytes or a share, as 1500MB or 50%, or leave the budget out.",
+        )
+    free = available_memory()
+    if free is None:
+        raise ResourceError(
+            "This system does not tell how much memory is free.",
+            "Give a memory budget in bytes or as a share: 1500MB, 50%.",
+        )
+    choice = choose_memory(bundle, free)
+    chosen_memory.info("%s", choice)
+    return choice
+
+
+def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
+    """Have all experts resident where that fits, else as many as do.
+
+    Args:
+        bundle: For ONNX Runtime's CPU.
+        free: Bytes that the process may take beside what it holds already.
+
+    Returns:
+        The choice. With a budget, it is the largest that fits.
+
+    Raises:
+        ResourceError: Not even one layer's experts would fit beside the rest; it says how many
+            bytes would do.
+    """
+    precision = bundle.manifest["quantisation"]["precision"]
+    groups = [each["group"] for each in bundle.manifest["quantisation"].get("matrices", ())]
+    group = max((group for group in groups if group), default=GROUP)
+    asked = Asked(bundle.config, prompt_tokens(bundle.config), group=group)
+    whole = round(SPARE * (memory_run(asked, "cpu", precision) - PROCESS["cpu"]))
+    if whole <= free:
+        return MemoryChoice(None, free, whole)
+    if bundle.config.moe is None or not bundle.manifest.get("paging"):
+        raise _no_room(bundle, whole, free)
+    from medmoe_edge.runtimes.ort.paged import OrtExpertStore
+
+    store = OrtExpertStore(bundle)
+    rest = whole - round(SPARE * held_experts(asked, precision))
+    least = least_budget(store, bundle.config.moe.top_k)
+    budget = min(free - rest, sum(store.sizes.values()) + store.scratch)
+    if budget < least:
+        raise _no_room(bundle, min(rest + least, whole), free)
+    return MemoryChoice(budget, free, rest + budget)
+
+
+def _no_room(bundle: Bundle, least: int, free: int) -> ResourceError:
+    return ResourceError(
+        f"{bundle.name} takes at least {shown_bytes(least)} of memory, and {shown_bytes(free)} "
+        "are free.",
+        f"Free {shown_bytes(least - free)}, or export the model smaller: --int4.",
+    )
 
 
 def _check_budget(bundle: Bundle, budget: Budget) -> None:
@@ -204,15 +324,15 @@ def _check_budget(bundle: Bundle, budget: Budget) -> None:
 
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
-    known = proven(bundle)
-    warnings = _of_proof(bundle.name, known)
+    known, name = proven(bundle), bundle.name
+    warnings = _of_proof(name, known)
     for notice in warnings:
         logger.warning("%s", notice.message)
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
-    logger.info("%s runs on %s.", bundle.name, loaded.name)
+    logger.info("%s runs on %s.", name, loaded.name)
     return Loaded(
-        *(loaded, tokenizer, bundle.name, bundle.sha256, known, warnings),
+        *(loaded, tokenizer, name, bundle.sha256, known, warnings),
         thresholds=bundle.refusals,
         fitted=bundle.confidence,
     )
@@ -226,23 +346,24 @@ def _of_proof(name: str, known: Proven) -> tuple[Notice, ...]:
 
 
 def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Runtime:
-    if bundle.target.is_engine != (runtime == "tensorrt") and runtime != "auto":
+    target, is_engine = bundle.target, bundle.target.is_engine
+    if is_engine != (runtime == "tensorrt") and runtime != "auto":
         raise ModelError(
-            f"{bundle.name} is made for {bundle.target}, not for {runtime}.",
+            f"{bundle.name} is made for {target}, not for {runtime}.",
             "Leave --runtime out, or export the model for it: medmoe-edge export --help",
         )
-    if bundle.target.is_engine and device == "cpu":
+    if is_engine and device == "cpu":
         raise ModelError(
-            f"{bundle.name} holds engines for a GPU ({bundle.target}).",
+            f"{bundle.name} holds engines for a GPU ({target}).",
             "On the CPU, use the portable bundle that it was made from.",
         )
-    if bundle.target.paged and runtime != "torch":
+    if target.paged and runtime != "torch":
         return _slots_runtime(bundle, device, paging)
     if paging.budget is not None:
         return _paged_runtime(bundle, runtime, device, paging.budget, paging.drop_pages)
     if runtime == "torch":
         return _torch_runtime(bundle, device)
-    if not bundle.target.is_engine:
+    if not is_engine:
         return _ort_runtime(bundle, device)
     from medmoe_edge.runtimes.tensorrt.runtime import TensorRTRuntime
 

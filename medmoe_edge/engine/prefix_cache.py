@@ -94,7 +94,7 @@ def read_prefix(
         about = json.loads(archive.read(ABOUT))
         modality, experts = about.pop("modality"), about.pop("experts")
         _expect(about == _about(key, cache))
-        names, count = (config.moe.expert_names, config.moe.num_experts) if config.moe else ((), 0)
+        names, count = (config.moe.modalities, config.moe.num_experts) if config.moe else ((), 0)
         _expect(modality is None or modality in names)
         _expect(len(experts) == count and all(type(n) is int and n >= 0 for n in experts))
         shape = (config.decoder.heads, length, config.decoder.head_size)

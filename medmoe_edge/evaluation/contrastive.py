@@ -153,9 +153,15 @@ def _measure_mutations(
         figures, results = judge_seen(pairs, (words, words), bundle.gates, ())
         answers = sum(one.best != other.best for one, other in pairs)
         routing = sum(one.modality != other.modality for one, other in pairs)
-        shares = (Share.of(count, len(images)) for count in (answers, routing))
-        failed = not all(gate.passed for gate in results)
-        effects.append(Effect(mutation, *shares, failed, cosine=figures.region_cosine))
+        effects.append(
+            Effect(
+                mutation,
+                answers=Share.of(answers, len(images)),
+                routing=Share.of(routing, len(images)),
+                seen=not all(gate.passed for gate in results),
+                cosine=figures.region_cosine,
+            )
+        )
     return Mutations(tuple(effects))
 
 

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.config import Reliability, Unsure
 from medmoe_edge.data.datasets import (
@@ -42,7 +40,7 @@ from medmoe_edge.evaluation.metrics import (
     selective,
     token_recall,
 )
-from medmoe_edge.image.pixels import Image
+from medmoe_edge.image.pixels import Image, black_picture
 
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
@@ -53,7 +51,6 @@ Choose = Callable[[Sequence[Example]], Sequence[Example]]
 UNKNOWN = "unknown"
 MAX_NEW_TOKENS = 32
 MOST_NEW_TOKENS = 2048  # what the official evaluation allows an answer
-BLIND_SIDE = 64  # pixels of the black picture, which every tower scales to its own size
 BLIND_AT_ONCE = 32  # questions
 
 
@@ -242,11 +239,6 @@ def evaluate_blind(
             progress(len(said), len(questions))
     answers = {example.id: said[example.question] for example in examples}
     return _scores([(example, _scored(example, answers[example.id])) for example in examples])
-
-
-def black_picture() -> Image:
-    """What a model is shown that is not to look."""
-    return Image.from_array(np.zeros((BLIND_SIDE, BLIND_SIDE), np.uint8))
 
 
 def score_answers(

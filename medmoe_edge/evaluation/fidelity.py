@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import DataError, InputError, ModelError
 from medmoe_edge.evaluation.metrics import (
@@ -43,6 +43,7 @@ from medmoe_edge.runtimes.base import (
     chosen_experts,
     greedy,
     log_softmax,
+    own_logits,
 )
 
 
@@ -167,6 +168,14 @@ def routed(reference: Floats, found: Floats, top_k: int, modality: str) -> Route
     expected = reference.astype(np.float64)
     squares = ((found - expected) ** 2).sum((0, 2)), (expected**2).sum((0, 2))
     return Routed(modality, len(reference), differs.sum(0), *squares)
+
+
+def _routed(
+    reference: Floats, found: Floats, moe: MoEConfig | None, modality: str
+) -> Iterable[Routed]:
+    """Among the experts that are there; nothing of a dense model."""
+    if moe is not None:
+        yield routed(own_logits(reference, moe), own_logits(found, moe), moe.top_k, modality)
 
 
 def routing(parts: Sequence[Routed], layers: Sequence[int]) -> Routing:
@@ -300,7 +309,7 @@ def compare(
         )
     reader = Reader(candidate, recording.tokenizer, recording.max_new_tokens)
     seen, said, routes = [], [], []
-    top_k = recording.config.moe.top_k if recording.config.moe else 0
+    moe = recording.config.moe
     for done, (image, group) in enumerate(recording.examples.items(), start=1):
         ids = [recording.tokenizer.question_ids(example.question) for example in group]
         view = reader.view(recording.load(image), ids)
@@ -308,12 +317,12 @@ def compare(
         seen.append(_seen(reference.features, view.features[reference.tokens]))
         modality = group[0].modality or UNKNOWN
         found = view.router_logits[reference.positions]
-        routes.append(routed(reference.router_logits, found, top_k, modality))
+        routes += _routed(reference.router_logits, found, moe, modality)
         for example, question in zip(group, ids, strict=True):
             expected = recording.questions[example.id]
             reply = reader.follow(view, question, expected.tokens)
             said.append(_said(example, expected, reply, reader))
-            routes.append(routed(expected.router_logits, reply.router_logits, top_k, modality))
+            routes += _routed(expected.router_logits, reply.router_logits, moe, modality)
         if progress:
             progress(done, len(recording.examples))
     return Fidelity(
@@ -322,7 +331,7 @@ def compare(
         overall=_answers(said),
         by_modality=_grouped(said, lambda example: example.modality or UNKNOWN),
         by_answer_type=_grouped(said, lambda example: example.answer_type),
-        routing=routing(routes, recording.config.moe_layers) if top_k else None,
+        routing=routing(routes, recording.config.moe_layers) if moe else None,
         vision=_vision(seen),
         finite=reader.finite,
     )

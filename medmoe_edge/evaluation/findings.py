@@ -18,9 +18,9 @@ import numpy.typing as npt
 from medmoe_edge._types import Doubles
 from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, Record, parse_json, read_text
 from medmoe_edge.errors import DataError, Notice
-from medmoe_edge.evaluation.evaluate import MAX_NEW_TOKENS, Prediction, Progress, black_picture
+from medmoe_edge.evaluation.evaluate import MAX_NEW_TOKENS, Prediction, Progress
 from medmoe_edge.evaluation.metrics import Share, bootstrap_interval, exact_match, normalise
-from medmoe_edge.image.pixels import Image
+from medmoe_edge.image.pixels import Image, black_picture
 
 YES, NO = CHOICES = ("Yes", "No")
 FLAGSHIP = "Is there effusion?"

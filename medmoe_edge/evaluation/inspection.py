@@ -87,7 +87,7 @@ def activated_parameters(config: ModelConfig) -> int:
     """Parameters of the language part that run for one token."""
     shapes = decoder_parameters(config)
     experts = _total({name: shape for name, shape in shapes.items() if ".ffn.experts." in name})
-    if config.moe is None:
+    if config.moe is None or config.moe.merged:
         return _total(shapes)
     return _total(shapes) - experts + experts * config.moe.top_k // config.moe.num_experts
 

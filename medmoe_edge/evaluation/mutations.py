@@ -32,7 +32,7 @@ from medmoe_edge.evaluation.gates import judge
 from medmoe_edge.evaluation.metrics import Share
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import chosen_experts
+from medmoe_edge.runtimes.base import chosen_experts, own_logits
 from medmoe_edge.runtimes.ort.runtime import DECODER, OrtRuntime
 
 Kind = Literal["exchange", "meta", "scale", "router"]
@@ -189,7 +189,7 @@ def measure_mutations(
         kl_limit: The mean KL at which the gate of `verify --quick` fails.
         progress: Called with the models asked and all of them.
     """
-    if bundle.config.moe is None:
+    if bundle.config.moe is None or bundle.config.moe.merged:
         return None
     weights = dict(stored_weights(bundle.path(DECODER)))
     whole = OrtRuntime(bundle)
@@ -251,7 +251,8 @@ def _tokens(recording: Recording) -> dict[str, list[int]]:
     assert config.moe is not None
     routed = [part.router_logits for part in recording.images.values()]
     routed += [part.router_logits for part in recording.questions.values()]
-    chosen = chosen_experts(np.concatenate(routed), config.moe.top_k)  # [S, M, K]
+    own = own_logits(np.concatenate(routed), config.moe)
+    chosen = chosen_experts(own, config.moe.top_k)  # [S, M, K]
     return {
         f"decoder.layers.{layer}.ffn.": np.bincount(
             chosen[:, place].ravel(), minlength=config.moe.num_experts

@@ -136,7 +136,7 @@ def _unpack(bundle: Bundle, recorded: Recorded) -> tuple[Recording, float]:
     tokens = _some(config.vision.image_tokens, TOKENS)
     positions = _some(prefix + config.vision.image_tokens, POSITIONS)
     moe = config.moe
-    shape = (len(moe.layers), moe.num_experts) if moe else (0, 0)
+    shape = (len(moe.layers), moe.router_rows) if moe else (0, 0)
     images: dict[Any, RecordedImage] = {}
     examples: dict[Any, list[Example]] = {}
     questions: dict[str, RecordedQuestion] = {}

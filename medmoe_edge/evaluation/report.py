@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.config import Confidence
 from medmoe_edge.errors import MissingDependencyError, ResourceError
 from medmoe_edge.evaluation.gates import wilson
 from medmoe_edge.evaluation.metrics import Fidelity, Routing
@@ -152,6 +153,33 @@ def coverage_plot(routing: Mapping[str, Any], experts: Sequence[str]) -> str:
         return _svg(figure)
 
 
+def reliability_plot(fitted: Confidence) -> str:
+    """Left, how often answers of each confidence are right; right, errors among the surest."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.4), layout=ConstrainedLayoutEngine(wspace=0.12))
+        left, right = figure.subplots(1, 2)
+        left.plot((0, 100), (0, 100), color=LINE, linewidth=1.4)
+        for name, found, colour, marker in (
+            ("as the model gives it", fitted.before, ORANGE, "^"),
+            ("calibrated", fitted.after, BLUE, "o"),
+        ):
+            places = [100 * one.confidence for one in found.bins]
+            shares = [100 * one.accuracy for one in found.bins]
+            left.plot(places, shares, marker=marker, color=colour, markersize=5, label=name)
+            kept, wrong = 100 * np.array(found.risk_coverage).T
+            right.plot(kept, wrong, marker=marker, color=colour, markersize=5)
+        left.axvline(100 * fitted.threshold, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.2)
+        left.set_xlabel("confidence, %; dashed: unsure below")
+        left.set_ylabel("answers that are right, %")
+        right.set_xlabel("answers kept, the surest first, %")
+        right.set_ylabel("wrong among them, %")
+        right.set_ylim(bottom=0)
+        for axes in (left, right):
+            axes.grid()
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        return _svg(figure)
+
+
 def _bound(line: Any, bound: float | None) -> None:
     if bound is not None:
         line(bound * 100, color=ORANGE, linestyle=(0, (4, 3)), linewidth=1.4)
@@ -224,7 +252,9 @@ def render_report(verification: Verification) -> str:
         part if isinstance(part := bundle.manifest.get(key), Mapping) else {}
         for key in ("quantisation", "calibration")
     )
+    fitted = verification.fitted
     plots = {
+        "confidence": reliability_plot(fitted) if fitted else "",
         "agreement": "",
         "routing": "",
         "errors": errors_plot(quantisation.get("matrices") or []),
@@ -254,6 +284,7 @@ def render_report(verification: Verification) -> str:
         tiles=_tiles(record.figures) if record else [],
         gates=record.gates if record else (),
         plots=plots,
+        fitted=fitted,
         short=[(names[part["expert"]], part) for part in coverage if part["status"] != "covered"],
         rows=rows,
         provenance=_provenance(verification, quantisation),

@@ -37,6 +37,7 @@ from medmoe_edge.runtimes.base import (
     Step,
     check_room,
     chosen_experts,
+    own_logits,
 )
 from medmoe_edge.runtimes.ort.runtime import (
     CACHE_TYPES,
@@ -227,7 +228,7 @@ def _compare(
     name: str, executed: str, reader: Reader, expected: Sequence[_Read], found: Iterable[_Read]
 ) -> Agreement:
     runtime = reader.runtime
-    top_k = runtime.config.moe.top_k if runtime.config.moe else 0
+    moe = runtime.config.moe
     known = reader.tokenizer.known(runtime.config.decoder.vocab_size)
     vision, logits, same, moved, tokens, ties = [], [], [], 0, 0, [0.0]
     for ours, theirs in zip(found, expected, strict=True):
@@ -237,8 +238,9 @@ def _compare(
             logits.append(_squares(*(_centred(each.logits[:, known]) for each in (reply, other))))
             same.append(reply.tokens == other.tokens)
             routes.append((reply.router_logits, other.router_logits))
-        for router, reference in routes if top_k else ():
-            gaps = lost_by(reference, router, top_k)
+        for router, reference in routes if moe else ():
+            assert moe is not None
+            gaps = lost_by(own_logits(reference, moe), own_logits(router, moe), moe.top_k)
             tokens, moved = tokens + gaps.size, moved + int((gaps > 0).sum())
             ties.append(float(gaps.max(initial=0.0)))
     return Agreement(

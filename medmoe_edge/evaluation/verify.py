@@ -26,7 +26,7 @@ from medmoe_edge.bundle.recorded import (
     signature_of,
     sweep_weights,
 )
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import Confidence, ModelConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import (
     BundleError,
@@ -76,7 +76,7 @@ def sweep_experts(bundle: Bundle) -> list[str]:
     faulty = {}
     for expert in experts:
         step = _run(bundle, prompt, _routers_to(bundle.config, expert))
-        layer = _first_fault(step, expert)
+        layer = _first_fault(step, _row(bundle.config, expert))
         if layer is not None:
             faulty[expert] = layer
     common = len(experts) > 1 and len(faulty) == len(experts) and len({*faulty.values()}) == 1
@@ -107,9 +107,8 @@ def _routers_to(config: ModelConfig, expert: int) -> Mapping[str, Floats]:
     that of an RMSNorm, which has no bias either, is large in every prompt and positive.
     """
     assert config.moe is not None
-    size, experts = config.decoder.hidden_size, config.moe.num_experts
-    bias = np.zeros(experts, np.float32)
-    bias[expert] = FORCE
+    size, bias = config.decoder.hidden_size, np.zeros(config.moe.router_rows, np.float32)
+    bias[_row(config, expert)] = FORCE
     if config.moe.router_bias:
         return {f"decoder.layers.{layer}.ffn.router.bias": bias for layer in config.moe_layers}
     first = np.eye(1, size, dtype=np.float32)  # [1, D]: 1 in the first channel
@@ -126,12 +125,18 @@ def _routers_to(config: ModelConfig, expert: int) -> Mapping[str, Floats]:
     }
 
 
-def _first_fault(step: Step, expert: int) -> int | None:
-    """The first MoE layer (0..M-1) that the expert spoils or was not reached in, if there is one.
+def _row(config: ModelConfig, expert: int) -> int:
+    """The expert's row of the router."""
+    rows = config.moe.own_rows if config.moe else None
+    return expert if rows is None else rows[expert]
+
+
+def _first_fault(step: Step, row: int) -> int | None:
+    """The first MoE layer (0..M-1) that a row's expert spoils or was not reached in, or None.
 
     A layer's output is seen in the next layer's router logits, and the last one's in the logits.
     """
-    reached = (step.router_logits.argmax(-1) == expert).all(0)  # [M]
+    reached = (step.router_logits.argmax(-1) == row).all(0)  # [M]
     for layer, well in enumerate(reached):
         last = layer + 1 == len(reached)
         after = step.logits if last else step.router_logits[:, layer + 1]
@@ -220,6 +225,11 @@ class Verification:
             return "not measured"
         return status_of({"passed": self.passed})
 
+    @property
+    def fitted(self) -> Confidence | None:
+        """What the bundle knows of how often its answers are right; not measured here."""
+        return self.bundle.confidence if isinstance(self.bundle, Bundle) else None
+
     def error(self) -> VerificationError | None:
         """The error to raise for a bundle that failed, naming what failed; else None."""
         if self.passed is not False:
@@ -253,6 +263,7 @@ class Verification:
             "weights": self.weights.to_json() if self.weights else None,
             "verification": self.record.to_json() if self.record else None,
             "recorded": self.recorded,
+            "confidence": self.fitted.to_json() if self.fitted else None,
             "beside": {name: fidelity.to_json() for name, fidelity in self.beside.items()},
         }
 
@@ -353,16 +364,16 @@ def _reference(
     vision_tower: Path | None,
     report: Progress,
 ) -> list[Recording]:
-    """What the checkpoint says to each set of questions.
+    """What the checkpoint says to each set of questions, with the experts that the bundle has.
 
     It is out of memory again when the bundle is opened.
     """
     try:
-        from medmoe_edge.checkpoint.reader import as_checkpoint
+        from medmoe_edge.checkpoint.reader import as_checkpoint, cut_like
         from medmoe_edge.runtimes.torch.eager import EagerRuntime
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
-    checkpoint = as_checkpoint(folder, vision_tower=vision_tower)
+    checkpoint = cut_like(as_checkpoint(folder, vision_tower=vision_tower), bundle.config)
     source = bundle.manifest["source"]
     if not isinstance(source, Mapping) or source.get("checkpoint_sha256") != checkpoint.sha256():
         raise ModelError(
@@ -371,7 +382,7 @@ def _reference(
         )
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     runtime = EagerRuntime(checkpoint)
-    return [
+    recordings = [
         record(
             runtime,
             tokenizer,
@@ -381,3 +392,8 @@ def _reference(
         )
         for some in asked
     ]
+    moe = bundle.config.moe
+    if moe is None or not moe.merged:
+        return recordings
+    # What merging changes is measured, too: the reference has its experts apart.
+    return [replace(recording, config=bundle.config) for recording in recordings]

@@ -380,3 +380,8 @@ def _of_class(header: "Header") -> str | None:
 
     name = UID(header.text("SOPClassUID")).name  # of unknown ones the UID, in which no word is
     return next((kind for words, kind in _CLASSES if re.search(words, name)), None)
+
+
+def black_picture() -> Image:
+    """What a model is shown that is not to look; every tower scales it to its own size."""
+    return Image.from_array(np.zeros((64, 64), np.uint8))

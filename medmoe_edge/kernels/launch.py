@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from medmoe_edge.errors import MissingDependencyError
 from medmoe_edge.kernels.variant import PARTS, Half, Kernel, Tile, Variant, group_of
-from medmoe_edge.models.decoder import MoE, route
+from medmoe_edge.models.decoder import MoE
 
 try:
     from triton import knobs
@@ -158,7 +158,8 @@ class StoredMoE(MoE):
 
     def __init__(self, moe: MoE, activation: str, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.top_k, self.noise = moe.top_k, moe.noise
+        self.top_k, self.noise, self.rows = moe.top_k, moe.noise, moe.rows
+        self.merged = None
         self.router, self.coefficient = moe.router, moe.coefficient
         self.experts, self.meta = moe.experts, moe.meta
         self.activation, self.dtype = activation, dtype
@@ -166,6 +167,8 @@ class StoredMoE(MoE):
     @classmethod
     def of(cls, moe: MoE, activation: str, dtype: torch.dtype) -> Self | None:
         """The layer in the kernels; None where they cannot run its experts together."""
+        if moe.merged is not None:
+            return None
         forms = [
             [linear.form if isinstance(linear, StoredLinear) else None for linear in linears]
             for linears in map(nn.Module.children, _experts(moe))
@@ -176,7 +179,7 @@ class StoredMoE(MoE):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]` in `dtype`; the meta expert is one more, that everyone takes."""
         tokens = x.flatten(0, -2)  # [T, D]
-        gates, chosen = route(self.router_logits(tokens), self.top_k, self.noise)
+        gates, chosen = self.route(tokens)
         if self.meta is not None:
             share = torch.ones_like(gates[:, :1])
             if self.coefficient is not None:

@@ -9,7 +9,7 @@ LayerNorm with bias and SwiGLU. Qwen-1.8B has StableLM's blocks with RMSNorm; it
 and logn attention begin behind the trained length, which is where its positions end here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -96,20 +96,27 @@ def causal_mask(queries: int, past: int, device: torch.device) -> Tensor:
 
 
 def route(
-    logits: Tensor, top_k: int, noise: torch.Generator | None = None
+    logits: Tensor,
+    top_k: int,
+    noise: torch.Generator | None = None,
+    rows: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose experts from router logits `[T, E]`: weights and indices, both `[T, K]`.
+
+    Where experts were left out, `rows` are the router's rows of the others: probabilities are over
+    all rows, so that an expert that the whole model chooses counts what it counts there.
 
     k = 1 weighs with the un-renormalised probability; k = 2 renormalises over the two chosen.
     `noise` adds Gumbel noise to the choice of the second expert only, as the official code does.
     """
-    probabilities = logits.float().softmax(-1)
+    probabilities, scores = logits.float().softmax(-1), logits.float()
+    if rows is not None:
+        probabilities, scores = probabilities[..., rows], scores[..., rows]
     first = probabilities.argmax(-1, keepdim=True)  # [T, 1]
     if top_k == 1:
         return probabilities.gather(-1, first), first
-    scores = logits.float()
     if noise is not None:
-        scores = scores + _gumbel(logits.shape, noise).to(scores.device)
+        scores = scores + _gumbel(scores.shape, noise).to(scores.device)
     second = scores.scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
     chosen = torch.cat((first, second), -1)  # [T, 2]
     weights = probabilities.gather(-1, chosen)
@@ -126,16 +133,19 @@ class MoE(nn.Module):
 
     `y = sum_k g_k E_k(x) + meta(x)`; with the residual coefficient `c = softmax(coefficient(x))`,
     `y = c0 sum_k g_k E_k(x) + c1 meta(x) + meta(x)`. Source: Med-MoE, arXiv 2404.10237, and its
-    official code. The router is computed in fp32.
+    official code. The router is computed in fp32. A merged expert is one feed-forward with the
+    meta expert: `y = E(x) + meta(x)`, and the router only tells modalities apart.
     """
 
     def __init__(self, config: MoEConfig, size: int, make_expert: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.top_k = config.top_k
+        self.top_k, self.rows = config.top_k, config.own_rows
         self.noise: torch.Generator | None = None
-        self.router = nn.Linear(size, config.num_experts, bias=config.router_bias)
-        self.experts = nn.ModuleList(make_expert() for _ in range(config.num_experts))
-        self.meta = make_expert() if config.meta_expert else None
+        self.router = nn.Linear(size, config.router_rows, bias=config.router_bias)
+        self.merged = make_expert() if config.merged else None
+        routed = 0 if config.merged else config.num_experts
+        self.experts = nn.ModuleList(make_expert() for _ in range(routed))
+        self.meta = make_expert() if config.meta_expert and not config.merged else None
         self.coefficient = nn.Linear(size, 2) if config.use_residual else None
 
     def router_logits(self, x: Tensor) -> Tensor:
@@ -144,8 +154,14 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), self.router.weight.float(), bias)
 
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and indices of the experts for tokens `[T, D]`, both `[T, K]`."""
+        return route(self.router_logits(tokens), self.top_k, self.noise, self.rows)
+
     def forward(self, x: Tensor) -> Tensor:
         """Run the chosen experts on their tokens and add the meta expert."""
+        if self.merged is not None:
+            return self.merged(x)  # type: ignore[no-any-return]
         tokens = x.flatten(0, -2)  # [T, D]
         y = self._routed(tokens)
         if self.meta is not None:
@@ -157,7 +173,7 @@ class MoE(nn.Module):
         return y.view_as(x)
 
     def _routed(self, tokens: Tensor) -> Tensor:
-        weights, chosen = route(self.router_logits(tokens), self.top_k, self.noise)
+        weights, chosen = self.route(tokens)
         y = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
             token, slot = torch.where(chosen == index)
@@ -199,11 +215,15 @@ class Decoder(nn.Module):
         return self.norm(x), inputs
 
 
-def experts_or_dense(config: ModelConfig, layer: int, make: Callable[[], nn.Module]) -> nn.Module:
+def experts_or_dense(
+    config: ModelConfig, layer: int, make: Callable[[DecoderConfig], nn.Module]
+) -> nn.Module:
     """A layer's feed-forward: the mixture of experts where the configuration names the layer."""
-    if config.moe is not None and layer in config.moe.layers:
-        return MoE(config.moe, config.decoder.hidden_size, make)
-    return make()
+    moe, decoder = config.moe, config.decoder
+    if moe is None or layer not in moe.layers:
+        return make(decoder)
+    each = config.merged_decoder if moe.merged else decoder
+    return MoE(moe, decoder.hidden_size, lambda: make(each))
 
 
 def make_norm(decoder: DecoderConfig) -> nn.LayerNorm | nn.RMSNorm:
@@ -235,7 +255,7 @@ class PhiLayer(nn.Module):
         self.input_norm = make_norm(decoder)
         self.attention = Attention(decoder, layer, out_bias=True)
         self.dropout = nn.Dropout(0.0)
-        self.ffn = experts_or_dense(config, layer, lambda: PhiFeedForward(decoder))
+        self.ffn = experts_or_dense(config, layer, PhiFeedForward)
 
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None
@@ -276,7 +296,7 @@ class StableLmLayer(nn.Module):
         self.post_norm = make_norm(decoder)
         self.attention = Attention(decoder, layer, out_bias=False)
         self.dropout = nn.Dropout(0.0)
-        self.ffn = experts_or_dense(config, layer, lambda: StableLmFeedForward(decoder))
+        self.ffn = experts_or_dense(config, layer, StableLmFeedForward)
 
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None

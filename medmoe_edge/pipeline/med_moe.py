@@ -21,7 +21,7 @@ from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
+from medmoe_edge.checkpoint.reader import Checkpoint, cut_checkpoint, cut_like, read_checkpoint
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.embedded import EMBEDDED, bundle_path, is_installed
 from medmoe_edge.errors import InputError, MissingDependencyError, ModelError, ResourceError
@@ -31,7 +31,7 @@ from medmoe_edge.evaluation.recording import QUESTIONS
 from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
-from medmoe_edge.export.plan import GroupSize, Method, Precision
+from medmoe_edge.export.plan import GroupSize, Method, Precision, read_deltas
 from medmoe_edge.export.targets import check_request, export_target, plan_target
 from medmoe_edge.export.tensorrt_builder import Built
 from medmoe_edge.image.pixels import Image
@@ -152,30 +152,45 @@ def export(
     method: Method = "auto",
     budget_bits: float | None = None,
     group: GroupSize | None = None,
+    experts: str | None = None,
     calibrate_on: str | None = None,
     samples: int = SAMPLES,
     stats: Path | None = None,
     strict: bool = False,
     name: str | None = None,
     vision_tower: Path | None = None,
+    modalities: Sequence[str] = (),
+    merge: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Export:
     """Export a checkpoint; calibrated and verified where `calibrate_on` names data.
 
     The checkpoint is opened once, for all steps. `stats` are statistics that `calibrate` wrote; the
-    bundle is then not yet verified. `strict` refuses experts that too few tokens reached. Raises
-    `VerificationError`, and leaves no bundle, where a gate fails; `ModelError`, `InputError` and
-    `ResourceError` otherwise.
+    bundle is then not yet verified. `experts` is how routed experts are stored, see
+    `export.plan.read_deltas`; None: whole. `strict` refuses experts that too few tokens reached.
+    With `modalities` the experts of these alone are exported, calibrated and verified, and with
+    `merge` as `cut_checkpoint` says. Raises `VerificationError`, and leaves no bundle, where a gate
+    fails; `ModelError`, `InputError` and `ResourceError` otherwise.
     """
     check_target(out, force=force, marker=MANIFEST)
     if calibrate_on is not None and stats is not None:
         raise InputError("Both data and statistics were given.", "Give one of the two.")
     report = progress or no_progress
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    if merge and not modalities:
+        raise InputError("What is to be merged?", "Name its modality: --modality xray --merge.")
+    if modalities:
+        if stats is not None:
+            raise InputError(
+                "The statistics are those of the whole model, and experts are to be left out.",
+                "Calibrate what is left: --calibrate DATA in place of --stats.",
+            )
+        source = cut_checkpoint(source, modalities, merge=merge)
     for notice in source.warnings:
         logger.warning("%s", notice.message)
-    options = BuildOptions(precision, method, budget_bits, group, name)
+    deltas = None if experts is None else read_deltas(experts)
+    options = BuildOptions(precision, method, budget_bits, group, name, deltas)
     calibrated = calibrate_on is not None or stats is not None
     check_exportable(source, options, calibrated=calibrated)
     if calibrate_on is None:
@@ -249,7 +264,8 @@ def verify(
     """
     check_recordable(bundle, record)
     recordable = record is None and may_record(bundle)
-    model = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    read = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    model = cut_like(read, Bundle.open(bundle, verify=False).config)
     others = {_label(name): _peer(name, model) for name in beside}
     data = _data_for(model, source)
     with tempfile.TemporaryDirectory() as folder:
@@ -266,8 +282,14 @@ def verify(
 
 
 def _data_for(checkpoint: Checkpoint, source: str) -> CalibrationData:
-    names, vision = _modalities(checkpoint), checkpoint.config.vision
-    return read_calibration(source, known_modalities=names, vision=vision)
+    """Of a checkpoint that was cut, samples of modalities that were left out are none."""
+    moe, vision = checkpoint.config.moe, checkpoint.config.vision
+    data = read_calibration(source, known_modalities=_modalities(checkpoint), vision=vision)
+    if moe is None or not moe.left_out:
+        return data
+    kept = tuple(sample for sample in data.samples if sample.modality not in moe.left_out)
+    name = f"{data.name}, {' and '.join(moe.expert_names)} alone"
+    return dataclasses.replace(data, samples=kept, name=name)
 
 
 def _modalities(checkpoint: Checkpoint) -> tuple[str, ...]:

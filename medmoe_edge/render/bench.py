@@ -329,6 +329,8 @@ def show_plan(plan: "Plan") -> None:
     rests = "measured rates" if device.ratings is None else "the maker's figures"
     asked = f"{plan.prompt_tokens} prompt and {plan.new_tokens} new tokens"
     show(f"Predicted for {asked}, from {rests}; not run.", "dim")
+    if plan.left_out:
+        show(f"The bundle is without its experts for {', '.join(plan.left_out)}.", "dim")
     if any(forecast.paging_cost > 1 for forecast in plan.forecasts):
         show("Times with paged experts hold what paging was measured to cost on a CPU.", "dim")
 

@@ -155,12 +155,15 @@ def show_inspection(inspection: "Inspection") -> None:
     ]
     if moe:
         meta = " + meta expert" if moe.meta_expert else ""
+        meta += ", merged into one" if moe.merged else ""
         rows += [
             ("experts", f"{moe.num_experts}, top-{moe.top_k}{meta}, in {len(moe.layers)} layers"),
             ("  in layers", ", ".join(map(str, moe.layers))),
         ]
         if moe.expert_names:
             rows.append(("  for", ", ".join(moe.expert_names)))
+        if moe.left_out:
+            rows.append(("  left out", f"{', '.join(moe.left_out)}; answers about them say so"))
     if inspection.tensors is not None:
         types = ", ".join(f"{count} {name}" for name, count in (inspection.types or {}).items())
         rows.append(("tensors", f"{inspection.tensors:,} ({types})"))

@@ -44,6 +44,8 @@ def show_verification(verification: "Verification") -> None:
             if verification.beside:
                 candidates = {f"{name} (this bundle)": record.figures, **verification.beside}
                 _show_candidates(candidates)
+    if verification.fitted:
+        show_confidence(verification.fitted)
     _show_damage(verification.faults, verification.weights)
     _show_mutations(record.mutations if record else None)
     if record:

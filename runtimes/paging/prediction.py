@@ -38,6 +38,7 @@ class RoutingPrediction:
     norm: tuple[Floats, Floats | None]
     norm_eps: float
     router: tuple[Floats, Floats]
+    rows: tuple[int, ...] | None = None  # of the router, where experts were left out
 
     @classmethod
     def of(cls, bundle: Bundle) -> "RoutingPrediction | None":
@@ -51,7 +52,7 @@ class RoutingPrediction:
             return None
         shares = np.stack([profile.probability(name) for name in profile.modalities])
         prior = np.asarray(profile.requests / profile.requests.sum(), np.float32)
-        return cls(shares, prior, *_first_router(bundle))
+        return cls(shares, prior, *_first_router(bundle), rows=config.moe.own_rows)
 
     @property
     def unseen(self) -> Floats:
@@ -68,8 +69,11 @@ class RoutingPrediction:
         if bias is not None:
             normed = normed + bias
         matrix, offset = self.router
-        chosen = (normed @ matrix + offset).argmax(-1)
-        seen = np.bincount(chosen, minlength=matrix.shape[1]) / len(tokens)
+        logits = normed @ matrix + offset
+        if self.rows is not None:
+            logits = logits[:, list(self.rows)]
+        chosen = logits.argmax(-1)
+        seen = np.bincount(chosen, minlength=self.shares.shape[-1]) / len(tokens)
         nearest = np.square(self.shares[:, 0] - seen).sum(-1).argmin()
         return np.asarray(self.shares[nearest])
 
@@ -91,7 +95,7 @@ def _first_router(
     weight, bias, matrix, offset = (found.get(name) for name in names)
     assert weight is not None
     assert matrix is not None
-    experts = config.moe.num_experts
+    experts = config.moe.router_rows
     zeros = np.zeros(experts, np.float32)
     return (
         (weight, bias),

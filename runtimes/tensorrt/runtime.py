@@ -302,7 +302,7 @@ class Lane:
     def __init__(
         self, context: Context, device: Device, config: ModelConfig, tokens: int, layers: range
     ) -> None:
-        decoder, experts = config.decoder, config.moe.num_experts if config.moe else 0
+        decoder, experts = config.decoder, config.moe.router_rows if config.moe else 0
         self.context, self.device = context, device
         self.size, self.layers = decoder.hidden_size, layers
         self.inputs = {

@@ -224,7 +224,8 @@ class PagedTorchRuntime(TorchBundleRuntime):
         step = super().step(embeds, cache)
         logits = torch.from_numpy(step.router_logits).to(self.device)
         assert self.config.moe is not None
-        _, chosen = route(logits, self.config.moe.top_k)  # as its layers did, to the bit
+        moe = self.config.moe
+        _, chosen = route(logits, moe.top_k, rows=moe.own_rows)  # as its layers did, to the bit
         return step, chosen.cpu().numpy()
 
 

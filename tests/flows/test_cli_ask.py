@@ -9,6 +9,7 @@ from command_line import Run, answer_to, two_lines
 import medmoe_edge
 from medmoe_edge.bundle.bundle import NOTICE, write_manifest
 from medmoe_edge.config import DecoderConfig, ModelConfig, VisionConfig
+from medmoe_edge.errors import Notice
 from medmoe_edge.render import console as render
 
 CONFIG = ModelConfig(
@@ -35,7 +36,7 @@ def test_ask_passes_its_options_on(run: Run, loaded: list[tuple[str, str]], scan
     options = ["--model", "my", "--runtime", "torch", "--frame", "0", "--max-new-tokens", "5"]
     assert run("ask", *options, "scan.png", "a", "b").exit_code == 0
     assert loaded == [("my", "torch")]
-    expected = (Path("scan.png"), ["a", "b"], {"max_new_tokens": 5, "frame": 0})
+    expected = (Path("scan.png"), ["a", "b"], {"max_new_tokens": 5, "choices": None, "frame": 0})
     assert vars(medmoe_edge)["engine_for_test"].asked == [expected]
 
 
@@ -79,8 +80,33 @@ def test_bad_input_is_two_lines_and_exit_code_2(
 def test_an_answer_that_says_little(capsys: pytest.CaptureFixture[str]) -> None:
     render.show_answers([answer_to("q", "", modality=None, experts={}, complete=False)])
     asked, said, grounds = capsys.readouterr().out.splitlines()
-    assert (asked, said) == ("q", "  (no answer)")
-    assert grounds.startswith("  cut off · confidence 93.4% · 0.37 s")
+    assert (asked, said) == ("q", "  (no answer) (cut off)")
+    assert grounds.startswith("  confidence 93.4% · 0.37 s")
+
+
+@pytest.mark.usefixtures("scan")
+def test_choices_are_passed_on_and_bad_ones_refused(
+    run: Run, loaded: list[tuple[str, str]]
+) -> None:
+    assert run("ask", "scan.png", "Where?", "--choices", "left, right,both").exit_code == 0
+    ((_, _, options),) = vars(medmoe_edge)["engine_for_test"].asked
+    assert options["choices"] == ("left", "right", "both")
+    result = run("ask", "scan.png", "Where?", "--choices", "left,,right")
+    assert result.exit_code == 2
+    assert "one of them is empty" in two_lines(result)[0]
+    assert len(loaded) == 1  # refused before a model is loaded
+
+
+def test_why_an_answer_is_unsure_comes_before_the_best_guess(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    notice = Notice("not_a_scan", "It is a cat.")
+    shares = {"Yes": 0.25, "No": 0.75}
+    answer = answer_to("q", "No", warnings=(notice,), unsure=True, probabilities=shares)
+    render.show_answers([answer])
+    _, warned, said, grounds = capsys.readouterr().out.splitlines()
+    assert (warned, said) == ("  Warning: It is a cat.", "  Unsure. Best guess: No")
+    assert grounds.startswith("  Yes 25.0%, No 75.0% · confidence 93.4%")
 
 
 @pytest.mark.usefixtures("scan")

@@ -6,9 +6,9 @@ import pytest
 from command_line import Run, start_without, two_lines
 
 from medmoe_edge.device import doctor, estimate, measure
-from medmoe_edge.device.costs import Speed
 from medmoe_edge.device.doctor import Ort
 from medmoe_edge.device.measure import Comparison
+from medmoe_edge.runtimes.costs import Speed
 
 HEAVY = ["torch", "onnx", "onnx_ir", "ml_dtypes", "safetensors", "transformers", "pynvml"]
 

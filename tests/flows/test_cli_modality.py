@@ -310,6 +310,20 @@ def test_ask_explains(run: Run, engine: FakeEngine, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("scan", "loaded")
+def test_no_map_is_drawn_of_an_answer_that_a_black_picture_gets_too(
+    run: Run, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("command_line.FakeEngine.blind", "No")
+    result = run("ask", "scan.png", "Is there effusion?", "--explain", "out.png")
+    assert result.exit_code == 0
+    assert "No map: the answer does not rest on the picture" in result.stderr
+    assert not (tmp_path / "out.png").exists()
+    assert engine.asked == []
+    told = run("ask", "scan.png", "Is there effusion?", "--explain", "out.png", "--json")
+    assert json.loads(told.stdout)["explanation"] is None
+
+
+@pytest.mark.usefixtures("scan", "loaded")
 def test_ask_without_explain_loads_no_second_model(run: Run, engine: FakeEngine) -> None:
     result = run("ask", "scan.png", "Is there effusion?", "--json")
     assert json.loads(result.stdout).keys() == {"answers"}

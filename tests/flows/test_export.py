@@ -1,5 +1,6 @@
 """From a checkpoint to a bundle: the same bytes each time, with all that belongs to it, or none."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graphs import changed, observed, write_no_tower
+from graphs import changed, observed, structure, write_no_tower
 from torch import Tensor
 
 from medmoe_edge._version import __version__
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle
+from medmoe_edge.bundle.recorded import stored_matrices
+from medmoe_edge.calibration.quantisers import Format, round_to_nearest
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import (
     CheckpointError,
@@ -24,6 +27,7 @@ from medmoe_edge.errors import (
 )
 from medmoe_edge.export import build, weights
 from medmoe_edge.export.build import BuildOptions, export_bundle
+from medmoe_edge.export.quantise import unpack_rows
 
 Make = Callable[..., Path]
 
@@ -55,6 +59,42 @@ def test_the_same_checkpoint_gives_the_same_bytes(tiny_checkpoint: Make, tmp_pat
     for name, content in contents(out).items():  # nothing tells where it was made
         for place in (str(tmp_path), str(Path(build.__file__).parents[1]), "site-packages"):
             assert place.encode() not in content, (name, place)
+
+
+STRUCTURES = {  # of the tiny decoder: changes with what is exported, never with weights
+    "fp32": "a1234f17f732a2f5",
+    "int8": "b50c4d0d9db1cf00",
+    "int4": "0448bdf5c4e6814f",
+}
+
+
+@pytest.mark.usefixtures("without_tower")
+@pytest.mark.parametrize("precision", STRUCTURES)
+def test_bundles_stay_as_they_were(tiny_checkpoint: Make, tmp_path: Path, precision: Any) -> None:
+    """What is exported without new options is what was exported before.
+
+    Held by structure and by weights: whole files hash otherwise where ONNX's or PyTorch's version
+    differs, and what is added up on another processor may differ in its last digit. Where a change
+    of structure is meant, the digest is to be renewed.
+    """
+    options = BuildOptions(precision=precision, name="tiny")
+    out = export_bundle(tiny_checkpoint(), tmp_path / "out", options)
+    lines = "\n".join(structure(out / "decoder.onnx"))
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == STRUCTURES[precision], lines
+    source = read_checkpoint(tiny_checkpoint())
+    bundle, compared = Bundle.open(out), 0
+    for name, (array, scale) in stored_matrices(bundle):
+        rows = source.tensor(name).float().numpy()
+        compared += 1
+        if scale is None:
+            np.testing.assert_array_equal(array.T, rows)
+            continue
+        group = None if array.dtype == np.int8 else 32
+        expected = round_to_nearest(rows, Format(8 if group is None else 4, group))
+        integers = array.T if group is None else unpack_rows(array.reshape(len(rows), -1), 4)
+        np.testing.assert_array_equal(integers, expected.integers)
+        np.testing.assert_array_equal(scale.reshape(expected.scale.shape), expected.scale)
+    assert compared > 20
 
 
 def test_the_manifest_vouches_for_all(tiny_checkpoint: Make, tiny_bundle: Make) -> None:

@@ -35,10 +35,15 @@ def answer_to(question: str, text: str = "No", **values: Any) -> Answer:
 
 
 class FakeEngine:
-    """Answers "No" to everything, after checking its input as the real one does."""
+    """Answers "No" to everything, after checking its input as the real one does.
+
+    `blind` is what it says of the black picture that answers are held against.
+    """
 
     expert_names = ("mri", "ct", "pathology", "xray")
     proven = None
+    blind = "Yes"
+    memory = None
 
     def __init__(self) -> None:
         self.asked: list[tuple[Path | Image, list[str], dict[str, object]]] = []
@@ -49,6 +54,8 @@ class FakeEngine:
         self.asked.append((image, list(questions), options))
         if not isinstance(image, Image):
             load_image(image, frame=options.get("frame"))
+        elif image.pixels.shape == (64, 64, 3) and not image.pixels.any():
+            return [answer_to(question, self.blind) for question in questions]
         return [answer_to(check_question(question)) for question in questions]
 
     def modality(self, image: Path) -> str | None:

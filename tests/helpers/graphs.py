@@ -1,13 +1,14 @@
 """For the tests of export: models of one `medmoe::MoE` node, how to run a graph, statistics."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
@@ -179,3 +180,33 @@ def observed(
         coverage,
         observer.statistics,
     )
+
+
+def structure(graph: Path) -> list[str]:
+    """What an ONNX file computes and which weights it holds, a line each, without their values.
+
+    Nodes in order with their inputs, outputs and attributes, those of branches indented; then
+    weights by name, type and shape.
+    """
+    proto = onnx.load(graph, load_external_data=False)
+    imports = sorted((entry.domain, entry.version) for entry in proto.opset_import)
+    return [str(imports), *_nodes(proto.graph, "")]
+
+
+def _nodes(graph: onnx.GraphProto, indent: str) -> Iterator[str]:
+    for node in graph.node:
+        plain = {
+            attribute.name: str(onnx.helper.get_attribute_value(attribute))
+            for attribute in node.attribute
+            if not attribute.g.node
+        }
+        parts = [node.domain, node.op_type, list(node.input), list(node.output)]
+        yield indent + " ".join(map(str, [*parts, sorted(plain.items())]))
+        for attribute in sorted(node.attribute, key=lambda a: a.name):
+            if attribute.g.node:
+                yield f"{indent}{attribute.name}"
+                yield from _nodes(attribute.g, f"{indent}  ")
+    for tensor in sorted(graph.initializer, key=lambda tensor: tensor.name):
+        yield f"{indent}{tensor.name} {tensor.data_type} {list(tensor.dims)}"
+    for kind, values in (("reads", graph.input), ("makes", graph.output)):
+        yield f"{indent}{kind} {[value.name for value in values]}"

@@ -23,6 +23,7 @@ from pynetdicom.events import Event
 import medmoe_edge
 from medmoe_edge.bedside.listen.config import Configuration, load_configuration
 from medmoe_edge.bedside.listen.node import Node
+from medmoe_edge.contrastive.features import Location, Reading
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.image.pixels import Image, Pixels
 
@@ -32,7 +33,7 @@ SOME = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
 class StandIn:
-    """Answers "No", after `seconds`."""
+    """Answers "No", after `seconds`; of a black picture something else, for it looks."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds, self.asked = seconds, 0
@@ -42,10 +43,21 @@ class StandIn:
     ) -> list[Answer]:
         self.asked += 1
         time.sleep(self.seconds)
-        return [answer_to(question) for question in questions]
+        said = ["No"] if image.pixels.any() else ["Nothing"]
+        return [answer_to(question, *said) for question in questions]
 
     def seen(self, image: Image) -> Pixels:
         return image.pixels[::2, ::2]
+
+
+def located(image: Image, phrase: str) -> Location:
+    """A phrase in the middle of a picture."""
+    height, width = image.pixels.shape[:2]
+    heat = np.zeros((height, width), np.float32)
+    heat[height // 2, width // 2] = 1
+    model = {"name": "fake", "sha256": "0" * 64}
+    reading = Reading({}, model, "xray", {"xray": 0.9, "ct": 0.1}, 0.3, unfamiliar=False)
+    return Location({}, model, phrase, heat, (width // 2, height // 2), 0.25, reading)
 
 
 def configuration(folder: Path, **values: Any) -> Configuration:
@@ -78,7 +90,7 @@ def send(port: int, *datasets: Dataset, title: str = PEER, called: str = "MEDMOE
     if not datasets:
         return []
     entity = ApplicationEntity(title)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 10
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 60
     for uid in {dataset.SOPClassUID for dataset in datasets}:
         entity.add_requested_context(uid)
     association = entity.associate("127.0.0.1", port, ae_title=called)
@@ -97,7 +109,7 @@ def _stored(association: Any, dataset: Dataset) -> int:
         return -1
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until it is so, or fail."""
     end = time.monotonic() + seconds
     while not what():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from medmoe_edge.bedside.batch.inputs import Journal, journal_path, read_items
 from medmoe_edge.bedside.batch.run import BatchReport, Recipe, run_batch
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.errors import InputError, MedMoEError, ResourceError
+from medmoe_edge.errors import InputError, MedMoEError, Notice, ResourceError
 from medmoe_edge.image.loading import load_image
 
 QUESTIONS = ("Is there effusion?", "Which organ is shown?")
@@ -143,6 +144,24 @@ def test_every_answer_is_audited_before_it_is_kept(
     ]
     digest = hashlib.sha256((scans / "a.png").read_bytes()).hexdigest()
     assert entries[0]["input_sha256"] == digest
+
+
+def test_an_unsure_answer_is_called_so_in_table_and_audit_log(
+    engine: StandIn, scans: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notice = Notice("repetition", "The model began to repeat itself.")
+    doubtful = {"unsure": True, "complete": False, "stopped": "repetition", "warnings": (notice,)}
+    asked = engine.ask_all
+    monkeypatch.setattr(
+        engine, "ask_all", lambda *a, **b: [replace(each, **doubtful) for each in asked(*a, **b)]
+    )
+    go(scans, questions, audit=AuditLog(tmp_path / "audit.jsonl"))
+    found = rows(tmp_path / "out.parquet")
+    assert (found[0]["unsure"], found[0]["stopped"]) == (True, "repetition")
+    assert (found[4]["unsure"], found[4]["stopped"]) == (None, None)  # it could not be read
+    entry = json.loads((tmp_path / "audit.jsonl").read_text().splitlines()[0])
+    told = f"Unsure. Best guess: {found[0]['answer']} (cut off) [repetition]"
+    assert entry["answer"] == told
 
 
 def test_the_real_model_answers_as_if_asked_alone(tmp_path: Path) -> None:

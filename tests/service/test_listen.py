@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from listen_process import (
     StandIn,
     configuration,
     free_port,
+    located,
     send,
     study,
     wait_for,
@@ -42,7 +44,8 @@ from medmoe_edge.bedside.listen.evidence import Evidence, Result, is_ours
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Queue
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.errors import CheckpointError, ImageError, ResourceError
+from medmoe_edge.engine.answer import Answer
+from medmoe_edge.errors import CheckpointError, ImageError, Notice, ResourceError
 from medmoe_edge.image.pixels import Image
 
 # pynetdicom leaves a socket to the garbage collector where its peer hung up first.
@@ -351,16 +354,38 @@ def test_no_log_name_or_audit_tells_of_the_patient(
 def test_the_notice_is_in_every_document(tmp_path: Path) -> None:
     kinds = ["comprehensive-3d-sr", "basic-text-sr", "fhir-r4", "fhir-r5", "heat-map"]
 
-    class Located:
-        heat = SOME[:4, :4].astype("float32")
-
-    locator: Any = SimpleNamespace(locate=lambda image, phrase: Located)
+    locator: Any = SimpleNamespace(locate=located)
     with Node(configuration(tmp_path / "node", documents=kinds), StandIn(), locator) as node:
         assert send(node.port, study()) == [0]
         wait_for(lambda: done(node))
         found = documents(node)
     assert sorted(path.name.split(".")[1] for path in found) == sorted(kinds)
     assert all(NOTICE.encode() in path.read_bytes() for path in found)
+
+
+def test_an_unsure_answer_is_called_so_in_every_report(tmp_path: Path) -> None:
+    kinds = ["comprehensive-3d-sr", "basic-text-sr", "fhir-r4", "fhir-r5"]
+    notice = Notice("not_a_scan", "It is a cat.")
+
+    class Doubtful(StandIn):
+        def ask_all(self, image: Image, questions: Any, **options: Any) -> list[Answer]:
+            self.choices = options["choices"]
+            found = super().ask_all(image, questions, **options)
+            return [replace(each, unsure=True, warnings=(notice,)) for each in found]
+
+    engine = Doubtful()
+    with Node(configuration(tmp_path / "node", documents=kinds), engine, None) as node:
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: done(node))
+        found = [path.read_bytes() for path in documents(node)]
+        log = (node.folder.root / "audit.jsonl").read_text("utf-8")
+    assert len(found) == len(kinds)
+    for document in found:
+        assert b"Unsure. Best guess: No" in document
+        assert b"It is a cat." in document
+        assert b"not_a_scan" in document
+    assert engine.choices == {QUESTION: ("Yes", "No")}
+    assert "Unsure. Best guess: No [not_a_scan]" in log
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of the values made here

@@ -38,6 +38,26 @@ def test_a_small_configuration(tmp_path: Path) -> None:
     assert found.all_documents == ("comprehensive-3d-sr", "fhir-r5")
 
 
+def test_yes_and_no_are_chosen_between_and_other_answers_where_they_are_given(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "listen.toml"
+    sides = '{ ask = ["Which side?", "Is it clear?"], choices = ["left", "right"] }'
+    path.write_text(GOOD.replace("questions = [", f"questions = [{sides}, "))
+    found = load_configuration(path)
+    asked = ["Is there effusion?", "Which side?", "Is it clear?", "What is it?"]
+    assert found.choices_for(asked) == {
+        "Is there effusion?": ("Yes", "No"),
+        "Which side?": ("left", "right"),
+        "Is it clear?": ("left", "right"),
+    }
+    path.write_text("yes_no = false\n" + GOOD)
+    assert load_configuration(path).choices_for(asked) == {}
+    path.write_text(GOOD.replace('effusion?"]', 'effusion?"], choices = ["yes", "Yes"]'))
+    with pytest.raises(InputError, match="'yes' is there twice"):
+        load_configuration(path)
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [

@@ -267,7 +267,7 @@ def test_two_nodes_behind_one_folder_are_refused(tmp_path: Path) -> None:
 class ByBrightness(StandIn):
     """Says "Yes" of bright pictures."""
 
-    def ask_all(self, image: Image, questions: Any, *, max_new_tokens: int) -> list[Answer]:
+    def ask_all(self, image: Image, questions: Any, **_: Any) -> list[Answer]:
         self.asked += 1
         text = "Yes" if image.pixels.mean() > 128 else "No"
         sure = 0.99 if text == "Yes" else 0.95

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import hl7
 import numpy as np
@@ -27,6 +27,7 @@ from listen_process import (
     SOME,
     StandIn,
     configuration,
+    located,
     send,
     study,
     wait_for,
@@ -43,12 +44,13 @@ from medmoe_edge.bedside.listen.hl7 import fhir, oru, oru_withdrawn
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.report_sr import (
     basic_text_sr,
-    blended,
     comprehensive_3d_sr,
     heat_map,
     withdrawal,
 )
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.contrastive.features import Location
+from medmoe_edge.contrastive.heatmap import heat_picture
 from medmoe_edge.image.pixels import Image
 
 # pynetdicom leaves a socket to the garbage collector where its peer hung up first.
@@ -75,11 +77,9 @@ CODED = replace(
 class Middle:
     """Everything is in the middle."""
 
-    heat = np.pad(np.ones((1, 1), np.float32), 1)
-
-    def locate(self, image: Image, phrase: str) -> Self:
+    def locate(self, image: Image, phrase: str) -> Location:
         assert phrase == "é effusion none"  # the words that can be seen
-        return self
+        return located(image, phrase)
 
 
 def pictured(result: Result) -> Dataset:
@@ -218,6 +218,9 @@ def test_only_a_clear_answer_says_that_a_finding_is_there_or_not(
     answer = replace(answer_to(QUESTION, text), confidence=confidence)
     found = coded(EFFUSION, answer, Certainty(), agreed=agreed, is_whole=True)
     assert (found.presence, found.certainty) == (presence, certainty)
+    unsure = replace(answer, unsure=True)
+    doubted = coded(EFFUSION, unsure, Certainty(), agreed=agreed, is_whole=True)
+    assert doubted.presence == evidence.UNDETERMINED
     cut = coded(
         EFFUSION, replace(answer, complete=False), Certainty(), agreed=agreed, is_whole=True
     )
@@ -254,6 +257,8 @@ def test_hl7_version_2_says_the_same() -> None:
         "ORU^R01^ORU_R01",
         "2.5.1",
     )
+    assert str(message.segment("MSH")[7]) == "20260102030405+0000"
+    assert str(message.segment("OBR")[7]) == "20240506"
     assert str(message.segment("OBR")[25]) == "R"  # stored, not yet verified
     found = {str(each[3][0][1]): each for each in message.segments("OBX")}
     assert {str(each[11]) for each in message.segments("OBX")} == {"R"}
@@ -481,10 +486,9 @@ def test_fhir_says_what_the_report_says(version: Any, bundle: Any) -> None:
     assert NOTICE in report["conclusion"]
 
 
-def test_heat_lies_over_the_picture() -> None:
-    picture = Image.from_array(SOME * 0 + 100).pixels
-    heat = (SOME / 255).astype("float32")
-    shown = blended(picture, heat)
-    assert shown.shape == picture.shape
-    assert shown[0, 0].tolist() == [100, 100, 100]
-    assert shown[-1, -1].tolist() == [178, 82, 50]
+def test_the_pixels_of_a_map_say_what_it_is() -> None:
+    """Other than the picture with its heat alone: phrase, scale and notices stand below it."""
+    shown, image = pictured(RESULT).pixel_array, Image.from_array(SOME)
+    whole = np.asarray(heat_picture(image.pixels, located(image, "é effusion none")))
+    assert np.array_equal(shown, whole)
+    assert shown.shape[0] > shown.shape[1]  # of a square picture: there is a legend

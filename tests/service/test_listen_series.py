@@ -743,6 +743,8 @@ def test_the_queue_is_looked_at_and_tried_again(
             "results": 1,
             "not_asked": {"no_question": 1},
             "unsent": {f"dicom://ARCHIVE@127.0.0.1:{port}": 0},
+            "uncommitted": {},
+            "requests": {"waiting": 0, "fetched": 0, "failed": 0},
         }
         rows = json.loads(run(*listen, "show", *given).stdout)["series"]
         assert [(row["state"], row["results"]) for row in rows] == [("aside", 0), ("answered", 1)]

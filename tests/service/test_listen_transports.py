@@ -5,6 +5,7 @@ DCMTK over TLS, an MLLP server.
 import asyncio
 import contextlib
 import json
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -139,10 +140,12 @@ def test_dcmtk_sends_over_tls_and_nobody_else(tmp_path: Path, authority: Authori
             command = [store, *options, *who]
             return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
 
+        silent = socket.create_connection(("127.0.0.1", node.port))  # holds nobody up
         assert ended() != 0  # without TLS
         assert ended(*theirs, *trusting) != 0  # of another authority
         assert node.queue.counts()["waiting"] == node.queue.counts()["answered"] == 0
         assert ended(*ours, *trusting) == 0
+        silent.close()
         wait_for(lambda: node.queue.counts()["answered"] == 1)
 
 

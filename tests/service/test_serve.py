@@ -72,6 +72,19 @@ def test_questions_are_answered_in_their_order(client: TestClient, engine: Stand
     assert engine.images == [(10, 20, 3)]
 
 
+def test_answers_may_be_given_to_choose_from(client: TestClient, engine: StandIn) -> None:
+    asked = {"question": ["Is there effusion?", "Where?"]}
+    given: dict[str, Any] = {**asked, "choices": ["left", "right"]}
+    assert client.post("/v1/ask", data=given, files=upload()).status_code == 200
+    yes_no = {**asked, "yes_no": "true"}
+    assert client.post("/v1/ask", data=yes_no, files=upload()).status_code == 200
+    assert client.post("/v1/ask", data=asked, files=upload()).status_code == 200
+    assert engine.choices == [("left", "right"), {"Is there effusion?": ("Yes", "No")}, {}]
+    wrong = {**asked, "choices": ["left"]}
+    error = error_of(client.post("/v1/ask", data=wrong, files=upload()), 400)
+    assert "fewer than two" in error["message"]
+
+
 def test_answers_are_streamed(client: TestClient) -> None:
     asked = {"question": ["Is there effusion?", "Where?"], "stream": "true"}
     response = client.post("/v1/ask", data=asked, files=upload())

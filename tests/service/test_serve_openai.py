@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import jsonschema
@@ -16,7 +17,8 @@ from serving import StandIn, app_over, client_of, live, png
 from medmoe_edge.bedside.serve.forms import Unfit, Until, fitted
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.errors import BundleError
+from medmoe_edge.engine.answer import YES_NO, Answer
+from medmoe_edge.errors import BundleError, Notice
 
 TOKEN = "0123456789abcdef"
 URL = "data:image/png;base64," + base64.b64encode(png(20, 10)).decode()
@@ -199,6 +201,53 @@ def test_an_answer_that_fits_no_schema_is_a_refusal(client: openai.OpenAI, strea
         assert found.choices[0].message.content is None
         refused = found.choices[0].message.refusal
     assert refused == "The answer does not fit the schema: No effusion is seen"
+
+
+@pytest.mark.parametrize(
+    ("schema", "choices"),
+    [
+        ({"enum": ["yes", "no"]}, ("yes", "no")),
+        ({"properties": {"a": {"enum": ["left", "right"]}}}, ("left", "right")),
+        ({"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": "boolean"}}}, YES_NO),
+        ({"properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "string"}}}, None),
+        ({"enum": ["yes", None]}, None),
+        ({"enum": ["only"]}, None),
+        ({"enum": ["Yes", "yes"]}, None),
+        ({"type": "string"}, None),
+    ],
+)
+def test_the_values_of_a_schema_are_chosen_from(
+    client: openai.OpenAI, engine: StandIn, schema: dict[str, Any], choices: Any
+) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    ask(client, about(URL), response_format=form)
+    assert engine.choices[-1] == choices
+    ask(client, about(URL), response_format=form, logprobs=True)
+    assert engine.choices[-1] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unsure_answer_is_called_so(
+    client: openai.OpenAI, engine: StandIn, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    asked, notice = engine.ask_stream, Notice("not_a_scan", "It is a cat.")
+
+    def doubtful(*given: Any, **options: Any) -> Iterator[str | Answer]:
+        for item in asked(*given, **options):
+            known = isinstance(item, Answer)
+            yield replace(item, unsure=True, warnings=(notice,)) if known else item  # type: ignore[type-var]
+
+    monkeypatch.setattr(engine, "ask_stream", doubtful)
+    found = ask(client, about(URL), stream=stream)
+    if stream:
+        pieces = [choice.delta.content for chunk in found for choice in chunk.choices]
+        doubt = "Unsure: this is a best guess. It is a cat."
+        assert "".join(filter(None, pieces)) == f"No effusion is seen\n\n{doubt}"
+    else:
+        whole = "It is a cat. Unsure. Best guess: No effusion is seen"
+        assert found.choices[0].message.content == whole
+        assert found.model_extra["medmoe"]["answer"] == "No effusion is seen"
+        assert found.model_extra["medmoe"]["unsure"] is True
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,10 @@ from medmoe_edge.bench.peers import PEERS, Comparison, Materials, Peer, compare
 from medmoe_edge.bench.run import Bench, Length, Machine
 from medmoe_edge.bench.worker import Measurement, Requests, Worker, cold_start, ended
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.device.costs import decoder_parts
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.render.bench import show_bench, write_plot
+from medmoe_edge.runtimes.costs import decoder_parts
 
 Make = Callable[..., Path]
 SHAPE = Shape(prefix=20, image=4, question=6, new=8)

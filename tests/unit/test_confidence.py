@@ -1,16 +1,26 @@
 """Calibrated confidence on answers whose chance of being right is known: they are made up."""
 
+import dataclasses
+import functools
+import itertools
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as Picture
 
-from medmoe_edge._types import Doubles
+from medmoe_edge._types import Doubles, no_progress
+from medmoe_edge.bundle.bundle import Bundle, write_confidence, write_verification
 from medmoe_edge.config import Confidence, Curve, answer_kind
 from medmoe_edge.data.datasets import Example
-from medmoe_edge.errors import ConfigError, DataError, InputError
+from medmoe_edge.engine.engine import load
+from medmoe_edge.errors import ConfigError, DataError, InputError, ResourceError
 from medmoe_edge.evaluation.confidence import (
     FLAGGED,
     choose_threshold,
@@ -19,6 +29,8 @@ from medmoe_edge.evaluation.confidence import (
     refusal_threshold,
 )
 from medmoe_edge.evaluation.evaluate import Prediction
+from medmoe_edge.families import AnswerScores, EvaluateOptions, family_of
+from medmoe_edge.image.pixels import Image
 
 Made = tuple[list[Example], list[Prediction]]
 
@@ -209,3 +221,121 @@ def test_a_refusal_is_put_between_what_can_be_told_apart() -> None:
     assert refusal_threshold([0.4] * 50, [0.1]) > 0.4  # it cannot be told: no scan is flagged
     assert refusal_threshold(scans, []) == 0.5
     assert refusal_threshold([0.7] * 100, []) > 0.7
+
+
+# --- in a bundle, and in its answers ------------------------------------------------------------
+
+SHAPE = (30, 40, 3)
+QUESTIONS = [f"Question {number}?" for number in range(12)]
+
+
+@pytest.fixture
+def own_bundle(tiny_bundle: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny bundle of one's own, which may be written to."""
+    return Path(shutil.copytree(tiny_bundle(), tmp_path / "bundle"))
+
+
+@pytest.fixture
+def own_answers(own_bundle: Path, tmp_path: Path) -> Path:
+    """Questions about six images, of which the tiny model answers every other one right."""
+    engine, lines = load(own_bundle), []
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, SHAPE, np.uint8)
+        Picture.fromarray(pixels).save(tmp_path / f"{number}.png")
+        answers = engine.ask_all(tmp_path / f"{number}.png", QUESTIONS, max_new_tokens=2)
+        for place, answer in enumerate(answers):
+            right = answer.text if (place + number) % 2 and answer.text else "something else"
+            about = {"image": f"{number}.png", "question": answer.question, "answer": right}
+            lines.append(json.dumps(about))
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(lines))
+    return file
+
+
+@functools.cache
+def of_line(low: float = 0.1, high: float = 0.6, threshold: float = 0.5) -> Confidence:
+    """A confidence that lies between two chances, whatever is said."""
+    line = Curve("logistic", 100, ((0.0, low), (1.0, high)))
+    fit = fitted(made(spread(100), spread(100)))
+    return dataclasses.replace(fit, closed=line, open=line, threshold=threshold)
+
+
+def with_curve(folder: Path, threshold: float) -> Bundle:
+    """A bundle that says of any answer between 30% and 90%."""
+    return write_confidence(Bundle.open(folder), of_line(0.3, 0.9, threshold), {})
+
+
+def test_answers_have_the_chance_that_the_bundle_knows(own_bundle: Path) -> None:
+    image = Image.from_array(np.zeros(SHAPE, np.uint8))
+    raw = load(own_bundle).ask(image, "Is there effusion?", max_new_tokens=3)
+    assert (raw.confidence_kind, raw.unsure) == ("raw", False)
+
+    bundle = with_curve(own_bundle, threshold=0.3)
+    sure = load(own_bundle).ask(image, "Is there effusion?", max_new_tokens=3)
+    assert sure.confidence == pytest.approx(0.3 + 0.6 * raw.confidence)
+    assert (sure.confidence_kind, sure.unsure, sure.text) == ("calibrated", False, raw.text)
+    assert sure.model["sha256"] == bundle.sha256 != raw.model["sha256"]
+
+    with_curve(own_bundle, threshold=0.95)
+    engine = load(own_bundle)
+    unsure = engine.ask(image, "Is there effusion?", max_new_tokens=3)
+    assert unsure.unsure
+    assert "unsure" in [notice.code for notice in unsure.warnings]
+    assert unsure.text == raw.text
+    chosen = engine.ask(image, "Is there effusion?", choices=["Yes", "No"])
+    assert chosen.probabilities is not None
+    assert sum(chosen.probabilities.values()) == pytest.approx(1)
+    assert chosen.probabilities[chosen.text] == max(chosen.probabilities.values()) >= 0.5
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(2**-10, 1, width=32), min_size=2, max_size=5))
+def test_of_choices_the_likeliest_stays_so(weights: list[float]) -> None:
+    given = {str(number): weight / sum(weights) for number, weight in enumerate(weights)}
+    found = of_line().among(given)
+    assert sum(found.values()) == pytest.approx(1)
+    assert found.keys() == given.keys()
+    order = sorted(given, key=lambda text: given[text])
+    chances = [found[text] for text in order]
+    assert all(low <= high + 1e-9 for low, high in itertools.pairwise(chances))
+
+
+def test_eval_fits_and_verification_leaves_it(own_bundle: Path, own_answers: Path) -> None:
+    before = {file.name: file.read_bytes() for file in own_bundle.iterdir()}
+    options = EvaluateOptions(own_answers, fit_confidence=True, max_new_tokens=2)
+    scores = family_of(own_bundle).evaluate(str(own_bundle), options, no_progress)
+    assert isinstance(scores, AnswerScores)
+    bundle = Bundle.open(own_bundle)
+    assert scores.confidence == bundle.confidence is not None
+    assert scores.fitted_on_these
+    assert (bundle.confidence.images, bundle.confidence.after.n) == (6, 72)
+    assert bundle.confidence.data == "questions.jsonl"
+    assert scores.questions is not None
+    assert scores.questions.reliability == bundle.confidence.before  # of the raw probabilities
+    json.dumps(scores.to_json(), allow_nan=False)
+    changed = [name for name, old in before.items() if (own_bundle / name).read_bytes() != old]
+    assert changed == ["manifest.json"]
+
+    verified = write_verification(bundle, {"passed": True})
+    assert verified.confidence == bundle.confidence
+    again = family_of(own_bundle).evaluate(
+        str(own_bundle), dataclasses.replace(options, fit_confidence=False, limit=60), no_progress
+    )
+    assert isinstance(again, AnswerScores)
+    assert again.confidence == bundle.confidence
+    assert not again.fitted_on_these  # other questions, as far as a hash can tell
+
+
+def test_what_cannot_keep_confidence_is_refused_at_once(
+    own_bundle: Path, own_answers: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    def refused(model: str | Path, match: str, **options: Any) -> None:
+        with pytest.raises((InputError, ResourceError), match=match):
+            family_of(model).evaluate(str(model), EvaluateOptions(**options), no_progress)
+
+    fit = {"data": own_answers, "fit_confidence": True}
+    refused(tiny_checkpoint(), "no bundle", **fit)
+    refused("nano", "part of an installation", **fit)
+    refused(own_bundle, "--fit-confidence is about questions", data=None, fit_confidence=True)
+    refused(own_bundle, "--paraphrases is about questions", data=None, paraphrases=own_answers)
+    refused(own_bundle, "Add --fit-confidence", data=own_answers, selective_accuracy=0.9)

@@ -1,6 +1,6 @@
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,8 @@ class FakeAnswer:
     modality: str | None
     confidence: float | None = 0.75
     complete: bool = True
+    unsure: bool = False
+    refusals: dict[str, float] = field(default_factory=dict)
 
 
 class FakeEngine:
@@ -142,7 +144,7 @@ def test_json_is_plain_and_repeatable() -> None:
     papers = {"open_recall", "official_open_recall", "official_closed_accuracy"}
     assert set(figures) == {
         *("overall", "open", "closed", "by_source", "by_modality", "router"),
-        *("reliability", "cut_off", *papers),
+        *("reliability", "unsure", "cut_off", *papers),
     }
     assert figures["by_source"]["vqa_rad"]["closed"] is None
     assert json.loads(text)["by_source"]["slake"]["overall"]["n"] == 3

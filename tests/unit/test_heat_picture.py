@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import answer_to
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 
@@ -11,7 +12,15 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive import heatmap as modality_legend
 from medmoe_edge.contrastive.features import Location, Reading
-from medmoe_edge.contrastive.heatmap import COLOURS, colours, font_for, heat_picture, wrapped
+from medmoe_edge.contrastive.heatmap import (
+    COLOURS,
+    colours,
+    font_for,
+    heat_picture,
+    rests_on_picture,
+    wrapped,
+)
+from medmoe_edge.errors import Notice
 
 MODEL = {"name": "m", "sha256": "0" * 64, "verification": "passed", "runtime": "onnxruntime"}
 
@@ -140,3 +149,24 @@ def test_long_phrases_are_cut_to_fit(text: str) -> None:
     assert not text or lines[-1].endswith("…")
     if " " not in text:  # and no more is cut off than must be
         assert not text or font.getlength(lines[0] + text[0]) > 300
+
+
+@pytest.mark.parametrize(
+    ("text", "confidence", "blind", "blind_confidence", "rests"),
+    [
+        ("No", 0.9, "Yes", 0.9, True),  # a black picture gets another answer
+        ("No", 0.9, "no ", 0.9, False),
+        ("No", 0.9, "No", 0.8, True),  # odds of 9 against 4
+        ("No", 0.9, "No", 0.85, False),  # against 5.7
+        ("No", 1.0, "No", 0.5, True),
+        ("No", 1.0, "No", 1.0, False),
+    ],
+)
+def test_an_answer_rests_on_its_picture(
+    text: str, confidence: float, blind: str, blind_confidence: float, rests: bool
+) -> None:
+    answer = answer_to("Is it?", text, confidence=confidence)
+    of_black = answer_to("Is it?", blind, confidence=blind_confidence)
+    assert rests_on_picture(answer, of_black) is rests
+    refused = answer_to("Is it?", text, warnings=(Notice("not_a_scan", "..."),))
+    assert not rests_on_picture(refused, answer_to("Is it?", "other"))

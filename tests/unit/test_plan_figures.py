@@ -15,14 +15,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from medmoe_edge.device.costs import (
-    Asked,
-    Precision,
-    Work,
-    held_ratio,
-    memory_run,
-    work_seconds,
-)
 from medmoe_edge.device.estimate import (
     PlanOptions,
     fit,
@@ -34,6 +26,14 @@ from medmoe_edge.device.estimate import (
 from medmoe_edge.device.hardware import DEVICES, REACHED, Device, find_device
 from medmoe_edge.errors import DataError
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.runtimes.costs import (
+    Asked,
+    Precision,
+    Work,
+    held_ratio,
+    memory_run,
+    work_seconds,
+)
 
 STABLELM, PHI = "med-moe-stablelm-1.6b", "med-moe-phi2-2.7b"
 VOCABULARY = 151_936
@@ -234,8 +234,8 @@ def test_memory_is_what_was_measured(
     asked = Asked(config, config.vision.image_tokens + 40, 8, group)
     options = PlanOptions("cpu", precision, group)
     (made,) = make_plan(model, config, cpu, options).forecasts
-    away = (1 - share) * made.experts * held_ratio(cpu, precision, group)
-    assert memory_run(asked, cpu, precision) - away == pytest.approx(peak * GB, rel=0.08)
+    away = (1 - share) * made.experts * held_ratio(cpu.kind, precision, group)
+    assert memory_run(asked, cpu.kind, precision) - away == pytest.approx(peak * GB, rel=0.08)
 
 
 def test_a_device_with_too_little_memory_is_forecast_as_paging_was_measured() -> None:

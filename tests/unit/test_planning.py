@@ -17,20 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medmoe_edge.bundle import machine
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.device.costs import (
-    CONVOLUTIONS,
-    Precision,
-    Speed,
-    bits_per_weight,
-    cache_values,
-    decoder_parts,
-    held_ratio,
-    step_seconds,
-    step_work,
-    vision_bytes,
-    vision_operations,
-    vision_weights,
-)
 from medmoe_edge.device.estimate import (
     Plan,
     PlanOptions,
@@ -41,7 +27,7 @@ from medmoe_edge.device.estimate import (
     precisions,
     vision_seconds,
 )
-from medmoe_edge.device.hardware import DEVICES, Device, Ratings, find_device, memory_here
+from medmoe_edge.device.hardware import DEVICES, Device, Ratings, find_device
 from medmoe_edge.device.measure import (
     Microbenchmarks,
     Sizes,
@@ -56,6 +42,20 @@ from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.evaluation.inspection import activated_parameters
 from medmoe_edge.models.med_moe import ClipTower, Conv, EfficientNetLite, MedMoE
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.runtimes.costs import (
+    CONVOLUTIONS,
+    Precision,
+    Speed,
+    bits_per_weight,
+    cache_values,
+    decoder_parts,
+    held_ratio,
+    step_seconds,
+    step_work,
+    vision_bytes,
+    vision_operations,
+    vision_weights,
+)
 
 Make = Callable[..., Path]
 NOTHING = Speed(0, 0, 0)
@@ -228,12 +228,12 @@ def test_a_forecast_by_hand() -> None:
 def test_what_fits_adds_up(name: str, config: Any) -> None:
     device = DEVICES[name]
     for each in planned(config, device).forecasts:
-        experts = each.experts * held_ratio(device, each.precision, each.group)
+        experts = each.experts * held_ratio(device.kind, each.precision, each.group)
         pinned = each.memory_run - experts
         if each.expert_budget is None:
             assert each.memory_run <= device.usable
         elif each.fits:
-            resident = each.expert_budget * held_ratio(device, each.precision, each.group)
+            resident = each.expert_budget * held_ratio(device.kind, each.precision, each.group)
             assert pinned + resident == pytest.approx(device.usable, abs=10)
             assert 0 < each.expert_budget < each.experts
             assert each.paging_cost > 1
@@ -287,9 +287,9 @@ def test_devices(tmp_path: Path) -> None:
     assert machine.cpu_name(tmp_path / "info") == "A: B"
     assert machine.cpu_name(tmp_path / "none")
     (tmp_path / "limit").write_text("1000\n")
-    assert memory_here(tmp_path / "limit") == 1000
+    assert machine.memory_here(tmp_path / "limit") == 1000
     (tmp_path / "limit").write_text("max\n")
-    assert memory_here(tmp_path / "limit") == memory_here(tmp_path / "none") > 10**8
+    assert machine.memory_here(tmp_path / "limit") == machine.memory_here(tmp_path / "none") > 10**8
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -309,9 +309,9 @@ def test_memory_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail
     monkeypatch.setattr(ctypes, "CDLL", Kernel32)
     if fails:
         with pytest.raises(ResourceError):
-            memory_here(tmp_path / "none")
+            machine.memory_here(tmp_path / "none")
     else:
-        assert memory_here(tmp_path / "none") == 34 * 10**9
+        assert machine.memory_here(tmp_path / "none") == 34 * 10**9
 
 
 def test_a_siglip_tower_is_forecast_as_the_matrix_products_it_is() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from medmoe_edge.bundle.bundle import DEFAULT_GATES, NOTICE, Bundle
 from medmoe_edge.calibration.coverage import ExpertCoverage
+from medmoe_edge.config import Bin, Confidence, Curve, Reliability, Unsure
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
 from medmoe_edge.evaluation.gates import outcome_of
@@ -141,6 +142,34 @@ def test_a_full_page() -> None:
     covered = {**manifest, "calibration": {"routing": PROFILE, "coverage": []}}
     assert "Every expert was reached" in render_report(verification(fidelity(), covered))
     assert render_report(verification(fidelity(), manifest, beside={"nf4": fidelity()})) == source
+
+
+def test_what_the_bundle_knows_of_its_confidence() -> None:
+    """The figures are those of the manifest, and drawn."""
+    bins = (Bin(40, 0.25, 0.5), Bin(60, 0.85, 0.9))
+    before = Reliability(100, 0.74, 0.13, bins, ((0.5, 0.1), (1.0, 0.26)))
+    after = dataclasses.replace(before, ece=0.0213)
+    curve = Curve("isotonic", 500, ((0.1, 0.2), (0.9, 0.8)))
+    fitted = Confidence(
+        closed=curve,
+        open=curve,
+        threshold=0.61,
+        selective_accuracy=0.9,
+        images=20,
+        data="<val>.jsonl",
+        data_sha256="e" * 64,
+        before=before,
+        after=after,
+        unsure=Unsure(0.2, 0.55, 0.91),
+    )
+    source = render_report(verification(fidelity(), {"confidence": fitted.to_json()}))
+    page, text = Page(source), " ".join(Page(source).text)
+    assert page.headings == ["Gates", "Answers", "Routing", "Confidence", "Provenance"]
+    assert page.tags.count("svg") == 3
+    for shown in ("13.00%", "2.13%", "90.00%", "61.00%", "55.00%", "<val>.jsonl"):
+        assert shown in text, shown
+    told = verification(fidelity(), {"confidence": fitted.to_json()}).to_json()
+    assert told["confidence"] == fitted.to_json()
 
 
 def test_absent_data_is_left_out() -> None:

@@ -9,6 +9,7 @@ The results are a Parquet or a CSV file, as the suffix of its name says.
     image_number, image         which image of the inputs, from 0, and its path as given there
     question_number, question   which question of the image, from 0
     answer, confidence, modality, experts, complete, seconds    as in `answer.Answer`; null without
+    confidence_kind, unsure, stopped    of the same
     warnings                    of the answer: each a code and a message; null without an answer
     model, model_sha256         what answered
     error                       what was wrong with the image; null where there is an answer
@@ -54,7 +55,7 @@ GROUP = 10_000  # rows that are held in memory at once
 COLUMNS = (
     *("image_number", "image", "question_number", "question", "answer", "confidence", "modality"),
     *("experts", "complete", "model", "model_sha256", "seconds", "error", "warnings"),
-    *("unsure", "stopped"),
+    *("unsure", "stopped", "confidence_kind"),
 )
 
 FORMATS = (".parquet", ".csv")
@@ -274,6 +275,7 @@ def _row(
         "warnings": found and [dataclasses.asdict(notice) for notice in found.warnings],
         "unsure": found and found.unsure,
         "stopped": found and found.stopped,
+        "confidence_kind": found and found.confidence_kind,
         "model": engine.name,
         "model_sha256": engine.sha256,
         "seconds": found and found.timings.total,

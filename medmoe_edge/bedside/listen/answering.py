@@ -40,10 +40,11 @@ from medmoe_edge.bedside.listen.report_sr import (
 )
 from medmoe_edge.bedside.listen.schema import Job, Slice
 from medmoe_edge.bedside.listen.selection import Selection, chosen, chosen_frames, voted
+from medmoe_edge.contrastive.heatmap import NO_MAP, rests_on_picture
 from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice
 from medmoe_edge.image.loading import decoding
-from medmoe_edge.image.pixels import Image, Pixels
+from medmoe_edge.image.pixels import Image, Pixels, black_picture
 
 log = logging.getLogger(__name__)
 # An object at which the process itself ends, or that provokes a mistake of ours, comes after all
@@ -453,10 +454,18 @@ class Answering:
             self.folder.image(key).unlink(missing_ok=True)
 
     def _heat_map(self, result: Result, standing: Standing) -> bytes | None:
-        """Extra to the answer, so that it is left out where it cannot be made."""
+        """Extra to the answer: left out where it cannot be made, or would say what is not so."""
         if self.locator is None:
             return None
         try:
+            limit, asked = self.configuration.max_new_tokens, [result.answer.question]
+            choices = self.configuration.choices_for(asked)
+            (blind,) = self.engine.ask_all(
+                black_picture(), asked, max_new_tokens=limit, choices=choices
+            )
+            if not rests_on_picture(result.answer, blind):
+                log.info("%s", NO_MAP)
+                return None
             frame = result.evidence.frame
             image = self.folder.picture(result.evidence.key, None if frame is None else frame - 1)
             return encoded(heat_map(result, image, self.locator, standing))

@@ -39,6 +39,7 @@ node's port and `[http]` for its figures, its health and STOW-RS.
 
 import ipaddress
 import json
+import socket
 import ssl
 import tomllib
 from collections.abc import Collection, Sequence
@@ -158,6 +159,14 @@ class Identifiers(_Part):
     accession: str | None = pydantic.Field(default=None, min_length=1)
 
 
+class _ServerContext(ssl.SSLContext):
+    """Shakes hands when it first reads: a silent client must not hold up those that come after."""
+
+    def wrap_socket(self, sock: socket.socket, *args: Any, **options: Any) -> ssl.SSLSocket:
+        """As the base class does, but for the handshake."""
+        return super().wrap_socket(sock, *args, **options | {"do_handshake_on_connect": False})
+
+
 class Tls(_Part):
     """Files in PEM: this node's certificate and key, and the authority that the others' are from.
 
@@ -171,21 +180,20 @@ class Tls(_Part):
 
     def client(self) -> ssl.SSLContext:
         """For calling others; raises `InputError` for files of no use."""
-        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+        return self._prepared(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
 
     def server(self) -> ssl.SSLContext:
         """For being called; raises `InputError` for files of no use."""
-        return self._context(ssl.PROTOCOL_TLS_SERVER)
+        return self._prepared(_ServerContext(ssl.PROTOCOL_TLS_SERVER))
 
-    def _context(self, side: "ssl._SSLMethod") -> ssl.SSLContext:
-        context = ssl.SSLContext(side)
+    def _prepared(self, context: ssl.SSLContext) -> ssl.SSLContext:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_ciphers(CIPHERS)
         try:
             if self.authority is not None:
                 context.load_verify_locations(self.authority)
                 context.verify_mode = ssl.CERT_REQUIRED  # of clients too
-            elif side == ssl.PROTOCOL_TLS_CLIENT:
+            elif context.protocol == ssl.PROTOCOL_TLS_CLIENT:
                 context.load_default_certs()
             if self.certificate is not None:
                 context.load_cert_chain(self.certificate, self.key, password=_no_password)
@@ -357,9 +365,10 @@ class Configuration(_Part):
     `folder` holds what was received until it is answered (for good with `keep_images`), the queue,
     the documents and, unless `audit` names another file, the audit log. `reserve_mb` of the disk
     stay free, and the folder never holds more than `quota_mb`: what would not fit is refused.
-    Documents that were sent, and images that are kept, go after `keep_days`. `allow_burned_in` also
-    takes pixels marked as showing text. `heat_map_model` is what draws the document "heat-map";
-    "picture" is a Secondary Capture of exactly what the model saw, to which the reports then refer.
+    Documents that were sent or are sent nowhere, and images that are kept, go after `keep_days`.
+    `allow_burned_in` also takes pixels marked as showing text. `heat_map_model` is what draws the
+    document "heat-map"; "picture" is a Secondary Capture of exactly what the model saw, to which
+    the reports then refer.
     With `yes_no`, questions that ask for yes or no are answered with one of them; with
     `allow_repetition`, an answer that repeats itself goes on.
     """

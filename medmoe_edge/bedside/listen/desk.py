@@ -178,7 +178,7 @@ class Desk(Queue):
         return found
 
     def is_finished(self, result: str) -> bool:
-        """Whether all of a result has been sent, and is kept where that was asked."""
+        """Whether nothing of a result is to be sent, and all is kept where that was asked."""
         return not self._read(
             "SELECT 1 FROM delivery LEFT JOIN commitment USING (document, destination) "
             "WHERE substr(document, 1, 64) = ? AND (sent = 0 OR state IN ('asked', 'failed'))",
@@ -208,8 +208,6 @@ class Desk(Queue):
                     ):
                         if not path.name.endswith(".part"):
                             _link(path, staging / path.relative_to(folder.root))
-                    if audit.exists():
-                        shutil.copy2(audit, staging / AUDIT)
                     with (
                         contextlib.closing(sqlite3.connect(folder.queue)) as source,
                         contextlib.closing(sqlite3.connect(staging / QUEUE)) as copy,
@@ -217,6 +215,8 @@ class Desk(Queue):
                         source.backup(copy)
                 finally:
                     self._database.rollback()
+            if audit.exists():  # afterwards, so that it has all that the queue tells of
+                shutil.copy2(audit, staging / AUDIT)
             paths = _files(staging)
             with atomic_file(output) as part, tarfile.open(fileobj=part, mode="w") as archive:
                 Path(part.name).chmod(0o600)  # whatever the umask is

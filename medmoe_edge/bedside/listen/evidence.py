@@ -172,12 +172,14 @@ def coded(
 ) -> Coded:
     """What an answer says of a finding, in codes.
 
-    Only a complete answer that is "yes" or "no", or begins so before a stop or comma, says whether
-    it is there. A finding in one slice of many is there, whatever most slices say: where they have
-    not `agreed` it is undetermined, and it is absent only where the whole series was asked.
+    Only a complete answer that is "yes" or "no", or begins so before a stop or comma, and of which
+    the model is not unsure, says whether it is there. A finding in one slice of many is there,
+    whatever most slices say: where they have not `agreed` it is undetermined, and it is absent only
+    where the whole series was asked.
     """
     match = YES_OR_NO.fullmatch(answer.text)
-    if match is None or not answer.complete or not agreed or answer.confidence < certainty.possible:
+    is_clear = answer.complete and agreed and not answer.unsure
+    if match is None or not is_clear or answer.confidence < certainty.possible:
         return Coded(finding, UNDETERMINED, None)
     is_there = match[1].lower() == "yes"
     if not is_there and not is_whole:

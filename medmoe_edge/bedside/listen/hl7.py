@@ -9,6 +9,7 @@ R4B (4.3), which leaves these resources as R4 has them, and as R5. The message i
 in UTF-8; its control ID is the same whenever it is sent.
 """
 
+import datetime
 import json
 import uuid
 from collections.abc import Iterator
@@ -272,11 +273,10 @@ def oru(result: Result, ae_title: str) -> bytes:
         ae_title: Of the node, which is the sending facility. Who receives it is `addressed` later.
     """
     values, answer = result.evidence.values, result.answer
-    when = "".join(letter for letter in result.when[:19] if letter.isdigit())
+    when, taken = _moment(result.when), _moment(result.evidence.taken)
     named = [*values["PatientName"].split("=")[0].split("^"), "", "", "", "", ""]
     family, given, middle, prefix, suffix = named[:5]
     number = result.uuid("hl7-v2").replace("-", "")
-    taken = "".join(letter for letter in result.evidence.taken[:19] if letter.isdigit())
     report = f"{REPORT['code']}^{REPORT['display']}^LN"
     order = escaped(values["AccessionNumber"])
     issuer = escaped(values["IssuerOfPatientID"])
@@ -321,12 +321,19 @@ def escaped(text: str) -> str:
     return text.translate(FIELDS)
 
 
+def _moment(when: str) -> str:
+    """A time or date of ISO 8601 as version 2 has it, with its offset from UTC."""
+    if "T" not in when:
+        return when.replace("-", "")
+    return datetime.datetime.fromisoformat(when).strftime("%Y%m%d%H%M%S%z")
+
+
 def _observations(result: Result) -> Iterator[tuple[str, str, str]]:
     """Of each OBX its type, name and value."""
     answer = result.answer
     yield "ST", "110180^Study Instance UID^DCM", str(result.evidence.header.StudyInstanceUID)
     yield "TX", f"question^Question^{LOCAL}", escaped(answer.question)
-    yield "TX", "121071^Finding^DCM", escaped(answer.text.strip() or "(no answer)")
+    yield "TX", "121071^Finding^DCM", escaped(answer.shown)
     if result.coded is not None:
         finding = result.coded.finding
         yield "CWE", _element(finding.code, *finding.same[:1]), _element(result.coded.presence)

@@ -174,7 +174,7 @@ class Node:
         tidying = Tidying(configuration, self.desk)
         self._tidier = Worker("Tidying", tidying.pending, tidying.do)
         self._workers = [self._answerer, self._fetcher, self._tidier, *self._senders]
-        self._web = None if configuration.http is None else WebServer(self, configuration.http)
+        self._web: WebServer | None = None
         self._entity = _entity(configuration)
         self._server: ThreadedAssociationServer | None = None
 
@@ -196,35 +196,44 @@ class Node:
             (evt.EVT_DIMSE_RECV, size_limit.message),
             *commitment_handlers(self.queue),
         ]
-        address = (self.configuration.host, self.configuration.port)
-        tls = self.configuration.tls
         try:
-            self._server = self._entity.start_server(
-                address,
-                block=False,
-                evt_handlers=handlers,
-                ssl_context=tls.server() if tls else None,
-            )
-        except OSError as error:
+            self._listen(handlers)
+        except BaseException:
+            self._entity.shutdown()
             self._close()
-            raise ResourceError(
-                f"The node cannot listen there ({error.strerror or type(error).__name__}).",
-                "Is another running? Configure another host or port.",
-            ) from error
+            raise
         for worker in self._workers:
             worker.start()
         if self._web is not None:
             self._web.start()
         return self
 
+    def _listen(self, handlers: list[EventHandlerType]) -> None:
+        """Open the ports."""
+        settings = self.configuration
+        if settings.http is not None:
+            self._web = WebServer(self, settings.http)
+        try:
+            self._server = self._entity.start_server(
+                (settings.host, settings.port),
+                block=False,
+                evt_handlers=handlers,
+                ssl_context=settings.tls.server() if settings.tls else None,
+            )
+        except OSError as error:
+            raise ResourceError(
+                f"The node cannot listen there ({error.strerror or type(error).__name__}).",
+                "Is another running? Configure another host or port.",
+            ) from error
+
     def __exit__(
         self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
     ) -> None:
         """Let what is being received end, then what is being answered and sent."""
-        if self._web is not None:
-            self._web.stop()
         if self._server is not None:
             self._server.shutdown()
+        if self._web is not None:
+            self._web.stop()
         end = time.monotonic() + PATIENCE
         while self._entity.active_associations and time.monotonic() < end:
             time.sleep(0.05)
@@ -273,6 +282,8 @@ class Node:
         return self._web.port
 
     def _close(self) -> None:
+        if self._web is not None:
+            self._web.stop()
         self.desk.close()
         self.queue.close()
         self._lock.release()
@@ -414,6 +425,7 @@ class WebServer:
         for name, token in self._tokens.items():
             if hmac.compare_digest(given, token.encode()):
                 return f"DICOMweb {name}"
+        log.warning("A request without a valid token was refused.")
         return None
 
     async def _body(self, request: "Request") -> bytes | None:

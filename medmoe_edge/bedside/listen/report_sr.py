@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from highdicom.ko import KeyObjectSelection, KeyObjectSelectionDocument
 from highdicom.sc import SCImage
@@ -48,7 +47,6 @@ from highdicom.sr import (
     TextContentItem,
     TrackingIdentifier,
 )
-from PIL import Image as Pillow
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import BasicTextSRStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
@@ -67,6 +65,8 @@ from medmoe_edge.bedside.listen.evidence import (
 )
 from medmoe_edge.bedside.listen.header import SHARED
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.contrastive.features import Location
+from medmoe_edge.contrastive.heatmap import heat_picture
 from medmoe_edge.contrastive.text import key_phrase
 from medmoe_edge.image.pixels import Image, Pixels
 
@@ -378,24 +378,13 @@ def _document(result: Result, kind: str, standing: Standing) -> dict[str, Any]:
     }
 
 
-MAX_SIDE = 1024  # pixels
 LONGEST = 1024  # characters of a text of this kind (ST)
-SHARE = 0.5  # of the hottest colour over the picture
-
-
-class Located(Protocol):
-    """Where a phrase is, over the picture as shown."""
-
-    @property
-    def heat(self) -> npt.NDArray[np.float32]:
-        """`[H, W]`, -1 to 1."""
-        ...
 
 
 class Locator(Protocol):
     """What can point at a phrase in a picture, such as `modality_engine.ModalityEngine`."""
 
-    def locate(self, image: Image, phrase: str) -> Located:
+    def locate(self, image: Image, phrase: str) -> Location:
         """Raises `MedMoEError` for what it cannot use."""
         ...
 
@@ -418,10 +407,12 @@ def seen_capture(evidence: Evidence, pixels: Pixels, number: int = 1) -> Dataset
 
 
 def heat_map(result: Result, image: Image, locator: Locator, standing: Standing = ALONE) -> Dataset:
-    """The Secondary Capture for a result; raises what `locator` does."""
+    """The Secondary Capture for a result; raises what `locator` does.
+
+    Phrase, scale of colours and notices are in its pixels: viewers show nothing else.
+    """
     phrase = key_phrase(result.answer.question, result.answer.text)
-    heat = locator.locate(image, phrase).heat
-    shown = blended(image.pixels, heat)
+    shown = np.asarray(heat_picture(image.pixels, locator.locate(image, phrase)))
     picture = _capture(result.evidence, shown, "heat-map", result.uid("heat-map"))
     picture.InstanceNumber = standing.number
     picture.SeriesNumber = 9001
@@ -460,15 +451,3 @@ def _capture(evidence: Evidence, pixels: Pixels, kind: str, uid: str) -> Dataset
     picture.SourceImageSequence = [source]
     evidence.take_over(picture)
     return picture
-
-
-def blended(pixels: Pixels, heat: npt.NDArray[np.float32]) -> Pixels:
-    """The picture `[H, W, 3]` with the heat `[h, w]` over it, at most `MAX_SIDE` wide and high."""
-    picture = Pillow.fromarray(pixels)
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    low, high = float(heat.min()), float(heat.max())
-    share = ((heat - low) / ((high - low) or 1.0)).astype(np.float32)
-    share = np.asarray(Pillow.fromarray(share).resize(picture.size))[..., None]  # [H, W, 1]
-    warm = np.array([255, 64, 0], np.float32)
-    mixed = np.asarray(picture, np.float32) * (1 - SHARE * share) + warm * (SHARE * share)
-    return mixed.round().astype(np.uint8)

@@ -51,7 +51,6 @@ from medmoe_edge.bedside.listen.config import (
     StowDestination,
     WebSource,
 )
-from medmoe_edge.bedside.listen.hl7 import addressed
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.errors import ResourceError
 
@@ -321,6 +320,8 @@ def post(data: bytes, server: FhirDestination) -> None:
 
 def say(data: bytes, receiver: Hl7Destination) -> None:
     """Send a message by MLLP; raises `ResourceError` unless it is acknowledged as accepted."""
+    from medmoe_edge.bedside.listen.hl7 import addressed  # half a second to import
+
     message = addressed(data, receiver.application, receiver.facility)
     try:
         told = asyncio.run(asyncio.wait_for(_exchange(message, receiver), TIMEOUT))

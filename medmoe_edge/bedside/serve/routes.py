@@ -208,6 +208,7 @@ class AnswerBody(BaseModel):
     question: str
     answer: str
     confidence: float
+    confidence_kind: Literal["calibrated", "raw"]
     modality: str | None
     experts: dict[str, float]
     timings: dict[str, float | bool]

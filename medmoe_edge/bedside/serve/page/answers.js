@@ -1,48 +1,54 @@
-// One question and what came of it, as an entry of the list.
+// One question and what came of it, as an entry of the list: what to beware of, the answer, the details.
+
+import { known, number, words } from "./language.js";
 
 const list = document.getElementById("answers");
 const template = document.getElementById("answer-template");
 
 /** 0 to 1 as people say it, and never more sure than it is. */
 export function percent(share) {
-  if (share > 0.99 && share < 1) return "over 99%";
-  if (share < 0.01 && share > 0) return "under 1%";
-  return `${Math.round(share * 100)}%`;
+  const said = (value) => number(value, { style: "percent" });
+  if (share > 0.99 && share < 1) return words("over", { share: said(0.99) });
+  if (share < 0.01 && share > 0) return words("under", { share: said(0.01) });
+  return said(share);
 }
 
-const NAMES = { ct: "CT", mri: "MRI", xray: "X-ray" };
-
 /** A modality or an expert as people write it. */
-export const named = (name) => NAMES[name] ?? name;
+export const named = (name) => (known(`modality.${name}`) ? words(`modality.${name}`) : name);
 
-const STOPPED = {
-  length: "Cut off: this is the longest answer that was allowed.",
-  repetition: "Cut off: the model began to repeat itself.",
-};
+const seconds = (time) => `${number(time, { minimumFractionDigits: time < 0.1 ? 3 : 2, maximumFractionDigits: time < 0.1 ? 3 : 2 })} s`;
 
-const seconds = (time) => `${time < 0.1 ? time.toFixed(3) : time.toFixed(2)} s`;
+/** A warning of the service: in the reader's language where its words never differ, else in English. */
+export function warned({ code, message }) {
+  return `${words("warning")} ${known(`warning.${code}`) ? words(`warning.${code}`) : message}`;
+}
 
-/** Show the answers about this frame alone: those about another must not stand beside it. */
-export function showAbout(frame) {
-  for (const entry of list.children) entry.hidden = entry.dataset.frame !== frame;
+/** Show the answers about this slice alone: those about another must not stand beside it. */
+export function showAbout(key) {
+  for (const entry of list.children) entry.hidden = entry.dataset.key !== key;
 }
 
 export class Entry {
-  #root = template.content.firstElementChild.cloneNode(true);
-  #part = (name) => this.#root.querySelector(name);
+  root = template.content.firstElementChild.cloneNode(true);
+  question;
+  about; // of the viewer: the slice, and its picture
+  found = null; // what the service answered
+  actions = []; // [key of its name, what it does]
+  #redraw = () => {};
 
-  constructor(question, frame) {
+  constructor(question, about) {
+    Object.assign(this, { question, about });
     this.#part(".question").textContent = question;
-    this.#root.dataset.frame = frame; // as people count, "" where there is one alone
-    list.append(this.#root);
-    this.waits("Waiting.");
-    this.#reveal();
+    this.root.dataset.key = about.key;
+    list.append(this.root);
+    this.#warn(about.picture.warnings); // they are true of any answer about it
+    this.waits("waiting");
   }
 
   /** Say why there is nothing yet. */
-  waits(why) {
-    this.#root.setAttribute("aria-busy", "true");
-    this.#status(why);
+  waits(key, values) {
+    this.root.setAttribute("aria-busy", "true");
+    this.#status(words(key, values));
   }
 
   /** Add a piece of the answer. */
@@ -54,65 +60,100 @@ export class Entry {
   }
 
   /** The whole answer. */
-  answer(found, frame) {
-    const said = found.answer || "(no answer)";
-    const shown = found.unsure ? `Unsure. ${found.answer ? "Best guess: " : ""}${said}` : said;
-    this.#part(".text").textContent = shown;
-    const warned = this.#warnings(found);
-    this.#done(STOPPED[found.stopped] ?? "");
-    const { timings } = found;
-    this.#summary(`Own probability ${percent(found.confidence)}`, seconds(timings.total));
-    this.#shares("Experts", found.experts, found.modality);
-    this.#facts({
-      Probability: "The model’s own, of these very words; not the chance that they are right.",
-      Choices: Object.entries(found.probabilities ?? {})
-        .map(([choice, share]) => `${choice} ${percent(share)}`)
-        .join(", "),
-      "Image read as": found.modality ? named(found.modality) : "not known to this model",
-      Frame: frame,
-      Time:
-        `First word ${seconds(timings.first_token)}, all ${timings.tokens} tokens ` +
-        `${seconds(timings.total)}${timings.prefix_reused ? "; image known already" : ""}`,
-      ...model(found.model),
-    });
-    return `${warned}${shown}. Own probability ${percent(found.confidence)}.`;
+  answer(found) {
+    this.found = found;
+    this.#redraw = () => {
+      const { timings, unsure, stopped } = found;
+      this.#warn(found.warnings);
+      this.#part(".doubt").textContent = unsure ? words(found.answer ? "guess" : "unsure") : "";
+      this.#part(".text").textContent = found.answer || words("no.answer");
+      this.#done(stopped ? words(`stopped.${stopped}`) : "");
+      this.#summary(words("own.probability", { share: percent(found.confidence) }), seconds(timings.total));
+      this.#shares(words("experts"), found.experts, found.modality);
+      const time = { first: seconds(timings.first_token), tokens: timings.tokens, total: seconds(timings.total) };
+      this.#facts({
+        [words("probability")]: words("probability.what"),
+        [words("read.as")]: found.modality ? named(found.modality) : words("read.not"),
+        [words("choices")]: Object.entries(found.probabilities ?? {})
+          .map(([choice, share]) => `${choice} ${percent(share)}`)
+          .join(", "),
+        [words("frame")]: this.about.name,
+        [words("time")]: [words("time.what", time), timings.prefix_reused && words("time.known")].filter(Boolean).join("; "),
+        ...model(found.model),
+      });
+      this.#offer();
+    };
+    this.#redraw();
+    return this.said();
   }
 
-  /** Where a phrase lies; `show` brings its map back. */
-  location(found, frame, show) {
-    const { reading, similarity } = found;
-    const said = `Similarity to the whole image ${similarity.toFixed(2)}, from -1 to 1.`;
-    this.#part(".text").textContent = "Map on the image";
-    const warned = this.#warnings(found);
-    this.#done(reading.unfamiliar ? "Unfamiliar image: unlike those the model knows. Do not rely on this." : "");
-    this.#summary(`Similarity ${similarity.toFixed(2)}`, seconds(found.timings.total));
-    this.#shares("Image read as", reading.probabilities, reading.modality);
-    this.#facts({ Similarity: said, Frame: frame, ...model(found.model) });
-    this.#action("Show on the image", show);
-    return `${warned}${said} The map is on the image.`;
+  /** Where a phrase lies. */
+  location(found) {
+    this.found = found;
+    this.#redraw = () => {
+      const { reading, similarity } = found;
+      this.#warn(found.warnings);
+      this.#part(".text").textContent = words("map");
+      this.#part(".text").removeAttribute("lang");
+      this.#done(reading.unfamiliar ? words("unfamiliar") : "");
+      this.#summary(`${words("similarity")} ${number(similarity, TWO)}`, seconds(found.timings.total));
+      this.#shares(words("read.as"), reading.probabilities, reading.modality);
+      this.#facts({
+        [words("similarity")]: words("similarity.what", { value: number(similarity, TWO) }),
+        [words("frame")]: this.about.name,
+        ...model(found.model),
+      });
+      this.#offer();
+    };
+    this.#redraw();
+    return this.said();
+  }
+
+  /** What is to be read aloud or remembered of it, without its details. */
+  said() {
+    const warnings = [...this.#part(".warnings").children].map((each) => each.textContent);
+    return [...warnings, this.line()].join(" ");
+  }
+
+  /** The answer in a line, without what to beware of. */
+  line() {
+    const text = (name) => this.#part(name).textContent;
+    const said = [text(".doubt"), text(".text")].filter(Boolean).join(" ");
+    const parts = [...this.#part("summary").children].map((each) => each.textContent);
+    return [`${said}.`, text(".status"), parts.length && `(${parts[0]}.)`].filter(Boolean).join(" ");
   }
 
   /** What went wrong, and a way to try again. */
   problem(error, again) {
     this.#done(`${error.message} ${error.remedy ?? ""}`, "problem");
-    this.#action("Try again", () => (this.#root.remove(), again()));
+    this.actions = [["try.again", () => (this.root.remove(), again())]];
+    this.#offer();
   }
 
   /** It was stopped by the reader. */
   stopped() {
-    this.#done("Stopped.");
+    this.#done(words("stopped"));
   }
 
-  /** What should be known of it; gives the same to be read aloud. */
-  #warnings({ warnings }) {
+  /** Say it all in the language that is spoken now. */
+  translate() {
+    this.#redraw();
+  }
+
+  #part(name) {
+    return this.root.querySelector(name);
+  }
+
+  /** What should be known of it comes first. */
+  #warn(warnings) {
     const place = this.#part(".warnings");
-    place.replaceChildren(...warnings.map(({ message }) => made("li", `Warning: ${message}`)));
+    place.replaceChildren(...warnings.map((each) => made("li", warned(each))));
     place.hidden = !warnings.length;
-    return warnings.map(({ message }) => `Warning: ${message} `).join("");
+    this.#reveal();
   }
 
   #done(status, kind = "quiet") {
-    this.#root.removeAttribute("aria-busy");
+    this.root.removeAttribute("aria-busy");
     this.#status(status, kind);
     this.#reveal();
   }
@@ -123,50 +164,51 @@ export class Entry {
   }
 
   #summary(...parts) {
-    for (const older of list.querySelectorAll("details[open]")) older.open = false;
     this.#part("summary").replaceChildren(...parts.map((text) => made("span", text)));
-    Object.assign(this.#part("details"), { hidden: false, open: true });
-    this.#reveal();
+    this.#part("details").hidden = false;
   }
 
   #shares(title, shares, main) {
     const rows = Object.entries(shares).map(([name, share]) => {
-      const bar = made("i", "");
-      bar.style.setProperty("--share", share);
       const row = made("div", "");
       row.classList.toggle("main", name === main);
-      row.append(made("dt", named(name)), bar, made("dd", percent(share)));
+      row.append(made("dt", named(name)), made("dd", percent(share)));
+      row.lastChild.style.setProperty("--share", share);
       return row;
     });
+    this.#part("h3")?.remove();
     this.#part(".shares").replaceChildren(...rows);
     this.#part(".shares").before(made("h3", title));
-    this.#reveal();
   }
 
   #facts(facts) {
     const rows = Object.entries(facts).filter(([, value]) => value);
-    const place = this.#part("dl.facts");
-    place.replaceChildren(...rows.flatMap(([name, value]) => [made("dt", name), made("dd", value)]));
-    this.#reveal();
+    this.#part("dl.facts").replaceChildren(...rows.flatMap(([name, value]) => [made("dt", name), made("dd", value)]));
   }
 
-  #action(name, act) {
-    const button = made("button", name);
-    button.type = "button";
-    button.addEventListener("click", act);
-    this.#part(".actions").replaceChildren(button);
-    this.#part(".actions").hidden = false;
+  #offer() {
+    const buttons = this.actions.map(([key, act]) => {
+      const button = made("button", words(key));
+      button.type = "button";
+      button.addEventListener("click", act);
+      return button;
+    });
+    this.#part(".actions").replaceChildren(...buttons);
+    this.#part(".actions").hidden = !buttons.length;
     this.#reveal();
   }
 
   #reveal() {
-    list.scrollTop = this.#root.offsetTop;
+    list.scrollTop = this.root.offsetTop;
   }
 }
 
-const model = ({ name, sha256, verification, runtime }) => ({
-  Model: [name, runtime].filter(Boolean).join(", "),
-  Verification: verification,
+const TWO = { minimumFractionDigits: 2, maximumFractionDigits: 2 };
+
+/** Of a model, what says which it was. */
+export const model = ({ name, sha256, verification, runtime }) => ({
+  [words("model.fact")]: [name, runtime].filter(Boolean).join(", "),
+  [words("verification")]: verification,
   "SHA-256": sha256,
 });
 

@@ -1,5 +1,7 @@
 // Talks to the service: sends the token, waits while it is busy, reads its errors and events.
 
+import { words } from "./language.js";
+
 let token = ""; // in memory only
 let asking = null; // the one dialog that is open, a promise
 let askForToken = async () => null;
@@ -49,10 +51,7 @@ async function reached(path, options) {
     return await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem(
-      "The service cannot be reached, or broke off.",
-      "Check that it runs and that the file is not too large, then try again.",
-    );
+    throw new Problem(words("no.service"), words("no.service.do"));
   }
 }
 
@@ -61,7 +60,7 @@ async function problemOf(response) {
     const { message, remedy, code } = (await response.json()).error;
     return new Problem(message, remedy, code);
   } catch {
-    return new Problem(`The service answered with status ${response.status}.`, "Look into its log.");
+    return new Problem(words("status", { status: response.status }), words("status.do"));
   }
 }
 
@@ -92,6 +91,10 @@ export async function* events(response) {
   for (let rest = ""; ; ) {
     const { done, value } = await reader.read();
     if (done) return;
+    if (!(rest.slice(-1) + value).includes("\n\n")) {
+      rest += value; // a picture comes in many pieces, none of which is worth splitting
+      continue;
+    }
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {

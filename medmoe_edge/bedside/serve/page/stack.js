@@ -2,6 +2,7 @@
 // once to be shown; what was shown is kept in the memory of the tab, as far as there is room.
 
 import { bytes, events, post, Problem } from "./api.js";
+import { words } from "./language.js";
 
 const KEPT = 768 * 2 ** 20; // bytes of pictures
 const AT_ONCE = 2; // files of a series that are sent
@@ -58,7 +59,7 @@ export class Stack {
     const { signal } = this.#ended;
     const coming = picturesOf(await post("/v1/picture", fields, { signal, busy: this.#busy }));
     const { value: first } = await coming.next();
-    if (!first) throw new Problem("The answer broke off.", "Try again.");
+    if (!first) throw new Problem(words("broke.off"), words("try.again"));
     const { frames } = first;
     this.slices = Array.from({ length: frames }, (_, at) => ({ key: `${index}.${at}`, file, frame: at, frames }));
     const slice = (this.#near = this.slices[first.frame]);

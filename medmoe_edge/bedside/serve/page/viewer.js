@@ -1,36 +1,71 @@
-// Shows the picture: as the model sees it, or in another window; frame by frame; under a heat map.
+// Shows the picture: as the model sees it, or in another window; slice by slice; under a heat map.
 
 import { named } from "./answers.js";
-import { bytes, post } from "./api.js";
+import { post } from "./api.js";
+import { showBanner, sidesLine } from "./banner.js";
 import { paintHeat } from "./heat.js";
+import { words } from "./language.js";
+import { Stack } from "./stack.js";
+import { fit, onWindow } from "./zoom.js";
 
 const $ = (id) => document.getElementById(id);
 const canvas = $("picture");
 const DRAG = 200; // pixels of the screen that double the width of a window
+// Centre and width in HU, as they are commonly chosen for CT.
+const PRESETS = { brain: [40, 80], soft: [40, 400], lung: [-600, 1500], bone: [400, 1800], liver: [60, 160] };
 
-let file = null;
-let picture = null; // what /v1/picture told
+let stack = null; // what was opened
+let slice = null; // which of it is on the screen
+let picture = null; // what /v1/picture told of it
 let bitmap = null; // as the model sees it
-let codes = null; // the values behind it, where it is grey
 let view = null; // { centre, width } of the display; null is the file's own
 let loading = new AbortController();
 
 /** What is on the screen, for a question about it: the fields of a form, null where there is none. */
 export function shown() {
-  return picture && { image: file, ...(picture.frames > 1 && { frame: picture.frame }) };
+  return slice && { image: slice.file, ...(slice.frames > 1 && { frame: slice.frame }) };
 }
 
-/** Show a file's middle frame. Whether it could. */
-export async function open(chosen) {
-  file = chosen;
-  view = picture = null;
+/** Which slice is on the screen: its key, and what it is called where there are several. */
+export function about() {
+  if (!slice) return null;
+  const several = stack.files.length > 1 || slice.frames > 1;
+  const name = slice.frames > 1 ? slice.frame + 1 : (slice.instance ?? stack.slices.indexOf(slice) + 1);
+  return { key: slice.key, name: several ? String(name) : "", picture, windowed: view !== null };
+}
+
+/** What lies on the stage, in the proportions of the picture. */
+export const layers = () => [canvas, ...($("heat").hidden ? [] : [$("heat")])];
+
+/** Show files: the slice of this key, or the middle one. Whether it could. */
+export async function open(files, key) {
+  loading.abort();
+  stack?.close();
+  slice = picture = view = null;
   hideAll();
-  return await load(null);
+  fit();
+  $("stage").setAttribute("aria-busy", "true");
+  const mine = (stack = new Stack(files, busy, () => stack === mine && count()));
+  try {
+    const first = await mine.open(key);
+    return stack === mine && (await load(first));
+  } catch (error) {
+    if (stack !== mine) return false;
+    $("stage").removeAttribute("aria-busy");
+    tell(`${error.message} ${error.remedy ?? ""}`);
+    return false;
+  }
 }
 
-/** Lay a map over the frame that it was made of; null takes it away. */
-export async function showHeat(location, frame = picture.frame) {
-  if (location && frame !== picture.frame && !(await load(frame))) return;
+/** Show the slice of this key. Whether it could. */
+export async function turnToKey(key) {
+  const found = stack.slices.find((one) => one.key === key);
+  return Boolean(found) && (found === slice || (await load(found)));
+}
+
+/** Lay a map over the slice that it was made of; null takes it away. */
+export async function showHeat(location, key = slice.key) {
+  if (location && !(await turnToKey(key))) return;
   hideSeen();
   if (location) await paintHeat($("heat"), location, picture);
   $("heat").hidden = $("legend").hidden = !location;
@@ -42,7 +77,6 @@ export async function showHeat(location, frame = picture.frame) {
 async function toggleSeen() {
   if (!$("seen").hidden) return hideSeen();
   const { signal } = loading;
-  const busy = (left) => tell(`The service is busy. Trying again in ${left} s.`);
   try {
     const response = await post("/v1/seen", shown(), { signal, busy });
     const url = URL.createObjectURL(await response.blob());
@@ -50,7 +84,7 @@ async function toggleSeen() {
     await $("seen").decode().finally(() => URL.revokeObjectURL(url));
     if (signal.aborted) return;
     const { naturalWidth: width, naturalHeight: height } = $("seen");
-    $("seen").alt = `Exactly what the model sees, ${width} by ${height} pixels`;
+    $("seen").alt = words("seen.shown", { width, height });
     $("seen").hidden = false;
     $("seen-toggle").setAttribute("aria-pressed", "true");
     tell("");
@@ -69,26 +103,24 @@ $("seen-toggle").addEventListener("click", toggleSeen);
 
 function hideAll() {
   hideSeen();
-  for (const id of ["picture", "heat", "legend", "display-only", "heat-toggle", "tools"]) $(id).hidden = true;
+  showBanner(null); // or another patient's would stay
+  for (const id of ["picture", "layers", "heat", "legend", "display-only", "heat-toggle", "tools"]) $(id).hidden = true;
 }
 
-async function load(frame) {
+async function load(wanted) {
   loading.abort();
   loading = new AbortController();
   const { signal } = loading;
   $("stage").setAttribute("aria-busy", "true");
   tell("");
   try {
-    const fields = { image: file, ...(frame !== null && { frame }) };
-    const busy = (left) => tell(`The service is busy. Trying again in ${left} s.`);
-    const found = await (await post("/v1/picture", fields, { signal, busy })).json();
-    const decoded = await createImageBitmap(new Blob([bytes(found.png)], { type: "image/png" }));
+    const found = await stack.picture(wanted, signal);
+    const decoded = await createImageBitmap(found.png);
     if (signal.aborted) return false;
-    [picture, bitmap] = [found, decoded];
-    codes = found.codes && new Uint16Array(bytes(found.codes.data).buffer);
+    [slice, picture, bitmap] = [wanted, found, decoded];
     tell("");
     arrange();
-    dispatchEvent(new Event("frame")); // another one is shown
+    dispatchEvent(new Event("slice")); // another one is shown
     return true;
   } catch (error) {
     if (signal.aborted) return false;
@@ -100,6 +132,8 @@ async function load(frame) {
   }
 }
 
+const busy = (seconds) => tell(words("busy", { seconds }));
+
 function tell(problem) {
   $("picture-problem").textContent = problem;
   $("picture-problem").hidden = !problem;
@@ -108,35 +142,61 @@ function tell(problem) {
 
 function arrange() {
   [canvas.width, canvas.height] = [picture.width, picture.height];
-  canvas.hidden = $("tools").hidden = false;
+  canvas.hidden = $("layers").hidden = $("tools").hidden = false;
   const [columns, rows] = picture.size;
-  const frame = picture.frames > 1 ? `, frame ${picture.frame + 1} of ${picture.frames}` : "";
-  canvas.setAttribute("aria-label", `Image, ${columns} by ${rows} pixels${frame}`);
   $("facts").textContent = [`${columns} × ${rows}`, picture.modality && named(picture.modality)].filter(Boolean).join(" · ");
-  $("picture-warnings").textContent = picture.warnings.map(({ message }) => message).join(" ");
-  $("picture-warnings").hidden = !picture.warnings.length;
-  $("frames").hidden = picture.frames < 2;
-  $("frame").max = picture.frames - 1;
-  $("frame").value = picture.frame;
-  $("frame-shown").value = `${picture.frame + 1} / ${picture.frames}`;
-  $("window").hidden = !codes;
+  $("window").hidden = !picture.codes;
   $("heat").hidden = $("legend").hidden = $("heat-toggle").hidden = true;
   hideSeen();
+  showBanner(picture);
+  offerPresets();
+  count();
   draw();
+}
+
+/** What of the display depends on how many slices there are. */
+function count() {
+  if (!picture) return;
+  const [at, all] = [stack.slices.indexOf(slice) + 1, stack.slices.length];
+  const left = stack.missing ? ` (${words("reading", { left: stack.missing })})` : "";
+  $("frames").hidden = all < 2;
+  $("frame").max = all - 1;
+  $("frame").value = at - 1;
+  $("frame-shown").value = `${at} / ${all}${left}`;
+  const [columns, rows] = picture.size;
+  const parts = [words("picture", { columns, rows }), sidesLine(picture)];
+  if (all > 1) parts.push(words("picture.frame", { at, all }));
+  canvas.setAttribute("aria-label", parts.filter(Boolean).join(", "));
+  const said = picture.warnings.map(({ message }) => message);
+  if (stack.leftOut) said.push(words("left.out", { count: stack.leftOut }));
+  if (stack.unread) said.push(words("unread", { count: stack.unread }));
+  $("picture-warnings").textContent = said.join(" ");
+  $("picture-warnings").hidden = !said.length;
+}
+
+// ---- the window
+
+function offerPresets() {
+  const names = ["own", "full", ...(picture.modality === "ct" ? Object.keys(PRESETS) : []), "free"];
+  $("preset").replaceChildren(
+    ...names.map((name) => Object.assign(document.createElement("option"), { value: name, textContent: words(`preset.${name}`) })),
+  );
+  $("preset").lastChild.disabled = true; // it says that none of the others is chosen
 }
 
 function draw() {
   const context = canvas.getContext("2d");
   $("display-only").hidden = !view;
   $("reset").disabled = !view;
-  canvas.classList.toggle("windowed", Boolean(codes));
-  if (codes) {
+  canvas.classList.toggle("windowed", Boolean(picture.codes));
+  if (picture.codes) {
     const { centre, width } = view ?? own();
     if (document.activeElement !== $("centre")) $("centre").value = rounded(centre, width);
     if (document.activeElement !== $("width")) $("width").value = rounded(width, width);
+    $("preset").value = view ? (view.preset ?? "free") : "own";
   }
-  if (!view) return context.drawImage(bitmap, 0, 0);
-  const levels = greys();
+  if (!view || !picture.codes) return context.drawImage(bitmap, 0, 0);
+  const [levels, codes] = [greys(), picture.codes.data];
   const shades = context.createImageData(picture.width, picture.height);
   const pixels = new Uint32Array(shades.data.buffer);
   for (let at = 0; at < pixels.length; at += 1) pixels[at] = levels[codes[at]];
@@ -160,24 +220,34 @@ function own() {
   return { centre, width };
 }
 
+/** From the lowest value of the picture to the highest. */
+function full() {
+  const { offset, scale, data } = picture.codes;
+  let [low, high] = [65535, 0];
+  for (const code of data) [low, high] = [Math.min(low, code), Math.max(high, code)];
+  return [offset + (scale * (low + high)) / 2, scale * (high - low)];
+}
+
 const rounded = (value, width) => Number(width > 20 ? value.toFixed(0) : value.toPrecision(3));
 
-function look(centre, width) {
+function look(centre, width, preset) {
   const span = picture.codes.window[1];
-  view = { centre, width: Math.max(width, span / 255) };
+  view = { centre, width: Math.max(width, span / 255), preset };
   draw();
 }
 
-canvas.addEventListener("pointerdown", (start) => {
-  if (!codes || start.button !== 0) return;
+onWindow(() => {
+  if (!picture?.codes) return null;
   const { centre, width } = view ?? own();
   const step = own().width / DRAG;
-  const drag = (at) =>
-    look(centre + (at.clientY - start.clientY) * step, width + (at.clientX - start.clientX) * step);
-  canvas.setPointerCapture(start.pointerId);
-  canvas.addEventListener("pointermove", drag);
-  const end = () => canvas.removeEventListener("pointermove", drag);
-  canvas.addEventListener("lostpointercapture", end, { once: true });
+  return (right, down) => look(centre + down * step, width + right * step);
+});
+
+$("preset").addEventListener("change", () => {
+  const name = $("preset").value;
+  if (name === "own") view = null;
+  else look(...(PRESETS[name] ?? full()), name);
+  draw();
 });
 
 for (const id of ["centre", "width"]) {
@@ -194,20 +264,26 @@ $("reset").addEventListener("click", () => {
   $("centre").focus();
 });
 
+// ---- the slices
+
 let soon = 0;
-function turnTo(frame) {
-  const wanted = Math.min(Math.max(frame, 0), picture.frames - 1);
+function turnTo(at) {
+  const wanted = Math.min(Math.max(at, 0), stack.slices.length - 1);
   $("frame").value = wanted;
-  $("frame-shown").value = `${wanted + 1} / ${picture.frames}`;
+  $("frame-shown").value = `${wanted + 1} / ${stack.slices.length}`;
   clearTimeout(soon);
-  soon = setTimeout(() => load(wanted), 60);
+  const found = stack.slices[wanted];
+  if (found.picture) load(found);
+  else soon = setTimeout(() => load(found), 60);
 }
 
 $("frame").addEventListener("input", () => turnTo($("frame").valueAsNumber));
 $("stage").addEventListener(
   "wheel",
   (event) => {
-    if (picture?.frames > 1) turnTo($("frame").valueAsNumber + Math.sign(event.deltaY));
+    if (picture && !event.ctrlKey && stack.slices.length > 1) turnTo($("frame").valueAsNumber + Math.sign(event.deltaY));
   },
   { passive: true },
 );
+
+addEventListener("language", () => picture && (showBanner(picture), offerPresets(), count(), draw()));

@@ -12,11 +12,11 @@ from typing import Literal
 
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig, VisionConfig
-from medmoe_edge.device.hardware import Device
 
 TEXT_TOKENS = 48  # of a prompt beside the image: Med-MoE's system prompt and a short question
 NEW_TOKENS = 32  # of an answer, at most
 
+Kind = Literal["gpu", "jetson", "cpu"]
 Precision = Literal["fp32", "fp16", "int8", "int4", "mixed"]
 VISION_BITS = 9.0  # of a transformer's matrices in memory: 8 and an fp32 scale per group of 32
 MIXED_BITS = 6.0  # per weight, scales included: a budget between int4 and int8
@@ -320,23 +320,29 @@ def _bytes(config: ModelConfig, bits: Callable[[str], float]) -> int:
     return round(sum(part.weights * bits(kind) / 8 for kind, part in parts if kind != "embedding"))
 
 
-def held_ratio(device: Device, precision: Precision, group: int) -> float:
+def held_ratio(kind: Kind, precision: Precision, group: int) -> float:
     """How many bytes of memory a stored byte of an expert takes."""
-    if device.kind != "cpu":
+    if kind != "cpu":
         return 1.0
     held = held_bits("experts", precision, group)
     return held / bits_per_weight("experts", precision, group)
 
 
-def memory_run(asked: Asked, device: Device, precision: Precision) -> int:
+def held_experts(asked: Asked, precision: Precision) -> int:
+    """Bytes that the routed experts take in the memory of a process on a CPU."""
+    stored = experts_bytes(asked.config, precision, asked.group)
+    return round(stored * held_ratio("cpu", precision, asked.group))
+
+
+def memory_run(asked: Asked, kind: Kind, precision: Precision) -> int:
     """Peak bytes while running: process, weights, KV cache, activations of the prefill."""
-    config, number = asked.config, NUMBER[device.kind]
+    config, number = asked.config, NUMBER[kind]
     decoder, group = config.decoder, asked.group
-    held = held_bits if device.kind == "cpu" else bits_per_weight
-    weights = _bytes(config, lambda kind: held(kind, precision, group))
-    rows = min(asked.prompt, PREFILL_AT_ONCE) if device.kind == "cpu" else asked.prompt
+    held = held_bits if kind == "cpu" else bits_per_weight
+    weights = _bytes(config, lambda part: held(part, precision, group))
+    rows = min(asked.prompt, PREFILL_AT_ONCE) if kind == "cpu" else asked.prompt
     live = rows * (8 * decoder.hidden_size + 3 * decoder.intermediate_size)
     cache = cache_values(config, asked.prompt + asked.new_tokens)
     vision = vision_bytes(config, precision, number)
-    activations = ACTIVATIONS[device.kind] * live
-    return PROCESS[device.kind] + weights + vision + number * (cache + activations)
+    activations = ACTIVATIONS[kind] * live
+    return PROCESS[kind] + weights + vision + number * (cache + activations)
