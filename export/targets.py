@@ -39,6 +39,7 @@ from medmoe_edge.bundle.bundle import (
     TargetName,
     write_derived_manifest,
 )
+from medmoe_edge.bundle.machine import available_memory
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError
 from medmoe_edge.export.builder import (
@@ -55,7 +56,6 @@ from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.gpus import (
     MOST_ENGINES,
     Library,
-    available_memory,
     build_memory,
     find_gpu,
     library_of,
