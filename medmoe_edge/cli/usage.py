@@ -26,7 +26,7 @@ VERBS: Mapping[str, str] = {
     "data": "dataset prepare import preprocess",
     "pull": "download fetch get clone",
     "router": "route routing gate",
-    "verify": "test check validate prove compare fidelity",
+    "verify": "test check validate compare fidelity",
     "prove": "proof certify",
     "eval": "evaluate score metrics accuracy measure assess",
     "bench": "benchmark time speed profile perf latency throughput",
