@@ -94,7 +94,7 @@ def this_machine() -> Machine:
     """The machine that runs this; takes some milliseconds, once."""
     import onnxruntime
 
-    from medmoe_edge.runtimes.arithmetic import int8_arithmetic
+    from medmoe_edge.runtimes.ort.runtime import int8_arithmetic
 
     return Machine(
         cpu_name(), platform.machine(), cpu_flags(), onnxruntime.__version__, int8_arithmetic()
