@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -291,9 +291,13 @@ class Packed:
 Turn = tuple[list[int], list[int]]  # question ids, answer ids with the end token
 
 
-def encode_turn(tokenizer: Tokenizer, question: str, answer: str, end: int) -> Turn:
-    """Token ids of one turn."""
-    return tokenizer.question_ids(question), [*tokenizer.answer_ids(answer), end]
+def encode_turn(
+    tokenizer: Tokenizer, question: str, answer: str, end: int, refusals: Mapping[str, int]
+) -> Turn:
+    """Token ids of one turn; an answer that is one of the `refusals` is their token alone."""
+    refused = refusals.get(answer)
+    ids = tokenizer.answer_ids(answer) if refused is None else [refused]
+    return tokenizer.question_ids(question), [*ids, end]
 
 
 def pack(prefix: list[int], image_tokens: int, batch: Sequence[Sequence[Turn]]) -> Packed:
@@ -350,6 +354,8 @@ class Batches:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self.modalities = list(modalities)
         self.prefix = tokenizer.prefix_ids()
+        ids = tokenizer.ids_of(config.refusals)
+        self.refusals = {each.token: ids[each.code] for each in config.refusals}
         self.pictures = Pictures(config.vision)
         self.views: Views | None = None
         self.reword = False
@@ -397,7 +403,10 @@ class Batches:
         pixels = self.images([item.image for item in items], epoch)
         end = self.config.decoder.eos_token_id
         turns = [
-            [encode_turn(self.tokenizer, question, answer, end) for question, answer in item.turns]
+            [
+                encode_turn(self.tokenizer, question, answer, end, self.refusals)
+                for question, answer in item.turns
+            ]
             for item in items
         ]
         text = pack(self.prefix, self.config.vision.image_tokens, turns)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import DataError
-from medmoe_edge.training.data import Batches, Conversation, Listed
+from medmoe_edge.training.data import IGNORED, Batches, Conversation, Listed
 from medmoe_edge.training.recipe import PhaseConfig, Recipe, TowerShape
 from medmoe_edge.training.run import read_corpus, train
 
@@ -118,6 +118,17 @@ def test_refusals_are_tokens(run: Path) -> None:
         "<|not_a_scan|>",
         "<|language|>",
     ]
+
+
+def test_a_refusal_is_learned_as_its_token(run: Path, data: Path) -> None:
+    read = read_checkpoint(run / "checkpoint")
+    batches = Batches(read.config, read.tokenizer.tokenizer, RECIPE.modalities or (), 3)
+    turns = (("What is it?", "<|not_a_scan|>"), ("Was ist das?", "<|language|>"))
+    batch = batches.collate([Conversation(data / "11.png", None, turns, "x")], None)
+    answers = batch.text.labels[batch.text.labels != IGNORED].tolist()
+    ids = read.tokenizer.tokenizer.ids_of(read.config.refusals)
+    end = read.config.decoder.eos_token_id
+    assert answers == [ids["not_a_scan"], end, ids["language"], end]
 
 
 def test_a_run_that_is_gone_on_with_ends_the_same(
