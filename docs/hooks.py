@@ -1,6 +1,6 @@
 """For mkdocs: the command line's reference is made from the command line, the picture of the layers
-from their contract in `pyproject.toml`, and files of the project that are pages too are included
-where a page says `<!-- include: FILE -->`.
+from their contract in `pyproject.toml`, the list of SOUP from `lock.txt`, and files of the project
+that are pages too are included where a page says `<!-- include: FILE -->`.
 """
 
 import html
@@ -12,6 +12,8 @@ from typing import Any
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from typer.cli import get_docs_for_click
 
 from medmoe_edge import cli
@@ -20,6 +22,7 @@ from medmoe_edge.export.jetson import OLDEST_TENSORRT, SINCE, SUPPORT
 ROOT = Path(__file__).parents[1]
 COMMAND_LINE = "<!-- generated: the command line -->"
 JETSONS = "<!-- generated: jetsons -->"
+SOUP = "<!-- generated: soup -->"
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 EXAMPLE = re.compile(r"^Example: (.+)$", re.MULTILINE)
@@ -101,6 +104,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(COMMAND_LINE, command_line())
     if JETSONS in markdown:
         markdown = markdown.replace(JETSONS, jetsons())
+    if SOUP in markdown:
+        markdown = markdown.replace(SOUP, soup())
     return INCLUDE.sub(lambda found: included(ROOT / found[1]), markdown)
 
 
@@ -151,6 +156,36 @@ def jetsons() -> str:
             f"The `tensorrt` target needs {oldest} or later.",
         ]
     )
+
+
+def soup() -> str:
+    """Every package of lock.txt: its release, what of the project asks for it, and where."""
+    lines = re.sub(r"\\\n\s*", " ", (ROOT / "lock.txt").read_text("utf-8")).splitlines()
+    asked = asked_for()
+    rows = [["package", "release", "asked for by", "only where", "files"], ["---"] * 5]
+    for line in lines:
+        if not line or line.startswith("#"):
+            continue
+        requirement, *hashes = line.split(" --hash=")
+        found = Requirement(requirement)
+        name, release = found.name, str(found.specifier).removeprefix("==")
+        by = ", ".join(asked.get(canonicalize_name(name), ["other packages"]))
+        link = f"[{name}](https://pypi.org/project/{name}/{release}/)"
+        where = f"`{found.marker}`" if found.marker else ""
+        rows.append([link, release, by, where, str(len(hashes))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def asked_for() -> dict[str, list[str]]:
+    """By package: the base install, and the extras that name it themselves."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    found: dict[str, list[str]] = {}
+    groups = {"the base": project["dependencies"], **project["optional-dependencies"]}
+    for title, requirements in groups.items():
+        for requirement in map(Requirement, requirements):
+            if requirement.name != project["name"]:
+                found.setdefault(canonicalize_name(requirement.name), []).append(title)
+    return found
 
 
 def included(path: Path) -> str:

@@ -11,6 +11,7 @@
     expert.N.onnx    one expert of each shape and format: for a runtime that pages experts
     experts.data     the experts of a bundle that pages them in a GPU's memory, in its layout
     recorded-*.npz   inputs and what the checkpoint made of them: `bundle/recorded.py`
+    manifest.sig     a signature of manifest.json, if there is one: `bundle/trust.py`
 
 The bundle of a MedMoE, which its manifest calls another `kind`, holds in their place
 
@@ -19,34 +20,32 @@ The bundle of a MedMoE, which its manifest calls another `kind`, holds in their 
 
 and `scores` in its manifest: how similarities become scores.
 The same checkpoint and options give the same bytes. Nothing in a bundle is ever unpickled.
-
-Large files that were found intact before, so that gigabytes are not hashed at every start.
-
-A file counts as unchanged while its size, its times, and its place on the disk are those of when it
-was hashed last; its `ctime` is set by every write and by no user. A file that was written in the
-very seconds before it was hashed is not trusted, since a later write could leave the same times
-(git's index has the same rule, and calls such files racy). What the disk itself loses goes
-unnoticed until the record is removed; of an expert, until it is paged in.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
-import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
+from medmoe_edge.bundle.trust import (
+    check_signature,
+    read_private_key,
+    remember_intact,
+    vouch_for,
+    was_intact,
+    write_signature,
+)
 from medmoe_edge.config import Confidence, Config, ModelConfig
 from medmoe_edge.config_contrastive import ModalityConfig, Scores
-from medmoe_edge.errors import BundleError, ConfigError, ResourceError
+from medmoe_edge.errors import BundleError, ConfigError, ResourceError, VerificationError
 
 TargetName = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
 DType = Literal["fp32", "fp16", "bf16"]
@@ -131,49 +130,6 @@ DEFAULT_GATES: dict[str, Gates] = {
 }
 
 
-LARGE = 2**26  # bytes; smaller files are hashed faster than looked up
-SETTLED = 2_000_000_000  # nanoseconds without a write
-
-
-def was_intact(path: Path, sha256: str) -> bool:
-    """Whether the file, as it is now, was found to have this hash before."""
-    seen = path.stat()
-    return seen.st_size >= LARGE and _read_record(_record(path)) == _state(seen, sha256)
-
-
-def remember_intact(path: Path, sha256: str) -> None:
-    """Keep in the user's cache that the file has this hash, if it is large and not just written.
-
-    Where the cache cannot be written, the file is hashed again next time.
-    """
-    seen = path.stat()
-    if seen.st_size < LARGE or time.time_ns() - seen.st_ctime_ns < SETTLED:
-        return
-    record = _record(path)
-    with contextlib.suppress(OSError):
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(record) as file:
-            file.write(json.dumps(_state(seen, sha256)).encode())
-
-
-def _state(seen: os.stat_result, sha256: str) -> list[str | int]:
-    times = (seen.st_mtime_ns, seen.st_ctime_ns)
-    return [sha256, seen.st_size, *times, seen.st_ino, seen.st_dev]
-
-
-def _record(path: Path) -> Path:
-    import platformdirs  # a small model never needs it
-
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    return platformdirs.user_cache_path("medmoe-edge") / "intact" / f"{name}.json"
-
-
-def _read_record(record: Path) -> object:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(record.read_bytes())
-    return None
-
-
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 REQUIRED = ("format_version", "name", "config", "quantisation", "files", "source", "licence")
@@ -213,9 +169,11 @@ class AnyBundle(Generic[C]):
     def open(cls, folder: Path, verify: bool = True) -> Self:
         """Read the manifest and, with `verify`, check size and hash of every file.
 
-        Raises `BundleError` for anything missing, damaged, changed, or of another version or kind.
+        Raises `BundleError` for anything missing, damaged, changed, or of another version or kind,
+        and where keys are trusted for what none of them signed.
         """
         text = _read(folder / MANIFEST)
+        check_signature(folder, text)
         manifest = _parse(folder, text)
         if (kind := manifest_kind(manifest)) != cls.kind:
             raise BundleError(
@@ -277,9 +235,7 @@ class AnyBundle(Generic[C]):
     def _check_file(self, name: str) -> None:
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
-            intact = path.stat().st_size == entry["bytes"] and (
-                was_intact(path, entry["sha256"]) or _hashes_to(path, entry["sha256"])
-            )
+            intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
         except OSError as error:
             raise BundleError(
                 f"{path} cannot be read ({error.strerror}).", "Copy or export the bundle again."
@@ -437,10 +393,34 @@ def _rewrite(
     return type(bundle).open(bundle.folder, verify=False)
 
 
+def sign_bundle(folder: Path, key: Path) -> None:
+    """Sign a bundle of either kind by its manifest, which holds the hashes of all its files.
+
+    Verify it first: this checks no file. Raises `BundleError` for a damaged manifest,
+    `VerificationError` for a bundle that failed its verification, `InputError` for a key that
+    cannot be used, and `ResourceError` where the folder cannot be written.
+    """
+    private, text = read_private_key(key), _read(folder / MANIFEST)
+    record = _parse(folder, text).get(VERIFICATION)
+    if record is not None and status_of(record) == "failed":
+        raise VerificationError(
+            f"{folder} failed its verification, and is not signed.",
+            "Export it in another precision or with calibration, and sign that.",
+        )
+    try:
+        write_signature(folder, text, private)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder} cannot be written ({error.strerror}).", "Sign a copy of the bundle."
+        ) from error
+
+
 def _store(folder: Path, manifest: Mapping[str, Any]) -> None:
     sealed = {**manifest, SEAL: _seal(manifest)}
+    text = (json.dumps(sealed, indent=1) + "\n").encode()
     with atomic_file(folder / MANIFEST) as file:
-        file.write((json.dumps(sealed, indent=1) + "\n").encode())
+        file.write(text)
+    vouch_for(text)
 
 
 def _read(path: Path) -> bytes:
@@ -502,9 +482,12 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _hashes_to(path: Path, sha256: str) -> bool:
+    large = path.stat().st_size >= trust.LARGE
+    if large and was_intact(path, sha256):
+        return True
     with path.open("rb") as file:
         right = _sha256(file) == sha256
-    if right:
+    if right and large:
         remember_intact(path, sha256)
     return right
 

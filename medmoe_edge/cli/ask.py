@@ -17,9 +17,9 @@ from medmoe_edge.cli.common import (
     Runtime,
     check_apart,
     check_output,
+    complete_models,
     verb,
 )
-from medmoe_edge.cli.usage import complete_models
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive

@@ -10,7 +10,7 @@ import threading
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,10 +26,10 @@ from medmoe_edge.cli.common import (
     Runtime,
     app,
     check_output,
+    complete_models,
     paragraphs,
     verb,
 )
-from medmoe_edge.cli.usage import complete_models
 from medmoe_edge.errors import InputError, MedMoEError, needs, unreadable
 from medmoe_edge.render import console as render
 
@@ -431,6 +431,15 @@ def batch(
     memory_budget: MemoryBudget = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     allow_repetition: AllowRepetition = False,
+    series: Annotated[
+        Literal["middle", "key", "every", "all"] | None,
+        typer.Option(
+            metavar="SLICES",
+            help="One answer for each DICOM series, about its middle slice, its key images, every "
+            "tenth, or all with a vote.",
+            show_default="every file by itself",
+        ),
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -457,6 +466,11 @@ def batch(
     check_output(output, force)
     if workers and ray is None:
         raise InputError("Workers are of a cluster.", "Name one: --ray ADDRESS, or --ray local.")
+    grouping = None
+    if series is not None:
+        with needs("listen"):
+            from medmoe_edge.bedside.listen.config import Series
+        grouping = Series(slices=series)
     from medmoe_edge.bedside.batch.run import Recipe, run_batch
 
     recipe = Recipe(model, runtime, device, memory_budget, max_new_tokens, allow_repetition)
@@ -470,6 +484,7 @@ def batch(
             report = run_batch(
                 *(inputs, output, questions),
                 recipe=recipe,
+                series=grouping,
                 answering=answering,
                 audit=audit,
                 force=force,
@@ -499,8 +514,13 @@ def _where(
 
 
 def _show_batch(report: "BatchReport") -> None:
-    rows = [
-        ("images", f"{report.images:,}"),
+    rows = [("images", f"{report.images:,}")]
+    if report.series is not None:
+        from medmoe_edge.bedside.listen.selection import reasons
+
+        rows += [(f"  not asked: {why}", f"{n:,}") for why, n in reasons(report.left_out)]
+        rows.append(("series", f"{report.series:,}"))
+    rows += [
         ("  done by earlier runs", f"{report.resumed:,}"),
         ("rows", f"{report.rows:,}"),
         ("  without an answer", f"{report.errors:,}"),

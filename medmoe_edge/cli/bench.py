@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from medmoe_edge.cli.common import Force, Json, check_output, verb
-from medmoe_edge.cli.usage import complete_devices, complete_models, complete_planned
+from medmoe_edge.cli.common import (
+    Force,
+    Json,
+    check_output,
+    complete_devices,
+    complete_models,
+    complete_planned,
+    verb,
+)
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render

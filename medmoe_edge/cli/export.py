@@ -6,17 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from medmoe_edge.bundle.bundle import sign_bundle
+from medmoe_edge.bundle.trust import read_private_key
 from medmoe_edge.cli.common import (
     Checkpoint,
     Force,
     Json,
     Samples,
+    Sign,
     Strict,
     VisionTower,
     check_output,
+    complete_data,
+    complete_gpus,
+    complete_models,
     verb,
 )
-from medmoe_edge.cli.usage import complete_data, complete_gpus, complete_models
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, VerificationError, needs, shown_bytes
 from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
@@ -206,6 +211,7 @@ def export(
         ),
     ] = None,
     vision_tower: VisionTower = None,
+    sign: Sign = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -229,6 +235,8 @@ def export(
         raise InputError(
             f"{target} does not read experts as deltas.", "Leave --experts or --target out."
         )
+    if sign is not None:
+        read_private_key(sign)  # found out before the work
     if target == "onnxruntime" and paged:
         raise InputError(
             "--paged is for GPUs: every portable bundle can be paged.", "Leave it out."
@@ -263,10 +271,11 @@ def export(
         else:
             with needs("rtx" if target == "tensorrt-rtx" else "export"):
                 from medmoe_edge.pipeline.med_moe import export_for
+            out = output or Path("-".join(filter(None, (options.name, target, gpu))))
             built = export_for(
                 target,
                 folder,
-                output or Path("-".join(filter(None, (options.name, target, gpu)))),
+                out,
                 portable=partial(family.export, folder, options=options, progress=report),
                 gpu=gpu,
                 dtype=dtype,
@@ -276,6 +285,8 @@ def export(
                 force=force,
                 progress=report,
             )
+        if sign is not None:
+            sign_bundle(out, sign)
     if target == "onnxruntime":
         _show_portable(made, options, as_json)
     elif as_json:

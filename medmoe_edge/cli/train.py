@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from medmoe_edge.cli.common import Force, Json, VisionTower, app, verb
-from medmoe_edge.cli.usage import complete_presets
+from medmoe_edge.cli.common import Force, Json, VisionTower, app, complete_presets, verb
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render

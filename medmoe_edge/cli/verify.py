@@ -6,20 +6,24 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from medmoe_edge.bundle.bundle import MANIFEST, sign_bundle
+from medmoe_edge.bundle.trust import SIGNATURE, is_signed, read_private_key, vouch_for
 from medmoe_edge.cli.common import (
     AllowRepetition,
     Device,
     Force,
     Json,
     Runtime,
+    Sign,
     VisionTower,
     app,
     check_apart,
     check_output,
+    complete_data,
+    complete_models,
     verb,
 )
-from medmoe_edge.cli.usage import complete_data, complete_models
-from medmoe_edge.embedded import bundle_path, checkpoint_path
+from medmoe_edge.embedded import bundle_path, checkpoint_path, is_installed
 from medmoe_edge.errors import InputError, VerificationError, needs
 from medmoe_edge.families import (
     AnswerScores,
@@ -240,14 +244,18 @@ def verify(
         typer.Option(help="Instead: do the graphs of every target compute the same on DATA?"),
     ] = None,
     vision_tower: VisionTower = None,
+    sign: Sign = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Check a bundle; with --against, measure what quantisation cost and record it in the bundle.
 
     A failed gate ends with exit code 4 and leaves the bundle marked: asking it warns. A bundle that
-    was verified on another kind of machine is proven here with --quick.
+    was verified on another kind of machine is proven here with --quick. With --sign it is signed
+    once nothing failed, after the record was written.
     """
+    if sign is not None:
+        _check_signing(bundle, sign, alone=not quick and targets is None)
     if quick:
         others = (against, data, beside, report, targets, record, vision_tower)
         _verify_quick(bundle, as_json, others=any(other is not None for other in others))
@@ -263,6 +271,13 @@ def verify(
     if against is None and record:
         raise InputError("There is nothing to record.", "Add --against CHECKPOINT.")
     folder = bundle_path(bundle)
+    if record and sign is None and is_signed(folder):
+        raise InputError(
+            f"{folder} is signed: with a new record in it, its signature would not hold.",
+            "Sign it again with --sign KEY, or give --no-record.",
+        )
+    if sign is not None and against is not None and record is None:
+        record = True
     family = family_of(folder)
     write_report = _report_writer(report, force)
     with render.working("Reading") as progress:
@@ -280,6 +295,26 @@ def verify(
             render.wrote("the report", report)
     if error := found.error():
         raise error
+    if sign is not None:
+        sign_bundle(folder, sign)
+        render.show(f"Signed: {folder / SIGNATURE}", stderr=True)
+
+
+def _check_signing(bundle: str, key: Path, *, alone: bool) -> None:
+    """Refuse what cannot be signed before the work, and let it be opened by who signs it."""
+    if not alone:
+        raise InputError(
+            "--quick and --targets prove a bundle that stays as it is.", "Leave --sign out."
+        )
+    folder = bundle_path(bundle)
+    if is_installed(folder):
+        raise InputError(
+            f"{bundle} is part of an installation, which is not written to.",
+            f"Sign a copy: cp -r {folder} my-{bundle}",
+        )
+    read_private_key(key)
+    if (folder / MANIFEST).exists():
+        vouch_for((folder / MANIFEST).read_bytes())
 
 
 def _verify_quick(bundle: str, as_json: bool, *, others: bool) -> None:
@@ -335,14 +370,36 @@ def inspect(
             autocompletion=complete_models,
         ),
     ] = "nano",
+    other: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="OTHER",
+            help="Another bundle: show what changed from MODEL to it.",
+            show_default="nothing is compared",
+            autocompletion=complete_models,
+        ),
+    ] = None,
     *,
     vision_tower: VisionTower = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is in a checkpoint or bundle: structure, parameters, sizes."""
-    from medmoe_edge.evaluation.inspection import Inspection
+    """Show what is in a checkpoint or bundle: structure, parameters, sizes.
+
+    Of two bundles, a change record: what differs in weights, precision, gates, thresholds, figures
+    of their verifications, and in the answers of their checkpoints to the questions they carry.
+    """
+    from medmoe_edge.evaluation.inspection import Inspection, compare_bundles
 
     folder = bundle_path(model)
+    if other is not None:
+        if vision_tower is not None:
+            raise InputError("A vision tower is of a checkpoint.", "Leave --vision-tower out.")
+        changes = compare_bundles(folder, bundle_path(other))
+        if as_json:
+            render.as_json(changes.to_json())
+        else:
+            render_verification.show_changes(changes)
+        return
     found = family_of(folder).inspect(folder, vision_tower)
     if as_json:
         render.as_json(found.to_json())

@@ -11,6 +11,7 @@ import numpy as np
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import MANIFEST, ModalityBundle, model_kind
+from medmoe_edge.bundle.trust import check_checkpoint
 from medmoe_edge.config_contrastive import ModalityConfig, Scores, read_scores
 from medmoe_edge.contrastive.features import (
     Classification,
@@ -73,6 +74,7 @@ def open_modality(model: str | os.PathLike[str], runtime: RuntimeName) -> Loaded
             f"{folder} is a checkpoint, which ONNX Runtime does not run.",
             "Export it first: medmoe-edge export CHECKPOINT",
         )
+    check_checkpoint(folder)
     return open_checkpoint(folder)
 
 

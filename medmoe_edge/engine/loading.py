@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Self
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.machine import Machine, available_memory, cpu_flags, cpu_name
+from medmoe_edge.bundle.trust import check_checkpoint
 from medmoe_edge.config import Confidence
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import (
@@ -242,6 +243,7 @@ def open_model(
         return _open_bundle(bundle, runtime, device, paging)._replace(memory=memory)
     if paging.budget is not None:
         raise _not_paged(f"{folder.name} is a checkpoint")
+    check_checkpoint(folder)
     return _open_checkpoint(folder, device)
 
 
@@ -282,11 +284,16 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
         ResourceError: Not even one layer's experts would fit beside the rest; it says how many
             bytes would do.
     """
-    precision = bundle.manifest["quantisation"]["precision"]
-    groups = [each["group"] for each in bundle.manifest["quantisation"].get("matrices", ())]
+    stored = bundle.manifest["quantisation"]
+    precision = stored["precision"]
+    groups = [each["group"] for each in stored.get("matrices", ())]
     group = max((group for group in groups if group), default=GROUP)
     asked = Asked(bundle.config, prompt_tokens(bundle.config), group=group)
-    whole = round(SPARE * (memory_run(asked, "cpu", precision) - PROCESS["cpu"]))
+    held = held_experts(asked, precision)
+    rest = memory_run(asked, "cpu", precision) - PROCESS["cpu"] - held
+    if "experts" in stored:  # what they add to the meta expert, of which forecasts know nothing
+        held = _expert_bytes(bundle)
+    rest, whole = round(SPARE * rest), round(SPARE * (rest + held))
     if whole <= free:
         return MemoryChoice(None, free, whole)
     if bundle.config.moe is None or not bundle.manifest.get("paging"):
@@ -294,7 +301,6 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
     from medmoe_edge.runtimes.ort.paged import OrtExpertStore
 
     store = OrtExpertStore(bundle)
-    rest = whole - round(SPARE * held_experts(asked, precision))
     least = least_budget(store, bundle.config.moe.top_k)
     budget = min(free - rest, sum(store.sizes.values()) + store.scratch)
     if budget < least:

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Doubles
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_confidence
+from medmoe_edge.bundle.trust import SIGNATURE, is_signed
 from medmoe_edge.config import Confidence, Curve, answer_kind
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.embedded import is_installed
@@ -239,7 +240,7 @@ def check_fittable(folder: Path) -> None:
     """Raise before anything is asked where the confidence of a model could not be kept.
 
     Raises:
-        InputError: It is no bundle, or part of an installation.
+        InputError: It is no bundle, part of an installation, or signed.
         ResourceError: The folder cannot be written.
     """
     if not (folder / MANIFEST).exists():
@@ -251,6 +252,11 @@ def check_fittable(folder: Path) -> None:
         raise InputError(
             f"{folder} is part of an installation, whose files are not changed.",
             "Fit the confidence of a copy of the bundle.",
+        )
+    if is_signed(folder):
+        raise InputError(
+            f"{folder} is signed: with another confidence in it, its signature would not hold.",
+            f"Fit a copy without {SIGNATURE}, and sign that: medmoe-edge verify COPY --sign KEY",
         )
     if not os.access(folder, os.W_OK):
         raise ResourceError(f"{folder} cannot be written.", "Work on a copy of the bundle.")

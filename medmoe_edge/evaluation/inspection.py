@@ -1,14 +1,29 @@
-"""What is in a checkpoint or bundle of either family: no weights are read."""
+"""What is in a checkpoint or bundle of either family, and what changed from one bundle to another.
+
+To look into one no weights are read; to compare two, all that are stored are.
+"""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from medmoe_edge.bundle.bundle import MANIFEST, ModalityBundle, Target
+from medmoe_edge.bundle.bundle import (
+    MANIFEST,
+    SEAL,
+    VERIFICATION,
+    AnyBundle,
+    Bundle,
+    ModalityBundle,
+    Target,
+    model_kind,
+)
+from medmoe_edge.bundle.recorded import read_recorded, recorded_file, stored_weights
+from medmoe_edge.bundle.trust import Signed, signed
 from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.checkpoint.keys import Shape, decoder_parameters, expected_parameters
 from medmoe_edge.config import ModelConfig
@@ -21,6 +36,8 @@ from medmoe_edge.config_contrastive import (
 )
 from medmoe_edge.engine.loading import proven
 from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError, Notice
+from medmoe_edge.evaluation.recording import unpack_recording
+from medmoe_edge.prompt import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +52,8 @@ class Inspection:
     `bits_per_weight` is the mean over the decoder's matrices, scales and zero points included, of a
     checkpoint over all tensors. `target` is what a bundle is made for and `runtime` what runs it,
     in words; `verification` its outcome: "passed", "failed" or "not measured"; `verified`
-    says on which `machine` and whether that holds `here`. `warnings` are a checkpoint's.
+    says on which `machine` and whether that holds `here`. `signature` is a bundle's: "none",
+    "trusted", or "not checked" where no keys are configured. `warnings` are a checkpoint's.
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -58,6 +76,7 @@ class Inspection:
     licence: Any = None
     verification: str | None = None
     verified: dict[str, Any] | None = None
+    signature: Signed | None = None
     warnings: tuple[Notice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -119,9 +138,6 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
 
 
 def _inspect_bundle(path: Path) -> Inspection:
-    from medmoe_edge.bundle.bundle import Bundle
-    from medmoe_edge.engine.loading import proven
-
     bundle = Bundle.open(path, verify=False)
     manifest, known = bundle.manifest, proven(bundle)
     config = ModelConfig.from_json(manifest["config"], "manifest.json config")
@@ -143,6 +159,7 @@ def _inspect_bundle(path: Path) -> Inspection:
         licence=manifest.get("licence"),
         verification=known.status,
         verified=known.to_json(),
+        signature=signed(path),
         **_common(path, config),
     )
 
@@ -196,7 +213,7 @@ class ModalityInspection:
     `parameters_activated` is what runs for one image and one text: of the experts, one.
     `bits_per_weight` is of all that is stored, graphs included.
     `verification` is a bundle's proof of fidelity: "passed", "failed" or "not measured"; `verified`
-    says on which `machine` and whether that holds `here`.
+    says on which `machine` and whether that holds `here`; `signature` is as in `Inspection`.
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -214,6 +231,7 @@ class ModalityInspection:
     licence: Any = None
     verification: str | None = None
     verified: dict[str, Any] | None = None
+    signature: Signed | None = None
 
     @property
     def parameters_total(self) -> int:
@@ -261,6 +279,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
             licence=manifest["licence"],
             verification=known.status,
             verified=known.to_json(),
+            signature=signed(folder),
         )
     config = _checkpoint_config(folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
@@ -319,3 +338,195 @@ def _checkpoint_config(folder: Path) -> ModalityConfig:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read.", "Copy the checkpoint again.") from error
     return ModalityConfig.from_json(data, "config.json config")
+
+
+PARTS: Mapping[str, tuple[str, ...]] = {  # of a manifest, under the headings of a change record
+    "precision": ("quantisation", "target"),
+    "gates": ("gates",),
+    "thresholds": ("scores", "confidence", "refusals"),
+    "verification": (VERIFICATION,),
+}
+COMPARED_APART = {"files", SEAL, "name"}
+GRAPHS = ("vision.onnx", "decoder.onnx", "image.onnx", "text.onnx")
+
+
+class Change(NamedTuple):
+    """One value that differs; None where the bundle has none. `name` is its place, with dots."""
+
+    name: str
+    before: Any
+    after: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """A change record: what differs between two bundles, by their manifests and stored weights.
+
+    Attributes:
+        before: The first bundle: name, hash, checkpoint, and how it was verified.
+        after: The second one.
+        weights: Stored tensors by whether they are the "same", "changed", "added" or "removed";
+            the names of all but the first. None where a bundle holds engines.
+        files: The same of the bundle's files, by their hashes.
+        precision: How weights and activations are stored, each matrix, and the target.
+        gates: The bounds that a verification must keep.
+        thresholds: What decides how an answer is told.
+        verification: Every figure, gate and circumstance of the two records.
+        other: All else in the manifests.
+        asked: Questions that both carry with the answer of their checkpoints.
+        answers: Of these the ones that the checkpoints answer differently.
+    """
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+    weights: dict[str, Any] | None
+    files: dict[str, Any]
+    precision: tuple[Change, ...]
+    gates: tuple[Change, ...]
+    thresholds: tuple[Change, ...]
+    verification: tuple[Change, ...]
+    other: tuple[Change, ...]
+    asked: int
+    answers: tuple[Change, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        lists = {name: value for name, value in values.items() if isinstance(value, tuple)}
+        return values | {
+            name: [change._asdict() for change in changes] for name, changes in lists.items()
+        }
+
+
+def compare_bundles(before: Path, after: Path) -> Changes:
+    """What changed from one bundle to another of the same family; every file of both is checked.
+
+    Raises `BundleError` for a damaged bundle and `InputError` for two that cannot be compared.
+    """
+    for folder in (before, after):
+        if not (folder / MANIFEST).exists():
+            raise InputError(f"{folder} is not a bundle.", "Give two bundles to compare.")
+    kind = Bundle if model_kind(before) == Bundle.kind else ModalityBundle
+    if model_kind(after) != kind.kind:
+        raise InputError(
+            "The two bundles are of different families.", "Compare bundles that do the same work."
+        )
+    old, new = kind.open(before), kind.open(after)
+    found = list(_differences(_comparable(old), _comparable(new)))
+    by_part: dict[str, tuple[Change, ...]] = {
+        part: tuple(each for each in found if each.name.split(".")[0] in names)
+        for part, names in PARTS.items()
+    }
+    known = {each.name for changes in by_part.values() for each in changes}
+    said = _recorded_answers(old), _recorded_answers(new)
+    common = [key for key in said[0] if key in said[1]]
+    return Changes(
+        before=_identity(old),
+        after=_identity(new),
+        weights=_compared(*map(_weights, (old, new))) if _have_graphs(old, new) else None,
+        files=_compared(*map(_files, (old, new))),
+        **by_part,
+        other=tuple(each for each in found if each.name not in known),
+        asked=len(common),
+        answers=tuple(
+            Change(question, said[0][picture, question], said[1][picture, question])
+            for picture, question in common
+            if said[0][picture, question] != said[1][picture, question]
+        ),
+    )
+
+
+def _identity(bundle: AnyBundle[Any]) -> dict[str, Any]:
+    record = bundle.verification or {}
+    return {
+        "name": bundle.name,
+        "sha256": bundle.sha256,
+        "checkpoint_sha256": bundle.manifest["source"].get("checkpoint_sha256"),
+        "verification": bundle.proof,
+        "verified": record.get("when"),
+        "data": (record.get("data") or {}).get("name"),
+        "signature": signed(bundle.folder),
+    }
+
+
+def _comparable(bundle: AnyBundle[Any]) -> dict[str, Any]:
+    """The manifest with its lists of named things as objects, so that their order counts not."""
+    kept = {key: value for key, value in bundle.manifest.items() if key not in COMPARED_APART}
+    return {key: _by_name(value) for key, value in kept.items()}
+
+
+def _by_name(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _by_name(part) for key, part in value.items()}
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(x, dict) and "name" in x for x in value)
+    ):
+        return {
+            str(part["name"]): {key: _by_name(x) for key, x in part.items() if key != "name"}
+            for part in value
+        }
+    return value
+
+
+def _differences(before: Any, after: Any, name: str = "") -> Iterator[Change]:
+    """The leaves of two JSON values that differ."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in dict.fromkeys([*before, *after]):
+            place = f"{name}.{key}" if name else str(key)
+            yield from _differences(before.get(key), after.get(key), place)
+    elif before != after:
+        yield Change(name, before, after)
+
+
+def _compared(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+    common = [name for name in before if name in after]
+    return {
+        "same": sum(before[name] == after[name] for name in common),
+        "changed": [name for name in common if before[name] != after[name]],
+        "added": [name for name in after if name not in before],
+        "removed": [name for name in before if name not in after],
+    }
+
+
+def _files(bundle: AnyBundle[Any]) -> dict[str, str]:
+    return {name: str(entry["sha256"]) for name, entry in bundle.manifest["files"].items()}
+
+
+def _have_graphs(*bundles: AnyBundle[Any]) -> bool:
+    return not any(bundle.target.is_engine for bundle in bundles)
+
+
+def _weights(bundle: AnyBundle[Any]) -> dict[str, str]:
+    """SHA-256 of every stored tensor, under the graph's name for it."""
+    return {
+        f"{graph.removesuffix('.onnx')}: {name}": hashlib.sha256(array.tobytes()).hexdigest()
+        for graph in GRAPHS
+        if graph in bundle.manifest["files"]
+        for name, array in stored_weights(bundle.path(graph))
+    }
+
+
+def _recorded_answers(bundle: AnyBundle[Any]) -> dict[tuple[str, str], str]:
+    """What the checkpoint answers to the questions that travel with a bundle.
+
+    By the picture's hash and the question; empty where no answers travel with it.
+    """
+    if not isinstance(bundle, Bundle) or recorded_file(bundle) is None:
+        return {}
+    recorded = read_recorded(bundle)
+    if "questions" not in recorded.about:
+        return {}
+    recording, _ = unpack_recording(bundle, recorded)
+    tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
+    ends = bundle.config.decoder.end_tokens
+    found = {}
+    for key, examples in recording.examples.items():
+        picture = hashlib.sha256(recording.load(key).pixels.tobytes()).hexdigest()
+        for example in examples:
+            tokens = [
+                token for token in recording.questions[example.id].tokens if token not in ends
+            ]
+            found[picture, example.question] = tokenizer.decode(tokens)
+    return found

@@ -16,6 +16,7 @@ from medmoe_edge.bundle.bundle import (
 )
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.recorded import Recorded, renew_recorded
+from medmoe_edge.bundle.trust import is_signed
 from medmoe_edge.config import Config
 from medmoe_edge.embedded import is_installed
 from medmoe_edge.engine.loading import remember, this_machine
@@ -146,5 +147,9 @@ def keep_record(
 
 
 def may_record(folder: Path) -> bool:
-    """Whether a bundle's folder is the user's own: not part of an installation, and writable."""
-    return not is_installed(folder) and os.access(folder, os.W_OK)
+    """Whether a record goes into a bundle without a word on it.
+
+    Its folder is the user's own: writable, not part of an installation, and not signed, for what
+    is written afterwards is not what was signed.
+    """
+    return not is_installed(folder) and not is_signed(folder) and os.access(folder, os.W_OK)

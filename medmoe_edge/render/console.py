@@ -167,7 +167,7 @@ def show_inspection(inspection: "Inspection") -> None:
     if inspection.tensors is not None:
         types = ", ".join(f"{count} {name}" for name, count in (inspection.types or {}).items())
         rows.append(("tensors", f"{inspection.tensors:,} ({types})"))
-    for name in ("quantisation", "source", "licence", "verification"):
+    for name in ("quantisation", "source", "licence", "signature", "verification"):
         rows += told(name, getattr(inspection, name))
     rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)

@@ -142,7 +142,7 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
             f"entropy > {scores.entropy_limit:.2g}, evidence < {scores.evidence_limit:.2g}",
         ),
     ]
-    for name in ("quantisation", "source", "licence", "verification"):
+    for name in ("quantisation", "source", "licence", "signature", "verification"):
         rows += told(name, getattr(inspection, name))
     rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)

@@ -1,7 +1,8 @@
-"""What `verify`, `eval`, `calibrate` and `export` show to people: gates, figures, coverage."""
+"""What `verify`, `eval`, `calibrate`, `export` and a comparison of bundles show to people."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medmoe_edge.render.console import hint, show, show_table
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from medmoe_edge.config import Confidence
     from medmoe_edge.evaluation.findings import FindingScore
     from medmoe_edge.evaluation.gates import GateResult
+    from medmoe_edge.evaluation.inspection import Change, Changes
     from medmoe_edge.evaluation.metrics import Answers, Fidelity, Share
     from medmoe_edge.evaluation.mutations import Mutations
     from medmoe_edge.evaluation.quick import Quick
@@ -29,6 +31,7 @@ STATUSES = {"covered": "green", "drew more": "green", "borrowed": "yellow", "dat
 COMPARED = ("answers agree", "accuracy", "KL, nats", "routing flips")
 NONE = "\N{EN DASH}"
 FEW = 8  # matrices named
+LISTED, LONGEST = 20, 60  # rows of a part of a change record, letters of a value; --json has all
 
 
 def show_verification(verification: "Verification") -> None:
@@ -322,3 +325,50 @@ def _compared(answers: "Answers", flips: "Share | None") -> Iterator[str]:
     yield f"{100 * answers.accuracy.difference:+.2f} points" if answers.accuracy else NONE
     yield f"{answers.kl.mean:.2g}"
     yield f"{flips.share:.2%}" if flips else NONE
+
+
+def show_changes(changes: "Changes") -> None:
+    """A change record: which bundles, and what differs, part by part; long parts are cut."""
+    rows = [
+        (name.replace("_", " "), before, changes.after[name])
+        for name, before in changes.before.items()
+    ]
+    show_table("Bundles", ["", "before", "after"], _shown(rows), left=3)
+    for title, compared in (("weights", changes.weights), ("files", changes.files)):
+        if compared is None:
+            show("Weights: not compared, since they lie in engines.")
+            continue
+        counts = ", ".join(
+            f"{len(compared[kind]):,} {kind}" for kind in ("changed", "added", "removed")
+        )
+        show(f"{title.capitalize()}: {compared['same']:,} the same, {counts}.")
+        _list(compared["changed"] if title == "weights" else [])
+    for title in ("precision", "gates", "thresholds", "verification", "other"):
+        _show_part(title.capitalize(), getattr(changes, title))
+    answered = f"{len(changes.answers):,} of {changes.asked:,} that both carry"
+    _show_part(f"Questions answered otherwise by the checkpoints: {answered}", changes.answers)
+
+
+def _show_part(title: str, changes: "Sequence[Change]") -> None:
+    if not changes:
+        show(f"{title}: no change." if ":" not in title else f"{title}.")
+        return
+    show_table(title, ["", "before", "after"], _shown(changes[:LISTED]), left=3)
+    if len(changes) > LISTED:
+        show(f"and {len(changes) - LISTED:,} more: --json has them all.")
+
+
+def _shown(rows: "Sequence[Sequence[Any]]") -> list[list[str]]:
+    def cell(value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value)
+        text = NONE if value is None else text
+        return text if len(text) <= LONGEST + 4 else f"{text[:LONGEST]} ..."
+
+    return [[str(name), cell(before), cell(after)] for name, before, after in rows]
+
+
+def _list(names: Sequence[str]) -> None:
+    for name in names[:LISTED]:
+        show(f"  {name}")
+    if len(names) > LISTED:
+        show(f"  and {len(names) - LISTED:,} more: --json has them all.")

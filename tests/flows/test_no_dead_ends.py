@@ -240,7 +240,7 @@ def test_what_was_meant(run: Run, line: list[str], meant: str | None) -> None:
 
 
 def test_every_proposal_exists() -> None:
-    from medmoe_edge.cli.usage import OPTIONS, VERBS
+    from medmoe_edge.cli.common import OPTIONS, VERBS
 
     group: Any = typer.main.get_command(cli.app)
     options = {

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medmoe_edge.bundle import bundle
-from medmoe_edge.bundle import bundle as bundle_intact
+from medmoe_edge.bundle import bundle, trust
 from medmoe_edge.bundle.bundle import (
     FORMAT_VERSION,
     MANIFEST,
@@ -274,8 +273,8 @@ def test_a_large_file_is_hashed_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(bundle_intact, "LARGE", 5000)
-    monkeypatch.setattr(bundle_intact, "SETTLED", 0)
+    monkeypatch.setattr(trust, "LARGE", 5000)
+    monkeypatch.setattr(trust, "SETTLED", 0)
     hashed: list[str] = []
 
     def sha256(file: Any) -> str:

@@ -6,18 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from medmoe_edge.bundle import bundle as bundle_intact
-from medmoe_edge.bundle.bundle import remember_intact, was_intact
+from medmoe_edge.bundle import trust
+from medmoe_edge.bundle.trust import remember_intact, was_intact
 
 SHA256 = "ab" * 32
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files of ten bytes are large, and none is too new to be trusted."""
+    """No file is too new to be trusted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(bundle_intact, "LARGE", 10)
-    monkeypatch.setattr(bundle_intact, "SETTLED", 0)
+    monkeypatch.setattr(trust, "SETTLED", 0)
     return tmp_path / "cache"
 
 
@@ -72,16 +71,9 @@ def test_a_file_of_the_same_name_elsewhere_is_not(path: Path, tmp_path: Path) ->
 
 
 def test_a_file_just_written_is_not_trusted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_intact, "SETTLED", 10**15)
+    monkeypatch.setattr(trust, "SETTLED", 10**15)
     remember_intact(path, SHA256)
     assert not was_intact(path, SHA256)
-
-
-def test_a_small_file_leaves_no_record(path: Path, cache: Path) -> None:
-    path.write_bytes(bytes(9))
-    remember_intact(path, SHA256)
-    assert not was_intact(path, SHA256)
-    assert not cache.exists()
 
 
 def test_a_damaged_record_is_none(path: Path, cache: Path) -> None:

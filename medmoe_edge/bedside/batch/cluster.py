@@ -7,6 +7,7 @@ every machine, and all of them must have the same medmoe-edge: who is in the clu
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -22,11 +23,13 @@ import ray
 import ray.data
 import ray.exceptions
 
-from medmoe_edge.bedside.batch.inputs import Item, Row
+from medmoe_edge.bedside.batch.inputs import Header, Item, Row, header_of
 from medmoe_edge.bedside.batch.run import Identity, Numbered, Recipe, answer, check
-from medmoe_edge.errors import InputError, MedMoEError, ModelError, ResourceError
+from medmoe_edge.bundle.trust import TRUSTED_KEYS
+from medmoe_edge.errors import InputError, MedMoEError, ModelError, Notice, ResourceError
 
-PART = 16  # images that a worker takes at once, and may lose
+PART = 16  # images or series that a worker takes at once, and may lose
+HEADERS = 1024  # files whose headers are read at once
 LOCAL = "local"  # a cluster of this machine's own, which ends with the batch
 REACHING = 5.0  # seconds
 OBJECTS = 256 * 2**20  # bytes of shared memory for that one: paths and answers, no pixels
@@ -62,6 +65,8 @@ class OnRay:
         if self._address == LOCAL:
             mine = {"num_cpus": self._workers or 1, "object_store_memory": OBJECTS}
             mine["include_dashboard"] = False
+        if keys := os.environ.get(TRUSTED_KEYS):  # else a machine without them would open anything
+            mine["runtime_env"] = {"env_vars": {TRUSTED_KEYS: os.path.abspath(keys)}}
         try:
             ray.init(self._address, logging_level=logging.ERROR, log_to_driver=False, **mine)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -81,6 +86,18 @@ class OnRay:
         with _explaining():
             told = ray.get(identify.remote(self._recipe, tuple(questions)))
         return Identity(*_unless_failed(told))
+
+    def headers(self, paths: Sequence[str]) -> Iterator[tuple[int, Header]]:
+        """What each file's header tells, as they come; every CPU of the cluster reads."""
+        _quieten()
+        parts = ray.data.from_items(
+            [{"number": number, "path": os.fsencode(path)} for number, path in enumerate(paths)],
+            override_num_blocks=-(-len(paths) // HEADERS),
+        )
+        read = parts.map_batches(_headers_of, batch_size=None, batch_format="pyarrow")
+        with _explaining():
+            for row in read.iter_rows():
+                yield row["number"], json.loads(row["header"])
 
     def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, list[Row]]]:
         """The results of each image, as they come."""
@@ -128,18 +145,21 @@ class Worker:
     def __call__(self, part: pyarrow.Table) -> pyarrow.Table:
         """The results of a part: of each `number` what there is to tell."""
         results = [
-            {
-                "number": row["number"],
-                "told": self._told(os.fsdecode(row["path"]), row["questions"]),
-            }
+            {"number": row["number"], "told": self._told(_unpacked(row["item"]))}
             for row in part.to_pylist()
         ]
         return pyarrow.Table.from_pylist(results)
 
-    def _told(self, path: str, questions: Sequence[str]) -> str:
+    def _told(self, item: Item) -> str:
         if self._engine is None:
             return self._failure
-        return json.dumps({"found": answer(self._engine, path, questions, self._limit)})
+        return json.dumps({"found": answer(self._engine, item, self._limit)})
+
+
+def _headers_of(part: pyarrow.Table) -> pyarrow.Table:
+    rows = part.to_pylist()
+    headers = [json.dumps(header_of(os.fsdecode(row["path"]))) for row in rows]
+    return pyarrow.table({"number": [row["number"] for row in rows], "header": headers})
 
 
 def _identify(recipe: Recipe, questions: Sequence[str]) -> str:
@@ -163,9 +183,15 @@ def _unless_failed(told: str) -> Any:
 
 
 def _packed(number: int, item: Item) -> dict[str, Any]:
-    """An image as a row of a table; its path as bytes, since it need not be text."""
-    path, questions = os.fsencode(item.path), list(item.questions)
-    return {"number": number, "path": path, "questions": questions}
+    """An image or a series as a row of a table; JSON also has the paths that are no text."""
+    notices = [dataclasses.asdict(notice) for notice in item.notices]
+    return {"number": number, "item": json.dumps([*item[:-1], notices])}
+
+
+def _unpacked(text: str) -> Item:
+    image, path, questions, slices, of, notices = json.loads(text)
+    told = tuple(Notice(**notice) for notice in notices)
+    return Item(image, path, tuple(questions), tuple(map(tuple, slices)), of, told)
 
 
 def _check_reachable(address: str) -> None:

@@ -1,9 +1,11 @@
-"""What a batch is about, images and questions, and what is done of it.
+"""What a batch is about, images or their series, and questions; and what is done of it.
 
 A folder gives all its files, also those in folders within, in the order of their paths; hidden ones
 are left out. A CSV file gives its rows in their order: the column `image` holds paths, relative to
 the CSV's folder, and the column `question`, where there is one, what is asked of that row's image.
-Nothing is opened here: a file that is no image is found out when it is asked about.
+Nothing is opened here, unless DICOM files are to be asked by series: then their headers are read,
+and a series is asked once, about slices that are chosen as the node chooses them
+(`listen.selection`). A file that is no image is found out when it is asked about.
 
 What is done lies in SQLite beside the output, so that an interrupted batch can go on. An image's
 results are one row, written in one transaction: there or not, and never twice. After a kill nothing
@@ -18,24 +20,38 @@ import io
 import json
 import os
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from medmoe_edge.data.datasets import read_text
-from medmoe_edge.errors import DataError, InputError, ResourceError
+from medmoe_edge.errors import DataError, InputError, MedMoEError, Notice, ResourceError
 from medmoe_edge.prompt import check_question
 
+if TYPE_CHECKING:
+    from medmoe_edge.bedside.listen.config import Series
+    from medmoe_edge.bedside.listen.schema import Slice
+
 COLUMNS = "Let its first line be: image, or image,question"
+PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # of floats, of doubles, of integers: PS3.6
 
 
 class Item(NamedTuple):
-    """An image, as it is named in the results and as it is opened, and what is asked of it."""
+    """An image, as it is named in the results and as it is opened, and what is asked of it.
+
+    Of a series it is the first of the `slices` to ask, which have a name and a path each; `of` is
+    how many the series has, and `notices` say what was left out.
+    """
 
     image: str
     path: str
     questions: tuple[str, ...]
+    slices: tuple[tuple[str, str], ...] = ()
+    of: int = 1
+    notices: tuple[Notice, ...] = ()
 
 
 def read_items(
@@ -73,8 +89,132 @@ def fingerprint(items: Sequence[Item], *more: object) -> str:
     """SHA-256 of a job, by which an interrupted one is known again."""
     digest = hashlib.sha256(json.dumps(more).encode())
     for item in items:
-        digest.update(json.dumps([item.image, item.questions]).encode())
+        chosen = [[name for name, _ in item.slices]] if item.slices else []
+        digest.update(json.dumps([item.image, item.questions, *chosen]).encode())
     return digest.hexdigest()
+
+
+Header = Mapping[str, Any]  # what `header_of` tells; JSON values
+
+
+def header_of(path: str) -> Header:
+    """Where a DICOM file belongs, without its pixels, as JSON values; empty of any other file.
+
+    Why nothing is asked of it (`aside`, a key of `listen.selection.ASIDE`), hashes of its own UID,
+    its study and patient, its place in its series, and what it marks as a key object.
+    """
+    from pydicom.filereader import read_partial
+
+    from medmoe_edge.bedside.listen.header import check_uids, origin_of
+    from medmoe_edge.bedside.listen.selection import aside, key_objects, place_of
+    from medmoe_edge.image.loading import decoding
+
+    pixels: list[bool] = []
+
+    def are_reached(tag: int, _vr: str | None, _length: int) -> bool:
+        if tag in PIXELS:
+            pixels.append(True)
+        return bool(pixels)
+
+    try:
+        with decoding(Path(path).name), open(path, "rb") as file:
+            dataset = read_partial(file, stop_when=are_reached)
+            check_uids(dataset)
+            origin, place = origin_of(dataset, b""), place_of(dataset)
+            return {
+                "aside": aside(dataset, bool(pixels), ANY_QUESTION),
+                **{name: getattr(origin, name) for name in ("uid", "study", "patient")},
+                **place._asdict(),
+                "marks": key_objects(dataset),
+            }
+    except MedMoEError:
+        return {}  # who asks about it says what is wrong
+
+
+@dataclass(frozen=True)
+class _AnyQuestion:
+    """For `listen.selection.aside`: all questions fit every image, and none names a modality."""
+
+    allow_burned_in: bool = False
+
+    def names(self, modality: str) -> bool:
+        return False
+
+    def questions_for(self, modality: str, parts: Collection[str]) -> tuple[str, ...]:
+        return ("any",)
+
+
+ANY_QUESTION = _AnyQuestion()
+
+
+class Grouped(NamedTuple):
+    """Series and single images in the order of their first files, and what is not asked, by why."""
+
+    items: list[Item]
+    left_out: dict[str, int]
+
+
+def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Series") -> Grouped:
+    """Bring the images of a series together, and choose which of them are asked.
+
+    `headers` are those of the items. What is no DICOM file stands alone. A file that is there twice
+    counts once; what is for processing is left out where it is there for presentation. Raises
+    `InputError` for items that are not all asked the same.
+    """
+    from medmoe_edge.bedside.listen.selection import chosen
+
+    if any(item.questions != items[0].questions for item in items):
+        raise InputError(
+            "The images of a series must all be asked the same.",
+            "Leave the column `question` out, and give --questions.",
+        )
+    left_out, marks = Counter[str](), {uid for header in headers for uid in header.get("marks", ())}
+    slices: dict[str, list[Slice]] = defaultdict(list)
+    seen, shown, marked = set[str](), set[tuple[str, ...]](), set[str]()
+    for number, header in enumerate(headers):
+        key = str(number)
+        if not header:
+            slices[key] = []
+        elif header["aside"] or header["uid"] in seen:
+            left_out[header["aside"] or "twice"] += 1
+        else:
+            seen.add(header["uid"])
+            if header["uid"] in marks:
+                marked.add(key)
+            slices[header["series"]].append(_slice(key, header))
+            if header["intent"] == "presentation":
+                shown.add(_view(header))
+    found = []
+    for name, members in slices.items():
+        kept = [each for each in members if not _for_processing(each, headers, shown)]
+        left_out["for_processing"] += len(members) - len(kept)
+        if not members:
+            found.append(items[int(name)])
+        elif kept:
+            selection = chosen(kept, marked, series)
+            asked = [items[int(each.key)] for each in selection.slices]
+            named = tuple((item.image, item.path) for item in asked)
+            found.append(
+                asked[0]._replace(slices=named, of=selection.of, notices=selection.notices)
+            )
+    return Grouped(found, dict(+left_out))
+
+
+def _slice(key: str, header: Header) -> "Slice":
+    from medmoe_edge.bedside.listen.schema import Slice
+
+    place = (header[name] for name in ("position", "instance", "intent", "view"))
+    return Slice(key, "", "", (), *place)
+
+
+def _view(header: Header) -> tuple[str, ...]:
+    return header["study"], header["patient"], header["view"]
+
+
+def _for_processing(
+    slice_: "Slice", headers: Sequence[Header], shown: Collection[tuple[str, ...]]
+) -> bool:
+    return slice_.intent == "processing" and _view(headers[int(slice_.key)]) in shown
 
 
 def _shared(questions: Path | None, of_what: str) -> tuple[str, ...]:

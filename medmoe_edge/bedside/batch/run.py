@@ -7,6 +7,7 @@ answered; an image that cannot be read has rows that say so.
 The results are a Parquet or a CSV file, as the suffix of its name says.
 
     image_number, image         which image of the inputs, from 0, and its path as given there
+    slices, slices_of           of a series: the images that were asked, and how many it has
     question_number, question   which question of the image, from 0
     answer, confidence, modality, experts, complete, seconds    as in `answer.Answer`; null without
     confidence_kind, unsure, stopped    of the same
@@ -18,6 +19,9 @@ The two numbers name a row, also where a path or a question comes twice. `second
 first question include reading the image. A Parquet file's metadata hold `notice`, `verification`
 and `medmoe_edge`, the version; a CSV has the first two as columns, `experts` as JSON and `warnings`
 as text, and needs no further package.
+
+By series, a row is about a series: the answer that most of the asked slices give, `image` the one
+that gives it with most confidence, and `seconds` those of all slices.
 """
 
 import contextlib
@@ -28,7 +32,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,25 +41,44 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 from medmoe_edge._types import Progress
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.bedside.batch.inputs import Item, Journal, Row, fingerprint, read_items
+from medmoe_edge.bedside.batch.inputs import (
+    Header,
+    Item,
+    Journal,
+    Row,
+    fingerprint,
+    group_series,
+    header_of,
+    read_items,
+)
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.embedded import EMBEDDED
 from medmoe_edge.engine.answer import Answer, logged
 from medmoe_edge.engine.answer import shown as shown_answer
 from medmoe_edge.engine.engine import Engine, load
 from medmoe_edge.engine.loading import Device, RuntimeName
-from medmoe_edge.errors import InputError, MedMoEError, ModelError, ResourceError, needs
+from medmoe_edge.errors import (
+    InputError,
+    MedMoEError,
+    ModelError,
+    Notice,
+    ResourceError,
+    needs,
+)
 
 if TYPE_CHECKING:
     from medmoe_edge.bedside.audit.log import AuditLog
+    from medmoe_edge.bedside.listen.config import Series
 
 
 GROUP = 10_000  # rows that are held in memory at once
+UNREADABLE = Notice("unreadable_slices", "Some of the chosen slices could not be read.")
 
 COLUMNS = (
     *("image_number", "image", "question_number", "question", "answer", "confidence", "modality"),
     *("experts", "complete", "model", "model_sha256", "seconds", "error", "warnings"),
     *("unsure", "stopped", "confidence_kind"),
+    *("slices", "slices_of"),
 )
 
 FORMATS = (".parquet", ".csv")
@@ -123,6 +146,8 @@ def _parquet(file: IO[bytes], about: dict[str, str]) -> Iterator[Write]:
         "experts": pyarrow.map_(text, number),
         **dict.fromkeys(("complete", "unsure"), pyarrow.bool_()),
         "warnings": pyarrow.list_(pyarrow.struct([("code", text), ("message", text)])),
+        "slices": pyarrow.list_(text),
+        "slices_of": pyarrow.int64(),
     }
     schema = pyarrow.schema([(name, kinds.get(name, text)) for name in COLUMNS])
     with parquet.ParquetWriter(file, schema.with_metadata(about)) as writer:
@@ -147,8 +172,8 @@ def _csv(file: IO[bytes], about: dict[str, str]) -> Iterator[Write]:
     def write(rows: list[Row]) -> None:
         for row in rows:
             told = "; ".join(f"{one['code']}: {one['message']}" for one in row["warnings"] or ())
-            experts = row["experts"] and json.dumps(row["experts"])
-            writer.writerow({**row, "experts": experts, "warnings": told, **ends})
+            lists = {name: row[name] and json.dumps(row[name]) for name in ("experts", "slices")}
+            writer.writerow({**row, **lists, "warnings": told, **ends})
 
     yield write
     stream.detach()  # the file is closed by who opened it
@@ -156,9 +181,12 @@ def _csv(file: IO[bytes], about: dict[str, str]) -> Iterator[Write]:
 
 def _rows(items: Sequence[Item], journal: Journal) -> Iterator[Row]:
     for number, rows in journal.results():
+        item = items[number]
+        series = {"slices": [shown(name) for name, _ in item.slices] or None}
+        series["slices_of"] = item.of if item.slices else None
         for place, row in enumerate(rows):
-            image = {"image_number": number, "image": shown(items[number].image)}
-            yield {**image, "question_number": place, **row}
+            image = {"image_number": number, "question_number": place, **row, **series}
+            yield image | {"image": shown(row.get("image", item.image))}
 
 
 def shown(name: str) -> str:
@@ -186,6 +214,10 @@ class Answering(Protocol):
 
     def begin(self, questions: Iterable[str]) -> Identity:
         """Load the model; raises `InputError` for a question that it cannot be asked."""
+        ...
+
+    def headers(self, paths: Sequence[str]) -> Iterator[tuple[int, Header]]:
+        """What each file's header tells, under its number; see `inputs.header_of`."""
         ...
 
     def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, list[Row]]]:
@@ -232,11 +264,14 @@ class Here:
         self._engine = self._recipe.load()
         return check(self._engine, questions, self._recipe.max_new_tokens)
 
+    def headers(self, paths: Sequence[str]) -> Iterator[tuple[int, Header]]:
+        """What each file's header tells, in order."""
+        yield from enumerate(map(header_of, paths))
+
     def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, list[Row]]]:
         """The results of each image, in order."""
         for number, item in pending:
-            rows = answer(self._engine, item.path, item.questions, self._recipe.max_new_tokens)
-            yield number, rows
+            yield number, answer(self._engine, item, self._recipe.max_new_tokens)
 
 
 def check(engine: Engine, questions: Iterable[str], max_new_tokens: int) -> Identity:
@@ -253,13 +288,41 @@ def check(engine: Engine, questions: Iterable[str], max_new_tokens: int) -> Iden
     return Identity(engine.name, engine.sha256, engine.verification)
 
 
-def answer(engine: Engine, path: str, questions: Sequence[str], max_new_tokens: int) -> list[Row]:
-    """A row for each question; what is wrong with the image is told in all of them."""
-    try:
-        answers = engine.ask_all(path, questions, max_new_tokens=max_new_tokens)
-    except MedMoEError as error:
-        return [_row(engine, question, error=str(error)) for question in questions]
-    return [_row(engine, each.question, each) for each in answers]
+def answer(engine: Engine, item: Item, max_new_tokens: int) -> list[Row]:
+    """A row for each question; what is wrong with the image is told in all of them.
+
+    Of a series each slice is asked, one after the other, and they vote; those that cannot be read
+    are left out and told of, and only where none can be read there is no answer.
+    """
+    by_slice: dict[str, list[Answer]] = {}
+    error: MedMoEError | None = None
+    for name, path in item.slices or ((item.image, item.path),):
+        try:
+            by_slice[name] = engine.ask_all(path, item.questions, max_new_tokens=max_new_tokens)
+        except MedMoEError as wrong:
+            error = wrong
+    if not by_slice:
+        return [_row(engine, question, error=str(error)) for question in item.questions]
+    if not item.slices:
+        return [_row(engine, each.question, each) for each in by_slice[item.image]]
+    notices = (*item.notices, *((UNREADABLE,) if error else ()))
+    return [_voted_row(engine, by_slice, place, notices) for place in range(len(item.questions))]
+
+
+def _voted_row(
+    engine: Engine,
+    by_slice: Mapping[str, Sequence[Answer]],
+    place: int,
+    notices: tuple[Notice, ...],
+) -> Row:
+    """What slices say together to one question."""
+    from medmoe_edge.bedside.listen.selection import voted
+
+    said = {name: answers[place] for name, answers in by_slice.items()}
+    best, found = voted(said)[:2]
+    found = dataclasses.replace(found, warnings=(*found.warnings, *notices))
+    seconds = sum(each.timings.total for each in said.values())
+    return _row(engine, found.question, found) | {"image": best, "seconds": seconds}
 
 
 def _row(
@@ -289,7 +352,9 @@ class BatchReport:
 
     `warned` rows have an answer with warnings.
 
-    Of `images` images, `resumed` had been done by earlier runs; `seconds` are of this one.
+    Of `images` images, `resumed` had been done by earlier runs; `seconds` are of this one. By
+    series, `series` is their number, with images that stand alone, `resumed` counts these, and
+    `left_out` are images that are not asked about, by the reason.
     """
 
     output: str
@@ -300,6 +365,8 @@ class BatchReport:
     resumed: int
     seconds: float
     model: dict[str, str]
+    series: int | None = None
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     notice: str = NOTICE
 
     def to_json(self) -> dict[str, Any]:
@@ -313,6 +380,7 @@ def run_batch(
     questions: str | os.PathLike[str] | None = None,
     *,
     recipe: Recipe | None = None,
+    series: "Series | None" = None,
     answering: Answering | None = None,
     audit: "AuditLog | None" = None,
     force: bool = False,
@@ -321,9 +389,11 @@ def run_batch(
     """Ask all questions about all images, and write the answers to a Parquet or a CSV file.
 
     `inputs` says what the inputs may be, `results` what is written. `recipe` is how to ask (by
-    default nano), `answering` where: in this process, or `cluster.OnRay`. Interrupted at any
+    default nano), `answering` where: in this process, or `cluster.OnRay`. With `series`, DICOM
+    files are asked by series: `series.slices` says about which of its slices. Interrupted at any
     moment, the same call goes on; `force` replaces an output that exists, and a journal of another
-    job. With `audit`, every answer has its entry in that log before it is kept. Raises `InputError`
+    job. With `audit`, every answer has its entry in that log before it is kept, about the image
+    that its row names. Raises `InputError`
     for inputs, questions or an output that cannot be used, the errors of `engine.load`, and
     `ResourceError` for a disk that is full.
     """
@@ -336,6 +406,10 @@ def run_batch(
     items = read_items(inputs, None if questions is None else Path(questions), besides=(output,))
     answering = answering or Here(recipe)
     model = answering.begin(dict.fromkeys(each for item in items for each in item.questions))
+    images, left_out = len(items), dict[str, int]()
+    if series is not None:
+        headers = _headers(items, answering, progress)
+        items, left_out = group_series(items, headers, series)
     job = fingerprint(items, model.sha256, recipe.max_new_tokens, recipe.allow_repetition)
     with Journal(output, job, force=force) as journal:
         done = journal.done()
@@ -345,14 +419,25 @@ def run_batch(
         journal.remove()
     return BatchReport(
         output=str(output),
-        images=len(items),
+        images=images,
         rows=written.rows,
         errors=written.errors,
         warned=written.warned,
         resumed=len(done),
         seconds=time.perf_counter() - started,
         model=model._asdict(),
+        series=None if series is None else len(items),
+        left_out=left_out,
     )
+
+
+def _headers(items: Sequence[Item], answering: Answering, progress: Progress) -> list[Header]:
+    """Those of all images, in their order."""
+    found: dict[int, Header] = {}
+    for number, header in answering.headers([item.path for item in items]):
+        found[number] = header
+        progress("reading headers", len(found), len(items))
+    return [found[number] for number in range(len(items))]
 
 
 def _answer(
@@ -390,11 +475,14 @@ def _keep(
     number: int,
     rows: list[Row],
 ) -> None:
-    answered = [row for row in rows if row["error"] is None]
-    if audit is not None and answered:
-        with open(items[number].path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        for row in answered:
+    if audit is not None:
+        item = items[number]
+        paths = dict(item.slices) | {item.image: item.path}
+        for row in rows:
+            if row["error"] is not None:
+                continue
+            with open(paths[row.get("image", item.image)], "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
             audit.append(
                 who="batch",
                 event="answer",

@@ -6,15 +6,15 @@ this program made itself, and what no question fits. It is received, counted and
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from pydicom import Dataset
 from pydicom.uid import UID
 
-from medmoe_edge.bedside.listen.config import Configuration, Series
+from medmoe_edge.bedside.listen.config import Series
 from medmoe_edge.bedside.listen.evidence import MAKER, is_ours
 from medmoe_edge.bedside.listen.header import (
     SHARED,
@@ -35,6 +35,8 @@ ASIDE = {  # the reasons, for people
     "localizer": "is a localizer",
     "burned_in": "is a secondary capture marked as showing text",
     "no_question": "fits no question",
+    "for_processing": "is for processing, and is there for presentation too",
+    "twice": "is there twice",
 }
 # Pictures of screens and paper, and pixels that are no picture: asked about only by name.
 BY_NAME = {"OT", "SR", "SC", "SEG", "RTDOSE", "REG", "DOC", "KO", "PR"}
@@ -43,7 +45,24 @@ SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot, those of sev
 REJECTIONS = {"113001", "113037", "113038", "113039"}  # titles of key objects, CID 7011
 
 
-def aside(dataset: Dataset, has_pixels: bool, configuration: Configuration) -> str:
+class Questioning(Protocol):
+    """What is asked of which images, as a `Configuration` says it."""
+
+    @property
+    def allow_burned_in(self) -> bool:
+        """Whether pixels that are marked as showing text are asked about too."""
+        ...
+
+    def names(self, modality: str) -> bool:
+        """Whether a question names the modality."""
+        ...
+
+    def questions_for(self, modality: str, parts: Collection[str]) -> tuple[str, ...]:
+        """What is asked of an image."""
+        ...
+
+
+def aside(dataset: Dataset, has_pixels: bool, configuration: Questioning) -> str:
     """Why nothing is asked of an object, a key of `ASIDE`; empty where something may be."""
     modality = modality_of(dataset)
     sop_class = uid_of(dataset, "SOPClassUID")
