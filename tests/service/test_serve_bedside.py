@@ -103,12 +103,9 @@ class Doubtful(StandIn):
             Notice("not_answerable", "The model cannot answer this question from this picture."),
         )
         for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):
-            doubted = isinstance(item, Answer)
-            yield (
-                replace(item, warnings=warnings, unsure=True, confidence_kind="calibrated")
-                if doubted
-                else item
-            )  # type: ignore[arg-type,type-var]
+            if isinstance(item, Answer):
+                item = replace(item, warnings=warnings, unsure=True, confidence_kind="calibrated")
+            yield item
 
 
 @pytest.fixture(scope="module")
