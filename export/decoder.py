@@ -324,10 +324,18 @@ class Parameters(Protocol):
 
 
 class DecoderBuilder:
-    """Builds one decoder; a method per part, in the order of execution."""
+    """Builds one decoder; a method per part, in the order of execution.
 
-    def __init__(self, config: ModelConfig, source: Parameters) -> None:
+    Of some `layers` in a row only: a part that is not the last has the output `hidden` `[1, S, D]`
+    in the place of logits, which the next takes as its `embeds`; each has the cache and the router
+    logits of its own layers.
+    """
+
+    def __init__(
+        self, config: ModelConfig, source: Parameters, layers: range | None = None
+    ) -> None:
         self.config, self.decoder = config, config.decoder
+        self.layers = layers or range(config.decoder.layers)
         self.source = source
         self.build = Builder()
         self.initializers: dict[str, ir.Value] = {}
@@ -342,19 +350,22 @@ class DecoderBuilder:
         """The whole graph, with its ops' functions."""
         cos, sin = (self._initializer(ir.tensor(t, name=n)) for n, t in rotary_cache(self.decoder))
         x = self.inputs[0]
-        for layer in range(self.decoder.layers):
+        for layer in self.layers:
             x = self._layer(x, layer, cos, sin)
-        last = self.build.op(
-            "Gather", self._norm(x, "decoder.norm."), self.build.constant(-1), axis=1
-        )
-        logits = affine(self.build, last, self._weights("decoder.head.", ["weight"]), "")
-        named = {"logits": logits}
+        if self.layers.stop == self.decoder.layers:
+            last = self.build.op(
+                "Gather", self._norm(x, "decoder.norm."), self.build.constant(-1), axis=1
+            )
+            logits = affine(self.build, last, self._weights("decoder.head.", ["weight"]), "")
+            named = {"logits": logits}
+        else:
+            named = {"hidden": x}
         if self.routing:
             named["router_logits"] = self._stack_routing()
         for name, value in named.items():
             value.name = name
         functions = [attention_function(self.decoder)]
-        if self.config.moe is not None and not self.config.moe.merged:
+        if self.routing and self.config.moe is not None and not self.config.moe.merged:
             functions.append(moe_function(MoESpec.of(self.config)))
         graph = ir.Graph(
             self.inputs,
@@ -447,7 +458,10 @@ class DecoderBuilder:
         return self.initializers[name]
 
     def _declare_outputs(self, named: dict[str, ir.Value]) -> None:
-        shapes: dict[str, list[int | str]] = {"logits": [1, self.decoder.vocab_size]}
+        shapes: dict[str, list[int | str]] = {
+            "logits": [1, self.decoder.vocab_size],
+            "hidden": [1, "S", self.decoder.hidden_size],
+        }
         if self.config.moe:
             shapes["router_logits"] = [1, "S", len(self.routing), self.config.moe.router_rows]
         for name, value in named.items():

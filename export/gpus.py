@@ -137,7 +137,7 @@ class Gpu:
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        *(Gpu(f"sm{number}", number) for number in (75, 80, 86, 87, 89, 90, 100, 110, 120, 121)),
+        *(Gpu(f"sm{number}", number) for number in (75, 80, 86, 87, 89, 90, 110, 120, 121)),
         Gpu("t4", 75, 16 * GB),
         Gpu("rtx-2080", 75, 8 * GB),
         Gpu("a100", 80, 40 * GB),
@@ -160,7 +160,6 @@ GPUS: dict[str, Gpu] = {
         Gpu("thor", 110, 128 * GB),
         Gpu("h100", 90, 80 * GB),
         Gpu("h200", 90, 141 * GB),
-        Gpu("b200", 100, 180 * GB),
     )
 }
 
@@ -193,6 +192,7 @@ def find_gpu(name: str, library: Library) -> Gpu:
 # the pages of the weight file, which the system may take back: 2 to 3 times the weights.
 TIMES_THE_WEIGHTS = 3
 FIXED = 400 * 2**20
+MOST_ENGINES = 2  # that a decoder is built in, one after the other
 MB = 10**6
 STATUS, CLEAR = "/proc/self/status", "/proc/self/clear_refs"
 

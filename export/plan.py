@@ -352,7 +352,7 @@ def check_deltas(source: Checkpoint, precision: Precision, form: DeltaForm, grou
     Raises `InputError` for a precision that chooses by itself, and a rank that does not divide.
     """
     moe = source.config.moe
-    if moe is None or not moe.meta_expert:
+    if moe is None or not moe.meta_expert or moe.merged:
         raise CheckpointError(
             "The model has no meta expert that experts could be told apart from.",
             "Leave --experts out.",

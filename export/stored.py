@@ -45,17 +45,20 @@ class QuantisedParameters(Parameters, Protocol):
         """Integers `[K, N]` and scales, `[N]` or in groups `[K / group, N]`; None of floats."""
 
 
-def specification(bundle: Bundle) -> ir.Model:
+def specification(bundle: Bundle, layers: range | None = None) -> ir.Model:
     """The decoder as `DecoderBuilder` makes it, its matrices behind `DequantizeLinear`.
 
+    Of all `layers`, or of some in a row.
     Weights are read when they are used. Raises `BundleError` where the graph cannot be read.
     """
-    return specify(bundle.config, StoredWeights(bundle.path("decoder.onnx")))
+    return specify(bundle.config, StoredWeights(bundle.path("decoder.onnx")), layers)
 
 
-def specify(config: ModelConfig, stored: QuantisedParameters) -> ir.Model:
+def specify(
+    config: ModelConfig, stored: QuantisedParameters, layers: range | None = None
+) -> ir.Model:
     """The decoder of a configuration with these weights."""
-    model = DecoderBuilder(config, stored).model()
+    model = DecoderBuilder(config, stored, layers).model()
     for name, value in list(model.graph.initializers.items()):
         if (found := stored.quantised(name)) is not None:
             insert_dequantise(model.graph, value, *found)

@@ -39,6 +39,7 @@ from medmoe_edge.bundle.bundle import (
     TargetName,
     write_derived_manifest,
 )
+from medmoe_edge.bundle.machine import available_memory
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import InputError
 from medmoe_edge.export.builder import (
@@ -52,7 +53,15 @@ from medmoe_edge.export.builder import (
     write_experts,
 )
 from medmoe_edge.export.decoder import MoESpec
-from medmoe_edge.export.gpus import Library, find_gpu, library_of, library_version, load_library
+from medmoe_edge.export.gpus import (
+    MOST_ENGINES,
+    Library,
+    build_memory,
+    find_gpu,
+    library_of,
+    library_version,
+    load_library,
+)
 from medmoe_edge.export.half import Keep, root_mean_squares, routing, to_half_graph
 from medmoe_edge.export.jetson import check_tensorrt, find_jetson
 from medmoe_edge.export.passes.ort_cpu import lower_attention
@@ -75,14 +84,18 @@ def write_graphs(
 ) -> dict[str, Any]:
     """Write `vision` and `decoder` (.onnx and .data) for a target, and paged experts beside them.
 
+    The decoder is in as many graphs as the target has `engines` for it.
+
     Returns what the manifest says of where experts then lie. Raises `BundleError` where the
     bundle's graphs cannot be read, and as `lower` does.
     """
     save_model(vision_graph(bundle, target), folder, "vision")
     report = partial(progress, "graphs") if progress else None
-    model = specification(bundle)
-    experts = lower(model, bundle.config, target)
-    extents = save_model(model, folder, "decoder", progress=report)
+    parts = zip(target.decoders, target.layers(bundle.config.decoder.layers), strict=True)
+    for name, layers in parts:
+        model = specification(bundle, layers)
+        experts = lower(model, bundle.config, target)
+        extents = save_model(model, folder, name, progress=report)
     return write_experts(folder, bundle.config, experts) if experts else {"experts": extents}
 
 
@@ -198,7 +211,23 @@ def plan_target(
             f"A cache of {positions} positions does not fit this model.",
             f"Its image takes {bundle.config.vision.image_tokens}, and it knows {most}.",
         )
-    return Target(name, dtype, *found, positions, positions, paged)
+    engines = 1 if paged else _engines(bundle, available_memory())
+    return Target(name, dtype, *found, positions, positions, paged, engines)
+
+
+def _engines(bundle: Bundle, available: int | None) -> int:
+    """How many engines the decoder is built in: the least of `MOST_ENGINES` that memory is for.
+
+    Where it is for none, as many as there may be, and the build says how much is missing.
+    """
+    weights = bundle.path("decoder.data").stat().st_size
+    layers = bundle.config.decoder.layers
+    fitting = (
+        count
+        for count in range(1, MOST_ENGINES)
+        if available is None or build_memory(weights // count) <= available
+    )
+    return min(next(fitting, MOST_ENGINES), layers)
 
 
 def check_request(
@@ -285,7 +314,7 @@ def _build(
             memory_limit=memory_limit,
             progress=progress,
         )
-        for name, shapes in (("vision", []), ("decoder", profiles))
+        for name, shapes in (("vision", []), *((name, profiles) for name in target.decoders))
     }
 
 

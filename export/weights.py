@@ -148,7 +148,8 @@ def delta_tensors(
         return ir.LazyTensor(tensor, ir.DataType.FLOAT, shape=ir.Shape(shape), name=own)
 
     def whole() -> Floats:
-        return expert.numpy() - meta.numpy()
+        added: Floats = expert.numpy() - meta.numpy()
+        return added
 
     if form.rank is None or form.rank >= min(width, channels):
         return [lazy("", whole, [width, channels])]

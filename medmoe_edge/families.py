@@ -262,7 +262,7 @@ class MedMoEFamily:
             scores = replace(scores, questions=asked)
             if options.predictions:
                 evaluation.save_predictions(asked.predictions, options.predictions)
-        scores = _with_confidence(engine, bundle_path(model), options, data, scores, told)
+        scores = _with_confidence(engine, model, options, data, scores, told)
         if data.examples and options.blind:
             blind = evaluation.evaluate_blind(
                 engine, data.examples, max_new_tokens=longest, progress=told("Blind")
@@ -449,7 +449,7 @@ class _Told:
 
 def _with_confidence(
     engine: "Engine",
-    folder: Path,
+    model: str,
     options: EvaluateOptions,
     data: _Scored,
     scores: AnswerScores,
@@ -489,7 +489,7 @@ def _with_confidence(
         )
         for code in engine.config.codes
     }
-    fitting.keep_confidence(folder, fitted, refusals)
+    fitting.keep_confidence(bundle_path(model), fitted, refusals)
     engine.fitted, engine.thresholds = fitted, {code: r.threshold for code, r in refusals.items()}
     return replace(scores, confidence=fitted, refusals=refusals, fitted_on_these=True)
 

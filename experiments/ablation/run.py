@@ -45,7 +45,7 @@ from medmoe_edge.evaluation.evaluate import (
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.runtimes.base import chosen_experts, greedy
+from medmoe_edge.runtimes.base import Decoding, chosen_experts, greedy
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 from medmoe_edge.training.data import Batches
 from medmoe_edge.training.loop import Session

@@ -24,8 +24,8 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.machine import Arithmetic, cpu_flags, cpu_name, memory_here
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
-from medmoe_edge.runtimes.arithmetic import int8_arithmetic
 from medmoe_edge.runtimes.costs import Precision, bits_per_weight, step_work
+from medmoe_edge.runtimes.ort.runtime import int8_arithmetic
 
 ROUNDS = 5
 ALLOWANCE = 30.0  # seconds of everything measured, in which it is repeated

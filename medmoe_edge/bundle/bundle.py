@@ -24,6 +24,7 @@ The same checkpoint and options give the same bytes. Nothing in a bundle is ever
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.bundle import trust
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.trust import (
     check_signature,
@@ -57,7 +59,8 @@ class Target(Config):
     `dtype` is that of activations. Engines serve one `gpu` (a compute capability, sm89) and the
     `library_version` that built them; their cache holds `capacity` positions, and one prefill step
     at most `prefill` of them. Of a `paged` target the experts lie in a file of their own, and are
-    brought into slots of the GPU's memory as they are needed.
+    brought into slots of the GPU's memory as they are needed. The decoder is in so many `engines`,
+    each of some layers in a row, where building it in one would take more memory than there was.
     """
 
     name: TargetName = DEFAULT
@@ -67,6 +70,7 @@ class Target(Config):
     capacity: int = 0
     prefill: int = 0
     paged: bool = False
+    engines: int = 1
 
     def __post_init__(self) -> None:
         if self.is_engine and not (self.gpu and 0 < self.prefill <= self.capacity):
@@ -75,6 +79,18 @@ class Target(Config):
                 f"{self.capacity} positions.",
                 "Export the bundle again.",
             )
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """The names of the decoder's engines, without their suffix, in the order of its layers."""
+        if self.engines == 1:
+            return ("decoder",)
+        return tuple(f"decoder.{index}" for index in range(self.engines))
+
+    def layers(self, count: int) -> list[range]:
+        """Which of a decoder's layers each engine holds."""
+        ends = [count * index // self.engines for index in range(self.engines + 1)]
+        return [range(*pair) for pair in itertools.pairwise(ends)]
 
     @property
     def is_engine(self) -> bool:
@@ -219,9 +235,7 @@ class AnyBundle(Generic[C]):
     def _check_file(self, name: str) -> None:
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
-            intact = path.stat().st_size == entry["bytes"] and (
-                was_intact(path, entry["sha256"]) or _hashes_to(path, entry["sha256"])
-            )
+            intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])
         except OSError as error:
             raise BundleError(
                 f"{path} cannot be read ({error.strerror}).", "Copy or export the bundle again."
@@ -468,9 +482,12 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _hashes_to(path: Path, sha256: str) -> bool:
+    large = path.stat().st_size >= trust.LARGE
+    if large and was_intact(path, sha256):
+        return True
     with path.open("rb") as file:
         right = _sha256(file) == sha256
-    if right:
+    if right and large:
         remember_intact(path, sha256)
     return right
 

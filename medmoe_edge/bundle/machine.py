@@ -71,7 +71,7 @@ class Machine(Config):
 
     `flags` are the instruction sets that 8-bit and 4-bit weights profit from, best first; empty
     where the system does not tell. `arithmetic` is how int8 products are added: "exact", or
-    "saturating" in 16 bits (`runtimes.arithmetic`).
+    "saturating" in 16 bits (`runtimes.ort.runtime`).
     """
 
     cpu: str

@@ -177,17 +177,16 @@ def _read(path: Path, what: str) -> tuple[bytes, int]:
 
 def was_intact(path: Path, sha256: str) -> bool:
     """Whether the file, as it is now, was found to have this hash before."""
-    seen = path.stat()
-    return seen.st_size >= LARGE and _read_record(_record(path)) == _state(seen, sha256)
+    return _read_record(_record(path)) == _state(path.stat(), sha256)
 
 
 def remember_intact(path: Path, sha256: str) -> None:
-    """Keep in the user's cache that the file has this hash, if it is large and not just written.
+    """Keep in the user's cache that the file has this hash, unless it was just written.
 
     Where the cache cannot be written, the file is hashed again next time.
     """
     seen = path.stat()
-    if seen.st_size < LARGE or time.time_ns() - seen.st_ctime_ns < SETTLED:
+    if time.time_ns() - seen.st_ctime_ns < SETTLED:
         return
     record = _record(path)
     with contextlib.suppress(OSError):

@@ -129,12 +129,12 @@ def _run_as_service(file: "Log | None" = None) -> None:
     os.umask(0o077)
     if file is not None:
         try:
-            handler = RotatingFileHandler(
+            rotated = RotatingFileHandler(
                 file.file, maxBytes=file.max_mb * 10**6, backupCount=file.keep, encoding="utf-8"
             )
         except OSError as error:
             raise InputError(*unreadable("The log's file", error)) from error
-        logging.getLogger("medmoe_edge").handlers = [handler]
+        logging.getLogger("medmoe_edge").handlers = [rotated]
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
     for handler in logging.getLogger("medmoe_edge").handlers:
         handler.setFormatter(form)

@@ -306,3 +306,37 @@ def plan(
             render_bench.show_comparison(comparison)
     if error := found.error():
         raise error
+
+
+@verb("prove", "Deploy", "prove -o proof")
+def prove(
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="A new folder for proof.json and proof.html."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Run every GPU path of this package here, each against something independent.
+
+    A path passes, fails or is not run, with the reason; without a CUDA device none is proven, and
+    what stands in for it is named. Ends within 8 minutes, and needs no network.
+    """
+    from medmoe_edge.atomic import check_target
+    from medmoe_edge.device.prove import RECORD
+    from medmoe_edge.device.prove import prove as run
+
+    if output is not None:
+        check_target(output, force=force, marker=RECORD)
+    with render.working("Proving") as progress:
+        found = run(progress)
+    if output is not None:
+        render_bench.write_proof(found, output, force=force)
+    if as_json:
+        render.as_json(found.to_json(), found.error())
+    else:
+        render_bench.show_proof(found)
+        if output is not None:
+            render.wrote("the proof", output)
+    if error := found.error():
+        raise error

@@ -42,7 +42,7 @@ ORDER = (  # of the verbs in --help; a panel stands where its first one does
     *("ask", "classify", "locate", "index", "retrieve"),
     *("pull", "export", "calibrate", "init", "train", "router", "data"),
     *("verify", "eval", "bench", "inspect"),
-    *("doctor", "plan", "serve", "listen", "batch", "audit"),
+    *("doctor", "plan", "prove", "serve", "listen", "batch", "audit"),
 )
 
 
@@ -60,7 +60,7 @@ VERBS: Mapping[str, str] = {
     "data": "dataset prepare import preprocess",
     "pull": "download fetch get clone",
     "router": "route routing gate",
-    "verify": "test check validate prove compare fidelity",
+    "verify": "test check validate compare fidelity",
     "prove": "proof certify",
     "eval": "evaluate score metrics accuracy measure assess",
     "bench": "benchmark time speed profile perf latency throughput",

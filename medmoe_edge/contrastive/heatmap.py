@@ -97,7 +97,7 @@ def _lines(
         yield line, large, INK, font or plain
     likely = f"{reading.modality} {reading.probabilities[reading.modality]:.0%}"
     said = f"Similarity to the whole image {location.similarity:.2f}. Ring: the place most alike."
-    paragraphs = [(NO_FINDING, WARNING), (said, INK), (f"Image read as {likely}.", INK)]
+    paragraphs = [(said, INK), (f"Image read as {likely}.", INK), (NO_FINDING, WARNING)]
     paragraphs.append((location.notice, QUIET))
     if reading.unfamiliar:
         paragraphs.insert(0, (UNFAMILIAR, WARNING))

@@ -259,7 +259,7 @@ def look_at_onnxruntime() -> Ort:
         runtime = importlib.import_module("onnxruntime")
         build = importlib.import_module("onnxruntime.capi.build_and_package_info")
         providers = tuple(runtime.get_available_providers())
-        int8 = importlib.import_module("medmoe_edge.runtimes.arithmetic").int8_arithmetic()
+        int8 = importlib.import_module("medmoe_edge.runtimes.ort.runtime").int8_arithmetic()
     except Exception as error:  # a broken install fails in many ways; all mean the same
         return Ort(failure=type(error).__name__)
     return Ort(runtime.__version__, providers, getattr(build, "cuda_version", None), None, int8)

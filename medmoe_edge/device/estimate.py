@@ -29,7 +29,7 @@ from medmoe_edge.errors import (
     needs,
     shown_bytes,
 )
-from medmoe_edge.export.gpus import build_memory
+from medmoe_edge.export.gpus import MOST_ENGINES, build_memory
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.costs import (
     GROUP,
@@ -357,7 +357,8 @@ def vision_seconds(config: ModelConfig, precision: Precision, number: int, speed
 def _build_memory(config: ModelConfig, device: Device, weights: int) -> int:
     """Peak bytes of the export, which streams, or of an engine's build."""
     if device.kind != "cpu":
-        return build_memory(weights)
+        whole = build_memory(weights)
+        return whole if whole <= device.usable else build_memory(weights // MOST_ENGINES)
     largest = max(rows[0] * rows[-1] for rows in decoder_parameters(config).values())
     return EXPORT_BYTES + 4 * largest
 

@@ -94,7 +94,7 @@ def this_machine() -> Machine:
     """The machine that runs this; takes some milliseconds, once."""
     import onnxruntime
 
-    from medmoe_edge.runtimes.arithmetic import int8_arithmetic
+    from medmoe_edge.runtimes.ort.runtime import int8_arithmetic
 
     return Machine(
         cpu_name(), platform.machine(), cpu_flags(), onnxruntime.__version__, int8_arithmetic()
@@ -284,11 +284,16 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
         ResourceError: Not even one layer's experts would fit beside the rest; it says how many
             bytes would do.
     """
-    precision = bundle.manifest["quantisation"]["precision"]
-    groups = [each["group"] for each in bundle.manifest["quantisation"].get("matrices", ())]
+    stored = bundle.manifest["quantisation"]
+    precision = stored["precision"]
+    groups = [each["group"] for each in stored.get("matrices", ())]
     group = max((group for group in groups if group), default=GROUP)
     asked = Asked(bundle.config, prompt_tokens(bundle.config), group=group)
-    whole = round(SPARE * (memory_run(asked, "cpu", precision) - PROCESS["cpu"]))
+    held = held_experts(asked, precision)
+    rest = memory_run(asked, "cpu", precision) - PROCESS["cpu"] - held
+    if "experts" in stored:  # what they add to the meta expert, of which forecasts know nothing
+        held = _expert_bytes(bundle)
+    rest, whole = round(SPARE * rest), round(SPARE * (rest + held))
     if whole <= free:
         return MemoryChoice(None, free, whole)
     if bundle.config.moe is None or not bundle.manifest.get("paging"):
@@ -296,7 +301,6 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
     from medmoe_edge.runtimes.ort.paged import OrtExpertStore
 
     store = OrtExpertStore(bundle)
-    rest = whole - round(SPARE * held_experts(asked, precision))
     least = least_budget(store, bundle.config.moe.top_k)
     budget = min(free - rest, sum(store.sizes.values()) + store.scratch)
     if budget < least:

@@ -28,6 +28,7 @@ from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.targets import export_target, write_graphs
 from medmoe_edge.image.loading import load_image
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import (
     Cache,
@@ -164,12 +165,13 @@ def agree(
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     *,
+    load: Callable[[Path], Image] = load_image,
     progress: Progress | None = None,
 ) -> list[Agreement]:
     """Hold every candidate against the specification; one runtime is in memory at a time.
 
-    `progress` is called with `(what, images done, images)`. Raises `DataError` for no examples;
-    errors of images, questions and runtimes pass through.
+    `load` reads images; `progress` is called with `(what, images done, images)`. Raises `DataError`
+    for no examples; errors of images, questions and runtimes pass through.
     """
     if not examples:
         raise DataError("There are no questions to compare on.", "Give at least one.")
@@ -177,12 +179,12 @@ def agree(
     report = progress or (lambda what, done, total: None)
     with specification() as (runtime, _):
         reader = Reader(runtime, tokenizer, MAX_NEW_TOKENS)
-        expected = list(_read(reader, groups, None, lambda *at: report("specification", *at)))
+        expected = list(_read(reader, groups, None, load, lambda *at: report("specification", *at)))
     found = []
     for name, opened in candidates.items():
         with opened() as (runtime, executed):
             reader = Reader(runtime, tokenizer, MAX_NEW_TOKENS)
-            images = _read(reader, groups, expected, lambda *at, name=name: report(name, *at))
+            images = _read(reader, groups, expected, load, lambda *at, name=name: report(name, *at))
             found.append(_compare(name, executed, reader, expected, images))
     return found
 
@@ -207,11 +209,12 @@ def _read(
     reader: Reader,
     groups: Sequence[tuple[Path, list[str]]],
     led_by: Sequence[_Read] | None,
+    load: Callable[[Path], Image],
     report: Callable[[int, int], None],
 ) -> Iterable[_Read]:
     for place, (image, texts) in enumerate(groups):
         questions = [reader.tokenizer.question_ids(text) for text in texts]
-        view = reader.view(load_image(image), questions)
+        view = reader.view(load(image), questions)
         if led_by is None:
             replies = [reader.answer(view, question) for question in questions]
         else:
@@ -303,11 +306,12 @@ def agree_on_targets(
         "tensorrt-rtx": partial(_graphs, bundle),
     }
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    return agree(partial(_specified, bundle), candidates, tokenizer, examples, progress=progress)
+    return agree(partial(specified, bundle), candidates, tokenizer, examples, progress=progress)
 
 
 @contextlib.contextmanager
-def _specified(bundle: Bundle) -> Iterator[tuple[Runtime, str]]:
+def specified(bundle: Bundle) -> Iterator[tuple[Runtime, str]]:
+    """The specification, while it is needed."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(specification(bundle), Path(folder), "decoder")
         decoder = Path(folder) / "decoder.onnx"

@@ -1,9 +1,15 @@
-"""The kernels on torch tensors: for the torch runtime on CUDA, and for the tests.
+"""The kernels on torch tensors: for the torch runtime on CUDA, and held against float64.
 
 Shapes are those of the package's docstring. Tensors must be contiguous and on one device.
 """
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Self, cast
 
 import torch
@@ -14,15 +20,15 @@ from medmoe_edge.kernels.variant import PARTS, Half, Kernel, Tile, Variant, grou
 from medmoe_edge.models.decoder import MoE
 
 try:
+    from triton import knobs
+
     from medmoe_edge.kernels import triton as kernels
 except ImportError as error:
     raise MissingDependencyError("triton", "plugin") from error
 
 
 Expert = Sequence[Tensor]
-
 """An expert's parts for one kernel, in the order of `variant.PARTS`."""
-
 
 HALVES: dict[torch.dtype, Half] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DECODE = 16  # slots: up to here the tiles of decode, of which one block holds an expert's slots
@@ -198,3 +204,163 @@ class StoredMoE(MoE):
 def _experts(moe: MoE) -> list[nn.Module]:
     """The routed ones, then the meta expert."""
     return [*moe.experts, *([] if moe.meta is None else [moe.meta])]
+
+
+# --- held against float64 ---------------------------------------------------------------------
+
+EXPERTS = 4  # of a layer that is tried
+HALF_ERROR: dict[torch.dtype, float] = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@functools.cache
+def interpreted_kernels() -> ModuleType:
+    """A second copy of the kernels, which Triton interprets on CPU tensors."""
+    spec = importlib.util.spec_from_file_location("interpreted_kernels", kernels.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = True
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it the kernels are interpreted, on CPU tensors in fp16."""
+    global kernels
+    compiled, kernels = kernels, interpreted_kernels()
+    try:
+        yield
+    finally:
+        kernels = compiled
+
+
+@dataclass(frozen=True)
+class RandomLayer:
+    """Random experts as the kernels take them, and as dense float64 matrices."""
+
+    activation: str
+    first: list[list[Tensor]]
+    second: list[list[Tensor]]
+    dense: list[list[Tensor]]
+
+    def __call__(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """What the kernels should give, `[T, D]`, token by token on the CPU."""
+        y = torch.zeros(x.shape, dtype=torch.float64)
+        for token, slot in itertools.product(range(len(x)), range(chosen.shape[1])):
+            gate, expert = gates[token, slot].double(), self.dense[int(chosen[token, slot])]
+            y[token] += gate * self._expert(x[token].double(), expert)
+        return y
+
+    def _expert(self, x: Tensor, dense: list[Tensor]) -> Tensor:
+        if self.activation == "swiglu":
+            gate, up, down = dense
+            return (nn.functional.silu(x @ gate) * (x @ up)) @ down
+        first, bias, second, last = dense
+        return nn.functional.gelu(x @ first + bias, approximate="tanh") @ second + last
+
+    def to(self, device: str) -> "RandomLayer":
+        """The same with what the kernels take on a device."""
+        first, second = (
+            [[part.to(device) for part in expert] for expert in experts]
+            for experts in (self.first, self.second)
+        )
+        return RandomLayer(self.activation, first, second, self.dense)
+
+    def bytes_of(self, experts: int) -> int:
+        """What so many of its experts take as they are stored."""
+        each = [
+            sum(part.nbytes for part in (*a, *b))
+            for a, b in zip(self.first, self.second, strict=True)
+        ]
+        return sum(each[:experts])
+
+
+def random_layer(
+    activation: str, group: int | None, half: torch.dtype, width: int, hidden: int
+) -> RandomLayer:
+    """`EXPERTS` experts `[width, hidden, width]`, always the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    layer = RandomLayer(activation, [], [], [])
+    for _ in range(EXPERTS):
+        inner = [
+            _random_matrix(generator, group, width, hidden)
+            for _ in range(1 + (activation == "swiglu"))
+        ]
+        second, down = _random_matrix(generator, group, hidden, width)
+        first, dense = [part for stored, _ in inner for part in stored], [each for _, each in inner]
+        dense.append(down)
+        if activation == "gelu_tanh":
+            biases = [torch.randn(size, generator=generator).to(half) for size in (hidden, width)]
+            first, second = [*first, biases[0]], [*second, biases[1]]
+            dense = [dense[0], biases[0].double(), down, biases[1].double()]
+        layer.first.append(first)
+        layer.second.append(second)
+        layer.dense.append(dense)
+    return layer
+
+
+def _random_matrix(
+    generator: torch.Generator, group: int | None, rows: int, columns: int
+) -> tuple[list[Tensor], Tensor]:
+    """A matrix as it is stored, and as float64 `[rows, columns]`."""
+    if group is None:
+        integers = torch.randint(-127, 128, (rows, columns), generator=generator)
+        scale = torch.rand(columns, generator=generator) / 500 + 1e-3
+        return [integers.to(torch.int8), scale], integers.double() * scale.double()
+    integers = torch.randint(0, 16, (columns, rows), generator=generator)
+    scale = (torch.rand(columns, rows // group, generator=generator) / 50 + 1e-2).half()
+    packed = (integers[:, ::2] + 16 * integers[:, 1::2]).to(torch.uint8)
+    dense = (integers.double() - 8) * scale.double().repeat_interleave(group, 1)
+    return [packed.reshape(columns, rows // group, group // 2), scale], dense.T
+
+
+def random_slots(tokens: int, slots: int) -> tuple[Tensor, Tensor]:
+    """Experts and gates `[T, S]`; no token takes an expert twice."""
+    generator = torch.Generator().manual_seed(2)
+    ranks = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)
+    return ranks[:, :slots], torch.rand(tokens, slots, generator=generator)
+
+
+def error_of(layer: RandomLayer, tokens: int, slots: int, half: torch.dtype, device: str) -> float:
+    """The largest error of the kernels on random tokens, over the largest value of float64."""
+    width = layer.dense[0][0].shape[0]
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(3)).to(half)
+    chosen, gates = random_slots(tokens, slots)
+    there = layer.to(device)
+    given = (x.to(device), chosen.to(device), gates.to(device))
+    y = feed_forward(*given, there.first, there.second, layer.activation)
+    expected = layer(x, chosen, gates)
+    return float((y.cpu().double() - expected).abs().max() / expected.abs().max())
+
+
+def seconds_of(layer: RandomLayer, slots: int, repeats: int) -> float:
+    """Of one token through so many experts on CUDA, in the mean; the kernels are warm."""
+    there = layer.to("cuda")
+    width = layer.dense[0][0].shape[0]
+    x = torch.ones(1, width, dtype=torch.float16, device="cuda")
+    chosen = torch.arange(slots, device="cuda")[None]
+    gates = torch.ones(1, slots, device="cuda")
+    return _timed(
+        lambda: feed_forward(x, chosen, gates, there.first, there.second, layer.activation),
+        repeats,
+    )
+
+
+def bandwidth() -> float:
+    """Bytes per second that the GPU's memory reads and writes when it copies."""
+    source = torch.zeros(2**28, dtype=torch.uint8, device="cuda")
+    there = torch.empty_like(source)
+    return 2 * source.nbytes / _timed(lambda: there.copy_(source), 10)
+
+
+def _timed(work: Callable[[], object], repeats: int) -> float:
+    work()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000 / repeats

@@ -29,7 +29,7 @@ from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.errors import ConfigError, MissingDependencyError
+from medmoe_edge.errors import ConfigError, MissingDependencyError, ResourceError
 from medmoe_edge.kernels.variant import (
     LEADING,
     OPS,
@@ -55,12 +55,18 @@ Described = Any
 def register(activation: str, experts: int, capability: int) -> None:
     """Make both ops known to TensorRT, to be compiled for a compute capability such as 87.
 
-    Called again for the same ops, it changes the capability. Raises `MissingDependencyError`.
+    Called again for the same ops, it changes the capability. Raises `MissingDependencyError`, and
+    `ResourceError` where TensorRT is there and its Python code for plugins cannot be loaded.
     """
     try:
         plugin: Any = import_module("tensorrt.plugin")  # it has no stubs
-    except ImportError as error:
-        raise MissingDependencyError("tensorrt", "tensorrt") from error
+    except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt":
+            raise MissingDependencyError("tensorrt", "tensorrt") from error
+        raise ResourceError(
+            f"TensorRT is installed and its plugins cannot be loaded ({error}).",
+            "Install its Python package of 10.9 or later whole, or use a bundle for the CPU.",
+        ) from error
     for kernel, name in OPS.items():
         op = f"{namespace(activation, experts)}::{name}"
         if op not in _registered:

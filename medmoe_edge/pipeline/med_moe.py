@@ -180,6 +180,11 @@ def export(
     source = read_checkpoint(checkpoint, vision_tower=vision_tower)
     if merge and not modalities:
         raise InputError("What is to be merged?", "Name its modality: --modality xray --merge.")
+    if merge and experts is not None:
+        raise InputError(
+            "A merged expert is no delta: it is one feed-forward with the meta expert.",
+            "Leave --merge or --experts out.",
+        )
     if modalities:
         if stats is not None:
             raise InputError(

@@ -1,10 +1,13 @@
 """What the verbs about a machine show: what answering costs on it, what it has, what fits it."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge._version import __version__
+from medmoe_edge.atomic import atomic_file, atomic_folder
 from medmoe_edge.errors import InputError, ResourceError, shown_bytes
 from medmoe_edge.render.console import percent, show, show_table, wrote
 
@@ -17,8 +20,10 @@ if TYPE_CHECKING:
     from medmoe_edge.device.doctor import Diagnosis
     from medmoe_edge.device.estimate import Fit, Forecast, Plan
     from medmoe_edge.device.measure import Comparison as Measured
+    from medmoe_edge.device.prove import Proof
     from medmoe_edge.pipeline.med_moe import TargetExport
 
+VERDICTS = {"passed": "green", "failed": "bold red", "not run": "dim"}
 BUSY = 0.5  # of a machine's threads, from which on other programs matter
 WAYS = {"resident": "all resident", "prefetch": "paged", "on_demand": "paged, no prefetch"}
 PICTURES = (".png", ".svg", ".pdf")
@@ -286,6 +291,19 @@ def show_diagnosis(diagnosis: "Diagnosis") -> None:
         show(f"  {finding.remedy}")
 
 
+def show_proof(proof: "Proof") -> None:
+    """A row for each path, then what the figures of those that ran are."""
+    rows = [
+        (path.what, path.verdict, path.why or "", path.stand_in or "", seconds(path.seconds))
+        for path in proof.paths
+    ]
+    columns = ["path", "on the GPU", "", "run in its place", "took"]
+    show_table("This machine's GPU paths", columns, rows, styles=VERDICTS, left=4)
+    if proof.machine["throttled"]:
+        show("The power mode limits the clocks: times are not the fastest.", "yellow")
+    show("Figures: --json, or a page to send in: -o FOLDER", "dim")
+
+
 def show_plan(plan: "Plan") -> None:
     """A row per precision, then what the figures rest on."""
     columns = ["", "decoder", "memory to run", "to build", "first token", "tokens/s", "fits"]
@@ -385,3 +403,44 @@ def show_target(made: "TargetExport") -> None:
     if rows:
         show_table(f"For {made.target}", ["engine", "size", "took", "peak memory", ""], rows)
     wrote("the bundle", made.bundle)
+
+
+def write_proof(proof: "Proof", folder: Path, *, force: bool = False) -> None:
+    """Write `proof.json` and `proof.html`; raises `InputError` for a folder that is there."""
+    from medmoe_edge.device.prove import PAGE, RECORD
+
+    with atomic_folder(folder, force=force, marker=RECORD) as out:
+        (out / RECORD).write_text(json.dumps(proof.to_json(), indent=2) + "\n")
+        (out / PAGE).write_text(proof_page(proof))
+
+
+def proof_page(proof: "Proof") -> str:
+    """One page for people, which needs nothing else."""
+    rows = "".join(
+        f"<tr class='{escape(path.verdict.replace(' ', '-'))}'><td>{escape(path.what)}</td>"
+        f"<td>{escape(path.verdict)}{escape(f': {path.why}' if path.why else '')}</td>"
+        f"<td>{escape(path.stand_in or '')}</td><td>{_listed(path.figures)}</td>"
+        f"<td>{path.seconds:.1f} s</td></tr>"
+        for path in proof.paths
+    )
+    machine = "".join(
+        f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>"
+        for key, value in proof.machine.items()
+    )
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>medmoe-edge prove</title>"
+        "<style>body{font:15px sans-serif;margin:2em}td,th{padding:.3em .8em;text-align:left;"
+        "vertical-align:top;border-bottom:1px solid #ccc}.passed td:nth-child(2){color:#060}"
+        ".failed td:nth-child(2){color:#a00}</style>"
+        f"<h1>medmoe-edge {__version__} on its GPU</h1><table><tr><th>path<th>verdict"
+        f"<th>run in its place<th>figures<th>took</tr>{rows}</table>"
+        f"<h2>Machine</h2><table>{machine}</table></html>\n"
+    )
+
+
+def _listed(figures: Mapping[str, float | str | bool]) -> str:
+    told = (
+        f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}"
+        for name, value in figures.items()
+    )
+    return "<br>".join(map(escape, told))

@@ -1,8 +1,10 @@
 """A bundle of TensorRT engines: `vision.engine` and `decoder.engine`, on one GPU.
 
-An engine that is not for this library or this GPU is refused with a remedy. The decoder's engine
-has two optimisation profiles: prefill, of 1 to `prefill` tokens a step, and decode, of one token.
-Its KV cache is written in place: `present_*` is bound to the buffer of `past_*`. An engine of
+An engine that is not for this library or this GPU is refused with a remedy. The decoder may be in
+two engines, of its first and its last layers; what the first computes stays on the device. Each has
+two optimisation profiles: prefill, of 1 to `prefill` tokens a step, and decode, of one token.
+
+The KV cache is written in place: `present_*` is bound to the buffer of `past_*`. An engine of
 TensorRT before 10.15 copies the cache instead; it writes into a second set of buffers, and the two
 take turns. A decode step is captured as a CUDA graph, once per cache and set of buffers, and
 replayed for every token after: where the token stands, it reads from the device (`start`).
@@ -112,7 +114,7 @@ class TensorRTEngine:
 
 
 PREFILL, DECODE = 0, 1  # the decoder's optimisation profiles
-HALF = 2  # bytes of fp16 and of bf16
+HALF, SINGLE = 2, 4  # bytes of fp16 and of bf16, and of fp32
 
 
 class TensorRTCache:
@@ -214,14 +216,14 @@ class TensorRTRuntime:
         cache.turn()
         return lane.read(len(embeds))
 
-    def _lane(self, tokens: int) -> "Lane":
+    def _lane(self, tokens: int) -> "Chain":
         return self._decode if tokens == 1 else self._prefill
 
     def _launch_decode(self, cache: TensorRTCache) -> None:
         """The first step of a cache as it is, for TensorRT to settle; from the second, a graph."""
         stream = self._device.stream
         replay = cache.replays.get(cache.side)
-        if replay is None and cache.decoded and is_capturable(self._decode.context, stream):
+        if replay is None and cache.decoded and self._decode.is_capturable(stream):
             replay = self._device.capture(lambda: self._decode.launch(1, cache))
             cache.replays[cache.side] = replay
         if replay is None:
@@ -238,67 +240,117 @@ class TensorRTRuntime:
         return Tower(self._open("vision.engine").context(0), self._device, self.config)
 
     @cached_property
-    def _decoder(self) -> Engine:
-        return self._open("decoder.engine")
+    def _decoders(self) -> list[Engine]:
+        return [self._open(f"{name}.engine") for name in self.target.decoders]
 
     @cached_property
-    def _prefill(self) -> "Lane":
-        return self._new_lane(self._decoder.context(PREFILL), self.target.prefill)
+    def _prefill(self) -> "Chain":
+        return self._new_chain(PREFILL, self.target.prefill)
 
     @cached_property
-    def _decode(self) -> "Lane":
-        return self._new_lane(self._decoder.context(DECODE), 1)
+    def _decode(self) -> "Chain":
+        return self._new_chain(DECODE, 1)
 
-    def _new_lane(self, context: Context, tokens: int) -> "Lane":
-        return Lane(context, self._device, self.config, tokens)
+    def _new_chain(self, profile: int, tokens: int) -> "Chain":
+        parts = self.target.layers(self.config.decoder.layers)
+        chain: list[Lane] = []
+        for engine, layers in zip(self._decoders, parts, strict=True):
+            lane = self._new_lane(engine.context(profile), tokens, layers)
+            if chain:
+                lane.follow(chain[-1])
+            chain.append(lane)
+        return Chain(chain)
+
+    def _new_lane(self, context: Context, tokens: int, layers: range) -> "Lane":
+        return Lane(context, self._device, self.config, tokens, layers)
+
+
+class Chain:
+    """One profile of the decoder: a lane for each of its engines, one after the other."""
+
+    def __init__(self, lanes: Sequence["Lane"]) -> None:
+        self.lanes = lanes
+
+    def is_capturable(self, stream: int) -> bool:
+        """Whether TensorRT lets a launch be recorded, of every engine."""
+        return all(is_capturable(lane.context, stream) for lane in self.lanes)
+
+    def fill(self, embeds: Floats, start: int) -> None:
+        """What the next launch reads; the one before must be done."""
+        for lane in self.lanes:
+            lane.fill(embeds, start)
+
+    def launch(self, tokens: int, cache: TensorRTCache) -> None:
+        """Put a step on the stream."""
+        for lane in self.lanes:
+            lane.launch(tokens, cache)
+
+    def read(self, tokens: int) -> Step:
+        """What the last launch wrote; it must be done."""
+        routing = [lane.read_routing(tokens) for lane in self.lanes]
+        filled = [each for each in routing if each.size] or routing[:1]
+        return Step(self.lanes[-1].outputs["logits"].host.copy(), np.concatenate(filled, 1))
 
 
 class Lane:
-    """One profile of the decoder, with buffers for `tokens` tokens a step at most.
+    """One profile of an engine of the decoder, with buffers for `tokens` tokens a step at most.
 
     Beside `inputs` and `outputs`, which go up and down with every step, `addresses` are those of
     what stays on the device, and `shapes` those of inputs that the engine leaves open.
     """
 
-    def __init__(self, context: Context, device: Device, config: ModelConfig, tokens: int) -> None:
+    def __init__(
+        self, context: Context, device: Device, config: ModelConfig, tokens: int, layers: range
+    ) -> None:
         decoder, experts = config.decoder, config.moe.router_rows if config.moe else 0
         self.context, self.device = context, device
-        self.size = decoder.hidden_size
+        self.size, self.layers = decoder.hidden_size, layers
         self.inputs = {
             "embeds": device.mirror((tokens, self.size)),
             "start": device.mirror((1,), np.int64),
         }
-        self.outputs = {"logits": device.mirror((decoder.vocab_size,))}
-        if experts:
-            shape = tokens, len(config.moe_layers), experts
-            self.outputs["router_logits"] = device.mirror(shape)
+        self.outputs: dict[str, MirroredArray] = {}
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        if layers.stop == decoder.layers:
+            self.outputs["logits"] = device.mirror((decoder.vocab_size,))
+        else:
+            self.hidden = device.zeros(tokens * self.size * SINGLE)
+            self.addresses["hidden"] = self.hidden.address
+        if routed := sum(layer in layers for layer in config.moe_layers):
+            self.outputs["router_logits"] = device.mirror((tokens, routed, experts))
+
+    def follow(self, before: "Lane") -> None:
+        """Read what the engine of the layers before leaves on the device."""
+        del self.inputs["embeds"]
+        self.addresses["embeds"] = before.addresses["hidden"]
 
     def fill(self, embeds: Floats, start: int) -> None:
         """What the next launch reads; the one before must be done."""
-        self.inputs["embeds"].host[: len(embeds)] = embeds
+        if "embeds" in self.inputs:
+            self.inputs["embeds"].host[: len(embeds)] = embeds
         self.inputs["start"].host[0] = start
 
     def launch(self, tokens: int, cache: TensorRTCache) -> None:
         """Put a step on the stream: inputs up, the engine, outputs down."""
         mirrors = {**self.inputs, **self.outputs}
+        own = [f"{kind}.{layer}" for layer in self.layers for kind in ("key", "value")]
         addresses = {
             **self.addresses,
             **{name: mirror.address for name, mirror in mirrors.items()},
-            **{f"past_{name}": buffer.address for name, buffer in cache.buffers.items()},
-            **{f"present_{name}": buffer.address for name, buffer in cache.written.items()},
+            **{f"past_{name}": cache.buffers[name].address for name in own},
+            **{f"present_{name}": cache.written[name].address for name in own},
         }
         shapes = {**self.shapes, "embeds": (1, tokens, self.size)}
         inputs, outputs = list(self.inputs.values()), list(self.outputs.values())
         run(self.context, self.device, shapes, addresses, inputs, outputs)
 
-    def read(self, tokens: int) -> Step:
-        """What the last launch wrote; it must be done."""
-        routing = np.zeros((tokens, 0, 0), np.float32)
-        if "router_logits" in self.outputs:
-            routing = self.outputs["router_logits"].host[:tokens].copy()
-        return Step(self.outputs["logits"].host.copy(), routing)
+    def read_routing(self, tokens: int) -> Floats:
+        """The router logits `[S, M, E]` of its layers, as the last launch wrote them."""
+        if "router_logits" not in self.outputs:
+            return np.zeros((tokens, 0, 0), np.float32)
+        found: Floats = self.outputs["router_logits"].host[:tokens].copy()
+        return found
 
 
 class Tower:
@@ -381,7 +433,7 @@ class PagedTensorRTRuntime(TensorRTRuntime):
 
     def _run_with(self, embeds: Floats, cache: Cache, table: Table) -> tuple[Step, Chosen]:
         assert isinstance(cache, TensorRTCache)
-        lane = self._lane(len(embeds))
+        (lane,) = self._lane(len(embeds)).lanes  # a paged decoder is in one engine
         lane.inputs["table"].host[:] = table
         step = super()._run(embeds, cache)
         assert self.config.moe is not None
@@ -393,8 +445,8 @@ class PagedTensorRTRuntime(TensorRTRuntime):
         # what is no number may be sent anywhere: the logits tell
         return step, np.stack(chosen, 1).clip(0, self.config.moe.num_experts - 1)
 
-    def _new_lane(self, context: Context, tokens: int) -> Lane:
-        lane, slots = super()._new_lane(context, tokens), self.requests.slots
+    def _new_lane(self, context: Context, tokens: int, layers: range) -> Lane:
+        lane, slots = super()._new_lane(context, tokens, layers), self.requests.slots
         lane.inputs["table"] = self._device.mirror(slots.shape, np.int32)
         assert self.config.moe is not None
         for layer in range(slots.shape[0]):

@@ -115,5 +115,5 @@ def test_weights_that_are_not_safe_saturate_where_they_should() -> None:
 
 
 def test_the_probe_says_what_this_processor_does() -> None:
-    probe = pytest.importorskip("medmoe_edge.runtimes.arithmetic", reason="needs the probe")
+    probe = pytest.importorskip("medmoe_edge.runtimes.ort.runtime", reason="needs the probe")
     assert probe.int8_arithmetic() == kind_here()

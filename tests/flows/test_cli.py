@@ -31,7 +31,7 @@ from medmoe_edge.errors import (
 from medmoe_edge.render import console as render
 
 VERBS = ["ask", "export", "calibrate", "init", "train", "data"]
-VERBS += ["eval", "verify", "bench", "inspect", "doctor", "plan"]
+VERBS += ["eval", "verify", "bench", "inspect", "doctor", "plan", "prove"]
 VERBS += ["classify", "locate", "index", "retrieve", "serve", "listen", "batch"]
 
 # --- Help --------------------------------------------------------------------------------------

@@ -136,6 +136,59 @@ def test_an_export_opens_and_hashes_the_checkpoint_once(
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_cut_export_is_calibrated_and_proven_on_its_own_modalities(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path
+) -> None:
+    made = med_moe.export(
+        tiny_checkpoint(),
+        tmp_path / "cut",
+        precision="fp32",
+        calibrate_on=questions,
+        samples=4,
+        modalities=("xray", "ct"),
+    )
+    assert made.verification is not None
+    assert made.verification.passed is not False
+    manifest = json.loads((tmp_path / "cut" / MANIFEST).read_text())
+    record = manifest["verification"]
+    assert record["data"]["name"].startswith("questions.jsonl, ct and xray alone, on which")
+    assert record["figures"]["questions"] == 2
+    assert manifest["calibration"]["samples"] == {"ct": 1, "xray": 1}
+    again = med_moe.verify(tmp_path / "cut", tiny_checkpoint(), questions, record=False)
+    assert again.passed is not False
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("sure", [True, False])
+def test_merging_is_gated_by_the_answers_of_experts_apart(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path, sure: bool
+) -> None:
+    source = read_checkpoint(tiny_checkpoint())
+    bias = torch.tensor([-100.0, -100.0, -100.0, 0.0] if sure else [0.0, 0.0, 0.0, 0.0])
+    folder, tokenizer = tmp_path / "model", source.folder / "tokenizer.json"
+    tensors = ((name, bias if name.endswith("router.bias") else t) for name, t in source)
+    write_checkpoint(folder, source.config, tensors, tokenizer_file=tokenizer)
+
+    def export() -> med_moe.Export:
+        return med_moe.export(
+            folder,
+            tmp_path / "merged",
+            precision="fp32",
+            calibrate_on=questions,
+            samples=4,
+            modalities=("xray",),
+            merge=True,
+        )
+
+    if sure:
+        assert export().bundle.exists()
+        return
+    with pytest.raises(VerificationError):
+        export()
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_failed_proof_leaves_no_bundle(
     tiny_checkpoint: Make, questions: str, tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,92 +9,20 @@ import pytest
 import torch
 from interpreted import interpret
 from torch import Tensor
-from torch.nn import functional
 from triton.runtime.interpreter import InterpreterBuilder
 
 from medmoe_edge.errors import ConfigError
 from medmoe_edge.kernels import launch
+from medmoe_edge.kernels.launch import EXPERTS, HALF_ERROR, error_of, random_layer, random_slots
 from medmoe_edge.kernels.variant import Kernel, Variant
 
 # Activations divide by 1 + exp(-u), which may be infinite: the quotient is then 0, as it should.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-EXPERTS = 4
 
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     interpret(monkeypatch)
-
-
-@dataclass
-class Layer:
-    """Experts as the kernels take them, and as dense float64 matrices."""
-
-    activation: str
-    first: list[list[Tensor]]
-    second: list[list[Tensor]]
-    dense: list[list[Tensor]]
-
-    def __call__(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """What the kernels should give."""
-        y = torch.zeros(x.shape, dtype=torch.float64)
-        for token, slot in itertools.product(range(len(x)), range(chosen.shape[1])):
-            gate, expert = gates[token, slot].double(), self.dense[int(chosen[token, slot])]
-            y[token] += gate * self.expert(x[token].double(), expert)
-        return y
-
-    def expert(self, x: Tensor, dense: list[Tensor]) -> Tensor:
-        if self.activation == "swiglu":
-            gate, up, down = dense
-            return (functional.silu(x @ gate) * (x @ up)) @ down
-        first, bias, second, last = dense
-        return functional.gelu(x @ first + bias, approximate="tanh") @ second + last
-
-    def to(self, device: str) -> "Layer":
-        first, second = (
-            [[part.to(device) for part in expert] for expert in experts]
-            for experts in (self.first, self.second)
-        )
-        return Layer(self.activation, first, second, self.dense)
-
-
-def random_layer(
-    activation: str, group: int | None, half: torch.dtype, width: int, hidden: int
-) -> Layer:
-    generator = torch.Generator().manual_seed(1)
-    layer = Layer(activation, [], [], [])
-
-    def matrix(rows: int, columns: int) -> tuple[list[Tensor], Tensor]:
-        if group is None:
-            integers = torch.randint(-127, 128, (rows, columns), generator=generator)
-            scale = torch.rand(columns, generator=generator) / 500 + 1e-3
-            return [integers.to(torch.int8), scale], integers.double() * scale.double()
-        integers = torch.randint(0, 16, (columns, rows), generator=generator)
-        scale = (torch.rand(columns, rows // group, generator=generator) / 50 + 1e-2).half()
-        packed = (integers[:, ::2] + 16 * integers[:, 1::2]).to(torch.uint8)
-        dense = (integers.double() - 8) * scale.double().repeat_interleave(group, 1)
-        return [packed.reshape(columns, rows // group, group // 2), scale], dense.T
-
-    for _ in range(EXPERTS):
-        matrices = [matrix(width, hidden) for _ in range(1 + (activation == "swiglu"))]
-        down, dense = matrix(hidden, width)
-        first, second = [part for stored, _ in matrices for part in stored], down
-        all_dense = [each for _, each in matrices] + [dense]
-        if activation == "gelu_tanh":
-            biases = [torch.randn(size, generator=generator).to(half) for size in (hidden, width)]
-            first, second = [*first, biases[0]], [*second, biases[1]]
-            all_dense = [all_dense[0], biases[0].double(), dense, biases[1].double()]
-        layer.first.append(first)
-        layer.second.append(second)
-        layer.dense.append(all_dense)
-    return layer
-
-
-def random_slots(tokens: int, slots: int) -> tuple[Tensor, Tensor]:
-    """Experts and gates; no token takes an expert twice."""
-    generator = torch.Generator().manual_seed(2)
-    ranks = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)
-    return ranks[:, :slots], torch.rand(tokens, slots, generator=generator)
 
 
 def relative(y: Tensor, expected: Tensor) -> float:
@@ -104,11 +31,10 @@ def relative(y: Tensor, expected: Tensor) -> float:
 
 # Group, D and F: no multiples of a tile where the format allows it, so that edges are masked.
 FORMATS = [(None, 72, 80), (32, 64, 96), (128, 128, 128)]
-HALVES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 USES = [("swiglu", 1, 2), ("swiglu", 21, 2), ("gelu_tanh", 1, 3), ("gelu_tanh", 33, 1)]
 VARIANTS = [
     pytest.param(use, sizes, half, id=f"{use[0]}-{use[1]}-{sizes[0]}-{half}")
-    for use, sizes, half in itertools.product(USES, FORMATS, HALVES)
+    for use, sizes, half in itertools.product(USES, FORMATS, HALF_ERROR)
 ]
 
 
@@ -125,15 +51,7 @@ def test_the_kernels_equal_float64(
         request.getfixturevalue("interpreter")
     activation, tokens, slots = use
     layer = random_layer(activation, sizes[0], half, *sizes[1:])
-    x = torch.randn(tokens, sizes[1], generator=torch.Generator().manual_seed(3)).to(half)
-    chosen, gates = random_slots(tokens, slots)
-    there = layer.to(device)
-    y = launch.feed_forward(
-        *(x.to(device), chosen.to(device), gates.to(device)),
-        *(there.first, there.second, activation),
-    )
-    assert y.dtype == half
-    assert 0 < relative(y, layer(x, chosen, gates)) < HALVES[half]
+    assert 0 < error_of(layer, tokens, slots, half, device) < HALF_ERROR[half]
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 70, 0), (64, 0, 1, 5), (65, 1, 0, 4), (0, 17, 47, 6)])

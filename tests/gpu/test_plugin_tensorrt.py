@@ -15,7 +15,7 @@ import pytest
 from tensorrt_stub import PLUGIN_VERSIONS, Build, DataType, bindings, stub
 from test_plugin_ahead_of_time import own_cache
 
-from medmoe_edge.errors import ConfigError, MissingDependencyError
+from medmoe_edge.errors import ConfigError, MissingDependencyError, ResourceError
 from medmoe_edge.kernels import tensorrt_plugin
 from medmoe_edge.kernels.tensorrt_plugin import register
 from medmoe_edge.kernels.variant import Kernel
@@ -144,3 +144,10 @@ def test_without_tensorrt_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependencyError, match=r"medmoe-edge\[tensorrt\]"):
         register("swiglu", EXPERTS, 87)
+
+
+def test_plugins_that_cannot_be_loaded_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))  # without its plugin part
+    with pytest.raises(ResourceError, match="its plugins cannot be loaded") as error:
+        register("swiglu", EXPERTS, 87)
+    assert "10.9" in error.value.remedy

@@ -20,14 +20,15 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Target
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import BundleError, ConfigError, InputError, ModelError, ResourceError
-from medmoe_edge.evaluation.targets import GraphRuntime
+from medmoe_edge.evaluation.targets import GraphRuntime, as_written
 from medmoe_edge.evaluation.verify import verify
 from medmoe_edge.export import targets
 from medmoe_edge.export.build import BuildOptions, export_bundle
+from medmoe_edge.export.gpus import build_memory
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.targets import export_target, inline, lower, plan_target
+from medmoe_edge.export.targets import export_target, lower, plan_target, write_graphs
 from medmoe_edge.pipeline.med_moe import export_for
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
+from medmoe_edge.runtimes.ort.runtime import OrtRuntime, open_session
 
 Make = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -163,6 +164,63 @@ def test_an_engines_graph_computes_the_same_in_half(
         assert np.array_equal(*(step.router_logits.argmax(-1) for step in steps))
 
 
+@pytest.mark.parametrize("version", ["10.3.0", "11.4.0"])
+def test_a_decoder_in_two_graphs_computes_the_same(
+    tiny_bundle: Make, tmp_path: Path, version: str
+) -> None:
+    bundle = Bundle.open(tiny_bundle("int8", "tiny"))
+    one = Target("tensorrt-rtx", "fp16", "sm89", version, 16, 16)
+    two = replace(one, engines=2)
+    assert (one.decoders, two.decoders) == (("decoder",), ("decoder.0", "decoder.1"))
+    assert [list(layers) for layers in replace(one, engines=2).layers(5)] == [[0, 1], [2, 3, 4]]
+    sessions = {}
+    for target in (one, two):
+        folder = tmp_path / str(target.engines)
+        folder.mkdir()
+        write_graphs(bundle, target, folder)
+        for name in target.decoders:
+            sessions[name] = open_session(folder / f"{name}.onnx", as_written())
+    embeds = np.random.default_rng(5).normal(0, 0.2, (1, 6, 64)).astype(np.float32)
+
+    def run(name: str, embeds: Any) -> dict[str, Any]:
+        session, feeds = sessions[name], {"embeds": embeds, "start": np.array([0])}
+        for value in session.get_inputs():
+            if value.name.startswith("past_"):
+                feeds[value.name] = np.zeros(value.shape, np.float16)
+        names = [value.name for value in session.get_outputs()]
+        return dict(zip(names, session.run(names, feeds), strict=True))
+
+    whole, first = run("decoder", embeds), run("decoder.0", embeds)
+    assert set(first) & {"logits", "hidden"} == {"hidden"}
+    second = run("decoder.1", first["hidden"])
+    assert difference(second["logits"], whole["logits"]) < 1e-3
+    routing = [part["router_logits"] for part in (first, second) if "router_logits" in part]
+    assert np.allclose(np.concatenate(routing, 2), whole["router_logits"], atol=1e-2)  # half
+    written = {name for part in (first, second) for name in part if name.startswith("present_")}
+    assert written == {name for name in whole if name.startswith("present_")}
+
+
+@needs_rtx
+def test_too_little_memory_for_one_engine_makes_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(bundle_path("nano"))
+    weights = bundle.path("decoder.data").stat().st_size
+    monkeypatch.setattr(targets, "available_memory", lambda: build_memory(weights) - 1)
+    target = plan_target(bundle, "tensorrt-rtx", gpu="sm89")
+    assert target.engines == 2
+    built = export_target(bundle, tmp_path / "out", target)
+    assert set(built) == {"vision", "decoder.0", "decoder.1"}
+    found = Bundle.open(tmp_path / "out")
+    assert found.target == target
+    sizes = [built[name].bytes for name in target.decoders]
+    assert weights < sum(sizes) < weights + 2 * KERNELS
+    assert max(sizes) < 0.7 * sum(sizes)
+    for available in (10**12, None):
+        monkeypatch.setattr(targets, "available_memory", lambda available=available: available)
+        assert plan_target(bundle, "tensorrt-rtx", gpu="sm89").engines == 1
+
+
 def decoder_graph(bundle: Bundle, target: Target) -> ir.Model:
     model = specification(bundle)
     lower(model, bundle.config, target)
@@ -182,11 +240,6 @@ def test_an_engines_graph_is_standard_onnx_with_its_integers(tiny_bundle: Make) 
     assert {(value.dtype, value.shape[2]) for value in caches if value.shape} == {
         (ir.DataType.BFLOAT16, 40)
     }
-
-
-def test_a_graph_without_functions_is_left_alone() -> None:
-    model = ir.Model(ir.Graph([], [], nodes=[], name="empty"), ir_version=10)
-    assert inline(model) == (model, False)
 
 
 # --- TensorRT for RTX ----------------------------------------------------------------------------

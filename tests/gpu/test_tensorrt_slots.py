@@ -38,7 +38,6 @@ from medmoe_edge.export.tensorrt_builder import parse
 from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.paging.pager import ExpertPager
 from medmoe_edge.runtimes.slots.slots import Chosen, Table
-from medmoe_edge.runtimes.tensorrt.device import CudaDevice
 from medmoe_edge.runtimes.tensorrt.runtime import PagedTensorRTRuntime
 
 Make = Callable[..., Path]
@@ -408,24 +407,3 @@ def test_bf16_weights_are_stored_in_bf16(tiny_bundle: Make, tmp_path: Path) -> N
     content = (tmp_path / FILE).read_bytes()[offset:][: kind["bytes"]]
     values = np.frombuffer(content, ml_dtypes.bfloat16).astype(np.float32)
     assert 0 < np.abs(values).max() < 10
-
-
-# --- on a GPU, which there was none of ---------------------------------------------------------
-
-
-@pytest.mark.gpu
-def test_a_paged_engine_computes_what_its_graph_says(tmp_path: Path) -> None:
-    device = CudaDevice("rtx")
-    portable = Bundle.open(bundle_path("nano"))
-    target = plan_target(portable, "tensorrt-rtx", gpu=device.sm, paged=True)
-    export_target(portable, tmp_path / "engines", target)
-    (tmp_path / "graphs").mkdir()
-    write_graphs(portable, replace(target, paged=False), tmp_path / "graphs")
-    vision, decoder = (tmp_path / "graphs" / f"{name}.onnx" for name in ("vision", "decoder"))
-    graph = run(GraphRuntime(portable, vision, decoder), STEPS)
-    bundle = Bundle.open(tmp_path / "engines")
-    for budget in ("100%", "50%"):
-        runtime = Recorded(bundle, budget, device=device)
-        for found, wanted in zip(run(runtime, STEPS), graph, strict=True):
-            bound = 2e-2 * np.abs(wanted.logits).max()
-            np.testing.assert_allclose(found.logits, wanted.logits, atol=bound)

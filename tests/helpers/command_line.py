@@ -41,7 +41,7 @@ class FakeEngine:
     """
 
     expert_names = ("mri", "ct", "pathology", "xray")
-    proven = None
+    proven = fitted = None
     blind = "Yes"
     memory = None
 

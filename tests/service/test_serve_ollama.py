@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from serving import StandIn, app_over, client_of, png
 from starlette.testclient import TestClient
 
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.engine.answer import Answer
+from medmoe_edge.errors import Notice
 
 IMAGE = base64.b64encode(png(20, 10)).decode()
 TURN = {"role": "user", "content": "Is there effusion?", "images": [IMAGE]}
@@ -46,6 +49,28 @@ def test_answers_come_line_by_line_unless_all_at_once_is_asked_for(client: TestC
     assert whole["message"] == {"role": "assistant", "content": "No effusion is seen"}
     assert whole["prompt_eval_count"] == 3
     assert whole["medmoe"]["notice"] == NOTICE
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unsure_answer_is_called_so(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    engine, notice = StandIn(), Notice("not_a_scan", "It is a cat.")
+    asked = engine.ask_stream
+
+    def doubtful(*given: Any, **options: Any) -> Iterator[str | Answer]:
+        for item in asked(*given, **options):
+            known = isinstance(item, Answer)
+            yield replace(item, unsure=True, warnings=(notice,)) if known else item  # type: ignore[type-var]
+
+    monkeypatch.setattr(engine, "ask_stream", doubtful)
+    with client_of(app_over(engine)) as client:
+        lines = [json.loads(line) for line in ask(client, stream=stream).text.splitlines()]
+    told = "".join(line["message"]["content"] for line in lines)
+    if stream:
+        doubt = "Unsure: this is a best guess. It is a cat."
+        assert told == f"No effusion is seen\n\n{doubt}"
+    else:
+        assert told == "It is a cat. Unsure. Best guess: No effusion is seen"
+    assert lines[-1]["medmoe"]["unsure"] is True
 
 
 def test_options_have_their_effect_or_are_said_to_have_none(client: TestClient) -> None:

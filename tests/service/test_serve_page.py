@@ -5,7 +5,6 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import httpx
 import numpy as np

@@ -14,9 +14,8 @@ SHA256 = "ab" * 32
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files of ten bytes are large, and none is too new to be trusted."""
+    """No file is too new to be trusted."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(trust, "LARGE", 10)
     monkeypatch.setattr(trust, "SETTLED", 0)
     return tmp_path / "cache"
 
@@ -75,13 +74,6 @@ def test_a_file_just_written_is_not_trusted(path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(trust, "SETTLED", 10**15)
     remember_intact(path, SHA256)
     assert not was_intact(path, SHA256)
-
-
-def test_a_small_file_leaves_no_record(path: Path, cache: Path) -> None:
-    path.write_bytes(bytes(9))
-    remember_intact(path, SHA256)
-    assert not was_intact(path, SHA256)
-    assert not cache.exists()
 
 
 def test_a_damaged_record_is_none(path: Path, cache: Path) -> None:

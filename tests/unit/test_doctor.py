@@ -28,7 +28,7 @@ from medmoe_edge.device.doctor import (
 )
 from medmoe_edge.device.hardware import Gpu, Gpus, find_gpus, too_old
 from medmoe_edge.export.jetson import Jetson, ask_power_mode
-from medmoe_edge.runtimes.arithmetic import int8_arithmetic
+from medmoe_edge.runtimes.ort.runtime import int8_arithmetic
 
 ROOT = Path(__file__).parents[2]
 ORIN = Jetson("Jetson AGX Orin", "39.2", "MAXN", "7.2.2", "11.4.1")

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from medmoe_edge.data.datasets import Example, Finding
 from medmoe_edge.errors import DataError, Notice
+from medmoe_edge.evaluation.confidence import RefusalFit
 from medmoe_edge.evaluation.evaluate import Prediction
 from medmoe_edge.evaluation.findings import (
     FLAGSHIP,
+    Paraphrased,
+    Versions,
     area_under_curve,
     ask_flagship,
     evaluate_findings,
@@ -26,7 +29,9 @@ from medmoe_edge.evaluation.findings import (
     score_no_scans,
 )
 from medmoe_edge.evaluation.metrics import Share
+from medmoe_edge.families import AnswerScores
 from medmoe_edge.image.pixels import Image
+from medmoe_edge.render.verification import show_seen
 
 
 @dataclass
@@ -207,3 +212,31 @@ def test_paraphrases(tmp_path: Path) -> None:
 def test_the_key_of_a_question() -> None:
     """As `printf "Is there effusion?" | sha256sum` has it."""
     assert question_key("Is there effusion?") == "2b2d6300577344dc"
+
+
+def test_all_of_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine(lambda name, _: yes(0.9 if name.isdigit() and int(name) < 10 else 0.1))
+    scores = AnswerScores(
+        None,
+        0,
+        findings=evaluate_findings(engine, FILMS),
+        no_scans=score_no_scans([picture("cat", "photo")], [FakeAnswer("No")], [FakeAnswer("No")]),
+        languages={"de": Versions(4, Share.of(2, 4), Share.of(1, 4), Share.of(1, 4), {"Ist?": 1})},
+        paraphrases={"all": Paraphrased(10, 20, 0.8, 0.75, 0.05, (-0.01, 0.1))},
+        refusals={"not_a_scan": RefusalFit(0.25, Share.of(1, 100), Share.of(9, 10))},
+    )
+    show_seen(scores)
+    shown = capsys.readouterr().out
+    for told in (
+        "pleural effusion",
+        "1.00",
+        "0 of 1 (0.0%) pictures that are none",
+        "not a scan: from 0.25 on. It flags 9 of 10 (90.0%) that it is meant for, 1 of 100 (1.0%)",
+        "In de: 2 of 4 (50.0%) answered as in English, 1 of 4 (25.0%) marked as unsure",
+        "In other words, all: 80.0% of 10 right become 75.0%: 5.0 points lost (-1.0 to 10.0)",
+    ):
+        assert told in shown
+    told_json = json.loads(json.dumps(scores.to_json(), allow_nan=False))
+    assert told_json["findings"][0]["finding"] == EFFUSION
+    assert told_json["no_scans"]["missed"] == {"photo": 1}
+    assert told_json["refusals"]["not_a_scan"]["usual"] == {"share": 0.01, "count": 1, "total": 100}

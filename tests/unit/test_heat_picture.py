@@ -14,6 +14,7 @@ from medmoe_edge.contrastive import heatmap as modality_legend
 from medmoe_edge.contrastive.features import Location, Reading
 from medmoe_edge.contrastive.heatmap import (
     COLOURS,
+    NO_FINDING,
     colours,
     font_for,
     heat_picture,
@@ -126,7 +127,7 @@ def test_the_legend_names_phrase_scale_similarity_and_notice(
     assert said[2] == "liver"
     assert "0.25" in said[3]
     assert said[4] == "Image read as ct 90%."
-    assert " ".join(said[5:]) == NOTICE
+    assert " ".join(said[5:]) == f"{NO_FINDING} {NOTICE}"
 
 
 def test_the_legend_warns_of_an_unfamiliar_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from typing import Protocol
 from pydicom import Dataset, dcmread, dcmwrite
 
 from medmoe_edge.bedside.audit.log import AuditLog
-from medmoe_edge.bedside.listen.config import Configuration, Document
+from medmoe_edge.bedside.listen.config import Configuration, Destination, Document
 from medmoe_edge.bedside.listen.evidence import Evidence, Result, coded, together
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.report_sr import (
@@ -319,8 +319,9 @@ class Answering:
                     others=sources,
                     of=selection.of,
                     settings=self._settings(),
-                    coded=finding
-                    and coded(finding, answer, certainty, agreed=agreed, is_whole=is_whole),
+                    coded=None
+                    if finding is None
+                    else coded(finding, answer, certainty, agreed=agreed, is_whole=is_whole),
                 )
             )
         return found
@@ -475,9 +476,10 @@ class Answering:
 
     def _deliveries(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
         settings = self.configuration
+        pictures_and_reports: list[Destination] = [*settings.dicom, *settings.stow]
         for name in names:
             if name.endswith(".dcm"):
-                yield from ((name, each.name) for each in (*settings.dicom, *settings.stow))
+                yield from ((name, each.name) for each in pictures_and_reports)
             if name.endswith(".hl7"):
                 yield from ((name, each.name) for each in settings.hl7)
             for server in settings.fhir:

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Protocol
 
 import requests
@@ -18,10 +19,10 @@ from pynetdicom import evt
 from pynetdicom.association import Association
 from pynetdicom.events import Event
 from pynetdicom.presentation import build_role
-from pynetdicom.sop_class import (
-    StudyRootQueryRetrieveInformationModelFind,  # type: ignore[attr-defined]
-    StudyRootQueryRetrieveInformationModelGet,  # type: ignore[attr-defined]
-    StudyRootQueryRetrieveInformationModelMove,  # type: ignore[attr-defined]
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]
+    StudyRootQueryRetrieveInformationModelFind,
+    StudyRootQueryRetrieveInformationModelGet,
+    StudyRootQueryRetrieveInformationModelMove,
 )
 from pynetdicom.status import code_to_category
 
@@ -34,7 +35,7 @@ from medmoe_edge.bedside.listen.receiving import (
     transfer_syntaxes,
 )
 from medmoe_edge.bedside.listen.schema import Request
-from medmoe_edge.bedside.listen.sending import associated, web_client
+from medmoe_edge.bedside.listen.sending import Context, associated, web_client
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 log = logging.getLogger(__name__)
@@ -189,10 +190,11 @@ class DicomFinder:
         if model == MOVE:
             return associated(self.source, self.ae_title, [(MOVE, PLAIN)])
         classes = classes_with_pixels()[:MOST_CLASSES]
+        storage: list[Context] = [(uid, transfer_syntaxes()) for uid in classes]
         return associated(
             self.source,
             self.ae_title,
-            [(GET, PLAIN), *((uid, transfer_syntaxes()) for uid in classes)],
+            [(GET, PLAIN), *storage],
             handlers=[(evt.EVT_C_STORE, self._store)],
             ext_neg=[build_role(uid, scp_role=True) for uid in classes],
         )
@@ -224,7 +226,7 @@ class WebFinder:
                 buffer = io.BytesIO()
                 dcmwrite(buffer, dataset, enforce_file_format=True)
                 data = buffer.getvalue()
-                self.receiving.judged(lambda data=data: self.receiving.receive(data, "DICOMweb"))
+                self.receiving.judged(partial(self.receiving.receive, data, "DICOMweb"))
 
 
 @contextlib.contextmanager

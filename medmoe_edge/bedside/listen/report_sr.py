@@ -303,13 +303,15 @@ def _entry(source: Evidence) -> ImageContentItem:
         relationship_type=CONTAINS,
     )
     entry.ContentSequence = ContentSequence(
-        NumContentItem(
-            name, float(source.header[keyword].value), pixels, relationship_type=ACQUIRED
-        )
-        for name, keyword in (
-            (codes.DCM.PixelDataRows, "Rows"),
-            (codes.DCM.PixelDataColumns, "Columns"),
-        )
+        [
+            NumContentItem(
+                name, float(source.header[keyword].value), pixels, relationship_type=ACQUIRED
+            )
+            for name, keyword in (
+                (codes.DCM.PixelDataRows, "Rows"),
+                (codes.DCM.PixelDataColumns, "Columns"),
+            )
+        ]
     )
     return entry
 

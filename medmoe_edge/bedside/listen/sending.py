@@ -36,9 +36,9 @@ from pynetdicom import evt
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.association import Association
 from pynetdicom.events import Event, EventHandlerType
-from pynetdicom.sop_class import (
-    StorageCommitmentPushModel,  # type: ignore[attr-defined]
-    StorageCommitmentPushModelInstance,  # type: ignore[attr-defined]
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]
+    StorageCommitmentPushModel,
+    StorageCommitmentPushModelInstance,
 )
 from pynetdicom.status import code_to_category
 
@@ -55,6 +55,7 @@ from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.errors import ResourceError
 
 log = logging.getLogger(__name__)
+Context = tuple[str, Sequence[str]]  # a class, and the transfer syntaxes that are offered for it
 TIMEOUT = 30.0  # seconds
 CLASSES = (
     *(Comprehensive3DSRStorage, BasicTextSRStorage, KeyObjectSelectionDocumentStorage),
@@ -130,9 +131,9 @@ class Sending:
             )
         return self._association
 
-    def _contexts(self, node: DicomDestination) -> list[tuple[str, Sequence[UID]]]:
+    def _contexts(self, node: DicomDestination) -> Sequence[Context]:
         """Each syntax for itself, so that the node need not choose."""
-        found = [(uid, [syntax]) for uid in CLASSES for syntax in UNCOMPRESSED]
+        found: list[Context] = [(uid, [syntax]) for uid in CLASSES for syntax in UNCOMPRESSED]
         if node.commitment:
             found.append((StorageCommitmentPushModel, UNCOMPRESSED))
         return found
@@ -197,7 +198,7 @@ def commitment_handlers(queue: Queue) -> list[EventHandlerType]:
         told = event.event_information
         asked = str(told.get("TransactionUID", ""))
         for keyword, state in (("ReferencedSOPSequence", "kept"), ("FailedSOPSequence", "failed")):
-            items = told.get(keyword) or ()
+            items = told.get(keyword) or []
             uids = [str(item.get("ReferencedSOPInstanceUID", "")) for item in items]
             queue.commit(asked, uids, state)
             if state == "failed" and uids:
@@ -230,7 +231,7 @@ def converted(dataset: Dataset, syntax: UID) -> Dataset:
 def associated(
     node: DicomDestination | DicomSource,
     ae_title: str,
-    contexts: Sequence[tuple[str, Sequence[UID]]],
+    contexts: Sequence[Context],
     handlers: Sequence[EventHandlerType] = (),
     **options: Any,
 ) -> Association:
@@ -343,6 +344,7 @@ async def _exchange(message: bytes, receiver: Hl7Destination) -> str:
     try:
         writer.writeblock(message)
         await writer.drain()
-        return (await reader.readblock()).decode("utf-8", "replace")
+        block: bytes = await reader.readblock()
+        return block.decode("utf-8", "replace")
     finally:
         writer.close()

@@ -68,11 +68,12 @@ export class Entry {
       this.#part(".doubt").textContent = unsure ? words(found.answer ? "guess" : "unsure") : "";
       this.#part(".text").textContent = found.answer || words("no.answer");
       this.#done(stopped ? words(`stopped.${stopped}`) : "");
-      this.#summary(words("own.probability", { share: percent(found.confidence) }), seconds(timings.total));
+      const calibrated = found.confidence_kind === "calibrated";
+      this.#summary(words(calibrated ? "own.chance" : "own.probability", { share: percent(found.confidence) }), seconds(timings.total));
       this.#shares(words("experts"), found.experts, found.modality);
       const time = { first: seconds(timings.first_token), tokens: timings.tokens, total: seconds(timings.total) };
       this.#facts({
-        [words("probability")]: words("probability.what"),
+        [words("probability")]: words(calibrated ? "chance.what" : "probability.what"),
         [words("read.as")]: found.modality ? named(found.modality) : words("read.not"),
         [words("choices")]: Object.entries(found.probabilities ?? {})
           .map(([choice, share]) => `${choice} ${percent(share)}`)

@@ -267,6 +267,14 @@ export const TEXTS = {
   "ask.again": ["Ask again.", "Noch einmal fragen.", "Demandez à nouveau.", "Pregunte de nuevo.", "请重新提问。"],
   "try.again": ["Try again", "Noch einmal", "Réessayer", "Reintentar", "重试"],
   "own.probability": ["Own probability {share}", "Eigene Wahrscheinlichkeit {share}", "Probabilité propre {share}", "Probabilidad propia {share}", "自身概率 {share}"],
+  "own.chance": ["Chance to be right {share}", "Chance, richtig zu sein: {share}", "Chance d’être juste {share}", "Posibilidad de acierto {share}", "正确的可能性 {share}"],
+  "chance.what": [
+    "That the answer is right, as fitted on questions with known answers; on other images it may differ.",
+    "Dass die Antwort stimmt, angepasst an Fragen mit bekannten Antworten; bei anderen Bildern kann sie abweichen.",
+    "Que la réponse soit juste, ajustée sur des questions aux réponses connues ; elle peut différer sur d’autres images.",
+    "De que la respuesta sea correcta, ajustada con preguntas de respuesta conocida; en otras imágenes puede diferir.",
+    "答案正确的可能性，依据已知答案的问题拟合；对其他图像可能不同。",
+  ],
   over: ["over {share}", "über {share}", "plus de {share}", "más de {share}", "超过 {share}"],
   under: ["under {share}", "unter {share}", "moins de {share}", "menos de {share}", "低于 {share}"],
   experts: ["Experts", "Experten", "Experts", "Expertos", "专家"],
@@ -414,6 +422,13 @@ export const TEXTS = {
     "Le modèle commençait à se répéter : sa réponse s’arrête avant.",
     "El modelo empezó a repetirse: su respuesta termina antes.",
     "模型开始重复：答案在此之前结束。",
+  ],
+  "warning.unsure": [
+    "The model is unsure of this answer: it is often wrong with this confidence.",
+    "Das Modell ist sich dieser Antwort nicht sicher: Mit dieser Zuversicht irrt es oft.",
+    "Le modèle n’est pas sûr de cette réponse : avec cette confiance, il se trompe souvent.",
+    "El modelo no está seguro de esta respuesta: con esta confianza se equivoca a menudo.",
+    "模型对此答案没有把握：在这种置信度下常常出错。",
   ],
   "warning.no_contrast": [
     "The picture has no contrast: little or nothing is seen in it.",
