@@ -340,7 +340,7 @@ def decoder_profiles(
 
 
 def _check_paged(bundle: Bundle, name: TargetName) -> None:
-    if bundle.config.moe is None:
+    if bundle.config.moe is None or bundle.config.moe.merged:
         raise InputError(f"{bundle.name} has no experts to page.", "Leave --paged out.")
     if name == "tensorrt":
         raise InputError(

@@ -174,21 +174,22 @@ def directions(bundle: Bundle) -> Floats:
     """For each expert, what adds to its score in all layers' routers at once; `[E, D]`."""
     config = bundle.config
     assert config.moe is not None
-    experts, parallel = config.moe.num_experts, config.decoder.parallel
+    rows, parallel = config.moe.router_rows, config.decoder.parallel
     weights = {
         name: array
         for name, array in float_weights(bundle.path("decoder.onnx"))
         if name.endswith(("ffn.router.weight", "norm.weight"))
     }
-    total: Doubles = np.zeros((experts, config.decoder.hidden_size))
+    total: Doubles = np.zeros((rows, config.decoder.hidden_size))
     for layer in config.moe_layers:
         own = f"decoder.layers.{layer}."
-        router = weights[f"{own}ffn.router.weight"].reshape(-1, experts)  # [D, E]
+        router = weights[f"{own}ffn.router.weight"].reshape(-1, rows)  # [D, R]
         norm = weights[f"{own}{'input' if parallel else 'post'}_norm.weight"]  # [D]
         scored = (norm[:, None] * (router - router.mean(-1, keepdims=True))).T
         total += scored / np.linalg.norm(scored, axis=-1, keepdims=True)
     scale = STRENGTH / np.sqrt(np.square(total).mean(-1, keepdims=True))
-    return np.asarray(total * scale, np.float32)
+    scaled = np.asarray(total * scale, np.float32)
+    return scaled if config.moe.own_rows is None else scaled[list(config.moe.own_rows)]
 
 
 def _engine(bundle: Bundle, budget: int | None, prefetch: bool, asking: Asking) -> Engine:

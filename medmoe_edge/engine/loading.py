@@ -310,8 +310,7 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
 
 def _no_room(bundle: Bundle, least: int, free: int) -> ResourceError:
     return ResourceError(
-        f"{bundle.name} takes at least {shown_bytes(least)} of memory, and {shown_bytes(free)} "
-        "are free.",
+        f"{bundle.name} takes at least {least:,} bytes of memory, and {free:,} are free.",
         f"Free {shown_bytes(least - free)}, or export the model smaller: --int4.",
     )
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_engine import random_image
 
+from medmoe_edge.bench.routing import directions
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import (
     Checkpoint,
@@ -160,6 +161,7 @@ def test_the_cut_bundle_answers_as_the_whole_one(
         "modalities": ["mri", "pathology"],
         "merged": False,
     }
+    np.testing.assert_array_equal(directions(cut), directions(whole)[[1, 3]])  # as bench asks
     assert cut.manifest["source"] == whole.manifest["source"]
     assert "left_out" not in whole.manifest
 
