@@ -124,8 +124,9 @@ def write_for(model: ir.Model, parser: Parser, decoder: DecoderConfig | None = N
         model.functions[key] = attention_function(decoder, parser)
     graph = model.graph
     opset = min(parser.opset, graph.opset_imports[""])
-    for scope in (graph, *model.functions.values()):
-        scope.opset_imports[""] = opset
+    graph.opset_imports[""] = opset
+    for function in model.functions.values():
+        function.opset_imports[""] = opset
     model.ir_version = IR_VERSION if opset > 20 else 9  # the newest that goes with ONNX 1.15
     InlinePass()(model)
     if "Gelu" not in parser.operators:
@@ -152,7 +153,7 @@ def attention_function(decoder: DecoderConfig, parser: Parser) -> ir.Function:
     ]
     mask = build.op("Unsqueeze", visible(build, caches[0], steps), build.constant([0, 1]))
     attend = _attention if "Attention" in parser.operators else _attention_by_hand
-    y = merged(build, attend(build, query, *caches, mask, decoder))
+    y = merged(build, attend(build, query, caches[0], caches[1], mask, decoder))
     graph = ir.Graph(
         list(values.values()),
         [y, *caches],

@@ -186,7 +186,7 @@ def available_memory(system: Path = SYSTEM) -> int | None:
     kernel = re.search(r"^MemAvailable:\s*(\d+) kB", _text(system / MEMORY_INFO), re.MULTILINE)
     if kernel is None:
         return None
-    return max(min(int(kernel[1]) * 1024, *_left_by_groups(system)), 0)
+    return int(max(min(int(kernel[1]) * 1024, *_left_by_groups(system)), 0))
 
 
 def _left_by_groups(system: Path) -> Iterator[float]:

@@ -151,12 +151,18 @@ class Checkpoint:
         """SHA-256 of `config.json` and every weight file by name; read once, with `sha256`."""
         return self._hashes.files
 
+    @property
+    def stored(self) -> dict[str, StoredTensor]:
+        """The parameters that lie in files as they are, by name: all but merged ones."""
+        return {
+            name: tensor for name, tensor in self.names.items() if isinstance(tensor, StoredTensor)
+        }
+
     @functools.cached_property
     def _hashes(self) -> Hashes:
         if self.whole is not None:
             return self.whole._hashes
-        stored = self.names.values()
-        shards = {tensor.file for tensor in stored if isinstance(tensor, StoredTensor)}
+        shards = {tensor.file for tensor in self.stored.values()}
         return files_sha256(shards | {self.folder / "config.json"})
 
 

@@ -393,8 +393,10 @@ _ONNX = (("onnx", "onnx", "export"), ("onnx_ir", "onnx-ir", "export"))
 _TORCH = (("torch", "torch", "export"), *_ONNX)
 PATHS = (
     Path(
-        *("kernels", "the experts' kernels against float64"),
-        *((("torch", "torch", "export"), ("triton", "triton", "plugin")), _kernels),
+        "kernels",
+        "the experts' kernels against float64",
+        (("torch", "torch", "export"), ("triton", "triton", "plugin")),
+        _kernels,
         "Triton's interpreter",
     ),
     Path("torch", "PyTorch, all experts in memory", _TORCH, _torch, "PyTorch on the CPU, fp32"),
@@ -407,8 +409,11 @@ PATHS = (
         "the same graph in ONNX Runtime on the CPU",
     ),
     Path(
-        *("onnxruntime-cuda-paged", "ONNX Runtime on CUDA, half of the experts in memory"),
-        *(_TORCH, _ort_cuda_paged, ""),
+        "onnxruntime-cuda-paged",
+        "ONNX Runtime on CUDA, half of the experts in memory",
+        _TORCH,
+        _ort_cuda_paged,
+        "",
     ),
     Path(
         *("engine", "TensorRT: build, load, compare, replay", _ONNX, _engine),

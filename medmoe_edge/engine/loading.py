@@ -227,13 +227,14 @@ def open_model(
     is_bundle = (folder / MANIFEST).exists()
     if is_bundle or runtime in ("onnxruntime", "tensorrt"):
         memory = None
-        if paging.budget is not None:
+        budget = paging.budget
+        if budget is not None:
             unchecked = Bundle.open(folder, verify=False)
-            if is_auto(paging.budget):
+            if is_auto(budget):
                 memory = _choose_memory(unchecked, runtime, device)
                 paging = Paging(memory.budget, paging.drop_pages and memory.budget is not None)
             else:
-                _check_budget(unchecked, paging.budget)
+                _check_budget(unchecked, budget)
         bundle = Bundle.open(folder)
         if keeps_prefixes and bundle.target.is_engine:
             raise InputError(

@@ -308,7 +308,8 @@ def compare(
             "The two models are of different make.", "Compare a model with its own checkpoint."
         )
     reader = Reader(candidate, recording.tokenizer, recording.max_new_tokens)
-    seen, said, routes = [], [], []
+    seen, said = [], []
+    routes: list[Routed] = []
     moe = recording.config.moe
     for done, (image, group) in enumerate(recording.examples.items(), start=1):
         ids = [recording.tokenizer.question_ids(example.question) for example in group]

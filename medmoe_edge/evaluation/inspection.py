@@ -117,7 +117,7 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
     checkpoint = read_checkpoint(path, vision_tower=vision_tower)
-    stored = [*checkpoint.names.values(), *checkpoint.twins.values()]
+    stored = [*checkpoint.stored.values(), *checkpoint.twins.values()]
     files = {file.name: file.stat().st_size for file in sorted({tensor.file for tensor in stored})}
     return Inspection(
         kind="checkpoint",

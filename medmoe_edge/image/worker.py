@@ -381,7 +381,7 @@ def _source(requests: IO[bytes], request: dict[str, Any]) -> Iterator[Path]:
 
 def _nameless(ending: contextlib.ExitStack, process: int | str) -> tuple[IO[bytes], Path]:
     """A file that `process` holds open until the end, and the path of it."""
-    if sys.platform == "linux":
+    if hasattr(os, "memfd_create"):  # Linux
         file = ending.enter_context(os.fdopen(os.memfd_create("image"), "wb"))
         return file, Path(f"/proc/{process}/fd/{file.fileno()}")
     path = Path(ending.enter_context(tempfile.TemporaryDirectory()), "image")

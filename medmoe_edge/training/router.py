@@ -366,8 +366,9 @@ def _write(
     config = read_json(read.folder / "config.json")
     if names:
         config["medmoe_edge"] = {**config.get("medmoe_edge", {}), "expert_names": list(names)}
-    changed = {read.names[name].key: name for name in read.names if is_router(name)}
-    shards = {read.names[name].file for name in changed.values()}
+    stored = read.stored
+    changed = {stored[name].key: name for name in stored if is_router(name)}
+    shards = {stored[name].file for name in changed.values()}
     with atomic_folder(target, force=force, marker="config.json") as folder:
         for file in _files(read.folder):
             copy = folder / file.relative_to(read.folder)

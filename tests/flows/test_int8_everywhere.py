@@ -22,8 +22,8 @@ from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.export import build
 from medmoe_edge.export.plan import HEAD
-from medmoe_edge.runtimes import arithmetic
 from medmoe_edge.runtimes.base import Warns
+from medmoe_edge.runtimes.ort import runtime as arithmetic
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 Make = Callable[..., Path]

@@ -12,6 +12,7 @@ from command_line import Run
 from medmoe_edge.device import prove
 from medmoe_edge.device.prove import NO_DEVICE, PATHS, Fault, check, cuda_devices
 from medmoe_edge.errors import MissingDependencyError, ResourceError
+from medmoe_edge.export.decoder import heads
 from medmoe_edge.export.passes import tensorrt_parser
 from medmoe_edge.kernels import launch
 from medmoe_edge.render.bench import proof_page
@@ -77,7 +78,7 @@ def slightly_large(feed_forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def not_turned(build: Any, values: Any, name: str, steps: Any, decoder: Any) -> Any:
     """Heads of q or k without their positions."""
-    return tensorrt_parser.heads(build, values[name], decoder)
+    return heads(build, values[name], decoder)
 
 
 @pytest.mark.parametrize(

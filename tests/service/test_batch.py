@@ -150,7 +150,12 @@ def test_an_unsure_answer_is_called_so_in_table_and_audit_log(
     engine: StandIn, scans: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notice = Notice("repetition", "The model began to repeat itself.")
-    doubtful = {"unsure": True, "complete": False, "stopped": "repetition", "warnings": (notice,)}
+    doubtful: dict[str, Any] = {
+        "unsure": True,
+        "complete": False,
+        "stopped": "repetition",
+        "warnings": (notice,),
+    }
     asked = engine.ask_all
     monkeypatch.setattr(
         engine, "ask_all", lambda *a, **b: [replace(each, **doubtful) for each in asked(*a, **b)]

@@ -47,6 +47,7 @@ def layer(kind: str, options: dict[str, Any], **sizes: int) -> Any:
     config = moe_config(kind, **sizes, **options)
     moe = moe_layer(config)
     with torch.no_grad():
+        assert moe.meta is not None
         meta = dict(moe.meta.named_parameters())
         for expert in moe.experts:
             for name, parameter in expert.named_parameters():

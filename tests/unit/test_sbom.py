@@ -30,8 +30,8 @@ def test_every_locked_package_is_named_with_its_hashes(sbom: dict[str, Any]) -> 
     named = {}
     for each in packages:
         references = each.get("externalReferences", ())
-        hashes = {found["content"] for part in references for found in part.get("hashes", ())}
-        named[each["name"], each["version"]] = hashes
+        contents = {found["content"] for part in references for found in part.get("hashes", ())}
+        named[each["name"], each["version"]] = contents
     for entry, hashes in entries():
         known = named[entry.name, str(entry.specifier).removeprefix("==")]
         assert known == {one.strip().removeprefix("sha256:") for one in hashes}, entry.name

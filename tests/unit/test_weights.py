@@ -38,7 +38,7 @@ def test_blocks_hold_the_same_numbers(
     checkpoint = read_checkpoint(tiny_checkpoint())
     assert checkpoint.shared_router
     if twins:
-        checkpoint = dataclasses.replace(checkpoint, twins={name: checkpoint.names[name]})
+        checkpoint = dataclasses.replace(checkpoint, twins={name: checkpoint.stored[name]})
     rows, columns = checkpoint.names[name].shape
     by_row, by_column = np.exp(normal(rows)), np.exp(normal(columns, seed=1))
     factors = {name: Factors(by_row, by_column)} if folded else None

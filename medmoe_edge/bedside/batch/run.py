@@ -182,8 +182,10 @@ def _csv(file: IO[bytes], about: dict[str, str]) -> Iterator[Write]:
 def _rows(items: Sequence[Item], journal: Journal) -> Iterator[Row]:
     for number, rows in journal.results():
         item = items[number]
-        series = {"slices": [shown(name) for name, _ in item.slices] or None}
-        series["slices_of"] = item.of if item.slices else None
+        series = {
+            "slices": [shown(name) for name, _ in item.slices] or None,
+            "slices_of": item.of if item.slices else None,
+        }
         for place, row in enumerate(rows):
             image = {"image_number": number, "question_number": place, **row, **series}
             yield image | {"image": shown(row.get("image", item.image))}
