@@ -102,7 +102,7 @@ def test_slices_vote(engine: Reading, archive: Path) -> None:
     assert rows[0]["answer"] == str(most)
     assert json.loads(rows[0]["slices"]) == [f"{place}.dcm" for place in range(7)]
     assert said[int(rows[0]["image"][0])] == most
-    assert "4 of 7 slices gave this answer" in rows[0]["warnings"]
+    assert "4 of 7 pictures gave this answer" in rows[0]["warnings"]
     single = answer_to(QUESTION).timings.total
     assert float(rows[0]["seconds"]) == pytest.approx(7 * single)
 
