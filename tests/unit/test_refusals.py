@@ -16,14 +16,14 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
 from medmoe_edge.config import ModelConfig, Refusal, RefusalCode
 from medmoe_edge.data.datasets import Example
-from medmoe_edge.engine.answer import YES_NO, Answer, Piece, is_yes_or_no
+from medmoe_edge.engine.answer import YES_NO, Answer, Draft, Piece, doubts, is_yes_or_no
 from medmoe_edge.engine.engine import Engine, load
 from medmoe_edge.errors import ConfigError, InputError, ModelError
 from medmoe_edge.evaluation.fidelity import compare, record
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import (
-    AT_LIMIT,
+    AT_END,
     COPIES,
     LONGEST,
     REPEATED,
@@ -331,14 +331,14 @@ def test_every_loop_is_ended_after_its_first_copy(
 @given(st.lists(st.integers(1, 9), max_size=60), st.integers(1, 80))
 def test_an_answer_without_a_loop_is_told_whole(said: list[int], limit: int) -> None:
     told, stopped, _ = decoded([*said, END], limit)
-    ends = {"end"} if len(said) < limit else {"length", "repetition"}
+    ends = {"end" if len(said) < limit else "length", "repetition"}
     cut = said[:limit]
     if not any(_naive_loop(cut[:count], REPEATED) for count in range(len(cut) + 1)):
         assert stopped in ends
         if stopped != "repetition":
             assert told == cut
         else:
-            assert _naive_loop(cut, AT_LIMIT)
+            assert _naive_loop(cut, AT_END)
     assert decoded([*said, END], limit, allow_repetition=True)[0] == cut
 
 
@@ -354,7 +354,7 @@ def _naive_loop(tokens: list[int], enough: int) -> bool:
     return False
 
 
-@given(st.lists(st.integers(1, 2), max_size=40), st.sampled_from([AT_LIMIT, REPEATED]))
+@given(st.lists(st.integers(1, 2), max_size=40), st.sampled_from([AT_END, REPEATED]))
 def test_loops_against_their_definition(tokens: list[int], enough: int) -> None:
     assert (looping(tokens, enough) > 0) == _naive_loop(tokens, enough)
 
@@ -366,14 +366,45 @@ NUMBERED = [part for number in range(1, 30) for part in (100 + number, 10, 11, 1
     "said",
     [
         [5, 6, 5],  # no, no
-        [5, 6] * 5,  # no, no, no, no, no
-        [5] * REPEATED,  # a row of dashes
+        [5, 6] * 4,  # no, no, no, no
+        [5] * AT_END,  # a row of dashes
         NUMBERED,  # 1. no effusion 2. no effusion ...
         [*range(20, 50), *range(20, 50)],  # a sentence, said twice
     ],
 )
 def test_what_people_write_is_no_loop(said: list[int]) -> None:
     assert decoded([*said, END], 400) == (said, "end", len(said) + 1)
+
+
+@pytest.mark.parametrize("before", [[], [1, 2]])
+@pytest.mark.parametrize(
+    ("piece", "copies"), [([5], 9), ([5, 6], 7), ([5, 6], 8), ([5, 6, 7], 4), ([5, 6, 7, 8], 3)]
+)
+def test_a_loop_that_ends_itself_is_one(before: list[int], piece: list[int], copies: int) -> None:
+    """An end token after many copies makes no answer of them, and takes back nothing told."""
+    said = [*before, *piece * copies]
+    assert decoded([*said, END], 400)[:2] == ([*before, *piece], "repetition")
+    assert decoded([*said, END], 400, allow_repetition=True)[:2] == (said, "end")
+
+
+def test_an_answer_that_loops_and_ends_is_warned_of(biased: Make) -> None:
+    """The engine's own words for it: what is told, why it ends, and that it is unsure."""
+    engine = load(biased({}), runtime="torch")
+    draft = Draft(engine.tokenizer, engine.decoding)
+    said, script = [LOOP] * 11 + [END], iter([LOOP] * 11 + [END])
+    logits = np.eye(320, dtype=np.float32) * 20
+
+    def step(_: int) -> Step:
+        return Step(logits[next(script)], np.zeros((0, 0, 0), np.float32))
+
+    told = ""
+    for chosen in greedy(step(0), step, Decoding(ends=(END,)), limit=len(said) + 5):
+        told += "".join(draft.take(chosen))
+    told += draft.rest()
+    assert (draft.stopped, draft.tokens) == ("repetition", [LOOP])
+    assert told == draft.text == engine.tokenizer.decode([LOOP])
+    assert draft.log_probability == pytest.approx(log_softmax(logits[LOOP])[LOOP])
+    assert {notice.code for notice in doubts({}, {}, draft, enough=True)} == {"repetition"}
 
 
 def test_at_the_limit_fewer_repeats_are_a_loop() -> None:
