@@ -19,6 +19,7 @@ from medmoe_edge.engine.answer import (
     Draft,
     doubts,
     other_modality,
+    reasons,
     timings,
 )
 from medmoe_edge.engine.loading import (
@@ -441,7 +442,8 @@ class Engine(OneAtATime):
         clock.lap("decode")
         yield draft.rest()
         confidence, enough = self._chance(draft, probabilities, refused)
-        unsure = doubts(refused, self.thresholds, draft, enough=enough)
+        doubted = doubts(refused, self.thresholds, draft, enough=enough)
+        warnings = (*doubted, *self.warnings, *prefix.warnings)
         yield Answer(
             question=asked.question,
             text=draft.text,
@@ -455,8 +457,8 @@ class Engine(OneAtATime):
             model=describe(self.name, self.sha256, self.proven, self.runtime.name),
             complete=draft.stopped == "end",
             paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
-            warnings=(*unsure, *self.warnings, *prefix.warnings),
-            unsure=bool(unsure),
+            warnings=warnings,
+            unsure=bool(reasons(warnings)),
             stopped=None if draft.stopped == "end" else draft.stopped,
             refusals=refused,
             probabilities=self._among(probabilities),

@@ -489,8 +489,37 @@ def test_bad_choices_are_refused_by_name(tiny_checkpoint: Make, choices: Any, er
         engine.ask(IMAGE, QUESTION, choices=choices)
 
 
-def test_which_questions_ask_for_yes_or_no() -> None:
-    for question in ("Is there effusion?", "Are the lungs clear", "DOES it show a mass?"):
-        assert is_yes_or_no(question)
-    for question in ("Is it left or right?", "Where is it?", "What is this?", "", "Ist das so?"):
-        assert not is_yes_or_no(question)
+@pytest.mark.parametrize(
+    "question",
+    [
+        *("Is there effusion?", "Are the lungs clear", "DOES it show a mass?"),
+        *("Is/are there any fractures?", "Was contrast given?", "Were both kidneys seen?"),
+        *("Has the patient a pacemaker?", "Had the patient surgery?", "Do the lungs look normal?"),
+        *("Do any of these show a fracture?", "Will this heal?", "Would that be a cyst?"),
+        *("Can pneumonia be seen in this picture?", "Could this be a tumour?", "Is this a CT?"),
+        *("Did the tube move?", "Is pneumothorax present?", "Is the patient's heart enlarged?"),
+        *("Is the mass larger than 2.5 cm?", "Should this be an axial plane?"),
+        *("Do you see a fracture?", "Is the mass cystic? -yes/no", "Is it calcified, yes or no?"),
+    ],
+)
+def test_questions_that_ask_for_yes_or_no(question: str) -> None:
+    assert is_yes_or_no(question)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        *("Can you describe the findings?", "Could you tell me which organ this is?"),
+        *("Any idea what this is?", "Will you tell me the modality?", "Could I have a summary?"),
+        *("Would it be possible to describe the findings?", "Is it possible to tell the age?"),
+        *("Is this a CT, an MRI, an X-ray?", "Is it left or right?", "Is this CT/MRI?"),
+        *("Is this CT vs. MRI?", "Is this a CT? An MRI?", "Is there a mass? Describe it."),
+        *("Is there a mass, and if so where?", "Do we know how old it is?", "Is there. What?"),
+        *("Do que se trata?", "Do jakiego organu", "Has visto la fractura?", "Was zeigt das Bild?"),
+        *("Is dit een CT of MRI?", "Ist das so?", "Will er das?", "Do"),
+        *("Do you know this?", "Do you see what it is?", "Can you see it?", "Yes or no?"),
+        *("Where is it?", "What is this?", "Any thoughts?", "Describe it.", "", "?"),
+    ],
+)
+def test_questions_that_may_have_any_answer(question: str) -> None:
+    assert not is_yes_or_no(question)
