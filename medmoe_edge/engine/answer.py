@@ -399,7 +399,9 @@ class Answer:
 
     `confidence` (0 to 1) is the chance that the answer is right, where `confidence_kind` is
     "calibrated": the bundle knows how often answers of its probability were right. "raw" is the
-    model's own probability of this very answer, end token included, and no such chance.
+    model's own probability of this very answer, end token included, and no such chance. Of given
+    choices it is the answer's share in `probabilities` times what the `refusals` leave of 1, and
+    "calibrated" of yes and no alone.
     `modality` is the router's reading of the image, None where the experts' modalities are not
     known; `experts` the share of routed tokens, over all layers, that each expert took. `model`
     says by `name` and `sha256` what answered, by `runtime` what ran it, and under `verification`
@@ -411,8 +413,8 @@ class Answer:
     image is unlike, and why it is `unsure`. Then `text` is a best guess. It is not `complete` where
     it was `stopped` by its "length", or by the model's "repetition" of itself. `refusals` are the
     probabilities that the model gave to having no answer, by their codes; `confidence` is what they
-    and all other answers leave to this one.
-    `probabilities` are those of the choices that were given, which add up to 1; else None.
+    and all other answers leave to this one. `probabilities` are those of the choices that were
+    given, which add up to 1; else None.
     """
 
     question: str
