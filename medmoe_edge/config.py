@@ -10,7 +10,7 @@ import itertools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
 from medmoe_edge.errors import ConfigError, did_you_mean
@@ -325,6 +325,11 @@ def answer_kind(text: str) -> AnswerKind:
     return "closed" if text.strip().rstrip(".").lower() in ("yes", "no") else "open"
 
 
+def is_yes_and_no(choices: Collection[str]) -> bool:
+    """Whether given choices are yes and no, in any order: of these alone the chances are known."""
+    return sorted(text.strip().rstrip(".").lower() for text in choices) == ["no", "yes"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Curve(Config):
     """How the probability that a model gives its answer becomes the chance that this is right.
@@ -432,20 +437,20 @@ class Confidence(Config):
         return curve.chance(probability)
 
     def among(self, probabilities: Mapping[str, float]) -> dict[str, float]:
-        """The chance of each of several answers (two or more), one of which is right.
+        """Of given choices and their shares of 1, what each is worth; they still add up to 1.
 
-        The likeliest one has its chance, but stays at least as likely as the next; what that leaves
-        is shared among the others as before.
+        The curves were fitted on free answers and do not hold for choices in general: these keep
+        their shares. Of yes and no the likelier one has its chance by the closed curve, at
+        least 0.5 and at most its share, and the other one the rest; their order does not matter.
+        At most its share, since the curve was fitted on probabilities among all answers, which are
+        smaller than shares: read at a share it may say too much, as of two equal ones.
         """
-        best, second = sorted(probabilities, key=probabilities.__getitem__, reverse=True)[:2]
-        others = sum(probabilities.values()) - probabilities[best]
-        if not others:
+        if not is_yes_and_no(probabilities):
             return dict(probabilities)
-        least = probabilities[second] / (others + probabilities[second])
-        chance = max(self.chance(best, probabilities[best]), least)
+        share = max(probabilities.values())
+        chance = min(max(self.closed.chance(share), 0.5), share)
         return {
-            text: chance if text == best else (1 - chance) * value / others
-            for text, value in probabilities.items()
+            text: chance if value == share else 1 - chance for text, value in probabilities.items()
         }
 
 

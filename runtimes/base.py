@@ -136,8 +136,8 @@ class Decoding:
     def kept(self, tokens: Sequence[int]) -> Sequence[int]:
         """Of an answer as it was decoded, what is told: without the end, and without a loop."""
         if tokens and tokens[-1] in self.ends:
-            return tokens[:-1]
-        loop = 0 if self.allow_repetition else looping(tokens, AT_LIMIT)
+            tokens = tokens[:-1]
+        loop = 0 if self.allow_repetition else looping(tokens, AT_END)
         return tokens[: len(tokens) - loop]
 
 
@@ -146,8 +146,8 @@ class Chosen(NamedTuple):
 
     `held` counts the last tokens, this one among them, that repeat earlier ones: they are told once
     it is clear that they begin no loop. `stopped` says of the last token why the answer ends there:
-    at its "end", at the limit of its "length", or in a "repetition", whose `held` tokens are no
-    part of the answer.
+    at its "end", at the limit of its "length", or in a "repetition", whose `held` tokens (an
+    end token after the loop is one of them) are no part of the answer.
     """
 
     token: int
@@ -181,12 +181,16 @@ def greedy(
         token = int(decoding.choose(step.logits))
         tokens.append(token)
         if token in decoding.ends:
-            yield Chosen(token, step, stopped="end")
+            loop = len(tokens) - 1 - len(decoding.kept(tokens))
+            if loop:
+                yield Chosen(token, step, loop + 1, "repetition")
+            else:
+                yield Chosen(token, step, stopped="end")
             return
         held = loop = 0
         if not decoding.allow_repetition:
             held = max(_runs(tokens).values(), default=0)
-            loop = looping(tokens, AT_LIMIT if left == 1 else REPEATED)
+            loop = looping(tokens, AT_END if left == 1 else REPEATED)
         if loop or left == 1:
             yield Chosen(token, step, loop, "repetition" if loop else "length")
             return
@@ -197,7 +201,7 @@ def greedy(
 LONGEST = 64  # tokens of what is repeated
 COPIES = 3  # of it, one after the other
 REPEATED = 16  # tokens that only repeat what stands before them
-AT_LIMIT = 8  # of these, where the limit of the answer's length cuts it off
+AT_END = 8  # of these, where the answer ends: by itself, or at the limit of its length
 
 
 def looping(tokens: Sequence[int], enough: int) -> int:

@@ -141,9 +141,21 @@ def spellings(choice: str) -> list[str]:
 
 
 def is_yes_or_no(question: str) -> bool:
-    """Whether an English question asks for yes or no, by its first word and without an "or"."""
-    words = re.findall(r"[a-z']+", question.lower())
-    return bool(words) and words[0] in _ASKS_YES_OR_NO and "or" not in words
+    """Whether a question asks for yes or no: in English, in one sentence, and beyond doubt.
+
+    It begins with a form of "be", "do", "have" or a modal. Where another language has that word
+    too ("do", "has", "was"), or where "do" or "will" may begin a request, an English subject must
+    follow. What names alternatives ("or", a comma, "CT/MRI"), asks a further question ("what",
+    "where"), or is a request to somebody ("can you", "tell me") may have any answer. A question
+    that is wrongly left out is merely answered freely; one that is wrongly taken is answered wrong.
+    """
+    asked = _SAME_AS_IS.sub("is", _ASKED_SO.sub("", question.strip().lower()))
+    words = re.findall(r"[^\W\d_]+", asked)
+    if not words or _SEVERAL.search(asked) or not _ANY_ANSWER.isdisjoint(words):
+        return False
+    if words[0] in _BEFORE_A_SUBJECT:
+        return words[1:2] != [] and words[1] in _SUBJECTS
+    return words[0] in _BEFORE_ANYTHING
 
 
 def given_choices(questions: Iterable[str], yes_no: bool) -> dict[str, Sequence[str]]:
@@ -151,10 +163,25 @@ def given_choices(questions: Iterable[str], yes_no: bool) -> dict[str, Sequence[
     return {each: YES_NO for each in questions if yes_no and is_yes_or_no(each)}
 
 
-_ASKS_YES_OR_NO = {
-    *("is", "are", "was", "were", "does", "do", "did", "has", "have", "had"),
-    *("can", "could", "will", "would", "should", "any"),
-}
+_ASKED_SO = re.compile(r"\W*\byes ?(/|or) ?no\W*$")
+_SAME_AS_IS = re.compile(r"^(is/are|are/is|do you see)\b")
+_SEVERAL = re.compile(r"[,/;:\uff0c\u3001]|[.?!]\s+\w|[?!]\w")  # alternatives, or sentences
+_BEFORE_ANYTHING = frozenset({"is", "are", "were", "does", "did", "have", "can", "could", "should"})
+_BEFORE_A_SUBJECT = frozenset({"do", "has", "had", "was", "will", "would"})
+_SUBJECTS = frozenset(
+    {
+        *("the", "this", "that", "these", "those", "a", "there", "it", "he", "she", "they"),
+        *("any", "anything", "all", "both", "either", "some", "patient", "contrast", "iv"),
+    }
+)
+_ANY_ANSWER = frozenset(
+    {
+        *("or", "vs", "versus", "what", "which", "where", "who", "whose", "how", "why", "when"),
+        *("i", "me", "my", "we", "us", "you", "your", "somebody", "someone"),
+        *("describe", "tell", "explain", "list", "idea"),
+        *("dit", "een", "het"),  # Dutch, which has "is" and "had" as well
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +328,15 @@ WHY = {
     "repetition": "The model began to repeat itself: its answer ends before that.",
     "unsure": "The model is unsure of this answer: it is often wrong with this confidence.",
 }
+# Warnings that name what they are about, each in its own words: the model reads the image as a
+# modality whose experts it lacks or that the file denies, or has never seen such images.
+WRONG_EXPERT = frozenset({"other_modality", "unlike_label", "unknown_modality"})
+REASONS = WRONG_EXPERT.union(WHY)
+
+
+def reasons(warnings: Iterable[Notice]) -> tuple[Notice, ...]:
+    """Those of an answer's warnings that make it unsure."""
+    return tuple(notice for notice in warnings if notice.code in REASONS)
 
 
 def doubts(
@@ -353,7 +389,7 @@ def shown(text: str, *, complete: bool, unsure: bool) -> str:
 
 def logged(told: str, codes: Iterable[str]) -> str:
     """An answer for an audit log: as people are shown it, with the codes of why it is unsure."""
-    why = ", ".join(code for code in codes if code in WHY)
+    why = ", ".join(code for code in codes if code in REASONS)
     return f"{told} [{why}]" if why else told
 
 
@@ -363,7 +399,9 @@ class Answer:
 
     `confidence` (0 to 1) is the chance that the answer is right, where `confidence_kind` is
     "calibrated": the bundle knows how often answers of its probability were right. "raw" is the
-    model's own probability of this very answer, end token included, and no such chance.
+    model's own probability of this very answer, end token included, and no such chance. Of given
+    choices it is the answer's share in `probabilities` times what the `refusals` leave of 1, and
+    "calibrated" of yes and no alone.
     `modality` is the router's reading of the image, None where the experts' modalities are not
     known; `experts` the share of routed tokens, over all layers, that each expert took. `model`
     says by `name` and `sha256` what answered, by `runtime` what ran it, and under `verification`
@@ -375,8 +413,8 @@ class Answer:
     image is unlike, and why it is `unsure`. Then `text` is a best guess. It is not `complete` where
     it was `stopped` by its "length", or by the model's "repetition" of itself. `refusals` are the
     probabilities that the model gave to having no answer, by their codes; `confidence` is what they
-    and all other answers leave to this one.
-    `probabilities` are those of the choices that were given, which add up to 1; else None.
+    and all other answers leave to this one. `probabilities` are those of the choices that were
+    given, which add up to 1; else None.
     """
 
     question: str
@@ -404,7 +442,7 @@ class Answer:
     @property
     def reasons(self) -> tuple[Notice, ...]:
         """The warnings that say why it is unsure."""
-        return tuple(notice for notice in self.warnings if notice.code in WHY)
+        return reasons(self.warnings)
 
     @property
     def logged(self) -> str:

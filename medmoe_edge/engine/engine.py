@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.config import Confidence
+from medmoe_edge.config import Confidence, is_yes_and_no
 from medmoe_edge.engine.answer import (
     Answer,
     Asked,
@@ -19,6 +19,7 @@ from medmoe_edge.engine.answer import (
     Draft,
     doubts,
     other_modality,
+    reasons,
     timings,
 )
 from medmoe_edge.engine.loading import (
@@ -431,6 +432,8 @@ class Engine(OneAtATime):
         if asked.choices:
             score = partial(self._score, first_step, cache)
             probabilities, steps = draft.choose(asked.choices, score)
+            if self.fitted is not None:
+                probabilities = self.fitted.among(probabilities)
             experts = experts + np.sum([self._chosen(step) for step in steps], axis=0)
         else:
             take = partial(self._next, cache)
@@ -440,13 +443,15 @@ class Engine(OneAtATime):
                 yield from draft.take(chosen)
         clock.lap("decode")
         yield draft.rest()
-        confidence, enough = self._chance(draft, probabilities, refused)
-        unsure = doubts(refused, self.thresholds, draft, enough=enough)
+        confidence, known = self._confidence(draft, probabilities, refused)
+        enough = self.fitted is None or not known or confidence >= self.fitted.threshold
+        doubted = doubts(refused, self.thresholds, draft, enough=enough)
+        warnings = (*doubted, *self.warnings, *prefix.warnings)
         yield Answer(
             question=asked.question,
             text=draft.text,
             confidence=confidence,
-            confidence_kind="calibrated" if self.fitted else "raw",
+            confidence_kind="calibrated" if known else "raw",
             modality=prefix.modality,
             experts=self._shares(experts),
             timings=timings(
@@ -455,29 +460,24 @@ class Engine(OneAtATime):
             model=describe(self.name, self.sha256, self.proven, self.runtime.name),
             complete=draft.stopped == "end",
             paging=self.runtime.paging() if isinstance(self.runtime, Paged) else None,
-            warnings=(*unsure, *self.warnings, *prefix.warnings),
-            unsure=bool(unsure),
+            warnings=warnings,
+            unsure=bool(reasons(warnings)),
             stopped=None if draft.stopped == "end" else draft.stopped,
             refusals=refused,
-            probabilities=self._among(probabilities),
+            probabilities=probabilities,
         )
 
-    def _chance(
+    def _confidence(
         self, draft: Draft, among: Mapping[str, float] | None, refused: Mapping[str, float]
     ) -> tuple[float, bool]:
-        """An answer's confidence, and whether that is enough not to be unsure."""
+        """An answer's confidence, and whether that is the chance that it is right."""
+        if among is not None:  # one of the choices is right, as far as there is an answer
+            known = self.fitted is not None and is_yes_and_no(among)
+            return among[draft.text] * max(1 - sum(refused.values()), 0.0), known
         probability = math.exp(draft.log_probability)
         if self.fitted is None:
-            return probability, True
-        if among:  # one of the choices is right, as far as there is an answer
-            probability = among[draft.text] * (1 - sum(refused.values()))
-        chance = self.fitted.chance(draft.text, probability)
-        return chance, chance >= self.fitted.threshold
-
-    def _among(self, probabilities: dict[str, float] | None) -> dict[str, float] | None:
-        if self.fitted is None or probabilities is None:
-            return probabilities
-        return self.fitted.among(probabilities)
+            return probability, False
+        return self.fitted.chance(draft.text, probability), True
 
     def _score(self, step: Step, cache: Cache, tokens: list[int]) -> tuple[float, list[Step]]:
         """The log-probability of these tokens and an end, from the question's step on."""

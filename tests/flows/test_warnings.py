@@ -6,6 +6,7 @@ The first user is an image unlike its label: a chest X-ray whose DICOM file says
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from serving import app_over, client_of
 
 import medmoe_edge
 from medmoe_edge.bedside.batch.run import run_batch
+from medmoe_edge.bedside.listen.config import Certainty, Finding
+from medmoe_edge.bedside.listen.evidence import PRESENT, UNDETERMINED, coded
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.engine.engine import Engine
@@ -68,7 +71,16 @@ def test_python(nano: Engine, odd: Path) -> None:
     assert nano.ask(odd, QUESTION).to_json()["warnings"] == [
         {"code": CODE, "message": warning.message}
     ]
-    assert nano.ask(ROOT / "scan.png", QUESTION).warnings == ()
+    denied = nano.ask(odd, QUESTION)
+    assert (denied.unsure, denied.reasons) == (True, (warning,))
+    assert denied.logged == f"{denied.shown} [{CODE}]"
+    sure = replace(denied, text="Yes", confidence=0.99)
+    finding = Finding.model_validate({"ask": [QUESTION], "code": ["1", "SCT", "Finding"]})
+    coding = {"agreed": True, "is_whole": True}
+    assert coded(finding, sure, Certainty(), **coding).presence == UNDETERMINED
+    assert coded(finding, replace(sure, unsure=False), Certainty(), **coding).presence == PRESENT
+    plain = nano.ask(ROOT / "scan.png", QUESTION)
+    assert (plain.warnings, plain.unsure) == ((), False)
     # The same picture is known by now; its label is not the file's before.
     same = saved(odd.parent, film(Modality="CR", SOPClassUID=ComputedRadiographyImageStorage))
     assert nano.ask(same, QUESTION).warnings == ()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -282,22 +281,48 @@ def test_answers_have_the_chance_that_the_bundle_knows(own_bundle: Path) -> None
     assert unsure.unsure
     assert "unsure" in [notice.code for notice in unsure.warnings]
     assert unsure.text == raw.text
-    chosen = engine.ask(image, "Is there effusion?", choices=["Yes", "No"])
-    assert chosen.probabilities is not None
-    assert sum(chosen.probabilities.values()) == pytest.approx(1)
-    assert chosen.probabilities[chosen.text] == max(chosen.probabilities.values()) >= 0.5
 
 
-@settings(deadline=None)
-@given(st.lists(st.floats(2**-10, 1, width=32), min_size=2, max_size=5))
-def test_of_choices_the_likeliest_stays_so(weights: list[float]) -> None:
-    given = {str(number): weight / sum(weights) for number, weight in enumerate(weights)}
-    found = of_line().among(given)
-    assert sum(found.values()) == pytest.approx(1)
-    assert found.keys() == given.keys()
-    order = sorted(given, key=lambda text: given[text])
-    chances = [found[text] for text in order]
-    assert all(low <= high + 1e-9 for low, high in itertools.pairwise(chances))
+@pytest.mark.parametrize("choices", [["Yes", "No"], ["no", "yes"], ["left", "right"], ["a", "yes"]])
+def test_choices_have_a_chance_only_where_it_is_known(own_bundle: Path, choices: list[str]) -> None:
+    """The curves say nothing of left and right; of yes and no the order of the two is nothing."""
+    image = Image.from_array(np.zeros(SHAPE, np.uint8))
+    raw = load(own_bundle).ask(image, "Is there effusion?", choices=choices)
+    with_curve(own_bundle, threshold=0.999)
+    engine = load(own_bundle)
+    found = engine.ask(image, "Is there effusion?", choices=choices)
+    again = engine.ask(image, "Is there effusion?", choices=choices[::-1])
+    known = {each.lower() for each in choices} == {"yes", "no"}
+    assert (raw.confidence_kind, raw.unsure) == ("raw", False)
+    assert (found.confidence_kind, found.unsure) == (("calibrated" if known else "raw"), known)
+    assert found.text == again.text == raw.text
+    assert found.probabilities == again.probabilities
+    assert sum((found.probabilities or {}).values()) == pytest.approx(1)
+    if not known:
+        assert found.probabilities == raw.probabilities
+    for answer in (raw, found, again):
+        assert answer.confidence == (answer.probabilities or {})[answer.text]  # nothing refused
+
+
+def test_of_yes_and_no_the_likelier_has_its_chance() -> None:
+    line = of_line(0.3, 0.9)  # 0.3 + 0.6 p
+    for yes, expected in ((0.5, 0.5), (0.6, 0.6), (0.8, 0.78), (1.0, 0.9)):
+        for likely, other in (("Yes", "No"), ("no", "yes"), ("No.", "Yes.")):
+            for pair in ((likely, other), (other, likely)):
+                given = {text: yes if text == likely else 1 - yes for text in pair}
+                found = line.among(given)
+                assert list(found) == list(pair)
+                assert found[likely] == pytest.approx(expected)
+                assert found[other] == pytest.approx(1 - expected)
+    assert of_line(0.1, 0.3).among({"Yes": 0.1, "No": 0.9}) == {"Yes": 0.5, "No": 0.5}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"left": 0.5, "right": 0.5}, {"right": 0.3, "left": 0.7}, {"yes": 0.5, "no": 0.3, "?": 0.2}],
+)
+def test_of_other_choices_the_shares_are_kept(given: dict[str, float]) -> None:
+    assert of_line(0.5, 0.9).among(given) == given
 
 
 def test_eval_fits_and_verification_leaves_it(own_bundle: Path, own_answers: Path) -> None:

@@ -194,6 +194,9 @@ def test_an_image_of_another_modality_is_warned_of(
     assert answer.modality == "mri"
     assert answer.warnings[0].code == "other_modality"
     assert "MRI" in answer.warnings[0].message
+    assert answer.unsure
+    assert answer.shown.startswith("Unsure.")
+    assert "other_modality" in answer.logged.rpartition("[")[2]
     assert set(answer.experts) == {"ct", "xray"}
     assert engine.modality(random_image()) == "mri"
     usual = load(exported(cut_checkpoint(made(), KEPT)).folder)

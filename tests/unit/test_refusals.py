@@ -16,14 +16,14 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
 from medmoe_edge.config import ModelConfig, Refusal, RefusalCode
 from medmoe_edge.data.datasets import Example
-from medmoe_edge.engine.answer import YES_NO, Answer, Piece, is_yes_or_no
+from medmoe_edge.engine.answer import YES_NO, Answer, Draft, Piece, doubts, is_yes_or_no
 from medmoe_edge.engine.engine import Engine, load
 from medmoe_edge.errors import ConfigError, InputError, ModelError
 from medmoe_edge.evaluation.fidelity import compare, record
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import (
-    AT_LIMIT,
+    AT_END,
     COPIES,
     LONGEST,
     REPEATED,
@@ -331,14 +331,14 @@ def test_every_loop_is_ended_after_its_first_copy(
 @given(st.lists(st.integers(1, 9), max_size=60), st.integers(1, 80))
 def test_an_answer_without_a_loop_is_told_whole(said: list[int], limit: int) -> None:
     told, stopped, _ = decoded([*said, END], limit)
-    ends = {"end"} if len(said) < limit else {"length", "repetition"}
+    ends = {"end" if len(said) < limit else "length", "repetition"}
     cut = said[:limit]
     if not any(_naive_loop(cut[:count], REPEATED) for count in range(len(cut) + 1)):
         assert stopped in ends
         if stopped != "repetition":
             assert told == cut
         else:
-            assert _naive_loop(cut, AT_LIMIT)
+            assert _naive_loop(cut, AT_END)
     assert decoded([*said, END], limit, allow_repetition=True)[0] == cut
 
 
@@ -354,7 +354,7 @@ def _naive_loop(tokens: list[int], enough: int) -> bool:
     return False
 
 
-@given(st.lists(st.integers(1, 2), max_size=40), st.sampled_from([AT_LIMIT, REPEATED]))
+@given(st.lists(st.integers(1, 2), max_size=40), st.sampled_from([AT_END, REPEATED]))
 def test_loops_against_their_definition(tokens: list[int], enough: int) -> None:
     assert (looping(tokens, enough) > 0) == _naive_loop(tokens, enough)
 
@@ -366,14 +366,45 @@ NUMBERED = [part for number in range(1, 30) for part in (100 + number, 10, 11, 1
     "said",
     [
         [5, 6, 5],  # no, no
-        [5, 6] * 5,  # no, no, no, no, no
-        [5] * REPEATED,  # a row of dashes
+        [5, 6] * 4,  # no, no, no, no
+        [5] * AT_END,  # a row of dashes
         NUMBERED,  # 1. no effusion 2. no effusion ...
         [*range(20, 50), *range(20, 50)],  # a sentence, said twice
     ],
 )
 def test_what_people_write_is_no_loop(said: list[int]) -> None:
     assert decoded([*said, END], 400) == (said, "end", len(said) + 1)
+
+
+@pytest.mark.parametrize("before", [[], [1, 2]])
+@pytest.mark.parametrize(
+    ("piece", "copies"), [([5], 9), ([5, 6], 7), ([5, 6], 8), ([5, 6, 7], 4), ([5, 6, 7, 8], 3)]
+)
+def test_a_loop_that_ends_itself_is_one(before: list[int], piece: list[int], copies: int) -> None:
+    """An end token after many copies makes no answer of them, and takes back nothing told."""
+    said = [*before, *piece * copies]
+    assert decoded([*said, END], 400)[:2] == ([*before, *piece], "repetition")
+    assert decoded([*said, END], 400, allow_repetition=True)[:2] == (said, "end")
+
+
+def test_an_answer_that_loops_and_ends_is_warned_of(biased: Make) -> None:
+    """The engine's own words for it: what is told, why it ends, and that it is unsure."""
+    engine = load(biased({}), runtime="torch")
+    draft = Draft(engine.tokenizer, engine.decoding)
+    said, script = [LOOP] * 11 + [END], iter([LOOP] * 11 + [END])
+    logits = np.eye(320, dtype=np.float32) * 20
+
+    def step(_: int) -> Step:
+        return Step(logits[next(script)], np.zeros((0, 0, 0), np.float32))
+
+    told = ""
+    for chosen in greedy(step(0), step, Decoding(ends=(END,)), limit=len(said) + 5):
+        told += "".join(draft.take(chosen))
+    told += draft.rest()
+    assert (draft.stopped, draft.tokens) == ("repetition", [LOOP])
+    assert told == draft.text == engine.tokenizer.decode([LOOP])
+    assert draft.log_probability == pytest.approx(log_softmax(logits[LOOP])[LOOP])
+    assert {notice.code for notice in doubts({}, {}, draft, enough=True)} == {"repetition"}
 
 
 def test_at_the_limit_fewer_repeats_are_a_loop() -> None:
@@ -408,7 +439,9 @@ def test_choices_against_their_own_likelihoods(biased: Make, bundle_of: Make, ru
     )
     assert list(answer.probabilities or {}) == choices
     assert answer.text == max(totals, key=totals.__getitem__)
-    assert answer.confidence == pytest.approx(shares[answer.text], rel=1e-3)
+    left = 1 - sum(answer.refusals.values())
+    assert answer.refusals
+    assert answer.confidence == pytest.approx(shares[answer.text] / whole * left, rel=1e-3)
     assert (answer.complete, answer.stopped) == (True, None)
     again = engine.ask_all(IMAGE, ["Where?", QUESTION], choices={QUESTION: choices})
     assert again[0].probabilities is None
@@ -458,8 +491,37 @@ def test_bad_choices_are_refused_by_name(tiny_checkpoint: Make, choices: Any, er
         engine.ask(IMAGE, QUESTION, choices=choices)
 
 
-def test_which_questions_ask_for_yes_or_no() -> None:
-    for question in ("Is there effusion?", "Are the lungs clear", "DOES it show a mass?"):
-        assert is_yes_or_no(question)
-    for question in ("Is it left or right?", "Where is it?", "What is this?", "", "Ist das so?"):
-        assert not is_yes_or_no(question)
+@pytest.mark.parametrize(
+    "question",
+    [
+        *("Is there effusion?", "Are the lungs clear", "DOES it show a mass?"),
+        *("Is/are there any fractures?", "Was contrast given?", "Were both kidneys seen?"),
+        *("Has the patient a pacemaker?", "Had the patient surgery?", "Do the lungs look normal?"),
+        *("Do any of these show a fracture?", "Will this heal?", "Would that be a cyst?"),
+        *("Can pneumonia be seen in this picture?", "Could this be a tumour?", "Is this a CT?"),
+        *("Did the tube move?", "Is pneumothorax present?", "Is the patient's heart enlarged?"),
+        *("Is the mass larger than 2.5 cm?", "Should this be an axial plane?"),
+        *("Do you see a fracture?", "Is the mass cystic? -yes/no", "Is it calcified, yes or no?"),
+    ],
+)
+def test_questions_that_ask_for_yes_or_no(question: str) -> None:
+    assert is_yes_or_no(question)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        *("Can you describe the findings?", "Could you tell me which organ this is?"),
+        *("Any idea what this is?", "Will you tell me the modality?", "Could I have a summary?"),
+        *("Would it be possible to describe the findings?", "Is it possible to tell the age?"),
+        *("Is this a CT, an MRI, an X-ray?", "Is it left or right?", "Is this CT/MRI?"),
+        *("Is this CT vs. MRI?", "Is this a CT? An MRI?", "Is there a mass? Describe it."),
+        *("Is there a mass, and if so where?", "Do we know how old it is?", "Is there. What?"),
+        *("Do que se trata?", "Do jakiego organu", "Has visto la fractura?", "Was zeigt das Bild?"),
+        *("Is dit een CT of MRI?", "Ist das so?", "Will er das?", "Do"),
+        *("Do you know this?", "Do you see what it is?", "Can you see it?", "Yes or no?"),
+        *("Where is it?", "What is this?", "Any thoughts?", "Describe it.", "", "?"),
+    ],
+)
+def test_questions_that_may_have_any_answer(question: str) -> None:
+    assert not is_yes_or_no(question)
