@@ -24,6 +24,7 @@ from medmoe_edge.bundle.recorded import (
     read_recorded,
     stored_weights,
 )
+from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.evaluation.mutations import (
     QUESTIONS,
@@ -280,6 +281,56 @@ def test_the_sentence_follows_the_effects() -> None:
     assert Mutations((seen, unseen)).unseen == (unseen,)
     scale = dataclasses.replace(unseen, mutation=Mutation("scale", "a.experts.0"))
     assert Mutations((seen, scale)).unseen == ()
+
+
+def effect(kind: Any, *, seen: bool) -> Effect:
+    from medmoe_edge.evaluation.metrics import Share
+
+    mutation = Mutation(kind, "a.experts.0", "a.meta" if kind == "meta" else "")
+    return Effect(mutation, Share.of(1, 6), Share.of(1, 9), seen=seen, kl=0.5)
+
+
+NOTICE, MISSED = "would notice damage to an expert: ", "would not notice by its answers: "
+
+
+@pytest.mark.parametrize("kind", ["exchange", "meta", "scale", "router"])
+def test_only_what_was_seen_would_be_noticed(kind: str) -> None:
+    unseen = effect(kind, seen=False)
+    assert NOTICE not in Mutations((unseen,)).summary
+    others = [effect(other, seen=True) for other in ("meta", "router") if other != kind]
+    noticed = Mutations((unseen, *others)).summary.partition(NOTICE)[2].partition(MISSED)[0]
+    assert str(unseen.mutation) not in noticed
+    assert all(str(other) in noticed for other in others)
+    assert str(unseen) in Mutations((unseen, *others)).summary
+
+
+def test_what_was_not_tried_is_said_to_be() -> None:
+    scale, router = effect("scale", seen=False), effect("router", seen=True)
+    nothing = "Whether this proof would notice another expert in an expert's place was not measured"
+    for effects in ((), (scale,), (scale, router)):
+        summary = Mutations(effects).summary
+        assert summary.startswith(nothing)
+        assert (NOTICE in summary, MISSED in summary) == (router in effects, scale in effects)
+    assert nothing not in Mutations((effect("exchange", seen=True), scale)).summary
+
+
+@pytest.mark.parametrize("size", [4, 16])  # as many columns as rows, or more
+def test_the_router_of_a_cut_model_loses_the_row_of_the_expert(size: int) -> None:
+    names, left = ("ct", "mri", "xray", "pathology"), ("pathology", "mri")
+    moe = MoEConfig((0,), 2, expert_names=left, router_names=names)
+    generator = np.random.default_rng(0)
+    weights = {f"f.experts.{index}.up.weight": np.zeros((size, 8), np.float32) for index in (0, 1)}
+    weights["f.router.weight"] = generator.random((size, 4), np.float32)  # stored as [K, N]
+    weights["f.router.bias"] = generator.random(4, np.float32)
+    for index, row in ((0, 3), (1, 1)):
+        made = mutated_weights(weights, Mutation("router", f"f.experts.{index}"), moe)
+        assert made is not None
+        assert made.keys() == {"f.router.weight", "f.router.bias"}
+        for name, array in made.items():
+            zero = np.flatnonzero((np.atleast_2d(array) == 0).all(0))
+            assert zero.tolist() == [row]
+            others = np.arange(4) != row
+            np.testing.assert_array_equal(array[..., others], weights[name][..., others])
 
 
 def test_few_questions_are_of_all_modalities() -> None:
