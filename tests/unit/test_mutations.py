@@ -26,6 +26,7 @@ from medmoe_edge.bundle.recorded import (
 )
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import Example
+from medmoe_edge.evaluation.gates import judge_weights
 from medmoe_edge.evaluation.mutations import (
     QUESTIONS,
     Effect,
@@ -390,6 +391,44 @@ def test_experts_nearer_to_each_other_than_rounding_are_told_apart(
     swapped = {**experts, names[0]: experts[names[1]], names[1]: experts[names[0]]}
     wrong = compared(tiny_bundle, experts, swapped, 0.03).wrong
     assert wrong == (tuple(names[:2]) if apart == 0.04 else ())
+
+
+@pytest.mark.parametrize(
+    ("bits", "groups", "alone"),
+    [(8, 1, True), (4, 4, True), (4, 5, True), (4, 6, False), (4, 391, False)],
+)
+def test_a_single_scale_is_claimed_only_where_it_is_seen(
+    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, bits: int, groups: int, alone: bool
+) -> None:
+    """Where a norm stands for so many scales, of weights as large as each other."""
+    monkeypatch.setattr("medmoe_edge.bundle.recorded.OF_ONE", 32)
+    width, generator = 32, np.random.default_rng(0)
+    rows = generator.choice([-7, 7], (32, groups * width)).astype(np.float32)
+    maker, name = SignatureMaker(), "decoder.layers.0.ffn.experts.0.gate.weight"
+    maker.keep(name, bits, rows.shape[1], Marks.of(rows, groups))
+    scale = np.ones(32 if bits == 8 else (32, groups), np.float32)
+    stored = rows.T.astype(np.int8)
+    if bits == 4:
+        packed = (rows.reshape(32, groups, -1) + 8).astype(np.uint8)
+        stored = packed[..., ::2] | packed[..., 1::2] << 4
+
+    def held(factor: float) -> Compared:
+        changed = scale.copy()
+        changed.flat[3] *= factor
+        pair = {name: (stored, changed)}.items()
+        monkeypatch.setattr("medmoe_edge.bundle.recorded.stored_matrices", lambda _: pair)
+        return compare_signature(Bundle.open(tiny_bundle("int8")), maker.signature())
+
+    whole, damaged = held(1), held(2)
+    assert whole.wrong == ()
+    assert (whole.scales, whole.alone) == (scale.size, scale.size if alone else 0)
+    if alone:
+        assert damaged.wrong == (name,)
+    if groups == 391:
+        assert damaged.wrong == ()
+    (gate,) = judge_weights(whole)
+    told = f"would be seen in 0 of {scale.size:,} scales"
+    assert (told in gate.note, gate.passed) == (not alone, True)
 
 
 def test_routers_are_marked_in_every_precision(proven: dict[str, Path]) -> None:
