@@ -23,7 +23,7 @@ from medmoe_edge.training.data import (
     Conversation,
 )
 from medmoe_edge.training.loop import Loader, Session, fit
-from medmoe_edge.training.questions import Asking
+from medmoe_edge.training.questions import Asking, Facts
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.router import (
     best_experts,
@@ -134,7 +134,8 @@ class Corpus:
     questions: list[Conversation]
     classification: list[Conversation]
     validation: list[Conversation]
-    asking: Asking | None = None  # makes questions of facts; None: classification stands for them
+    known: Sequence[Facts] = ()
+    asking: Asking | None = None  # makes questions of what is known; None: classification does
     seen: Sequence[Seen] = ()  # what a tower can be taught to see, and that by which it is judged
     seen_held_out: Sequence[Seen] = ()
 

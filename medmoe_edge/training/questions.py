@@ -18,10 +18,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from medmoe_edge.config import Refusal
 from medmoe_edge.data.captions import NAMES, body_name
 from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, LabelledImage
 
 NORMAL = "no finding"
+HEALTHY = {NORMAL, "normal", "healthy", "nothing", "none", "unremarkable"}  # as labels say it
 # A class and its kinds: who has a kind has the class, and none of the other kinds.
 KINDS = {
     "tumor": ("glioma", "meningioma", "pituitary tumor"),
@@ -61,6 +63,11 @@ class Facts:
     view: str = ""
     labelled: bool = False
 
+    def told(self) -> str:
+        """All of it in one text but the file, the same for the same facts."""
+        sets = (sorted(each) for each in (self.present, self.absent, self.implied))
+        return "|".join(map(str, (self.modality, self.body, self.source, self.view, *sets)))
+
 
 def facts_of_labels(labelled: Iterable[LabelledImage]) -> list[Facts]:
     """What labels say: of several kinds of one class an image shows one, and not the others."""
@@ -77,7 +84,7 @@ def _told(label: str) -> tuple[frozenset[str], frozenset[str]]:
     label = label.strip().lower()
     if not label:
         return frozenset(), frozenset()
-    if label == NORMAL:
+    if label in HEALTHY or (label.startswith("normal ") and label not in WELL):
         return frozenset({NORMAL}), frozenset()
     negated = WELL.get(label) or (label.removeprefix("no ") if label.startswith("no ") else None)
     if negated is not None:
@@ -147,11 +154,12 @@ def reworded(question: str, order: random.Random) -> str:
 class Asking:
     """Makes the questions of an epoch about images whose facts are known.
 
-    `refusals` maps a refusal's code to the token that is its answer; what it lacks is not taught.
+    The model's `refusals` are taught, each as the answer that its token is.
     """
 
-    def __init__(self, known: Sequence[Facts], refusals: Mapping[str, str]) -> None:
-        self.known, self.refusals = known, refusals
+    def __init__(self, known: Sequence[Facts], refusals: Iterable[Refusal]) -> None:
+        self.known = known
+        self.refusals = {refusal.code: refusal.token for refusal in refusals}
         self.book = phrase_book()
         self._with: dict[str, list[int]] = defaultdict(list)
         self._without: dict[str, list[int]] = defaultdict(list)

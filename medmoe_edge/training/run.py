@@ -110,6 +110,8 @@ def train(
         config, moe = continued_config(recipe, read, corpus)
     else:
         config, moe = trainable_config(recipe, corpus)
+    if recipe.phrases:
+        corpus = replace(corpus, asking=Asking(corpus.known, config.refusals))
     check_trainable(recipe, config, corpus, dense=read is None or read.config.moe is None)
     check_memory(recipe, config)
     with PartialState().main_process_first():
@@ -148,7 +150,15 @@ def train(
     if recipe.views:
         batches.keep_views(_with_front(model.vision), recipe.views)
     if recipe.tower is not None:
-        teach_tower(model, corpus.seen, corpus.seen_held_out, recipe.tower, batches, session)
+        teach_tower(
+            model,
+            corpus.seen,
+            corpus.seen_held_out,
+            recipe.tower,
+            batches,
+            session,
+            new_projector=read is None,
+        )
     align(model, corpus, recipe.alignment, batches, session)
     if recipe.experts_from == "instruction" and model.config.moe is None:
         model = upcycle(model, new_router(config, recipe.seed), config)
@@ -193,6 +203,13 @@ def check_trainable(recipe: Recipe, config: ModelConfig, corpus: Corpus, *, dens
                 )
     if recipe.views:
         _check_front(recipe, config, experts)
+    taught = {answer for each in corpus.questions for _, answer in each.turns}
+    untaught = [each.code for each in config.refusals if each.token not in taught]
+    if recipe.refusals and corpus.asking is None and untaught:
+        raise DataError(
+            f"Nothing teaches the recipe's refusals {', '.join(untaught)}.",
+            "Set phrases to true, or give questions whose answers are these tokens.",
+        )
     named = config.moe.expert_names if config.moe else ()
     without = [name for name in named if name not in corpus.modalities]
     keeps_router = not dense and set(corpus.modalities) < set(named)
@@ -229,7 +246,7 @@ def check_memory(recipe: Recipe, config: ModelConfig) -> None:
     """
     sizes = {name: math.prod(shape) for name, shape in expected_parameters(config).items()}
     most = 0
-    for phase in (recipe.alignment, recipe.instruction, recipe.moe):
+    for phase in filter(None, (recipe.tower, recipe.alignment, recipe.instruction, recipe.moe)):
         learning = {name for pattern in phase.train for name in filter_names(sizes, pattern)}
         if phase.lora_rank:  # adapters are a few thousandths of the matrices
             learning = {name for name in learning if not name.startswith("decoder.")}
@@ -286,7 +303,7 @@ def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None, corpus: 
             raise DataError(f"{file} is damaged.", "Start in a new folder.") from error
         if begun == json.loads(json.dumps(told)):
             return
-        if any((out / f"{phase}.safetensors").exists() for phase in PHASES):
+        if any((out / f"{phase}.safetensors").exists() for phase in ("tower", *PHASES)):
             raise DataError(
                 f"The run in {out} was begun by another recipe, from another checkpoint or on "
                 "other data.",
@@ -300,10 +317,12 @@ def _prepare_folder(out: Path, recipe: Recipe, read: Checkpoint | None, corpus: 
 
 
 def _digest(corpus: Corpus) -> str:
-    """A hash of what is learned from: the names of images, and all words about them."""
+    """A hash of what is learned from: the names of images, and all that is known about them."""
     digest = hashlib.sha256()
     for each in corpus.everything:
         digest.update(f"{each.image.name}|{each.modality}|{each.turns}\n".encode())
+    for facts in corpus.known if corpus.asking is not None else ():
+        digest.update(f"{facts.image.name}|{facts.told()}\n".encode())
     return digest.hexdigest()
 
 
@@ -496,14 +515,13 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
         ]
         for split, asked in (("train", examples), ("val", held))
     )
-    refusals: dict[str, str] = {each.code: each.token for each in _refusals(recipe)}
     return Corpus(
         # without a label, what is asked and answered aligns too, as in the official first phase
         captions=captions(learned, examples) or questions,
         questions=questions,
         classification=instructions(learned),
         validation=validation,
-        asking=Asking(known, refusals) if recipe.phrases else None,
+        known=known,
         seen=what_is_seen(known, examples),
         seen_held_out=what_is_seen(kept, held),
     )

