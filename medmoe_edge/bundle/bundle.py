@@ -384,23 +384,34 @@ def _rewrite(
             sha256 = hashlib.sha256(content).hexdigest()
             files[name] = {"bytes": len(content), "sha256": sha256}
         files = dict(sorted(files.items()))
-        _store(bundle.folder, {**bundle.manifest, **changed, "files": files})
+        written = _store(bundle.folder, {**bundle.manifest, **changed, "files": files})
     except OSError as error:
         raise ResourceError(
             f"{bundle.folder / MANIFEST} cannot be written ({error.strerror}).",
             "Work on a copy of the bundle that you may write to.",
         ) from error
-    return type(bundle).open(bundle.folder, verify=False)
+    made = type(bundle).open(bundle.folder, verify=False)
+    _check_same(bundle.folder, written, made.sha256)
+    return made
 
 
-def sign_bundle(folder: Path, key: Path) -> None:
+def _check_same(folder: Path, verified: str | None, sha256: str) -> None:
+    if verified not in (None, sha256):
+        raise BundleError(
+            f"{folder / MANIFEST} is not what was verified: it was changed meanwhile.",
+            "Find out who wrote to the bundle, and verify it again.",
+        )
+
+
+def sign_bundle(folder: Path, key: Path, verified: str | None = None) -> None:
     """Sign a bundle of either kind by its manifest, which holds the hashes of all its files.
 
-    Verify it first: this checks no file. Raises `BundleError` for a damaged manifest,
-    `VerificationError` for a bundle that failed its verification, `InputError` for a key that
-    cannot be used, and `ResourceError` where the folder cannot be written.
+    Verify it first: this checks no file. `verified` is the hash of the manifest that was. Raises
+    `BundleError` for another or a damaged one, `VerificationError` for a bundle that failed its
+    verification, `InputError` for a key, and `ResourceError` for a folder that cannot be used.
     """
     private, text = read_private_key(key), _read(folder / MANIFEST)
+    _check_same(folder, verified, hashlib.sha256(text).hexdigest())
     record = _parse(folder, text).get(VERIFICATION)
     if record is not None and status_of(record) == "failed":
         raise VerificationError(
@@ -415,12 +426,13 @@ def sign_bundle(folder: Path, key: Path) -> None:
         ) from error
 
 
-def _store(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _store(folder: Path, manifest: Mapping[str, Any]) -> str:
     sealed = {**manifest, SEAL: _seal(manifest)}
     text = (json.dumps(sealed, indent=1) + "\n").encode()
     with atomic_file(folder / MANIFEST) as file:
         file.write(text)
     vouch_for(text)
+    return hashlib.sha256(text).hexdigest()
 
 
 def _read(path: Path) -> bytes:

@@ -33,15 +33,11 @@ from medmoe_edge.config import Config
 from medmoe_edge.errors import BundleError, ConfigError
 
 NODE, GRAPH, INITIALIZER = 1, 7, 5  # of a graph; of a model; of a graph
-
 INPUT, OP_TYPE, ATTRIBUTE, SUBGRAPH = 1, 4, 5, 6  # of a node; of an attribute
-
 DIMS, DATA_TYPE, FLOAT_DATA, NAME, RAW_DATA, EXTERNAL_DATA = 1, 2, 4, 8, 9, 13  # of a tensor
-
 KEY, VALUE = 1, 2  # of an entry of its external data
 
 FLOATS: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8")}
-
 INTEGERS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint8), 3: np.dtype(np.int8)}
 
 
@@ -168,19 +164,14 @@ Array = npt.NDArray[Any]
 
 
 AT_MOST = 400_000  # marks of a kind in a file, each of two bytes
-
 OF_ONE = 16_384  # norms of one matrix, while they are collected
-
 STEPS = 256  # in an octave
-
 LEAST = 1e-24  # of a squared norm: weights of nothing
-
 
 FLOAT = 32  # bits of a weight that is stored as a float, whether of 32 bits or of 16
 
 # By bits of a weight: how far rounding may move norms, in octaves, and a matrix, relatively.
 MOVED = {8: 0.02, 4: 0.15}
-
 ROUNDED = {FLOAT: 0.01, 8: 0.05, 4: 0.15, 3: 0.6, 2: 0.9}
 
 # Matrices that decide who runs, or that only some tokens meet: marked also where they are floats.
@@ -189,11 +180,8 @@ ROUTED = re.compile(
 )
 
 EXPERT = re.compile(r"(|.*\.)(experts\.\d+|meta)\.(.+)")
-
 SURE = 10  # times the distance of two experts' marks over the root of their number: 5 deviations
-
 PACKED, GROUP_SCALE, SCALE = ".packed", ".groups.scale", ".scale"
-
 FUSED, PARTS = ".attention.qkv.", "qkv"  # stored as one matrix
 
 
@@ -223,9 +211,22 @@ class MarkedMatrix(Config):
 
     @property
     def tolerance(self) -> float:
-        """How far a norm may be off, in octaves: half of what doubling one of its scales does."""
-        doubled = np.log2(1 + 3 / self.norm_block) / 2
-        return max(float(doubled) / 2, MOVED.get(self.bits, 0.5))
+        """How far a norm may be off, in octaves: half of what doubling one of its scales does, but
+        at least what rounding does. Where that is more, one scale alone is not seen (`sees`).
+        """
+        return max(_doubled(self.norm_block) / 2, MOVED.get(self.bits, 0.5))
+
+    def sees(self, scales: int) -> bool:
+        """Whether one of so many stored scales, doubled, is seen by itself, whatever rounding did:
+        in int8 up to 52 scales to a norm, in int4 up to 5, of weights as large as their neighbours.
+        """
+        behind = self.norm_block * scales / (self.rows * self.groups)
+        return _doubled(behind) - MOVED.get(self.bits, 0.5) >= self.tolerance
+
+
+def _doubled(scales: float) -> float:
+    """How far a norm over so many scales moves, in octaves, where one of them is doubled."""
+    return float(np.log2(1 + 3 / scales)) / 2
 
 
 @dataclass(frozen=True)
@@ -298,15 +299,17 @@ class SignatureMaker:
 class Compared(Config):
     """`scales` that were looked at, and matrices whose scales or weights are not the checkpoint's.
 
-    `moved` is how far the worst norm is off, in octaves; `error` the largest relative error of a
-    matrix. Wrong is, too, an expert's matrix that is nearer to another's, and one that the graphs
-    for paging read otherwise than the whole decoder does.
+    `alone` counts the scales of which a single one, doubled, would be seen; in a large model a norm
+    stands for too many. `moved` is how far the worst norm is off, in octaves; `error` the largest
+    relative error of a matrix. Wrong is, too, an expert's matrix that is nearer to another's, and
+    one that the graphs for paging read otherwise than the whole decoder does.
     """
 
     scales: int
     wrong: tuple[str, ...]
     moved: float
     error: float
+    alone: int
 
 
 def compare_weights(bundle: AnyBundle[Any]) -> Compared | None:
@@ -323,7 +326,7 @@ def compare_signature(bundle: AnyBundle[Any], signature: Signature) -> Compared:
     """Hold the bundle's stored matrices against a signature; one that is not there is wrong."""
     wrong = {matrix.name: "" for matrix in signature.matrices}
     stored = dict(stored_matrices(bundle))
-    scales, moved, worst = 0, 0.0, 0.0
+    scales, alone, moved, worst = 0, 0, 0.0, 0.0
     found: dict[str, Array] = {}
     for matrix, norms, sums in signature.each():
         if matrix.name not in stored:
@@ -334,12 +337,13 @@ def compare_signature(bundle: AnyBundle[Any], signature: Signature) -> Compared:
         found[matrix.name] = _blocks(marks.sums, matrix.sum_block)
         gap = found[matrix.name] - sums
         error = np.sqrt((gap**2).sum() / max((4.0**norms).sum(), LEAST))  # E (w r)^2 = |w|^2
-        scales += 0 if scale is None else scale.size
+        count = 0 if scale is None else scale.size
+        scales, alone = scales + count, alone + (count if count and matrix.sees(count) else 0)
         moved, worst = max(moved, float(off)), max(worst, float(error))
         if off <= matrix.tolerance and error <= ROUNDED.get(matrix.bits, 1.0):
             del wrong[matrix.name]
     odd = dict.fromkeys((*_exchanged(signature, found), *_paged_otherwise(bundle)), "")
-    return Compared(scales, tuple(wrong | odd), moved, worst)
+    return Compared(scales, tuple(wrong | odd), moved, worst, alone)
 
 
 def _exchanged(signature: Signature, found: Mapping[str, Array]) -> Iterator[str]:
@@ -456,11 +460,8 @@ def _octaves(squares: Array) -> Array:
 
 
 RECORDED = re.compile(r"recorded-[0-9a-f]{8}\.npz")
-
 MOST = 2**26  # bytes of all arrays
-
 ABOUT, MATRICES = "about", "matrices"
-
 REMEDY = "Copy or export the bundle again."
 
 

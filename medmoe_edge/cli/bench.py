@@ -320,7 +320,8 @@ def prove(
     """Run every GPU path of this package here, each against something independent.
 
     A path passes, fails or is not run, with the reason; without a CUDA device none is proven, and
-    what stands in for it is named. Ends within 8 minutes, and needs no network.
+    what stands in for it is named. Each has a share of 8 minutes, and is not run for want of time
+    where it needs more. Needs no network.
     """
     from medmoe_edge.atomic import check_target
     from medmoe_edge.device.prove import RECORD

@@ -296,7 +296,7 @@ def verify(
     if error := found.error():
         raise error
     if sign is not None:
-        sign_bundle(folder, sign)
+        sign_bundle(folder, sign, found.bundle.sha256)
         render.show(f"Signed: {folder / SIGNATURE}", stderr=True)
 
 

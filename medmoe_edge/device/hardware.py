@@ -6,11 +6,16 @@ with fp32 accumulation where the maker tells them apart. A Jetson's power modes 
 are devices of their own.
 """
 
+import contextlib
+import ctypes
 import dataclasses
+import importlib
+import importlib.metadata
 import json
+import platform
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +28,7 @@ from medmoe_edge.errors import (
     did_you_mean,
     shown_bytes,
 )
+from medmoe_edge.export.jetson import find_jetson
 from medmoe_edge.runtimes.costs import Kind
 
 GB = 10**9
@@ -350,3 +356,38 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
     return Gpu(nvml.nvmlDeviceGetName(handle), int(memory), f"{major}.{minor}")
+
+
+def cuda_devices() -> int:
+    """How many the driver shows; by itself, since PyTorch may be a build for the CPU."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        with contextlib.suppress(OSError, AttributeError):
+            driver, count = ctypes.CDLL(name), ctypes.c_int(0)
+            if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+                return count.value
+    return 0
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What a proof says of its machine; no host name, and nothing else that names a person."""
+    jetson = find_jetson()
+    gpus = None
+    with contextlib.suppress(ImportError):
+        gpus = find_gpus(importlib.import_module("pynvml"))
+    throttled = bool(jetson and jetson.power_mode and not jetson.power_mode.startswith("MAXN"))
+    return {
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "processor": cpu_name(),
+        "device": device,
+        "gpus": asdict(gpus) if gpus else None,
+        "jetson": asdict(jetson) if jetson else None,
+        "throttled": throttled,
+        "packages": dict(_versions()),
+    }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in ("onnxruntime", "onnxruntime-gpu", "torch", "triton", "tensorrt", "cuda-core"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield package, importlib.metadata.version(package)

@@ -3,7 +3,8 @@
 Each path is held against something independent: the kernels against float64, everything that
 answers against the specification (fp32, every expert, in ONNX Runtime) on the inputs that travel
 with nano. A path passes, fails, or is not run, with the reason: no CUDA device, or a package that
-is not installed.
+is not installed, or no time left. Each has a share of the time, and asks between its steps, which
+cannot be interrupted themselves, whether it is over.
 
 Without a CUDA device none is proven. What can be run instead is run all the same and named, as a
 stand-in: Triton's interpreter, PyTorch on the CPU, a target's graph in ONNX Runtime, an engine of
@@ -13,11 +14,8 @@ Nothing is downloaded, and nothing of a patient is in a proof. The tests marked 
 """
 
 import contextlib
-import ctypes
-import importlib
-import importlib.metadata
 import importlib.util
-import platform
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,28 +27,23 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Floats, Progress
 from medmoe_edge._version import __version__
 from medmoe_edge.bundle.bundle import Bundle, Target
-from medmoe_edge.bundle.machine import cpu_name
 from medmoe_edge.bundle.recorded import read_recorded
-from medmoe_edge.device.hardware import find_gpus
+from medmoe_edge.device.hardware import cuda_devices, describe_machine
 from medmoe_edge.embedded import bundle_path
-from medmoe_edge.errors import (
-    MedMoEError,
-    MissingDependencyError,
-    VerificationError,
-)
+from medmoe_edge.errors import MedMoEError, MissingDependencyError, VerificationError
 from medmoe_edge.export.gpus import EXTRAS, GPUS, Library, writes_in_place
-from medmoe_edge.export.jetson import find_jetson
-from medmoe_edge.runtimes.base import Runtime
+from medmoe_edge.runtimes.base import Cache, Runtime, Step
 
 Verdict = Literal["passed", "failed", "not run"]
 Device = Literal["cuda", "cpu"]
 Figures = dict[str, float | str | bool]
 
 NO_DEVICE = "no CUDA device"
-SECONDS = 480  # a path is not begun later
+NO_TIME = "no time left"
+SECONDS, LAST = 480, 60  # for all paths; of which none begins another step in the last ones
 QUESTIONS: dict[Device, int] = {"cuda": 6, "cpu": 2}
 TOKENS: dict[Device, tuple[int, ...]] = {"cuda": (1, 21), "cpu": (2,)}  # of the kernels' layers
 NEW_TOKENS = 32
@@ -63,6 +56,44 @@ PAGE, RECORD = "proof.html", "proof.json"  # what is sent in
 
 class Fault(Exception):
     """A path computed something, and it is not what it should be."""
+
+
+class OutOfTimeError(Exception):
+    """A path's share of the time is over: nothing is known of it."""
+
+
+class Watch:
+    """How long a path may take, by a clock in seconds."""
+
+    def __init__(
+        self, seconds: float = math.inf, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock = clock
+        self.end = clock() + seconds
+
+    def check(self) -> None:
+        """To be asked before each step; raises `OutOfTimeError`."""
+        if self.clock() >= self.end:
+            raise OutOfTimeError
+
+
+class Watched:
+    """A runtime that asks the watch before each step."""
+
+    def __init__(self, runtime: Runtime, watch: Watch) -> None:
+        self.name, self.config = runtime.name, runtime.config
+        self.embed, self.new_cache = runtime.embed, runtime.new_cache
+        self._runtime, self._watch = runtime, watch
+
+    def encode_image(self, pixels: Floats) -> Floats:
+        """That of the runtime."""
+        self._watch.check()
+        return self._runtime.encode_image(pixels)
+
+    def step(self, embeds: Floats, cache: Cache) -> Step:
+        """That of the runtime."""
+        self._watch.check()
+        return self._runtime.step(embeds, cache)
 
 
 @dataclass(frozen=True)
@@ -127,16 +158,17 @@ class Path(NamedTuple):
     needs: tuple[tuple[str, str, str], ...]  # module, package, extra
     run: Callable[["Bench"], Figures]
     stand_in: str
+    share: int = 1  # of the time, beside the others'
 
 
 class Bench:
-    """What paths are tried with: nano, its recorded inputs, a folder, and a device.
+    """What paths are tried with: nano, its recorded inputs, a folder, a device, and a watch.
 
     `weights` is the bundle whose stored weights the specification is of.
     """
 
-    def __init__(self, folder: FilePath, device: Device) -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, folder: FilePath, device: Device, watch: Watch) -> None:
+        self.folder, self.device, self.watch = folder, device, watch
         self.bundle = self.weights = Bundle.open(bundle_path("nano"))
 
     @cached_property
@@ -147,9 +179,9 @@ class Bench:
 
     def compare(self, runtime: Runtime) -> Figures:
         """Hold a runtime against the specification, and take its times; raises `Fault`."""
-        from medmoe_edge.evaluation.targets import agree, specified
+        from medmoe_edge.evaluation.targets import agree
 
-        recording = self._recording
+        recording, watched = self._recording, Watched(runtime, self.watch)
         examples = list(
             islice(
                 (each for group in recording.examples.values() for each in group),
@@ -157,8 +189,8 @@ class Bench:
             )
         )
         (found,) = agree(
-            lambda: specified(self.weights),
-            {"path": lambda: contextlib.nullcontext((runtime, "here"))},
+            self._specified,
+            {"path": lambda: contextlib.nullcontext((watched, "here"))},
             recording.tokenizer,
             examples,
             load=recording.load,
@@ -174,7 +206,15 @@ class Bench:
                 f"Logits are off by {found.logit_error:.2g} and image tokens by "
                 f"{found.vision_error:.2g} of the specification, more than {BOUND:g}."
             )
-        return figures | times_of(runtime)
+        return figures | times_of(watched)
+
+    @contextlib.contextmanager
+    def _specified(self) -> Iterator[tuple[Runtime, str]]:
+        from medmoe_edge.evaluation.targets import specified
+
+        self.watch.check()
+        with specified(self.weights) as (runtime, where):
+            yield Watched(runtime, self.watch), where
 
 
 def times_of(runtime: Runtime) -> Figures:
@@ -230,11 +270,13 @@ def _kernels(bench: Bench) -> Figures:
             for name, group in FORMATS.items():
                 layer = launch.random_layer(activation, group, torch.float16, 128, 128)
                 for tokens in TOKENS[bench.device]:
+                    bench.watch.check()
                     error = launch.error_of(layer, tokens, 2, torch.float16, bench.device)
                     figures[f"error_{activation}_{name}_{tokens}"] = error
                     _check_error(error, f"{activation} in {name}, {tokens} tokens")
         if cuda:
             for name, group in FORMATS.items():
+                bench.watch.check()
                 layer = launch.random_layer("swiglu", group, torch.float16, WIDTH, HIDDEN)
                 error = launch.error_of(layer, 1, 2, torch.float16, "cuda")
                 _check_error(error, f"swiglu in {name}, full width")
@@ -295,6 +337,7 @@ def _ort_cuda_paged(bench: Bench) -> Figures:
     exact = bench.folder / "fp32"
     export_bundle(checkpoint_path("nano"), exact, BuildOptions(precision="fp32"))
     out = bench.folder / "paged"
+    bench.watch.check()
     export_target(Bundle.open(exact), out, Target("onnxruntime-cuda", "fp16", paged=True))
     bench.weights = Bundle.open(exact)
     runtime = SlotOrtRuntime(Bundle.open(out), "50%", device="cuda")
@@ -357,6 +400,7 @@ def _built_elsewhere(bench: Bench) -> Figures:
         target = plan_target(bench.bundle, "tensorrt-rtx", gpu="sm89")
     except MissingDependencyError:
         return {"engine_built": False}
+    bench.watch.check()
     built = export_target(bench.bundle, bench.folder / "engines", target)
     return {
         "engine_built": True,
@@ -398,6 +442,7 @@ PATHS = (
         (("torch", "torch", "export"), ("triton", "triton", "plugin")),
         _kernels,
         "Triton's interpreter",
+        share=2,
     ),
     Path("torch", "PyTorch, all experts in memory", _TORCH, _torch, "PyTorch on the CPU, fp32"),
     Path(
@@ -429,38 +474,45 @@ PATHS = (
 # --- running them -------------------------------------------------------------------------------
 
 
-def prove(progress: Progress | None = None, device: Device | None = None) -> Proof:
+def prove(
+    progress: Progress | None = None,
+    device: Device | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Proof:
     """Try every path on the GPU that is here, or its stand-in.
 
     Args:
         progress: Called with the path, and how many are done of all.
         device: `cpu` for stand-ins even where there is a GPU; None: what is here.
+        clock: Seconds from any moment on, by which each path has its share of the time; what one
+            does not use, the later ones have.
 
     Returns:
         The proof; a path that fails does not stop the others.
     """
     here = device or ("cuda" if cuda_devices() else "cpu")
-    begun = time.monotonic()
-    checked = []
+    end, checked = clock() + SECONDS - LAST, []
+    tried = [path for path in PATHS if here == "cuda" or path.stand_in]
     with tempfile.TemporaryDirectory(prefix="medmoe-prove.") as folder:
         for place, path in enumerate(PATHS):
             if progress:
                 progress(path.name, place, len(PATHS))
-            late = time.monotonic() - begun > SECONDS
+            share = 0.0
+            if path in tried:
+                left = sum(other.share for other in tried[tried.index(path) :])
+                share = (end - clock()) * path.share / left
             own = FilePath(folder) / path.name
             own.mkdir()
-            checked.append(check(path, own, here, late=late))
+            checked.append(check(path, own, here, Watch(share, clock)))
     return Proof(describe_machine(here), tuple(checked))
 
 
-def check(path: Path, folder: FilePath, device: Device, *, late: bool = False) -> Checked:
-    """Try one path."""
-    begun = time.monotonic()
+def check(path: Path, folder: FilePath, device: Device, watch: Watch | None = None) -> Checked:
+    """Try one path, for as long as the watch allows."""
+    watch = watch or Watch()
+    begun = watch.clock()
     cpu = device == "cpu"
     tried = Checked(path.name, path.what, "not run", NO_DEVICE if cpu else "", None, {}, 0.0)
-    if late:
-        why = f"{SECONDS // 60} minutes are over"
-        return replace(tried, why=f"{NO_DEVICE}; {why}" if cpu else why)
     if lacking := [need for need in path.needs if importlib.util.find_spec(need[0]) is None]:
         _, package, extra = lacking[0]
         why = f"{package} is not installed (medmoe-edge[{extra}])"
@@ -468,7 +520,11 @@ def check(path: Path, folder: FilePath, device: Device, *, late: bool = False) -
     if cpu and not path.stand_in:
         return tried
     try:
-        figures = path.run(Bench(folder, device))
+        watch.check()
+        figures = path.run(Bench(folder, device, watch))
+    except OutOfTimeError:
+        why = f"{NO_DEVICE}; {NO_TIME}" if cpu else NO_TIME
+        return replace(tried, why=why, seconds=watch.clock() - begun)
     except MissingDependencyError as error:
         return replace(tried, why=f"{NO_DEVICE}; {error.what}" if cpu else error.what)
     except Fault as fault:
@@ -479,40 +535,5 @@ def check(path: Path, folder: FilePath, device: Device, *, late: bool = False) -
         tried = replace(tried, verdict="failed", why=f"{type(error).__name__}: {error}")
     else:
         tried = replace(tried, figures=figures, verdict="not run" if cpu else "passed")
-    seconds = time.monotonic() - begun
+    seconds = watch.clock() - begun
     return replace(tried, stand_in=path.stand_in if cpu else None, seconds=seconds)
-
-
-def cuda_devices() -> int:
-    """How many the driver shows; by itself, since PyTorch may be a build for the CPU."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        with contextlib.suppress(OSError, AttributeError):
-            driver, count = ctypes.CDLL(name), ctypes.c_int(0)
-            if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-                return count.value
-    return 0
-
-
-def describe_machine(device: Device) -> dict[str, Any]:
-    """What a proof says of its machine; no host name, and nothing else that names a person."""
-    jetson = find_jetson()
-    gpus = None
-    with contextlib.suppress(ImportError):
-        gpus = find_gpus(importlib.import_module("pynvml"))
-    throttled = bool(jetson and jetson.power_mode and not jetson.power_mode.startswith("MAXN"))
-    return {
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "processor": cpu_name(),
-        "device": device,
-        "gpus": asdict(gpus) if gpus else None,
-        "jetson": asdict(jetson) if jetson else None,
-        "throttled": throttled,
-        "packages": dict(_versions()),
-    }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in ("onnxruntime", "onnxruntime-gpu", "torch", "triton", "tensorrt", "cuda-core"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield package, importlib.metadata.version(package)

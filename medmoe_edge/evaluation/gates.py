@@ -87,7 +87,10 @@ def judge_weights(found: Compared | None) -> list[GateResult]:
     """The gate of the checkpoint's marks; none of a bundle that carries no marks."""
     if found is None:
         return []
-    return [judged("weights", len(found.wrong), 0, (), at_least=False)]
+    note = ""
+    if found.alone < found.scales:
+        note = f"One wrong scale alone would be seen in {found.alone:,} of {found.scales:,} scales."
+    return [judged("weights", len(found.wrong), 0, (), at_least=False, note=note)]
 
 
 def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[GateResult]:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import stored_weights
-from medmoe_edge.config import Config, ModelConfig
+from medmoe_edge.config import Config, ModelConfig, MoEConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.evaluation.fidelity import Recording, compare, record
 from medmoe_edge.evaluation.gates import judge
@@ -40,6 +40,7 @@ Array = npt.NDArray[Any]
 Weights = Mapping[str, Array]
 QUESTIONS = 6  # each asked again of every damaged model
 SCALES = (".groups.scale", ".scale")
+WHOLE = ("exchange", "meta")  # kinds that put another expert in an expert's place
 
 
 @dataclass(frozen=True)
@@ -95,30 +96,46 @@ class Mutations(Config):
     def unseen(self) -> tuple[Effect, ...]:
         """Those of whole experts that no gate of answers would notice."""
         return tuple(
-            effect
-            for effect in self.effects
-            if effect.mutation.kind in ("exchange", "meta") and not effect.seen
+            effect for effect in self.effects if effect.mutation.kind in WHOLE and not effect.seen
         )
 
     @property
     def summary(self) -> str:
-        """What the proof can see, in one sentence."""
-        if self.unseen:
-            told = "; ".join(map(str, self.unseen))
-            return (
-                "By what it answers this proof cannot see expert damage, only by the marks of its "
-                f"weights: {told}."
+        """What the proof can see by its answers and what it cannot, as far as it was tried."""
+        seen = [effect for effect in self.effects if effect.seen]
+        parts = [effect for effect in self.effects if effect.mutation.kind not in WHOLE]
+        told = []
+        if len(parts) == len(self.effects):
+            told.append(
+                "Whether this proof would notice another expert in an expert's place was not "
+                "measured: it has no other of the same form."
             )
-        told = "; ".join(map(str, self.effects))
-        return f"This proof would notice damage to an expert: {told}."
+        if self.unseen:
+            told.append(
+                "By what it answers this proof cannot see expert damage, only by the marks of its "
+                f"weights: {_listed(self.unseen)}."
+            )
+        if seen:
+            told.append(f"This proof would notice damage to an expert: {_listed(seen)}.")
+        if missed := [effect for effect in parts if not effect.seen]:
+            told.append(f"It would not notice by its answers: {_listed(missed)}.")
+        return " ".join(told)
 
 
-def mutated_weights(weights: Weights, mutation: Mutation) -> dict[str, Array] | None:
+def _listed(effects: Sequence[Effect]) -> str:
+    return "; ".join(map(str, effects))
+
+
+def mutated_weights(
+    weights: Weights, mutation: Mutation, moe: MoEConfig | None = None
+) -> dict[str, Array] | None:
     """The weights of a graph that a mutation changes, by name, as it leaves them.
 
     Args:
         weights: The graph's own, as stored: `medmoe_edge.bundle.recorded.stored_weights`.
         mutation: What is to be done.
+        moe: The model's experts: of one that is cut to some modalities the router has rows for the
+            others, too. None: a MedMoE, which has a row for each expert.
 
     Returns:
         Arrays of the same shapes and types; None where these weights do not allow it: experts of
@@ -133,7 +150,7 @@ def mutated_weights(weights: Weights, mutation: Mutation) -> dict[str, Array] | 
         scales.flat[np.abs(scales.astype(np.float32)).argmax()] *= 2
         return {name: scales}
     if mutation.kind == "router":
-        return _without_row(weights, mutation.owner)
+        return _without_row(weights, mutation.owner, moe)
     other = _parts(weights, mutation.other)
     pairs = {
         name: (array, other.get(mutation.other + name.removeprefix(mutation.owner)))
@@ -151,13 +168,16 @@ def mutated_weights(weights: Weights, mutation: Mutation) -> dict[str, Array] | 
     return made
 
 
-def mutations_of(weights: Weights, tokens: Mapping[str, Sequence[int]]) -> Iterator[Mutation]:
+def mutations_of(
+    weights: Weights, tokens: Mapping[str, Sequence[int]], moe: MoEConfig | None = None
+) -> Iterator[Mutation]:
     """One mutation of each kind that the weights allow, of the expert that most tokens reach.
 
     Args:
         weights: Of the graph, as stored.
         tokens: How many tokens each expert got, by the prefix of the layer's experts, such as
             `decoder.layers.2.ffn.`; empty for a model whose experts have no layers.
+        moe: As of `mutated_weights`.
     """
     layer, counts = max(tokens.items(), key=lambda item: max(item[1]))
     first, *others = np.argsort(-np.asarray(counts), kind="stable").tolist()
@@ -169,7 +189,7 @@ def mutations_of(weights: Weights, tokens: Mapping[str, Sequence[int]]) -> Itera
         Mutation("router", owner),
     ]
     for mutation in candidates:
-        if mutated_weights(weights, mutation) is not None:
+        if mutated_weights(weights, mutation, moe) is not None:
             yield mutation
 
 
@@ -189,7 +209,8 @@ def measure_mutations(
         kl_limit: The mean KL at which the gate of `verify --quick` fails.
         progress: Called with the models asked and all of them.
     """
-    if bundle.config.moe is None or bundle.config.moe.merged:
+    moe = bundle.config.moe
+    if moe is None or moe.merged:
         return None
     weights = dict(stored_weights(bundle.path(DECODER)))
     whole = OrtRuntime(bundle)
@@ -197,11 +218,11 @@ def measure_mutations(
     chosen = few(examples)
     seen = cache(lambda pixels: whole.encode_image(_pixels(pixels, bundle.config)))
     expected = record(_Damaged(bundle, {}, seen), tokenizer, chosen, load=cache(load))
-    found = list(mutations_of(weights, _tokens(expected)))
+    found = list(mutations_of(weights, _tokens(expected), moe))
     effects = []
     for done, mutation in enumerate(found):
         progress(done, len(found))
-        replaced = mutated_weights(weights, mutation)
+        replaced = mutated_weights(weights, mutation, moe)
         assert replaced is not None
         fidelity = compare(expected, _Damaged(bundle, replaced, seen))
         overall, routing = fidelity.overall, fidelity.routing
@@ -265,21 +286,22 @@ def _parts(weights: Weights, owner: str) -> dict[str, Array]:
     return {name: array for name, array in weights.items() if name.startswith(f"{owner}.")}
 
 
-def _without_row(weights: Weights, owner: str) -> dict[str, Array] | None:
+def _without_row(weights: Weights, owner: str, moe: MoEConfig | None) -> dict[str, Array] | None:
     """The router that chooses among an expert and its neighbours, without that expert's row."""
     layer, _, index = owner.rpartition("experts.")
-    expert, neighbours = int(index), f"{layer}experts."
-    experts = {
-        name.removeprefix(neighbours).partition(".")[0]
-        for name in weights
-        if name.startswith(neighbours)
-    }
+    row = int(index)
+    if moe is None:
+        neighbours = f"{layer}experts."
+        names = (name.removeprefix(neighbours) for name in weights if name.startswith(neighbours))
+        rows = len({name.partition(".")[0] for name in names})
+    else:
+        rows, row = moe.router_rows, (moe.own_rows or range(moe.num_experts))[row]
     made = {}
     for name in _parts(weights, f"{layer}router"):
         array = weights[name]
-        axis = next((axis for axis in (-1, 0) if array.shape[axis] == len(experts)), None)
+        axis = next((axis for axis in (-1, 0) if array.shape[axis] == rows), None)
         if axis is None:
             continue  # a hidden layer of it
         made[name] = array.copy()
-        np.moveaxis(made[name], axis, 0)[expert] = 0
+        np.moveaxis(made[name], axis, 0)[row] = 0
     return made or None

@@ -10,7 +10,8 @@ import pytest
 from command_line import Run
 
 from medmoe_edge.device import prove
-from medmoe_edge.device.prove import NO_DEVICE, PATHS, Fault, check, cuda_devices
+from medmoe_edge.device.hardware import cuda_devices
+from medmoe_edge.device.prove import NO_DEVICE, PATHS, Fault, check
 from medmoe_edge.errors import MissingDependencyError, ResourceError
 from medmoe_edge.export.decoder import heads
 from medmoe_edge.export.passes import tensorrt_parser
@@ -132,11 +133,82 @@ def test_a_verdict_on_a_gpu(
     assert found.figures == ({} if error else {"figure": 1.0})
 
 
+class Clock:
+    """It moves when it is told to, and by so many seconds whenever it is read."""
+
+    def __init__(self, each: float = 0.0) -> None:
+        self.now, self.each = 1000.0, each
+
+    def __call__(self) -> float:
+        self.now += self.each
+        return self.now
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_all_paths_end_in_their_time_and_leave_the_rest_to_others(
+    monkeypatch: pytest.MonkeyPatch, device: Any
+) -> None:
+    """Steps of 7 seconds: two paths would never end, the others need 21."""
+    clock, endless = Clock(), {"kernels", "torch-paged"}
+    began: dict[str, float] = {}
+
+    def take(name: str) -> Callable[..., Any]:
+        def run(bench: Any) -> dict[str, Any]:
+            began[name] = clock.now
+            steps = iter(int, 1) if name in endless else range(3)
+            for _ in steps:
+                bench.watch.check()
+                clock.now += 7
+            return {"figure": 1.0}
+
+        return run
+
+    paths = tuple(path._replace(run=take(path.name), needs=()) for path in PATHS)
+    monkeypatch.setattr(prove, "PATHS", paths)
+    proof = prove.prove(device=device, clock=clock)
+    assert clock.now - 1000 <= prove.SECONDS
+    assert proof.failed == []
+    assert proof.error() is None
+    tried = {path.name for path in PATHS if device == "cuda" or path.stand_in}
+    assert began.keys() == tried
+    for path in proof.paths:
+        if path.name in endless:
+            assert (path.verdict, path.figures, path.stand_in) == ("not run", {}, None)
+            assert path.why.endswith("no time left")
+            assert path.seconds > prove.SECONDS / len(PATHS) / 2
+        elif path.name in tried:
+            assert path.figures == {"figure": 1.0}
+            assert path.verdict == ("passed" if device == "cuda" else "not run")
+            assert "no time left" not in path.why
+
+
+def test_one_step_that_takes_all_the_time_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    def run(bench: Any) -> dict[str, Any]:
+        clock.now += prove.SECONDS
+        return {"figure": 1.0}
+
+    paths = tuple(path._replace(run=run, needs=()) for path in PATHS)
+    monkeypatch.setattr(prove, "PATHS", paths)
+    first, *others = prove.prove(device="cuda", clock=clock).paths
+    assert first.verdict == "passed"
+    assert {(path.verdict, path.why) for path in others} == {("not run", "no time left")}
+
+
+@pytest.mark.parametrize("name", [path.name for path in PATHS if path.stand_in])
+def test_a_stand_in_ends_between_its_steps(tmp_path: Path, name: str) -> None:
+    found = check(BY_NAME[name], tmp_path, "cpu", prove.Watch(3.5, Clock(each=1)))
+    assert (found.verdict, found.figures, found.stand_in) == ("not run", {}, None)
+    assert found.why == f"{NO_DEVICE}; no time left"
+
+
 def test_what_is_missing_or_late_is_not_run(tmp_path: Path) -> None:
     path = BY_NAME["torch"]._replace(needs=(("no_such_module", "such", "export"),))
     assert check(path, tmp_path, "cuda").why == "such is not installed (medmoe-edge[export])"
     assert check(path, tmp_path, "cpu").why.startswith(f"{NO_DEVICE}; such is not installed")
-    assert check(path, tmp_path, "cuda", late=True).why == "8 minutes are over"
+    late = prove.Watch(0)
+    assert check(BY_NAME["torch"], tmp_path, "cuda", late).why == "no time left"
 
 
 def test_a_page_shows_what_failed_and_escapes_it() -> None:

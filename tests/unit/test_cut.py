@@ -13,6 +13,7 @@ from test_engine import random_image
 
 from medmoe_edge.bench.routing import directions
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.recorded import stored_weights
 from medmoe_edge.checkpoint.reader import (
     Checkpoint,
     cut_checkpoint,
@@ -24,6 +25,7 @@ from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.engine.answer import other_modality
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import ConfigError, InputError
+from medmoe_edge.evaluation.mutations import mutated_weights, mutations_of
 from medmoe_edge.export import build
 from medmoe_edge.models.decoder import MoE, StableLmFeedForward
 from medmoe_edge.presets import PRESETS
@@ -156,6 +158,14 @@ def test_the_cut_bundle_answers_as_the_whole_one(
     assert cut.config.moe is not None
     assert cut.config.moe.expert_names == ("ct", "xray")
     assert cut.config.moe.left_out == ("mri", "pathology")
+    weights, tokens = (
+        dict(stored_weights(cut.path("decoder.onnx"))),
+        {"decoder.layers.0.ffn.": [1, 2]},
+    )
+    tried = mutations_of(weights, tokens, cut.config.moe)
+    router = next(one for one in tried if one.kind == "router")  # of the second expert
+    damaged = mutated_weights(weights, router, cut.config.moe) or {}
+    assert not damaged["decoder.layers.0.ffn.router.weight"][:, 3].any()
     assert cut.manifest["left_out"] == {
         "kept": ["ct", "xray"],
         "modalities": ["mri", "pathology"],

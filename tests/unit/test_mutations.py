@@ -24,7 +24,9 @@ from medmoe_edge.bundle.recorded import (
     read_recorded,
     stored_weights,
 )
+from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import Example
+from medmoe_edge.evaluation.gates import judge_weights
 from medmoe_edge.evaluation.mutations import (
     QUESTIONS,
     Effect,
@@ -282,6 +284,56 @@ def test_the_sentence_follows_the_effects() -> None:
     assert Mutations((seen, scale)).unseen == ()
 
 
+def effect(kind: Any, *, seen: bool) -> Effect:
+    from medmoe_edge.evaluation.metrics import Share
+
+    mutation = Mutation(kind, "a.experts.0", "a.meta" if kind == "meta" else "")
+    return Effect(mutation, Share.of(1, 6), Share.of(1, 9), seen=seen, kl=0.5)
+
+
+NOTICE, MISSED = "would notice damage to an expert: ", "would not notice by its answers: "
+
+
+@pytest.mark.parametrize("kind", ["exchange", "meta", "scale", "router"])
+def test_only_what_was_seen_would_be_noticed(kind: str) -> None:
+    unseen = effect(kind, seen=False)
+    assert NOTICE not in Mutations((unseen,)).summary
+    others = [effect(other, seen=True) for other in ("meta", "router") if other != kind]
+    noticed = Mutations((unseen, *others)).summary.partition(NOTICE)[2].partition(MISSED)[0]
+    assert str(unseen.mutation) not in noticed
+    assert all(str(other) in noticed for other in others)
+    assert str(unseen) in Mutations((unseen, *others)).summary
+
+
+def test_what_was_not_tried_is_said_to_be() -> None:
+    scale, router = effect("scale", seen=False), effect("router", seen=True)
+    nothing = "Whether this proof would notice another expert in an expert's place was not measured"
+    for effects in ((), (scale,), (scale, router)):
+        summary = Mutations(effects).summary
+        assert summary.startswith(nothing)
+        assert (NOTICE in summary, MISSED in summary) == (router in effects, scale in effects)
+    assert nothing not in Mutations((effect("exchange", seen=True), scale)).summary
+
+
+@pytest.mark.parametrize("size", [4, 16])  # as many columns as rows, or more
+def test_the_router_of_a_cut_model_loses_the_row_of_the_expert(size: int) -> None:
+    names, left = ("ct", "mri", "xray", "pathology"), ("pathology", "mri")
+    moe = MoEConfig((0,), 2, expert_names=left, router_names=names)
+    generator = np.random.default_rng(0)
+    weights = {f"f.experts.{index}.up.weight": np.zeros((size, 8), np.float32) for index in (0, 1)}
+    weights["f.router.weight"] = generator.random((size, 4), np.float32)  # stored as [K, N]
+    weights["f.router.bias"] = generator.random(4, np.float32)
+    for index, row in ((0, 3), (1, 1)):
+        made = mutated_weights(weights, Mutation("router", f"f.experts.{index}"), moe)
+        assert made is not None
+        assert made.keys() == {"f.router.weight", "f.router.bias"}
+        for name, array in made.items():
+            zero = np.flatnonzero((np.atleast_2d(array) == 0).all(0))
+            assert zero.tolist() == [row]
+            others = np.arange(4) != row
+            np.testing.assert_array_equal(array[..., others], weights[name][..., others])
+
+
 def test_few_questions_are_of_all_modalities() -> None:
     made = [
         Example(str(number), Path(f"{number // 2}.png"), "?", "", "OPEN", modality, *rest)
@@ -339,6 +391,44 @@ def test_experts_nearer_to_each_other_than_rounding_are_told_apart(
     swapped = {**experts, names[0]: experts[names[1]], names[1]: experts[names[0]]}
     wrong = compared(tiny_bundle, experts, swapped, 0.03).wrong
     assert wrong == (tuple(names[:2]) if apart == 0.04 else ())
+
+
+@pytest.mark.parametrize(
+    ("bits", "groups", "alone"),
+    [(8, 1, True), (4, 4, True), (4, 5, True), (4, 6, False), (4, 391, False)],
+)
+def test_a_single_scale_is_claimed_only_where_it_is_seen(
+    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, bits: int, groups: int, alone: bool
+) -> None:
+    """Where a norm stands for so many scales, of weights as large as each other."""
+    monkeypatch.setattr("medmoe_edge.bundle.recorded.OF_ONE", 32)
+    width, generator = 32, np.random.default_rng(0)
+    rows = generator.choice([-7, 7], (32, groups * width)).astype(np.float32)
+    maker, name = SignatureMaker(), "decoder.layers.0.ffn.experts.0.gate.weight"
+    maker.keep(name, bits, rows.shape[1], Marks.of(rows, groups))
+    scale = np.ones(32 if bits == 8 else (32, groups), np.float32)
+    stored = rows.T.astype(np.int8)
+    if bits == 4:
+        packed = (rows.reshape(32, groups, -1) + 8).astype(np.uint8)
+        stored = packed[..., ::2] | packed[..., 1::2] << 4
+
+    def held(factor: float) -> Compared:
+        changed = scale.copy()
+        changed.flat[3] *= factor
+        pair = {name: (stored, changed)}.items()
+        monkeypatch.setattr("medmoe_edge.bundle.recorded.stored_matrices", lambda _: pair)
+        return compare_signature(Bundle.open(tiny_bundle("int8")), maker.signature())
+
+    whole, damaged = held(1), held(2)
+    assert whole.wrong == ()
+    assert (whole.scales, whole.alone) == (scale.size, scale.size if alone else 0)
+    if alone:
+        assert damaged.wrong == (name,)
+    if groups == 391:
+        assert damaged.wrong == ()
+    (gate,) = judge_weights(whole)
+    told = f"would be seen in 0 of {scale.size:,} scales"
+    assert (told in gate.note, gate.passed) == (not alone, True)
 
 
 def test_routers_are_marked_in_every_precision(proven: dict[str, Path]) -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Run
@@ -244,6 +245,34 @@ def test_verify_signs_what_is_recorded(
     assert (bundle / MANIFEST).read_bytes() != before
     told = run("inspect", str(bundle), "--json")
     assert json.loads(told.stdout)["signature"] == "trusted"
+
+
+def test_a_manifest_that_was_not_verified_is_not_signed(
+    keys: tuple[Path, Path], bundle: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    from medmoe_edge.cli import verify
+
+    def meanwhile(found: Any) -> None:
+        write_verification(Bundle.open(bundle), {"passed": True, "of": "another"})
+
+    monkeypatch.setattr(verify.render_verification, "show_verification", meanwhile)
+    done = run("verify", str(bundle), "--sign", str(keys[0]))
+    assert (done.exit_code, "changed meanwhile" in done.output) == (3, True), done.output
+    assert not (bundle / SIGNATURE).exists()
+
+
+def test_a_manifest_that_changes_while_it_is_written_is_refused(
+    keys: tuple[Path, Path], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust.vouch_for((bundle / MANIFEST).read_bytes())
+    opened, other = Bundle.open(bundle), (bundle / MANIFEST).read_bytes()
+
+    def put_back(text: bytes) -> None:
+        (bundle / MANIFEST).write_bytes(other)
+
+    monkeypatch.setattr("medmoe_edge.bundle.bundle.vouch_for", put_back)
+    with pytest.raises(BundleError, match="changed meanwhile"):
+        write_verification(opened, {"passed": True})
 
 
 def test_what_cannot_be_signed_is_refused_before_the_work(
