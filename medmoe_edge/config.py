@@ -412,6 +412,8 @@ class Confidence(Config):
     the share `selective_accuracy` of the others is right. It was fitted on answers of this bundle
     about so many `images` of `data`. `before` judges the probabilities as the model gives them;
     `after` and `unsure` judge the confidence, each answer by a fit that never saw its image.
+    `doubtful_refusals` are the codes of refusals whose threshold does not separate what it is meant
+    for from the rest, or flags more than it should.
     """
 
     closed: Curve
@@ -424,6 +426,7 @@ class Confidence(Config):
     before: Reliability
     after: Reliability
     unsure: Unsure
+    doubtful_refusals: tuple[str, ...] = later(())
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:

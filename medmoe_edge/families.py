@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from medmoe_edge.config import Confidence
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
     from medmoe_edge.data.datasets import Example, Finding, LabelledImage
+    from medmoe_edge.engine.answer import Answer
     from medmoe_edge.engine.engine import Engine
     from medmoe_edge.engine.loading import Device, RuntimeName
-    from medmoe_edge.evaluation.confidence import RefusalFit
-    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Scores
+    from medmoe_edge.evaluation.confidence import RefusalFit, Said
+    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Prediction, Scores
     from medmoe_edge.evaluation.findings import FindingScore, NoScans, Paraphrased, Versions
     from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.evaluation.verify import Verification
@@ -126,10 +127,10 @@ class AnswerScores:
         no_scans: Which pictures it took for no scans; None where that was fitted (`refusals`).
         languages: How it answered in other languages than English.
         paraphrases: What other words cost, over `"all"` questions and by their source.
-        confidence: What the bundle knows of its confidence: just fitted, or before.
-        refusals: The thresholds of refusals that were just fitted.
-        fitted_on_these: Whether the confidence was fitted on the very questions that were asked:
-            then `questions.reliability` flatters it, and `confidence.after` does not.
+        confidence: What the bundle knows of its confidence, from before or from this run.
+        refusals: Thresholds fitted in this run, whose `questions.reliability` is then raw.
+        fitted_on_these: Whether an earlier run fitted the confidence on these very questions: then
+            `questions.reliability` flatters it, and `confidence.after` does not.
     """
 
     questions: "Evaluation | None"
@@ -396,6 +397,13 @@ class _Scored(NamedTuple):
         scans += [example.image for example in self.examples]
         return list(dict.fromkeys(scans))
 
+    def owned(self, images: Sequence[Path], said: "Sequence[Answer | Prediction]") -> "list[Said]":
+        """The refusals of each image, beside its patient, or itself where none is named."""
+        named = [one for one in (*self.findings, *self.examples) if one.patient]
+        patients = {one.image.resolve(): str(one.patient) for one in named}
+        owners = [patients.get(file, str(file)) for file in (image.resolve() for image in images)]
+        return [(owner, one.refusals) for owner, one in zip(owners, said, strict=True)]
+
 
 def _read_scored(options: EvaluateOptions) -> _Scored:
     """Read all files before a model is loaded; images to train on are left out."""
@@ -481,17 +489,15 @@ def _with_confidence(
         data_sha256=asked.sha256(),
         selective_accuracy=options.selective_accuracy,
     )
-    usual = [one.refusals for one in answers] + [one.refusals for one in of_scans]
-    refusals: dict[str, RefusalFit] = {
-        code: fitting.fit_refusal(
-            [one[code] for one in usual],
-            [one.refusals[code] for one in of_pictures] if code == "not_a_scan" else [],
-        )
-        for code in engine.config.codes
-    }
-    fitting.keep_confidence(bundle_path(model), fitted, refusals)
-    engine.fitted, engine.thresholds = fitted, {code: r.threshold for code, r in refusals.items()}
-    return replace(scores, confidence=fitted, refusals=refusals, fitted_on_these=True)
+    images = [example.image for example in data.examples] + data.scans[: len(of_scans)]
+    refusals = fitting.fit_refusals(
+        engine.config.codes,
+        data.owned(images, [*answers, *of_scans]),
+        data.owned(pictures, of_pictures),
+    )
+    kept = fitting.keep_confidence(bundle_path(model), fitted, refusals)
+    engine.fitted, engine.thresholds = kept.confidence, kept.refusals
+    return replace(scores, confidence=kept.confidence, refusals=refusals)
 
 
 def _seen(engine: "Engine", data: _Scored, scores: AnswerScores, told: _Told) -> AnswerScores:

@@ -16,10 +16,10 @@ others. So no answer judges a fit that saw its image. The curves that are kept a
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from medmoe_edge.embedded import is_installed
 from medmoe_edge.engine.loading import remember, remembered
 from medmoe_edge.errors import DataError, InputError, ResourceError, needs
 from medmoe_edge.evaluation.evaluate import Prediction
+from medmoe_edge.evaluation.gates import wilson
 from medmoe_edge.evaluation.metrics import Share, reliability, selective
 
 FEWEST = 50  # answers that a curve is fitted on
@@ -40,9 +41,15 @@ MANY = 500  # from which on it is isotonic
 FOLDS = 5
 FLAGGED = 0.22  # the most answers that are unsure where nobody asks for another accuracy
 SCANS_FLAGGED = 0.02  # the most ordinary questions that a refusal may flag
+FLOOR = 0.01  # a less probable refusal never counts: so far down, noise alone orders the answers
 EDGE = 1e-6  # probabilities are held this far from 0 and 1, where log-odds are infinite
 STEPS = 33  # points of a logistic curve
 Flags = npt.NDArray[np.bool_]
+Case = tuple[str, float]  # an image or patient, and how probable a refusal was there
+Said = tuple[str, Mapping[str, float]]  # the same of every refusal, by its code
+Problem = Literal["not separated", "flags too many"]
+NOT_SEPARATED: Problem = "not separated"
+FLAGS_TOO_MANY: Problem = "flags too many"
 
 
 class _Answers(NamedTuple):
@@ -98,7 +105,7 @@ def fit_confidence(
     """
     answers = _answers(examples, predictions)
     crossed, unsure = np.empty(len(answers.right)), np.empty(len(answers.right), np.bool_)
-    for held in _folds(answers):
+    for held in _folds(answers.image):
         rest, asked = answers.where(~held), answers.where(held)
         crossed[held] = _fit(rest).chances(asked)
         found = choose_threshold(_crossed(rest), rest.right, selective_accuracy)
@@ -175,65 +182,116 @@ def choose_threshold(
 def refusal_threshold(usual: npt.ArrayLike, refused: npt.ArrayLike) -> float:
     """The probability from which on a refusal counts.
 
-    At most `SCANS_FLAGGED` of what should be answered may reach it. Of all such thresholds those
-    count that catch most of what should be refused, and of these the one in the middle, in
-    log-odds, is furthest from both.
+    At most `SCANS_FLAGGED` of what should be answered may reach it. Of all such thresholds from
+    `FLOOR` on those count that catch most of what should be refused, and of these the one in the
+    middle, in log-odds, is furthest from both.
 
     Args:
         usual: The refusal's probabilities `[N]`, N >= 1, where an answer is wanted.
-        refused: Those `[M]` where the refusal is right; where there are none, the threshold is
+        refused: Those `[M]` where the refusal is right; where none can be caught, the threshold is
             0.5 or above.
 
     Returns:
-        The threshold, 0 to 1.
+        The threshold, 0 to 1. It is 1, and more are flagged, where more of `usual` are at 1.
     """
     answered, wanted = (np.sort(np.asarray(one, np.float64)) for one in (usual, refused))
     allowed = math.floor(SCANS_FLAGGED * len(answered))
-    least = float(answered[-1 - allowed])  # the threshold must be above
-    if not len(wanted):
-        return max(0.5, float(np.nextafter(least, 1)))
-    caught = wanted[wanted > least]
-    most = float(caught[0]) if len(caught) else 1.0
+    least = float(answered[-1 - allowed])
+    above = float(np.nextafter(least, 1))
+    caught = wanted[wanted > max(least, FLOOR)]
+    if not len(caught):
+        return max(0.5, above)
+    most = float(caught[0])
     low, high = (math.log(p / (1 - p)) for p in np.clip((least, most), EDGE, 1 - EDGE))
     middle = 1 / (1 + math.exp(-(low + high) / 2))
-    return min(max(middle, float(np.nextafter(least, 1))), most)
+    return min(max(middle, above, FLOOR), most)
 
 
 @dataclass(frozen=True)
 class RefusalFit:
-    """The threshold of a refusal, and what it flags, each case by a fit that never saw it.
+    """The threshold of a refusal, and what it flags, each case by a fit that never saw its image.
 
     `usual` is the share of what should be answered, `refused` of what should be refused (None:
-    there was nothing of the kind).
+    there was nothing of the kind). `problems`: it is not shown to flag more of what should be
+    refused than of the rest ("not separated"; the threshold is then chosen as if there was nothing
+    to refuse), or it flags more than `SCANS_FLAGGED` of what should be answered ("flags too many").
     """
 
     threshold: float
     usual: Share
     refused: Share | None
+    problems: tuple[Problem, ...] = ()
 
 
-def fit_refusal(usual: Sequence[float], refused: Sequence[float]) -> RefusalFit:
-    """Choose a threshold as `refusal_threshold` does, and judge it by cross-fitting."""
-    flagged = {True: 0, False: 0}
-    parts = [_dealt(usual), _dealt(refused)]
-    for fold in range(FOLDS):
-        seen = [values[places != fold] for values, places in parts]
-        if not len(seen[0]):
-            continue
-        threshold = refusal_threshold(*seen)
-        for wanted, (values, places) in zip((False, True), parts, strict=True):
-            flagged[wanted] += int((values[places == fold] >= threshold).sum())
+def fit_refusal(usual: Sequence[Case], refused: Sequence[Case]) -> RefusalFit:
+    """Choose a threshold as `refusal_threshold` does, and judge it by cross-fitting over images.
+
+    Args:
+        usual: Cases where an answer is wanted: each one's image (or patient), and the refusal's
+            probability.
+        refused: Cases where the refusal is right.
+
+    Returns:
+        The threshold, what it flags, and whether it is fit for use.
+
+    Raises:
+        DataError: The cases where an answer is wanted are about fewer than two images.
+    """
+    images = {image for image, _ in usual}
+    if len(images) < 2:
+        raise DataError(
+            f"Questions about {len(images)} images are too few to choose a refusal's threshold.",
+            "Give questions about two images or more.",
+        )
+    fit, problems = _judged(usual, refused, learn=True), []
+    # both bounds are one-sided at 95%: chance alone brings a problem or hides one that seldom
+    if fit.refused and wilson(fit.refused)[0] <= max(SCANS_FLAGGED, fit.usual.share):
+        fit = _judged(usual, refused, learn=False)
+        problems.append(NOT_SEPARATED)
+    flagged = sum(probability >= fit.threshold for _, probability in usual)
+    if flagged > SCANS_FLAGGED * len(usual) or wilson(fit.usual)[0] > SCANS_FLAGGED:
+        problems.append(FLAGS_TOO_MANY)
+    return replace(fit, problems=tuple(problems))
+
+
+def fit_refusals(
+    codes: Iterable[str], usual: Sequence[Said], pictures: Sequence[Said]
+) -> dict[str, RefusalFit]:
+    """Fit the refusals of a model, by their codes.
+
+    Args:
+        codes: Which refusals it has.
+        usual: What was said where an answer is wanted: each time the image (or patient), and how
+            probable each refusal was.
+        pictures: The same about pictures that are no scans, which are for "not_a_scan" alone.
+    """
+    return {
+        code: fit_refusal(
+            [(image, said[code]) for image, said in usual],
+            [(image, said[code]) for image, said in pictures if code == "not_a_scan"],
+        )
+        for code in codes
+    }
+
+
+def _judged(usual: Sequence[Case], refused: Sequence[Case], *, learn: bool) -> RefusalFit:
+    """A threshold and what it flags; it is chosen by what should be refused if it is to `learn`."""
+    cases = [*usual, *refused]
+    values = np.array([probability for _, probability in cases], np.float64)
+    image = np.unique([name for name, _ in cases], return_inverse=True)[1]
+    wanted = np.arange(len(cases)) >= len(usual)
+
+    def chosen(seen: Flags) -> float:
+        return refusal_threshold(values[seen & ~wanted], values[seen & wanted] if learn else [])
+
+    flagged = np.zeros(len(cases), np.bool_)
+    for held in _folds(image, first=image[~wanted]):
+        flagged[held] = values[held] >= chosen(~held)
     return RefusalFit(
-        threshold=refusal_threshold(usual, refused),
-        usual=Share.of(flagged[False], len(usual)),
-        refused=Share.of(flagged[True], len(refused)) if refused else None,
+        threshold=chosen(np.ones(len(cases), np.bool_)),
+        usual=Share.of(int(flagged[~wanted].sum()), len(usual)),
+        refused=Share.of(int(flagged[wanted].sum()), len(refused)) if refused else None,
     )
-
-
-def _dealt(values: Sequence[float]) -> tuple[Doubles, npt.NDArray[np.int64]]:
-    """Values, and the fold of each."""
-    order = np.random.default_rng(0).permutation(len(values))
-    return np.array(values, np.float64), order % FOLDS
 
 
 def check_fittable(folder: Path) -> None:
@@ -267,13 +325,15 @@ def keep_confidence(
 ) -> Bundle:
     """Write what was fitted into a bundle's manifest; its graphs and its verification stand.
 
-    Returns the bundle as it is now, under a new hash; raises `ResourceError` where it cannot be
-    written.
+    The manifest names the refusals that have problems, beside their thresholds. Returns the bundle
+    as it is now, under a new hash; raises `ResourceError` where it cannot be written.
     """
     bundle = Bundle.open(folder, verify=False)
     proof = remembered(bundle)
     thresholds = {code: fit.threshold for code, fit in refusals.items()}
-    written = write_confidence(bundle, confidence, thresholds)
+    doubtful = tuple(code for code, fit in refusals.items() if fit.problems)
+    kept = replace(confidence, doubtful_refusals=doubtful)
+    written = write_confidence(bundle, kept, thresholds)
     if proof:  # what was found out on this machine holds of the same graphs under their new hash
         remember(written, proof)
     return written
@@ -307,18 +367,27 @@ def _answers(examples: Sequence[Example], predictions: Sequence[Prediction]) -> 
     )
 
 
-def _folds(answers: _Answers) -> Iterator[Flags]:
-    """Which answers are held out, once each; those about one image together."""
-    images = np.unique(answers.image)
-    dealt = np.random.default_rng(0).permutation(images)
-    for part in np.array_split(dealt, min(FOLDS, len(images))):
-        yield np.isin(answers.image, part)
+def _folds(
+    image: npt.NDArray[np.int64], first: npt.NDArray[np.int64] | None = None
+) -> Iterator[Flags]:
+    """Which of N answers are held out, once each; those about one image together.
+
+    Args:
+        image: `[N]`, the number of each one's image.
+        first: Images that are dealt apart from the others, so that they spread over the folds.
+    """
+    order, images = np.random.default_rng(0), np.unique(image)
+    groups = [images] if first is None else [np.unique(first), np.setdiff1d(images, first)]
+    count = min(FOLDS, len(images))
+    dealt = [np.array_split(order.permutation(group), count) for group in groups]
+    for parts in zip(*dealt, strict=True):
+        yield np.isin(image, np.concatenate(parts))
 
 
 def _crossed(answers: _Answers) -> Doubles:
     """Each answer's confidence by a fit without its image."""
     found = np.empty(len(answers.right))
-    for held in _folds(answers):
+    for held in _folds(answers.image):
         found[held] = _fit(answers.where(~held)).chances(answers.where(held))
     return found
 

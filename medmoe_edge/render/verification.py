@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from medmoe_edge.calibration.data import Skipped
     from medmoe_edge.calibration.statistics import Statistics
     from medmoe_edge.config import Confidence
+    from medmoe_edge.evaluation.confidence import Problem
     from medmoe_edge.evaluation.findings import FindingScore
     from medmoe_edge.evaluation.gates import GateResult
     from medmoe_edge.evaluation.inspection import Change, Changes
@@ -151,7 +152,9 @@ def show_seen(found: "AnswerScores") -> None:
     if found.confidence:
         show()
         show_confidence(found.confidence)
-        if found.fitted_on_these:
+        if found.refusals is not None:
+            show("It was fitted in this run: the figures above it are of raw confidence.", "dim")
+        elif found.fitted_on_these:
             show(
                 "It was fitted on these very questions: the figures after fitting are of fits that "
                 "did not see the answer's image, those above are not.",
@@ -173,6 +176,9 @@ def show_confidence(fitted: "Confidence") -> None:
         f"{unsure.errors:.1%} of the errors; of the others {unsure.accuracy:.1%} are right "
         f"({fitted.selective_accuracy:.0%} was aimed at)."
     )
+    if fitted.doubtful_refusals:
+        names = ", ".join(code.replace("_", " ") for code in fitted.doubtful_refusals)
+        show(f"Refusals that are not to be relied on, by the fit: {names}.", "yellow")
 
 
 _FINDINGS = ("finding", "present", "absent", "AUC", "", "sensitivity", "specificity", "shuffled")
@@ -201,6 +207,7 @@ def _seen_lines(found: "AnswerScores") -> Iterator[str]:
             f"Refusal, {name}: from {fit.threshold:.2g} on. It flags {caught}"
             f"{_counted(fit.usual)} others."
         )
+        yield from (_PROBLEMS[problem] for problem in fit.problems)
     for language, said in (found.languages or {}).items():
         yield (
             f"In {language}: {_counted(said.alike)} answered as in English, "
@@ -213,6 +220,15 @@ def _seen_lines(found: "AnswerScores") -> Iterator[str]:
             f"{cost.paraphrased:.1%}: {100 * cost.loss:.1f} points lost "
             f"({100 * low:.1f} to {100 * high:.1f})."
         )
+
+
+_PROBLEMS: "Mapping[Problem, str]" = {
+    "not separated": (
+        "That is no more than chance may give: it does not tell what it is meant for from the "
+        "others, and its threshold is as without pictures that are no scans."
+    ),
+    "flags too many": "That is more than the 2% of the others that were aimed at.",
+}
 
 
 def _counted(share: "Share") -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from medmoe_edge.evaluation.confidence import (
     choose_threshold,
     fit_confidence,
     fit_curve,
+    fit_refusal,
     refusal_threshold,
 )
 from medmoe_edge.evaluation.evaluate import Prediction
+from medmoe_edge.evaluation.metrics import Share
 from medmoe_edge.families import AnswerScores, EvaluateOptions, family_of
 from medmoe_edge.image.pixels import Image
+from medmoe_edge.render.verification import show_seen
 
 Made = tuple[list[Example], list[Prediction]]
 
@@ -222,6 +225,67 @@ def test_a_refusal_is_put_between_what_can_be_told_apart() -> None:
     assert refusal_threshold([0.7] * 100, []) > 0.7
 
 
+def cases(name: str, values: Iterable[float], *, per_image: int = 1) -> list[tuple[str, float]]:
+    """About so many images of their own."""
+    return [(f"{name}{number // per_image}", value) for number, value in enumerate(values)]
+
+
+def test_a_refusal_that_can_be_told_is_kept() -> None:
+    fit = fit_refusal(cases("scan", [0.001] * 100), cases("cat", np.linspace(0.3, 0.9, 20)))
+    assert 0.01 <= fit.threshold <= 0.3
+    assert (fit.usual, fit.refused, fit.problems) == (Share.of(0, 100), Share.of(20, 20), ())
+    far = fit_refusal(cases("scan", [1e-6] * 100), cases("cat", [0.02] * 20))
+    assert (far.threshold, far.problems) == (0.01, ())  # the middle would be lower
+
+
+def test_noise_is_no_threshold() -> None:
+    """Both groups alike: far down, where the least is below the floor, and where all are high."""
+    draw = np.random.default_rng(0)
+    for least, most in ((1e-6, 1e-5), (0.05, 0.4)):
+        usual, refused = draw.uniform(least, most, 300), draw.uniform(least, most, 60)
+        fit = fit_refusal(cases("scan", usual), cases("cat", refused))
+        assert (fit.threshold, fit.problems) == (0.5, ("not separated",))
+        assert (fit.usual, fit.refused) == (Share.of(0, 300), Share.of(0, 60))
+
+
+def test_a_refusal_that_must_flag_more_says_so() -> None:
+    fit = fit_refusal(cases("scan", [1.0] * 10), [])
+    assert (fit.threshold, fit.usual) == (1.0, Share.of(10, 10))
+    assert fit.problems == ("flags too many",)
+    three = fit_refusal(cases("scan", [1.0] * 3 + [0.1] * 97), [])
+    assert (three.usual.count, three.problems) == (3, ("flags too many",))
+    two = fit_refusal(cases("scan", [1.0] * 2 + [0.1] * 98), [])
+    assert two.problems == ()
+
+
+def test_no_refusal_is_judged_by_a_fit_that_saw_its_image() -> None:
+    """Of 20 images one is far above the rest, in all its 10 questions: a fit that saw some of them
+    puts its threshold above, and one that saw none cannot.
+    """
+    values = [0.9] * 10 + [0.1] * 190
+    together = fit_refusal(cases("scan", values, per_image=10), [])
+    apart = fit_refusal(cases("scan", values), [])
+    assert (together.usual.count, apart.usual.count) == (10, 0)
+    assert together.threshold > 0.9
+    assert together.problems == ("flags too many",)  # as others are likely to come
+
+
+def test_a_patient_in_both_groups_is_in_one_part() -> None:
+    """A fit that saw his three scans puts its threshold above them, and misses his picture."""
+    usual = [("he", 0.9)] * 3 + cases("scan", [0.1] * 100)
+    cats = cases("cat", [0.95] * 19)
+    assert fit_refusal(usual, [("he", 0.7), *cats]).refused == Share.of(20, 20)
+    apart = [fit_refusal(usual, [(f"other {n}", 0.7), *cats]).refused for n in range(5)]
+    assert (
+        Share.of(19, 20) in apart
+    )  # of another patient it is missed, where these are in two parts
+
+
+def test_a_threshold_needs_two_images() -> None:
+    with pytest.raises(DataError, match="about 1 images are too few"):
+        fit_refusal([("one", 0.1)] * 20, [])
+
+
 # --- in a bundle, and in its answers ------------------------------------------------------------
 
 SHAPE = (30, 40, 3)
@@ -325,14 +389,18 @@ def test_of_other_choices_the_shares_are_kept(given: dict[str, float]) -> None:
     assert of_line(0.5, 0.9).among(given) == given
 
 
-def test_eval_fits_and_verification_leaves_it(own_bundle: Path, own_answers: Path) -> None:
+def test_eval_fits_and_verification_leaves_it(
+    own_bundle: Path, own_answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {file.name: file.read_bytes() for file in own_bundle.iterdir()}
     options = EvaluateOptions(own_answers, fit_confidence=True, max_new_tokens=2)
     scores = family_of(own_bundle).evaluate(str(own_bundle), options, no_progress)
     assert isinstance(scores, AnswerScores)
     bundle = Bundle.open(own_bundle)
     assert scores.confidence == bundle.confidence is not None
-    assert scores.fitted_on_these
+    assert not scores.fitted_on_these  # its own figures are of raw probabilities, see below
+    show_seen(scores)
+    assert "the figures above it are of raw confidence" in capsys.readouterr().out
     assert (bundle.confidence.images, bundle.confidence.after.n) == (6, 72)
     assert bundle.confidence.data == "questions.jsonl"
     assert scores.questions is not None
@@ -343,8 +411,14 @@ def test_eval_fits_and_verification_leaves_it(own_bundle: Path, own_answers: Pat
 
     verified = write_verification(bundle, {"passed": True})
     assert verified.confidence == bundle.confidence
+    later = dataclasses.replace(options, fit_confidence=False)
+    same = family_of(own_bundle).evaluate(str(own_bundle), later, no_progress)
+    assert isinstance(same, AnswerScores)
+    assert same.fitted_on_these
+    show_seen(same)
+    assert "It was fitted on these very questions" in capsys.readouterr().out
     again = family_of(own_bundle).evaluate(
-        str(own_bundle), dataclasses.replace(options, fit_confidence=False, limit=60), no_progress
+        str(own_bundle), dataclasses.replace(later, limit=60), no_progress
     )
     assert isinstance(again, AnswerScores)
     assert again.confidence == bundle.confidence

@@ -223,15 +223,21 @@ def test_all_of_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         no_scans=score_no_scans([picture("cat", "photo")], [FakeAnswer("No")], [FakeAnswer("No")]),
         languages={"de": Versions(4, Share.of(2, 4), Share.of(1, 4), Share.of(1, 4), {"Ist?": 1})},
         paraphrases={"all": Paraphrased(10, 20, 0.8, 0.75, 0.05, (-0.01, 0.1))},
-        refusals={"not_a_scan": RefusalFit(0.25, Share.of(1, 100), Share.of(9, 10))},
+        refusals={
+            "not_a_scan": RefusalFit(0.25, Share.of(1, 100), Share.of(9, 10)),
+            "language": RefusalFit(1.0, Share.of(9, 90), None, ("not separated", "flags too many")),
+        },
     )
     show_seen(scores)
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     for told in (
         "pleural effusion",
         "1.00",
         "0 of 1 (0.0%) pictures that are none",
         "not a scan: from 0.25 on. It flags 9 of 10 (90.0%) that it is meant for, 1 of 100 (1.0%)",
+        "language: from 1 on. It flags 9 of 90 (10.0%) others",
+        "That is no more than chance may give",
+        "That is more than the 2% of the others that were aimed at",
         "In de: 2 of 4 (50.0%) answered as in English, 1 of 4 (25.0%) marked as unsure",
         "In other words, all: 80.0% of 10 right become 75.0%: 5.0 points lost (-1.0 to 10.0)",
     ):
