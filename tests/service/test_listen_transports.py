@@ -29,6 +29,7 @@ from listen_process import (
     wait_for,
 )
 from pydicom import Dataset, dcmread
+from pydicom import config as pydicom_config
 
 from medmoe_edge.bedside.listen.config import Configuration, Tls, load_configuration
 from medmoe_edge.bedside.listen.desk import Desk
@@ -412,6 +413,27 @@ def test_hl7_is_said_until_it_is_accepted(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(first.segment("PID")[3]) == "MRN-4711"
     finding = next(each for each in first.segments("OBX") if str(each[3]).startswith("121071^"))
     assert (str(finding[5]), str(finding[11])) == ("No", "R")
+
+
+def test_control_characters_do_not_end_a_message_of_hl7(tmp_path: Path) -> None:
+    controls = "".join(map(chr, (*range(1, 0x0D), *range(0x0E, 0x20), 0x7F)))  # not NUL: padding
+    values = {"PatientSex": "M\x1c", "AccessionNumber": "A\x1c\r1", "PatientID": f"4{controls}7"}
+    with Listener("AA") as listener:
+        receiver = {"host": "127.0.0.1", "port": listener.port}
+        with Node(configuration(tmp_path / "node", hl7=[receiver]), StandIn()) as node:
+            with pydicom_config.disable_value_validation():
+                scan = study(**values)
+                assert send(node.port, scan) == [0]
+            sent(node)
+    (message,) = listener.heard
+    findings = [str(each[5]) for each in message.segments("OBX") if "121071^" in str(each[3])]
+    assert findings == ["No"]
+    assert not set(str(message)) & set(map(chr, range(0x20))) - {"\r"}
+    assert message.segment("NTE")
+    patient = message.segment("PID")
+    assert str(patient[8]) == "M\\X1C\\"
+    assert message.unescape(str(patient[3])).replace("\r", "\n") == values["PatientID"]
+    assert message.unescape(str(message.segment("OBR")[18])) == values["AccessionNumber"]
 
 
 def test_files_are_from_the_configurations_folder_and_tokens_stay_secret(tmp_path: Path) -> None:
