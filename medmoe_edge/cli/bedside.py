@@ -302,13 +302,21 @@ def node_requeue(
 ) -> None:
     """Have the documents of series sent again."""
     with _desk(config) as (desk, configuration):
-        names = [each.name for each in configuration.destinations]
+        names = [each.shown for each in configuration.destinations]
         if destination is not None and destination not in names:
             raise InputError(
                 "No destination has that name.", f"Configured: {', '.join(names) or 'none'}."
             )
-        count = desk.requeue(series, destination)
-    _tell_count(as_json, "sent_again", count, "documents are to be sent again")
+        again, gone = desk.requeue(series, destination)
+    if as_json:
+        render.as_json({"sent_again": again, "gone": gone})
+        return
+    render.show(f"{again:,} documents are to be sent again.")
+    if gone:
+        render.show(
+            f"{gone:,} were removed from the node's folder (keep_days): they cannot be sent.",
+            "yellow",
+        )
 
 
 STUDY = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -347,9 +355,10 @@ def node_ask(
     if state == "failed":
         raise InputError(f"The study was not fetched: {why}.", "See the node's log.")
     if as_json:
-        render.as_json({"request": number, "source": name, "state": state})
+        render.as_json({"request": number, "source": name, "state": state, "why": why})
     else:
-        render.show(f"Request {number} to {name}: {state}. See: listen status, listen show.")
+        how = f"{state}, {why}" if why else state
+        render.show(f"Request {number} to {name}: {how}. See: listen status, listen show.")
 
 
 @commands.command(

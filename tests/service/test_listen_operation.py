@@ -5,6 +5,7 @@ what frames of an object say together.
 import json
 import logging
 import os
+import shutil
 import socket
 import sqlite3
 import stat
@@ -23,8 +24,10 @@ from listen_process import (
     PEER,
     QUESTION,
     SOME,
+    Archive,
     StandIn,
     configuration,
+    free_port,
     send,
     study,
     wait_for,
@@ -33,10 +36,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydicom import Dataset, dcmread
 from pydicom.uid import UltrasoundMultiFrameImageStorage
 
+from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.desk import DAY, Desk, Tidying, restore
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.schema import VERSION
+from medmoe_edge.bedside.listen.sending import COMMITMENT, Sending
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import InputError, ResourceError
 from medmoe_edge.image.pixels import Image
@@ -79,6 +84,56 @@ def test_prometheus_and_an_orchestrator_are_told_how_the_node_stands(tmp_path: P
         told = httpx.get(f"{url}/readyz")
         assert (told.status_code, "audit log" in told.json()["status"]) == (503, True)
         assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_no_password_is_told_and_figures_need_the_token(
+    tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tokens").write_text("pacs 0123456789abcdef0123\n")
+    (tmp_path / "tokens").chmod(0o600)
+    port = free_port()
+    secret = f"http://jane:s3cret@127.0.0.1:{port}/r4?key=s4cret"
+    shown = f"http://127.0.0.1:{port}/r4"
+    values: dict[str, Any] = {
+        "http": {"port": 0, "token_file": str(tmp_path / "tokens")},
+        "fhir": [{"url": secret, "version": "R4"}],
+        "stow": [{"url": secret}],
+    }
+    text = f'{CONFIG}[[fhir]]\nurl = "{secret}"\nversion = "R4"\n[[stow]]\nurl = "{secret}"\n'
+    (tmp_path / "listen.toml").write_text(text)
+    given = ["--config", str(tmp_path / "listen.toml"), "--json"]
+    with Node(configuration(tmp_path / "node", **values), StandIn()) as node:
+        assert send(node.port, study()) == [0]
+        answered(node)
+        wait_for(lambda: "again in" in caplog.text)
+        url = f"http://127.0.0.1:{node.web_port}"
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert httpx.get(f"{url}/readyz").status_code == 200
+        for token in ("", "Bearer 0123456789abcdef0124"):
+            refused = httpx.get(f"{url}/metrics", headers={"Authorization": token})
+            assert refused.status_code == 401
+            assert "medmoe" not in refused.text
+        headers = {"Authorization": "Bearer 0123456789abcdef0123"}
+        figures = httpx.get(f"{url}/metrics", headers=headers).text
+        assert f'medmoe_listen_unsent{{destination="{shown}"}} 1.0' in figures
+        (series,) = node.desk.series()
+        said = [
+            run("listen", *command, *given).output
+            for command in (
+                ["status"],
+                ["show", series["series"]],
+                ["requeue", series["series"], "--destination", "nobody"],
+            )
+        ]
+        assert json.loads(said[0])["unsent"] == {shown: 1, f"stow+{shown}": 1}
+        assert shown in said[1]
+        assert shown in said[2]
+        named = run("listen", "requeue", series["series"], "--destination", shown, *given)
+        assert json.loads(named.stdout) == {"sent_again": 0, "gone": 0}  # not sent before
+    for each in (figures, caplog.text, *said):
+        assert "s3cret" not in each
+        assert "s4cret" not in each
+        assert "jane" not in each
 
 
 def test_an_engine_that_hangs_is_not_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +220,12 @@ def test_the_command_asks_for_a_study(tmp_path: Path, run: Run) -> None:
     assert run("listen", "ask", "--study", "1.2.3; DROP", *given).exit_code == 2
     assert "PACS" in run("listen", "ask", "--study", "1.2.3", "--source", "x", *given).output
     done = run("listen", "ask", "--study", "1.2.3", "--priors", "2", *given)
-    assert json.loads(done.stdout) == {"request": 1, "source": "PACS", "state": "waiting"}
+    assert json.loads(done.stdout) == {
+        "request": 1,
+        "source": "PACS",
+        "state": "waiting",
+        "why": "",
+    }
     assert json.loads(run("listen", "status", *given).stdout)["requests"]["waiting"] == 1
 
 
@@ -232,6 +292,62 @@ def test_what_was_sent_goes_after_a_while_and_is_known_still(tmp_path: Path) -> 
         assert node.desk.show(series["series"])["results"][0]["answers"] == []
         assert send(node.port, study(1)) == [0]
         assert node.queue.counts() == {"waiting": 0, "answered": 1, "failed": 0, "unsent": 0}
+
+
+def test_what_was_sent_waits_to_be_asked_about_and_what_is_gone_holds_nothing_up(
+    tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    values: dict[str, Any] = {"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": port}
+    (tmp_path / "listen.toml").write_text(
+        f'{CONFIG}[[dicom]]\nae_title = "ARCHIVE"\nhost = "127.0.0.1"\nport = {port}\n'
+    )
+    given = ["--config", str(tmp_path / "listen.toml")]
+    peers = [{"ae_title": PEER}, {"ae_title": "ARCHIVE"}]
+
+    def config(*, commitment: bool) -> Configuration:
+        place = values | {"commitment": commitment}
+        return configuration(tmp_path / "node", peers=peers, dicom=[place], keep_days=30)
+
+    with Archive(port), Node(config(commitment=False), StandIn()) as node:
+        assert send(node.port, study(1), study(2)) == [0, 0]
+        answered(node, 2)
+        wait_for(lambda: node.queue.counts()["unsent"] == 0)
+    asking = config(commitment=True)
+    (name,) = asking.committing
+    folder, desk = Folder(tmp_path / "node"), Desk(tmp_path / "node")
+    first, second = folder.documents.iterdir()
+    shutil.rmtree(first)  # before commitment was configured
+    old = time.time() - 31 * DAY
+    for path in (*second.iterdir(), second):
+        os.utime(path, (old, old))
+    Tidying(asking, desk).do("old files")
+    assert second.exists()  # the archive has not been asked yet
+    sending = Sending(asking.dicom[0], "MEDMOE", folder, desk)
+    assert sending.pending(9) == [COMMITMENT]
+    with Archive(port), pytest.raises(ResourceError, match="no storage commitment"):
+        sending.do(COMMITMENT)
+    assert "1 documents are gone" in caplog.text
+    assert desk.status(asking)["uncommitted"] == {name: 1}  # the one that can be asked about
+    (left,) = desk.uncommitted(name, 9)
+    assert left.startswith(second.name)
+    keys = [each["series"] for each in desk.series()]
+    assert json.loads(run("listen", "requeue", *keys, *given, "--json").stdout) == {
+        "sent_again": 1,
+        "gone": 1,
+    }
+    assert desk.unsent(name, 9) == [left]
+    told = run("listen", "requeue", *keys, *given).output
+    assert "0 documents are to be sent again" in told
+    assert "1 were removed" in told
+    desk.sent(left, name)
+    desk.ask_commitment(name, "1.2", {left: "1.3"})
+    assert desk.status(asking)["uncommitted"] == {name: 1}
+    desk.commit("1.2", ["1.3"], "kept")
+    assert desk.status(asking)["uncommitted"] == {}
+    Tidying(asking, desk).do("old files")
+    assert not second.exists()
+    desk.close()
 
 
 def test_a_queue_of_version_2_is_taken_over(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dicom_files import saved
 from dicom_peers import PLUGINS, get, orthanc_at, post_to, put_to, tool
 from listen_process import (
     PEER,
+    Archive,
     StandIn,
     configuration,
     free_port,
@@ -29,6 +30,7 @@ from listen_process import (
     wait_for,
 )
 from pydicom import Dataset, dcmread
+from pydicom import config as pydicom_config
 
 from medmoe_edge.bedside.listen.config import Configuration, Tls, load_configuration
 from medmoe_edge.bedside.listen.desk import Desk
@@ -304,6 +306,39 @@ def test_a_study_and_its_priors_are_fetched(tmp_path: Path, orthanc: Orthanc, wa
     assert {str(each.StudyDate) for each in images} == {"20240506", "20230101"}
 
 
+@pytest.mark.parametrize("way", ["get", "web"])  # by C-MOVE Orthanc stops and says no counts
+def test_what_is_not_kept_of_a_study_is_told(tmp_path: Path, orthanc: Orthanc, way: str) -> None:
+    place = {"url": orthanc.web} if way == "web" else {"port": orthanc.dicom}
+    same = {"StudyInstanceUID": STUDY}
+    orthanc.take(study(1), study(2, BurnedInAnnotation="YES", **same), folder=tmp_path)
+    orthanc.take(study(3, BurnedInAnnotation="YES"), folder=tmp_path)
+    sources = [SOURCES[way] | place]
+    with Node(beside(orthanc, tmp_path, sources=sources), StandIn()) as node:
+        partly = node.desk.request(STUDY, 0, "")
+        wait_for(lambda: node.desk.fetched(partly)[0] == "fetched", 60)
+        why = "Its pixels are marked as showing text"
+        assert node.desk.fetched(partly)[1].startswith(f"1 of 2 objects were not kept ({why}")
+        not_at_all = node.desk.request(str(study(3).StudyInstanceUID), 0, "")
+        wait_for(lambda: node.desk.fetched(not_at_all)[0] == "failed", 60)
+        assert node.desk.fetched(not_at_all)[1].startswith("1 of 1 objects were not kept")
+
+
+@pytest.mark.parametrize("way", SOURCES)
+def test_a_study_is_fetched_once_there_is_room(
+    tmp_path: Path, orthanc: Orthanc, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = {"url": orthanc.web} if way == "web" else {"port": orthanc.dicom}
+    orthanc.take(study(1), study(2, StudyInstanceUID=STUDY), folder=tmp_path)
+    full = beside(orthanc, tmp_path, sources=[SOURCES[way] | place], reserve_mb=10**9)
+    with Node(full, StandIn()) as node:
+        number = node.desk.request(STUDY, 0, "")
+        wait_for(lambda: "request 1 failed (The disk is too full to keep it)" in caplog.text)
+        assert node.desk.fetched(number) == ("waiting", "")
+        node.receiving.configuration = beside(orthanc, tmp_path)
+        wait_for(lambda: node.desk.fetched(number) == ("fetched", ""), 60)
+        assert node.desk.status(full)["objects"] == 2
+
+
 def test_a_source_that_is_not_there_is_asked_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -327,7 +362,7 @@ def test_orthanc_commits_itself_to_what_it_took(tmp_path: Path, orthanc: Orthanc
         wait_for(lambda: not node.queue.uncommitted(name, 1))
         wait_for(lambda: node.desk.status(node.configuration)["uncommitted"] == {})
         (result,) = node.folder.documents.iterdir()
-        assert node.desk.is_finished(result.name)
+        assert node.desk.is_finished(result.name, node.configuration.committing)
 
 
 def test_who_is_asked_to_commit_itself_must_be_let_in(tmp_path: Path) -> None:
@@ -339,12 +374,19 @@ def test_who_is_asked_to_commit_itself_must_be_let_in(tmp_path: Path) -> None:
 def test_what_a_destination_does_not_keep_is_told_and_can_be_sent_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+    place = {"ae_title": "ARCHIVE", "host": "127.0.0.1"}
+    with (
+        Archive() as archive,
+        Node(
+            configuration(tmp_path / "node", dicom=[place | {"port": archive.port}]), StandIn()
+        ) as node,
+    ):
+        (name,) = (each.name for each in node.configuration.destinations)
         assert send(node.port, study()) == [0]
-        wait_for(lambda: node.queue.counts()["answered"] == 1)
+        sent(node)
         (path,) = node.folder.documents.glob("*/*.dcm")
         document = f"{path.parent.name}/{path.name}"
-        node.queue.ask_commitment("there", "1.2.9", {document: "1.2.3"})
+        node.queue.ask_commitment(name, "1.2.9", {document: "1.2.3"})
         told = Dataset()
         told.TransactionUID = "1.2.9"
         failed = Dataset()
@@ -353,11 +395,12 @@ def test_what_a_destination_does_not_keep_is_told_and_can_be_sent_again(
         handler: Any = commitment_handlers(node.queue)[0][1]
         event = type("Event", (), {"event_information": told})
         assert handler(event) == (0, None)
-        assert node.desk.status(node.configuration)["uncommitted"] == {"there": 1}
+        assert node.desk.status(node.configuration)["uncommitted"] == {name: 1}
         assert "does not keep 1 documents that it took (0x0110)" in caplog.text
         (series,) = node.desk.series()
-        node.desk.requeue([series["series"]], None)
+        assert node.desk.requeue([series["series"]], None) == (1, 0)
         assert node.desk.status(node.configuration)["uncommitted"] == {}
+        wait_for(lambda: sum(archive.forms.values()) == 2)
 
 
 class Listener:
@@ -412,6 +455,27 @@ def test_hl7_is_said_until_it_is_accepted(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(first.segment("PID")[3]) == "MRN-4711"
     finding = next(each for each in first.segments("OBX") if str(each[3]).startswith("121071^"))
     assert (str(finding[5]), str(finding[11])) == ("No", "R")
+
+
+def test_control_characters_do_not_end_a_message_of_hl7(tmp_path: Path) -> None:
+    controls = "".join(map(chr, (*range(1, 0x0D), *range(0x0E, 0x20), 0x7F)))  # not NUL: padding
+    values = {"PatientSex": "M\x1c", "AccessionNumber": "A\x1c\r1", "PatientID": f"4{controls}7"}
+    with Listener("AA") as listener:
+        receiver = {"host": "127.0.0.1", "port": listener.port}
+        with Node(configuration(tmp_path / "node", hl7=[receiver]), StandIn()) as node:
+            with pydicom_config.disable_value_validation():
+                scan = study(**values)
+                assert send(node.port, scan) == [0]
+            sent(node)
+    (message,) = listener.heard
+    findings = [str(each[5]) for each in message.segments("OBX") if "121071^" in str(each[3])]
+    assert findings == ["No"]
+    assert not set(str(message)) & set(map(chr, range(0x20))) - {"\r"}
+    assert message.segment("NTE")
+    patient = message.segment("PID")
+    assert str(patient[8]) == "M\\X1C\\"
+    assert message.unescape(str(patient[3])).replace("\r", "\n") == values["PatientID"]
+    assert message.unescape(str(message.segment("OBR")[18])) == values["AccessionNumber"]
 
 
 def test_files_are_from_the_configurations_folder_and_tokens_stay_secret(tmp_path: Path) -> None:

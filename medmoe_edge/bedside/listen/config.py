@@ -42,6 +42,7 @@ import json
 import socket
 import ssl
 import tomllib
+import urllib.parse
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -209,6 +210,15 @@ def _no_password() -> str:
     raise ValueError("the key has a password")  # or OpenSSL would ask for it on the terminal
 
 
+def without_secrets(name: str) -> str:
+    """A destination's name as others may see it: its URL without user, password and query."""
+    if not name.startswith(("http", "stow+http")):
+        return name
+    parts = urllib.parse.urlsplit(name)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="", fragment="").geturl()
+
+
 class DicomDestination(_Part):
     """A node that the DICOM documents are sent to.
 
@@ -253,8 +263,8 @@ class _Web(_Part):
 
     @property
     def shown(self) -> str:
-        """For a log: without what is secret in a URL."""
-        return f"{self.url.scheme}://{self.url.host}:{self.url.port}{self.url.path or ''}"
+        """For a log and for figures: its name without what is secret in a URL."""
+        return without_secrets(self.name)
 
     def headers(self) -> dict[str, str]:
         """With the token, if there is one."""
@@ -444,6 +454,11 @@ class Configuration(_Part):
     def destinations(self) -> tuple[Destination, ...]:
         """All of them."""
         return (*self.dicom, *self.stow, *self.fhir, *self.hl7)
+
+    @property
+    def committing(self) -> frozenset[str]:
+        """The names of those that are asked to say that they keep what they have."""
+        return frozenset(node.name for node in self.dicom if node.commitment)
 
     @property
     def all_documents(self) -> tuple[Document, ...]:

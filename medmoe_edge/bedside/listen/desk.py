@@ -14,17 +14,19 @@ import sqlite3
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from medmoe_edge.atomic import atomic_file
-from medmoe_edge.bedside.listen.config import Configuration
+from medmoe_edge.bedside.listen.config import Configuration, without_secrets
 from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
 from medmoe_edge.errors import InputError
 
 SHORTEST = 4  # letters of a key that are enough
 QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
+NO_LIMIT = -1  # to SQLite
 TIDY_EVERY, DAY = 3600.0, 86400.0  # seconds
 
 
@@ -45,16 +47,18 @@ class Desk(Queue):
     def status(self, configuration: Configuration) -> dict[str, Any]:
         """How the queue stands, as one stable JSON object; numbers alone."""
         ((objects,),) = self._read("SELECT count(*) FROM object")
-        unsent = {each.name: 0 for each in configuration.destinations}
+        unsent = dict.fromkeys((each.name for each in configuration.destinations), 0)
         unsent |= dict(
             self._read(
                 "SELECT destination, count(*) FROM delivery WHERE sent = 0 GROUP BY destination"
             )
         )
-        uncommitted = self._read(
-            "SELECT destination, count(*) FROM commitment WHERE state != 'kept' "
-            "GROUP BY destination"
+        unkept = (
+            "SELECT destination, count(*) FROM commitment WHERE state != 'kept' AND asked != ''"
         )
+        uncommitted = dict(self._read(f"{unkept} GROUP BY destination"))
+        for name in configuration.committing:
+            uncommitted[name] = uncommitted.get(name, 0) + len(self.uncommitted(name, NO_LIMIT))
         requests = dict(self._read("SELECT state, count(*) FROM request GROUP BY state"))
         series = dict(self._read("SELECT state, count(*) FROM series GROUP BY state"))
         return {
@@ -64,8 +68,8 @@ class Desk(Queue):
             },
             "results": self.counts()["answered"],
             "not_asked": self.asides(),
-            "unsent": unsent,
-            "uncommitted": dict(uncommitted),
+            "unsent": _shown(unsent),
+            "uncommitted": {name: count for name, count in _shown(uncommitted).items() if count},
             "requests": {
                 state: requests.get(state, 0) for state in ("waiting", "fetched", "failed")
             },
@@ -139,8 +143,8 @@ class Desk(Queue):
             "about": self.sources(key),
             "answers": [json.loads(text) for (text,) in answers],
             "deliveries": [
-                {"document": document, "destination": destination, "sent": bool(sent)}
-                for document, destination, sent in deliveries
+                {"document": document, "destination": without_secrets(name), "sent": bool(sent)}
+                for document, name, sent in deliveries
             ],
         }
 
@@ -159,30 +163,51 @@ class Desk(Queue):
         )
         return len(wanted)
 
-    def requeue(self, keys: Sequence[str], destination: str | None) -> int:
-        """Have all documents of series sent again, to all destinations or one; how many."""
-        found = 0
-        for key in map(self._key, keys):
-            with self._lock, explaining(), self._database as database:
-                database.execute(
-                    "DELETE FROM commitment WHERE (?2 IS NULL OR destination = ?2) AND "
-                    "substr(document, 1, 64) IN (SELECT key FROM result WHERE series = ?1)",
-                    (key, destination),
-                )
-                found += database.execute(
-                    "UPDATE delivery SET sent = 0 WHERE sent = 1 "
-                    "AND (?2 IS NULL OR destination = ?2) AND substr(document, 1, 64) IN "
-                    "(SELECT key FROM result WHERE series = ?1)",
-                    (key, destination),
-                ).rowcount
-        return found
+    def requeue(self, keys: Sequence[str], destination: str | None) -> tuple[int, int]:
+        """Have all documents of series sent again; how many, and how many more are gone.
 
-    def is_finished(self, result: str) -> bool:
-        """Whether nothing of a result is to be sent, and all is kept where that was asked."""
-        return not self._read(
-            "SELECT 1 FROM delivery LEFT JOIN commitment USING (document, destination) "
-            "WHERE substr(document, 1, 64) = ? AND (sent = 0 OR state IN ('asked', 'failed'))",
+        Args:
+            keys: Of the series.
+            destination: Where to, as `status` names it; None: to all of them.
+        """
+        again = gone = 0
+        for key in map(self._key, keys):
+            rows = self._read(
+                "SELECT document, destination FROM delivery WHERE sent = 1 "
+                "AND substr(document, 1, 64) IN (SELECT key FROM result WHERE series = ?)",
+                key,
+            )
+            wanted = [row for row in rows if destination in (None, without_secrets(row[1]))]
+            there = [row for row in wanted if (self.folder.documents / row[0]).exists()]
+            this = "WHERE document = ? AND destination = ?"
+            with self._lock, explaining(), self._database as database:
+                database.executemany(f"DELETE FROM commitment {this}", there)
+                database.executemany(f"UPDATE delivery SET sent = 0 {this}", there)
+            again += len(there)
+            gone += len(wanted) - len(there)
+        return again, gone
+
+    def is_finished(self, result: str, committing: Collection[str]) -> bool:
+        """Whether nothing of a result is to be sent, and all is kept where that was asked.
+
+        Args:
+            result: Its key.
+            committing: The destinations that are to say that they keep what they have: what was
+                sent there is not finished before they do, though they may not be asked yet.
+        """
+        rows = self._read(
+            "SELECT document, destination, sent, state, asked FROM delivery "
+            "LEFT JOIN commitment USING (document, destination) WHERE substr(document, 1, 64) = ?",
             result,
+        )
+        return all(
+            sent
+            and (
+                state == "kept"
+                or asked == ""  # it is gone, so that nobody can be asked
+                or (state is None and not (name in committing and document.endswith(".dcm")))
+            )
+            for document, name, sent, state, asked in rows
         )
 
     def forget_answers(self, result: str) -> None:
@@ -289,6 +314,7 @@ class Tidying:
 
     def __init__(self, configuration: Configuration, desk: Desk) -> None:
         self.days, self.folder, self.desk = configuration.keep_days, desk.folder, desk
+        self.committing = configuration.committing
         self._due = time.monotonic()
 
     def pending(self, _: int) -> list[str]:
@@ -301,13 +327,21 @@ class Tidying:
         before = time.time() - self.days * DAY
         for result in self.folder.documents.iterdir():
             newest = max(path.stat().st_mtime for path in (result, *result.iterdir()))
-            if newest < before and self.desk.is_finished(result.name):
+            if newest < before and self.desk.is_finished(result.name, self.committing):
                 shutil.rmtree(result)
                 self.desk.forget_answers(result.name)
         for image in self.folder.images.iterdir():
             is_answered = self.desk.state(image.stem) in ("answered", "aside")
             if image.stat().st_mtime < before and is_answered:
                 image.unlink(missing_ok=True)
+
+
+def _shown(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts by destination, named as others may see them."""
+    found: Counter[str] = Counter()
+    for name, count in counts.items():
+        found[without_secrets(name)] += count
+    return dict(found)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ come before, the latest first.
 """
 
 import contextlib
+import dataclasses
 import io
 import logging
 from collections.abc import Iterator
@@ -30,7 +31,11 @@ from medmoe_edge.bedside.listen.config import Configuration, DicomSource, Source
 from medmoe_edge.bedside.listen.header import text_of
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
+    OUT_OF_RESOURCES,
+    SUCCESS,
+    TOO_LARGE,
     Receiving,
+    Refused,
     classes_with_pixels,
     transfer_syntaxes,
 )
@@ -67,9 +72,8 @@ class Fetching:
         """Fetch a study; raises `ResourceError` where it may come another time."""
         request = self._requests[name]
         path = self.folder.requests / request.file
-        state, why = "fetched", ""
         try:
-            self._fetch(request, path.read_text("ascii"))
+            state, why = self._fetch(request, path.read_text("ascii"))
         except ResourceError:
             raise
         except MedMoEError as error:
@@ -78,15 +82,23 @@ class Fetching:
             state, why = "failed", "its UID is gone: ask again"
         self.queue.close_request(request.number, state, why)
         path.unlink(missing_ok=True)
-        log.log(logging.ERROR if why else logging.INFO, "%s: %s", name, why or state)
+        level = logging.ERROR if why else logging.INFO
+        log.log(level, "%s: %s", name, f"{state}, {why}" if why else state)
 
-    def _fetch(self, request: Request, study: str) -> None:
+    def _fetch(self, request: Request, study: str) -> tuple[str, str]:
+        """The state that the request comes to, and why it is failed or not all was kept."""
         finder = self._finder(source_of(self.configuration, request.source))
         found = finder.find(StudyInstanceUID=study)
         if not found:
             raise InputError("the source has no such study", "Check the UID.")
-        for uid in [*_priors(request.priors, found[0], finder), study]:
-            finder.retrieve(uid)
+        priors = _priors(request.priors, found[0], finder)
+        got = [finder.retrieve(uid) for uid in (*priors, study)]
+        objects, refused = sum(each.objects for each in got), sum(each.refused for each in got)
+        if not refused:
+            return "fetched", ""
+        reasons = "; ".join(sorted({each.why for each in got if each.why}))
+        why = f"{refused} of {objects} objects were not kept ({reasons})"
+        return "failed" if got[-1].refused == got[-1].objects else "fetched", why
 
     def _finder(self, source: Source) -> "Finder":
         if isinstance(source, WebSource):
@@ -121,6 +133,36 @@ def _priors(count: int, study: dict[str, str], finder: "Finder") -> list[str]:
     return [each["StudyInstanceUID"] for each in found[:count]]
 
 
+@dataclasses.dataclass
+class Retrieved:
+    """What came of a study.
+
+    Attributes:
+        objects: How many there are.
+        refused: How many of them were not kept.
+        why: The last of them was not.
+        full: Why there was no room for one; empty where there was.
+    """
+
+    objects: int = 0
+    refused: int = 0
+    why: str = ""
+    full: str = ""
+
+    def add(self, status: int, why: str) -> None:
+        """Count an object by what `Receiving.judged` says of it."""
+        self.objects += 1
+        if status != SUCCESS:
+            self.refused, self.why = self.refused + 1, why.rstrip(".")
+        if status == OUT_OF_RESOURCES and why != TOO_LARGE:
+            self.full = self.why
+
+    def check(self) -> None:
+        """Raise `ResourceError` if there was no room: the study may be kept another time."""
+        if self.full:
+            raise ResourceError(self.full, "Make room, or raise quota_mb.")
+
+
 class Finder(Protocol):
     """A source of studies; its methods raise `ResourceError` where it cannot be reached."""
 
@@ -128,8 +170,11 @@ class Finder(Protocol):
         """The studies with these values, by keyword as in `ASKED_FOR`."""
         ...
 
-    def retrieve(self, uid: str) -> None:
-        """Have a study received here; returns when all of it is."""
+    def retrieve(self, uid: str) -> Retrieved:
+        """Have a study received here; returns when all of it is.
+
+        Raises `ResourceError` where there is no room for it.
+        """
         ...
 
 
@@ -138,6 +183,7 @@ class DicomFinder:
 
     def __init__(self, source: DicomSource, ae_title: str, receiving: Receiving) -> None:
         self.source, self.ae_title, self.receiving = source, ae_title, receiving
+        self._got = Retrieved()  # by C-GET
 
     def find(self, **keys: str) -> list[dict[str, str]]:
         """The studies with these values."""
@@ -158,8 +204,9 @@ class DicomFinder:
             association.release()
         return found
 
-    def retrieve(self, uid: str) -> None:
+    def retrieve(self, uid: str) -> Retrieved:
         """By the way that is configured."""
+        self._got = Retrieved()
         wanted = Dataset()
         wanted.QueryRetrieveLevel, wanted.StudyInstanceUID = "STUDY", uid
         moves = self.source.retrieve == "move"
@@ -172,19 +219,39 @@ class DicomFinder:
                 else association.send_c_get(wanted, GET)
             )
             for status, _ in answers:
-                _check(status, "the study")
                 last = status
         except (ValueError, RuntimeError) as error:
             raise ResourceError("it gives out no studies", "See its log.") from error
         finally:
             association.release()
-        failed = int(last.get("NumberOfFailedSuboperations") or 0)
-        done = int(last.get("NumberOfCompletedSuboperations") or 0)
-        if failed and not done:
+        self._check_last(last)
+        return self._outcome(last)
+
+    def _outcome(self, last: Dataset) -> Retrieved:
+        """By the counts in the last answer, as what C-MOVE sends comes to the node's port."""
+        got = self._got
+        failed, done, warned = (
+            int(last.get(f"NumberOf{each}Suboperations") or 0)
+            for each in ("Failed", "Completed", "Warning")
+        )
+        if failed and not done + warned and not got.refused:
             hint = "Does it know this node's AE title, address and port?"
             raise ResourceError("it could send none of the study", hint)
-        if failed:
-            log.warning("%d of %d objects of a study were not sent.", failed, failed + done)
+        refused = max(failed, got.refused)
+        objects = max(failed + done + warned, got.objects)
+        if not objects and "NumberOfCompletedSuboperations" in last:
+            raise InputError("the source gave nothing of the study", "See its log.")
+        return Retrieved(objects, refused, (got.why or "see the log") if refused else "")
+
+    def _check_last(self, last: Dataset) -> None:
+        """Raise `ResourceError` for an answer of failure; no room here is the reason before all."""
+        self._got.check()
+        if last.get("NumberOfFailedSuboperations") or not _is_well(last):
+            try:  # what C-MOVE sends, others receive: look whether they would
+                self.receiving.judge_room(0)
+            except Refused as refused:
+                raise ResourceError(refused.why.rstrip("."), "Make room.") from refused
+        _check(last, "the study")
 
     def _associated(self, model: str) -> Association:
         if model == MOVE:
@@ -202,7 +269,8 @@ class DicomFinder:
     def _store(self, event: Event) -> int:
         data = event.encoded_dataset()
         peer = self.source.ae_title
-        status, _ = self.receiving.judged(lambda: self.receiving.receive(data, peer))
+        status, why = self.receiving.judged(lambda: self.receiving.receive(data, peer))
+        self._got.add(status, why)
         return status
 
 
@@ -219,14 +287,19 @@ class WebFinder:
         datasets = [Dataset.from_json(each) for each in found]
         return [{each: text_of(found, each).value for each in ASKED_FOR} for found in datasets]
 
-    def retrieve(self, uid: str) -> None:
+    def retrieve(self, uid: str) -> Retrieved:
         """One object after another, as the server has them."""
+        got = Retrieved()
         with _explained():
             for dataset in self.client.iter_study(uid, media_types=(("application/dicom", "*"),)):
                 buffer = io.BytesIO()
                 dcmwrite(buffer, dataset, enforce_file_format=True)
                 data = buffer.getvalue()
-                self.receiving.judged(partial(self.receiving.receive, data, "DICOMweb"))
+                got.add(*self.receiving.judged(partial(self.receiving.receive, data, "DICOMweb")))
+                got.check()
+        if not got.objects:
+            raise InputError("the source gave nothing of the study", "See its log.")
+        return got
 
 
 @contextlib.contextmanager
@@ -245,5 +318,10 @@ def _check(status: Dataset, what: str) -> None:
     """Raise `ResourceError` unless an answer of C-FIND, C-MOVE or C-GET is none of failure."""
     if "Status" not in status:
         raise ResourceError("it does not answer", "See its log.")
-    if code_to_category(status.Status) not in ("Success", "Pending", "Warning"):
+    if not _is_well(status):
         raise ResourceError(f"it refused {what}: 0x{status.Status:04X}", "See its log.")
+
+
+def _is_well(status: Dataset) -> bool:
+    category = code_to_category(status.get("Status", OUT_OF_RESOURCES))
+    return category in ("Success", "Pending", "Warning")

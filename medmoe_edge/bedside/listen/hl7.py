@@ -251,15 +251,16 @@ def _effective(result: Result) -> Resource:
     return {"effectiveDateTime": result.evidence.taken} if result.evidence.taken else {}
 
 
+CONTROLS = (*range(0x20), 0x7F)  # two of them end a segment or, in MLLP, the message
 FIELDS = str.maketrans(
     {
+        **{code: f"\\X{code:02X}\\" for code in CONTROLS},
         "\\": "\\E\\",
         "|": "\\F\\",
         "^": "\\S\\",
         "&": "\\T\\",
         "~": "\\R\\",
         "\n": "\\.br\\",
-        "\r": "",
     }
 )  # the escapes of section 2.7
 LOCAL = "99MEDMOE"
@@ -317,8 +318,8 @@ def oru_withdrawn(message: bytes) -> bytes:
 
 
 def escaped(text: str) -> str:
-    """A text as a field of version 2."""
-    return text.translate(FIELDS)
+    """A text as a field of version 2, without control characters; none is lost, nor a line."""
+    return text.replace("\r\n", "\n").translate(FIELDS)
 
 
 def _moment(when: str) -> str:

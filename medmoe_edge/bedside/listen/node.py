@@ -382,10 +382,12 @@ class WebServer:
         """Whether it would take an object now."""
         return _told(self._node.lacks())
 
-    def _figures(self, _: "Request") -> "Response":
+    def _figures(self, request: "Request") -> "Response":
         """Figures for Prometheus; numbers alone."""
         from starlette.responses import Response
 
+        if self._who(request) is None:
+            return _unauthorised()
         return Response(figures(self._node), media_type="text/plain; version=0.0.4")
 
     async def _studies(self, request: "Request") -> "Response":
@@ -394,8 +396,7 @@ class WebServer:
 
         who = self._who(request)
         if who is None:
-            refusal = {"error": "A token is needed: Authorization: Bearer TOKEN"}
-            return JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
+            return _unauthorised()
         if not self._uploads.acquire(blocking=False):
             return JSONResponse({"error": "Others are sending."}, 503, {"Retry-After": "5"})
         try:
@@ -437,6 +438,13 @@ class WebServer:
             if len(body) > limit:
                 return None
         return bytes(body)
+
+
+def _unauthorised() -> "Response":
+    from starlette.responses import JSONResponse
+
+    refusal = {"error": "A token is needed: Authorization: Bearer TOKEN"}
+    return JSONResponse(refusal, 401, {"WWW-Authenticate": "Bearer"})
 
 
 def _told(fault: str) -> "Response":

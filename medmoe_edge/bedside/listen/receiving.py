@@ -84,6 +84,7 @@ TRANSFER_SYNTAXES_NOT_SUPPORTED = 0x04  # of a presentation context, PS3.8 table
 UNSUPPORTED_CLASS = 0x0122
 NOT_AUTHORISED = 0x0124
 OUT_OF_RESOURCES = 0xA700
+TOO_LARGE = "It is larger than max_object_mb allows."  # the one for which no room can be made
 CLASS_MISMATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 
@@ -267,7 +268,7 @@ class Receiving:
             MedMoEError: It cannot be read or kept.
         """
         if len(data) > self.configuration.max_object_mb * 1_000_000:
-            raise Refused(OUT_OF_RESOURCES, "It is larger than max_object_mb allows.")
+            raise Refused(OUT_OF_RESOURCES, TOO_LARGE)
         header, pixels = _parts(data)
         self._judge(header, announced)
         why = aside(header, bool(pixels), self.configuration)

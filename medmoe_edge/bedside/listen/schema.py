@@ -10,7 +10,8 @@
     place      the Instance Numbers given to documents, in their DICOM series
     marked     objects that key objects name, by the hash of their UID
     tally      how often something happened that leaves no row
-    commitment which documents a destination was asked to keep, and what it said
+    commitment which documents a destination was asked to keep, and what it said; `asked` is empty
+               of those that were gone, about which it cannot be asked
     request    studies that a person wants fetched; their UIDs are in files of a folder beside
 
 A series is `waiting` until its answers are recorded, in one transaction with what is to be sent of

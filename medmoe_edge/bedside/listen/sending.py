@@ -160,11 +160,22 @@ class Sending:
 
     def _ask_commitment(self, node: DicomDestination) -> None:
         """Ask whether it keeps what it has, by N-ACTION; it says so by `commitment_handlers`."""
-        documents = self.queue.uncommitted(node.name, AT_ONCE)
-        headers = {
-            each: dcmread(self.folder.documents / each, stop_before_pixels=True)
-            for each in documents
-        }
+        headers: dict[str, Dataset] = {}
+        gone = []
+        for each in self.queue.uncommitted(node.name, AT_ONCE):
+            try:
+                headers[each] = dcmread(self.folder.documents / each, stop_before_pixels=True)
+            except FileNotFoundError:
+                gone.append(each)
+        if gone:  # recorded as asked by no UID, so that the others' turn comes
+            self.queue.ask_commitment(node.name, "", dict.fromkeys(gone, ""))
+            log.warning(
+                "%d documents are gone: %s cannot be asked whether it keeps them.",
+                len(gone),
+                node.shown,
+            )
+        if not headers:
+            return
         request = Dataset()
         request.TransactionUID = asked = generate_uid()
         request.ReferencedSOPSequence = []
