@@ -52,6 +52,11 @@ Signed = Literal["none", "not checked", "trusted"]
 _written: set[str] = set()  # SHA-256 of the manifests that this process wrote or vouches for
 
 
+def keys_are_trusted() -> bool:
+    """Whether trusted keys are configured, so that nothing is used but what one of them signed."""
+    return TRUSTED_KEYS in os.environ
+
+
 def vouch_for(manifest: bytes) -> None:
     """Let this process open a bundle with this manifest, whoever signed it."""
     _written.add(hashlib.sha256(manifest).hexdigest())
@@ -63,7 +68,7 @@ def check_signature(folder: Path, manifest: bytes) -> None:
     Without trusted keys nothing is checked. Raises `InputError` for keys that cannot be read, and
     `MissingDependencyError`: where keys are configured, nothing is opened unchecked.
     """
-    if TRUSTED_KEYS not in os.environ or hashlib.sha256(manifest).hexdigest() in _written:
+    if not keys_are_trusted() or hashlib.sha256(manifest).hexdigest() in _written:
         return
     keys = list(_trusted_keys())
     try:
@@ -81,7 +86,7 @@ def check_signature(folder: Path, manifest: bytes) -> None:
 
 def check_checkpoint(folder: Path) -> None:
     """Raise `BundleError` where trusted keys are configured: checkpoints have no signature."""
-    if TRUSTED_KEYS in os.environ:
+    if keys_are_trusted():
         raise BundleError(
             f"{folder} is a checkpoint, and {TRUSTED_KEYS} allows signed bundles alone.",
             "Export it, and sign the bundle: medmoe-edge export CHECKPOINT --sign KEY",
@@ -94,10 +99,13 @@ def is_signed(folder: Path) -> bool:
 
 
 def signed(folder: Path) -> Signed:
-    """How a bundle that was opened is signed: where keys are trusted, it is by one of them."""
+    """How a bundle is signed that was opened with its files checked.
+
+    Where keys are trusted, it is by one of them, or it would not have been opened.
+    """
     if not is_signed(folder):
         return "none"
-    return "trusted" if TRUSTED_KEYS in os.environ else "not checked"
+    return "trusted" if keys_are_trusted() else "not checked"
 
 
 def write_signature(folder: Path, manifest: bytes, key: "Ed25519PrivateKey") -> None:

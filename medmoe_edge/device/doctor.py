@@ -35,6 +35,7 @@ PURPOSES = {
     "images": "compressed DICOM and NIfTI",
     "archive": "index, retrieve",
     "serve": "serve: HTTP and a page",
+    "sign": "export --sign and trusted keys: signed bundles",
     "listen": "listen: a DICOM node; audit deidentify",
     "batch": "batch, to parquet",
     "ray": "batch --ray, on a cluster",

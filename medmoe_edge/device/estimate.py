@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
+from medmoe_edge.bundle.trust import keys_are_trusted
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
@@ -203,11 +204,14 @@ def plan_and_measure(model: str) -> tuple[Plan, "Comparison"]:
 
 
 def model_config(model: str) -> tuple[str, ModelConfig]:
-    """Name and configuration of a model; no weights are read."""
+    """Name and configuration of a model.
+
+    No weights are read, but to check a bundle's files where keys are trusted.
+    """
     if model in EMBEDDED or Path(model).is_dir():
         folder = bundle_path(model)
         if (folder / MANIFEST).exists():
-            bundle = Bundle.open(folder, verify=False)
+            bundle = Bundle.open(folder, verify=keys_are_trusted())
             return bundle.name, bundle.config
         with needs("export"):
             from medmoe_edge.checkpoint.reader import read_checkpoint

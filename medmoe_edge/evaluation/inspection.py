@@ -1,6 +1,8 @@
 """What is in a checkpoint or bundle of either family, and what changed from one bundle to another.
 
-To look into one no weights are read; to compare two, all that are stored are.
+To look into one no weights are read, unless trusted keys are configured: then every file is
+checked against the signed manifest, or "trusted" would not be true. To compare two, all that are
+stored are read.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from medmoe_edge.bundle.bundle import (
     model_kind,
 )
 from medmoe_edge.bundle.recorded import read_recorded, recorded_file, stored_weights
-from medmoe_edge.bundle.trust import Signed, signed
+from medmoe_edge.bundle.trust import Signed, keys_are_trusted, signed
 from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.checkpoint.keys import Shape, decoder_parameters, expected_parameters
 from medmoe_edge.config import ModelConfig
@@ -53,7 +55,8 @@ class Inspection:
     checkpoint over all tensors. `target` is what a bundle is made for and `runtime` what runs it,
     in words; `verification` its outcome: "passed", "failed" or "not measured"; `verified`
     says on which `machine` and whether that holds `here`. `signature` is a bundle's: "none",
-    "trusted", or "not checked" where no keys are configured. `warnings` are a checkpoint's.
+    "trusted" (every file is as the signed manifest says), or "not checked" where no keys are
+    configured. `warnings` are a checkpoint's.
     """
 
     kind: Literal["checkpoint", "bundle"]
@@ -138,7 +141,7 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
 
 
 def _inspect_bundle(path: Path) -> Inspection:
-    bundle = Bundle.open(path, verify=False)
+    bundle = Bundle.open(path, verify=keys_are_trusted())
     manifest, known = bundle.manifest, proven(bundle)
     config = ModelConfig.from_json(manifest["config"], "manifest.json config")
     files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
@@ -259,7 +262,7 @@ def inspect_modality(folder: Path) -> ModalityInspection:
     """Look into a checkpoint folder or a bundle; raises `ModelError` for a damaged one."""
     name = folder.absolute().name
     if (folder / MANIFEST).exists():
-        bundle = ModalityBundle.open(folder, verify=False)
+        bundle = ModalityBundle.open(folder, verify=keys_are_trusted())
         manifest, known = bundle.manifest, proven(bundle)
         files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
         stored = sum(size for name, size in files.items() if not name.endswith((".json", ".md")))

@@ -14,6 +14,7 @@ from pydicom import Dataset, dcmwrite
 from pydicom.uid import (
     DigitalXRayImageStorageForPresentation,
     DigitalXRayImageStorageForProcessing,
+    ImplicitVRLittleEndian,
     KeyObjectSelectionDocumentStorage,
 )
 from test_batch import StandIn
@@ -24,7 +25,7 @@ from medmoe_edge.bedside.batch import run as batch_asking
 from medmoe_edge.bedside.batch.run import BatchReport, run_batch
 from medmoe_edge.bedside.listen.config import Series
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import InputError, MedMoEError, ModelError, ResourceError
 from medmoe_edge.image.loading import load_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -135,6 +136,26 @@ def test_patients_and_series_are_not_mixed(engine: Reading, archive: Path) -> No
     assert report.left_out["twice"] == 1
 
 
+def test_two_patients_with_the_same_uid_are_both_asked(engine: Reading, archive: Path) -> None:
+    other = slice_of(1, PatientID="another", StudyInstanceUID="1.2.826.0.4711.9.1")
+    save(archive / "other.dcm", other)
+    report, rows = asked(archive, Series(slices="all"))
+    assert "other.dcm" in {row["image"] for row in rows}
+    assert "twice" not in report.left_out
+
+
+def test_only_the_same_content_is_there_twice(engine: Reading, archive: Path) -> None:
+    implicit = slice_of(1)
+    implicit.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    save(archive / "implicit.dcm", implicit)
+    save(archive / "other.dcm", slice_of(1, value=77))  # under the same UID
+    save(archive / "third.dcm", slice_of(1, value=77))
+    report, rows = asked(archive, Series(slices="all"))
+    assert rows[0]["slices_of"] == "8"
+    assert "other.dcm" in json.loads(rows[0]["slices"])
+    assert report.left_out["twice"] == 2
+
+
 def test_what_is_for_processing_is_left_out_where_it_is_shown(
     engine: Reading, tmp_path: Path
 ) -> None:
@@ -172,6 +193,23 @@ def test_a_slice_that_cannot_be_read_is_told_of(engine: Reading, archive: Path) 
     report, rows = asked(archive, Series(slices="all"))
     assert (rows[0]["answer"], report.errors) == ("", 1)
     assert rows[0]["error"]
+
+
+@pytest.mark.parametrize("kind", [ModelError, ResourceError])
+def test_what_is_wrong_with_the_model_is_not_blamed_on_a_slice(
+    engine: Reading, archive: Path, monkeypatch: pytest.MonkeyPatch, kind: type[MedMoEError]
+) -> None:
+    ask = engine.ask_all
+
+    def fails(path: str, questions: Sequence[str], *, max_new_tokens: int) -> list[Answer]:
+        if path.endswith("2.dcm"):
+            raise kind("An expert is damaged.", "Copy the model again.")
+        return ask(path, questions, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(engine, "ask_all", fails)
+    report, rows = asked(archive, Series(slices="all"))
+    assert (rows[0]["answer"], report.errors) == ("", 1)
+    assert rows[0]["error"] == "An expert is damaged. Copy the model again."
 
 
 def test_interrupted_it_goes_on(engine: Reading, archive: Path, tmp_path: Path) -> None:

@@ -134,6 +134,27 @@ def test_no_password_is_told_and_figures_need_the_token(
         assert "s3cret" not in each
         assert "s4cret" not in each
         assert "jane" not in each
+def test_pages_of_other_sites_reach_nothing(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("pacs 0123456789abcdef0123\n")
+    tokens.chmod(0o600)
+    routes = [("GET", "/healthz"), ("GET", "/metrics"), ("POST", "/studies")]
+    with Node(configuration(tmp_path / "open", http={"port": 0}), StandIn()) as node:
+        url = f"http://127.0.0.1:{node.web_port}"
+        for method, route in routes:
+            for host in (f"evil.example:{node.web_port}", "evil.example", "localhost.evil.example"):
+                told = httpx.request(method, url + route, headers={"Host": host})
+                assert (told.status_code, told.json()["error"]["code"]) == (421, "wrong_host")
+            foreign = {"Origin": "http://evil.example"}
+            told = httpx.request(method, url + route, headers=foreign)
+            assert (told.status_code, told.json()["error"]["code"]) == (403, "wrong_origin")
+        for headers in ({}, {"Host": f"localhost:{node.web_port}"}, {"Origin": url}):
+            assert httpx.get(f"{url}/healthz", headers=headers).status_code == 200
+    guarded = {"port": 0, "token_file": str(tokens)}
+    with Node(configuration(tmp_path / "guarded", http=guarded), StandIn()) as node:
+        url = f"http://127.0.0.1:{node.web_port}/healthz"
+        assert httpx.get(url, headers={"Host": "node.example"}).status_code == 200
+        assert httpx.get(url, headers={"Origin": "http://evil.example"}).status_code == 403
 
 
 def test_an_engine_that_hangs_is_not_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,12 @@ def test_highdicom_reads_what_was_found_and_where_and_how_certainly(tmp_path: Pa
     ("text", "confidence", "agreed", "presence", "certainty"),
     [
         ("Yes", 0.95, True, evidence.PRESENT, evidence.PROBABLY_PRESENT),
-        ("yes, on the left.", 0.95, True, evidence.PRESENT, evidence.PROBABLY_PRESENT),
+        (" yes .\n", 0.95, True, evidence.PRESENT, evidence.PROBABLY_PRESENT),
+        ("yes, on the left.", 0.95, True, evidence.UNDETERMINED, None),
+        ("Yes. No", 0.95, True, evidence.UNDETERMINED, None),
+        ("No, but cannot exclude", 0.95, True, evidence.UNDETERMINED, None),
+        ("No. Yes", 0.95, True, evidence.UNDETERMINED, None),
+        ("No: see above", 0.95, True, evidence.UNDETERMINED, None),
         ("No.", 0.95, True, evidence.ABSENT, evidence.PROBABLY_ABSENT),
         ("No.", 0.7, True, evidence.ABSENT, evidence.POSSIBLE),
         ("No.", 0.4, True, evidence.UNDETERMINED, None),

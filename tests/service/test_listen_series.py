@@ -3,6 +3,7 @@
 import json
 import logging
 import socketserver
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,16 @@ def test_a_vote_is_of_the_words_and_the_more_confident_wins_a_draw() -> None:
     assert (best, answer.text) == ("c", "yes")
     assert answer.confidence == pytest.approx(0.7)
     assert voted({"a": answers["a"]}) == ("a", answers["a"], True)
+
+
+def test_a_vote_is_unsure_where_a_slice_that_lost_is() -> None:
+    answers = {
+        "a": answer_to("q", "No", confidence=0.95),
+        "b": answer_to("q", "No", confidence=0.9),
+        "c": replace(answer_to("q", "Yes", confidence=0.99), unsure=True),
+    }
+    assert voted(answers).answer.unsure
+    assert not voted({key: answers[key] for key in "ab"}).answer.unsure
 
 
 def test_what_shows_nothing_to_ask_about_is_left_out(tmp_path: Path) -> None:

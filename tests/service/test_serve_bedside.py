@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 from pydicom import dcmwrite
-from serving import StandIn, live, png
+from serving import MODEL, StandIn, StandInModality, live, png
 
 pytest.importorskip("selenium", reason="needs selenium")
 
@@ -25,6 +25,8 @@ from test_serve_page import DONE, SIZES, TEXT, Seeing, ask
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.contrastive.features import Location
+from medmoe_edge.contrastive.heatmap import NO_FINDING
 from medmoe_edge.engine.answer import WHY, Answer
 from medmoe_edge.errors import Notice
 from medmoe_edge.image.pixels import Image
@@ -342,6 +344,76 @@ def test_what_leaves_the_page_has_notice_and_hash_and_no_patient(page: Page) -> 
         assert saved.format == "PNG"
         grey = page.pixel("picture", 1, 1)[0]
         assert saved.convert("L").getpixel((saved.width // 2, 300)) == pytest.approx(grey, abs=2)
+
+
+def test_the_history_shows_the_slice_that_was_asked_about(page: Page) -> None:
+    engine = StandIn()
+    engine.may_go_on.clear()
+    with live(engine) as url:
+        page.open(url)
+        page.show(ct(-90, 0, 90))
+        turn_to(page, 2)
+        asked = page.pixel("picture", 1, 1)[0]
+        ask(page, "Is it three?")
+        assert engine.begun.wait(20)
+        turn_to(page, 0)
+        engine.may_go_on.set()
+        page.until("document.getElementById('history-open').textContent.endsWith('1')")
+        page.one("#history-open").click()
+        page.until("document.querySelector('#history-list img').complete")
+        grey = page.run(
+            "const small = document.createElement('canvas').getContext('2d');"
+            "small.drawImage(document.querySelector('#history-list img'), 0, 0);"
+            "return small.getImageData(9, 9, 1, 1).data[0]"
+        )
+        assert grey == pytest.approx(asked, abs=2)
+        assert abs(grey - page.pixel("picture", 1, 1)[0]) > 50
+        page.one("#history-close").click()
+
+
+def test_an_answer_takes_its_own_map_along_or_none(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locate(self: StandInModality, image: Image, phrase: str) -> Location:
+        heat = np.full(image.pixels.shape[:2], -0.5, np.float32)
+        at = 0 if phrase == "heart" else -1  # a corner each
+        heat[at, at] = 0.75
+        return Location({"total": 0.1}, MODEL, phrase, heat, (1, 1), 0.5, self.read())
+
+    def saved(place: int) -> tuple[Pillow.Image, str]:
+        """What an answer saves while the last map is on the screen."""
+        page.run(OVERHEAR)
+        buttons = page.all(f".answer:nth-of-type({place}) .actions button")
+        next(each for each in buttons if each.text == "Save as PNG").click()
+        page.until("window.saved")
+        picture = Pillow.open(io.BytesIO(base64.b64decode(page.run("return window.saved"))))
+        return picture.convert("RGB"), " ".join(page.run("return window.drawn"))
+
+    monkeypatch.setattr(StandInModality, "locate", locate)
+    with live(StandIn()) as url:
+        page.open(url)
+        page.until("document.getElementById('locate').getAttribute('aria-disabled') === 'false'")
+        page.show(ct(0))
+        ask(page)
+        page.until(ANSWERED)
+        for number, phrase in enumerate(("heart", "lung"), start=2):
+            page.one("#question").send_keys(phrase)
+            page.one("#locate").click()
+            page.until(f"document.querySelectorAll('.answer').length === {number} && {DONE}")
+        page.until("!document.getElementById('heat').hidden")
+        answer, heart, lung = (saved(place) for place in (1, 2, 3))
+        left, right = (100, 20), (700, 620)  # in the corners of the picture, which is 640 high
+        for (picture, _), (first, last) in zip(
+            (answer, heart, lung), ((False, False), (True, False), (False, True)), strict=True
+        ):
+            found = [max(pixel) - min(pixel) > 60 for pixel in map(picture.getpixel, (left, right))]
+            assert found == [first, last]
+        for (_, drawn), phrase in ((heart, "heart"), (lung, "lung")):
+            for part in (f"Phrase: {phrase}", "-0.50 least alike", "most alike 0.75"):
+                assert part in drawn
+            assert NO_FINDING in drawn
+        assert "Phrase" not in answer[1]
+        assert "least alike" not in answer[1]
 
 
 def test_warnings_come_first_and_details_are_folded_away(page: Page) -> None:

@@ -192,6 +192,7 @@ def test_predictions_are_saved_whole(tmp_path: Path) -> None:
             **{"id": "1", "question": "q", "prediction": "löwer\nlobe", "correct": True},
             **{"score": 0.5, "official_score": 0.5, "reference": "x", "answer_type": "OPEN"},
             **{"confidence": None, "modality": None, "modality_found": None, "complete": True},
+            **{"unsure": False, "refusals": {}},
         }
     ]
     assert list(tmp_path.iterdir()) == [file]

@@ -19,6 +19,7 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle, sign_bundle, write_verif
 from medmoe_edge.bundle.trust import SIGNATURE, TRUSTED_KEYS, read_private_key
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, InputError, MissingDependencyError, VerificationError
+from medmoe_edge.evaluation.inspection import inspect_modality
 
 PKCS8 = serialization.PrivateFormat.PKCS8
 PEM = serialization.Encoding.PEM
@@ -123,6 +124,35 @@ def test_what_failed_is_not_signed(keys: tuple[Path, Path], bundle: Path) -> Non
     with pytest.raises(VerificationError, match="not signed"):
         sign_bundle(bundle, keys[0])
     assert not (bundle / SIGNATURE).exists()
+
+
+def test_a_bundle_with_a_changed_file_is_trusted_by_no_verb(
+    keys: tuple[Path, Path], bundle: Path, run: Run
+) -> None:
+    sign_bundle(bundle, keys[0])
+    looks = (
+        ("inspect", str(bundle), "--json"),
+        ("plan", str(bundle), "--device", "orin-nano-8g"),
+    )
+    assert [run(*line).exit_code for line in looks] == [0, 0]
+    largest = max(bundle.iterdir(), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for line in looks:
+        done = run(*line)
+        assert (done.exit_code, "trusted" in done.stdout) == (3, False)
+        assert "does not match the manifest" in done.output.replace("\n", " ")
+
+
+def test_a_contrastive_bundle_with_a_changed_file_is_not_trusted(
+    keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(bundle_path("modality-nano"), tmp_path / "modality")
+    sign_bundle(folder, keys[0])
+    assert inspect_modality(folder).signature == "trusted"
+    (folder / "image.onnx").write_bytes(b"another")
+    with pytest.raises(BundleError, match="does not match the manifest"):
+        inspect_modality(folder)
 
 
 def test_models_are_refused_wherever_they_are_loaded(

@@ -157,9 +157,9 @@ class Grouped(NamedTuple):
 def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Series") -> Grouped:
     """Bring the images of a series together, and choose which of them are asked.
 
-    `headers` are those of the items. What is no DICOM file stands alone. A file that is there twice
-    counts once; what is for processing is left out where it is there for presentation. Raises
-    `InputError` for items that are not all asked the same.
+    `headers` are those of the items. What is no DICOM file stands alone. An object that is there
+    twice in a series, with the same content, counts once; what is for processing is left out where
+    it is there for presentation. Raises `InputError` for items that are not all asked the same.
     """
     from medmoe_edge.bedside.listen.selection import chosen
 
@@ -170,15 +170,18 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
         )
     left_out, marks = Counter[str](), {uid for header in headers for uid in header.get("marks", ())}
     slices: dict[str, list[Slice]] = defaultdict(list)
-    seen, shown, marked = set[str](), set[tuple[str, ...]](), set[str]()
+    shown, marked = set[tuple[str, ...]](), set[str]()
+    seen: dict[tuple[str, str], list[str]] = defaultdict(list)  # a series is of one patient
     for number, header in enumerate(headers):
         key = str(number)
         if not header:
             slices[key] = []
-        elif header["aside"] or header["uid"] in seen:
-            left_out[header["aside"] or "twice"] += 1
+        elif header["aside"]:
+            left_out[header["aside"]] += 1
+        elif _is_among(items[number].path, known := seen[header["uid"], header["series"]]):
+            left_out["twice"] += 1
         else:
-            seen.add(header["uid"])
+            known.append(items[number].path)
             if header["uid"] in marks:
                 marked.add(key)
             slices[header["series"]].append(_slice(key, header))
@@ -198,6 +201,26 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
                 asked[0]._replace(slices=named, of=selection.of, notices=selection.notices)
             )
     return Grouped(found, dict(+left_out))
+
+
+def _is_among(path: str, known: Collection[str]) -> bool:
+    """Whether one of the files with its UID has its content too, in whatever encoding."""
+    content = _content(path) if known else None
+    return content is not None and any(_content(each) == content for each in known)
+
+
+def _content(path: str) -> str | None:
+    """SHA-256 of all elements of a DICOM file; None where it cannot be read."""
+    from pydicom import dcmread
+
+    from medmoe_edge.bedside.listen.header import origin_of
+    from medmoe_edge.image.loading import decoding
+
+    try:
+        with decoding(Path(path).name):
+            return origin_of(dcmread(path), b"").content
+    except MedMoEError:
+        return None  # who asks about it says what is wrong
 
 
 def _slice(key: str, header: Header) -> "Slice":

@@ -294,15 +294,19 @@ def answer(engine: Engine, item: Item, max_new_tokens: int) -> list[Row]:
     """A row for each question; what is wrong with the image is told in all of them.
 
     Of a series each slice is asked, one after the other, and they vote; those that cannot be read
-    are left out and told of, and only where none can be read there is no answer.
+    are left out and told of, and only where none can be read there is no answer. Where the model
+    or the machine fails there is none either: that is no fault of a slice.
     """
     by_slice: dict[str, list[Answer]] = {}
     error: MedMoEError | None = None
-    for name, path in item.slices or ((item.image, item.path),):
-        try:
-            by_slice[name] = engine.ask_all(path, item.questions, max_new_tokens=max_new_tokens)
-        except MedMoEError as wrong:
-            error = wrong
+    try:
+        for name, path in item.slices or ((item.image, item.path),):
+            try:
+                by_slice[name] = engine.ask_all(path, item.questions, max_new_tokens=max_new_tokens)
+            except InputError as wrong:
+                error = wrong
+    except MedMoEError as wrong:
+        by_slice, error = {}, wrong
     if not by_slice:
         return [_row(engine, question, error=str(error)) for question in item.questions]
     if not item.slices:

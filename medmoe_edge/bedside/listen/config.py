@@ -357,9 +357,14 @@ class Http(_Part):
 
     @pydantic.model_validator(mode="after")
     def _others_need_a_token(self) -> Self:
-        if not _is_loopback(self.host) and (self.token_file is None or self.tls is None):
+        if not self.is_local and (self.token_file is None or self.tls is None):
             raise ValueError("Others than this machine can reach it: give token_file and tls.")
         return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return _is_loopback(self.host)
 
 
 def _is_loopback(host: str) -> bool:

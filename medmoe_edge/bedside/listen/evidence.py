@@ -155,7 +155,7 @@ CERTAINTY = Code("111012", "DCM", "Certainty of Finding")
 PROBABLY_PRESENT = Code("410592001", "SCT", "Probably present")
 PROBABLY_ABSENT = Code("410593006", "SCT", "Probably not present")
 POSSIBLE = Code("410590009", "SCT", "Known possible")
-YES_OR_NO = re.compile(r"\s*(yes|no)\s*([.,;:!].*)?", re.IGNORECASE | re.DOTALL)
+YES_OR_NO = re.compile(r"\s*(yes|no)\s*\.?\s*", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +172,10 @@ def coded(
 ) -> Coded:
     """What an answer says of a finding, in codes.
 
-    Only a complete answer that is "yes" or "no", or begins so before a stop or comma, and of which
-    the model is not unsure, says whether it is there. A finding in one slice of many is there,
-    whatever most slices say: where they have not `agreed` it is undetermined, and it is absent only
-    where the whole series was asked.
+    Only a complete answer that is "yes" or "no" and nothing more but a full stop, and of which the
+    model is not unsure, says whether it is there: what follows may take it back. A finding in one
+    slice of many is there, whatever most slices say: where they have not `agreed` it is
+    undetermined, and it is absent only where the whole series was asked.
     """
     match = YES_OR_NO.fullmatch(answer.text)
     is_clear = answer.complete and agreed and not answer.unsure

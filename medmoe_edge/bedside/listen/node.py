@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 VERIFICATION = "1.2.840.10008.1.1"
@@ -322,7 +323,7 @@ class WebServer:
         self._node = node
         self._uploads = threading.Semaphore(MOST_UPLOADS)
         config = uvicorn.Config(
-            self._app(),
+            self._of_this_site(self._app(), is_local=settings.is_local and not self._tokens),
             http=HeadTimeoutProtocol,
             ws="none",
             lifespan="off",
@@ -373,6 +374,23 @@ class WebServer:
                 Route("/studies/{study}", self._studies, methods=["POST"]),
             ]
         )
+
+    def _of_this_site(self, app: "Starlette", *, is_local: bool) -> "ASGIApp":
+        """The app, closed to what pages of other sites send, as the service is."""
+        from starlette.datastructures import Headers
+
+        from medmoe_edge.bedside.serve.errors import Refusal
+        from medmoe_edge.bedside.serve.guard import check_site
+
+        async def checked(scope: "Scope", receive: "Receive", send: "Send") -> None:
+            try:
+                check_site(Headers(scope=scope), is_local=is_local)
+            except Refusal as refused:
+                await refused.response()(scope, receive, send)
+            else:
+                await app(scope, receive, send)
+
+        return checked
 
     def _health(self, _: "Request") -> "Response":
         """Whether the node is well; for who would start it anew."""

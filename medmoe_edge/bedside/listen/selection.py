@@ -180,7 +180,8 @@ def voted(answers: Mapping[str, Answer]) -> Vote:
     """What slices say together to a question.
 
     The answer that most slices give, compared without case and the last stop; of equally many the
-    more confident. Its probabilities are the means of theirs; it is unsure where one of them is.
+    more confident. Its probabilities are the means of theirs. It is unsure where any slice is, as
+    it has the notices of them all.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for key, answer in answers.items():
@@ -204,7 +205,7 @@ def voted(answers: Mapping[str, Answer]) -> Vote:
         confidence=mean[winner],
         complete=all(each.complete for each in won),
         stopped=next((each.stopped for each in won if each.stopped), None),
-        unsure=any(each.unsure for each in won),
+        unsure=any(each.unsure for each in answers.values()),
         refusals=_means([each.refusals for each in won]),
         probabilities=_means([each.probabilities or {} for each in won]) or None,
         warnings=tuple(notices.values()),

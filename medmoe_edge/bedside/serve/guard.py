@@ -12,6 +12,7 @@ import os
 import time
 import traceback
 from collections import deque
+from collections.abc import Collection
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -248,7 +249,9 @@ class Guard:
 
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, path = Headers(scope=scope), scope["path"]
-        self._check_site(headers)
+        settings = self._settings
+        if settings.proxy is None:  # which may rename hosts; there is a token then
+            check_site(headers, is_local=settings.is_local, origins=settings.cors_origins)
         client = scope["client"][0] if scope.get("client") else "unknown"
         if path.startswith(PROTECTED):
             client = self._check_token(headers, client)
@@ -261,25 +264,6 @@ class Guard:
         async with Body(receive, limits, headers, self._uploads) as body:
             with self._slots.take(client):
                 await bounded(self._app, limits, scope, body, send)
-
-    def _check_site(self, headers: Headers) -> None:
-        """Refuse what a page of another site sends.
-
-        On this machine alone there is no token, so that a page could ask in the name of its reader,
-        and read the answer once its own name has been made to lead here (DNS rebinding).
-        """
-        if self._settings.proxy is not None:  # which may rename hosts; there is a token then
-            return
-        host = headers.get("host", "")
-        if self._settings.is_local and _name(host) not in LOCAL_HOSTS:
-            what = "This is not the host that was asked for."
-            raise Refusal(421, "wrong_host", what, "Ask localhost.")
-        origin = headers.get("origin")
-        if origin in self._settings.cors_origins:
-            return
-        if origin is not None and origin.partition("://")[2] != host:
-            what = "Pages of other sites may not ask."
-            raise Refusal(403, "wrong_origin", what, "Use the page of this service itself.")
 
     def _check_token(self, headers: Headers, address: str) -> str:
         """The client's name; raises `Refusal` where the token is not one of ours."""
@@ -298,6 +282,23 @@ class Guard:
             hint = "Send it as: Authorization: Bearer TOKEN"
             raise Refusal(401, "wrong_token", what, hint, {"WWW-Authenticate": "Bearer"})
         return f"{names[0]}@{address}"
+
+
+def check_site(headers: Headers, *, is_local: bool, origins: Collection[str] = ()) -> None:
+    """Refuse what a page of another site sends, unless it is of the given `origins`.
+
+    With `is_local` the service listens on this machine alone. There it needs no token, so that a
+    page could ask in the name of its reader, and read the answer once its own name has been made
+    to lead here (DNS rebinding). Raises `Refusal`.
+    """
+    host = headers.get("host", "")
+    if is_local and _name(host) not in LOCAL_HOSTS:
+        what = "This is not the host that was asked for."
+        raise Refusal(421, "wrong_host", what, "Ask localhost.")
+    origin = headers.get("origin")
+    if origin is not None and origin not in origins and origin.partition("://")[2] != host:
+        what = "Pages of other sites may not ask."
+        raise Refusal(403, "wrong_origin", what, "Use the page of this service itself.")
 
 
 def _name(host: str) -> str:

@@ -96,7 +96,7 @@ export class Entry {
       this.#warn(found.warnings);
       this.#part(".text").textContent = words("map");
       this.#part(".text").removeAttribute("lang");
-      this.#done(reading.unfamiliar ? words("unfamiliar") : "");
+      this.#done([reading.unfamiliar && words("unfamiliar"), words("map.no.finding")].filter(Boolean).join(" "));
       this.#summary(`${words("similarity")} ${number(similarity, TWO)}`, seconds(found.timings.total));
       this.#shares(words("read.as"), reading.probabilities, reading.modality);
       this.#facts({

@@ -4,7 +4,7 @@
 import { Entry, showAbout } from "./answers.js";
 import { events, get, onToken, post, Problem } from "./api.js";
 import { copy, linesOf, save } from "./export.js";
-import { entries, onShow, recordOf, remember } from "./history.js";
+import { entries, onShow, recordOf, remember, thumbOf } from "./history.js";
 import { language, preferred, speak, words } from "./language.js";
 import { LANGUAGES, QUESTIONS } from "./texts.js";
 import * as viewer from "./viewer.js";
@@ -115,10 +115,12 @@ function begin(work) {
   }
   $("question").value = "";
   hint();
-  enter(work, question, fields, viewer.about());
+  enter(work, { question, fields, about: viewer.about(), thumb: thumbOf($("picture")) });
 }
 
-function enter(work, question, fields, about) {
+/** `asked` is what the question is about, as it was when the question was entered. */
+function enter(work, asked) {
+  const { question, fields, about, thumb } = asked;
   const entry = new Entry(question, about);
   const { signal: left } = leaving;
   const record = image;
@@ -131,12 +133,12 @@ function enter(work, question, fields, about) {
     try {
       entry.waits("asking");
       const said = await work(entry, question, fields, { signal, busy });
-      remember(record, entry, $("picture"));
+      remember(record, entry, thumb);
       say(said);
     } catch (error) {
       if (left.aborted) return;
       if (error.name === STOPPED) return entry.stopped();
-      entry.problem(error, () => enter(work, question, fields, about));
+      entry.problem(error, () => enter(work, asked));
       say(`${error.message} ${error.remedy ?? ""}`);
     } finally {
       running = null;
@@ -160,17 +162,22 @@ async function askOne(entry, question, fields, how) {
 async function locateOne(entry, phrase, fields, how) {
   const found = await (await post("/v1/locate", { ...fields, phrase }, how)).json();
   const show = () => viewer.showHeat(...(lastMap = [found, entry.about.key]));
-  entry.actions = [["map.show", show], ...takeAway(entry)];
+  entry.actions = [["map.show", show], ...takeAway(entry, found)];
   await show();
   return entry.location(found);
 }
 
-/** What can be done with an answer; it is only seen, and so taken away, beside its own slice. */
-function takeAway(entry) {
+/** What can be done with an answer, and its map if it has one; it is only seen beside its own slice. */
+function takeAway(entry, location = null) {
   const lines = () => linesOf({ ...entry, about: viewer.about() }, entry.line());
+  const savePicture = async () => {
+    const said = lines(); // of the slice that is shown now, as its picture is
+    await save(await viewer.layers(location), entry.about.picture.sides, said);
+    say(words("export.done"), true);
+  };
   return [
     ["copy", async () => say(words((await copy(lines())) ? "copy.done" : "copy.failed"), true)],
-    ["export", async () => (await save(viewer.layers(), entry.about.picture.sides, lines()), say(words("export.done"), true))],
+    ["export", savePicture],
   ];
 }
 

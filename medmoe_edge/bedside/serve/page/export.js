@@ -1,11 +1,13 @@
 // Takes an answer out of the page: as text, or as a picture with the image. Never with the patient's name.
 
 import { model, warned } from "./answers.js";
-import { words } from "./language.js";
+import { drawScale } from "./heat.js";
+import { number, words } from "./language.js";
 
 const WIDTH = 800; // of the picture that is saved
 const TALLEST = 640; // of the image in it
 const MARGIN = 24;
+const SCALE = 52; // of the scale of colours below a map
 const FONT = "system-ui, sans-serif";
 
 /** An answer as lines: [text, whether it stands out]. */
@@ -14,7 +16,7 @@ export function linesOf({ question, found, about }, text) {
   const facts = Object.entries(model(found.model)).filter(([, value]) => value);
   return [
     ...found.warnings.map((each) => [warned(each), true]),
-    [question, false],
+    [found.phrase ? words("map.phrase", { phrase: question }) : question, false],
     [text, true],
     [[picture.modality?.toUpperCase(), name && `${words("frame")} ${name}`].filter(Boolean).join(" · "), false],
     [windowed ? words("export.window") : "", false],
@@ -34,8 +36,8 @@ export async function copy(lines) {
   }
 }
 
-/** Save a PNG file of some layers of an image, its sides, and lines below it. */
-export async function save(layers, sides, lines) {
+/** Save a PNG file of some layers of an image, its sides, a map's scale if there is one, and lines below it. */
+export async function save({ layers, scale: range }, sides, lines) {
   const canvas = document.createElement("canvas");
   const context = canvas.getContext("2d");
   const [image] = layers;
@@ -43,17 +45,19 @@ export async function save(layers, sides, lines) {
   const [width, height] = [image.width * scale, image.height * scale];
   const wrapped = lines.flatMap(([text, strong]) => wrap(context, text, strong).map((part) => [part, strong]));
   canvas.width = WIDTH;
-  canvas.height = Math.ceil(height) + wrapped.length * 24 + 2 * MARGIN;
+  const below = height + (range ? SCALE : 0);
+  canvas.height = Math.ceil(below) + wrapped.length * 24 + 2 * MARGIN;
   context.fillStyle = "white";
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.fillStyle = "black";
   context.fillRect(0, 0, WIDTH, height);
   for (const layer of layers) context.drawImage(layer, (WIDTH - width) / 2, 0, width, height);
   if (sides) mark(context, sides, height);
+  if (range) explain(context, range, height);
   context.fillStyle = "#14212a";
   wrapped.forEach(([text, strong], at) => {
     context.font = fontOf(strong);
-    context.fillText(text, MARGIN, height + MARGIN + 16 + at * 24);
+    context.fillText(text, MARGIN, below + MARGIN + 16 + at * 24);
   });
   const url = URL.createObjectURL(await new Promise((done) => canvas.toBlob(done, "image/png")));
   Object.assign(document.createElement("a"), { href: url, download: "medmoe-edge-answer.png" }).click();
@@ -61,6 +65,18 @@ export async function save(layers, sides, lines) {
 }
 
 const fontOf = (strong) => `${strong ? 600 : 400} 16px ${FONT}`;
+
+/** Draw the scale of a map's colours, with its ends. */
+function explain(context, [low, high], top) {
+  drawScale(context, MARGIN, top + 12, WIDTH - 2 * MARGIN, 12);
+  Object.assign(context, { font: fontOf(false), fillStyle: "#14212a" });
+  context.fillText(`${fixed(low)} ${words("heat.least")}`, MARGIN, top + 44);
+  context.textAlign = "end";
+  context.fillText(`${words("heat.most")} ${fixed(high)}`, WIDTH - MARGIN, top + 44);
+  context.textAlign = "start";
+}
+
+const fixed = (value) => number(value, { minimumFractionDigits: 2, maximumFractionDigits: 2 });
 
 function mark(context, [left, top, right, bottom], height) {
   const middle = height / 2;

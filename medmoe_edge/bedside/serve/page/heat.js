@@ -8,7 +8,7 @@ const COLOURS = [
 ];
 const COVER = 0.6; // of the hottest place; the coldest is left as it is
 
-/** Paint `/v1/locate`'s map on a canvas over the picture, and a ring around its peak. */
+/** Paint `/v1/locate`'s map on a canvas over the picture, and a ring around its peak. Its least and most similarity. */
 export async function paintHeat(canvas, location, picture) {
   const { width, height } = picture;
   [canvas.width, canvas.height] = [width, height];
@@ -16,20 +16,35 @@ export async function paintHeat(canvas, location, picture) {
   const map = await createImageBitmap(new Blob([bytes(location.heat_png)], { type: "image/png" }));
   context.drawImage(map, 0, 0, width, height);
   const pixels = context.getImageData(0, 0, width, height);
-  const palette = colours(pixels.data);
+  const range = rangeOf(pixels.data);
+  const palette = colours(range);
   const painted = new Uint32Array(pixels.data.buffer);
   for (let at = 0; at < painted.length; at += 1) painted[at] = palette[painted[at] & 255];
   context.putImageData(pixels, 0, 0);
   ring(context, location.peak.map((at) => ((at + 0.5) * width) / location.size[0]), width, height);
+  return range.map((grey) => grey / 127.5 - 1); // as the service draws -1 to 1
 }
 
-/** The colour of every grey of the map, from its coldest to its hottest. */
-function colours(data) {
+/** Draw the scale of a map's colours, from its coldest to its hottest. */
+export function drawScale(context, left, top, width, height) {
+  const scale = context.createLinearGradient(left, 0, left + width, 0);
+  COLOURS.forEach((colour, at) => scale.addColorStop(at / 9, `rgb(${colour})`));
+  context.fillStyle = scale;
+  context.fillRect(left, top, width, height);
+}
+
+/** The coldest and the hottest grey of the map. */
+function rangeOf(data) {
   let [low, high] = [255, 0];
   for (let at = 0; at < data.length; at += 4) {
     low = Math.min(low, data[at]);
     high = Math.max(high, data[at]);
   }
+  return [low, high];
+}
+
+/** The colour of every grey of the map. */
+function colours([low, high]) {
   return Uint32Array.from({ length: 256 }, (_, grey) => {
     const share = Math.min(Math.max((grey - low) / (high - low || 1), 0), 1);
     const at = Math.min(Math.floor(share * 9), 8);

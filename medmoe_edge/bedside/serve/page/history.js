@@ -19,10 +19,10 @@ export function recordOf(files) {
   return { files, entries: [] };
 }
 
-/** Remember an answer, with what was on the screen. */
-export function remember(image, entry, canvas) {
+/** Remember an answer, with a small picture of its slice. */
+export function remember(image, entry, thumb) {
   if (!images.includes(image)) images.push(image);
-  if (!image.entries.some((one) => one.entry === entry)) image.entries.push({ entry, thumb: thumbOf(canvas) });
+  if (!image.entries.some((one) => one.entry === entry)) image.entries.push({ entry, thumb });
   label();
 }
 
@@ -33,7 +33,8 @@ function label() {
   $("history-open").textContent = [words("history"), entries().length || ""].filter(Boolean).join(" ");
 }
 
-function thumbOf(canvas) {
+/** A small picture of what a canvas shows now. */
+export function thumbOf(canvas) {
   const scale = THUMB / Math.max(canvas.width, canvas.height);
   const small = made("canvas", "");
   [small.width, small.height] = [canvas.width, canvas.height].map((side) => Math.max(1, Math.round(side * scale)));

@@ -301,6 +301,14 @@ export const TEXTS = {
   "model.fact": ["Model", "Modell", "Modèle", "Modelo", "模型"],
   verification: ["Verification", "Prüfung", "Vérification", "Verificación", "验证"],
   map: ["Map on the image", "Karte auf dem Bild", "Carte sur l’image", "Mapa sobre la imagen", "图像上的热图"],
+  "map.phrase": ["Phrase: {phrase}", "Suchbegriff: {phrase}", "Expression : {phrase}", "Expresión: {phrase}", "短语：{phrase}"],
+  "map.no.finding": [
+    "Not a finding: what is not in the image has a place most alike, too.",
+    "Kein Befund: Auch was nicht im Bild ist, hat eine ähnlichste Stelle.",
+    "Pas un résultat d’examen : même ce qui n’est pas sur l’image y a un endroit le plus semblable.",
+    "No es un hallazgo: también lo que no está en la imagen tiene un lugar más parecido.",
+    "并非检查所见：图像中没有的东西也会有一处最相似的位置。",
+  ],
   "map.show": ["Show on the image", "Auf dem Bild zeigen", "Montrer sur l’image", "Mostrar en la imagen", "在图像上显示"],
   similarity: ["Similarity", "Ähnlichkeit", "Similarité", "Similitud", "相似度"],
   "similarity.what": [

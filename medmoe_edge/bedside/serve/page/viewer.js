@@ -34,8 +34,14 @@ export function about() {
   return { key: slice.key, name: several ? String(name) : "", picture, windowed: view !== null };
 }
 
-/** What lies on the stage, in the proportions of the picture. */
-export const layers = () => [canvas, ...($("heat").hidden ? [] : [$("heat")])];
+/** The picture as it is shown now, and over it this map, if any, whichever is on the screen; and the map's scale. */
+export async function layers(location) {
+  const image = createImageBitmap(canvas);
+  if (!location) return { layers: [await image] };
+  const heat = document.createElement("canvas");
+  const scale = await paintHeat(heat, location, picture);
+  return { layers: [await image, heat], scale };
+}
 
 /** Show files: the slice of this key, or the middle one. Whether it could. */
 export async function open(files, key) {
