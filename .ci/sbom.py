@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cyclonedx.model import (
     ExternalReference,
@@ -126,10 +127,10 @@ def facts(folder: Path) -> Iterator[Property]:
         yield Property(name=f"{OURS}:{name}", value=str(value))
 
 
-def content(bom: Bom) -> str:
-    """A hash of what the document names, so that the same has the same serial number."""
-    named = sorted(f"{each.name} {each.version} {each.bom_ref}" for each in bom.components)
-    return hashlib.sha256("\n".join(named).encode()).hexdigest()
+def serial_number(document: dict[str, Any]) -> str:
+    """From all that a document without one says: the same has the same, and nothing else has."""
+    said = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"{OURS} {said}").urn
 
 
 def main(output: Path) -> None:
@@ -145,9 +146,10 @@ def main(output: Path) -> None:
         licenses=[DisjunctiveLicense(id="Apache-2.0")],
     )
     bom.register_dependency(bom.metadata.component, bom.components)
-    bom.serial_number = uuid.uuid5(uuid.NAMESPACE_URL, f"{OURS} {version} {content(bom)}")
     document = json.loads(JsonV1Dot6(bom).output_as_string())
     del document["metadata"]["timestamp"]  # the same bytes each time
+    del document["serialNumber"]  # made by chance
+    document["serialNumber"] = serial_number(document)
     written = json.dumps(document, indent=1)
     if error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(written):
         sys.exit(f"The document breaks the schema: {error}")

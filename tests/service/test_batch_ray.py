@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from PIL import Image as Pillow
 from pyarrow import parquet
 
 from medmoe_edge.bedside.batch.inputs import journal_path
+from medmoe_edge.bedside.batch.run import Recipe
+from medmoe_edge.bundle.trust import TRUSTED_KEYS
+from medmoe_edge.errors import InputError, ResourceError
 
 IMAGES = 64  # four parts, for two workers
 QUESTION = "Is there effusion?"
@@ -66,6 +70,30 @@ def answers(output: Path) -> list[tuple[object, ...]]:
     names = ["image_number", "image", "question", "answer", "confidence", "experts", "error"]
     table = parquet.read_table(output, columns=names)
     return [tuple(row.values()) for row in table.to_pylist()]
+
+
+def test_workers_are_never_without_the_keys_that_were_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'medmoe-edge[ray]'")
+    from medmoe_edge.bedside.batch.cluster import OnRay
+
+    joined: list[dict[str, Any]] = []
+
+    def join(_address: str, **options: Any) -> None:
+        joined.append(options)
+        raise ConnectionError
+
+    monkeypatch.setattr(ray, "init", join)
+    monkeypatch.setenv(TRUSTED_KEYS, "")
+    with pytest.raises(InputError, match=f"{TRUSTED_KEYS} is set, but empty"):
+        OnRay("local", Recipe()).__enter__()
+    assert not joined
+    monkeypatch.setenv(TRUSTED_KEYS, str(tmp_path / "keys.pem"))
+    with pytest.raises(ResourceError):
+        OnRay("local", Recipe()).__enter__()
+    (options,) = joined
+    assert options["runtime_env"]["env_vars"] == {TRUSTED_KEYS: str(tmp_path / "keys.pem")}
 
 
 @pytest.mark.timeout(450)  # seconds; a cluster's dozen processes each import Ray and the engine

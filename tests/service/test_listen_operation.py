@@ -2,6 +2,7 @@
 what frames of an object say together.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -36,10 +37,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydicom import Dataset, dcmread
 from pydicom.uid import UltrasoundMultiFrameImageStorage
 
+from medmoe_edge.bedside.audit.log import AuditLog, verify_log
 from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.desk import DAY, Desk, Tidying, restore
 from medmoe_edge.bedside.listen.node import Node
-from medmoe_edge.bedside.listen.queue import Folder, Queue
+from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.schema import VERSION
 from medmoe_edge.bedside.listen.sending import COMMITMENT, Sending
 from medmoe_edge.engine.answer import Answer
@@ -134,6 +136,8 @@ def test_no_password_is_told_and_figures_need_the_token(
         assert "s3cret" not in each
         assert "s4cret" not in each
         assert "jane" not in each
+
+
 def test_pages_of_other_sites_reach_nothing(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("pacs 0123456789abcdef0123\n")
@@ -205,13 +209,104 @@ def test_a_backup_of_a_running_node_is_whole_and_goes_on_elsewhere(tmp_path: Pat
     with pytest.raises(InputError, match="cannot be restored"):
         restore(Path(__file__), Folder(other.folder), other.audit_log)
     restore(tmp_path / "node.tar", Folder(other.folder), other.audit_log)
-    assert other.audit_log.read_bytes().count(b"\n") == 1
+    asked, restored = map(json.loads, other.audit_log.read_bytes().splitlines())
+    assert (asked["event"], restored["event"]) == ("answer", "restore")
+    assert (
+        restored["input_sha256"] == hashlib.sha256((tmp_path / "node.tar").read_bytes()).hexdigest()
+    )
     with Node(other, StandIn()) as node:
         answered(node, 2)
         kept = {path.name: path.read_bytes() for path in node.folder.documents.glob("*/*")}
         assert documents.items() <= kept.items()
         assert send(node.port, study(1)) == [0]  # it knows it
         assert node.queue.counts() == {"waiting": 0, "answered": 2, "failed": 0, "unsent": 0}
+
+
+def test_a_backup_does_not_hold_up_a_node_that_receives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(tmp_path / "node")
+    folder = Folder(config.folder)
+    queue = Queue(folder.queue)
+    for name in "ab":
+        folder.keep(folder.image(key_of(name)), b"image")
+        queue.add(key_of(name), "0" * 64, "peer", ["What is shown?"])
+    copied: list[str] = []
+
+    def copy(path: Path, target: Path) -> None:
+        """While the first file is linked, another comes and one is answered."""
+        if not copied:
+            began = time.monotonic()
+            folder.keep(folder.image(key_of("c")), b"image")
+            queue.add(key_of("c"), "0" * 64, "peer", ["What is shown?"])
+            queue.close_series(queue.job(key_of("a")), "answered")
+            assert time.monotonic() - began < 5
+            folder.image(key_of("a")).unlink()
+        target.write_bytes(path.read_bytes())
+        copied.append(path.stem)
+
+    monkeypatch.setattr("medmoe_edge.bedside.listen.desk.os.link", copy)
+    Desk(folder.root).back_up(config.audit_log, tmp_path / "node.tar")
+    queue.close()
+    assert len(copied) >= 2
+    monkeypatch.undo()
+    other = configuration(tmp_path / "other")
+    place = Folder(other.folder)
+    restore(tmp_path / "node.tar", place, other.audit_log)
+    again = Queue(place.queue)
+    waiting = again.waiting(9)
+    assert sorted(waiting) == sorted(key_of(name) for name in "bc")
+    assert {path.stem for path in place.images.iterdir()} == set(waiting)
+    again.close()
+
+
+def test_an_audit_log_from_an_older_backup_is_good_and_says_so(tmp_path: Path) -> None:
+    config = configuration(tmp_path / "node")
+    Queue(Folder(config.folder).queue).close()
+    log = AuditLog(config.audit_log)
+    entry: dict[str, Any] = {
+        "who": "peer",
+        "event": "answer",
+        "model": {},
+        "question": "q",
+        "input_sha256": "",
+    }
+    log.append(answer="first", **entry)
+    Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
+    log.append(answer="second", **entry)
+    lost = verify_log(config.audit_log).head
+
+    config.folder.rename(tmp_path / "broken")  # with the log, or it stays
+    config.audit_log.unlink(missing_ok=True)
+    restore(tmp_path / "node.tar", Folder(config.folder), config.audit_log)
+    report = verify_log(config.audit_log)
+    assert (report.intact, report.entries) == (True, 2)
+    last = json.loads(config.audit_log.read_bytes().splitlines()[-1])
+    assert last["event"] == "restore"
+    assert lost in last["answer"]  # what is missing can be named
+    AuditLog(config.audit_log).append(answer="third", **entry)
+    assert verify_log(config.audit_log).intact
+
+
+def test_restoring_does_not_hide_that_a_log_that_stayed_was_cut(tmp_path: Path) -> None:
+    config = configuration(tmp_path / "node")
+    audit = tmp_path / "audit.jsonl"
+    Queue(Folder(config.folder).queue).close()
+    log = AuditLog(audit)
+    entry: dict[str, Any] = {
+        "who": "peer",
+        "event": "answer",
+        "model": {},
+        "question": "q",
+        "input_sha256": "",
+    }
+    log.append(answer="first", **entry)
+    Desk(config.folder).back_up(audit, tmp_path / "node.tar")
+    log.append(answer="second", **entry)
+    audit.write_bytes(audit.read_bytes().splitlines(keepends=True)[0])
+    config.folder.rename(tmp_path / "broken")
+    restore(tmp_path / "node.tar", Folder(config.folder), audit)
+    assert verify_log(audit).fault == "head"
 
 
 def test_the_commands_back_up_and_restore(tmp_path: Path, run: Run) -> None:

@@ -176,6 +176,27 @@ def test_a_report_refers_to_what_it_is_about() -> None:
     assert report.SOPInstanceUID == RESULT.uid("comprehensive-3d-sr")
 
 
+def test_every_format_says_whether_the_confidence_is_calibrated() -> None:
+    calibrated = replace(RESULT, answer=replace(RESULT.answer, confidence_kind="calibrated"))
+    for result, value, meaning in (
+        (RESULT, "probability", "Model's own probability of its answer"),
+        (calibrated, "chance", "Calibrated chance that the answer is right"),
+    ):
+        report = dcmread(io.BytesIO(encoded(comprehensive_3d_sr(result))))
+        numbers = [item for _, item in _items(report) if item.ValueType == "NUM"]
+        names = [item.ConceptNameCodeSequence[0] for item in numbers]
+        (name,) = [each for each in names if each.CodingSchemeDesignator == "99MEDMOE"]
+        assert (name.CodeValue, name.CodeMeaning) == (value, meaning)
+        observation = json.loads(fhir(result, "R5"))["entry"][1]["resource"]
+        told = observation["component"][0]
+        assert told["code"]["coding"][0]["code"] == value
+        assert told["code"]["text"] == meaning
+        assert told["valueQuantity"]["value"] == pytest.approx(0.934)
+        (segment,) = [row for row in oru(result, "M").decode().split("\r") if "|NM|" in row]
+        assert segment.split("|")[3] == f"{value}^{meaning}^99MEDMOE"
+    assert calibrated.uid("Observation") != RESULT.uid("Observation")  # it says something else
+
+
 def test_highdicom_reads_what_was_found_and_where_and_how_certainly(tmp_path: Path) -> None:
     path = tmp_path / "report.dcm"
     path.write_bytes(encoded(in_codes(RESULT)))
@@ -250,7 +271,7 @@ def test_fhir_has_the_same_codes(version: Any, bundle: Any) -> None:
     (certainty,) = [
         part["valueCodeableConcept"]["coding"][0]["code"]
         for part in observation["component"]
-        if part["code"].get("coding")
+        if part["code"].get("coding") and "valueCodeableConcept" in part
     ]
     assert certainty == "410593006"
 

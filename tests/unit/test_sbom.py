@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +52,38 @@ def test_every_file_of_the_embedded_models_is_named(sbom: dict[str, Any]) -> Non
         path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
     }
+
+
+def test_the_same_gives_the_same_bytes_and_other_weights_another_serial_number(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("cyclonedx", reason="needs cyclonedx-python-lib, of the extra dev")
+    for name in (".ci/run", ".ci/sbom.py", "medmoe_edge/_version.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    packages = re.split(r"^(?=\w)", (ROOT / "lock.txt").read_text("utf-8"), flags=re.MULTILINE)
+    (tmp_path / "lock.txt").write_text("".join(packages[:4]), "utf-8")  # the schema takes its time
+    embedded = tmp_path / "medmoe_edge" / "embedded"
+    for folder in (ROOT / "medmoe_edge" / "embedded").glob("*-*"):
+        for path in folder.iterdir():  # small files in place of the weights
+            (embedded / folder.name).mkdir(parents=True, exist_ok=True)
+            text = path.read_bytes() if path.name == "manifest.json" else b"small"
+            (embedded / folder.name / path.name).write_bytes(text)
+
+    def written(seed: int) -> bytes:
+        output = tmp_path / "bom.json"
+        command = [sys.executable, str(tmp_path / ".ci/sbom.py"), str(output)]
+        env = os.environ | {"PYTHONHASHSEED": str(seed)}
+        subprocess.run(command, check=True, capture_output=True, timeout=250, env=env)
+        return output.read_bytes()
+
+    first = written(1)
+    assert written(2) == first
+    weights = embedded / "nano-bundle" / "decoder.data"
+    weights.write_bytes(b"other")
+    serial, other = (json.loads(text)["serialNumber"] for text in (first, written(1)))
+    assert serial != other
+    assert serial.startswith("urn:uuid:")
 
 
 def test_the_document_is_of_this_release(sbom: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ Each line is one JSON object in canonical form (sorted keys, no spaces, ASCII):
 
 `event` is "accepted" for a question before its first word is told, then "ask" with the whole
 answer, or "aborted" with what was told of it; "classify", "locate" and "answer" (of the DICOM node)
-stand alone, and before what they record.
+stand alone, and before what they record. "restore" tells of a backup that was brought back.
 
 A changed, missing or moved line breaks the chain. Nothing in it is secret: who can write the file
 can also write a whole new one, or cut off its end. Against that the head (the last line's hash) is
@@ -257,6 +257,28 @@ class AuditLog:
                 self._keep_head(file, number, previous, line)
         except OSError as error:
             raise _unwritable(error.strerror or type(error).__name__) from error
+
+    def record_restore(self, backup_sha256: str, *, is_restored: bool) -> None:
+        """Write an entry about a backup that is being restored.
+
+        Args:
+            backup_sha256: Of the backup's file.
+            is_restored: Whether the log itself is from it. Then it may be older than the head that
+                was kept, which the entry tells of, and from here on the head is this entry.
+
+        Raises:
+            DataError, ResourceError: As `append`.
+        """
+        kept = kept_head(self.path)
+        self._told = is_restored
+        text = "A backup was restored."
+        if is_restored and kept is not None:
+            text += f" The last entry written here before was {kept[0]}, {kept[1]}."
+        empty = {"model": {}, "question": "", "input_sha256": backup_sha256}
+        self.append(who="restore", event="restore", answer=text, **empty)
+        if is_restored:
+            with self._lock, self.path.open("r+b", buffering=0) as file:
+                _keep_head(self.path, *_last(file))
 
     def check(self) -> None:
         """Raise `ResourceError` unless the next entries could be written."""

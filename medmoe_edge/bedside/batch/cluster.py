@@ -60,13 +60,11 @@ class OnRay:
 
     def _join(self) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # else it reports its use to its makers
+        mine: dict[str, Any] = _environment()
         _check_reachable(self._address)
-        mine: dict[str, Any] = {}
         if self._address == LOCAL:
-            mine = {"num_cpus": self._workers or 1, "object_store_memory": OBJECTS}
+            mine |= {"num_cpus": self._workers or 1, "object_store_memory": OBJECTS}
             mine["include_dashboard"] = False
-        if keys := os.environ.get(TRUSTED_KEYS):  # else a machine without them would open anything
-            mine["runtime_env"] = {"env_vars": {TRUSTED_KEYS: os.path.abspath(keys)}}
         try:
             ray.init(self._address, logging_level=logging.ERROR, log_to_driver=False, **mine)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -192,6 +190,18 @@ def _unpacked(text: str) -> Item:
     image, path, questions, slices, of, notices = json.loads(text)
     told = tuple(Notice(**notice) for notice in notices)
     return Item(image, path, tuple(questions), tuple(map(tuple, slices)), of, told)
+
+
+def _environment() -> dict[str, Any]:
+    """What workers get of this process's: its keys, as a machine without any opens anything."""
+    if TRUSTED_KEYS not in os.environ:
+        return {}
+    keys = os.environ[TRUSTED_KEYS]
+    if not keys:
+        raise InputError(
+            f"{TRUSTED_KEYS} is set, but empty.", "Give a file of public keys, or unset it."
+        )
+    return {"runtime_env": {"env_vars": {TRUSTED_KEYS: os.path.abspath(keys)}}}
 
 
 def _check_reachable(address: str) -> None:

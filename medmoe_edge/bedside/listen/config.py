@@ -125,10 +125,11 @@ class Finding(_Part):
 
 
 class Certainty(_Part):
-    """From which of the model's own probabilities on a finding is coded as probable, or at all.
+    """From which confidence of an answer on its finding is coded as probable, or at all.
 
-    They are not calibrated: nothing is ever coded as certain. Below `possible` it is undetermined
-    whether a finding is there.
+    That is the chance that the answer is right where the bundle is calibrated, and else the model's
+    own probability of its words. Nothing is ever coded as certain. Below `possible` it is
+    undetermined whether a finding is there.
     """
 
     probable: float = pydantic.Field(default=0.9, ge=0, le=1)

@@ -6,6 +6,7 @@ were at one moment. What is old is removed by the node itself (`Tidying`).
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge.atomic import atomic_file
+from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
 from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
 from medmoe_edge.errors import InputError
@@ -27,6 +29,7 @@ from medmoe_edge.errors import InputError
 SHORTEST = 4  # letters of a key that are enough
 QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
 NO_LIMIT = -1  # to SQLite
+PASSES = 2  # without a lock: the second links what came during the first, which may take minutes
 TIDY_EVERY, DAY = 3600.0, 86400.0  # seconds
 
 
@@ -217,37 +220,54 @@ class Desk(Queue):
     def back_up(self, audit: Path, output: Path) -> int:
         """Write a tar file of all that the node keeps, and its audit log; how many files.
 
-        While the files are linked into a folder of their own nothing is recorded, so that queue,
-        images and documents fit each other; they are read from there afterwards.
+        The files are linked into a folder of their own, and read from there afterwards. Only
+        while the last few are linked is nothing recorded, so that queue, images and documents fit
+        each other: a node that waits for longer refuses what it receives.
         """
         folder = self.folder
         with tempfile.TemporaryDirectory(dir=folder.root, prefix=".backup.") as place:
             staging = Path(place)
-            with self._lock, explaining():
-                self._database.execute("BEGIN IMMEDIATE")
-                try:
-                    for path in (
-                        *folder.images.iterdir(),
-                        *folder.requests.iterdir(),
-                        *folder.documents.glob("*/*"),
-                    ):
-                        if not path.name.endswith(".part"):
-                            _link(path, staging / path.relative_to(folder.root))
-                    with (
-                        contextlib.closing(sqlite3.connect(folder.queue)) as source,
-                        contextlib.closing(sqlite3.connect(staging / QUEUE)) as copy,
-                    ):
-                        source.backup(copy)
-                finally:
-                    self._database.rollback()
+            for _ in range(PASSES):
+                self._stage(staging)
+            with (
+                contextlib.closing(sqlite3.connect(folder.queue, isolation_level=None)) as source,
+                contextlib.closing(sqlite3.connect(staging / QUEUE)) as copy,
+                explaining(),
+            ):
+                with self._lock:
+                    self._database.execute("BEGIN IMMEDIATE")
+                    try:
+                        for gone in _files(staging) - self._stage(staging) - {Path(QUEUE)}:
+                            (staging / gone).unlink()
+                        source.execute("BEGIN")
+                        source.execute("SELECT 1 FROM series").fetchone()  # it sees this moment
+                    finally:
+                        self._database.rollback()
+                source.backup(copy)
             if audit.exists():  # afterwards, so that it has all that the queue tells of
                 shutil.copy2(audit, staging / AUDIT)
-            paths = _files(staging)
+            paths = sorted(_files(staging))
             with atomic_file(output) as part, tarfile.open(fileobj=part, mode="w") as archive:
                 Path(part.name).chmod(0o600)  # whatever the umask is
                 for path in paths:
-                    archive.add(path, path.relative_to(staging).as_posix())
+                    archive.add(staging / path, path.as_posix())
         return len(paths)
+
+    def _stage(self, staging: Path) -> set[Path]:
+        """Link what is not there yet; what the folder holds, by its places in it."""
+        folder, there = self.folder, _files(staging)
+        found = {
+            path.relative_to(folder.root)
+            for path in (
+                *folder.images.iterdir(),
+                *folder.requests.iterdir(),
+                *folder.documents.glob("*/*"),
+            )
+            if not path.name.endswith(".part")
+        }
+        for place in found - there:
+            _link(folder.root / place, staging / place)
+        return found
 
     def _key(self, letters: str) -> str:
         """The one series whose key begins so; that of an object or a result of it counts too."""
@@ -272,7 +292,7 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
     Args:
         backup: Its file.
         folder: The node's, which must hold no queue yet.
-        audit: Where the audit log goes; an existing one stays as it is.
+        audit: Where the audit log goes; an existing one stays. It gets an entry about this.
 
     Raises:
         InputError: The folder holds a queue, or the file is no whole backup.
@@ -294,13 +314,11 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
                 database.execute("SELECT 1 FROM series")
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
-            paths = _files(staging)
-            for path in sorted(paths, key=lambda path: path.name == QUEUE):  # then it is whole
-                target = audit if path.name == AUDIT else folder.root / path.relative_to(staging)
-                if not target.exists():
-                    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    path.chmod(0o600)
-                    shutil.move(path, target)
+            paths, had_log = _files(staging), audit.exists()
+            for path in sorted(paths - {Path(QUEUE)}):
+                _move(staging / path, audit if path == Path(AUDIT) else folder.root / path)
+            AuditLog(audit).record_restore(_sha256(backup), is_restored=not had_log)
+            _move(staging / QUEUE, folder.queue)  # the last: then it is whole
     except (OSError, tarfile.TarError, sqlite3.Error) as error:
         raise InputError(
             f"{backup} cannot be restored ({type(error).__name__}).",
@@ -344,8 +362,22 @@ def _shown(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(found)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _files(folder: Path) -> set[Path]:
+    """The files under a folder, by their places in it."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def _move(path: Path, target: Path) -> None:
+    """Bring a file to its place, unless there is one."""
+    if not target.exists():
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.chmod(0o600)
+        shutil.move(path, target)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link(path: Path, target: Path) -> None:
@@ -353,7 +385,6 @@ def _link(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(path, target)
-    except FileNotFoundError:
-        return  # an image that was answered just now
     except OSError:
-        shutil.copy2(path, target)
+        with contextlib.suppress(FileNotFoundError):  # an image that was answered just now
+            shutil.copy2(path, target)

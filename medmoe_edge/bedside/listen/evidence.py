@@ -151,6 +151,11 @@ def together(asked: Iterable[Evidence]) -> tuple[Evidence, ...]:
 PRESENT = Code("52101004", "SCT", "Present")
 ABSENT = Code("272519000", "SCT", "Absent")
 UNDETERMINED = Code("373068000", "SCT", "Undetermined")
+SCHEME = "99MEDMOE"  # of codes of our own
+CONFIDENCE = {  # by the answer's `confidence_kind`
+    "raw": Code("probability", SCHEME, "Model's own probability of its answer"),
+    "calibrated": Code("chance", SCHEME, "Calibrated chance that the answer is right"),
+}
 CERTAINTY = Code("111012", "DCM", "Certainty of Finding")
 PROBABLY_PRESENT = Code("410592001", "SCT", "Probably present")
 PROBABLY_ABSENT = Code("410593006", "SCT", "Probably not present")
@@ -220,6 +225,11 @@ class Result:
         """All objects that were asked."""
         return self.others or (self.evidence,)
 
+    @property
+    def confidence(self) -> Code:
+        """What the number of the answer's confidence is."""
+        return CONFIDENCE[self.answer.confidence_kind]
+
     def uid(self, kind: str) -> str:
         """The SOP Instance UID of this result as a document of a kind.
 
@@ -231,6 +241,7 @@ class Result:
             *(answer.question, answer.text, answer.confidence, answer.complete, answer.modality),
             *([notice.code, notice.message] for notice in answer.warnings),
             *([answer.probabilities] if answer.probabilities else ()),
+            *([answer.confidence_kind] if answer.confidence_kind != "raw" else ()),
         ]
         about = [(each.key, each.sha256, *each.asked) for each in self.sources]
         whole = [about, self.of, said, answer.model, __version__, self.settings, self.repeat]

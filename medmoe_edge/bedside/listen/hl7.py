@@ -128,7 +128,7 @@ def _observation(result: Result, named: Resource) -> Resource:
         "note": [{"text": text} for text in (*_warnings(result), answer.notice)],
         "component": [
             {
-                "code": {"text": "Model's own probability of its answer"},
+                "code": _concept(result.confidence.meaning, result.confidence),
                 "valueQuantity": {
                     "value": round(answer.confidence, 6),
                     "system": "http://unitsofmeasure.org",
@@ -340,8 +340,7 @@ def _observations(result: Result) -> Iterator[tuple[str, str, str]]:
         yield "CWE", _element(finding.code, *finding.same[:1]), _element(result.coded.presence)
         if result.coded.certainty is not None:
             yield "CWE", _element(CERTAINTY), _element(result.coded.certainty)
-    probability = f"probability^Model's own probability of its answer^{LOCAL}"
-    yield "NM", probability, f"{answer.confidence:.6g}"
+    yield "NM", _element(result.confidence), f"{answer.confidence:.6g}"
     for notice in answer.warnings:
         yield "TX", f"warning^Warning^{LOCAL}", escaped(f"{notice.message} ({notice.code})")
     model = f"{answer.model['name']}, medmoe-edge {__version__}, sha256={answer.model['sha256']}"

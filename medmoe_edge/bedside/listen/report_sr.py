@@ -1,8 +1,9 @@
 """A result as DICOM structured reports: Comprehensive 3D SR after TID 1500, and Basic Text SR.
 
 The measurement report (PS3.16, TID 1500) holds an image library (TID 1600) and one group (TID 1501)
-with the question, the answer as a qualitative evaluation in words, the model's own probability of
-it as a measurement, the algorithm (TID 4019: name, version, hash of the bundle) and the image.
+with the question, the answer as a qualitative evaluation in words, its confidence as a measurement
+(under one code where it is calibrated, under another where it is the model's own probability), the
+algorithm (TID 4019: name, version, hash of the bundle) and the image.
 Where the question asks for a finding that has a code, a qualitative evaluation is named after the
 finding, and its value is whether it is there; the finding stands nowhere else, so that nobody takes
 one that is absent for found. Both documents are complete, preliminary and unverified, and say that
@@ -57,6 +58,7 @@ from medmoe_edge.bedside.listen.evidence import (
     CERTAINTY,
     CHARACTERS,
     MAKER,
+    SCHEME,
     Evidence,
     Result,
     device_uid,
@@ -70,9 +72,7 @@ from medmoe_edge.contrastive.heatmap import heat_picture
 from medmoe_edge.contrastive.text import key_phrase
 from medmoe_edge.image.pixels import Image, Pixels
 
-SCHEME = "99MEDMOE"
 QUESTION = CodedConcept("question", SCHEME, "Question")
-PROBABILITY = CodedConcept("probability", SCHEME, "Model's own probability of its answer")
 SEEN = CodedConcept("seen", SCHEME, "Picture as the model saw it")
 WARNING = CodedConcept("warning", SCHEME, "Warning")
 SLICES = CodedConcept("slices", SCHEME, "Slices of the series that were asked")
@@ -109,7 +109,8 @@ def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
         result: What is reported.
         standing: How the report stands to others.
     """
-    answer = result.answer
+    answer, confidence = result.answer, result.confidence
+    named = CodedConcept(confidence.value, confidence.scheme, confidence.meaning)
     algorithm = AlgorithmIdentification(
         name=answer.model["name"],
         version=__version__,
@@ -120,7 +121,7 @@ def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
             uid=result.uid("tracking"), identifier="Question answered"
         ),
         algorithm_id=algorithm,
-        measurements=[Measurement(PROBABILITY, answer.confidence, codes.UCUM.NoUnits)],
+        measurements=[Measurement(named, answer.confidence, codes.UCUM.NoUnits)],
         **_coded(result),
         source_images=[
             *(
