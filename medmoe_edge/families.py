@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from medmoe_edge.config import Confidence
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
     from medmoe_edge.data.datasets import Example, Finding, LabelledImage
-    from medmoe_edge.engine.answer import Answer
     from medmoe_edge.engine.engine import Engine
     from medmoe_edge.engine.loading import Device, RuntimeName
     from medmoe_edge.evaluation.confidence import RefusalFit, Said
-    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Prediction, Scores
+    from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Scores
     from medmoe_edge.evaluation.findings import FindingScore, NoScans, Paraphrased, Versions
     from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.evaluation.verify import Verification
@@ -397,10 +396,10 @@ class _Scored(NamedTuple):
         scans += [example.image for example in self.examples]
         return list(dict.fromkeys(scans))
 
-    def owned(self, images: Sequence[Path], said: "Sequence[Answer | Prediction]") -> "list[Said]":
+    def owned(self, images: Sequence[Path], said: Sequence[Any]) -> "list[Said]":
         """The refusals of each image, beside its patient, or itself where none is named."""
-        named = [one for one in (*self.findings, *self.examples) if one.patient]
-        patients = {one.image.resolve(): str(one.patient) for one in named}
+        named: list[Finding | Example] = [*self.findings, *self.examples]
+        patients = {one.image.resolve(): one.patient for one in named if one.patient}
         owners = [patients.get(file, str(file)) for file in (image.resolve() for image in images)]
         return [(owner, one.refusals) for owner, one in zip(owners, said, strict=True)]
 

@@ -459,7 +459,11 @@ def test_hl7_is_said_until_it_is_accepted(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_control_characters_do_not_end_a_message_of_hl7(tmp_path: Path) -> None:
     controls = "".join(map(chr, (*range(1, 0x0D), *range(0x0E, 0x20), 0x7F)))  # not NUL: padding
-    values = {"PatientSex": "M\x1c", "AccessionNumber": "A\x1c\r1", "PatientID": f"4{controls}7"}
+    values: dict[str, Any] = {
+        "PatientSex": "M\x1c",
+        "AccessionNumber": "A\x1c\r1",
+        "PatientID": f"4{controls}7",
+    }
     with Listener("AA") as listener:
         receiver = {"host": "127.0.0.1", "port": listener.port}
         with Node(configuration(tmp_path / "node", hl7=[receiver]), StandIn()) as node:

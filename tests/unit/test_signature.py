@@ -280,12 +280,12 @@ def test_verify_signs_what_is_recorded(
 def test_a_manifest_that_was_not_verified_is_not_signed(
     keys: tuple[Path, Path], bundle: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
-    from medmoe_edge.cli import verify
+    from medmoe_edge.render import verification as render_verification
 
     def meanwhile(found: Any) -> None:
         write_verification(Bundle.open(bundle), {"passed": True, "of": "another"})
 
-    monkeypatch.setattr(verify.render_verification, "show_verification", meanwhile)
+    monkeypatch.setattr(render_verification, "show_verification", meanwhile)
     done = run("verify", str(bundle), "--sign", str(keys[0]))
     assert (done.exit_code, "changed meanwhile" in done.output) == (3, True), done.output
     assert not (bundle / SIGNATURE).exists()

@@ -274,8 +274,14 @@ class AuditLog:
         text = "A backup was restored."
         if is_restored and kept is not None:
             text += f" The last entry written here before was {kept[0]}, {kept[1]}."
-        empty = {"model": {}, "question": "", "input_sha256": backup_sha256}
-        self.append(who="restore", event="restore", answer=text, **empty)
+        self.append(
+            who="restore",
+            event="restore",
+            answer=text,
+            model={},
+            question="",
+            input_sha256=backup_sha256,
+        )
         if is_restored:
             with self._lock, self.path.open("r+b", buffering=0) as file:
                 _keep_head(self.path, *_last(file))
