@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import Accelerator
 from rich.progress import Progress
 
 from experiments.ablation.results import (
@@ -48,10 +47,10 @@ from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Decoding, chosen_experts, greedy
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 from medmoe_edge.training.data import Batches
-from medmoe_edge.training.loop import Session
+from medmoe_edge.training.loop import Session, accelerated
 from medmoe_edge.training.phases import Objective, fit_instructions
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
-from medmoe_edge.training.report import RunReport
+from medmoe_edge.training.report import PRECISION, RunReport
 from medmoe_edge.training.run import (
     data_files,
     read_corpus,
@@ -149,7 +148,8 @@ class _Experiment:
         sources += [files.questions, files.labels, files.validation]
         self.sources = {file.name: _sha256(file) for file in sources}
         self.tokenizer = Tokenizer.from_file(run / "tokenizer.json")
-        self.accelerator = Accelerator(mixed_precision="bf16")
+        out.mkdir(parents=True, exist_ok=True)
+        self.accelerator, _ = accelerated(recipe.precision, out / PRECISION)
 
     def entry(self, name: str) -> _Entry:
         """A variant before phase 3; raises `DataError` where its folder holds another's work."""

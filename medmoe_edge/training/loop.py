@@ -33,7 +33,15 @@ from torch.utils.data import DataLoader
 from medmoe_edge.checkpoint.keys import is_router
 from medmoe_edge.errors import DataError, MissingDependencyError, ResourceError
 from medmoe_edge.training.recipe import PrecisionChoice, Schedule
-from medmoe_edge.training.report import LOG, PRECISION, RunReport, Say, choose_precision, described
+from medmoe_edge.training.report import (
+    LOG,
+    PRECISION,
+    ChosenPrecision,
+    RunReport,
+    Say,
+    choose_precision,
+    described,
+)
 
 _INNER = ("model.decoder.layers.", "model.text.layers.", "model.vision.stages.")
 
@@ -190,6 +198,17 @@ def _moments(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {moment: tensors[f"optimiser.{moment}.{own}"] for _, moment, own in keys if own == name}
 
 
+def accelerated(precision: PrecisionChoice, kept: Path) -> tuple[Accelerator, ChosenPrecision]:
+    """What computes in the faster precision here, or in that of the file `kept`; and which."""
+    device = PartialState().device
+    with PartialState().main_process_first():
+        chosen = choose_precision(precision, device, kept)
+    AcceleratorState._reset_state()  # an earlier run of this process may be in another
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    mixed: Literal["bf16", "no"] = "bf16" if chosen.name == "bf16" else "no"
+    return Accelerator(mixed_precision=mixed, kwargs_handlers=[unused]), chosen
+
+
 # As torch names it, by its items; it yields batches that have `to(device)`.
 Loader = DataLoader[Any]
 Objective = TypeVar("Objective", bound=nn.Module)  # its forward gives the loss of a batch
@@ -220,18 +239,11 @@ class Session:
         A run that is resumed keeps the precision it was begun in.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / PRECISION
-        device = PartialState().device
-        with PartialState().main_process_first():
-            chosen = choose_precision(precision, device, kept)
-        AcceleratorState._reset_state()  # an earlier run of this process may be in another
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        mixed: Literal["bf16", "no"] = "bf16" if chosen.name == "bf16" else "no"
-        accelerator = Accelerator(mixed_precision=mixed, kwargs_handlers=[unused])
+        accelerator, chosen = accelerated(precision, folder / PRECISION)
         main = accelerator.is_main_process
         report = RunReport(folder, progress, say if main else lambda line: None, tensorboard)
         session = cls(folder, seed, accelerator, report)
-        session.say(f"Training on {described(device)}, {chosen}.")
+        session.say(f"Training on {described(accelerator.device)}, {chosen}.")
         return session
 
     @property

@@ -53,12 +53,15 @@ DEFAULTS = {
     "method": "auto",
     "budget_bits": None,
     "group": None,
+    "experts": None,
     "calibrate_on": None,
     "samples": 128,
     "stats": None,
     "strict": False,
     "name": "nano",
     "vision_tower": None,
+    "modalities": (),
+    "merge": False,
     "force": False,
 }
 

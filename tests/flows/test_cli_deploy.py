@@ -54,7 +54,7 @@ def test_plan(run: Run) -> None:
     assert rows["int4"].rstrip().endswith("yes")
     assert "GB for experts" in rows["int8"]
     assert rows["fp16"].rstrip().endswith("short")
-    assert lines[6].startswith("To build int8, int4, mixed, fp16 takes more memory than it has")
+    assert lines[6].startswith("To build int8, mixed, fp16 takes more memory than it has")
     assert "not run" in lines[-2]
     assert "what paging was measured to cost" in lines[-1]
     told = json.loads(run(*command, "--json", "--precision", "int8").stdout)
