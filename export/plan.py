@@ -224,7 +224,7 @@ class Plan:
         second, hessian = self._moments(name)
         if self.method == "auto" and hessian is not None:
             method, quantised = "gptq", _gptq(name, rows, hessian, form)
-        elif self.method == "rtn" or form.group is None or (second is None and form.bits > FEWEST):
+        elif self.method == "rtn" or form.group is None or self._is_data_free(form):
             method, quantised = "rtn", round_to_nearest(rows, form)
         else:
             method = "searched" if second is None else "weighted"
@@ -234,6 +234,14 @@ class Plan:
         error = output_error(rows, quantised, uniform if seen is None else seen)
         self._note(name, form, method, len(rows), error)
         return quantised
+
+    def _is_data_free(self, form: Format) -> bool:
+        """Whether rounding is best: of a model without statistics, but not of its lowest bits.
+
+        Beside calibrated experts one that saw too few tokens keeps the search, which served it
+        better on nano.
+        """
+        return self.statistics is None and form.bits > FEWEST
 
     def _note(self, name: str, form: Format, method: str, rows: int, error: float) -> None:
         """Keep what was done; the blocks of a large matrix, which come in turn, as one."""

@@ -349,7 +349,7 @@ def toy_runtime(config: ModelConfig, precision: Precision, folder: Path) -> OrtR
     np.save(folder / "embedding.npy", np.zeros((1, config.decoder.hidden_size), np.float16))
     shutil.copyfile(folder / "decoder.onnx", folder / "vision.onnx")  # looked into, never run
     files = dict.fromkeys(path.name for path in folder.iterdir())
-    return OrtRuntime(Bundle(folder, {"files": files}, config, ""), device="cpu")
+    return OrtRuntime(Bundle(folder, {"files": files, "name": "toy"}, config, ""), device="cpu")
 
 
 def _quantise(model: ir.Model, precision: Precision) -> None:
@@ -376,7 +376,8 @@ def _lazy(name: str, kind: ir.DataType, shape: tuple[int, ...]) -> ir.LazyTensor
         if kind in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
             values = (generator.random(shape, np.float32) + 0.5) * np.float32(DEVIATION)
         else:
-            largest = 7 if kind == ir.DataType.INT4 else 127
+            # neighbours within the bound of `quantise.PAIR_BOUND`, as those of bundles are
+            largest = 7 if kind == ir.DataType.INT4 else 63
             values = generator.integers(-largest, largest + 1, shape, np.int8)
         return ir.tensor(values.astype(kind.numpy()), dtype=kind, name=name)
 
