@@ -35,8 +35,9 @@ def test_what_init_writes_can_be_exported_and_asked(run: Run, scan: Path) -> Non
     assert run("export", "made", "--int8", "-o", "bundle").exit_code == 0
     found = run("ask", str(scan), "Is there effusion?", "--model", "bundle", "--json")
     warnings = json.loads(found.stdout)["answers"][0]["warnings"]
-    assert [each["code"] for each in warnings] == ["stand_in_tokenizer", "no_contrast"]
-    assert "stand-in" in warnings[0]["message"]
+    told = {each["code"]: each["message"] for each in warnings}
+    assert told.keys() - {"repetition"} == {"stand_in_tokenizer", "no_contrast"}  # noise may repeat
+    assert "stand-in" in told["stand_in_tokenizer"]
 
 
 def test_a_stand_in_tokenizer_reads_any_text(tmp_path: Path) -> None:
