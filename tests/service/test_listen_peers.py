@@ -515,6 +515,6 @@ def test_fhir_says_what_the_report_says(version: Any, bundle: Any) -> None:
 def test_the_pixels_of_a_map_say_what_it_is() -> None:
     """Other than the picture with its heat alone: phrase, scale and notices stand below it."""
     shown, image = pictured(RESULT).pixel_array, Image.from_array(SOME)
-    whole = np.asarray(heat_picture(image.pixels, located(image, "é effusion none")))
+    whole = np.asarray(heat_picture(image.pixels, located(image, "é effusion")))
     assert np.array_equal(shown, whole)
     assert shown.shape[0] > shown.shape[1]  # of a square picture: there is a legend
