@@ -126,8 +126,8 @@ class Views:
                 if features.nbytes <= self._room:
                     self._room -= features.nbytes
                     self._kept[path, view] = features
-        chosen = [self._kept.get((path, view), fresh.get(path)) for path in paths]
-        return torch.stack([each for each in chosen if each is not None]).float()
+        chosen = (fresh[path] if path in fresh else self._kept[path, view] for path in paths)
+        return torch.stack(list(chosen)).float()
 
 
 def seeded(seed: str) -> torch.Generator:
