@@ -59,6 +59,7 @@ def register(activation: str, experts: int, capability: int) -> None:
     `ResourceError` where TensorRT is there and its Python code for plugins cannot be loaded.
     """
     try:
+        import_module("tensorrt")  # by itself, so that what is missing can be told
         plugin: Any = import_module("tensorrt.plugin")  # it has no stubs
     except (ImportError, OSError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "tensorrt":

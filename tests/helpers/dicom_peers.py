@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
+import sysconfig
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +19,10 @@ PLUGINS = "/usr/share/orthanc/plugins"
 
 
 def tool(name: str) -> str:
-    path = shutil.which(name)
+    """The program on this machine; pynetdicom's of the same name, in this environment, is no peer."""
+    own = os.path.realpath(sysconfig.get_path("scripts"))
+    others = [each for each in os.get_exec_path() if os.path.realpath(each) != own]
+    path = shutil.which(name, path=os.pathsep.join(others))
     if path is None:
         pytest.skip(f"needs {name} (Debian: dcmtk, dicom3tools or orthanc)")
     return path
