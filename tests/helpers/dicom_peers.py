@@ -19,7 +19,7 @@ PLUGINS = "/usr/share/orthanc/plugins"
 
 
 def tool(name: str) -> str:
-    """The program on this machine; pynetdicom's of the same name, in this environment, is no peer."""
+    """The program on this machine; pynetdicom's of the same name, in this environment, is none."""
     own = os.path.realpath(sysconfig.get_path("scripts"))
     others = [each for each in os.get_exec_path() if os.path.realpath(each) != own]
     path = shutil.which(name, path=os.pathsep.join(others))
