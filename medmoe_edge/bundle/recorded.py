@@ -161,6 +161,7 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
 
 
 Array = npt.NDArray[Any]
+Stored = tuple[Array, Array | None]  # a matrix and its scales
 
 
 AT_MOST = 400_000  # marks of a kind in a file, each of two bytes
@@ -318,14 +319,16 @@ def compare_weights(bundle: AnyBundle[Any]) -> Compared | None:
     Raises `BundleError` for damaged marks.
     """
     signature = signature_of(bundle)
-    return None if signature is None else compare_signature(bundle, signature)
+    if signature is None:
+        return None
+    found = compare_signature(dict(stored_matrices(bundle)), signature)
+    return replace(found, wrong=tuple(dict.fromkeys((*found.wrong, *_paged_otherwise(bundle)))))
 
 
 @np.errstate(invalid="ignore", over="ignore")  # of weights that are not finite
-def compare_signature(bundle: AnyBundle[Any], signature: Signature) -> Compared:
-    """Hold the bundle's stored matrices against a signature; one that is not there is wrong."""
+def compare_signature(stored: Mapping[str, Stored], signature: Signature) -> Compared:
+    """Hold matrices as `stored_matrices` gives them against a signature; a missing one is wrong."""
     wrong = {matrix.name: "" for matrix in signature.matrices}
-    stored = dict(stored_matrices(bundle))
     scales, alone, moved, worst = 0, 0, 0.0, 0.0
     found: dict[str, Array] = {}
     for matrix, norms, sums in signature.each():
@@ -342,7 +345,7 @@ def compare_signature(bundle: AnyBundle[Any], signature: Signature) -> Compared:
         moved, worst = max(moved, float(off)), max(worst, float(error))
         if off <= matrix.tolerance and error <= ROUNDED.get(matrix.bits, 1.0):
             del wrong[matrix.name]
-    odd = dict.fromkeys((*_exchanged(signature, found), *_paged_otherwise(bundle)), "")
+    odd = dict.fromkeys(_exchanged(signature, found), "")
     return Compared(scales, tuple(wrong | odd), moved, worst, alone)
 
 
@@ -391,7 +394,7 @@ def _paged_otherwise(bundle: AnyBundle[Any]) -> Iterator[str]:
             yield name
 
 
-def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, tuple[Array, Array | None]]]:
+def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, Stored]]:
     """Every matrix of the bundle's graphs that has marks, under the checkpoint's names; not copied.
 
     Integers with scales, both as stored: `[K, N]` of int8 and `[N]`, or packed `[N, G, n]` of uint8
@@ -512,10 +515,7 @@ def recorded_file(bundle: AnyBundle[Any]) -> str | None:
 
 
 def signature_of(bundle: AnyBundle[Any]) -> Signature | None:
-    """The checkpoint's marks that travel with a bundle; None where none do.
-
-    Raises `BundleError` for a damaged file.
-    """
+    """The marks that a bundle carries, if any; raises `BundleError` for a damaged file."""
     return None if recorded_file(bundle) is None else read_recorded(bundle).signature
 
 

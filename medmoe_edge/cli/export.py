@@ -24,7 +24,8 @@ from medmoe_edge.cli.common import (
 )
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, VerificationError, needs, shown_bytes
-from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
+from medmoe_edge.families import family_of
+from medmoe_edge.pipeline import CalibrateOptions, ExportOptions
 from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render
 from medmoe_edge.render import verification as render_verification

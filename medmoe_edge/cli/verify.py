@@ -25,13 +25,8 @@ from medmoe_edge.cli.common import (
 )
 from medmoe_edge.embedded import bundle_path, checkpoint_path, is_installed
 from medmoe_edge.errors import InputError, VerificationError, needs
-from medmoe_edge.families import (
-    AnswerScores,
-    EvaluateOptions,
-    VerifyOptions,
-    family_of,
-    score_file,
-)
+from medmoe_edge.families import AnswerScores, family_of, score_file
+from medmoe_edge.pipeline import EvaluateOptions, VerifyOptions
 from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
 from medmoe_edge.render import verification as render_verification

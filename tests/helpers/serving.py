@@ -175,3 +175,24 @@ def png(width: int = 8, height: int = 8) -> bytes:
 def upload(data: bytes | None = None, name: str = "scan.png") -> dict[str, Any]:
     """The `files` of a request."""
     return {"image": (name, png() if data is None else data)}
+
+
+class Seeing(StandIn):
+    """Remembers how bright the images were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.greys: list[int] = []
+
+    def ask_stream(
+        self,
+        image: Image,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        choices: Choices | None = None,
+        alternatives: int | None = None,
+    ) -> Iterator[str | Answer]:
+        """As the stand-in answers."""
+        self.greys.append(int(image.pixels.mean()))
+        return super().ask_stream(image, questions, max_new_tokens=max_new_tokens)

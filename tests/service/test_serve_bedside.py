@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image as Pillow
-from pydicom import dcmwrite
-from serving import MODEL, StandIn, StandInModality, live, png
+from serving import MODEL, Seeing, StandIn, StandInModality, live, png
 
 pytest.importorskip("selenium", reason="needs selenium")
 
-from browser import Page, chromium
-from dicom_files import made
+from browser import DONE, SIZES, TEXT, Page, ask
+from dicom_files import ct
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
-from test_serve_page import DONE, SIZES, TEXT, Seeing, ask
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bundle.bundle import NOTICE
@@ -32,7 +30,6 @@ from medmoe_edge.errors import Notice
 from medmoe_edge.image.pixels import Image
 
 LANGUAGES = ["en", "de", "fr", "es", "zh"]
-SUPINE = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
 ANSWERED = f"{TEXT} === 'No effusion is seen' && {DONE}"
 PASTE = """
 const transfer = new DataTransfer();
@@ -108,29 +105,6 @@ class Doubtful(StandIn):
             if isinstance(item, Answer):
                 item = replace(item, warnings=warnings, unsure=True, confidence_kind="calibrated")
             yield item
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with chromium(tmp_path_factory.mktemp("profile")) as page:
-        yield page
-
-
-@pytest.fixture
-def page(browser: Page) -> Page:
-    browser.size(1440, 900)
-    return browser
-
-
-def ct(*values: int, **attributes: Any) -> bytes:
-    """A CT of 4 x 4 pixels, one file; its frames are of one value each, shown from -100 to 100."""
-    pixels = np.broadcast_to(np.array(values, np.int16)[:, None, None], (len(values), 4, 4))
-    file = io.BytesIO()
-    stated = {"Modality": "CT", "WindowCenter": 0, "WindowWidth": 200, **SUPINE, **attributes}
-    dcmwrite(
-        file, made(pixels if len(values) > 1 else pixels[0], **stated), enforce_file_format=True
-    )
-    return file.getvalue()
 
 
 def series(folder: Path) -> list[Path]:
