@@ -328,15 +328,19 @@ def _digest(corpus: Corpus) -> str:
 
 def planned(recipe: Recipe, corpus: Corpus) -> list[Planned]:
     """How many images each phase sees an epoch."""
-    questions, labelled = len(corpus.questions), len(corpus.classification)
-    drawn = (
-        questions + int(labelled * phase.labelled_share)
-        for phase in (recipe.instruction, recipe.moe)
-    )
-    phases = (recipe.alignment, recipe.instruction, recipe.moe)
+
+    def drawn(phase: PhaseConfig) -> int:
+        if corpus.asking is not None:
+            return len(corpus.asked(random.Random(recipe.seed), phase))
+        return int(len(corpus.classification) * phase.labelled_share)
+
+    questions = len(corpus.questions)
     return [
-        Planned(name, phase.epochs, images)
-        for name, phase, images in zip(PHASES, phases, (len(corpus.captions), *drawn), strict=True)
+        Planned("alignment", recipe.alignment.epochs, len(corpus.captions)),
+        *(
+            Planned(name, phase.epochs, questions + drawn(phase))
+            for name, phase in (("instruction", recipe.instruction), ("moe", recipe.moe))
+        ),
     ]
 
 
