@@ -114,10 +114,6 @@ _ORIN: tuple[Board, ...] = ("AGX Orin", "Orin NX", "Orin Nano")
 _ALL: tuple[Board, ...] = (*_ORIN, "Thor")
 _CPU = "int8, int4, mixed, fp32 on the CPU"
 _CPU_FORM = "the portable bundle"
-_VENV = (
-    "python3 -m venv ~/medmoe && ~/medmoe/bin/pip install 'medmoe-edge[images]'",
-    '~/medmoe/bin/medmoe-edge ask scan.png "Is there effusion?" --model portable',
-)
 _GPU = "int8, int4 weights; fp16 or bf16 activations"
 _GPU_FORM = "as its TensorRT's parser takes it, see below"
 _ENGINE = (

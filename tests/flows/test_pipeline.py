@@ -43,7 +43,6 @@ from medmoe_edge.export.plan import Precision
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.pipeline import med_moe
 from medmoe_edge.pipeline.med_moe import as_examples
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.training.initialise import random_tensors
 
 Make = Callable[..., Path]
@@ -314,10 +313,9 @@ def test_weights_that_are_no_numbers_are_named(
 # --- what a bundle is proven on ---------------------------------------------------------------
 
 
-def calibration_data(count: int) -> CalibrationData:
+def calibration_data(image: Path, count: int) -> CalibrationData:
     samples = tuple(
-        Sample(f"{SECRET}-{index}", Path(f"{index}.png"), "Where?", "", "ct", "OPEN")
-        for index in range(count)
+        Sample(f"{SECRET}-{index}", image, "Where?", "", "ct", "OPEN") for index in range(count)
     )
     return CalibrationData("scans", samples, "ab" * 32)
 
@@ -333,14 +331,13 @@ def calibration_data(count: int) -> CalibrationData:
 )
 def test_the_proof_is_on_questions_held_out_if_there_are_enough(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     total: int,
     used: int,
     proven: int,
     name: str,
 ) -> None:
-    monkeypatch.setattr(Sample, "load", lambda self: None)
-    data = calibration_data(total)
+    Image.new("L", (8, 8)).save(tmp_path / "scan.png")
+    data = calibration_data(tmp_path / "scan.png", total)
     drawn = {sample.sha256 for sample in data.draw(used)}
     assert not any(SECRET in text for text in drawn)
     source = Source("scans", data.sha256, tuple(drawn))
@@ -419,13 +416,13 @@ def test_what_cannot_be_verified_is_refused_at_once(
     assert (bundle / MANIFEST).read_bytes() == before
 
 
-def test_another_checkpoint_is_refused(
-    tiny_checkpoint: Make, bundle: Path, questions: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(OrtRuntime, "step", raising(AssertionError("the work has begun")))
+def test_another_checkpoint_is_refused(tiny_checkpoint: Make, bundle: Path, questions: str) -> None:
+    steps: list[str] = []
     before = (bundle / MANIFEST).read_bytes()
+    options = VerifyOptions(tiny_checkpoint("tiny", top_k=2), questions)
     with pytest.raises(ModelError, match="was not made from the checkpoint"):
-        verify(bundle, VerifyOptions(tiny_checkpoint("tiny", top_k=2), questions))
+        verify(bundle, options, progress=lambda step, *_: steps.append(step))
+    assert steps == ["hashes"]
     assert (bundle / MANIFEST).read_bytes() == before
 
 
