@@ -20,7 +20,6 @@ from medmoe_edge.contrastive.features import (
     TextCache,
     entropy,
     evidence,
-    log_softmax,
     region_map,
     similarity,
     unit,
@@ -40,6 +39,7 @@ from medmoe_edge.errors import (
 from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.loading import preprocess, seen_square
 from medmoe_edge.image.pixels import Image, unlike_label
+from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
 RuntimeName = Literal["auto", "onnxruntime", "torch"]

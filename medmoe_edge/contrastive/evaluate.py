@@ -22,7 +22,7 @@ from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
-from medmoe_edge.contrastive.features import Done, compare, entropy, evidence, log_softmax
+from medmoe_edge.contrastive.features import Done, compare, entropy, evidence
 from medmoe_edge.data.captions import GroundedPhrase, fact_captions, label_captions, read_grounded
 from medmoe_edge.data.datasets import (
     BOXES_FILES,
@@ -35,6 +35,7 @@ from medmoe_edge.data.datasets import (
 )
 from medmoe_edge.errors import DataError
 from medmoe_edge.image.loading import load_image
+from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.contrastive import ModalityRuntime
 
 Interval = tuple[float, float]

@@ -6,7 +6,6 @@ were at one moment. What is old is removed by the node itself (`Tidying`).
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -20,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, file_sha256
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
 from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
@@ -317,7 +316,7 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
             paths, had_log = _files(staging), audit.exists()
             for path in sorted(paths - {Path(QUEUE)}):
                 _move(staging / path, audit if path == Path(AUDIT) else folder.root / path)
-            AuditLog(audit).record_restore(_sha256(backup), is_restored=not had_log)
+            AuditLog(audit).record_restore(file_sha256(backup), is_restored=not had_log)
             _move(staging / QUEUE, folder.queue)  # the last: then it is whole
     except (OSError, tarfile.TarError, sqlite3.Error) as error:
         raise InputError(
@@ -373,11 +372,6 @@ def _move(path: Path, target: Path) -> None:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.chmod(0o600)
         shutil.move(path, target)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link(path: Path, target: Path) -> None:
