@@ -20,6 +20,7 @@ from medmoe_edge.cli.common import (
     complete_data,
     complete_gpus,
     complete_models,
+    file_option,
     verb,
 )
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
@@ -136,8 +137,7 @@ def export(
         ),
     ] = None,
     stats: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Statistics of: medmoe-edge calibrate; no proof."),
+        Path | None, file_option("Statistics of: medmoe-edge calibrate; no proof.")
     ] = None,
     samples: Samples = 128,
     strict: Strict = False,
