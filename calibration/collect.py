@@ -191,7 +191,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
     """Raise `CheckpointError` for a tensor with infinities or NaN."""
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN passes on to both
         raise CheckpointError(
-            f"The tensor {name} holds values that are infinite or no numbers.",
+            f"The tensor {name} holds values that are NaN or infinite.",
             "Its training diverged: use an earlier checkpoint.",
         )
 
@@ -319,7 +319,7 @@ class Observer:
             return
         if not all(extreme.isfinite() for extreme in tokens.aminmax()):
             raise CheckpointError(
-                f"The activations of {name} are infinite or no numbers.",
+                f"The activations of {name} are NaN or infinite.",
                 "The weights before it are damaged: use another checkpoint.",
             )
         if name not in self.statistics:

@@ -386,7 +386,7 @@ class ModalityEngine(OneAtATime):
     def _check_finite(self, *arrays: Floats) -> None:
         if all(np.isfinite(array).all() for array in arrays):
             return
-        what = f"{self.name} computed values that are infinite or no numbers."
+        what = f"{self.name} computed values that are NaN or infinite."
         if self.proven is None:
             raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
         raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")

@@ -515,10 +515,10 @@ class Engine(OneAtATime):
         return step._replace(logits=self.tokenizer.only_tokens(step.logits))
 
     def _finite(self, values: Floats) -> Floats:
-        """The values, unless one is infinite or no number: what follows would be no answer."""
+        """The values, unless one is NaN or infinite: what follows would be no answer."""
         if np.isfinite(values).all():
             return values
-        what = f"{self.name} computed values that are infinite or no numbers."
+        what = f"{self.name} computed values that are NaN or infinite."
         if self.proven is None:
             raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
         raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")

@@ -162,8 +162,8 @@ def test_what_cannot_be_exported_is_told_and_leaves_nothing(
 
 UP, DOWN = (f"decoder.layers.0.ffn.experts.2.{name}.weight" for name in ("up", "down"))
 WEIGHTS = [
-    (UP, torch.nan, "int8", rf"{UP} holds values that are infinite or no numbers"),
-    (UP, torch.inf, "int4", rf"{UP} holds values that are infinite or no numbers"),
+    (UP, torch.nan, "int8", rf"{UP} holds values that are NaN or infinite"),
+    (UP, torch.inf, "int4", rf"{UP} holds values that are NaN or infinite"),
     (DOWN, 1e8, "int4", rf"{DOWN}: A 64x64 matrix holds a weight of .*, beyond what fp16"),
     # these are small, and written into the graph
     ("decoder.layers.2.ffn.router.bias", torch.nan, "int8", r"router\.bias holds values that"),

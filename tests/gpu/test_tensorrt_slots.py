@@ -253,7 +253,7 @@ def test_absent_experts_leave_no_trace_even_of_no_numbers(paged: Callable[..., B
     bundle = paged("fp32", "tiny-phi")
     runtime, device = runtime_of(bundle, "75%")
     for address in runtime.requests.slots.store.pools.addresses.values():
-        device.memory[address][:] = 0xFF  # no number, in fp16
+        device.memory[address][:] = 0xFF  # NaN, in fp16
     for step in check(runtime, runtime_of(bundle, "100%")[0], (2, 3, 5, 1)):
         assert np.isfinite(step.logits).all()
 
