@@ -25,6 +25,7 @@ from medmoe_edge.export.builder import IR_VERSION, MEDMOE, OPSET, Builder, float
 from medmoe_edge.export.decoder import MoESpec, moe_function
 from medmoe_edge.models.decoder import MoE, PhiFeedForward, StableLmFeedForward
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.runtimes.base import Runtime, Step
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
 Floats = npt.NDArray[np.float32]
@@ -204,3 +205,13 @@ def _nodes(graph: onnx.GraphProto, indent: str) -> Iterator[str]:
         yield f"{indent}{tensor.name} {tensor.data_type} {list(tensor.dims)}"
     for kind, values in (("reads", graph.input), ("makes", graph.output)):
         yield f"{indent}{kind} {[value.name for value in values]}"
+
+
+def in_steps(runtime: Runtime, lengths: Sequence[int]) -> list[Step]:
+    """What a runtime makes of random embeddings that come in steps of these lengths."""
+    embeds = normal(sum(lengths), runtime.config.decoder.hidden_size, seed=3)
+    cache, steps = runtime.new_cache(sum(lengths)), []
+    for length in lengths:
+        steps.append(runtime.step(embeds[cache.length : cache.length + length], cache))
+    assert cache.length == sum(lengths)
+    return steps

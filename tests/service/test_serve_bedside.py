@@ -3,10 +3,7 @@
 import base64
 import io
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +22,7 @@ from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.features import Location
 from medmoe_edge.contrastive.heatmap import NO_FINDING
-from medmoe_edge.engine.answer import WHY, Answer
+from medmoe_edge.engine.answer import WHY
 from medmoe_edge.errors import Notice
 from medmoe_edge.image.pixels import Image
 
@@ -85,26 +82,15 @@ axe.run().then(({ violations }) =>
 """
 
 
-class Doubtful(StandIn):
+def doubtful() -> StandIn:
     """Warns of what it answers, and is unsure."""
-
-    def ask_stream(
-        self,
-        image: Image,
-        questions: Sequence[str],
-        *,
-        max_new_tokens: int,
-        choices: Any = None,
-        alternatives: int | None = None,
-    ) -> Iterator[str | Answer]:
-        warnings = (
-            Notice("unlike_label", "The file says that it is <b>ultrasound</b>."),
-            Notice("not_answerable", "The model cannot answer this question from this picture."),
-        )
-        for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):
-            if isinstance(item, Answer):
-                item = replace(item, warnings=warnings, unsure=True, confidence_kind="calibrated")
-            yield item
+    engine = StandIn()
+    warnings = (
+        Notice("unlike_label", "The file says that it is <b>ultrasound</b>."),
+        Notice("not_answerable", "The model cannot answer this question from this picture."),
+    )
+    engine.changes = {"warnings": warnings, "unsure": True, "confidence_kind": "calibrated"}
+    return engine
 
 
 def series(folder: Path) -> list[Path]:
@@ -294,7 +280,7 @@ def test_the_history_leads_back_and_is_in_the_memory_of_the_tab_alone(page: Page
 
 
 def test_what_leaves_the_page_has_notice_and_hash_and_no_patient(page: Page) -> None:
-    with live(Doubtful()) as url:
+    with live(doubtful()) as url:
         page.open(url)
         page.run(OVERHEAR)
         page.show(ct(0, 50))
@@ -391,7 +377,7 @@ def test_an_answer_takes_its_own_map_along_or_none(
 
 
 def test_warnings_come_first_and_details_are_folded_away(page: Page) -> None:
-    with live(Doubtful()) as url:
+    with live(doubtful()) as url:
         page.open(f"{url}/#de")
         page.show(ct(0))
         ask(page)
@@ -493,7 +479,7 @@ def test_axe_finds_nothing(page: Page, size: tuple[int, int], scheme: str) -> No
     axe_core = pytest.importorskip("axe_core_python", reason="needs axe-core-python")
     script = (Path(axe_core.__file__).parent / "axe.min.js").read_text("utf-8")
     page.size(*size, scheme=scheme)
-    with live(Doubtful()) as url:
+    with live(doubtful()) as url:
         page.open(url)
         page.until("document.getElementById('model').textContent")
         page.run(script)

@@ -2,8 +2,7 @@
 
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -21,7 +20,6 @@ from test_serve_live import served
 
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.errors import Notice, ResourceError
 from medmoe_edge.image.pixels import KINDS, Image
 
@@ -302,21 +300,10 @@ def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: 
 
 
 def test_an_answer_says_what_it_warns_of(page: Page) -> None:
-    class Doubtful(StandIn):
-        def ask_stream(
-            self,
-            image: Image,
-            questions: Sequence[str],
-            *,
-            max_new_tokens: int,
-            choices: Choices | None = None,
-            alternatives: int | None = None,
-        ) -> Iterator[str | Answer]:
-            notice = Notice("unlike_label", "The file says that it is <b>ultrasound</b>.")
-            for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):
-                yield replace(item, warnings=(notice,)) if isinstance(item, Answer) else item
-
-    with live(Doubtful()) as url:
+    engine = StandIn()
+    notice = Notice("unlike_label", "The file says that it is <b>ultrasound</b>.")
+    engine.changes = {"warnings": (notice,)}
+    with live(engine) as url:
         page.open(url)
         page.show(SCAN)
         ask(page)
