@@ -16,7 +16,7 @@ from PIL import Image as Picture
 
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target, writing
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle, DType, Target, TargetName
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Target
 from medmoe_edge.calibration.collect import Pictures
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
@@ -36,7 +36,7 @@ from medmoe_edge.export.plan import read_deltas
 from medmoe_edge.export.targets import check_request, export_target, plan_target
 from medmoe_edge.export.tensorrt_builder import Built
 from medmoe_edge.image.pixels import Image
-from medmoe_edge.pipeline import CalibrateOptions, ExportOptions, VerifyOptions
+from medmoe_edge.pipeline import CalibrateOptions, ExportOptions, TargetOptions, VerifyOptions
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
@@ -432,45 +432,44 @@ class TargetExport:
 
 
 def export_for(
-    name: TargetName,
     model: Path,
     out: Path,
-    *,
+    options: TargetOptions,
     portable: Callable[[Path], object],
-    gpu: str | None = None,
-    dtype: DType = "fp16",
-    positions: int | None = None,
-    paged: bool = False,
-    memory_limit: int | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> TargetExport:
     """Write a bundle for another target; for the errors see `export.targets`.
 
     Args:
-        name: The target.
         model: A portable bundle, or a checkpoint that `portable` exports to a folder first.
         out: The bundle's folder.
+        options: The target, and what is built for it.
         portable: Exports the checkpoint to the folder that it is given.
-        gpu: What engines are built for; None: the GPU of this machine.
-        dtype: Of activations and cache.
-        positions: Of the cache; None: as many as the model has.
-        paged: Whether experts are paged.
-        memory_limit: Bytes that building may take.
-        force: Whether to replace what is already there.
         progress: Told of every step.
     """
-    check_target(out, force=force, marker=MANIFEST)
-    check_request(name, gpu=gpu, dtype=dtype, capacity=positions)
+    check_target(out, force=options.force, marker=MANIFEST)
+    check_request(options.target, gpu=options.gpu, dtype=options.dtype, capacity=options.positions)
     with tempfile.TemporaryDirectory(dir=_made(out.resolve().parent), prefix=".portable.") as at:
         folder = model
         if not (model / MANIFEST).exists():
             folder = Path(at) / "bundle"
             portable(folder)
         bundle = Bundle.open(folder)
-        target = plan_target(bundle, name, gpu=gpu, dtype=dtype, capacity=positions, paged=paged)
+        target = plan_target(
+            bundle,
+            options.target,
+            gpu=options.gpu,
+            dtype=options.dtype,
+            capacity=options.positions,
+            paged=options.paged,
+        )
         engines = export_target(
-            bundle, out, target, memory_limit=memory_limit, force=force, progress=progress
+            bundle,
+            out,
+            target,
+            memory_limit=options.memory_limit,
+            force=options.force,
+            progress=progress,
         )
     return TargetExport(out, target, engines)
 
