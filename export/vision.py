@@ -4,6 +4,7 @@ The model is traced with fake tensors, so no weight is in memory while it is; th
 their places lazily, as in the decoder.
 """
 
+import copy
 import functools
 import logging
 import warnings
@@ -119,8 +120,10 @@ class ImageEncoder(nn.Module):
 def export_vision(checkpoint: Checkpoint) -> ir.Model:
     """Trace the image encoder; input `pixels`, output `image_tokens`."""
     config = checkpoint.config
-    model = _traced(config.vision, config.decoder.hidden_size).clone()
-    source = WeightSource(checkpoint)
+    traced = _traced(config.vision, config.decoder.hidden_size)
+    model, source = traced.clone(), WeightSource(checkpoint)
+    # Its counter names the nodes that are added later; a clone's begins anew.
+    model.graph._name_authority = copy.deepcopy(traced.graph._name_authority)
     _, *weights = model.graph.inputs
     for value in weights:
         model.graph.inputs.remove(value)
