@@ -33,7 +33,7 @@ import platformdirs
 
 from medmoe_edge._types import Progress
 from medmoe_edge.atomic import atomic_file, file_sha256, writing
-from medmoe_edge.bundle.machine import available_memory
+from medmoe_edge.bundle.machine import available_memory, return_free_memory
 from medmoe_edge.errors import ConfigError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.export.gpus import (
     MB,
@@ -298,9 +298,9 @@ def build_engine(
         reset_peak()
         with atomic_file(out) as file:
             timings = engines.folder / f"timings-{library_version(trt)}-{gpu.sm}.cache"
-            build = _Build(trt, library, gpu, progress)
-            build.run(graph, profiles, memory_limit, timings, file)
+            _Build(trt, library, gpu, progress).run(graph, profiles, memory_limit, timings, file)
         peak = peak_memory()
+        return_free_memory()  # most of the weights, which the next engine's build has room for
         engines.keep(key, out)
     return _built(trt, out, begun, peak=peak, cached=False)
 
