@@ -43,7 +43,7 @@ from medmoe_edge.bedside.listen.queue import Queue
 from medmoe_edge.bedside.listen.schema import Membership, Slice
 from medmoe_edge.bedside.listen.selection import chosen, membership_of, voted
 from medmoe_edge.engine.answer import Answer
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import Notice, ResourceError
 from medmoe_edge.image.pixels import Image
 
 pytestmark = pytest.mark.filterwarnings(
@@ -354,6 +354,25 @@ def test_a_vote_is_unsure_where_a_slice_that_lost_is() -> None:
     }
     assert voted(answers).answer.unsure
     assert not voted({key: answers[key] for key in "ab"}).answer.unsure
+
+
+def test_a_vote_says_which_of_its_warnings_are_of_the_slices_that_lost() -> None:
+    text, label, patient = (Notice(code, f"{code}.") for code in ("text", "label", "patient"))
+    mine = Notice("label", "c.")
+    answers = {
+        "a": replace(answer_to("q", "Yes", confidence=0.99), warnings=(label, patient)),
+        "b": replace(answer_to("q", "No", confidence=0.8), warnings=(text,)),
+        "c": replace(
+            answer_to("q", "No", confidence=0.9), warnings=(replace(label, message="c."),)
+        ),
+    }
+    *said, vote = voted(answers).answer.warnings
+    assert said == [
+        mine,
+        text,
+        Notice("patient", "Of a picture that gave another answer: patient."),
+    ]
+    assert vote.code == "vote"
 
 
 def test_what_shows_nothing_to_ask_about_is_left_out(tmp_path: Path) -> None:

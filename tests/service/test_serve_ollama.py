@@ -71,6 +71,12 @@ def test_options_have_their_effect_or_are_said_to_have_none(client: TestClient) 
     (notice,) = found["medmoe"]["warnings"]
     assert notice["code"] == "options_not_applied"
     assert notice["message"].startswith("repeat_penalty, temperature:")
+    found = ask(client, stream=False, think=True, options={"num_predict": -1, "X": 1}).json()
+    (notice,) = found["medmoe"]["warnings"]
+    assert notice["message"].startswith("think, others:")
+    turn = TURN | {"thinking": "hm"}
+    (notice,) = ask(client, stream=False, messages=[turn]).json()["medmoe"]["warnings"]
+    assert notice["code"] == "message_fields_not_used"
     for stream in (False, True):  # nothing is left of the answer, and that is what is told
         lines = ask(client, stream=stream, options={"stop": ["No"]}).text.splitlines()
         assert json.loads(lines[-1])["message"]["content"] == ""
@@ -91,6 +97,7 @@ def test_options_have_their_effect_or_are_said_to_have_none(client: TestClient) 
         ({"messages": [{**TURN, "images": ["####"]}]}, 400, "bad_image"),
         ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter"),
         ({"options": {"stop": 7}}, 400, "invalid_request"),
+        ({"options": {"num_predict": "2"}}, 400, "invalid_request"),
         ({"logprobs": True}, 400, "unsupported_parameter"),
     ],
 )

@@ -113,6 +113,11 @@ def test_what_does_not_reach_the_model_is_said(client: openai.OpenAI) -> None:
         "parameters_without_effect",
     ]
     assert said[-1]["message"].startswith("seed, temperature:")
+    fine: Any = about(URL) | {"name": "ward"}
+    fine["content"][-1]["image_url"]["detail"] = "high"
+    (said,) = ask(client, fine).model_extra["medmoe"]["warnings"]
+    assert said["code"] == "message_fields_not_used"
+    assert said["message"].startswith("detail, name:")
     assert ask(client, about(URL), user="ward").model_extra["medmoe"]["warnings"] == []
 
 
@@ -121,6 +126,11 @@ def test_a_parameter_that_cannot_be_honoured_is_named(client: openai.OpenAI) -> 
         ask(client, about(URL), logit_bias={"1": 100})
     assert raised.value.param == "logit_bias"
     assert ask(client, about(URL), tools=[], tool_choice="none").choices  # as if not given
+    with pytest.raises(openai.UnprocessableEntityError, match=r"stream_options\.continuous: There"):
+        ask(client, about(URL), stream=True, stream_options={"continuous": True})
+    with pytest.raises(openai.BadRequestError) as raised:
+        ask(client, about(URL), extra_query={"temperature": 1})
+    assert raised.value.code == "unsupported_parameter"
 
 
 @pytest.mark.parametrize(

@@ -159,5 +159,6 @@ def test_a_weight_that_is_no_number_is_named(
         return torch.full_like(tensor, torch.inf) if other == name else tensor
 
     checkpoint = read_checkpoint(changed(tiny_checkpoint(), tmp_path / "spoilt", spoil))
-    with pytest.raises(CheckpointError, match=f"The tensor {name} holds values that are NaN or infinite"):
+    what = f"The tensor {name} holds values that are NaN or infinite"
+    with pytest.raises(CheckpointError, match=what):
         save_model(export_vision(checkpoint), tmp_path, "vision")

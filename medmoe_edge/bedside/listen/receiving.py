@@ -152,7 +152,11 @@ class Refused(Exception):
 
 
 class Receiving:
-    """The handlers of pynetdicom's events; `arrived` is called after each object that is kept."""
+    """The handlers of pynetdicom's events.
+
+    `arrived` is called after each object that is kept, and `moved` with what `judged` says of each
+    that comes because this node asked for it by C-MOVE.
+    """
 
     def __init__(
         self,
@@ -163,6 +167,7 @@ class Receiving:
     ) -> None:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.arrived = arrived
+        self.moved: Callable[[int, str], None] = lambda status, why: None
         self._keeping = threading.Lock()  # or two that send one object could spoil each other's
         self.images, self.others = set(classes_with_pixels()), set(classes_set_aside())
         self._told: set[str] = set()  # series of which it was said that no question fits
@@ -219,6 +224,9 @@ class Receiving:
         answer.Status, why = self.judged(lambda: self._store(event))
         if why:
             answer.ErrorComment = why[:LONGEST_COMMENT]
+        mover = getattr(event.request, "MoveOriginatorApplicationEntityTitle", None)
+        if mover is not None and str(mover).strip() == self.configuration.ae_title:
+            self.moved(answer.Status, why)
         return answer
 
     def judged(self, receive: Callable[[], None]) -> tuple[int, str]:
