@@ -17,6 +17,7 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
+    from browser import Page
     from command_line import Run
     from typer.testing import Result
 
@@ -282,3 +283,17 @@ def few_questions_travel() -> Iterator[None]:
             return
         patch.setattr("medmoe_edge.pipeline.med_moe.QUESTIONS", 6)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Page"]:
+    from browser import chromium
+
+    with chromium(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.fixture
+def page(browser: "Page") -> "Page":
+    browser.size(1440, 900)
+    return browser

@@ -18,7 +18,7 @@ TINY = MODALITY_PRESETS["modality-tiny"].vision
 
 def theirs(config: SwinConfig) -> nn.Module:
     torch.manual_seed(0)
-    model = SwinModel(
+    model: nn.Module = SwinModel(
         TheirConfig(
             image_size=config.image_size,
             patch_size=config.patch_size,
