@@ -150,7 +150,12 @@ def round_searched(weight: Floats, format: Format, importance: Floats | None = N
 
 
 def output_error(weight: Floats, quantised: Quantised, moments: Floats) -> float:
-    """Relative output error sqrt(E|(W - Ŵ) x|^2 / E|W x|^2).
+    """The `relative_error` of a quantised weight."""
+    return relative_error(weight, quantised.dequantise(), moments)
+
+
+def relative_error(weight: Floats, stand_in: Floats, moments: Floats) -> float:
+    """Relative output error sqrt(E|(W - Ŵ) x|^2 / E|W x|^2) of Ŵ `[N, K]` in the place of W.
 
     `moments` is E[x x^T] `[K, K]`, or its diagonal E[x_k^2] `[K]`, which takes inputs as
     uncorrelated. 0 where both vanish, infinite where only the output does.
@@ -160,7 +165,7 @@ def output_error(weight: Floats, quantised: Quantised, moments: Floats) -> float
         weighted = matrix @ moments if moments.ndim == 2 else matrix * moments
         return max(float(np.vdot(weighted.astype(np.float64), matrix)), 0.0)
 
-    noise, signal = power(weight - quantised.dequantise()), power(weight)
+    noise, signal = power(weight - stand_in), power(weight)
     if signal == 0:
         return float("inf") if noise else 0.0
     return float(np.sqrt(noise / signal))

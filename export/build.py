@@ -175,7 +175,10 @@ def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: b
         group=options.group,
     )
     if options.deltas is not None:
-        check_deltas(source, options.precision, options.deltas, options.group or GROUP)
+        check_deltas(
+            *(source, options.precision, options.deltas, options.group or GROUP),
+            calibrated=calibrated,
+        )
     _ = source.tokenizer  # refused here where it is of another model
     if decoder.head_size % 16 or decoder.rotary_size % 16:
         raise CheckpointError(
@@ -218,7 +221,7 @@ def _write_decoder(
 ) -> Extents:
     model = DecoderBuilder(source.config, WeightSource(source, plan.factors)).model()
     if plan.deltas is not None:
-        lower_deltas(model, MoESpec.of(source.config), plan.deltas, plan.importance)
+        lower_deltas(model, MoESpec.of(source.config), plan.delta_form, plan.importance)
     quantise_weights(model, plan, signature)
     if source.config.moe is not None and plan.deltas is None:
         lower_moe(model, MoESpec.of(source.config))
@@ -243,7 +246,7 @@ def _manifest(
     paging: dict[str, Any] | None,
     name: str,
 ) -> dict[str, Any]:
-    statistics = plan.statistics
+    statistics, forms = plan.statistics, plan.forms
     quantised = {
         "router": "fp32",
         "vision": vision,
@@ -258,6 +261,7 @@ def _manifest(
             "decoder": STORED[plan.precision].format(group=plan.group),
             **({} if plan.precision == "fp32" else quantised),
             **({"experts": str(plan.deltas)} if plan.deltas else {}),
+            **({"deltas": {name: form.stored for name, form in forms.items()}} if forms else {}),
             "matrices": plan.matrices,
         },
         "gates": DEFAULT_GATES[plan.precision].to_json(),

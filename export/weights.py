@@ -13,7 +13,9 @@ import onnx_ir as ir
 import torch
 
 from medmoe_edge._types import Floats
+from medmoe_edge.bundle.recorded import DELTA
 from medmoe_edge.calibration.collect import check_finite
+from medmoe_edge.calibration.quantisers import Format, round_searched, round_to_nearest
 from medmoe_edge.calibration.statistics import site_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.config import ModelConfig
@@ -21,7 +23,7 @@ from medmoe_edge.export.decoder import ACTIVATIONS, EXPERT_WEIGHTS
 
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time
 FLOOR = 0.01  # of the mean importance, for inputs that calibration hardly saw
-DELTA = ".delta"  # in the name of what an expert's matrix adds to the meta expert's
+DELTA_GROUP = 32  # weights of a delta in few bits that share a scale
 LEAST = 1e-30  # of a squared singular value
 
 
@@ -117,15 +119,69 @@ class DeltaForm:
     Attributes:
         rank: As two matrices of so many columns and rows; None: whole.
         bits: Of a weight, in groups of 32; None: those of the other matrices.
+        budget: Bits of a weight, on average, within which each matrix gets a rank or bits of its
+            own; None: all have these.
     """
 
     rank: int | None = None
     bits: int | None = None
+    budget: float | None = None
 
     def __str__(self) -> str:
+        return ", ".join(filter(None, ["deltas from the meta expert", self.stored]))
+
+    @property
+    def stored(self) -> str:
+        """What each matrix takes, in words; empty where it is as others are."""
         told = [f"rank {self.rank}"] if self.rank else []
         told += [f"{self.bits} bits in groups of 32"] if self.bits else []
-        return ", ".join(["deltas from the meta expert", *told])
+        told += [f"a form for each within {self.budget:g} bits a weight"] if self.budget else []
+        return ", ".join(told)
+
+
+@dataclass(frozen=True)
+class DeltaChoice:
+    """A form that the delta of one matrix of so many `channels` may get.
+
+    `factors` is the format of the two matrices of a low rank; None: fp32.
+    """
+
+    form: DeltaForm
+    channels: int
+    factors: Format | None
+
+    def bits_per_weight(self, width: int) -> float:
+        """Stored bits per weight of the whole matrix in rows of `width`, scales included."""
+        if self.form.bits is not None:
+            return Format(self.form.bits, DELTA_GROUP).bits_per_weight(width)
+        rank = self.form.rank or 0
+        first, second = (
+            32.0 if self.factors is None else self.factors.bits_per_weight(read)
+            for read in (width, rank)
+        )
+        return rank * (width * first + self.channels * second) / (width * self.channels)
+
+    def rebuilt(self, added: Floats, factors: tuple[Floats, Floats], importance: Floats) -> Floats:
+        """What it makes of rows `[n, K]` of a delta.
+
+        `factors` `[K, R]` and `[R, n]` are those of the largest rank, the best first.
+        """
+        if self.form.bits is not None:
+            form = Format(self.form.bits, DELTA_GROUP)
+            return round_searched(added, form, importance).dequantise()
+        a, b = factors[0][:, : self.form.rank].T, factors[1][: self.form.rank].T
+        return self._rounded(b) @ self._rounded(a)
+
+    def _rounded(self, rows: Floats) -> Floats:
+        if self.factors is None:
+            return rows
+        return round_to_nearest(np.ascontiguousarray(rows), self.factors).dequantise()
+
+
+def meta_name(name: str) -> str:
+    """The meta expert's weight that stands beside an expert's."""
+    owner, _, rest = name.partition(".experts.")
+    return f"{owner}.meta.{rest.partition('.')[2]}"
 
 
 def delta_tensors(

@@ -62,13 +62,13 @@ A bundle's gate is a cosine of 0.99, which only groups of 32 keep there; llama.c
 same. Little of the error is the projector's: without it, groups of 128 have 0.021 and 0.21.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medmoe_edge.bundle.recorded import SignatureMaker
 from medmoe_edge.calibration.quantisers import Format, round_to_nearest
@@ -77,6 +77,7 @@ from medmoe_edge.export.builder import (
     MEDMOE,
     Builder,
     drop_function,
+    fix_names,
     initializer,
     replace_node,
     tensor_of,
@@ -177,7 +178,7 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
         model.graph.opset_imports[CONTRIB] = 1
     if pairs:
         RemoveUnusedNodesPass()(model)
-        NameFixPass()(model)  # branches and the graph around them share one name space
+        fix_names(model)
     return model, bool(pairs)
 
 
@@ -232,12 +233,15 @@ def lower_moe(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
         model, spec, lambda build, x, weights: _routed_experts(build, x, weights, spec)
     )
     if modified:
-        NameFixPass()(model)  # branches and the graph around them share one name space
+        fix_names(model)
     return model, modified
 
 
 def lower_deltas(
-    model: ir.Model, spec: MoESpec, form: DeltaForm, importance: Importance = lambda _: None
+    model: ir.Model,
+    spec: MoESpec,
+    form_of: Callable[[str], DeltaForm],
+    importance: Importance = lambda _: None,
 ) -> tuple[ir.Model, bool]:
     """Replace every `medmoe::MoE` node by experts as deltas; returns `(model, modified)`.
 
@@ -248,7 +252,7 @@ def lower_deltas(
     Args:
         model: A decoder as it was specified, its weights in floats.
         spec: Of its op; there must be a meta expert.
-        form: Of the deltas.
+        form_of: How what is added to a weight of the meta expert is stored, by the expert's name.
         importance: Mean squares `[K]` of the inputs of a weight, by its name, where known.
     """
     graph = model.graph
@@ -260,6 +264,7 @@ def lower_deltas(
                 expert, meta = (
                     weights[f"{owner}.{part}.weight"] for owner in (f"experts.{index}", "meta")
                 )
+                form = form_of(str(expert.name))
                 made = delta_tensors(tensor_of(expert), tensor_of(meta), form, importance)
                 for tensor in made:
                     value = initializer(tensor)
@@ -272,7 +277,7 @@ def lower_deltas(
         for name, value in list(graph.initializers.items()):
             if not value.uses():
                 del graph.initializers[name]
-        NameFixPass()(model)  # branches and the graph around them share one name space
+        fix_names(model)
     return model, modified
 
 

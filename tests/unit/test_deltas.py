@@ -10,9 +10,12 @@ import pytest
 import torch
 from command_line import Run, two_lines
 from graphs import (
+    changed,
     moe_config,
     moe_layer,
     moe_model,
+    normal,
+    observed,
     op_types,
     random_tokens,
     run_ort,
@@ -22,18 +25,25 @@ from mutants import write_weights
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import compare_weights, stored_weights
+from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import BundleError, InputError
-from medmoe_edge.evaluation.mutations import Mutation, mutated_weights
+from medmoe_edge.evaluation.mutations import Mutation, mutated_weights, mutations_of
 from medmoe_edge.export import build
 from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_deltas
 from medmoe_edge.export.plan import read_deltas
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.weights import DeltaForm, low_rank
+from medmoe_edge.export.weights import DeltaForm, low_rank, meta_name
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.paging.pager import read_extents
 
-EXACT = DeltaForm()
+
+def alike(form: DeltaForm) -> Callable[[str], DeltaForm]:
+    """All deltas in one form."""
+    return lambda _: form
+
+
 STRUCTURES: list[tuple[str, dict[str, Any]]] = [
     (kind, {"top_k": top_k, "use_residual": residual, "router_bias": residual})
     for kind in ("stablelm", "phi")
@@ -62,7 +72,7 @@ def layer(kind: str, options: dict[str, Any], **sizes: int) -> Any:
 def test_deltas_equal_the_op(kind: str, options: dict[str, Any]) -> None:
     config, moe = layer(kind, options)
     spec = MoESpec.of(config)
-    lowered, modified = lower_deltas(moe_model(moe, config), spec, EXACT)
+    lowered, modified = lower_deltas(moe_model(moe, config), spec, alike(DeltaForm()))
     assert modified
     assert op_types(lowered)["If"] == 4
     assert not any(name.endswith("experts.0.gate.weight") for name in lowered.graph.initializers)
@@ -82,7 +92,7 @@ def test_every_token_of_a_prompt_has_its_own_experts(top_k: int) -> None:
     x = random_tokens(1, 40, 16)
     chosen = moe.router(torch.from_numpy(x)).topk(top_k).indices
     assert len(chosen.unique()) == 4  # in one prompt
-    lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), EXACT)
+    lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), alike(DeltaForm()))
     expected = run_ort(moe_model(moe, config), x=x)
     np.testing.assert_allclose(run_ort(lowered, x=x), expected, rtol=1e-5, atol=1e-5)
 
@@ -95,7 +105,7 @@ def test_deltas_equal_the_op_at_full_width(top_k: int, residual: bool) -> None:
     x = random_tokens(1, 5, 2048)
     with torch.no_grad():
         expected = moe(torch.from_numpy(x)).numpy()
-    lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), EXACT)
+    lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), alike(DeltaForm()))
     found = run_ort(lowered, x=x)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -113,8 +123,9 @@ def test_a_rank_that_the_deltas_have_loses_nothing() -> None:
     x = random_tokens(1, 12, 16)
     expected = run_ort(moe_model(moe, config), x=x)
     for rank, exact in ((3, True), (2, False), (16, True)):
-        form = DeltaForm(rank=rank)
-        lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), form)
+        lowered, _ = lower_deltas(
+            moe_model(moe, config), MoESpec.of(config), alike(DeltaForm(rank=rank))
+        )
         error = np.abs(run_ort(lowered, x=x) - expected).max() / np.abs(expected).max()
         assert bool(error < 1e-5) is exact
 
@@ -145,15 +156,32 @@ def bundles(
 ) -> Callable[..., Path]:
     """Exports a tiny checkpoint in a precision, its experts in some form."""
 
-    def make(precision: Any, experts: str | None, preset: str = "tiny", **moe: Any) -> Path:
-        deltas = None if experts is None else read_deltas(experts)
-        options = build.BuildOptions(precision, name="tiny", deltas=deltas)
+    def make(
+        precision: Any,
+        experts: str | None,
+        preset: str = "tiny",
+        statistics: Statistics | None = None,
+        **moe: Any,
+    ) -> Path:
         out = tmp_path_factory.mktemp("bundles") / "bundle"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "_write_vision", write_no_tower)
-            return build.export_bundle(tiny_checkpoint(preset, **moe), out, options)
+        return export(tiny_checkpoint(preset, **moe), out, precision, experts, statistics)
 
     return make
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    precision: Any,
+    experts: str | None,
+    statistics: Statistics | None = None,
+) -> Path:
+    """A bundle without a tower."""
+    deltas = None if experts is None else read_deltas(experts)
+    options = build.BuildOptions(precision, name="tiny", deltas=deltas)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_write_vision", write_no_tower)
+        return build.export_bundle(checkpoint, out, options, statistics=statistics)
 
 
 def logits(folder: Path) -> Any:
@@ -223,8 +251,138 @@ def test_fewer_bits_take_fewer_bytes(bundles: Callable[..., Path]) -> None:
     assert sizes[2] < 0.65 * sizes[0]  # with the meta experts, which are as they were
 
 
+# --- each delta in a form of its own ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def up_cycled(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    """Experts near their meta expert: one of them much farther away, one by a low rank alone."""
+    before = tiny_checkpoint()
+    tensors = dict(read_checkpoint(before))
+    generator = torch.Generator().manual_seed(2)
+
+    def near(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if ".experts." not in name:
+            return tensor
+        rows, width = tensor.shape
+        added = 0.01 * torch.randn(rows, width, generator=generator)
+        if ".experts.1." in name:
+            added = 12 * added
+        if ".experts.2." in name:
+            narrow = torch.randn(rows, 2, generator=generator)
+            added = 0.05 * narrow @ torch.randn(2, width, generator=generator)
+        return tensors[meta_name(name)] + added
+
+    folder = tmp_path_factory.mktemp("up_cycled") / "checkpoint"
+    return read_checkpoint(changed(before, folder, near))
+
+
+@pytest.fixture(scope="module")
+def statistics(up_cycled: Checkpoint) -> Statistics:
+    return observed(up_cycled)
+
+
+def test_bits_go_to_the_deltas_whose_errors_reach_the_stream(
+    up_cycled: Checkpoint, statistics: Statistics, tmp_path: Path
+) -> None:
+    exact = logits(export(up_cycled.folder, tmp_path / "exact", "fp32", None))[0]
+    errors, sizes = {}, {}
+    for form in ("delta:bits=2", "delta:auto", "delta:auto=4"):
+        folder = export(up_cycled.folder, tmp_path / form, "fp32", form, statistics)
+        manifest = Bundle.open(folder).manifest
+        errors[form] = np.square(logits(folder)[0] - exact).mean()
+        extents = manifest["experts"].items()
+        sizes[form] = sum(size for owner, (_, size) in extents if ".experts." in owner)
+        stored = manifest["quantisation"].get("deltas")
+    assert sizes["delta:auto"] <= sizes["delta:bits=2"] < sizes["delta:auto=4"]
+    weights = sum(int(np.prod(up_cycled.names[name].shape)) for name in stored)
+    assert sizes["delta:auto=4"] <= 4 * weights / 8
+    assert errors["delta:auto"] < 0.9 * errors["delta:bits=2"], errors
+    assert errors["delta:auto=4"] < 0.5 * errors["delta:auto"], errors
+    told = Bundle.open(tmp_path / "delta:auto").manifest["quantisation"]
+    assert (
+        told["experts"] == "deltas from the meta expert, a form for each within 2.5 bits a weight"
+    )
+    of_expert = [
+        [form for name, form in told["deltas"].items() if f".experts.{index}." in name]
+        for index in range(3)
+    ]
+    assert all(form.startswith("rank") for form in of_expert[2])  # it is of rank 2
+    assert {"4 bits in groups of 32", "8 bits in groups of 32"} & set(of_expert[1])
+    assert not {"8 bits in groups of 32"} & set(of_expert[0])
+    kept = {name: form for name, form in told["deltas"].items() if form.startswith("rank")}
+    matrices = {matrix["name"] for matrix in told["matrices"]}
+    assert not matrices & {name.replace(".weight", ".delta") for name in kept}
+
+
+def test_experts_that_calibration_missed_take_what_the_budget_holds(
+    up_cycled: Checkpoint, tmp_path: Path
+) -> None:
+    missed = observed(up_cycled, data_free=[(0, 1)])
+    for budget, form in (("2.5", "2 bits"), ("5", "4 bits")):
+        folder = tmp_path / budget
+        export(up_cycled.folder, folder, "int8", f"delta:auto={budget}", missed)
+        stored = Bundle.open(folder).manifest["quantisation"]["deltas"]
+        own = {form for name, form in stored.items() if "layers.0.ffn.experts.1." in name}
+        assert own == {f"{form} in groups of 32"}
+        assert np.isfinite(logits(folder)[0]).all()
+
+
+def test_a_form_is_not_chosen_without_calibration_or_room(
+    up_cycled: Checkpoint, tmp_path: Path
+) -> None:
+    for precision, form, calibrated, error in (
+        ("int8", "delta:auto", False, "by what calibration measured"),
+        ("int8", "delta:auto=0.2", True, r"0.2 bits per weight are too few. The least is 1\.\d+"),
+        ("int4", "delta:auto=1", True, "too few"),  # no rank of 64 divides into groups of 32
+    ):
+        options = build.BuildOptions(precision, deltas=read_deltas(form))
+        with pytest.raises(InputError, match=error):
+            build.check_exportable(up_cycled, options, calibrated=calibrated)
+
+
+def test_a_proof_can_see_an_expert_that_adds_nothing(
+    up_cycled: Checkpoint, statistics: Statistics, tmp_path: Path
+) -> None:
+    for precision in ("fp32", "int8"):
+        folder = export(up_cycled.folder, tmp_path / precision, precision, "delta", statistics)
+        bundle = Bundle.open(folder)
+        held = {name: np.array(array) for name, array in stored_weights(folder / "decoder.onnx")}
+        owner = "decoder.layers.0.ffn.experts.1"
+        tokens = {"decoder.layers.0.ffn.": [1, 9, 2, 3]}
+        found = {each.kind: each for each in mutations_of(held, tokens, bundle.config.moe)}
+        assert {"exchange", "meta", "router"} <= set(found)
+        damage = mutated_weights(held, found["meta"], bundle.config.moe)
+        assert damage is not None
+        assert all(
+            name.startswith(f"{owner}.") and not array.any() for name, array in damage.items()
+        )
+        embeds = normal(12, 64)
+        whole, without = (
+            runtime.step(embeds, runtime.new_cache(12)).logits
+            for runtime in (OrtRuntime(bundle), OrtRuntime(bundle, damage))
+        )
+        assert np.abs(whole - without).max() > 0.01 * np.abs(whole).max()
+
+
 @pytest.mark.parametrize(
-    "text", ["", "deltas", "delta:", "delta:rank=0", "delta:bits=3", "delta:bits", "delta:rank=x"]
+    "text",
+    [
+        "delta:auto=",
+        "delta:auto=x",
+        "delta:auto=nan",
+        "delta:auto=-1",
+        "delta:auto=17",
+        "",
+        "deltas",
+        "delta:",
+        "delta:rank=0",
+        "delta:bits=3",
+        "delta:bits",
+        "delta:rank=x",
+    ],
 )
 def test_other_forms_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="no form of experts"):
