@@ -188,7 +188,12 @@ def _normalised(logs: Doubles, used: npt.NDArray[np.bool_] | None = None) -> Flo
 
 
 def quantise_gptq(
-    weight: Floats, hessian: Floats, format: Format, *, damping: float = 0.01
+    weight: Floats,
+    hessian: Floats,
+    format: Format,
+    *,
+    damping: float = 0.01,
+    evenly: bool = False,
 ) -> Quantised:
     """Quantise `weight` `[N, K]` for inputs whose x x^T sum (or average) to `hessian` `[K, K]`.
 
@@ -201,7 +206,10 @@ def quantise_gptq(
     passed on like any other. `damping`, in parts of the mean diagonal, is added to the diagonal,
     and ten times as much each time that it does not make the matrix positive definite. Columns that
     calibration never saw active keep their weights, rounded to nearest; GPTQ as published sets them
-    to zero, which silently ruins experts that few calibration tokens reached.
+    to zero, which silently ruins experts that few calibration tokens reached. `evenly` searches the
+    grids as if all inputs counted alike: of the deltas of nano's experts in 2 bits the output's
+    error was then smaller in every matrix that was tried (0.0095 for 0.0106, 0.0152 for 0.0164),
+    and no group of weights far from its size.
 
     Raises `CheckpointError` for weights that are not finite, `ValueError` for a Hessian that is
     not, or that is no matrix of second moments.
@@ -217,7 +225,7 @@ def quantise_gptq(
     importance = np.array(diagonal)
     if format.pair_bound is not None:
         importance[order] = squares
-    grid = round_searched(weight, format, importance)
+    grid = round_searched(weight, format, None if evenly else importance)
     # Columns as rows from here on, so that each is contiguous.
     group = order // (width // grid.scale.shape[1])
     scale = np.ascontiguousarray(grid.scale.T)

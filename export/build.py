@@ -29,7 +29,6 @@ from medmoe_edge.export.passes.ort_cpu import (
     lower_deltas,
     lower_matmul,
     lower_moe,
-    quantise_linears,
 )
 from medmoe_edge.export.passes.ort_paged import write_paged_graphs
 from medmoe_edge.export.plan import (
@@ -43,7 +42,7 @@ from medmoe_edge.export.plan import (
     make_plan,
 )
 from medmoe_edge.export.quantise import quantise_weights
-from medmoe_edge.export.vision import export_vision
+from medmoe_edge.export.vision import export_vision, quantise_linears
 from medmoe_edge.export.weights import DeltaForm, WeightSource
 
 STORED: dict[Precision, str] = {
@@ -150,14 +149,21 @@ def write_bundle(
         options.deltas,
     )
     experts = _write_decoder(source, folder, plan, signature, partial(report, STEPS[2]))
-    moe = source.config.moe
-    paged = moe is not None and not moe.merged and options.deltas is None
+    paged = _has_extents(source.config, experts)
     paging = write_paged_graphs(folder, source.config, experts) if paged else None
     report(STEPS[3], 0, 1)
     _copy_companions(source, folder)
     write_recorded(folder, Recorded(signature.signature()))
     name = options.name or source.folder.resolve().name
     write_manifest(folder, _manifest(source, plan, vision, experts, paging, name))
+
+
+def _has_extents(config: ModelConfig, experts: Extents) -> bool:
+    """Whether every routed expert lies in the data file: the smallest deltas are in the graph."""
+    moe = config.moe
+    if moe is None or moe.merged:
+        return False
+    return sum(".experts." in owner for owner in experts) == moe.num_experts * len(moe.layers)
 
 
 def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: bool) -> None:

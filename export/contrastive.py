@@ -36,9 +36,8 @@ from medmoe_edge.config_contrastive import read_scores
 from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
 from medmoe_edge.export.builder import Builder, fix_names, save_model
 from medmoe_edge.export.half import halve_weights
-from medmoe_edge.export.passes.ort_cpu import quantise_linears
 from medmoe_edge.export.quantise import Array, lazy_tensor, quantise_weights
-from medmoe_edge.export.vision import fill, optimise, trace
+from medmoe_edge.export.vision import fill, optimise, quantise_linears, trace
 from medmoe_edge.models.contrastive import ModalityMoE, mixed_regions
 from medmoe_edge.prompt import Tokenizer
 

@@ -6,6 +6,10 @@
              weights' own error lost to it by far on SmolLM2)
     mixed    as int4 in groups of 32, each expert's format chosen by its sensitivity
 
+Deltas of experts get GPTQ in 2 bits alone, on even grids, and rows of which it moves a group too
+far are rounded by themselves: else no mark of them could tell a doubled scale from a right one. In
+more bits their error is small beside that of the meta expert's weights.
+
 Routers and coefficients stay fp32: they decide who runs.
 
 Which format each matrix of a mixed export gets: by the noise that rounding it would add.
@@ -47,18 +51,20 @@ from medmoe_edge.calibration.quantisers import (
 from medmoe_edge.calibration.statistics import SiteStatistics, Statistics, site_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, DataError, InputError
+from medmoe_edge.export.decoder import meta_name
 from medmoe_edge.export.quantise import Quantiser
 from medmoe_edge.export.weights import (
     DELTA_GROUP,
+    MOST_BITS,
     DeltaChoice,
     DeltaForm,
     Factors,
     FoldPoint,
     WeightSource,
+    delta_choices,
     fold,
     fold_points,
     low_rank,
-    meta_name,
 )
 
 ROWS = 256  # of a matrix, on which its error in every format is measured
@@ -183,11 +189,8 @@ INT8 = Format(8)
 HEAD = "decoder.head.weight"
 GROUP: GroupSize = 32  # of the weights in int4, unless another is asked for
 FEWEST = 2  # bits, in which a range that clips nothing leaves little but zeros
-DELTA_BITS = (2, 4, 8)
-AUTO_BITS = 2.5  # of a weight: what the form of 2 bits takes with its scales
-RANK_PARTS = (32, 16, 8, 4)  # of a matrix's narrower side, beyond which bits cost less
+MOST_MOVED = 0.45  # octaves: how far the norm of a delta's group may be off, short of what is seen
 LEAST_BITS = min(form.bits_per_weight(form.group or GROUP) for form in CHOICES)
-MOST_BITS = 16.0  # what a weight takes that is not quantised: no mixture of our formats is larger
 
 
 @dataclass
@@ -241,7 +244,9 @@ class Plan:
 
     def _quantise(self, name: str, form: Format, rows: Floats) -> Quantised:
         second, hessian = self._moments(name)
-        if self.method == "auto" and hessian is not None:
+        if DELTA in name:
+            method, quantised = self.round_delta(name, rows, form, hessian)
+        elif self.method == "auto" and hessian is not None:
             method, quantised = "gptq", _gptq(name, rows, hessian, form)
         elif self.method == "rtn" or form.group is None or self._is_data_free(form):
             method, quantised = "rtn", round_to_nearest(rows, form)
@@ -253,6 +258,21 @@ class Plan:
         error = output_error(rows, quantised, uniform if seen is None else seen)
         self._note(name, form, method, len(rows), error)
         return quantised
+
+    def round_delta(
+        self, name: str, rows: Floats, form: Format, hessian: Floats | None
+    ) -> tuple[str, Quantised]:
+        """How rows of a delta, or of a factor of one, are rounded, and what comes of it."""
+        if self.method == "rtn" or form.group is None or self._is_data_free(form):
+            return "rtn", round_to_nearest(rows, form)
+        plain = round_searched(rows, form)
+        if hessian is None or form.bits > FEWEST:
+            return "searched", plain
+        made = _gptq(name, rows, hessian, form, evenly=True)
+        moved = np.abs(np.log2(_sizes(made.dequantise(), form) / _sizes(rows, form))).max(1)
+        far = (moved > MOST_MOVED)[:, None]
+        integers = np.where(far, plain.integers, made.integers)
+        return "gptq", Quantised(form, integers, np.where(far, plain.scale, made.scale))
 
     def _is_data_free(self, form: Format) -> bool:
         """Whether rounding is best: of a model without statistics, but not of its lowest bits.
@@ -303,9 +323,17 @@ def _weight_of(name: str) -> str:
     return f"{stem}.weight" if delta else name
 
 
-def _gptq(name: str, rows: Floats, hessian: Floats, form: Format) -> Quantised:
+def _sizes(rows: Floats, form: Format) -> Floats:
+    """The norms of all groups, `[n, groups]`, none of them 0."""
+    grouped = rows.reshape(len(rows), form.groups(rows.shape[1]), -1)
+    return np.sqrt(np.square(grouped).sum(-1) + np.finfo(np.float32).tiny)
+
+
+def _gptq(
+    name: str, rows: Floats, hessian: Floats, form: Format, *, evenly: bool = False
+) -> Quantised:
     try:
-        return quantise_gptq(rows, hessian, form)
+        return quantise_gptq(rows, hessian, form, evenly=evenly)
     except ValueError as error:
         raise DataError(
             f"The statistics of what {name} reads are damaged.",
@@ -360,40 +388,6 @@ def _check_widths(source: Checkpoint, group: int) -> None:
             )
 
 
-def read_deltas(text: str) -> DeltaForm:
-    """`delta`, `delta:rank=R`, `delta:bits=B`, `delta:auto` or `delta:auto=BITS`.
-
-    Raises `InputError` for anything else.
-    """
-    kind, _, choice = text.partition(":")
-    name, _, value = choice.partition("=")
-    number = int(value) if value.isascii() and value.isdigit() else 0
-    if text == "delta":
-        return DeltaForm()
-    if kind == "delta" and name == "rank" and number:
-        return DeltaForm(rank=number)
-    if kind == "delta" and name == "bits" and number in DELTA_BITS:
-        return DeltaForm(bits=number)
-    if kind == "delta" and name == "auto" and (budget := _budget(choice, value)):
-        return DeltaForm(budget=budget)
-    raise InputError(
-        f"{text!r} is no form of experts.",
-        "Use delta, delta:rank=R with R of 1 or more, delta:bits=B with B of "
-        f"{', '.join(map(str, DELTA_BITS))}, or delta:auto=BITS with up to {MOST_BITS:g} bits.",
-    )
-
-
-def _budget(choice: str, value: str) -> float | None:
-    """Bits of a weight that `auto` or `auto=BITS` allows; None where they are none."""
-    if choice == "auto":
-        return AUTO_BITS
-    try:
-        bits = float(value)
-    except ValueError:
-        return None
-    return bits if 0 < bits <= MOST_BITS else None
-
-
 def check_deltas(
     source: Checkpoint,
     precision: Precision,
@@ -440,21 +434,9 @@ def check_deltas(
         for name in source.names
         if ".experts." in name and site_of(name) is not None
         for shape in [source.names[name].shape]
-        for choices in [_choices(shape, precision, group)]
+        for choices in [delta_choices(shape, _factors(precision, group))]
     ]
     allocate(least, form.budget)  # refuses too few bits at once, not after calibration
-
-
-def _choices(shape: Sequence[int], precision: Precision, group: int) -> list[DeltaChoice]:
-    """The forms that fit a matrix `[channels, width]`."""
-    channels, width = shape
-    factors = {"fp32": None, "int8": INT8}.get(precision, Format(4, group))
-    step = factors.group or 1 if factors else 1
-    ranks = {min(shape) // part // step * step for part in RANK_PARTS} - {0}
-    forms = [DeltaForm(rank=rank) for rank in sorted(ranks)]
-    if width % DELTA_GROUP == 0:
-        forms += [DeltaForm(bits=bits) for bits in DELTA_BITS]
-    return [DeltaChoice(form, channels, factors) for form in forms]
 
 
 def _search_deltas(
@@ -469,33 +451,43 @@ def _search_deltas(
         if ".experts." not in name:
             continue
         rows, width = shape = checkpoint.names[name].shape
-        choices = _choices(shape, plan.precision, plan.group)
+        choices = delta_choices(shape, _factors(plan.precision, plan.group))
         if moments is None:
             held = [each for each in choices if each.bits_per_weight(width) <= budget_bits]
             # of a rank nobody knows whether it keeps what counts
             best = max(held or choices[:1], key=lambda each: each.form.bits or 0)
             losses = {best: 0.0}
         else:
-            errors = _delta_errors(
-                choices, *(source.array(n) for n in (name, meta_name(name))), moments
-            )
+            errors = _delta_errors(plan, source, name, moments, choices)
             losses = {choice: share * error**2 for choice, error in errors.items()}
         candidates.append(Candidate(name, rows * width, width, losses))
     return {name: choice.form for name, choice in allocate(candidates, budget_bits).items()}
 
 
+def _factors(precision: Precision, group: int) -> Format | None:
+    """The format of the two matrices of a low rank: that of other matrices."""
+    return {"fp32": None, "int8": INT8}.get(precision, Format(4, group))
+
+
 def _delta_errors(
-    choices: Sequence[DeltaChoice], expert: Floats, meta: Floats, moments: Floats
+    plan: Plan, source: WeightSource, name: str, moments: Floats, choices: Sequence[DeltaChoice]
 ) -> dict[DeltaChoice, float]:
     """The relative output error of an expert's matrix `[N, K]` with its delta in each form."""
-    importance, step = np.diagonal(moments), max(len(expert) // ROWS, 1)
-    added, sample, base = expert - meta, expert[::step], meta[::step]
+    expert, meta = source.array(name), source.array(meta_name(name))
+    found = plan.statistics.get(str(site_of(name))) if plan.statistics else None
+    hessian = found.hessian if found else None
+    step, added = max(len(expert) // ROWS, 1), expert - meta
     largest = max((choice.form.rank or 0 for choice in choices), default=0)
-    a, b = low_rank(added.T, largest, importance)
-    factors = a, b[:, ::step]
+    a, b = low_rank(added.T, largest, np.diagonal(moments))
+
+    def rounded(rows: Floats, form: Format) -> Floats:
+        return plan.round_delta(name, rows, form, hessian)[1].dequantise()
+
     return {
         choice: relative_error(
-            sample, base + choice.rebuilt(added[::step], factors, importance), moments
+            expert[::step],
+            meta[::step] + choice.rebuilt(added[::step], (a, b[:, ::step]), rounded),
+            moments,
         )
         for choice in choices
     }

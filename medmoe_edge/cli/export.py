@@ -116,8 +116,8 @@ def export(
         str | None,
         typer.Option(
             metavar="FORM",
-            help="delta, delta:rank=R, delta:bits=B or, calibrated, delta:auto=BITS: routed experts "
-            "as what they add to the meta expert. For ONNX Runtime's CPU, all in memory.",
+            help="delta, delta:rank=R, delta:bits=B or, calibrated, delta:auto=BITS: routed "
+            "experts as what they add to the meta expert. For ONNX Runtime's CPU.",
             show_default="whole",
         ),
     ] = None,

@@ -318,7 +318,8 @@ def _no_room(bundle: Bundle, least: int, free: int) -> ResourceError:
 
 def _check_budget(bundle: Bundle, budget: Budget) -> None:
     """Refuse what can never work before gigabytes are read; each runtime knows the exact least."""
-    sizes = [size for _, size in bundle.manifest.get("experts", {}).values()]
+    extents = bundle.manifest.get("experts", {}).items()
+    sizes = [size for owner, (_, size) in extents if ".experts." in owner]
     if not sizes or isinstance(budget, ExpertPager):
         return
     given = budget if isinstance(budget, int) else budget_bytes(budget, sum(sizes))

@@ -31,9 +31,10 @@ from medmoe_edge.evaluation.recording import QUESTIONS
 from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
-from medmoe_edge.export.plan import GroupSize, Method, Precision, read_deltas
+from medmoe_edge.export.plan import GroupSize, Method, Precision
 from medmoe_edge.export.targets import check_request, export_target, plan_target
 from medmoe_edge.export.tensorrt_builder import Built
+from medmoe_edge.export.weights import read_deltas
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
@@ -168,7 +169,7 @@ def export(
 
     The checkpoint is opened once, for all steps. `stats` are statistics that `calibrate` wrote; the
     bundle is then not yet verified. `experts` is how routed experts are stored, see
-    `export.plan.read_deltas`; None: whole. `strict` refuses experts that too few tokens reached.
+    `export.weights.read_deltas`; None: whole. `strict` refuses experts that too few tokens reached.
     With `modalities` the experts of these alone are exported, calibrated and verified, and with
     `merge` as `cut_checkpoint` says. Raises `VerificationError`, and leaves no bundle, where a gate
     fails; `ModelError`, `InputError` and `ResourceError` otherwise.

@@ -22,21 +22,30 @@ from graphs import (
     write_no_tower,
 )
 from mutants import write_weights
+from test_ort_paged import steps
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import compare_weights, stored_weights
+from medmoe_edge.calibration.methods import quantise_gptq
+from medmoe_edge.calibration.quantisers import Format, output_error, round_searched
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.evaluation.mutations import Mutation, mutated_weights, mutations_of
-from medmoe_edge.export import build
-from medmoe_edge.export.decoder import MoESpec
+from medmoe_edge.export import build, builder
+from medmoe_edge.export import plan as export_plan
+from medmoe_edge.export.decoder import MoESpec, meta_name
 from medmoe_edge.export.passes.ort_cpu import lower_deltas
-from medmoe_edge.export.plan import read_deltas
+from medmoe_edge.export.plan import MOST_MOVED, Plan
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.weights import DeltaForm, low_rank, meta_name
+from medmoe_edge.export.weights import DeltaForm, low_rank, read_deltas
+from medmoe_edge.runtimes.base import Runtime
+from medmoe_edge.runtimes.ort.paged import OrtExpertStore, PagedOrtRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-from medmoe_edge.runtimes.paging.pager import read_extents
+from medmoe_edge.runtimes.paging.pager import ExpertPager
+from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
+from medmoe_edge.runtimes.torch.paged import PagedTorchRuntime
 
 
 def alike(form: DeltaForm) -> Callable[[str], DeltaForm]:
@@ -185,9 +194,12 @@ def export(
 
 
 def logits(folder: Path) -> Any:
-    runtime = OrtRuntime(Bundle.open(folder))
-    embeds = np.random.default_rng(0).standard_normal((12, 64)).astype(np.float32)
-    step = runtime.step(embeds, runtime.new_cache(12))
+    return prefill(OrtRuntime(Bundle.open(folder)))
+
+
+def prefill(runtime: Runtime) -> tuple[Floats, Floats]:
+    """Logits, and those of the routers."""
+    step = runtime.step(normal(12, 64), runtime.new_cache(12))
     return step.logits, step.router_logits
 
 
@@ -223,7 +235,6 @@ def test_a_bundle_says_how_its_experts_are_stored(
     deltas = [matrix for matrix in stored["matrices"] if ".delta" in matrix["name"]]
     assert {matrix["bits"] for matrix in deltas} == bits
     assert len(deltas) == 2 * 4 * 3 * (2 if "rank" in experts else 1)
-    assert bundle.manifest["paging"] is None
     assert np.isfinite(logits(folder)[0]).all()
     weights = compare_weights(bundle)
     assert weights is not None
@@ -238,8 +249,57 @@ def test_a_bundle_says_how_its_experts_are_stored(
     assert any(name.startswith(owner) for name in damaged.wrong)
     with pytest.raises(BundleError, match="experts as deltas"):
         specification(bundle)
-    with pytest.raises(BundleError, match="cannot be paged"):
-        read_extents(bundle)
+
+
+@pytest.mark.parametrize(
+    ("precision", "experts", "preset", "moe"),
+    [
+        ("fp32", "delta", "tiny-phi", {"top_k": 2, "use_residual": True}),
+        ("int8", "delta", "tiny-phi", {}),
+        ("int8", "delta:bits=2", "tiny", {}),
+        ("int8", "delta:rank=32", "tiny", {"top_k": 2, "use_residual": True}),
+        ("int4", "delta:rank=32", "tiny", {"top_k": 2}),
+    ],
+)
+def test_paged_deltas_give_the_same_bits_and_torch_what_they_stand_for(
+    bundles: Callable[..., Path], precision: str, experts: str, preset: str, moe: dict[str, Any]
+) -> None:
+    bundle = Bundle.open(bundles(precision, experts, preset, **moe))
+    paged = PagedOrtRuntime(bundle, "50%")
+    found, expected = steps(paged), steps(OrtRuntime(bundle))
+    if precision == "int4":  # its kernel for AVX2 adds up in an order that the batch decides
+        for one, other in zip(found, expected, strict=True):
+            close(np.frombuffer(one, np.float32), np.frombuffer(other, np.float32), 1e-5)
+    else:
+        assert found == expected
+    report = paged.paging()
+    assert report["misses"] > 8  # of eight experts: some came twice
+    extents = bundle.manifest["experts"].items()
+    largest = max(size for owner, (_, size) in extents if ".experts." in owner)
+    assert report["bytes_read"] <= report["loads"] * largest
+    torch_runtime = TorchBundleRuntime(bundle, "cpu")
+    for mine, wanted in zip(prefill(torch_runtime), prefill(OrtRuntime(bundle)), strict=True):
+        close(mine, wanted, 1e-4 if precision == "fp32" else 0.05)  # activations in 8 bits
+    with pytest.raises(BundleError, match="torch makes whole"):
+        PagedTorchRuntime(bundle, "50%", "cpu")
+
+
+def close(found: Floats, wanted: Floats, tolerance: float) -> None:
+    """Within parts of the largest value."""
+    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+def test_a_switch_moves_a_third_of_the_bytes(bundles: Callable[..., Path]) -> None:
+    """All experts anew, as for an image of another modality: counted by the pager."""
+    read = []
+    for experts in (None, "delta:bits=2"):
+        store = OrtExpertStore(Bundle.open(bundles("int8", experts)))
+        pager = ExpertPager(sum(store.sizes.values()) + store.scratch).open(store, 1)
+        for expert in store.sizes:
+            with pager.use(expert):
+                pass
+        read.append(pager.counts.bytes_read)
+    assert read[1] <= read[0] / 3
 
 
 def test_fewer_bits_take_fewer_bytes(bundles: Callable[..., Path]) -> None:
@@ -285,20 +345,24 @@ def statistics(up_cycled: Checkpoint) -> Statistics:
 
 
 def test_bits_go_to_the_deltas_whose_errors_reach_the_stream(
-    up_cycled: Checkpoint, statistics: Statistics, tmp_path: Path
+    up_cycled: Checkpoint,
+    statistics: Statistics,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(builder, "INLINE_BYTES", 64)  # else a rank of 2 is too small to be paged
     exact = logits(export(up_cycled.folder, tmp_path / "exact", "fp32", None))[0]
     errors, sizes = {}, {}
     for form in ("delta:bits=2", "delta:auto", "delta:auto=4"):
         folder = export(up_cycled.folder, tmp_path / form, "fp32", form, statistics)
         manifest = Bundle.open(folder).manifest
         errors[form] = np.square(logits(folder)[0] - exact).mean()
-        extents = manifest["experts"].items()
-        sizes[form] = sum(size for owner, (_, size) in extents if ".experts." in owner)
+        held = stored_weights(folder / "decoder.onnx")
+        sizes[form] = sum(array.nbytes for name, array in held if ".experts." in name)
         stored = manifest["quantisation"].get("deltas")
     assert sizes["delta:auto"] <= sizes["delta:bits=2"] < sizes["delta:auto=4"]
-    weights = sum(int(np.prod(up_cycled.names[name].shape)) for name in stored)
-    assert sizes["delta:auto=4"] <= 4 * weights / 8
+    count = sum(int(np.prod(up_cycled.names[name].shape)) for name in stored)
+    assert sizes["delta:auto=4"] <= 4 * count / 8
     assert errors["delta:auto"] < 0.9 * errors["delta:bits=2"], errors
     assert errors["delta:auto=4"] < 0.5 * errors["delta:auto"], errors
     told = Bundle.open(tmp_path / "delta:auto").manifest["quantisation"]
@@ -315,6 +379,39 @@ def test_bits_go_to_the_deltas_whose_errors_reach_the_stream(
     kept = {name: form for name, form in told["deltas"].items() if form.startswith("rank")}
     matrices = {matrix["name"] for matrix in told["matrices"]}
     assert not matrices & {name.replace(".weight", ".delta") for name in kept}
+    bundle = Bundle.open(tmp_path / "delta:auto=4")
+    assert steps(PagedOrtRuntime(bundle, "50%")) == steps(OrtRuntime(bundle))
+    weights = compare_weights(Bundle.open(tmp_path / "delta:auto"))
+    assert weights is not None
+    assert weights.wrong == ()
+
+
+def test_a_row_that_gptq_moves_farther_than_its_marks_allow_is_rounded_by_itself(
+    up_cycled: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no verification could tell a doubled scale."""
+    name, form = "decoder.layers.0.ffn.experts.1.down.weight", Format(2, 32)
+    x = normal(600, 64) + 3 * normal(600, 1, seed=2)
+    hessian = x.T @ x / len(x)
+    plan = Plan("int8", "auto", observed(up_cycled), deltas=DeltaForm(bits=2))
+    rows = 0.1 * normal(64, 64, seed=3)
+    alone, plain = quantise_gptq(rows, hessian, form, evenly=True), round_searched(rows, form)
+    errors = [output_error(rows, made, hessian) for made in (alone, plain)]
+    assert errors[0] < 0.6 * errors[1]
+    norms = [
+        np.linalg.norm(weights.reshape(64, -1, 32), axis=-1)
+        for weights in (rows, alone.dequantise())
+    ]
+    moved = np.abs(np.log2(norms[1] / norms[0])).max(1)
+    bound = float(np.median(moved))
+    for limit, far in ((MOST_MOVED, np.zeros(64, bool)), (bound, moved > bound)):
+        monkeypatch.setattr(export_plan, "MOST_MOVED", limit)
+        method, made = plan.round_delta(name, rows, form, hessian)
+        assert method == "gptq"
+        for row, apart in enumerate(far):
+            wanted = plain if apart else alone
+            assert np.array_equal(made.integers[row], wanted.integers[row])
+            assert np.array_equal(made.scale[row], wanted.scale[row])
 
 
 def test_experts_that_calibration_missed_take_what_the_budget_holds(
@@ -359,10 +456,8 @@ def test_a_proof_can_see_an_expert_that_adds_nothing(
         assert all(
             name.startswith(f"{owner}.") and not array.any() for name, array in damage.items()
         )
-        embeds = normal(12, 64)
         whole, without = (
-            runtime.step(embeds, runtime.new_cache(12)).logits
-            for runtime in (OrtRuntime(bundle), OrtRuntime(bundle, damage))
+            prefill(runtime)[0] for runtime in (OrtRuntime(bundle), OrtRuntime(bundle, damage))
         )
         assert np.abs(whole - without).max() > 0.01 * np.abs(whole).max()
 
