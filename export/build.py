@@ -14,7 +14,7 @@ from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
-from medmoe_edge.calibration.quantisers import PAIR_BOUND
+from medmoe_edge.calibration.quantisers import PAIR_BOUND, DeltaForm
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
@@ -43,7 +43,7 @@ from medmoe_edge.export.plan import (
 )
 from medmoe_edge.export.quantise import quantise_weights
 from medmoe_edge.export.vision import export_vision, quantise_linears
-from medmoe_edge.export.weights import DeltaForm, WeightSource
+from medmoe_edge.export.weights import WeightSource
 
 STORED: dict[Precision, str] = {
     "fp32": "fp32",

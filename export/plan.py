@@ -41,8 +41,13 @@ from medmoe_edge.calibration.methods import (
     search_migration,
 )
 from medmoe_edge.calibration.quantisers import (
+    DELTA_GROUP,
+    MOST_BITS,
+    DeltaChoice,
+    DeltaForm,
     Format,
     Quantised,
+    delta_choices,
     output_error,
     relative_error,
     round_searched,
@@ -54,14 +59,9 @@ from medmoe_edge.errors import CheckpointError, DataError, InputError
 from medmoe_edge.export.decoder import meta_name
 from medmoe_edge.export.quantise import Quantiser
 from medmoe_edge.export.weights import (
-    DELTA_GROUP,
-    MOST_BITS,
-    DeltaChoice,
-    DeltaForm,
     Factors,
     FoldPoint,
     WeightSource,
-    delta_choices,
     fold,
     fold_points,
     low_rank,

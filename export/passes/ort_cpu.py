@@ -52,6 +52,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from medmoe_edge.calibration.quantisers import DeltaForm
 from medmoe_edge.export.builder import (
     CONTRIB,
     MEDMOE,
@@ -80,7 +81,7 @@ from medmoe_edge.export.quantise import (
     lazy_tensor,
     no_values,
 )
-from medmoe_edge.export.weights import DeltaForm, Importance, delta_tensors
+from medmoe_edge.export.weights import Importance, delta_tensors
 
 ORT_OPSET = 21  # what is left needs no later one, and more releases of ONNX Runtime read it
 

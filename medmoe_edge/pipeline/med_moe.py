@@ -19,6 +19,7 @@ from medmoe_edge.atomic import atomic_folder, check_target, writing
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, DType, Target, TargetName
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
+from medmoe_edge.calibration.quantisers import read_deltas
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, cut_checkpoint, cut_like, read_checkpoint
@@ -34,7 +35,6 @@ from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundl
 from medmoe_edge.export.plan import GroupSize, Method, Precision
 from medmoe_edge.export.targets import check_request, export_target, plan_target
 from medmoe_edge.export.tensorrt_builder import Built
-from medmoe_edge.export.weights import read_deltas
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
@@ -169,10 +169,10 @@ def export(
 
     The checkpoint is opened once, for all steps. `stats` are statistics that `calibrate` wrote; the
     bundle is then not yet verified. `experts` is how routed experts are stored, see
-    `export.weights.read_deltas`; None: whole. `strict` refuses experts that too few tokens reached.
-    With `modalities` the experts of these alone are exported, calibrated and verified, and with
-    `merge` as `cut_checkpoint` says. Raises `VerificationError`, and leaves no bundle, where a gate
-    fails; `ModelError`, `InputError` and `ResourceError` otherwise.
+    `calibration.quantisers.read_deltas`; None: whole. `strict` refuses experts that too few tokens
+    reached. With `modalities` the experts of these alone are exported, calibrated and verified, and
+    with `merge` as `cut_checkpoint` says. Raises `VerificationError`, and leaves no bundle, where a
+    gate fails; `ModelError`, `InputError` and `ResourceError` otherwise.
     """
     check_target(out, force=force, marker=MANIFEST)
     if calibrate_on is not None and stats is not None:

@@ -28,7 +28,13 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import compare_weights, stored_weights
 from medmoe_edge.calibration.methods import quantise_gptq
-from medmoe_edge.calibration.quantisers import Format, output_error, round_searched
+from medmoe_edge.calibration.quantisers import (
+    DeltaForm,
+    Format,
+    output_error,
+    read_deltas,
+    round_searched,
+)
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import BundleError, InputError
@@ -39,9 +45,10 @@ from medmoe_edge.export.decoder import MoESpec, meta_name
 from medmoe_edge.export.passes.ort_cpu import lower_deltas
 from medmoe_edge.export.plan import MOST_MOVED, Plan
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.weights import DeltaForm, low_rank, read_deltas
+from medmoe_edge.export.weights import low_rank
 from medmoe_edge.runtimes.base import Runtime
-from medmoe_edge.runtimes.ort.paged import OrtExpertStore, PagedOrtRuntime
+from medmoe_edge.runtimes.costs import Asked, Deltas, experts_bytes, held_experts
+from medmoe_edge.runtimes.ort.paged import SESSION, OrtExpertStore, PagedOrtRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.paging.pager import ExpertPager
 from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
@@ -289,11 +296,21 @@ def close(found: Floats, wanted: Floats, tolerance: float) -> None:
     assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
-def test_a_switch_moves_a_third_of_the_bytes(bundles: Callable[..., Path]) -> None:
+def test_a_switch_moves_a_third_of_the_bytes_and_plans_know(bundles: Callable[..., Path]) -> None:
     """All experts anew, as for an image of another modality: counted by the pager."""
     read = []
     for experts in (None, "delta:bits=2"):
-        store = OrtExpertStore(Bundle.open(bundles("int8", experts)))
+        bundle = Bundle.open(bundles("int8", experts))
+        store = OrtExpertStore(bundle)
+        deltas = Deltas.of_bundle(bundle)
+        assert (deltas is None) == (experts is None)
+        if deltas is not None:
+            asked = Asked(bundle.config, 100, deltas=deltas)
+            assert experts_bytes(asked, "int8") == sum(store.stored.values())
+            held = sum(size - SESSION for size in store.sizes.values())
+            assert held_experts(asked, "int8") == pytest.approx(held, abs=1)
+            assert deltas.stored < 2.6  # some scales are so few here that they lie in the graph
+            assert deltas.held == 5
         pager = ExpertPager(sum(store.sizes.values()) + store.scratch).open(store, 1)
         for expert in store.sizes:
             with pager.use(expert):
