@@ -19,7 +19,6 @@ from graphs import (
     op_types,
     random_tokens,
     run_ort,
-    write_no_tower,
 )
 from mutants import write_weights
 from test_ort_paged import steps
@@ -192,12 +191,10 @@ def export(
     experts: str | None,
     statistics: Statistics | None = None,
 ) -> Path:
-    """A bundle without a tower."""
+    """A bundle with its experts in some form."""
     deltas = None if experts is None else read_deltas(experts)
     options = build.BuildOptions(precision, name="tiny", deltas=deltas)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_write_vision", write_no_tower)
-        return build.export_bundle(checkpoint, out, options, statistics=statistics)
+    return build.export_bundle(checkpoint, out, options, statistics=statistics)
 
 
 def logits(folder: Path) -> Any:
