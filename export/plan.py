@@ -326,7 +326,7 @@ def _weight_of(name: str) -> str:
 def _sizes(rows: Floats, form: Format) -> Floats:
     """The norms of all groups, `[n, groups]`, none of them 0."""
     grouped = rows.reshape(len(rows), form.groups(rows.shape[1]), -1)
-    return np.sqrt(np.square(grouped).sum(-1) + np.finfo(np.float32).tiny)
+    return np.asarray(np.sqrt(np.square(grouped).sum(-1) + np.finfo(np.float32).tiny), np.float32)
 
 
 def _gptq(

@@ -42,7 +42,7 @@ from medmoe_edge.export import build, builder
 from medmoe_edge.export import plan as export_plan
 from medmoe_edge.export.decoder import MoESpec, meta_name
 from medmoe_edge.export.passes.ort_cpu import lower_deltas
-from medmoe_edge.export.plan import MOST_MOVED, Plan
+from medmoe_edge.export.plan import MOST_MOVED, Plan, Precision
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.weights import low_rank
 from medmoe_edge.runtimes.base import Runtime
@@ -406,7 +406,7 @@ def test_a_row_that_gptq_moves_farther_than_its_marks_allow_is_rounded_by_itself
     """Else no verification could tell a doubled scale."""
     name, form = "decoder.layers.0.ffn.experts.1.down.weight", Format(2, 32)
     x = normal(600, 64) + 3 * normal(600, 1, seed=2)
-    hessian = x.T @ x / len(x)
+    hessian = np.asarray(x.T @ x / len(x), np.float32)
     plan = Plan("int8", "auto", observed(up_cycled), deltas=DeltaForm(bits=2))
     rows = 0.1 * normal(64, 64, seed=3)
     alone, plain = quantise_gptq(rows, hessian, form, evenly=True), round_searched(rows, form)
@@ -444,11 +444,12 @@ def test_experts_that_calibration_missed_take_what_the_budget_holds(
 def test_a_form_is_not_chosen_without_calibration_or_room(
     up_cycled: Checkpoint, tmp_path: Path
 ) -> None:
-    for precision, form, calibrated, error in (
+    cases: list[tuple[Precision, str, bool, str]] = [
         ("int8", "delta:auto", False, "by what calibration measured"),
         ("int8", "delta:auto=0.2", True, r"0.2 bits per weight are too few. The least is 1\.\d+"),
         ("int4", "delta:auto=1", True, "too few"),  # no rank of 64 divides into groups of 32
-    ):
+    ]
+    for precision, form, calibrated, error in cases:
         options = build.BuildOptions(precision, deltas=read_deltas(form))
         with pytest.raises(InputError, match=error):
             build.check_exportable(up_cycled, options, calibrated=calibrated)
