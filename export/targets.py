@@ -19,8 +19,8 @@ or on the device itself, without the checkpoint and without PyTorch.
 
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import numpy as np
 import onnx_ir as ir
 
 from medmoe_edge._types import Progress
-from medmoe_edge.atomic import atomic_folder
+from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import (
     MANIFEST,
     Bundle,
@@ -286,6 +286,64 @@ def export_target(
             places = write_graphs(bundle, target, folder, progress)
         write_derived_manifest(folder, bundle, target, places)
     return {name: replace(built, path=out / built.path.name) for name, built in engines.items()}
+
+
+@dataclass(frozen=True)
+class TargetExport:
+    """A bundle for a target, and what its engines took to build; none for graphs."""
+
+    bundle: Path
+    target: Target
+    engines: Mapping[str, Built]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        engines = {
+            name: {
+                "bytes": built.bytes,
+                "seconds": built.seconds,
+                "peak_memory": built.peak_memory,
+                "cached": built.cached,
+            }
+            for name, built in self.engines.items()
+        }
+        return {"bundle": str(self.bundle), "target": self.target.to_json(), "engines": engines}
+
+
+def export_for(
+    name: TargetName,
+    model: Path,
+    out: Path,
+    *,
+    portable: Callable[[Path], object],
+    gpu: str | None = None,
+    dtype: DType = "fp16",
+    positions: int | None = None,
+    paged: bool = False,
+    memory_limit: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TargetExport:
+    """Write the bundle `out` of `model` for the target `name`.
+
+    `model` is a portable bundle, or a checkpoint that `portable` exports to a folder first. For the
+    rest and the errors see `plan_target` and `export_target`.
+    """
+    check_target(out, force=force, marker=MANIFEST)
+    check_request(name, gpu=gpu, dtype=dtype, capacity=positions)
+    beside = out.resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".portable.") as at:
+        folder = model
+        if not (model / MANIFEST).exists():
+            folder = Path(at) / "bundle"
+            portable(folder)
+        bundle = Bundle.open(folder)
+        target = plan_target(bundle, name, gpu=gpu, dtype=dtype, capacity=positions, paged=paged)
+        engines = export_target(
+            bundle, out, target, memory_limit=memory_limit, force=force, progress=progress
+        )
+    return TargetExport(out, target, engines)
 
 
 def _build(

@@ -7,17 +7,19 @@ the product of two narrow matrices (DeRS, arXiv 2503.01359, stores up-cycled exp
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from medmoe_edge._types import Floats
-from medmoe_edge.calibration.collect import check_finite
-from medmoe_edge.calibration.statistics import site_of
-from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.decoder import ACTIVATIONS, EXPERT_WEIGHTS
+
+if TYPE_CHECKING:  # targets are made of bundles where neither PyTorch is nor safetensors
+    from torch import Tensor
+
+    from medmoe_edge.checkpoint.reader import Checkpoint
 
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time
 FLOOR = 0.01  # of the mean importance, for inputs that calibration hardly saw
@@ -54,7 +56,7 @@ class MatrixTensor(ir.LazyTensor):
 class WeightSource:
     """The parameters of a checkpoint in fp32, times the factors that calibration folds in."""
 
-    def __init__(self, checkpoint: Checkpoint, factors: Mapping[str, Factors] | None = None):
+    def __init__(self, checkpoint: "Checkpoint", factors: Mapping[str, Factors] | None = None):
         self.checkpoint = checkpoint
         self.factors = factors or {}
 
@@ -89,9 +91,13 @@ class WeightSource:
             block = slice(start, min(start + step, rows))
             yield self._finished(name, self.checkpoint.rows(name, block.start, block.stop), block)
 
-    def _finished(self, name: str, tensor: torch.Tensor, block: slice) -> Floats:
+    def _finished(self, name: str, tensor: "Tensor", block: slice) -> Floats:
+        from torch import float32
+
+        from medmoe_edge.calibration.collect import check_finite
+
         check_finite(tensor, name)
-        array: Floats = tensor.to(torch.float32, copy=True).numpy()
+        array: Floats = tensor.to(float32, copy=True).numpy()
         factors = self.factors.get(name, Factors())
         if factors.rows is not None:
             array *= factors.rows[block].reshape(-1, *[1] * (array.ndim - 1))
@@ -210,6 +216,8 @@ class FoldPoint:
     @property
     def quantised(self) -> list[str]:
         """The consumers that quantisation rounds: all but routers and coefficients."""
+        from medmoe_edge.calibration.statistics import site_of
+
         return [name for name in self.consumers if site_of(name) is not None]
 
 
@@ -251,6 +259,8 @@ def fold(scales: Mapping[FoldPoint, Floats]) -> dict[str, Factors]:
 
 
 def _after_norm(norm: str, parts: tuple[str, ...], consumers: tuple[str, ...]) -> FoldPoint:
+    from medmoe_edge.calibration.statistics import site_of
+
     sites = dict.fromkeys(site for name in consumers if (site := site_of(name)))
     return FoldPoint(tuple(sites), tuple(f"{norm}.{part}" for part in parts), consumers)
 

@@ -269,8 +269,10 @@ def export(
                 _show_failed(error, as_json)
                 raise
         else:
-            with needs("rtx" if target == "tensorrt-rtx" else "export"):
-                from medmoe_edge.pipeline.med_moe import export_for
+            from medmoe_edge.export.gpus import EXTRAS
+
+            with needs("export" if target == "onnxruntime-cuda" else EXTRAS[target]):
+                from medmoe_edge.export.targets import export_for
             out = output or Path("-".join(filter(None, (options.name, target, gpu))))
             built = export_for(
                 target,
