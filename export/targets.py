@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import (
     MANIFEST,
@@ -289,6 +289,29 @@ def export_target(
 
 
 @dataclass(frozen=True)
+class TargetOptions:
+    """How a portable bundle becomes one for another target.
+
+    Attributes:
+        target: Which one.
+        gpu: What engines are built for; None: the GPU of this machine.
+        dtype: Of activations and cache.
+        positions: Of the cache; None: as many as the model has.
+        paged: Whether experts are paged.
+        memory_limit: Bytes that building may take.
+        force: Whether to replace what is already there.
+    """
+
+    target: TargetName
+    gpu: str | None = None
+    dtype: DType = "fp16"
+    positions: int | None = None
+    paged: bool = False
+    memory_limit: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class TargetExport:
     """A bundle for a target, and what its engines took to build; none for graphs."""
 
@@ -311,26 +334,23 @@ class TargetExport:
 
 
 def export_for(
-    name: TargetName,
     model: Path,
     out: Path,
-    *,
+    options: TargetOptions,
     portable: Callable[[Path], object],
-    gpu: str | None = None,
-    dtype: DType = "fp16",
-    positions: int | None = None,
-    paged: bool = False,
-    memory_limit: int | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> TargetExport:
-    """Write the bundle `out` of `model` for the target `name`.
+    """Write a bundle for another target; for the errors see `plan_target` and `export_target`.
 
-    `model` is a portable bundle, or a checkpoint that `portable` exports to a folder first. For the
-    rest and the errors see `plan_target` and `export_target`.
+    Args:
+        model: A portable bundle, or a checkpoint that `portable` exports to a folder first.
+        out: The bundle's folder.
+        options: The target, and what is built for it.
+        portable: Exports the checkpoint to the folder that it is given.
+        progress: Told of every step.
     """
-    check_target(out, force=force, marker=MANIFEST)
-    check_request(name, gpu=gpu, dtype=dtype, capacity=positions)
+    check_target(out, force=options.force, marker=MANIFEST)
+    check_request(options.target, gpu=options.gpu, dtype=options.dtype, capacity=options.positions)
     beside = out.resolve().parent
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=beside, prefix=".portable.") as at:
@@ -339,9 +359,21 @@ def export_for(
             folder = Path(at) / "bundle"
             portable(folder)
         bundle = Bundle.open(folder)
-        target = plan_target(bundle, name, gpu=gpu, dtype=dtype, capacity=positions, paged=paged)
+        target = plan_target(
+            bundle,
+            options.target,
+            gpu=options.gpu,
+            dtype=options.dtype,
+            capacity=options.positions,
+            paged=options.paged,
+        )
         engines = export_target(
-            bundle, out, target, memory_limit=memory_limit, force=force, progress=progress
+            bundle,
+            out,
+            target,
+            memory_limit=options.memory_limit,
+            force=options.force,
+            progress=progress,
         )
     return TargetExport(out, target, engines)
 

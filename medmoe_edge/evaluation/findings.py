@@ -66,8 +66,8 @@ class Engine(Protocol):
 class Sight:
     """How yes and no go with presence and absence, each 0 to 1.
 
-    `sensitivity` and `specificity` are those of the answers as they are given; `auc` is the area
-    under the curve of all other thresholds.
+    `sensitivity` and `specificity` take for a yes what is likelier than no: a tie is no yes. `auc`
+    is the area under the curve of all other thresholds.
     """
 
     auc: float
@@ -411,7 +411,7 @@ def _finding_score(
 
 
 def _sight(scores: Doubles, there: npt.NDArray[np.bool_]) -> Sight:
-    said = scores >= 0.5
+    said = scores > 0.5
     return Sight(
         auc=area_under_curve(scores, there),
         sensitivity=float(said[there].mean()),

@@ -274,7 +274,7 @@ def _read(
 ) -> Iterable[_Read]:
     for place, (image, texts) in enumerate(groups):
         questions = [reader.tokenizer.question_ids(text) for text in texts]
-        view = reader.view(load(image), questions)
+        view = reader.view(reader.see(load(image)), questions)
         if led_by is None:
             replies = [reader.answer(view, question) for question in questions]
         else:

@@ -27,6 +27,7 @@ from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.gpus import build_memory
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.targets import (
+    TargetOptions,
     export_for,
     export_target,
     lower,
@@ -352,7 +353,7 @@ def test_what_cannot_be_built_is_refused_before_the_checkpoint_is_exported(
 
     with pytest.raises(InputError, match="does not serve orin"):
         export_for(
-            "tensorrt-rtx", tiny_checkpoint(), tmp_path / "out", portable=portable, gpu="orin"
+            tiny_checkpoint(), tmp_path / "out", TargetOptions("tensorrt-rtx", "orin"), portable
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -364,7 +365,8 @@ def test_a_checkpoint_becomes_a_portable_bundle_first(tiny_bundle: Make, tmp_pat
     def portable(folder: Path) -> None:
         shutil.copytree(tiny_bundle("int4", "tiny"), folder)
 
-    made = export_for("onnxruntime-cuda", checkpoint, tmp_path / "out", portable=portable)
+    options = TargetOptions("onnxruntime-cuda")
+    made = export_for(checkpoint, tmp_path / "out", options, portable)
     assert Bundle.open(made.bundle).target == CUDA
     assert made.to_json() == {
         "bundle": str(tmp_path / "out"),

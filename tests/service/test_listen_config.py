@@ -1,9 +1,13 @@
 """The configuration of listen, its verb, and how both fail."""
 
+import contextlib
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,20 +100,44 @@ def test_what_is_missing_is_named_with_its_extra() -> None:
     assert "medmoe-edge[listen]" in result.stderr
 
 
+def heard(systemd: socket.socket) -> Iterator[bytes]:
+    """What has come since."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield systemd.recv(100)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 def test_the_verb_answers_with_nano_and_ends_on_sigterm(tmp_path: Path) -> None:
     (tmp_path / "listen.toml").write_text(GOOD + "port = 0\nreserve_mb = 0\n")
     command = [sys.executable, str(ROOT / "cli.py"), "listen", "--json", "--config", "listen.toml"]
+    systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    systemd.setblocking(False)
+    systemd.bind(str(tmp_path / "notify"))
+    states: list[bytes] = []
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
         place = json.loads(process.stdout.readline())
         assert send(place["port"], study()) == [0]
-        wait_for(lambda: bool(list(tmp_path.glob("node/documents/*/*.dcm"))), 60)
+
+        def is_watched_and_has_answered() -> bool:
+            states.extend(heard(systemd))
+            return b"WATCHDOG=1" in states and any(tmp_path.glob("node/documents/*/*.dcm"))
+
+        wait_for(is_watched_and_has_answered, 60)
     finally:
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 0
     assert told.splitlines() == [NOTICE]
+    first, *others, last = [*states, *heard(systemd)]
+    systemd.close()
+    assert (first, set(others), last) == (b"READY=1", {b"WATCHDOG=1"}, b"STOPPING=1")

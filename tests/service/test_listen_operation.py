@@ -2,6 +2,7 @@
 what frames of an object say together.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
@@ -307,6 +309,42 @@ def test_restoring_does_not_hide_that_a_log_that_stayed_was_cut(tmp_path: Path) 
     config.folder.rename(tmp_path / "broken")
     restore(tmp_path / "node.tar", Folder(config.folder), audit)
     assert verify_log(audit).fault == "head"
+
+
+@pytest.mark.parametrize("stays", [False, True], ids=["log of the backup", "log that stays"])
+def test_a_disk_that_refuses_the_entry_has_nothing_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
+    config, other = configuration(tmp_path / "node"), configuration(tmp_path / "other")
+    folder = Folder(config.folder)
+    Queue(folder.queue).close()
+    folder.keep(folder.image(key_of("a")), b"image")
+    entry: dict[str, Any] = {"who": "p", "event": "answer", "model": {}, "question": "q"}
+    AuditLog(config.audit_log).append(answer="a", input_sha256="", **entry)
+    Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
+    place = Folder(other.folder)
+    if stays:
+        AuditLog(other.audit_log).append(answer="b", input_sha256="", **entry)
+
+    def files() -> dict[Path, bytes]:
+        found = (path for path in tmp_path.joinpath("other").rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in found if path.suffix != ".lock"}
+
+    before = files()
+    with monkeypatch.context() as patched:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patched.setattr("medmoe_edge.bedside.audit.log.os.fsync", Mock(side_effect=full))
+        with pytest.raises(ResourceError, match=r"No space left.*Nothing was restored"):
+            restore(tmp_path / "node.tar", place, other.audit_log)
+    assert files() == before
+    with monkeypatch.context() as patched:
+        patched.setattr("medmoe_edge.bedside.listen.desk.shutil.move", Mock(side_effect=full))
+        with pytest.raises(ResourceError, match=r"No space left.*nothing was"):
+            restore(tmp_path / "node.tar", place, other.audit_log)
+    assert files() == before
+    assert restore(tmp_path / "node.tar", place, other.audit_log) == 3
+    report = verify_log(other.audit_log)
+    assert (report.intact, report.entries) == (True, 2)
 
 
 def test_the_commands_back_up_and_restore(tmp_path: Path, run: Run) -> None:

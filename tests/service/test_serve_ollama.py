@@ -3,7 +3,6 @@
 import base64
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from serving import StandIn, app_over, client_of, png
 from starlette.testclient import TestClient
 
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import Notice
 
 IMAGE = base64.b64encode(png(20, 10)).decode()
@@ -52,16 +50,9 @@ def test_answers_come_line_by_line_unless_all_at_once_is_asked_for(client: TestC
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_unsure_answer_is_called_so(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_an_unsure_answer_is_called_so(stream: bool) -> None:
     engine, notice = StandIn(), Notice("not_a_scan", "It is a cat.")
-    asked = engine.ask_stream
-
-    def doubtful(*given: Any, **options: Any) -> Iterator[str | Answer]:
-        for item in asked(*given, **options):
-            known = isinstance(item, Answer)
-            yield replace(item, unsure=True, warnings=(notice,)) if known else item  # type: ignore[type-var]
-
-    monkeypatch.setattr(engine, "ask_stream", doubtful)
+    engine.changes = {"unsure": True, "warnings": (notice,)}
     with client_of(app_over(engine)) as client:
         lines = [json.loads(line) for line in ask(client, stream=stream).text.splitlines()]
     told = "".join(line["message"]["content"] for line in lines)
@@ -80,6 +71,12 @@ def test_options_have_their_effect_or_are_said_to_have_none(client: TestClient) 
     (notice,) = found["medmoe"]["warnings"]
     assert notice["code"] == "options_not_applied"
     assert notice["message"].startswith("repeat_penalty, temperature:")
+    found = ask(client, stream=False, think=True, options={"num_predict": -1, "X": 1}).json()
+    (notice,) = found["medmoe"]["warnings"]
+    assert notice["message"].startswith("think, others:")
+    turn = TURN | {"thinking": "hm"}
+    (notice,) = ask(client, stream=False, messages=[turn]).json()["medmoe"]["warnings"]
+    assert notice["code"] == "message_fields_not_used"
     for stream in (False, True):  # nothing is left of the answer, and that is what is told
         lines = ask(client, stream=stream, options={"stop": ["No"]}).text.splitlines()
         assert json.loads(lines[-1])["message"]["content"] == ""
@@ -100,6 +97,7 @@ def test_options_have_their_effect_or_are_said_to_have_none(client: TestClient) 
         ({"messages": [{**TURN, "images": ["####"]}]}, 400, "bad_image"),
         ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter"),
         ({"options": {"stop": 7}}, 400, "invalid_request"),
+        ({"options": {"num_predict": "2"}}, 400, "invalid_request"),
         ({"logprobs": True}, 400, "unsupported_parameter"),
     ],
 )

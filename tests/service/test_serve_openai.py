@@ -3,7 +3,6 @@
 import base64
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 import jsonschema
@@ -17,7 +16,7 @@ from serving import StandIn, app_over, client_of, live, png
 from medmoe_edge.bedside.serve.forms import Unfit, Until, fitted
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.engine.answer import YES_NO, Answer
+from medmoe_edge.engine.answer import YES_NO
 from medmoe_edge.errors import BundleError, Notice
 
 TOKEN = "0123456789abcdef"
@@ -114,6 +113,11 @@ def test_what_does_not_reach_the_model_is_said(client: openai.OpenAI) -> None:
         "parameters_without_effect",
     ]
     assert said[-1]["message"].startswith("seed, temperature:")
+    fine: Any = about(URL) | {"name": "ward"}
+    fine["content"][-1]["image_url"]["detail"] = "high"
+    (said,) = ask(client, fine).model_extra["medmoe"]["warnings"]
+    assert said["code"] == "message_fields_not_used"
+    assert said["message"].startswith("detail, name:")
     assert ask(client, about(URL), user="ward").model_extra["medmoe"]["warnings"] == []
 
 
@@ -122,6 +126,11 @@ def test_a_parameter_that_cannot_be_honoured_is_named(client: openai.OpenAI) -> 
         ask(client, about(URL), logit_bias={"1": 100})
     assert raised.value.param == "logit_bias"
     assert ask(client, about(URL), tools=[], tool_choice="none").choices  # as if not given
+    with pytest.raises(openai.UnprocessableEntityError, match=r"stream_options\.continuous: There"):
+        ask(client, about(URL), stream=True, stream_options={"continuous": True})
+    with pytest.raises(openai.BadRequestError) as raised:
+        ask(client, about(URL), extra_query={"temperature": 1})
+    assert raised.value.code == "unsupported_parameter"
 
 
 @pytest.mark.parametrize(
@@ -228,16 +237,10 @@ def test_the_values_of_a_schema_are_chosen_from(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_unsure_answer_is_called_so(
-    client: openai.OpenAI, engine: StandIn, monkeypatch: pytest.MonkeyPatch, stream: bool
+    client: openai.OpenAI, engine: StandIn, stream: bool
 ) -> None:
-    asked, notice = engine.ask_stream, Notice("not_a_scan", "It is a cat.")
-
-    def doubtful(*given: Any, **options: Any) -> Iterator[str | Answer]:
-        for item in asked(*given, **options):
-            known = isinstance(item, Answer)
-            yield replace(item, unsure=True, warnings=(notice,)) if known else item  # type: ignore[type-var]
-
-    monkeypatch.setattr(engine, "ask_stream", doubtful)
+    notice = Notice("not_a_scan", "It is a cat.")
+    engine.changes = {"unsure": True, "warnings": (notice,)}
     found = ask(client, about(URL), stream=stream)
     if stream:
         pieces = [choice.delta.content for chunk in found for choice in chunk.choices]

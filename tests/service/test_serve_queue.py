@@ -78,6 +78,25 @@ def test_slots_are_refused_and_given_back() -> None:
         assert slots.taken == 1
 
 
+def test_who_was_refused_first_is_told_to_come_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("medmoe_edge.bedside.serve.work.time.monotonic", lambda: now[0])
+    slots = RequestSlots(2)
+
+    def told(client: str) -> int:
+        with pytest.raises(Refusal) as refused:
+            slots.check(client)
+        return int((refused.value.headers or {})["Retry-After"])
+
+    with slots.take("ward"):
+        now[0] += 41  # an answer takes 9 s on average: a slot is free every 4.5 s
+    with slots.take("ward"), slots.take("ward"), slots.take("pacs"):
+        assert [told(client) for client in ("a", "b", "c", "a")] == [5, 9, 14, 5]
+        assert told("c") == 14
+        now[0] += 19  # b has not come back, nor has a
+        assert told("c") == 5
+
+
 def test_nobody_takes_all_slots() -> None:
     slots = RequestSlots(2)
     with slots.take("ward"), slots.take("ward"):

@@ -21,6 +21,8 @@ PICTURES = [png(), png(3, 5), png()[:50]]  # random bytes would all be refused f
 
 CHAT = "/v1/chat/completions"
 OLLAMA = "/api/chat"
+MODELS = {CHAT: "ChatRequest", OLLAMA: "OllamaChat"}  # in the document
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "keep_alive"}
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
@@ -28,9 +30,7 @@ def make_sensible(path: str, body: dict[str, Any], picture: bytes) -> None:
     """Give a request what no document can tell: a picture, and the model's name."""
     encoded = base64.b64encode(picture).decode()
     turn: dict[str, Any] = {"role": "user"}
-    if "image" in body:
-        body["image"] = picture
-    elif path == OLLAMA:
+    if path == OLLAMA:
         turn |= {"content": "Is there effusion?", "images": [encoded]}
         body |= {"model": "stand-in", "messages": [*body["messages"], turn]}
     elif path == CHAT:
@@ -39,6 +39,17 @@ def make_sensible(path: str, body: dict[str, Any], picture: bytes) -> None:
         text = {"type": "text", "text": "Is there effusion?"}
         turn |= {"content": [text, image]}
         body |= {"model": "stand-in", "messages": [*body["messages"], turn]}
+    elif "image" in body:
+        body["image"] = picture
+
+
+def check_nothing_ignored(path: str, body: dict[str, Any], known: set[str], told: str) -> None:
+    """What an answered chat had beside what is known, the answer says to be without effect."""
+    beside = {name for name, value in body.items() if value and name not in known | HARMLESS}
+    assert not beside or all(name in told for name in beside), f"{path} ignored {beside}"
+    turns = [name for turn in body["messages"] for name, value in turn.items() if value]
+    if set(turns) - {"role", "content", "images"}:
+        assert "message_fields_not_used" in told
 
 
 def asked(url: str, mode: GenerationMode, examples: int) -> Counter[tuple[str, int]]:
@@ -57,6 +68,10 @@ def asked(url: str, mode: GenerationMode, examples: int) -> Counter[tuple[str, i
                 make_sensible(case.path, case.body, picture)
             response = case.call()
             case.validate_response(response, checks=CHECKS)
+            if case.path in MODELS and response.status_code == 200:
+                model = document.raw_schema["components"]["schemas"][MODELS[case.path]]
+                known = set(model["properties"])
+                check_nothing_ignored(case.path, case.body, known, response.text)
             seen[case.path, response.status_code] += 1
 
         answers()

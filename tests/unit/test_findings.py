@@ -111,6 +111,11 @@ def test_a_finding_is_scored_by_yes_against_no() -> None:
     assert len(engine.asked) == 31  # nothing is asked that nobody knows, or that is too rare
 
 
+def test_a_tie_is_no_yes() -> None:
+    (score,) = evaluate_findings(FakeEngine(lambda *_: yes(0.5)), FILMS)
+    assert (score.auc, score.sensitivity, score.specificity) == (0.5, 0.0, 1.0)
+
+
 def test_findings_that_nobody_can_score_are_an_error() -> None:
     engine = FakeEngine(lambda *_: yes(0.5))
     with pytest.raises(DataError, match="No finding is present in 5 images"):

@@ -6,7 +6,7 @@ were at one moment. What is old is removed by the node itself (`Tidying`).
 """
 
 import contextlib
-import hashlib
+import errno
 import json
 import os
 import secrets
@@ -16,20 +16,21 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, file_sha256
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
 from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
-from medmoe_edge.errors import InputError
+from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 SHORTEST = 4  # letters of a key that are enough
 QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
 NO_LIMIT = -1  # to SQLite
 PASSES = 2  # without a lock: the second links what came during the first, which may take minutes
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TIDY_EVERY, DAY = 3600.0, 86400.0  # seconds
 
 
@@ -296,6 +297,10 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
 
     Raises:
         InputError: The folder holds a queue, or the file is no whole backup.
+        DataError: The audit log that is there was changed.
+        ResourceError: The disk does not take the files, or the entry.
+
+    Whatever is raised, nothing is restored: the folder is as it was.
     """
     if folder.queue.exists():
         raise InputError(
@@ -315,16 +320,40 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
             paths, had_log = _files(staging), audit.exists()
-            for path in sorted(paths - {Path(QUEUE)}):
-                _move(staging / path, audit if path == Path(AUDIT) else folder.root / path)
-            AuditLog(audit).record_restore(_sha256(backup), is_restored=not had_log)
-            _move(staging / QUEUE, folder.queue)  # the last: then it is whole
+            with _undone_on_failure() as added:
+                if not had_log:
+                    added.append(audit)  # it is made with its first entry
+                for path in sorted(paths - {Path(QUEUE)}):
+                    target = audit if path == Path(AUDIT) else folder.root / path
+                    if _move(staging / path, target):
+                        added.append(target)
+                AuditLog(audit).record_restore(file_sha256(backup), is_restored=not had_log)
+                _move(staging / QUEUE, folder.queue)  # the last: then it is whole
+    except MedMoEError as error:
+        raise type(error)(f"{error.what} Nothing was restored.", error.remedy) from error
     except (OSError, tarfile.TarError, sqlite3.Error) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise ResourceError(
+                f"{backup} cannot be restored ({error.strerror}): nothing was.",
+                "Make room, and restore it again.",
+            ) from error
         raise InputError(
             f"{backup} cannot be restored ({type(error).__name__}).",
             "Give a whole file that `listen backup` wrote.",
         ) from error
     return len(paths)
+
+
+@contextlib.contextmanager
+def _undone_on_failure() -> Iterator[list[Path]]:
+    """Takes the files that are added inside, which an error removes again."""
+    added: list[Path] = []
+    try:
+        yield added
+    except BaseException:
+        for path in added:
+            path.unlink(missing_ok=True)
+        raise
 
 
 class Tidying:
@@ -367,17 +396,14 @@ def _files(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
-def _move(path: Path, target: Path) -> None:
-    """Bring a file to its place, unless there is one."""
-    if not target.exists():
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.chmod(0o600)
-        shutil.move(path, target)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _move(path: Path, target: Path) -> bool:
+    """Bring a file to its place, unless there is one; whether there was none."""
+    if target.exists():
+        return False
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o600)
+    shutil.move(path, target)
+    return True
 
 
 def _link(path: Path, target: Path) -> None:

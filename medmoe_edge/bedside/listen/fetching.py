@@ -98,7 +98,11 @@ class Fetching:
             return "fetched", ""
         reasons = "; ".join(sorted({each.why for each in got if each.why}))
         why = f"{refused} of {objects} objects were not kept ({reasons})"
-        return "failed" if got[-1].refused == got[-1].objects else "fetched", why
+        if any(each.gave_up for each in got):
+            why += "; the source then gave up, and may have more"
+        wanted = got[-1]
+        failed = wanted.gave_up or wanted.refused == wanted.objects
+        return "failed" if failed else "fetched", why
 
     def _finder(self, source: Source) -> "Finder":
         if isinstance(source, WebSource):
@@ -142,12 +146,14 @@ class Retrieved:
         refused: How many of them were not kept.
         why: The last of them was not.
         full: Why there was no room for one; empty where there was.
+        gave_up: Whether the source sent no more after one that was not kept.
     """
 
     objects: int = 0
     refused: int = 0
     why: str = ""
     full: str = ""
+    gave_up: bool = False
 
     def add(self, status: int, why: str) -> None:
         """Count an object by what `Receiving.judged` says of it."""
@@ -183,7 +189,7 @@ class DicomFinder:
 
     def __init__(self, source: DicomSource, ae_title: str, receiving: Receiving) -> None:
         self.source, self.ae_title, self.receiving = source, ae_title, receiving
-        self._got = Retrieved()  # by C-GET
+        self._got = Retrieved()
 
     def find(self, **keys: str) -> list[dict[str, str]]:
         """The studies with these values."""
@@ -207,6 +213,7 @@ class DicomFinder:
     def retrieve(self, uid: str) -> Retrieved:
         """By the way that is configured."""
         self._got = Retrieved()
+        self.receiving.moved = self._got.add
         wanted = Dataset()
         wanted.QueryRetrieveLevel, wanted.StudyInstanceUID = "STUDY", uid
         moves = self.source.retrieve == "move"
@@ -228,12 +235,12 @@ class DicomFinder:
         return self._outcome(last)
 
     def _outcome(self, last: Dataset) -> Retrieved:
-        """By the counts in the last answer, as what C-MOVE sends comes to the node's port."""
+        """By what came here, and the counts in the last answer.
+
+        Not every source says in what it sends by C-MOVE that this node asked for it.
+        """
         got = self._got
-        failed, done, warned = (
-            int(last.get(f"NumberOf{each}Suboperations") or 0)
-            for each in ("Failed", "Completed", "Warning")
-        )
+        failed, done, warned = (_count(last, each) for each in ("Failed", "Completed", "Warning"))
         if failed and not done + warned and not got.refused:
             hint = "Does it know this node's AE title, address and port?"
             raise ResourceError("it could send none of the study", hint)
@@ -241,13 +248,21 @@ class DicomFinder:
         objects = max(failed + done + warned, got.objects)
         if not objects and "NumberOfCompletedSuboperations" in last:
             raise InputError("the source gave nothing of the study", "See its log.")
-        return Retrieved(objects, refused, (got.why or "see the log") if refused else "")
+        why = (got.why or "see the log") if refused else ""
+        return Retrieved(objects, refused, why, gave_up=not _is_well(last) and not failed)
 
     def _check_last(self, last: Dataset) -> None:
-        """Raise `ResourceError` for an answer of failure; no room here is the reason before all."""
+        """Raise `ResourceError` for an answer of failure; no room here is the reason before all.
+
+        Failure is also the answer where this node refused all that was sent (0xA702), or where the
+        source gives up at the first that is refused. Asked again, it would come to the same.
+        """
         self._got.check()
-        if last.get("NumberOfFailedSuboperations") or not _is_well(last):
-            try:  # what C-MOVE sends, others receive: look whether they would
+        failed = _count(last, "Failed")
+        if self._got.refused and failed <= self._got.refused and "Status" in last:
+            return
+        if failed or not _is_well(last):
+            try:  # what it does not say to be asked for was not counted
                 self.receiving.judge_room(0)
             except Refused as refused:
                 raise ResourceError(refused.why.rstrip("."), "Make room.") from refused
@@ -320,6 +335,11 @@ def _check(status: Dataset, what: str) -> None:
         raise ResourceError("it does not answer", "See its log.")
     if not _is_well(status):
         raise ResourceError(f"it refused {what}: 0x{status.Status:04X}", "See its log.")
+
+
+def _count(last: Dataset, what: str) -> int:
+    """How many suboperations came to `what`, by the last answer of C-MOVE or C-GET."""
+    return int(last.get(f"NumberOf{what}Suboperations") or 0)
 
 
 def _is_well(status: Dataset) -> bool:

@@ -65,6 +65,7 @@ TALKATIVE = (
     *("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore"),
     *("dicomweb_client", "urllib3", "hl7"),
 )
+NOTIFYING = 1.0  # seconds for systemd to take what it is told
 IDLE = 1.0  # seconds between looks, when nobody wakes it
 FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
 
@@ -302,6 +303,7 @@ def notify(state: str) -> None:
     if not path or not hasattr(socket, "AF_UNIX"):
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
+        link.settimeout(NOTIFYING)  # or one that does not listen would keep us from ending
         link.connect(f"\0{path[1:]}" if path[0] == "@" else path)
         link.sendall(state.encode())
 

@@ -24,7 +24,7 @@ from medmoe_edge.bedside.listen.header import (
     text_of,
     uid_of,
 )
-from medmoe_edge.bedside.listen.schema import Place, Slice
+from medmoe_edge.bedside.listen.schema import Membership, Slice
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import Notice
 
@@ -41,6 +41,7 @@ ASIDE = {  # the reasons, for people
 # Pictures of screens and paper, and pixels that are no picture: asked about only by name.
 BY_NAME = {"OT", "SR", "SC", "SEG", "RTDOSE", "REG", "DOC", "KO", "PR"}
 NO_PICTURE = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.30")  # SEG, parametric map
+OF_OTHERS = "Of a picture that gave another answer: {0}"  # what is said of it
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot, those of several frames
 REJECTIONS = {"113001", "113037", "113038", "113039"}  # titles of key objects, CID 7011
 
@@ -90,7 +91,7 @@ def is_ours_whole(dataset: Dataset) -> bool:
     return any(map(is_ours, uids)) or text_of(dataset, "Manufacturer").value == MAKER
 
 
-def place_of(dataset: Dataset) -> Place:
+def membership_of(dataset: Dataset) -> Membership:
     """Where an object belongs, from a header that `check_uids` has accepted."""
     values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
     uids = [uid_of(dataset, keyword) for keyword in ("StudyInstanceUID", "SeriesInstanceUID")]
@@ -100,7 +101,7 @@ def place_of(dataset: Dataset) -> Place:
         text_of(dataset, keyword).value.upper()
         for keyword in ("Modality", "Laterality", "ImageLaterality", "ViewPosition")
     ]
-    return Place(
+    return Membership(
         series=_hash(*uids, *patient_of(values)),
         position=_position(dataset),
         instance=_number(dataset, "InstanceNumber"),
@@ -180,8 +181,9 @@ def voted(answers: Mapping[str, Answer]) -> Vote:
     """What slices say together to a question.
 
     The answer that most slices give, compared without case and the last stop; of equally many the
-    more confident. Its probabilities are the means of theirs. It is unsure where any slice is, as
-    it has the notices of them all.
+    more confident. Its probabilities are the means of theirs. It is unsure where any slice is, and
+    has the notices of them all, since all were looked at: of each code once, and what only slices
+    with another answer have says that it is about these.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for key, answer in answers.items():
@@ -192,7 +194,12 @@ def voted(answers: Mapping[str, Answer]) -> Vote:
     }
     winner = max(groups, key=lambda text: (len(groups[text]), mean[text]))
     best = max(groups[winner], key=lambda key: answers[key].confidence)
-    notices = {notice.code: notice for answer in answers.values() for notice in answer.warnings}
+    notices = {notice.code: notice for notice in answers[best].warnings}
+    for key in groups[winner]:
+        for notice in answers[key].warnings:
+            notices.setdefault(notice.code, notice)
+    for notice in (notice for answer in answers.values() for notice in answer.warnings):
+        notices.setdefault(notice.code, Notice(notice.code, OF_OTHERS.format(notice.message)))
     if len(answers) > 1:
         what = f"{len(groups[winner])} of {len(answers)} pictures gave this answer."
         others = len(answers) - len(groups[winner])

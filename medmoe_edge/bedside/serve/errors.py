@@ -1,5 +1,6 @@
 """How the service fails: one JSON shape for every error, readable by OpenAI's clients too."""
 
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -23,6 +24,7 @@ TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")  # of a parameter, that may be told as it is
 UNEXPECTED = "Something unexpected went wrong."
 
 
@@ -122,9 +124,10 @@ def _complaints(error: RequestValidationError) -> str:
     """What pydantic found wrong where, without the values, which may be about a patient."""
     told = []
     for found in error.errors()[:3]:
-        if found["type"] == "extra_forbidden":  # its place is a name that the client made up
-            told.append("There is an unknown field.")
+        *place, last = found["loc"][1:] or ("body",)
+        if found["type"] == "extra_forbidden":  # a name that the client made up
+            shown = last if NAME.fullmatch(str(last)) else "a field"
+            told.append(f"{'.'.join(map(str, [*place, shown]))}: There is no such field.")
         else:
-            where = ".".join(map(str, found["loc"][1:])) or "body"
-            told.append(f"{where}: {found['msg']}.")
+            told.append(f"{'.'.join(map(str, [*place, last]))}: {found['msg']}.")
     return " ".join(told)

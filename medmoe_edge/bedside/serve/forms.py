@@ -28,7 +28,7 @@ NEGATIONS = re.compile(
 class JsonSchema(BaseModel):
     """A schema that the answer's content must fit."""
 
-    model_config = ConfigDict(populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True, extra="forbid")
 
     name: str = ""
     description: str | None = None
@@ -38,6 +38,8 @@ class JsonSchema(BaseModel):
 
 class ResponseFormat(BaseModel):
     """The form of the content: words, or JSON with the words in it."""
+
+    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None

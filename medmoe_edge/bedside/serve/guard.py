@@ -259,6 +259,11 @@ class Guard:
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        if scope["query_string"] and path.startswith(PROTECTED):
+            raise Refusal(
+                *(400, "unsupported_parameter", "What follows a ? in the address is not read."),
+                "Send it in the body; see /openapi.json.",
+            )
         limits = self._settings.limits
         self._slots.check(client)  # before anything is sent for nothing
         async with Body(receive, limits, headers, self._uploads) as body:

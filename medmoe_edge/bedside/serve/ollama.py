@@ -17,10 +17,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bedside.serve.errors import Refusal, refusal
+from medmoe_edge.bedside.serve.errors import NAME, Refusal, refusal
 from medmoe_edge.bedside.serve.forms import Until
 from medmoe_edge.bedside.serve.guard import at_end, client_of
-from medmoe_edge.bedside.serve.openai import NAME, ChatRequest, Completion, guessed, no_such_model
+from medmoe_edge.bedside.serve.openai import ChatRequest, Completion, guessed, no_such_model
 from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
@@ -28,11 +28,14 @@ from medmoe_edge.engine.answer import Answer
 NANO = 10**9  # Ollama's times are in nanoseconds
 LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
 HONOURED = {"num_predict", "stop"}
+WITHOUT_EFFECT = {"keep_alive", "think"}  # the model stays loaded, and does not think aloud
 REFUSED = {"logprobs", "top_logprobs", "n"}  # of OpenAI's, which have no place in Ollama's shapes
 
 
 class OllamaMessage(BaseModel):
     """One turn of a chat; images are base64."""
+
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
@@ -61,7 +64,7 @@ class OllamaChat(BaseModel):
         """The same as OpenAI has it; raises `Refusal` for what cannot be done."""
         options = self.options or {}
         extra = {name: value for name, value in (self.model_extra or {}).items() if value}
-        extra = {name: extra[name] for name in extra if name not in ("keep_alive", "think")}
+        extra = {name: extra[name] for name in extra if name not in WITHOUT_EFFECT}
         if refused := sorted(REFUSED & set(extra)):
             what = f"The parameter {refused[0]} cannot be honoured."
             raise Refusal(400, "unsupported_parameter", what, "Leave it out.", param=refused[0])
@@ -70,29 +73,30 @@ class OllamaChat(BaseModel):
             form = {"type": "json_object"}
         elif isinstance(self.format, dict):
             form = {"type": "json_schema", "json_schema": {"schema": self.format}}
-        most = options.get("num_predict")
         try:
             return ChatRequest.model_validate(
                 {
                     **extra,
                     "model": self.model.removesuffix(":latest"),
                     "messages": [_turn(message) for message in self.messages],
-                    "max_tokens": most if isinstance(most, int) and most > 0 else None,
+                    "max_tokens": _limit(options.get("num_predict")),
                     "stop": options.get("stop"),
                     "response_format": form,
                 }
             )
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             what = "The chat or its options cannot be read."
             raise Refusal(400, "invalid_request", what, "See /openapi.json.") from error
 
     @property
     def notices(self) -> list[dict[str, str]]:
-        """What of the options has not been applied."""
-        given = sorted(name for name, value in (self.options or {}).items() if value is not None)
-        named = [name for name in given if name not in HONOURED and NAME.fullmatch(name)]
-        if not named:
+        """What has not been applied."""
+        asked = {**(self.options or {}), "think": (self.model_extra or {}).get("think") or None}
+        given = {name for name, value in asked.items() if value is not None} - HONOURED
+        if not given:
             return []
+        named = sorted(name for name in given if NAME.fullmatch(name))
+        named += ["others"] if len(named) < len(given) else []
         text = f"{', '.join(named)}: not applied, as the model always takes the most likely token."
         return [{"code": "options_not_applied", "message": text}]
 
@@ -101,7 +105,17 @@ def _turn(message: OllamaMessage) -> dict[str, Any]:
     images = [
         {"type": "image_url", "image_url": {"url": _url(each)}} for each in message.images or ()
     ]
-    return {"role": message.role, "content": [{"type": "text", "text": message.content}, *images]}
+    content = [{"type": "text", "text": message.content}, *images]
+    return {**(message.model_extra or {}), "role": message.role, "content": content}
+
+
+def _limit(most: Any) -> int | None:
+    """New tokens at most, of Ollama's `num_predict`: -1 and -2 are as many as are allowed."""
+    if most is None or most in (-1, -2):
+        return None
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ValueError("no number of tokens")
+    return most
 
 
 def _url(image: str) -> str:

@@ -8,7 +8,6 @@ most likely token, and what of a conversation does not reach it, is said in `med
 import base64
 import binascii
 import json
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -19,7 +18,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from medmoe_edge.bedside.serve.errors import Refusal, refusal
+from medmoe_edge.bedside.serve.errors import NAME, Refusal, refusal
 from medmoe_edge.bedside.serve.forms import (
     ResponseFormat,
     Until,
@@ -40,20 +39,27 @@ from medmoe_edge.engine.engine import MAX_NEW_TOKENS
 from medmoe_edge.errors import ImageError, InputError, Notice
 
 
-class TextPart(BaseModel):
+class Strict(BaseModel):
+    """What has no other fields: nothing that a client sends is ignored without a word."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(Strict):
     """Words within a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(BaseModel):
+class ImageUrl(Strict):
     """An image as `data:image/png;base64,...`; nothing is fetched from elsewhere."""
 
     url: str
+    detail: Literal["auto", "low", "high"] | None = None  # the model has one resolution
 
 
-class ImagePart(BaseModel):
+class ImagePart(Strict):
     """An image within a message."""
 
     type: Literal["image_url"]
@@ -62,6 +68,8 @@ class ImagePart(BaseModel):
 
 class Message(BaseModel):
     """One turn of a chat."""
+
+    model_config = ConfigDict(extra="allow")  # `of_the_conversation` tells what else there is
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
@@ -77,11 +85,23 @@ class Message(BaseModel):
     @property
     def images(self) -> list[str]:
         """The URLs of its images."""
+        return [image.url for image in self._images]
+
+    @property
+    def unused(self) -> list[str]:
+        """The names of what it has beside its words and images."""
+        given = {name for name, value in (self.model_extra or {}).items() if value}
+        details = {image.detail for image in self._images} & {"low", "high"}
+        known = {name for name in given if NAME.fullmatch(name)}
+        return sorted({*known, *["detail"][: len(details)], *["others"][: len(given - known)]})
+
+    @property
+    def _images(self) -> list[ImageUrl]:
         parts = () if isinstance(self.content, str) else self.content or ()
-        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+        return [part.image_url for part in parts if isinstance(part, ImagePart)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """Whether the last chunk tells how many tokens there were."""
 
     include_usage: bool = False
@@ -93,7 +113,6 @@ ABOUT_THE_CALLER = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     "prompt_cache_retention",
 }
-NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 MOST_CHOICES = 8
 
 
@@ -197,6 +216,9 @@ def of_the_conversation(messages: Sequence[Message]) -> Iterator[Notice]:
     if sum(len(each.images) for each in messages) > 1:
         text = "There are several images: the last one alone was looked at."
         yield Notice("images_not_used", text)
+    if names := sorted({name for each in messages for name in each.unused}):
+        text = f"{', '.join(names)}: of the messages only words and images reach the model."
+        yield Notice("message_fields_not_used", text)
 
 
 def from_data_url(url: str) -> bytes:

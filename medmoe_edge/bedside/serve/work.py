@@ -35,32 +35,48 @@ from medmoe_edge.image.worker import read_apart
 
 T = TypeVar("T")
 SLOWEST = 60  # seconds after which anyone may try again
+REFUSED = 1024  # clients that are remembered
 
 
 class RequestSlots:
     """As many requests as may be under way: one is answered, the others wait. For one event loop.
 
-    One slot more is kept for a client that holds none, so that nobody can take them all.
+    One slot more is kept for a client that holds none, so that nobody can take them all. Who is
+    refused is told when a slot will be free for it, behind those who were refused before.
     """
 
     def __init__(self, count: int) -> None:
         self.count, self.taken = count, 0
         self._held = 1.0  # seconds, a moving average
         self._clients: Counter[str] = Counter()
+        self._refused: dict[str, float] = {}  # until when each is waited for, the first one first
 
     def check(self, client: str) -> None:
         """Raise `Refusal` where all that this client may have are taken."""
         if self.taken >= self.count + (client not in self._clients):
-            wait = min(max(1, math.ceil(self._held / self.count)), SLOWEST)
+            wait = self._wait(client)
             raise Refusal(
                 *(429, "busy", "The service is busy."),
                 *(f"Try again in {wait} s.", {"Retry-After": str(wait)}),
             )
 
+    def _wait(self, client: str) -> int:
+        """Seconds until a slot is free for it: one is about every `_held / count`."""
+        now, known = time.monotonic(), self._refused
+        self._refused = {each: until for each, until in known.items() if until > now}
+        if len(self._refused) < REFUSED:
+            self._refused.setdefault(client, 0.0)
+        ahead = next((at for at, each in enumerate(self._refused) if each == client), REFUSED)
+        wait = min(max(1, math.ceil(self._held / self.count * (ahead + 1))), SLOWEST)
+        if client in self._refused:
+            self._refused[client] = now + 2 * wait  # then it has given up
+        return wait
+
     @contextlib.contextmanager
     def take(self, client: str) -> Iterator[None]:
         """Hold one of them; raises `Refusal` as `check` does."""
         self.check(client)
+        self._refused.pop(client, None)
         self.taken += 1
         self._clients[client] += 1
         started = time.monotonic()
