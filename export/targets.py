@@ -19,8 +19,8 @@ or on the device itself, without the checkpoint and without PyTorch.
 
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from medmoe_edge._types import Progress
-from medmoe_edge.atomic import atomic_folder
+from medmoe_edge._types import Progress, no_progress
+from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import (
     MANIFEST,
     Bundle,
@@ -286,6 +286,96 @@ def export_target(
             places = write_graphs(bundle, target, folder, progress)
         write_derived_manifest(folder, bundle, target, places)
     return {name: replace(built, path=out / built.path.name) for name, built in engines.items()}
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How a portable bundle becomes one for another target.
+
+    Attributes:
+        target: Which one.
+        gpu: What engines are built for; None: the GPU of this machine.
+        dtype: Of activations and cache.
+        positions: Of the cache; None: as many as the model has.
+        paged: Whether experts are paged.
+        memory_limit: Bytes that building may take.
+        force: Whether to replace what is already there.
+    """
+
+    target: TargetName
+    gpu: str | None = None
+    dtype: DType = "fp16"
+    positions: int | None = None
+    paged: bool = False
+    memory_limit: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class TargetExport:
+    """A bundle for a target, and what its engines took to build; none for graphs."""
+
+    bundle: Path
+    target: Target
+    engines: Mapping[str, Built]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        engines = {
+            name: {
+                "bytes": built.bytes,
+                "seconds": built.seconds,
+                "peak_memory": built.peak_memory,
+                "cached": built.cached,
+            }
+            for name, built in self.engines.items()
+        }
+        return {"bundle": str(self.bundle), "target": self.target.to_json(), "engines": engines}
+
+
+def export_for(
+    model: Path,
+    out: Path,
+    options: TargetOptions,
+    portable: Callable[[Path], object],
+    progress: Progress = no_progress,
+) -> TargetExport:
+    """Write a bundle for another target; for the errors see `plan_target` and `export_target`.
+
+    Args:
+        model: A portable bundle, or a checkpoint that `portable` exports to a folder first.
+        out: The bundle's folder.
+        options: The target, and what is built for it.
+        portable: Exports the checkpoint to the folder that it is given.
+        progress: Told of every step.
+    """
+    check_target(out, force=options.force, marker=MANIFEST)
+    check_request(options.target, gpu=options.gpu, dtype=options.dtype, capacity=options.positions)
+    beside = out.resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".portable.") as at:
+        folder = model
+        if not (model / MANIFEST).exists():
+            folder = Path(at) / "bundle"
+            portable(folder)
+        bundle = Bundle.open(folder)
+        target = plan_target(
+            bundle,
+            options.target,
+            gpu=options.gpu,
+            dtype=options.dtype,
+            capacity=options.positions,
+            paged=options.paged,
+        )
+        engines = export_target(
+            bundle,
+            out,
+            target,
+            memory_limit=options.memory_limit,
+            force=options.force,
+            progress=progress,
+        )
+    return TargetExport(out, target, engines)
 
 
 def _build(

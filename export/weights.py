@@ -7,19 +7,21 @@ the product of two narrow matrices (DeRS, arXiv 2503.01359, stores up-cycled exp
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.recorded import DELTA
-from medmoe_edge.calibration.collect import check_finite
 from medmoe_edge.calibration.quantisers import DeltaForm
-from medmoe_edge.calibration.statistics import input_of
-from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.decoder import ACTIVATIONS, EXPERT_WEIGHTS
+
+if TYPE_CHECKING:  # targets are made of bundles where neither PyTorch is nor safetensors
+    from torch import Tensor
+
+    from medmoe_edge.checkpoint.reader import Checkpoint
 
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time
 FLOOR = 0.01  # of the mean importance, for inputs that calibration hardly saw
@@ -55,7 +57,7 @@ class MatrixTensor(ir.LazyTensor):
 class WeightSource:
     """The parameters of a checkpoint in fp32, times the factors that calibration folds in."""
 
-    def __init__(self, checkpoint: Checkpoint, factors: Mapping[str, Factors] | None = None):
+    def __init__(self, checkpoint: "Checkpoint", factors: Mapping[str, Factors] | None = None):
         self.checkpoint = checkpoint
         self.factors = factors or {}
 
@@ -90,9 +92,13 @@ class WeightSource:
             block = slice(start, min(start + step, rows))
             yield self._finished(name, self.checkpoint.rows(name, block.start, block.stop), block)
 
-    def _finished(self, name: str, tensor: torch.Tensor, block: slice) -> Floats:
+    def _finished(self, name: str, tensor: "Tensor", block: slice) -> Floats:
+        from torch import float32
+
+        from medmoe_edge.calibration.collect import check_finite
+
         check_finite(tensor, name)
-        array: Floats = tensor.to(torch.float32, copy=True).numpy()
+        array: Floats = tensor.to(float32, copy=True).numpy()
         factors = self.factors.get(name, Factors())
         if factors.rows is not None:
             array *= factors.rows[block].reshape(-1, *[1] * (array.ndim - 1))
@@ -189,6 +195,8 @@ class FoldPoint:
     @property
     def quantised(self) -> list[str]:
         """The consumers that quantisation rounds: all but routers and coefficients."""
+        from medmoe_edge.calibration.statistics import input_of
+
         return [name for name in self.consumers if input_of(name) is not None]
 
 
@@ -230,6 +238,8 @@ def fold(scales: Mapping[FoldPoint, Floats]) -> dict[str, Factors]:
 
 
 def _after_norm(norm: str, parts: tuple[str, ...], consumers: tuple[str, ...]) -> FoldPoint:
+    from medmoe_edge.calibration.statistics import input_of
+
     inputs = dict.fromkeys(filter(None, map(input_of, consumers)))
     return FoldPoint(tuple(inputs), tuple(f"{norm}.{part}" for part in parts), consumers)
 

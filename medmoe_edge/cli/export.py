@@ -26,7 +26,7 @@ from medmoe_edge.cli.common import (
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, VerificationError, needs, shown_bytes
 from medmoe_edge.families import family_of
-from medmoe_edge.pipeline import CalibrateOptions, ExportOptions, TargetOptions
+from medmoe_edge.pipeline import CalibrateOptions, ExportOptions
 from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render
 from medmoe_edge.render import verification as render_verification
@@ -270,8 +270,10 @@ def export(
                 _show_failed(error, as_json)
                 raise
         else:
-            with needs("rtx" if target == "tensorrt-rtx" else "export"):
-                from medmoe_edge.pipeline.med_moe import export_for
+            from medmoe_edge.export.gpus import EXTRAS
+
+            with needs("export" if target == "onnxruntime-cuda" else EXTRAS[target]):
+                from medmoe_edge.export.targets import TargetOptions, export_for
             out = output or Path("-".join(filter(None, (options.name, target, gpu))))
             limit = memory_limit * MB if memory_limit else None
             asked = TargetOptions(target, gpu, dtype, positions, paged, limit, force)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from medmoe_edge.bundle.bundle import DType, TargetName
     from medmoe_edge.engine.loading import Device, RuntimeName
     from medmoe_edge.export.plan import GroupSize, Method, Precision
 
@@ -53,29 +52,6 @@ class ExportOptions:
     as_published: bool = False
     modalities: tuple[str, ...] = ()
     merge: bool = False
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class TargetOptions:
-    """How a portable bundle becomes one for another target.
-
-    Attributes:
-        target: Which one.
-        gpu: What engines are built for; None: the GPU of this machine.
-        dtype: Of activations and cache.
-        positions: Of the cache; None: as many as the model has.
-        paged: Whether experts are paged.
-        memory_limit: Bytes that building may take.
-        force: Whether to replace what is already there.
-    """
-
-    target: "TargetName"
-    gpu: str | None = None
-    dtype: "DType" = "fp16"
-    positions: int | None = None
-    paged: bool = False
-    memory_limit: int | None = None
     force: bool = False
 
 

@@ -7,16 +7,16 @@ import contextlib
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image as Picture
 
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target, writing
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Target
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.collect import Pictures
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
@@ -33,10 +33,8 @@ from medmoe_edge.evaluation.recording import QUESTIONS
 from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
-from medmoe_edge.export.targets import check_request, export_target, plan_target
-from medmoe_edge.export.tensorrt_builder import Built
 from medmoe_edge.image.pixels import Image
-from medmoe_edge.pipeline import CalibrateOptions, ExportOptions, TargetOptions, VerifyOptions
+from medmoe_edge.pipeline import CalibrateOptions, ExportOptions, VerifyOptions
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
@@ -409,71 +407,6 @@ def _peer(name: str, checkpoint: Checkpoint) -> Callable[[], Runtime]:
     return partial(OrtRuntime, bundle)
 
 
-@dataclasses.dataclass(frozen=True)
-class TargetExport:
-    """A bundle for a target, and what its engines took to build; none for graphs."""
-
-    bundle: Path
-    target: Target
-    engines: Mapping[str, Built]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        engines = {
-            name: {
-                "bytes": built.bytes,
-                "seconds": built.seconds,
-                "peak_memory": built.peak_memory,
-                "cached": built.cached,
-            }
-            for name, built in self.engines.items()
-        }
-        return {"bundle": str(self.bundle), "target": self.target.to_json(), "engines": engines}
-
-
-def export_for(
-    model: Path,
-    out: Path,
-    options: TargetOptions,
-    portable: Callable[[Path], object],
-    progress: Progress = no_progress,
-) -> TargetExport:
-    """Write a bundle for another target; for the errors see `export.targets`.
-
-    Args:
-        model: A portable bundle, or a checkpoint that `portable` exports to a folder first.
-        out: The bundle's folder.
-        options: The target, and what is built for it.
-        portable: Exports the checkpoint to the folder that it is given.
-        progress: Told of every step.
-    """
-    check_target(out, force=options.force, marker=MANIFEST)
-    check_request(options.target, gpu=options.gpu, dtype=options.dtype, capacity=options.positions)
-    with tempfile.TemporaryDirectory(dir=_made(out.resolve().parent), prefix=".portable.") as at:
-        folder = model
-        if not (model / MANIFEST).exists():
-            folder = Path(at) / "bundle"
-            portable(folder)
-        bundle = Bundle.open(folder)
-        target = plan_target(
-            bundle,
-            options.target,
-            gpu=options.gpu,
-            dtype=options.dtype,
-            capacity=options.positions,
-            paged=options.paged,
-        )
-        engines = export_target(
-            bundle,
-            out,
-            target,
-            memory_limit=options.memory_limit,
-            force=options.force,
-            progress=progress,
-        )
-    return TargetExport(out, target, engines)
-
-
 def agree(bundle: Path, source: str, *, progress: Progress | None = None) -> list[Agreement]:
     """Hold every target's form of a portable bundle against its specification.
 
@@ -491,8 +424,3 @@ def agree(bundle: Path, source: str, *, progress: Progress | None = None) -> lis
     with tempfile.TemporaryDirectory() as folder:
         examples = list(as_examples(data.draw(len(data.samples)), Path(folder)))
         return agree_on_targets(model, examples, progress=progress)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

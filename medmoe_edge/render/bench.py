@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from medmoe_edge.device.estimate import Fit, Forecast, Plan
     from medmoe_edge.device.measure import Comparison as Measured
     from medmoe_edge.device.prove import Proof
-    from medmoe_edge.pipeline.med_moe import TargetExport
+    from medmoe_edge.export.targets import TargetExport
 
 VERDICTS = {"passed": "green", "failed": "bold red", "not run": "dim"}
 BUSY = 0.5  # of a machine's threads, from which on other programs matter

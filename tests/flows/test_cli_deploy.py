@@ -1,9 +1,12 @@
 """The verbs that deploy: what they print, and what they refuse."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from command_line import Run, start_without, two_lines
+from command_line import ROOT, Run, start_without, two_lines
 
 from medmoe_edge.device import doctor, estimate, measure
 from medmoe_edge.device.doctor import Ort
@@ -41,6 +44,19 @@ def test_the_base_install_suffices() -> None:
     refused = start_without(HEAVY, "plan", "--device", "here")
     assert refused.returncode == 5
     assert "pip install 'medmoe-edge[export]'" in refused.stderr
+
+
+def test_the_extras_of_engines_suffice_to_export_and_to_prove(tmp_path: Path) -> None:
+    """On a Jetson there is neither PyTorch nor what else a checkpoint is read with."""
+    absent = ["torch", "safetensors", "transformers", "onnxscript", "scipy"]
+    out = str(tmp_path / "out")
+    made = start_without(absent, "export", "nano", "--target", "onnxruntime-cuda", "-o", out)
+    assert (made.returncode, made.stderr) == (0, "")
+    code = f"""import sys; sys.modules.update(dict.fromkeys({absent}))
+import medmoe_edge.device.prove, medmoe_edge.evaluation.targets
+import medmoe_edge.kernels.tensorrt_plugin, medmoe_edge.runtimes.tensorrt.runtime"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_plan(run: Run) -> None:

@@ -26,9 +26,14 @@ from medmoe_edge.export import targets
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.gpus import build_memory
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.targets import export_target, lower, plan_target, write_graphs
-from medmoe_edge.pipeline import TargetOptions
-from medmoe_edge.pipeline.med_moe import export_for
+from medmoe_edge.export.targets import (
+    TargetOptions,
+    export_for,
+    export_target,
+    lower,
+    plan_target,
+    write_graphs,
+)
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime, open_session
 
 Make = Callable[..., Path]
