@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from medmoe_edge._types import Progress, no_progress
+from medmoe_edge._types import Floats, Progress, no_progress
 from medmoe_edge.atomic import writing
 from medmoe_edge.calibration.coverage import Neighbours, Pair
 from medmoe_edge.calibration.data import Sample
 from medmoe_edge.calibration.routing import UNKNOWN, RoutingProfile
 from medmoe_edge.calibration.statistics import (
     FORMAT,
-    SiteFiles,
-    SiteStatistics,
-    site_of,
-    write_sites,
+    InputStatistics,
+    StatisticsFiles,
+    input_of,
+    write_statistics,
 )
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
@@ -56,23 +56,30 @@ class Pictures:
         self.load = load
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
         weakref.finalize(self, self._file.close)
-        self._places: dict[object, int] = {}
+        self._offsets: dict[object, int] = {}  # in the file, by picture
 
     def tokens(self, sample: Sample, see: Callable[[Image], Tensor]) -> Tensor:
         """The image tokens `[N, D]` of a sample's picture, which `see` computes the first time."""
-        place = self._places.get(sample.picture)
-        if place is None:
-            tokens = see(self.load(sample))
-            with contextlib.suppress(OSError):  # a full disk: they are computed again then
-                end = len(self._places) * 4 * tokens.numel()
-                self._file.seek(end)
-                self._file.write(tokens.contiguous().numpy().tobytes())
-                self._file.flush()
-                self._places[sample.picture], self._shape = end, tokens.shape
-            return tokens
-        self._file.seek(place)
+        kept = self.kept(sample)
+        if kept is not None:
+            return torch.from_numpy(kept)
+        tokens = see(self.load(sample))
+        with contextlib.suppress(OSError):  # a full disk: they are computed again then
+            end = len(self._offsets) * 4 * tokens.numel()
+            self._file.seek(end)
+            self._file.write(tokens.contiguous().numpy().tobytes())
+            self._file.flush()
+            self._offsets[sample.picture], self._shape = end, tokens.shape
+        return tokens
+
+    def kept(self, sample: Sample) -> Floats | None:
+        """The image tokens `[N, D]` of a sample's picture, if they were computed before."""
+        offset = self._offsets.get(sample.picture)
+        if offset is None:
+            return None
+        self._file.seek(offset)
         content = bytearray(self._file.read(4 * self._shape.numel()))
-        return torch.frombuffer(content, dtype=torch.float32).view(self._shape)
+        return np.frombuffer(content, np.float32).reshape(self._shape)
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,8 @@ def embed(
     """
     config = checkpoint.config
     with torch.device("meta"):
-        vision, project = TOWERS[config.vision.kind](config.vision), projector(config)
+        vision = TOWERS[config.vision.kind](config.vision)
+        project = projector(config.vision, config.decoder.hidden_size)
     load_weights(vision, checkpoint, "vision.")
     load_weights(project, checkpoint, "projector.")
 
@@ -183,7 +191,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
     """Raise `CheckpointError` for a tensor with infinities or NaN."""
     if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # NaN passes on to both
         raise CheckpointError(
-            f"The tensor {name} holds values that are infinite or no numbers.",
+            f"The tensor {name} holds values that are NaN or infinite.",
             "Its training diverged: use an earlier checkpoint.",
         )
 
@@ -274,55 +282,55 @@ HEAD = "decoder.head.in"
 
 
 class Observer:
-    """Gathers `statistics` by site of what enters the `nn.Linear` modules of any module.
+    """Gathers `statistics`, by name, of the inputs of a module's `nn.Linear` modules.
 
-    `site_of(name of a weight)` says the site, or None for one that is not observed; matrices of
-    one site share their input, which is taken once. While `weights` `[T]` is set, the tokens
+    `input_of(name of a weight)` names the input, or says None for one that is not observed; what
+    several matrices share is taken once. While `weights` `[T]` is set, the tokens
     count as borrowed. Activations that are not finite raise `CheckpointError`.
     """
 
     def __init__(
-        self, module: nn.Module, site_of: Callable[[str], str | None], *, hessians: bool
+        self, module: nn.Module, input_of: Callable[[str], str | None], *, hessians: bool
     ) -> None:
-        self.statistics: dict[str, SiteStatistics] = {}
+        self.statistics: dict[str, InputStatistics] = {}
         self.weights: Tensor | None = None
         self._hessians = hessians
         self._linears: dict[str, nn.Linear] = {}
         self._hooks: list[RemovableHandle] = []
         for name, part in module.named_modules():
-            if isinstance(part, nn.Linear) and (site := site_of(f"{name}.weight")) is not None:
-                self._linears.setdefault(site, part)
+            if isinstance(part, nn.Linear) and (found := input_of(f"{name}.weight")) is not None:
+                self._linears.setdefault(found, part)
 
     def __enter__(self) -> Self:
-        self._hooks = [self._watch(site, linear) for site, linear in self._linears.items()]
+        self._hooks = [self._watch(name, linear) for name, linear in self._linears.items()]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _watch(self, site: str, linear: nn.Linear) -> RemovableHandle:
-        return linear.register_forward_pre_hook(lambda _, inputs: self.update(site, inputs[0]))
+    def _watch(self, name: str, linear: nn.Linear) -> RemovableHandle:
+        return linear.register_forward_pre_hook(lambda _, inputs: self.update(name, inputs[0]))
 
-    def update(self, site: str, x: Tensor) -> None:
-        """Add activations `[..., K]` to a site."""
+    def update(self, name: str, x: Tensor) -> None:
+        """Add activations `[..., K]` to the input of that name."""
         tokens = x.detach().flatten(0, -2).float().cpu()  # [T, K]
         if not len(tokens):
             return
         if not all(extreme.isfinite() for extreme in tokens.aminmax()):
             raise CheckpointError(
-                f"The activations of {site} are infinite or no numbers.",
+                f"The activations of {name} are NaN or infinite.",
                 "The weights before it are damaged: use another checkpoint.",
             )
-        if site not in self.statistics:
-            self.statistics[site] = SiteStatistics.empty(tokens.shape[1], hessian=self._hessians)
+        if name not in self.statistics:
+            self.statistics[name] = InputStatistics.empty(tokens.shape[1], hessian=self._hessians)
         weights = None if self.weights is None else self.weights.numpy()
-        self.statistics[site].update(tokens.numpy(), weights)
+        self.statistics[name].update(tokens.numpy(), weights)
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What one pass left in its work folder: files of sites, and the routing."""
+    """What one pass left in its work folder: files of statistics, and the routing."""
 
     files: tuple[Path, ...]
     routing: RoutingProfile
@@ -379,7 +387,7 @@ def collect(
     borrow: Mapping[Pair, int] | None = None,
     progress: Progress | None = None,
 ) -> Collected:
-    """Run `samples` through the checkpoint in fp32 and gather the statistics of every site.
+    """Run `samples` through the checkpoint in fp32 and gather the statistics of every input.
 
     With `borrow`, instead only those of the experts that it names, each from so many tokens which
     the router sent elsewhere (`Neighbours`). `progress` is called with `(step, done,
@@ -407,7 +415,7 @@ def collect(
         files = [_layer(stream, index, borrow, hessians) for index in range(last + 1)]
         if not borrow:
             files.append(_head(stream, hessians))
-        contents = SiteFiles(files).contents
+        contents = StatisticsFiles(files).contents
     profiles = (RoutingProfile.from_json(content["routing"]) for content in contents)
     return Collected(tuple(files), reduce(RoutingProfile.stack, profiles))
 
@@ -426,23 +434,23 @@ def _prepare(work: Path, identity: str) -> None:
 
 
 def _layer(stream: LayerStream, index: int, borrow: Mapping[Pair, int], hessians: bool) -> Path:
-    """The file of one decoder layer's sites, made now unless it is there."""
+    """The file of one decoder layer's statistics, made now unless it is there."""
     file = stream.work / f"layer-{index:02}.safetensors"
     if file.exists():
         return file
     layer = stream.load_layer(index)
     observer = Observer(
-        layer, lambda name: site_of(f"decoder.layers.{index}.{name}"), hessians=hessians
+        layer, lambda name: input_of(f"decoder.layers.{index}.{name}"), hessians=hessians
     )
     neighbours = [Neighbours(e, count) for (at, e), count in borrow.items() if at == index]
     with contextlib.nullcontext() if borrow else observer:
         profile = _run(stream, layer, index, neighbours)
     if isinstance(layer.ffn, MoE):
         with observer:
-            for lent in neighbours:
-                observer.weights = lent.weights
-                layer.ffn.experts[lent.expert](lent.tokens)
-    write_sites(file, observer.statistics, {"routing": profile.to_json()})
+            for near in neighbours:
+                observer.weights = near.weights
+                layer.ffn.experts[near.expert](near.tokens)
+    write_statistics(file, observer.statistics, {"routing": profile.to_json()})
     return file
 
 
@@ -458,20 +466,20 @@ def _run(
         logits = moe.router_logits(inputs)  # [T, E]
         _, chosen = route(logits, moe.top_k, rows=moe.rows)  # [T, K]
         profile.record(index, modality, chosen.numpy())
-        for lent in neighbours:
+        for near in neighbours:
             likely = logits.softmax(-1)
-            lent.offer(inputs, likely if moe.rows is None else likely[:, moe.rows], chosen)
+            near.offer(inputs, likely if moe.rows is None else likely[:, moe.rows], chosen)
     return profile
 
 
 def _head(stream: LayerStream, hessians: bool) -> Path:
-    """The file of the head's site."""
+    """The file of the head's statistics."""
     file = stream.work / "head.safetensors"
     if not file.exists():
-        observer = Observer(nn.Identity(), site_of, hessians=hessians)
+        observer = Observer(nn.Identity(), input_of, hessians=hessians)
         for states in stream.head_inputs():
             observer.update(HEAD, states)
-        write_sites(file, observer.statistics, {"routing": _profile(stream, []).to_json()})
+        write_statistics(file, observer.statistics, {"routing": _profile(stream, []).to_json()})
     return file
 
 

@@ -68,10 +68,18 @@ QUESTIONS: tuple[tuple[str, AnswerType], ...] = (
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture; `answer` may be empty, `modality` unknown.
+    """One question about one picture.
 
-    `labelled_by` says who told the modality, where it is known. The picture is a file's, or one
-    `frame` of several, or a `field` cut out of it.
+    Attributes:
+        id: Its own in the whole source.
+        image: The picture's file.
+        question: As it is asked.
+        answer: May be empty.
+        modality: None where nobody told it.
+        answer_type: Closed, with few possible answers, or open.
+        frame: The picture is this one of several in the file, from 1.
+        field: The picture is cut out of the file's: left, top, right and bottom, in pixels.
+        labelled_by: Who told the modality, where it is known.
     """
 
     id: str
@@ -347,18 +355,23 @@ class Skipped:
 
 @dataclass
 class CalibrationData:
-    """A whole source; `skipped` grows as unreadable images are met.
+    """A whole source.
 
-    `samples` stand in the order in which they are drawn: every picture's first question before any
-    picture's second. `sha256` is over ids, questions, answers, modalities and the names and sizes
-    of the files, wherever they lie and whatever the seed.
+    Attributes:
+        name: Of the source, never a path.
+        samples: In the order in which they are drawn: every picture's first question before any
+            picture's second.
+        sha256: Over ids, questions, answers, modalities and the names and sizes of the files,
+            wherever they lie and whatever the seed.
+        skipped: Grows as unreadable images are met.
+        decoded: Keeps what is decoded, where the model is known.
     """
 
     name: str
     samples: tuple[Sample, ...]
     sha256: str
     skipped: list[Skipped] = field(default_factory=list)
-    decoded: Decoded | None = None  # keeps what is decoded, where the model is known
+    decoded: Decoded | None = None
     _readable: dict[object, bool] = field(default_factory=dict, repr=False)  # by picture
 
     def load(self, sample: Sample) -> Image:
@@ -462,14 +475,18 @@ def read_calibration(
     vision: VisionConfig | None = None,
     seed: int = 0,
 ) -> CalibrationData:
-    """Read a folder of images, a JSONL file of questions, or the named set "builtin".
+    """Read what a model is calibrated or verified on.
 
-    A folder's images get the questions of `samples.QUESTIONS`. A `Path` is never a set's name. The
-    order depends only on the ids (a folder's are paths within it) and the `seed`. With the model's
-    `vision`, each picture is decoded once and kept as the model sees it.
+    Args:
+        source: A folder of images, which get the questions of `QUESTIONS`; a JSONL file of
+            questions; or the named set "builtin", which a `Path` never is.
+        known_modalities: Of the model's experts.
+        vision: The model's: each picture is then decoded once and kept as the model sees it.
+        seed: Of the order, which depends on the ids (a folder's are paths within it) and this.
 
-    Raises `InputError` where there is no such source, `DataError` where it is empty or malformed
-    or where it names modalities, but none of `known_modalities`.
+    Raises:
+        InputError: There is no such source.
+        DataError: It is empty or malformed, or names modalities, but none of `known_modalities`.
     """
     path = Path(source)
     if source == BUILTIN:

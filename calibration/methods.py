@@ -75,7 +75,7 @@ def allocate(candidates: Sequence[Candidate], budget_bits: float) -> dict[str, F
     spent = sum(candidate.bits(chosen[candidate.name]) for candidate in candidates)
     weights = sum(candidate.weights for candidate in candidates)
     total = budget_bits * weights
-    if not spent <= total:  # also for a budget that is no number
+    if not spent <= total:  # also for a budget of NaN
         lowest = math.ceil(100 * spent / weights) / 100
         raise InputError(f"{budget_bits} bits per weight are too few.", f"The least is {lowest}.")
     upgrades = [

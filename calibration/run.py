@@ -23,7 +23,7 @@ from medmoe_edge.calibration.coverage import (
 )
 from medmoe_edge.calibration.data import CalibrationData, Sample
 from medmoe_edge.calibration.routing import UNKNOWN, RoutingProfile
-from medmoe_edge.calibration.statistics import SiteFiles, Source, Statistics
+from medmoe_edge.calibration.statistics import Source, Statistics, StatisticsFiles
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.errors import ResourceError
 
@@ -41,6 +41,7 @@ def calibrate(
     strict: bool = False,
     vision_tower: Path | None = None,
     work: Path | None = None,
+    pictures: Pictures | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -49,7 +50,7 @@ def calibrate(
     Experts that too few tokens reach are treated as `coverage` describes; `strict` raises
     `VerificationError` instead of borrowing tokens or going data-free. An interrupted run goes on
     where it was, from the folder `work`, by default a hidden one beside `out`; a run that ends
-    removes it. `progress` is called with `(step, done, total)`.
+    removes it. `pictures` keeps the image tokens. `progress` is called with `(step, done, total)`.
 
     Raises `InputError` for data that cannot be used or an `out` that exists, `ModelError` for the
     checkpoint, and `ResourceError` where the disk does not take it.
@@ -57,7 +58,7 @@ def calibrate(
     refuse_existing(out, force=force)
     source = as_checkpoint(checkpoint, vision_tower=vision_tower)
     work = work or out.with_name(f".{out.name}.work")
-    run = _Run(source, data, work, hessians, progress)
+    run = _Run(source, data, work, hessians, pictures or Pictures(data.load), progress)
     try:
         statistics = run.statistics(samples, strict)
         statistics.save(out, force=force)
@@ -79,11 +80,11 @@ class _Run:
         data: CalibrationData,
         work: Path,
         hessians: bool,
+        pictures: Pictures,
         progress: Progress | None,
     ) -> None:
         self.checkpoint, self.data, self.work = checkpoint, data, work
-        self.hessians, self.progress = hessians, progress
-        self.pictures = Pictures(data.load)
+        self.hessians, self.pictures, self.progress = hessians, pictures, progress
         self.samples: list[Sample] = []
         self.rounds: list[Collected] = []
         moe = checkpoint.config.moe
@@ -120,7 +121,7 @@ class _Run:
             ),
             self._routing(),
             coverage,
-            SiteFiles([*(file for done in self.rounds for file in done.files), *files]),
+            StatisticsFiles([*(file for done in self.rounds for file in done.files), *files]),
         )
 
     def _label(self, count: int) -> None:
@@ -196,9 +197,9 @@ class _Run:
             borrow=wanted,
             progress=self.progress,
         )
-        sites = SiteFiles(done.files)
+        inputs = StatisticsFiles(done.files)
         names = {pair: f"decoder.layers.{pair[0]}.ffn.experts.{pair[1]}.in" for pair in wanted}
-        borrowed = {pair: sites.counts(name)[1] for pair, name in names.items() if name in sites}
+        borrowed = {pair: inputs.counts(name)[1] for pair, name in names.items() if name in inputs}
         return borrowed, done.files
 
 

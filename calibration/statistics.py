@@ -1,9 +1,9 @@
-"""What calibration measured: activation statistics by site, the routing profile, the coverage.
+"""What calibration measured: statistics of activations, the routing profile, the coverage.
 
 A statistics file is one `.safetensors` with JSON in its `__metadata__`. At full size its Hessians
-are gigabytes, so sites are read one at a time.
+are gigabytes, so they are read one input at a time.
 
-Where activations are observed: a site is the input that one or several matrices share.
+Observed are the inputs of matrices; those that share one know it by one name:
 
 decoder.layers.N.attention.in       of q, k and v          (after the norm)
 decoder.layers.N.attention.mixed    of out
@@ -36,7 +36,7 @@ from medmoe_edge.errors import CheckpointError, DataError
 
 Array = npt.NDArray[Any]
 
-_SITES = {
+_INPUTS = {
     **dict.fromkeys(("q", "k", "v", "gate", "up", "fc1"), "in"),
     **dict.fromkeys(("down", "fc2"), "hidden"),
     "out": "mixed",
@@ -44,29 +44,36 @@ _SITES = {
 _EXPERT = re.compile(r"decoder\.layers\.(\d+)\.ffn\.experts\.(\d+)\.")
 
 
-def site_of(weight: str) -> str | None:
-    """The site whose activations a decoder matrix multiplies; None for routers and the rest."""
+def input_of(weight: str) -> str | None:
+    """The name of what a decoder matrix multiplies; None for routers and the rest."""
     owner, _, matrix = weight.removesuffix(".weight").rpartition(".")
     if weight == "decoder.head.weight":
         return "decoder.head.in"
-    if not owner.startswith("decoder.layers.") or matrix not in _SITES:
+    if not owner.startswith("decoder.layers.") or matrix not in _INPUTS:
         return None
-    return f"{owner}.{_SITES[matrix]}"
+    return f"{owner}.{_INPUTS[matrix]}"
 
 
 def expert_of(name: str) -> tuple[int, int] | None:
-    """Decoder layer and index of the routed expert that a weight or site belongs to."""
+    """Decoder layer and index of the routed expert that a weight or an input belongs to."""
     match = _EXPERT.match(name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 @dataclass
-class SiteStatistics:
-    """Of one site, an activation `[T, K]` that enters one or several matrices.
+class InputStatistics:
+    """Of one input, an activation `[T, K]` that enters one or several matrices.
 
-    Per channel `minimum`, `maximum` and `mean_square` E[x²] `[K]`;
-    `hessian` E[x xᵀ] `[K, K]` where wanted. `tokens` and `borrowed` count rows; the two
-    expectations weigh a borrowed row less than a row of the site's own, and `weight` is the total.
+    The two expectations weigh a borrowed row less than one of the expert's own.
+
+    Attributes:
+        minimum: Of each channel, `[K]`.
+        maximum: The same.
+        mean_square: E[x²], `[K]`.
+        hessian: E[x xᵀ], `[K, K]`, where wanted.
+        tokens: Rows of its own.
+        borrowed: Rows that the router sent elsewhere.
+        weight: Of all rows together.
     """
 
     minimum: Floats
@@ -78,7 +85,7 @@ class SiteStatistics:
     weight: float = 0.0
 
     @classmethod
-    def empty(cls, width: int, *, hessian: bool) -> "SiteStatistics":
+    def empty(cls, width: int, *, hessian: bool) -> "InputStatistics":
         """Of `width` channels, before any token."""
         return cls(
             np.full(width, np.inf, np.float32),
@@ -117,8 +124,8 @@ class SiteStatistics:
             rows = torch.from_numpy(scaled)
             torch.from_numpy(self.hessian).addmm_(rows.T, rows, beta=kept, alpha=1 / self.weight)
 
-    def merge(self, other: "SiteStatistics") -> None:
-        """Add what another pass saw of the same site."""
+    def merge(self, other: "InputStatistics") -> None:
+        """Add what another pass saw of the same input."""
         self.tokens += other.tokens
         self.borrowed += other.borrowed
         self.weight += other.weight
@@ -141,7 +148,7 @@ class SiteStatistics:
     @classmethod
     def from_arrays(
         cls, arrays: Mapping[str, Array], tokens: int, borrowed: int, weight: float
-    ) -> "SiteStatistics":
+    ) -> "InputStatistics":
         """Read what `arrays` gave; raises `ValueError` where it cannot be that."""
         # Files of version 0.1 hold a histogram, too, which nothing reads.
         parts = {key: array for key, array in arrays.items() if not key.startswith("histogram.")}
@@ -161,32 +168,37 @@ class SiteStatistics:
         )
 
 
-__all__ = ["SiteFiles", "SiteStatistics", "Source", "Statistics", "write_sites"]
+__all__ = ["InputStatistics", "Source", "Statistics", "StatisticsFiles", "write_statistics"]
 
 FORMAT = "medmoe-edge calibration statistics 1"
 _AGAIN = "Make it again: medmoe-edge calibrate CHECKPOINT --data DATA -o STATS."
 
 
-class SiteFiles(Mapping[str, SiteStatistics]):
-    """Site -> statistics out of one or several files, read and merged when asked for.
+class StatisticsFiles(Mapping[str, InputStatistics]):
+    """Statistics by input, out of one or several files, read and merged when asked for.
 
-    `contents` holds the JSON of each file. Raises `DataError` for a damaged or foreign file, also
-    in reading a site.
+    Attributes:
+        paths: The files.
+        contents: The JSON of each.
+        specs: Type and shape of each array, by input and key.
+
+    Raises:
+        DataError: A file is damaged or something else, also found in reading one.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
         self.contents: list[dict[str, Any]] = []
         self.specs: dict[str, Spec] = {}
-        self._files: dict[str, list[int]] = {}  # site -> which files have it
+        self._files: dict[str, list[int]] = {}  # input -> which files have it
         for index, path in enumerate(self.paths):
             with _reading(path) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise DataError(f"{path} holds no calibration statistics.", _AGAIN)
                 self.contents.append(json.loads(metadata["content"]))
-                for site in self.contents[-1]["sites"]:
-                    self._files.setdefault(site, []).append(index)
+                for name in self.contents[-1]["sites"]:
+                    self._files.setdefault(name, []).append(index)
                 for key in file.keys():  # noqa: SIM118 -- not a mapping
                     part = file.get_slice(key)
                     self.specs[key] = (part.get_dtype(), tuple(part.get_shape()))
@@ -197,49 +209,60 @@ class SiteFiles(Mapping[str, SiteStatistics]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def __contains__(self, site: object) -> bool:
-        return site in self._files
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
 
-    def __getitem__(self, site: str) -> SiteStatistics:
-        first, *others = self._files[site]
-        statistics = self._read(first, site)
+    def __getitem__(self, name: str) -> InputStatistics:
+        first, *others = self._files[name]
+        statistics = self._read(first, name)
         for index in others:
-            statistics.merge(self._read(index, site))
+            statistics.merge(self._read(index, name))
         return statistics
 
-    def counts(self, site: str) -> list[Any]:
+    def counts(self, name: str) -> list[Any]:
         """Tokens, borrowed tokens and weight, without reading the arrays."""
-        found = [self.contents[index]["sites"][site] for index in self._files[site]]
+        found = [self.contents[index]["sites"][name] for index in self._files[name]]
         return [sum(column) for column in zip(*found, strict=True)]
 
-    def _read(self, index: int, site: str) -> SiteStatistics:
+    def _read(self, index: int, name: str) -> InputStatistics:
         with _reading(self.paths[index]) as file:
-            prefix = f"{site}/"
+            prefix = f"{name}/"
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
             arrays = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
-            return SiteStatistics.from_arrays(arrays, *self.contents[index]["sites"][site])
+            return InputStatistics.from_arrays(arrays, *self.contents[index]["sites"][name])
 
 
-def write_sites(
+def write_statistics(
     path: Path,
-    sites: Mapping[str, SiteStatistics],
+    inputs: Mapping[str, InputStatistics],
     content: Mapping[str, Any],
     *,
     force: bool = False,
 ) -> None:
-    """Write `sites`, one in memory at a time if they are `SiteFiles`, with `content` as JSON."""
-    if isinstance(sites, SiteFiles):
-        specs, counts = sites.specs, {site: sites.counts(site) for site in sites}
+    """Write a statistics file, whole or not at all.
+
+    Args:
+        path: The file.
+        inputs: Statistics by input; of `StatisticsFiles` one is in memory at a time.
+        content: What is kept beside them, as JSON.
+        force: Whether to replace what is already there.
+
+    Raises:
+        InputError: The file exists.
+        ResourceError: The disk does not take it.
+    """
+    if isinstance(inputs, StatisticsFiles):
+        specs, counts = inputs.specs, {name: inputs.counts(name) for name in inputs}
     else:
-        specs = {key: spec_of(array) for key, array in _named_arrays(sites)}
-        counts = {name: [site.tokens, site.borrowed, site.weight] for name, site in sites.items()}
+        specs = {key: spec_of(array) for key, array in _named_arrays(inputs)}
+        counts = {name: [one.tokens, one.borrowed, one.weight] for name, one in inputs.items()}
     metadata = {"format": FORMAT, "content": json.dumps({**content, "sites": counts})}
-    write_tensors(path, specs, _named_arrays(sites), metadata, force=force)
+    write_tensors(path, specs, _named_arrays(inputs), metadata, force=force)
 
 
-def _named_arrays(sites: Mapping[str, SiteStatistics]) -> Iterator[tuple[str, Array]]:
-    for name in sites:
-        yield from ((f"{name}/{key}", array) for key, array in sites[name].arrays().items())
+def _named_arrays(inputs: Mapping[str, InputStatistics]) -> Iterator[tuple[str, Array]]:
+    for name in inputs:
+        yield from ((f"{name}/{key}", array) for key, array in inputs[name].arrays().items())
 
 
 @contextlib.contextmanager
@@ -280,25 +303,34 @@ class Source:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What `medmoe-edge calibrate` writes; `sites` are read when asked for."""
+    """What `medmoe-edge calibrate` writes.
+
+    Attributes:
+        checkpoint_sha256: Whose statistics they are.
+        source: The data.
+        routing: Which experts the tokens of each modality chose.
+        coverage: What each expert saw.
+        inputs: Statistics by input, read when asked for.
+    """
 
     checkpoint_sha256: str
     source: Source
     routing: RoutingProfile
     coverage: tuple[ExpertCoverage, ...]
-    sites: Mapping[str, SiteStatistics]
+    inputs: Mapping[str, InputStatistics]
 
     @property
     def samples(self) -> dict[str, int]:
         """Samples of each modality."""
         return dict(zip(self.routing.modalities, self.routing.requests.tolist(), strict=True))
 
-    def get(self, site: str) -> SiteStatistics | None:
-        """What a quantiser may trust of a site; None where nothing came or its expert is to be
+    def get(self, name: str) -> InputStatistics | None:
+        """What a quantiser may trust of an input; None where nothing came or its expert is to be
         quantised data-free.
         """
         data_free = {record.pair for record in self.coverage if record.status == "data-free"}
-        return self.sites[site] if site in self.sites and expert_of(site) not in data_free else None
+        trusted = name in self.inputs and expert_of(name) not in data_free
+        return self.inputs[name] if trusted else None
 
     def summary(self) -> dict[str, Any]:
         """What a manifest keeps, as plain JSON: data, routing profile and coverage."""
@@ -320,20 +352,20 @@ class Statistics:
             "routing": self.routing.to_json(),
             "coverage": [record.to_json() for record in self.coverage],
         }
-        write_sites(path, self.sites, content, force=force)
+        write_statistics(path, self.inputs, content, force=force)
 
     @classmethod
     def open(cls, path: Path) -> "Statistics":
         """Open a file; raises `DataError` for one that is missing, damaged or something else."""
-        sites = SiteFiles([path])
-        content = sites.contents[0]
+        inputs = StatisticsFiles([path])
+        content = inputs.contents[0]
         try:
             return cls(
                 str(content["checkpoint_sha256"]),
                 Source.from_json(content["source"]),
                 RoutingProfile.from_json(content["routing"]),
                 tuple(map(ExpertCoverage.from_json, content["coverage"])),
-                sites,
+                inputs,
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged.", _AGAIN) from error

@@ -114,10 +114,6 @@ _ORIN: tuple[Board, ...] = ("AGX Orin", "Orin NX", "Orin Nano")
 _ALL: tuple[Board, ...] = (*_ORIN, "Thor")
 _CPU = "int8, int4, mixed, fp32 on the CPU"
 _CPU_FORM = "the portable bundle"
-_VENV = (
-    "python3 -m venv ~/medmoe && ~/medmoe/bin/pip install 'medmoe-edge[images]'",
-    '~/medmoe/bin/medmoe-edge ask scan.png "Is there effusion?" --model portable',
-)
 _GPU = "int8, int4 weights; fp16 or bf16 activations"
 _GPU_FORM = "as its TensorRT's parser takes it, see below"
 _ENGINE = (
@@ -251,8 +247,8 @@ def find_jetson(
         root: Where the file system begins.
         ask: Asks for the power mode where no file tells; None: `nvpmodel -q`.
     """
-    model = _text(root / "proc/device-tree/model")
-    release = _text(root / "etc/nv_tegra_release")
+    model = text_of(root / "proc/device-tree/model")
+    release = text_of(root / "etc/nv_tegra_release")
     if release is None and (model is None or "Jetson" not in model):
         return None
     found = L4T.search(release or "")
@@ -284,7 +280,7 @@ def ask_power_mode() -> str | None:
 
 def _power_mode(root: Path) -> str | None:
     """From the number that the service keeps and the names in its configuration."""
-    kept = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status") or "")
+    kept = re.search(r"pmode:(\d+)", text_of(root / "var/lib/nvpmodel/status") or "")
     return _power_modes(root).get(int(kept[1])) if kept else None
 
 
@@ -295,7 +291,7 @@ def _fastest_mode(root: Path) -> int | None:
 
 
 def _power_modes(root: Path) -> dict[int, str]:
-    found = POWER_MODEL.findall(_text(root / "etc/nvpmodel.conf") or "")
+    found = POWER_MODEL.findall(text_of(root / "etc/nvpmodel.conf") or "")
     return {int(number): name for number, name in found}
 
 
@@ -310,7 +306,7 @@ def _jetpack_of(l4t: str | None) -> str | None:
 def _packages(status: Path) -> dict[str, str]:
     """Versions of some installed Debian packages; of TensorRT's library whatever its number."""
     found: dict[str, str] = {}
-    text = _text(status) or ""
+    text = text_of(status) or ""
     for block in text.split("\n\n"):
         name = re.search(r"^Package: (nvidia-jetpack(?:-runtime)?|libnvinfer)\d*$", block, re.M)
         version = re.search(r"^Version: (?:\d+:)?(\d[\d.]*)", block, re.M)
@@ -321,13 +317,14 @@ def _packages(status: Path) -> dict[str, str]:
 
 def _cuda(root: Path) -> str | None:
     try:
-        data: Any = json.loads(_text(root / "usr/local/cuda/version.json") or "")
+        data: Any = json.loads(text_of(root / "usr/local/cuda/version.json") or "")
         return str(data["cuda"]["version"])
     except (ValueError, LookupError, TypeError):
         return None
 
 
-def _text(path: Path) -> str | None:
+def text_of(path: Path) -> str | None:
+    """The text of a system's file; None where it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -42,7 +42,7 @@ from medmoe_edge.calibration.quantisers import (
     round_searched,
     round_to_nearest,
 )
-from medmoe_edge.calibration.statistics import SiteStatistics, Statistics, site_of
+from medmoe_edge.calibration.statistics import InputStatistics, Statistics, input_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, DataError, InputError
 from medmoe_edge.export.quantise import Quantiser
@@ -76,7 +76,7 @@ def _candidates(checkpoint: Checkpoint, statistics: Statistics) -> Iterator[Cand
     stream = 0.0
     for layer in range(checkpoint.config.decoder.layers):
         prefix = f"decoder.layers.{layer}."
-        matrices = [name for name in checkpoint.names if name.startswith(prefix) and site_of(name)]
+        matrices = [name for name in checkpoint.names if name.startswith(prefix) and input_of(name)]
         powers = {
             _owner(name): _power(source, statistics, name) for name in matrices if _adds(name)
         }
@@ -108,13 +108,13 @@ def _power(source: WeightSource, statistics: Statistics, name: str) -> float:
         return 0.0
     matrix = source.array(name)
     layer = name.partition(".attention.")[0].partition(".ffn.")[0]
-    own = statistics.sites[str(site_of(name))].tokens
-    share = own / statistics.sites[f"{layer}.attention.in"].tokens
+    own = statistics.inputs[str(input_of(name))].tokens
+    share = own / statistics.inputs[f"{layer}.attention.in"].tokens
     return share * float(np.vdot(matrix @ moments, matrix))
 
 
 def _moments(statistics: Statistics, name: str) -> Floats | None:
-    found = statistics.get(str(site_of(name)))
+    found = statistics.get(str(input_of(name)))
     if found is None:
         return None
     return np.diag(found.mean_square) if found.hessian is None else found.hessian
@@ -137,7 +137,7 @@ def search_scales(checkpoint: Checkpoint, statistics: Statistics) -> dict[FoldPo
     source = WeightSource(checkpoint)
     scales = {}
     for point in fold_points(checkpoint.config):
-        seen = [found for site in point.sites if (found := statistics.get(site)) is not None]
+        seen = [found for name in point.inputs if (found := statistics.get(name)) is not None]
         if seen:
             low, high, mean_square = _together(seen)
             typical = TYPICAL * np.sqrt(mean_square)
@@ -147,13 +147,13 @@ def search_scales(checkpoint: Checkpoint, statistics: Statistics) -> dict[FoldPo
     return scales
 
 
-def _together(seen: Iterable[SiteStatistics]) -> tuple[Floats, Floats, Floats]:
-    """Ranges over all sites of a point, and the mean square, each site weighing by its tokens."""
-    sites = list(seen)
-    low = np.minimum.reduce([site.minimum for site in sites])
-    high = np.maximum.reduce([site.maximum for site in sites])
+def _together(seen: Iterable[InputStatistics]) -> tuple[Floats, Floats, Floats]:
+    """Ranges over all inputs of a point, and the mean square, each weighing by its tokens."""
+    inputs = list(seen)
+    low = np.minimum.reduce([one.minimum for one in inputs])
+    high = np.maximum.reduce([one.maximum for one in inputs])
     mean = np.average(
-        [site.mean_square for site in sites], axis=0, weights=[s.weight for s in sites]
+        [one.mean_square for one in inputs], axis=0, weights=[one.weight for one in inputs]
     )
     return low, high, mean.astype(np.float32)
 
@@ -203,7 +203,7 @@ class Plan:
         """The format and quantiser of a weight; None for what stays as it is."""
         delta = DELTA in name
         whole = self.precision == "fp32" and not (delta and self.deltas and self.deltas.bits)
-        if whole or (not delta and site_of(name) is None):
+        if whole or (not delta and input_of(name) is None):
             return None
         form = self.format_of(name)
         return form, partial(self._quantise, name, form)
@@ -267,7 +267,7 @@ class Plan:
         if ending == ".b":  # reads what its other half made
             return None, None
         read = f"{stem}.weight" if delta else name
-        found = self.statistics.get(str(site_of(read))) if self.statistics else None
+        found = self.statistics.get(str(input_of(read))) if self.statistics else None
         if found is None:
             return None, None
         columns = self.factors.get(read, Factors()).columns
@@ -328,7 +328,7 @@ def check_precision(
 
 def _check_widths(source: Checkpoint, group: int) -> None:
     for name, tensor in source.names.items():
-        if site_of(name) is not None and name != HEAD and tensor.shape[1] % group:
+        if input_of(name) is not None and name != HEAD and tensor.shape[1] % group:
             raise CheckpointError(
                 f"The rows of {name}, of {tensor.shape[1]} weights, do not divide into groups of "
                 f"{group}.",

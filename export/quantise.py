@@ -7,6 +7,7 @@ opset 21). Lowerings for a target replace the pairs `DequantizeLinear -> MatMul`
 runs fast.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from medmoe_edge._types import Floats
-from medmoe_edge.bundle.recorded import FLOAT, Marks, SignatureMaker, is_routed
+from medmoe_edge.bundle.recorded import FLOAT, LEAST, Marks, SignatureMaker, is_routed
 from medmoe_edge.calibration.quantisers import Format, Quantised
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import initializer, tensor_of
@@ -232,13 +233,16 @@ class _Weight:
         )
 
     def _integers(self) -> ir.TensorProtocol:
-        parts, marks = [], []
+        parts, marks, moved = [], [], 0.0
         for rows in self._rows():
             parts.append(self._quantised(rows))
-            marks.append(Marks.of(rows, parts[-1].scale.shape[1]))
+            if self.signature is not None:
+                marks.append(Marks.of(rows, parts[-1].scale.shape[1]))
+                moved += float(np.square(parts[-1].dequantise() - rows).sum(dtype=np.float64))
         if self.signature is not None:
-            width = self.shape[0]
-            self.signature.keep(self.name, self.format.bits, width, Marks.joined(marks))
+            whole = Marks.joined(marks)
+            share = math.sqrt(moved / max(float(whole.squares.sum(dtype=np.float64)), LEAST))
+            self.signature.keep(self.name, self.format.bits, self.shape[0], whole, share)
         self.scale = self._stored(np.concatenate([part.scale for part in parts]))
         integers = np.concatenate([part.integers for part in parts])  # [N, K]
         _, kind = INTEGERS[self.format.bits]

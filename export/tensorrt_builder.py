@@ -32,8 +32,8 @@ import onnx
 import platformdirs
 
 from medmoe_edge._types import Progress
-from medmoe_edge.atomic import atomic_file, writing
-from medmoe_edge.bundle.machine import available_memory
+from medmoe_edge.atomic import atomic_file, file_sha256, writing
+from medmoe_edge.bundle.machine import available_memory, return_free_memory
 from medmoe_edge.errors import ConfigError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.export.gpus import (
     MB,
@@ -64,7 +64,7 @@ class EngineCache:
     def fetch(self, key: str, out: Path) -> bool:
         """Copy the engine of a key to `out`, whole or not at all; False where there is none."""
         for path in self.folder.glob(f"{key}-*.engine"):
-            if sha256(path) != path.stem.partition("-")[2]:
+            if file_sha256(path) != path.stem.partition("-")[2]:
                 path.unlink(missing_ok=True)
                 continue
             with path.open("rb") as source, atomic_file(out) as file:
@@ -82,7 +82,7 @@ class EngineCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (
                 engine.open("rb") as source,
-                atomic_file(self.folder / f"{key}-{sha256(engine)}.engine") as file,
+                atomic_file(self.folder / f"{key}-{file_sha256(engine)}.engine") as file,
             ):
                 shutil.copyfileobj(source, file, 2**20)
             by_age = sorted(self.folder.glob("*.engine"), key=lambda path: path.stat().st_mtime_ns)
@@ -94,7 +94,7 @@ class EngineCache:
 
 def engine_key(graph: Path, settings: Any) -> str:
     """The hash of a graph with its weights and of `settings` (JSON: GPU, profiles, version)."""
-    parts = [json.dumps(settings, sort_keys=True), *map(sha256, graph_files(graph))]
+    parts = [json.dumps(settings, sort_keys=True), *map(file_sha256, graph_files(graph))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -116,12 +116,6 @@ def graph_files(graph: Path) -> Sequence[Path]:
             f"{graph} lacks its weights, {missing[0]}.", "Copy or export the whole folder again."
         )
     return files
-
-
-def sha256(path: Path) -> str:
-    """A file's hash."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 PARTS = (".weight", ".bias", ".scale")
@@ -304,9 +298,9 @@ def build_engine(
         reset_peak()
         with atomic_file(out) as file:
             timings = engines.folder / f"timings-{library_version(trt)}-{gpu.sm}.cache"
-            build = _Build(trt, library, gpu, progress)
-            build.run(graph, profiles, memory_limit, timings, file)
+            _Build(trt, library, gpu, progress).run(graph, profiles, memory_limit, timings, file)
         peak = peak_memory()
+        return_free_memory()  # most of the weights, which the next engine's build has room for
         engines.keep(key, out)
     return _built(trt, out, begun, peak=peak, cached=False)
 

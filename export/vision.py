@@ -4,6 +4,8 @@ The model is traced with fake tensors, so no weight is in memory while it is; th
 their places lazily, as in the decoder.
 """
 
+import copy
+import functools
 import logging
 import warnings
 from collections.abc import Container, Mapping, Sequence
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medmoe_edge.checkpoint.reader import Checkpoint
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import VisionConfig
 from medmoe_edge.export.builder import initializer
 from medmoe_edge.export.passes.ort_cpu import ORT_OPSET
 from medmoe_edge.export.weights import WeightSource
@@ -105,10 +107,10 @@ def fill(graph: ir.Graph, value: ir.Value, weights: Weights) -> None:
 class ImageEncoder(nn.Module):
     """Pixels `[1, 3, S, S]` to image tokens `[1, N, D]`; the same as `MedMoE.encode_image`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: VisionConfig, size: int) -> None:
         super().__init__()
-        self.vision = TOWERS[config.vision.kind](config.vision)
-        self.projector = projector(config)
+        self.vision = TOWERS[config.kind](config)
+        self.projector = projector(config, size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode the image."""
@@ -117,15 +119,25 @@ class ImageEncoder(nn.Module):
 
 def export_vision(checkpoint: Checkpoint) -> ir.Model:
     """Trace the image encoder; input `pixels`, output `image_tokens`."""
-    model = _trace(checkpoint.config)
-    source = WeightSource(checkpoint)
-    for value in optimise(model, checkpoint.names):
+    config = checkpoint.config
+    traced = _traced(config.vision, config.decoder.hidden_size)
+    model, source = traced.clone(), WeightSource(checkpoint)
+    # Its counter names the nodes that are added later; a clone's begins anew.
+    model.graph._name_authority = copy.deepcopy(traced.graph._name_authority)
+    _, *weights = model.graph.inputs
+    for value in weights:
+        model.graph.inputs.remove(value)
         fill(model.graph, value, source)
     return model
 
 
-def _trace(config: ModelConfig) -> ir.Model:
-    side = config.vision.image_size
+@functools.lru_cache(maxsize=4)
+def _traced(config: VisionConfig, size: int) -> ir.Model:
+    """The image encoder with its weights as inputs, behind `pixels`; traced once for a process."""
+    side = config.image_size
     with FakeTensorMode():
+        encoder = ImageEncoder(config, size)
         pixels = {"pixels": torch.zeros(1, 3, side, side)}
-        return trace(ImageEncoder(config), pixels, ["image_tokens"])
+        model = trace(encoder, pixels, ["image_tokens"])
+    model.graph.inputs.extend(optimise(model, encoder.state_dict()))
+    return model

@@ -14,7 +14,7 @@ import torch
 
 from medmoe_edge._types import Floats
 from medmoe_edge.calibration.collect import check_finite
-from medmoe_edge.calibration.statistics import site_of
+from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.decoder import ACTIVATIONS, EXPERT_WEIGHTS
@@ -197,20 +197,20 @@ def low_rank(matrix: Floats, rank: int, importance: Floats | None) -> tuple[Floa
 
 @dataclass(frozen=True)
 class FoldPoint:
-    """One activation: the `sites` where it is observed, what makes it and what reads it.
+    """One activation: the `inputs` that it is, what makes it and what reads it.
 
     `producers` are parameters whose rows (or values, of a bias) are its channels, `consumers`
     matrices whose columns are.
     """
 
-    sites: tuple[str, ...]
+    inputs: tuple[str, ...]
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
 
     @property
     def quantised(self) -> list[str]:
         """The consumers that quantisation rounds: all but routers and coefficients."""
-        return [name for name in self.consumers if site_of(name) is not None]
+        return [name for name in self.consumers if input_of(name) is not None]
 
 
 def fold_points(config: ModelConfig) -> Iterator[FoldPoint]:
@@ -251,8 +251,8 @@ def fold(scales: Mapping[FoldPoint, Floats]) -> dict[str, Factors]:
 
 
 def _after_norm(norm: str, parts: tuple[str, ...], consumers: tuple[str, ...]) -> FoldPoint:
-    sites = dict.fromkeys(site for name in consumers if (site := site_of(name)))
-    return FoldPoint(tuple(sites), tuple(f"{norm}.{part}" for part in parts), consumers)
+    inputs = dict.fromkeys(filter(None, map(input_of, consumers)))
+    return FoldPoint(tuple(inputs), tuple(f"{norm}.{part}" for part in parts), consumers)
 
 
 def _feed_forwards(config: ModelConfig, layer: int) -> list[str]:

@@ -40,16 +40,16 @@ if TYPE_CHECKING:
     from medmoe_edge.engine.answer import Answer
     from medmoe_edge.engine.engine import Engine
     from medmoe_edge.errors import MedMoEError
-    from medmoe_edge.families import (
+    from medmoe_edge.image.pixels import Image
+    from medmoe_edge.pipeline import (
         CalibrateOptions,
         EvaluateOptions,
         ExportOptions,
         VerifyOptions,
     )
-    from medmoe_edge.image.pixels import Image
 else:
     # Importing any submodule runs this file, and only asking should pay for ONNX Runtime.
-    _PLACES = {
+    _MODULES = {
         "Answer": "engine.answer",
         "Engine": "engine.engine",
         "Image": "image.pixels",
@@ -59,13 +59,13 @@ else:
             ("calibrate", "evaluate", "export_model", "load", "train", "verify"), "api"
         ),
         **dict.fromkeys(
-            ("CalibrateOptions", "EvaluateOptions", "ExportOptions", "VerifyOptions"), "families"
+            ("CalibrateOptions", "EvaluateOptions", "ExportOptions", "VerifyOptions"), "pipeline"
         ),
     }
 
     def __getattr__(name):
-        if name in _PLACES:
-            return getattr(import_module(f"medmoe_edge.{_PLACES[name]}"), name)
+        if name in _MODULES:
+            return getattr(import_module(f"medmoe_edge.{_MODULES[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():

@@ -20,15 +20,8 @@ from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.bundle.bundle import model_kind
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, needs
-from medmoe_edge.families import (
-    AnswerScores,
-    CalibrateOptions,
-    EvaluateOptions,
-    ExportOptions,
-    VerifyOptions,
-    check_calibratable,
-    family_of,
-)
+from medmoe_edge.families import AnswerScores, check_calibratable, family_of
+from medmoe_edge.pipeline import CalibrateOptions, EvaluateOptions, ExportOptions, VerifyOptions
 
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.engine import ModalityEngine
@@ -178,8 +171,7 @@ def calibrate(
     check_calibratable(folder)
     with needs("export"):
         from medmoe_edge.pipeline.med_moe import calibrate_on
-    given = dict(vars(options))
-    return calibrate_on(folder, Path(out), given.pop("data"), **given, progress=progress)
+    return calibrate_on(folder, Path(out), options, progress)
 
 
 def export_model(

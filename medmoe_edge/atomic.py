@@ -1,6 +1,7 @@
-"""A folder, a file or a safetensors file that appears whole or not at all."""
+"""A folder, a file or a safetensors file that appears whole or not at all; hashes of files."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from medmoe_edge.errors import InputError, ResourceError
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal; raises `OSError`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from medmoe_edge.bundle.bundle import Kind, model_kind
 from medmoe_edge.data.datasets import NO_SCAN
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import DataError, InputError, needs
+from medmoe_edge.pipeline import EvaluateOptions, ExportOptions, VerifyOptions
 
 if TYPE_CHECKING:
     from medmoe_edge._types import Progress
@@ -19,98 +20,12 @@ if TYPE_CHECKING:
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
     from medmoe_edge.data.datasets import Example, Finding, LabelledImage
     from medmoe_edge.engine.engine import Engine
-    from medmoe_edge.engine.loading import Device, RuntimeName
     from medmoe_edge.evaluation.confidence import RefusalFit, Said
     from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Scores
     from medmoe_edge.evaluation.findings import FindingScore, NoScans, Paraphrased, Versions
     from medmoe_edge.evaluation.inspection import Inspection, ModalityInspection
     from medmoe_edge.evaluation.verify import Verification
-    from medmoe_edge.export.plan import GroupSize, Method, Precision
     from medmoe_edge.pipeline.med_moe import Export
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How a checkpoint becomes a portable bundle; see `med_moe.export`."""
-
-    precision: "Precision" = "int8"
-    method: "Method" = "auto"
-    budget_bits: float | None = None
-    group: "GroupSize | None" = None
-    experts: str | None = None
-    calibrate_on: str | None = None
-    samples: int = 128
-    stats: Path | None = None
-    strict: bool = False
-    name: str | None = None
-    vision_tower: Path | None = None
-    as_published: bool = False
-    modalities: tuple[str, ...] = ()
-    merge: bool = False
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """What a checkpoint is calibrated on.
-
-    Attributes:
-        data: A folder of images, a file of questions, a dataset folder, or "builtin".
-        samples: Questions to draw from it, evenly over the modalities.
-        hessians: Whether to gather second moments, for GPTQ; much the largest part.
-        strict: Whether to refuse experts that too few tokens reach.
-        vision_tower: The vision tower, if the checkpoint holds none.
-        force: Whether to replace what is already there.
-    """
-
-    data: str
-    samples: int = 128
-    hessians: bool = True
-    strict: bool = False
-    vision_tower: Path | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """What a bundle is verified against, on which data; see `med_moe.verify`."""
-
-    against: Path | None = None
-    data: str = "builtin"
-    beside: Sequence[str] = ()
-    report: Path | None = None
-    vision_tower: Path | None = None
-    record: bool | None = None
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What a model is scored on, and where it runs.
-
-    `blind`: the same questions about a black picture are scored too. At most `limit` questions are
-    asked, drawn by `seed`. With `allow_repetition` an answer that repeats itself goes on.
-    `predictions` is where every answer is written. With `labels` or `findings` a Med-MoE may do
-    without `data`: then only how it reads those images is scored. `languages` are questions in
-    several languages, `paraphrases` those of `data` in other words. `fit_confidence` keeps in the
-    bundle how often its answers are right, with a threshold for which `selective_accuracy` of the
-    answers above it are.
-    """
-
-    data: Path | None
-    labels: Path | None = None
-    predictions: Path | None = None
-    runtime: "RuntimeName" = "auto"
-    device: "Device" = "auto"
-    blind: bool = False
-    limit: int | None = None
-    seed: int = 0
-    max_new_tokens: int = 32
-    findings: Path | None = None
-    languages: Path | None = None
-    paraphrases: Path | None = None
-    fit_confidence: bool = False
-    selective_accuracy: float | None = None
-    allow_repetition: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,8 +127,7 @@ class MedMoEFamily:
         """See `med_moe.export`."""
         with needs("export"):
             from medmoe_edge.pipeline import med_moe
-        given = {name: value for name, value in vars(options).items() if name != "as_published"}
-        return med_moe.export(checkpoint, out, **given, progress=progress)
+        return med_moe.export(checkpoint, out, options, progress)
 
     def verify(self, bundle: Path, options: VerifyOptions, progress: "Progress") -> "Verification":
         """See `evaluation.verify`, and `med_moe.verify` against a checkpoint."""
@@ -223,15 +137,7 @@ class MedMoEFamily:
             return verify(bundle, progress=progress)
         with needs("export"):
             from medmoe_edge.pipeline import med_moe
-        return med_moe.verify(
-            bundle,
-            options.against,
-            options.data,
-            beside=options.beside,
-            vision_tower=options.vision_tower,
-            record=options.record,
-            progress=progress,
-        )
+        return med_moe.verify(bundle, options.against, options, progress)
 
     def evaluate(self, model: str, options: EvaluateOptions, progress: "Progress") -> AnswerScores:
         """Ask every question, and read the images that are not to train on."""
@@ -309,16 +215,7 @@ class ContrastiveFamily:
         """See `pipeline.contrastive.export_modality`."""
         with needs("export"):
             from medmoe_edge.pipeline.contrastive import export_modality
-        return export_modality(
-            checkpoint,
-            out,
-            precision="fp32" if options.precision == "fp32" else "int8",
-            prove_on=options.calibrate_on,
-            name=options.name,
-            as_published=options.as_published,
-            force=options.force,
-            progress=progress,
-        )
+        return export_modality(checkpoint, out, options, progress)
 
     def verify(self, bundle: Path, options: VerifyOptions, progress: "Progress") -> "Verification":
         """See `evaluation.contrastive`."""
@@ -335,9 +232,7 @@ class ContrastiveFamily:
             return verify_modality(bundle, progress=progress)
         with needs("export"):
             from medmoe_edge.pipeline.contrastive import verify_modality_on
-        return verify_modality_on(
-            bundle, options.against, options.data, record=options.record, progress=progress
-        )
+        return verify_modality_on(bundle, options.against, options, progress)
 
     def evaluate(
         self, model: str, options: EvaluateOptions, progress: "Progress"
@@ -524,7 +419,7 @@ def _seen(engine: "Engine", data: _Scored, scores: AnswerScores, told: _Told) ->
     return scores
 
 
-FAMILIES: Mapping[Kind, Family] = {"med-moe": MedMoEFamily(), "modality-moe": ContrastiveFamily()}
+FAMILIES: dict[Kind, Family] = {"med-moe": MedMoEFamily(), "modality-moe": ContrastiveFamily()}
 
 
 def family_of(model: str | Path) -> Family:

@@ -27,10 +27,12 @@ CacheArray = npt.NDArray[np.floating[Any]]
 
 
 class Step(NamedTuple):
-    """What one step yields: `logits` `[V]` of its last position, `router_logits` `[S, M, E]`.
+    """What one step yields.
 
-    M counts the layers with experts, 0 for a dense model. Of a model whose experts were left out in
-    part, E counts those too: see `own_logits`.
+    Attributes:
+        logits: `[V]`, of its last position.
+        router_logits: `[S, M, E]`; M counts the layers with experts, 0 for a dense model. Of a
+            model whose experts were left out in part, E counts those too: see `own_logits`.
     """
 
     logits: Floats
@@ -70,22 +72,50 @@ class PortableCache(Cache, Protocol):
 
 
 class Runtime(Protocol):
-    """A loaded model. Not thread-safe: one question at a time."""
+    """A loaded model. Not thread-safe: one question at a time.
+
+    Attributes:
+        name: Of the library that runs it, for people.
+        config: Of the model.
+    """
 
     name: str
     config: ModelConfig
 
     def encode_image(self, pixels: Floats) -> Floats:
-        """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`."""
+        """Run the vision tower and the projector.
+
+        Args:
+            pixels: Normalised, `[1, 3, S, S]`.
+
+        Returns:
+            Image tokens `[N, D]`.
+        """
 
     def embed(self, ids: list[int]) -> Floats:
-        """Token ids to embeddings `[S, D]`."""
+        """Look up token ids.
+
+        Args:
+            ids: Of S tokens.
+
+        Returns:
+            Embeddings `[S, D]`.
+        """
 
     def new_cache(self, capacity: int) -> Cache:
-        """An empty cache for `capacity` positions."""
+        """Make an empty cache.
+
+        Args:
+            capacity: Positions that it is to hold.
+        """
 
     def step(self, embeds: Floats, cache: Cache) -> Step:
-        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
+        """Run the decoder after what the cache holds, and extend the cache by S.
+
+        Args:
+            embeds: `[S, D]`.
+            cache: One of `new_cache`, with room for S more positions.
+        """
 
 
 @runtime_checkable

@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
+    from browser import Page
     from command_line import Run
     from typer.testing import Result
 
@@ -165,21 +166,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def tiny_tower(tiny_checkpoint: Callable[..., Path]) -> Callable[[Any], Any]:
-    """Does what `export_vision` does for tiny checkpoints: their towers are all the same, so it is
-    traced once.
-    """
-    from medmoe_edge.checkpoint.reader import read_checkpoint
-    from medmoe_edge.export.vision import export_vision
-
-    vision = export_vision(read_checkpoint(tiny_checkpoint()))
-    return lambda _: vision.clone()
-
-
-@pytest.fixture(scope="session")
 def tiny_bundle(
     tiny_checkpoint: Callable[..., Path],
-    tiny_tower: Callable[[Any], Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
     """`tiny_bundle("int8", "tiny-phi", top_k=2)`: the bundle of a tiny checkpoint, made once."""
@@ -191,11 +179,9 @@ def tiny_bundle(
     def make(precision: Any = "fp32", preset: str = "tiny", **options: Any) -> Path:
         out = root / str(len(list(root.iterdir())))
         checkpoint = tiny_checkpoint(preset, **options)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "export_vision", tiny_tower)
-            return build.export_bundle(
-                checkpoint, out, build.BuildOptions(precision=precision, name="tiny")
-            )
+        return build.export_bundle(
+            checkpoint, out, build.BuildOptions(precision=precision, name="tiny")
+        )
 
     return make
 
@@ -203,7 +189,6 @@ def tiny_bundle(
 @pytest.fixture
 def unlike_bundle(
     tiny_checkpoint: Callable[..., Path],
-    tiny_tower: Callable[[Any], Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
@@ -214,7 +199,6 @@ def unlike_bundle(
     from medmoe_edge.export.plan import Plan
 
     usual = Plan.format_of
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
     monkeypatch.setattr(
         Plan, "format_of", lambda plan, name: UNLIKE_FORMATS.get(name) or usual(plan, name)
     )
@@ -232,14 +216,15 @@ def proven_bundle(
     """An fp32 bundle that holds the proof of its fidelity on two questions; not to be changed."""
     from PIL import Image
 
-    from medmoe_edge.pipeline import med_moe
+    import medmoe_edge
 
     folder = tmp_path_factory.mktemp("proven")
     Image.new("L", (8, 8)).save(folder / "scan.png")
     line = '{"image": "scan.png", "question": "%s", "answer": "No", "modality": "xray"}'
     (folder / "questions.jsonl").write_text("\n".join(line % word for word in ("Is it?", "Where?")))
     shutil.copytree(tiny_bundle(), folder / "bundle")
-    med_moe.verify(folder / "bundle", tiny_checkpoint(), str(folder / "questions.jsonl"))
+    options = medmoe_edge.VerifyOptions(tiny_checkpoint(), str(folder / "questions.jsonl"))
+    medmoe_edge.verify(folder / "bundle", options)
     return folder / "bundle"
 
 
@@ -307,3 +292,18 @@ def few_questions_travel() -> Iterator[None]:
             return
         patch.setattr("medmoe_edge.pipeline.med_moe.QUESTIONS", 6)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Page"]:
+    """The browser that the tests of the page share."""
+    from browser import chromium
+
+    with chromium(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.fixture
+def page(browser: "Page") -> "Page":
+    browser.size(1440, 900)
+    return browser

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from experiments.ablation.results import show_ablation
-from experiments.ablation.run import ALL, ablate
+from experiments.ablation.run import ablate
 from medmoe_edge.cli.common import Json
 from medmoe_edge.errors import MedMoEError
 from medmoe_edge.render import console
@@ -37,6 +37,10 @@ def ablation(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Of phase 3, for each.", show_default="the recipe's")
     ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of what the variants draw.", show_default="the recipe's"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train variants of a model's structure alike, and show what each part is worth."""
@@ -47,8 +51,9 @@ def ablation(
                 run,
                 data,
                 output,
-                variants=variant or ALL,
+                variants=variant or (),
                 epochs=epochs,
+                seed=seed,
                 progress=bars,
             )
     except MedMoEError as error:

@@ -1,7 +1,8 @@
 """What each part of the structure is worth, all else being equal.
 
-Every variant starts from one run's phase-2 model and trains phase 3 with one recipe; then all
-answer the same questions on the same runtime.
+Every variant starts from one run's model before its experts began and trains what is left of the
+recipe: phase 3, or phases 2 and 3 where `experts_from` is "instruction". Then all answer the same
+questions on the same runtime.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.progress import Progress
+from torch import nn
 
 from experiments.ablation.results import (
     Ablation,
@@ -29,7 +31,7 @@ from experiments.ablation.results import (
     read_result,
     write_json,
 )
-from experiments.ablation.variants import MERGED, VARIANTS
+from experiments.ablation.variants import MERGED, VARIANTS, Start, Variant, applicable
 from medmoe_edge._types import Floats
 from medmoe_edge.data.datasets import Example, LabelledImage, read_examples, read_labels
 from medmoe_edge.engine.engine import Engine
@@ -46,19 +48,25 @@ from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Decoding, chosen_experts, greedy
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
-from medmoe_edge.training.data import Batches
-from medmoe_edge.training.loop import Session, accelerated
-from medmoe_edge.training.phases import Objective, fit_instructions
+from medmoe_edge.training.data import UNKNOWN, Batches, Views
+from medmoe_edge.training.initialise import dense_model, new_router
+from medmoe_edge.training.loop import Session, accelerated, load_state
+from medmoe_edge.training.phases import (
+    Objective,
+    fit_instructions,
+    tie_routers,
+    untie_routers,
+)
+from medmoe_edge.training.questions import Asking
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.report import PRECISION, RunReport
 from medmoe_edge.training.run import (
     data_files,
     read_corpus,
-    restore_instructed,
     trainable_config,
+    with_front,
 )
 
-ALL = tuple(VARIANTS)
 ROUNDS = 24  # questions that latencies are measured on
 TOKENS = 8  # decoded in every round, wherever the answer would end
 
@@ -69,30 +77,45 @@ def ablate(
     data: Path,
     out: Path,
     *,
-    variants: Sequence[str] = ALL,
+    variants: Sequence[str] = (),
     epochs: int | None = None,
+    seed: int | None = None,
     progress: Progress,
 ) -> Ablation:
     """Train and evaluate variants of the model that `train` made by `recipe` in the folder `run`.
 
-    `epochs` replaces those of the recipe's phase 3. The first variant is what the others are held
-    against. Each keeps its training state and its result in `out/NAME`, so a second call goes on
-    where the first was interrupted; only the latencies, which say something only side by side,
-    are measured again. The whole lies in `out/ablation.json` at the end.
+    The first variant is what the others are held against. Each keeps its training state and its
+    result in `out/NAME`, so a second call goes on where the first was interrupted; only the
+    latencies, which say something only side by side, are measured again. The whole lies in
+    `out/ablation.json` at the end.
 
-    Raises `InputError` for an unknown variant, and `DataError` where the run or the data cannot be
-    used, or where `out` holds another ablation.
+    Args:
+        recipe: That of the run.
+        run: Where `train` left its states.
+        data: What it was trained on.
+        out: Where the variants are kept.
+        variants: Names; all that apply where none is given.
+        epochs: Of phase 3, in place of the recipe's.
+        seed: Of what the variants draw, in place of the recipe's; the start is the run's.
+        progress: Shows how far it is.
+
+    Raises:
+        InputError: An unknown variant.
+        DataError: The run or the data cannot be used, or `out` holds another ablation.
     """
     for name in variants:
         if name not in VARIANTS:
-            raise InputError(f"There is no variant {name!r}.", f"Use some of: {', '.join(ALL)}.")
-    if not variants or len(set(variants)) < len(variants):
-        raise InputError("The variants are none, or one is named twice.", "Name each once.")
+            raise InputError(
+                f"There is no variant {name!r}.", f"Use some of: {', '.join(VARIANTS)}."
+            )
+    if len(set(variants)) < len(variants):
+        raise InputError("A variant is named twice.", "Name each once.")
     if epochs is not None:
         recipe = replace(recipe, moe=replace(recipe.moe, epochs=epochs))
-    experiment = _Experiment(recipe, run, data, out, progress)
-    entries = [experiment.entry(name) for name in variants]  # refuses at once
-    task = progress.add_task("variants", total=len(variants))
+    experiment = _Experiment(recipe, run, data, out, seed, progress)
+    chosen = variants or applicable(experiment.config)
+    entries = [experiment.entry(name) for name in chosen]  # refuses at once
+    task = progress.add_task("variants", total=len(entries))
     for entry in entries:
         experiment.finish(entry)
         progress.advance(task)
@@ -119,18 +142,34 @@ class _Entry:
 
     name: str
     folder: Path
+    variant: Variant
     model: MedMoE
-    objective: Objective
-    phase: PhaseConfig
+    router: nn.Linear | None
+    phases: dict[str, PhaseConfig]
     settings: dict[str, Any]
     engine: Engine
+
+
+class _Grouped(Batches):
+    """Batches for experts of several modalities, whose names join theirs."""
+
+    def modality_index(self, name: str | None) -> int:
+        """The expert that serves a modality."""
+        served = (at for at, own in enumerate(self.modalities) if name in own.split(MERGED))
+        return next(served, UNKNOWN)
 
 
 class _Experiment:
     """What all variants share: the recipe, the model they start from, the data."""
 
     def __init__(
-        self, recipe: Recipe, run: Path, data: Path, out: Path, progress: Progress
+        self,
+        recipe: Recipe,
+        run: Path,
+        data: Path,
+        out: Path,
+        seed: int | None,
+        progress: Progress,
     ) -> None:
         files = data_files(recipe, data)
         if files.questions is None or files.labels is None or files.validation is None:
@@ -139,50 +178,93 @@ class _Experiment:
                 "Give the data that the run was trained on.",
             )
         self.recipe, self.run, self.out, self.progress = recipe, run, out, progress
-        self.config, self.moe = trainable_config(recipe)
+        self.seed = recipe.seed if seed is None else seed
+        self.early = recipe.experts_from == "instruction"
         self.corpus = read_corpus(recipe, data)
+        self.config, self.moe = trainable_config(recipe, self.corpus)
+        if recipe.phrases:
+            asking = Asking(self.corpus.known, self.config.refusals)
+            self.corpus = replace(self.corpus, asking=asking)
         self.examples = read_examples(files.validation)
         labels = read_labels(files.labels)
         self.labels = [item for item in labels if item.split != "train"]
-        sources = [run / "instruction.safetensors", run / "tokenizer.json"]
-        sources += [files.questions, files.labels, files.validation]
+        self.begun = "alignment" if self.early else "instruction"
+        sources = [run / f"{self.begun}.safetensors", run / "tokenizer.json"]
+        sources += filter(None, (files.questions, files.labels, files.validation, files.findings))
         self.sources = {file.name: _sha256(file) for file in sources}
         self.tokenizer = Tokenizer.from_file(run / "tokenizer.json")
+        self.views: Views | None = None
         out.mkdir(parents=True, exist_ok=True)
         self.accelerator, _ = accelerated(recipe.precision, out / PRECISION)
 
     def entry(self, name: str) -> _Entry:
-        """A variant before phase 3; raises `DataError` where its folder holds another's work."""
+        """A variant before it learns; raises `DataError` where its folder holds another's work."""
         chosen = VARIANTS[name]
-        dense, router = restore_instructed(self.run, self.config, self.moe, self.recipe.instruction)
-        torch.manual_seed(self.recipe.seed)  # what a variant draws is the same after a resume
-        model = chosen.build(dense, router, self.config)
-        train = chosen.patterns(self.recipe.moe.train, model, self.moe.layers)
-        phase = replace(self.recipe.moe, train=train)
-        # a dense variant keeps the router beside it, as in phase 2, and never asks it
-        objective = Objective(model, None if model.config.moe else router, self.moe.layers)
+        start = self._start()
+        torch.manual_seed(self.seed)  # what a variant draws is the same after a resume
+        model = chosen.build(start)
+        left = {"moe": self.recipe.moe}
+        if self.early:
+            left = {"instruction": self.recipe.instruction} | left
+        phases = {
+            phase: replace(own, train=chosen.patterns(own.train, model, self.moe.layers))
+            for phase, own in left.items()
+        }
         settings = {
             "variant": name,
             "preset": self.recipe.preset,
-            "seed": self.recipe.seed,
-            "phase": phase.to_json(),
+            "seed": self.seed,
+            "phases": {phase: own.to_json() for phase, own in phases.items()},
             "sources": self.sources,
         }
+        # a dense variant keeps a router that has learned beside it, and never asks it
+        beside = None if self.early or model.config.moe else start.router
         engine = Engine(_Runtime(model), self.tokenizer, name, "")
-        entry = _Entry(name, self.out / name, model, objective, phase, settings, engine)
+        folder = self.out / name
+        entry = _Entry(name, folder, chosen, model, beside, phases, settings, engine)
         _claim(entry.folder, settings)
         if _file(entry).exists():
             self.result(entry)
         return entry
 
+    def _start(self) -> Start:
+        """What the run had before its experts began; raises `DataError` where it has none."""
+        dense, router = dense_model(self.config), new_router(self.config, self.seed)
+        state = self.run / f"{self.begun}.safetensors"
+        phase: PhaseConfig = getattr(self.recipe, self.begun)
+        objective = (
+            Objective(dense, None, ()) if self.early else Objective(dense, router, self.moe.layers)
+        )
+        done = load_state(state, objective, [])
+        if done != phase.epochs:
+            raise DataError(
+                f"{state} has done {done} of the recipe's {phase.epochs} epochs.",
+                "Finish the run with: medmoe-edge train; or give its own recipe.",
+            )
+        return Start(dense, router, self.config, self.early)
+
     def finish(self, entry: _Entry) -> None:
         """Train and evaluate what has not been done."""
-        names = entry.engine.expert_names
-        batches = Batches(self.config, self.tokenizer, names, self.recipe.seed)
+        model, layers = entry.model, self.moe.layers
+        batches = _Grouped(self.config, self.tokenizer, entry.engine.expert_names, self.seed)
+        batches.reword = self.recipe.phrases
+        if self.recipe.views:
+            if self.views is None:  # of the front, which no variant teaches
+                batches.keep_views(with_front(model.vision), self.recipe.views)
+                self.views = batches.views
+            batches.views = self.views
         report = RunReport(entry.folder, self.progress, lambda line: None, tensorboard=False)
-        session = Session(entry.folder, self.recipe.seed, self.accelerator, report)
-        fit_instructions("moe", entry.objective, self.corpus, entry.phase, batches, session)
-        entry.model.cpu()
+        session = Session(entry.folder, self.seed, self.accelerator, report)
+        one_router = self.early and entry.variant.names and model.config.moe is not None
+        if one_router:
+            tie_routers(model)
+        for name, phase in entry.phases.items():
+            if name == "moe" and one_router:
+                untie_routers(model)
+            fit_instructions(
+                name, Objective(model, entry.router, layers), self.corpus, phase, batches, session
+            )
+        model.cpu()
         if not _file(entry).exists():
             write_json(_file(entry), asdict(self._evaluated(entry)))
 
@@ -268,7 +350,7 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ResourceError(
             f"{folder} cannot be made ({error.strerror}).", "Choose another output folder."
         ) from error
-    if not file.exists() and not (folder / "moe.safetensors").exists():
+    if not file.exists() and not any(folder.glob("*.safetensors")):
         write_json(file, settings)
     elif read_json(file) != settings:
         raise DataError(

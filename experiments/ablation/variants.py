@@ -1,8 +1,9 @@
 """The structures that an ablation compares, all made from one dense model and one router.
 
-An upcycled layer starts as `p FFN(x) + FFN(x)`: expert and meta expert are copies, and the frozen
-router is nearly certain (p about 1). The dense layers start as `2 FFN(x)` likewise, so that what
-differs between the variants is their structure.
+An upcycled layer starts as `p FFN(x) + FFN(x)`: expert and meta expert are copies, and p is the
+router's probability of the expert: about 1 where it has learned, one of the number of experts where
+it is new. The dense layers start as `(p + 1) FFN(x)` likewise, so that what differs between the
+variants is their structure.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import filter as matching
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,16 +24,41 @@ MERGED = "+"  # joins the modalities of an expert that serves several
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a variant begins as: a model without experts, and a router for experts as in `config`.
+
+    `new` says that the router knows nothing yet, as where experts learn from phase 2 on.
+    """
+
+    dense: MedMoE
+    router: nn.Linear
+    config: ModelConfig
+    new: bool
+
+    def upcycled(self, router: nn.Linear | None = None, **moe: Any) -> MedMoE:
+        """With experts, in place; `moe` is what of them is another."""
+        config = replace(self.config, moe=replace(_moe(self.config), **moe))
+        return upcycle(self.dense, self.router if router is None else router, config)
+
+
+@dataclass(frozen=True)
 class Variant:
     """One row of the table.
 
-    `build(dense, router, config)` turns the phase-2 model, in place, into the one to train; `train`
-    is a pattern of what learns beside the recipe's own patterns in each layer that had experts.
+    Attributes:
+        description: In words.
+        build: Turns a start, in place, into the model to train.
+        train: A pattern of what learns beside the recipe's own patterns in each layer that had
+            experts.
+        experts: How many experts it has, where it is about that.
+        names: Whether its router is taught which modality an image is of.
     """
 
     description: str
-    build: Callable[[MedMoE, nn.Linear, ModelConfig], MedMoE]
+    build: Callable[[Start], MedMoE]
     train: str | None = None
+    experts: int | None = None
+    names: bool = True
 
     def patterns(
         self, recipe: tuple[str, ...], model: MedMoE, layers: tuple[int, ...]
@@ -43,55 +70,66 @@ class Variant:
         return (*kept, *own)
 
 
-def _without_meta(dense: MedMoE, router: nn.Linear, config: ModelConfig) -> MedMoE:
-    return upcycle(dense, router, _with(config, meta_expert=False))
+def _without_meta(start: Start) -> MedMoE:
+    return start.upcycled(meta_expert=False)
 
 
-def _top_2(dense: MedMoE, router: nn.Linear, config: ModelConfig) -> MedMoE:
-    return upcycle(dense, router, _with(config, top_k=2))
+def _top_2(start: Start) -> MedMoE:
+    return start.upcycled(top_k=2)
 
 
-def _two_experts(dense: MedMoE, router: nn.Linear, config: ModelConfig) -> MedMoE:
+def _fewer(count: int) -> Callable[[Start], MedMoE]:
     """Neighbouring experts become one; its router row is the mean of theirs."""
-    names = _moe(config).expert_names
-    if len(names) != 4:
-        raise DataError(
-            f"The variant two-experts merges four experts, the preset has {len(names)}.",
-            "Leave it out.",
+
+    def build(start: Start) -> MedMoE:
+        names = _moe(start.config).expert_names
+        if len(names) <= count:
+            raise DataError(
+                f"A variant of {count} experts merges those of more modalities, the recipe has "
+                f"{len(names)}.",
+                "Leave it out.",
+            )
+        groups = np.array_split(np.arange(len(names)), count)
+        merged = nn.Linear(start.router.in_features, count, bias=start.router.bias is not None)
+        merged.load_state_dict(
+            {
+                name: torch.stack([rows[group].mean(0) for group in groups])
+                for name, rows in start.router.state_dict().items()
+            }
         )
-    merged = nn.Linear(router.in_features, 2, bias=router.bias is not None)
-    means = {name: rows.unflatten(0, (2, 2)).mean(1) for name, rows in router.state_dict().items()}
-    merged.load_state_dict(means)
-    pairs = (MERGED.join(names[:2]), MERGED.join(names[2:]))
-    return upcycle(dense, merged, _with(config, num_experts=2, expert_names=pairs))
+        joined = tuple(MERGED.join(names[at] for at in group) for group in groups)
+        return start.upcycled(merged, num_experts=count, expert_names=joined)
+
+    return build
 
 
-def _learned_router(dense: MedMoE, router: nn.Linear, config: ModelConfig) -> MedMoE:
+def _learned_router(start: Start) -> MedMoE:
     """Every layer learns a router of its own, so its experts stand for no modality by name."""
-    model = upcycle(dense, router, _with(config, expert_names=()))
+    model = start.upcycled(expert_names=())
     for layer in model.config.moe_layers:
         model.moe_layer(layer).router.reset_parameters()
     return model
 
 
-def _dense_activated(dense: MedMoE, _: nn.Linear, config: ModelConfig) -> MedMoE:
-    moe = _moe(config)
-    return _dense(dense, config, moe.top_k + moe.meta_expert)
+def _dense_activated(start: Start) -> MedMoE:
+    moe = _moe(start.config)
+    return _dense(start, moe.top_k + moe.meta_expert)
 
 
-def _dense_total(dense: MedMoE, _: nn.Linear, config: ModelConfig) -> MedMoE:
-    moe = _moe(config)
-    return _dense(dense, config, moe.num_experts + moe.meta_expert)
+def _dense_total(start: Start) -> MedMoE:
+    moe = _moe(start.config)
+    return _dense(start, moe.num_experts + moe.meta_expert)
 
 
-def _dense(dense: MedMoE, config: ModelConfig, copies: int) -> MedMoE:
-    decoder, moe = config.decoder, _moe(config)
+def _dense(start: Start, copies: int) -> MedMoE:
+    decoder, moe = start.config.decoder, _moe(start.config)
     wide = replace(decoder, intermediate_size=copies * decoder.intermediate_size)
+    chance = 1.0 / moe.num_experts if start.new else 1.0
     for index in moe.layers:
-        layer = dense.decoder.layers[index]
+        layer = start.dense.decoder.layers[index]
         ffn = layer.get_submodule("ffn")
-        layer.ffn = widen(ffn, type(ffn)(wide), total=1.0 + moe.meta_expert)
-    return dense
+        layer.ffn = widen(ffn, type(ffn)(wide), total=chance + moe.meta_expert)
+    return start.dense
 
 
 @torch.no_grad()
@@ -119,27 +157,32 @@ def _shares(copies: int, units: int) -> Tensor:
     return torch.distributions.Dirichlet(torch.ones(copies)).sample((units,)).T.flatten()
 
 
-def _with(config: ModelConfig, **moe: Any) -> ModelConfig:
-    return replace(config, moe=replace(_moe(config), **moe))
-
-
 def _moe(config: ModelConfig) -> MoEConfig:
     assert config.moe is not None
     return config.moe
 
 
 VARIANTS: dict[str, Variant] = {
-    "baseline": Variant("as the recipe has it: experts, meta expert, frozen router", upcycle),
+    "baseline": Variant("as the recipe has it: experts, meta expert, router", Start.upcycled),
     "no-meta": Variant("no meta expert", _without_meta),
-    "two-experts": Variant(
-        "two experts of two modalities each, router rows averaged", _two_experts
-    ),
+    "one-expert": Variant("one expert for all modalities", _fewer(1), experts=1),
+    "two-experts": Variant("two experts, each of several modalities", _fewer(2), experts=2),
+    "four-experts": Variant("four experts, some of several modalities", _fewer(4), experts=4),
     "top-2": Variant("k = 2: two experts for each token", _top_2),
     "learned-router": Variant(
-        "router learns from the answers alone, from random weights", _learned_router, "ffn.router.*"
+        "router learns from the answers alone, from random weights",
+        _learned_router,
+        "ffn.router.*",
+        names=False,
     ),
     "dense-activated": Variant(
         "dense, as many parameters as run per token", _dense_activated, "ffn.*"
     ),
     "dense-total": Variant("dense, as many parameters as all experts have", _dense_total, "ffn.*"),
 }
+
+
+def applicable(config: ModelConfig) -> tuple[str, ...]:
+    """The variants that differ from a model of this configuration."""
+    count = _moe(config).num_experts
+    return tuple(name for name, each in VARIANTS.items() if (each.experts or 0) < count)

@@ -146,14 +146,22 @@ def attention_function(decoder: DecoderConfig, parser: Parser) -> ir.Function:
     steps = positions(build, values["q"], values["start"])  # [S]
     rotate = rotated if "RotaryEmbedding" in parser.operators else _rotated_by_hand
     query, key = (rotate(build, values, name, steps, decoder) for name in "qk")
-    written = _written if parser.in_place else _copied
-    caches = [
-        written(build, values[f"past_{name}"], new, values["start"], steps, decoder)
-        for name, new in (("key", key), ("value", heads(build, values["v"], decoder)))
-    ]
+    pasts = values["past_key"], values["past_value"]  # [1, H, C, head_size]
+    new = key, heads(build, values["v"], decoder)  # [1, H, S, head_size]
+    if parser.in_place:
+        start = values["start"]
+        caches = [
+            build.op("TensorScatter", *pair, start, axis=-2)
+            for pair in zip(pasts, new, strict=True)
+        ]
+    else:
+        caches = [_copied(build, *pair, steps, decoder) for pair in zip(pasts, new, strict=True)]
     mask = build.op("Unsqueeze", visible(build, caches[0], steps), build.constant([0, 1]))
-    attend = _attention if "Attention" in parser.operators else _attention_by_hand
-    y = merged(build, attend(build, query, caches[0], caches[1], mask, decoder))
+    if "Attention" in parser.operators:  # [1, H, S, head_size], scaled by 1 / sqrt(head_size)
+        attended = build.op("Attention", query, *caches, mask)
+    else:
+        attended = _attention_by_hand(build, query, *caches, mask, decoder)
+    y = merged(build, attended)
     graph = ir.Graph(
         list(values.values()),
         [y, *caches],
@@ -179,27 +187,14 @@ def _rotated_by_hand(
     return build.op("Concat", first, second, *others, axis=-1)
 
 
-def _written(
-    build: Builder,
-    past: ir.Value,
-    new: ir.Value,
-    start: ir.Value,
-    steps: ir.Value,
-    decoder: DecoderConfig,
-) -> ir.Value:
-    """The cache `[1, H, C, head_size]` with new rows `[1, H, S, head_size]` from `start` on."""
-    return build.op("TensorScatter", past, new, start, axis=-2)
-
-
 def _copied(
     build: Builder,
     past: ir.Value,
     new: ir.Value,
-    start: ir.Value,
     steps: ir.Value,
     decoder: DecoderConfig,
 ) -> ir.Value:
-    """The same by ScatterND, whose indices `[1, H, S, 3]` name a row each."""
+    """A cache with new rows, by ScatterND, whose indices `[1, H, S, 3]` name a row each."""
     length = build.op("Shape", new, start=2, end=3)
     shape = build.op("Concat", build.constant([1, decoder.heads]), length, axis=0)
     head = build.constant(np.arange(decoder.heads)[None, :, None])
@@ -207,18 +202,6 @@ def _copied(
     last = build.constant([-1])
     indices = [build.op("Unsqueeze", build.op("Expand", column, shape), last) for column in columns]
     return build.op("ScatterND", past, build.op("Concat", *indices, axis=-1), new)
-
-
-def _attention(
-    build: Builder,
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    mask: ir.Value,
-    decoder: DecoderConfig,
-) -> ir.Value:
-    """`[1, H, S, head_size]`, scaled by 1 / sqrt(head_size)."""
-    return build.op("Attention", query, key, value, mask)
 
 
 def _attention_by_hand(
@@ -229,7 +212,7 @@ def _attention_by_hand(
     mask: ir.Value,
     decoder: DecoderConfig,
 ) -> ir.Value:
-    """The same; queries are scaled before the product, which fp16 might not hold otherwise."""
+    """Attention; queries are scaled before the product, which fp16 might not hold otherwise."""
     scale = build.constant(1 / math.sqrt(decoder.head_size), np.float32)
     keys = build.op("Transpose", key, perm=[0, 1, 3, 2])
     scores = build.op("MatMul", build.op("Mul", query, scale), keys)

@@ -27,13 +27,13 @@ from medmoe_edge.archive.store import (
     busy,
     check_model,
     connect,
-    file_sha256,
     new_vectors,
     read_header,
     read_vectors,
     unwritable,
     using,
 )
+from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import unit

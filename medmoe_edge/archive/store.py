@@ -10,7 +10,6 @@ An index derives from patients' images and is as confidential: its folder is for
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import sqlite3
 import time
@@ -25,6 +24,7 @@ import numpy.typing as npt
 import onnxruntime  # noqa: F401
 from usearch.index import Index
 
+from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Reading, unit
@@ -113,12 +113,6 @@ def read_vectors(folder: Path, header: Header, *, view: bool) -> Index:
 def new_vectors(size: int) -> Index:
     """No vectors yet. All are compared with a query, so the graph is as small as it can be."""
     return Index(ndim=size, metric="cos", dtype="f16", connectivity=2, expansion_add=1)
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

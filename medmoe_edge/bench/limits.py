@@ -44,6 +44,7 @@ TRIAL = 128 * 2**20  # bytes, of which a process takes twice as many
 JOIN = ("sh", "-c", 'echo $$ > "$0" && exec "$@"')
 PATIENCE = 10.0  # seconds for the last page of a group's last process to be given back
 Prefix = tuple[str, ...]  # what to put before a command
+Ways = Mapping[str, Callable[[int], AbstractContextManager[Prefix]]]  # by a name for people
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def bench_limited(
     *,
     checkpoint: str | None = None,
     rounds: int = 5,
+    ways: Ways | None = None,
     progress: Progress = no_progress,
 ) -> LimitBench:
     """Measure a bundle and peers under a limit on all of a process's memory.
@@ -118,6 +120,7 @@ def bench_limited(
         peers: What is measured beside it.
         checkpoint: What peers load; random weights of the same shapes by default.
         rounds: Turns of each, or fewer if they take long.
+        ways: How a limit may be set; `WAYS` by default.
         progress: Told of each model.
 
     Returns:
@@ -129,11 +132,12 @@ def bench_limited(
     """
     bundle = find_bundle(model)
     _, least, amounts = expert_budgets(bundle, BUDGETS)
-    shape, how = shape_of(bundle), find_limit()
+    ways = WAYS if ways is None else ways
+    shape, how = shape_of(bundle), find_limit(ways)
     found = []
     if how is not None:
         weights = checkpoint_path(checkpoint) if checkpoint else None
-        with WAYS[how](limit) as prefix, Materials(bundle, weights) as materials:
+        with ways[how](limit) as prefix, Materials(bundle, weights) as materials:
             run = _Run(materials, shape, prefix, rounds)
             progress(bundle.name, 0, 1 + len(peers))
             found.append(run.ours(sorted({least, *amounts}, reverse=True)))
@@ -198,13 +202,15 @@ class _Run:
 
 
 @contextmanager
-def control_group(limit: int) -> Iterator[Prefix]:
+def control_group(
+    limit: int, membership: Path = MEMBERSHIP, groups: Path = GROUPS
+) -> Iterator[Prefix]:
     """A group of version 1 for processes of `limit` bytes together; raises `OSError`."""
-    lines = (line.split(":", 2) for line in MEMBERSHIP.read_text().splitlines())
+    lines = (line.split(":", 2) for line in membership.read_text().splitlines())
     own = [path for _, controllers, path in lines if "memory" in controllers.split(",")]
     if not own:
-        raise FileNotFoundError(f"{MEMBERSHIP} names no such controller")
-    group = GROUPS / own[0].lstrip("/") / f"medmoe-edge-{os.getpid()}"
+        raise FileNotFoundError(f"{membership} names no such controller")
+    group = groups / own[0].lstrip("/") / f"medmoe-edge-{os.getpid()}"
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(limit))
@@ -224,15 +230,15 @@ def systemd_scope(limit: int) -> Iterator[Prefix]:
     yield (program, *whose, "--scope", "--quiet", "--collect", *properties, "--")
 
 
-WAYS: dict[str, Callable[[int], AbstractContextManager[Prefix]]] = {
+WAYS: Ways = {
     "a control group": control_group,
     "a scope of systemd's": systemd_scope,
 }
 
 
-def find_limit() -> str | None:
-    """Which of `WAYS` binds on this machine; None where none does."""
-    for name, way in WAYS.items():
+def find_limit(ways: Ways = WAYS) -> str | None:
+    """Which of the ways binds on this machine; None where none does."""
+    for name, way in ways.items():
         with contextlib.suppress(OSError), way(TRIAL) as prefix:
             if _takes(prefix, TRIAL // 4) and not _takes(prefix, 2 * TRIAL):
                 return name

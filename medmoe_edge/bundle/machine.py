@@ -1,5 +1,6 @@
 """This machine: what its processor computes with, on which a proof holds, and its memory."""
 
+import contextlib
 import ctypes
 import math
 import os
@@ -187,6 +188,17 @@ def available_memory(system: Path = SYSTEM) -> int | None:
     if kernel is None:
         return None
     return int(max(min(int(kernel[1]) * 1024, *_left_by_groups(system)), 0))
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system, which glibc would keep for what comes next."""
+    call_glibc("malloc_trim", 0)
+
+
+def call_glibc(name: str, *arguments: int) -> None:
+    """Call a function of glibc's own with whole numbers; nothing happens with another C library."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6")[name](*arguments)
 
 
 def _left_by_groups(system: Path) -> Iterator[float]:

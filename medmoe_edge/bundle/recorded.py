@@ -38,6 +38,8 @@ DIMS, DATA_TYPE, FLOAT_DATA, NAME, RAW_DATA, EXTERNAL_DATA = 1, 2, 4, 8, 9, 13  
 KEY, VALUE = 1, 2  # of an entry of its external data
 
 FLOATS: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2"), 11: np.dtype("<f8")}
+Array = npt.NDArray[Any]
+Stored = tuple[Array, Array | None]  # a matrix and its scales
 INTEGERS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint8), 3: np.dtype(np.int8)}
 
 
@@ -127,8 +129,7 @@ def _initializers(
 
 
 def _sound(name: str, array: npt.NDArray[Any]) -> bool:
-    zero = name.endswith(".scale") and not array.all()
-    return not zero and bool(np.isfinite(array).all())
+    return bool(np.isfinite(array).all() and (array.all() or not name.endswith(".scale")))
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
@@ -160,9 +161,6 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
             return value, at
 
 
-Array = npt.NDArray[Any]
-
-
 AT_MOST = 400_000  # marks of a kind in a file, each of two bytes
 OF_ONE = 16_384  # norms of one matrix, while they are collected
 STEPS = 256  # in an octave
@@ -170,7 +168,8 @@ LEAST = 1e-24  # of a squared norm: weights of nothing
 
 FLOAT = 32  # bits of a weight that is stored as a float, whether of 32 bits or of 16
 
-# By bits of a weight: how far rounding may move norms, in octaves, and a matrix, relatively.
+# By bits of a weight: how far rounding may move norms, in octaves, and a matrix, relatively; up to
+# twice that where the export says so, as GPTQ moves weights whose inputs it has hardly seen.
 MOVED = {8: 0.02, 4: 0.15}
 ROUNDED = {FLOAT: 0.01, 8: 0.05, 4: 0.15, 3: 0.6, 2: 0.9}
 
@@ -187,8 +186,8 @@ FUSED, PARTS = ".attention.qkv.", "qkv"  # stored as one matrix
 
 @dataclass(frozen=True)
 class MarkedMatrix(Config):
-    """A matrix `[rows, columns]`: its bits, the scales of a row, and how many neighbouring norms
-    and sums stand as one.
+    """A matrix `[rows, columns]`: its bits, the scales of a row, how many neighbouring norms and
+    sums stand as one, and how far its own rounding moved it, relatively.
     """
 
     name: str
@@ -198,6 +197,13 @@ class MarkedMatrix(Config):
     groups: int
     norm_block: int = 1
     sum_block: int = 1
+    rounding: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """How far the stored matrix may be from the checkpoint's, relatively."""
+        usual = ROUNDED.get(self.bits, 1.0)
+        return min(max(usual, 1.5 * self.rounding), 2 * usual)  # few sums stand for it
 
     @property
     def norms(self) -> int:
@@ -273,11 +279,11 @@ class SignatureMaker:
     def __init__(self) -> None:
         self._found: dict[str, tuple[MarkedMatrix, Floats, Floats]] = {}
 
-    def keep(self, name: str, bits: int, columns: int, marks: Marks) -> None:
-        """The marks of a matrix of so many columns; in the place of earlier ones of its name."""
+    def keep(self, name: str, bits: int, columns: int, marks: Marks, moved: float = 0) -> None:
+        """The marks of a matrix of so many columns; `moved` by rounding, relatively."""
         rows, groups = marks.squares.shape
         block = -(-rows * groups // OF_ONE)
-        matrix = MarkedMatrix(name, rows, columns, bits, groups, block)
+        matrix = MarkedMatrix(name, rows, columns, bits, groups, block, rounding=round(moved, 3))
         self._found[name] = matrix, _blocks(marks.squares.ravel(), block), marks.sums
 
     def signature(self) -> Signature:
@@ -318,14 +324,16 @@ def compare_weights(bundle: AnyBundle[Any]) -> Compared | None:
     Raises `BundleError` for damaged marks.
     """
     signature = signature_of(bundle)
-    return None if signature is None else compare_signature(bundle, signature)
+    if signature is None:
+        return None
+    found = compare_signature(dict(stored_matrices(bundle)), signature)
+    return replace(found, wrong=tuple(dict.fromkeys((*found.wrong, *_paged_otherwise(bundle)))))
 
 
 @np.errstate(invalid="ignore", over="ignore")  # of weights that are not finite
-def compare_signature(bundle: AnyBundle[Any], signature: Signature) -> Compared:
-    """Hold the bundle's stored matrices against a signature; one that is not there is wrong."""
+def compare_signature(stored: Mapping[str, Stored], signature: Signature) -> Compared:
+    """Hold matrices as `stored_matrices` gives them against a signature; a missing one is wrong."""
     wrong = {matrix.name: "" for matrix in signature.matrices}
-    stored = dict(stored_matrices(bundle))
     scales, alone, moved, worst = 0, 0, 0.0, 0.0
     found: dict[str, Array] = {}
     for matrix, norms, sums in signature.each():
@@ -340,9 +348,9 @@ def compare_signature(bundle: AnyBundle[Any], signature: Signature) -> Compared:
         count = 0 if scale is None else scale.size
         scales, alone = scales + count, alone + (count if count and matrix.sees(count) else 0)
         moved, worst = max(moved, float(off)), max(worst, float(error))
-        if off <= matrix.tolerance and error <= ROUNDED.get(matrix.bits, 1.0):
+        if off <= matrix.tolerance and error <= matrix.error:
             del wrong[matrix.name]
-    odd = dict.fromkeys((*_exchanged(signature, found), *_paged_otherwise(bundle)), "")
+    odd = dict.fromkeys(_exchanged(signature, found), "")
     return Compared(scales, tuple(wrong | odd), moved, worst, alone)
 
 
@@ -391,7 +399,7 @@ def _paged_otherwise(bundle: AnyBundle[Any]) -> Iterator[str]:
             yield name
 
 
-def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, tuple[Array, Array | None]]]:
+def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, Stored]]:
     """Every matrix of the bundle's graphs that has marks, under the checkpoint's names; not copied.
 
     Integers with scales, both as stored: `[K, N]` of int8 and `[N]`, or packed `[N, G, n]` of uint8
@@ -448,8 +456,6 @@ def _marks_of(matrix: MarkedMatrix, integers: Array, scale: Array | None) -> Mar
 
 def _blocks(values: Array, block: int) -> Array:
     """Sums over `block` neighbours."""
-    if block == 1:
-        return values
     return np.add.reduceat(values, np.arange(0, len(values), block))
 
 
@@ -512,10 +518,7 @@ def recorded_file(bundle: AnyBundle[Any]) -> str | None:
 
 
 def signature_of(bundle: AnyBundle[Any]) -> Signature | None:
-    """The checkpoint's marks that travel with a bundle; None where none do.
-
-    Raises `BundleError` for a damaged file.
-    """
+    """The marks that a bundle carries, if any; raises `BundleError` for a damaged file."""
     return None if recorded_file(bundle) is None else read_recorded(bundle).signature
 
 
@@ -537,9 +540,7 @@ def read_recorded(bundle: AnyBundle[Any]) -> Recorded:
         about = json.loads(arrays.pop(ABOUT).tobytes())
         signature = None
         if about[MATRICES] is not None:
-            matrices = tuple(
-                MarkedMatrix.from_json(values, f"{path} matrix") for values in about[MATRICES]
-            )
+            matrices = tuple(MarkedMatrix.from_json(m, f"{path} matrix") for m in about[MATRICES])
             signature = Signature(matrices, arrays.pop("norms"), arrays.pop("sums"))
         return Recorded(signature, dict(about[ABOUT]), arrays)
     except (

@@ -1,14 +1,7 @@
-"""Checkpoints of MedMoE: our own folder, and towers as others publish them.
+"""Checkpoints of MedMoE: config.json, tokenizer.json, and fp32 by our parameter names in
+model.safetensors.index.json, model-0000x-of-0000y.safetensors or a single model.safetensors.
 
-    ours: config.json, tokenizer.json, and fp32 by our parameter names in
-      model.safetensors.index.json, model-0000x-of-0000y.safetensors
-    theirs: a folder with a Swin or BERT in the layout of the Hugging Face hub
-
-In both a single model.safetensors is read as well.
-
-A published tower may lie at any depth of a larger model (`swin.`, `bert.`, or as the authors'
-Lightning module calls it): it is found by its patch or word embedding, and the prefix stripped.
-A whole model under the names of the authors' repository (GitHub `shivangchopra11/MedMoE`, which
+A model under the names of the authors' repository (GitHub `shivangchopra11/MedMoE`, which
 holds no weights) is read beside a config.json of ours, once the `state_dict` of its Lightning
 checkpoint is saved as safetensors. Nothing is ever unpickled.
 
@@ -39,8 +32,7 @@ from medmoe_edge.checkpoint.tensors import (
 )
 from medmoe_edge.config_contrastive import SCORES, ModalityConfig
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.models.contrastive import BertTower, ModalityMoE
-from medmoe_edge.models.swin import SwinTower
+from medmoe_edge.models.contrastive import ModalityMoE
 
 MODEL_TYPE = "modality-moe"
 SHARD_BYTES = 16 * 2**20  # what ships inside the package lies in files of less than 25 MB
@@ -75,7 +67,6 @@ _BERT_LAYER = {name.removeprefix("attention."): key for name, key in _ATTENTION.
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
 }
-# constants that older versions stored, and what only pre-training needs
 _PUBLISHED = ".moe.experts.0.proj_convs."
 # what the authors' module holds and never computes with
 _BESIDE = (
@@ -83,6 +74,7 @@ _BESIDE = (
     "image_encoder.local_embedder.",
     "text_encoder.model.pooler.",
 )
+# constants that older versions stored, and what only pre-training needs
 _UNUSED = ("relative_position_index", "position_ids", "mask_token")
 
 
@@ -107,27 +99,6 @@ def bert_name(name: str) -> str:
         _, index, inner = module.split(".")
         return f"encoder.layer.{index}.{_BERT_LAYER[inner]}.{part}"
     return f"{_BERT_TOP[module]}.{part}"
-
-
-def load_swin(tower: SwinTower, folder: Path) -> None:
-    """Fill a tower with published weights; it stays as it was where they do not fit.
-
-    Raises `CheckpointError` for a missing, surplus or differently shaped tensor.
-    """
-    _load_tower(tower, folder, swin_name, "Swin")
-
-
-def load_bert(tower: BertTower, folder: Path) -> None:
-    """Fill a tower with published weights, as `load_swin`; their heads are in `config.json`."""
-    described = folder / "config.json"
-    data = read_json(described) if described.exists() else {}
-    heads = tower.heads
-    if data.get("num_attention_heads", heads) != heads or data.get("hidden_act", "gelu") != "gelu":
-        raise CheckpointError(
-            f"{described} is not of a BERT with {heads} heads and exact GELU.",
-            "Use the BERT that the configuration describes.",
-        )
-    _load_tower(tower, folder, bert_name, "BERT")
 
 
 def write_modality_checkpoint(
@@ -223,29 +194,6 @@ def modality_sha256(folder: Path) -> str:
     besides = (folder / name for name in ("config.json", INDEX_FILE, "tokenizer.json", SCORES))
     weights = {stored.file for stored in read_headers(folder).values()}
     return files_sha256(weights | {path for path in besides if path.exists()}).total
-
-
-def _load_tower(tower: nn.Module, folder: Path, rename: Callable[[str], str], kind: str) -> None:
-    stored = read_headers(Path(folder))
-    anchor = rename(next(iter(tower.state_dict())))
-    prefixes = [key.removesuffix(anchor) for key in stored if f".{key}".endswith(f".{anchor}")]
-    if len(prefixes) != 1:
-        raise CheckpointError(
-            f"{folder} holds {len(prefixes)} {kind} towers.",
-            f"Give a folder with one {kind} in the layout of the Hugging Face hub.",
-        )
-    inside = {
-        _modern(key.removeprefix(prefixes[0])): tensor
-        for key, tensor in stored.items()
-        if key.startswith(prefixes[0]) and not key.endswith(_UNUSED)
-    }
-    matched = _match(tower, inside, rename)
-    known = {rename(name) for name in matched}
-    for key, tensor in inside.items():
-        # what lies beside these, such as a pooler or a classifier, is no part of the tower
-        if key.startswith(("embeddings.", "encoder.")) and key not in known:
-            raise _surplus(tensor.key)
-    _copy(tower, matched)
 
 
 def _modern(key: str) -> str:

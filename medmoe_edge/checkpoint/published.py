@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.errors import CheckpointError, InputError
 
@@ -232,14 +233,9 @@ def published(folder: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
     changed = []
     for name, sha256 in recorded.items():
         path = folder / name
-        found = hashes.get(name) or (_sha256(path) if path.is_file() else None)
+        found = hashes.get(name) or (file_sha256(path) if path.is_file() else None)
         if found != sha256:
             changed.append(name)
     if changed:
         log.warning("%s: changed since it was pulled: %s.", folder, ", ".join(changed))
     return {"published": {**pulled.to_json(), "files": recorded, "changed": changed}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

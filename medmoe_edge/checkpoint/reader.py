@@ -84,9 +84,14 @@ class MergedTensor:
 class Checkpoint:
     """A checked checkpoint; iterating yields `(our name, tensor)`, each read when it is reached.
 
-    `names` maps our parameter names to shape, dtype and place; `twins` those that the official
-    code stored a second time under a tied name. `warnings` say where its authors' own code would
-    compute something else. `whole` is the checkpoint that experts were left out of.
+    Attributes:
+        folder: Its files.
+        config: Of the model.
+        tokenizer_file: In the form of the `tokenizers` library, if it has that.
+        names: Our parameter names, with shape, dtype and place.
+        twins: Those that the official code stored a second time under a tied name.
+        warnings: Where its authors' own code would compute something else.
+        whole: The checkpoint that experts were left out of.
     """
 
     folder: Path
@@ -169,8 +174,14 @@ class Checkpoint:
 def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkpoint:
     """Open an official folder (current or legacy layout); no tensor data is read yet.
 
-    `vision_tower` is a folder with a `CLIPVisionModel` to use instead of the stored tower or of
-    the path in `config.json`. Raises `CheckpointError` or `ConfigError`.
+    Args:
+        folder: With weights and `config.json`.
+        vision_tower: A folder with a `CLIPVisionModel` to use instead of the stored tower or of the
+            path in `config.json`.
+
+    Raises:
+        CheckpointError: The files are missing, damaged, or not those of the configuration.
+        ConfigError: The configuration cannot be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -205,9 +216,11 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
 
 
 def as_checkpoint(checkpoint: Path | Checkpoint, *, vision_tower: Path | None = None) -> Checkpoint:
-    """A checkpoint that is open already, or else its folder opened as `read_checkpoint` does.
+    """Open a checkpoint, unless it is: so it is read and hashed once for all steps that need it.
 
-    What is handed on open is read and hashed once, however many steps need it.
+    Args:
+        checkpoint: Open, or a folder.
+        vision_tower: As of `read_checkpoint`, as are the errors.
     """
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
@@ -390,10 +403,17 @@ def _match(
 
 
 def import_router(path: Path) -> dict[str, torch.Tensor]:
-    """`weight` `[E, D]` and `bias` `[E]`, fp32, of an official router file.
+    """Read an official router file, without unpickling arbitrary objects.
 
-    `phi_router.pth` and `stablelm_router.pth` hold `fc1.weight` and `fc1.bias`, written by
-    `torch.save`; they are read without unpickling arbitrary objects.
+    Args:
+        path: `phi_router.pth` or `stablelm_router.pth`, written by `torch.save`, which hold
+            `fc1.weight` and `fc1.bias`.
+
+    Returns:
+        `weight` `[E, D]` and `bias` `[E]`, fp32.
+
+    Raises:
+        CheckpointError: The file is something else, or cannot be read.
     """
     path = Path(path)
     check_file(path)

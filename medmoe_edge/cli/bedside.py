@@ -27,6 +27,7 @@ from medmoe_edge.cli.common import (
     app,
     check_output,
     complete_models,
+    file_option,
     paragraphs,
     verb,
 )
@@ -55,11 +56,10 @@ def serve(
         str, typer.Option(help="For classify and locate.", autocompletion=complete_models)
     ] = "modality-nano",
     token_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Who has a token in it may ask: NAME TOKEN; chmod 600."),
+        Path | None, file_option("Who has a token in it may ask: NAME TOKEN; chmod 600.")
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    tls_cert: Annotated[Path | None, file_option("PEM.")] = None,
+    tls_key: Annotated[Path | None, file_option("PEM.")] = None,
     behind_proxy: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Of a proxy that ends TLS and says who asks."),
@@ -163,9 +163,7 @@ Keys = Annotated[
 @commands.callback()
 def listen(
     context: typer.Context,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Its configuration, TOML or JSON.")
-    ] = None,
+    config: Annotated[Path | None, file_option("Its configuration, TOML or JSON.")] = None,
     runtime: Runtime = "auto",
     device: Device = "auto",
     as_json: Json = False,

@@ -290,6 +290,16 @@ def _folders(incomplete: str) -> Iterator[str]:
             yield f"{parent}/{path.name}" if "/" in incomplete else path.name
 
 
+def file_option(text: str, metavar: str = "FILE") -> Any:
+    """An option that names a file.
+
+    Args:
+        text: Its help.
+        metavar: How the file is called there.
+    """
+    return typer.Option(metavar=metavar, help=text)
+
+
 Runtime = Annotated[
     Literal["auto", "onnxruntime", "tensorrt", "torch"],
     typer.Option(

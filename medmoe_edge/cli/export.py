@@ -20,11 +20,13 @@ from medmoe_edge.cli.common import (
     complete_data,
     complete_gpus,
     complete_models,
+    file_option,
     verb,
 )
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, VerificationError, needs, shown_bytes
-from medmoe_edge.families import CalibrateOptions, ExportOptions, family_of
+from medmoe_edge.families import family_of
+from medmoe_edge.pipeline import CalibrateOptions, ExportOptions, TargetOptions
 from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render
 from medmoe_edge.render import verification as render_verification
@@ -135,8 +137,7 @@ def export(
         ),
     ] = None,
     stats: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Statistics of: medmoe-edge calibrate; no proof."),
+        Path | None, file_option("Statistics of: medmoe-edge calibrate; no proof.")
     ] = None,
     samples: Samples = 128,
     strict: Strict = False,
@@ -272,19 +273,10 @@ def export(
             with needs("rtx" if target == "tensorrt-rtx" else "export"):
                 from medmoe_edge.pipeline.med_moe import export_for
             out = output or Path("-".join(filter(None, (options.name, target, gpu))))
-            built = export_for(
-                target,
-                folder,
-                out,
-                portable=partial(family.export, folder, options=options, progress=report),
-                gpu=gpu,
-                dtype=dtype,
-                positions=positions,
-                paged=paged,
-                memory_limit=memory_limit * MB if memory_limit else None,
-                force=force,
-                progress=report,
-            )
+            limit = memory_limit * MB if memory_limit else None
+            asked = TargetOptions(target, gpu, dtype, positions, paged, limit, force)
+            portable = partial(family.export, folder, options=options, progress=report)
+            built = export_for(folder, out, asked, portable, report)
         if sign is not None:
             sign_bundle(out, sign)
     if target == "onnxruntime":

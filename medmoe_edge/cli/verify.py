@@ -21,17 +21,13 @@ from medmoe_edge.cli.common import (
     check_output,
     complete_data,
     complete_models,
+    file_option,
     verb,
 )
 from medmoe_edge.embedded import bundle_path, checkpoint_path, is_installed
 from medmoe_edge.errors import InputError, VerificationError, needs
-from medmoe_edge.families import (
-    AnswerScores,
-    EvaluateOptions,
-    VerifyOptions,
-    family_of,
-    score_file,
-)
+from medmoe_edge.families import AnswerScores, family_of, score_file
+from medmoe_edge.pipeline import EvaluateOptions, VerifyOptions
 from medmoe_edge.render import console as render
 from medmoe_edge.render import contrastive as render_contrastive
 from medmoe_edge.render import verification as render_verification
@@ -57,29 +53,26 @@ def evaluate(
     *,
     data: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE|DIR",
-            help="Questions: our JSONL or a LLaVA-style list. For a modality-moe the folder of "
+        file_option(
+            "Questions: our JSONL or a LLaVA-style list. For a modality-moe the folder of "
             "labels.jsonl, vqa_val.jsonl and slake_boxes.json.",
+            "FILE|DIR",
         ),
     ] = None,
     labels: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Labelled images; those to train on are left out."),
+        Path | None, file_option("Labelled images; those to train on are left out.")
     ] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help="Where to write every answer; with --references the answers to score.",
+        file_option(
+            "Where to write every answer; with --references the answers to score.", "FILE.jsonl"
         ),
     ] = None,
     references: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Score the answers of --predictions (ours, or the official question_id and text) "
-            "against these questions, with no model.",
+        file_option(
+            "Score the answers of --predictions (ours, or the official question_id and text) "
+            "against these questions, with no model."
         ),
     ] = None,
     blind: Annotated[
@@ -88,24 +81,22 @@ def evaluate(
     ] = False,
     findings: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help="Images with what is present and absent, and pictures that are no scans: how well "
+        file_option(
+            "Images with what is present and absent, and pictures that are no scans: how well "
             "each finding is seen. Those to train on are left out.",
+            "FILE.jsonl",
         ),
     ] = None,
     languages: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.json",
-            help="Questions in several languages: answered as in English, or marked as unsure?",
+        file_option(
+            "Questions in several languages: answered as in English, or marked as unsure?",
+            "FILE.json",
         ),
     ] = None,
     paraphrases: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.json", help="The questions of --data in other words: what do they cost?"
-        ),
+        file_option("The questions of --data in other words: what do they cost?", "FILE.json"),
     ] = None,
     fit_confidence: Annotated[
         bool,
@@ -460,10 +451,8 @@ def ship_log(
             metavar="FILE", help="PEM of its authority.", show_default="this machine's own"
         ),
     ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="PEM of ours, if it wants one.")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="PEM.")] = None,
+    tls_cert: Annotated[Path | None, file_option("PEM of ours, if it wants one.")] = None,
+    tls_key: Annotated[Path | None, file_option("PEM.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Wait for further entries.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -20,7 +20,6 @@ from medmoe_edge.contrastive.features import (
     TextCache,
     entropy,
     evidence,
-    log_softmax,
     region_map,
     similarity,
     unit,
@@ -40,6 +39,7 @@ from medmoe_edge.errors import (
 from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.loading import preprocess, seen_square
 from medmoe_edge.image.pixels import Image, unlike_label
+from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
 RuntimeName = Literal["auto", "onnxruntime", "torch"]
@@ -128,10 +128,15 @@ AT_ONCE = 256  # texts compared: `[words, regions]` of so many stay below 100 MB
 def load_modality(
     model: str | os.PathLike[str] = "modality-nano", *, runtime: RuntimeName = "auto"
 ) -> "ModalityEngine":
-    """Load an embedded model by name, a bundle, or (with torch) a checkpoint folder.
+    """Load a MedMoE; a bundle whose verification failed is loaded with a warning.
 
-    A bundle whose verification failed is loaded with a warning. Raises `ModelError` and
-    `ResourceError`.
+    Args:
+        model: An embedded model's name, a bundle's folder, or (with torch) a checkpoint's.
+        runtime: What runs it; "auto": ONNX Runtime for a bundle, PyTorch for a checkpoint.
+
+    Raises:
+        ModelError: The model cannot be used.
+        ResourceError: An optional package is missing.
     """
     return ModalityEngine(*open_modality(model, runtime))
 
@@ -166,7 +171,20 @@ class ModalityEngine(OneAtATime):
         frame: int | None = None,
         value_range: tuple[float, float] | None = None,
     ) -> Reading:
-        """The image's modality as the router sees it; raises `ImageError`, `ModelError`."""
+        """Tell an image's modality, as the router sees it.
+
+        Args:
+            image: A path, an `Image`, or an array.
+            frame: Which one of several the file holds, from 1.
+            value_range: The values of an array that are black and white.
+
+        Returns:
+            The modality and the probability of each.
+
+        Raises:
+            ImageError: The image cannot be read.
+            ModelError: The model's output is not finite.
+        """
         clock = Clock()
         picture, features = self._look(image, frame, clock, value_range)
         reading = self._reading(features, clock)
@@ -183,8 +201,19 @@ class ModalityEngine(OneAtATime):
     ) -> Classification:
         """Score labels, of which one is taken to be right; a label given twice counts once.
 
-        A label is as similar as the most similar of its `prompts`, which by default are the label
-        itself. Raises `InputError` for no label, an unusable one, or an unusable image.
+        Args:
+            image: As of `read`, as are `frame` and `value_range`.
+            labels: At least one.
+            prompts: Phrases for a label, which is as similar as the most similar of them; by
+                default the label itself.
+            frame: As of `read`.
+            value_range: As of `read`.
+
+        Returns:
+            A score of each label, which add up to 1, and its similarity, the best first.
+
+        Raises:
+            InputError: There is no label, or one or the image cannot be used.
         """
         if isinstance(labels, str):
             raise InputError(
@@ -222,7 +251,20 @@ class ModalityEngine(OneAtATime):
         frame: int | None = None,
         value_range: tuple[float, float] | None = None,
     ) -> Location:
-        """Where a phrase lies in an image; raises `InputError` for an unusable one of either."""
+        """Tell where a phrase lies in an image.
+
+        Args:
+            image: As of `read`, as are `frame` and `value_range`.
+            phrase: One text of words.
+            frame: As of `read`.
+            value_range: As of `read`.
+
+        Returns:
+            A map over the image's pixels `[H, W]`, its peak `(x, y)`, and the similarity.
+
+        Raises:
+            InputError: The phrase or the image cannot be used.
+        """
         if not isinstance(phrase, str):
             raise InputError("phrase is not one text.", "Look for one at a time.")
         phrase = _cleaned(phrase)
@@ -253,7 +295,18 @@ class ModalityEngine(OneAtATime):
         return found
 
     def embed_image(self, image: ImageLike, *, frame: int | None = None) -> Floats:
-        """The image's unit vector `[D]`."""
+        """Give an image's unit vector.
+
+        Args:
+            image: As of `read`.
+            frame: As of `read`.
+
+        Returns:
+            `[D]`, of length 1: its product with that of a text is their similarity.
+
+        Raises:
+            ImageError: The image cannot be read.
+        """
         _, features = self._look(image, frame, Clock())
         return unit(features.pooled[0])
 
@@ -265,7 +318,17 @@ class ModalityEngine(OneAtATime):
         return features
 
     def embed_text(self, text: str) -> Floats:
-        """The text's unit vector `[D]`; raises `InputError` for one without a word."""
+        """Give a text's unit vector.
+
+        Args:
+            text: At least one word.
+
+        Returns:
+            `[D]`, of length 1.
+
+        Raises:
+            InputError: The text has no word.
+        """
         return unit(self._encode([_cleaned(text)]).pooled[0])
 
     def reading(self, features: ImageFeatures) -> Reading:
@@ -323,7 +386,7 @@ class ModalityEngine(OneAtATime):
     def _check_finite(self, *arrays: Floats) -> None:
         if all(np.isfinite(array).all() for array in arrays):
             return
-        what = f"{self.name} computed values that are infinite or no numbers."
+        what = f"{self.name} computed values that are NaN or infinite."
         if self.proven is None:
             raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
         raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")

@@ -22,8 +22,8 @@ from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
-from medmoe_edge.contrastive.features import Done, compare, entropy, evidence, log_softmax
-from medmoe_edge.data.captions import Place, fact_captions, label_captions, read_places
+from medmoe_edge.contrastive.features import Done, compare, entropy, evidence
+from medmoe_edge.data.captions import GroundedPhrase, fact_captions, label_captions, read_grounded
 from medmoe_edge.data.datasets import (
     BOXES_FILES,
     LABELS_FILE,
@@ -35,6 +35,7 @@ from medmoe_edge.data.datasets import (
 )
 from medmoe_edge.errors import DataError
 from medmoe_edge.image.loading import load_image
+from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.contrastive import ModalityRuntime
 
 Interval = tuple[float, float]
@@ -171,7 +172,7 @@ def _losses(similarities: Floats, answers: npt.NDArray[np.int64]) -> npt.NDArray
 class Pointing:
     """The pointing game (https://arxiv.org/abs/1608.00507): is the hottest pixel in a box?
 
-    `hits` over all places, and by phrase. `precision` is the mean over places of the average
+    `hits` over all boxed phrases, and by phrase. `precision` is the mean over them of the average
     precision of the heat at telling pixels in the boxes from others.
     """
 
@@ -189,21 +190,23 @@ class Localisation:
     centre: Pointing
 
 
-def localise(engine: ModalityEngine, places: Sequence[Place], done: Done) -> Localisation:
-    """Point at every place; at least one is needed."""
+def localise(
+    engine: ModalityEngine, grounded: Sequence[GroundedPhrase], done: Done
+) -> Localisation:
+    """Point at what every phrase names; at least one is needed."""
     model: list[tuple[str, bool, float]] = []
     centre: list[tuple[str, bool, float]] = []
-    for number, place in enumerate(places, start=1):
-        found = engine.locate(load_image(place.image), place.phrase)
+    for number, phrase in enumerate(grounded, start=1):
+        found = engine.locate(load_image(phrase.image), phrase.phrase)
         height, width = found.heat.shape
-        mask = place.mask(height, width)
+        mask = phrase.mask(height, width)
         x, y = found.peak
-        point = place.holds(x + 0.5, y + 0.5)
-        model.append((place.phrase, point, average_precision(found.heat, mask)))
-        middle = place.holds(width / 2, height / 2)
-        centre.append((place.phrase, middle, average_precision(_nearness(height, width), mask)))
-        done(number, len(places))
-    return Localisation(len(places), _pointing(model), _pointing(centre))
+        point = phrase.holds(x + 0.5, y + 0.5)
+        model.append((phrase.phrase, point, average_precision(found.heat, mask)))
+        middle = phrase.holds(width / 2, height / 2)
+        centre.append((phrase.phrase, middle, average_precision(_nearness(height, width), mask)))
+        done(number, len(grounded))
+    return Localisation(len(grounded), _pointing(model), _pointing(centre))
 
 
 def average_precision(scores: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> float:
@@ -297,8 +300,8 @@ def evaluate_modality(
     captioned = [item for item in fact_captions(read_examples(questions)) if item.source == SLAKE]
     drawn = (data / name for name in BOXES_FILES)
     boxes = next((file for file in drawn if file.is_file()), data / BOXES_FILES[0])
-    places = read_places(boxes, [item.image for item in captioned])
-    if not (tasks and captioned and places):
+    grounded = read_grounded(boxes, [item.image for item in captioned])
+    if not (tasks and captioned and grounded):
         raise DataError(
             f"{data} holds no tasks, captions or boxes to evaluate on.",
             "Give a folder like the one that training read.",
@@ -327,7 +330,7 @@ def evaluate_modality(
         zero_shot=zero_shot(tasks, [found.similarities for found in compared]),
         text_for_image=retrieval(shown.similarities, belongs),
         image_for_text=retrieval(shown.similarities.T, belongs.T),
-        localisation=localise(engine, places, report("places")),
+        localisation=localise(engine, grounded, report("places")),
     )
 
 

@@ -21,6 +21,7 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import InputError, Notice
 from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
 
@@ -38,6 +39,11 @@ class _Result:
     notice: str = dataclasses.field(default=NOTICE, kw_only=True)
     warnings: tuple[Notice, ...] = dataclasses.field(default=(), kw_only=True)
 
+    def to_json(self) -> dict[str, Any]:
+        """One stable JSON object."""
+        values = dataclasses.asdict(self)
+        return values | {"warnings": list(values["warnings"])}
+
 
 @dataclasses.dataclass(frozen=True)
 class Reading(_Result):
@@ -52,11 +58,6 @@ class Reading(_Result):
     entropy: float
     unfamiliar: bool
 
-    def to_json(self) -> dict[str, Any]:
-        """One stable JSON object."""
-        values = dataclasses.asdict(self)
-        return values | {"warnings": list(values["warnings"])}
-
 
 @dataclasses.dataclass(frozen=True)
 class Classification(_Result):
@@ -69,11 +70,6 @@ class Classification(_Result):
     scores: dict[str, float]
     similarities: dict[str, float]
     reading: Reading
-
-    def to_json(self) -> dict[str, Any]:
-        """One stable JSON object."""
-        values = dataclasses.asdict(self)
-        return values | {"warnings": list(values["warnings"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +97,6 @@ class Location(_Result):
 
 Logits = npt.NDArray[np.floating[Any]]
 PerImage = npt.NDArray[np.float64]  # [N]
-
-
-def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
-    """Over the last axis, in float64."""
-    wide = logits.astype(np.float64)
-    return wide - _log_sum_exp(wide)[..., None]
 
 
 def entropy(logits: Logits) -> PerImage:

@@ -174,7 +174,7 @@ Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 
 
 @dataclass(frozen=True)
-class Place:
+class GroundedPhrase:
     """A phrase and the boxes around what it names in an image."""
 
     image: Path
@@ -197,7 +197,7 @@ class Place:
             mask |= ((y <= rows) & (rows < y + high))[:, None] & across
         return mask
 
-    def within(self, left: float, top: float, scale: float) -> "Place":
+    def within(self, left: float, top: float, scale: float) -> "GroundedPhrase":
         """The same in a part of the image that begins at (left, top) and is enlarged by `scale`."""
         boxes = (
             (scale * (x - left), scale * (y - top), scale * width, scale * height)
@@ -206,7 +206,7 @@ class Place:
         return replace(self, boxes=tuple(boxes))
 
 
-def read_places(file: Path, images: Iterable[Path]) -> list[Place]:
+def read_grounded(file: Path, images: Iterable[Path]) -> list[GroundedPhrase]:
     """The boxes drawn on `images`, by label in lower case; `file` names images from its folder.
 
     Raises `DataError` for a file of another form.
@@ -218,7 +218,7 @@ def read_places(file: Path, images: Iterable[Path]) -> list[Place]:
     everything = Record(data, str(file)).value
     wanted = set(images)
     return [
-        Place(file.parent / name, phrase, tuple(boxes))
+        GroundedPhrase(file.parent / name, phrase, tuple(boxes))
         for name, drawn in everything.items()
         if file.parent / name in wanted
         for phrase, boxes in _grouped(drawn, f"{file}, {name!r}").items()

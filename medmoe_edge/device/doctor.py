@@ -22,7 +22,14 @@ from medmoe_edge._version import too_old as onnxruntime_too_old
 from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name, memory_here
 from medmoe_edge.device.hardware import GB, Gpus, find_gpus, too_old
 from medmoe_edge.errors import ResourceError, shown_bytes
-from medmoe_edge.export.jetson import BestPath, Jetson, best_path, check_tensorrt, find_jetson
+from medmoe_edge.export.jetson import (
+    BestPath,
+    Jetson,
+    best_path,
+    check_tensorrt,
+    find_jetson,
+    text_of,
+)
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 LITTLE = 2 * GB  # of memory or disk
@@ -244,7 +251,7 @@ def look_at_machine() -> Machine:
         system=platform.platform(terse=True),
         cpu=cpu_name(),
         cores=os.cpu_count() or 1,
-        features=cpu_features(_text(CPU_INFO) or ""),
+        features=cpu_features(text_of(CPU_INFO) or ""),
         memory=memory_here(),
         disk_free=shutil.disk_usage(there).free,
         cache=str(cache),
@@ -445,11 +452,4 @@ def _module(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError:
-        return None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
         return None

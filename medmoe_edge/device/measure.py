@@ -27,7 +27,7 @@ import onnx_ir as ir
 from scipy.optimize import nnls
 
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.calibration.statistics import site_of
+from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.builder import save_model, tensor_of
@@ -354,7 +354,7 @@ def toy_runtime(config: ModelConfig, precision: Precision, folder: Path) -> OrtR
 
 def _quantise(model: ir.Model, precision: Precision) -> None:
     for name, value in list(model.graph.initializers.items()):
-        if site_of(name) is None:
+        if input_of(name) is None:
             continue
         rows, columns = tensor_of(value).shape.numpy()
         per_channel = precision == "int8" or name == HEAD

@@ -8,7 +8,8 @@ cannot be interrupted themselves, whether it is over.
 
 Without a CUDA device none is proven. What can be run instead is run all the same and named, as a
 stand-in: Triton's interpreter, PyTorch on the CPU, a target's graph in ONNX Runtime, an engine of
-TensorRT for RTX that is built but cannot be executed. A stand-in that fails fails its path.
+TensorRT for RTX that is built but cannot be executed. A stand-in that fails fails its path. No
+stand-in is timed: what it took says nothing of a GPU.
 
 Nothing is downloaded, and nothing of a patient is in a proof. The tests marked `gpu` run this.
 """
@@ -47,6 +48,7 @@ SECONDS, LAST = 480, 60  # for all paths; of which none begins another step in t
 QUESTIONS: dict[Device, int] = {"cuda": 6, "cpu": 2}
 TOKENS: dict[Device, tuple[int, ...]] = {"cuda": (1, 21), "cpu": (2,)}  # of the kernels' layers
 NEW_TOKENS = 32
+NO_ENGINE = Target("tensorrt-rtx", "fp16", "sm89", "none", *2 * (1024,))  # a stand-in's graphs
 BOUND = 0.01  # of logits and image tokens, relative
 WIDTH, HIDDEN = 2048, 5632  # of one full-width layer: StableLM-2-1.6B's
 FORMATS = {"int8": None, "int4-32": 32, "int4-128": 128}
@@ -178,7 +180,7 @@ class Bench:
         return unpack_recording(self.bundle, read_recorded(self.bundle))[0]
 
     def compare(self, runtime: Runtime) -> Figures:
-        """Hold a runtime against the specification, and take its times; raises `Fault`."""
+        """Hold a runtime against the specification, and time it on a GPU; raises `Fault`."""
         from medmoe_edge.evaluation.targets import agree
 
         recording, watched = self._recording, Watched(runtime, self.watch)
@@ -206,7 +208,7 @@ class Bench:
                 f"Logits are off by {found.logit_error:.2g} and image tokens by "
                 f"{found.vision_error:.2g} of the specification, more than {BOUND:g}."
             )
-        return figures | times_of(watched)
+        return figures | (times_of(watched) if self.device == "cuda" else {})
 
     @contextlib.contextmanager
     def _specified(self) -> Iterator[tuple[Runtime, str]]:
@@ -334,13 +336,14 @@ def _ort_cuda_paged(bench: Bench) -> Figures:
     from medmoe_edge.export.targets import export_target
     from medmoe_edge.runtimes.ort.paged import SlotOrtRuntime
 
+    bench.watch.check()
     exact = bench.folder / "fp32"
     export_bundle(checkpoint_path("nano"), exact, BuildOptions(precision="fp32"))
     out = bench.folder / "paged"
     bench.watch.check()
     export_target(Bundle.open(exact), out, Target("onnxruntime-cuda", "fp16", paged=True))
     bench.weights = Bundle.open(exact)
-    runtime = SlotOrtRuntime(Bundle.open(out), "50%", device="cuda")
+    runtime = SlotOrtRuntime(Bundle.open(out), "50%", device=bench.device)
     return bench.compare(runtime) | _paged(runtime)
 
 
@@ -349,12 +352,11 @@ def _engine(bench: Bench) -> Figures:
     from medmoe_edge.export.targets import export_target, plan_target, write_graphs
 
     if bench.device == "cpu":
-        target = Target("tensorrt-rtx", "fp16", "sm89", "none", *2 * (1024,))
-        graphs = bench.folder / "graphs"
-        graphs.mkdir()
-        write_graphs(bench.bundle, target, graphs)
         from medmoe_edge.evaluation.targets import GraphRuntime
 
+        graphs = bench.folder / "graphs"
+        graphs.mkdir()
+        write_graphs(bench.bundle, NO_ENGINE, graphs)
         paths = (graphs / f"{name}.onnx" for name in ("vision", "decoder"))
         return bench.compare(GraphRuntime(bench.bundle, *paths)) | _built_elsewhere(bench)
     from medmoe_edge.runtimes.tensorrt.device import CudaDevice
@@ -411,15 +413,21 @@ def _built_elsewhere(bench: Bench) -> Figures:
 
 
 def _engine_paged(bench: Bench) -> Figures:
+    from medmoe_edge.evaluation.targets import PagedGraphRuntime, export_paged_graphs
     from medmoe_edge.export.targets import export_target, plan_target
     from medmoe_edge.runtimes.tensorrt.device import CudaDevice
     from medmoe_edge.runtimes.tensorrt.runtime import PagedTensorRTRuntime
 
+    out = bench.folder / "paged"
+    if bench.device == "cpu":
+        out.mkdir()
+        export_paged_graphs(bench.bundle, replace(NO_ENGINE, paged=True), out)
+        graphs = PagedGraphRuntime(out, "50%")
+        return bench.compare(graphs) | _paged(graphs)
     if _library() != "tensorrt-rtx":
         raise MissingDependencyError("tensorrt-rtx-cu13-bindings", "rtx")
     device = CudaDevice(EXTRAS["tensorrt-rtx"])
     target = plan_target(bench.bundle, "tensorrt-rtx", gpu=device.sm, paged=True)
-    out = bench.folder / "paged"
     export_target(bench.bundle, out, target, force=True)
     runtime = PagedTensorRTRuntime(Bundle.open(out), "50%", device=device)
     return bench.compare(runtime) | _paged(runtime)
@@ -454,19 +462,16 @@ PATHS = (
         "the same graph in ONNX Runtime on the CPU",
     ),
     Path(
-        "onnxruntime-cuda-paged",
-        "ONNX Runtime on CUDA, half of the experts in memory",
-        _TORCH,
-        _ort_cuda_paged,
-        "",
+        *("onnxruntime-cuda-paged", "ONNX Runtime on CUDA, half of the experts in memory"),
+        *(_TORCH, _ort_cuda_paged, "the same graph in ONNX Runtime on the CPU"),
     ),
     Path(
         *("engine", "TensorRT: build, load, compare, replay", _ONNX, _engine),
         "the engine's graph in ONNX Runtime on the CPU",
     ),
     Path(
-        *("engine-paged", "TensorRT for RTX, half of the experts in memory", _ONNX),
-        *(_engine_paged, ""),
+        *("engine-paged", "TensorRT for RTX, half of the experts in memory", _ONNX, _engine_paged),
+        "the engine's graph in ONNX Runtime on the CPU",
     ),
 )
 
@@ -492,15 +497,12 @@ def prove(
     """
     here = device or ("cuda" if cuda_devices() else "cpu")
     end, checked = clock() + SECONDS - LAST, []
-    tried = [path for path in PATHS if here == "cuda" or path.stand_in]
     with tempfile.TemporaryDirectory(prefix="medmoe-prove.") as folder:
         for place, path in enumerate(PATHS):
             if progress:
                 progress(path.name, place, len(PATHS))
-            share = 0.0
-            if path in tried:
-                left = sum(other.share for other in tried[tried.index(path) :])
-                share = (end - clock()) * path.share / left
+            left = sum(other.share for other in PATHS[place:])
+            share = (end - clock()) * path.share / left
             own = FilePath(folder) / path.name
             own.mkdir()
             checked.append(check(path, own, here, Watch(share, clock)))
@@ -517,8 +519,6 @@ def check(path: Path, folder: FilePath, device: Device, watch: Watch | None = No
         _, package, extra = lacking[0]
         why = f"{package} is not installed (medmoe-edge[{extra}])"
         return replace(tried, why=f"{NO_DEVICE}; {why}" if cpu else why)
-    if cpu and not path.stand_in:
-        return tried
     try:
         watch.check()
         figures = path.run(Bench(folder, device, watch))

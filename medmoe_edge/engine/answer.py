@@ -22,10 +22,16 @@ from medmoe_edge.runtimes.base import Chosen, Decoding, Step
 class Timings:
     """Seconds. The image's part (`image`, `vision`, `prefix`) is spent once for all its questions.
 
-    `image`: read and prepare; `vision`: tower and projector; `prefix`: prefill of system prompt
-    and image tokens; `question`: prefill of the question; `decode`: all further tokens.
-    `first_token` is the time from the start to the answer's first token. Where the prefix was kept,
-    `vision` is 0 and `prefix` the time to fetch it; `prefix_reused` says so.
+    Attributes:
+        image: To read and prepare the image.
+        vision: Tower and projector; 0 where the prefix was kept.
+        prefix: Prefill of system prompt and image tokens; where it was kept, the time to fetch it.
+        question: Prefill of the question.
+        decode: All further tokens.
+        first_token: From the start to the answer's first token.
+        total: From the start to the end.
+        tokens: How many the answer has.
+        prefix_reused: Whether the prefix was kept from an earlier question.
     """
 
     image: float
@@ -397,24 +403,33 @@ def logged(told: str, codes: Iterable[str]) -> str:
 class Answer:
     """One question answered.
 
-    `confidence` (0 to 1) is the chance that the answer is right, where `confidence_kind` is
-    "calibrated": the bundle knows how often answers of its probability were right. "raw" is the
-    model's own probability of this very answer, end token included, and no such chance. Of given
-    choices it is the answer's share in `probabilities` times what the `refusals` leave of 1, and
-    "calibrated" of yes and no alone.
-    `modality` is the router's reading of the image, None where the experts' modalities are not
-    known; `experts` the share of routed tokens, over all layers, that each expert took. `model`
-    says by `name` and `sha256` what answered, by `runtime` what ran it, and under `verification`
-    what is known of its fidelity: "passed", "failed" or "not measured" of a bundle, "reference" of
-    a checkpoint; of a bundle, `verified` says on what `machine` (None: not recorded) and whether
-    that holds `here`. `paging` tells how experts were brought into memory where that is bounded
-    (`runtimes.paging.report`), else it is None. `warnings` are what a person and a program should
-    know before they use the answer: of the model, of how the image was read, of a label that the
-    image is unlike, and why it is `unsure`. Then `text` is a best guess. It is not `complete` where
-    it was `stopped` by its "length", or by the model's "repetition" of itself. `refusals` are the
-    probabilities that the model gave to having no answer, by their codes; `confidence` is what they
-    and all other answers leave to this one. `probabilities` are those of the choices that were
-    given, which add up to 1; else None.
+    Attributes:
+        question: As it was asked.
+        text: The answer; a best guess where it is `unsure`.
+        confidence: From 0 to 1, see `confidence_kind`; what `refusals` and all other answers leave
+            to this one. Of given choices the answer's share in `probabilities` times what the
+            `refusals` leave of 1.
+        modality: The router's reading of the image; None where the experts' modalities are not
+            known.
+        experts: The share of routed tokens, over all layers, that each expert took.
+        timings: Seconds.
+        model: By `name` and `sha256` what answered, by `runtime` what ran it, and under
+            `verification` what is known of its fidelity: "passed", "failed" or "not measured" of a
+            bundle, "reference" of a checkpoint. Of a bundle, `verified` says on what `machine`
+            (None: not recorded) and whether that holds `here`.
+        complete: Whether the answer came to its end.
+        notice: That this is for research only.
+        paging: How experts were brought into memory, where that is bounded; else None.
+        warnings: What a person and a program should know before they use the answer: of the model,
+            of how the image was read, of a label that the image is unlike, and why it is `unsure`.
+        unsure: Whether the text is a best guess.
+        stopped: Why it is not `complete`: by its "length", or by the model's "repetition" of
+            itself.
+        refusals: The probabilities that the model gave to having no answer, by their codes.
+        probabilities: Of the choices that were given, which add up to 1; else None.
+        confidence_kind: "calibrated": the chance that the answer is right, for the bundle knows how
+            often answers of its probability were; of choices, yes and no alone. "raw": the model's
+            own probability of this very answer, end token included, and no such chance.
     """
 
     question: str

@@ -261,7 +261,11 @@ class Engine(OneAtATime):
         """Answer one question in another thread, so that the event loop goes on meanwhile.
 
         Requests to one engine are computed one after the other. One that is cancelled is computed
-        to its end, and its answer dropped. Arguments and errors are those of `ask`.
+        to its end, and its answer dropped.
+
+        Args:
+            image: As of `ask`, like all others and the errors.
+            question: One text.
         """
         import asyncio  # which asking without it need not pay for
 
@@ -335,6 +339,14 @@ class Engine(OneAtATime):
 
         It is what enters the vision tower, before its values are normalised: decoded, in the
         file's window, padded or cropped to a square and scaled to the model's resolution.
+
+        Args:
+            image: As of `ask`.
+            frame: Which one of several the file holds, from 1.
+            value_range: The values of an array that are black and white.
+
+        Raises:
+            ImageError: The image cannot be read.
         """
         return seen_picture(
             as_image(image, frame=frame, value_range=value_range), self.config.vision
@@ -503,10 +515,10 @@ class Engine(OneAtATime):
         return step._replace(logits=self.tokenizer.only_tokens(step.logits))
 
     def _finite(self, values: Floats) -> Floats:
-        """The values, unless one is infinite or no number: what follows would be no answer."""
+        """The values, unless one is NaN or infinite: what follows would be no answer."""
         if np.isfinite(values).all():
             return values
-        what = f"{self.name} computed values that are infinite or no numbers."
+        what = f"{self.name} computed values that are NaN or infinite."
         if self.proven is None:
             raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
         raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")

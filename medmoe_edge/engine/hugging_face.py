@@ -63,7 +63,14 @@ class MedMoEConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # transf
 
 
 class MedMoEForVisualQuestionAnswering:
-    """A loaded bundle or checkpoint with its folder; `engine` answers."""
+    """A loaded bundle or checkpoint, as transformers knows a model.
+
+    Attributes:
+        engine: What answers.
+        folder: Its files.
+        name_or_path: The same as text.
+        config: Its configuration, as transformers knows one.
+    """
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
@@ -183,7 +190,11 @@ class MedMoEForVisualQuestionAnswering:
         return str(done.oid)
 
     def card(self) -> str:
-        """A model card: what the folder holds, how it was verified, what it is for."""
+        """Write a model card.
+
+        Returns:
+            Markdown: what the folder holds, how it was verified, what it is for.
+        """
         lines = [
             "---",
             "library_name: medmoe-edge",
@@ -216,7 +227,14 @@ class MedMoEForVisualQuestionAnswering:
         return "\n".join(lines)
 
     def pipeline(self, **options: Any) -> "VisualQuestionAnsweringPipeline":
-        """This model in a transformers pipeline; `options` as of its call."""
+        """Put this model into a transformers pipeline.
+
+        Args:
+            options: As of a call of the pipeline.
+
+        Returns:
+            The pipeline for visual question answering.
+        """
         return VisualQuestionAnsweringPipeline(model=self, task=TASK, device=-1, **options)
 
     # What `transformers.Pipeline` asks of a model.

@@ -125,8 +125,8 @@ def verify_modality(
     if inputs and record is not False:
         images = [load() for load in inputs]
         looked = [look(runtimes[0], texts[0], image) for image in images]
-        travelling = pack_seen(looked, images, words[0], bundle.config.vision)
-        packed = Recorded(signature_of(bundle), *travelling)
+        content = pack_seen(looked, images, words[0], bundle.config.vision)
+        packed = Recorded(signature_of(bundle), *content)
     bundle, recorded = keep_record(bundle, made, record, packed)
     return Verification(bundle, faults, made, recorded=recorded, weights=weights)
 

@@ -82,10 +82,13 @@ class Reader:
         self.decoding = Decoding.of(runtime.config, tokenizer)
         self.finite = True
 
-    def view(self, image: Image, questions: Sequence[list[int]]) -> View:
-        """Prefill an image, with room for the longest of its questions and its answer."""
-        pixels = preprocess(image, self.runtime.config.vision)
-        features = self._checked(self.runtime.encode_image(pixels))
+    def see(self, image: Image) -> Floats:
+        """An image's tokens `[N, D]`."""
+        return self.runtime.encode_image(preprocess(image, self.runtime.config.vision))
+
+    def view(self, features: Floats, questions: Sequence[list[int]]) -> View:
+        """Prefill image tokens, with room for the longest of the questions and its answer."""
+        features = self._checked(features)
         prefix = self.tokenizer.prefix_ids()
         length = len(prefix) + len(features)
         needed = length + max(map(len, questions)) + self.limit
@@ -217,18 +220,18 @@ __all__ = ["Fidelity", "Progress", "Recording", "Share", "compare", "record"]
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
 
-Places = slice | npt.NDArray[np.int64]
+Rows = slice | npt.NDArray[np.int64]
 MAX_NEW_TOKENS = 32
 UNKNOWN = "unknown"
 
 
 class RecordedImage(NamedTuple):
-    """Image tokens `[N, D]` and router logits `[S, M, E]`, of all places or of those named."""
+    """Image tokens `[N, D]` and router logits `[S, M, E]`, of all rows or of those named."""
 
     features: Floats
     router_logits: Floats
-    tokens: Places = slice(None)
-    positions: Places = slice(None)
+    tokens: Rows = slice(None)
+    positions: Rows = slice(None)
 
 
 class RecordedQuestion(NamedTuple):
@@ -246,7 +249,17 @@ class RecordedQuestion(NamedTuple):
 
 @dataclass(frozen=True)
 class Recording:
-    """What the reference computed and answered; `load` reads an image by its key."""
+    """What the reference computed and answered.
+
+    Attributes:
+        config: Of the reference.
+        tokenizer: Of the questions.
+        max_new_tokens: Where answers were cut off.
+        examples: The questions about each image.
+        images: What was made of each image.
+        questions: What was answered, by the question's id.
+        load: Reads an image by its key.
+    """
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -264,12 +277,24 @@ def record(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     load: Callable[[Path], Image] = load_image,
+    tokens: Callable[[Path], Floats | None] | None = None,
     progress: Progress | None = None,
 ) -> Recording:
-    """Let the reference answer every question; `load` reads images, here and to compare.
+    """Let the reference answer every question.
 
-    Raises `DataError` for no examples or an id used twice, `ModelError` if its output is not
-    finite; errors of images and questions pass through.
+    Args:
+        reference: What the candidates are to reproduce.
+        tokenizer: Its own.
+        examples: The questions.
+        max_new_tokens: Where answers are cut off.
+        load: Reads images, here and to compare.
+        tokens: Gives the image tokens `[N, D]` that the reference's tower has made before, or None.
+        progress: Told of the images done and the images in all.
+
+    Raises:
+        DataError: There are no examples, or an id is used twice.
+        ModelError: The reference's output is not finite.
+        InputError: An image or a question cannot be used.
     """
     if not examples:
         raise DataError("There are no questions to compare on.", "Give at least one.")
@@ -281,7 +306,8 @@ def record(
     questions: dict[str, RecordedQuestion] = {}
     for done, (image, group) in enumerate(by_image.items(), start=1):
         ids = [tokenizer.question_ids(example.question) for example in group]
-        view = reader.view(load(image), ids)
+        features = tokens(image) if tokens else None
+        view = reader.view(reader.see(load(image)) if features is None else features, ids)
         images[image] = RecordedImage(view.features, view.router_logits)
         for example, question in zip(group, ids, strict=True):
             reply = reader.answer(view, question)
@@ -302,7 +328,16 @@ def record(
 def compare(
     recording: Recording, candidate: Runtime, *, progress: Progress | None = None
 ) -> Fidelity:
-    """Hold a candidate against the recorded reference; raises `ModelError` for another model."""
+    """Hold a candidate against the recorded reference.
+
+    Args:
+        recording: What `record` gave.
+        candidate: Of the same configuration.
+        progress: Told of the images done and the images in all.
+
+    Raises:
+        ModelError: It is another model.
+    """
     if candidate.config != recording.config:
         raise ModelError(
             "The two models are of different make.", "Compare a model with its own checkpoint."
@@ -313,7 +348,7 @@ def compare(
     moe = recording.config.moe
     for done, (image, group) in enumerate(recording.examples.items(), start=1):
         ids = [recording.tokenizer.question_ids(example.question) for example in group]
-        view = reader.view(recording.load(image), ids)
+        view = reader.view(reader.see(recording.load(image)), ids)
         reference = recording.images[image]
         seen.append(_seen(reference.features, view.features[reference.tokens]))
         modality = group[0].modality or UNKNOWN

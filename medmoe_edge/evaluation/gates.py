@@ -36,11 +36,17 @@ TITLES = {
 
 @dataclass(frozen=True)
 class GateResult(Config):
-    """One gate. `measured` should be at least, or at most, `bound`.
+    """One gate.
 
-    `interval` is of the figure: `(lowest, highest)`, empty where it is no estimate. `not decided`:
-    the bound lies within it. Records of earlier versions say `within chance` where the figure
-    itself missed its bound, and `met` wherever it did not.
+    Attributes:
+        name: What is measured.
+        measured: The figure.
+        bound: What it should be at least or at most.
+        at_least: Which of the two.
+        verdict: "not decided": the bound lies within the interval. Records of earlier versions say
+            "within chance" where the figure itself missed its bound, and "met" wherever it did not.
+        interval: Of the figure, `(lowest, highest)`; empty where it is no estimate.
+        note: What people should know beside it.
     """
 
     name: str
@@ -98,6 +104,11 @@ def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[
 
     Proportions have Wilson's one-sided 95% bounds, with tokens taken as independent (which makes
     routing the stricter); the others the 95% interval from resampling images.
+
+    Args:
+        fidelity: The figures.
+        gates: Of the bundle.
+        faults: Parts of the bundle that are not finite.
     """
     broken = len(faults) + (not fidelity.finite)
     agreement = fidelity.overall.answer_agreement

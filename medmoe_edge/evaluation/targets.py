@@ -5,6 +5,7 @@ expert on every token. Each target's graph is held against it, run by whatever c
 """
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,14 +20,14 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from medmoe_edge._types import Floats, Progress
-from medmoe_edge.bundle.bundle import Bundle, Target
+from medmoe_edge.bundle.bundle import Bundle, Target, write_derived_manifest
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import DataError
 from medmoe_edge.evaluation.fidelity import Reader, Reply, relative_error
 from medmoe_edge.evaluation.metrics import Share
 from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.targets import export_target, write_graphs
+from medmoe_edge.export.targets import COMPANIONS, export_target, write_graphs
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
@@ -45,6 +46,15 @@ from medmoe_edge.runtimes.ort.runtime import (
     OrtRuntime,
     open_session,
     session_options,
+)
+from medmoe_edge.runtimes.paging.pager import ExpertFile
+from medmoe_edge.runtimes.slots.slots import (
+    Chosen,
+    CpuMemory,
+    Kind,
+    SlotPools,
+    SlotRequests,
+    Table,
 )
 
 
@@ -94,14 +104,20 @@ class GraphRuntime:
         """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
         assert isinstance(cache, GraphCache)
         check_room(cache, len(embeds))
-        feeds = {"embeds": embeds[None], "start": np.array([cache.length]), **cache.past}
+        return self._run(embeds, cache, {})[0]
+
+    def _run(
+        self, embeds: Floats, cache: GraphCache, more: Mapping[str, npt.NDArray[Any]]
+    ) -> tuple[Step, dict[str, npt.NDArray[Any]]]:
+        """A step of the graph with `more` inputs, and all of its outputs."""
+        feeds = {"embeds": embeds[None], "start": np.array([cache.length]), **cache.past, **more}
         names = [value.name for value in self._decoder.get_outputs()]
         outputs = dict(zip(names, self._decoder.run(names, feeds), strict=True))
         cache.past = {name: outputs[name.replace("past", "present")] for name in cache.past}
         cache.length += len(embeds)
         logits = np.asarray(outputs["logits"][0])
         empty = np.zeros((1, len(embeds), 0, 0), np.float32)
-        return Step(logits, np.asarray(outputs.get("router_logits", empty)[0]))
+        return Step(logits, np.asarray(outputs.get("router_logits", empty)[0])), outputs
 
     @cached_property
     def _vision(self) -> ort.InferenceSession:
@@ -110,6 +126,50 @@ class GraphRuntime:
     @cached_property
     def _decoder(self) -> ort.InferenceSession:
         return open_session(self.paths[1], as_written())
+
+
+class PagedGraphRuntime(GraphRuntime):
+    """The graphs that a paged engine is built from, written into `folder` by `export_paged_graphs`.
+
+    Experts lie in slots of this machine's memory; `budget` is that of `SlotRequests`.
+    """
+
+    name = "paged graph"
+
+    def __init__(self, folder: Path, budget: int | str) -> None:
+        bundle = Bundle.open(folder)
+        super().__init__(bundle, folder / "vision.onnx", folder / "decoder.onnx")
+        self._pools = SlotPools(CpuMemory(), Kind.all_of(bundle))
+        file = ExpertFile(bundle)
+        self.requests = SlotRequests(bundle, file, self._pools, budget, self._run_with)
+
+    def encode_image(self, pixels: Floats) -> Floats:
+        """Normalised pixels `[1, 3, S, S]` to image tokens `[N, D]`; a request begins here."""
+        return self.requests.begin(super().encode_image, pixels)
+
+    def step(self, embeds: Floats, cache: Cache) -> Step:
+        """Run `[S, D]` embeddings after what the cache holds, and extend the cache by S."""
+        check_room(cache, len(embeds))
+        return self.requests.step(embeds, cache)
+
+    def _run_with(self, embeds: Floats, cache: Cache, table: Table) -> tuple[Step, Chosen]:
+        assert isinstance(cache, GraphCache)
+        count = self.requests.slots.count
+        slots = {
+            kind.name: pool.view(kind.dtype).reshape(count, *kind.shape)
+            for kind, pool in zip(self._pools.kinds, self._pools.pools, strict=True)
+        }
+        step, outputs = self._run(embeds, cache, {"table": table, **slots})
+        chosen = [outputs[f"chosen.{layer}"][0] for layer in range(len(table))]
+        return step, np.stack(chosen, 1)
+
+
+def export_paged_graphs(bundle: Bundle, target: Target, folder: Path) -> None:
+    """Write what a paged engine is built from into the empty `folder`, and a manifest."""
+    for name in COMPANIONS:
+        if name in bundle.manifest["files"]:
+            shutil.copyfile(bundle.path(name), folder / name)
+    write_derived_manifest(folder, bundle, target, write_graphs(bundle, target, folder))
 
 
 def as_written() -> ort.SessionOptions:
@@ -214,7 +274,7 @@ def _read(
 ) -> Iterable[_Read]:
     for place, (image, texts) in enumerate(groups):
         questions = [reader.tokenizer.question_ids(text) for text in texts]
-        view = reader.view(load(image), questions)
+        view = reader.view(reader.see(load(image)), questions)
         if led_by is None:
             replies = [reader.answer(view, question) for question in questions]
         else:

@@ -166,12 +166,18 @@ KL_ROOM, KL_LEAST = 4, 1e-5
 class Data:
     """Questions to verify on; the manifest keeps their name and hash, never a path.
 
-    `load` reads their images, which another step may have decoded already.
+    Attributes:
+        name: Of the data.
+        examples: The questions.
+        load: Reads their images, which another step may have decoded already.
+        tokens: Gives what the checkpoint's tower made of an image `[N, D]`, or None where no step
+            before has asked it.
     """
 
     name: str
     examples: Sequence[Example]
     load: Callable[[Path], Image] = load_image
+    tokens: Callable[[Path], Floats | None] | None = None
 
     def sha256(self) -> str:
         """Hash over every question with its answer and the bytes of its image, in order.
@@ -197,11 +203,15 @@ class Data:
 class Verification:
     """What a verification found.
 
-    `faults` are weights and experts that are not finite, and scales of 0, found in this run;
-    `record` is what was just measured, or in the manifest from an earlier run, None where nothing
-    was ever measured; `recorded`: this run wrote it into the manifest. `beside` are other
-    candidates held against the same reference, for comparison. `weights`: how the stored weights
-    compare with the marks of the checkpoint's, None of a bundle that carries none.
+    Attributes:
+        bundle: As it is now.
+        faults: Weights and experts that are not finite, and scales of 0, found in this run.
+        record: What was just measured, or in the manifest from an earlier run; None where nothing
+            was ever measured.
+        beside: Other candidates held against the same reference, for comparison.
+        recorded: Whether this run wrote the record into the manifest.
+        weights: How the stored weights compare with the marks of the checkpoint's; None of a bundle
+            that carries none.
     """
 
     bundle: AnyBundle[Any]
@@ -281,13 +291,25 @@ def verify(
 ) -> Verification:
     """Check hashes, weights and experts and, with `checkpoint` and `data`, measure the fidelity.
 
-    What was measured is kept, also where a gate fails (see `Verification.error`): in the manifest
-    with `record`, and without a word on it where the bundle is the user's own (`keep_record`). The
-    gates are those of the bundle's manifest; `beside` makes other runtimes to measure, one after
-    the other. `inputs` are questions that travel with the bundle from then on, where the record is
-    written into it: never a user's own. `progress` is called with `(step, done, total)`. Raises
-    `ModelError` for a damaged bundle or another checkpoint than the bundle's own, `InputError` for
-    data that cannot be used, `ResourceError` where the manifest was to be written and cannot be.
+    Args:
+        folder: A portable bundle, by whose gates it is judged.
+        checkpoint: What it was made from.
+        data: What both are asked.
+        beside: Makes other runtimes to measure, one after the other.
+        vision_tower: The vision tower, if the checkpoint holds none.
+        record: Whether what was measured is kept in the manifest, also where a gate fails; None:
+            where the bundle is the user's own (`keep_record`).
+        inputs: Questions whose answers the bundle carries from then on, where the record is written
+            into it: never a user's own.
+        progress: Told of `(step, done, total)`.
+
+    Returns:
+        What was found; a failed gate is no exception, see `Verification.error`.
+
+    Raises:
+        ModelError: The bundle is damaged, or was made from another checkpoint.
+        InputError: The data cannot be used.
+        ResourceError: The manifest was to be written and cannot be.
     """
     report = progress or (lambda step, done, total: None)
     report("hashes", 0, 1)
@@ -304,11 +326,11 @@ def verify(
     gates, data_sha256 = bundle.gates, data.sha256()
     with_inputs = bool(inputs) and record is not False
     asked = [data, Data("inputs", inputs)] if with_inputs else [data]
-    reference, *travelling = _reference(bundle, checkpoint, asked, vision_tower, report)
+    reference, *of_inputs = _reference(bundle, checkpoint, asked, vision_tower, report)
     weights, faults = compare_weights(bundle), _faults(bundle, report)
     runtime = OrtRuntime(bundle)
     fidelity = compare(reference, runtime, progress=lambda *at: report("the bundle", *at))
-    packed = _packed(bundle, travelling[0], runtime) if travelling else None
+    packed = _packed(bundle, of_inputs[0], runtime) if of_inputs else None
     del runtime
     others = {
         name: compare(reference, runtime(), progress=lambda *at, name=name: report(name, *at))
@@ -388,6 +410,7 @@ def _reference(
             tokenizer,
             some.examples,
             load=some.load,
+            tokens=some.tokens,
             progress=lambda *at: report("the checkpoint", *at),
         )
         for some in asked

@@ -36,8 +36,6 @@ STEP = 2**20
 
 PIXEL_TAGS = {0x7FE00008: "float32", 0x7FE00009: "float64", 0x7FE00010: "integer"}
 
-PIXEL_GROUP = 0x7FE0
-
 LONG_FORM = {vr.value.encode() for vr in VR} - {  # VR with two spare bytes and a length of four
     b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FL", b"FD", b"IS", b"LO",
     b"LT", b"PN", b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US",

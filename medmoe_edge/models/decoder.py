@@ -175,11 +175,10 @@ class MoE(nn.Module):
     def _routed(self, tokens: Tensor) -> Tensor:
         weights, chosen = self.route(tokens)
         y = torch.zeros_like(tokens)
-        for index, expert in enumerate(self.experts):
+        for index in chosen.unique().tolist():  # in order, whatever was chosen
             token, slot = torch.where(chosen == index)
-            if token.numel():
-                part = expert(tokens[token]) * weights[token, slot, None]
-                y = y.index_add(0, token, part.to(y.dtype))
+            part = self.experts[index](tokens[token]) * weights[token, slot, None]
+            y = y.index_add(0, token, part.to(y.dtype))
         return y
 
 

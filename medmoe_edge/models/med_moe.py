@@ -329,12 +329,9 @@ class Output(NamedTuple):
     ffn_inputs: list[Tensor]
 
 
-def projector(config: ModelConfig) -> nn.Sequential:
+def projector(config: VisionConfig, size: int) -> nn.Sequential:
     """`mlp2x_gelu`: image features `[..., C]` to the decoder's size `[..., D]`."""
-    size = config.decoder.hidden_size
-    return nn.Sequential(
-        nn.Linear(config.vision.feature_size, size), nn.GELU(), nn.Linear(size, size)
-    )
+    return nn.Sequential(nn.Linear(config.feature_size, size), nn.GELU(), nn.Linear(size, size))
 
 
 class MedMoE(nn.Module):
@@ -343,11 +340,8 @@ class MedMoE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        size = config.decoder.hidden_size
         self.vision: Tower = TOWERS[config.vision.kind](config.vision)
-        self.projector = nn.Sequential(
-            nn.Linear(config.vision.feature_size, size), nn.GELU(), nn.Linear(size, size)
-        )
+        self.projector = projector(config.vision, config.decoder.hidden_size)
         self.decoder: Decoder = DECODERS[config.decoder.kind](config)
 
     def encode_image(self, pixels: Tensor) -> Tensor:

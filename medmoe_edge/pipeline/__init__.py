@@ -1,0 +1,162 @@
+"""From a checkpoint to a bundle that carries its proof; here what its steps are asked for.
+
+The options are handed through whole, from the command line or from Python down to the step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medmoe_edge.bundle.bundle import DType, TargetName
+    from medmoe_edge.engine.loading import Device, RuntimeName
+    from medmoe_edge.export.plan import GroupSize, Method, Precision
+
+SAMPLES = 128  # to calibrate on
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint becomes a portable bundle.
+
+    Attributes:
+        precision: "int8", "int4", "mixed" or "fp32".
+        method: How weights are rounded; "auto" takes the best that the statistics allow.
+        budget_bits: The mean bits per weight; with "mixed" alone.
+        group: Weights that share a scale; with int4 and mixed alone.
+        experts: How routed experts are stored, see `export.plan.read_deltas`; None: whole.
+        calibrate_on: A folder of images, a file of questions, a dataset folder, or "builtin", to
+            calibrate and to verify on; None: the bundle is not yet verified.
+        samples: Questions to calibrate on, evenly over the modalities.
+        stats: Statistics that `calibrate` wrote, in place of `calibrate_on`.
+        strict: Whether to refuse experts that too few tokens reach.
+        name: The bundle's name; None: that of the checkpoint's folder.
+        vision_tower: The vision tower, if the checkpoint holds none.
+        as_published: MedMoE alone: whether to keep what the published code computes.
+        modalities: The experts of these alone are exported, calibrated and verified; empty: all.
+        merge: Whether that one expert becomes one feed-forward with the meta expert.
+        force: Whether to replace what is already there.
+    """
+
+    precision: "Precision" = "int8"
+    method: "Method" = "auto"
+    budget_bits: float | None = None
+    group: "GroupSize | None" = None
+    experts: str | None = None
+    calibrate_on: str | None = None
+    samples: int = SAMPLES
+    stats: Path | None = None
+    strict: bool = False
+    name: str | None = None
+    vision_tower: Path | None = None
+    as_published: bool = False
+    modalities: tuple[str, ...] = ()
+    merge: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How a portable bundle becomes one for another target.
+
+    Attributes:
+        target: Which one.
+        gpu: What engines are built for; None: the GPU of this machine.
+        dtype: Of activations and cache.
+        positions: Of the cache; None: as many as the model has.
+        paged: Whether experts are paged.
+        memory_limit: Bytes that building may take.
+        force: Whether to replace what is already there.
+    """
+
+    target: "TargetName"
+    gpu: str | None = None
+    dtype: "DType" = "fp16"
+    positions: int | None = None
+    paged: bool = False
+    memory_limit: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What a checkpoint is calibrated on.
+
+    Attributes:
+        data: A folder of images, a file of questions, a dataset folder, or "builtin".
+        samples: Questions to draw from it, evenly over the modalities.
+        hessians: Whether to gather second moments, for GPTQ; much the largest part.
+        strict: Whether to refuse experts that too few tokens reach.
+        vision_tower: The vision tower, if the checkpoint holds none.
+        force: Whether to replace what is already there.
+    """
+
+    data: str
+    samples: int = SAMPLES
+    hessians: bool = True
+    strict: bool = False
+    vision_tower: Path | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What a bundle is verified against, and on which data.
+
+    Attributes:
+        against: The checkpoint that it was made from; None: only the bundle itself is checked.
+        data: What it is asked about, as of `CalibrateOptions`.
+        beside: What is measured too: other bundles of the checkpoint, "bitsandbytes-nf4" or
+            "bitsandbytes-int8".
+        report: A file for the record, for people.
+        vision_tower: The vision tower, if the checkpoint holds none.
+        record: Whether the bundle keeps the record; None: where it is the user's own.
+    """
+
+    against: Path | None = None
+    data: str = "builtin"
+    beside: Sequence[str] = ()
+    report: Path | None = None
+    vision_tower: Path | None = None
+    record: bool | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What a model is scored on, and where it runs.
+
+    Attributes:
+        data: Questions with answers; None: only `labels` and `findings` are scored.
+        labels: Images with their modality.
+        predictions: Where every answer is written.
+        runtime: What runs the model.
+        device: Where it runs.
+        blind: Whether the same questions about a black picture are scored too.
+        limit: At most so many questions are asked, drawn by `seed`.
+        seed: Of that draw.
+        max_new_tokens: Where an answer is cut off.
+        findings: Images with their findings.
+        languages: Questions in several languages.
+        paraphrases: Those of `data` in other words.
+        fit_confidence: Whether the bundle is to keep how often its answers are right.
+        selective_accuracy: It then keeps a threshold, too: of the answers above it so many are
+            right.
+        allow_repetition: Whether an answer that repeats itself goes on.
+    """
+
+    data: Path | None
+    labels: Path | None = None
+    predictions: Path | None = None
+    runtime: "RuntimeName" = "auto"
+    device: "Device" = "auto"
+    blind: bool = False
+    limit: int | None = None
+    seed: int = 0
+    max_new_tokens: int = 32
+    findings: Path | None = None
+    languages: Path | None = None
+    paraphrases: Path | None = None
+    fit_confidence: bool = False
+    selective_accuracy: float | None = None
+    allow_repetition: bool = False

@@ -13,40 +13,48 @@ from medmoe_edge.calibration.data import Sample, read_calibration
 from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
 from medmoe_edge.evaluation.record import may_record
 from medmoe_edge.evaluation.verify import Verification
-from medmoe_edge.export.contrastive import Precision, write_modality_bundle
+from medmoe_edge.export.contrastive import write_modality_bundle
+from medmoe_edge.pipeline import ExportOptions, VerifyOptions
 from medmoe_edge.pipeline.med_moe import (
     PROOF_SAMPLES,
     Export,
     check_recordable,
-    travelling_pictures,
+    recorded_pictures,
 )
 
 
 def export_modality(
     checkpoint: Path,
     out: Path,
-    *,
-    precision: Precision = "int8",
-    prove_on: str | None = None,
-    name: str | None = None,
-    as_published: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
+    options: ExportOptions,
+    progress: Progress = no_progress,
 ) -> Export:
-    """Export a checkpoint; proven where `prove_on` names data, as `verify_modality_on` reads it.
+    """Export a checkpoint; proven where `options.calibrate_on` names images.
 
-    Raises `VerificationError`, and leaves no bundle, where the proof fails; `ModelError`,
-    `InputError` and `ResourceError` otherwise.
+    Args:
+        checkpoint: The folder of a checkpoint.
+        out: The bundle's folder.
+        options: The precision, fp32 or int8, `calibrate_on`, `name`, `as_published` and `force`.
+        progress: Told of every step.
+
+    Returns:
+        The bundle and its verification.
+
+    Raises:
+        VerificationError: A gate failed, and there is no bundle.
+        ModelError: The checkpoint cannot be used.
+        InputError: The data cannot be used.
+        ResourceError: The disk is full.
     """
-    check_target(out, force=force, marker=MANIFEST)
-    pictures = read_pictures(prove_on) if prove_on is not None else None
-    with atomic_folder(out, force=force, marker=MANIFEST) as staging:
+    check_target(out, force=options.force, marker=MANIFEST)
+    pictures = None if options.calibrate_on is None else read_pictures(options.calibrate_on)
+    with atomic_folder(out, force=options.force, marker=MANIFEST) as staging:
         write_modality_bundle(
             checkpoint,
             staging,
-            precision=precision,
-            name=name,
-            as_published=as_published,
+            precision="fp32" if options.precision == "fp32" else "int8",
+            name=options.name,
+            as_published=options.as_published,
             progress=progress,
         )
         found = None
@@ -56,39 +64,42 @@ def export_modality(
                 checkpoint,
                 pictures,
                 record=True,
-                inputs=travelling_pictures(),
+                inputs=recorded_pictures(),
                 progress=progress,
             )
             if error := found.error():
                 error.found = found
                 raise error
-    (progress or no_progress)("done", 1, 1)
+    progress("done", 1, 1)
     if found is None:
         return Export(out, None)
     return Export(out, dataclasses.replace(found, bundle=ModalityBundle.open(out, False)))
 
 
 def verify_modality_on(
-    bundle: Path,
-    checkpoint: Path,
-    source: str,
-    *,
-    record: bool | None = None,
-    progress: Progress | None = None,
+    bundle: Path, checkpoint: Path, options: VerifyOptions, progress: Progress = no_progress
 ) -> Verification:
-    """Measure a bundle against its checkpoint on the images of a source.
+    """Measure a bundle against its checkpoint on the images of `options.data`.
 
-    That is a folder, a question file or "builtin". Raises what `verify_modality` does, and
-    `InputError` or `DataError` for data that cannot be used.
+    Args:
+        bundle: The folder of a bundle.
+        checkpoint: The folder of the checkpoint it was made from.
+        options: On what, and whether the record is kept.
+        progress: Told of every step.
+
+    Raises:
+        ModelError: As `verify_modality` says.
+        InputError: The data cannot be used, or `check_recordable` refuses the record.
+        ResourceError: The record cannot be written.
     """
-    check_recordable(bundle, record)
-    recordable = record is None and may_record(bundle)
+    check_recordable(bundle, options.record)
+    carries = options.record or (options.record is None and may_record(bundle))
     return verify_modality(
         bundle,
         checkpoint,
-        read_pictures(source),
-        record=record,
-        inputs=travelling_pictures() if record or recordable else (),
+        read_pictures(options.data),
+        record=options.record,
+        inputs=recorded_pictures() if carries else (),
         progress=progress,
     )
 

@@ -16,7 +16,8 @@ from PIL import Image as Picture
 
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target, writing
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle, DType, Target, TargetName
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Target
+from medmoe_edge.calibration.collect import Pictures
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
 from medmoe_edge.calibration.run import calibrate
@@ -31,15 +32,13 @@ from medmoe_edge.evaluation.recording import QUESTIONS
 from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
-from medmoe_edge.export.plan import GroupSize, Method, Precision, read_deltas
+from medmoe_edge.export.plan import read_deltas
 from medmoe_edge.export.targets import check_request, export_target, plan_target
 from medmoe_edge.export.tensorrt_builder import Built
 from medmoe_edge.image.pixels import Image
+from medmoe_edge.pipeline import CalibrateOptions, ExportOptions, TargetOptions, VerifyOptions
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-
-TRAVELLING = "travelling"  # a folder for parts of its pictures
-
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +65,23 @@ def as_examples(samples: Iterable[Sample], folder: Path) -> Iterator[Example]:
         )
 
 
-def travelling(folder: Path) -> list[Example]:
-    """Questions that travel with a bundle, for `verify --quick`; parts of files go to `folder`.
+def recorded_inputs(folder: Path) -> list[Example]:
+    """The questions whose answers a bundle carries, for `verify --quick`.
 
-    They are about public pictures of installed packages: a user's own may be of patients. None
-    where those packages are absent.
+    They are about public pictures of installed packages: a user's own may be of patients.
+
+    Args:
+        folder: Parts of picture files are written here.
+
+    Returns:
+        None where those packages are absent.
     """
     folder.mkdir(exist_ok=True)
     return list(as_examples(_public(), folder))
 
 
-def travelling_pictures() -> list[Callable[[], Image]]:
-    """The pictures of those questions."""
+def recorded_pictures() -> list[Callable[[], Image]]:
+    """The pictures of those questions, each loaded when it is called."""
     return [sample.load for sample in {sample.picture: sample for sample in _public()}.values()]
 
 
@@ -89,7 +93,6 @@ def _public() -> list[Sample]:
         return []
 
 
-SAMPLES = 128  # to calibrate on
 PROOF_SAMPLES = 300  # to verify on; fewer where there are no more
 FEWEST_HELD_OUT = 100  # else the proof is on all samples, those of the calibration included
 
@@ -101,7 +104,12 @@ BASELINES: dict[str, Literal["nf4", "int8"]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A new bundle; `verification` is its proof, None where no data was given to prove it on."""
+    """A new bundle.
+
+    Attributes:
+        bundle: Its folder.
+        verification: None where no data was given to verify it on.
+    """
 
     bundle: Path
     verification: Verification | None
@@ -109,7 +117,13 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-    """Statistics that were gathered; the experts' names, and the images that could not be read."""
+    """What a calibration gave.
+
+    Attributes:
+        statistics: What was gathered.
+        expert_names: The modality that each expert serves.
+        skipped: The images that could not be read.
+    """
 
     statistics: Statistics
     expert_names: tuple[str, ...]
@@ -119,26 +133,30 @@ class Calibrated:
 def calibrate_on(
     checkpoint: Path,
     out: Path,
-    source: str,
-    *,
-    samples: int = SAMPLES,
-    hessians: bool = True,
-    strict: bool = False,
-    vision_tower: Path | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    options: CalibrateOptions,
+    progress: Progress = no_progress,
 ) -> Calibrated:
-    """Calibrate a checkpoint on a folder, a question file or "builtin"; see `calibration.run`."""
-    model = read_checkpoint(checkpoint, vision_tower=vision_tower)
-    data = _data_for(model, source)
+    """Gather the statistics of a checkpoint.
+
+    Args:
+        checkpoint: Its folder.
+        out: The file of statistics.
+        options: On what.
+        progress: Told of every step.
+
+    Raises:
+        MedMoEError: As of `calibration.run.calibrate`.
+    """
+    model = read_checkpoint(checkpoint, vision_tower=options.vision_tower)
+    data = _data_for(model, options.data)
     statistics = calibrate(
         model,
         data,
         out,
-        samples=samples,
-        hessians=hessians,
-        strict=strict,
-        force=force,
+        samples=options.samples,
+        hessians=options.hessians,
+        strict=options.strict,
+        force=options.force,
         progress=progress,
     )
     return Calibrated(statistics, _modalities(model), tuple(data.skipped))
@@ -147,132 +165,164 @@ def calibrate_on(
 def export(
     checkpoint: Path,
     out: Path,
-    *,
-    precision: Precision = "int8",
-    method: Method = "auto",
-    budget_bits: float | None = None,
-    group: GroupSize | None = None,
-    experts: str | None = None,
-    calibrate_on: str | None = None,
-    samples: int = SAMPLES,
-    stats: Path | None = None,
-    strict: bool = False,
-    name: str | None = None,
-    vision_tower: Path | None = None,
-    modalities: Sequence[str] = (),
-    merge: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
+    options: ExportOptions,
+    progress: Progress = no_progress,
 ) -> Export:
-    """Export a checkpoint; calibrated and verified where `calibrate_on` names data.
+    """Export a checkpoint; calibrated and verified where `options.calibrate_on` names data.
 
-    The checkpoint is opened once, for all steps. `stats` are statistics that `calibrate` wrote; the
-    bundle is then not yet verified. `experts` is how routed experts are stored, see
-    `export.plan.read_deltas`; None: whole. `strict` refuses experts that too few tokens reached.
-    With `modalities` the experts of these alone are exported, calibrated and verified, and with
-    `merge` as `cut_checkpoint` says. Raises `VerificationError`, and leaves no bundle, where a gate
-    fails; `ModelError`, `InputError` and `ResourceError` otherwise.
+    The checkpoint is opened once, for all steps.
+
+    Args:
+        checkpoint: The folder of a checkpoint.
+        out: The bundle's folder.
+        options: How; all but `as_published`.
+        progress: Told of every step.
+
+    Returns:
+        The bundle and its verification.
+
+    Raises:
+        VerificationError: A gate failed, and there is no bundle.
+        ModelError: The checkpoint cannot be used.
+        InputError: The options or the data cannot be used.
+        ResourceError: The disk is full.
     """
-    check_target(out, force=force, marker=MANIFEST)
-    if calibrate_on is not None and stats is not None:
+    check_target(out, force=options.force, marker=MANIFEST)
+    _check_options(options)
+    source = read_checkpoint(checkpoint, vision_tower=options.vision_tower)
+    if options.modalities:
+        source = cut_checkpoint(source, options.modalities, merge=options.merge)
+    for notice in source.warnings:
+        logger.warning("%s", notice.message)
+    build = BuildOptions(
+        options.precision,
+        options.method,
+        options.budget_bits,
+        options.group,
+        options.name,
+        None if options.experts is None else read_deltas(options.experts),
+    )
+    calibrated = options.calibrate_on is not None or options.stats is not None
+    check_exportable(source, build, calibrated=calibrated)
+    if options.calibrate_on is not None:
+        made = _export_verified(source, out, build, options, options.calibrate_on, progress)
+    else:
+        statistics = Statistics.open(options.stats) if options.stats else None
+        if statistics is not None and options.strict:
+            check_covered(statistics.coverage, _modalities(source))
+        with atomic_folder(out, force=options.force, marker=MANIFEST) as staging:
+            write_bundle(source, staging, build, statistics=statistics, progress=progress)
+        made = Export(out, None)
+    progress("done", 1, 1)
+    return made
+
+
+def _check_options(options: ExportOptions) -> None:
+    """Raise `InputError` for options that exclude each other."""
+    if options.calibrate_on is not None and options.stats is not None:
         raise InputError("Both data and statistics were given.", "Give one of the two.")
-    report = progress or no_progress
-    source = read_checkpoint(checkpoint, vision_tower=vision_tower)
-    if merge and not modalities:
+    if options.merge and not options.modalities:
         raise InputError("What is to be merged?", "Name its modality: --modality xray --merge.")
-    if merge and experts is not None:
+    if options.merge and options.experts is not None:
         raise InputError(
             "A merged expert is no delta: it is one feed-forward with the meta expert.",
             "Leave --merge or --experts out.",
         )
-    if modalities:
-        if stats is not None:
-            raise InputError(
-                "The statistics are those of the whole model, and experts are to be left out.",
-                "Calibrate what is left: --calibrate DATA in place of --stats.",
-            )
-        source = cut_checkpoint(source, modalities, merge=merge)
-    for notice in source.warnings:
-        logger.warning("%s", notice.message)
-    deltas = None if experts is None else read_deltas(experts)
-    options = BuildOptions(precision, method, budget_bits, group, name, deltas)
-    calibrated = calibrate_on is not None or stats is not None
-    check_exportable(source, options, calibrated=calibrated)
-    if calibrate_on is None:
-        statistics = Statistics.open(stats) if stats else None
-        if statistics is not None and strict:
-            check_covered(statistics.coverage, _modalities(source))
-        with atomic_folder(out, force=force, marker=MANIFEST) as staging:
-            write_bundle(source, staging, options, statistics=statistics, progress=report)
-        report("done", 1, 1)
-        return Export(out, None)
+    if options.modalities and options.stats is not None:
+        raise InputError(
+            "The statistics are those of the whole model, and experts are to be left out.",
+            "Calibrate what is left: --calibrate DATA in place of --stats.",
+        )
+
+
+def _export_verified(
+    source: Checkpoint,
+    out: Path,
+    build: BuildOptions,
+    options: ExportOptions,
+    calibrate_on: str,
+    progress: Progress,
+) -> Export:
     data = _data_for(source, calibrate_on)
+    pictures = Pictures(data.load)
     with _work_folder(out) as work:
         statistics = calibrate(
             source,
             data,
             work / "statistics",
-            samples=samples,
-            hessians=precision != "fp32",
-            strict=strict,
+            samples=options.samples,
+            hessians=options.precision != "fp32",
+            strict=options.strict,
+            pictures=pictures,
             progress=progress,
         )
-        with atomic_folder(out, force=force, marker=MANIFEST) as staging:
-            write_bundle(source, staging, options, statistics=statistics, progress=report)
+        with atomic_folder(out, force=options.force, marker=MANIFEST) as staging:
+            write_bundle(source, staging, build, statistics=statistics, progress=progress)
             found = verification.verify(
                 staging,
                 source,
-                proof_data(data, statistics, work),
+                proof_data(data, statistics, work, pictures),
                 record=True,
-                inputs=travelling(work / TRAVELLING),
+                inputs=recorded_inputs(work / "recorded"),
                 progress=progress,
             )
             if error := found.error():
                 error.found = found
                 raise error
-    report("done", 1, 1)
     return Export(out, dataclasses.replace(found, bundle=Bundle.open(out, verify=False)))
 
 
-def proof_data(data: CalibrationData, statistics: Statistics, folder: Path) -> Data:
+def proof_data(
+    data: CalibrationData,
+    statistics: Statistics,
+    folder: Path,
+    pictures: Pictures | None = None,
+) -> Data:
     """What a bundle with these statistics is verified on; its name says if it is not held out."""
     drawn = set(statistics.source.drawn)
     used = [sample for sample in data.samples if sample.sha256 in drawn]
     chosen, name = data.draw(PROOF_SAMPLES, exclude=used), data.name
     if len(chosen) < FEWEST_HELD_OUT:
         chosen, name = data.draw(PROOF_SAMPLES), f"{name}, on which it was calibrated"
-    return _asked(name, data, chosen, folder)
+    return _asked(name, data, chosen, folder, pictures)
 
 
-def _asked(name: str, data: CalibrationData, samples: Sequence[Sample], folder: Path) -> Data:
-    """Samples as what is verified on; what `data` has decoded is not decoded again."""
+def _asked(
+    name: str,
+    data: CalibrationData,
+    samples: Sequence[Sample],
+    folder: Path,
+    pictures: Pictures | None = None,
+) -> Data:
+    """Samples as what is verified on; what is decoded or encoded already is not so again."""
     examples = list(as_examples(samples, folder))
     of = {example.image: sample for example, sample in zip(examples, samples, strict=True)}
-    return Data(name, examples, lambda image: data.load(of[image]))
+    tokens = (lambda image: pictures.kept(of[image])) if pictures else None
+    return Data(name, examples, lambda image: data.load(of[image]), tokens)
 
 
 def verify(
-    bundle: Path,
-    checkpoint: Path,
-    source: str,
-    *,
-    beside: Sequence[str] = (),
-    vision_tower: Path | None = None,
-    record: bool | None = None,
-    progress: Progress | None = None,
+    bundle: Path, checkpoint: Path, options: VerifyOptions, progress: Progress = no_progress
 ) -> Verification:
-    """Measure a bundle against its checkpoint on every question of a source; see `verification`.
+    """Measure a bundle against its checkpoint on every question of `options.data`.
 
-    `beside` names what is measured too: other bundles of the checkpoint, "bitsandbytes-nf4" or
-    "bitsandbytes-int8". `record` as for `verification.verify`, whose errors pass through; refused
-    at once as `check_recordable` says.
+    Args:
+        bundle: The folder of a portable bundle.
+        checkpoint: The folder of the checkpoint it was made from.
+        options: On what, beside what, and whether the record is kept.
+        progress: Told of every step.
+
+    Raises:
+        ModelError: As `evaluation.verify` says.
+        InputError: The data cannot be used, or `check_recordable` refuses the record.
+        ResourceError: The record cannot be written.
     """
-    check_recordable(bundle, record)
-    recordable = record is None and may_record(bundle)
-    read = read_checkpoint(checkpoint, vision_tower=vision_tower)
+    check_recordable(bundle, options.record)
+    carries = options.record or (options.record is None and may_record(bundle))
+    read = read_checkpoint(checkpoint, vision_tower=options.vision_tower)
     model = cut_like(read, Bundle.open(bundle, verify=False).config)
-    others = {_label(name): _peer(name, model) for name in beside}
-    data = _data_for(model, source)
+    others = {_label(name): _peer(name, model) for name in options.beside}
+    data = _data_for(model, options.data)
     with tempfile.TemporaryDirectory() as folder:
         samples = data.draw(len(data.samples))
         return verification.verify(
@@ -280,8 +330,8 @@ def verify(
             model,
             _asked(data.name, data, samples, Path(folder)),
             beside=others,
-            record=record,
-            inputs=travelling(Path(folder, TRAVELLING)) if record or recordable else (),
+            record=options.record,
+            inputs=recorded_inputs(Path(folder, "recorded")) if carries else (),
             progress=progress,
         )
 
@@ -382,43 +432,58 @@ class TargetExport:
 
 
 def export_for(
-    name: TargetName,
     model: Path,
     out: Path,
-    *,
+    options: TargetOptions,
     portable: Callable[[Path], object],
-    gpu: str | None = None,
-    dtype: DType = "fp16",
-    positions: int | None = None,
-    paged: bool = False,
-    memory_limit: int | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> TargetExport:
-    """Write the bundle `out` of `model` for the target `name`.
+    """Write a bundle for another target; for the errors see `export.targets`.
 
-    `model` is a portable bundle, or a checkpoint that `portable` exports to a folder first. For the
-    rest and the errors see `export.targets`.
+    Args:
+        model: A portable bundle, or a checkpoint that `portable` exports to a folder first.
+        out: The bundle's folder.
+        options: The target, and what is built for it.
+        portable: Exports the checkpoint to the folder that it is given.
+        progress: Told of every step.
     """
-    check_target(out, force=force, marker=MANIFEST)
-    check_request(name, gpu=gpu, dtype=dtype, capacity=positions)
+    check_target(out, force=options.force, marker=MANIFEST)
+    check_request(options.target, gpu=options.gpu, dtype=options.dtype, capacity=options.positions)
     with tempfile.TemporaryDirectory(dir=_made(out.resolve().parent), prefix=".portable.") as at:
         folder = model
         if not (model / MANIFEST).exists():
             folder = Path(at) / "bundle"
             portable(folder)
         bundle = Bundle.open(folder)
-        target = plan_target(bundle, name, gpu=gpu, dtype=dtype, capacity=positions, paged=paged)
+        target = plan_target(
+            bundle,
+            options.target,
+            gpu=options.gpu,
+            dtype=options.dtype,
+            capacity=options.positions,
+            paged=options.paged,
+        )
         engines = export_target(
-            bundle, out, target, memory_limit=memory_limit, force=force, progress=progress
+            bundle,
+            out,
+            target,
+            memory_limit=options.memory_limit,
+            force=options.force,
+            progress=progress,
         )
     return TargetExport(out, target, engines)
 
 
 def agree(bundle: Path, source: str, *, progress: Progress | None = None) -> list[Agreement]:
-    """Hold every target's form of a portable bundle against its specification; see `agreement`.
+    """Hold every target's form of a portable bundle against its specification.
 
-    `source` names questions as for `verify`. Raises `ModelError` for a bundle of another target.
+    Args:
+        bundle: The folder of a portable bundle.
+        source: Names questions, as of `CalibrateOptions.data`.
+        progress: Told of every target.
+
+    Raises:
+        ModelError: It is a bundle of another target.
     """
     model = Bundle.open(bundle)
     names = model.config.moe.expert_names if model.config.moe else ()

@@ -31,7 +31,13 @@ from medmoe_edge.config_contrastive import SCORES, ModalityConfig
 from medmoe_edge.contrastive.engine import open_checkpoint
 from medmoe_edge.contrastive.evaluate import Task, best_prompts, fit_scores, zero_shot_tasks
 from medmoe_edge.contrastive.text import MARKS, UNKNOWN, ModalityTokenizer, splitting, word_pieces
-from medmoe_edge.data.captions import Captioned, Place, fact_captions, label_captions, read_places
+from medmoe_edge.data.captions import (
+    Captioned,
+    GroundedPhrase,
+    fact_captions,
+    label_captions,
+    read_grounded,
+)
 from medmoe_edge.data.datasets import (
     BOXES_FILES,
     LABELS_FILE,
@@ -141,12 +147,12 @@ class ModalityBatch:
 
 @dataclass(frozen=True)
 class Told:
-    """An image, the phrases that are said of it, the text that says them, and a place in it."""
+    """An image, the phrases that are said of it, the text that says them, and one with boxes."""
 
     image: Captioned
     said: tuple[str, ...]
     text: str
-    place: Place | None = None
+    boxed: GroundedPhrase | None = None
 
 
 class ModalityBatches:
@@ -156,16 +162,16 @@ class ModalityBatches:
         self,
         config: ModalityConfig,
         tokenizer: ModalityTokenizer,
-        places: Iterable[Place],
+        grounded: Iterable[GroundedPhrase],
         seed: int,
     ) -> None:
         self.vision, self.tokenizer, self.seed = config.vision, tokenizer, seed
         self.modalities = list(config.modalities)
         self.pictures = Pictures(config.vision)
-        self._places = defaultdict(list)
-        for place in places:
-            self._places[place.image].append(place)
-        self._masks: dict[Place, Tensor] = {}
+        self._grounded = defaultdict(list)
+        for boxed in grounded:
+            self._grounded[boxed.image].append(boxed)
+        self._masks: dict[GroundedPhrase, Tensor] = {}
 
     def shuffled(self, captioned: Sequence[Captioned], size: int, epoch: int) -> Loader:
         """An epoch: shuffled, augmented, other phrases each time, the last partial batch left out.
@@ -175,9 +181,9 @@ class ModalityBatches:
         order = random.Random(f"{self.seed} {epoch}")
         told = []
         for item in order.sample(captioned, len(captioned)):
-            places = self._places.get(item.image)
-            place = order.choice(places) if places else None
-            told.append(Told(item, *some_phrases(item.phrases, order), place))
+            grounded = self._grounded.get(item.image)
+            boxed = order.choice(grounded) if grounded else None
+            told.append(Told(item, *some_phrases(item.phrases, order), boxed))
         noise = torch.Generator().manual_seed(self.seed * 1000 + epoch)
         return DataLoader(
             Listed(told),
@@ -189,7 +195,7 @@ class ModalityBatches:
     def collate(self, told: Sequence[Told], noise: torch.Generator) -> ModalityBatch:
         """The batch of some images and what is said of them."""
         pixels = self.pictures.stack(item.image.image for item in told)
-        masks = torch.stack([self._mask(item.place) for item in told])[:, None].float()
+        masks = torch.stack([self._mask(item.boxed) for item in told])[:, None].float()
         moved = augment(torch.cat((pixels, masks), 1), noise)
         return ModalityBatch(
             moved[:, :3],
@@ -203,9 +209,9 @@ class ModalityBatches:
         shares = avg_pool2d(masks, self.vision.patch_size)[:, 0]  # [B, h, w], 0 to 1
         covered = shares.sum((1, 2))
         phrases = {
-            row: item.place.phrase
+            row: item.boxed.phrase
             for row, item in enumerate(told)
-            if item.place and covered[row] > IN_SIGHT
+            if item.boxed and covered[row] > IN_SIGHT
         }
         if not phrases:
             return None
@@ -213,15 +219,15 @@ class ModalityBatches:
         boxes = shares[rows] / covered[rows, None, None]
         return Grounding(rows, self._read(list(phrases.values())), boxes)
 
-    def _mask(self, place: Place | None) -> Tensor:
+    def _mask(self, boxed: GroundedPhrase | None) -> Tensor:
         side = self.vision.image_size
-        if place is None:
+        if boxed is None:
             return torch.zeros(side, side, dtype=torch.bool)
-        if place not in self._masks:
-            left, top, square = seen_square(load_image(place.image), self.vision)
-            mask = place.within(left, top, side / square).mask(side, side)
-            self._masks[place] = torch.from_numpy(mask)
-        return self._masks[place]
+        if boxed not in self._masks:
+            left, top, square = seen_square(load_image(boxed.image), self.vision)
+            mask = boxed.within(left, top, side / square).mask(side, side)
+            self._masks[boxed] = torch.from_numpy(mask)
+        return self._masks[boxed]
 
     def _read(self, texts: Sequence[str]) -> Texts:
         return Texts(*(torch.from_numpy(part) for part in self.tokenizer.encode(texts)))
@@ -339,11 +345,11 @@ AT_ONCE = 32  # images to validate on
 class ModalityCorpus:
     """What is learned, what is held out of it, and the labelled images to validate on.
 
-    `places` are the boxes on images that are learned.
+    `grounded` are phrases with boxes on images that are learned.
     """
 
     captioned: list[Captioned]
-    places: list[Place]
+    grounded: list[GroundedPhrase]
     held_out: list[LabelledImage]
     validation: list[LabelledImage]
 
@@ -375,7 +381,7 @@ def train_modality(
     batches = ModalityBatches(
         config,
         ModalityTokenizer.from_file(tokenizer_file, config.text),
-        corpus.places,
+        corpus.grounded,
         recipe.seed,
     )
     objective = ModalityObjective(random_modality_model(config, recipe.seed))
@@ -421,7 +427,7 @@ def read_modality_corpus(recipe: ModalityRecipe, data: Path) -> ModalityCorpus:
     boxes = next((file for file in drawn if recipe.boxes or file.is_file()), None)
     return ModalityCorpus(
         captioned,
-        read_places(boxes, images) if boxes else [],
+        read_grounded(boxes, images) if boxes else [],
         held_out,
         [item for item in labelled if item.split != "train"],
     )

@@ -410,10 +410,11 @@ class Batches:
             for item in items
         ]
         text = pack(self.prefix, self.config.vision.image_tokens, turns)
-        modality = torch.tensor([self._modality(item.modality) for item in items])
+        modality = torch.tensor([self.modality_index(item.modality) for item in items])
         return Batch(pixels, text, modality)
 
-    def _modality(self, name: str | None) -> int:
+    def modality_index(self, name: str | None) -> int:
+        """The expert of a modality; `UNKNOWN` where none is for it."""
         return self.modalities.index(name) if name in self.modalities else UNKNOWN
 
     def _some_turns(

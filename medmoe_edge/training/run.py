@@ -43,7 +43,6 @@ from medmoe_edge.errors import DataError, ResourceError
 from medmoe_edge.models.med_moe import (
     FRONT_STAGES,
     EfficientNetLite,
-    MedMoE,
     feature_size,
 )
 from medmoe_edge.presets import PRESETS
@@ -56,16 +55,14 @@ from medmoe_edge.training.data import (
     instructions,
 )
 from medmoe_edge.training.initialise import (
-    dense_model,
     new_dense_model,
     new_router,
     train_tokenizer,
 )
-from medmoe_edge.training.loop import Session, load_state
+from medmoe_edge.training.loop import Session
 from medmoe_edge.training.phases import (
     ROUTER,
     Corpus,
-    Objective,
     align,
     expand,
     instruct,
@@ -148,7 +145,7 @@ def train(
         if read.config.moe is not None:
             model = expand(model, config, corpus, batches)
     if recipe.views:
-        batches.keep_views(_with_front(model.vision), recipe.views)
+        batches.keep_views(with_front(model.vision), recipe.views)
     if recipe.tower is not None:
         teach_tower(
             model,
@@ -175,7 +172,8 @@ def train(
     return folder
 
 
-def _with_front(tower: nn.Module) -> EfficientNetLite:
+def with_front(tower: nn.Module) -> EfficientNetLite:
+    """The tower as one that has a front."""
     assert isinstance(tower, EfficientNetLite)  # check_trainable has seen to it
     return tower
 
@@ -328,15 +326,19 @@ def _digest(corpus: Corpus) -> str:
 
 def planned(recipe: Recipe, corpus: Corpus) -> list[Planned]:
     """How many images each phase sees an epoch."""
-    questions, labelled = len(corpus.questions), len(corpus.classification)
-    drawn = (
-        questions + int(labelled * phase.labelled_share)
-        for phase in (recipe.instruction, recipe.moe)
-    )
-    phases = (recipe.alignment, recipe.instruction, recipe.moe)
+
+    def drawn(phase: PhaseConfig) -> int:
+        if corpus.asking is not None:
+            return len(corpus.asked(random.Random(recipe.seed), phase))
+        return int(len(corpus.classification) * phase.labelled_share)
+
+    questions = len(corpus.questions)
     return [
-        Planned(name, phase.epochs, images)
-        for name, phase, images in zip(PHASES, phases, (len(corpus.captions), *drawn), strict=True)
+        Planned("alignment", recipe.alignment.epochs, len(corpus.captions)),
+        *(
+            Planned(name, phase.epochs, questions + drawn(phase))
+            for name, phase in (("instruction", recipe.instruction), ("moe", recipe.moe))
+        ),
     ]
 
 
@@ -525,22 +527,3 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
         seen=what_is_seen(known, examples),
         seen_held_out=what_is_seen(kept, held),
     )
-
-
-def restore_instructed(
-    folder: Path, config: ModelConfig, moe: MoEConfig, phase: PhaseConfig
-) -> tuple[MedMoE, nn.Linear]:
-    """What phase 2 of the run in `folder` ended with: the dense model and the router.
-
-    Raises `DataError` where its state is missing, damaged, of another recipe or not yet complete.
-    """
-    state = folder / "instruction.safetensors"
-    dense = dense_model(config)
-    router = nn.Linear(config.decoder.hidden_size, moe.num_experts, bias=moe.router_bias)
-    done = load_state(state, Objective(dense, router, moe.layers), [])
-    if done != phase.epochs:
-        raise DataError(
-            f"{state} has done {done} of the recipe's {phase.epochs} epochs of phase 2.",
-            "Finish the run with: medmoe-edge train; or give its own recipe.",
-        )
-    return dense, router

@@ -19,8 +19,6 @@ take a third (int8) to twice (int4) as long again. Most of what is left is new m
 that buffers serve again until the store may `rest`.
 """
 
-import contextlib
-import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -32,6 +30,7 @@ import onnxruntime as ort
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
+from medmoe_edge.bundle.machine import call_glibc, return_free_memory
 from medmoe_edge.errors import BundleError, ResourceError
 from medmoe_edge.runtimes.base import Cache, Step
 from medmoe_edge.runtimes.ort.runtime import (
@@ -158,23 +157,13 @@ class OrtExpertStore:
             ) from error
 
 
-def return_free_memory() -> None:
-    """Give freed memory back to the system, which glibc would keep for the next load."""
-    _call("malloc_trim", 0)
-
-
 def map_large_blocks() -> None:
     """Have glibc map blocks as large as a matrix each by itself, so that released ones are gone.
 
     Else it soon keeps them in one heap with the activations, and its holes are no room for others.
     Prefill takes a twelfth longer, as attention's scores are mapped anew in every layer.
     """
-    _call("mallopt", M_MMAP_THRESHOLD, MAPPED)
-
-
-def _call(name: str, *arguments: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no such thing
-        ctypes.CDLL("libc.so.6")[name](*arguments)
+    call_glibc("mallopt", M_MMAP_THRESHOLD, MAPPED)
 
 
 def _no_memory(extent: Extent) -> ResourceError:

@@ -121,7 +121,7 @@ class TensorRTCache:
     """A device buffer `[1, H, capacity, head_size]` per layer for keys and one for values.
 
     They begin as zeros: attention gives positions not yet written the weight 0, and 0 times
-    whatever lay in the memory might be no number. A step reads `buffers` and writes `written`,
+    whatever lay in the memory might be NaN. A step reads `buffers` and writes `written`,
     which are the same where the engine writes in place.
     """
 
@@ -442,7 +442,7 @@ class PagedTensorRTRuntime(TensorRTRuntime):
             lane.outputs[f"chosen.{layer}"].host[: shape[0] * shape[1]].reshape(shape)
             for layer in range(len(table))
         ]
-        # what is no number may be sent anywhere: the logits tell
+        # a NaN may be sent anywhere: the logits tell
         return step, np.stack(chosen, 1).clip(0, self.config.moe.num_experts - 1)
 
     def _new_lane(self, context: Context, tokens: int, layers: range) -> Lane:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from medmoe_edge._types import Floats
-from medmoe_edge.calibration.statistics import site_of
+from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import MissingDependencyError, ResourceError
 from medmoe_edge.models.contrastive import ModalityMoE
@@ -168,7 +168,7 @@ class BitsAndBytesRuntime(EagerRuntime):
         linears = {
             name: module
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and site_of(f"{name}.weight")
+            if isinstance(module, nn.Linear) and input_of(f"{name}.weight")
         }
         bits = weights = 0
         for name, linear in linears.items():

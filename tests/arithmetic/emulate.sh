@@ -5,6 +5,8 @@
 #   tests/arithmetic/emulate.sh Nehalem Haswell   some
 #   tests/arithmetic/emulate.sh --all Nehalem     with every other test of numbers (an hour)
 #   tests/arithmetic/emulate.sh --few Nehalem     tests/arithmetic alone
+#   tests/arithmetic/emulate.sh --ask cortex-a76  no tests: `medmoe-edge ask` there and on this machine,
+#                                                 whose answers must be equal (two minutes)
 #
 # On x86 it also runs those of tests/unit that compute with ONNX Runtime, in this process: $also.
 # arm-sme is an Arm processor with matrix instructions (as Apple's from M4 on).
@@ -32,15 +34,24 @@ arithmetic() {
     esac
 }
 
-tests() { # a command that starts Python; of the files $files
-    "$@" -m pytest "${files[@]}" -q -p no:cacheprovider -p no:xdist -o timeout=1800 \
-        2> >(grep -v "TCG doesn't support requested feature" >&2)
+work() { # a command that starts Python, of the emulated processor: the tests of $files, or questions
+    if [ -n "$asked" ]; then
+        ask "$@" > "$asked/there.json"
+        PYTHONPATH=$PWD "$python" tests/arithmetic/recorded.py "$asked/here.json" "$asked/there.json"
+    else
+        "$@" -m pytest "${files[@]}" -q -p no:cacheprovider -p no:xdist -o timeout=1800
+    fi 2> >(grep -v "TCG doesn't support requested feature" >&2)
+}
+
+ask() { # a command that starts Python
+    "$@" cli.py ask scan.png "Is there effusion?" "What modality is used to take this image?" \
+        "Which part of the body does this image belong to?" "Is the heart enlarged?" --json
 }
 
 on_x86() {
     local name files=(tests/arithmetic)
     for name in "${also[@]}"; do files+=("tests/unit/test_$name.py"); done
-    PYTHONPATH=$PWD tests qemu-x86_64 -cpu "$1" "$(command -v "$python")"
+    PYTHONPATH=$PWD work qemu-x86_64 -cpu "$1" "$(command -v "$python")"
 }
 
 # Debian's packages unpacked beside each other, without a chroot.
@@ -90,16 +101,18 @@ on_arm() {
         arm-sme) cpu=$all ;;
         neoverse-v1) qemu-aarch64 -cpu help | grep -q neoverse-v1 || cpu=$all,sme=off ;; # before 8.1
     esac
-    PYTHONPATH=$PWD:$arm64/site tests qemu-aarch64 -cpu "$cpu" -L "$arm64/root" \
+    PYTHONPATH=$PWD:$arm64/site work qemu-aarch64 -cpu "$cpu" -L "$arm64/root" \
         "$arm64/root/usr/bin/python3"
 }
 
-failed=()
+failed=() asked=
 case ${1:-} in
     --all) shift && also+=("${all[@]}") ;;
     --few) shift && also=() ;;
+    --ask) shift && asked=$(mktemp -d) && trap 'rm -rf "$asked"' EXIT ;;
 esac
 [ $# -gt 0 ] || set -- "${x86[@]}" "${arm[@]}"
+[ -z "$asked" ] || PYTHONPATH=$PWD ask "$python" > "$asked/here.json"
 for cpu; do
     echo "== $cpu"
     MEDMOE_EDGE_ARITHMETIC=$(arithmetic "$cpu")

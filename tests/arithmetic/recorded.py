@@ -2,11 +2,13 @@
 
 `python tests/arithmetic/recorded.py` writes `recorded.json` anew, after a new export of nano: run
 it where `medmoe-edge doctor` calls the arithmetic exact. Of the validation data, which is not
-committed, it keeps only the questions' ids.
+committed, it keeps only the questions' ids. With two files of answers, as `ask --json` prints them,
+it holds the second against the first instead.
 """
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,49 @@ def answers(data: Path | None, engine: medmoe_edge.Engine) -> Iterator[tuple[str
             yield example.id, answer
 
 
+def require_equal(
+    expected: Mapping[str, tuple[str, float]], found: Iterable[tuple[str, str, float]]
+) -> list[float]:
+    """Fail for another answer, or confidences that differ by more than 0.005, 0.001 on average.
+
+    int8 is exact everywhere, but fp32 rounds differently by processor (fused multiply-add, exp),
+    and an activation that lies between two of its 256 steps then takes the other.
+
+    Args:
+        expected: Answers and confidences by the questions' names.
+        found: Names, answers and confidences.
+
+    Returns:
+        By how much each confidence differs.
+    """
+    differences = []
+    for name, text, confidence in found:
+        assert text == expected[name][0], name
+        differences.append(abs(confidence - expected[name][1]))
+    assert max(differences) <= 5e-3, differences
+    assert sum(differences) / len(differences) <= 1e-3, differences
+    return differences
+
+
+def compare(here: Path, there: Path) -> None:
+    """Hold what `ask --json` printed on another processor against what it printed on this one."""
+    wanted, found = (
+        [
+            (answer["question"], answer["answer"], answer["confidence"])
+            for answer in json.loads(path.read_text())["answers"]
+        ]
+        for path in (here, there)
+    )
+    assert len(wanted) == len(found)
+    off = require_equal({name: (text, sure) for name, text, sure in wanted}, found)
+    print(f"{len(off)} answers are equal; confidences differ by {max(off):.4f} at most.")
+
+
 def main() -> None:
-    """Write the record."""
+    """Write the record, or compare two files."""
+    if len(sys.argv) == 3:
+        compare(Path(sys.argv[1]), Path(sys.argv[2]))
+        return
     engine, told = medmoe_edge.load("nano"), {}
     for data in None, ROOT.parent / "shared" / "data":
         for name, answer in answers(data, engine):

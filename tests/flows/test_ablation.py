@@ -12,12 +12,13 @@ import torch
 import typer
 from PIL import Image
 from rich.progress import Progress
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from experiments.ablation import __main__ as command
 from experiments.ablation import run as ablation
-from experiments.ablation.run import ALL, ablate
-from experiments.ablation.variants import widen
+from experiments.ablation.run import ablate
+from experiments.ablation.variants import applicable, widen
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.models.decoder import PhiFeedForward, StableLmFeedForward
 from medmoe_edge.presets import PRESETS
@@ -86,7 +87,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_variant_is_trained_evaluated_and_told(run: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = ablate(RECIPE, run, data, out, progress=Progress(disable=True))
-    assert tuple(row.result.variant for row in made.rows) == ALL
+    assert tuple(row.result.variant for row in made.rows) == applicable(CONFIG)
     told = json.loads((out / "ablation.json").read_text())
     assert told == json.loads(json.dumps(made.to_json()))
     sizes = {row.result.variant: row.result.size for row in made.rows}
@@ -99,6 +100,43 @@ def test_every_variant_is_trained_evaluated_and_told(run: Path, data: Path, tmp_
         assert row.result.scores["all"].exact_match == np.mean(row.result.correct)
         for shares in row.result.routing.values():
             np.testing.assert_allclose(np.sum(shares, -1), 1)
+
+
+def test_experts_that_begin_in_phase_2_are_compared_from_there(data: Path, tmp_path: Path) -> None:
+    train_all = ("decoder.*", "*.router.*", "projector.*")
+    recipe = replace(
+        RECIPE,
+        experts_from="instruction",
+        alignment=replace(RECIPE.alignment, epochs=1),
+        instruction=replace(RECIPE.instruction, train=train_all),
+    )
+    train(recipe, data, tmp_path / "run", Progress(disable=True))
+    chosen = ("baseline", "two-experts", "learned-router", "dense-activated")
+
+    def made(folder: str, seed: int | None = None) -> dict[str, Any]:
+        found = ablate(
+            *(recipe, tmp_path / "run", data, tmp_path / folder),
+            variants=chosen,
+            seed=seed,
+            progress=Progress(disable=True),
+        )
+        return {row.result.variant: row.result for row in found.rows}
+
+    results = made("out")
+    assert tuple(results) == chosen
+    states = {
+        name: load_file(tmp_path / "out" / name / "instruction.safetensors") for name in chosen
+    }
+    router = "module.model.decoder.layers.{}.ffn.router.weight"
+    first, last = (states["learned-router"][router.format(layer)] for layer in CONFIG.moe_layers)
+    assert not torch.equal(first, last)  # each its own
+    assert states["two-experts"][router.format(0)].shape == (2, 64)
+    assert results["two-experts"].router["labels"].confusion.keys() == set(MODALITIES)
+    assert not results["learned-router"].router
+    assert not results["dense-activated"].routing
+    other = made("again", seed=4)
+    assert other["baseline"].settings["seed"] == 4
+    assert (tmp_path / "again" / "baseline" / "moe.safetensors").exists()
 
 
 def test_the_command_resumes_and_refuses(

@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Run, fake_module, raising, two_lines
+from command_line import Run, fake_module, two_lines
 from PIL import Image
 
+from medmoe_edge._types import Progress
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.embedded import checkpoint_path
-from medmoe_edge.errors import VerificationError
+from medmoe_edge.errors import MedMoEError, VerificationError
 from medmoe_edge.evaluation.record import read_record
 from medmoe_edge.evaluation.verify import Verification
-from medmoe_edge.pipeline import med_moe
+from medmoe_edge.families import FAMILIES, MedMoEFamily
+from medmoe_edge.pipeline import ExportOptions
+from medmoe_edge.pipeline.med_moe import Export
 from medmoe_edge.render import console as render
 
 Make = Callable[..., Path]
@@ -30,54 +33,46 @@ NAMES = ("ct", "mri", "pathology", "xray")
 # --- export -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """The calls of the exporter, which writes nothing."""
-    calls: list[dict[str, Any]] = []
+class Exporter(MedMoEFamily):
+    """A family that remembers what it was to export, and gives what it was told to."""
 
-    def export(checkpoint: Path, out: Path, *, progress: Any, **options: Any) -> med_moe.Export:
+    def __init__(self, made: Export | MedMoEError | None = None) -> None:
+        self.asked: list[tuple[Path, Path, ExportOptions]] = []
+        self.made = made
+
+    def export(
+        self, checkpoint: Path, out: Path, options: ExportOptions, progress: Progress
+    ) -> Export:
         for done in (0, 1, 2):
             progress("decoder", done, 2)
-        calls.append({"checkpoint": checkpoint, "out": out, **options})
-        return med_moe.Export(out, None)
+        self.asked.append((checkpoint, out, options))
+        if isinstance(self.made, MedMoEError):
+            raise self.made
+        return self.made or Export(out, None)
 
-    monkeypatch.setattr(med_moe, "export", export)
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Exporter:
+    """What Med-MoE's checkpoints are exported by; it writes nothing."""
+    made = Exporter()
+    monkeypatch.setitem(FAMILIES, "med-moe", made)
     (tmp_path / "my-model").mkdir()
-    return calls
+    return made
 
 
-DEFAULTS = {
-    "checkpoint": checkpoint_path("nano"),
-    "out": Path("nano-int8"),
-    "precision": "int8",
-    "method": "auto",
-    "budget_bits": None,
-    "group": None,
-    "experts": None,
-    "calibrate_on": None,
-    "samples": 128,
-    "stats": None,
-    "strict": False,
-    "name": "nano",
-    "vision_tower": None,
-    "modalities": (),
-    "merge": False,
-    "force": False,
-}
+NANO = checkpoint_path("nano"), Path("nano-int8"), ExportOptions(name="nano")
 
 
-def test_export_alone_makes_the_embedded_model_int8(
-    run: Run, exported: list[dict[str, Any]]
-) -> None:
+def test_export_alone_makes_the_embedded_model_int8(run: Run, exporter: Exporter) -> None:
     for line in (["export", "--int8"], ["export"]):
         result = run(*line)
         assert (result.exit_code, result.stderr) == (0, "")
         assert result.stdout.splitlines()[0] == "Wrote the bundle nano-int8"
         assert "not measured" in result.stdout
-    assert exported == [DEFAULTS, DEFAULTS]
+    assert exporter.asked == [NANO, NANO]
 
 
-def test_export_of_a_folder(run: Run, exported: list[dict[str, Any]]) -> None:
+def test_export_of_a_folder(run: Run, exporter: Exporter) -> None:
     result = run("export", "my-model/", "--fp32", "--vision-tower", "clip", "--force", "--json")
     assert json.loads(result.stdout) == {
         "bundle": "my-model-fp32",
@@ -85,11 +80,10 @@ def test_export_of_a_folder(run: Run, exported: list[dict[str, Any]]) -> None:
         "precision": "fp32",
         "verification": None,
     }
-    own: dict[str, Any] = {"checkpoint": Path("my-model"), "name": "my-model"}
-    own |= {"out": Path("my-model-fp32"), "precision": "fp32"}
-    assert exported == [DEFAULTS | own | {"vision_tower": Path("clip"), "force": True}]
+    options = ExportOptions("fp32", name="my-model", vision_tower=Path("clip"), force=True)
+    assert exporter.asked == [(Path("my-model"), Path("my-model-fp32"), options)]
     run("export", "my-model", "-o", "elsewhere")
-    assert exported[1]["out"] == Path("elsewhere")
+    assert exporter.asked[1][1] == Path("elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -103,28 +97,24 @@ def test_export_of_a_folder(run: Run, exported: list[dict[str, Any]]) -> None:
     ],
 )
 def test_export_passes_its_options_on(
-    run: Run, exported: list[dict[str, Any]], line: list[str], given: dict[str, Any]
+    run: Run, exporter: Exporter, line: list[str], given: dict[str, Any]
 ) -> None:
     assert run("export", *line).exit_code == 0
-    given = given | {"strict": "--strict" in line}
-    given |= {"out": Path(f"nano-{given.get('precision', 'int8')}")}
-    assert exported == [DEFAULTS | given]
+    options = ExportOptions(name="nano", strict="--strict" in line, **given)
+    out = Path(f"nano-{options.precision}")
+    assert exporter.asked == [(checkpoint_path("nano"), out, options)]
 
 
-def test_export_shows_its_proof(
-    run: Run, proven_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_shows_its_proof(run: Run, proven_bundle: Path, exporter: Exporter) -> None:
     bundle = Bundle.open(proven_bundle)
-    made = med_moe.Export(Path("out"), Verification(bundle, [], read_record(bundle)))
-    monkeypatch.setattr(med_moe, "export", lambda *_, **__: made)
+    exporter.made = Export(Path("out"), Verification(bundle, [], read_record(bundle)))
     lines = run("export").stdout.splitlines()
     assert lines[0].split() == ["tiny", "against", "its", "checkpoint"]
     assert lines[-2].startswith("Not decided: 2 questions about 1 images of questions.jsonl")
     assert lines[-1] == "Wrote the bundle out"
     told = json.loads(run("export", "--json").stdout)
     assert told["verification"]["outcome"] == "not decided"
-    failed = VerificationError("It failed.", "Do not use it.")
-    monkeypatch.setattr(med_moe, "export", raising(failed))
+    exporter.made = VerificationError("It failed.", "Do not use it.")
     result = run("export", "--json")
     assert result.exit_code == 4
     assert result.stderr.splitlines() == ["It failed.", "Do not use it."]
@@ -162,7 +152,7 @@ def test_what_cannot_be_exported(
 
 
 @pytest.mark.parametrize("verb", ["export", "inspect"])
-@pytest.mark.usefixtures("exported")
+@pytest.mark.usefixtures("exporter")
 def test_a_wrong_model_name_lists_the_right_ones(run: Run, verb: str) -> None:
     result = run(verb, "nanno")
     assert result.exit_code == 3
@@ -213,7 +203,7 @@ def test_calibrate(run: Run, tiny_checkpoint: Make, scans: Path) -> None:
     assert (told["statistics"], told["data"], told["skipped"]) == ("stats", "scans.jsonl", 1)
     assert sum(told["samples"].values()) > 4  # more were drawn for experts that were short
     assert len(told["coverage"]) == 8
-    assert Statistics.open(Path("stats")).sites["decoder.head.in"].hessian is not None
+    assert Statistics.open(Path("stats")).inputs["decoder.head.in"].hessian is not None
 
 
 def test_an_interrupted_calibration_goes_on(

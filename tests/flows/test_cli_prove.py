@@ -12,7 +12,9 @@ from command_line import Run, start_without, two_lines
 
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle, write_verification
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.pipeline import med_moe
+from medmoe_edge.evaluation.verify import Verification
+from medmoe_edge.families import FAMILIES, MedMoEFamily
+from medmoe_edge.pipeline import VerifyOptions
 
 Make = Callable[..., Path]
 
@@ -250,16 +252,17 @@ def test_verify_passes_its_options_on(
 ) -> None:
     calls = []
 
-    def verify(*given: Any, progress: Any, **options: Any) -> Any:
-        calls.append((*given, options))
-        raise ResourceError("Enough.", "Stop.")
+    class Verifier(MedMoEFamily):
+        def verify(self, bundle: Path, options: VerifyOptions, progress: object) -> Verification:
+            calls.append((bundle, options))
+            raise ResourceError("Enough.", "Stop.")
 
-    monkeypatch.setattr(med_moe, "verify", verify)
+    monkeypatch.setitem(FAMILIES, "med-moe", Verifier())
     line = ["verify", "bundle", "--against", "my", "--beside", "a", "--beside", "b"]
     Path("my").mkdir()
     assert run(*line, "--vision-tower", "clip").exit_code == 5
-    options = {"beside": ["a", "b"], "vision_tower": Path("clip"), "record": None}
-    assert calls == [(Path("bundle"), Path("my"), "builtin", options)]
+    options = VerifyOptions(Path("my"), beside=["a", "b"], vision_tower=Path("clip"))
+    assert calls == [(Path("bundle"), options)]
 
 
 # --- what is not installed --------------------------------------------------------------------

@@ -67,9 +67,9 @@ def test_one_modality_triggers_the_contract(
     }
     for record in statistics.coverage:
         for part in ("in", "hidden"):  # it was measured, and is not to be trusted
-            site = f"decoder.layers.{record.layer}.ffn.experts.{record.expert}.{part}"
-            assert site in statistics.sites
-            assert (statistics.get(site) is None) == (record.status == "data-free")
+            name = f"decoder.layers.{record.layer}.ffn.experts.{record.expert}.{part}"
+            assert name in statistics.inputs
+            assert (statistics.get(name) is None) == (record.status == "data-free")
     with pytest.raises(VerificationError, match=r"layer 0 mri .* none of its own modality"):
         calibrate(nano.folder, only(pictures, "xray"), tmp_path / "strict", samples=2, strict=True)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import trustme
@@ -27,8 +26,6 @@ from medmoe_edge import __version__, errors
 from medmoe_edge.bedside.listen.receiving import classes_with_pixels, transfer_syntaxes
 from medmoe_edge.checkpoint.tensors import write_checkpoint
 from medmoe_edge.cli.common import ORDER
-from medmoe_edge.export import build
-from medmoe_edge.export.vision import export_vision
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.initialise import random_tensors, train_tokenizer
 
@@ -98,17 +95,11 @@ def presumed(
 def test_the_blocks_of_a_page(
     page: str,
     presumed: Path,
-    tiny_tower: Any,
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(PRESETS, "nano", SMALL)
-    monkeypatch.setattr(  # the tower that several pages export is traced once
-        build,
-        "export_vision",
-        lambda read: tiny_tower(read) if read.folder.name == "CHECKPOINT" else export_vision(read),
-    )
     shutil.copytree(presumed, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graphs import changed, observed, structure, write_no_tower
+from graphs import changed, observed, structure
 from torch import Tensor
 
 from medmoe_edge._version import __version__
@@ -32,17 +32,10 @@ from medmoe_edge.export.quantise import unpack_rows
 Make = Callable[..., Path]
 
 
-@pytest.fixture
-def without_tower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tower takes a second to trace; test_vision_export.py does."""
-    monkeypatch.setattr(build, "_write_vision", write_no_tower)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.usefixtures("without_tower")
 def test_the_same_checkpoint_gives_the_same_bytes(tiny_checkpoint: Make, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(tiny_checkpoint(), moved)
@@ -68,7 +61,6 @@ STRUCTURES = {  # of the tiny decoder: changes with what is exported, never with
 }
 
 
-@pytest.mark.usefixtures("without_tower")
 @pytest.mark.parametrize("precision", STRUCTURES)
 def test_bundles_stay_as_they_were(tiny_checkpoint: Make, tmp_path: Path, precision: Any) -> None:
     """What is exported without new options is what was exported before.
@@ -123,7 +115,6 @@ def test_the_manifest_vouches_for_all(tiny_checkpoint: Make, tiny_bundle: Make) 
     assert not json.loads((tiny_bundle("fp32", dense=True) / MANIFEST).read_text())["experts"]
 
 
-@pytest.mark.usefixtures("without_tower")
 def test_the_model_card_goes_with_the_bundle(tiny_checkpoint: Make, tmp_path: Path) -> None:
     shutil.copytree(tiny_checkpoint(), tmp_path / "checkpoint")
     card = b"---\nlicense: cc-by-4.0\n---\n# Tiny \xff\n"  # not quite UTF-8
@@ -146,7 +137,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.usefixtures("without_tower")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_exported_is_told_and_leaves_nothing(
     tiny_checkpoint: Make, tmp_path: Path, fault: str
@@ -172,8 +162,8 @@ def test_what_cannot_be_exported_is_told_and_leaves_nothing(
 
 UP, DOWN = (f"decoder.layers.0.ffn.experts.2.{name}.weight" for name in ("up", "down"))
 WEIGHTS = [
-    (UP, torch.nan, "int8", rf"{UP} holds values that are infinite or no numbers"),
-    (UP, torch.inf, "int4", rf"{UP} holds values that are infinite or no numbers"),
+    (UP, torch.nan, "int8", rf"{UP} holds values that are NaN or infinite"),
+    (UP, torch.inf, "int4", rf"{UP} holds values that are NaN or infinite"),
     (DOWN, 1e8, "int4", rf"{DOWN}: A 64x64 matrix holds a weight of .*, beyond what fp16"),
     # these are small, and written into the graph
     ("decoder.layers.2.ffn.router.bias", torch.nan, "int8", r"router\.bias holds values that"),
@@ -183,7 +173,6 @@ WEIGHTS = [
 ]
 
 
-@pytest.mark.usefixtures("without_tower")
 @pytest.mark.parametrize(("name", "value", "precision", "message"), WEIGHTS)
 def test_a_weight_that_cannot_be_stored_is_named_and_leaves_nothing(
     tiny_checkpoint: Make, tmp_path: Path, name: str, value: float, precision: Any, message: str
@@ -206,7 +195,6 @@ def refused(source: Path, out: Path, message: str, **options: Any) -> None:
     assert set(out.parent.iterdir()) == before
 
 
-@pytest.mark.usefixtures("without_tower")
 def test_statistics_of_another_checkpoint_are_refused(
     tiny_checkpoint: Make, tmp_path: Path
 ) -> None:
@@ -216,7 +204,6 @@ def test_statistics_of_another_checkpoint_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("without_tower")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, CheckpointError])
 def test_an_export_that_is_broken_off_leaves_nothing(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
@@ -232,7 +219,6 @@ def test_an_export_that_is_broken_off_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("without_tower")
 @pytest.mark.parametrize("step", build.STEPS)
 def test_an_export_that_is_interrupted_leaves_nothing(
     tiny_checkpoint: Make, tmp_path: Path, step: str
@@ -247,7 +233,6 @@ def test_an_export_that_is_interrupted_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("without_tower")
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_embedding_is_the_file_that_numpy_writes(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
@@ -259,7 +244,6 @@ def test_the_embedding_is_the_file_that_numpy_writes(
     assert (out / "embedding.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
-@pytest.mark.usefixtures("without_tower")
 def test_blocks_of_rows_leave_no_trace_in_the_bundle(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +258,6 @@ def test_blocks_of_rows_leave_no_trace_in_the_bundle(
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.usefixtures("without_tower")
 def test_an_existing_output_is_replaced_only_if_it_is_a_bundle(
     tiny_checkpoint: Make, tmp_path: Path
 ) -> None:

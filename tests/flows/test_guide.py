@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,20 @@ def test_the_containers_start_what_parses(name: str, monkeypatch: pytest.MonkeyP
     assert "\nUSER 10001:10001\n" in text
     same = (DEPLOY / "Containerfile").read_text().partition("# The only folder")[2]
     assert text.endswith(same)  # they differ in where Python comes from
+
+
+@pytest.mark.parametrize("name", ["Containerfile", "Containerfile.jetson"])
+def test_what_a_container_runs_is_shell_and_its_extras_exist(name: str) -> None:
+    """`.ci/containers` really runs it, where there is time and Debian's buildah."""
+    text = (DEPLOY / name).read_text().replace("\\\n", "")
+    lines = re.findall(r"^RUN (.*)", text, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        done = subprocess.run(["sh", "-n", "-c", line], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b""), line
+    (extras,) = re.findall(r"'\.\[([\w,]+)\]'", text)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= set(declared["optional-dependencies"])
 
 
 def test_the_files_that_are_to_be_deployed_are_there() -> None:

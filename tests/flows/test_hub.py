@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from command_line import ROOT, Run, two_lines
 from hub_server import Hub, answering, serving
 
+import medmoe_edge
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.hub import PullOptions, pull
 from medmoe_edge.checkpoint.published import PUBLISHED, Pulled
@@ -65,10 +65,8 @@ def weights_of(hub: Hub) -> str:
 
 
 def test_a_published_name_becomes_a_checkpoint_and_a_bundle_that_says_so(
-    hub: Hub, options: PullOptions, tmp_path: Path, tiny_tower: Any, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, options: PullOptions, tmp_path: Path
 ) -> None:
-    from medmoe_edge.export import build
-
     told: list[tuple[str, int, int]] = []
     pulled = pull(NAME, tmp_path / "out", options, progress=lambda *step: told.append(step))
     kept = {file.name for file in (tmp_path / "out").iterdir()}
@@ -85,8 +83,7 @@ def test_a_published_name_becomes_a_checkpoint_and_a_bundle_that_says_so(
     assert pulled == Pulled.of(tmp_path / "out")
     assert pulled.commit == hub.commit
 
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
-    build.export_bundle(tmp_path / "out", tmp_path / "bundle")
+    medmoe_edge.export_model(tmp_path / "out", tmp_path / "bundle")
     manifest = Bundle.open(tmp_path / "bundle").manifest
     source = manifest["source"]["published"]
     assert (source["repository"], source["path"]) == (REPOSITORY, FOLDER)
@@ -98,7 +95,7 @@ def test_a_published_name_becomes_a_checkpoint_and_a_bundle_that_says_so(
     config = tmp_path / "out" / "config.json"
     config.write_text(config.read_text() + "\n")
     (tmp_path / "out" / "README.md").unlink()
-    build.export_bundle(tmp_path / "out", tmp_path / "edited")
+    medmoe_edge.export_model(tmp_path / "out", tmp_path / "edited")
     source = Bundle.open(tmp_path / "edited").manifest["source"]["published"]
     assert source["changed"] == ["README.md", "config.json"]
 

@@ -158,14 +158,9 @@ def optimum_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...
 def test_optimum_cli_exports_what_our_verb_exports(
     optimum_cli: Callable[..., int],
     tiny_checkpoint: Make,
-    tiny_tower: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from medmoe_edge.export import build
-
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
     assert optimum_cli("export", "medmoe", str(tiny_checkpoint()), "out", "--fp32") == 0
     assert "Wrote the bundle out" in capsys.readouterr().out
     bundle = Bundle.open(tmp_path / "out")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-from graphs import observed, write_no_tower
+from graphs import observed
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
 from medmoe_edge.bundle.machine import cpu_features
@@ -95,13 +95,11 @@ def check(folder: Path) -> list[str]:
 def test_every_export_adds_exactly(
     tiny_checkpoint: Make,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     precision: Any,
     preset: str,
     calibrated: bool,
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(build, "_write_vision", write_no_tower)
     checkpoint = tiny_checkpoint(preset)
     statistics = observed(read_checkpoint(checkpoint)) if calibrated else None
     folder = build.export_bundle(

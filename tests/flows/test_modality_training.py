@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from medmoe_edge.config_contrastive import ModalityConfig, read_scores
 from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.text import ModalityTokenizer
-from medmoe_edge.data.captions import Captioned, Place
+from medmoe_edge.data.captions import Captioned, GroundedPhrase
 from medmoe_edge.data.datasets import LabelledImage
 from medmoe_edge.errors import DataError, ImageError
 from medmoe_edge.models.contrastive import UNLABELLED, ImageFeatures, TextFeatures, grounding_loss
@@ -239,8 +239,8 @@ def test_a_finding_is_named_alone_and_in_many_ways() -> None:
 def batches(data: Path) -> ModalityBatches:
     file = data / "tokenizer.json"
     train_word_pieces(["head ct showing round, flat", "head mri on nodule"], 400, file)
-    places = [Place(data / "0.png", "nodule", ((8.0, 16.0, 8.0, 4.0),))]
-    return ModalityBatches(CONFIG, ModalityTokenizer.from_file(file, CONFIG.text), places, seed=1)
+    grounded = [GroundedPhrase(data / "0.png", "nodule", ((8.0, 16.0, 8.0, 4.0),))]
+    return ModalityBatches(CONFIG, ModalityTokenizer.from_file(file, CONFIG.text), grounded, seed=1)
 
 
 def captioned(data: Path) -> list[Captioned]:
@@ -277,13 +277,13 @@ def test_a_box_moves_with_its_image(
     def tilted(pixels: torch.Tensor, _: torch.Generator) -> torch.Tensor:
         return pixels.roll(4, -1)
 
-    place = Place(data / "0.png", "nodule", ((8.0, 16.0, 8.0, 4.0),))
-    hidden = replace(place, boxes=((40.0, 0.0, 5.0, 5.0),))
+    boxed = GroundedPhrase(data / "0.png", "nodule", ((8.0, 16.0, 8.0, 4.0),))
+    hidden = replace(boxed, boxes=((40.0, 0.0, 5.0, 5.0),))
     first, second, third, _ = captioned(data)
     told = [
         Told(first, ("round",), "round", hidden),
         Told(second, ("flat",), "flat"),
-        Told(third, ("round",), "round", place),
+        Told(third, ("round",), "round", boxed),
     ]
     monkeypatch.setattr(modality_batches, "augment", tilted)
     found = batches.collate(told, torch.Generator()).grounding

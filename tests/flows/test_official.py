@@ -5,7 +5,6 @@ Nothing in them is made by this project but the tokenizers' vocabularies (`token
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ import medmoe_edge
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.checkpoint.tokenizer import TIKTOKEN
 from medmoe_edge.errors import ConfigError
-from medmoe_edge.export import build
 from medmoe_edge.export.build import BuildOptions, export_bundle
-from medmoe_edge.export.vision import export_vision
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE
@@ -79,18 +76,6 @@ def same_answers(bundle: Path, wanted: Answers, chosen: list[int]) -> None:
     assert [answer.text for answer in answers] == [wanted[index][0] for index in chosen]
 
 
-@pytest.fixture(scope="module")
-def one_tower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """All these models have the same tower, which is traced once."""
-    folder = tmp_path_factory.mktemp("tower") / "phi"
-    save("phi", folder)
-    vision = export_vision(read_checkpoint(folder))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "export_vision", lambda _: vision.clone())
-        yield
-
-
-@pytest.mark.usefixtures("one_tower")
 @pytest.mark.parametrize(("kind", "top_k", "residual"), SHAPES)
 def test_a_folder_as_saved_answers_as_transformers_does(
     kind: str, top_k: int, residual: bool, tmp_path: Path

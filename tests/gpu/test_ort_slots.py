@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from graphs import normal
+from graphs import in_steps
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import InputError, ResourceError
 from medmoe_edge.export.targets import export_target
-from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step
+from medmoe_edge.runtimes.base import Cache, Paged, Step
 from medmoe_edge.runtimes.ort import paged as ort_paged
 from medmoe_edge.runtimes.ort.paged import SlotOrtRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
@@ -44,15 +44,6 @@ class Recorded(SlotOrtRuntime):
         return super()._run_with(embeds, cache, table)
 
 
-def run(runtime: Runtime, lengths: tuple[int, ...]) -> list[Step]:
-    embeds = normal(sum(lengths), runtime.config.decoder.hidden_size, seed=3)
-    cache, steps = runtime.new_cache(sum(lengths)), []
-    for length in lengths:
-        steps.append(runtime.step(embeds[cache.length : cache.length + length], cache))
-    assert cache.length == sum(lengths)
-    return steps
-
-
 @pytest.mark.parametrize("unified", [True, False])
 @pytest.mark.parametrize(("precision", "preset", "moe"), CASES)
 def test_slots_compute_what_the_resident_runtime_does(
@@ -71,9 +62,9 @@ def test_slots_compute_what_the_resident_runtime_does(
     resident = OrtRuntime(Bundle.open(tmp_path / "whole"), device="cpu")
     for budget in ("100%", "50%"):
         runtime = Recorded(Bundle.open(tmp_path / "paged"), budget, device="cpu")
-        found = run(runtime, STEPS)
+        found = in_steps(runtime, STEPS)
         parts = tuple(length for _, length in sorted(runtime.__dict__["parts"].items()))
-        wanted = run(resident, parts)
+        wanted = in_steps(resident, parts)
         ends = np.cumsum(parts).tolist()
         for step, end in zip(found, np.cumsum(STEPS).tolist(), strict=True):
             right = wanted[ends.index(end)].logits
@@ -110,7 +101,7 @@ def test_it_is_loaded_with_a_budget_or_with_room_for_all(tiny_bundle: Make, tmp_
 
 
 def test_a_portable_bundle_needs_no_flag_to_be_paged(run: "Run") -> None:
-    done = run("export", "nano", "--paged")
+    done = in_steps("export", "nano", "--paged")
     assert done.exit_code != 0
     assert "--paged is for GPUs" in done.output
 
@@ -120,9 +111,9 @@ def test_slots_in_a_gpus_memory(tiny_bundle: Make, tmp_path: Path) -> None:
     portable = Bundle.open(tiny_bundle("fp32", top_k=2))
     export_target(portable, tmp_path / "paged", PAGED)
     bundle = Bundle.open(tmp_path / "paged")
-    here = run(SlotOrtRuntime(bundle, "100%", device="cpu"), STEPS)
+    here = in_steps(SlotOrtRuntime(bundle, "100%", device="cpu"), STEPS)
     for budget in ("100%", "50%"):
-        there = run(SlotOrtRuntime(bundle, budget, device="cuda"), STEPS)
+        there = in_steps(SlotOrtRuntime(bundle, budget, device="cuda"), STEPS)
         for found, wanted in zip(there, here, strict=True):
             bound = 2e-2 * np.abs(wanted.logits).max()
             np.testing.assert_allclose(found.logits, wanted.logits, atol=bound)

@@ -27,6 +27,7 @@ from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.gpus import build_memory
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.targets import export_target, lower, plan_target, write_graphs
+from medmoe_edge.pipeline import TargetOptions
 from medmoe_edge.pipeline.med_moe import export_for
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime, open_session
 
@@ -310,6 +311,7 @@ def test_a_full_width_layer_is_built_within_memory(
     told = json.loads(subprocess.check_output(script, cwd=ROOT, env=environment))
     assert told["weights"] < told["engine"] < told["weights"] + KERNELS
     assert told["peak_memory"] is None or told["peak_memory"] < 1.5 * told["weights"] + 1e9
+    assert told["left"] < 0.5 * told["weights"]  # glibc would keep three quarters of them
 
 
 @needs_rtx
@@ -346,7 +348,7 @@ def test_what_cannot_be_built_is_refused_before_the_checkpoint_is_exported(
 
     with pytest.raises(InputError, match="does not serve orin"):
         export_for(
-            "tensorrt-rtx", tiny_checkpoint(), tmp_path / "out", portable=portable, gpu="orin"
+            tiny_checkpoint(), tmp_path / "out", TargetOptions("tensorrt-rtx", "orin"), portable
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -358,7 +360,8 @@ def test_a_checkpoint_becomes_a_portable_bundle_first(tiny_bundle: Make, tmp_pat
     def portable(folder: Path) -> None:
         shutil.copytree(tiny_bundle("int4", "tiny"), folder)
 
-    made = export_for("onnxruntime-cuda", checkpoint, tmp_path / "out", portable=portable)
+    options = TargetOptions("onnxruntime-cuda")
+    made = export_for(checkpoint, tmp_path / "out", options, portable)
     assert Bundle.open(made.bundle).target == CUDA
     assert made.to_json() == {
         "bundle": str(tmp_path / "out"),

@@ -6,7 +6,6 @@ for RTX, which can be loaded here, parses and builds them.
 """
 
 import itertools
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import MissingDependencyError
 from medmoe_edge.evaluation.targets import GraphRuntime
+from medmoe_edge.export import targets
 from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.gpus import load_library, make_logger
 from medmoe_edge.export.jetson import OLDEST_TENSORRT
@@ -37,13 +37,15 @@ from medmoe_edge.export.passes.tensorrt_parser import (
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.targets import lower, vision_graph
 from medmoe_edge.export.tensorrt_builder import parse
+from medmoe_edge.runtimes.base import own_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 Make = Callable[..., Path]
 VERSIONS = ("10.3.0", "10.9.0", "10.13.3", "10.14.1", "10.15.1", "11.4.1")
 POSITIONS = 16
 HALF = 1e-2  # of logits, relative; int8 and int4 are the same integers in both graphs
-SINGLE = 1e-3
+SINGLE = 1e-5  # 1e-3 is asked; no form is off by more than 2e-6
+MARGIN = 0.02  # of a token's chosen experts before the next one, in probability
 
 
 def target(version: str) -> Target:
@@ -153,6 +155,28 @@ def off(found: list[Floats], wanted: list[Floats]) -> float:
     )
 
 
+def untied(bundle: Bundle, folder: Path) -> tuple[list[Floats], list[Floats]]:
+    """Steps of which no token is near a tie of two experts, and their logits as specified.
+
+    A tie is for rounding to decide, and what comes after it says nothing of the graph.
+    """
+    save_model(specification(bundle), folder, "specified")
+    runtime = GraphRuntime(bundle, bundle.path("vision.onnx"), folder / "specified.onnx")
+    size, moe = bundle.config.decoder.hidden_size, bundle.config.moe
+    assert moe is not None
+    for seed in range(500):
+        random = np.random.default_rng(seed)
+        steps = [random.normal(0, 0.2, (rows, size)).astype(np.float32) for rows in (5, 1)]
+        cache = runtime.new_cache(POSITIONS)
+        found = [runtime.step(embeds, cache) for embeds in steps]
+        routing = np.concatenate([own_logits(step.router_logits, moe) for step in found])
+        shares = np.exp(routing - routing.max(-1, keepdims=True))
+        shares = np.sort(shares / shares.sum(-1, keepdims=True))[..., ::-1]
+        if float((shares[..., moe.top_k - 1] - shares[..., moe.top_k]).min()) > MARGIN:
+            return steps, [step.logits for step in found]
+    raise AssertionError("every input has a token near a tie")
+
+
 @pytest.mark.parametrize("version", ["10.3.0", "10.9.0", "10.15.1"])
 @pytest.mark.parametrize(
     ("preset", "precision"),
@@ -168,25 +192,43 @@ def test_a_graph_means_what_is_specified(
 ) -> None:
     interpret(monkeypatch)
     bundle = Bundle.open(tiny_bundle(precision, preset))
-    size = bundle.config.decoder.hidden_size
-    for name, model in (("exact", specification(bundle)), ("half", graph(bundle, version))):
-        (tmp_path / name).mkdir()
-        save_model(model, tmp_path / name, "decoder")
-    path = tmp_path / "half" / "decoder.onnx"
+    save_model(graph(bundle, version), tmp_path, "decoder")
+    path = tmp_path / "decoder.onnx"
     onnx.checker.check_model(path)
     proto = onnx.load(path)
     assert summed(proto) <= {onnx.TensorProto.FLOAT}  # no other type is listed
-    plain = all(node.domain == "" for node in proto.graph.node)
-    errors: dict[str, list[float]] = {"evaluated": [], "run": []}
-    for seed in range(3):  # fp16 tips a token that is near a tie of two experts: 1.1e-2 with seed 0
-        random = np.random.default_rng(seed)
-        steps = [random.normal(0, 0.2, (rows, size)).astype(np.float32) for rows in (5, 1)]
-        wanted = in_onnxruntime(bundle, tmp_path / "exact" / "decoder.onnx", steps)
-        errors["evaluated"].append(off(evaluate(proto, steps), wanted))
-        if plain:
-            errors["run"].append(off(in_onnxruntime(bundle, path, steps), wanted))
-    for found in filter(None, errors.values()):
-        assert 0 < statistics.median(found) < HALF, errors
+    steps, wanted = untied(bundle, tmp_path)
+    assert 0 < off(evaluate(proto, steps), wanted) < HALF
+    if all(node.domain == "" for node in proto.graph.node):
+        assert 0 < off(in_onnxruntime(bundle, path, steps), wanted) < HALF
+
+
+@pytest.mark.parametrize(
+    ("preset", "precision", "version"),
+    [
+        *(("tiny", "fp32", version) for version in VERSIONS),
+        *(("tiny-phi", "fp32", version) for version in ("10.3.0", "10.14.1", "10.15.1")),
+        *(("tiny", precision, "10.3.0") for precision in ("int8", "int4")),  # plugins need half
+    ],
+)
+def test_a_whole_decoder_in_fp32_means_the_same(
+    tiny_bundle: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    preset: str,
+    precision: str,
+) -> None:
+    """A graph before it is put in half, so that a deviation is the form's and not rounding's."""
+    monkeypatch.setattr(targets, "to_half_graph", lambda *_: None)
+    bundle = Bundle.open(tiny_bundle(precision, preset))
+    save_model(graph(bundle, version), tmp_path, "decoder")
+    proto = onnx.load(tmp_path / "decoder.onnx")
+    kinds = {value.type.tensor_type.elem_type for value in proto.graph.input}
+    assert kinds == {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+    steps, wanted = untied(bundle, tmp_path)
+    assert 0 < off(evaluate(proto, steps), wanted) < SINGLE
+    assert 0 <= off(in_onnxruntime(bundle, tmp_path / "decoder.onnx", steps), wanted) < SINGLE
 
 
 @pytest.mark.parametrize(("earlier", "later"), [("10.9.0", "10.13.3"), ("10.15.1", "11.4.1")])

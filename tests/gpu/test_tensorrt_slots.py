@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import pytest
-from graphs import normal
+from graphs import in_steps, normal
 from test_tensorrt_runtime import FakeDevice
 
 from medmoe_edge._types import Floats
@@ -155,15 +155,6 @@ def runtime_of(
     return runtime, device
 
 
-def run(runtime: Any, lengths: tuple[int, ...]) -> list[Step]:
-    embeds = normal(sum(lengths), runtime.config.decoder.hidden_size, seed=3)
-    cache, steps = runtime.new_cache(sum(lengths)), []
-    for length in lengths:
-        steps.append(runtime.step(embeds[cache.length : cache.length + length], cache))
-    assert cache.length == sum(lengths)
-    return steps
-
-
 def least(bundle: Bundle) -> int:
     with pytest.raises(InputError, match="is too small") as caught:
         runtime_of(bundle, 1)
@@ -175,9 +166,9 @@ def least(bundle: Bundle) -> int:
 
 def check(runtime: Recorded, everything: Recorded, lengths: tuple[int, ...]) -> list[Step]:
     """The bits of all experts in slots, of the same parts, which are returned."""
-    found = run(runtime, lengths)
+    found = in_steps(runtime, lengths)
     parts = tuple(runtime.parts[begin] for begin in sorted(runtime.parts))
-    wanted = run(everything, parts)
+    wanted = in_steps(everything, parts)
     routing = np.concatenate([step.router_logits for step in wanted])
     assert np.concatenate([step.router_logits for step in found]).tobytes() == routing.tobytes()
     ends = np.cumsum(parts).tolist()
@@ -193,7 +184,7 @@ def test_steps_give_the_bits_of_all_experts_in_slots(
     """In a memory that is copied to, and in unified one."""
     bundle = paged(precision, preset, **moe)
     everything, _ = runtime_of(bundle, "100%")
-    run(everything, STEPS)
+    in_steps(everything, STEPS)
     assert tuple(everything.parts.values()) == STEPS  # nothing was cut
     for budget, unified in (("50%", True), ("50%", False), (least(bundle), False)):
         runtime, device = runtime_of(bundle, budget, unified=unified)
@@ -218,7 +209,7 @@ def test_the_graph_computes_what_the_one_with_constants_does(
     write_graphs(portable, replace(TARGET, paged=False), tmp_path)
     constants = GraphRuntime(portable, tmp_path / "vision.onnx", tmp_path / "decoder.onnx")
     runtime, _ = runtime_of(paged(precision, preset, **moe), "100%")
-    for found, wanted in zip(run(runtime, STEPS), run(constants, STEPS), strict=True):
+    for found, wanted in zip(in_steps(runtime, STEPS), in_steps(constants, STEPS), strict=True):
         bound = 5e-3 * np.abs(wanted.logits).max()
         np.testing.assert_allclose(found.logits, wanted.logits, atol=bound)
         chosen = (step.router_logits.argmax(-1) for step in (found, wanted))
@@ -253,7 +244,7 @@ def test_absent_experts_leave_no_trace_even_of_no_numbers(paged: Callable[..., B
     bundle = paged("fp32", "tiny-phi")
     runtime, device = runtime_of(bundle, "75%")
     for address in runtime.requests.slots.store.pools.addresses.values():
-        device.memory[address][:] = 0xFF  # no number, in fp16
+        device.memory[address][:] = 0xFF  # NaN, in fp16
     for step in check(runtime, runtime_of(bundle, "100%")[0], (2, 3, 5, 1)):
         assert np.isfinite(step.logits).all()
 
@@ -306,7 +297,7 @@ def test_a_corrupted_expert_fails_its_request_and_no_other(
     for path in source.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     bundle = Bundle.open(tmp_path)
-    wanted = run(runtime_of(bundle, "100%")[0], STEPS)
+    wanted = in_steps(runtime_of(bundle, "100%")[0], STEPS)
     runtime, _ = runtime_of(bundle, "100%")
     intact = (tmp_path / FILE).read_bytes()
     offset, size = bundle.manifest["experts"]["decoder.layers.2.ffn.experts.1"]
@@ -315,9 +306,9 @@ def test_a_corrupted_expert_fails_its_request_and_no_other(
         changed[at] ^= 1
         (tmp_path / FILE).write_bytes(changed)
         with pytest.raises(BundleError, match=r"Expert 1 of layer 2 in .* was changed"):
-            run(runtime, STEPS)
+            in_steps(runtime, STEPS)
     (tmp_path / FILE).write_bytes(intact)
-    for step, right in zip(run(runtime, STEPS), wanted, strict=True):
+    for step, right in zip(in_steps(runtime, STEPS), wanted, strict=True):
         assert step.logits.tobytes() == right.logits.tobytes()
 
 

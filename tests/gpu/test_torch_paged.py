@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graphs import normal
+from graphs import in_steps
 from interpreted import interpret
 from torch import nn
 
@@ -20,7 +20,7 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import BundleError, InputError
-from medmoe_edge.runtimes.base import Cache, Paged, Runtime, Step
+from medmoe_edge.runtimes.base import Cache, Paged, Step
 from medmoe_edge.runtimes.paging.pager import Expert
 from medmoe_edge.runtimes.slots.slots import Chosen, CpuMemory, Table
 from medmoe_edge.runtimes.torch import paged as torch_paged
@@ -52,20 +52,11 @@ class Recorded(PagedTorchRuntime):
         return super()._run(embeds, cache, table)
 
 
-def run(runtime: Runtime, lengths: tuple[int, ...]) -> list[Step]:
-    embeds = normal(sum(lengths), runtime.config.decoder.hidden_size, seed=3)
-    cache, steps = runtime.new_cache(sum(lengths)), []
-    for length in lengths:
-        steps.append(runtime.step(embeds[cache.length : cache.length + length], cache))
-    assert cache.length == sum(lengths)
-    return steps
-
-
 def check(paged: Recorded, resident: TorchBundleRuntime, lengths: tuple[int, ...] = STEPS) -> None:
     """The same bits as the resident runtime, of the same parts."""
-    found = run(paged, lengths)
+    found = in_steps(paged, lengths)
     parts = tuple(paged.parts[begin] for begin in sorted(paged.parts))
-    wanted = run(resident, parts)
+    wanted = in_steps(resident, parts)
     routing = np.concatenate([step.router_logits for step in wanted])
     assert np.concatenate([step.router_logits for step in found]).tobytes() == routing.tobytes()
     ends = np.cumsum(parts).tolist()
@@ -187,7 +178,7 @@ def test_a_corrupted_expert_fails_its_request_and_no_other(
 ) -> None:
     shutil.copytree(tiny_bundle("int8"), tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
-    wanted = run(TorchBundleRuntime(bundle, "cpu"), STEPS)
+    wanted = in_steps(TorchBundleRuntime(bundle, "cpu"), STEPS)
     runtime = PagedTorchRuntime(bundle, "100%", "cpu")
     data = tmp_path / "bundle" / "decoder.data"
     offset, _ = bundle.manifest["experts"]["decoder.layers.2.ffn.experts.1"]
@@ -197,12 +188,12 @@ def test_a_corrupted_expert_fails_its_request_and_no_other(
         file.write(bytes([intact[offset + 100] ^ 1]))
     for _ in range(2):
         with pytest.raises(BundleError, match=r"Expert 1 of layer 2 in .* was changed"):
-            run(runtime, STEPS)
+            in_steps(runtime, STEPS)
     data.write_bytes(intact[: offset + 100])
     with pytest.raises(BundleError, match="is incomplete"):
-        run(runtime, STEPS)
+        in_steps(runtime, STEPS)
     data.write_bytes(intact)
-    found = run(runtime, STEPS)
+    found = in_steps(runtime, STEPS)
     for step, right in zip(found, wanted, strict=True):
         assert step.logits.tobytes() == right.logits.tobytes()
 

@@ -12,9 +12,13 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+SIZES = [(1024, 600), (390, 844), (1440, 900)]
+DONE = "[...document.querySelectorAll('.answer')].at(-1)?.getAttribute('aria-busy') === null"
+TEXT = "document.querySelector('.answer:last-child .text')?.textContent"
 SECONDS = 60  # for anything to happen
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -145,3 +149,8 @@ def chromium(folder: Path) -> Iterator[Page]:
         yield Page(browser)
     finally:
         browser.quit()
+
+
+def ask(page: Page, question: str = "Is there effusion?") -> None:
+    """Put a question about the image that is shown."""
+    page.one("#question").send_keys(question, Keys.ENTER)

@@ -1,5 +1,6 @@
 """Small DICOM files, made here."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,14 @@ def grey(path: Path, **options: Any) -> npt.NDArray[np.uint8]:
 def codes(path: Path) -> list[str]:
     """The codes of what should be known of a picture."""
     return [notice.code for notice in load_image(path).notices]
+
+
+def ct(*values: int, **attributes: Any) -> bytes:
+    """A CT of 4 x 4 pixels, one file; its frames are of one value each, shown from -100 to 100."""
+    pixels = np.broadcast_to(np.array(values, np.int16)[:, None, None], (len(values), 4, 4))
+    supine = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
+    stated = {"Modality": "CT", "WindowCenter": 0, "WindowWidth": 200, **supine, **attributes}
+    dataset = made(pixels if len(values) > 1 else pixels[0], **stated)
+    file = io.BytesIO()
+    dcmwrite(file, dataset, enforce_file_format=True)
+    return file.getvalue()

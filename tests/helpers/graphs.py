@@ -18,13 +18,14 @@ from medmoe_edge.calibration.collect import Observer
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.calibration.routing import RoutingProfile
-from medmoe_edge.calibration.statistics import Source, Statistics, site_of
+from medmoe_edge.calibration.statistics import Source, Statistics, input_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.config import ModelConfig, MoEConfig
-from medmoe_edge.export.builder import IR_VERSION, MEDMOE, OPSET, Builder, floats, save_model
+from medmoe_edge.export.builder import IR_VERSION, MEDMOE, OPSET, Builder, floats
 from medmoe_edge.export.decoder import MoESpec, moe_function
 from medmoe_edge.models.decoder import MoE, PhiFeedForward, StableLmFeedForward
 from medmoe_edge.presets import PRESETS
+from medmoe_edge.runtimes.base import Runtime, Step
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
 Floats = npt.NDArray[np.float32]
@@ -154,12 +155,6 @@ def changed(
     return folder
 
 
-def write_no_tower(source: Checkpoint, folder: Path, precision: str, signature: object) -> str:
-    """In place of the export's `_write_vision`, where the tower would only take time to trace."""
-    save_model(product_model(normal(4, 4)), folder, "vision")
-    return "none"
-
-
 @torch.inference_mode()
 def observed(
     checkpoint: Checkpoint, *, hessians: bool = True, data_free: Sequence[tuple[int, int]] = ()
@@ -167,7 +162,7 @@ def observed(
     """Statistics of random embeddings, all experts (layer, index) covered but the `data_free`."""
     model = EagerRuntime(checkpoint).model
     x = torch.from_numpy(normal(4, 100, checkpoint.config.decoder.hidden_size, seed=5))
-    with Observer(model, site_of, hessians=hessians) as observer:
+    with Observer(model, input_of, hessians=hessians) as observer:
         model.head(model(x).hidden)
     coverage = tuple(
         ExpertCoverage(layer, expert, 0, 256, None, status="data-free")
@@ -210,3 +205,13 @@ def _nodes(graph: onnx.GraphProto, indent: str) -> Iterator[str]:
         yield f"{indent}{tensor.name} {tensor.data_type} {list(tensor.dims)}"
     for kind, values in (("reads", graph.input), ("makes", graph.output)):
         yield f"{indent}{kind} {[value.name for value in values]}"
+
+
+def in_steps(runtime: Runtime, lengths: Sequence[int]) -> list[Step]:
+    """What a runtime makes of random embeddings that come in steps of these lengths."""
+    embeds = normal(sum(lengths), runtime.config.decoder.hidden_size, seed=3)
+    cache, steps = runtime.new_cache(sum(lengths)), []
+    for length in lengths:
+        steps.append(runtime.step(embeds[cache.length : cache.length + length], cache))
+    assert cache.length == sum(lengths)
+    return steps

@@ -1,18 +1,52 @@
-"""Bundles damaged on disk: weights changed in every graph that holds them, and sealed again."""
+"""Verified bundles to damage on disk: weights changed in every graph, and sealed again."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+from PIL import Image
 
-from medmoe_edge.bundle.bundle import MANIFEST, write_manifest
+from medmoe_edge.bundle.bundle import MANIFEST, Gates, write_manifest
+from medmoe_edge.data.datasets import Example
+from medmoe_edge.evaluation.verify import Data, verify
 
 Array = npt.NDArray[Any]
+PRECISIONS = ("int8", "int4", "fp32")
+# Random models lose much in 8 bits: here the weights and the KL are to judge.
+LENIENT = Gates(answer_agreement=0.0, accuracy_drop=1.0, routing_flips=1.0, vision_cosine=0.0)
+
+
+def questions_about_noise(
+    folder: Path, shapes: Sequence[tuple[int, ...]], texts: Sequence[str]
+) -> list[Example]:
+    """Every question about a picture of each shape; their files go to `folder`."""
+    generator = np.random.default_rng(0)
+    files = [folder / f"{index}.png" for index in range(len(shapes))]
+    for file, shape in zip(files, shapes, strict=True):
+        Image.fromarray(generator.integers(0, 256, shape, np.uint8)).save(file)
+    rest: tuple[Any, ...] = ("no", "CLOSED", "ct", None, None, "test")
+    return [Example(f"{text}{file.name}", file, text, *rest) for text in texts for file in files]
+
+
+def verified_bundles(
+    tiny_bundle: Callable[[str], Path], checkpoint: Path, examples: list[Example], root: Path
+) -> dict[str, Path]:
+    """A bundle of each precision with its record, and with inputs for `verify --quick`."""
+    folders = {}
+    for precision in PRECISIONS:
+        folder = root / precision
+        shutil.copytree(tiny_bundle(precision), folder)
+        reseal(folder, gates=LENIENT.to_json())
+        found = verify(folder, checkpoint, Data("questions", examples), inputs=examples)
+        assert found.recorded
+        folders[precision] = folder
+    return folders
 
 
 def write_weights(folder: Path, weights: Mapping[str, Array]) -> None:

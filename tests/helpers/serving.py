@@ -5,6 +5,7 @@ import io
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ class StandIn:
     """Answers the same to everything, a word at a time, as far as `may_go_on`.
 
     `images` are their sizes, `choices` what it was to choose from; `told` counts the words; `ended`
-    is set whenever an answer is over, also one that was not told to its end.
+    is set whenever an answer is over, also one that was not told to its end. `changes` are what its
+    answers have otherwise, such as warnings.
     """
 
     name, sha256, verification = "stand-in", "0" * 64, "passed"
@@ -48,6 +50,7 @@ class StandIn:
         self.may_go_on, self.begun, self.ended = (threading.Event() for _ in range(3))
         self.may_go_on.set()
         self.error: Exception | None = None
+        self.changes: dict[str, Any] = {}
 
     def prompt_tokens(self, question: str) -> int:
         return len(check_question(question).split())
@@ -78,7 +81,8 @@ class StandIn:
                         raise self.error
                 complete = max_new_tokens >= len(WORDS)
                 text = "".join(WORDS[:max_new_tokens])
-                yield answer_to(question, text, complete=complete, model=MODEL)
+                answer = answer_to(question, text, complete=complete, model=MODEL)
+                yield replace(answer, **self.changes)
             finally:
                 self.ended.set()
 
@@ -175,3 +179,24 @@ def png(width: int = 8, height: int = 8) -> bytes:
 def upload(data: bytes | None = None, name: str = "scan.png") -> dict[str, Any]:
     """The `files` of a request."""
     return {"image": (name, png() if data is None else data)}
+
+
+class Seeing(StandIn):
+    """Remembers how bright the images were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.greys: list[int] = []
+
+    def ask_stream(
+        self,
+        image: Image,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int,
+        choices: Choices | None = None,
+        alternatives: int | None = None,
+    ) -> Iterator[str | Answer]:
+        """As the stand-in answers."""
+        self.greys.append(int(image.pixels.mean()))
+        return super().ask_stream(image, questions, max_new_tokens=max_new_tokens)

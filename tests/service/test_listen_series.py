@@ -40,8 +40,8 @@ from medmoe_edge.bedside.listen.config import Series
 from medmoe_edge.bedside.listen.header import Origin, body_parts, body_parts_of, origin_of, taken_at
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Queue
-from medmoe_edge.bedside.listen.schema import Place, Slice
-from medmoe_edge.bedside.listen.selection import chosen, place_of, voted
+from medmoe_edge.bedside.listen.schema import Membership, Slice
+from medmoe_edge.bedside.listen.selection import chosen, membership_of, voted
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import Notice, ResourceError
 from medmoe_edge.image.pixels import Image
@@ -145,8 +145,8 @@ def test_what_a_series_has_counts_each_object_once(tmp_path: Path) -> None:
         *(("d", "uid 2", "localizer"), ("e", None, "")),
     ):
         origin = uid and Origin(uid, key, "patient", "study")
-        place = Place("series", expected=5)
-        queue.add(key, "", PEER, ["q"], origin or None, place, aside)
+        membership = Membership("series", expected=5)
+        queue.add(key, "", PEER, ["q"], origin or None, membership, aside)
     assert queue.extent("series") == (2, 3, 5, False, "study")
     queue.close()
 
@@ -180,12 +180,12 @@ def test_the_images_of_all_versions_go_and_of_nothing_else(tmp_path: Path) -> No
 def test_images_are_kept_of_what_waits_or_was_given_up(tmp_path: Path) -> None:
     queue = Queue(tmp_path / "queue.sqlite")
     for key, aside in (("a", ""), ("b", ""), ("c", "localizer")):
-        queue.add(key, "", PEER, ["q"], Origin("uid", key, "p", "s"), Place("series"), aside)
+        queue.add(key, "", PEER, ["q"], Origin("uid", key, "p", "s"), Membership("series"), aside)
     for state, gone in (("failed", []), ("aside", ["a", "b"]), ("answered", ["a", "b"])):
         assert queue.settled("series") == []  # it waits
         queue.close_series(queue.job("series"), state)
         assert queue.settled("series") == gone
-        queue.add(f"of {state}", "", PEER, ["q"], None, Place("other"))
+        queue.add(f"of {state}", "", PEER, ["q"], None, Membership("other"))
         queue._write("UPDATE series SET state = 'waiting' WHERE key = ?", [("series",)])
     queue.close()
 
@@ -200,7 +200,7 @@ def _keep(node: Node, *datasets: Dataset) -> None:
         key = origin.content
         path = node.folder.image(key)
         dataset.save_as(path, implicit_vr=False, enforce_file_format=True)
-        node.queue.add(key, "0" * 64, PEER, [QUESTION], origin, place_of(dataset))
+        node.queue.add(key, "0" * 64, PEER, [QUESTION], origin, membership_of(dataset))
 
 
 def test_a_choice_that_comes_back_takes_its_place_again(tmp_path: Path) -> None:

@@ -3,36 +3,30 @@
 import base64
 import io
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image as Pillow
-from pydicom import dcmwrite
-from serving import MODEL, StandIn, StandInModality, live, png
+from serving import MODEL, Seeing, StandIn, StandInModality, live, png
 
 pytest.importorskip("selenium", reason="needs selenium")
 
-from browser import Page, chromium
-from dicom_files import made
+from browser import DONE, SIZES, TEXT, Page, ask
+from dicom_files import ct
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
-from test_serve_page import DONE, SIZES, TEXT, Seeing, ask
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.features import Location
 from medmoe_edge.contrastive.heatmap import NO_FINDING
-from medmoe_edge.engine.answer import WHY, Answer
+from medmoe_edge.engine.answer import WHY
 from medmoe_edge.errors import Notice
 from medmoe_edge.image.pixels import Image
 
 LANGUAGES = ["en", "de", "fr", "es", "zh"]
-SUPINE = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
 ANSWERED = f"{TEXT} === 'No effusion is seen' && {DONE}"
 PASTE = """
 const transfer = new DataTransfer();
@@ -88,49 +82,15 @@ axe.run().then(({ violations }) =>
 """
 
 
-class Doubtful(StandIn):
+def doubtful() -> StandIn:
     """Warns of what it answers, and is unsure."""
-
-    def ask_stream(
-        self,
-        image: Image,
-        questions: Sequence[str],
-        *,
-        max_new_tokens: int,
-        choices: Any = None,
-        alternatives: int | None = None,
-    ) -> Iterator[str | Answer]:
-        warnings = (
-            Notice("unlike_label", "The file says that it is <b>ultrasound</b>."),
-            Notice("not_answerable", "The model cannot answer this question from this picture."),
-        )
-        for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):
-            if isinstance(item, Answer):
-                item = replace(item, warnings=warnings, unsure=True, confidence_kind="calibrated")
-            yield item
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with chromium(tmp_path_factory.mktemp("profile")) as page:
-        yield page
-
-
-@pytest.fixture
-def page(browser: Page) -> Page:
-    browser.size(1440, 900)
-    return browser
-
-
-def ct(*values: int, **attributes: Any) -> bytes:
-    """A CT of 4 x 4 pixels, one file; its frames are of one value each, shown from -100 to 100."""
-    pixels = np.broadcast_to(np.array(values, np.int16)[:, None, None], (len(values), 4, 4))
-    file = io.BytesIO()
-    stated = {"Modality": "CT", "WindowCenter": 0, "WindowWidth": 200, **SUPINE, **attributes}
-    dcmwrite(
-        file, made(pixels if len(values) > 1 else pixels[0], **stated), enforce_file_format=True
+    engine = StandIn()
+    warnings = (
+        Notice("unlike_label", "The file says that it is <b>ultrasound</b>."),
+        Notice("not_answerable", "The model cannot answer this question from this picture."),
     )
-    return file.getvalue()
+    engine.changes = {"warnings": warnings, "unsure": True, "confidence_kind": "calibrated"}
+    return engine
 
 
 def series(folder: Path) -> list[Path]:
@@ -320,7 +280,7 @@ def test_the_history_leads_back_and_is_in_the_memory_of_the_tab_alone(page: Page
 
 
 def test_what_leaves_the_page_has_notice_and_hash_and_no_patient(page: Page) -> None:
-    with live(Doubtful()) as url:
+    with live(doubtful()) as url:
         page.open(url)
         page.run(OVERHEAR)
         page.show(ct(0, 50))
@@ -417,7 +377,7 @@ def test_an_answer_takes_its_own_map_along_or_none(
 
 
 def test_warnings_come_first_and_details_are_folded_away(page: Page) -> None:
-    with live(Doubtful()) as url:
+    with live(doubtful()) as url:
         page.open(f"{url}/#de")
         page.show(ct(0))
         ask(page)
@@ -519,7 +479,7 @@ def test_axe_finds_nothing(page: Page, size: tuple[int, int], scheme: str) -> No
     axe_core = pytest.importorskip("axe_core_python", reason="needs axe-core-python")
     script = (Path(axe_core.__file__).parent / "axe.min.js").read_text("utf-8")
     page.size(*size, scheme=scheme)
-    with live(Doubtful()) as url:
+    with live(doubtful()) as url:
         page.open(url)
         page.until("document.getElementById('model').textContent")
         page.run(script)

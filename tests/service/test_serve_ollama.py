@@ -3,7 +3,6 @@
 import base64
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from serving import StandIn, app_over, client_of, png
 from starlette.testclient import TestClient
 
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import Notice
 
 IMAGE = base64.b64encode(png(20, 10)).decode()
@@ -54,16 +52,9 @@ def test_answers_come_line_by_line_unless_all_at_once_is_asked_for(client: TestC
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_unsure_answer_is_called_so(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_an_unsure_answer_is_called_so(stream: bool) -> None:
     engine, notice = StandIn(), Notice("not_a_scan", "It is a cat.")
-    asked = engine.ask_stream
-
-    def doubtful(*given: Any, **options: Any) -> Iterator[str | Answer]:
-        for item in asked(*given, **options):
-            known = isinstance(item, Answer)
-            yield replace(item, unsure=True, warnings=(notice,)) if known else item  # type: ignore[type-var]
-
-    monkeypatch.setattr(engine, "ask_stream", doubtful)
+    engine.changes = {"unsure": True, "warnings": (notice,)}
     with client_of(app_over(engine)) as client:
         lines = [json.loads(line) for line in ask(client, stream=stream).text.splitlines()]
     told = "".join(line["message"]["content"] for line in lines)

@@ -1,68 +1,29 @@
 """The page in Chromium: drop an image, ask, read the answer; and everything that goes wrong."""
 
-import io
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 
 import httpx
 import numpy as np
 import pytest
 from command_line import ROOT
-from pydicom import dcmwrite
-from serving import StandIn, live, png, upload
+from serving import Seeing, StandIn, live, png, upload
 
 pytest.importorskip("selenium", reason="needs selenium")
 
-from browser import Page, chromium
-from dicom_files import made
+from browser import DONE, SIZES, TEXT, Page, ask
+from dicom_files import ct
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from test_serve_live import served
 
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.errors import Notice, ResourceError
 from medmoe_edge.image.pixels import KINDS, Image
 
 SCAN = (ROOT / "scan.png").read_bytes()
-SIZES = [(1024, 600), (390, 844), (1440, 900)]
-DONE = "[...document.querySelectorAll('.answer')].at(-1)?.getAttribute('aria-busy') === null"
-TEXT = "document.querySelector('.answer:last-child .text')?.textContent"
-
-
-class Seeing(StandIn):
-    """Remembers how bright the images were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.greys: list[int] = []
-
-    def ask_stream(
-        self,
-        image: Image,
-        questions: Sequence[str],
-        *,
-        max_new_tokens: int,
-        choices: Choices | None = None,
-        alternatives: int | None = None,
-    ) -> Iterator[str | Answer]:
-        self.greys.append(int(image.pixels.mean()))
-        return super().ask_stream(image, questions, max_new_tokens=max_new_tokens)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with chromium(tmp_path_factory.mktemp("profile")) as page:
-        yield page
-
-
-@pytest.fixture
-def page(browser: Page) -> Page:
-    browser.size(1440, 900)
-    return browser
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +37,6 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def engine() -> Seeing:
     return Seeing()
-
-
-def ask(page: Page, question: str = "Is there effusion?") -> None:
-    page.one("#question").send_keys(question, Keys.ENTER)
-
-
-def frames(*values: int) -> bytes:
-    """A CT of 4 x 4 pixels whose frames are of one value each, shown from -100 to 100 HU."""
-    pixels = np.broadcast_to(np.array(values, np.int16)[:, None, None], (len(values), 4, 4))
-    file = io.BytesIO()
-    dataset = made(pixels, Modality="CT", WindowCenter=0, WindowWidth=200)
-    dcmwrite(file, dataset, enforce_file_format=True)
-    return file.getvalue()
 
 
 def test_an_image_is_dropped_and_a_question_answered(page: Page, nano: str) -> None:
@@ -322,7 +270,7 @@ def test_without_a_model_that_locates_the_page_says_so(page: Page, engine: Seein
 def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: Seeing) -> None:
     with live(engine) as url:
         page.open(url)
-        page.show(frames(-200, 0, 150))
+        page.show(ct(-200, 0, 150))
         assert page.pixel("picture", 1, 1)[0] == 128  # 0 HU in the middle of the window
         assert "CT" in page.text("#facts")
         assert page.text("#patient").startswith("Doe, Jane · MRN-4711")
@@ -352,21 +300,10 @@ def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: 
 
 
 def test_an_answer_says_what_it_warns_of(page: Page) -> None:
-    class Doubtful(StandIn):
-        def ask_stream(
-            self,
-            image: Image,
-            questions: Sequence[str],
-            *,
-            max_new_tokens: int,
-            choices: Choices | None = None,
-            alternatives: int | None = None,
-        ) -> Iterator[str | Answer]:
-            notice = Notice("unlike_label", "The file says that it is <b>ultrasound</b>.")
-            for item in super().ask_stream(image, questions, max_new_tokens=max_new_tokens):
-                yield replace(item, warnings=(notice,)) if isinstance(item, Answer) else item
-
-    with live(Doubtful()) as url:
+    engine = StandIn()
+    notice = Notice("unlike_label", "The file says that it is <b>ultrasound</b>.")
+    engine.changes = {"warnings": (notice,)}
+    with live(engine) as url:
         page.open(url)
         page.show(SCAN)
         ask(page)
@@ -385,7 +322,7 @@ def test_a_picture_that_is_odd_is_called_so_before_anything_is_asked(
         page.open(url)
         page.show(SCAN)
         assert not page.one("#picture-warnings").is_displayed()
-        page.show(frames(7))  # of one shade
+        page.show(ct(7))  # of one shade
         assert "no contrast" in page.one("#picture-warnings").text
 
 

@@ -17,7 +17,7 @@ from medmoe_edge.calibration.quantisers import (
     round_to_nearest,
     shares,
 )
-from medmoe_edge.calibration.statistics import SiteStatistics
+from medmoe_edge.calibration.statistics import InputStatistics
 from medmoe_edge.export.plan import TYPICAL
 from medmoe_edge.runtimes.torch.eager import Kind, quantise_linear
 
@@ -32,8 +32,8 @@ class Fold:
     """
 
     linears: list[nn.Linear]
-    statistics: list[SiteStatistics]
-    common: SiteStatistics
+    statistics: list[InputStatistics]
+    common: InputStatistics
 
     @property
     def weights(self) -> list[Floats]:
@@ -49,7 +49,7 @@ class StandIn(NamedTuple):
 
 
 Method = Callable[[Fold], list[StandIn]]
-Rounding = Callable[[Floats, SiteStatistics, Format], Quantised]
+Rounding = Callable[[Floats, InputStatistics, Format], Quantised]
 
 
 class W8A8(nn.Module):
@@ -109,7 +109,7 @@ def int8(rounding: Rounding, *, smooth: bool = True, per_token: bool = True) -> 
     return method
 
 
-def divided(statistics: list[SiteStatistics], scale: Floats) -> Iterator[SiteStatistics]:
+def divided(statistics: list[InputStatistics], scale: Floats) -> Iterator[InputStatistics]:
     """The second moments of inputs that were divided by `scale` `[K]`."""
     for seen in statistics:
         assert seen.hessian is not None
@@ -190,22 +190,22 @@ def bitsandbytes(kind: Kind) -> Method:
     return method
 
 
-def nearest(weight: Floats, _: SiteStatistics, form: Format) -> Quantised:
+def nearest(weight: Floats, _: InputStatistics, form: Format) -> Quantised:
     """Round to nearest."""
     return round_to_nearest(weight, form)
 
 
-def searched(weight: Floats, _: SiteStatistics, form: Format) -> Quantised:
+def searched(weight: Floats, _: InputStatistics, form: Format) -> Quantised:
     """Searched scales, without data."""
     return round_searched(weight, form)
 
 
-def weighted(weight: Floats, seen: SiteStatistics, form: Format) -> Quantised:
+def weighted(weight: Floats, seen: InputStatistics, form: Format) -> Quantised:
     """Searched scales that weigh each input by its power."""
     return round_searched(weight, form, seen.mean_square)
 
 
-def gptq(weight: Floats, seen: SiteStatistics, form: Format) -> Quantised:
+def gptq(weight: Floats, seen: InputStatistics, form: Format) -> Quantised:
     """GPTQ on the inputs' Hessian."""
     assert seen.hessian is not None
     return quantise_gptq(weight, seen.hessian, form)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 
 from medmoe_edge.calibration.collect import Observer
-from medmoe_edge.calibration.statistics import SiteStatistics
+from medmoe_edge.calibration.statistics import InputStatistics
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.models.decoder import MoE
 
@@ -212,24 +212,24 @@ def leave_grid(layer: Any, config: Any, generator: torch.Generator) -> None:
 def matrices(module: nn.Module) -> dict[str, nn.Linear]:
     """The matrices that are quantised, by name: as in our decoders, but not the tied head."""
     named = module.named_modules()
-    return {name: part for name, part in named if isinstance(part, nn.Linear) and site_of(name)}
+    return {name: part for name, part in named if isinstance(part, nn.Linear) and input_of(name)}
 
 
-def site_of(name: str) -> str | None:
-    """Llama's counterpart of `calibration.sites`: the input that a matrix multiplies."""
+def input_of(name: str) -> str | None:
+    """Llama's counterpart of `calibration.inputs`: the input that a matrix multiplies."""
     owner, _, matrix = name.removesuffix(".weight").rpartition(".")
     return f"{owner}.{SITES[matrix]}" if matrix in SITES else None
 
 
-def collect(model: Any, ids: Tensor) -> dict[str, SiteStatistics]:
-    """Statistics and Hessians of every site over the sequences `[B, S]`."""
-    with torch.inference_mode(), Observer(model, site_of, hessians=True) as observer:
+def collect(model: Any, ids: Tensor) -> dict[str, InputStatistics]:
+    """Statistics and Hessians of every input over the sequences `[B, S]`."""
+    with torch.inference_mode(), Observer(model, input_of, hessians=True) as observer:
         for sequence in ids:
             model.model(sequence[None])
     return observer.statistics
 
 
-def folds_of(model: nn.Module, statistics: Mapping[str, SiteStatistics]) -> Folds:
+def folds_of(model: nn.Module, statistics: Mapping[str, InputStatistics]) -> Folds:
     """The names of matrices whose inputs must be scaled together, and all that is known of them.
 
     The experts of a layer read one norm, and the meta expert saw all that it gave. What `o` reads
@@ -237,13 +237,13 @@ def folds_of(model: nn.Module, statistics: Mapping[str, SiteStatistics]) -> Fold
     """
     linears, names = matrices(model), defaultdict(list)
     for name in linears:
-        names[re.sub(r"experts\.\d+\.in$", "meta.in", str(site_of(name)))].append(name)
+        names[re.sub(r"experts\.\d+\.in$", "meta.in", str(input_of(name)))].append(name)
     return [
         (
             members,
             Fold(
                 [linears[name] for name in members],
-                [statistics[str(site_of(name))] for name in members],
+                [statistics[str(input_of(name))] for name in members],
                 statistics[common],
             ),
         )

@@ -373,12 +373,7 @@ def test_a_peer_is_measured_beside_the_bundle(
     in_process: list[InProcess],
     tiny_bundle: Make,
     tiny_checkpoint: Make,
-    tiny_tower: Any,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from medmoe_edge.export import build
-
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
     bundle = Bundle.open(tiny_bundle("int8"))
     with Materials(bundle, tiny_checkpoint()) as materials:
         found = compare(peer(name), materials, SHAPE, rounds=2)

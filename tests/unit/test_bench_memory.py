@@ -241,29 +241,28 @@ def refused(limit: int) -> Any:
     raise PermissionError
 
 
-def test_a_limit_is_one_that_binds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "TRIAL", 2**20)
-    monkeypatch.setattr(limits, "WAYS", {"none": no_limit, "forbidden": refused})
-    assert find_limit() is None
+@contextmanager
+def binding(limit: int) -> Iterator[Prefix]:
+    """Stands for a limit: in its place a process that takes twice the trial's bytes fails."""
+    code = f"import sys; sys.exit(str({2 * limits.TRIAL}) in sys.argv[-1])"
+    yield (sys.executable, "-S", "-c", code)
 
-    @contextmanager
-    def tight(limit: int) -> Iterator[Prefix]:
-        code = "import sys; sys.exit(str(2**21) in sys.argv[-1])"
-        yield (sys.executable, "-S", "-c", code)
 
-    monkeypatch.setattr(limits, "WAYS", {"none": no_limit, "tight": tight})
-    assert find_limit() == "tight"
+BINDING = {"nothing": binding}
+
+
+def test_a_limit_is_one_that_binds() -> None:
+    assert find_limit({"none": no_limit, "forbidden": refused}) is None
+    assert find_limit({"none": no_limit, "tight": binding}) == "tight"
 
 
 def test_a_group_is_made_and_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     member = tmp_path / "cgroup"
     member.write_text("5:cpu,memory:/own\n4:name=systemd:/\n")
-    monkeypatch.setattr(limits, "MEMBERSHIP", member)
-    monkeypatch.setattr(limits, "GROUPS", tmp_path)
     (tmp_path / "own").mkdir()
     monkeypatch.setattr(Path, "rmdir", lambda path: removed.append(path))
     removed: list[Path] = []
-    with limits.control_group(4096) as prefix:
+    with limits.control_group(4096, member, tmp_path) as prefix:
         (group,) = (tmp_path / "own").iterdir()
         assert (group / "memory.limit_in_bytes").read_text() == "4096"
         assert prefix[-1] == str(group / "cgroup.procs")
@@ -273,7 +272,10 @@ def test_a_group_is_made_and_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert (group / "cgroup.procs").read_text() == f"{pid}\n"
     assert removed == [group]
     member.write_text("0::/\n")
-    with pytest.raises(OSError, match="no such controller"), limits.control_group(1):
+    with (
+        pytest.raises(OSError, match="no such controller"),
+        limits.control_group(1, member, tmp_path),
+    ):
         pass
 
 
@@ -297,11 +299,8 @@ def test_files_that_are_forgotten_are_whole(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "b"
 
 
-def test_nothing_is_run_where_no_limit_binds(
-    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(limits, "find_limit", lambda: None)
-    found = bench_limited(str(tiny_bundle("int8")), 10**6, PEERS)
+def test_nothing_is_run_where_no_limit_binds(tiny_bundle: Make) -> None:
+    found = bench_limited(str(tiny_bundle("int8")), 10**6, PEERS, ways={"forbidden": refused})
     assert (found.how, found.found, InProcess.prefixes) == (None, (), [])
     assert found.to_json()["why"].startswith("No limit on memory binds here")
 
@@ -312,8 +311,6 @@ def test_bundle_and_peers_run_under_the_limit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(limits, "find_limit", lambda: "nothing")
-    monkeypatch.setattr(limits, "WAYS", {"nothing": no_limit})
     tried: list[str] = []
 
     def tight(kind: Any, *arguments: Any) -> Any:
@@ -328,7 +325,7 @@ def test_bundle_and_peers_run_under_the_limit(
         dataclasses.replace(PEERS[-1], packages=("no_such",)),
     )
     model, checkpoint = str(tiny_bundle("int8")), str(tiny_checkpoint("tiny-phi"))
-    found = bench_limited(model, 10**6, peers, checkpoint=checkpoint, rounds=2)
+    found = bench_limited(model, 10**6, peers, checkpoint=checkpoint, rounds=2, ways=BINDING)
     ours, wrong, none = found.found
     budgets = [int(form.removesuffix("B")) for form in tried if form.endswith("B")]
     assert budgets == sorted(budgets, reverse=True)
@@ -338,7 +335,7 @@ def test_bundle_and_peers_run_under_the_limit(
     assert ours.measured.seconds["question"].count == 2
     assert "another model" in wrong.why
     assert none.why.startswith("Not installed")
-    assert set(InProcess.prefixes) == {("env",)}
+    assert {prefix[0] for prefix in InProcess.prefixes} == {sys.executable}
     assert json.dumps(found.to_json(), allow_nan=False)
     show_limited(found)
     assert "Not installed" in capsys.readouterr().out
@@ -350,10 +347,8 @@ def test_a_bundle_that_does_not_fit_is_a_result(
     def fail(*_: object) -> Any:
         raise ResourceError("Its process was killed.", "Do.")
 
-    monkeypatch.setattr(limits, "find_limit", lambda: "nothing")
-    monkeypatch.setattr(limits, "WAYS", {"nothing": no_limit})
     monkeypatch.setattr(processes, "open_backend", fail)
-    (ours,) = bench_limited(str(tiny_bundle("int8")), 10**6, ()).found
+    (ours,) = bench_limited(str(tiny_bundle("int8")), 10**6, (), ways=BINDING).found
     assert (ours.measured, ours.why) == (None, "Its process was killed.")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medmoe_edge.calibration.statistics import site_of
+from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import MissingDependencyError
 from medmoe_edge.runtimes.torch.eager import (
@@ -66,7 +66,7 @@ def test_runtime_computes_with_the_weights_that_are_stored(
     checkpoint = read_checkpoint(tiny_checkpoint(preset))
     runtime, expected = BitsAndBytesRuntime(checkpoint, kind), EagerRuntime(checkpoint)
     for name, weight in expected.model.named_parameters():
-        if site_of(name):
+        if input_of(name):
             weight.data = nf4(weight.data) if kind == "nf4" else int8(weight.data).float()
     embeds = runtime.embed([5, 9, 200, 3])
     cache = runtime.new_cache(4)
@@ -86,10 +86,10 @@ def test_only_what_our_quantisers_quantise_is_replaced(
     checkpoint = read_checkpoint(tiny_checkpoint())
     runtime = BitsAndBytesRuntime(checkpoint, kind)
     stored = dict(runtime.model.named_parameters())
-    shapes = [tuple(checkpoint.names[name].shape) for name in stored if site_of(name)]
+    shapes = [tuple(checkpoint.names[name].shape) for name in stored if input_of(name)]
     assert len(shapes) > 20
     for name, parameter in stored.items():
-        assert parameter.dtype.is_floating_point == (site_of(name) is None), name
+        assert parameter.dtype.is_floating_point == (input_of(name) is None), name
     weights = sum(rows * width for rows, width in shapes)
     scales = weights / 64 if kind == "nf4" else sum(rows for rows, _ in shapes)
     assert runtime.bits_per_weight == (4 if kind == "nf4" else 8) + 32 * scales / weights

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medmoe_edge.calibration.collect import Collected, Observer, collect
 from medmoe_edge.calibration.coverage import Neighbours
 from medmoe_edge.calibration.data import Sample
-from medmoe_edge.calibration.statistics import SiteFiles, site_of
+from medmoe_edge.calibration.statistics import StatisticsFiles, input_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError, ResourceError
 from medmoe_edge.image.loading import preprocess
@@ -45,19 +45,19 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 
 @torch.inference_mode()
 def naive(checkpoint: Checkpoint, samples: list[Sample]) -> tuple[Inputs, list[Tensor]]:
-    """What enters each matrix in whole forwards, by site; and router logits `[S, M, E]`."""
+    """What enters each matrix in whole forwards, by its name; and router logits `[S, M, E]`."""
     model = EagerRuntime(checkpoint).model
     assert checkpoint.tokenizer_file is not None
     tokenizer = Tokenizer.from_file(checkpoint.tokenizer_file)
     inputs: Inputs = defaultdict(list)
 
-    def keep(site: str, x: Tensor) -> None:
-        inputs[site].append(x.flatten(0, -2).double())
+    def keep(given: str, x: Tensor) -> None:
+        inputs[given].append(x.flatten(0, -2).double())
 
     for name, module in model.named_modules():
-        site = site_of(f"{name}.weight")
-        if site and not name.endswith((".k", ".v", ".up")):
-            module.register_forward_pre_hook(lambda _, x, site=site: keep(site, x[0]))
+        given = input_of(f"{name}.weight")
+        if given and not name.endswith((".k", ".v", ".up")):
+            module.register_forward_pre_hook(lambda _, x, given=given: keep(given, x[0]))
     logits = []
     for sample in samples:
         pixels = torch.from_numpy(preprocess(sample.load(), checkpoint.config.vision))
@@ -93,17 +93,17 @@ def test_it_sees_what_a_plain_forward_sees(
     checkpoint = read_checkpoint(tiny_checkpoint(preset, **options))
     inputs, logits = naive(checkpoint, samples)
     collected = run(checkpoint, samples, tmp_path / "work")
-    sites = SiteFiles(collected.files)
-    assert set(sites) == set(inputs)
+    statistics = StatisticsFiles(collected.files)
+    assert set(statistics) == set(inputs)
     for name, parts in inputs.items():
-        x, site = torch.cat(parts).numpy(), sites[name]
-        assert (site.tokens, site.borrowed) == (len(x), 0)
-        np.testing.assert_allclose(site.minimum, x.min(0), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(site.maximum, x.max(0), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(site.mean_square, (x**2).mean(0), rtol=1e-3, atol=1e-5)
+        x, found = torch.cat(parts).numpy(), statistics[name]
+        assert (found.tokens, found.borrowed) == (len(x), 0)
+        np.testing.assert_allclose(found.minimum, x.min(0), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.maximum, x.max(0), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.mean_square, (x**2).mean(0), rtol=1e-3, atol=1e-5)
         exact = x.T @ x / len(x)
-        assert site.hessian is not None
-        np.testing.assert_allclose(site.hessian, exact, rtol=1e-3, atol=1e-4 * exact.max())
+        assert found.hessian is not None
+        np.testing.assert_allclose(found.hessian, exact, rtol=1e-3, atol=1e-4 * exact.max())
     profile = collected.routing
     assert profile.modalities == ("ct", "mri", "unknown")
     assert profile.requests.tolist() == [2, 1, 1]
@@ -125,25 +125,27 @@ def test_hessians_may_be_left_out(
     tiny_checkpoint: Make, samples: list[Sample], tmp_path: Path
 ) -> None:
     checkpoint = read_checkpoint(tiny_checkpoint())
-    sites = SiteFiles(run(checkpoint, samples[:1], tmp_path / "work", hessians=False).files)
-    assert {name.split("/")[0] for name in sites.specs} == set(sites)
-    assert not any(key.endswith("/hessian") for key in sites.specs)
+    statistics = StatisticsFiles(
+        run(checkpoint, samples[:1], tmp_path / "work", hessians=False).files
+    )
+    assert {name.split("/")[0] for name in statistics.specs} == set(statistics)
+    assert not any(key.endswith("/hessian") for key in statistics.specs)
 
 
 def test_two_passes_make_one(tiny_checkpoint: Make, samples: list[Sample], tmp_path: Path) -> None:
     checkpoint = read_checkpoint(tiny_checkpoint())
     whole = run(checkpoint, samples, tmp_path / "whole")
     parts = [run(checkpoint, samples[i : i + 2], tmp_path / str(i)) for i in (0, 2)]
-    once, twice = SiteFiles(whole.files), SiteFiles([*parts[0].files, *parts[1].files])
+    once, twice = StatisticsFiles(whole.files), StatisticsFiles([*parts[0].files, *parts[1].files])
     assert set(once) == set(twice)
-    for name, site in once.items():
+    for name, found in once.items():
         again = twice[name]
-        assert again.tokens == site.tokens
-        np.testing.assert_array_equal(again.minimum, site.minimum)
-        np.testing.assert_array_equal(again.maximum, site.maximum)
+        assert again.tokens == found.tokens
+        np.testing.assert_array_equal(again.minimum, found.minimum)
+        np.testing.assert_array_equal(again.maximum, found.maximum)
         assert again.hessian is not None
-        assert site.hessian is not None
-        np.testing.assert_allclose(again.hessian, site.hessian, rtol=1e-3, atol=1e-4)
+        assert found.hessian is not None
+        np.testing.assert_allclose(again.hessian, found.hessian, rtol=1e-3, atol=1e-4)
     merged = parts[0].routing.merge(parts[1].routing)
     assert merged.to_json() == whole.routing.to_json()
 
@@ -257,7 +259,7 @@ def test_a_sample_too_long_for_the_model_is_cut_off(
     (folder / "config.json").write_text(json.dumps(config))
     long = dataclasses.replace(samples[0], question="Is there effusion? " * 100)
     collected = run(read_checkpoint(folder), [long], tmp_path / "work", hessians=False)
-    assert SiteFiles(collected.files)["decoder.layers.0.attention.in"].tokens == 200
+    assert StatisticsFiles(collected.files)["decoder.layers.0.attention.in"].tokens == 200
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -267,9 +269,9 @@ def test_borrowed_tokens_are_those_of_highest_probability(
     checkpoint = read_checkpoint(tiny_checkpoint(top_k=top_k))
     inputs, logits = naive(checkpoint, samples)
     wanted = {(0, 1): 5, (2, 3): 40, (2, 0): 10_000}
-    lent = run(checkpoint, samples, tmp_path / "work", borrow=wanted)
-    sites = SiteFiles(lent.files)
-    assert set(sites) == {
+    passed = run(checkpoint, samples, tmp_path / "work", borrow=wanted)
+    statistics = StatisticsFiles(passed.files)
+    assert set(statistics) == {
         f"decoder.layers.{layer}.ffn.experts.{expert}.{part}"
         for layer, expert in wanted
         for part in ("in", "hidden")
@@ -281,13 +283,13 @@ def test_borrowed_tokens_are_those_of_highest_probability(
         others = [t for t in range(len(x)) if expert not in chosen[t].tolist()]
         nearest = sorted(others, key=lambda t: -float(scores[t, expert]))[:count]
         weights = scores[nearest, expert] / scores[nearest].amax(-1)
-        site = sites[f"decoder.layers.{layer}.ffn.experts.{expert}.in"]
-        assert (site.tokens, site.borrowed) == (0, len(nearest))
-        assert site.weight == pytest.approx(float(weights.sum()), rel=1e-3)
-        np.testing.assert_allclose(site.maximum, x[nearest].amax(0), rtol=1e-4, atol=1e-4)
+        found = statistics[f"decoder.layers.{layer}.ffn.experts.{expert}.in"]
+        assert (found.tokens, found.borrowed) == (0, len(nearest))
+        assert found.weight == pytest.approx(float(weights.sum()), rel=1e-3)
+        np.testing.assert_allclose(found.maximum, x[nearest].amax(0), rtol=1e-4, atol=1e-4)
         exact = (x[nearest].T * weights) @ x[nearest] / weights.sum()
-        assert site.hessian is not None
-        np.testing.assert_allclose(site.hessian, exact, rtol=1e-3, atol=1e-3)
+        assert found.hessian is not None
+        np.testing.assert_allclose(found.hessian, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_neighbours_are_the_same_however_tokens_stream_by() -> None:
@@ -318,10 +320,10 @@ def test_an_observer_watches_any_module() -> None:
     module(x)  # no longer watched
     assert set(observer.statistics) == {"first", "second"}
     rows = torch.cat((x.view(-1, 4), x[0])).double().numpy()
-    site = observer.statistics["first"]
-    assert site.tokens == 20
-    assert site.hessian is not None
-    np.testing.assert_allclose(site.hessian, rows.T @ rows / 20, rtol=1e-5, atol=1e-6)
+    found = observer.statistics["first"]
+    assert found.tokens == 20
+    assert found.hessian is not None
+    np.testing.assert_allclose(found.hessian, rows.T @ rows / 20, rtol=1e-5, atol=1e-6)
     assert observer.statistics["second"].minimum.min() == 0  # after the ReLU
 
 

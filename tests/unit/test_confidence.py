@@ -30,8 +30,9 @@ from medmoe_edge.evaluation.confidence import (
 )
 from medmoe_edge.evaluation.evaluate import Prediction
 from medmoe_edge.evaluation.metrics import Share
-from medmoe_edge.families import AnswerScores, EvaluateOptions, family_of
+from medmoe_edge.families import AnswerScores, family_of
 from medmoe_edge.image.pixels import Image
+from medmoe_edge.pipeline import EvaluateOptions
 from medmoe_edge.render.verification import show_seen
 
 Made = tuple[list[Example], list[Prediction]]

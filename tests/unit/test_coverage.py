@@ -155,9 +155,9 @@ def test_a_broad_set_covers_every_expert(
     with pytest.raises(DataError, match="another checkpoint"):
         made.check(read_checkpoint(tiny_checkpoint("tiny-phi")))
     for record in made.coverage:
-        site = made.get(f"decoder.layers.{record.layer}.ffn.experts.{record.expert}.in")
-        assert site is not None
-        assert site.tokens == record.tokens >= record.needed == 256
+        found = made.get(f"decoder.layers.{record.layer}.ffn.experts.{record.expert}.in")
+        assert found is not None
+        assert found.tokens == record.tokens >= record.needed == 256
 
 
 def test_more_is_drawn_where_the_first_draw_is_too_small(
@@ -181,10 +181,10 @@ def test_an_expert_that_stays_short_borrows(
     assert record.pair == (0, 2)
     assert record.tokens < 256 == record.tokens + record.borrowed
     for part in ("in", "hidden"):
-        site = made.get(f"decoder.layers.0.ffn.experts.2.{part}")
-        assert site is not None
-        assert (site.tokens, site.borrowed) == (record.tokens, record.borrowed)
-        assert record.tokens < site.weight < 256  # weighted down
+        found = made.get(f"decoder.layers.0.ffn.experts.2.{part}")
+        assert found is not None
+        assert (found.tokens, found.borrowed) == (record.tokens, record.borrowed)
+        assert record.tokens < found.weight < 256  # weighted down
     with pytest.raises(VerificationError, match=r"layer 0 pathology \(expert 2: \d+ of 256"):
         calibrate(tiny_checkpoint(), few, tmp_path / "strict", samples=14, strict=True)
     assert [path.name for path in tmp_path.iterdir()] == ["stats"]
@@ -214,13 +214,13 @@ def test_unlabelled_images_count_for_experts_without_names(
     made = calibrate(checkpoint, unlabelled, tmp_path / "stats", samples=8, hessians=False)
     assert {r.status for r in made.coverage} == {"covered", "drew more"}
     assert list(made.samples) == ["unknown"]
-    assert made.sites["decoder.head.in"].hessian is None
+    assert made.inputs["decoder.head.in"].hessian is None
 
 
 def test_a_dense_model_has_no_contract(tiny_checkpoint: Make, image: Path, tmp_path: Path) -> None:
     made = calibrate(tiny_checkpoint(dense=True), data(image, ct=2), tmp_path / "stats")
     assert made.coverage == ()
-    assert made.sites["decoder.layers.0.ffn.in"].tokens > 0
+    assert made.inputs["decoder.layers.0.ffn.in"].tokens > 0
 
 
 def test_an_existing_output_is_refused_at_once(

@@ -113,11 +113,8 @@ def made(
 
 
 @pytest.fixture
-def exported(
-    tiny_tower: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Bundle]:
+def exported(tmp_path: Path) -> Callable[..., Bundle]:
     """The bundle of a checkpoint in fp32, or as asked."""
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
 
     def export(checkpoint: Checkpoint, precision: Any = "fp32") -> Bundle:
         out = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -315,10 +312,7 @@ def test_the_command_line(
     run: Callable[..., Any],
     tiny_checkpoint: Make,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_tower: Callable[..., Any],
 ) -> None:
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
     export = ("export", str(tiny_checkpoint()), "--fp32", "-o", "cut")
     assert run(*export, "--modality", "xray, CT").exit_code == 0
     inspected = run("inspect", "cut")

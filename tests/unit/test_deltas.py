@@ -16,7 +16,6 @@ from graphs import (
     op_types,
     random_tokens,
     run_ort,
-    write_no_tower,
 )
 from mutants import write_weights
 
@@ -149,9 +148,7 @@ def bundles(
         deltas = None if experts is None else read_deltas(experts)
         options = build.BuildOptions(precision, name="tiny", deltas=deltas)
         out = tmp_path_factory.mktemp("bundles") / "bundle"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "_write_vision", write_no_tower)
-            return build.export_bundle(tiny_checkpoint(preset, **moe), out, options)
+        return build.export_bundle(tiny_checkpoint(preset, **moe), out, options)
 
     return make
 

@@ -222,7 +222,7 @@ def test_what_is_not_finite_is_no_answer(
             monkeypatch.setattr(engine.runtime, "encode_image", lambda _, broken=broken: broken)
         else:
             monkeypatch.setattr(engine.runtime, "step", spoilt_step)
-        with pytest.raises(error, match="values that are infinite or no numbers"):
+        with pytest.raises(error, match="values that are NaN or infinite"):
             engine.ask(random_image(), "Where?")
 
 

@@ -12,12 +12,10 @@ from medmoe_edge.errors import DataError, ImageError, InputError
 from medmoe_edge.families import (
     FAMILIES,
     ContrastiveFamily,
-    EvaluateOptions,
-    ExportOptions,
     MedMoEFamily,
-    VerifyOptions,
     family_of,
 )
+from medmoe_edge.pipeline import EvaluateOptions, ExportOptions, VerifyOptions
 
 CONTRASTIVE = FAMILIES["modality-moe"]
 

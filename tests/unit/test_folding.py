@@ -1,4 +1,4 @@
-"""Scales folded into neighbours change no output, whatever they are, and reach every site."""
+"""Scales folded into neighbours change no output, whatever they are, and reach every input."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from graphs import changed, normal
 from torch import Tensor
 
 from medmoe_edge._types import Floats
-from medmoe_edge.calibration.statistics import site_of
+from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.weights import FoldPoint, WeightSource, fold, fold_points
@@ -86,11 +86,12 @@ def test_every_site_but_behind_gelu_has_one_fold_point(
 ) -> None:
     checkpoint = read_checkpoint(tiny_checkpoint(preset, **options))
     points = list(fold_points(checkpoint.config))
-    sites = {site for name in checkpoint.names if (site := site_of(name)) is not None}
-    behind_gelu = {site for site in sites if preset == "tiny-phi" and site.endswith(".hidden")}
-    assert Counter(site for point in points for site in point.sites) == Counter(sites - behind_gelu)
+    inputs = {given for name in checkpoint.names if (given := input_of(name)) is not None}
+    behind_gelu = {given for given in inputs if preset == "tiny-phi" and given.endswith(".hidden")}
+    folded = Counter(given for point in points for given in point.inputs)
+    assert folded == Counter(inputs - behind_gelu)
     consumers = Counter(name for point in points for name in point.consumers)
-    readers = [name for name in checkpoint.names if site_of(name) in sites - behind_gelu]
+    readers = [name for name in checkpoint.names if input_of(name) in inputs - behind_gelu]
     assert Counter(name for point in points for name in point.quantised) == Counter(readers)
     deciders = (".router.weight", ".coefficient.weight")
     others = {name for name in checkpoint.names if name.endswith(deciders)}

@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
-from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.evaluation.inspection import activated_parameters, inspect_model
@@ -62,29 +61,18 @@ def test_a_checkpoint_is_counted(tmp_path: Path, preset: str) -> None:
     assert data["experts_per_layer"] == {"0": 4, "2": 4}
 
 
-def test_a_bundle_is_described_by_its_manifest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = PRESETS["tiny"]
-    manifest = {
-        "config": json.loads(json.dumps(config.to_json())),
-        "quantisation": {"weights": "int8"},
-        "files": {"a.onnx": {"bytes": 7, "sha256": "0"}, "a.data": {"bytes": 5, "sha256": "1"}},
-        "source": "tiny",
-        "licence": "Apache-2.0",
-    }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    bundle = SimpleNamespace(
-        manifest=manifest, proof="not measured", sha256="0" * 64, verified_on=None, target=Target()
-    )
-    monkeypatch.setattr(Bundle, "open", lambda path, verify: bundle)
-    inspection = inspect_model(tmp_path)
-    assert (inspection.kind, inspection.config, inspection.bytes) == ("bundle", config, 12)
-    assert inspection.files == {"a.onnx": 7, "a.data": 5}
+def test_a_bundle_is_described_by_its_manifest(tiny_bundle: Callable[..., Path]) -> None:
+    folder, config = tiny_bundle("int8"), PRESETS["tiny"]
+    inspection = inspect_model(folder)
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    del files["manifest.json"]
+    assert (inspection.kind, inspection.config) == ("bundle", config)
+    assert inspection.files == files
+    assert inspection.bytes == sum(files.values())
     assert inspection.parameters_activated == activated_parameters(config)
     assert inspection.tensors is None
     assert inspection.verification == "not measured"
-    assert inspection.to_json()["quantisation"] == {"weights": "int8"}
+    assert inspection.to_json()["quantisation"]["precision"] == "int8"
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

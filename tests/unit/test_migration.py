@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graphs import changed, normal, observed, write_no_tower
+from graphs import changed, normal, observed
 from torch import Tensor
 
 from medmoe_edge.bundle.bundle import Bundle
@@ -53,9 +53,9 @@ def test_scales_are_searched_where_activations_were_seen(
         assert np.isfinite(scale).all()
         assert (scale > 0).all()
     unseen = {"decoder.head.in", "decoder.layers.0.ffn.experts.1.hidden"}
-    sites = {name: site for name, site in statistics.sites.items() if name not in unseen}
-    fewer = search_scales(checkpoint, dataclasses.replace(statistics, sites=sites))
-    assert list(fewer) == [point for point in points if not unseen.intersection(point.sites)]
+    inputs = {name: measured for name, measured in statistics.inputs.items() if name not in unseen}
+    fewer = search_scales(checkpoint, dataclasses.replace(statistics, inputs=inputs))
+    assert list(fewer) == [point for point in points if not unseen.intersection(point.inputs)]
 
 
 def test_how_far_one_huge_token_reached_does_not_matter(
@@ -64,13 +64,13 @@ def test_how_far_one_huge_token_reached_does_not_matter(
     """Each token has its own scale: only what its channels are like among each other counts."""
     found = []
     for reach in (np.float32(20), np.float32(2000)):
-        sites = {
+        inputs = {
             name: dataclasses.replace(
-                site, minimum=site.minimum * reach, maximum=site.maximum * reach
+                measured, minimum=measured.minimum * reach, maximum=measured.maximum * reach
             )
-            for name, site in statistics.sites.items()
+            for name, measured in statistics.inputs.items()
         }
-        found.append(search_scales(checkpoint, dataclasses.replace(statistics, sites=sites)))
+        found.append(search_scales(checkpoint, dataclasses.replace(statistics, inputs=inputs)))
     for point, scale in found[0].items():
         assert np.array_equal(found[1][point], scale)
         assert (scale != 1).any()
@@ -87,10 +87,7 @@ def with_outliers(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def test_folding_saves_what_outliers_would_ruin(
-    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "_write_vision", write_no_tower)
+def test_folding_saves_what_outliers_would_ruin(tiny_checkpoint: Make, tmp_path: Path) -> None:
     folder = changed(tiny_checkpoint(dense=True), tmp_path / "outliers", with_outliers)
     source = read_checkpoint(folder)
     embeds = normal(12, 64, seed=9)

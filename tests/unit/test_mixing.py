@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medmoe_edge.calibration.methods import INT4
 from medmoe_edge.calibration.quantisers import Format
-from medmoe_edge.calibration.statistics import Statistics, site_of
+from medmoe_edge.calibration.statistics import Statistics, input_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import InputError
 from medmoe_edge.export.plan import HEAD, make_plan, search_formats
@@ -39,7 +39,7 @@ def test_formats_keep_within_the_budget(
     checkpoint: Checkpoint, statistics: Statistics, budget: float
 ) -> None:
     formats = search_formats(checkpoint, statistics, budget)
-    matrices = {name for name in checkpoint.names if site_of(name) is not None}
+    matrices = {name for name in checkpoint.names if input_of(name) is not None}
     assert set(formats) == matrices - {HEAD}
     # all matrices are of one size here, each upgraded by 2 bits or not
     assert min(budget, 4.5) - 2 / len(formats) < bits(checkpoint, formats) <= budget

@@ -28,7 +28,7 @@ from medmoe_edge.contrastive.evaluate import (
     zero_shot_tasks,
 )
 from medmoe_edge.contrastive.features import entropy, evidence
-from medmoe_edge.data.captions import Place, read_places
+from medmoe_edge.data.captions import GroundedPhrase, read_grounded
 from medmoe_edge.data.datasets import LabelledImage
 from medmoe_edge.errors import DataError
 from medmoe_edge.presets import MODALITY_PRESETS
@@ -166,7 +166,7 @@ def test_a_folder_without_boxes_is_refused(data: Path, tmp_path: Path) -> None:
 def test_boxes_of_another_form_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "boxes.json").write_text(content)
     with pytest.raises(DataError, match=r"boxes\.json"):
-        read_places(tmp_path / "boxes.json", [tmp_path / "0.png"])
+        read_grounded(tmp_path / "boxes.json", [tmp_path / "0.png"])
 
 
 # --- tasks ------------------------------------------------------------------------------------
@@ -250,10 +250,10 @@ def test_average_precision_by_its_definition(pixels: list[tuple[int, bool]]) -> 
 
 
 def test_a_place_holds_what_its_mask_covers() -> None:
-    place = Place(Path("i"), "liver", ((1.0, 2.0, 2.0, 1.0), (0.0, 0.0, 1.0, 1.0)))
-    mask = place.mask(4, 5)
+    boxed = GroundedPhrase(Path("i"), "liver", ((1.0, 2.0, 2.0, 1.0), (0.0, 0.0, 1.0, 1.0)))
+    mask = boxed.mask(4, 5)
     assert sorted(zip(*np.nonzero(mask), strict=True)) == [(0, 0), (2, 1), (2, 2)]
-    held = [[place.holds(x + 0.5, y + 0.5) for x in range(5)] for y in range(4)]
+    held = [[boxed.holds(x + 0.5, y + 0.5) for x in range(5)] for y in range(4)]
     np.testing.assert_array_equal(mask, held)
 
 

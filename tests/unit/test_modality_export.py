@@ -127,7 +127,7 @@ def test_each_expert_is_reached_and_is_itself(exported: Exported, expert: int) -
 
 
 def test_only_the_chosen_expert_runs(exported: Exported, tmp_path: Path) -> None:
-    """What the others hold does not matter, were it no number: masked, it would still spread."""
+    """What the others hold does not matter, were it NaN: masked, it would still spread."""
     bundle = respelt(exported.fp32, tmp_path / "bundle", "experts.3.projections.0.bias", np.nan)
     for chosen in (0, 3, 5):
         found = run_expert(bundle, chosen, images(1))

@@ -24,9 +24,10 @@ from medmoe_edge.contrastive.features import similarity
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
 from medmoe_edge.export.contrastive import export_modality_bundle
-from medmoe_edge.families import ExportOptions, MedMoEFamily
+from medmoe_edge.families import MedMoEFamily
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image
+from medmoe_edge.pipeline import ExportOptions
 
 TEXTS = ["a b c", "effusion, left", "hi"]
 NEAR = 1e-5

@@ -11,10 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import Run
-from mutants import reseal, write_weights
-from PIL import Image
+from mutants import (
+    LENIENT,
+    PRECISIONS,
+    questions_about_noise,
+    reseal,
+    verified_bundles,
+    write_weights,
+)
 
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle, Gates
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.recorded import (
     FLOAT,
     Compared,
@@ -42,23 +48,13 @@ from medmoe_edge.evaluation.verify import Data, verify
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
 Make = Callable[..., Path]
-PRECISIONS = ("int8", "int4", "fp32")
-LENIENT = Gates(answer_agreement=0.0, accuracy_drop=1.0, routing_flips=1.0, vision_cosine=0.0)
 
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
     """Two questions about each of two pictures."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for name in ("0.png", "1.png"):
-        Image.fromarray(generator.integers(0, 256, (32, 32), np.uint8)).save(folder / name)
-    rest: tuple[Any, ...] = ("no", "CLOSED", "ct", None, None, "test")
-    return [
-        Example(f"{text}{image}", folder / image, text, *rest)
-        for text in ("Is there effusion?", "Where?")
-        for image in ("0.png", "1.png")
-    ]
+    texts = ("Is there effusion?", "Where?")
+    return questions_about_noise(tmp_path_factory.mktemp("images"), [(32, 32)] * 2, texts)
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +65,8 @@ def proven(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """A bundle of each precision with its record and inputs; not to be changed."""
-    folders = {}
-    for precision in PRECISIONS:
-        folder = tmp_path_factory.mktemp("proven") / precision
-        shutil.copytree(tiny_bundle(precision), folder)
-        reseal(folder, gates=LENIENT.to_json())
-        verify(folder, tiny_checkpoint(), Data("questions", examples), inputs=examples)
-        folders[precision] = folder
-    return folders
+    root = tmp_path_factory.mktemp("proven")
+    return verified_bundles(tiny_bundle, tiny_checkpoint(), examples, root)
 
 
 @pytest.fixture
@@ -204,7 +194,6 @@ def test_effects_are_measured_once(
     tiny_checkpoint: Make,
     examples: list[Example],
     precision: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = copy(precision)
     record = read_record(Bundle.open(folder))
@@ -218,9 +207,11 @@ def test_effects_are_measured_once(
         assert effect.kl is not None
         assert effect.kl >= 0
     assert (record.mutations.effects[0].kl or 0) > 0
-    forbidden = pytest.fail.__call__
-    monkeypatch.setattr("medmoe_edge.evaluation.verify.measure_mutations", forbidden)
-    again = verify(folder, tiny_checkpoint(), Data("questions", examples))
+    steps: list[str] = []
+    data = Data("questions", examples)
+    again = verify(folder, tiny_checkpoint(), data, progress=lambda step, *_: steps.append(step))
+    assert "experts" in steps
+    assert "damaged models" not in steps
     assert again.record is not None
     assert again.record.mutations == record.mutations
     assert verify_quick(folder).mutations == record.mutations
@@ -228,18 +219,15 @@ def test_effects_are_measured_once(
 
 def test_experts_that_are_alike_are_said_to_be_invisible(
     tiny_checkpoint: Make,
-    tiny_tower: Callable[[Any], Any],
     examples: list[Example],
     tmp_path: Path,
     run: Run,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every expert and the meta expert are the same: no answer can tell one from another."""
     from medmoe_edge.checkpoint.reader import read_checkpoint, write_checkpoint
     from medmoe_edge.evaluation.report import render_report
     from medmoe_edge.export import build
 
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
     source = read_checkpoint(tiny_checkpoint())
 
     def alike(name: str) -> str:
@@ -359,27 +347,21 @@ def test_damage_that_weights_do_not_allow() -> None:
 # --- the marks --------------------------------------------------------------------------------
 
 
-def compared(
-    tiny_bundle: Make, checkpoint: dict[str, Any], stored: dict[str, Any], error: float
-) -> Compared:
+def compared(checkpoint: dict[str, Any], stored: dict[str, Any], error: float) -> Compared:
     """Marks of these experts `[N, K]`, held against what is stored with an error of rounding."""
     maker = SignatureMaker()
     generator = np.random.default_rng(1)
-    with pytest.MonkeyPatch.context() as patch:
-        kept = {}
-        for name, rows in checkpoint.items():
-            maker.keep(name, 8, rows.shape[1], Marks.of(rows, 1))
-        for name, rows in stored.items():
-            noise = generator.standard_normal(rows.shape).astype(np.float32)
-            kept[name] = ((rows + error * noise).T, None)
-        patch.setattr("medmoe_edge.bundle.recorded.stored_matrices", lambda _: kept.items())
-        return compare_signature(Bundle.open(tiny_bundle("int8")), maker.signature())
+    for name, rows in checkpoint.items():
+        maker.keep(name, 8, rows.shape[1], Marks.of(rows, 1))
+    kept = {}
+    for name, rows in stored.items():
+        noise = generator.standard_normal(rows.shape).astype(np.float32)
+        kept[name] = ((rows + error * noise).T, None)
+    return compare_signature(kept, maker.signature())
 
 
 @pytest.mark.parametrize("apart", [0.0, 0.001, 0.004, 0.04])
-def test_experts_nearer_to_each_other_than_rounding_are_told_apart(
-    tiny_bundle: Make, apart: float
-) -> None:
+def test_experts_nearer_to_each_other_than_rounding_are_told_apart(apart: float) -> None:
     generator = np.random.default_rng(0)
     base = generator.standard_normal((512, 256)).astype(np.float32)
     experts = {
@@ -388,9 +370,9 @@ def test_experts_nearer_to_each_other_than_rounding_are_told_apart(
         for index in range(4)
     }
     names = list(experts)
-    assert compared(tiny_bundle, experts, experts, 0.03).wrong == ()
+    assert compared(experts, experts, 0.03).wrong == ()
     swapped = {**experts, names[0]: experts[names[1]], names[1]: experts[names[0]]}
-    wrong = compared(tiny_bundle, experts, swapped, 0.03).wrong
+    wrong = compared(experts, swapped, 0.03).wrong
     assert wrong == (tuple(names[:2]) if apart == 0.04 else ())
 
 
@@ -399,7 +381,7 @@ def test_experts_nearer_to_each_other_than_rounding_are_told_apart(
     [(8, 1, True), (4, 4, True), (4, 5, True), (4, 6, False), (4, 391, False)],
 )
 def test_a_single_scale_is_claimed_only_where_it_is_seen(
-    tiny_bundle: Make, monkeypatch: pytest.MonkeyPatch, bits: int, groups: int, alone: bool
+    monkeypatch: pytest.MonkeyPatch, bits: int, groups: int, alone: bool
 ) -> None:
     """Where a norm stands for so many scales, of weights as large as each other."""
     monkeypatch.setattr("medmoe_edge.bundle.recorded.OF_ONE", 32)
@@ -416,9 +398,7 @@ def test_a_single_scale_is_claimed_only_where_it_is_seen(
     def held(factor: float) -> Compared:
         changed = scale.copy()
         changed.flat[3] *= factor
-        pair = {name: (stored, changed)}.items()
-        monkeypatch.setattr("medmoe_edge.bundle.recorded.stored_matrices", lambda _: pair)
-        return compare_signature(Bundle.open(tiny_bundle("int8")), maker.signature())
+        return compare_signature({name: (stored, changed)}, maker.signature())
 
     whole, damaged = held(1), held(2)
     assert whole.wrong == ()

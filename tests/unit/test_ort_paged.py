@@ -19,7 +19,7 @@ import onnxruntime as ort
 import psutil
 import pytest
 from command_line import start
-from graphs import normal, observed, write_no_tower
+from graphs import normal, observed
 from test_engine import random_image
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
@@ -103,10 +103,7 @@ def test_paged_experts_give_the_same_bits(
     assert paged.paging()["misses"] == 0
 
 
-def test_experts_of_several_formats_in_one_model_too(
-    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "_write_vision", write_no_tower)
+def test_experts_of_several_formats_in_one_model_too(tiny_checkpoint: Make, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint()
     folder = build.export_bundle(
         checkpoint,

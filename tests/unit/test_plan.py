@@ -18,7 +18,7 @@ from medmoe_edge.calibration.quantisers import (
     round_searched,
     round_to_nearest,
 )
-from medmoe_edge.calibration.statistics import SiteStatistics, Statistics, site_of
+from medmoe_edge.calibration.statistics import InputStatistics, Statistics, input_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.export import weights
@@ -107,15 +107,15 @@ def test_the_method_is_the_best_that_the_statistics_allow(
     found = observed(checkpoint, hessians=seen != "squares", data_free=data_free)
     plan = Plan(precision, method, found if seen else None)
     rows = WeightSource(checkpoint).array(name)
-    site, form = found.sites[str(site_of(name))], plan.format_of(name)
-    assert (site.hessian is None) == (seen == "squares")
+    measured, form = found.inputs[str(input_of(name))], plan.format_of(name)
+    assert (measured.hessian is None) == (seen == "squares")
     made = quantised(plan, name, rows)
     if expected == "rtn":
         alone = round_to_nearest(rows, form)
     elif expected == "gptq":
-        alone = quantise_gptq(rows, np.asarray(site.hessian), form)
+        alone = quantise_gptq(rows, np.asarray(measured.hessian), form)
     else:
-        alone = round_searched(rows, form, site.mean_square if expected == "weighted" else None)
+        alone = round_searched(rows, form, measured.mean_square if expected == "weighted" else None)
     assert np.array_equal(made.integers, alone.integers)
     assert np.array_equal(made.scale, alone.scale)
     (record,) = plan.matrices
@@ -127,16 +127,16 @@ def test_the_method_is_the_best_that_the_statistics_allow(
 def test_the_error_is_that_of_the_output(checkpoint: Checkpoint, statistics: Statistics) -> None:
     rows = WeightSource(checkpoint).array(EXPERT)
     x = normal(5000, 64) * np.geomspace(0.1, 3, 64, dtype=np.float32)
-    site = SiteStatistics.empty(64, hessian=True)
-    site.update(x)
-    sites = {str(site_of(EXPERT)): site}
+    measured = InputStatistics.empty(64, hessian=True)
+    measured.update(x)
+    inputs = {str(input_of(EXPERT)): measured}
     scale = np.exp(normal(64, seed=1))
     for factors, entering, stored in (
         ({}, x, rows),
         ({EXPERT: Factors(columns=scale)}, x / scale, rows * scale),
         ({EXPERT: Factors(rows=scale)}, x, rows * scale[:, None]),
     ):
-        plan = Plan("int4", "auto", dataclasses.replace(statistics, sites=sites), factors=factors)
+        plan = Plan("int4", "auto", dataclasses.replace(statistics, inputs=inputs), factors=factors)
         made = quantised(plan, EXPERT, stored)
         hessian = (entering.T.astype(np.float64) @ entering / len(x)).astype(np.float32)
         best = quantise_gptq(stored, hessian, INT4)
@@ -164,7 +164,7 @@ def test_every_matrix_is_recorded_as_it_is_written(
     assert plan.matrices == []
     save_model(model, tmp_path, "decoder")
     recorded = [record["name"] for record in plan.matrices]
-    matrices = [name for name in checkpoint.names if site_of(name) is not None and name != HEAD]
+    matrices = [name for name in checkpoint.names if input_of(name) is not None and name != HEAD]
     assert sorted(recorded) == sorted([*matrices, HEAD])  # one record, also for several blocks
 
 
@@ -183,7 +183,7 @@ def test_data_makes_better_matrices(
         for name in (EXPERT, EXPERT.replace("up", "down"), "decoder.layers.1.attention.out.weight"):
             rows = WeightSource(checkpoint).array(name)
             made = quantised(plan, name, rows)
-            moments = statistics.sites[str(site_of(name))].hessian
+            moments = statistics.inputs[str(input_of(name))].hessian
             assert moments is not None
             found = errors.setdefault(plan.matrices[-1]["method"], [])
             found.append(output_error(rows, made, moments))
@@ -194,10 +194,11 @@ def test_data_makes_better_matrices(
 
 def squares(statistics: Statistics) -> Statistics:
     """The same without Hessians."""
-    sites = {
-        name: dataclasses.replace(site, hessian=None) for name, site in statistics.sites.items()
+    inputs = {
+        name: dataclasses.replace(measured, hessian=None)
+        for name, measured in statistics.inputs.items()
     }
-    return dataclasses.replace(statistics, sites=sites)
+    return dataclasses.replace(statistics, inputs=inputs)
 
 
 # --- what is refused --------------------------------------------------------------------------

@@ -76,16 +76,14 @@ def biased(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> M
 
 
 @pytest.fixture(scope="module")
-def bundle_of(tiny_tower: Callable[[Any], Any], tmp_path_factory: pytest.TempPathFactory) -> Make:
+def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Make:
     from medmoe_edge.export import build
 
     root = tmp_path_factory.mktemp("bundles")
 
     def make(checkpoint: Path) -> Path:
         out = root / str(len(list(root.iterdir())))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build, "export_vision", tiny_tower)
-            return build.export_bundle(checkpoint, out, build.BuildOptions(precision="fp32"))
+        return build.export_bundle(checkpoint, out, build.BuildOptions(precision="fp32"))
 
     return make
 

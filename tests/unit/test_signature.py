@@ -240,13 +240,9 @@ def test_keys_to_sign_with(tmp_path: Path) -> None:
 def test_export_signs(
     keys: tuple[Path, Path],
     tiny_checkpoint: Callable[..., Path],
-    tiny_tower: Callable[..., object],
     monkeypatch: pytest.MonkeyPatch,
     run: Run,
 ) -> None:
-    from medmoe_edge.export import build
-
-    monkeypatch.setattr(build, "export_vision", tiny_tower)
     line = ["export", str(tiny_checkpoint()), "--fp32", "-o", "made"]
     done = run(*line, "--sign", "absent.key")
     assert done.exit_code == 2

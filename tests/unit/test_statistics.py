@@ -1,4 +1,4 @@
-"""Statistics of a site against float64, how they merge, and the file that keeps them."""
+"""Statistics of an input against float64, how they merge, and the file that keeps them."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ from medmoe_edge import atomic
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.calibration.statistics import (
-    SiteFiles,
-    SiteStatistics,
+    InputStatistics,
     Source,
     Statistics,
-    write_sites,
+    StatisticsFiles,
+    write_statistics,
 )
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import DataError, InputError, ResourceError
@@ -34,14 +34,14 @@ def tokens(count: int, width: int = 6, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).normal(0.3, 2.0, (count, width)).astype(np.float32)
 
 
-def observed(*batches: Floats, hessian: bool = True) -> SiteStatistics:
-    site = SiteStatistics.empty(batches[0].shape[1], hessian=hessian)
+def observed(*batches: Floats, hessian: bool = True) -> InputStatistics:
+    found = InputStatistics.empty(batches[0].shape[1], hessian=hessian)
     for batch in batches:
-        site.update(batch)
-    return site
+        found.update(batch)
+    return found
 
 
-def assert_same(one: SiteStatistics, other: SiteStatistics, tolerance: float = 0) -> None:
+def assert_same(one: InputStatistics, other: InputStatistics, tolerance: float = 0) -> None:
     assert (one.tokens, one.borrowed) == (other.tokens, other.borrowed)
     assert one.weight == pytest.approx(other.weight)
     arrays, others = one.arrays(), other.arrays()
@@ -50,7 +50,7 @@ def assert_same(one: SiteStatistics, other: SiteStatistics, tolerance: float = 0
         np.testing.assert_allclose(array, others[key], rtol=tolerance, atol=tolerance)
 
 
-def statistics(sites: dict[str, SiteStatistics]) -> Statistics:
+def statistics(inputs: dict[str, InputStatistics]) -> Statistics:
     routing = RoutingProfile.empty(["ct", "mri", "ct"], [0], 2)
     routing.record(0, "ct", np.array([[1], [1], [0]]))
     coverage = (
@@ -58,29 +58,29 @@ def statistics(sites: dict[str, SiteStatistics]) -> Statistics:
         ExpertCoverage(0, 1, 2, 256, None, 300, status="borrowed"),
     )
     source = Source("set", "ab" * 32, ("ef" * 32,), 1)
-    return Statistics("cd" * 32, source, routing, coverage, sites)
+    return Statistics("cd" * 32, source, routing, coverage, inputs)
 
 
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 100))
 def test_batches_add_up_to_the_whole(counts: list[int], seed: int) -> None:
     x = tokens(sum(counts), seed=seed)
-    site = observed(*np.split(x, np.cumsum(counts)[:-1]))
+    found = observed(*np.split(x, np.cumsum(counts)[:-1]))
     exact = x.astype(np.float64)
-    np.testing.assert_array_equal(site.minimum, x.min(0))
-    np.testing.assert_array_equal(site.maximum, x.max(0))
-    np.testing.assert_array_equal(site.absmax, np.abs(x).max(0))
-    np.testing.assert_allclose(site.mean_square, np.square(exact).mean(0), rtol=1e-5)
-    assert site.hessian is not None
-    np.testing.assert_allclose(site.hessian, exact.T @ exact / len(x), rtol=1e-4, atol=1e-5)
-    assert (site.tokens, site.borrowed, site.weight) == (len(x), 0, len(x))
+    np.testing.assert_array_equal(found.minimum, x.min(0))
+    np.testing.assert_array_equal(found.maximum, x.max(0))
+    np.testing.assert_array_equal(found.absmax, np.abs(x).max(0))
+    np.testing.assert_allclose(found.mean_square, np.square(exact).mean(0), rtol=1e-5)
+    assert found.hessian is not None
+    np.testing.assert_allclose(found.hessian, exact.T @ exact / len(x), rtol=1e-4, atol=1e-5)
+    assert (found.tokens, found.borrowed, found.weight) == (len(x), 0, len(x))
 
 
 @settings(max_examples=25)
 @given(st.integers(0, 3), st.integers(0, 100))
 def test_merged_passes_equal_one(borrowing: int, seed: int) -> None:
     """Also where either pass borrowed some tokens."""
-    one, left, right = (SiteStatistics.empty(6, hessian=True) for _ in range(3))
+    one, left, right = (InputStatistics.empty(6, hessian=True) for _ in range(3))
     for index, count in enumerate((7, 30, 1, 12)):
         x = tokens(count, seed=seed + index)
         weights = np.linspace(0.01, 1, count, dtype=np.float32) if index == borrowing else None
@@ -94,15 +94,15 @@ def test_merged_passes_equal_one(borrowing: int, seed: int) -> None:
 def test_borrowed_tokens_weigh_less() -> None:
     own, lent = tokens(20), tokens(30, seed=1)
     weights = np.random.default_rng(2).uniform(0.01, 1, 30).astype(np.float32)
-    site = observed(own)
-    site.update(lent, weights)
+    found = observed(own)
+    found.update(lent, weights)
     x = np.concatenate((own, lent)).astype(np.float64)
     w = np.concatenate((np.ones(20), weights.astype(np.float64)))
-    assert site.hessian is not None
-    np.testing.assert_allclose(site.hessian, (x.T * w) @ x / w.sum(), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(site.mean_square, w @ x**2 / w.sum(), rtol=1e-5)
-    assert (site.tokens, site.borrowed) == (20, 30)
-    assert site.weight == pytest.approx(w.sum())
+    assert found.hessian is not None
+    np.testing.assert_allclose(found.hessian, (x.T * w) @ x / w.sum(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.mean_square, w @ x**2 / w.sum(), rtol=1e-5)
+    assert (found.tokens, found.borrowed) == (20, 30)
+    assert found.weight == pytest.approx(w.sum())
 
 
 def test_without_hessians_the_rest_is_the_same() -> None:
@@ -116,24 +116,24 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
     made = statistics({EXPERT: observed(tokens(5)), DENSE: observed(tokens(9, 4))})
     made.save(tmp_path / "stats")
     opened = Statistics.open(tmp_path / "stats")
-    assert dataclasses.replace(opened, routing=made.routing, sites={}) == dataclasses.replace(
-        made, sites={}
+    assert dataclasses.replace(opened, routing=made.routing, inputs={}) == dataclasses.replace(
+        made, inputs={}
     )
     assert opened.routing.to_json() == made.routing.to_json()
     assert opened.samples == {"ct": 2, "mri": 1}
-    assert set(opened.sites) == {EXPERT, DENSE}
-    for name, site in made.sites.items():
-        assert_same(opened.sites[name], site)
+    assert set(opened.inputs) == {EXPERT, DENSE}
+    for name, found in made.inputs.items():
+        assert_same(opened.inputs[name], found)
     opened.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "stats").read_bytes()
 
 
 def test_the_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
-    site = observed(tokens(5, 3))  # three channels: wide types would lie askew if in order
-    write_sites(tmp_path / "stats", {EXPERT: site}, {})
+    found = observed(tokens(5, 3))  # three channels: wide types would lie askew if in order
+    write_statistics(tmp_path / "stats", {EXPERT: found}, {})
     loaded = load_file(tmp_path / "stats")
-    assert set(loaded) == {f"{EXPERT}/{key}" for key in site.arrays()}
-    for key, array in site.arrays().items():
+    assert set(loaded) == {f"{EXPERT}/{key}" for key in found.arrays()}
+    for key, array in found.arrays().items():
         np.testing.assert_array_equal(loaded[f"{EXPERT}/{key}"], array)
 
 
@@ -147,15 +147,15 @@ def test_the_summary_is_json_that_names_no_sample() -> None:
 
 def test_several_files_are_read_as_one(tmp_path: Path) -> None:
     whole = observed(tokens(5), tokens(8, seed=1))
-    write_sites(tmp_path / "a", {EXPERT: observed(tokens(5))}, {"note": 1})
+    write_statistics(tmp_path / "a", {EXPERT: observed(tokens(5))}, {"note": 1})
     second = {EXPERT: observed(tokens(8, seed=1)), DENSE: observed(tokens(3))}
-    write_sites(tmp_path / "b", second, {})
-    files = SiteFiles([tmp_path / "a", tmp_path / "b"])
+    write_statistics(tmp_path / "b", second, {})
+    files = StatisticsFiles([tmp_path / "a", tmp_path / "b"])
     assert files.contents[0]["note"] == 1
     assert set(files) == {EXPERT, DENSE}
     assert files.counts(EXPERT) == [13, 0, 13]
-    write_sites(tmp_path / "both", files, {})
-    merged = SiteFiles([tmp_path / "both"])
+    write_statistics(tmp_path / "both", files, {})
+    merged = StatisticsFiles([tmp_path / "both"])
     assert_same(merged[EXPERT], whole, 1e-5)
     assert merged[DENSE].tokens == 3
 
@@ -163,10 +163,10 @@ def test_several_files_are_read_as_one(tmp_path: Path) -> None:
 def test_what_a_data_free_expert_saw_is_not_trusted(tmp_path: Path) -> None:
     other = EXPERT.replace("experts.1", "experts.0")
     made = statistics({EXPERT: observed(tokens(5)), other: observed(tokens(5))})
-    assert made.get(EXPERT) is made.sites[EXPERT]
+    assert made.get(EXPERT) is made.inputs[EXPERT]
     assert made.get(other) is None
     assert made.get(DENSE) is None
-    assert dataclasses.replace(made, coverage=()).get(other) is made.sites[other]
+    assert dataclasses.replace(made, coverage=()).get(other) is made.inputs[other]
 
 
 def test_statistics_belong_to_one_checkpoint(
@@ -218,7 +218,7 @@ def test_no_other_file_is_taken_for_statistics(tmp_path: Path) -> None:
     save_file({"x": np.zeros(3)}, path)
     with pytest.raises(DataError, match="holds no calibration statistics"):
         Statistics.open(path)
-    write_sites(path, {}, {}, force=True)  # a layer's file, which a pass leaves in its work folder
+    write_statistics(path, {}, {}, force=True)  # a layer's file, as a pass leaves it
     with pytest.raises(DataError, match="damaged"):
         Statistics.open(path)
 
@@ -237,8 +237,8 @@ def test_no_damage_makes_more_than_an_error(tmp_path: Path) -> None:
             damaged[place] = generator.integers(0, 256)
         path.write_bytes(damaged[: generator.integers(0, len(whole) * 2)])
         try:
-            for site in Statistics.open(path).sites.values():
-                assert site.tokens >= 0
+            for found in Statistics.open(path).inputs.values():
+                assert found.tokens >= 0
         except DataError:
             refused += 1
     assert refused > 200
@@ -246,11 +246,11 @@ def test_no_damage_makes_more_than_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["minimum", "mean_square", "hessian"])
 def test_a_site_that_is_not_finite_is_refused(tmp_path: Path, key: str) -> None:
-    site = observed(tokens(5))
-    getattr(site, key)[0] = np.nan
-    write_sites(tmp_path / "stats", {EXPERT: site}, {})
+    found = observed(tokens(5))
+    getattr(found, key)[0] = np.nan
+    write_statistics(tmp_path / "stats", {EXPERT: found}, {})
     with pytest.raises(DataError, match="damaged"):
-        SiteFiles([tmp_path / "stats"])[EXPERT]
+        StatisticsFiles([tmp_path / "stats"])[EXPERT]
 
 
 def test_a_routing_profile_survives_json() -> None:

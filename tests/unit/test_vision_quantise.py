@@ -65,18 +65,13 @@ def checkpoint(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def tower(checkpoint: Checkpoint) -> ir.Model:
-    """Traced once."""
     return export_vision(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def bundle(
-    checkpoint: Checkpoint, tower: ir.Model, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "export_vision", lambda _: tower.clone())
-        out = tmp_path_factory.mktemp("bundle") / "out"
-        return Bundle.open(export_bundle(checkpoint.folder, out, BuildOptions(precision="int8")))
+def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("bundle") / "out"
+    return Bundle.open(export_bundle(checkpoint.folder, out, BuildOptions(precision="int8")))
 
 
 def error(found: Floats, expected: Floats) -> float:

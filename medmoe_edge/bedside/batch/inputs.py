@@ -106,7 +106,7 @@ def header_of(path: str) -> Header:
     from pydicom.filereader import read_partial
 
     from medmoe_edge.bedside.listen.header import check_uids, origin_of
-    from medmoe_edge.bedside.listen.selection import aside, key_objects, place_of
+    from medmoe_edge.bedside.listen.selection import aside, key_objects, membership_of
     from medmoe_edge.image.loading import decoding
 
     pixels: list[bool] = []
@@ -120,11 +120,11 @@ def header_of(path: str) -> Header:
         with decoding(Path(path).name), open(path, "rb") as file:
             dataset = read_partial(file, stop_when=are_reached)
             check_uids(dataset)
-            origin, place = origin_of(dataset, b""), place_of(dataset)
+            origin, membership = origin_of(dataset, b""), membership_of(dataset)
             return {
                 "aside": aside(dataset, bool(pixels), ANY_QUESTION),
                 **{name: getattr(origin, name) for name in ("uid", "study", "patient")},
-                **place._asdict(),
+                **membership._asdict(),
                 "marks": key_objects(dataset),
             }
     except MedMoEError:

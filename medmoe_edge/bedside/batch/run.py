@@ -27,7 +27,6 @@ that gives it with most confidence, and `seconds` those of all slices.
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -40,7 +39,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from medmoe_edge._types import Progress
 from medmoe_edge._version import __version__
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, file_sha256
 from medmoe_edge.bedside.batch.inputs import (
     Header,
     Item,
@@ -487,8 +486,7 @@ def _keep(
         for row in rows:
             if row["error"] is not None:
                 continue
-            with open(paths[row.get("image", item.image)], "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(Path(paths[row.get("image", item.image)]))
             audit.append(
                 who="batch",
                 event="answer",

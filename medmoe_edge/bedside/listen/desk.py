@@ -7,7 +7,6 @@ were at one moment. What is old is removed by the node itself (`Tidying`).
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -21,7 +20,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, file_sha256
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
 from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
@@ -328,7 +327,7 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
                     target = audit if path == Path(AUDIT) else folder.root / path
                     if _move(staging / path, target):
                         added.append(target)
-                AuditLog(audit).record_restore(_sha256(backup), is_restored=not had_log)
+                AuditLog(audit).record_restore(file_sha256(backup), is_restored=not had_log)
                 _move(staging / QUEUE, folder.queue)  # the last: then it is whole
     except MedMoEError as error:
         raise type(error)(f"{error.what} Nothing was restored.", error.remedy) from error
@@ -405,11 +404,6 @@ def _move(path: Path, target: Path) -> bool:
     path.chmod(0o600)
     shutil.move(path, target)
     return True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link(path: Path, target: Path) -> None:

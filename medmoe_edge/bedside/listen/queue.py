@@ -35,7 +35,7 @@ from typing import Any
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bedside.listen.header import Origin
-from medmoe_edge.bedside.listen.schema import Extent, Job, Place, Request, Slice, prepare
+from medmoe_edge.bedside.listen.schema import Extent, Job, Membership, Request, Slice, prepare
 from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import Image, shown_name
 from medmoe_edge.image.worker import Bounds, read_apart
@@ -174,17 +174,17 @@ class Queue:
         peer: str,
         questions: Sequence[str],
         origin: Origin | None = None,
-        place: Place | None = None,
+        membership: Membership | None = None,
         aside: str = "",
     ) -> None:
         """Add an object; its series then waits, unless the object is set `aside` for a reason.
 
-        Known ones are left alone, but for those that were given up or set aside. Without a place it
-        is a series of its own. A series that another patient's result rests on waits even if
-        nothing is asked of it: that result is to be withdrawn.
+        Known ones are left alone, but for those that were given up or set aside. Without
+        `membership` it is a series of its own. A series that another patient's result rests on
+        waits even if nothing is asked of it: that result is to be withdrawn.
         """
-        place = place or Place(key)
-        values = (key, sha256, peer, json.dumps(questions), *place, aside)
+        membership = membership or Membership(key)
+        values = (key, sha256, peer, json.dumps(questions), *membership, aside)
         with self._lock, explaining(), self._database as database:
             database.execute(
                 "INSERT INTO object (key, sha256, peer, questions, series, position, instance, "
@@ -201,12 +201,12 @@ class Queue:
             if origin is not None:
                 statement = "INSERT OR REPLACE INTO origin VALUES (?, ?, ?, ?, ?)"
                 database.execute(statement, (key, *origin))
-            waits = not aside or bool(_replaced(database, place.series))
+            waits = not aside or bool(_replaced(database, membership.series))
             database.execute(
                 "INSERT INTO series (key, state, why) VALUES (?1, ?2, ?3) "
                 "ON CONFLICT (key) DO UPDATE SET state = 'waiting', attempts = 0, why = '', "
                 "revision = revision + 1 WHERE ?2 = 'waiting'",
-                (place.series, "waiting" if waits else "aside", aside),
+                (membership.series, "waiting" if waits else "aside", aside),
             )
 
     @contextlib.contextmanager

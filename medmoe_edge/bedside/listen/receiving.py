@@ -39,8 +39,8 @@ from medmoe_edge.bedside.listen.header import (
     uid_of,
 )
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
-from medmoe_edge.bedside.listen.schema import Place
-from medmoe_edge.bedside.listen.selection import ASIDE, aside, key_objects, place_of
+from medmoe_edge.bedside.listen.schema import Membership
+from medmoe_edge.bedside.listen.selection import ASIDE, aside, key_objects, membership_of
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
 from medmoe_edge.image.dicom_pixels import can_decode
 from medmoe_edge.image.loading import decoding
@@ -283,16 +283,16 @@ class Receiving:
         if not why or (why == "no_pixels" and uid_of(header, "SOPClassUID") in self.images):
             self._judge_pixels(header, pixels)
         origin = origin_of(header, pixels[8 if header.original_encoding[0] else 12 :])
-        place = place_of(header)
-        with self.queue.arriving(place.series, origin.study), self._keeping:
+        membership = membership_of(header)
+        with self.queue.arriving(membership.series, origin.study), self._keeping:
             self.judge_room(len(data))
             key = self._key(origin, data)
             if self.queue.settles(key):  # the sender had not heard of it
                 return
             if why:
-                self._set_aside(peer, key, data, header, origin, place, why)
+                self._set_aside(peer, key, data, header, origin, membership, why)
             else:
-                self._keep(peer, key, data, header, origin, place)
+                self._keep(peer, key, data, header, origin, membership)
         for notice in () if why else notices_of(header):
             log.warning("%s: %s", key[:16], notice.message)
 
@@ -333,15 +333,21 @@ class Receiving:
         data: bytes,
         header: Dataset,
         origin: Origin,
-        place: Place,
+        membership: Membership,
         why: str,
     ) -> None:
         self.queue.mark(key_objects(header))
-        self.queue.add(key, hashlib.sha256(data).hexdigest(), peer, (), origin, place, why)
-        self._tell_aside(key, header, place.series, why)
+        self.queue.add(key, hashlib.sha256(data).hexdigest(), peer, (), origin, membership, why)
+        self._tell_aside(key, header, membership.series, why)
 
     def _keep(
-        self, peer: str, key: str, data: bytes, header: Dataset, origin: Origin, place: Place
+        self,
+        peer: str,
+        key: str,
+        data: bytes,
+        header: Dataset,
+        origin: Origin,
+        membership: Membership,
     ) -> None:
         path = self.folder.image(key)
         self.folder.keep(path, data)
@@ -350,7 +356,7 @@ class Receiving:
             self.folder.picture(key)
             asked = self.configuration.questions_for(modality_of(header), body_parts_of(header))
             self._tell_of_others(key, origin)
-            self.queue.add(key, hashlib.sha256(data).hexdigest(), peer, asked, origin, place)
+            self.queue.add(key, hashlib.sha256(data).hexdigest(), peer, asked, origin, membership)
             kept = True
         finally:
             if not kept and self.queue.state(key) != "failed":  # those are kept to be looked at

@@ -136,7 +136,7 @@ COMMIT;
 """
 
 
-class Place(NamedTuple):
+class Membership(NamedTuple):
     """Where an object belongs.
 
     Attributes:

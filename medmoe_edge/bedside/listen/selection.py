@@ -24,7 +24,7 @@ from medmoe_edge.bedside.listen.header import (
     text_of,
     uid_of,
 )
-from medmoe_edge.bedside.listen.schema import Place, Slice
+from medmoe_edge.bedside.listen.schema import Membership, Slice
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import Notice
 
@@ -91,7 +91,7 @@ def is_ours_whole(dataset: Dataset) -> bool:
     return any(map(is_ours, uids)) or text_of(dataset, "Manufacturer").value == MAKER
 
 
-def place_of(dataset: Dataset) -> Place:
+def membership_of(dataset: Dataset) -> Membership:
     """Where an object belongs, from a header that `check_uids` has accepted."""
     values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
     uids = [uid_of(dataset, keyword) for keyword in ("StudyInstanceUID", "SeriesInstanceUID")]
@@ -101,7 +101,7 @@ def place_of(dataset: Dataset) -> Place:
         text_of(dataset, keyword).value.upper()
         for keyword in ("Modality", "Laterality", "ImageLaterality", "ViewPosition")
     ]
-    return Place(
+    return Membership(
         series=_hash(*uids, *patient_of(values)),
         position=_position(dataset),
         instance=_number(dataset, "InstanceNumber"),
