@@ -160,7 +160,7 @@ def attention_function(decoder: DecoderConfig, parser: Parser) -> ir.Function:
     if "Attention" in parser.operators:  # [1, H, S, head_size], scaled by 1 / sqrt(head_size)
         attended = build.op("Attention", query, *caches, mask)
     else:
-        attended = _attention_by_hand(build, query, *caches, mask, decoder)
+        attended = _attention_by_hand(build, query, caches[0], caches[1], mask, decoder)
     y = merged(build, attended)
     graph = ir.Graph(
         list(values.values()),

@@ -462,8 +462,9 @@ PATHS = (
         "the same graph in ONNX Runtime on the CPU",
     ),
     Path(
-        *("onnxruntime-cuda-paged", "ONNX Runtime on CUDA, half of the experts in memory"),
-        *(_TORCH, _ort_cuda_paged, "the same graph in ONNX Runtime on the CPU"),
+        *("onnxruntime-cuda-paged", "ONNX Runtime on CUDA, half of the experts in memory", _TORCH),
+        _ort_cuda_paged,
+        "the same graph in ONNX Runtime on the CPU",
     ),
     Path(
         *("engine", "TensorRT: build, load, compare, replay", _ONNX, _engine),

@@ -175,7 +175,7 @@ class MoE(nn.Module):
     def _routed(self, tokens: Tensor) -> Tensor:
         weights, chosen = self.route(tokens)
         y = torch.zeros_like(tokens)
-        for index in chosen.unique().tolist():  # in order, whatever was chosen
+        for index in sorted(set(chosen.flatten().tolist())):
             token, slot = torch.where(chosen == index)
             part = self.experts[index](tokens[token]) * weights[token, slot, None]
             y = y.index_add(0, token, part.to(y.dtype))

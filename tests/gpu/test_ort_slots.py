@@ -101,7 +101,7 @@ def test_it_is_loaded_with_a_budget_or_with_room_for_all(tiny_bundle: Make, tmp_
 
 
 def test_a_portable_bundle_needs_no_flag_to_be_paged(run: "Run") -> None:
-    done = in_steps("export", "nano", "--paged")
+    done = run("export", "nano", "--paged")
     assert done.exit_code != 0
     assert "--paged is for GPUs" in done.output
 

@@ -18,7 +18,7 @@ TINY = MODALITY_PRESETS["modality-tiny"].text
 
 def theirs(config: BertConfig) -> nn.Module:
     torch.manual_seed(0)
-    model = BertModel(
+    model: nn.Module = BertModel(
         TheirConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,

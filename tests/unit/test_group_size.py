@@ -15,6 +15,7 @@ from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.plan import GROUP, HEAD, Plan, check_precision
 from medmoe_edge.export.stored import StoredWeights
 from medmoe_edge.export.weights import WeightSource
+from medmoe_edge.pipeline import ExportOptions
 from medmoe_edge.pipeline.med_moe import export
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
@@ -78,6 +79,6 @@ def test_no_other_precision_takes_one(checkpoint: Checkpoint, precision: Any) ->
 
 def test_it_must_divide_every_matrix(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="do not divide into groups of 128") as refused:
-        export(checkpoint.folder, tmp_path / "bundle", precision="int4", group=128)
+        export(checkpoint.folder, tmp_path / "bundle", ExportOptions("int4", group=128))
     assert "smaller groups" in refused.value.remedy
     assert not list(tmp_path.iterdir())

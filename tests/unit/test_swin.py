@@ -1,9 +1,11 @@
 """The Swin tower against transformers' `SwinModel`, on random weights in fp32."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import SwinConfig as TheirConfig
 from transformers import SwinModel
@@ -18,7 +20,7 @@ TINY = MODALITY_PRESETS["modality-tiny"].vision
 
 def theirs(config: SwinConfig) -> nn.Module:
     torch.manual_seed(0)
-    model = SwinModel(
+    model: nn.Module = SwinModel(
         TheirConfig(
             image_size=config.image_size,
             patch_size=config.patch_size,
@@ -47,9 +49,10 @@ def theirs(config: SwinConfig) -> nn.Module:
     ],
     ids=["plain", "three stages", "padded", "odd", "one stage"],
 )
-def test_every_scale_and_the_last_state(config: SwinConfig) -> None:
+def test_every_scale_and_the_last_state(config: SwinConfig, tmp_path: Path) -> None:
     reference = theirs(config)
-    ours, weights = SwinTower(config), reference.state_dict()
+    reference.save_pretrained(tmp_path)  # type: ignore[operator]
+    ours, weights = SwinTower(config), load_file(tmp_path / "model.safetensors")
     ours.load_state_dict({name: weights[swin_name(name)] for name in ours.state_dict()})
     size = config.image_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
