@@ -25,6 +25,7 @@ from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
 
+FOREVER = "9999-12-31T23:59:59Z"
 NANO = 10**9  # Ollama's times are in nanoseconds
 LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
 HONOURED = {"num_predict", "stop"}
@@ -128,7 +129,7 @@ def _url(image: str) -> str:
 
 
 def ollama_routes(work: Work, worker: Worker) -> APIRouter:
-    """`/api/chat`, `/api/tags`, `/api/show` and `/api/version`."""
+    """`/api/chat`, `/api/tags`, `/api/ps`, `/api/show` and `/api/version`."""
     router = APIRouter(prefix="/api", responses=REFUSALS)
 
     @router.get("/version")
@@ -140,6 +141,11 @@ def ollama_routes(work: Work, worker: Worker) -> APIRouter:
     async def tags() -> dict[str, Any]:
         """The model that answers questions."""
         return {"models": [_tag(work)]}
+
+    @router.get("/ps")
+    async def loaded() -> dict[str, Any]:
+        """The same, as it stays loaded."""
+        return {"models": [{**_tag(work), "expires_at": FOREVER, "size_vram": 0}]}
 
     @router.post("/show")
     async def show(asked: OllamaName) -> dict[str, Any]:
