@@ -324,8 +324,7 @@ def compare_weights(bundle: AnyBundle[Any]) -> Compared | None:
 
     Raises `BundleError` for damaged marks.
     """
-    signature = signature_of(bundle)
-    if signature is None:
+    if (signature := signature_of(bundle)) is None:
         return None
     found = compare_signature(dict(stored_matrices(bundle)), signature)
     return replace(found, wrong=tuple(dict.fromkeys((*found.wrong, *_paged_otherwise(bundle)))))

@@ -316,18 +316,7 @@ class Vision(Config):
 
 @dataclass(frozen=True)
 class Fidelity(Config):
-    """How faithfully a candidate reproduces the reference.
-
-    Attributes:
-        questions: How many were asked.
-        images: About how many.
-        overall: Of all questions.
-        by_modality: Of those about images of each modality.
-        by_answer_type: Of closed and of open questions.
-        routing: None for a dense model.
-        vision: Of the image tokens.
-        finite: False if anything was not.
-    """
+    """All figures; `routing` is None for a dense model, `finite` False if anything was not."""
 
     questions: int
     images: int
