@@ -527,7 +527,7 @@ def _hang_up(association: Association) -> None:
         with contextlib.suppress(OSError):
             connection.socket.shutdown(socket.SHUT_RDWR)
     association.kill()
-    association.dul.to_user_queue.put(None)  # which its thread waits for
+    association.dul.to_user_queue.put(None)  # type: ignore[arg-type]  # ends its thread's wait
 
 
 def _entity(configuration: Configuration) -> ApplicationEntity:

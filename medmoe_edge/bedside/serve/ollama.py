@@ -17,10 +17,16 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bedside.serve.errors import NAME, Refusal, refusal
+from medmoe_edge.bedside.serve.errors import Refusal, refusal
 from medmoe_edge.bedside.serve.forms import Until
 from medmoe_edge.bedside.serve.guard import at_end, client_of
-from medmoe_edge.bedside.serve.openai import ChatRequest, Completion, guessed, no_such_model
+from medmoe_edge.bedside.serve.openai import (
+    ChatRequest,
+    Completion,
+    guessed,
+    no_such_model,
+    shown_names,
+)
 from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
@@ -96,9 +102,8 @@ class OllamaChat(BaseModel):
         given = {name for name, value in asked.items() if value is not None} - HONOURED
         if not given:
             return []
-        named = sorted(name for name in given if NAME.fullmatch(name))
-        named += ["others"] if len(named) < len(given) else []
-        text = f"{', '.join(named)}: not applied, as the model always takes the most likely token."
+        names = ", ".join(shown_names(given))
+        text = f"{names}: not applied, as the model always takes the most likely token."
         return [{"code": "options_not_applied", "message": text}]
 
 
