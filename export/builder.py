@@ -83,16 +83,33 @@ def replace_node(node: ir.Node, build: Builder, new: ir.Value) -> None:
 def fix_names(model: ir.Model) -> None:
     """Give every value a name of its own: branches and the graph around them share one name space.
 
-    `NameFixPass` forgets the names in a branch before it comes to what follows in the graph.
+    `NameFixPass` forgets the names in a branch before it comes to what follows in the graph. Of
+    that, ONNX Runtime minds what does not wait for the branch, which it may put before it.
     """
     NameFixPass()(model)
-    around = {value.name for node in model.graph for value in node.outputs}
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.graph is None or node.graph is model.graph:
+    nodes = list(model.graph)
+    for place, node in enumerate(nodes):
+        if not (branches := _branches(node)):
             continue
-        for value in node.outputs:
-            if value.name in around:
-                value.name = f"{node.graph.name}.{value.name}"
+        around, waiting = set[str | None](), set(node.outputs)
+        for later in nodes[place + 1 :]:
+            inside = (inner for branch in _branches(later) for inner in branch)
+            if any(read in waiting for each in (later, *inside) for read in each.inputs):
+                waiting.update(later.outputs)
+            else:
+                around.update(value.name for value in later.outputs)
+        for branch in branches:
+            for value in (value for inner in branch for value in inner.outputs):
+                if value.name in around:
+                    value.name = f"{branch.name}.{value.name}"
+
+
+def _branches(node: ir.Node) -> list[ir.Graph]:
+    return [
+        attribute.as_graph()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH
+    ]
 
 
 def drop_function(model: ir.Model, name: str) -> None:
