@@ -21,7 +21,7 @@ Lagrangian, short of the last upgrade (Shoham & Gersho, IEEE Trans. ASSP 36(9), 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,22 +36,32 @@ INT4 = Format(4, 32)
 CHOICES = (Format(2, 32), Format(4, 128), INT4, Format(8, 128))
 
 
+class Form(Protocol):
+    """A way to store a matrix: a format, or another of which the bits are known."""
+
+    def bits_per_weight(self, width: int) -> float:
+        """Stored bits per weight in rows of `width`, scales included."""
+
+
+F = TypeVar("F", bound=Form)
+
+
 @dataclass(frozen=True)
-class Candidate:
-    """A matrix of `weights` weights in rows of `width`, and the loss that each format causes."""
+class Candidate(Generic[F]):
+    """A matrix of `weights` weights in rows of `width`, and the loss that each form causes."""
 
     name: str
     weights: int
     width: int
-    losses: Mapping[Format, float]
+    losses: Mapping[F, float]
 
-    def bits(self, form: Format) -> float:
-        """Bits it takes in a format, scales included."""
+    def bits(self, form: F) -> float:
+        """Bits it takes in a form, scales included."""
         return self.weights * form.bits_per_weight(self.width)
 
-    def hull(self) -> list[Format]:
-        """The formats on the lower convex hull of loss over bits, cheapest first."""
-        kept: list[Format] = []
+    def hull(self) -> list[F]:
+        """The forms on the lower convex hull of loss over bits, cheapest first."""
+        kept: list[F] = []
         for form in sorted(self.losses, key=lambda form: (self.bits(form), self.losses[form])):
             if kept and self.losses[form] >= self.losses[kept[-1]]:
                 continue
@@ -60,15 +70,15 @@ class Candidate:
             kept.append(form)
         return kept
 
-    def gain(self, cheap: Format, dear: Format) -> float:
+    def gain(self, cheap: F, dear: F) -> float:
         """Fall in loss per bit of an upgrade."""
         return (self.losses[cheap] - self.losses[dear]) / (self.bits(dear) - self.bits(cheap))
 
 
-def allocate(candidates: Sequence[Candidate], budget_bits: float) -> dict[str, Format]:
-    """A format for every matrix, at most `budget_bits` per weight on average.
+def allocate(candidates: Sequence[Candidate[F]], budget_bits: float) -> dict[str, F]:
+    """A form for every matrix, at most `budget_bits` per weight on average.
 
-    Raises `InputError` for a budget below the cheapest formats.
+    Raises `InputError` for a budget below the cheapest forms.
     """
     hulls = {candidate.name: candidate.hull() for candidate in candidates}
     chosen = {candidate.name: hulls[candidate.name][0] for candidate in candidates}
@@ -178,7 +188,12 @@ def _normalised(logs: Doubles, used: npt.NDArray[np.bool_] | None = None) -> Flo
 
 
 def quantise_gptq(
-    weight: Floats, hessian: Floats, format: Format, *, damping: float = 0.01
+    weight: Floats,
+    hessian: Floats,
+    format: Format,
+    *,
+    damping: float = 0.01,
+    evenly: bool = False,
 ) -> Quantised:
     """Quantise `weight` `[N, K]` for inputs whose x x^T sum (or average) to `hessian` `[K, K]`.
 
@@ -191,7 +206,10 @@ def quantise_gptq(
     passed on like any other. `damping`, in parts of the mean diagonal, is added to the diagonal,
     and ten times as much each time that it does not make the matrix positive definite. Columns that
     calibration never saw active keep their weights, rounded to nearest; GPTQ as published sets them
-    to zero, which silently ruins experts that few calibration tokens reached.
+    to zero, which silently ruins experts that few calibration tokens reached. `evenly` searches the
+    grids as if all inputs counted alike: of the deltas of nano's experts in 2 bits the output's
+    error was then smaller in every matrix that was tried (0.0095 for 0.0106, 0.0152 for 0.0164),
+    and no group of weights far from its size.
 
     Raises `CheckpointError` for weights that are not finite, `ValueError` for a Hessian that is
     not, or that is no matrix of second moments.
@@ -207,7 +225,7 @@ def quantise_gptq(
     importance = np.array(diagonal)
     if format.pair_bound is not None:
         importance[order] = squares
-    grid = round_searched(weight, format, importance)
+    grid = round_searched(weight, format, None if evenly else importance)
     # Columns as rows from here on, so that each is contiguous.
     group = order // (width // grid.scale.shape[1])
     scale = np.ascontiguousarray(grid.scale.T)

@@ -9,12 +9,14 @@ Where a format bounds the sum of neighbours (`Format.pair_bound`), every choice 
 it: a pair beyond it gives way where that costs least, and scales are searched with that error
 counted. Rounding over the full range takes scales so large that no pair has to give way.
 
+Forms of deltas: how what an expert adds to the meta expert is stored, in few bits or a low rank.
+
 Inside, the members of a group come first, `[size, M]` for M groups: the arithmetic then runs along
 the groups, and one scale per group broadcasts for nothing.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medmoe_edge._types import Floats
-from medmoe_edge.errors import CheckpointError, ConfigError
+from medmoe_edge.errors import CheckpointError, ConfigError, InputError
 
 PAIR_BOUND = 128  # the largest with 255 * PAIR_BOUND < 2^15
 SCALE_BITS = {True: 16, False: 32}  # grouped scales are kept in fp16, those of channels in fp32
@@ -150,7 +152,12 @@ def round_searched(weight: Floats, format: Format, importance: Floats | None = N
 
 
 def output_error(weight: Floats, quantised: Quantised, moments: Floats) -> float:
-    """Relative output error sqrt(E|(W - Ŵ) x|^2 / E|W x|^2).
+    """The `relative_error` of a quantised weight."""
+    return relative_error(weight, quantised.dequantise(), moments)
+
+
+def relative_error(weight: Floats, stand_in: Floats, moments: Floats) -> float:
+    """Relative output error sqrt(E|(W - Ŵ) x|^2 / E|W x|^2) of Ŵ `[N, K]` in the place of W.
 
     `moments` is E[x x^T] `[K, K]`, or its diagonal E[x_k^2] `[K]`, which takes inputs as
     uncorrelated. 0 where both vanish, infinite where only the output does.
@@ -160,7 +167,7 @@ def output_error(weight: Floats, quantised: Quantised, moments: Floats) -> float
         weighted = matrix @ moments if moments.ndim == 2 else matrix * moments
         return max(float(np.vdot(weighted.astype(np.float64), matrix)), 0.0)
 
-    noise, signal = power(weight - quantised.dequantise()), power(weight)
+    noise, signal = power(weight - stand_in), power(weight)
     if signal == 0:
         return float("inf") if noise else 0.0
     return float(np.sqrt(noise / signal))
@@ -349,3 +356,126 @@ def _error(
     difference *= difference
     difference *= importance
     return np.asarray(difference.sum(0))
+
+
+DELTA_GROUP = 32  # weights of a delta in few bits that share a scale
+DELTA_BITS = (2, 4, 8)
+RANK_PARTS = (32, 16, 8, 4)  # of a matrix's narrower side, beyond which bits cost less
+AUTO_BITS = 2.5  # of a weight: what the form of 2 bits takes with its scales
+MOST_BITS = 16.0  # what a weight takes that is not quantised: no mixture of our formats is larger
+
+
+@dataclass(frozen=True)
+class DeltaForm:
+    """How what experts add to the meta expert is stored.
+
+    Attributes:
+        rank: As two matrices of so many columns and rows; None: whole.
+        bits: Of a weight, in groups of 32; None: those of the other matrices.
+        budget: Bits of a weight, on average, within which each matrix gets a rank or bits of its
+            own; None: all have these.
+    """
+
+    rank: int | None = None
+    bits: int | None = None
+    budget: float | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, ["deltas from the meta expert", self.stored]))
+
+    @property
+    def stored(self) -> str:
+        """What each matrix takes, in words; empty where it is as others are."""
+        told = [f"rank {self.rank}"] if self.rank else []
+        told += [f"{self.bits} bits in groups of 32"] if self.bits else []
+        told += [f"a form for each within {self.budget:g} bits a weight"] if self.budget else []
+        return ", ".join(told)
+
+
+def read_deltas(text: str) -> DeltaForm:
+    """`delta`, `delta:rank=R`, `delta:bits=B`, `delta:auto` or `delta:auto=BITS`.
+
+    Raises `InputError` for anything else.
+    """
+    kind, _, choice = text.partition(":")
+    name, _, value = choice.partition("=")
+    number = int(value) if value.isascii() and value.isdigit() else 0
+    if text == "delta":
+        return DeltaForm()
+    if kind == "delta" and name == "rank" and number:
+        return DeltaForm(rank=number)
+    if kind == "delta" and name == "bits" and number in DELTA_BITS:
+        return DeltaForm(bits=number)
+    if kind == "delta" and name == "auto" and (budget := _budget(choice, value)):
+        return DeltaForm(budget=budget)
+    raise InputError(
+        f"{text!r} is no form of experts.",
+        "Use delta, delta:rank=R with R of 1 or more, delta:bits=B with B of "
+        f"{', '.join(map(str, DELTA_BITS))}, or delta:auto=BITS with up to {MOST_BITS:g} bits.",
+    )
+
+
+def _budget(choice: str, value: str) -> float | None:
+    """Bits of a weight that `auto` or `auto=BITS` allows; None where they are none."""
+    if choice == "auto":
+        return AUTO_BITS
+    try:
+        bits = float(value)
+    except ValueError:
+        return None
+    return bits if 0 < bits <= MOST_BITS else None
+
+
+@dataclass(frozen=True)
+class DeltaChoice:
+    """A form that the delta of one matrix of so many `channels` may get.
+
+    `factors` is the format of the two matrices of a low rank; None: fp32.
+    """
+
+    form: DeltaForm
+    channels: int
+    factors: Format | None
+
+    def bits_per_weight(self, width: int) -> float:
+        """Stored bits per weight of the whole matrix in rows of `width`, scales included."""
+        if self.form.bits is not None:
+            return Format(self.form.bits, DELTA_GROUP).bits_per_weight(width)
+        rank = self.form.rank or 0
+        first, second = (
+            32.0 if self.factors is None else self.factors.bits_per_weight(read)
+            for read in (width, rank)
+        )
+        return rank * (width * first + self.channels * second) / (width * self.channels)
+
+    def rebuilt(
+        self,
+        added: Floats,
+        factors: tuple[Floats, Floats],
+        rounded: Callable[[Floats, Format], Floats],
+    ) -> Floats:
+        """What it makes of rows `[n, K]` of a delta.
+
+        `factors` `[K, R]` and `[R, n]` are those of the largest rank, the best first; `rounded`
+        gives rows as they are in a format.
+        """
+        if self.form.bits is not None:
+            return rounded(added, Format(self.form.bits, DELTA_GROUP))
+        a, b = (
+            np.ascontiguousarray(rows)
+            for rows in (factors[0][:, : self.form.rank].T, factors[1][: self.form.rank].T)
+        )
+        if self.factors is not None:
+            a, b = rounded(a, self.factors), rounded(b, self.factors)
+        return b @ a
+
+
+def delta_choices(shape: Sequence[int], factors: Format | None) -> list[DeltaChoice]:
+    """The forms that fit a matrix `[channels, width]`; `factors` as of `DeltaChoice`."""
+    channels, width = shape
+    step = factors.group or 1 if factors else 1
+    ranks = {min(shape) // part // step * step for part in RANK_PARTS} - {0}
+    forms = [DeltaForm(rank=rank) for rank in sorted(ranks)]
+    if width % DELTA_GROUP == 0:
+        forms += [DeltaForm(bits=bits) for bits in DELTA_BITS]
+    return [DeltaChoice(form, channels, factors) for form in forms]

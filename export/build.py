@@ -14,7 +14,7 @@ from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
-from medmoe_edge.calibration.quantisers import PAIR_BOUND
+from medmoe_edge.calibration.quantisers import PAIR_BOUND, DeltaForm
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
@@ -29,7 +29,6 @@ from medmoe_edge.export.passes.ort_cpu import (
     lower_deltas,
     lower_matmul,
     lower_moe,
-    quantise_linears,
 )
 from medmoe_edge.export.passes.ort_paged import write_paged_graphs
 from medmoe_edge.export.plan import (
@@ -43,8 +42,8 @@ from medmoe_edge.export.plan import (
     make_plan,
 )
 from medmoe_edge.export.quantise import quantise_weights
-from medmoe_edge.export.vision import export_vision
-from medmoe_edge.export.weights import DeltaForm, WeightSource
+from medmoe_edge.export.vision import export_vision, quantise_linears
+from medmoe_edge.export.weights import WeightSource
 
 STORED: dict[Precision, str] = {
     "fp32": "fp32",
@@ -150,14 +149,21 @@ def write_bundle(
         options.deltas,
     )
     experts = _write_decoder(source, folder, plan, signature, partial(report, STEPS[2]))
-    moe = source.config.moe
-    paged = moe is not None and not moe.merged and options.deltas is None
+    paged = _has_extents(source.config, experts)
     paging = write_paged_graphs(folder, source.config, experts) if paged else None
     report(STEPS[3], 0, 1)
     _copy_companions(source, folder)
     write_recorded(folder, Recorded(signature.signature()))
     name = options.name or source.folder.resolve().name
     write_manifest(folder, _manifest(source, plan, vision, experts, paging, name))
+
+
+def _has_extents(config: ModelConfig, experts: Extents) -> bool:
+    """Whether every routed expert lies in the data file: the smallest deltas are in the graph."""
+    moe = config.moe
+    if moe is None or moe.merged:
+        return False
+    return sum(".experts." in owner for owner in experts) == moe.num_experts * len(moe.layers)
 
 
 def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: bool) -> None:
@@ -175,7 +181,10 @@ def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: b
         group=options.group,
     )
     if options.deltas is not None:
-        check_deltas(source, options.precision, options.deltas, options.group or GROUP)
+        check_deltas(
+            *(source, options.precision, options.deltas, options.group or GROUP),
+            calibrated=calibrated,
+        )
     _ = source.tokenizer  # refused here where it is of another model
     if decoder.head_size % 16 or decoder.rotary_size % 16:
         raise CheckpointError(
@@ -218,7 +227,7 @@ def _write_decoder(
 ) -> Extents:
     model = DecoderBuilder(source.config, WeightSource(source, plan.factors)).model()
     if plan.deltas is not None:
-        lower_deltas(model, MoESpec.of(source.config), plan.deltas, plan.importance)
+        lower_deltas(model, MoESpec.of(source.config), plan.delta_form, plan.importance)
     quantise_weights(model, plan, signature)
     if source.config.moe is not None and plan.deltas is None:
         lower_moe(model, MoESpec.of(source.config))
@@ -243,7 +252,7 @@ def _manifest(
     paging: dict[str, Any] | None,
     name: str,
 ) -> dict[str, Any]:
-    statistics = plan.statistics
+    statistics, forms = plan.statistics, plan.forms
     quantised = {
         "router": "fp32",
         "vision": vision,
@@ -258,6 +267,7 @@ def _manifest(
             "decoder": STORED[plan.precision].format(group=plan.group),
             **({} if plan.precision == "fp32" else quantised),
             **({"experts": str(plan.deltas)} if plan.deltas else {}),
+            **({"deltas": {name: form.stored for name, form in forms.items()}} if forms else {}),
             "matrices": plan.matrices,
         },
         "gates": DEFAULT_GATES[plan.precision].to_json(),

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
 
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
@@ -77,6 +78,21 @@ def replace_node(node: ir.Node, build: Builder, new: ir.Value) -> None:
     graph.insert_before(node, build.nodes)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def fix_names(model: ir.Model) -> None:
+    """Give every value a name of its own: branches and the graph around them share one name space.
+
+    `NameFixPass` forgets the names in a branch before it comes to what follows in the graph.
+    """
+    NameFixPass()(model)
+    around = {value.name for node in model.graph for value in node.outputs}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.graph is None or node.graph is model.graph:
+            continue
+        for value in node.outputs:
+            if value.name in around:
+                value.name = f"{node.graph.name}.{value.name}"
 
 
 def drop_function(model: ir.Model, name: str) -> None:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
 
 from medmoe_edge._types import Progress, no_progress
@@ -35,11 +34,10 @@ from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_ch
 from medmoe_edge.checkpoint.published import published
 from medmoe_edge.config_contrastive import read_scores
 from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
-from medmoe_edge.export.builder import Builder, save_model
+from medmoe_edge.export.builder import Builder, fix_names, save_model
 from medmoe_edge.export.half import halve_weights
-from medmoe_edge.export.passes.ort_cpu import quantise_linears
 from medmoe_edge.export.quantise import Array, lazy_tensor, quantise_weights
-from medmoe_edge.export.vision import fill, optimise, trace
+from medmoe_edge.export.vision import fill, optimise, quantise_linears, trace
 from medmoe_edge.models.contrastive import ModalityMoE, mixed_regions
 from medmoe_edge.prompt import Tokenizer
 
@@ -120,7 +118,7 @@ def export_image(model: ModalityMoE) -> ir.Model:
     for value, like in zip(chosen, expert.graph.outputs, strict=True):
         value.name, value.type, value.shape = like.name, like.type, like.shape
     made.graph.outputs.extend([*chosen, router_logits])
-    NameFixPass()(made)  # branches and the graph around them share one name space
+    fix_names(made)
     return made
 
 

@@ -79,6 +79,10 @@ EXPERT_WEIGHTS = {
     "swiglu": ("gate.weight", "up.weight", "down.weight"),
     "gelu_tanh": ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"),
 }
+MATRICES = {  # of a feed-forward, the one that writes its output last
+    activation: tuple(part.removesuffix(".weight") for part in parts if part.endswith(".weight"))
+    for activation, parts in EXPERT_WEIGHTS.items()
+}
 ACTIVATIONS = {"stablelm": "swiglu", "qwen": "swiglu", "phi": "gelu_tanh"}
 Weights = Mapping[str, ir.Value]
 
@@ -152,6 +156,12 @@ def moe_function(spec: MoESpec) -> ir.Function:
     kinds = {int: ir.AttributeType.INT, str: ir.AttributeType.STRING}
     declared = [ir.Attr(name, kinds[type(value)], None) for name, value in spec.attributes.items()]
     return ir.Function(MEDMOE, "MoE", graph=graph, attributes=declared)
+
+
+def meta_name(name: str) -> str:
+    """The meta expert's weight that stands beside an expert's."""
+    owner, _, rest = name.partition(".experts.")
+    return f"{owner}.meta.{rest.partition('.')[2]}"
 
 
 def replace_moe(

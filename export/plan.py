@@ -6,6 +6,10 @@
              weights' own error lost to it by far on SmolLM2)
     mixed    as int4 in groups of 32, each expert's format chosen by its sensitivity
 
+Deltas of experts get GPTQ in 2 bits alone, on even grids, and rows of which it moves a group too
+far are rounded by themselves: else no mark of them could tell a doubled scale from a right one. In
+more bits their error is small beside that of the meta expert's weights.
+
 Routers and coefficients stay fp32: they decide who runs.
 
 Which format each matrix of a mixed export gets: by the noise that rounding it would add.
@@ -19,7 +23,7 @@ attention's, the most sensitive by far, are the rest (6 times).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +31,7 @@ from typing import Any, Literal
 import numpy as np
 
 from medmoe_edge._types import Floats
+from medmoe_edge.bundle.recorded import DELTA
 from medmoe_edge.calibration.methods import (
     CHOICES,
     INT4,
@@ -36,24 +41,30 @@ from medmoe_edge.calibration.methods import (
     search_migration,
 )
 from medmoe_edge.calibration.quantisers import (
+    DELTA_GROUP,
+    MOST_BITS,
+    DeltaChoice,
+    DeltaForm,
     Format,
     Quantised,
+    delta_choices,
     output_error,
+    relative_error,
     round_searched,
     round_to_nearest,
 )
 from medmoe_edge.calibration.statistics import InputStatistics, Statistics, input_of
 from medmoe_edge.checkpoint.reader import Checkpoint
 from medmoe_edge.errors import CheckpointError, DataError, InputError
+from medmoe_edge.export.decoder import meta_name
 from medmoe_edge.export.quantise import Quantiser
 from medmoe_edge.export.weights import (
-    DELTA,
-    DeltaForm,
     Factors,
     FoldPoint,
     WeightSource,
     fold,
     fold_points,
+    low_rank,
 )
 
 ROWS = 256  # of a matrix, on which its error in every format is measured
@@ -71,9 +82,24 @@ def search_formats(
     return allocate(list(_candidates(checkpoint, statistics)), budget_bits)
 
 
-def _candidates(checkpoint: Checkpoint, statistics: Statistics) -> Iterator[Candidate]:
+def _candidates(checkpoint: Checkpoint, statistics: Statistics) -> Iterator[Candidate[Format]]:
     source = WeightSource(checkpoint)
-    stream = 0.0
+    for name, share, moments in _shares(source, statistics):
+        rows, width = checkpoint.names[name].shape
+        if moments is None:
+            losses = {INT4: 0.0}
+        else:
+            sample = source.array(name)[:: max(rows // ROWS, 1)]
+            fits = [form for form in CHOICES if width % (form.group or 1) == 0]
+            losses = {form: share * _error(sample, form, moments) ** 2 for form in fits}
+        yield Candidate(name, rows * width, width, losses)
+
+
+def _shares(
+    source: WeightSource, statistics: Statistics
+) -> Iterator[tuple[str, float, Floats | None]]:
+    """Every matrix, its owner's share of the stream's power, and the second moments it reads."""
+    checkpoint, stream = source.checkpoint, 0.0
     for layer in range(checkpoint.config.decoder.layers):
         prefix = f"decoder.layers.{layer}."
         matrices = [name for name in checkpoint.names if name.startswith(prefix) and input_of(name)]
@@ -84,17 +110,9 @@ def _candidates(checkpoint: Checkpoint, statistics: Statistics) -> Iterator[Cand
         attended = stream + powers[f"{prefix}attention"]
         stream += sum(powers.values())
         for name in matrices:
-            rows, width = checkpoint.names[name].shape
-            moments = _moments(statistics, name)
-            if moments is None:
-                losses = {INT4: 0.0}
-            else:
-                sample = source.array(name)[:: max(rows // ROWS, 1)]
-                total = attended if ".attention." in name else stream
-                share = powers[_owner(name)] / total if total else 0.0
-                fits = [form for form in CHOICES if width % (form.group or 1) == 0]
-                losses = {form: share * _error(sample, form, moments) ** 2 for form in fits}
-            yield Candidate(name, rows * width, width, losses)
+            total = attended if ".attention." in name else stream
+            share = powers[_owner(name)] / total if total else 0.0
+            yield name, share, _moments(statistics, name)
 
 
 def _error(rows: Floats, form: Format, moments: Floats) -> float:
@@ -171,10 +189,8 @@ INT8 = Format(8)
 HEAD = "decoder.head.weight"
 GROUP: GroupSize = 32  # of the weights in int4, unless another is asked for
 FEWEST = 2  # bits, in which a range that clips nothing leaves little but zeros
-DELTA_GROUP = 32
-DELTA_BITS = (2, 4, 8)
+MOST_MOVED = 0.45  # octaves: how far the norm of a delta's group may be off, short of what is seen
 LEAST_BITS = min(form.bits_per_weight(form.group or GROUP) for form in CHOICES)
-MOST_BITS = 16.0  # what a weight takes that is not quantised: no mixture of our formats is larger
 
 
 @dataclass
@@ -184,9 +200,9 @@ class Plan:
     `method` "rtn" rounds to nearest without looking at any data, for comparison. `group` is int4's:
     larger ones run faster and take less memory, smaller ones are closer to the original. `formats`
     overrides the precision's format by weight; `deltas` is how routed experts are stored where they
-    are what they add to the meta expert, and their matrices `NAME.delta`; `factors` are what
-    folding multiplied the matrices with, so that statistics of the original model still fit.
-    `matrices` collects what was done, for the manifest.
+    are what they add to the meta expert, and their matrices `NAME.delta`; `forms` overrides it by
+    weight; `factors` are what folding multiplied the matrices with, so that statistics of the
+    original model still fit. `matrices` collects what was done, for the manifest.
     """
 
     precision: Precision
@@ -195,6 +211,7 @@ class Plan:
     group: GroupSize = GROUP
     formats: Mapping[str, Format] = field(default_factory=dict)
     deltas: DeltaForm | None = None
+    forms: Mapping[str, DeltaForm] = field(default_factory=dict)
     factors: Mapping[str, Factors] = field(default_factory=dict)
     matrices: list[dict[str, Any]] = field(default_factory=list)
     _rows: int = 0  # of the last matrix, so far
@@ -202,7 +219,7 @@ class Plan:
     def __call__(self, name: str) -> tuple[Format, Quantiser] | None:
         """The format and quantiser of a weight; None for what stays as it is."""
         delta = DELTA in name
-        whole = self.precision == "fp32" and not (delta and self.deltas and self.deltas.bits)
+        whole = self.precision == "fp32" and not (delta and self.delta_form(name).bits)
         if whole or (not delta and input_of(name) is None):
             return None
         form = self.format_of(name)
@@ -214,15 +231,22 @@ class Plan:
 
     def format_of(self, name: str) -> Format:
         """How a matrix is stored."""
-        if DELTA in name and self.deltas and self.deltas.bits:
-            return Format(self.deltas.bits, DELTA_GROUP)
+        if DELTA in name and (bits := self.delta_form(name).bits):
+            return Format(bits, DELTA_GROUP)
         if self.precision == "int8" or name == HEAD:
             return INT8
         return self.formats.get(name, Format(4, self.group))
 
+    def delta_form(self, name: str) -> DeltaForm:
+        """How what is added to the meta expert is stored, by the name of a weight or its delta."""
+        assert self.deltas is not None
+        return self.forms.get(_weight_of(name), self.deltas)
+
     def _quantise(self, name: str, form: Format, rows: Floats) -> Quantised:
         second, hessian = self._moments(name)
-        if self.method == "auto" and hessian is not None:
+        if DELTA in name:
+            method, quantised = self.round_delta(name, rows, form, hessian)
+        elif self.method == "auto" and hessian is not None:
             method, quantised = "gptq", _gptq(name, rows, hessian, form)
         elif self.method == "rtn" or form.group is None or self._is_data_free(form):
             method, quantised = "rtn", round_to_nearest(rows, form)
@@ -234,6 +258,21 @@ class Plan:
         error = output_error(rows, quantised, uniform if seen is None else seen)
         self._note(name, form, method, len(rows), error)
         return quantised
+
+    def round_delta(
+        self, name: str, rows: Floats, form: Format, hessian: Floats | None
+    ) -> tuple[str, Quantised]:
+        """How rows of a delta, or of a factor of one, are rounded, and what comes of it."""
+        if self.method == "rtn" or form.group is None or self._is_data_free(form):
+            return "rtn", round_to_nearest(rows, form)
+        plain = round_searched(rows, form)
+        if hessian is None or form.bits > FEWEST:
+            return "searched", plain
+        made = _gptq(name, rows, hessian, form, evenly=True)
+        moved = np.abs(np.log2(_sizes(made.dequantise(), form) / _sizes(rows, form))).max(1)
+        far = (moved > MOST_MOVED)[:, None]
+        integers = np.where(far, plain.integers, made.integers)
+        return "gptq", Quantised(form, integers, np.where(far, plain.scale, made.scale))
 
     def _is_data_free(self, form: Format) -> bool:
         """Whether rounding is best: of a model without statistics, but not of its lowest bits.
@@ -263,10 +302,9 @@ class Plan:
 
     def _moments(self, name: str) -> tuple[Floats | None, Floats | None]:
         """E[x²] `[K]` and E[x xᵀ] `[K, K]` of what the matrix reads after folding, where known."""
-        stem, delta, ending = name.partition(DELTA)
-        if ending == ".b":  # reads what its other half made
+        if name.endswith(f"{DELTA}.b"):  # reads what its other half made
             return None, None
-        read = f"{stem}.weight" if delta else name
+        read = _weight_of(name)
         found = self.statistics.get(str(input_of(read))) if self.statistics else None
         if found is None:
             return None, None
@@ -279,9 +317,23 @@ class Plan:
         return found.mean_square / columns**2, hessian
 
 
-def _gptq(name: str, rows: Floats, hessian: Floats, form: Format) -> Quantised:
+def _weight_of(name: str) -> str:
+    """The weight that a delta, or a factor of one, belongs to; any other name as it is."""
+    stem, delta, _ = name.partition(DELTA)
+    return f"{stem}.weight" if delta else name
+
+
+def _sizes(rows: Floats, form: Format) -> Floats:
+    """The norms of all groups, `[n, groups]`, none of them 0."""
+    grouped = rows.reshape(len(rows), form.groups(rows.shape[1]), -1)
+    return np.asarray(np.sqrt(np.square(grouped).sum(-1) + np.finfo(np.float32).tiny), np.float32)
+
+
+def _gptq(
+    name: str, rows: Floats, hessian: Floats, form: Format, *, evenly: bool = False
+) -> Quantised:
     try:
-        return quantise_gptq(rows, hessian, form)
+        return quantise_gptq(rows, hessian, form, evenly=evenly)
     except ValueError as error:
         raise DataError(
             f"The statistics of what {name} reads are damaged.",
@@ -336,28 +388,18 @@ def _check_widths(source: Checkpoint, group: int) -> None:
             )
 
 
-def read_deltas(text: str) -> DeltaForm:
-    """`delta`, `delta:rank=R` or `delta:bits=B`; raises `InputError` for anything else."""
-    kind, _, choice = text.partition(":")
-    name, _, value = choice.partition("=")
-    number = int(value) if value.isascii() and value.isdigit() else 0
-    if text == "delta":
-        return DeltaForm()
-    if kind == "delta" and name == "rank" and number:
-        return DeltaForm(rank=number)
-    if kind == "delta" and name == "bits" and number in DELTA_BITS:
-        return DeltaForm(bits=number)
-    raise InputError(
-        f"{text!r} is no form of experts.",
-        "Use delta, delta:rank=R with R of 1 or more, or delta:bits=B with B of "
-        f"{', '.join(map(str, DELTA_BITS))}.",
-    )
-
-
-def check_deltas(source: Checkpoint, precision: Precision, form: DeltaForm, group: int) -> None:
+def check_deltas(
+    source: Checkpoint,
+    precision: Precision,
+    form: DeltaForm,
+    group: GroupSize,
+    *,
+    calibrated: bool,
+) -> None:
     """Raise `CheckpointError` for experts that have no meta expert of their shapes to differ from.
 
-    Raises `InputError` for a precision that chooses by itself, and a rank that does not divide.
+    Raises `InputError` for a precision that chooses by itself, a rank that does not divide, and
+    forms that are to be chosen without calibration or within too few bits.
     """
     moe = source.config.moe
     if moe is None or not moe.meta_expert or moe.merged:
@@ -366,9 +408,10 @@ def check_deltas(source: Checkpoint, precision: Precision, form: DeltaForm, grou
             "Leave --experts out.",
         )
     for name, tensor in source.names.items():
-        owner, found, rest = name.partition(".experts.")
-        meta = f"{owner}.meta.{rest.partition('.')[2]}"
-        if found and tensor.shape != source.names[meta].shape:
+        if ".experts." not in name:
+            continue
+        meta = meta_name(name)
+        if tensor.shape != source.names[meta].shape:
             raise CheckpointError(f"{name} has another shape than {meta}.", "Leave --experts out.")
     if precision == "mixed":
         raise InputError(
@@ -379,6 +422,75 @@ def check_deltas(source: Checkpoint, precision: Precision, form: DeltaForm, grou
             f"A rank of {form.rank} does not divide into groups of {group}.",
             "Choose a multiple of them, or export with --int8.",
         )
+    if form.budget is None:
+        return
+    if not calibrated:
+        raise InputError(
+            "Forms of deltas are chosen by what calibration measured.",
+            "Add --calibrate DATA or --stats FILE, or give one form: delta:bits=2.",
+        )
+    least = [
+        Candidate(name, math.prod(shape), shape[1], dict.fromkeys(choices, 0.0))
+        for name in source.names
+        if ".experts." in name and input_of(name) is not None
+        for shape in [source.names[name].shape]
+        for choices in [delta_choices(shape, _factors(precision, group))]
+    ]
+    allocate(least, form.budget)  # refuses too few bits at once, not after calibration
+
+
+def _search_deltas(
+    checkpoint: Checkpoint, statistics: Statistics, budget_bits: float, plan: Plan
+) -> dict[str, DeltaForm]:
+    """A form for what every matrix of a routed expert adds to the meta expert's.
+
+    Experts that calibration left without statistics take the most bits that the budget holds.
+    """
+    source, candidates = WeightSource(checkpoint), []
+    for name, share, moments in _shares(source, statistics):
+        if ".experts." not in name:
+            continue
+        rows, width = shape = checkpoint.names[name].shape
+        choices = delta_choices(shape, _factors(plan.precision, plan.group))
+        if moments is None:
+            held = [each for each in choices if each.bits_per_weight(width) <= budget_bits]
+            # of a rank nobody knows whether it keeps what counts
+            best = max(held or choices[:1], key=lambda each: each.form.bits or 0)
+            losses = {best: 0.0}
+        else:
+            errors = _delta_errors(plan, source, name, moments, choices)
+            losses = {choice: share * error**2 for choice, error in errors.items()}
+        candidates.append(Candidate(name, rows * width, width, losses))
+    return {name: choice.form for name, choice in allocate(candidates, budget_bits).items()}
+
+
+def _factors(precision: Precision, group: int) -> Format | None:
+    """The format of the two matrices of a low rank: that of other matrices."""
+    return {"fp32": None, "int8": INT8}.get(precision, Format(4, group))
+
+
+def _delta_errors(
+    plan: Plan, source: WeightSource, name: str, moments: Floats, choices: Sequence[DeltaChoice]
+) -> dict[DeltaChoice, float]:
+    """The relative output error of an expert's matrix `[N, K]` with its delta in each form."""
+    expert, meta = source.array(name), source.array(meta_name(name))
+    found = plan.statistics.get(str(input_of(name))) if plan.statistics else None
+    hessian = found.hessian if found else None
+    step, added = max(len(expert) // ROWS, 1), expert - meta
+    largest = max((choice.form.rank or 0 for choice in choices), default=0)
+    a, b = low_rank(added.T, largest, np.diagonal(moments))
+
+    def rounded(rows: Floats, form: Format) -> Floats:
+        return plan.round_delta(name, rows, form, hessian)[1].dequantise()
+
+    return {
+        choice: relative_error(
+            expert[::step],
+            meta[::step] + choice.rebuilt(added[::step], (a, b[:, ::step]), rounded),
+            moments,
+        )
+        for choice in choices
+    }
 
 
 def _shared(scales: Mapping[FoldPoint, Floats]) -> dict[FoldPoint, Floats]:
@@ -405,6 +517,8 @@ def make_plan(
     if statistics is not None and precision == "int8" and method == "auto":
         scales = search_scales(source, statistics)
         plan.factors = fold(_shared(scales) if deltas else scales)
+    if deltas and deltas.budget is not None and statistics is not None:
+        plan.forms = _search_deltas(source, statistics, deltas.budget, plan)
     if precision == "mixed" and statistics is not None and budget_bits is not None:
         plan.formats = search_formats(source, statistics, budget_bits)
     return plan

@@ -9,7 +9,7 @@ A GPU multiplies the hundreds of rows of an image faster in half than it unpacks
 TensorRT knows no `MatMulNBits`.
 """
 
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Protocol
 
@@ -18,10 +18,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.recorded import DELTA
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import CONTRIB, Builder, initializer, replace_node, tensor_of
-from medmoe_edge.export.decoder import DecoderBuilder, Parameters
+from medmoe_edge.export.decoder import DecoderBuilder, Parameters, meta_name
 from medmoe_edge.export.quantise import (
     INTEGERS,
     Array,
@@ -32,7 +33,6 @@ from medmoe_edge.export.quantise import (
     split_fused,
     unpack_rows,
 )
-from medmoe_edge.export.weights import DELTA
 
 SCALE = ".scale"
 PACKED, GROUP_SCALE = ".packed", ".groups.scale"
@@ -49,9 +49,16 @@ def specification(bundle: Bundle, layers: range | None = None) -> ir.Model:
     """The decoder as `DecoderBuilder` makes it, its matrices behind `DequantizeLinear`.
 
     Of all `layers`, or of some in a row.
-    Weights are read when they are used. Raises `BundleError` where the graph cannot be read.
+    Weights are read when they are used. Raises `BundleError` where the graph cannot be read, or
+    holds experts as deltas: specified whole, they would be larger than they were.
     """
-    return specify(bundle.config, StoredWeights(bundle.path("decoder.onnx")), layers)
+    stored = StoredWeights(bundle.path("decoder.onnx"))
+    if stored.deltas:
+        raise BundleError(
+            f"{bundle.name} holds experts as deltas, which other targets do not compute with.",
+            "Export the checkpoint again without --experts.",
+        )
+    return specify(bundle.config, stored, layers)
 
 
 def specify(
@@ -76,13 +83,20 @@ def load_graph(path: Path) -> ir.Model:
 class StoredWeights:
     """The parameters in a decoder's graph for ONNX Runtime, under the checkpoint's names.
 
-    `stored` has them under the graph's, which joins q, k and v.
+    `stored` has them under the graph's, which joins q, k and v. `deltas` are the names, one or
+    those of two factors, of what an expert's matrix adds to the meta expert's; the matrix itself
+    can be had in floats.
     """
 
     def __init__(self, graph: Path) -> None:
         model, self.graph = load_graph(graph), graph
         self.stored = {name: tensor_of(value) for name, value in model.graph.initializers.items()}
         self.tensors = split_fused(self.stored)
+        self.deltas: dict[str, list[str]] = {}
+        for name in self.tensors:
+            stem, delta, _ = name.partition(DELTA)
+            if delta and not name.endswith(SCALE):
+                self.deltas.setdefault(f"{stem}.weight", []).append(name.removesuffix(PACKED))
         self.bits = {
             owner: node.attributes["bits"].as_int()
             for node in ir.traversal.RecursiveGraphIterator(model.graph)
@@ -93,12 +107,17 @@ class StoredWeights:
     def names_under(self, prefix: str) -> list[str]:
         """Names that start with `prefix`, without it."""
         names = dict.fromkeys(
-            name.removesuffix(PACKED) for name in self.tensors if not name.endswith(SCALE)
+            name.removesuffix(PACKED)
+            for name in (*self.tensors, *self.deltas)
+            if not (name.endswith(SCALE) or DELTA in name)
         )
         return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
     def tensor(self, name: str) -> ir.TensorProtocol:
         """A parameter; of a quantised one only its shape `[in, out]`, see `quantised`."""
+        if name in self.deltas:
+            shape = list(self.tensor(meta_name(name)).shape.numpy())
+            return lazy_tensor(name, partial(self._rebuilt, name), ir.DataType.FLOAT, shape)
         if (found := self.quantised(name)) is None:
             return self._known(name)
         return ir.LazyTensor(
@@ -114,14 +133,18 @@ class StoredWeights:
             return _unpacked(name, packed, scale, self.bits[f"{name}{PACKED}"])
         return None
 
+    def _rebuilt(self, name: str) -> Array:
+        """An expert's matrix `[K, N]`, from the meta expert's and its delta."""
+        delta = reduce(np.matmul, map(self._floats, sorted(self.deltas[name])))
+        return self._floats(meta_name(name)) + delta
+
+    def _floats(self, name: str) -> Array:
+        found = self.quantised(name)
+        return _product(*found) if found is not None else self._known(name).numpy()
+
     def _known(self, name: str) -> ir.TensorProtocol:
         if name in self.tensors:
             return self.tensors[name]
-        if any(DELTA in own for own in self.tensors):
-            raise BundleError(
-                f"{self.graph} holds experts as deltas, which ONNX Runtime's CPU alone reads.",
-                "Export the checkpoint again without --experts.",
-            )
         raise BundleError(
             f"{self.graph} holds no {name}: another version of medmoe-edge wrote it.",
             "Export the checkpoint again with this version.",
@@ -181,7 +204,10 @@ def _dequantised(stored: StoredWeights, name: str) -> ir.Value:
 
 
 def _product(integers: ir.TensorProtocol, scale: ir.TensorProtocol) -> Array:
-    """Integers `[K, N]` times the scales of their groups `[K / group, N]`."""
+    """Integers `[K, N]` times their scales `[N]`, or those of their groups `[K / group, N]`."""
+    if len(scale.shape) == 1:
+        plain: Array = integers.numpy() * scale.numpy()
+        return plain
     groups, channels = scale.shape.numpy()
     grouped = integers.numpy().reshape(groups, -1, channels).astype(np.float32)
     weight: Array = (grouped * scale.numpy()[:, None].astype(np.float32)).reshape(-1, channels)

@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from medmoe_edge._types import Floats
+from medmoe_edge.bundle.recorded import DELTA
+from medmoe_edge.calibration.quantisers import DeltaForm
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.decoder import ACTIVATIONS, EXPERT_WEIGHTS
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:  # targets are made of bundles where neither PyTorch is nor sa
 
 CHUNK_BYTES = 2**26  # of fp32 rows in memory at a time
 FLOOR = 0.01  # of the mean importance, for inputs that calibration hardly saw
-DELTA = ".delta"  # in the name of what an expert's matrix adds to the meta expert's
 LEAST = 1e-30  # of a squared singular value
 
 
@@ -109,29 +110,7 @@ class WeightSource:
         return ir.tensor(self.array(name), name=name)
 
 
-MATRICES = {  # of a feed-forward, the one that writes its output last
-    activation: tuple(part.removesuffix(".weight") for part in parts if part.endswith(".weight"))
-    for activation, parts in EXPERT_WEIGHTS.items()
-}
 Importance = Callable[[str], Floats | None]
-
-
-@dataclass(frozen=True)
-class DeltaForm:
-    """How what experts add to the meta expert is stored.
-
-    Attributes:
-        rank: As two matrices of so many columns and rows; None: whole.
-        bits: Of a weight, in groups of 32; None: those of the other matrices.
-    """
-
-    rank: int | None = None
-    bits: int | None = None
-
-    def __str__(self) -> str:
-        told = [f"rank {self.rank}"] if self.rank else []
-        told += [f"{self.bits} bits in groups of 32"] if self.bits else []
-        return ", ".join(["deltas from the meta expert", *told])
 
 
 def delta_tensors(

@@ -7,9 +7,11 @@ Weights are counted in numbers, not bytes, so that the same count serves every p
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
+from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.calibration.quantisers import DELTA_GROUP, DeltaForm, Format
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig, VisionConfig
 
@@ -169,16 +171,67 @@ def vision_in_8_bits(config: ModelConfig, precision: Precision, number: int) -> 
     return config.vision.is_transformer and precision != "fp32" and number == 4
 
 
-def bits_per_weight(kind: str, precision: Precision, group: int = GROUP) -> float:
+@dataclass(frozen=True)
+class Deltas:
+    """Routed experts as what they add to the meta expert.
+
+    Bits of an expert's weight, as `stored` and as `held` in the memory of a process on a CPU, and
+    the share of a whole expert's `operations` that they take.
+    """
+
+    stored: float
+    held: float
+    operations: float = 1.0
+
+    @classmethod
+    def of(cls, form: DeltaForm, config: ModelConfig, precision: Precision, group: int) -> Self:
+        """Of a form, in a precision that decides where the form does not."""
+        stored, held = (bits("experts", precision, group) for bits in (bits_per_weight, held_bits))
+        scales = (HELD_SCALE_BITS - SCALE_BITS) / DELTA_GROUP
+        if form.budget or form.bits:
+            bits = form.budget or Format(form.bits or 0, DELTA_GROUP).bits_per_weight(DELTA_GROUP)
+            return cls(bits, bits + scales)
+        shapes = [
+            shape
+            for name, shape in decoder_parameters(config).items()
+            if _kind(name) == "experts" and len(shape) == 2
+        ]
+        whole = sum(map(math.prod, shapes))
+        share = sum((form.rank or 0) * sum(shape) for shape in shapes) / whole
+        share = min(share, 1.0) if form.rank else 1.0
+        return cls(share * stored, share * held, share)
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Self | None:
+        """As a bundle's lie in its file; None of one that stores experts whole."""
+        part = decoder_parts(bundle.config).get("experts")
+        if part is None or "experts" not in bundle.manifest.get("quantisation", {}):
+            return None
+        extents = bundle.manifest["experts"].items()
+        stored = sum(size for owner, (_, size) in extents if ".experts." in owner)
+        experts = (bundle.manifest.get("paging") or {}).get("experts", {})
+        held = sum(expert["bytes"] for expert in experts.values()) or stored
+        return cls(8 * stored / part.weights, 8 * held / part.weights)
+
+
+def bits_per_weight(
+    kind: str, precision: Precision, group: int = GROUP, deltas: Deltas | None = None
+) -> float:
     """How a part is stored: routers and norms in fp32, embeddings in fp16, the head in int8.
 
-    Of fp32 and fp16 models everything is in that.
+    Of fp32 and fp16 models everything is in that; routed experts may be `deltas`.
     """
+    if deltas is not None and kind == "experts":
+        return deltas.stored
     return _bits(kind, precision, 4 + SCALE_BITS / group, MIXED_BITS)
 
 
-def held_bits(kind: str, precision: Precision, group: int = GROUP) -> float:
+def held_bits(
+    kind: str, precision: Precision, group: int = GROUP, deltas: Deltas | None = None
+) -> float:
     """How many bits a weight takes in the memory of a process on a CPU, packed for its kernels."""
+    if deltas is not None and kind == "experts":
+        return deltas.held
     stored, held = 4 + SCALE_BITS / group, 4 + HELD_SCALE_BITS / group
     in_4_bits = (8 - MIXED_BITS) / (8 - stored)  # the share of a mixed model that meets its budget
     return _bits(kind, precision, held, in_4_bits * held + (1 - in_4_bits) * 8)
@@ -262,10 +315,14 @@ def step_seconds(
     rows: int,
     past: int,
     group: int = GROUP,
+    deltas: Deltas | None = None,
 ) -> float:
     """Seconds of one step of `rows` tokens after `past` positions."""
     work, moe = step_work(config, rows, past), config.moe
-    bits = {kind: bits_per_weight(kind, precision, group) for kind in work.weights}
+    bits = {kind: bits_per_weight(kind, precision, group, deltas) for kind in work.weights}
+    if deltas is not None and "experts" in work.operations:
+        own = work.operations["experts"] * deltas.operations
+        work = replace(work, operations={**work.operations, "experts": own})
     seconds = work_seconds(work, bits, speed)
     with_experts, layers = len(config.moe_layers), config.decoder.layers
     seconds += (layers - with_experts) * speed.dense + with_experts * speed.moe
@@ -296,23 +353,36 @@ def work_seconds(work: Work, bits: Mapping[str, float], speed: Speed) -> float:
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, and the lengths of what it is asked and answers."""
+    """A model, the lengths of what it is asked and answers, and how its weights are stored."""
 
     config: ModelConfig
     prompt: int
     new_tokens: int = NEW_TOKENS
     group: int = GROUP
+    deltas: Deltas | None = None
 
 
-def decoder_bytes(config: ModelConfig, precision: Precision, group: int = GROUP) -> int:
+def decoder_bytes(asked: Asked, precision: Precision) -> int:
     """Bytes of the decoder's weights as stored, without the embedding, which is mapped."""
-    return _bytes(config, lambda kind: bits_per_weight(kind, precision, group))
+    return _bytes(
+        asked.config, lambda kind: bits_per_weight(kind, precision, asked.group, asked.deltas)
+    )
 
 
-def experts_bytes(config: ModelConfig, precision: Precision, group: int = GROUP) -> int:
+def experts_bytes(asked: Asked, precision: Precision) -> int:
     """Stored bytes of the routed experts, which paging may leave on disk."""
-    part = decoder_parts(config).get("experts")
-    return round(part.weights * bits_per_weight("experts", precision, group) / 8) if part else 0
+    part = decoder_parts(asked.config).get("experts")
+    bits = bits_per_weight("experts", precision, asked.group, asked.deltas)
+    return round(part.weights * bits / 8) if part else 0
+
+
+def switch_bytes(asked: Asked, precision: Precision) -> int:
+    """Stored bytes of the experts that every layer chooses for one token: all of one modality.
+
+    Paging moves them where a question is about another modality than the one before.
+    """
+    moe = asked.config.moe
+    return experts_bytes(asked, precision) * moe.top_k // moe.num_experts if moe else 0
 
 
 def _bytes(config: ModelConfig, bits: Callable[[str], float]) -> int:
@@ -320,26 +390,24 @@ def _bytes(config: ModelConfig, bits: Callable[[str], float]) -> int:
     return round(sum(part.weights * bits(kind) / 8 for kind, part in parts if kind != "embedding"))
 
 
-def held_ratio(kind: Kind, precision: Precision, group: int) -> float:
+def held_ratio(kind: Kind, precision: Precision, asked: Asked) -> float:
     """How many bytes of memory a stored byte of an expert takes."""
     if kind != "cpu":
         return 1.0
-    held = held_bits("experts", precision, group)
-    return held / bits_per_weight("experts", precision, group)
+    held = held_bits("experts", precision, asked.group, asked.deltas)
+    return held / bits_per_weight("experts", precision, asked.group, asked.deltas)
 
 
 def held_experts(asked: Asked, precision: Precision) -> int:
     """Bytes that the routed experts take in the memory of a process on a CPU."""
-    stored = experts_bytes(asked.config, precision, asked.group)
-    return round(stored * held_ratio("cpu", precision, asked.group))
+    return round(experts_bytes(asked, precision) * held_ratio("cpu", precision, asked))
 
 
 def memory_run(asked: Asked, kind: Kind, precision: Precision) -> int:
     """Peak bytes while running: process, weights, KV cache, activations of the prefill."""
     config, number = asked.config, NUMBER[kind]
-    decoder, group = config.decoder, asked.group
-    held = held_bits if kind == "cpu" else bits_per_weight
-    weights = _bytes(config, lambda part: held(part, precision, group))
+    decoder, held = config.decoder, held_bits if kind == "cpu" else bits_per_weight
+    weights = _bytes(config, lambda part: held(part, precision, asked.group, asked.deltas))
     rows = min(asked.prompt, PREFILL_AT_ONCE) if kind == "cpu" else asked.prompt
     live = rows * (8 * decoder.hidden_size + 3 * decoder.intermediate_size)
     cache = cache_values(config, asked.prompt + asked.new_tokens)

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import shutil
+import socketserver
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -69,6 +70,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def servers_that_end_at_once() -> None:
+    """The standard library's look each half second whether they are to end; there are hundreds."""
+    serve: Any = socketserver.BaseServer.serve_forever
+    serve.__defaults__ = (0.02,)  # seconds
+
+
+@pytest.fixture(autouse=True, scope="session")
 def no_word_of_patients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """After all tests: no log, audit or answer tells what the tests' images tell of patients."""
     import patients
@@ -86,6 +94,7 @@ def no_socket_for_later(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "listen" in request.node.nodeid or "guide" in request.node.nodeid:
         gc.collect()
+        gc.freeze()  # what is left stays: else each test would look through all of it again
 
 
 @pytest.fixture(autouse=True)

@@ -43,45 +43,28 @@ at StableLM's size, 23 ms a layer instead of 28 for 640 tokens. The same for gat
 to split the product, which copies it: that costs what it saves.
 
 The fused weights are stored as `attention.qkv.*`, the channels of q, k and v one after the other.
-
-Pass: the linear layers of a vision transformer in 8 bits, weights and activations in groups.
-
-The groups are small because activations of such towers have outliers: a large one coarsens what
-shares its scale. Med-MoE's CLIP ViT-L/14-336 with random weights; then with 6 channels of each norm
-and 12 of each fc1 made 30 to 100 times larger (the columns that read them smaller by as much) and
-two channels of 4 tokens 100 times. Relative error and mean cosine of the image tokens against
-fp32, and seconds an image on two cores (fp32: 2.5):
-
-    8 bits, activations             plain            with outliers    time
-    a scale per token (W8A8)        0.027  0.9996    0.44  0.907      0.9
-    groups of 128                   0.025  0.9997    0.21  0.979      1.3
-    groups of 64                                     0.15  0.988
-    groups of 32                    0.020  0.9998    0.11  0.994      1.8
-
-A bundle's gate is a cosine of 0.99, which only groups of 32 keep there; llama.cpp's Q8_0 has the
-same. Little of the error is the projector's: without it, groups of 128 have 0.021 and 0.21.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from medmoe_edge.bundle.recorded import SignatureMaker
-from medmoe_edge.calibration.quantisers import Format, round_to_nearest
+from medmoe_edge.calibration.quantisers import DeltaForm
 from medmoe_edge.export.builder import (
     CONTRIB,
     MEDMOE,
     Builder,
     drop_function,
+    fix_names,
     initializer,
     replace_node,
     tensor_of,
 )
 from medmoe_edge.export.decoder import (
+    MATRICES,
     MoESpec,
     Weights,
     add_meta,
@@ -93,14 +76,12 @@ from medmoe_edge.export.decoder import (
 from medmoe_edge.export.quantise import (
     PARTS,
     Array,
-    Quantiser,
     StoredMatrix,
     insert_dequantise,
     lazy_tensor,
     no_values,
-    quantise_weights,
 )
-from medmoe_edge.export.weights import MATRICES, DeltaForm, Importance, delta_tensors
+from medmoe_edge.export.weights import Importance, delta_tensors
 
 ORT_OPSET = 21  # what is left needs no later one, and more releases of ONNX Runtime read it
 
@@ -177,7 +158,7 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
         model.graph.opset_imports[CONTRIB] = 1
     if pairs:
         RemoveUnusedNodesPass()(model)
-        NameFixPass()(model)  # branches and the graph around them share one name space
+        fix_names(model)
     return model, bool(pairs)
 
 
@@ -232,12 +213,15 @@ def lower_moe(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
         model, spec, lambda build, x, weights: _routed_experts(build, x, weights, spec)
     )
     if modified:
-        NameFixPass()(model)  # branches and the graph around them share one name space
+        fix_names(model)
     return model, modified
 
 
 def lower_deltas(
-    model: ir.Model, spec: MoESpec, form: DeltaForm, importance: Importance = lambda _: None
+    model: ir.Model,
+    spec: MoESpec,
+    form_of: Callable[[str], DeltaForm],
+    importance: Importance = lambda _: None,
 ) -> tuple[ir.Model, bool]:
     """Replace every `medmoe::MoE` node by experts as deltas; returns `(model, modified)`.
 
@@ -248,7 +232,7 @@ def lower_deltas(
     Args:
         model: A decoder as it was specified, its weights in floats.
         spec: Of its op; there must be a meta expert.
-        form: Of the deltas.
+        form_of: How what is added to a weight of the meta expert is stored, by the expert's name.
         importance: Mean squares `[K]` of the inputs of a weight, by its name, where known.
     """
     graph = model.graph
@@ -260,6 +244,7 @@ def lower_deltas(
                 expert, meta = (
                     weights[f"{owner}.{part}.weight"] for owner in (f"experts.{index}", "meta")
                 )
+                form = form_of(str(expert.name))
                 made = delta_tensors(tensor_of(expert), tensor_of(meta), form, importance)
                 for tensor in made:
                     value = initializer(tensor)
@@ -272,7 +257,7 @@ def lower_deltas(
         for name, value in list(graph.initializers.items()):
             if not value.uses():
                 del graph.initializers[name]
-        NameFixPass()(model)  # branches and the graph around them share one name space
+        fix_names(model)
     return model, modified
 
 
@@ -281,11 +266,27 @@ def _ending(value: ir.Value) -> str:
     return "delta" + str(value.name).rpartition(".delta")[2]
 
 
-def _routed_deltas(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
+class DeltaBase(NamedTuple):
+    """What the deltas of a layer add to, for T tokens `[T, D]`.
+
+    Of each token its `gates` and `chosen` experts `[T, K]`, the meta expert's first products
+    `[T, F]` and hidden layer `[T, F]`, and what is added at the end, where there is a bias.
+    """
+
+    tokens: ir.Value
+    gates: ir.Value
+    chosen: ir.Value
+    products: list[ir.Value]
+    hidden: ir.Value
+    bias: ir.Value | None
+
+
+def delta_base(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> DeltaBase:
+    """What is computed before any routed expert."""
     gates, chosen, _ = route(build, x, weights, spec)
     per_token = build.constant([-1, spec.top_k])
     gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]
-    tokens, shape = _as_tokens(build, x)
+    tokens, _ = _as_tokens(build, x)
     *first, last = MATRICES[spec.activation]
     shared = [build.op("MatMul", tokens, weights[f"meta.{part}.weight"]) for part in first]
     hidden = _hidden(build, shared, weights, "meta.")  # [T, F]
@@ -296,14 +297,29 @@ def _routed_deltas(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec)
         own = build.op("Add", own, build.constant(1.0, np.float32))
         gates, hidden = build.op("Mul", gates, routed), build.op("Mul", hidden, own)
         bias = bias and build.op("Mul", bias, own)
-    total = build.op("ConstantOfShape", build.op("Shape", tokens))
-    for index in range(spec.num_experts):
-        share = _share(build, gates, chosen, index)
-        state = (tokens, share, *shared, hidden, total)
-        hidden, total = _delta_if_needed(build, state, weights, index, spec.activation)
+    return DeltaBase(tokens, gates, chosen, shared, hidden, bias)
+
+
+def delta_output(
+    build: Builder, base: DeltaBase, sums: Sequence[ir.Value], weights: Weights, spec: MoESpec
+) -> ir.Value:
+    """The layer's output `[T, D]`, from the hidden layer and the total with all experts added."""
+    hidden, total = sums
+    last = MATRICES[spec.activation][-1]
     y = build.op("Add", build.op("MatMul", hidden, weights[f"meta.{last}.weight"]), total)
-    y = y if bias is None else build.op("Add", y, bias)
-    return build.op("Reshape", y, shape)
+    return y if base.bias is None else build.op("Add", y, base.bias)
+
+
+def _routed_deltas(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
+    base = delta_base(build, x, weights, spec)
+    total = build.op("ConstantOfShape", build.op("Shape", base.tokens))
+    sums: Sequence[ir.Value] = (base.hidden, total)
+    for index in range(spec.num_experts):
+        share = _share(build, base.gates, base.chosen, index)
+        state = (base.tokens, share, *base.products, *sums)
+        sums = _delta_if_needed(build, state, weights, index, spec.activation)
+    y = delta_output(build, base, sums, weights, spec)
+    return build.op("Reshape", y, build.op("Shape", x))
 
 
 def _delta_if_needed(
@@ -319,23 +335,14 @@ def _delta_if_needed(
     """
     tokens, share, *shared, hidden, total = state
     rows, needed = _rows(build, share)
-    owner, (*first, last) = f"experts.{index}.", MATRICES[activation]
 
     run = Builder()
     places = run.op("Transpose", rows, perm=[1, 0])  # [n, 1]
-    mine = run.op("GatherND", tokens, places)  # [n, D]
-    gate = run.op("GatherND", share, places)  # [n, 1]
-    products = [
-        run.op("Add", run.op("GatherND", base, places), _delta(run, mine, weights, owner + part))
-        for base, part in zip(shared, first, strict=True)
-    ]
-    part = run.op("Mul", _hidden(run, products, weights, owner), gate)  # [n, F]
-    added = _delta(run, part, weights, owner + last)
-    if (bias := weights.get(f"{owner}{last}.bias")) is not None:
-        added = run.op("Add", added, run.op("Mul", bias, gate))
+    given = [run.op("GatherND", value, places) for value in (tokens, share, *shared)]
+    parts = delta_part(run, given, weights, f"experts.{index}.", activation)
     outputs = [
         run.op("ScatterND", whole, places, new, reduction="add")
-        for whole, new in ((hidden, part), (total, added))
+        for whole, new in zip((hidden, total), parts, strict=True)
     ]
 
     skip = Builder()
@@ -347,6 +354,26 @@ def _delta_if_needed(
         then_branch=ir.Graph([], outputs, nodes=run.nodes, name=f"expert_{index}"),
         else_branch=ir.Graph([], kept, nodes=skip.nodes, name=f"skip_{index}"),
     )
+
+
+def delta_part(
+    build: Builder, given: Sequence[ir.Value], weights: Weights, owner: str, activation: str
+) -> tuple[ir.Value, ir.Value]:
+    """What an expert adds to the hidden layer `[n, F]` and to the output `[n, D]` of its tokens.
+
+    `given`: the tokens `[n, D]`, the share of each `[n, 1]`, the meta expert's first products.
+    """
+    tokens, share, *shared = given
+    *first, last = MATRICES[activation]
+    products = [
+        build.op("Add", base, _delta(build, tokens, weights, owner + part))
+        for base, part in zip(shared, first, strict=True)
+    ]
+    part = build.op("Mul", _hidden(build, products, weights, owner), share)
+    added = _delta(build, part, weights, owner + last)
+    if (bias := weights.get(f"{owner}{last}.bias")) is not None:
+        added = build.op("Add", added, build.op("Mul", bias, share))
+    return part, added
 
 
 def _hidden(build: Builder, products: Sequence[ir.Value], weights: Weights, owner: str) -> ir.Value:
@@ -493,33 +520,3 @@ def _joined(parts: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
         return np.concatenate([part.numpy() for part in parts], -1)
 
     return lazy_tensor(name, join, parts[0].dtype, shape)
-
-
-GROUP = 32
-INT8_GROUPS = Format(8, GROUP)
-LEAST_WIDTH = 128  # inputs of a matrix: narrower ones weigh next to nothing
-
-
-def quantise_linears(
-    model: ir.Model, signature: SignatureMaker | None = None
-) -> tuple[ir.Model, bool]:
-    """Make `MatMulNBits` of every `MatMul` with a wide matrix `[K, N]` that divides into groups.
-
-    Weights are read, and marked in `signature`, when they are written. Returns
-    `(model, modified)`; a weight whose scale fp16 cannot hold raises `CheckpointError` then.
-    """
-    linears = {name for name, value in model.graph.initializers.items() if _is_linear(value)}
-
-    def policy(name: str) -> tuple[Format, Quantiser] | None:
-        if name not in linears:
-            return None
-        return INT8_GROUPS, partial(round_to_nearest, format=INT8_GROUPS)
-
-    quantise_weights(model, policy, signature)
-    return lower_matmul(model)
-
-
-def _is_linear(value: ir.Value) -> bool:
-    shape, uses = tensor_of(value).shape.numpy(), value.uses()
-    multiplied = all(use.node.op_type == "MatMul" and use.idx == 1 for use in uses)
-    return multiplied and len(shape) == 2 and shape[0] >= LEAST_WIDTH and shape[0] % GROUP == 0

@@ -6,6 +6,11 @@ The weights are external, in a file `expert.data` that exists nowhere: their off
 start of the expert's extent in `decoder.data`, and the runtime hands over the arrays that it read.
 So all experts of one shape and format share a graph, whatever their number.
 
+An expert that is stored as what it adds to the meta expert reads that one's first products too, and
+gives what it adds to its hidden layer besides: the meta expert stays in memory, with the segments.
+
+    tokens [n, D], share [n, 1], gate and up (or fc1) [n, F]  ->  part [n, D], hidden [n, F]
+
 The decoder cut at its experts, for a runtime that pages them in by itself.
 
 Written beside a bundle's `decoder.onnx`, over the same `decoder.data`, so that they cost a few
@@ -19,7 +24,9 @@ kilobytes each and no second copy of any weight:
 
 A segment reads and writes values of the same names, and the KV cache of its own layers. All but the
 routed experts is in them, the meta experts too: what runs before a routed sum is known comes as
-early as it can. The experts' graphs are described above.
+early as it can. Of experts as deltas a segment gives gate.n and up.n (or fc1.n) [S, F] too and
+hidden.n [S, F], and the next takes mixed.n, which is that with the experts' added. The experts'
+graphs are described above.
 """
 
 import hashlib
@@ -40,8 +47,24 @@ from medmoe_edge.export.builder import (
     initializer,
     tensor_of,
 )
-from medmoe_edge.export.decoder import EXPERT_WEIGHTS, MoESpec, add_meta, feed_forward, route
-from medmoe_edge.export.passes.ort_cpu import ORT_OPSET, fuse_qkv, lower_attention, lower_matmul
+from medmoe_edge.export.decoder import (
+    EXPERT_WEIGHTS,
+    MATRICES,
+    MoESpec,
+    Weights,
+    add_meta,
+    feed_forward,
+    route,
+)
+from medmoe_edge.export.passes.ort_cpu import (
+    ORT_OPSET,
+    delta_base,
+    delta_output,
+    delta_part,
+    fuse_qkv,
+    lower_attention,
+    lower_matmul,
+)
 from medmoe_edge.export.quantise import insert_dequantise
 from medmoe_edge.export.stored import StoredWeights, specify
 
@@ -83,18 +106,27 @@ def write_experts(
 
 def expert_model(stored: StoredWeights, owner: str, activation: str) -> ir.Model:
     """The graph of the expert that owns the weights `owner.*`."""
-    names = [f"{owner}.{part}" for part in EXPERT_WEIGHTS[activation]]
+    parts = [f"{owner}.{part}" for part in EXPERT_WEIGHTS[activation]]
+    names = [name for part in parts for name in sorted(stored.deltas.get(part, [part]))]
     weights = {name: initializer(stored.tensor(name)) for name in names}
-    width = stored.tensor(names[0]).shape[0]
-    assert isinstance(width, int)
+    *first, last = MATRICES[activation]
+    hidden, width = stored.tensor(f"{owner}.{last}.weight").shape.numpy()
     build = Builder()
-    tokens, share = floats("tokens", "n", width), floats("share", "n", 1)
-    expert = feed_forward(build, tokens, weights, f"{owner}.", activation)
-    part = build.op("Mul", expert, share)
-    part.name, part.dtype, part.shape = "part", ir.DataType.FLOAT, ir.Shape(["n", width])
+    inputs = [floats("tokens", "n", width), floats("share", "n", 1)]
+    outputs = {}
+    if stored.deltas:
+        inputs += [floats(name, "n", hidden) for name in first]
+        outputs["hidden"], part = delta_part(build, inputs, weights, f"{owner}.", activation)
+    else:
+        expert = feed_forward(build, inputs[0], weights, f"{owner}.", activation)
+        part = build.op("Mul", expert, inputs[1])
+    outputs["part"] = part
+    for name, value in outputs.items():
+        size = width if name == "part" else hidden
+        value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, ir.Shape(["n", size])
     graph = ir.Graph(
-        [tokens, share],
-        [part],
+        inputs,
+        list(outputs.values()),
         nodes=build.nodes,
         initializers=list(weights.values()),
         opset_imports={"": ORT_OPSET},
@@ -173,6 +205,7 @@ def _sha256(path: Path, offset: int, size: int) -> str:
     return digest.hexdigest()
 
 
+RETURNED = ("routed", "mixed")  # by the experts of a layer
 INPUT = -1  # the stage of what is there before any node runs
 
 
@@ -185,7 +218,7 @@ def write_paged_graphs(folder: Path, config: ModelConfig, extents: Extents) -> d
     model = specify(config, stored)
     lower_attention(model)
     fuse_qkv(model)
-    cut_experts(model, MoESpec.of(config))
+    cut_experts(model, MoESpec.of(config), deltas=bool(stored.deltas))
     lower_matmul(model)
     NameFixPass()(model)
     segments = list(split(model))
@@ -196,10 +229,12 @@ def write_paged_graphs(folder: Path, config: ModelConfig, extents: Extents) -> d
     return {"segments": len(segments), **about}
 
 
-def cut_experts(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
+def cut_experts(model: ir.Model, spec: MoESpec, *, deltas: bool) -> tuple[ir.Model, bool]:
     """Leave out the routed experts of every `medmoe::MoE`; returns `(model, modified)`.
 
-    Of the n-th, `tokens.n`, `gates.n` and `chosen.n` become outputs, `routed.n` an input.
+    Of the n-th, `tokens.n`, `gates.n` and `chosen.n` become outputs, `routed.n` an input; of
+    `deltas` also the meta expert's products `gate.n`, `up.n` (or `fc1.n`) and `hidden.n`, which
+    comes back as `mixed.n`.
     """
     graph = model.graph
     nodes = [node for node in graph if node.domain == MEDMOE and node.op_type == "MoE"]
@@ -212,20 +247,14 @@ def cut_experts(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
             for name, value in zip(spec.weight_names, node.inputs[1:], strict=True)
             if value is not None
         }
-        gates, chosen, _ = route(build, x, weights, spec)
-        per_token = build.constant([-1, spec.top_k])
-        gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))
-        named = {
-            "tokens": (build.op("Identity", x), ir.DataType.FLOAT, x.shape),
-            "gates": (gates, ir.DataType.FLOAT, ir.Shape(["S", spec.top_k])),
-            "chosen": (chosen, ir.DataType.INT64, ir.Shape(["S", spec.top_k])),
-        }
+        if deltas:
+            named, returned, new = _around_deltas(build, x, weights, spec, index)
+        else:
+            named, returned, new = _around_experts(build, x, weights, spec, index)
         for name, (value, dtype, shape) in named.items():
             value.name, value.dtype, value.shape = f"{name}.{index}", dtype, shape
             graph.outputs.append(value)
-        routed = floats(f"routed.{index}", 1, "S", "D")
-        graph.inputs.append(routed)
-        new = add_meta(build, x, routed, weights, spec)
+        graph.inputs.extend(returned)
         graph.insert_before(node, build.nodes)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
@@ -235,8 +264,50 @@ def cut_experts(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
     return model, bool(nodes)
 
 
+Named = dict[str, tuple[ir.Value, ir.DataType, ir.Shape | None]]
+
+
+def _around_experts(
+    build: Builder, x: ir.Value, weights: Weights, spec: MoESpec, index: int
+) -> tuple[Named, list[ir.Value], ir.Value]:
+    """What a layer hands to its experts, what comes back, and its output."""
+    gates, chosen, _ = route(build, x, weights, spec)
+    per_token = build.constant([-1, spec.top_k])
+    gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))
+    per_choice = ir.Shape(["S", spec.top_k])
+    named: Named = {
+        "tokens": (build.op("Identity", x), ir.DataType.FLOAT, x.shape),
+        "gates": (gates, ir.DataType.FLOAT, per_choice),
+        "chosen": (chosen, ir.DataType.INT64, per_choice),
+    }
+    routed = floats(f"routed.{index}", 1, "S", "D")
+    return named, [routed], add_meta(build, x, routed, weights, spec)
+
+
+def _around_deltas(
+    build: Builder, x: ir.Value, weights: Weights, spec: MoESpec, index: int
+) -> tuple[Named, list[ir.Value], ir.Value]:
+    """The same where experts are what they add to the meta expert."""
+    base = delta_base(build, x, weights, spec)
+    products = zip(MATRICES[spec.activation], base.products, strict=False)
+    per_choice = ir.Shape(["S", spec.top_k])
+    named: Named = {
+        "tokens": (base.tokens, ir.DataType.FLOAT, ir.Shape(["S", "D"])),
+        "gates": (base.gates, ir.DataType.FLOAT, per_choice),
+        "chosen": (base.chosen, ir.DataType.INT64, per_choice),
+        **{name: (value, ir.DataType.FLOAT, ir.Shape(["S", "F"])) for name, value in products},
+        "hidden": (base.hidden, ir.DataType.FLOAT, ir.Shape(["S", "F"])),
+    }
+    sums = [floats(f"mixed.{index}", "S", "F"), floats(f"routed.{index}", "S", "D")]
+    y = delta_output(build, base, sums, weights, spec)
+    return named, sums, build.op("Unsqueeze", y, build.constant([0]))
+
+
 def split(model: ir.Model) -> Iterator[ir.Model]:
-    """The stages of a cut decoder, each a model of its own: stage n + 1 begins with `routed.n`."""
+    """The stages of a cut decoder, each a model of its own.
+
+    Stage n + 1 begins with `routed.n`, and `mixed.n` where there is one.
+    """
     graph = model.graph
     stages = _stages(graph)
     last = max(stages.values())
@@ -263,14 +334,13 @@ def split(model: ir.Model) -> Iterator[ir.Model]:
 def _stages(graph: ir.Graph) -> dict[ir.Value, int]:
     """Of every value that depends on an input, the stage that computes it.
 
-    Inputs are there from the start, `routed.n` from the end of stage n. What depends on weights
-    alone belongs to no stage: each that reads it has its own.
+    Inputs are there from the start, `routed.n` and `mixed.n` from the end of stage n. What depends
+    on weights alone belongs to no stage: each that reads it has its own.
     """
     stages = {
-        value: int(str(value.name).removeprefix("routed.")) + 1
-        if str(value.name).startswith("routed.")
-        else INPUT
+        value: int(number) + 1 if name in RETURNED else INPUT
         for value in graph.inputs
+        for name, _, number in [str(value.name).partition(".")]
     }
     for node in graph:
         read = [stages[value] for value in node.inputs if value in stages]

@@ -181,6 +181,7 @@ ROUTED = re.compile(
 EXPERT = re.compile(r"(|.*\.)(experts\.\d+|meta)\.(.+)")
 SURE = 10  # times the distance of two experts' marks over the root of their number: 5 deviations
 PACKED, GROUP_SCALE, SCALE = ".packed", ".groups.scale", ".scale"
+DELTA = ".delta"  # in the name of what an expert's matrix adds to the meta expert's
 FUSED, PARTS = ".attention.qkv.", "qkv"  # stored as one matrix
 
 

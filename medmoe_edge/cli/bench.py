@@ -246,6 +246,14 @@ def plan(
         ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Of the answer.")] = 32,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="As of export: delta:bits=2 and its like, for ONNX Runtime's CPU.",
+            show_default="whole, or as the bundle's",
+        ),
+    ] = None,
     fit: Annotated[
         bool,
         typer.Option("--fit", help="Propose the most exact form that answers within --latency."),
@@ -280,7 +288,7 @@ def plan(
         )
     if group_size not in (32, 64, 128):
         raise InputError(f"There are no groups of {group_size}.", "Use 32, 64 or 128.")
-    options = PlanOptions(device, precision, group_size, prompt_tokens, new_tokens)
+    options = PlanOptions(device, precision, group_size, prompt_tokens, new_tokens, experts)
     if latency is not None:
         with render.working("Measuring"):
             proposed = find_fit(model, options, latency)

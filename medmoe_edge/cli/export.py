@@ -118,8 +118,8 @@ def export(
         str | None,
         typer.Option(
             metavar="FORM",
-            help="delta, delta:rank=R or delta:bits=B: routed experts as what they add to the meta "
-            "expert. For ONNX Runtime's CPU with all experts in memory.",
+            help="delta, delta:rank=R, delta:bits=B or, calibrated, delta:auto=BITS: routed "
+            "experts as what they add to the meta expert. For ONNX Runtime's CPU.",
             show_default="whole",
         ),
     ] = None,

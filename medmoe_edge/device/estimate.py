@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.trust import keys_are_trusted
+from medmoe_edge.calibration.quantisers import read_deltas
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
@@ -38,6 +39,7 @@ from medmoe_edge.runtimes.costs import (
     NUMBER,
     TEXT_TOKENS,
     Asked,
+    Deltas,
     Precision,
     Speed,
     decoder_bytes,
@@ -46,6 +48,7 @@ from medmoe_edge.runtimes.costs import (
     memory_run,
     prompt_tokens,
     step_seconds,
+    switch_bytes,
     vision_in_8_bits,
     vision_operations,
 )
@@ -75,6 +78,7 @@ class Forecast:
     `expert_budget` is what `--memory-budget` may keep resident of `experts`: None where the model
     fits whole, 0 where it does not fit even so, and then `short` bytes are missing. The seconds
     are `paging_cost` times what they would be with all experts resident (1 where it does not fit).
+    `switch_bytes` are what paging reads where the modality changes.
     """
 
     precision: Precision
@@ -91,6 +95,7 @@ class Forecast:
     expert_budget: int | None
     short: int
     paging_cost: float
+    switch_bytes: int
 
     def answer(self, new_tokens: int) -> float:
         """Seconds from a question to an answer of so many tokens."""
@@ -148,6 +153,8 @@ class PlanOptions:
         prompt_tokens: Positions of the prompt, those of the image among them; None: a short
             question about one image.
         new_tokens: Tokens of the answer.
+        experts: How routed experts are stored, see `read_deltas`; None: whole, or as a bundle has
+            them.
     """
 
     device: str
@@ -155,6 +162,7 @@ class PlanOptions:
     group: int = GROUP
     prompt_tokens: int | None = None
     new_tokens: int = NEW_TOKENS
+    experts: str | None = None
 
 
 def plan(model: str, options: PlanOptions) -> Plan:
@@ -174,14 +182,14 @@ def plan(model: str, options: PlanOptions) -> Plan:
         MissingDependencyError: The extra is not installed.
     """
     found = find_device(options.device)
-    name, config = model_config(model)
+    name, config, deltas = model_config(model)
     wanted = precisions(found, options.precision)
     if found.ratings is not None:
-        return make_plan(name, config, found, options)
+        return make_plan(name, config, found, options, deltas=deltas)
     with needs("export"):
         from medmoe_edge.device.measure import measure_speeds
     speeds = measure_speeds(config, {*wanted, "fp32"})
-    return make_plan(name, config, found, options, speeds=speeds)
+    return make_plan(name, config, found, options, speeds=speeds, deltas=deltas)
 
 
 def plan_and_measure(model: str) -> tuple[Plan, "Comparison"]:
@@ -200,11 +208,13 @@ def plan_and_measure(model: str) -> tuple[Plan, "Comparison"]:
     speeds = measure_speeds(bundle.config, ["fp32"])
     speeds[precision] = speed
     device, options = find_device(HERE), PlanOptions(HERE, precision)
-    return make_plan(bundle.name, bundle.config, device, options, speeds=speeds), comparison
+    deltas = Deltas.of_bundle(bundle)
+    made = make_plan(bundle.name, bundle.config, device, options, speeds=speeds, deltas=deltas)
+    return made, comparison
 
 
-def model_config(model: str) -> tuple[str, ModelConfig]:
-    """Name and configuration of a model.
+def model_config(model: str) -> tuple[str, ModelConfig, Deltas | None]:
+    """Name and configuration of a model, and what a bundle's experts take where they are deltas.
 
     No weights are read, but to check a bundle's files where keys are trusted.
     """
@@ -212,10 +222,10 @@ def model_config(model: str) -> tuple[str, ModelConfig]:
         folder = bundle_path(model)
         if (folder / MANIFEST).exists():
             bundle = Bundle.open(folder, verify=keys_are_trusted())
-            return bundle.name, bundle.config
+            return bundle.name, bundle.config, Deltas.of_bundle(bundle)
         with needs("export"):
             from medmoe_edge.checkpoint.reader import read_checkpoint
-        return folder.resolve().name, read_checkpoint(folder).config
+        return folder.resolve().name, read_checkpoint(folder).config, None
     if model not in PRESETS:
         names = list(dict.fromkeys((*EMBEDDED, *PRESETS)))
         raise ModelError(
@@ -223,7 +233,7 @@ def model_config(model: str) -> tuple[str, ModelConfig]:
             f"{did_you_mean(model, names)}Give a bundle or checkpoint folder, or: "
             f"{', '.join(names)}.",
         )
-    return model, PRESETS[model]
+    return model, PRESETS[model], None
 
 
 def make_plan(
@@ -233,11 +243,13 @@ def make_plan(
     options: PlanOptions,
     *,
     speeds: Mapping[Precision, Speed] | None = None,
+    deltas: Deltas | None = None,
 ) -> Plan:
     """Forecast a model on a device, for one precision or all that it offers.
 
     `speeds`, by precision and with those of fp32 for the vision tower, are the measured ones of a
-    device without ratings. Raises `InputError` for a precision that it does not offer, and for a
+    device without ratings; `deltas` those of a bundle that has some. Raises `InputError` for a
+    precision that it does not offer, for deltas beside what runs them, and for a
     prompt that leaves no room for an answer.
     """
     prompt = options.prompt_tokens or prompt_tokens(config)
@@ -249,9 +261,19 @@ def make_plan(
             f"Give a prompt of {image + 1} to {most - options.new_tokens} tokens.",
         )
     speeds = speeds or nominal_speeds(device)
-    work = Asked(config, prompt, options.new_tokens, options.group)
+    moe, form = config.moe, None if options.experts is None else read_deltas(options.experts)
+    if form and (moe is None or not moe.meta_expert or moe.merged or device.kind != "cpu"):
+        raise InputError(
+            "Deltas are of models with a meta expert, on a CPU.", "Leave --experts out."
+        )
+
+    def work(precision: Precision) -> Asked:
+        own = deltas if device.kind == "cpu" else None
+        own = Deltas.of(form, config, precision, options.group) if form else own
+        return Asked(config, prompt, options.new_tokens, options.group, own)
+
     forecasts = tuple(
-        forecast(work, device, each, speeds) for each in precisions(device, options.precision)
+        forecast(work(each), device, each, speeds) for each in precisions(device, options.precision)
     )
     left_out = config.moe.left_out if config.moe else ()
     return Plan(model, device, prompt, options.new_tokens, forecasts, left_out)
@@ -306,22 +328,20 @@ def forecast(
     asked: Asked, device: Device, precision: Precision, speeds: Mapping[Precision, Speed]
 ) -> Forecast:
     """Predict memory and time of one precision."""
-    config, prompt, group = asked.config, asked.prompt, asked.group
+    config, prompt = asked.config, asked.prompt
+    storage = asked.group, asked.deltas
     speed = speeds[precision]
     middle = prompt + asked.new_tokens // 2  # the cache is as long as that on average
-    weights, experts = (
-        decoder_bytes(config, precision, group),
-        experts_bytes(config, precision, group),
-    )
+    weights, experts = decoder_bytes(asked, precision), experts_bytes(asked, precision)
     memory = memory_run(asked, device.kind, precision)
     budget, short = _expert_budget(asked, device, precision, memory)
     cost = 1.0 if not budget else paging_cost(budget / experts)
     vision = cost * vision_seconds(config, precision, NUMBER[device.kind], speeds["fp32"])
-    prefill = cost * step_seconds(config, precision, speed, prompt, 0, group)
-    token = cost * step_seconds(config, precision, speed, 1, middle, group)
+    prefill = cost * step_seconds(config, precision, speed, prompt, 0, *storage)
+    token = cost * step_seconds(config, precision, speed, 1, middle, *storage)
     return Forecast(
         precision=precision,
-        group=group,
+        group=asked.group,
         weights=weights,
         experts=experts,
         memory_run=memory,
@@ -334,6 +354,7 @@ def forecast(
         expert_budget=budget,
         short=short,
         paging_cost=cost,
+        switch_bytes=switch_bytes(asked, precision),
     )
 
 
@@ -380,8 +401,8 @@ def _expert_budget(
     moe = asked.config.moe
     if moe is None:
         return 0, -spare
-    experts = experts_bytes(asked.config, precision, asked.group)
-    ratio = held_ratio(device.kind, precision, asked.group)
+    experts = experts_bytes(asked, precision)
+    ratio = held_ratio(device.kind, precision, asked)
     least = experts * moe.top_k // (moe.num_experts * len(moe.layers))
     budget = experts + math.floor(spare / ratio)
     return (budget, 0) if budget >= least else (0, round((least - budget) * ratio))
@@ -443,7 +464,7 @@ def fit(model: str, options: PlanOptions, latency: float) -> Fit:
     """
     if not 0 < latency < float("inf"):
         raise InputError(f"A latency of {latency:g} s is none.", "Give seconds above 0.")
-    _, config = model_config(model)
+    _, config, _ = model_config(model)
     forecasts = _forecasts(model, options)
     chosen = next((each for each in forecasts if _meets(each, options, latency)), None)
     fitting = [each for each in forecasts if each.fits]

@@ -34,6 +34,7 @@ from medmoe_edge.runtimes.costs import (
     GROUP,
     PROCESS,
     Asked,
+    Deltas,
     held_experts,
     memory_run,
     prompt_tokens,
@@ -289,11 +290,10 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
     precision = stored["precision"]
     groups = [each["group"] for each in stored.get("matrices", ())]
     group = max((group for group in groups if group), default=GROUP)
-    asked = Asked(bundle.config, prompt_tokens(bundle.config), group=group)
+    deltas = Deltas.of_bundle(bundle)
+    asked = Asked(bundle.config, prompt_tokens(bundle.config), group=group, deltas=deltas)
     held = held_experts(asked, precision)
     rest = memory_run(asked, "cpu", precision) - PROCESS["cpu"] - held
-    if "experts" in stored:  # what they add to the meta expert, of which forecasts know nothing
-        held = _expert_bytes(bundle)
     rest, whole = round(SPARE * rest), round(SPARE * (rest + held))
     if whole <= free:
         return MemoryChoice(None, free, whole)
@@ -318,7 +318,8 @@ def _no_room(bundle: Bundle, least: int, free: int) -> ResourceError:
 
 def _check_budget(bundle: Bundle, budget: Budget) -> None:
     """Refuse what can never work before gigabytes are read; each runtime knows the exact least."""
-    sizes = [size for _, size in bundle.manifest.get("experts", {}).values()]
+    extents = bundle.manifest.get("experts", {}).items()
+    sizes = [size for owner, (_, size) in extents if ".experts." in owner]
     if not sizes or isinstance(budget, ExpertPager):
         return
     given = budget if isinstance(budget, int) else budget_bytes(budget, sum(sizes))

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.recorded import stored_weights
+from medmoe_edge.bundle.recorded import DELTA, stored_weights
 from medmoe_edge.config import Config, ModelConfig, MoEConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.evaluation.fidelity import Recording, compare, record
@@ -152,6 +152,8 @@ def mutated_weights(
     if mutation.kind == "router":
         return _without_row(weights, mutation.owner, moe)
     other = _parts(weights, mutation.other)
+    if mutation.kind == "meta" and any(DELTA in name for name in own):
+        return _without_deltas(own)
     pairs = {
         name: (array, other.get(mutation.other + name.removeprefix(mutation.owner)))
         for name, array in own.items()
@@ -284,6 +286,13 @@ def _tokens(recording: Recording) -> dict[str, list[int]]:
 
 def _parts(weights: Weights, owner: str) -> dict[str, Array]:
     return {name: array for name, array in weights.items() if name.startswith(f"{owner}.")}
+
+
+def _without_deltas(own: Weights) -> dict[str, Array]:
+    """An expert that adds nothing to the meta expert; biases, which are kept whole, are its own."""
+    deltas = {name: array for name, array in own.items() if DELTA in name}
+    scales = {name: array for name, array in deltas.items() if name.endswith(SCALES)}
+    return {name: np.zeros_like(array) for name, array in (scales or deltas).items()}
 
 
 def _without_row(weights: Weights, owner: str, moe: MoEConfig | None) -> dict[str, Array] | None:

@@ -20,6 +20,7 @@ from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.calibration.collect import Pictures
 from medmoe_edge.calibration.coverage import check_covered
 from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipped, read_calibration
+from medmoe_edge.calibration.quantisers import read_deltas
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, cut_checkpoint, cut_like, read_checkpoint
@@ -32,7 +33,6 @@ from medmoe_edge.evaluation.recording import QUESTIONS
 from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
-from medmoe_edge.export.plan import read_deltas
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.pipeline import CalibrateOptions, ExportOptions, VerifyOptions
 from medmoe_edge.runtimes.base import Runtime

@@ -331,6 +331,9 @@ def show_plan(plan: "Plan") -> None:
     show(f"Predicted for {asked}, from {rests}; not run.", "dim")
     if plan.left_out:
         show(f"The bundle is without its experts for {', '.join(plan.left_out)}.", "dim")
+    if any(forecast.expert_budget for forecast in plan.forecasts):
+        moved = ", ".join(f"{f.precision} {shown_bytes(f.switch_bytes)}" for f in plan.forecasts)
+        show(f"Paging reads for another modality: {moved}.", "dim")
     if any(forecast.paging_cost > 1 for forecast in plan.forecasts):
         show("Times with paged experts hold what paging was measured to cost on a CPU.", "dim")
 

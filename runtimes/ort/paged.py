@@ -76,12 +76,13 @@ class OrtExpert:
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self.session: ort.InferenceSession | None = session
+        self.outputs = [value.name for value in session.get_outputs()]
 
-    def __call__(self, tokens: Floats, share: Floats) -> Floats:
-        """The expert of tokens `[n, D]`, times each one's share `[n, 1]`."""
+    def __call__(self, given: Mapping[str, Floats]) -> dict[str, Floats]:
+        """What the expert adds for some tokens, by the name of the sum; see `ort_paged`."""
         assert self.session is not None
-        outputs = self.session.run(["part"], {"tokens": tokens, "share": share})
-        return np.asarray(outputs[0], np.float32)
+        found = self.session.run(self.outputs, dict(given))
+        return dict(zip(self.outputs, found, strict=True))
 
 
 class OrtExpertStore:
@@ -173,6 +174,7 @@ def _no_memory(extent: Extent) -> ResourceError:
 
 
 RESULTS = ["logits", "router_logits"]
+HANDED = ("tokens", "gates", "chosen", "gate", "up", "fc1", "hidden")  # to a layer's experts
 
 
 class PagedOrtRuntime(OrtRuntime):
@@ -235,8 +237,8 @@ class PagedOrtRuntime(OrtRuntime):
             values |= segment.run(values | past, cache)
             if index < len(self._segments) - 1:
                 chosen.append(values[f"chosen.{index}"].numpy())
-                routed = self._routed_sum(index, values)
-                values[f"routed.{index}"] = ort.OrtValue.ortvalue_from_numpy(routed)
+                for name, summed in self._routed_sums(index, values).items():
+                    values[f"{name}.{index}"] = ort.OrtValue.ortvalue_from_numpy(summed)
             values = {name: value for name, value in values.items() if name in segment.kept}
         cache.length = total
         self._routing.ran(np.stack(chosen, 1))
@@ -251,21 +253,31 @@ class PagedOrtRuntime(OrtRuntime):
             self._store.rest()
         return self._routing.report(self.experts.pager.budget, counts)
 
-    def _routed_sum(self, index: int, values: dict[str, ort.OrtValue]) -> Floats:
-        """The weighted sum of the chosen experts `[1, S, D]`, layer `index` of those with some."""
-        tokens = values[f"tokens.{index}"].numpy()  # [1, S, D]
-        rows = tokens[0]
-        gates, chosen = (values[f"{name}.{index}"].numpy() for name in ("gates", "chosen"))
-        total = np.zeros_like(rows)
+    def _routed_sums(self, index: int, values: dict[str, ort.OrtValue]) -> dict[str, Floats]:
+        """What the next segment takes from the experts of layer `index` of those with some.
+
+        That is `routed`, the weighted sum of the chosen experts `[1, S, D]`; of experts as deltas
+        what they add to the output `[S, D]`, and `mixed`, the hidden layer `[S, F]` with theirs.
+        """
+        found = {
+            name: values[own].numpy() for name in HANDED if (own := f"{name}.{index}") in values
+        }
+        gates, chosen = found.pop("gates"), found.pop("chosen")
+        routed = np.zeros_like(found["tokens"])
+        rows = {name: value.reshape(-1, value.shape[-1]) for name, value in found.items()}
+        sums = {"part": routed.reshape(rows["tokens"].shape)}
+        if "hidden" in rows:
+            sums["hidden"] = rows.pop("hidden").copy()
         for expert in map(int, np.unique(chosen)):
             share = np.where(chosen == expert, gates, np.float32(0)).sum(-1, keepdims=True)
             mine = np.flatnonzero(share)
             if not len(mine):
                 continue
+            given = {name: value[mine] for name, value in rows.items()} | {"share": share[mine]}
             with self.experts.use((index, expert)) as (run,):
-                total[mine] += run(rows[mine], share[mine])
-        summed: Floats = total[None]
-        return summed
+                for name, part in run(given).items():
+                    sums[name][mine] += part
+        return {"routed": routed} | ({"mixed": sums["hidden"]} if "hidden" in sums else {})
 
     def _graphs(self) -> dict[str, ort.SessionOptions]:
         count = self.bundle.manifest["paging"]["segments"]

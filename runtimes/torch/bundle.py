@@ -73,7 +73,7 @@ class BundleWeights:
         weights = self._decoder if name.startswith("decoder.") else self._vision
         tensors, packed = weights.tensors, f"{name}{PACKED}"
         if weights.quantised(name) is None:
-            return Stored(tensors[name])
+            return Stored(weights.tensor(name))
         if packed in tensors:
             return Stored(tensors[packed], tensors[f"{name}{GROUP_SCALE}"], weights.bits[packed])
         return Stored(tensors[name], tensors[f"{name}{SCALE}"])

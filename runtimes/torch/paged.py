@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.errors import ResourceError, shown_bytes
+from medmoe_edge.errors import BundleError, ResourceError, shown_bytes
 from medmoe_edge.models.decoder import route
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, Step, check_room
@@ -208,6 +208,11 @@ class PagedTorchRuntime(TorchBundleRuntime):
         return self.requests.report()
 
     def _load(self, weights: BundleWeights) -> None:
+        if "experts" in weights.bundle.manifest["quantisation"]:
+            raise BundleError(
+                f"{weights.bundle.name} holds experts as deltas, which torch makes whole.",
+                "Leave the memory budget out, or page them with --runtime onnxruntime.",
+            )
         file = ExpertFile(weights.bundle, drop_pages=self._drop_pages)
         size = -(-max(file.sizes.values()) // ALIGNED) * ALIGNED
         pools = SlotPools(memory_of(self.device), [Kind("experts", "uint8", (size,), size)])

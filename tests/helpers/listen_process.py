@@ -21,12 +21,14 @@ from pynetdicom.ae import ApplicationEntity
 from pynetdicom.events import Event
 
 import medmoe_edge
+from medmoe_edge.bedside.listen import node
 from medmoe_edge.bedside.listen.config import Configuration, load_configuration
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.contrastive.features import Location, Reading
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.image.pixels import Image, Pixels
 
+node.IDLE = 0.05  # seconds until a node's threads look again; tests have many nodes
 PEER = "SENDER"
 QUESTION = "Is there é effusion?"
 SOME = np.arange(256, dtype=np.uint8).reshape(16, 16)

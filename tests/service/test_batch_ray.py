@@ -12,34 +12,43 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import ROOT
+from listen_process import study
 from PIL import Image as Pillow
 from pyarrow import parquet
+from pydicom import dcmwrite
 
 from medmoe_edge.bedside.batch.inputs import journal_path
 from medmoe_edge.bedside.batch.run import Recipe
 from medmoe_edge.bundle.trust import TRUSTED_KEYS
 from medmoe_edge.errors import InputError, ResourceError
 
-IMAGES = 64  # four parts, for two workers
+IMAGES = 62  # by themselves, and with the series four parts, for two workers
+SERIES, SLICES = 2, 3
+ITEMS, FILES = IMAGES + SERIES, IMAGES + SERIES * SLICES
 QUESTION = "Is there effusion?"
 
 
 @pytest.fixture
 def scans(tmp_path: Path) -> Path:
-    """Images that look alike to no one, and a text among them."""
+    """Images that look alike to no one, a text among them, and two series of slices."""
     folder = tmp_path / "scans"
     folder.mkdir()
     shades = np.random.default_rng(1).integers(0, 256, (IMAGES, 8, 8), np.uint8)
     for number, shade in enumerate(shades):
         Pillow.fromarray(shade).save(folder / f"{number:03}.png")
     (folder / "040.png").write_text("no image")
+    for number in range(SERIES * SLICES):
+        series, place = divmod(number, SLICES)
+        uid = f"1.2.826.0.4711.{series + 1}.3.{place}"
+        dataset = study(series + 1, SOPInstanceUID=uid, InstanceNumber=place)
+        dcmwrite(folder / f"slice{place}{series}.dcm", dataset, enforce_file_format=True)
     (tmp_path / "questions.txt").write_text(QUESTION)
     return folder
 
 
 def command(scans: Path, name: str, *more: str) -> list[str]:
     ask = ["batch", str(scans), "--questions", str(scans.parent / "questions.txt")]
-    ask += ["-o", str(scans.parent / name), "--max-new-tokens", "4", "--json"]
+    ask += ["-o", str(scans.parent / name), "--max-new-tokens", "4", "--series", "all", "--json"]
     return [sys.executable, str(ROOT / "cli.py"), *ask, *more]
 
 
@@ -68,6 +77,7 @@ def workers_of(ancestor: int) -> list[int]:
 
 def answers(output: Path) -> list[tuple[object, ...]]:
     names = ["image_number", "image", "question", "answer", "confidence", "experts", "error"]
+    names += ["slices", "slices_of", "warnings"]
     table = parquet.read_table(output, columns=names)
     return [tuple(row.values()) for row in table.to_pylist()]
 
@@ -82,7 +92,7 @@ def test_workers_are_never_without_the_keys_that_were_meant(
 
     def join(_address: str, **options: Any) -> None:
         joined.append(options)
-        raise ConnectionError
+        raise Exception("The current node timed out during startup.")  # as Ray does
 
     monkeypatch.setattr(ray, "init", join)
     monkeypatch.setenv(TRUSTED_KEYS, "")
@@ -90,7 +100,7 @@ def test_workers_are_never_without_the_keys_that_were_meant(
         OnRay("local", Recipe()).__enter__()
     assert not joined
     monkeypatch.setenv(TRUSTED_KEYS, str(tmp_path / "keys.pem"))
-    with pytest.raises(ResourceError):
+    with pytest.raises(ResourceError, match="Ray cannot be started on this machine"):
         OnRay("local", Recipe()).__enter__()
     (options,) = joined
     assert options["runtime_env"]["env_vars"] == {TRUSTED_KEYS: str(tmp_path / "keys.pem")}
@@ -125,7 +135,9 @@ def test_a_killed_worker_costs_nothing(scans: Path, tmp_path: Path) -> None:
     assert killed is not None, errors
     assert batch.returncode == 0, errors
     report = json.loads(told)
-    assert (report["images"], report["rows"], report["errors"]) == (IMAGES, IMAGES, 1)
+    assert (report["images"], report["series"]) == (FILES, ITEMS)
+    assert (report["rows"], report["errors"]) == (ITEMS, 1)
     found = answers(tmp_path / "ray.parquet")
-    assert [row[0] for row in found] == list(range(IMAGES))
+    assert [row[0] for row in found] == list(range(ITEMS))
+    assert [row[-2] for row in found if row[-2]] == [SLICES] * SERIES
     assert found == answers(tmp_path / "here.parquet")

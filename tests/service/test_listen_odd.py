@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import socket
 import socketserver
 import sqlite3
 from collections.abc import Iterator
@@ -215,6 +216,17 @@ def test_what_is_not_taken_of_an_offer_is_in_the_log(
     entity.associate("127.0.0.1", node.port, ae_title="MEDMOE").release()
     assert "Not taken here (1): Study Root Query/Retrieve" in caplog.text
     assert "Offered in no readable encoding: Computed Radiography Image Storage." in caplog.text
+
+
+def test_who_says_nothing_keeps_no_node_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.node.PATIENCE", 300.0)
+    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+        silent = socket.create_connection(("127.0.0.1", node.port))
+        assert send(node.port, study()) == [0]  # so that it has been taken by then
+    with silent:
+        assert silent.recv(1) == b""
 
 
 def test_names_in_wrong_character_sets_lose_no_letter(node: Node) -> None:

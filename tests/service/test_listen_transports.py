@@ -332,8 +332,13 @@ def test_what_is_not_kept_of_a_study_is_told(tmp_path: Path, orthanc: Orthanc, w
 
 @pytest.mark.parametrize("way", SOURCES)
 def test_a_study_is_fetched_once_there_is_room(
-    tmp_path: Path, orthanc: Orthanc, way: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    orthanc: Orthanc,
+    way: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.2)
     place = {"url": orthanc.web} if way == "web" else {"port": orthanc.dicom}
     orthanc.take(study(1), study(2, StudyInstanceUID=STUDY), folder=tmp_path)
     full = beside(orthanc, tmp_path, sources=[SOURCES[way] | place], reserve_mb=10**9)

@@ -34,6 +34,8 @@ def test_a_program_finds_the_model(client: TestClient) -> None:
     assert "vision" in shown["capabilities"]
     assert client.post("/api/show", json={"model": "llama3"}).status_code == 404
     assert client.get("/api/version").json()["version"]
+    (loaded,) = client.get("/api/ps").json()["models"]
+    assert found.items() <= loaded.items()
 
 
 def test_answers_come_line_by_line_unless_all_at_once_is_asked_for(client: TestClient) -> None:

@@ -1,9 +1,11 @@
 """The BERT tower against transformers' `BertModel`, and its word features against a loop."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig as TheirConfig
 from transformers import BertModel
@@ -54,9 +56,10 @@ def texts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     [TINY, replace(TINY, hidden_size=24, heads=4, layers=6, vocab_size=70, norm_eps=1e-3)],
     ids=["four layers", "six layers"],
 )
-def test_every_hidden_state(config: BertConfig) -> None:
+def test_every_hidden_state(config: BertConfig, tmp_path: Path) -> None:
     reference = theirs(config)
-    ours, weights = BertTower(config), reference.state_dict()
+    reference.save_pretrained(tmp_path)  # type: ignore[operator]
+    ours, weights = BertTower(config), load_file(tmp_path / "model.safetensors")
     ours.load_state_dict({name: weights[bert_name(name)] for name in ours.state_dict()})
     ids, _, seen = texts()
     expected = reference(ids, attention_mask=seen.long(), output_hidden_states=True).hidden_states

@@ -10,29 +10,55 @@ import pytest
 import torch
 from command_line import Run, two_lines
 from graphs import (
+    changed,
     moe_config,
     moe_layer,
     moe_model,
+    normal,
+    observed,
     op_types,
     random_tokens,
     run_ort,
 )
 from mutants import write_weights
+from test_ort_paged import steps
 
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import compare_weights, stored_weights
+from medmoe_edge.calibration.methods import quantise_gptq
+from medmoe_edge.calibration.quantisers import (
+    DeltaForm,
+    Format,
+    output_error,
+    read_deltas,
+    round_searched,
+)
+from medmoe_edge.calibration.statistics import Statistics
+from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import BundleError, InputError
-from medmoe_edge.evaluation.mutations import Mutation, mutated_weights
-from medmoe_edge.export import build
-from medmoe_edge.export.decoder import MoESpec
+from medmoe_edge.evaluation.mutations import Mutation, mutated_weights, mutations_of
+from medmoe_edge.export import build, builder
+from medmoe_edge.export import plan as export_plan
+from medmoe_edge.export.decoder import MoESpec, meta_name
 from medmoe_edge.export.passes.ort_cpu import lower_deltas
-from medmoe_edge.export.plan import read_deltas
+from medmoe_edge.export.plan import MOST_MOVED, Plan, Precision
 from medmoe_edge.export.stored import specification
-from medmoe_edge.export.weights import DeltaForm, low_rank
+from medmoe_edge.export.weights import low_rank
+from medmoe_edge.runtimes.base import Runtime
+from medmoe_edge.runtimes.costs import Asked, Deltas, experts_bytes, held_experts
+from medmoe_edge.runtimes.ort.paged import SESSION, OrtExpertStore, PagedOrtRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-from medmoe_edge.runtimes.paging.pager import read_extents
+from medmoe_edge.runtimes.paging.pager import ExpertPager
+from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
+from medmoe_edge.runtimes.torch.paged import PagedTorchRuntime
 
-EXACT = DeltaForm()
+
+def alike(form: DeltaForm) -> Callable[[str], DeltaForm]:
+    """All deltas in one form."""
+    return lambda _: form
+
+
 STRUCTURES: list[tuple[str, dict[str, Any]]] = [
     (kind, {"top_k": top_k, "use_residual": residual, "router_bias": residual})
     for kind in ("stablelm", "phi")
@@ -61,7 +87,7 @@ def layer(kind: str, options: dict[str, Any], **sizes: int) -> Any:
 def test_deltas_equal_the_op(kind: str, options: dict[str, Any]) -> None:
     config, moe = layer(kind, options)
     spec = MoESpec.of(config)
-    lowered, modified = lower_deltas(moe_model(moe, config), spec, EXACT)
+    lowered, modified = lower_deltas(moe_model(moe, config), spec, alike(DeltaForm()))
     assert modified
     assert op_types(lowered)["If"] == 4
     assert not any(name.endswith("experts.0.gate.weight") for name in lowered.graph.initializers)
@@ -81,7 +107,7 @@ def test_every_token_of_a_prompt_has_its_own_experts(top_k: int) -> None:
     x = random_tokens(1, 40, 16)
     chosen = moe.router(torch.from_numpy(x)).topk(top_k).indices
     assert len(chosen.unique()) == 4  # in one prompt
-    lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), EXACT)
+    lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), alike(DeltaForm()))
     expected = run_ort(moe_model(moe, config), x=x)
     np.testing.assert_allclose(run_ort(lowered, x=x), expected, rtol=1e-5, atol=1e-5)
 
@@ -94,7 +120,7 @@ def test_deltas_equal_the_op_at_full_width(top_k: int, residual: bool) -> None:
     x = random_tokens(1, 5, 2048)
     with torch.no_grad():
         expected = moe(torch.from_numpy(x)).numpy()
-    lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), EXACT)
+    lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), alike(DeltaForm()))
     found = run_ort(lowered, x=x)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -112,8 +138,9 @@ def test_a_rank_that_the_deltas_have_loses_nothing() -> None:
     x = random_tokens(1, 12, 16)
     expected = run_ort(moe_model(moe, config), x=x)
     for rank, exact in ((3, True), (2, False), (16, True)):
-        form = DeltaForm(rank=rank)
-        lowered, _ = lower_deltas(moe_model(moe, config), MoESpec.of(config), form)
+        lowered, _ = lower_deltas(
+            moe_model(moe, config), MoESpec.of(config), alike(DeltaForm(rank=rank))
+        )
         error = np.abs(run_ort(lowered, x=x) - expected).max() / np.abs(expected).max()
         assert bool(error < 1e-5) is exact
 
@@ -144,19 +171,39 @@ def bundles(
 ) -> Callable[..., Path]:
     """Exports a tiny checkpoint in a precision, its experts in some form."""
 
-    def make(precision: Any, experts: str | None, preset: str = "tiny", **moe: Any) -> Path:
-        deltas = None if experts is None else read_deltas(experts)
-        options = build.BuildOptions(precision, name="tiny", deltas=deltas)
+    def make(
+        precision: Any,
+        experts: str | None,
+        preset: str = "tiny",
+        statistics: Statistics | None = None,
+        **moe: Any,
+    ) -> Path:
         out = tmp_path_factory.mktemp("bundles") / "bundle"
-        return build.export_bundle(tiny_checkpoint(preset, **moe), out, options)
+        return export(tiny_checkpoint(preset, **moe), out, precision, experts, statistics)
 
     return make
 
 
+def export(
+    checkpoint: Path,
+    out: Path,
+    precision: Any,
+    experts: str | None,
+    statistics: Statistics | None = None,
+) -> Path:
+    """A bundle with its experts in some form."""
+    deltas = None if experts is None else read_deltas(experts)
+    options = build.BuildOptions(precision, name="tiny", deltas=deltas)
+    return build.export_bundle(checkpoint, out, options, statistics=statistics)
+
+
 def logits(folder: Path) -> Any:
-    runtime = OrtRuntime(Bundle.open(folder))
-    embeds = np.random.default_rng(0).standard_normal((12, 64)).astype(np.float32)
-    step = runtime.step(embeds, runtime.new_cache(12))
+    return prefill(OrtRuntime(Bundle.open(folder)))
+
+
+def prefill(runtime: Runtime) -> tuple[Floats, Floats]:
+    """Logits, and those of the routers."""
+    step = runtime.step(normal(12, 64), runtime.new_cache(12))
     return step.logits, step.router_logits
 
 
@@ -192,7 +239,6 @@ def test_a_bundle_says_how_its_experts_are_stored(
     deltas = [matrix for matrix in stored["matrices"] if ".delta" in matrix["name"]]
     assert {matrix["bits"] for matrix in deltas} == bits
     assert len(deltas) == 2 * 4 * 3 * (2 if "rank" in experts else 1)
-    assert bundle.manifest["paging"] is None
     assert np.isfinite(logits(folder)[0]).all()
     weights = compare_weights(bundle)
     assert weights is not None
@@ -207,8 +253,67 @@ def test_a_bundle_says_how_its_experts_are_stored(
     assert any(name.startswith(owner) for name in damaged.wrong)
     with pytest.raises(BundleError, match="experts as deltas"):
         specification(bundle)
-    with pytest.raises(BundleError, match="cannot be paged"):
-        read_extents(bundle)
+
+
+@pytest.mark.parametrize(
+    ("precision", "experts", "preset", "moe"),
+    [
+        ("fp32", "delta", "tiny-phi", {"top_k": 2, "use_residual": True}),
+        ("int8", "delta", "tiny-phi", {}),
+        ("int8", "delta:bits=2", "tiny", {}),
+        ("int8", "delta:rank=32", "tiny", {"top_k": 2, "use_residual": True}),
+        ("int4", "delta:rank=32", "tiny", {"top_k": 2}),
+    ],
+)
+def test_paged_deltas_give_the_same_bits_and_torch_what_they_stand_for(
+    bundles: Callable[..., Path], precision: str, experts: str, preset: str, moe: dict[str, Any]
+) -> None:
+    bundle = Bundle.open(bundles(precision, experts, preset, **moe))
+    paged = PagedOrtRuntime(bundle, "50%")
+    found, expected = steps(paged), steps(OrtRuntime(bundle))
+    if precision == "int4":  # its kernel for AVX2 adds up in an order that the batch decides
+        for one, other in zip(found, expected, strict=True):
+            close(np.frombuffer(one, np.float32), np.frombuffer(other, np.float32), 1e-5)
+    else:
+        assert found == expected
+    report = paged.paging()
+    assert report["misses"] > 8  # of eight experts: some came twice
+    extents = bundle.manifest["experts"].items()
+    largest = max(size for owner, (_, size) in extents if ".experts." in owner)
+    assert report["bytes_read"] <= report["loads"] * largest
+    torch_runtime = TorchBundleRuntime(bundle, "cpu")
+    for mine, wanted in zip(prefill(torch_runtime), prefill(OrtRuntime(bundle)), strict=True):
+        close(mine, wanted, 1e-4 if precision == "fp32" else 0.05)  # activations in 8 bits
+    with pytest.raises(BundleError, match="torch makes whole"):
+        PagedTorchRuntime(bundle, "50%", "cpu")
+
+
+def close(found: Floats, wanted: Floats, tolerance: float) -> None:
+    """Within parts of the largest value."""
+    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+def test_a_switch_moves_a_third_of_the_bytes_and_plans_know(bundles: Callable[..., Path]) -> None:
+    """All experts anew, as for an image of another modality: counted by the pager."""
+    read = []
+    for experts in (None, "delta:bits=2"):
+        bundle = Bundle.open(bundles("int8", experts))
+        store = OrtExpertStore(bundle)
+        deltas = Deltas.of_bundle(bundle)
+        assert (deltas is None) == (experts is None)
+        if deltas is not None:
+            asked = Asked(bundle.config, 100, deltas=deltas)
+            assert experts_bytes(asked, "int8") == sum(store.stored.values())
+            held = sum(size - SESSION for size in store.sizes.values())
+            assert held_experts(asked, "int8") == pytest.approx(held, abs=1)
+            assert deltas.stored < 2.6  # some scales are so few here that they lie in the graph
+            assert deltas.held == 5
+        pager = ExpertPager(sum(store.sizes.values()) + store.scratch).open(store, 1)
+        for expert in store.sizes:
+            with pager.use(expert):
+                pass
+        read.append(pager.counts.bytes_read)
+    assert read[1] <= read[0] / 3
 
 
 def test_fewer_bits_take_fewer_bytes(bundles: Callable[..., Path]) -> None:
@@ -220,8 +325,174 @@ def test_fewer_bits_take_fewer_bytes(bundles: Callable[..., Path]) -> None:
     assert sizes[2] < 0.65 * sizes[0]  # with the meta experts, which are as they were
 
 
+# --- each delta in a form of its own ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def up_cycled(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    """Experts near their meta expert: one of them much farther away, one by a low rank alone."""
+    before = tiny_checkpoint()
+    tensors = dict(read_checkpoint(before))
+    generator = torch.Generator().manual_seed(2)
+
+    def near(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if ".experts." not in name:
+            return tensor
+        rows, width = tensor.shape
+        added = 0.01 * torch.randn(rows, width, generator=generator)
+        if ".experts.1." in name:
+            added = 12 * added
+        if ".experts.2." in name:
+            narrow = torch.randn(rows, 2, generator=generator)
+            added = 0.05 * narrow @ torch.randn(2, width, generator=generator)
+        return tensors[meta_name(name)] + added
+
+    folder = tmp_path_factory.mktemp("up_cycled") / "checkpoint"
+    return read_checkpoint(changed(before, folder, near))
+
+
+@pytest.fixture(scope="module")
+def statistics(up_cycled: Checkpoint) -> Statistics:
+    return observed(up_cycled)
+
+
+def test_bits_go_to_the_deltas_whose_errors_reach_the_stream(
+    up_cycled: Checkpoint,
+    statistics: Statistics,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(builder, "INLINE_BYTES", 64)  # else a rank of 2 is too small to be paged
+    exact = logits(export(up_cycled.folder, tmp_path / "exact", "fp32", None))[0]
+    errors, sizes = {}, {}
+    for form in ("delta:bits=2", "delta:auto", "delta:auto=4"):
+        folder = export(up_cycled.folder, tmp_path / form, "fp32", form, statistics)
+        manifest = Bundle.open(folder).manifest
+        errors[form] = np.square(logits(folder)[0] - exact).mean()
+        held = stored_weights(folder / "decoder.onnx")
+        sizes[form] = sum(array.nbytes for name, array in held if ".experts." in name)
+        stored = manifest["quantisation"].get("deltas")
+    assert sizes["delta:auto"] <= sizes["delta:bits=2"] < sizes["delta:auto=4"]
+    count = sum(int(np.prod(up_cycled.names[name].shape)) for name in stored)
+    assert sizes["delta:auto=4"] <= 4 * count / 8
+    assert errors["delta:auto"] < 0.9 * errors["delta:bits=2"], errors
+    assert errors["delta:auto=4"] < 0.5 * errors["delta:auto"], errors
+    told = Bundle.open(tmp_path / "delta:auto").manifest["quantisation"]
+    assert (
+        told["experts"] == "deltas from the meta expert, a form for each within 2.5 bits a weight"
+    )
+    of_expert = [
+        [form for name, form in told["deltas"].items() if f".experts.{index}." in name]
+        for index in range(3)
+    ]
+    assert all(form.startswith("rank") for form in of_expert[2])  # it is of rank 2
+    assert {"4 bits in groups of 32", "8 bits in groups of 32"} & set(of_expert[1])
+    assert not {"8 bits in groups of 32"} & set(of_expert[0])
+    kept = {name: form for name, form in told["deltas"].items() if form.startswith("rank")}
+    matrices = {matrix["name"] for matrix in told["matrices"]}
+    assert not matrices & {name.replace(".weight", ".delta") for name in kept}
+    bundle = Bundle.open(tmp_path / "delta:auto=4")
+    assert steps(PagedOrtRuntime(bundle, "50%")) == steps(OrtRuntime(bundle))
+    weights = compare_weights(Bundle.open(tmp_path / "delta:auto"))
+    assert weights is not None
+    assert weights.wrong == ()
+
+
+def test_a_row_that_gptq_moves_farther_than_its_marks_allow_is_rounded_by_itself(
+    up_cycled: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no verification could tell a doubled scale."""
+    name, form = "decoder.layers.0.ffn.experts.1.down.weight", Format(2, 32)
+    x = normal(600, 64) + 3 * normal(600, 1, seed=2)
+    hessian = np.asarray(x.T @ x / len(x), np.float32)
+    plan = Plan("int8", "auto", observed(up_cycled), deltas=DeltaForm(bits=2))
+    rows = 0.1 * normal(64, 64, seed=3)
+    alone, plain = quantise_gptq(rows, hessian, form, evenly=True), round_searched(rows, form)
+    errors = [output_error(rows, made, hessian) for made in (alone, plain)]
+    assert errors[0] < 0.6 * errors[1]
+    norms = [
+        np.linalg.norm(weights.reshape(64, -1, 32), axis=-1)
+        for weights in (rows, alone.dequantise())
+    ]
+    moved = np.abs(np.log2(norms[1] / norms[0])).max(1)
+    bound = float(np.median(moved))
+    for limit, far in ((MOST_MOVED, np.zeros(64, bool)), (bound, moved > bound)):
+        monkeypatch.setattr(export_plan, "MOST_MOVED", limit)
+        method, made = plan.round_delta(name, rows, form, hessian)
+        assert method == "gptq"
+        for row, apart in enumerate(far):
+            wanted = plain if apart else alone
+            assert np.array_equal(made.integers[row], wanted.integers[row])
+            assert np.array_equal(made.scale[row], wanted.scale[row])
+
+
+def test_experts_that_calibration_missed_take_what_the_budget_holds(
+    up_cycled: Checkpoint, tmp_path: Path
+) -> None:
+    missed = observed(up_cycled, data_free=[(0, 1)])
+    for budget, form in (("2.5", "2 bits"), ("5", "4 bits")):
+        folder = tmp_path / budget
+        export(up_cycled.folder, folder, "int8", f"delta:auto={budget}", missed)
+        stored = Bundle.open(folder).manifest["quantisation"]["deltas"]
+        own = {form for name, form in stored.items() if "layers.0.ffn.experts.1." in name}
+        assert own == {f"{form} in groups of 32"}
+        assert np.isfinite(logits(folder)[0]).all()
+
+
+def test_a_form_is_not_chosen_without_calibration_or_room(
+    up_cycled: Checkpoint, tmp_path: Path
+) -> None:
+    cases: list[tuple[Precision, str, bool, str]] = [
+        ("int8", "delta:auto", False, "by what calibration measured"),
+        ("int8", "delta:auto=0.2", True, r"0.2 bits per weight are too few. The least is 1\.\d+"),
+        ("int4", "delta:auto=1", True, "too few"),  # no rank of 64 divides into groups of 32
+    ]
+    for precision, form, calibrated, error in cases:
+        options = build.BuildOptions(precision, deltas=read_deltas(form))
+        with pytest.raises(InputError, match=error):
+            build.check_exportable(up_cycled, options, calibrated=calibrated)
+
+
+def test_a_proof_can_see_an_expert_that_adds_nothing(
+    up_cycled: Checkpoint, statistics: Statistics, tmp_path: Path
+) -> None:
+    for precision in ("fp32", "int8"):
+        folder = export(up_cycled.folder, tmp_path / precision, precision, "delta", statistics)
+        bundle = Bundle.open(folder)
+        held = {name: np.array(array) for name, array in stored_weights(folder / "decoder.onnx")}
+        owner = "decoder.layers.0.ffn.experts.1"
+        tokens = {"decoder.layers.0.ffn.": [1, 9, 2, 3]}
+        found = {each.kind: each for each in mutations_of(held, tokens, bundle.config.moe)}
+        assert {"exchange", "meta", "router"} <= set(found)
+        damage = mutated_weights(held, found["meta"], bundle.config.moe)
+        assert damage is not None
+        assert all(
+            name.startswith(f"{owner}.") and not array.any() for name, array in damage.items()
+        )
+        whole, without = (
+            prefill(runtime)[0] for runtime in (OrtRuntime(bundle), OrtRuntime(bundle, damage))
+        )
+        assert np.abs(whole - without).max() > 0.01 * np.abs(whole).max()
+
+
 @pytest.mark.parametrize(
-    "text", ["", "deltas", "delta:", "delta:rank=0", "delta:bits=3", "delta:bits", "delta:rank=x"]
+    "text",
+    [
+        "delta:auto=",
+        "delta:auto=x",
+        "delta:auto=nan",
+        "delta:auto=-1",
+        "delta:auto=17",
+        "",
+        "deltas",
+        "delta:",
+        "delta:rank=0",
+        "delta:bits=3",
+        "delta:bits",
+        "delta:rank=x",
+    ],
 )
 def test_other_forms_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="no form of experts"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from medmoe_edge import ExportOptions, export_model
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
@@ -15,8 +16,6 @@ from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.plan import GROUP, HEAD, Plan, check_precision
 from medmoe_edge.export.stored import StoredWeights
 from medmoe_edge.export.weights import WeightSource
-from medmoe_edge.pipeline import ExportOptions
-from medmoe_edge.pipeline.med_moe import export
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
@@ -79,6 +78,6 @@ def test_no_other_precision_takes_one(checkpoint: Checkpoint, precision: Any) ->
 
 def test_it_must_divide_every_matrix(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="do not divide into groups of 128") as refused:
-        export(checkpoint.folder, tmp_path / "bundle", ExportOptions("int4", group=128))
+        export_model(checkpoint.folder, tmp_path / "bundle", ExportOptions("int4", group=128))
     assert "smaller groups" in refused.value.remedy
     assert not list(tmp_path.iterdir())

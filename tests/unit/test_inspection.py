@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.evaluation.inspection import activated_parameters, inspect_model
@@ -62,7 +63,8 @@ def test_a_checkpoint_is_counted(tmp_path: Path, preset: str) -> None:
 
 
 def test_a_bundle_is_described_by_its_manifest(tiny_bundle: Callable[..., Path]) -> None:
-    folder, config = tiny_bundle("int8"), PRESETS["tiny"]
+    folder = tiny_bundle("int8")
+    config = Bundle.open(folder).config
     inspection = inspect_model(folder)
     files = {file.name: file.stat().st_size for file in folder.iterdir()}
     del files["manifest.json"]

@@ -16,23 +16,23 @@ from medmoe_edge.errors import InputError
 Chosen = dict[str, Format]
 
 
-def candidate(name: str, *losses: float, rows: int = 8, width: int = 128) -> Candidate:
+def candidate(name: str, *losses: float, rows: int = 8, width: int = 128) -> Candidate[Format]:
     return Candidate(name, rows * width, width, dict(zip(CHOICES, losses, strict=True)))
 
 
-def spent(candidates: Sequence[Candidate], chosen: Chosen) -> float:
+def spent(candidates: Sequence[Candidate[Format]], chosen: Chosen) -> float:
     return sum(item.bits(chosen[item.name]) for item in candidates)
 
 
-def loss(candidates: Sequence[Candidate], chosen: Chosen) -> float:
+def loss(candidates: Sequence[Candidate[Format]], chosen: Chosen) -> float:
     return math.fsum(item.losses[chosen[item.name]] for item in candidates)
 
 
-def weights(candidates: Sequence[Candidate]) -> int:
+def weights(candidates: Sequence[Candidate[Format]]) -> int:
     return sum(item.weights for item in candidates)
 
 
-def least_loss(candidates: Sequence[Candidate], total: float) -> float:
+def least_loss(candidates: Sequence[Candidate[Format]], total: float) -> float:
     """By trying everything."""
     names = [item.name for item in candidates]
     every = itertools.product(*(item.losses for item in candidates))
@@ -41,7 +41,7 @@ def least_loss(candidates: Sequence[Candidate], total: float) -> float:
 
 
 @st.composite
-def matrices(draw: st.DrawFn) -> list[Candidate]:
+def matrices(draw: st.DrawFn) -> list[Candidate[Format]]:
     """One to four matrices whose losses follow no order, some with fewer formats."""
     made = []
     for index in range(draw(st.integers(1, 4))):
@@ -52,13 +52,13 @@ def matrices(draw: st.DrawFn) -> list[Candidate]:
     return made
 
 
-def cheapest(candidates: Sequence[Candidate]) -> float:
+def cheapest(candidates: Sequence[Candidate[Format]]) -> float:
     return sum(min(map(item.bits, item.losses)) for item in candidates)
 
 
 @given(matrices(), st.lists(st.floats(2.5, 9), min_size=2, max_size=2))
 def test_more_bits_never_cost_more_loss_and_no_budget_is_exceeded(
-    candidates: list[Candidate], budgets: list[float]
+    candidates: list[Candidate[Format]], budgets: list[float]
 ) -> None:
     losses, total = [], weights(candidates)
     for budget in sorted(budgets):
@@ -75,7 +75,7 @@ def test_more_bits_never_cost_more_loss_and_no_budget_is_exceeded(
 
 @given(matrices(), st.floats(2.5, 9))
 def test_what_is_spent_could_not_be_spent_better(
-    candidates: list[Candidate], budget: float
+    candidates: list[Candidate[Format]], budget: float
 ) -> None:
     if cheapest(candidates) > budget * weights(candidates):
         return
@@ -93,7 +93,9 @@ def test_what_is_spent_could_not_be_spent_better(
 
 
 @given(matrices(), st.floats(0, 100))
-def test_at_a_price_per_bit_it_is_the_optimum(candidates: list[Candidate], price: float) -> None:
+def test_at_a_price_per_bit_it_is_the_optimum(
+    candidates: list[Candidate[Format]], price: float
+) -> None:
     """All upgrades that are worth the price, and no other: the optimum of the Lagrangian."""
     wanted: Chosen = {}
     for item in candidates:
@@ -107,7 +109,7 @@ def test_at_a_price_per_bit_it_is_the_optimum(candidates: list[Candidate], price
 
 
 @given(matrices())
-def test_the_hull_is_convex_and_below_every_format(candidates: list[Candidate]) -> None:
+def test_the_hull_is_convex_and_below_every_format(candidates: list[Candidate[Format]]) -> None:
     for item in candidates:
         hull = item.hull()
         bits, losses = [item.bits(f) for f in hull], [item.losses[f] for f in hull]

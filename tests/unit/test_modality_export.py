@@ -44,9 +44,9 @@ from medmoe_edge.evaluation.inspection import inspect_modality
 from medmoe_edge.evaluation.mutations import Mutation, mutated_weights
 from medmoe_edge.export import contrastive as modality
 from medmoe_edge.export import contrastive as modality_build
+from medmoe_edge.export import vision as vision_quantise
 from medmoe_edge.export.contrastive import export_image, export_modality_bundle
 from medmoe_edge.export.gpus import find_gpu, load_library
-from medmoe_edge.export.passes import ort_cpu as vision_quantise
 from medmoe_edge.export.tensorrt_builder import build_engine
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.models.contrastive import ModalityMoE

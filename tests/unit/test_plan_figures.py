@@ -234,7 +234,7 @@ def test_memory_is_what_was_measured(
     asked = Asked(config, config.vision.image_tokens + 40, 8, group)
     options = PlanOptions("cpu", precision, group)
     (made,) = make_plan(model, config, cpu, options).forecasts
-    away = (1 - share) * made.experts * held_ratio(cpu.kind, precision, group)
+    away = (1 - share) * made.experts * held_ratio(cpu.kind, precision, asked)
     assert memory_run(asked, cpu.kind, precision) - away == pytest.approx(peak * GB, rel=0.08)
 
 

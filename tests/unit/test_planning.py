@@ -44,6 +44,7 @@ from medmoe_edge.models.med_moe import ClipTower, Conv, EfficientNetLite, MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.costs import (
     CONVOLUTIONS,
+    Asked,
     Precision,
     Speed,
     bits_per_weight,
@@ -228,12 +229,13 @@ def test_a_forecast_by_hand() -> None:
 def test_what_fits_adds_up(name: str, config: Any) -> None:
     device = DEVICES[name]
     for each in planned(config, device).forecasts:
-        experts = each.experts * held_ratio(device.kind, each.precision, each.group)
+        asked = Asked(config, 100, group=each.group)
+        experts = each.experts * held_ratio(device.kind, each.precision, asked)
         pinned = each.memory_run - experts
         if each.expert_budget is None:
             assert each.memory_run <= device.usable
         elif each.fits:
-            resident = each.expert_budget * held_ratio(device.kind, each.precision, each.group)
+            resident = each.expert_budget * held_ratio(device.kind, each.precision, asked)
             assert pinned + resident == pytest.approx(device.usable, abs=10)
             assert 0 < each.expert_budget < each.experts
             assert each.paging_cost > 1
@@ -251,6 +253,37 @@ def test_fewer_bits_need_less_memory_and_time() -> None:
         order = [found[name] for name in ("int4", "mixed", "int8", "fp16")]
         assert [f.token for f in order] == sorted(f.token for f in order)
         assert [f.memory_run for f in order] == sorted(f.memory_run for f in order)
+
+
+@pytest.mark.parametrize(
+    ("form", "bits", "held"),
+    [("delta:bits=2", 2.5, 5), ("delta:auto=3", 3, 5.5), ("delta:rank=256", 1.45, 1.45)],
+)
+def test_deltas_take_less_memory_and_move_less(form: str, bits: float, held: float) -> None:
+    cpu = dataclasses.replace(FLAT, kind="cpu", memory=64 * 10**9)
+    whole, deltas = (
+        make_plan(
+            *("m", STABLELM, cpu), PlanOptions(cpu.name, precision="int8", experts=experts)
+        ).forecasts[0]
+        for experts in (None, form)
+    )
+    weights = 12 * 4 * 3 * 2048 * 5632
+    assert whole.experts == pytest.approx(weights, rel=0.01)
+    assert deltas.experts == pytest.approx(weights * bits / 8, rel=0.02)
+    assert whole.weights - deltas.weights == whole.experts - deltas.experts
+    assert whole.memory_run - deltas.memory_run == pytest.approx(weights * (8 - held) / 8, rel=0.02)
+    assert whole.switch_bytes == whole.experts // 4
+    assert deltas.switch_bytes <= whole.switch_bytes / 2.6
+    assert deltas.token < whole.token
+    assert (deltas.prefill < 0.95 * whole.prefill) == ("rank" in form)
+
+
+def test_deltas_are_planned_of_what_has_some_and_on_what_runs_them() -> None:
+    dense = dataclasses.replace(NANO, moe=None)
+    cpu = dataclasses.replace(FLAT, kind="cpu")
+    for config, device in ((dense, cpu), (STABLELM, FLAT)):
+        with pytest.raises(InputError, match="meta expert, on a CPU"):
+            make_plan("m", config, device, PlanOptions(device.name, experts="delta:bits=2"))
 
 
 def test_a_model_too_large_says_by_how_much_and_what_would_do() -> None:

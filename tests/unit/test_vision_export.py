@@ -159,6 +159,7 @@ def test_a_weight_that_is_no_number_is_named(
         return torch.full_like(tensor, torch.inf) if other == name else tensor
 
     checkpoint = read_checkpoint(changed(tiny_checkpoint(), tmp_path / "spoilt", spoil))
-    what = f"The tensor {name} holds values that are NaN or infinite"
-    with pytest.raises(CheckpointError, match=what):
+    with pytest.raises(
+        CheckpointError, match=f"The tensor {name} holds values that are NaN or infinite"
+    ):
         save_model(export_vision(checkpoint), tmp_path, "vision")

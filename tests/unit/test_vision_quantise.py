@@ -23,11 +23,10 @@ from medmoe_edge.export import build
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.export.builder import save_model, tensor_of
 from medmoe_edge.export.gpus import find_gpu
-from medmoe_edge.export.passes.ort_cpu import GROUP, LEAST_WIDTH, quantise_linears
 from medmoe_edge.export.stored import float_vision
 from medmoe_edge.export.targets import vision_graph
 from medmoe_edge.export.tensorrt_builder import build_engine
-from medmoe_edge.export.vision import export_vision
+from medmoe_edge.export.vision import GROUP, LEAST_WIDTH, export_vision, quantise_linears
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.torch.bundle import BundleWeights

@@ -67,8 +67,8 @@ class OnRay:
             mine["include_dashboard"] = False
         try:
             ray.init(self._address, logging_level=logging.ERROR, log_to_driver=False, **mine)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise _no_cluster(error) from error
+        except Exception as error:  # Ray's own have no kind, such as of a start that takes too long
+            raise _no_cluster(error, self._address) from error
         cluster: Any = ray  # these two of its functions have no types
         self._workers = self._workers or sum(node["Alive"] for node in cluster.nodes())
         self._check_size(cluster.cluster_resources())
@@ -211,10 +211,15 @@ def _check_reachable(address: str) -> None:
         if place.hostname and place.port:
             socket.create_connection((place.hostname, place.port), REACHING).close()
     except (OSError, ValueError) as error:
-        raise _no_cluster(error) from error
+        raise _no_cluster(error, address) from error
 
 
-def _no_cluster(error: Exception) -> ResourceError:
+def _no_cluster(error: Exception, address: str) -> ResourceError:
+    if address == LOCAL:
+        return ResourceError(
+            f"Ray cannot be started on this machine ({type(error).__name__}).",
+            "Look into its log under /tmp/ray; run it again when the machine is less busy.",
+        )
     return ResourceError(
         f"There is no Ray cluster at that address ({type(error).__name__}).",
         "Start one (ray start --head), give its HOST:PORT, or: --ray local",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Self
 import filelock
 from pynetdicom import evt
 from pynetdicom.ae import ApplicationEntity
+from pynetdicom.association import Association
 from pynetdicom.events import EventHandlerType
 from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
@@ -237,7 +238,10 @@ class Node:
         if self._web is not None:
             self._web.stop()
         end = time.monotonic() + PATIENCE
-        while self._entity.active_associations and time.monotonic() < end:
+        while (there := self._entity.active_associations) and time.monotonic() < end:
+            for association in there:
+                if association.requestor.primitive is None:  # nothing was asked for
+                    _hang_up(association)
             time.sleep(0.05)
         self._entity.shutdown()
         for worker in self._workers:
@@ -514,6 +518,16 @@ class _Collected:
     def collect(self) -> "Iterator[Metric]":
         """All of them."""
         yield from self._families
+
+
+def _hang_up(association: Association) -> None:
+    """End a connection as if its peer had, who has not said anything yet."""
+    connection = association.dul.socket
+    if connection is not None and connection.socket is not None:
+        with contextlib.suppress(OSError):
+            connection.socket.shutdown(socket.SHUT_RDWR)
+    association.kill()
+    association.dul.to_user_queue.put(None)  # type: ignore[arg-type]  # ends its thread's wait
 
 
 def _entity(configuration: Configuration) -> ApplicationEntity:

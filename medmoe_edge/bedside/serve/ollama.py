@@ -17,14 +17,21 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from medmoe_edge._version import __version__
-from medmoe_edge.bedside.serve.errors import NAME, Refusal, refusal
+from medmoe_edge.bedside.serve.errors import Refusal, refusal
 from medmoe_edge.bedside.serve.forms import Until
 from medmoe_edge.bedside.serve.guard import at_end, client_of
-from medmoe_edge.bedside.serve.openai import ChatRequest, Completion, guessed, no_such_model
+from medmoe_edge.bedside.serve.openai import (
+    ChatRequest,
+    Completion,
+    guessed,
+    no_such_model,
+    shown_names,
+)
 from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
 
+FOREVER = "9999-12-31T23:59:59Z"
 NANO = 10**9  # Ollama's times are in nanoseconds
 LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
 HONOURED = {"num_predict", "stop"}
@@ -95,9 +102,8 @@ class OllamaChat(BaseModel):
         given = {name for name, value in asked.items() if value is not None} - HONOURED
         if not given:
             return []
-        named = sorted(name for name in given if NAME.fullmatch(name))
-        named += ["others"] if len(named) < len(given) else []
-        text = f"{', '.join(named)}: not applied, as the model always takes the most likely token."
+        names = ", ".join(shown_names(given))
+        text = f"{names}: not applied, as the model always takes the most likely token."
         return [{"code": "options_not_applied", "message": text}]
 
 
@@ -128,7 +134,7 @@ def _url(image: str) -> str:
 
 
 def ollama_routes(work: Work, worker: Worker) -> APIRouter:
-    """`/api/chat`, `/api/tags`, `/api/show` and `/api/version`."""
+    """`/api/chat`, `/api/tags`, `/api/ps`, `/api/show` and `/api/version`."""
     router = APIRouter(prefix="/api", responses=REFUSALS)
 
     @router.get("/version")
@@ -140,6 +146,11 @@ def ollama_routes(work: Work, worker: Worker) -> APIRouter:
     async def tags() -> dict[str, Any]:
         """The model that answers questions."""
         return {"models": [_tag(work)]}
+
+    @router.get("/ps")
+    async def loaded() -> dict[str, Any]:
+        """The same, as it stays loaded."""
+        return {"models": [{**_tag(work), "expires_at": FOREVER, "size_vram": 0}]}
 
     @router.post("/show")
     async def show(asked: OllamaName) -> dict[str, Any]:

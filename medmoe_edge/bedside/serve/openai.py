@@ -90,10 +90,10 @@ class Message(BaseModel):
     @property
     def unused(self) -> list[str]:
         """The names of what it has beside its words and images."""
-        given = {name for name, value in (self.model_extra or {}).items() if value}
-        details = {image.detail for image in self._images} & {"low", "high"}
-        known = {name for name in given if NAME.fullmatch(name)}
-        return sorted({*known, *["detail"][: len(details)], *["others"][: len(given - known)]})
+        names = {name for name, value in (self.model_extra or {}).items() if value}
+        if any(image.detail in ("low", "high") for image in self._images):
+            names.add("detail")
+        return shown_names(names)
 
     @property
     def _images(self) -> list[ImageUrl]:
@@ -216,9 +216,15 @@ def of_the_conversation(messages: Sequence[Message]) -> Iterator[Notice]:
     if sum(len(each.images) for each in messages) > 1:
         text = "There are several images: the last one alone was looked at."
         yield Notice("images_not_used", text)
-    if names := sorted({name for each in messages for name in each.unused}):
+    if names := list(dict.fromkeys(name for each in messages for name in each.unused)):
         text = f"{', '.join(names)}: of the messages only words and images reach the model."
         yield Notice("message_fields_not_used", text)
+
+
+def shown_names(names: set[str]) -> list[str]:
+    """Names of fields in order; those that may be anything are "others", and last."""
+    known = sorted(filter(NAME.fullmatch, names))
+    return [*known, "others"] if len(known) < len(names) else known
 
 
 def from_data_url(url: str) -> bytes:
