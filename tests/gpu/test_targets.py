@@ -258,8 +258,8 @@ def nano_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_rtx
-@pytest.mark.parametrize(  # a build takes seconds: each precision and each GPU, not each pair
-    ("precision", "gpu"), [("int8", "sm86"), ("int4", "sm89"), ("int4", "sm120")]
+@pytest.mark.parametrize(  # a build takes seconds; the command below builds for sm89
+    ("precision", "gpu"), [("int8", "sm86"), ("int4", "sm120")]
 )
 def test_nanos_engines_are_built_and_keep_its_bits(
     nano_int4: Path, tmp_path: Path, gpu: str, precision: str
