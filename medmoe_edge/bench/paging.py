@@ -1,9 +1,8 @@
 """Experts paged within a budget: what it costs, and whether it holds for many questions.
 
-At each budget three processes are asked the same in turns: one with all experts resident, one that
-pages and fetches ahead, one that pages when it must. Modalities go round, two questions each: the
-first is a switch, the second the same again. The kernel's page cache holds the bundle all along,
-unless pages are dropped.
+At each budget three processes take turns: with all experts in memory, paging ahead, paging when it
+must. Of each modality two questions are asked in a row: the first is a switch, the second the same
+again. The page cache holds the bundle all along, unless pages are dropped.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,8 +96,7 @@ class AtBudget:
         return None if resident is None or paged is None else resident - paged
 
     def _median(self, way: str, kind: str) -> float:
-        cost: Cost = getattr(self.held[way], kind)
-        return cost.seconds.median
+        return float(getattr(self.held[way], kind).seconds.median)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""

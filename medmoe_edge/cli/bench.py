@@ -92,9 +92,7 @@ def bench(
         str | None,
         typer.Option(metavar="SIZE", help="All under a limit: the bundle paged, llama.cpp mapped."),
     ] = None,
-    paging: Annotated[
-        bool, typer.Option("--paging", help="Experts paged at several budgets.")
-    ] = False,
+    paging: Annotated[bool, typer.Option("--paging", help="Experts at several budgets.")] = False,
     soak: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="So many questions: does memory grow?"),

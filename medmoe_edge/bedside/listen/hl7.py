@@ -26,12 +26,10 @@ Version = Literal["R4", "R5"]
 Resource = dict[str, Any]
 DICOM = "urn:dicom:uid"
 WARNINGS = f"urn:uuid:{uuid.uuid5(NAMESPACE, 'warnings')}"  # the system of the warnings' codes
-RADIOLOGY = {"system": "http://terminology.hl7.org/CodeSystem/v2-0074", "code": "RAD"}
-IMAGING = {
-    "system": "http://terminology.hl7.org/CodeSystem/observation-category",
-    "code": "imaging",
-}
-ACCESSION = {"system": "http://terminology.hl7.org/CodeSystem/v2-0203", "code": "ACSN"}
+TERMINOLOGY = "http://terminology.hl7.org/CodeSystem"
+RADIOLOGY = {"system": f"{TERMINOLOGY}/v2-0074", "code": "RAD"}
+IMAGING = {"system": f"{TERMINOLOGY}/observation-category", "code": "imaging"}
+ACCESSION = {"system": f"{TERMINOLOGY}/v2-0203", "code": "ACSN"}
 NO_SYSTEMS = Identifiers()
 REPORT = {"system": "http://loinc.org", "code": "18748-4", "display": "Diagnostic imaging study"}
 SYSTEMS = {  # of the schemes' designators, PS3.16 table 8-1
@@ -51,11 +49,8 @@ def fhir(result: Result, version: Version, systems: Identifiers = NO_SYSTEMS) ->
         systems: Of the identifiers.
     """
     named = {**_subject(result, systems), **_order(result, systems), **_effective(result)}
-    entries = [
-        _device(result, version),
-        _observation(result, named),
-        _report(result, version, named, systems),
-    ]
+    report = _report(result, version, named, systems)
+    entries = [_device(result, version), _observation(result, named), report]
     bundle = {
         "resourceType": "Bundle",
         "type": "transaction",
@@ -73,8 +68,7 @@ def withdrawn(transaction: bytes) -> bytes:
         if resource["resourceType"] == "Device":
             continue
         resource["status"] = "entered-in-error"
-        condition = entry["request"]["ifNoneExist"]
-        url = f"{resource['resourceType']}?{condition}"
+        url = f"{resource['resourceType']}?{entry['request']['ifNoneExist']}"
         entry["request"] = {"method": "PUT", "url": url}
     return json.dumps(bundle).encode()
 
