@@ -71,7 +71,8 @@ def test_plan(run: Run) -> None:
     assert "GB for experts" in rows["int8"]
     assert rows["fp16"].rstrip().endswith("short")
     assert lines[6].startswith("To build int8, mixed, fp16 takes more memory than it has")
-    assert "not run" in lines[-2]
+    assert "not run" in lines[-3]
+    assert lines[-2].startswith("Paging reads for another modality: int8 ")
     assert "what paging was measured to cost" in lines[-1]
     told = json.loads(run(*command, "--json", "--precision", "int8").stdout)
     assert (told["model"], told["device"]["name"]) == ("med-moe-phi2-2.7b", "orin-nano-8g")

@@ -92,7 +92,6 @@ def test_a_folder_as_saved_answers_as_transformers_does(
     same_answers(int8, wanted, sure)
 
 
-@pytest.mark.usefixtures("one_tower")
 @pytest.mark.parametrize("kind", ["phi", "stablelm", "qwen"])
 def test_moe_llava_answers_as_transformers_does(kind: str, tmp_path: Path) -> None:
     """No meta expert, no router bias; Qwen under the names of its own modelling."""
@@ -106,7 +105,6 @@ def test_moe_llava_answers_as_transformers_does(kind: str, tmp_path: Path) -> No
     same_answers(fp32, wanted, list(range(50)))
 
 
-@pytest.mark.usefixtures("one_tower")
 def test_only_tokens_that_exist_are_chosen_by_every_runtime(tmp_path: Path) -> None:
     """Rows that no token has would win everywhere: the others' probabilities are over the rest."""
     official, slow = save("stablelm", tmp_path / "c")
@@ -130,7 +128,6 @@ def test_only_tokens_that_exist_are_chosen_by_every_runtime(tmp_path: Path) -> N
         assert found == pytest.approx(confidences[0], rel=1e-3)
 
 
-@pytest.mark.usefixtures("one_tower")
 def test_arcade100k_with_its_hole(tmp_path: Path) -> None:
     form = TIKTOKEN["arcade100k.tiktoken"]
     official, folder = Official("stablelm", rows=100_352), tmp_path / "c"

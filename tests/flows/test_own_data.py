@@ -27,6 +27,7 @@ RECIPE = """
 preset = "tiny-phi"
 vocab_size = 300
 seed = 5
+precision = "fp32"
 
 [decoder]
 hidden_size = 64
