@@ -185,4 +185,5 @@ VARIANTS: dict[str, Variant] = {
 def applicable(config: ModelConfig) -> tuple[str, ...]:
     """The variants that differ from a model of this configuration."""
     count = _moe(config).num_experts
-    return tuple(name for name, each in VARIANTS.items() if (each.experts or 0) < count)
+    few = tuple(name for name, each in VARIANTS.items() if (each.experts or 0) < count)
+    return few if count > 1 else tuple(name for name in few if name != "top-2")
