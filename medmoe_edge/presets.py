@@ -68,11 +68,15 @@ PRESETS: dict[str, ModelConfig] = {
             layers=6,
             heads=4,
             intermediate_size=512,
-            vocab_size=2560,
+            vocab_size=3072,
             rotary_fraction=0.25,
             max_positions=1024,
         ),
-        moe=MoEConfig(layers=(0, 2, 4), expert_names=("mri", "ct", "pathology", "xray")),
+        moe=MoEConfig(
+            layers=(0, 2, 4),
+            num_experts=6,
+            expert_names=("mri", "ct", "pathology", "xray", "ultrasound", "fundus"),
+        ),
     ),
     "med-moe-stablelm-1.6b": ModelConfig(
         vision=CLIP_L_14_336,

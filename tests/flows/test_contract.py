@@ -27,7 +27,8 @@ from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
-OTHERS = ("mri", "ct", "pathology")
+OTHERS = ("mri", "ct", "pathology")  # of which there are pictures
+UNSEEN = (*OTHERS, "ultrasound", "fundus")
 QUESTION = "What modality is used to take this image?"
 
 
@@ -63,12 +64,12 @@ def test_one_modality_triggers_the_contract(
     assert statistics.samples == {"xray": 18}
     assert {(names[record.expert], record.status) for record in statistics.coverage} == {
         ("xray", "covered"),
-        *((name, "data-free") for name in OTHERS),
+        *((name, "data-free") for name in UNSEEN),
     }
     for record in statistics.coverage:
         for part in ("in", "hidden"):  # it was measured, and is not to be trusted
             name = f"decoder.layers.{record.layer}.ffn.experts.{record.expert}.{part}"
-            assert name in statistics.inputs
+            assert (name in statistics.inputs) == (record.tokens > 0)
             assert (statistics.get(name) is None) == (record.status == "data-free")
     with pytest.raises(VerificationError, match=r"layer 0 mri .* none of its own modality"):
         calibrate(nano.folder, only(pictures, "xray"), tmp_path / "strict", samples=2, strict=True)
@@ -82,10 +83,10 @@ def test_without_the_contract_the_other_modalities_suffer(
     diverged = divergence_of(nano, pictures)
     kept = diverged(Plan("int4", statistics=statistics))
     broken = diverged(Plan("int4", statistics=dataclasses.replace(statistics, coverage=())))
-    # Measured: mri 0.89e-3 and 1.19e-3, ct 0.84e-3 and 1.55e-3, pathology 1.48e-3 and 2.09e-3 nats
+    # Measured: mri 2.0e-3 and 16.1e-3, ct 1.7e-3 and 4.2e-3, pathology 1.8e-3 and 4.3e-3 nats
     for name in OTHERS:
-        assert broken[name] > 1.15 * kept[name]
-    assert sum(broken[name] for name in OTHERS) > 1.3 * sum(kept[name] for name in OTHERS)
+        assert broken[name] > 1.5 * kept[name]
+    assert sum(broken[name] for name in OTHERS) > 2 * sum(kept[name] for name in OTHERS)
     assert broken["xray"] == pytest.approx(kept["xray"], rel=0.5)  # where the damage does not show
     assert broken["xray"] < min(kept[name] for name in OTHERS) / 4
 

@@ -90,7 +90,7 @@ def test_each_precision_has_its_format() -> None:
         ("int4", "auto", "squares", HEAD, "rtn"),
         ("int4", "auto", "hessians", HEAD, "gptq"),
         ("int4", "rtn", "hessians", EXPERT, "rtn"),
-        ("int4", "auto", "data-free", EXPERT, "searched"),
+        ("int4", "auto", "data-free", EXPERT, "rtn"),
         ("int4", "auto", "data-free", EXPERT.replace("1", "2"), "gptq"),
         ("mixed", "auto", "hessians", EXPERT, "gptq"),
     ],
