@@ -5,12 +5,14 @@ Weights are counted in numbers, not bytes, so that the same count serves every p
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.recorded import stored_weights
 from medmoe_edge.calibration.quantisers import DELTA_GROUP, DeltaForm, Format
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig, VisionConfig
@@ -36,6 +38,11 @@ PREFILL_AT_ONCE = 384  # tokens of a prefill that a CPU computes together
 # Activations of a prefill are held so many times over, by kernels and the allocator: measured on a
 # CPU at full size, assumed elsewhere.
 ACTIVATIONS = {"gpu": 1, "jetson": 1, "cpu": 5}
+CONVOLUTION = 0.5  # of matrix products' rate: depthwise layers are bound by memory
+VISION_INT8 = 1.5  # times the rate of fp32: a transformer with its matrices in 8 bits, measured
+# How much longer a question takes where a share of the experts is resident: the worse of the same
+# and another modality, measured at full size on a CPU (docs/benchmarks.md).
+PAGING_COST = {1.0: 1.0, 0.5: 1.24, 0.25: 2.8}
 # EfficientNet-lite without its position embedding: multiply-adds per pixel and parameters,
 # counted from models/med_moe.py, which needs torch
 # (tests/unit/test_planning.py repeats it)
@@ -203,12 +210,18 @@ class Deltas:
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Self | None:
-        """As a bundle's lie in its file; None of one that stores experts whole."""
+        """As a bundle's lie in its files; None of one that stores experts whole.
+
+        The smallest lie in the graph itself. Raises `BundleError` where that is damaged.
+        """
         part = decoder_parts(bundle.config).get("experts")
         if part is None or "experts" not in bundle.manifest.get("quantisation", {}):
             return None
         extents = bundle.manifest["experts"].items()
         stored = sum(size for owner, (_, size) in extents if ".experts." in owner)
+        bundle.check_file("decoder.onnx")  # the bundle may have been opened unchecked
+        inline = stored_weights(bundle.path("decoder.onnx"), external=False)
+        stored += sum(array.nbytes for name, array in inline if ".experts." in name)
         experts = (bundle.manifest.get("paging") or {}).get("experts", {})
         held = sum(expert["bytes"] for expert in experts.values()) or stored
         return cls(8 * stored / part.weights, 8 * held / part.weights)
@@ -351,6 +364,27 @@ def work_seconds(work: Work, bits: Mapping[str, float], speed: Speed) -> float:
     return seconds + sum(max(part) if speed.overlaps else sum(part) for part in parts)
 
 
+def vision_seconds(config: ModelConfig, precision: Precision, number: int, speed: Speed) -> float:
+    """Seconds of the vision tower and the projector, from the speed of floats of `number` bytes."""
+    rate = 1.0 if config.vision.is_transformer else CONVOLUTION
+    if vision_in_8_bits(config, precision, number):
+        rate = VISION_INT8
+    return vision_operations(config) * speed.operation / rate
+
+
+def paging_cost(share: float) -> float:
+    """How many times as long all takes with a share of the experts resident.
+
+    Between what was measured, and below it, the logarithm follows that of the share.
+    """
+    shares = sorted(PAGING_COST, reverse=True)
+    share = min(max(share, 1e-3), 1.0)
+    pairs = list(itertools.pairwise(shares))
+    above, below = next((pair for pair in pairs if share >= pair[1]), pairs[-1])
+    slope = math.log(PAGING_COST[below] / PAGING_COST[above]) / math.log(below / above)
+    return float(PAGING_COST[above] * (share / above) ** slope)
+
+
 @dataclass(frozen=True)
 class Asked:
     """A model, the lengths of what it is asked and answers, and how its weights are stored."""
@@ -395,7 +429,8 @@ def held_ratio(kind: Kind, precision: Precision, asked: Asked) -> float:
     if kind != "cpu":
         return 1.0
     held = held_bits("experts", precision, asked.group, asked.deltas)
-    return held / bits_per_weight("experts", precision, asked.group, asked.deltas)
+    stored = bits_per_weight("experts", precision, asked.group, asked.deltas)
+    return held / stored if stored else 1.0
 
 
 def held_experts(asked: Asked, precision: Precision) -> int:

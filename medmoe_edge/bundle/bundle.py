@@ -182,9 +182,8 @@ class AnyBundle(Generic[C]):
             )
         config = cls._read_config(manifest["config"])
         bundle = cls(folder, manifest, config, hashlib.sha256(text).hexdigest())
-        if verify:
-            for name in manifest["files"]:
-                bundle._check_file(name)
+        for name in manifest["files"] if verify else ():
+            bundle.check_file(name)
         return bundle
 
     @classmethod
@@ -232,7 +231,8 @@ class AnyBundle(Generic[C]):
             raise BundleError(f"{self.folder} has no {name}.", "Export the model again.")
         return self.folder / name
 
-    def _check_file(self, name: str) -> None:
+    def check_file(self, name: str) -> None:
+        """Raise `BundleError` unless a file has the size and the hash that the manifest tells."""
         path, entry = self.folder / name, self.manifest["files"][name]
         try:
             intact = path.stat().st_size == entry["bytes"] and _hashes_to(path, entry["sha256"])

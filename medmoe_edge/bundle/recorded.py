@@ -74,9 +74,9 @@ def float_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         yield name, array.ravel()
 
 
-def stored_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Every initializer of floats or of 8-bit integers, in its shape; external ones mapped."""
-    yield from _initializers(graph, FLOATS | INTEGERS)
+def stored_weights(graph: Path, *, external: bool = True) -> Iterator[tuple[str, Array]]:
+    """Every initializer of floats or of 8-bit integers, in its shape; `external` ones mapped."""
+    yield from _initializers(graph, FLOATS | INTEGERS, external=external)
 
 
 def int8_products(graph: Path) -> Iterator[tuple[str, npt.NDArray[np.int8]]]:
@@ -392,7 +392,7 @@ def _paged_otherwise(bundle: AnyBundle[Any]) -> Iterator[str]:
             kind, at = np.dtype(place["type"]), start + place["offset"]
             size = math.prod(place["shape"]) * kind.itemsize
             parts[f"{owner}.{name}"] = data[at : at + size].view(kind).reshape(place["shape"])
-        inline = _initializers(bundle.path(expert["graph"]), FLOATS | INTEGERS, external=False)
+        inline = stored_weights(bundle.path(expert["graph"]), external=False)
         parts |= {f"{owner}.{name}": array for name, array in inline}
     for name, array in parts.items():
         if not np.array_equal(array, whole.get(name, ()), equal_nan=array.dtype.kind == "f"):

@@ -274,10 +274,10 @@ def plan(
     from medmoe_edge.device.estimate import plan as make
     from medmoe_edge.device.hardware import HERE
 
-    if measure and (device != HERE or precision):
+    if measure and (device != HERE or precision or experts):
         raise InputError(
-            "Measured is this machine, in the bundle's precision.",
-            "Give --device here, and no --precision.",
+            "Measured is this machine, with the bundle as it is stored.",
+            "Give --device here, and no --precision or --experts.",
         )
     if fit != (latency is not None) or (fit and (measure or precision)):
         raise InputError(

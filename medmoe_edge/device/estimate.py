@@ -9,7 +9,6 @@ A model that does not fit whole is forecast with the experts that fit, and then 
 costs. `fit` goes the other way: from a wished latency to the most exact form that meets it.
 """
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.trust import keys_are_trusted
-from medmoe_edge.calibration.quantisers import read_deltas
+from medmoe_edge.calibration.quantisers import DeltaForm, read_deltas
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
@@ -46,21 +45,16 @@ from medmoe_edge.runtimes.costs import (
     experts_bytes,
     held_ratio,
     memory_run,
+    paging_cost,
     prompt_tokens,
     step_seconds,
     switch_bytes,
-    vision_in_8_bits,
-    vision_operations,
+    vision_seconds,
 )
 
 if TYPE_CHECKING:
     from medmoe_edge.device.measure import Comparison
 
-CONVOLUTION = 0.5  # of matrix products' rate: depthwise layers are bound by memory
-VISION_INT8 = 1.5  # times the rate of fp32: a transformer with its matrices in 8 bits, measured
-# How much longer a question takes where a share of the experts is resident: the worse of the same
-# and another modality, measured at full size on a CPU (docs/benchmarks.md).
-PAGING_COST = {1.0: 1.0, 0.5: 1.24, 0.25: 2.8}
 EXPORT_BYTES = 300 * 10**6  # Python and PyTorch, beside the largest tensor in fp32
 CPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp32")
 GPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp16")
@@ -177,13 +171,19 @@ def plan(model: str, options: PlanOptions) -> Plan:
         A forecast for each precision.
 
     Raises:
-        InputError: The device is unknown, does not offer the precision, or the prompt is too long.
+        InputError: The device is unknown, does not offer the precision, or the prompt is too long;
+            or deltas are asked of a bundle, whose experts are stored already.
         ModelError: The model is unknown.
         MissingDependencyError: The extra is not installed.
     """
     found = find_device(options.device)
     name, config, deltas = model_config(model)
-    wanted = precisions(found, options.precision)
+    if options.experts is not None and _is_bundle(model):
+        raise InputError(
+            f"{model} is a bundle: how its experts are stored was decided when it was made.",
+            "Leave --experts out, or give the checkpoint.",
+        )
+    wanted = precisions(found, options)
     if found.ratings is not None:
         return make_plan(name, config, found, options, deltas=deltas)
     with needs("export"):
@@ -236,6 +236,11 @@ def model_config(model: str) -> tuple[str, ModelConfig, Deltas | None]:
     return model, PRESETS[model], None
 
 
+def _is_bundle(model: str) -> bool:
+    """Whether it is a bundle's folder; an embedded model is a checkpoint, too."""
+    return model not in EMBEDDED and (Path(model) / MANIFEST).exists()
+
+
 def make_plan(
     model: str,
     config: ModelConfig,
@@ -273,22 +278,32 @@ def make_plan(
         return Asked(config, prompt, options.new_tokens, options.group, own)
 
     forecasts = tuple(
-        forecast(work(each), device, each, speeds) for each in precisions(device, options.precision)
+        forecast(work(each), device, each, speeds) for each in precisions(device, options)
     )
     left_out = config.moe.left_out if config.moe else ()
     return Plan(model, device, prompt, options.new_tokens, forecasts, left_out)
 
 
-def precisions(device: Device, wanted: Precision | None = None) -> tuple[Precision, ...]:
-    """What a device offers, or of these the one that is wanted."""
+def precisions(device: Device, options: PlanOptions) -> tuple[Precision, ...]:
+    """What a device offers and an export takes beside the form of deltas, or the one wanted."""
     offered = CPU_PRECISIONS if device.kind == "cpu" else GPU_PRECISIONS
+    wanted, beside = options.precision, ""
+    if options.experts is not None:
+        form, beside = read_deltas(options.experts), f" with {options.experts}"
+        offered = tuple(each for each in offered if _takes(each, form, options.group))
     if wanted is None:
         return offered
     if wanted not in offered:
         raise InputError(
-            f"{device.name} is not planned in {wanted}.", f"Use one of: {', '.join(offered)}."
+            f"{device.name} is not planned in {wanted}{beside}.",
+            f"Use one of: {', '.join(offered)}.",
         )
     return (wanted,)
+
+
+def _takes(precision: Precision, form: DeltaForm, group: int) -> bool:
+    """Whether an export takes a form of deltas; `export.plan.check_deltas` refuses the rest."""
+    return precision != "mixed" and not (precision == "int4" and (form.rank or 0) % group)
 
 
 def nominal_speeds(device: Device) -> dict[Precision, Speed]:
@@ -356,27 +371,6 @@ def forecast(
         paging_cost=cost,
         switch_bytes=switch_bytes(asked, precision),
     )
-
-
-def paging_cost(share: float) -> float:
-    """How many times as long all takes with a share of the experts resident.
-
-    Between what was measured, and below it, the logarithm follows that of the share.
-    """
-    shares = sorted(PAGING_COST, reverse=True)
-    share = min(max(share, 1e-3), 1.0)
-    pairs = list(itertools.pairwise(shares))
-    above, below = next((pair for pair in pairs if share >= pair[1]), pairs[-1])
-    slope = math.log(PAGING_COST[below] / PAGING_COST[above]) / math.log(below / above)
-    return float(PAGING_COST[above] * (share / above) ** slope)
-
-
-def vision_seconds(config: ModelConfig, precision: Precision, number: int, speed: Speed) -> float:
-    """Seconds of the vision tower and the projector, from the speed of floats of `number` bytes."""
-    rate = 1.0 if config.vision.is_transformer else CONVOLUTION
-    if vision_in_8_bits(config, precision, number):
-        rate = VISION_INT8
-    return vision_operations(config) * speed.operation / rate
 
 
 def _build_memory(config: ModelConfig, device: Device, weights: int) -> int:
@@ -487,7 +481,7 @@ def fit(model: str, options: PlanOptions, latency: float) -> Fit:
         else _image_tokens(config, nearest, options, latency),
         experts=total,
         resident_experts=int(total * share),
-        commands=_commands(model, device, chosen) if chosen else (),
+        commands=_commands(model, device, chosen, options.experts) if chosen else (),
     )
 
 
@@ -495,9 +489,10 @@ def _forecasts(model: str, options: PlanOptions) -> list[Forecast]:
     """All forms, the most exact first; int4 in groups of 128 last."""
     made: Plan = plan(model, options)
     found = sorted(made.forecasts, key=lambda each: EXACT_FIRST.index(each.precision))
-    if any(each.precision == "int4" for each in found) and options.group < LARGE_GROUP:
-        larger = replace(options, precision="int4", group=LARGE_GROUP)
-        found += plan(model, larger).forecasts
+    larger = replace(options, precision=None, group=LARGE_GROUP)
+    offered = {each.precision for each in found} & {*precisions(made.device, larger)}
+    if "int4" in offered and options.group < LARGE_GROUP:
+        found += plan(model, replace(larger, precision="int4")).forecasts
     return found
 
 
@@ -522,15 +517,18 @@ def _image_tokens(
     return max(0, min(image, int(rest / each)))
 
 
-def _commands(model: str, device: Device, chosen: Forecast) -> tuple[str, ...]:
+def _commands(model: str, device: Device, chosen: Forecast, experts: str | None) -> tuple[str, ...]:
     """What makes and runs the chosen form."""
-    if model not in EMBEDDED and (Path(model) / MANIFEST).exists():
+    if _is_bundle(model):
         return (f'medmoe-edge ask scan.png "Is there effusion?" --model {model}',)
     source = "CHECKPOINT" if model in PRESETS and model not in EMBEDDED else model
     form = {"mixed": "--mixed 6", "fp16": "--fp32"}.get(chosen.precision, f"--{chosen.precision}")
     if chosen.precision == "int4" and chosen.group != 32:
         form += f" --group-size {chosen.group}"
-    if chosen.precision in ("int8", "int4", "mixed"):
+    if experts is not None:
+        form += f" --experts {experts}"
+    searched = experts is not None and read_deltas(experts).budget is not None
+    if searched or chosen.precision in ("int8", "int4", "mixed"):
         form += " --calibrate DATA"
     export = f"medmoe-edge export {source} {form} -o portable"
     asked = 'medmoe-edge ask scan.png "Is there effusion?" --model '

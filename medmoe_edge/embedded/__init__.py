@@ -1,5 +1,7 @@
 """The models that ship inside the package, by name."""
 
+import functools
+import logging
 import site
 import sysconfig
 from pathlib import Path
@@ -8,6 +10,8 @@ from medmoe_edge.errors import ModelError, did_you_mean
 
 FOLDER = Path(__file__).parent
 EMBEDDED = ("nano", "modality-nano")
+
+logger = logging.getLogger(__name__)
 
 
 def bundle_path(model: str) -> Path:
@@ -35,8 +39,15 @@ def _site_packages() -> list[str]:
     return [paths["purelib"], paths["platlib"], *site.getsitepackages(), site.getusersitepackages()]
 
 
+@functools.cache  # once a place: one command resolves a name more than once
+def _note_namesake(model: str, _place: Path) -> None:
+    logger.warning("%s is the embedded model; ./%s is the folder here.", model, model)
+
+
 def _resolve(model: str, kind: str) -> Path:
     if model in EMBEDDED:
+        if Path(model).is_dir():
+            _note_namesake(model, Path.cwd())
         folder = FOLDER / f"{model}-{kind}"
         if not folder.is_dir():
             raise ModelError(

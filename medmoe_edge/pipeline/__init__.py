@@ -24,7 +24,8 @@ class ExportOptions:
         method: How weights are rounded; "auto" takes the best that the statistics allow.
         budget_bits: The mean bits per weight; with "mixed" alone.
         group: Weights that share a scale; with int4 and mixed alone.
-        experts: How routed experts are stored, see `export.plan.read_deltas`; None: whole.
+        experts: How routed experts are stored, see
+            `calibration.quantisers.read_deltas`; None: whole.
         calibrate_on: A folder of images, a file of questions, a dataset folder, or "builtin", to
             calibrate and to verify on; None: the bundle is not yet verified.
         samples: Questions to calibrate on, evenly over the modalities.

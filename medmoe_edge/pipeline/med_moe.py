@@ -249,7 +249,7 @@ def _export_verified(
             data,
             work / "statistics",
             samples=options.samples,
-            hessians=options.precision != "fp32",
+            hessians=options.precision != "fp32" or options.experts is not None,
             strict=options.strict,
             pictures=pictures,
             progress=progress,

@@ -151,6 +151,17 @@ def test_what_cannot_be_exported(
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "scan.png"}
 
 
+@pytest.mark.parametrize("line", ["export nano", "inspect nano", "plan nano --device cpu"])
+def test_a_folder_named_as_an_embedded_model_is_not_taken_silently(
+    run: Run, exporter: Exporter, tmp_path: Path, line: str
+) -> None:
+    (tmp_path / "nano").mkdir()
+    result = run(*line.split())
+    assert result.exit_code == 0
+    assert result.stderr == "nano is the embedded model; ./nano is the folder here.\n"
+    assert all(asked[0] == checkpoint_path("nano") for asked in exporter.asked)
+
+
 @pytest.mark.parametrize("verb", ["export", "inspect"])
 @pytest.mark.usefixtures("exporter")
 def test_a_wrong_model_name_lists_the_right_ones(run: Run, verb: str) -> None:

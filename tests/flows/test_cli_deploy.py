@@ -106,6 +106,7 @@ def test_what_does_not_fit_is_an_error(run: Run) -> None:
         (["nano", "--device", "cpu", "--new-tokens", "9999"], "A prompt of 112 tokens", 2),
         (["nano", "--device", "none.toml"], "none.toml cannot be read.", 2),
         (["nano", "--device", "here", "--measure", "--precision", "int8"], "Measured is", 2),
+        (["nano", "--device", "here", "--measure", "--experts", "delta"], "Measured is", 2),
     ],
 )
 def test_what_cannot_be_planned(run: Run, line: list[str], what: str, code: int) -> None:

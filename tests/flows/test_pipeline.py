@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import raising
+from graphs import changed
 from PIL import Image
 
 from medmoe_edge import (
@@ -39,6 +40,7 @@ from medmoe_edge.errors import (
     ResourceError,
     VerificationError,
 )
+from medmoe_edge.export.decoder import meta_name
 from medmoe_edge.export.plan import Precision
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.pipeline import med_moe
@@ -124,6 +126,25 @@ def test_an_export_opens_and_hashes_the_checkpoint_once(
     options = ExportOptions("fp32", calibrate_on=questions, samples=4)
     export_model(tiny_checkpoint(), tmp_path / "out", options)
     assert sorted(calls) == ["files_sha256", "read_headers"]
+
+
+def test_deltas_of_an_fp32_export_are_rounded_by_what_calibration_saw(
+    tiny_checkpoint: Make, questions: str, tmp_path: Path
+) -> None:
+    before = tiny_checkpoint()
+    tensors = dict(read_checkpoint(before))
+
+    def near(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if ".experts." not in name:
+            return tensor
+        return tensors[meta_name(name)] + 3e-3 * tensor
+
+    source = changed(before, tmp_path / "near", near)
+    options = ExportOptions("fp32", experts="delta:bits=2", calibrate_on=questions, samples=4)
+    made = export_model(source, tmp_path / "out", options)
+    matrices = Bundle.open(made.bundle).manifest["quantisation"]["matrices"]
+    methods = {matrix["method"] for matrix in matrices if ".delta" in matrix["name"]}
+    assert "gptq" in methods  # where an expert saw enough tokens
 
 
 def test_a_cut_export_is_calibrated_and_proven_on_its_own_modalities(

@@ -36,6 +36,8 @@ from medmoe_edge.calibration.quantisers import (
 )
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
+from medmoe_edge.device.estimate import PlanOptions, plan
+from medmoe_edge.engine.loading import choose_memory
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.evaluation.mutations import Mutation, mutated_weights, mutations_of
 from medmoe_edge.export import build, builder
@@ -303,10 +305,13 @@ def test_a_switch_moves_a_third_of_the_bytes_and_plans_know(bundles: Callable[..
         assert (deltas is None) == (experts is None)
         if deltas is not None:
             asked = Asked(bundle.config, 100, deltas=deltas)
-            assert experts_bytes(asked, "int8") == sum(store.stored.values())
+            inline = stored_weights(bundle.path("decoder.onnx"), external=False)
+            scales = sum(array.nbytes for name, array in inline if ".experts." in name)
+            assert scales > 0  # so few here that they lie in the graph
+            assert experts_bytes(asked, "int8") == sum(store.stored.values()) + scales
             held = sum(size - SESSION for size in store.sizes.values())
             assert held_experts(asked, "int8") == pytest.approx(held, abs=1)
-            assert deltas.stored < 2.6  # some scales are so few here that they lie in the graph
+            assert deltas.stored == 2.5
             assert deltas.held == 5
         pager = ExpertPager(sum(store.sizes.values()) + store.scratch).open(store, 1)
         for expert in store.sizes:
@@ -314,6 +319,21 @@ def test_a_switch_moves_a_third_of_the_bytes_and_plans_know(bundles: Callable[..
                 pass
         read.append(pager.counts.bytes_read)
     assert read[1] <= read[0] / 3
+
+
+def test_deltas_that_lie_in_the_graph_are_counted(bundles: Callable[..., Path]) -> None:
+    bundle = Bundle.open(bundles("fp32", "delta:rank=2"), verify=False)
+    assert not any(".experts." in owner for owner in bundle.manifest["experts"])
+    deltas = Deltas.of_bundle(bundle)
+    assert deltas is not None
+    form = Deltas.of(read_deltas("delta:rank=2"), bundle.config, "fp32", 32)
+    assert deltas.stored == deltas.held == pytest.approx(form.stored)
+    assert choose_memory(bundle, 10**10).budget is None
+    assert plan(str(bundle.folder), PlanOptions("cpu", "fp32")).forecasts[0].experts > 0
+    graph = bundle.path("decoder.onnx")
+    graph.write_bytes(graph.read_bytes()[:1000])
+    with pytest.raises(BundleError, match="was changed or is incomplete"):
+        Deltas.of_bundle(bundle)
 
 
 def test_fewer_bits_take_fewer_bytes(bundles: Callable[..., Path]) -> None:

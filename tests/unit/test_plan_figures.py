@@ -17,14 +17,14 @@ import pytest
 
 from medmoe_edge.device.estimate import (
     PlanOptions,
+    _forecasts,
     fit,
     make_plan,
     nominal_speeds,
-    paging_cost,
     plan,
 )
 from medmoe_edge.device.hardware import DEVICES, REACHED, Device, find_device
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.costs import (
     Asked,
@@ -32,6 +32,7 @@ from medmoe_edge.runtimes.costs import (
     Work,
     held_ratio,
     memory_run,
+    paging_cost,
     work_seconds,
 )
 
@@ -335,3 +336,32 @@ def test_fit_takes_the_most_exact_form_that_meets_the_latency() -> None:
     assert "does not answer within 4 s on cpu: int8 takes" in error.what
     assert 0 < late.image_tokens < 576
     assert f"an image of at most {late.image_tokens} tokens" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("form", "device", "precision", "options"),
+    [
+        ("delta:bits=2", "cpu-avx2", None, "--fp32 --experts delta:bits=2"),
+        ("delta:auto=3", "cpu-avx2", None, "--fp32 --experts delta:auto=3 --calibrate DATA"),
+        ("delta:rank=2", "cpu", "int8", "--int8 --experts delta:rank=2 --calibrate DATA"),
+    ],
+)
+def test_fit_makes_the_deltas_that_it_forecast(
+    form: str, device: str, precision: Precision | None, options: str
+) -> None:
+    found = fit("nano", PlanOptions(device, precision, experts=form), 1e6)
+    assert found.commands[0] == f"medmoe-edge export nano {options} -o portable"
+
+
+def test_precisions_that_deltas_do_not_go_with_are_not_planned() -> None:
+    for rank, groups, precisions in (
+        (128, (32, 128), {"fp32", "int8", "int4"}),
+        (32, (32,), {"fp32", "int8", "int4"}),
+        (5, (), {"fp32", "int8"}),
+    ):
+        options = PlanOptions("cpu", experts=f"delta:rank={rank}")
+        assert {each.precision for each in plan(STABLELM, options).forecasts} == precisions
+        tried = [each for each in _forecasts(STABLELM, options) if each.precision == "int4"]
+        assert tuple(each.group for each in tried) == groups
+    with pytest.raises(InputError, match="not planned in mixed with delta"):
+        plan(STABLELM, PlanOptions("cpu", "mixed", experts="delta"))

@@ -25,7 +25,6 @@ from medmoe_edge.device.estimate import (
     plan,
     plan_and_measure,
     precisions,
-    vision_seconds,
 )
 from medmoe_edge.device.hardware import DEVICES, Device, Ratings, find_device
 from medmoe_edge.device.measure import (
@@ -45,6 +44,7 @@ from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.costs import (
     CONVOLUTIONS,
     Asked,
+    Deltas,
     Precision,
     Speed,
     bits_per_weight,
@@ -55,6 +55,7 @@ from medmoe_edge.runtimes.costs import (
     step_work,
     vision_bytes,
     vision_operations,
+    vision_seconds,
     vision_weights,
 )
 
@@ -279,6 +280,8 @@ def test_deltas_take_less_memory_and_move_less(form: str, bits: float, held: flo
 
 
 def test_deltas_are_planned_of_what_has_some_and_on_what_runs_them() -> None:
+    nothing = Asked(NANO, 100, deltas=Deltas(0, 0))
+    assert held_ratio("cpu", "int8", nothing) == 1
     dense = dataclasses.replace(NANO, moe=None)
     cpu = dataclasses.replace(FLAT, kind="cpu")
     for config, device in ((dense, cpu), (STABLELM, FLAT)):
@@ -302,10 +305,10 @@ def test_a_model_too_large_says_by_how_much_and_what_would_do() -> None:
 
 
 def test_precisions_of_a_device() -> None:
-    assert precisions(DEVICES["cpu"]) == ("int8", "int4", "mixed", "fp32")
-    assert precisions(DEVICES["thor"], "fp16") == ("fp16",)
+    assert precisions(DEVICES["cpu"], PlanOptions("cpu")) == ("int8", "int4", "mixed", "fp32")
+    assert precisions(DEVICES["thor"], PlanOptions("thor", "fp16")) == ("fp16",)
     with pytest.raises(InputError, match="cpu is not planned in fp16"):
-        precisions(DEVICES["cpu"], "fp16")
+        precisions(DEVICES["cpu"], PlanOptions("cpu", "fp16"))
     assert set(nominal_speeds(DEVICES["cpu"])) >= {"fp32", "int8"}
     for name in ("fp32", "fp16", "int8", "int4", "mixed"):
         assert 4 < bits_per_weight("experts", name) <= 32
@@ -367,6 +370,8 @@ def test_models_by_name(tiny_checkpoint: Make, tiny_bundle: Make) -> None:
         made = plan(str(folder), PlanOptions("cpu", "int8"))
         assert [each.precision for each in made.forecasts] == ["int8"]
         assert made.to_json()["forecasts"][0]["fits"] is True
+    with pytest.raises(InputError, match="is a bundle: how its experts are stored"):
+        plan(str(tiny_bundle("int8")), PlanOptions("cpu", experts="delta:bits=2"))
     with pytest.raises(ModelError, match=r"med-moe-stablelm-1\.6b"):
         plan("none", PlanOptions("cpu"))
     with pytest.raises(InputError, match="is no bundle"):
