@@ -88,6 +88,14 @@ def no_word_of_patients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     assert list(patients.leaks(tmp_path_factory.getbasetemp(), log)) == []
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_frozen_for_ever() -> Iterator[None]:
+    """What `no_socket_for_later` has frozen is looked through once more, after all tests."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def no_socket_for_later(request: pytest.FixtureRequest) -> Iterator[None]:
     """What pynetdicom leaves open where a peer hung up is collected here, where that is known."""

@@ -218,11 +218,12 @@ def test_what_is_not_taken_of_an_offer_is_in_the_log(
     assert "Offered in no readable encoding: Computed Radiography Image Storage." in caplog.text
 
 
+@pytest.mark.timeout(30)
 def test_who_says_nothing_keeps_no_node_from_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("medmoe_edge.bedside.listen.node.PATIENCE", 300.0)
-    with Node(configuration(tmp_path / "node"), StandIn()) as node:
+    with Node(configuration(tmp_path / "node", timeout=600.0), StandIn()) as node:
         silent = socket.create_connection(("127.0.0.1", node.port))
         assert send(node.port, study()) == [0]  # so that it has been taken by then
     with silent:

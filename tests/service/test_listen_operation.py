@@ -39,7 +39,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydicom import Dataset, dcmread
 from pydicom.uid import UltrasoundMultiFrameImageStorage
 
-from medmoe_edge.bedside.audit.log import AuditLog, verify_log
+from medmoe_edge.bedside.audit.log import AuditLog, head_file, verify_log
 from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.desk import DAY, Desk, Tidying, restore
 from medmoe_edge.bedside.listen.node import Node
@@ -237,14 +237,13 @@ def test_a_backup_does_not_hold_up_a_node_that_receives(
 
     def copy(path: Path, target: Path) -> None:
         """While the first file is linked, another comes and one is answered."""
-        content = path.read_bytes()  # it may be the one that is answered
-        if not copied:
+        copied.append(path.stem)
+        if len(copied) == 1:
             folder.keep(folder.image(key_of("c")), b"image")
             queue.add(key_of("c"), "0" * 64, "peer", ["What is shown?"])
             queue.close_series(queue.job(key_of("a")), "answered")  # a lock would be an error
             folder.image(key_of("a")).unlink()
-        target.write_bytes(content)
-        copied.append(path.stem)
+        target.write_bytes(path.read_bytes())  # or an error, where it is the one that was answered
 
     monkeypatch.setattr("medmoe_edge.bedside.listen.desk.os.link", copy)
     Desk(folder.root).back_up(config.audit_log, tmp_path / "node.tar")
@@ -333,17 +332,66 @@ def test_a_disk_that_refuses_the_entry_has_nothing_restored(
     with monkeypatch.context() as patched:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         patched.setattr("medmoe_edge.bedside.audit.log.os.fsync", Mock(side_effect=full))
+        unlink, removed = Path.unlink, list[Path]()
+
+        def remove(path: Path, missing_ok: bool = False) -> None:
+            removed.append(path)
+            unlink(path, missing_ok)
+
+        patched.setattr(Path, "unlink", remove)
         with pytest.raises(ResourceError, match=r"No space left.*Nothing was restored"):
             restore(tmp_path / "node.tar", place, other.audit_log)
+        ours = [path for path in removed if path in (place.queue, place.image(key_of("a")))]
+        assert ours == [place.queue, place.image(key_of("a"))]  # a queue never lacks its images
     assert files() == before
     with monkeypatch.context() as patched:
         patched.setattr("medmoe_edge.bedside.listen.desk.shutil.move", Mock(side_effect=full))
         with pytest.raises(ResourceError, match=r"No space left.*nothing was"):
             restore(tmp_path / "node.tar", place, other.audit_log)
     assert files() == before
+    move = shutil.move
+
+    def move_all_but_the_queue(path: Path, target: Path) -> None:
+        if target == place.queue:
+            raise full
+        move(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("medmoe_edge.bedside.listen.desk.shutil.move", move_all_but_the_queue)
+        with pytest.raises(ResourceError, match=r"No space left.*nothing was"):
+            restore(tmp_path / "node.tar", place, other.audit_log)
+    assert files() == before
+    if not stays:
+        AuditLog(other.audit_log).append(answer="b", input_sha256="", **entry)
+        assert verify_log(other.audit_log).intact  # no head was kept of what was removed
+        other.audit_log.unlink()
+        head_file(other.audit_log).unlink()
     assert restore(tmp_path / "node.tar", place, other.audit_log) == 3
     report = verify_log(other.audit_log)
     assert (report.intact, report.entries) == (True, 2)
+
+
+def test_a_queue_that_appears_during_a_restore_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, other = configuration(tmp_path / "node"), configuration(tmp_path / "other")
+    folder, place = Folder(config.folder), Folder(other.folder)
+    Queue(folder.queue).close()
+    folder.keep(folder.image(key_of("a")), b"image")
+    Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
+    move = shutil.move
+
+    def move_while_a_node_starts(path: Path, target: Path) -> None:
+        place.queue.write_bytes(b"a node's")
+        move(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("medmoe_edge.bedside.listen.desk.shutil.move", move_while_a_node_starts)
+        with pytest.raises(InputError, match=r"holds a queue already.*Nothing was restored"):
+            restore(tmp_path / "node.tar", place, other.audit_log)
+    assert place.queue.read_bytes() == b"a node's"
+    assert not list(place.images.iterdir())
+    assert not other.audit_log.exists()
 
 
 def test_the_commands_back_up_and_restore(tmp_path: Path, run: Run) -> None:

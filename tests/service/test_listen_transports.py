@@ -34,6 +34,7 @@ from pydicom import config as pydicom_config
 
 from medmoe_edge.bedside.listen.config import Configuration, Tls, load_configuration
 from medmoe_edge.bedside.listen.desk import Desk
+from medmoe_edge.bedside.listen.fetching import Retrieved
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.receiving import multipart
 from medmoe_edge.bedside.listen.sending import commitment_handlers
@@ -349,6 +350,65 @@ def test_a_study_is_fetched_once_there_is_room(
         node.receiving.configuration = beside(orthanc, tmp_path)
         wait_for(lambda: node.desk.fetched(number) == ("fetched", ""), 60)
         assert node.desk.status(full)["objects"] == 2
+
+
+class GivingUp:
+    """An association with one that has ten objects, sends two and gives up at the second."""
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.dimse_timeout = node, 0.0
+
+    def send_c_find(self, query: Dataset, *_: Any) -> Iterator[tuple[Dataset, Dataset | None]]:
+        found, going, done = study(), Dataset(), Dataset()
+        going.Status, done.Status = 0xFF00, 0x0000
+        yield going, found
+        yield done, None
+
+    def send_c_move(self, *_: Any) -> Iterator[tuple[Dataset, None]]:
+        self.node.receiving.moved(0x0000, "")
+        self.node.receiving.moved(0xC000, "It shows text.")
+        last = Dataset()
+        last.Status = 0xA702
+        last.NumberOfCompletedSuboperations = last.NumberOfFailedSuboperations = 1
+        yield last, None
+
+    def release(self) -> None:
+        """There is nobody."""
+
+
+def test_a_source_that_gives_up_after_some_may_have_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [SOURCES["move"] | {"port": free_port()}]
+    with Node(configuration(tmp_path / "node", sources=sources), StandIn()) as node:
+        source = GivingUp(node)
+        monkeypatch.setattr(
+            "medmoe_edge.bedside.listen.fetching.associated", lambda *_, **__: source
+        )
+        number = node.desk.request(STUDY, 0, "")
+        wait_for(lambda: node.desk.fetched(number)[0] != "waiting")
+        assert node.desk.fetched(number) == (
+            "failed",
+            "1 of 2 objects were not kept (It shows text); "
+            "the source then gave up, and may have more",
+        )
+
+
+def test_what_two_associations_bring_at_once_is_all_counted() -> None:
+    got = Retrieved()
+    other = threading.Thread(target=got.add, args=[0xC000, "no"])
+
+    class Slow(str):
+        """While it is read, another association has its object counted, if it can."""
+
+        def rstrip(self, *_: Any) -> str:
+            other.start()
+            other.join(0.2)
+            return "no"
+
+    got.add(0xC000, Slow("no"))
+    other.join()
+    assert (got.objects, got.refused) == (2, 2)
 
 
 def test_a_source_that_is_not_there_is_asked_again(

@@ -395,17 +395,41 @@ def test_the_log_tells_nothing_that_was_sent(
     client: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    client.post("/v1/ask?patient=Smith", data={"question": "Is Smith ill?"}, files=upload())
+    question = {"question": "Is Smith ill?"}
+    assert client.post("/v1/ask", data=question, files=upload()).status_code == 200
+    refused = client.post("/v1/ask?patient=Smith", data=question, files=upload())
+    assert error_of(refused, 400)["code"] == "unsupported_parameter"
     client.get("/Smith?id=1", headers={"user-agent": "Smith"})
     client.request("SMITH", "/healthz")
     lines = [
         record for record in caplog.records if record.name == "medmoe_edge.bedside.serve.guard"
     ]
     told = [line.getMessage().rpartition(" ms")[0].rpartition(" ")[0] for line in lines]
-    assert told == ["POST /v1/ask 200", "GET (unknown) 404", "(other) /healthz 405"]
+    assert told == [
+        "POST /v1/ask 200",
+        "POST /v1/ask 400",
+        "GET (unknown) 404",
+        "(other) /healthz 405",
+    ]
     ours = [record for record in caplog.records if not record.name.startswith("httpx")]
     assert not any("smith" in record.getMessage().lower() for record in ours)
     assert "smith" not in client.get("/metrics").text.lower()
+
+
+def test_what_is_refused_before_it_is_routed_is_counted_under_its_route(engine: StandIn) -> None:
+    asked = {
+        "/v1/ask": "/v1/ask",
+        "/v1/models/x": "/v1/models/{name}",
+        "/api/chat": "/api/chat",
+        "/v1/x": "(unknown)",
+    }
+    token = "s" * 16
+    with client_of(app_over(engine, token=token)) as client:
+        for path in asked:
+            error_of(client.post(path), 401)
+        text = client.get("/metrics", headers={"Authorization": f"Bearer {token}"}).text
+    for route in asked.values():
+        assert f'medmoe_requests_total{{route="{route}",status="401"}} 1.0' in text
 
 
 def test_metrics_count_requests_and_answers(client: TestClient) -> None:

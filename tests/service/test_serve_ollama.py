@@ -67,15 +67,20 @@ def test_an_unsure_answer_is_called_so(stream: bool) -> None:
 
 
 def test_options_have_their_effect_or_are_said_to_have_none(client: TestClient) -> None:
-    options = {"num_predict": 2, "temperature": 0.8, "repeat_penalty": 1.1}
+    options = {"num_predict": 2, "temperature": 0.8, "seed": 1}
     found = ask(client, stream=False, options=options).json()
     assert (found["message"]["content"], found["done_reason"]) == ("No effusion", "length")
     (notice,) = found["medmoe"]["warnings"]
     assert notice["code"] == "options_not_applied"
-    assert notice["message"].startswith("repeat_penalty, temperature:")
-    found = ask(client, stream=False, think=True, options={"num_predict": -1, "X": 1}).json()
-    (notice,) = found["medmoe"]["warnings"]
-    assert notice["message"].startswith("think, others:")
+    likeliest = "not applied, as the model always takes the most likely token."
+    assert notice["message"] == f"seed, temperature: {likeliest}"
+    options = {"num_predict": -1, "X": 1, "top_k": 4, "num_ctx": 9, "repeat_penalty": 1.1}
+    found = ask(client, stream=False, think=True, options=options).json()
+    assert [notice["message"] for notice in found["medmoe"]["warnings"]] == [
+        f"top_k: {likeliest}",
+        "think: not applied, as the model does not think aloud.",
+        "num_ctx, repeat_penalty, others: not applied.",
+    ]
     turn = TURN | {"thinking": "hm"}
     (notice,) = ask(client, stream=False, messages=[turn]).json()["medmoe"]["warnings"]
     assert notice["code"] == "message_fields_not_used"

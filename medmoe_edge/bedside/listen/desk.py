@@ -300,13 +300,16 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
         DataError: The audit log that is there was changed.
         ResourceError: The disk does not take the files, or the entry.
 
-    Whatever is raised, nothing is restored: the folder is as it was.
+    Whatever of these is raised, nothing is restored: the folder is as it was. The queue is the last
+    of the files, and the entry comes after it: it is never about what was not restored. Only a
+    process that is killed between the two leaves a queue without it.
     """
+    has_queue = InputError(
+        "The node's folder holds a queue already.",
+        "Restore into another folder, or move this one away.",
+    )
     if folder.queue.exists():
-        raise InputError(
-            "The node's folder holds a queue already.",
-            "Restore into another folder, or move this one away.",
-        )
+        raise has_queue
     try:
         with (
             tempfile.TemporaryDirectory(dir=folder.root, prefix=".restore.") as place,
@@ -327,8 +330,10 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
                     target = audit if path == Path(AUDIT) else folder.root / path
                     if _move(staging / path, target):
                         added.append(target)
+                if not _move(staging / QUEUE, folder.queue):  # a node has begun one meanwhile
+                    raise has_queue
+                added.append(folder.queue)
                 AuditLog(audit).record_restore(file_sha256(backup), is_restored=not had_log)
-                _move(staging / QUEUE, folder.queue)  # the last: then it is whole
     except MedMoEError as error:
         raise type(error)(f"{error.what} Nothing was restored.", error.remedy) from error
     except (OSError, tarfile.TarError, sqlite3.Error) as error:
@@ -346,12 +351,12 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
 
 @contextlib.contextmanager
 def _undone_on_failure() -> Iterator[list[Path]]:
-    """Takes the files that are added inside, which an error removes again."""
+    """Takes the files that are added inside, which an error removes again, the last first."""
     added: list[Path] = []
     try:
         yield added
     except BaseException:
-        for path in added:
+        for path in reversed(added):
             path.unlink(missing_ok=True)
         raise
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
@@ -154,14 +155,16 @@ class Retrieved:
     why: str = ""
     full: str = ""
     gave_up: bool = False
+    _adding: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
 
     def add(self, status: int, why: str) -> None:
-        """Count an object by what `Receiving.judged` says of it."""
-        self.objects += 1
-        if status != SUCCESS:
-            self.refused, self.why = self.refused + 1, why.rstrip(".")
-        if status == OUT_OF_RESOURCES and why != TOO_LARGE:
-            self.full = self.why
+        """Count an object by what `Receiving.judged` says of it; from any thread."""
+        with self._adding:
+            self.objects += 1
+            if status != SUCCESS:
+                self.refused, self.why = self.refused + 1, why.rstrip(".")
+            if status == OUT_OF_RESOURCES and why != TOO_LARGE:
+                self.full = self.why
 
     def check(self) -> None:
         """Raise `ResourceError` if there was no room: the study may be kept another time."""
@@ -225,8 +228,7 @@ class DicomFinder:
                 if moves
                 else association.send_c_get(wanted, GET)
             )
-            for status, _ in answers:
-                last = status
+            *_, (last, _) = answers
         except (ValueError, RuntimeError) as error:
             raise ResourceError("it gives out no studies", "See its log.") from error
         finally:
@@ -249,7 +251,8 @@ class DicomFinder:
         if not objects and "NumberOfCompletedSuboperations" in last:
             raise InputError("the source gave nothing of the study", "See its log.")
         why = (got.why or "see the log") if refused else ""
-        return Retrieved(objects, refused, why, gave_up=not _is_well(last) and not failed)
+        tried_all = failed and not done + warned  # and all of it was refused (0xA702)
+        return Retrieved(objects, refused, why, gave_up=not _is_well(last) and not tried_all)
 
     def _check_last(self, last: Dataset) -> None:
         """Raise `ResourceError` for an answer of failure; no room here is the reason before all.
@@ -282,9 +285,8 @@ class DicomFinder:
         )
 
     def _store(self, event: Event) -> int:
-        data = event.encoded_dataset()
-        peer = self.source.ae_title
-        status, why = self.receiving.judged(lambda: self.receiving.receive(data, peer))
+        receive = partial(self.receiving.receive, event.encoded_dataset(), self.source.ae_title)
+        status, why = self.receiving.judged(receive)
         self._got.add(status, why)
         return status
 

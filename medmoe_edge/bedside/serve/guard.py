@@ -16,8 +16,10 @@ from collections.abc import Collection
 from typing import Self
 from urllib.parse import urlsplit
 
+from fastapi.routing import iter_route_contexts
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
@@ -315,8 +317,13 @@ def _name(host: str) -> str:
 
 
 def _route(scope: Scope) -> str:
-    """The template of the route that was taken; of a file of the page its folder."""
-    return str(getattr(scope.get("route"), "path", scope.get("root_path") or "(unknown)"))
+    """The template of the route that the path leads to; of a file of the page its folder."""
+    path = getattr(scope.get("route"), "path", scope.get("root_path"))
+    if not path:  # it was refused before it was routed
+        routes = iter_route_contexts(scope["app"].routes)
+        found = (each.path for each in routes if each.matches(scope)[0] is not Match.NONE)
+        path = next(found, "(unknown)")
+    return str(path)
 
 
 def _where(error: Exception) -> str:

@@ -36,6 +36,10 @@ NANO = 10**9  # Ollama's times are in nanoseconds
 LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
 HONOURED = {"num_predict", "stop"}
 WITHOUT_EFFECT = {"keep_alive", "think"}  # the model stays loaded, and does not think aloud
+CHANCE = {
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "tfs_z", "seed"),
+    *("mirostat", "mirostat_eta", "mirostat_tau"),
+}
 REFUSED = {"logprobs", "top_logprobs", "n"}  # of OpenAI's, which have no place in Ollama's shapes
 
 
@@ -100,11 +104,19 @@ class OllamaChat(BaseModel):
         """What has not been applied."""
         asked = {**(self.options or {}), "think": (self.model_extra or {}).get("think") or None}
         given = {name for name, value in asked.items() if value is not None} - HONOURED
-        if not given:
-            return []
-        names = ", ".join(shown_names(given))
-        text = f"{names}: not applied, as the model always takes the most likely token."
-        return [{"code": "options_not_applied", "message": text}]
+        reasons = (
+            (given & CHANCE, ", as the model always takes the most likely token"),
+            (given & {"think"}, ", as the model does not think aloud"),
+            (given - CHANCE - {"think"}, ""),
+        )
+        return [
+            {
+                "code": "options_not_applied",
+                "message": f"{', '.join(shown_names(names))}: not applied{why}.",
+            }
+            for names, why in reasons
+            if names
+        ]
 
 
 def _turn(message: OllamaMessage) -> dict[str, Any]:
