@@ -7,7 +7,6 @@ opset 21). Lowerings for a target replace the pairs `DequantizeLinear -> MatMul`
 runs fast.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from medmoe_edge._types import Floats
-from medmoe_edge.bundle.recorded import FLOAT, LEAST, Marks, SignatureMaker, is_routed
+from medmoe_edge.bundle.recorded import FLOAT, Marks, SignatureMaker, is_routed
 from medmoe_edge.calibration.quantisers import Format, Quantised
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import initializer, tensor_of
@@ -200,7 +199,8 @@ def _mark_floats(model: ir.Model, signature: SignatureMaker) -> None:
 def _read_marked(source: ir.TensorProtocol, name: str, signature: SignatureMaker) -> Array:
     values: Array = source.numpy()
     rows = np.ascontiguousarray(values.T)  # [N, K]
-    signature.keep(name, FLOAT, rows.shape[1], Marks.of(rows, 1))
+    marks = Marks.of(rows, 1)
+    signature.keep(name, FLOAT, rows.shape[1], marks, marks)
     return values
 
 
@@ -233,16 +233,16 @@ class _Weight:
         )
 
     def _integers(self) -> ir.TensorProtocol:
-        parts, marks, moved = [], [], 0.0
+        parts, marks, stored = [], [], []
         for rows in self._rows():
             parts.append(self._quantised(rows))
             if self.signature is not None:
-                marks.append(Marks.of(rows, parts[-1].scale.shape[1]))
-                moved += float(np.square(parts[-1].dequantise() - rows).sum(dtype=np.float64))
+                groups = parts[-1].scale.shape[1]
+                marks.append(Marks.of(rows, groups))
+                stored.append(Marks.of(parts[-1].dequantise(), groups))
         if self.signature is not None:
-            whole = Marks.joined(marks)
-            share = math.sqrt(moved / max(float(whole.squares.sum(dtype=np.float64)), LEAST))
-            self.signature.keep(self.name, self.format.bits, self.shape[0], whole, share)
+            both = Marks.joined(marks), Marks.joined(stored)
+            self.signature.keep(self.name, self.format.bits, self.shape[0], *both)
         self.scale = self._stored(np.concatenate([part.scale for part in parts]))
         integers = np.concatenate([part.integers for part in parts])  # [N, K]
         _, kind = INTEGERS[self.format.bits]

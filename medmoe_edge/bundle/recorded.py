@@ -44,10 +44,7 @@ INTEGERS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint8), 3: np.dtype(np.int8
 
 
 def sweep_weights(bundle: Bundle) -> list[str]:
-    """Names of the float weights that are not finite, and of the scales (`*.scale`) that hold a 0.
-
-    The bundle's hashes must have been checked.
-    """
+    """Names of weights of a checked bundle that are not finite, and of scales that hold a 0."""
     table = np.load(bundle.path("embedding.npy"), mmap_mode="r", allow_pickle=False)
     graphs = (float_weights(bundle.path(f"{name}.onnx")) for name in ("vision", "decoder"))
     weights = itertools.chain([("embedding", table)], *graphs)
@@ -55,10 +52,7 @@ def sweep_weights(bundle: Bundle) -> list[str]:
 
 
 def check_scales(bundle: Bundle) -> None:
-    """Raise `BundleError` for scales that are not finite or 0: answers would be garbage, silently.
-
-    Cheap enough for every load: there is one scale for many weights.
-    """
+    """Raise `BundleError` for scales that are not finite or 0; cheap enough for every load."""
     graphs = (float_weights(bundle.path(f"{name}.onnx")) for name in ("vision", "decoder"))
     for name, array in itertools.chain(*graphs):
         if name.endswith(".scale") and not _sound(name, array):
@@ -70,8 +64,7 @@ def check_scales(bundle: Bundle) -> None:
 
 def float_weights(graph: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Name and values, flat, of every float initializer of an ONNX file; external ones mapped."""
-    for name, array in _initializers(graph, FLOATS):
-        yield name, array.ravel()
+    yield from ((name, array.ravel()) for name, array in _initializers(graph, FLOATS))
 
 
 def stored_weights(graph: Path, *, external: bool = True) -> Iterator[tuple[str, Array]]:
@@ -188,7 +181,7 @@ FUSED, PARTS = ".attention.qkv.", "qkv"  # stored as one matrix
 @dataclass(frozen=True)
 class MarkedMatrix(Config):
     """A matrix `[rows, columns]`: its bits, the scales of a row, how many neighbouring norms and
-    sums stand as one, and how far its own rounding moved it, relatively.
+    sums stand as one, and how far its own rounding moved it, relatively, and a norm, in octaves.
     """
 
     name: str
@@ -199,6 +192,7 @@ class MarkedMatrix(Config):
     norm_block: int = 1
     sum_block: int = 1
     rounding: float = 0.0
+    moved: float = 0.0
 
     @property
     def error(self) -> float:
@@ -219,9 +213,10 @@ class MarkedMatrix(Config):
     @property
     def tolerance(self) -> float:
         """How far a norm may be off, in octaves: half of what doubling one of its scales does, but
-        at least what rounding does. Where that is more, one scale alone is not seen (`sees`).
+        at least what rounding does, short of 1. Where that is more, one scale alone is not seen.
         """
-        return max(_doubled(self.norm_block) / 2, MOVED.get(self.bits, 0.5))
+        rounding = max(MOVED.get(self.bits, 0.5), min(self.moved + 0.05, 0.95))
+        return max(_doubled(self.norm_block) / 2, rounding)
 
     def sees(self, scales: int) -> bool:
         """Whether one of so many stored scales, doubled, is seen by itself, whatever rounding did:
@@ -278,28 +273,37 @@ class SignatureMaker:
     """Collects marks while a checkpoint is exported."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[MarkedMatrix, Floats, Floats]] = {}
+        self._found: dict[str, tuple[MarkedMatrix, Marks, Marks]] = {}
 
-    def keep(self, name: str, bits: int, columns: int, marks: Marks, moved: float = 0) -> None:
-        """The marks of a matrix of so many columns; `moved` by rounding, relatively."""
-        rows, groups = marks.squares.shape
+    def keep(self, name: str, bits: int, columns: int, own: Marks, stored: Marks) -> None:
+        """The marks of a matrix of so many columns, and of what is stored of it."""
+        rows, groups = own.squares.shape
         block = -(-rows * groups // OF_ONE)
-        matrix = MarkedMatrix(name, rows, columns, bits, groups, block, rounding=round(moved, 3))
-        self._found[name] = matrix, _blocks(marks.squares.ravel(), block), marks.sums
+        matrix = MarkedMatrix(name, rows, columns, bits, groups, block)
+        one, two = (replace(m, squares=_blocks(m.squares.ravel(), block)) for m in (own, stored))
+        self._found[name] = matrix, one, two
 
     def signature(self) -> Signature:
         """Of all that was kept."""
         found = list(self._found.values())
-        norm_block = max(-(-sum(len(squares) for _, squares, _ in found) // AT_MOST), 1)
-        sum_block = max(-(-sum(len(sums) for _, _, sums in found) // AT_MOST), 1)
+        norm_block = max(-(-sum(len(own.squares) for _, own, _ in found) // AT_MOST), 1)
+        sum_block = max(-(-sum(len(own.sums) for _, own, _ in found) // AT_MOST), 1)
         matrices, norms, totals = [], [np.zeros(0, np.int16)], [np.zeros(0, np.float16)]
-        for matrix, squares, sums in found:
+        for matrix, *both in found:
             block = matrix.norm_block * norm_block
+            levels, stored = (_octaves(_blocks(each.squares, norm_block)) for each in both)
+            sums, theirs = (_blocks(each.sums, sum_block) for each in both)
+            error, moved = _error(theirs - sums, levels), float(np.abs(stored - levels).max())
+            matrix = replace(matrix, rounding=round(error, 3), moved=round(moved, 3))
             matrices.append(replace(matrix, norm_block=block, sum_block=sum_block))
-            levels = STEPS * _octaves(_blocks(squares, norm_block))
-            norms.append(np.rint(levels).astype(np.int16))
-            totals.append(_blocks(sums, sum_block).astype(np.float16))
+            norms.append(np.rint(STEPS * levels).astype(np.int16))
+            totals.append(sums.astype(np.float16))
         return Signature(tuple(matrices), np.concatenate(norms), np.concatenate(totals))
+
+
+def _error(gap: Array, norms: Array) -> float:
+    """A matrix's relative error by the gap of its sums; norms in octaves."""
+    return float(np.sqrt((gap**2).sum() / max((4.0**norms).sum(), LEAST)))  # E (w r)^2 = |w|^2
 
 
 @dataclass(frozen=True)
@@ -320,10 +324,7 @@ class Compared(Config):
 
 
 def compare_weights(bundle: AnyBundle[Any]) -> Compared | None:
-    """Hold the bundle's weights against the checkpoint's marks; None of a bundle without any.
-
-    Raises `BundleError` for damaged marks.
-    """
+    """As `compare_signature`, with the bundle's own marks; None of a bundle without any."""
     if (signature := signature_of(bundle)) is None:
         return None
     found = compare_signature(dict(stored_matrices(bundle)), signature)
@@ -343,11 +344,10 @@ def compare_signature(stored: Mapping[str, Stored], signature: Signature) -> Com
         marks = _marks_of(matrix, array, scale)
         off = np.abs(_octaves(_blocks(marks.squares.ravel(), matrix.norm_block)) - norms).max()
         found[matrix.name] = _blocks(marks.sums, matrix.sum_block)
-        gap = found[matrix.name] - sums
-        error = np.sqrt((gap**2).sum() / max((4.0**norms).sum(), LEAST))  # E (w r)^2 = |w|^2
+        error = _error(found[matrix.name] - sums, norms)
         count = 0 if scale is None else scale.size
         scales, alone = scales + count, alone + (count if count and matrix.sees(count) else 0)
-        moved, worst = max(moved, float(off)), max(worst, float(error))
+        moved, worst = max(moved, float(off)), max(worst, error)
         if off <= matrix.tolerance and error <= matrix.error:
             del wrong[matrix.name]
     odd = dict.fromkeys(_exchanged(signature, found), "")

@@ -416,7 +416,7 @@ class Engine(OneAtATime):
         cache = self.runtime.new_cache(capacity)
         step = self._step(embeds, cache)
         modality = self._modality(step.router_logits[len(ids) :])
-        return Prefix(cache, cache.length, modality, self._chosen(step))
+        return Prefix(cache, cache.length, modality, self._chosen([step.router_logits]))
 
     def _fetch(
         self, prefixes: LastPrefix, pixels: Floats, ids: list[int], capacity: int, clock: Clock
@@ -438,7 +438,7 @@ class Engine(OneAtATime):
         first_step = self._step(self.runtime.embed(asked.ids), cache)
         clock.lap("question")
         refused = self._refused(first_step)
-        experts = prefix.experts + self._chosen(first_step)
+        routed = [first_step.router_logits]
         draft = Draft(self.tokenizer, self.decoding, alternatives)
         probabilities = None
         if asked.choices:
@@ -446,12 +446,12 @@ class Engine(OneAtATime):
             probabilities, steps = draft.choose(asked.choices, score)
             if self.fitted is not None:
                 probabilities = self.fitted.among(probabilities)
-            experts = experts + np.sum([self._chosen(step) for step in steps], axis=0)
+            routed += [step.router_logits for step in steps]
         else:
             take = partial(self._next, cache)
             for chosen in greedy(first_step, take, self.decoding, limit=limit):
                 if chosen.step is not first_step:
-                    experts = experts + self._chosen(chosen.step)
+                    routed.append(chosen.step.router_logits)
                 yield from draft.take(chosen)
         clock.lap("decode")
         yield draft.rest()
@@ -465,7 +465,7 @@ class Engine(OneAtATime):
             confidence=confidence,
             confidence_kind="calibrated" if known else "raw",
             modality=prefix.modality,
-            experts=self._shares(experts),
+            experts=self._shares(prefix.experts + self._chosen(routed)),
             timings=timings(
                 prefix.seconds, clock.laps, len(draft.tokens), first=first, reused=prefix.reused
             ),
@@ -535,11 +535,11 @@ class Engine(OneAtATime):
         names = self.config.moe.modalities if self.config.moe else ()
         return names[int(image_logits.mean((0, 1)).argmax())] if names else None
 
-    def _chosen(self, step: Step) -> Counts:
-        """How often each expert was chosen in a step, over tokens and layers; `[E]`."""
+    def _chosen(self, routed: Sequence[Floats]) -> Counts:
+        """How often each expert was chosen in the steps of these router logits; `[E]`."""
         if self.config.moe is None:
             return np.zeros(0, np.int64)
-        own = own_logits(step.router_logits, self.config.moe)
+        own = own_logits(np.concatenate(routed), self.config.moe)
         chosen = chosen_experts(own, self.config.moe.top_k)
         return np.bincount(chosen.ravel(), minlength=self.config.moe.num_experts)
 

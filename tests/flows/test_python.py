@@ -45,7 +45,8 @@ def test_load_gives_the_engine_of_the_family() -> None:
         medmoe_edge.load("no-such-model")
 
 
-def test_an_engine_ends(tiny_bundle: Make) -> None:
+def test_an_engine_ends(tiny_bundle: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where proofs of other tests are kept
     with medmoe_edge.load(tiny_bundle("fp32")) as engine:
         assert repr(engine) == "<Engine tiny, onnxruntime, verification not measured>"
         engine.ask(random_image(), "Is it?", max_new_tokens=1)

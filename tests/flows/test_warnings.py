@@ -89,10 +89,9 @@ def test_python(nano: Engine, odd: Path) -> None:
 def test_a_kept_prefix_does_not_keep_the_label(odd: Path, tmp_path: Path) -> None:
     engine = medmoe_edge.load("nano", prefix_cache=tmp_path / "kept")
     plain = saved(tmp_path, film(Modality="CR"), "plain.dcm")
-    codes = [
-        [each.code for each in engine.ask(path, "What?").warnings] for path in (odd, plain, odd)
-    ]
-    assert codes == [[CODE], [], [CODE]]
+    answers = [engine.ask(path, "What?") for path in (odd, plain, odd)]
+    told = [CODE in {each.code for each in answer.warnings} for answer in answers]
+    assert told == [True, False, True]
 
 
 def test_command_line(run: Run, odd: Path) -> None:

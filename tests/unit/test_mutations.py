@@ -352,7 +352,7 @@ def compared(checkpoint: dict[str, Any], stored: dict[str, Any], error: float) -
     maker = SignatureMaker()
     generator = np.random.default_rng(1)
     for name, rows in checkpoint.items():
-        maker.keep(name, 8, rows.shape[1], Marks.of(rows, 1))
+        maker.keep(name, 8, rows.shape[1], *[Marks.of(rows, 1)] * 2)
     kept = {}
     for name, rows in stored.items():
         noise = generator.standard_normal(rows.shape).astype(np.float32)
@@ -388,7 +388,7 @@ def test_a_single_scale_is_claimed_only_where_it_is_seen(
     width, generator = 32, np.random.default_rng(0)
     rows = generator.choice([-7, 7], (32, groups * width)).astype(np.float32)
     maker, name = SignatureMaker(), "decoder.layers.0.ffn.experts.0.gate.weight"
-    maker.keep(name, bits, rows.shape[1], Marks.of(rows, groups))
+    maker.keep(name, bits, rows.shape[1], *[Marks.of(rows, groups)] * 2)
     scale = np.ones(32 if bits == 8 else (32, groups), np.float32)
     stored = rows.T.astype(np.int8)
     if bits == 4:

@@ -216,7 +216,7 @@ def test_neighbours_stand_together_where_there_are_too_many(
     rows = np.random.default_rng(0).standard_normal((50, 96), np.float32)
     maker = SignatureMaker()
     for name in ("a", "b"):
-        maker.keep(name, 8, 96, Marks.of(rows, 3))
+        maker.keep(name, 8, 96, *[Marks.of(rows, 3)] * 2)
     made: Signature = maker.signature()
     assert len(made.norms) <= 100
     assert len(made.sums) == 100
