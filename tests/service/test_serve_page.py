@@ -53,7 +53,7 @@ def test_an_image_is_dropped_and_a_question_answered(page: Page, nano: str) -> N
     assert taken < 30  # 0.3 on a machine that does nothing else
     assert page.one("#notice").is_displayed()
     told = page.text(".answer details")
-    for part in ("Own probability", "MRI", "CT", "pathology", "X-ray", "SHA-256", "First word"):
+    for part in ("Chance to be right", "MRI", "CT", "pathology", "X-ray", "SHA-256", "First word"):
         assert part in told
     assert page.text(".shares .main").startswith(page.text(".facts dt:nth-of-type(2) + dd"))
     assert page.text("#announce").startswith(page.text(".answer .text"))

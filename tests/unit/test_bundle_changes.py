@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from command_line import Run
 
-from medmoe_edge.bundle.bundle import MANIFEST, Bundle, write_manifest
+from medmoe_edge.bundle.bundle import MANIFEST, Bundle, status_of, write_manifest
 from medmoe_edge.bundle.recorded import read_recorded, recorded_file, write_recorded
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import BundleError, InputError
@@ -44,13 +44,13 @@ def test_a_bundle_is_like_itself() -> None:
         assert [*compared["changed"], *compared["added"], *compared["removed"]] == []
     assert (found.asked, found.answers) == (64, ())
     assert found.before == found.after
-    assert found.before["verification"] == "passed"
+    assert found.before["verification"] == status_of(Bundle.open(NANO).manifest["verification"])
 
 
 def test_each_change_stands_in_its_part(tmp_path: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         manifest["gates"]["routing_flips"] = 0.5
-        manifest["refusals"] = {"unlike_label": 0.25}
+        manifest["refusals"]["not_a_scan"] = 0.25
         manifest["licence"] = "another"
         gates = manifest["verification"]["gates"]
         next(each for each in gates if each["name"] == "answer_agreement")["measured"] = 0.125
@@ -65,7 +65,8 @@ def test_each_change_stands_in_its_part(tmp_path: Path) -> None:
     )
     found = compare_bundles(NANO, other)
     assert found.gates == (Change("gates.routing_flips", before["gates"]["routing_flips"], 0.5),)
-    assert found.thresholds == (Change("refusals", None, {"unlike_label": 0.25}),)
+    was = before["refusals"]["not_a_scan"]
+    assert found.thresholds == (Change("refusals.not_a_scan", was, 0.25),)
     place = "verification.gates.answer_agreement.measured"
     assert found.verification == (Change(place, measured, 0.125),)
     assert found.other == (Change("licence", before["licence"], "another"),)
