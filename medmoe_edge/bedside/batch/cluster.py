@@ -218,7 +218,7 @@ def _no_cluster(error: Exception, address: str) -> ResourceError:
     if address == LOCAL:
         return ResourceError(
             f"Ray cannot be started on this machine ({type(error).__name__}).",
-            "Look into its log under /tmp/ray; run it again when the machine is less busy.",
+            "Look into the log of Ray's session; run it again when the machine is less busy.",
         )
     return ResourceError(
         f"There is no Ray cluster at that address ({type(error).__name__}).",
