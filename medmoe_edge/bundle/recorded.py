@@ -162,7 +162,7 @@ LEAST = 1e-24  # of a squared norm: weights of nothing
 FLOAT = 32  # bits of a weight that is stored as a float, whether of 32 bits or of 16
 
 # By bits of a weight: how far rounding may move norms, in octaves, and a matrix, relatively. Where
-# the export says so, a matrix up to twice that and a norm short of 1: GPTQ moves what it hardly saw.
+# the export says so, a matrix up to twice that and a norm short of 1, as GPTQ moves them.
 MOVED = {8: 0.02, 4: 0.15}
 ROUNDED = {FLOAT: 0.01, 8: 0.05, 4: 0.15, 3: 0.6, 2: 0.9}
 
