@@ -74,6 +74,9 @@ class VisionConfig(Config):
     `feature_size`. `pixel_mean` and `pixel_std` are on the 0..255 scale, per RGB channel.
     `select_feature` "patch" leaves out the first feature, which is CLIP's class token; SigLIP has
     none and loses its first patch, as MoE-LLaVA's code has it.
+
+    `pool` is the side of the squares of neighbouring features that are averaged into one image
+    token, before the projector: 2 leaves a quarter of the tokens, 1 all.
     """
 
     kind: Literal["clip", "siglip", "efficientnet-lite"]
@@ -89,9 +92,10 @@ class VisionConfig(Config):
     patch_size: int = 32
     select_layer: int = -2
     select_feature: Literal["patch", "cls_patch"] = later("patch")
+    pool: int = later(1)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "image_size", "feature_size", "patch_size")
+        _check_positive(self, "image_size", "feature_size", "patch_size", "pool")
         if self.kind == "efficientnet-lite" and self.image_size % self.patch_size:
             raise ConfigError(
                 f"vision.image_size {self.image_size} is not a multiple of {self.patch_size}.",
@@ -102,6 +106,12 @@ class VisionConfig(Config):
             raise ConfigError(
                 f"vision.select_layer {self.select_layer} is none of the {states} states.",
                 "Med-MoE uses -2, the last state but one.",
+            )
+        if self.pool > 1 and (self.grid % self.pool or self.features != self.grid**2):
+            raise ConfigError(
+                f"vision.pool {self.pool} does not divide the {self.features} features of the "
+                "tower into whole squares.",
+                "Use 1, or a divisor of the side of a square grid.",
             )
 
     @property
@@ -115,9 +125,14 @@ class VisionConfig(Config):
         return self.image_size // self.patch_size
 
     @property
+    def features(self) -> int:
+        """Features that the tower gives of an image."""
+        return self.grid**2 - (self.kind == "siglip" and self.select_feature == "patch")
+
+    @property
     def image_tokens(self) -> int:
         """Image tokens handed to the decoder."""
-        return self.grid**2 - (self.kind == "siglip" and self.select_feature == "patch")
+        return self.features // self.pool**2
 
 
 @dataclasses.dataclass(frozen=True)

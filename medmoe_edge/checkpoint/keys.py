@@ -210,7 +210,7 @@ def _clip(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
     size, patch = config.feature_size, config.patch_size
     yield "vision.class_embedding", (size,)
     yield "vision.patch_embedding.weight", (size, 3, patch, patch)
-    yield "vision.position_embedding.weight", (1 + config.image_tokens, size)
+    yield "vision.position_embedding.weight", (1 + config.features, size)
     yield from _norm("vision.pre_norm", size)
     yield from _tower_layers(config)
 

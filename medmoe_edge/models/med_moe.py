@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import (
+    avg_pool2d,
     gelu,
     pad,
     pixel_unshuffle,
@@ -112,7 +113,7 @@ class ClipTower(nn.Module):
         self.patch_embedding = nn.Conv2d(
             3, size, config.patch_size, stride=config.patch_size, bias=False
         )
-        self.position_embedding = nn.Embedding(1 + config.image_tokens, size)
+        self.position_embedding = nn.Embedding(1 + config.features, size)
         self.pre_norm = nn.LayerNorm(size, 1e-5)
         self.layers = nn.ModuleList(ClipLayer(config) for _ in range(config.layers))
         self.post_norm = nn.LayerNorm(size, 1e-5)
@@ -214,7 +215,7 @@ class EfficientNetLite(nn.Module):
         self.coarse_norm = nn.LayerNorm(coarse)
         self.fine_norm = nn.LayerNorm(fine)
         self.position_embedding = nn.Parameter(
-            torch.randn(config.image_tokens, config.feature_size) * POSITION_DEVIATION
+            torch.randn(config.features, config.feature_size) * POSITION_DEVIATION
         )
 
     def front(self, pixels: Tensor) -> Tensor:
@@ -334,6 +335,15 @@ def projector(config: VisionConfig, size: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(config.feature_size, size), nn.GELU(), nn.Linear(size, size))
 
 
+def pooled_features(features: Tensor, pool: int) -> Tensor:
+    """Features of a square grid `[B, g * g, C]`, each `pool` by `pool` of them averaged."""
+    if pool == 1:
+        return features
+    grid = math.isqrt(features.shape[1])
+    image = features.transpose(1, 2).unflatten(2, (grid, grid))  # [B, C, g, g]
+    return _tokens(avg_pool2d(image, pool))
+
+
 class MedMoE(nn.Module):
     """The whole model. Image tokens take the place of `<image>` among the text embeddings."""
 
@@ -344,9 +354,14 @@ class MedMoE(nn.Module):
         self.projector = projector(config.vision, config.decoder.hidden_size)
         self.decoder: Decoder = DECODERS[config.decoder.kind](config)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` to image tokens `[B, N, D]`."""
-        return self.projector(self.vision(pixels))  # type: ignore[no-any-return]
+    def encode_image(self, pixels: Tensor, pool: int | None = None) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` to image tokens `[B, N, D]`.
+
+        `pool` takes the place of the configuration's.
+        """
+        features = self.vision(pixels)
+        pooled = pooled_features(features, self.config.vision.pool if pool is None else pool)
+        return self.projector(pooled)  # type: ignore[no-any-return]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[..., S]` to embeddings `[..., S, D]`."""

@@ -332,17 +332,19 @@ UNKNOWN = -1  # modality index of an image whose modality no expert serves
 class Batch:
     """What enters the tower, the packed text, and each image's modality index `[B]`.
 
-    `pixels` are `[B, 3, S, S]`, or what the tower's front made of them, `[B, C, h, w]`.
+    `pixels` are `[B, 3, S, S]`, or what the tower's front made of them, `[B, C, h, w]`. `pool` is
+    the side of the squares of image tokens that are averaged.
     """
 
     pixels: Tensor
     text: Packed
     modality: Tensor
+    pool: int
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
         text = Packed(*(tensor.to(device) for tensor in vars(self.text).values()))
-        return Batch(self.pixels.to(device), text, self.modality.to(device))
+        return Batch(self.pixels.to(device), text, self.modality.to(device), self.pool)
 
 
 class Batches:
@@ -359,6 +361,7 @@ class Batches:
         self.pictures = Pictures(config.vision)
         self.views: Views | None = None
         self.reword = False
+        self.pools: Sequence[int] = (config.vision.pool,)  # of which a batch of training takes one
 
     def keep_views(self, tower: EfficientNetLite, count: int) -> None:
         """From now on take `count` views of each image, through the frozen front of `tower`."""
@@ -409,9 +412,13 @@ class Batches:
             ]
             for item in items
         ]
-        text = pack(self.prefix, self.config.vision.image_tokens, turns)
+        pool = self.config.vision.pool
+        if epoch is not None:
+            names = " ".join(item.image.name for item in items)
+            pool = random.Random(f"{self.seed} {epoch} {names} pool").choice(self.pools)
+        text = pack(self.prefix, replace(self.config.vision, pool=pool).image_tokens, turns)
         modality = torch.tensor([self.modality_index(item.modality) for item in items])
-        return Batch(pixels, text, modality)
+        return Batch(pixels, text, modality, pool)
 
     def modality_index(self, name: str | None) -> int:
         """The expert of a modality; `UNKNOWN` where none is for it."""

@@ -104,7 +104,7 @@ class Objective(nn.Module):
 
     def _run(self, batch: Batch) -> Output:
         ids = batch.text.ids
-        images = self.model.encode_image(batch.pixels)
+        images = self.model.encode_image(batch.pixels, batch.pool)
         embeds = self.model.embed(ids.clamp_min(0)).to(images.dtype)
         embeds = embeds.masked_scatter((ids == IMAGE_ID)[..., None], images)
         output: Output = self.model(embeds, positions=batch.text.positions, mask=batch.text.mask())

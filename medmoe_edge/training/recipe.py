@@ -238,6 +238,14 @@ class Recipe(Config):
             "kept as the first stages of the tower see them, which must be frozen"
         ),
     )
+    pools: tuple[int, ...] | None = later(
+        None,
+        about(
+            "sides of the squares of image tokens that are averaged into one, of which each batch "
+            "takes one at random: with 1 and 2 the model learns to answer from a quarter too; left "
+            "out, the model's own"
+        ),
+    )
     phrases: bool = later(
         False,
         about(
@@ -276,6 +284,10 @@ class Recipe(Config):
             )
         if self.views < 0:
             raise ConfigError(f"The recipe's views are {self.views}.", "Use 0 or more.")
+        if self.pools is not None and (not self.pools or min(self.pools) < 1):
+            raise ConfigError(
+                f"The recipe's pools are {list(self.pools)}.", "Use [1], or [1, 2] to learn both."
+            )
         names = self.modalities
         if names is not None and (not names or len(set(names)) < len(names) or not all(names)):
             raise ConfigError(
