@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 
 from medmoe_edge._types import Floats
-from medmoe_edge.bundle.recorded import DELTA
+from medmoe_edge.bundle.recorded import DELTA, MOST_MOVED
 from medmoe_edge.calibration.methods import (
     CHOICES,
     INT4,
@@ -189,7 +189,6 @@ INT8 = Format(8)
 HEAD = "decoder.head.weight"
 GROUP: GroupSize = 32  # of the weights in int4, unless another is asked for
 FEWEST = 2  # bits, in which a range that clips nothing leaves little but zeros
-MOST_MOVED = 0.45  # octaves: how far the norm of a delta's group may be off, short of what is seen
 LEAST_BITS = min(form.bits_per_weight(form.group or GROUP) for form in CHOICES)
 
 
@@ -265,14 +264,9 @@ class Plan:
         """How rows of a delta, or of a factor of one, are rounded, and what comes of it."""
         if self.method == "rtn" or _is_rounded(form, without_data=self.statistics is None):
             return "rtn", round_to_nearest(rows, form)
-        plain = round_searched(rows, form)
         if hessian is None or form.bits > FEWEST:
-            return "searched", plain
-        made = _gptq(name, rows, hessian, form, evenly=True)
-        moved = np.abs(np.log2(_sizes(made.dequantise(), form) / _sizes(rows, form))).max(1)
-        far = (moved > MOST_MOVED)[:, None]
-        integers = np.where(far, plain.integers, made.integers)
-        return "gptq", Quantised(form, integers, np.where(far, plain.scale, made.scale))
+            return "searched", round_searched(rows, form)
+        return "gptq", _gptq(name, rows, hessian, form, evenly=True)
 
     def _note(self, name: str, form: Format, method: str, rows: int, error: float) -> None:
         """Keep what was done; the blocks of a large matrix, which come in turn, as one."""
@@ -333,13 +327,21 @@ def _sizes(rows: Floats, form: Format) -> Floats:
 def _gptq(
     name: str, rows: Floats, hessian: Floats, form: Format, *, evenly: bool = False
 ) -> Quantised:
+    """GPTQ; rows of which it moves a norm farther than marks can tell are rounded by themselves."""
     try:
-        return quantise_gptq(rows, hessian, form, evenly=evenly)
+        made = quantise_gptq(rows, hessian, form, evenly=evenly)
     except ValueError as error:
         raise DataError(
             f"The statistics of what {name} reads are damaged.",
             "Make them again: medmoe-edge calibrate CHECKPOINT --data DATA -o STATS.",
         ) from error
+    moved = np.abs(np.log2(_sizes(made.dequantise(), form) / _sizes(rows, form))).max(1)
+    far = (moved > MOST_MOVED)[:, None]
+    if not far.any():
+        return made
+    plain = round_searched(rows, form)
+    integers = np.where(far, plain.integers, made.integers)
+    return Quantised(form, integers, np.where(far, plain.scale, made.scale))
 
 
 def check_precision(

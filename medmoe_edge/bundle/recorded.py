@@ -16,7 +16,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -162,17 +161,16 @@ LEAST = 1e-24  # of a squared norm: weights of nothing
 FLOAT = 32  # bits of a weight that is stored as a float, whether of 32 bits or of 16
 
 # By bits of a weight: how far rounding may move norms, in octaves, and a matrix, relatively. Where
-# the export says so, a matrix up to twice that and a norm short of 1, as GPTQ moves them.
+# the export says so, a matrix up to twice that and a norm up to `MOST_MOVED`, as GPTQ moves them.
 MOVED = {8: 0.02, 4: 0.15}
 ROUNDED = {FLOAT: 0.01, 8: 0.05, 4: 0.15, 3: 0.6, 2: 0.9}
+MOST_MOVED, ROOM = 0.9, 0.05  # octaves; together short of 1, by which one scale, doubled, moves it
 
 # Matrices that decide who runs, or that only some tokens meet: marked also where they are floats.
 ROUTED = re.compile(
     r"(.*\.)?(router|coefficient|meta|experts\.\d+)\.(.+\.)?(weight|delta(\.[ab])?)"
 )
 
-EXPERT = re.compile(r"(|.*\.)(experts\.\d+|meta)\.(.+)")
-SURE = 10  # times the distance of two experts' marks over the root of their number: 5 deviations
 PACKED, GROUP_SCALE, SCALE = ".packed", ".groups.scale", ".scale"
 DELTA = ".delta"  # in the name of what an expert's matrix adds to the meta expert's
 FUSED, PARTS = ".attention.qkv.", "qkv"  # stored as one matrix
@@ -213,9 +211,9 @@ class MarkedMatrix(Config):
     @property
     def tolerance(self) -> float:
         """How far a norm may be off, in octaves: half of what doubling one of its scales does, but
-        at least what rounding does, short of 1. Where that is more, one scale alone is not seen.
+        at least what rounding does. Where that is more, one scale alone is not seen.
         """
-        rounding = max(MOVED.get(self.bits, 0.5), min(self.moved + 0.05, 0.95))
+        rounding = max(MOVED.get(self.bits, 0.5), min(self.moved, MOST_MOVED) + ROOM)
         return max(_doubled(self.norm_block) / 2, rounding)
 
     def sees(self, scales: int) -> bool:
@@ -243,6 +241,24 @@ class Marks:
         """Of weights `[n, K]`, each row in so many groups."""
         parts = rows.reshape(len(rows), groups, -1)
         return cls(np.einsum("ngk,ngk->ng", parts, parts), rows @ signs(rows.shape[1]))
+
+    @classmethod
+    def of_stored(cls, matrix: MarkedMatrix, integers: Array, scale: Array | None) -> Self:
+        """Of a stored matrix, whose groups may have been cut smaller when it was packed."""
+        if scale is None:
+            return cls.of(np.ascontiguousarray(integers.T.astype(np.float32)), 1)
+        width, factor = matrix.columns, scale.astype(np.float32)
+        if integers.dtype == np.int8:  # [K, N]
+            weights = integers.astype(np.float32)
+            squares = np.einsum("kn,kn->n", weights, weights) * factor**2
+            return cls(squares[:, None], (signs(width) @ weights) * factor)
+        bits = integers.size * 8 // (matrix.rows * width)
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        unpacked = (integers.reshape(matrix.rows, -1, 1) >> shifts) & np.uint8(2**bits - 1)
+        weights = unpacked.reshape(matrix.rows, factor.size // matrix.rows, -1).astype(np.float32)
+        weights -= 2 ** (bits - 1)  # where MatMulNBits has its zero
+        weights *= factor.reshape(matrix.rows, -1, 1)
+        return cls.of(weights.reshape(matrix.rows, width), matrix.groups)
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
@@ -280,7 +296,7 @@ class SignatureMaker:
         rows, groups = own.squares.shape
         block = -(-rows * groups // OF_ONE)
         matrix = MarkedMatrix(name, rows, columns, bits, groups, block)
-        one, two = (replace(m, squares=_blocks(m.squares.ravel(), block)) for m in (own, stored))
+        one, two = (replace(m, squares=blocks(m.squares.ravel(), block)) for m in (own, stored))
         self._found[name] = matrix, one, two
 
     def signature(self) -> Signature:
@@ -291,9 +307,9 @@ class SignatureMaker:
         matrices, norms, totals = [], [np.zeros(0, np.int16)], [np.zeros(0, np.float16)]
         for matrix, *both in found:
             block = matrix.norm_block * norm_block
-            levels, stored = (_octaves(_blocks(each.squares, norm_block)) for each in both)
-            sums, theirs = (_blocks(each.sums, sum_block) for each in both)
-            error, moved = _error(theirs - sums, levels), float(np.abs(stored - levels).max())
+            levels, stored = (octaves(blocks(each.squares, norm_block)) for each in both)
+            sums, theirs = (blocks(each.sums, sum_block) for each in both)
+            error, moved = sums_error(theirs - sums, levels), float(np.abs(stored - levels).max())
             matrix = replace(matrix, rounding=round(error, 3), moved=round(moved, 3))
             matrices.append(replace(matrix, norm_block=block, sum_block=sum_block))
             norms.append(np.rint(STEPS * levels).astype(np.int16))
@@ -301,102 +317,9 @@ class SignatureMaker:
         return Signature(tuple(matrices), np.concatenate(norms), np.concatenate(totals))
 
 
-def _error(gap: Array, norms: Array) -> float:
+def sums_error(gap: Array, norms: Array) -> float:
     """A matrix's relative error by the gap of its sums; norms in octaves."""
     return float(np.sqrt((gap**2).sum() / max((4.0**norms).sum(), LEAST)))  # E (w r)^2 = |w|^2
-
-
-@dataclass(frozen=True)
-class Compared(Config):
-    """`scales` that were looked at, and matrices whose scales or weights are not the checkpoint's.
-
-    `alone` counts the scales of which a single one, doubled, would be seen; in a large model a norm
-    stands for too many. `moved` is how far the worst norm is off, in octaves; `error` the largest
-    relative error of a matrix. Wrong is, too, an expert's matrix that is nearer to another's, and
-    one that the graphs for paging read otherwise than the whole decoder does.
-    """
-
-    scales: int
-    wrong: tuple[str, ...]
-    moved: float
-    error: float
-    alone: int
-
-
-def compare_weights(bundle: AnyBundle[Any]) -> Compared | None:
-    """As `compare_signature`, with the bundle's own marks; None of a bundle without any."""
-    if (signature := signature_of(bundle)) is None:
-        return None
-    found = compare_signature(dict(stored_matrices(bundle)), signature)
-    return replace(found, wrong=tuple(dict.fromkeys((*found.wrong, *_paged_otherwise(bundle)))))
-
-
-@np.errstate(invalid="ignore", over="ignore")  # of weights that are not finite
-def compare_signature(stored: Mapping[str, Stored], signature: Signature) -> Compared:
-    """Hold matrices as `stored_matrices` gives them against a signature; a missing one is wrong."""
-    wrong = {matrix.name: "" for matrix in signature.matrices}
-    scales, alone, moved, worst = 0, 0, 0.0, 0.0
-    found: dict[str, Array] = {}
-    for matrix, norms, sums in signature.each():
-        if matrix.name not in stored:
-            continue
-        array, scale = stored[matrix.name]
-        marks = _marks_of(matrix, array, scale)
-        off = np.abs(_octaves(_blocks(marks.squares.ravel(), matrix.norm_block)) - norms).max()
-        found[matrix.name] = _blocks(marks.sums, matrix.sum_block)
-        error = _error(found[matrix.name] - sums, norms)
-        count = 0 if scale is None else scale.size
-        scales, alone = scales + count, alone + (count if count and matrix.sees(count) else 0)
-        moved, worst = max(moved, float(off)), max(worst, error)
-        if off <= matrix.tolerance and error <= matrix.error:
-            del wrong[matrix.name]
-    odd = dict.fromkeys(_exchanged(signature, found), "")
-    return Compared(scales, tuple(wrong | odd), moved, worst, alone)
-
-
-def _exchanged(signature: Signature, found: Mapping[str, Array]) -> Iterator[str]:
-    """Matrices of experts whose sums are nearer to those of another expert of the layer.
-
-    This tells apart experts that differ by less than rounding moves them. With e the error of
-    rounding and d the difference to the other, |e + d|^2 - |e|^2 is |d|^2, give or take
-    2 |e| |d| / sqrt(N): the signs of the sums know nothing of either.
-    """
-    layers: dict[tuple[str, str], dict[str, Array]] = {}
-    for matrix, _, sums in signature.each():
-        if (match := EXPERT.fullmatch(matrix.name)) and matrix.name in found:
-            layers.setdefault((match[1], match[3]), {})[matrix.name] = sums
-    for experts in layers.values():
-        for name, own in experts.items():
-            gap = np.linalg.norm(found[name] - own)
-            for other in experts.values():
-                if other.shape != own.shape:
-                    continue
-                apart, nearer = np.linalg.norm(other - own), np.linalg.norm(found[name] - other)
-                if gap**2 - nearer**2 > SURE * gap * apart / np.sqrt(own.size):
-                    yield name
-
-
-def _paged_otherwise(bundle: AnyBundle[Any]) -> Iterator[str]:
-    """Weights that the graphs for paging read from elsewhere than `decoder.onnx`, or otherwise."""
-    paging = bundle.manifest.get("paging")
-    if not paging or "graphs" not in paging:
-        return
-    whole = dict(stored_weights(bundle.path("decoder.onnx")))
-    parts: dict[str, Array] = {}
-    for index in range(paging["segments"]):
-        parts |= stored_weights(bundle.path(f"segment.{index}.onnx"))
-    data = np.memmap(bundle.path("decoder.data"), np.uint8, "r")
-    for owner, expert in paging["experts"].items():
-        start = bundle.manifest["experts"][owner][0]
-        for name, place in paging["graphs"][expert["graph"]].items():
-            kind, at = np.dtype(place["type"]), start + place["offset"]
-            size = math.prod(place["shape"]) * kind.itemsize
-            parts[f"{owner}.{name}"] = data[at : at + size].view(kind).reshape(place["shape"])
-        inline = stored_weights(bundle.path(expert["graph"]), external=False)
-        parts |= {f"{owner}.{name}": array for name, array in inline}
-    for name, array in parts.items():
-        if not np.array_equal(array, whole.get(name, ()), equal_nan=array.dtype.kind == "f"):
-            yield name
 
 
 def stored_matrices(bundle: AnyBundle[Any]) -> Iterator[tuple[str, Stored]]:
@@ -436,30 +359,12 @@ def signs(count: int) -> Floats:
     return (1 - 2 * odd.astype(np.float32)).astype(np.float32)
 
 
-def _marks_of(matrix: MarkedMatrix, integers: Array, scale: Array | None) -> Marks:
-    """Of a stored matrix, whose groups may have been cut smaller when it was packed."""
-    if scale is None:
-        return Marks.of(np.ascontiguousarray(integers.T.astype(np.float32)), 1)
-    width, factor = matrix.columns, scale.astype(np.float32)
-    if integers.dtype == np.int8:  # [K, N]
-        weights = integers.astype(np.float32)
-        squares = np.einsum("kn,kn->n", weights, weights) * factor**2
-        return Marks(squares[:, None], (signs(width) @ weights) * factor)
-    bits = integers.size * 8 // (matrix.rows * width)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    unpacked = (integers.reshape(matrix.rows, -1, 1) >> shifts) & np.uint8(2**bits - 1)
-    weights = unpacked.reshape(matrix.rows, factor.size // matrix.rows, -1).astype(np.float32)
-    weights -= 2 ** (bits - 1)  # where MatMulNBits has its zero
-    weights *= factor.reshape(matrix.rows, -1, 1)
-    return Marks.of(weights.reshape(matrix.rows, width), matrix.groups)
-
-
-def _blocks(values: Array, block: int) -> Array:
+def blocks(values: Array, block: int) -> Array:
     """Sums over `block` neighbours."""
     return np.add.reduceat(values, np.arange(0, len(values), block))
 
 
-def _octaves(squares: Array) -> Array:
+def octaves(squares: Array) -> Array:
     """Norms as logarithms of base 2."""
     logarithms: Array = np.log2(np.maximum(squares.astype(np.float64), LEAST)) / 2
     return logarithms

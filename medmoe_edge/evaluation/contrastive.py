@@ -10,13 +10,14 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import ModalityBundle, ModalityGates
-from medmoe_edge.bundle.recorded import Recorded, compare_weights, signature_of, stored_weights
+from medmoe_edge.bundle.recorded import Recorded, signature_of, stored_weights
 from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.contrastive.engine import open_bundle, open_checkpoint
 from medmoe_edge.contrastive.features import similarity, unit
 from medmoe_edge.errors import DataError, ModelError
 from medmoe_edge.evaluation.gates import (
     GateResult,
+    compare_weights,
     judge_weights,
     judged,
     outcome_of,

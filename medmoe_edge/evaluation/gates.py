@@ -4,18 +4,36 @@ A measurement on few questions is a coarse ruler, so it is the figure's interval
 against the bound. A gate is met where even the unfavourable end keeps the bound, and fails where
 even the favourable end misses it; where the bound lies between the two, it is not decided, however
 good the plain figure looks. Then it is said how many questions would decide it.
+
+Stored weights are held against the marks of the checkpoint's that travel with a bundle.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from medmoe_edge.bundle.bundle import Gates
-from medmoe_edge.bundle.recorded import Compared
+import numpy as np
+
+from medmoe_edge.bundle.bundle import AnyBundle, Gates
+from medmoe_edge.bundle.recorded import (
+    Array,
+    Marks,
+    Signature,
+    Stored,
+    blocks,
+    octaves,
+    signature_of,
+    stored_matrices,
+    stored_weights,
+    sums_error,
+)
 from medmoe_edge.config import Config
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
 
+EXPERT = re.compile(r"(|.*\.)(experts\.\d+|meta)\.(.+)")
+SURE = 10  # times the distance of two experts' marks over the root of their number: 5 deviations
 Z = 1.6448536269514722  # one-sided 95%
 Outcome = Literal["passed", "not decided", "failed"]
 TITLES = {
@@ -87,6 +105,99 @@ class GateResult(Config):
     def summary(self) -> str:
         """The gate in words, such as `answer agreement 95.24%, should be at least 99.00%`."""
         return f"{self.title.lower()} {self.shown(self.measured)}, should be {self.asked}"
+
+
+@dataclass(frozen=True)
+class Compared(Config):
+    """`scales` that were looked at, and matrices whose scales or weights are not the checkpoint's.
+
+    `alone` counts the scales of which a single one, doubled, would be seen; in a large model a norm
+    stands for too many. `moved` is how far the worst norm is off, in octaves; `error` the largest
+    relative error of a matrix. Wrong is, too, an expert's matrix that is nearer to another's, and
+    one that the graphs for paging read otherwise than the whole decoder does.
+    """
+
+    scales: int
+    wrong: tuple[str, ...]
+    moved: float
+    error: float
+    alone: int
+
+
+def compare_weights(bundle: AnyBundle[Any]) -> Compared | None:
+    """As `compare_signature`, with the bundle's own marks; None of a bundle without any."""
+    if (signature := signature_of(bundle)) is None:
+        return None
+    found = compare_signature(dict(stored_matrices(bundle)), signature)
+    return replace(found, wrong=tuple(dict.fromkeys((*found.wrong, *_paged_otherwise(bundle)))))
+
+
+@np.errstate(invalid="ignore", over="ignore")  # of weights that are not finite
+def compare_signature(stored: Mapping[str, Stored], signature: Signature) -> Compared:
+    """Hold matrices as `stored_matrices` gives them against a signature; a missing one is wrong."""
+    wrong = {matrix.name: "" for matrix in signature.matrices}
+    scales, alone, moved, worst = 0, 0, 0.0, 0.0
+    found: dict[str, Array] = {}
+    for matrix, norms, sums in signature.each():
+        if matrix.name not in stored:
+            continue
+        array, scale = stored[matrix.name]
+        marks = Marks.of_stored(matrix, array, scale)
+        off = np.abs(octaves(blocks(marks.squares.ravel(), matrix.norm_block)) - norms).max()
+        found[matrix.name] = blocks(marks.sums, matrix.sum_block)
+        error = sums_error(found[matrix.name] - sums, norms)
+        count = 0 if scale is None else scale.size
+        scales, alone = scales + count, alone + (count if count and matrix.sees(count) else 0)
+        moved, worst = max(moved, float(off)), max(worst, error)
+        if off <= matrix.tolerance and error <= matrix.error:
+            del wrong[matrix.name]
+    odd = dict.fromkeys(_exchanged(signature, found), "")
+    return Compared(scales, tuple(wrong | odd), moved, worst, alone)
+
+
+def _exchanged(signature: Signature, found: Mapping[str, Array]) -> Iterator[str]:
+    """Matrices of experts whose sums are nearer to those of another expert of the layer.
+
+    This tells apart experts that differ by less than rounding moves them. With e the error of
+    rounding and d the difference to the other, |e + d|^2 - |e|^2 is |d|^2, give or take
+    2 |e| |d| / sqrt(N): the signs of the sums know nothing of either.
+    """
+    layers: dict[tuple[str, str], dict[str, Array]] = {}
+    for matrix, _, sums in signature.each():
+        if (match := EXPERT.fullmatch(matrix.name)) and matrix.name in found:
+            layers.setdefault((match[1], match[3]), {})[matrix.name] = sums
+    for experts in layers.values():
+        for name, own in experts.items():
+            gap = np.linalg.norm(found[name] - own)
+            for other in experts.values():
+                if other.shape != own.shape:
+                    continue
+                apart, nearer = np.linalg.norm(other - own), np.linalg.norm(found[name] - other)
+                if gap**2 - nearer**2 > SURE * gap * apart / np.sqrt(own.size):
+                    yield name
+
+
+def _paged_otherwise(bundle: AnyBundle[Any]) -> Iterator[str]:
+    """Weights that the graphs for paging read from elsewhere than `decoder.onnx`, or otherwise."""
+    paging = bundle.manifest.get("paging")
+    if not paging or "graphs" not in paging:
+        return
+    whole = dict(stored_weights(bundle.path("decoder.onnx")))
+    parts: dict[str, Array] = {}
+    for index in range(paging["segments"]):
+        parts |= stored_weights(bundle.path(f"segment.{index}.onnx"))
+    data = np.memmap(bundle.path("decoder.data"), np.uint8, "r")
+    for owner, expert in paging["experts"].items():
+        start = bundle.manifest["experts"][owner][0]
+        for name, place in paging["graphs"][expert["graph"]].items():
+            kind, at = np.dtype(place["type"]), start + place["offset"]
+            size = math.prod(place["shape"]) * kind.itemsize
+            parts[f"{owner}.{name}"] = data[at : at + size].view(kind).reshape(place["shape"])
+        inline = stored_weights(bundle.path(expert["graph"]), external=False)
+        parts |= {f"{owner}.{name}": array for name, array in inline}
+    for name, array in parts.items():
+        if not np.array_equal(array, whole.get(name, ()), equal_nan=array.dtype.kind == "f"):
+            yield name
 
 
 def judge_weights(found: Compared | None) -> list[GateResult]:

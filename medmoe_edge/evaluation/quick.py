@@ -17,19 +17,20 @@ from typing import Any
 from medmoe_edge._types import Progress
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, ModalityBundle, model_kind, status_of
 from medmoe_edge.bundle.machine import Machine
-from medmoe_edge.bundle.recorded import (
-    Compared,
-    Recorded,
-    compare_weights,
-    read_recorded,
-    sweep_weights,
-)
+from medmoe_edge.bundle.recorded import Recorded, read_recorded, sweep_weights
 from medmoe_edge.contrastive.engine import open_bundle
 from medmoe_edge.engine.loading import remember, this_machine
 from medmoe_edge.errors import BundleError, VerificationError
 from medmoe_edge.evaluation.contrastive import PHRASES, judge_seen, look
 from medmoe_edge.evaluation.fidelity import compare
-from medmoe_edge.evaluation.gates import GateResult, judge, judge_weights, judged
+from medmoe_edge.evaluation.gates import (
+    Compared,
+    GateResult,
+    compare_weights,
+    judge,
+    judge_weights,
+    judged,
+)
 from medmoe_edge.evaluation.metrics import ContrastiveFigures, Fidelity
 from medmoe_edge.evaluation.mutations import Mutations
 from medmoe_edge.evaluation.record import read_mutations

@@ -19,13 +19,7 @@ import numpy as np
 
 from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, Status, status_of
-from medmoe_edge.bundle.recorded import (
-    Compared,
-    Recorded,
-    compare_weights,
-    signature_of,
-    sweep_weights,
-)
+from medmoe_edge.bundle.recorded import Recorded, signature_of, sweep_weights
 from medmoe_edge.config import Confidence, ModelConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import (
@@ -36,7 +30,14 @@ from medmoe_edge.errors import (
     VerificationError,
 )
 from medmoe_edge.evaluation.fidelity import Fidelity, Recording, compare, record
-from medmoe_edge.evaluation.gates import GateResult, judge, judge_weights, outcome_of
+from medmoe_edge.evaluation.gates import (
+    Compared,
+    GateResult,
+    compare_weights,
+    judge,
+    judge_weights,
+    outcome_of,
+)
 from medmoe_edge.evaluation.mutations import Mutations, measure_mutations
 from medmoe_edge.evaluation.record import (
     AnyRecord,

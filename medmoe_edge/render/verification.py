@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 from medmoe_edge.render.console import hint, show, show_table
 
 if TYPE_CHECKING:
-    from medmoe_edge.bundle.recorded import Compared
     from medmoe_edge.calibration.data import Skipped
     from medmoe_edge.calibration.statistics import Statistics
     from medmoe_edge.config import Confidence
     from medmoe_edge.evaluation.confidence import Problem
     from medmoe_edge.evaluation.findings import FindingScore
-    from medmoe_edge.evaluation.gates import GateResult
+    from medmoe_edge.evaluation.gates import Compared, GateResult
     from medmoe_edge.evaluation.inspection import Change, Changes
     from medmoe_edge.evaluation.metrics import Answers, Fidelity, Share
     from medmoe_edge.evaluation.mutations import Mutations

@@ -25,26 +25,22 @@ from test_ort_paged import steps
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.recorded import compare_weights, stored_weights
-from medmoe_edge.calibration.methods import quantise_gptq
+from medmoe_edge.bundle.recorded import stored_weights
 from medmoe_edge.calibration.quantisers import (
     DeltaForm,
-    Format,
-    output_error,
     read_deltas,
-    round_searched,
 )
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.device.estimate import PlanOptions, plan
 from medmoe_edge.engine.loading import choose_memory
 from medmoe_edge.errors import BundleError, InputError
+from medmoe_edge.evaluation.gates import compare_weights
 from medmoe_edge.evaluation.mutations import Mutation, mutated_weights, mutations_of
 from medmoe_edge.export import build, builder
-from medmoe_edge.export import plan as export_plan
 from medmoe_edge.export.decoder import MoESpec, meta_name
 from medmoe_edge.export.passes.ort_cpu import lower_deltas
-from medmoe_edge.export.plan import MOST_MOVED, Plan, Precision
+from medmoe_edge.export.plan import Precision
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.weights import low_rank
 from medmoe_edge.runtimes.base import Runtime
@@ -418,34 +414,6 @@ def test_bits_go_to_the_deltas_whose_errors_reach_the_stream(
     weights = compare_weights(Bundle.open(tmp_path / "delta:auto"))
     assert weights is not None
     assert weights.wrong == ()
-
-
-def test_a_row_that_gptq_moves_farther_than_its_marks_allow_is_rounded_by_itself(
-    up_cycled: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else no verification could tell a doubled scale."""
-    name, form = "decoder.layers.0.ffn.experts.1.down.weight", Format(2, 32)
-    x = normal(600, 64) + 3 * normal(600, 1, seed=2)
-    hessian = np.asarray(x.T @ x / len(x), np.float32)
-    plan = Plan("int8", "auto", observed(up_cycled), deltas=DeltaForm(bits=2))
-    rows = 0.1 * normal(64, 64, seed=3)
-    alone, plain = quantise_gptq(rows, hessian, form, evenly=True), round_searched(rows, form)
-    errors = [output_error(rows, made, hessian) for made in (alone, plain)]
-    assert errors[0] < 0.6 * errors[1]
-    norms = [
-        np.linalg.norm(weights.reshape(64, -1, 32), axis=-1)
-        for weights in (rows, alone.dequantise())
-    ]
-    moved = np.abs(np.log2(norms[1] / norms[0])).max(1)
-    bound = float(np.median(moved))
-    for limit, far in ((MOST_MOVED, np.zeros(64, bool)), (bound, moved > bound)):
-        monkeypatch.setattr(export_plan, "MOST_MOVED", limit)
-        method, made = plan.round_delta(name, rows, form, hessian)
-        assert method == "gptq"
-        for row, apart in enumerate(far):
-            wanted = plain if apart else alone
-            assert np.array_equal(made.integers[row], wanted.integers[row])
-            assert np.array_equal(made.scale[row], wanted.scale[row])
 
 
 def test_experts_that_calibration_missed_take_what_the_budget_holds(

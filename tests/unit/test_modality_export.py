@@ -28,7 +28,7 @@ from medmoe_edge.bundle.bundle import (
     model_kind,
     write_manifest,
 )
-from medmoe_edge.bundle.recorded import compare_weights, recorded_file, stored_weights
+from medmoe_edge.bundle.recorded import recorded_file, stored_weights
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality, open_bundle
 from medmoe_edge.engine.engine import load as load_engine
@@ -40,6 +40,7 @@ from medmoe_edge.errors import (
 )
 from medmoe_edge.evaluation import contrastive as verification_modality
 from medmoe_edge.evaluation.contrastive import Pictures, sweep_modality, verify_modality
+from medmoe_edge.evaluation.gates import compare_weights
 from medmoe_edge.evaluation.inspection import inspect_modality
 from medmoe_edge.evaluation.mutations import Mutation, mutated_weights
 from medmoe_edge.export import contrastive as modality

@@ -21,19 +21,10 @@ from mutants import (
 )
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
-from medmoe_edge.bundle.recorded import (
-    FLOAT,
-    Compared,
-    Marks,
-    SignatureMaker,
-    compare_signature,
-    compare_weights,
-    read_recorded,
-    stored_weights,
-)
+from medmoe_edge.bundle.recorded import FLOAT, Marks, SignatureMaker, read_recorded, stored_weights
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import Example
-from medmoe_edge.evaluation.gates import judge_weights
+from medmoe_edge.evaluation.gates import Compared, compare_signature, compare_weights, judge_weights
 from medmoe_edge.evaluation.mutations import (
     QUESTIONS,
     Effect,

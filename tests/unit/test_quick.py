@@ -22,7 +22,6 @@ from medmoe_edge.bundle.recorded import (
     Recorded,
     Signature,
     SignatureMaker,
-    compare_signature,
     read_recorded,
     recorded_file,
     stored_matrices,
@@ -32,6 +31,7 @@ from medmoe_edge.embedded import bundle_path, is_installed
 from medmoe_edge.engine import loading
 from medmoe_edge.engine.loading import proven, this_machine
 from medmoe_edge.errors import BundleError
+from medmoe_edge.evaluation.gates import compare_signature
 from medmoe_edge.evaluation.quick import verify_quick
 from medmoe_edge.evaluation.verify import Data, verify
 
