@@ -266,6 +266,7 @@ def export(
             out = output or Path("-".join((str(options.name), *cut, options.precision)))
             try:
                 made = family.export(folder, out, options, report)
+                verified = made.verification and made.verification.bundle.sha256
             except VerificationError as error:
                 _show_failed(error, as_json)
                 raise
@@ -278,9 +279,9 @@ def export(
             limit = memory_limit * MB if memory_limit else None
             asked = TargetOptions(target, gpu, dtype, positions, paged, limit, force)
             portable = partial(family.export, folder, options=options, progress=report)
-            built = export_for(folder, out, asked, portable, report)
+            built, verified = export_for(folder, out, asked, portable, report), None
         if sign is not None:
-            sign_bundle(out, sign)
+            sign_bundle(out, sign, verified)
     if target == "onnxruntime":
         _show_portable(made, options, as_json)
     elif as_json:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, check_target
-from medmoe_edge.bundle.bundle import MANIFEST, ModalityBundle
+from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.calibration.data import Sample, read_calibration
 from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
 from medmoe_edge.evaluation.record import may_record
@@ -73,7 +73,9 @@ def export_modality(
     progress("done", 1, 1)
     if found is None:
         return Export(out, None)
-    return Export(out, dataclasses.replace(found, bundle=ModalityBundle.open(out, False)))
+    return Export(
+        out, dataclasses.replace(found, bundle=dataclasses.replace(found.bundle, folder=out))
+    )
 
 
 def verify_modality_on(

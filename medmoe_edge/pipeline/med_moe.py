@@ -267,7 +267,9 @@ def _export_verified(
             if error := found.error():
                 error.found = found
                 raise error
-    return Export(out, dataclasses.replace(found, bundle=Bundle.open(out, verify=False)))
+    return Export(
+        out, dataclasses.replace(found, bundle=dataclasses.replace(found.bundle, folder=out))
+    )
 
 
 def proof_data(

@@ -35,9 +35,9 @@ MODEL = {"name": "stand-in", "sha256": "0" * 64, "verification": "passed", "runt
 class StandIn:
     """Answers the same to everything, a word at a time, as far as `may_go_on`.
 
-    `images` are their sizes, `choices` what it was to choose from; `told` counts the words; `ended`
-    is set whenever an answer is over, also one that was not told to its end. `changes` are what its
-    answers have otherwise, such as warnings.
+    `images` are their sizes, `greys` how bright they were, `choices` what it was to choose from;
+    `told` counts the words; `ended` is set whenever an answer is over, also one that was not told
+    to its end. `changes` are what its answers have otherwise, such as warnings.
     """
 
     name, sha256, verification = "stand-in", "0" * 64, "passed"
@@ -45,6 +45,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.images: list[tuple[int, ...]] = []
+        self.greys: list[int] = []
         self.choices: list[Choices | None] = []
         self.told = 0
         self.may_go_on, self.begun, self.ended = (threading.Event() for _ in range(3))
@@ -69,6 +70,7 @@ class StandIn:
     ) -> Iterator[str | Answer]:
         self.choices.append(choices)
         self.images.append(image.pixels.shape)
+        self.greys.append(int(image.pixels.mean()))
         for question in map(check_question, questions):
             try:
                 for word in WORDS[:max_new_tokens]:
@@ -179,24 +181,3 @@ def png(width: int = 8, height: int = 8) -> bytes:
 def upload(data: bytes | None = None, name: str = "scan.png") -> dict[str, Any]:
     """The `files` of a request."""
     return {"image": (name, png() if data is None else data)}
-
-
-class Seeing(StandIn):
-    """Remembers how bright the images were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.greys: list[int] = []
-
-    def ask_stream(
-        self,
-        image: Image,
-        questions: Sequence[str],
-        *,
-        max_new_tokens: int,
-        choices: Choices | None = None,
-        alternatives: int | None = None,
-    ) -> Iterator[str | Answer]:
-        """As the stand-in answers."""
-        self.greys.append(int(image.pixels.mean()))
-        return super().ask_stream(image, questions, max_new_tokens=max_new_tokens)

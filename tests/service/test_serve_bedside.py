@@ -474,7 +474,9 @@ def test_the_page_says_what_the_service_keeps(page: Page, tmp_path: Path) -> Non
         assert "audit log" in page.text("#kept")
 
 
-@pytest.mark.parametrize(("size", "scheme"), zip(SIZES, ("light", "dark", "light"), strict=True))
+@pytest.mark.parametrize(
+    ("size", "scheme"), list(zip(SIZES, ("light", "dark", "light"), strict=True))
+)
 def test_axe_finds_nothing(page: Page, size: tuple[int, int], scheme: str) -> None:
     axe_core = pytest.importorskip("axe_core_python", reason="needs axe-core-python")
     script = (Path(axe_core.__file__).parent / "axe.min.js").read_text("utf-8")

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 from command_line import ROOT
-from serving import Seeing, StandIn, live, png, upload
+from serving import StandIn, live, png, upload
 
 pytest.importorskip("selenium", reason="needs selenium")
 
@@ -35,8 +35,8 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def engine() -> Seeing:
-    return Seeing()
+def engine() -> StandIn:
+    return StandIn()
 
 
 def test_an_image_is_dropped_and_a_question_answered(page: Page, nano: str) -> None:
@@ -116,7 +116,7 @@ def test_all_can_be_read_in_both_schemes(page: Page, nano: str, scheme: str) -> 
         assert page.contrast(selector) >= 4.5, selector
 
 
-def test_the_keyboard_is_enough(page: Page, engine: Seeing) -> None:
+def test_the_keyboard_is_enough(page: Page, engine: StandIn) -> None:
     with live(engine) as url:
         page.open(url)
         page.run("document.getElementById('file').addEventListener('click', (e) => {"
@@ -157,7 +157,7 @@ def test_the_keyboard_is_enough(page: Page, engine: Seeing) -> None:
         assert not page.one("#display-only").is_displayed()
 
 
-def test_escape_stops_an_answer(page: Page, engine: Seeing) -> None:
+def test_escape_stops_an_answer(page: Page, engine: StandIn) -> None:
     engine.may_go_on.clear()
     with live(engine) as url:
         page.open(url)
@@ -176,7 +176,7 @@ def test_escape_stops_an_answer(page: Page, engine: Seeing) -> None:
         assert page.all(".answer") == []  # they were about another image
 
 
-def test_a_busy_service_is_waited_for(page: Page, engine: Seeing) -> None:
+def test_a_busy_service_is_waited_for(page: Page, engine: StandIn) -> None:
     with live(engine, limits=Limits(waiting=0)) as url:
         page.open(url)
         page.show(SCAN)
@@ -196,7 +196,7 @@ def test_a_busy_service_is_waited_for(page: Page, engine: Seeing) -> None:
         page.until(f"{DONE} && {TEXT} === 'No effusion is seen'")
 
 
-def test_problems_are_told_in_the_services_words(page: Page, engine: Seeing) -> None:
+def test_problems_are_told_in_the_services_words(page: Page, engine: StandIn) -> None:
     with live(engine) as url:
         page.open(url)
         ask(page)
@@ -221,7 +221,7 @@ def test_problems_are_told_in_the_services_words(page: Page, engine: Seeing) -> 
     assert "cannot be reached" in page.text(".answer:last-child .status")
 
 
-def test_a_token_is_asked_for_and_never_stored(page: Page, engine: Seeing) -> None:
+def test_a_token_is_asked_for_and_never_stored(page: Page, engine: StandIn) -> None:
     with live(engine, token="t" * 32) as url:
         page.open(url)
         page.until("document.getElementById('token-dialog').open")
@@ -238,7 +238,7 @@ def test_a_token_is_asked_for_and_never_stored(page: Page, engine: Seeing) -> No
         assert page.run("return document.getElementById('token').value") == ""
 
 
-def test_a_phrase_is_located_on_the_image(page: Page, engine: Seeing) -> None:
+def test_a_phrase_is_located_on_the_image(page: Page, engine: StandIn) -> None:
     with live(engine) as url:
         page.open(url)
         page.until("document.getElementById('locate').getAttribute('aria-disabled') === 'false'")
@@ -256,7 +256,7 @@ def test_a_phrase_is_located_on_the_image(page: Page, engine: Seeing) -> None:
         assert page.one("#heat-toggle").get_attribute("aria-pressed") == "true"
 
 
-def test_without_a_model_that_locates_the_page_says_so(page: Page, engine: Seeing) -> None:
+def test_without_a_model_that_locates_the_page_says_so(page: Page, engine: StandIn) -> None:
     with live(engine, modality=False) as url:
         page.open(url)
         page.until("document.getElementById('model').textContent")
@@ -267,7 +267,7 @@ def test_without_a_model_that_locates_the_page_says_so(page: Page, engine: Seein
         assert not page.all("#heat:not([hidden])")
 
 
-def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: Seeing) -> None:
+def test_a_dicom_is_windowed_and_turned_over_frame_by_frame(page: Page, engine: StandIn) -> None:
     with live(engine) as url:
         page.open(url)
         page.show(ct(-200, 0, 150))
@@ -316,7 +316,7 @@ def test_an_answer_says_what_it_warns_of(page: Page) -> None:
 
 
 def test_a_picture_that_is_odd_is_called_so_before_anything_is_asked(
-    page: Page, engine: Seeing
+    page: Page, engine: StandIn
 ) -> None:
     with live(engine) as url:
         page.open(url)
@@ -343,7 +343,7 @@ def test_the_page_shows_what_the_model_sees(page: Page, nano: str) -> None:
     assert not page.one("#seen").is_displayed()
 
 
-def test_a_view_that_cannot_be_had_is_a_problem_in_words(page: Page, engine: Seeing) -> None:
+def test_a_view_that_cannot_be_had_is_a_problem_in_words(page: Page, engine: StandIn) -> None:
     def fail(image: Image) -> None:
         raise ResourceError("There is no room.", "Wait.")
 

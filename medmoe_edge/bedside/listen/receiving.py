@@ -14,7 +14,8 @@ import logging
 import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from pydicom import Dataset, dcmread
 from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
@@ -149,6 +150,18 @@ class Refused(Exception):
     def __init__(self, status: int, why: str) -> None:
         super().__init__(why)
         self.status, self.why = status, why
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An object that is taken: the key it is known by, who sent it, and what it says of itself."""
+
+    key: str
+    peer: str
+    data: bytes
+    header: Dataset
+    origin: Origin
+    membership: Membership
 
 
 class Receiving:
@@ -289,10 +302,11 @@ class Receiving:
             key = self._key(origin, data)
             if self.queue.settles(key):  # the sender had not heard of it
                 return
+            item = Taken(key, peer, data, header, origin, membership)
             if why:
-                self._set_aside(peer, key, data, header, origin, membership, why)
+                self._set_aside(item, why)
             else:
-                self._keep(peer, key, data, header, origin, membership)
+                self._keep(item)
         for notice in () if why else notices_of(header):
             log.warning("%s: %s", key[:16], notice.message)
 
@@ -326,44 +340,34 @@ class Receiving:
             return origin.uid  # kept by an earlier version of this program
         return key_of(f"{origin.uid} {origin.content}")
 
-    def _set_aside(
-        self,
-        peer: str,
-        key: str,
-        data: bytes,
-        header: Dataset,
-        origin: Origin,
-        membership: Membership,
-        why: str,
-    ) -> None:
-        self.queue.mark(key_objects(header))
-        self.queue.add(key, hashlib.sha256(data).hexdigest(), peer, (), origin, membership, why)
-        self._tell_aside(key, header, membership.series, why)
+    def _set_aside(self, item: Taken, why: str) -> None:
+        self.queue.mark(key_objects(item.header))
+        self._add(item, (), why)
+        self._tell_aside(item, why)
 
-    def _keep(
-        self,
-        peer: str,
-        key: str,
-        data: bytes,
-        header: Dataset,
-        origin: Origin,
-        membership: Membership,
-    ) -> None:
-        path = self.folder.image(key)
-        self.folder.keep(path, data)
+    def _keep(self, item: Taken) -> None:
+        header, path = item.header, self.folder.image(item.key)
+        self.folder.keep(path, item.data)
         kept = False
         try:
-            self.folder.picture(key)
+            self.folder.picture(item.key)
             asked = self.configuration.questions_for(modality_of(header), body_parts_of(header))
-            self._tell_of_others(key, origin)
-            self.queue.add(key, hashlib.sha256(data).hexdigest(), peer, asked, origin, membership)
+            self._tell_of_others(item.key, item.origin)
+            self._add(item, asked)
             kept = True
         finally:
-            if not kept and self.queue.state(key) != "failed":  # those are kept to be looked at
+            if (
+                not kept and self.queue.state(item.key) != "failed"
+            ):  # those are kept to be looked at
                 path.unlink(missing_ok=True)
 
-    def _tell_aside(self, key: str, header: Dataset, series: str, why: str) -> None:
+    def _add(self, item: Taken, asked: Sequence[str], why: str = "") -> None:
+        digest = hashlib.sha256(item.data).hexdigest()
+        self.queue.add(item.key, digest, item.peer, asked, item.origin, item.membership, why)
+
+    def _tell_aside(self, item: Taken, why: str) -> None:
         """Say that nothing is asked: as a warning where it may be a mistake."""
+        key, header, series = item.key, item.header, item.membership.series
         if why != "no_question":
             log.info("%s: it %s: set aside.", key[:16], ASIDE[why])
             return
