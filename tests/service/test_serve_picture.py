@@ -19,8 +19,8 @@ from pydicom.data import get_testdata_file
 from serving import StandIn, app_over, client_of, png
 from starlette.testclient import TestClient
 
-from medmoe_edge.bedside.serve import routes as serve_picture
-from medmoe_edge.bedside.serve.routes import Codes, Picture, picture_of
+from medmoe_edge.bedside.serve import routes
+from medmoe_edge.bedside.serve.routes import LARGEST, Codes, Picture, picture_of
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.loading import load_image
@@ -128,13 +128,15 @@ def test_sixteen_bit_pictures_keep_their_unit_within_their_window() -> None:
     )
 
 
-def test_large_pictures_come_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_picture, "LARGEST", 20)
-    picture = shown(file_of(FRAMES[:, :20]), 0)
-    assert picture.size == (40, 20)
-    assert (picture.width, picture.height) == (20, 10)
-    assert pixels_of(picture).shape == values_of(picture).shape == (10, 20)
-    assert values_of(picture).mean() == pytest.approx(FRAMES[0, :20].mean(), abs=1)
+def test_large_pictures_come_smaller() -> None:
+    frames = np.tile(FRAMES[:1, :20], (1, 4, 2 * LARGEST // FRAMES.shape[2]))
+    _, height, width = frames.shape
+    picture = shown(file_of(frames), 0)
+    assert picture.size == (width, height)
+    assert (picture.width, picture.height) == (LARGEST, round(height * LARGEST / width))
+    shape = (picture.height, picture.width)
+    assert pixels_of(picture).shape == values_of(picture).shape == shape
+    assert values_of(picture).mean() == pytest.approx(frames.mean(), abs=1)
 
 
 @pytest.fixture
@@ -302,7 +304,7 @@ def test_what_goes_wrong_after_the_first_frame_is_an_event(
             raise ImageError("The image is damaged.", "Copy it again.")
         return picture_of(source, frame, bounds, patient=patient)
 
-    monkeypatch.setattr(serve_picture, "picture_of", broken)
+    monkeypatch.setattr(routes, "picture_of", broken)
     files = {"image": file_of(FRAMES[:, :5, :5])}
     text = client.post("/v1/picture", files=files, data={"stream": "true"}).text
     assert [line for line in text.splitlines() if line.startswith("event")] == [

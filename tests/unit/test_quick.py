@@ -14,10 +14,11 @@ import pytest
 from command_line import Run, two_lines
 from mutants import PRECISIONS, questions_about_noise, reseal, verified_bundles
 
-from medmoe_edge.bundle import recorded as recorded_module
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.recorded import (
+    AT_MOST,
+    OF_ONE,
     Marks,
     Recorded,
     Signature,
@@ -208,22 +209,19 @@ def test_marks_are_of_the_checkpoint(tiny_bundle: Make, tiny_checkpoint: Make) -
         np.testing.assert_allclose(norms, expected, atol=1 / 256)
 
 
-def test_neighbours_stand_together_where_there_are_too_many(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(recorded_module, "AT_MOST", 100)
-    monkeypatch.setattr(recorded_module, "OF_ONE", 64)
-    rows = np.random.default_rng(0).standard_normal((50, 96), np.float32)
-    maker = SignatureMaker()
-    for name in ("a", "b"):
-        maker.keep(name, 8, 96, *[Marks.of(rows, 3)] * 2)
+def test_neighbours_stand_together_where_there_are_too_many() -> None:
+    rows = np.random.default_rng(0).standard_normal((20_000, 6), np.float32)
+    maker, marks = SignatureMaker(), Marks.of(rows, 3)
+    names = [str(index) for index in range(30)]
+    for name in names:
+        maker.keep(name, 8, 6, marks, marks)
     made: Signature = maker.signature()
-    assert len(made.norms) <= 100
-    assert len(made.sums) == 100
+    assert len(names) * OF_ONE > AT_MOST >= len(made.norms) > AT_MOST / 2
+    assert AT_MOST >= len(made.sums) > AT_MOST / 2
+    squares = (rows.reshape(60_000, 2) ** 2).sum(-1)
     for matrix, norms, _ in made.each():
-        assert matrix.norms == len(norms) == -(-150 // matrix.norm_block)
-        squares = (rows.reshape(150, 32) ** 2).sum(-1)
-        whole = np.add.reduceat(squares, np.arange(0, 150, matrix.norm_block))
+        assert matrix.norms == len(norms) == -(-60_000 // matrix.norm_block)
+        whole = np.add.reduceat(squares, np.arange(0, 60_000, matrix.norm_block))
         np.testing.assert_allclose(4.0**norms, whole, rtol=0.01)
 
 
