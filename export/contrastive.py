@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from medmoe_edge._types import Progress, no_progress
 from medmoe_edge._version import __version__
-from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import (
-    MANIFEST,
     MODALITY_GATES,
     NOTICE,
     ModalityBundle,
@@ -214,35 +212,6 @@ Precision = Literal["fp32", "int8"]
 STORED: dict[Precision, str] = {"fp32": "fp32", "int8": VISION_INT8}
 
 
-def export_modality_bundle(
-    checkpoint: Path,
-    out: Path,
-    *,
-    precision: Precision = "int8",
-    name: str | None = None,
-    as_published: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Path:
-    """Export the checkpoint folder to the bundle folder `out`, which appears whole or not at all.
-
-    `progress` is called with `(step, done, total)`. Raises `ModelError` for a checkpoint that
-    cannot be used, `InputError` for an `out` that may not be replaced and `ResourceError` where the
-    disk does not take it.
-    """
-    with atomic_folder(out, force=force, marker=MANIFEST) as staging:
-        write_modality_bundle(
-            checkpoint,
-            staging,
-            precision=precision,
-            name=name,
-            as_published=as_published,
-            progress=progress,
-        )
-    (progress or no_progress)("done", 1, 1)
-    return out
-
-
 def write_modality_bundle(
     checkpoint: Path,
     folder: Path,
@@ -252,7 +221,11 @@ def write_modality_bundle(
     as_published: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write the files of a bundle into the empty `folder`: see `export_modality_bundle`."""
+    """Write the files of a bundle into the empty `folder`.
+
+    `progress` is called with `(step, done, total)`. Raises `ModelError` for a checkpoint that
+    cannot be used, and `ResourceError` where the disk does not take it.
+    """
     report = progress or no_progress
     model = read_modality_checkpoint(checkpoint, as_published=as_published)
     scores = read_scores(checkpoint)

@@ -46,11 +46,13 @@ from medmoe_edge.evaluation.mutations import Mutation, mutated_weights
 from medmoe_edge.export import contrastive as modality
 from medmoe_edge.export import contrastive as modality_build
 from medmoe_edge.export import vision as vision_quantise
-from medmoe_edge.export.contrastive import export_image, export_modality_bundle
+from medmoe_edge.export.contrastive import export_image
 from medmoe_edge.export.gpus import find_gpu, load_library
 from medmoe_edge.export.tensorrt_builder import build_engine
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.models.contrastive import ModalityMoE
+from medmoe_edge.pipeline import ExportOptions
+from medmoe_edge.pipeline.contrastive import export_modality
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.runtimes.contrastive import ImageFeatures, run_expert
 
@@ -83,7 +85,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
         for name, graph in graphs.items():
             patch.setattr(modality_build, name, lambda _, graph=graph: graph.clone())
         for precision in ("fp32", "int8"):
-            export_modality_bundle(checkpoint, folder / precision, precision=precision, name="tiny")
+            export_modality(checkpoint, folder / precision, ExportOptions(precision, name="tiny"))
         bundles = (ModalityBundle.open(folder / precision) for precision in ("fp32", "int8"))
         yield Exported(checkpoint, model, *bundles)
 
@@ -263,7 +265,7 @@ def test_weights_that_are_no_numbers_leave_no_bundle(exported: Exported, tmp_pat
     bias.fill_(torch.inf)
     try:
         with pytest.raises(ModelError, match=r"experts\.2\.projections\.0\.bias .*infinite"):
-            export_modality_bundle(exported.checkpoint, tmp_path / "out", precision="fp32")
+            export_modality(exported.checkpoint, tmp_path / "out", ExportOptions("fp32"))
     finally:
         bias.copy_(kept)
     assert list(tmp_path.iterdir()) == []

@@ -23,11 +23,11 @@ from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.features import similarity
 from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.evaluation.contrastive import Pictures, verify_modality
-from medmoe_edge.export.contrastive import export_modality_bundle
 from medmoe_edge.families import MedMoEFamily
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.pipeline import ExportOptions
+from medmoe_edge.pipeline.contrastive import export_modality
 
 TEXTS = ["a b c", "effusion, left", "hi"]
 NEAR = 1e-5
@@ -181,7 +181,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("published")
     reference = save(root / "theirs", "model.")
     bundle = root / "bundle"
-    export_modality_bundle(root / "theirs", bundle, precision="fp32", as_published=True)
+    export_modality(root / "theirs", bundle, ExportOptions("fp32", as_published=True))
     return Made(root / "theirs", reference, bundle)
 
 
