@@ -302,6 +302,26 @@ def few_questions_travel() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def servers_stop_at_once() -> Iterator[None]:
+    """They look twice a second whether they should."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.02,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trt() -> Any:
+    """TensorRT for RTX."""
+    from medmoe_edge.errors import MissingDependencyError
+    from medmoe_edge.export.gpus import load_library
+
+    try:
+        return load_library("tensorrt-rtx")
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Page"]:
     """The browser that the tests of the page share."""

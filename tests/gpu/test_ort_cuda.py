@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from graphs import (
+    STRUCTURES,
     Floats,
     constant,
     moe_config,
@@ -22,6 +23,7 @@ from graphs import (
     op_types,
     product_model,
     random_tokens,
+    relative,
     run_ort,
 )
 
@@ -45,18 +47,7 @@ from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
 Make = Callable[..., Path]
 OWN = "decoder.layers.0.ffn."
-STRUCTURES: list[tuple[str, dict[str, Any]]] = [
-    ("stablelm", {"top_k": 1}),
-    ("stablelm", {"top_k": 2, "use_residual": True}),
-    ("phi", {"top_k": 2, "router_bias": False}),
-    ("phi", {"top_k": 1, "meta_expert": False}),
-]
 MIXED = (Format(2, 32), Format(4, 64), Format(4, 32), Format(8, 64))
-
-
-def relative(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
-    assert a.shape == b.shape
-    return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 def mixed(spec: MoESpec) -> Plan:

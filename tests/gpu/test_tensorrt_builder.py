@@ -42,14 +42,6 @@ from medmoe_edge.export.tensorrt_builder import (
 Build = Callable[..., Built]
 
 
-@pytest.fixture(scope="module")
-def trt() -> Any:
-    try:
-        return load_library("tensorrt-rtx")
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
     folder = tmp_path / "graph"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import pytest
-from graphs import in_steps, normal
+from graphs import PAGED, in_steps, normal
 from test_tensorrt_runtime import FakeDevice
 
 from medmoe_edge._types import Floats
@@ -27,12 +27,11 @@ from medmoe_edge.errors import (
     BundleError,
     CheckpointError,
     InputError,
-    MissingDependencyError,
     ResourceError,
 )
 from medmoe_edge.evaluation.targets import GraphRuntime, as_written
 from medmoe_edge.export.builder import FILE, PAGE
-from medmoe_edge.export.gpus import load_library, make_logger
+from medmoe_edge.export.gpus import make_logger
 from medmoe_edge.export.targets import export_target, plan_target, write_graphs
 from medmoe_edge.export.tensorrt_builder import parse
 from medmoe_edge.runtimes.base import Cache, Step
@@ -44,13 +43,6 @@ Make = Callable[..., Path]
 STEPS = (17, 5, 1, 1, 1)
 POSITIONS = 40
 TARGET = Target("tensorrt-rtx", "fp16", "sm89", "1.7.1", POSITIONS, POSITIONS, paged=True)
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("int8", "tiny", {}),
-    ("int4", "tiny", {"top_k": 2, "use_residual": True}),
-    ("int8", "tiny-phi", {"top_k": 2}),
-    ("int4", "tiny-phi", {"meta_expert": False, "router_bias": False}),
-    ("fp32", "tiny-phi", {}),
-]
 
 
 class GraphContext:
@@ -177,7 +169,7 @@ def check(runtime: Recorded, everything: Recorded, lengths: tuple[int, ...]) -> 
     return wanted
 
 
-@pytest.mark.parametrize(("precision", "preset", "moe"), CASES)
+@pytest.mark.parametrize(("precision", "preset", "moe"), PAGED)
 def test_steps_give_the_bits_of_all_experts_in_slots(
     paged: Callable[..., Bundle], precision: str, preset: str, moe: dict[str, Any]
 ) -> None:
@@ -195,7 +187,7 @@ def test_steps_give_the_bits_of_all_experts_in_slots(
         assert device.captures == 1
 
 
-@pytest.mark.parametrize(("precision", "preset", "moe"), CASES)
+@pytest.mark.parametrize(("precision", "preset", "moe"), PAGED)
 def test_the_graph_computes_what_the_one_with_constants_does(
     tiny_bundle: Make,
     paged: Callable[..., Bundle],
@@ -313,14 +305,6 @@ def test_a_corrupted_expert_fails_its_request_and_no_other(
 
 
 # --- TensorRT -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trt() -> Any:
-    try:
-        return load_library("tensorrt-rtx")
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.usefixtures("trt")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graphs import in_steps
+from graphs import PAGED, in_steps
 from interpreted import interpret
 from torch import nn
 
@@ -30,13 +30,6 @@ from medmoe_edge.runtimes.torch.paged import PagedTorchRuntime, SlotLinear
 
 Make = Callable[..., Path]
 STEPS = (17, 5, 1, 1, 1)
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("int8", "tiny", {}),
-    ("int4", "tiny", {"top_k": 2, "use_residual": True}),
-    ("int8", "tiny-phi", {"top_k": 2}),
-    ("int4", "tiny-phi", {"meta_expert": False, "router_bias": False}),
-    ("fp32", "tiny-phi", {}),
-]
 ANY_DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
@@ -74,7 +67,7 @@ def least(bundle: Bundle) -> int:
 
 
 @pytest.mark.parametrize("unified", [True, False])
-@pytest.mark.parametrize(("precision", "preset", "moe"), CASES)
+@pytest.mark.parametrize(("precision", "preset", "moe"), PAGED)
 def test_paged_experts_give_the_same_bits(
     tiny_bundle: Make,
     monkeypatch: pytest.MonkeyPatch,
@@ -98,7 +91,7 @@ def test_paged_experts_give_the_same_bits(
 
 
 @ANY_DEVICE
-@pytest.mark.parametrize(("precision", "preset", "moe"), CASES[:2])
+@pytest.mark.parametrize(("precision", "preset", "moe"), PAGED[:2])
 def test_the_kernels_read_the_slots(
     request: pytest.FixtureRequest,
     tiny_bundle: Make,

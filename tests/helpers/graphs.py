@@ -39,6 +39,26 @@ FEED_FORWARD: dict[str, type[nn.Module]] = {
     "stablelm": StableLmFeedForward,
 }
 
+STRUCTURES: list[tuple[str, dict[str, Any]]] = [
+    ("stablelm", {"top_k": 1}),
+    ("stablelm", {"top_k": 2, "use_residual": True}),
+    ("phi", {"top_k": 2, "router_bias": False}),
+    ("phi", {"top_k": 1, "meta_expert": False}),
+]
+PAGED: list[tuple[str, str, dict[str, Any]]] = [
+    ("int8", "tiny", {}),
+    ("int4", "tiny", {"top_k": 2, "use_residual": True}),
+    ("int8", "tiny-phi", {"top_k": 2}),
+    ("int4", "tiny-phi", {"meta_expert": False, "router_bias": False}),
+    ("fp32", "tiny-phi", {}),
+]
+
+
+def relative(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    """The largest difference, relative to the largest value."""
+    assert a.shape == b.shape
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
 
 def moe_config(kind: str = "stablelm", size: int = 16, hidden: int = 24, **moe: Any) -> ModelConfig:
     base = PRESETS["tiny-phi" if kind == "phi" else "tiny"]

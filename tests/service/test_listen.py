@@ -1,7 +1,6 @@
 """The DICOM node: whom it lets in, what it keeps before it says so, and what it answers."""
 
 import logging
-import socketserver
 import sqlite3
 import stat
 import sys
@@ -50,12 +49,6 @@ from medmoe_edge.image.pixels import Image
 
 # pynetdicom leaves a socket to the garbage collector where its peer hung up first.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def servers_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They look twice a second whether they should."""
-    monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.02,))
 
 
 def done(node: Node) -> bool:

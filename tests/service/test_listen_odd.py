@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import socket
-import socketserver
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,11 +42,6 @@ REPORT = "comprehensive-3d-sr"
 LONG = "MRN-4711-" + "9" * 61  # 70 characters
 RETIRED_ULTRASOUND = "1.2.840.10008.5.1.4.1.1.6"
 PRIVATE = "1.3.46.670589.11.0.0.12.99"
-
-
-@pytest.fixture(autouse=True)
-def servers_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.02,))
 
 
 @pytest.fixture

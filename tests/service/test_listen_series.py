@@ -2,7 +2,6 @@
 
 import json
 import logging
-import socketserver
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,11 +49,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::UserWarning"
 )
 REPORT = "comprehensive-3d-sr"
-
-
-@pytest.fixture(autouse=True)
-def servers_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.02,))
 
 
 class Reading(StandIn):

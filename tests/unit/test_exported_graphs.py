@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graphs import relative
 
-from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.export.decoder import rotary_cache
@@ -24,12 +24,6 @@ Make = Callable[..., Path]
 
 def eager(checkpoint: Path) -> EagerRuntime:
     return EagerRuntime(read_checkpoint(checkpoint))
-
-
-def difference(a: Floats, b: Floats) -> float:
-    """The largest difference, relative to the largest value."""
-    assert a.shape == b.shape
-    return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 # --- the decoder ------------------------------------------------------------------------------
@@ -56,11 +50,11 @@ def test_the_fp32_decoder_equals_torch(
     for length in (9, 5, 1, 1):  # prefill, a further chunk, decode
         embeds = generator.normal(0, 0.2, (length, 64)).astype(np.float32)
         step, expected = runtime.step(embeds, ours), torch_runtime.step(embeds, theirs)
-        assert difference(step.logits, expected.logits) <= 1e-3
+        assert relative(step.logits, expected.logits) <= 1e-3
         assert step.router_logits.shape == expected.router_logits.shape
         if step.router_logits.size:
             assert step.router_logits.shape == (length, 2, 4)
-            assert difference(step.router_logits, expected.router_logits) <= 1e-3
+            assert relative(step.router_logits, expected.router_logits) <= 1e-3
         assert ours.length == theirs.length
     ids = [3, 1, 4, 1, 5, 319]
     assert np.array_equal(runtime.embed(ids), torch_runtime.embed(ids))
@@ -91,7 +85,7 @@ def test_a_quantised_decoder_errs_in_its_weights_and_in_8_bit_activations(
     runtime = OrtRuntime(Bundle.open(tiny_bundle(precision, preset, dense=True)))
     embeds = np.random.default_rng(0).normal(0, 0.2, (20, 64)).astype(np.float32)
     logits = runtime.step(embeds, runtime.new_cache(20)).logits
-    assert 1e-5 < difference(logits, exact.step(embeds, exact.new_cache(20)).logits) < 0.05
+    assert 1e-5 < relative(logits, exact.step(embeds, exact.new_cache(20)).logits) < 0.05
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-phi"])
@@ -103,7 +97,7 @@ def test_the_first_router_of_a_quantised_decoder_hardly_moves(
         runtime = OrtRuntime(Bundle.open(tiny_bundle(precision, preset)))
         embeds = np.random.default_rng(0).normal(0, 0.2, (20, 64)).astype(np.float32)
         logits.append(runtime.step(embeds, runtime.new_cache(20)).router_logits[:, 0])
-    assert difference(logits[1], logits[0]) < 0.05
+    assert relative(logits[1], logits[0]) < 0.05
 
 
 def test_rotations_are_those_of_the_model() -> None:

@@ -6,7 +6,6 @@ import struct
 import subprocess
 import sys
 import threading
-import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from bombs import chunk
 from hostile import check_damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,10 +40,6 @@ def encoded(picture: Pillow.Image | npt.NDArray[Any], kind: str, **options: Any)
     buffer = BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_header(width: int, height: int) -> bytes:

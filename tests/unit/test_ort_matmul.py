@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from graphs import (
+    STRUCTURES,
     Floats,
     constant,
     initializer,
@@ -19,6 +20,7 @@ from graphs import (
     op_types,
     product_model,
     random_tokens,
+    relative,
     run_ort,
 )
 from torch import nn
@@ -30,18 +32,8 @@ from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
 from medmoe_edge.export.plan import INT8, Plan
 from medmoe_edge.export.quantise import Policy, quantise_weights
 
-STRUCTURES: list[tuple[str, dict[str, Any]]] = [
-    ("stablelm", {"top_k": 1}),
-    ("stablelm", {"top_k": 2, "use_residual": True}),
-    ("phi", {"top_k": 2, "router_bias": False}),
-    ("phi", {"top_k": 1, "meta_expert": False}),
-]
 FORMATS = [Format(2, 32), Format(4, 32), Format(4, 128), Format(8, 128)]
 to_int8 = partial(round_to_nearest, format=INT8)
-
-
-def relative(a: Floats, b: Floats) -> float:
-    return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 # --- all pairs, also in branches --------------------------------------------------------------

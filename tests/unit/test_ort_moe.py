@@ -7,17 +7,19 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from graphs import moe_config, moe_layer, moe_model, op_types, random_tokens, run_all, run_ort
+from graphs import (
+    STRUCTURES,
+    moe_config,
+    moe_layer,
+    moe_model,
+    op_types,
+    random_tokens,
+    run_all,
+    run_ort,
+)
 
 from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_moe
-
-STRUCTURES: list[tuple[str, dict[str, Any]]] = [
-    ("stablelm", {"top_k": 1}),
-    ("stablelm", {"top_k": 2, "use_residual": True}),
-    ("phi", {"top_k": 2, "router_bias": False}),
-    ("phi", {"top_k": 1, "meta_expert": False}),
-]
 
 
 @pytest.mark.parametrize(("kind", "options"), STRUCTURES)
