@@ -138,6 +138,7 @@ class Corpus:
     asking: Asking | None = None  # makes questions of what is known; None: classification does
     seen: Sequence[Seen] = ()  # what a tower can be taught to see, and that by which it is judged
     seen_held_out: Sequence[Seen] = ()
+    border: Sequence[Facts] = ()  # of images that no phase learns from
 
     def asked(self, order: random.Random, phase: PhaseConfig) -> list[Conversation]:
         """An epoch's questions about facts; images that none is about are left out."""
