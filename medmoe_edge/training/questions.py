@@ -211,8 +211,35 @@ class Asking:
             for index in chosen:
                 turns[index].append(self._yes_no(name, self.known[index], present, order))
 
-    def _yes_no(self, name: str, facts: Facts, present: bool, order: random.Random) -> Turn:
-        negated = order.random() < 0.25
+    def about_findings(
+        self, facts: Facts, count: int, order: random.Random
+    ) -> list[tuple[str, Turn]]:
+        """`count` wordings of each finding that an image shows or does not, and of its negation.
+
+        With each turn goes what it asks, the same for all images.
+        """
+        known = sorted((facts.present | facts.absent) & self.book["findings"].keys())
+        return [
+            (
+                f"{'no ' if negated else ''}{name}",
+                self._yes_no(name, facts, name in facts.present, order, negated=negated),
+            )
+            for name in known
+            for negated in (False, True)
+            for _ in range(count)
+        ]
+
+    def _yes_no(
+        self,
+        name: str,
+        facts: Facts,
+        present: bool,
+        order: random.Random,
+        *,
+        negated: bool | None = None,
+    ) -> Turn:
+        if negated is None:
+            negated = order.random() < 0.25
         wording = order.choice(self.book["absent" if negated else "present"])
         text = self._filled(
             wording, facts, order, n=order.choice(self.book["findings"][name]["names"])

@@ -49,6 +49,7 @@ from medmoe_edge.models.med_moe import (
 )
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.training.border import fit_border
 from medmoe_edge.training.data import (
     Batches,
     as_labelled,
@@ -167,6 +168,9 @@ def train(
     if recipe.experts_from == "moe":
         model = route(model, router, config, corpus, batches, session)
     specialise(model, corpus, recipe.moe, batches, session)
+    if recipe.border is not None:
+        asking = Asking(corpus.border, config.refusals)
+        fit_border(model, asking, corpus.questions, recipe.border, batches, session)
     folder = out / "checkpoint"
     if session.accelerator.is_main_process:
         write_checkpoint(
