@@ -343,8 +343,8 @@ class Asking:
         )
 
     def _foreign(self, order: random.Random) -> str:
-        languages = self.book["languages"]
-        return str(order.choice(languages[order.choice(sorted(languages))]))
+        languages = self.book["languages"]  # those most likely to be met have most questions
+        return str(order.choice([one for name in sorted(languages) for one in languages[name]]))
 
     def _filled(
         self,
