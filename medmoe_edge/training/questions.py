@@ -33,6 +33,7 @@ KINDS = {
 # What a label of none of a class is called, where it is not "no" and the class.
 WELL = {"normal breast": "lesion", "benign lung tissue": "malignancy"}
 IMPLIED_SHARE = 0.3  # of the images asked about as those without, which are only not labelled
+PLAIN_SHARE, PLAINEST = 0.35, 10  # how often a wording is one of the first, and of how many
 FEWEST, MOST = 24, 160  # images with a finding that an epoch asks about
 Turn = tuple[str, str]
 
@@ -240,9 +241,9 @@ class Asking:
     ) -> Turn:
         if negated is None:
             negated = order.random() < 0.25
-        wording = order.choice(self.book["absent" if negated else "present"])
+        wording = _some(self.book["absent" if negated else "present"], order)
         text = self._filled(
-            wording, facts, order, n=order.choice(self.book["findings"][name]["names"])
+            wording, facts, order, n=_some(self.book["findings"][name]["names"], order)
         )
         return text, "Yes" if present != negated else "No"
 
@@ -392,6 +393,12 @@ def spoken(modality: str, order: random.Random) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _some(wordings: Sequence[str], order: random.Random) -> str:
+    """One of them; the first, which are the plainest and most likely to be met, more often."""
+    plainest = order.random() < PLAIN_SHARE
+    return order.choice(wordings[: min(PLAINEST, len(wordings) // 3)] if plainest else wordings)
 
 
 def _draw(items: Sequence[int], count: int, order: random.Random) -> list[int]:
