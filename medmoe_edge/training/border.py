@@ -86,12 +86,15 @@ def fit_border(
         head[yes] += (change / 2).to(head)
         head[no] -= (change / 2).to(head)
     before, after = (found.balanced(weights, each) for each in (0 * change, change))
-    turned = ((kept.margin > 0) != (kept.margin + kept.states @ change > 0)).float().mean()
     session.say(
         f"Border between yes and no: {before:.1%} of {len(groups)} questions about {len(asked)} "
-        f"kept images were answered rightly, now {after:.1%}; of {len(kept.margin)} others "
-        f"{turned:.1%} are answered otherwise."
+        f"kept images were answered rightly, now {after:.1%}."
     )
+    if len(kept.margin):
+        turned = (kept.margin > 0) != (kept.margin + kept.states @ change > 0)
+        session.say(
+            f"Of {len(turned)} other questions {turned.float().mean():.1%} are answered otherwise."
+        )
 
 
 def _about_findings(asking: Asking, seed: int) -> tuple[list[Conversation], list[str]]:
@@ -156,7 +159,7 @@ def _fitted(found: _Read, weights: Tensor, kept: _Read, penalty: float) -> Tenso
         if len(kept.margin):
             total = total + KEEP * (kept.states @ change).square().mean()
         total.backward()  # type: ignore[no-untyped-call]
-        return float(total)
+        return float(total.detach())
 
     optimiser.step(loss)  # type: ignore[arg-type]
     return change.detach()
