@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_it_as_it_was(log: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     before = log.read_bytes()
-    monkeypatch.setattr("medmoe_edge.bedside.audit.log.os.fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(ResourceError, match="No space left"):
         write(log, "e")
     assert log.read_bytes() == before

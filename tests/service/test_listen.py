@@ -1,6 +1,7 @@
 """The DICOM node: whom it lets in, what it keeps before it says so, and what it answers."""
 
 import logging
+import os
 import sqlite3
 import stat
 import sys
@@ -154,7 +155,7 @@ def test_a_full_disk_keeps_nothing_and_says_so(
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("medmoe_edge.bedside.listen.queue.os.fsync", fail)
+            patch.setattr(os, "fsync", fail)
             assert send(node.port, study()) == [0xA700]
         assert list(node.folder.images.iterdir()) == []
         with monkeypatch.context() as patch:

@@ -245,7 +245,7 @@ def test_a_backup_does_not_hold_up_a_node_that_receives(
             folder.image(key_of("a")).unlink()
         target.write_bytes(path.read_bytes())  # or an error, where it is the one that was answered
 
-    monkeypatch.setattr("medmoe_edge.bedside.listen.desk.os.link", copy)
+    monkeypatch.setattr(os, "link", copy)
     Desk(folder.root).back_up(config.audit_log, tmp_path / "node.tar")
     queue.close()
     assert len(copied) >= 2
@@ -331,7 +331,7 @@ def test_a_disk_that_refuses_the_entry_has_nothing_restored(
     before = files()
     with monkeypatch.context() as patched:
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        patched.setattr("medmoe_edge.bedside.audit.log.os.fsync", Mock(side_effect=full))
+        patched.setattr(os, "fsync", Mock(side_effect=full))
         unlink, removed = Path.unlink, list[Path]()
 
         def remove(path: Path, missing_ok: bool = False) -> None:
@@ -345,7 +345,7 @@ def test_a_disk_that_refuses_the_entry_has_nothing_restored(
         assert ours == [place.queue, place.image(key_of("a"))]  # a queue never lacks its images
     assert files() == before
     with monkeypatch.context() as patched:
-        patched.setattr("medmoe_edge.bedside.listen.desk.shutil.move", Mock(side_effect=full))
+        patched.setattr(shutil, "move", Mock(side_effect=full))
         with pytest.raises(ResourceError, match=r"No space left.*nothing was"):
             restore(tmp_path / "node.tar", place, other.audit_log)
     assert files() == before
@@ -357,7 +357,7 @@ def test_a_disk_that_refuses_the_entry_has_nothing_restored(
         move(path, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr("medmoe_edge.bedside.listen.desk.shutil.move", move_all_but_the_queue)
+        patched.setattr(shutil, "move", move_all_but_the_queue)
         with pytest.raises(ResourceError, match=r"No space left.*nothing was"):
             restore(tmp_path / "node.tar", place, other.audit_log)
     assert files() == before
@@ -386,7 +386,7 @@ def test_a_queue_that_appears_during_a_restore_is_kept(
         move(path, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr("medmoe_edge.bedside.listen.desk.shutil.move", move_while_a_node_starts)
+        patched.setattr(shutil, "move", move_while_a_node_starts)
         with pytest.raises(InputError, match=r"holds a queue already.*Nothing was restored"):
             restore(tmp_path / "node.tar", place, other.audit_log)
     assert place.queue.read_bytes() == b"a node's"

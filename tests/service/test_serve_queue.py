@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -80,7 +81,7 @@ def test_slots_are_refused_and_given_back() -> None:
 
 def test_who_was_refused_first_is_told_to_come_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("medmoe_edge.bedside.serve.work.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     slots = RequestSlots(2)
 
     def told(client: str) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def test_a_verification_that_cannot_be_written_leaves_the_old_manifest(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medmoe_edge.atomic.os.fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ResourceError, match="No space left"):
         write_verification(bundle, {"passed": True})
     assert (folder / MANIFEST).read_bytes() == content

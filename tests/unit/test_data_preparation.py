@@ -1,6 +1,7 @@
 """Tiny downloads in the official forms, whole, incomplete and hostile."""
 
 import builtins
+import importlib
 import json
 import pickle
 import zipfile
@@ -237,7 +238,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr("medmoe_edge.data.prepare.importlib.import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     source = write(tmp_path / "hf", {"test-00000-of-00001.parquet": b"PAR1"})
     with pytest.raises(MissingDependencyError, match="pyarrow"):
         prepare("pathvqa", source, tmp_path / "out")

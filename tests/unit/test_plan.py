@@ -23,7 +23,6 @@ from medmoe_edge.calibration.quantisers import (
 from medmoe_edge.calibration.statistics import InputStatistics, Statistics, input_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
 from medmoe_edge.errors import CheckpointError, InputError
-from medmoe_edge.export import weights
 from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.decoder import DecoderBuilder
 from medmoe_edge.export.plan import HEAD, INT8, Plan, check_precision
@@ -192,10 +191,7 @@ def test_without_statistics_all_inputs_count_alike(checkpoint: Checkpoint) -> No
     assert plan.matrices[0]["error"] == pytest.approx(noise, rel=1e-3)
 
 
-def test_every_matrix_is_recorded_as_it_is_written(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 4 * 64 * 128)  # the head has 320 rows
+def test_every_matrix_is_recorded_as_it_is_written(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plan = Plan("int4")
     model = DecoderBuilder(checkpoint.config, WeightSource(checkpoint)).model()
     quantise_weights(model, plan)
@@ -203,7 +199,17 @@ def test_every_matrix_is_recorded_as_it_is_written(
     save_model(model, tmp_path, "decoder")
     recorded = [record["name"] for record in plan.matrices]
     matrices = [name for name in checkpoint.names if input_of(name) is not None and name != HEAD]
-    assert sorted(recorded) == sorted([*matrices, HEAD])  # one record, also for several blocks
+    assert sorted(recorded) == sorted([*matrices, HEAD])
+
+
+def test_blocks_of_one_matrix_are_one_record(checkpoint: Checkpoint) -> None:
+    rows, whole, parts = WeightSource(checkpoint).array(HEAD), Plan("int4"), Plan("int4")
+    quantised(whole, HEAD, rows)
+    for block in np.split(rows, [100, 250]):
+        quantised(parts, HEAD, block)
+    ((one,), (other,)) = whole.matrices, parts.matrices
+    assert one.pop("error") == pytest.approx(other.pop("error"), rel=0.05)
+    assert one == other
 
 
 @pytest.mark.parametrize("precision", ["int4", "mixed"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medmoe_edge.atomic.os.replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ResourceError, match="No space left"):
         statistics({EXPERT: observed(tokens(5))}).save(tmp_path / "stats")
     assert list(tmp_path.iterdir()) == []
