@@ -104,7 +104,9 @@ def _shares(
         prefix = f"decoder.layers.{layer}."
         matrices = [name for name in checkpoint.names if name.startswith(prefix) and input_of(name)]
         powers = {
-            _owner(name): _power(source, statistics, name) for name in matrices if _adds(name)
+            _owner(name): _power(source, statistics, name)
+            for name in matrices
+            if name.removesuffix(".weight").rpartition(".")[2] in ADDS
         }
         # the feed-forward reads a stream to which attention has just been added
         attended = stream + powers[f"{prefix}attention"]
@@ -140,10 +142,6 @@ def _moments(statistics: Statistics, name: str) -> Floats | None:
 
 def _owner(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[0]
-
-
-def _adds(name: str) -> bool:
-    return name.removesuffix(".weight").rpartition(".")[2] in ADDS
 
 
 MIGRATION_ROWS = 1024  # of each matrix, on which a strength is judged

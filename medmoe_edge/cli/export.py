@@ -266,7 +266,7 @@ def export(
             out = output or Path("-".join((str(options.name), *cut, options.precision)))
             try:
                 made = family.export(folder, out, options, report)
-                verified = made.verification and made.verification.bundle.sha256
+                verified = made.verification.bundle.sha256 if made.verification else None
             except VerificationError as error:
                 _show_failed(error, as_json)
                 raise

@@ -214,7 +214,8 @@ def add_questions(
     `read_examples` does.
     """
     examples = read_examples(source, check_images=True)
-    sums = {example.image: _sum(example.image) for example in examples}
+    images = {example.image for example in examples}
+    sums = {image: hashlib.sha256(image.read_bytes()).hexdigest() for image in images}
     groups = {example.id: example.patient or sums[example.image] for example in examples}
     splits = split_evenly(dict.fromkeys(groups.values()))
     name = set_name(name or source.stem)
@@ -236,10 +237,6 @@ def add_questions(
                 patient=example.patient,
             )
     return prepared[0]
-
-
-def _sum(image: Path) -> str:
-    return hashlib.sha256(image.read_bytes()).hexdigest()
 
 
 class _Writer:

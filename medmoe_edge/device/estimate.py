@@ -460,7 +460,8 @@ def fit(model: str, options: PlanOptions, latency: float) -> Fit:
         raise InputError(f"A latency of {latency:g} s is none.", "Give seconds above 0.")
     _, config, _ = model_config(model)
     forecasts = _forecasts(model, options)
-    chosen = next((each for each in forecasts if _meets(each, options, latency)), None)
+    meet = (f for f in forecasts if f.fits and f.answer(options.new_tokens) <= latency)
+    chosen = next(meet, None)
     fitting = [each for each in forecasts if each.fits]
     nearest = min(fitting, key=lambda each: each.answer(options.new_tokens), default=None)
     device = find_device(options.device)
@@ -494,10 +495,6 @@ def _forecasts(model: str, options: PlanOptions) -> list[Forecast]:
     if "int4" in offered and options.group < LARGE_GROUP:
         found += plan(model, replace(larger, precision="int4")).forecasts
     return found
-
-
-def _meets(forecast: Forecast, options: PlanOptions, latency: float) -> bool:
-    return forecast.fits and forecast.answer(options.new_tokens) <= latency
 
 
 def _image_tokens(

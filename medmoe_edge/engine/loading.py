@@ -379,17 +379,14 @@ def _runtime_of(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Pa
 
 def _ort_runtime(bundle: Bundle, device: Device) -> Runtime:
     paging = bundle.manifest.get("paging") or {}
-    if device != "cuda" and "graphs" in paging and _expert_bytes(bundle) >= LARGE:
+    size = sum(size for _, size in bundle.manifest.get("experts", {}).values())
+    if device != "cuda" and "graphs" in paging and size >= LARGE:
         from medmoe_edge.runtimes.ort.paged import PagedOrtRuntime
 
         return PagedOrtRuntime(bundle, None, check="never")  # the whole file has just been checked
     from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
     return OrtRuntime(bundle, device=device)
-
-
-def _expert_bytes(bundle: Bundle) -> int:
-    return sum(size for _, size in bundle.manifest["experts"].values())
 
 
 def _paged_runtime(

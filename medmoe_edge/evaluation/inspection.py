@@ -426,7 +426,9 @@ def compare_bundles(before: Path, after: Path) -> Changes:
     return Changes(
         before=_identity(old),
         after=_identity(new),
-        weights=_compared(*map(_weights, (old, new))) if _have_graphs(old, new) else None,
+        weights=None
+        if old.target.is_engine or new.target.is_engine  # these hold no graphs
+        else _compared(*map(_weights, (old, new))),
         files=_compared(*map(_files, (old, new))),
         **by_part,
         other=tuple(each for each in found if each.name not in known),
@@ -495,10 +497,6 @@ def _compared(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, 
 
 def _files(bundle: AnyBundle[Any]) -> dict[str, str]:
     return {name: str(entry["sha256"]) for name, entry in bundle.manifest["files"].items()}
-
-
-def _have_graphs(*bundles: AnyBundle[Any]) -> bool:
-    return not any(bundle.target.is_engine for bundle in bundles)
 
 
 def _weights(bundle: AnyBundle[Any]) -> dict[str, str]:

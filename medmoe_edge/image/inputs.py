@@ -86,7 +86,8 @@ def as_image(
     if hasattr(source, "dataobj") and hasattr(source, "header"):
         return _from_bytes(_file_of(lambda: _nifti(source)), frame)
     if _is_array(source):
-        _refuse_frame(frame)
+        if frame is not None:
+            raise InputError("An array is one picture and has no frames.", "Give array[frame].")
         return _from_array(np.asarray(source), value_range)
     if hasattr(source, "read"):
         return _from_bytes(_read(source), frame)
@@ -105,11 +106,6 @@ def _is_array(value: object) -> bool:
         and not isinstance(value, Pillow.Image)
         and not hasattr(value, "dataobj")
     )
-
-
-def _refuse_frame(frame: int | None) -> None:
-    if frame is not None:
-        raise InputError("An array is one picture and has no frames.", "Give array[frame].")
 
 
 def _read(file: Any) -> bytes:

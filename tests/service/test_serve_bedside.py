@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as Pillow
-from serving import MODEL, Seeing, StandIn, StandInModality, live, png
+from serving import MODEL, StandIn, StandInModality, live, png
 
 pytest.importorskip("selenium", reason="needs selenium")
 
@@ -147,7 +147,7 @@ def test_the_patient_and_the_sides_are_shown_and_kept_nowhere(
 
 
 def test_all_frames_come_with_one_upload(page: Page) -> None:
-    engine = Seeing()
+    engine = StandIn()
     with live(engine) as url:
         page.open(url)
         page.show(ct(-80, -40, 0, 40, 80))
@@ -211,7 +211,7 @@ def test_zooming_and_moving_change_what_is_seen_alone(page: Page) -> None:
         )
         return tuple(matrix)
 
-    engine = Seeing()
+    engine = StandIn()
     with live(engine) as url:
         page.open(url)
         page.show(ct(0, 50))

@@ -463,7 +463,8 @@ def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
                     connection.sendall(_frame(line, str(entry["time"])))
                     number, head = entry["number"], entry["hash"]
                     sent += 1
-                _remember(path, number, head)
+                with atomic_file(_shipped(path)) as told:
+                    told.write(json.dumps({"number": number, "hash": head}).encode())
                 if not follow:
                     return sent
                 time.sleep(PAUSE)
@@ -511,11 +512,6 @@ def _frame(line: bytes, when: str) -> bytes:
 def _host() -> str:
     name = socket.gethostname().encode("ascii", errors="ignore").decode()
     return "".join(letter for letter in name if letter.isprintable() and letter != " ")[:255] or "-"
-
-
-def _remember(path: Path, number: int, head: str) -> None:
-    with atomic_file(_shipped(path)) as file:
-        file.write(json.dumps({"number": number, "hash": head}).encode())
 
 
 def _shipped(path: Path) -> Path:

@@ -105,7 +105,9 @@ def membership_of(dataset: Dataset) -> Membership:
         series=_hash(*uids, *patient_of(values)),
         position=_position(dataset),
         instance=_number(dataset, "InstanceNumber"),
-        intent=next((each for each in ("processing", "presentation") if _for(each) in said), ""),
+        intent=next(
+            (each for each in ("processing", "presentation") if f"FOR {each.upper()}" in said), ""
+        ),
         view=_hash(*view, ",".join(sorted(body_parts_of(dataset)))),
         expected=max(0, _number(dataset, "NumberOfSeriesRelatedInstances") or 0),
     )
@@ -263,10 +265,6 @@ def _number(dataset: Dataset, keyword: str) -> int | None:
     except ValueError:
         return None
     return found if abs(found) < 2**31 else None
-
-
-def _for(intent: str) -> str:
-    return f"FOR {intent.upper()}"
 
 
 def _hash(*parts: str) -> str:
