@@ -58,6 +58,7 @@ VISION_TOKENS = (
     "projector in groups of 32; the rest as fp16 weights"
 )
 VisionScales = Literal["groups", "tokens"]
+VISION_IN_8_BITS: dict[VisionScales, str] = {"groups": VISION_INT8, "tokens": VISION_TOKENS}
 STEPS = ("vision", "embedding", "decoder", "manifest")
 MODEL_CARD = "README.md"
 
@@ -213,18 +214,17 @@ def _write_vision(
     source: Checkpoint, folder: Path, options: BuildOptions, signature: SignatureMaker
 ) -> str:
     """Returns how its weights are stored, in words."""
+    transformer, quantised = source.config.vision.is_transformer, options.precision != "fp32"
     if options.vision == "tokens":
-        model = tower_by_tokens(source, signature)
-        halve_weights(model)
-        save_model(model, folder, "vision")
-        return VISION_TOKENS
-    model, stored = export_vision(source), "fp32"
-    if options.precision != "fp32":
-        in_8_bits = source.config.vision.is_transformer and quantise_linears(model, signature)[1]
-        stored = VISION_INT8 if in_8_bits else VISION
+        model, in_8_bits = tower_by_tokens(source, signature)
+    else:
+        model = export_vision(source)
+        in_8_bits = quantised and transformer and quantise_linears(model, signature)[1]
+    if quantised:
         halve_weights(model)
     save_model(model, folder, "vision")
-    return stored
+    in_words = VISION_IN_8_BITS[options.vision] if in_8_bits else VISION
+    return in_words if quantised else "fp32"
 
 
 def _write_embedding(source: Checkpoint, folder: Path, precision: Precision) -> None:

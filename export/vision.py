@@ -229,14 +229,19 @@ def _is_linear(value: ir.Value) -> bool:
     return multiplied and len(shape) == 2 and shape[0] >= LEAST_WIDTH
 
 
-def tower_by_tokens(checkpoint: Checkpoint, signature: SignatureMaker | None = None) -> ir.Model:
-    """The image encoder of a transformer tower in W8A8, its channels divided."""
+def tower_by_tokens(
+    checkpoint: Checkpoint, signature: SignatureMaker | None = None
+) -> tuple[ir.Model, bool]:
+    """The image encoder with its tower in W8A8, channels divided; `(model, in_8_bits)`.
+
+    Matrices may be too narrow to be in 8 bits.
+    """
     factors = smoothing(checkpoint)
     model = export_vision(checkpoint, factors)
     divide_inputs(model, factors)
-    quantise_linears(model, signature, tokens=True)
+    _, in_8_bits = quantise_linears(model, signature, tokens=True)
     fuse_attention(model, checkpoint.config.vision.heads)
-    return model
+    return model, in_8_bits
 
 
 def smoothing(checkpoint: Checkpoint) -> dict[str, Factors]:
@@ -246,29 +251,38 @@ def smoothing(checkpoint: Checkpoint) -> dict[str, Factors]:
     """
     config, source = checkpoint.config.vision, WeightSource(checkpoint)
     scales: dict[FoldPoint, Floats] = {}
+
+    def divide(maker: str | None, readers: Sequence[str], reach: Floats) -> None:
+        made = (f"{maker}.weight", f"{maker}.bias") if maker else ()
+        matrices = tuple(f"{reader}.weight" for reader in readers)
+        scales[FoldPoint((), made, matrices)] = _divisors(source, reach, matrices)
+
     for layer in range(range(config.layers + 1)[config.select_layer]):  # those that run
         own = f"{LAYERS}{layer}."
-        first = tuple(f"{own}attention.{name}.weight" for name in "qkv")
-        for norm, readers in (("norm1", first), ("norm2", (f"{own}fc1.weight",))):
-            mean, deviation = (source.array(f"{own}{norm}.{part}") for part in ("bias", "weight"))
-            made = tuple(f"{own}{norm}.{part}" for part in ("weight", "bias"))
-            reach = np.abs(mean) + DEVIATIONS * np.abs(deviation)
-            scales[FoldPoint((), made, readers)] = _divisors(source, reach, readers)
-            maker = f"{own}attention.v" if norm == "norm1" else f"{own}fc1"
-            matrix = source.array(f"{maker}.weight")
-            mean = matrix @ mean + source.array(f"{maker}.bias")
-            deviation = np.sqrt(matrix**2 @ deviation**2)
-            if norm == "norm1":
-                made, readers = (
-                    (f"{maker}.weight", f"{maker}.bias"),
-                    (f"{own}attention.out.weight",),
-                )
-                reach = np.abs(mean) + DEVIATIONS * deviation
-            else:
-                made, readers = (), (f"{own}fc2.weight",)
-                reach = np.maximum(mean + DEVIATIONS * deviation, GELU_FLOOR)
-            scales[FoldPoint((), made, readers)] = _divisors(source, reach, readers)
+        attention = f"{own}attention."
+        mean, spread = source.array(f"{own}norm1.bias"), source.array(f"{own}norm1.weight")
+        divide(f"{own}norm1", [attention + name for name in "qkv"], _reach(mean, spread))
+        mean, spread = _through(source, f"{attention}v", mean, spread)
+        divide(f"{attention}v", [f"{attention}out"], _reach(mean, spread))
+        mean, spread = source.array(f"{own}norm2.bias"), source.array(f"{own}norm2.weight")
+        divide(f"{own}norm2", [f"{own}fc1"], _reach(mean, spread))
+        mean, spread = _through(source, f"{own}fc1", mean, spread)
+        divide(None, [f"{own}fc2"], np.maximum(mean + DEVIATIONS * spread, GELU_FLOOR))
     return fold(scales)
+
+
+def _reach(mean: Floats, spread: Floats) -> Floats:
+    """How far from zero channels of such means and deviations are taken to go."""
+    return np.asarray(np.abs(mean) + DEVIATIONS * np.abs(spread), np.float32)
+
+
+def _through(
+    source: WeightSource, linear: str, mean: Floats, spread: Floats
+) -> tuple[Floats, Floats]:
+    """Means and deviations behind a linear layer, its inputs taken as independent."""
+    matrix, bias = source.array(f"{linear}.weight"), source.array(f"{linear}.bias")
+    behind = np.sqrt(np.square(matrix) @ np.square(spread))
+    return matrix @ mean + bias, np.asarray(behind, np.float32)
 
 
 def _divisors(source: WeightSource, reach: Floats, readers: Sequence[str]) -> Floats:

@@ -254,6 +254,12 @@ def test_the_way_back_from_scales_per_token(
     assert error(GraphRuntime(by_tokens, graph, graph).encode_image(pixels), expected) < 0.03
 
 
+def test_matrices_too_narrow_for_8_bits_stay_so(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    narrow = Bundle.open(export_bundle(tiny_checkpoint(), tmp_path / "out", TOKENS))
+    assert narrow.manifest["quantisation"]["vision"] == build.VISION
+    assert "DynamicQuantizeMatMul" not in op_types(ir.load(narrow.path("vision.onnx")))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_towers_that_are_not_in_8_bits_have_no_scales_to_choose(
     tiny_checkpoint: Make, tmp_path: Path, precision: Any
