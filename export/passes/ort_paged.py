@@ -34,6 +34,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
@@ -70,7 +71,6 @@ from medmoe_edge.export.stored import StoredWeights, specify
 
 WEIGHTS = "expert.data"
 PER_GROUP = 3 * 4  # bytes, see `loaded_bytes`
-CHUNK = 1 << 20
 
 
 def write_experts(
@@ -160,8 +160,7 @@ def loaded_bytes(model: ir.Model) -> int:
 
 def _place_expert(model: ir.Model, stored: StoredWeights, owner: str, start: int) -> None:
     """Weights by names and offsets that are the same for every expert; short ones by value."""
-    values = list(model.graph.initializers.values())
-    for value in values:
+    for value in list(model.graph.initializers.values()):
         name = str(value.name)
         tensor = stored.tensors[name]
         assert tensor_of(value).nbytes == tensor.nbytes
@@ -182,27 +181,19 @@ def _place_expert(model: ir.Model, stored: StoredWeights, owner: str, start: int
 
 
 def _layout(model: ir.Model) -> dict[str, Any]:
-    tensors = [value.const_value for value in model.graph.initializers.values()]
     return {
         str(tensor.name): {
             "type": tensor.dtype.numpy().name,
             "shape": list(tensor.shape.numpy()),
             "offset": tensor.offset,
         }
-        for tensor in tensors
-        if isinstance(tensor, ir.ExternalTensor)
+        for value in model.graph.initializers.values()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
     }
 
 
 def _sha256(path: Path, offset: int, size: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(offset)
-        while size:
-            part = file.read(min(size, CHUNK))
-            digest.update(part)
-            size -= len(part)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, np.uint8, "r", offset, (size,))).hexdigest()
 
 
 RETURNED = ("routed", "mixed")  # by the experts of a layer
@@ -247,10 +238,8 @@ def cut_experts(model: ir.Model, spec: MoESpec, *, deltas: bool) -> tuple[ir.Mod
             for name, value in zip(spec.weight_names, node.inputs[1:], strict=True)
             if value is not None
         }
-        if deltas:
-            named, returned, new = _around_deltas(build, x, weights, spec, index)
-        else:
-            named, returned, new = _around_experts(build, x, weights, spec, index)
+        around = _around_deltas if deltas else _around_experts
+        named, returned, new = around(build, x, weights, spec, index)
         for name, (value, dtype, shape) in named.items():
             value.name, value.dtype, value.shape = f"{name}.{index}", dtype, shape
             graph.outputs.append(value)
