@@ -193,7 +193,7 @@ def _layout(model: ir.Model) -> dict[str, Any]:
 
 
 def _sha256(path: Path, offset: int, size: int) -> str:
-    return hashlib.sha256(np.memmap(path, np.uint8, "r", offset, (size,))).hexdigest()
+    return hashlib.sha256(np.memmap(path, np.uint8, "r", offset, (size,)).data).hexdigest()
 
 
 RETURNED = ("routed", "mixed")  # by the experts of a layer
