@@ -44,7 +44,7 @@ from medmoe_edge.export.builder import initializer, tensor_of
 from medmoe_edge.export.passes.ort_cpu import ORT_OPSET, lower_matmul
 from medmoe_edge.export.quantise import Quantiser, quantise_weights
 from medmoe_edge.export.weights import WeightSource
-from medmoe_edge.models.med_moe import TOWERS, projector
+from medmoe_edge.models.med_moe import TOWERS, pooled_features, projector
 
 
 class Weights(Protocol):
@@ -130,12 +130,14 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig, size: int) -> None:
         super().__init__()
+        self.pool = config.pool
         self.vision = TOWERS[config.kind](config)
         self.projector = projector(config, size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode the image."""
-        return self.projector(self.vision(pixels))  # type: ignore[no-any-return]
+        features = pooled_features(self.vision(pixels), self.pool)
+        return self.projector(features)  # type: ignore[no-any-return]
 
 
 def export_vision(checkpoint: Checkpoint) -> ir.Model:

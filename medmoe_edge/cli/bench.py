@@ -252,6 +252,10 @@ def plan(
             show_default="whole, or as the bundle's",
         ),
     ] = None,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="As of export.", show_default="all, or the bundle's"),
+    ] = None,
     fit: Annotated[
         bool,
         typer.Option("--fit", help="Propose the most exact form that answers within --latency."),
@@ -274,10 +278,10 @@ def plan(
     from medmoe_edge.device.estimate import plan as make
     from medmoe_edge.device.hardware import HERE
 
-    if measure and (device != HERE or precision or experts):
+    if measure and (device != HERE or precision or experts or image_tokens):
         raise InputError(
             "Measured is this machine, with the bundle as it is stored.",
-            "Give --device here, and no --precision or --experts.",
+            "Give --device here, and no --precision, --experts or --image-tokens.",
         )
     if fit != (latency is not None) or (fit and (measure or precision)):
         raise InputError(
@@ -286,7 +290,9 @@ def plan(
         )
     if group_size not in (32, 64, 128):
         raise InputError(f"There are no groups of {group_size}.", "Use 32, 64 or 128.")
-    options = PlanOptions(device, precision, group_size, prompt_tokens, new_tokens, experts)
+    options = PlanOptions(
+        *(device, precision, group_size, prompt_tokens, new_tokens, experts, image_tokens)
+    )
     if latency is not None:
         with render.working("Measuring"):
             proposed = find_fit(model, options, latency)

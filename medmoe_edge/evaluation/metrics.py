@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.config import Bin, Config, Reliability, Unsure
+from medmoe_edge.config import Bin, Config, Reliability, Unsure, later
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_GROUPS = re.compile(r"\d,\d")
@@ -315,8 +315,32 @@ class Vision(Config):
 
 
 @dataclass(frozen=True)
+class Flips(Config):
+    """Answers that read otherwise; of those that are known, `lost` were right and `gained` are."""
+
+    changed: Share
+    lost: int
+    gained: int
+
+
+@dataclass(frozen=True)
+class Reduction(Config):
+    """Answers from fewer image tokens against the checkpoint's, which reads `image_tokens`."""
+
+    image_tokens: int
+    answers: Answers
+    flips: Flips
+    by_modality: Mapping[str, Flips]
+    by_answer_type: Mapping[str, Flips]
+
+
+@dataclass(frozen=True)
 class Fidelity(Config):
-    """All figures; `routing` is None for a dense model, `finite` False if anything was not."""
+    """All figures; `routing` is None for a dense model, `finite` False if anything was not.
+
+    They are against the checkpoint with as many image tokens as the candidate has, so that they
+    tell what quantisation cost; where it has fewer than the checkpoint, `reduction` tells the rest.
+    """
 
     questions: int
     images: int
@@ -326,6 +350,7 @@ class Fidelity(Config):
     routing: Routing | None
     vision: Vision
     finite: bool
+    reduction: Reduction | None = later(None)  # noqa: RUF009  # it makes a field
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from medmoe_edge.errors import shown_bytes
 if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none of it
     from rich.progress import Progress
 
+    from medmoe_edge.config import VisionConfig
     from medmoe_edge.engine.answer import Answer
     from medmoe_edge.errors import MedMoEError, Notice
     from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Score, Scores
@@ -150,7 +151,7 @@ def show_inspection(inspection: "Inspection") -> None:
         ("parameters", "unknown without torch" if total is None else f"{total:,}"),
         ("  of the language part", f"{inspection.parameters_language:,}"),
         ("  activated per token", f"{inspection.parameters_activated:,}"),
-        ("vision", f"{config.vision.kind}, {config.vision.image_tokens} image tokens"),
+        ("vision", f"{config.vision.kind}, {image_tokens(config.vision)}"),
         ("decoder", f"{decoder.kind}, {decoder.layers} layers of {decoder.hidden_size}"),
     ]
     if moe:
@@ -172,6 +173,12 @@ def show_inspection(inspection: "Inspection") -> None:
     rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)
     show_warnings(inspection.warnings)
+
+
+def image_tokens(vision: "VisionConfig") -> str:
+    """How many an image has, and of how many features where those are averaged."""
+    averaged = f", averaged from {vision.features}" if vision.pool > 1 else ""
+    return f"{vision.image_tokens} image tokens{averaged}"
 
 
 def show_evaluation(found: "AnswerScores") -> None:
@@ -244,6 +251,8 @@ def _published(
 
 
 def _remarks(asked: "Evaluation", found: "AnswerScores") -> Iterator[str]:
+    if found.image_tokens:
+        yield f"Of an image {found.image_tokens:,} tokens were read."
     if asked.overall.n < found.of:
         yield f"Drawn from {found.of:,} questions."
     if asked.cut_off:
