@@ -45,7 +45,7 @@ def show_verification(verification: "Verification") -> None:
         show_gates(f"{name} against its checkpoint", record.gates)
         if isinstance(record, AnswersRecord):  # of a MedMoE, the gates tell all
             _show_modalities(record.figures)
-            show_reduction(record.figures.reduction)
+            _show_reduction(record.figures.reduction)
             if verification.beside:
                 candidates = {f"{name} (this bundle)": record.figures, **verification.beside}
                 _show_candidates(candidates)
@@ -307,7 +307,7 @@ def _show_modalities(figures: "Fidelity") -> None:
     _show_columns("", ["modality", "questions", *COMPARED], rows)
 
 
-def show_reduction(found: "Reduction | None") -> None:
+def _show_reduction(found: "Reduction | None") -> None:
     """Which answers fewer image tokens turned, in both directions."""
     if found is None:
         return
