@@ -55,7 +55,7 @@ from medmoe_edge.export.decoder import (
 )
 from medmoe_edge.export.half import halved
 from medmoe_edge.export.quantise import StoredMatrix, lazy_tensor
-from medmoe_edge.kernels.variant import OPS, PARTS, TILES, Kernel, namespace
+from medmoe_edge.kernels import OPS, PARTS, TILES, Kernel, namespace
 
 PLUGIN = {"plugin_version": "1", "aot": 1}
 

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -130,19 +129,6 @@ def reliability(
         ),
         risk_coverage=risk_coverage(said, right),
     )
-
-
-def roc_auc(there: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating[Any]]) -> float:
-    """The area under the ROC curve: how often what is there scores higher than what is not.
-
-    Equal scores count half; both kinds must occur. Source: Mann and Whitney's U over its largest
-    value (Hanley and McNeil, Radiology 143, 1982).
-    """
-    from scipy.stats import rankdata
-
-    count = int(there.sum())
-    ranks = rankdata(scores)[there].sum()
-    return float((ranks - count * (count + 1) / 2) / (count * (len(there) - count)))
 
 
 def risk_coverage(
@@ -351,22 +337,3 @@ class Fidelity(Config):
     vision: Vision
     finite: bool
     reduction: Reduction | None = later(None)  # noqa: RUF009  # it makes a field
-
-
-@dataclass(frozen=True)
-class ContrastiveFigures(Config):
-    """Of a MedMoE: shares of images with the same modality and label, and cosines.
-
-    The cosines are of pooled features, of regions and of texts: their means, and the least.
-    """
-
-    images: int
-    texts: int
-    modality_agreement: float
-    zero_shot_agreement: float
-    pooled_cosine: float
-    region_cosine: float
-    text_cosine: float
-    pooled_cosine_min: float
-    region_cosine_min: float
-    text_cosine_min: float

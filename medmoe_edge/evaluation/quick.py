@@ -30,9 +30,9 @@ from medmoe_edge.errors import BundleError, VerificationError
 from medmoe_edge.evaluation.contrastive import PHRASES, judge_seen, look
 from medmoe_edge.evaluation.fidelity import compare
 from medmoe_edge.evaluation.gates import GateResult, judge, judge_weights, judged
-from medmoe_edge.evaluation.metrics import ContrastiveFigures, Fidelity
+from medmoe_edge.evaluation.metrics import Fidelity
 from medmoe_edge.evaluation.mutations import Mutations
-from medmoe_edge.evaluation.record import read_mutations
+from medmoe_edge.evaluation.record import ContrastiveFigures, read_mutations
 from medmoe_edge.evaluation.recording import unpack_recording, unpack_seen
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 

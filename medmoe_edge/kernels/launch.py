@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from medmoe_edge.errors import MissingDependencyError
-from medmoe_edge.kernels.variant import PARTS, Half, Kernel, Tile, Variant, group_of
+from medmoe_edge.kernels import PARTS, Half, Kernel, Tile, Variant, group_of
 from medmoe_edge.models.decoder import MoE
 
 try:
@@ -28,7 +28,7 @@ except ImportError as error:
 
 
 Expert = Sequence[Tensor]
-"""An expert's parts for one kernel, in the order of `variant.PARTS`."""
+"""An expert's parts for one kernel, in the order of `PARTS`."""
 
 HALVES: dict[torch.dtype, Half] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DECODE = 16  # slots: up to here the tiles of decode, of which one block holds an expert's slots

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge.errors import ConfigError, MissingDependencyError, ResourceError
-from medmoe_edge.kernels.variant import (
+from medmoe_edge.kernels import (
     LEADING,
     OPS,
     PARTS,

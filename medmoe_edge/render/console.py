@@ -16,7 +16,6 @@ from medmoe_edge.errors import shown_bytes
 if TYPE_CHECKING:  # rich costs a third of the start-up, and --json needs none of it
     from rich.progress import Progress
 
-    from medmoe_edge.config import VisionConfig
     from medmoe_edge.engine.answer import Answer
     from medmoe_edge.errors import MedMoEError, Notice
     from medmoe_edge.evaluation.evaluate import Evaluation, ModalityAccuracy, Score, Scores
@@ -142,8 +141,8 @@ def show_warnings(warnings: Iterable["Notice"]) -> None:
 def show_inspection(inspection: "Inspection") -> None:
     """A model's make-up."""
     config, moe = inspection.config, inspection.config.moe
-    decoder = config.decoder
-    total = inspection.parameters_total
+    decoder, vision, total = config.decoder, config.vision, inspection.parameters_total
+    averaged = f", averaged from {vision.features}" if vision.pool > 1 else ""
     rows: list[tuple[str, object]] = [
         ("kind", inspection.kind),
         *told_runtime(inspection),
@@ -151,7 +150,7 @@ def show_inspection(inspection: "Inspection") -> None:
         ("parameters", "unknown without torch" if total is None else f"{total:,}"),
         ("  of the language part", f"{inspection.parameters_language:,}"),
         ("  activated per token", f"{inspection.parameters_activated:,}"),
-        ("vision", f"{config.vision.kind}, {image_tokens(config.vision)}"),
+        ("vision", f"{vision.kind}, {vision.image_tokens} image tokens{averaged}"),
         ("decoder", f"{decoder.kind}, {decoder.layers} layers of {decoder.hidden_size}"),
     ]
     if moe:
@@ -173,12 +172,6 @@ def show_inspection(inspection: "Inspection") -> None:
     rows += told_verified(inspection.verified)
     show_table(inspection.name, ["", ""], rows, left=2)
     show_warnings(inspection.warnings)
-
-
-def image_tokens(vision: "VisionConfig") -> str:
-    """How many an image has, and of how many features where those are averaged."""
-    averaged = f", averaged from {vision.features}" if vision.pool > 1 else ""
-    return f"{vision.image_tokens} image tokens{averaged}"
 
 
 def show_evaluation(found: "AnswerScores") -> None:

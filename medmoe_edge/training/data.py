@@ -45,20 +45,36 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
     Further channels, such as masks, are moved with the first three and keep their values.
     """
-    batch = len(pixels)
-
-    def uniform(limit: float, *shape: int) -> Tensor:
-        return (torch.rand(batch, *shape, generator=generator) * 2 - 1) * limit
-
-    angle, zoom = uniform(ROTATION), 1 + uniform(SCALE)
-    cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    shift = uniform(SHIFT, 2)
-    rows = (torch.stack((cos, -sin, shift[:, 0]), -1), torch.stack((sin, cos, shift[:, 1]), -1))
-    grid = affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
-    moved = grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    contrast, brightness = 1 + uniform(LIGHT, 1, 1, 1), uniform(LIGHT / 2, 1, 1, 1)
+    moved, batch = _moved(pixels, generator), len(pixels)
+    contrast = 1 + _uniform(LIGHT, generator, batch, 1, 1, 1)
+    brightness = _uniform(LIGHT / 2, generator, batch, 1, 1, 1)
     moved[:, :3] = moved[:, :3] * contrast + brightness
     return moved
+
+
+def augment_features(features: Tensor, generator: torch.Generator) -> Tensor:
+    """What a tower's front saw, `[B, C, h, w]`: moved as images are, each channel made stronger.
+
+    Each image is changed on its own, and each of its channels by up to `LIGHT`.
+    """
+    gain = 1 + _uniform(LIGHT, generator, *features.shape[:2], 1, 1)
+    return _moved(features, generator) * gain
+
+
+def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """`[B, C, h, w]`, each turned, scaled and shifted a little."""
+    batch = len(images)
+    angle = _uniform(ROTATION, generator, batch)
+    zoom = 1 + _uniform(SCALE, generator, batch)
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    shift = _uniform(SHIFT, generator, batch, 2)
+    rows = (torch.stack((cos, -sin, shift[:, 0]), -1), torch.stack((sin, cos, shift[:, 1]), -1))
+    grid = affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _uniform(limit: float, generator: torch.Generator, *shape: int) -> Tensor:
+    return (torch.rand(*shape, generator=generator) * 2 - 1) * limit
 
 
 Item = TypeVar("Item")
@@ -361,6 +377,7 @@ class Batches:
         self.pictures = Pictures(config.vision)
         self.views: Views | None = None
         self.reword = False
+        self.moved = False
         self.pools: Sequence[int] = (config.vision.pool,)  # of which a batch of training takes one
 
     def take_pools(self, pools: Sequence[int]) -> None:
@@ -381,11 +398,14 @@ class Batches:
 
         The same seed and epoch give the same, so a resumed run repeats an unbroken one.
         """
+        names = " ".join(path.name for path in paths)
         if self.views is not None:
-            return self.views.stack(paths, PLAIN if epoch is None else epoch % self.views.count)
+            seen = self.views.stack(paths, PLAIN if epoch is None else epoch % self.views.count)
+            if epoch is None or not self.moved:
+                return seen
+            return augment_features(seen, seeded(f"{self.seed} {epoch} {names} moved"))
         pixels = self.pictures.stack(paths)
         if epoch is not None:
-            names = " ".join(path.name for path in paths)
             pixels = augment(pixels, seeded(f"{self.seed} {epoch} {names}"))
         return pixels.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
 

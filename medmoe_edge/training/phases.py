@@ -71,7 +71,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar."""
-        output = self._run(batch)
+        output = answered(self.model, batch)
         counted = batch.text.labels != IGNORED
         logits = self.model.head(output.hidden[counted])
         loss = cross_entropy(
@@ -89,7 +89,7 @@ class Objective(nn.Module):
     @torch.no_grad()
     def scores(self, batch: Batch) -> Scores:
         """How well a batch is answered and its modalities recognised."""
-        output = self._run(batch)
+        output = answered(self.model, batch)
         labels, segments = batch.text.labels, batch.text.segments
         right = self.model.head(output.hidden).argmax(-1) == labels
         exact = [
@@ -101,14 +101,6 @@ class Objective(nn.Module):
             return Scores(torch.stack(exact), None)
         images = self._pools(batch)[0]
         return Scores(torch.stack(exact), self._modality_logits(output, images).argmax(-1))
-
-    def _run(self, batch: Batch) -> Output:
-        ids = batch.text.ids
-        images = self.model.encode_image(batch.pixels, batch.pool)
-        embeds = self.model.embed(ids.clamp_min(0)).to(images.dtype)
-        embeds = embeds.masked_scatter((ids == IMAGE_ID)[..., None], images)
-        output: Output = self.model(embeds, positions=batch.text.positions, mask=batch.text.mask())
-        return output
 
     def _pools(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Which tokens are averaged: those of the image, and those of the turns after it."""
@@ -126,6 +118,16 @@ class Objective(nn.Module):
         return self.model.moe_layer(self.layers[0]).router_logits(mean)
 
 
+def answered(model: MedMoE, batch: Batch) -> Output:
+    """A pass over a packed batch, each turn's answer given to it."""
+    ids = batch.text.ids
+    images = model.encode_image(batch.pixels, batch.pool)
+    embeds = model.embed(ids.clamp_min(0)).to(images.dtype)
+    embeds = embeds.masked_scatter((ids == IMAGE_ID)[..., None], images)
+    output: Output = model(embeds, positions=batch.text.positions, mask=batch.text.mask())
+    return output
+
+
 @dataclass(frozen=True)
 class Corpus:
     """All training text: captions for phase 1, questions and classification for phases 2 and 3."""
@@ -138,6 +140,7 @@ class Corpus:
     asking: Asking | None = None  # makes questions of what is known; None: classification does
     seen: Sequence[Seen] = ()  # what a tower can be taught to see, and that by which it is judged
     seen_held_out: Sequence[Seen] = ()
+    border: Sequence[Facts] = ()  # of images that no phase learns from
 
     def asked(self, order: random.Random, phase: PhaseConfig) -> list[Conversation]:
         """An epoch's questions about facts; images that none is about are left out."""

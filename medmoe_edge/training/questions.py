@@ -33,6 +33,7 @@ KINDS = {
 # What a label of none of a class is called, where it is not "no" and the class.
 WELL = {"normal breast": "lesion", "benign lung tissue": "malignancy"}
 IMPLIED_SHARE = 0.3  # of the images asked about as those without, which are only not labelled
+PLAIN_SHARE, PLAINEST = 0.35, 10  # how often a wording is one of the first, and of how many
 FEWEST, MOST = 24, 160  # images with a finding that an epoch asks about
 Turn = tuple[str, str]
 
@@ -211,11 +212,38 @@ class Asking:
             for index in chosen:
                 turns[index].append(self._yes_no(name, self.known[index], present, order))
 
-    def _yes_no(self, name: str, facts: Facts, present: bool, order: random.Random) -> Turn:
-        negated = order.random() < 0.25
-        wording = order.choice(self.book["absent" if negated else "present"])
+    def about_findings(
+        self, facts: Facts, count: int, order: random.Random
+    ) -> list[tuple[str, Turn]]:
+        """`count` wordings of each finding that an image shows or does not, and of its negation.
+
+        With each turn goes what it asks, the same for all images.
+        """
+        known = sorted((facts.present | facts.absent) & self.book["findings"].keys())
+        return [
+            (
+                f"{'no ' if negated else ''}{name}",
+                self._yes_no(name, facts, name in facts.present, order, negated=negated),
+            )
+            for name in known
+            for negated in (False, True)
+            for _ in range(count)
+        ]
+
+    def _yes_no(
+        self,
+        name: str,
+        facts: Facts,
+        present: bool,
+        order: random.Random,
+        *,
+        negated: bool | None = None,
+    ) -> Turn:
+        if negated is None:
+            negated = order.random() < 0.25
+        wording = _some(self.book["absent" if negated else "present"], order)
         text = self._filled(
-            wording, facts, order, n=order.choice(self.book["findings"][name]["names"])
+            wording, facts, order, n=_some(self.book["findings"][name]["names"], order)
         )
         return text, "Yes" if present != negated else "No"
 
@@ -316,8 +344,8 @@ class Asking:
         )
 
     def _foreign(self, order: random.Random) -> str:
-        languages = self.book["languages"]
-        return str(order.choice(languages[order.choice(sorted(languages))]))
+        languages = self.book["languages"]  # those most likely to be met have most questions
+        return str(order.choice([one for name in sorted(languages) for one in languages[name]]))
 
     def _filled(
         self,
@@ -365,6 +393,12 @@ def spoken(modality: str, order: random.Random) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _some(wordings: Sequence[str], order: random.Random) -> str:
+    """One of them; the first, which are the plainest and most likely to be met, more often."""
+    plainest = order.random() < PLAIN_SHARE
+    return order.choice(wordings[: min(PLAINEST, len(wordings) // 3)] if plainest else wordings)
 
 
 def _draw(items: Sequence[int], count: int, order: random.Random) -> list[int]:

@@ -169,6 +169,29 @@ class TowerShape(Config):
 
 
 @dataclass(frozen=True)
+class BorderConfig(Config):
+    """Where yes ends and no begins for findings: fitted to images that no phase learns from.
+
+    A model knows the images that it learned from by heart, rare findings most of all, and leans to
+    no where it sees others. See `training.border`.
+    """
+
+    share: float = field(
+        metadata=about("of the patients in the file of findings that are kept for it")
+    )
+    penalty: float = field(
+        default=0.001, metadata=about("of the squares of what the output's rows change by")
+    )
+
+    def __post_init__(self) -> None:
+        if not (0 < self.share < 1 and self.penalty > 0):
+            raise ConfigError(
+                f"The recipe's border has share {self.share} and penalty {self.penalty}.",
+                "Use a share such as 0.15, and a penalty above 0.",
+            )
+
+
+@dataclass(frozen=True)
 class Recipe(Config):
     """A whole run: which model, which data (relative to the data folder), which phases."""
 
@@ -238,6 +261,13 @@ class Recipe(Config):
             "kept as the first stages of the tower see them, which must be frozen"
         ),
     )
+    moved: bool = later(
+        False,
+        about(
+            "change what the front saw in a view a little, anew in each epoch, as images are "
+            "changed where no views are kept"
+        ),
+    )
     pools: tuple[int, ...] | None = later(
         None,
         about(
@@ -245,6 +275,9 @@ class Recipe(Config):
             "takes one at random: with 1 and 2 the model learns to answer from a quarter too; left "
             "out, the model's own"
         ),
+    )
+    border: BorderConfig | None = later(  # noqa: RUF009  # it makes a field
+        None, about("after the phases: where yes ends and no begins, for findings")
     )
     phrases: bool = later(
         False,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import filter as filter_names
 from pathlib import Path
@@ -33,7 +33,9 @@ from medmoe_edge.config import (
 from medmoe_edge.data.datasets import (
     FINDINGS_FILE,
     LABELS_FILE,
+    NO_SCAN,
     QUESTION_FILES,
+    Finding,
     questions_of,
     read_examples,
     read_findings,
@@ -47,6 +49,7 @@ from medmoe_edge.models.med_moe import (
 )
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.training.border import fit_border
 from medmoe_edge.training.data import (
     Batches,
     as_labelled,
@@ -132,6 +135,7 @@ def train(
     tokenizer.check_vocabulary(config.decoder.vocab_size)
     batches = Batches(config, tokenizer, moe.expert_names, recipe.seed)
     batches.reword = recipe.phrases
+    batches.moved = recipe.moved
     batches.take_pools(recipe.pools or (config.vision.pool,))
     session.report.plan(planned(recipe, corpus))
     session.say(
@@ -164,6 +168,9 @@ def train(
     if recipe.experts_from == "moe":
         model = route(model, router, config, corpus, batches, session)
     specialise(model, corpus, recipe.moe, batches, session)
+    if recipe.border is not None:
+        asking = Asking(corpus.border, config.refusals)
+        fit_border(model, asking, corpus.questions, recipe.border, batches, session)
     folder = out / "checkpoint"
     if session.accelerator.is_main_process:
         write_checkpoint(
@@ -320,7 +327,8 @@ def _digest(corpus: Corpus) -> str:
     digest = hashlib.sha256()
     for each in corpus.everything:
         digest.update(f"{each.image.name}|{each.modality}|{each.turns}\n".encode())
-    for facts in corpus.known if corpus.asking is not None else ():
+    asked = [*corpus.known, *corpus.border] if corpus.asking is not None else []
+    for facts in asked:
         digest.update(f"{facts.image.name}|{facts.told()}\n".encode())
     return digest.hexdigest()
 
@@ -491,6 +499,20 @@ def data_files(recipe: Recipe, data: Path) -> DataFiles:
     return found
 
 
+def set_aside(findings: Sequence[Finding], share: float) -> tuple[list[Finding], list[Finding]]:
+    """Of what is to train on, the findings of a `share` of the patients; and all others.
+
+    A patient's name decides, so that more data never moves one to the other side.
+    """
+    kept, others = [], []
+    for item in findings:
+        name = hashlib.sha256(f"border {item.patient or item.image.name}".encode()).digest()
+        chosen = item.split == "train" and item.modality != NO_SCAN
+        chosen = chosen and int.from_bytes(name[:4], "big") < share * 2**32
+        (kept if chosen else others).append(item)
+    return kept, others
+
+
 def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     """All conversations of the data; what is labelled `val` or `test` is not learned from.
 
@@ -500,6 +522,7 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     examples = read_examples(files.questions, check_images=True) if files.questions else []
     labelled = read_labels(files.labels, check_images=True) if files.labels else []
     findings = read_findings(files.findings, check_images=True) if files.findings else []
+    kept, findings = set_aside(findings, recipe.border.share if recipe.border else 0.0)
     shown = [*labelled, *as_labelled(findings)]
     learned = [item for item in shown if item.split == "train"]
     if not examples and not learned:
@@ -510,7 +533,7 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     held = read_examples(files.validation, check_images=True) if files.validation else []
     validation = from_examples(held) or instructions(item for item in shown if item.split == "val")
     questions = from_examples(examples)
-    known, kept = (
+    known, known_held = (
         [
             *facts_of_labels(item for item in labelled if item.split == split),
             *facts_of_findings(item for item in findings if item.split == split),
@@ -526,5 +549,6 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
         validation=validation,
         known=known,
         seen=what_is_seen(known, examples),
-        seen_held_out=what_is_seen(kept, held),
+        seen_held_out=what_is_seen(known_held, held),
+        border=facts_of_findings(kept),
     )

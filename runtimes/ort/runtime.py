@@ -32,7 +32,7 @@ import onnxruntime as ort
 from medmoe_edge._types import Floats
 from medmoe_edge._version import too_old
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.bundle.machine import Arithmetic, cpu_features_here
+from medmoe_edge.bundle.machine import Arithmetic, cpu_features_here, keep_one_heap
 from medmoe_edge.bundle.recorded import check_scales, int8_products
 from medmoe_edge.calibration.quantisers import PAIR_BOUND
 from medmoe_edge.config import DecoderConfig
@@ -265,6 +265,7 @@ class EarlySessions:
     def __init__(
         self, graphs: Mapping[Path, ort.SessionOptions], providers: Sequence[str] = (CPU,)
     ) -> None:
+        keep_one_heap()
         threads = ThreadPoolExecutor(OPENED_AT_ONCE, "open-session")
         self._opening = {
             path.name: threads.submit(partial(open_session, path, options, providers))

@@ -23,7 +23,7 @@ from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.errors import ModelError
 from medmoe_edge.export.decoder import ACTIVATIONS
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights
-from medmoe_edge.kernels.variant import TILES, group_of
+from medmoe_edge.kernels import TILES, group_of
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step
 from medmoe_edge.runtimes.torch.eager import EagerCache, EagerRuntime, TorchDevice, check_device

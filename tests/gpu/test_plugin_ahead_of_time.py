@@ -9,8 +9,8 @@ import pytest
 from triton import knobs
 
 from medmoe_edge.errors import ConfigError
+from medmoe_edge.kernels import Variant
 from medmoe_edge.kernels.tensorrt_plugin import PTX_VERSIONS, Compiled, compile_kernel
-from medmoe_edge.kernels.variant import Variant
 
 # The ones that take the most; `python -m medmoe_edge.kernels.tensorrt_plugin` compiles all.
 HIDDEN = Variant("hidden", "swiglu", 5, 2048, 5632, 32, "bf16")

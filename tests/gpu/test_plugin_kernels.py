@@ -12,9 +12,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
 from medmoe_edge.errors import ConfigError
-from medmoe_edge.kernels import launch
+from medmoe_edge.kernels import Kernel, Variant, launch
 from medmoe_edge.kernels.launch import EXPERTS, HALF_ERROR, error_of, random_layer, random_slots
-from medmoe_edge.kernels.variant import Kernel, Variant
 
 # Activations divide by 1 + exp(-u), which may be infinite: the quotient is then 0, as it should.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")

@@ -16,9 +16,8 @@ from tensorrt_stub import PLUGIN_VERSIONS, Build, DataType, bindings, stub
 from test_plugin_ahead_of_time import own_cache
 
 from medmoe_edge.errors import ConfigError, MissingDependencyError, ResourceError
-from medmoe_edge.kernels import tensorrt_plugin
+from medmoe_edge.kernels import Kernel, tensorrt_plugin
 from medmoe_edge.kernels.tensorrt_plugin import register
-from medmoe_edge.kernels.variant import Kernel
 
 __all__ = ["own_cache"]  # a fixture
 

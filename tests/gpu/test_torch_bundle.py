@@ -31,9 +31,9 @@ from medmoe_edge.evaluation.targets import GraphRuntime
 from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights, specification
 from medmoe_edge.image.pixels import Image
+from medmoe_edge.kernels import Variant
 from medmoe_edge.kernels.launch import StoredLinear, StoredMoE
 from medmoe_edge.kernels.tensorrt_plugin import compile_kernel
-from medmoe_edge.kernels.variant import Variant
 from medmoe_edge.models.decoder import MoE
 from medmoe_edge.runtimes.base import Runtime, Step
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
