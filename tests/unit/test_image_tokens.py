@@ -123,7 +123,7 @@ def test_the_bundle_equals_torch(
             each.step(image, each.new_cache(tokens)).logits
             for each, image in ((runtime, found), (reference, expected))
         ]
-        np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
 
 
 def test_a_question_takes_fewer_positions(
