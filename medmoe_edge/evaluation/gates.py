@@ -18,13 +18,14 @@ from medmoe_edge.evaluation.fidelity import Fidelity, Share
 from medmoe_edge.evaluation.metrics import Answers
 
 Z = 1.6448536269514722  # one-sided 95%
+WHOLE = "whole_"  # begins the names of gates against the checkpoint with all its image tokens
 Outcome = Literal["passed", "not decided", "failed"]
 TITLES = {
     "finite": "Unsound parts",
     "answer_agreement": "Answer agreement",
     "accuracy_drop": "Loss of accuracy",
-    "whole_answer_agreement": "Answers as with all image tokens",
-    "whole_accuracy_drop": "Accuracy lost to fewer image tokens",
+    f"{WHOLE}answer_agreement": "Answers as with all image tokens",
+    f"{WHOLE}accuracy_drop": "Accuracy lost to fewer image tokens",
     "routing_flips": "Routing flips",
     "vision_cosine": "Cosine of image tokens",
     "modality_agreement": "Modality agreement",
@@ -119,7 +120,7 @@ def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[
         *_judge_answers(fidelity.overall, gates),
     ]
     if reduction := fidelity.reduction:
-        results += _judge_answers(reduction.answers, gates, "whole_")
+        results += _judge_answers(reduction.answers, gates, WHOLE)
     if routing := fidelity.routing:
         flips, interval = routing.flips.share, wilson(routing.flips)
         results.append(

@@ -36,7 +36,7 @@ from medmoe_edge.errors import (
     VerificationError,
 )
 from medmoe_edge.evaluation.fidelity import Fidelity, Recording, compare, record
-from medmoe_edge.evaluation.gates import GateResult, judge, judge_weights, outcome_of
+from medmoe_edge.evaluation.gates import WHOLE, GateResult, judge, judge_weights, outcome_of
 from medmoe_edge.evaluation.mutations import Mutations, measure_mutations
 from medmoe_edge.evaluation.record import (
     AnyRecord,
@@ -256,6 +256,11 @@ class Verification:
             if not (result.passed or told):
                 reasons.append(result.summary)
         remedy = "export again at a higher precision, or with more calibration data."
+        failed = [
+            gate.name for gate in (self.record.gates if self.record else ()) if not gate.passed
+        ]
+        if failed and all(name.startswith(WHOLE) for name in failed):
+            remedy = "export again with more image tokens."
         if self.weights and self.weights.wrong:
             remedy = "copy or export it again."
         return VerificationError(

@@ -271,6 +271,7 @@ def test_quantisation_is_held_against_as_few_tokens(
     error = found.error()
     assert error is not None
     assert "answers as with all image tokens" in error.what
+    assert error.remedy == "Do not use it: export again with more image tokens."
 
 
 def test_flips_are_shown_and_kept(
