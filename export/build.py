@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError
+from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.export.builder import Extents, save_model
 from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
 from medmoe_edge.export.half import halve_weights, to_half
@@ -42,7 +42,7 @@ from medmoe_edge.export.plan import (
     make_plan,
 )
 from medmoe_edge.export.quantise import quantise_weights
-from medmoe_edge.export.vision import export_vision, quantise_linears
+from medmoe_edge.export.vision import export_vision, quantise_linears, tower_by_tokens
 from medmoe_edge.export.weights import WeightSource
 
 STORED: dict[Precision, str] = {
@@ -53,6 +53,12 @@ STORED: dict[Precision, str] = {
 }
 VISION = "fp16 weights, fp32 arithmetic"
 VISION_INT8 = "8-bit weights and activations in groups of 32; the rest as fp16 weights"
+VISION_TOKENS = (
+    "int8 weights per output channel, dynamic 8-bit activations with a scale per token (W8A8); the "
+    "projector in groups of 32; the rest as fp16 weights"
+)
+VisionScales = Literal["groups", "tokens"]
+VISION_IN_8_BITS: dict[VisionScales, str] = {"groups": VISION_INT8, "tokens": VISION_TOKENS}
 STEPS = ("vision", "embedding", "decoder", "manifest")
 MODEL_CARD = "README.md"
 
@@ -68,6 +74,8 @@ class BuildOptions:
         group: Weights that share a scale in int4; None: 32.
         name: Of the bundle; None: that of the checkpoint's folder.
         deltas: Of routed experts that are stored as what they add to the meta expert; None: whole.
+        vision: What shares a scale of a transformer tower's activations in 8 bits: "groups" of 32
+            channels, or all channels of each of the "tokens", which is faster.
     """
 
     precision: Precision = "int8"
@@ -76,6 +84,7 @@ class BuildOptions:
     group: GroupSize | None = None
     name: str | None = None
     deltas: DeltaForm | None = None
+    vision: VisionScales = "groups"
 
 
 INT8_BUNDLE = BuildOptions()
@@ -135,7 +144,7 @@ def write_bundle(
     report = progress or no_progress
     report(STEPS[0], 0, 1)
     signature = SignatureMaker()
-    vision = _write_vision(source, folder, options.precision, signature)
+    vision = _write_vision(source, folder, options, signature)
     report(STEPS[1], 0, 1)
     _write_embedding(source, folder, options.precision)
     report(STEPS[2], 0, 1)
@@ -170,7 +179,7 @@ def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: b
     """Refuse what no work can mend: a checkpoint that does not fit, a precision out of reach.
 
     Raises `CheckpointError`, and `InputError` for a mixed export that is not `calibrated` or whose
-    budget is too small.
+    budget is too small, and for scales per token where the tower is not in 8 bits.
     """
     decoder = source.config.decoder
     check_precision(
@@ -185,6 +194,13 @@ def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: b
             *(source, options.precision, options.deltas, options.group or GROUP),
             calibrated=calibrated,
         )
+    if options.vision == "tokens" and not (
+        source.config.vision.is_transformer and options.precision != "fp32"
+    ):
+        raise InputError(
+            "A scale per token is for a vision transformer in 8 bits, which this export has not.",
+            "Leave --vision out: convolutions stay in fp16, and --fp32 quantises nothing.",
+        )
     _ = source.tokenizer  # refused here where it is of another model
     if decoder.head_size % 16 or decoder.rotary_size % 16:
         raise CheckpointError(
@@ -195,16 +211,20 @@ def check_exportable(source: Checkpoint, options: BuildOptions, *, calibrated: b
 
 
 def _write_vision(
-    source: Checkpoint, folder: Path, precision: Precision, signature: SignatureMaker
+    source: Checkpoint, folder: Path, options: BuildOptions, signature: SignatureMaker
 ) -> str:
     """Returns how its weights are stored, in words."""
-    model, stored = export_vision(source), "fp32"
-    if precision != "fp32":
-        in_8_bits = source.config.vision.is_transformer and quantise_linears(model, signature)[1]
-        stored = VISION_INT8 if in_8_bits else VISION
+    transformer, quantised = source.config.vision.is_transformer, options.precision != "fp32"
+    if options.vision == "tokens":
+        model, in_8_bits = tower_by_tokens(source, signature)
+    else:
+        model = export_vision(source)
+        in_8_bits = quantised and transformer and quantise_linears(model, signature)[1]
+    if quantised:
         halve_weights(model)
     save_model(model, folder, "vision")
-    return stored
+    in_words = VISION_IN_8_BITS[options.vision] if in_8_bits else VISION
+    return in_words if quantised else "fp32"
 
 
 def _write_embedding(source: Checkpoint, folder: Path, precision: Precision) -> None:

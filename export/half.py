@@ -31,6 +31,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import initializer, tensor_of
+from medmoe_edge.export.stored import SCALE
 
 SMALL = 256  # weights: below, they stay as they are
 
@@ -40,7 +41,9 @@ def halve_weights(model: ir.Model) -> tuple[ir.Model, bool]:
     chosen = [
         value
         for value in model.graph.initializers.values()
-        if value.dtype == ir.DataType.FLOAT and tensor_of(value).size >= SMALL
+        if value.dtype == ir.DataType.FLOAT
+        and tensor_of(value).size >= SMALL
+        and not str(value.name).endswith(SCALE)  # of integers: as exact as they were made
     ]
     for value in chosen:
         source, name = tensor_of(value), str(value.name)

@@ -19,7 +19,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import DELTA
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.errors import BundleError
 from medmoe_edge.export.builder import CONTRIB, Builder, initializer, replace_node, tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder, Parameters, meta_name
@@ -36,6 +36,7 @@ from medmoe_edge.export.quantise import (
 
 SCALE = ".scale"
 PACKED, GROUP_SCALE = ".packed", ".groups.scale"
+INPUT_SCALE = ".inputs.scale"  # what a matrix's inputs `[K]` are multiplied with beforehand
 
 
 class QuantisedParameters(Parameters, Protocol):
@@ -177,26 +178,61 @@ def _unpacked(
 def float_vision(bundle: Bundle) -> ir.Model:
     """The vision tower and projector as standard ONNX; weights are read when they are written.
 
-    Every `MatMulNBits` is the `MatMul` with what its integers stand for. Raises `BundleError` where
+    Every product of integers is the `MatMul` with what they stand for. Raises `BundleError` where
     the graph cannot be read.
     """
     path = bundle.path("vision.onnx")
     model, stored = load_graph(path), StoredWeights(path)
     for node in list(model.graph):
-        if node.op_type != "MatMulNBits":
-            continue
-        x, packed = node.inputs[:2]
-        assert packed is not None
-        weight = _dequantised(stored, str(packed.name).removesuffix(PACKED))
-        model.graph.register_initializer(weight)
-        build = Builder()
-        replace_node(node, build, build.op("MatMul", x, weight))
+        if node.op_type == "MatMulNBits":
+            _as_matmul(node, node.inputs[0], _dequantised(stored, node.inputs[1]))
+        elif node.op_type == "DynamicQuantizeMatMul":
+            (usage,) = node.outputs[0].uses()  # which multiplies with the scale of each token
+            _as_matmul(usage.node, _undivided(node), _dequantised(stored, node.inputs[1]))
+        elif node.op_type == "MultiHeadAttention":
+            _as_products(node, bundle.config.vision)
     RemoveUnusedNodesPass()(model)
     model.graph.opset_imports.pop(CONTRIB, None)
     return model
 
 
-def _dequantised(stored: StoredWeights, name: str) -> ir.Value:
+def _as_matmul(node: ir.Node, x: ir.Value | None, weight: ir.Value) -> None:
+    graph, build = node.graph, Builder()
+    assert graph is not None
+    graph.initializers.pop(str(weight.name), None)  # integers that had its name
+    graph.register_initializer(weight)
+    replace_node(node, build, build.op("MatMul", x, weight))
+
+
+def _undivided(node: ir.Node) -> ir.Value | None:
+    """What a product with a scale per token reads before it is divided by them."""
+    divided = node.inputs[0]
+    assert divided is not None
+    divide = divided.producer()
+    assert divide is not None
+    return divide.inputs[0]
+
+
+def _as_products(node: ir.Node, config: VisionConfig) -> None:
+    """Attention over queries, keys and values `[1, S, D]`, in standard ops."""
+    build, size = Builder(), config.feature_size // config.heads
+    apart = build.constant([0, 0, config.heads, size])
+    ways = ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])  # keys transposed
+    q, k, v = (
+        build.op("Transpose", build.op("Reshape", value, apart), perm=way)
+        for value, way in zip(node.inputs, ways, strict=True)
+    )
+    scale = build.constant(size**-0.5, np.float32)
+    scores = build.op("MatMul", build.op("Mul", q, scale), k)
+    mixed = build.op("MatMul", build.op("Softmax", scores, axis=-1), v)
+    rows = build.op("Transpose", mixed, perm=[0, 2, 1, 3])
+    together = build.constant([0, 0, config.feature_size])
+    replace_node(node, build, build.op("Reshape", rows, together))
+
+
+def _dequantised(stored: StoredWeights, matrix: ir.Value | None) -> ir.Value:
+    assert matrix is not None
+    name = str(matrix.name).removesuffix(PACKED)
     found = stored.quantised(name)
     assert found is not None
     shape = list(found[0].shape.numpy())

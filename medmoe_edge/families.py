@@ -198,6 +198,7 @@ class ContrastiveFamily:
             {
                 "--group-size": options.group,
                 "--experts": options.experts,
+                "--vision": options.vision != "groups",
                 "--stats": options.stats,
                 "--strict": options.strict,
                 "--vision-tower": options.vision_tower,

@@ -123,6 +123,13 @@ def export(
             show_default="whole",
         ),
     ] = None,
+    vision: Annotated[
+        Literal["groups", "tokens"],
+        typer.Option(
+            help="Of a vision transformer in 8 bits, what shares a scale: groups of 32 channels, "
+            "or tokens, faster; --calibrate proves it.",
+        ),
+    ] = "groups",
     mixed: Annotated[
         float | None,
         typer.Option(metavar="BITS", help="So many bits a weight, spent where they matter."),
@@ -233,7 +240,8 @@ def export(
     """
     precision = _precision(int8=int8, int4=int4, mixed=mixed is not None, fp32=fp32)
     cut = tuple(name.strip().lower() for name in modality.split(",")) if modality else ()
-    as_it_is = not (precision or calibrate or stats or cut or merge or image_tokens)
+    made_anew = precision or calibrate or stats or cut or merge or image_tokens
+    as_it_is = not (made_anew or vision != "groups")
     folder = _source(model, target, as_it_is=as_it_is)
     if target == "onnxruntime" and (gpu or positions or memory_limit):
         raise InputError(
@@ -256,6 +264,7 @@ def export(
         budget_bits=mixed,
         group=group_size,
         experts=experts,
+        vision=vision,
         calibrate_on=calibrate,
         samples=samples,
         stats=stats,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from medmoe_edge.engine.loading import Device, RuntimeName
+    from medmoe_edge.export.build import VisionScales
     from medmoe_edge.export.plan import GroupSize, Method, Precision
 
 SAMPLES = 128  # to calibrate on
@@ -26,6 +27,8 @@ class ExportOptions:
         group: Weights that share a scale; with int4 and mixed alone.
         experts: How routed experts are stored, see
             `calibration.quantisers.read_deltas`; None: whole.
+        vision: What shares a scale of a vision transformer's activations in 8 bits, "groups" of 32
+            channels or "tokens", see `export.vision`.
         calibrate_on: A folder of images, a file of questions, a dataset folder, or "builtin", to
             calibrate and to verify on; None: the bundle is not yet verified.
         samples: Questions to calibrate on, evenly over the modalities.
@@ -46,6 +49,7 @@ class ExportOptions:
     budget_bits: float | None = None
     group: "GroupSize | None" = None
     experts: str | None = None
+    vision: "VisionScales" = "groups"
     calibrate_on: str | None = None
     samples: int = SAMPLES
     stats: Path | None = None

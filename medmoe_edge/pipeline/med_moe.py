@@ -207,6 +207,7 @@ def export(
         options.group,
         options.name,
         None if options.experts is None else read_deltas(options.experts),
+        options.vision,
     )
     calibrated = options.calibrate_on is not None or options.stats is not None
     check_exportable(source, build, calibrated=calibrated)

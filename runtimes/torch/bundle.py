@@ -22,7 +22,7 @@ from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.errors import ModelError
 from medmoe_edge.export.decoder import ACTIVATIONS
-from medmoe_edge.export.stored import GROUP_SCALE, PACKED, SCALE, StoredWeights
+from medmoe_edge.export.stored import GROUP_SCALE, INPUT_SCALE, PACKED, SCALE, StoredWeights
 from medmoe_edge.kernels import TILES, group_of
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step
@@ -66,7 +66,9 @@ class BundleWeights:
         """A parameter in fp32, matrices `[in, out]` as the graphs have them, maybe dequantised."""
         matrix, scale, bits = self.stored(name)
         scales = None if scale is None else self.tensor(scale)
-        return dequantise(self.tensor(matrix), scales, bits)
+        weight = dequantise(self.tensor(matrix), scales, bits)
+        divisor = self._vision.tensors.get(f"{name}{INPUT_SCALE}")  # of what the matrix reads
+        return weight if divisor is None else weight * self.tensor(divisor).float()[:, None]
 
     def stored(self, name: str) -> Stored:
         """A parameter as the graphs store it; raises `BundleError` where its scale is missing."""

@@ -94,6 +94,7 @@ def test_export_of_a_folder(run: Run, exporter: Exporter) -> None:
         (["--calibrate", "scans", "--samples", "64"], {"calibrate_on": "scans", "samples": 64}),
         (["--int4", "--stats", "s", "--strict"], {"precision": "int4", "stats": Path("s")}),
         (["--int4", "--group-size", "128"], {"precision": "int4", "group": 128}),
+        (["--vision", "tokens"], {"precision": "int8", "vision": "tokens"}),
     ],
 )
 def test_export_passes_its_options_on(

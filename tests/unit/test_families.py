@@ -44,6 +44,7 @@ def test_either_family_verifies_and_inspects(model: str) -> None:
     ("options", "target", "what"),
     [
         ({"group": 64}, "onnxruntime", "--group-size does not go with"),
+        ({"vision": "tokens"}, "onnxruntime", "--vision does not go with"),
         ({"stats": Path("s")}, "onnxruntime", "--stats does not go with"),
         ({"vision_tower": Path("t")}, "onnxruntime", "--vision-tower does not go with"),
         ({}, "tensorrt", "--target does not go with"),

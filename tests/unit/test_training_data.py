@@ -198,7 +198,7 @@ def test_the_shipped_schema_says_what_a_recipe_is() -> None:
     folder = files("medmoe_edge.training").joinpath("recipes")
     schema = json.loads(folder.joinpath("recipe.schema.json").read_text("utf-8"))
     assert schema == json.loads(json.dumps(recipe_schema(Recipe, schema["title"])))
-    for name in ("nano", "fine-tune"):
+    for name in ("nano", "nano-continued", "fine-tune"):
         whole = read_recipe(name).to_json()
         jsonschema.validate({k: v for k, v in whole.items() if v is not None}, schema)
         for change in ({"presett": "nano"}, {"precision": "fp8"}, {"top_k": "two"}):

@@ -16,20 +16,29 @@ from hypothesis import strategies as st
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle, Target
-from medmoe_edge.bundle.recorded import SignatureMaker
+from medmoe_edge.bundle.recorded import SignatureMaker, int8_products
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
+from medmoe_edge.errors import InputError
 from medmoe_edge.evaluation.targets import GraphRuntime
 from medmoe_edge.export import build
-from medmoe_edge.export.build import BuildOptions, export_bundle
+from medmoe_edge.export.build import BuildOptions, check_exportable, export_bundle
 from medmoe_edge.export.builder import save_model, tensor_of
 from medmoe_edge.export.gpus import find_gpu
 from medmoe_edge.export.stored import float_vision
 from medmoe_edge.export.targets import vision_graph
 from medmoe_edge.export.tensorrt_builder import build_engine
-from medmoe_edge.export.vision import GROUP, LEAST_WIDTH, export_vision, quantise_linears
+from medmoe_edge.export.vision import (
+    GROUP,
+    LEAST_WIDTH,
+    divide_inputs,
+    export_vision,
+    fuse_attention,
+    quantise_linears,
+    smoothing,
+)
 from medmoe_edge.presets import PRESETS
-from medmoe_edge.runtimes.ort.runtime import OrtRuntime
-from medmoe_edge.runtimes.torch.bundle import BundleWeights
+from medmoe_edge.runtimes.ort.runtime import OrtRuntime, pairs_within
+from medmoe_edge.runtimes.torch.bundle import BundleWeights, TorchBundleRuntime
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 from medmoe_edge.training.initialise import random_tensors
 
@@ -43,6 +52,13 @@ SIDE = 28
 HIDDEN = ("fc1", "fc2", "attention.q", "attention.k", "attention.v", "attention.out")
 # The second layer is never read, and the projector's second matrix, of 64 inputs, is too narrow
 IN_8_BITS = {*(f"vision.layers.0.{name}" for name in HIDDEN), "projector.0"}
+TOKENS = BuildOptions(precision="int8", vision="tokens")
+LARGE = {  # channels that these make and those read
+    ("norm1.weight", "norm1.bias"): [f"attention.{name}.weight" for name in "qkv"],
+    ("attention.v.weight", "attention.v.bias"): ["attention.out.weight"],
+    ("norm2.weight", "norm2.bias"): ["fc1.weight"],
+    ("fc1.weight", "fc1.bias"): ["fc2.weight"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +81,32 @@ def checkpoint(tiny_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def tower(checkpoint: Checkpoint) -> ir.Model:
     return export_vision(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def outliers(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The same, some channels large: of the norms, of the values and behind fc1.
+
+    What reads them makes up for it.
+    """
+    tensors = {name: checkpoint.tensor(name).float() for name in checkpoint.names}
+    own = "vision.layers.0."
+    for made, readers in LARGE.items():
+        for channel in (3, 40):
+            for name in made:
+                tensors[own + name][channel] *= 80
+            for name in readers:
+                tensors[own + name][:, channel] /= 80
+    folder = tmp_path_factory.mktemp("outliers") / "checkpoint"
+    tokenizer = checkpoint.folder / "tokenizer.json"
+    write_checkpoint(folder, checkpoint.config, tensors.items(), tokenizer_file=tokenizer)
+    return read_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def by_tokens(outliers: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("tokens") / "out"
+    return Bundle.open(export_bundle(outliers.folder, out, TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +167,7 @@ def test_transformers_of_quantised_models_are_quantised(
 ) -> None:
     monkeypatch.setattr(build, "export_vision", lambda _: product_model(normal(LEAST_WIDTH, 16)))
     source: Any = SimpleNamespace(config=PRESETS[preset])
-    assert build._write_vision(source, tmp_path, precision, SignatureMaker()) == words
+    assert build._write_vision(source, tmp_path, BuildOptions(precision), SignatureMaker()) == words
     model = ir.load(tmp_path / "vision.onnx")
     assert kind in {value.dtype for value in model.graph.initializers.values()}
 
@@ -149,6 +191,83 @@ def test_an_outlier_harms_its_own_group_only(outlier: float, channel: int, seed:
     x[..., channel] *= outlier
     quantised, _ = quantise_linears(product_model(weight))
     assert error(run_ort(quantised, x=x), expected) < 0.03
+
+
+# --- a scale per token ---------------------------------------------------------------------------
+
+
+def test_layers_of_the_tower_have_a_scale_per_token_and_the_projector_groups(
+    by_tokens: Bundle,
+) -> None:
+    model = ir.load(by_tokens.path("vision.onnx"))
+    found = op_types(model)
+    assert (found["DynamicQuantizeMatMul"], found["MatMulNBits"]) == (len(HIDDEN), 1)
+    assert (found["MultiHeadAttention"], found["Softmax"]) == (1, 0)
+    assert by_tokens.manifest["quantisation"]["vision"] == build.VISION_TOKENS
+    products = dict(int8_products(by_tokens.path("vision.onnx")))
+    assert set(products) == {f"vision.layers.0.{name}.weight" for name in HIDDEN}
+    assert all(pairs_within(weight) for weight in products.values())  # exact on any processor
+
+
+def test_large_channels_do_not_harm_what_shares_their_scale(
+    by_tokens: Bundle, outliers: Checkpoint, tmp_path: Path
+) -> None:
+    pixels = normal(1, 3, SIDE, SIDE)
+    expected = EagerRuntime(outliers).encode_image(pixels)
+    assert 1e-4 < error(OrtRuntime(by_tokens).encode_image(pixels), expected) < 0.03
+    undivided = export_vision(outliers)
+    quantise_linears(undivided, tokens=True)
+    save_model(undivided, tmp_path, "vision")
+    graph = tmp_path / "vision.onnx"
+    found = GraphRuntime(by_tokens, graph, graph).encode_image(pixels)
+    assert error(found, expected) > 0.05  # which the division is for
+
+
+def test_folding_rounds_nothing(outliers: Checkpoint) -> None:
+    """Factors are powers of two, and a model divided by them computes the same."""
+    factors = smoothing(outliers)
+    for each in factors.values():
+        for scale in (each.rows, each.columns):
+            assert scale is None or (np.frexp(scale)[0] == 0.5).all()
+    model = export_vision(outliers, factors)
+    divide_inputs(model, factors)
+    fuse_attention(model, outliers.config.vision.heads)
+    pixels = normal(1, 3, SIDE, SIDE)
+    expected = EagerRuntime(outliers).encode_image(pixels)
+    assert error(run_ort(model, pixels=pixels)[0], expected) < 1e-5
+
+
+def test_torch_reads_the_divided_weights(by_tokens: Bundle, outliers: Checkpoint) -> None:
+    pixels = normal(1, 3, SIDE, SIDE)
+    expected = EagerRuntime(outliers).encode_image(pixels)
+    assert error(TorchBundleRuntime(by_tokens, "cpu").encode_image(pixels), expected) < 0.03
+
+
+def test_the_way_back_from_scales_per_token(
+    by_tokens: Bundle, outliers: Checkpoint, tmp_path: Path
+) -> None:
+    model = float_vision(by_tokens)
+    assert {node.domain for node in model.graph} == {""} == set(model.graph.opset_imports)
+    save_model(vision_graph(by_tokens, CUDA), tmp_path, "vision")
+    graph, pixels = tmp_path / "vision.onnx", normal(1, 3, SIDE, SIDE)
+    expected = EagerRuntime(outliers).encode_image(pixels)
+    assert error(GraphRuntime(by_tokens, graph, graph).encode_image(pixels), expected) < 0.03
+
+
+def test_matrices_too_narrow_for_8_bits_stay_so(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    narrow = Bundle.open(export_bundle(tiny_checkpoint(), tmp_path / "out", TOKENS))
+    assert narrow.manifest["quantisation"]["vision"] == build.VISION
+    assert "DynamicQuantizeMatMul" not in op_types(ir.load(narrow.path("vision.onnx")))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_towers_that_are_not_in_8_bits_have_no_scales_to_choose(
+    tiny_checkpoint: Make, tmp_path: Path, precision: Any
+) -> None:
+    preset = "tiny" if precision == "fp32" else "nano"
+    source: Any = SimpleNamespace(config=PRESETS[preset], names={}, tokenizer=None)
+    with pytest.raises(InputError, match="not"):
+        check_exportable(source, BuildOptions(precision, vision="tokens"), calibrated=False)
 
 
 # --- the way back --------------------------------------------------------------------------------
