@@ -340,7 +340,7 @@ def pooled_features(features: Tensor, pool: int) -> Tensor:
     if pool == 1:
         return features
     grid = math.isqrt(features.shape[1])
-    image = features.transpose(1, 2).unflatten(2, (grid, grid))  # [B, C, g, g]
+    image = features.transpose(1, 2).reshape(*features.shape[::2], grid, grid)  # [B, C, g, g]
     return _tokens(avg_pool2d(image, pool))
 
 

@@ -161,5 +161,5 @@ def _fitted(found: _Read, weights: Tensor, kept: _Read, penalty: float) -> Tenso
         total.backward()  # type: ignore[no-untyped-call]
         return float(total.detach())
 
-    optimiser.step(loss)  # type: ignore[arg-type]
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
     return change.detach()

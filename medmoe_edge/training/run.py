@@ -504,7 +504,8 @@ def set_aside(findings: Sequence[Finding], share: float) -> tuple[list[Finding],
 
     A patient's name decides, so that more data never moves one to the other side.
     """
-    kept, others = [], []
+    kept: list[Finding] = []
+    others: list[Finding] = []
     for item in findings:
         name = hashlib.sha256(f"border {item.patient or item.image.name}".encode()).digest()
         chosen = item.split == "train" and item.modality != NO_SCAN

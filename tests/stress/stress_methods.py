@@ -272,7 +272,8 @@ def delta_experts(base: Format, bits: int) -> Callable[[Seen], dict[str, StandIn
             if bits == 2:
                 assert seen.hessian is not None
                 rounded = quantise_gptq(added, seen.hessian, form, evenly=True)
-            whole = made[meta].module.weight.detach().numpy() + rounded.dequantise()
+            base_weight = made[meta].module.get_parameter("weight")
+            whole = base_weight.numpy() + rounded.dequantise()
             made[name] = StandIn(linear(whole), form.bits_per_weight(_width(matrix)))
         return made
 
