@@ -7,6 +7,7 @@ on the last hidden states, with images that were kept for it. Source of the idea
 layer alone on data kept for it: Kirichenko et al., https://arxiv.org/abs/2204.02937.
 """
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from medmoe_edge.data.datasets import NO_SCAN, Finding
 from medmoe_edge.errors import DataError
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.training.data import IGNORED, Batches, Conversation
@@ -46,6 +48,21 @@ class _Read:
         """The share answered rightly, 0 to 1, after a change `[D]` of the margin's direction."""
         right = ((self.margin + self.states @ change) > 0) == (self.yes > 0)
         return float((weights * right).mean())
+
+
+def set_aside(findings: Sequence[Finding], share: float) -> tuple[list[Finding], list[Finding]]:
+    """Of what is to train on, the findings of a `share` of the patients; and all others.
+
+    A patient's name decides, so that more data never moves one to the other side.
+    """
+    kept: list[Finding] = []
+    others: list[Finding] = []
+    for item in findings:
+        name = hashlib.sha256(f"border {item.patient or item.image.name}".encode()).digest()
+        chosen = item.split == "train" and item.modality != NO_SCAN
+        chosen = chosen and int.from_bytes(name[:4], "big") < share * 2**32
+        (kept if chosen else others).append(item)
+    return kept, others
 
 
 def fit_border(

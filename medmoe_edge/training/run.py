@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import filter as filter_names
 from pathlib import Path
@@ -33,9 +33,7 @@ from medmoe_edge.config import (
 from medmoe_edge.data.datasets import (
     FINDINGS_FILE,
     LABELS_FILE,
-    NO_SCAN,
     QUESTION_FILES,
-    Finding,
     questions_of,
     read_examples,
     read_findings,
@@ -49,7 +47,7 @@ from medmoe_edge.models.med_moe import (
 )
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.training.border import fit_border
+from medmoe_edge.training.border import fit_border, set_aside
 from medmoe_edge.training.data import (
     Batches,
     as_labelled,
@@ -497,21 +495,6 @@ def data_files(recipe: Recipe, data: Path) -> DataFiles:
             "Make them with: medmoe-edge data",
         )
     return found
-
-
-def set_aside(findings: Sequence[Finding], share: float) -> tuple[list[Finding], list[Finding]]:
-    """Of what is to train on, the findings of a `share` of the patients; and all others.
-
-    A patient's name decides, so that more data never moves one to the other side.
-    """
-    kept: list[Finding] = []
-    others: list[Finding] = []
-    for item in findings:
-        name = hashlib.sha256(f"border {item.patient or item.image.name}".encode()).digest()
-        chosen = item.split == "train" and item.modality != NO_SCAN
-        chosen = chosen and int.from_bytes(name[:4], "big") < share * 2**32
-        (kept if chosen else others).append(item)
-    return kept, others
 
 
 def read_corpus(recipe: Recipe, data: Path) -> Corpus:
