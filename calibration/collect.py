@@ -38,7 +38,7 @@ from medmoe_edge.errors import CheckpointError, InputError
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.models.decoder import MoE, causal_mask, make_norm, rotary_tables, route
-from medmoe_edge.models.med_moe import DECODERS, TOWERS, projector
+from medmoe_edge.models.med_moe import DECODERS, TOWERS, pooled_features, projector
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -161,7 +161,8 @@ def embed(
 
     def see(image: Image) -> Tensor:
         pixels = torch.from_numpy(preprocess(image, config.vision))
-        tokens: Tensor = project(vision(pixels))[0]  # [N, D]
+        features = pooled_features(vision(pixels), config.vision.pool)
+        tokens: Tensor = project(features)[0]  # [N, D]
         return tokens
 
     table = checkpoint.tensor("decoder.embed.weight")

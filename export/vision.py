@@ -64,7 +64,7 @@ from medmoe_edge.export.passes.ort_cpu import ORT_OPSET, lower_matmul
 from medmoe_edge.export.quantise import Quantiser, quantise_weights
 from medmoe_edge.export.stored import INPUT_SCALE
 from medmoe_edge.export.weights import Factors, FoldPoint, WeightSource, fold
-from medmoe_edge.models.med_moe import TOWERS, projector
+from medmoe_edge.models.med_moe import TOWERS, pooled_features, projector
 
 
 class Weights(Protocol):
@@ -150,12 +150,14 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: VisionConfig, size: int) -> None:
         super().__init__()
+        self.pool = config.pool
         self.vision = TOWERS[config.kind](config)
         self.projector = projector(config, size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode the image."""
-        return self.projector(self.vision(pixels))  # type: ignore[no-any-return]
+        features = pooled_features(self.vision(pixels), self.pool)
+        return self.projector(features)  # type: ignore[no-any-return]
 
 
 def export_vision(checkpoint: Checkpoint, factors: Mapping[str, Factors] | None = None) -> ir.Model:

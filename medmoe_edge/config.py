@@ -13,7 +13,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
-from medmoe_edge.errors import ConfigError, did_you_mean
+from medmoe_edge.errors import ConfigError, InputError, did_you_mean
 
 _LATER = "later"
 
@@ -68,15 +68,13 @@ def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigErro
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig(Config):
-    """The vision tower: an image of side `image_size` in, `image_tokens` features out.
+    """The vision tower: an image of side `image_size` in, `features` out.
 
     `clip` and `siglip` read the transformer sizes; `efficientnet-lite` reads `variant` and
     `feature_size`. `pixel_mean` and `pixel_std` are on the 0..255 scale, per RGB channel.
     `select_feature` "patch" leaves out the first feature, which is CLIP's class token; SigLIP has
-    none and loses its first patch, as MoE-LLaVA's code has it.
-
-    `pool` is the side of the squares of neighbouring features that are averaged into one image
-    token, before the projector: 2 leaves a quarter of the tokens, 1 all.
+    none and loses its first patch, as MoE-LLaVA's code has it. Squares of `pool` x `pool`
+    neighbouring features are averaged into one image token, before the projector.
     """
 
     kind: Literal["clip", "siglip", "efficientnet-lite"]
@@ -133,6 +131,21 @@ class VisionConfig(Config):
     def image_tokens(self) -> int:
         """Image tokens handed to the decoder."""
         return self.features // self.pool**2
+
+    @property
+    def token_counts(self) -> dict[int, int]:
+        """How many image tokens there could be, and the `pool` that gives so many."""
+        pools = range(1, self.grid + 1) if self.features == self.grid**2 else (1,)
+        return {self.features // pool**2: pool for pool in pools if self.grid % pool == 0}
+
+    def with_tokens(self, count: int) -> "VisionConfig":
+        """The same with so many image tokens; raises `InputError` where no squares give them."""
+        if count not in self.token_counts:
+            raise InputError(
+                f"The tower's {self.features} features cannot be averaged into {count} tokens.",
+                f"It can have: {', '.join(map(str, self.token_counts))}.",
+            )
+        return dataclasses.replace(self, pool=self.token_counts[count])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,7 @@ class AnswerScores:
         refusals: Thresholds fitted in this run, whose `questions.reliability` is then raw.
         fitted_on_these: Whether an earlier run fitted the confidence on these very questions: then
             `questions.reliability` flatters it, and `confidence.after` does not.
+        image_tokens: How many the model read of each image; None of answers in a file.
     """
 
     questions: "Evaluation | None"
@@ -58,6 +59,7 @@ class AnswerScores:
     confidence: "Confidence | None" = None
     refusals: "Mapping[str, RefusalFit] | None" = None
     fitted_on_these: bool = False
+    image_tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -157,7 +159,8 @@ class MedMoEFamily:
             allow_repetition=options.allow_repetition,
         )
         told = _Told(progress)
-        scores = AnswerScores(None, data.of, confidence=engine.fitted)
+        tokens = engine.config.vision.image_tokens
+        scores = AnswerScores(None, data.of, confidence=engine.fitted, image_tokens=tokens)
         if options.fit_confidence:
             engine.fitted = None  # what is fitted is the model's own probability
         longest = options.max_new_tokens
@@ -201,6 +204,7 @@ class ContrastiveFamily:
                 "--vision-tower": options.vision_tower,
                 "--modality": options.modalities,
                 "--merge": options.merge,
+                "--image-tokens": options.image_tokens,
                 "--target": target != "onnxruntime",
             }
         )

@@ -139,8 +139,8 @@ def cache_values(config: ModelConfig, positions: int) -> int:
 def vision_operations(config: ModelConfig) -> float:
     """Operations of the vision tower, up to the layer that is read, and the projector."""
     vision, size = config.vision, config.decoder.hidden_size
-    tokens = vision.image_tokens
-    projector = tokens * (vision.feature_size * size + size**2)
+    tokens = vision.features
+    projector = vision.image_tokens * (vision.feature_size * size + size**2)
     if not vision.is_transformer:
         per_pixel, _ = CONVOLUTIONS[vision.variant]
         return 2.0 * (per_pixel * vision.image_size**2 + projector)
@@ -154,7 +154,7 @@ def vision_operations(config: ModelConfig) -> float:
 def vision_weights(config: ModelConfig) -> int:
     """Parameters of the vision tower and the projector, short of biases and norms of CLIP."""
     vision = config.vision
-    positions = vision.image_tokens * vision.feature_size
+    positions = vision.features * vision.feature_size
     return _tower_weights(vision) + positions + _projector_weights(config)
 
 

@@ -141,10 +141,10 @@ def open_backend(kind: Kind, path: Path, form: str, config: ModelConfig, shape: 
         return LlamaBackend(path, config, shape)
     import torch
 
-    from medmoe_edge.checkpoint.reader import read_checkpoint
+    from medmoe_edge.checkpoint.reader import cut_like, read_checkpoint
 
     torch.set_num_threads(measurement.threads())
-    checkpoint = read_checkpoint(path)
+    checkpoint = cut_like(read_checkpoint(path), config)
     if checkpoint.config != config:
         raise ModelError(
             f"{path} is a checkpoint of another model than the bundle.",

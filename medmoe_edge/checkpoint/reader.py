@@ -10,6 +10,9 @@ same hash. The router stays whole: probabilities are over all of its rows, so th
 expert is there is computed as before, to the bit; others go to the best expert that is there, with
 the little that it counts; and images of other modalities are still recognised.
 
+It can also be given fewer image tokens than it has (`VisionConfig.pool`): none of its weights
+depends on how many there are.
+
 With one expert left, that and the meta expert can be merged into one feed-forward, whose hidden
 channels are those of both side by side. It is exact where the expert counts fully (g = 1), as it
 does in a router of that one row; what this changes, a verification measures.
@@ -91,7 +94,7 @@ class Checkpoint:
         names: Our parameter names, with shape, dtype and place.
         twins: Those that the official code stored a second time under a tied name.
         warnings: Where its authors' own code would compute something else.
-        whole: The checkpoint that experts were left out of.
+        whole: The checkpoint as it was read, where this one has fewer experts or image tokens.
     """
 
     folder: Path
@@ -263,7 +266,16 @@ def cut_checkpoint(
         elif not (merge and ".ffn.meta." in name):
             names[name] = tensor
     twins = {name: tensor for name, tensor in whole.twins.items() if name in names}
-    return dataclasses.replace(whole, config=config, names=names, twins=twins, whole=whole)
+    origin = whole.whole or whole
+    return dataclasses.replace(whole, config=config, names=names, twins=twins, whole=origin)
+
+
+def with_tokens(checkpoint: Checkpoint, count: int) -> Checkpoint:
+    """The checkpoint with so many image tokens; raises `InputError` where it cannot have them."""
+    config = checkpoint.config
+    config = dataclasses.replace(config, vision=config.vision.with_tokens(count))
+    origin = checkpoint.whole or checkpoint
+    return dataclasses.replace(checkpoint, config=config, whole=origin)
 
 
 def cut_config(
@@ -311,11 +323,26 @@ def cut_config(
 
 
 def cut_like(checkpoint: Checkpoint, config: ModelConfig) -> Checkpoint:
-    """The reference of a model: its checkpoint, with the experts that it has, none merged."""
+    """The reference of a model: its checkpoint, with the experts and image tokens that it has.
+
+    None are merged.
+    """
     whole, moe = checkpoint.whole or checkpoint, config.moe
-    if moe is None or not moe.left_out or whole.config.moe is None:
-        return whole
-    return cut_checkpoint(whole, moe.expert_names)
+    cut = whole
+    if moe is not None and moe.left_out and whole.config.moe is not None:
+        cut = cut_checkpoint(whole, moe.expert_names)
+    if config.vision.pool == whole.config.vision.pool:
+        return cut
+    vision = dataclasses.replace(whole.config.vision, pool=config.vision.pool)
+    return with_tokens(cut, vision.image_tokens)
+
+
+def with_all_tokens(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The checkpoint with the image tokens that it was read with; None where it has them."""
+    whole = checkpoint.whole
+    if whole is None or whole.config.vision == checkpoint.config.vision:
+        return None
+    return with_tokens(checkpoint, whole.config.vision.image_tokens)
 
 
 def _merged(whole: Checkpoint, parts: tuple[str, ...]) -> MergedTensor:

@@ -252,6 +252,9 @@ def plan(
             show_default="whole, or as the bundle's",
         ),
     ] = None,
+    image_tokens: Annotated[
+        int | None, typer.Option(min=1, help="As of export.", show_default="all, or the bundle's")
+    ] = None,
     fit: Annotated[
         bool,
         typer.Option("--fit", help="Propose the most exact form that answers within --latency."),
@@ -269,15 +272,13 @@ def plan(
     A device of your own is described in TOML or JSON: kind, memory_gb, bandwidth_gb_s, int8_tops,
     fp16_tops.
     """
-    from medmoe_edge.device.estimate import PlanOptions, plan_and_measure
-    from medmoe_edge.device.estimate import fit as find_fit
-    from medmoe_edge.device.estimate import plan as make
+    from medmoe_edge.device import estimate
     from medmoe_edge.device.hardware import HERE
 
-    if measure and (device != HERE or precision or experts):
+    if measure and (device != HERE or precision or experts or image_tokens):
         raise InputError(
             "Measured is this machine, with the bundle as it is stored.",
-            "Give --device here, and no --precision or --experts.",
+            "Give --device here, and no --precision, --experts or --image-tokens.",
         )
     if fit != (latency is not None) or (fit and (measure or precision)):
         raise InputError(
@@ -286,10 +287,12 @@ def plan(
         )
     if group_size not in (32, 64, 128):
         raise InputError(f"There are no groups of {group_size}.", "Use 32, 64 or 128.")
-    options = PlanOptions(device, precision, group_size, prompt_tokens, new_tokens, experts)
+    options = estimate.PlanOptions(
+        *(device, precision, group_size, prompt_tokens, new_tokens, experts, image_tokens)
+    )
     if latency is not None:
         with render.working("Measuring"):
-            proposed = find_fit(model, options, latency)
+            proposed = estimate.fit(model, options, latency)
         if as_json:
             render.as_json(proposed.to_json())
         else:
@@ -297,12 +300,10 @@ def plan(
         if error := proposed.error():
             raise error
         return
-    comparison = None
     with render.working("Measuring"):
-        if measure:
-            found, comparison = plan_and_measure(model)
-        else:
-            found = make(model, options)
+        found, comparison = (
+            estimate.plan_and_measure(model) if measure else (estimate.plan(model, options), None)
+        )
     if as_json:
         told = comparison.to_json() if comparison else None
         render.as_json(found.to_json() | {"measured": told}, found.error())

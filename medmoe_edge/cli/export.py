@@ -204,6 +204,14 @@ def export(
             "--merge", help="With one --modality: its expert and the meta expert become one."
         ),
     ] = False,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of an image: squares of its features are averaged, so that fewer are read.",
+            show_default="all",
+        ),
+    ] = None,
     paged: Annotated[
         bool,
         typer.Option("--paged", help="For a GPU: keep experts apart, for ask --memory-budget."),
@@ -215,7 +223,7 @@ def export(
             "--output",
             metavar="OUT",
             help="The bundle.",
-            show_default="NAME-MODALITIES-PRECISION, or NAME-TARGET-GPU",
+            show_default="NAME-MODALITIES-TOKENS-PRECISION, or NAME-TARGET-GPU",
         ),
     ] = None,
     vision_tower: VisionTower = None,
@@ -232,7 +240,8 @@ def export(
     """
     precision = _precision(int8=int8, int4=int4, mixed=mixed is not None, fp32=fp32)
     cut = tuple(name.strip().lower() for name in modality.split(",")) if modality else ()
-    as_it_is = not (precision or calibrate or stats or cut or merge or vision != "groups")
+    made_anew = precision or calibrate or stats or cut or merge or image_tokens
+    as_it_is = not (made_anew or vision != "groups")
     folder = _source(model, target, as_it_is=as_it_is)
     if target == "onnxruntime" and (gpu or positions or memory_limit):
         raise InputError(
@@ -265,13 +274,15 @@ def export(
         as_published=as_published,
         modalities=cut,
         merge=merge,
+        image_tokens=image_tokens,
         force=force and target == "onnxruntime",
     )
     family = family_of(folder)
     family.check_export(options, target)
     with render.working("Reading") as report:
         if target == "onnxruntime":
-            out = output or Path("-".join((str(options.name), *cut, options.precision)))
+            parts = (*cut, *([f"{image_tokens}-tokens"] if image_tokens else ()))
+            out = output or Path("-".join((str(options.name), *parts, options.precision)))
             try:
                 made = family.export(folder, out, options, report)
                 verified = made.verification.bundle.sha256 if made.verification else None

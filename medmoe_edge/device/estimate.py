@@ -149,6 +149,7 @@ class PlanOptions:
         new_tokens: Tokens of the answer.
         experts: How routed experts are stored, see `read_deltas`; None: whole, or as a bundle has
             them.
+        image_tokens: As of `ExportOptions`.
     """
 
     device: str
@@ -157,6 +158,7 @@ class PlanOptions:
     prompt_tokens: int | None = None
     new_tokens: int = NEW_TOKENS
     experts: str | None = None
+    image_tokens: int | None = None
 
 
 def plan(model: str, options: PlanOptions) -> Plan:
@@ -172,17 +174,12 @@ def plan(model: str, options: PlanOptions) -> Plan:
 
     Raises:
         InputError: The device is unknown, does not offer the precision, or the prompt is too long;
-            or deltas are asked of a bundle, whose experts are stored already.
+            or a bundle is asked for what was decided when it was made.
         ModelError: The model is unknown.
         MissingDependencyError: The extra is not installed.
     """
     found = find_device(options.device)
-    name, config, deltas = model_config(model)
-    if options.experts is not None and _is_bundle(model):
-        raise InputError(
-            f"{model} is a bundle: how its experts are stored was decided when it was made.",
-            "Leave --experts out, or give the checkpoint.",
-        )
+    name, config, deltas = _planned(model, options)
     wanted = precisions(found, options)
     if found.ratings is not None:
         return make_plan(name, config, found, options, deltas=deltas)
@@ -214,10 +211,7 @@ def plan_and_measure(model: str) -> tuple[Plan, "Comparison"]:
 
 
 def model_config(model: str) -> tuple[str, ModelConfig, Deltas | None]:
-    """Name and configuration of a model, and what a bundle's experts take where they are deltas.
-
-    No weights are read, but to check a bundle's files where keys are trusted.
-    """
+    """Name and configuration of a model, and what a bundle's experts take if they are deltas."""
     if model in EMBEDDED or Path(model).is_dir():
         folder = bundle_path(model)
         if (folder / MANIFEST).exists():
@@ -234,6 +228,19 @@ def model_config(model: str) -> tuple[str, ModelConfig, Deltas | None]:
             f"{', '.join(names)}.",
         )
     return model, PRESETS[model], None
+
+
+def _planned(model: str, options: PlanOptions) -> tuple[str, ModelConfig, Deltas | None]:
+    """As `model_config` says, with the image tokens that are asked for."""
+    name, config, deltas = model_config(model)
+    if (options.experts is not None or options.image_tokens is not None) and _is_bundle(model):
+        raise InputError(
+            f"{model} is a bundle: its experts and image tokens were decided when it was made.",
+            "Leave --experts and --image-tokens out, or give the checkpoint.",
+        )
+    if options.image_tokens is not None:
+        config = replace(config, vision=config.vision.with_tokens(options.image_tokens))
+    return name, config, deltas
 
 
 def _is_bundle(model: str) -> bool:
@@ -406,8 +413,8 @@ def _expert_budget(
 class Fit:
     """What is proposed: `forecast` in `latency` seconds, None where nothing meets it.
 
-    `nearest` is then the fastest that fits in memory, and `image_tokens` how many it could have to
-    meet the latency (0: not even without an image's). `resident_experts` of `experts` stay in
+    `nearest` is then the fastest that fits in memory, and `image_tokens` the most with which it
+    would meet the latency (0: no number that it can have). `resident_experts` of `experts` stay in
     memory. `commands` make and run what is proposed.
     """
 
@@ -443,7 +450,8 @@ class Fit:
                 f"{self.device.name}",
             )
         took = self.nearest.answer(self.new_tokens)
-        fewer = f"an image of at most {self.image_tokens} tokens, " if self.image_tokens else ""
+        tokens = self.image_tokens
+        fewer = f"{tokens} image tokens (export --image-tokens), " if tokens else ""
         return ResourceError(
             f"{self.model} does not answer within {self.latency:g} s on {self.device.name}: "
             f"{self.nearest.precision} takes {took:.3g} s for {self.new_tokens} tokens.",
@@ -458,13 +466,11 @@ def fit(model: str, options: PlanOptions, latency: float) -> Fit:
     """
     if not 0 < latency < float("inf"):
         raise InputError(f"A latency of {latency:g} s is none.", "Give seconds above 0.")
-    _, config, _ = model_config(model)
-    forecasts = _forecasts(model, options)
-    meet = (f for f in forecasts if f.fits and f.answer(options.new_tokens) <= latency)
-    chosen = next(meet, None)
-    fitting = [each for each in forecasts if each.fits]
+    _, config, _ = _planned(model, options)
+    fitting = [each for each in _forecasts(model, options) if each.fits]
+    chosen = next((each for each in fitting if each.answer(options.new_tokens) <= latency), None)
     nearest = min(fitting, key=lambda each: each.answer(options.new_tokens), default=None)
-    device = find_device(options.device)
+    device, tokens = find_device(options.device), config.vision.image_tokens
     shown = chosen or nearest
     total = config.moe.num_experts * len(config.moe_layers) if config.moe else 0
     share = 1.0
@@ -477,18 +483,16 @@ def fit(model: str, options: PlanOptions, latency: float) -> Fit:
         new_tokens=options.new_tokens,
         forecast=chosen,
         nearest=None if chosen else nearest,
-        image_tokens=config.vision.image_tokens
-        if chosen
-        else _image_tokens(config, nearest, options, latency),
+        image_tokens=tokens if chosen else _image_tokens(config, nearest, options, latency),
         experts=total,
         resident_experts=int(total * share),
-        commands=_commands(model, device, chosen, options.experts) if chosen else (),
+        commands=_commands(model, device, chosen, options) if chosen else (),
     )
 
 
 def _forecasts(model: str, options: PlanOptions) -> list[Forecast]:
     """All forms, the most exact first; int4 in groups of 128 last."""
-    made: Plan = plan(model, options)
+    made = plan(model, options)
     found = sorted(made.forecasts, key=lambda each: EXACT_FIRST.index(each.precision))
     larger = replace(options, precision=None, group=LARGE_GROUP)
     offered = {each.precision for each in found} & {*precisions(made.device, larger)}
@@ -500,21 +504,22 @@ def _forecasts(model: str, options: PlanOptions) -> list[Forecast]:
 def _image_tokens(
     config: ModelConfig, nearest: Forecast | None, options: PlanOptions, latency: float
 ) -> int:
-    """The most image tokens with which the nearest would meet the latency.
+    """The most image tokens, of the numbers that there could be, to meet the latency with: 0, none.
 
-    Vision and prefill are taken as proportional to the tokens that they are computed for.
+    Prefill is taken as proportional to the tokens; the tower computes the same for any number.
     """
     if nearest is None:
         return 0
     image = config.vision.image_tokens
     prompt = options.prompt_tokens or image + TEXT_TOKENS
-    text = prompt - image
-    rest = latency - (options.new_tokens - 1) * nearest.token - nearest.prefill * text / prompt
-    each = nearest.vision / image + nearest.prefill / prompt
-    return max(0, min(image, int(rest / each)))
+    rest = latency - nearest.answer(options.new_tokens) + nearest.prefill * image / prompt
+    fewer = [count for count in config.vision.token_counts if count < image]
+    return max((count for count in fewer if nearest.prefill * count / prompt <= rest), default=0)
 
 
-def _commands(model: str, device: Device, chosen: Forecast, experts: str | None) -> tuple[str, ...]:
+def _commands(
+    model: str, device: Device, chosen: Forecast, options: PlanOptions
+) -> tuple[str, ...]:
     """What makes and runs the chosen form."""
     if _is_bundle(model):
         return (f'medmoe-edge ask scan.png "Is there effusion?" --model {model}',)
@@ -522,8 +527,11 @@ def _commands(model: str, device: Device, chosen: Forecast, experts: str | None)
     form = {"mixed": "--mixed 6", "fp16": "--fp32"}.get(chosen.precision, f"--{chosen.precision}")
     if chosen.precision == "int4" and chosen.group != 32:
         form += f" --group-size {chosen.group}"
+    experts = options.experts
     if experts is not None:
         form += f" --experts {experts}"
+    if options.image_tokens is not None:
+        form += f" --image-tokens {options.image_tokens}"
     searched = experts is not None and read_deltas(experts).budget is not None
     if searched or chosen.precision in ("int8", "int4", "mixed"):
         form += " --calibrate DATA"

@@ -24,7 +24,7 @@ from medmoe_edge.evaluation.gates import (
     too_few,
     wilson,
 )
-from medmoe_edge.evaluation.metrics import ContrastiveFigures, Share, bootstrap_interval
+from medmoe_edge.evaluation.metrics import Share, bootstrap_interval
 from medmoe_edge.evaluation.mutations import (
     QUESTIONS,
     Effect,
@@ -33,6 +33,7 @@ from medmoe_edge.evaluation.mutations import (
     mutations_of,
 )
 from medmoe_edge.evaluation.record import (
+    ContrastiveFigures,
     Source,
     keep_record,
     new_record,

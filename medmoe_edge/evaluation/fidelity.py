@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from medmoe_edge.evaluation.metrics import (
     Answers,
     Divergence,
     Fidelity,
+    Flips,
+    Reduction,
     Routing,
     Share,
     Vision,
@@ -220,6 +222,7 @@ __all__ = ["Fidelity", "Progress", "Recording", "Share", "compare", "record"]
 Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
 
+T = TypeVar("T")
 Rows = slice | npt.NDArray[np.int64]
 MAX_NEW_TOKENS = 32
 UNKNOWN = "unknown"
@@ -259,6 +262,7 @@ class Recording:
         images: What was made of each image.
         questions: What was answered, by the question's id.
         load: Reads an image by its key.
+        whole: What the checkpoint answered with all its image tokens, where this has fewer.
     """
 
     config: ModelConfig
@@ -268,6 +272,7 @@ class Recording:
     images: Mapping[Path, RecordedImage]
     questions: Mapping[str, RecordedQuestion]
     load: Callable[[Path], Image] = load_image
+    whole: "Recording | None" = None
 
 
 def record(
@@ -343,7 +348,7 @@ def compare(
             "The two models are of different make.", "Compare a model with its own checkpoint."
         )
     reader = Reader(candidate, recording.tokenizer, recording.max_new_tokens)
-    seen, said = [], []
+    seen, said, said_of_whole = [], [], []
     routes: list[Routed] = []
     moe = recording.config.moe
     for done, (image, group) in enumerate(recording.examples.items(), start=1):
@@ -359,17 +364,22 @@ def compare(
             reply = reader.follow(view, question, expected.tokens)
             said.append(_said(example, expected, reply, reader))
             routes += _routed(expected.router_logits, reply.router_logits, moe, modality)
+            if recording.whole is not None:  # whose positions and routing are other ones
+                expected = recording.whole.questions[example.id]
+                reply = reader.follow(view, question, expected.tokens)
+                said_of_whole.append(_said(example, expected, reply, reader))
         if progress:
             progress(done, len(recording.examples))
     return Fidelity(
         questions=len(said),
         images=len(seen),
         overall=_answers(said),
-        by_modality=_grouped(said, lambda example: example.modality or UNKNOWN),
-        by_answer_type=_grouped(said, lambda example: example.answer_type),
+        by_modality=_grouped(said, _modality, _answers),
+        by_answer_type=_grouped(said, _answer_type, _answers),
         routing=routing(routes, recording.config.moe_layers) if moe else None,
         vision=_vision(seen),
         finite=reader.finite,
+        reduction=_reduction(recording.whole, said_of_whole),
     )
 
 
@@ -443,11 +453,42 @@ def _said(example: Example, expected: RecordedQuestion, reply: Reply, reader: Re
     )
 
 
-def _grouped(said: list[_Said], key: Callable[[Example], str]) -> dict[str, Answers]:
+def _modality(example: Example) -> str:
+    return example.modality or UNKNOWN
+
+
+def _answer_type(example: Example) -> str:
+    return example.answer_type
+
+
+def _grouped(
+    said: list[_Said], key: Callable[[Example], str], figures: Callable[[list[_Said]], T]
+) -> dict[str, T]:
     groups: dict[str, list[_Said]] = defaultdict(list)
     for part in said:
         groups[key(part.example)].append(part)
-    return {name: _answers(group) for name, group in sorted(groups.items())}
+    return {name: figures(group) for name, group in sorted(groups.items())}
+
+
+def _reduction(whole: Recording | None, said: list[_Said]) -> Reduction | None:
+    if whole is None:
+        return None
+    return Reduction(
+        image_tokens=whole.config.vision.image_tokens,
+        answers=_answers(said),
+        flips=_flips(said),
+        by_modality=_grouped(said, _modality, _flips),
+        by_answer_type=_grouped(said, _answer_type, _flips),
+    )
+
+
+def _flips(said: list[_Said]) -> Flips:
+    known = [part for part in said if part.example.answer]
+    return Flips(
+        Share.of(sum(not part.same for part in said), len(said)),
+        lost=sum(part.reference_right and not part.candidate_right for part in known),
+        gained=sum(part.candidate_right and not part.reference_right for part in known),
+    )
 
 
 def _answers(said: list[_Said]) -> Answers:

@@ -31,15 +31,19 @@ from medmoe_edge.bundle.recorded import (
 )
 from medmoe_edge.config import Config
 from medmoe_edge.evaluation.fidelity import Fidelity, Share
+from medmoe_edge.evaluation.metrics import Answers
 
 EXPERT = re.compile(r"(|.*\.)(experts\.\d+|meta)\.(.+)")
 SURE = 10  # times the distance of two experts' marks over the root of their number: 5 deviations
 Z = 1.6448536269514722  # one-sided 95%
+WHOLE = "whole_"  # begins the names of gates against the checkpoint with all its image tokens
 Outcome = Literal["passed", "not decided", "failed"]
 TITLES = {
     "finite": "Unsound parts",
     "answer_agreement": "Answer agreement",
     "accuracy_drop": "Loss of accuracy",
+    f"{WHOLE}answer_agreement": "Answers as with all image tokens",
+    f"{WHOLE}accuracy_drop": "Accuracy lost to fewer image tokens",
     "routing_flips": "Routing flips",
     "vision_cosine": "Cosine of image tokens",
     "modality_agreement": "Modality agreement",
@@ -222,21 +226,12 @@ def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[
         faults: Parts of the bundle that are not finite.
     """
     broken = len(faults) + (not fidelity.finite)
-    agreement = fidelity.overall.answer_agreement
     results = [
         judged("finite", broken, 0, (), at_least=False),
-        judged(
-            "answer_agreement",
-            agreement.share,
-            gates.answer_agreement,
-            wilson(agreement),
-            note=too_few(agreement, gates.answer_agreement),
-        ),
+        *_judge_answers(fidelity.overall, gates),
     ]
-    if accuracy := fidelity.overall.accuracy:
-        low, high = accuracy.interval
-        drop, interval = 0 - accuracy.difference, (0 - high, 0 - low)  # not -0.0
-        results.append(judged("accuracy_drop", drop, gates.accuracy_drop, interval, at_least=False))
+    if reduction := fidelity.reduction:
+        results += _judge_answers(reduction.answers, gates, WHOLE)
     if routing := fidelity.routing:
         flips, interval = routing.flips.share, wilson(routing.flips)
         results.append(
@@ -245,6 +240,22 @@ def judge(fidelity: Fidelity, gates: Gates, faults: Sequence[str] = ()) -> list[
     vision = fidelity.vision
     cosine, interval = vision.cosine_mean, vision.cosine_interval
     return [*results, judged("vision_cosine", cosine, gates.vision_cosine, interval)]
+
+
+def _judge_answers(answers: Answers, gates: Gates, prefix: str = "") -> Iterator[GateResult]:
+    """Agreement and, where answers are known, accuracy; `prefix` is of the gates' names."""
+    agreement, bound = answers.answer_agreement, gates.answer_agreement
+    yield judged(
+        f"{prefix}answer_agreement",
+        agreement.share,
+        bound,
+        wilson(agreement),
+        note=too_few(agreement, bound),
+    )
+    if accuracy := answers.accuracy:
+        low, high = accuracy.interval
+        drop, interval = 0 - accuracy.difference, (0 - high, 0 - low)  # not -0.0
+        yield judged(f"{prefix}accuracy_drop", drop, gates.accuracy_drop, interval, at_least=False)
 
 
 def wilson(share: Share) -> tuple[float, float]:

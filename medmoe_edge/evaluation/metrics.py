@@ -11,12 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge.config import Bin, Config, Reliability, Unsure
+from medmoe_edge.config import Bin, Config, Reliability, Unsure, later
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_GROUPS = re.compile(r"\d,\d")
@@ -130,19 +129,6 @@ def reliability(
         ),
         risk_coverage=risk_coverage(said, right),
     )
-
-
-def roc_auc(there: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating[Any]]) -> float:
-    """The area under the ROC curve: how often what is there scores higher than what is not.
-
-    Equal scores count half; both kinds must occur. Source: Mann and Whitney's U over its largest
-    value (Hanley and McNeil, Radiology 143, 1982).
-    """
-    from scipy.stats import rankdata
-
-    count = int(there.sum())
-    ranks = rankdata(scores)[there].sum()
-    return float((ranks - count * (count + 1) / 2) / (count * (len(there) - count)))
 
 
 def risk_coverage(
@@ -315,8 +301,32 @@ class Vision(Config):
 
 
 @dataclass(frozen=True)
+class Flips(Config):
+    """Answers that read otherwise; of those that are known, `lost` were right and `gained` are."""
+
+    changed: Share
+    lost: int
+    gained: int
+
+
+@dataclass(frozen=True)
+class Reduction(Config):
+    """Answers from fewer image tokens against the checkpoint's, which reads `image_tokens`."""
+
+    image_tokens: int
+    answers: Answers
+    flips: Flips
+    by_modality: Mapping[str, Flips]
+    by_answer_type: Mapping[str, Flips]
+
+
+@dataclass(frozen=True)
 class Fidelity(Config):
-    """All figures; `routing` is None for a dense model, `finite` False if anything was not."""
+    """All figures; `routing` is None for a dense model, `finite` False if anything was not.
+
+    They are against the checkpoint with as many image tokens as the candidate has, so that they
+    tell what quantisation cost; where it has fewer than the checkpoint, `reduction` tells the rest.
+    """
 
     questions: int
     images: int
@@ -326,22 +336,4 @@ class Fidelity(Config):
     routing: Routing | None
     vision: Vision
     finite: bool
-
-
-@dataclass(frozen=True)
-class ContrastiveFigures(Config):
-    """Of a MedMoE: shares of images with the same modality and label, and cosines.
-
-    The cosines are of pooled features, of regions and of texts: their means, and the least.
-    """
-
-    images: int
-    texts: int
-    modality_agreement: float
-    zero_shot_agreement: float
-    pooled_cosine: float
-    region_cosine: float
-    text_cosine: float
-    pooled_cosine_min: float
-    region_cosine_min: float
-    text_cosine_min: float
+    reduction: Reduction | None = later(None)  # noqa: RUF009  # it makes a field

@@ -31,9 +31,9 @@ from medmoe_edge.evaluation.gates import (
     judge_weights,
     judged,
 )
-from medmoe_edge.evaluation.metrics import ContrastiveFigures, Fidelity
+from medmoe_edge.evaluation.metrics import Fidelity
 from medmoe_edge.evaluation.mutations import Mutations
-from medmoe_edge.evaluation.record import read_mutations
+from medmoe_edge.evaluation.record import ContrastiveFigures, read_mutations
 from medmoe_edge.evaluation.recording import unpack_recording, unpack_seen
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 

@@ -22,7 +22,7 @@ from medmoe_edge.embedded import is_installed
 from medmoe_edge.engine.loading import remember, this_machine
 from medmoe_edge.errors import ConfigError
 from medmoe_edge.evaluation.gates import GateResult, Outcome, outcome_of
-from medmoe_edge.evaluation.metrics import ContrastiveFigures, Fidelity
+from medmoe_edge.evaluation.metrics import Fidelity
 from medmoe_edge.evaluation.mutations import Mutations
 
 PASSED: dict[Outcome, bool | None] = {"passed": True, "not decided": None, "failed": False}
@@ -66,6 +66,25 @@ class AnswersRecord(Record):
     """Of a Med-MoE."""
 
     figures: Fidelity
+
+
+@dataclass(frozen=True)
+class ContrastiveFigures(Config):
+    """Of a MedMoE: shares of images with the same modality and label, and cosines.
+
+    The cosines are of pooled features, of regions and of texts: their means, and the least.
+    """
+
+    images: int
+    texts: int
+    modality_agreement: float
+    zero_shot_agreement: float
+    pooled_cosine: float
+    region_cosine: float
+    text_cosine: float
+    pooled_cosine_min: float
+    region_cosine_min: float
+    text_cosine_min: float
 
 
 @dataclass(frozen=True, kw_only=True)

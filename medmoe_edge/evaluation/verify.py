@@ -31,6 +31,7 @@ from medmoe_edge.errors import (
 )
 from medmoe_edge.evaluation.fidelity import Fidelity, Recording, compare, record
 from medmoe_edge.evaluation.gates import (
+    WHOLE,
     Compared,
     GateResult,
     compare_weights,
@@ -257,6 +258,11 @@ class Verification:
             if not (result.passed or told):
                 reasons.append(result.summary)
         remedy = "export again at a higher precision, or with more calibration data."
+        failed = [
+            gate.name for gate in (self.record.gates if self.record else ()) if not gate.passed
+        ]
+        if failed and all(name.startswith(WHOLE) for name in failed):
+            remedy = "export again with more image tokens."
         if self.weights and self.weights.wrong:
             remedy = "copy or export it again."
         return VerificationError(
@@ -387,12 +393,13 @@ def _reference(
     vision_tower: Path | None,
     report: Progress,
 ) -> list[Recording]:
-    """What the checkpoint says to each set of questions, with the experts that the bundle has.
+    """What the checkpoint says to each set, with the experts and image tokens that the bundle has.
 
-    It is out of memory again when the bundle is opened.
+    To the first, which is the proof, also with all its own image tokens, where the bundle has
+    fewer. It is out of memory again when the bundle is opened.
     """
     try:
-        from medmoe_edge.checkpoint.reader import as_checkpoint, cut_like
+        from medmoe_edge.checkpoint.reader import as_checkpoint, cut_like, with_all_tokens
         from medmoe_edge.runtimes.torch.eager import EagerRuntime
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "torch", "export") from error
@@ -416,6 +423,17 @@ def _reference(
         )
         for some in asked
     ]
+    full = with_all_tokens(checkpoint)
+    if full is not None:
+        del runtime  # one decoder in memory at a time
+        whole = record(
+            EagerRuntime(full),
+            tokenizer,
+            asked[0].examples,
+            load=asked[0].load,
+            progress=lambda *at: report("the checkpoint, with all image tokens", *at),
+        )
+        recordings[0] = replace(recordings[0], whole=whole)
     moe = bundle.config.moe
     if moe is None or not moe.merged:
         return recordings

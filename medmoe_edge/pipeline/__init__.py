@@ -39,6 +39,8 @@ class ExportOptions:
         as_published: MedMoE alone: whether to keep what the published code computes.
         modalities: The experts of these alone are exported, calibrated and verified; empty: all.
         merge: Whether that one expert becomes one feed-forward with the meta expert.
+        image_tokens: So many for each image, of squares of features averaged; None: the
+            checkpoint's.
         force: Whether to replace what is already there.
     """
 
@@ -57,6 +59,7 @@ class ExportOptions:
     as_published: bool = False
     modalities: tuple[str, ...] = ()
     merge: bool = False
+    image_tokens: int | None = None
     force: bool = False
 
 

@@ -23,7 +23,13 @@ from medmoe_edge.calibration.data import BUILTIN, CalibrationData, Sample, Skipp
 from medmoe_edge.calibration.quantisers import read_deltas
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics
-from medmoe_edge.checkpoint.reader import Checkpoint, cut_checkpoint, cut_like, read_checkpoint
+from medmoe_edge.checkpoint.reader import (
+    Checkpoint,
+    cut_checkpoint,
+    cut_like,
+    read_checkpoint,
+    with_tokens,
+)
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.embedded import EMBEDDED, bundle_path, is_installed
 from medmoe_edge.errors import InputError, MissingDependencyError, ModelError, ResourceError
@@ -190,6 +196,8 @@ def export(
     source = read_checkpoint(checkpoint, vision_tower=options.vision_tower)
     if options.modalities:
         source = cut_checkpoint(source, options.modalities, merge=options.merge)
+    if options.image_tokens is not None:
+        source = with_tokens(source, options.image_tokens)
     for notice in source.warnings:
         logger.warning("%s", notice.message)
     build = BuildOptions(
@@ -227,9 +235,10 @@ def _check_options(options: ExportOptions) -> None:
             "A merged expert is no delta: it is one feed-forward with the meta expert.",
             "Leave --merge or --experts out.",
         )
-    if options.modalities and options.stats is not None:
+    left_out = "experts" if options.modalities else "image tokens" if options.image_tokens else ""
+    if left_out and options.stats is not None:
         raise InputError(
-            "The statistics are those of the whole model, and experts are to be left out.",
+            f"The statistics are those of the whole model, and {left_out} are to be left out.",
             "Calibrate what is left: --calibrate DATA in place of --stats.",
         )
 

@@ -348,7 +348,7 @@ def show_fit(fit: "Fit") -> None:
     group = f" in groups of {forecast.group}" if forecast.precision == "int4" else ""
     rows = [
         ("precision", f"{forecast.precision}{group}"),
-        ("image tokens", str(fit.image_tokens)),
+        ("image tokens", fit.image_tokens or "no number is enough"),
         ("memory", f"{shown_bytes(memory)} of {shown_bytes(fit.device.usable)} usable"),
         ("experts in memory", f"{fit.resident_experts} of {fit.experts}"),
         ("memory budget", "none" if forecast.expert_budget is None else _verdict(forecast)),

@@ -141,8 +141,8 @@ def show_warnings(warnings: Iterable["Notice"]) -> None:
 def show_inspection(inspection: "Inspection") -> None:
     """A model's make-up."""
     config, moe = inspection.config, inspection.config.moe
-    decoder = config.decoder
-    total = inspection.parameters_total
+    decoder, vision, total = config.decoder, config.vision, inspection.parameters_total
+    averaged = f", averaged from {vision.features}" if vision.pool > 1 else ""
     rows: list[tuple[str, object]] = [
         ("kind", inspection.kind),
         *told_runtime(inspection),
@@ -150,7 +150,7 @@ def show_inspection(inspection: "Inspection") -> None:
         ("parameters", "unknown without torch" if total is None else f"{total:,}"),
         ("  of the language part", f"{inspection.parameters_language:,}"),
         ("  activated per token", f"{inspection.parameters_activated:,}"),
-        ("vision", f"{config.vision.kind}, {config.vision.image_tokens} image tokens"),
+        ("vision", f"{vision.kind}, {vision.image_tokens} image tokens{averaged}"),
         ("decoder", f"{decoder.kind}, {decoder.layers} layers of {decoder.hidden_size}"),
     ]
     if moe:
@@ -244,6 +244,8 @@ def _published(
 
 
 def _remarks(asked: "Evaluation", found: "AnswerScores") -> Iterator[str]:
+    if found.image_tokens:
+        yield f"Of an image {found.image_tokens:,} tokens were read."
     if asked.overall.n < found.of:
         yield f"Drawn from {found.of:,} questions."
     if asked.cut_off:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from medmoe_edge.evaluation.findings import FindingScore
     from medmoe_edge.evaluation.gates import Compared, GateResult
     from medmoe_edge.evaluation.inspection import Change, Changes
-    from medmoe_edge.evaluation.metrics import Answers, Fidelity, Share
+    from medmoe_edge.evaluation.metrics import Answers, Fidelity, Reduction, Share
     from medmoe_edge.evaluation.mutations import Mutations
     from medmoe_edge.evaluation.quick import Quick
     from medmoe_edge.evaluation.record import AnyRecord
@@ -44,6 +44,7 @@ def show_verification(verification: "Verification") -> None:
         show_gates(f"{name} against its checkpoint", record.gates)
         if isinstance(record, AnswersRecord):  # of a MedMoE, the gates tell all
             _show_modalities(record.figures)
+            _show_reduction(record.figures.reduction)
             if verification.beside:
                 candidates = {f"{name} (this bundle)": record.figures, **verification.beside}
                 _show_candidates(candidates)
@@ -303,6 +304,21 @@ def _show_modalities(figures: "Fidelity") -> None:
         for name, answers in figures.by_modality.items()
     }
     _show_columns("", ["modality", "questions", *COMPARED], rows)
+
+
+def _show_reduction(found: "Reduction | None") -> None:
+    """Which answers fewer image tokens turned, in both directions."""
+    if found is None:
+        return
+    groups = {"all": found.flips, **found.by_modality}
+    groups |= {name.lower(): flips for name, flips in found.by_answer_type.items()}
+    rows = [
+        (name, f"{flips.changed.total:,}", _counted(flips.changed), flips.lost, flips.gained)
+        for name, flips in groups.items()
+    ]
+    columns = ["", "questions", "changed", "right to wrong", "wrong to right"]
+    show_table(f"Against the checkpoint with all {found.image_tokens} image tokens", columns, rows)
+    show()
 
 
 def _show_candidates(candidates: "Mapping[str, Fidelity]") -> None:

@@ -32,21 +32,6 @@ STEPS = 100
 YES, NO = "Yes", "No"
 
 
-def set_aside(findings: Sequence[Finding], share: float) -> tuple[list[Finding], list[Finding]]:
-    """Of what is to train on, the findings of a `share` of the patients; and all others.
-
-    A patient's name decides, so that more data never moves one to the other side.
-    """
-    kept: list[Finding] = []
-    others: list[Finding] = []
-    for item in findings:
-        name = hashlib.sha256(f"border {item.patient or item.image.name}".encode()).digest()
-        chosen = item.split == "train" and item.modality != NO_SCAN
-        chosen = chosen and int.from_bytes(name[:4], "big") < share * 2**32
-        (kept if chosen else others).append(item)
-    return kept, others
-
-
 @dataclass(frozen=True)
 class _Read:
     """What the head reads where `N` questions are to be answered yes or no.
@@ -63,6 +48,21 @@ class _Read:
         """The share answered rightly, 0 to 1, after a change `[D]` of the margin's direction."""
         right = ((self.margin + self.states @ change) > 0) == (self.yes > 0)
         return float((weights * right).mean())
+
+
+def set_aside(findings: Sequence[Finding], share: float) -> tuple[list[Finding], list[Finding]]:
+    """Of what is to train on, the findings of a `share` of the patients; and all others.
+
+    A patient's name decides, so that more data never moves one to the other side.
+    """
+    kept: list[Finding] = []
+    others: list[Finding] = []
+    for item in findings:
+        name = hashlib.sha256(f"border {item.patient or item.image.name}".encode()).digest()
+        chosen = item.split == "train" and item.modality != NO_SCAN
+        chosen = chosen and int.from_bytes(name[:4], "big") < share * 2**32
+        (kept if chosen else others).append(item)
+    return kept, others
 
 
 def fit_border(

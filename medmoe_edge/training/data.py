@@ -380,6 +380,15 @@ class Batches:
         self.moved = False
         self.pools: Sequence[int] = (config.vision.pool,)  # of which a batch of training takes one
 
+    def take_pools(self, pools: Sequence[int]) -> None:
+        """From now on average squares of one of these sides in each batch of training.
+
+        Raises `ConfigError` for a side that does not divide the tower's features.
+        """
+        for pool in pools:
+            replace(self.config.vision, pool=pool)  # refused here, not at its first batch
+        self.pools = pools
+
     def keep_views(self, tower: EfficientNetLite, count: int) -> None:
         """From now on take `count` views of each image, through the frozen front of `tower`."""
         self.views = Views(tower, self.pictures, count, self.seed)

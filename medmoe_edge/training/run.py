@@ -134,7 +134,7 @@ def train(
     batches = Batches(config, tokenizer, moe.expert_names, recipe.seed)
     batches.reword = recipe.phrases
     batches.moved = recipe.moved
-    batches.pools = recipe.pools or (config.vision.pool,)
+    batches.take_pools(recipe.pools or (config.vision.pool,))
     session.report.plan(planned(recipe, corpus))
     session.say(
         f"{moe.num_experts} experts: {', '.join(moe.expert_names) or 'unnamed'}; "

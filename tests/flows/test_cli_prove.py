@@ -46,6 +46,7 @@ def test_eval(run: Run, loaded: list[tuple[str, str]], tmp_path: Path) -> None:
     result = run(*command, "--labels", "labels.jsonl", "--predictions", "out.jsonl", "--json")
     figures = json.loads(result.stdout)
     assert figures["overall"]["exact_match"] == 0.5
+    assert figures["image_tokens"] == 64
     assert figures["labels"]["images"] == 3  # the training image is left out
     assert figures["labels"]["accuracy"] == pytest.approx(2 / 3)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
@@ -53,6 +54,7 @@ def test_eval(run: Run, loaded: list[tuple[str, str]], tmp_path: Path) -> None:
     shown = run(*command)
     assert re.search(r"^ *all +2 +50.0% ", shown.stdout, re.MULTILINE)
     assert "Modality found in these images: 100.0% of 1" in shown.stdout
+    assert "Of an image 64 tokens were read." in shown.stdout
     assert json.loads(run(*command, "--json").stdout)["labels"] is None
 
 

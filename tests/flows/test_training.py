@@ -22,8 +22,9 @@ from medmoe_edge.errors import ConfigError, DataError, MissingDependencyError
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training import loop
-from medmoe_edge.training.data import Batches
+from medmoe_edge.training.data import IMAGE_ID, Batch, Batches, Conversation
 from medmoe_edge.training.initialise import new_dense_model
+from medmoe_edge.training.phases import Objective
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.report import TrainOptions, choose_precision
 from medmoe_edge.training.run import train
@@ -200,6 +201,46 @@ def assert_same_state(out: Path, other: Path) -> None:
     ours, theirs = (load_file(folder / "moe.safetensors") for folder in (out, other))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_batches_take_one_of_several_numbers_of_image_tokens(unbroken: Path, data: Path) -> None:
+    read = read_checkpoint(unbroken / "checkpoint")
+    asked = [Conversation(data / f"{n}.png", "ct", (("Is it?", "Yes"),), "x") for n in range(8)]
+
+    def drawn(epoch: int, pools: tuple[int, ...] = (1, 2)) -> list[Batch]:
+        batches = Batches(read.config, read.tokenizer.tokenizer, MODALITIES, RECIPE.seed)
+        batches.take_pools(pools)
+        return list(batches.shuffled(asked, 1, 1, epoch))
+
+    first = drawn(0)
+    counts = {(batch.pool, int((batch.text.ids == IMAGE_ID).sum())) for batch in first}
+    assert counts == {(1, 4), (2, 1)}
+    pools = [batch.pool for batch in first]
+    assert [batch.pool for batch in drawn(0)] == pools, "as a resumed run draws them"
+    assert [batch.pool for batch in drawn(1)] != pools
+    model = MedMoE(read.config)
+    for batch in first[:4]:
+        assert Objective(model, None, read.config.moe_layers)(batch).isfinite()
+    batches = Batches(read.config, read.tokenizer.tokenizer, MODALITIES, RECIPE.seed)
+    batches.take_pools((2,))
+    assert {batch.pool for batch in batches.plain(asked, 4)} == {1}, "scored as the model is"
+    with pytest.raises(ConfigError, match=r"vision\.pool 3 does not divide the 4 features"):
+        batches.take_pools((1, 3))
+
+
+def test_a_run_with_several_numbers_of_image_tokens(data: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, pools=(1, 2))
+    run(data, tmp_path / "unbroken", recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "collate", broken_off(Batches.collate, 12))
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "broken", recipe)
+    run(data, tmp_path / "broken", recipe)
+    assert_same_state(tmp_path / "broken", tmp_path / "unbroken")
+    assert read_checkpoint(tmp_path / "unbroken" / "checkpoint").config.vision.pool == 1
+    for pools in ((), (0, 1)):
+        with pytest.raises(ConfigError, match="recipe's pools are"):
+            replace(RECIPE, pools=pools)
 
 
 @pytest.mark.parametrize(

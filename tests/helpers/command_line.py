@@ -14,6 +14,7 @@ from typer.testing import Result
 from medmoe_edge.engine.answer import Answer, Timings
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.image.pixels import Image
+from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import check_question
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,7 @@ class FakeEngine:
     `blind` is what it says of the black picture that answers are held against.
     """
 
+    config = PRESETS["nano"]
     expert_names = ("mri", "ct", "pathology", "xray")
     proven = fitted = None
     blind = "Yes"

@@ -32,7 +32,7 @@ def objective(request: pytest.FixtureRequest) -> Objective:
 def batch() -> Batch:
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     text = pack(PREFIX, IMAGE_TOKENS, TURNS)
-    return Batch(pixels, text, torch.tensor([UNKNOWN, 2]))
+    return Batch(pixels, text, torch.tensor([UNKNOWN, 2]), pool=1)
 
 
 def packed_pass(model: MedMoE, batch: Batch) -> Output:

@@ -372,7 +372,7 @@ def test_models_by_name(tiny_checkpoint: Make, tiny_bundle: Make) -> None:
         made = plan(str(folder), PlanOptions("cpu", "int8"))
         assert [each.precision for each in made.forecasts] == ["int8"]
         assert made.to_json()["forecasts"][0]["fits"] is True
-    with pytest.raises(InputError, match="is a bundle: how its experts are stored"):
+    with pytest.raises(InputError, match="is a bundle: its experts and image tokens"):
         plan(str(tiny_bundle("int8")), PlanOptions("cpu", experts="delta:bits=2"))
     with pytest.raises(ModelError, match=r"med-moe-stablelm-1\.6b"):
         plan("none", PlanOptions("cpu"))
