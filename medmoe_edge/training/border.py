@@ -10,8 +10,9 @@ layer alone on data kept for it: Kirichenko et al., https://arxiv.org/abs/2204.0
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,15 +21,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from medmoe_edge.data.datasets import NO_SCAN, Finding
 from medmoe_edge.errors import DataError
 from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.training.data import IGNORED, Batches, Conversation
 from medmoe_edge.training.loop import Session
 from medmoe_edge.training.phases import answered
-from medmoe_edge.training.questions import Asking
+from medmoe_edge.training.questions import Asking, Facts, phrase_book
 from medmoe_edge.training.recipe import BorderConfig
 
 WORDINGS = 4  # of the question about each finding of an image, and as many of its negation
 KEEP = 0.1  # what a change of another question's margin costs, by its square
 STEPS = 100
+TURNS = 32  # of an image that are read at once: an image can have a hundred
 YES, NO = "Yes", "No"
 
 
@@ -50,19 +53,60 @@ class _Read:
         return float((weights * right).mean())
 
 
-def set_aside(findings: Sequence[Finding], share: float) -> tuple[list[Finding], list[Finding]]:
+def set_aside(
+    findings: Sequence[Finding], share: float, learned: Collection[Path | str | None] = ()
+) -> tuple[list[Finding], list[Finding]]:
     """Of what is to train on, the findings of a `share` of the patients; and all others.
 
-    A patient's name decides, so that more data never moves one to the other side.
+    A patient's name decides, so that more data never moves one to the other side. Patients are
+    never kept of whom something else is `learned`: images, by file, or patients, by name.
     """
     kept: list[Finding] = []
     others: list[Finding] = []
+    told = {*learned} - {None}
+    known = {_patient(item) for item in findings if told & {item.image, item.patient}}
     for item in findings:
-        name = hashlib.sha256(f"border {item.patient or item.image.name}".encode()).digest()
+        name = hashlib.sha256(f"border {_patient(item)}".encode()).digest()
         chosen = item.split == "train" and item.modality != NO_SCAN
         chosen = chosen and int.from_bytes(name[:4], "big") < share * 2**32
+        chosen = chosen and _patient(item) not in known
         (kept if chosen else others).append(item)
     return kept, others
+
+
+def _patient(item: Finding) -> str:
+    return item.patient or item.image.name
+
+
+def border_findings(kept: Iterable[Facts]) -> frozenset[str]:
+    """Findings, of those that there are wordings for, that some kept images show and some do not.
+
+    From those that all of them show the border would only move to yes. Raises `DataError` for none.
+    """
+    facts = list(kept)
+    shown = frozenset[str]().union(*(each.present for each in facts))
+    missing = frozenset[str]().union(*(each.absent for each in facts))
+    found = shown & missing & phrase_book()["findings"].keys()
+    if not found:
+        raise DataError(
+            "The recipe fits a border between yes and no, and of the images kept for it "
+            f"({len(facts)}) none shows a finding that another is known not to show.",
+            "Give a file of findings with negatives, keep a larger share of its patients, or leave "
+            "border out of the recipe.",
+        )
+    return found
+
+
+def border_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The first tokens of yes and of no; raises `DataError` where one cannot tell the answer."""
+    yes, no = (tokenizer.answer_ids(word)[:1] for word in (YES, NO))
+    if not yes or not no or yes == no:
+        raise DataError(
+            f"The tokenizer begins {YES} and {NO} with the same token, so that no border between "
+            "them can be fitted.",
+            "Teach both: set phrases to true, or leave border out of the recipe.",
+        )
+    return yes[0], no[0]
 
 
 def fit_border(
@@ -77,23 +121,18 @@ def fit_border(
 
     Args:
         model: After its phases.
-        asking: Makes questions about the findings of the images that were kept.
+        asking: Makes questions about the findings of the images that were kept, which
+            `border_findings` has seen.
         others: Whose questions that are answered yes or no are to be answered as before.
         config: How much the rows may change.
         batches: Makes the input.
         session: Tells what is done.
-
-    Raises:
-        DataError: No kept image has a finding that there is a wording for.
     """
     asked, groups = _about_findings(asking, session.seed)
-    if not asked:
-        raise DataError(
-            "No image was kept with a finding to fit the border between yes and no to.",
-            "Give a file of findings, or leave border out of the recipe.",
-        )
+    images = len({each.image for each in asked})
+    session.say(f"Fitting the border between yes and no to {images} kept images.")
     model.eval()
-    yes, no = (batches.tokenizer.answer_ids(word)[0] for word in (YES, NO))
+    yes, no = border_tokens(batches.tokenizer)
     found = _read(model, asked, batches, (yes, no))
     kept = _read(model, _yes_or_no(others), batches, (yes, no))
     weights = _weights(groups, found.yes)
@@ -104,7 +143,7 @@ def fit_border(
         head[no] -= (change / 2).to(head)
     before, after = (found.balanced(weights, each) for each in (0 * change, change))
     session.say(
-        f"Border between yes and no: {before:.1%} of {len(groups)} questions about {len(asked)} "
+        f"Border between yes and no: {before:.1%} of {len(groups)} questions about {images} "
         f"kept images were answered rightly, now {after:.1%}."
     )
     if len(kept.margin):
@@ -118,8 +157,9 @@ def _about_findings(asking: Asking, seed: int) -> tuple[list[Conversation], list
     """Conversations, and of each of their turns what it asks."""
     order = random.Random(f"{seed} border")
     conversations, groups = [], []
+    names = border_findings(asking.known)
     for facts in asking.known:
-        if turns := asking.about_findings(facts, WORDINGS, order):
+        if turns := asking.about_findings(facts, names, WORDINGS, order):
             own = tuple(turn for _, turn in turns)
             conversations.append(Conversation(facts.image, facts.modality, own, facts.source))
             groups += [group for group, _ in turns]
@@ -141,7 +181,12 @@ def _read(
     """Every conversation's turns, which must be answered yes or no, in order."""
     head = model.decoder.head.weight
     states, yes = [torch.zeros(0, head.shape[1])], [torch.zeros(0)]
-    for batch in batches.plain(conversations, size=8):
+    parts = [
+        replace(each, turns=each.turns[start : start + TURNS])
+        for each in conversations
+        for start in range(0, len(each.turns), TURNS)
+    ]
+    for batch in batches.plain(parts, size=8):
         moved = batch.to(head.device)
         output, labels = answered(model, moved), moved.text.labels
         # the first label of each turn is at its question's last token

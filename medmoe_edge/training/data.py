@@ -28,6 +28,7 @@ from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
 from medmoe_edge.data.captions import NAMES
 from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, LabelledImage
+from medmoe_edge.errors import ConfigError
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import EfficientNetLite
 from medmoe_edge.prompt import Tokenizer
@@ -383,10 +384,16 @@ class Batches:
     def take_pools(self, pools: Sequence[int]) -> None:
         """From now on average squares of one of these sides in each batch of training.
 
-        Raises `ConfigError` for a side that does not divide the tower's features.
+        Raises `ConfigError` for a side that does not divide the tower's features, and where the
+        model's own is none of them: it would not learn what its answers are read from.
         """
         for pool in pools:
             replace(self.config.vision, pool=pool)  # refused here, not at its first batch
+        if (own := self.config.vision.pool) not in pools:
+            raise ConfigError(
+                f"The recipe's pools {list(pools)} lack {own}, with which the model answers.",
+                f"Add {own} to them.",
+            )
         self.pools = pools
 
     def keep_views(self, tower: EfficientNetLite, count: int) -> None:

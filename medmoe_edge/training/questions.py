@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -213,13 +213,13 @@ class Asking:
                 turns[index].append(self._yes_no(name, self.known[index], present, order))
 
     def about_findings(
-        self, facts: Facts, count: int, order: random.Random
+        self, facts: Facts, names: Collection[str], count: int, order: random.Random
     ) -> list[tuple[str, Turn]]:
-        """`count` wordings of each finding that an image shows or does not, and of its negation.
+        """`count` wordings of each of the findings that an image shows or not, and its negation.
 
         With each turn goes what it asks, the same for all images.
         """
-        known = sorted((facts.present | facts.absent) & self.book["findings"].keys())
+        known = sorted((facts.present | facts.absent) & {*names})
         return [
             (
                 f"{'no ' if negated else ''}{name}",

@@ -317,6 +317,11 @@ class Recipe(Config):
             )
         if self.views < 0:
             raise ConfigError(f"The recipe's views are {self.views}.", "Use 0 or more.")
+        if self.moved and not self.views:
+            raise ConfigError(
+                "The recipe moves views, and keeps none.",
+                "Set views, or leave moved out: without views each epoch moves images anew.",
+            )
         if self.pools is not None and (not self.pools or min(self.pools) < 1):
             raise ConfigError(
                 f"The recipe's pools are {list(self.pools)}.", "Use [1], or [1, 2] to learn both."

@@ -47,7 +47,7 @@ from medmoe_edge.models.med_moe import (
 )
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.training.border import fit_border, set_aside
+from medmoe_edge.training.border import border_findings, border_tokens, fit_border, set_aside
 from medmoe_edge.training.data import (
     Batches,
     as_labelled,
@@ -131,6 +131,8 @@ def train(
     )
     tokenizer = Tokenizer.from_file(tokenizer_file)
     tokenizer.check_vocabulary(config.decoder.vocab_size)
+    if recipe.border is not None:
+        border_tokens(tokenizer)  # refused here, not after the phases
     batches = Batches(config, tokenizer, moe.expert_names, recipe.seed)
     batches.reword = recipe.phrases
     batches.moved = recipe.moved
@@ -187,7 +189,8 @@ def with_front(tower: nn.Module) -> EfficientNetLite:
 def check_trainable(recipe: Recipe, config: ModelConfig, corpus: Corpus, *, dense: bool) -> None:
     """Raise `DataError` for what a later phase would stumble over; `dense` before the third.
 
-    That is a pattern that matches no parameter, and a modality without images to fit a router to.
+    That is a pattern that matches no parameter, and what a router or a border has no images to be
+    fitted to.
     """
     experts = expected_parameters(config)
     early = expected_parameters(replace(config, moe=None)) if dense else experts
@@ -207,6 +210,8 @@ def check_trainable(recipe: Recipe, config: ModelConfig, corpus: Corpus, *, dens
                 )
     if recipe.views:
         _check_front(recipe, config, experts)
+    if recipe.border is not None:
+        border_findings(corpus.border)
     taught = {answer for each in corpus.questions for _, answer in each.turns}
     untaught = [each.code for each in config.refusals if each.token not in taught]
     if recipe.refusals and corpus.asking is None and untaught:
@@ -325,8 +330,7 @@ def _digest(corpus: Corpus) -> str:
     digest = hashlib.sha256()
     for each in corpus.everything:
         digest.update(f"{each.image.name}|{each.modality}|{each.turns}\n".encode())
-    asked = [*corpus.known, *corpus.border] if corpus.asking is not None else []
-    for facts in asked:
+    for facts in (*(corpus.known if corpus.asking is not None else ()), *corpus.border):
         digest.update(f"{facts.image.name}|{facts.told()}\n".encode())
     return digest.hexdigest()
 
@@ -506,10 +510,11 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     examples = read_examples(files.questions, check_images=True) if files.questions else []
     labelled = read_labels(files.labels, check_images=True) if files.labels else []
     findings = read_findings(files.findings, check_images=True) if files.findings else []
-    kept, findings = set_aside(findings, recipe.border.share if recipe.border else 0.0)
+    learned = {each.image for each in (*examples, *labelled)} | {each.patient for each in examples}
+    kept, findings = set_aside(findings, recipe.border.share if recipe.border else 0.0, learned)
     shown = [*labelled, *as_labelled(findings)]
-    learned = [item for item in shown if item.split == "train"]
-    if not examples and not learned:
+    trained = [item for item in shown if item.split == "train"]
+    if not examples and not trained:
         raise DataError(
             f"{files.labels or files.findings} labels no image to train on.",
             "Give some of them the split train.",
@@ -527,9 +532,9 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     )
     return Corpus(
         # without a label, what is asked and answered aligns too, as in the official first phase
-        captions=captions(learned, examples) or questions,
+        captions=captions(trained, examples) or questions,
         questions=questions,
-        classification=instructions(learned),
+        classification=instructions(trained),
         validation=validation,
         known=known,
         seen=what_is_seen(known, examples),

@@ -222,8 +222,10 @@ def test_batches_take_one_of_several_numbers_of_image_tokens(unbroken: Path, dat
     for batch in first[:4]:
         assert Objective(model, None, read.config.moe_layers)(batch).isfinite()
     batches = Batches(read.config, read.tokenizer.tokenizer, MODALITIES, RECIPE.seed)
-    batches.take_pools((2,))
-    assert {batch.pool for batch in batches.plain(asked, 4)} == {1}, "scored as the model is"
+    batches.take_pools((1, 2))
+    assert {batch.pool for batch in batches.plain(asked, 2)} == {1}, "scored as the model is"
+    with pytest.raises(ConfigError, match=r"pools \[2\] lack 1"):
+        batches.take_pools((2,))
     with pytest.raises(ConfigError, match=r"vision\.pool 3 does not divide the 4 features"):
         batches.take_pools((1, 3))
 

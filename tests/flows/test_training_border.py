@@ -4,17 +4,20 @@ import copy
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.progress import Progress
+from safetensors.torch import load_file
 from torch import Tensor
 
+from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import ConfigError, DataError
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
@@ -26,11 +29,12 @@ from medmoe_edge.training.loop import Session
 from medmoe_edge.training.phases import answered
 from medmoe_edge.training.questions import Asking
 from medmoe_edge.training.recipe import BorderConfig, PhaseConfig, Recipe
-from medmoe_edge.training.run import read_corpus
+from medmoe_edge.training.run import read_corpus, train
 
 PHASE = PhaseConfig(1, 1e-2, ("decoder.*",))
 RECIPE = Recipe(alignment=PHASE, instruction=PHASE, moe=PHASE, preset="tiny", phrases=True)
 KEPT = replace(RECIPE, border=BorderConfig(0.5))
+TINY = replace(KEPT, vocab_size=400)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +157,105 @@ def test_other_questions_are_kept(leaning: Leaning, data: Path) -> None:
     assert (states @ careful).abs().mean() < 0.5 * (states @ alone).abs().mean()
 
 
-def test_a_border_needs_films(leaning: Leaning) -> None:
-    with pytest.raises(DataError, match="kept"):
-        replace(leaning, asking=Asking((), ())).fit()
+def films(folder: Path, data: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The films with other rows."""
+    rows = [json.loads(line) for line in (data / "findings.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(data / row["image"])
+        change(row)
+    (folder / "findings.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.parametrize("known", ["findings", "negatives", ""])
+def test_a_border_needs_films_with_a_finding_and_without(
+    data: Path, tmp_path: Path, known: str
+) -> None:
+    """Refused before there is a folder, not after the phases."""
+
+    def told(row: dict[str, Any]) -> None:
+        row.update({name: row[name] if name == known else [] for name in ("findings", "negatives")})
+
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="none shows a finding"):
+        train(TINY, films(tmp_path, data, told), out, Progress(disable=True))
+    assert not out.exists()
+
+
+def test_a_finding_that_all_kept_films_lack_is_not_asked_about(leaning: Leaning) -> None:
+    facts = [replace(each, absent=each.absent | {"fracture"}) for each in leaning.asking.known]
+    alone = replace(leaning, model=copy.deepcopy(leaning.model))
+    found = replace(leaning, asking=Asking(facts, ())).fit()
+    assert all(torch.equal(found[name], change) for name, change in alone.fit().items())
+
+
+def test_a_tokenizer_must_tell_yes_from_no(data: Path, tmp_path: Path) -> None:
+    """One that was trained on texts without yes and no begins both with a space."""
+    with pytest.raises(DataError, match="same token"):
+        train(replace(TINY, phrases=False), data, tmp_path, Progress(disable=True))
+    assert not (tmp_path / "alignment.safetensors").exists()
+
+
+def test_patients_asked_about_elsewhere_are_not_kept(data: Path, tmp_path: Path) -> None:
+    kept = sorted(facts.image for facts in read_corpus(KEPT, data).border)
+    asked = {"question": "Is it?", "answer": "Yes", "answer_type": "CLOSED", "source": "x"}
+    one = kept[0]
+    other = next(each for each in kept if patients({each.name}) != patients({one.name}))
+    rows = [
+        asked | {"id": 1, "image": str(one)},
+        asked | {"id": 2, "image": str(data / "79.png"), "patient": f"p{int(other.stem) // 2}"},
+    ]
+    folder = films(tmp_path, data, lambda row: None)
+    (folder / "vqa_train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    left = {facts.image for facts in read_corpus(KEPT, folder).border}
+    told = patients({one.name, other.name})
+    assert left == {each for each in kept if not patients({each.name}) & told}
+    assert len(left) == len(kept) - 2 * len(told)
+
+
+def test_a_finished_run_fits_the_same_border_again(data: Path, tmp_path: Path) -> None:
+    def head() -> Tensor:
+        return dict(read_checkpoint(tmp_path / "checkpoint"))["decoder.head.weight"]
+
+    train(TINY, data, tmp_path, Progress(disable=True))
+    once, state = head(), load_file(tmp_path / "moe.safetensors")
+    before = state["module.model.decoder.head.weight"].to(once)
+    tokenizer = Tokenizer.from_file(tmp_path / "checkpoint" / "tokenizer.json")
+    moved = (once != before).any(1).nonzero()[:, 0].tolist()
+    assert moved == sorted(tokenizer.answer_ids(word)[0] for word in ("Yes", "No"))
+    train(TINY, data, tmp_path, Progress(disable=True))
+    assert torch.equal(head(), once)
+    with pytest.raises(DataError, match="begun by another recipe"):
+        train(replace(TINY, border=BorderConfig(0.3)), data, tmp_path, Progress(disable=True))
+
+
+def test_a_run_without_phrases_is_not_gone_on_with_by_other_kept_films(
+    data: Path, tmp_path: Path
+) -> None:
+    recipe, folder = replace(TINY, phrases=False), tmp_path / "films"
+    folder.mkdir()
+    films(folder, data, lambda row: None)
+    asked = {"image": str(data / "79.png"), "answer_type": "CLOSED", "source": "x"}
+    rows = [
+        asked | {"id": index, "question": "Is it?", "answer": answer}
+        for index, answer in enumerate(("Yes", "No") * 4)
+    ]
+    (folder / "vqa_train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train(recipe, folder, tmp_path / "out", Progress(disable=True))
+    kept = {facts.image.name for facts in read_corpus(recipe, folder).border}
+
+    def turned(row: dict[str, Any]) -> None:
+        if Path(row["image"]).name in kept:
+            row["findings"], row["negatives"] = row["negatives"], row["findings"]
+
+    films(folder, data, turned)
+    with pytest.raises(DataError, match="on other data"):
+        train(recipe, folder, tmp_path / "out", Progress(disable=True))
+
+
+def test_moved_views_must_be_kept() -> None:
+    with pytest.raises(ConfigError, match="moves views"):
+        replace(RECIPE, moved=True)
 
 
 @pytest.mark.parametrize("border", [{"share": 0}, {"share": 1}, {"share": 0.2, "penalty": 0}])
