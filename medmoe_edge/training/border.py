@@ -86,7 +86,7 @@ def border_findings(kept: Iterable[Facts]) -> frozenset[str]:
     facts = list(kept)
     shown = frozenset[str]().union(*(each.present for each in facts))
     missing = frozenset[str]().union(*(each.absent for each in facts))
-    found = shown & missing & phrase_book()["findings"].keys()
+    found = shown & missing & frozenset[str](phrase_book()["findings"])
     if not found:
         raise DataError(
             "The recipe fits a border between yes and no, and of the images kept for it "

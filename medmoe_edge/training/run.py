@@ -510,7 +510,9 @@ def read_corpus(recipe: Recipe, data: Path) -> Corpus:
     examples = read_examples(files.questions, check_images=True) if files.questions else []
     labelled = read_labels(files.labels, check_images=True) if files.labels else []
     findings = read_findings(files.findings, check_images=True) if files.findings else []
-    learned = {each.image for each in (*examples, *labelled)} | {each.patient for each in examples}
+    learned = {each.image for each in labelled} | {
+        told for each in examples for told in (each.image, each.patient)
+    }
     kept, findings = set_aside(findings, recipe.border.share if recipe.border else 0.0, learned)
     shown = [*labelled, *as_labelled(findings)]
     trained = [item for item in shown if item.split == "train"]

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -241,6 +241,26 @@ def test_torch_reads_the_divided_weights(by_tokens: Bundle, outliers: Checkpoint
     pixels = normal(1, 3, SIDE, SIDE)
     expected = EagerRuntime(outliers).encode_image(pixels)
     assert error(TorchBundleRuntime(by_tokens, "cpu").encode_image(pixels), expected) < 0.03
+
+
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+def test_siglips_tower_has_scales_per_token_too(
+    tiny_checkpoint: Make, tmp_path: Path, feature: Literal["patch", "cls_patch"]
+) -> None:
+    tiny = read_checkpoint(tiny_checkpoint("tiny-qwen"))
+    wide = {"feature_size": LEAST_WIDTH, "intermediate_size": 256, "layers": 3}
+    tower = dataclasses.replace(tiny.config.vision, **wide, select_feature=feature)
+    config = dataclasses.replace(tiny.config, vision=tower)
+    tensors = ((name, t if "norm" in name else t * 4) for name, t in random_tensors(config, 0))
+    write_checkpoint(tmp_path / "from", config, tensors, tokenizer_file=tiny.tokenizer_file)
+    found = Bundle.open(export_bundle(tmp_path / "from", tmp_path / "out", TOKENS))
+    operators = op_types(ir.load(found.path("vision.onnx")))
+    assert (operators["DynamicQuantizeMatMul"], operators["MultiHeadAttention"]) == (12, 2)
+    assert operators["Softmax"] == 0
+    pixels = normal(1, 3, tower.image_size, tower.image_size)
+    expected = EagerRuntime(read_checkpoint(tmp_path / "from")).encode_image(pixels)
+    for runtime in (OrtRuntime(found), TorchBundleRuntime(found, "cpu")):
+        assert 1e-4 < error(runtime.encode_image(pixels), expected) < 0.03
 
 
 def test_the_way_back_from_scales_per_token(
