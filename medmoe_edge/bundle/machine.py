@@ -200,9 +200,12 @@ def keep_one_heap() -> None:
     """Let threads that begin from now on share one heap, in which they reuse what others freed.
 
     glibc gives each its own, and what sessions needed while they were opened in the background
-    stays there, of no use to what follows: a seventh of the memory that a small model takes.
+    stays there, of no use to what follows: a seventh of the memory that a small model takes. Where
+    the environment says how many heaps there may be, that counts.
     """
-    call_glibc("mallopt", M_ARENA_MAX, 1)
+    told = os.environ.get("GLIBC_TUNABLES", "")
+    if "MALLOC_ARENA_MAX" not in os.environ and "glibc.malloc.arena_max" not in told:
+        call_glibc("mallopt", M_ARENA_MAX, 1)
 
 
 def call_glibc(name: str, *arguments: int) -> None:

@@ -348,7 +348,9 @@ def show_fit(fit: "Fit") -> None:
     group = f" in groups of {forecast.group}" if forecast.precision == "int4" else ""
     rows = [
         ("precision", f"{forecast.precision}{group}"),
-        ("image tokens", fit.image_tokens or "no number is enough"),
+        ("image tokens", fit.image_tokens)
+        if fit.forecast
+        else ("image tokens that would do", fit.image_tokens or "none"),
         ("memory", f"{shown_bytes(memory)} of {shown_bytes(fit.device.usable)} usable"),
         ("experts in memory", f"{fit.resident_experts} of {fit.experts}"),
         ("memory budget", "none" if forecast.expert_budget is None else _verdict(forecast)),

@@ -1,7 +1,11 @@
 """`--memory-budget auto`: what is free, by kernel and control groups, and what is made of it."""
 
 import json
+import os
+import platform
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,3 +204,47 @@ def test_the_command_line_says_it_in_one_line(
     refused = run(*ask, "--memory-budget", "auto")
     assert refused.exit_code == 5
     assert "100,000 are free" in refused.stderr
+
+
+# --- glibc's heaps ------------------------------------------------------------------------------
+
+HEAPS = """
+import ctypes, sys, threading
+from medmoe_edge.bundle.machine import keep_one_heap
+
+def allocate():
+    libc.malloc(1000)
+    started.wait()
+
+keep_one_heap()
+libc, started = ctypes.CDLL(None), threading.Barrier(4)
+libc.fopen.restype = ctypes.c_void_p
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+file = libc.fopen(sys.argv[1].encode(), b"w")
+libc.malloc_info(0, ctypes.c_void_p(file))
+libc.fclose(ctypes.c_void_p(file))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such heaps")
+@pytest.mark.parametrize(
+    ("environment", "one"),
+    [
+        ({}, True),
+        ({"MALLOC_ARENA_MAX": "8"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=8"}, False),
+    ],
+)
+def test_threads_share_a_heap_unless_the_environment_says_otherwise(
+    tmp_path: Path, environment: dict[str, str], *, one: bool
+) -> None:
+    names = ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", HEAPS, str(tmp_path / "heaps.xml")]
+    subprocess.run(command, env=kept | environment, check=True)
+    heaps = (tmp_path / "heaps.xml").read_text().count("<heap ")
+    assert (heaps == 1) == one

@@ -181,7 +181,7 @@ def test_a_wrong_recipe_is_named(tmp_path: Path, change: dict[str, object], mess
         read_recipe(str(tmp_path / "mine.json"))
 
 
-@pytest.mark.parametrize("name", ["nano", "fine-tune", "modality-nano"])
+@pytest.mark.parametrize("name", ["nano", "nano-continued", "fine-tune", "modality-nano"])
 def test_a_recipe_is_the_same_as_toml(tmp_path: Path, name: str) -> None:
     read = read_modality_recipe if name.startswith("modality") else read_recipe
     text = as_toml(read(name))
