@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, check_target
 from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
 from medmoe_edge.config import Config
 from medmoe_edge.config_contrastive import SCORES, ModalityConfig
@@ -364,9 +364,12 @@ def train_modality(
     """Run a recipe on a dataset folder; returns the checkpoint folder `out/checkpoint`.
 
     The state is saved in `out` after every epoch, so a second call goes on where the first was
-    interrupted. Runs under `accelerate launch` unchanged.
+    interrupted. Runs under `accelerate launch` unchanged. Raises `InputError` where
+    `out/checkpoint` is something else.
     """
     options = options or TrainOptions()
+    folder = out / "checkpoint"
+    check_target(folder, force=True, marker="config.json")  # refused here, not after training
     config = recipe.model_config()
     corpus = read_modality_corpus(recipe, data)
     precision = options.precision or recipe.precision
@@ -394,7 +397,6 @@ def train_modality(
         return validation_scores(trained, corpus.validation, batches)
 
     fit("alignment", objective, schedule, epoch_batches, validate, session)
-    folder = out / "checkpoint"
     if session.accelerator.is_main_process:
         write_modality_checkpoint(
             folder, objective.model, tokenizer_file=tokenizer_file, force=True

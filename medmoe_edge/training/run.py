@@ -19,7 +19,7 @@ from accelerate import PartialState
 from rich.progress import Progress
 from torch import nn
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, check_target
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.config import (
@@ -97,10 +97,13 @@ def train(
     `accelerate launch` unchanged.
 
     Raises `DataError` for a recipe, data or a state that cannot be used, `ConfigError` for an
-    impossible model, and as `read_checkpoint` does where it starts from a checkpoint.
+    impossible model, `InputError` where `out/checkpoint` is something else, and as
+    `read_checkpoint` does where it starts from a checkpoint.
     """
     options = options or TrainOptions()
     recipe = _with_options(recipe, options)
+    folder = out / "checkpoint"
+    check_target(folder, force=True, marker="config.json")  # refused here, not after the phases
     corpus = read_corpus(recipe, data)
     read = None
     if options.base is not None:
@@ -171,7 +174,6 @@ def train(
     if recipe.border is not None:
         asking = Asking(corpus.border, config.refusals)
         fit_border(model, asking, corpus.questions, recipe.border, batches, session)
-    folder = out / "checkpoint"
     if session.accelerator.is_main_process:
         write_checkpoint(
             folder, config, model.state_dict().items(), tokenizer_file=tokenizer_file, force=True

@@ -23,7 +23,7 @@ from medmoe_edge.contrastive.engine import load_modality
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.data.captions import Captioned, GroundedPhrase
 from medmoe_edge.data.datasets import LabelledImage
-from medmoe_edge.errors import DataError, ImageError
+from medmoe_edge.errors import DataError, ImageError, InputError
 from medmoe_edge.models.contrastive import UNLABELLED, ImageFeatures, TextFeatures, grounding_loss
 from medmoe_edge.presets import MODALITY_PRESETS
 from medmoe_edge.training import contrastive as modality_batches
@@ -203,6 +203,16 @@ def test_a_recipe_that_cannot_be_run_is_refused(
     with pytest.raises(DataError, match=message):
         run(data, tmp_path / "out", replace(RECIPE, **change))
     assert not (tmp_path / "out" / "alignment.safetensors").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_kept(data: Path, tmp_path: Path) -> None:
+    """It is found before an epoch, not where the checkpoint is to be written."""
+    mine = tmp_path / "checkpoint" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(InputError, match="will not be replaced"):
+        run(data, tmp_path)
+    assert [*tmp_path.rglob("*.*")] == [mine]
 
 
 def test_the_shipped_recipes_differ_in_the_experts_alone() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medmoe_edge.checkpoint.reader import read_checkpoint
-from medmoe_edge.errors import ConfigError, DataError, MissingDependencyError
+from medmoe_edge.errors import ConfigError, DataError, InputError, MissingDependencyError
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training import loop
@@ -335,3 +335,13 @@ def test_a_recipe_that_cannot_be_run_is_refused(
     with pytest.raises(DataError, match=message):
         run(data, tmp_path / "out", replace(RECIPE, **change))
     assert not (tmp_path / "out" / "alignment.safetensors").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_kept(data: Path, tmp_path: Path) -> None:
+    """It is found before an epoch, not where the checkpoint is to be written."""
+    mine = tmp_path / "checkpoint" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(InputError, match="will not be replaced"):
+        run(data, tmp_path)
+    assert [*tmp_path.rglob("*.*")] == [mine]
