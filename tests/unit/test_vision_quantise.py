@@ -248,8 +248,13 @@ def test_siglips_tower_has_scales_per_token_too(
     tiny_checkpoint: Make, tmp_path: Path, feature: Literal["patch", "cls_patch"]
 ) -> None:
     tiny = read_checkpoint(tiny_checkpoint("tiny-qwen"))
-    wide = {"feature_size": LEAST_WIDTH, "intermediate_size": 256, "layers": 3}
-    tower = dataclasses.replace(tiny.config.vision, **wide, select_feature=feature)
+    tower = dataclasses.replace(
+        tiny.config.vision,
+        feature_size=LEAST_WIDTH,
+        intermediate_size=256,
+        layers=3,
+        select_feature=feature,
+    )
     config = dataclasses.replace(tiny.config, vision=tower)
     tensors = ((name, t if "norm" in name else t * 4) for name, t in random_tensors(config, 0))
     write_checkpoint(tmp_path / "from", config, tensors, tokenizer_file=tiny.tokenizer_file)
