@@ -22,7 +22,7 @@ from medmoe_edge.data.datasets import NO_SCAN, Finding
 from medmoe_edge.errors import DataError
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.prompt import Tokenizer
-from medmoe_edge.training.data import IGNORED, Batches, Conversation
+from medmoe_edge.training.data import IGNORED, Batches, Conversation, Item
 from medmoe_edge.training.loop import Session
 from medmoe_edge.training.phases import answered
 from medmoe_edge.training.questions import Asking, Facts, phrase_book
@@ -31,6 +31,7 @@ from medmoe_edge.training.recipe import BorderConfig
 WORDINGS = 4  # of the question about each finding of an image, and as many of its negation
 KEEP = 0.1  # what a change of another question's margin costs, by its square
 STEPS = 100
+MOST = 2000  # images of each kind that are read: a hundred questions each, 2 GB of states of 2,048
 TURNS = 32  # of an image that are read at once: an image can have a hundred
 YES, NO = "Yes", "No"
 
@@ -128,13 +129,14 @@ def fit_border(
         batches: Makes the input.
         session: Tells what is done.
     """
-    asked, groups = _about_findings(asking, session.seed)
+    order = random.Random(f"{session.seed} border")
+    asked, groups = _about_findings(asking, order)
     images = len({each.image for each in asked})
     session.say(f"Fitting the border between yes and no to {images} kept images.")
     model.eval()
     yes, no = border_tokens(batches.tokenizer)
     found = _read(model, asked, batches, (yes, no))
-    kept = _read(model, _yes_or_no(others), batches, (yes, no))
+    kept = _read(model, _drawn(_yes_or_no(others), order), batches, (yes, no))
     weights = _weights(groups, found.yes)
     change = _fitted(found, weights, kept, config.penalty)
     with torch.no_grad():
@@ -153,17 +155,22 @@ def fit_border(
         )
 
 
-def _about_findings(asking: Asking, seed: int) -> tuple[list[Conversation], list[str]]:
+def _about_findings(asking: Asking, order: random.Random) -> tuple[list[Conversation], list[str]]:
     """Conversations, and of each of their turns what it asks."""
-    order = random.Random(f"{seed} border")
     conversations, groups = [], []
     names = border_findings(asking.known)
-    for facts in asking.known:
-        if turns := asking.about_findings(facts, names, WORDINGS, order):
-            own = tuple(turn for _, turn in turns)
-            conversations.append(Conversation(facts.image, facts.modality, own, facts.source))
-            groups += [group for group, _ in turns]
+    telling = [each for each in asking.known if names & (each.present | each.absent)]
+    for facts in _drawn(telling, order):
+        turns = asking.about_findings(facts, names, WORDINGS, order)
+        own = tuple(turn for _, turn in turns)
+        conversations.append(Conversation(facts.image, facts.modality, own, facts.source))
+        groups += [group for group, _ in turns]
     return conversations, groups
+
+
+def _drawn(items: list[Item], order: random.Random) -> list[Item]:
+    """All of them, or as many as are read."""
+    return items if len(items) <= MOST else order.sample(items, MOST)
 
 
 def _yes_or_no(conversations: Sequence[Conversation]) -> list[Conversation]:

@@ -157,6 +157,19 @@ def test_other_questions_are_kept(leaning: Leaning, data: Path) -> None:
     assert (states @ careful).abs().mean() < 0.5 * (states @ alone).abs().mean()
 
 
+def test_many_questions_of_an_image_are_read_as_each_alone(leaning: Leaning, data: Path) -> None:
+    turns = [
+        (f"Is there effusion {number}?", ("Yes", "No")[number % 3 == 0]) for number in range(70)
+    ]
+    together = [Conversation(data / "0.png", "xray", tuple(turns), "x")]
+    apart = [replace(together[0], turns=(turn,)) for turn in turns]
+    other = replace(leaning, model=copy.deepcopy(leaning.model))
+    changes = (each.fit(asked) for each, asked in ((leaning, together), (other, apart)))
+    one, two = (change["decoder.head.weight"] for change in changes)
+    assert leaning.said[-1].startswith("Of 70 other questions")
+    torch.testing.assert_close(one, two, rtol=0, atol=0.01 * float(one.abs().max()))
+
+
 def films(folder: Path, data: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """The films with other rows."""
     rows = [json.loads(line) for line in (data / "findings.jsonl").read_text().splitlines()]
