@@ -223,7 +223,7 @@ def export(
             "--output",
             metavar="OUT",
             help="The bundle.",
-            show_default="NAME-MODALITIES-TOKENS-PRECISION, or NAME-TARGET-GPU",
+            show_default="NAME-OPTIONS-PRECISION, or NAME-TARGET-GPU",
         ),
     ] = None,
     vision_tower: VisionTower = None,
