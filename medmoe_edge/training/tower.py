@@ -13,16 +13,15 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader
 
 from medmoe_edge.data.datasets import Example
+from medmoe_edge.evaluation.findings import area_under_curve
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.training.data import Batches, Listed, tidy_answer
 from medmoe_edge.training.loop import Loader, Session, fit
@@ -241,18 +240,7 @@ def _areas(
         sure = weight[:, index] == 1
         there = target[sure, index] > 0
         if name.startswith(FINDING) and there.sum() >= 10 and (~there).sum() >= 10:
-            areas[name.removeprefix(FINDING)] = round(roc_auc(there, score[sure, index]), 4)
+            areas[name.removeprefix(FINDING)] = round(
+                area_under_curve(score[sure, index], there), 4
+            )
     return {"mean": round(float(np.mean(list(areas.values()))), 4), **areas} if areas else {}
-
-
-def roc_auc(there: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating[Any]]) -> float:
-    """The area under the ROC curve: how often what is there scores higher than what is not.
-
-    Equal scores count half; both kinds must occur. Source: Mann and Whitney's U over its largest
-    value (Hanley and McNeil, Radiology 143, 1982).
-    """
-    from scipy.stats import rankdata
-
-    count = int(there.sum())
-    ranks = rankdata(scores)[there].sum()
-    return float((ranks - count * (count + 1) / 2) / (count * (len(there) - count)))
