@@ -52,6 +52,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import config as fx_config
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.recorded import SignatureMaker
@@ -88,6 +89,7 @@ def trace(
     `dynamic_shapes` names the axes of each input that vary.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, we do not
+    fx_config.do_not_emit_stack_traces = True  # of each node, costly; `optimise` would clear them
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own deprecations are not ours to fix
         program = torch.onnx.export(

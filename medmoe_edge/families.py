@@ -12,7 +12,12 @@ from medmoe_edge.bundle.bundle import Kind, model_kind
 from medmoe_edge.data.datasets import NO_SCAN
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import DataError, InputError, needs
-from medmoe_edge.pipeline import EvaluateOptions, ExportOptions, VerifyOptions
+from medmoe_edge.pipeline import (
+    EvaluateOptions,
+    ExportOptions,
+    VerifyOptions,
+    collector_paused,
+)
 
 if TYPE_CHECKING:
     from medmoe_edge._types import Progress
@@ -127,7 +132,7 @@ class MedMoEFamily:
         self, checkpoint: Path, out: Path, options: ExportOptions, progress: "Progress"
     ) -> "Export":
         """See `med_moe.export`."""
-        with needs("export"):
+        with needs("export"), collector_paused():
             from medmoe_edge.pipeline import med_moe
         return med_moe.export(checkpoint, out, options, progress)
 

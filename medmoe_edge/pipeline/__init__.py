@@ -3,7 +3,9 @@
 The options are handed through whole, from the command line or from Python down to the step.
 """
 
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,22 @@ if TYPE_CHECKING:
     from medmoe_edge.export.plan import GroupSize, Method, Precision
 
 SAMPLES = 128  # to calibrate on
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Around what makes many objects and little garbage: imports, and the graphs of an export.
+
+    The collector would walk PyTorch's modules time and again, a seventh of nano's export. Weights
+    are freed all the same: nothing that holds one is part of a cycle.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 @dataclass(frozen=True)

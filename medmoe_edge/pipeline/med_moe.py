@@ -40,7 +40,12 @@ from medmoe_edge.evaluation.targets import Agreement, agree_on_targets
 from medmoe_edge.evaluation.verify import Data, Verification
 from medmoe_edge.export.build import BuildOptions, check_exportable, write_bundle
 from medmoe_edge.image.pixels import Image
-from medmoe_edge.pipeline import CalibrateOptions, ExportOptions, VerifyOptions
+from medmoe_edge.pipeline import (
+    CalibrateOptions,
+    ExportOptions,
+    VerifyOptions,
+    collector_paused,
+)
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 
@@ -193,7 +198,8 @@ def export(
     """
     check_target(out, force=options.force, marker=MANIFEST)
     _check_options(options)
-    source = read_checkpoint(checkpoint, vision_tower=options.vision_tower)
+    with collector_paused():  # shapes of an EfficientNet are PyTorch's to tell, which imports more
+        source = read_checkpoint(checkpoint, vision_tower=options.vision_tower)
     if options.modalities:
         source = cut_checkpoint(source, options.modalities, merge=options.merge)
     if options.image_tokens is not None:
@@ -217,7 +223,8 @@ def export(
         statistics = Statistics.open(options.stats) if options.stats else None
         if statistics is not None and options.strict:
             check_covered(statistics.coverage, _modalities(source))
-        with atomic_folder(out, force=options.force, marker=MANIFEST) as staging:
+        staged = atomic_folder(out, force=options.force, marker=MANIFEST)
+        with collector_paused(), staged as staging:
             write_bundle(source, staging, build, statistics=statistics, progress=progress)
         made = Export(out, None)
     progress("done", 1, 1)
@@ -264,7 +271,8 @@ def _export_verified(
             pictures=pictures,
             progress=progress,
         )
-        with atomic_folder(out, force=options.force, marker=MANIFEST) as staging:
+        staged = atomic_folder(out, force=options.force, marker=MANIFEST)
+        with collector_paused(), staged as staging:
             write_bundle(source, staging, build, statistics=statistics, progress=progress)
             found = verification.verify(
                 staging,

@@ -1,6 +1,7 @@
 """Calibrate, export and verify as one: what is proven, what is refused, and what is left behind."""
 
 import dataclasses
+import gc
 import json
 import shutil
 import tempfile
@@ -126,6 +127,22 @@ def test_an_export_opens_and_hashes_the_checkpoint_once(
     options = ExportOptions("fp32", calibrate_on=questions, samples=4)
     export_model(tiny_checkpoint(), tmp_path / "out", options)
     assert sorted(calls) == ["files_sha256", "read_headers"]
+
+
+def test_the_collector_rests_while_a_bundle_is_written_and_no_longer(
+    tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = []
+
+    def write(*_: Any, **__: Any) -> None:
+        running.append(gc.isenabled())
+        raise ResourceError("The disk is full.", "Free some space.")
+
+    monkeypatch.setattr(med_moe, "write_bundle", write)
+    with pytest.raises(ResourceError):
+        export_model(tiny_checkpoint(), tmp_path / "out", ExportOptions())
+    assert running == [False]
+    assert gc.isenabled()
 
 
 def test_deltas_of_an_fp32_export_are_rounded_by_what_calibration_saw(
