@@ -343,7 +343,7 @@ def read_modalities(
     work: Path,
     *,
     pictures: Pictures | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> dict[object, str]:
     """What the model's own router reads in pictures: the modality of each, by `Sample.picture`.
 
@@ -361,9 +361,7 @@ def read_modalities(
     with torch.inference_mode(), writing(work):
         _prepare(work, json.dumps(identity))
         if not kept.exists():
-            stream = LayerStream(
-                checkpoint, samples, work, pictures or Pictures(), progress or no_progress
-            )
+            stream = LayerStream(checkpoint, samples, work, pictures or Pictures(), progress)
             logits = torch.zeros(len(samples), moe.router_rows)
             for index in range(max(checkpoint.config.moe_layers) + 1):
                 layer = stream.load_layer(index)
@@ -386,7 +384,7 @@ def collect(
     hessians: bool,
     pictures: Pictures | None = None,
     borrow: Mapping[Pair, int] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Collected:
     """Run `samples` through the checkpoint in fp32 and gather the statistics of every input.
 
@@ -409,9 +407,7 @@ def collect(
     }
     with torch.inference_mode(), writing(work):
         _prepare(work, json.dumps(identity))
-        stream = LayerStream(
-            checkpoint, samples, work, pictures or Pictures(), progress or no_progress
-        )
+        stream = LayerStream(checkpoint, samples, work, pictures or Pictures(), progress)
         last = max((layer for layer, _ in borrow), default=checkpoint.config.decoder.layers - 1)
         files = [_layer(stream, index, borrow, hessians) for index in range(last + 1)]
         if not borrow:

@@ -43,7 +43,7 @@ def calibrate(
     work: Path | None = None,
     pictures: Pictures | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Statistics:
     """Run `samples` drawn from `data` through the checkpoint and write the statistics to `out`.
 
@@ -81,7 +81,7 @@ class _Run:
         work: Path,
         hessians: bool,
         pictures: Pictures,
-        progress: Progress | None,
+        progress: Progress,
     ) -> None:
         self.checkpoint, self.data, self.work = checkpoint, data, work
         self.hessians, self.pictures, self.progress = hessians, pictures, progress
@@ -93,7 +93,7 @@ class _Run:
     def statistics(self, count: int, strict: bool) -> Statistics:
         """All rounds, as the coverage contract asks for them."""
         self._label(ROUTED * count)
-        self._collect(self.data.draw(count, progress=self.progress or no_progress))
+        self._collect(self.data.draw(count, progress=self.progress))
         first = self._assess()
         for _ in range(EXTRA_ROUNDS):
             more = self._draw_more(count)
@@ -128,7 +128,7 @@ class _Run:
         """Let the router read pictures whose modality nobody told: experts need their own."""
         if not self.expert_names:
             return
-        unknown = self.data.unlabelled(count, self.progress or no_progress)
+        unknown = self.data.unlabelled(count, self.progress)
         if not unknown:
             return
         found = read_modalities(

@@ -1,7 +1,6 @@
 """`medmoe-edge export`: a checkpoint folder in, a bundle out."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medmoe_edge._types import Progress, no_progress
+from medmoe_edge._types import Counting, Progress, no_progress
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, NOTICE, write_manifest
@@ -98,7 +97,7 @@ def export_bundle(
     statistics: Statistics | None = None,
     vision_tower: Path | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Path:
     """Export a checkpoint to the bundle folder `out`, which appears whole or not at all.
 
@@ -123,7 +122,7 @@ def export_bundle(
     check_exportable(source, options, calibrated=statistics is not None)
     with atomic_folder(out, force=force, marker=MANIFEST) as staging:
         write_bundle(source, staging, options, statistics=statistics, progress=progress)
-    (progress or no_progress)("done", 1, 1)
+    progress("done", 1, 1)
     return out
 
 
@@ -133,7 +132,7 @@ def write_bundle(
     options: BuildOptions,
     *,
     statistics: Statistics | None = None,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> None:
     """Write the files of a bundle into the empty `folder`; arguments and errors of `export_bundle`.
 
@@ -141,13 +140,12 @@ def write_bundle(
     """
     if statistics is not None:
         statistics.check(source)
-    report = progress or no_progress
-    report(STEPS[0], 0, 1)
+    progress(STEPS[0], 0, 1)
     signature = SignatureMaker()
     vision = _write_vision(source, folder, options, signature)
-    report(STEPS[1], 0, 1)
+    progress(STEPS[1], 0, 1)
     _write_embedding(source, folder, options.precision)
-    report(STEPS[2], 0, 1)
+    progress(STEPS[2], 0, 1)
     plan = make_plan(
         source,
         options.precision,
@@ -157,10 +155,10 @@ def write_bundle(
         options.group,
         options.deltas,
     )
-    experts = _write_decoder(source, folder, plan, signature, partial(report, STEPS[2]))
+    experts = _write_decoder(source, folder, plan, signature, partial(progress, STEPS[2]))
     paged = _has_extents(source.config, experts)
     paging = write_paged_graphs(folder, source.config, experts) if paged else None
-    report(STEPS[3], 0, 1)
+    progress(STEPS[3], 0, 1)
     _copy_companions(source, folder)
     write_recorded(folder, Recorded(signature.signature()))
     name = options.name or source.folder.resolve().name
@@ -243,7 +241,7 @@ def _write_decoder(
     folder: Path,
     plan: Plan,
     signature: SignatureMaker,
-    progress: Callable[[int, int], None],
+    progress: Counting,
 ) -> Extents:
     model = DecoderBuilder(source.config, WeightSource(source, plan.factors)).model()
     if plan.deltas is not None:

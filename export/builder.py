@@ -18,7 +18,7 @@ after the other in the order of the manifest's `paging.slots`, in the layout of 
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
+from medmoe_edge._types import Counting, no_counting
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 
@@ -154,7 +155,7 @@ def save_model(
     folder: Path,
     name: str,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Counting = no_counting,
 ) -> Extents:
     """Write `name.onnx` and `name.data` into `folder`, one tensor in memory at a time.
 
@@ -177,8 +178,7 @@ def save_model(
             tensor = tensor_of(value)
             length = file.write(_bytes(tensor))
             done += length
-            if progress:
-                progress(done, total)
+            progress(done, total)
             value.const_value = ir.ExternalTensor(
                 f"{name}.data",
                 offset,

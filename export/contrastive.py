@@ -219,24 +219,23 @@ def write_modality_bundle(
     precision: Precision,
     name: str | None,
     as_published: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> None:
     """Write the files of a bundle into the empty `folder`.
 
     `progress` is called with `(step, done, total)`. Raises `ModelError` for a checkpoint that
     cannot be used, and `ResourceError` where the disk does not take it.
     """
-    report = progress or no_progress
     model = read_modality_checkpoint(checkpoint, as_published=as_published)
     scores = read_scores(checkpoint)
     words = checkpoint / "tokenizer.json"
     Tokenizer.from_file(words).check_vocabulary(model.config.text.vocab_size)
-    report("image", 0, 1)
+    progress("image", 0, 1)
     signature = SignatureMaker()
     save_model(_stored(export_image(model), precision, signature), folder, "image")
-    report("text", 0, 1)
+    progress("text", 0, 1)
     save_model(_stored(export_text(model), precision, signature), folder, "text")
-    report("manifest", 0, 1)
+    progress("manifest", 0, 1)
     shutil.copyfile(words, folder / words.name)
     write_recorded(folder, Recorded(signature.signature()))
     card = checkpoint / MODEL_CARD

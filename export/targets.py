@@ -80,7 +80,7 @@ HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def write_graphs(
-    bundle: Bundle, target: Target, folder: Path, progress: Progress | None = None
+    bundle: Bundle, target: Target, folder: Path, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Write `vision` and `decoder` (.onnx and .data) for a target, and paged experts beside them.
 
@@ -90,12 +90,11 @@ def write_graphs(
     bundle's graphs cannot be read, and as `lower` does.
     """
     save_model(vision_graph(bundle, target), folder, "vision")
-    report = partial(progress, "graphs") if progress else None
     parts = zip(target.decoders, target.layers(bundle.config.decoder.layers), strict=True)
     for name, layers in parts:
         model = specification(bundle, layers)
         experts = lower(model, bundle.config, target)
-        extents = save_model(model, folder, name, progress=report)
+        extents = save_model(model, folder, name, progress=partial(progress, "graphs"))
     return write_experts(folder, bundle.config, experts) if experts else {"experts": extents}
 
 
@@ -257,7 +256,7 @@ def export_target(
     *,
     memory_limit: int | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Built]:
     """Write the bundle `out` for `target`, whole or not at all; what was built, by engine.
 
@@ -385,7 +384,7 @@ def _build(
     folder: Path,
     profiles: list[Profile],
     memory_limit: int | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> dict[str, Built]:
     library = library_of(target)
     gpu = find_gpu(target.gpu, library)

@@ -14,3 +14,11 @@ Progress = Callable[[str, int, int], None]
 
 def no_progress(step: str, done: int, total: int) -> None:
     """The `Progress` that tells nobody."""
+
+
+Counting = Callable[[int, int], None]
+"""The same of one step: told of `(done, total)`."""
+
+
+def no_counting(done: int, total: int) -> None:
+    """The `Counting` that tells nobody."""

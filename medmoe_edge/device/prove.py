@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from medmoe_edge._types import Floats, Progress
+from medmoe_edge._types import Floats, Progress, no_progress
 from medmoe_edge._version import __version__
 from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.bundle.recorded import read_recorded
@@ -481,7 +481,7 @@ PATHS = (
 
 
 def prove(
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
     device: Device | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Proof:
@@ -500,8 +500,7 @@ def prove(
     end, checked = clock() + SECONDS - LAST, []
     with tempfile.TemporaryDirectory(prefix="medmoe-prove.") as folder:
         for place, path in enumerate(PATHS):
-            if progress:
-                progress(path.name, place, len(PATHS))
+            progress(path.name, place, len(PATHS))
             left = sum(other.share for other in PATHS[place:])
             share = (end - clock()) * path.share / left
             own = FilePath(folder) / path.name

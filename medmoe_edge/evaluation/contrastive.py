@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats, Progress
+from medmoe_edge._types import Counting, Floats, Progress, no_progress
 from medmoe_edge.bundle.bundle import ModalityBundle, ModalityGates
 from medmoe_edge.bundle.recorded import Recorded, signature_of, stored_weights
 from medmoe_edge.config_contrastive import ModalityConfig
@@ -77,7 +77,7 @@ def verify_modality(
     *,
     record: bool | None = None,
     inputs: Sequence[Callable[[], Image]] = (),
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Check hashes and every expert and, with `checkpoint` and `pictures`, measure the fidelity.
 
@@ -85,13 +85,12 @@ def verify_modality(
     a damaged bundle or another checkpoint than its own, `DataError` for no pictures,
     `ResourceError` where the manifest was to be written and cannot be.
     """
-    report = progress or (lambda step, done, total: None)
-    report("hashes", 0, 1)
+    progress("hashes", 0, 1)
     bundle = ModalityBundle.open(folder)
     bundle.check_portable()
-    report("weights", 0, 1)
+    progress("weights", 0, 1)
     weights = compare_weights(bundle)
-    report("experts", 0, 1)
+    progress("experts", 0, 1)
     faults = sweep_modality(bundle)
     if checkpoint is None or pictures is None:
         return Verification(bundle, faults, read_record(bundle), weights=weights)
@@ -111,7 +110,7 @@ def verify_modality(
             image = load()
             expected, given = (look(*each, image) for each in zip(runtimes, texts, strict=True))
             yield expected, given
-            report("images", done, len(pictures.load))
+            progress("images", done, len(pictures.load))
 
     seen = texts[0].mask
     words = texts[0].words[seen], texts[1].words[seen]
@@ -119,8 +118,8 @@ def verify_modality(
     results = [*judge_weights(weights), *results]
     mutations = read_mutations(bundle)
     if mutations is None and outcome_of(results) != "failed":
-        progress = partial(report, "damaged models")
-        mutations = _measure_mutations(bundle, texts[1], pictures.load, progress)
+        told = partial(progress, "damaged models")
+        mutations = _measure_mutations(bundle, texts[1], pictures.load, told)
     source = Source(pictures.name, pictures.sha256)
     made = new_record(bundle, source, results, faults, figures, mutations)
     packed = None
@@ -137,7 +136,7 @@ def _measure_mutations(
     bundle: ModalityBundle,
     texts: TextFeatures,
     pictures: Sequence[Callable[[], Image]],
-    progress: Callable[[int, int], None],
+    progress: Counting,
 ) -> Mutations:
     """What `evaluation.mutations` does, of a MedMoE: on a few images, its texts as they are."""
     images = [load() for load in pictures[:QUESTIONS]]

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from medmoe_edge._types import Counting, no_counting
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.config import Reliability, Unsure
 from medmoe_edge.data.datasets import (
@@ -42,7 +43,6 @@ from medmoe_edge.evaluation.metrics import (
 )
 from medmoe_edge.image.pixels import Image, black_picture
 
-Progress = Callable[[int, int], None]
 """Called with the images done and the images in all."""
 
 Choose = Callable[[Sequence[Example]], Sequence[Example]]
@@ -191,7 +191,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    progress: Progress | None = None,
+    progress: Counting = no_counting,
 ) -> Evaluation:
     """Ask every question and score the answers.
 
@@ -220,7 +220,7 @@ def evaluate_blind(
     examples: Sequence[Example],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    progress: Progress | None = None,
+    progress: Counting = no_counting,
 ) -> Scores:
     """Score the same questions asked about a black picture: what is right without looking.
 
@@ -235,8 +235,7 @@ def evaluate_blind(
         some = questions[start : start + BLIND_AT_ONCE]
         replies = engine.ask_all(black, some, max_new_tokens=max_new_tokens)
         said |= dict(zip(some, replies, strict=True))
-        if progress:
-            progress(len(said), len(questions))
+        progress(len(said), len(questions))
     answers = {example.id: said[example.question] for example in examples}
     return _scores([(example, _scored(example, answers[example.id])) for example in examples])
 
@@ -286,7 +285,7 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 
 def evaluate_labels(
-    engine: Engine, images: Sequence[LabelledImage], *, progress: Progress | None = None
+    engine: Engine, images: Sequence[LabelledImage], *, progress: Counting = no_counting
 ) -> ModalityAccuracy:
     """Compare the modality that the engine finds with the label of every image."""
     if not images:
@@ -294,8 +293,7 @@ def evaluate_labels(
     pairs = []
     for done, image in enumerate(images, start=1):
         pairs.append((image.modality, engine.modality(image.image)))
-        if progress:
-            progress(done, len(images))
+        progress(done, len(images))
     return _modality_accuracy(pairs, engine.expert_names)
 
 
@@ -315,7 +313,7 @@ _Pairs = list[tuple[Example, Prediction]]
 
 
 def _ask(
-    engine: Engine, examples: Sequence[Example], max_new_tokens: int, progress: Progress | None
+    engine: Engine, examples: Sequence[Example], max_new_tokens: int, progress: Counting
 ) -> dict[str, Answer]:
     by_image: dict[Path, list[Example]] = defaultdict(list)
     for example in examples:
@@ -325,8 +323,7 @@ def _ask(
         questions = [example.question for example in group]
         replies = engine.ask_all(image, questions, max_new_tokens=max_new_tokens)
         answers |= {example.id: reply for example, reply in zip(group, replies, strict=True)}
-        if progress:
-            progress(done, len(by_image))
+        progress(done, len(by_image))
     return answers
 
 

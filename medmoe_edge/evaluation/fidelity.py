@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Counting, Floats, no_counting
 from medmoe_edge.config import ModelConfig, MoEConfig
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import DataError, InputError, ModelError
@@ -217,11 +217,6 @@ def _chosen(router_logits: Floats, top_k: int) -> npt.NDArray[np.int64]:
     return np.sort(chosen_experts(router_logits, top_k), axis=-1)
 
 
-__all__ = ["Fidelity", "Progress", "Recording", "Share", "compare", "record"]
-
-Progress = Callable[[int, int], None]
-"""Called with the images done and the images in all."""
-
 T = TypeVar("T")
 Rows = slice | npt.NDArray[np.int64]
 MAX_NEW_TOKENS = 32
@@ -283,7 +278,7 @@ def record(
     max_new_tokens: int = MAX_NEW_TOKENS,
     load: Callable[[Path], Image] = load_image,
     tokens: Callable[[Path], Floats | None] | None = None,
-    progress: Progress | None = None,
+    progress: Counting = no_counting,
 ) -> Recording:
     """Let the reference answer every question.
 
@@ -325,13 +320,12 @@ def record(
                 "The reference model's output is not finite.",
                 "Its training diverged: use an earlier checkpoint.",
             )
-        if progress:
-            progress(done, len(by_image))
+        progress(done, len(by_image))
     return Recording(reference.config, tokenizer, max_new_tokens, by_image, images, questions, load)
 
 
 def compare(
-    recording: Recording, candidate: Runtime, *, progress: Progress | None = None
+    recording: Recording, candidate: Runtime, *, progress: Counting = no_counting
 ) -> Fidelity:
     """Hold a candidate against the recorded reference.
 
@@ -368,8 +362,7 @@ def compare(
                 expected = recording.whole.questions[example.id]
                 reply = reader.follow(view, question, expected.tokens)
                 said_of_whole.append(_said(example, expected, reply, reader))
-        if progress:
-            progress(done, len(recording.examples))
+        progress(done, len(recording.examples))
     return Fidelity(
         questions=len(said),
         images=len(seen),

@@ -15,10 +15,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Doubles
+from medmoe_edge._types import Counting, Doubles, no_counting
 from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, Record, parse_json, read_text
 from medmoe_edge.errors import DataError, Notice
-from medmoe_edge.evaluation.evaluate import MAX_NEW_TOKENS, Prediction, Progress
+from medmoe_edge.evaluation.evaluate import MAX_NEW_TOKENS, Prediction
 from medmoe_edge.evaluation.metrics import Share, bootstrap_interval, exact_match, normalise
 from medmoe_edge.image.pixels import Image, black_picture
 
@@ -29,6 +29,7 @@ COUNTED = {"mass", "nodule", "nodule or mass", "fracture", "hiatal hernia", "tum
 NORMAL = "no finding"  # a label, and nothing to be seen
 FEWEST = 5  # images with a finding, and without it, from which on it is scored
 SHUFFLES = 1000
+ROUNDS = 1000  # of drawing patients anew, for an interval
 ENGLISH = "en"
 IMAGES = 10  # that versions of a question are asked about
 
@@ -145,7 +146,7 @@ def question_about(finding: str) -> str:
 
 
 def evaluate_findings(
-    engine: Engine, findings: Sequence[Finding], *, progress: Progress | None = None
+    engine: Engine, findings: Sequence[Finding], *, progress: Counting = no_counting
 ) -> tuple[FindingScore, ...]:
     """Ask about every finding, over the images whose source says whether it is there.
 
@@ -186,8 +187,7 @@ def evaluate_findings(
             likely[name].append(chance)
             there[name].append(name in one.present)
             patients[name].append(one.patient or str(one.image))
-        if progress:
-            progress(done, len(known))
+        progress(done, len(known))
     blind = dict(zip(names, _yes(engine, black_picture(), names), strict=True))
     return tuple(
         _finding_score(name, likely[name], there[name], patients[name], blind[name])
@@ -204,14 +204,13 @@ def area_under_curve(scores: npt.ArrayLike, there: npt.ArrayLike) -> float:
 
 
 def ask_flagship(
-    engine: Engine, images: Sequence[Path], *, progress: Progress | None = None
+    engine: Engine, images: Sequence[Path], *, progress: Counting = no_counting
 ) -> list[Answer]:
     """Ask one question about each image."""
     answers: list[Answer] = []
     for image in images:
         answers += engine.ask_all(image, [FLAGSHIP], max_new_tokens=MAX_NEW_TOKENS)
-        if progress:
-            progress(len(answers), len(images))
+        progress(len(answers), len(images))
     return answers
 
 
@@ -259,7 +258,7 @@ def evaluate_versions(
     versions: Sequence[Mapping[str, str]],
     images: Sequence[Path],
     *,
-    progress: Progress | None = None,
+    progress: Counting = no_counting,
 ) -> dict[str, Versions]:
     """Ask questions in other languages: is each answered as in English, or marked as unsure?
 
@@ -286,8 +285,7 @@ def evaluate_versions(
                 flagged[language] += 1
             else:
                 silent[language][versions[number][language]] += 1
-        if progress:
-            progress(done, len(places))
+        progress(done, len(places))
     return {
         language: Versions(
             asked=total,
@@ -317,7 +315,7 @@ def evaluate_paraphrases(
     predictions: Sequence[Prediction],
     paraphrases: Mapping[str, Sequence[str]],
     *,
-    progress: Progress | None = None,
+    progress: Counting = no_counting,
 ) -> dict[str, Paraphrased]:
     """Ask the same questions in other words.
 
@@ -352,8 +350,7 @@ def evaluate_paraphrases(
             row = _Reworded(str(image), prediction.correct, sum(hits) / len(hits), len(hits))
             rows["all"].append(row)
             rows[example.source].append(row)
-        if progress:
-            progress(done, len(by_image))
+        progress(done, len(by_image))
     return {name: _paraphrased(group) for name, group in rows.items()}
 
 
@@ -439,12 +436,12 @@ def _wins(scores: Doubles, there: npt.NDArray[np.bool_]) -> Doubles:
 
 
 def _auc_interval(
-    scores: Doubles, there: npt.NDArray[np.bool_], patients: Sequence[str], rounds: int = 1000
+    scores: Doubles, there: npt.NDArray[np.bool_], patients: Sequence[str]
 ) -> tuple[float, float]:
     """The 95% percentile interval, resampling patients."""
     _, member = np.unique(patients, return_inverse=True)
     count = int(member.max()) + 1
-    draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=rounds)
+    draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=ROUNDS)
     weights = draws[:, member]  # [rounds, N]
     present, absent = weights[:, there], weights[:, ~there]
     wins = np.einsum("rp,pa,ra->r", present, _wins(scores, there), absent, optimize=True)

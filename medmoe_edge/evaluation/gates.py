@@ -30,8 +30,7 @@ from medmoe_edge.bundle.recorded import (
     sums_error,
 )
 from medmoe_edge.config import Config
-from medmoe_edge.evaluation.fidelity import Fidelity, Share
-from medmoe_edge.evaluation.metrics import Answers
+from medmoe_edge.evaluation.metrics import Answers, Fidelity, Share
 
 EXPERT = re.compile(r"(|.*\.)(experts\.\d+|meta)\.(.+)")
 SURE = 10  # times the distance of two experts' marks over the root of their number: 5 deviations

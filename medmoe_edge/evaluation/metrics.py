@@ -166,7 +166,7 @@ Z95 = 1.959963984540054  # two-sided 95% of a normal distribution
 
 
 def bootstrap_interval(
-    values: npt.ArrayLike, groups: npt.ArrayLike, *, rounds: int = 1000, seed: int = 0
+    values: npt.ArrayLike, groups: npt.ArrayLike, *, rounds: int = 1000
 ) -> tuple[float, float]:
     """95% percentile interval of the mean of `values` [N], resampling whole `groups` [N].
 
@@ -178,7 +178,7 @@ def bootstrap_interval(
     _, member = np.unique(np.asarray(groups), return_inverse=True)
     sums, sizes = np.bincount(member, weights=data), np.bincount(member)  # [G]
     count = len(sizes)
-    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=rounds)
+    draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=rounds)
     means = (draws @ sums) / (draws @ sizes)  # [rounds]
     low, high = np.quantile(means, (0.025, 0.975))
     if low == high and low in (0.0, 1.0):  # drawing again and again finds no other image

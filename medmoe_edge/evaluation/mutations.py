@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Counting, Floats
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import DELTA, stored_weights
 from medmoe_edge.config import Config, ModelConfig, MoEConfig
@@ -200,7 +200,7 @@ def measure_mutations(
     examples: Sequence[Example],
     load: Callable[[Path], Image],
     kl_limit: float,
-    progress: Callable[[int, int], None],
+    progress: Counting,
 ) -> Mutations | None:
     """What each mutation changes in the answers to a few of the questions; None without experts.
 

@@ -11,10 +11,11 @@ times what it was where the inputs were recorded.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, ModalityBundle, model_kind, status_of
 from medmoe_edge.bundle.machine import Machine
 from medmoe_edge.bundle.recorded import Recorded, read_recorded, sweep_weights
@@ -104,13 +105,12 @@ class Quick:
         }
 
 
-def verify_quick(folder: Path, *, progress: Progress | None = None) -> Quick:
+def verify_quick(folder: Path, *, progress: Progress = no_progress) -> Quick:
     """Prove a bundle on this machine; the outcome is kept in the user's cache, and asking tells it.
 
     Raises `BundleError` for a bundle that is damaged, carries no recorded inputs, or holds engines.
     """
-    report = progress or (lambda step, done, total: None)
-    report("hashes", 0, 1)
+    progress("hashes", 0, 1)
     kind = ModalityBundle if model_kind(folder) == ModalityBundle.kind else Bundle
     bundle = kind.open(folder)
     bundle.check_portable()
@@ -120,10 +120,10 @@ def verify_quick(folder: Path, *, progress: Progress | None = None) -> Quick:
             f"{folder} carries no recorded inputs: it was exported without data to prove it on.",
             "Add them: medmoe-edge verify BUNDLE --against CHECKPOINT --record",
         )
-    report("weights", 0, 1)
+    progress("weights", 0, 1)
     faults = tuple(sweep_weights(bundle)) if isinstance(bundle, Bundle) else ()
     weights = compare_weights(bundle)
-    gates, figures = _run(bundle, recorded, faults, report)
+    gates, figures = _run(bundle, recorded, faults, progress)
     found = Quick(
         bundle=bundle,
         machine=this_machine(),
@@ -138,21 +138,21 @@ def verify_quick(folder: Path, *, progress: Progress | None = None) -> Quick:
 
 
 def _run(
-    bundle: Bundle | ModalityBundle, recorded: Recorded, faults: Sequence[str], report: Progress
+    bundle: Bundle | ModalityBundle, recorded: Recorded, faults: Sequence[str], progress: Progress
 ) -> tuple[list[GateResult], Fidelity | ContrastiveFigures | None]:
     if isinstance(bundle, ModalityBundle):
-        return _see(bundle, recorded, report)
+        return _see(bundle, recorded, progress)
     if any(name.endswith(".scale") for name in faults):  # no runtime would load it
         return [judged("finite", len(faults), 0, (), at_least=False)], None
     recording, limit = unpack_recording(bundle, recorded)
     runtime = OrtRuntime(bundle)
-    fidelity = compare(recording, runtime, progress=lambda *at: report("questions", *at))
+    fidelity = compare(recording, runtime, progress=partial(progress, "questions"))
     kl = judged("kl", fidelity.overall.kl.mean, limit, (), at_least=False)
     return [*judge(fidelity, bundle.gates, faults), kl], fidelity
 
 
 def _see(
-    bundle: ModalityBundle, recorded: Recorded, report: Progress
+    bundle: ModalityBundle, recorded: Recorded, progress: Progress
 ) -> tuple[list[GateResult], ContrastiveFigures]:
     pairs, regions, words = unpack_seen(bundle, recorded)
     runtime = open_bundle(bundle)
@@ -161,7 +161,7 @@ def _see(
     for done, (image, expected) in enumerate(pairs, start=1):
         given = look(runtime, texts, image)
         seen.append((expected, given._replace(regions=given.regions[regions])))
-        report("images", done, len(pairs))
+        progress("images", done, len(pairs))
     own = texts.words[texts.mask]
     if own.shape != words.shape:
         raise BundleError(

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from medmoe_edge._types import Floats, Progress
+from medmoe_edge._types import Floats, Progress, no_progress
 from medmoe_edge.bundle.bundle import Bundle, Target, write_derived_manifest
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import DataError
@@ -226,7 +226,7 @@ def agree(
     examples: Sequence[Example],
     *,
     load: Callable[[Path], Image] = load_image,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> list[Agreement]:
     """Hold every candidate against the specification; one runtime is in memory at a time.
 
@@ -236,15 +236,14 @@ def agree(
     if not examples:
         raise DataError("There are no questions to compare on.", "Give at least one.")
     groups = _by_image(examples)
-    report = progress or (lambda what, done, total: None)
     with specification() as (runtime, _):
         reader = Reader(runtime, tokenizer, MAX_NEW_TOKENS)
-        expected = list(_read(reader, groups, None, load, lambda *at: report("specification", *at)))
+        expected = list(_read(reader, groups, None, load, partial(progress, "specification")))
     found = []
     for name, opened in candidates.items():
         with opened() as (runtime, executed):
             reader = Reader(runtime, tokenizer, MAX_NEW_TOKENS)
-            images = _read(reader, groups, expected, load, lambda *at, name=name: report(name, *at))
+            images = _read(reader, groups, expected, load, partial(progress, name))
             found.append(_compare(name, executed, reader, expected, images))
     return found
 
@@ -270,7 +269,7 @@ def _read(
     groups: Sequence[tuple[Path, list[str]]],
     led_by: Sequence[_Read] | None,
     load: Callable[[Path], Image],
-    report: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
 ) -> Iterable[_Read]:
     for place, (image, texts) in enumerate(groups):
         questions = [reader.tokenizer.question_ids(text) for text in texts]
@@ -281,7 +280,7 @@ def _read(
             answers = [reply.tokens for reply in led_by[place].replies]
             replies = [reader.follow(view, *pair) for pair in zip(questions, answers, strict=True)]
         yield _Read(view.features, view.router_logits, replies)
-        report(place + 1, len(groups))
+        progress(place + 1, len(groups))
 
 
 def _compare(
@@ -352,7 +351,7 @@ GRAPH = "its graph on ONNX Runtime, CPU"
 
 
 def agree_on_targets(
-    bundle: Bundle, examples: Sequence[Example], *, progress: Progress | None = None
+    bundle: Bundle, examples: Sequence[Example], *, progress: Progress = no_progress
 ) -> list[Agreement]:
     """Hold every target's form of a bundle against its specification, as far as it runs here.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medmoe_edge._types import Floats, Progress
+from medmoe_edge._types import Floats, Progress, no_progress
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.recorded import Recorded, signature_of, sweep_weights
 from medmoe_edge.config import Confidence, ModelConfig
@@ -25,11 +25,11 @@ from medmoe_edge.data.datasets import Example
 from medmoe_edge.errors import (
     BundleError,
     DataError,
-    MissingDependencyError,
     ModelError,
     VerificationError,
+    needs,
 )
-from medmoe_edge.evaluation.fidelity import Fidelity, Recording, compare, record
+from medmoe_edge.evaluation.fidelity import Recording, compare, record
 from medmoe_edge.evaluation.gates import (
     WHOLE,
     Compared,
@@ -39,6 +39,7 @@ from medmoe_edge.evaluation.gates import (
     judge_weights,
     outcome_of,
 )
+from medmoe_edge.evaluation.metrics import Fidelity
 from medmoe_edge.evaluation.mutations import Mutations, measure_mutations
 from medmoe_edge.evaluation.record import (
     AnyRecord,
@@ -294,7 +295,7 @@ def verify(
     vision_tower: Path | None = None,
     record: bool | None = None,
     inputs: Sequence[Example] = (),
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Check hashes, weights and experts and, with `checkpoint` and `data`, measure the fidelity.
 
@@ -318,8 +319,7 @@ def verify(
         InputError: The data cannot be used.
         ResourceError: The manifest was to be written and cannot be.
     """
-    report = progress or (lambda step, done, total: None)
-    report("hashes", 0, 1)
+    progress("hashes", 0, 1)
     bundle = Bundle.open(folder)
     if bundle.target.is_engine:
         raise BundleError(
@@ -328,23 +328,23 @@ def verify(
         )
     if checkpoint is None or data is None:
         weights = compare_weights(bundle)
-        faults = _faults(bundle, report)
+        faults = _faults(bundle, progress)
         return Verification(bundle, faults, read_record(bundle), weights=weights)
     gates, data_sha256 = bundle.gates, data.sha256()
     with_inputs = bool(inputs) and record is not False
     asked = [data, Data("inputs", inputs)] if with_inputs else [data]
-    reference, *of_inputs = _reference(bundle, checkpoint, asked, vision_tower, report)
-    weights, faults = compare_weights(bundle), _faults(bundle, report)
+    reference, *of_inputs = _reference(bundle, checkpoint, asked, vision_tower, progress)
+    weights, faults = compare_weights(bundle), _faults(bundle, progress)
     runtime = OrtRuntime(bundle)
-    fidelity = compare(reference, runtime, progress=lambda *at: report("the bundle", *at))
+    fidelity = compare(reference, runtime, progress=partial(progress, "the bundle"))
     packed = _packed(bundle, of_inputs[0], runtime) if of_inputs else None
     del runtime
     others = {
-        name: compare(reference, runtime(), progress=lambda *at, name=name: report(name, *at))
+        name: compare(reference, runtime(), progress=partial(progress, name))
         for name, runtime in (beside or {}).items()
     }
     results = [*judge_weights(weights), *judge(fidelity, gates, faults)]
-    mutations = _mutations(bundle, data, results, fidelity, report)
+    mutations = _mutations(bundle, data, results, fidelity, progress)
     source = Source(data.name, data_sha256)
     made = new_record(bundle, source, results, faults, fidelity, mutations)
     bundle, recorded = keep_record(bundle, made, record, packed)
@@ -356,24 +356,24 @@ def _mutations(
     data: Data,
     results: Sequence[GateResult],
     fidelity: Fidelity,
-    report: Progress,
+    progress: Progress,
 ) -> Mutations | None:
     """What damage its answers would tell: measured once, and not of a bundle that fails anyway."""
     known = read_mutations(bundle)
     if known is not None or outcome_of(results) == "failed":
         return known
     limit = max(KL_ROOM * fidelity.overall.kl.mean, KL_LEAST)
-    progress = partial(report, "damaged models")
-    return measure_mutations(bundle, data.examples, data.load, limit, progress)
+    told = partial(progress, "damaged models")
+    return measure_mutations(bundle, data.examples, data.load, limit, told)
 
 
-def _faults(bundle: Bundle, report: Progress) -> list[str]:
+def _faults(bundle: Bundle, progress: Progress) -> list[str]:
     """Weights first: an engine that rounds activations may turn a NaN into some number."""
-    report("weights", 0, 1)
+    progress("weights", 0, 1)
     weights = sweep_weights(bundle)
     if any(name.endswith(".scale") for name in weights):
         return weights  # no runtime would load it
-    report("experts", 0, 1)
+    progress("experts", 0, 1)
     return weights + sweep_experts(bundle)
 
 
@@ -391,18 +391,16 @@ def _reference(
     folder: "Path | Checkpoint",
     asked: Sequence[Data],
     vision_tower: Path | None,
-    report: Progress,
+    progress: Progress,
 ) -> list[Recording]:
     """What the checkpoint says to each set, with the experts and image tokens that the bundle has.
 
     To the first, which is the proof, also with all its own image tokens, where the bundle has
     fewer. It is out of memory again when the bundle is opened.
     """
-    try:
+    with needs("export"):
         from medmoe_edge.checkpoint.reader import as_checkpoint, cut_like, with_all_tokens
         from medmoe_edge.runtimes.torch.eager import EagerRuntime
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "torch", "export") from error
     checkpoint = cut_like(as_checkpoint(folder, vision_tower=vision_tower), bundle.config)
     source = bundle.manifest["source"]
     if not isinstance(source, Mapping) or source.get("checkpoint_sha256") != checkpoint.sha256():
@@ -419,7 +417,7 @@ def _reference(
             some.examples,
             load=some.load,
             tokens=some.tokens,
-            progress=lambda *at: report("the checkpoint", *at),
+            progress=partial(progress, "the checkpoint"),
         )
         for some in asked
     ]
@@ -431,7 +429,7 @@ def _reference(
             tokenizer,
             asked[0].examples,
             load=asked[0].load,
-            progress=lambda *at: report("the checkpoint, with all image tokens", *at),
+            progress=partial(progress, "the checkpoint, with all image tokens"),
         )
         recordings[0] = replace(recordings[0], whole=whole)
     moe = bundle.config.moe

@@ -18,7 +18,8 @@ from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import DataError, InputError, ModelError
-from medmoe_edge.evaluation.fidelity import Fidelity, Recording, compare, record
+from medmoe_edge.evaluation.fidelity import Recording, compare, record
+from medmoe_edge.evaluation.metrics import Fidelity
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Cache, Runtime, Step, log_softmax

@@ -11,9 +11,16 @@ from medmoe_edge.bundle.bundle import DEFAULT_GATES, NOTICE, Bundle
 from medmoe_edge.calibration.coverage import ExpertCoverage
 from medmoe_edge.config import Bin, Confidence, Curve, Reliability, Unsure
 from medmoe_edge.errors import ResourceError
-from medmoe_edge.evaluation.fidelity import Fidelity, Share
 from medmoe_edge.evaluation.gates import outcome_of
-from medmoe_edge.evaluation.metrics import Accuracy, Answers, Divergence, Routing, Vision
+from medmoe_edge.evaluation.metrics import (
+    Accuracy,
+    Answers,
+    Divergence,
+    Fidelity,
+    Routing,
+    Share,
+    Vision,
+)
 from medmoe_edge.evaluation.record import PASSED, AnswersRecord, Source
 from medmoe_edge.evaluation.report import coverage_plot, errors_plot, render_report, write_report
 from medmoe_edge.evaluation.verify import Verification, judge

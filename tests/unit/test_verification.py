@@ -19,9 +19,16 @@ from medmoe_edge.bundle.recorded import float_weights, sweep_weights
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.engine.loading import this_machine
 from medmoe_edge.errors import BundleError, DataError, ModelError, VerificationError
-from medmoe_edge.evaluation.fidelity import Fidelity, Share
 from medmoe_edge.evaluation.gates import Z, wilson
-from medmoe_edge.evaluation.metrics import Accuracy, Answers, Divergence, Routing, Vision
+from medmoe_edge.evaluation.metrics import (
+    Accuracy,
+    Answers,
+    Divergence,
+    Fidelity,
+    Routing,
+    Share,
+    Vision,
+)
 from medmoe_edge.evaluation.record import AnswersRecord, Source, read_record
 from medmoe_edge.evaluation.verify import Data, GateResult, judge, sweep_experts, verify
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
