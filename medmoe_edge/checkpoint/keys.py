@@ -21,7 +21,7 @@ Source of the official names: the checkpoints of Med-MoE and MoE-LLaVA (GitHub
 from collections.abc import Iterable, Iterator
 
 from medmoe_edge.config import DecoderConfig, ModelConfig, VisionConfig
-from medmoe_edge.errors import CheckpointError, ConfigError, MissingDependencyError
+from medmoe_edge.errors import CheckpointError, ConfigError, needs
 
 Shape = tuple[int, ...]
 
@@ -237,12 +237,10 @@ def _tower_layers(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def _efficientnet_lite(config: VisionConfig) -> Iterator[tuple[str, Shape]]:
-    try:
+    with needs("export"):
         import torch
 
         from medmoe_edge.models.med_moe import VARIANTS, EfficientNetLite
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("torch", "export") from error
     if config.variant not in VARIANTS:
         raise ConfigError(
             f"vision.variant is {config.variant!r}.", f"Use one of: {', '.join(VARIANTS)}."

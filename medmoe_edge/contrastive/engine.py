@@ -29,12 +29,10 @@ from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine.answer import Clock
 from medmoe_edge.engine.loading import REFERENCE, OneAtATime, Proven, describe, proven
 from medmoe_edge.errors import (
-    BundleError,
-    CheckpointError,
     InputError,
-    MissingDependencyError,
     ModelError,
     Notice,
+    needs,
 )
 from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.loading import preprocess, seen_square
@@ -58,12 +56,23 @@ class Loaded(NamedTuple):
     scores: Scores
 
 
-def open_modality(model: str | os.PathLike[str], runtime: RuntimeName) -> Loaded:
-    """Open what `modality_engine.load_modality` was given, as it says."""
+def load_modality(
+    model: str | os.PathLike[str] = "modality-nano", *, runtime: RuntimeName = "auto"
+) -> "ModalityEngine":
+    """Load a MedMoE; a bundle whose verification failed is loaded with a warning.
+
+    Args:
+        model: An embedded model's name, a bundle's folder, or (with torch) a checkpoint's.
+        runtime: What runs it; "auto": ONNX Runtime for a bundle, PyTorch for a checkpoint.
+
+    Raises:
+        ModelError: The model cannot be used.
+        ResourceError: An optional package is missing.
+    """
     model = os.fspath(model)
     folder = checkpoint_path(model) if runtime == "torch" else bundle_path(model)
     if (folder / MANIFEST).exists():
-        return _open_bundle(ModalityBundle.open(folder), runtime)
+        return ModalityEngine(*_open_bundle(ModalityBundle.open(folder), runtime))
     if model_kind(folder) != ModalityBundle.kind:
         raise ModelError(
             f"{folder} is no bundle or checkpoint of a {ModalityBundle.kind} model.",
@@ -75,7 +84,7 @@ def open_modality(model: str | os.PathLike[str], runtime: RuntimeName) -> Loaded
             "Export it first: medmoe-edge export CHECKPOINT",
         )
     check_checkpoint(folder)
-    return open_checkpoint(folder)
+    return ModalityEngine(*open_checkpoint(folder))
 
 
 def open_bundle(bundle: ModalityBundle) -> ModalityRuntime:
@@ -92,11 +101,9 @@ def open_checkpoint(folder: Path, *, as_published: bool = False) -> Loaded:
 
     `as_published` as of `read_modality_checkpoint`.
     """
-    try:
+    with needs("export"):
         from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
         from medmoe_edge.runtimes.torch.eager import ModalityTorchRuntime
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "torch", "export") from error
     model = read_modality_checkpoint(folder, as_published=as_published)
     runtime = ModalityTorchRuntime(model, _reader(folder / "tokenizer.json", model.config))
     name, sha256 = folder.resolve().name, modality_sha256(folder)
@@ -123,22 +130,6 @@ def _reader(path: Path, config: ModalityConfig) -> ModalityTokenizer:
 
 
 AT_ONCE = 256  # texts compared: `[words, regions]` of so many stay below 100 MB
-
-
-def load_modality(
-    model: str | os.PathLike[str] = "modality-nano", *, runtime: RuntimeName = "auto"
-) -> "ModalityEngine":
-    """Load a MedMoE; a bundle whose verification failed is loaded with a warning.
-
-    Args:
-        model: An embedded model's name, a bundle's folder, or (with torch) a checkpoint's.
-        runtime: What runs it; "auto": ONNX Runtime for a bundle, PyTorch for a checkpoint.
-
-    Raises:
-        ModelError: The model cannot be used.
-        ResourceError: An optional package is missing.
-    """
-    return ModalityEngine(*open_modality(model, runtime))
 
 
 class ModalityEngine(OneAtATime):
@@ -314,7 +305,7 @@ class ModalityEngine(OneAtATime):
         """Features of images that `image.preprocess` prepared, `[B, 3, S, S]`."""
         with self.one_at_a_time():
             features = self.runtime.encode_images(pixels)
-        self._check_finite(*features)
+        self.check_finite(*features)
         return features
 
     def embed_text(self, text: str) -> Floats:
@@ -356,7 +347,7 @@ class ModalityEngine(OneAtATime):
     def _encode(self, phrases: Sequence[str]) -> TextFeatures:
         with self.one_at_a_time():
             features = self.texts.encode(phrases)
-        self._check_finite(features.words, features.pooled)
+        self.check_finite(features.words, features.pooled)
         return features
 
     def _reading(self, features: ImageFeatures, clock: Clock) -> Reading:
@@ -382,14 +373,6 @@ class ModalityEngine(OneAtATime):
         left, top, side = seen_square(picture, self.config.vision)
         height, width = picture.pixels.shape[:2]
         return _stretched(_stretched(grid, 0, height, top, side), 1, width, left, side)
-
-    def _check_finite(self, *arrays: Floats) -> None:
-        if all(np.isfinite(array).all() for array in arrays):
-            return
-        what = f"{self.name} computed values that are NaN or infinite."
-        if self.proven is None:
-            raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
-        raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
 
     @property
     def _model(self) -> dict[str, Any]:

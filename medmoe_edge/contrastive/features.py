@@ -88,7 +88,7 @@ class Location(_Result):
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; of the heat its size alone."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = dict(vars(self))
         height, width = values.pop("heat").shape
         values |= {"peak": list(self.peak), "reading": self.reading.to_json()}
         values["warnings"] = [dataclasses.asdict(notice) for notice in self.warnings]

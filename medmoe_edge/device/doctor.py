@@ -224,10 +224,9 @@ def installed(package: str) -> str | None:
         return None
 
 
-def examine(version: Versions = installed) -> Diagnosis:
-    """Look at this machine and this environment; `version` says what is installed."""
-    machine, ort = look_at_machine(), look_at_onnxruntime()
-    return diagnose(machine, ort, version)
+def examine() -> Diagnosis:
+    """Look at this machine and this environment."""
+    return diagnose(look_at_machine(), look_at_onnxruntime(), installed)
 
 
 def diagnose(machine: Machine, ort: Ort, version: Versions) -> Diagnosis:

@@ -34,7 +34,7 @@ from medmoe_edge.engine.loading import (
     open_model,
 )
 from medmoe_edge.engine.prefix_cache import LastPrefix, Prefix, PrefixCache, cache_folder
-from medmoe_edge.errors import BundleError, CheckpointError, InputError, MedMoEError, Notice
+from medmoe_edge.errors import InputError, MedMoEError, Notice
 from medmoe_edge.image.inputs import ImageLike, as_image
 from medmoe_edge.image.loading import preprocess, seen_picture
 from medmoe_edge.image.pixels import Pixels, unlike_label
@@ -410,7 +410,8 @@ class Engine(OneAtATime):
         return replace(prefix, seconds={"vision": 0.0, **clock.laps}, warnings=found)
 
     def _compute(self, pixels: Floats, ids: list[int], capacity: int, clock: Clock) -> Prefix:
-        image_tokens = self._finite(self.runtime.encode_image(pixels))
+        image_tokens = self.runtime.encode_image(pixels)
+        self.check_finite(image_tokens)
         clock.lap("vision")
         embeds = np.concatenate((self.runtime.embed(ids), image_tokens))
         cache = self.runtime.new_cache(capacity)
@@ -510,18 +511,8 @@ class Engine(OneAtATime):
 
     def _step(self, embeds: Floats, cache: Cache) -> Step:
         step = self.runtime.step(embeds, cache)
-        self._finite(step.logits)
-        self._finite(step.router_logits)
+        self.check_finite(step.logits, step.router_logits)
         return step._replace(logits=self.tokenizer.only_tokens(step.logits))
-
-    def _finite(self, values: Floats) -> Floats:
-        """The values, unless one is NaN or infinite: what follows would be no answer."""
-        if np.isfinite(values).all():
-            return values
-        what = f"{self.name} computed values that are NaN or infinite."
-        if self.proven is None:
-            raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
-        raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
 
     def _check_length(self, positions: int) -> None:
         limit = self.config.decoder.max_positions

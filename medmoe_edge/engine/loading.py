@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
+
+from medmoe_edge._types import Floats
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.machine import Machine, available_memory, cpu_flags, cpu_name
@@ -20,12 +23,14 @@ from medmoe_edge.bundle.trust import check_checkpoint
 from medmoe_edge.config import Confidence
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import (
+    BundleError,
+    CheckpointError,
     InputError,
     MedMoEError,
-    MissingDependencyError,
     ModelError,
     Notice,
     ResourceError,
+    needs,
     shown_bytes,
 )
 from medmoe_edge.prompt import Tokenizer
@@ -435,19 +440,15 @@ def _paged_torch_runtime(
 ) -> Runtime:
     if isinstance(budget, ExpertPager):
         raise _not_shared("torch")
-    try:
+    with needs("export"):
         from medmoe_edge.runtimes.torch.paged import PagedTorchRuntime
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "torch", "export") from error
     where: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
     return PagedTorchRuntime(bundle, budget, where, drop_pages=drop_pages)
 
 
 def _torch_runtime(bundle: Bundle, device: Device) -> Runtime:
-    try:
+    with needs("export"):
         from medmoe_edge.runtimes.torch.bundle import TorchBundleRuntime
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "torch", "export") from error
     return TorchBundleRuntime(bundle, "cuda" if device == "cuda" else "cpu")
 
 
@@ -457,11 +458,9 @@ def _open_checkpoint(folder: Path, device: Device) -> Loaded:
             f"{folder} is neither a bundle nor a checkpoint.",
             "Give a bundle, made by: medmoe-edge export; or a folder with config.json and weights.",
         )
-    try:
+    with needs("export"):
         from medmoe_edge.checkpoint.reader import read_checkpoint
         from medmoe_edge.runtimes.torch.eager import EagerRuntime
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "torch", "export") from error
     checkpoint = read_checkpoint(folder)
     tokenizer = checkpoint.tokenizer.tokenizer
     runtime = EagerRuntime(checkpoint, "cuda" if device == "cuda" else "cpu")
@@ -477,6 +476,7 @@ class OneAtATime:
     """
 
     name: str
+    proven: Proven | None  # of a checkpoint: None
     verification: str
     runtime: object
 
@@ -503,6 +503,15 @@ class OneAtATime:
 
     def _release(self) -> None:
         del self.runtime
+
+    def check_finite(self, *arrays: Floats) -> None:
+        """Raise `ModelError` where a value is NaN or infinite: what follows would be no answer."""
+        if all(np.isfinite(array).all() for array in arrays):
+            return
+        what = f"{self.name} computed values that are NaN or infinite."
+        if self.proven is None:
+            raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
+        raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
 
     def __repr__(self) -> str:
         run_by = "closed" if self._closed else getattr(self.runtime, "name", "unknown runtime")

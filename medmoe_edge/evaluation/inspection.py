@@ -37,13 +37,32 @@ from medmoe_edge.config_contrastive import (
     read_scores,
 )
 from medmoe_edge.engine.loading import proven
-from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError, Notice
+from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError, Notice, needs
 from medmoe_edge.evaluation.recording import unpack_recording
 from medmoe_edge.prompt import Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Inspection:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Inspected:
+    """What is told of a model of either family; what only a bundle has is None of a checkpoint."""
+
+    kind: Literal["checkpoint", "bundle"]
+    name: str
+    bytes: int
+    files: dict[str, int]
+    bits_per_weight: float | None = None
+    target: Target | None = None
+    runtime: str | None = None
+    quantisation: Any = None
+    source: Any = None
+    licence: Any = None
+    verification: str | None = None
+    verified: dict[str, Any] | None = None
+    signature: Signed | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspection(_Inspected):
     """A model's make-up.
 
     `parameters_total` counts every tensor, the vision tower included (None where counting the
@@ -59,11 +78,7 @@ class Inspection:
     configured. `warnings` are a checkpoint's.
     """
 
-    kind: Literal["checkpoint", "bundle"]
-    name: str
     config: ModelConfig
-    bytes: int
-    files: dict[str, int]
     parameters_total: int | None
     parameters_language: int
     parameters_activated: int
@@ -71,24 +86,18 @@ class Inspection:
     tensors: int | None = None
     types: dict[str, int] | None = None
     shared_router: bool | None = None
-    bits_per_weight: float | None = None
-    target: Target | None = None
-    runtime: str | None = None
-    quantisation: Any = None
-    source: Any = None
-    licence: Any = None
-    verification: str | None = None
-    verified: dict[str, Any] | None = None
-    signature: Signed | None = None
     warnings: tuple[Notice, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["target"] = self.target.to_json() if self.target else None
         layers = {str(layer): experts for layer, experts in self.experts_per_layer.items()}
-        values["warnings"] = [dataclasses.asdict(notice) for notice in self.warnings]
-        return {**values, "config": self.config.to_json(), "experts_per_layer": layers}
+        return {
+            **vars(self),
+            "target": self.target.to_json() if self.target else None,
+            "warnings": [dataclasses.asdict(notice) for notice in self.warnings],
+            "config": self.config.to_json(),
+            "experts_per_layer": layers,
+        }
 
 
 def inspect_model(path: Path, *, vision_tower: Path | None = None) -> Inspection:
@@ -115,17 +124,11 @@ def activated_parameters(config: ModelConfig) -> int:
 
 
 def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
-    try:
+    with needs("export"):
         from medmoe_edge.checkpoint.reader import read_checkpoint
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(error.name or "torch", "export") from error
     checkpoint = read_checkpoint(path, vision_tower=vision_tower)
     stored = [*checkpoint.stored.values(), *checkpoint.twins.values()]
-    files = {file.name: file.stat().st_size for file in sorted({tensor.file for tensor in stored})}
     return Inspection(
-        kind="checkpoint",
-        files=files,
-        bytes=sum(files.values()),
         parameters_total=_total({n: tensor.shape for n, tensor in checkpoint.names.items()}),
         tensors=len(stored),
         types=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in stored)),
@@ -136,41 +139,54 @@ def _inspect_checkpoint(path: Path, vision_tower: Path | None) -> Inspection:
             for tensor in checkpoint.names.values()
         ),
         runtime="PyTorch: the reference, to be exported",
-        **_common(path, checkpoint.config),
+        **_about_checkpoint(path, {tensor.file for tensor in stored}),
+        **_about_language(checkpoint.config),
     )
 
 
 def _inspect_bundle(path: Path) -> Inspection:
     bundle = Bundle.open(path, verify=keys_are_trusted())
-    manifest, known = bundle.manifest, proven(bundle)
-    config = ModelConfig.from_json(manifest["config"], "manifest.json config")
-    files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+    config = ModelConfig.from_json(bundle.manifest["config"], "manifest.json config")
     try:
         total = _total(expected_parameters(config))
     except MissingDependencyError:
         total = None
     return Inspection(
-        kind="bundle",
-        files=files,
-        bytes=sum(files.values()),
         parameters_total=total,
-        bits_per_weight=_bits_per_weight(config, manifest.get("quantisation")),
-        target=bundle.target,
-        runtime=bundle.target.runtime,
-        quantisation=manifest.get("quantisation"),
-        source=manifest.get("source"),
-        licence=manifest.get("licence"),
-        verification=known.status,
-        verified=known.to_json(),
-        signature=signed(path),
-        **_common(path, config),
+        bits_per_weight=_bits_per_weight(config, bundle.manifest.get("quantisation")),
+        **_about_bundle(bundle),
+        **_about_language(config),
     )
 
 
-def _common(path: Path, config: ModelConfig) -> dict[str, Any]:
+def _about_bundle(bundle: AnyBundle[Any]) -> dict[str, Any]:
+    manifest, known = bundle.manifest, proven(bundle)
+    files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+    return {
+        "kind": "bundle",
+        "name": bundle.folder.absolute().name,
+        "bytes": sum(files.values()),
+        "files": files,
+        "target": bundle.target,
+        "runtime": bundle.target.runtime,
+        "quantisation": manifest.get("quantisation"),
+        "source": manifest.get("source"),
+        "licence": manifest.get("licence"),
+        "verification": known.status,
+        "verified": known.to_json(),
+        "signature": signed(bundle.folder),
+    }
+
+
+def _about_checkpoint(folder: Path, weights: Iterable[Path]) -> dict[str, Any]:
+    files = {path.name: path.stat().st_size for path in sorted(weights)}
+    about = {"kind": "checkpoint", "name": folder.absolute().name}
+    return {**about, "bytes": sum(files.values()), "files": files}
+
+
+def _about_language(config: ModelConfig) -> dict[str, Any]:
     experts = config.moe.num_experts if config.moe else 0
     return {
-        "name": path.absolute().name,
         "config": config,
         "parameters_language": _total(decoder_parameters(config)),
         "parameters_activated": activated_parameters(config),
@@ -209,8 +225,8 @@ def _total(shapes: Mapping[str, Shape]) -> int:
 ROUTER_SIZE = 128  # as in models.modality_moe, which needs torch
 
 
-@dataclasses.dataclass(frozen=True)
-class ModalityInspection:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModalityInspection(_Inspected):
     """A MedMoE's make-up; `parameters` by part.
 
     `parameters_activated` is what runs for one image and one text: of the experts, one.
@@ -219,22 +235,9 @@ class ModalityInspection:
     says on which `machine` and whether that holds `here`; `signature` is as in `Inspection`.
     """
 
-    kind: Literal["checkpoint", "bundle"]
-    name: str
     config: ModalityConfig
-    bytes: int
-    files: dict[str, int]
     parameters: dict[str, int]
     scores: Scores
-    bits_per_weight: float | None = None
-    target: str | None = None
-    runtime: str | None = None
-    quantisation: Any = None
-    source: Any = None
-    licence: Any = None
-    verification: str | None = None
-    verified: dict[str, Any] | None = None
-    signature: Signed | None = None
 
     @property
     def parameters_total(self) -> int:
@@ -249,51 +252,36 @@ class ModalityInspection:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        totals = {
+        return {
+            **vars(self),
+            "target": str(self.target) if self.target else None,
             "parameters_total": self.parameters_total,
             "parameters_activated": self.parameters_activated,
+            "config": self.config.to_json(),
+            "scores": self.scores.to_json(),
         }
-        configs = {"config": self.config.to_json(), "scores": self.scores.to_json()}
-        return {**values, **totals, **configs}
 
 
 def inspect_modality(folder: Path) -> ModalityInspection:
     """Look into a checkpoint folder or a bundle; raises `ModelError` for a damaged one."""
-    name = folder.absolute().name
     if (folder / MANIFEST).exists():
         bundle = ModalityBundle.open(folder, verify=keys_are_trusted())
-        manifest, known = bundle.manifest, proven(bundle)
-        files = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
-        stored = sum(size for name, size in files.items() if not name.endswith((".json", ".md")))
+        about = _about_bundle(bundle)
+        sizes = about["files"].items()
+        stored = sum(size for name, size in sizes if not name.endswith((".json", ".md")))
         return ModalityInspection(
-            kind="bundle",
-            name=name,
             config=bundle.config,
-            bytes=sum(files.values()),
-            files=files,
             parameters=parameters(bundle.config),
             scores=bundle.scores,
             bits_per_weight=8 * stored / sum(parameters(bundle.config).values()),
-            target=str(bundle.target),
-            runtime=bundle.target.runtime,
-            quantisation=manifest["quantisation"],
-            source=manifest["source"],
-            licence=manifest["licence"],
-            verification=known.status,
-            verified=known.to_json(),
-            signature=signed(folder),
+            **about,
         )
     config = _checkpoint_config(folder)
-    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
     return ModalityInspection(
-        kind="checkpoint",
-        name=name,
         config=config,
-        bytes=sum(files.values()),
-        files=files,
         parameters=parameters(config),
         scores=read_scores(folder),
+        **_about_checkpoint(folder, folder.glob("*.safetensors")),
     )
 
 
@@ -394,7 +382,7 @@ class Changes:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = dict(vars(self))
         lists = {name: value for name, value in values.items() if isinstance(value, tuple)}
         return values | {
             name: [change._asdict() for change in changes] for name, changes in lists.items()

@@ -9,19 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config import Confidence
-from medmoe_edge.errors import MissingDependencyError, ResourceError
+from medmoe_edge.errors import ResourceError, needs
 from medmoe_edge.evaluation.gates import wilson
 from medmoe_edge.evaluation.metrics import Fidelity, Routing
 from medmoe_edge.evaluation.record import AnswersRecord, ContrastiveRecord
 from medmoe_edge.evaluation.verify import Verification
+
+with needs("export"):
+    import jinja2
+    import matplotlib as mpl
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 BLUE, ORANGE, INK, SOFT, LINE = "#0072b2", "#d55e00", "#1c2733", "#5b6875", "#dde3e9"
 
@@ -209,13 +212,6 @@ def _svg(figure: Figure) -> str:
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(text, format="svg", metadata=nothing, transparent=True)
     return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-try:
-    import jinja2
-
-except ModuleNotFoundError as error:
-    raise MissingDependencyError(error.name or "matplotlib", "export") from error
 
 
 TEMPLATE = "report.html.j2"

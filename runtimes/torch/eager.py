@@ -17,7 +17,7 @@ from torch import nn
 from medmoe_edge._types import Floats
 from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.reader import Checkpoint
-from medmoe_edge.errors import MissingDependencyError, ResourceError
+from medmoe_edge.errors import ResourceError, needs
 from medmoe_edge.models.contrastive import ModalityMoE
 from medmoe_edge.models.decoder import KVCache
 from medmoe_edge.models.med_moe import MedMoE
@@ -144,11 +144,9 @@ def bitsandbytes() -> Any:
     """
     # It warns of kernels it would download, and at every int8 product that fp32 becomes fp16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # torch.jit's
-            import bitsandbytes.nn
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("bitsandbytes", "baselines") from error
+    unheard = warnings.catch_warnings(action="ignore", category=DeprecationWarning)  # torch.jit's
+    with needs("baselines"), unheard:
+        import bitsandbytes.nn
     return bitsandbytes.nn
 
 
