@@ -201,6 +201,15 @@ def route(
     return gates, chosen, probabilities
 
 
+def route_tokens(
+    build: Builder, x: ir.Value, weights: Weights, spec: MoESpec
+) -> tuple[ir.Value, ir.Value]:
+    """Gates and chosen experts of each token, both `[T, K]`."""
+    gates, chosen, _ = route(build, x, weights, spec)
+    per_token = build.constant([-1, spec.top_k])
+    return build.op("Reshape", gates, per_token), build.op("Reshape", chosen, per_token)
+
+
 def router_logits(build: Builder, x: ir.Value, weights: Weights) -> ir.Value:
     """`[B, S, E]`, or of all R rows of the router where experts were left out."""
     return affine(build, x, weights, "router.")

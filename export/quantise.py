@@ -83,6 +83,22 @@ class StoredMatrix:
         assert group is not None
         return np.repeat(self.scale.numpy().T, self.group // group, 1)
 
+    def in_blocks(self, block: int, bits: int, name: str) -> list[ir.LazyTensor]:
+        """Integers `[N, blocks, bytes]` and scales `[N, blocks]` as `MatMulNBits` reads them.
+
+        The scales are called by `name`.
+        """
+        shape, owner = [self.channels, self.width // block, block * bits // 8], self.integers.name
+        return [
+            lazy_tensor(
+                f"{owner}.packed",
+                lambda: self.packed(bits).reshape(shape),
+                ir.DataType.UINT8,
+                shape,
+            ),
+            lazy_tensor(f"{owner}.{name}", lambda: self.scales(block), self.scale.dtype, shape[:2]),
+        ]
+
 
 def lazy_tensor(
     name: str, make: Callable[[], Array], dtype: ir.DataType, shape: list[int]

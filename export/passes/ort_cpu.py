@@ -71,7 +71,7 @@ from medmoe_edge.export.decoder import (
     affine,
     feed_forward,
     replace_moe,
-    route,
+    route_tokens,
 )
 from medmoe_edge.export.quantise import (
     PARTS,
@@ -172,18 +172,9 @@ def _per_token(build: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 def _packed(
     graph: ir.Graph, dequantise: ir.Node, matrix: StoredMatrix
 ) -> tuple[ir.Value, ir.Value]:
-    """Integers `[N, groups, bytes]` and scales `[N, groups]` as `MatMulNBits` reads them."""
-    bits, group, name = matrix.bits, matrix.group, matrix.integers.name
-    assert group is not None
-    blocks = [matrix.channels, matrix.width // group, group * bits // 8]
-    stored = [
-        lazy_tensor(
-            f"{name}.packed", lambda: matrix.packed(bits).reshape(blocks), ir.DataType.UINT8, blocks
-        ),
-        lazy_tensor(
-            f"{name}.groups.scale", lambda: matrix.scales(group), matrix.scale.dtype, blocks[:2]
-        ),
-    ]
+    """Integers `[N, groups, bytes]` and scales `[N, groups]` as floats."""
+    assert matrix.group is not None
+    stored = matrix.in_blocks(matrix.group, matrix.bits, "groups.scale")
     inputs = [initializer(tensor) for tensor in stored]
     for value in inputs:
         graph.register_initializer(value)
@@ -283,9 +274,7 @@ class DeltaBase(NamedTuple):
 
 def delta_base(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> DeltaBase:
     """What is computed before any routed expert."""
-    gates, chosen, _ = route(build, x, weights, spec)
-    per_token = build.constant([-1, spec.top_k])
-    gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]
+    gates, chosen = route_tokens(build, x, weights, spec)
     tokens, _ = _as_tokens(build, x)
     *first, last = MATRICES[spec.activation]
     shared = [build.op("MatMul", tokens, weights[f"meta.{part}.weight"]) for part in first]
@@ -415,9 +404,7 @@ def _rows(build: Builder, share: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _routed_experts(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
-    gates, chosen, _ = route(build, x, weights, spec)
-    per_token = build.constant([-1, spec.top_k])
-    gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))  # [T, K]
+    gates, chosen = route_tokens(build, x, weights, spec)
     tokens, shape = _as_tokens(build, x)
     total = build.op("ConstantOfShape", build.op("Shape", tokens))
     for index in range(spec.num_experts):

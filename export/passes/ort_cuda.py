@@ -106,19 +106,8 @@ def _block(width: int) -> int | None:
 def _product(
     build: Builder, graph: ir.Graph, x: ir.Value | None, matrix: StoredMatrix, block: int
 ) -> ir.Value:
-    name, bits = matrix.integers.name, max(matrix.bits, LEAST_BITS)
-    blocks = [matrix.channels, matrix.width // block, block * bits // 8]
-    tensors = [
-        lazy_tensor(
-            f"{name}.packed",
-            lambda: matrix.packed(bits).reshape(blocks),
-            ir.DataType.UINT8,
-            blocks,
-        ),
-        lazy_tensor(
-            f"{name}.blocks.scale", lambda: matrix.scales(block), matrix.scale.dtype, blocks[:2]
-        ),
-    ]
+    bits = max(matrix.bits, LEAST_BITS)
+    tensors = matrix.in_blocks(block, bits, "blocks.scale")
     weight, scale = (register(graph, tensor) for tensor in tensors)
     return build.op(
         "MatMulNBits",

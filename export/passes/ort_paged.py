@@ -55,7 +55,7 @@ from medmoe_edge.export.decoder import (
     Weights,
     add_meta,
     feed_forward,
-    route,
+    route_tokens,
 )
 from medmoe_edge.export.passes.ort_cpu import (
     ORT_OPSET,
@@ -260,9 +260,7 @@ def _around_experts(
     build: Builder, x: ir.Value, weights: Weights, spec: MoESpec, index: int
 ) -> tuple[Named, list[ir.Value], ir.Value]:
     """What a layer hands to its experts, what comes back, and its output."""
-    gates, chosen, _ = route(build, x, weights, spec)
-    per_token = build.constant([-1, spec.top_k])
-    gates, chosen = (build.op("Reshape", value, per_token) for value in (gates, chosen))
+    gates, chosen = route_tokens(build, x, weights, spec)
     per_choice = ir.Shape(["S", spec.top_k])
     named: Named = {
         "tokens": (build.op("Identity", x), ir.DataType.FLOAT, x.shape),

@@ -26,6 +26,7 @@ place: not even NaN or infinite.
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -268,21 +269,17 @@ def lower_moe_to_slots(model: ir.Model, spec: MoESpec, half: ir.DataType) -> lis
     return layers
 
 
+@dataclass(frozen=True)
 class _Layer:
     """One node on its way; of its E experts n are gathered."""
 
-    def __init__(
-        self,
-        build: Builder,
-        x: ir.Value,
-        weights: Weights,
-        spec: MoESpec,
-        half: ir.DataType,
-        pools: Pools,
-    ) -> None:
-        self.build, self.x, self.weights, self.spec = build, x, weights, spec
-        self.half, self.pools = half, pools
-        self.stacks: dict[str, ir.TensorProtocol] = {}
+    build: Builder
+    x: ir.Value
+    weights: Weights
+    spec: MoESpec
+    half: ir.DataType
+    pools: Pools
+    stacks: dict[str, ir.TensorProtocol] = field(default_factory=dict)
 
     def lowered(self, layer: int) -> tuple[ir.Value, ir.Value]:
         """The chosen experts `[1, S, K]`, and the op's result, of the shape of x."""

@@ -131,12 +131,12 @@ def keeps_pair_bound(bundle: Bundle) -> bool:
     return all(pairs_within(weight) for _, weight in products)
 
 
-def pairs_within(weight: npt.NDArray[np.int8], bound: int = PAIR_BOUND) -> bool:
+def pairs_within(weight: npt.NDArray[np.int8]) -> bool:
     """Whether no stored neighbours 2i, 2i + 1 along K of `[K, N]` sum to more than the bound."""
     paired = weight[: len(weight) // 2 * 2]
     step = 2 * max(AT_ONCE // (2 * max(weight.shape[1], 1)), 1)
     return all(
-        np.abs(np.add(block[::2], block[1::2], dtype=np.int16)).max(initial=0) <= bound
+        np.abs(np.add(block[::2], block[1::2], dtype=np.int16)).max(initial=0) <= PAIR_BOUND
         for block in (paired[start : start + step] for start in range(0, len(paired), step))
     )
 
