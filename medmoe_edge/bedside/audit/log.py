@@ -456,7 +456,7 @@ def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
 
     Raises:
         InputError: The log or a certificate cannot be read.
-        DataError: The log does not go on from what was sent: it was cut or changed.
+        DataError: The log does not go on from what was sent: it was cut, changed or replaced.
         ResourceError: The collector cannot be reached.
     """
     sent = 0
@@ -476,6 +476,8 @@ def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
                 if not follow:
                     return sent
                 time.sleep(PAUSE)
+                if not _is_at(path, file):
+                    raise _broken(number + 1)
     except FileNotFoundError as error:
         raise InputError(f"There is no audit log {path}.", "Check the path.") from error
 
@@ -497,6 +499,12 @@ def _skip(file: IO[bytes], path: Path) -> tuple[int, str]:
     if number and (entry is None or entry["hash"] != head):
         raise _broken(number)
     return number, head
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open log is still the one at that path, and what was read of it is there."""
+    there = path.stat()
+    return os.path.samestat(there, os.fstat(file.fileno())) and there.st_size >= file.tell()
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
