@@ -213,10 +213,16 @@ log = logging.getLogger(__name__)
 
 
 class AuditLog:
-    """An audit log at `path`, made with the first entry; only its owner may read it."""
+    """An audit log at `path`, made with the first entry; only its owner may read it.
+
+    Raises `InputError` where its folder is not there.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            what = f"{self.path.parent}, where the audit log is to be, is not a folder."
+            raise InputError(what, "Make it first, or choose another.")
         # A lock of the system's, which ends with its process; never a file that a crash leaves.
         self._lock = FileLock(f"{self.path}.lock", mode=0o600, fallback_to_soft=False)
         self._missing: str | None = None  # a kept head that is not in it, as was said
@@ -290,8 +296,11 @@ class AuditLog:
     def check(self) -> None:
         """Raise `ResourceError` unless the next entries could be written."""
         try:
-            with self._lock, self._opened():
+            with self._lock, self._opened() as file:
+                _last(file)
                 room = shutil.disk_usage(self.path.parent).free
+        except DataError as error:
+            raise ResourceError(error.what, error.remedy) from error
         except OSError as error:
             raise _unwritable(error.strerror or type(error).__name__) from error
         if room < MAX_LINE:
