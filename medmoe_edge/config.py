@@ -93,7 +93,7 @@ class VisionConfig(Config):
     def __post_init__(self) -> None:
         _check_positive(self, "image_size", "feature_size", "patch_size", "pool")
         check_pixels(self.pixel_mean, self.pixel_std)
-        if self.is_transformer and (self.heads < 1 or self.feature_size % self.heads):
+        if self.layers and (self.heads < 1 or self.feature_size % self.heads):
             raise ConfigError(
                 f"vision.heads {self.heads} do not divide the {self.feature_size} features.",
                 "Heads must divide the size.",
