@@ -94,6 +94,8 @@ def test_round_trip_is_bit_exact(tmp_path: Path, kind: str, shard_bytes: int) ->
     shards = sorted(path.name for path in checkpoint.folder.glob("*.safetensors"))
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     assert (len(shards) > 1) == (shard_bytes == 8192)
+    modes = {path.stat().st_mode for path in checkpoint.folder.iterdir()}
+    assert len(modes) == 1, "who may read one of the files may read all"
 
 
 @KINDS
