@@ -302,7 +302,7 @@ def test_signed_colours_are_read_unsigned(tmp_path: Path) -> None:
     path = saved(tmp_path, made(pixels, PixelRepresentation=1, **colours))
     assert (load_image(path).pixels == pixels).all()
     assert codes(path) == ["header"]
-    stream = imagecodecs.jpeg2k_encode(pixels.astype(np.int8), codecformat="J2K", mct=False)
+    stream = bytes(imagecodecs.jpeg2k_encode(pixels.astype(np.int8), codecformat="J2K", mct=False))
     path = saved(tmp_path, compressed(made(pixels, **colours), uid.JPEG2000Lossless, [stream]))
     with pytest.raises(ImageError, match="signed"):
         load_image(path)
