@@ -535,8 +535,7 @@ def _hang_up(association: Association) -> None:
 
 def _entity(configuration: Configuration) -> ApplicationEntity:
     entity = ApplicationEntity(configuration.ae_title)
-    entity.require_called_aet = True
-    entity.maximum_associations = configuration.max_associations
+    entity.maximum_associations = configuration.max_associations + MOST_CONNECTIONS  # silent ones
     entity.acse_timeout = entity.dimse_timeout = configuration.timeout
     entity.network_timeout = configuration.timeout
     entity.add_supported_context(VERIFICATION)
