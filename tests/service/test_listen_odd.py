@@ -342,7 +342,11 @@ def test_reading_names_changes_nothing_for_other_threads() -> None:
 
 def test_results_of_a_patient_whose_header_is_odd_are_withdrawn_too(node: Node) -> None:
     """As they are in the header: highdicom takes no such values."""
-    values = {"PatientSex": "X", "PatientBirthDate": "1.1.1970", "StudyDate": "2024-05-06"}
+    values: dict[str, Any] = {
+        "PatientSex": "X",
+        "PatientBirthDate": "1.1.1970",
+        "StudyDate": "2024-05-06",
+    }
     assert send(node.port, odd(**values)) == [0]
     answered(node)
     assert send(node.port, study(PatientID="MRN-0815", PatientName="Roe^Richard")) == [0]
