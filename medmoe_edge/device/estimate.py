@@ -282,11 +282,13 @@ def make_plan(
     config, on_cpu = stored.config, device.kind == "cpu"
     prompt = options.prompt_tokens or stored.prompt
     image, most = config.vision.image_tokens, config.decoder.max_positions
-    if not image < prompt <= most - options.new_tokens:
+    room = most - options.new_tokens
+    if not image < prompt <= room:
+        prompts = f"a prompt of {image + 1} to {room}"
         raise InputError(
             f"A prompt of {prompt} tokens and an answer of {options.new_tokens} do not go with "
             f"{image} image tokens and {most} positions.",
-            f"Give a prompt of {image + 1} to {most - options.new_tokens} tokens.",
+            f"Give {prompts if room > image else f'an answer of at most {most - image - 1}'} tokens.",
         )
     speeds = speeds or nominal_speeds(device)
     moe, form = config.moe, None if options.experts is None else read_deltas(options.experts)
