@@ -209,7 +209,7 @@ _CONVERT = (
     "'model.safetensors')."
 )
 
-# What is no checkpoint, mostly what trainers write before one: patterns of files, what it is, what to do.
+# What is no checkpoint, mostly what trainers leave: patterns of files, what it is, what to do.
 _TRAINERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("manifest.json",), "is a bundle, not a checkpoint.", "Give what it was exported from."),
     (

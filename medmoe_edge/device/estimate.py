@@ -284,11 +284,14 @@ def make_plan(
     image, most = config.vision.image_tokens, config.decoder.max_positions
     room = most - options.new_tokens
     if not image < prompt <= room:
-        prompts = f"a prompt of {image + 1} to {room}"
+        answer, asked = (
+            f"an answer of at most {most - image - 1}",
+            f"a prompt of {image + 1} to {room}",
+        )
         raise InputError(
             f"A prompt of {prompt} tokens and an answer of {options.new_tokens} do not go with "
             f"{image} image tokens and {most} positions.",
-            f"Give {prompts if room > image else f'an answer of at most {most - image - 1}'} tokens.",
+            f"Give {asked if room > image else answer} tokens.",
         )
     speeds = speeds or nominal_speeds(device)
     moe, form = config.moe, None if options.experts is None else read_deltas(options.experts)
