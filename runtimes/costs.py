@@ -249,8 +249,8 @@ class Deltas:
         told = bundle.manifest["quantisation"]
         forms = told.get("deltas", {})
         shares = _shares(bundle.config, lambda name: forms.get(name, told["experts"]))
-        bits = (8 * size / part.weights for size in (stored, held))
-        return cls(*bits, *shares, paged=bool(paging))
+        bits = 8 / part.weights
+        return cls(bits * stored, bits * held, *shares, paged=bool(paging))
 
     def on_gpu(self) -> Self:
         """As graphs and engines for GPUs have them: 2 bits in 4, and none is paged."""
