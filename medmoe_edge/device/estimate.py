@@ -295,10 +295,8 @@ def make_plan(
         )
     speeds = speeds or nominal_speeds(device)
     moe, form = config.moe, None if options.experts is None else read_deltas(options.experts)
-    if form and (moe is None or not moe.meta_expert or moe.merged or not on_cpu):
-        raise InputError(
-            "Deltas are of models with a meta expert, on a CPU.", "Leave --experts out."
-        )
+    if form and (moe is None or not moe.meta_expert or moe.merged):
+        raise InputError("Deltas are of models with a meta expert.", "Leave --experts out.")
     if options.vision == "tokens" and not vision_in_8_bits(config, "int8", NUMBER[device.kind]):
         raise InputError(
             "A scale per token is for a vision transformer in 8 bits, on a CPU.",
@@ -306,8 +304,9 @@ def make_plan(
         )
 
     def work(precision: Precision) -> Asked:
-        group, deltas = options.group or stored.group, stored.deltas if on_cpu else None
-        deltas = Deltas.of(form, config, precision, group) if form else deltas
+        group = options.group or stored.group
+        deltas = Deltas.of(form, config, precision, group) if form else stored.deltas
+        deltas = deltas if on_cpu or deltas is None else deltas.on_gpu()
         vision = options.vision or stored.vision
         return Asked(config, prompt, options.new_tokens, group, deltas, vision)
 

@@ -104,8 +104,9 @@ def test_who_is_not_on_the_list_is_not_let_in(
         assert send(node.port, study(), called=called) == [-1]
         assert node.queue.counts()["waiting"] == 0
     peer = {"ae_title": PEER, "hosts": ["127.0.0.1"]}
-    with Node(configuration(tmp_path / "node", peers=[peer]), StandIn()) as node:
-        assert send(node.port, study()) == [0]
+    for host in ("127.0.0.1", *(["::"] if socket.has_dualstack_ipv6() else [])):
+        with Node(configuration(tmp_path / "node", host=host, peers=[peer]), StandIn()) as node:
+            assert send(node.port, study()) == [0]
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,18 @@ def test_of_a_corrected_object_that_waits_only_the_last_is_asked(tmp_path: Path)
     assert seen[1:] == [240]
 
 
+def test_results_of_a_patient_whose_header_is_odd_are_withdrawn_too(node: Node) -> None:
+    """As they are in the header: highdicom takes no such values."""
+    values = {"PatientSex": "X", "PatientBirthDate": "1.1.1970", "StudyDate": "2024-05-06"}
+    assert send(node.port, odd(**values)) == [0]
+    answered(node)
+    assert send(node.port, study(PatientID="MRN-0815", PatientName="Roe^Richard")) == [0]
+    answered(node, 2)
+    (rejection,) = rejections(node)
+    assert rejection.PatientID == "MRN-4711"
+    assert {name: text_of(rejection, name).value for name in values} == values
+
+
 def test_the_same_uid_of_another_patient_is_kept_apart(
     node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -377,7 +377,7 @@ class Tidying:
         """Remove documents that were sent, and images of what was answered, that are old enough."""
         self._due = time.monotonic() + TIDY_EVERY
         before = time.time() - self.days * DAY
-        for result in self.folder.documents.iterdir():
+        for result in filter(Path.is_dir, self.folder.documents.iterdir()):
             newest = max(path.stat().st_mtime for path in (result, *result.iterdir()))
             if newest < before and self.desk.is_finished(result.name, self.committing):
                 shutil.rmtree(result)

@@ -222,6 +222,7 @@ class Receiving:
         assert requestor.primitive is not None  # what this event is about
         title = str(requestor.primitive.calling_ae_title).strip()
         address = ipaddress.ip_address(requestor.address)
+        address = getattr(address, "ipv4_mapped", None) or address  # on a port for both
         for peer in self.configuration.peers:
             if peer.ae_title == title and (not peer.hosts or address in peer.hosts):
                 self._support_private(event.assoc)
