@@ -172,8 +172,8 @@ class Node:
         self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
         self._senders = [self._sender(each) for each in configuration.destinations]
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
-        fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
-        self._fetcher = Worker("Fetching", fetching.pending, fetching.do)
+        self._fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
+        self._fetcher = Worker("Fetching", self._fetching.pending, self._fetching.do)
         self.desk = Desk(configuration.folder)
         tidying = Tidying(configuration, self.desk)
         self._tidier = Worker("Tidying", tidying.pending, tidying.do)
@@ -236,6 +236,7 @@ class Node:
         self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
     ) -> None:
         """Let what is being received end, then what is being answered and sent."""
+        self._fetching.ending = True
         if self._server is not None:
             self._server.shutdown()
         if self._web is not None:
@@ -249,8 +250,8 @@ class Node:
         self._entity.shutdown()
         for worker in self._workers:
             worker.stop()
-        for worker in self._workers:
-            worker.join()
+        for worker in self._workers:  # a source may say nothing for minutes
+            worker.join(PATIENCE if worker is self._fetcher else None)
         self._close()
 
     def ails(self) -> str:
