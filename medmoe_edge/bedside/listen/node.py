@@ -59,16 +59,12 @@ VERIFICATION = "1.2.840.10008.1.1"
 STUCK = 600.0  # seconds for one slice's answers, after which an engine hangs
 MOST_UPLOADS, UPLOAD_SECONDS = 2, 300.0  # of STOW-RS
 MULTIPART = 1_000_000  # bytes around the objects of a request
-MOST_CONNECTIONS = 64
-PATIENCE = 10.0  # seconds that open associations get to end by themselves
+MOST_CONNECTIONS, PATIENCE = 64, 10.0  # seconds that open associations get to end by themselves
 # Their messages quote UIDs, AE titles and values of what they read.
-TALKATIVE = (
-    *("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore"),
-    *("dicomweb_client", "urllib3", "hl7"),
-)
-NOTIFYING = 1.0  # seconds for systemd to take what it is told
-IDLE = 1.0  # seconds between looks, when nobody wakes it
+TALKATIVE = "pynetdicom pydicom highdicom httpx httpcore dicomweb_client urllib3 hl7"
+NOTIFYING, IDLE = 1.0, 1.0  # seconds for systemd to listen; between looks, when nobody wakes it
 FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
+MANY = 10  # failures, one after the other, after which all wait: nobody is there
 
 
 class Worker(threading.Thread):
@@ -91,6 +87,7 @@ class Worker(threading.Thread):
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
         self._began: float | None = None  # the job at hand
+        self._failures = 0  # since the last job that ended well
 
     def wake(self) -> None:
         """There is something new."""
@@ -132,11 +129,15 @@ class Worker(threading.Thread):
         try:
             self._do(key)
             self._delayed.pop(key, None)
+            self._failures = 0
         except Exception as error:
             _, delay = self._delayed.get(key, (0.0, FIRST_DELAY))
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
             why = error.what if isinstance(error, MedMoEError) else type(error).__name__
             log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
+            self._failures += 1
+            if self._failures >= MANY:
+                self._stopping.wait(FIRST_DELAY * 2 ** min(self._failures - MANY, 6))
         finally:
             self._began = None
 
@@ -151,7 +152,7 @@ class Node:
         self, configuration: Configuration, engine: Asked, locator: Locator | None = None
     ) -> None:
         self.configuration = configuration
-        for name in TALKATIVE:
+        for name in TALKATIVE.split():
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self.folder = Folder(configuration.folder)
         self._lock = filelock.FileLock(self.folder.lock, timeout=0, fallback_to_soft=False)
