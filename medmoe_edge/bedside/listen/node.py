@@ -29,7 +29,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.bedside.listen.answering import Answering, Asked
 from medmoe_edge.bedside.listen.config import Configuration, Destination, Http
-from medmoe_edge.bedside.listen.desk import Desk, Tidying
+from medmoe_edge.bedside.listen.desk import Desk, Tidying, remove_leftovers
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
@@ -167,6 +167,7 @@ class Node:
         if configuration.keep_images:
             needed |= self.queue.images("answered")
         self.folder.sweep(needed)
+        remove_leftovers(self.folder)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
         self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
         self._senders = [self._sender(each) for each in configuration.destinations]
@@ -534,8 +535,7 @@ def _hang_up(association: Association) -> None:
 
 def _entity(configuration: Configuration) -> ApplicationEntity:
     entity = ApplicationEntity(configuration.ae_title)
-    entity.require_called_aet = True
-    entity.maximum_associations = configuration.max_associations
+    entity.maximum_associations = configuration.max_associations + MOST_CONNECTIONS  # silent ones
     entity.acse_timeout = entity.dimse_timeout = configuration.timeout
     entity.network_timeout = configuration.timeout
     entity.add_supported_context(VERIFICATION)
