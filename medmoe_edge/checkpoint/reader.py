@@ -45,6 +45,7 @@ from medmoe_edge.checkpoint.tensors import (
     StoredTensor,
     check_file,
     files_sha256,
+    has_adapter,
     no_weights,
     read_headers,
     read_json,
@@ -207,14 +208,18 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
     tokenizer = folder / FAST_FILE
     if tokenizer.exists():
         check_file(tokenizer)
-    notice = dropped_tokens(data, config)
+    adapter = Notice(
+        "adapter_not_applied",
+        "The checkpoint's folder holds a LoRA adapter beside the weights: it is not applied.",
+    )
+    told = (dropped_tokens(data, config), adapter if has_adapter(folder) else None)
     return Checkpoint(
         folder,
         config,
         tokenizer if tokenizer.exists() else None,
         names,
         twins,
-        warnings=(notice,) if notice else (),
+        warnings=tuple(filter(None, told)),
     )
 
 
@@ -383,8 +388,9 @@ def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 def _read_tower(path: object) -> tuple[dict[str, StoredTensor], dict[str, object]]:
     """The tensors of a separate CLIP folder under their official names, and its `config.json`."""
     if not isinstance(path, str | Path) or not Path(path).is_dir():
+        elsewhere = f"{str(path)!r} is not a folder here" if path else "names no folder with one"
         raise CheckpointError(
-            f"The checkpoint holds no vision tower, and {str(path)!r} is not a folder here.",
+            f"The checkpoint holds no vision tower, and {elsewhere}.",
             "Pass --vision-tower FOLDER with openai/clip-vit-large-patch14-336 as safetensors.",
         )
     folder = Path(path)

@@ -1,10 +1,14 @@
 """The DICOM node: whom it lets in, what it keeps before it says so, and what it answers."""
 
+import contextlib
 import logging
 import os
+import socket
 import sqlite3
 import stat
 import sys
+import threading
+import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +41,7 @@ from pydicom.uid import (
 from pynetdicom.ae import ApplicationEntity
 
 from medmoe_edge.bedside.audit.log import verify_log
+from medmoe_edge.bedside.listen import node as listen_node
 from medmoe_edge.bedside.listen import queue as listen_files
 from medmoe_edge.bedside.listen import receiving as listen_receiving
 from medmoe_edge.bedside.listen.answering import Answering
@@ -95,14 +100,17 @@ def test_echo(tmp_path: Path) -> None:
     ],
 )
 def test_who_is_not_on_the_list_is_not_let_in(
-    tmp_path: Path, peer: dict[str, object], called: str
+    tmp_path: Path, peer: dict[str, object], called: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Node(configuration(tmp_path / "node", peers=[peer]), StandIn()) as node:
         assert send(node.port, study(), called=called) == [-1]
         assert node.queue.counts()["waiting"] == 0
+    why = "its AE title or address is not on the list"
+    assert (why if called == "MEDMOE" else "it called another AE title") in caplog.text
     peer = {"ae_title": PEER, "hosts": ["127.0.0.1"]}
-    with Node(configuration(tmp_path / "node", peers=[peer]), StandIn()) as node:
-        assert send(node.port, study()) == [0]
+    for host in ("127.0.0.1", *(["::"] if socket.has_dualstack_ipv6() else [])):
+        with Node(configuration(tmp_path / "node", host=host, peers=[peer]), StandIn()) as node:
+            assert send(node.port, study()) == [0]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +186,43 @@ def test_an_object_beyond_the_limit_ends_the_connection(tmp_path: Path) -> None:
         assert send(node.port, study(2)) == [0]
         wait_for(lambda: done(node))
         assert node.queue.counts()["answered"] == 1
+
+
+def test_who_says_nothing_takes_no_senders_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.ExitStack() as stack:
+        config = configuration(tmp_path / "node", max_associations=1)
+        node = stack.enter_context(Node(config, StandIn()))
+        for _ in range(5):
+            stack.enter_context(socket.create_connection(("127.0.0.1", node.port), 20))
+        assert send(node.port, study(1)) == [0]
+        entity = ApplicationEntity(PEER)
+        entity.add_requested_context("1.2.840.10008.1.1")
+        open_one = entity.associate("127.0.0.1", node.port, ae_title="MEDMOE")
+        assert open_one.is_established
+        assert send(node.port, study(2)) == [-1]
+        assert "rejected: max_associations are open" in caplog.text
+        open_one.release()
+        wait_for(lambda: send(node.port, study(2)) == [0])
+
+
+@pytest.mark.parametrize("announced", [0xFFFFFFF0, 1000])
+def test_a_pdu_without_end_is_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, announced: int
+) -> None:
+    """Nobody has said who he is yet: a header must not take gigabytes, nor a drip a place."""
+    with Node(configuration(tmp_path / "node", timeout=1), StandIn()) as node:
+        with socket.create_connection(("127.0.0.1", node.port), 20) as peer:
+            peer.sendall(b"\x01\0" + announced.to_bytes(4))
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    peer.sendall(b"\0")
+                    time.sleep(0.05)
+            with contextlib.suppress(ConnectionResetError):
+                assert peer.recv(1) == b""
+        assert "a PDU is too long, or does not come to its end" in caplog.text
+        assert send(node.port, study(2)) == [0]
 
 
 def test_what_is_sent_again_is_answered_once(tmp_path: Path) -> None:
@@ -286,6 +331,28 @@ def test_documents_are_sent_until_they_are_taken(
             archive.refuse = 1
             wait_for(lambda: done(node))
     assert [len(each) for each in archive.received.values()] == [1, 1]
+
+
+def test_where_nobody_is_there_not_all_that_waits_is_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A destination that is down over the weekend, and a log with a line for each document."""
+    monkeypatch.setattr(listen_node, "FIRST_DELAY", 0.05)
+    waiting, is_there = [f"document {number}" for number in range(200)], threading.Event()
+
+    def send_one(document: str) -> None:
+        if not is_there.is_set():
+            raise ResourceError("it cannot be reached", "Is it running?")
+        waiting.remove(document)
+
+    worker = listen_node.Worker("Sending", lambda limit: waiting[:limit], send_one)
+    worker.start()
+    time.sleep(1)
+    assert listen_node.MANY <= caplog.text.count("it cannot be reached") < 2 * listen_node.MANY
+    is_there.set()
+    wait_for(lambda: not waiting)
+    worker.stop()
+    worker.join()
 
 
 def test_a_node_stops_after_what_it_has_begun(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ what frames of an object say together.
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import sqlite3
 import stat
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,45 @@ def test_an_audit_log_from_an_older_backup_is_good_and_says_so(tmp_path: Path) -
     assert verify_log(config.audit_log).intact
 
 
+@pytest.mark.parametrize("by", ["node", "backup"])
+def test_what_a_killed_backup_left_of_images_goes(tmp_path: Path, by: str) -> None:
+    config = configuration(tmp_path / "node")
+    Queue(Folder(config.folder).queue).close()
+    left, at_work = config.folder / ".backup.abc", config.folder / ".restore.def"
+    for place in (left, at_work):
+        (place / "images").mkdir(parents=True)
+        (place / "images" / "key.dcm").write_bytes(b"image")
+    os.utime(left, (time.time() - 2 * DAY,) * 2)
+    if by == "node":
+        with Node(config, StandIn()):
+            pass
+    else:
+        Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
+    assert not left.exists()
+    assert at_work.exists()
+
+
+def test_a_restored_log_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails between its entry and its head would leave the head of a log that is removed."""
+    config, other = configuration(tmp_path / "node"), configuration(tmp_path / "other")
+    Queue(Folder(config.folder).queue).close()
+    entry: dict[str, Any] = {"who": "p", "event": "answer", "model": {}, "question": "q"}
+    AuditLog(config.audit_log).append(answer="a", input_sha256="", **entry)
+    Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
+    opened = Counter[str]()
+    for module, name in ((os, "open"), (io, "open")):
+        real = getattr(module, name)
+
+        def count(path: Any, *given: Any, real: Any = real, **named: Any) -> Any:
+            opened[str(path)] += 1
+            return real(path, *given, **named)
+
+        monkeypatch.setattr(module, name, count)
+    restore(tmp_path / "node.tar", Folder(other.folder), other.audit_log)
+    assert opened[str(other.audit_log)] == 1
+    assert verify_log(other.audit_log).entries == 2
+
+
 def test_restoring_does_not_hide_that_a_log_that_stayed_was_cut(tmp_path: Path) -> None:
     config = configuration(tmp_path / "node")
     audit = tmp_path / "audit.jsonl"
@@ -471,6 +512,7 @@ def test_what_was_sent_goes_after_a_while_and_is_known_still(tmp_path: Path) -> 
         assert send(node.port, study(1)) == [0]
         answered(node)
         tidying, (result,) = Tidying(config, node.desk), node.folder.documents.iterdir()
+        (node.folder.documents / ".DS_Store").touch()  # no result: a person's computer made it
         assert tidying.pending(1) == ["old files"]
         tidying.do("old files")
         assert tidying.pending(1) == []

@@ -8,6 +8,8 @@ import json
 import socket
 import subprocess
 import threading
+import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ import hl7.mllp
 import httpx
 import pytest
 import trustme
+from bombs import deflated_dicom
 from dicom_files import saved
 from dicom_peers import PLUGINS, get, orthanc_at, post_to, put_to, tool
 from listen_process import (
@@ -247,6 +250,20 @@ def test_stow_says_what_became_of_each_object(tmp_path: Path) -> None:
         wait_for(lambda: node.queue.counts()["answered"] == 1)
 
 
+def test_a_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node", http={"port": 0}), StandIn()) as node:
+        body, headers = body_of(deflated_dicom(64, 64, 1, tail=2**28))
+        url = f"http://127.0.0.1:{node.web_port}/studies"
+        tracemalloc.start()
+        try:
+            found = httpx.post(url, content=body, headers=headers, timeout=60)
+            assert tracemalloc.get_traced_memory()[1] < 2**26
+        finally:
+            tracemalloc.stop()
+        assert found.status_code == 409
+        assert found.json()["00081198"]["Value"][0]["00081197"]["Value"] == [0xC000]
+
+
 @pytest.mark.parametrize(
     "kind",
     ["", "multipart/related", "multipart/form-data; boundary=ends", 'multipart/related; type="x"'],
@@ -394,6 +411,44 @@ def test_a_source_that_gives_up_after_some_may_have_more(
         )
 
 
+class Outliving(GivingUp):
+    """An association with one that still has an object to send when the node ends."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node)
+        self.begun = threading.Event()
+
+    def send_c_move(self, *_: Any) -> Iterator[tuple[Dataset, None]]:
+        self.node.receiving.moved(0x0000, "")
+        self.begun.set()
+        with contextlib.suppress(OSError):
+            while True:  # until nobody listens there any more
+                socket.create_connection(("127.0.0.1", self.node.port), 1).close()
+                time.sleep(0.05)
+        last = Dataset()
+        last.Status = 0xB000
+        last.NumberOfCompletedSuboperations = last.NumberOfFailedSuboperations = 1
+        yield last, None
+
+
+def test_a_study_is_fetched_again_where_the_node_ended_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(
+        tmp_path / "node", sources=[SOURCES["move"] | {"port": free_port()}], max_associations=99
+    )
+    with Node(config, StandIn()) as node:
+        source = Outliving(node)
+        monkeypatch.setattr(
+            "medmoe_edge.bedside.listen.fetching.associated", lambda *_, **__: source
+        )
+        number = node.desk.request(STUDY, 0, "")
+        assert source.begun.wait(20)
+    with contextlib.closing(Desk(config.folder)) as desk:
+        assert desk.fetched(number) == ("waiting", "")
+    assert len(list((config.folder / "requests").iterdir())) == 1
+
+
 def test_what_two_associations_bring_at_once_is_all_counted() -> None:
     got = Retrieved()
     other = threading.Thread(target=got.add, args=[0xC000, "no"])
@@ -476,7 +531,10 @@ def test_what_a_destination_does_not_keep_is_told_and_can_be_sent_again(
 
 
 class Listener:
-    """An MLLP server: keeps what it is told, and acknowledges with `code`."""
+    """An MLLP server: keeps what it is told, and acknowledges with one of `codes` after another.
+
+    With a line feed behind a code, it ends segments as lines.
+    """
 
     def __init__(self, *codes: str) -> None:
         self.codes, self.heard = list(codes), list[hl7.Message]()
@@ -499,7 +557,9 @@ class Listener:
             while True:
                 message = await reader.readmessage()
                 self.heard.append(message)
-                writer.writemessage(message.create_ack(self.codes.pop(0)))
+                code = self.codes.pop(0)
+                told = str(message.create_ack(code.strip()))
+                writer.writeblock((told.replace("\r", "\r\n") if "\n" in code else told).encode())
                 await writer.drain()
 
     def __enter__(self) -> "Listener":
@@ -515,7 +575,7 @@ class Listener:
 
 def test_hl7_is_said_until_it_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
-    with Listener("AE", "AA") as listener:
+    with Listener("AE", "AA\n") as listener:
         receiver = {"host": "127.0.0.1", "port": listener.port, "application": "RIS|1"}
         with Node(configuration(tmp_path / "node", hl7=[receiver]), StandIn()) as node:
             assert send(node.port, study(AccessionNumber="A1")) == [0]

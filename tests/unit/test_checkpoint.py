@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pickle
 import signal
@@ -26,7 +27,7 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from medmoe_edge.checkpoint.config import model_config, official_config
+from medmoe_edge.checkpoint.config import CLIP_L_14_336, model_config, official_config
 from medmoe_edge.checkpoint.keys import expected_parameters, official_name
 from medmoe_edge.checkpoint.reader import import_router, read_checkpoint, write_checkpoint
 from medmoe_edge.checkpoint.tensors import StoredTensor
@@ -93,6 +94,8 @@ def test_round_trip_is_bit_exact(tmp_path: Path, kind: str, shard_bytes: int) ->
     shards = sorted(path.name for path in checkpoint.folder.glob("*.safetensors"))
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     assert (len(shards) > 1) == (shard_bytes == 8192)
+    modes = {path.stat().st_mode for path in checkpoint.folder.iterdir()}
+    assert len(modes) == 1, "who may read one of the files may read all"
 
 
 @KINDS
@@ -526,9 +529,22 @@ def test_a_tower_of_another_width_is_refused(towerless: Path, tmp_path: Path) ->
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"eos_token_id": 256}, "eos_token_id"),
+        ({"rope_pct": 1.5}, "rotary_fraction"),
+        ({"partial_rotary_factor": 1e300, "rope_pct": None}, "rotary_fraction"),
+        ({"max_position_embeddings": 10**30}, "max_positions"),
         ({"moe": [1]}, "moe"),
         ({"medmoe_edge": {"visoin": {}}}, "Did you mean 'vision'"),
         ({"medmoe_edge": {"vision": {"kind": "clip"}}}, "image_size"),
+        *(
+            ({"medmoe_edge": {"vision": CLIP_L_14_336.to_json() | changes}}, message)
+            for changes, message in (
+                ({"heads": 0}, "vision.heads 0"),
+                ({"heads": 10**30}, "vision.heads"),
+                ({"pixel_mean": []}, "pixel_mean"),
+                ({"pixel_std": [1, 1, 0]}, "pixel_std"),
+                ({"pixel_std": [1, 1, math.nan]}, "pixel_std"),
+            )
+        ),
     ],
 )
 def test_impossible_configurations_are_refused(
@@ -803,8 +819,11 @@ def test_weights_without_an_index_are_found(folder: Path, name: str) -> None:
     with edit_tensors(folder):
         pass
     (folder / "model.safetensors").rename(folder / name)
+    assert read_checkpoint(folder).warnings == ()
     save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
-    assert len(list(read_checkpoint(folder))) > 50
+    read = read_checkpoint(folder)
+    assert len(list(read)) > 50
+    assert [notice.code for notice in read.warnings] == ["adapter_not_applied"]
     (folder / name).rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(CheckpointError):
         read_checkpoint(folder)
@@ -814,6 +833,7 @@ LEFT = {
     "adapter_model.safetensors": ("LoRA adapter without its base", "merge_and_unload"),
     "non_lora_trainables.bin": ("LoRA adapter without its base", "merge_and_unload"),
     "mm_projector.bin": ("a projector alone", "a later phase"),
+    "manifest.json": ("is a bundle", "what it was exported from"),
     "zero_to_fp32.py": ("DeepSpeed", "zero_to_fp32.py . OUT"),
     "__0_0.distcp": ("FSDP", "merge-weights"),
     "phi.gguf": ("GGUF", "made from"),

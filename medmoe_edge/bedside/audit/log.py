@@ -213,13 +213,19 @@ log = logging.getLogger(__name__)
 
 
 class AuditLog:
-    """An audit log at `path`, made with the first entry; only its owner may read it."""
+    """An audit log at `path`, made with the first entry; only its owner may read it.
+
+    Raises `InputError` where its folder is not there.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            what = f"{self.path.parent}, where the audit log is to be, is not a folder."
+            raise InputError(what, "Make it first, or choose another.")
         # A lock of the system's, which ends with its process; never a file that a crash leaves.
         self._lock = FileLock(f"{self.path}.lock", mode=0o600, fallback_to_soft=False)
-        self._told = False  # that its head is not the one that was kept
+        self._missing: str | None = None  # a kept head that is not in it, as was said
 
     def append(
         self,
@@ -230,8 +236,11 @@ class AuditLog:
         question: str,
         answer: str,
         input_sha256: str,
+        is_head: bool = False,
     ) -> None:
         """Write one entry; on return it is on the disk.
+
+        With `is_head` it becomes the head that is kept, whatever that was before.
 
         An unfinished last line, which a crash left, is cut off first: its writer was never told
         that it was kept. Raises `InputError` for an entry over 1 MiB, `DataError` where the log's
@@ -254,7 +263,8 @@ class AuditLog:
                 if len(line) >= MAX_LINE:
                     raise InputError("An audit entry is too long.", "Ask a shorter question.")
                 _write(file, line)
-                self._keep_head(file, number, previous, line)
+                if is_head or self._has_kept_head(file, number, previous):
+                    _keep_head(self.path, number + 1, json.loads(line)["hash"])
         except OSError as error:
             raise _unwritable(error.strerror or type(error).__name__) from error
 
@@ -270,7 +280,6 @@ class AuditLog:
             DataError, ResourceError: As `append`.
         """
         kept = kept_head(self.path)
-        self._told = is_restored
         text = "A backup was restored."
         if is_restored and kept is not None:
             text += f" The last entry written here before was {kept[0]}, {kept[1]}."
@@ -281,34 +290,42 @@ class AuditLog:
             model={},
             question="",
             input_sha256=backup_sha256,
+            is_head=is_restored,
         )
-        if is_restored:
-            with self._lock, self.path.open("r+b", buffering=0) as file:
-                _keep_head(self.path, *_last(file))
 
     def check(self) -> None:
         """Raise `ResourceError` unless the next entries could be written."""
         try:
-            with self._lock, self._opened():
+            with self._lock, self._opened() as file:
+                _last(file)
                 room = shutil.disk_usage(self.path.parent).free
+        except DataError as error:
+            raise ResourceError(error.what, error.remedy) from error
         except OSError as error:
             raise _unwritable(error.strerror or type(error).__name__) from error
         if room < MAX_LINE:
             raise _unwritable("the disk is full")
 
-    def _keep_head(self, file: IO[bytes], number: int, previous: str, line: bytes) -> None:
-        """Keep the new head apart, unless the one kept is not in the log, which it then proves."""
+    def _has_kept_head(self, file: IO[bytes], number: int, previous: str) -> bool:
+        """Whether the head that was kept is in the log; one that is not proves that lines are gone.
+
+        `number` and `previous` are of the entry before the new one.
+        """
         kept = kept_head(self.path)
-        if kept and kept != (number, previous) and not _holds(file, kept[1]):
-            if not self._told:
-                log.error(
-                    "The audit log has %d entries and not the last one that was written here, %d: "
-                    "its end was cut off, or it is another log.",
-                    *(number, kept[0]),
-                )
-            self._told = True
-            return
-        _keep_head(self.path, number + 1, json.loads(line)["hash"])
+        if kept in (None, (number, previous)):
+            return True
+        assert kept is not None
+        if kept[1] == self._missing:  # nothing is added before what is there
+            return False
+        if _holds(file, kept[1]):
+            return True
+        log.error(
+            "The audit log has %d entries and not the last one that was written here, %d: "
+            "its end was cut off, or it is another log.",
+            *(number, kept[0]),
+        )
+        self._missing = kept[1]
+        return False
 
     def _opened(self) -> IO[bytes]:
         is_new = not self.path.exists()
@@ -354,7 +371,7 @@ def _last(file: IO[bytes]) -> tuple[int, str]:
     if entry is None:
         raise DataError(
             "The audit log's last line is not as it was written.",
-            "See: medmoe-edge audit verify; then keep that log and begin another.",
+            "See: medmoe-edge audit verify; then keep that log, and begin one of another name.",
         )
     return int(entry["number"]), str(entry["hash"])
 
@@ -448,7 +465,7 @@ def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
 
     Raises:
         InputError: The log or a certificate cannot be read.
-        DataError: The log does not go on from what was sent: it was cut or changed.
+        DataError: The log does not go on from what was sent: it was cut, changed or replaced.
         ResourceError: The collector cannot be reached.
     """
     sent = 0
@@ -468,6 +485,8 @@ def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
                 if not follow:
                     return sent
                 time.sleep(PAUSE)
+                if not _is_at(path, file):
+                    raise _broken(number + 1)
     except FileNotFoundError as error:
         raise InputError(f"There is no audit log {path}.", "Check the path.") from error
 
@@ -489,6 +508,12 @@ def _skip(file: IO[bytes], path: Path) -> tuple[int, str]:
     if number and (entry is None or entry["hash"] != head):
         raise _broken(number)
     return number, head
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open log is still the one at that path, and what was read of it is there."""
+    there = path.stat()
+    return os.path.samestat(there, os.fstat(file.fileno())) and there.st_size >= file.tell()
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:

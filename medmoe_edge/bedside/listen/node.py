@@ -29,11 +29,11 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.bedside.listen.answering import Answering, Asked
 from medmoe_edge.bedside.listen.config import Configuration, Destination, Http
-from medmoe_edge.bedside.listen.desk import Desk, Tidying
+from medmoe_edge.bedside.listen.desk import Desk, Tidying, remove_leftovers
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
-    MessageSizeLimit,
+    Limits,
     Receiving,
     Refused,
     classes_set_aside,
@@ -59,16 +59,12 @@ VERIFICATION = "1.2.840.10008.1.1"
 STUCK = 600.0  # seconds for one slice's answers, after which an engine hangs
 MOST_UPLOADS, UPLOAD_SECONDS = 2, 300.0  # of STOW-RS
 MULTIPART = 1_000_000  # bytes around the objects of a request
-MOST_CONNECTIONS = 64
-PATIENCE = 10.0  # seconds that open associations get to end by themselves
+MOST_CONNECTIONS, PATIENCE = 64, 10.0  # seconds that open associations get to end by themselves
 # Their messages quote UIDs, AE titles and values of what they read.
-TALKATIVE = (
-    *("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore"),
-    *("dicomweb_client", "urllib3", "hl7"),
-)
-NOTIFYING = 1.0  # seconds for systemd to take what it is told
-IDLE = 1.0  # seconds between looks, when nobody wakes it
+TALKATIVE = "pynetdicom pydicom highdicom httpx httpcore dicomweb_client urllib3 hl7"
+NOTIFYING, IDLE = 1.0, 1.0  # seconds for systemd to listen; between looks, when nobody wakes it
 FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
+MANY = 10  # failures, one after the other, after which all wait: nobody is there
 
 
 class Worker(threading.Thread):
@@ -91,6 +87,7 @@ class Worker(threading.Thread):
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
         self._began: float | None = None  # the job at hand
+        self._failures = 0  # since the last job that ended well
 
     def wake(self) -> None:
         """There is something new."""
@@ -132,11 +129,15 @@ class Worker(threading.Thread):
         try:
             self._do(key)
             self._delayed.pop(key, None)
+            self._failures = 0
         except Exception as error:
             _, delay = self._delayed.get(key, (0.0, FIRST_DELAY))
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
             why = error.what if isinstance(error, MedMoEError) else type(error).__name__
             log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
+            self._failures += 1
+            if self._failures >= MANY:
+                self._stopping.wait(FIRST_DELAY * 2 ** min(self._failures - MANY, 6))
         finally:
             self._began = None
 
@@ -151,7 +152,7 @@ class Node:
         self, configuration: Configuration, engine: Asked, locator: Locator | None = None
     ) -> None:
         self.configuration = configuration
-        for name in TALKATIVE:
+        for name in TALKATIVE.split():
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self.folder = Folder(configuration.folder)
         self._lock = filelock.FileLock(self.folder.lock, timeout=0, fallback_to_soft=False)
@@ -167,12 +168,13 @@ class Node:
         if configuration.keep_images:
             needed |= self.queue.images("answered")
         self.folder.sweep(needed)
+        remove_leftovers(self.folder)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
         self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
         self._senders = [self._sender(each) for each in configuration.destinations]
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
-        fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
-        self._fetcher = Worker("Fetching", fetching.pending, fetching.do)
+        self._fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
+        self._fetcher = Worker("Fetching", self._fetching.pending, self._fetching.do)
         self.desk = Desk(configuration.folder)
         tidying = Tidying(configuration, self.desk)
         self._tidier = Worker("Tidying", tidying.pending, tidying.do)
@@ -189,14 +191,16 @@ class Node:
 
     def __enter__(self) -> Self:
         receiving = self.receiving
-        size_limit = MessageSizeLimit(min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES))
+        size = min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES)
+        limits = Limits(size, self.configuration.timeout)
         handlers: list[EventHandlerType] = [
             (evt.EVT_REQUESTED, receiving.requested),
             (evt.EVT_ACCEPTED, receiving.accepted),
             (evt.EVT_C_ECHO, receiving.echo),
             (evt.EVT_C_STORE, receiving.store),
-            (evt.EVT_DATA_RECV, size_limit.data),
-            (evt.EVT_DIMSE_RECV, size_limit.message),
+            (evt.EVT_CONN_OPEN, limits.opened),
+            (evt.EVT_DATA_RECV, limits.data),
+            (evt.EVT_DIMSE_RECV, limits.message),
             *commitment_handlers(self.queue),
         ]
         try:
@@ -233,6 +237,7 @@ class Node:
         self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
     ) -> None:
         """Let what is being received end, then what is being answered and sent."""
+        self._fetching.ending = True
         if self._server is not None:
             self._server.shutdown()
         if self._web is not None:
@@ -246,8 +251,8 @@ class Node:
         self._entity.shutdown()
         for worker in self._workers:
             worker.stop()
-        for worker in self._workers:
-            worker.join()
+        for worker in self._workers:  # a source may say nothing for minutes
+            worker.join(PATIENCE if worker is self._fetcher else None)
         self._close()
 
     def ails(self) -> str:
@@ -323,14 +328,14 @@ class WebServer:
         with needs("serve"):
             import uvicorn
 
-            from medmoe_edge.bedside.serve.server import HeadTimeoutProtocol
+            from medmoe_edge.bedside.serve.server import TimeoutProtocol
             from medmoe_edge.bedside.serve.settings import read_tokens
         self._tokens = read_tokens(settings.token_file) if settings.token_file else {}
         self._node = node
         self._uploads = threading.Semaphore(MOST_UPLOADS)
         config = uvicorn.Config(
             self._of_this_site(self._app(), is_local=settings.is_local and not self._tokens),
-            http=HeadTimeoutProtocol,
+            http=TimeoutProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -532,8 +537,7 @@ def _hang_up(association: Association) -> None:
 
 def _entity(configuration: Configuration) -> ApplicationEntity:
     entity = ApplicationEntity(configuration.ae_title)
-    entity.require_called_aet = True
-    entity.maximum_associations = configuration.max_associations
+    entity.maximum_associations = configuration.max_associations + MOST_CONNECTIONS  # silent ones
     entity.acse_timeout = entity.dimse_timeout = configuration.timeout
     entity.network_timeout = configuration.timeout
     entity.add_supported_context(VERIFICATION)
