@@ -427,7 +427,7 @@ def _peer(name: str, checkpoint: Checkpoint) -> Callable[[], Runtime]:
     return partial(OrtRuntime, bundle)
 
 
-def agree(bundle: Path, source: str, *, progress: Progress | None = None) -> list[Agreement]:
+def agree(bundle: Path, source: str, *, progress: Progress = no_progress) -> list[Agreement]:
     """Hold every target's form of a portable bundle against its specification.
 
     Args:

@@ -29,8 +29,7 @@ from medmoe_edge.data.datasets import Example
 from medmoe_edge.device.estimate import PlanOptions, fit, plan
 from medmoe_edge.engine.engine import load
 from medmoe_edge.errors import ConfigError, InputError
-from medmoe_edge.evaluation.fidelity import Fidelity
-from medmoe_edge.evaluation.metrics import Flips, Share
+from medmoe_edge.evaluation.metrics import Fidelity, Flips, Share
 from medmoe_edge.evaluation.quick import verify_quick
 from medmoe_edge.evaluation.record import AnswersRecord, read_record
 from medmoe_edge.evaluation.report import render_report
