@@ -14,7 +14,6 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -73,9 +72,7 @@ class OnRay:
         self._workers = self._workers or sum(node["Alive"] for node in cluster.nodes())
         self._check_size(cluster.cluster_resources())
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def begin(self, questions: Iterable[str]) -> Identity:

@@ -22,9 +22,7 @@ import os
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from medmoe_edge.data.datasets import read_text
@@ -122,29 +120,13 @@ def header_of(path: str) -> Header:
             check_uids(dataset)
             origin, membership = origin_of(dataset, b""), membership_of(dataset)
             return {
-                "aside": aside(dataset, bool(pixels), ANY_QUESTION),
+                "aside": aside(dataset, bool(pixels), None),
                 **{name: getattr(origin, name) for name in ("uid", "study", "patient")},
                 **membership._asdict(),
                 "marks": key_objects(dataset),
             }
     except MedMoEError:
         return {}  # who asks about it says what is wrong
-
-
-@dataclass(frozen=True)
-class _AnyQuestion:
-    """For `listen.selection.aside`: all questions fit every image, and none names a modality."""
-
-    allow_burned_in: bool = False
-
-    def names(self, modality: str) -> bool:
-        return False
-
-    def questions_for(self, modality: str, parts: Collection[str]) -> tuple[str, ...]:
-        return ("any",)
-
-
-ANY_QUESTION = _AnyQuestion()
 
 
 class Grouped(NamedTuple):
@@ -336,9 +318,7 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._database.close()
 
     def done(self) -> set[int]:

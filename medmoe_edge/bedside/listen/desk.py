@@ -52,15 +52,10 @@ class Desk(Queue):
         """How the queue stands, as one stable JSON object; numbers alone."""
         ((objects,),) = self._read("SELECT count(*) FROM object")
         unsent = dict.fromkeys((each.name for each in configuration.destinations), 0)
-        unsent |= dict(
-            self._read(
-                "SELECT destination, count(*) FROM delivery WHERE sent = 0 GROUP BY destination"
-            )
-        )
-        unkept = (
-            "SELECT destination, count(*) FROM commitment WHERE state != 'kept' AND asked != ''"
-        )
-        uncommitted = dict(self._read(f"{unkept} GROUP BY destination"))
+        counted = "SELECT destination, count(*) FROM {} GROUP BY destination"
+        unsent |= dict(self._read(counted.format("delivery WHERE sent = 0")))
+        unkept = "commitment WHERE state != 'kept' AND asked != ''"
+        uncommitted = dict(self._read(counted.format(unkept)))
         for name in configuration.committing:
             uncommitted[name] = uncommitted.get(name, 0) + len(self.uncommitted(name, NO_LIMIT))
         requests = dict(self._read("SELECT state, count(*) FROM request GROUP BY state"))
@@ -96,16 +91,13 @@ class Desk(Queue):
         ((state, why),) = self._read("SELECT state, why FROM request WHERE number = ?", number)
         return state, why
 
-    def series(self, state: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-        """The last series, all or those in a state."""
+    def series(self) -> list[dict[str, Any]]:
+        """The last hundred series."""
         rows = self._read(
             "SELECT key, state, why, attempts, "
             "(SELECT count(*) FROM object WHERE series = series.key), "
             "(SELECT count(DISTINCT result) FROM source JOIN result ON result.key = source.result "
-            "WHERE series = series.key) FROM series WHERE ?1 IS NULL OR state = ?1 "
-            "ORDER BY number DESC LIMIT ?2",
-            state,
-            limit,
+            "WHERE series = series.key) FROM series ORDER BY number DESC LIMIT 100"
         )
         names = ("series", "state", "why", "attempts", "objects", "results")
         return [dict(zip(names, row, strict=True)) for row in rows]

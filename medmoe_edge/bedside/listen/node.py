@@ -15,8 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 import filelock
@@ -48,7 +47,6 @@ from medmoe_edge.errors import MedMoEError, ResourceError, needs
 from medmoe_edge.image.pixels import MAX_BYTES
 
 if TYPE_CHECKING:
-    from prometheus_client import Metric
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
@@ -229,9 +227,7 @@ class Node:
                 "Is another running? Configure another host or port.",
             ) from error
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let what is being received end, then what is being answered and sent."""
         if self._server is not None:
             self._server.shutdown()
@@ -481,7 +477,6 @@ def _told(fault: str) -> "Response":
 def figures(node: Node) -> str:
     """How the node stands, as Prometheus has it; no name, UID, question or answer."""
     import prometheus_client
-    from prometheus_client.core import GaugeMetricFamily
 
     found = node.desk.status(node.configuration)
     registry = prometheus_client.CollectorRegistry()
@@ -498,26 +493,12 @@ def figures(node: Node) -> str:
         ("used_bytes", "Of the node's folder.", "", {"": node.folder.used()}),
         ("well", "1 unless only a new start helps.", "", {"": float(not node.ails())}),
     ]
-    families = []
     for name, about, label, numbers in values:
         labels = [label] if label else []
-        family = GaugeMetricFamily(f"medmoe_listen_{name}", about, labels=labels)
+        gauge = prometheus_client.Gauge(f"medmoe_listen_{name}", about, labels, registry=registry)
         for key, value in numbers.items():
-            family.add_metric([key] if label else [], value)
-        families.append(family)
-    registry.register(_Collected(families))
+            (gauge.labels(key) if label else gauge).set(value)
     return prometheus_client.generate_latest(registry).decode()
-
-
-class _Collected:
-    """Figures that were taken already, as a collector of Prometheus's client."""
-
-    def __init__(self, families: "Sequence[Metric]") -> None:
-        self._families = families
-
-    def collect(self) -> "Iterator[Metric]":
-        """All of them."""
-        yield from self._families
 
 
 def _hang_up(association: Association) -> None:

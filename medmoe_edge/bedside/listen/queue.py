@@ -155,13 +155,11 @@ class Queue:
         self._opened = time.monotonic()
         self._arrived: dict[str, float] = {}  # of series and studies, when something last came
         self._arriving: Counter[str] = Counter()  # how much comes at the moment
-        try:
+        with explaining():
             self._database = sqlite3.connect(path, timeout=10, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
             prepare(self._database)
-        except sqlite3.Error as error:
-            raise _explained(error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -184,19 +182,15 @@ class Queue:
         waits even if nothing is asked of it: that result is to be withdrawn.
         """
         membership = membership or Membership(key)
-        values = (key, sha256, peer, json.dumps(questions), *membership, aside)
+        values = {"key": key, "sha256": sha256, "peer": peer, "questions": json.dumps(questions)}
+        values |= {**membership._asdict(), "aside": aside}
+        changed = ", ".join(f"{name} = excluded.{name}" for name in values if name != "key")
         with self._lock, explaining(), self._database as database:
             database.execute(
-                "INSERT INTO object (key, sha256, peer, questions, series, position, instance, "
-                "intent, view, expected, aside) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (key) DO UPDATE SET sha256 = excluded.sha256, peer = excluded.peer, "
-                "questions = excluded.questions, series = excluded.series, "
-                "position = excluded.position, instance = excluded.instance, "
-                "intent = excluded.intent, view = excluded.view, expected = excluded.expected, "
-                "aside = excluded.aside "
-                "WHERE NOT EXISTS (SELECT 1 FROM series "
-                f"WHERE series.key = object.series AND {SETTLED})",
-                values,
+                f"INSERT INTO object ({', '.join(values)}) VALUES ({', '.join('?' * len(values))}) "
+                f"ON CONFLICT (key) DO UPDATE SET {changed} WHERE NOT EXISTS "
+                f"(SELECT 1 FROM series WHERE series.key = object.series AND {SETTLED})",
+                tuple(values.values()),
             )
             if origin is not None:
                 statement = "INSERT OR REPLACE INTO origin VALUES (?, ?, ?, ?, ?)"
@@ -319,16 +313,14 @@ class Queue:
 
     def shown_elsewhere(self, key: str) -> bool:
         """Whether what an object shows is in its study for presentation too."""
-        return bool(
-            self._read(
-                "SELECT 1 FROM object AS mine JOIN origin AS own ON own.key = mine.key "
-                "JOIN origin AS beside ON beside.study = own.study "
-                "AND beside.patient = own.patient JOIN object AS other ON other.key = "
-                "beside.key WHERE mine.key = ? AND other.aside = '' AND other.view = mine.view "
-                "AND other.intent = 'presentation' LIMIT 1",
-                key,
-            )
+        rows = self._read(
+            "SELECT 1 FROM object AS mine JOIN origin AS own ON own.key = mine.key JOIN origin AS "
+            "beside ON beside.study = own.study AND beside.patient = own.patient JOIN object AS "
+            "other ON other.key = beside.key WHERE mine.key = ? AND other.aside = '' AND "
+            "other.view = mine.view AND other.intent = 'presentation' LIMIT 1",
+            key,
         )
+        return bool(rows)
 
     def mark(self, uids: Iterable[str]) -> None:
         """Record the objects that key objects name, by the hashes of their UIDs."""
@@ -527,19 +519,13 @@ def _replaced(database: sqlite3.Connection, series: str) -> list[str]:
     return [key for (key,) in rows]
 
 
-class explaining:
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
     """Around SQLite: its errors as ours."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, sqlite3.Error):
-            raise _explained(error) from error
-
-
-def _explained(error: sqlite3.Error) -> ResourceError:
-    return ResourceError(
-        f"The node's queue cannot be used ({error.sqlite_errorname}).",
-        "Free some space, check the folder's permissions, or restore the folder.",
-    )
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ResourceError(
+            f"The node's queue cannot be used ({error.sqlite_errorname}).",
+            "Free some space, check the folder's permissions, or restore the folder.",
+        ) from error
