@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from typer.core import TyperGroup
@@ -210,12 +210,7 @@ def _medmoe_edge(
 
 
 def explained(message: str, context: Any) -> str:
-    """A usage error's message, with what was meant, where that can be told.
-
-    Args:
-        message: As typer words it.
-        context: The command's, or None.
-    """
+    """A usage error's message, as typer words it, with what was meant, where that can be told."""
     command = getattr(context, "command", None)
     if found := NO_VERB.search(message):
         known = list(getattr(command, "commands", {}))
@@ -233,9 +228,7 @@ def explained(message: str, context: Any) -> str:
 def _proposal(word: str, known: Iterable[str], meanings: Mapping[str, str]) -> str:
     names = list(known)
     meant = [name for name in names if word.lower() in meanings.get(name, "").split()]
-    if meant:
-        return f" Did you mean {meant[0]!r}?"
-    hint = did_you_mean(word, names).rstrip()
+    hint = f"Did you mean {meant[0]!r}?" if meant else did_you_mean(word, names).rstrip()
     return f" {hint}" if hint else ""
 
 
@@ -291,12 +284,7 @@ def _folders(incomplete: str) -> Iterator[str]:
 
 
 def file_option(text: str, metavar: str = "FILE") -> Any:
-    """An option that names a file.
-
-    Args:
-        text: Its help.
-        metavar: How the file is called there.
-    """
+    """An option that names a file; `text` is its help, which calls the file `metavar`."""
     return typer.Option(metavar=metavar, help=text)
 
 
@@ -335,6 +323,16 @@ AllowRepetition = Annotated[
 ModelOption = Annotated[
     str,
     typer.Option("--model", help="A bundle, a checkpoint or nano.", autocompletion=complete_models),
+]
+BundleArgument = Annotated[
+    str, typer.Argument(metavar="BUNDLE", help="A bundle or nano.", autocompletion=complete_models)
+]
+AuditFile = Annotated[
+    Path | None, typer.Option("--audit", metavar="FILE", help="Log every answer here.")
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Frame = Annotated[
+    int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
@@ -379,6 +377,29 @@ def check_apart(output: Path, source: Path) -> None:
     """Refuse an output that would take the place of the image that it is made from."""
     if output.resolve() == source.resolve():
         raise InputError(f"{output} would replace its own input.", "Choose another name.")
+
+
+class Result(Protocol):
+    """What a verb has found."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+def tell(
+    found: Result, as_json: bool, show: Callable[[Any], object], error: MedMoEError | None = None
+) -> None:
+    """Print a result, as one JSON object or as `show` does; then raise its error, if it has one."""
+    if as_json:
+        render.as_json(found.to_json(), error)
+    else:
+        show(found)
+    if error is not None:
+        raise error
+
+
+def words(text: str | None) -> tuple[str, ...]:
+    """The parts of an option with commas between them."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def log_to_stderr(level: str) -> None:

@@ -27,7 +27,7 @@ from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr
 from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.bedside.listen.answering import Answering, Asked
-from medmoe_edge.bedside.listen.config import Configuration, Destination, Http
+from medmoe_edge.bedside.listen.config import Configuration, Http
 from medmoe_edge.bedside.listen.desk import Desk, Tidying
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
@@ -167,14 +167,19 @@ class Node:
         self.folder.sweep(needed)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
         self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
-        self._senders = [self._sender(each) for each in configuration.destinations]
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
         fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
-        self._fetcher = Worker("Fetching", fetching.pending, fetching.do)
         self.desk = Desk(configuration.folder)
         tidying = Tidying(configuration, self.desk)
-        self._tidier = Worker("Tidying", tidying.pending, tidying.do)
-        self._workers = [self._answerer, self._fetcher, self._tidier, *self._senders]
+        self._workers = [
+            self._answerer,
+            Worker("Fetching", fetching.pending, fetching.do),
+            Worker("Tidying", tidying.pending, tidying.do),
+        ]
+        for each in configuration.destinations:
+            sending = Sending(each, configuration.ae_title, self.folder, self.queue)
+            name = f"Sending to {each.shown}"
+            self._workers.append(Worker(name, sending.pending, sending.do, sending.rest))
         self._web: WebServer | None = None
         self._entity = _entity(configuration)
         self._server: ThreadedAssociationServer | None = None
@@ -197,35 +202,30 @@ class Node:
             (evt.EVT_DIMSE_RECV, size_limit.message),
             *commitment_handlers(self.queue),
         ]
-        try:
-            self._listen(handlers)
-        except BaseException:
-            self._entity.shutdown()
-            self._close()
-            raise
-        for worker in self._workers:
-            worker.start()
-        if self._web is not None:
-            self._web.start()
-        return self
-
-    def _listen(self, handlers: list[EventHandlerType]) -> None:
-        """Open the ports."""
         settings = self.configuration
-        if settings.http is not None:
-            self._web = WebServer(self, settings.http)
         try:
+            if settings.http is not None:
+                self._web = WebServer(self, settings.http)
             self._server = self._entity.start_server(
                 (settings.host, settings.port),
                 block=False,
                 evt_handlers=handlers,
                 ssl_context=settings.tls.server() if settings.tls else None,
             )
-        except OSError as error:
+        except BaseException as error:
+            self._entity.shutdown()
+            self._close()
+            if not isinstance(error, OSError):
+                raise
             raise ResourceError(
                 f"The node cannot listen there ({error.strerror or type(error).__name__}).",
                 "Is another running? Configure another host or port.",
             ) from error
+        for worker in self._workers:
+            worker.start()
+        if self._web is not None:
+            self._web.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         """Let what is being received end, then what is being answered and sent."""
@@ -289,12 +289,6 @@ class Node:
         self.desk.close()
         self.queue.close()
         self._lock.release()
-
-    def _sender(self, destination: Destination) -> Worker:
-        title = self.configuration.ae_title
-        sending = Sending(destination, title, self.folder, self.queue)
-        name = f"Sending to {destination.shown}"
-        return Worker(name, sending.pending, sending.do, sending.rest)
 
 
 def notify(state: str) -> None:
@@ -369,8 +363,9 @@ class WebServer:
 
         return Starlette(
             routes=[
-                Route("/healthz", self._health),
-                Route("/readyz", self._readiness),
+                # whether only a new start helps, and whether it would take an object now
+                Route("/healthz", lambda _: _told(self._node.ails())),
+                Route("/readyz", lambda _: _told(self._node.lacks())),
                 Route("/metrics", self._figures),
                 Route("/studies", self._studies, methods=["POST"]),
                 Route("/studies/{study}", self._studies, methods=["POST"]),
@@ -393,14 +388,6 @@ class WebServer:
                 await app(scope, receive, send)
 
         return checked
-
-    def _health(self, _: "Request") -> "Response":
-        """Whether the node is well; for who would start it anew."""
-        return _told(self._node.ails())
-
-    def _readiness(self, _: "Request") -> "Response":
-        """Whether it would take an object now."""
-        return _told(self._node.lacks())
 
     def _figures(self, request: "Request") -> "Response":
         """Figures for Prometheus; numbers alone."""
