@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import filelock
@@ -83,9 +84,11 @@ class Worker(threading.Thread):
         pending: Callable[[int], Sequence[str]],
         do: Callable[[str], None],
         rest: Callable[[], None] = lambda: None,
+        first_delay: float = FIRST_DELAY,
     ) -> None:
         super().__init__(name=name, daemon=True)
         self._pending, self._do, self._rest = pending, do, rest
+        self._first_delay = first_delay
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
         self._began: float | None = None  # the job at hand
@@ -131,7 +134,7 @@ class Worker(threading.Thread):
             self._do(key)
             self._delayed.pop(key, None)
         except Exception as error:
-            _, delay = self._delayed.get(key, (0.0, FIRST_DELAY))
+            _, delay = self._delayed.get(key, (0.0, self._first_delay))
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
             why = error.what if isinstance(error, MedMoEError) else type(error).__name__
             log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
@@ -142,13 +145,23 @@ class Worker(threading.Thread):
 class Node:
     """A node at work inside `with`; `engine` is used by one thread alone.
 
+    What failed is tried again after `first_delay` seconds, an engine hangs that takes longer than
+    `stuck` for a slice, and open associations get `patience` to end by themselves.
+
     Raises `ResourceError` where its port or its folder is in use.
     """
 
     def __init__(
-        self, configuration: Configuration, engine: Asked, locator: Locator | None = None
+        self,
+        configuration: Configuration,
+        engine: Asked,
+        locator: Locator | None = None,
+        *,
+        first_delay: float = FIRST_DELAY,
+        stuck: float = STUCK,
+        patience: float = PATIENCE,
     ) -> None:
-        self.configuration = configuration
+        self.configuration, self._stuck, self._patience = configuration, stuck, patience
         for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self.folder = Folder(configuration.folder)
@@ -166,20 +179,21 @@ class Node:
             needed |= self.queue.images("answered")
         self.folder.sweep(needed)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
-        self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
+        worker = partial(Worker, first_delay=first_delay)
+        self._answerer = worker("Answering", self.answering.pending, self.answering.do)
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
         fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
         self.desk = Desk(configuration.folder)
         tidying = Tidying(configuration, self.desk)
         self._workers = [
             self._answerer,
-            Worker("Fetching", fetching.pending, fetching.do),
-            Worker("Tidying", tidying.pending, tidying.do),
+            worker("Fetching", fetching.pending, fetching.do),
+            worker("Tidying", tidying.pending, tidying.do),
         ]
         for each in configuration.destinations:
             sending = Sending(each, configuration.ae_title, self.folder, self.queue)
             name = f"Sending to {each.shown}"
-            self._workers.append(Worker(name, sending.pending, sending.do, sending.rest))
+            self._workers.append(worker(name, sending.pending, sending.do, sending.rest))
         self._web: WebServer | None = None
         self._entity = _entity(configuration)
         self._server: ThreadedAssociationServer | None = None
@@ -233,7 +247,7 @@ class Node:
             self._server.shutdown()
         if self._web is not None:
             self._web.stop()
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self._patience
         while (there := self._entity.active_associations) and time.monotonic() < end:
             for association in there:
                 if association.requestor.primitive is None:  # nothing was asked for
@@ -252,7 +266,7 @@ class Node:
             if not worker.is_alive():
                 return f"{worker.name} has ended"
         quiet = time.monotonic() - self.answering.progress
-        if min(self._answerer.busy(), quiet) > STUCK:
+        if min(self._answerer.busy(), quiet) > self._stuck:
             return "an answer takes too long"
         return ""
 
