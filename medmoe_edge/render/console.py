@@ -181,22 +181,19 @@ def show_evaluation(found: "AnswerScores") -> None:
             show(_modality_found("the labelled images", found.labels))
         return
     asked, blind = found.questions, found.blind
-    scores: list[tuple[str, Score | None]] = [
-        ("all", asked.overall),
-        ("  open", asked.open),
-        ("  closed", asked.closed),
-    ]
+    groups: dict[str, Scores] = {"all": asked}
     if blind:
-        scores += [
-            ("blind: a black picture", blind.overall),
-            ("  open", blind.open),
-            ("  closed", blind.closed),
-        ]
-    for source, score in asked.by_source.items():
-        scores += [(source, score.overall), ("  open", score.open), ("  closed", score.closed)]
+        groups["blind: a black picture"] = blind
+    groups |= asked.by_source
+    scores: list[tuple[str, Score | None]] = []
+    for name, score in groups.items():
+        scores += [(name, score.overall), ("  open", score.open), ("  closed", score.closed)]
     scores += list(asked.by_modality.items())
     rows = [
-        (name, score.n, percent(score.exact_match), _interval(score), percent(score.accuracy))
+        (
+            *(name, score.n, percent(score.exact_match)),
+            *("{:.1%} to {:.1%}".format(*score.exact_match_interval), percent(score.accuracy)),
+        )
         for name, score in scores
         if score
     ]
@@ -207,7 +204,7 @@ def show_evaluation(found: "AnswerScores") -> None:
         ["the papers' figures", "ours", "official", *(["blind"] if blind else [])],
         [
             (name, *(NONE if value is None else f"{value:.2%}" for value in values))
-            for name, values in _published(asked, blind)
+            for name, values in _published(asked, blind).items()
         ],
     )
     show(
@@ -219,28 +216,16 @@ def show_evaluation(found: "AnswerScores") -> None:
         show(line)
 
 
-def _published(
-    asked: "Scores", blind: "Scores | None"
-) -> Iterator[tuple[str, tuple[float | None, ...]]]:
-    def closed(scores: "Scores") -> float | None:
-        return scores.closed.accuracy if scores.closed else None
-
-    yield (
-        "open recall",
-        (
-            asked.open_recall,
-            asked.official_open_recall,
-            *([blind.official_open_recall] if blind else []),
-        ),
-    )
-    yield (
-        "closed accuracy",
-        (
-            closed(asked),
-            asked.official_closed_accuracy,
-            *([blind.official_closed_accuracy] if blind else []),
-        ),
-    )
+def _published(asked: "Scores", blind: "Scores | None") -> dict[str, list[float | None]]:
+    closed = asked.closed.accuracy if asked.closed else None
+    told: dict[str, list[float | None]] = {
+        "open recall": [asked.open_recall, asked.official_open_recall],
+        "closed accuracy": [closed, asked.official_closed_accuracy],
+    }
+    if blind:
+        told["open recall"].append(blind.official_open_recall)
+        told["closed accuracy"].append(blind.official_closed_accuracy)
+    return told
 
 
 def _remarks(asked: "Evaluation", found: "AnswerScores") -> Iterator[str]:
@@ -272,7 +257,8 @@ def _modality_found(what: str, read: "ModalityAccuracy | None") -> str:
 
 def show_run(epochs: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
     """How far a training run is, one row an epoch."""
-    scores = dict.fromkeys(name for row in epochs for name in row if name not in _RUN)
+    own = ("phase", "epoch", "loss", "seconds")
+    scores = dict.fromkeys(name for row in epochs for name in row if name not in own)
     rows = [
         (
             row["phase"],
@@ -285,9 +271,6 @@ def show_run(epochs: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
     ]
     show_table("", ["phase", "epoch", "loss", *scores, "time"], rows)
     show("Finished." if finished else f"{len(rows)} epochs are done; the run is not finished.")
-
-
-_RUN = ("phase", "epoch", "loss", "seconds")
 
 
 def percent(fraction: float) -> str:
@@ -316,11 +299,8 @@ def told(name: str, value: object) -> list[tuple[str, object]]:
     """A part of a manifest, or its parts; lists are left to --json."""
     if not isinstance(value, Mapping):
         return [(name, value)] if value else []
-    told: list[tuple[str, object]] = [(name, "")]
-    for key, part in value.items():
-        if isinstance(part, str | int | float):
-            told.append((f"  {key.replace('_', ' ')}", part))
-    return told
+    parts = ((f"  {key.replace('_', ' ')}", part) for key, part in value.items())
+    return [(name, ""), *(told for told in parts if isinstance(told[1], str | int | float))]
 
 
 def told_runtime(inspection: "Inspection | ModalityInspection") -> list[tuple[str, object]]:
@@ -343,8 +323,3 @@ def told_verified(verified: Mapping[str, Any] | None) -> list[tuple[str, object]
     holds = "yes" if verified["here"] else "no: prove it with medmoe-edge verify --quick"
     machine = Machine.from_json(verified["machine"])
     return [("  on", str(machine)), ("  which holds here", holds)]
-
-
-def _interval(score: "Score") -> str:
-    low, high = score.exact_match_interval
-    return f"{low:.1%} to {high:.1%}"
