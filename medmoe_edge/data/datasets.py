@@ -173,7 +173,7 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
     """
     images = []
     for record in json_lines(read_text(file), file):
-        record.require("image", "modality", schema="labels")
+        record.require("image", "modality", form="labels")
         images.append(
             LabelledImage(
                 image=file.parent / record.text("image"),
@@ -192,20 +192,10 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
 
 
 def read_findings(file: Path, *, check_images: bool = False) -> list[Finding]:
-    """Read a file of findings (JSONL, `findings.schema.json`).
+    """Read a file of findings (JSONL, `findings.schema.json`): the images of all its splits.
 
-    What a panel of readers decided (`adjudicated`) is read as present or absent.
-
-    Args:
-        file: The file; image paths are relative to its folder.
-        check_images: Whether an absent image is an error.
-
-    Returns:
-        The images in the file's order, of all splits.
-
-    Raises:
-        DataError: The file or a line cannot be read (named), a finding is both present and absent,
-            or an image is absent.
+    What a panel of readers decided (`adjudicated`) is read as present or absent. Raises `DataError`
+    as `read_examples` does, and where a finding is both present and absent.
     """
     images = [_finding(record, file) for record in json_lines(read_text(file), file)]
     if not images:
@@ -259,15 +249,16 @@ class Record:
             raise DataError(f"{self.where} lacks the key {key!r}.", "Add it.")
         return self.value[key]
 
-    def require(self, *keys: str, schema: FormName) -> None:
+    def require(self, *keys: str, form: FormName) -> None:
         """Raise `DataError` for all of `keys` that are absent, and say what each is for."""
         if not (missing := [key for key in keys if key not in self.value]):
             return
-        meaning = _meanings(schema)
+        known = schema(form)["properties"]
+        advice = (f"{key}: {known[key]['description'].rstrip('.')}" for key in missing)
         raise DataError(
             f"{self.where} lacks the key{'s' * (len(missing) > 1)} "
             f"{', '.join(map(repr, missing))}.",
-            f"Add {'; '.join(f'{key}: {meaning[key]}' for key in missing)}.",
+            f"Add {'; '.join(advice)}.",
         )
 
     def text(self, key: str, *, empty: bool = False) -> str:
@@ -347,12 +338,6 @@ def json_lines(text: str, file: Path) -> Iterator[Record]:
             yield Record(parse_json(line, where), where)
 
 
-def _meanings(name: FormName) -> dict[str, str]:
-    """What each key is for, in the schema's words."""
-    properties = schema(name)["properties"]
-    return {key: told["description"].rstrip(".") for key, told in properties.items()}
-
-
 # The official VQA-RAD list really has the misspelt key.
 _CONVERSATIONS = ("conversations", "conversatons", "conversation")
 _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
@@ -379,7 +364,7 @@ class _Reader:
             self._without += 1  # LLaVA's lists mix in turns about no image
             return
         if key is None:
-            record.require("image", "question", "answer", schema="questions")
+            record.require("image", "question", "answer", form="questions")
             asked = record.text("question"), record.text("answer", empty=True)
             written = record.as_written("answer")
             yield self._example(record, self._id(record, repeatable=listed), *asked, written)
@@ -468,7 +453,7 @@ def _turns(record: Record, key: str) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _finding(record: Record, file: Path) -> Finding:
-    record.require("image", "modality", schema="findings")
+    record.require("image", "modality", form="findings")
     judged = record.value.get("adjudicated")
     judged = {} if judged is None else judged
     if not isinstance(judged, Mapping) or not all(isinstance(one, bool) for one in judged.values()):
