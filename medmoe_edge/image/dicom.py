@@ -88,18 +88,9 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
 def read_grey_values(
     path: Path, frame: int | None, name: str
 ) -> tuple[npt.NDArray[np.float32], bool] | None:
-    """A frame's values in the file's unit, as they are stored; None for colours.
+    """A frame's values [H, W] in its unit (HU for CT), and whether the lowest is shown white.
 
-    Args:
-        path: A DICOM file that `load_image` has accepted.
-        frame: The frame from 0; None for the middle one.
-        name: What messages call the file.
-
-    Returns:
-        The values [H, W] (HU for CT), and whether the lowest of them is shown white.
-
-    Raises:
-        ImageError: As `load_image` raises it.
+    None for colours. The file is one that `load_image` has accepted, whose errors these are.
     """
 
     def ignore(_code: str, _message: str) -> None:
@@ -114,11 +105,7 @@ def read_grey_values(
 
 
 def read_kind(path: Path) -> tuple[str | None, str | None]:
-    """The standard's name of a file's storage class, and its modality; None where it has none.
-
-    Raises:
-        Exception: Whatever pydicom raises where its attributes are damaged.
-    """
+    """The standard's name of a file's storage class, and its modality; None where it has none."""
     with open_container(path, shown_name(path), lambda *_: None) as container:
         modality = modality_of(container.header)
         kind = _class_name(container)
@@ -130,9 +117,6 @@ def read_origin(path: Path) -> tuple[str | None, str | None]:
 
     The hash keeps one patient's images together and does not tell who that is to a reader; whoever
     knows the list of all identifiers can still find it out.
-
-    Raises:
-        Exception: Whatever pydicom raises where its attributes are damaged.
     """
     with open_container(path, shown_name(path), lambda *_: None) as container:
         patient = container.header.text("PatientID")
@@ -141,17 +125,10 @@ def read_origin(path: Path) -> tuple[str | None, str | None]:
 
 
 def read_stated(path: Path, frame: int | None) -> dict[str, Any]:
-    """What a file says of its patient and its series, for whoever looks at the picture.
+    """What a file that `load_image` has accepted says of its patient and its series.
 
-    Args:
-        path: A DICOM file that `load_image` has accepted.
-        frame: The frame from 0; None for the first one's place.
-
-    Returns:
-        The fields of `medmoe_edge.image.worker.Stated`.
-
-    Raises:
-        Exception: Whatever pydicom raises where its attributes are damaged.
+    These are the fields of `medmoe_edge.image.worker.Stated`; without a `frame` the place is that
+    of the first one.
     """
     with open_container(path, shown_name(path), lambda *_: None) as container:
         header = _of_frame(container.header, frame or 0)

@@ -88,19 +88,10 @@ class Container:
 
 @contextlib.contextmanager
 def open_container(path: Path, name: str, say: Say) -> Iterator[Container]:
-    """Open a DICOM file and read its attributes up to the pixels.
+    """Open a DICOM file, for as long as the block runs, and read its attributes up to the pixels.
 
-    Args:
-        path: The file.
-        name: What messages call it.
-        say: Takes what should be known of the file.
-
-    Yields:
-        The container; its file is closed afterwards.
-
-    Raises:
-        ImageError: The attributes are too many.
-        Exception: Whatever pydicom raises where they are damaged.
+    Raises `ImageError` where these are too many, and whatever pydicom raises where they are
+    damaged.
     """
     with path.open("rb") as file:
         meta = _read_meta(file)

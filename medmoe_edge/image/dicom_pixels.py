@@ -149,21 +149,9 @@ def _contradiction(name: str) -> ImageError:
 def read_frame(
     container: Container, element: PixelElement, layout: Layout, index: int, name: str, say: Say
 ) -> Stored:
-    """Read one frame.
+    """The stored values of one frame, from 0, of the pixels that `layout` describes.
 
-    Args:
-        container: The open file.
-        element: Where its pixels lie.
-        layout: What `read_layout` says of them.
-        index: The frame, from 0.
-        name: What messages call the file.
-        say: Takes what should be known of the frame.
-
-    Returns:
-        Its stored values.
-
-    Raises:
-        ImageError: The frame is not whole, or of a kind that is not read.
+    Raises `ImageError` where the frame is not whole, or of a kind that is not read.
     """
     if layout.rows * layout.columns * layout.samples * layout.allocated > 8 * MAX_FRAME_BYTES:
         raise ImageError(

@@ -173,14 +173,9 @@ class Image:
 def square_pixels(image: Image, ratio: float, most_pixels: int = MAX_PIXELS) -> Image:
     """The image in true proportions: the coarser axis is stretched until pixels are square.
 
-    Args:
-        image: As it is stored.
-        ratio: The distance between its rows, divided by that between its columns.
-        most_pixels: Where stretching would exceed this, the finer axis shrinks too.
-
-    Returns:
-        The same image where its pixels are square already; with a notice, where the ratio cannot
-        be meant.
+    `ratio` is the distance between its rows, divided by that between its columns. Where stretching
+    would exceed `most_pixels`, the finer axis shrinks too. It is the same image where its pixels
+    are square already; with a notice, where the ratio cannot be meant.
     """
     if abs(ratio - 1) < SQUARE:
         return image

@@ -98,16 +98,10 @@ class Displayed:
 def read_apart(
     source: bytes | Path, frame: int | None = None, bounds: Bounds | None = None
 ) -> Image:
-    """What `load_image` reads, decoded in another process.
+    """What `load_image` reads of an upload or of a path, decoded in another process.
 
-    Args:
-        source: An uploaded file, or the path of one.
-        frame: From 0; without it the middle one is read.
-        bounds: What it may take.
-
-    Raises:
-        ImageError: As of `load_image`; or it takes more memory or time than it may.
-        ResourceError: The other process cannot be started.
+    Raises `ImageError` as `load_image` does, or where it takes more memory or time than its bounds
+    allow, and `ResourceError` where the other process cannot be started.
     """
     answer = _ask(source, frame, bounds or Bounds(), values=False)
     return _image_of(answer)

@@ -117,16 +117,8 @@ def parse(line: bytes) -> dict[str, Any] | None:
 def verify_log(path: Path, head: str | None = None) -> AuditReport:
     """Follow the chain from the first line, and look for a recorded head in it.
 
-    Args:
-        path: The log.
-        head: The hash of a line that must be there; None is the last head that was written on this
-            machine, if it is known.
-
-    Returns:
-        Whether the log is what was written.
-
-    Raises:
-        InputError: The log cannot be read.
+    `head` is the hash of a line that must be there; None is the last head that was written on this
+    machine, if it is known. Raises `InputError` where the log cannot be read.
     """
     if head is None:
         kept = kept_head(path)
@@ -259,15 +251,10 @@ class AuditLog:
             raise _unwritable(error.strerror or type(error).__name__) from error
 
     def record_restore(self, backup_sha256: str, *, is_restored: bool) -> None:
-        """Write an entry about a backup that is being restored.
+        """Write an entry about a backup that is being restored; raises what `append` does.
 
-        Args:
-            backup_sha256: Of the backup's file.
-            is_restored: Whether the log itself is from it. Then it may be older than the head that
-                was kept, which the entry tells of, and from here on the head is this entry.
-
-        Raises:
-            DataError, ResourceError: As `append`.
+        Where the log itself is from it (`is_restored`), it may be older than the head that was
+        kept, which the entry tells of, and from here on the head is this entry.
         """
         kept = kept_head(self.path)
         self._told = is_restored
@@ -436,20 +423,11 @@ class Collector:
 
 
 def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
-    """Send what was not sent yet.
+    """Send what was not sent yet to a collector; how many lines that were.
 
-    Args:
-        path: The audit log.
-        collector: Where to.
-        follow: Whether to wait for further lines, until a signal ends it.
-
-    Returns:
-        How many lines were sent.
-
-    Raises:
-        InputError: The log or a certificate cannot be read.
-        DataError: The log does not go on from what was sent: it was cut or changed.
-        ResourceError: The collector cannot be reached.
+    With `follow` it waits for further ones, until a signal ends it. Raises `InputError` for a log
+    or a certificate that cannot be read, `DataError` where the log does not go on from what was
+    sent, as it was cut or changed, and `ResourceError` where the collector cannot be reached.
     """
     sent = 0
     try:

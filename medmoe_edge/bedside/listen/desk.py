@@ -162,9 +162,7 @@ class Desk(Queue):
     def requeue(self, keys: Sequence[str], destination: str | None) -> tuple[int, int]:
         """Have all documents of series sent again; how many, and how many more are gone.
 
-        Args:
-            keys: Of the series.
-            destination: Where to, as `status` names it; None: to all of them.
+        `destination` is where to, as `status` names it; None: to all of them.
         """
         again = gone = 0
         for key in map(self._key, keys):
@@ -186,10 +184,8 @@ class Desk(Queue):
     def is_finished(self, result: str, committing: Collection[str]) -> bool:
         """Whether nothing of a result is to be sent, and all is kept where that was asked.
 
-        Args:
-            result: Its key.
-            committing: The destinations that are to say that they keep what they have: what was
-                sent there is not finished before they do, though they may not be asked yet.
+        `committing` are the destinations that are to say that they keep what they have: what was
+        sent there is not finished before they do, though they may not be asked yet.
         """
         rows = self._read(
             "SELECT document, destination, sent, state, asked FROM delivery "
@@ -280,17 +276,11 @@ class Desk(Queue):
 
 
 def restore(backup: Path, folder: Folder, audit: Path) -> int:
-    """Bring back what `back_up` wrote; how many files.
+    """Bring back what `back_up` wrote into a folder that holds no queue yet; how many files.
 
-    Args:
-        backup: Its file.
-        folder: The node's, which must hold no queue yet.
-        audit: Where the audit log goes; an existing one stays. It gets an entry about this.
-
-    Raises:
-        InputError: The folder holds a queue, or the file is no whole backup.
-        DataError: The audit log that is there was changed.
-        ResourceError: The disk does not take the files, or the entry.
+    An existing audit log stays; it gets an entry about this. Raises `InputError` where the folder
+    holds a queue or the file is no whole backup, `DataError` where the audit log that is there was
+    changed, and `ResourceError` where the disk does not take the files, or the entry.
 
     Whatever of these is raised, nothing is restored: the folder is as it was. The queue is the last
     of the files, and the entry comes after it: it is never about what was not restored. Only a

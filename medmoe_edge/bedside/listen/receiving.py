@@ -277,16 +277,10 @@ class Receiving:
         self.receive(event.encoded_dataset(), peer, announced)
 
     def receive(self, data: bytes, peer: str, announced: tuple[str, str] | None = None) -> None:
-        """Keep an object, or set it aside; on return the disk has it.
+        """Keep a DICOM file, or set it aside; on return the disk has it.
 
-        Args:
-            data: A DICOM file.
-            peer: Who sends it.
-            announced: The class and UID that the sender announced, if it did.
-
-        Raises:
-            Refused: It is not taken.
-            MedMoEError: It cannot be read or kept.
+        `announced` are the class and UID that the sender announced, if it did. Raises `Refused`
+        where it is not taken, and `MedMoEError` where it cannot be read or kept.
         """
         if len(data) > self.configuration.max_object_mb * 1_000_000:
             raise Refused(OUT_OF_RESOURCES, TOO_LARGE)
@@ -425,12 +419,8 @@ def stored(
 ) -> tuple[int, Dataset | None]:
     """STOW-RS (PS3.18, 10.5): the HTTP status, and what became of each object.
 
-    Args:
-        receiving: What keeps them.
-        body: Of the request.
-        content_type: Of the request: multipart/related of application/dicom.
-        peer: Who sends them.
-        study: The Study Instance UID in the path, if there is one; others are refused.
+    The body is multipart/related of application/dicom. Objects of another `study` than that of the
+    path, if there is one, are refused.
     """
     told = Dataset()
     told.ReferencedSOPSequence, told.FailedSOPSequence = [], []

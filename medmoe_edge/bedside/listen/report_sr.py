@@ -103,12 +103,7 @@ ALONE = Standing()
 
 
 def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
-    """The answer as a measurement report, for machines.
-
-    Args:
-        result: What is reported.
-        standing: How the report stands to others.
-    """
+    """The answer as a measurement report, for machines; `standing` is how it stands to others."""
     answer, confidence = result.answer, result.confidence
     named = CodedConcept(confidence.value, confidence.scheme, confidence.meaning)
     algorithm = AlgorithmIdentification(
@@ -176,9 +171,8 @@ def basic_text_sr(result: Result, standing: Standing = ALONE) -> Dataset:
 def withdrawal(reports: Sequence[Dataset]) -> Dataset:
     """A key object that rejects reports, in their own study (IHE Imaging Object Change Management).
 
-    Args:
-        reports: Made here, of one study and patient, about an object that has since come in the
-            name of another patient.
+    They were made here, of one study and patient, about an object that has since come in the name
+    of another patient.
     """
     first, uids = reports[0], [str(each.SOPInstanceUID) for each in reports]
     document = KeyObjectSelectionDocument(

@@ -239,18 +239,11 @@ def associated(
     handlers: Sequence[EventHandlerType] = (),
     **options: Any,
 ) -> Association:
-    """An association, over TLS where the node is configured so.
+    """An association with a node, over TLS where it is configured so; `ae_title` is who calls.
 
-    Args:
-        node: Whom to call.
-        ae_title: Whom it is told that calls.
-        contexts: Classes, each with its transfer syntaxes.
-        handlers: Of what the node sends over it.
-        options: Of pynetdicom's `associate`.
-
-    Raises:
-        ResourceError: The node cannot be reached or rejects it.
-        InputError: The certificates are of no use.
+    `handlers` are of what the node sends over it, `options` those of pynetdicom's `associate`.
+    Raises `ResourceError` where the node cannot be reached or rejects it, and `InputError` for
+    certificates of no use.
     """
     entity = ApplicationEntity(ae_title)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT

@@ -263,15 +263,9 @@ class ServiceModels:
 
 
 def start(settings: Settings, models: ServiceModels, ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM.
+    """Serve until SIGTERM; `ready` is called with the URL once requests are taken.
 
-    Args:
-        settings: Where it listens, and what a request may ask for.
-        models: The models, and the log of answers.
-        ready: Called with the URL once requests are taken.
-
-    Raises:
-        MedMoEError: What `engine.load`, `load_modality` and `server.run` raise.
+    Raises what `engine.load`, `load_modality` and `run` raise.
     """
     settings.check_tls()
     engine = load(

@@ -354,15 +354,9 @@ class Work:
     ) -> Upload:
         """Decode an uploaded file, apart from this process and not on the worker's thread.
 
-        Args:
-            data: The file.
-            frame: From 0; None is the middle one.
-            who: The client, as `client_of` has it.
-            ending: Called at the request's end, until which the picture keeps its slot in memory.
-
-        Raises:
-            ImageError, ResourceError: As of `read_apart`.
-            Refusal: It took too long until it could be read.
+        The client is `who`, as `client_of` has it; at the `ending` of its request the picture gives
+        up its slot in memory. Raises what `read_apart` does, and `Refusal` where it took too long
+        until it could be read.
         """
         loop, limits = asyncio.get_running_loop(), self.limits
         until = loop.time() + limits.seconds
