@@ -87,14 +87,8 @@ class Stored:
     @property
     def domain(self) -> tuple[int, int]:
         """The least and the greatest value that so many bits hold."""
-        return (
-            (-(1 << self.bits - 1), (1 << self.bits - 1) - 1)
-            if self.signed
-            else (
-                0,
-                (1 << self.bits) - 1,
-            )
-        )
+        half = 1 << self.bits - 1
+        return (-half, half - 1) if self.signed else (0, 2 * half - 1)
 
 
 def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say) -> Layout:
@@ -119,7 +113,10 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
     stored = floats or header.whole("BitsStored") or allocated
     high = header.whole("HighBit")
     if not 1 <= samples <= MAX_COMPONENTS or not 1 <= allocated <= 64:
-        raise _contradiction(name)
+        raise ImageError(
+            f"The header of {name} does not say how its pixels are stored.",
+            "Export the file again, or save the picture as PNG.",
+        )
     if stored > allocated:
         say("header", "The file states more bits than it allocates: read at those allocated.")
         stored = allocated
@@ -136,13 +133,6 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
         photometric=photometric,
         planar=header.whole("PlanarConfiguration") == 1,
         frames=min(max(header.whole("NumberOfFrames") or 1, 1), MAX_FRAMES),
-    )
-
-
-def _contradiction(name: str) -> ImageError:
-    return ImageError(
-        f"The header of {name} does not say how its pixels are stored.",
-        "Export the file again, or save the picture as PNG.",
     )
 
 
@@ -164,8 +154,7 @@ def read_frame(
         return _read_cells(container, element, layout, index, name, say)
     data = read_codestream_of(element, container.little, layout.frames, index, name, say)
     if is_codestream(data):
-        exact = container.syntax in EXACT
-        return _decode_frame(data, layout, exact, name, say)
+        return _decode_frame(data, layout, container.syntax in EXACT, name, say)
     if container.syntax == uid.RLELossless:
         planes = read_rle(data, layout.rows * layout.columns, layout.samples, name, say)
         return _of_planes(planes, layout, name)
@@ -182,9 +171,10 @@ def can_decode(syntax: uid.UID) -> bool:
 def _unknown_compression(syntax: uid.UID | None, name: str) -> ImageError:
     if syntax is not None and syntax.startswith(VIDEO):
         return ImageError(f"{name} is a video.", "Export the wanted frame as a picture.")
-    if syntax is not None and syntax in (*uid.JPEGTransferSyntaxes, *uid.JPEG2000TransferSyntaxes):
-        return cut_off(name)
-    if syntax is not None and syntax in uid.JPEGLSTransferSyntaxes:
+    if syntax in (
+        *(*uid.JPEGTransferSyntaxes, *uid.JPEG2000TransferSyntaxes),
+        *uid.JPEGLSTransferSyntaxes,
+    ):
         return cut_off(name)
     return ImageError(
         f"{name} is compressed in an unsupported way.", "Save it uncompressed or as PNG."
@@ -314,21 +304,14 @@ def _decode_frame(data: bytes, layout: Layout, exact: bool, name: str, say: Say)
     if stream.components == 3:
         fits = layout.stored < stream.precision and int(values.max()) < 1 << layout.stored
         bits = layout.stored if fits else stream.precision
-        if _is_ycc(stream, stated):
+        # libjpeg has converted the components of lossy JPEG; others are YCbCr still
+        is_converted = stream.kind == "jpeg" and not stream.lossless
+        if not is_converted and (stream.colour or stated) == "ycc":
             values = _from_ybr(values, bits, "YBR_FULL")
         return Stored(values, bits, False, "rgb")
     values, bits, signed = _of_depth(values, stream, layout, say)
-    photometric = layout.photometric
-    if photometric not in (*GREY, "PALETTE COLOR"):
-        photometric = "MONOCHROME2"
-    return Stored(values, bits, signed, "palette" if photometric == "PALETTE COLOR" else "grey")
-
-
-def _is_ycc(stream: Codestream, stated: str) -> bool:
-    """Whether decoded components are YCbCr still: libjpeg has converted those of lossy JPEG."""
-    if stream.kind == "jpeg" and not stream.lossless:
-        return False
-    return (stream.colour or stated) == "ycc"
+    is_palette = layout.photometric == "PALETTE COLOR"
+    return Stored(values, bits, signed, "palette" if is_palette else "grey")
 
 
 def _of_depth(

@@ -127,7 +127,7 @@ class Desk(Queue):
         }
 
     def _result(self, key: str, replaced: str) -> dict[str, Any]:
-        answers = self._read("SELECT answer FROM answer WHERE key = ?", key)
+        answers = self._column("SELECT answer FROM answer WHERE key = ?", key)
         deliveries = self._read(
             "SELECT document, destination, sent FROM delivery WHERE document LIKE ? "
             "ORDER BY number",
@@ -137,7 +137,7 @@ class Desk(Queue):
             "result": key,
             "replaced_by": replaced or None,
             "about": self.sources(key),
-            "answers": [json.loads(text) for (text,) in answers],
+            "answers": list(map(json.loads, answers)),
             "deliveries": [
                 {"document": document, "destination": without_secrets(name), "sent": bool(sent)}
                 for document, name, sent in deliveries
@@ -146,7 +146,7 @@ class Desk(Queue):
 
     def retry(self, keys: Sequence[str]) -> int:
         """Have series that were given up answered again: those named, or all; how many they are."""
-        failed = [key for (key,) in self._read("SELECT key FROM series WHERE state = 'failed'")]
+        failed = self._column("SELECT key FROM series WHERE state = 'failed'")
         wanted = [self._key(each) for each in keys] if keys else failed
         if not set(wanted) <= set(failed):
             raise InputError(
@@ -262,17 +262,16 @@ class Desk(Queue):
         """The one series whose key begins so; that of an object or a result of it counts too."""
         if len(letters) < SHORTEST or not letters.isalnum():
             raise InputError("That is no key of a series.", "See: listen show.")
-        pattern = f"{letters.lower()}%"
-        rows = self._read(
+        found = self._column(
             "SELECT key FROM series WHERE key LIKE ?1 UNION "
             "SELECT series FROM object WHERE key LIKE ?1 UNION "
             "SELECT series FROM result WHERE key LIKE ?1",
-            pattern,
+            f"{letters.lower()}%",
         )
-        if len(rows) != 1:
-            what = "No series has" if not rows else "More than one series has"
+        if len(found) != 1:
+            what = "No series has" if not found else "More than one series has"
             raise InputError(f"{what} a key that begins so.", "See: listen show.")
-        return str(rows[0][0])
+        return found[0]
 
 
 def restore(backup: Path, folder: Folder, audit: Path) -> int:

@@ -229,17 +229,13 @@ class Queue:
 
     def settles(self, key: str) -> bool:
         """Whether an object is answered or will be."""
-        statement = "SELECT 1 FROM object JOIN series ON series.key = object.series "
-        return bool(self._read(f"{statement} WHERE object.key = ? AND {SETTLED}", key))
+        joined = "SELECT 1 FROM object JOIN series ON series.key = object.series"
+        return bool(self._read(f"{joined} WHERE object.key = ? AND {SETTLED}", key))
 
     def state(self, key: str) -> str | None:
         """The state of the series of an object; None of one that was never added."""
-        rows = self._read(
-            "SELECT state FROM object JOIN series ON series.key = object.series "
-            "WHERE object.key = ?",
-            key,
-        )
-        return str(rows[0][0]) if rows else None
+        joined = "SELECT state FROM object JOIN series ON series.key = object.series"
+        return next(iter(self._column(f"{joined} WHERE object.key = ?", key)), None)
 
     def sha256(self, key: str) -> str:
         """The hash of an object's file."""
@@ -267,10 +263,8 @@ class Queue:
 
     def waiting(self, limit: int, is_complete: Callable[[str], bool] = lambda _: True) -> list[str]:
         """The first series to be answered that are complete; those last that were tried most."""
-        rows = self._read(
-            "SELECT key FROM series WHERE state = 'waiting' ORDER BY attempts, number"
-        )
-        return list(itertools.islice((key for (key,) in rows if is_complete(key)), limit))
+        waiting = "SELECT key FROM series WHERE state = 'waiting' ORDER BY attempts, number"
+        return list(itertools.islice(filter(is_complete, self._column(waiting)), limit))
 
     def extent(self, key: str) -> Extent:
         """How much of a series is there."""
@@ -291,7 +285,7 @@ class Queue:
     def patient(self, series: str) -> str:
         """Whose a series is, hashed; empty where it is not known."""
         statement = "SELECT patient FROM origin JOIN object USING (key) WHERE series = ? LIMIT 1"
-        return "".join(patient for (patient,) in self._read(statement, series))
+        return "".join(self._column(statement, series))
 
     def settled(self, series: str) -> list[str]:
         """The objects of a series, in all versions; none while it waits, or where it was given up.
@@ -300,7 +294,7 @@ class Queue:
         """
         statement = "SELECT object.key FROM object JOIN series ON series.key = object.series WHERE "
         where = "object.series = ? AND aside = '' AND state IN ('answered', 'aside')"
-        return [key for (key,) in self._read(statement + where, series)]
+        return self._column(statement + where, series)
 
     def slices(self, series: str) -> list[Slice]:
         """The objects of a series that may be asked about, each in its latest version."""
@@ -329,7 +323,7 @@ class Queue:
     def marked(self, series: str) -> set[str]:
         """The keys of a series' objects that key objects name."""
         statement = "SELECT key FROM object JOIN origin USING (key) JOIN marked USING (uid) "
-        return {key for (key,) in self._read(f"{statement} WHERE series = ?", series)}
+        return set(self._column(f"{statement} WHERE series = ?", series))
 
     def replaced(self, series: str) -> dict[str, list[str]]:
         """The results that versions in a series contradict, and the objects that they are about."""
@@ -340,7 +334,7 @@ class Queue:
     def results(self, series: str) -> list[str]:
         """The results of a series that none has taken the place of."""
         statement = "SELECT key FROM result WHERE series = ? AND replaced = '' ORDER BY number"
-        return [key for (key,) in self._read(statement, series)]
+        return self._column(statement, series)
 
     def is_replaced(self, result: str) -> bool:
         """Whether another result has taken the place of one."""
@@ -348,7 +342,7 @@ class Queue:
 
     def sources(self, result: str) -> list[str]:
         """The objects that a result is about."""
-        return [key for (key,) in self._read("SELECT object FROM source WHERE result = ?", result)]
+        return self._column("SELECT object FROM source WHERE result = ?", result)
 
     def count_attempt(self, key: str) -> None:
         """Before each attempt, so that one that ends the process is counted too."""
@@ -409,13 +403,8 @@ class Queue:
 
     def unsent(self, destination: str, limit: int) -> list[str]:
         """The first documents that are to be sent to a destination."""
-        rows = self._read(
-            "SELECT document FROM delivery WHERE destination = ? AND sent = 0 "
-            "ORDER BY number LIMIT ?",
-            destination,
-            limit,
-        )
-        return [document for (document,) in rows]
+        unsent = "SELECT document FROM delivery WHERE destination = ? AND sent = 0 "
+        return self._column(f"{unsent} ORDER BY number LIMIT ?", destination, limit)
 
     def sent(self, document: str, destination: str) -> None:
         """Record that a destination has a document."""
@@ -426,7 +415,7 @@ class Queue:
 
     def uncommitted(self, destination: str, limit: int) -> list[str]:
         """The first documents that were sent and that it was not asked to keep."""
-        rows = self._read(
+        return self._column(
             "SELECT document FROM delivery WHERE destination = ? AND sent = 1 AND document LIKE "
             "'%.dcm' AND NOT EXISTS (SELECT 1 FROM commitment WHERE commitment.document = "
             "delivery.document AND commitment.destination = delivery.destination) "
@@ -434,7 +423,6 @@ class Queue:
             destination,
             limit,
         )
-        return [document for (document,) in rows]
 
     def ask_commitment(self, destination: str, asked: str, uids: dict[str, str]) -> None:
         """Record, by document, the UIDs that a destination is `asked`, by that UID, to keep."""
@@ -476,7 +464,7 @@ class Queue:
     def images(self, state: str) -> set[str]:
         """The objects of the series in a state."""
         statement = "SELECT object.key FROM object JOIN series ON series.key = object.series "
-        return {key for (key,) in self._read(f"{statement} WHERE state = ?", state)}
+        return set(self._column(f"{statement} WHERE state = ?", state))
 
     def counts(self) -> dict[str, int]:
         """How many series are waiting and failed, results were answered, and documents are unsent.
@@ -501,6 +489,9 @@ class Queue:
     def _read(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock, explaining():
             return self._database.execute(statement, values).fetchall()
+
+    def _column(self, statement: str, *values: Any) -> list[str]:
+        return [value for (value,) in self._read(statement, *values)]
 
     def _write(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
         with self._lock, explaining(), self._database as database:

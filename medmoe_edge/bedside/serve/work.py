@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import prometheus_client
@@ -235,31 +236,21 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        self._requests = prometheus_client.Counter(
-            "medmoe_requests",
-            "Requests by route and status.",
-            ["route", "status"],
-            registry=registry,
+        counter = partial(prometheus_client.Counter, registry=registry)
+        histogram = partial(Histogram, buckets=SECONDS, registry=registry)
+        self._requests = counter(
+            "medmoe_requests", "Requests by route and status.", ["route", "status"]
         )
-        self._request_seconds = Histogram(
-            *("medmoe_request_seconds", "From request to response.", ["route"]),
-            buckets=SECONDS,
-            registry=registry,
+        self._request_seconds = histogram(
+            "medmoe_request_seconds", "From request to response.", ["route"]
         )
-        self._first_token = Histogram(
-            *("medmoe_first_token_seconds", "From image to first token, without the queue."),
-            buckets=SECONDS,
-            registry=registry,
+        self._first_token = histogram(
+            "medmoe_first_token_seconds", "From image to first token, without the queue."
         )
-        self._answers = prometheus_client.Counter(
-            "medmoe_answers", "Questions answered.", ["prefix_reused"], registry=registry
-        )
-        self._tokens = prometheus_client.Counter(
-            "medmoe_answer_tokens", "Tokens of all answers.", registry=registry
-        )
-        taken = Gauge(
-            "medmoe_requests_under_way", "Being sent, waiting or answered.", registry=registry
-        )
+        self._answers = counter("medmoe_answers", "Questions answered.", ["prefix_reused"])
+        self._tokens = counter("medmoe_answer_tokens", "Tokens of all answers.")
+        about = "Being sent, waiting or answered."
+        taken = Gauge("medmoe_requests_under_way", about, registry=registry)
         taken.set_function(lambda: slots.taken)
 
     def saw_request(self, route: str, status: int, seconds: float) -> None:
