@@ -8,6 +8,7 @@ nearest by meaning goes before the nearest by letters (who types `quantize` want
 
 import contextlib
 import errno
+import glob
 import inspect
 import io
 import logging
@@ -17,7 +18,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -234,7 +235,8 @@ def _proposal(word: str, known: Iterable[str], meanings: Mapping[str, str]) -> s
 
 def complete_models(incomplete: str) -> list[str]:
     """Embedded models, and folders."""
-    return [*_starting(EMBEDDED, incomplete), *_folders(incomplete)]
+    folders = sorted(glob.glob(f"{glob.escape(incomplete)}*/"))
+    return [*_starting(EMBEDDED, incomplete), *(folder[:-1] for folder in folders)]
 
 
 def complete_presets(incomplete: str) -> list[str]:
@@ -265,22 +267,11 @@ def complete_gpus(incomplete: str) -> list[str]:
 
 def complete_data(incomplete: str) -> list[str]:
     """The set that is named, and files."""
-    paths = Path().glob(f"{incomplete}*") if incomplete[:1] != "/" else ()
-    return [*_starting(("builtin",), incomplete), *map(str, paths)]
+    return [*_starting(("builtin",), incomplete), *glob.glob(f"{glob.escape(incomplete)}*")]
 
 
 def _starting(names: Iterable[str], incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
-
-
-def _folders(incomplete: str) -> Iterator[str]:
-    parent, _, start = incomplete.rpartition("/")
-    base = Path(f"{parent}/" if parent or incomplete.startswith("/") else ".")
-    if not base.is_dir():
-        return
-    for path in sorted(base.iterdir()):
-        if path.name.startswith(start) and not path.name.startswith(".") and path.is_dir():
-            yield f"{parent}/{path.name}" if "/" in incomplete else path.name
 
 
 def file_option(text: str, metavar: str = "FILE") -> Any:

@@ -59,7 +59,6 @@ FIELDS = {
     *("previous", "hash"),
 }
 
-
 Fault = Literal["changed", "deleted", "reordered", "torn", "head"]
 
 
@@ -155,18 +154,13 @@ def _judge(line: bytes, number: int, previous: str, file: IO[bytes]) -> tuple[Fa
             return "torn", f"Line {number}, the last, was not finished, as after a crash."
         return "changed", f"Line {number} is not as it was written."
     if entry["number"] != number:
-        later = any(_number(other) == number for other in _lines(file))
+        later = any((parse(other) or {}).get("number") == number for other in _lines(file))
         if later or entry["number"] < number:
             return "reordered", f"Line {number} is entry {entry['number']}: the order was changed."
         return "deleted", f"Line {number} is entry {entry['number']}: lines before it are missing."
     if entry["previous"] != previous:
         return "changed", f"Line {number} does not follow from the line before: one was replaced."
     return None, ""
-
-
-def _number(line: bytes) -> object:
-    entry = parse(line)
-    return entry and entry["number"]
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -286,7 +280,12 @@ class AuditLog:
     def _keep_head(self, file: IO[bytes], number: int, previous: str, line: bytes) -> None:
         """Keep the new head apart, unless the one kept is not in the log, which it then proves."""
         kept = kept_head(self.path)
-        if kept and kept != (number, previous) and not _holds(file, kept[1]):
+        holds = True
+        if kept and kept != (number, previous):
+            file.seek(0)
+            holds = any((parse(each) or {}).get("hash") == kept[1] for each in _lines(file))
+            file.seek(0, os.SEEK_END)
+        if kept and not holds:
             if not self._told:
                 log.error(
                     "The audit log has %d entries and not the last one that was written here, %d: "
@@ -307,14 +306,6 @@ class AuditLog:
         if os.name == "posix" and stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
             os.fchmod(descriptor, 0o600)  # whoever made it
         return os.fdopen(descriptor, "r+b", buffering=0)
-
-
-def _holds(file: IO[bytes], head: str) -> bool:
-    """Whether a line has this hash; the file then stands at its end."""
-    file.seek(0)
-    found = any((entry := parse(line)) and entry["hash"] == head for line in _lines(file))
-    file.seek(0, os.SEEK_END)
-    return found
 
 
 def _unwritable(why: str) -> ResourceError:
@@ -480,16 +471,11 @@ def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 def _frame(line: bytes, when: str) -> bytes:
     stamp = datetime.datetime.fromisoformat(when).astimezone(datetime.UTC)
-    head = (
-        f"<{PRIORITY}>1 {stamp:%Y-%m-%dT%H:%M:%S.%fZ} {_host()} medmoe-edge {os.getpid()} audit - "
-    )
+    name = socket.gethostname().encode("ascii", errors="ignore").decode()
+    host = "".join(mark for mark in name if mark.isprintable() and mark != " ")[:255] or "-"
+    head = f"<{PRIORITY}>1 {stamp:%Y-%m-%dT%H:%M:%S.%fZ} {host} medmoe-edge {os.getpid()} audit - "
     message = head.encode("ascii") + line.rstrip(b"\n")
     return b"%d %s" % (len(message), message)
-
-
-def _host() -> str:
-    name = socket.gethostname().encode("ascii", errors="ignore").decode()
-    return "".join(letter for letter in name if letter.isprintable() and letter != " ")[:255] or "-"
 
 
 def _shipped(path: Path) -> Path:

@@ -31,7 +31,6 @@ from medmoe_edge.prompt import check_question
 
 if TYPE_CHECKING:
     from medmoe_edge.bedside.listen.config import Series
-    from medmoe_edge.bedside.listen.schema import Slice
 
 COLUMNS = "Let its first line be: image, or image,question"
 PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # of floats, of doubles, of integers: PS3.6
@@ -143,6 +142,7 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
     twice in a series, with the same content, counts once; what is for processing is left out where
     it is there for presentation. Raises `InputError` for items that are not all asked the same.
     """
+    from medmoe_edge.bedside.listen.schema import Slice
     from medmoe_edge.bedside.listen.selection import chosen
 
     if any(item.questions != items[0].questions for item in items):
@@ -166,12 +166,17 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
             known.append(items[number].path)
             if header["uid"] in marks:
                 marked.add(key)
-            slices[header["series"]].append(_slice(key, header))
+            place = (header[name] for name in ("position", "instance", "intent", "view"))
+            slices[header["series"]].append(Slice(key, "", "", (), *place))
             if header["intent"] == "presentation":
                 shown.add(_view(header))
     found = []
     for name, members in slices.items():
-        kept = [each for each in members if not _for_processing(each, headers, shown)]
+        kept = [
+            each
+            for each in members
+            if each.intent != "processing" or _view(headers[int(each.key)]) not in shown
+        ]
         left_out["for_processing"] += len(members) - len(kept)
         if not members:
             found.append(items[int(name)])
@@ -205,21 +210,8 @@ def _content(path: str) -> str | None:
         return None  # who asks about it says what is wrong
 
 
-def _slice(key: str, header: Header) -> "Slice":
-    from medmoe_edge.bedside.listen.schema import Slice
-
-    place = (header[name] for name in ("position", "instance", "intent", "view"))
-    return Slice(key, "", "", (), *place)
-
-
 def _view(header: Header) -> tuple[str, ...]:
     return header["study"], header["patient"], header["view"]
-
-
-def _for_processing(
-    slice_: "Slice", headers: Sequence[Header], shown: Collection[tuple[str, ...]]
-) -> bool:
-    return slice_.intent == "processing" and _view(headers[int(slice_.key)]) in shown
 
 
 def _shared(questions: Path | None, of_what: str) -> tuple[str, ...]:

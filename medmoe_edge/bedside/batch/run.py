@@ -333,17 +333,12 @@ def _voted_row(
 def _row(
     engine: Engine, question: str, found: Answer | None = None, error: str | None = None
 ) -> Row:
+    same = ("confidence", "modality", "experts", "complete", "unsure", "stopped", "confidence_kind")
     return {
         "question": question,
         "answer": found and found.text,
-        "confidence": found and found.confidence,
-        "modality": found and found.modality,
-        "experts": found and found.experts,
-        "complete": found and found.complete,
+        **{name: found and getattr(found, name) for name in same},
         "warnings": found and [dataclasses.asdict(notice) for notice in found.warnings],
-        "unsure": found and found.unsure,
-        "stopped": found and found.stopped,
-        "confidence_kind": found and found.confidence_kind,
         "model": engine.name,
         "model_sha256": engine.sha256,
         "seconds": found and found.timings.total,
@@ -468,11 +463,6 @@ def _answer(
         progress("asking", finished, len(items))
 
 
-def _logged(row: Row) -> str:
-    told = shown_answer(row["answer"], complete=row["complete"], unsure=row["unsure"])
-    return logged(told, (notice["code"] for notice in row["warnings"]))
-
-
 def _keep(
     items: Sequence[Item],
     journal: Journal,
@@ -486,13 +476,13 @@ def _keep(
         for row in rows:
             if row["error"] is not None:
                 continue
-            digest = file_sha256(Path(paths[row.get("image", item.image)]))
+            told = shown_answer(row["answer"], complete=row["complete"], unsure=row["unsure"])
             audit.append(
                 who="batch",
                 event="answer",
                 model={"name": row["model"], "sha256": row["model_sha256"]},
                 question=row["question"],
-                answer=_logged(row),
-                input_sha256=digest,
+                answer=logged(told, (notice["code"] for notice in row["warnings"])),
+                input_sha256=file_sha256(Path(paths[row.get("image", item.image)])),
             )
     journal.keep(number, rows)
