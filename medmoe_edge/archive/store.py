@@ -32,7 +32,6 @@ from medmoe_edge.errors import ImageError, InputError, ResourceError
 from medmoe_edge.image.loading import load_image, preprocess
 
 Vector = npt.NDArray[np.float32]
-
 DATABASE = "archive.sqlite"
 VECTORS = "vectors-*.usearch"
 FORMAT = 1

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 INDEX = Path("medmoe-index")  # where both verbs of the archive look for it: in the current folder
 
-
 ImageFile = Annotated[
     Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI.")
 ]

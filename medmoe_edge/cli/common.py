@@ -46,7 +46,6 @@ ORDER = (  # of the verbs in --help; a panel stands where its first one does
     *("doctor", "plan", "prove", "serve", "listen", "batch", "audit"),
 )
 
-
 VERBS: Mapping[str, str] = {
     "ask": "answer query question predict infer inference generate chat run vqa describe caption",
     "classify": "label detect diagnose triage zero-shot",
@@ -337,7 +336,6 @@ VisionTower = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="The vision tower, if the checkpoint holds none."),
 ]
-
 
 Checkpoint = Annotated[
     str,

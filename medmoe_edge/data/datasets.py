@@ -19,8 +19,6 @@ from medmoe_edge.errors import DataError
 
 AnswerType = Literal["OPEN", "CLOSED"]
 Split = Literal["train", "val", "test"]
-
-
 ANSWER_TYPES: dict[str, AnswerType] = {"open": "OPEN", "close": "CLOSED", "closed": "CLOSED"}
 SPLITS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -40,8 +38,6 @@ FINDINGS_FILE = "findings.jsonl"
 BOXES_FILES = ("boxes.json", "slake_boxes.json")
 FormName = Literal["questions", "labels", "findings"]
 NO_SCAN = "none"  # the modality of a picture that is no medical image
-
-
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 

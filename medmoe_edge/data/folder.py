@@ -46,12 +46,10 @@ from medmoe_edge.data.datasets import (
 from medmoe_edge.errors import DataError, ImageError, InputError
 
 logger = logging.getLogger(__name__)
-
 SUMMARY = "dataset.json"
 _ORDER: tuple[Split, ...] = ("train", "val", "test")  # a later one wins over an earlier
 _FILES = {split: QUESTION_FILES[split][0] for split in _ORDER}
 _WRITTEN = (SUMMARY, LABELS_FILE, *_FILES.values())
-
 Row = dict[str, Any]
 
 

@@ -60,8 +60,6 @@ _SPLIT_FILES: dict[Split, tuple[str, ...]] = {
 }
 
 logger = logging.getLogger(__name__)
-
-
 _MAX_FILES = 100_000  # PathVQA has 5,000 images; far more means the wrong folder was given
 _MAX_BYTES = 1 << 28  # of one file; the largest that official downloads need has some megabytes
 

@@ -22,7 +22,6 @@ from medmoe_edge.image.dicom_tables import Say
 Kind = Literal["jpeg", "jpeg-ls", "jpeg 2000"]
 Colour = Literal["ycc", "rgb"]
 Segment = tuple[int, int]
-
 MAX_COMPONENTS = 4
 # A picture of more pixels than the first has a byte for so many of them, at least.
 MANY_PIXELS, MOST_DENSE = 2**24, 2**12

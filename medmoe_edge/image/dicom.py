@@ -55,7 +55,6 @@ BANNER = {
 LONGEST = 100  # characters of each
 OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "H": "F", "F": "H"}
 OBLIQUE = 0.25  # of a direction's length, about 15 degrees: then its second letter is told too
-
 OVERLAYS = range(0x6000, 0x6020, 2)
 
 

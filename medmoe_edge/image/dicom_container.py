@@ -29,11 +29,8 @@ from medmoe_edge.image.codestreams import END_OF_IMAGE, cut_off, is_codestream
 from medmoe_edge.image.dicom_tables import Header, Say
 
 MAX_HEADER = 2**28  # bytes of all attributes but the pixels
-
 MAX_INFLATED = 2**30  # bytes that are inflated on the way to a frame
-
 STEP = 2**20
-
 PIXEL_TAGS = {0x7FE00008: "float32", 0x7FE00009: "float64", 0x7FE00010: "integer"}
 
 LONG_FORM = {vr.value.encode() for vr in VR} - {  # VR with two spare bytes and a length of four
@@ -42,11 +39,8 @@ LONG_FORM = {vr.value.encode() for vr in VR} - {  # VR with two spare bytes and 
 }  # fmt: skip
 
 KNOWN_VRS = {vr.value.encode() for vr in VR if len(vr.value) == 2}
-
 UNDEFINED = 0xFFFFFFFF
-
 ITEM_LITTLE = b"\xfe\xff\x00\xe0"
-
 GE_BIG_ENDIAN_PIXELS = "1.2.840.113619.5.2"  # of a data set in implicit little endian
 
 
@@ -287,7 +281,6 @@ def _too_much(name: str, limit: int) -> ImageError:
 
 
 MAX_FRAGMENTS = 10_000_000
-
 ITEM, DELIMITER = 0xFFFEE000, 0xFFFEE0DD
 
 

@@ -38,7 +38,6 @@ from medmoe_edge.image.pixels import check_size
 
 Values = npt.NDArray[Any]
 Colour = Literal["grey", "palette", "rgb"]
-
 GREY = ("MONOCHROME1", "MONOCHROME2")
 YBR = ("YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "YBR_PARTIAL_420", "YBR_PARTIAL_422")
 MAX_FRAMES = 10_000_000

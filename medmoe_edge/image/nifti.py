@@ -45,13 +45,11 @@ UNITS = {1: 1000.0, 3: 0.001}  # metres and micrometres in mm; anything else is 
 UNREAD = {0: "of no stated kind", 1: "single bits"}
 UNREAD |= dict.fromkeys((32, 1792, 2048), "complex numbers")
 KNOWN = (2, 4, 8, 16, 64, 128, 256, 512, 768, 1024, 1280, 1536, 2304)
-
 MAX_RATIO = 1100  # deflate makes nothing smaller by more than 1,032 times
 MAX_INFLATED = 2**32  # bytes of a gzip file until the end of the slice
 MAX_SUMMED = 2**29  # bytes that are inflated only to compare the sum of what was packed
 MAX_TRAILING = 2**20  # bytes after the last voxel
 CHUNK = 2**22
-
 CUT = "Copy it again from where it came, whole."
 
 

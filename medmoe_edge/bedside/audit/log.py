@@ -51,7 +51,6 @@ from medmoe_edge.atomic import atomic_file
 from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
 
 GENESIS = "0" * 64
-
 MAX_LINE = 2**20  # bytes; a question has at most 10,000 characters
 
 FIELDS = {
@@ -349,11 +348,8 @@ def _write(file: IO[bytes], line: bytes) -> None:
 
 
 PRIORITY = 13 * 8 + 6  # facility "log audit", severity "informational"
-
 PORT = 6514  # of syslog over TLS
-
 PAUSE = 1.0  # seconds until the log is looked at again
-
 PATIENCE = 10.0  # seconds for the collector to answer
 
 

@@ -32,7 +32,6 @@ HEADERS = 1024  # files whose headers are read at once
 LOCAL = "local"  # a cluster of this machine's own, which ends with the batch
 REACHING = 5.0  # seconds
 OBJECTS = 256 * 2**20  # bytes of shared memory for that one: paths and answers, no pixels
-
 KINDS = {kind.exit_code: kind for kind in (InputError, ModelError, ResourceError)}
 
 

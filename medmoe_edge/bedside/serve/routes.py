@@ -236,7 +236,6 @@ EVENT = {
 }
 EVENTS = {"text/event-stream": {"schema": EVENT}}
 PICTURE = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
-
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
