@@ -21,7 +21,6 @@ import numpy.typing as npt
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
-from pydicom.tag import BaseTag
 from pydicom.valuerep import VR
 
 from medmoe_edge.errors import ImageError
@@ -112,15 +111,7 @@ def _read_meta(file: BinaryIO) -> Header:
         file.seek(start)
         return Header(Dataset())
     file.seek(start)
-    return Header(read_dataset(file, False, True, stop_when=_is_past_meta))
-
-
-def _is_past_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return tag.group != 2
-
-
-def _is_pixels(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return int(tag) in PIXEL_TAGS
+    return Header(read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2))
 
 
 def _starts_plainly(file: BinaryIO) -> bool:
@@ -137,14 +128,11 @@ def _read(file: BinaryIO, syntax: uid.UID | None, say: Say) -> Container:
     file.seek(at)
     little = not (head[:1] == b"\0" and head[1:2] != b"\0")  # first come groups below 256
     implicit = head[4:6] not in KNOWN_VRS
-    stated = syntax is not None and not syntax.is_private
-    if (
-        stated
-        and len(head) == 8
-        and (_is_little(syntax), _is_implicit(syntax)) != (little, implicit)
-    ):
+    stated = syntax != uid.ExplicitVRBigEndian, syntax == uid.ImplicitVRLittleEndian
+    is_stated = syntax is not None and not syntax.is_private
+    if is_stated and len(head) == 8 and stated != (little, implicit):
         say("transfer_syntax", "The file is not written in the way that it states.")
-    dataset = read_dataset(file, implicit, little, stop_when=_is_pixels)
+    dataset = read_dataset(file, implicit, little, stop_when=lambda tag, *_: int(tag) in PIXEL_TAGS)
     dataset.set_original_encoding(implicit, little)
     dataset.file_meta = FileMetaDataset()
     if syntax is not None:
@@ -152,14 +140,6 @@ def _read(file: BinaryIO, syntax: uid.UID | None, say: Say) -> Container:
     pixels = _find_pixels(file, implicit, little)
     header = Header(dataset, little=little)
     return Container(header, syntax, None, little and syntax != GE_BIG_ENDIAN_PIXELS, pixels)
-
-
-def _is_little(syntax: uid.UID | None) -> bool:
-    return syntax != uid.ExplicitVRBigEndian
-
-
-def _is_implicit(syntax: uid.UID | None) -> bool:
-    return syntax == uid.ImplicitVRLittleEndian
 
 
 def _find_pixels(file: BinaryIO, implicit: bool, little: bool) -> PixelElement | None:

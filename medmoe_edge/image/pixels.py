@@ -318,7 +318,11 @@ def modality_of(header: "Header") -> str | None:
 
 def labels_of(header: "Header") -> tuple[str, ...]:
     """All modalities that a DICOM header states, by Modality and by its storage class."""
-    stated = (modality_of(header), _of_class(header))
+    from pydicom.uid import UID
+
+    name = UID(header.text("SOPClassUID")).name  # of unknown ones the UID, in which no word is
+    of_class = next((kind for words, kind in _CLASSES if re.search(words, name)), None)
+    stated = (modality_of(header), of_class)
     return tuple(dict.fromkeys(kind for kind in stated if kind))
 
 
@@ -349,13 +353,6 @@ def unlike_label(labels: Sequence[str], read_as: str | None) -> tuple[Notice, ..
 def named(modality: str) -> str:
     """A modality as people write it."""
     return _NAMES.get(modality, modality)
-
-
-def _of_class(header: "Header") -> str | None:
-    from pydicom.uid import UID
-
-    name = UID(header.text("SOPClassUID")).name  # of unknown ones the UID, in which no word is
-    return next((kind for words, kind in _CLASSES if re.search(words, name)), None)
 
 
 def black_picture() -> Image:

@@ -140,12 +140,8 @@ def _image_of(answer: "_Answer") -> Image:
 
 def warm_up() -> None:
     """Start a process for the first picture, unless there is one; this does not wait for it."""
-    with contextlib.suppress(queue.Empty):
-        process = _POOL.take(block=False)
-        try:
-            process = process or _Process()
-        finally:
-            _POOL.give(process)
+    with contextlib.suppress(queue.Empty), _POOL.process(block=False):
+        pass
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -279,9 +275,9 @@ class _Pool:
             self._places.put(None)
 
     @contextlib.contextmanager
-    def process(self) -> Iterator[_Process]:
-        """A process that nobody else asks meanwhile."""
-        process = self.take()
+    def process(self, block: bool = True) -> Iterator[_Process]:
+        """A process that nobody else asks meanwhile; waits for one, or raises `queue.Empty`."""
+        process = self._places.get(block)
         try:
             if process is not None and not process.is_alive:
                 process.end()
@@ -289,15 +285,7 @@ class _Pool:
             process = process or _Process()
             yield process
         finally:
-            self.give(process)
-
-    def take(self, block: bool = True) -> "_Process | None":
-        """A place, and the process in it; waits for one, or raises `queue.Empty`."""
-        return self._places.get(block)
-
-    def give(self, process: "_Process | None") -> None:
-        """Give a place back."""
-        self._places.put(process)
+            self._places.put(process)
 
     def close(self) -> None:
         """End the processes that nobody asks."""

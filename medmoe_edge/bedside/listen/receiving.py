@@ -29,10 +29,10 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.header import (
+    KNOWN_BODY_PARTS,
     Origin,
     body_parts_of,
     check_uids,
-    known_body_parts,
     modality_of,
     notices_of,
     origin_of,
@@ -298,7 +298,9 @@ class Receiving:
                 return
             item = Taken(key, peer, data, header, origin, membership)
             if why:
-                self._set_aside(item, why)
+                self.queue.mark(key_objects(header))
+                self._add(item, (), why)
+                self._tell_aside(item, why)
             else:
                 self._keep(item)
         for notice in () if why else notices_of(header):
@@ -334,11 +336,6 @@ class Receiving:
             return origin.uid  # kept by an earlier version of this program
         return key_of(f"{origin.uid} {origin.content}")
 
-    def _set_aside(self, item: Taken, why: str) -> None:
-        self.queue.mark(key_objects(item.header))
-        self._add(item, (), why)
-        self._tell_aside(item, why)
-
     def _keep(self, item: Taken) -> None:
         header, path = item.header, self.folder.image(item.key)
         self.folder.keep(path, item.data)
@@ -350,9 +347,7 @@ class Receiving:
             self._add(item, asked)
             kept = True
         finally:
-            if (
-                not kept and self.queue.state(item.key) != "failed"
-            ):  # those are kept to be looked at
+            if not kept and self.queue.state(item.key) != "failed":  # which are to be looked at
                 path.unlink(missing_ok=True)
 
     def _add(self, item: Taken, asked: Sequence[str], why: str = "") -> None:
@@ -369,7 +364,7 @@ class Receiving:
         if len(self._told) < MOST_TOLD:
             self._told.add(series)
         modality = modality_of(header)
-        known = sorted(known_body_parts() & body_parts_of(header))
+        known = sorted(KNOWN_BODY_PARTS & body_parts_of(header))
         log.log(
             level,
             "%s: it fits no question (Modality %s, body part %s): nothing is asked.",

@@ -4,7 +4,6 @@ Set aside is what shows nothing to ask about (reports, plans, presentation state
 this program made itself, and what no question fits. It is received, counted and told of.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from medmoe_edge.bedside.listen.evidence import MAKER, is_ours
 from medmoe_edge.bedside.listen.header import (
     SHARED,
     body_parts_of,
+    hashed,
     modality_of,
     patient_of,
     text_of,
@@ -83,13 +83,13 @@ def membership_of(dataset: Dataset) -> Membership:
         for keyword in ("Modality", "Laterality", "ImageLaterality", "ViewPosition")
     ]
     return Membership(
-        series=_hash(*uids, *patient_of(values)),
+        series=hashed(*uids, *patient_of(values)),
         position=_position(dataset),
         instance=_number(dataset, "InstanceNumber"),
         intent=next(
             (each for each in ("processing", "presentation") if f"FOR {each.upper()}" in said), ""
         ),
-        view=_hash(*view, ",".join(sorted(body_parts_of(dataset)))),
+        view=hashed(*view, ",".join(sorted(body_parts_of(dataset)))),
         expected=max(0, _number(dataset, "NumberOfSeriesRelatedInstances") or 0),
     )
 
@@ -103,7 +103,7 @@ def key_objects(dataset: Dataset) -> list[str]:
         if any(str(title.get("CodeValue", "")) in REJECTIONS for title in titles):
             return []
         return [
-            _hash(str(reference.get("ReferencedSOPInstanceUID", "")))
+            hashed(str(reference.get("ReferencedSOPInstanceUID", "")))
             for item in dataset.get("ContentSequence") or ()
             for reference in item.get("ReferencedSOPSequence") or ()
         ]
@@ -244,10 +244,6 @@ def _number(dataset: Dataset, keyword: str) -> int | None:
     except ValueError:
         return None
     return found if abs(found) < 2**31 else None
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def reasons(counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
