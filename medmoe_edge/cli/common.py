@@ -39,34 +39,29 @@ EXIT_CODES = (
     "Exit codes: 0 done; 2 bad usage or input; 3 bad model; 4 a gate failed; 5 memory, disk, a "
     "device or a package is missing; 130 interrupted; 143 terminated."
 )
-ORDER = (  # of the verbs in --help; a panel stands where its first one does
-    *("ask", "classify", "locate", "index", "retrieve"),
-    *("pull", "export", "calibrate", "init", "train", "router", "data"),
-    *("verify", "eval", "bench", "inspect"),
-    *("doctor", "plan", "prove", "serve", "listen", "batch", "audit"),
-)
 
+# What else people call each verb, in the order of --help; a panel stands where its first one does.
 VERBS: Mapping[str, str] = {
     "ask": "answer query question predict infer inference generate chat run vqa describe caption",
     "classify": "label detect diagnose triage zero-shot",
     "locate": "segment ground heatmap explain attention saliency find-in where",
     "index": "embed archive catalogue catalog",
     "retrieve": "search find similar lookup",
+    "pull": "download fetch get clone",
     "export": "quantize quantise convert compile compress onnx tensorrt build "
     "optimize optimise pack",
     "calibrate": "calibration statistics stats observe",
     "init": "new create random scaffold start",
     "train": "fit finetune fine-tune learn tune resume",
-    "data": "dataset prepare import preprocess",
-    "pull": "download fetch get clone",
     "router": "route routing gate",
+    "data": "dataset prepare import preprocess",
     "verify": "test check validate compare fidelity",
-    "prove": "proof certify",
     "eval": "evaluate score metrics accuracy measure assess",
     "bench": "benchmark time speed profile perf latency throughput",
     "inspect": "info show summary summarise summarize details list tree",
     "doctor": "diagnostics devices env environment status health version",
     "plan": "estimate predict-memory fits size requirements memory",
+    "prove": "proof certify",
     "serve": "server http api rest web deploy openai",
     "listen": "dicom node pacs scp receive",
     "batch": "bulk many folder csv parquet",
@@ -118,8 +113,8 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The verbs in the order of the help."""
-        places = {name: place for place, name in enumerate(ORDER)}
-        return sorted(super().list_commands(ctx), key=lambda name: places.get(name, len(ORDER)))
+        places = {name: place for place, name in enumerate(VERBS)}
+        return sorted(super().list_commands(ctx), key=lambda name: places.get(name, len(VERBS)))
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         """Run one command line and exit; -q and -v may stand anywhere before `--`."""

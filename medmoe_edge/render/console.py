@@ -144,9 +144,6 @@ def show_inspection(inspection: "Inspection") -> None:
     decoder, vision, total = config.decoder, config.vision, inspection.parameters_total
     averaged = f", averaged from {vision.features}" if vision.pool > 1 else ""
     rows: list[tuple[str, object]] = [
-        ("kind", inspection.kind),
-        *told_runtime(inspection),
-        ("size", f"{shown_bytes(inspection.bytes)} in {len(inspection.files)} files"),
         ("parameters", "unknown without torch" if total is None else f"{total:,}"),
         ("  of the language part", f"{inspection.parameters_language:,}"),
         ("  activated per token", f"{inspection.parameters_activated:,}"),
@@ -167,10 +164,7 @@ def show_inspection(inspection: "Inspection") -> None:
     if inspection.tensors is not None:
         types = ", ".join(f"{count} {name}" for name, count in (inspection.types or {}).items())
         rows.append(("tensors", f"{inspection.tensors:,} ({types})"))
-    for name in ("quantisation", "source", "licence", "signature", "verification"):
-        rows += told(name, getattr(inspection, name))
-    rows += told_verified(inspection.verified)
-    show_table(inspection.name, ["", ""], rows, left=2)
+    show_make_up(inspection, rows)
     show_warnings(inspection.warnings)
 
 
@@ -295,31 +289,34 @@ def _grounds(answer: "Answer") -> Iterator[str]:
     yield f"{answer.timings.total:.2f} s, first token after {answer.timings.first_token:.2f} s"
 
 
-def told(name: str, value: object) -> list[tuple[str, object]]:
-    """A part of a manifest, or its parts; lists are left to --json."""
-    if not isinstance(value, Mapping):
-        return [(name, value)] if value else []
-    parts = ((f"  {key.replace('_', ' ')}", part) for key, part in value.items())
-    return [(name, ""), *(told for told in parts if isinstance(told[1], str | int | float))]
-
-
-def told_runtime(inspection: "Inspection | ModalityInspection") -> list[tuple[str, object]]:
-    """What it is made for, what runs it, and how many bits a weight takes."""
+def show_make_up(
+    inspection: "Inspection | ModalityInspection", own: Iterable[tuple[str, object]]
+) -> None:
+    """What both families have around a model's `own` rows."""
     bits = inspection.bits_per_weight
-    rows = {
+    made_for = {
         "target": inspection.target,
         "runtime": inspection.runtime,
         "bits per weight": None if bits is None else f"{bits:.2f}",
     }
-    return [(name, value) for name, value in rows.items() if value]
+    rows: list[tuple[str, object]] = [("kind", inspection.kind)]
+    rows += [(name, value) for name, value in made_for.items() if value]
+    rows.append(("size", f"{shown_bytes(inspection.bytes)} in {len(inspection.files)} files"))
+    rows += own
+    for name in ("quantisation", "source", "licence", "signature", "verification"):
+        value = getattr(inspection, name)
+        if not isinstance(value, Mapping):
+            rows += [(name, value)] if value else []
+            continue
+        rows.append((name, ""))
+        for key, part in value.items():
+            if isinstance(part, str | int | float):  # lists are left to --json
+                rows.append((f"  {key.replace('_', ' ')}", part))
+    verified = inspection.verified
+    if verified is not None and verified["machine"] is not None:
+        from medmoe_edge.bundle.machine import Machine
 
-
-def told_verified(verified: Mapping[str, Any] | None) -> list[tuple[str, object]]:
-    """Where a bundle was verified, and whether that holds here."""
-    if verified is None or verified["machine"] is None:
-        return []
-    from medmoe_edge.bundle.machine import Machine
-
-    holds = "yes" if verified["here"] else "no: prove it with medmoe-edge verify --quick"
-    machine = Machine.from_json(verified["machine"])
-    return [("  on", str(machine)), ("  which holds here", holds)]
+        holds = "yes" if verified["here"] else "no: prove it with medmoe-edge verify --quick"
+        machine = Machine.from_json(verified["machine"])
+        rows += [("  on", str(machine)), ("  which holds here", holds)]
+    show_table(inspection.name, ["", ""], rows, left=2)

@@ -2,15 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from medmoe_edge.errors import shown_bytes
 from medmoe_edge.render.console import (
     percent,
     show,
+    show_make_up,
     show_table,
     show_warnings,
-    told,
-    told_runtime,
-    told_verified,
     wrote,
 )
 
@@ -120,10 +117,7 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
     config, scores = inspection.config, inspection.scores
     swin, bert = config.vision, config.text
     experts = "one, shared by all" if config.shared_expert else f"{config.experts}, of which 1 runs"
-    rows: list[tuple[str, object]] = [
-        ("kind", inspection.kind),
-        *told_runtime(inspection),
-        ("size", f"{shown_bytes(inspection.bytes)} in {len(inspection.files)} files"),
+    rows = [
         ("parameters", f"{inspection.parameters_total:,}"),
         *((f"  of the {part}", f"{count:,}") for part, count in inspection.parameters.items()),
         ("  activated", f"{inspection.parameters_activated:,}"),
@@ -137,10 +131,7 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
             f"entropy > {scores.entropy_limit:.2g}, evidence < {scores.evidence_limit:.2g}",
         ),
     ]
-    for name in ("quantisation", "source", "licence", "signature", "verification"):
-        rows += told(name, getattr(inspection, name))
-    rows += told_verified(inspection.verified)
-    show_table(inspection.name, ["", ""], rows, left=2)
+    show_make_up(inspection, rows)
 
 
 def show_modality_evaluation(found: "ModalityEvaluation") -> None:

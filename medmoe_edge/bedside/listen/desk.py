@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,17 +304,18 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
             paths, had_log = _files(staging), audit.exists()
-            with _undone_on_failure() as added:
+            with contextlib.ExitStack() as undo:  # which an error does, the last first
                 if not had_log:
-                    added.append(audit)  # it is made with its first entry
+                    undo.callback(audit.unlink, missing_ok=True)  # it is made with its first entry
                 for path in sorted(paths - {Path(QUEUE)}):
                     target = audit if path == Path(AUDIT) else folder.root / path
                     if _move(staging / path, target):
-                        added.append(target)
+                        undo.callback(target.unlink, missing_ok=True)
                 if not _move(staging / QUEUE, folder.queue):  # a node has begun one meanwhile
                     raise has_queue
-                added.append(folder.queue)
+                undo.callback(folder.queue.unlink, missing_ok=True)
                 AuditLog(audit).record_restore(file_sha256(backup), is_restored=not had_log)
+                undo.pop_all()
     except MedMoEError as error:
         raise type(error)(f"{error.what} Nothing was restored.", error.remedy) from error
     except (OSError, tarfile.TarError, sqlite3.Error) as error:
@@ -328,18 +329,6 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
             "Give a whole file that `listen backup` wrote.",
         ) from error
     return len(paths)
-
-
-@contextlib.contextmanager
-def _undone_on_failure() -> Iterator[list[Path]]:
-    """Takes the files that are added inside, which an error removes again, the last first."""
-    added: list[Path] = []
-    try:
-        yield added
-    except BaseException:
-        for path in reversed(added):
-            path.unlink(missing_ok=True)
-        raise
 
 
 class Tidying:

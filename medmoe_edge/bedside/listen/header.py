@@ -295,10 +295,7 @@ def _parts(dataset: Dataset) -> Iterator[bytes]:
             continue
         element = dataset.get_item(tag)
         yield f"{tag:08x}".encode()
-        vr = element.VR
-        if vr is None and dictionary_has_tag(tag):
-            vr = dictionary_VR(tag)
-        if vr == "SQ":
+        if (element.VR or (dictionary_has_tag(tag) and dictionary_VR(tag))) == "SQ":
             for item in dataset[tag].value:
                 yield b"["
                 yield from _parts(item)
