@@ -100,6 +100,9 @@ class Finding:
     source: str
 
 
+Read = TypeVar("Read", Example, LabelledImage, Finding)
+
+
 def questions_of(folder: Path, *splits: Split) -> Path | None:
     """A dataset folder's question file of the first of `splits` that has one."""
     names = (folder / name for split in splits for name in QUESTION_FILES[split])
@@ -107,21 +110,16 @@ def questions_of(folder: Path, *splits: Split) -> Path | None:
 
 
 def read_examples(
-    file: Path,
-    *,
-    image_root: Path | None = None,
-    check_images: bool = False,
-    first_turn: bool = False,
+    file: Path, *, check_images: bool = False, first_turn: bool = False
 ) -> list[Example]:
     """Read our JSONL or the official code's JSON list, told apart by the first character.
 
     A line needs `image`, `question` and `answer`; the others may be left out: `id` is then the
     line's number, `source` the file's name, and `answer_type` CLOSED for yes and no. Image paths
-    are relative to `image_root`, by default the file's folder. Of several images of one question
-    the first is read, with a warning. In the official list ids may repeat and a conversation may
-    have several turns: later ones get `-2`, `-3` ... added; `first_turn` leaves later turns out, as
-    the official scorer does. Of a dataset folder, the questions to
-    test on are read, or else those to validate on.
+    are relative to the file's folder. Of several images of one question the first is read, with a
+    warning. In the official list ids may repeat and a conversation may have several turns: later
+    ones get `-2`, `-3` ... added; `first_turn` leaves later turns out, as the official scorer does.
+    Of a dataset folder, the questions to test on are read, or else those to validate on.
 
     Raises `DataError` naming file and line (or item) for a missing file, bad JSON, missing keys
     (all at once), an unknown answer type, an id used twice and, with `check_images`, an absent
@@ -130,24 +128,15 @@ def read_examples(
     if file.is_dir():
         file = _held_out(file)
     text = read_text(file)
-    root = file.parent if image_root is None else image_root
     listed = text.lstrip().startswith("[")
-    records: Iterator[Record]
+    records = json_lines(text, file)
     if listed:
-        records = (
-            Record(value, f"{file}, item {number}")
-            for number, value in enumerate(parse_json(text, str(file)), start=1)
-        )
-    else:
-        records = json_lines(text, file)
-    reader = _Reader(file, root, listed, first_turn)
+        items = enumerate(parse_json(text, str(file)), start=1)
+        records = (Record(value, f"{file}, item {number}") for number, value in items)
+    reader = _Reader(file, listed, first_turn)
     examples = [example for record in records for example in reader.read(record)]
     reader.warn()
-    if not examples:
-        raise DataError(f"{file} holds no questions.", "Give a file with at least one.")
-    if check_images:
-        _require_images([example.image for example in examples], file)
-    return examples
+    return _some(examples, "questions", file, check_images)
 
 
 def _held_out(folder: Path) -> Path:
@@ -180,11 +169,7 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
                 split=record.choice("split", SPLITS) if record.optional("split") else "train",
             )
         )
-    if not images:
-        raise DataError(f"{file} holds no labelled images.", "Give a file with at least one.")
-    if check_images:
-        _require_images([image.image for image in images], file)
-    return images
+    return _some(images, "labelled images", file, check_images)
 
 
 def read_findings(file: Path, *, check_images: bool = False) -> list[Finding]:
@@ -194,11 +179,7 @@ def read_findings(file: Path, *, check_images: bool = False) -> list[Finding]:
     as `read_examples` does, and where a finding is both present and absent.
     """
     images = [_finding(record, file) for record in json_lines(read_text(file), file)]
-    if not images:
-        raise DataError(f"{file} holds no images with findings.", "Give a file with at least one.")
-    if check_images:
-        _require_images([image.image for image in images], file)
-    return images
+    return _some(images, "images with findings", file, check_images)
 
 
 def modality_name(name: str) -> str:
@@ -342,8 +323,8 @@ _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
 class _Reader:
     """Reads the records of one question file, in either form."""
 
-    def __init__(self, file: Path, root: Path, listed: bool, first_turn: bool) -> None:
-        self.file, self.root, self.listed = file, root, listed
+    def __init__(self, file: Path, listed: bool, first_turn: bool) -> None:
+        self.file, self.listed = file, listed
         self._turns = 1 if first_turn else None
         self._unique = UniqueIds()
         self._seen: set[str] = set()
@@ -362,8 +343,8 @@ class _Reader:
         if key is None:
             record.require("image", "question", "answer", form="questions")
             asked = record.text("question"), record.text("answer", empty=True)
-            written = record.as_written("answer")
-            yield self._example(record, self._id(record, repeatable=listed), *asked, written)
+            identity = self._id(record, repeatable=listed)
+            yield self._example(record, identity, *asked, record.as_written("answer"))
             return
         for question, answer, written in itertools.islice(_turns(record, key), self._turns):
             identity = self._id(record, repeatable=True)
@@ -397,7 +378,7 @@ class _Reader:
         modality = record.optional("modality")
         return Example(
             id=identity,
-            image=self.root / self._image(record),
+            image=self.file.parent / self._image(record),
             question=question,
             answer=answer,
             answer_type=answer_type(record, answer),
@@ -483,10 +464,14 @@ def _finding(record: Record, file: Path) -> Finding:
     )
 
 
-def _require_images(images: list[Path], file: Path) -> None:
-    absent = [number for number, image in enumerate(images, start=1) if not image.is_file()]
-    if absent:
+def _some(found: list[Read], what: str, file: Path, check_images: bool) -> list[Read]:
+    """What was read; raises `DataError` for nothing and, if they are checked, an absent image."""
+    if not found:
+        raise DataError(f"{file} holds no {what}.", "Give a file with at least one.")
+    numbers = enumerate(found if check_images else (), start=1)
+    if absent := [number for number, each in numbers if not each.image.is_file()]:
         raise DataError(
             f"{file}: the image of entry {absent[0]} does not exist ({len(absent)} are absent).",
             "Check the image paths and the folder they are relative to.",
         )
+    return found

@@ -47,7 +47,7 @@ from typing import IO, Any, Literal
 import platformdirs
 from filelock import FileLock
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, sync_folder
 from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
 
 GENESIS = "0" * 64
@@ -298,10 +298,8 @@ class AuditLog:
     def _opened(self) -> IO[bytes]:
         is_new = not self.path.exists()
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        if is_new and os.name == "posix":  # elsewhere folders cannot be opened
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        if is_new:
+            sync_folder(self.path.parent)
         if os.name == "posix" and stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
             os.fchmod(descriptor, 0o600)  # whoever made it
         return os.fdopen(descriptor, "r+b", buffering=0)

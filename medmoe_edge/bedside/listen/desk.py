@@ -8,7 +8,6 @@ were at one moment. What is old is removed by the node itself (`Tidying`).
 import contextlib
 import errno
 import json
-import os
 import secrets
 import shutil
 import sqlite3
@@ -20,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.atomic import atomic_file, file_sha256
+from medmoe_edge.atomic import atomic_file, file_sha256, link
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
 from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
@@ -255,7 +254,9 @@ class Desk(Queue):
             if not path.name.endswith(".part")
         }
         for place in found - there:
-            _link(folder.root / place, staging / place)
+            (staging / place).parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # an image that was answered just now
+                link(folder.root / place, staging / place)  # none is ever changed
         return found
 
     def _key(self, letters: str) -> str:
@@ -379,13 +380,3 @@ def _move(path: Path, target: Path) -> bool:
     path.chmod(0o600)
     shutil.move(path, target)
     return True
-
-
-def _link(path: Path, target: Path) -> None:
-    """Another name for a file, as none is ever changed; a copy where the disk has no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path, target)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):  # an image that was answered just now
-            shutil.copy2(path, target)

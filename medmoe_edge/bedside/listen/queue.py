@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, sync_folder
 from medmoe_edge.bedside.listen.header import Origin
 from medmoe_edge.bedside.listen.schema import Extent, Job, Membership, Request, Slice, prepare
 from medmoe_edge.errors import MedMoEError, ResourceError
@@ -117,17 +117,6 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system knows how to."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Of an object that needs nothing more when it comes again.
