@@ -43,6 +43,7 @@ from medmoe_edge.bedside.listen.receiving import (
 )
 from medmoe_edge.bedside.listen.report_sr import Locator
 from medmoe_edge.bedside.listen.sending import Sending, commitment_handlers
+from medmoe_edge.bedside.serve.settings import read_tokens
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import MedMoEError, ResourceError, needs
 from medmoe_edge.image.pixels import MAX_BYTES
@@ -327,22 +328,16 @@ class WebServer:
         with needs("serve"):
             import uvicorn
 
-            from medmoe_edge.bedside.serve.server import HeadTimeoutProtocol
-            from medmoe_edge.bedside.serve.settings import read_tokens
+            from medmoe_edge.bedside.serve.server import QUIET
         self._tokens = read_tokens(settings.token_file) if settings.token_file else {}
         self._node = node
         self._uploads = threading.Semaphore(MOST_UPLOADS)
         config = uvicorn.Config(
             self._of_this_site(self._app(), is_local=settings.is_local and not self._tokens),
-            http=HeadTimeoutProtocol,
-            ws="none",
             lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
             limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=round(PATIENCE),
+            **QUIET,
         )
         config.load()
         if settings.tls is not None:

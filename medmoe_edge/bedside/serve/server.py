@@ -182,6 +182,16 @@ class HeadTimeoutProtocol(H11Protocol):
         self._head_timer = None
 
 
+QUIET: dict[str, Any] = {  # of uvicorn, which says nothing in the log or in answers by itself
+    "http": HeadTimeoutProtocol,
+    "ws": "none",
+    "log_config": None,
+    "log_level": "warning",
+    "access_log": False,
+    "server_header": False,
+}
+
+
 def run(app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; what was accepted is then still answered.
 
@@ -206,19 +216,14 @@ class Server(uvicorn.Server):
         limits, self._ready = settings.limits, ready
         config = uvicorn.Config(
             app,
-            http=HeadTimeoutProtocol,
-            ws="none",
             lifespan="on",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
             proxy_headers=settings.proxy is not None,
             forwarded_allow_ips=settings.proxy,
-            server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=round(limits.upload_seconds + limits.seconds + SENDING),
             ssl_certfile=settings.certificate,
             ssl_keyfile=settings.key,
+            **QUIET,
         )
         super().__init__(config)
 
