@@ -10,6 +10,7 @@ it: a pair beyond it gives way where that costs least, and scales are searched w
 counted. Rounding over the full range takes scales so large that no pair has to give way.
 
 Forms of deltas: how what an expert adds to the meta expert is stored, in few bits or a low rank.
+And what shares a scale of a vision transformer's activations in 8 bits.
 
 Inside, the members of a group come first, `[size, M]` for M groups: the arithmetic then runs along
 the groups, and one scale per group broadcasts for nothing.
@@ -19,6 +20,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -358,6 +360,13 @@ def _error(
     return np.asarray(difference.sum(0))
 
 
+VISION_INT8 = "8-bit weights and activations in groups of 32; the rest as fp16 weights"
+VISION_TOKENS = (
+    "int8 weights per output channel, dynamic 8-bit activations with a scale per token (W8A8); the "
+    "projector in groups of 32; the rest as fp16 weights"
+)
+VisionScales = Literal["groups", "tokens"]
+VISION_IN_8_BITS: dict[VisionScales, str] = {"groups": VISION_INT8, "tokens": VISION_TOKENS}
 DELTA_GROUP = 32  # weights of a delta in few bits that share a scale
 DELTA_BITS = (2, 4, 8)
 RANK_PARTS = (32, 16, 8, 4)  # of a matrix's narrower side, beyond which bits cost less

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,12 @@ from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, NOTICE, write_manifest
 from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
-from medmoe_edge.calibration.quantisers import PAIR_BOUND, DeltaForm
+from medmoe_edge.calibration.quantisers import (
+    PAIR_BOUND,
+    VISION_IN_8_BITS,
+    DeltaForm,
+    VisionScales,
+)
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.published import published
 from medmoe_edge.checkpoint.reader import Checkpoint, as_checkpoint
@@ -52,13 +57,6 @@ STORED: dict[Precision, str] = {
     "mixed": "each expert by its sensitivity; the head as in int8",
 }
 VISION = "fp16 weights, fp32 arithmetic"
-VISION_INT8 = "8-bit weights and activations in groups of 32; the rest as fp16 weights"
-VISION_TOKENS = (
-    "int8 weights per output channel, dynamic 8-bit activations with a scale per token (W8A8); the "
-    "projector in groups of 32; the rest as fp16 weights"
-)
-VisionScales = Literal["groups", "tokens"]
-VISION_IN_8_BITS: dict[VisionScales, str] = {"groups": VISION_INT8, "tokens": VISION_TOKENS}
 STEPS = ("vision", "embedding", "decoder", "manifest")
 MODEL_CARD = "README.md"
 

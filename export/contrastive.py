@@ -28,10 +28,11 @@ from medmoe_edge.bundle.bundle import (
 )
 from medmoe_edge.bundle.recorded import Recorded, SignatureMaker, write_recorded
 from medmoe_edge.calibration.collect import check_finite
+from medmoe_edge.calibration.quantisers import VISION_INT8
 from medmoe_edge.checkpoint.contrastive import modality_sha256, read_modality_checkpoint
 from medmoe_edge.checkpoint.published import published
 from medmoe_edge.config_contrastive import read_scores
-from medmoe_edge.export.build import MODEL_CARD, VISION_INT8, licence
+from medmoe_edge.export.build import MODEL_CARD, licence
 from medmoe_edge.export.builder import Builder, fix_names, save_model
 from medmoe_edge.export.half import halve_weights
 from medmoe_edge.export.quantise import Array, lazy_tensor, quantise_weights

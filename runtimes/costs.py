@@ -11,9 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.bundle.recorded import stored_weights
-from medmoe_edge.calibration.quantisers import DELTA_GROUP, DeltaForm, Format
+from medmoe_edge.calibration.quantisers import (
+    DELTA_GROUP,
+    VISION_TOKENS,
+    DeltaForm,
+    Format,
+    VisionScales,
+)
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig, VisionConfig
 
@@ -22,7 +28,8 @@ NEW_TOKENS = 32  # of an answer, at most
 
 Kind = Literal["gpu", "jetson", "cpu"]
 Precision = Literal["fp32", "fp16", "int8", "int4", "mixed"]
-VISION_BITS = 9.0  # of a transformer's matrices in memory: 8 and an fp32 scale per group of 32
+# Of a transformer's matrices in memory: 8, and in groups of 32 an fp32 scale for each
+VISION_BITS: dict[VisionScales, float] = {"groups": 9.0, "tokens": 8.0}
 MIXED_BITS = 6.0  # per weight, scales included: a budget between int4 and int8
 BITS: dict[Precision, float] = {"fp32": 32, "fp16": 16, "int8": 8}
 GROUP = 32  # weights that share a scale in int4, unless it is said otherwise
@@ -39,7 +46,9 @@ PREFILL_AT_ONCE = 384  # tokens of a prefill that a CPU computes together
 # CPU at full size, assumed elsewhere.
 ACTIVATIONS = {"gpu": 1, "jetson": 1, "cpu": 5}
 CONVOLUTION = 0.5  # of matrix products' rate: depthwise layers are bound by memory
-VISION_INT8 = 1.5  # times the rate of fp32: a transformer with its matrices in 8 bits, measured
+# Times the rate of fp32 of a transformer with its matrices in 8 bits: measured in groups; with a
+# scale per token the same tower took 0.44 of that time (docs/benchmarks.md).
+VISION_INT8: dict[VisionScales, float] = {"groups": 1.5, "tokens": 1.5 / 0.44}
 # How much longer a question takes where a share of the experts is resident: the worse of the same
 # and another modality, measured at full size on a CPU (docs/benchmarks.md).
 PAGING_COST = {1.0: 1.0, 0.5: 1.24, 0.25: 2.8}
@@ -144,11 +153,10 @@ def vision_operations(config: ModelConfig) -> float:
     if not vision.is_transformer:
         per_pixel, _ = CONVOLUTIONS[vision.variant]
         return 2.0 * (per_pixel * vision.image_size**2 + projector)
-    width, layers = vision.feature_size, range(vision.layers + 1)[vision.select_layer]
-    rows = tokens + 1
-    layer = rows * (4 * width**2 + 2 * width * vision.intermediate_size) + 2 * rows**2 * width
+    width, rows = vision.feature_size, tokens + 1
+    layer = rows * _layer_weights(vision) + 2 * rows**2 * width
     patches = tokens * 3 * vision.patch_size**2 * width
-    return 2.0 * (patches + layers * layer + projector)
+    return 2.0 * (patches + _layers_read(vision) * layer + projector)
 
 
 def vision_weights(config: ModelConfig) -> int:
@@ -158,16 +166,24 @@ def vision_weights(config: ModelConfig) -> int:
     return _tower_weights(vision) + positions + _projector_weights(config)
 
 
-def vision_bytes(config: ModelConfig, precision: Precision, number: int) -> int:
+def vision_bytes(
+    config: ModelConfig, precision: Precision, number: int, scales: VisionScales = "groups"
+) -> int:
     """Bytes of the vision tower and the projector in memory, where a float takes `number`.
 
-    What is stored in fp16 is expanded where arithmetic is fp32.
+    What is stored in fp16 is expanded where arithmetic is fp32; a projector in 8 bits has groups.
+    A transformer's layers behind the one that is read are not in the graph.
     """
-    integers = 0
-    if vision_in_8_bits(config, precision, number):
-        integers = _layers_weights(config.vision) + _projector_weights(config)
-    floats = vision_weights(config) - integers
-    return round(integers * VISION_BITS / 8) + floats * number
+    vision, floats = config.vision, vision_weights(config)
+    if not vision.is_transformer:
+        return floats * number
+    layers = _layer_weights(vision) * _layers_read(vision)
+    floats -= _layer_weights(vision) * (vision.layers - _layers_read(vision))
+    if not vision_in_8_bits(config, precision, number):
+        return floats * number
+    projector = _projector_weights(config)
+    integers = layers * VISION_BITS[scales] + projector * VISION_BITS["groups"]
+    return round(integers / 8) + (floats - layers - projector) * number
 
 
 def vision_in_8_bits(config: ModelConfig, precision: Precision, number: int) -> bool:
@@ -182,13 +198,14 @@ def vision_in_8_bits(config: ModelConfig, precision: Precision, number: int) -> 
 class Deltas:
     """Routed experts as what they add to the meta expert.
 
-    Bits of an expert's weight, as `stored` and as `held` in the memory of a process on a CPU, and
-    the share of a whole expert's `operations` that they take.
+    Bits of an expert's weight, as `stored` and as `held` in the memory of a process on a CPU, the
+    share of a whole expert's `operations` that they take, and whether they can be `paged`.
     """
 
     stored: float
     held: float
     operations: float = 1.0
+    paged: bool = True
 
     @classmethod
     def of(cls, form: DeltaForm, config: ModelConfig, precision: Precision, group: int) -> Self:
@@ -210,21 +227,23 @@ class Deltas:
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Self | None:
-        """As a bundle's lie in its files; None of one that stores experts whole.
+        """As a portable bundle's lie in its files; None of one that stores experts whole.
 
-        The smallest lie in the graph itself. Raises `BundleError` where that is damaged.
+        The smallest lie in the graph itself, where nothing can be paged. Raises `BundleError` where
+        that is damaged.
         """
         part = decoder_parts(bundle.config).get("experts")
-        if part is None or "experts" not in bundle.manifest.get("quantisation", {}):
+        whole = "experts" not in bundle.manifest.get("quantisation", {})
+        if part is None or whole or bundle.target.name != DEFAULT:
             return None
         extents = bundle.manifest["experts"].items()
         stored = sum(size for owner, (_, size) in extents if ".experts." in owner)
         bundle.check_file("decoder.onnx")  # the bundle may have been opened unchecked
         inline = stored_weights(bundle.path("decoder.onnx"), external=False)
         stored += sum(array.nbytes for name, array in inline if ".experts." in name)
-        experts = (bundle.manifest.get("paging") or {}).get("experts", {})
-        held = sum(expert["bytes"] for expert in experts.values()) or stored
-        return cls(8 * stored / part.weights, 8 * held / part.weights)
+        paging = bundle.manifest.get("paging") or {}
+        held = sum(expert["bytes"] for expert in paging.get("experts", {}).values()) or stored
+        return cls(8 * stored / part.weights, 8 * held / part.weights, paged=bool(paging))
 
 
 def bits_per_weight(
@@ -261,13 +280,18 @@ def _bits(kind: str, precision: Precision, int4: float, mixed: float) -> float:
 def _tower_weights(vision: VisionConfig) -> int:
     if not vision.is_transformer:
         return CONVOLUTIONS[vision.variant][1]
-    return _layers_weights(vision) + 3 * vision.patch_size**2 * vision.feature_size
+    patches = 3 * vision.patch_size**2 * vision.feature_size
+    return vision.layers * _layer_weights(vision) + patches
 
 
-def _layers_weights(vision: VisionConfig) -> int:
-    """Weights in the layers of a transformer."""
+def _layers_read(vision: VisionConfig) -> int:
+    return range(vision.layers + 1)[vision.select_layer]
+
+
+def _layer_weights(vision: VisionConfig) -> int:
+    """Weights in a layer of a transformer."""
     width = vision.feature_size
-    return vision.layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+    return 4 * width**2 + 2 * width * vision.intermediate_size
 
 
 def _projector_weights(config: ModelConfig) -> int:
@@ -364,11 +388,17 @@ def work_seconds(work: Work, bits: Mapping[str, float], speed: Speed) -> float:
     return seconds + sum(max(part) if speed.overlaps else sum(part) for part in parts)
 
 
-def vision_seconds(config: ModelConfig, precision: Precision, number: int, speed: Speed) -> float:
+def vision_seconds(
+    config: ModelConfig,
+    precision: Precision,
+    number: int,
+    speed: Speed,
+    scales: VisionScales = "groups",
+) -> float:
     """Seconds of the vision tower and the projector, from the speed of floats of `number` bytes."""
     rate = 1.0 if config.vision.is_transformer else CONVOLUTION
     if vision_in_8_bits(config, precision, number):
-        rate = VISION_INT8
+        rate = VISION_INT8[scales]
     return vision_operations(config) * speed.operation / rate
 
 
@@ -387,13 +417,31 @@ def paging_cost(share: float) -> float:
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, the lengths of what it is asked and answers, and how its weights are stored."""
+    """A model, the lengths of what it is asked and answers, and how its weights are stored.
+
+    What the precision leaves open: the `group` that shares a scale of int4, routed experts as
+    `deltas`, and what shares a scale of a `vision` transformer in 8 bits.
+    """
 
     config: ModelConfig
     prompt: int
     new_tokens: int = NEW_TOKENS
     group: int = GROUP
     deltas: Deltas | None = None
+    vision: VisionScales = "groups"
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> Self:
+        """As a bundle stores them, for a short question about one image; raises `BundleError`."""
+        stored = bundle.manifest.get("quantisation", {})
+        groups = [each["group"] for each in stored.get("matrices", ())]
+        return cls(
+            bundle.config,
+            prompt_tokens(bundle.config),
+            group=max(filter(None, groups), default=GROUP),
+            deltas=Deltas.of_bundle(bundle),
+            vision="tokens" if stored.get("vision") == VISION_TOKENS else "groups",
+        )
 
 
 def decoder_bytes(asked: Asked, precision: Precision) -> int:
@@ -446,6 +494,6 @@ def memory_run(asked: Asked, kind: Kind, precision: Precision) -> int:
     rows = min(asked.prompt, PREFILL_AT_ONCE) if kind == "cpu" else asked.prompt
     live = rows * (8 * decoder.hidden_size + 3 * decoder.intermediate_size)
     cache = cache_values(config, asked.prompt + asked.new_tokens)
-    vision = vision_bytes(config, precision, number)
+    vision = vision_bytes(config, precision, number, asked.vision)
     activations = ACTIVATIONS[kind] * live
     return PROCESS[kind] + weights + vision + number * (cache + activations)

@@ -225,8 +225,12 @@ def plan(
         ),
     ] = None,
     group_size: Annotated[
-        int, typer.Option(help="Of int4: 32, 64 or 128 weights share a scale.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            help="Of int4: 32, 64 or 128 weights share a scale.",
+            show_default="32, or the bundle's",
+        ),
+    ] = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
@@ -244,6 +248,10 @@ def plan(
     ] = None,
     image_tokens: Annotated[
         int | None, typer.Option(min=1, help="As of export.", show_default="all, or the bundle's")
+    ] = None,
+    vision: Annotated[
+        Literal["groups", "tokens"] | None,
+        typer.Option(help="As of export.", show_default="groups, or the bundle's"),
     ] = None,
     fit: Annotated[
         bool,
@@ -265,20 +273,20 @@ def plan(
     from medmoe_edge.device import estimate
     from medmoe_edge.device.hardware import HERE
 
-    if measure and (device != HERE or precision or experts or image_tokens):
+    if measure and (device != HERE or precision or experts or image_tokens or vision):
         raise InputError(
             "Measured is this machine, with the bundle as it is stored.",
-            "Give --device here, and no --precision, --experts or --image-tokens.",
+            "Give --device here, and no --precision, --experts, --image-tokens or --vision.",
         )
     if fit != (latency is not None) or (fit and (measure or precision)):
         raise InputError(
             "--fit needs --latency, and chooses the precision itself.",
             "Give --fit --latency SECONDS, without --precision and --measure.",
         )
-    if group_size not in (32, 64, 128):
+    if group_size not in (None, 32, 64, 128):
         raise InputError(f"There are no groups of {group_size}.", "Use 32, 64 or 128.")
     options = estimate.PlanOptions(
-        *(device, precision, group_size, prompt_tokens, new_tokens, experts, image_tokens)
+        *(device, precision, group_size, prompt_tokens, new_tokens, experts, image_tokens, vision)
     )
     if latency is not None:
         with render.working("Measuring"):
@@ -289,15 +297,9 @@ def plan(
         found, comparison = (
             estimate.plan_and_measure(model) if measure else (estimate.plan(model, options), None)
         )
-    if as_json:
-        told = comparison.to_json() if comparison else None
-        render.as_json(found.to_json() | {"measured": told}, found.error())
-    else:
-        render_bench.show_plan(found)
-        if comparison:
-            render_bench.show_comparison(comparison)
-    if error := found.error():
-        raise error
+    measured = comparison.to_json() if comparison else None
+    show = partial(render_bench.show_plan, comparison=comparison)
+    tell(found, as_json, show, found.error(), measured=measured)
 
 
 @verb("prove", "Deploy", "prove -o proof")

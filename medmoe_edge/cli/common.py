@@ -370,11 +370,18 @@ class Result(Protocol):
 
 
 def tell(
-    found: Result, as_json: bool, show: Callable[[Any], object], error: MedMoEError | None = None
+    found: Result,
+    as_json: bool,
+    show: Callable[[Any], object],
+    error: MedMoEError | None = None,
+    **beside: object,
 ) -> None:
-    """Print a result, as one JSON object or as `show` does; then raise its error, if it has one."""
+    """Print a result, as `show` does or as one JSON object with what is `beside` it.
+
+    Then its error is raised, if it has one.
+    """
     if as_json:
-        render.as_json(found.to_json(), error)
+        render.as_json(found.to_json() | beside, error)
     else:
         show(found)
     if error is not None:

@@ -445,6 +445,9 @@ def _in_table(file: Path) -> Iterator[_Found]:
     columns = _columns(reader.fieldnames or (), file)
     for number, row in enumerate(reader, start=2):
         values = {key: (row[column] or "").strip() for key, column in columns.items()}
+        if any(row.get(None) or ()):  # else a label would end before its first delimiter
+            hint = f"Put what has a {delimiter!r} in it between quotes."
+            raise DataError(f"{file}, line {number} has more cells than columns.", hint)
         if not values["image"]:
             raise DataError(f"{file}, line {number} names no image.", "Fill it in.")
         path = file.parent / PurePosixPath(values.pop("image").replace("\\", "/"))

@@ -17,10 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.trust import keys_are_trusted
-from medmoe_edge.calibration.quantisers import DeltaForm, read_deltas
+from medmoe_edge.calibration.quantisers import DeltaForm, VisionScales, read_deltas
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
-from medmoe_edge.device.hardware import DEVICES, HERE, Device, find_device
+from medmoe_edge.device.hardware import (
+    CPU_PRECISIONS,
+    DEVICES,
+    GPU_PRECISIONS,
+    HERE,
+    Device,
+    find_device,
+    nominal_speeds,
+)
 from medmoe_edge.embedded import EMBEDDED, bundle_path
 from medmoe_edge.errors import (
     InputError,
@@ -49,6 +57,7 @@ from medmoe_edge.runtimes.costs import (
     prompt_tokens,
     step_seconds,
     switch_bytes,
+    vision_in_8_bits,
     vision_seconds,
 )
 
@@ -56,8 +65,6 @@ if TYPE_CHECKING:
     from medmoe_edge.device.measure import Comparison
 
 EXPORT_BYTES = 300 * 10**6  # Python and PyTorch, beside the largest tensor in fp32
-CPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp32")
-GPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp16")
 EXACT_FIRST: tuple[Precision, ...] = ("fp32", "fp16", "int8", "mixed", "int4")
 LARGE_GROUP = 128  # of int4 where groups of 32 are too slow or too large
 
@@ -129,8 +136,8 @@ class Plan:
         rooms = [device for device in DEVICES.values() if device.usable >= needed]
         larger = min(rooms, key=lambda device: device.usable).name if rooms else "a larger device"
         return ResourceError(
-            f"{self.model} does not fit {self.device.name}: even in {least.precision} with paged "
-            f"experts it lacks {shown_bytes(least.short)}.",
+            f"{self.model} does not fit {self.device.name}: even in {least.precision} and paged "
+            f"where it can be, it lacks {shown_bytes(least.short)}.",
             f"It would fit {larger}, or any with {shown_bytes(needed)} free.",
         )
 
@@ -143,22 +150,24 @@ class PlanOptions:
         device: A name of `devices.DEVICES`, a file that describes one (`devices.read_device`), or
             "here" for this CPU, which is measured for a few seconds and needs the extra `export`.
         precision: Only this one; all that the device offers by default.
-        group: Weights of int4 that share a scale: 32, 64 or 128.
+        group: Weights of int4 that share a scale: 32, 64 or 128; None: 32, or as a bundle has them.
         prompt_tokens: Positions of the prompt, those of the image among them; None: a short
             question about one image.
         new_tokens: Tokens of the answer.
         experts: How routed experts are stored, see `read_deltas`; None: whole, or as a bundle has
             them.
         image_tokens: As of `ExportOptions`.
+        vision: As of `ExportOptions`; None: "groups", or as a bundle has them.
     """
 
     device: str
     precision: Precision | None = None
-    group: int = GROUP
+    group: int | None = None
     prompt_tokens: int | None = None
     new_tokens: int = NEW_TOKENS
     experts: str | None = None
     image_tokens: int | None = None
+    vision: VisionScales | None = None
 
 
 def plan(model: str, options: PlanOptions) -> Plan:
@@ -179,14 +188,14 @@ def plan(model: str, options: PlanOptions) -> Plan:
         MissingDependencyError: The extra is not installed.
     """
     found = find_device(options.device)
-    name, config, deltas = _planned(model, options)
+    name, stored = _planned(model, options)
     wanted = precisions(found, options)
     if found.ratings is not None:
-        return make_plan(name, config, found, options, deltas=deltas)
+        return make_plan(name, stored, found, options)
     with needs("export"):
         from medmoe_edge.device.measure import measure_speeds
-    speeds = measure_speeds(config, {*wanted, "fp32"})
-    return make_plan(name, config, found, options, speeds=speeds, deltas=deltas)
+    speeds = measure_speeds(stored.config, {*wanted, "fp32"})
+    return make_plan(name, stored, found, options, speeds=speeds)
 
 
 def plan_and_measure(model: str) -> tuple[Plan, "Comparison"]:
@@ -205,21 +214,20 @@ def plan_and_measure(model: str) -> tuple[Plan, "Comparison"]:
     speeds = measure_speeds(bundle.config, ["fp32"])
     speeds[precision] = speed
     device, options = find_device(HERE), PlanOptions(HERE, precision)
-    deltas = Deltas.of_bundle(bundle)
-    made = make_plan(bundle.name, bundle.config, device, options, speeds=speeds, deltas=deltas)
+    made = make_plan(bundle.name, Asked.of_bundle(bundle), device, options, speeds=speeds)
     return made, comparison
 
 
-def model_config(model: str) -> tuple[str, ModelConfig, Deltas | None]:
-    """Name and configuration of a model, and what a bundle's experts take if they are deltas."""
+def model_stored(model: str) -> tuple[str, Asked]:
+    """A model's name, and its configuration as a bundle stores it, or as an export does."""
     if model in EMBEDDED or Path(model).is_dir():
         folder = bundle_path(model)
         if (folder / MANIFEST).exists():
             bundle = Bundle.open(folder, verify=keys_are_trusted())
-            return bundle.name, bundle.config, Deltas.of_bundle(bundle)
+            return bundle.name, Asked.of_bundle(bundle)
         with needs("export"):
             from medmoe_edge.checkpoint.reader import read_checkpoint
-        return folder.resolve().name, read_checkpoint(folder).config, None
+        return folder.resolve().name, _usual(read_checkpoint(folder).config)
     if model not in PRESETS:
         names = list(dict.fromkeys((*EMBEDDED, *PRESETS)))
         raise ModelError(
@@ -227,20 +235,28 @@ def model_config(model: str) -> tuple[str, ModelConfig, Deltas | None]:
             f"{did_you_mean(model, names)}Give a bundle or checkpoint folder, or: "
             f"{', '.join(names)}.",
         )
-    return model, PRESETS[model], None
+    return model, _usual(PRESETS[model])
 
 
-def _planned(model: str, options: PlanOptions) -> tuple[str, ModelConfig, Deltas | None]:
-    """As `model_config` says, with the image tokens that are asked for."""
-    name, config, deltas = model_config(model)
-    if (options.experts is not None or options.image_tokens is not None) and _is_bundle(model):
+def _usual(config: ModelConfig) -> Asked:
+    """As an export stores a model unless it is asked for something else."""
+    return Asked(config, prompt_tokens(config))
+
+
+def _planned(model: str, options: PlanOptions) -> tuple[str, Asked]:
+    """As `model_stored` says, with the image tokens that are asked for."""
+    name, stored = model_stored(model)
+    decided = (options.experts, options.image_tokens, options.vision)
+    if decided != (None, None, None) and _is_bundle(model):
         raise InputError(
-            f"{model} is a bundle: its experts and image tokens were decided when it was made.",
-            "Leave --experts and --image-tokens out, or give the checkpoint.",
+            f"{model} is a bundle: its experts, image tokens and tower were decided when it was "
+            "made.",
+            "Leave --experts, --image-tokens and --vision out, or give the checkpoint.",
         )
     if options.image_tokens is not None:
-        config = replace(config, vision=config.vision.with_tokens(options.image_tokens))
-    return name, config, deltas
+        vision = stored.config.vision.with_tokens(options.image_tokens)
+        stored = _usual(replace(stored.config, vision=vision))
+    return name, stored
 
 
 def _is_bundle(model: str) -> bool:
@@ -250,21 +266,21 @@ def _is_bundle(model: str) -> bool:
 
 def make_plan(
     model: str,
-    config: ModelConfig,
+    stored: Asked,
     device: Device,
     options: PlanOptions,
     *,
     speeds: Mapping[Precision, Speed] | None = None,
-    deltas: Deltas | None = None,
 ) -> Plan:
     """Forecast a model on a device, for one precision or all that it offers.
 
     `speeds`, by precision and with those of fp32 for the vision tower, are the measured ones of a
-    device without ratings; `deltas` those of a bundle that has some. Raises `InputError` for a
-    precision that it does not offer, for deltas beside what runs them, and for a
-    prompt that leaves no room for an answer.
+    device without ratings; `stored` is the model as a bundle has it, or an export makes it. Raises
+    `InputError` for a precision that it does not offer, for deltas or a scale per token beside what
+    runs them, and for a prompt that leaves no room for an answer.
     """
-    prompt = options.prompt_tokens or prompt_tokens(config)
+    config, on_cpu = stored.config, device.kind == "cpu"
+    prompt = options.prompt_tokens or stored.prompt
     image, most = config.vision.image_tokens, config.decoder.max_positions
     if not image < prompt <= most - options.new_tokens:
         raise InputError(
@@ -274,15 +290,21 @@ def make_plan(
         )
     speeds = speeds or nominal_speeds(device)
     moe, form = config.moe, None if options.experts is None else read_deltas(options.experts)
-    if form and (moe is None or not moe.meta_expert or moe.merged or device.kind != "cpu"):
+    if form and (moe is None or not moe.meta_expert or moe.merged or not on_cpu):
         raise InputError(
             "Deltas are of models with a meta expert, on a CPU.", "Leave --experts out."
         )
+    if options.vision == "tokens" and not vision_in_8_bits(config, "int8", NUMBER[device.kind]):
+        raise InputError(
+            "A scale per token is for a vision transformer in 8 bits, on a CPU.",
+            "Leave --vision out: convolutions stay in fp16, and a GPU's towers do.",
+        )
 
     def work(precision: Precision) -> Asked:
-        own = deltas if device.kind == "cpu" else None
-        own = Deltas.of(form, config, precision, options.group) if form else own
-        return Asked(config, prompt, options.new_tokens, options.group, own)
+        group, deltas = options.group or stored.group, stored.deltas if on_cpu else None
+        deltas = Deltas.of(form, config, precision, group) if form else deltas
+        vision = options.vision or stored.vision
+        return Asked(config, prompt, options.new_tokens, group, deltas, vision)
 
     forecasts = tuple(
         forecast(work(each), device, each, speeds) for each in precisions(device, options)
@@ -297,7 +319,10 @@ def precisions(device: Device, options: PlanOptions) -> tuple[Precision, ...]:
     wanted, beside = options.precision, ""
     if options.experts is not None:
         form, beside = read_deltas(options.experts), f" with {options.experts}"
-        offered = tuple(each for each in offered if _takes(each, form, options.group))
+        offered = tuple(each for each in offered if _takes(each, form, options.group or GROUP))
+    if options.vision == "tokens":
+        beside += " with a scale per token"
+        offered = tuple(each for each in offered if each not in ("fp32", "fp16"))
     if wanted is None:
         return offered
     if wanted not in offered:
@@ -313,39 +338,6 @@ def _takes(precision: Precision, form: DeltaForm, group: int) -> bool:
     return precision != "mixed" and not (precision == "int4" and (form.rank or 0) % group)
 
 
-def nominal_speeds(device: Device) -> dict[Precision, Speed]:
-    """A device's rates from its maker's figures.
-
-    On a GPU weights are dequantised and multiplied in fp16, as our kernels do; on a CPU int8 is
-    W8A8, and int4 is multiplied at the rate of floats.
-    """
-    rated, reached = device.ratings, device.reached
-    assert rated is not None
-    byte = 1 / (rated.bandwidth * reached.bandwidth)
-    floats = 1 / (rated.fp16 * reached.floats)
-    cpu = device.kind == "cpu"
-    integers = 1 / ((rated.int8 if cpu else rated.fp16) * reached.integers)
-
-    def speed(operation: float) -> Speed:
-        return Speed(
-            byte,
-            operation,
-            floats,
-            dense=reached.layer,
-            moe=2 * reached.layer,
-            prefill=reached.prefill_layer,
-            number=NUMBER[device.kind],
-            overlaps=cpu,
-        )
-
-    if cpu:
-        return {name: speed(integers if name == "int8" else floats) for name in CPU_PRECISIONS}
-    return {
-        name: speed(floats if name in ("fp16", "fp32") else integers)
-        for name in (*GPU_PRECISIONS, "fp32")
-    }
-
-
 def forecast(
     asked: Asked, device: Device, precision: Precision, speeds: Mapping[Precision, Speed]
 ) -> Forecast:
@@ -358,7 +350,8 @@ def forecast(
     memory = memory_run(asked, device.kind, precision)
     budget, short = _expert_budget(asked, device, precision, memory)
     cost = 1.0 if not budget else paging_cost(budget / experts)
-    vision = cost * vision_seconds(config, precision, NUMBER[device.kind], speeds["fp32"])
+    floats = NUMBER[device.kind], speeds["fp32"]
+    vision = cost * vision_seconds(config, precision, *floats, asked.vision)
     prefill = cost * step_seconds(config, precision, speed, prompt, 0, *storage)
     token = cost * step_seconds(config, precision, speed, 1, middle, *storage)
     return Forecast(
@@ -400,7 +393,7 @@ def _expert_budget(
     if spare >= 0:
         return None, 0
     moe = asked.config.moe
-    if moe is None:
+    if moe is None or moe.merged or (asked.deltas and not asked.deltas.paged):
         return 0, -spare
     experts = experts_bytes(asked, precision)
     ratio = held_ratio(device.kind, precision, asked)
@@ -466,7 +459,7 @@ def fit(model: str, options: PlanOptions, latency: float) -> Fit:
     """
     if not 0 < latency < float("inf"):
         raise InputError(f"A latency of {latency:g} s is none.", "Give seconds above 0.")
-    _, config, _ = _planned(model, options)
+    config = _planned(model, options)[1].config
     fitting = [each for each in _forecasts(model, options) if each.fits]
     chosen = next((each for each in fitting if each.answer(options.new_tokens) <= latency), None)
     nearest = min(fitting, key=lambda each: each.answer(options.new_tokens), default=None)
@@ -496,7 +489,7 @@ def _forecasts(model: str, options: PlanOptions) -> list[Forecast]:
     found = sorted(made.forecasts, key=lambda each: EXACT_FIRST.index(each.precision))
     larger = replace(options, precision=None, group=LARGE_GROUP)
     offered = {each.precision for each in found} & {*precisions(made.device, larger)}
-    if "int4" in offered and options.group < LARGE_GROUP:
+    if "int4" in offered and (options.group or GROUP) < LARGE_GROUP:
         found += plan(model, replace(larger, precision="int4")).forecasts
     return found
 
@@ -532,6 +525,8 @@ def _commands(
         form += f" --experts {experts}"
     if options.image_tokens is not None:
         form += f" --image-tokens {options.image_tokens}"
+    if options.vision == "tokens":
+        form += " --vision tokens"
     searched = experts is not None and read_deltas(experts).budget is not None
     if searched or chosen.precision in ("int8", "int4", "mixed"):
         form += " --calibrate DATA"

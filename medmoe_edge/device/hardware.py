@@ -29,11 +29,13 @@ from medmoe_edge.errors import (
     shown_bytes,
 )
 from medmoe_edge.export.jetson import find_jetson
-from medmoe_edge.runtimes.costs import Kind
+from medmoe_edge.runtimes.costs import NUMBER, Kind, Precision, Speed
 
 GB = 10**9
 TERA = 10**12
 HERE = "here"
+CPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp32")
+GPU_PRECISIONS: tuple[Precision, ...] = ("int8", "int4", "mixed", "fp16")
 FILES = (".toml", ".json")  # of people's own devices
 
 
@@ -106,6 +108,39 @@ class Device:
     def reached(self) -> Reached:
         """What programs reach of its ratings."""
         return (self.ratings and self.ratings.reached) or REACHED[self.kind]
+
+
+def nominal_speeds(device: Device) -> dict[Precision, Speed]:
+    """A device's rates from its maker's figures.
+
+    On a GPU weights are dequantised and multiplied in fp16, as our kernels do; on a CPU int8 is
+    W8A8, and int4 is multiplied at the rate of floats.
+    """
+    rated, reached = device.ratings, device.reached
+    assert rated is not None
+    byte = 1 / (rated.bandwidth * reached.bandwidth)
+    floats = 1 / (rated.fp16 * reached.floats)
+    cpu = device.kind == "cpu"
+    integers = 1 / ((rated.int8 if cpu else rated.fp16) * reached.integers)
+
+    def speed(operation: float) -> Speed:
+        return Speed(
+            byte,
+            operation,
+            floats,
+            dense=reached.layer,
+            moe=2 * reached.layer,
+            prefill=reached.prefill_layer,
+            number=NUMBER[device.kind],
+            overlaps=cpu,
+        )
+
+    if cpu:
+        return {name: speed(integers if name == "int8" else floats) for name in CPU_PRECISIONS}
+    return {
+        name: speed(floats if name in ("fp16", "fp32") else integers)
+        for name in (*GPU_PRECISIONS, "fp32")
+    }
 
 
 def find_device(name: str) -> Device:

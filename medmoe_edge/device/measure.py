@@ -37,10 +37,10 @@ from medmoe_edge.export.quantise import insert_dequantise
 from medmoe_edge.runtimes.costs import (
     NEW_TOKENS,
     TEXT_TOKENS,
+    Asked,
     Precision,
     Speed,
     bits_per_weight,
-    prompt_tokens,
     step_seconds,
     step_work,
 )
@@ -263,9 +263,9 @@ def compare(
     Returns:
         Prediction and measurement, and the speed that the prediction is made from.
     """
-    config = bundle.config
+    config, asked = bundle.config, Asked.of_bundle(bundle)
     precision: Precision = bundle.manifest["quantisation"]["precision"]
-    prompt = prompt_tokens(config)
+    prompt, storage = asked.prompt, (asked.group, asked.deltas)
     runtime = OrtRuntime(bundle)
     cache = runtime.new_cache(prompt + NEW_TOKENS)
     side = config.vision.image_size
@@ -291,8 +291,8 @@ def compare(
                 measured[name] = min(measured.get(name, float("inf")), found)
     speed = bench.speed()
     predicted = {
-        "prefill": step_seconds(config, precision, speed, prompt, 0),
-        "token": step_seconds(config, precision, speed, 1, prompt + NEW_TOKENS // 2),
+        "prefill": step_seconds(config, precision, speed, prompt, 0, *storage),
+        "token": step_seconds(config, precision, speed, 1, prompt + NEW_TOKENS // 2, *storage),
     }
     return Comparison(prompt, predicted, measured), speed
 

@@ -31,13 +31,10 @@ from medmoe_edge.errors import (
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.costs import (
-    GROUP,
     PROCESS,
     Asked,
-    Deltas,
     held_experts,
     memory_run,
-    prompt_tokens,
 )
 from medmoe_edge.runtimes.paging.pager import Budget, ExpertPager, least_budget
 from medmoe_edge.runtimes.paging.prediction import budget_bytes
@@ -286,12 +283,8 @@ def choose_memory(bundle: Bundle, free: int) -> MemoryChoice:
         ResourceError: Not even one layer's experts would fit beside the rest; it says how many
             bytes would do.
     """
-    stored = bundle.manifest["quantisation"]
-    precision = stored["precision"]
-    groups = [each["group"] for each in stored.get("matrices", ())]
-    group = max((group for group in groups if group), default=GROUP)
-    deltas = Deltas.of_bundle(bundle)
-    asked = Asked(bundle.config, prompt_tokens(bundle.config), group=group, deltas=deltas)
+    precision = bundle.manifest["quantisation"]["precision"]
+    asked = Asked.of_bundle(bundle)
     held = held_experts(asked, precision)
     rest = memory_run(asked, "cpu", precision) - PROCESS["cpu"] - held
     rest, whole = round(SPARE * rest), round(SPARE * (rest + held))

@@ -24,7 +24,7 @@ from medmoe_edge.bundle.bundle import (
     Target,
     model_kind,
 )
-from medmoe_edge.bundle.recorded import read_recorded, recorded_file, stored_weights
+from medmoe_edge.bundle.recorded import DELTA, read_recorded, recorded_file, stored_weights
 from medmoe_edge.bundle.trust import Signed, keys_are_trusted, signed
 from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.checkpoint.keys import Shape, decoder_parameters, expected_parameters
@@ -37,9 +37,16 @@ from medmoe_edge.config_contrastive import (
     read_scores,
 )
 from medmoe_edge.engine.loading import proven
-from medmoe_edge.errors import CheckpointError, InputError, MissingDependencyError, Notice
+from medmoe_edge.errors import (
+    BundleError,
+    CheckpointError,
+    InputError,
+    MissingDependencyError,
+    Notice,
+)
 from medmoe_edge.evaluation.recording import unpack_recording
 from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.runtimes.costs import Deltas, decoder_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +161,7 @@ def _inspect_bundle(path: Path) -> Inspection:
         files=files,
         bytes=sum(files.values()),
         parameters_total=total,
-        bits_per_weight=_bits_per_weight(config, manifest.get("quantisation")),
+        bits_per_weight=_bits_per_weight(bundle),
         target=bundle.target,
         runtime=bundle.target.runtime,
         quantisation=manifest.get("quantisation"),
@@ -178,20 +185,29 @@ def _common(path: Path, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _bits_per_weight(config: ModelConfig, quantisation: Any) -> float | None:
-    """Of the decoder's matrices, as the manifest tells how each is stored; None if it does not."""
-    shapes = decoder_parameters(config)
+def _bits_per_weight(bundle: Bundle) -> float | None:
+    """Of the decoder's matrices, as the manifest tells how each is stored; None if it does not.
+
+    Of deltas from the meta expert those of a whole expert's weights, as they lie in the files.
+    """
+    parts = decoder_parts(bundle.config)
     try:
-        matrices = quantisation.get("matrices") or []
-        if not matrices:
-            return 32.0 if quantisation["precision"] == "fp32" else None
-        return _mean(
+        stored, deltas = bundle.manifest["quantisation"], Deltas.of_bundle(bundle)
+        shapes = decoder_parameters(bundle.config)
+        told = [
             (Format(each["bits"], each["group"]).bits_per_weight(width), rows * width)
-            for each in matrices
+            for each in stored.get("matrices") or ()
+            if DELTA not in each["name"]
             for rows, width in [shapes[each["name"]]]
-        )
-    except (AttributeError, LookupError, TypeError, ValueError):  # of another version
-        return None
+        ]
+        if stored["precision"] == "fp32":
+            whole = ("attention", "ffn", "meta", "head")
+            told = [(32.0, parts[kind].weights) for kind in whole if kind in parts]
+        if deltas is not None:
+            told.append((deltas.stored, parts["experts"].weights))
+        return _mean(told) if told else None
+    except (AttributeError, LookupError, TypeError, ValueError, BundleError):
+        return None  # of another version, or damaged
 
 
 def _mean(values: Iterable[tuple[float, int]]) -> float:

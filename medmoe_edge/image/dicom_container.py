@@ -18,7 +18,7 @@ from typing import IO, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
-from pydicom import uid
+from pydicom import dcmread, uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.valuerep import VR
@@ -26,6 +26,7 @@ from pydicom.valuerep import VR
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.codestreams import END_OF_IMAGE, cut_off, is_codestream
 from medmoe_edge.image.dicom_tables import Header, Say
+from medmoe_edge.image.pixels import HEAD_BYTES, MAX_BYTES, is_dicom
 
 MAX_HEADER = 2**28  # bytes of all attributes but the pixels
 MAX_INFLATED = 2**30  # bytes that are inflated on the way to a frame
@@ -95,6 +96,46 @@ def open_container(path: Path, name: str, say: Say) -> Iterator[Container]:
         container = _read(cast(BinaryIO, data), syntax, say)
         kind = _uid(container.header, "SOPClassUID") or _uid(meta, "MediaStorageSOPClassUID")
         yield dataclasses.replace(container, kind=kind)
+
+
+def read_whole(path: Path, name: str) -> Dataset:
+    """All of a file; raises `ImageError`, and whatever pydicom raises."""
+    with path.open("rb") as file:
+        if not is_dicom(file.read(HEAD_BYTES)):
+            raise ImageError(f"{name} is no DICOM file.", "Give a DICOM image.")
+        file.seek(0)
+        meta = deflated_meta(file)
+        if meta is not None:
+            return _inflated(file, meta, name)
+    dataset = dcmread(path, force=True)  # old files lack the preamble
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        native = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else native
+    return dataset
+
+
+def deflated_meta(file: IO[bytes]) -> Dataset | None:
+    """Group 2 of a deflated file, which then stands behind it; None of any other, at its beginning.
+
+    pydicom inflates such a file whole as it opens it, without a limit.
+    """
+    meta = _read_meta(cast(BinaryIO, file)).dataset
+    if meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
+        return meta
+    file.seek(0)
+    return None
+
+
+def _inflated(file: IO[bytes], meta: Dataset, name: str) -> Dataset:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    data = inflater.decompress(file.read(), MAX_BYTES)
+    if inflater.unconsumed_tail:
+        raise ImageError(f"{name} inflates to more than {MAX_BYTES:,} bytes.", "Split the series.")
+    dataset = read_dataset(io.BytesIO(data), False, True)
+    dataset.set_original_encoding(False, True)
+    dataset.file_meta = FileMetaDataset(meta)
+    return dataset
 
 
 def _uid(header: Header, keyword: str) -> uid.UID | None:

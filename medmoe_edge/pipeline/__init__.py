@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from medmoe_edge.calibration.quantisers import VisionScales
     from medmoe_edge.engine.loading import Device, RuntimeName
-    from medmoe_edge.export.build import VisionScales
     from medmoe_edge.export.plan import GroupSize, Method, Precision
 
 SAMPLES = 128  # to calibrate on

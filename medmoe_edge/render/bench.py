@@ -281,8 +281,8 @@ def show_proof(proof: "Proof") -> None:
     show("Figures: --json, or a page to send in: -o FOLDER", "dim")
 
 
-def show_plan(plan: "Plan") -> None:
-    """A row per precision, then what the figures rest on."""
+def show_plan(plan: "Plan", comparison: "Measured | None" = None) -> None:
+    """A row per precision, what the figures rest on, and how near they came where it ran."""
     columns = ["", "decoder", "memory to run", "to build", "first token", "tokens/s", "fits"]
     rows = [
         (
@@ -313,6 +313,8 @@ def show_plan(plan: "Plan") -> None:
         show(f"Paging reads for another modality: {moved}.", "dim")
     if any(forecast.paging_cost > 1 for forecast in plan.forecasts):
         show("Times with paged experts hold what paging was measured to cost on a CPU.", "dim")
+    if comparison:
+        show_comparison(comparison)
 
 
 def show_fit(fit: "Fit") -> None:

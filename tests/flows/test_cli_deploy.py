@@ -107,6 +107,8 @@ def test_what_does_not_fit_is_an_error(run: Run) -> None:
         (["nano", "--device", "none.toml"], "none.toml cannot be read.", 2),
         (["nano", "--device", "here", "--measure", "--precision", "int8"], "Measured is", 2),
         (["nano", "--device", "here", "--measure", "--experts", "delta"], "Measured is", 2),
+        (["nano", "--device", "here", "--measure", "--vision", "groups"], "Measured is", 2),
+        (["nano", "--device", "cpu", "--vision", "tokens"], "A scale per token is for", 2),
     ],
 )
 def test_what_cannot_be_planned(run: Run, line: list[str], what: str, code: int) -> None:
@@ -131,6 +133,8 @@ def test_fit_proposes_what_export_takes(run: Run, monkeypatch: pytest.MonkeyPatc
     late = run(*command, "--latency", "0.5")
     assert late.exit_code == 5
     what, remedy = late.stderr.splitlines()
+    in_json = json.loads(run(*command, "--latency", "0.5", "--json").stdout)
+    assert in_json["error"]["message"] in what
     assert "does not answer within 0.5 s on orin-nano-8g" in what
     assert "It would take " in remedy
 

@@ -7,7 +7,9 @@ import os
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from command_line import Run, two_lines
 from hypothesis import given, settings
@@ -124,6 +126,22 @@ def test_a_cut_end_is_seen_by_the_head_that_is_kept_apart(
     write(log, "f")
     assert "has 3 entries and not the last one that was written here, 5" in caplog.text
     assert verify_log(log).fault == "head"  # until somebody has seen to it
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "io_counters"), reason="needs counts of bytes read")
+def test_a_missing_head_is_looked_for_once(log: Path, tmp_path: Path) -> None:
+    """Or each entry of a log that was moved away would take longer than the one before."""
+    other = write(tmp_path / "other.jsonl", *(["long" * 2**17] * 12))
+    other.replace(log)
+    audit, process = AuditLog(log), psutil.Process()
+    entry: dict[str, Any] = {"who": "test", "event": "answer", "model": MODEL, "question": "q"}
+    read = []
+    for _ in range(2):
+        before = process.io_counters().read_chars
+        audit.append(answer="No", input_sha256="", **entry)
+        read.append(process.io_counters().read_chars - before)
+    assert read[0] > log.stat().st_size > 2 * read[1]
+    assert verify_log(log).fault == "head"
 
 
 def test_a_head_that_was_not_kept_for_a_while_is_still_one_of_the_log(

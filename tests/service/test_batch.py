@@ -1,6 +1,7 @@
 """A batch: one row for each image and question in their order, whatever interrupts it."""
 
 import contextlib
+import csv
 import errno
 import hashlib
 import json
@@ -8,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.batch import run as batch_asking
 from medmoe_edge.bedside.batch import run as batch_results
 from medmoe_edge.bedside.batch.inputs import Journal, journal_path, read_items
-from medmoe_edge.bedside.batch.run import BatchReport, Recipe, run_batch
+from medmoe_edge.bedside.batch.run import BatchReport, Here, Identity, Recipe, run_batch
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import InputError, MedMoEError, Notice, ResourceError
@@ -350,6 +351,8 @@ def test_a_journal_keeps_each_once_and_in_order(
         ("image,question\na.png,Why?\nb.png\n", "line 3: The question is empty"),
         (f"image,question\na.png,{'?' * 10_001}\n", "line 2: The question has 10,001"),
         ('image,question\n"a.png,Why?\n', "is no CSV"),
+        ("image,question\na.png,Is it ill, or well?\n", "line 2: there are more cells"),
+        ("image,question,question\na.png,Why?,How?\n", "two columns of one name"),
     ],
 )
 def test_a_bad_table_is_told(tmp_path: Path, table: str, what: str) -> None:
@@ -358,6 +361,72 @@ def test_a_bad_table_is_told(tmp_path: Path, table: str, what: str) -> None:
     asked = None if "question" in table else tmp_path / "questions.txt"
     with pytest.raises(InputError, match=what):
         read_items(tmp_path / "in.csv", asked)
+
+
+def test_columns_may_have_spaces_around_their_names_and_rows_empty_cells(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("image , question,,\na.png,Why?,,\n")
+    (item,) = read_items(tmp_path / "in.csv", None)
+    assert (item.image, item.questions) == ("a.png", ("Why?",))
+
+
+def test_images_behind_a_link_are_there_and_a_circle_ends(
+    tmp_path: Path, scans: Path, questions: Path
+) -> None:
+    before = [item.image for item in read_items(scans, questions)]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Pillow.new("L", (8, 8)).save(elsewhere / "far.png")
+    (scans / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(scans)
+    found = [item.image for item in read_items(scans, questions)]
+    assert [name for name in found if name not in before] == ["linked/far.png"]
+
+
+def test_a_name_that_a_spreadsheet_would_compute_is_text(
+    engine: StandIn, tmp_path: Path, questions: Path
+) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out.csv"
+    folder.mkdir()
+    Pillow.new("L", (8, 8)).save(folder / "=HYPERLINK(1).png")
+    run_batch(folder, output, questions)
+    row, _ = csv.DictReader(output.read_text("utf-8-sig").splitlines())
+    assert row["image"] == "'=HYPERLINK(1).png"
+
+
+def test_another_commands_output_is_not_replaced(
+    engine: StandIn, scans: Path, questions: Path
+) -> None:
+    """It may come into being after the first look, while the model is loaded."""
+    output = scans.parent / "out.csv"
+
+    class Late(Here):
+        def begin(self, questions: Iterable[str]) -> Identity:
+            output.write_text("of another command")
+            return super().begin(questions)
+
+    with pytest.raises(InputError, match="exists already"):
+        run_batch(scans, output, questions, answering=Late(Recipe()))
+    assert output.read_text() == "of another command"
+    assert not journal_path(output).exists()
+    assert engine.asked == []
+
+
+def test_an_image_that_goes_before_it_is_audited_is_told(
+    engine: StandIn, scans: Path, questions: Path
+) -> None:
+    first = next(iter(read_items(scans, questions)))
+    ask = engine.ask_all
+
+    def ask_and_lose(path: str, *args: Any, **options: Any) -> list[Answer]:
+        answers = ask(path, *args, **options)
+        if path == first.path:
+            Path(path).unlink()
+        return answers
+
+    engine.ask_all = ask_and_lose  # type: ignore[method-assign]
+    audit = AuditLog(scans.parent / "audit.jsonl")
+    with pytest.raises(ResourceError, match="can no longer be read"):
+        run_batch(scans, scans.parent / "out.csv", questions, audit=audit)
 
 
 def test_bad_questions_are_told(tmp_path: Path, scans: Path) -> None:

@@ -3,11 +3,13 @@
 import csv
 import hashlib
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bombs import deflated_dicom
 from command_line import Run, answer_to
 from PIL import Image as Pillow
 from pydicom import Dataset, dcmwrite
@@ -22,6 +24,7 @@ from test_listen_series import slice_of
 
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.batch import run as batch_asking
+from medmoe_edge.bedside.batch.inputs import header_of
 from medmoe_edge.bedside.batch.run import BatchReport, run_batch
 from medmoe_edge.bedside.listen.config import Series
 from medmoe_edge.engine.answer import Answer
@@ -154,6 +157,25 @@ def test_only_the_same_content_is_there_twice(engine: Reading, archive: Path) ->
     assert rows[0]["slices_of"] == "8"
     assert "other.dcm" in json.loads(rows[0]["slices"])
     assert report.left_out["twice"] == 2
+
+
+def test_a_file_without_its_preamble_is_of_its_series(engine: Reading, archive: Path) -> None:
+    whole = (archive / "2.dcm").read_bytes()
+    (archive / "2.dcm").write_bytes(whole[132:])
+    report, rows = asked(archive, Series(slices="all"))
+    assert rows[0]["slices_of"] == "7"
+    assert report.series == 2
+
+
+def test_a_bomb_is_not_inflated_to_see_where_it_belongs(tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.dcm"
+    bomb.write_bytes(deflated_dicom(64, 64, 1, tail=2**28))
+    tracemalloc.start()
+    try:
+        assert header_of(str(bomb)) == {}
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_for_processing_is_left_out_where_it_is_shown(

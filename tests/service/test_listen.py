@@ -1,10 +1,13 @@
 """The DICOM node: whom it lets in, what it keeps before it says so, and what it answers."""
 
+import contextlib
 import logging
 import os
+import socket
 import sqlite3
 import stat
 import sys
+import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +181,24 @@ def test_an_object_beyond_the_limit_ends_the_connection(tmp_path: Path) -> None:
         assert send(node.port, study(2)) == [0]
         wait_for(lambda: done(node))
         assert node.queue.counts()["answered"] == 1
+
+
+@pytest.mark.parametrize("announced", [0xFFFFFFF0, 1000])
+def test_a_pdu_without_end_is_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, announced: int
+) -> None:
+    """Nobody has said who he is yet: a header must not take gigabytes, nor a drip a place."""
+    with Node(configuration(tmp_path / "node", timeout=1), StandIn()) as node:
+        with socket.create_connection(("127.0.0.1", node.port), 20) as peer:
+            peer.sendall(b"\x01\0" + announced.to_bytes(4))
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    peer.sendall(b"\0")
+                    time.sleep(0.05)
+            with contextlib.suppress(ConnectionResetError):
+                assert peer.recv(1) == b""
+        assert "a PDU is too long, or does not come to its end" in caplog.text
+        assert send(node.port, study(2)) == [0]
 
 
 def test_what_is_sent_again_is_answered_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ what frames of an object say together.
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import sqlite3
 import stat
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -285,6 +287,27 @@ def test_an_audit_log_from_an_older_backup_is_good_and_says_so(tmp_path: Path) -
     assert lost in last["answer"]  # what is missing can be named
     AuditLog(config.audit_log).append(answer="third", **entry)
     assert verify_log(config.audit_log).intact
+
+
+def test_a_restored_log_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails between its entry and its head would leave the head of a log that is removed."""
+    config, other = configuration(tmp_path / "node"), configuration(tmp_path / "other")
+    Queue(Folder(config.folder).queue).close()
+    entry: dict[str, Any] = {"who": "p", "event": "answer", "model": {}, "question": "q"}
+    AuditLog(config.audit_log).append(answer="a", input_sha256="", **entry)
+    Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
+    opened = Counter[str]()
+    for module, name in ((os, "open"), (io, "open")):
+        real = getattr(module, name)
+
+        def count(path: Any, *given: Any, real: Any = real, **named: Any) -> Any:
+            opened[str(path)] += 1
+            return real(path, *given, **named)
+
+        monkeypatch.setattr(module, name, count)
+    restore(tmp_path / "node.tar", Folder(other.folder), other.audit_log)
+    assert opened[str(other.audit_log)] == 1
+    assert verify_log(other.audit_log).entries == 2
 
 
 def test_restoring_does_not_hide_that_a_log_that_stayed_was_cut(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ from medmoe_edge.bedside.listen.report_sr import (
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.features import Location
 from medmoe_edge.contrastive.heatmap import heat_picture
+from medmoe_edge.errors import Notice
 from medmoe_edge.image.pixels import Image
 
 # pynetdicom leaves a socket to the garbage collector where its peer hung up first.
@@ -295,6 +296,20 @@ def test_hl7_version_2_says_the_same() -> None:
     written = hl7.parse(oru(odd, "MEDMOE").decode())
     (asked,) = [each for each in written.segments("OBX") if str(each[3][0][1]) == "Question"]
     assert written.unescape(str(asked[5])).replace("\r", "\n") == "a|b^c&d~e\\f\ng"
+    several = [Notice(code, f"Beware of {code}.") for code in ("frames", "slices")]
+    warned = replace(RESULT, answer=replace(RESULT.answer, warnings=tuple(several)))
+    other = replace(RESULT, answer=answer_to("Another question?", "No"))  # of the same order
+    names = [
+        (str(each[3]), str(each[4]))
+        for result in (warned, other)
+        for each in hl7.parse(oru(result, "MEDMOE").decode()).segments("OBX")
+    ]
+    assert len(set(names)) == len(names)  # or a receiver takes the later one for a correction
+    assert len(str(message.segment("MSH")[10])) == 20  # the longest that 2.5.1 allows
+    values = {**RESULT.evidence.values, "PatientName": "=山田^太郎=やまだ^たろう"}
+    foreign = replace(RESULT, evidence=replace(RESULT.evidence, values=values))
+    named = hl7.parse(oru(foreign, "MEDMOE").decode())
+    assert str(named.segment("PID")[5]) == "山田^太郎"
     withdrawn = hl7.parse(oru_withdrawn(oru(CODED, "MEDMOE")).decode())
     assert {str(each[11]) for each in withdrawn.segments("OBX")} == {"W"}
     assert str(withdrawn.segment("MSH")[10]) != str(message.segment("MSH")[10])

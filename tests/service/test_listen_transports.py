@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import hl7.mllp
 import httpx
 import pytest
 import trustme
+from bombs import deflated_dicom
 from dicom_files import saved
 from dicom_peers import PLUGINS, get, orthanc_at, post_to, put_to, tool
 from listen_process import (
@@ -245,6 +247,20 @@ def test_stow_says_what_became_of_each_object(tmp_path: Path) -> None:
         assert httpx.post(url, content=body[:-20], headers=headers).status_code == 400
         assert httpx.post(url, content=body).status_code == 400
         wait_for(lambda: node.queue.counts()["answered"] == 1)
+
+
+def test_a_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node", http={"port": 0}), StandIn()) as node:
+        body, headers = body_of(deflated_dicom(64, 64, 1, tail=2**28))
+        url = f"http://127.0.0.1:{node.web_port}/studies"
+        tracemalloc.start()
+        try:
+            found = httpx.post(url, content=body, headers=headers, timeout=60)
+            assert tracemalloc.get_traced_memory()[1] < 2**26
+        finally:
+            tracemalloc.stop()
+        assert found.status_code == 409
+        assert found.json()["00081198"]["Value"][0]["00081197"]["Value"] == [0xC000]
 
 
 @pytest.mark.parametrize(

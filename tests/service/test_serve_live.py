@@ -117,6 +117,25 @@ def test_a_second_head_that_does_not_come_is_not_waited_for(
         assert slow.recv(100) == b""
 
 
+def test_who_takes_no_answer_is_not_waited_for(
+    engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve_server, "SENDING", 0.2)
+    many = 150
+    with live(engine) as url, socket.socket() as idle:
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        idle.settimeout(20)
+        address = urlsplit(url)
+        idle.connect((address.hostname, address.port))
+        idle.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * many)
+        time.sleep(3)
+        taken = b""
+        with contextlib.suppress(ConnectionResetError):
+            while more := idle.recv(2**20):
+                taken += more
+        assert 0 < taken.count(b"HTTP/1.1 200") < many  # else it went on once it was read
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(engine: StandIn) -> None:
     head = "POST /v1/ask HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
     head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"

@@ -110,6 +110,7 @@ def test_dicom_says_modality_and_patient_but_not_whose(tmp_path: Path) -> None:
         ({"ct/fold9/1.png": 1}, {"levels": ("modality", "split")}, "no split 'fold9'"),
         ({"t.csv": "file\nnone.png"}, {}, "no such image"),
         ({"t.csv": "name\n1.png"}, {}, "no column 'image'"),
+        ({"t.csv": "image,finding\n1.png,effusion, left"}, {}, "more cells than columns"),
     ],
 )
 def test_what_labels_nothing(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ from medmoe_edge.calibration.quantisers import (
 )
 from medmoe_edge.calibration.statistics import Statistics
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
-from medmoe_edge.device.estimate import PlanOptions, plan
+from medmoe_edge.device.estimate import PlanOptions, make_plan, plan
+from medmoe_edge.device.hardware import DEVICES
 from medmoe_edge.engine.loading import choose_memory
 from medmoe_edge.errors import BundleError, InputError
 from medmoe_edge.evaluation.gates import compare_weights
+from medmoe_edge.evaluation.inspection import inspect_model
 from medmoe_edge.evaluation.mutations import Mutation, mutated_weights, mutations_of
 from medmoe_edge.export import build, builder
 from medmoe_edge.export.decoder import MoESpec, meta_name
@@ -44,7 +47,13 @@ from medmoe_edge.export.plan import Precision
 from medmoe_edge.export.stored import specification
 from medmoe_edge.export.weights import low_rank
 from medmoe_edge.runtimes.base import Runtime
-from medmoe_edge.runtimes.costs import Asked, Deltas, experts_bytes, held_experts
+from medmoe_edge.runtimes.costs import (
+    Asked,
+    Deltas,
+    decoder_parts,
+    experts_bytes,
+    held_experts,
+)
 from medmoe_edge.runtimes.ort.paged import SESSION, OrtExpertStore, PagedOrtRuntime
 from medmoe_edge.runtimes.ort.runtime import OrtRuntime
 from medmoe_edge.runtimes.paging.pager import ExpertPager
@@ -325,11 +334,33 @@ def test_deltas_that_lie_in_the_graph_are_counted(bundles: Callable[..., Path]) 
     form = Deltas.of(read_deltas("delta:rank=2"), bundle.config, "fp32", 32)
     assert deltas.stored == deltas.held == pytest.approx(form.stored)
     assert choose_memory(bundle, 10**10).budget is None
-    assert plan(str(bundle.folder), PlanOptions("cpu", "fp32")).forecasts[0].experts > 0
+    made = plan(str(bundle.folder), PlanOptions("cpu", "fp32")).forecasts[0]
+    assert made.experts > 0
+    memory = made.memory_run - made.experts // 4
+    small = replace(DEVICES["cpu"], memory=memory, reserved=0)
+    stored = Asked.of_bundle(bundle)
+    (lacking,) = make_plan("m", stored, small, PlanOptions("cpu", "fp32")).forecasts
+    assert lacking.expert_budget == 0  # there is nothing to page
+    assert lacking.short == made.memory_run - memory
     graph = bundle.path("decoder.onnx")
     graph.write_bytes(graph.read_bytes()[:1000])
     with pytest.raises(BundleError, match="was changed or is incomplete"):
         Deltas.of_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("precision", "experts", "bits"),
+    [("int8", "delta:bits=2", 2.5), ("fp32", "delta", 32.0), ("int8", "delta", 8.5)],
+)
+def test_inspect_counts_the_bits_of_deltas(
+    bundles: Callable[..., Path], precision: str, experts: str, bits: float
+) -> None:
+    bundle = Bundle.open(bundles(precision, experts))
+    parts = decoder_parts(bundle.config)
+    others = sum(parts[kind].weights for kind in ("attention", "ffn", "meta", "head"))
+    own, rest = parts["experts"].weights, 32 if precision == "fp32" else 8.5
+    expected = (own * bits + others * rest) / (own + others)
+    assert inspect_model(bundle.folder).bits_per_weight == pytest.approx(expected, rel=0.02)
 
 
 def test_fewer_bits_take_fewer_bytes(bundles: Callable[..., Path]) -> None:

@@ -20,10 +20,9 @@ from medmoe_edge.device.estimate import (
     _forecasts,
     fit,
     make_plan,
-    nominal_speeds,
     plan,
 )
-from medmoe_edge.device.hardware import DEVICES, REACHED, Device, find_device
+from medmoe_edge.device.hardware import DEVICES, REACHED, Device, find_device, nominal_speeds
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.costs import (
@@ -234,7 +233,7 @@ def test_memory_is_what_was_measured(
     config, cpu = PRESETS[model], DEVICES["cpu"]
     asked = Asked(config, config.vision.image_tokens + 40, 8, group)
     options = PlanOptions("cpu", precision, group)
-    (made,) = make_plan(model, config, cpu, options).forecasts
+    (made,) = make_plan(model, asked, cpu, options).forecasts
     away = (1 - share) * made.experts * held_ratio(cpu.kind, precision, asked)
     assert memory_run(asked, cpu.kind, precision) - away == pytest.approx(peak * GB, rel=0.08)
 
@@ -247,7 +246,8 @@ def test_a_device_with_too_little_memory_is_forecast_as_paging_was_measured() ->
         small = dataclasses.replace(
             DEVICES["cpu"], memory=whole.memory_run - missing + 2 * GB, reserved=None
         )
-        (paged,) = make_plan("m", PRESETS[STABLELM], small, PlanOptions("cpu", "int8")).forecasts
+        asked = Asked(PRESETS[STABLELM], 576 + 48)
+        (paged,) = make_plan("m", asked, small, PlanOptions("cpu", "int8")).forecasts
         assert paged.expert_budget == pytest.approx(share * whole.experts, rel=1e-6)
         for what in ("first_token", "token"):
             ratio = getattr(paged, what) / getattr(whole, what)

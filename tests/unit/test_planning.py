@@ -20,13 +20,13 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.device.estimate import (
     Plan,
     PlanOptions,
+    fit,
     make_plan,
-    nominal_speeds,
     plan,
     plan_and_measure,
     precisions,
 )
-from medmoe_edge.device.hardware import DEVICES, Device, Ratings, find_device
+from medmoe_edge.device.hardware import DEVICES, Device, Ratings, find_device, nominal_speeds
 from medmoe_edge.device.measure import (
     Microbenchmarks,
     Sizes,
@@ -51,6 +51,7 @@ from medmoe_edge.runtimes.costs import (
     cache_values,
     decoder_parts,
     held_ratio,
+    prompt_tokens,
     step_seconds,
     step_work,
     vision_bytes,
@@ -68,7 +69,12 @@ NANO = PRESETS["nano"]
 
 def planned(config: Any, device: Device, precision: Precision | None = None) -> Plan:
     """The forecasts of a model "m"."""
-    return make_plan("m", config, device, PlanOptions(device.name, precision))
+    return make_plan("m", usual(config), device, PlanOptions(device.name, precision))
+
+
+def usual(config: Any) -> Asked:
+    """As an export stores it."""
+    return Asked(config, prompt_tokens(config))
 
 
 FLAT = Device("flat", "a flat one", "gpu", 10**10, Ratings(1e12, 2e14, 1e14, "made up"))
@@ -162,7 +168,9 @@ def test_bytes_against_the_embedded_bundle() -> None:
 
 def test_a_quantised_transformer_tower_weighs_less_on_a_cpu() -> None:
     in_fp32, in_8_bits = (vision_bytes(STABLELM, name, 4) for name in PRECISIONS)
-    assert in_fp32 == 4 * vision_weights(STABLELM) == 2 * vision_bytes(STABLELM, "int8", 2)
+    unread = 4 * 1024**2 + 2 * 1024 * 4096  # the 24th layer
+    assert in_fp32 == 4 * (vision_weights(STABLELM) - unread)
+    assert in_fp32 == 2 * vision_bytes(STABLELM, "int8", 2)
     assert in_8_bits / in_fp32 == pytest.approx(9 / 32, abs=0.01)
     assert vision_bytes(NANO, "int8", 4) == 4 * vision_weights(NANO)  # convolutions stay floats
     board = next(device for device in DEVICES.values() if device.kind == "cpu")
@@ -266,7 +274,7 @@ def test_deltas_take_less_memory_and_move_less(form: str, bits: float, held: flo
     cpu = dataclasses.replace(FLAT, kind="cpu", memory=64 * 10**9)
     whole, deltas = (
         make_plan(
-            *("m", STABLELM, cpu), PlanOptions(cpu.name, precision="int8", experts=experts)
+            *("m", usual(STABLELM), cpu), PlanOptions(cpu.name, precision="int8", experts=experts)
         ).forecasts[0]
         for experts in (None, form)
     )
@@ -288,7 +296,42 @@ def test_deltas_are_planned_of_what_has_some_and_on_what_runs_them() -> None:
     cpu = dataclasses.replace(FLAT, kind="cpu")
     for config, device in ((dense, cpu), (STABLELM, FLAT)):
         with pytest.raises(InputError, match="meta expert, on a CPU"):
-            make_plan("m", config, device, PlanOptions(device.name, experts="delta:bits=2"))
+            make_plan("m", usual(config), device, PlanOptions(device.name, experts="delta:bits=2"))
+
+
+def test_what_lies_in_the_graph_is_not_paged() -> None:
+    """Neither deltas so small that they do, nor the feed-forwards that experts were merged into."""
+    small = dataclasses.replace(FLAT, name="small", kind="cpu", memory=5 * 10**9)
+    stored, options = usual(STABLELM), PlanOptions("small", "int8")
+    paged, resident = (
+        make_plan("m", dataclasses.replace(stored, deltas=deltas), small, options).forecasts[0]
+        for deltas in (Deltas(8, 8), Deltas(8, 8, paged=False))
+    )
+    assert paged.fits
+    assert 0 < (paged.expert_budget or 0) < paged.experts
+    assert (resident.fits, resident.expert_budget) == (False, 0)
+    assert resident.short == resident.memory_run - small.usable
+
+
+def test_a_tower_with_a_scale_per_token_is_forecast_where_there_is_one() -> None:
+    cpu = DEVICES["cpu"]
+    by_tokens = PlanOptions("cpu", vision="tokens")
+    made, in_groups = (
+        make_plan("m", usual(STABLELM), cpu, options) for options in (by_tokens, PlanOptions("cpu"))
+    )
+    assert [each.precision for each in made.forecasts] == ["int8", "int4", "mixed"]
+    for ours, theirs in zip(made.forecasts, in_groups.forecasts, strict=False):
+        assert ours.vision == pytest.approx(0.44 * theirs.vision)
+        saved = 23 * (4 * 1024**2 + 2 * 1024 * 4096) // 8  # a bit a weight, the groups' scales
+        assert theirs.memory_run - ours.memory_run == pytest.approx(saved, abs=2)
+        assert (ours.prefill, ours.token) == (theirs.prefill, theirs.token)
+    for config, device in ((NANO, cpu), (STABLELM, FLAT)):
+        with pytest.raises(InputError, match="a vision transformer in 8 bits, on a CPU"):
+            make_plan("m", usual(config), device, by_tokens)
+    with pytest.raises(InputError, match="cpu is not planned in fp32 with a scale per token"):
+        make_plan("m", usual(STABLELM), cpu, dataclasses.replace(by_tokens, precision="fp32"))
+    command = fit("med-moe-stablelm-1.6b", by_tokens, 60.0).commands[0]
+    assert " --int8 --vision tokens --calibrate DATA " in command
 
 
 def test_a_model_too_large_says_by_how_much_and_what_would_do() -> None:
@@ -297,9 +340,7 @@ def test_a_model_too_large_says_by_how_much_and_what_would_do() -> None:
     error = made.error()
     assert error is not None
     missing = min(each.short for each in made.forecasts) / 1e9
-    assert f"m does not fit small: even in int4 with paged experts it lacks {missing:.2f}" in str(
-        error
-    )
+    assert f"small: even in int4 and paged where it can be, it lacks {missing:.2f}" in str(error)
     assert error.remedy.startswith("It would fit orin-nano-8g, or any with ")
     assert planned(PHI, dataclasses.replace(FLAT, memory=10**10)).error() is None
     dense = planned(dataclasses.replace(PHI, moe=None), small).forecasts
@@ -372,7 +413,7 @@ def test_models_by_name(tiny_checkpoint: Make, tiny_bundle: Make) -> None:
         made = plan(str(folder), PlanOptions("cpu", "int8"))
         assert [each.precision for each in made.forecasts] == ["int8"]
         assert made.to_json()["forecasts"][0]["fits"] is True
-    with pytest.raises(InputError, match="is a bundle: its experts and image tokens"):
+    with pytest.raises(InputError, match="is a bundle: its experts, image tokens"):
         plan(str(tiny_bundle("int8")), PlanOptions("cpu", experts="delta:bits=2"))
     with pytest.raises(ModelError, match=r"med-moe-stablelm-1\.6b"):
         plan("none", PlanOptions("cpu"))

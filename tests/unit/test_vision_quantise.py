@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.bundle.recorded import SignatureMaker, int8_products
+from medmoe_edge.calibration.quantisers import VISION_INT8, VISION_TOKENS
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
+from medmoe_edge.device.estimate import PlanOptions, plan
 from medmoe_edge.errors import InputError
 from medmoe_edge.evaluation.targets import GraphRuntime
 from medmoe_edge.export import build
@@ -143,7 +145,7 @@ def test_linear_layers_become_products_in_groups_and_nothing_else_does(tower: ir
 
 
 def test_a_bundle_says_how_its_tower_is_stored(bundle: Bundle, tiny_bundle: Make) -> None:
-    assert bundle.manifest["quantisation"]["vision"] == build.VISION_INT8
+    assert bundle.manifest["quantisation"]["vision"] == VISION_INT8
     narrow = Bundle.open(tiny_bundle("int8"))  # too narrow
     assert narrow.manifest["quantisation"]["vision"] == build.VISION
     assert "vision" not in Bundle.open(tiny_bundle("fp32")).manifest["quantisation"]
@@ -152,7 +154,7 @@ def test_a_bundle_says_how_its_tower_is_stored(bundle: Bundle, tiny_bundle: Make
 @pytest.mark.parametrize(
     ("preset", "precision", "words", "kind"),
     [
-        ("med-moe-phi2-2.7b", "mixed", build.VISION_INT8, ir.DataType.UINT8),
+        ("med-moe-phi2-2.7b", "mixed", VISION_INT8, ir.DataType.UINT8),
         ("med-moe-phi2-2.7b", "fp32", "fp32", ir.DataType.FLOAT),
         ("nano", "int8", build.VISION, ir.DataType.FLOAT16),  # convolutions: as ever
     ],
@@ -203,10 +205,23 @@ def test_layers_of_the_tower_have_a_scale_per_token_and_the_projector_groups(
     found = op_types(model)
     assert (found["DynamicQuantizeMatMul"], found["MatMulNBits"]) == (len(HIDDEN), 1)
     assert (found["MultiHeadAttention"], found["Softmax"]) == (1, 0)
-    assert by_tokens.manifest["quantisation"]["vision"] == build.VISION_TOKENS
+    assert by_tokens.manifest["quantisation"]["vision"] == VISION_TOKENS
     products = dict(int8_products(by_tokens.path("vision.onnx")))
     assert set(products) == {f"vision.layers.0.{name}.weight" for name in HIDDEN}
     assert all(pairs_within(weight) for weight in products.values())  # exact on any processor
+
+
+def test_a_plan_knows_what_shares_a_scale(by_tokens: Bundle, outliers: Checkpoint) -> None:
+    options = PlanOptions("cpu", "int8")
+    asked = dataclasses.replace(options, vision="tokens")
+    (of_bundle,) = plan(str(by_tokens.folder), options).forecasts
+    assert plan(str(outliers.folder), asked).forecasts == (of_bundle,)
+    (in_groups,) = plan(str(outliers.folder), options).forecasts
+    assert of_bundle.vision == pytest.approx(0.44 * in_groups.vision)
+    layers = sum(matrix.size for _, matrix in int8_products(by_tokens.path("vision.onnx")))
+    assert in_groups.memory_run - of_bundle.memory_run == pytest.approx(layers / 8, rel=0.01)
+    with pytest.raises(InputError, match="image tokens and tower were decided"):
+        plan(str(by_tokens.folder), asked)
 
 
 def test_large_channels_do_not_harm_what_shares_their_scale(

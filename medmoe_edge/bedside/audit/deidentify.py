@@ -19,29 +19,22 @@ image is refused; allowed knowingly, the result does not claim that its patient 
 import functools
 import hashlib
 import hmac
-import io
 import uuid
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from dicomanonymizer.dicomfields_selector import dicom_anonymization_database_selector
-from pydicom import DataElement, Dataset, dcmread, dcmwrite
+from pydicom import DataElement, Dataset, dcmwrite
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
     JPEG2000TransferSyntaxes,
     JPEGLSTransferSyntaxes,
     JPEGTransferSyntaxes,
@@ -50,8 +43,9 @@ from pydicom.uid import (
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.errors import ImageError
+from medmoe_edge.image.dicom_container import read_whole
 from medmoe_edge.image.loading import check_file, decoding
-from medmoe_edge.image.pixels import HEAD_BYTES, MAX_BYTES, is_dicom, shown_name
+from medmoe_edge.image.pixels import shown_name
 
 OVERLAYS = range(0x6000, 0x6100, 2)
 JPEG, JPEG_2000 = b"\xff\xd8", b"\xff\x4f"  # how a codestream begins
@@ -234,7 +228,7 @@ def deidentify(
     name = shown_name(source)
     check_file(source, name)
     with decoding(name):
-        dataset = _read(source, name)
+        dataset = read_whole(source, name)
         _check_image(dataset, name)
         may_show_text = _may_show_text(dataset)
         if may_show_text and not allow_burned_in:
@@ -245,35 +239,6 @@ def deidentify(
         with atomic_file(target) as file:
             dcmwrite(file, dataset, enforce_file_format=True)
     return not may_show_text
-
-
-def _read(path: Path, name: str) -> Dataset:
-    """All of a file; raises `ImageError`, and whatever pydicom raises."""
-    with path.open("rb") as file:
-        if not is_dicom(file.read(HEAD_BYTES)):
-            raise ImageError(f"{name} is no DICOM file.", "Give a DICOM image.")
-        file.seek(132)
-        meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2)
-        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            return _inflated(file, meta, name)
-    dataset = dcmread(path, force=True)  # old files lack the preamble
-    if "TransferSyntaxUID" not in dataset.file_meta:
-        implicit, little = dataset.original_encoding
-        native = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else native
-    return dataset
-
-
-def _inflated(file: IO[bytes], meta: Dataset, name: str) -> Dataset:
-    """A deflated file's dataset; pydicom itself would inflate without a limit."""
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    data = inflater.decompress(file.read(), MAX_BYTES)
-    if inflater.unconsumed_tail:
-        raise ImageError(f"{name} inflates to more than {MAX_BYTES:,} bytes.", "Split the series.")
-    dataset = read_dataset(io.BytesIO(data), False, True)
-    dataset.set_original_encoding(False, True)
-    dataset.file_meta = FileMetaDataset(meta)
-    return dataset
 
 
 def _check_image(dataset: Dataset, name: str) -> None:

@@ -204,7 +204,7 @@ class AuditLog:
         self.path = Path(path)
         # A lock of the system's, which ends with its process; never a file that a crash leaves.
         self._lock = FileLock(f"{self.path}.lock", mode=0o600, fallback_to_soft=False)
-        self._told = False  # that its head is not the one that was kept
+        self._missing: str | None = None  # a kept head that is not in it, as was said
 
     def append(
         self,
@@ -215,8 +215,11 @@ class AuditLog:
         question: str,
         answer: str,
         input_sha256: str,
+        is_head: bool = False,
     ) -> None:
         """Write one entry; on return it is on the disk.
+
+        With `is_head` it becomes the head that is kept, whatever that was before.
 
         An unfinished last line, which a crash left, is cut off first: its writer was never told
         that it was kept. Raises `InputError` for an entry over 1 MiB, `DataError` where the log's
@@ -239,7 +242,8 @@ class AuditLog:
                 if len(line) >= MAX_LINE:
                     raise InputError("An audit entry is too long.", "Ask a shorter question.")
                 _write(file, line)
-                self._keep_head(file, number, previous, line)
+                if is_head or self._has_kept_head(file, number, previous):
+                    _keep_head(self.path, number + 1, json.loads(line)["hash"])
         except OSError as error:
             raise _unwritable(error.strerror or type(error).__name__) from error
 
@@ -250,7 +254,6 @@ class AuditLog:
         kept, which the entry tells of, and from here on the head is this entry.
         """
         kept = kept_head(self.path)
-        self._told = is_restored
         text = "A backup was restored."
         if is_restored and kept is not None:
             text += f" The last entry written here before was {kept[0]}, {kept[1]}."
@@ -261,10 +264,8 @@ class AuditLog:
             model={},
             question="",
             input_sha256=backup_sha256,
+            is_head=is_restored,
         )
-        if is_restored:
-            with self._lock, self.path.open("r+b", buffering=0) as file:
-                _keep_head(self.path, *_last(file))
 
     def check(self) -> None:
         """Raise `ResourceError` unless the next entries could be written."""
@@ -276,24 +277,29 @@ class AuditLog:
         if room < MAX_LINE:
             raise _unwritable("the disk is full")
 
-    def _keep_head(self, file: IO[bytes], number: int, previous: str, line: bytes) -> None:
-        """Keep the new head apart, unless the one kept is not in the log, which it then proves."""
+    def _has_kept_head(self, file: IO[bytes], number: int, previous: str) -> bool:
+        """Whether the head that was kept is in the log; one that is not proves that lines are gone.
+
+        `number` and `previous` are of the entry before the new one.
+        """
         kept = kept_head(self.path)
-        holds = True
-        if kept and kept != (number, previous):
-            file.seek(0)
-            holds = any((parse(each) or {}).get("hash") == kept[1] for each in _lines(file))
-            file.seek(0, os.SEEK_END)
-        if kept and not holds:
-            if not self._told:
-                log.error(
-                    "The audit log has %d entries and not the last one that was written here, %d: "
-                    "its end was cut off, or it is another log.",
-                    *(number, kept[0]),
-                )
-            self._told = True
-            return
-        _keep_head(self.path, number + 1, json.loads(line)["hash"])
+        if kept in (None, (number, previous)):
+            return True
+        assert kept is not None
+        if kept[1] == self._missing:  # nothing is added before what is there
+            return False
+        file.seek(0)
+        holds = any((parse(each) or {}).get("hash") == kept[1] for each in _lines(file))
+        file.seek(0, os.SEEK_END)
+        if holds:
+            return True
+        log.error(
+            "The audit log has %d entries and not the last one that was written here, %d: "
+            "its end was cut off, or it is another log.",
+            *(number, kept[0]),
+        )
+        self._missing = kept[1]
+        return False
 
     def _opened(self) -> IO[bytes]:
         is_new = not self.path.exists()
@@ -329,7 +335,7 @@ def _last(file: IO[bytes]) -> tuple[int, str]:
     if entry is None:
         raise DataError(
             "The audit log's last line is not as it was written.",
-            "See: medmoe-edge audit verify; then keep that log and begin another.",
+            "See: medmoe-edge audit verify; then keep that log, and begin one of another name.",
         )
     return int(entry["number"]), str(entry["hash"])
 

@@ -1,8 +1,9 @@
 """What a batch is about, images or their series, and questions; and what is done of it.
 
-A folder gives all its files, also those in folders within, in the order of their paths; hidden ones
-are left out. A CSV file gives its rows in their order: the column `image` holds paths, relative to
-the CSV's folder, and the column `question`, where there is one, what is asked of that row's image.
+A folder gives all its files, also those in folders within and behind links, in the order of their
+paths; hidden ones are left out. A CSV file gives its rows in their order: the column `image` holds
+paths, relative to the CSV's folder, and the column `question`, where there is one, what is asked of
+that row's image.
 Nothing is opened here, unless DICOM files are to be asked by series: then their headers are read,
 and a series is asked once, about slices that are chosen as the node chooses them
 (`listen.selection`). A file that is no image is found out when it is asked about.
@@ -27,13 +28,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from medmoe_edge.data.datasets import read_text
 from medmoe_edge.errors import DataError, InputError, MedMoEError, Notice, ResourceError
+from medmoe_edge.image.pixels import HEAD_BYTES, is_dicom
 from medmoe_edge.prompt import check_question
 
 if TYPE_CHECKING:
     from medmoe_edge.bedside.listen.config import Series
 
 COLUMNS = "Let its first line be: image, or image,question"
-PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # of floats, of doubles, of integers: PS3.6
 
 
 class Item(NamedTuple):
@@ -100,32 +101,33 @@ def header_of(path: str) -> Header:
     Why nothing is asked of it (`aside`, a key of `listen.selection.ASIDE`), hashes of its own UID,
     its study and patient, its place in its series, and what it marks as a key object.
     """
-    from pydicom.filereader import read_partial
-
     from medmoe_edge.bedside.listen.header import check_uids, origin_of
     from medmoe_edge.bedside.listen.selection import aside, key_objects, membership_of
+    from medmoe_edge.image.dicom_container import open_container
     from medmoe_edge.image.loading import decoding
 
-    pixels: list[bool] = []
-
-    def are_reached(tag: int, _vr: str | None, _length: int) -> bool:
-        if tag in PIXELS:
-            pixels.append(True)
-        return bool(pixels)
-
     try:
-        with decoding(Path(path).name), open(path, "rb") as file:
-            dataset = read_partial(file, stop_when=are_reached)
+        with decoding(Path(path).name):
+            if not _is_dicom(path):
+                return {}
+            with open_container(Path(path), Path(path).name, lambda *_: None) as container:
+                dataset, has_pixels = container.header.dataset, container.pixels is not None
             check_uids(dataset)
             origin, membership = origin_of(dataset, b""), membership_of(dataset)
             return {
-                "aside": aside(dataset, bool(pixels), None),
+                "aside": aside(dataset, has_pixels, None),
                 **{name: getattr(origin, name) for name in ("uid", "study", "patient")},
                 **membership._asdict(),
                 "marks": key_objects(dataset),
             }
     except MedMoEError:
         return {}  # who asks about it says what is wrong
+
+
+def _is_dicom(path: str) -> bool:
+    """By its first bytes; raises `OSError`."""
+    with open(path, "rb") as file:
+        return is_dicom(file.read(HEAD_BYTES))
 
 
 class Grouped(NamedTuple):
@@ -198,14 +200,13 @@ def _is_among(path: str, known: Collection[str]) -> bool:
 
 def _content(path: str) -> str | None:
     """SHA-256 of all elements of a DICOM file; None where it cannot be read."""
-    from pydicom import dcmread
-
     from medmoe_edge.bedside.listen.header import origin_of
+    from medmoe_edge.image.dicom_container import read_whole
     from medmoe_edge.image.loading import decoding
 
     try:
         with decoding(Path(path).name):
-            return origin_of(dcmread(path), b"").content
+            return origin_of(read_whole(Path(path), Path(path).name), b"").content
     except MedMoEError:
         return None  # who asks about it says what is wrong
 
@@ -234,20 +235,31 @@ def _files(folder: Path, left_out: Collection[Path]) -> Iterator[tuple[str, str]
 
     root = folder.resolve()
     found = []
-    for parent, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _leads_back(Path(parent, name))
+        ]
         paths = (Path(parent, name) for name in names if not name.startswith("."))
         found += [path for path in paths if path not in left_out]
     for path in sorted(found):
         yield path.relative_to(root).as_posix(), str(path)
 
 
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in: to follow it would have no end."""
+    return folder.is_symlink() and folder.resolve() in {each.resolve() for each in folder.parents}
+
+
 def _from_csv(file: Path, questions: Path | None) -> list[Item]:
     rows = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
     try:
-        columns = rows.fieldnames or ()
+        rows.fieldnames = columns = [name.strip() for name in rows.fieldnames or ()]
         if "image" not in columns:
             raise DataError(f"{file} has no column named image.", COLUMNS)
+        if any(columns.count(name) > 1 for name in ("image", "question")):
+            raise DataError(f"{file} has two columns of one name.", COLUMNS)
         has_questions = "question" in columns
         if has_questions and questions is not None:
             raise InputError(
@@ -260,7 +272,12 @@ def _from_csv(file: Path, questions: Path | None) -> list[Item]:
         raise DataError(f"{file}, line {rows.line_num}: this is no CSV.", COLUMNS) from error
 
 
-def _item(row: dict[str, str | None], file: Path, line: int, asked: tuple[str, ...]) -> Item:
+def _item(row: dict[str | Any, Any], file: Path, line: int, asked: tuple[str, ...]) -> Item:
+    if any(row.get(None) or ()):  # else a question would end before its first comma
+        raise DataError(
+            f"{file}, line {line}: there are more cells than columns.",
+            "Put what has a comma in it between quotes.",
+        )
     image = row["image"]
     if not image:
         raise DataError(f"{file}, line {line}: there is no image.", "Fill it in.")

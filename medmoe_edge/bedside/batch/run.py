@@ -18,7 +18,8 @@ The results are a Parquet or a CSV file, as the suffix of its name says.
 The two numbers name a row, also where a path or a question comes twice. `seconds` of an image's
 first question include reading the image. A Parquet file's metadata hold `notice`, `verification`
 and `medmoe_edge`, the version; a CSV has the first two as columns, `experts` as JSON and `warnings`
-as text, and needs no further package.
+as text, and needs no further package. Text that a spreadsheet would take for a formula (a file may
+be named so) begins with an apostrophe there.
 
 By series, a row is about a series: the answer that most of the asked slices give, `image` the one
 that gives it with most confidence, and `seconds` those of all slices.
@@ -39,7 +40,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from medmoe_edge._types import Progress
 from medmoe_edge._version import __version__
-from medmoe_edge.atomic import atomic_file, file_sha256
+from medmoe_edge.atomic import atomic_file, file_sha256, refuse_existing
 from medmoe_edge.bedside.batch.inputs import (
     Header,
     Item,
@@ -81,6 +82,7 @@ COLUMNS = (
 )
 
 FORMATS = (".parquet", ".csv")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet computes
 
 
 class Written(NamedTuple):
@@ -172,10 +174,16 @@ def _csv(file: IO[bytes], about: dict[str, str]) -> Iterator[Write]:
         for row in rows:
             told = "; ".join(f"{one['code']}: {one['message']}" for one in row["warnings"] or ())
             lists = {name: row[name] and json.dumps(row[name]) for name in ("experts", "slices")}
-            writer.writerow({**row, **lists, "warnings": told, **ends})
+            cells = {**row, **lists, "warnings": told, **ends}
+            writer.writerow({name: _as_text(value) for name, value in cells.items()})
 
     yield write
     stream.detach()  # the file is closed by who opened it
+
+
+def _as_text(value: Any) -> Any:
+    """A cell that a spreadsheet would take for a formula, marked as text for it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _rows(items: Sequence[Item], journal: Journal) -> Iterator[Row]:
@@ -400,8 +408,7 @@ def run_batch(
     started = time.perf_counter()
     inputs, output = Path(inputs), Path(output)
     recipe = recipe or Recipe()
-    if output.exists() and not force:
-        raise InputError(f"{output} exists already.", "Choose another name, or pass force.")
+    refuse_existing(output, force=force)
     check_format(output)
     items = read_items(inputs, None if questions is None else Path(questions), besides=(output,))
     answering = answering or Here(recipe)
@@ -412,6 +419,9 @@ def run_batch(
         items, left_out = group_series(items, headers, series)
     job = fingerprint(items, model.sha256, recipe.max_new_tokens, recipe.allow_repetition)
     with Journal(output, job, force=force) as journal:
+        if output.exists() and not force:  # of another command, which has ended meanwhile
+            journal.remove()
+        refuse_existing(output, force=force)
         done = journal.done()
         keep = partial(_keep, items, journal, audit)
         _answer(items, done, keep, answering, model.sha256, progress)
@@ -476,6 +486,14 @@ def _keep(
         for row in rows:
             if row["error"] is not None:
                 continue
+            image = row.get("image", item.image)
+            try:
+                digest = file_sha256(Path(paths[image]))
+            except OSError as error:  # its disk has gone meanwhile
+                raise ResourceError(
+                    f"{shown(image)} can no longer be read, and its answer not be audited.",
+                    "Bring it back, and run the same again: what is done is kept.",
+                ) from error
             told = shown_answer(row["answer"], complete=row["complete"], unsure=row["unsure"])
             audit.append(
                 who="batch",
@@ -483,6 +501,6 @@ def _keep(
                 model={"name": row["model"], "sha256": row["model_sha256"]},
                 question=row["question"],
                 answer=logged(told, (notice["code"] for notice in row["warnings"])),
-                input_sha256=file_sha256(Path(paths[row.get("image", item.image)])),
+                input_sha256=digest,
             )
     journal.keep(number, rows)

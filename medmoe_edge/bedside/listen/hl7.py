@@ -3,15 +3,15 @@
 Preliminary, as nobody has verified it; the patient, study and order are named by their identifiers.
 A result without a patient's number is not written, as nobody could tell whose it is.
 
-The transaction is of DiagnosticReport, Observation and Device. Each resource carries an identifier
-and is only created where the server has none with it, so that it may be sent twice. Validated as
-R4B (4.3), which leaves these resources as R4 has them, and as R5. The message is of version 2.5.1,
-in UTF-8; its control ID is the same whenever it is sent.
+The transaction is of DiagnosticReport, Observation and Device, each created only where the server
+has none with its identifier: it may be sent twice. Validated as R4B (4.3), which leaves these as R4
+has them, and as R5. The message is of version 2.5.1, in UTF-8, with the same control ID each time.
 """
 
 import datetime
 import json
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -254,7 +254,7 @@ FIELDS = str.maketrans(
         "\n": "\\.br\\",
     }
 )  # the escapes of section 2.7
-LOCAL = "99MEDMOE"
+LOCAL, LONGEST_ID = "99MEDMOE", 20  # characters of MSH-10
 
 
 def oru(result: Result, ae_title: str) -> bytes:
@@ -265,24 +265,26 @@ def oru(result: Result, ae_title: str) -> bytes:
     """
     values, answer = result.evidence.values, result.answer
     when, taken = _moment(result.when), _moment(result.evidence.taken)
-    named = [*values["PatientName"].split("=")[0].split("^"), "", "", "", "", ""]
-    family, given, middle, prefix, suffix = named[:5]
-    number = result.uuid("hl7-v2").replace("-", "")
+    groups = filter(None, values["PatientName"].split("="))  # letters, ideographs, phonetic
+    family, given, middle, prefix, suffix = [*next(groups, "").split("^"), *[""] * 5][:5]
+    number = result.uuid("hl7-v2").replace("-", "")[-LONGEST_ID:]
     report = f"{REPORT['code']}^{REPORT['display']}^LN"
     order = escaped(values["AccessionNumber"])
     issuer = escaped(values["IssuerOfPatientID"])
     identifier = escaped(values["PatientID"]) + (f"^^^{issuer}" if issuer else "")
-    kind = "ORU^R01^ORU_R01"
     name = "^".join(map(escaped, (family, given, middle, suffix, prefix))).rstrip("^")
     person = f"{name}||{escaped(values['PatientBirthDate'])}|{escaped(values['PatientSex'])}"
     lines = [
-        f"MSH|^~\\&|medmoe-edge|{escaped(ae_title)}|||{when}||{kind}|{number}|P|2.5.1"
+        f"MSH|^~\\&|medmoe-edge|{escaped(ae_title)}|||{when}||ORU^R01^ORU_R01|{number}|P|2.5.1"
         "||||||UNICODE UTF-8",
         f"PID|1||{identifier}||{person}",
         f"OBR|1||{order or number}|{report}|||{taken}|||||||||||{order}||||{when}||RAD|R",
     ]
+    told = Counter[str]()
     for place, (kind, name, value) in enumerate(_observations(result), start=1):
-        lines.append(f"OBX|{place}|{kind}|{name}|1|{value}||||||R|||{taken}|||||")
+        told[name] += 1
+        which = f"{number[-8:]}.{told[name]}"  # of an order, two of one name and number are one
+        lines.append(f"OBX|{place}|{kind}|{name}|{which}|{value}||||||R|||{taken}|||||")
     lines.append(f"NTE|1|L|{escaped(answer.notice)}")
     return "".join(f"{line.rstrip('|')}\r" for line in lines).encode("utf-8", "replace")
 
@@ -302,7 +304,7 @@ def oru_withdrawn(message: bytes) -> bytes:
         if fields[0] == "OBX":
             fields[11] = "W"
         if fields[0] == "MSH":
-            fields[9] = f"{fields[9][:31]}W"
+            fields[9] = f"{fields[9][:-1]}W"
         lines.append("|".join(fields))
     return "\r".join(lines).encode()
 

@@ -33,7 +33,7 @@ from medmoe_edge.bedside.listen.desk import Desk, Tidying
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
-    MessageSizeLimit,
+    Limits,
     Receiving,
     Refused,
     classes_set_aside,
@@ -207,14 +207,16 @@ class Node:
 
     def __enter__(self) -> Self:
         receiving = self.receiving
-        size_limit = MessageSizeLimit(min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES))
+        size = min(self.configuration.max_object_mb * 1_000_000, MAX_BYTES)
+        limits = Limits(size, self.configuration.timeout)
         handlers: list[EventHandlerType] = [
             (evt.EVT_REQUESTED, receiving.requested),
             (evt.EVT_ACCEPTED, receiving.accepted),
             (evt.EVT_C_ECHO, receiving.echo),
             (evt.EVT_C_STORE, receiving.store),
-            (evt.EVT_DATA_RECV, size_limit.data),
-            (evt.EVT_DIMSE_RECV, size_limit.message),
+            (evt.EVT_CONN_OPEN, limits.opened),
+            (evt.EVT_DATA_RECV, limits.data),
+            (evt.EVT_DIMSE_RECV, limits.message),
             *commitment_handlers(self.queue),
         ]
         settings = self.configuration

@@ -12,10 +12,13 @@ import io
 import ipaddress
 import logging
 import re
+import socket
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydicom import Dataset, dcmread
 from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
@@ -43,25 +46,50 @@ from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.schema import Membership
 from medmoe_edge.bedside.listen.selection import ASIDE, aside, key_objects, membership_of
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
+from medmoe_edge.image.dicom_container import deflated_meta
 from medmoe_edge.image.dicom_pixels import can_decode
 from medmoe_edge.image.loading import decoding
 
 log = logging.getLogger(__name__)
 
 
-class MessageSizeLimit:
-    """Counts the bytes of the message at hand; beyond `limit` the connection is closed."""
+class Limits:
+    """Bounds on what a connection brings, of whomever it is: beyond them it is closed.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    Args:
+        size: Bytes of a message.
+        seconds: For a PDU to be whole, from its first byte.
+    """
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self._size, self._seconds = size, seconds
         self._received: weakref.WeakKeyDictionary[Association, int] = weakref.WeakKeyDictionary()
+
+    def opened(self, event: Event) -> None:
+        """Read the PDUs of a connection as `_read` does: pynetdicom knows no end of one."""
+        connection: Any = event.assoc.dul.socket
+        connection.recv = functools.partial(self._read, event.assoc, connection.socket)
+
+    def _read(self, association: Association, link: socket.socket, size: int) -> bytearray:
+        """So many bytes of a PDU, or fewer where the peer has left."""
+        end, data = time.monotonic() + self._seconds, bytearray()
+        while len(data) < size <= LONGEST_PDU and time.monotonic() <= end:
+            part = link.recv(min(size - len(data), STEP))
+            if not part:
+                return data
+            data += part
+        if len(data) < size:
+            log.warning("A connection was closed: a PDU is too long, or does not come to its end.")
+            _hang_up(association)
+            raise ConnectionAbortedError
+        return data
 
     def data(self, event: Event) -> None:
         """Data of an association have come in."""
         association = event.assoc
         total = self._received.get(association, 0) + len(event.data)
         self._received[association] = total
-        if total > self._limit:
+        if total > self._size:
             log.warning("A connection was closed: its object is larger than allowed.")
             _hang_up(association)
 
@@ -79,6 +107,8 @@ def _hang_up(association: Association) -> None:
         descriptor.close()  # pynetdicom leaves it open where the peer was faster
 
 
+LONGEST_PDU = 2**20  # bytes; of data a peer may send 16,382, and hardly so many to begin with
+STEP = 2**16
 SUCCESS = 0x0000
 OK, ACCEPTED, BAD_REQUEST, CONFLICT = 200, 202, 400, 409  # of HTTP
 TRANSFER_SYNTAXES_NOT_SUPPORTED = 0x04  # of a presentation context, PS3.8 table 9-18
@@ -88,6 +118,7 @@ OUT_OF_RESOURCES = 0xA700
 TOO_LARGE = "It is larger than max_object_mb allows."  # the one for which no room can be made
 CLASS_MISMATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
+UNREADABLE_SYNTAX = "Its transfer syntax cannot be read here."
 
 # Classes of the storage service whose objects are made of pixels. Those of other kinds (reports,
 # waveforms, presentation states, plans ...) are taken and set aside, so that whole studies may be
@@ -393,7 +424,7 @@ class Receiving:
         if announced is None:
             self._judge_class(uid_of(header, "SOPClassUID"))
             if header.file_meta.get("TransferSyntaxUID") not in transfer_syntaxes():
-                raise Refused(CANNOT_UNDERSTAND, "Its transfer syntax cannot be read here.")
+                raise Refused(CANNOT_UNDERSTAND, UNREADABLE_SYNTAX)
             return
         sop_class, uid = (value.strip("\0 ") for value in announced)
         if uid_of(header, "SOPClassUID") != sop_class:
@@ -469,9 +500,16 @@ def multipart(body: bytes, content_type: str) -> list[bytes]:
 
 
 def _parts(data: bytes) -> tuple[Dataset, memoryview]:
-    """The header of a file, and what follows it from its pixels on; raises `ImageError`."""
+    """The header of a file, and what follows it from its pixels on.
+
+    Raises `Refused` for one that would first have to be inflated, and `ImageError`.
+    """
+    file = io.BytesIO(data)
     with decoding("The object"):
-        file = io.BytesIO(data)
+        is_deflated = deflated_meta(file) is not None
+    if is_deflated:
+        raise Refused(CANNOT_UNDERSTAND, UNREADABLE_SYNTAX)
+    with decoding("The object"):
         header = dcmread(file, stop_before_pixels=True)
         return header, memoryview(data)[file.tell() :]
 

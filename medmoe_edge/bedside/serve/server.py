@@ -150,25 +150,39 @@ HEAD_SECONDS = 10.0  # for a request's head to be whole, from its first byte or 
 MAX_CONNECTIONS = 256
 
 
-class HeadTimeoutProtocol(H11Protocol):
-    """Closes connections whose request does not come: uvicorn itself waits for ever."""
+class TimeoutProtocol(H11Protocol):
+    """Ends connections whose request does not come, or whose answer nobody takes.
+
+    uvicorn itself waits for ever, and so does closing, where the peer is there and does not read.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _sending_timer: asyncio.TimerHandle | None = None
+    _unsent = 0  # bytes that waited for the peer at the last look
+    _took = False  # whether it has taken some since
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Give the first head its time."""
         super().connection_made(transport)
         self._watch_head()
+        self._watch_sending()
 
     def data_received(self, data: bytes) -> None:
         """Give the next head its time once it begins."""
         super().data_received(data)
         self._watch_head()
 
+    def resume_writing(self) -> None:
+        """The peer reads."""
+        super().resume_writing()
+        self._took = True
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         super().connection_lost(exc)
         self._stop_timer()
+        if self._sending_timer is not None:
+            self._sending_timer.cancel()
 
     def _watch_head(self) -> None:
         if self.conn.their_state is not h11.IDLE:
@@ -181,9 +195,18 @@ class HeadTimeoutProtocol(H11Protocol):
             self._head_timer.cancel()
         self._head_timer = None
 
+    def _watch_sending(self) -> None:
+        """Look once in a while whether the peer takes what it is sent."""
+        unsent = self.transport.get_write_buffer_size()
+        if 0 < self._unsent <= unsent and not self._took:
+            self.transport.abort()
+            return
+        self._unsent, self._took = unsent, False
+        self._sending_timer = self.loop.call_later(SENDING, self._watch_sending)
+
 
 QUIET: dict[str, Any] = {  # of uvicorn, which says nothing in the log or in answers by itself
-    "http": HeadTimeoutProtocol,
+    "http": TimeoutProtocol,
     "ws": "none",
     "log_config": None,
     "log_level": "warning",
