@@ -105,7 +105,7 @@ def read_grey_values(
 
 def read_kind(path: Path) -> tuple[str | None, str | None]:
     """The standard's name of a file's storage class, and its modality; None where it has none."""
-    with open_container(path, shown_name(path), lambda *_: None) as container:
+    with open_container(path) as container:
         modality = modality_of(container.header)
         kind = _class_name(container)
     return kind, modality
@@ -117,7 +117,7 @@ def read_origin(path: Path) -> tuple[str | None, str | None]:
     The hash keeps one patient's images together and does not tell who that is to a reader; whoever
     knows the list of all identifiers can still find it out.
     """
-    with open_container(path, shown_name(path), lambda *_: None) as container:
+    with open_container(path) as container:
         patient = container.header.text("PatientID")
         modality = modality_of(container.header)
     return modality, hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
@@ -129,7 +129,7 @@ def read_stated(path: Path, frame: int | None) -> dict[str, Any]:
     These are the fields of `medmoe_edge.image.worker.Stated`; without a `frame` the place is that
     of the first one.
     """
-    with open_container(path, shown_name(path), lambda *_: None) as container:
+    with open_container(path) as container:
         header = _of_frame(container.header, frame or 0)
     found = {name: _line(header, keyword) for name, keyword in BANNER.items()}
     found |= {name: _date(found[name]) for name in ("birth_date", "study_date")}
@@ -173,7 +173,7 @@ def _read_stored(
         raise _without_image(container, name)
     layout = read_layout(header, element.kind, name, most_pixels, say)
     index = pick_frame(name, frame, layout.frames)
-    stored = read_frame(container, element, layout, index, name, say)
+    stored = read_frame(element, container.syntax, layout, index)
     return stored, _of_frame(header, index), layout
 
 

@@ -26,7 +26,7 @@ from pydicom.valuerep import VR
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.codestreams import END_OF_IMAGE, cut_off, is_codestream
 from medmoe_edge.image.dicom_tables import Header, Say
-from medmoe_edge.image.pixels import HEAD_BYTES, MAX_BYTES, is_dicom
+from medmoe_edge.image.pixels import HEAD_BYTES, MAX_BYTES, is_dicom, shown_name
 
 MAX_HEADER = 2**28  # bytes of all attributes but the pixels
 MAX_INFLATED = 2**30  # bytes that are inflated on the way to a frame
@@ -46,13 +46,19 @@ GE_BIG_ENDIAN_PIXELS = "1.2.840.113619.5.2"  # of a data set in implicit little 
 
 @dataclasses.dataclass(frozen=True)
 class PixelElement:
-    """Where the pixels lie in `file`: `length` bytes from `start`; None, if it is undefined."""
+    """Where the pixels lie in `file`: `length` bytes from `start`; None, if it is undefined.
+
+    `name` is how messages call the file, and `say` takes what should be known of the picture.
+    """
 
     file: BinaryIO
     start: int
     length: int | None
     kind: str
     words: bool  # OW: the file's byte order applies to units of 16 bits, even of 8-bit values
+    little: bool
+    name: str
+    say: Say
 
     def is_encapsulated(self) -> bool:
         """Whether it begins with an item, as compressed pixels do; their length is undefined.
@@ -76,24 +82,27 @@ class Container:
     header: Header
     syntax: uid.UID | None
     kind: uid.UID | None
-    little: bool
     pixels: PixelElement | None
 
 
 @contextlib.contextmanager
-def open_container(path: Path, name: str, say: Say) -> Iterator[Container]:
+def open_container(
+    path: Path, name: str | None = None, say: Say = lambda *_: None
+) -> Iterator[Container]:
     """Open a DICOM file, for as long as the block runs, and read its attributes up to the pixels.
 
+    Messages call it `name`, if it is not to be told; `say` takes what should be known of it.
     Raises `ImageError` where these are too many, and whatever pydicom raises where they are
     damaged.
     """
+    name = name or shown_name(path)
     with path.open("rb") as file:
         meta = _read_meta(file)
         syntax = _uid(meta, "TransferSyntaxUID")
         data: IO[bytes] = file
         if syntax == uid.DeflatedExplicitVRLittleEndian and not _starts_plainly(file):
             data = cast(IO[bytes], _Inflated(file, name))
-        container = _read(cast(BinaryIO, data), syntax, say)
+        container = _read(cast(BinaryIO, data), syntax, name, say)
         kind = _uid(container.header, "SOPClassUID") or _uid(meta, "MediaStorageSOPClassUID")
         yield dataclasses.replace(container, kind=kind)
 
@@ -163,7 +172,7 @@ def _starts_plainly(file: BinaryIO) -> bool:
     return head[:4] in (b"\x08\0\x05\0", b"\x08\0\x16\0", b"\x08\0\x08\0") and head[4:] in KNOWN_VRS
 
 
-def _read(file: BinaryIO, syntax: uid.UID | None, say: Say) -> Container:
+def _read(file: BinaryIO, syntax: uid.UID | None, name: str, say: Say) -> Container:
     at = file.tell()
     head = file.read(8)
     file.seek(at)
@@ -178,12 +187,15 @@ def _read(file: BinaryIO, syntax: uid.UID | None, say: Say) -> Container:
     dataset.file_meta = FileMetaDataset()
     if syntax is not None:
         dataset.file_meta.TransferSyntaxUID = syntax
-    pixels = _find_pixels(file, implicit, little)
-    header = Header(dataset, little=little)
-    return Container(header, syntax, None, little and syntax != GE_BIG_ENDIAN_PIXELS, pixels)
+    pixels = _find_pixels(file, implicit, little, name, say)
+    if pixels is not None and syntax == GE_BIG_ENDIAN_PIXELS:
+        pixels = dataclasses.replace(pixels, little=False)
+    return Container(Header(dataset, little=little), syntax, None, pixels)
 
 
-def _find_pixels(file: BinaryIO, implicit: bool, little: bool) -> PixelElement | None:
+def _find_pixels(
+    file: BinaryIO, implicit: bool, little: bool, name: str, say: Say
+) -> PixelElement | None:
     """The element at which reading stopped (PS3.5 7.1)."""
     head = file.read(12)
     if len(head) < 8:
@@ -201,7 +213,8 @@ def _find_pixels(file: BinaryIO, implicit: bool, little: bool) -> PixelElement |
     else:
         length, start = head[6:8], file.tell() - len(head) + 8
     count = int.from_bytes(length, order)  # type: ignore[arg-type]
-    return PixelElement(file, start, None if count == UNDEFINED else count, kind, vr != b"OB")
+    known = None if count == UNDEFINED else count
+    return PixelElement(file, start, known, kind, vr != b"OB", little, name, say)
 
 
 def read_at(file: BinaryIO, start: int, size: int) -> bytes:
@@ -305,24 +318,20 @@ MAX_FRAGMENTS = 10_000_000
 ITEM, DELIMITER = 0xFFFEE000, 0xFFFEE0DD
 
 
-def read_codestream_of(
-    element: PixelElement, little: bool, frames: int, index: int, name: str, say: Say
-) -> bytes:
+def read_codestream_of(element: PixelElement, frames: int, index: int) -> bytes:
     """The codestream of one frame (PS3.5 A.4).
 
     Offset tables are often wrong, and are used only where nothing else tells frames apart: a
     fragment that begins like a codestream begins a frame, and one fragment a frame is the rule.
     """
-    table, fragments = _walk(element, little, name, say)
+    table, fragments = _walk(element)
     starts = [i for i, (at, size) in enumerate(fragments) if _begins(element, at, size)]
     if len(starts) > frames:  # a header may hold what looks like another's beginning
         starts = [i for i in starts if i == 0 or _ends(element, *fragments[i - 1])]
     if starts and starts[0] == 0 and len(starts) >= frames:
         if len(starts) > frames:
-            say(
-                "frames",
-                f"The file holds {len(starts)} compressed pictures and states {frames}.",
-            )
+            what = f"The file holds {len(starts)} compressed pictures and states {frames}."
+            element.say("frames", what)
         bounds = [*starts, len(fragments)]
     elif len(fragments) == frames or (frames == 1 and not starts):
         bounds = [*range(frames), len(fragments)]
@@ -330,8 +339,8 @@ def read_codestream_of(
         bounds = found
     else:
         raise ImageError(
-            f"{name} states {frames} frames and holds {len(starts) or len(fragments)} compressed "
-            "pictures.",
+            f"{element.name} states {frames} frames and holds {len(starts) or len(fragments)} "
+            "compressed pictures.",
             "It was probably cut off or put together wrongly: export the series again.",
         )
     parts = []
@@ -341,11 +350,9 @@ def read_codestream_of(
     return b"".join(parts)
 
 
-def _walk(
-    element: PixelElement, little: bool, name: str, say: Say
-) -> tuple[bytes, list[tuple[int, int]]]:
+def _walk(element: PixelElement) -> tuple[bytes, list[tuple[int, int]]]:
     """The basic offset table, and where each fragment lies: place and length."""
-    file, order = element.file, "<HHI" if little else ">HHI"
+    file, order = element.file, "<HHI" if element.little else ">HHI"
     found: list[tuple[int, int]] = []
     at, end = element.start, file.seek(0, io.SEEK_END)
     if element.length is not None:
@@ -354,27 +361,26 @@ def _walk(
         file.seek(at)
         head = file.read(8)
         if len(head) < 8:
-            say("fragments", "The end of the compressed pictures is not marked.")
+            element.say("fragments", "The end of the compressed pictures is not marked.")
             break
         group, number, size = struct.unpack(order, head)
         tag = group << 16 | number
         if tag == DELIMITER:
             break
-        if tag != ITEM or size == 0xFFFFFFFF or len(found) > MAX_FRAGMENTS:
-            raise cut_off(name)
-        if at + 8 + size > end:
-            raise cut_off(name)
+        is_item = tag == ITEM and size != UNDEFINED and len(found) <= MAX_FRAGMENTS
+        if not is_item or at + 8 + size > end:
+            raise cut_off(element.name)
         found.append((at + 8, size))
         at += 8 + size
     if not found:
-        raise cut_off(name)
+        raise cut_off(element.name)
     start, size = found[0]
     if _begins(element, start, size):  # the table, even an empty one, was left out
         return b"", found
     file.seek(start)
     fragments = [fragment for fragment in found[1:] if fragment[1]]
     if not fragments:
-        raise cut_off(name)
+        raise cut_off(element.name)
     return file.read(size), fragments
 
 

@@ -27,7 +27,6 @@ from medmoe_edge.image.codestreams import (
     read_codestream,
 )
 from medmoe_edge.image.dicom_container import (
-    Container,
     PixelElement,
     read_at,
     read_codestream_of,
@@ -135,31 +134,30 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
     )
 
 
-def read_frame(
-    container: Container, element: PixelElement, layout: Layout, index: int, name: str, say: Say
-) -> Stored:
+def read_frame(element: PixelElement, syntax: uid.UID | None, layout: Layout, index: int) -> Stored:
     """The stored values of one frame, from 0, of the pixels that `layout` describes.
 
     Raises `ImageError` where the frame is not whole, or of a kind that is not read.
     """
+    name, say = element.name, element.say
     if layout.rows * layout.columns * layout.samples * layout.allocated > 8 * MAX_FRAME_BYTES:
         raise ImageError(
             f"One frame of {name} takes more than the limit of {MAX_FRAME_BYTES:,} bytes.",
             "Shrink it or crop it first.",
         )
     if element.length is not None and not element.is_encapsulated():
-        if container.syntax is not None and container.syntax.is_encapsulated:
+        if syntax is not None and syntax.is_encapsulated:
             say("transfer_syntax", "The file states a compression that its pixels do not have.")
-        return _read_cells(container, element, layout, index, name, say)
-    data = read_codestream_of(element, container.little, layout.frames, index, name, say)
+        return _read_cells(element, layout, index)
+    data = read_codestream_of(element, layout.frames, index)
     if is_codestream(data):
-        return _decode_frame(data, layout, container.syntax in EXACT, name, say)
-    if container.syntax == uid.RLELossless:
+        return _decode_frame(data, layout, syntax in EXACT, name, say)
+    if syntax == uid.RLELossless:
         planes = read_rle(data, layout.rows * layout.columns, layout.samples, name, say)
         return _of_planes(planes, layout, name)
-    if container.syntax == DEFLATED_FRAMES:
-        return _inflate_frame(data, container, element, layout, name, say)
-    raise _unknown_compression(container.syntax, name)
+    if syntax == DEFLATED_FRAMES:
+        return _inflate_frame(data, element, layout)
+    raise _unknown_compression(syntax, name)
 
 
 def can_decode(syntax: uid.UID) -> bool:
@@ -183,9 +181,7 @@ def _unknown_compression(syntax: uid.UID | None, name: str) -> ImageError:
 # --- Uncompressed ------------------------------------------------------------
 
 
-def _read_cells(
-    container: Container, element: PixelElement, layout: Layout, index: int, name: str, say: Say
-) -> Stored:
+def _read_cells(element: PixelElement, layout: Layout, index: int) -> Stored:
     """Read one frame's cells, and take the values out of them (PS3.5 8.1)."""
     pixels = layout.rows * layout.columns
     subsampled = layout.photometric in ("YBR_FULL_422", "YBR_PARTIAL_422") and layout.samples == 3
@@ -198,15 +194,15 @@ def _read_cells(
     whole = math.ceil(bits * layout.frames / 8)
     first, last = bits * index // 8, math.ceil(bits * (index + 1) / 8)
     if length > whole + 1:
-        say("unused_data", "The file holds more pixel data than its frames need.")
-    swapped = element.words and not container.little and layout.allocated <= 8
+        element.say("unused_data", "The file holds more pixel data than its frames need.")
+    swapped = element.words and not element.little and layout.allocated <= 8
     data = (_read_swapped if swapped else _read_plain)(element, first, last)
     if length < whole or len(data) < last - first:
         raise ImageError(
-            f"{name} holds fewer pixels than its header states.",
+            f"{element.name} holds fewer pixels than its header states.",
             "It was probably cut off: copy or export the file again.",
         )
-    cells = _cells(data, bits * index % 8, bits, element.kind, layout, container.little)
+    cells = _cells(data, bits * index % 8, bits, element.kind, layout, element.little)
     if subsampled:
         cells = _upsampled(cells, layout)
     elif layout.samples > 1:
@@ -221,7 +217,7 @@ def _read_cells(
     if element.kind != "integer":
         return Stored(cells, layout.allocated, True, "grey")
     values = _values(cells, layout.stored, layout.high, layout.signed)
-    return _coloured(values, layout.stored, layout.signed, layout, name)
+    return _coloured(values, layout.stored, layout.signed, layout, element.name)
 
 
 def _read_plain(element: PixelElement, first: int, last: int) -> bytes:
@@ -362,21 +358,14 @@ def _of_planes(planes: Values, layout: Layout, name: str) -> Stored:
     )
 
 
-def _inflate_frame(
-    data: bytes,
-    container: Container,
-    element: PixelElement,
-    layout: Layout,
-    name: str,
-    say: Say,
-) -> Stored:
+def _inflate_frame(data: bytes, element: PixelElement, layout: Layout) -> Stored:
     """A frame of Deflated Image Frame Compression (PS3.5 A.4.12), inflated to its size only."""
     bits = layout.rows * layout.columns * layout.samples * layout.allocated
     plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, math.ceil(bits / 8))
-    inflated = PixelElement(io.BytesIO(plain), 0, len(plain), element.kind, False)
-    one = dataclasses.replace(layout, frames=1)
-    plainly = dataclasses.replace(container, syntax=None, pixels=inflated)
-    return _read_cells(plainly, inflated, one, 0, name, say)
+    inflated = dataclasses.replace(
+        element, file=io.BytesIO(plain), start=0, length=len(plain), words=False
+    )
+    return _read_cells(inflated, dataclasses.replace(layout, frames=1), 0)
 
 
 def _coloured(values: Values, bits: int, signed: bool, layout: Layout, name: str) -> Stored:

@@ -110,7 +110,7 @@ def header_of(path: str) -> Header:
         with decoding(Path(path).name):
             if not _is_dicom(path):
                 return {}
-            with open_container(Path(path), Path(path).name, lambda *_: None) as container:
+            with open_container(Path(path)) as container:
                 dataset, has_pixels = container.header.dataset, container.pixels is not None
             check_uids(dataset)
             origin, membership = origin_of(dataset, b""), membership_of(dataset)
