@@ -13,6 +13,7 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -49,28 +50,59 @@ class QuantisedParameters(Parameters, Protocol):
 def specification(bundle: Bundle, layers: range | None = None) -> ir.Model:
     """The decoder as `DecoderBuilder` makes it, its matrices behind `DequantizeLinear`.
 
-    Of all `layers`, or of some in a row.
-    Weights are read when they are used. Raises `BundleError` where the graph cannot be read, or
-    holds experts as deltas: specified whole, they would be larger than they were.
+    Of all `layers`, or of some in a row; a matrix of which a delta is stored is an `Add`, and
+    integers of 2 bits, which few engines read, are in 4.
+    Weights are read when they are used. Raises `BundleError` where the graph cannot be read.
     """
     stored = StoredWeights(bundle.path("decoder.onnx"))
-    if stored.deltas:
-        raise BundleError(
-            f"{bundle.name} holds experts as deltas, which other targets do not compute with.",
-            "Export the checkpoint again without --experts.",
-        )
-    return specify(bundle.config, stored, layers)
+    model = DecoderBuilder(bundle.config, stored, layers).model()
+    for name in stored.deltas:
+        if name in model.graph.initializers:
+            _add_delta(model.graph, name, stored)
+    model = _dequantise(model, stored)
+    _widen(model.graph)
+    return model
 
 
-def specify(
-    config: ModelConfig, stored: QuantisedParameters, layers: range | None = None
-) -> ir.Model:
+def specify(config: ModelConfig, stored: QuantisedParameters) -> ir.Model:
     """The decoder of a configuration with these weights."""
-    model = DecoderBuilder(config, stored, layers).model()
+    return _dequantise(DecoderBuilder(config, stored).model(), stored)
+
+
+def _dequantise(model: ir.Model, stored: QuantisedParameters) -> ir.Model:
     for name, value in list(model.graph.initializers.items()):
         if (found := stored.quantised(name)) is not None:
             insert_dequantise(model.graph, value, *found)
     return model
+
+
+def _add_delta(graph: ir.Graph, name: str, stored: "StoredWeights") -> None:
+    """Make an expert's matrix the meta expert's plus what is stored of it."""
+    build, whole = Builder(), graph.initializers.pop(name)
+    parts = [initializer(stored.tensor(part)) for part in sorted(stored.deltas[name])]
+    for part in parts:
+        graph.register_initializer(part)
+    delta = parts[0] if len(parts) == 1 else build.op("MatMul", *parts)
+    total = build.op("Add", graph.initializers[meta_name(name)], delta)
+    total.name, total.type, total.shape = name, whole.type, whole.shape
+    graph.insert_before(graph[0], build.nodes)
+    whole.replace_all_uses_with(total)
+
+
+def _widen(graph: ir.Graph) -> None:
+    """Store integers of 2 bits in 4, lazily."""
+    narrow = [value for value in graph.initializers.values() if value.dtype == ir.DataType.INT2]
+    for value in narrow:
+        source, name = tensor_of(value), str(value.name)
+        shape = list(source.shape.numpy())
+        wide = initializer(lazy_tensor(name, partial(_as_int4, source), ir.DataType.INT4, shape))
+        del graph.initializers[name]
+        graph.register_initializer(wide)
+        value.replace_all_uses_with(wide)
+
+
+def _as_int4(source: ir.TensorProtocol) -> Array:
+    return source.numpy().astype(np.int8).astype(ml_dtypes.int4)
 
 
 def load_graph(path: Path) -> ir.Model:

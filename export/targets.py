@@ -25,8 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 
 from medmoe_edge._types import Progress, no_progress
@@ -46,10 +44,8 @@ from medmoe_edge.export.builder import (
     FILE,
     MEDMOE,
     Stacks,
-    initializer,
     reads_slots,
     save_model,
-    tensor_of,
     write_experts,
 )
 from medmoe_edge.export.decoder import MoESpec
@@ -70,9 +66,12 @@ from medmoe_edge.export.passes.ort_cuda import (
     lower_moe_cuda,
     take_experts_from_slots,
 )
-from medmoe_edge.export.passes.tensorrt import lower_moe_to_plugin, lower_moe_to_slots
+from medmoe_edge.export.passes.tensorrt import (
+    lower_deltas_everywhere,
+    lower_moe_to_plugin,
+    lower_moe_to_slots,
+)
 from medmoe_edge.export.passes.tensorrt_parser import Parser, write_for
-from medmoe_edge.export.quantise import Array, lazy_tensor
 from medmoe_edge.export.stored import float_vision, specification
 from medmoe_edge.export.tensorrt_builder import Built, Profile, build_engine
 
@@ -106,6 +105,8 @@ def lower(model: ir.Model, config: ModelConfig, target: Target) -> list[Stacks]:
     """
     spec = MoESpec.of(config) if config.moe else None
     experts: list[Stacks] = []
+    if spec:
+        lower_deltas_everywhere(model, spec)
     if target.name == "onnxruntime-cuda":
         lower_attention(model)
         if spec:
@@ -117,7 +118,6 @@ def lower(model: ir.Model, config: ModelConfig, target: Target) -> list[Stacks]:
             experts = lower_moe_to_slots(model, spec, HALVES[target.dtype])
         elif spec and target.name == "tensorrt" and parser.plugins and _is_quantised(model):
             lower_moe_to_plugin(model, spec, HALVES[target.dtype])
-        widen_int2(model)
         write_for(model, parser, config.decoder)
         _fix_capacity(model.graph, target.capacity)
     to_half_graph(model, HALVES[target.dtype], _exact(model))
@@ -150,24 +150,6 @@ def vision_graph(bundle: Bundle, target: Target) -> ir.Model:
         write_for(model, Parser.of_target(target))
     to_half_graph(model, HALVES[target.dtype], lambda node: False)
     return model
-
-
-def widen_int2(model: ir.Model) -> tuple[ir.Model, bool]:
-    """Store 2-bit integers in 4 bits, lazily: TensorRT reads none; returns `(model, modified)`."""
-    graph = model.graph
-    narrow = [value for value in graph.initializers.values() if value.dtype == ir.DataType.INT2]
-    for value in narrow:
-        source, name = tensor_of(value), str(value.name)
-        shape = list(source.shape.numpy())
-        wide = initializer(lazy_tensor(name, partial(_as_int4, source), ir.DataType.INT4, shape))
-        del graph.initializers[name]
-        graph.register_initializer(wide)
-        value.replace_all_uses_with(wide)
-    return model, bool(narrow)
-
-
-def _as_int4(source: ir.TensorProtocol) -> Array:
-    return source.numpy().astype(np.int8).astype(ml_dtypes.int4)
 
 
 def _fix_capacity(graph: ir.Graph, capacity: int) -> None:
@@ -432,6 +414,11 @@ def decoder_profiles(
 def _check_paged(bundle: Bundle, name: TargetName) -> None:
     if bundle.config.moe is None or bundle.config.moe.merged:
         raise InputError(f"{bundle.name} has no experts to page.", "Leave --paged out.")
+    if "experts" in bundle.manifest["quantisation"]:
+        raise InputError(
+            f"{bundle.name} holds experts as deltas, which no GPU pages.",
+            "Leave --paged out, or give a bundle that was exported without --experts.",
+        )
     if name == "tensorrt":
         raise InputError(
             "TensorRT's parser lists no Gather of integers of 8 bits, which paged experts are.",

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from medmoe_edge.errors import ConfigError, InputError, did_you_mean
 
 _LATER = "later"
+MOST = 2**24  # of anything counted: a bound against absurd files, not on models
 
 
 def later(default: Any, metadata: Mapping[str, Any] | None = None) -> Any:
@@ -41,10 +42,7 @@ class Config:
             if key not in fields:
                 raise unknown_key(key, fields, where)
         for name, field in fields.items():
-            required = (
-                field.default is dataclasses.MISSING
-                and field.default_factory is dataclasses.MISSING
-            )
+            required = field.default is field.default_factory is dataclasses.MISSING
             if required and name not in data:
                 raise ConfigError(f"{where} lacks the key {name!r}.", "Add it.")
         values = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in data.items()}
@@ -94,6 +92,12 @@ class VisionConfig(Config):
 
     def __post_init__(self) -> None:
         _check_positive(self, "image_size", "feature_size", "patch_size", "pool")
+        check_pixels(self.pixel_mean, self.pixel_std)
+        if self.layers and (self.heads < 1 or self.feature_size % self.heads):
+            raise ConfigError(
+                f"vision.heads {self.heads} do not divide the {self.feature_size} features.",
+                "Heads must divide the size.",
+            )
         if self.kind == "efficientnet-lite" and self.image_size % self.patch_size:
             raise ConfigError(
                 f"vision.image_size {self.image_size} is not a multiple of {self.patch_size}.",
@@ -174,21 +178,14 @@ class DecoderConfig(Config):
     def __post_init__(self) -> None:
         _check_positive(
             self,
-            "hidden_size",
-            "layers",
-            "heads",
-            "intermediate_size",
-            "vocab_size",
-            "max_positions",
-            "rope_theta",
-            "norm_eps",
-            "rotary_fraction",
+            *("hidden_size", "layers", "heads", "intermediate_size", "vocab_size"),
+            *("max_positions", "rope_theta", "norm_eps", "rotary_fraction"),
         )
-        if self.hidden_size % self.heads or self.rotary_size % 2:
+        if self.hidden_size % self.heads or self.rotary_size % 2 or self.rotary_fraction > 1:
             raise ConfigError(
                 f"decoder.hidden_size {self.hidden_size}, heads {self.heads} and rotary_fraction "
                 f"{self.rotary_fraction} do not divide evenly.",
-                "Heads must divide the size, and an even number of their channels rotate.",
+                "Heads must divide the size; an even number of their channels, or all, rotate.",
             )
 
     @property
@@ -249,9 +246,7 @@ class MoEConfig(Config):
                 "Name every expert, or none.",
             )
         if self.use_residual and not self.meta_expert:
-            raise ConfigError(
-                "moe.use_residual needs the meta expert.", "Set moe.meta_expert to true."
-            )
+            raise ConfigError("moe.use_residual needs the meta expert.", "Set meta_expert to true.")
         if self.router_names and not set(self.expert_names) < set(self.router_names):
             raise ConfigError(
                 "moe.router_names does not name all experts and one that was left out.",
@@ -320,8 +315,7 @@ class ModelConfig(Config):
                 "refusals names a code or a token twice, or an empty token.",
                 "Give each code one token of its own.",
             )
-        layers = self.moe.layers if self.moe else ()
-        if any(not 0 <= layer < self.decoder.layers for layer in layers):
+        if any(not 0 <= layer < self.decoder.layers for layer in self.moe_layers):
             raise ConfigError(
                 f"moe.layers names a layer outside 0..{self.decoder.layers - 1}.",
                 "Check moe.layers against decoder.layers.",
@@ -377,9 +371,7 @@ class Curve(Config):
         )
         within = all(0 <= value <= 1 for point in self.points for value in point)
         if not (self.points and rising and within):
-            raise ConfigError(
-                "confidence has a curve that is not monotone from 0 to 1.", "Fit it again."
-            )
+            raise ConfigError("confidence has points that fall or leave 0 to 1.", "Fit it again.")
 
     def chance(self, probability: float) -> float:
         """The chance (0 to 1) that an answer of this probability is right."""
@@ -458,9 +450,7 @@ class Confidence(Config):
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
-            raise ConfigError(
-                f"confidence.threshold is {self.threshold}.", "It must be from 0 to 1."
-            )
+            raise ConfigError(f"confidence.threshold is {self.threshold}.", "Use one of 0 to 1.")
 
     def chance(self, text: str, probability: float) -> float:
         """The chance (0 to 1) that the answer `text`, of this probability, is right."""
@@ -488,8 +478,19 @@ class Confidence(Config):
 def _check_positive(config: Config, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} is {value}.", "It must be positive and finite.")
+        most = MOST if isinstance(value, int) else math.inf
+        if not 0 < value < most:
+            raise ConfigError(f"{name} is {value}.", f"It must be above 0 and below {most}.")
+
+
+def check_pixels(mean: Collection[float], std: Collection[float]) -> None:
+    """Raise `ConfigError` unless both are of three channels, and pixels can be divided by `std`."""
+    sound = all(map(math.isfinite, (*mean, *std))) and all(value > 0 for value in std)
+    if not sound or not len(mean) == len(std) == 3:
+        raise ConfigError(
+            "vision.pixel_mean and pixel_std are not three numbers each, or no deviations.",
+            "Give the values of the tower's preprocessing.",
+        )
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

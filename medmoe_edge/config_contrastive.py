@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from medmoe_edge.config import Config, later
+from medmoe_edge.config import Config, check_pixels, later
 from medmoe_edge.errors import ConfigError
 
 MODALITIES = ("xray", "ct", "mri", "ultrasound", "pathology", "fundus")  # the paper's class order
@@ -71,12 +71,7 @@ class SwinConfig(Config):
                 f"vision has {self.grids[0]} patches a side, in windows of {self.window_size}.",
                 f"Use at most {MAX_GRID}, in windows of at most {MAX_WINDOW}.",
             )
-        if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
-            raise ConfigError(
-                "vision.pixel_mean and pixel_std are not three channels each, or a deviation is "
-                "not positive.",
-                "Give the values of the tower's preprocessing.",
-            )
+        check_pixels(self.pixel_mean, self.pixel_std)
 
     @property
     def channels(self) -> tuple[int, ...]:

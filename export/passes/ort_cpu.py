@@ -315,7 +315,7 @@ def _routed_deltas(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec)
     total = build.op("ConstantOfShape", build.op("Shape", base.tokens))
     sums: Sequence[ir.Value] = (base.hidden, total)
     for index in range(spec.num_experts):
-        share = _share(build, base.gates, base.chosen, index)
+        share = share_of(build, base.gates, base.chosen, index)
         state = (base.tokens, share, *base.products, *sums)
         sums = _delta_if_needed(build, state, weights, index, spec.activation)
     y = delta_output(build, base, sums, weights, spec)
@@ -400,7 +400,7 @@ def _as_tokens(build: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     return build.op("Reshape", x, flat), shape
 
 
-def _share(build: Builder, gates: ir.Value, chosen: ir.Value, index: int) -> ir.Value:
+def share_of(build: Builder, gates: ir.Value, chosen: ir.Value, index: int) -> ir.Value:
     """What expert `index` counts for each token, `[T, 1]`; 0 where it was not chosen."""
     mine = build.op("Equal", chosen, build.constant(index))  # [T, K]
     share = build.op("Where", mine, gates, build.constant(0.0, np.float32))
@@ -421,7 +421,7 @@ def _routed_experts(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec
     tokens, shape = _as_tokens(build, x)
     total = build.op("ConstantOfShape", build.op("Shape", tokens))
     for index in range(spec.num_experts):
-        share = _share(build, gates, chosen, index)
+        share = share_of(build, gates, chosen, index)
         total = _expert_if_needed(build, (tokens, share, total), weights, index, spec.activation)
     return add_meta(build, x, build.op("Reshape", total, shape), weights, spec)
 

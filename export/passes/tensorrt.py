@@ -22,6 +22,11 @@ with constants but for the rounding of products of other shapes.
 
 An expert that is absent has no part in the sum, whatever lies in the slot that is read in its
 place: not even NaN or infinite.
+
+Pass: `medmoe::MoE` of experts as deltas from the meta expert (`ort_cpu.py` derives it), in standard
+ops without branches, for every GPU. Each delta runs on every token, weighed with zero where it was
+not chosen: the meta expert runs once, and deltas are what is small. The plugin, whose kernels hold
+whole experts, has no part in it.
 """
 
 import itertools
@@ -45,6 +50,7 @@ from medmoe_edge.export.builder import (
 )
 from medmoe_edge.export.decoder import (
     EXPERT_WEIGHTS,
+    MATRICES,
     MoESpec,
     Weights,
     add_meta,
@@ -54,6 +60,7 @@ from medmoe_edge.export.decoder import (
     route,
 )
 from medmoe_edge.export.half import halved
+from medmoe_edge.export.passes.ort_cpu import delta_base, delta_output, delta_part, share_of
 from medmoe_edge.export.quantise import StoredMatrix, lazy_tensor
 from medmoe_edge.kernels import OPS, PARTS, TILES, Kernel, namespace
 
@@ -237,6 +244,60 @@ def _no_kernel(name: str | None, stored: str) -> ConfigError:
         f"The TensorRT plugin has no kernel for {name}: it is {stored}.",
         "Export with --int8 or --int4.",
     )
+
+
+def lower_deltas_everywhere(model: ir.Model, spec: MoESpec) -> tuple[ir.Model, bool]:
+    """Replace every `medmoe::MoE` and drop the function; returns `(model, modified)`.
+
+    Experts' matrices must be as `stored.specification` has those of deltas; others are left.
+    """
+    modified = has_deltas(model) and replace_moe(
+        model, spec, lambda build, x, weights: _delta_layer(build, x, weights, spec)
+    )
+    if modified:
+        RemoveUnusedNodesPass()(model)
+        NameFixPass()(model)
+    return model, modified
+
+
+def has_deltas(model: ir.Model) -> bool:
+    """Whether a specification's experts are sums of the meta expert and deltas."""
+    nodes = (node for node in model.graph if node.op_type == "MoE")
+    made = (value.producer() for node in nodes for value in node.inputs[1:] if value is not None)
+    return any(node is not None and node.op_type == "Add" for node in made)
+
+
+def _delta_layer(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
+    held, parts = dict(weights), MATRICES[spec.activation]
+    for index, part in itertools.product(range(spec.num_experts), parts):
+        stem = f"experts.{index}.{part}"
+        held |= {
+            f"{stem}.{name}": value for name, value in _delta(weights[f"{stem}.weight"]).items()
+        }
+    base = delta_base(build, x, held, spec)
+    hidden, total = base.hidden, build.constant(0, np.float32)
+    for index in range(spec.num_experts):
+        share = share_of(build, base.gates, base.chosen, index)
+        given = (base.tokens, share, *base.products)
+        own, added = delta_part(build, given, held, f"experts.{index}.", spec.activation)
+        hidden, total = build.op("Add", hidden, own), build.op("Add", total, added)
+    y = delta_output(build, base, (hidden, total), held, spec)
+    return build.op("Reshape", y, build.op("Shape", x))
+
+
+def _delta(whole: ir.Value) -> dict[str, ir.Value]:
+    """What is added to the meta expert's matrix, as `delta_part` names it."""
+    total = whole.producer()
+    assert total is not None
+    _, delta = total.inputs
+    assert delta is not None
+    product = delta.producer()
+    if product is None or product.op_type != "MatMul":
+        return {"delta": delta}
+    a, b = product.inputs
+    assert a is not None
+    assert b is not None
+    return {"delta.a": a, "delta.b": b}
 
 
 BYTE = 8  # bits

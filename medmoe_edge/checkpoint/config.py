@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from medmoe_edge.checkpoint.keys import CLIP_PREFIX, TOWER_PREFIX, Shape
 from medmoe_edge.config import (
+    MOST,
     DecoderConfig,
     ModelConfig,
     MoEConfig,
@@ -371,7 +372,7 @@ def _choice(data: Json, key: str, allowed: Iterable[str]) -> str:
     return str(value)
 
 
-def _count(data: Json, key: str, most: int = 2**24) -> int:
+def _count(data: Json, key: str, most: int = MOST) -> int:
     """A positive integer that must be there."""
     value = data.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:

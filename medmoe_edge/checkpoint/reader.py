@@ -383,8 +383,9 @@ def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 def _read_tower(path: object) -> tuple[dict[str, StoredTensor], dict[str, object]]:
     """The tensors of a separate CLIP folder under their official names, and its `config.json`."""
     if not isinstance(path, str | Path) or not Path(path).is_dir():
+        elsewhere = f"{str(path)!r} is not a folder here" if path else "names no folder with one"
         raise CheckpointError(
-            f"The checkpoint holds no vision tower, and {str(path)!r} is not a folder here.",
+            f"The checkpoint holds no vision tower, and {elsewhere}.",
             "Pass --vision-tower FOLDER with openai/clip-vit-large-patch14-336 as safetensors.",
         )
     folder = Path(path)

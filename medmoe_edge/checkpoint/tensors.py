@@ -393,7 +393,7 @@ def _write_shards(
     def flush() -> None:
         shards.append(list(shard))
         try:
-            save_file(shard, folder / str(len(shards)), metadata={"format": "pt"})
+            save_shard(shard, folder / str(len(shards)))
         except SafetensorError as error:  # its own class also for a full disk
             raise OSError(str(error)) from error
         shard.clear()
@@ -405,6 +405,14 @@ def _write_shards(
         shard[key] = tensor
     flush()
     return shards
+
+
+def save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a shard that whoever may read the other files can read: safetensors' own is private."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _write_json(path: Path, data: Mapping[str, object]) -> None:

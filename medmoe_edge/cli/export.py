@@ -120,7 +120,7 @@ def export(
         typer.Option(
             metavar="FORM",
             help="delta, delta:rank=R, delta:bits=B or, calibrated, delta:auto=BITS: routed "
-            "experts as what they add to the meta expert. For ONNX Runtime's CPU.",
+            "experts as what they add to the meta expert.",
             show_default="whole",
         ),
     ] = None,
@@ -245,7 +245,7 @@ def export(
         raise InputError(f"--{' and --'.join(chosen)} exclude each other.", "Give one of them.")
     precision = chosen[0] if chosen else None
     cut = tuple(name.strip().lower() for name in modality.split(",")) if modality else ()
-    made_anew = precision or calibrate or stats or cut or merge or image_tokens
+    made_anew = precision or calibrate or stats or cut or merge or image_tokens or experts
     as_it_is = not (made_anew or vision != "groups")
     folder = _source(model, target, as_it_is=as_it_is)
     if target == "onnxruntime" and (gpu or positions or memory_limit):
@@ -253,10 +253,8 @@ def export(
             "--gpu, --positions and --memory-limit are for engines.",
             "Add --target tensorrt-rtx, or leave them out.",
         )
-    if target != "onnxruntime" and experts:
-        raise InputError(
-            f"{target} does not read experts as deltas.", "Leave --experts or --target out."
-        )
+    if paged and experts:
+        raise InputError("No GPU pages experts as deltas.", "Leave --experts or --paged out.")
     if sign is not None:
         read_private_key(sign)  # found out before the work
     if target == "onnxruntime" and paged:

@@ -110,7 +110,9 @@ def show(
     if stored.colour == "rgb":
         return scaled(stored.values, stored.bits), None
     if stored.colour == "palette":
-        return _show_palette(stored, header, name), None
+        return _show_palette(stored, header, name, say), None
+    if header.value("RedPaletteColorLookupTableDescriptor") is not None:
+        say("palette", "The file has a table of colours beside its grey values: it is not applied.")
     if header.text("PresentationIntentType") == "FOR PROCESSING":
         say(
             "for_processing",
@@ -161,8 +163,8 @@ def is_inverted(header: Header, layout: Layout) -> bool:
     return layout.photometric == "MONOCHROME1"
 
 
-def _show_palette(stored: Stored, header: Header, name: str) -> Pixels:
-    tables = read_palette(header, stored.domain, name)
+def _show_palette(stored: Stored, header: Header, name: str, say: Say) -> Pixels:
+    tables = read_palette(header, stored.domain, name, say)
     if not stored.is_whole:
         raise ImageError(f"{name} has an unsupported colour table.", "Save it as RGB or PNG.")
     channels = [scaled(table.entries, table.bits) for table in tables]
@@ -234,7 +236,7 @@ class _Rendering:
         if self.modality.is_identity and self.stored.bits <= 8:  # already made for a screen
             low, bits = self.stored.domain[0], self.stored.bits
             return _Curve(lambda values: scaled(values - low, bits))
-        if self.header.text("Modality") == "CT" and domain[0] < 0:
+        if self.header.text("Modality") == "CT" and domain[0] < 0 < domain[1]:
             self.say("no_window", "The file states no window: shown in that of soft tissue.")
             return _Curve(functools.partial(windowed, window=SOFT_TISSUE), SOFT_TISSUE)
         return None

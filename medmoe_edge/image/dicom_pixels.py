@@ -118,6 +118,9 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
     if stored > allocated:
         say("header", "The file states more bits than it allocates: read at those allocated.")
         stored = allocated
+    signed = header.whole("PixelRepresentation") == 1
+    if signed and samples > 1:
+        say("header", "The file states signed colours: they are read as colours are, unsigned.")
     if high is None or not stored - 1 <= high < allocated or floats:
         high = stored - 1
     return Layout(
@@ -127,7 +130,7 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
         allocated,
         stored,
         high,
-        signed=header.whole("PixelRepresentation") == 1,
+        signed=signed and samples == 1,
         photometric=photometric,
         planar=header.whole("PlanarConfiguration") == 1,
         frames=min(max(header.whole("NumberOfFrames") or 1, 1), MAX_FRAMES),
@@ -286,9 +289,11 @@ def _decode_frame(data: bytes, layout: Layout, exact: bool, name: str, say: Say)
             f"{name} holds a compressed picture of another size than it says.",
             "Export the file again.",
         )
-    if stream.components not in (1, 3):
+    if stream.components not in (1, 3) or (stream.components == 3 and stream.signed):
         raise ImageError(
-            f"{name} holds a compressed picture of {stream.components} colours.", "Save it as RGB."
+            f"{name} holds a compressed picture of {stream.components} "
+            f"{'signed ' * stream.signed}colours.",
+            "Save it as RGB.",
         )
     if stream.components != layout.samples:
         say("header", "The file states another number of colours than its compressed picture has.")

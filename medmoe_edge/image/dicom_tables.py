@@ -116,6 +116,7 @@ def _is_list(value: object) -> bool:
 
 
 MAX_ENTRIES = 2**16
+NARROWER = 3  # bits that entries have to stay below those declared to be taken for narrower
 COLOURS = ("Red", "Green", "Blue")
 WHOLE = 2**16
 Entries = npt.NDArray[np.uint16]
@@ -148,17 +149,13 @@ def read_table(header: Header, domain: tuple[float, float], say: Say) -> Table |
     entries = _entries(header, "LUTData", descriptor)
     if entries is None:
         return None
-    bits = _bits_of(entries, int(descriptor[2]))
-    if bits != int(descriptor[2]):
-        say(
-            "lookup_table",
-            f"A lookup table states {int(descriptor[2])} bits and holds {bits}: it is shown by "
-            "what it holds.",
-        )
+    bits = _bits_of(entries, int(descriptor[2]), say)
     return Table(_first(descriptor, len(entries), domain), entries, bits)
 
 
-def read_palette(header: Header, domain: tuple[float, float], name: str) -> tuple[Table, ...]:
+def read_palette(
+    header: Header, domain: tuple[float, float], name: str, say: Say
+) -> tuple[Table, ...]:
     """The red, green and blue tables, all of the same bits.
 
     Raises `ImageError` where one is missing, or unfolds without end.
@@ -179,7 +176,7 @@ def read_palette(header: Header, domain: tuple[float, float], name: str) -> tupl
                 raise _no_palette(name)
             entries = found
         tables.append((descriptor, entries))
-    bits = _bits_of(np.concatenate([entries for _, entries in tables]), declared)
+    bits = _bits_of(np.concatenate([entries for _, entries in tables]), declared, say)
     return tuple(
         Table(_first(descriptor, len(entries), domain), entries, bits)
         for descriptor, entries in tables
@@ -221,10 +218,24 @@ def _entries(header: Header, keyword: str, descriptor: list[float]) -> Entries |
     return entries if len(entries) else None
 
 
-def _bits_of(entries: Entries, declared: int) -> int:
-    """The bits of an entry: those declared, if the greatest entry needs just so many."""
-    needed = int(entries.max()).bit_length()
-    return needed or min(max(declared, 1), 16)
+def _bits_of(entries: Entries, declared: int, say: Say) -> int:
+    """The bits of an entry: those declared, unless the entries need more, or clearly have fewer.
+
+    A table whose greatest entry needs a bit or two less is a dark one and shown so, except where
+    that entry is the greatest of so many bits: then it reaches white.
+    """
+    greatest = int(entries.max())
+    needed = greatest.bit_length()
+    is_full = greatest + 1 == 1 << needed
+    if not needed or (needed <= declared < needed + NARROWER and not is_full):
+        return min(max(declared, 1), 16)
+    if needed != declared:
+        say(
+            "lookup_table",
+            f"A lookup table states {declared} bits and holds {needed}: it is shown by what it "
+            "holds.",
+        )
+    return needed
 
 
 def _first(descriptor: list[float], count: int, domain: tuple[float, float]) -> int:

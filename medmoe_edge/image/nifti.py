@@ -1,4 +1,4 @@
-"""NIfTI: one axial slice of a volume, as a radiologist looks at it.
+"""NIfTI: one axial slice of a volume, or its only slice, as a radiologist looks at it.
 
 The header is read as nifti1.h says and as its reference library does, which takes many an odd value
 for an absent one; nibabel's own checks refuse some of these files.
@@ -50,13 +50,16 @@ MAX_INFLATED = 2**32  # bytes of a gzip file until the end of the slice
 MAX_SUMMED = 2**29  # bytes that are inflated only to compare the sum of what was packed
 MAX_TRAILING = 2**20  # bytes after the last voxel
 CHUNK = 2**22
+# Where pictures begin, at the left or above, along axes to the right, front and top; the opposite.
+BEGIN, END = "RAH", "LPF"
 CUT = "Copy it again from where it came, whole."
 
 
 def read_nifti(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> Image:
     """Read a slice of a .nii or .nii.gz file; of a 4-D one, of its first volume.
 
-    Slices count from the feet upwards: along the last axis of the canonical orientation, RAS+.
+    Slices count from the feet upwards: along the last axis of the canonical orientation, RAS+. A
+    coronal or sagittal file of one slice shows that slice: across it there is but a line of voxels.
     Whatever the size of the volume, only the slice is kept in memory. The errors of `load_image`,
     and whatever nibabel raises.
     """
@@ -186,28 +189,33 @@ class _Volume:
 def _read(
     volume: _Volume, packed: bool, file_bytes: int, frame: int | None, most_pixels: int
 ) -> Image:
-    (right, front, up), sign = volume.axes()
+    axes, sign = volume.axes()
     shape, name = volume.shape, volume.name
-    check_size(name, shape[front], shape[right], most_pixels)
-    index = pick_frame(name, frame, shape[up])
+    single = [way for way in range(3) if shape[axes[way]] == 1]
+    through = single[0] if len(single) == 1 else 2
+    x, y = (way for way in range(3) if way != through)  # of the picture: across and down
+    across, down, depth = axes[x], axes[y], axes[through]
+    check_size(name, shape[down], shape[across], most_pixels)
+    index = pick_frame(name, frame, shape[depth])
     notices = volume.notices
     if volume.offset + volume.bytes > file_bytes * (MAX_RATIO if packed else 1):
         raise ImageError(f"{name} is cut off: voxels that its header states are missing.", CUT)
-    plane = _plane(volume, up, index if sign[up] > 0 else shape[up] - 1 - index, packed)
+    plane = _plane(volume, depth, index if sign[depth] > 0 else shape[depth] - 1 - index, packed)
     if packed and not _matches_sum(volume):
         unchecked = "The file is too large to be compared with its own checksum."
         notices += (Notice("unchecked", unchecked),)
-    plane = plane.T if right < front else plane
-    # Radiological convention [H, W]: the patient's front above, the right hand on the left.
-    image = _shown(volume, plane[:: -sign[front], :: -sign[right]])
+    plane = plane.T if across < down else plane
+    # Radiological convention [H, W]: front or head above, the right hand or the front on the left.
+    image = _shown(volume, plane[:: -sign[down], :: -sign[across]])
     sizes = volume.sizes()
-    spacing = sizes[front], sizes[right]
+    spacing = sizes[down], sizes[across]
+    sides = BEGIN[x], BEGIN[y], END[x], END[y]
     image = dataclasses.replace(
         image,
         spacing=spacing,
-        frames=shape[up],
+        frames=shape[depth],
         notices=notices + image.notices,
-        sides=("R", "A", "L", "P") if volume.sides_known else None,
+        sides=sides if volume.sides_known else None,
     )
     return square_pixels(image, spacing[0] / spacing[1], most_pixels)
 

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ MAX_ENTRIES = 4096  # of a TIFF's directory
 CUT_OFF = "Copy it again from where it came, whole."
 
 # TIFF's tags and values, TIFF 6.0 and its supplements
-NEW_SUBFILE_TYPE = 254
+NEW_SUBFILE_TYPE, DESCRIPTION, IMAGE_DEPTH = 254, 270, 32997
 THUMBNAIL_OR_MASK = 0b101  # bits of it: of another page's, at a lower resolution; a mask
 STRIP_OFFSETS, STRIP_SIZES = 273, 279
 TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_SIZES = 322, 323, 324, 325
@@ -67,6 +68,7 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
         pages = [0]
         if isinstance(picture, TiffImagePlugin.TiffImageFile):
             pages = _pages(path, name)
+            notices = _unlisted(picture.tag_v2, len(pages))
         elif picture.format in ("PNG", "WEBP", "GIF") and getattr(picture, "is_animated", False):
             notices = (Notice("animation", "The file is an animation: its first picture is read."),)
         picture.seek(pages[pick_frame(name, frame, len(pages))])
@@ -107,13 +109,18 @@ def _unopened(file: BinaryIO, name: str) -> Exception:
     head = file.read(8)
     if head.startswith((b"II", b"MM")):
         return _unread_tiff(file, head, name)
-    plugin = PngImagePlugin.PngImageFile if head.startswith(b"\x89PNG") else None
-    if plugin is not None:
-        file.seek(0)
+    file.seek(0)
+    if head.startswith(b"\x89PNG"):
         try:
-            plugin(file)
+            PngImagePlugin.PngImageFile(file)
         except Exception as error:  # what `Pillow.open` keeps to itself
             return error
+    if head.startswith(b"\xff\xd8"):
+        from medmoe_edge.image.codestreams import read_codestream
+
+        found = read_codestream(file.read(), name)
+        what = f"{name} is a {found.kind.upper()} picture of {found.components} x {found.precision}"
+        return ImageError(f"{what} bits, which is not read.", "Save it as PNG of 8 or 16 bits.")
     return ImageError(
         f"{name} begins like an image, but its header is damaged or cut off.",
         "Copy it again, or export it again as PNG.",
@@ -230,6 +237,17 @@ def _pages(path: Path, name: str) -> list[int]:
             seen.add(at)
             at = int.from_bytes(following, order)
     return whole or list(range(len(seen)))
+
+
+def _unlisted(tags: TiffImagePlugin.ImageFileDirectory_v2, listed: int) -> tuple[Notice, ...]:
+    """What to say of pictures that have no page: of ImageJ's large stacks, and SGI's volumes."""
+    text = str(tags.get(DESCRIPTION, ""))
+    stack = re.search(r"^images=(\d{1,9})$", text, re.M) if text.startswith("ImageJ=") else None
+    stated = max(int(stack[1]) if stack else 1, int(tags.get(IMAGE_DEPTH, 1)))
+    if stated <= listed:
+        return ()
+    what = f"The file says that it holds {stated} pictures, and lists {listed} as pages: the others"
+    return (Notice("unlisted_pages", f"{what} cannot be seen."),)
 
 
 def _correct_byte_order(picture: TiffImagePlugin.TiffImageFile) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Self, cast
@@ -92,6 +92,18 @@ def routed_output(
     variant = _variant("output", activation, experts, hidden)
     parts = hidden.new_empty(len(order), variant.channels)
     return _launch(variant, [hidden, order, gates, offsets], experts, parts, len(order))
+
+
+def routed_delta(
+    x: Tensor, gates: Tensor, order: Tensor, offsets: Tensor, factors: Sequence[Sequence[Expert]]
+) -> Tensor:
+    """Rows `[T * S, K]` in sorted order times one matrix, or two, of each slot's expert.
+
+    The result `[T * S, N]` is in the order of the slots; the last factor's is weighed with `gates`.
+    """
+    for experts in factors[:-1]:
+        x = routed_output(x, order, torch.ones_like(gates), offsets, experts)[order]
+    return routed_output(x, order, gates, offsets, factors[-1])
 
 
 def _variant(kernel: Kernel, activation: str, experts: Sequence[Expert], x: Tensor) -> Variant:
@@ -199,6 +211,82 @@ class StoredMoE(MoE):
             [part for name in matrices for part in cast(StoredLinear, getattr(expert, name)).parts]
             for expert in _experts(self)
         ]
+
+
+Deltas = Mapping[str, Sequence[Sequence[Expert]]]
+"""By matrix one factor or two, each of all experts, with an expert's bias in the last."""
+
+
+class DeltaMoE(MoE):
+    """The layer of a `MoE` whose experts are what they add to the meta expert.
+
+    That runs once for all tokens; `export.passes.ort_cpu` says why it serves the chosen experts
+    too. Whole experts are nowhere.
+    """
+
+    def __init__(self, moe: MoE, deltas: Deltas, activation: str, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.top_k, self.noise, self.rows = moe.top_k, moe.noise, moe.rows
+        self.merged, self.experts = None, nn.ModuleList()
+        self.router, self.coefficient, self.meta = moe.router, moe.coefficient, moe.meta
+        self.deltas, self.activation, self.dtype = deltas, activation, dtype
+
+    @classmethod
+    def of(cls, moe: MoE, deltas: Deltas, activation: str, dtype: torch.dtype) -> Self | None:
+        """The layer in the kernels; None where they cannot run its experts together."""
+        if moe.meta is None:
+            return None
+        stored = all(isinstance(linear, StoredLinear) for linear in moe.meta.children())
+        alike = all(
+            len({(matrix.dtype, matrix.shape) for matrix, *_ in experts}) == 1
+            for factors in deltas.values()
+            for experts in factors
+        )
+        return cls(moe, deltas, activation, dtype) if stored and alike else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]` in `dtype`; sums, activations and gates are fp32."""
+        tokens = x.flatten(0, -2)  # [T, D]
+        gates, chosen = self.route(tokens)
+        own = torch.ones_like(gates[:, :1])
+        if self.coefficient is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                mix = self.coefficient(tokens.float()).softmax(-1)  # [T, 2]
+            gates, own = gates * mix[:, :1], own + mix[:, 1:]
+        *first, last = self.deltas
+        order, offsets = group_by_expert(chosen, len(self.deltas[last][-1]))
+        tokens = tokens.to(self.dtype)
+        products = [linear(tokens, self._meta(name)[:2]).float() for name in first]  # [T, F]
+        routed = tokens[order // self.top_k], torch.ones_like(gates), order, offsets
+        added = [routed_delta(*routed, self.deltas[name]) for name in first]  # [T * K, F]
+        pairs = zip(products, added, strict=True)
+        theirs = self._hidden([mine.repeat_interleave(self.top_k, 0) + new for mine, new in pairs])
+        named = zip(products, first, strict=True)
+        hidden = own * self._hidden([self._biased(*each) for each in named])
+        hidden += self._by_token(theirs * gates.reshape(-1, 1))
+        y = linear(hidden.to(self.dtype), self._meta(last)[:2]).float()
+        routed = theirs.to(self.dtype)[order], gates, order, offsets
+        y += self._by_token(routed_delta(*routed, self.deltas[last]))
+        y += own * self._biased(torch.zeros_like(y[:1]), last)
+        return y.to(self.dtype).view_as(x)
+
+    def _meta(self, name: str) -> list[Tensor]:
+        """What the kernels take of the meta expert's matrix."""
+        return cast(StoredLinear, getattr(self.meta, name)).parts
+
+    def _biased(self, product: Tensor, name: str) -> Tensor:
+        """A product of the meta expert's matrix, with its bias where there is one."""
+        return sum(self._meta(name)[2:], product)
+
+    def _hidden(self, products: list[Tensor]) -> Tensor:
+        """The hidden layer, of its first products."""
+        if self.activation == "swiglu":
+            return nn.functional.silu(products[0]) * products[1]
+        return nn.functional.gelu(products[0], approximate="tanh")
+
+    def _by_token(self, slots: Tensor) -> Tensor:
+        """Rows `[T * K, N]` of the slots, summed by token in fp32."""
+        return slots.view(-1, self.top_k, slots.shape[-1]).sum(1, dtype=torch.float32)
 
 
 def _experts(moe: MoE) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.atomic import atomic_folder, link
 from medmoe_edge.checkpoint.keys import is_router
 from medmoe_edge.checkpoint.reader import Checkpoint, import_router, read_checkpoint
-from medmoe_edge.checkpoint.tensors import read_json
+from medmoe_edge.checkpoint.tensors import read_json, save_shard
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.data.datasets import LABELS_FILE, modality_name, read_labels
 from medmoe_edge.embedded import is_installed
@@ -378,7 +378,7 @@ def _write(
                 for key in tensors.keys() & changed.keys():
                     part = changed[key].rsplit(".", 1)[1]
                     tensors[key] = router[part].float().clone().contiguous()
-                save_file(tensors, copy, metadata={"format": "pt"})
+                save_shard(tensors, copy)
             elif file.name == "config.json" and file.parent == read.folder:
                 copy.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             else:

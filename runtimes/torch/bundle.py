@@ -7,11 +7,14 @@ and the head go through them too, one expert each: they are a third of the weigh
 StableLM, and dequantised to fp16 would outweigh its experts in int4. Formats without a kernel,
 which a mixed export may choose, are dequantised.
 
+Experts as deltas stay what they are where the kernels take the meta expert and all deltas of a
+layer alike, those of 2 bits in 4: int8, 4 bits, low ranks of either. Others are made whole.
+
 On the CPU, where Triton does not run, everything is dequantised to fp32: slow, for comparison.
 """
 
 import logging
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -21,12 +24,17 @@ from torch import Tensor, nn
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.errors import ModelError
-from medmoe_edge.export.decoder import ACTIVATIONS
+from medmoe_edge.export.decoder import ACTIVATIONS, MATRICES
+from medmoe_edge.export.quantise import pack_rows, unpack_rows
 from medmoe_edge.export.stored import GROUP_SCALE, INPUT_SCALE, PACKED, SCALE, StoredWeights
 from medmoe_edge.kernels import TILES, group_of
+from medmoe_edge.models.decoder import MoE
 from medmoe_edge.models.med_moe import MedMoE
 from medmoe_edge.runtimes.base import Cache, EmbeddingTable, Step
 from medmoe_edge.runtimes.torch.eager import EagerCache, EagerRuntime, TorchDevice, check_device
+
+if TYPE_CHECKING:
+    from medmoe_edge.kernels.launch import Expert
 
 
 class Stored(NamedTuple):
@@ -90,9 +98,29 @@ class BundleWeights:
         assert scale is not None
         return self.tensor(matrix), self.tensor(scale)
 
+    def delta(self, stem: str, dtype: torch.dtype) -> "list[Expert] | None":
+        """The factors of an expert's delta for the kernels; None where it has none for them."""
+        names = sorted(self._decoder.deltas.get(f"{stem}.weight", ()))
+        stored = [widened(self.stored(name)) for name in names]
+        if not stored or not all(each.has_kernel for each in stored):
+            return None
+        factors = [[self.tensor(part) for part in each[:2] if part is not None] for each in stored]
+        if f"{stem}.bias" in self:
+            factors[-1].append(self.floats(f"{stem}.bias").to(dtype))
+        return list(factors)
+
     def tensor(self, tensor: ir.TensorProtocol) -> Tensor:
         """What is stored, on the device."""
         return torch.from_numpy(np.array(tensor.numpy())).to(self.device)  # the file is mapped
+
+
+def widened(stored: Stored) -> Stored:
+    """Integers of 2 bits in 4; all others as they are."""
+    if stored.bits != 2:
+        return stored
+    packed = stored.matrix.numpy()  # [N, groups, bytes]
+    rows = pack_rows(unpack_rows(packed.reshape(len(packed), -1), 2), 4)
+    return Stored(ir.tensor(rows.reshape(*packed.shape[:2], -1)), stored.scale, 4)
 
 
 def dequantise(matrix: Tensor, scale: Tensor | None, bits: int) -> Tensor:
@@ -171,7 +199,7 @@ def use_kernels(model: MedMoE, weights: BundleWeights, dtype: torch.dtype) -> No
     ]
     if not linears:
         return
-    from medmoe_edge.kernels.launch import StoredLinear, StoredMoE  # needs Triton
+    from medmoe_edge.kernels.launch import DeltaMoE, StoredLinear, StoredMoE  # needs Triton
 
     for name, linear in linears:
         bias = None if linear.bias is None else weights.floats(f"{name}.bias").to(dtype)
@@ -179,11 +207,31 @@ def use_kernels(model: MedMoE, weights: BundleWeights, dtype: torch.dtype) -> No
         model.set_submodule(name, StoredLinear(*stored, bias, dtype))
     activation = ACTIVATIONS[model.config.decoder.kind]
     for layer in model.config.moe_layers:
-        together = StoredMoE.of(model.moe_layer(layer), activation, dtype)
+        moe: MoE = model.moe_layer(layer)
+        deltas = deltas_of(weights, f"decoder.layers.{layer}.ffn", moe, activation, dtype)
+        together = (
+            DeltaMoE.of(moe, deltas, activation, dtype)
+            if deltas
+            else StoredMoE.of(moe, activation, dtype)
+        )
         if together is None:
             logger.info("The experts of layer %d differ in format and run one by one.", layer)
         else:
             model.decoder.layers[layer].ffn = together
+
+
+def deltas_of(
+    weights: BundleWeights, owner: str, moe: MoE, activation: str, dtype: torch.dtype
+) -> "dict[str, list[list[Expert]]]":
+    """Of each matrix the factors of all experts' deltas; empty where they must be made whole."""
+    found: dict[str, list[list[Expert]]] = {}
+    for part in MATRICES[activation]:
+        stems = [f"{owner}.experts.{index}.{part}" for index in range(len(moe.experts))]
+        experts = [made for stem in stems if (made := weights.delta(stem, dtype)) is not None]
+        if len(experts) < len(stems) or len({len(each) for each in experts}) != 1:
+            return {}
+        found[part] = [list(factor) for factor in zip(*experts, strict=True)]
+    return found
 
 
 def fill(model: MedMoE, weights: BundleWeights, dtype: torch.dtype) -> None:

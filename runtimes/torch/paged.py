@@ -210,7 +210,7 @@ class PagedTorchRuntime(TorchBundleRuntime):
     def _load(self, weights: BundleWeights) -> None:
         if "experts" in weights.bundle.manifest["quantisation"]:
             raise BundleError(
-                f"{weights.bundle.name} holds experts as deltas, which torch makes whole.",
+                f"{weights.bundle.name} holds experts as deltas, which torch does not page.",
                 "Leave the memory budget out, or page them with --runtime onnxruntime.",
             )
         file = ExpertFile(weights.bundle, drop_pages=self._drop_pages)

@@ -13,7 +13,7 @@ from medmoe_edge.errors import Notice
 from medmoe_edge.render import console as render
 
 CONFIG = ModelConfig(
-    VisionConfig("efficientnet-lite", 32, 8, (127.0,), (128.0,)),
+    VisionConfig("efficientnet-lite", 32, 8, (127.0,) * 3, (128.0,) * 3),
     DecoderConfig("stablelm", 8, 1, 1, 8, 8, 0.25),
 )
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pickle
 import signal
@@ -26,7 +27,7 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from medmoe_edge.checkpoint.config import model_config, official_config
+from medmoe_edge.checkpoint.config import CLIP_L_14_336, model_config, official_config
 from medmoe_edge.checkpoint.keys import expected_parameters, official_name
 from medmoe_edge.checkpoint.reader import import_router, read_checkpoint, write_checkpoint
 from medmoe_edge.checkpoint.tensors import StoredTensor
@@ -93,6 +94,8 @@ def test_round_trip_is_bit_exact(tmp_path: Path, kind: str, shard_bytes: int) ->
     shards = sorted(path.name for path in checkpoint.folder.glob("*.safetensors"))
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     assert (len(shards) > 1) == (shard_bytes == 8192)
+    modes = {path.stat().st_mode for path in checkpoint.folder.iterdir()}
+    assert len(modes) == 1, "who may read one of the files may read all"
 
 
 @KINDS
@@ -526,9 +529,22 @@ def test_a_tower_of_another_width_is_refused(towerless: Path, tmp_path: Path) ->
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"eos_token_id": 256}, "eos_token_id"),
+        ({"rope_pct": 1.5}, "rotary_fraction"),
+        ({"partial_rotary_factor": 1e300, "rope_pct": None}, "rotary_fraction"),
+        ({"max_position_embeddings": 10**30}, "max_positions"),
         ({"moe": [1]}, "moe"),
         ({"medmoe_edge": {"visoin": {}}}, "Did you mean 'vision'"),
         ({"medmoe_edge": {"vision": {"kind": "clip"}}}, "image_size"),
+        *(
+            ({"medmoe_edge": {"vision": CLIP_L_14_336.to_json() | changes}}, message)
+            for changes, message in (
+                ({"heads": 0}, "vision.heads 0"),
+                ({"heads": 10**30}, "vision.heads"),
+                ({"pixel_mean": []}, "pixel_mean"),
+                ({"pixel_std": [1, 1, 0]}, "pixel_std"),
+                ({"pixel_std": [1, 1, math.nan]}, "pixel_std"),
+            )
+        ),
     ],
 )
 def test_impossible_configurations_are_refused(

@@ -44,7 +44,6 @@ from medmoe_edge.export import build, builder
 from medmoe_edge.export.decoder import MoESpec, meta_name
 from medmoe_edge.export.passes.ort_cpu import lower_deltas
 from medmoe_edge.export.plan import Precision
-from medmoe_edge.export.stored import specification
 from medmoe_edge.export.weights import low_rank
 from medmoe_edge.runtimes.base import Runtime
 from medmoe_edge.runtimes.costs import (
@@ -258,8 +257,6 @@ def test_a_bundle_says_how_its_experts_are_stored(
     damaged = compare_weights(Bundle.open(folder))
     assert damaged is not None
     assert any(name.startswith(owner) for name in damaged.wrong)
-    with pytest.raises(BundleError, match="experts as deltas"):
-        specification(bundle)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +288,7 @@ def test_paged_deltas_give_the_same_bits_and_torch_what_they_stand_for(
     torch_runtime = TorchBundleRuntime(bundle, "cpu")
     for mine, wanted in zip(prefill(torch_runtime), prefill(OrtRuntime(bundle)), strict=True):
         close(mine, wanted, 1e-4 if precision == "fp32" else 0.05)  # activations in 8 bits
-    with pytest.raises(BundleError, match="torch makes whole"):
+    with pytest.raises(BundleError, match="torch does not page"):
         PagedTorchRuntime(bundle, "50%", "cpu")
 
 
@@ -526,7 +523,7 @@ def test_what_has_no_deltas_is_refused(run: Run, tiny_checkpoint: Callable[..., 
         (str(tiny_checkpoint()), ["--mixed", "4", "--experts", "delta"], "Mixed precision|mixed"),
         (str(tiny_checkpoint()), ["--experts", "low"], "no form of experts"),
         ("modality-nano", ["--experts", "delta"], "--experts"),
-        ("nano", ["--experts", "delta", "--target", "tensorrt-rtx"], "does not read"),
+        ("nano", ["--experts", "delta", "--target", "tensorrt-rtx", "--paged"], "No GPU pages"),
     ):
         result = run("export", model, *options)
         assert result.exit_code in (2, 3), result.stderr

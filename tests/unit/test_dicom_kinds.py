@@ -166,6 +166,43 @@ def test_a_palette_of_8_bits_in_words_of_16(tmp_path: Path) -> None:
     shows(dataset, tmp_path, BYTES)
 
 
+@pytest.mark.parametrize(
+    ("greatest", "declared", "bits"),
+    [
+        (100, 8, 8),  # dark: less than half of white
+        (25_500, 16, 16),
+        (16_000, 16, 16),
+        (16_383, 16, 14),  # the greatest of 14 bits: white
+        (4000, 16, 12),  # far too few bits for a dark one
+        (4000, 8, 12),
+    ],
+)
+def test_a_dark_table_stays_dark_and_one_of_fewer_bits_is_told(
+    greatest: int, declared: int, bits: int, tmp_path: Path
+) -> None:
+    entries = np.rint(np.linspace(0, greatest, 4096)).astype(int)
+    expected = np.rint(entries[DEEP] * 255 / (2**bits - 1))
+    dataset = twelve(VOILUTSequence=[table([4096, 0, declared], words(entries))])
+    shows(dataset, tmp_path, expected)
+    assert codes(tmp_path / "a.dcm") == ["lookup_table"] * (bits != declared)
+    dataset = made(BYTES, PhotometricInterpretation="PALETTE COLOR")
+    entries = np.rint(np.linspace(0, greatest, 200)).astype(int)
+    for colour in ("Red", "Green", "Blue"):
+        dataset.add_new(f"{colour}PaletteColorLookupTableDescriptor", "US", [200, 0, declared])
+        dataset.add_new(f"{colour}PaletteColorLookupTableData", "OW", words(entries))
+    shows(dataset, tmp_path, np.rint(entries[BYTES] * 255 / (2**bits - 1)))
+    assert codes(tmp_path / "a.dcm") == ["lookup_table"] * (bits != declared)
+
+
+def test_colours_beside_grey_values_are_told_of(tmp_path: Path) -> None:
+    dataset = twelve()
+    for colour in ("Red", "Green", "Blue"):
+        dataset.add_new(f"{colour}PaletteColorLookupTableDescriptor", "US", [96, 4000, 16])
+        dataset.add_new(f"{colour}PaletteColorLookupTableData", "OW", words(np.arange(96)))
+    shows(dataset, tmp_path, SHOWN)
+    assert codes(tmp_path / "a.dcm") == ["palette"]
+
+
 def test_a_presentation_table(tmp_path: Path) -> None:
     item = table([256, 0, 8], np.arange(255, -1, -1).astype(np.uint8).tobytes())
     shows(twelve(PresentationLUTSequence=[item]), tmp_path, 255 - SHOWN)
@@ -255,6 +292,20 @@ def test_a_ct_without_a_window_is_soft_tissue_only_if_its_values_are_hounsfield(
     assert load_image(saved(tmp_path, dataset)).window != (40, 400)
     dataset.RescaleIntercept, dataset.RescaleSlope = "-1024", "1"
     assert load_image(saved(tmp_path, dataset)).window == (40, 400)
+    dataset = made(BYTES, Modality="CT", RescaleIntercept="-1024", RescaleSlope="1")
+    assert grey(saved(tmp_path, dataset)).max() == 255, "8 bits that reach no soft tissue"
+
+
+def test_signed_colours_are_read_unsigned(tmp_path: Path) -> None:
+    pixels = np.dstack([BYTES, BYTES[::-1], 255 - BYTES])
+    colours = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    path = saved(tmp_path, made(pixels, PixelRepresentation=1, **colours))
+    assert (load_image(path).pixels == pixels).all()
+    assert codes(path) == ["header"]
+    stream = bytes(imagecodecs.jpeg2k_encode(pixels.astype(np.int8), codecformat="J2K", mct=False))
+    path = saved(tmp_path, compressed(made(pixels, **colours), uid.JPEG2000Lossless, [stream]))
+    with pytest.raises(ImageError, match="signed"):
+        load_image(path)
 
 
 # --- Proportions -------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_an_array_that_is_no_picture(array: npt.NDArray[Any]) -> None:
 
 def tower(size: int, pad: bool) -> VisionConfig:
     mean, std = (tuple(255 * v for v in values) for values in (CLIP_MEAN, CLIP_STD))
-    return VisionConfig("clip", size, 8, mean, std, pad_to_square=pad, layers=2)
+    return VisionConfig("clip", size, 8, mean, std, pad_to_square=pad, layers=2, heads=2)
 
 
 @settings(max_examples=25)

@@ -62,6 +62,27 @@ def test_any_orientation_gives_the_same_slices(
             load_image(path, frame=frame)
 
 
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SAR", "PIR", "AIL"])
+@pytest.mark.parametrize(
+    ("through", "sides"), [(0, ("A", "H", "P", "F")), (1, ("R", "H", "L", "F"))]
+)
+def test_a_file_of_one_slice_shows_it_whichever_way_it_lies(
+    through: int, sides: Any, axes: str, tmp_path: Path
+) -> None:
+    plane = VOLUME.take(2, through)  # [right or front, up]
+    orientations = nibabel.orientations
+    image = nibabel.Nifti1Image(np.expand_dims(plane, through), AFFINE)
+    turn = orientations.ornt_transform(
+        orientations.io_orientation(AFFINE), orientations.axcodes2ornt(axes)
+    )
+    result = load_image(saved(tmp_path, image.as_reoriented(turn)))
+    assert (result.frames, result.sides) == (1, sides)
+    low, high = np.percentile(plane, [1, 99])
+    expected = np.clip((plane - low) / (high - low), 0, 1).T[::-1, ::-1] * 255
+    expected = expected.repeat(2, axis=0)  # voxels are twice as high as wide
+    assert np.abs(result.pixels[..., 0] - expected).max() <= 0.5001
+
+
 def test_scaling_and_units(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(VOLUME, AFFINE)
     image.header.set_slope_inter(2, -100)

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -329,6 +330,35 @@ def test_of_a_tiff_that_was_cut_off_only_a_whole_page_is_shown(read: Any) -> Non
             np.testing.assert_array_equal(image.pixels, whole.pixels)
     assert len(refused) > 10
     assert all("cut off" in what for what in refused)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "options"),
+    [
+        (1, {"description": "ImageJ=1.54f\nimages=5\nslices=5\n"}),
+        (4, {"volumetric": True, "tile": (16, 16, 16), "photometric": "minisblack"}),
+    ],
+)
+def test_pictures_that_are_no_pages_are_told_of(pictures: int, options: Any, read: Any) -> None:
+    data = _tiff(np.stack([GREY] * pictures) if pictures > 1 else GREY, **options)
+    assert [notice.code for notice in read(data).notices] == ["unlisted_pages"]
+    assert read(_tiff(np.stack([GREY] * 5), imagej=True)).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (imagecodecs.jpegls_encode(GREY), "JPEG-LS picture of 1 x 8 bits, which is not read"),
+        (
+            imagecodecs.jpeg8_encode(GREY.astype(np.uint16), bitspersample=12),
+            "JPEG picture of 1 x 12 bits, which is not read",
+        ),
+        (imagecodecs.jpegls_encode(GREY)[:100], "cut off"),
+    ],
+)
+def test_a_jpeg_that_is_not_read_says_what_it_is(data: bytes, message: str, read: Any) -> None:
+    with pytest.raises(ImageError, match=message):
+        read(data)
 
 
 @pytest.mark.parametrize(
