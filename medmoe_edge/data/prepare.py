@@ -18,7 +18,7 @@ import re
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
@@ -34,13 +34,7 @@ from medmoe_edge.data.datasets import (
     read_examples,
     safe_name,
 )
-from medmoe_edge.data.folder import (
-    Addition,
-    Prepared,
-    adding,
-    set_name,
-    split_evenly,
-)
+from medmoe_edge.data.folder import Addition, Prepared, adding, set_name, split_evenly
 from medmoe_edge.errors import DataError, InputError, needs
 
 Dataset = Literal["slake", "vqa-rad", "pathvqa"]
@@ -50,7 +44,6 @@ LANGUAGES: dict[Dataset, tuple[str, ...]] = {
     "vqa-rad": ("en",),
     "pathvqa": ("en",),
 }
-_SOURCES: dict[Dataset, str] = {"slake": "slake", "vqa-rad": "vqa_rad", "pathvqa": "pathvqa"}
 _MODALITIES = {"ct": "ct", "mri": "mri", "x-ray": "xray"}
 _ORGANS = {"head": "head", "chest": "chest", "abd": "abdomen"}
 _SPLIT_FILES: dict[Split, tuple[str, ...]] = {
@@ -173,10 +166,12 @@ def prepare(
                 f"{dataset} has no questions in {language!r}.",
                 f"It has: {', '.join(LANGUAGES[dataset])}.",
             )
-    name = _SOURCES[dataset]
     with (
         Download(source) as download,
-        adding(name, out, force=force, as_published=as_published) as (addition, prepared),
+        adding(dataset.replace("-", "_"), out, force=force, as_published=as_published) as (
+            addition,
+            prepared,
+        ),
     ):
         writer = _Writer(addition, download, tuple(languages))
         if parquet := download.names(".parquet"):
@@ -359,11 +354,7 @@ def _pathvqa(download: Download, writer: _Writer) -> None:
             )
 
 
-_READERS: dict[Dataset, Callable[[Download, _Writer], None]] = {
-    "slake": _slake,
-    "vqa-rad": _vqa_rad,
-    "pathvqa": _pathvqa,
-}
+_READERS = {"slake": _slake, "vqa-rad": _vqa_rad, "pathvqa": _pathvqa}
 
 
 def _json_records(download: Download, *names: str) -> Iterator[Record]:

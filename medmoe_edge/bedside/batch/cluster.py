@@ -75,7 +75,7 @@ class OnRay:
         self._stack.close()
 
     def begin(self, questions: Iterable[str]) -> Identity:
-        """Have one machine load the model; see `batch_asking.Answering`."""
+        """Have one machine load the model; see `run.Answering`."""
         identify = ray.remote(_identify).options(**self._needs)
         with _explaining():
             told = ray.get(identify.remote(self._recipe, tuple(questions)))
