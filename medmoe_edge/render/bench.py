@@ -69,7 +69,8 @@ def _figures(bench: "Bench") -> Iterator[tuple[str, str, str, str]]:
         ("second question", f"to its first token: {share}", parts["second"]),
     )
     for name, note, spread in rows:
-        yield (name, note, *_spread(spread, 1)[:2])
+        median, quartiles, _ = _spread(spread, 1)
+        yield name, note, median, quartiles
     yield ("memory", "after a question", _memory(measured.resident), "")
     yield ("  peak", "of a question", _memory(measured.peak), "")
     yield ("  peak", "while loading", _memory(measured.loading), "")

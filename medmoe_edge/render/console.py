@@ -175,22 +175,21 @@ def show_evaluation(found: "AnswerScores") -> None:
             show(_modality_found("the labelled images", found.labels))
         return
     asked, blind = found.questions, found.blind
-    groups: dict[str, Scores] = {"all": asked}
+    groups: list[tuple[str, Scores]] = [("all", asked)]
     if blind:
-        groups["blind: a black picture"] = blind
-    groups |= asked.by_source
+        groups.append(("blind: a black picture", blind))
+    groups += asked.by_source.items()
     scores: list[tuple[str, Score | None]] = []
-    for name, score in groups.items():
-        scores += [(name, score.overall), ("  open", score.open), ("  closed", score.closed)]
+    for name, group in groups:
+        scores += [(name, group.overall), ("  open", group.open), ("  closed", group.closed)]
     scores += list(asked.by_modality.items())
-    rows = [
-        (
-            *(name, score.n, percent(score.exact_match)),
-            *("{:.1%} to {:.1%}".format(*score.exact_match_interval), percent(score.accuracy)),
-        )
-        for name, score in scores
-        if score
-    ]
+    rows = []
+    for name, score in scores:
+        if score:
+            interval = "{:.1%} to {:.1%}".format(*score.exact_match_interval)
+            rows.append(
+                (name, score.n, percent(score.exact_match), interval, percent(score.accuracy))
+            )
     show_table("", ["", "questions", "exact match", "95% interval", "accuracy"], rows)
     show()
     show_table(

@@ -80,7 +80,10 @@ def show_retrieval(found: "Retrieval") -> None:
     if found.hits:
         rows = [
             (
-                *(number, hit.path, f"{hit.similarity:.3f}", hit.modality),
+                number,
+                hit.path,
+                f"{hit.similarity:.3f}",
+                hit.modality,
                 f"frame {hit.frame} of {hit.frames}" if hit.frames > 1 else "",
             )
             for number, hit in enumerate(found.hits, 1)
@@ -139,7 +142,7 @@ def show_modality_evaluation(found: "ModalityEvaluation") -> None:
     for name, routing in found.routing.items():
         counts = [
             (kind, share.count, share.right, *_figures(share))
-            for kind, share in {**routing.modalities, "all": routing.overall}.items()
+            for kind, share in (*routing.modalities.items(), ("all", routing.overall))
         ]
         show_table(f"Modality of {name}", ["", "images", "right", "accuracy", INTERVAL], counts)
     rows: list[tuple[object, ...]] = []

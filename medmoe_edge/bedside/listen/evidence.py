@@ -91,10 +91,17 @@ class Evidence:
         header = _header(dataset, values)
         header.Rows, header.Columns = image.pixels.shape[:2]
         key = key or key_of(header.SOPInstanceUID)
-        number = text_of(dataset, "InstanceNumber").value
         return cls(
-            *(header, values, frame, sha256, key, notices_of(dataset)),
-            *(taken_at(dataset), number, modality_of(dataset), image.frames),
+            header,
+            values,
+            frame,
+            sha256,
+            key,
+            notices_of(dataset),
+            taken_at(dataset),
+            text_of(dataset, "InstanceNumber").value,
+            modality_of(dataset),
+            image.frames,
         )
 
     @property
