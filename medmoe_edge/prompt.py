@@ -5,6 +5,8 @@ the image is the same for every question and is prefilled once, the rest carries
 """
 
 import functools
+import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,13 +149,14 @@ class Tokenizer:
 
 
 def check_question(question: str) -> str:
-    """The question without surrounding space and `<image>`.
+    """The question as it looks, without surrounding space and `<image>`.
+
+    What looks the same is asked the same, wherever it was pasted from: of spaces of any kind or
+    number one is left, nothing that cannot be seen, and the letters of a ligature.
 
     Raises `InputError` if it is empty, far too long or no text.
     """
     question = question.replace("<image>", "").strip()
-    if not question:
-        raise InputError("The question is empty.", "Ask something, such as: Is there effusion?")
     if len(question) > MAX_QUESTION_CHARACTERS:
         raise InputError(
             f"The question has {len(question):,} characters.",
@@ -163,4 +166,18 @@ def check_question(question: str) -> str:
         question.encode()
     except UnicodeEncodeError as error:  # such as bytes on the command line that are not UTF-8
         raise InputError("The question is not valid Unicode.", "Type it as UTF-8.") from error
+    seen = "".join(_LIGATURES.get(c, c) for c in question if c.isspace() or not _is_hidden(c))
+    question = _SPACES.sub(" ", seen.replace("\r\n", "\n")).strip()
+    if not question:
+        raise InputError("The question is empty.", "Ask something, such as: Is there effusion?")
     return question
+
+
+_SPACES = re.compile(r"[^\S\n]+")
+_LIGATURES = {c: unicodedata.normalize("NFKC", c) for c in map(chr, range(0xFB00, 0xFB07))}
+_JOINERS = "\u200c\u200d"  # which Persian and Indic scripts are spelt with
+
+
+def _is_hidden(character: str) -> bool:
+    """Whether it is a control, or a mark of format such as a soft hyphen."""
+    return unicodedata.category(character) in ("Cc", "Cf") and character not in _JOINERS

@@ -7,6 +7,7 @@ Weights are counted in numbers, not bytes, so that the same count serves every p
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -38,6 +39,7 @@ SCALE_BITS = 16  # of a group as it is stored
 # scale, and the sum of the weights for the activations' zero points, in fp32, and the scale as it
 # was given. Measured at full size in groups of 32: 6.9 bits a weight in memory, 4.5 on the disk.
 HELD_SCALE_BITS = 96
+NARROW, WIDENED = 2.5, 4.5  # bits of a weight in 2 bits and in 4, in groups of 32
 NUMBER = {"gpu": 2, "jetson": 2, "cpu": 4}  # bytes of an activation: fp16, or fp32
 # Bytes of the process without a model: Python and ONNX Runtime; CUDA's context and TensorRT besides
 PROCESS = {"gpu": 600 * 10**6, "jetson": 600 * 10**6, "cpu": 110 * 10**6}
@@ -198,32 +200,33 @@ def vision_in_8_bits(config: ModelConfig, precision: Precision, number: int) -> 
 class Deltas:
     """Routed experts as what they add to the meta expert.
 
-    Bits of an expert's weight, as `stored` and as `held` in the memory of a process on a CPU, the
-    share of a whole expert's `operations` that they take, and whether they can be `paged`.
+    Bits of an expert's weight, as `stored` and as `held` in the memory of a process on a CPU; the
+    shares of a whole expert's `operations` that they take, and of its weights that are stored in 2
+    bits (`narrow`); whether they can be `paged`; and whether each runs `everywhere`, on all tokens,
+    in place of the chosen ones.
     """
 
     stored: float
     held: float
     operations: float = 1.0
+    narrow: float = 0.0
     paged: bool = True
+    everywhere: bool = False
 
     @classmethod
     def of(cls, form: DeltaForm, config: ModelConfig, precision: Precision, group: int) -> Self:
         """Of a form, in a precision that decides where the form does not."""
         stored, held = (bits("experts", precision, group) for bits in (bits_per_weight, held_bits))
         scales = (HELD_SCALE_BITS - SCALE_BITS) / DELTA_GROUP
-        if form.budget or form.bits:
-            bits = form.budget or Format(form.bits or 0, DELTA_GROUP).bits_per_weight(DELTA_GROUP)
-            return cls(bits, bits + scales)
-        shapes = [
-            shape
-            for name, shape in decoder_parameters(config).items()
-            if _kind(name) == "experts" and len(shape) == 2
-        ]
-        whole = sum(map(math.prod, shapes))
-        share = sum((form.rank or 0) * sum(shape) for shape in shapes) / whole
-        share = min(share, 1.0) if form.rank else 1.0
-        return cls(share * stored, share * held, share)
+        if form.budget:  # spent on few bits, as nothing is known of ranks before the search
+            narrow = (WIDENED - form.budget) / (WIDENED - NARROW)
+            bits = form.budget
+            return cls(bits, bits + scales, narrow=min(max(narrow, 0.0), 1.0))
+        operations, narrow = _shares(config, lambda _: form.stored)
+        if form.bits:
+            bits = Format(form.bits, DELTA_GROUP).bits_per_weight(DELTA_GROUP)
+            return cls(bits, bits + scales, narrow=narrow)
+        return cls(operations * stored, operations * held, operations)
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Self | None:
@@ -243,7 +246,30 @@ class Deltas:
         stored += sum(array.nbytes for name, array in inline if ".experts." in name)
         paging = bundle.manifest.get("paging") or {}
         held = sum(expert["bytes"] for expert in paging.get("experts", {}).values()) or stored
-        return cls(8 * stored / part.weights, 8 * held / part.weights, paged=bool(paging))
+        told = bundle.manifest["quantisation"]
+        forms = told.get("deltas", {})
+        shares = _shares(bundle.config, lambda name: forms.get(name, told["experts"]))
+        bits = 8 / part.weights
+        return cls(bits * stored, bits * held, *shares, paged=bool(paging))
+
+    def on_gpu(self) -> Self:
+        """As graphs and engines for GPUs have them: 2 bits in 4, and none is paged."""
+        bits = self.stored + (WIDENED - NARROW) * self.narrow
+        return replace(self, stored=bits, held=bits, paged=False, everywhere=True)
+
+
+def _shares(config: ModelConfig, form_of: Callable[[str], str]) -> tuple[float, float]:
+    """Of whole experts: operations that deltas take, weights in 2 bits; forms are in words."""
+    whole = operations = narrow = 0
+    for name, shape in decoder_parameters(config).items():
+        if _kind(name) != "experts" or len(shape) < 2:
+            continue
+        size, form = math.prod(shape), form_of(name)
+        rank = re.search(r"\brank (\d+)", form)
+        whole += size
+        operations += min(int(rank[1]) * sum(shape), size) if rank else size
+        narrow += size if re.search(r"\b2 bits", form) else 0
+    return operations / whole, narrow / whole
 
 
 def bits_per_weight(
@@ -357,9 +383,16 @@ def step_seconds(
     """Seconds of one step of `rows` tokens after `past` positions."""
     work, moe = step_work(config, rows, past), config.moe
     bits = {kind: bits_per_weight(kind, precision, group, deltas) for kind in work.weights}
-    if deltas is not None and "experts" in work.operations:
-        own = work.operations["experts"] * deltas.operations
-        work = replace(work, operations={**work.operations, "experts": own})
+    if deltas is not None and moe is not None and "experts" in work.operations:
+        own, read = work.operations["experts"] * deltas.operations, work.weights["experts"]
+        if deltas.everywhere:
+            own *= moe.num_experts / moe.top_k
+            read = decoder_parts(config)["experts"].touched(moe.num_experts)
+        work = replace(
+            work,
+            weights={**work.weights, "experts": read},
+            operations={**work.operations, "experts": own},
+        )
     seconds = work_seconds(work, bits, speed)
     with_experts, layers = len(config.moe_layers), config.decoder.layers
     seconds += (layers - with_experts) * speed.dense + with_experts * speed.moe

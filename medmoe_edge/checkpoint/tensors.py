@@ -209,8 +209,9 @@ _CONVERT = (
     "'model.safetensors')."
 )
 
-# What trainers write that is no checkpoint yet: patterns of files, what it is, what to do.
+# What is no checkpoint, mostly what trainers leave: patterns of files, what it is, what to do.
 _TRAINERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("manifest.json",), "is a bundle, not a checkpoint.", "Give what it was exported from."),
     (
         ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin"),
         "holds a LoRA adapter without its base.",

@@ -242,7 +242,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="FORM",
-            help="As of export: delta:bits=2 and its like, for ONNX Runtime's CPU.",
+            help="As of export: delta:bits=2 and its like.",
             show_default="whole, or as the bundle's",
         ),
     ] = None,

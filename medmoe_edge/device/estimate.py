@@ -282,18 +282,21 @@ def make_plan(
     config, on_cpu = stored.config, device.kind == "cpu"
     prompt = options.prompt_tokens or stored.prompt
     image, most = config.vision.image_tokens, config.decoder.max_positions
-    if not image < prompt <= most - options.new_tokens:
+    room = most - options.new_tokens
+    if not image < prompt <= room:
+        answer, asked = (
+            f"an answer of at most {most - image - 1}",
+            f"a prompt of {image + 1} to {room}",
+        )
         raise InputError(
             f"A prompt of {prompt} tokens and an answer of {options.new_tokens} do not go with "
             f"{image} image tokens and {most} positions.",
-            f"Give a prompt of {image + 1} to {most - options.new_tokens} tokens.",
+            f"Give {asked if room > image else answer} tokens.",
         )
     speeds = speeds or nominal_speeds(device)
     moe, form = config.moe, None if options.experts is None else read_deltas(options.experts)
-    if form and (moe is None or not moe.meta_expert or moe.merged or not on_cpu):
-        raise InputError(
-            "Deltas are of models with a meta expert, on a CPU.", "Leave --experts out."
-        )
+    if form and (moe is None or not moe.meta_expert or moe.merged):
+        raise InputError("Deltas are of models with a meta expert.", "Leave --experts out.")
     if options.vision == "tokens" and not vision_in_8_bits(config, "int8", NUMBER[device.kind]):
         raise InputError(
             "A scale per token is for a vision transformer in 8 bits, on a CPU.",
@@ -301,8 +304,9 @@ def make_plan(
         )
 
     def work(precision: Precision) -> Asked:
-        group, deltas = options.group or stored.group, stored.deltas if on_cpu else None
-        deltas = Deltas.of(form, config, precision, group) if form else deltas
+        group = options.group or stored.group
+        deltas = Deltas.of(form, config, precision, group) if form else stored.deltas
+        deltas = deltas if on_cpu or deltas is None else deltas.on_gpu()
         vision = options.vision or stored.vision
         return Asked(config, prompt, options.new_tokens, group, deltas, vision)
 

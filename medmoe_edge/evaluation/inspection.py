@@ -186,13 +186,12 @@ def _common(path: Path, config: ModelConfig) -> dict[str, Any]:
 
 
 def _bits_per_weight(bundle: Bundle) -> float | None:
-    """Of the decoder's matrices, as the manifest tells how each is stored; None if it does not.
-
-    Of deltas from the meta expert those of a whole expert's weights, as they lie in the files.
-    """
+    """Of the decoder's matrices and deltas, as the manifest and the files tell; None if not."""
     parts = decoder_parts(bundle.config)
     try:
         stored, deltas = bundle.manifest["quantisation"], Deltas.of_bundle(bundle)
+        if "experts" in stored and deltas is None:
+            return None  # they are within an engine
         shapes = decoder_parameters(bundle.config)
         told = [
             (Format(each["bits"], each["group"]).bits_per_weight(width), rows * width)
@@ -201,8 +200,8 @@ def _bits_per_weight(bundle: Bundle) -> float | None:
             for rows, width in [shapes[each["name"]]]
         ]
         if stored["precision"] == "fp32":
-            whole = ("attention", "ffn", "meta", "head")
-            told = [(32.0, parts[kind].weights) for kind in whole if kind in parts]
+            whole = parts.keys() & {"attention", "ffn", "meta", "head"}
+            told = [(32.0, parts[kind].weights) for kind in whole]
         if deltas is not None:
             told.append((deltas.stored, parts["experts"].weights))
         return _mean(told) if told else None

@@ -117,6 +117,15 @@ def test_what_cannot_be_planned(run: Run, line: list[str], what: str, code: int)
     assert two_lines(result)[0].startswith(what)
 
 
+def test_an_answer_that_leaves_no_room_is_told_how_long_it_may_be(run: Run) -> None:
+    for tokens, remedy in (
+        ("9999", "Give an answer of at most 959 tokens."),
+        ("950", "Give a prompt of 65 to 74 tokens."),
+    ):
+        result = run("plan", "nano", "--device", "cpu", "--new-tokens", tokens)
+        assert two_lines(result)[1] == remedy
+
+
 def test_fit_proposes_what_export_takes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from documents import check_command
 

@@ -21,7 +21,7 @@ from medmoe_edge.errors import ConfigError
 from medmoe_edge.export.build import BuildOptions, export_bundle
 from medmoe_edge.image.loading import preprocess
 from medmoe_edge.image.pixels import Image
-from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE
+from medmoe_edge.prompt import AFTER_IMAGE, BEFORE_IMAGE, check_question
 
 QUESTIONS = [
     f"Is there {what} in {where}? {number}"
@@ -63,7 +63,7 @@ def expected(
 ) -> Answers:
     """What the reference says to so many questions, and by how much each answer was decided."""
     pixels = torch.from_numpy(preprocess(PICTURE, read_checkpoint(folder).config.vision))
-    after = [slow(AFTER_IMAGE.format(question=text)) for text in QUESTIONS[:count]]
+    after = [slow(AFTER_IMAGE.format(question=check_question(q))) for q in QUESTIONS[:count]]
     found = official.answers(pixels, slow(BEFORE_IMAGE), after, end, LIMIT)
     special = {index for text, index in slow.added.items() if text.startswith("<|")}
     clean = official.kind == "phi"

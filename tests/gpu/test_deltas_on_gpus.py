@@ -20,6 +20,7 @@ from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.calibration.quantisers import read_deltas
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import InputError, MissingDependencyError
+from medmoe_edge.evaluation.inspection import inspect_model
 from medmoe_edge.export import build, targets
 from medmoe_edge.export.builder import save_model, tensor_of
 from medmoe_edge.export.gpus import load_library, make_logger
@@ -132,6 +133,7 @@ def test_the_graph_for_cuda_means_what_is_specified(
     made = Bundle.open(tmp_path / "cuda")
     assert 0 < off(logits(OrtRuntime(made, device="cpu"), steps), specified) < HALF
     assert "QMoE" not in op_types(ir.load(made.path("decoder.onnx")))
+    assert inspect_model(made.folder).bits_per_weight is None  # which its manifest does not tell
 
 
 def test_tensorrt_for_rtx_parses_its_graph(bundle_of: Make, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import trustme
 from command_line import Run, two_lines
 from test_audit import lines, write
 
+from medmoe_edge.bedside.audit import log as audit_log
 from medmoe_edge.bedside.audit.log import Collector, ship
 from medmoe_edge.errors import DataError, InputError, ResourceError
 
@@ -96,6 +98,30 @@ def test_a_log_that_was_cut_or_changed_is_not_sent_on(collector: Received, log: 
         log.write_bytes(b"".join(changed))
         with pytest.raises(DataError, match="entry 3"):
             ship(log, place_of(collector))
+
+
+@pytest.mark.parametrize("how", ["cut", "replaced"])
+def test_a_log_that_is_replaced_while_it_is_followed_is_told(
+    collector: Received, log: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A backup that is restored, say: what is then written would reach nobody."""
+    monkeypatch.setattr(audit_log, "PAUSE", 0.05)
+    shipped = log.with_name(f"{log.name}.shipped")
+
+    def exchange() -> None:
+        while not shipped.exists():
+            time.sleep(0.01)
+        if how == "cut":
+            log.write_bytes(lines(log)[0])
+        else:
+            log.with_suffix(".copy").write_bytes(log.read_bytes())
+            log.with_suffix(".copy").replace(log)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    with pytest.raises(DataError, match="entry 4"):
+        ship(log, place_of(collector), follow=True)
+    thread.join()
 
 
 def test_a_stranger_gets_nothing(

@@ -98,14 +98,17 @@ def test_echo(tmp_path: Path) -> None:
     ],
 )
 def test_who_is_not_on_the_list_is_not_let_in(
-    tmp_path: Path, peer: dict[str, object], called: str
+    tmp_path: Path, peer: dict[str, object], called: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Node(configuration(tmp_path / "node", peers=[peer]), StandIn()) as node:
         assert send(node.port, study(), called=called) == [-1]
         assert node.queue.counts()["waiting"] == 0
+    why = "its AE title or address is not on the list"
+    assert (why if called == "MEDMOE" else "it called another AE title") in caplog.text
     peer = {"ae_title": PEER, "hosts": ["127.0.0.1"]}
-    with Node(configuration(tmp_path / "node", peers=[peer]), StandIn()) as node:
-        assert send(node.port, study()) == [0]
+    for host in ("127.0.0.1", *(["::"] if socket.has_dualstack_ipv6() else [])):
+        with Node(configuration(tmp_path / "node", host=host, peers=[peer]), StandIn()) as node:
+            assert send(node.port, study()) == [0]
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,25 @@ def test_an_object_beyond_the_limit_ends_the_connection(tmp_path: Path) -> None:
         assert send(node.port, study(2)) == [0]
         wait_for(lambda: done(node))
         assert node.queue.counts()["answered"] == 1
+
+
+def test_who_says_nothing_takes_no_senders_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.ExitStack() as stack:
+        config = configuration(tmp_path / "node", max_associations=1)
+        node = stack.enter_context(Node(config, StandIn()))
+        for _ in range(5):
+            stack.enter_context(socket.create_connection(("127.0.0.1", node.port), 20))
+        assert send(node.port, study(1)) == [0]
+        entity = ApplicationEntity(PEER)
+        entity.add_requested_context("1.2.840.10008.1.1")
+        open_one = entity.associate("127.0.0.1", node.port, ae_title="MEDMOE")
+        assert open_one.is_established
+        assert send(node.port, study(2)) == [-1]
+        assert "rejected: max_associations are open" in caplog.text
+        open_one.release()
+        wait_for(lambda: send(node.port, study(2)) == [0])
 
 
 @pytest.mark.parametrize("announced", [0xFFFFFFF0, 1000])

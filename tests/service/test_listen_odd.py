@@ -9,6 +9,9 @@ import json
 import logging
 import socket
 import sqlite3
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from test_listen_fuzz import fake_event
 from medmoe_edge.bedside.listen import receiving as listen_receiving
 from medmoe_edge.bedside.listen.answering import encoded
 from medmoe_edge.bedside.listen.evidence import Evidence
-from medmoe_edge.bedside.listen.header import SHARED, origin_of, text_of
+from medmoe_edge.bedside.listen.header import SHARED, notices_of, origin_of, text_of
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Queue, key_of
 from medmoe_edge.errors import ImageError, ResourceError
@@ -308,6 +311,46 @@ def test_of_a_corrected_object_that_waits_only_the_last_is_asked(tmp_path: Path)
         assert send(node.port, study(9), study(), corrected) == [0, 0, 0]
         answered(node, 2)
     assert seen[1:] == [240]
+
+
+def test_reading_names_changes_nothing_for_other_threads() -> None:
+    """pydicom's strictness and the filters of warnings are the process's, and so of all senders."""
+    data = encoded(study(SpecificCharacterSet="ISO_IR 100", PatientName="Müller^Jürg"))
+    mode, filters, seen = config.settings.reading_validation_mode, [*warnings.filters], set[bool]()
+
+    def read() -> None:
+        for _ in range(100):
+            notices_of(dcmread(io.BytesIO(data)))
+            same = config.settings.reading_validation_mode == mode
+            seen.add(same and [*warnings.filters] == filters)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert seen == {True}
+
+
+def test_results_of_a_patient_whose_header_is_odd_are_withdrawn_too(node: Node) -> None:
+    """As they are in the header: highdicom takes no such values."""
+    values: dict[str, Any] = {
+        "PatientSex": "X",
+        "PatientBirthDate": "1.1.1970",
+        "StudyDate": "2024-05-06",
+    }
+    assert send(node.port, odd(**values)) == [0]
+    answered(node)
+    assert send(node.port, study(PatientID="MRN-0815", PatientName="Roe^Richard")) == [0]
+    answered(node, 2)
+    (rejection,) = rejections(node)
+    assert rejection.PatientID == "MRN-4711"
+    assert {name: text_of(rejection, name).value for name in values} == values
 
 
 def test_the_same_uid_of_another_patient_is_kept_apart(

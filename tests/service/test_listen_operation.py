@@ -289,6 +289,24 @@ def test_an_audit_log_from_an_older_backup_is_good_and_says_so(tmp_path: Path) -
     assert verify_log(config.audit_log).intact
 
 
+@pytest.mark.parametrize("by", ["node", "backup"])
+def test_what_a_killed_backup_left_of_images_goes(tmp_path: Path, by: str) -> None:
+    config = configuration(tmp_path / "node")
+    Queue(Folder(config.folder).queue).close()
+    left, at_work = config.folder / ".backup.abc", config.folder / ".restore.def"
+    for place in (left, at_work):
+        (place / "images").mkdir(parents=True)
+        (place / "images" / "key.dcm").write_bytes(b"image")
+    os.utime(left, (time.time() - 2 * DAY,) * 2)
+    if by == "node":
+        with Node(config, StandIn()):
+            pass
+    else:
+        Desk(config.folder).back_up(config.audit_log, tmp_path / "node.tar")
+    assert not left.exists()
+    assert at_work.exists()
+
+
 def test_a_restored_log_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails between its entry and its head would leave the head of a log that is removed."""
     config, other = configuration(tmp_path / "node"), configuration(tmp_path / "other")
@@ -493,6 +511,7 @@ def test_what_was_sent_goes_after_a_while_and_is_known_still(tmp_path: Path) -> 
         assert send(node.port, study(1)) == [0]
         answered(node)
         tidying, (result,) = Tidying(config, node.desk), node.folder.documents.iterdir()
+        (node.folder.documents / ".DS_Store").touch()  # no result: a person's computer made it
         assert tidying.pending(1) == ["old files"]
         tidying.do("old files")
         assert tidying.pending(1) == []

@@ -487,7 +487,10 @@ def test_what_a_destination_does_not_keep_is_told_and_can_be_sent_again(
 
 
 class Listener:
-    """An MLLP server: keeps what it is told, and acknowledges with `code`."""
+    """An MLLP server: keeps what it is told, and acknowledges with one of `codes` after another.
+
+    With a line feed behind a code, it ends segments as lines.
+    """
 
     def __init__(self, *codes: str) -> None:
         self.codes, self.heard = list(codes), list[hl7.Message]()
@@ -510,7 +513,9 @@ class Listener:
             while True:
                 message = await reader.readmessage()
                 self.heard.append(message)
-                writer.writemessage(message.create_ack(self.codes.pop(0)))
+                code = self.codes.pop(0)
+                told = str(message.create_ack(code.strip()))
+                writer.writeblock((told.replace("\r", "\r\n") if "\n" in code else told).encode())
                 await writer.drain()
 
     def __enter__(self) -> "Listener":
@@ -525,7 +530,7 @@ class Listener:
 
 
 def test_hl7_is_said_until_it_is_accepted(tmp_path: Path) -> None:
-    with Listener("AE", "AA") as listener:
+    with Listener("AE", "AA\n") as listener:
         receiver = {"host": "127.0.0.1", "port": listener.port, "application": "RIS|1"}
         with Node(
             configuration(tmp_path / "node", hl7=[receiver]), StandIn(), first_delay=0.05

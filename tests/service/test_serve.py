@@ -181,12 +181,21 @@ def test_what_fails_half_way_is_recorded_too(tmp_path: Path) -> None:
 def test_a_service_that_cannot_audit_is_not_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with client_of(app_over(StandIn(), audit=AuditLog(tmp_path / "audit.jsonl"))) as client:
+    log = tmp_path / "audit.jsonl"
+    with client_of(app_over(StandIn(), audit=AuditLog(log))) as client:
         assert client.get("/readyz").status_code == 200
+        log.write_text("changed\n")
+        assert error_of(client.get("/readyz"), 503)["code"] == "no_resources"
+        log.unlink()
         full = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
         assert error_of(client.get("/readyz"), 503)["code"] == "no_resources"
         assert client.head("/healthz").status_code == 200
+
+
+def test_an_audit_log_in_no_folder_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gone, where the audit log is to be, is not a folder"):
+        AuditLog(tmp_path / "gone" / "audit.jsonl")
 
 
 def test_an_upload_leaves_no_file_and_its_name_is_nothing(

@@ -830,6 +830,7 @@ LEFT = {
     "adapter_model.safetensors": ("LoRA adapter without its base", "merge_and_unload"),
     "non_lora_trainables.bin": ("LoRA adapter without its base", "merge_and_unload"),
     "mm_projector.bin": ("a projector alone", "a later phase"),
+    "manifest.json": ("is a bundle", "what it was exported from"),
     "zero_to_fp32.py": ("DeepSpeed", "zero_to_fp32.py . OUT"),
     "__0_0.distcp": ("FSDP", "merge-weights"),
     "phi.gguf": ("GGUF", "made from"),

@@ -360,6 +360,18 @@ def test_inspect_counts_the_bits_of_deltas(
     assert inspect_model(bundle.folder).bits_per_weight == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("experts", ["delta", "delta:bits=2", "delta:rank=8"])
+def test_a_bundle_is_planned_as_the_form_it_was_made_in(
+    bundles: Callable[..., Path], experts: str
+) -> None:
+    bundle = Bundle.open(bundles("int8", experts))
+    found = Deltas.of_bundle(bundle)
+    assert found is not None
+    form = Deltas.of(read_deltas(experts), bundle.config, "int8", 32)
+    assert (found.operations, found.narrow) == (form.operations, form.narrow)
+    assert found.on_gpu().stored - found.stored == (2 if experts == "delta:bits=2" else 0)
+
+
 def test_fewer_bits_take_fewer_bytes(bundles: Callable[..., Path]) -> None:
     sizes = [
         sum(size for owner, (_, size) in Bundle.open(folder).manifest["experts"].items())

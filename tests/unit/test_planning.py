@@ -289,14 +289,43 @@ def test_deltas_take_less_memory_and_move_less(form: str, bits: float, held: flo
     assert (deltas.prefill < 0.95 * whole.prefill) == ("rank" in form)
 
 
-def test_deltas_are_planned_of_what_has_some_and_on_what_runs_them() -> None:
+def test_deltas_are_planned_of_what_has_some() -> None:
     nothing = Asked(NANO, 100, deltas=Deltas(0, 0))
     assert held_ratio("cpu", "int8", nothing) == 1
     dense = dataclasses.replace(NANO, moe=None)
     cpu = dataclasses.replace(FLAT, kind="cpu")
-    for config, device in ((dense, cpu), (STABLELM, FLAT)):
-        with pytest.raises(InputError, match="meta expert, on a CPU"):
-            make_plan("m", usual(config), device, PlanOptions(device.name, experts="delta:bits=2"))
+    with pytest.raises(InputError, match="models with a meta expert"):
+        make_plan("m", usual(dense), cpu, PlanOptions("flat", experts="delta:bits=2"))
+
+
+@pytest.mark.parametrize(
+    ("form", "bits", "share"),
+    [
+        ("delta", 8, 1),
+        ("delta:bits=2", 4.5, 1),
+        ("delta:bits=4", 4.5, 1),
+        ("delta:auto=3", 4.5, 1),
+        ("delta:rank=256", 1.364, 256 * (2048 + 5632) / (2048 * 5632)),
+    ],
+)
+def test_on_gpus_each_delta_runs_on_every_token(form: str, bits: float, share: float) -> None:
+    """2 bits are stored in 4 there, and deltas are not paged."""
+    options = PlanOptions("flat", "int8", experts=form)
+    (whole,) = make_plan("m", usual(STABLELM), FLAT, PlanOptions("flat", "int8")).forecasts
+    (made,) = make_plan("m", usual(STABLELM), FLAT, options).forecasts
+    layer, layers = 3 * 2048 * 5632, 12
+    assert made.experts == pytest.approx(4 * layers * layer * bits / 8, rel=0.02)
+    assert made.memory_run - whole.memory_run == made.weights - whole.weights
+    # of whole experts the chosen one is read and computed, of deltas all four
+    read = layers * layer * (4 * bits - 8) / 8
+    computed = layers * 2 * layer * (4 * share - 1)
+    rated = FLAT.ratings
+    assert rated is not None
+    seconds = read / (0.75 * rated.bandwidth) + computed / (0.5 * rated.fp16)
+    assert made.token - whole.token == pytest.approx(seconds, rel=0.05)
+    small = dataclasses.replace(FLAT, memory=made.memory_run)
+    (lacking,) = make_plan("m", usual(STABLELM), small, options).forecasts
+    assert (lacking.fits, lacking.expert_budget) == (False, 0)
 
 
 def test_what_lies_in_the_graph_is_not_paged() -> None:

@@ -1,5 +1,6 @@
 """The conversation template and the tokenizer, on one trained here."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,26 @@ def test_the_image_mark_in_a_question_is_dropped() -> None:
     assert check_question("<image>\nIs there <image>effusion?") == "Is there effusion?"
 
 
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        *("Is  there effusion?", "Is\tthere effusion?", "Is\u00a0there\u2009effusion?"),
+        *("\ufeffIs there effusion?", "Is there ef\u00adfusion?", "Is\u200b there effusion?"),
+        *("\u202aIs there effusion?\u202c", "Is there effusion?\x00", "Is there e\ufb00usion?"),
+        *("Is \u200b there effusion?\r\n", "Is <image>there effusion?"),
+    ],
+)
+def test_what_looks_the_same_is_asked_the_same(pasted: str) -> None:
+    assert check_question(pasted) == "Is there effusion?"
+
+
+def test_lines_accents_and_joiners_stay() -> None:
+    for text in ("A. CT\nB. MRI", "¿Qué es?", "\u0645\u06cc\u200c\u0634\u0648\u062f", "5 cm²"):
+        assert check_question(text) == text
+    with pytest.raises(InputError, match="empty"):
+        check_question("\u200b\x00 \ufeff")
+
+
 def test_braces_in_a_question_are_text(tokenizer: Tokenizer) -> None:
     assert "{question} {0} {" in text_of(tokenizer, tokenizer.question_ids("{question} {0} {"))
 
@@ -84,8 +105,9 @@ def test_the_end_token_in_a_question_is_text(tokenizer: Tokenizer) -> None:
 @given(st.text(max_size=40))
 def test_any_text_survives_a_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.answer_ids(text)) == text.strip()
-    question = text.replace("<image>", "").strip()
-    if question:
+    with contextlib.suppress(InputError):  # nothing in it can be seen
+        question = check_question(text)
+        assert check_question(question) == question
         assert tokenizer.decode(tokenizer.question_ids(text)) == f"{question} ASSISTANT:"
 
 

@@ -198,10 +198,16 @@ log = logging.getLogger(__name__)
 
 
 class AuditLog:
-    """An audit log at `path`, made with the first entry; only its owner may read it."""
+    """An audit log at `path`, made with the first entry; only its owner may read it.
+
+    Raises `InputError` where its folder is not there.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if not self.path.parent.is_dir():
+            what = f"{self.path.parent}, where the audit log is to be, is not a folder."
+            raise InputError(what, "Make it first, or choose another.")
         # A lock of the system's, which ends with its process; never a file that a crash leaves.
         self._lock = FileLock(f"{self.path}.lock", mode=0o600, fallback_to_soft=False)
         self._missing: str | None = None  # a kept head that is not in it, as was said
@@ -270,8 +276,11 @@ class AuditLog:
     def check(self) -> None:
         """Raise `ResourceError` unless the next entries could be written."""
         try:
-            with self._lock, self._opened():
+            with self._lock, self._opened() as file:
+                _last(file)
                 room = shutil.disk_usage(self.path.parent).free
+        except DataError as error:
+            raise ResourceError(error.what, error.remedy) from error
         except OSError as error:
             raise _unwritable(error.strerror or type(error).__name__) from error
         if room < MAX_LINE:
@@ -418,7 +427,8 @@ def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
 
     With `follow` it waits for further ones, until a signal ends it. Raises `InputError` for a log
     or a certificate that cannot be read, `DataError` where the log does not go on from what was
-    sent, as it was cut or changed, and `ResourceError` where the collector cannot be reached.
+    sent, as it was cut, changed or replaced, and `ResourceError` where the collector cannot be
+    reached.
     """
     sent = 0
     try:
@@ -437,6 +447,8 @@ def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
                 if not follow:
                     return sent
                 time.sleep(PAUSE)
+                if not _is_at(path, file):
+                    raise _broken(number + 1)
     except FileNotFoundError as error:
         raise InputError(f"There is no audit log {path}.", "Check the path.") from error
 
@@ -458,6 +470,12 @@ def _skip(file: IO[bytes], path: Path) -> tuple[int, str]:
     if number and (entry is None or entry["hash"] != head):
         raise _broken(number)
     return number, head
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open log is still the one at that path, and what was read of it is there."""
+    there = path.stat()
+    return os.path.samestat(there, os.fstat(file.fileno())) and there.st_size >= file.tell()
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:

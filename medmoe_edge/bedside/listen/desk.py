@@ -27,6 +27,7 @@ from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 SHORTEST = 4  # letters of a key that are enough
 QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
+STAGING = (".backup.", ".restore.")  # how their folders begin, while they are at work
 NO_LIMIT = -1  # to SQLite
 PASSES = 2  # without a lock: the second links what came during the first, which may take minutes
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -213,7 +214,8 @@ class Desk(Queue):
         each other: a node that waits for longer refuses what it receives.
         """
         folder = self.folder
-        with tempfile.TemporaryDirectory(dir=folder.root, prefix=".backup.") as place:
+        remove_leftovers(folder)
+        with tempfile.TemporaryDirectory(dir=folder.root, prefix=STAGING[0]) as place:
             staging = Path(place)
             for _ in range(PASSES):
                 self._stage(staging)
@@ -294,7 +296,7 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
         raise has_queue
     try:
         with (
-            tempfile.TemporaryDirectory(dir=folder.root, prefix=".restore.") as place,
+            tempfile.TemporaryDirectory(dir=folder.root, prefix=STAGING[1]) as place,
             tarfile.open(backup) as archive,
         ):
             staging = Path(place)
@@ -332,6 +334,13 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
     return len(paths)
 
 
+def remove_leftovers(folder: Folder) -> None:
+    """Remove what a backup or a restore that was killed has left of patients' images."""
+    for place in (each for prefix in STAGING for each in folder.root.glob(f"{prefix}*")):
+        if place.stat().st_mtime < time.time() - DAY:  # none takes so long
+            shutil.rmtree(place, ignore_errors=True)
+
+
 class Tidying:
     """The work of a thread that removes what the configuration keeps no longer."""
 
@@ -348,7 +357,7 @@ class Tidying:
         """Remove documents that were sent, and images of what was answered, that are old enough."""
         self._due = time.monotonic() + TIDY_EVERY
         before = time.time() - self.days * DAY
-        for result in self.folder.documents.iterdir():
+        for result in filter(Path.is_dir, self.folder.documents.iterdir()):
             newest = max(path.stat().st_mtime for path in (result, *result.iterdir()))
             if newest < before and self.desk.is_finished(result.name, self.committing):
                 shutil.rmtree(result)

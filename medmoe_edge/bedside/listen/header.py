@@ -14,12 +14,12 @@ import datetime
 import functools
 import hashlib
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydicom import DataElement, Dataset, config
-from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.charset import convert_encodings, decode_bytes, default_encoding
+from pydicom.charset import python_encoding as KNOWN
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.multival import MultiValue
 from pydicom.sr.coding import Code
@@ -37,6 +37,7 @@ SEXES = ("M", "F", "O", "")
 # Those of PS3.5 9.1, but for leading zeros and length, which real devices disregard.
 UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 LONGEST_UID = 128
+UNDECODED = "\ufffd"  # in place of bytes that are not in a character set
 DELIMITERS = {ord(mark) for mark in "\\^=\r\n\t\f"}  # end what escapes began, PS3.5 6.1.2.5.3
 PADDING = "\0 "
 DATE = re.compile(r"\d{8}")
@@ -154,10 +155,7 @@ def is_allowed(keyword: str, value: str) -> bool:
     try:
         if vr == "DA" and value:
             datetime.datetime.strptime(value, "%Y%m%d")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            element = DataElement(keyword, vr, value, validation_mode=config.RAISE)
-        return element.VM <= 1
+        return DataElement(keyword, vr, value, validation_mode=config.RAISE).VM <= 1
     except Exception:  # pydicom raises nearly anything on damaged values
         return False
 
@@ -313,15 +311,27 @@ def _decoded(value: bytes, dataset: Dataset) -> Text:
     declared = dataset.get("SpecificCharacterSet")
     if declared not in (None, "", "ISO_IR 6"):  # which have no letters beyond ASCII
         try:
-            with config.strict_reading(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of names of character sets that it understands
-                return Text(decode_bytes(value, convert_encodings(declared), DELIMITERS))
-        except Exception:  # an unknown name of a character set, or bytes that are not in it
-            pass
+            text = decode_bytes(value, _encodings(declared), DELIMITERS)
+        except Exception:  # an unknown name of a character set
+            text = UNDECODED
+        if not any(mark in text for mark in (UNDECODED, "\x1b")):
+            return Text(text)
     try:
         return Text(value.decode("utf-8"), "UTF-8")
     except UnicodeDecodeError:
         return Text(value.decode("iso-8859-1"), "ISO 8859-1")
+
+
+def _encodings(declared: Any) -> list[str]:
+    """Python's names of them; raises `LookupError` where pydicom would take another for one.
+
+    Its strictness and the filters of warnings are the process's: other threads read meanwhile.
+    """
+    names = [declared] if isinstance(declared, str) else list(declared)
+    found = convert_encodings(names)
+    if any(convert_encodings([each]) == [default_encoding] for each in names if each not in KNOWN):
+        raise LookupError
+    return found
 
 
 def hashed(*parts: str) -> str:

@@ -29,7 +29,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.bedside.listen.answering import Answering, Asked
 from medmoe_edge.bedside.listen.config import Configuration, Http
-from medmoe_edge.bedside.listen.desk import Desk, Tidying
+from medmoe_edge.bedside.listen.desk import Desk, Tidying, remove_leftovers
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
@@ -179,6 +179,7 @@ class Node:
         if configuration.keep_images:
             needed |= self.queue.images("answered")
         self.folder.sweep(needed)
+        remove_leftovers(self.folder)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
         worker = partial(Worker, first_delay=first_delay)
         self._answerer = worker("Answering", self.answering.pending, self.answering.do)
@@ -511,8 +512,7 @@ def _hang_up(association: Association) -> None:
 
 def _entity(configuration: Configuration) -> ApplicationEntity:
     entity = ApplicationEntity(configuration.ae_title)
-    entity.require_called_aet = True
-    entity.maximum_associations = configuration.max_associations
+    entity.maximum_associations = configuration.max_associations + MOST_CONNECTIONS  # silent ones
     entity.acse_timeout = entity.dimse_timeout = configuration.timeout
     entity.network_timeout = configuration.timeout
     entity.add_supported_context(VERIFICATION)

@@ -1,8 +1,6 @@
 """C-ECHO, C-STORE and STOW-RS: what is let in, and what is kept before the sender is told so.
 
 The statuses are those of PS3.4 B.2.3 and PS3.7 annex C; STOW-RS has the same as failure reasons.
-
-How much a peer may send for one object: what it has sent is in memory until it is whole.
 """
 
 import contextlib
@@ -44,7 +42,14 @@ from medmoe_edge.bedside.listen.header import (
 )
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.schema import Membership
-from medmoe_edge.bedside.listen.selection import ASIDE, aside, key_objects, membership_of
+from medmoe_edge.bedside.listen.selection import (
+    ASIDE,
+    aside,
+    is_private,
+    key_objects,
+    membership_of,
+    shown_uid,
+)
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
 from medmoe_edge.image.dicom_container import deflated_meta
 from medmoe_edge.image.dicom_pixels import can_decode
@@ -54,12 +59,7 @@ log = logging.getLogger(__name__)
 
 
 class Limits:
-    """Bounds on what a connection brings, of whomever it is: beyond them it is closed.
-
-    Args:
-        size: Bytes of a message.
-        seconds: For a PDU to be whole, from its first byte.
-    """
+    """Closes connections whose message has over `size` bytes, or whose PDU takes over `seconds`."""
 
     def __init__(self, size: int, seconds: float) -> None:
         self._size, self._seconds = size, seconds
@@ -134,7 +134,6 @@ RETIRED = (
     *("1.2.840.10008.5.1.4.1.1.77.1", "1.2.840.10008.5.1.4.1.1.77.2"),  # visible light, on trial
 )
 MAX_PRIVATE = 1000  # classes of makers' own, over the life of the process
-PLAIN_UID = re.compile(r"[0-9.]{1,64}")
 PLAIN_MODALITY = re.compile(r"[A-Z]{2,16}")
 SOME = 3  # of many classes
 MOST_TOLD = 10_000  # series that are remembered
@@ -217,18 +216,33 @@ class Receiving:
         self._told: set[str] = set()  # series of which it was said that no question fits
 
     def requested(self, event: Event) -> None:
-        """Reject an association from whoever is not on the list."""
-        requestor = event.assoc.requestor
-        assert requestor.primitive is not None  # what this event is about
-        title = str(requestor.primitive.calling_ae_title).strip()
+        """Reject an association that is not to be, and say in the log why: senders may not."""
+        association = event.assoc
+        found = self._rejection(association)
+        if found is None:
+            self._support_private(association)
+            return
+        why, *reason = found
+        log.warning("An association was rejected: %s.", why)
+        association.acse.send_reject(*reason)
+        association.kill()
+
+    def _rejection(self, association: Association) -> tuple[str, int, int, int] | None:
+        """Why one is rejected, and the same as PS3.8 table 9-21 has it: result, source, reason."""
+        asked, requestor = association.requestor.primitive, association.requestor
+        assert asked is not None  # what this event is about
+        title = str(asked.calling_ae_title).strip()
         address = ipaddress.ip_address(requestor.address)
-        for peer in self.configuration.peers:
-            if peer.ae_title == title and (not peer.hosts or address in peer.hosts):
-                self._support_private(event.assoc)
-                return
-        log.warning("An association was rejected: its AE title or address is not on the list.")
-        event.assoc.acse.send_reject(0x01, 0x01, 0x03)  # permanent; calling AE not recognised
-        event.assoc.kill()
+        address = getattr(address, "ipv4_mapped", None) or address  # on a port for both
+        known = (each for each in self.configuration.peers if each.ae_title == title)
+        if not any(not each.hosts or address in each.hosts for each in known):
+            return "its AE title or address is not on the list", 1, 1, 3
+        if str(asked.called_ae_title).strip() != self.configuration.ae_title:
+            return "it called another AE title", 1, 1, 7
+        there = (each for each in association.ae.active_associations if each.is_acceptor)
+        if sum(each.is_established for each in there) >= self.configuration.max_associations:
+            return "max_associations are open", 2, 3, 2
+        return None
 
     def _support_private(self, association: Association) -> None:
         """Let an association offer classes of its maker's own: images are judged as they come."""
@@ -377,8 +391,8 @@ class Receiving:
             self._tell_of_others(item.key, item.origin)
             self._add(item, asked)
             kept = True
-        finally:
-            if not kept and self.queue.state(item.key) != "failed":  # which are to be looked at
+        finally:  # those that were given up are kept to be looked at
+            if not kept and self.queue.state(item.key) != "failed":
                 path.unlink(missing_ok=True)
 
     def _add(self, item: Taken, asked: Sequence[str], why: str = "") -> None:
@@ -514,20 +528,9 @@ def _parts(data: bytes) -> tuple[Dataset, memoryview]:
         return header, memoryview(data)[file.tell() :]
 
 
-def is_private(uid: str) -> bool:
-    """Whether a class is a maker's own, and not of the standard (PS3.5 annex A and B)."""
-    return not uid.startswith("1.2.840.10008.") and bool(PLAIN_UID.fullmatch(uid))
-
-
 def register(uid: str) -> bool:
     """Have pynetdicom take a class for one of the storage service; not of any number of them."""
     if uid not in _registered and len(_registered) < MAX_PRIVATE:
         _registered.add(uid)
         register_uid(uid, f"Storage{uid.replace('.', '_')}", StorageServiceClass)
     return uid in _registered
-
-
-def shown_uid(uid: str | None) -> str:
-    """The name of a class or encoding, or its UID; what is none might be anything."""
-    text = str(uid)
-    return UID(text).name if PLAIN_UID.fullmatch(text) else "one without a valid UID"

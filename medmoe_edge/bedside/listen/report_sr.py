@@ -65,7 +65,7 @@ from medmoe_edge.bedside.listen.evidence import (
     made_uid,
     series_uid,
 )
-from medmoe_edge.bedside.listen.header import SHARED
+from medmoe_edge.bedside.listen.header import SHARED, element_of, is_allowed, text_of
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.features import Location
 from medmoe_edge.contrastive.heatmap import heat_picture
@@ -175,11 +175,12 @@ def withdrawal(reports: Sequence[Dataset]) -> Dataset:
     of another patient.
     """
     first, uids = reports[0], [str(each.SOPInstanceUID) for each in reports]
+    allowed = [_allowed(each) for each in reports]
     document = KeyObjectSelectionDocument(
-        evidence=reports,
+        evidence=allowed,
         content=KeyObjectSelection(
             document_title=codes.DCM.RejectedForPatientSafetyReasons,
-            referenced_objects=reports,
+            referenced_objects=allowed,
             description=WITHDRAWN,
         ),
         series_instance_uid=made_uid(str(first.SeriesInstanceUID), "series", "withdrawal"),
@@ -194,6 +195,15 @@ def withdrawal(reports: Sequence[Dataset]) -> Dataset:
             document.add(first[keyword])
     document.SpecificCharacterSet = CHARACTERS
     return document
+
+
+def _allowed(report: Dataset) -> Dataset:
+    """A report as highdicom takes it: without what its object has against the standard."""
+    found = copy.deepcopy(report)
+    for keyword in SHARED:
+        if not is_allowed(keyword, text_of(report, keyword).value):
+            found.add(element_of(keyword, ""))
+    return found
 
 
 def _true_to(result: Result, document: Dataset) -> Dataset:

@@ -4,6 +4,7 @@ Set aside is what shows nothing to ask about (reports, plans, presentation state
 this program made itself, and what no question fits. It is received, counted and told of.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ BY_NAME = {"OT", "SR", "SC", "SEG", "RTDOSE", "REG", "DOC", "KO", "PR"}
 NO_PICTURE = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.30")  # SEG, parametric map
 OF_OTHERS = "Of a picture that gave another answer: {0}"  # what is said of it
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot, those of several frames
+PLAIN_UID = re.compile(r"[0-9.]{1,64}")
 REJECTIONS = {"113001", "113037", "113038", "113039"}  # titles of key objects, CID 7011
 
 
@@ -250,3 +252,14 @@ def reasons(counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """What was set aside, in words, and how many."""
     for name, count in counts.items():
         yield ASIDE.get(name, name.replace("_", " ")), count
+
+
+def is_private(uid: str) -> bool:
+    """Whether a class is a maker's own, and not of the standard (PS3.5 annex A and B)."""
+    return not uid.startswith("1.2.840.10008.") and bool(PLAIN_UID.fullmatch(uid))
+
+
+def shown_uid(uid: str | None) -> str:
+    """The name of a class or encoding, or its UID; what is none might be anything."""
+    text = str(uid)
+    return UID(text).name if PLAIN_UID.fullmatch(text) else "one without a valid UID"

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -66,6 +67,7 @@ UNCOMPRESSED = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEnd
 COMMITMENT = "commitment"  # a job of the sender: no document has such a name
 AT_ONCE = 500  # documents in one request for commitment
 ACCEPTED = ("AA", "CA")  # of HL7 table 0008
+LINES = re.compile(r"[\r\n]")
 MALFORMED = (hl7.HL7Exception, hl7.mllp.InvalidBlockError)
 SUCCESS = 0x0000
 
@@ -330,7 +332,8 @@ def say(data: bytes, receiver: Hl7Destination) -> None:
     message = addressed(data, receiver.application, receiver.facility)
     try:
         told = asyncio.run(asyncio.wait_for(_exchange(message, receiver), TIMEOUT))
-        answer = hl7.parse(told).segment("MSA")
+        lines = filter(None, LINES.split(told))  # some end segments as their system ends lines
+        answer = hl7.parse("\r".join(lines)).segment("MSA")
         acknowledgement, number = str(answer[1]), str(answer[2])
     except (OSError, EOFError, ValueError, LookupError, *MALFORMED) as error:
         raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error

@@ -296,6 +296,7 @@ def start(settings: Settings, models: ServiceModels, ready: Callable[[str], None
     Raises what `engine.load`, `load_modality` and `run` raise.
     """
     settings.check_tls()
+    log = None if models.audit is None else AuditLog(models.audit)
     engine = load(
         models.model,
         runtime=models.runtime,
@@ -306,5 +307,4 @@ def start(settings: Settings, models: ServiceModels, ready: Callable[[str], None
     )
     engine.prefixes = LastPrefix(engine.sha256, engine.runtime)  # questions about an image follow
     modality = load_modality(models.modality_model)
-    log = None if models.audit is None else AuditLog(models.audit)
     run(create_app(engine, settings, modality=modality, audit=log), settings, ready)
