@@ -45,6 +45,7 @@ from medmoe_edge.checkpoint.tensors import (
     StoredTensor,
     check_file,
     files_sha256,
+    has_adapter,
     no_weights,
     read_headers,
     read_json,
@@ -207,14 +208,18 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
     tokenizer = folder / FAST_FILE
     if tokenizer.exists():
         check_file(tokenizer)
-    notice = dropped_tokens(data, config)
+    adapter = Notice(
+        "adapter_not_applied",
+        "The checkpoint's folder holds a LoRA adapter beside the weights: it is not applied.",
+    )
+    told = (dropped_tokens(data, config), adapter if has_adapter(folder) else None)
     return Checkpoint(
         folder,
         config,
         tokenizer if tokenizer.exists() else None,
         names,
         twins,
-        warnings=(notice,) if notice else (),
+        warnings=tuple(filter(None, told)),
     )
 
 

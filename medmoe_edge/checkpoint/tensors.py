@@ -192,6 +192,11 @@ def no_weights(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder} {what}", remedy)
 
 
+def has_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter, which is no part of the weights."""
+    return any(any(folder.glob(pattern)) for pattern in _ADAPTER)
+
+
 def _adapter_base(folder: Path) -> str | None:
     """The base model that an adapter names, if it is a name that can be shown."""
     try:
@@ -209,11 +214,13 @@ _CONVERT = (
     "'model.safetensors')."
 )
 
+_ADAPTER = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin")
+
 # What is no checkpoint, mostly what trainers leave: patterns of files, what it is, what to do.
 _TRAINERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("manifest.json",), "is a bundle, not a checkpoint.", "Give what it was exported from."),
     (
-        ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin"),
+        _ADAPTER,
         "holds a LoRA adapter without its base.",
         "Merge it into BASE first, with the trainer's merge script or peft's merge_and_unload(), "
         "and save that with save_pretrained(..., safe_serialization=True).",

@@ -71,6 +71,9 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
     pixels, window = show(stored, header, layout, name, say)
     if any((group, 0x0010) in header.dataset for group in OVERLAYS):
         say("overlay", "The file has overlays, which are not shown.")
+    whole = (header.whole(f"TotalPixelMatrix{way}") or 0 for way in ("Rows", "Columns"))
+    if any(size > own for size, own in zip(whole, (layout.rows, layout.columns), strict=True)):
+        say("tile", f"The picture is stored in tiles ({layout.frames:,}): one of them is shown.")
     image = Image(
         as_pixels(pixels),
         modality_of(header),

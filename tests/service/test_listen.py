@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import stat
 import sys
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -40,6 +41,7 @@ from pydicom.uid import (
 from pynetdicom.ae import ApplicationEntity
 
 from medmoe_edge.bedside.audit.log import verify_log
+from medmoe_edge.bedside.listen import node as listen_node
 from medmoe_edge.bedside.listen import queue as listen_files
 from medmoe_edge.bedside.listen import receiving as listen_receiving
 from medmoe_edge.bedside.listen.answering import Answering
@@ -323,6 +325,28 @@ def test_documents_are_sent_until_they_are_taken(tmp_path: Path) -> None:
             archive.refuse = 1
             wait_for(lambda: done(node))
     assert [len(each) for each in archive.received.values()] == [1, 1]
+
+
+def test_where_nobody_is_there_not_all_that_waits_is_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A destination that is down over the weekend, and a log with a line for each document."""
+    monkeypatch.setattr(listen_node, "FIRST_DELAY", 0.05)
+    waiting, is_there = [f"document {number}" for number in range(200)], threading.Event()
+
+    def send_one(document: str) -> None:
+        if not is_there.is_set():
+            raise ResourceError("it cannot be reached", "Is it running?")
+        waiting.remove(document)
+
+    worker = listen_node.Worker("Sending", lambda limit: waiting[:limit], send_one)
+    worker.start()
+    time.sleep(1)
+    assert listen_node.MANY <= caplog.text.count("it cannot be reached") < 2 * listen_node.MANY
+    is_there.set()
+    wait_for(lambda: not waiting)
+    worker.stop()
+    worker.join()
 
 
 def test_a_node_stops_after_what_it_has_begun(tmp_path: Path) -> None:

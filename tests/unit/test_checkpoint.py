@@ -819,8 +819,11 @@ def test_weights_without_an_index_are_found(folder: Path, name: str) -> None:
     with edit_tensors(folder):
         pass
     (folder / "model.safetensors").rename(folder / name)
+    assert read_checkpoint(folder).warnings == ()
     save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
-    assert len(list(read_checkpoint(folder))) > 50
+    read = read_checkpoint(folder)
+    assert len(list(read)) > 50
+    assert [notice.code for notice in read.warnings] == ["adapter_not_applied"]
     (folder / name).rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(CheckpointError):
         read_checkpoint(folder)

@@ -296,6 +296,14 @@ def test_a_ct_without_a_window_is_soft_tissue_only_if_its_values_are_hounsfield(
     assert grey(saved(tmp_path, dataset)).max() == 255, "8 bits that reach no soft tissue"
 
 
+def test_one_of_many_tiles_is_told_of(tmp_path: Path) -> None:
+    tiles = np.stack([BYTES] * 3)
+    whole = {"TotalPixelMatrixRows": 10, "TotalPixelMatrixColumns": 20}
+    assert codes(saved(tmp_path, made(BYTES, **whole))) == []
+    whole["TotalPixelMatrixColumns"] = 60
+    assert codes(saved(tmp_path, made(tiles, **whole))) == ["tile"]
+
+
 def test_signed_colours_are_read_unsigned(tmp_path: Path) -> None:
     pixels = np.dstack([BYTES, BYTES[::-1], 255 - BYTES])
     colours = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}

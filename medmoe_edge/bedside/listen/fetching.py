@@ -58,6 +58,7 @@ class Fetching:
     ) -> None:
         self.configuration, self.folder = configuration, folder
         self.queue, self.receiving = queue, receiving
+        self.ending = False  # the node takes no objects any more
         self._requests: dict[str, Request] = {}
 
     def pending(self, limit: int) -> list[str]:
@@ -77,6 +78,8 @@ class Fetching:
             state, why = "failed", error.what
         except FileNotFoundError:
             state, why = "failed", "its UID is gone: ask again"
+        if why and self.ending:
+            raise ResourceError("the node ends meanwhile", "It is fetched after the next start.")
         self.queue.close_request(request.number, state, why)
         path.unlink(missing_ok=True)
         level = logging.ERROR if why else logging.INFO

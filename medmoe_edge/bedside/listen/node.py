@@ -59,16 +59,12 @@ VERIFICATION = "1.2.840.10008.1.1"
 STUCK = 600.0  # seconds for one slice's answers, after which an engine hangs
 MOST_UPLOADS, UPLOAD_SECONDS = 2, 300.0  # of STOW-RS
 MULTIPART = 1_000_000  # bytes around the objects of a request
-MOST_CONNECTIONS = 64
-PATIENCE = 10.0  # seconds that open associations get to end by themselves
+MOST_CONNECTIONS, PATIENCE = 64, 10.0  # seconds that open associations get to end by themselves
 # Their messages quote UIDs, AE titles and values of what they read.
-TALKATIVE = (
-    *("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore"),
-    *("dicomweb_client", "urllib3", "hl7"),
-)
-NOTIFYING = 1.0  # seconds for systemd to take what it is told
-IDLE = 1.0  # seconds between looks, when nobody wakes it
+TALKATIVE = "pynetdicom pydicom highdicom httpx httpcore dicomweb_client urllib3 hl7"
+NOTIFYING, IDLE = 1.0, 1.0  # seconds for systemd to listen; between looks, when nobody wakes it
 FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
+MANY = 10  # failures, one after the other, after which all wait: nobody is there
 
 
 class Worker(threading.Thread):
@@ -93,6 +89,7 @@ class Worker(threading.Thread):
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
         self._began: float | None = None  # the job at hand
+        self._failures = 0  # since the last job that ended well
 
     def wake(self) -> None:
         """There is something new."""
@@ -134,11 +131,15 @@ class Worker(threading.Thread):
         try:
             self._do(key)
             self._delayed.pop(key, None)
+            self._failures = 0
         except Exception as error:
             _, delay = self._delayed.get(key, (0.0, self._first_delay))
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
             why = error.what if isinstance(error, MedMoEError) else type(error).__name__
             log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
+            self._failures += 1
+            if self._failures >= MANY:
+                self._stopping.wait(FIRST_DELAY * 2 ** min(self._failures - MANY, 6))
         finally:
             self._began = None
 
@@ -163,7 +164,7 @@ class Node:
         patience: float = PATIENCE,
     ) -> None:
         self.configuration, self._stuck, self._patience = configuration, stuck, patience
-        for name in TALKATIVE:
+        for name in TALKATIVE.split():
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self.folder = Folder(configuration.folder)
         self._lock = filelock.FileLock(self.folder.lock, timeout=0, fallback_to_soft=False)
@@ -184,12 +185,12 @@ class Node:
         worker = partial(Worker, first_delay=first_delay)
         self._answerer = worker("Answering", self.answering.pending, self.answering.do)
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
-        fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
+        self._fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
         self.desk = Desk(configuration.folder)
         tidying = Tidying(configuration, self.desk)
         self._workers = [
             self._answerer,
-            worker("Fetching", fetching.pending, fetching.do),
+            worker("Fetching", self._fetching.pending, self._fetching.do),
             worker("Tidying", tidying.pending, tidying.do),
         ]
         for each in configuration.destinations:
@@ -247,6 +248,7 @@ class Node:
 
     def __exit__(self, *_: object) -> None:
         """Let what is being received end, then what is being answered and sent."""
+        self._fetching.ending = True
         if self._server is not None:
             self._server.shutdown()
         if self._web is not None:
@@ -260,8 +262,8 @@ class Node:
         self._entity.shutdown()
         for worker in self._workers:
             worker.stop()
-        for worker in self._workers:
-            worker.join()
+        for worker in self._workers:  # a source may say nothing for minutes
+            worker.join(PATIENCE if worker is self._fetcher else None)
         self._close()
 
     def ails(self) -> str:
