@@ -188,11 +188,9 @@ class Node:
         self._fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
         self.desk = Desk(configuration.folder)
         tidying = Tidying(configuration, self.desk)
-        self._workers = [
-            self._answerer,
-            worker("Fetching", self._fetching.pending, self._fetching.do),
-            worker("Tidying", tidying.pending, tidying.do),
-        ]
+        self._fetcher = worker("Fetching", self._fetching.pending, self._fetching.do)
+        tidier = worker("Tidying", tidying.pending, tidying.do)
+        self._workers = [self._answerer, self._fetcher, tidier]
         for each in configuration.destinations:
             sending = Sending(each, configuration.ae_title, self.folder, self.queue)
             name = f"Sending to {each.shown}"
@@ -263,7 +261,7 @@ class Node:
         for worker in self._workers:
             worker.stop()
         for worker in self._workers:  # a source may say nothing for minutes
-            worker.join(PATIENCE if worker is self._fetcher else None)
+            worker.join(self._patience if worker is self._fetcher else None)
         self._close()
 
     def ails(self) -> str:
