@@ -259,10 +259,7 @@ def test_questions_go_by_modality_and_body_part(tmp_path: Path) -> None:
     assert found == sorted([(keys[1], "a"), (keys[1], "b"), (keys[2], "a")])
 
 
-def test_an_answer_that_fails_is_tried_again_and_a_hopeless_one_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.01)
+def test_an_answer_that_fails_is_tried_again_and_a_hopeless_one_given_up(tmp_path: Path) -> None:
     engine = StandIn()
     errors: list[Exception] = [
         CheckpointError("a", "b"),
@@ -276,7 +273,7 @@ def test_an_answer_that_fails_is_tried_again_and_a_hopeless_one_given_up(
         return StandIn.ask_all(engine, *_, **__)  # type: ignore[arg-type]
 
     engine.ask_all = ask_all  # type: ignore[assignment,method-assign]
-    with Node(configuration(tmp_path / "node"), engine) as node:
+    with Node(configuration(tmp_path / "node"), engine, first_delay=0.01) as node:
         assert send(node.port, study(1)) == [0]
         wait_for(lambda: node.queue.counts()["failed"] == 1)
         assert len(list(node.folder.images.iterdir())) == 1  # kept, to be looked at
@@ -316,15 +313,12 @@ def test_an_object_that_ends_the_process_again_and_again_is_given_up(tmp_path: P
         wait_for(lambda: node.queue.counts()["failed"] == 1)
 
 
-def test_documents_are_sent_until_they_are_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
+def test_documents_are_sent_until_they_are_taken(tmp_path: Path) -> None:
     port = free_port()
     destination = {"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": port}
     kinds = ["comprehensive-3d-sr", "basic-text-sr"]
     given = {"dicom": [destination], "documents": kinds}
-    with Node(configuration(tmp_path / "node", **given), StandIn()) as node:
+    with Node(configuration(tmp_path / "node", **given), StandIn(), first_delay=0.05) as node:
         assert send(node.port, study()) == [0]
         wait_for(lambda: node.queue.counts()["unsent"] == 2)  # nobody is there
         with Archive(port) as archive:

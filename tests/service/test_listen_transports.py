@@ -350,17 +350,12 @@ def test_what_is_not_kept_of_a_study_is_told(tmp_path: Path, orthanc: Orthanc, w
 
 @pytest.mark.parametrize("way", SOURCES)
 def test_a_study_is_fetched_once_there_is_room(
-    tmp_path: Path,
-    orthanc: Orthanc,
-    way: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, orthanc: Orthanc, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.2)
     place = {"url": orthanc.web} if way == "web" else {"port": orthanc.dicom}
     orthanc.take(study(1), study(2, StudyInstanceUID=STUDY), folder=tmp_path)
     full = beside(orthanc, tmp_path, sources=[SOURCES[way] | place], reserve_mb=10**9)
-    with Node(full, StandIn()) as node:
+    with Node(full, StandIn(), first_delay=0.2) as node:
         number = node.desk.request(STUDY, 0, "")
         wait_for(lambda: "request 1 failed (The disk is too full to keep it)" in caplog.text)
         assert node.desk.fetched(number) == ("waiting", "")
@@ -573,11 +568,12 @@ class Listener:
         self._loop.close()
 
 
-def test_hl7_is_said_until_it_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
+def test_hl7_is_said_until_it_is_accepted(tmp_path: Path) -> None:
     with Listener("AE", "AA\n") as listener:
         receiver = {"host": "127.0.0.1", "port": listener.port, "application": "RIS|1"}
-        with Node(configuration(tmp_path / "node", hl7=[receiver]), StandIn()) as node:
+        with Node(
+            configuration(tmp_path / "node", hl7=[receiver]), StandIn(), first_delay=0.05
+        ) as node:
             assert send(node.port, study(AccessionNumber="A1")) == [0]
             sent(node)
     first, second = listener.heard
