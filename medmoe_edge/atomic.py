@@ -68,6 +68,17 @@ def atomic_file(target: Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system knows how to."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`; a copy where the file system has no hard links.
 

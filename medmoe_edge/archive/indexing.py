@@ -58,7 +58,12 @@ class ArchiveWriter:
     def __init__(
         self, folder: Path, model: Mapping[str, str], size: int, root: Path, *, force: bool = False
     ) -> None:
-        _make(folder)
+        if not (folder / DATABASE).exists():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise InputError(
+                    f"{folder} exists and is no index.", "Choose another name with -o."
+                )
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # for its owner alone
         self.folder, self._changed = folder, False
         self._header = Header(
             FORMAT, model["name"], model["sha256"], size, os.fsencode(root), "", ""
@@ -164,14 +169,6 @@ class ArchiveWriter:
                     path.unlink()
 
 
-def _make(folder: Path) -> None:
-    """The folder of an index, for its owner alone; raises `InputError` for one of anything else."""
-    if not (folder / DATABASE).exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is no index.", "Choose another name with -o.")
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
 PART = 500  # images embedded between commits: what an interrupted run may lose
 NAMED = 20  # skipped files that a report names
 
@@ -227,7 +224,9 @@ def index_folder(
         for done, path in enumerate(files):
             progress("indexing", done, len(files))
             work.take(path)
-        work.remove_gone()
+        for path in work.known:  # and was not met
+            writer.remove(path)
+        writer.commit()
         return Indexing(
             index=str(index),
             folder=str(folder),
@@ -235,7 +234,7 @@ def index_folder(
             embedded=work.embedded,
             reused=work.reused,
             unchanged=work.unchanged,
-            removed=work.removed,
+            removed=len(work.known),
             skipped=len(work.skipped),
             skipped_files=tuple(work.skipped[:NAMED]),
             seconds=time.perf_counter() - started,
@@ -251,7 +250,7 @@ class _Work:
     ) -> None:
         self.root, self.engine, self.writer = root, engine, writer
         self.known = writer.known()
-        self.embedded = self.reused = self.unchanged = self.removed = 0
+        self.embedded = self.reused = self.unchanged = 0
         self.skipped = skipped
 
     def take(self, path: str) -> None:
@@ -268,15 +267,10 @@ class _Work:
         else:
             self.known.pop(path, None)
 
-    def remove_gone(self) -> None:
-        """What is known and was not met."""
-        for path in self.known:
-            self.writer.remove(path)
-        self.removed = len(self.known)
-        self.writer.commit()
-
     def _put(self, path: str, same: tuple[int, int], picture: Image) -> None:
-        sha256 = picture_sha256(picture)
+        digest = hashlib.sha256(repr(picture.pixels.shape).encode())
+        digest.update(picture.pixels.data)
+        sha256 = digest.hexdigest()
         found = self.writer.same_picture(sha256)
         vector, modality = found or self._embed(picture)
         frame = pick_frame(path, None, picture.frames)
@@ -294,13 +288,6 @@ class _Work:
         features = self.engine.embed_images(preprocess(picture, config.vision))
         modality = config.modalities[int(features.router_logits[0].argmax())]
         return unit(features.pooled[0]), modality
-
-
-def picture_sha256(picture: Image) -> str:
-    """Of a picture's shape and pixels, as they are shown."""
-    digest = hashlib.sha256(repr(picture.pixels.shape).encode())
-    digest.update(picture.pixels.data)
-    return digest.hexdigest()
 
 
 def _files(root: Path, index: Path) -> tuple[list[str], list[str]]:

@@ -32,7 +32,6 @@ from medmoe_edge.errors import ImageError, InputError, ResourceError
 from medmoe_edge.image.loading import load_image, preprocess
 
 Vector = npt.NDArray[np.float32]
-
 DATABASE = "archive.sqlite"
 VECTORS = "vectors-*.usearch"
 FORMAT = 1
@@ -179,10 +178,6 @@ class Hit:
     frame: int
     frames: int
 
-    def to_json(self) -> dict[str, Any]:
-        """One stable JSON object."""
-        return dataclasses.asdict(self)
-
 
 class Archive:
     """An index open for reading; a context manager. What others commit meanwhile is seen."""
@@ -228,10 +223,12 @@ class Archive:
             if read_header(self._database) != self._header:
                 self._header, self._vectors = self._load()
             found = self._vectors.search(vector, min(k, max(len(self), 1)), exact=True)
-            return [
-                self._hit(int(key), float(np.clip(1 - distance, -1, 1)))
-                for key, distance in zip(found.keys, found.distances, strict=True)
-            ]
+            hits = []
+            for key, distance in zip(found.keys, found.distances, strict=True):
+                query = "SELECT path, modality, frame, frames FROM entries WHERE key = ?"
+                path, *told = self._database.execute(query, (int(key),)).fetchone()
+                hits.append(Hit(os.fsdecode(path), float(np.clip(1 - distance, -1, 1)), *told))
+            return hits
 
     def _load(self) -> tuple[Header, Index]:
         header = read_header(self._database)
@@ -239,11 +236,6 @@ class Archive:
             raise damaged(self.folder)
         check_model(self.folder, header, self.model_sha256)
         return header, read_vectors(self.folder, header, view=True)
-
-    def _hit(self, key: int, similarity: float) -> Hit:
-        query = "SELECT path, modality, frame, frames FROM entries WHERE key = ?"
-        path, modality, frame, frames = self._database.execute(query, (key,)).fetchone()
-        return Hit(os.fsdecode(path), similarity, modality, frame, frames)
 
 
 def check_model(folder: Path, header: Header, model_sha256: str) -> None:

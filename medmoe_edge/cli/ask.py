@@ -11,13 +11,16 @@ from medmoe_edge.cli.common import (
     Device,
     DropPages,
     Force,
+    Frame,
     Json,
     MemoryBudget,
     ModelOption,
+    NewTokens,
     Runtime,
     check_apart,
     check_output,
     complete_models,
+    tell,
     verb,
 )
 from medmoe_edge.errors import InputError, needs
@@ -27,11 +30,10 @@ from medmoe_edge.render import contrastive as render_contrastive
 if TYPE_CHECKING:
     from medmoe_edge.contrastive.features import Location, Reading
     from medmoe_edge.engine.answer import Answer
-    from medmoe_edge.image.pixels import Image, Pixels
+    from medmoe_edge.image.pixels import Image
 
 
 INDEX = Path("medmoe-index")  # where both verbs of the archive look for it: in the current folder
-
 
 ImageFile = Annotated[
     Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI.")
@@ -42,11 +44,7 @@ Model = Annotated[
     typer.Option(help="A bundle, a checkpoint or modality-nano.", autocompletion=complete_models),
 ]
 
-Frame = Annotated[
-    int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
-]
-
-Index = Annotated[Path, typer.Option(metavar="INDEX", help="The index, in the current folder.")]
+INDEX_HELP = "The index, in the current folder."
 
 
 @verb("classify", "Ask", 'classify scan.png --labels "effusion,pneumonia,normal"')
@@ -85,12 +83,9 @@ def classify(
         )
     with render.working("Comparing"):
         found = load_modality(model).classify(image, names, prompts=texts, frame=frame)
-    if as_json:
-        render.as_json(found.to_json())
-        if len(names) == 1:
-            render.show(render_contrastive.ONE_LABEL, "yellow", stderr=True)
-    else:
-        render_contrastive.show_classification(found)
+    tell(found, as_json, render_contrastive.show_classification)
+    if as_json and len(names) == 1:
+        render.show(render_contrastive.ONE_LABEL, "yellow", stderr=True)
     end(found.notice, found.reading)
 
 
@@ -130,8 +125,7 @@ def locate(
 def index(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, also in folders.")],
     output: Annotated[
-        Path,
-        typer.Option("-o", "--output", metavar="INDEX", help="The index, in the current folder."),
+        Path, typer.Option("-o", "--output", metavar="INDEX", help=INDEX_HELP)
     ] = INDEX,
     model: Model = "modality-nano",
     force: Annotated[
@@ -149,17 +143,14 @@ def index(
         from medmoe_edge.archive.indexing import index_folder
     with render.working("Reading") as report:
         made = index_folder(folder, output, load_modality(model), force=force, progress=report)
-    if as_json:
-        render.as_json(made.to_json())
-    else:
-        render_contrastive.show_indexing(made)
+    tell(made, as_json, render_contrastive.show_indexing)
     end(made.notice)
 
 
 @verb("retrieve", "Ask", 'retrieve "left pleural effusion"')
 def retrieve(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="A text, or an image file.")],
-    index: Index = INDEX,
+    index: Annotated[Path, typer.Option(metavar="INDEX", help=INDEX_HELP)] = INDEX,
     count: Annotated[int, typer.Option("-k", min=1, max=10_000, help="How many images.")] = 10,
     model: Model = "modality-nano",
     as_json: Json = False,
@@ -174,10 +165,7 @@ def retrieve(
         from medmoe_edge.archive.store import retrieve as find
     with render.working("Searching"):
         found = find(query, index, load_modality(model), count)
-    if as_json:
-        render.as_json(found.to_json())
-    else:
-        render_contrastive.show_retrieval(found)
+    tell(found, as_json, render_contrastive.show_retrieval)
     end(found.notice, found.reading)
 
 
@@ -198,23 +186,11 @@ def write_heat(output: Path, picture: "Image", found: "Location") -> None:
         heat_picture(picture.pixels, found).save(file, "PNG")
 
 
-def write_picture(output: Path, pixels: "Pixels") -> None:
-    """Write a picture as PNG, whole or not at all."""
-    from medmoe_edge.atomic import atomic_file
-    from medmoe_edge.image.loading import png_of
-
-    with atomic_file(output) as file:
-        file.write(png_of(pixels))
-
-
 def end(notice: str, reading: "Reading | None" = None) -> None:
     """On stderr, what must be known of every result."""
     if reading and reading.unfamiliar:
         render.show(render_contrastive.UNFAMILIAR, "yellow", stderr=True)
     render.show(notice, "yellow", stderr=True)
-
-
-STANDARD_INPUT = "-"
 
 
 @verb("ask", "Ask", 'ask scan.png "Is there effusion?"')
@@ -232,10 +208,8 @@ def ask(
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
     drop_pages: DropPages = False,
-    frame: Annotated[
-        int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    frame: Frame = None,
+    max_new_tokens: NewTokens = 32,
     choices: Annotated[
         str | None,
         typer.Option(
@@ -275,20 +249,23 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer questions about one image."""
+    from medmoe_edge.atomic import atomic_file
     from medmoe_edge.engine.answer import choices_of
     from medmoe_edge.engine.engine import load
     from medmoe_edge.image.inputs import as_image
-    from medmoe_edge.image.loading import check_file
+    from medmoe_edge.image.loading import check_file, png_of
     from medmoe_edge.image.pixels import Image, black_picture, shown_name
 
     given = None if choices is None else choices_of(choices.split(","), "")
     if explain:
-        _check_explanation(explain, image, len(questions), force)
+        if len(questions) > 1:
+            raise InputError("--explain draws one question.", "Ask the others without it.")
+        check_picture(explain, force, image)
     if show:
         check_picture(show, force, image)
         if explain and show.resolve() == explain.resolve():
             raise InputError("--show and --explain name one file.", "Give each its own.")
-    piped = _standard_input() if str(image) == STANDARD_INPUT else None
+    piped = _standard_input() if str(image) == "-" else None
     if piped is None:  # before a model is loaded, which may take a minute
         check_file(image, shown_name(image))
     with render.working("Answering"):
@@ -309,7 +286,8 @@ def ask(
             picture, questions, max_new_tokens=max_new_tokens, choices=given, frame=frame
         )
         if show:
-            write_picture(show, engine.seen(picture))
+            with atomic_file(show) as file:
+                file.write(png_of(engine.seen(picture)))
         found = None
         if explain and isinstance(picture, Image):
             (blind,) = engine.ask_all(
@@ -317,13 +295,14 @@ def ask(
             )
             found = _explain(explain, picture, answers[0], blind)
     if as_json:
-        told: dict[str, object] = {}
+        told: dict[str, object] = {"answers": [answer.to_json() for answer in answers]}
         if explain:
             told["explanation"] = found.to_json() | {"picture": str(explain)} if found else None
-        seen = {"picture": str(show)} if show else {}
-        memory = {"memory": engine.memory.to_json()} if engine.memory else {}
-        answered = {"answers": [answer.to_json() for answer in answers]}
-        render.as_json({**answered, **told, **seen, **memory})
+        if show:
+            told["picture"] = str(show)
+        if engine.memory:
+            told["memory"] = engine.memory.to_json()
+        render.as_json(told)
     else:
         render.show_answers(answers)
         if found and explain:
@@ -340,12 +319,6 @@ def ask(
         render.hint(engine.proven.hint)
     for notice in dict.fromkeys(answer.notice for answer in answers):
         render.show(notice, "yellow", stderr=True)
-
-
-def _check_explanation(output: Path, image: Path, questions: int, force: bool) -> None:
-    if questions > 1:
-        raise InputError("--explain draws one question.", "Ask the others without it.")
-    check_picture(output, force, image)
 
 
 def _standard_input() -> bytes:

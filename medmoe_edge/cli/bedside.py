@@ -17,18 +17,21 @@ import typer
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.cli.common import (
     AllowRepetition,
+    AuditFile,
     Device,
     DropPages,
     Force,
     Json,
     MemoryBudget,
     ModelOption,
+    NewTokens,
     Runtime,
     app,
     check_output,
     complete_models,
     file_option,
     paragraphs,
+    tell,
     verb,
 )
 from medmoe_edge.errors import InputError, MedMoEError, needs, unreadable
@@ -68,14 +71,12 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="Pages from there may ask too; may be repeated."),
     ] = None,
-    audit_log: Annotated[
-        Path | None, typer.Option("--audit", metavar="FILE", help="Log every answer here.")
-    ] = None,
+    audit_log: AuditFile = None,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 8,
     max_megabytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 64,
     max_megapixels: Annotated[int, typer.Option(min=1, max=100, help="Of a picture.")] = 100,
     max_questions: Annotated[int, typer.Option(min=1, help="In a request.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_new_tokens: NewTokens = 256,
     allow_repetition: AllowRepetition = False,
     max_seconds: Annotated[float, typer.Option(min=1, help="For a request's answer.")] = 60,
     as_json: Json = False,
@@ -154,10 +155,8 @@ app.add_typer(
     epilog="Example: medmoe-edge listen --config listen.toml",
 )
 Config = Annotated[Path, typer.Option(metavar="FILE", help="Its configuration, TOML or JSON.")]
-Keys = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="SERIES", help="The first letters of its key, as the log has it."),
-]
+EXAMPLE = "Example: medmoe-edge listen {} --config listen.toml"
+KEY = "The first letters of its key, as the log has it."
 
 
 @commands.callback()
@@ -218,14 +217,11 @@ def _desk(config: Path) -> "Iterator[tuple[Desk, Configuration]]":
         from medmoe_edge.bedside.listen.config import load_configuration
         from medmoe_edge.bedside.listen.desk import Desk
     configuration = load_configuration(config)
-    desk = Desk(configuration.folder)
-    try:
+    with contextlib.closing(Desk(configuration.folder)) as desk:
         yield desk, configuration
-    finally:
-        desk.close()
 
 
-@commands.command("status", epilog="Example: medmoe-edge listen status --config listen.toml")
+@commands.command("status", epilog=EXAMPLE.format("status"))
 def node_status(config: Config, as_json: Json = False) -> None:
     """Tell what waits, what was answered, what failed, what was not asked and why."""
     with _desk(config) as (desk, configuration):
@@ -235,28 +231,23 @@ def node_status(config: Config, as_json: Json = False) -> None:
         return
     from medmoe_edge.bedside.listen.selection import reasons
 
-    rows = [("objects received", f"{found['objects']:,}")]
-    rows += [(f"series {state}", f"{count:,}") for state, count in found["series"].items()]
-    rows.append(("results", f"{found['results']:,}"))
-    rows += [(f"not asked: {why}", f"{count:,}") for why, count in reasons(found["not_asked"])]
-    rows += [(f"unsent to {name}", f"{count:,}") for name, count in found["unsent"].items()]
-    kept = found["uncommitted"].items()
-    rows += [(f"not yet kept by {name}", f"{count:,}") for name, count in kept]
-    wanted = [(state, count) for state, count in found["requests"].items() if count]
-    rows += [(f"studies to fetch: {state}", f"{count:,}") for state, count in wanted]
-    render.show_table("", ["", ""], rows)
+    counts = {"objects received": found["objects"]}
+    counts |= {f"series {state}": count for state, count in found["series"].items()}
+    counts["results"] = found["results"]
+    counts |= {f"not asked: {why}": count for why, count in reasons(found["not_asked"])}
+    counts |= {f"unsent to {name}": count for name, count in found["unsent"].items()}
+    counts |= {f"not yet kept by {name}": count for name, count in found["uncommitted"].items()}
+    wanted = {state: count for state, count in found["requests"].items() if count}
+    counts |= {f"studies to fetch: {state}": count for state, count in wanted.items()}
+    render.show_table("", ["", ""], [(name, f"{count:,}") for name, count in counts.items()])
 
 
-@commands.command("show", epilog="Example: medmoe-edge listen show 3f2a91 --config listen.toml")
+@commands.command("show", epilog=EXAMPLE.format("show 3f2a91"))
 def node_show(
     config: Config,
     series: Annotated[
         str | None,
-        typer.Argument(
-            metavar="SERIES",
-            help="The first letters of its key, as the log has it.",
-            show_default="list the last ones",
-        ),
+        typer.Argument(metavar="SERIES", help=KEY, show_default="list the last ones"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -277,21 +268,22 @@ def node_show(
     render.show_table("", names, table)
 
 
-@commands.command("retry", epilog="Example: medmoe-edge listen retry --config listen.toml")
-def node_retry(config: Config, series: Keys = None, as_json: Json = False) -> None:
+@commands.command("retry", epilog=EXAMPLE.format("retry"))
+def node_retry(
+    config: Config,
+    series: Annotated[list[str] | None, typer.Argument(metavar="SERIES", help=KEY)] = None,
+    as_json: Json = False,
+) -> None:
     """Have series that were given up answered again: those named, or all."""
     with _desk(config) as (desk, _):
         count = desk.retry(series or ())
     _tell_count(as_json, "tried_again", count, "series wait again")
 
 
-@commands.command("requeue", epilog="Example: medmoe-edge listen requeue 3f2a --config listen.toml")
+@commands.command("requeue", epilog=EXAMPLE.format("requeue 3f2a"))
 def node_requeue(
     config: Config,
-    series: Annotated[
-        list[str],
-        typer.Argument(metavar="SERIES", help="The first letters of its key, as the log has it."),
-    ],
+    series: Annotated[list[str], typer.Argument(metavar="SERIES", help=KEY)],
     destination: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="As status names it.", show_default="all of them"),
@@ -321,9 +313,7 @@ STUDY = re.compile(r"[0-9]+(\.[0-9]+)+")
 FETCH_SECONDS = 600.0  # that --wait waits
 
 
-@commands.command(
-    "ask", epilog="Example: medmoe-edge listen ask --study 1.2.3 --config listen.toml"
-)
+@commands.command("ask", epilog=EXAMPLE.format("ask --study 1.2.3"))
 def node_ask(
     config: Config,
     study: Annotated[str, typer.Option(metavar="UID", help="Its Study Instance UID.")],
@@ -359,9 +349,7 @@ def node_ask(
         render.show(f"Request {number} to {name}: {how}. See: listen status, listen show.")
 
 
-@commands.command(
-    "backup", epilog="Example: medmoe-edge listen backup -o b.tar --config listen.toml"
-)
+@commands.command("backup", epilog=EXAMPLE.format("backup -o b.tar"))
 def node_backup(
     config: Config,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .tar file.")],
@@ -375,9 +363,7 @@ def node_backup(
     _tell_count(as_json, "files", count, "files: the backup is as confidential as they are")
 
 
-@commands.command(
-    "restore", epilog="Example: medmoe-edge listen restore b.tar --config listen.toml"
-)
+@commands.command("restore", epilog=EXAMPLE.format("restore b.tar"))
 def node_restore(
     config: Config,
     backup: Annotated[Path, typer.Argument(metavar="FILE", help="What backup wrote.")],
@@ -436,7 +422,7 @@ def batch(
     runtime: Runtime = "auto",
     device: Device = "auto",
     memory_budget: MemoryBudget = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    max_new_tokens: NewTokens = 32,
     allow_repetition: AllowRepetition = False,
     series: Annotated[
         Literal["middle", "key", "every", "all"] | None,
@@ -459,9 +445,7 @@ def batch(
         int | None,
         typer.Option(min=1, help="Engines on the cluster.", show_default="one a machine"),
     ] = None,
-    audit_log: Annotated[
-        Path | None, typer.Option("--audit", metavar="FILE", help="Log every answer here.")
-    ] = None,
+    audit_log: AuditFile = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -500,10 +484,7 @@ def batch(
     except KeyboardInterrupt:
         render.show("What is done is kept: the same command goes on.", stderr=True)
         raise
-    if as_json:
-        render.as_json(report.to_json())
-    else:
-        _show_batch(report)
+    tell(report, as_json, _show_batch)
     render.show(report.notice, "yellow", stderr=True)
 
 

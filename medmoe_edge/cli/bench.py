@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from medmoe_edge.cli.common import (
+    BundleArgument,
     Force,
     Json,
     check_output,
     complete_devices,
-    complete_models,
     complete_planned,
+    tell,
     verb,
 )
 from medmoe_edge.errors import InputError, needs
@@ -21,7 +22,9 @@ from medmoe_edge.render import bench as render_bench
 from medmoe_edge.render import console as render
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
+
+    from medmoe_edge.device.prove import Proof
 
     Way = tuple[Callable[..., Any], Callable[[Any], None]]  # how to measure, how to show it
 
@@ -46,15 +49,16 @@ class BenchOptions:
     def check(self) -> None:
         """Raise `InputError` for options that do not go together."""
         limit, paging, soak = self.memory_limit, self.paging, self.soak
-        _refuse_both(
-            {"--memory-limit": limit, "--paging": paging, "--soak": soak, "--plot": self.plot}
-        )
+        alone = {"--memory-limit": limit, "--paging": paging, "--soak": soak, "--plot": self.plot}
+        given = [name for name, value in alone.items() if value]
+        if len(given) > 1:
+            raise InputError(f"{given[0]} and {given[1]} do not go together.", "Give one of them.")
         beside, routed = self.peers or self.peer, paging or soak is not None
         if self.checkpoint and not (beside or limit):
             _refuse_without("--checkpoint", "--peers or --memory-limit")
         for name in ("memory_budget", "data", "follow", "drop_pages"):
-            given = self.follow < 1 if name == "follow" else getattr(self, name)
-            if given and not routed:
+            wanted = self.follow < 1 if name == "follow" else getattr(self, name)
+            if wanted and not routed:
                 _refuse_without(f"--{name.replace('_', '-')}", "--paging or --soak")
         if beside and routed:
             raise InputError("Peers page no experts.", "Leave them out, or use --memory-limit.")
@@ -66,10 +70,7 @@ class BenchOptions:
 
 @verb("bench", "Prove", "bench nano --rounds 3")
 def bench(
-    bundle: Annotated[
-        str,
-        typer.Argument(metavar="BUNDLE", help="A bundle or nano.", autocompletion=complete_models),
-    ] = "nano",
+    bundle: BundleArgument = "nano",
     *,
     peers: Annotated[
         bool,
@@ -183,12 +184,6 @@ def _way(options: BenchOptions) -> "Way":
     return partial(run.bench, peers=chosen, **beside), render_bench.show_bench
 
 
-def _refuse_both(options: "Mapping[str, object]") -> None:
-    given = [name for name, value in options.items() if value]
-    if len(given) > 1:
-        raise InputError(f"{given[0]} and {given[1]} do not go together.", "Give one of them.")
-
-
 def _refuse_without(option: str, needed: str) -> None:
     raise InputError(f"{option} is for {needed}.", f"Leave it out, or add {needed}.")
 
@@ -198,17 +193,8 @@ def doctor(as_json: Json = False) -> None:
     """Show what is installed, which devices are usable, and what to install for what."""
     from medmoe_edge.device.doctor import examine
 
-    _tell(examine(), render_bench.show_diagnosis, as_json=as_json)
-
-
-def _tell(found: Any, show: "Callable[[Any], None]", *, as_json: bool, **beside: Any) -> None:
-    """Show what a verb found; raise what it found to be wrong."""
-    if as_json:
-        render.as_json(found.to_json() | beside, found.error())
-    else:
-        show(found)
-    if error := found.error():
-        raise error
+    found = examine()
+    tell(found, as_json, render_bench.show_diagnosis, found.error())
 
 
 @verb("plan", "Deploy", "plan med-moe-stablelm-1.6b --device orin-agx-64g")
@@ -305,14 +291,15 @@ def plan(
     if latency is not None:
         with render.working("Measuring"):
             proposed = estimate.fit(model, options, latency)
-        return _tell(proposed, render_bench.show_fit, as_json=as_json)
+        tell(proposed, as_json, render_bench.show_fit, proposed.error())
+        return
     with render.working("Measuring"):
         found, comparison = (
             estimate.plan_and_measure(model) if measure else (estimate.plan(model, options), None)
         )
     measured = comparison.to_json() if comparison else None
     show = partial(render_bench.show_plan, comparison=comparison)
-    _tell(found, show, as_json=as_json, measured=measured)
+    tell(found, as_json, show, found.error(), measured=measured)
 
 
 @verb("prove", "Deploy", "prove -o proof")
@@ -340,11 +327,10 @@ def prove(
         found = run(progress)
     if output is not None:
         render_bench.write_proof(found, output, force=force)
-    if as_json:
-        render.as_json(found.to_json(), found.error())
-    else:
-        render_bench.show_proof(found)
+
+    def show(proof: "Proof") -> None:
+        render_bench.show_proof(proof)
         if output is not None:
             render.wrote("the proof", output)
-    if error := found.error():
-        raise error
+
+    tell(found, as_json, show, found.error())

@@ -8,6 +8,7 @@ nearest by meaning goes before the nearest by letters (who types `quantize` want
 
 import contextlib
 import errno
+import glob
 import inspect
 import io
 import logging
@@ -17,9 +18,9 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from typer.core import TyperGroup
@@ -38,35 +39,29 @@ EXIT_CODES = (
     "Exit codes: 0 done; 2 bad usage or input; 3 bad model; 4 a gate failed; 5 memory, disk, a "
     "device or a package is missing; 130 interrupted; 143 terminated."
 )
-ORDER = (  # of the verbs in --help; a panel stands where its first one does
-    *("ask", "classify", "locate", "index", "retrieve"),
-    *("pull", "export", "calibrate", "init", "train", "router", "data"),
-    *("verify", "eval", "bench", "inspect"),
-    *("doctor", "plan", "prove", "serve", "listen", "batch", "audit"),
-)
 
-
+# What else people call each verb, in the order of --help; a panel stands where its first one does.
 VERBS: Mapping[str, str] = {
     "ask": "answer query question predict infer inference generate chat run vqa describe caption",
     "classify": "label detect diagnose triage zero-shot",
     "locate": "segment ground heatmap explain attention saliency find-in where",
     "index": "embed archive catalogue catalog",
     "retrieve": "search find similar lookup",
+    "pull": "download fetch get clone",
     "export": "quantize quantise convert compile compress onnx tensorrt build "
     "optimize optimise pack",
     "calibrate": "calibration statistics stats observe",
     "init": "new create random scaffold start",
     "train": "fit finetune fine-tune learn tune resume",
-    "data": "dataset prepare import preprocess",
-    "pull": "download fetch get clone",
     "router": "route routing gate",
+    "data": "dataset prepare import preprocess",
     "verify": "test check validate compare fidelity",
-    "prove": "proof certify",
     "eval": "evaluate score metrics accuracy measure assess",
     "bench": "benchmark time speed profile perf latency throughput",
     "inspect": "info show summary summarise summarize details list tree",
     "doctor": "diagnostics devices env environment status health version",
     "plan": "estimate predict-memory fits size requirements memory",
+    "prove": "proof certify",
     "serve": "server http api rest web deploy openai",
     "listen": "dicom node pacs scp receive",
     "batch": "bulk many folder csv parquet",
@@ -118,8 +113,8 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The verbs in the order of the help."""
-        places = {name: place for place, name in enumerate(ORDER)}
-        return sorted(super().list_commands(ctx), key=lambda name: places.get(name, len(ORDER)))
+        places = {name: place for place, name in enumerate(VERBS)}
+        return sorted(super().list_commands(ctx), key=lambda name: places.get(name, len(VERBS)))
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         """Run one command line and exit; -q and -v may stand anywhere before `--`."""
@@ -210,12 +205,7 @@ def _medmoe_edge(
 
 
 def explained(message: str, context: Any) -> str:
-    """A usage error's message, with what was meant, where that can be told.
-
-    Args:
-        message: As typer words it.
-        context: The command's, or None.
-    """
+    """A usage error's message, as typer words it, with what was meant, where that can be told."""
     command = getattr(context, "command", None)
     if found := NO_VERB.search(message):
         known = list(getattr(command, "commands", {}))
@@ -233,15 +223,14 @@ def explained(message: str, context: Any) -> str:
 def _proposal(word: str, known: Iterable[str], meanings: Mapping[str, str]) -> str:
     names = list(known)
     meant = [name for name in names if word.lower() in meanings.get(name, "").split()]
-    if meant:
-        return f" Did you mean {meant[0]!r}?"
-    hint = did_you_mean(word, names).rstrip()
+    hint = f"Did you mean {meant[0]!r}?" if meant else did_you_mean(word, names).rstrip()
     return f" {hint}" if hint else ""
 
 
 def complete_models(incomplete: str) -> list[str]:
     """Embedded models, and folders."""
-    return [*_starting(EMBEDDED, incomplete), *_folders(incomplete)]
+    folders = sorted(glob.glob(f"{glob.escape(incomplete)}*/"))
+    return [*_starting(EMBEDDED, incomplete), *(folder[:-1] for folder in folders)]
 
 
 def complete_presets(incomplete: str) -> list[str]:
@@ -272,31 +261,15 @@ def complete_gpus(incomplete: str) -> list[str]:
 
 def complete_data(incomplete: str) -> list[str]:
     """The set that is named, and files."""
-    paths = Path().glob(f"{incomplete}*") if incomplete[:1] != "/" else ()
-    return [*_starting(("builtin",), incomplete), *map(str, paths)]
+    return [*_starting(("builtin",), incomplete), *glob.glob(f"{glob.escape(incomplete)}*")]
 
 
 def _starting(names: Iterable[str], incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-def _folders(incomplete: str) -> Iterator[str]:
-    parent, _, start = incomplete.rpartition("/")
-    base = Path(f"{parent}/" if parent or incomplete.startswith("/") else ".")
-    if not base.is_dir():
-        return
-    for path in sorted(base.iterdir()):
-        if path.name.startswith(start) and not path.name.startswith(".") and path.is_dir():
-            yield f"{parent}/{path.name}" if "/" in incomplete else path.name
-
-
 def file_option(text: str, metavar: str = "FILE") -> Any:
-    """An option that names a file.
-
-    Args:
-        text: Its help.
-        metavar: How the file is called there.
-    """
+    """An option that names a file; `text` is its help, which calls the file `metavar`."""
     return typer.Option(metavar=metavar, help=text)
 
 
@@ -336,6 +309,16 @@ ModelOption = Annotated[
     str,
     typer.Option("--model", help="A bundle, a checkpoint or nano.", autocompletion=complete_models),
 ]
+BundleArgument = Annotated[
+    str, typer.Argument(metavar="BUNDLE", help="A bundle or nano.", autocompletion=complete_models)
+]
+AuditFile = Annotated[
+    Path | None, typer.Option("--audit", metavar="FILE", help="Log every answer here.")
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Frame = Annotated[
+    int | None, typer.Option(min=0, help="Frame or slice, from 0.", show_default="the middle")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 Sign = Annotated[
@@ -348,7 +331,6 @@ VisionTower = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="The vision tower, if the checkpoint holds none."),
 ]
-
 
 Checkpoint = Annotated[
     str,
@@ -379,6 +361,36 @@ def check_apart(output: Path, source: Path) -> None:
     """Refuse an output that would take the place of the image that it is made from."""
     if output.resolve() == source.resolve():
         raise InputError(f"{output} would replace its own input.", "Choose another name.")
+
+
+class Result(Protocol):
+    """What a verb has found."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+def tell(
+    found: Result,
+    as_json: bool,
+    show: Callable[[Any], object],
+    error: MedMoEError | None = None,
+    **beside: object,
+) -> None:
+    """Print a result, as `show` does or as one JSON object with what is `beside` it.
+
+    Then its error is raised, if it has one.
+    """
+    if as_json:
+        render.as_json(found.to_json() | beside, error)
+    else:
+        show(found)
+    if error is not None:
+        raise error
+
+
+def words(text: str | None) -> tuple[str, ...]:
+    """The parts of an option with commas between them."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def log_to_stderr(level: str) -> None:

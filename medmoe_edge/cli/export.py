@@ -21,6 +21,7 @@ from medmoe_edge.cli.common import (
     complete_gpus,
     complete_models,
     file_option,
+    tell,
     verb,
 )
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
@@ -238,7 +239,11 @@ def export(
     another target than onnxruntime the weights are those of the portable bundle; TensorRT for RTX
     needs no GPU to build, TensorRT builds on the device itself.
     """
-    precision = _precision(int8=int8, int4=int4, mixed=mixed is not None, fp32=fp32)
+    given = {"int8": int8, "int4": int4, "mixed": mixed is not None, "fp32": fp32}
+    chosen = cast("list[Precision]", [name for name, wanted in given.items() if wanted])
+    if len(chosen) > 1:
+        raise InputError(f"--{' and --'.join(chosen)} exclude each other.", "Give one of them.")
+    precision = chosen[0] if chosen else None
     cut = tuple(name.strip().lower() for name in modality.split(",")) if modality else ()
     made_anew = precision or calibrate or stats or cut or merge or image_tokens or experts
     as_it_is = not (made_anew or vision != "groups")
@@ -301,10 +306,8 @@ def export(
             sign_bundle(out, sign, verified)
     if target == "onnxruntime":
         _show_portable(made, options, as_json)
-    elif as_json:
-        render.as_json(built.to_json())
     else:
-        render_bench.show_target(built)
+        tell(built, as_json, render_bench.show_target)
 
 
 def _show_failed(error: VerificationError, as_json: bool) -> None:
@@ -328,14 +331,6 @@ def _show_portable(made: "Export", options: ExportOptions, as_json: bool) -> Non
     render.wrote("the bundle", made.bundle)
     if made.verification is None:
         render_verification.show_not_measured()
-
-
-def _precision(**given: bool) -> "Precision | None":
-    """The one that was asked for, if any."""
-    chosen = [name for name, wanted in given.items() if wanted]
-    if len(chosen) > 1:
-        raise InputError(f"--{' and --'.join(chosen)} exclude each other.", "Give one of them.")
-    return cast("Precision", chosen[0]) if chosen else None
 
 
 def _source(model: str, target: str, *, as_it_is: bool) -> Path:

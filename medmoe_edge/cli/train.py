@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from medmoe_edge.cli.common import Force, Json, VisionTower, app, complete_presets, verb
+from medmoe_edge.cli.common import (
+    Force,
+    Json,
+    VisionTower,
+    app,
+    complete_presets,
+    tell,
+    verb,
+    words,
+)
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import InputError, needs
 from medmoe_edge.render import console as render
@@ -223,14 +232,14 @@ def router_import(
         result = import_into(
             file,
             checkpoint_path(checkpoint),
-            modalities=[name for name in (modalities or "").split(",") if name.strip()],
+            modalities=words(modalities),
             out=output,
             vision_tower=vision_tower,
             force=force,
         )
     if not result.modalities:
         render.hint("Nobody said whose expert is which: name them with --modalities.")
-    _show_router(result, as_json)
+    tell(result, as_json, _show_router)
 
 
 @router.command("train", epilog="Example: medmoe-edge router train CHECKPOINT --data data")
@@ -258,13 +267,10 @@ def router_train(
             force=force,
             progress=report,
         )
-    _show_router(result, as_json)
+    tell(result, as_json, _show_router)
 
 
-def _show_router(result: "RouterResult", as_json: bool) -> None:
-    if as_json:
-        render.as_json(result.to_json())
-        return
+def _show_router(result: "RouterResult") -> None:
     if result.modalities:
         render.show(f"Experts: {', '.join(result.modalities)}")
     if result.accuracy is not None:
@@ -331,29 +337,18 @@ def data(
     from medmoe_edge.data.folder import LabelOptions, add_labels
     from medmoe_edge.data.prepare import add_questions, prepare
 
-    given: dict[str, object] = {
-        "--name": name,
-        "--split": split,
-        "--lang": lang,
-        "--as-published": as_published,
-    }
-    labelling: dict[str, object] = {
-        "--modality": modality,
-        "--body": body,
-        "--finding": finding,
-        "--levels": levels,
-    }
-    if what == "labels":
-        _refuse(what, given, "--lang", "--as-published")
-    elif what == "questions":
-        _refuse(what, given | labelling, "--lang", "--as-published", *labelling)
-    else:
-        _refuse(what, given | labelling, "--name", "--split", *labelling)
+    official = {"--lang": lang, "--as-published": as_published}
+    own = {"--name": name, "--split": split}
+    labelling = {"--modality": modality, "--body": body, "--finding": finding, "--levels": levels}
+    others = {"labels": official, "questions": official | labelling}.get(what, own | labelling)
+    for option, value in others.items():
+        if value:
+            raise InputError(f"{option} does not go with {what}.", "Leave it out.")
     with render.working("Preparing"):
         if what == "labels":
             from medmoe_edge.image.loading import dicom_origin
 
-            options = LabelOptions(name, modality, body, finding, split, _words(levels))
+            options = LabelOptions(name, modality, body, finding, split, words(levels))
             prepared = add_labels(source, out, options, header=dicom_origin, force=force)
         elif what == "questions":
             prepared = add_questions(source, out, name=name, split=split, force=force)
@@ -362,24 +357,11 @@ def data(
                 what,
                 source,
                 out,
-                languages=_words(lang) or ("en",),
+                languages=words(lang) or ("en",),
                 as_published=as_published,
                 force=force,
             )
-    if as_json:
-        render.as_json(prepared.to_json())
-    else:
-        _show_prepared(prepared)
-
-
-def _words(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
-
-
-def _refuse(what: str, given: dict[str, object], *options: str) -> None:
-    for option in options:
-        if given[option]:
-            raise InputError(f"{option} does not go with {what}.", "Leave it out.")
+    tell(prepared, as_json, _show_prepared)
 
 
 def _show_prepared(prepared: "Prepared") -> None:

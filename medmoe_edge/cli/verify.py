@@ -1,6 +1,5 @@
 """The verbs that prove: `verify`, `eval` and `inspect` of models, `audit` of what was answered."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +9,7 @@ from medmoe_edge.bundle.bundle import MANIFEST, sign_bundle
 from medmoe_edge.bundle.trust import SIGNATURE, is_signed, read_private_key, vouch_for
 from medmoe_edge.cli.common import (
     AllowRepetition,
+    BundleArgument,
     Device,
     Force,
     Json,
@@ -22,6 +22,7 @@ from medmoe_edge.cli.common import (
     complete_data,
     complete_models,
     file_option,
+    tell,
     verb,
 )
 from medmoe_edge.embedded import bundle_path, checkpoint_path, is_installed
@@ -33,8 +34,6 @@ from medmoe_edge.render import contrastive as render_contrastive
 from medmoe_edge.render import verification as render_verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from medmoe_edge.contrastive.evaluate import ModalityEvaluation
     from medmoe_edge.evaluation.verify import Verification
 
@@ -159,9 +158,11 @@ def evaluate(
             check_output(predictions, force)
         with render.working("Loading") as report:
             found = family.evaluate(model, options, report)
-    if as_json:
-        render.as_json(found.to_json())
-    elif isinstance(found, AnswerScores):
+    tell(found, as_json, _show_scores)
+
+
+def _show_scores(found: "AnswerScores | ModalityEvaluation") -> None:
+    if isinstance(found, AnswerScores):
         render.show_evaluation(found)
         render_verification.show_seen(found)
     else:
@@ -183,10 +184,7 @@ def _score_file(
 
 @verb("verify", "Prove", "verify nano --against nano --data builtin")
 def verify(
-    bundle: Annotated[
-        str,
-        typer.Argument(metavar="BUNDLE", help="A bundle or nano.", autocompletion=complete_models),
-    ] = "nano",
+    bundle: BundleArgument = "nano",
     *,
     against: Annotated[
         str | None,
@@ -270,22 +268,24 @@ def verify(
     if sign is not None and against is not None and record is None:
         record = True
     family = family_of(folder)
-    write_report = _report_writer(report, force)
+    if report is not None:  # looks at once for what the page needs
+        check_output(report, force)
+        from medmoe_edge.evaluation.report import write_report
     with render.working("Reading") as progress:
         checkpoint = None if against is None else checkpoint_path(against)
         options = VerifyOptions(
             checkpoint, data or "builtin", beside or [], report, vision_tower, record
         )
         found = family.verify(folder, options, progress)
-    write_report(found)
-    if as_json:
-        render.as_json(found.to_json(), found.error())
-    else:
+    if report is not None:
+        write_report(found, report)
+
+    def show(found: "Verification") -> None:
         render_verification.show_verification(found)
         if report:
             render.wrote("the report", report)
-    if error := found.error():
-        raise error
+
+    tell(found, as_json, show, found.error())
     if sign is not None:
         sign_bundle(folder, sign, found.bundle.sha256)
         render.show(f"Signed: {folder / SIGNATURE}", stderr=True)
@@ -317,12 +317,7 @@ def _verify_quick(bundle: str, as_json: bool, *, others: bool) -> None:
         )
     with render.working("Reading") as progress:
         found = verify_quick(bundle_path(bundle), progress=progress)
-    if as_json:
-        render.as_json(found.to_json(), found.error())
-    else:
-        render_verification.show_quick(found)
-    if error := found.error():
-        raise error
+    tell(found, as_json, render_verification.show_quick, found.error())
 
 
 def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> None:
@@ -339,16 +334,6 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
         render.as_json({"bundle": bundle, "targets": [target.to_json() for target in found]})
     else:
         render_verification.show_agreement(found)
-
-
-def _report_writer(path: Path | None, force: bool) -> "Callable[[Verification], None]":
-    """Looks at once for what the page needs; writes nothing without a path."""
-    if path is None:
-        return lambda _: None
-    check_output(path, force)
-    from medmoe_edge.evaluation.report import write_report
-
-    return partial(write_report, path=path)
 
 
 @verb("inspect", "Prove", "inspect nano")
@@ -386,18 +371,13 @@ def inspect(
         if vision_tower is not None:
             raise InputError("A vision tower is of a checkpoint.", "Leave --vision-tower out.")
         changes = compare_bundles(folder, bundle_path(other))
-        if as_json:
-            render.as_json(changes.to_json())
-        else:
-            render_verification.show_changes(changes)
+        tell(changes, as_json, render_verification.show_changes)
         return
     found = family_of(folder).inspect(folder, vision_tower)
-    if as_json:
-        render.as_json(found.to_json())
-    elif isinstance(found, Inspection):
-        render.show_inspection(found)
+    if isinstance(found, Inspection):
+        tell(found, as_json, render.show_inspection)
     else:
-        render_contrastive.show_modality_inspection(found)
+        tell(found, as_json, render_contrastive.show_modality_inspection)
 
 
 audit = typer.Typer(no_args_is_help=True)
@@ -409,11 +389,12 @@ app.add_typer(
     epilog="Example: medmoe-edge audit verify audit.jsonl",
 )
 EXAMPLE = "Example: medmoe-edge audit {}"
+AuditLogArgument = Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")]
 
 
 @audit.command("verify", epilog=EXAMPLE.format("verify audit.jsonl"))
 def verify_log(
-    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    log: AuditLogArgument,
     head: Annotated[
         str | None,
         typer.Option(metavar="HASH", help="A recorded head, to see that no end was cut off."),
@@ -432,18 +413,17 @@ def verify_log(
             if report.fault == "torn"
             else "Keep it as it is, and find out who could write it.",
         )
-    if as_json:
-        render.as_json(report.to_json(), error)
-    else:
+
+    def show(report: chain.AuditReport) -> None:
         render.show(report.why, "green" if report.intact else "bold red")
         render.show(f"{report.entries:,} entries, head {report.head}")
-    if error:
-        raise error
+
+    tell(report, as_json, show, error)
 
 
 @audit.command("ship", epilog=EXAMPLE.format("ship audit.jsonl --to logs.example:6514"))
 def ship_log(
-    log: Annotated[Path, typer.Argument(metavar="LOG", help="An audit log.")],
+    log: AuditLogArgument,
     to: Annotated[str, typer.Option(metavar="HOST:PORT", help="A collector of syslog over TLS.")],
     tls_ca: Annotated[
         Path | None,
@@ -497,9 +477,5 @@ def deidentify(
     is_removed = example.deidentify(source, output, allow_burned_in=allow_burned_in, secret=key)
     render.wrote("the example", output)
     if not is_removed:
-        render.show(
-            "Its picture may show text, and was not looked at: the file does not claim that its "
-            "patient is removed.",
-            "yellow",
-            stderr=True,
-        )
+        what = "Its picture may show text, and was not looked at: the file does not claim that its "
+        render.show(f"{what}patient is removed.", "yellow", stderr=True)

@@ -231,17 +231,10 @@ def _grouped(drawn: object, where: str) -> Mapping[str, list[Box]]:
     grouped: dict[str, list[Box]] = {}
     for item in drawn:
         record = Record(item, where)
-        grouped.setdefault(record.text("label").lower(), []).append(_box(record))
+        box = record["xywh"]
+        if not (isinstance(box, list) and len(box) == 4 and {int, float} >= set(map(type, box))):
+            what = f"{record.where}: a box is not four numbers."
+            raise DataError(what, "Give x, y, width, height.")
+        x, y, width, height = box
+        grouped.setdefault(record.text("label").lower(), []).append((x, y, width, height))
     return grouped
-
-
-def _box(record: Record) -> Box:
-    values = record["xywh"]
-    if not (isinstance(values, list) and len(values) == 4 and all(_is_number(v) for v in values)):
-        raise DataError(f"{record.where}: a box is not four numbers.", "Give x, y, width, height.")
-    x, y, width, height = values
-    return x, y, width, height
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -19,8 +19,6 @@ from medmoe_edge.errors import DataError
 
 AnswerType = Literal["OPEN", "CLOSED"]
 Split = Literal["train", "val", "test"]
-
-
 ANSWER_TYPES: dict[str, AnswerType] = {"open": "OPEN", "close": "CLOSED", "closed": "CLOSED"}
 SPLITS: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -40,8 +38,6 @@ FINDINGS_FILE = "findings.jsonl"
 BOXES_FILES = ("boxes.json", "slake_boxes.json")
 FormName = Literal["questions", "labels", "findings"]
 NO_SCAN = "none"  # the modality of a picture that is no medical image
-
-
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -104,6 +100,9 @@ class Finding:
     source: str
 
 
+Read = TypeVar("Read", Example, LabelledImage, Finding)
+
+
 def questions_of(folder: Path, *splits: Split) -> Path | None:
     """A dataset folder's question file of the first of `splits` that has one."""
     names = (folder / name for split in splits for name in QUESTION_FILES[split])
@@ -111,21 +110,16 @@ def questions_of(folder: Path, *splits: Split) -> Path | None:
 
 
 def read_examples(
-    file: Path,
-    *,
-    image_root: Path | None = None,
-    check_images: bool = False,
-    first_turn: bool = False,
+    file: Path, *, check_images: bool = False, first_turn: bool = False
 ) -> list[Example]:
     """Read our JSONL or the official code's JSON list, told apart by the first character.
 
     A line needs `image`, `question` and `answer`; the others may be left out: `id` is then the
     line's number, `source` the file's name, and `answer_type` CLOSED for yes and no. Image paths
-    are relative to `image_root`, by default the file's folder. Of several images of one question
-    the first is read, with a warning. In the official list ids may repeat and a conversation may
-    have several turns: later ones get `-2`, `-3` ... added; `first_turn` leaves later turns out, as
-    the official scorer does. Of a dataset folder, the questions to
-    test on are read, or else those to validate on.
+    are relative to the file's folder. Of several images of one question the first is read, with a
+    warning. In the official list ids may repeat and a conversation may have several turns: later
+    ones get `-2`, `-3` ... added; `first_turn` leaves later turns out, as the official scorer does.
+    Of a dataset folder, the questions to test on are read, or else those to validate on.
 
     Raises `DataError` naming file and line (or item) for a missing file, bad JSON, missing keys
     (all at once), an unknown answer type, an id used twice and, with `check_images`, an absent
@@ -134,24 +128,15 @@ def read_examples(
     if file.is_dir():
         file = _held_out(file)
     text = read_text(file)
-    root = file.parent if image_root is None else image_root
     listed = text.lstrip().startswith("[")
-    records: Iterator[Record]
+    records = json_lines(text, file)
     if listed:
-        records = (
-            Record(value, f"{file}, item {number}")
-            for number, value in enumerate(parse_json(text, str(file)), start=1)
-        )
-    else:
-        records = json_lines(text, file)
-    reader = _Reader(file, root, listed, first_turn)
+        items = enumerate(parse_json(text, str(file)), start=1)
+        records = (Record(value, f"{file}, item {number}") for number, value in items)
+    reader = _Reader(file, listed, first_turn)
     examples = [example for record in records for example in reader.read(record)]
     reader.warn()
-    if not examples:
-        raise DataError(f"{file} holds no questions.", "Give a file with at least one.")
-    if check_images:
-        _require_images([example.image for example in examples], file)
-    return examples
+    return _some(examples, "questions", file, check_images)
 
 
 def _held_out(folder: Path) -> Path:
@@ -173,7 +158,7 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
     """
     images = []
     for record in json_lines(read_text(file), file):
-        record.require("image", "modality", schema="labels")
+        record.require("image", "modality", form="labels")
         images.append(
             LabelledImage(
                 image=file.parent / record.text("image"),
@@ -184,35 +169,17 @@ def read_labels(file: Path, *, check_images: bool = False) -> list[LabelledImage
                 split=record.choice("split", SPLITS) if record.optional("split") else "train",
             )
         )
-    if not images:
-        raise DataError(f"{file} holds no labelled images.", "Give a file with at least one.")
-    if check_images:
-        _require_images([image.image for image in images], file)
-    return images
+    return _some(images, "labelled images", file, check_images)
 
 
 def read_findings(file: Path, *, check_images: bool = False) -> list[Finding]:
-    """Read a file of findings (JSONL, `findings.schema.json`).
+    """Read a file of findings (JSONL, `findings.schema.json`): the images of all its splits.
 
-    What a panel of readers decided (`adjudicated`) is read as present or absent.
-
-    Args:
-        file: The file; image paths are relative to its folder.
-        check_images: Whether an absent image is an error.
-
-    Returns:
-        The images in the file's order, of all splits.
-
-    Raises:
-        DataError: The file or a line cannot be read (named), a finding is both present and absent,
-            or an image is absent.
+    What a panel of readers decided (`adjudicated`) is read as present or absent. Raises `DataError`
+    as `read_examples` does, and where a finding is both present and absent.
     """
     images = [_finding(record, file) for record in json_lines(read_text(file), file)]
-    if not images:
-        raise DataError(f"{file} holds no images with findings.", "Give a file with at least one.")
-    if check_images:
-        _require_images([image.image for image in images], file)
-    return images
+    return _some(images, "images with findings", file, check_images)
 
 
 def modality_name(name: str) -> str:
@@ -259,15 +226,16 @@ class Record:
             raise DataError(f"{self.where} lacks the key {key!r}.", "Add it.")
         return self.value[key]
 
-    def require(self, *keys: str, schema: FormName) -> None:
+    def require(self, *keys: str, form: FormName) -> None:
         """Raise `DataError` for all of `keys` that are absent, and say what each is for."""
         if not (missing := [key for key in keys if key not in self.value]):
             return
-        meaning = _meanings(schema)
+        known = schema(form)["properties"]
+        advice = (f"{key}: {known[key]['description'].rstrip('.')}" for key in missing)
         raise DataError(
             f"{self.where} lacks the key{'s' * (len(missing) > 1)} "
             f"{', '.join(map(repr, missing))}.",
-            f"Add {'; '.join(f'{key}: {meaning[key]}' for key in missing)}.",
+            f"Add {'; '.join(advice)}.",
         )
 
     def text(self, key: str, *, empty: bool = False) -> str:
@@ -347,12 +315,6 @@ def json_lines(text: str, file: Path) -> Iterator[Record]:
             yield Record(parse_json(line, where), where)
 
 
-def _meanings(name: FormName) -> dict[str, str]:
-    """What each key is for, in the schema's words."""
-    properties = schema(name)["properties"]
-    return {key: told["description"].rstrip(".") for key, told in properties.items()}
-
-
 # The official VQA-RAD list really has the misspelt key.
 _CONVERSATIONS = ("conversations", "conversatons", "conversation")
 _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
@@ -361,8 +323,8 @@ _ASKS, _ANSWERS = ("human", "user"), ("gpt", "assistant")
 class _Reader:
     """Reads the records of one question file, in either form."""
 
-    def __init__(self, file: Path, root: Path, listed: bool, first_turn: bool) -> None:
-        self.file, self.root, self.listed = file, root, listed
+    def __init__(self, file: Path, listed: bool, first_turn: bool) -> None:
+        self.file, self.listed = file, listed
         self._turns = 1 if first_turn else None
         self._unique = UniqueIds()
         self._seen: set[str] = set()
@@ -379,10 +341,10 @@ class _Reader:
             self._without += 1  # LLaVA's lists mix in turns about no image
             return
         if key is None:
-            record.require("image", "question", "answer", schema="questions")
+            record.require("image", "question", "answer", form="questions")
             asked = record.text("question"), record.text("answer", empty=True)
-            written = record.as_written("answer")
-            yield self._example(record, self._id(record, repeatable=listed), *asked, written)
+            identity = self._id(record, repeatable=listed)
+            yield self._example(record, identity, *asked, record.as_written("answer"))
             return
         for question, answer, written in itertools.islice(_turns(record, key), self._turns):
             identity = self._id(record, repeatable=True)
@@ -416,7 +378,7 @@ class _Reader:
         modality = record.optional("modality")
         return Example(
             id=identity,
-            image=self.root / self._image(record),
+            image=self.file.parent / self._image(record),
             question=question,
             answer=answer,
             answer_type=answer_type(record, answer),
@@ -468,7 +430,7 @@ def _turns(record: Record, key: str) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _finding(record: Record, file: Path) -> Finding:
-    record.require("image", "modality", schema="findings")
+    record.require("image", "modality", form="findings")
     judged = record.value.get("adjudicated")
     judged = {} if judged is None else judged
     if not isinstance(judged, Mapping) or not all(isinstance(one, bool) for one in judged.values()):
@@ -502,10 +464,14 @@ def _finding(record: Record, file: Path) -> Finding:
     )
 
 
-def _require_images(images: list[Path], file: Path) -> None:
-    absent = [number for number, image in enumerate(images, start=1) if not image.is_file()]
-    if absent:
+def _some(found: list[Read], what: str, file: Path, check_images: bool) -> list[Read]:
+    """What was read; raises `DataError` for nothing and, if they are checked, an absent image."""
+    if not found:
+        raise DataError(f"{file} holds no {what}.", "Give a file with at least one.")
+    numbers = enumerate(found if check_images else (), start=1)
+    if absent := [number for number, each in numbers if not each.image.is_file()]:
         raise DataError(
             f"{file}: the image of entry {absent[0]} does not exist ({len(absent)} are absent).",
             "Check the image paths and the folder they are relative to.",
         )
+    return found

@@ -46,12 +46,10 @@ from medmoe_edge.data.datasets import (
 from medmoe_edge.errors import DataError, ImageError, InputError
 
 logger = logging.getLogger(__name__)
-
 SUMMARY = "dataset.json"
 _ORDER: tuple[Split, ...] = ("train", "val", "test")  # a later one wins over an earlier
 _FILES = {split: QUESTION_FILES[split][0] for split in _ORDER}
 _WRITTEN = (SUMMARY, LABELS_FILE, *_FILES.values())
-
 Row = dict[str, Any]
 
 
@@ -140,25 +138,24 @@ def adding(
         yield addition, results
         if out.exists():
             carry_over(out, folder, without={own, *(out / file for file in _WRITTEN)})
-        rows = [*(row for row in rows if row.set != name), *_added(addition)]
+        rows = [row for row in rows if row.set != name]
+        for split, asked in addition.questions.items():
+            rows += [_Row(name, split, data) for data in asked]
+        rows += [_Row(name, None, data) for data in addition.labels]
         if not any(row.set == name for row in rows):
             raise DataError("No question and no label was found.", "Check what was given.")
         published = {each for each, told in sets.items() if told.get("as_published")} - {name}
-        rows, left_out = _apart(rows, folder, published | ({name} if as_published else set()))
+        if as_published:
+            published.add(name)
+        rows, left_out = _apart(rows, folder, published)
         _write(folder, rows)
+        counts = {each: _counts(rows, each) for each in sorted({*sets, name})}
+        results.append(Prepared(out, left_out=left_out, **counts[name]))
         summary = {
-            each: _counts(rows, each) | {"as_published": each in published}
-            for each in sorted({*sets, name})
+            each: told | {"as_published": each in published} for each, told in counts.items()
         }
-        summary[name]["as_published"] = as_published
         text = json.dumps({"sets": summary}, indent=1)
         (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
-        mine = summary[name]
-        results.append(
-            Prepared(
-                out, mine["questions"], mine["labels"], mine["images"], left_out, mine["modalities"]
-            )
-        )
 
 
 def split_evenly(keys: Mapping[Hashable, Hashable]) -> dict[Hashable, Split]:
@@ -216,18 +213,18 @@ def _rows(folder: Path) -> Iterator[_Row]:
             set_of, image = _place(record, folder)
             data = dict(record.value) | {"image": image}
             if split is None:
-                record.require("modality", schema="labels")
+                record.require("modality", form="labels")
                 given = record.choice("split", SPLITS) if record.optional("split") else "train"
                 data |= {"modality": record.text("modality"), "split": given}
             else:
-                record.require("question", "answer", schema="questions")
+                record.require("question", "answer", form="questions")
                 data |= {"id": record.optional("id") or str(number)}
             yield _Row(set_of, split, data)
 
 
 def _place(record: Record, folder: Path) -> tuple[str, str]:
     """The set that a line's picture is of, and its path in the folder."""
-    record.require("image", schema="questions")
+    record.require("image", form="questions")
     image = safe_name(record.text("image"), record.where, "Correct the line.")
     parts = image.split("/")
     if len(parts) < 3 or parts[0] != "images" or not (folder / image).is_file():
@@ -238,13 +235,7 @@ def _place(record: Record, folder: Path) -> tuple[str, str]:
     return parts[1], image
 
 
-def _added(addition: Addition) -> Iterator[_Row]:
-    for split, questions in addition.questions.items():
-        yield from (_Row(addition.name, split, data) for data in questions)
-    yield from (_Row(addition.name, None, data) for data in addition.labels)
-
-
-def _apart(rows: list[_Row], folder: Path, published: Iterable[str]) -> tuple[list[_Row], int]:
+def _apart(rows: list[_Row], folder: Path, published: set[str]) -> tuple[list[_Row], int]:
     """The rows without those that a held-out split forbids, and how many questions went.
 
     A picture is known by its bytes, a patient by what the set calls them. Labels move to the split
@@ -270,13 +261,12 @@ def _apart(rows: list[_Row], folder: Path, published: Iterable[str]) -> tuple[li
             for key in keys(row):
                 if strongest[key] < held:
                     strongest[key], changed = held, True
-    exempt = set(published)
     kept, left_out = [], 0
     for row in rows:
         held = strongest[next(keys(row))]
         if row.split is None:
             kept.append(_Row(row.set, None, row.data | {"split": _ORDER[held]}))
-        elif row.held == held or row.set in exempt:
+        elif row.held == held or row.set in published:
             kept.append(row)
         else:
             left_out += 1
@@ -419,17 +409,13 @@ def _in_folder(folder: Path, options: LabelOptions) -> Iterator[_Found]:
             place = next((n for n, part in enumerate(levels) if part.lower() in SPLITS), None)
             if place is not None:
                 given["split"] = levels.pop(place)
-        named = options.levels or _meaning(len(levels), options)
-        given |= dict(zip(named, levels, strict=False))
+        # what sub-folders mean where nobody said so; what holds for all images has no level
+        usual = _BY_DEPTH.get(min(len(levels), 3), ())
+        if options.modality is not None:
+            usual = {0: (), 1: ("finding",)}.get(len(levels), ("body", "finding"))
+        given |= dict(zip(options.levels or usual, levels, strict=False))
         given.pop("-", None)
         yield _Found(file, safe_name(relative.as_posix(), str(folder)), **given)
-
-
-def _meaning(depth: int, options: LabelOptions) -> tuple[str, ...]:
-    """What sub-folders mean where nobody said so; what holds for all images has no level."""
-    if options.modality is None:
-        return _BY_DEPTH.get(min(depth, 3), ())
-    return {0: (), 1: ("finding",)}.get(depth, ("body", "finding"))
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
@@ -464,7 +450,9 @@ def _in_table(file: Path) -> Iterator[_Found]:
             raise DataError(f"{file}, line {number} has more cells than columns.", hint)
         if not values["image"]:
             raise DataError(f"{file}, line {number} names no image.", "Fill it in.")
-        image = _beside(file, values.pop("image"))
+        path = file.parent / PurePosixPath(values.pop("image").replace("\\", "/"))
+        names = (path, *(path.with_name(path.name + suffix) for suffix in _SUFFIXES))
+        image = next((each for each in names if each.is_file()), None)
         if image is None:
             raise DataError(f"{file}, line {number}: there is no such image.", "Check the path.")
         known = {key: value for key, value in values.items() if value}
@@ -486,13 +474,6 @@ def _columns(names: Sequence[str], file: Path) -> dict[str, str]:
             "Give a CSV file with a first line of names: image, modality, body, finding.",
         )
     return found
-
-
-def _beside(table: Path, name: str) -> Path | None:
-    """The image that a table names from its own folder, also without its suffix."""
-    path = table.parent / PurePosixPath(name.replace("\\", "/"))
-    names = (path, *(path.with_name(path.name + suffix) for suffix in _SUFFIXES))
-    return next((each for each in names if each.is_file()), None)
 
 
 def _opens(file: Path) -> bool:

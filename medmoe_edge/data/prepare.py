@@ -12,14 +12,13 @@ it elsewhere first passes the name through `safe_name`.
 """
 
 import hashlib
-import importlib
 import logging
 import os
 import re
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
@@ -35,14 +34,8 @@ from medmoe_edge.data.datasets import (
     read_examples,
     safe_name,
 )
-from medmoe_edge.data.folder import (
-    Addition,
-    Prepared,
-    adding,
-    set_name,
-    split_evenly,
-)
-from medmoe_edge.errors import DataError, InputError, MissingDependencyError
+from medmoe_edge.data.folder import Addition, Prepared, adding, set_name, split_evenly
+from medmoe_edge.errors import DataError, InputError, needs
 
 Dataset = Literal["slake", "vqa-rad", "pathvqa"]
 
@@ -51,7 +44,6 @@ LANGUAGES: dict[Dataset, tuple[str, ...]] = {
     "vqa-rad": ("en",),
     "pathvqa": ("en",),
 }
-_SOURCES: dict[Dataset, str] = {"slake": "slake", "vqa-rad": "vqa_rad", "pathvqa": "pathvqa"}
 _MODALITIES = {"ct": "ct", "mri": "mri", "x-ray": "xray"}
 _ORGANS = {"head": "head", "chest": "chest", "abd": "abdomen"}
 _SPLIT_FILES: dict[Split, tuple[str, ...]] = {
@@ -61,8 +53,6 @@ _SPLIT_FILES: dict[Split, tuple[str, ...]] = {
 }
 
 logger = logging.getLogger(__name__)
-
-
 _MAX_FILES = 100_000  # PathVQA has 5,000 images; far more means the wrong folder was given
 _MAX_BYTES = 1 << 28  # of one file; the largest that official downloads need has some megabytes
 
@@ -81,7 +71,14 @@ class Download:
 
     def __enter__(self) -> Self:
         if self.source.is_dir():
-            self._add_folder()
+            for parent, _, names in os.walk(self.source):
+                for path in (Path(parent, name) for name in names):
+                    if not path.is_file():  # a device or a pipe would never end
+                        continue
+                    if path.parent == self.source and path.suffix.lower() == ".zip":
+                        self._add_zip(path)
+                    else:
+                        self._add(path.relative_to(self.source).as_posix(), path)
         elif self.source.is_file():
             self._add_zip(self.source)
         else:
@@ -123,13 +120,6 @@ class Download:
             raise DataError(f"{self.source}: {name} is inside a zip.", "Unpack the zip first.")
         return entry
 
-    def _add_folder(self) -> None:
-        for path in _walk(self.source):
-            if path.parent == self.source and path.suffix.lower() == ".zip":
-                self._add_zip(path)
-            else:
-                self._add(path.relative_to(self.source).as_posix(), path)
-
     def _add_zip(self, path: Path) -> None:
         try:
             archive = self._open.enter_context(zipfile.ZipFile(path))
@@ -149,14 +139,6 @@ class Download:
             raise DataError(
                 f"{self.source} holds more than {_MAX_FILES} files.", "Give the dataset's folder."
             )
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            if path.is_file():  # a device or a pipe would never end
-                yield path
 
 
 def prepare(
@@ -184,15 +166,17 @@ def prepare(
                 f"{dataset} has no questions in {language!r}.",
                 f"It has: {', '.join(LANGUAGES[dataset])}.",
             )
-    name = _SOURCES[dataset]
     with (
         Download(source) as download,
-        adding(name, out, force=force, as_published=as_published) as (addition, prepared),
+        adding(dataset.replace("-", "_"), out, force=force, as_published=as_published) as (
+            addition,
+            prepared,
+        ),
     ):
         writer = _Writer(addition, download, tuple(languages))
         if parquet := download.names(".parquet"):
             for file in parquet:
-                _parquet(file, writer, pathology=dataset == "pathvqa")
+                _parquet(file, download, writer, pathology=dataset == "pathvqa")
         else:
             _READERS[dataset](download, writer)
         writer.finish()
@@ -256,10 +240,6 @@ class _Writer:
         content = b"" if name in self.addition.copied else self._download.read(found)
         return self.addition.write(name, content)
 
-    def rows(self, name: str) -> Iterator[dict[str, Any]]:
-        """The rows of a parquet file of the download."""
-        return _parquet_rows(self._download.path(name))
-
     def finish(self) -> None:
         """Raise `DataError` where images are missing, or there is no question at all."""
         source = self._download.source
@@ -310,10 +290,10 @@ def _vqa_rad(download: Download, writer: _Writer) -> None:
         )
 
 
-def _parquet(name: str, writer: _Writer, *, pathology: bool) -> None:
+def _parquet(name: str, download: Download, writer: _Writer, *, pathology: bool) -> None:
     """One file of a dataset on Hugging Face; each row repeats its image."""
     split, addition = _split_of(name), writer.addition
-    for number, row in enumerate(writer.rows(name), start=1):
+    for number, row in enumerate(_parquet_rows(download.path(name)), start=1):
         record = Record(row, f"{name}, row {number}")
         language = _first(record, "q_lang", "lang", "language") or "en"
         if language.lower() not in writer.languages:
@@ -374,11 +354,7 @@ def _pathvqa(download: Download, writer: _Writer) -> None:
             )
 
 
-_READERS: dict[Dataset, Callable[[Download, _Writer], None]] = {
-    "slake": _slake,
-    "vqa-rad": _vqa_rad,
-    "pathvqa": _pathvqa,
-}
+_READERS = {"slake": _slake, "vqa-rad": _vqa_rad, "pathvqa": _pathvqa}
 
 
 def _json_records(download: Download, *names: str) -> Iterator[Record]:
@@ -408,16 +384,14 @@ def _split_of(parquet: str) -> Split:
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        arrow = importlib.import_module("pyarrow")
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow", "train") from error
+    with needs("train"):
+        import pyarrow
+        from pyarrow import parquet
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=64):
                 yield from batch.to_pylist()
-    except (arrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is not a readable parquet file.",
             "Download it again; in a clone, fetch it first with: git lfs pull",

@@ -22,7 +22,6 @@ from medmoe_edge.image.dicom_tables import Say
 Kind = Literal["jpeg", "jpeg-ls", "jpeg 2000"]
 Colour = Literal["ycc", "rgb"]
 Segment = tuple[int, int]
-
 MAX_COMPONENTS = 4
 # A picture of more pixels than the first has a byte for so many of them, at least.
 MANY_PIXELS, MOST_DENSE = 2**24, 2**12
@@ -353,12 +352,9 @@ def _follow_tiles(
 ) -> tuple[bool, bool, tuple[int, ...], int]:
     """What COD and COC say of the transforms and the coding, and where the tiles end.
 
-    Returns:
-        Whether colours are transformed, whether values are so reversibly, where the styles of code
-        blocks stand, and the tiles' end.
-
-    Raises:
-        ImageError: A tile is not there, or not whole.
+    That is whether colours are transformed, whether values are so reversibly, where the styles of
+    code blocks stand, and the tiles' end. Raises `ImageError` where a tile is not there, or not
+    whole.
     """
     at, seen = start + 2, set()
     colours = lossless = False
@@ -396,24 +392,15 @@ def _follow_tiles(
 def decode(
     data: bytes, stream: Codestream, colour: str | None, exact: bool, name: str, say: Say
 ) -> npt.NDArray[Any]:
-    """Decode a codestream.
+    """Decode a codestream, of which `stream` is what `read_codestream` says.
 
-    Args:
-        data: The codestream.
-        stream: What `read_codestream` says of it.
-        colour: How the file's header has three components read, `ycc` or `rgb`, where the
-            codestream does not say.
-        exact: Whether the file's transfer syntax allows no loss.
-        name: What messages call the file.
-        say: Takes what should be known of the picture.
+    `colour` is how the file's header has three components read, `ycc` or `rgb`, where the
+    codestream does not say; with `exact` the file's transfer syntax allows no loss.
 
-    Returns:
-        Integers [H, W] or [H, W, C]; three components of a JPEG or JPEG 2000 picture are RGB, and
-        those of JPEG-LS and lossless JPEG as they are.
-
-    Raises:
-        ImageError: It is not whole, or is of a kind that is not read.
-        MissingDependencyError: The decoders are not installed.
+    Returns integers [H, W] or [H, W, C]; three components of a JPEG or JPEG 2000 picture are RGB,
+    and those of JPEG-LS and lossless JPEG as they are. Raises `ImageError` where it is not whole,
+    or of a kind that is not read, and `MissingDependencyError` where the decoders are not
+    installed.
     """
     codecs = _codecs()
     try:

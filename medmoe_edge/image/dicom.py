@@ -55,7 +55,6 @@ BANNER = {
 LONGEST = 100  # characters of each
 OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "H": "F", "F": "H"}
 OBLIQUE = 0.25  # of a direction's length, about 15 degrees: then its second letter is told too
-
 OVERLAYS = range(0x6000, 0x6020, 2)
 
 
@@ -91,18 +90,9 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
 def read_grey_values(
     path: Path, frame: int | None, name: str
 ) -> tuple[npt.NDArray[np.float32], bool] | None:
-    """A frame's values in the file's unit, as they are stored; None for colours.
+    """A frame's values [H, W] in its unit (HU for CT), and whether the lowest is shown white.
 
-    Args:
-        path: A DICOM file that `load_image` has accepted.
-        frame: The frame from 0; None for the middle one.
-        name: What messages call the file.
-
-    Returns:
-        The values [H, W] (HU for CT), and whether the lowest of them is shown white.
-
-    Raises:
-        ImageError: As `load_image` raises it.
+    None for colours. The file is one that `load_image` has accepted, whose errors these are.
     """
 
     def ignore(_code: str, _message: str) -> None:
@@ -117,12 +107,8 @@ def read_grey_values(
 
 
 def read_kind(path: Path) -> tuple[str | None, str | None]:
-    """The standard's name of a file's storage class, and its modality; None where it has none.
-
-    Raises:
-        Exception: Whatever pydicom raises where its attributes are damaged.
-    """
-    with open_container(path, shown_name(path), lambda *_: None) as container:
+    """The standard's name of a file's storage class, and its modality; None where it has none."""
+    with open_container(path) as container:
         modality = modality_of(container.header)
         kind = _class_name(container)
     return kind, modality
@@ -133,30 +119,20 @@ def read_origin(path: Path) -> tuple[str | None, str | None]:
 
     The hash keeps one patient's images together and does not tell who that is to a reader; whoever
     knows the list of all identifiers can still find it out.
-
-    Raises:
-        Exception: Whatever pydicom raises where its attributes are damaged.
     """
-    with open_container(path, shown_name(path), lambda *_: None) as container:
+    with open_container(path) as container:
         patient = container.header.text("PatientID")
         modality = modality_of(container.header)
     return modality, hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
 
 
 def read_stated(path: Path, frame: int | None) -> dict[str, Any]:
-    """What a file says of its patient and its series, for whoever looks at the picture.
+    """What a file that `load_image` has accepted says of its patient and its series.
 
-    Args:
-        path: A DICOM file that `load_image` has accepted.
-        frame: The frame from 0; None for the first one's place.
-
-    Returns:
-        The fields of `medmoe_edge.image.worker.Stated`.
-
-    Raises:
-        Exception: Whatever pydicom raises where its attributes are damaged.
+    These are the fields of `medmoe_edge.image.worker.Stated`; without a `frame` the place is that
+    of the first one.
     """
-    with open_container(path, shown_name(path), lambda *_: None) as container:
+    with open_container(path) as container:
         header = _of_frame(container.header, frame or 0)
     found = {name: _line(header, keyword) for name, keyword in BANNER.items()}
     found |= {name: _date(found[name]) for name in ("birth_date", "study_date")}
@@ -200,7 +176,7 @@ def _read_stored(
         raise _without_image(container, name)
     layout = read_layout(header, element.kind, name, most_pixels, say)
     index = pick_frame(name, frame, layout.frames)
-    stored = read_frame(container, element, layout, index, name, say)
+    stored = read_frame(element, container.syntax, layout, index)
     return stored, _of_frame(header, index), layout
 
 

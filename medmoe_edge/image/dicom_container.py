@@ -21,20 +21,16 @@ import numpy.typing as npt
 from pydicom import dcmread, uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
-from pydicom.tag import BaseTag
 from pydicom.valuerep import VR
 
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.codestreams import END_OF_IMAGE, cut_off, is_codestream
 from medmoe_edge.image.dicom_tables import Header, Say
-from medmoe_edge.image.pixels import HEAD_BYTES, MAX_BYTES, is_dicom
+from medmoe_edge.image.pixels import HEAD_BYTES, MAX_BYTES, is_dicom, shown_name
 
 MAX_HEADER = 2**28  # bytes of all attributes but the pixels
-
 MAX_INFLATED = 2**30  # bytes that are inflated on the way to a frame
-
 STEP = 2**20
-
 PIXEL_TAGS = {0x7FE00008: "float32", 0x7FE00009: "float64", 0x7FE00010: "integer"}
 
 LONG_FORM = {vr.value.encode() for vr in VR} - {  # VR with two spare bytes and a length of four
@@ -43,23 +39,26 @@ LONG_FORM = {vr.value.encode() for vr in VR} - {  # VR with two spare bytes and 
 }  # fmt: skip
 
 KNOWN_VRS = {vr.value.encode() for vr in VR if len(vr.value) == 2}
-
 UNDEFINED = 0xFFFFFFFF
-
 ITEM_LITTLE = b"\xfe\xff\x00\xe0"
-
 GE_BIG_ENDIAN_PIXELS = "1.2.840.113619.5.2"  # of a data set in implicit little endian
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelElement:
-    """Where the pixels lie in `file`: `length` bytes from `start`; None, if it is undefined."""
+    """Where the pixels lie in `file`: `length` bytes from `start`; None, if it is undefined.
+
+    `name` is how messages call the file, and `say` takes what should be known of the picture.
+    """
 
     file: BinaryIO
     start: int
     length: int | None
     kind: str
     words: bool  # OW: the file's byte order applies to units of 16 bits, even of 8-bit values
+    little: bool
+    name: str
+    say: Say
 
     def is_encapsulated(self) -> bool:
         """Whether it begins with an item, as compressed pixels do; their length is undefined.
@@ -83,33 +82,27 @@ class Container:
     header: Header
     syntax: uid.UID | None
     kind: uid.UID | None
-    little: bool
     pixels: PixelElement | None
 
 
 @contextlib.contextmanager
-def open_container(path: Path, name: str, say: Say) -> Iterator[Container]:
-    """Open a DICOM file and read its attributes up to the pixels.
+def open_container(
+    path: Path, name: str | None = None, say: Say = lambda *_: None
+) -> Iterator[Container]:
+    """Open a DICOM file, for as long as the block runs, and read its attributes up to the pixels.
 
-    Args:
-        path: The file.
-        name: What messages call it.
-        say: Takes what should be known of the file.
-
-    Yields:
-        The container; its file is closed afterwards.
-
-    Raises:
-        ImageError: The attributes are too many.
-        Exception: Whatever pydicom raises where they are damaged.
+    Messages call it `name`, if it is not to be told; `say` takes what should be known of it.
+    Raises `ImageError` where these are too many, and whatever pydicom raises where they are
+    damaged.
     """
+    name = name or shown_name(path)
     with path.open("rb") as file:
         meta = _read_meta(file)
         syntax = _uid(meta, "TransferSyntaxUID")
         data: IO[bytes] = file
         if syntax == uid.DeflatedExplicitVRLittleEndian and not _starts_plainly(file):
             data = cast(IO[bytes], _Inflated(file, name))
-        container = _read(cast(BinaryIO, data), syntax, say)
+        container = _read(cast(BinaryIO, data), syntax, name, say)
         kind = _uid(container.header, "SOPClassUID") or _uid(meta, "MediaStorageSOPClassUID")
         yield dataclasses.replace(container, kind=kind)
 
@@ -168,15 +161,7 @@ def _read_meta(file: BinaryIO) -> Header:
         file.seek(start)
         return Header(Dataset())
     file.seek(start)
-    return Header(read_dataset(file, False, True, stop_when=_is_past_meta))
-
-
-def _is_past_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return tag.group != 2
-
-
-def _is_pixels(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return int(tag) in PIXEL_TAGS
+    return Header(read_dataset(file, False, True, stop_when=lambda tag, *_: tag.group != 2))
 
 
 def _starts_plainly(file: BinaryIO) -> bool:
@@ -187,38 +172,30 @@ def _starts_plainly(file: BinaryIO) -> bool:
     return head[:4] in (b"\x08\0\x05\0", b"\x08\0\x16\0", b"\x08\0\x08\0") and head[4:] in KNOWN_VRS
 
 
-def _read(file: BinaryIO, syntax: uid.UID | None, say: Say) -> Container:
+def _read(file: BinaryIO, syntax: uid.UID | None, name: str, say: Say) -> Container:
     at = file.tell()
     head = file.read(8)
     file.seek(at)
     little = not (head[:1] == b"\0" and head[1:2] != b"\0")  # first come groups below 256
     implicit = head[4:6] not in KNOWN_VRS
-    stated = syntax is not None and not syntax.is_private
-    if (
-        stated
-        and len(head) == 8
-        and (_is_little(syntax), _is_implicit(syntax)) != (little, implicit)
-    ):
+    stated = syntax != uid.ExplicitVRBigEndian, syntax == uid.ImplicitVRLittleEndian
+    is_stated = syntax is not None and not syntax.is_private
+    if is_stated and len(head) == 8 and stated != (little, implicit):
         say("transfer_syntax", "The file is not written in the way that it states.")
-    dataset = read_dataset(file, implicit, little, stop_when=_is_pixels)
+    dataset = read_dataset(file, implicit, little, stop_when=lambda tag, *_: int(tag) in PIXEL_TAGS)
     dataset.set_original_encoding(implicit, little)
     dataset.file_meta = FileMetaDataset()
     if syntax is not None:
         dataset.file_meta.TransferSyntaxUID = syntax
-    pixels = _find_pixels(file, implicit, little)
-    header = Header(dataset, little=little)
-    return Container(header, syntax, None, little and syntax != GE_BIG_ENDIAN_PIXELS, pixels)
+    pixels = _find_pixels(file, implicit, little, name, say)
+    if pixels is not None and syntax == GE_BIG_ENDIAN_PIXELS:
+        pixels = dataclasses.replace(pixels, little=False)
+    return Container(Header(dataset, little=little), syntax, None, pixels)
 
 
-def _is_little(syntax: uid.UID | None) -> bool:
-    return syntax != uid.ExplicitVRBigEndian
-
-
-def _is_implicit(syntax: uid.UID | None) -> bool:
-    return syntax == uid.ImplicitVRLittleEndian
-
-
-def _find_pixels(file: BinaryIO, implicit: bool, little: bool) -> PixelElement | None:
+def _find_pixels(
+    file: BinaryIO, implicit: bool, little: bool, name: str, say: Say
+) -> PixelElement | None:
     """The element at which reading stopped (PS3.5 7.1)."""
     head = file.read(12)
     if len(head) < 8:
@@ -236,7 +213,8 @@ def _find_pixels(file: BinaryIO, implicit: bool, little: bool) -> PixelElement |
     else:
         length, start = head[6:8], file.tell() - len(head) + 8
     count = int.from_bytes(length, order)  # type: ignore[arg-type]
-    return PixelElement(file, start, None if count == UNDEFINED else count, kind, vr != b"OB")
+    known = None if count == UNDEFINED else count
+    return PixelElement(file, start, known, kind, vr != b"OB", little, name, say)
 
 
 def read_at(file: BinaryIO, start: int, size: int) -> bytes:
@@ -337,28 +315,23 @@ def _too_much(name: str, limit: int) -> ImageError:
 
 
 MAX_FRAGMENTS = 10_000_000
-
 ITEM, DELIMITER = 0xFFFEE000, 0xFFFEE0DD
 
 
-def read_codestream_of(
-    element: PixelElement, little: bool, frames: int, index: int, name: str, say: Say
-) -> bytes:
+def read_codestream_of(element: PixelElement, frames: int, index: int) -> bytes:
     """The codestream of one frame (PS3.5 A.4).
 
     Offset tables are often wrong, and are used only where nothing else tells frames apart: a
     fragment that begins like a codestream begins a frame, and one fragment a frame is the rule.
     """
-    table, fragments = _walk(element, little, name, say)
+    table, fragments = _walk(element)
     starts = [i for i, (at, size) in enumerate(fragments) if _begins(element, at, size)]
     if len(starts) > frames:  # a header may hold what looks like another's beginning
         starts = [i for i in starts if i == 0 or _ends(element, *fragments[i - 1])]
     if starts and starts[0] == 0 and len(starts) >= frames:
         if len(starts) > frames:
-            say(
-                "frames",
-                f"The file holds {len(starts)} compressed pictures and states {frames}.",
-            )
+            what = f"The file holds {len(starts)} compressed pictures and states {frames}."
+            element.say("frames", what)
         bounds = [*starts, len(fragments)]
     elif len(fragments) == frames or (frames == 1 and not starts):
         bounds = [*range(frames), len(fragments)]
@@ -366,8 +339,8 @@ def read_codestream_of(
         bounds = found
     else:
         raise ImageError(
-            f"{name} states {frames} frames and holds {len(starts) or len(fragments)} compressed "
-            "pictures.",
+            f"{element.name} states {frames} frames and holds {len(starts) or len(fragments)} "
+            "compressed pictures.",
             "It was probably cut off or put together wrongly: export the series again.",
         )
     parts = []
@@ -377,11 +350,9 @@ def read_codestream_of(
     return b"".join(parts)
 
 
-def _walk(
-    element: PixelElement, little: bool, name: str, say: Say
-) -> tuple[bytes, list[tuple[int, int]]]:
+def _walk(element: PixelElement) -> tuple[bytes, list[tuple[int, int]]]:
     """The basic offset table, and where each fragment lies: place and length."""
-    file, order = element.file, "<HHI" if little else ">HHI"
+    file, order = element.file, "<HHI" if element.little else ">HHI"
     found: list[tuple[int, int]] = []
     at, end = element.start, file.seek(0, io.SEEK_END)
     if element.length is not None:
@@ -390,27 +361,26 @@ def _walk(
         file.seek(at)
         head = file.read(8)
         if len(head) < 8:
-            say("fragments", "The end of the compressed pictures is not marked.")
+            element.say("fragments", "The end of the compressed pictures is not marked.")
             break
         group, number, size = struct.unpack(order, head)
         tag = group << 16 | number
         if tag == DELIMITER:
             break
-        if tag != ITEM or size == 0xFFFFFFFF or len(found) > MAX_FRAGMENTS:
-            raise cut_off(name)
-        if at + 8 + size > end:
-            raise cut_off(name)
+        is_item = tag == ITEM and size != UNDEFINED and len(found) <= MAX_FRAGMENTS
+        if not is_item or at + 8 + size > end:
+            raise cut_off(element.name)
         found.append((at + 8, size))
         at += 8 + size
     if not found:
-        raise cut_off(name)
+        raise cut_off(element.name)
     start, size = found[0]
     if _begins(element, start, size):  # the table, even an empty one, was left out
         return b"", found
     file.seek(start)
     fragments = [fragment for fragment in found[1:] if fragment[1]]
     if not fragments:
-        raise cut_off(name)
+        raise cut_off(element.name)
     return file.read(size), fragments
 
 

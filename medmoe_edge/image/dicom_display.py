@@ -102,20 +102,10 @@ def _as_stored(value: float, stored: Stored) -> float:
 def show(
     stored: Stored, header: Header, layout: Layout, name: str, say: Say
 ) -> tuple[Pixels, Window | None]:
-    """Show stored values.
+    """Show the stored values of a frame, whose own functional groups the header includes.
 
-    Args:
-        stored: One frame.
-        header: What is said of it, its own functional groups included.
-        layout: What the header says of its cells.
-        name: What messages call the file.
-        say: Takes what should be known of the picture.
-
-    Returns:
-        uint8 values [H, W] or [H, W, 3], and the window that made them.
-
-    Raises:
-        ImageError: Its palette cannot be read.
+    Returns uint8 values [H, W] or [H, W, 3], and the window that made them. Raises `ImageError`
+    where a palette cannot be read.
     """
     if stored.colour == "rgb":
         return scaled(stored.values, stored.bits), None
@@ -215,11 +205,9 @@ class _Rendering:
         return self._presented(shown)
 
     def curve(self, values: Values, count: Callable[[], Counts]) -> _Curve:
-        """How values of interest are shown.
+        """How values of interest are shown: `values` are those that the frame has stored.
 
-        Args:
-            values: Stored values that the frame has.
-            count: How many pixels have each of them.
+        `count` tells how many pixels have each of them.
         """
         padding = padding_of(self.header, self.stored, values)
         if padding is not None and padding.all():

@@ -27,7 +27,6 @@ from medmoe_edge.image.codestreams import (
     read_codestream,
 )
 from medmoe_edge.image.dicom_container import (
-    Container,
     PixelElement,
     read_at,
     read_codestream_of,
@@ -38,7 +37,6 @@ from medmoe_edge.image.pixels import check_size
 
 Values = npt.NDArray[Any]
 Colour = Literal["grey", "palette", "rgb"]
-
 GREY = ("MONOCHROME1", "MONOCHROME2")
 YBR = ("YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT", "YBR_PARTIAL_420", "YBR_PARTIAL_422")
 MAX_FRAMES = 10_000_000
@@ -87,14 +85,8 @@ class Stored:
     @property
     def domain(self) -> tuple[int, int]:
         """The least and the greatest value that so many bits hold."""
-        return (
-            (-(1 << self.bits - 1), (1 << self.bits - 1) - 1)
-            if self.signed
-            else (
-                0,
-                (1 << self.bits) - 1,
-            )
-        )
+        half = 1 << self.bits - 1
+        return (-half, half - 1) if self.signed else (0, 2 * half - 1)
 
 
 def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say) -> Layout:
@@ -119,7 +111,10 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
     stored = floats or header.whole("BitsStored") or allocated
     high = header.whole("HighBit")
     if not 1 <= samples <= MAX_COMPONENTS or not 1 <= allocated <= 64:
-        raise _contradiction(name)
+        raise ImageError(
+            f"The header of {name} does not say how its pixels are stored.",
+            "Export the file again, or save the picture as PNG.",
+        )
     if stored > allocated:
         say("header", "The file states more bits than it allocates: read at those allocated.")
         stored = allocated
@@ -142,51 +137,30 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
     )
 
 
-def _contradiction(name: str) -> ImageError:
-    return ImageError(
-        f"The header of {name} does not say how its pixels are stored.",
-        "Export the file again, or save the picture as PNG.",
-    )
+def read_frame(element: PixelElement, syntax: uid.UID | None, layout: Layout, index: int) -> Stored:
+    """The stored values of one frame, from 0, of the pixels that `layout` describes.
 
-
-def read_frame(
-    container: Container, element: PixelElement, layout: Layout, index: int, name: str, say: Say
-) -> Stored:
-    """Read one frame.
-
-    Args:
-        container: The open file.
-        element: Where its pixels lie.
-        layout: What `read_layout` says of them.
-        index: The frame, from 0.
-        name: What messages call the file.
-        say: Takes what should be known of the frame.
-
-    Returns:
-        Its stored values.
-
-    Raises:
-        ImageError: The frame is not whole, or of a kind that is not read.
+    Raises `ImageError` where the frame is not whole, or of a kind that is not read.
     """
+    name, say = element.name, element.say
     if layout.rows * layout.columns * layout.samples * layout.allocated > 8 * MAX_FRAME_BYTES:
         raise ImageError(
             f"One frame of {name} takes more than the limit of {MAX_FRAME_BYTES:,} bytes.",
             "Shrink it or crop it first.",
         )
     if element.length is not None and not element.is_encapsulated():
-        if container.syntax is not None and container.syntax.is_encapsulated:
+        if syntax is not None and syntax.is_encapsulated:
             say("transfer_syntax", "The file states a compression that its pixels do not have.")
-        return _read_cells(container, element, layout, index, name, say)
-    data = read_codestream_of(element, container.little, layout.frames, index, name, say)
+        return _read_cells(element, layout, index)
+    data = read_codestream_of(element, layout.frames, index)
     if is_codestream(data):
-        exact = container.syntax in EXACT
-        return _decode_frame(data, layout, exact, name, say)
-    if container.syntax == uid.RLELossless:
+        return _decode_frame(data, layout, syntax in EXACT, name, say)
+    if syntax == uid.RLELossless:
         planes = read_rle(data, layout.rows * layout.columns, layout.samples, name, say)
         return _of_planes(planes, layout, name)
-    if container.syntax == DEFLATED_FRAMES:
-        return _inflate_frame(data, container, element, layout, name, say)
-    raise _unknown_compression(container.syntax, name)
+    if syntax == DEFLATED_FRAMES:
+        return _inflate_frame(data, element, layout)
+    raise _unknown_compression(syntax, name)
 
 
 def can_decode(syntax: uid.UID) -> bool:
@@ -197,9 +171,10 @@ def can_decode(syntax: uid.UID) -> bool:
 def _unknown_compression(syntax: uid.UID | None, name: str) -> ImageError:
     if syntax is not None and syntax.startswith(VIDEO):
         return ImageError(f"{name} is a video.", "Export the wanted frame as a picture.")
-    if syntax is not None and syntax in (*uid.JPEGTransferSyntaxes, *uid.JPEG2000TransferSyntaxes):
-        return cut_off(name)
-    if syntax is not None and syntax in uid.JPEGLSTransferSyntaxes:
+    if syntax in (
+        *(*uid.JPEGTransferSyntaxes, *uid.JPEG2000TransferSyntaxes),
+        *uid.JPEGLSTransferSyntaxes,
+    ):
         return cut_off(name)
     return ImageError(
         f"{name} is compressed in an unsupported way.", "Save it uncompressed or as PNG."
@@ -209,9 +184,7 @@ def _unknown_compression(syntax: uid.UID | None, name: str) -> ImageError:
 # --- Uncompressed ------------------------------------------------------------
 
 
-def _read_cells(
-    container: Container, element: PixelElement, layout: Layout, index: int, name: str, say: Say
-) -> Stored:
+def _read_cells(element: PixelElement, layout: Layout, index: int) -> Stored:
     """Read one frame's cells, and take the values out of them (PS3.5 8.1)."""
     pixels = layout.rows * layout.columns
     subsampled = layout.photometric in ("YBR_FULL_422", "YBR_PARTIAL_422") and layout.samples == 3
@@ -224,15 +197,15 @@ def _read_cells(
     whole = math.ceil(bits * layout.frames / 8)
     first, last = bits * index // 8, math.ceil(bits * (index + 1) / 8)
     if length > whole + 1:
-        say("unused_data", "The file holds more pixel data than its frames need.")
-    swapped = element.words and not container.little and layout.allocated <= 8
+        element.say("unused_data", "The file holds more pixel data than its frames need.")
+    swapped = element.words and not element.little and layout.allocated <= 8
     data = (_read_swapped if swapped else _read_plain)(element, first, last)
     if length < whole or len(data) < last - first:
         raise ImageError(
-            f"{name} holds fewer pixels than its header states.",
+            f"{element.name} holds fewer pixels than its header states.",
             "It was probably cut off: copy or export the file again.",
         )
-    cells = _cells(data, bits * index % 8, bits, element.kind, layout, container.little)
+    cells = _cells(data, bits * index % 8, bits, element.kind, layout, element.little)
     if subsampled:
         cells = _upsampled(cells, layout)
     elif layout.samples > 1:
@@ -247,7 +220,7 @@ def _read_cells(
     if element.kind != "integer":
         return Stored(cells, layout.allocated, True, "grey")
     values = _values(cells, layout.stored, layout.high, layout.signed)
-    return _coloured(values, layout.stored, layout.signed, layout, name)
+    return _coloured(values, layout.stored, layout.signed, layout, element.name)
 
 
 def _read_plain(element: PixelElement, first: int, last: int) -> bytes:
@@ -331,21 +304,14 @@ def _decode_frame(data: bytes, layout: Layout, exact: bool, name: str, say: Say)
     if stream.components == 3:
         fits = layout.stored < stream.precision and int(values.max()) < 1 << layout.stored
         bits = layout.stored if fits else stream.precision
-        if _is_ycc(stream, stated):
+        # libjpeg has converted the components of lossy JPEG; others are YCbCr still
+        is_converted = stream.kind == "jpeg" and not stream.lossless
+        if not is_converted and (stream.colour or stated) == "ycc":
             values = _from_ybr(values, bits, "YBR_FULL")
         return Stored(values, bits, False, "rgb")
     values, bits, signed = _of_depth(values, stream, layout, say)
-    photometric = layout.photometric
-    if photometric not in (*GREY, "PALETTE COLOR"):
-        photometric = "MONOCHROME2"
-    return Stored(values, bits, signed, "palette" if photometric == "PALETTE COLOR" else "grey")
-
-
-def _is_ycc(stream: Codestream, stated: str) -> bool:
-    """Whether decoded components are YCbCr still: libjpeg has converted those of lossy JPEG."""
-    if stream.kind == "jpeg" and not stream.lossless:
-        return False
-    return (stream.colour or stated) == "ycc"
+    is_palette = layout.photometric == "PALETTE COLOR"
+    return Stored(values, bits, signed, "palette" if is_palette else "grey")
 
 
 def _of_depth(
@@ -397,21 +363,14 @@ def _of_planes(planes: Values, layout: Layout, name: str) -> Stored:
     )
 
 
-def _inflate_frame(
-    data: bytes,
-    container: Container,
-    element: PixelElement,
-    layout: Layout,
-    name: str,
-    say: Say,
-) -> Stored:
+def _inflate_frame(data: bytes, element: PixelElement, layout: Layout) -> Stored:
     """A frame of Deflated Image Frame Compression (PS3.5 A.4.12), inflated to its size only."""
     bits = layout.rows * layout.columns * layout.samples * layout.allocated
     plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, math.ceil(bits / 8))
-    inflated = PixelElement(io.BytesIO(plain), 0, len(plain), element.kind, False)
-    one = dataclasses.replace(layout, frames=1)
-    plainly = dataclasses.replace(container, syntax=None, pixels=inflated)
-    return _read_cells(plainly, inflated, one, 0, name, say)
+    inflated = dataclasses.replace(
+        element, file=io.BytesIO(plain), start=0, length=len(plain), words=False
+    )
+    return _read_cells(inflated, dataclasses.replace(layout, frames=1), 0)
 
 
 def _coloured(values: Values, bits: int, signed: bool, layout: Layout, name: str) -> Stored:

@@ -141,10 +141,7 @@ class Table:
 def read_table(header: Header, domain: tuple[float, float], say: Say) -> Table | None:
     """A table of an item with a LUTDescriptor and LUTData; None where it is empty or no table.
 
-    Args:
-        header: The item.
-        domain: The least and the greatest value that can come in.
-        say: Takes what is odd about the table.
+    `domain` are the least and the greatest value that can come in.
     """
     descriptor = header.numbers("LUTDescriptor")
     if len(descriptor) != 3:
@@ -161,8 +158,7 @@ def read_palette(
 ) -> tuple[Table, ...]:
     """The red, green and blue tables, all of the same bits.
 
-    Raises:
-        ImageError: One is missing, or unfolds without end.
+    Raises `ImageError` where one is missing, or unfolds without end.
     """
     tables = []
     declared = 0

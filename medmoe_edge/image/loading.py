@@ -220,7 +220,7 @@ def decoding(name: str) -> Iterator[None]:
                 f"There is not enough memory to read {name}.", "Close other programs, or shrink it."
             ) from None
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise _not_opened(name, error) from None  # perhaps gone meanwhile
+            raise ImageError(*unreadable(name, error)) from None  # perhaps gone meanwhile
         except Exception as error:
             raise ImageError(
                 f"{name} is damaged, incomplete or of an unsupported variant "
@@ -252,11 +252,7 @@ def check_file(path: Path, name: str) -> None:
             raise ImageError(f"{name} is not a regular file.", "Give an image file.")
         path.open("rb").close()
     except OSError as error:
-        raise _not_opened(name, error) from None
-
-
-def _not_opened(name: str, error: OSError) -> ImageError:
-    return ImageError(*unreadable(name, error))
+        raise ImageError(*unreadable(name, error)) from None
 
 
 def _head(path: Path, name: str) -> bytes:

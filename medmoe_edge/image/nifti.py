@@ -45,16 +45,13 @@ UNITS = {1: 1000.0, 3: 0.001}  # metres and micrometres in mm; anything else is 
 UNREAD = {0: "of no stated kind", 1: "single bits"}
 UNREAD |= dict.fromkeys((32, 1792, 2048), "complex numbers")
 KNOWN = (2, 4, 8, 16, 64, 128, 256, 512, 768, 1024, 1280, 1536, 2304)
-
 MAX_RATIO = 1100  # deflate makes nothing smaller by more than 1,032 times
 MAX_INFLATED = 2**32  # bytes of a gzip file until the end of the slice
 MAX_SUMMED = 2**29  # bytes that are inflated only to compare the sum of what was packed
 MAX_TRAILING = 2**20  # bytes after the last voxel
 CHUNK = 2**22
-
 # Where pictures begin, at the left or above, along axes to the right, front and top; the opposite.
 BEGIN, END = "RAH", "LPF"
-
 CUT = "Copy it again from where it came, whole."
 
 
@@ -102,7 +99,9 @@ class _Volume:
             )
         self.shape, self.volumes = self._shape()
         self.dtype = self._dtype()
-        self.offset = self._offset()
+        stated, least = float(self.header["vox_offset"]), HEADER_BYTES[self.version]
+        # absent, or nothing that can be meant: behind the four bytes that announce extensions
+        self.offset = int(stated) if least <= stated < 2**62 else least + 4
         self.bytes = math.prod(self.shape) * self.volumes * self.dtype.itemsize
         self.affine, self.notices = self._affine()
         self.sides_known = not self.notices
@@ -141,13 +140,6 @@ class _Volume:
             )
         return found
 
-    def _offset(self) -> int:
-        stated = float(self.header["vox_offset"])
-        least = HEADER_BYTES[self.version]
-        if not least <= stated < 2**62:  # absent, or nothing that can be meant
-            return least + 4  # behind the four bytes that announce extensions
-        return int(stated)
-
     def _affine(self) -> tuple[npt.NDArray[np.float64], tuple[Notice, ...]]:
         """From voxels to mm, RAS+: the sform, else the qform, else the sizes of voxels alone."""
         header = self.header
@@ -161,7 +153,8 @@ class _Volume:
                     found = np.asarray(get(), np.float64)
                 except (ValueError, nibabel.spatialimages.HeaderDataError):
                     continue  # the quaternion is none
-                if _is_usable(found):
+                # each axis of a volume runs somewhere else
+                if np.isfinite(found).all() and np.linalg.matrix_rank(found[:3, :3]) == 3:
                     return found, ()
         unknown_sides = Notice(
             "orientation_unknown",
@@ -191,11 +184,6 @@ class _Volume:
         """The values that are shown black and white, if the file says so: cal_min and cal_max."""
         low, high = float(self.header["cal_min"]), float(self.header["cal_max"])
         return (low, high) if math.isfinite(high - low) and low < high else None
-
-
-def _is_usable(affine: npt.NDArray[np.float64]) -> bool:
-    """Whether each axis of a volume runs somewhere else."""
-    return bool(np.isfinite(affine).all()) and np.linalg.matrix_rank(affine[:3, :3]) == 3
 
 
 def _read(

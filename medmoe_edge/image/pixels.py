@@ -24,14 +24,9 @@ if TYPE_CHECKING:
 
 
 Pixels = npt.NDArray[np.uint8]
-
 Window = tuple[float, float]
-
-
 MAX_PIXELS = 100_000_000  # of one picture: 10,000 x 10,000
-
 MAX_BYTES = 2**30  # of all frames of a file, decoded: 2,000 CT slices
-
 
 # The paper pads to a square before it shrinks. Longer sides are reduced to this first, or a strip
 # of 1 x 100,000,000 pixels would need a square of 10^16.
@@ -39,21 +34,12 @@ MAX_SQUARE = 8192
 
 # Likewise, only the middle of a longer strip can reach the centre crop.
 MAX_ASPECT = 16
-
-
 SQUARE = 0.005  # pixels that are less out of square than this are shown as they are
-
 MAX_STRETCH = 16.0  # what says more than this is taken for a mistake
-
 BAND = 2**20  # values that are worked on at once
-
 FLAT = 16  # in a picture of fewer grey levels next to nothing can be seen
-
-
 HEAD_BYTES = 348  # enough for all of these; a NIfTI-1 header is the longest
-
 KINDS = "a PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI file"
-
 
 RASTERS = (
     b"\x89PNG\r\n\x1a\n",
@@ -63,12 +49,8 @@ RASTERS = (
 )
 
 BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # sizes of what follows the 14 bytes of every BMP
-
 NIFTI_MAGICS = {344: (b"n+1\0", b"ni1\0"), 4: (b"n+2\0", b"ni2\0")}  # by offset
-
 GZIP = b"\x1f\x8b"
-
-
 SAVE_AS = "Open it in the program that made it, and save the picture as PNG."
 
 # What else people try, each with its remedy.
@@ -173,14 +155,9 @@ class Image:
 def square_pixels(image: Image, ratio: float, most_pixels: int = MAX_PIXELS) -> Image:
     """The image in true proportions: the coarser axis is stretched until pixels are square.
 
-    Args:
-        image: As it is stored.
-        ratio: The distance between its rows, divided by that between its columns.
-        most_pixels: Where stretching would exceed this, the finer axis shrinks too.
-
-    Returns:
-        The same image where its pixels are square already; with a notice, where the ratio cannot
-        be meant.
+    `ratio` is the distance between its rows, divided by that between its columns. Where stretching
+    would exceed `most_pixels`, the finer axis shrinks too. It is the same image where its pixels
+    are square already; with a notice, where the ratio cannot be meant.
     """
     if abs(ratio - 1) < SQUARE:
         return image
@@ -331,7 +308,6 @@ _CLASSES = (
 )
 
 _NAMES = {"ct": "CT", "mri": "MRI", "xray": "X-ray"}
-
 UNLIKE_LABEL = "unlike_label"
 
 
@@ -342,7 +318,11 @@ def modality_of(header: "Header") -> str | None:
 
 def labels_of(header: "Header") -> tuple[str, ...]:
     """All modalities that a DICOM header states, by Modality and by its storage class."""
-    stated = (modality_of(header), _of_class(header))
+    from pydicom.uid import UID
+
+    name = UID(header.text("SOPClassUID")).name  # of unknown ones the UID, in which no word is
+    of_class = next((kind for words, kind in _CLASSES if re.search(words, name)), None)
+    stated = (modality_of(header), of_class)
     return tuple(dict.fromkeys(kind for kind in stated if kind))
 
 
@@ -373,13 +353,6 @@ def unlike_label(labels: Sequence[str], read_as: str | None) -> tuple[Notice, ..
 def named(modality: str) -> str:
     """A modality as people write it."""
     return _NAMES.get(modality, modality)
-
-
-def _of_class(header: "Header") -> str | None:
-    from pydicom.uid import UID
-
-    name = UID(header.text("SOPClassUID")).name  # of unknown ones the UID, in which no word is
-    return next((kind for words, kind in _CLASSES if re.search(words, name)), None)
 
 
 def black_picture() -> Image:

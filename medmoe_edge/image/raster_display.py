@@ -19,7 +19,6 @@ from medmoe_edge.image.pixels import Pixels, Window, as_pixels, show_percentiles
 # EXIF's and TIFF's tags
 ORIENTATION, X_RESOLUTION, Y_RESOLUTION = 274, 282, 283
 WHITE_IS_ZERO = 0  # a photometric interpretation
-
 SRGB_GAMMA = 1 / 2.2  # PNG's gAMA of what looks right without any correction
 VISIBLE = 32  # of 255: what is darker everywhere cannot be seen on black
 BAND = 2**24  # pixels that are worked on at once

@@ -98,16 +98,10 @@ class Displayed:
 def read_apart(
     source: bytes | Path, frame: int | None = None, bounds: Bounds | None = None
 ) -> Image:
-    """What `load_image` reads, decoded in another process.
+    """What `load_image` reads of an upload or of a path, decoded in another process.
 
-    Args:
-        source: An uploaded file, or the path of one.
-        frame: From 0; without it the middle one is read.
-        bounds: What it may take.
-
-    Raises:
-        ImageError: As of `load_image`; or it takes more memory or time than it may.
-        ResourceError: The other process cannot be started.
+    Raises `ImageError` as `load_image` does, or where it takes more memory or time than its bounds
+    allow, and `ResourceError` where the other process cannot be started.
     """
     answer = _ask(source, frame, bounds or Bounds(), values=False)
     return _image_of(answer)
@@ -146,12 +140,8 @@ def _image_of(answer: "_Answer") -> Image:
 
 def warm_up() -> None:
     """Start a process for the first picture, unless there is one; this does not wait for it."""
-    with contextlib.suppress(queue.Empty):
-        process = _POOL.take(block=False)
-        try:
-            process = process or _Process()
-        finally:
-            _POOL.give(process)
+    with contextlib.suppress(queue.Empty), _POOL.process(block=False):
+        pass
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -285,9 +275,9 @@ class _Pool:
             self._places.put(None)
 
     @contextlib.contextmanager
-    def process(self) -> Iterator[_Process]:
-        """A process that nobody else asks meanwhile."""
-        process = self.take()
+    def process(self, block: bool = True) -> Iterator[_Process]:
+        """A process that nobody else asks meanwhile; waits for one, or raises `queue.Empty`."""
+        process = self._places.get(block)
         try:
             if process is not None and not process.is_alive:
                 process.end()
@@ -295,15 +285,7 @@ class _Pool:
             process = process or _Process()
             yield process
         finally:
-            self.give(process)
-
-    def take(self, block: bool = True) -> "_Process | None":
-        """A place, and the process in it; waits for one, or raises `queue.Empty`."""
-        return self._places.get(block)
-
-    def give(self, process: "_Process | None") -> None:
-        """Give a place back."""
-        self._places.put(process)
+            self._places.put(process)
 
     def close(self) -> None:
         """End the processes that nobody asks."""

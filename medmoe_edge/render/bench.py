@@ -37,23 +37,17 @@ def show_bench(bench: "Bench") -> None:
     show_table(title, ["", "", "median", "quartiles"], _figures(bench), left=2)
     show()
     rows = [
-        (
-            f"{length.tokens:,}",
-            seconds(length.seconds.median),
-            _quartiles(length.seconds),
-            seconds(length.seconds.median / length.tokens),
-            _memory(length.peak),
-        )
+        (f"{length.tokens:,}", *_spread(length.seconds, length.tokens), _memory(length.peak))
         for length in bench.lengths
     ]
     show_table("By prompt length", ["tokens", "prefill", "quartiles", "a token", "peak"], rows)
-    for line in _growth(bench):
-        show(line)
+    if bench.length_ratio is not None:
+        show(f"A token's prefill, worst length over best: {bench.length_ratio:.2f}")
+    if bench.token_bytes is not None:
+        peak, cache = bench.token_bytes / 1e3, bench.cache_token_bytes / 1e3
+        show(f"A token more adds {peak:,.1f} kB to the peak; the KV cache takes {cache:,.1f} kB")
     show()
-    questions = [
-        (f"{count}", seconds(spread.median), _quartiles(spread), seconds(spread.median / count))
-        for count, spread in bench.questions.items()
-    ]
+    questions = [(f"{count}", *_spread(spread, count)) for count, spread in bench.questions.items()]
     show_table("Questions about one image", ["", "all", "quartiles", "each"], questions)
     if bench.peers:
         _show_peers(bench)
@@ -75,7 +69,8 @@ def _figures(bench: "Bench") -> Iterator[tuple[str, str, str, str]]:
         ("second question", f"to its first token: {share}", parts["second"]),
     )
     for name, note, spread in rows:
-        yield (name, note, seconds(spread.median), _quartiles(spread))
+        median, quartiles, _ = _spread(spread, 1)
+        yield name, note, median, quartiles
     yield ("memory", "after a question", _memory(measured.resident), "")
     yield ("  peak", "of a question", _memory(measured.peak), "")
     yield ("  peak", "while loading", _memory(measured.loading), "")
@@ -86,15 +81,6 @@ def _figures(bench: "Bench") -> Iterator[tuple[str, str, str, str]]:
     each = shown_bytes(bench.decode_bytes)
     note = f"decoding reads {each} a token, {percent(bench.bandwidth_share)} of it"
     yield ("memory bandwidth", note, f"{median} GB/s", f"{low} to {high}")
-
-
-def _growth(bench: "Bench") -> Iterator[str]:
-    """How the costs of a prompt grow with it."""
-    if bench.length_ratio is not None:
-        yield f"A token's prefill, worst length over best: {bench.length_ratio:.2f}"
-    if bench.token_bytes is not None:
-        peak, cache = bench.token_bytes / 1e3, bench.cache_token_bytes / 1e3
-        yield f"A token more adds {peak:,.1f} kB to the peak; the KV cache takes {cache:,.1f} kB"
 
 
 def _show_peers(bench: "Bench") -> None:
@@ -135,18 +121,8 @@ def show_paging(bench: "PagingBench") -> None:
     for budget in bench.budgets:
         show()
         title = f"Budget {budget.budget}, {shown_bytes(budget.bytes)}"
-        columns = [
-            "",
-            "peak",
-            "after",
-            "same modality",
-            "switch",
-            "misses",
-            "late",
-            "read",
-            "stall",
-        ]
-        show_table(title, columns, _held(budget))
+        columns = ["", "peak", "after", "same modality", "switch"]
+        show_table(title, [*columns, "misses", "late", "read", "stall"], _held(budget))
         for line in _ratios(bench, budget):
             show(line)
     show()
@@ -265,8 +241,10 @@ def write_plot(bench: "Bench", file: Path) -> None:
             ) from error
 
 
-def _quartiles(spread: "Spread") -> str:
-    return f"{seconds(spread.low)} to {seconds(spread.high)}"
+def _spread(spread: "Spread", count: int) -> tuple[str, str, str]:
+    """Seconds of so many: their median, their quartiles, and what each takes."""
+    quartiles = f"{seconds(spread.low)} to {seconds(spread.high)}"
+    return seconds(spread.median), quartiles, seconds(spread.median / count)
 
 
 def _memory(count: int | None) -> str:
@@ -368,13 +346,9 @@ def show_fit(fit: "Fit") -> None:
 
 def show_comparison(comparison: "Measured") -> None:
     """Prediction beside measurement."""
+    predicted, measured = comparison.predicted, comparison.measured
     rows = [
-        (
-            name,
-            seconds(comparison.predicted[name]),
-            seconds(comparison.measured[name]),
-            f"{ratio:.2f}",
-        )
+        (name, seconds(predicted[name]), seconds(measured[name]), f"{ratio:.2f}")
         for name, ratio in comparison.ratios.items()
     ]
     show()

@@ -144,9 +144,6 @@ def show_inspection(inspection: "Inspection") -> None:
     decoder, vision, total = config.decoder, config.vision, inspection.parameters_total
     averaged = f", averaged from {vision.features}" if vision.pool > 1 else ""
     rows: list[tuple[str, object]] = [
-        ("kind", inspection.kind),
-        *told_runtime(inspection),
-        ("size", f"{shown_bytes(inspection.bytes)} in {len(inspection.files)} files"),
         ("parameters", "unknown without torch" if total is None else f"{total:,}"),
         ("  of the language part", f"{inspection.parameters_language:,}"),
         ("  activated per token", f"{inspection.parameters_activated:,}"),
@@ -167,10 +164,7 @@ def show_inspection(inspection: "Inspection") -> None:
     if inspection.tensors is not None:
         types = ", ".join(f"{count} {name}" for name, count in (inspection.types or {}).items())
         rows.append(("tensors", f"{inspection.tensors:,} ({types})"))
-    for name in ("quantisation", "source", "licence", "signature", "verification"):
-        rows += told(name, getattr(inspection, name))
-    rows += told_verified(inspection.verified)
-    show_table(inspection.name, ["", ""], rows, left=2)
+    show_make_up(inspection, rows)
     show_warnings(inspection.warnings)
 
 
@@ -181,25 +175,21 @@ def show_evaluation(found: "AnswerScores") -> None:
             show(_modality_found("the labelled images", found.labels))
         return
     asked, blind = found.questions, found.blind
-    scores: list[tuple[str, Score | None]] = [
-        ("all", asked.overall),
-        ("  open", asked.open),
-        ("  closed", asked.closed),
-    ]
+    groups: list[tuple[str, Scores]] = [("all", asked)]
     if blind:
-        scores += [
-            ("blind: a black picture", blind.overall),
-            ("  open", blind.open),
-            ("  closed", blind.closed),
-        ]
-    for source, score in asked.by_source.items():
-        scores += [(source, score.overall), ("  open", score.open), ("  closed", score.closed)]
+        groups.append(("blind: a black picture", blind))
+    groups += asked.by_source.items()
+    scores: list[tuple[str, Score | None]] = []
+    for name, group in groups:
+        scores += [(name, group.overall), ("  open", group.open), ("  closed", group.closed)]
     scores += list(asked.by_modality.items())
-    rows = [
-        (name, score.n, percent(score.exact_match), _interval(score), percent(score.accuracy))
-        for name, score in scores
-        if score
-    ]
+    rows = []
+    for name, score in scores:
+        if score:
+            interval = "{:.1%} to {:.1%}".format(*score.exact_match_interval)
+            rows.append(
+                (name, score.n, percent(score.exact_match), interval, percent(score.accuracy))
+            )
     show_table("", ["", "questions", "exact match", "95% interval", "accuracy"], rows)
     show()
     show_table(
@@ -207,7 +197,7 @@ def show_evaluation(found: "AnswerScores") -> None:
         ["the papers' figures", "ours", "official", *(["blind"] if blind else [])],
         [
             (name, *(NONE if value is None else f"{value:.2%}" for value in values))
-            for name, values in _published(asked, blind)
+            for name, values in _published(asked, blind).items()
         ],
     )
     show(
@@ -219,28 +209,16 @@ def show_evaluation(found: "AnswerScores") -> None:
         show(line)
 
 
-def _published(
-    asked: "Scores", blind: "Scores | None"
-) -> Iterator[tuple[str, tuple[float | None, ...]]]:
-    def closed(scores: "Scores") -> float | None:
-        return scores.closed.accuracy if scores.closed else None
-
-    yield (
-        "open recall",
-        (
-            asked.open_recall,
-            asked.official_open_recall,
-            *([blind.official_open_recall] if blind else []),
-        ),
-    )
-    yield (
-        "closed accuracy",
-        (
-            closed(asked),
-            asked.official_closed_accuracy,
-            *([blind.official_closed_accuracy] if blind else []),
-        ),
-    )
+def _published(asked: "Scores", blind: "Scores | None") -> dict[str, list[float | None]]:
+    closed = asked.closed.accuracy if asked.closed else None
+    told: dict[str, list[float | None]] = {
+        "open recall": [asked.open_recall, asked.official_open_recall],
+        "closed accuracy": [closed, asked.official_closed_accuracy],
+    }
+    if blind:
+        told["open recall"].append(blind.official_open_recall)
+        told["closed accuracy"].append(blind.official_closed_accuracy)
+    return told
 
 
 def _remarks(asked: "Evaluation", found: "AnswerScores") -> Iterator[str]:
@@ -272,7 +250,8 @@ def _modality_found(what: str, read: "ModalityAccuracy | None") -> str:
 
 def show_run(epochs: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
     """How far a training run is, one row an epoch."""
-    scores = dict.fromkeys(name for row in epochs for name in row if name not in _RUN)
+    own = ("phase", "epoch", "loss", "seconds")
+    scores = dict.fromkeys(name for row in epochs for name in row if name not in own)
     rows = [
         (
             row["phase"],
@@ -285,9 +264,6 @@ def show_run(epochs: Sequence[Mapping[str, Any]], *, finished: bool) -> None:
     ]
     show_table("", ["phase", "epoch", "loss", *scores, "time"], rows)
     show("Finished." if finished else f"{len(rows)} epochs are done; the run is not finished.")
-
-
-_RUN = ("phase", "epoch", "loss", "seconds")
 
 
 def percent(fraction: float) -> str:
@@ -312,39 +288,34 @@ def _grounds(answer: "Answer") -> Iterator[str]:
     yield f"{answer.timings.total:.2f} s, first token after {answer.timings.first_token:.2f} s"
 
 
-def told(name: str, value: object) -> list[tuple[str, object]]:
-    """A part of a manifest, or its parts; lists are left to --json."""
-    if not isinstance(value, Mapping):
-        return [(name, value)] if value else []
-    told: list[tuple[str, object]] = [(name, "")]
-    for key, part in value.items():
-        if isinstance(part, str | int | float):
-            told.append((f"  {key.replace('_', ' ')}", part))
-    return told
-
-
-def told_runtime(inspection: "Inspection | ModalityInspection") -> list[tuple[str, object]]:
-    """What it is made for, what runs it, and how many bits a weight takes."""
+def show_make_up(
+    inspection: "Inspection | ModalityInspection", own: Iterable[tuple[str, object]]
+) -> None:
+    """What both families have around a model's `own` rows."""
     bits = inspection.bits_per_weight
-    rows = {
+    made_for = {
         "target": inspection.target,
         "runtime": inspection.runtime,
         "bits per weight": None if bits is None else f"{bits:.2f}",
     }
-    return [(name, value) for name, value in rows.items() if value]
+    rows: list[tuple[str, object]] = [("kind", inspection.kind)]
+    rows += [(name, value) for name, value in made_for.items() if value]
+    rows.append(("size", f"{shown_bytes(inspection.bytes)} in {len(inspection.files)} files"))
+    rows += own
+    for name in ("quantisation", "source", "licence", "signature", "verification"):
+        value = getattr(inspection, name)
+        if not isinstance(value, Mapping):
+            rows += [(name, value)] if value else []
+            continue
+        rows.append((name, ""))
+        for key, part in value.items():
+            if isinstance(part, str | int | float):  # lists are left to --json
+                rows.append((f"  {key.replace('_', ' ')}", part))
+    verified = inspection.verified
+    if verified is not None and verified["machine"] is not None:
+        from medmoe_edge.bundle.machine import Machine
 
-
-def told_verified(verified: Mapping[str, Any] | None) -> list[tuple[str, object]]:
-    """Where a bundle was verified, and whether that holds here."""
-    if verified is None or verified["machine"] is None:
-        return []
-    from medmoe_edge.bundle.machine import Machine
-
-    holds = "yes" if verified["here"] else "no: prove it with medmoe-edge verify --quick"
-    machine = Machine.from_json(verified["machine"])
-    return [("  on", str(machine)), ("  which holds here", holds)]
-
-
-def _interval(score: "Score") -> str:
-    low, high = score.exact_match_interval
-    return f"{low:.1%} to {high:.1%}"
+        holds = "yes" if verified["here"] else "no: prove it with medmoe-edge verify --quick"
+        machine = Machine.from_json(verified["machine"])
+        rows += [("  on", str(machine)), ("  which holds here", holds)]
+    show_table(inspection.name, ["", ""], rows, left=2)

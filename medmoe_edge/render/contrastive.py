@@ -1,17 +1,13 @@
 """What the verbs show of a MedMoE: scores with bars, where a phrase lies, an archive, figures."""
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from medmoe_edge.errors import shown_bytes
 from medmoe_edge.render.console import (
     percent,
     show,
+    show_make_up,
     show_table,
     show_warnings,
-    told,
-    told_runtime,
-    told_verified,
     wrote,
 )
 
@@ -21,7 +17,6 @@ if TYPE_CHECKING:
     from medmoe_edge.archive.indexing import Indexing
     from medmoe_edge.archive.store import Retrieval
     from medmoe_edge.contrastive.evaluate import Mean, ModalityEvaluation, Share
-    from medmoe_edge.contrastive.evaluate import Retrieval as RetrievalScores
     from medmoe_edge.contrastive.features import Classification, Location, Reading
     from medmoe_edge.evaluation.inspection import ModalityInspection
 
@@ -84,7 +79,13 @@ def show_retrieval(found: "Retrieval") -> None:
     """The images that were found, by their paths below the indexed folder."""
     if found.hits:
         rows = [
-            (number, hit.path, f"{hit.similarity:.3f}", hit.modality, _frame(hit.frame, hit.frames))
+            (
+                number,
+                hit.path,
+                f"{hit.similarity:.3f}",
+                hit.modality,
+                f"frame {hit.frame} of {hit.frames}" if hit.frames > 1 else "",
+            )
             for number, hit in enumerate(found.hits, 1)
         ]
         show_table("", ["", "image", "similarity", "modality", ""], rows, left=2)
@@ -105,19 +106,13 @@ def show_explanation(found: "Location", router: str | None, picture: "Path") -> 
 
 
 def _ground(reading: "Reading", seconds: float) -> None:
-    likely = (f"{name} {percent(share)}" for name, share in _likely(reading))
+    # the modalities that may be meant, the first in any case
+    likely = [
+        f"{name} {percent(share)}"
+        for number, (name, share) in enumerate(reading.probabilities.items())
+        if number == 0 or share >= 0.05
+    ]
     show(f"image read as {', '.join(likely)} · {seconds:.2f} s", "dim")
-
-
-def _likely(reading: "Reading") -> Iterator[tuple[str, float]]:
-    """The modalities that may be meant, the first in any case."""
-    for number, (name, share) in enumerate(reading.probabilities.items()):
-        if number == 0 or share >= 0.05:
-            yield name, share
-
-
-def _frame(frame: int, frames: int) -> str:
-    return f"frame {frame} of {frames}" if frames > 1 else ""
 
 
 def show_modality_inspection(inspection: "ModalityInspection") -> None:
@@ -125,10 +120,7 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
     config, scores = inspection.config, inspection.scores
     swin, bert = config.vision, config.text
     experts = "one, shared by all" if config.shared_expert else f"{config.experts}, of which 1 runs"
-    rows: list[tuple[str, object]] = [
-        ("kind", inspection.kind),
-        *told_runtime(inspection),
-        ("size", f"{shown_bytes(inspection.bytes)} in {len(inspection.files)} files"),
+    rows = [
         ("parameters", f"{inspection.parameters_total:,}"),
         *((f"  of the {part}", f"{count:,}") for part, count in inspection.parameters.items()),
         ("  activated", f"{inspection.parameters_activated:,}"),
@@ -142,18 +134,15 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
             f"entropy > {scores.entropy_limit:.2g}, evidence < {scores.evidence_limit:.2g}",
         ),
     ]
-    for name in ("quantisation", "source", "licence", "signature", "verification"):
-        rows += told(name, getattr(inspection, name))
-    rows += told_verified(inspection.verified)
-    show_table(inspection.name, ["", ""], rows, left=2)
+    show_make_up(inspection, rows)
 
 
 def show_modality_evaluation(found: "ModalityEvaluation") -> None:
     """Every figure in percent with its 95% interval."""
     for name, routing in found.routing.items():
-        counts: list[tuple[object, ...]] = [
-            *((kind, *_counted(share)) for kind, share in routing.modalities.items()),
-            ("all", *_counted(routing.overall)),
+        counts = [
+            (kind, share.count, share.right, *_figures(share))
+            for kind, share in (*routing.modalities.items(), ("all", routing.overall))
         ]
         show_table(f"Modality of {name}", ["", "images", "right", "accuracy", INTERVAL], counts)
     rows: list[tuple[object, ...]] = []
@@ -170,32 +159,22 @@ def show_modality_evaluation(found: "ModalityEvaluation") -> None:
         "Retrieval",
         ["", "candidates", "within", "recall", INTERVAL],
         [
-            *_retrieved("text for an image", found.text_for_image),
-            *_retrieved("image for a text", found.image_for_text),
+            (what, retrieval.candidates, rank, *_figures(share))
+            for what, retrieval in (
+                ("text for an image", found.text_for_image),
+                ("image for a text", found.image_for_text),
+            )
+            for rank, share in retrieval.recall.items()
         ],
     )
-    _show_places(found)
-
-
-def _show_places(found: "ModalityEvaluation") -> None:
     model, centre = found.localisation.model, found.localisation.centre
-    rows: list[tuple[object, ...]] = [
+    rows = [
         (phrase, share.count, *_figures(share), percent(centre.phrases[phrase].share))
         for phrase, share in model.phrases.items()
     ]
     rows.append(("all", model.hits.count, *_figures(model.hits), percent(centre.hits.share)))
     rows.append(("average precision", "", percent(model.precision), "", percent(centre.precision)))
     show_table("Localisation", ["", "places", "hit", INTERVAL, "centre of image"], rows)
-
-
-def _retrieved(what: str, found: "RetrievalScores") -> list[tuple[object, ...]]:
-    return [
-        (what, found.candidates, rank, *_figures(share)) for rank, share in found.recall.items()
-    ]
-
-
-def _counted(share: "Share") -> tuple[object, ...]:
-    return share.count, share.right, *_figures(share)
 
 
 def _figures(found: "Share | Mean") -> tuple[str, str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from medmoe_edge.evaluation.metrics import Answers, Fidelity, Reduction, Share
     from medmoe_edge.evaluation.mutations import Mutations
     from medmoe_edge.evaluation.quick import Quick
-    from medmoe_edge.evaluation.record import AnyRecord
+    from medmoe_edge.evaluation.record import ContrastiveFigures
     from medmoe_edge.evaluation.targets import Agreement
     from medmoe_edge.evaluation.verify import Verification
     from medmoe_edge.families import AnswerScores
@@ -46,15 +46,16 @@ def show_verification(verification: "Verification") -> None:
             _show_modalities(record.figures)
             _show_reduction(record.figures.reduction)
             if verification.beside:
-                candidates = {f"{name} (this bundle)": record.figures, **verification.beside}
-                _show_candidates(candidates)
+                _show_candidates({f"{name} (this bundle)": record.figures, **verification.beside})
     if verification.fitted:
         show_confidence(verification.fitted)
     _show_damage(verification.faults, verification.weights)
     _show_mutations(record.mutations if record else None)
     if record:
         outcome = verification.outcome
-        show(f"{outcome.capitalize()}: {_measured(record)}.", OUTCOMES[outcome])
+        seen, day = _seen(record.figures, "images"), record.when.partition("T")[0]
+        verdict = f"{outcome.capitalize()}: {seen} of {record.data.name}, {day}."
+        show(verdict, OUTCOMES[outcome])
         hint(proven(verification.bundle).hint)
         return
     if verification.passed is None:
@@ -64,21 +65,12 @@ def show_verification(verification: "Verification") -> None:
 
 def show_quick(found: "Quick") -> None:
     """The gates, and the verdict for this machine."""
-    from medmoe_edge.evaluation.metrics import Fidelity
-
     show_gates(f"{found.bundle.name} on this machine", found.gates)
     _show_damage(found.faults, found.weights)
     _show_mutations(found.mutations)
-    seen = ""
-    if found.figures is not None:
-        seen = f"{found.figures.images:,} recorded images"
-        if isinstance(found.figures, Fidelity):
-            seen = f"{found.figures.questions:,} questions about {seen}"
+    seen = "" if found.figures is None else f": {_seen(found.figures, 'recorded images')}"
     outcome = {True: "passed", None: "not decided", False: "failed"}[found.passed]
-    show(
-        f"{outcome.capitalize()} on {found.machine}{seen and ': '}{seen}.",
-        OUTCOMES[outcome],
-    )
+    show(f"{outcome.capitalize()} on {found.machine}{seen}.", OUTCOMES[outcome])
     if found.passed is not False:
         show("So few only look for failures: see medmoe-edge verify for what was proven.", "dim")
 
@@ -141,7 +133,9 @@ def show_seen(found: "AnswerScores") -> None:
     """How findings are seen, what is taken for no scan, what other words cost, and confidence."""
     if found.findings:
         show()
-        show_table("Findings: yes against no", _FINDINGS, map(_finding_row, found.findings))
+        columns = ["finding", "present", "absent", "AUC", "", "sensitivity", "specificity"]
+        rows = map(_finding_row, found.findings)
+        show_table("Findings: yes against no", [*columns, "shuffled"], rows)
         show(
             "Shuffled: each image with the answer about another one. In brackets: 95% intervals, "
             "and where 95% of the shuffled ones lie. A black picture is at 0.50 whatever it says.",
@@ -179,9 +173,6 @@ def show_confidence(fitted: "Confidence") -> None:
     if fitted.doubtful_refusals:
         names = ", ".join(code.replace("_", " ") for code in fitted.doubtful_refusals)
         show(f"Refusals that are not to be relied on, by the fit: {names}.", "yellow")
-
-
-_FINDINGS = ("finding", "present", "absent", "AUC", "", "sensitivity", "specificity", "shuffled")
 
 
 def _finding_row(score: "FindingScore") -> tuple[object, ...]:
@@ -258,8 +249,10 @@ def show_coverage(
         show_table(title, columns, rows, left=2, styles=STATUSES)
     else:
         show(title)
-    if told := _labelled(statistics):
-        show(told, "dim")
+    told = statistics.source.labelled_by  # which decides what each expert is calibrated on
+    if told:
+        by = ", ".join(f"{count:,} {TOLD_BY.get(who, who)}" for who, count in told.items())
+        show(f"Modality told: {by}.", "dim")
     free = [row for row in rows if row[-1] == "data-free"]
     if free:
         named = ", ".join(f"layer {layer} {expert}" for layer, expert, *_ in free)
@@ -276,13 +269,6 @@ TOLD_BY = {
     "folder": "by the folder",
     "router": "by the model's own router",
 }
-
-
-def _labelled(statistics: "Statistics") -> str:
-    """Who said what the modalities are, which decides what each expert is calibrated on."""
-    told = statistics.source.labelled_by
-    parts = ", ".join(f"{count:,} {TOLD_BY.get(by, by)}" for by, count in told.items())
-    return parts and f"Modality told: {parts}."
 
 
 def show_gates(title: str, gates: "Sequence[GateResult]") -> None:
@@ -341,13 +327,13 @@ def _show_columns(title: str, columns: Sequence[str], rows: Mapping[str, Sequenc
     show()
 
 
-def _measured(record: "AnyRecord") -> str:
-    from medmoe_edge.evaluation.record import AnswersRecord
+def _seen(figures: "Fidelity | ContrastiveFigures", images: str) -> str:
+    from medmoe_edge.evaluation.metrics import Fidelity
 
-    images = f"{record.figures.images:,} images"
-    if isinstance(record, AnswersRecord):
-        images = f"{record.figures.questions:,} questions about {images}"
-    return f"{images} of {record.data.name}, {record.when.partition('T')[0]}"
+    told = f"{figures.images:,} {images}"
+    return (
+        f"{figures.questions:,} questions about {told}" if isinstance(figures, Fidelity) else told
+    )
 
 
 def _compared(answers: "Answers", flips: "Share | None") -> Iterator[str]:
@@ -373,7 +359,11 @@ def show_changes(changes: "Changes") -> None:
             f"{len(compared[kind]):,} {kind}" for kind in ("changed", "added", "removed")
         )
         show(f"{title.capitalize()}: {compared['same']:,} the same, {counts}.")
-        _list(compared["changed"] if title == "weights" else [])
+        names = compared["changed"] if title == "weights" else []
+        for name in names[:LISTED]:
+            show(f"  {name}")
+        if len(names) > LISTED:
+            show(f"  and {len(names) - LISTED:,} more: --json has them all.")
     for title in ("precision", "gates", "thresholds", "verification", "other"):
         _show_part(title.capitalize(), getattr(changes, title))
     answered = f"{len(changes.answers):,} of {changes.asked:,} that both carry"
@@ -396,10 +386,3 @@ def _shown(rows: "Sequence[Sequence[Any]]") -> list[list[str]]:
         return text if len(text) <= LONGEST + 4 else f"{text[:LONGEST]} ..."
 
     return [[str(name), cell(before), cell(after)] for name, before, after in rows]
-
-
-def _list(names: Sequence[str]) -> None:
-    for name in names[:LISTED]:
-        show(f"  {name}")
-    if len(names) > LISTED:
-        show(f"  and {len(names) - LISTED:,} more: --json has them all.")

@@ -25,7 +25,7 @@ from serving import StandIn, app_over
 from medmoe_edge import __version__, errors
 from medmoe_edge.bedside.listen.receiving import classes_with_pixels, transfer_syntaxes
 from medmoe_edge.checkpoint.tensors import write_checkpoint
-from medmoe_edge.cli.common import ORDER
+from medmoe_edge.cli.common import VERBS
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.initialise import random_tensors, train_tokenizer
 
@@ -175,9 +175,9 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_command_line_is_generated_whole(hooks: ModuleType) -> None:
     text = hooks.on_page_markdown(page("reference/command-line.md"))
-    for verb in ORDER:
+    for verb in VERBS:
         assert f"## `medmoe-edge {verb}`" in text
-    assert len(re.findall(r"^Example:$", text, re.MULTILINE)) >= len(ORDER)
+    assert len(re.findall(r"^Example:$", text, re.MULTILINE)) >= len(VERBS)
 
 
 def test_every_route_is_in_the_reference() -> None:

@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import stat
 import sys
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -40,6 +41,7 @@ from pydicom.uid import (
 from pynetdicom.ae import ApplicationEntity
 
 from medmoe_edge.bedside.audit.log import verify_log
+from medmoe_edge.bedside.listen import node as listen_node
 from medmoe_edge.bedside.listen import queue as listen_files
 from medmoe_edge.bedside.listen import receiving as listen_receiving
 from medmoe_edge.bedside.listen.answering import Answering
@@ -257,10 +259,7 @@ def test_questions_go_by_modality_and_body_part(tmp_path: Path) -> None:
     assert found == sorted([(keys[1], "a"), (keys[1], "b"), (keys[2], "a")])
 
 
-def test_an_answer_that_fails_is_tried_again_and_a_hopeless_one_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.01)
+def test_an_answer_that_fails_is_tried_again_and_a_hopeless_one_given_up(tmp_path: Path) -> None:
     engine = StandIn()
     errors: list[Exception] = [
         CheckpointError("a", "b"),
@@ -274,7 +273,7 @@ def test_an_answer_that_fails_is_tried_again_and_a_hopeless_one_given_up(
         return StandIn.ask_all(engine, *_, **__)  # type: ignore[arg-type]
 
     engine.ask_all = ask_all  # type: ignore[assignment,method-assign]
-    with Node(configuration(tmp_path / "node"), engine) as node:
+    with Node(configuration(tmp_path / "node"), engine, first_delay=0.01) as node:
         assert send(node.port, study(1)) == [0]
         wait_for(lambda: node.queue.counts()["failed"] == 1)
         assert len(list(node.folder.images.iterdir())) == 1  # kept, to be looked at
@@ -314,21 +313,40 @@ def test_an_object_that_ends_the_process_again_and_again_is_given_up(tmp_path: P
         wait_for(lambda: node.queue.counts()["failed"] == 1)
 
 
-def test_documents_are_sent_until_they_are_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
+def test_documents_are_sent_until_they_are_taken(tmp_path: Path) -> None:
     port = free_port()
     destination = {"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": port}
     kinds = ["comprehensive-3d-sr", "basic-text-sr"]
     given = {"dicom": [destination], "documents": kinds}
-    with Node(configuration(tmp_path / "node", **given), StandIn()) as node:
+    with Node(configuration(tmp_path / "node", **given), StandIn(), first_delay=0.05) as node:
         assert send(node.port, study()) == [0]
         wait_for(lambda: node.queue.counts()["unsent"] == 2)  # nobody is there
         with Archive(port) as archive:
             archive.refuse = 1
             wait_for(lambda: done(node))
     assert [len(each) for each in archive.received.values()] == [1, 1]
+
+
+def test_where_nobody_is_there_not_all_that_waits_is_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A destination that is down over the weekend, and a log with a line for each document."""
+    monkeypatch.setattr(listen_node, "FIRST_DELAY", 0.05)
+    waiting, is_there = [f"document {number}" for number in range(200)], threading.Event()
+
+    def send_one(document: str) -> None:
+        if not is_there.is_set():
+            raise ResourceError("it cannot be reached", "Is it running?")
+        waiting.remove(document)
+
+    worker = listen_node.Worker("Sending", lambda limit: waiting[:limit], send_one)
+    worker.start()
+    time.sleep(1)
+    assert listen_node.MANY <= caplog.text.count("it cannot be reached") < 2 * listen_node.MANY
+    is_there.set()
+    wait_for(lambda: not waiting)
+    worker.stop()
+    worker.join()
 
 
 def test_a_node_stops_after_what_it_has_begun(tmp_path: Path) -> None:

@@ -216,11 +216,8 @@ def test_what_is_not_taken_of_an_offer_is_in_the_log(
 
 
 @pytest.mark.timeout(30)
-def test_who_says_nothing_keeps_no_node_from_ending(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.PATIENCE", 300.0)
-    with Node(configuration(tmp_path / "node", timeout=600.0), StandIn()) as node:
+def test_who_says_nothing_keeps_no_node_from_ending(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node", timeout=600.0), StandIn(), patience=300.0) as node:
         silent = socket.create_connection(("127.0.0.1", node.port))
         assert send(node.port, study()) == [0]  # so that it has been taken by then
     with silent:

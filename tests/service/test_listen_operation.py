@@ -165,9 +165,8 @@ def test_pages_of_other_sites_reach_nothing(tmp_path: Path) -> None:
         assert httpx.get(url, headers={"Origin": "http://evil.example"}).status_code == 403
 
 
-def test_an_engine_that_hangs_is_not_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.STUCK", 0.2)
-    with Node(configuration(tmp_path / "node"), StandIn(seconds=2)) as node:
+def test_an_engine_that_hangs_is_not_well(tmp_path: Path) -> None:
+    with Node(configuration(tmp_path / "node"), StandIn(seconds=2), stuck=0.2) as node:
         assert node.ails() == ""
         assert send(node.port, study()) == [0]
         wait_for(lambda: node.ails() == "an answer takes too long")

@@ -483,8 +483,7 @@ class FhirServer(http.server.BaseHTTPRequestHandler):
         """Not to stderr."""
 
 
-def test_fhir_is_posted_until_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
+def test_fhir_is_posted_until_it_is_taken(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret\n")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FhirServer)
     seen: list[tuple[str, str, bytes]] = []
@@ -494,7 +493,9 @@ def test_fhir_is_posted_until_it_is_taken(tmp_path: Path, monkeypatch: pytest.Mo
     url = f"http://127.0.0.1:{server.server_address[1]}/fhir"
     target = {"url": url, "version": "R4", "token_file": str(tmp_path / "token")}
     try:
-        with Node(configuration(tmp_path / "node", fhir=[target]), StandIn()) as node:
+        with Node(
+            configuration(tmp_path / "node", fhir=[target]), StandIn(), first_delay=0.05
+        ) as node:
             assert send(node.port, study()) == [0]
             wait_for(lambda: node.queue.counts()["answered"] == 1)
             wait_for(lambda: node.queue.counts()["unsent"] == 0)

@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -349,17 +350,12 @@ def test_what_is_not_kept_of_a_study_is_told(tmp_path: Path, orthanc: Orthanc, w
 
 @pytest.mark.parametrize("way", SOURCES)
 def test_a_study_is_fetched_once_there_is_room(
-    tmp_path: Path,
-    orthanc: Orthanc,
-    way: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, orthanc: Orthanc, way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.2)
     place = {"url": orthanc.web} if way == "web" else {"port": orthanc.dicom}
     orthanc.take(study(1), study(2, StudyInstanceUID=STUDY), folder=tmp_path)
     full = beside(orthanc, tmp_path, sources=[SOURCES[way] | place], reserve_mb=10**9)
-    with Node(full, StandIn()) as node:
+    with Node(full, StandIn(), first_delay=0.2) as node:
         number = node.desk.request(STUDY, 0, "")
         wait_for(lambda: "request 1 failed (The disk is too full to keep it)" in caplog.text)
         assert node.desk.fetched(number) == ("waiting", "")
@@ -408,6 +404,44 @@ def test_a_source_that_gives_up_after_some_may_have_more(
             "1 of 2 objects were not kept (It shows text); "
             "the source then gave up, and may have more",
         )
+
+
+class Outliving(GivingUp):
+    """An association with one that still has an object to send when the node ends."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node)
+        self.begun = threading.Event()
+
+    def send_c_move(self, *_: Any) -> Iterator[tuple[Dataset, None]]:
+        self.node.receiving.moved(0x0000, "")
+        self.begun.set()
+        with contextlib.suppress(OSError):
+            while True:  # until nobody listens there any more
+                socket.create_connection(("127.0.0.1", self.node.port), 1).close()
+                time.sleep(0.05)
+        last = Dataset()
+        last.Status = 0xB000
+        last.NumberOfCompletedSuboperations = last.NumberOfFailedSuboperations = 1
+        yield last, None
+
+
+def test_a_study_is_fetched_again_where_the_node_ended_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(
+        tmp_path / "node", sources=[SOURCES["move"] | {"port": free_port()}], max_associations=99
+    )
+    with Node(config, StandIn()) as node:
+        source = Outliving(node)
+        monkeypatch.setattr(
+            "medmoe_edge.bedside.listen.fetching.associated", lambda *_, **__: source
+        )
+        number = node.desk.request(STUDY, 0, "")
+        assert source.begun.wait(20)
+    with contextlib.closing(Desk(config.folder)) as desk:
+        assert desk.fetched(number) == ("waiting", "")
+    assert len(list((config.folder / "requests").iterdir())) == 1
 
 
 def test_what_two_associations_bring_at_once_is_all_counted() -> None:
@@ -534,11 +568,12 @@ class Listener:
         self._loop.close()
 
 
-def test_hl7_is_said_until_it_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.node.FIRST_DELAY", 0.05)
+def test_hl7_is_said_until_it_is_accepted(tmp_path: Path) -> None:
     with Listener("AE", "AA\n") as listener:
         receiver = {"host": "127.0.0.1", "port": listener.port, "application": "RIS|1"}
-        with Node(configuration(tmp_path / "node", hl7=[receiver]), StandIn()) as node:
+        with Node(
+            configuration(tmp_path / "node", hl7=[receiver]), StandIn(), first_delay=0.05
+        ) as node:
             assert send(node.port, study(AccessionNumber="A1")) == [0]
             sent(node)
     first, second = listener.heard

@@ -1,9 +1,9 @@
 """Tiny downloads in the official forms, whole, incomplete and hostile."""
 
 import builtins
-import importlib
 import json
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -235,10 +235,7 @@ def test_all_sets_as_parquet(tmp_path: Path, dataset: Dataset) -> None:
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     source = write(tmp_path / "hf", {"test-00000-of-00001.parquet": b"PAR1"})
     with pytest.raises(MissingDependencyError, match="pyarrow"):
         prepare("pathvqa", source, tmp_path / "out")

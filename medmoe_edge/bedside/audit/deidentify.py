@@ -64,7 +64,10 @@ LARGEST = 2**32 - 2  # bytes whose offsets a Basic Offset Table can tell
 
 def clean_pixels(dataset: Dataset) -> None:
     """Clear all that is not a value of a pixel; raises `ImageError` where that cannot be done."""
-    if dataset.file_meta.TransferSyntaxUID.is_encapsulated and _hides_overlays(dataset):
+    hides_overlays = any(  # whose data is not in an attribute of its own (PS3.3 C.9.2)
+        Tag(group, 0x0100) in dataset and Tag(group, 0x3000) not in dataset for group in OVERLAYS
+    )
+    if dataset.file_meta.TransferSyntaxUID.is_encapsulated and hides_overlays:
         try:
             dataset.decompress(generate_instance_uid=False)
         except Exception as error:  # whatever decoders raise
@@ -79,13 +82,6 @@ def clean_pixels(dataset: Dataset) -> None:
         _clean_frames(dataset)
     elif not syntax.is_encapsulated:
         _clean_values(dataset)
-
-
-def _hides_overlays(dataset: Dataset) -> bool:
-    """Whether there are overlays whose data is not in an attribute of its own (PS3.3 C.9.2)."""
-    return any(
-        Tag(group, 0x0100) in dataset and Tag(group, 0x3000) not in dataset for group in OVERLAYS
-    )
 
 
 def _clean_values(dataset: Dataset) -> None:
@@ -273,13 +269,12 @@ def _may_show_text(dataset: Dataset) -> bool:
 
 
 def _refusal(dataset: Dataset) -> ImageError:
+    what = (
+        "Pictures of this kind often show text, such as a patient's name, and the file does not "
+        "say that this one shows none (Burned In Annotation)."
+    )
     if str(dataset.get("BurnedInAnnotation") or "").strip():
         what = "The picture is marked as showing text (Burned In Annotation), often a name."
-    else:
-        what = (
-            "Pictures of this kind often show text, such as a patient's name, and the file does "
-            "not say that this one shows none (Burned In Annotation)."
-        )
     return ImageError(what, "Look at it; cover what it tells, or allow it: --allow-burned-in.")
 
 
@@ -316,8 +311,7 @@ class _Cleaning:
             if action == "X":
                 del dataset[tag]
                 continue
-            element = dataset[tag]
-            self._apply(action, dataset, element)
+            self._apply(action, dataset, dataset[tag])
 
     def _apply(self, action: Action | None, dataset: Dataset, element: DataElement) -> None:
         is_sequence = element.VR == "SQ"
@@ -366,14 +360,10 @@ def _values(value: object) -> list[str]:
 
 
 def _action(tag: BaseTag) -> Action | None:
-    if tag.is_private or tag.element == 0:
+    repeats = any(tag.group & mask == group for group, mask in REPEATING)
+    if tag.is_private or tag.element == 0 or repeats:
         return "X"
-    if any(tag.group & mask == group for group, mask in REPEATING):
-        return "X"
-    found = _table().get((tag.group, tag.element))
-    if found is None and not dictionary_has_tag(tag):
-        return "X"
-    return found
+    return _table().get((tag.group, tag.element), None if dictionary_has_tag(tag) else "X")
 
 
 @functools.cache
@@ -383,9 +373,8 @@ def _table() -> dict[tuple[int, int], Action]:
     categories = dicom_anonymization_database_selector(f"dicomfields_{EDITION}")
     for category, action in CATEGORIES.items():
         for group, element, *masks in categories[category]:
-            if masks:
-                continue
             tag = (group, element)
             is_sequence = dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"
-            table[tag] = "X" if is_sequence and category in OPTIONAL else action
+            if not masks:
+                table[tag] = "X" if is_sequence and category in OPTIONAL else action
     return table

@@ -47,18 +47,16 @@ from typing import IO, Any, Literal
 import platformdirs
 from filelock import FileLock
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, sync_folder
 from medmoe_edge.errors import DataError, InputError, ResourceError, unreadable
 
 GENESIS = "0" * 64
-
 MAX_LINE = 2**20  # bytes; a question has at most 10,000 characters
 
 FIELDS = {
     *("number", "time", "who", "event", "model", "question", "answer", "input_sha256"),
     *("previous", "hash"),
 }
-
 
 Fault = Literal["changed", "deleted", "reordered", "torn", "head"]
 
@@ -117,16 +115,8 @@ def parse(line: bytes) -> dict[str, Any] | None:
 def verify_log(path: Path, head: str | None = None) -> AuditReport:
     """Follow the chain from the first line, and look for a recorded head in it.
 
-    Args:
-        path: The log.
-        head: The hash of a line that must be there; None is the last head that was written on this
-            machine, if it is known.
-
-    Returns:
-        Whether the log is what was written.
-
-    Raises:
-        InputError: The log cannot be read.
+    `head` is the hash of a line that must be there; None is the last head that was written on this
+    machine, if it is known. Raises `InputError` where the log cannot be read.
     """
     if head is None:
         kept = kept_head(path)
@@ -163,18 +153,13 @@ def _judge(line: bytes, number: int, previous: str, file: IO[bytes]) -> tuple[Fa
             return "torn", f"Line {number}, the last, was not finished, as after a crash."
         return "changed", f"Line {number} is not as it was written."
     if entry["number"] != number:
-        later = any(_number(other) == number for other in _lines(file))
+        later = any((parse(other) or {}).get("number") == number for other in _lines(file))
         if later or entry["number"] < number:
             return "reordered", f"Line {number} is entry {entry['number']}: the order was changed."
         return "deleted", f"Line {number} is entry {entry['number']}: lines before it are missing."
     if entry["previous"] != previous:
         return "changed", f"Line {number} does not follow from the line before: one was replaced."
     return None, ""
-
-
-def _number(line: bytes) -> object:
-    entry = parse(line)
-    return entry and entry["number"]
 
 
 def _lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -269,15 +254,10 @@ class AuditLog:
             raise _unwritable(error.strerror or type(error).__name__) from error
 
     def record_restore(self, backup_sha256: str, *, is_restored: bool) -> None:
-        """Write an entry about a backup that is being restored.
+        """Write an entry about a backup that is being restored; raises what `append` does.
 
-        Args:
-            backup_sha256: Of the backup's file.
-            is_restored: Whether the log itself is from it. Then it may be older than the head that
-                was kept, which the entry tells of, and from here on the head is this entry.
-
-        Raises:
-            DataError, ResourceError: As `append`.
+        Where the log itself is from it (`is_restored`), it may be older than the head that was
+        kept, which the entry tells of, and from here on the head is this entry.
         """
         kept = kept_head(self.path)
         text = "A backup was restored."
@@ -317,7 +297,10 @@ class AuditLog:
         assert kept is not None
         if kept[1] == self._missing:  # nothing is added before what is there
             return False
-        if _holds(file, kept[1]):
+        file.seek(0)
+        holds = any((parse(each) or {}).get("hash") == kept[1] for each in _lines(file))
+        file.seek(0, os.SEEK_END)
+        if holds:
             return True
         log.error(
             "The audit log has %d entries and not the last one that was written here, %d: "
@@ -330,21 +313,11 @@ class AuditLog:
     def _opened(self) -> IO[bytes]:
         is_new = not self.path.exists()
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        if is_new and os.name == "posix":  # elsewhere folders cannot be opened
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        if is_new:
+            sync_folder(self.path.parent)
         if os.name == "posix" and stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
             os.fchmod(descriptor, 0o600)  # whoever made it
         return os.fdopen(descriptor, "r+b", buffering=0)
-
-
-def _holds(file: IO[bytes], head: str) -> bool:
-    """Whether a line has this hash; the file then stands at its end."""
-    file.seek(0)
-    found = any((entry := parse(line)) and entry["hash"] == head for line in _lines(file))
-    file.seek(0, os.SEEK_END)
-    return found
 
 
 def _unwritable(why: str) -> ResourceError:
@@ -388,11 +361,8 @@ def _write(file: IO[bytes], line: bytes) -> None:
 
 
 PRIORITY = 13 * 8 + 6  # facility "log audit", severity "informational"
-
 PORT = 6514  # of syslog over TLS
-
 PAUSE = 1.0  # seconds until the log is looked at again
-
 PATIENCE = 10.0  # seconds for the collector to answer
 
 
@@ -453,20 +423,12 @@ class Collector:
 
 
 def ship(path: Path, collector: Collector, *, follow: bool = False) -> int:
-    """Send what was not sent yet.
+    """Send what was not sent yet to a collector; how many lines that were.
 
-    Args:
-        path: The audit log.
-        collector: Where to.
-        follow: Whether to wait for further lines, until a signal ends it.
-
-    Returns:
-        How many lines were sent.
-
-    Raises:
-        InputError: The log or a certificate cannot be read.
-        DataError: The log does not go on from what was sent: it was cut, changed or replaced.
-        ResourceError: The collector cannot be reached.
+    With `follow` it waits for further ones, until a signal ends it. Raises `InputError` for a log
+    or a certificate that cannot be read, `DataError` where the log does not go on from what was
+    sent, as it was cut, changed or replaced, and `ResourceError` where the collector cannot be
+    reached.
     """
     sent = 0
     try:
@@ -527,16 +489,11 @@ def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 def _frame(line: bytes, when: str) -> bytes:
     stamp = datetime.datetime.fromisoformat(when).astimezone(datetime.UTC)
-    head = (
-        f"<{PRIORITY}>1 {stamp:%Y-%m-%dT%H:%M:%S.%fZ} {_host()} medmoe-edge {os.getpid()} audit - "
-    )
+    name = socket.gethostname().encode("ascii", errors="ignore").decode()
+    host = "".join(mark for mark in name if mark.isprintable() and mark != " ")[:255] or "-"
+    head = f"<{PRIORITY}>1 {stamp:%Y-%m-%dT%H:%M:%S.%fZ} {host} medmoe-edge {os.getpid()} audit - "
     message = head.encode("ascii") + line.rstrip(b"\n")
     return b"%d %s" % (len(message), message)
-
-
-def _host() -> str:
-    name = socket.gethostname().encode("ascii", errors="ignore").decode()
-    return "".join(letter for letter in name if letter.isprintable() and letter != " ")[:255] or "-"
 
 
 def _shipped(path: Path) -> Path:

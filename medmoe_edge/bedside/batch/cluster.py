@@ -14,7 +14,6 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -33,7 +32,6 @@ HEADERS = 1024  # files whose headers are read at once
 LOCAL = "local"  # a cluster of this machine's own, which ends with the batch
 REACHING = 5.0  # seconds
 OBJECTS = 256 * 2**20  # bytes of shared memory for that one: paths and answers, no pixels
-
 KINDS = {kind.exit_code: kind for kind in (InputError, ModelError, ResourceError)}
 
 
@@ -73,13 +71,11 @@ class OnRay:
         self._workers = self._workers or sum(node["Alive"] for node in cluster.nodes())
         self._check_size(cluster.cluster_resources())
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def begin(self, questions: Iterable[str]) -> Identity:
-        """Have one machine load the model; see `batch_asking.Answering`."""
+        """Have one machine load the model; see `run.Answering`."""
         identify = ray.remote(_identify).options(**self._needs)
         with _explaining():
             told = ray.get(identify.remote(self._recipe, tuple(questions)))

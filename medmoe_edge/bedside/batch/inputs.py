@@ -23,9 +23,7 @@ import os
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from medmoe_edge.data.datasets import read_text
@@ -35,7 +33,6 @@ from medmoe_edge.prompt import check_question
 
 if TYPE_CHECKING:
     from medmoe_edge.bedside.listen.config import Series
-    from medmoe_edge.bedside.listen.schema import Slice
 
 COLUMNS = "Let its first line be: image, or image,question"
 
@@ -113,12 +110,12 @@ def header_of(path: str) -> Header:
         with decoding(Path(path).name):
             if not _is_dicom(path):
                 return {}
-            with open_container(Path(path), Path(path).name, lambda *_: None) as container:
+            with open_container(Path(path)) as container:
                 dataset, has_pixels = container.header.dataset, container.pixels is not None
             check_uids(dataset)
             origin, membership = origin_of(dataset, b""), membership_of(dataset)
             return {
-                "aside": aside(dataset, has_pixels, ANY_QUESTION),
+                "aside": aside(dataset, has_pixels, None),
                 **{name: getattr(origin, name) for name in ("uid", "study", "patient")},
                 **membership._asdict(),
                 "marks": key_objects(dataset),
@@ -131,22 +128,6 @@ def _is_dicom(path: str) -> bool:
     """By its first bytes; raises `OSError`."""
     with open(path, "rb") as file:
         return is_dicom(file.read(HEAD_BYTES))
-
-
-@dataclass(frozen=True)
-class _AnyQuestion:
-    """For `listen.selection.aside`: all questions fit every image, and none names a modality."""
-
-    allow_burned_in: bool = False
-
-    def names(self, modality: str) -> bool:
-        return False
-
-    def questions_for(self, modality: str, parts: Collection[str]) -> tuple[str, ...]:
-        return ("any",)
-
-
-ANY_QUESTION = _AnyQuestion()
 
 
 class Grouped(NamedTuple):
@@ -163,6 +144,7 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
     twice in a series, with the same content, counts once; what is for processing is left out where
     it is there for presentation. Raises `InputError` for items that are not all asked the same.
     """
+    from medmoe_edge.bedside.listen.schema import Slice
     from medmoe_edge.bedside.listen.selection import chosen
 
     if any(item.questions != items[0].questions for item in items):
@@ -186,12 +168,17 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
             known.append(items[number].path)
             if header["uid"] in marks:
                 marked.add(key)
-            slices[header["series"]].append(_slice(key, header))
+            place = (header[name] for name in ("position", "instance", "intent", "view"))
+            slices[header["series"]].append(Slice(key, "", "", (), *place))
             if header["intent"] == "presentation":
                 shown.add(_view(header))
     found = []
     for name, members in slices.items():
-        kept = [each for each in members if not _for_processing(each, headers, shown)]
+        kept = [
+            each
+            for each in members
+            if each.intent != "processing" or _view(headers[int(each.key)]) not in shown
+        ]
         left_out["for_processing"] += len(members) - len(kept)
         if not members:
             found.append(items[int(name)])
@@ -224,21 +211,8 @@ def _content(path: str) -> str | None:
         return None  # who asks about it says what is wrong
 
 
-def _slice(key: str, header: Header) -> "Slice":
-    from medmoe_edge.bedside.listen.schema import Slice
-
-    place = (header[name] for name in ("position", "instance", "intent", "view"))
-    return Slice(key, "", "", (), *place)
-
-
 def _view(header: Header) -> tuple[str, ...]:
     return header["study"], header["patient"], header["view"]
-
-
-def _for_processing(
-    slice_: "Slice", headers: Sequence[Header], shown: Collection[tuple[str, ...]]
-) -> bool:
-    return slice_.intent == "processing" and _view(headers[int(slice_.key)]) in shown
 
 
 def _shared(questions: Path | None, of_what: str) -> tuple[str, ...]:
@@ -353,9 +327,7 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._database.close()
 
     def done(self) -> set[int]:

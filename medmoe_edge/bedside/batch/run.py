@@ -33,7 +33,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -341,17 +340,12 @@ def _voted_row(
 def _row(
     engine: Engine, question: str, found: Answer | None = None, error: str | None = None
 ) -> Row:
+    same = ("confidence", "modality", "experts", "complete", "unsure", "stopped", "confidence_kind")
     return {
         "question": question,
         "answer": found and found.text,
-        "confidence": found and found.confidence,
-        "modality": found and found.modality,
-        "experts": found and found.experts,
-        "complete": found and found.complete,
+        **{name: found and getattr(found, name) for name in same},
         "warnings": found and [dataclasses.asdict(notice) for notice in found.warnings],
-        "unsure": found and found.unsure,
-        "stopped": found and found.stopped,
-        "confidence_kind": found and found.confidence_kind,
         "model": engine.name,
         "model_sha256": engine.sha256,
         "seconds": found and found.timings.total,
@@ -428,8 +422,18 @@ def run_batch(
             journal.remove()
         refuse_existing(output, force=force)
         done = journal.done()
-        keep = partial(_keep, items, journal, audit)
-        _answer(items, done, keep, answering, model.sha256, progress)
+        progress("asking", len(done), len(items))
+        pending = [(number, item) for number, item in enumerate(items) if number not in done]
+        for finished, (number, rows) in enumerate(answering.answers(pending), len(done) + 1):
+            if any(row["model_sha256"] != model.sha256 for row in rows):
+                raise ModelError(
+                    "A machine of the cluster has another model of that name.",
+                    "Bring the same bundle and version of medmoe-edge to all of them.",
+                )
+            if audit is not None:
+                _audit(audit, items[number], rows)
+            journal.keep(number, rows)
+            progress("asking", finished, len(items))
         written = write_results(output, items, journal, model.verification)
         journal.remove()
     return BatchReport(
@@ -455,61 +459,25 @@ def _headers(items: Sequence[Item], answering: Answering, progress: Progress) ->
     return [found[number] for number in range(len(items))]
 
 
-def _answer(
-    items: Sequence[Item],
-    done: set[int],
-    keep: Callable[[int, list[Row]], None],
-    answering: Answering,
-    sha256: str,
-    progress: Progress,
-) -> None:
-    """Bring all that is not done into the journal, as `keep` does."""
-    pending = [(number, item) for number, item in enumerate(items) if number not in done]
-    finished = len(done)
-    progress("asking", finished, len(items))
-    for number, rows in answering.answers(pending):
-        if any(row["model_sha256"] != sha256 for row in rows):
-            raise ModelError(
-                "A machine of the cluster has another model of that name.",
-                "Bring the same bundle and version of medmoe-edge to all of them.",
-            )
-        keep(number, rows)
-        finished += 1
-        progress("asking", finished, len(items))
-
-
-def _logged(row: Row) -> str:
-    told = shown_answer(row["answer"], complete=row["complete"], unsure=row["unsure"])
-    return logged(told, (notice["code"] for notice in row["warnings"]))
-
-
-def _keep(
-    items: Sequence[Item],
-    journal: Journal,
-    audit: "AuditLog | None",
-    number: int,
-    rows: list[Row],
-) -> None:
-    if audit is not None:
-        item = items[number]
-        paths = dict(item.slices) | {item.image: item.path}
-        for row in rows:
-            if row["error"] is not None:
-                continue
-            image = row.get("image", item.image)
-            try:
-                digest = file_sha256(Path(paths[image]))
-            except OSError as error:  # its disk has gone meanwhile
-                raise ResourceError(
-                    f"{shown(image)} can no longer be read, and its answer not be audited.",
-                    "Bring it back, and run the same again: what is done is kept.",
-                ) from error
-            audit.append(
-                who="batch",
-                event="answer",
-                model={"name": row["model"], "sha256": row["model_sha256"]},
-                question=row["question"],
-                answer=_logged(row),
-                input_sha256=digest,
-            )
-    journal.keep(number, rows)
+def _audit(audit: "AuditLog", item: Item, rows: Iterable[Row]) -> None:
+    paths = dict(item.slices) | {item.image: item.path}
+    for row in rows:
+        if row["error"] is not None:
+            continue
+        image = row.get("image", item.image)
+        try:
+            digest = file_sha256(Path(paths[image]))
+        except OSError as error:  # its disk has gone meanwhile
+            raise ResourceError(
+                f"{shown(image)} can no longer be read, and its answer not be audited.",
+                "Bring it back, and run the same again: what is done is kept.",
+            ) from error
+        told = shown_answer(row["answer"], complete=row["complete"], unsure=row["unsure"])
+        audit.append(
+            who="batch",
+            event="answer",
+            model={"name": row["model"], "sha256": row["model_sha256"]},
+            question=row["question"],
+            answer=logged(told, (notice["code"] for notice in row["warnings"])),
+            input_sha256=digest,
+        )

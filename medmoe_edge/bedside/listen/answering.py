@@ -196,13 +196,16 @@ class Answering:
         asked = [each for slice_ in selection.slices for each in self._asked(slice_, result)]
         if selection.slices and not asked:
             raise ImageError("none of its slices can be read", "Send it again.")
-        if _is_partly_unreadable(selection, asked):
+        counts = Counter(each.evidence.key for each in asked)
+        is_missing = len(counts) < len(selection.slices)
+        if is_missing or any(counts[each.evidence.key] < each.expected for each in asked):
             selection = replace(selection, notices=(*selection.notices, UNREADABLE))
         results = [replace(each, repeat=repeat) for each in self._results(selection, asked)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's quote what breaks the standard
             names = list(self._withdraw(result, job.key, replaced))
-            names += [f"{result}/{name}" for name in self._picture_names(asked)]
+            # what the model saw is the same for all questions
+            names += [f"{result}/{each.picture_name}" for each in asked if each.picture is not None]
             names += [name for each in results for name in self._write(result, each, replaced)]
         answers = {each.answer.question: json.dumps(each.answer.to_json()) for each in results}
         sources = list(dict.fromkeys(each.evidence.key for each in asked))
@@ -284,10 +287,9 @@ class Answering:
     def _picture(self, evidence: Evidence, image: Image) -> Dataset | None:
         if "picture" not in self.configuration.all_documents:
             return None
-        pixels = self.engine.seen(image)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = seen_capture(evidence, pixels)
+            picture = seen_capture(evidence, self.engine.seen(image))
         series, name = str(picture.SeriesInstanceUID), str(picture.SOPInstanceUID)
         picture.InstanceNumber = self.queue.instance_number(series, name)
         return picture
@@ -299,15 +301,21 @@ class Answering:
             for answer in asking.answers:
                 by_question.setdefault(answer.question, {})[asking.evidence.place] = answer
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        # what in the configuration an answer depends on
+        settings = self.configuration.series.model_dump(include={"slices", "every"})
+        settings |= {"max_new_tokens": self.configuration.max_new_tokens}
         found = []
         for answers in by_question.values():
             best, answer, agreed = voted(answers)
             finding = self.configuration.finding(answer.question)
-            certainty = self.configuration.certainty
             pictures = [each for each in asked if each.evidence.place in answers]
             sources = together(each.evidence for each in pictures)
             is_whole = len(sources) == selection.of and all(each.is_whole for each in sources)
             answer = replace(answer, warnings=(*answer.warnings, *selection.notices))
+            certainty = self.configuration.certainty
+            codes = None
+            if finding is not None:
+                codes = coded(finding, answer, certainty, agreed=agreed, is_whole=is_whole)
             found.append(
                 Result(
                     evidence=next(
@@ -318,18 +326,11 @@ class Answering:
                     pictures=tuple(each.picture for each in pictures if each.picture is not None),
                     others=sources,
                     of=selection.of,
-                    settings=self._settings(),
-                    coded=None
-                    if finding is None
-                    else coded(finding, answer, certainty, agreed=agreed, is_whole=is_whole),
+                    settings=json.dumps(settings),
+                    coded=codes,
                 )
             )
         return found
-
-    def _settings(self) -> str:
-        """What in the configuration an answer depends on."""
-        series = self.configuration.series.model_dump(include={"slices", "every"})
-        return json.dumps(series | {"max_new_tokens": self.configuration.max_new_tokens})
 
     def _notices(self, key: str) -> Iterator[Notice]:
         """What other objects say of this one."""
@@ -395,10 +396,6 @@ class Answering:
             if self._patients(sources) <= ours
         ]
         return [dcmread(path, stop_before_pixels=True) for path in paths if path.exists()]
-
-    def _picture_names(self, asked: Sequence[Asking]) -> list[str]:
-        """What the model saw is the same for all questions."""
-        return [each.picture_name for each in asked if each.picture is not None]
 
     def _write(self, key: str, result: Result, replaced: dict[str, list[str]]) -> Iterator[str]:
         """Write the configured documents; gives their names under the documents' folder."""
@@ -489,13 +486,6 @@ class Answering:
     def _give_up(self, job: Job, why: str) -> None:
         log.error("%s cannot be answered (%s): given up, and kept.", job.key[:16], why)
         self.queue.close_series(job, "failed", why)
-
-
-def _is_partly_unreadable(selection: Selection, asked: Sequence[Asking]) -> bool:
-    """Whether a chosen slice, or a frame of one, was not asked."""
-    counts = Counter(each.evidence.key for each in asked)
-    is_missing = len(counts) < len(selection.slices)
-    return is_missing or any(counts[each.evidence.key] < each.expected for each in asked)
 
 
 def _result_keys(job: Job, selection: Selection, replaced: Iterable[str]) -> Iterator[str]:

@@ -37,7 +37,6 @@ Also `[[stow]]` and `[[hl7]]` as destinations, `[[sources]]` to fetch studies fr
 node's port and `[http]` for its figures, its health and STOW-RS.
 """
 
-import ipaddress
 import json
 import socket
 import ssl
@@ -50,6 +49,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import pydantic
 
 from medmoe_edge.bedside.listen.header import body_parts
+from medmoe_edge.bedside.serve.settings import is_loopback, no_password
 from medmoe_edge.engine.answer import choices_of, given_choices
 from medmoe_edge.errors import InputError, unreadable
 
@@ -198,17 +198,13 @@ class Tls(_Part):
             elif context.protocol == ssl.PROTOCOL_TLS_CLIENT:
                 context.load_default_certs()
             if self.certificate is not None:
-                context.load_cert_chain(self.certificate, self.key, password=_no_password)
+                context.load_cert_chain(self.certificate, self.key, password=no_password)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"The certificates under tls cannot be used ({type(error).__name__}).",
                 "Give PEM files that belong together, the key without a password.",
             ) from error
         return context
-
-
-def _no_password() -> str:
-    raise ValueError("the key has a password")  # or OpenSSL would ask for it on the terminal
 
 
 def without_secrets(name: str) -> str:
@@ -220,7 +216,28 @@ def without_secrets(name: str) -> str:
     return parts._replace(netloc=host, query="", fragment="").geturl()
 
 
-class DicomDestination(_Part):
+class _Remote(_Part):
+    """Whoever is called."""
+
+    tls: Tls | None = None
+
+    @property
+    def name(self) -> str:
+        """By which the queue knows it."""
+        raise NotImplementedError
+
+    @property
+    def shown(self) -> str:
+        """For a log and for figures: its name without what is secret in a URL."""
+        return without_secrets(self.name)
+
+
+class _Node(_Remote):
+    host: str = pydantic.Field(min_length=1)
+    port: Port
+
+
+class DicomDestination(_Node):
     """A node that the DICOM documents are sent to.
 
     With `commitment` it is asked to say that it keeps them (Storage Commitment), which it does in
@@ -228,44 +245,28 @@ class DicomDestination(_Part):
     """
 
     ae_title: AETitle
-    host: str = pydantic.Field(min_length=1)
-    port: Port
-    tls: Tls | None = None
     commitment: bool = False
 
     @property
     def name(self) -> str:
-        """By which the queue knows it."""
         return f"dicom://{self.ae_title}@{self.host}:{self.port}"
 
-    @property
-    def shown(self) -> str:
-        """For a log."""
-        return self.name
 
-
-class _Web(_Part):
+class _Web(_Remote):
     """A server's base URL; `token_file` holds a bearer token."""
 
     url: pydantic.HttpUrl
     token_file: File | None = None
-    tls: Tls | None = None
 
     @pydantic.model_validator(mode="after")
     def _keeps_its_token(self) -> Self:
-        if self.token_file and self.url.scheme == "http" and not _is_loopback(self.url.host or ""):
+        if self.token_file and self.url.scheme == "http" and not is_loopback(self.url.host or ""):
             raise ValueError("A token would cross the network unencrypted: write https.")
         return self
 
     @property
     def name(self) -> str:
-        """By which the queue knows it."""
         return str(self.url)
-
-    @property
-    def shown(self) -> str:
-        """For a log and for figures: its name without what is secret in a URL."""
-        return without_secrets(self.name)
 
     def headers(self) -> dict[str, str]:
         """With the token, if there is one."""
@@ -288,45 +289,31 @@ class StowDestination(_Web):
 
     @property
     def name(self) -> str:
-        """By which the queue knows it."""
         return f"stow+{self.url}"
 
 
-class Hl7Destination(_Part):
+class Hl7Destination(_Node):
     """Who takes messages of HL7 version 2 by MLLP; `application` and `facility` go into MSH."""
 
-    host: str = pydantic.Field(min_length=1)
-    port: Port
     application: str = ""
     facility: str = ""
-    tls: Tls | None = None
 
     @property
     def name(self) -> str:
-        """By which the queue knows it."""
         return f"mllp://{self.host}:{self.port}"
-
-    @property
-    def shown(self) -> str:
-        """For a log."""
-        return self.name
 
 
 Destination = DicomDestination | StowDestination | FhirDestination | Hl7Destination
 
 
-class DicomSource(_Part):
+class DicomSource(_Node):
     """A node that studies are fetched from: by C-MOVE, which has it send them here, or C-GET."""
 
     ae_title: AETitle
-    host: str = pydantic.Field(min_length=1)
-    port: Port
     retrieve: Literal["move", "get"] = "move"
-    tls: Tls | None = None
 
     @property
-    def shown(self) -> str:
-        """For a log, and by which a person names it."""
+    def name(self) -> str:
         return self.ae_title
 
 
@@ -365,14 +352,7 @@ class Http(_Part):
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it."""
-        return _is_loopback(self.host)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+        return is_loopback(self.host)
 
 
 class Configuration(_Part):

@@ -8,7 +8,6 @@ were at one moment. What is old is removed by the node itself (`Tidying`).
 import contextlib
 import errno
 import json
-import os
 import secrets
 import shutil
 import sqlite3
@@ -16,11 +15,11 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.atomic import atomic_file, file_sha256
+from medmoe_edge.atomic import atomic_file, file_sha256, link
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
 from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
@@ -53,15 +52,10 @@ class Desk(Queue):
         """How the queue stands, as one stable JSON object; numbers alone."""
         ((objects,),) = self._read("SELECT count(*) FROM object")
         unsent = dict.fromkeys((each.name for each in configuration.destinations), 0)
-        unsent |= dict(
-            self._read(
-                "SELECT destination, count(*) FROM delivery WHERE sent = 0 GROUP BY destination"
-            )
-        )
-        unkept = (
-            "SELECT destination, count(*) FROM commitment WHERE state != 'kept' AND asked != ''"
-        )
-        uncommitted = dict(self._read(f"{unkept} GROUP BY destination"))
+        counted = "SELECT destination, count(*) FROM {} GROUP BY destination"
+        unsent |= dict(self._read(counted.format("delivery WHERE sent = 0")))
+        unkept = "commitment WHERE state != 'kept' AND asked != ''"
+        uncommitted = dict(self._read(counted.format(unkept)))
         for name in configuration.committing:
             uncommitted[name] = uncommitted.get(name, 0) + len(self.uncommitted(name, NO_LIMIT))
         requests = dict(self._read("SELECT state, count(*) FROM request GROUP BY state"))
@@ -97,16 +91,13 @@ class Desk(Queue):
         ((state, why),) = self._read("SELECT state, why FROM request WHERE number = ?", number)
         return state, why
 
-    def series(self, state: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-        """The last series, all or those in a state."""
+    def series(self) -> list[dict[str, Any]]:
+        """The last hundred series."""
         rows = self._read(
             "SELECT key, state, why, attempts, "
             "(SELECT count(*) FROM object WHERE series = series.key), "
             "(SELECT count(DISTINCT result) FROM source JOIN result ON result.key = source.result "
-            "WHERE series = series.key) FROM series WHERE ?1 IS NULL OR state = ?1 "
-            "ORDER BY number DESC LIMIT ?2",
-            state,
-            limit,
+            "WHERE series = series.key) FROM series ORDER BY number DESC LIMIT 100"
         )
         names = ("series", "state", "why", "attempts", "objects", "results")
         return [dict(zip(names, row, strict=True)) for row in rows]
@@ -136,7 +127,7 @@ class Desk(Queue):
         }
 
     def _result(self, key: str, replaced: str) -> dict[str, Any]:
-        answers = self._read("SELECT answer FROM answer WHERE key = ?", key)
+        answers = self._column("SELECT answer FROM answer WHERE key = ?", key)
         deliveries = self._read(
             "SELECT document, destination, sent FROM delivery WHERE document LIKE ? "
             "ORDER BY number",
@@ -146,7 +137,7 @@ class Desk(Queue):
             "result": key,
             "replaced_by": replaced or None,
             "about": self.sources(key),
-            "answers": [json.loads(text) for (text,) in answers],
+            "answers": list(map(json.loads, answers)),
             "deliveries": [
                 {"document": document, "destination": without_secrets(name), "sent": bool(sent)}
                 for document, name, sent in deliveries
@@ -155,7 +146,7 @@ class Desk(Queue):
 
     def retry(self, keys: Sequence[str]) -> int:
         """Have series that were given up answered again: those named, or all; how many they are."""
-        failed = [key for (key,) in self._read("SELECT key FROM series WHERE state = 'failed'")]
+        failed = self._column("SELECT key FROM series WHERE state = 'failed'")
         wanted = [self._key(each) for each in keys] if keys else failed
         if not set(wanted) <= set(failed):
             raise InputError(
@@ -171,9 +162,7 @@ class Desk(Queue):
     def requeue(self, keys: Sequence[str], destination: str | None) -> tuple[int, int]:
         """Have all documents of series sent again; how many, and how many more are gone.
 
-        Args:
-            keys: Of the series.
-            destination: Where to, as `status` names it; None: to all of them.
+        `destination` is where to, as `status` names it; None: to all of them.
         """
         again = gone = 0
         for key in map(self._key, keys):
@@ -195,10 +184,8 @@ class Desk(Queue):
     def is_finished(self, result: str, committing: Collection[str]) -> bool:
         """Whether nothing of a result is to be sent, and all is kept where that was asked.
 
-        Args:
-            result: Its key.
-            committing: The destinations that are to say that they keep what they have: what was
-                sent there is not finished before they do, though they may not be asked yet.
+        `committing` are the destinations that are to say that they keep what they have: what was
+        sent there is not finished before they do, though they may not be asked yet.
         """
         rows = self._read(
             "SELECT document, destination, sent, state, asked FROM delivery "
@@ -269,38 +256,33 @@ class Desk(Queue):
             if not path.name.endswith(".part")
         }
         for place in found - there:
-            _link(folder.root / place, staging / place)
+            (staging / place).parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # an image that was answered just now
+                link(folder.root / place, staging / place)  # none is ever changed
         return found
 
     def _key(self, letters: str) -> str:
         """The one series whose key begins so; that of an object or a result of it counts too."""
         if len(letters) < SHORTEST or not letters.isalnum():
             raise InputError("That is no key of a series.", "See: listen show.")
-        pattern = f"{letters.lower()}%"
-        rows = self._read(
+        found = self._column(
             "SELECT key FROM series WHERE key LIKE ?1 UNION "
             "SELECT series FROM object WHERE key LIKE ?1 UNION "
             "SELECT series FROM result WHERE key LIKE ?1",
-            pattern,
+            f"{letters.lower()}%",
         )
-        if len(rows) != 1:
-            what = "No series has" if not rows else "More than one series has"
+        if len(found) != 1:
+            what = "No series has" if not found else "More than one series has"
             raise InputError(f"{what} a key that begins so.", "See: listen show.")
-        return str(rows[0][0])
+        return found[0]
 
 
 def restore(backup: Path, folder: Folder, audit: Path) -> int:
-    """Bring back what `back_up` wrote; how many files.
+    """Bring back what `back_up` wrote into a folder that holds no queue yet; how many files.
 
-    Args:
-        backup: Its file.
-        folder: The node's, which must hold no queue yet.
-        audit: Where the audit log goes; an existing one stays. It gets an entry about this.
-
-    Raises:
-        InputError: The folder holds a queue, or the file is no whole backup.
-        DataError: The audit log that is there was changed.
-        ResourceError: The disk does not take the files, or the entry.
+    An existing audit log stays; it gets an entry about this. Raises `InputError` where the folder
+    holds a queue or the file is no whole backup, `DataError` where the audit log that is there was
+    changed, and `ResourceError` where the disk does not take the files, or the entry.
 
     Whatever of these is raised, nothing is restored: the folder is as it was. The queue is the last
     of the files, and the entry comes after it: it is never about what was not restored. Only a
@@ -325,17 +307,18 @@ def restore(backup: Path, folder: Folder, audit: Path) -> int:
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
             paths, had_log = _files(staging), audit.exists()
-            with _undone_on_failure() as added:
+            with contextlib.ExitStack() as undo:  # which an error does, the last first
                 if not had_log:
-                    added.append(audit)  # it is made with its first entry
+                    undo.callback(audit.unlink, missing_ok=True)  # it is made with its first entry
                 for path in sorted(paths - {Path(QUEUE)}):
                     target = audit if path == Path(AUDIT) else folder.root / path
                     if _move(staging / path, target):
-                        added.append(target)
+                        undo.callback(target.unlink, missing_ok=True)
                 if not _move(staging / QUEUE, folder.queue):  # a node has begun one meanwhile
                     raise has_queue
-                added.append(folder.queue)
+                undo.callback(folder.queue.unlink, missing_ok=True)
                 AuditLog(audit).record_restore(file_sha256(backup), is_restored=not had_log)
+                undo.pop_all()
     except MedMoEError as error:
         raise type(error)(f"{error.what} Nothing was restored.", error.remedy) from error
     except (OSError, tarfile.TarError, sqlite3.Error) as error:
@@ -356,18 +339,6 @@ def remove_leftovers(folder: Folder) -> None:
     for place in (each for prefix in STAGING for each in folder.root.glob(f"{prefix}*")):
         if place.stat().st_mtime < time.time() - DAY:  # none takes so long
             shutil.rmtree(place, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _undone_on_failure() -> Iterator[list[Path]]:
-    """Takes the files that are added inside, which an error removes again, the last first."""
-    added: list[Path] = []
-    try:
-        yield added
-    except BaseException:
-        for path in reversed(added):
-            path.unlink(missing_ok=True)
-        raise
 
 
 class Tidying:
@@ -418,13 +389,3 @@ def _move(path: Path, target: Path) -> bool:
     path.chmod(0o600)
     shutil.move(path, target)
     return True
-
-
-def _link(path: Path, target: Path) -> None:
-    """Another name for a file, as none is ever changed; a copy where the disk has no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path, target)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):  # an image that was answered just now
-            shutil.copy2(path, target)

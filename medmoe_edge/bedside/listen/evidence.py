@@ -87,21 +87,19 @@ class Evidence:
         """From a whole dataset, and the frame of it that was read, from 0: else the middle one."""
         middle = (image.frames - 1) // 2
         frame = 1 + (middle if index is None else index) if image.frames > 1 else None
-        notices = notices_of(dataset)
         values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
         header = _header(dataset, values)
         header.Rows, header.Columns = image.pixels.shape[:2]
         key = key or key_of(header.SOPInstanceUID)
-        number = text_of(dataset, "InstanceNumber").value
         return cls(
             header,
             values,
             frame,
             sha256,
             key,
-            notices,
+            notices_of(dataset),
             taken_at(dataset),
-            number,
+            text_of(dataset, "InstanceNumber").value,
             modality_of(dataset),
             image.frames,
         )

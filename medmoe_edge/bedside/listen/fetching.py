@@ -5,16 +5,12 @@ C, study root); from a DICOMweb server by QIDO-RS and WADO-RS. Earlier studies o
 come before, the latest first.
 """
 
-import contextlib
 import dataclasses
 import io
 import logging
 import threading
-from collections.abc import Iterator
 from functools import partial
-from typing import Protocol
 
-import requests
 from pydicom import Dataset, dcmwrite
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import evt
@@ -41,7 +37,7 @@ from medmoe_edge.bedside.listen.receiving import (
     transfer_syntaxes,
 )
 from medmoe_edge.bedside.listen.schema import Request
-from medmoe_edge.bedside.listen.sending import Context, associated, web_client
+from medmoe_edge.bedside.listen.sending import Context, associated, web_client, web_errors
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 log = logging.getLogger(__name__)
@@ -62,6 +58,7 @@ class Fetching:
     ) -> None:
         self.configuration, self.folder = configuration, folder
         self.queue, self.receiving = queue, receiving
+        self.ending = False  # the node takes no objects any more
         self._requests: dict[str, Request] = {}
 
     def pending(self, limit: int) -> list[str]:
@@ -81,6 +78,8 @@ class Fetching:
             state, why = "failed", error.what
         except FileNotFoundError:
             state, why = "failed", "its UID is gone: ask again"
+        if why and self.ending:
+            raise ResourceError("the node ends meanwhile", "It is fetched after the next start.")
         self.queue.close_request(request.number, state, why)
         path.unlink(missing_ok=True)
         level = logging.ERROR if why else logging.INFO
@@ -88,7 +87,12 @@ class Fetching:
 
     def _fetch(self, request: Request, study: str) -> tuple[str, str]:
         """The state that the request comes to, and why it is failed or not all was kept."""
-        finder = self._finder(source_of(self.configuration, request.source))
+        source = source_of(self.configuration, request.source)
+        finder: Finder = (
+            WebFinder(source, self.receiving)
+            if isinstance(source, WebSource)
+            else DicomFinder(source, self.configuration.ae_title, self.receiving)
+        )
         found = finder.find(StudyInstanceUID=study)
         if not found:
             raise InputError("the source has no such study", "Check the UID.")
@@ -104,11 +108,6 @@ class Fetching:
         wanted = got[-1]
         failed = wanted.gave_up or wanted.refused == wanted.objects
         return "failed" if failed else "fetched", why
-
-    def _finder(self, source: Source) -> "Finder":
-        if isinstance(source, WebSource):
-            return WebFinder(source, self.receiving)
-        return DicomFinder(source, self.configuration.ae_title, self.receiving)
 
 
 def source_of(configuration: Configuration, name: str) -> Source:
@@ -172,30 +171,18 @@ class Retrieved:
             raise ResourceError(self.full, "Make room, or raise quota_mb.")
 
 
-class Finder(Protocol):
-    """A source of studies; its methods raise `ResourceError` where it cannot be reached."""
-
-    def find(self, **keys: str) -> list[dict[str, str]]:
-        """The studies with these values, by keyword as in `ASKED_FOR`."""
-        ...
-
-    def retrieve(self, uid: str) -> Retrieved:
-        """Have a study received here; returns when all of it is.
-
-        Raises `ResourceError` where there is no room for it.
-        """
-        ...
-
-
 class DicomFinder:
-    """A node that is asked by C-FIND and C-MOVE or C-GET."""
+    """A node that is asked by C-FIND and C-MOVE or C-GET.
+
+    Its methods raise `ResourceError` where it cannot be reached, or has no room for a study.
+    """
 
     def __init__(self, source: DicomSource, ae_title: str, receiving: Receiving) -> None:
         self.source, self.ae_title, self.receiving = source, ae_title, receiving
         self._got = Retrieved()
 
     def find(self, **keys: str) -> list[dict[str, str]]:
-        """The studies with these values."""
+        """The studies with these values, by keyword as in `ASKED_FOR`."""
         query = Dataset()
         query.QueryRetrieveLevel = "STUDY"
         for keyword in ASKED_FOR:
@@ -214,7 +201,7 @@ class DicomFinder:
         return found
 
     def retrieve(self, uid: str) -> Retrieved:
-        """By the way that is configured."""
+        """Have a study received here, by the way that is configured; returns when all of it is."""
         self._got = Retrieved()
         self.receiving.moved = self._got.add
         wanted = Dataset()
@@ -223,12 +210,11 @@ class DicomFinder:
         association = self._associated(MOVE if moves else GET)
         association.dimse_timeout = PATIENCE
         try:
-            answers = (
+            *_, (last, _) = (
                 association.send_c_move(wanted, self.ae_title, MOVE)
                 if moves
                 else association.send_c_get(wanted, GET)
             )
-            *_, (last, _) = answers
         except (ValueError, RuntimeError) as error:
             raise ResourceError("it gives out no studies", "See its log.") from error
         finally:
@@ -292,14 +278,14 @@ class DicomFinder:
 
 
 class WebFinder:
-    """A DICOMweb server that is asked by QIDO-RS and WADO-RS."""
+    """A DICOMweb server that is asked by QIDO-RS and WADO-RS, as a `DicomFinder` is."""
 
     def __init__(self, source: WebSource, receiving: Receiving) -> None:
         self.client, self.receiving = web_client(source), receiving
 
     def find(self, **keys: str) -> list[dict[str, str]]:
         """The studies with these values."""
-        with _explained():
+        with web_errors():
             found = self.client.search_for_studies(search_filters=keys)
         datasets = [Dataset.from_json(each) for each in found]
         return [{each: text_of(found, each).value for each in ASKED_FOR} for found in datasets]
@@ -307,7 +293,7 @@ class WebFinder:
     def retrieve(self, uid: str) -> Retrieved:
         """One object after another, as the server has them."""
         got = Retrieved()
-        with _explained():
+        with web_errors():
             for dataset in self.client.iter_study(uid, media_types=(("application/dicom", "*"),)):
                 buffer = io.BytesIO()
                 dcmwrite(buffer, dataset, enforce_file_format=True)
@@ -319,16 +305,7 @@ class WebFinder:
         return got
 
 
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Around calls of a DICOMweb client: its errors as ours, without the UIDs that they quote."""
-    try:
-        yield
-    except requests.HTTPError as error:
-        status = error.response.status_code if error.response is not None else "no status"
-        raise ResourceError(f"it refused: HTTP {status}", "See its log.") from None
-    except requests.RequestException as error:
-        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from None
+Finder = DicomFinder | WebFinder
 
 
 def _check(status: Dataset, what: str) -> None:

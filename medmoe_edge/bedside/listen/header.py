@@ -21,7 +21,6 @@ from pydicom import DataElement, Dataset, config
 from pydicom.charset import convert_encodings, decode_bytes, default_encoding
 from pydicom.charset import python_encoding as KNOWN
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
-from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
 from pydicom.sr.coding import Code
 from pydicom.tag import BaseTag
@@ -81,6 +80,7 @@ REGIONS = (  # made of several; those of PS3.16 annex L
     ("NECKCHESTABDOMEN", "416152001", "NECK CHEST ABDOMEN"),
     ("NECKCHESTABDPELVIS", "416319003", "NECK CHEST ABDOMEN PELVIS"),
 )
+KNOWN_BODY_PARTS = frozenset(name for name, _, _ in BODY_PARTS)
 BESIDE = {"AND", "LEFT", "RIGHT", "L", "R", "BILATERAL", "BOTH", "UND", "OF", "THE"}
 
 
@@ -209,11 +209,6 @@ def body_parts_of(dataset: Dataset) -> frozenset[str]:
     return found
 
 
-def known_body_parts() -> frozenset[str]:
-    """All defined terms that are compared by meaning."""
-    return frozenset(name for name, _, _ in BODY_PARTS)
-
-
 def modality_of(dataset: Dataset) -> str:
     """The first of an object's modalities, in capitals."""
     return text_of(dataset, "Modality").value.partition("\\")[0].strip().upper()
@@ -284,10 +279,10 @@ def origin_of(dataset: Dataset, pixels: bytes | memoryview) -> Origin:
         content.update(part)
     content.update(pixels)
     return Origin(
-        uid=_hash(uid_of(dataset, "SOPInstanceUID")),
+        uid=hashed(uid_of(dataset, "SOPInstanceUID")),
         content=content.hexdigest(),
-        patient=_hash("\0".join(patient)),
-        study=_hash(uid_of(dataset, "StudyInstanceUID")),
+        patient=hashed(*patient),
+        study=hashed(uid_of(dataset, "StudyInstanceUID")),
     )
 
 
@@ -298,7 +293,7 @@ def _parts(dataset: Dataset) -> Iterator[bytes]:
             continue
         element = dataset.get_item(tag)
         yield f"{tag:08x}".encode()
-        if _is_sequence(tag, element):
+        if (element.VR or (dictionary_has_tag(tag) and dictionary_VR(tag))) == "SQ":
             for item in dataset[tag].value:
                 yield b"["
                 yield from _parts(item)
@@ -308,12 +303,6 @@ def _parts(dataset: Dataset) -> Iterator[bytes]:
             data = value if isinstance(value, bytes) else str(value or "").encode("utf-8")
             yield data.rstrip(b"\0 ")
         yield b";"
-
-
-def _is_sequence(tag: BaseTag, element: DataElement | RawDataElement) -> bool:
-    if element.VR is not None:
-        return element.VR == "SQ"
-    return dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ"
 
 
 def _decoded(value: bytes, dataset: Dataset) -> Text:
@@ -345,5 +334,6 @@ def _encodings(declared: Any) -> list[str]:
     return found
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def hashed(*parts: str) -> str:
+    """SHA-256 of texts, only to be compared."""
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

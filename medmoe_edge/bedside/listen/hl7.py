@@ -41,12 +41,9 @@ SYSTEMS = {  # of the schemes' designators, PS3.16 table 8-1
 
 
 def fhir(result: Result, version: Version, systems: Identifiers = NO_SYSTEMS) -> bytes:
-    """The transaction as JSON; raises pydantic's `ValidationError` if it were not FHIR.
+    """The transaction as JSON, about a patient who must have a number.
 
-    Args:
-        result: What is reported; its patient must have a number.
-        version: Of FHIR.
-        systems: Of the identifiers.
+    Raises pydantic's `ValidationError` if it were not FHIR.
     """
     named = {**_subject(result, systems), **_order(result, systems), **_effective(result)}
     report = _report(result, version, named, systems)
@@ -263,9 +260,8 @@ LOCAL, LONGEST_ID = "99MEDMOE", 20  # characters of MSH-10
 def oru(result: Result, ae_title: str) -> bytes:
     """The result as ORU^R01 of HL7 2.5.1, with statuses that say that nobody has verified it.
 
-    Args:
-        result: What is reported; its patient must have a number.
-        ae_title: Of the node, which is the sending facility. Who receives it is `addressed` later.
+    Its patient must have a number. The node of `ae_title` is the sending facility; who receives it
+    is `addressed` later.
     """
     values, answer = result.evidence.values, result.answer
     when, taken = _moment(result.when), _moment(result.evidence.taken)

@@ -15,8 +15,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import filelock
@@ -28,7 +28,7 @@ from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr
 from pynetdicom.transport import ThreadedAssociationServer
 
 from medmoe_edge.bedside.listen.answering import Answering, Asked
-from medmoe_edge.bedside.listen.config import Configuration, Destination, Http
+from medmoe_edge.bedside.listen.config import Configuration, Http
 from medmoe_edge.bedside.listen.desk import Desk, Tidying, remove_leftovers
 from medmoe_edge.bedside.listen.fetching import Fetching
 from medmoe_edge.bedside.listen.queue import Folder, Queue
@@ -43,12 +43,12 @@ from medmoe_edge.bedside.listen.receiving import (
 )
 from medmoe_edge.bedside.listen.report_sr import Locator
 from medmoe_edge.bedside.listen.sending import Sending, commitment_handlers
+from medmoe_edge.bedside.serve.settings import read_tokens
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import MedMoEError, ResourceError, needs
 from medmoe_edge.image.pixels import MAX_BYTES
 
 if TYPE_CHECKING:
-    from prometheus_client import Metric
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
@@ -59,16 +59,12 @@ VERIFICATION = "1.2.840.10008.1.1"
 STUCK = 600.0  # seconds for one slice's answers, after which an engine hangs
 MOST_UPLOADS, UPLOAD_SECONDS = 2, 300.0  # of STOW-RS
 MULTIPART = 1_000_000  # bytes around the objects of a request
-MOST_CONNECTIONS = 64
-PATIENCE = 10.0  # seconds that open associations get to end by themselves
+MOST_CONNECTIONS, PATIENCE = 64, 10.0  # seconds that open associations get to end by themselves
 # Their messages quote UIDs, AE titles and values of what they read.
-TALKATIVE = (
-    *("pynetdicom", "pydicom", "highdicom", "httpx", "httpcore"),
-    *("dicomweb_client", "urllib3", "hl7"),
-)
-NOTIFYING = 1.0  # seconds for systemd to take what it is told
-IDLE = 1.0  # seconds between looks, when nobody wakes it
+TALKATIVE = "pynetdicom pydicom highdicom httpx httpcore dicomweb_client urllib3 hl7"
+NOTIFYING, IDLE = 1.0, 1.0  # seconds for systemd to listen; between looks, when nobody wakes it
 FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
+MANY = 10  # failures, one after the other, after which all wait: nobody is there
 
 
 class Worker(threading.Thread):
@@ -85,12 +81,15 @@ class Worker(threading.Thread):
         pending: Callable[[int], Sequence[str]],
         do: Callable[[str], None],
         rest: Callable[[], None] = lambda: None,
+        first_delay: float = FIRST_DELAY,
     ) -> None:
         super().__init__(name=name, daemon=True)
         self._pending, self._do, self._rest = pending, do, rest
+        self._first_delay = first_delay
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._delayed: dict[str, tuple[float, float]] = {}  # key -> not before, next delay
         self._began: float | None = None  # the job at hand
+        self._failures = 0  # since the last job that ended well
 
     def wake(self) -> None:
         """There is something new."""
@@ -132,11 +131,15 @@ class Worker(threading.Thread):
         try:
             self._do(key)
             self._delayed.pop(key, None)
+            self._failures = 0
         except Exception as error:
-            _, delay = self._delayed.get(key, (0.0, FIRST_DELAY))
+            _, delay = self._delayed.get(key, (0.0, self._first_delay))
             self._delayed[key] = time.monotonic() + delay, min(2 * delay, LONGEST_DELAY)
             why = error.what if isinstance(error, MedMoEError) else type(error).__name__
             log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
+            self._failures += 1
+            if self._failures >= MANY:
+                self._stopping.wait(FIRST_DELAY * 2 ** min(self._failures - MANY, 6))
         finally:
             self._began = None
 
@@ -144,14 +147,24 @@ class Worker(threading.Thread):
 class Node:
     """A node at work inside `with`; `engine` is used by one thread alone.
 
+    What failed is tried again after `first_delay` seconds, an engine hangs that takes longer than
+    `stuck` for a slice, and open associations get `patience` to end by themselves.
+
     Raises `ResourceError` where its port or its folder is in use.
     """
 
     def __init__(
-        self, configuration: Configuration, engine: Asked, locator: Locator | None = None
+        self,
+        configuration: Configuration,
+        engine: Asked,
+        locator: Locator | None = None,
+        *,
+        first_delay: float = FIRST_DELAY,
+        stuck: float = STUCK,
+        patience: float = PATIENCE,
     ) -> None:
-        self.configuration = configuration
-        for name in TALKATIVE:
+        self.configuration, self._stuck, self._patience = configuration, stuck, patience
+        for name in TALKATIVE.split():
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self.folder = Folder(configuration.folder)
         self._lock = filelock.FileLock(self.folder.lock, timeout=0, fallback_to_soft=False)
@@ -169,15 +182,19 @@ class Node:
         self.folder.sweep(needed)
         remove_leftovers(self.folder)
         self.answering = Answering(configuration, self.folder, self.queue, engine, locator)
-        self._answerer = Worker("Answering", self.answering.pending, self.answering.do)
-        self._senders = [self._sender(each) for each in configuration.destinations]
+        worker = partial(Worker, first_delay=first_delay)
+        self._answerer = worker("Answering", self.answering.pending, self.answering.do)
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
-        fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
-        self._fetcher = Worker("Fetching", fetching.pending, fetching.do)
+        self._fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
         self.desk = Desk(configuration.folder)
         tidying = Tidying(configuration, self.desk)
-        self._tidier = Worker("Tidying", tidying.pending, tidying.do)
-        self._workers = [self._answerer, self._fetcher, self._tidier, *self._senders]
+        self._fetcher = worker("Fetching", self._fetching.pending, self._fetching.do)
+        tidier = worker("Tidying", tidying.pending, tidying.do)
+        self._workers = [self._answerer, self._fetcher, tidier]
+        for each in configuration.destinations:
+            sending = Sending(each, configuration.ae_title, self.folder, self.queue)
+            name = f"Sending to {each.shown}"
+            self._workers.append(worker(name, sending.pending, sending.do, sending.rest))
         self._web: WebServer | None = None
         self._entity = _entity(configuration)
         self._server: ThreadedAssociationServer | None = None
@@ -202,45 +219,39 @@ class Node:
             (evt.EVT_DIMSE_RECV, limits.message),
             *commitment_handlers(self.queue),
         ]
-        try:
-            self._listen(handlers)
-        except BaseException:
-            self._entity.shutdown()
-            self._close()
-            raise
-        for worker in self._workers:
-            worker.start()
-        if self._web is not None:
-            self._web.start()
-        return self
-
-    def _listen(self, handlers: list[EventHandlerType]) -> None:
-        """Open the ports."""
         settings = self.configuration
-        if settings.http is not None:
-            self._web = WebServer(self, settings.http)
         try:
+            if settings.http is not None:
+                self._web = WebServer(self, settings.http)
             self._server = self._entity.start_server(
                 (settings.host, settings.port),
                 block=False,
                 evt_handlers=handlers,
                 ssl_context=settings.tls.server() if settings.tls else None,
             )
-        except OSError as error:
+        except BaseException as error:
+            self._entity.shutdown()
+            self._close()
+            if not isinstance(error, OSError):
+                raise
             raise ResourceError(
                 f"The node cannot listen there ({error.strerror or type(error).__name__}).",
                 "Is another running? Configure another host or port.",
             ) from error
+        for worker in self._workers:
+            worker.start()
+        if self._web is not None:
+            self._web.start()
+        return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let what is being received end, then what is being answered and sent."""
+        self._fetching.ending = True
         if self._server is not None:
             self._server.shutdown()
         if self._web is not None:
             self._web.stop()
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self._patience
         while (there := self._entity.active_associations) and time.monotonic() < end:
             for association in there:
                 if association.requestor.primitive is None:  # nothing was asked for
@@ -249,8 +260,8 @@ class Node:
         self._entity.shutdown()
         for worker in self._workers:
             worker.stop()
-        for worker in self._workers:
-            worker.join()
+        for worker in self._workers:  # a source may say nothing for minutes
+            worker.join(self._patience if worker is self._fetcher else None)
         self._close()
 
     def ails(self) -> str:
@@ -259,7 +270,7 @@ class Node:
             if not worker.is_alive():
                 return f"{worker.name} has ended"
         quiet = time.monotonic() - self.answering.progress
-        if min(self._answerer.busy(), quiet) > STUCK:
+        if min(self._answerer.busy(), quiet) > self._stuck:
             return "an answer takes too long"
         return ""
 
@@ -297,12 +308,6 @@ class Node:
         self.queue.close()
         self._lock.release()
 
-    def _sender(self, destination: Destination) -> Worker:
-        title = self.configuration.ae_title
-        sending = Sending(destination, title, self.folder, self.queue)
-        name = f"Sending to {destination.shown}"
-        return Worker(name, sending.pending, sending.do, sending.rest)
-
 
 def notify(state: str) -> None:
     """Tell systemd, if it has started this process and wants to know."""
@@ -326,22 +331,16 @@ class WebServer:
         with needs("serve"):
             import uvicorn
 
-            from medmoe_edge.bedside.serve.server import TimeoutProtocol
-            from medmoe_edge.bedside.serve.settings import read_tokens
+            from medmoe_edge.bedside.serve.server import QUIET
         self._tokens = read_tokens(settings.token_file) if settings.token_file else {}
         self._node = node
         self._uploads = threading.Semaphore(MOST_UPLOADS)
         config = uvicorn.Config(
             self._of_this_site(self._app(), is_local=settings.is_local and not self._tokens),
-            http=TimeoutProtocol,
-            ws="none",
             lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
             limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=round(PATIENCE),
+            **QUIET,
         )
         config.load()
         if settings.tls is not None:
@@ -376,8 +375,9 @@ class WebServer:
 
         return Starlette(
             routes=[
-                Route("/healthz", self._health),
-                Route("/readyz", self._readiness),
+                # whether only a new start helps, and whether it would take an object now
+                Route("/healthz", lambda _: _told(self._node.ails())),
+                Route("/readyz", lambda _: _told(self._node.lacks())),
                 Route("/metrics", self._figures),
                 Route("/studies", self._studies, methods=["POST"]),
                 Route("/studies/{study}", self._studies, methods=["POST"]),
@@ -400,14 +400,6 @@ class WebServer:
                 await app(scope, receive, send)
 
         return checked
-
-    def _health(self, _: "Request") -> "Response":
-        """Whether the node is well; for who would start it anew."""
-        return _told(self._node.ails())
-
-    def _readiness(self, _: "Request") -> "Response":
-        """Whether it would take an object now."""
-        return _told(self._node.lacks())
 
     def _figures(self, request: "Request") -> "Response":
         """Figures for Prometheus; numbers alone."""
@@ -484,7 +476,6 @@ def _told(fault: str) -> "Response":
 def figures(node: Node) -> str:
     """How the node stands, as Prometheus has it; no name, UID, question or answer."""
     import prometheus_client
-    from prometheus_client.core import GaugeMetricFamily
 
     found = node.desk.status(node.configuration)
     registry = prometheus_client.CollectorRegistry()
@@ -501,26 +492,12 @@ def figures(node: Node) -> str:
         ("used_bytes", "Of the node's folder.", "", {"": node.folder.used()}),
         ("well", "1 unless only a new start helps.", "", {"": float(not node.ails())}),
     ]
-    families = []
     for name, about, label, numbers in values:
         labels = [label] if label else []
-        family = GaugeMetricFamily(f"medmoe_listen_{name}", about, labels=labels)
+        gauge = prometheus_client.Gauge(f"medmoe_listen_{name}", about, labels, registry=registry)
         for key, value in numbers.items():
-            family.add_metric([key] if label else [], value)
-        families.append(family)
-    registry.register(_Collected(families))
+            (gauge.labels(key) if label else gauge).set(value)
     return prometheus_client.generate_latest(registry).decode()
-
-
-class _Collected:
-    """Figures that were taken already, as a collector of Prometheus's client."""
-
-    def __init__(self, families: "Sequence[Metric]") -> None:
-        self._families = families
-
-    def collect(self) -> "Iterator[Metric]":
-        """All of them."""
-        yield from self._families
 
 
 def _hang_up(association: Association) -> None:

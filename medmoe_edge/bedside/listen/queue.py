@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, sync_folder
 from medmoe_edge.bedside.listen.header import Origin
 from medmoe_edge.bedside.listen.schema import Extent, Job, Membership, Request, Slice, prepare
 from medmoe_edge.errors import MedMoEError, ResourceError
@@ -119,17 +119,6 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system knows how to."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # Of an object that needs nothing more when it comes again.
 SETTLED = "object.aside = '' AND series.state != 'failed'"
 # The objects of a series that may be asked about, each in its latest version.
@@ -155,13 +144,11 @@ class Queue:
         self._opened = time.monotonic()
         self._arrived: dict[str, float] = {}  # of series and studies, when something last came
         self._arriving: Counter[str] = Counter()  # how much comes at the moment
-        try:
+        with explaining():
             self._database = sqlite3.connect(path, timeout=10, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
             prepare(self._database)
-        except sqlite3.Error as error:
-            raise _explained(error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -184,19 +171,15 @@ class Queue:
         waits even if nothing is asked of it: that result is to be withdrawn.
         """
         membership = membership or Membership(key)
-        values = (key, sha256, peer, json.dumps(questions), *membership, aside)
+        values = {"key": key, "sha256": sha256, "peer": peer, "questions": json.dumps(questions)}
+        values |= {**membership._asdict(), "aside": aside}
+        changed = ", ".join(f"{name} = excluded.{name}" for name in values if name != "key")
         with self._lock, explaining(), self._database as database:
             database.execute(
-                "INSERT INTO object (key, sha256, peer, questions, series, position, instance, "
-                "intent, view, expected, aside) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (key) DO UPDATE SET sha256 = excluded.sha256, peer = excluded.peer, "
-                "questions = excluded.questions, series = excluded.series, "
-                "position = excluded.position, instance = excluded.instance, "
-                "intent = excluded.intent, view = excluded.view, expected = excluded.expected, "
-                "aside = excluded.aside "
-                "WHERE NOT EXISTS (SELECT 1 FROM series "
-                f"WHERE series.key = object.series AND {SETTLED})",
-                values,
+                f"INSERT INTO object ({', '.join(values)}) VALUES ({', '.join('?' * len(values))}) "
+                f"ON CONFLICT (key) DO UPDATE SET {changed} WHERE NOT EXISTS "
+                f"(SELECT 1 FROM series WHERE series.key = object.series AND {SETTLED})",
+                tuple(values.values()),
             )
             if origin is not None:
                 statement = "INSERT OR REPLACE INTO origin VALUES (?, ?, ?, ?, ?)"
@@ -235,17 +218,13 @@ class Queue:
 
     def settles(self, key: str) -> bool:
         """Whether an object is answered or will be."""
-        statement = "SELECT 1 FROM object JOIN series ON series.key = object.series "
-        return bool(self._read(f"{statement} WHERE object.key = ? AND {SETTLED}", key))
+        joined = "SELECT 1 FROM object JOIN series ON series.key = object.series"
+        return bool(self._read(f"{joined} WHERE object.key = ? AND {SETTLED}", key))
 
     def state(self, key: str) -> str | None:
         """The state of the series of an object; None of one that was never added."""
-        rows = self._read(
-            "SELECT state FROM object JOIN series ON series.key = object.series "
-            "WHERE object.key = ?",
-            key,
-        )
-        return str(rows[0][0]) if rows else None
+        joined = "SELECT state FROM object JOIN series ON series.key = object.series"
+        return next(iter(self._column(f"{joined} WHERE object.key = ?", key)), None)
 
     def sha256(self, key: str) -> str:
         """The hash of an object's file."""
@@ -273,10 +252,8 @@ class Queue:
 
     def waiting(self, limit: int, is_complete: Callable[[str], bool] = lambda _: True) -> list[str]:
         """The first series to be answered that are complete; those last that were tried most."""
-        rows = self._read(
-            "SELECT key FROM series WHERE state = 'waiting' ORDER BY attempts, number"
-        )
-        return list(itertools.islice((key for (key,) in rows if is_complete(key)), limit))
+        waiting = "SELECT key FROM series WHERE state = 'waiting' ORDER BY attempts, number"
+        return list(itertools.islice(filter(is_complete, self._column(waiting)), limit))
 
     def extent(self, key: str) -> Extent:
         """How much of a series is there."""
@@ -297,7 +274,7 @@ class Queue:
     def patient(self, series: str) -> str:
         """Whose a series is, hashed; empty where it is not known."""
         statement = "SELECT patient FROM origin JOIN object USING (key) WHERE series = ? LIMIT 1"
-        return "".join(patient for (patient,) in self._read(statement, series))
+        return "".join(self._column(statement, series))
 
     def settled(self, series: str) -> list[str]:
         """The objects of a series, in all versions; none while it waits, or where it was given up.
@@ -306,7 +283,7 @@ class Queue:
         """
         statement = "SELECT object.key FROM object JOIN series ON series.key = object.series WHERE "
         where = "object.series = ? AND aside = '' AND state IN ('answered', 'aside')"
-        return [key for (key,) in self._read(statement + where, series)]
+        return self._column(statement + where, series)
 
     def slices(self, series: str) -> list[Slice]:
         """The objects of a series that may be asked about, each in its latest version."""
@@ -319,16 +296,14 @@ class Queue:
 
     def shown_elsewhere(self, key: str) -> bool:
         """Whether what an object shows is in its study for presentation too."""
-        return bool(
-            self._read(
-                "SELECT 1 FROM object AS mine JOIN origin AS own ON own.key = mine.key "
-                "JOIN origin AS beside ON beside.study = own.study "
-                "AND beside.patient = own.patient JOIN object AS other ON other.key = "
-                "beside.key WHERE mine.key = ? AND other.aside = '' AND other.view = mine.view "
-                "AND other.intent = 'presentation' LIMIT 1",
-                key,
-            )
+        rows = self._read(
+            "SELECT 1 FROM object AS mine JOIN origin AS own ON own.key = mine.key JOIN origin AS "
+            "beside ON beside.study = own.study AND beside.patient = own.patient JOIN object AS "
+            "other ON other.key = beside.key WHERE mine.key = ? AND other.aside = '' AND "
+            "other.view = mine.view AND other.intent = 'presentation' LIMIT 1",
+            key,
         )
+        return bool(rows)
 
     def mark(self, uids: Iterable[str]) -> None:
         """Record the objects that key objects name, by the hashes of their UIDs."""
@@ -337,7 +312,7 @@ class Queue:
     def marked(self, series: str) -> set[str]:
         """The keys of a series' objects that key objects name."""
         statement = "SELECT key FROM object JOIN origin USING (key) JOIN marked USING (uid) "
-        return {key for (key,) in self._read(f"{statement} WHERE series = ?", series)}
+        return set(self._column(f"{statement} WHERE series = ?", series))
 
     def replaced(self, series: str) -> dict[str, list[str]]:
         """The results that versions in a series contradict, and the objects that they are about."""
@@ -348,7 +323,7 @@ class Queue:
     def results(self, series: str) -> list[str]:
         """The results of a series that none has taken the place of."""
         statement = "SELECT key FROM result WHERE series = ? AND replaced = '' ORDER BY number"
-        return [key for (key,) in self._read(statement, series)]
+        return self._column(statement, series)
 
     def is_replaced(self, result: str) -> bool:
         """Whether another result has taken the place of one."""
@@ -356,7 +331,7 @@ class Queue:
 
     def sources(self, result: str) -> list[str]:
         """The objects that a result is about."""
-        return [key for (key,) in self._read("SELECT object FROM source WHERE result = ?", result)]
+        return self._column("SELECT object FROM source WHERE result = ?", result)
 
     def count_attempt(self, key: str) -> None:
         """Before each attempt, so that one that ends the process is counted too."""
@@ -417,13 +392,8 @@ class Queue:
 
     def unsent(self, destination: str, limit: int) -> list[str]:
         """The first documents that are to be sent to a destination."""
-        rows = self._read(
-            "SELECT document FROM delivery WHERE destination = ? AND sent = 0 "
-            "ORDER BY number LIMIT ?",
-            destination,
-            limit,
-        )
-        return [document for (document,) in rows]
+        unsent = "SELECT document FROM delivery WHERE destination = ? AND sent = 0 "
+        return self._column(f"{unsent} ORDER BY number LIMIT ?", destination, limit)
 
     def sent(self, document: str, destination: str) -> None:
         """Record that a destination has a document."""
@@ -434,7 +404,7 @@ class Queue:
 
     def uncommitted(self, destination: str, limit: int) -> list[str]:
         """The first documents that were sent and that it was not asked to keep."""
-        rows = self._read(
+        return self._column(
             "SELECT document FROM delivery WHERE destination = ? AND sent = 1 AND document LIKE "
             "'%.dcm' AND NOT EXISTS (SELECT 1 FROM commitment WHERE commitment.document = "
             "delivery.document AND commitment.destination = delivery.destination) "
@@ -442,7 +412,6 @@ class Queue:
             destination,
             limit,
         )
-        return [document for (document,) in rows]
 
     def ask_commitment(self, destination: str, asked: str, uids: dict[str, str]) -> None:
         """Record, by document, the UIDs that a destination is `asked`, by that UID, to keep."""
@@ -484,7 +453,7 @@ class Queue:
     def images(self, state: str) -> set[str]:
         """The objects of the series in a state."""
         statement = "SELECT object.key FROM object JOIN series ON series.key = object.series "
-        return {key for (key,) in self._read(f"{statement} WHERE state = ?", state)}
+        return set(self._column(f"{statement} WHERE state = ?", state))
 
     def counts(self) -> dict[str, int]:
         """How many series are waiting and failed, results were answered, and documents are unsent.
@@ -510,6 +479,9 @@ class Queue:
         with self._lock, explaining():
             return self._database.execute(statement, values).fetchall()
 
+    def _column(self, statement: str, *values: Any) -> list[str]:
+        return [value for (value,) in self._read(statement, *values)]
+
     def _write(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
         with self._lock, explaining(), self._database as database:
             database.executemany(statement, rows)
@@ -527,19 +499,13 @@ def _replaced(database: sqlite3.Connection, series: str) -> list[str]:
     return [key for (key,) in rows]
 
 
-class explaining:
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
     """Around SQLite: its errors as ours."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, sqlite3.Error):
-            raise _explained(error) from error
-
-
-def _explained(error: sqlite3.Error) -> ResourceError:
-    return ResourceError(
-        f"The node's queue cannot be used ({error.sqlite_errorname}).",
-        "Free some space, check the folder's permissions, or restore the folder.",
-    )
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ResourceError(
+            f"The node's queue cannot be used ({error.sqlite_errorname}).",
+            "Free some space, check the folder's permissions, or restore the folder.",
+        ) from error

@@ -30,10 +30,10 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.header import (
+    KNOWN_BODY_PARTS,
     Origin,
     body_parts_of,
     check_uids,
-    known_body_parts,
     modality_of,
     notices_of,
     origin_of,
@@ -322,16 +322,10 @@ class Receiving:
         self.receive(event.encoded_dataset(), peer, announced)
 
     def receive(self, data: bytes, peer: str, announced: tuple[str, str] | None = None) -> None:
-        """Keep an object, or set it aside; on return the disk has it.
+        """Keep a DICOM file, or set it aside; on return the disk has it.
 
-        Args:
-            data: A DICOM file.
-            peer: Who sends it.
-            announced: The class and UID that the sender announced, if it did.
-
-        Raises:
-            Refused: It is not taken.
-            MedMoEError: It cannot be read or kept.
+        `announced` are the class and UID that the sender announced, if it did. Raises `Refused`
+        where it is not taken, and `MedMoEError` where it cannot be read or kept.
         """
         if len(data) > self.configuration.max_object_mb * 1_000_000:
             raise Refused(OUT_OF_RESOURCES, TOO_LARGE)
@@ -349,7 +343,9 @@ class Receiving:
                 return
             item = Taken(key, peer, data, header, origin, membership)
             if why:
-                self._set_aside(item, why)
+                self.queue.mark(key_objects(header))
+                self._add(item, (), why)
+                self._tell_aside(item, why)
             else:
                 self._keep(item)
         for notice in () if why else notices_of(header):
@@ -385,11 +381,6 @@ class Receiving:
             return origin.uid  # kept by an earlier version of this program
         return key_of(f"{origin.uid} {origin.content}")
 
-    def _set_aside(self, item: Taken, why: str) -> None:
-        self.queue.mark(key_objects(item.header))
-        self._add(item, (), why)
-        self._tell_aside(item, why)
-
     def _keep(self, item: Taken) -> None:
         header, path = item.header, self.folder.image(item.key)
         self.folder.keep(path, item.data)
@@ -418,7 +409,7 @@ class Receiving:
         if len(self._told) < MOST_TOLD:
             self._told.add(series)
         modality = modality_of(header)
-        known = sorted(known_body_parts() & body_parts_of(header))
+        known = sorted(KNOWN_BODY_PARTS & body_parts_of(header))
         log.log(
             level,
             "%s: it fits no question (Modality %s, body part %s): nothing is asked.",
@@ -468,12 +459,8 @@ def stored(
 ) -> tuple[int, Dataset | None]:
     """STOW-RS (PS3.18, 10.5): the HTTP status, and what became of each object.
 
-    Args:
-        receiving: What keeps them.
-        body: Of the request.
-        content_type: Of the request: multipart/related of application/dicom.
-        peer: Who sends them.
-        study: The Study Instance UID in the path, if there is one; others are refused.
+    The body is multipart/related of application/dicom. Objects of another `study` than that of the
+    path, if there is one, are refused.
     """
     told = Dataset()
     told.ReferencedSOPSequence, told.FailedSOPSequence = [], []

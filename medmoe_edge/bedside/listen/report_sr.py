@@ -103,12 +103,7 @@ ALONE = Standing()
 
 
 def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
-    """The answer as a measurement report, for machines.
-
-    Args:
-        result: What is reported.
-        standing: How the report stands to others.
-    """
+    """The answer as a measurement report, for machines; `standing` is how it stands to others."""
     answer, confidence = result.answer, result.confidence
     named = CodedConcept(confidence.value, confidence.scheme, confidence.meaning)
     algorithm = AlgorithmIdentification(
@@ -137,12 +132,7 @@ def comprehensive_3d_sr(result: Result, standing: Standing = ALONE) -> Dataset:
     group[0].ContentSequence.extend(_said(result))
     report = MeasurementReport(
         observation_context=ObservationContext(
-            observer_device_context=ObserverContext(
-                codes.DCM.Device,
-                DeviceObserverIdentifyingAttributes(
-                    uid=device_uid(result.answer), name=MAKER, model_name=answer.model["name"]
-                ),
-            )
+            observer_device_context=_observer(result, answer.model["name"])
         ),
         procedure_reported=codes.SCT.ImagingProcedure,
         imaging_measurements=[group],
@@ -161,38 +151,28 @@ def basic_text_sr(result: Result, standing: Standing = ALONE) -> Dataset:
     A.35.1.3: TEXT, CODE, UIDREF, IMAGE and CONTAINER, related by CONTAINS and HAS OBS CONTEXT).
     """
     root = ContainerContentItem(name=codes.LN.DiagnosticImagingReport, template_id="2000")
+    model = result.answer.model
+    algorithm = f"{model['name']}, {MAKER} {__version__}, sha256={model['sha256']}"
+    section = ContainerContentItem(name=codes.DCM.Findings, relationship_type=CONTAINS)
+    section.ContentSequence = ContentSequence(_said(result))
     images = [
-        ImageContentItem(
-            name=codes.DCM.SourceOfMeasurement,
-            referenced_sop_class_uid=each.header.SOPClassUID,
-            referenced_sop_instance_uid=each.uid,
-            referenced_frame_numbers=each.frames,
-            relationship_type=CONTAINS,
-        )
-        for each in result.sources
+        *(
+            _image(codes.DCM.SourceOfMeasurement, each.header, each.frames)
+            for each in result.sources
+        ),
+        *(_image(SEEN, picture) for picture in result.pictures),
     ]
-    shown = [
-        ImageContentItem(
-            name=SEEN,
-            referenced_sop_class_uid=picture.SOPClassUID,
-            referenced_sop_instance_uid=picture.SOPInstanceUID,
-            relationship_type=CONTAINS,
-        )
-        for picture in result.pictures
-    ]
-    root.ContentSequence = ContentSequence([*_observer(result), _section(result), *images, *shown])
+    root.ContentSequence = ContentSequence([*_observer(result, algorithm), section, *images])
     document = EnhancedSR(content=root, **_document(result, "basic-text-sr", standing))
     document.SOPClassUID = document.file_meta.MediaStorageSOPClassUID = BasicTextSRStorage
     return _true_to(result, document)
 
 
-def withdrawal(reports: Sequence[Dataset], standing: Standing = ALONE) -> Dataset:
+def withdrawal(reports: Sequence[Dataset]) -> Dataset:
     """A key object that rejects reports, in their own study (IHE Imaging Object Change Management).
 
-    Args:
-        reports: Made here, of one study and patient, about an object that has since come in the
-            name of another patient.
-        standing: Its number.
+    They were made here, of one study and patient, about an object that has since come in the name
+    of another patient.
     """
     first, uids = reports[0], [str(each.SOPInstanceUID) for each in reports]
     allowed = [_allowed(each) for each in reports]
@@ -206,7 +186,7 @@ def withdrawal(reports: Sequence[Dataset], standing: Standing = ALONE) -> Datase
         series_instance_uid=made_uid(str(first.SeriesInstanceUID), "series", "withdrawal"),
         series_number=9003,
         sop_instance_uid=made_uid(*uids, "withdrawal"),
-        instance_number=standing.number,
+        instance_number=1,
         manufacturer=MAKER,
     )
     document.SeriesDescription = "AI results withdrawn"
@@ -245,6 +225,7 @@ def _said(result: Result) -> list[TextContentItem]:
     The answer is a qualitative evaluation (TID 1501) in words.
     """
     answer = result.answer
+    is_part = result.of > 1 or any(each.of_frames > 1 for each in result.sources)
     return [
         TextContentItem(QUESTION, answer.question, CONTAINS),
         *(
@@ -252,7 +233,7 @@ def _said(result: Result) -> list[TextContentItem]:
             for notice in answer.warnings
         ),
         TextContentItem(codes.DCM.Finding, answer.shown, CONTAINS),
-        *([TextContentItem(SLICES, slices_of(result), CONTAINS)] if is_part(result) else []),
+        *([TextContentItem(SLICES, slices_of(result), CONTAINS)] if is_part else []),
         TextContentItem(codes.DCM.Comment, answer.notice, CONTAINS),
     ]
 
@@ -307,59 +288,48 @@ def _library(result: Result) -> ContainerContentItem:
 def _entry(source: Evidence) -> ImageContentItem:
     """An image with its size (TID 1601 and 1602)."""
     pixels = CodedConcept("{pixels}", "UCUM", "Pixels")
-    entry = ImageContentItem(
-        name=codes.SCT.Source,
-        referenced_sop_class_uid=source.header.SOPClassUID,
-        referenced_sop_instance_uid=source.uid,
-        relationship_type=CONTAINS,
-    )
+    entry = _image(codes.SCT.Source, source.header)
+    sizes = (codes.DCM.PixelDataRows, "Rows"), (codes.DCM.PixelDataColumns, "Columns")
     entry.ContentSequence = ContentSequence(
         [
-            NumContentItem(
-                name, float(source.header[keyword].value), pixels, relationship_type=ACQUIRED
-            )
-            for name, keyword in (
-                (codes.DCM.PixelDataRows, "Rows"),
-                (codes.DCM.PixelDataColumns, "Columns"),
-            )
+            NumContentItem(name, float(source.header[keyword].value), pixels, None, ACQUIRED)
+            for name, keyword in sizes
         ]
     )
     return entry
 
 
-def is_part(result: Result) -> bool:
-    """Whether a result is of several slices or frames, or of one of several."""
-    return result.of > 1 or any(each.of_frames > 1 for each in result.sources)
+def _image(
+    name: CodedConcept, image: Dataset, frames: Sequence[int] | None = None
+) -> ImageContentItem:
+    return ImageContentItem(
+        name=name,
+        referenced_sop_class_uid=image.SOPClassUID,
+        referenced_sop_instance_uid=image.SOPInstanceUID,
+        referenced_frame_numbers=frames,
+        relationship_type=CONTAINS,
+    )
 
 
 def slices_of(result: Result) -> str:
     """Of which slices of the series a result tells, by Instance Numbers, and of which frames."""
-    numbers = []
-    for each in result.sources:
-        frames = each.frames or []
-        some = ", ".join(map(str, frames[:SOME])) + (", ..." if len(frames) > SOME else "")
-        told = f" frame {some} of {each.of_frames}" if frames else ""
-        numbers.append(f"{each.number or 'without'}{told}")
-    some = ", ".join(numbers[:SOME]) + (", ..." if len(numbers) > SOME else "")
-    return f"{len(numbers)} of {result.of} (number {some})"
+
+    def listed(numbers: Sequence[object]) -> str:
+        return ", ".join(map(str, numbers[:SOME])) + (", ..." if len(numbers) > SOME else "")
+
+    numbers = [
+        f"{each.number or 'without'}"
+        + (f" frame {listed(each.frames)} of {each.of_frames}" if each.frames else "")
+        for each in result.sources
+    ]
+    return f"{len(numbers)} of {result.of} (number {listed(numbers)})"
 
 
-def _observer(result: Result) -> ObserverContext:
+def _observer(result: Result, model_name: str) -> ObserverContext:
     attributes = DeviceObserverIdentifyingAttributes(
-        uid=device_uid(result.answer), name=MAKER, model_name=_algorithm(result)
+        uid=device_uid(result.answer), name=MAKER, model_name=model_name
     )
     return ObserverContext(codes.DCM.Device, attributes)
-
-
-def _section(result: Result) -> ContainerContentItem:
-    section = ContainerContentItem(name=codes.DCM.Findings, relationship_type=CONTAINS)
-    section.ContentSequence = ContentSequence(_said(result))
-    return section
-
-
-def _algorithm(result: Result) -> str:
-    model = result.answer.model
-    return f"{model['name']}, {MAKER} {__version__}, sha256={model['sha256']}"
 
 
 def _document(result: Result, kind: str, standing: Standing) -> dict[str, Any]:
@@ -402,14 +372,13 @@ class Locator(Protocol):
         ...
 
 
-def seen_capture(evidence: Evidence, pixels: Pixels, number: int = 1) -> Dataset:
+def seen_capture(evidence: Evidence, pixels: Pixels) -> Dataset:
     """The Secondary Capture of exactly what the model saw of an object, `[S, S, 3]`."""
     content = hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
     uid = made_uid(
         *(evidence.key, evidence.sha256, str(evidence.frame), content, __version__, "picture")
     )
     picture = _capture(evidence, pixels, "picture", uid)
-    picture.InstanceNumber = number
     picture.SeriesNumber = 9002
     picture.SeriesDescription = "What the AI saw: not a medical device"
     picture.ImageComments = NOTICE

@@ -4,22 +4,22 @@ Set aside is what shows nothing to ask about (reports, plans, presentation state
 this program made itself, and what no question fits. It is received, counted and told of.
 """
 
-import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from pydicom import Dataset
 from pydicom.uid import UID
 
-from medmoe_edge.bedside.listen.config import Series
+from medmoe_edge.bedside.listen.config import Configuration, Series
 from medmoe_edge.bedside.listen.evidence import MAKER, is_ours
 from medmoe_edge.bedside.listen.header import (
     SHARED,
     body_parts_of,
+    hashed,
     modality_of,
     patient_of,
     text_of,
@@ -48,49 +48,30 @@ PLAIN_UID = re.compile(r"[0-9.]{1,64}")
 REJECTIONS = {"113001", "113037", "113038", "113039"}  # titles of key objects, CID 7011
 
 
-class Questioning(Protocol):
-    """What is asked of which images, as a `Configuration` says it."""
+def aside(dataset: Dataset, has_pixels: bool, configuration: Configuration | None) -> str:
+    """Why nothing is asked of an object, a key of `ASIDE`; empty where something may be.
 
-    @property
-    def allow_burned_in(self) -> bool:
-        """Whether pixels that are marked as showing text are asked about too."""
-        ...
-
-    def names(self, modality: str) -> bool:
-        """Whether a question names the modality."""
-        ...
-
-    def questions_for(self, modality: str, parts: Collection[str]) -> tuple[str, ...]:
-        """What is asked of an image."""
-        ...
-
-
-def aside(dataset: Dataset, has_pixels: bool, configuration: Questioning) -> str:
-    """Why nothing is asked of an object, a key of `ASIDE`; empty where something may be."""
+    Without a `configuration` all questions fit every image, and none names a modality.
+    """
     modality = modality_of(dataset)
     sop_class = uid_of(dataset, "SOPClassUID")
-    named = configuration.names(modality)
-    if is_ours_whole(dataset):
+    uids = (uid_of(dataset, each) for each in ("SOPInstanceUID", "SeriesInstanceUID"))
+    if any(map(is_ours, uids)) or text_of(dataset, "Manufacturer").value == MAKER:
         return "own_result"
     if not has_pixels:
         return "no_pixels"
-    if (modality in BY_NAME or sop_class in NO_PICTURE) and not named:
+    is_named = configuration is not None and configuration.names(modality)
+    if (modality in BY_NAME or sop_class in NO_PICTURE) and not is_named:
         return "kind"
     if "LOCALIZER" in text_of(dataset, "ImageType").value.upper().split("\\"):
         return "localizer"
     is_capture = f"{sop_class}.".startswith(f"{SECONDARY_CAPTURE}.")
     is_marked = text_of(dataset, "BurnedInAnnotation").value.upper() == "YES"
-    if is_capture and is_marked and not configuration.allow_burned_in:
+    if is_capture and is_marked and not (configuration and configuration.allow_burned_in):
         return "burned_in"
-    if not configuration.questions_for(modality, body_parts_of(dataset)):
+    if configuration and not configuration.questions_for(modality, body_parts_of(dataset)):
         return "no_question"
     return ""
-
-
-def is_ours_whole(dataset: Dataset) -> bool:
-    """Whether this program made an object: by its UIDs, or by its maker."""
-    uids = (uid_of(dataset, keyword) for keyword in ("SOPInstanceUID", "SeriesInstanceUID"))
-    return any(map(is_ours, uids)) or text_of(dataset, "Manufacturer").value == MAKER
 
 
 def membership_of(dataset: Dataset) -> Membership:
@@ -104,13 +85,13 @@ def membership_of(dataset: Dataset) -> Membership:
         for keyword in ("Modality", "Laterality", "ImageLaterality", "ViewPosition")
     ]
     return Membership(
-        series=_hash(*uids, *patient_of(values)),
+        series=hashed(*uids, *patient_of(values)),
         position=_position(dataset),
         instance=_number(dataset, "InstanceNumber"),
         intent=next(
             (each for each in ("processing", "presentation") if f"FOR {each.upper()}" in said), ""
         ),
-        view=_hash(*view, ",".join(sorted(body_parts_of(dataset)))),
+        view=hashed(*view, ",".join(sorted(body_parts_of(dataset)))),
         expected=max(0, _number(dataset, "NumberOfSeriesRelatedInstances") or 0),
     )
 
@@ -124,7 +105,7 @@ def key_objects(dataset: Dataset) -> list[str]:
         if any(str(title.get("CodeValue", "")) in REJECTIONS for title in titles):
             return []
         return [
-            _hash(str(reference.get("ReferencedSOPInstanceUID", "")))
+            hashed(str(reference.get("ReferencedSOPInstanceUID", "")))
             for item in dataset.get("ContentSequence") or ()
             for reference in item.get("ReferencedSOPSequence") or ()
         ]
@@ -244,10 +225,8 @@ def _ordered(slices: Sequence[Slice]) -> list[Slice]:
 
 def _position(dataset: Dataset) -> float | None:
     """Along the normal of the plane, PS3.3 C.7.6.2.1.1."""
-    place, directions = (
-        _floats(dataset, "ImagePositionPatient"),
-        _floats(dataset, "ImageOrientationPatient"),
-    )
+    place = _floats(dataset, "ImagePositionPatient")
+    directions = _floats(dataset, "ImageOrientationPatient")
     if len(place) != 3 or len(directions) != 6:
         return None
     along = float(np.dot(place, np.cross(directions[:3], directions[3:])))
@@ -267,10 +246,6 @@ def _number(dataset: Dataset, keyword: str) -> int | None:
     except ValueError:
         return None
     return found if abs(found) < 2**31 else None
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def reasons(counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:

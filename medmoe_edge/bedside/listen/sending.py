@@ -10,10 +10,11 @@ same message with the same control ID.
 """
 
 import asyncio
+import contextlib
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import hl7
@@ -75,11 +76,7 @@ class Sending:
     """The work of the thread of one destination."""
 
     def __init__(
-        self,
-        destination: Destination,
-        ae_title: str,
-        folder: Folder,
-        queue: Queue,
+        self, destination: Destination, ae_title: str, folder: Folder, queue: Queue
     ) -> None:
         self.destination, self.ae_title = destination, ae_title
         self.folder, self.queue = folder, queue
@@ -127,18 +124,14 @@ class Sending:
 
     def _connected(self, node: DicomDestination) -> Association:
         if self._association is None or not self._association.is_established:
-            handlers = commitment_handlers(self.queue) if node.commitment else []
-            self._association = associated(
-                node, self.ae_title, self._contexts(node), handlers=handlers
-            )
+            # each syntax for itself, so that the node need not choose
+            found: list[Context] = [(uid, [syntax]) for uid in CLASSES for syntax in UNCOMPRESSED]
+            handlers: list[EventHandlerType] = []
+            if node.commitment:
+                found.append((StorageCommitmentPushModel, UNCOMPRESSED))
+                handlers = commitment_handlers(self.queue)
+            self._association = associated(node, self.ae_title, found, handlers=handlers)
         return self._association
-
-    def _contexts(self, node: DicomDestination) -> Sequence[Context]:
-        """Each syntax for itself, so that the node need not choose."""
-        found: list[Context] = [(uid, [syntax]) for uid in CLASSES for syntax in UNCOMPRESSED]
-        if node.commitment:
-            found.append((StorageCommitmentPushModel, UNCOMPRESSED))
-        return found
 
     def _store(self, data: bytes, node: DicomDestination) -> None:
         """Send a DICOM file by C-STORE, in the syntax that the node chose for its class."""
@@ -248,18 +241,11 @@ def associated(
     handlers: Sequence[EventHandlerType] = (),
     **options: Any,
 ) -> Association:
-    """An association, over TLS where the node is configured so.
+    """An association with a node, over TLS where it is configured so; `ae_title` is who calls.
 
-    Args:
-        node: Whom to call.
-        ae_title: Whom it is told that calls.
-        contexts: Classes, each with its transfer syntaxes.
-        handlers: Of what the node sends over it.
-        options: Of pynetdicom's `associate`.
-
-    Raises:
-        ResourceError: The node cannot be reached or rejects it.
-        InputError: The certificates are of no use.
+    `handlers` are of what the node sends over it, `options` those of pynetdicom's `associate`.
+    Raises `ResourceError` where the node cannot be reached or rejects it, and `InputError` for
+    certificates of no use.
     """
     entity = ApplicationEntity(ae_title)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = TIMEOUT
@@ -301,15 +287,22 @@ def web_client(server: StowDestination | WebSource) -> DICOMwebClient:
     )
 
 
-def stow(data: bytes, client: DICOMwebClient) -> None:
-    """Send a DICOM file by STOW-RS; raises `ResourceError` unless it is kept."""
+@contextlib.contextmanager
+def web_errors() -> Iterator[None]:
+    """Around calls of a DICOMweb client: its errors as ours, without the UIDs that they quote."""
     try:
-        told = client.store_instances([dcmread(io.BytesIO(data))])
+        yield
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"
-        raise ResourceError(f"it refused: HTTP {status}", "See its log.") from error
+        raise ResourceError(f"it refused: HTTP {status}", "See its log.") from None
     except requests.RequestException as error:
-        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
+        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from None
+
+
+def stow(data: bytes, client: DICOMwebClient) -> None:
+    """Send a DICOM file by STOW-RS; raises `ResourceError` unless it is kept."""
+    with web_errors():
+        told = client.store_instances([dcmread(io.BytesIO(data))])
     if failed := told.get("FailedSOPSequence"):
         reason = int(failed[0].get("FailureReason") or 0)
         raise ResourceError(f"it refused the document: 0x{reason:04X}", "See its log.")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -60,25 +61,22 @@ class Refusal(HTTPException):
         super().__init__(status, what, headers)
         self.code, self.remedy, self.param = code, remedy, param
 
-    def body(self) -> ErrorBody:
+    def told(self) -> dict[str, Any]:
         """The JSON body."""
         kind = "server_error" if self.status_code >= 500 else "invalid_request_error"
         kind = TYPES.get(self.status_code, kind)
         detail = ErrorDetail(
             message=self.detail, remedy=self.remedy, type=kind, code=self.code, param=self.param
         )
-        return ErrorBody(error=detail)
+        return ErrorBody(error=detail).model_dump(exclude_none=True)
 
     def response(self) -> JSONResponse:
         """The response to send."""
-        return JSONResponse(
-            self.body().model_dump(exclude_none=True), self.status_code, self.headers
-        )
+        return JSONResponse(self.told(), self.status_code, self.headers)
 
 
-def too_long() -> Refusal:
+def too_long(what: str = "The answer took too long.") -> Refusal:
     """The refusal of a request whose answer would come too late."""
-    what = "The answer took too long."
     return Refusal(504, "timeout", what, "Ask less at once, or try again later.")
 
 
@@ -112,12 +110,12 @@ def refusal(error: Exception) -> Refusal:
 
 def add_error_handlers(app: FastAPI) -> None:
     """Make all expected errors of an app's routes refusals; the others are left to its guard."""
+
+    async def respond(_: Request, error: Exception) -> JSONResponse:
+        return refusal(error).response()
+
     for kind in (HTTPException, RequestValidationError, MedMoEError, MemoryError):
-        app.add_exception_handler(kind, _respond)
-
-
-async def _respond(request: Request, error: Exception) -> JSONResponse:
-    return refusal(error).response()
+        app.add_exception_handler(kind, respond)
 
 
 def _complaints(error: RequestValidationError) -> str:
@@ -125,9 +123,9 @@ def _complaints(error: RequestValidationError) -> str:
     told = []
     for found in error.errors()[:3]:
         *place, last = found["loc"][1:] or ("body",)
+        what = found["msg"]
         if found["type"] == "extra_forbidden":  # a name that the client made up
-            shown = last if NAME.fullmatch(str(last)) else "a field"
-            told.append(f"{'.'.join(map(str, [*place, shown]))}: There is no such field.")
-        else:
-            told.append(f"{'.'.join(map(str, [*place, last]))}: {found['msg']}.")
+            last = last if NAME.fullmatch(str(last)) else "a field"
+            what = "There is no such field"
+        told.append(f"{'.'.join(map(str, [*place, last]))}: {what}.")
     return " ".join(told)

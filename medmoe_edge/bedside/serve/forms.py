@@ -180,8 +180,7 @@ def _definition(root: dict[str, Any], reference: str) -> Any:
 def fitted(text: str, schema: dict[str, Any], root: dict[str, Any]) -> Any:
     """Words as a value of a schema that was checked; `root` holds its definitions.
 
-    Raises:
-        Unfit: They are none.
+    Raises `Unfit` where they are none.
     """
     if "$ref" in schema:
         return fitted(text, _definition(root, str(schema["$ref"])), root)

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medmoe_edge.bedside.serve.errors import Refusal, refusal
+from medmoe_edge.bedside.serve.errors import Refusal, refusal, too_long
 from medmoe_edge.bedside.serve.settings import Limits, Settings
 from medmoe_edge.bedside.serve.work import Metrics, RequestSlots
 
@@ -44,8 +44,7 @@ async def bounded(app: ASGIApp, limits: Limits, scope: Scope, body: "Body", send
                 await app(scope, body.receive, send)
     except TimeoutError:
         if not body.client_left:
-            what = "The request took too long."
-            raise Refusal(504, "timeout", what, "Ask less at once, or try again later.") from None
+            raise too_long("The request took too long.") from None
     finally:
         watch.cancel()
 
@@ -103,20 +102,21 @@ class Body:
             async with asyncio.timeout(self._limits.upload_seconds):
                 while await self._read_part():
                     pass
-        except TimeoutError:
-            self._let_go()
+        except BaseException as error:
+            await self.__aexit__()
+            if not isinstance(error, TimeoutError):
+                raise
             raise Refusal(
                 *(408, "slow_upload", "The upload took too long."),
                 f"Send it within {self._limits.upload_seconds:.0f} s.",
             ) from None
-        except BaseException:
-            self._let_go()
-            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Forget it."""
-        self._let_go()
+        self._uploads.held -= self._bytes
+        self._bytes = 0
+        self._parts.clear()
 
     async def receive(self) -> Message:
         """The body for the app, and afterwards whether the client is still there."""
@@ -143,11 +143,6 @@ class Body:
         self._bytes += len(part)
         self._parts.append(part)
         return bool(message.get("more_body", False))
-
-    def _let_go(self) -> None:
-        self._uploads.held -= self._bytes
-        self._bytes = 0
-        self._parts.clear()
 
     def _check(self, size: int) -> None:
         most = self._limits.upload_bytes

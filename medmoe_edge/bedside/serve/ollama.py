@@ -10,6 +10,7 @@ import binascii
 import datetime
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -19,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from medmoe_edge._version import __version__
 from medmoe_edge.bedside.serve.errors import Refusal, refusal
 from medmoe_edge.bedside.serve.forms import Until
-from medmoe_edge.bedside.serve.guard import at_end, client_of
 from medmoe_edge.bedside.serve.openai import (
     ChatRequest,
     Completion,
@@ -27,7 +27,7 @@ from medmoe_edge.bedside.serve.openai import (
     no_such_model,
     shown_names,
 )
-from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of
+from medmoe_edge.bedside.serve.routes import REFUSALS, answers_of, queued
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer
 
@@ -120,10 +120,15 @@ class OllamaChat(BaseModel):
 
 
 def _turn(message: OllamaMessage) -> dict[str, Any]:
-    images = [
-        {"type": "image_url", "image_url": {"url": _url(each)}} for each in message.images or ()
-    ]
-    content = [{"type": "text", "text": message.content}, *images]
+    content: list[dict[str, Any]] = [{"type": "text", "text": message.content}]
+    for image in message.images or ():
+        try:
+            base64.b64decode(image, validate=True)
+        except (binascii.Error, ValueError) as error:
+            what, hint = "An image is not valid base64.", "Encode the whole file, without a prefix."
+            raise Refusal(400, "bad_image", what, hint) from error
+        url = f"data:image;base64,{image}"
+        content.append({"type": "image_url", "image_url": {"url": url}})
     return {**(message.model_extra or {}), "role": message.role, "content": content}
 
 
@@ -134,15 +139,6 @@ def _limit(most: Any) -> int | None:
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ValueError("no number of tokens")
     return most
-
-
-def _url(image: str) -> str:
-    try:
-        base64.b64decode(image, validate=True)
-    except (binascii.Error, ValueError) as error:
-        what = "An image is not valid base64."
-        raise Refusal(400, "bad_image", what, "Encode the whole file, without a prefix.") from error
-    return f"data:image;base64,{image}"
 
 
 def ollama_routes(work: Work, worker: Worker) -> APIRouter:
@@ -181,12 +177,10 @@ def ollama_routes(work: Work, worker: Worker) -> APIRouter:
         chat.check()
         limit = min(chat.limit, work.limits.new_tokens)
         told = _Lines(asked, chat, work.engine.prompt_tokens(chat.question))
-        ending = at_end(request)
-        upload = await work.receive(chat.image, None, client_of(request), ending)
-        job = worker.do(
-            lambda: work.ask(upload, [chat.question], limit, choices=chat.choices),
-            *(ending, upload.who, upload.seconds),
+        ask = partial(
+            work.ask, questions=[chat.question], max_new_tokens=limit, choices=chat.choices
         )
+        job = await queued(work, worker, request, chat.image, ask)
         if asked.stream:
             lines = told.lines(await started(job))
             return StreamingResponse(lines, media_type="application/x-ndjson")

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -26,13 +27,7 @@ from medmoe_edge.bedside.serve.forms import (
     choices_in,
     formed,
 )
-from medmoe_edge.bedside.serve.guard import at_end, client_of
-from medmoe_edge.bedside.serve.routes import (
-    EVENTS,
-    REFUSALS,
-    AnswerBody,
-    event_stream,
-)
+from medmoe_edge.bedside.serve.routes import EVENTS, REFUSALS, AnswerBody, event_stream, queued
 from medmoe_edge.bedside.serve.work import Work, Worker, started
 from medmoe_edge.engine.answer import Answer, Piece
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
@@ -191,18 +186,13 @@ class ChatRequest(BaseModel):
     @property
     def notices(self) -> tuple[Notice, ...]:
         """What of the request did not reach the model."""
-        return (*of_the_conversation(self.messages), *self._without_effect())
-
-    def _without_effect(self) -> Iterator[Notice]:
-        given = sorted(
-            name for name in WITHOUT_EFFECT if (self.model_extra or {}).get(name) is not None
+        extra = self.model_extra or {}
+        given = sorted(name for name in WITHOUT_EFFECT if extra.get(name) is not None)
+        what = ", as the model always takes the most likely token."
+        without_effect = Notice(
+            "parameters_without_effect", f"{', '.join(given)}: without effect{what}"
         )
-        if given:
-            names = ", ".join(given)
-            yield Notice(
-                "parameters_without_effect",
-                f"{names}: without effect, as the model always takes the most likely token.",
-            )
+        return (*of_the_conversation(self.messages), *([without_effect] if given else []))
 
 
 def of_the_conversation(messages: Sequence[Message]) -> Iterator[Notice]:
@@ -336,16 +326,14 @@ def openai_routes(work: Work, worker: Worker) -> APIRouter:
         chat.check()
         limit = min(chat.limit, work.limits.new_tokens)
         completion = Completion(chat, work.engine.prompt_tokens(chat.question))
-        ending = at_end(request)
-        upload = await work.receive(chat.image, None, client_of(request), ending)
-        job = worker.do(
-            lambda: work.ask(
-                *(upload, [chat.question], limit),
-                choices=chat.choices,
-                alternatives=chat.alternatives,
-            ),
-            *(ending, upload.who, upload.seconds),
+        ask = partial(
+            work.ask,
+            questions=[chat.question],
+            max_new_tokens=limit,
+            choices=chat.choices,
+            alternatives=chat.alternatives,
         )
+        job = await queued(work, worker, request, chat.image, ask)
         if chat.stream:
             return event_stream(completion.chunks(await started(job)))
         told = [item async for item in job]
@@ -383,7 +371,7 @@ class Completion:
         if self._in_words and answer.unsure:
             content = guessed(answer, text)
         message = {"role": "assistant", "content": content, "refusal": refused}
-        reason = "stop" if until.reached else _reason(answer)
+        reason = "stop" if until.reached or answer.complete else "length"
         told = self._before_stop(pieces) if self._chat.logprobs else None
         choice = {"message": message, "logprobs": told, "finish_reason": reason}
         return {
@@ -416,13 +404,13 @@ class Completion:
                     rest = {"content": content} if refused is None else {"refusal": refused}
                 if any(rest.values()):
                     yield self._chunk(rest)
-                reason = "stop" if until.reached else _reason(item)
+                reason = "stop" if until.reached or item.complete else "length"
                 yield self._chunk({}, reason, medmoe=self._told(item))
                 if self._tells_usage:
                     yield _data({**self._chunk_head(), "choices": [], "usage": self._usage(item)})
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status has been sent
-            yield _data(refusal(error).body().model_dump(exclude_none=True))
+            yield _data(refusal(error).told())
 
     @property
     def _in_words(self) -> bool:
@@ -491,10 +479,6 @@ def _token(text: str, log_probability: float) -> dict[str, Any]:
 
 def _data(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
-
-
-def _reason(answer: Answer) -> str:
-    return "stop" if answer.complete else "length"
 
 
 def _model(work: Work, model: Any, kind: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from medmoe_edge.bedside.serve.errors import ErrorBody, refusal
 from medmoe_edge.bedside.serve.guard import at_end, client_of
 from medmoe_edge.bedside.serve.settings import Limits
-from medmoe_edge.bedside.serve.work import Job, Upload, Work, Worker, started
+from medmoe_edge.bedside.serve.work import Job, T, Upload, Work, Worker, started
 from medmoe_edge.contrastive.features import Location
 from medmoe_edge.engine.answer import Answer, choices_of, given_choices
 from medmoe_edge.engine.engine import MAX_NEW_TOKENS
@@ -128,7 +129,7 @@ async def _told(pictures: AsyncIterator[str]) -> AsyncIterator[str]:
             yield f"event: picture\ndata: {picture}\n\n"
         yield _event("done", {})
     except Exception as error:  # the status has been sent
-        yield _event("error", refusal(error).body().model_dump(exclude_none=True))
+        yield _event("error", refusal(error).told())
 
 
 def picture_of(
@@ -142,7 +143,8 @@ def picture_of(
     image, values = found.image, found.values
     height, width = image.pixels.shape[:2]
     index = pick_frame(NAME, frame, image.frames)
-    grey = _is_grey(image)
+    red, green, blue = (image.pixels[..., channel] for channel in range(3))
+    grey = np.array_equal(red, green) and np.array_equal(green, blue)
     shown = _reduced(Pillow.fromarray(image.pixels[..., 0] if grey else image.pixels))
     return Picture(
         size=(width, height),
@@ -157,11 +159,6 @@ def picture_of(
         sides=image.sides,
         **(dataclasses.asdict(found.stated) if patient else {}),
     )
-
-
-def _is_grey(image: Image) -> bool:
-    red, green, blue = (image.pixels[..., channel] for channel in range(3))
-    return np.array_equal(red, green) and np.array_equal(green, blue)
 
 
 def _codes(image: Image, found: GreyValues | None, shown: Pillow.Image) -> Codes:
@@ -197,8 +194,7 @@ def _resized(picture: Pillow.Image, size: tuple[int, int]) -> Pillow.Image:
 
 def _png(picture: Pillow.Image) -> str:
     file = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 1}  # it goes to the next room, and at once
-    picture.save(file, "PNG", **options)
+    picture.save(file, "PNG", compress_level=1)  # it goes to the next room, and at once
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -240,7 +236,6 @@ EVENT = {
 }
 EVENTS = {"text/event-stream": {"schema": EVENT}}
 PICTURE = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
-
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
@@ -291,6 +286,13 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
     """`/v1/ask`, `/v1/seen`, `/v1/classify` and `/v1/locate`."""
     router = APIRouter(prefix="/v1", responses=REFUSALS)
 
+    async def job_of(
+        request: Request, form: ImageForm, do: Callable[[Upload], Generator[T, None, None]]
+    ) -> Job[T]:
+        data = await form.image.read()
+        await form.image.close()  # gives its copy back
+        return await queued(work, worker, request, data, do, form.frame)
+
     @router.post(
         "/ask", responses={200: {"model": Answers, "content": EVENTS}}, response_model=None
     )
@@ -304,12 +306,15 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         """
         work.check_ask(len(form.question), form.max_new_tokens)
         choices = choices_of(form.choices, "") or given_choices(form.question, form.yes_no)
-        upload = await _received(work, request, form)
-        job = worker.do(
-            lambda: work.ask(upload, form.question, form.max_new_tokens, choices=choices),
-            at_end(request),
-            upload.who,
-            upload.seconds,
+        job = await job_of(
+            request,
+            form,
+            partial(
+                work.ask,
+                questions=form.question,
+                max_new_tokens=form.max_new_tokens,
+                choices=choices,
+            ),
         )
         if form.stream:
             return event_stream(_events(await started(job)))
@@ -320,8 +325,7 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         request: Request, form: Annotated[ImageForm, Form(media_type="multipart/form-data")]
     ) -> Response:
         """Exactly what the model sees of an image when it is asked, as PNG at its resolution."""
-        upload = await _received(work, request, form)
-        job = worker.do(lambda: work.seen(upload), at_end(request), upload.who, upload.seconds)
+        job = await job_of(request, form, work.seen)
         return Response(await anext(job), media_type="image/png")
 
     @router.post("/classify", response_model=None)
@@ -330,10 +334,7 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
     ) -> Response:
         """Choose among labels: calibrated probabilities, given that one of them is right."""
         work.check_modality()
-        upload = await _received(work, request, form)
-        job = worker.do(
-            lambda: work.classify(upload, form.label), at_end(request), upload.who, upload.seconds
-        )
+        job = await job_of(request, form, partial(work.classify, labels=form.label))
         return JSONResponse((await anext(job)).to_json())
 
     @router.post("/locate", responses={200: {"content": PICTURE}}, response_model=None)
@@ -346,11 +347,7 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
         under `heat_png`, base64.
         """
         work.check_modality()
-        upload = await _received(work, request, form)
-        job = worker.do(
-            lambda: work.locate(upload, form.phrase), at_end(request), upload.who, upload.seconds
-        )
-        found = await anext(job)
+        found = await anext(await job_of(request, form, partial(work.locate, phrase=form.phrase)))
         png = heat_png(found)
         if form.format == "png":
             return Response(png, media_type="image/png")
@@ -378,10 +375,18 @@ def heat_png(found: Location) -> bytes:
     return file.getvalue()
 
 
-async def _received(work: Work, request: Request, form: ImageForm) -> Upload:
-    data = await form.image.read()
-    await form.image.close()  # gives its copy back
-    return await work.receive(data, form.frame, client_of(request), at_end(request))
+async def queued(
+    work: Work,
+    worker: Worker,
+    request: Request,
+    data: bytes,
+    do: Callable[[Upload], Generator[T, None, None]],
+    frame: int | None = None,
+) -> Job[T]:
+    """Queue what is to be done with an uploaded image; at the request's end it is cancelled."""
+    ending = at_end(request)
+    upload = await work.receive(data, frame, client_of(request), ending)
+    return worker.do(lambda: do(upload), ending, upload.who, upload.seconds)
 
 
 async def _events(items: AsyncIterator[str | Answer]) -> AsyncIterator[str]:
@@ -395,7 +400,7 @@ async def _events(items: AsyncIterator[str | Answer]) -> AsyncIterator[str]:
                 yield _event("token", {"index": index, "text": item})
         yield _event("done", {})
     except Exception as error:  # the status has been sent
-        yield _event("error", refusal(error).body().model_dump(exclude_none=True))
+        yield _event("error", refusal(error).told())
 
 
 def _event(name: str, data: dict[str, Any]) -> str:

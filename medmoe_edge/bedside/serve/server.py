@@ -205,6 +205,16 @@ class TimeoutProtocol(H11Protocol):
         self._sending_timer = self.loop.call_later(SENDING, self._watch_sending)
 
 
+QUIET: dict[str, Any] = {  # of uvicorn, which says nothing in the log or in answers by itself
+    "http": TimeoutProtocol,
+    "ws": "none",
+    "log_config": None,
+    "log_level": "warning",
+    "access_log": False,
+    "server_header": False,
+}
+
+
 def run(app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; what was accepted is then still answered.
 
@@ -229,19 +239,14 @@ class Server(uvicorn.Server):
         limits, self._ready = settings.limits, ready
         config = uvicorn.Config(
             app,
-            http=TimeoutProtocol,
-            ws="none",
             lifespan="on",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
             proxy_headers=settings.proxy is not None,
             forwarded_allow_ips=settings.proxy,
-            server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=round(limits.upload_seconds + limits.seconds + SENDING),
             ssl_certfile=settings.certificate,
             ssl_keyfile=settings.key,
+            **QUIET,
         )
         super().__init__(config)
 
@@ -286,15 +291,9 @@ class ServiceModels:
 
 
 def start(settings: Settings, models: ServiceModels, ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM.
+    """Serve until SIGTERM; `ready` is called with the URL once requests are taken.
 
-    Args:
-        settings: Where it listens, and what a request may ask for.
-        models: The models, and the log of answers.
-        ready: Called with the URL once requests are taken.
-
-    Raises:
-        MedMoEError: What `engine.load`, `load_modality` and `server.run` raise.
+    Raises what `engine.load`, `load_modality` and `run` raise.
     """
     settings.check_tls()
     log = None if models.audit is None else AuditLog(models.audit)

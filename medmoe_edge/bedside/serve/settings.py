@@ -92,10 +92,7 @@ class Settings:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def scheme(self) -> str:
@@ -111,7 +108,7 @@ class Settings:
                 raise InputError(f"{file} does not exist.", "Check the path.")
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self.certificate, self.key, password=_no_password)
+            context.load_cert_chain(self.certificate, self.key, password=no_password)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"The certificate and the key cannot be used ({type(error).__name__}).",
@@ -160,5 +157,14 @@ def read_tokens(path: Path) -> dict[str, str]:
     return tokens
 
 
-def _no_password() -> str:
-    raise ValueError("the key has a password")  # or OpenSSL would ask for it on the terminal
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on a host."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def no_password() -> str:
+    """For `ssl`, which would else ask for the password of a key on the terminal."""
+    raise ValueError("the key has a password")

@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import prometheus_client
@@ -235,31 +236,21 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
-        self._requests = prometheus_client.Counter(
-            "medmoe_requests",
-            "Requests by route and status.",
-            ["route", "status"],
-            registry=registry,
+        counter = partial(prometheus_client.Counter, registry=registry)
+        histogram = partial(Histogram, buckets=SECONDS, registry=registry)
+        self._requests = counter(
+            "medmoe_requests", "Requests by route and status.", ["route", "status"]
         )
-        self._request_seconds = Histogram(
-            *("medmoe_request_seconds", "From request to response.", ["route"]),
-            buckets=SECONDS,
-            registry=registry,
+        self._request_seconds = histogram(
+            "medmoe_request_seconds", "From request to response.", ["route"]
         )
-        self._first_token = Histogram(
-            *("medmoe_first_token_seconds", "From image to first token, without the queue."),
-            buckets=SECONDS,
-            registry=registry,
+        self._first_token = histogram(
+            "medmoe_first_token_seconds", "From image to first token, without the queue."
         )
-        self._answers = prometheus_client.Counter(
-            "medmoe_answers", "Questions answered.", ["prefix_reused"], registry=registry
-        )
-        self._tokens = prometheus_client.Counter(
-            "medmoe_answer_tokens", "Tokens of all answers.", registry=registry
-        )
-        taken = Gauge(
-            "medmoe_requests_under_way", "Being sent, waiting or answered.", registry=registry
-        )
+        self._answers = counter("medmoe_answers", "Questions answered.", ["prefix_reused"])
+        self._tokens = counter("medmoe_answer_tokens", "Tokens of all answers.")
+        about = "Being sent, waiting or answered."
+        taken = Gauge("medmoe_requests_under_way", about, registry=registry)
         taken.set_function(lambda: slots.taken)
 
     def saw_request(self, route: str, status: int, seconds: float) -> None:
@@ -354,15 +345,9 @@ class Work:
     ) -> Upload:
         """Decode an uploaded file, apart from this process and not on the worker's thread.
 
-        Args:
-            data: The file.
-            frame: From 0; None is the middle one.
-            who: The client, as `client_of` has it.
-            ending: Called at the request's end, until which the picture keeps its slot in memory.
-
-        Raises:
-            ImageError, ResourceError: As of `read_apart`.
-            Refusal: It took too long until it could be read.
+        The client is `who`, as `client_of` has it; at the `ending` of its request the picture gives
+        up its slot in memory. Raises what `read_apart` does, and `Refusal` where it took too long
+        until it could be read.
         """
         loop, limits = asyncio.get_running_loop(), self.limits
         until = loop.time() + limits.seconds
