@@ -30,11 +30,14 @@ from medmoe_edge.checkpoint.tensors import (
     write_folder,
     wrong_shape,
 )
+from medmoe_edge.config import unknown_key
 from medmoe_edge.config_contrastive import SCORES, ModalityConfig
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.models.contrastive import ModalityMoE
 
 MODEL_TYPE = "modality-moe"
+# Of config.json itself; the last ones say what the file is and who wrote it, and change nothing.
+_KEYS = ("model_type", "config", "architectures", "torch_dtype", "dtype", "transformers_version")
 SHARD_BYTES = 16 * 2**20  # what ships inside the package lies in files of less than 25 MB
 
 _ATTENTION = {
@@ -157,6 +160,9 @@ def read_modality_checkpoint(folder: Path, *, as_published: bool = False) -> Mod
             f"{folder} is no checkpoint of a {MODEL_TYPE} model.",
             "Give the folder that training or init wrote.",
         )
+    for key in data:
+        if key not in _KEYS:
+            raise unknown_key(key, _KEYS, "config.json, outside of its block config,")
     config = ModalityConfig.from_json(data["config"], "config.json config")
     if as_published:
         config = dataclasses.replace(config, as_published=True)

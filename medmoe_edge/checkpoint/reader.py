@@ -54,8 +54,8 @@ from medmoe_edge.checkpoint.tensors import (
     wrong_shape,
 )
 from medmoe_edge.checkpoint.tokenizer import FAST_FILE, FoundTokenizer, find_tokenizer
-from medmoe_edge.config import ModelConfig
-from medmoe_edge.errors import CheckpointError, InputError, Notice, did_you_mean
+from medmoe_edge.config import ModelConfig, VisionConfig
+from medmoe_edge.errors import CheckpointError, ConfigError, InputError, Notice, did_you_mean
 
 __all__ = ["Checkpoint", "as_checkpoint", "import_router", "read_checkpoint", "write_checkpoint"]
 
@@ -204,6 +204,8 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
         stored |= tower
     data = _with_generation(folder, data)
     config = model_config(data, {key: tensor.shape for key, tensor in stored.items()}, tower_data)
+    if tower_data is not None:
+        _check_processor(Path(str(path)) / "preprocessor_config.json", config.vision)
     names, twins = _match(config, stored)
     tokenizer = folder / FAST_FILE
     if tokenizer.exists():
@@ -402,6 +404,18 @@ def _read_tower(path: object) -> tuple[dict[str, StoredTensor], dict[str, object
     tower = {key: tensor for key, tensor in tower.items() if not is_unread(key)}
     config = folder / "config.json"
     return tower, read_json(config) if config.exists() else {}
+
+
+def _check_processor(file: Path, vision: VisionConfig) -> None:
+    """Raise `ConfigError` where a tower's own processor normalises pixels in another way."""
+    data = read_json(file) if file.exists() else {}
+    for key, used in (("image_mean", vision.pixel_mean), ("image_std", vision.pixel_std)):
+        own = [round(value / 255, 8) for value in used]
+        if data.get(key) not in (None, own):
+            raise ConfigError(
+                f"{file} has {key} = {data[key]!r}, and this tower would be read with {own}.",
+                "Use the tower that the checkpoint was trained with, and its own files.",
+            )
 
 
 def _match(

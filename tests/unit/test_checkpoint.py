@@ -496,6 +496,22 @@ def test_a_tower_with_another_activation_is_refused(towerless: Path, tmp_path: P
         read_checkpoint(towerless, vision_tower=tmp_path / "tower")
 
 
+def test_a_tower_that_normalises_otherwise_is_refused(towerless: Path, tmp_path: Path) -> None:
+    tower = tmp_path / "tower"
+    clip(TINY["stablelm"]).save_pretrained(tower)
+    processor: dict[str, Any] = {
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (tower / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert read_checkpoint(towerless, vision_tower=tower).config == TINY["stablelm"]
+    for mean in ([0.5, 0.5, 0.5], "grey"):
+        changed = json.dumps({**processor, "image_mean": mean})
+        (tower / "preprocessor_config.json").write_text(changed)
+        with pytest.raises(ConfigError, match="image_mean"):
+            read_checkpoint(towerless, vision_tower=tower)
+
+
 def test_a_tower_of_another_width_is_refused(towerless: Path, tmp_path: Path) -> None:
     clip(TINY["stablelm"], hidden_size=32).save_pretrained(tmp_path / "tower")
     with pytest.raises(ConfigError, match="mm_hidden_size"):

@@ -228,6 +228,17 @@ def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], tmp_path: P
         read_modality_checkpoint(tmp_path / "out")
 
 
+def test_a_key_that_would_be_passed_over_is_refused(tmp_path: Path) -> None:
+    write_modality_checkpoint(tmp_path / "a", random_modality_model(TINY, seed=1))
+    file = tmp_path / "a" / "config.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps(data | {"torch_dtype": "float32"}))
+    assert read_modality_checkpoint(tmp_path / "a").config == TINY
+    file.write_text(json.dumps(data | {"as_published": True}))
+    with pytest.raises(ConfigError, match="unknown key 'as_published'"):
+        read_modality_checkpoint(tmp_path / "a")
+
+
 def test_a_folder_of_a_med_moe_says_so(tiny_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match="modality-moe"):
         read_modality_checkpoint(tiny_checkpoint())
