@@ -235,7 +235,7 @@ def test_a_bundle_that_was_edited_is_refused(run: Run, bundle: Path) -> None:
         (["bundle", "--against", "nano", "--beside", "gptq"], 2, "no 'gptq' to measure beside"),
         (["bundle", "--against", "nano", "--data", "nowhere"], 2, "no calibration data 'nowhere'"),
         (["bundle", "--against", "nano"], 3, "bundle was not made from the checkpoint"),
-        (["bundle", "--against", "bundle"], 3, "model.safetensors"),
+        (["bundle", "--against", "bundle"], 3, "bundle is a bundle, not a checkpoint."),
         (["bundle", "--report", "none/page.html"], 2, "none is not a folder."),
     ],
 )
