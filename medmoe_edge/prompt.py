@@ -25,6 +25,7 @@ SYSTEM = (
 )
 BEFORE_IMAGE = f"{SYSTEM} USER: "
 AFTER_IMAGE = "\n{question} ASSISTANT:"
+IMAGE = "<image>"  # where the template has the image; of a question it is no part
 MAX_QUESTION_CHARACTERS = 10_000
 # A logit of probability 0. An infinite one would make 0 x infinity, NaN, in a divergence.
 IMPOSSIBLE = float(np.finfo(np.float32).min)
@@ -149,14 +150,11 @@ class Tokenizer:
 
 
 def check_question(question: str) -> str:
-    """The question as it looks, without surrounding space and `<image>`.
-
-    What looks the same is asked the same, wherever it was pasted from: of spaces of any kind or
-    number one is left, nothing that cannot be seen, and the letters of a ligature.
+    """The question `as_seen`.
 
     Raises `InputError` if it is empty, far too long or no text.
     """
-    question = question.replace("<image>", "").strip()
+    question = question.replace(IMAGE, "").strip()
     if len(question) > MAX_QUESTION_CHARACTERS:
         raise InputError(
             f"The question has {len(question):,} characters.",
@@ -166,15 +164,29 @@ def check_question(question: str) -> str:
         question.encode()
     except UnicodeEncodeError as error:  # such as bytes on the command line that are not UTF-8
         raise InputError("The question is not valid Unicode.", "Type it as UTF-8.") from error
-    seen = "".join(_LIGATURES.get(c, c) for c in question if c.isspace() or not _is_hidden(c))
-    question = _SPACES.sub(" ", seen.replace("\r\n", "\n")).strip()
-    if not question:
+    question = as_seen(question)
+    if not question.strip(f" \n{_JOINERS}"):
         raise InputError("The question is empty.", "Ask something, such as: Is there effusion?")
     return question
 
 
+def as_seen(question: str) -> str:
+    """The question as it looks, without surrounding space and `<image>`.
+
+    What looks the same is asked the same, wherever it was pasted from. Of spaces of any kind or
+    number one is left. What cannot be seen is left out, but for the joiners of some scripts.
+    Accents are composed; hyphens are those of keyboards; ligatures are their letters.
+    """
+    seen = "".join(_PLAIN.get(c, c) for c in question if c.isspace() or not _is_hidden(c))
+    while IMAGE in seen:  # what is left may be one again
+        seen = seen.replace(IMAGE, "")
+    composed = unicodedata.normalize("NFC", seen)
+    return _SPACES.sub(" ", composed.replace("\r\n", "\n")).strip()
+
+
 _SPACES = re.compile(r"[^\S\n]+")
-_LIGATURES = {c: unicodedata.normalize("NFKC", c) for c in map(chr, range(0xFB00, 0xFB07))}
+_PLAIN = {c: unicodedata.normalize("NFKC", c) for c in map(chr, range(0xFB00, 0xFB07))}
+_PLAIN |= {"\u2010": "-", "\u2011": "-"}  # the second does not break
 _JOINERS = "\u200c\u200d"  # which Persian and Indic scripts are spelt with
 
 

@@ -50,7 +50,9 @@ def test_the_vocabulary_learns_words_and_the_template(tokenizer: Tokenizer) -> N
     assert len(tokenizer.prefix_ids()) < len(BEFORE_IMAGE) / 4
 
 
-@pytest.mark.parametrize("question", ["", "  \n", "<image>", " <image>\n<image> "])
+@pytest.mark.parametrize(
+    "question", ["", "  \n", "<image>", " <image>\n<image> ", "\u200d", "\u200c \u200d\n"]
+)
 def test_an_empty_question_is_refused(tokenizer: Tokenizer, question: str) -> None:
     with pytest.raises(InputError, match="empty"):
         tokenizer.question_ids(question)
@@ -70,6 +72,23 @@ def test_a_question_of_stray_bytes_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_the_image_mark_in_a_question_is_dropped() -> None:
     assert check_question("<image>\nIs there <image>effusion?") == "Is there effusion?"
+
+
+@pytest.mark.parametrize("mark", ["<im\u00adage>", "<ima<image>ge>", "<ima<im\u200bage>ge>\u200b"])
+def test_no_image_mark_is_left_in_a_question(mark: str) -> None:
+    assert check_question(f"Is there {mark}effusion?") == "Is there effusion?"
+
+
+@pytest.mark.parametrize(
+    ("pasted", "typed"),
+    [
+        ("La\u0308sion?", "L\u00e4sion?"),
+        ("La<image>\u0308sion?", "L\u00e4sion?"),
+        ("T2\u2010weighted or T2\u2011weighted?", "T2-weighted or T2-weighted?"),
+    ],
+)
+def test_accents_and_hyphens_are_those_of_a_keyboard(pasted: str, typed: str) -> None:
+    assert check_question(pasted) == check_question(typed) == typed
 
 
 @pytest.mark.parametrize(
