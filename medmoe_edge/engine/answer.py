@@ -14,7 +14,7 @@ from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.errors import InputError, Notice
 from medmoe_edge.image.pixels import named
-from medmoe_edge.prompt import Tokenizer
+from medmoe_edge.prompt import MAX_QUESTION_CHARACTERS, Tokenizer, as_seen
 from medmoe_edge.runtimes.base import Chosen, Decoding, Step
 
 
@@ -155,7 +155,9 @@ def is_yes_or_no(question: str) -> bool:
     "where"), or is a request to somebody ("can you", "tell me") may have any answer. A question
     that is wrongly left out is merely answered freely; one that is wrongly taken is answered wrong.
     """
-    asked = _SAME_AS_IS.sub("is", _ASKED_SO.sub("", question.strip().lower()))
+    if len(question) > MAX_QUESTION_CHARACTERS:  # most are refused when they are asked
+        return False
+    asked = _SAME_AS_IS.sub("is", _ASKED_SO.sub("", as_seen(question).lower()))
     words = re.findall(r"[^\W\d_]+", asked)
     if not words or _SEVERAL.search(asked) or not _ANY_ANSWER.isdisjoint(words):
         return False

@@ -507,6 +507,22 @@ def test_questions_that_ask_for_yes_or_no(question: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "pasted",
+    [
+        *("Do  you see a fracture?", "Do\u00a0you see a fracture?", "Do y\u00adou see a fracture?"),
+        *("\ufeffDo you see a fracture?", "<image>\nDo you see a fracture?"),
+        *("Do you see a fracture, yes\u00a0or no?", "Do you see a fracture?\u200b yes or  no"),
+    ],
+)
+def test_a_pasted_question_asks_for_yes_or_no_as_the_typed_one(pasted: str) -> None:
+    assert is_yes_or_no(pasted)
+
+
+def test_what_is_too_long_to_be_asked_is_not_looked_into() -> None:
+    assert not is_yes_or_no("Is it" + "\u0301\u0316" * 6_000)
+
+
+@pytest.mark.parametrize(
     "question",
     [
         *("Can you describe the findings?", "Could you tell me which organ this is?"),
