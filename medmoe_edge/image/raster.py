@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image as Pillow
@@ -29,6 +29,9 @@ from medmoe_edge.image.pixels import (
     too_large,
 )
 from medmoe_edge.image.raster_display import ORIENTATION, show, stated_ratio
+
+if TYPE_CHECKING:
+    from medmoe_edge.image.codestreams import Codestream
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 MAX_PAGES = 10_000
@@ -119,12 +122,20 @@ def _unopened(file: BinaryIO, name: str) -> Exception:
         from medmoe_edge.image.codestreams import read_codestream
 
         found = read_codestream(file.read(), name)
-        what = f"{name} is a {found.kind.upper()} picture of {found.components} x {found.precision}"
-        return ImageError(f"{what} bits, which is not read.", "Save it as PNG of 8 or 16 bits.")
+        if not _is_ordinary(found):
+            what = f"{found.kind.upper()} picture of {found.components} x {found.precision} bits"
+            remedy = "Save it as PNG of 8 or 16 bits."
+            return ImageError(f"{name} is a {what}, which is not read.", remedy)
     return ImageError(
         f"{name} begins like an image, but its header is damaged or cut off.",
         "Copy it again, or export it again as PNG.",
     )
+
+
+def _is_ordinary(found: "Codestream") -> bool:
+    """Whether any Pillow reads such JPEG pictures, so that this one must be damaged."""
+    plain = found.kind == "jpeg" and not found.lossless
+    return plain and found.precision == 8 and found.components in (1, 3, 4)
 
 
 def _unread_tiff(file: BinaryIO, head: bytes, name: str) -> ImageError:

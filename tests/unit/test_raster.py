@@ -345,6 +345,12 @@ def test_pictures_that_are_no_pages_are_told_of(pictures: int, options: Any, rea
     assert read(_tiff(np.stack([GREY] * 5), imagej=True)).notices == ()
 
 
+def _with_damaged_table(data: bytes) -> bytes:
+    """A JPEG picture with one wrong byte in its table of quantisation: how wide its numbers are."""
+    at = data.index(b"\xff\xdb") + 4
+    return data[:at] + b"\x10" + data[at + 1 :]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -354,6 +360,8 @@ def test_pictures_that_are_no_pages_are_told_of(pictures: int, options: Any, rea
             "JPEG picture of 1 x 12 bits, which is not read",
         ),
         (imagecodecs.jpegls_encode(GREY)[:100], "cut off"),
+        (_with_damaged_table(encoded(RGB, "JPEG")), "its header is damaged or cut off"),
+        (_with_damaged_table(encoded(GREY, "JPEG")), "its header is damaged or cut off"),
     ],
 )
 def test_a_jpeg_that_is_not_read_says_what_it_is(data: bytes, message: str, read: Any) -> None:
