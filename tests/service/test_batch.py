@@ -382,6 +382,27 @@ def test_images_behind_a_link_are_there_and_a_circle_ends(
     assert [name for name in found if name not in before] == ["linked/far.png"]
 
 
+def test_no_image_is_asked_twice_because_of_a_link(
+    tmp_path: Path, scans: Path, questions: Path
+) -> None:
+    before = [item.image for item in read_items(scans, questions)]
+    for folder in (scans / "month", scans / ".hidden", tmp_path / "far" / "near"):
+        folder.mkdir(parents=True)
+        Pillow.new("L", (8, 8)).save(folder / "a.png")
+    for name, target in {
+        **{"latest": "month", "around": tmp_path, "kept": ".hidden", "again": ".hidden"},
+        **{"x": tmp_path / "far", "y": tmp_path / "far", "z": tmp_path / "far" / "near"},
+        **{"month/up": ".."},
+    }.items():
+        (scans / name).symlink_to(target)
+    (tmp_path / "far" / "a-link").symlink_to("near")
+    Pillow.new("L", (8, 8)).save(tmp_path / "far" / "far.png")
+    found = [item.image for item in read_items(scans, questions)]
+    assert [name for name in found if name not in before] == [
+        *("again/a.png", "month/a.png", "x/far.png", "z/a.png")
+    ]
+
+
 def test_a_name_that_a_spreadsheet_would_compute_is_text(
     engine: StandIn, tmp_path: Path, questions: Path
 ) -> None:

@@ -234,22 +234,35 @@ def _files(folder: Path, left_out: Collection[Path]) -> Iterator[tuple[str, str]
         ) from error
 
     root = folder.resolve()
-    found = []
+    found, walked = [], {root}
     for parent, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and not _leads_back(Path(parent, name))
-        ]
+        shown = [Path(parent, name) for name in folders if not name.startswith(".")]
+        shown.sort(key=lambda path: (path.is_symlink(), path))  # a folder goes before its links
+        folders[:] = [path.name for path in shown if _is_new(path, root, walked)]
         paths = (Path(parent, name) for name in names if not name.startswith("."))
         found += [path for path in paths if path not in left_out]
     for path in sorted(found):
         yield path.relative_to(root).as_posix(), str(path)
 
 
-def _leads_back(folder: Path) -> bool:
-    """Whether it is a link to a folder that it lies in: to follow it would have no end."""
-    return folder.is_symlink() and folder.resolve() in {each.resolve() for each in folder.parents}
+def _is_new(folder: Path, root: Path, walked: set[Path]) -> bool:
+    """Whether its files are found by no other way; it then counts as walked.
+
+    Those of a link to a folder within the root are, and one to what the root lies in has no end.
+    """
+    target = folder.resolve()
+    leads_back = root.is_relative_to(target) or _is_shown(target, root)
+    if target in walked or (folder.is_symlink() and leads_back):
+        return False
+    walked.add(target)
+    return True
+
+
+def _is_shown(folder: Path, root: Path) -> bool:
+    """Whether it lies within the root, and in no hidden folder there."""
+    if not folder.is_relative_to(root):
+        return False
+    return not any(part.startswith(".") for part in folder.relative_to(root).parts)
 
 
 def _from_csv(file: Path, questions: Path | None) -> list[Item]:
