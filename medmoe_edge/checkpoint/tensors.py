@@ -214,13 +214,13 @@ _CONVERT = (
     "'model.safetensors')."
 )
 
-_ADAPTER = ("adapter_config.json", "adapter_model.*", "non_lora_trainables.bin")
+_ADAPTER = ("adapter_config.json", "adapter_model.*")
 
 # What is no checkpoint, mostly what trainers leave: patterns of files, what it is, what to do.
 _TRAINERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("manifest.json",), "is a bundle, not a checkpoint.", "Give what it was exported from."),
     (
-        _ADAPTER,
+        (*_ADAPTER, "non_lora_trainables.bin"),
         "holds a LoRA adapter without its base.",
         "Merge it into BASE first, with the trainer's merge script or peft's merge_and_unload(), "
         "and save that with save_pretrained(..., safe_serialization=True).",
