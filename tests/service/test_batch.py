@@ -389,11 +389,9 @@ def test_no_image_is_asked_twice_because_of_a_link(
     for folder in (scans / "month", scans / ".hidden", tmp_path / "far" / "near"):
         folder.mkdir(parents=True)
         Pillow.new("L", (8, 8)).save(folder / "a.png")
-    for name, target in {
-        **{"latest": "month", "around": tmp_path, "kept": ".hidden", "again": ".hidden"},
-        **{"x": tmp_path / "far", "y": tmp_path / "far", "z": tmp_path / "far" / "near"},
-        **{"month/up": ".."},
-    }.items():
+    links = {"latest": "month", "month/up": "..", "kept": ".hidden", "again": ".hidden"}
+    far = {"around": "..", "x": "../far", "y": "../far", "z": "../far/near"}
+    for name, target in (links | far).items():
         (scans / name).symlink_to(target)
     (tmp_path / "far" / "a-link").symlink_to("near")
     Pillow.new("L", (8, 8)).save(tmp_path / "far" / "far.png")
