@@ -328,10 +328,9 @@ def test_documents_are_sent_until_they_are_taken(tmp_path: Path) -> None:
 
 
 def test_where_nobody_is_there_not_all_that_waits_is_tried(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A destination that is down over the weekend, and a log with a line for each document."""
-    monkeypatch.setattr(listen_node, "FIRST_DELAY", 0.05)
     waiting, is_there = [f"document {number}" for number in range(200)], threading.Event()
 
     def send_one(document: str) -> None:
@@ -339,7 +338,9 @@ def test_where_nobody_is_there_not_all_that_waits_is_tried(
             raise ResourceError("it cannot be reached", "Is it running?")
         waiting.remove(document)
 
-    worker = listen_node.Worker("Sending", lambda limit: waiting[:limit], send_one)
+    worker = listen_node.Worker(
+        "Sending", lambda limit: waiting[:limit], send_one, first_delay=0.05
+    )
     worker.start()
     time.sleep(1)
     assert listen_node.MANY <= caplog.text.count("it cannot be reached") < 2 * listen_node.MANY
@@ -347,6 +348,32 @@ def test_where_nobody_is_there_not_all_that_waits_is_tried(
     wait_for(lambda: not waiting)
     worker.stop()
     worker.join()
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_what_is_refused_for_good_holds_up_nothing_behind_it(
+    monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """Each is due again before its turn comes, as with minutes between two tries."""
+    monkeypatch.setattr(listen_node, "LONGEST_DELAY", 0.01)
+    waiting, tried = [*(f"refused {number}" for number in range(9)), "good"], list[str]()
+
+    def send_one(document: str) -> None:
+        time.sleep(0.01)
+        tried.append(document)
+        if document != "good" or tried.count(document) <= failures:
+            raise ResourceError("it is refused", "Is it whole?")
+        waiting.remove(document)
+
+    worker = listen_node.Worker(
+        "Sending", lambda limit: waiting[:limit], send_one, first_delay=0.001
+    )
+    worker.start()
+    try:
+        wait_for(lambda: "good" not in waiting)
+    finally:
+        worker.stop()
+        worker.join()
 
 
 def test_a_node_stops_after_what_it_has_begun(tmp_path: Path) -> None:
