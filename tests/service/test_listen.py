@@ -207,6 +207,36 @@ def test_who_says_nothing_takes_no_senders_place(
         wait_for(lambda: send(node.port, study(2)) == [0])
 
 
+def test_senders_that_come_at_once_are_counted_before_they_are_established(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(listen_receiving.Receiving, "accepted", lambda *_: go_on.wait(20))
+    entity = ApplicationEntity(PEER)
+    entity.add_requested_context("1.2.840.10008.1.1")
+    with Node(configuration(tmp_path / "node", max_associations=2), StandIn()) as node:
+        several = [entity.associate("127.0.0.1", node.port, ae_title="MEDMOE") for _ in range(4)]
+        assert [each.is_established for each in several] == [True, True, False, False]
+        go_on.set()
+        for each in several[:2]:
+            each.release()
+        wait_for(lambda: send(node.port, study()) == [0])
+
+
+def test_a_sender_beyond_all_connections_is_told_of_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(listen_node, "MOST_CONNECTIONS", 1)
+    with contextlib.ExitStack() as stack:
+        config = configuration(tmp_path / "node", max_associations=1)
+        node = stack.enter_context(Node(config, StandIn()))
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(("127.0.0.1", node.port), 20))
+        wait_for(lambda: len(node._entity.active_associations) == 2)
+        assert send(node.port, study()) == [-1]
+        assert "rejected: too many connections are open" in caplog.text
+
+
 @pytest.mark.parametrize("announced", [0xFFFFFFF0, 1000])
 def test_a_pdu_without_end_is_not_waited_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, announced: int

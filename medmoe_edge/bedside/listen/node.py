@@ -212,6 +212,7 @@ class Node:
         limits = Limits(size, self.configuration.timeout)
         handlers: list[EventHandlerType] = [
             (evt.EVT_REQUESTED, receiving.requested),
+            (evt.EVT_REJECTED, receiving.rejected),
             (evt.EVT_ACCEPTED, receiving.accepted),
             (evt.EVT_C_ECHO, receiving.echo),
             (evt.EVT_C_STORE, receiving.store),
