@@ -185,7 +185,7 @@ class DecoderConfig(Config):
             raise ConfigError(
                 f"decoder.hidden_size {self.hidden_size}, heads {self.heads} and rotary_fraction "
                 f"{self.rotary_fraction} do not divide evenly.",
-                "Heads must divide the size; an even number of their channels, or all, rotate.",
+                "Heads must divide the size; an even number of their channels rotate, at most all.",
             )
 
     @property
@@ -371,7 +371,7 @@ class Curve(Config):
         )
         within = all(0 <= value <= 1 for point in self.points for value in point)
         if not (self.points and rising and within):
-            raise ConfigError("confidence has points that fall or leave 0 to 1.", "Fit it again.")
+            raise ConfigError("confidence has a curve that does not rise.", "Fit it again.")
 
     def chance(self, probability: float) -> float:
         """The chance (0 to 1) that an answer of this probability is right."""

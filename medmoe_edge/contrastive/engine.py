@@ -305,7 +305,8 @@ class ModalityEngine(OneAtATime):
         """Features of images that `image.preprocess` prepared, `[B, 3, S, S]`."""
         with self.one_at_a_time():
             features = self.runtime.encode_images(pixels)
-        self.check_finite(*features)
+        if not all(np.isfinite(array).all() for array in features):
+            raise self.not_finite()
         return features
 
     def embed_text(self, text: str) -> Floats:
@@ -347,7 +348,8 @@ class ModalityEngine(OneAtATime):
     def _encode(self, phrases: Sequence[str]) -> TextFeatures:
         with self.one_at_a_time():
             features = self.texts.encode(phrases)
-        self.check_finite(features.words, features.pooled)
+        if not (np.isfinite(features.words).all() and np.isfinite(features.pooled).all()):
+            raise self.not_finite()
         return features
 
     def _reading(self, features: ImageFeatures, clock: Clock) -> Reading:

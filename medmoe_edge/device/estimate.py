@@ -300,7 +300,7 @@ def make_plan(
     if options.vision == "tokens" and not vision_in_8_bits(config, "int8", NUMBER[device.kind]):
         raise InputError(
             "A scale per token is for a vision transformer in 8 bits, on a CPU.",
-            "Leave --vision out: convolutions stay in fp16, and a GPU's towers do.",
+            "Leave --vision out: convolutions, and towers on GPUs, stay in fp16.",
         )
 
     def work(precision: Precision) -> Asked:

@@ -411,7 +411,7 @@ class Engine(OneAtATime):
 
     def _compute(self, pixels: Floats, ids: list[int], capacity: int, clock: Clock) -> Prefix:
         image_tokens = self.runtime.encode_image(pixels)
-        self.check_finite(image_tokens)
+        self._check_finite(image_tokens)
         clock.lap("vision")
         embeds = np.concatenate((self.runtime.embed(ids), image_tokens))
         cache = self.runtime.new_cache(capacity)
@@ -511,8 +511,12 @@ class Engine(OneAtATime):
 
     def _step(self, embeds: Floats, cache: Cache) -> Step:
         step = self.runtime.step(embeds, cache)
-        self.check_finite(step.logits, step.router_logits)
+        self._check_finite(step.logits, step.router_logits)
         return step._replace(logits=self.tokenizer.only_tokens(step.logits))
+
+    def _check_finite(self, *arrays: Floats) -> None:
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise self.not_finite()
 
     def _check_length(self, positions: int) -> None:
         limit = self.config.decoder.max_positions

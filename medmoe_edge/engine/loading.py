@@ -13,9 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
-import numpy as np
-
-from medmoe_edge._types import Floats
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.machine import Machine, available_memory, cpu_flags, cpu_name
@@ -497,14 +494,14 @@ class OneAtATime:
     def _release(self) -> None:
         del self.runtime
 
-    def check_finite(self, *arrays: Floats) -> None:
-        """Raise `ModelError` where a value is NaN or infinite: what follows would be no answer."""
-        if all(np.isfinite(array).all() for array in arrays):
-            return
+    def not_finite(self) -> ModelError:
+        """The error of a model that computed NaN or infinity: what follows would be no answer."""
         what = f"{self.name} computed values that are NaN or infinite."
         if self.proven is None:
-            raise CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
-        raise BundleError(what, "Export the model again, and verify it: medmoe-edge verify BUNDLE.")
+            return CheckpointError(what, "Its training diverged: use an earlier checkpoint.")
+        return BundleError(
+            what, "Export the model again, and verify it: medmoe-edge verify BUNDLE."
+        )
 
     def __repr__(self) -> str:
         run_by = "closed" if self._closed else getattr(self.runtime, "name", "unknown runtime")

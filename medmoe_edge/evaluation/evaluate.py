@@ -43,8 +43,6 @@ from medmoe_edge.evaluation.metrics import (
 )
 from medmoe_edge.image.pixels import Image, black_picture
 
-"""Called with the images done and the images in all."""
-
 Choose = Callable[[Sequence[Example]], Sequence[Example]]
 """Picks the questions that are scored."""
 

@@ -91,7 +91,7 @@ def open_container(
 ) -> Iterator[Container]:
     """Open a DICOM file, for as long as the block runs, and read its attributes up to the pixels.
 
-    Messages call it `name`, if it is not to be told; `say` takes what should be known of it.
+    Messages call it `name`, by default its own; `say` takes what should be known of it.
     Raises `ImageError` where these are too many, and whatever pydicom raises where they are
     damaged.
     """

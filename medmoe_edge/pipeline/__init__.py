@@ -22,8 +22,8 @@ SAMPLES = 128  # to calibrate on
 def collector_paused() -> Iterator[None]:
     """Around what makes many objects and little garbage: imports, and the graphs of an export.
 
-    The collector would walk PyTorch's modules time and again, a seventh of nano's export. Weights
-    are freed all the same: nothing that holds one is part of a cycle.
+    The collector would walk PyTorch's modules time and again, a seventh of nano's export. Graphs
+    are cycles, and wait for it; their weights do not: saving a graph puts its file in their place.
     """
     running = gc.isenabled()
     gc.disable()

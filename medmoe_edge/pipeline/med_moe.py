@@ -272,8 +272,9 @@ def _export_verified(
             progress=progress,
         )
         staged = atomic_folder(out, force=options.force, marker=MANIFEST)
-        with collector_paused(), staged as staging:
-            write_bundle(source, staging, build, statistics=statistics, progress=progress)
+        with staged as staging:
+            with collector_paused():
+                write_bundle(source, staging, build, statistics=statistics, progress=progress)
             found = verification.verify(
                 staging,
                 source,

@@ -114,7 +114,7 @@ def test_a_curve_is_lines_between_its_points() -> None:
     [(), ((0.2, 0.5), (0.2, 0.6)), ((0.2, 0.5), (0.4, 0.4)), ((0.2, 1.5),), ((-0.1, 0.5),)],
 )
 def test_curves_that_are_none_are_refused(points: tuple[tuple[float, float], ...]) -> None:
-    with pytest.raises(ConfigError, match="fall or leave"):
+    with pytest.raises(ConfigError, match="does not rise"):
         Curve("isotonic", 10, points)
 
 
