@@ -207,6 +207,36 @@ def test_who_says_nothing_takes_no_senders_place(
         wait_for(lambda: send(node.port, study(2)) == [0])
 
 
+def test_senders_that_come_at_once_are_counted_before_they_are_established(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(listen_receiving.Receiving, "accepted", lambda *_: go_on.wait(20))
+    entity = ApplicationEntity(PEER)
+    entity.add_requested_context("1.2.840.10008.1.1")
+    with Node(configuration(tmp_path / "node", max_associations=2), StandIn()) as node:
+        several = [entity.associate("127.0.0.1", node.port, ae_title="MEDMOE") for _ in range(4)]
+        assert [each.is_established for each in several] == [True, True, False, False]
+        go_on.set()
+        for each in several[:2]:
+            each.release()
+        wait_for(lambda: send(node.port, study()) == [0])
+
+
+def test_a_sender_beyond_all_connections_is_told_of_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(listen_node, "MOST_CONNECTIONS", 1)
+    with contextlib.ExitStack() as stack:
+        config = configuration(tmp_path / "node", max_associations=1)
+        node = stack.enter_context(Node(config, StandIn()))
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(("127.0.0.1", node.port), 20))
+        wait_for(lambda: len(node._entity.active_associations) == 2)
+        assert send(node.port, study()) == [-1]
+        assert "rejected: too many connections are open" in caplog.text
+
+
 @pytest.mark.parametrize("announced", [0xFFFFFFF0, 1000])
 def test_a_pdu_without_end_is_not_waited_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, announced: int
@@ -328,10 +358,9 @@ def test_documents_are_sent_until_they_are_taken(tmp_path: Path) -> None:
 
 
 def test_where_nobody_is_there_not_all_that_waits_is_tried(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A destination that is down over the weekend, and a log with a line for each document."""
-    monkeypatch.setattr(listen_node, "FIRST_DELAY", 0.05)
     waiting, is_there = [f"document {number}" for number in range(200)], threading.Event()
 
     def send_one(document: str) -> None:
@@ -339,7 +368,9 @@ def test_where_nobody_is_there_not_all_that_waits_is_tried(
             raise ResourceError("it cannot be reached", "Is it running?")
         waiting.remove(document)
 
-    worker = listen_node.Worker("Sending", lambda limit: waiting[:limit], send_one)
+    worker = listen_node.Worker(
+        "Sending", lambda limit: waiting[:limit], send_one, first_delay=0.05
+    )
     worker.start()
     time.sleep(1)
     assert listen_node.MANY <= caplog.text.count("it cannot be reached") < 2 * listen_node.MANY
@@ -347,6 +378,32 @@ def test_where_nobody_is_there_not_all_that_waits_is_tried(
     wait_for(lambda: not waiting)
     worker.stop()
     worker.join()
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_what_is_refused_for_good_holds_up_nothing_behind_it(
+    monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """Each is due again before its turn comes, as with minutes between two tries."""
+    monkeypatch.setattr(listen_node, "LONGEST_DELAY", 0.01)
+    waiting, tried = [*(f"refused {number}" for number in range(9)), "good"], list[str]()
+
+    def send_one(document: str) -> None:
+        time.sleep(0.01)
+        tried.append(document)
+        if document != "good" or tried.count(document) <= failures:
+            raise ResourceError("it is refused", "Is it whole?")
+        waiting.remove(document)
+
+    worker = listen_node.Worker(
+        "Sending", lambda limit: waiting[:limit], send_one, first_delay=0.001
+    )
+    worker.start()
+    try:
+        wait_for(lambda: "good" not in waiting)
+    finally:
+        worker.stop()
+        worker.join()
 
 
 def test_a_node_stops_after_what_it_has_begun(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ MANY = 10  # failures, one after the other, after which all wait: nobody is ther
 
 
 class Worker(threading.Thread):
-    """Calls `do` for the keys that `pending(limit)` names, in order.
+    """Calls `do` for the keys that `pending(limit)` names: new ones first, then those longest due.
 
     `do` ends well, or raises: then the key is left for later. It must not be in the log what the
     key stands for, so the log tells an error's own words only where they are ours. `rest` is called
@@ -116,10 +116,11 @@ class Worker(threading.Thread):
         self._rest()
 
     def _next(self) -> str | None:
-        """The first key that is due; one more than the delayed are asked for, so it is seen."""
+        """The key to do now; one more than the delayed are asked for, so that a new one is seen."""
         now = time.monotonic()
         keys = self._pending(len(self._delayed) + 1)
-        return next((key for key in keys if self._delayed.get(key, (0.0,))[0] <= now), None)
+        since = {key: self._delayed.get(key, (0.0,))[0] for key in keys}
+        return min((key for key in since if since[key] <= now), key=since.__getitem__, default=None)
 
     def busy(self) -> float:
         """Seconds since the job at hand began; 0 where there is none."""
@@ -139,7 +140,7 @@ class Worker(threading.Thread):
             log.warning("%s: %s failed (%s), again in %.0f s.", self.name, key[:16], why, delay)
             self._failures += 1
             if self._failures >= MANY:
-                self._stopping.wait(FIRST_DELAY * 2 ** min(self._failures - MANY, 6))
+                self._stopping.wait(self._first_delay * 2 ** min(self._failures - MANY, 6))
         finally:
             self._began = None
 
@@ -211,6 +212,7 @@ class Node:
         limits = Limits(size, self.configuration.timeout)
         handlers: list[EventHandlerType] = [
             (evt.EVT_REQUESTED, receiving.requested),
+            (evt.EVT_REJECTED, receiving.rejected),
             (evt.EVT_ACCEPTED, receiving.accepted),
             (evt.EVT_C_ECHO, receiving.echo),
             (evt.EVT_C_STORE, receiving.store),

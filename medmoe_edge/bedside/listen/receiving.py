@@ -40,6 +40,7 @@ from medmoe_edge.bedside.listen.header import (
     text_of,
     uid_of,
 )
+from medmoe_edge.bedside.listen.places import Places
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.schema import Membership
 from medmoe_edge.bedside.listen.selection import (
@@ -211,6 +212,7 @@ class Receiving:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.arrived = arrived
         self.moved: Callable[[int, str], None] = lambda status, why: None
+        self._places = Places(configuration.max_associations)
         self._keeping = threading.Lock()  # or two that send one object could spoil each other's
         self.images, self.others = set(classes_with_pixels()), set(classes_set_aside())
         self._told: set[str] = set()  # series of which it was said that no question fits
@@ -239,10 +241,13 @@ class Receiving:
             return "its AE title or address is not on the list", 1, 1, 3
         if str(asked.called_ae_title).strip() != self.configuration.ae_title:
             return "it called another AE title", 1, 1, 7
-        there = (each for each in association.ae.active_associations if each.is_acceptor)
-        if sum(each.is_established for each in there) >= self.configuration.max_associations:
+        if not self._places.take(association):
             return "max_associations are open", 2, 3, 2
         return None
+
+    def rejected(self, event: Event) -> None:
+        """Say that pynetdicom has rejected one: it does so only by the number of connections."""
+        log.warning("An association was rejected: too many connections are open.")
 
     def _support_private(self, association: Association) -> None:
         """Let an association offer classes of its maker's own: images are judged as they come."""
