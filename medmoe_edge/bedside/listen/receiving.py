@@ -40,7 +40,6 @@ from medmoe_edge.bedside.listen.header import (
     text_of,
     uid_of,
 )
-from medmoe_edge.bedside.listen.places import Places
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.schema import Membership
 from medmoe_edge.bedside.listen.selection import (
@@ -97,6 +96,11 @@ class Limits:
     def message(self, event: Event) -> None:
         """A message is whole: the next begins."""
         self._received[event.assoc] = 0
+
+
+def _is_open(association: Association) -> bool:
+    ended = association.is_released or association.is_aborted or association.is_rejected
+    return association.is_alive() and not ended
 
 
 def _hang_up(association: Association) -> None:
@@ -212,7 +216,7 @@ class Receiving:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.arrived = arrived
         self.moved: Callable[[int, str], None] = lambda status, why: None
-        self._places = Places(configuration.max_associations)
+        self._admitted, self._admitting = weakref.WeakSet[Association](), threading.Lock()
         self._keeping = threading.Lock()  # or two that send one object could spoil each other's
         self.images, self.others = set(classes_with_pixels()), set(classes_set_aside())
         self._told: set[str] = set()  # series of which it was said that no question fits
@@ -241,8 +245,10 @@ class Receiving:
             return "its AE title or address is not on the list", 1, 1, 3
         if str(asked.called_ae_title).strip() != self.configuration.ae_title:
             return "it called another AE title", 1, 1, 7
-        if not self._places.take(association):
-            return "max_associations are open", 2, 3, 2
+        with self._admitting:
+            if sum(map(_is_open, self._admitted)) >= self.configuration.max_associations:
+                return "max_associations are open", 2, 3, 2
+            self._admitted.add(association)
         return None
 
     def rejected(self, event: Event) -> None:
