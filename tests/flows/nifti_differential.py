@@ -255,8 +255,12 @@ def by_itk(path: Path, limits: tuple[float, float], near: Array) -> Array:
     if image.GetDimension() == 2:
         image = itk.JoinSeries(image)
     image = itk.DICOMOrient(image, "LPS")
-    across, down, _ = image.GetSpacing()
-    plane = itk.GetArrayFromImage(image)[(image.GetSize()[2] - 1) // 2]
+    x, y = _across_and_down(image.GetSize())
+    down, across = image.GetSpacing()[y], image.GetSpacing()[x]
+    voxels = itk.GetArrayFromImage(image)
+    through = 3 - x - y
+    plane = voxels.take((image.GetSize()[through] - 1) // 2, axis=2 - through)
+    plane = plane[::-1] if y == 2 else plane  # the head is above
     if plane.ndim == 3:
         shown = plane[..., :3].astype(float)
         if plane.shape[2] == 4:
@@ -281,14 +285,24 @@ def by_nibabel(path: Path, limits: tuple[float, float], near: Array) -> Array:
     sizes = peer.affines.voxel_sizes(
         affine @ peer.orientations.inv_ornt_aff(peer.io_orientation(affine), shape)
     )
-    plane = turned[::-1, ::-1, (turned.shape[2] - 1) // 2].T
+    x, y = _across_and_down(turned.shape)
+    through = 3 - x - y
+    plane = turned.take((turned.shape[through] - 1) // 2, axis=through)[::-1, ::-1].T
     if colours:
         shown = np.stack([plane[name] for name in "RGB"], -1).astype(float)
         if "A" in plane.dtype.names:
             shown *= plane["A"][..., None] / 255
     else:
         shown = _shown(plane.astype(float), limits)
-    return _square(np.rint(shown), sizes[1] / sizes[0], near)
+    return _square(np.rint(shown), sizes[y] / sizes[x], near)
+
+
+def _across_and_down(shape: Sequence[int]) -> tuple[int, int]:
+    """The axes of the picture: an axial slice, or the only one of a file that has just one."""
+    single = [axis for axis in range(3) if shape[axis] == 1]
+    through = single[0] if len(single) == 1 else 2
+    x, y = (axis for axis in range(3) if axis != through)
+    return x, y
 
 
 def _shown(plane: Array, limits: tuple[float, float]) -> Array:
