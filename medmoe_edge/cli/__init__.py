@@ -6,6 +6,7 @@ nothing at all is imported before an interrupt would end in peace.
 
 import signal
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,10 +26,40 @@ class Interruption:
     def __init__(self) -> None:
         self.happened = False
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, _number: int, frame: FrameType | None) -> None:
         """Handle SIGINT."""
         self.happened = True
-        raise KeyboardInterrupt
+        _raise(KeyboardInterrupt(), frame)
+
+
+def _raise(error: BaseException, frame: FrameType | None) -> None:
+    """Raise where a signal arrived or, within PyTorch or an extension being loaded, once it is.
+
+    Native code that sets itself up may swallow an exception (PyTorch goes on without NumPy), or
+    end the process by it (pybind11's terminate).
+    """
+    loading = None
+    while frame is not None:
+        if _is_native(frame):
+            loading = frame
+        frame = frame.f_back
+    if loading is None:
+        raise error
+
+    def later(*_: object) -> None:
+        sys.settrace(None)
+        raise error
+
+    loading.f_trace = later  # called as soon as the outermost loader itself goes on
+    sys.settrace(lambda *_: None)
+
+
+def _is_native(frame: FrameType) -> bool:
+    """Whether a frame loads an extension, or is the body of a module of PyTorch."""
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    if frame.f_code.co_name == "<module>" and package == "torch":
+        return True
+    return frame.f_code.co_qualname.startswith("ExtensionFileLoader.")
 
 
 interruption = Interruption()
@@ -51,9 +82,9 @@ def main() -> None:
         raise
 
 
-def _terminate(*_: object) -> None:
+def _terminate(_number: int, frame: FrameType | None) -> None:
     """Leave as after an error: what was begun is removed on the way out."""
-    raise SystemExit(TERMINATED)
+    _raise(SystemExit(TERMINATED), frame)
 
 
 def _registered() -> "Any":

@@ -379,6 +379,51 @@ def test_an_interrupt_that_a_library_swallows_is_an_interrupt(tmp_path: Path) ->
     assert (result.returncode, result.stderr) == (130, "Interrupted.\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [("SIGINT", 130, "Interrupted.\n"), ("SIGTERM", 143, "")],
+)
+def test_an_end_while_native_code_imports_is_not_lost(
+    tmp_path: Path, number: str, code: int, said: str
+) -> None:
+    """PyTorch's extension imports NumPy, and goes on without it whatever happens there."""
+    pytest.importorskip("torch")
+    (tmp_path / "numpy.py").write_text(
+        "import os, pathlib, signal\n"
+        "if not (once := pathlib.Path(__file__).with_suffix('.once')).exists():\n"
+        f"    once.touch()\n    os.kill(os.getpid(), signal.{number})\n"
+        "raise ModuleNotFoundError('numpy')\n"
+    )
+    (tmp_path / "typer.py").write_text("import torch\nprint('lost')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", "from medmoe_edge.cli import main; main()"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (code, ""), result.stderr
+    assert result.stderr.endswith(said)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [("SIGINT", 130, "Interrupted.\n"), ("SIGTERM", 143, "")]
+)
+def test_an_end_within_pytorchs_own_modules_does_not_abort(
+    tmp_path: Path, number: str, code: int, said: str
+) -> None:
+    """As pybind11 ends the process at an exception that its set-up does not expect."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import torch.native\nprint('went on')\n")
+    (tmp_path / "torch" / "native.py").write_text(
+        f"import os, signal\ntry:\n    os.kill(os.getpid(), signal.{number})\n"
+        "except BaseException:\n    os.abort()\n"
+    )
+    (tmp_path / "typer.py").write_text("import torch\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", "from medmoe_edge.cli import main; main()"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", said)
+
+
 # --- inspect ------------------------------------------------------------------------------------
 
 
