@@ -362,8 +362,9 @@ def node_backup(
     as_json: Json = False,
 ) -> None:
     """Write the node's queue, images, documents and audit log to one file; it may be running."""
-    check_output(output, force)
+    check_output(output, force, config)
     with _desk(config) as (desk, configuration):
+        check_output(output, force, configuration.folder, configuration.audit_log)
         count = desk.back_up(configuration.audit_log, output)
     _tell_count(as_json, "files", count, "files: the backup is as confidential as they are")
 

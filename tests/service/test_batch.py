@@ -611,6 +611,9 @@ def test_the_command_refuses(run: Run, scans: Path, questions: Path) -> None:
     result = run(*command, "--workers", "2")
     assert (result.exit_code, two_lines(result)[0]) == (2, "Workers are of a cluster.")
     assert run("batch", "scans", "-o", "out.parquet").exit_code == 2
+    Path("table.csv").write_text("image,question\nscans/a.png,Is it?\n")
+    result = run("batch", "table.csv", "-o", "table.csv", "--force")
+    assert (result.exit_code, "own input" in two_lines(result)[0]) == (2, True)
 
 
 @pytest.mark.parametrize(

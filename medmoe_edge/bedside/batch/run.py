@@ -39,7 +39,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from medmoe_edge._types import Progress
 from medmoe_edge._version import __version__
-from medmoe_edge.atomic import atomic_file, refuse_existing
+from medmoe_edge.atomic import atomic_file, check_apart, refuse_existing
 from medmoe_edge.bedside.batch.inputs import (
     Asked,
     Header,
@@ -419,6 +419,7 @@ def run_batch(
     inputs, output = Path(inputs), Path(output)
     recipe = recipe or Recipe()
     refuse_existing(output, force=force)
+    check_apart(output, around=(inputs, questions))
     check_format(output)
     asked_of_all = None if questions is None else Path(questions)
     items, links = read_items(inputs, asked_of_all, besides=(output,))

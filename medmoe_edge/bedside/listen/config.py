@@ -68,7 +68,13 @@ def _from_home(path: Path, info: pydantic.ValidationInfo) -> Path:
     return Path((info.context or {}).get("home", "")) / path
 
 
-File = Annotated[Path, pydantic.AfterValidator(_from_home)]
+def _named(path: object) -> object:
+    if path == "":
+        raise ValueError("it is empty, which would mean the configuration's folder")
+    return path
+
+
+File = Annotated[Path, pydantic.BeforeValidator(_named), pydantic.AfterValidator(_from_home)]
 # Those of BCP 195 (RFC 9325, 4.2) that OpenSSL has below TLS 1.3, whose own are all good.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
