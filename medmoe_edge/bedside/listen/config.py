@@ -442,6 +442,16 @@ class Configuration(_Part):
         """What a question asks for the presence of, if that has a code."""
         return next((each for each in self.findings if question in each.ask), None)
 
+    def source(self, name: str) -> Source:
+        """The source of that name, or the first where it is empty; raises `InputError`."""
+        for source in self.sources:
+            if name in ("", source.shown):
+                return source
+        known = ", ".join(each.shown for each in self.sources)
+        if not known:
+            raise InputError("No source of studies is configured.", "Name one under [[sources]].")
+        raise InputError("No source of studies has that name.", f"Configured: {known}.")
+
     @property
     def destinations(self) -> tuple[Destination, ...]:
         """All of them."""
