@@ -36,12 +36,14 @@ def _raise(error: BaseException, frame: FrameType | None) -> None:
     """Raise where a signal arrived or, within PyTorch or an extension being loaded, once it is.
 
     Native code that sets itself up may swallow an exception (PyTorch goes on without NumPy), or
-    end the process by it (pybind11's terminate).
+    end the process by it (pybind11's terminate). A weak reference's callback swallows any.
     """
     loading = None
     while frame is not None:
         if _is_native(frame):
             loading = frame
+        elif frame.f_code.co_qualname == "_get_module_lock.<locals>.cb":  # importlib's callback
+            loading = frame.f_back
         frame = frame.f_back
     if loading is None:
         raise error

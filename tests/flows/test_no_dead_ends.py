@@ -424,6 +424,26 @@ def test_an_end_within_pytorchs_own_modules_does_not_abort(
     assert (result.returncode, result.stdout, result.stderr) == (code, "", said)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_interrupt_in_a_callback_of_the_import_system_is_not_lost(tmp_path: Path) -> None:
+    """importlib drops a module's lock by a weak reference, whose callback swallows all."""
+    script = (
+        "import os, signal, sys\n"
+        "from medmoe_edge import cli\n"
+        "signal.signal(signal.SIGINT, cli.interruption)\n"
+        "def at(frame, event, *_):\n"
+        "    if frame.f_code.co_qualname == '_get_module_lock.<locals>.cb':\n"
+        "        sys.setprofile(None)\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.setprofile(at)\n"
+        "try:\n    import this\n    print('lost')\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines()[-1] == "interrupted", result.stderr
+
+
 # --- inspect ------------------------------------------------------------------------------------
 
 
