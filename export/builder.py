@@ -27,6 +27,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from medmoe_edge._types import Counting, no_counting
+from medmoe_edge.bundle.recorded import INLINE_BYTES
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
 
@@ -143,7 +144,6 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
 
 
 PAGE = 4096
-INLINE_BYTES = 1024  # smaller tensors stay in the graph: shapes, scalars, short biases
 OWNER = re.compile(r"(.*\.ffn\.(?:experts\.\d+|meta))\.")
 
 

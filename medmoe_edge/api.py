@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from medmoe_edge._types import Progress, no_progress
+from medmoe_edge.atomic import check_apart
 from medmoe_edge.bundle.bundle import model_kind
 from medmoe_edge.embedded import EMBEDDED, bundle_path, checkpoint_path
 from medmoe_edge.errors import InputError, needs
@@ -202,6 +203,7 @@ def export_model(
     folder = checkpoint_path(os.fspath(checkpoint))
     family = family_of(folder)
     family.check_export(chosen, "onnxruntime")
+    check_apart(Path(out), folder, chosen.vision_tower, around=(chosen.calibrate_on, chosen.stats))
     return family.export(folder, Path(out), chosen, progress)
 
 

@@ -123,6 +123,23 @@ def check_target(target: Path, *, force: bool, marker: str) -> None:
         )
 
 
+def check_apart(
+    output: Path, *inputs: Path | None, around: Iterable[str | os.PathLike[str] | None] = ()
+) -> None:
+    """Raise `InputError` for an output that is, holds or lies in one of its inputs.
+
+    It may lie in those that are `around` it, such as a folder of images.
+    """
+    out = output.resolve()
+    apart = [path.resolve() for path in inputs if path]
+    wide = [Path(path).resolve() for path in around if path]
+    holds = any(path.is_relative_to(out) for path in (*apart, *wide))
+    if holds or any(out.is_relative_to(path) for path in apart):
+        raise InputError(
+            f"{output} would replace or change its own input.", "Choose a place beside it."
+        )
+
+
 def _replace(temporary: Path, target: Path) -> None:
     old = temporary.with_suffix(".old")
     target.rename(old)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
-from medmoe_edge.bundle.recorded import stored_weights
+from medmoe_edge.bundle.recorded import INLINE_BYTES, stored_weights
 from medmoe_edge.calibration.quantisers import (
     DELTA_GROUP,
     VISION_TOKENS,
@@ -217,6 +217,7 @@ class Deltas:
     def of(cls, form: DeltaForm, config: ModelConfig, precision: Precision, group: int) -> Self:
         """Of a form, in a precision that decides where the form does not."""
         stored, held = (bits("experts", precision, group) for bits in (bits_per_weight, held_bits))
+        paged = _largest(config, form, stored) >= INLINE_BYTES
         scales = (HELD_SCALE_BITS - SCALE_BITS) / DELTA_GROUP
         if form.budget:  # spent on few bits, as nothing is known of ranks before the search
             narrow = (WIDENED - form.budget) / (WIDENED - NARROW)
@@ -225,8 +226,8 @@ class Deltas:
         operations, narrow = _shares(config, lambda _: form.stored)
         if form.bits:
             bits = Format(form.bits, DELTA_GROUP).bits_per_weight(DELTA_GROUP)
-            return cls(bits, bits + scales, narrow=narrow)
-        return cls(operations * stored, operations * held, operations)
+            return cls(bits, bits + scales, narrow=narrow, paged=paged)
+        return cls(operations * stored, operations * held, operations, paged=paged)
 
     @classmethod
     def of_bundle(cls, bundle: Bundle) -> Self | None:
@@ -270,6 +271,17 @@ def _shares(config: ModelConfig, form_of: Callable[[str], str]) -> tuple[float, 
         operations += min(int(rank[1]) * sum(shape), size) if rank else size
         narrow += size if re.search(r"\b2 bits", form) else 0
     return operations / whole, narrow / whole
+
+
+def _largest(config: ModelConfig, form: DeltaForm, bits: float) -> float:
+    """Bytes of the largest tensor that a delta is stored as, its scales aside."""
+    sizes = [4.0]
+    for name, shape in decoder_parameters(config).items():
+        if _kind(name) == "experts" and len(shape) == 1:
+            sizes.append(4 * shape[0])  # a bias, in fp32
+        elif _kind(name) == "experts":
+            sizes.append(max(shape) * (form.rank or min(shape)) * int(form.bits or bits) / 8)
+    return max(sizes)
 
 
 def bits_per_weight(

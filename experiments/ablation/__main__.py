@@ -2,9 +2,9 @@
 
 Run it from a checkout, with the extra `train` installed:
 
-    python -m experiments.ablation RUN --data data -o OUT
+    python -m experiments.ablation CHECKPOINT --data data -o OUT
 
-RUN is the folder that `medmoe-edge train` wrote. An interrupted run is resumed by the same command.
+An interrupted run is resumed by the same command.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from experiments.ablation.results import show_ablation
-from experiments.ablation.run import ablate
+from experiments.ablation.run import Options, ablate
 from medmoe_edge.cli.common import Json
 from medmoe_edge.errors import MedMoEError
 from medmoe_edge.render import console
@@ -21,7 +21,9 @@ from medmoe_edge.training.recipe import read_recipe
 
 
 def ablation(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that train wrote.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Whose tower all variants have.")
+    ],
     *,
     data: Annotated[
         Path, typer.Option(metavar="DIR", help="The folder of the files that the recipe names.")
@@ -29,33 +31,27 @@ def ablation(
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="OUT", help="The folder; resumed if begun.")
     ],
-    recipe: Annotated[str, typer.Option(help="The recipe that made the run.")] = "nano",
+    recipe: Annotated[str, typer.Option(help="Of the decoder and its training.")] = "nano",
     variant: Annotated[
         list[str] | None,
         typer.Option(help="One of several; the first is what the others are compared with."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of phase 3, for each.", show_default="the recipe's")
+        int | None, typer.Option(min=1, help="Of phase 2, for each.", show_default="the recipe's")
+    ] = None,
+    image_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an image.", show_default="the checkpoint's")
     ] = None,
     seed: Annotated[
-        int | None,
-        typer.Option(help="Of what the variants draw.", show_default="the recipe's"),
+        int | None, typer.Option(help="Of all that is drawn.", show_default="the recipe's")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Train variants of a model's structure alike, and show what each part is worth."""
     try:
         with console.bars() as bars:
-            found = ablate(
-                read_recipe(recipe),
-                run,
-                data,
-                output,
-                variants=variant or (),
-                epochs=epochs,
-                seed=seed,
-                progress=bars,
-            )
+            options = Options(variant or (), epochs, image_tokens, seed)
+            found = ablate(read_recipe(recipe), checkpoint, data, output, options, bars)
     except MedMoEError as error:
         console.show(f"{error.what} {error.remedy}", "red", stderr=True)
         raise typer.Exit(error.exit_code) from error

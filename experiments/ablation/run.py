@@ -1,7 +1,8 @@
 """What each part of the structure is worth, all else being equal.
 
-Every variant starts from one run's model before its experts began and trains what is left of the
-recipe: phase 3, or phases 2 and 3 where `experts_from` is "instruction". Then all answer the same
+Every variant has the vision tower of one checkpoint, which does not learn: what it sees of each
+view of an image is computed once for all. The projector and a decoder without experts learn from
+nothing in phase 1, once; from there each variant trains phases 2 and 3. Then all answer the same
 questions on the same runtime.
 """
 
@@ -11,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.ablation.results import (
     Ablation,
@@ -33,6 +34,7 @@ from experiments.ablation.results import (
 )
 from experiments.ablation.variants import MERGED, VARIANTS, Start, Variant, applicable
 from medmoe_edge._types import Floats
+from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.data.datasets import Example, LabelledImage, read_examples, read_labels
 from medmoe_edge.engine.engine import Engine
 from medmoe_edge.errors import DataError, InputError, ResourceError
@@ -44,15 +46,16 @@ from medmoe_edge.evaluation.evaluate import (
     evaluate_labels,
 )
 from medmoe_edge.image.loading import load_image, preprocess
-from medmoe_edge.models.med_moe import MedMoE
+from medmoe_edge.models.med_moe import EfficientNetLite, MedMoE
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import Decoding, chosen_experts, greedy
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
-from medmoe_edge.training.data import UNKNOWN, Batches, Views
-from medmoe_edge.training.initialise import dense_model, new_router
-from medmoe_edge.training.loop import Session, accelerated, load_state
+from medmoe_edge.training.data import UNKNOWN, Batches, Pictures, Views
+from medmoe_edge.training.initialise import new_dense_model, new_router
+from medmoe_edge.training.loop import Session, accelerated
 from medmoe_edge.training.phases import (
     Objective,
+    align,
     fit_instructions,
     tie_routers,
     untie_routers,
@@ -60,49 +63,53 @@ from medmoe_edge.training.phases import (
 from medmoe_edge.training.questions import Asking
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
 from medmoe_edge.training.report import PRECISION, RunReport
-from medmoe_edge.training.run import (
-    data_files,
-    read_corpus,
-    trainable_config,
-    with_front,
-)
+from medmoe_edge.training.router import loaded
+from medmoe_edge.training.run import TOKENIZER, data_files, read_corpus, trainable_config
 
 ROUNDS = 24  # questions that latencies are measured on
+PIXEL_AXES = 4  # of a batch of images
 TOKENS = 8  # decoded in every round, wherever the answer would end
 
 
-def ablate(
-    recipe: Recipe,
-    run: Path,
-    data: Path,
-    out: Path,
-    *,
-    variants: Sequence[str] = (),
-    epochs: int | None = None,
-    seed: int | None = None,
-    progress: Progress,
-) -> Ablation:
-    """Train and evaluate variants of the model that `train` made by `recipe` in the folder `run`.
+@dataclass(frozen=True)
+class Options:
+    """What is compared, and how.
 
-    The first variant is what the others are held against. Each keeps its training state and its
-    result in `out/NAME`, so a second call goes on where the first was interrupted; only the
-    latencies, which say something only side by side, are measured again. The whole lies in
-    `out/ablation.json` at the end.
+    Attributes:
+        variants: Names; all that apply where none is given. The others are held against the first.
+        epochs: Of phase 2, in place of the recipe's.
+        image_tokens: In place of the checkpoint's.
+        seed: Of all that is drawn, the start too, in place of the recipe's.
+    """
+
+    variants: Sequence[str] = ()
+    epochs: int | None = None
+    image_tokens: int | None = None
+    seed: int | None = None
+
+
+def ablate(
+    recipe: Recipe, checkpoint: Path, data: Path, out: Path, options: Options, progress: Progress
+) -> Ablation:
+    """Train and evaluate variants of a structure on the tower of a checkpoint.
+
+    Each variant keeps its training state and its result in `out/NAME`, so a second call goes on
+    where the first was interrupted; only the latencies, which say something only side by side, are
+    measured again. The whole lies in `out/ablation.json` at the end.
 
     Args:
-        recipe: That of the run.
-        run: Where `train` left its states.
-        data: What it was trained on.
+        recipe: Of the decoder, its experts and the phases; patterns of the tower are left out.
+        checkpoint: Whose tower and tokenizer are used.
+        data: A folder with the files that the recipe names.
         out: Where the variants are kept.
-        variants: Names; all that apply where none is given.
-        epochs: Of phase 3, in place of the recipe's.
-        seed: Of what the variants draw, in place of the recipe's; the start is the run's.
+        options: What is compared.
         progress: Shows how far it is.
 
     Raises:
-        InputError: An unknown variant.
-        DataError: The run or the data cannot be used, or `out` holds another ablation.
+        InputError: An unknown variant, or a number of image tokens that cannot be.
+        DataError: The recipe or the data cannot be used, or `out` holds another ablation.
     """
+    variants = options.variants
     for name in variants:
         if name not in VARIANTS:
             raise InputError(
@@ -110,9 +117,12 @@ def ablate(
             )
     if len(set(variants)) < len(variants):
         raise InputError("A variant is named twice.", "Name each once.")
-    if epochs is not None:
-        recipe = replace(recipe, moe=replace(recipe.moe, epochs=epochs))
-    experiment = _Experiment(recipe, run, data, out, seed, progress)
+    if options.epochs is not None:
+        shorter = replace(recipe.instruction, epochs=options.epochs)
+        recipe = replace(recipe, instruction=shorter)
+    if options.seed is not None:
+        recipe = replace(recipe, seed=options.seed)
+    experiment = _Experiment(recipe, checkpoint, data, out, options.image_tokens, progress)
     chosen = variants or applicable(experiment.config)
     entries = [experiment.entry(name) for name in chosen]  # refuses at once
     task = progress.add_task("variants", total=len(entries))
@@ -144,7 +154,6 @@ class _Entry:
     folder: Path
     variant: Variant
     model: MedMoE
-    router: nn.Linear | None
     phases: dict[str, PhaseConfig]
     settings: dict[str, Any]
     engine: Engine
@@ -159,41 +168,74 @@ class _Grouped(Batches):
         return next(served, UNKNOWN)
 
 
+class _Seen(nn.Module):
+    """A tower that does not learn: it takes pixels, or what it gave for them before."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def front(self, pixels: Tensor) -> Tensor:
+        """All that the tower sees, `[B, N, C]`, of `[B, 3, S, S]`."""
+        seen: Tensor = self.tower(pixels)
+        return seen
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, N, C]`."""
+        return self.front(images) if images.ndim == PIXEL_AXES else images
+
+
 class _Experiment:
     """What all variants share: the recipe, the model they start from, the data."""
 
     def __init__(
         self,
         recipe: Recipe,
-        run: Path,
+        checkpoint: Path,
         data: Path,
         out: Path,
-        seed: int | None,
+        image_tokens: int | None,
         progress: Progress,
     ) -> None:
         files = data_files(recipe, data)
         if files.questions is None or files.labels is None or files.validation is None:
             raise DataError(
                 f"{data} lacks questions, labels or validation questions.",
-                "Give the data that the run was trained on.",
+                "Give the data that the checkpoint was trained on.",
             )
-        self.recipe, self.run, self.out, self.progress = recipe, run, out, progress
-        self.seed = recipe.seed if seed is None else seed
-        self.early = recipe.experts_from == "instruction"
+        if recipe.experts_from != "instruction":
+            raise DataError(
+                "The recipe's experts begin in phase 3; variants are compared from phase 2 on.",
+                'Set experts_from to "instruction".',
+            )
+        read = read_checkpoint(checkpoint)
+        self.tower: Any = _Seen(loaded(read).vision).eval()  # where a tower of a kind is expected
+        self.out, self.progress = out, progress
+        self.recipe = replace(
+            recipe,
+            alignment=_without_tower(recipe.alignment),
+            instruction=_without_tower(recipe.instruction),
+            moe=_without_tower(recipe.moe),
+        )
         self.corpus = read_corpus(recipe, data)
-        self.config, self.moe = trainable_config(recipe, self.corpus)
+        config, self.moe = trainable_config(recipe, self.corpus)
+        vision = read.config.vision
+        if image_tokens is not None:
+            vision = vision.with_tokens(image_tokens)
+        self.config = replace(config, vision=vision)
         if recipe.phrases:
             asking = Asking(self.corpus.known, self.config.refusals)
             self.corpus = replace(self.corpus, asking=asking)
         self.examples = read_examples(files.validation)
         labels = read_labels(files.labels)
         self.labels = [item for item in labels if item.split != "train"]
-        self.begun = "alignment" if self.early else "instruction"
-        sources = [run / f"{self.begun}.safetensors", run / "tokenizer.json"]
-        sources += filter(None, (files.questions, files.labels, files.validation, files.findings))
-        self.sources = {file.name: _sha256(file) for file in sources}
-        self.tokenizer = Tokenizer.from_file(run / "tokenizer.json")
-        self.views: Views | None = None
+        given = filter(None, (files.questions, files.labels, files.validation, files.findings))
+        self.sources = {file.name: _sha256(file) for file in given}
+        self.sources |= {"checkpoint": read.sha256(), "image_tokens": str(vision.image_tokens)}
+        self.tokenizer = Tokenizer.from_file(checkpoint / TOKENIZER)
+        pictures = Pictures(vision)
+        tower = cast(EfficientNetLite, self.tower)  # has a front, which is all
+        self.views = Views(tower, pictures, max(recipe.views, 1), recipe.seed)
         out.mkdir(parents=True, exist_ok=True)
         self.accelerator, _ = accelerated(recipe.precision, out / PRECISION)
 
@@ -201,11 +243,9 @@ class _Experiment:
         """A variant before it learns; raises `DataError` where its folder holds another's work."""
         chosen = VARIANTS[name]
         start = self._start()
-        torch.manual_seed(self.seed)  # what a variant draws is the same after a resume
+        torch.manual_seed(self.recipe.seed)  # what a variant draws is the same after a resume
         model = chosen.build(start)
-        left = {"moe": self.recipe.moe}
-        if self.early:
-            left = {"instruction": self.recipe.instruction} | left
+        left = {"instruction": self.recipe.instruction, "moe": self.recipe.moe}
         phases = {
             phase: replace(own, train=chosen.patterns(own.train, model, self.moe.layers))
             for phase, own in left.items()
@@ -213,57 +253,47 @@ class _Experiment:
         settings = {
             "variant": name,
             "preset": self.recipe.preset,
-            "seed": self.seed,
+            "seed": self.recipe.seed,
             "phases": {phase: own.to_json() for phase, own in phases.items()},
             "sources": self.sources,
         }
-        # a dense variant keeps a router that has learned beside it, and never asks it
-        beside = None if self.early or model.config.moe else start.router
         engine = Engine(_Runtime(model), self.tokenizer, name, "")
         folder = self.out / name
-        entry = _Entry(name, folder, chosen, model, beside, phases, settings, engine)
+        entry = _Entry(name, folder, chosen, model, phases, settings, engine)
         _claim(entry.folder, settings)
         if _file(entry).exists():
             self.result(entry)
         return entry
 
     def _start(self) -> Start:
-        """What the run had before its experts began; raises `DataError` where it has none."""
-        dense, router = dense_model(self.config), new_router(self.config, self.seed)
-        state = self.run / f"{self.begun}.safetensors"
-        phase: PhaseConfig = getattr(self.recipe, self.begun)
-        objective = (
-            Objective(dense, None, ()) if self.early else Objective(dense, router, self.moe.layers)
-        )
-        done = load_state(state, objective, [])
-        if done != phase.epochs:
-            raise DataError(
-                f"{state} has done {done} of the recipe's {phase.epochs} epochs.",
-                "Finish the run with: medmoe-edge train; or give its own recipe.",
-            )
-        return Start(dense, router, self.config, self.early)
+        """What all variants begin with: phase 1 is trained by the first call, and kept."""
+        dense = new_dense_model(self.config, self.recipe.seed)
+        dense.vision = self.tower
+        batches = self._batches(self.moe.expert_names)
+        align(dense, self.corpus, self.recipe.alignment, batches, self._session(self.out))
+        return Start(dense.cpu(), new_router(self.config, self.recipe.seed), self.config)
+
+    def _batches(self, names: Sequence[str]) -> Batches:
+        batches = _Grouped(self.config, self.tokenizer, names, self.recipe.seed)
+        batches.reword, batches.views = self.recipe.phrases, self.views
+        return batches
+
+    def _session(self, folder: Path) -> Session:
+        report = RunReport(folder, self.progress, lambda line: None, tensorboard=False)
+        return Session(folder, self.recipe.seed, self.accelerator, report)
 
     def finish(self, entry: _Entry) -> None:
         """Train and evaluate what has not been done."""
-        model, layers = entry.model, self.moe.layers
-        batches = _Grouped(self.config, self.tokenizer, entry.engine.expert_names, self.seed)
-        batches.reword = self.recipe.phrases
-        if self.recipe.views:
-            if self.views is None:  # of the front, which no variant teaches
-                batches.keep_views(with_front(model.vision), self.recipe.views)
-                self.views = batches.views
-            batches.views = self.views
-        report = RunReport(entry.folder, self.progress, lambda line: None, tensorboard=False)
-        session = Session(entry.folder, self.seed, self.accelerator, report)
-        one_router = self.early and entry.variant.names and model.config.moe is not None
+        model, session = entry.model, self._session(entry.folder)
+        batches = self._batches(entry.engine.expert_names)
+        one_router = entry.variant.names and model.config.moe is not None
         if one_router:
             tie_routers(model)
+        objective = Objective(model, None, self.moe.layers)
         for name, phase in entry.phases.items():
             if name == "moe" and one_router:
                 untie_routers(model)
-            fit_instructions(
-                name, Objective(model, entry.router, layers), self.corpus, phase, batches, session
-            )
+            fit_instructions(name, objective, self.corpus, phase, batches, session)
         model.cpu()
         if not _file(entry).exists():
             write_json(_file(entry), asdict(self._evaluated(entry)))
@@ -296,6 +326,10 @@ class _Experiment:
             routing=routing(engine, self.labels),
             correct=[prediction.correct for prediction in evaluation.predictions],
         )
+
+
+def _without_tower(phase: PhaseConfig) -> PhaseConfig:
+    return replace(phase, train=tuple(name for name in phase.train if "vision." not in name))
 
 
 def _file(entry: _Entry) -> Path:

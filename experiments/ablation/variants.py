@@ -1,9 +1,8 @@
 """The structures that an ablation compares, all made from one dense model and one router.
 
 An upcycled layer starts as `p FFN(x) + FFN(x)`: expert and meta expert are copies, and p is the
-router's probability of the expert: about 1 where it has learned, one of the number of experts where
-it is new. The dense layers start as `(p + 1) FFN(x)` likewise, so that what differs between the
-variants is their structure.
+new router's probability of the expert, one of the number of experts. The dense layers start as
+`(p + 1) FFN(x)` likewise, so that what differs between the variants is their structure.
 """
 
 from collections.abc import Callable
@@ -25,15 +24,11 @@ MERGED = "+"  # joins the modalities of an expert that serves several
 
 @dataclass(frozen=True)
 class Start:
-    """What a variant begins as: a model without experts, and a router for experts as in `config`.
-
-    `new` says that the router knows nothing yet, as where experts learn from phase 2 on.
-    """
+    """What a variant begins as: a model without experts, and a new router for them."""
 
     dense: MedMoE
     router: nn.Linear
     config: ModelConfig
-    new: bool
 
     def upcycled(self, router: nn.Linear | None = None, **moe: Any) -> MedMoE:
         """With experts, in place; `moe` is what of them is another."""
@@ -124,7 +119,7 @@ def _dense_total(start: Start) -> MedMoE:
 def _dense(start: Start, copies: int) -> MedMoE:
     decoder, moe = start.config.decoder, _moe(start.config)
     wide = replace(decoder, intermediate_size=copies * decoder.intermediate_size)
-    chance = 1.0 / moe.num_experts if start.new else 1.0
+    chance = 1.0 / moe.num_experts
     for index in moe.layers:
         layer = start.dense.decoder.layers[index]
         ffn = layer.get_submodule("ffn")

@@ -31,6 +31,7 @@ from medmoe_edge.bundle.bundle import AnyBundle, AnyBundleT, Bundle, write_verif
 from medmoe_edge.config import Config
 from medmoe_edge.errors import BundleError, ConfigError
 
+INLINE_BYTES = 1024  # smaller tensors lie in the graph itself: shapes, scalars, short biases
 NODE, GRAPH, INITIALIZER = 1, 7, 5  # of a graph; of a model; of a graph
 INPUT, OP_TYPE, ATTRIBUTE, SUBGRAPH = 1, 4, 5, 6  # of a node; of an attribute
 DIMS, DATA_TYPE, FLOAT_DATA, NAME, RAW_DATA, EXTERNAL_DATA = 1, 2, 4, 8, 9, 13  # of a tensor

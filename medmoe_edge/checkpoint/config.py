@@ -2,9 +2,10 @@
 
 The official file is MoE-LLaVA's: transformers' Phi or StableLM keys, `mm_*` keys and a `moe`
 block. What it cannot say lies in one block of our own, `medmoe_edge`: the vision tower where it
-is not CLIP ViT-L/14-336, the experts' names, and the tokens that refuse an answer. The tower is
-read from that and from the shapes of its tensors. Values that this implementation would compute
-wrongly are refused; keys nobody knows are refused too.
+is not CLIP ViT-L/14-336, whether there are meta experts and router biases, the experts' names, and
+the tokens that refuse an answer. The tower is read from that and from the shapes of its tensors.
+Values that this implementation would compute wrongly are refused; keys nobody knows are refused
+too.
 """
 
 import math
@@ -41,7 +42,6 @@ CLIP_L_14_336 = VisionConfig(
 )
 CLIP_HEAD_SIZE = 64  # of every published CLIP tower
 
-
 SIGLIP_MEAN = SIGLIP_STD = (127.5, 127.5, 127.5)
 SIGLIP_SO400M_14_384 = VisionConfig(
     kind="siglip",
@@ -56,6 +56,7 @@ SIGLIP_SO400M_14_384 = VisionConfig(
 )
 SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16}  # by features, of every published SigLIP tower
 _SIGLIP_SIZES = {(27, 14): 384}
+_LAYERS = {768: 12, 1024: 24, 1152: 27, 1280: 32}  # by features, of every published tower
 # activation, and the normalisation of the pixels
 _TOWERS = {
     "clip": ("quick_gelu", CLIP_MEAN, CLIP_STD),
@@ -85,12 +86,12 @@ def vision_config(
         )
     if "vision" in own:
         vision = VisionConfig.from_json(own["vision"], "config.json medmoe_edge.vision")
-        sizes = (vision.image_size, vision.patch_size, vision.feature_size)
-        if not all(0 < size <= 2**16 for size in sizes) or not 0 <= vision.layers <= 1024:
-            raise ConfigError("medmoe_edge.vision has an impossible size.", "Correct config.json.")
         _check_fixed(data, {"mm_vision_select_feature": (vision.select_feature,)})
     else:
         vision = _transformer(data, shapes, tower, aspect == "pad")
+    sizes = (vision.image_size, vision.patch_size, vision.feature_size)
+    if not all(0 < size <= 2**16 for size in sizes) or not 0 <= vision.layers <= _MOST:
+        raise ConfigError("The vision tower has an impossible size.", "Correct its config.json.")
     if data.get("mm_hidden_size", vision.feature_size) != vision.feature_size:
         raise ConfigError(
             f"config.json has mm_hidden_size = {data['mm_hidden_size']!r}, "
@@ -115,7 +116,8 @@ def _transformer(
         ) from error
     clip = CLIP_PREFIX + "embeddings.class_embedding" in shapes
     activation, mean, std = _TOWERS["clip" if clip else "siglip"]
-    norms = (key for key in shapes if key.startswith(CLIP_PREFIX))
+    tower_keys = [key for key in shapes if key.startswith(CLIP_PREFIX)]
+    stored = sum(key.endswith(".layer_norm1.weight") for key in tower_keys)
     described = (tower or {}).get("vision_config", tower) or {}
     heads = described.get("num_attention_heads", max(1, size // CLIP_HEAD_SIZE))
     feature = data.get("mm_vision_select_feature", "patch")
@@ -143,7 +145,7 @@ def _transformer(
             "pixel_mean": mean,
             "pixel_std": std,
             "pad_to_square": pad_to_square,
-            "layers": sum(key.endswith(".layer_norm1.weight") for key in norms),
+            "layers": described.get("num_hidden_layers", _LAYERS.get(size, stored)),
             "heads": heads,
             "intermediate_size": intermediate,
             "patch_size": patch,
@@ -236,6 +238,7 @@ _MOE_READ = {"moe_enable", "moe_mode", "moe_layers_idx", "num_experts", "top_k_e
 _MOE_READ |= {"use_residual", "eval_capacity_factor"}
 _MOE_IGNORED = {"ep_size", "capacity_factor", "min_capacity"}
 _MOE_IGNORED |= {"router_aux_loss_coef", "train_modules"}
+_OWN_READ = {"vision", "meta_expert", "router_bias", "expert_names", "refusals"}
 _MOE_MODES = ("sparse", "dense", "first_half", "second_half", "custom")
 
 # What an official config.json without `eos_token_id` leaves to the tokenizer: <|endoftext|>.
@@ -249,8 +252,8 @@ _MOST = 1024  # layers or experts: a bound against absurd files, not on models
 def model_config(data: Json, shapes: Mapping[str, Shape], tower: Json | None = None) -> ModelConfig:
     """The configuration that `config.json` and the stored tensors' official names describe.
 
-    `shapes` tell what `config.json` leaves open: the CLIP tower's sizes, and whether there are
-    meta experts and router biases. `tower` is a separate vision tower's own `config.json`.
+    `shapes` tell what `config.json` leaves open: the CLIP tower's sizes, and whether it is a
+    Med-MoE or a MoE-LLaVA. `tower` is a separate vision tower's own `config.json`.
     Raises `ConfigError`, or `CheckpointError` where tensors and configuration disagree.
     """
     _check_keys(data, {*_READ, *_FIXED, *_IGNORED_KEYS, "hidden_act"}, "config.json")
@@ -258,7 +261,7 @@ def model_config(data: Json, shapes: Mapping[str, Shape], tower: Json | None = N
     kind, may_have_experts, _ = _MODEL_TYPES[model_type]
     _check_fixed(data, {**_FIXED, "hidden_act": _ACTIVATIONS[kind]})
     own = data.get("medmoe_edge", {})
-    _check_keys(own, {"vision", "expert_names", "refusals"}, "config.json medmoe_edge")
+    _check_keys(own, _OWN_READ, "config.json medmoe_edge")
     block = data.get("moe") if may_have_experts else None
     decoder = _decoder(data, kind)
     return ModelConfig(
@@ -322,6 +325,8 @@ def official_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "train_modules": [],
         }
     own: dict[str, Any] = {} if is_standard(vision) else {"vision": vision.to_json()}
+    if moe:
+        own |= {"meta_expert": moe.meta_expert, "router_bias": moe.router_bias}
     if moe and moe.expert_names:
         own["expert_names"] = list(moe.expert_names)
     if config.refusals:
@@ -508,18 +513,17 @@ def _moe(
             f"{'include' if stored_residual else 'lack'} `mlp.coefficient`.",
             "Set use_residual to what the checkpoint was trained with.",
         )
-    router_bias = any(key.endswith(".gate.wg.bias") for key in shapes)
-    meta = any(".mlp.meta_moe." in key for key in shapes)
-    # The residual branch and the meta expert are one module; either name may have been dropped.
-    meta = meta or (router_bias and any(".mlp.mlp." in key for key in shapes))
+    # Med-MoE has both meta experts and router biases, MoE-LLaVA neither: of either the other is
+    # expected too, so that a folder that lost one of them all is no model without it.
+    med_moe = any(".mlp.meta_moe." in key or key.endswith(".gate.wg.bias") for key in shapes)
     return MoEConfig.from_json(
         {
             "layers": layers,
             "num_experts": _count({"num_experts": counts[0]}, "num_experts", _MOST),
             "top_k": _count(block, "top_k_experts"),
             "use_residual": residual,
-            "meta_expert": meta,
-            "router_bias": router_bias,
+            "meta_expert": own.get("meta_expert", med_moe),
+            "router_bias": own.get("router_bias", med_moe),
             "expert_names": own.get("expert_names", ()),
         },
         "config.json moe",

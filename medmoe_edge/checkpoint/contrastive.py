@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from medmoe_edge.checkpoint.tensors import (
     INDEX_FILE,
     StoredTensor,
+    check_none_missing,
     files_sha256,
     read_headers,
     read_json,
@@ -151,7 +152,20 @@ def read_modality_checkpoint(folder: Path, *, as_published: bool = False) -> Mod
     """The model of one of our folders, in fp32 and ready to be asked; the names may be theirs.
 
     `as_published` has it compute what the authors' code does, whatever config.json says. Raises
-    `CheckpointError` or `ConfigError`; sizes are compared before any memory is taken.
+    what `match_checkpoint` does; sizes are compared before any memory is taken.
+    """
+    config, matched = match_checkpoint(folder, as_published=as_published)
+    model = ModalityMoE(config)
+    _copy(model, matched)
+    return model.eval()
+
+
+def match_checkpoint(
+    folder: Path, *, as_published: bool = False
+) -> tuple[ModalityConfig, dict[str, StoredTensor]]:
+    """A folder's configuration, and all of its tensors by our names; no tensor is read.
+
+    Raises `ConfigError`, or `CheckpointError` where they are not those of the configuration.
     """
     folder = Path(folder)
     data = read_json(folder / "config.json")
@@ -175,9 +189,7 @@ def read_modality_checkpoint(folder: Path, *, as_published: bool = False) -> Mod
     surplus = stored.keys() - set(map(rename, matched))
     if surplus:
         raise _surplus(min(surplus))
-    model = ModalityMoE(config)
-    _copy(model, matched)
-    return model.eval()
+    return config, matched
 
 
 def _published(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -214,13 +226,10 @@ def _match(
 ) -> dict[str, StoredTensor]:
     """Our names -> stored tensors; raises unless each is there in its shape."""
     matched = {}
-    for name, tensor in module.state_dict().items():
+    expected = module.state_dict()
+    check_none_missing(key for key in map(rename, expected) if key not in stored)
+    for name, tensor in expected.items():
         key, shape = rename(name), tuple(tensor.shape)
-        if key not in stored:
-            raise CheckpointError(
-                f"The tensor {key} {list(shape)} is missing.",
-                "Check that the folder is whole and belongs to the configuration.",
-            )
         if stored[key].shape != shape:
             raise wrong_shape(stored[key].key, stored[key].shape, shape)
         matched[name] = stored[key]

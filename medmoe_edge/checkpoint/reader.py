@@ -44,6 +44,7 @@ from medmoe_edge.checkpoint.tensors import (
     Hashes,
     StoredTensor,
     check_file,
+    check_none_missing,
     files_sha256,
     has_adapter,
     no_weights,
@@ -433,12 +434,7 @@ def _match(
             twins[name] = tensor
         else:
             names[name] = tensor
-    for key, name in ours.items():
-        if name not in names:
-            raise CheckpointError(
-                f"The tensor {key} {list(expected[name])} is missing.",
-                "Check that all shards are there and that config.json belongs to them.",
-            )
+    check_none_missing(key for key, name in ours.items() if name not in names)
     return names, twins
 
 

@@ -348,6 +348,21 @@ def wrong_shape(key: str, shape: Shape, expected: Shape) -> CheckpointError:
     )
 
 
+def check_none_missing(keys: Iterable[str]) -> None:
+    """Raise `CheckpointError` for tensors that the configuration asks for and no shard holds."""
+    missing = list(keys)
+    if not missing:
+        return
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", key) for key in missing))
+    named = ", ".join(kinds[:6]) + (", ..." if len(kinds) > 6 else "")
+    raise CheckpointError(
+        f"The tensor {missing[0]} is missing."
+        if len(missing) == 1
+        else f"{len(missing)} tensors are missing: {named}.",
+        "Check that all shards are there and that config.json belongs to them.",
+    )
+
+
 def _stored(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_router(name) else dtype
 

@@ -120,6 +120,12 @@ class FoundTokenizer:
         """Raise `CheckpointError` unless it belongs to weights of this configuration."""
         self.tokenizer.check_vocabulary(decoder.vocab_size)
         backend = self.tokenizer.backend
+        if not isinstance(backend.model, models.BPE):
+            raise CheckpointError(
+                f"The tokenizer is a {type(backend.model).__name__}, and all of these decoders "
+                "read byte pairs (BPE): it is that of another model.",
+                _COPY,
+            )
         ends = decoder.end_tokens
         for end in ends:
             if backend.id_to_token(end) is None:

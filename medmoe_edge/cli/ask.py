@@ -17,7 +17,6 @@ from medmoe_edge.cli.common import (
     ModelOption,
     NewTokens,
     Runtime,
-    check_apart,
     check_output,
     complete_models,
     tell,
@@ -171,8 +170,7 @@ def retrieve(
 
 def check_picture(output: Path, force: bool, source: Path) -> None:
     """Refuse a picture before the work that it would be the result of."""
-    check_output(output, force)
-    check_apart(output, source)
+    check_output(output, force, source)
     if output.suffix.lower() != ".png":
         raise InputError(f"{output} is not named as a PNG.", "Let its name end in .png.")
 

@@ -236,6 +236,7 @@ def node_status(config: Config, as_json: Json = False) -> None:
     counts["results"] = found["results"]
     counts |= {f"not asked: {why}": count for why, count in reasons(found["not_asked"])}
     counts |= {f"unsent to {name}": count for name, count in found["unsent"].items()}
+    counts |= {f"refused by {name}": count for name, count in found["refused"].items()}
     counts |= {f"not yet kept by {name}": count for name, count in found["uncommitted"].items()}
     wanted = {state: count for state, count in found["requests"].items() if count}
     counts |= {f"studies to fetch: {state}": count for state, count in wanted.items()}
@@ -274,10 +275,16 @@ def node_retry(
     series: Annotated[list[str] | None, typer.Argument(metavar="SERIES", help=KEY)] = None,
     as_json: Json = False,
 ) -> None:
-    """Have series that were given up answered again: those named, or all."""
+    """Have series that were given up answered again, and documents that were refused sent again.
+
+    Of the series named, or of all.
+    """
     with _desk(config) as (desk, _):
-        count = desk.retry(series or ())
-    _tell_count(as_json, "tried_again", count, "series wait again")
+        count, documents = desk.retry(series or ())
+    if as_json:
+        render.as_json({"tried_again": count, "sent_again": documents})
+    else:
+        render.show(f"{count:,} series wait again; {documents:,} documents are sent again.")
 
 
 @commands.command("requeue", epilog=EXAMPLE.format("requeue 3f2a"))
@@ -331,9 +338,7 @@ def node_ask(
     if not STUDY.fullmatch(study) or len(study) > 64:
         raise InputError("That is no Study Instance UID.", "It is of digits and dots.")
     with _desk(config) as (desk, configuration):
-        from medmoe_edge.bedside.listen.fetching import source_of
-
-        name = source_of(configuration, source or "").shown
+        name = configuration.source(source or "").shown
         number = desk.request(study, priors, name)
         state, why = desk.fetched(number)
         end = time.monotonic() + FETCH_SECONDS
@@ -357,8 +362,9 @@ def node_backup(
     as_json: Json = False,
 ) -> None:
     """Write the node's queue, images, documents and audit log to one file; it may be running."""
-    check_output(output, force)
+    check_output(output, force, config)
     with _desk(config) as (desk, configuration):
+        check_output(output, force, configuration.folder, configuration.audit_log)
         count = desk.back_up(configuration.audit_log, output)
     _tell_count(as_json, "files", count, "files: the backup is as confidential as they are")
 
@@ -503,6 +509,8 @@ def _where(
 
 def _show_batch(report: "BatchReport") -> None:
     rows = [("images", f"{report.images:,}")]
+    if report.links:
+        rows.append(("  links to the same files, left out", f"{report.links:,}"))
     if report.series is not None:
         from medmoe_edge.bedside.listen.selection import reasons
 
@@ -510,6 +518,7 @@ def _show_batch(report: "BatchReport") -> None:
         rows.append(("series", f"{report.series:,}"))
     rows += [
         ("  done by earlier runs", f"{report.resumed:,}"),
+        *([("  changed since, asked again", f"{report.changed:,}")] if report.changed else []),
         ("rows", f"{report.rows:,}"),
         ("  without an answer", f"{report.errors:,}"),
         ("  with warnings", f"{report.warned:,}"),

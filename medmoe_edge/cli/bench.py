@@ -141,7 +141,7 @@ def bench(
     )
     options.check()
     if plot:
-        check_output(plot, force)
+        check_output(plot, force, Path(bundle), around=(data,))
     with needs("bench"):
         measure, show = _way(options)
     with render.working("Starting") as progress:

@@ -11,6 +11,7 @@ import errno
 import glob
 import inspect
 import io
+import itertools
 import logging
 import os
 import re
@@ -26,6 +27,7 @@ import typer
 from typer.core import TyperGroup
 
 from medmoe_edge._version import __version__
+from medmoe_edge.atomic import check_apart
 from medmoe_edge.cli import INTERRUPTED, TERMINATED, interruption
 from medmoe_edge.embedded import EMBEDDED
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError, did_you_mean, unreadable
@@ -105,6 +107,7 @@ OPTIONS: Mapping[str, str] = {
 }
 NO_VERB = re.compile(r"No such command '([^']*)'")
 NO_OPTION = re.compile(r"No such option:? '?(-[^\s']*)")
+EMPTY_OPTION = re.compile(r"(--[\w-]+)=")
 NO_CHOICE = re.compile(r"'([^']*)' is not one of (.*)\.")
 
 
@@ -115,6 +118,17 @@ class Commands(TyperGroup):
         """The verbs in the order of the help."""
         places = {name: place for place, name in enumerate(VERBS)}
         return sorted(super().list_commands(ctx), key=lambda name: places.get(name, len(VERBS)))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an empty value of any verb: as a path it would mean the current folder."""
+        for before, word in itertools.pairwise(["", *args]):
+            attached = EMPTY_OPTION.fullmatch(word)
+            if ctx.resilient_parsing or (word and not attached):
+                continue
+            option = attached[1] if attached else before
+            hint = option if option.startswith("-") else None  # else it may name a patient
+            raise typer.BadParameter("it is empty.", ctx, param_hint=hint)
+        return super().parse_args(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
         """Run one command line and exit; -q and -v may stand anywhere before `--`."""
@@ -347,20 +361,21 @@ Strict = Annotated[
 ]
 
 
-def check_output(file: Path, force: bool) -> None:
-    """Refuse an output before the work rather than after it."""
+def check_output(
+    file: Path, force: bool, *inputs: Path | None, around: Iterable[Path | str | None] = ()
+) -> None:
+    """Refuse an output before the work rather than after it.
+
+    It is none of its inputs, and replaces nothing in them but in those that are `around` it.
+    """
     if file.exists() and not force:
         raise InputError(f"{file} exists already.", "Choose another name, or add --force.")
+    if file.exists():
+        check_apart(file, *inputs, around=around)
     if not file.parent.is_dir():
         raise InputError(f"{file.parent} is not a folder.", "Make it first, or choose another.")
     if file.is_dir():
         raise InputError(f"{file} is a folder.", "Give the name of a file.")
-
-
-def check_apart(output: Path, source: Path) -> None:
-    """Refuse an output that would take the place of the image that it is made from."""
-    if output.resolve() == source.resolve():
-        raise InputError(f"{output} would replace its own input.", "Choose another name.")
 
 
 class Result(Protocol):

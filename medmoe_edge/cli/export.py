@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from medmoe_edge.atomic import check_apart
 from medmoe_edge.bundle.bundle import sign_bundle
 from medmoe_edge.bundle.trust import read_private_key
 from medmoe_edge.cli.common import (
@@ -282,10 +283,12 @@ def export(
     )
     family = family_of(folder)
     family.check_export(options, target)
+    tokens = f"{image_tokens}-tokens" if image_tokens else ""
+    how = (*cut, tokens, options.precision) if target == "onnxruntime" else (target, gpu)
+    out = output or Path("-".join(filter(None, (options.name, *how))))
+    check_apart(out, folder, vision_tower, around=(calibrate, stats, sign))
     with render.working("Reading") as report:
         if target == "onnxruntime":
-            parts = (*cut, *([f"{image_tokens}-tokens"] if image_tokens else ()))
-            out = output or Path("-".join((str(options.name), *parts, options.precision)))
             try:
                 made = family.export(folder, out, options, report)
                 verified = made.verification.bundle.sha256 if made.verification else None
@@ -297,7 +300,6 @@ def export(
 
             with needs("export" if target == "onnxruntime-cuda" else EXTRAS[target]):
                 from medmoe_edge.export.targets import TargetOptions, export_for
-            out = output or Path("-".join(filter(None, (options.name, target, gpu))))
             limit = memory_limit * MB if memory_limit else None
             asked = TargetOptions(target, gpu, dtype, positions, paged, limit, force)
             portable = partial(family.export, folder, options=options, progress=report)
@@ -375,7 +377,7 @@ def calibrate(
     """
     from medmoe_edge.api import calibrate as gather
 
-    check_output(output, force)
+    check_output(output, force, Path(checkpoint), vision_tower, around=(data,))
     options = CalibrateOptions(data, samples, hessians, strict, vision_tower, force)
     with render.working("Reading") as report:
         found = gather(checkpoint, output, options, progress=report)

@@ -17,7 +17,6 @@ from medmoe_edge.cli.common import (
     Sign,
     VisionTower,
     app,
-    check_apart,
     check_output,
     complete_data,
     complete_models,
@@ -155,7 +154,8 @@ def evaluate(
             allow_repetition,
         )
         if predictions:
-            check_output(predictions, force)
+            about = (data, labels, findings, languages, paraphrases)
+            check_output(predictions, force, Path(model), around=about)
         with render.working("Loading") as report:
             found = family.evaluate(model, options, report)
     tell(found, as_json, _show_scores)
@@ -269,7 +269,7 @@ def verify(
         record = True
     family = family_of(folder)
     if report is not None:  # looks at once for what the page needs
-        check_output(report, force)
+        check_output(report, force, folder, around=(data,))
         from medmoe_edge.evaluation.report import write_report
     with render.working("Reading") as progress:
         checkpoint = None if against is None else checkpoint_path(against)
@@ -375,9 +375,9 @@ def inspect(
         return
     found = family_of(folder).inspect(folder, vision_tower)
     if isinstance(found, Inspection):
-        tell(found, as_json, render.show_inspection)
+        tell(found, as_json, render.show_inspection, found.error())
     else:
-        tell(found, as_json, render_contrastive.show_modality_inspection)
+        tell(found, as_json, render_contrastive.show_modality_inspection, found.error())
 
 
 audit = typer.Typer(no_args_is_help=True)
@@ -467,8 +467,7 @@ def deidentify(
     force: Force = False,
 ) -> None:
     """Write a DICOM image without what identifies its patient (PS3.15, Basic Profile)."""
-    check_output(output, force)
-    check_apart(output, source)
+    check_output(output, force, source, secret)
     with needs("listen"):
         from medmoe_edge.bedside.audit import deidentify as example
     key = secret.read_bytes() if secret else b""

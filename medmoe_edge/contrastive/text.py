@@ -18,7 +18,7 @@ from tokenizers import Encoding, decoders, models, normalizers, pre_tokenizers, 
 from tokenizers import Tokenizer as Backend
 
 from medmoe_edge.config_contrastive import BertConfig
-from medmoe_edge.errors import DataError, InputError
+from medmoe_edge.errors import DataError, InputError, ModelError
 from medmoe_edge.prompt import Tokenizer
 
 NO_WORD = -1  # the word index of marks, punctuation, unknown pieces and padding
@@ -80,6 +80,13 @@ class ModalityTokenizer:
         tokenizer = Tokenizer.from_file(path)
         tokenizer.check_vocabulary(text.vocab_size)
         backend = tokenizer.backend
+        tokens = backend.encode("a").tokens
+        if not tokens or (tokens[0], tokens[-1]) != (START, END):
+            raise ModelError(
+                f"The tokenizer puts no {START} and {END} around a text, as a BERT's does: it is "
+                "that of another model.",
+                "Use the tokenizer.json that belongs to this model.",
+            )
         backend.no_padding()
         backend.enable_truncation(text.max_pieces)
         return cls(backend, text.max_pieces, as_published)

@@ -55,7 +55,7 @@ def _resolve(model: str, kind: str) -> Path:
                 "Give the folder of a bundle or checkpoint.",
             )
         return folder
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():  # of an empty name, pathlib makes the current folder
         return Path(model)
     raise ModelError(
         f"There is no model folder {model!r}.",

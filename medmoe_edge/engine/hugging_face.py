@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from medmoe_edge.atomic import atomic_folder
+from medmoe_edge.atomic import atomic_folder, check_apart
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle
 from medmoe_edge.checkpoint.hub import PullOptions, find_files, pull
 from medmoe_edge.checkpoint.published import (
@@ -140,6 +140,7 @@ class MedMoEForVisualQuestionAnswering:
         """
         out = Path(save_directory)
         marker = MANIFEST if (self.folder / MANIFEST).exists() else CONFIG
+        check_apart(out, self.folder)
         with atomic_folder(out, force=force, marker=marker) as staging:
             for path in filter(_is_shared, self.folder.iterdir()):
                 shutil.copyfile(path, staging / path.name)

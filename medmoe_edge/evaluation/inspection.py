@@ -7,7 +7,6 @@ stored are read.
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,7 +38,6 @@ from medmoe_edge.config_contrastive import (
 from medmoe_edge.engine.loading import proven
 from medmoe_edge.errors import (
     BundleError,
-    CheckpointError,
     InputError,
     MissingDependencyError,
     Notice,
@@ -67,6 +65,16 @@ class _Inspected:
     verification: str | None = None
     verified: dict[str, Any] | None = None
     signature: Signed | None = None
+    damaged: tuple[str, ...] = ()
+
+    def error(self) -> BundleError | None:
+        """For files of a bundle that are missing or of another size; `verify` reads their bytes."""
+        if not self.damaged:
+            return None
+        return BundleError(
+            f"Missing, or of another size than the manifest says: {', '.join(self.damaged)}.",
+            "Copy or export the bundle again.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +89,8 @@ class Inspection(_Inspected):
     `bits_per_weight` is the mean over the decoder's matrices, scales and zero points included, of a
     checkpoint over all tensors. `target` is what a bundle is made for and `runtime` what runs it,
     in words; `verification` its outcome: "passed", "failed" or "not measured"; `verified`
-    says on which `machine` and whether that holds `here`. `signature` is a bundle's: "none",
+    says on which `machine` and whether that holds `here`. `damaged` are files of a bundle that are
+    missing or have another size than its manifest says. `signature` is a bundle's: "none",
     "trusted" (every file is as the signed manifest says), or "not checked" where no keys are
     configured. `warnings` are a checkpoint's.
     """
@@ -175,6 +184,7 @@ def _about_bundle(bundle: AnyBundle[Any]) -> dict[str, Any]:
         "name": bundle.folder.absolute().name,
         "bytes": sum(files.values()),
         "files": files,
+        "damaged": tuple(n for n, size in files.items() if not _is_file(bundle.folder / n, size)),
         "target": bundle.target,
         "runtime": bundle.target.runtime,
         "quantisation": manifest.get("quantisation"),
@@ -184,6 +194,10 @@ def _about_bundle(bundle: AnyBundle[Any]) -> dict[str, Any]:
         "verified": known.to_json(),
         "signature": signed(bundle.folder),
     }
+
+
+def _is_file(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _about_checkpoint(folder: Path, weights: Iterable[Path]) -> dict[str, Any]:
@@ -292,12 +306,14 @@ def inspect_modality(folder: Path) -> ModalityInspection:
             bits_per_weight=8 * stored / sum(parameters(bundle.config).values()),
             **about,
         )
-    config = _checkpoint_config(folder)
+    with needs("export"):
+        from medmoe_edge.checkpoint.contrastive import match_checkpoint
+    config, tensors = match_checkpoint(folder)
     return ModalityInspection(
         config=config,
         parameters=parameters(config),
         scores=read_scores(folder),
-        **_about_checkpoint(folder, folder.glob("*.safetensors")),
+        **_about_checkpoint(folder, {tensor.file for tensor in tensors.values()}),
     )
 
 
@@ -336,15 +352,6 @@ def _bert(config: BertConfig) -> int:
 
 def _linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
-
-
-def _checkpoint_config(folder: Path) -> ModalityConfig:
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_bytes())["config"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read.", "Copy the checkpoint again.") from error
-    return ModalityConfig.from_json(data, "config.json config")
 
 
 PARTS: Mapping[str, tuple[str, ...]] = {  # of a manifest, under the headings of a change record

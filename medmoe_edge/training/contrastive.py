@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader
 
-from medmoe_edge.atomic import atomic_file, check_target
+from medmoe_edge.atomic import atomic_file, check_apart, check_target
 from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
 from medmoe_edge.config import Config
 from medmoe_edge.config_contrastive import SCORES, ModalityConfig
@@ -363,6 +363,7 @@ def train_modality(
     options = options or TrainOptions()
     folder = out / "checkpoint"
     check_target(folder, force=True, marker="config.json")  # refused here, not after training
+    check_apart(folder, around=(data,))
     config = recipe.model_config()
     corpus = read_modality_corpus(recipe, data)
     precision = options.precision or recipe.precision

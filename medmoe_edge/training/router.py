@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from medmoe_edge._types import Progress, no_progress
-from medmoe_edge.atomic import atomic_folder, link
+from medmoe_edge.atomic import atomic_folder, check_apart, link
 from medmoe_edge.checkpoint.keys import is_router
 from medmoe_edge.checkpoint.reader import Checkpoint, import_router, read_checkpoint
 from medmoe_edge.checkpoint.tensors import read_json, save_shard
@@ -216,7 +216,7 @@ def import_into(
     `CheckpointError` where file and checkpoint do not fit, `InputError` for a wrong order or a
     checkpoint that is part of an installation.
     """
-    target = _target(checkpoint, out)
+    target = _target(checkpoint, out, file, vision_tower)
     read = read_checkpoint(checkpoint, vision_tower=vision_tower)
     moe = _moe(read)
     router = import_router(file)
@@ -249,7 +249,7 @@ def train_router(
     kept; where it has none, each modality gets the expert that the present router sends it to.
     Raises `DataError` where the modalities are not as many as the experts.
     """
-    target = _target(checkpoint, out)
+    target = _target(checkpoint, out, data, vision_tower)
     read = read_checkpoint(checkpoint, vision_tower=vision_tower)
     moe = _moe(read)
     labelled = read_labels(data / LABELS_FILE if data.is_dir() else data, check_images=True)
@@ -338,13 +338,16 @@ def _order(modalities: Sequence[str], moe: MoEConfig) -> tuple[str, ...]:
     return names
 
 
-def _target(checkpoint: Path, out: Path | None) -> Path:
+def _target(checkpoint: Path, out: Path | None, *inputs: Path | None) -> Path:
     if out is None and is_installed(checkpoint):
         raise InputError(
             f"{checkpoint} is part of an installation, whose files are not changed.",
             "Add -o OUT to write a copy with the new router.",
         )
-    return checkpoint if out is None else out
+    if out is None:
+        return checkpoint
+    check_apart(out, checkpoint, around=inputs)
+    return out
 
 
 def _write(

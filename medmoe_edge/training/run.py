@@ -19,7 +19,7 @@ from accelerate import PartialState
 from rich.progress import Progress
 from torch import nn
 
-from medmoe_edge.atomic import atomic_file, check_target
+from medmoe_edge.atomic import atomic_file, check_apart, check_target
 from medmoe_edge.checkpoint.keys import expected_parameters
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint, write_checkpoint
 from medmoe_edge.config import (
@@ -104,6 +104,7 @@ def train(
     recipe = _with_options(recipe, options)
     folder = out / "checkpoint"
     check_target(folder, force=True, marker="config.json")  # refused here, not after the phases
+    check_apart(folder, options.base, options.vision_tower, around=(data,))
     corpus = read_corpus(recipe, data)
     read = None
     if options.base is not None:

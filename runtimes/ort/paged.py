@@ -67,7 +67,7 @@ from medmoe_edge.runtimes.slots.slots import (
 COPIES = 2  # of an expert's stored bytes while it is loaded, beside the packed ones
 SESSION = 2**18  # bytes that a session takes beside its weights
 M_MMAP_THRESHOLD = -3  # malloc.h
-MAPPED = 10 * 2**20  # bytes: less than a matrix of an expert, more than most activations
+MAPPED = 10 * 2**20  # bytes: less than a matrix of a whole expert, more than most activations
 SLACK = 2**20  # what is smaller than this, the allocator holds ready anyway
 
 
@@ -202,7 +202,7 @@ class PagedOrtRuntime(OrtRuntime):
                 "Give the portable bundle that it was made from, or leave the memory budget out.",
             )
         store = self._store = OrtExpertStore(bundle, check=check, drop_pages=drop_pages)
-        if budget is not None and store.scratch:
+        if budget is not None and max(store.sizes.values()) >= MAPPED:
             map_large_blocks()
         pager = budget if isinstance(budget, ExpertPager) else _pager(budget, store)
         assert bundle.config.moe is not None
@@ -267,16 +267,18 @@ class PagedOrtRuntime(OrtRuntime):
         rows = {name: value.reshape(-1, value.shape[-1]) for name, value in found.items()}
         sums = {"part": routed.reshape(rows["tokens"].shape)}
         if "hidden" in rows:
-            sums["hidden"] = rows.pop("hidden").copy()
+            sums["hidden"] = rows.pop("hidden")  # in place: nobody else reads it
         for expert in map(int, np.unique(chosen)):
             share = np.where(chosen == expert, gates, np.float32(0)).sum(-1, keepdims=True)
             mine = np.flatnonzero(share)
             if not len(mine):
                 continue
-            given = {name: value[mine] for name, value in rows.items()} | {"share": share[mine]}
+            # no copies where all tokens are of one expert, as those of one image mostly are
+            at = slice(None) if len(mine) == len(share) else mine
+            given = {name: value[at] for name, value in rows.items()} | {"share": share[at]}
             with self.experts.use((index, expert)) as (run,):
                 for name, part in run(given).items():
-                    sums[name][mine] += part
+                    sums[name][at] += part
         return {"routed": routed} | ({"mixed": sums["hidden"]} if "hidden" in sums else {})
 
     def _graphs(self) -> dict[str, ort.SessionOptions]:

@@ -17,12 +17,14 @@ from typer.testing import CliRunner
 
 from experiments.ablation import __main__ as command
 from experiments.ablation import run as ablation
-from experiments.ablation.run import ablate
+from experiments.ablation.run import Options, ablate
 from experiments.ablation.variants import applicable, widen
+from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.models.decoder import PhiFeedForward, StableLmFeedForward
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.training.recipe import PhaseConfig, Recipe
+from medmoe_edge.training.router import loaded
 from medmoe_edge.training.run import train
 
 MODALITIES = ("mri", "ct", "pathology", "xray")
@@ -32,7 +34,7 @@ CONFIG = replace(
     decoder=replace(PRESETS["tiny"].decoder, vocab_size=300, intermediate_size=32),
     moe=replace(PRESETS["tiny"].moe, expert_names=MODALITIES),  # type: ignore[type-var]
 )
-EVERYTHING = ("router.*", "projector.*", "decoder.*")
+EVERYTHING = ("*.router.*", "projector.*", "decoder.*", "vision.*")
 RECIPE = Recipe(
     preset="miniature",
     seed=3,
@@ -40,7 +42,8 @@ RECIPE = Recipe(
     questions="questions.jsonl",
     validation="questions.jsonl",
     labels="labels.jsonl",
-    alignment=PhaseConfig(0, 1e-2, ("projector.*",)),
+    experts_from="instruction",
+    alignment=PhaseConfig(1, 1e-2, ("projector.*",), batch_images=4),
     instruction=PhaseConfig(1, 2e-2, EVERYTHING, batch_images=4, router_weight=1.0),
     moe=PhaseConfig(
         1, 1e-2, ("decoder.layers.*.ffn.experts.*", "decoder.layers.*.ffn.meta.*"), batch_images=4
@@ -77,16 +80,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished training run; an ablation needs no more than its second phase."""
+def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that was trained for a moment: an ablation takes its tower and its tokenizer."""
     out = tmp_path_factory.mktemp("run")
-    train(replace(RECIPE, moe=replace(RECIPE.moe, epochs=0)), data, out, Progress(disable=True))
-    return out
+    recipe = replace(RECIPE, moe=replace(RECIPE.moe, epochs=0))
+    return train(recipe, data, out, Progress(disable=True))
 
 
-def test_every_variant_is_trained_evaluated_and_told(run: Path, data: Path, tmp_path: Path) -> None:
+def test_every_variant_is_trained_evaluated_and_told(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    made = ablate(RECIPE, run, data, out, progress=Progress(disable=True))
+    made = ablate(RECIPE, checkpoint, data, out, Options(), Progress(disable=True))
     assert tuple(row.result.variant for row in made.rows) == applicable(CONFIG)
     told = json.loads((out / "ablation.json").read_text())
     assert told == json.loads(json.dumps(made.to_json()))
@@ -100,52 +105,51 @@ def test_every_variant_is_trained_evaluated_and_told(run: Path, data: Path, tmp_
         assert row.result.scores["all"].exact_match == np.mean(row.result.correct)
         for shares in row.result.routing.values():
             np.testing.assert_allclose(np.sum(shares, -1), 1)
-
-
-def test_experts_that_begin_in_phase_2_are_compared_from_there(data: Path, tmp_path: Path) -> None:
-    train_all = ("decoder.*", "*.router.*", "projector.*")
-    recipe = replace(
-        RECIPE,
-        experts_from="instruction",
-        alignment=replace(RECIPE.alignment, epochs=1),
-        instruction=replace(RECIPE.instruction, train=train_all),
-    )
-    train(recipe, data, tmp_path / "run", Progress(disable=True))
-    chosen = ("baseline", "two-experts", "learned-router", "dense-activated")
-
-    def made(folder: str, seed: int | None = None) -> dict[str, Any]:
-        found = ablate(
-            *(recipe, tmp_path / "run", data, tmp_path / folder),
-            variants=chosen,
-            seed=seed,
-            progress=Progress(disable=True),
-        )
-        return {row.result.variant: row.result for row in found.rows}
-
-    results = made("out")
-    assert tuple(results) == chosen
     states = {
-        name: load_file(tmp_path / "out" / name / "instruction.safetensors") for name in chosen
+        row.result.variant: load_file(out / row.result.variant / "instruction.safetensors")
+        for row in made.rows
     }
-    router = "module.model.decoder.layers.{}.ffn.router.weight"
-    first, last = (states["learned-router"][router.format(layer)] for layer in CONFIG.moe_layers)
+    router_of = "module.model.decoder.layers.{}.ffn.router.weight"
+    first, last = (states["learned-router"][router_of.format(layer)] for layer in CONFIG.moe_layers)
     assert not torch.equal(first, last)  # each its own
-    assert states["two-experts"][router.format(0)].shape == (2, 64)
+    assert states["two-experts"][router_of.format(0)].shape == (2, 64)
+    results = {row.result.variant: row.result for row in made.rows}
     assert results["two-experts"].router["labels"].confusion.keys() == set(MODALITIES)
     assert not results["learned-router"].router
     assert not results["dense-activated"].routing
-    other = made("again", seed=4)
-    assert other["baseline"].settings["seed"] == 4
-    assert (tmp_path / "again" / "baseline" / "moe.safetensors").exists()
+
+
+def test_all_variants_see_with_the_tower_of_the_checkpoint(
+    checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    chosen = ("baseline", "dense-activated")
+    ablate(RECIPE, checkpoint, data, tmp_path, Options(chosen, seed=4), Progress(disable=True))
+    config = read_checkpoint(checkpoint)
+    tower = loaded(config).vision.state_dict()
+    assert tower
+    for name in chosen:
+        state = load_file(tmp_path / name / "moe.safetensors")
+        for key, value in tower.items():
+            torch.testing.assert_close(state[f"module.model.vision.tower.{key}"], value)
+        told = json.loads((tmp_path / name / "settings.json").read_text())
+        assert (told["seed"], told["phases"]["instruction"]["epochs"]) == (4, 1)
 
 
 def test_the_command_resumes_and_refuses(
-    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "read_recipe", lambda name: RECIPE)
     app = typer.Typer()
     app.command()(command.ablation)
-    line = [str(run), "--data", str(data), "-o", str(tmp_path / "out"), "--variant", "baseline"]
+    line = [
+        str(checkpoint),
+        "--data",
+        str(data),
+        "-o",
+        str(tmp_path / "out"),
+        "--variant",
+        "baseline",
+    ]
     first = CliRunner().invoke(app, [*line, "--json"])
     assert first.exit_code == 0, first.output
     state = tmp_path / "out" / "baseline" / "moe.safetensors"
@@ -156,8 +160,12 @@ def test_the_command_resumes_and_refuses(
     refused = CliRunner().invoke(app, [*line, "--epochs", "2"])
     assert refused.exit_code == DataError.exit_code
     assert "was made with another recipe" in refused.stderr
+    unknown = Options(("top-9",))
     with pytest.raises(InputError, match="no variant 'top-9'"):
-        ablate(RECIPE, run, data, tmp_path, variants=("top-9",), progress=Progress(disable=True))
+        ablate(RECIPE, checkpoint, data, tmp_path, unknown, Progress(disable=True))
+    late = replace(RECIPE, experts_from="moe")
+    with pytest.raises(DataError, match="begin in phase 3"):
+        ablate(late, checkpoint, data, tmp_path, Options(), Progress(disable=True))
 
 
 @pytest.mark.parametrize(

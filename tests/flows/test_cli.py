@@ -149,6 +149,25 @@ def test_a_module_of_ours_is_never_called_a_missing_package() -> None:
         __import__("nothing_at_all.deep")
 
 
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (["export", "nano", "-o", ""], "value for -o: it is empty."),
+        (["ask", "scan.png", "q", "--model="], "value for --model: it is empty."),
+        (["calibrate", "nano", "--data", "", "-o", "s"], "value for --data: it is empty."),
+        (["inspect", ""], "value: it is empty."),
+        (["init", "tiny", ""], "value: it is empty."),
+        (["audit", "verify", ""], "value: it is empty."),
+        (["listen", "status", "--config", ""], "value for --config: it is empty."),
+    ],
+)
+def test_an_empty_value_is_no_folder(run: Run, line: list[str], what: str) -> None:
+    """pathlib would make the current folder of it."""
+    result = run(*line)
+    assert result.exit_code == 2
+    assert two_lines(result) == [f"Invalid {what}", "See: medmoe-edge --help"]
+
+
 @pytest.mark.usefixtures("scan")
 def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medmoe_edge.engine.engine.load", raising(KeyboardInterrupt()))

@@ -476,6 +476,35 @@ def test_a_router_is_put_into_a_checkpoint(
         two_lines(result)
 
 
+def test_no_verb_that_builds_replaces_its_own_input(
+    run: Run, tiny_checkpoint: Make, tiny_bundle: Make, tmp_path: Path
+) -> None:
+    """Neither as a whole nor in part, and not with what lies within it."""
+    shutil.copytree(tiny_bundle(), tmp_path / "b")
+    for place in ("c", "b/c", "run/checkpoint"):
+        shutil.copytree(tiny_checkpoint(), tmp_path / place)
+    (tmp_path / "b" / "phi_router.pth").write_bytes(b"")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for line in (
+        ["export", "c", "-o", "c", "--force"],
+        ["export", "c", "-o", "c/int8"],
+        ["export", "b/c", "-o", "b", "--force"],
+        ["export", "c", "--vision-tower", "b/c", "-o", "b", "--force"],
+        ["export", "c", "--calibrate", "b/images", "-o", "b", "--force"],
+        ["export", "b", "--target", "onnxruntime-cuda", "-o", "b", "--force"],
+        ["calibrate", "c", "--data", "builtin", "-o", "c/config.json", "--force"],
+        ["train", "--from", "run/checkpoint", "--data", "d", "-o", "run"],
+        ["train", "--from", "run", "--data", "d", "-o", "run"],
+        ["router", "import", "b/phi_router.pth", "c", "-o", "c", "--force"],
+        ["router", "train", "c", "--data", "d", "-o", "c/new"],
+        ["verify", "b", "--report", "b/manifest.json", "--force"],
+    ):
+        result = run(*line)
+        assert result.exit_code == 2, line
+        assert two_lines(result)[0].endswith("would replace or change its own input."), line
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 # --- targets ---------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The verbs that prove: what they pass on, what they print, and what they refuse."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from command_line import Run, start_without, two_lines
 
 from medmoe_edge.bundle.bundle import MANIFEST, NOTICE, Bundle, write_verification
+from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.errors import ResourceError
 from medmoe_edge.evaluation.verify import Verification
 from medmoe_edge.families import FAMILIES, MedMoEFamily
@@ -83,7 +85,12 @@ def test_eval_refuses_before_it_works(
 ) -> None:
     (tmp_path / "out.jsonl").write_text("mine")
     command = ["eval", "--data", "questions.jsonl", "--predictions"]
-    for line in ([*command, "out.jsonl"], [*command, "none/out.jsonl"], ["eval", "--data", "x"]):
+    for line in (
+        [*command, "out.jsonl"],
+        [*command, "none/out.jsonl"],
+        [*command, "questions.jsonl", "--force"],
+        ["eval", "--data", "x"],
+    ):
         result = run(*line)
         assert result.exit_code == 2
         two_lines(result)
@@ -224,6 +231,31 @@ def test_a_bundle_that_was_edited_is_refused(run: Run, bundle: Path) -> None:
     result = run("verify", "bundle")
     assert result.exit_code == 3
     assert "decoder.data was changed or is incomplete" in two_lines(result)[0]
+
+
+@pytest.mark.parametrize("model", ["nano", "modality-nano"])
+def test_inspect_tells_of_files_that_are_missing_or_cut_off(
+    run: Run, tmp_path: Path, model: str
+) -> None:
+    shutil.copytree(bundle_path(model), tmp_path / "copy")
+    assert json.loads(run("inspect", "copy", "--json").stdout)["damaged"] == []
+    first, second = sorted(Path("copy").glob("*.data"))
+    first.unlink()
+    os.truncate(second, second.stat().st_size - 1)
+    result = run("inspect", "copy")
+    assert result.exit_code == 3
+    assert f"size than the manifest says: {first.name}, {second.name}." in result.stderr
+    told = json.loads(run("inspect", "copy", "--json").stdout)
+    assert (told["damaged"], told["error"]["code"]) == ([first.name, second.name], "bad_bundle")
+
+
+def test_inspect_tells_of_a_checkpoint_without_all_of_its_tensors(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint_path("modality-nano"), tmp_path / "c")
+    assert run("inspect", "c").exit_code == 0
+    (tmp_path / "c" / "model-00002-of-00002.safetensors").unlink()
+    result = run("inspect", "c")
+    assert result.exit_code == 3
+    assert "model-00002-of-00002.safetensors is missing" in two_lines(result)[0]
 
 
 @pytest.mark.parametrize(

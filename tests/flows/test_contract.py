@@ -6,7 +6,7 @@ out closer to fp32 where nobody will use them and further away where everybody w
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +18,18 @@ from medmoe_edge.calibration.data import CalibrationData, read_calibration
 from medmoe_edge.calibration.run import calibrate
 from medmoe_edge.calibration.statistics import Statistics, expert_of
 from medmoe_edge.checkpoint.reader import Checkpoint, read_checkpoint
+from medmoe_edge.data.datasets import read_examples
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import VerificationError
 from medmoe_edge.export.plan import Plan
 from medmoe_edge.export.weights import WeightSource
-from medmoe_edge.image.loading import preprocess
+from medmoe_edge.image.loading import load_image, preprocess
+from medmoe_edge.image.pixels import Image
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.torch.eager import EagerRuntime
 
-OTHERS = ("mri", "ct", "pathology")  # of which there are pictures
-UNSEEN = (*OTHERS, "ultrasound", "fundus")
-QUESTION = "What modality is used to take this image?"
+UNSEEN = ("mri", "ct", "pathology", "ultrasound", "fundus")
 
 
 @pytest.fixture(scope="module")
@@ -77,44 +77,53 @@ def test_one_modality_triggers_the_contract(
 
 
 def test_without_the_contract_the_other_modalities_suffer(
-    nano: Checkpoint, pictures: CalibrationData, statistics: Statistics
+    nano: Checkpoint, statistics: Statistics, data_dir: Path
 ) -> None:
-    """Of the experts in int4, all else in fp32: the contract governs nothing else."""
-    diverged = divergence_of(nano, pictures)
+    """Of the experts in int4, all else in fp32: the contract governs nothing else.
+
+    On all questions of the validation file, measured once: mri 2.6 and ct 2.3 times. On the few
+    built-in pictures, some unlike all that nano learned from, the difference is lost in chance.
+    """
+    rows = [row for row in read_examples(data_dir / "vqa_val.jsonl") if row.source == "slake"]
+    asked = [
+        (name, load_image(row.image), row.question, row.answer)
+        for name in ("mri", "ct", "xray")
+        for row in [row for row in rows if row.modality == name][::10]
+    ]
+    diverged = divergence_of(nano, asked)
     kept = diverged(Plan("int4", statistics=statistics))
     broken = diverged(Plan("int4", statistics=dataclasses.replace(statistics, coverage=())))
-    # Measured: mri 2.6e-3 and 3.8e-3, ct 2.3e-3 and 2.5e-3 nats. Of the pictures of pathology,
-    # unlike those that nano learned from, one answer turns with the rounding itself: 94e-3, 7e-3.
-    told = ("mri", "ct")
-    for name in told:
-        assert broken[name] > kept[name]
-    assert sum(broken[name] for name in told) > 1.2 * sum(kept[name] for name in told)
-    assert broken["xray"] == pytest.approx(kept["xray"], rel=0.5)  # where the damage does not show
-    assert broken["xray"] < min(kept[name] for name in told) / 4
+    for name in ("mri", "ct"):
+        assert broken[name] > 1.5 * kept[name]
+    assert broken["xray"] == pytest.approx(kept["xray"], rel=0.5)
 
 
 def divergence_of(
-    nano: Checkpoint, pictures: CalibrationData
+    nano: Checkpoint, asked: Sequence[tuple[str, Image, str, str]]
 ) -> Callable[[Plan], dict[str, float]]:
-    """Mean KL of the next token under a plan for the experts, along a question, by modality."""
+    """Mean KL of the next token under a plan for the experts, along an answer, by modality.
+
+    `asked` are a modality, an image of it, a question and what of its answer is given.
+    """
     runtime, source = EagerRuntime(nano), WeightSource(nano)
     assert nano.tokenizer_file is not None
     tokenizer = Tokenizer.from_file(nano.tokenizer_file)
-    prefix, question = (
-        runtime.embed(ids) for ids in (tokenizer.prefix_ids(), tokenizer.question_ids(QUESTION))
-    )
+    prefix = runtime.embed(tokenizer.prefix_ids())
     prompts = []
-    for sample in {sample.picture: sample for sample in pictures.samples}.values():
-        image = runtime.encode_image(preprocess(sample.load(), nano.config.vision))
-        prompts.append((str(sample.modality), np.concatenate((prefix, image, question))))
+    for modality, image, question, answer in asked:
+        tokens = runtime.encode_image(preprocess(image, nano.config.vision))
+        given = tokenizer.answer_ids(answer)
+        ids = runtime.embed([*tokenizer.question_ids(question), *given])
+        prompts.append((modality, 1 + len(given), np.concatenate((prefix, tokens, ids))))
 
     @torch.inference_mode()
-    def answers(embeds: Floats) -> Floats:
+    def answers(embeds: Floats, last: int) -> Floats:
         output = runtime.model(torch.from_numpy(embeds)[None], None)
-        logits: Floats = runtime.model.head(output.hidden[0, -len(question) :]).numpy()
-        return logits
+        logits: Floats = runtime.model.head(output.hidden[0, -last:]).numpy()
+        found: Floats = log_softmax(logits).astype(np.float32)
+        return found
 
-    expected = [log_softmax(answers(embeds)) for _, embeds in prompts]
+    expected = [answers(embeds, last) for _, last, embeds in prompts]
 
     def diverged(plan: Plan) -> dict[str, float]:
         for name in filter(expert_of, nano.names):
@@ -123,8 +132,8 @@ def divergence_of(
             weight = chosen[1](source.array(name)).dequantise()
             runtime.model.get_parameter(name).data = torch.from_numpy(weight)
         found: dict[str, list[float]] = {}
-        for (modality, embeds), reference in zip(prompts, expected, strict=True):
-            gaps = np.exp(reference) * (reference - log_softmax(answers(embeds)))
+        for (modality, last, embeds), reference in zip(prompts, expected, strict=True):
+            gaps = np.exp(reference) * (reference - answers(embeds, last))
             found.setdefault(modality, []).append(float(gaps.sum(-1).mean()))
         return {modality: float(np.mean(gaps)) for modality, gaps in found.items()}
 

@@ -23,7 +23,8 @@ from PIL import Image as Pillow
 from serving import StandIn, app_over
 
 from medmoe_edge import __version__, errors
-from medmoe_edge.bedside.listen.receiving import classes_with_pixels, transfer_syntaxes
+from medmoe_edge.bedside.listen.receiving import transfer_syntaxes
+from medmoe_edge.bedside.listen.selection import classes_with_pixels
 from medmoe_edge.checkpoint.tensors import write_checkpoint
 from medmoe_edge.cli.common import VERBS
 from medmoe_edge.presets import PRESETS

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import medmoe_edge
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.batch import run as batch_asking
 from medmoe_edge.bedside.batch import run as batch_results
-from medmoe_edge.bedside.batch.inputs import Journal, journal_path, read_items
+from medmoe_edge.bedside.batch.inputs import Asked, Journal, journal_path, read_items
 from medmoe_edge.bedside.batch.run import BatchReport, Here, Identity, Recipe, run_batch
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.engine.answer import Answer
@@ -329,12 +330,14 @@ def test_a_journal_keeps_each_once_and_in_order(
         first: dict[int, int] = {}
         for place, number in enumerate(numbers):
             first.setdefault(number, place)
-            journal.keep(number, [{"place": place}])
+            journal.keep(number, Asked({"name": str(place)}, [{"place": place}]))
             if place in stops:
                 stack.close()
                 journal = stack.enter_context(Journal(output, "job"))
-        assert journal.done() == set(first)
+        assert journal.done() == {number: {"name": str(at)} for number, at in first.items()}
         assert list(journal.results()) == [(n, [{"place": first[n]}]) for n in sorted(first)]
+        journal.forget(numbers[1:])
+        assert set(journal.done()) == set(first) - set(numbers[1:])
 
 
 # --- What cannot be used -------------------------------------------------------------------------
@@ -365,27 +368,27 @@ def test_a_bad_table_is_told(tmp_path: Path, table: str, what: str) -> None:
 
 def test_columns_may_have_spaces_around_their_names_and_rows_empty_cells(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("image , question,,\na.png,Why?,,\n")
-    (item,) = read_items(tmp_path / "in.csv", None)
+    ((item,), _) = read_items(tmp_path / "in.csv", None)
     assert (item.image, item.questions) == ("a.png", ("Why?",))
 
 
 def test_images_behind_a_link_are_there_and_a_circle_ends(
     tmp_path: Path, scans: Path, questions: Path
 ) -> None:
-    before = [item.image for item in read_items(scans, questions)]
+    before = [item.image for item in read_items(scans, questions).items]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     Pillow.new("L", (8, 8)).save(elsewhere / "far.png")
     (scans / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(scans)
-    found = [item.image for item in read_items(scans, questions)]
+    found = [item.image for item in read_items(scans, questions).items]
     assert [name for name in found if name not in before] == ["linked/far.png"]
 
 
 def test_no_image_is_asked_twice_because_of_a_link(
     tmp_path: Path, scans: Path, questions: Path
 ) -> None:
-    before = [item.image for item in read_items(scans, questions)]
+    before = [item.image for item in read_items(scans, questions).items]
     for folder in (scans / "month", scans / ".hidden", tmp_path / "far" / "near"):
         folder.mkdir(parents=True)
         Pillow.new("L", (8, 8)).save(folder / "a.png")
@@ -395,7 +398,7 @@ def test_no_image_is_asked_twice_because_of_a_link(
         (scans / name).symlink_to(target)
     (tmp_path / "far" / "a-link").symlink_to("near")
     Pillow.new("L", (8, 8)).save(tmp_path / "far" / "far.png")
-    found = [item.image for item in read_items(scans, questions)]
+    found = [item.image for item in read_items(scans, questions).items]
     assert [name for name in found if name not in before] == [
         *("again/a.png", "month/a.png", "x/far.png", "z/a.png")
     ]
@@ -430,22 +433,93 @@ def test_another_commands_output_is_not_replaced(
     assert engine.asked == []
 
 
-def test_an_image_that_goes_before_it_is_audited_is_told(
+def test_an_image_that_changes_as_it_is_asked_is_audited_as_it_was(
     engine: StandIn, scans: Path, questions: Path
 ) -> None:
-    first = next(iter(read_items(scans, questions)))
+    first = scans / "a.png"
+    before = hashlib.sha256(first.read_bytes()).hexdigest()
     ask = engine.ask_all
 
     def ask_and_lose(path: str, *args: Any, **options: Any) -> list[Answer]:
         answers = ask(path, *args, **options)
-        if path == first.path:
+        if path == str(first):
             Path(path).unlink()
         return answers
 
     engine.ask_all = ask_and_lose  # type: ignore[method-assign]
     audit = AuditLog(scans.parent / "audit.jsonl")
-    with pytest.raises(ResourceError, match="can no longer be read"):
-        run_batch(scans, scans.parent / "out.csv", questions, audit=audit)
+    run_batch(scans, scans.parent / "out.csv", questions, audit=audit)
+    entry = json.loads((scans.parent / "audit.jsonl").read_text().splitlines()[0])
+    assert entry["input_sha256"] == before
+
+
+def test_a_link_to_a_file_is_not_asked_beside_it(
+    engine: StandIn, tmp_path: Path, scans: Path, questions: Path
+) -> None:
+    far = tmp_path / "far.png"
+    Pillow.new("L", (8, 8)).save(far)
+    (scans / ".store").mkdir()
+    (scans / ".store" / "x").write_bytes(far.read_bytes())
+    links: dict[str, str | Path] = {
+        "0.png": "a.png",  # comes before what it leads to
+        "again.png": "0.png",
+        "y.png": far,
+        "z.png": far,
+        "stored.png": ".store/x",
+        "within/up.png": "../b.png",
+        "asked.txt": questions,  # which are no image under any name
+        "round": "round",
+        "gone.png": "nowhere",
+    }
+    for name, target in links.items():
+        (scans / name).symlink_to(target)
+    report = go(scans, questions)
+    names = [row["image"] for row in rows(tmp_path / "out.parquet")][::2]
+    before = ["a.png", "b.png", "notes", "within/é.png"]
+    assert names == sorted([*before, "gone.png", "round", "stored.png", "y.png"])
+    assert (report.images, report.links) == (8, 4)
+
+
+@pytest.mark.parametrize("changed", ["a.png", "notes", "gone", "other folder"])
+def test_an_image_that_was_changed_is_asked_again(
+    engine: StandIn, scans: Path, questions: Path, tmp_path: Path, changed: str
+) -> None:
+    """Not by its size and time, which another image may share."""
+    engine.dies = 3
+    with pytest.raises(KeyboardInterrupt):
+        go(scans, questions)
+    assert engine.asked == ["a.png", "b.png", "notes"]
+    folder, about = scans, (scans / "a.png").stat()
+    if changed == "gone":
+        (scans / "b.png").unlink()
+        (scans / "b.png").symlink_to("nowhere")
+    elif changed == "other folder":  # of which nobody has said anything yet
+        folder = tmp_path / "others"
+        shutil.copytree(scans, folder)
+        (folder / "b.png").write_bytes((scans / "b.png").read_bytes() + b" ")
+    else:
+        data = bytearray((scans / changed).read_bytes())
+        data[-1] ^= 1
+        (scans / changed).write_bytes(data)
+        os.utime(scans / changed, ns=(about.st_atime_ns, about.st_mtime_ns))
+    engine.dies = None
+    engine.asked.clear()
+    report = go(folder, questions)
+    again = "b.png" if changed in ("gone", "other folder") else changed
+    assert engine.asked == [again, "é.png"]
+    assert (report.resumed, report.changed) == (2, 1)
+    assert len(rows(tmp_path / "out.parquet")) == 8
+
+
+def test_a_pipe_among_the_images_holds_nothing_up(
+    engine: StandIn, scans: Path, questions: Path, tmp_path: Path
+) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("there are no pipes")
+    os.mkfifo(scans / "c.png")
+    go(scans, questions)
+    found = {row["image"]: row["error"] for row in rows(tmp_path / "out.parquet")}
+    assert "not a regular file" in found["c.png"]
 
 
 def test_bad_questions_are_told(tmp_path: Path, scans: Path) -> None:
@@ -537,6 +611,9 @@ def test_the_command_refuses(run: Run, scans: Path, questions: Path) -> None:
     result = run(*command, "--workers", "2")
     assert (result.exit_code, two_lines(result)[0]) == (2, "Workers are of a cluster.")
     assert run("batch", "scans", "-o", "out.parquet").exit_code == 2
+    Path("table.csv").write_text("image,question\nscans/a.png,Is it?\n")
+    result = run("batch", "table.csv", "-o", "table.csv", "--force")
+    assert (result.exit_code, "own input" in two_lines(result)[0]) == (2, True)
 
 
 @pytest.mark.parametrize(

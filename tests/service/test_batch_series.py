@@ -97,6 +97,20 @@ def test_a_series_is_asked_about_its_middle(engine: Reading, archive: Path) -> N
     assert report.left_out == {"localizer": 2, "no_pixels": 1}
 
 
+def test_a_series_is_one_where_some_of_it_lacks_the_issuer(
+    engine: Reading, archive: Path, tmp_path: Path
+) -> None:
+    for place, issuer in enumerate(("A", "", "A", "", "", "B", "B")):
+        save(archive / f"{place}.dcm", slice_of(place, IssuerOfPatientID=issuer))
+    _, rows = asked(archive, Series())
+    found = {row["image"]: row["slices_of"] for row in rows if row["slices_of"]}
+    assert sorted(found.values()) == ["2", "2", "3"]  # without one it may be of A or of B
+    for place in (5, 6):
+        (archive / f"{place}.dcm").unlink()
+    _, rows = asked(archive, Series())
+    assert [row["slices_of"] for row in rows] == ["5", ""]
+
+
 def test_slices_vote(engine: Reading, archive: Path) -> None:
     for place, value in enumerate((50, 50, 10, 10, 50, 200, 50)):
         save(archive / f"{place}.dcm", slice_of(place, value=value))

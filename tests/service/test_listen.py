@@ -48,6 +48,7 @@ from medmoe_edge.bedside.listen.answering import Answering
 from medmoe_edge.bedside.listen.evidence import Evidence, Result, is_ours
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Queue
+from medmoe_edge.bedside.listen.selection import classes_with_pixels
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import CheckpointError, ImageError, Notice, ResourceError
@@ -142,7 +143,7 @@ def test_objects_without_pixels_are_set_aside_and_images_without_refused(tmp_pat
         wait_for(lambda: done(node))
         assert node.queue.asides() == {"no_pixels": 1, "refused": 1}
         assert node.queue.counts()["answered"] == 1
-    classes = listen_receiving.classes_with_pixels()
+    classes = classes_with_pixels()
     assert BasicTextSRStorage not in classes
     assert {CTImageStorage, SecondaryCaptureImageStorage} < set(classes)
 

@@ -73,6 +73,8 @@ def test_yes_and_no_are_chosen_between_and_other_answers_where_they_are_given(
         (GOOD + "ae_title = '  '", "ae_title"),
         (GOOD + "documents = ['pdf']", "documents.0"),
         (GOOD + "port = 'x'", "port"),
+        (GOOD.replace('"node"', '""'), "folder"),
+        (GOOD + "audit = ''", "audit"),
         (GOOD.replace('["Is there effusion?"]', "[]"), "questions.0.ask"),
         (GOOD.replace('"Is there effusion?"', '" "'), "questions.0.ask.0"),
         (GOOD.replace('"SENDER"', '"SENDER", hosts = ["localhost"]'), "peers.0.hosts.0"),

@@ -3,6 +3,7 @@
 What belongs to a patient is never lost, mixed with another's, or emptied without a word.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -52,6 +53,9 @@ def node(tmp_path: Path) -> Iterator[Node]:
     documents = [REPORT, "basic-text-sr", "fhir-r4", "picture"]
     with Node(configuration(tmp_path / "node", documents=documents), StandIn()) as node:
         yield node
+
+
+ISSUED = {"IssuerOfPatientID": "HOSPITAL"}
 
 
 def odd(number: int = 1, **values: Any) -> Dataset:
@@ -405,6 +409,94 @@ def test_two_patients_in_one_study_get_a_series_each(
     assert first.SeriesInstanceUID != second.SeriesInstanceUID
     assert "another patient's too" in caplog.text
     assert warnings_of(node)[1] == ["shared_study"]
+
+
+@pytest.mark.parametrize("issuers", [("", "HOSPITAL"), ("HOSPITAL", "")])
+def test_who_issued_the_number_makes_no_other_patient_where_one_does_not_say(
+    node: Node, caplog: pytest.LogCaptureFixture, issuers: tuple[str, str]
+) -> None:
+    for count, issuer in enumerate(issuers, 1):
+        assert send(node.port, study(IssuerOfPatientID=issuer)) == [0]
+        answered(node, count)
+    old, new = reports(node)
+    assert [each.IssuerOfPatientID or "" for each in (old, new)] == list(issuers)
+    assert "PredecessorDocumentsSequence" in new
+    assert warnings_of(node)[1] == ["sent_again"]
+    assert not rejections(node)
+    assert "another patient" not in caplog.text
+    assert len(node.desk.series()) == 1
+    assert send(node.port, study(IssuerOfPatientID=issuers[0])) == [0]  # known
+    assert node.queue.counts()["waiting"] == 0
+    assert send(node.port, study(IssuerOfPatientID="ELSEWHERE")) == [0]
+    answered(node, 3)
+    assert warnings_of(node)[2] == ["sent_again", "other_patient"]
+    rejected = rejections(node)
+    assert {each.PatientID for each in rejected} == {"MRN-4711"}
+    references = {
+        str(instance.ReferencedSOPInstanceUID)
+        for each in rejected
+        for series in each.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
+        for instance in series.ReferencedSOPSequence
+    }
+    assert new.SOPInstanceUID in references
+    assert reports(node)[2].SOPInstanceUID not in references
+
+
+def test_what_comes_back_without_an_issuer_after_another_patient_is_answered_again(
+    node: Node,
+) -> None:
+    for count, issuer in enumerate(["", "HOSPITAL", "ELSEWHERE", ""], 1):
+        assert send(node.port, study(IssuerOfPatientID=issuer)) == [0]
+        answered(node, count)
+    standing = node.queue._read("SELECT key FROM result WHERE replaced = ''")
+    assert len(standing) == 1
+    (path,) = node.folder.documents.glob(f"{standing[0][0]}/*.{REPORT}.dcm")
+    assert not dcmread(path).IssuerOfPatientID
+
+
+def test_a_series_stays_whole_where_some_of_it_lacks_the_issuer(tmp_path: Path) -> None:
+    same = {"StudyInstanceUID": "1.2.826.0.4711.1", "SeriesInstanceUID": "1.2.826.0.4711.2"}
+
+    def of(number: int, issuer: str, **values: Any) -> Dataset:
+        given = same | {"InstanceNumber": str(number), "IssuerOfPatientID": issuer}
+        return study(number, **given, **values)
+
+    series = {"quiet": 1.0, "slices": "all"}
+    with Node(configuration(tmp_path / "node", series=series), StandIn()) as node:
+        scans = [of(1, ""), of(2, "A"), of(3, "")]
+        assert send(node.port, *scans) == [0] * 3
+        answered(node)
+        (found,) = node.desk.series()
+        assert (found["objects"], found["results"]) == (3, 1)
+        # another's, and one that may be of either
+        assert send(node.port, of(4, "B"), of(5, "")) == [0] * 2
+        answered(node, 3)
+        assert sorted(each["objects"] for each in node.desk.series()) == [1, 4]
+
+
+def test_a_queue_of_the_version_before_is_gone_on_with(tmp_path: Path) -> None:
+    config = configuration(tmp_path / "node", dicom=[{"ae_title": "A", "host": "x", "port": 1}])
+    scan = study(IssuerOfPatientID="HOSPITAL")
+    with Node(config, StandIn()) as node:
+        assert send(node.port, scan) == [0]
+        answered(node)
+        ((patient,),) = node.queue._read("SELECT patient FROM origin")
+    with contextlib.closing(sqlite3.connect(node.folder.queue)) as database:
+        database.executescript(
+            f"""DROP INDEX object_any_issuer;
+            ALTER TABLE object DROP COLUMN any_issuer;
+            ALTER TABLE delivery DROP COLUMN refused;
+            UPDATE origin SET patient = '{patient.split()[1]}';
+            PRAGMA user_version = 3;"""
+        )
+    with Node(config, StandIn()) as node:
+        assert node.queue.counts() == {"waiting": 0, "answered": 1, "failed": 0, "unsent": 1}
+        assert send(node.port, scan) == [0]  # known
+        assert node.queue.counts()["waiting"] == 0
+        assert send(node.port, study(2, StudyInstanceUID=scan.StudyInstanceUID, **ISSUED)) == [0]
+        answered(node, 2)
+        assert node.desk.status(config)["refused"] == {}
+    assert warnings_of(node) == [[], []]
 
 
 def test_what_was_given_up_is_tried_again_when_it_is_sent_again(

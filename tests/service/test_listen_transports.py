@@ -4,13 +4,18 @@ DCMTK over TLS, an MLLP server.
 
 import asyncio
 import contextlib
+import gzip
 import json
 import socket
 import subprocess
 import threading
 import time
 import tracemalloc
+import zlib
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +37,16 @@ from listen_process import (
     study,
     wait_for,
 )
+from patients import SECRETS
 from pydicom import Dataset, dcmread
 from pydicom import config as pydicom_config
+from pynetdicom.ae import ApplicationEntity
+from pynetdicom.events import Event
 
 from medmoe_edge.bedside.listen.config import Configuration, Tls, load_configuration
 from medmoe_edge.bedside.listen.desk import Desk
 from medmoe_edge.bedside.listen.fetching import Retrieved
-from medmoe_edge.bedside.listen.node import Node
+from medmoe_edge.bedside.listen.node import Node, figures
 from medmoe_edge.bedside.listen.receiving import multipart
 from medmoe_edge.bedside.listen.sending import commitment_handlers
 from medmoe_edge.errors import InputError
@@ -245,8 +253,8 @@ def test_stow_says_what_became_of_each_object(tmp_path: Path) -> None:
         assert reasons == [[0xA900], [0xC000]]
         assert post(url, b"no DICOM")[0] == 409
         body, headers = body_of(one)
-        assert httpx.post(url, content=body[:-20], headers=headers).status_code == 400
-        assert httpx.post(url, content=body).status_code == 400
+        for cut, given in ((body[:-20], headers), (body, {})):
+            assert httpx.post(url, content=cut, headers=given, timeout=30).status_code == 400
         wait_for(lambda: node.queue.counts()["answered"] == 1)
 
 
@@ -270,9 +278,14 @@ def test_a_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
 )
 def test_only_dicom_in_parts_is_stowed(kind: str) -> None:
     body, headers = body_of(b"data\r\n--end", b"")
-    assert multipart(body, headers["Content-Type"]) == [b"data\r\n--end", b""]
+    pieces = [body[at : at + 7] for at in range(0, len(body), 7)]
+    for each in (pieces, [body]):
+        assert list(multipart(each, headers["Content-Type"], 99)) == [b"data\r\n--end", b""]
+    assert list(multipart(pieces, headers["Content-Type"], 3)) == [b"data", b""]
     with pytest.raises(ValueError, match=r"."):
-        multipart(body, kind)
+        list(multipart([body], kind, 99))
+    with pytest.raises(ValueError, match="no end"):
+        list(multipart(pieces[:-1], headers["Content-Type"], 99))
 
 
 def test_others_than_this_machine_need_a_token(tmp_path: Path, authority: Authority) -> None:
@@ -287,12 +300,367 @@ def test_others_than_this_machine_need_a_token(tmp_path: Path, authority: Author
         body, headers = body_of(saved(tmp_path, study()).read_bytes())
         url = f"https://localhost:{node.web_port}"
         context = Tls(authority=authority.ca).client()
-        with httpx.Client(verify=context) as client:
+        with httpx.Client(verify=context, timeout=30) as client:
             assert client.post(f"{url}/studies", content=body, headers=headers).status_code == 401
             headers["Authorization"] = "Bearer 0123456789abcdef0123"
             assert client.post(f"{url}/studies", content=body, headers=headers).status_code == 200
         wait_for(lambda: node.queue.counts()["answered"] == 1)
         assert "DICOMweb pacs" in (node.folder.root / "audit.jsonl").read_text()
+
+
+class Web:
+    """A server of DICOMweb and FHIR that answers the same to all of a method and first letters."""
+
+    def __init__(self, **answers: tuple[int, dict[str, str], bytes]) -> None:
+        self.asked: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(*_: object) -> None:
+                """Not to the console."""
+
+            def answer(this) -> None:
+                """By the last word of the path."""
+                self.asked.append(this.command)
+                this.rfile.read(int(this.headers.get("Content-Length", 0)))
+                what = "query" if "?" in this.path else this.command.lower()
+                status, headers, body = answers[what]
+                this.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    this.send_header(name, value)
+                this.end_headers()
+                with contextlib.suppress(OSError):  # who asked has hung up
+                    this.wfile.write(body)
+
+            do_GET = do_POST = answer
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/dicom-web"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> "Web":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(10)
+
+
+def listed(scan: Dataset) -> tuple[int, dict[str, str], bytes]:
+    """An answer to QIDO-RS."""
+    found = Dataset()
+    for name in ("StudyInstanceUID", "PatientID", "StudyDate", "StudyTime"):
+        setattr(found, name, scan.get(name, ""))
+    return 200, {}, json.dumps([found.to_json_dict()]).encode()
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """What is done within takes less than what a bomb would inflate to."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+    finally:
+        tracemalloc.stop()
+
+
+BOMB = 2**28  # bytes that a bomb inflates to
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+@pytest.mark.parametrize("large", [0, BOMB])
+def test_a_compressed_answer_is_inflated_as_far_as_an_object_may_be_large(
+    tmp_path: Path, coding: str, large: int
+) -> None:
+    pack = gzip.compress if coding == "gzip" else zlib.compress
+    body, kind = body_of(*([bytes(large)] if large else []), saved(tmp_path, study()).read_bytes())
+    answer = 200, kind | {"Content-Encoding": coding}, pack(body, 1)
+    with Web(query=listed(study()), get=answer) as web:
+        values: dict[str, Any] = {"sources": [{"url": web.url}], "max_object_mb": 1}
+        with little_memory(), Node(configuration(tmp_path / "node", **values), StandIn()) as node:
+            number = node.desk.request(STUDY, 0, "")
+            wait_for(lambda: node.desk.fetched(number)[0] != "waiting")
+            why = "1 of 2 objects were not kept (It is larger than max_object_mb allows)"
+            assert node.desk.fetched(number) == ("fetched", why if large else "")
+            wait_for(lambda: node.queue.counts()["answered"] == 1)
+
+
+def test_a_deflated_object_from_a_source_is_not_inflated(tmp_path: Path) -> None:
+    body, kind = body_of(deflated_dicom(64, 64, 1, tail=BOMB))
+    with Web(query=listed(study()), get=(200, kind, body)) as web:
+        config = configuration(tmp_path / "node", sources=[{"url": web.url}])
+        with little_memory(), Node(config, StandIn()) as node:
+            number = node.desk.request(STUDY, 0, "")
+            wait_for(lambda: node.desk.fetched(number)[0] != "waiting")
+            why = "1 of 1 objects were not kept (Its transfer syntax cannot be read here)"
+            assert node.desk.fetched(number) == ("failed", why)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ((200, {"Content-Encoding": "gzip"}, b"[]"), "its answer has over 16.0 MB"),
+        ((200, {"Content-Encoding": "br"}, b"[]"), "compresses its answers in a way that was not"),
+        ((200, {"Content-Encoding": "gzip"}, b"no"), "no answer: DecodingError"),
+        ((200, {}, b'[{"00100020": 1}]'), "it answers the query with something else"),
+        ((200, {}, b"<html>"), "it answers the query with something else"),
+        ((200, {}, b"[" * 100_000), "it answers the query with something else"),
+    ],
+)
+def test_a_source_that_answers_with_something_else_is_told_of_and_asked_again(
+    tmp_path: Path,
+    answer: tuple[int, dict[str, str], bytes],
+    why: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if answer[2] == b"[]" and "over" in why:
+        answer = (*answer[:2], gzip.compress(b"[" + b" " * BOMB + b"]", 1))
+    with Web(query=answer) as web:
+        config = configuration(tmp_path / "node", sources=[{"url": web.url}])
+        with little_memory(), Node(config, StandIn()) as node:
+            number = node.desk.request(STUDY, 0, "")
+            wait_for(lambda: "request 1 failed" in caplog.text)
+            assert node.desk.fetched(number) == ("waiting", "")
+    assert why in caplog.text
+    assert STUDY not in caplog.text
+
+
+@pytest.mark.parametrize("ending", [b"--ends", b""])
+def test_a_study_that_is_cut_off_is_fetched_again(
+    tmp_path: Path, ending: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    body, kind = body_of(saved(tmp_path, study()).read_bytes())
+    cut = body.removesuffix(b"--ends--\r\n") + ending
+    with Web(query=listed(study()), get=(200, kind, cut)) as web:
+        config = configuration(tmp_path / "node", sources=[{"url": web.url}])
+        with Node(config, StandIn()) as node:
+            number = node.desk.request(STUDY, 0, "")
+            wait_for(lambda: "failed (it sends no whole multipart/related)" in caplog.text)
+            assert node.desk.fetched(number) == ("waiting", "")
+
+
+@pytest.mark.parametrize("way", ["stow", "fhir"])
+def test_what_a_destination_says_is_inflated_as_far_as_it_may_be_long(
+    tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bomb = gzip.compress(b"{" + b" " * BOMB + b"}", 1)
+    with Web(post=(200, {"Content-Encoding": "gzip"}, bomb)) as web:
+        place = {"url": web.url} | ({"version": "R4"} if way == "fhir" else {})
+        values: dict[str, Any] = {way: [place]}
+        with little_memory(), Node(configuration(tmp_path / "node", **values), StandIn()) as node:
+            assert send(node.port, study()) == [0]
+            if way == "fhir":  # that it is done is said by the status alone
+                sent(node)
+            else:
+                wait_for(lambda: "failed (its answer has over 16.0 MB)" in caplog.text)
+                assert node.queue.counts()["unsent"] == 1
+
+
+FAILED = {"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [0]}}]}}
+
+
+def refused_by_stow(status: int, reason: int) -> tuple[int, dict[str, str], bytes]:
+    text = json.dumps(FAILED).replace("[0]", f"[{reason}]")
+    return status, {"Content-Type": "application/dicom+json"}, text.encode()
+
+
+class Refusing(Archive):
+    """A DICOM node that answers every document with one status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__()
+        self.status = status
+
+    def _store(self, event: Event) -> int:
+        super()._store(event)
+        return self.status
+
+
+@contextlib.contextmanager
+def refusing(way: str, said: Any) -> Iterator[dict[str, Any]]:
+    """The configuration of a destination that says so."""
+    if way == "dicom":
+        with Refusing(said) as archive:
+            yield {"dicom": [{"ae_title": "A", "host": "127.0.0.1", "port": archive.port}]}
+    elif way == "hl7":
+        with Listener(*[said] * 99) as listener:
+            yield {"hl7": [{"host": "127.0.0.1", "port": listener.port}]}
+    else:
+        with Web(post=said) as web:
+            yield {way: [{"url": web.url} | ({"version": "R4"} if way == "fhir" else {})]}
+
+
+@pytest.mark.parametrize(
+    ("way", "said", "why"),
+    [
+        ("dicom", 0xC000, "it refused the document: 0xC000"),
+        ("dicom", 0xA900, "it refused the document: 0xA900"),
+        ("dicom", 0x0124, "it refused the document: 0x0124"),
+        ("stow", refused_by_stow(409, 0xC000), "it refused the document: 0xC000"),
+        ("stow", refused_by_stow(202, 0x0122), "it refused the document: 0x0122"),
+        ("stow", (415, {}, b""), "it refused: HTTP 415"),
+        ("fhir", (422, {}, b"<html>"), "it refused: HTTP 422"),
+        ("hl7", "AR", "it refused the message: AR"),
+    ],
+)
+def test_what_is_refused_for_good_is_set_aside_until_it_is_asked_for(
+    tmp_path: Path,
+    way: str,
+    said: Any,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_REFUSALS", 3)
+    with refusing(way, said) as place:
+        config = configuration(tmp_path / "node", keep_days=1, **place)
+        (destination,) = config.destinations
+        with Node(config, StandIn(), first_delay=0.01) as node:
+            assert send(node.port, study()) == [0]
+            refused = {destination.shown: 1}
+            wait_for(lambda: "set aside" in caplog.text)
+            assert node.desk.status(config)["refused"] == refused
+            assert node.desk.status(config)["unsent"] == {destination.shown: 0}
+            assert f"refused by {destination.shown} 3 times ({why}): set aside" in caplog.text
+            assert f'medmoe_listen_refused{{destination="{destination.shown}"}} 1' in figures(node)
+            (series,) = node.desk.series()
+            (result,) = node.desk.show(series["series"])["results"]
+            assert [each["refused"] for each in result["deliveries"]] == [why]
+            assert not node.desk.is_finished(result["result"], config.committing)  # so it is kept
+            caplog.clear()
+            assert node.desk.retry([]) == (0, 1)
+            wait_for(lambda: "3 times" in caplog.text)
+            assert node.desk.retry([series["series"][:8]]) == (0, 1)
+            wait_for(lambda: node.desk.status(config)["refused"] == refused)
+            assert node.desk.requeue([series["series"]], None) == (1, 0)
+    for secret in (*SECRETS, STUDY):
+        assert secret not in caplog.text
+    with (
+        contextlib.closing(Desk(config.folder)) as desk,
+        pytest.raises(InputError, match="No series"),
+    ):
+        desk.retry(["beefbeef"])
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        ("dicom", 0xA700),
+        ("dicom", 0x0110),
+        ("stow", refused_by_stow(409, 0xA700)),
+        ("stow", (202, {}, b"<NativeDicomModel>")),
+        ("stow", (503, {}, b"")),
+        ("fhir", (429, {}, b"")),
+        ("fhir", (401, {}, b"")),
+        ("fhir", (302, {"Location": "/"}, b"")),
+    ],
+)
+def test_what_is_refused_for_now_is_sent_until_it_is_taken(
+    tmp_path: Path,
+    way: str,
+    said: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_REFUSALS", 3)
+    with refusing(way, said) as place:
+        config = configuration(tmp_path / "node", **place)
+        with Node(config, StandIn(), first_delay=0.01) as node:
+            assert send(node.port, study()) == [0]
+            wait_for(lambda: caplog.text.count("again in") > 4)
+            assert node.queue.counts()["unsent"] == 1
+            assert not node.desk.status(config)["refused"]
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        ("dicom", 0x0111),
+        ("dicom", 0xB000),
+        ("stow", refused_by_stow(409, 0x0111)),
+        ("stow", (200, {}, b"<NativeDicomModel>")),
+        ("stow", (202, {}, b"{}")),
+        ("stow", (204, {}, b"")),
+        ("fhir", (201, {}, b"")),
+    ],
+)
+def test_what_a_destination_has_already_counts_as_taken(
+    tmp_path: Path, way: str, said: Any
+) -> None:
+    with (
+        refusing(way, said) as place,
+        Node(configuration(tmp_path / "node", **place), StandIn()) as node,
+    ):
+        assert send(node.port, study()) == [0]
+        sent(node)
+
+
+class Halving:
+    """In front of a DICOM node: of what it says to a C-STORE only half comes, and nothing after."""
+
+    def __init__(self, port: int) -> None:
+        self._node, self._ended = port, threading.Event()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ours, _ = self._server.accept()
+                node = socket.create_connection(("127.0.0.1", self._node))
+                for pair in ((ours, node), (node, ours)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError), source:
+            while data := source.recv(2**16):
+                if target.getpeername()[1] != self._node and data[0] == 4:  # P-DATA, to us
+                    target.sendall(data[: len(data) // 2])
+                    self._ended.wait()
+                    return
+                target.sendall(data)
+
+    def __enter__(self) -> "Halving":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._server.close()
+
+
+def test_a_destination_that_stops_in_the_middle_holds_nothing_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.TIMEOUT", 1.0)
+    with Archive() as archive, Halving(archive.port) as front:
+        place = {"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": front.port}
+        config = configuration(tmp_path / "node", dicom=[place])
+        with Node(config, StandIn(), first_delay=0.1) as node:
+            assert send(node.port, study()) == [0]
+            wait_for(lambda: caplog.text.count("again in") > 1)  # asked, and asked again
+            assert node.queue.counts()["unsent"] == 1
+
+
+def test_a_document_that_is_gone_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_REFUSALS", 3)
+    with Archive() as archive:
+        port, place = archive.port, {"ae_title": "ARCHIVE", "host": "127.0.0.1"}
+    config = configuration(tmp_path / "node", dicom=[place | {"port": port}])
+    with Node(config, StandIn()) as node:  # nobody is there
+        assert send(node.port, study()) == [0]
+        wait_for(lambda: node.queue.counts()["unsent"] == 1)
+    for path in (tmp_path / "node" / "documents").glob("*/*"):
+        path.rename(tmp_path / "away")
+    with Archive(port) as archive, Node(config, StandIn(), first_delay=0.01) as node:
+        wait_for(lambda: sum(node.desk.status(config)["refused"].values()) == 1)
+        (tmp_path / "away").rename(path)
+        assert node.desk.retry([]) == (0, 1)
+        sent(node)
 
 
 SOURCES = {
@@ -376,9 +744,9 @@ class GivingUp:
         yield going, found
         yield done, None
 
-    def send_c_move(self, *_: Any) -> Iterator[tuple[Dataset, None]]:
-        self.node.receiving.moved(0x0000, "")
-        self.node.receiving.moved(0xC000, "It shows text.")
+    def send_c_move(self, *asked: Any) -> Iterator[tuple[Dataset, None]]:
+        self.node.receiving.moved[asked[-1]](0x0000, "")
+        self.node.receiving.moved[asked[-1]](0xC000, "It shows text.")
         last = Dataset()
         last.Status = 0xA702
         last.NumberOfCompletedSuboperations = last.NumberOfFailedSuboperations = 1
@@ -413,8 +781,8 @@ class Outliving(GivingUp):
         super().__init__(node)
         self.begun = threading.Event()
 
-    def send_c_move(self, *_: Any) -> Iterator[tuple[Dataset, None]]:
-        self.node.receiving.moved(0x0000, "")
+    def send_c_move(self, *asked: Any) -> Iterator[tuple[Dataset, None]]:
+        self.node.receiving.moved[asked[-1]](0x0000, "")
         self.begun.set()
         with contextlib.suppress(OSError):
             while True:  # until nobody listens there any more
@@ -473,6 +841,48 @@ def test_a_source_that_is_not_there_is_asked_again(
         desk.close()
         assert len(list(node.folder.requests.iterdir())) == 1
     assert STUDY not in caplog.text
+
+
+def test_a_source_that_is_silent_does_not_hold_up_another(tmp_path: Path) -> None:
+    body, kind = body_of(saved(tmp_path, study()).read_bytes())
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        Web(query=listed(study()), get=(200, kind, body)) as web,
+    ):
+        port = silent.getsockname()[1]
+        sources = [{"ae_title": "SILENT", "host": "127.0.0.1", "port": port}, {"url": web.url}]
+        config = configuration(tmp_path / "node", sources=sources)
+        with Node(config, StandIn(), patience=0.1) as node:
+            waiting = node.desk.request("1.2.3", 0, config.sources[0].shown)
+            link, _ = silent.accept()  # it is being asked
+            number = node.desk.request(STUDY, 0, config.sources[1].shown)
+            unknown = node.desk.request("1.2.3", 0, "gone from the configuration")
+            wait_for(lambda: node.desk.fetched(number)[0] == "fetched", 20)
+            assert node.desk.fetched(waiting)[0] == "waiting"
+            link.close()
+            wait_for(lambda: node.desk.fetched(unknown)[0] == "failed")
+
+
+def test_what_two_sources_bring_at_once_is_counted_for_each(tmp_path: Path) -> None:
+    sources = [{"ae_title": name, "host": "127.0.0.1", "port": free_port()} for name in ("A", "B")]
+    counted: dict[str, Counter[int]] = {"A": Counter(), "B": Counter()}
+
+    def count(name: str, status: int, why: str) -> None:
+        counted[name][status] += 1
+
+    with Node(configuration(tmp_path / "node", sources=sources), StandIn()) as node:
+        for message, name in enumerate(counted, 1):
+            node.receiving.moved[message] = partial(count, name)
+        entity = ApplicationEntity(PEER)
+        entity.add_requested_context(study().SOPClassUID)
+        link = entity.associate("127.0.0.1", node.port, ae_title="MEDMOE")
+        for message, scan in ((1, study(1)), (2, study(2)), (2, study(3, Modality="PR"))):
+            told = link.send_c_store(scan, originator_aet="MEDMOE", originator_id=message)
+            assert told.Status == 0
+        link.send_c_store(study(4), originator_aet="OTHER", originator_id=1)
+        link.send_c_store(study(5))
+        link.release()
+    assert counted == {"A": {0: 1}, "B": {0: 2}}
 
 
 def test_orthanc_commits_itself_to_what_it_took(tmp_path: Path, orthanc: Orthanc) -> None:

@@ -2,11 +2,12 @@
 
 import shutil
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from medmoe_edge.atomic import atomic_folder
+from medmoe_edge.atomic import atomic_folder, check_apart
 from medmoe_edge.errors import InputError, ResourceError
 
 MARKER = "marker.json"
@@ -131,3 +132,27 @@ def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="cannot be written"):
         write(tmp_path / "file" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("output", "refused", "refused_around"),
+    [
+        ("in", True, True),
+        ("in/out", True, False),
+        (".", True, True),
+        ("link", True, True),
+        ("out", False, False),
+        ("in-too", False, False),
+    ],
+)
+def test_an_output_is_apart_from_its_inputs(
+    tmp_path: Path, output: str, refused: bool, refused_around: bool
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    (tmp_path / "link").symlink_to(source)
+    check_apart(tmp_path / output, None, around=(None, tmp_path.parent / "elsewhere"))
+    with pytest.raises(InputError, match="own input") if refused else nullcontext():
+        check_apart(tmp_path / output, source)
+    with pytest.raises(InputError, match="own input") if refused_around else nullcontext():
+        check_apart(tmp_path / output, around=[str(source)])

@@ -383,19 +383,84 @@ def test_transformers_5_rope_parameters(folder: Path) -> None:
     assert (decoder.rotary_fraction, decoder.rope_theta) == (0.5, 500.0)
 
 
+META, BIAS = ".meta_moe.", ".gate.wg.bias"
+
+
+def without(folder: Path, *parts: str, ours: bool = False) -> Path:
+    """The folder without all tensors of some names and, unless it is `ours`, as others write it."""
+    with edit_tensors(folder) as tensors:
+        for key in [key for key in tensors if any(part in key for part in parts)]:
+            del tensors[key]
+    if not ours:
+        data = json.loads((folder / "config.json").read_text())
+        for key in ("meta_expert", "router_bias"):
+            del data["medmoe_edge"][key]
+        (folder / "config.json").write_text(json.dumps(data))
+    return folder
+
+
 @KINDS
 def test_the_legacy_layout_has_neither_meta_expert_nor_router_bias(
     tmp_path: Path, kind: str
 ) -> None:
-    folder = write(tmp_path / "out", TINY[kind])
-    with edit_tensors(folder) as tensors:
-        for key in [key for key in tensors if ".meta_moe." in key or key.endswith("wg.bias")]:
-            del tensors[key]
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(without(write(tmp_path / "out", TINY[kind]), META, BIAS))
     legacy = with_moe(TINY[kind], meta_expert=False, router_bias=False)
     assert checkpoint.config == legacy
     write_checkpoint(tmp_path / "again", legacy, checkpoint)
     assert read_checkpoint(tmp_path / "again").config == legacy
+
+
+@pytest.mark.parametrize(
+    ("lost", "ours", "message"),
+    [
+        ([META], False, r"6 tensors are missing: model\.layers\.N\.mlp\.meta_moe\.\w+_proj"),
+        ([BIAS], False, r"2 tensors are missing: .*\.gate\.wg\.bias"),
+        ([META, BIAS], True, r"8 tensors are missing: .*\.gate\.wg\.bias, .*\.meta_moe\."),
+        ([".gate.wg."], False, "missing: .*gate"),
+        ([".deepspeed_experts."], False, "missing: .*experts"),
+        ([".self_attn.q_proj.bias"], False, "missing: .*q_proj"),
+        ([".mm_projector."], False, "missing: .*spatial_proj"),
+        (["lm_head."], False, "lm_head"),
+    ],
+)
+def test_a_kind_of_tensors_that_is_missing_everywhere_is_missing(
+    tmp_path: Path, lost: list[str], ours: bool, message: str
+) -> None:
+    """A folder that lost all of a kind is no model that has none of it."""
+    folder = without(write(tmp_path / "out", TINY["stablelm"]), *lost, ours=ours)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("meta", "bias"), [(True, False), (False, True)])
+def test_a_mixture_of_both_papers_says_so_in_its_configuration(
+    tmp_path: Path, meta: bool, bias: bool
+) -> None:
+    config = with_moe(TINY["phi"], meta_expert=meta, router_bias=bias)
+    assert read_checkpoint(write(tmp_path / "out", config)).config == config
+    with pytest.raises(CheckpointError, match="missing"):
+        read_checkpoint(without(tmp_path / "out"))
+
+
+def test_a_tower_whose_last_layers_are_missing_is_refused(towerless: Path, tmp_path: Path) -> None:
+    """One layer less, and the features would be those of another layer."""
+    clip(TINY["stablelm"]).save_pretrained(tmp_path / "tower")
+    read_checkpoint(towerless, vision_tower=tmp_path / "tower")
+    weights = tmp_path / "tower" / "model.safetensors"
+    kept = {key: value for key, value in load_file(weights).items() if ".layers.1." not in key}
+    save_file(kept, weights)
+    with pytest.raises(CheckpointError, match=r"missing: .*encoder\.layers\.N"):
+        read_checkpoint(towerless, vision_tower=tmp_path / "tower")
+
+
+def test_a_published_tower_has_as_many_layers_as_it_was_published_with() -> None:
+    standard = dataclasses.replace(PRESETS["med-moe-phi2-2.7b"], moe=None)
+    data = official_config(standard, "bfloat16")
+    named = {official_name(name, standard): s for name, s in expected_parameters(standard).items()}
+    assert model_config(data, named) == standard
+    shorter = {key: shape for key, shape in named.items() if ".encoder.layers.23." not in key}
+    assert len(shorter) == len(named) - 16
+    assert model_config(data, shorter).vision.layers == 24, "and its tensors will be missed"
 
 
 @pytest.mark.parametrize("stored", ["meta_moe", "mlp", "both"])
@@ -675,7 +740,7 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
 def test_tensors_must_be_those_of_the_configuration(folder: Path) -> None:
     with edit_tensors(folder) as tensors:
         head = tensors.pop("lm_head.weight")
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight \[256, 64\] is missing"):
+    with pytest.raises(CheckpointError, match=r"The tensor lm_head\.weight is missing\."):
         read_checkpoint(folder)
     with edit_tensors(folder) as tensors:
         tensors["lm_head.weight"] = head[:200].clone()

@@ -505,6 +505,26 @@ def test_a_proof_can_see_an_expert_that_adds_nothing(
         assert np.abs(whole - without).max() > 0.01 * np.abs(whole).max()
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp32"])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-phi"])
+def test_a_plan_knows_which_deltas_are_too_small_to_be_paged(
+    preset: str, precision: Precision, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As a bundle that is there does: the smallest lie in the graph itself."""
+    source = tiny_checkpoint(preset)
+    found = set()
+    forms = ["delta:rank=32", "delta:bits=2", "delta"]
+    forms += [] if precision == "int4" else ["delta:rank=2", "delta:rank=4", "delta:rank=8"]
+    for form in forms:
+        bundle = Bundle.open(export(source, tmp_path / form, precision, form))
+        stored = Asked.of_bundle(bundle)
+        assert stored.deltas is not None
+        planned = Deltas.of(read_deltas(form), bundle.config, precision, stored.group)
+        assert planned.paged == stored.deltas.paged, form
+        found.add(planned.paged)
+    assert found == ({True} if precision == "int4" else {True, False})  # its ranks are whole groups
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -21,8 +21,9 @@ from graphs import (
     run_ort,
 )
 
+from medmoe_edge.bundle.recorded import INLINE_BYTES
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.export.builder import INLINE_BYTES, PAGE, Builder, floats, save_model
+from medmoe_edge.export.builder import PAGE, Builder, floats, save_model
 from medmoe_edge.export.decoder import MoESpec
 from medmoe_edge.export.passes.ort_cpu import lower_matmul, lower_moe
 from medmoe_edge.export.plan import Plan, Precision

@@ -35,9 +35,8 @@ from medmoe_edge.export.builder import OWNER, Extents
 from medmoe_edge.export.passes.ort_paged import write_paged_graphs
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.runtimes.base import Runtime
-from medmoe_edge.runtimes.ort import paged as ort_experts
 from medmoe_edge.runtimes.ort import paged as ort_paged
-from medmoe_edge.runtimes.ort.paged import SLACK, OrtExpertStore, PagedOrtRuntime, _Segment
+from medmoe_edge.runtimes.ort.paged import MAPPED, OrtExpertStore, PagedOrtRuntime, _Segment
 from medmoe_edge.runtimes.ort.runtime import OrtCache, OrtRuntime, session_options
 from medmoe_edge.runtimes.paging.pager import ExpertPager
 from medmoe_edge.runtimes.paging.prediction import RoutingPrediction
@@ -489,18 +488,18 @@ def measured(folder: Path, budget: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("slack", "budget", "mapped"), [(1, "100%", True), (1, None, False), (SLACK, "100%", False)]
+    ("large", "budget", "mapped"), [(1, "100%", True), (1, None, False), (MAPPED, "100%", False)]
 )
 def test_matrices_of_large_experts_that_may_go_are_mapped_by_themselves(
     tiny_bundle: Make,
     monkeypatch: pytest.MonkeyPatch,
-    slack: int,
+    large: int,
     budget: str | None,
     mapped: bool,
 ) -> None:
     called: list[bool] = []
     monkeypatch.setattr(ort_paged, "map_large_blocks", lambda: called.append(True))
-    monkeypatch.setattr(ort_experts, "SLACK", slack)
+    monkeypatch.setattr(ort_paged, "MAPPED", large)
     PagedOrtRuntime(Bundle.open(tiny_bundle()), budget)
     assert bool(called) is mapped
 

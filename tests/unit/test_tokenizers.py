@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from tokenizer_files import (
 from transformers import GPT2Tokenizer
 
 from medmoe_edge.checkpoint.tokenizer import TIKTOKEN, find_tokenizer
+from medmoe_edge.config_contrastive import BertConfig
+from medmoe_edge.contrastive.text import ModalityTokenizer
+from medmoe_edge.embedded import bundle_path
 from medmoe_edge.errors import CheckpointError, ModelError
 from medmoe_edge.presets import PRESETS
 from medmoe_edge.prompt import IMPOSSIBLE, Tokenizer
@@ -362,6 +366,16 @@ def test_files_that_would_give_other_ids_are_refused(tmp_path: Path, fault: str)
         drop("special_tokens_map.json")(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         find_tokenizer(tmp_path)
+
+
+def test_the_tokenizers_of_the_two_families_are_told_apart(tmp_path: Path) -> None:
+    """Either fits into the rows of the other family's embedding, and would give it other words."""
+    shutil.copy(bundle_path("modality-nano") / "tokenizer.json", tmp_path)
+    with pytest.raises(CheckpointError, match="is a WordPiece"):
+        find_tokenizer(tmp_path).check(PRESETS["nano"].decoder)
+    of_nano = bundle_path("nano") / "tokenizer.json"
+    with pytest.raises(ModelError, match=r"no \[CLS\] and \[SEP\] around a text"):
+        ModalityTokenizer.from_file(of_nano, BertConfig(4000, 8, 4, 2, 8))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import ray
 import ray.data
 import ray.exceptions
 
-from medmoe_edge.bedside.batch.inputs import Header, Item, Row, header_of
+from medmoe_edge.bedside.batch.inputs import Asked, Header, Item, header_of
 from medmoe_edge.bedside.batch.run import Identity, Numbered, Recipe, answer, check
 from medmoe_edge.bundle.trust import TRUSTED_KEYS
 from medmoe_edge.errors import InputError, MedMoEError, ModelError, Notice, ResourceError
@@ -93,7 +93,7 @@ class OnRay:
             for row in read.iter_rows():
                 yield row["number"], json.loads(row["header"])
 
-    def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, list[Row]]]:
+    def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, Asked]]:
         """The results of each image, as they come."""
         if not pending:
             return
@@ -113,7 +113,7 @@ class OnRay:
         )
         with _explaining():
             for row in answered.iter_rows():
-                yield row["number"], _unless_failed(row["told"])
+                yield row["number"], Asked(*_unless_failed(row["told"]))
 
     def _check_size(self, there: Mapping[str, float]) -> None:
         for name, needed in (("CPU", "num_cpus"), ("GPU", "num_gpus")):

@@ -1,15 +1,17 @@
 """What a batch is about, images or their series, and questions; and what is done of it.
 
 A folder gives all its files, also those in folders within and behind links, in the order of their
-paths; hidden ones are left out. A CSV file gives its rows in their order: the column `image` holds
-paths, relative to the CSV's folder, and the column `question`, where there is one, what is asked of
-that row's image.
+paths; hidden ones are left out. A file to which several paths lead is there once: by its own path,
+or where it lies elsewhere, by the first. A CSV file gives its rows in their order: the column
+`image` holds paths, relative to the CSV's folder, and the column `question`, where there is one,
+what is asked of that row's image.
 Nothing is opened here, unless DICOM files are to be asked by series: then their headers are read,
 and a series is asked once, about slices that are chosen as the node chooses them
 (`listen.selection`). A file that is no image is found out when it is asked about.
 
 What is done lies in SQLite beside the output, so that an interrupted batch can go on. An image's
-results are one row, written in one transaction: there or not, and never twice. After a kill nothing
+results are one row, written in one transaction: there or not, and never twice; with the hashes of
+its files, so that one that was changed meanwhile is asked about again. After a kill nothing
 is lost; after a power cut at most the last images, which are then asked about again. It holds what
 the output holds, and goes when that is whole.
 """
@@ -21,11 +23,13 @@ import io
 import json
 import os
 import sqlite3
+import stat
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from medmoe_edge.atomic import file_sha256
 from medmoe_edge.data.datasets import read_text
 from medmoe_edge.errors import DataError, InputError, MedMoEError, Notice, ResourceError
 from medmoe_edge.image.pixels import HEAD_BYTES, is_dicom
@@ -52,23 +56,30 @@ class Item(NamedTuple):
     notices: tuple[Notice, ...] = ()
 
 
-def read_items(
-    inputs: Path, questions: Path | None, *, besides: Collection[Path] = ()
-) -> list[Item]:
+class Inputs(NamedTuple):
+    """Images, and how many more paths in their folder lead to the same."""
+
+    items: list[Item]
+    links: int
+
+
+def read_items(inputs: Path, questions: Path | None, *, besides: Collection[Path] = ()) -> Inputs:
     """The images of a folder (but the files `besides`) or of a CSV file, with their questions.
 
     Where a CSV file has questions of its own there must be no `questions`, else there must.
     Raises `DataError` that names file and line, and `InputError` for what cannot be put together.
     """
+    links = 0
     if inputs.is_dir():
         asked = _shared(questions, "images of a folder")
         left_out = {path.resolve() for path in (*besides, *([questions] if questions else []))}
-        items = [Item(name, path, asked) for name, path in _files(inputs, left_out)]
+        files, links = _files(inputs, left_out)
+        items = [Item(name, path, asked) for name, path in files]
     else:
         items = _from_csv(inputs, questions)
     if not items:
         raise InputError(f"{inputs} names no images.", "Give a folder of images, or a CSV file.")
-    return items
+    return Inputs(items, links)
 
 
 def read_questions(file: Path) -> tuple[str, ...]:
@@ -90,6 +101,18 @@ def fingerprint(items: Sequence[Item], *more: object) -> str:
         chosen = [[name for name, _ in item.slices]] if item.slices else []
         digest.update(json.dumps([item.image, item.questions, *chosen]).encode())
     return digest.hexdigest()
+
+
+def hashes_of(item: Item) -> dict[str, str]:
+    """SHA-256 of an image's file, or of those of a series' slices, by name; empty of no image."""
+    return {name: _sha256(path) for name, path in item.slices or ((item.image, item.path),)}
+
+
+def _sha256(path: str) -> str:
+    try:  # reading a pipe or a device might never end
+        return file_sha256(Path(path)) if stat.S_ISREG(os.stat(path).st_mode) else ""
+    except (OSError, ValueError):  # there is none, or cannot be
+        return ""
 
 
 Header = Mapping[str, Any]  # what `header_of` tells; JSON values
@@ -156,20 +179,26 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
     slices: dict[str, list[Slice]] = defaultdict(list)
     shown, marked = set[tuple[str, ...]](), set[str]()
     seen: dict[tuple[str, str], list[str]] = defaultdict(list)  # a series is of one patient
+    issued: dict[str, set[str]] = defaultdict(set)
+    for header in filter(None, headers):
+        issued[header["any_issuer"]] |= {header["series"]} - {header["any_issuer"]}
     for number, header in enumerate(headers):
         key = str(number)
+        # without the issuer of the patient's number, it may be of the one series that has one
+        others = issued[header["series"]] if header else set()
+        series_of = next(iter(others)) if len(others) == 1 else header.get("series", "")
         if not header:
             slices[key] = []
         elif header["aside"]:
             left_out[header["aside"]] += 1
-        elif _is_among(items[number].path, known := seen[header["uid"], header["series"]]):
+        elif _is_among(items[number].path, known := seen[header["uid"], series_of]):
             left_out["twice"] += 1
         else:
             known.append(items[number].path)
             if header["uid"] in marks:
                 marked.add(key)
             place = (header[name] for name in ("position", "instance", "intent", "view"))
-            slices[header["series"]].append(Slice(key, "", "", (), *place))
+            slices[series_of].append(Slice(key, "", "", (), *place))
             if header["intent"] == "presentation":
                 shown.add(_view(header))
     found = []
@@ -224,8 +253,10 @@ def _shared(questions: Path | None, of_what: str) -> tuple[str, ...]:
     return read_questions(questions)
 
 
-def _files(folder: Path, left_out: Collection[Path]) -> Iterator[tuple[str, str]]:
-    """Of each file its path below the folder, with `/`, and its whole path."""
+def _files(folder: Path, left_out: Collection[Path]) -> tuple[list[tuple[str, str]], int]:
+    """Of each file its path below the folder, with `/`, and its whole path; and how many paths more
+    lead to the same files.
+    """
 
     def refuse(error: OSError) -> None:  # its images would be missing, and nobody would know
         raise InputError(
@@ -239,10 +270,13 @@ def _files(folder: Path, left_out: Collection[Path]) -> Iterator[tuple[str, str]
         shown = [Path(parent, name) for name in folders if not name.startswith(".")]
         shown.sort(key=lambda path: (path.is_symlink(), path))  # a folder goes before its links
         folders[:] = [path.name for path in shown if _is_new(path, root, walked)]
-        paths = (Path(parent, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path not in left_out]
-    for path in sorted(found):
-        yield path.relative_to(root).as_posix(), str(path)
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    by_target: dict[str, Path] = {}
+    for path in sorted(found, key=lambda path: (path.is_symlink(), path)):
+        by_target.setdefault(os.path.realpath(path), path)
+    kept = sorted(path for target, path in by_target.items() if Path(target) not in left_out)
+    named = [(path.relative_to(root).as_posix(), str(path)) for path in kept]
+    return named, len(found) - len(by_target)
 
 
 def _is_new(folder: Path, root: Path, walked: set[Path]) -> bool:
@@ -306,12 +340,22 @@ def _checked(question: str, file: Path, line: int) -> str:
 
 
 Row = dict[str, Any]
+
+
+class Asked(NamedTuple):
+    """The results of an image or a series, and its files' hashes before they were read."""
+
+    hashes: dict[str, str]
+    rows: list[Row]
+
+
 BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR}
 
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS job (fingerprint TEXT NOT NULL) STRICT",
-    "CREATE TABLE IF NOT EXISTS done (number INTEGER PRIMARY KEY, rows TEXT NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS asked "
+    "(number INTEGER PRIMARY KEY, hashes TEXT NOT NULL, rows TEXT NOT NULL) STRICT",
 )
 
 
@@ -343,23 +387,30 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def done(self) -> set[int]:
-        """The numbers of the images whose results are kept."""
+    def done(self) -> dict[int, dict[str, str]]:
+        """The numbers of the images whose results are kept, and their files' hashes then."""
         with self._explaining():
-            return {number for (number,) in self._database.execute("SELECT number FROM done")}
+            rows = self._database.execute("SELECT number, hashes FROM asked")
+            return {number: json.loads(hashes) for number, hashes in rows}
 
-    def keep(self, number: int, rows: list[Row]) -> None:
-        """Keep the results of an image; what comes a second time is left out."""
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Forget the results of images, which are to be asked about again."""
         with self._explaining():
-            self._database.execute(
-                "INSERT OR IGNORE INTO done VALUES (?, ?)", (number, json.dumps(rows))
-            )
+            rows = [(number,) for number in numbers]
+            self._database.executemany("DELETE FROM asked WHERE number = ?", rows)
+
+    def keep(self, number: int, asked: Asked) -> None:
+        """Keep the results of an image; what comes a second time is left out."""
+        values = number, json.dumps(asked.hashes), json.dumps(asked.rows)
+        with self._explaining():
+            self._database.execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", values)
 
     def results(self) -> Iterator[tuple[int, list[Row]]]:
         """The results of all images, in their order."""
         with self._explaining():
-            for number, rows in self._database.execute("SELECT * FROM done ORDER BY number"):
-                yield number, json.loads(rows)
+            rows = self._database.execute("SELECT number, rows FROM asked ORDER BY number")
+            for number, text in rows:
+                yield number, json.loads(text)
 
     def remove(self) -> None:
         """The output is whole: close the journal and delete it."""
@@ -390,7 +441,7 @@ class Journal:
                 "or another model.",
                 "Give it the same again to finish it, or begin anew with --force.",
             )
-        self._database.execute("DELETE FROM done")
+        self._database.execute("DELETE FROM asked")
         self._database.execute("DELETE FROM job")
         self._database.execute("INSERT INTO job VALUES (?)", (fingerprint,))
 

@@ -39,14 +39,16 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from medmoe_edge._types import Progress
 from medmoe_edge._version import __version__
-from medmoe_edge.atomic import atomic_file, file_sha256, refuse_existing
+from medmoe_edge.atomic import atomic_file, check_apart, refuse_existing
 from medmoe_edge.bedside.batch.inputs import (
+    Asked,
     Header,
     Item,
     Journal,
     Row,
     fingerprint,
     group_series,
+    hashes_of,
     header_of,
     read_items,
 )
@@ -228,7 +230,7 @@ class Answering(Protocol):
         """What each file's header tells, under its number; see `inputs.header_of`."""
         ...
 
-    def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, list[Row]]]:
+    def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, Asked]]:
         """The results of each image, under its number."""
         ...
 
@@ -276,7 +278,7 @@ class Here:
         """What each file's header tells, in order."""
         yield from enumerate(map(header_of, paths))
 
-    def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, list[Row]]]:
+    def answers(self, pending: Sequence[Numbered]) -> Iterator[tuple[int, Asked]]:
         """The results of each image, in order."""
         for number, item in pending:
             yield number, answer(self._engine, item, self._recipe.max_new_tokens)
@@ -296,7 +298,13 @@ def check(engine: Engine, questions: Iterable[str], max_new_tokens: int) -> Iden
     return Identity(engine.name, engine.sha256, engine.verification)
 
 
-def answer(engine: Engine, item: Item, max_new_tokens: int) -> list[Row]:
+def answer(engine: Engine, item: Item, max_new_tokens: int) -> Asked:
+    """Ask about an image or a series."""
+    hashes = hashes_of(item)  # before, so that a file that changes meanwhile counts as changed
+    return Asked(hashes, _answer(engine, item, max_new_tokens))
+
+
+def _answer(engine: Engine, item: Item, max_new_tokens: int) -> list[Row]:
     """A row for each question; what is wrong with the image is told in all of them.
 
     Of a series each slice is asked, one after the other, and they vote; those that cannot be read
@@ -359,7 +367,8 @@ class BatchReport:
 
     `warned` rows have an answer with warnings.
 
-    Of `images` images, `resumed` had been done by earlier runs; `seconds` are of this one. By
+    Of `images` images, `resumed` had been done by earlier runs, and `changed` too, but are other
+    files since and were asked again; `links` more paths lead to them. `seconds` are of this run. By
     series, `series` is their number, with images that stand alone, `resumed` counts these, and
     `left_out` are images that are not asked about, by the reason.
     """
@@ -372,6 +381,8 @@ class BatchReport:
     resumed: int
     seconds: float
     model: dict[str, str]
+    changed: int = 0
+    links: int = 0
     series: int | None = None
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     notice: str = NOTICE
@@ -408,8 +419,10 @@ def run_batch(
     inputs, output = Path(inputs), Path(output)
     recipe = recipe or Recipe()
     refuse_existing(output, force=force)
+    check_apart(output, around=(inputs, questions))
     check_format(output)
-    items = read_items(inputs, None if questions is None else Path(questions), besides=(output,))
+    asked_of_all = None if questions is None else Path(questions)
+    items, links = read_items(inputs, asked_of_all, besides=(output,))
     answering = answering or Here(recipe)
     model = answering.begin(dict.fromkeys(each for item in items for each in item.questions))
     images, left_out = len(items), dict[str, int]()
@@ -421,18 +434,20 @@ def run_batch(
         if output.exists() and not force:  # of another command, which has ended meanwhile
             journal.remove()
         refuse_existing(output, force=force)
+        changed = _changed(items, journal.done(), progress)
+        journal.forget(changed)
         done = journal.done()
         progress("asking", len(done), len(items))
         pending = [(number, item) for number, item in enumerate(items) if number not in done]
-        for finished, (number, rows) in enumerate(answering.answers(pending), len(done) + 1):
-            if any(row["model_sha256"] != model.sha256 for row in rows):
+        for finished, (number, asked) in enumerate(answering.answers(pending), len(done) + 1):
+            if any(row["model_sha256"] != model.sha256 for row in asked.rows):
                 raise ModelError(
                     "A machine of the cluster has another model of that name.",
                     "Bring the same bundle and version of medmoe-edge to all of them.",
                 )
             if audit is not None:
-                _audit(audit, items[number], rows)
-            journal.keep(number, rows)
+                _audit(audit, items[number], asked)
+            journal.keep(number, asked)
             progress("asking", finished, len(items))
         written = write_results(output, items, journal, model.verification)
         journal.remove()
@@ -445,6 +460,8 @@ def run_batch(
         resumed=len(done),
         seconds=time.perf_counter() - started,
         model=model._asdict(),
+        changed=len(changed),
+        links=links,
         series=None if series is None else len(items),
         left_out=left_out,
     )
@@ -459,19 +476,29 @@ def _headers(items: Sequence[Item], answering: Answering, progress: Progress) ->
     return [found[number] for number in range(len(items))]
 
 
-def _audit(audit: "AuditLog", item: Item, rows: Iterable[Row]) -> None:
-    paths = dict(item.slices) | {item.image: item.path}
-    for row in rows:
+def _changed(
+    items: Sequence[Item], done: Mapping[int, dict[str, str]], progress: Progress
+) -> list[int]:
+    """The numbers of the images whose files are others than those that were asked about."""
+    found = []
+    for place, (number, hashes) in enumerate(done.items(), 1):
+        if hashes_of(items[number]) != hashes:
+            found.append(number)
+        progress("looking for changes", place, len(done))
+    return found
+
+
+def _audit(audit: "AuditLog", item: Item, asked: Asked) -> None:
+    for row in asked.rows:
         if row["error"] is not None:
             continue
         image = row.get("image", item.image)
-        try:
-            digest = file_sha256(Path(paths[image]))
-        except OSError as error:  # its disk has gone meanwhile
+        digest = asked.hashes[image]
+        if not digest:
             raise ResourceError(
-                f"{shown(image)} can no longer be read, and its answer not be audited.",
-                "Bring it back, and run the same again: what is done is kept.",
-            ) from error
+                f"{shown(image)} could not be read for a while, and its answer not be audited.",
+                "Run the same again: what is done is kept.",
+            )
         told = shown_answer(row["answer"], complete=row["complete"], unsure=row["unsure"])
         audit.append(
             who="batch",

@@ -19,7 +19,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from pydicom import Dataset, dcmread, dcmwrite
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, Destination, Document
 from medmoe_edge.bedside.listen.evidence import Evidence, Result, coded, together
+from medmoe_edge.bedside.listen.header import same_patient
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.report_sr import (
     Locator,
@@ -203,10 +204,11 @@ class Answering:
         results = [replace(each, repeat=repeat) for each in self._results(selection, asked)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's quote what breaks the standard
-            names = list(self._withdraw(result, job.key, replaced))
+            ours = [old for old in replaced if self._is_ours(old, job.key)]
+            names = list(self._withdraw(result, replaced, ours))
             # what the model saw is the same for all questions
             names += [f"{result}/{each.picture_name}" for each in asked if each.picture is not None]
-            names += [name for each in results for name in self._write(result, each, replaced)]
+            names += [name for each in results for name in self._write(result, each, ours)]
         answers = {each.answer.question: json.dumps(each.answer.to_json()) for each in results}
         sources = list(dict.fromkeys(each.evidence.key for each in asked))
         deliveries = self._deliveries(names)
@@ -342,22 +344,25 @@ class Answering:
         earlier = [each.patient for _, each in versions[: keys.index(key)]]
         if earlier:
             yield SENT_AGAIN
-        if any(patient != origin.patient for patient in earlier):
+        if not all(same_patient(patient, origin.patient) for patient in earlier):
             yield OTHER_PATIENT
         if self.queue.shares_study(origin):
             yield SHARED_STUDY
 
-    def _patients(self, keys: Sequence[str]) -> set[str]:
-        """Whose the objects are, hashed."""
-        return {origin.patient for origin in map(self.queue.origin, keys) if origin is not None}
+    def _is_ours(self, result: str, series: str) -> bool:
+        """Whether an earlier result is about the patient of a series."""
+        each = self.queue.patients(self.queue.series_of(result)), self.queue.patients(series)
+        return all(itertools.starmap(same_patient, itertools.product(*each)))
 
-    def _withdraw(self, result: str, series: str, replaced: dict[str, list[str]]) -> Iterator[str]:
+    def _withdraw(
+        self, result: str, replaced: Iterable[str], ours: Collection[str]
+    ) -> Iterator[str]:
         """Take back the earlier results: all of them in HL7's forms, another patient's in DICOM.
 
-        Those about the same patient stay where they are in DICOM: the new reports name them.
+        `ours`, those about the same patient, stay where they are in DICOM: the new reports name
+        them.
         """
-        ours = {self.queue.patient(series)}
-        for old, sources in replaced.items():
+        for old in replaced:
             folder = self.folder.documents / old
             if not folder.is_dir():
                 log.error("%s: its documents are gone, and cannot be withdrawn.", old[:16])
@@ -370,7 +375,7 @@ class Answering:
                 name = f"{result}/withdrawn.{path.name}"
                 self.folder.keep(self.folder.documents / name, take_back(path.read_bytes()))
                 yield name
-            if not self._patients(sources) <= ours:
+            if old not in ours:
                 log.warning("%s: its results are withdrawn: the patient was another.", old[:16])
                 yield from self._reject(result, old)
 
@@ -387,24 +392,19 @@ class Answering:
         self.folder.keep(self.folder.documents / name, encoded(document))
         yield name
 
-    def _earlier(self, name: str, result: Result, replaced: dict[str, list[str]]) -> list[Dataset]:
-        """Documents of that name about the same patient that this one takes the place of."""
-        ours = self._patients([each.key for each in result.sources])
-        paths = [
-            self.folder.documents / old / name
-            for old, sources in replaced.items()
-            if self._patients(sources) <= ours
-        ]
+    def _earlier(self, name: str, ours: Iterable[str]) -> list[Dataset]:
+        """Documents of that name in results about the same patient, whose place a new one takes."""
+        paths = [self.folder.documents / old / name for old in ours]
         return [dcmread(path, stop_before_pixels=True) for path in paths if path.exists()]
 
-    def _write(self, key: str, result: Result, replaced: dict[str, list[str]]) -> Iterator[str]:
+    def _write(self, key: str, result: Result, ours: Collection[str]) -> Iterator[str]:
         """Write the configured documents; gives their names under the documents' folder."""
         question = hashlib.sha256(result.answer.question.encode()).hexdigest()[:16]
         for kind in self.configuration.all_documents:
             ending = ENDINGS.get(kind, "dcm")
             name = f"{question}.{kind}.{ending}"
             number = self.queue.instance_number(result.series_uid(kind), f"{key}/{name}")
-            earlier = self._earlier(name, result, replaced) if ending == "dcm" else ()
+            earlier = self._earlier(name, ours) if ending == "dcm" else ()
             standing = Standing(number, tuple(earlier))
             data = self._made(kind, result, standing)
             if data is None:

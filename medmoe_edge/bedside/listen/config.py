@@ -68,7 +68,13 @@ def _from_home(path: Path, info: pydantic.ValidationInfo) -> Path:
     return Path((info.context or {}).get("home", "")) / path
 
 
-File = Annotated[Path, pydantic.AfterValidator(_from_home)]
+def _named(path: object) -> object:
+    if path == "":
+        raise ValueError("it is empty, which would mean the configuration's folder")
+    return path
+
+
+File = Annotated[Path, pydantic.BeforeValidator(_named), pydantic.AfterValidator(_from_home)]
 # Those of BCP 195 (RFC 9325, 4.2) that OpenSSL has below TLS 1.3, whose own are all good.
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
@@ -435,6 +441,16 @@ class Configuration(_Part):
     def finding(self, question: str) -> Finding | None:
         """What a question asks for the presence of, if that has a code."""
         return next((each for each in self.findings if question in each.ask), None)
+
+    def source(self, name: str) -> Source:
+        """The source of that name, or the first where it is empty; raises `InputError`."""
+        for source in self.sources:
+            if name in ("", source.shown):
+                return source
+        known = ", ".join(each.shown for each in self.sources)
+        if not known:
+            raise InputError("No source of studies is configured.", "Name one under [[sources]].")
+        raise InputError("No source of studies has that name.", f"Configured: {known}.")
 
     @property
     def destinations(self) -> tuple[Destination, ...]:

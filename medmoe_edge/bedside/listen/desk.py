@@ -22,7 +22,7 @@ from typing import Any
 from medmoe_edge.atomic import atomic_file, file_sha256, link
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
-from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
+from medmoe_edge.bedside.listen.queue import UNSENT, Folder, Queue, explaining
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 SHORTEST = 4  # letters of a key that are enough
@@ -53,7 +53,8 @@ class Desk(Queue):
         ((objects,),) = self._read("SELECT count(*) FROM object")
         unsent = dict.fromkeys((each.name for each in configuration.destinations), 0)
         counted = "SELECT destination, count(*) FROM {} GROUP BY destination"
-        unsent |= dict(self._read(counted.format("delivery WHERE sent = 0")))
+        unsent |= dict(self._read(counted.format(f"delivery WHERE {UNSENT}")))
+        refused = dict(self._read(counted.format("delivery WHERE refused != ''")))
         unkept = "commitment WHERE state != 'kept' AND asked != ''"
         uncommitted = dict(self._read(counted.format(unkept)))
         for name in configuration.committing:
@@ -68,6 +69,7 @@ class Desk(Queue):
             "results": self.counts()["answered"],
             "not_asked": self.asides(),
             "unsent": _shown(unsent),
+            "refused": _shown(refused),
             "uncommitted": {name: count for name, count in _shown(uncommitted).items() if count},
             "requests": {
                 state: requests.get(state, 0) for state in ("waiting", "fetched", "failed")
@@ -129,7 +131,7 @@ class Desk(Queue):
     def _result(self, key: str, replaced: str) -> dict[str, Any]:
         answers = self._column("SELECT answer FROM answer WHERE key = ?", key)
         deliveries = self._read(
-            "SELECT document, destination, sent FROM delivery WHERE document LIKE ? "
+            "SELECT document, destination, sent, refused FROM delivery WHERE document LIKE ? "
             "ORDER BY number",
             f"{key}/%",
         )
@@ -139,25 +141,43 @@ class Desk(Queue):
             "about": self.sources(key),
             "answers": list(map(json.loads, answers)),
             "deliveries": [
-                {"document": document, "destination": without_secrets(name), "sent": bool(sent)}
-                for document, name, sent in deliveries
+                {
+                    "document": document,
+                    "destination": without_secrets(name),
+                    "sent": bool(sent),
+                    "refused": refused or None,
+                }
+                for document, name, sent, refused in deliveries
             ],
         }
 
-    def retry(self, keys: Sequence[str]) -> int:
-        """Have series that were given up answered again: those named, or all; how many they are."""
+    def retry(self, keys: Sequence[str]) -> tuple[int, int]:
+        """Have what was given up tried again, of the series named, or of all.
+
+        Returns:
+            How many series are answered again, and how many documents that were refused are sent
+            again.
+        """
         failed = self._column("SELECT key FROM series WHERE state = 'failed'")
-        wanted = [self._key(each) for each in keys] if keys else failed
-        if not set(wanted) <= set(failed):
-            raise InputError(
-                "A series that was not given up cannot be tried again.", "See: listen show."
-            )
-        self._write(
-            "UPDATE series SET state = 'waiting', attempts = 0, why = '', revision = revision + 1 "
-            "WHERE key = ?",
-            [(key,) for key in wanted],
+        refused = self._read(
+            "SELECT series, document, destination FROM delivery "
+            "JOIN result ON key = substr(document, 1, 64) WHERE refused != ''"
         )
-        return len(wanted)
+        wanted = set(map(self._key, keys) if keys else (*failed, *(row[0] for row in refused)))
+        if not wanted <= {*failed, *(row[0] for row in refused)}:
+            raise InputError("Of a series nothing was given up or refused.", "See: listen show.")
+        again = [(key,) for key in failed if key in wanted]
+        sent = [tuple(row) for series, *row in refused if series in wanted]
+        with self._lock, explaining(), self._database as database:
+            database.executemany(
+                "UPDATE series SET state = 'waiting', attempts = 0, why = '', "
+                "revision = revision + 1 WHERE key = ?",
+                again,
+            )
+            database.executemany(
+                "UPDATE delivery SET refused = '' WHERE document = ? AND destination = ?", sent
+            )
+        return len(again), len(sent)
 
     def requeue(self, keys: Sequence[str], destination: str | None) -> tuple[int, int]:
         """Have all documents of series sent again; how many, and how many more are gone.
@@ -167,7 +187,7 @@ class Desk(Queue):
         again = gone = 0
         for key in map(self._key, keys):
             rows = self._read(
-                "SELECT document, destination FROM delivery WHERE sent = 1 "
+                f"SELECT document, destination FROM delivery WHERE NOT ({UNSENT}) "
                 "AND substr(document, 1, 64) IN (SELECT key FROM result WHERE series = ?)",
                 key,
             )
@@ -176,7 +196,7 @@ class Desk(Queue):
             this = "WHERE document = ? AND destination = ?"
             with self._lock, explaining(), self._database as database:
                 database.executemany(f"DELETE FROM commitment {this}", there)
-                database.executemany(f"UPDATE delivery SET sent = 0 {this}", there)
+                database.executemany(f"UPDATE delivery SET sent = 0, refused = '' {this}", there)
             again += len(there)
             gone += len(wanted) - len(there)
         return again, gone

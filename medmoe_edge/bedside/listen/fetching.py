@@ -6,12 +6,13 @@ come before, the latest first.
 """
 
 import dataclasses
-import io
 import logging
 import threading
 from functools import partial
+from itertools import islice
+from urllib.parse import quote, urlencode
 
-from pydicom import Dataset, dcmwrite
+from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import evt
 from pynetdicom.association import Association
@@ -24,7 +25,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 from pynetdicom.status import code_to_category
 
-from medmoe_edge.bedside.listen.config import Configuration, DicomSource, Source, WebSource
+from medmoe_edge.bedside.listen.config import Configuration, DicomSource, WebSource
 from medmoe_edge.bedside.listen.header import text_of
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import (
@@ -33,11 +34,20 @@ from medmoe_edge.bedside.listen.receiving import (
     TOO_LARGE,
     Receiving,
     Refused,
-    classes_with_pixels,
+    multipart,
     transfer_syntaxes,
 )
 from medmoe_edge.bedside.listen.schema import Request
-from medmoe_edge.bedside.listen.sending import Context, associated, web_client, web_errors
+from medmoe_edge.bedside.listen.selection import classes_with_pixels
+from medmoe_edge.bedside.listen.sending import (
+    DICOM_JSON,
+    LOG,
+    Context,
+    associated,
+    called,
+    check_done,
+    read_json,
+)
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 log = logging.getLogger(__name__)
@@ -47,24 +57,35 @@ MOVE = StudyRootQueryRetrieveInformationModelMove
 GET = StudyRootQueryRetrieveInformationModelGet
 MOST_CLASSES = 127  # in an association, beside C-GET itself
 PATIENCE = 600.0  # seconds until a source says how far it is
+ANY_SYNTAX = 'multipart/related; type="application/dicom"; transfer-syntax=*'
+NO_CONTENT = 204  # of HTTP
 ASKED_FOR = ("StudyInstanceUID", "PatientID", "StudyDate", "StudyTime")
 
 
+@dataclasses.dataclass(eq=False)
 class Fetching:
-    """The work of the thread that fetches."""
+    """The work of the thread of one source, the `place`-th that is configured.
 
-    def __init__(
-        self, configuration: Configuration, folder: Folder, queue: Queue, receiving: Receiving
-    ) -> None:
-        self.configuration, self.folder = configuration, folder
-        self.queue, self.receiving = queue, receiving
-        self.ending = False  # the node takes no objects any more
-        self._requests: dict[str, Request] = {}
+    The first, which is there without any source too, also has the requests to none that is known.
+    """
+
+    configuration: Configuration
+    folder: Folder
+    queue: Queue
+    receiving: Receiving
+    place: int = 0
+    _requests: dict[str, Request] = dataclasses.field(default_factory=dict, init=False)
 
     def pending(self, limit: int) -> list[str]:
-        """The first requests, by their numbers."""
-        self._requests = {f"request {each.number}": each for each in self.queue.requests(limit)}
+        """The first requests to its source, by their numbers."""
+        found = islice(filter(self._is_mine, self.queue.requests()), limit)
+        self._requests = {f"request {each.number}": each for each in found}
         return list(self._requests)
+
+    def _is_mine(self, request: Request) -> bool:
+        names = [each.shown for each in self.configuration.sources]
+        place = names.index(request.source) if request.source in names else 0
+        return place == self.place
 
     def do(self, name: str) -> None:
         """Fetch a study; raises `ResourceError` where it may come another time."""
@@ -78,7 +99,7 @@ class Fetching:
             state, why = "failed", error.what
         except FileNotFoundError:
             state, why = "failed", "its UID is gone: ask again"
-        if why and self.ending:
+        if why and self.receiving.ending:
             raise ResourceError("the node ends meanwhile", "It is fetched after the next start.")
         self.queue.close_request(request.number, state, why)
         path.unlink(missing_ok=True)
@@ -87,11 +108,11 @@ class Fetching:
 
     def _fetch(self, request: Request, study: str) -> tuple[str, str]:
         """The state that the request comes to, and why it is failed or not all was kept."""
-        source = source_of(self.configuration, request.source)
+        source = self.configuration.source(request.source)
         finder: Finder = (
             WebFinder(source, self.receiving)
             if isinstance(source, WebSource)
-            else DicomFinder(source, self.configuration.ae_title, self.receiving)
+            else DicomFinder(source, self.configuration.ae_title, self.receiving, self.place + 1)
         )
         found = finder.find(StudyInstanceUID=study)
         if not found:
@@ -105,20 +126,8 @@ class Fetching:
         why = f"{refused} of {objects} objects were not kept ({reasons})"
         if any(each.gave_up for each in got):
             why += "; the source then gave up, and may have more"
-        wanted = got[-1]
-        failed = wanted.gave_up or wanted.refused == wanted.objects
+        failed = got[-1].gave_up or got[-1].refused == got[-1].objects
         return "failed" if failed else "fetched", why
-
-
-def source_of(configuration: Configuration, name: str) -> Source:
-    """The source of that name, or the first where it is empty; raises `InputError`."""
-    for source in configuration.sources:
-        if name in ("", source.shown):
-            return source
-    known = ", ".join(each.shown for each in configuration.sources)
-    if not known:
-        raise InputError("No source of studies is configured.", "Name one under [[sources]].")
-    raise InputError("No source of studies has that name.", f"Configured: {known}.")
 
 
 def _priors(count: int, study: dict[str, str], finder: "Finder") -> list[str]:
@@ -171,15 +180,19 @@ class Retrieved:
             raise ResourceError(self.full, "Make room, or raise quota_mb.")
 
 
+@dataclasses.dataclass(eq=False)
 class DicomFinder:
     """A node that is asked by C-FIND and C-MOVE or C-GET.
 
+    `message` is the Message ID of a C-MOVE, which tells what it brings from what other sources do.
     Its methods raise `ResourceError` where it cannot be reached, or has no room for a study.
     """
 
-    def __init__(self, source: DicomSource, ae_title: str, receiving: Receiving) -> None:
-        self.source, self.ae_title, self.receiving = source, ae_title, receiving
-        self._got = Retrieved()
+    source: DicomSource
+    ae_title: str
+    receiving: Receiving
+    message: int
+    _got: Retrieved = dataclasses.field(default_factory=Retrieved, init=False)
 
     def find(self, **keys: str) -> list[dict[str, str]]:
         """The studies with these values, by keyword as in `ASKED_FOR`."""
@@ -195,7 +208,7 @@ class DicomFinder:
                 if answer is not None:
                     found.append({each: text_of(answer, each).value for each in ASKED_FOR})
         except (ValueError, RuntimeError) as error:  # not offered, or it has hung up
-            raise ResourceError("it answers no queries", "See its log.") from error
+            raise ResourceError("it answers no queries", LOG) from error
         finally:
             association.release()
         return found
@@ -203,7 +216,7 @@ class DicomFinder:
     def retrieve(self, uid: str) -> Retrieved:
         """Have a study received here, by the way that is configured; returns when all of it is."""
         self._got = Retrieved()
-        self.receiving.moved = self._got.add
+        self.receiving.moved[self.message] = self._got.add
         wanted = Dataset()
         wanted.QueryRetrieveLevel, wanted.StudyInstanceUID = "STUDY", uid
         moves = self.source.retrieve == "move"
@@ -211,12 +224,12 @@ class DicomFinder:
         association.dimse_timeout = PATIENCE
         try:
             *_, (last, _) = (
-                association.send_c_move(wanted, self.ae_title, MOVE)
+                association.send_c_move(wanted, self.ae_title, MOVE, self.message)
                 if moves
                 else association.send_c_get(wanted, GET)
             )
         except (ValueError, RuntimeError) as error:
-            raise ResourceError("it gives out no studies", "See its log.") from error
+            raise ResourceError("it gives out no studies", LOG) from error
         finally:
             association.release()
         self._check_last(last)
@@ -235,7 +248,7 @@ class DicomFinder:
         refused = max(failed, got.refused)
         objects = max(failed + done + warned, got.objects)
         if not objects and "NumberOfCompletedSuboperations" in last:
-            raise InputError("the source gave nothing of the study", "See its log.")
+            raise InputError("the source gave nothing of the study", LOG)
         why = (got.why or "see the log") if refused else ""
         tried_all = failed and not done + warned  # and all of it was refused (0xA702)
         return Retrieved(objects, refused, why, gave_up=not _is_well(last) and not tried_all)
@@ -277,31 +290,42 @@ class DicomFinder:
         return status
 
 
+@dataclasses.dataclass(eq=False)
 class WebFinder:
     """A DICOMweb server that is asked by QIDO-RS and WADO-RS, as a `DicomFinder` is."""
 
-    def __init__(self, source: WebSource, receiving: Receiving) -> None:
-        self.client, self.receiving = web_client(source), receiving
+    source: WebSource
+    receiving: Receiving
 
     def find(self, **keys: str) -> list[dict[str, str]]:
         """The studies with these values."""
-        with web_errors():
-            found = self.client.search_for_studies(search_filters=keys)
-        datasets = [Dataset.from_json(each) for each in found]
-        return [{each: text_of(found, each).value for each in ASKED_FOR} for found in datasets]
+        path = f"/studies?{urlencode(keys, quote_via=quote)}"
+        with called(self.source, path, {"Accept": DICOM_JSON}) as answer:
+            check_done(answer)
+            found = [] if answer.status_code == NO_CONTENT else read_json(answer)
+        found = [found] if isinstance(found, dict) else found  # some answer so
+        try:
+            datasets = map(Dataset.from_json, found)
+            return [{each: text_of(found, each).value for each in ASKED_FOR} for found in datasets]
+        except Exception as error:  # pydicom raises nearly anything on what is no DICOM JSON
+            raise ResourceError("it answers the query with something else", LOG) from error
 
     def retrieve(self, uid: str) -> Retrieved:
         """One object after another, as the server has them."""
-        got = Retrieved()
-        with web_errors():
-            for dataset in self.client.iter_study(uid, media_types=(("application/dicom", "*"),)):
-                buffer = io.BytesIO()
-                dcmwrite(buffer, dataset, enforce_file_format=True)
-                data = buffer.getvalue()
-                got.add(*self.receiving.judged(partial(self.receiving.receive, data, "DICOMweb")))
-                got.check()
+        got, most = Retrieved(), self.receiving.configuration.max_object_mb * 1_000_000
+        path = f"/studies/{quote(uid, safe='')}"
+        with called(self.source, path, {"Accept": ANY_SYNTAX}) as answer:
+            check_done(answer)
+            kind = answer.headers.get("Content-Type", "")
+            try:
+                for data in multipart(answer.iter_bytes(), kind, most):
+                    receive = partial(self.receiving.receive, data, "DICOMweb")
+                    got.add(*self.receiving.judged(receive))
+                    got.check()
+            except ValueError as error:
+                raise ResourceError("it sends no whole multipart/related", LOG) from error
         if not got.objects:
-            raise InputError("the source gave nothing of the study", "See its log.")
+            raise InputError("the source gave nothing of the study", LOG)
         return got
 
 
@@ -311,9 +335,9 @@ Finder = DicomFinder | WebFinder
 def _check(status: Dataset, what: str) -> None:
     """Raise `ResourceError` unless an answer of C-FIND, C-MOVE or C-GET is none of failure."""
     if "Status" not in status:
-        raise ResourceError("it does not answer", "See its log.")
+        raise ResourceError("it does not answer", LOG)
     if not _is_well(status):
-        raise ResourceError(f"it refused {what}: 0x{status.Status:04X}", "See its log.")
+        raise ResourceError(f"it refused {what}: 0x{status.Status:04X}", LOG)
 
 
 def _count(last: Dataset, what: str) -> int:

@@ -33,6 +33,7 @@ SHARED = (
     *("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "AccessionNumber", "StudyID", "ReferringPhysicianName"),
 )
+NO_ISSUER = {"IssuerOfPatientID": ""}
 SEXES = ("M", "F", "O", "")
 # Those of PS3.5 9.1, but for leading zeros and length, which real devices disregard.
 UID = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -87,8 +88,8 @@ BESIDE = {"AND", "LEFT", "RIGHT", "L", "R", "BILATERAL", "BOTH", "UND", "OF", "T
 class Origin(NamedTuple):
     """Of a received object, only to be compared: SHA-256 of what it is and whose.
 
-    `uid` is of its SOP Instance UID, `content` of all its elements, `patient` of who it is about,
-    `study` of its Study Instance UID.
+    `uid` is of its SOP Instance UID, `content` of all its elements, `study` of its study's UID, and
+    `patient` of who it is about: without the number's issuer, and with it where that is known.
     """
 
     uid: str
@@ -271,9 +272,19 @@ def patient_of(values: Mapping[str, str]) -> tuple[str, ...]:
     return "", "", name, values["PatientBirthDate"]
 
 
+def same_patient(one: str, other: str) -> bool:
+    """Whether two `Origin.patient` may be the same.
+
+    A number without an issuer may be of any; two with different issuers are different.
+    """
+    hashes, others = set(one.split()), set(other.split())
+    return hashes <= others or others <= hashes
+
+
 def origin_of(dataset: Dataset, pixels: bytes | memoryview) -> Origin:
     """From a header that `check_uids` has accepted, and the encoded pixels."""
-    patient = patient_of({keyword: text_of(dataset, keyword).value for keyword in SHARED})
+    values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
+    patients = patient_of(values | NO_ISSUER), patient_of(values)
     content = hashlib.sha256()
     for part in _parts(dataset):
         content.update(part)
@@ -281,7 +292,7 @@ def origin_of(dataset: Dataset, pixels: bytes | memoryview) -> Origin:
     return Origin(
         uid=hashed(uid_of(dataset, "SOPInstanceUID")),
         content=content.hexdigest(),
-        patient=hashed(*patient),
+        patient=" ".join(dict.fromkeys(hashed(*each) for each in patients)),
         study=hashed(uid_of(dataset, "StudyInstanceUID")),
     )
 

@@ -36,12 +36,11 @@ from medmoe_edge.bedside.listen.receiving import (
     Limits,
     Receiving,
     Refused,
-    classes_set_aside,
-    classes_with_pixels,
     stored,
     transfer_syntaxes,
 )
 from medmoe_edge.bedside.listen.report_sr import Locator
+from medmoe_edge.bedside.listen.selection import classes_set_aside, classes_with_pixels
 from medmoe_edge.bedside.listen.sending import Sending, commitment_handlers
 from medmoe_edge.bedside.serve.settings import read_tokens
 from medmoe_edge.bundle.bundle import NOTICE
@@ -61,7 +60,7 @@ MOST_UPLOADS, UPLOAD_SECONDS = 2, 300.0  # of STOW-RS
 MULTIPART = 1_000_000  # bytes around the objects of a request
 MOST_CONNECTIONS, PATIENCE = 64, 10.0  # seconds that open associations get to end by themselves
 # Their messages quote UIDs, AE titles and values of what they read.
-TALKATIVE = "pynetdicom pydicom highdicom httpx httpcore dicomweb_client urllib3 hl7"
+TALKATIVE = "pynetdicom pydicom highdicom httpx httpcore hl7"
 NOTIFYING, IDLE = 1.0, 1.0  # seconds for systemd to listen; between looks, when nobody wakes it
 FIRST_DELAY, LONGEST_DELAY = 1.0, 300.0  # seconds, doubled with each failure
 MANY = 10  # failures, one after the other, after which all wait: nobody is there
@@ -186,12 +185,15 @@ class Node:
         worker = partial(Worker, first_delay=first_delay)
         self._answerer = worker("Answering", self.answering.pending, self.answering.do)
         self.receiving = Receiving(configuration, self.folder, self.queue, self._answerer.wake)
-        self._fetching = Fetching(configuration, self.folder, self.queue, self.receiving)
         self.desk = Desk(configuration.folder)
         tidying = Tidying(configuration, self.desk)
-        self._fetcher = worker("Fetching", self._fetching.pending, self._fetching.do)
         tidier = worker("Tidying", tidying.pending, tidying.do)
-        self._workers = [self._answerer, self._fetcher, tidier]
+        names = [f"Fetching from {each.shown}" for each in configuration.sources] or ["Fetching"]
+        self._fetchers = []
+        for place, name in enumerate(names):
+            fetching = Fetching(configuration, self.folder, self.queue, self.receiving, place)
+            self._fetchers.append(worker(name, fetching.pending, fetching.do))
+        self._workers = [self._answerer, tidier, *self._fetchers]
         for each in configuration.destinations:
             sending = Sending(each, configuration.ae_title, self.folder, self.queue)
             name = f"Sending to {each.shown}"
@@ -216,9 +218,7 @@ class Node:
             (evt.EVT_ACCEPTED, receiving.accepted),
             (evt.EVT_C_ECHO, receiving.echo),
             (evt.EVT_C_STORE, receiving.store),
-            (evt.EVT_CONN_OPEN, limits.opened),
-            (evt.EVT_DATA_RECV, limits.data),
-            (evt.EVT_DIMSE_RECV, limits.message),
+            *limits.handlers,
             *commitment_handlers(self.queue),
         ]
         settings = self.configuration
@@ -248,7 +248,7 @@ class Node:
 
     def __exit__(self, *_: object) -> None:
         """Let what is being received end, then what is being answered and sent."""
-        self._fetching.ending = True
+        self.receiving.ending = True
         if self._server is not None:
             self._server.shutdown()
         if self._web is not None:
@@ -262,8 +262,9 @@ class Node:
         self._entity.shutdown()
         for worker in self._workers:
             worker.stop()
+        end = time.monotonic() + self._patience
         for worker in self._workers:  # a source may say nothing for minutes
-            worker.join(self._patience if worker is self._fetcher else None)
+            worker.join(max(0.0, end - time.monotonic()) if worker in self._fetchers else None)
         self._close()
 
     def ails(self) -> str:
@@ -488,6 +489,7 @@ def figures(node: Node) -> str:
         ("results", "Results made.", "", {"": found["results"]}),
         ("not_asked", "What was set aside or refused.", "reason", found["not_asked"]),
         ("unsent", "Documents to be sent.", "destination", found["unsent"]),
+        ("refused", "Refused for good, not sent again.", "destination", found["refused"]),
         ("uncommitted", "Sent, and not yet said to be kept.", "destination", found["uncommitted"]),
         ("requests", "Studies to fetch.", "state", found["requests"]),
         ("free_bytes", "Free on the disk.", "", {"": node.folder.free()}),

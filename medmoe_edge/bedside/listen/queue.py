@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from medmoe_edge.atomic import atomic_file, sync_folder
-from medmoe_edge.bedside.listen.header import Origin
+from medmoe_edge.bedside.listen.header import Origin, same_patient
 from medmoe_edge.bedside.listen.schema import Extent, Job, Membership, Request, Slice, prepare
 from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import Image, shown_name
@@ -83,7 +83,9 @@ class Folder:
         """Bytes that images, documents and the queue take; counted anew once in a while."""
         now = time.monotonic()
         if now >= self._counted + RECOUNT:
-            self._used = sum(map(size_of, self.root.rglob("*")))
+            # rglob would raise where a folder goes meanwhile
+            files = ((place, name) for place, _, names in os.walk(self.root) for name in names)
+            self._used = sum(size_of(Path(place, name)) for place, name in files)
             self._counted = now
         return self._used
 
@@ -128,6 +130,7 @@ CURRENT = (
     "WHERE mine.key = object.key AND later.series = object.series AND later.aside = '' "
     "AND later.number > object.number)"
 )
+UNSENT = "sent = 0 AND refused = ''"  # of deliveries
 CLOSE = "UPDATE series SET state = ?, why = ?"
 MOST_REMEMBERED, REMEMBERED = 10_000, 3600.0  # series and studies, and for how many seconds
 
@@ -149,6 +152,7 @@ class Queue:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
             prepare(self._database)
+            self._database.create_function("same_patient", 2, same_patient, deterministic=True)
 
     def close(self) -> None:
         """Close the file."""
@@ -247,8 +251,26 @@ class Queue:
 
     def shares_study(self, origin: Origin) -> bool:
         """Whether the study of an object holds another object of another patient."""
-        statement = "SELECT 1 FROM origin WHERE study = ? AND patient != ? AND uid != ? LIMIT 1"
-        return bool(self._read(statement, origin.study, origin.patient, origin.uid))
+        statement = "SELECT 1 FROM origin WHERE study = ? AND uid != ? "
+        values = origin.study, origin.uid, origin.patient
+        return bool(self._read(f"{statement} AND NOT same_patient(patient, ?) LIMIT 1", *values))
+
+    def joined(self, membership: Membership, patient: str) -> Membership:
+        """Where an object of a patient belongs, in view of who issued the others' numbers.
+
+        Where it has an issuer and the objects of its series have none, or the other way round, it
+        belongs to these, unless objects of several issuers make that doubtful.
+        """
+        rows = self._read(
+            "SELECT series, min(same_patient(patient, ?)) FROM object JOIN origin USING (key) "
+            "WHERE any_issuer = ? GROUP BY series",
+            patient,
+            membership.any_issuer,
+        )
+        found = [series for series, is_same in rows if is_same]
+        if len(found) != 1 or membership.series in found:
+            return membership
+        return membership._replace(series=found[0])
 
     def waiting(self, limit: int, is_complete: Callable[[str], bool] = lambda _: True) -> list[str]:
         """The first series to be answered that are complete; those last that were tried most."""
@@ -271,10 +293,10 @@ class Queue:
         rows = self._read("SELECT key, attempts, revision FROM series WHERE key = ?", key)
         return Job(*rows[0])
 
-    def patient(self, series: str) -> str:
-        """Whose a series is, hashed; empty where it is not known."""
-        statement = "SELECT patient FROM origin JOIN object USING (key) WHERE series = ? LIMIT 1"
-        return "".join(self._column(statement, series))
+    def patients(self, series: str) -> set[str]:
+        """Whose a series is, hashed: more than one where some of it lacks the number's issuer."""
+        statement = "SELECT patient FROM origin JOIN object USING (key) WHERE series = ?"
+        return set(self._column(statement, series))
 
     def settled(self, series: str) -> list[str]:
         """The objects of a series, in all versions; none while it waits, or where it was given up.
@@ -297,10 +319,12 @@ class Queue:
     def shown_elsewhere(self, key: str) -> bool:
         """Whether what an object shows is in its study for presentation too."""
         rows = self._read(
-            "SELECT 1 FROM object AS mine JOIN origin AS own ON own.key = mine.key JOIN origin AS "
-            "beside ON beside.study = own.study AND beside.patient = own.patient JOIN object AS "
-            "other ON other.key = beside.key WHERE mine.key = ? AND other.aside = '' AND "
-            "other.view = mine.view AND other.intent = 'presentation' LIMIT 1",
+            "SELECT 1 FROM object AS mine JOIN origin AS own ON own.key = mine.key "
+            "JOIN origin AS beside ON beside.study = own.study "
+            "AND same_patient(beside.patient, own.patient) "
+            "JOIN object AS other ON other.key = beside.key "
+            "WHERE mine.key = ? AND other.aside = '' AND other.view = mine.view "
+            "AND other.intent = 'presentation' LIMIT 1",
             key,
         )
         return bool(rows)
@@ -324,6 +348,11 @@ class Queue:
         """The results of a series that none has taken the place of."""
         statement = "SELECT key FROM result WHERE series = ? AND replaced = '' ORDER BY number"
         return self._column(statement, series)
+
+    def series_of(self, result: str) -> str:
+        """The series that a result is about."""
+        ((series,),) = self._read("SELECT series FROM result WHERE key = ?", result)
+        return str(series)
 
     def is_replaced(self, result: str) -> bool:
         """Whether another result has taken the place of one."""
@@ -392,7 +421,7 @@ class Queue:
 
     def unsent(self, destination: str, limit: int) -> list[str]:
         """The first documents that are to be sent to a destination."""
-        unsent = "SELECT document FROM delivery WHERE destination = ? AND sent = 0 "
+        unsent = f"SELECT document FROM delivery WHERE destination = ? AND {UNSENT} "
         return self._column(f"{unsent} ORDER BY number LIMIT ?", destination, limit)
 
     def sent(self, document: str, destination: str) -> None:
@@ -400,6 +429,13 @@ class Queue:
         self._write(
             "UPDATE delivery SET sent = 1 WHERE document = ? AND destination = ?",
             [(document, destination)],
+        )
+
+    def refused(self, document: str, destination: str, why: str) -> None:
+        """Record why a destination refuses a document for good: it is not sent any more."""
+        self._write(
+            "UPDATE delivery SET refused = ? WHERE document = ? AND destination = ?",
+            [(why, document, destination)],
         )
 
     def uncommitted(self, destination: str, limit: int) -> list[str]:
@@ -434,10 +470,10 @@ class Queue:
             [(destination, asked)],
         )
 
-    def requests(self, limit: int) -> list[Request]:
-        """The first studies to be fetched."""
+    def requests(self) -> list[Request]:
+        """The studies to be fetched."""
         statement = "SELECT number, file, priors, source FROM request WHERE state = 'waiting' "
-        return [Request(*row) for row in self._read(f"{statement} ORDER BY number LIMIT ?", limit)]
+        return [Request(*row) for row in self._read(f"{statement} ORDER BY number")]
 
     def close_request(self, number: int, state: str, why: str = "") -> None:
         """Record that a study was fetched, or why it cannot be."""
@@ -462,7 +498,7 @@ class Queue:
         """
         found = dict(self._read("SELECT state, count(*) FROM series GROUP BY state"))
         ((results,),) = self._read("SELECT count(DISTINCT result) FROM source")
-        ((unsent,),) = self._read("SELECT count(*) FROM delivery WHERE sent = 0")
+        ((unsent,),) = self._read(f"SELECT count(*) FROM delivery WHERE {UNSENT}")
         return {
             "waiting": found.get("waiting", 0),
             "answered": results,

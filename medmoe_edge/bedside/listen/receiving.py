@@ -8,24 +8,24 @@ import functools
 import hashlib
 import io
 import ipaddress
+import itertools
 import logging
 import re
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydicom import Dataset, dcmread
 from pydicom.uid import UID, AllTransferSyntaxes, DeflatedExplicitVRLittleEndian
+from pynetdicom import evt
 from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.events import Event
-from pynetdicom.presentation import AllStoragePresentationContexts, build_context
-from pynetdicom.service_class import StorageServiceClass
-from pynetdicom.sop_class import register_uid
+from pynetdicom.events import Event, EventHandlerType
+from pynetdicom.presentation import build_context
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from medmoe_edge.bedside.listen.config import Configuration
@@ -37,6 +37,7 @@ from medmoe_edge.bedside.listen.header import (
     modality_of,
     notices_of,
     origin_of,
+    same_patient,
     text_of,
     uid_of,
 )
@@ -45,9 +46,12 @@ from medmoe_edge.bedside.listen.schema import Membership
 from medmoe_edge.bedside.listen.selection import (
     ASIDE,
     aside,
+    classes_set_aside,
+    classes_with_pixels,
     is_private,
     key_objects,
     membership_of,
+    register,
     shown_uid,
 )
 from medmoe_edge.errors import MedMoEError, MissingDependencyError, ResourceError
@@ -65,9 +69,19 @@ class Limits:
         self._size, self._seconds = size, seconds
         self._received: weakref.WeakKeyDictionary[Association, int] = weakref.WeakKeyDictionary()
 
-    def opened(self, event: Event) -> None:
+    @property
+    def handlers(self) -> list[EventHandlerType]:
+        """Of an association, whoever asks for it."""
+        return [
+            (evt.EVT_CONN_OPEN, self._opened),
+            (evt.EVT_DATA_RECV, self._data),
+            (evt.EVT_DIMSE_RECV, self._message),
+        ]
+
+    def _opened(self, event: Event) -> None:
         """Read the PDUs of a connection as `_read` does: pynetdicom knows no end of one."""
         connection: Any = event.assoc.dul.socket
+        connection.socket.settimeout(self._seconds)
         connection.recv = functools.partial(self._read, event.assoc, connection.socket)
 
     def _read(self, association: Association, link: socket.socket, size: int) -> bytearray:
@@ -84,7 +98,7 @@ class Limits:
             raise ConnectionAbortedError
         return data
 
-    def data(self, event: Event) -> None:
+    def _data(self, event: Event) -> None:
         """Data of an association have come in."""
         association = event.assoc
         total = self._received.get(association, 0) + len(event.data)
@@ -93,7 +107,7 @@ class Limits:
             log.warning("A connection was closed: its object is larger than allowed.")
             _hang_up(association)
 
-    def message(self, event: Event) -> None:
+    def _message(self, event: Event) -> None:
         """A message is whole: the next begins."""
         self._received[event.assoc] = 0
 
@@ -125,47 +139,11 @@ CLASS_MISMATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 UNREADABLE_SYNTAX = "Its transfer syntax cannot be read here."
 
-# Classes of the storage service whose objects are made of pixels. Those of other kinds (reports,
-# waveforms, presentation states, plans ...) are taken and set aside, so that whole studies may be
-# sent: senders give a study up at the first object that is refused.
-WORDS = ("Image Storage", "Image Storage - For", "Parametric Map", "Segmentation", "RT Dose")
-NOT_PIXELS = ("Presentation State", "Surface", "Spectroscopy", "Raw Data")
-# Classes that the standard has withdrawn, and that old devices still send.
-RETIRED = (
-    *("1.2.840.10008.5.1.1.29", "1.2.840.10008.5.1.1.30"),  # hardcopies
-    *("1.2.840.10008.5.1.4.1.1.3", "1.2.840.10008.5.1.4.1.1.6"),  # ultrasound
-    "1.2.840.10008.5.1.4.1.1.5",  # nuclear medicine
-    "1.2.840.10008.5.1.4.1.1.12.3",  # bi-plane angiography
-    *("1.2.840.10008.5.1.4.1.1.77.1", "1.2.840.10008.5.1.4.1.1.77.2"),  # visible light, on trial
-)
-MAX_PRIVATE = 1000  # classes of makers' own, over the life of the process
 PLAIN_MODALITY = re.compile(r"[A-Z]{2,16}")
 SOME = 3  # of many classes
 MOST_TOLD = 10_000  # series that are remembered
 LONGEST_UID = 64  # characters in a command
 LONGEST_COMMENT = 64  # characters of an Error Comment (LO)
-_registered: set[str] = set()
-
-
-def classes_with_pixels() -> list[str]:
-    """The UIDs of the storage classes whose objects may be asked about."""
-    current = [
-        uid
-        for uid in _storage_classes()
-        if any(word in UID(uid).name for word in WORDS)
-        and not any(word in UID(uid).name for word in NOT_PIXELS)
-    ]
-    return [*current, *(uid for uid in RETIRED if register(uid))]
-
-
-def classes_set_aside() -> list[str]:
-    """The UIDs of the storage classes that are taken, and of which nothing is asked."""
-    return sorted(set(_storage_classes()) - set(classes_with_pixels()))
-
-
-def _storage_classes() -> list[str]:
-    contexts = [context.abstract_syntax for context in AllStoragePresentationContexts]
-    return [str(uid) for uid in contexts if uid is not None]
 
 
 @functools.cache
@@ -202,8 +180,8 @@ class Taken:
 class Receiving:
     """The handlers of pynetdicom's events.
 
-    `arrived` is called after each object that is kept, and `moved` with what `judged` says of each
-    that comes because this node asked for it by C-MOVE.
+    `arrived` is called after each object that is kept, and what `moved` has for the Message ID of
+    this node's C-MOVE with what `judged` says of each that comes because of it.
     """
 
     def __init__(
@@ -215,7 +193,8 @@ class Receiving:
     ) -> None:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.arrived = arrived
-        self.moved: Callable[[int, str], None] = lambda status, why: None
+        self.moved: dict[int, Callable[[int, str], None]] = {}
+        self.ending = False  # the node takes no objects any more
         self._admitted, self._admitting = weakref.WeakSet[Association](), threading.Lock()
         self._keeping = threading.Lock()  # or two that send one object could spoil each other's
         self.images, self.others = set(classes_with_pixels()), set(classes_set_aside())
@@ -294,8 +273,9 @@ class Receiving:
         if why:
             answer.ErrorComment = why[:LONGEST_COMMENT]
         mover = getattr(event.request, "MoveOriginatorApplicationEntityTitle", None)
-        if mover is not None and str(mover).strip() == self.configuration.ae_title:
-            self.moved(answer.Status, why)
+        count = self.moved.get(getattr(event.request, "MoveOriginatorMessageID", None) or 0)
+        if count and mover is not None and str(mover).strip() == self.configuration.ae_title:
+            count(answer.Status, why)
         return answer
 
     def judged(self, receive: Callable[[], None]) -> tuple[int, str]:
@@ -346,8 +326,9 @@ class Receiving:
         if not why or (why == "no_pixels" and uid_of(header, "SOPClassUID") in self.images):
             self._judge_pixels(header, pixels)
         origin = origin_of(header, pixels[8 if header.original_encoding[0] else 12 :])
-        membership = membership_of(header)
+        membership = self.queue.joined(membership_of(header), origin.patient)
         with self.queue.arriving(membership.series, origin.study), self._keeping:
+            membership = self.queue.joined(membership, origin.patient)  # others came meanwhile
             self.judge_room(len(data))
             key = self._key(origin, data)
             if self.queue.settles(key):  # the sender had not heard of it
@@ -380,10 +361,10 @@ class Receiving:
         So does what comes back after it was sent in another patient's name meanwhile.
         """
         versions = self.queue.versions(origin.uid)
-        same = [place for place, (_, known) in enumerate(versions) if known == origin]
+        same = [place for place, (_, at) in enumerate(versions) if at.content == origin.content]
         if same:
-            later = versions[same[-1] + 1 :]
-            if all(known.patient == origin.patient for _, known in later):
+            patients = [at.patient for _, at in versions[same[-1] :]]
+            if all(itertools.starmap(same_patient, itertools.combinations(patients, 2))):
                 return versions[same[-1]][0]
             return key_of(f"{origin.uid} {origin.content} {len(versions)}")
         if self.queue.state(origin.uid) is None:
@@ -432,7 +413,7 @@ class Receiving:
     def _tell_of_others(self, key: str, origin: Origin) -> None:
         """Say in the log where an object contradicts those that came before."""
         known = [each for _, each in self.queue.versions(origin.uid)]
-        if any(each.patient != origin.patient for each in known):
+        if not all(same_patient(each.patient, origin.patient) for each in known):
             log.warning(
                 "%s: sent again in the name of another patient. It is answered anew; the results "
                 "that were made for the other are withdrawn.",
@@ -476,8 +457,10 @@ def stored(
     told = Dataset()
     told.ReferencedSOPSequence, told.FailedSOPSequence = [], []
     try:
-        parts = multipart(body, content_type)
+        parts = list(multipart([body], content_type, len(body)))
     except ValueError:
+        parts = []
+    if not parts:
         return BAD_REQUEST, None
     for part in parts:
         item = Dataset()
@@ -501,27 +484,35 @@ def stored(
     return (ACCEPTED if told.ReferencedSOPSequence else CONFLICT), told
 
 
-def multipart(body: bytes, content_type: str) -> list[bytes]:
-    """The DICOM files of a multipart/related body; raises `ValueError` for anything else."""
+def multipart(pieces: Iterable[bytes], content_type: str, most: int) -> Iterator[bytes]:
+    """The DICOM files of a multipart/related body that comes in `pieces`, each once it is whole.
+
+    Of a file that has more than `most` bytes only the beginning is kept, with one byte more.
+    Raises `ValueError` for anything else, and for a body without its end.
+    """
     kind, options = parse_options_header(content_type)
     part_kind = options.get(b"type", b"application/dicom").lower()
     if kind.lower() != b"multipart/related" or part_kind != b"application/dicom":
         raise ValueError("not multipart/related of application/dicom")
-    found: list[bytearray] = []
-    done = []
+    part, found, ended = bytearray(), list[bytes](), list[bool]()
+
+    def add(data: bytes, start: int, end: int) -> None:
+        part.extend(memoryview(data)[start : min(end, start + most + 1 - len(part))])
+
+    def finish() -> None:
+        found.append(bytes(part))
+        part.clear()
+
     parser = MultipartParser(
         options.get(b"boundary", b""),
-        {
-            "on_part_begin": lambda: found.append(bytearray()),
-            "on_part_data": lambda data, start, end: found[-1].extend(data[start:end]),
-            "on_end": lambda: done.append(True),
-        },
+        {"on_part_data": add, "on_part_end": finish, "on_end": lambda: ended.append(True)},
     )
-    parser.write(body)
-    parser.finalize()
-    if not done or not found:
-        raise ValueError("it has no part, or no end")
-    return [bytes(part) for part in found]
+    for piece in pieces:
+        parser.write(piece)
+        yield from found
+        found.clear()
+    if not ended:
+        raise ValueError("it has no end")
 
 
 def _parts(data: bytes) -> tuple[Dataset, memoryview]:
@@ -537,11 +528,3 @@ def _parts(data: bytes) -> tuple[Dataset, memoryview]:
     with decoding("The object"):
         header = dcmread(file, stop_before_pixels=True)
         return header, memoryview(data)[file.tell() :]
-
-
-def register(uid: str) -> bool:
-    """Have pynetdicom take a class for one of the storage service; not of any number of them."""
-    if uid not in _registered and len(_registered) < MAX_PRIVATE:
-        _registered.add(uid)
-        register_uid(uid, f"Storage{uid.replace('.', '_')}", StorageServiceClass)
-    return uid in _registered

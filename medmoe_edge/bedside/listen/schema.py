@@ -6,7 +6,7 @@
     result     answers about a series; `replaced` names the result that took its place
     source     the objects that a result is about
     answer     a result's answers, by question
-    delivery   which document goes where
+    delivery   which document goes where; `refused` says why it is set aside
     place      the Instance Numbers given to documents, in their DICOM series
     marked     objects that key objects name, by the hash of their UID
     tally      how often something happened that leaves no row
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from medmoe_edge.errors import ResourceError
 
-VERSION = 3  # PRAGMA user_version; those before 0.3 have none
+VERSION = 4  # PRAGMA user_version; those before 0.3 have none
 TABLES = """
 CREATE TABLE IF NOT EXISTS series (
     number INTEGER PRIMARY KEY,
@@ -46,10 +46,12 @@ CREATE TABLE IF NOT EXISTS object (
     instance INTEGER,
     intent TEXT NOT NULL DEFAULT '',
     view TEXT NOT NULL DEFAULT '',
-    expected INTEGER NOT NULL DEFAULT 0
+    expected INTEGER NOT NULL DEFAULT 0,
+    any_issuer TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX IF NOT EXISTS object_series ON object (series, number);
 CREATE INDEX IF NOT EXISTS object_aside ON object (aside);
+CREATE INDEX IF NOT EXISTS object_any_issuer ON object (any_issuer);
 CREATE TABLE IF NOT EXISTS origin (
     key TEXT PRIMARY KEY,
     uid TEXT NOT NULL,
@@ -83,6 +85,7 @@ CREATE TABLE IF NOT EXISTS delivery (
     document TEXT NOT NULL,
     destination TEXT NOT NULL,
     sent INTEGER NOT NULL DEFAULT 0,
+    refused TEXT NOT NULL DEFAULT '',
     UNIQUE (document, destination)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS delivery_open ON delivery (destination, sent, number);
@@ -111,9 +114,13 @@ CREATE TABLE IF NOT EXISTS request (
     why TEXT NOT NULL DEFAULT ''
 ) STRICT;
 """
+# What tables of before version 4 lack, by table.
+ADDED = {
+    "delivery": "refused TEXT NOT NULL DEFAULT ''",
+    "object": "any_issuer TEXT NOT NULL DEFAULT ''",
+}
 # Until 0.2 each object was answered by itself: it becomes a series of its own, under its key.
 UPGRADE = f"""
-BEGIN IMMEDIATE;
 ALTER TABLE object RENAME TO old_object;
 ALTER TABLE answer RENAME TO old_answer;
 DROP INDEX IF EXISTS object_state;
@@ -131,8 +138,6 @@ INSERT INTO source SELECT key, key FROM result;
 INSERT INTO answer SELECT key, question, answer FROM old_answer;
 DROP TABLE old_answer;
 DROP TABLE old_object;
-PRAGMA user_version = {VERSION};
-COMMIT;
 """
 
 
@@ -146,6 +151,7 @@ class Membership(NamedTuple):
         intent: "processing" or "presentation", where it says so.
         view: A hash of what it shows, to find the other intent's picture of the same.
         expected: How many objects its series has, 0 where it does not say.
+        any_issuer: A hash as `series`, without who issued the patient's number.
     """
 
     series: str
@@ -154,6 +160,7 @@ class Membership(NamedTuple):
     intent: str = ""
     view: str = ""
     expected: int = 0
+    any_issuer: str = ""
 
 
 class Slice(NamedTuple):
@@ -224,12 +231,22 @@ def prepare(database: sqlite3.Connection) -> None:
         raise ResourceError(
             "The node's queue was written by a later version.", "Install that version again."
         )
-    columns = [row[1] for row in database.execute("PRAGMA table_info(object)")]
-    if columns and "series" not in columns:
-        try:
-            database.executescript(UPGRADE)
-        except sqlite3.Error:
-            database.rollback()
-            raise
-    elif version < VERSION:
-        database.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version={VERSION}; COMMIT;")
+    if version == VERSION:
+        return
+    script = "BEGIN IMMEDIATE;"
+    for table, column in ADDED.items():
+        there = _columns(database, table)
+        if there and column.split()[0] not in there:
+            script += f"ALTER TABLE {table} ADD COLUMN {column};"
+    there = _columns(database, "object")
+    script += UPGRADE if there and "series" not in there else TABLES
+    try:
+        database.executescript(f"{script} PRAGMA user_version = {VERSION}; COMMIT;")
+    except sqlite3.Error:
+        database.rollback()
+        raise
+
+
+def _columns(database: sqlite3.Connection, table: str) -> list[str]:
+    """Of a table; none of one that is not there."""
+    return [row[1] for row in database.execute(f"PRAGMA table_info({table})")]

@@ -13,10 +13,14 @@ from typing import NamedTuple
 import numpy as np
 from pydicom import Dataset
 from pydicom.uid import UID
+from pynetdicom.presentation import AllStoragePresentationContexts
+from pynetdicom.service_class import StorageServiceClass
+from pynetdicom.sop_class import register_uid
 
 from medmoe_edge.bedside.listen.config import Configuration, Series
 from medmoe_edge.bedside.listen.evidence import MAKER, is_ours
 from medmoe_edge.bedside.listen.header import (
+    NO_ISSUER,
     SHARED,
     body_parts_of,
     hashed,
@@ -46,6 +50,50 @@ OF_OTHERS = "Of a picture that gave another answer: {0}"  # what is said of it
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot, those of several frames
 PLAIN_UID = re.compile(r"[0-9.]{1,64}")
 REJECTIONS = {"113001", "113037", "113038", "113039"}  # titles of key objects, CID 7011
+# Classes of the storage service whose objects are made of pixels. Those of other kinds (reports,
+# waveforms, presentation states, plans ...) are taken and set aside, so that whole studies may be
+# sent: senders give a study up at the first object that is refused.
+WORDS = ("Image Storage", "Image Storage - For", "Parametric Map", "Segmentation", "RT Dose")
+NOT_PIXELS = ("Presentation State", "Surface", "Spectroscopy", "Raw Data")
+# Classes that the standard has withdrawn, and that old devices still send.
+RETIRED = (
+    *("1.2.840.10008.5.1.1.29", "1.2.840.10008.5.1.1.30"),  # hardcopies
+    *("1.2.840.10008.5.1.4.1.1.3", "1.2.840.10008.5.1.4.1.1.6"),  # ultrasound
+    "1.2.840.10008.5.1.4.1.1.5",  # nuclear medicine
+    "1.2.840.10008.5.1.4.1.1.12.3",  # bi-plane angiography
+    *("1.2.840.10008.5.1.4.1.1.77.1", "1.2.840.10008.5.1.4.1.1.77.2"),  # visible light, on trial
+)
+MAX_PRIVATE = 1000  # classes of makers' own, over the life of the process
+_registered: set[str] = set()
+
+
+def classes_with_pixels() -> list[str]:
+    """The UIDs of the storage classes whose objects may be asked about."""
+    current = [
+        uid
+        for uid in _storage_classes()
+        if any(word in UID(uid).name for word in WORDS)
+        and not any(word in UID(uid).name for word in NOT_PIXELS)
+    ]
+    return [*current, *(uid for uid in RETIRED if register(uid))]
+
+
+def classes_set_aside() -> list[str]:
+    """The UIDs of the storage classes that are taken, and of which nothing is asked."""
+    return sorted(set(_storage_classes()) - set(classes_with_pixels()))
+
+
+def _storage_classes() -> list[str]:
+    contexts = [context.abstract_syntax for context in AllStoragePresentationContexts]
+    return [str(uid) for uid in contexts if uid is not None]
+
+
+def register(uid: str) -> bool:
+    """Have pynetdicom take a class for one of the storage service; not of any number of them."""
+    if uid not in _registered and len(_registered) < MAX_PRIVATE:
+        _registered.add(uid)
+        register_uid(uid, f"Storage{uid.replace('.', '_')}", StorageServiceClass)
+    return uid in _registered
 
 
 def aside(dataset: Dataset, has_pixels: bool, configuration: Configuration | None) -> str:
@@ -86,6 +134,7 @@ def membership_of(dataset: Dataset) -> Membership:
     ]
     return Membership(
         series=hashed(*uids, *patient_of(values)),
+        any_issuer=hashed(*uids, *patient_of(values | NO_ISSUER)),
         position=_position(dataset),
         instance=_number(dataset, "InstanceNumber"),
         intent=next(

@@ -1,5 +1,8 @@
 """What is sent on, each document until it is taken, and the connections that it takes.
 
+One that its destination refuses for good, time after time, is set aside until a person has it sent
+again (`listen retry`).
+
 Documents of DICOM go by C-STORE or STOW-RS, FHIR transactions by HTTP POST, messages of HL7 version
 2 by MLLP. All that waits for a DICOM node goes over one association, which ends when nothing waits
 any more; then the node may be asked to say that it keeps what it has (Storage Commitment, PS3.4 J).
@@ -12,16 +15,18 @@ same message with the same control ID.
 import asyncio
 import contextlib
 import io
+import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import secrets
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import hl7
 import hl7.mllp
 import httpx
-import requests
-from dicomweb_client.api import DICOMwebClient
 from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.uid import (
     UID,
@@ -54,7 +59,9 @@ from medmoe_edge.bedside.listen.config import (
     WebSource,
 )
 from medmoe_edge.bedside.listen.queue import Folder, Queue
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.bedside.listen.receiving import Limits
+from medmoe_edge.errors import ResourceError, shown_bytes
+from medmoe_edge.image.pixels import MAX_BYTES
 
 log = logging.getLogger(__name__)
 Context = tuple[str, Sequence[str]]  # a class, and the transfer syntaxes that are offered for it
@@ -70,6 +77,23 @@ ACCEPTED = ("AA", "CA")  # of HL7 table 0008
 LINES = re.compile(r"[\r\n]")
 MALFORMED = (hl7.HL7Exception, hl7.mllp.InvalidBlockError)
 SUCCESS = 0x0000
+ENCODINGS = ("", "identity", "gzip", "deflate")  # of answers
+LONGEST_ANSWER = 16_000_000  # bytes; those that bring studies are read piece by piece
+DICOM_JSON = "application/dicom+json"
+LOG = "See its log."
+# Of one document, the first to the last of which take nine minutes: not all are for good that a
+# destination says so of, while it is set up or starts.
+MOST_REFUSALS = 10
+# Failures that pass: processing failure, resource limitation (PS3.7 annex C); 0xA7xx too.
+PASSING = (0x0110, 0x0213)
+DUPLICATE = 0x0111  # it has an object of that UID: this one, whose UID follows from what it says
+# Of HTTP, those that are about who calls, or when.
+PASSING_HTTP = (401, 407, 408, 425, 429)
+SOME_KEPT = 202
+
+
+class RefusedForGood(ResourceError):
+    """A document that its destination refuses for what it is, and so would refuse again."""
 
 
 class Sending:
@@ -81,7 +105,7 @@ class Sending:
         self.destination, self.ae_title = destination, ae_title
         self.folder, self.queue = folder, queue
         self._association: Association | None = None
-        self._client: DICOMwebClient | None = None
+        self._refusals = Counter[str]()
         if isinstance(destination, DicomDestination) and destination.commitment:
             queue.forget_commitment(destination.name)  # the answer may have come meanwhile
 
@@ -94,7 +118,23 @@ class Sending:
         return found
 
     def do(self, document: str) -> None:
-        """Send one document; raises `ResourceError`, saying why, where it is not taken."""
+        """Send one document; raises `ResourceError`, saying why, where it is not taken.
+
+        One that was refused for good `MOST_REFUSALS` times is set aside.
+        """
+        try:
+            self._send(document)
+        except RefusedForGood as error:
+            self._refusals[document] += 1
+            if self._refusals[document] < MOST_REFUSALS:
+                raise
+            name = self.destination.name
+            self.queue.refused(document, name, error.what)
+            del self._refusals[document]
+            told = "%s was refused by %s %d times (%s): set aside. See: listen retry."
+            log.error(told, document[:16], self.destination.shown, MOST_REFUSALS, error.what)
+
+    def _send(self, document: str) -> None:
         if isinstance(self.destination, DicomDestination):
             try:
                 if document == COMMITMENT:
@@ -105,8 +145,7 @@ class Sending:
                 self.rest()
                 raise
         elif isinstance(self.destination, StowDestination):
-            self._client = self._client or web_client(self.destination)
-            stow(self._data(document), self._client)
+            stow(self._data(document), self.destination)
         elif isinstance(self.destination, FhirDestination):
             post(self._data(document), self.destination)
         else:
@@ -120,7 +159,10 @@ class Sending:
             association.release()
 
     def _data(self, document: str) -> bytes:
-        return (self.folder.documents / document).read_bytes()
+        try:
+            return (self.folder.documents / document).read_bytes()
+        except FileNotFoundError as error:
+            raise RefusedForGood("the document is gone", "Restore the node's folder.") from error
 
     def _connected(self, node: DicomDestination) -> Association:
         if self._association is None or not self._association.is_established:
@@ -144,14 +186,13 @@ class Sending:
         }
         if not accepted:
             name = dataset.SOPClassUID.name
-            raise ResourceError(f"it takes no {name}", "Configure other documents.")
+            raise RefusedForGood(f"it takes no {name}", "Configure other documents.")
         if dataset.file_meta.TransferSyntaxUID not in accepted:
             dataset = converted(dataset, min(accepted, key=UNCOMPRESSED.index))
         status = association.send_c_store(dataset).get("Status")
         if status is None:
-            raise ResourceError("it does not answer", "See its log.")
-        if code_to_category(status) not in ("Success", "Warning"):
-            raise ResourceError(f"it refused the document: 0x{status:04X}", "See its log.")
+            raise ResourceError("it does not answer", LOG)
+        check_kept(status)
 
     def _ask_commitment(self, node: DicomDestination) -> None:
         """Ask whether it keeps what it has, by N-ACTION; it says so by `commitment_handlers`."""
@@ -194,7 +235,7 @@ class Sending:
         if status.get("Status") != SUCCESS:
             self.queue.forget_commitment(node.name, asked)
             told = f"0x{status.Status:04X}" if "Status" in status else "no answer"
-            raise ResourceError(f"it refused to commit itself: {told}", "See its log.")
+            raise ResourceError(f"it refused to commit itself: {told}", LOG)
 
 
 def commitment_handlers(queue: Queue) -> list[EventHandlerType]:
@@ -256,7 +297,7 @@ def associated(
         node.host,
         node.port,
         ae_title=node.ae_title,
-        evt_handlers=list(handlers),
+        evt_handlers=[*Limits(MAX_BYTES, TIMEOUT).handlers, *handlers],
         tls_args=(node.tls.client(), node.host) if node.tls else None,
         **options,
     )
@@ -269,60 +310,108 @@ def associated(
     return association
 
 
-def web_client(server: StowDestination | WebSource) -> DICOMwebClient:
-    """A client of a DICOMweb server; raises `InputError` for certificates of no use."""
-    session = requests.Session()
-    if server.tls is not None:
-        server.tls.client()  # says what is wrong with them
-        if server.tls.authority is not None:
-            session.verify = str(server.tls.authority)
-        if server.tls.certificate is not None:
-            session.cert = (str(server.tls.certificate), str(server.tls.key))
-    return DICOMwebClient(
-        str(server.url).rstrip("/"),
-        session=session,
-        headers=server.headers(),
-        timeout=TIMEOUT,
-        permissive_uid=True,  # real ones have leading zeros
-    )
-
-
 @contextlib.contextmanager
-def web_errors() -> Iterator[None]:
-    """Around calls of a DICOMweb client: its errors as ours, without the UIDs that they quote."""
+def called(
+    server: StowDestination | FhirDestination | WebSource,
+    path: str,
+    headers: Mapping[str, str],
+    data: bytes | None = None,
+) -> Iterator[httpx.Response]:
+    """Around reading a server's answer to a GET, or to a POST of `data`.
+
+    What `iter_bytes` gives is inflated from the 64 KiB that are read at once, so that a piece has
+    at most 66 MB (RFC 1951 knows no more than 1,032 times as much); others compress further.
+    Raises `ResourceError` where no whole answer comes.
+    """
+    url = str(server.url)
     try:
-        yield
-    except requests.HTTPError as error:
-        status = error.response.status_code if error.response is not None else "no status"
-        raise ResourceError(f"it refused: HTTP {status}", "See its log.") from None
-    except requests.RequestException as error:
-        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from None
+        with httpx.stream(
+            "GET" if data is None else "POST",
+            url.rstrip("/") + path if path else url,
+            content=data,
+            headers={**headers, "Accept-Encoding": "gzip, deflate", **server.headers()},
+            timeout=TIMEOUT,
+            verify=server.tls.client() if server.tls else True,
+        ) as response:
+            encoding = response.headers.get("Content-Encoding", "").strip().lower()
+            if encoding not in ENCODINGS:
+                raise ResourceError("it compresses its answers in a way that was not asked", LOG)
+            yield response
+    except httpx.HTTPError as error:
+        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
 
 
-def stow(data: bytes, client: DICOMwebClient) -> None:
+def check_kept(status: int) -> None:
+    """Raise `ResourceError` unless a status of PS3.4 B.2.3 says that a document is kept."""
+    if code_to_category(status) in ("Success", "Warning") or status == DUPLICATE:
+        return
+    passes = status >> 8 == 0xA7 or status in PASSING
+    error = ResourceError if passes else RefusedForGood
+    raise error(f"it refused the document: 0x{status:04X}", LOG)
+
+
+def check_done(response: httpx.Response) -> None:
+    """Raise `ResourceError` unless an answer says that it is done."""
+    status = response.status_code
+    if not response.is_success:
+        passes = not response.is_client_error or status in PASSING_HTTP
+        error = ResourceError if passes else RefusedForGood
+        raise error(f"it refused: HTTP {status}", LOG)
+
+
+def read_json(response: httpx.Response) -> Any:
+    """What a short answer says; None where it is no JSON.
+
+    Raises `ResourceError` for one that is longer than `LONGEST_ANSWER`, or drips in.
+    """
+    body, end = bytearray(), time.monotonic() + TIMEOUT
+    for piece in response.iter_bytes():
+        body += piece
+        if time.monotonic() > end:
+            raise ResourceError("its answer does not come to its end", LOG)
+        if len(body) > LONGEST_ANSWER:
+            raise ResourceError(f"its answer has over {shown_bytes(LONGEST_ANSWER)}", LOG)
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def stow(data: bytes, server: StowDestination) -> None:
     """Send a DICOM file by STOW-RS; raises `ResourceError` unless it is kept."""
-    with web_errors():
-        told = client.store_instances([dcmread(io.BytesIO(data))])
-    if failed := told.get("FailedSOPSequence"):
-        reason = int(failed[0].get("FailureReason") or 0)
-        raise ResourceError(f"it refused the document: 0x{reason:04X}", "See its log.")
+    mark = secrets.token_hex(16)
+    head = f"--{mark}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+    body = head + data + f"\r\n--{mark}--\r\n".encode()
+    kind = f'multipart/related; type="application/dicom"; boundary={mark}'
+    headers = {"Content-Type": kind, "Accept": DICOM_JSON}
+    with called(server, "/studies", headers, body) as response:
+        told = read_json(response)
+        reason = _failure_reason(told)
+        if reason is not None:
+            check_kept(reason)
+            return
+        check_done(response)
+        if told is None and response.status_code == SOME_KEPT:
+            raise ResourceError("it does not say whether it keeps the document", LOG)
+
+
+def _failure_reason(told: Any) -> int | None:
+    """Why the one object that was sent is not kept, in an answer in DICOM JSON (PS3.18, 10.5.3)."""
+    try:
+        (failed,) = told["00081198"]["Value"]
+    except (LookupError, TypeError, ValueError):
+        return None
+    try:
+        return int(failed["00081197"]["Value"][0])
+    except (LookupError, TypeError, ValueError):
+        return PASSING[0]
 
 
 def post(data: bytes, server: FhirDestination) -> None:
     """Post a FHIR transaction; raises `ResourceError` unless it is done."""
     headers = {"Content-Type": "application/fhir+json", "Accept": "application/fhir+json"}
-    try:
-        response = httpx.post(
-            str(server.url),
-            content=data,
-            headers=headers | server.headers(),
-            timeout=TIMEOUT,
-            verify=server.tls.client() if server.tls else True,
-        )
-    except httpx.HTTPError as error:
-        raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
-    if not response.is_success:
-        raise ResourceError(f"it refused: HTTP {response.status_code}", "See its log.")
+    with called(server, "", headers, data) as response:
+        check_done(response)
 
 
 def say(data: bytes, receiver: Hl7Destination) -> None:
@@ -338,9 +427,9 @@ def say(data: bytes, receiver: Hl7Destination) -> None:
     except (OSError, EOFError, ValueError, LookupError, *MALFORMED) as error:
         raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
     if acknowledgement not in ACCEPTED:
-        raise ResourceError(f"it refused the message: {acknowledgement[:2]}", "See its log.")
+        raise RefusedForGood(f"it refused the message: {acknowledgement[:2]}", LOG)
     if number.encode() != message.split(b"|")[9]:
-        raise ResourceError("it acknowledged another message", "See its log.")
+        raise ResourceError("it acknowledged another message", LOG)
 
 
 async def _exchange(message: bytes, receiver: Hl7Destination) -> str:
