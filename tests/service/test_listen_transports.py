@@ -995,6 +995,38 @@ def test_hl7_is_said_until_it_is_accepted(tmp_path: Path) -> None:
     assert (str(finding[5]), str(finding[11])) == ("No", "R")
 
 
+def test_a_result_comes_before_what_withdraws_it(tmp_path: Path) -> None:
+    """Else the receiver would be left with the result about the wrong patient."""
+    with Listener("AE", *["AA"] * 9) as listener:
+        receiver = {"host": "127.0.0.1", "port": listener.port}
+        config = configuration(tmp_path / "node", hl7=[receiver])
+        with Node(config, StandIn(), first_delay=4.0) as node:
+            assert send(node.port, study()) == [0]
+            wait_for(lambda: len(listener.heard) == 1)  # refused, and tried again in four seconds
+            assert send(node.port, study(PatientID="MRN-0815")) == [0]
+            wait_for(lambda: node.queue.counts()["answered"] == 2)
+            wait_for(lambda: node.queue.counts()["unsent"] == 0)
+    told = [(str(each.segment("PID")[3]), str(each.segment("OBX")[11])) for each in listener.heard]
+    assert told[:2] == [("MRN-4711", "R"), ("MRN-4711", "R")]
+    assert sorted(told[2:]) == [("MRN-0815", "R"), ("MRN-4711", "W")]
+
+
+def test_what_was_withdrawn_is_not_sent_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_REFUSALS", 2)
+    with Listener("AE", "AE", *["AA"] * 9) as listener:
+        receiver = {"host": "127.0.0.1", "port": listener.port}
+        config = configuration(tmp_path / "node", hl7=[receiver])
+        with Node(config, StandIn(), first_delay=0.01) as node:
+            assert send(node.port, study()) == [0]
+            wait_for(lambda: sum(node.desk.status(config)["refused"].values()) == 1)
+            assert send(node.port, study(PatientID="MRN-0815")) == [0]
+            wait_for(lambda: len(listener.heard) == 4)  # what is set aside holds up nothing
+            wait_for(lambda: node.queue.counts()["unsent"] == 0)
+            assert node.desk.retry([]) == (0, 0)
+
+
 def test_control_characters_do_not_end_a_message_of_hl7(tmp_path: Path) -> None:
     controls = "".join(map(chr, (*range(1, 0x0D), *range(0x0E, 0x20), 0x7F)))  # not NUL: padding
     values: dict[str, Any] = {

@@ -22,7 +22,8 @@ from typing import Any
 from medmoe_edge.atomic import atomic_file, file_sha256, link
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
-from medmoe_edge.bedside.listen.queue import UNSENT, Folder, Queue, explaining
+from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
+from medmoe_edge.bedside.listen.schema import UNSENT
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 SHORTEST = 4  # letters of a key that are enough
@@ -154,6 +155,8 @@ class Desk(Queue):
     def retry(self, keys: Sequence[str]) -> tuple[int, int]:
         """Have what was given up tried again, of the series named, or of all.
 
+        Nothing is sent again that another result has taken the place of meanwhile.
+
         Returns:
             How many series are answered again, and how many documents that were refused are sent
             again.
@@ -161,7 +164,7 @@ class Desk(Queue):
         failed = self._column("SELECT key FROM series WHERE state = 'failed'")
         refused = self._read(
             "SELECT series, document, destination FROM delivery "
-            "JOIN result ON key = substr(document, 1, 64) WHERE refused != ''"
+            "JOIN result ON key = substr(document, 1, 64) WHERE refused != '' AND replaced = ''"
         )
         wanted = set(map(self._key, keys) if keys else (*failed, *(row[0] for row in refused)))
         if not wanted <= {*failed, *(row[0] for row in refused)}:

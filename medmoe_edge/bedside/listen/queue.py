@@ -35,7 +35,16 @@ from typing import Any
 
 from medmoe_edge.atomic import atomic_file, sync_folder
 from medmoe_edge.bedside.listen.header import Origin, same_patient
-from medmoe_edge.bedside.listen.schema import Extent, Job, Membership, Request, Slice, prepare
+from medmoe_edge.bedside.listen.schema import (
+    IN_TURN,
+    UNSENT,
+    Extent,
+    Job,
+    Membership,
+    Request,
+    Slice,
+    prepare,
+)
 from medmoe_edge.errors import MedMoEError, ResourceError
 from medmoe_edge.image.pixels import Image, shown_name
 from medmoe_edge.image.worker import Bounds, read_apart
@@ -83,9 +92,8 @@ class Folder:
         """Bytes that images, documents and the queue take; counted anew once in a while."""
         now = time.monotonic()
         if now >= self._counted + RECOUNT:
-            # rglob would raise where a folder goes meanwhile
-            files = ((place, name) for place, _, names in os.walk(self.root) for name in names)
-            self._used = sum(size_of(Path(place, name)) for place, name in files)
+            walk = os.walk(self.root)  # rglob would raise where a folder goes meanwhile
+            self._used = sum(size_of(Path(at, name)) for at, _, names in walk for name in names)
             self._counted = now
         return self._used
 
@@ -130,7 +138,6 @@ CURRENT = (
     "WHERE mine.key = object.key AND later.series = object.series AND later.aside = '' "
     "AND later.number > object.number)"
 )
-UNSENT = "sent = 0 AND refused = ''"  # of deliveries
 CLOSE = "UPDATE series SET state = ?, why = ?"
 MOST_REMEMBERED, REMEMBERED = 10_000, 3600.0  # series and studies, and for how many seconds
 
@@ -256,16 +263,13 @@ class Queue:
         return bool(self._read(f"{statement} AND NOT same_patient(patient, ?) LIMIT 1", *values))
 
     def joined(self, membership: Membership, patient: str) -> Membership:
-        """Where an object of a patient belongs, in view of who issued the others' numbers.
-
-        Where it has an issuer and the objects of its series have none, or the other way round, it
-        belongs to these, unless objects of several issuers make that doubtful.
+        """Where an object of a patient belongs: where it, or the others of its series, lack the
+        issuer of the number, to these, unless there are several issuers.
         """
         rows = self._read(
             "SELECT series, min(same_patient(patient, ?)) FROM object JOIN origin USING (key) "
             "WHERE any_issuer = ? GROUP BY series",
-            patient,
-            membership.any_issuer,
+            *(patient, membership.any_issuer),
         )
         found = [series for series, is_same in rows if is_same]
         if len(found) != 1 or membership.series in found:
@@ -295,8 +299,8 @@ class Queue:
 
     def patients(self, series: str) -> set[str]:
         """Whose a series is, hashed: more than one where some of it lacks the number's issuer."""
-        statement = "SELECT patient FROM origin JOIN object USING (key) WHERE series = ?"
-        return set(self._column(statement, series))
+        found = "SELECT patient FROM origin JOIN object USING (key) WHERE series = ?"
+        return set(self._column(found, series))
 
     def settled(self, series: str) -> list[str]:
         """The objects of a series, in all versions; none while it waits, or where it was given up.
@@ -351,8 +355,7 @@ class Queue:
 
     def series_of(self, result: str) -> str:
         """The series that a result is about."""
-        ((series,),) = self._read("SELECT series FROM result WHERE key = ?", result)
-        return str(series)
+        return self._column("SELECT series FROM result WHERE key = ?", result)[0]
 
     def is_replaced(self, result: str) -> bool:
         """Whether another result has taken the place of one."""
@@ -420,8 +423,8 @@ class Queue:
             return int(number)
 
     def unsent(self, destination: str, limit: int) -> list[str]:
-        """The first documents that are to be sent to a destination."""
-        unsent = f"SELECT document FROM delivery WHERE destination = ? AND {UNSENT} "
+        """The first documents whose turn it is to be sent to a destination."""
+        unsent = f"SELECT document FROM delivery WHERE destination = ? AND {IN_TURN} "
         return self._column(f"{unsent} ORDER BY number LIMIT ?", destination, limit)
 
     def sent(self, document: str, destination: str) -> None:

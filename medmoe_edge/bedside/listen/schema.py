@@ -68,6 +68,7 @@ CREATE TABLE IF NOT EXISTS result (
     replaced TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX IF NOT EXISTS result_series ON result (series);
+CREATE INDEX IF NOT EXISTS result_replaced ON result (replaced);
 CREATE TABLE IF NOT EXISTS source (
     result TEXT NOT NULL,
     object TEXT NOT NULL,
@@ -114,6 +115,14 @@ CREATE TABLE IF NOT EXISTS request (
     why TEXT NOT NULL DEFAULT ''
 ) STRICT;
 """
+UNSENT = "delivery.sent = 0 AND delivery.refused = ''"
+# Nothing of a result goes to a destination before what it takes the place of: a receiver would take
+# the earlier one, which may be another patient's, for the later.
+IN_TURN = f"""{UNSENT} AND NOT EXISTS (
+    SELECT 1 FROM result AS old JOIN delivery AS before
+    ON before.document > old.key || '/' AND before.document < old.key || '0'
+    WHERE old.replaced = substr(delivery.document, 1, 64)
+    AND before.destination = delivery.destination AND before.sent = 0 AND before.refused = '')"""
 # What tables of before version 4 lack, by table.
 ADDED = {
     "delivery": "refused TEXT NOT NULL DEFAULT ''",
