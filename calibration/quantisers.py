@@ -370,7 +370,7 @@ VISION_IN_8_BITS: dict[VisionScales, str] = {"groups": VISION_INT8, "tokens": VI
 DELTA_GROUP = 32  # weights of a delta in few bits that share a scale
 DELTA_BITS = (2, 4, 8)
 RANK_PARTS = (32, 16, 8, 4)  # of a matrix's narrower side, beyond which bits cost less
-AUTO_BITS = 2.5  # of a weight: what the form of 2 bits takes with its scales
+AUTO_BITS = 4.5  # of a weight: what the form of 4 bits takes with its scales
 MOST_BITS = 16.0  # what a weight takes that is not quantised: no mixture of our formats is larger
 
 

@@ -445,7 +445,10 @@ def _search_deltas(
 ) -> dict[str, DeltaForm]:
     """A form for what every matrix of a routed expert adds to the meta expert's.
 
-    Experts that calibration left without statistics take the most bits that the budget holds.
+    None is rounded worse than with the most bits that the budget holds for all: a relative error
+    says how much of a product is lost, not what that does to answers. Of nano within 4.5 bits, its
+    X-ray expert in 2 bits for the sake of others in 8 turned 3.5% of the answers, and all in 4 bits
+    1.2%. Experts that calibration left without statistics have those bits.
     """
     source, candidates = WeightSource(checkpoint), []
     for name, share, moments in _shares(source, statistics):
@@ -453,14 +456,18 @@ def _search_deltas(
             continue
         rows, width = shape = checkpoint.names[name].shape
         choices = delta_choices(shape, _factors(plan.precision, plan.group))
+        held = [each for each in choices if each.bits_per_weight(width) <= budget_bits]
+        # of a rank nobody knows whether it keeps what counts
+        alike = max(held or choices[:1], key=lambda each: each.form.bits or 0)
         if moments is None:
-            held = [each for each in choices if each.bits_per_weight(width) <= budget_bits]
-            # of a rank nobody knows whether it keeps what counts
-            best = max(held or choices[:1], key=lambda each: each.form.bits or 0)
-            losses = {best: 0.0}
+            losses = {alike: 0.0}
         else:
             errors = _delta_errors(plan, source, name, moments, choices)
-            losses = {choice: share * error**2 for choice, error in errors.items()}
+            losses = {
+                choice: share * error**2
+                for choice, error in errors.items()
+                if error <= errors[alike]
+            }
         candidates.append(Candidate(name, rows * width, width, losses))
     return {name: choice.form for name, choice in allocate(candidates, budget_bits).items()}
 

@@ -423,19 +423,19 @@ def test_bits_go_to_the_deltas_whose_errors_reach_the_stream(
     monkeypatch.setattr(builder, "INLINE_BYTES", 64)  # else a rank of 2 is too small to be paged
     exact = logits(export(up_cycled.folder, tmp_path / "exact", "fp32", None))[0]
     errors, sizes = {}, {}
-    for form in ("delta:bits=2", "delta:auto", "delta:auto=4"):
+    for form in ("delta:bits=2", "delta:auto=2.5", "delta:auto=4"):
         folder = export(up_cycled.folder, tmp_path / form, "fp32", form, statistics)
         manifest = Bundle.open(folder).manifest
         errors[form] = np.square(logits(folder)[0] - exact).mean()
         held = stored_weights(folder / "decoder.onnx")
         sizes[form] = sum(array.nbytes for name, array in held if ".experts." in name)
         stored = manifest["quantisation"].get("deltas")
-    assert sizes["delta:auto"] <= sizes["delta:bits=2"] < sizes["delta:auto=4"]
+    assert sizes["delta:auto=2.5"] <= sizes["delta:bits=2"] < sizes["delta:auto=4"]
     count = sum(int(np.prod(up_cycled.names[name].shape)) for name in stored)
     assert sizes["delta:auto=4"] <= 4 * count / 8
-    assert errors["delta:auto"] < 0.9 * errors["delta:bits=2"], errors
-    assert errors["delta:auto=4"] < 0.5 * errors["delta:auto"], errors
-    told = Bundle.open(tmp_path / "delta:auto").manifest["quantisation"]
+    assert errors["delta:auto=2.5"] < 0.9 * errors["delta:bits=2"], errors
+    assert errors["delta:auto=4"] < 0.5 * errors["delta:auto=2.5"], errors
+    told = Bundle.open(tmp_path / "delta:auto=2.5").manifest["quantisation"]
     assert (
         told["experts"] == "deltas from the meta expert, a form for each within 2.5 bits a weight"
     )
@@ -451,7 +451,7 @@ def test_bits_go_to_the_deltas_whose_errors_reach_the_stream(
     assert not matrices & {name.replace(".weight", ".delta") for name in kept}
     bundle = Bundle.open(tmp_path / "delta:auto=4")
     assert steps(PagedOrtRuntime(bundle, "50%")) == steps(OrtRuntime(bundle))
-    weights = compare_weights(Bundle.open(tmp_path / "delta:auto"))
+    weights = compare_weights(Bundle.open(tmp_path / "delta:auto=2.5"))
     assert weights is not None
     assert weights.wrong == ()
 
@@ -460,13 +460,16 @@ def test_experts_that_calibration_missed_take_what_the_budget_holds(
     up_cycled: Checkpoint, tmp_path: Path
 ) -> None:
     missed = observed(up_cycled, data_free=[(0, 1)])
-    for budget, form in (("2.5", "2 bits"), ("5", "4 bits")):
-        folder = tmp_path / budget
-        export(up_cycled.folder, folder, "int8", f"delta:auto={budget}", missed)
+    for budget, form in (("=2.5", "2 bits"), ("=5", "4 bits"), ("", "4 bits")):
+        folder = tmp_path / f"budget{budget}"
+        export(up_cycled.folder, folder, "int8", f"delta:auto{budget}", missed)
         stored = Bundle.open(folder).manifest["quantisation"]["deltas"]
         own = {form for name, form in stored.items() if "layers.0.ffn.experts.1." in name}
         assert own == {f"{form} in groups of 32"}
         assert np.isfinite(logits(folder)[0]).all()
+        # no other gets fewer bits for the sake of some, unless a low rank keeps more
+        fewest = min(int(form.split()[0]) for form in stored.values() if "bits" in form)
+        assert fewest == int(form.split()[0])
 
 
 def test_a_form_is_not_chosen_without_calibration_or_room(
