@@ -39,7 +39,6 @@ def calibrate(
     samples: int = 128,
     hessians: bool = True,
     strict: bool = False,
-    vision_tower: Path | None = None,
     work: Path | None = None,
     pictures: Pictures | None = None,
     force: bool = False,
@@ -56,7 +55,7 @@ def calibrate(
     checkpoint, and `ResourceError` where the disk does not take it.
     """
     refuse_existing(out, force=force)
-    source = as_checkpoint(checkpoint, vision_tower=vision_tower)
+    source = as_checkpoint(checkpoint)
     work = work or out.with_name(f".{out.name}.work")
     run = _Run(source, data, work, hessians, pictures or Pictures(data.load), progress)
     try:

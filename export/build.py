@@ -93,7 +93,6 @@ def export_bundle(
     options: BuildOptions = INT8_BUNDLE,
     *,
     statistics: Statistics | None = None,
-    vision_tower: Path | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Path:
@@ -104,7 +103,6 @@ def export_bundle(
         out: The bundle.
         options: How weights are stored.
         statistics: Of this very checkpoint; they calibrate.
-        vision_tower: A separate CLIP folder.
         force: Replace an older bundle.
         progress: Called with `(step, done, total)`.
 
@@ -116,7 +114,7 @@ def export_bundle(
         InputError: For an `out` that may not be replaced, or statistics of another checkpoint.
         ResourceError: Where the disk does not take it.
     """
-    source = as_checkpoint(checkpoint, vision_tower=vision_tower)
+    source = as_checkpoint(checkpoint)
     check_exportable(source, options, calibrated=statistics is not None)
     with atomic_folder(out, force=force, marker=MANIFEST) as staging:
         write_bundle(source, staging, options, statistics=statistics, progress=progress)

@@ -14,12 +14,10 @@ What an engine build takes of this machine's memory: asked before, measured afte
 Linux tells both (man 5 proc); elsewhere nothing is known, and None is said.
 """
 
-import contextlib
 import importlib
 import logging
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from medmoe_edge.bundle.bundle import Target
@@ -194,7 +192,6 @@ TIMES_THE_WEIGHTS = 3
 FIXED = 400 * 2**20
 MOST_ENGINES = 2  # that a decoder is built in, one after the other
 MB = 10**6
-STATUS, CLEAR = "/proc/self/status", "/proc/self/clear_refs"
 
 
 def build_memory(weights: int) -> int:
@@ -210,22 +207,3 @@ def check_memory(weights: int, available: int | None) -> None:
             f"The build needs about {needed // MB} MB of memory, {available // MB} MB are free.",
             "Close other programs, or build on a machine with more memory.",
         )
-
-
-def reset_peak() -> None:
-    """Let `peak_memory` count from now; where that is forbidden, it counts from the beginning."""
-    with contextlib.suppress(OSError):
-        Path(CLEAR).write_text("5")
-
-
-def peak_memory() -> int | None:
-    """The most bytes of memory that this process held at a time, mapped files included."""
-    return _field(STATUS, "VmHWM")
-
-
-def _field(file: str, name: str) -> int | None:
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB$", Path(file).read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None

@@ -33,7 +33,12 @@ import platformdirs
 
 from medmoe_edge._types import Progress
 from medmoe_edge.atomic import atomic_file, file_sha256, writing
-from medmoe_edge.bundle.machine import available_memory, return_free_memory
+from medmoe_edge.bundle.machine import (
+    available_memory,
+    peak_memory,
+    reset_peak,
+    return_free_memory,
+)
 from medmoe_edge.errors import ConfigError, MissingDependencyError, ModelError, ResourceError
 from medmoe_edge.export.gpus import (
     MB,
@@ -44,9 +49,7 @@ from medmoe_edge.export.gpus import (
     library_version,
     load_library,
     make_logger,
-    peak_memory,
     reason,
-    reset_peak,
 )
 
 KEPT = 16  # engines; those used least recently go first

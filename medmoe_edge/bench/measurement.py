@@ -1,24 +1,22 @@
 """Repeated measurements, their medians and quartiles, and readings of this process and machine."""
 
-import contextlib
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self, TypeVar
 
 import numpy as np
 import psutil
 
+from medmoe_edge.bundle.machine import peak_memory
+
 Result = TypeVar("Result")
 SLOT = 0.2  # seconds at least of a turn
 REST = 0.03  # seconds before a turn: the threads of the last one spin a while, in its way
 STREAMED = 256 * 2**20  # bytes: several times the caches of a workstation
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LINUX = sys.platform == "linux"
 
 
@@ -134,25 +132,8 @@ class Stream:
 
 
 def memory() -> dict[str, int | None]:
-    """Bytes of this process `resident` now, and at their `peak` since `reset_peak`."""
-    return {"resident": psutil.Process().memory_info().rss, "peak": peak()}
-
-
-def peak() -> int | None:
-    """The most bytes resident since `reset_peak`, or ever; None off Linux.
-
-    Not `ru_maxrss`, which a process inherits from the one that started it; psutil has none.
-    """
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^VmHWM:\s*(\d+) kB$", STATUS.read_text(), re.MULTILINE):
-            return 1024 * int(found[1])
-    return None
-
-
-def reset_peak() -> None:
-    """Let the peak begin anew, where the system can: proc(5), /proc/pid/clear_refs."""
-    with contextlib.suppress(OSError):
-        CLEAR.write_text("5")
+    """Bytes of this process `resident` now, and at their `peak` since it was last reset."""
+    return {"resident": psutil.Process().memory_info().rss, "peak": peak_memory()}
 
 
 def storage() -> dict[str, int | None]:

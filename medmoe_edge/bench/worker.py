@@ -25,6 +25,7 @@ from medmoe_edge.bench.backends import BundleBackend, Kind, open_backend
 from medmoe_edge.bench.measurement import Measured, Shape, Spread, seconds, turn
 from medmoe_edge.bench.routing import Asking, Session
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.bundle.machine import peak_memory, reset_peak
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import MedMoEError, ResourceError
 
@@ -216,7 +217,7 @@ class Requests:
 
     def prefill(self, tokens: int) -> list[float]:
         """Seconds of prefills of so many tokens; only of bundles."""
-        measurement.reset_peak()
+        reset_peak()
         return turn(lambda: self._bundle().prefill(tokens))
 
     def ask(self, questions: int) -> list[float]:
@@ -274,8 +275,8 @@ class Requests:
 
 def _opened(make: Callable[[], None]) -> dict[str, Any]:
     """Seconds and the peak of loading; the peak of what follows begins anew."""
-    told = {"load": seconds(make), "peak": measurement.peak()}
-    measurement.reset_peak()
+    told = {"load": seconds(make), "peak": peak_memory()}
+    reset_peak()
     return told
 
 

@@ -16,6 +16,7 @@ from medmoe_edge.errors import ResourceError
 
 CPU_INFO = Path("/proc/cpuinfo")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, version 2
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SYSTEM, MEMORY_INFO, MEMBERSHIP = Path("/"), "proc/meminfo", "proc/self/cgroup"
 M_ARENA_MAX = -8  # malloc.h
 Arithmetic = Literal["exact", "saturating"]
@@ -189,6 +190,21 @@ def available_memory(system: Path = SYSTEM) -> int | None:
     if kernel is None:
         return None
     return int(max(min(int(kernel[1]) * 1024, *_left_by_groups(system)), 0))
+
+
+def peak_memory() -> int | None:
+    """The most bytes resident since `reset_peak`, or ever, mapped files included; None off Linux.
+
+    Not `ru_maxrss`, which a process inherits from the one that started it; psutil has none.
+    """
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", _text(STATUS), re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
+
+
+def reset_peak() -> None:
+    """Let the peak begin anew, where the system can: proc(5), /proc/pid/clear_refs."""
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
 
 
 def return_free_memory() -> None:

@@ -226,16 +226,9 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
     )
 
 
-def as_checkpoint(checkpoint: Path | Checkpoint, *, vision_tower: Path | None = None) -> Checkpoint:
-    """Open a checkpoint, unless it is: so it is read and hashed once for all steps that need it.
-
-    Args:
-        checkpoint: Open, or a folder.
-        vision_tower: As of `read_checkpoint`, as are the errors.
-    """
-    if isinstance(checkpoint, Checkpoint):
-        return checkpoint
-    return read_checkpoint(checkpoint, vision_tower=vision_tower)
+def as_checkpoint(checkpoint: Path | Checkpoint) -> Checkpoint:
+    """Open a folder as `read_checkpoint` does; what is open already serves all steps as it is."""
+    return checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
 
 
 def cut_checkpoint(

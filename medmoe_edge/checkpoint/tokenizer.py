@@ -219,7 +219,7 @@ def _from_ranks(path: Path, form: Ranks) -> Backend:
         raise CheckpointError(
             f"{path.name} holds {len(ranks):,} ranks, not {form.ranks:,}: it is {state}.", _COPY
         )
-    letters = _byte_letters()
+    letters = byte_letters()
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
     for token, rank in ranks.items():
@@ -281,13 +281,15 @@ def _merged(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]
     return parts
 
 
-def _byte_letters() -> list[str]:
-    """The printable character that stands for each byte in GPT-2's byte-level vocabularies."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = (byte for byte in range(256) if byte not in shown)
-    letters = {byte: chr(byte) for byte in shown}
-    letters |= {byte: chr(256 + index) for index, byte in enumerate(hidden)}
-    return [letters[byte] for byte in range(256)]
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level vocabularies.
+
+    Source: GPT-2's encoder.py (Radford et al., 2019): printable Latin-1 stands for itself, the
+    rest are the code points from 256 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(shifted)) for byte in range(256)]
 
 
 def _from_merges(folder: Path, config: Mapping[str, Any], special: Mapping[str, Any]) -> Backend:
@@ -377,7 +379,7 @@ def _check_complete(
             f"of {MERGES_FILE}: it is truncated or of another model.",
             _COPY,
         )
-    missing = [letter for letter in _byte_letters() if letter not in vocabulary]
+    missing = [letter for letter in byte_letters() if letter not in vocabulary]
     if missing:
         raise CheckpointError(
             f"{VOCABULARY_FILE} has no token for {len(missing)} of the 256 bytes.", _COPY

@@ -9,7 +9,8 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -63,6 +64,14 @@ class Example:
     answer_as_written: str | None = None
     listed_id: str | None = None
     patient: str | None = None
+
+
+def by_image(examples: Iterable[Example]) -> dict[Path, list[Example]]:
+    """The questions about each image, both in order of first appearance."""
+    groups: dict[Path, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[example.image].append(example)
+    return dict(groups)
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,18 @@ are devices of their own.
 
 import contextlib
 import ctypes
-import dataclasses
 import importlib
 import importlib.metadata
 import json
 import platform
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from medmoe_edge.bundle.machine import cpu_features_here, cpu_name, memory_here
-from medmoe_edge.config import unknown_key
+from medmoe_edge.config import Config
 from medmoe_edge.errors import (
     ConfigError,
     DataError,
@@ -40,7 +39,7 @@ FILES = (".toml", ".json")  # of people's own devices
 
 
 @dataclass(frozen=True)
-class Reached:
+class Reached(Config):
     """What programs reach of a device's ratings.
 
     Shares of the `bandwidth`, and of the compute in products of `integers` (of a GPU, which turns
@@ -54,6 +53,18 @@ class Reached:
     floats: float
     layer: float
     prefill_layer: float = 0.0
+
+    def __post_init__(self) -> None:
+        shares, seconds = ("bandwidth", "integers", "floats"), ("layer", "prefill_layer")
+        _check_limits(self, dict.fromkeys(shares, (1e-3, 2)) | dict.fromkeys(seconds, (0, 2)))
+
+
+def _check_limits(config: Config, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raise `ConfigError` for a number that makes no sense."""
+    for name, (least, most) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"{name} is {value}.", f"It must be a number from {least} to {most}.")
 
 
 REACHED: Mapping[Kind, Reached] = {
@@ -161,16 +172,32 @@ def find_device(name: str) -> Device:
     return DEVICES[name]
 
 
-# What a file says of a device: keys, and the least and most that make sense.
-_NUMBERS = {
+_LIMITS = {  # of a device: the least and most that make sense
     "memory_gb": (0.1, 10_000),
     "bandwidth_gb_s": (0.1, 100_000),
     "int8_tops": (1e-3, 1e6),
     "fp16_tops": (1e-3, 1e6),
     "reserved_gb": (0, 1000),
 }
-_REQUIRED = ("kind", "memory_gb", "bandwidth_gb_s", "int8_tops", "fp16_tops")
-_TEXTS = ("name", "title", "kind", "source")
+
+
+@dataclass(frozen=True)
+class DeviceFile(Config):
+    """What a file says of a device, see `read_device`."""
+
+    kind: Kind
+    memory_gb: float
+    bandwidth_gb_s: float
+    int8_tops: float
+    fp16_tops: float
+    reserved_gb: float | None = None
+    name: str | None = None
+    title: str | None = None
+    source: str | None = None
+    reached: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_limits(self, _LIMITS)
 
 
 def read_device(file: Path) -> Device:
@@ -187,35 +214,26 @@ def read_device(file: Path) -> Device:
 
     Raises `DataError`, which names the key.
     """
-    where = str(file)
-    data = _parsed(file)
     try:
-        for key in data:
-            if key not in (*_NUMBERS, *_TEXTS, "reached"):
-                raise unknown_key(key, (*_NUMBERS, *_TEXTS, "reached"), where)
-        numbers = {key: _number(data, key, *bounds, where) for key, bounds in _NUMBERS.items()}
-        kind: Kind | None = next((k for k in get_args(Kind) if k == data.get("kind")), None)
-        if kind is None:
-            raise ConfigError(
-                f"{where} has kind = {data.get('kind')!r}.", "Use gpu, jetson or cpu."
-            )
-        reached = _read_reached(data.get("reached"), REACHED[kind], where)
+        found = DeviceFile.from_json(_parsed(file), "device")
+        usual = REACHED[found.kind]
+        reached = Reached.from_json({**asdict(usual), **found.reached}, "reached")
     except ConfigError as error:
-        raise DataError(error.what, error.remedy) from error
-    name = str(data.get("name", file.stem))
+        raise DataError(f"{file}: {error.what}", error.remedy) from error
+    name = found.name or file.stem
     ratings = Ratings(
-        numbers["bandwidth_gb_s"] * GB,
-        numbers["int8_tops"] * TERA,
-        numbers["fp16_tops"] * TERA,
-        str(data.get("source", where)),
-        reached,
+        found.bandwidth_gb_s * GB,
+        found.int8_tops * TERA,
+        found.fp16_tops * TERA,
+        found.source or str(file),
+        reached if found.reached else None,
     )
-    memory = round(numbers["memory_gb"] * GB)
-    reserved = round(numbers["reserved_gb"] * GB) if "reserved_gb" in data else None
-    return Device(name, str(data.get("title", name)), kind, memory, ratings, reserved)
+    reserved = None if found.reserved_gb is None else round(found.reserved_gb * GB)
+    memory = round(found.memory_gb * GB)
+    return Device(name, found.title or name, found.kind, memory, ratings, reserved)
 
 
-def _parsed(file: Path) -> dict[str, Any]:
+def _parsed(file: Path) -> Any:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -224,36 +242,7 @@ def _parsed(file: Path) -> dict[str, Any]:
         data = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is no valid {file.suffix[1:].upper()}.", str(error)) from error
-    if not isinstance(data, dict):
-        raise DataError(f"{file} holds no table.", "Write one key a line: memory_gb = 16")
     return data
-
-
-def _number(data: Mapping[str, Any], key: str, least: float, most: float, where: str) -> float:
-    value = data.get(key, 0 if key not in _REQUIRED else None)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is None:
-        raise ConfigError(f"{where} has no {key}.", f"It needs: {', '.join(_REQUIRED)}.")
-    if not number or (key in data and not least <= value <= most):
-        raise ConfigError(
-            f"{where} has {key} = {value!r}.", f"It must be a number from {least} to {most}."
-        )
-    return float(value)
-
-
-def _read_reached(data: Any, usual: Reached, where: str) -> Reached | None:
-    if data is None:
-        return None
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where} has reached = {data!r}.", "Write a table: [reached]")
-    names = [field.name for field in dataclasses.fields(Reached)]
-    for key in data:
-        if key not in names:
-            raise unknown_key(key, names, f"{where} [reached]")
-    found = {key: _number(data, key, 0, 2, f"{where} [reached]") for key in data}
-    if min(found.get("bandwidth", 1), found.get("integers", 1), found.get("floats", 1)) <= 0:
-        raise ConfigError(f"{where} [reached] has a share of 0.", "Shares are above 0, to 1.")
-    return dataclasses.replace(usual, **found)
 
 
 def _nvidia(

@@ -19,18 +19,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from medmoe_edge._types import Counting, no_counting
-from medmoe_edge.atomic import atomic_file
+from medmoe_edge.atomic import atomic_file, writing
 from medmoe_edge.config import Reliability, Unsure
 from medmoe_edge.data.datasets import (
     AnswerType,
     Example,
     LabelledImage,
     Record,
+    by_image,
     parse_json,
     read_examples,
     read_text,
 )
-from medmoe_edge.errors import DataError, InputError, ResourceError
+from medmoe_edge.errors import DataError, InputError
 from medmoe_edge.evaluation.metrics import (
     bootstrap_interval,
     closed_correct,
@@ -298,13 +299,8 @@ def evaluate_labels(
 def save_predictions(predictions: Iterable[Prediction], file: Path) -> None:
     """Write one JSON object a line; an existing file is replaced only when all is written."""
     lines = (json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in predictions)
-    try:
-        with atomic_file(file) as stream:
-            stream.writelines(line.encode() for line in lines)
-    except OSError as error:
-        raise ResourceError(
-            f"{file} cannot be written ({error.strerror}).", "Check its folder and the free space."
-        ) from error
+    with writing(file), atomic_file(file) as stream:
+        stream.writelines(line.encode() for line in lines)
 
 
 _Pairs = list[tuple[Example, Prediction]]
@@ -313,15 +309,13 @@ _Pairs = list[tuple[Example, Prediction]]
 def _ask(
     engine: Engine, examples: Sequence[Example], max_new_tokens: int, progress: Counting
 ) -> dict[str, Answer]:
-    by_image: dict[Path, list[Example]] = defaultdict(list)
-    for example in examples:
-        by_image[example.image].append(example)
     answers: dict[str, Answer] = {}
-    for done, (image, group) in enumerate(by_image.items(), start=1):
+    groups = by_image(examples)
+    for done, (image, group) in enumerate(groups.items(), start=1):
         questions = [example.question for example in group]
         replies = engine.ask_all(image, questions, max_new_tokens=max_new_tokens)
         answers |= {example.id: reply for example, reply in zip(group, replies, strict=True)}
-        progress(done, len(by_image))
+        progress(done, len(groups))
     return answers
 
 
@@ -453,7 +447,8 @@ def score_predictions(
     """
     examples = read_examples(references, first_turn=True)
     given = read_predictions(predictions)
-    listed = _listed_ids(examples)
+    # a repeated id as the references have it, without the `-2` that reading added
+    listed = [example.listed_id or example.id for example in examples]
     names = [answer.id for answer in given]
     _check_same(Counter(listed), Counter(names), predictions, references)
     if names != listed:
@@ -496,11 +491,6 @@ def _answer(record: Record) -> GivenAnswer:
         record.optional("modality_found"),
         complete,
     )
-
-
-def _listed_ids(examples: Sequence[Example]) -> list[str]:
-    """The ids as the references have them: a repeated one without the `-2` that reading added."""
-    return [example.listed_id or example.id for example in examples]
 
 
 def _check_same(

@@ -8,7 +8,7 @@ position can be compared, and then left to give its own.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from medmoe_edge._types import Counting, Floats, no_counting
 from medmoe_edge.config import ModelConfig, MoEConfig
-from medmoe_edge.data.datasets import Example
+from medmoe_edge.data.datasets import Example, by_image
 from medmoe_edge.errors import DataError, InputError, ModelError
 from medmoe_edge.evaluation.metrics import (
     Accuracy,
@@ -269,6 +269,13 @@ class Recording:
     load: Callable[[Path], Image] = load_image
     whole: "Recording | None" = None
 
+    def about(self, examples: Sequence[Example]) -> "Recording":
+        """The part of it that is about some of its questions."""
+        groups = by_image(examples)
+        images = {image: self.images[image] for image in groups}
+        questions = {example.id: self.questions[example.id] for example in examples}
+        return replace(self, examples=groups, images=images, questions=questions, whole=None)
+
 
 def record(
     reference: Runtime,
@@ -301,10 +308,10 @@ def record(
     if len({example.id for example in examples}) < len(examples):
         raise DataError("Two questions share an id.", "Give every question an id of its own.")
     reader = Reader(reference, tokenizer, max_new_tokens)
-    by_image = _by_image(examples)
+    groups = by_image(examples)
     images: dict[Path, RecordedImage] = {}
     questions: dict[str, RecordedQuestion] = {}
-    for done, (image, group) in enumerate(by_image.items(), start=1):
+    for done, (image, group) in enumerate(groups.items(), start=1):
         ids = [tokenizer.question_ids(example.question) for example in group]
         features = tokens(image) if tokens else None
         view = reader.view(reader.see(load(image)) if features is None else features, ids)
@@ -320,8 +327,8 @@ def record(
                 "The reference model's output is not finite.",
                 "Its training diverged: use an earlier checkpoint.",
             )
-        progress(done, len(by_image))
-    return Recording(reference.config, tokenizer, max_new_tokens, by_image, images, questions, load)
+        progress(done, len(groups))
+    return Recording(reference.config, tokenizer, max_new_tokens, groups, images, questions, load)
 
 
 def compare(
@@ -367,8 +374,8 @@ def compare(
         questions=len(said),
         images=len(seen),
         overall=_answers(said),
-        by_modality=_grouped(said, _modality, _answers),
-        by_answer_type=_grouped(said, _answer_type, _answers),
+        by_modality=_grouped(said, "modality", _answers),
+        by_answer_type=_grouped(said, "answer_type", _answers),
         routing=routing(routes, recording.config.moe_layers) if moe else None,
         vision=_vision(seen),
         finite=reader.finite,
@@ -390,13 +397,6 @@ def likeliest(
     np.put_along_axis(others, tokens, -np.inf, -1)
     rest = np.log(np.maximum(np.exp(others).sum(-1, keepdims=True), LEAST))
     return np.concatenate((np.take_along_axis(whole, tokens, -1), rest), -1)
-
-
-def _by_image(examples: Iterable[Example]) -> dict[Path, list[Example]]:
-    groups: dict[Path, list[Example]] = defaultdict(list)
-    for example in examples:
-        groups[example.image].append(example)
-    return dict(groups)
 
 
 class _Seen(NamedTuple):
@@ -446,20 +446,12 @@ def _said(example: Example, expected: RecordedQuestion, reply: Reply, reader: Re
     )
 
 
-def _modality(example: Example) -> str:
-    return example.modality or UNKNOWN
-
-
-def _answer_type(example: Example) -> str:
-    return example.answer_type
-
-
 def _grouped(
-    said: list[_Said], key: Callable[[Example], str], figures: Callable[[list[_Said]], T]
+    said: list[_Said], attribute: str, figures: Callable[[list[_Said]], T]
 ) -> dict[str, T]:
     groups: dict[str, list[_Said]] = defaultdict(list)
     for part in said:
-        groups[key(part.example)].append(part)
+        groups[getattr(part.example, attribute) or UNKNOWN].append(part)
     return {name: figures(group) for name, group in sorted(groups.items())}
 
 
@@ -470,8 +462,8 @@ def _reduction(whole: Recording | None, said: list[_Said]) -> Reduction | None:
         image_tokens=whole.config.vision.image_tokens,
         answers=_answers(said),
         flips=_flips(said),
-        by_modality=_grouped(said, _modality, _flips),
-        by_answer_type=_grouped(said, _answer_type, _flips),
+        by_modality=_grouped(said, "modality", _flips),
+        by_answer_type=_grouped(said, "answer_type", _flips),
     )
 
 

@@ -336,4 +336,4 @@ class Fidelity(Config):
     routing: Routing | None
     vision: Vision
     finite: bool
-    reduction: Reduction | None = later(None)  # noqa: RUF009  # it makes a field
+    reduction: Reduction | None = later(None)

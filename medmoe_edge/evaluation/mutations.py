@@ -196,7 +196,7 @@ def mutations_of(
 
 
 def measure_mutations(
-    bundle: Bundle,
+    whole: OrtRuntime,
     examples: Sequence[Example],
     load: Callable[[Path], Image],
     kl_limit: float,
@@ -205,21 +205,19 @@ def measure_mutations(
     """What each mutation changes in the answers to a few of the questions; None without experts.
 
     Args:
-        bundle: A portable bundle; it is not changed, the damaged weights are in memory alone.
+        whole: Runs a portable bundle; it is not changed, the damaged weights are in memory alone.
         examples: Questions to draw from, of all modalities in turn.
         load: Reads their images.
         kl_limit: The mean KL at which the gate of `verify --quick` fails.
         progress: Called with the models asked and all of them.
     """
-    moe = bundle.config.moe
+    bundle, moe = whole.bundle, whole.config.moe
     if moe is None or moe.merged:
         return None
     weights = dict(stored_weights(bundle.path(DECODER)))
-    whole = OrtRuntime(bundle)
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
-    chosen = few(examples)
+    expected = record(whole, tokenizer, few(examples), load=cache(load))
     seen = cache(lambda pixels: whole.encode_image(_pixels(pixels, bundle.config)))
-    expected = record(_Damaged(bundle, {}, seen), tokenizer, chosen, load=cache(load))
     found = list(mutations_of(weights, _tokens(expected), moe))
     effects = []
     for done, mutation in enumerate(found):
@@ -258,9 +256,6 @@ class _Damaged(OrtRuntime):
     def encode_image(self, pixels: Floats) -> Floats:
         """Of each image once, for all models."""
         return self._seen(pixels.tobytes())
-
-    def _graphs(self) -> Any:
-        return {DECODER: super()._graphs()[DECODER]}
 
 
 def _pixels(content: bytes, config: ModelConfig) -> Floats:

@@ -1,9 +1,7 @@
 """A verification as one HTML page that needs nothing else: for people, to read and to file."""
 
-import contextlib
 import importlib.resources
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from medmoe_edge.atomic import atomic_file, writing
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config import Confidence
-from medmoe_edge.errors import ResourceError, needs
+from medmoe_edge.errors import needs
 from medmoe_edge.evaluation.gates import wilson
 from medmoe_edge.evaluation.metrics import Fidelity, Routing
 from medmoe_edge.evaluation.record import AnswersRecord, ContrastiveRecord
@@ -223,17 +222,8 @@ def write_report(verification: Verification, path: Path) -> None:
     Raises `ResourceError` where the disk does not take it.
     """
     page = render_report(verification)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise ResourceError(
-            f"{path} cannot be written ({error.strerror}).", "Check its folder and the free space."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    with writing(path), atomic_file(path) as file:
+        file.write(page.encode())
 
 
 def render_report(verification: Verification) -> str:

@@ -61,24 +61,23 @@ FIRST_CHANNEL = 100  # times the largest value of a prompt, where a norm has no 
 FORCE = np.float32(1e4)  # of logits: the softmax is 1 for the forced expert, and 0 for all others
 
 
-def sweep_experts(bundle: Bundle) -> list[str]:
-    """Parts of the bundle whose output is not finite on random input; empty where all is well.
+def sweep_experts(runtime: OrtRuntime) -> list[str]:
+    """Parts of its bundle whose output is not finite on random input; empty where all is well.
 
     Experts are named as in the manifest, with what they serve where that is known; a fault that
     every expert shows is not theirs. Where an expert has several, the first layer is told: what
     follows it cannot be seen.
     """
-    generator = np.random.default_rng(0)
-    runtime = OrtRuntime(bundle)
+    bundle, generator = runtime.bundle, np.random.default_rng(0)
     side = bundle.config.vision.image_size
     picture = generator.standard_normal((1, 3, side, side), np.float32)
     faults = [] if np.isfinite(runtime.encode_image(picture)).all() else ["vision"]
     prompt = _random_prompt(runtime, generator)
-    logits = _run(bundle, prompt, {}).logits  # the routers as they are
+    logits = _run(runtime, prompt).logits  # the routers as they are
     experts = range(bundle.config.moe.num_experts if bundle.config.moe else 0)
     faulty = {}
     for expert in experts:
-        step = _run(bundle, prompt, _routers_to(bundle.config, expert))
+        step = _run(OrtRuntime(bundle, _routers_to(bundle.config, expert)), prompt)
         layer = _first_fault(step, _row(bundle.config, expert))
         if layer is not None:
             faulty[expert] = layer
@@ -98,8 +97,7 @@ def _random_prompt(runtime: OrtRuntime, generator: np.random.Generator) -> Float
     return prompt
 
 
-def _run(bundle: Bundle, prompt: Floats, replaced: Mapping[str, Floats]) -> Step:
-    runtime = OrtRuntime(bundle, replaced)  # one decoder in memory at a time
+def _run(runtime: OrtRuntime, prompt: Floats) -> Step:
     return runtime.step(prompt, runtime.new_cache(len(prompt)))
 
 
@@ -292,7 +290,6 @@ def verify(
     data: Data | None = None,
     *,
     beside: Mapping[str, Callable[[], Runtime]] | None = None,
-    vision_tower: Path | None = None,
     record: bool | None = None,
     inputs: Sequence[Example] = (),
     progress: Progress = no_progress,
@@ -304,7 +301,6 @@ def verify(
         checkpoint: What it was made from.
         data: What both are asked.
         beside: Makes other runtimes to measure, one after the other.
-        vision_tower: The vision tower, if the checkpoint holds none.
         record: Whether what was measured is kept in the manifest, also where a gate fails; None:
             where the bundle is the user's own (`keep_record`).
         inputs: Questions whose answers the bundle carries from then on, where the record is written
@@ -327,54 +323,60 @@ def verify(
             "Verify the portable bundle that it was made from, whose weights they hold.",
         )
     if checkpoint is None or data is None:
-        weights = compare_weights(bundle)
-        faults = _faults(bundle, progress)
+        weights, faults = compare_weights(bundle), _unsound_weights(bundle, progress)
+        if not any(name.endswith(".scale") for name in faults):  # no runtime would load it
+            faults += _unsound_experts(OrtRuntime(bundle), progress)
         return Verification(bundle, faults, read_record(bundle), weights=weights)
     gates, data_sha256 = bundle.gates, data.sha256()
-    with_inputs = bool(inputs) and record is not False
-    asked = [data, Data("inputs", inputs)] if with_inputs else [data]
-    reference, *of_inputs = _reference(bundle, checkpoint, asked, vision_tower, progress)
-    weights, faults = compare_weights(bundle), _faults(bundle, progress)
+    carried = inputs if record is not False else ()
+    known = set(carried) <= set(data.examples)
+    asked = [data] if known else [data, Data("inputs", carried)]
+    reference, *of_inputs = _reference(bundle, checkpoint, asked, progress)
+    if carried and known:  # nothing is asked twice
+        of_inputs = [reference.about(carried)]
+    weights, faults = compare_weights(bundle), _unsound_weights(bundle, progress)
     runtime = OrtRuntime(bundle)
+    faults += _unsound_experts(runtime, progress)
     fidelity = compare(reference, runtime, progress=partial(progress, "the bundle"))
     packed = _packed(bundle, of_inputs[0], runtime) if of_inputs else None
+    results = [*judge_weights(weights), *judge(fidelity, gates, faults)]
+    mutations = _mutations(runtime, data, results, fidelity, progress)
     del runtime
     others = {
-        name: compare(reference, runtime(), progress=partial(progress, name))
-        for name, runtime in (beside or {}).items()
+        name: compare(reference, made(), progress=partial(progress, name))
+        for name, made in (beside or {}).items()
     }
-    results = [*judge_weights(weights), *judge(fidelity, gates, faults)]
-    mutations = _mutations(bundle, data, results, fidelity, progress)
     source = Source(data.name, data_sha256)
-    made = new_record(bundle, source, results, faults, fidelity, mutations)
-    bundle, recorded = keep_record(bundle, made, record, packed)
-    return Verification(bundle, faults, made, others, recorded, weights)
+    found = new_record(bundle, source, results, faults, fidelity, mutations)
+    bundle, recorded = keep_record(bundle, found, record, packed)
+    return Verification(bundle, faults, found, others, recorded, weights)
 
 
 def _mutations(
-    bundle: Bundle,
+    runtime: OrtRuntime,
     data: Data,
     results: Sequence[GateResult],
     fidelity: Fidelity,
     progress: Progress,
 ) -> Mutations | None:
     """What damage its answers would tell: measured once, and not of a bundle that fails anyway."""
-    known = read_mutations(bundle)
+    known = read_mutations(runtime.bundle)
     if known is not None or outcome_of(results) == "failed":
         return known
     limit = max(KL_ROOM * fidelity.overall.kl.mean, KL_LEAST)
     told = partial(progress, "damaged models")
-    return measure_mutations(bundle, data.examples, data.load, limit, told)
+    return measure_mutations(runtime, data.examples, data.load, limit, told)
 
 
-def _faults(bundle: Bundle, progress: Progress) -> list[str]:
-    """Weights first: an engine that rounds activations may turn a NaN into some number."""
+def _unsound_weights(bundle: Bundle, progress: Progress) -> list[str]:
+    """Asked first: an engine that rounds activations may turn a NaN into some number."""
     progress("weights", 0, 1)
-    weights = sweep_weights(bundle)
-    if any(name.endswith(".scale") for name in weights):
-        return weights  # no runtime would load it
+    return sweep_weights(bundle)
+
+
+def _unsound_experts(runtime: OrtRuntime, progress: Progress) -> list[str]:
     progress("experts", 0, 1)
-    return weights + sweep_experts(bundle)
+    return sweep_experts(runtime)
 
 
 def _packed(bundle: Bundle, recording: Recording, runtime: Runtime) -> Recorded:
@@ -390,7 +392,6 @@ def _reference(
     bundle: Bundle,
     folder: "Path | Checkpoint",
     asked: Sequence[Data],
-    vision_tower: Path | None,
     progress: Progress,
 ) -> list[Recording]:
     """What the checkpoint says to each set, with the experts and image tokens that the bundle has.
@@ -401,7 +402,7 @@ def _reference(
     with needs("export"):
         from medmoe_edge.checkpoint.reader import as_checkpoint, cut_like, with_all_tokens
         from medmoe_edge.runtimes.torch.eager import EagerRuntime
-    checkpoint = cut_like(as_checkpoint(folder, vision_tower=vision_tower), bundle.config)
+    checkpoint = cut_like(as_checkpoint(folder), bundle.config)
     source = bundle.manifest["source"]
     if not isinstance(source, Mapping) or source.get("checkpoint_sha256") != checkpoint.sha256():
         raise ModelError(

@@ -89,6 +89,13 @@ def recorded_inputs(folder: Path) -> list[Example]:
     return list(as_examples(_public(), folder))
 
 
+def as_asked(inputs: Iterable[Example], asked: Iterable[Example]) -> list[Example]:
+    """Inputs as they are `asked` of the same data, where they are: under the same image's path."""
+    nowhere = Path()
+    known = {dataclasses.replace(example, image=nowhere): example for example in asked}
+    return [known.get(dataclasses.replace(one, image=nowhere), one) for one in inputs]
+
+
 def recorded_pictures() -> list[Callable[[], Image]]:
     """The pictures of those questions, each loaded when it is called."""
     return [sample.load for sample in {sample.picture: sample for sample in _public()}.values()]
@@ -275,13 +282,12 @@ def _export_verified(
         with staged as staging:
             with collector_paused():
                 write_bundle(source, staging, build, statistics=statistics, progress=progress)
+            proof = proof_data(data, statistics, work, pictures)
+            inputs = recorded_inputs(work / "recorded")
+            if calibrate_on == BUILTIN:  # the same questions about the same pictures
+                inputs = as_asked(inputs, proof.examples)
             found = verification.verify(
-                staging,
-                source,
-                proof_data(data, statistics, work, pictures),
-                record=True,
-                inputs=recorded_inputs(work / "recorded"),
-                progress=progress,
+                staging, source, proof, record=True, inputs=inputs, progress=progress
             )
             if error := found.error():
                 error.found = found

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medmoe_edge._version import __version__
-from medmoe_edge.atomic import atomic_file, atomic_folder
-from medmoe_edge.errors import InputError, ResourceError, shown_bytes
+from medmoe_edge.atomic import atomic_file, atomic_folder, writing
+from medmoe_edge.errors import InputError, shown_bytes
 from medmoe_edge.render.console import percent, show, show_table, wrote
 
 if TYPE_CHECKING:
@@ -232,13 +232,8 @@ def write_plot(bench: "Bench", file: Path) -> None:
             axes.set(xlabel="prompt, tokens", ylabel=unit, xlim=(0, None), ylim=(0, None))
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"{bench.model} ({bench.precision}) on {bench.machine}")
-        try:
-            with atomic_file(file) as part:
-                figure.savefig(part, format=file.suffix[1:].lower())
-        except OSError as error:
-            raise ResourceError(
-                f"{file} cannot be written ({error.strerror}).", "Check its folder and disk."
-            ) from error
+        with writing(file), atomic_file(file) as part:
+            figure.savefig(part, format=file.suffix[1:].lower())
 
 
 def _spread(spread: "Spread", count: int) -> tuple[str, str, str]:

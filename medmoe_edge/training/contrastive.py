@@ -11,7 +11,7 @@ import random
 import string
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -267,24 +267,17 @@ class ModalityRecipe(Config):
     are taught where it is; those on other images are not looked at.
     """
 
-    preset: str = field(metadata=about("the model's shape, by the name of a preset"))
-    seed: int = field(metadata=about("of the first weights and of all draws"))
-    schedule: Schedule = field(metadata=about("the one phase"))
-    precision: PrecisionChoice = field(
-        default="auto",
-        metadata=about("of the products: auto takes what this processor does fastest"),
+    preset: str = about("the model's shape, by the name of a preset")
+    seed: int = about("of the first weights and of all draws")
+    schedule: Schedule = about("the one phase")
+    precision: PrecisionChoice = about(
+        "of the products: auto takes what this processor does fastest", "auto"
     )
-    questions: str | None = field(
-        default=None, metadata=about("that give captions; left out, train.jsonl")
-    )
-    labels: str | None = field(default=None, metadata=about("of images; left out, labels.jsonl"))
-    boxes: str | None = field(
-        default=None, metadata=about("around what phrases name; left out, boxes.json")
-    )
-    shared_expert: bool = field(default=False, metadata=about("train the model without experts"))
-    hold_out: int = field(
-        default=20, metadata=about("each so many-th image is kept to fit scores on")
-    )
+    questions: str | None = about("that give captions; left out, train.jsonl", None)
+    labels: str | None = about("of images; left out, labels.jsonl", None)
+    boxes: str | None = about("around what phrases name; left out, boxes.json", None)
+    shared_expert: bool = about("train the model without experts", False)
+    hold_out: int = about("each so many-th image is kept to fit scores on", 20)
 
     def model_config(self) -> ModalityConfig:
         """What is trained; raises `DataError` for a preset that is no MedMoE."""

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import math
 import random
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.config_contrastive import SwinConfig
 from medmoe_edge.data.captions import NAMES
-from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, LabelledImage
+from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, LabelledImage, by_image
 from medmoe_edge.errors import ConfigError
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.models.med_moe import EfficientNetLite
@@ -182,9 +181,6 @@ class Conversation:
 
 def from_examples(examples: Iterable[Example]) -> list[Conversation]:
     """Group questions by image, in order of first appearance."""
-    grouped: dict[Path, list[Example]] = defaultdict(list)
-    for example in examples:
-        grouped[example.image].append(example)
     return [
         Conversation(
             image,
@@ -192,7 +188,7 @@ def from_examples(examples: Iterable[Example]) -> list[Conversation]:
             tuple((turn.question, tidy_answer(turn.answer)) for turn in turns),
             turns[0].source,
         )
-        for image, turns in grouped.items()
+        for image, turns in by_image(examples).items()
     ]
 
 

@@ -17,6 +17,7 @@ from medmoe_edge.atomic import check_target
 from medmoe_edge.checkpoint.contrastive import write_modality_checkpoint
 from medmoe_edge.checkpoint.keys import Shape, expected_parameters
 from medmoe_edge.checkpoint.reader import write_checkpoint
+from medmoe_edge.checkpoint.tokenizer import byte_letters
 from medmoe_edge.config import ModelConfig, Refusal
 from medmoe_edge.config_contrastive import ModalityConfig
 from medmoe_edge.contrastive.text import MARKS, word_pieces
@@ -76,7 +77,7 @@ def stand_in_tokenizer(end: int) -> Backend:
     Bytes that UTF-8 never uses are left out, so that it fits a vocabulary of 256. It says what it
     is by the token `STAND_IN`, which the engine warns of.
     """
-    alphabet = bytes_to_unicode()
+    alphabet = byte_letters()
     letters = [alphabet[byte] for byte in range(256) if byte not in NEVER_IN_UTF8]
     places = iter(number for number in range(256) if number != end)
     vocabulary = {token: next(places) for token in (STAND_IN, *letters)}
@@ -85,17 +86,6 @@ def stand_in_tokenizer(end: int) -> Backend:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END, STAND_IN])
     return backend
-
-
-def bytes_to_unicode() -> dict[int, str]:
-    """The letter that stands for each byte in byte-level vocabularies.
-
-    Source: GPT-2's encoder.py (Radford et al., 2019): printable Latin-1 stands for itself, the
-    rest are the code points from 256 on, in order.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    shifted = iter(range(256, 512))
-    return {byte: chr(byte if byte in printable else next(shifted)) for byte in range(256)}
 
 
 def random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:

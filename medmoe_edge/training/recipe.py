@@ -8,8 +8,8 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,12 @@ MIN_VOCABULARY = 257  # one token a byte, and the end of an answer
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 
 
-def about(text: str) -> dict[str, str]:
-    """The metadata of a field: what it is for."""
-    return {"about": text}
+def about(text: str, default: Any = dataclasses.MISSING, *, came_later: bool = False) -> Any:
+    """A field of a recipe, and what it is for; `came_later`: as of `config.later`."""
+    metadata = {"about": text}
+    if came_later:
+        return later(default, metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -34,42 +37,25 @@ class Schedule(Config):
     that Muon trains.
     """
 
-    epochs: int = field(metadata=about("how often all images are seen; 0 leaves the phase out"))
-    learning_rate: float = field(metadata=about("at its highest, after the warm-up"))
-    train: tuple[str, ...] = field(
-        metadata=about("patterns of the parameters that learn; all others are frozen")
+    epochs: int = about("how often all images are seen; 0 leaves the phase out")
+    learning_rate: float = about("at its highest, after the warm-up")
+    train: tuple[str, ...] = about("patterns of the parameters that learn; all others are frozen")
+    tower_rate: float = about("learning rate of the vision tower, as a multiple", 0.1)
+    matrix_rate: float = about("learning rate of matrices under Muon, as a multiple", 1.0)
+    batch_images: int = about("images in a step", 16)
+    accumulation: int = about("steps whose gradients are added up", 1)
+    warmup: float = about("share of the phase in which the learning rate rises", 0.05)
+    weight_decay: float = about("of matrices", 0.05)
+    dropout: float = about("share of each layer's output that is dropped", 0.0)
+    optimiser: Literal["muon", "adamw"] = about(
+        "of the matrices inside: muon from nothing, adamw for what was trained with it", "muon"
     )
-    tower_rate: float = field(
-        default=0.1, metadata=about("learning rate of the vision tower, as a multiple")
+    lora_rank: int = about(
+        "0, or the rank of LoRA adapters that learn in place of the decoder's matrices: they "
+        "take a fraction of the memory, and are merged when the phase ends",
+        0,
     )
-    matrix_rate: float = field(
-        default=1.0, metadata=about("learning rate of matrices under Muon, as a multiple")
-    )
-    batch_images: int = field(default=16, metadata=about("images in a step"))
-    accumulation: int = field(default=1, metadata=about("steps whose gradients are added up"))
-    warmup: float = field(
-        default=0.05, metadata=about("share of the phase in which the learning rate rises")
-    )
-    weight_decay: float = field(default=0.05, metadata=about("of matrices"))
-    dropout: float = field(
-        default=0.0, metadata=about("share of each layer's output that is dropped")
-    )
-    optimiser: Literal["muon", "adamw"] = field(
-        default="muon",
-        metadata=about(
-            "of the matrices inside: muon from nothing, adamw for what was trained with it"
-        ),
-    )
-    lora_rank: int = field(
-        default=0,
-        metadata=about(
-            "0, or the rank of LoRA adapters that learn in place of the decoder's matrices: they "
-            "take a fraction of the memory, and are merged when the phase ends"
-        ),
-    )
-    lora_alpha: float = field(
-        default=32.0, metadata=about("what the adapters are scaled by, over their rank")
-    )
+    lora_alpha: float = about("what the adapters are scaled by, over their rank", 32.0)
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or min(self.batch_images, self.accumulation, len(self.train)) < 1:
@@ -97,19 +83,16 @@ class PhaseConfig(Schedule):
     `labelled_share` is the part of the labelled images that each epoch draws beside the questions.
     """
 
-    label_smoothing: float = field(
-        default=0.0, metadata=about("share of the target spread over all tokens")
+    label_smoothing: float = about("share of the target spread over all tokens", 0.0)
+    router_weight: float = about("of the router's loss, where it is trained jointly", 0.0)
+    labelled_share: float = about(
+        "share of the labelled images that an epoch draws beside the questions", 1.0
     )
-    router_weight: float = field(
-        default=0.0, metadata=about("of the router's loss, where it is trained jointly")
-    )
-    labelled_share: float = field(
-        default=1.0,
-        metadata=about("share of the labelled images that an epoch draws beside the questions"),
-    )
-    max_turns: int = field(default=12, metadata=about("questions about one image in an epoch"))
-    asked_share: float = later(
-        1.0, about("share of the questions made of labels and findings that an epoch asks")
+    max_turns: int = about("questions about one image in an epoch", 12)
+    asked_share: float = about(
+        "share of the questions made of labels and findings that an epoch asks",
+        1.0,
+        came_later=True,
     )
 
     def __post_init__(self) -> None:
@@ -128,44 +111,28 @@ class PhaseConfig(Schedule):
 class DecoderShape(Config):
     """What of the preset's decoder is another."""
 
-    kind: Literal["phi", "stablelm"] | None = field(default=None, metadata=about("the family"))
-    hidden_size: int | None = field(default=None, metadata=about("channels"))
-    layers: int | None = field(
-        default=None, metadata=about("how many; every second one holds experts")
-    )
-    heads: int | None = field(default=None, metadata=about("of attention"))
-    intermediate_size: int | None = field(
-        default=None, metadata=about("of the feed-forward layers")
-    )
-    rotary_fraction: float | None = field(
-        default=None, metadata=about("of a head's channels that rotate")
-    )
-    max_positions: int | None = field(
-        default=None, metadata=about("tokens of image, question and answer")
-    )
+    kind: Literal["phi", "stablelm"] | None = about("the family", None)
+    hidden_size: int | None = about("channels", None)
+    layers: int | None = about("how many; every second one holds experts", None)
+    heads: int | None = about("of attention", None)
+    intermediate_size: int | None = about("of the feed-forward layers", None)
+    rotary_fraction: float | None = about("of a head's channels that rotate", None)
+    max_positions: int | None = about("tokens of image, question and answer", None)
 
 
 @dataclass(frozen=True)
 class TowerShape(Config):
     """What of the preset's vision tower is another."""
 
-    kind: Literal["clip", "efficientnet-lite"] | None = field(
-        default=None, metadata=about("the family")
-    )
-    variant: Literal["lite0", "lite2"] | None = field(
-        default=None, metadata=about("of an EfficientNet-lite")
-    )
-    image_size: int | None = field(default=None, metadata=about("side of the image in pixels"))
-    patch_size: int | None = field(
-        default=None, metadata=about("side of a CLIP's patches in pixels")
-    )
-    feature_size: int | None = field(default=None, metadata=about("channels of a CLIP"))
-    layers: int | None = field(default=None, metadata=about("of a CLIP"))
-    heads: int | None = field(default=None, metadata=about("of a CLIP"))
-    intermediate_size: int | None = field(default=None, metadata=about("of a CLIP"))
-    pad_to_square: bool | None = field(
-        default=None, metadata=about("pad an image rather than cut it")
-    )
+    kind: Literal["clip", "efficientnet-lite"] | None = about("the family", None)
+    variant: Literal["lite0", "lite2"] | None = about("of an EfficientNet-lite", None)
+    image_size: int | None = about("side of the image in pixels", None)
+    patch_size: int | None = about("side of a CLIP's patches in pixels", None)
+    feature_size: int | None = about("channels of a CLIP", None)
+    layers: int | None = about("of a CLIP", None)
+    heads: int | None = about("of a CLIP", None)
+    intermediate_size: int | None = about("of a CLIP", None)
+    pad_to_square: bool | None = about("pad an image rather than cut it", None)
 
 
 @dataclass(frozen=True)
@@ -176,12 +143,8 @@ class BorderConfig(Config):
     no where it sees others. See `training.border`.
     """
 
-    share: float = field(
-        metadata=about("of the patients in the file of findings that are kept for it")
-    )
-    penalty: float = field(
-        default=0.001, metadata=about("of the squares of what the output's rows change by")
-    )
+    share: float = about("of the patients in the file of findings that are kept for it")
+    penalty: float = about("of the squares of what the output's rows change by", 0.001)
 
     def __post_init__(self) -> None:
         if not (0 < self.share < 1 and self.penalty > 0):
@@ -195,118 +158,87 @@ class BorderConfig(Config):
 class Recipe(Config):
     """A whole run: which model, which data (relative to the data folder), which phases."""
 
-    alignment: PhaseConfig = field(
-        metadata=about("phase 1: the projector learns the decoder's language")
-    )
-    instruction: PhaseConfig = field(
-        metadata=about("phase 2: the model learns to answer, the router to route")
-    )
-    moe: PhaseConfig = field(
-        metadata=about("phase 3: the experts specialise; the router is frozen")
-    )
-    tower: PhaseConfig | None = later(  # noqa: RUF009  # it makes a field
+    alignment: PhaseConfig = about("phase 1: the projector learns the decoder's language")
+    instruction: PhaseConfig = about("phase 2: the model learns to answer, the router to route")
+    moe: PhaseConfig = about("phase 3: the experts specialise; the router is frozen")
+    tower: PhaseConfig | None = about(
+        "before the phases: the vision tower learns to see what labels, findings and frequent "
+        "questions say of the images",
         None,
-        about(
-            "before the phases: the vision tower learns to see what labels, findings and frequent "
-            "questions say of the images"
-        ),
+        came_later=True,
     )
-    preset: str | None = field(
-        default=None,
-        metadata=about(
-            "the model's shape, by the name of a preset; left out where the run starts from a "
-            "checkpoint"
-        ),
+    preset: str | None = about(
+        "the model's shape, by the name of a preset; left out where the run starts from a "
+        "checkpoint",
+        None,
     )
-    seed: int = field(default=0, metadata=about("of the first weights and of all draws"))
-    precision: PrecisionChoice = field(
-        default="auto",
-        metadata=about("of the products: auto takes what this processor does fastest"),
+    seed: int = about("of the first weights and of all draws", 0)
+    precision: PrecisionChoice = about(
+        "of the products: auto takes what this processor does fastest", "auto"
     )
-    vocab_size: int | None = field(
-        default=None,
-        metadata=about(
-            f"tokens of the tokenizer, which is trained on the questions: {MIN_VOCABULARY} or "
-            "more; left out, the preset's; a checkpoint brings its own tokenizer"
-        ),
+    vocab_size: int | None = about(
+        f"tokens of the tokenizer, which is trained on the questions: {MIN_VOCABULARY} or "
+        "more; left out, the preset's; a checkpoint brings its own tokenizer",
+        None,
     )
-    modalities: tuple[str, ...] | None = field(
-        default=None, metadata=about("one expert each, in this order; left out, those of the data")
+    modalities: tuple[str, ...] | None = about(
+        "one expert each, in this order; left out, those of the data", None
     )
-    top_k: int | None = field(
-        default=None, metadata=about("experts that see a token: 1 or 2; left out, the preset's")
+    top_k: int | None = about("experts that see a token: 1 or 2; left out, the preset's", None)
+    moe_layers: tuple[int, ...] | None = about(
+        "the decoder's layers that hold experts; left out, the preset's", None
     )
-    moe_layers: tuple[int, ...] | None = field(
-        default=None,
-        metadata=about("the decoder's layers that hold experts; left out, the preset's"),
+    router: Literal["joint", "fitted"] = about(
+        "joint: the router learns in the instruction phase, by router_weight; fitted: it is "
+        "fitted to the labelled images after that phase",
+        "joint",
     )
-    router: Literal["joint", "fitted"] = field(
-        default="joint",
-        metadata=about(
-            "joint: the router learns in the instruction phase, by router_weight; fitted: it is "
-            "fitted to the labelled images after that phase"
-        ),
-    )
-    experts_from: Literal["moe", "instruction"] = later(
+    experts_from: Literal["moe", "instruction"] = about(
+        "the phase that begins with experts: moe as in the paper; instruction makes them of "
+        "the feed-forward after the alignment, so that they differ more in the end",
         "moe",
-        about(
-            "the phase that begins with experts: moe as in the paper; instruction makes them of "
-            "the feed-forward after the alignment, so that they differ more in the end"
-        ),
+        came_later=True,
     )
-    views: int = later(
+    views: int = about(
+        "0: every epoch sees images changed at random; else so many views of each image are "
+        "kept as the first stages of the tower see them, which must be frozen",
         0,
-        about(
-            "0: every epoch sees images changed at random; else so many views of each image are "
-            "kept as the first stages of the tower see them, which must be frozen"
-        ),
+        came_later=True,
     )
-    moved: bool = later(
+    moved: bool = about(
+        "change what the front saw in a view a little, anew in each epoch, as images are "
+        "changed where no views are kept",
         False,
-        about(
-            "change what the front saw in a view a little, anew in each epoch, as images are "
-            "changed where no views are kept"
-        ),
+        came_later=True,
     )
-    pools: tuple[int, ...] | None = later(
+    pools: tuple[int, ...] | None = about(
+        "sides of the squares of image tokens that are averaged into one, of which each batch "
+        "takes one at random: with 1 and 2 the model learns to answer from a quarter too; left "
+        "out, the model's own",
         None,
-        about(
-            "sides of the squares of image tokens that are averaged into one, of which each batch "
-            "takes one at random: with 1 and 2 the model learns to answer from a quarter too; left "
-            "out, the model's own"
-        ),
+        came_later=True,
     )
-    border: BorderConfig | None = later(  # noqa: RUF009  # it makes a field
-        None, about("after the phases: where yes ends and no begins, for findings")
+    border: BorderConfig | None = about(
+        "after the phases: where yes ends and no begins, for findings", None, came_later=True
     )
-    phrases: bool = later(
+    phrases: bool = about(
+        "ask what labels and findings say in many wordings, as often with yes as with no, and "
+        "the questions of question files in other words too",
         False,
-        about(
-            "ask what labels and findings say in many wordings, as often with yes as with no, and "
-            "the questions of question files in other words too"
-        ),
+        came_later=True,
     )
-    questions: str | None = field(
-        default=None, metadata=about("to train on; left out, train.jsonl")
-    )
-    labels: str | None = field(default=None, metadata=about("of images; left out, labels.jsonl"))
-    findings: str | None = later(None, about("of images; left out, findings.jsonl"))
-    validation: str | None = field(
-        default=None, metadata=about("questions to watch; left out, val.jsonl")
-    )
-    refusals: tuple[RefusalCode, ...] | None = later(
+    questions: str | None = about("to train on; left out, train.jsonl", None)
+    labels: str | None = about("of images; left out, labels.jsonl", None)
+    findings: str | None = about("of images; left out, findings.jsonl", None, came_later=True)
+    validation: str | None = about("questions to watch; left out, val.jsonl", None)
+    refusals: tuple[RefusalCode, ...] | None = about(
+        "why a question can have no answer, each a token of its own: not_a_scan, "
+        "not_answerable, language; left out, none; a checkpoint brings its own",
         None,
-        about(
-            "why a question can have no answer, each a token of its own: not_a_scan, "
-            "not_answerable, language; left out, none; a checkpoint brings its own"
-        ),
+        came_later=True,
     )
-    decoder: DecoderShape | None = field(
-        default=None, metadata=about("what of the preset's decoder is another")
-    )
-    vision: TowerShape | None = field(
-        default=None, metadata=about("what of the preset's tower is another")
-    )
+    decoder: DecoderShape | None = about("what of the preset's decoder is another", None)
+    vision: TowerShape | None = about("what of the preset's tower is another", None)
 
     def __post_init__(self) -> None:
         least = MIN_VOCABULARY + len(self.refusals or ())
@@ -421,44 +353,3 @@ def _config_type(hint: Any) -> type[Config] | None:
     """The configuration that a field holds, perhaps; None where it holds plain values."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((o for o in options if isinstance(o, type) and issubclass(o, Config)), None)
-
-
-def recipe_schema(kind: type[Config], title: str) -> dict[str, Any]:
-    """The JSON schema of a recipe; editors complete and check TOML and JSON files by it."""
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title}
-    return head | _object_schema(kind)
-
-
-def _object_schema(kind: type[Config]) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    properties, required = {}, []
-    for each in dataclasses.fields(kind):
-        properties[each.name] = _schema(hints[each.name]) | (
-            {"description": each.metadata["about"]} if "about" in each.metadata else {}
-        )
-        if each.default is dataclasses.MISSING:
-            required.append(each.name)
-        elif each.default is not None:
-            properties[each.name]["default"] = each.default
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required,
-        "additionalProperties": False,
-    }
-
-
-def _schema(hint: Any) -> dict[str, Any]:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _schema(next(each for each in arguments if each is not type(None)))
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin is tuple:
-        return {"type": "array", "items": _schema(arguments[0])}
-    if origin is Mapping:
-        return {"type": "object"}
-    if isinstance(hint, type) and issubclass(hint, Config):
-        return _object_schema(hint)
-    names = {str: "string", int: "integer", float: "number", bool: "boolean"}
-    return {"type": names[hint]}

@@ -366,7 +366,8 @@ CACHE_TYPES: dict[str, type[np.generic]] = {
 class OrtRuntime:
     """Runs a bundle's graphs, which are opened in the background from the start.
 
-    `replaced` names weights of the decoder to be exchanged for others of the same shape and type.
+    `replaced` names weights of the decoder to be exchanged for others of the same shape and type;
+    then the decoder alone is opened, of a bundle that was opened whole before.
     `device` "auto" is what the graphs are made for; with `allow_fallback` the CPU stands in for a
     CUDA that does not load, which otherwise raises `ResourceError`, here or at the first step.
     `choice` says what runs and why, `warnings` what is to be known of its answers.
@@ -382,7 +383,8 @@ class OrtRuntime:
         device: Device = "auto",
         allow_fallback: bool = False,
     ) -> None:
-        check_scales(bundle)
+        if not replaced:
+            check_scales(bundle)
         self.bundle, self.config = bundle, bundle.config
         self._allow_fallback = allow_fallback
         self.choice = choose_provider(
@@ -460,7 +462,9 @@ class OrtRuntime:
         decoder = session_options()
         for name, value in self._replaced.items():
             decoder.add_initializer(name, value)
-        return {VISION: session_options(), DECODER: decoder}
+        return (
+            {DECODER: decoder} if self._replaced else {VISION: session_options(), DECODER: decoder}
+        )
 
     @cached_property
     def _vision(self) -> ort.InferenceSession:

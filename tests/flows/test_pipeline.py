@@ -129,6 +129,14 @@ def test_an_export_opens_and_hashes_the_checkpoint_once(
     assert sorted(calls) == ["files_sha256", "read_headers"]
 
 
+def test_inputs_of_the_same_data_are_those_that_are_asked(tmp_path: Path) -> None:
+    samples = list(ask_about("1", tmp_path / "a.png", "ct"))
+    asked = list(as_examples(samples, tmp_path))
+    inputs = [dataclasses.replace(one, image=tmp_path / "cut.png") for one in asked]
+    new = dataclasses.replace(inputs[0], id="another")
+    assert med_moe.as_asked([*inputs, new], asked) == [*asked, new]
+
+
 def test_the_collector_rests_while_a_bundle_is_written_and_no_longer(
     tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -598,6 +598,22 @@ def test_what_was_sent_waits_to_be_asked_about_and_what_is_gone_holds_nothing_up
     desk.close()
 
 
+def test_whose_turn_it_is_takes_no_longer_where_much_waits(tmp_path: Path) -> None:
+    queue = Queue(tmp_path / "queue.sqlite")
+    names = [key_of(str(number)) for number in range(3)]
+    queue.add("a" * 64, "b" * 64, PEER, [QUESTION])
+    job = queue.job("a" * 64)
+    for place, name in enumerate(names):
+        waiting = [(f"{name}/{number}.hl7", "there") for number in range(5000)]
+        queue.answered(job, name, ["a" * 64], {}, waiting, names[place - 1 : place])
+    started = time.monotonic()
+    found = queue.unsent("there", 20_000)
+    assert time.monotonic() - started < 5
+    assert {each[:64] for each in found} == {names[0]}  # what took its place waits for it
+    assert len(found) == 5000
+    queue.close()
+
+
 def test_a_queue_of_version_2_is_taken_over(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "node")
     with Node(configuration(folder.root), StandIn()) as node:

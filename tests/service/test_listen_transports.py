@@ -1025,6 +1025,7 @@ def test_what_was_withdrawn_is_not_sent_after_all(
             wait_for(lambda: len(listener.heard) == 4)  # what is set aside holds up nothing
             wait_for(lambda: node.queue.counts()["unsent"] == 0)
             assert node.desk.retry([]) == (0, 0)
+            assert node.desk.status(config)["refused"] == {}  # nobody need look after it
 
 
 def test_control_characters_do_not_end_a_message_of_hl7(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from medmoe_edge.bench.measurement import Allowance, Measured, Shape, Spread, tu
 from medmoe_edge.bench.peers import PEERS, Comparison, Materials, Peer, compare
 from medmoe_edge.bench.run import Bench, Length, Machine
 from medmoe_edge.bench.worker import Measurement, Requests, Worker, cold_start, ended
+from medmoe_edge.bundle import machine
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import InputError, ModelError, ResourceError
 from medmoe_edge.presets import PRESETS
@@ -167,10 +168,10 @@ def test_decode_reads_the_weights_and_the_cache(tiny_bundle: Make) -> None:
 
 def test_memory_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "status").write_text("Name:\tVmRSS\nVmHWM:\t   300 kB\nVmRSS:\t   200 kB\n")
-    monkeypatch.setattr(measurement, "STATUS", tmp_path / "status")
-    assert measurement.peak() == 300 * 1024
-    monkeypatch.setattr(measurement, "STATUS", tmp_path / "none")
-    assert measurement.peak() is None
+    monkeypatch.setattr(machine, "STATUS", tmp_path / "status")
+    assert machine.peak_memory() == 300 * 1024
+    monkeypatch.setattr(machine, "STATUS", tmp_path / "none")
+    assert machine.peak_memory() is None
     assert measurement.available() > 2**20
     assert measurement.threads() >= 1
 
@@ -182,12 +183,12 @@ def test_what_storage_brings_is_counted(tmp_path: Path) -> None:
     assert all(count is not None and count >= 0 for count in before.values())
 
 
-@pytest.mark.skipif(not measurement.CLEAR.exists(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not machine.CLEAR.exists(), reason="needs Linux's /proc")
 def test_a_peak_begins_anew() -> None:
     held = np.ones(2**24)  # 128 MiB
     del held
     before = measurement.memory()
-    measurement.reset_peak()
+    machine.reset_peak()
     after = measurement.memory()
     assert before["peak"] is not None
     assert before["resident"] is not None

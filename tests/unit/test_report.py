@@ -1,6 +1,7 @@
 """The report: one page, whole by itself, that says what was measured and escapes what it quotes."""
 
 import dataclasses
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,7 @@ def test_the_page_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     before = path.read_text("utf-8")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ResourceError, match="No space left"):
         write_report(verification(fidelity()), path)
     assert path.read_text("utf-8") == before

@@ -1,17 +1,23 @@
 """What training reads: packed conversations, random views, text from labels, recipes."""
 
+import dataclasses
 import json
 import random
 import re
+import types
+import typing
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medmoe_edge.config import Config
 from medmoe_edge.data.datasets import Example, LabelledImage
 from medmoe_edge.errors import ConfigError, DataError
 from medmoe_edge.presets import PRESETS
@@ -34,7 +40,6 @@ from medmoe_edge.training.recipe import (
     TowerShape,
     as_toml,
     read_recipe,
-    recipe_schema,
 )
 from medmoe_edge.training.run import trainable_config
 
@@ -192,12 +197,53 @@ def test_a_recipe_is_the_same_as_toml(tmp_path: Path, name: str) -> None:
     assert len(comments) >= len(keys) / 2
 
 
+def _recipe_schema(kind: type[Config], title: str) -> dict[str, Any]:
+    """What the schema must be, by the fields and types of the recipe."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title}
+    return head | _object_schema(kind)
+
+
+def _object_schema(kind: type[Config]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    properties, required = {}, []
+    for each in dataclasses.fields(kind):
+        properties[each.name] = _schema(hints[each.name]) | (
+            {"description": each.metadata["about"]} if "about" in each.metadata else {}
+        )
+        if each.default is dataclasses.MISSING:
+            required.append(each.name)
+        elif each.default is not None:
+            properties[each.name]["default"] = each.default
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+def _schema(hint: Any) -> dict[str, Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _schema(next(each for each in arguments if each is not type(None)))
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin is tuple:
+        return {"type": "array", "items": _schema(arguments[0])}
+    if origin is Mapping:
+        return {"type": "object"}
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return _object_schema(hint)
+    names = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    return {"type": names[hint]}
+
+
 def test_the_shipped_schema_says_what_a_recipe_is() -> None:
     """Held against the package jsonschema, on what ships and on what is refused."""
     jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema")
     folder = files("medmoe_edge.training").joinpath("recipes")
     schema = json.loads(folder.joinpath("recipe.schema.json").read_text("utf-8"))
-    assert schema == json.loads(json.dumps(recipe_schema(Recipe, schema["title"])))
+    assert schema == json.loads(json.dumps(_recipe_schema(Recipe, schema["title"])))
     for name in ("nano", "nano-continued", "fine-tune"):
         whole = read_recipe(name).to_json()
         jsonschema.validate({k: v for k, v in whole.items() if v is not None}, schema)

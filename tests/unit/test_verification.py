@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medmoe_edge.bundle.bundle import DEFAULT_GATES, MANIFEST, Bundle, Gates, write_manifest
-from medmoe_edge.bundle.recorded import float_weights, sweep_weights
+from medmoe_edge.bundle.recorded import float_weights, recorded_file, sweep_weights
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.engine.loading import this_machine
 from medmoe_edge.errors import BundleError, DataError, ModelError, VerificationError
@@ -200,13 +200,13 @@ def test_a_broken_expert_is_named(
     tiny_bundle: Make, tmp_path: Path, options: dict[str, Any], layer: int, expert: int
 ) -> None:
     folder = copied(tiny_bundle(**options), tmp_path)
-    assert sweep_experts(Bundle.open(folder)) == []
+    assert sweep_experts(OrtRuntime(Bundle.open(folder))) == []
     matrix = "fc2" if options.get("preset") == "tiny-phi" else "down"
     own = f"decoder.layers.{layer}.ffn.experts.{expert}"
     spoil(folder, f"{own}.{matrix}.weight")
     names = [] if "expert_names" in options else ["mri", "ct", "pathology", "xray"]
     shown = f"{own} ({names[expert]})" if names else own
-    assert sweep_experts(Bundle.open(folder)) == [shown]
+    assert sweep_experts(OrtRuntime(Bundle.open(folder))) == [shown]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -242,7 +242,7 @@ def test_every_expert_is_looked_at(tiny_bundle: Make, tmp_path: Path) -> None:
     folder = copied(tiny_bundle(), tmp_path)
     for expert, layer in enumerate((2, 0, 2, 0)):
         spoil(folder, f"decoder.layers.{layer}.ffn.experts.{expert}.down.weight", value=np.inf)
-    faults = sweep_experts(Bundle.open(folder))
+    faults = sweep_experts(OrtRuntime(Bundle.open(folder)))
     assert [fault.split(" ")[0][-1] for fault in faults] == list("0123")
     assert [fault.split(".")[2] for fault in faults] == list("2020")
 
@@ -255,17 +255,17 @@ def test_what_all_experts_share_is_not_their_fault(
 ) -> None:
     folder = copied(tiny_bundle(), tmp_path)
     spoil(folder, name)
-    assert sweep_experts(Bundle.open(folder)) == ["decoder"]
+    assert sweep_experts(OrtRuntime(Bundle.open(folder))) == ["decoder"]
 
 
 def test_the_tower_and_a_dense_decoder_are_swept(tiny_bundle: Make, tmp_path: Path) -> None:
     folder = copied(tiny_bundle(dense=True), tmp_path)
-    assert sweep_experts(Bundle.open(folder)) == []
+    assert sweep_experts(OrtRuntime(Bundle.open(folder))) == []
     graph = onnx.load(folder / "vision.onnx", load_external_data=False).graph
     sizes = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
     spoil(folder, next(name for name, rank in sizes.items() if rank == 2), "vision")
     spoil(folder, "decoder.layers.1.ffn.down.weight")
-    assert sweep_experts(Bundle.open(folder)) == ["vision", "decoder"]
+    assert sweep_experts(OrtRuntime(Bundle.open(folder))) == ["vision", "decoder"]
 
 
 # --- the record -------------------------------------------------------------------------------
@@ -298,8 +298,8 @@ def test_a_faithful_bundle_carries_its_proof(
         progress=lambda step, done, total: steps.append(step),
     )
     assert list(dict.fromkeys(steps)) == [
-        *("hashes", "the checkpoint", "weights", "experts", "the bundle", "int8"),
-        "damaged models",
+        *("hashes", "the checkpoint", "weights", "experts", "the bundle", "damaged models"),
+        "int8",
     ]
     assert (found.passed, found.outcome) == (None, "not decided")  # on two questions
     assert found.error() is None
@@ -325,6 +325,23 @@ def test_a_faithful_bundle_carries_its_proof(
     again = verify(folder, checkpoint, data)
     assert again.record is not None
     assert dataclasses.replace(again.record, when=record.when) == record
+
+
+def test_inputs_that_are_asked_anyway_are_not_asked_twice(
+    tiny_bundle: Make, tiny_checkpoint: Make, tmp_path: Path, data: Data
+) -> None:
+    """Under ids of their own they are; the bundle carries the same either way, to the byte."""
+    others = [dataclasses.replace(one, id=f"again {one.id}") for one in data.examples]
+    carried, asked = [], []
+    for number, inputs in enumerate((data.examples, others)):
+        folder, steps = copied(tiny_bundle(), tmp_path / str(number)), list[str]()
+        progress = lambda step, *_, steps=steps: steps.append(step)  # noqa: E731
+        found = verify(folder, tiny_checkpoint(), data, inputs=inputs, progress=progress)
+        carried.append(recorded_file(found.bundle))
+        asked.append(steps.count("the checkpoint"))
+    assert asked == [1, 2]  # of one image
+    assert carried[0] is not None
+    assert carried[0] == carried[1]  # the name is by the content
 
 
 def test_a_failed_gate_marks_the_bundle(

@@ -31,6 +31,10 @@ QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
 STAGING = (".backup.", ".restore.")  # how their folders begin, while they are at work
 NO_LIMIT = -1  # to SQLite
 PASSES = 2  # without a lock: the second links what came during the first, which may take minutes
+# Of deliveries; what another result has taken the place of is not wanted any more.
+REFUSED = (
+    "refused != '' AND substr(document, 1, 64) NOT IN (SELECT key FROM result WHERE replaced != '')"
+)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TIDY_EVERY, DAY = 3600.0, 86400.0  # seconds
 
@@ -55,7 +59,7 @@ class Desk(Queue):
         unsent = dict.fromkeys((each.name for each in configuration.destinations), 0)
         counted = "SELECT destination, count(*) FROM {} GROUP BY destination"
         unsent |= dict(self._read(counted.format(f"delivery WHERE {UNSENT}")))
-        refused = dict(self._read(counted.format("delivery WHERE refused != ''")))
+        refused = dict(self._read(counted.format(f"delivery WHERE {REFUSED}")))
         unkept = "commitment WHERE state != 'kept' AND asked != ''"
         uncommitted = dict(self._read(counted.format(unkept)))
         for name in configuration.committing:
@@ -164,7 +168,7 @@ class Desk(Queue):
         failed = self._column("SELECT key FROM series WHERE state = 'failed'")
         refused = self._read(
             "SELECT series, document, destination FROM delivery "
-            "JOIN result ON key = substr(document, 1, 64) WHERE refused != '' AND replaced = ''"
+            f"JOIN result ON key = substr(document, 1, 64) WHERE {REFUSED}"
         )
         wanted = set(map(self._key, keys) if keys else (*failed, *(row[0] for row in refused)))
         if not wanted <= {*failed, *(row[0] for row in refused)}:

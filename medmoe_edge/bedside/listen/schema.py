@@ -118,11 +118,13 @@ CREATE TABLE IF NOT EXISTS request (
 UNSENT = "delivery.sent = 0 AND delivery.refused = ''"
 # Nothing of a result goes to a destination before what it takes the place of: a receiver would take
 # the earlier one, which may be another patient's, for the later.
+# CROSS and + keep SQLite from looking through all that is unsent for each document.
 IN_TURN = f"""{UNSENT} AND NOT EXISTS (
-    SELECT 1 FROM result AS old JOIN delivery AS before
+    SELECT 1 FROM result AS old CROSS JOIN delivery AS before
     ON before.document > old.key || '/' AND before.document < old.key || '0'
     WHERE old.replaced = substr(delivery.document, 1, 64)
-    AND before.destination = delivery.destination AND before.sent = 0 AND before.refused = '')"""
+    AND +before.destination = delivery.destination AND +before.sent = 0
+    AND before.refused = '')"""
 # What tables of before version 4 lack, by table.
 ADDED = {
     "delivery": "refused TEXT NOT NULL DEFAULT ''",
