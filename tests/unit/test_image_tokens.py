@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_engine import random_image
 
-from experiments import image_tokens as curve
+from experiments import curves
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.checkpoint.reader import (
     Checkpoint,
@@ -356,18 +356,27 @@ def test_a_fit_names_a_number_that_meets_the_latency() -> None:
     assert "--image-tokens 144" in met.commands[0]
 
 
-def test_the_curve_of_a_model(tiny_checkpoint: Make, asked: list[Example], tmp_path: Path) -> None:
+def test_the_curves_of_a_model(tiny_checkpoint: Make, asked: list[Example], tmp_path: Path) -> None:
     lines = [
         {"image": str(each.image), "question": each.question, "answer": "No"} for each in asked[:2]
     ]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    curve.main([str(tiny_checkpoint()), str(tmp_path / "asked.jsonl"), "-o", str(tmp_path / "out")])
-    whole, fewer = json.loads((tmp_path / "out" / "curve.json").read_text())
-    assert (whole["image_tokens"], fewer["image_tokens"]) == (4, 1)
+    given = [str(tiny_checkpoint()), str(tmp_path / "asked.jsonl"), "-o", str(tmp_path / "out")]
+    curves.main(given)
+    file = tmp_path / "out" / "curve.json"
+    whole, fewer = json.loads(file.read_text())
+    assert (whole["form"], fewer["form"]) == ("4", "1")
     assert whole["cache_bytes"] - fewer["cache_bytes"] == 3 * 4 * 2 * 3 * 64  # fp32, 3 layers of 64
     assert whole["flips"] is None
     assert fewer["flips"]["changed"]["total"] == 2
     assert fewer["prefill"] > 0
+    curves.main([given[0], given[1], "1", "int8", "delta:bits=4", "int4", *given[2:]])
+    rows = json.loads(file.read_text())
+    assert rows[:2] == [whole, fewer]  # not repeated
+    int8, delta, int4 = (row["expert_bytes"] for row in rows[2:])
+    assert [row["form"] for row in rows[2:]] == ["int8", "delta:bits=4", "int4"]
+    assert int8 == whole["expert_bytes"] > delta
+    assert int8 > int4
 
 
 # --- the command line ---------------------------------------------------------------------------
