@@ -308,6 +308,10 @@ def test_others_than_this_machine_need_a_token(tmp_path: Path, authority: Author
         assert "DICOMweb pacs" in (node.folder.root / "audit.jsonl").read_text()
 
 
+TAKEN = "MRN-0007"  # a patient of whom all destinations here take everything
+NOTHING: tuple[int, dict[str, str], bytes] = (204, {}, b"")
+
+
 class Web:
     """A server of DICOMweb and FHIR that answers the same to all of a method and first letters."""
 
@@ -321,9 +325,9 @@ class Web:
             def answer(this) -> None:
                 """By the last word of the path."""
                 self.asked.append(this.command)
-                this.rfile.read(int(this.headers.get("Content-Length", 0)))
+                said = this.rfile.read(int(this.headers.get("Content-Length", 0)))
                 what = "query" if "?" in this.path else this.command.lower()
-                status, headers, body = answers[what]
+                status, headers, body = answers[what] if TAKEN.encode() not in said else NOTHING
                 this.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(body))}.items():
                     this.send_header(name, value)
@@ -467,7 +471,7 @@ def refused_by_stow(status: int, reason: int) -> tuple[int, dict[str, str], byte
 
 
 class Refusing(Archive):
-    """A DICOM node that answers every document with one status."""
+    """A DICOM node that answers every document with one status, but those of `TAKEN`."""
 
     def __init__(self, status: int) -> None:
         super().__init__()
@@ -475,7 +479,7 @@ class Refusing(Archive):
 
     def _store(self, event: Event) -> int:
         super()._store(event)
-        return self.status
+        return 0 if event.dataset.PatientID == TAKEN else self.status
 
 
 @contextlib.contextmanager
@@ -513,26 +517,35 @@ def test_what_is_refused_for_good_is_set_aside_until_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_REFUSALS", 3)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_FAILURES", 3)
     with refusing(way, said) as place:
         config = configuration(tmp_path / "node", keep_days=1, **place)
         (destination,) = config.destinations
         with Node(config, StandIn(), first_delay=0.01) as node:
             assert send(node.port, study()) == [0]
             refused = {destination.shown: 1}
+            wait_for(lambda: caplog.text.count("again in") > 4)
+            assert not node.desk.status(config)["refused"]  # it may be the destination's own fault
+            assert send(node.port, study(2, PatientID=TAKEN)) == [0]
             wait_for(lambda: "set aside" in caplog.text)
             assert node.desk.status(config)["refused"] == refused
             assert node.desk.status(config)["unsent"] == {destination.shown: 0}
-            assert f"refused by {destination.shown} 3 times ({why}): set aside" in caplog.text
+            assert f"not taken by {destination.shown}, " in caplog.text
+            assert f" times ({why}): set aside" in caplog.text
             assert f'medmoe_listen_refused{{destination="{destination.shown}"}} 1' in figures(node)
-            (series,) = node.desk.series()
+            _, series = node.desk.series()
             (result,) = node.desk.show(series["series"])["results"]
             assert [each["refused"] for each in result["deliveries"]] == [why]
             assert not node.desk.is_finished(result["result"], config.committing)  # so it is kept
             caplog.clear()
             assert node.desk.retry([]) == (0, 1)
-            wait_for(lambda: "3 times" in caplog.text)
+            wait_for(lambda: "again in" in caplog.text)
+            assert send(node.port, study(3, PatientID=TAKEN)) == [0]
+            wait_for(lambda: "set aside" in caplog.text)
+            caplog.clear()
             assert node.desk.retry([series["series"][:8]]) == (0, 1)
+            wait_for(lambda: "again in" in caplog.text)
+            assert send(node.port, study(4, PatientID=TAKEN)) == [0]
             wait_for(lambda: node.desk.status(config)["refused"] == refused)
             assert node.desk.requeue([series["series"]], None) == (1, 0)
     for secret in (*SECRETS, STUDY):
@@ -564,14 +577,41 @@ def test_what_is_refused_for_now_is_sent_until_it_is_taken(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_REFUSALS", 3)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_FAILURES", 3)
     with refusing(way, said) as place:
         config = configuration(tmp_path / "node", **place)
         with Node(config, StandIn(), first_delay=0.01) as node:
             assert send(node.port, study()) == [0]
             wait_for(lambda: caplog.text.count("again in") > 4)
             assert node.queue.counts()["unsent"] == 1
+            assert send(node.port, study(2, PatientID=TAKEN)) == [0]
+            wait_for(lambda: node.queue.counts()["answered"] == 2)
+            wait_for(lambda: node.queue.counts()["unsent"] == 1)
+            caplog.clear()
+            wait_for(lambda: "again in" in caplog.text)
+            assert node.queue.counts()["unsent"] == 1
             assert not node.desk.status(config)["refused"]
+
+
+@pytest.mark.parametrize(("way", "said"), [("dicom", 0xA700), ("fhir", (500, {}, b""))])
+def test_what_fails_for_now_does_not_hold_up_what_replaces_it(
+    tmp_path: Path, way: str, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_FAILURES", 3)
+    with refusing(way, said) as place:
+        config = configuration(tmp_path / "node", **place)
+        with Node(config, StandIn(), first_delay=0.01) as node:
+            assert send(node.port, study()) == [0]
+            wait_for(lambda: node.queue.counts()["unsent"] == 1)
+            assert send(node.port, study(PatientID=TAKEN)) == [0]
+
+            def arrived() -> list[bool]:
+                shown = [node.desk.show(each["series"]) for each in node.desk.series()]
+                results = [result for each in shown for result in each["results"]]
+                return [each["sent"] for result in results for each in result["deliveries"]]
+
+            wait_for(lambda: any(arrived()))
+            assert not all(arrived())
 
 
 @pytest.mark.parametrize(
@@ -647,7 +687,7 @@ def test_a_destination_that_stops_in_the_middle_holds_nothing_for_good(
 def test_a_document_that_is_gone_is_told_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_REFUSALS", 3)
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_FAILURES", 3)
     with Archive() as archive:
         port, place = archive.port, {"ae_title": "ARCHIVE", "host": "127.0.0.1"}
     config = configuration(tmp_path / "node", dicom=[place | {"port": port}])
@@ -962,7 +1002,7 @@ class Listener:
             while True:
                 message = await reader.readmessage()
                 self.heard.append(message)
-                code = self.codes.pop(0)
+                code = "AA" if TAKEN in str(message) else self.codes.pop(0)
                 told = str(message.create_ack(code.strip()))
                 writer.writeblock((told.replace("\r", "\r\n") if "\n" in code else told).encode())
                 await writer.drain()
@@ -1014,15 +1054,18 @@ def test_a_result_comes_before_what_withdraws_it(tmp_path: Path) -> None:
 def test_what_was_withdrawn_is_not_sent_after_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_REFUSALS", 2)
-    with Listener("AE", "AE", *["AA"] * 9) as listener:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.sending.MOST_FAILURES", 2)
+    with Listener(*["AE"] * 99) as listener:
         receiver = {"host": "127.0.0.1", "port": listener.port}
         config = configuration(tmp_path / "node", hl7=[receiver])
         with Node(config, StandIn(), first_delay=0.01) as node:
             assert send(node.port, study()) == [0]
+            wait_for(lambda: len(listener.heard) > 0)
+            assert send(node.port, study(2, PatientID=TAKEN)) == [0]
             wait_for(lambda: sum(node.desk.status(config)["refused"].values()) == 1)
+            heard, listener.codes = len(listener.heard), ["AA"] * 9
             assert send(node.port, study(PatientID="MRN-0815")) == [0]
-            wait_for(lambda: len(listener.heard) == 4)  # what is set aside holds up nothing
+            wait_for(lambda: len(listener.heard) == heard + 2)  # what is set aside holds up nothing
             wait_for(lambda: node.queue.counts()["unsent"] == 0)
             assert node.desk.retry([]) == (0, 0)
             assert node.desk.status(config)["refused"] == {}  # nobody need look after it

@@ -1,7 +1,7 @@
 """What is sent on, each document until it is taken, and the connections that it takes.
 
-One that its destination refuses for good, time after time, is set aside until a person has it sent
-again (`listen retry`).
+One that its destination refuses for good, time after time, while it takes others, is set aside
+until a person has it sent again (`listen retry`). Where it takes none, the fault may be its own.
 
 Documents of DICOM go by C-STORE or STOW-RS, FHIR transactions by HTTP POST, messages of HL7 version
 2 by MLLP. All that waits for a DICOM node goes over one association, which ends when nothing waits
@@ -60,7 +60,7 @@ from medmoe_edge.bedside.listen.config import (
 )
 from medmoe_edge.bedside.listen.queue import Folder, Queue
 from medmoe_edge.bedside.listen.receiving import Limits
-from medmoe_edge.errors import ResourceError, shown_bytes
+from medmoe_edge.errors import MedMoEError, ResourceError, shown_bytes
 from medmoe_edge.image.pixels import MAX_BYTES
 
 log = logging.getLogger(__name__)
@@ -81,9 +81,7 @@ ENCODINGS = ("", "identity", "gzip", "deflate")  # of answers
 LONGEST_ANSWER = 16_000_000  # bytes; those that bring studies are read piece by piece
 DICOM_JSON = "application/dicom+json"
 LOG = "See its log."
-# Of one document, the first to the last of which take nine minutes: not all are for good that a
-# destination says so of, while it is set up or starts.
-MOST_REFUSALS = 10
+MOST_FAILURES = 10  # of one document; from the first to the last it is 8.5 minutes
 # Failures that pass: processing failure, resource limitation (PS3.7 annex C); 0xA7xx too.
 PASSING = (0x0110, 0x0213)
 DUPLICATE = 0x0111  # it has an object of that UID: this one, whose UID follows from what it says
@@ -96,6 +94,10 @@ class RefusedForGood(ResourceError):
     """A document that its destination refuses for what it is, and so would refuse again."""
 
 
+class Gone(ResourceError):
+    """A document whose file is no more."""
+
+
 class Sending:
     """The work of the thread of one destination."""
 
@@ -105,7 +107,9 @@ class Sending:
         self.destination, self.ae_title = destination, ae_title
         self.folder, self.queue = folder, queue
         self._association: Association | None = None
-        self._refusals = Counter[str]()
+        self._failures, self._refusals = Counter[str](), Counter[str]()
+        self._taken = 0  # documents
+        self._taken_before: dict[str, int] = {}  # by document, before it was first refused
         if isinstance(destination, DicomDestination) and destination.commitment:
             queue.forget_commitment(destination.name)  # the answer may have come meanwhile
 
@@ -118,21 +122,35 @@ class Sending:
         return found
 
     def do(self, document: str) -> None:
-        """Send one document; raises `ResourceError`, saying why, where it is not taken.
-
-        One that was refused for good `MOST_REFUSALS` times is set aside.
-        """
+        """Send one document; raises where it is not taken: mostly `ResourceError`, saying why."""
         try:
             self._send(document)
-        except RefusedForGood as error:
-            self._refusals[document] += 1
-            if self._refusals[document] < MOST_REFUSALS:
+            self._taken += document != COMMITMENT
+        except Exception as error:
+            if not self._gives_up(document, error):
                 raise
-            name = self.destination.name
-            self.queue.refused(document, name, error.what)
-            del self._refusals[document]
-            told = "%s was refused by %s %d times (%s): set aside. See: listen retry."
-            log.error(told, document[:16], self.destination.shown, MOST_REFUSALS, error.what)
+            why = error.what if isinstance(error, MedMoEError) else type(error).__name__
+            self.queue.refused(document, self.destination.name, why)
+            told = "%s was not taken by %s, %d times (%s): set aside. See: listen retry."
+            log.error(told, document[:16], self.destination.shown, self._failures[document], why)
+        for counted in (self._failures, self._refusals, self._taken_before):
+            counted.pop(document, None)
+
+    def _gives_up(self, document: str, error: Exception) -> bool:
+        """Whether a document that failed once more is set aside.
+
+        So is one whose result is replaced, whatever its failures: what replaced it waits for it.
+        """
+        self._failures[document] += 1
+        if isinstance(error, RefusedForGood):
+            self._refusals[document] += 1
+            self._taken_before.setdefault(document, self._taken)
+        if self._failures[document] < MOST_FAILURES:
+            return False
+        if isinstance(error, Gone) or self.queue.is_replaced(document[:64]):
+            return True
+        took_another = self._taken > self._taken_before.get(document, self._taken)
+        return took_another and self._refusals[document] >= MOST_FAILURES
 
     def _send(self, document: str) -> None:
         if isinstance(self.destination, DicomDestination):
@@ -162,7 +180,7 @@ class Sending:
         try:
             return (self.folder.documents / document).read_bytes()
         except FileNotFoundError as error:
-            raise RefusedForGood("the document is gone", "Restore the node's folder.") from error
+            raise Gone("the document is gone", "Restore the node's folder.") from error
 
     def _connected(self, node: DicomDestination) -> Association:
         if self._association is None or not self._association.is_established:
