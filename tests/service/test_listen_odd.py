@@ -683,3 +683,11 @@ def _receive(node: Node, dataset: Dataset, old: bytes = b"", new: bytes = b"") -
     event = fake_event(data.replace(old, new) if old else data)
     event.request.AffectedSOPInstanceUID = dataset.SOPInstanceUID
     return int(receiving.store(event).Status)  # type: ignore[arg-type]
+
+
+def test_a_queue_that_is_closed_says_so(tmp_path: Path) -> None:
+    """As to a source that outlives the node's patience."""
+    queue = Queue(tmp_path / "queue.sqlite")
+    queue.close()
+    with pytest.raises(ResourceError, match="cannot be used"):
+        queue.counts()

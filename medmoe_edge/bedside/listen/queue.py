@@ -543,7 +543,8 @@ def explaining() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
+        why = getattr(error, "sqlite_errorname", type(error).__name__)
         raise ResourceError(
-            f"The node's queue cannot be used ({error.sqlite_errorname}).",
+            f"The node's queue cannot be used ({why}).",
             "Free some space, check the folder's permissions, or restore the folder.",
         ) from error

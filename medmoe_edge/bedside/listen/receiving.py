@@ -194,7 +194,9 @@ class Receiving:
         self.configuration, self.folder, self.queue = configuration, folder, queue
         self.arrived = arrived
         self.moved: dict[int, Callable[[int, str], None]] = {}
-        self.ending = False  # the node takes no objects any more
+        self.ending = (
+            False  # the node: what is not kept from now on is fetched after its next start
+        )
         self._admitted, self._admitting = weakref.WeakSet[Association](), threading.Lock()
         self._keeping = threading.Lock()  # or two that send one object could spoil each other's
         self.images, self.others = set(classes_with_pixels()), set(classes_set_aside())
