@@ -338,7 +338,8 @@ class Web:
             do_GET = do_POST = answer
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/dicom-web"
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}/dicom-web"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     def __enter__(self) -> "Web":
@@ -462,12 +463,17 @@ def test_what_a_destination_says_is_inflated_as_far_as_it_may_be_long(
                 assert node.queue.counts()["unsent"] == 1
 
 
+KEPT = b'{"00081199": {"vr": "SQ", "Value": [{"00081155": {"vr": "UI", "Value": ["1.2"]}}]}}'
 FAILED = {"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [0]}}]}}
 
 
 def refused_by_stow(status: int, reason: int) -> tuple[int, dict[str, str], bytes]:
     text = json.dumps(FAILED).replace("[0]", f"[{reason}]")
     return status, {"Content-Type": "application/dicom+json"}, text.encode()
+
+
+def in_a_list(answer: tuple[int, dict[str, str], bytes]) -> tuple[int, dict[str, str], bytes]:
+    return (*answer[:2], b"[{}, %b]" % answer[2])
 
 
 class Refusing(Archive):
@@ -504,6 +510,7 @@ def refusing(way: str, said: Any) -> Iterator[dict[str, Any]]:
         ("dicom", 0x0124, "it refused the document: 0x0124"),
         ("stow", refused_by_stow(409, 0xC000), "it refused the document: 0xC000"),
         ("stow", refused_by_stow(202, 0x0122), "it refused the document: 0x0122"),
+        ("stow", in_a_list(refused_by_stow(200, 0xC000)), "it refused the document: 0xC000"),
         ("stow", (415, {}, b""), "it refused: HTTP 415"),
         ("fhir", (422, {}, b"<html>"), "it refused: HTTP 422"),
         ("hl7", "AR", "it refused the message: AR"),
@@ -525,7 +532,9 @@ def test_what_is_refused_for_good_is_set_aside_until_it_is_asked_for(
             assert send(node.port, study()) == [0]
             refused = {destination.shown: 1}
             wait_for(lambda: caplog.text.count("again in") > 4)
-            assert not node.desk.status(config)["set_aside"]  # it may be the destination's own fault
+            assert not node.desk.status(config)[
+                "set_aside"
+            ]  # it may be the destination's own fault
             assert send(node.port, study(2, PatientID=TAKEN)) == [0]
             wait_for(lambda: "set aside" in caplog.text)
             assert node.desk.status(config)["set_aside"] == refused
@@ -565,6 +574,7 @@ def test_what_is_refused_for_good_is_set_aside_until_it_is_asked_for(
         ("dicom", 0x0110),
         ("stow", refused_by_stow(409, 0xA700)),
         ("stow", (202, {}, b"<NativeDicomModel>")),
+        ("stow", (202, {}, b"[{}]")),
         ("stow", (503, {}, b"")),
         ("fhir", (429, {}, b"")),
         ("fhir", (401, {}, b"")),
@@ -622,7 +632,8 @@ def test_what_fails_for_now_does_not_hold_up_what_replaces_it(
         ("dicom", 0xB000),
         ("stow", refused_by_stow(409, 0x0111)),
         ("stow", (200, {}, b"<NativeDicomModel>")),
-        ("stow", (202, {}, b"{}")),
+        ("stow", (202, {}, KEPT)),
+        ("stow", (202, {}, b"[%b]" % KEPT)),
         ("stow", (204, {}, b"")),
         ("fhir", (201, {}, b"")),
     ],
@@ -771,6 +782,33 @@ def test_a_study_is_fetched_once_there_is_room(
         node.receiving.configuration = beside(orthanc, tmp_path)
         wait_for(lambda: node.desk.fetched(number) == ("fetched", ""), 60)
         assert node.desk.status(full)["objects"] == 2
+
+
+@pytest.mark.parametrize(
+    ("leads", "why"),
+    [
+        ("http://127.0.0.1:{}/dicom-web/studies?x=1", ""),
+        ("http://localhost:{}/dicom-web/studies?x=1", "it redirects to elsewhere"),
+        ("/dicom-web/studies?x=1", "no answer: TooManyRedirects"),
+    ],
+)
+def test_a_redirect_is_followed_on_the_same_host(
+    tmp_path: Path, leads: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And no further: another host must not learn of the study."""
+    body, kind = body_of(saved(tmp_path, study()).read_bytes())
+    with Web(query=listed(study())) as web:
+        there = 308, {"Location": leads.format(web.port)}, b""
+        with Web(query=there, get=(200, kind, body)) as front:
+            config = configuration(tmp_path / "node", sources=[{"url": front.url}])
+            with Node(config, StandIn()) as node:
+                number = node.desk.request(STUDY, 0, "")
+                if why:
+                    wait_for(lambda: f"request 1 failed ({why})" in caplog.text)
+                else:
+                    wait_for(lambda: node.desk.fetched(number)[0] == "fetched")
+        assert len(web.asked) == (not why)
+        assert len(front.asked) < 20
 
 
 class GivingUp:

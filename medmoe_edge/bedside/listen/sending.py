@@ -77,6 +77,7 @@ ACCEPTED = ("AA", "CA")  # of HL7 table 0008
 LINES = re.compile(r"[\r\n]")
 MALFORMED = (hl7.HL7Exception, hl7.mllp.InvalidBlockError)
 SUCCESS = 0x0000
+MOST_REDIRECTS = 5
 ENCODINGS = ("", "identity", "gzip", "deflate")  # of answers
 LONGEST_ANSWER = 16_000_000  # bytes; those that bring studies are read piece by piece
 DICOM_JSON = "application/dicom+json"
@@ -88,6 +89,7 @@ DUPLICATE = 0x0111  # it has an object of that UID: this one, whose UID follows 
 # Of HTTP, those that are about who calls, or when.
 PASSING_HTTP = (401, 407, 408, 425, 429)
 SOME_KEPT = 202
+FAILED_SOP, REFERENCED_SOP = "00081198", "00081199"
 
 
 class RefusedForGood(ResourceError):
@@ -337,26 +339,44 @@ def called(
 ) -> Iterator[httpx.Response]:
     """Around reading a server's answer to a GET, or to a POST of `data`.
 
+    Redirects of a GET are followed on the same host.
+
     What `iter_bytes` gives is inflated from the 64 KiB that are read at once, so that a piece has
     at most 66 MB (RFC 1951 knows no more than 1,032 times as much); others compress further.
     Raises `ResourceError` where no whole answer comes.
     """
     url = str(server.url)
     try:
-        with httpx.stream(
-            "GET" if data is None else "POST",
-            url.rstrip("/") + path if path else url,
-            content=data,
-            headers={**headers, "Accept-Encoding": "gzip, deflate", **server.headers()},
-            timeout=TIMEOUT,
-            verify=server.tls.client() if server.tls else True,
-        ) as response:
+        with (
+            httpx.Client(
+                timeout=TIMEOUT,
+                verify=server.tls.client() if server.tls else True,
+                follow_redirects=data is None,
+                max_redirects=MOST_REDIRECTS,
+                event_hooks={"response": [_check_redirect] if data is None else []},
+            ) as client,
+            client.stream(
+                "GET" if data is None else "POST",
+                url.rstrip("/") + path if path else url,
+                content=data,
+                headers={**headers, "Accept-Encoding": "gzip, deflate", **server.headers()},
+            ) as response,
+        ):
             encoding = response.headers.get("Content-Encoding", "").strip().lower()
             if encoding not in ENCODINGS:
                 raise ResourceError("it compresses its answers in a way that was not asked", LOG)
             yield response
     except httpx.HTTPError as error:
         raise ResourceError(f"no answer: {type(error).__name__}", "Is it running?") from error
+
+
+def _check_redirect(response: httpx.Response) -> None:
+    """Raise `ResourceError` where a redirect leads to another host, or away from https."""
+    if not response.has_redirect_location:
+        return
+    old, new = response.url, response.url.join(response.headers["Location"])
+    if new.host != old.host or new.scheme not in (old.scheme, "https"):
+        raise ResourceError("it redirects to elsewhere", "Configure the address that is meant.")
 
 
 def check_kept(status: int) -> None:
@@ -404,21 +424,26 @@ def stow(data: bytes, server: StowDestination) -> None:
     headers = {"Content-Type": kind, "Accept": DICOM_JSON}
     with called(server, "/studies", headers, body) as response:
         told = read_json(response)
-        reason = _failure_reason(told)
-        if reason is not None:
-            check_kept(reason)
+        failed = _items(told, FAILED_SOP)
+        if failed:
+            check_kept(_failure_reason(failed[0]))
             return
         check_done(response)
-        if told is None and response.status_code == SOME_KEPT:
+        if response.status_code == SOME_KEPT and not _items(told, REFERENCED_SOP):
             raise ResourceError("it does not say whether it keeps the document", LOG)
 
 
-def _failure_reason(told: Any) -> int | None:
-    """Why the one object that was sent is not kept, in an answer in DICOM JSON (PS3.18, 10.5.3)."""
-    try:
-        (failed,) = told["00081198"]["Value"]
-    except (LookupError, TypeError, ValueError):
-        return None
+def _items(told: Any, sequence: str) -> list[Any]:
+    """Of a sequence in an answer in DICOM JSON (PS3.18, 10.5.3), which may come in a list."""
+    found: list[Any] = []
+    for part in told if isinstance(told, list) else [told]:
+        with contextlib.suppress(LookupError, TypeError):
+            found += part[sequence]["Value"]
+    return found
+
+
+def _failure_reason(failed: Any) -> int:
+    """Why the one object that was sent is not kept."""
     try:
         return int(failed["00081197"]["Value"][0])
     except (LookupError, TypeError, ValueError):
