@@ -171,7 +171,7 @@ def read_result(file: Path, settings: Mapping[str, Any], questions: int) -> Resu
             raise ValueError("it is of something else")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{file} is damaged or of another recipe, run or data.",
+            f"{file} is damaged or of another recipe, checkpoint or data.",
             "Delete it to evaluate the variant again.",
         ) from error
     return result

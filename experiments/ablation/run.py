@@ -237,6 +237,14 @@ class _Experiment:
         tower = cast(EfficientNetLite, self.tower)  # has a front, which is all
         self.views = Views(tower, pictures, max(recipe.views, 1), recipe.seed)
         out.mkdir(parents=True, exist_ok=True)
+        start = {
+            "preset": recipe.preset,
+            "seed": recipe.seed,
+            "decoder": config.decoder.to_json(),
+            "alignment": self.recipe.alignment.to_json(),
+            "sources": self.sources,
+        }
+        _claim(out, start)  # before phase 1, which all variants in it share
         self.accelerator, _ = accelerated(recipe.precision, out / PRECISION)
 
     def entry(self, name: str) -> _Entry:
@@ -376,7 +384,7 @@ def _scores(evaluation: Evaluation) -> dict[str, Score]:
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Begin a variant's folder, or see that what lies there was made with the same settings."""
+    """Begin a folder, or see that what lies there was made with the same settings."""
     file = folder / "settings.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -388,7 +396,7 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
         write_json(file, settings)
     elif read_json(file) != settings:
         raise DataError(
-            f"{folder} was made with another recipe, run or data.", "Use an empty folder."
+            f"{folder} was made with another recipe, checkpoint or data.", "Use an empty folder."
         )
 
 
@@ -399,7 +407,7 @@ def _sha256(file: Path) -> str:
     except OSError as error:
         raise DataError(
             f"{file} cannot be read ({error.strerror}).",
-            "Give the folder of a finished run of: medmoe-edge train; and the data it had.",
+            "Give a folder with the files that the recipe names.",
         ) from error
 
 

@@ -133,6 +133,10 @@ def test_all_variants_see_with_the_tower_of_the_checkpoint(
             torch.testing.assert_close(state[f"module.model.vision.tower.{key}"], value)
         told = json.loads((tmp_path / name / "settings.json").read_text())
         assert (told["seed"], told["phases"]["instruction"]["epochs"]) == (4, 1)
+    # what all begin with is not another's: phase 1 is trained once
+    for options in (Options(("top-2",), seed=5), Options(("top-2",), image_tokens=1, seed=4)):
+        with pytest.raises(DataError, match="another recipe, checkpoint or data"):
+            ablate(RECIPE, checkpoint, data, tmp_path, options, Progress(disable=True))
 
 
 def test_the_command_resumes_and_refuses(

@@ -41,7 +41,7 @@ from medmoe_edge.errors import (
 from medmoe_edge.evaluation import contrastive as verification_modality
 from medmoe_edge.evaluation.contrastive import Pictures, sweep_modality, verify_modality
 from medmoe_edge.evaluation.gates import compare_weights
-from medmoe_edge.evaluation.inspection import inspect_modality
+from medmoe_edge.evaluation.inspection import inspect_modality, parameters
 from medmoe_edge.evaluation.mutations import Mutation, mutated_weights
 from medmoe_edge.export import contrastive as modality
 from medmoe_edge.export import contrastive as modality_build
@@ -426,23 +426,23 @@ def test_what_only_med_moe_can_is_refused(
 
 @pytest.mark.parametrize("preset", MODALITY_PRESETS)
 @pytest.mark.parametrize("shared", [False, True])
-def test_parameters_are_counted_as_torch_has_them(
-    preset: str, shared: bool, tmp_path: Path
-) -> None:
+def test_parameters_are_counted_as_torch_has_them(preset: str, shared: bool) -> None:
     config = dataclasses.replace(MODALITY_PRESETS[preset], shared_expert=shared)
-    (tmp_path / "config.json").write_text(json.dumps({"config": config.to_json()}))
-    found = inspect_modality(tmp_path)
+    found = parameters(config)
     with torch.device("meta"):
         model = ModalityMoE(config)
     parts = {"image tower": "vision", "router": "router", "text tower": "text"}
     counts = {
         name: sum(p.numel() for p in model.get_submodule(parts.get(name, name)).parameters())
-        for name in found.parameters
+        for name in found
     }
-    assert found.parameters == counts
-    one = sum(p.numel() for p in model.experts[0].parameters())
-    rest = found.parameters_total - counts["experts"]
-    assert found.parameters_activated == rest + one
+    assert found == counts
+
+
+def test_one_expert_is_activated(exported: Exported) -> None:
+    found = inspect_modality(exported.checkpoint)
+    one = found.parameters["experts"] // found.config.experts
+    assert found.parameters_activated == found.parameters_total - found.parameters["experts"] + one
 
 
 # --- engines ----------------------------------------------------------------------------------
