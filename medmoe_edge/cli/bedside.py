@@ -511,7 +511,7 @@ def _where(
 def _show_batch(report: "BatchReport") -> None:
     rows = [("images", f"{report.images:,}")]
     if report.links:
-        rows.append(("  links to the same files, left out", f"{report.links:,}"))
+        rows.append(("  links to the same files (named by --json)", f"{len(report.links):,}"))
     if report.series is not None:
         from medmoe_edge.bedside.listen.selection import reasons
 
