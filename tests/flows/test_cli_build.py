@@ -506,12 +506,12 @@ def test_no_verb_that_builds_replaces_its_own_input(
 
 
 def test_what_a_verb_wrote_into_a_models_folder_is_replaced(
-    run: Run, tiny_checkpoint: Make, tiny_bundle: Make, tmp_path: Path, data_dir: Path
+    run: Run, tiny_checkpoint: Make, tiny_bundle: Make, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_checkpoint(), tmp_path / "c")
     shutil.copytree(tiny_bundle(), tmp_path / "b")
     for line in (
-        ["calibrate", "c", "--data", str(data_dir), "--samples", "1", "-o", "c/my.stats"],
+        ["calibrate", "c", "--data", "builtin", "--samples", "4", "-o", "c/my.stats"],
         ["verify", "b", "--report", "b/report.html"],
     ):
         for again in ([], ["--force"]):
