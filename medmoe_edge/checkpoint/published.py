@@ -53,15 +53,13 @@ PUBLISHED: dict[str, Published] = {
 
 def is_beside_model(name: str, folder: Path) -> bool:
     """Whether a folder is a model's, and a file of that name in it is none of the model's own."""
-    own: Sequence[str] = ()
+    if not (folder / MANIFEST).is_file():
+        return (folder / CONFIG).is_file() and not name.endswith((*CHECKPOINT_FILES, *PICKLES))
     try:
-        if (folder / MANIFEST).is_file():
-            own = list(json.loads((folder / MANIFEST).read_bytes())["files"])
-        elif not (folder / CONFIG).is_file():
-            return False
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return name not in (*files, MANIFEST, SIGNATURE, RECORD, CARD)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False  # whoever reads it says what is wrong
-    return name not in own and not name.endswith((*CHECKPOINT_FILES, *PICKLES, SIGNATURE))
 
 
 def find_published(name: str) -> Published:

@@ -498,6 +498,7 @@ def test_no_verb_that_builds_replaces_its_own_input(
         ["router", "import", "b/phi_router.pth", "c", "-o", "c", "--force"],
         ["router", "train", "c", "--data", "d", "-o", "c/new"],
         ["verify", "b", "--report", "b/manifest.json", "--force"],
+        ["verify", "b", "--report", "b/decoder.onnx", "--force"],
     ):
         result = run(*line)
         assert result.exit_code == 2, line
