@@ -236,7 +236,7 @@ def node_status(config: Config, as_json: Json = False) -> None:
     counts["results"] = found["results"]
     counts |= {f"not asked: {why}": count for why, count in reasons(found["not_asked"])}
     counts |= {f"unsent to {name}": count for name, count in found["unsent"].items()}
-    counts |= {f"refused by {name}": count for name, count in found["refused"].items()}
+    counts |= {f"set aside for {name}": count for name, count in found["set_aside"].items()}
     counts |= {f"not yet kept by {name}": count for name, count in found["uncommitted"].items()}
     wanted = {state: count for state, count in found["requests"].items() if count}
     counts |= {f"studies to fetch: {state}": count for state, count in wanted.items()}
@@ -275,16 +275,17 @@ def node_retry(
     series: Annotated[list[str] | None, typer.Argument(metavar="SERIES", help=KEY)] = None,
     as_json: Json = False,
 ) -> None:
-    """Have series that were given up answered again, and documents that were refused sent again.
+    """Have series that were given up answered again, and documents that were set aside sent again.
 
     Of the series named, or of all.
     """
     with _desk(config) as (desk, _):
-        count, documents = desk.retry(series or ())
+        count, again, gone = desk.retry(series or ())
     if as_json:
-        render.as_json({"tried_again": count, "sent_again": documents})
-    else:
-        render.show(f"{count:,} series wait again; {documents:,} documents are sent again.")
+        render.as_json({"tried_again": count, "sent_again": again, "gone": gone})
+        return
+    render.show(f"{count:,} series wait again; {again:,} documents are sent again.")
+    _tell_gone(gone)
 
 
 @commands.command("requeue", epilog=EXAMPLE.format("requeue 3f2a"))
@@ -309,9 +310,14 @@ def node_requeue(
         render.as_json({"sent_again": again, "gone": gone})
         return
     render.show(f"{again:,} documents are to be sent again.")
-    if gone:
+    _tell_gone(gone)
+
+
+def _tell_gone(count: int) -> None:
+    """Of documents that were to be sent again."""
+    if count:
         render.show(
-            f"{gone:,} were removed from the node's folder (keep_days): they cannot be sent.",
+            f"{count:,} were removed from the node's folder (keep_days): they cannot be sent.",
             "yellow",
         )
 

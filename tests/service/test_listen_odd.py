@@ -13,6 +13,7 @@ import sqlite3
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,17 @@ from test_listen_fuzz import fake_event
 from medmoe_edge.bedside.listen import receiving as listen_receiving
 from medmoe_edge.bedside.listen.answering import encoded
 from medmoe_edge.bedside.listen.evidence import Evidence
-from medmoe_edge.bedside.listen.header import SHARED, notices_of, origin_of, text_of
+from medmoe_edge.bedside.listen.header import (
+    SHARED,
+    Origin,
+    notices_of,
+    origin_of,
+    same_patient,
+    text_of,
+)
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Queue, key_of
+from medmoe_edge.bedside.listen.schema import Membership
 from medmoe_edge.errors import ImageError, ResourceError
 from medmoe_edge.image.pixels import Image
 
@@ -468,10 +477,56 @@ def test_a_series_stays_whole_where_some_of_it_lacks_the_issuer(tmp_path: Path) 
         answered(node)
         (found,) = node.desk.series()
         assert (found["objects"], found["results"]) == (3, 1)
-        # another's, and one that may be of either
-        assert send(node.port, of(4, "B"), of(5, "")) == [0] * 2
-        answered(node, 3)
-        assert sorted(each["objects"] for each in node.desk.series()) == [1, 4]
+        # another's, two that may be of either, and one of a third
+        more = [of(number, issuer) for number, issuer in enumerate(["B", "", "A", "", "C"], 4)]
+        assert send(node.port, *more) == [0] * 5
+        answered(node, 5)
+        assert sorted(each["objects"] for each in node.desk.series()) == [1, 1, 2, 4]
+
+
+def test_patients_are_compared_once_however_many_objects_they_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = Counter[str]()
+
+    def counted(one: str, other: str) -> bool:
+        compared["patients"] += 1
+        return same_patient(one, other)
+
+    monkeypatch.setattr("medmoe_edge.bedside.listen.queue.same_patient", counted)
+    with contextlib.closing(Queue(tmp_path / "queue.sqlite")) as queue:
+        membership = Membership("series", any_issuer="series")
+        for number in range(50):
+            origin = Origin(f"uid {number}", f"content {number}", "patient", "study")
+            queue.add(f"{number}", "", PEER, [], origin, membership)
+        assert queue.joined(membership, "patient") == membership
+        assert not queue.shares_study(Origin("another", "", "patient", "study"))
+    assert compared["patients"] <= 2
+
+
+def test_a_series_is_not_quiet_while_something_of_it_comes_that_was_thought_anothers(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread keeps an object without an issuer before the lock is ours."""
+    same = {"StudyInstanceUID": "1.2.826.0.4711.1", "SeriesInstanceUID": "1.2.826.0.4711.2"}
+    joined, add, seen = node.queue.joined, node.queue.add, list[tuple[str, float]]()
+
+    def other_comes(membership: Membership, patient: str) -> Membership:
+        found = joined(membership, patient)
+        monkeypatch.setattr(node.queue, "joined", joined)
+        assert send(node.port, study(1, **same)) == [0]
+        return found
+
+    def looking(*given: Any) -> None:
+        series = given[5].series
+        seen.append((series, node.queue.quiet(series)))
+        add(*given)
+
+    monkeypatch.setattr(node.queue, "joined", other_comes)
+    monkeypatch.setattr(node.queue, "add", looking)
+    assert send(node.port, study(2, **same, **ISSUED)) == [0]
+    (first, second) = seen
+    assert first == second == (first[0], 0.0)
 
 
 def test_a_queue_of_the_version_before_is_gone_on_with(tmp_path: Path) -> None:
@@ -495,7 +550,7 @@ def test_a_queue_of_the_version_before_is_gone_on_with(tmp_path: Path) -> None:
         assert node.queue.counts()["waiting"] == 0
         assert send(node.port, study(2, StudyInstanceUID=scan.StudyInstanceUID, **ISSUED)) == [0]
         answered(node, 2)
-        assert node.desk.status(config)["refused"] == {}
+        assert node.desk.status(config)["set_aside"] == {}
     assert warnings_of(node) == [[], []]
 
 

@@ -2,6 +2,7 @@
 what frames of an object say together.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -15,6 +16,7 @@ import stat
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.desk import DAY, Desk, Tidying, restore
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
-from medmoe_edge.bedside.listen.schema import VERSION
+from medmoe_edge.bedside.listen.schema import VERSION, Membership
 from medmoe_edge.bedside.listen.sending import COMMITMENT, Sending
 from medmoe_edge.engine.answer import Answer
 from medmoe_edge.errors import InputError, ResourceError
@@ -543,6 +545,77 @@ def test_what_was_sent_goes_after_a_while_and_is_known_still(tmp_path: Path) -> 
         assert node.desk.show(series["series"])["results"][0]["answers"] == []
         assert send(node.port, study(1)) == [0]
         assert node.queue.counts() == {"waiting": 0, "answered": 1, "failed": 0, "unsent": 0}
+
+
+WHERE = "hl7://ris:2575"
+OURS, OTHERS = "1" * 64, "2" * 64  # series
+FIRST, SECOND, THIRD = "a" * 64, "b" * 64, "c" * 64  # results
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    Queue(Folder(tmp_path / "node").queue).close()
+    with contextlib.closing(Desk(tmp_path / "node")) as desk:
+        yield desk
+
+
+def make(desk: Desk, series: str, result: str, *names: str, replaced: Iterable[str] = ()) -> None:
+    """Record a result that takes the place of others; its documents go to one destination."""
+    desk.add(f"an object of {result}", "", PEER, [QUESTION], membership=Membership(series))
+    for name in names:
+        desk.folder.keep(desk.folder.documents / result / name, b"a document")
+    deliveries = [(f"{result}/{name}", WHERE) for name in names]
+    desk.answered(desk.job(series), result, [], {QUESTION: "{}"}, deliveries, replaced)
+
+
+def test_a_withdrawal_that_was_refused_is_wanted_whatever_becomes_of_its_result(
+    tmp_path: Path, desk: Desk
+) -> None:
+    make(desk, OURS, FIRST, "1.hl7")
+    desk.sent(f"{FIRST}/1.hl7", WHERE)
+    withdrawals = ("withdrawn.1.hl7", "aaaa.withdrawal.dcm")
+    make(desk, OTHERS, SECOND, *withdrawals, "2.hl7", replaced=[FIRST])
+    for name in (*withdrawals, "2.hl7"):
+        desk.refused(f"{SECOND}/{name}", WHERE, "it refused the message: AE")
+    make(desk, OTHERS, THIRD, replaced=[SECOND])
+    assert desk.status(configuration(tmp_path / "node"))["set_aside"] == {WHERE: 2}
+    assert not desk.is_finished(SECOND, ())
+    assert desk.retry([]) == (0, 2, 0)
+    assert desk.unsent(WHERE, 9) == [f"{SECOND}/{name}" for name in withdrawals]
+
+
+def test_what_was_refused_and_replaced_is_kept_no_longer(desk: Desk) -> None:
+    make(desk, OURS, FIRST, "1.hl7", "2.hl7")
+    desk.sent(f"{FIRST}/1.hl7", WHERE)
+    desk.refused(f"{FIRST}/2.hl7", WHERE, "it refused the message: AE")
+    assert not desk.is_finished(FIRST, ())
+    make(desk, OURS, SECOND, "1.hl7", replaced=[FIRST])
+    assert desk.is_finished(FIRST, ())
+    assert not desk.is_finished(SECOND, ())  # it is to be sent
+
+
+def test_a_result_that_was_withdrawn_from_another_series_is_not_sent_again(desk: Desk) -> None:
+    make(desk, OURS, FIRST, "1.hl7")
+    make(desk, OURS, SECOND, "2.hl7", replaced=[FIRST])
+    for document in (f"{FIRST}/1.hl7", f"{SECOND}/2.hl7"):
+        desk.sent(document, WHERE)
+    assert desk.requeue([OURS], None) == (2, 0)  # it corrects the first, and comes after it
+    assert desk.unsent(WHERE, 9) == [f"{FIRST}/1.hl7"]
+    for document in (f"{FIRST}/1.hl7", f"{SECOND}/2.hl7"):
+        desk.sent(document, WHERE)
+    make(desk, OTHERS, THIRD, "withdrawn.2.hl7", replaced=[SECOND])
+    desk.sent(f"{THIRD}/withdrawn.2.hl7", WHERE)
+    assert desk.requeue([OURS], None) == (0, 0)
+    assert desk.requeue([OTHERS], None) == (1, 0)
+
+
+def test_what_was_refused_and_is_gone_is_not_said_to_be_sent_again(desk: Desk) -> None:
+    make(desk, OURS, FIRST, "1.hl7", "2.hl7")
+    for name in ("1.hl7", "2.hl7"):
+        desk.refused(f"{FIRST}/{name}", WHERE, "it refused the message: AE")
+    (desk.folder.documents / FIRST / "1.hl7").unlink()
+    assert desk.retry([]) == (0, 1, 1)
+    assert desk.unsent(WHERE, 9) == [f"{FIRST}/2.hl7"]
 
 
 def test_what_was_sent_waits_to_be_asked_about_and_what_is_gone_holds_nothing_up(

@@ -767,7 +767,7 @@ def test_the_queue_is_looked_at_and_tried_again(
             "results": 1,
             "not_asked": {"no_question": 1},
             "unsent": {f"dicom://ARCHIVE@127.0.0.1:{port}": 0},
-            "refused": {},
+            "set_aside": {},
             "uncommitted": {},
             "requests": {"waiting": 0, "fetched": 0, "failed": 0},
         }
@@ -802,5 +802,5 @@ def test_what_was_given_up_is_tried_again(tmp_path: Path, run: Run) -> None:
         assert (row["state"], row["objects"]) == ("failed", 1)
         assert "none of its slices can be read" in row["why"]
         told = json.loads(run("listen", "retry", *given).stdout)
-        assert told == {"tried_again": 1, "sent_again": 0}
+        assert told == {"tried_again": 1, "sent_again": 0, "gone": 0}
         answered(node)

@@ -521,19 +521,21 @@ def test_what_is_refused_for_good_is_set_aside_until_it_is_asked_for(
             assert send(node.port, study()) == [0]
             refused = {destination.shown: 1}
             wait_for(lambda: "set aside" in caplog.text)
-            assert node.desk.status(config)["refused"] == refused
+            assert node.desk.status(config)["set_aside"] == refused
             assert node.desk.status(config)["unsent"] == {destination.shown: 0}
             assert f"refused by {destination.shown} 3 times ({why}): set aside" in caplog.text
-            assert f'medmoe_listen_refused{{destination="{destination.shown}"}} 1' in figures(node)
+            assert f'medmoe_listen_set_aside{{destination="{destination.shown}"}} 1' in figures(
+                node
+            )
             (series,) = node.desk.series()
             (result,) = node.desk.show(series["series"])["results"]
             assert [each["refused"] for each in result["deliveries"]] == [why]
             assert not node.desk.is_finished(result["result"], config.committing)  # so it is kept
             caplog.clear()
-            assert node.desk.retry([]) == (0, 1)
+            assert node.desk.retry([]) == (0, 1, 0)
             wait_for(lambda: "3 times" in caplog.text)
-            assert node.desk.retry([series["series"][:8]]) == (0, 1)
-            wait_for(lambda: node.desk.status(config)["refused"] == refused)
+            assert node.desk.retry([series["series"][:8]]) == (0, 1, 0)
+            wait_for(lambda: node.desk.status(config)["set_aside"] == refused)
             assert node.desk.requeue([series["series"]], None) == (1, 0)
     for secret in (*SECRETS, STUDY):
         assert secret not in caplog.text
@@ -571,7 +573,7 @@ def test_what_is_refused_for_now_is_sent_until_it_is_taken(
             assert send(node.port, study()) == [0]
             wait_for(lambda: caplog.text.count("again in") > 4)
             assert node.queue.counts()["unsent"] == 1
-            assert not node.desk.status(config)["refused"]
+            assert not node.desk.status(config)["set_aside"]
 
 
 @pytest.mark.parametrize(
@@ -657,9 +659,9 @@ def test_a_document_that_is_gone_is_told_of_once(
     for path in (tmp_path / "node" / "documents").glob("*/*"):
         path.rename(tmp_path / "away")
     with Archive(port) as archive, Node(config, StandIn(), first_delay=0.01) as node:
-        wait_for(lambda: sum(node.desk.status(config)["refused"].values()) == 1)
+        wait_for(lambda: sum(node.desk.status(config)["set_aside"].values()) == 1)
         (tmp_path / "away").rename(path)
-        assert node.desk.retry([]) == (0, 1)
+        assert node.desk.retry([]) == (0, 1, 0)
         sent(node)
 
 
@@ -1020,12 +1022,12 @@ def test_what_was_withdrawn_is_not_sent_after_all(
         config = configuration(tmp_path / "node", hl7=[receiver])
         with Node(config, StandIn(), first_delay=0.01) as node:
             assert send(node.port, study()) == [0]
-            wait_for(lambda: sum(node.desk.status(config)["refused"].values()) == 1)
+            wait_for(lambda: sum(node.desk.status(config)["set_aside"].values()) == 1)
             assert send(node.port, study(PatientID="MRN-0815")) == [0]
             wait_for(lambda: len(listener.heard) == 4)  # what is set aside holds up nothing
             wait_for(lambda: node.queue.counts()["unsent"] == 0)
-            assert node.desk.retry([]) == (0, 0)
-            assert node.desk.status(config)["refused"] == {}  # nobody need look after it
+            assert node.desk.retry([]) == (0, 0, 0)
+            assert node.desk.status(config)["set_aside"] == {}  # nobody need look after it
 
 
 def test_control_characters_do_not_end_a_message_of_hl7(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,19 @@ QUEUE, AUDIT = "queue.sqlite", "audit.jsonl"  # in a backup
 STAGING = (".backup.", ".restore.")  # how their folders begin, while they are at work
 NO_LIMIT = -1  # to SQLite
 PASSES = 2  # without a lock: the second links what came during the first, which may take minutes
-# Of deliveries; what another result has taken the place of is not wanted any more.
+# Of deliveries: what was refused and is wanted still. What another result has taken the place of is
+# not, but what withdraws a third one is: nothing else does.
+WITHDRAWS = "(document LIKE '%/withdrawn.%' OR document LIKE '%.withdrawal.dcm')"
 REFUSED = (
-    "refused != '' AND substr(document, 1, 64) NOT IN (SELECT key FROM result WHERE replaced != '')"
+    f"refused != '' AND ({WITHDRAWS} OR substr(document, 1, 64) NOT IN "
+    "(SELECT key FROM result WHERE replaced != ''))"
 )
+# The results of a series that stand, and those that they correct. One that was withdrawn from
+# another series is not sent again: that it is withdrawn would not be said again after it.
+STANDING = """WITH RECURSIVE standing (key) AS (
+    SELECT key FROM result WHERE series = ?1 AND replaced = ''
+    UNION SELECT old.key FROM standing JOIN result AS old ON old.replaced = standing.key
+    WHERE old.series = ?1)"""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TIDY_EVERY, DAY = 3600.0, 86400.0  # seconds
 
@@ -59,7 +68,7 @@ class Desk(Queue):
         unsent = dict.fromkeys((each.name for each in configuration.destinations), 0)
         counted = "SELECT destination, count(*) FROM {} GROUP BY destination"
         unsent |= dict(self._read(counted.format(f"delivery WHERE {UNSENT}")))
-        refused = dict(self._read(counted.format(f"delivery WHERE {REFUSED}")))
+        set_aside = dict(self._read(counted.format(f"delivery WHERE {REFUSED}")))
         unkept = "commitment WHERE state != 'kept' AND asked != ''"
         uncommitted = dict(self._read(counted.format(unkept)))
         for name in configuration.committing:
@@ -74,7 +83,7 @@ class Desk(Queue):
             "results": self.counts()["answered"],
             "not_asked": self.asides(),
             "unsent": _shown(unsent),
-            "refused": _shown(refused),
+            "set_aside": _shown(set_aside),
             "uncommitted": {name: count for name, count in _shown(uncommitted).items() if count},
             "requests": {
                 state: requests.get(state, 0) for state in ("waiting", "fetched", "failed")
@@ -156,14 +165,15 @@ class Desk(Queue):
             ],
         }
 
-    def retry(self, keys: Sequence[str]) -> tuple[int, int]:
+    def retry(self, keys: Sequence[str]) -> tuple[int, int, int]:
         """Have what was given up tried again, of the series named, or of all.
 
-        Nothing is sent again that another result has taken the place of meanwhile.
+        Nothing is sent again that another result has taken the place of meanwhile, but for what
+        withdraws another.
 
         Returns:
-            How many series are answered again, and how many documents that were refused are sent
-            again.
+            How many series are answered again, how many documents that were refused are sent again,
+            and how many more of these are gone.
         """
         failed = self._column("SELECT key FROM series WHERE state = 'failed'")
         refused = self._read(
@@ -174,7 +184,7 @@ class Desk(Queue):
         if not wanted <= {*failed, *(row[0] for row in refused)}:
             raise InputError("Of a series nothing was given up or refused.", "See: listen show.")
         again = [(key,) for key in failed if key in wanted]
-        sent = [tuple(row) for series, *row in refused if series in wanted]
+        sent, gone = self._there([tuple(row) for series, *row in refused if series in wanted])
         with self._lock, explaining(), self._database as database:
             database.executemany(
                 "UPDATE series SET state = 'waiting', attempts = 0, why = '', "
@@ -184,39 +194,50 @@ class Desk(Queue):
             database.executemany(
                 "UPDATE delivery SET refused = '' WHERE document = ? AND destination = ?", sent
             )
-        return len(again), len(sent)
+        return len(again), len(sent), gone
 
     def requeue(self, keys: Sequence[str], destination: str | None) -> tuple[int, int]:
         """Have all documents of series sent again; how many, and how many more are gone.
 
-        `destination` is where to, as `status` names it; None: to all of them.
+        Those of a result that was withdrawn are not. `destination` is where to, as `status` names
+        it; None: to all of them.
         """
         again = gone = 0
         for key in map(self._key, keys):
             rows = self._read(
-                f"SELECT document, destination FROM delivery WHERE NOT ({UNSENT}) "
-                "AND substr(document, 1, 64) IN (SELECT key FROM result WHERE series = ?)",
+                f"{STANDING} SELECT document, destination FROM delivery "
+                f"JOIN result ON result.key = substr(document, 1, 64) WHERE NOT ({UNSENT}) "
+                f"AND series = ?1 AND ({WITHDRAWS} OR result.key IN (SELECT key FROM standing))",
                 key,
             )
-            wanted = [row for row in rows if destination in (None, without_secrets(row[1]))]
-            there = [row for row in wanted if (self.folder.documents / row[0]).exists()]
+            there, missing = self._there(
+                row for row in rows if destination in (None, without_secrets(row[1]))
+            )
             this = "WHERE document = ? AND destination = ?"
             with self._lock, explaining(), self._database as database:
                 database.executemany(f"DELETE FROM commitment {this}", there)
                 database.executemany(f"UPDATE delivery SET sent = 0, refused = '' {this}", there)
             again += len(there)
-            gone += len(wanted) - len(there)
+            gone += missing
         return again, gone
+
+    def _there(self, deliveries: Iterable[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], int]:
+        """Of documents and where they go, those that can be sent; and how many more are gone."""
+        rows = list(deliveries)
+        there = [row for row in rows if (self.folder.documents / row[0]).exists()]
+        return there, len(rows) - len(there)
 
     def is_finished(self, result: str, committing: Collection[str]) -> bool:
         """Whether nothing of a result is to be sent, and all is kept where that was asked.
 
+        What was refused is not to be sent any more once another result has taken its place.
         `committing` are the destinations that are to say that they keep what they have: what was
         sent there is not finished before they do, though they may not be asked yet.
         """
         rows = self._read(
             "SELECT document, destination, sent, state, asked FROM delivery "
-            "LEFT JOIN commitment USING (document, destination) WHERE substr(document, 1, 64) = ?",
+            "LEFT JOIN commitment USING (document, destination) "
+            f"WHERE substr(document, 1, 64) = ? AND (refused = '' OR {REFUSED})",
             result,
         )
         return all(

@@ -159,7 +159,6 @@ class Queue:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = FULL")
             prepare(self._database)
-            self._database.create_function("same_patient", 2, same_patient, deterministic=True)
 
     def close(self) -> None:
         """Close the file."""
@@ -258,23 +257,23 @@ class Queue:
 
     def shares_study(self, origin: Origin) -> bool:
         """Whether the study of an object holds another object of another patient."""
-        statement = "SELECT 1 FROM origin WHERE study = ? AND uid != ? "
-        values = origin.study, origin.uid, origin.patient
-        return bool(self._read(f"{statement} AND NOT same_patient(patient, ?) LIMIT 1", *values))
+        statement = "SELECT DISTINCT patient FROM origin WHERE study = ? AND uid != ?"
+        found = self._column(statement, origin.study, origin.uid)
+        return not all(same_patient(each, origin.patient) for each in found)
 
     def joined(self, membership: Membership, patient: str) -> Membership:
         """Where an object of a patient belongs: where it, or the others of its series, lack the
-        issuer of the number, to these, unless there are several issuers.
+        issuer of the number, to these. Of several issuers one without is neither's.
         """
-        rows = self._read(
-            "SELECT series, min(same_patient(patient, ?)) FROM object JOIN origin USING (key) "
-            "WHERE any_issuer = ? GROUP BY series",
-            *(patient, membership.any_issuer),
-        )
-        found = [series for series, is_same in rows if is_same]
-        if len(found) != 1 or membership.series in found:
-            return membership
-        return membership._replace(series=found[0])
+        neithers = key_of(f"{membership.any_issuer} of several issuers")
+        statement = "SELECT DISTINCT series, patient FROM object JOIN origin USING (key) "
+        rows = self._read(f"{statement} WHERE any_issuer = ?", membership.any_issuer)
+        others = {series for series, other in rows if not same_patient(patient, other)}
+        found = {series for series, _ in rows} - others - {neithers}
+        if len(found) == 1:
+            return membership._replace(series=found.pop())
+        has_issuer = membership.series != membership.any_issuer
+        return membership if has_issuer or not found else membership._replace(series=neithers)
 
     def waiting(self, limit: int, is_complete: Callable[[str], bool] = lambda _: True) -> list[str]:
         """The first series to be answered that are complete; those last that were tried most."""
@@ -323,15 +322,15 @@ class Queue:
     def shown_elsewhere(self, key: str) -> bool:
         """Whether what an object shows is in its study for presentation too."""
         rows = self._read(
-            "SELECT 1 FROM object AS mine JOIN origin AS own ON own.key = mine.key "
+            "SELECT DISTINCT beside.patient, own.patient FROM object AS mine "
+            "JOIN origin AS own ON own.key = mine.key "
             "JOIN origin AS beside ON beside.study = own.study "
-            "AND same_patient(beside.patient, own.patient) "
             "JOIN object AS other ON other.key = beside.key "
             "WHERE mine.key = ? AND other.aside = '' AND other.view = mine.view "
-            "AND other.intent = 'presentation' LIMIT 1",
+            "AND other.intent = 'presentation'",
             key,
         )
-        return bool(rows)
+        return any(itertools.starmap(same_patient, rows))
 
     def mark(self, uids: Iterable[str]) -> None:
         """Record the objects that key objects name, by the hashes of their UIDs."""

@@ -326,9 +326,14 @@ class Receiving:
         if not why or (why == "no_pixels" and uid_of(header, "SOPClassUID") in self.images):
             self._judge_pixels(header, pixels)
         origin = origin_of(header, pixels[8 if header.original_encoding[0] else 12 :])
-        membership = self.queue.joined(membership_of(header), origin.patient)
-        with self.queue.arriving(membership.series, origin.study), self._keeping:
-            membership = self.queue.joined(membership, origin.patient)  # others came meanwhile
+        own = membership_of(header)
+        series = self.queue.joined(own, origin.patient).series
+        with (
+            self.queue.arriving(series, origin.study),
+            self._keeping,
+            # others came meanwhile: it may belong to another series now, which is not quiet either
+            self.queue.arriving((membership := self.queue.joined(own, origin.patient)).series),
+        ):
             self.judge_room(len(data))
             key = self._key(origin, data)
             if self.queue.settles(key):  # the sender had not heard of it
