@@ -345,8 +345,9 @@ def test_what_lies_in_the_graph_is_not_paged() -> None:
 
 @pytest.mark.parametrize("form", ["delta", "delta:bits=2", "delta:rank=8", "delta:auto=4"])
 def test_forms_too_small_for_a_file_are_not_planned_as_paged(form: str) -> None:
-    few = {"hidden_size": 16, "heads": 2, "intermediate_size": 32, "rotary_fraction": 1.0}
-    decoder = dataclasses.replace(NANO.decoder, **few)
+    decoder = dataclasses.replace(
+        NANO.decoder, hidden_size=16, heads=2, intermediate_size=32, rotary_fraction=1.0
+    )
     small = dataclasses.replace(NANO, decoder=decoder)
     found = [Deltas.of(read_deltas(form), each, "int8", 32).paged for each in (NANO, small)]
     assert found == [True, False]
