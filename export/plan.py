@@ -428,7 +428,7 @@ def check_deltas(
     if not calibrated:
         raise InputError(
             "Forms of deltas are chosen by what calibration measured.",
-            "Add --calibrate DATA or --stats FILE, or give one form: delta:bits=2.",
+            "Add --calibrate DATA or --stats FILE, or give one form: delta:bits=4.",
         )
     least = [
         Candidate(name, math.prod(shape), shape[1], dict.fromkeys(choices, 0.0))

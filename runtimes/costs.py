@@ -217,12 +217,12 @@ class Deltas:
     def of(cls, form: DeltaForm, config: ModelConfig, precision: Precision, group: int) -> Self:
         """Of a form, in a precision that decides where the form does not."""
         stored, held = (bits("experts", precision, group) for bits in (bits_per_weight, held_bits))
-        paged = _largest(config, form, stored) >= INLINE_BYTES
+        paged = _largest(config, form, form.budget or stored) >= INLINE_BYTES
         scales = (HELD_SCALE_BITS - SCALE_BITS) / DELTA_GROUP
         if form.budget:  # spent on few bits, as nothing is known of ranks before the search
             narrow = (WIDENED - form.budget) / (WIDENED - NARROW)
             bits = form.budget
-            return cls(bits, bits + scales, narrow=min(max(narrow, 0.0), 1.0))
+            return cls(bits, bits + scales, narrow=min(max(narrow, 0.0), 1.0), paged=paged)
         operations, narrow = _shares(config, lambda _: form.stored)
         if form.bits:
             bits = Format(form.bits, DELTA_GROUP).bits_per_weight(DELTA_GROUP)

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import MANIFEST
+from medmoe_edge.bundle.trust import SIGNATURE
 from medmoe_edge.errors import CheckpointError, InputError
 
 RECORD = "pulled.json"
@@ -48,6 +49,17 @@ PUBLISHED: dict[str, Published] = {
     "moe-llava-stablelm-1.6b-384": Published("LanguageBind/MoE-LLaVA-StableLM-1.6B-4e-384"),
     "moe-llava-qwen-1.8b": Published("LanguageBind/MoE-LLaVA-Qwen-1.8B-4e"),
 }
+
+
+def is_beside_model(name: str, folder: Path) -> bool:
+    """Whether a folder is a model's, and a file of that name in it is none of the model's own."""
+    if not (folder / MANIFEST).is_file():
+        return (folder / CONFIG).is_file() and not name.endswith((*CHECKPOINT_FILES, *PICKLES))
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return name not in (*files, MANIFEST, SIGNATURE, RECORD, CARD)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False  # whoever reads it says what is wrong
 
 
 def find_published(name: str) -> Published:

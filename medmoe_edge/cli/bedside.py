@@ -370,7 +370,8 @@ def node_backup(
     """Write the node's queue, images, documents and audit log to one file; it may be running."""
     check_output(output, force, config)
     with _desk(config) as (desk, configuration):
-        check_output(output, force, configuration.folder, configuration.audit_log)
+        own = None if output.resolve().suffix == ".tar" else configuration.folder
+        check_output(output, force, own, configuration.audit_log)  # a node keeps no .tar
         count = desk.back_up(configuration.audit_log, output)
     _tell_count(as_json, "files", count, "files: the backup is as confidential as they are")
 
@@ -516,7 +517,7 @@ def _where(
 def _show_batch(report: "BatchReport") -> None:
     rows = [("images", f"{report.images:,}")]
     if report.links:
-        rows.append(("  links to the same files, left out", f"{report.links:,}"))
+        rows.append(("  links to the same files (named by --json)", f"{len(report.links):,}"))
     if report.series is not None:
         from medmoe_edge.bedside.listen.selection import reasons
 

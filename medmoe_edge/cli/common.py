@@ -366,12 +366,17 @@ def check_output(
 ) -> None:
     """Refuse an output before the work rather than after it.
 
-    It is none of its inputs, and replaces nothing in them but in those that are `around` it.
+    It is none of its inputs, and replaces nothing in them but in those that are `around` it, or
+    what is not the model's own in a model's folder.
     """
     if file.exists() and not force:
         raise InputError(f"{file} exists already.", "Choose another name, or add --force.")
     if file.exists():
-        check_apart(file, *inputs, around=around)
+        from medmoe_edge.checkpoint.published import is_beside_model
+
+        name = file.resolve().name
+        held = (path for path in inputs if path and not is_beside_model(name, path))
+        check_apart(file, *held, around=around)
     if not file.parent.is_dir():
         raise InputError(f"{file.parent} is not a folder.", "Make it first, or choose another.")
     if file.is_dir():

@@ -286,7 +286,13 @@ def export(
     tokens = f"{image_tokens}-tokens" if image_tokens else ""
     how = (*cut, tokens, options.precision) if target == "onnxruntime" else (target, gpu)
     out = output or Path("-".join(filter(None, (options.name, *how))))
-    check_apart(out, folder, vision_tower, around=(calibrate, stats, sign))
+    try:
+        check_apart(out, folder, vision_tower, around=(calibrate, stats, sign))
+    except InputError as error:
+        if output is not None:
+            raise
+        elsewhere = folder.resolve().parent / out.name
+        raise InputError(error.what, f"Name another place: -o {elsewhere}") from error
     with render.working("Reading") as report:
         if target == "onnxruntime":
             try:

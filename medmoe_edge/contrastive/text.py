@@ -80,6 +80,7 @@ class ModalityTokenizer:
         tokenizer = Tokenizer.from_file(path)
         tokenizer.check_vocabulary(text.vocab_size)
         backend = tokenizer.backend
+        backend.no_padding()  # which the file may ask for, and then no text ends in its mark
         tokens = backend.encode("a").tokens
         if not tokens or (tokens[0], tokens[-1]) != (START, END):
             raise ModelError(
@@ -87,7 +88,6 @@ class ModalityTokenizer:
                 "that of another model.",
                 "Use the tokenizer.json that belongs to this model.",
             )
-        backend.no_padding()
         backend.enable_truncation(text.max_pieces)
         return cls(backend, text.max_pieces, as_published)
 

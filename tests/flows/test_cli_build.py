@@ -498,11 +498,37 @@ def test_no_verb_that_builds_replaces_its_own_input(
         ["router", "import", "b/phi_router.pth", "c", "-o", "c", "--force"],
         ["router", "train", "c", "--data", "d", "-o", "c/new"],
         ["verify", "b", "--report", "b/manifest.json", "--force"],
+        ["verify", "b", "--report", "b/decoder.onnx", "--force"],
     ):
         result = run(*line)
         assert result.exit_code == 2, line
         assert two_lines(result)[0].endswith("would replace or change its own input."), line
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_what_a_verb_wrote_into_a_models_folder_is_replaced(
+    run: Run, tiny_checkpoint: Make, tiny_bundle: Make, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_checkpoint(), tmp_path / "c")
+    shutil.copytree(tiny_bundle(), tmp_path / "b")
+    for line in (
+        ["calibrate", "c", "--data", "builtin", "--samples", "4", "-o", "c/my.stats"],
+        ["verify", "b", "--report", "b/report.html"],
+    ):
+        for again in ([], ["--force"]):
+            result = run(*line, *again)
+            assert "own input" not in result.stderr
+            assert result.exit_code == 0, result.stderr
+
+
+def test_an_export_within_its_checkpoint_is_told_where_to_write(
+    run: Run, tiny_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_checkpoint(), tmp_path / "c")
+    monkeypatch.chdir(tmp_path / "c")
+    result = run("export", ".")
+    assert result.exit_code == 2
+    assert two_lines(result)[1] == f"Name another place: -o {tmp_path / 'c-int8'}"
 
 
 # --- targets ---------------------------------------------------------------------------------

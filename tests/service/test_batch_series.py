@@ -192,8 +192,9 @@ def test_a_bomb_is_not_inflated_to_see_where_it_belongs(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("issuers", [("", ""), ("A", ""), ("", "A")])
 def test_what_is_for_processing_is_left_out_where_it_is_shown(
-    engine: Reading, tmp_path: Path
+    engine: Reading, tmp_path: Path, issuers: tuple[str, str]
 ) -> None:
     folder = tmp_path / "archive"
     folder.mkdir()
@@ -205,6 +206,7 @@ def test_what_is_for_processing_is_left_out_where_it_is_shown(
     for number, (intent, kind) in enumerate(kinds.items()):
         values: dict[str, Any] = {"Modality": "DX", "SOPClassUID": kind, "ViewPosition": "PA"}
         values["PresentationIntentType"] = f"FOR {intent.upper()}"
+        values["IssuerOfPatientID"] = issuers[number]
         values["SeriesInstanceUID"] = f"1.2.826.0.4711.9.{number}"
         save(folder / f"{intent}.dcm", slice_of(number + 1, **values))
         values["ViewPosition"] = "LL"

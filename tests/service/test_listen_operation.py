@@ -452,6 +452,9 @@ def test_the_commands_back_up_and_restore(tmp_path: Path, run: Run) -> None:
     done = run("listen", "backup", "-o", str(tmp_path / "b.tar"), *given)
     assert json.loads(done.stdout) == {"files": 1}
     assert run("listen", "backup", "-o", str(tmp_path / "b.tar"), *given).exit_code == 2
+    for name, code in (("b.tar", 0), ("b.tar", 0), ("queue.sqlite", 2)):  # its own is not replaced
+        place = str(tmp_path / "node" / name)
+        assert run("listen", "backup", "-o", place, "--force", *given).exit_code == code
     (tmp_path / "listen.toml").write_text(text.replace('"node"', '"other"'))
     done = run("listen", "restore", str(tmp_path / "b.tar"), *given)
     assert json.loads(done.stdout) == {"files": 1}

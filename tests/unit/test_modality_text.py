@@ -39,6 +39,17 @@ def test_pieces_words_and_padding(file: Path) -> None:
     assert [part.dtype.name for part in (ids, words, seen)] == ["int64", "int64", "bool"]
 
 
+@pytest.mark.parametrize("direction", ["left", "right"])
+def test_padding_that_the_file_asks_for_is_not_read(
+    file: Path, tmp_path: Path, direction: str
+) -> None:
+    backend = Backend.from_file(str(file))
+    backend.enable_padding(direction=direction, length=12)
+    backend.save(str(tmp_path / "padded.json"))
+    plain, padded = (reader(each).encode(["liver"]) for each in (file, tmp_path / "padded.json"))
+    assert all((one == other).all() for one, other in zip(plain, padded, strict=True))
+
+
 def test_the_pieces_of_a_word_belong_together(file: Path) -> None:
     ids, words, _ = reader(file).encode(["zebra liver"])
     pieces = np.count_nonzero(words[0] == 0)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medmoe_edge.bundle import machine
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.calibration.quantisers import read_deltas
 from medmoe_edge.device.estimate import (
     Plan,
     PlanOptions,
@@ -340,6 +341,16 @@ def test_what_lies_in_the_graph_is_not_paged() -> None:
     assert 0 < (paged.expert_budget or 0) < paged.experts
     assert (resident.fits, resident.expert_budget) == (False, 0)
     assert resident.short == resident.memory_run - small.usable
+
+
+@pytest.mark.parametrize("form", ["delta", "delta:bits=2", "delta:rank=8", "delta:auto=4"])
+def test_forms_too_small_for_a_file_are_not_planned_as_paged(form: str) -> None:
+    decoder = dataclasses.replace(
+        NANO.decoder, hidden_size=16, heads=2, intermediate_size=32, rotary_fraction=1.0
+    )
+    small = dataclasses.replace(NANO, decoder=decoder)
+    found = [Deltas.of(read_deltas(form), each, "int8", 32).paged for each in (NANO, small)]
+    assert found == [True, False]
 
 
 def test_a_tower_with_a_scale_per_token_is_forecast_where_there_is_one() -> None:

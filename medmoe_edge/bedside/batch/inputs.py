@@ -57,10 +57,10 @@ class Item(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Images, and how many more paths in their folder lead to the same."""
+    """Images, and for each further path in their folder to one of them the name it is asked by."""
 
     items: list[Item]
-    links: int
+    links: dict[str, str]
 
 
 def read_items(inputs: Path, questions: Path | None, *, besides: Collection[Path] = ()) -> Inputs:
@@ -69,7 +69,7 @@ def read_items(inputs: Path, questions: Path | None, *, besides: Collection[Path
     Where a CSV file has questions of its own there must be no `questions`, else there must.
     Raises `DataError` that names file and line, and `InputError` for what cannot be put together.
     """
-    links = 0
+    links = dict[str, str]()
     if inputs.is_dir():
         asked = _shared(questions, "images of a folder")
         left_out = {path.resolve() for path in (*besides, *([questions] if questions else []))}
@@ -177,7 +177,8 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
         )
     left_out, marks = Counter[str](), {uid for header in headers for uid in header.get("marks", ())}
     slices: dict[str, list[Slice]] = defaultdict(list)
-    shown, marked = set[tuple[str, ...]](), set[str]()
+    shown: dict[tuple[str, str], list[str]] = defaultdict(list)  # the patients, by study and view
+    marked = set[str]()
     seen: dict[tuple[str, str], list[str]] = defaultdict(list)  # a series is of one patient
     issued: dict[str, set[str]] = defaultdict(set)
     for header in filter(None, headers):
@@ -200,13 +201,13 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
             place = (header[name] for name in ("position", "instance", "intent", "view"))
             slices[series_of].append(Slice(key, "", "", (), *place))
             if header["intent"] == "presentation":
-                shown.add(_view(header))
+                shown[header["study"], header["view"]].append(header["patient"])
     found = []
     for name, members in slices.items():
         kept = [
             each
             for each in members
-            if each.intent != "processing" or _view(headers[int(each.key)]) not in shown
+            if each.intent != "processing" or not _is_shown_too(headers[int(each.key)], shown)
         ]
         left_out["for_processing"] += len(members) - len(kept)
         if not members:
@@ -240,8 +241,12 @@ def _content(path: str) -> str | None:
         return None  # who asks about it says what is wrong
 
 
-def _view(header: Header) -> tuple[str, ...]:
-    return header["study"], header["patient"], header["view"]
+def _is_shown_too(header: Header, shown: Mapping[tuple[str, str], Sequence[str]]) -> bool:
+    """Whether its patient's study has its view for presentation."""
+    from medmoe_edge.bedside.listen.header import same_patient
+
+    patients = shown.get((header["study"], header["view"]), ())
+    return any(same_patient(patient, header["patient"]) for patient in patients)
 
 
 def _shared(questions: Path | None, of_what: str) -> tuple[str, ...]:
@@ -253,9 +258,11 @@ def _shared(questions: Path | None, of_what: str) -> tuple[str, ...]:
     return read_questions(questions)
 
 
-def _files(folder: Path, left_out: Collection[Path]) -> tuple[list[tuple[str, str]], int]:
-    """Of each file its path below the folder, with `/`, and its whole path; and how many paths more
-    lead to the same files.
+def _files(
+    folder: Path, left_out: Collection[Path]
+) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Of each file its path below the folder, with `/`, and its whole path; and the further paths
+    that lead to the same files, with the first.
     """
 
     def refuse(error: OSError) -> None:  # its images would be missing, and nobody would know
@@ -271,12 +278,13 @@ def _files(folder: Path, left_out: Collection[Path]) -> tuple[list[tuple[str, st
         shown.sort(key=lambda path: (path.is_symlink(), path))  # a folder goes before its links
         folders[:] = [path.name for path in shown if _is_new(path, root, walked)]
         found += [Path(parent, name) for name in names if not name.startswith(".")]
-    by_target: dict[str, Path] = {}
+    by_target: dict[str, list[str]] = defaultdict(list)
     for path in sorted(found, key=lambda path: (path.is_symlink(), path)):
-        by_target.setdefault(os.path.realpath(path), path)
-    kept = sorted(path for target, path in by_target.items() if Path(target) not in left_out)
-    named = [(path.relative_to(root).as_posix(), str(path)) for path in kept]
-    return named, len(found) - len(by_target)
+        by_target[os.path.realpath(path)].append(path.relative_to(root).as_posix())
+    kept = [names for target, names in by_target.items() if Path(target) not in left_out]
+    named = sorted((root / names[0], names[0]) for names in kept)
+    links = {link: names[0] for names in kept for link in names[1:]}
+    return [(name, str(path)) for path, name in named], links
 
 
 def _is_new(folder: Path, root: Path, walked: set[Path]) -> bool:

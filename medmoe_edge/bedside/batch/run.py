@@ -368,9 +368,10 @@ class BatchReport:
     `warned` rows have an answer with warnings.
 
     Of `images` images, `resumed` had been done by earlier runs, and `changed` too, but are other
-    files since and were asked again; `links` more paths lead to them. `seconds` are of this run. By
-    series, `series` is their number, with images that stand alone, `resumed` counts these, and
-    `left_out` are images that are not asked about, by the reason.
+    files since and were asked again; `links` are the paths without rows, each with the one that
+    leads to the same file and has them. `seconds` are of this run. By series, `series` is their
+    number, with images that stand alone, `resumed` counts these, and `left_out` are images that
+    are not asked about, by the reason.
     """
 
     output: str
@@ -382,7 +383,7 @@ class BatchReport:
     seconds: float
     model: dict[str, str]
     changed: int = 0
-    links: int = 0
+    links: dict[str, str] = dataclasses.field(default_factory=dict)
     series: int | None = None
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     notice: str = NOTICE
