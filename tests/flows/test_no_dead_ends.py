@@ -339,6 +339,25 @@ def test_completion_knows_names(tmp_path: Path, words: str, found: set[str]) -> 
 # --- ends ---------------------------------------------------------------------------------------
 
 
+MAIN = (sys.executable, "-c", "from medmoe_edge.cli import main; main()")
+
+
+def with_modules_of(folder: Path) -> dict[str, str]:
+    """An environment in which a folder's modules stand before those that are installed."""
+    return os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def main_with_modules_of(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A command line that has ended, in that environment."""
+    return subprocess.run(
+        [*MAIN, *arguments],
+        env=with_modules_of(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize(
     ("number", "code", "said"),
@@ -349,10 +368,12 @@ def test_an_end_while_importing_is_clean(
 ) -> None:
     """A package that is imported at start tells when it is, and takes its time."""
     (tmp_path / "typer.py").write_text("import time\nprint('now', flush=True)\ntime.sleep(60)\n")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-c", "from medmoe_edge.cli import main; main()"]
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        MAIN,
+        env=with_modules_of(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
@@ -370,12 +391,7 @@ def test_an_interrupt_that_a_library_swallows_is_an_interrupt(tmp_path: Path) ->
         "except BaseException as error:\n    raise ImportError('numpy failed') from error\n"
     )
     (tmp_path / "numpy.py").write_text(swallowing)
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-c", "from medmoe_edge.cli import main; main()"]
-    arguments = ["ask", "scan.png", "Is it?"]
-    result = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    result = main_with_modules_of(tmp_path, "ask", "scan.png", "Is it?")
     assert (result.returncode, result.stderr) == (130, "Interrupted.\n")
 
 
@@ -396,9 +412,7 @@ def test_an_end_while_native_code_imports_is_not_lost(
         "raise ModuleNotFoundError('numpy')\n"
     )
     (tmp_path / "typer.py").write_text("import torch\nprint('lost')\n")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-c", "from medmoe_edge.cli import main; main()"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = main_with_modules_of(tmp_path)
     assert (result.returncode, result.stdout) == (code, ""), result.stderr
     assert result.stderr.endswith(said)
 
@@ -418,9 +432,7 @@ def test_an_end_within_pytorchs_own_modules_does_not_abort(
         "except BaseException:\n    os.abort()\n"
     )
     (tmp_path / "typer.py").write_text("import torch\n")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-c", "from medmoe_edge.cli import main; main()"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = main_with_modules_of(tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (code, "", said)
 
 
