@@ -179,7 +179,7 @@ class ModalityEngine(OneAtATime):
         clock = Clock()
         picture, features = self._look(image, frame, clock, value_range)
         reading = self._reading(features, clock)
-        return dataclasses.replace(reading, warnings=_warnings(picture, reading))
+        return dataclasses.replace(reading, warnings=self._warnings(picture, reading))
 
     def classify(
         self,
@@ -231,7 +231,7 @@ class ModalityEngine(OneAtATime):
             reading=reading,
             timings=_timings(clock),
             model=self._model,
-            warnings=_warnings(picture, reading),
+            warnings=self._warnings(picture, reading),
         )
 
     def locate(
@@ -277,7 +277,7 @@ class ModalityEngine(OneAtATime):
             reading=reading,
             timings=_timings(clock),
             model=self._model,
-            warnings=_warnings(picture, reading),
+            warnings=self._warnings(picture, reading),
         )
 
     def _similarity(self, features: ImageFeatures, texts: TextFeatures) -> Floats:
@@ -380,9 +380,9 @@ class ModalityEngine(OneAtATime):
     def _model(self) -> dict[str, Any]:
         return describe(self.name, self.sha256, self.proven, self.runtime.name)
 
-
-def _warnings(picture: Image, reading: Reading) -> tuple[Notice, ...]:
-    return (*picture.notices, *unlike_label(picture.labels, reading.modality))
+    def _warnings(self, picture: Image, reading: Reading) -> tuple[Notice, ...]:
+        unlike = unlike_label(picture.labels, reading.modality)
+        return (*picture.notices, *unlike, *self.scores.warnings)
 
 
 def _timings(clock: Clock) -> dict[str, float]:

@@ -289,6 +289,7 @@ class ModalityInspection(_Inspected):
             "parameters_activated": self.parameters_activated,
             "config": self.config.to_json(),
             "scores": self.scores.to_json(),
+            "warnings": [dataclasses.asdict(notice) for notice in self.scores.warnings],
         }
 
 
