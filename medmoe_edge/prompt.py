@@ -157,6 +157,8 @@ def check_question(question: str) -> str:
 
     Raises `InputError` if it is empty, far too long or no text.
     """
+    if not isinstance(question, str):
+        raise InputError(f"The question {question!r} is not text.", "Ask in words.")
     question = question.replace(IMAGE, "").strip()
     if len(question) > MAX_QUESTION_CHARACTERS:
         raise InputError(

@@ -166,7 +166,7 @@ class ModalityEngine(OneAtATime):
 
         Args:
             image: A path, an `Image`, or an array.
-            frame: Which one of several the file holds, from 1.
+            frame: Which one of several the file holds, from 0.
             value_range: The values of an array that are black and white.
 
         Returns:
