@@ -25,8 +25,10 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".joblib")
 CHECKPOINT_FILES = (".json", ".jinja", ".md", ".model", ".safetensors", ".tiktoken", ".txt")
 # Of a checkpoint's .json and .txt files, those that belong to it.
-_OWN = ("adapter_config", "added_tokens", "generation_config", "preprocessor_config", "tokenizer")
-_OWN += ("special_tokens_map", "tokenizer_config", "trainer_state", "vocab")
+_OWN = (
+    *("adapter_config", "added_tokens", "generation_config", "preprocessor_config", "tokenizer"),
+    *("special_tokens_map", "tokenizer_config", "trainer_state", "vocab"),
+)
 NAMED = frozenset({CONFIG, INDEX, RECORD, SCORES, "merges.txt", *(f"{own}.json" for own in _OWN)})
 
 log = logging.getLogger(__name__)
