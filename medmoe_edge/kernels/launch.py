@@ -170,7 +170,7 @@ class StoredMoE(MoE):
 
     def __init__(self, moe: MoE, activation: str, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.top_k, self.noise, self.rows = moe.top_k, moe.noise, moe.rows
+        self.top_k, self.rows = moe.top_k, moe.rows
         self.merged = None
         self.router, self.coefficient = moe.router, moe.coefficient
         self.experts, self.meta = moe.experts, moe.meta
@@ -226,7 +226,7 @@ class DeltaMoE(MoE):
 
     def __init__(self, moe: MoE, deltas: Deltas, activation: str, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.top_k, self.noise, self.rows = moe.top_k, moe.noise, moe.rows
+        self.top_k, self.rows = moe.top_k, moe.rows
         self.merged, self.experts = None, nn.ModuleList()
         self.router, self.coefficient, self.meta = moe.router, moe.coefficient, moe.meta
         self.deltas, self.activation, self.dtype = deltas, activation, dtype

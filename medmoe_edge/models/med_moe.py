@@ -411,9 +411,3 @@ class MedMoE(nn.Module):
         ffn = self.decoder.layers[layer].ffn
         assert isinstance(ffn, MoE)
         return ffn
-
-    def use_gumbel(self, seed: int | None) -> None:
-        """Noise on the second expert's choice, to reproduce the official evaluation; None: off."""
-        noise = None if seed is None else torch.Generator().manual_seed(seed)
-        for layer in self.config.moe_layers:
-            self.moe_layer(layer).noise = noise
