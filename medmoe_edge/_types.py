@@ -1,10 +1,12 @@
 """Types that the whole package shares; each is defined here once."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
@@ -22,3 +24,9 @@ Counting = Callable[[int, int], None]
 
 def no_counting(done: int, total: int) -> None:
     """The `Counting` that tells nobody."""
+
+
+def there(value: T | None) -> T:
+    """A value that is never missing where it is asked for, though its type allows for that."""
+    assert value is not None
+    return value
