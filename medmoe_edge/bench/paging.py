@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medmoe_edge._types import Progress, no_progress
+from medmoe_edge._types import Progress, no_progress, there
 from medmoe_edge.bench import worker
 from medmoe_edge.bench.backends import find_bundle
 from medmoe_edge.bench.measurement import Allowance, Spread
@@ -195,8 +195,7 @@ class ExpertBudgets(NamedTuple):
 
 def expert_budgets(bundle: Bundle, budgets: Iterable[str]) -> ExpertBudgets:
     """Budgets as they are written, in bytes for this bundle, each raised to the least possible."""
-    store, moe = OrtExpertStore(bundle), bundle.config.moe
-    assert moe is not None
+    store, moe = OrtExpertStore(bundle), there(bundle.config.moe)
     total, least = sum(store.sizes.values()), least_budget(store, moe.top_k)
     amounts = tuple(max(budget_bytes(budget, total), least) for budget in budgets)
     return ExpertBudgets(total, least, amounts)

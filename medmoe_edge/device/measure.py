@@ -26,6 +26,7 @@ import numpy as np
 import onnx_ir as ir
 from scipy.optimize import nnls
 
+from medmoe_edge._types import there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.keys import decoder_parameters
@@ -163,8 +164,7 @@ class Microbenchmarks:
         for toy, count in self.experts:
             known = step_seconds(toy, self.precision, speed, count, 0)
             more = max(self.times[toy, count] - known, 0.0) / toy.decoder.layers
-            moe = toy.moe
-            assert moe is not None
+            moe = there(toy.moe)
             if count == 1:
                 speed = replace(speed, moe=more)
             elif moe.num_experts > moe.top_k:

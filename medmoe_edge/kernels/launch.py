@@ -15,6 +15,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
+from medmoe_edge._types import there
 from medmoe_edge.errors import MissingDependencyError
 from medmoe_edge.kernels import PARTS, Half, Kernel, Tile, Variant, group_of
 from medmoe_edge.models.decoder import MoE
@@ -303,13 +304,11 @@ HALF_ERROR: dict[torch.dtype, float] = {torch.float16: 2e-3, torch.bfloat16: 1e-
 @functools.cache
 def interpreted_kernels() -> ModuleType:
     """A second copy of the kernels, which Triton interprets on CPU tensors."""
-    spec = importlib.util.spec_from_file_location("interpreted_kernels", kernels.__file__)
-    assert spec is not None
-    assert spec.loader is not None
+    spec = there(importlib.util.spec_from_file_location("interpreted_kernels", kernels.__file__))
     module = importlib.util.module_from_spec(spec)
     with knobs.runtime.scope():
         knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
+        there(spec.loader).exec_module(module)
     return module
 
 
