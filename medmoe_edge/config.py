@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from medmoe_edge.errors import ConfigError, InputError, did_you_mean
@@ -28,7 +29,23 @@ def later(default: Any, metadata: Mapping[str, Any] | None = None) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Told:
+    """Base of what is told as JSON: its fields, then the properties that `TOLD` names."""
+
+    TOLD: typing.ClassVar[tuple[str, ...]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values (tuples become lists)."""
+        names = [
+            field.name
+            for field in dataclasses.fields(self)
+            if not field.metadata.get(_LATER) or getattr(self, field.name) != field.default
+        ]
+        return {name: plain(getattr(self, name)) for name in (*names, *self.TOLD)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Told):
     """Base of the configurations: strict JSON in, plain JSON out."""
 
     @classmethod
@@ -47,14 +64,6 @@ class Config:
                 raise ConfigError(f"{where} lacks the key {name!r}.", "Add it.")
         values = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in data.items()}
         return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """The same configuration as plain JSON values (tuples become lists)."""
-        return {
-            field.name: _plain(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if not field.metadata.get(_LATER) or getattr(self, field.name) != field.default
-        }
 
 
 def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigError:
@@ -542,9 +551,16 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Config):
+def plain(value: Any) -> Any:
+    """Records, and mappings and sequences of them, as plain JSON values."""
+    if isinstance(value, Told):
         return value.to_json()
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif hasattr(value, "_asdict"):  # of a NamedTuple
+        value = value._asdict()
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value

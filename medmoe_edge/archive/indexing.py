@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from medmoe_edge.archive.store import (
 )
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
+from medmoe_edge.config import Told
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import unit
 from medmoe_edge.errors import ImageError, InputError, MissingDependencyError
@@ -174,7 +175,7 @@ NAMED = 20  # skipped files that a report names
 
 
 @dataclasses.dataclass(frozen=True)
-class Indexing:
+class Indexing(Told):
     """What became of a folder: `entries` are in the index now.
 
     Images were `embedded`, had the pixels of an indexed one (`reused`) or were as before
@@ -194,10 +195,6 @@ class Indexing:
     seconds: float
     model: dict[str, str]
     notice: str = NOTICE
-
-    def to_json(self) -> dict[str, Any]:
-        """One stable JSON object."""
-        return dataclasses.asdict(self)
 
 
 def index_folder(

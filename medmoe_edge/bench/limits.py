@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +32,7 @@ from medmoe_edge.bench.measurement import Allowance, Measured, Shape
 from medmoe_edge.bench.paging import BUDGETS, expert_budgets
 from medmoe_edge.bench.peers import Materials, Peer
 from medmoe_edge.bench.worker import Measurement
+from medmoe_edge.config import Told, plain
 from medmoe_edge.embedded import checkpoint_path
 from medmoe_edge.errors import ResourceError
 
@@ -71,8 +72,10 @@ class Limited:
 
 
 @dataclass(frozen=True)
-class LimitBench:
+class LimitBench(Told):
     """All under `limit` bytes, set by `how`: None where no limit binds, and nothing was run."""
+
+    TOLD = ("why",)
 
     model: str
     sha256: str
@@ -97,9 +100,9 @@ class LimitBench:
         """Plain JSON values; seconds and bytes."""
         names = ("prefill_tokens_per_second", "decode_tokens_per_second")
         found = [
-            asdict(each) | dict(zip(names, self.rates(each), strict=True)) for each in self.found
+            plain(each) | dict(zip(names, self.rates(each), strict=True)) for each in self.found
         ]
-        return asdict(self) | {"why": self.why, "found": found}
+        return super().to_json() | {"found": found}
 
 
 def bench_limited(

@@ -20,6 +20,7 @@ from medmoe_edge.bench.measurement import Allowance, Spread
 from medmoe_edge.bench.routing import VARIANTS, Asking
 from medmoe_edge.bench.worker import Worker
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.config import Told
 from medmoe_edge.runtimes.ort.paged import OrtExpertStore
 from medmoe_edge.runtimes.paging.pager import least_budget
 from medmoe_edge.runtimes.paging.prediction import budget_bytes
@@ -65,8 +66,10 @@ class Held:
 
 
 @dataclass(frozen=True)
-class AtBudget:
+class AtBudget(Told):
     """All three at one budget of `bytes`; `changed` of all answers are not the resident ones."""
+
+    TOLD = ("same_ratio", "switch_ratio", "prefetch_gain", "saved")
 
     budget: str
     bytes: int
@@ -98,18 +101,15 @@ class AtBudget:
     def _median(self, way: str, kind: str) -> float:
         return float(getattr(self.held[way], kind).seconds.median)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; seconds and bytes."""
-        derived = ("same_ratio", "switch_ratio", "prefetch_gain", "saved")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
-
 
 @dataclass(frozen=True)
-class PagingBench:
+class PagingBench(Told):
     """A bundle's paging: `expert_bytes` of all routed experts in memory, and what was asked.
 
     `share` of a question's tokens went to the expert that got most, the mean over questions.
     """
+
+    TOLD = ("differences",)
 
     model: str
     sha256: str
@@ -133,13 +133,6 @@ class PagingBench:
         how = "tokens carry a direction that every router reads as one expert of the modality's"
         follow = f"{self.asking.follow:.0%} of tokens follow it"
         return (f"routing is synthetic: {how}; {follow}", "images are noise", cached)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; seconds and bytes."""
-        return asdict(self) | {
-            "budgets": [budget.to_json() for budget in self.budgets],
-            "differences": list(self.differences),
-        }
 
 
 def bench_paging(
@@ -250,7 +243,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class Soak:
+class Soak(Told):
     """Many questions in one process, modalities in turn: does memory grow, does an answer change?
 
     Attributes:
@@ -286,7 +279,7 @@ class Soak:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
         looks = [{"questions": n, "resident": count} for n, count in self.memory.items()]
-        return asdict(self) | {"memory": looks, "growth_per_1000": self.growth}
+        return super().to_json() | {"memory": looks, "growth_per_1000": self.growth}
 
 
 def soak(

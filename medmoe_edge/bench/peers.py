@@ -3,7 +3,7 @@
 import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from medmoe_edge.bench.backends import Kind
 from medmoe_edge.bench.measurement import Allowance, Measured, Shape
 from medmoe_edge.bench.worker import Measurement, Worker
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.config import Told
 from medmoe_edge.errors import InputError, ResourceError, shown_bytes
 from medmoe_edge.runtimes.costs import decoder_parts, vision_weights
 
@@ -109,7 +110,7 @@ def find_peers(names: Sequence[str]) -> tuple[Peer, ...]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Told):
     """A peer beside our bundle, in the same minutes; or why it was not measured."""
 
     peer: Peer
@@ -136,7 +137,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
-        own = asdict(self)
+        own = super().to_json()
         peer = own.pop("peer")
         own |= {"name": peer["name"], "differences": peer["differences"], "ratios": self.ratios}
         return own | {"why": self.why or None, "remedy": self.remedy or None}

@@ -6,7 +6,7 @@ are medians and quartiles. Every model has a process of its own, so that its mem
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from medmoe_edge.bench.peers import Comparison, Materials, Peer, compare
 from medmoe_edge.bench.worker import Measurement, Worker
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.machine import Arithmetic, cpu_flags, cpu_name, memory_here
-from medmoe_edge.config import DecoderConfig
+from medmoe_edge.config import DecoderConfig, Told, plain
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
 from medmoe_edge.runtimes.costs import Precision, bits_per_weight, step_work
 from medmoe_edge.runtimes.ort.runtime import int8_arithmetic
@@ -72,7 +72,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Told):
     """All that was measured of a bundle.
 
     Attributes:
@@ -141,12 +141,9 @@ class Bench:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
-        return asdict(self) | {
-            "questions": [
-                {"questions": count, "seconds": asdict(spread)}
-                for count, spread in self.questions.items()
-            ],
-            "peers": [peer.to_json() for peer in self.peers],
+        looks = [{"questions": count, "seconds": each} for count, each in self.questions.items()]
+        return super().to_json() | {
+            "questions": plain(looks),
             "prefill_tokens_per_second": self.prefill_rate,
             "decode_tokens_per_second": self.decode_rate,
             "second_over_first": self.second_over_first,

@@ -306,10 +306,8 @@ def _tell_again(told: dict[str, int], as_json: bool, line: str) -> None:
     """Of documents that are sent again, and those that cannot be."""
     tell(told, as_json, line)
     if told["gone"] and not as_json:
-        render.show(
-            f"{told['gone']:,} were removed from the node's folder (keep_days): they cannot be sent.",
-            "yellow",
-        )
+        gone = "were removed from the node's folder (keep_days): they cannot be sent."
+        render.show(f"{told['gone']:,} {gone}", "yellow")
 
 
 STUDY = re.compile(r"[0-9]+(\.[0-9]+)+")

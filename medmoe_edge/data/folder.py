@@ -30,6 +30,7 @@ from typing import Any
 from PIL import Image as Picture
 
 from medmoe_edge.atomic import atomic_folder, carry_over
+from medmoe_edge.config import Told
 from medmoe_edge.data.datasets import (
     LABELS_FILE,
     QUESTION_FILES,
@@ -54,7 +55,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Told):
     """What a folder holds after a set was added.
 
     Attributes:
@@ -73,10 +74,6 @@ class Prepared:
     images: int
     left_out: int
     modalities: Mapping[str, int]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return vars(self) | {"folder": str(self.folder)}
 
 
 @dataclass

@@ -20,7 +20,7 @@ from typing import Any
 
 from medmoe_edge._types import there
 from medmoe_edge.bundle.machine import cpu_features_here, cpu_name, memory_here
-from medmoe_edge.config import Config
+from medmoe_edge.config import Config, Told
 from medmoe_edge.errors import (
     ConfigError,
     DataError,
@@ -96,12 +96,14 @@ class Ratings:
 
 
 @dataclass(frozen=True)
-class Device:
+class Device(Told):
     """Memory in bytes; `ratings` are the maker's, None for this machine, which is measured.
 
     `kind` "jetson" and "cpu" share their memory with the system. `reserved` is what the system
     keeps of it; None: as of its kind.
     """
+
+    TOLD = ("usable",)
 
     name: str
     title: str

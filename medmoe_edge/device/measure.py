@@ -18,9 +18,9 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -30,7 +30,7 @@ from medmoe_edge._types import there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.keys import decoder_parameters
-from medmoe_edge.config import ModelConfig
+from medmoe_edge.config import ModelConfig, Told
 from medmoe_edge.export.builder import save_model, tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
 from medmoe_edge.export.passes.ort_cpu import fuse_qkv, lower_attention, lower_matmul, lower_moe
@@ -230,8 +230,10 @@ def _probe(runtime: OrtRuntime, rows: int) -> Callable[[], None]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Told):
     """Seconds of prefill and of one token, as predicted and as measured undisturbed."""
+
+    TOLD = ("ratios",)
 
     prompt_tokens: int
     predicted: Mapping[str, float]
@@ -241,10 +243,6 @@ class Comparison:
     def ratios(self) -> dict[str, float]:
         """Predicted over measured."""
         return {name: self.predicted[name] / seconds for name, seconds in self.measured.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "ratios": self.ratios}
 
 
 def compare(

@@ -11,7 +11,7 @@ import numpy as np
 
 from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.config import MoEConfig
+from medmoe_edge.config import MoEConfig, Told
 from medmoe_edge.errors import InputError, Notice
 from medmoe_edge.image.pixels import named
 from medmoe_edge.prompt import MAX_QUESTION_CHARACTERS, Tokenizer, as_seen
@@ -402,7 +402,7 @@ def logged(told: str, codes: Iterable[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(Told):
     """One question answered.
 
     Attributes:
@@ -468,6 +468,5 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""
-        values = dataclasses.asdict(self)
-        values["warnings"] = list(values["warnings"])
+        values = super().to_json()
         return {"question": values.pop("question"), "answer": values.pop("text"), **values}

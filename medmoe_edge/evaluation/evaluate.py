@@ -14,13 +14,13 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from medmoe_edge._types import Counting, no_counting
 from medmoe_edge.atomic import atomic_file, writing
-from medmoe_edge.config import Reliability, Unsure
+from medmoe_edge.config import Reliability, Unsure, plain
 from medmoe_edge.data.datasets import (
     AnswerType,
     Example,
@@ -180,9 +180,7 @@ class Evaluation(Scores):
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain JSON values; the predictions are saved apart."""
-        figures = asdict(replace(self, predictions=()))
-        del figures["predictions"]
-        return figures
+        return {name: plain(part) for name, part in vars(self).items() if name != "predictions"}
 
 
 def evaluate(

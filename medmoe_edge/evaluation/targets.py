@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import onnxruntime as ort
 
 from medmoe_edge._types import Counting, Floats, Progress, no_progress, there
 from medmoe_edge.bundle.bundle import Bundle, Target, write_derived_manifest
+from medmoe_edge.config import Told
 from medmoe_edge.data.datasets import Example
 from medmoe_edge.evaluation.fidelity import (
     MAX_NEW_TOKENS,
@@ -195,7 +196,7 @@ BOUND = 0.01  # of logits and image tokens: what half and 8-bit arithmetic may c
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Told):
     """How a target's graph agrees with the specification.
 
     `vision_error` and `logit_error` are relative (norm of the difference over the norm), of the
@@ -204,6 +205,8 @@ class Agreement:
     and `widest_tie` is the largest gap in probability, in the specification, between the expert
     that one of them lost and the one it got: rounding decides ties.
     """
+
+    TOLD = ("agrees",)
 
     target: str
     executed: str
@@ -219,10 +222,6 @@ class Agreement:
     def agrees(self) -> bool:
         """Whether it is within `BOUND`."""
         return max(self.logit_error, self.vision_error) <= BOUND
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "agrees": self.agrees}
 
 
 def agree(
