@@ -198,14 +198,8 @@ def file_samples(file: Path) -> Iterator[Sample]:
     text = _text(file)
     if text.lstrip().startswith("[") or '"conversa' in text.partition("\n")[0]:
         for given in read_examples(file):
-            yield Sample(
-                given.id,
-                given.image,
-                given.question,
-                given.answer,
-                given.modality,
-                given.answer_type,
-            )
+            told = given.question, given.answer, given.modality, given.answer_type
+            yield Sample(given.id, given.image, *told)
         return
     unique = UniqueIds()
     for number, line in enumerate(text.split("\n"), start=1):
