@@ -140,5 +140,4 @@ def _stored(tensor: Tensor) -> tuple[int, ...]:
     """Its shape in bytes where it is quantised, or in numbers."""
     if tensor.kind is None:
         return tensor.shape
-    weights, size = gguf.GGML_QUANT_SIZES[tensor.kind]
-    return (*tensor.shape[:-1], tensor.shape[-1] // weights * size)
+    return gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind)

@@ -27,7 +27,7 @@ from medmoe_edge.data.datasets import (
     LabelledImage,
     Record,
     by_image,
-    parse_json,
+    json_lines,
     read_examples,
     read_text,
 )
@@ -457,11 +457,7 @@ def score_predictions(
 
 def read_predictions(file: Path) -> list[GivenAnswer]:
     """Read a file of answers; raises `DataError` naming file and line."""
-    answers = []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if line.strip():
-            where = f"{file}, line {number}"
-            answers.append(_answer(Record(parse_json(line, where), where)))
+    answers = [_answer(record) for record in json_lines(read_text(file), file)]
     if not answers:
         raise DataError(f"{file} holds no answers.", "Give a file with at least one.")
     return answers
