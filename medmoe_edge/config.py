@@ -11,12 +11,11 @@ import math
 import types
 import typing
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
+from medmoe_edge._types import LATER, Told
 from medmoe_edge.errors import ConfigError, InputError, did_you_mean
 
-_LATER = "later"
 MOST = 2**24  # of anything counted: a bound against absurd files, not on models
 
 
@@ -25,23 +24,7 @@ def later(default: Any, metadata: Mapping[str, Any] | None = None) -> Any:
 
     So what was written before it came keeps its bytes.
     """
-    return dataclasses.field(default=default, metadata={**(metadata or {}), _LATER: True})
-
-
-@dataclasses.dataclass(frozen=True)
-class Told:
-    """Base of what is told as JSON: its fields, then the properties that `TOLD` names."""
-
-    TOLD: typing.ClassVar[tuple[str, ...]] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as plain JSON values (tuples become lists)."""
-        names = [
-            field.name
-            for field in dataclasses.fields(self)
-            if not field.metadata.get(_LATER) or getattr(self, field.name) != field.default
-        ]
-        return {name: plain(getattr(self, name)) for name in (*names, *self.TOLD)}
+    return dataclasses.field(default=default, metadata={**(metadata or {}), LATER: True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -549,18 +532,3 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be {hint.__name__}, not {value!r}.", "Correct its value.")
     return value
-
-
-def plain(value: Any) -> Any:
-    """Records, and mappings and sequences of them, as plain JSON values."""
-    if isinstance(value, Told):
-        return value.to_json()
-    if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    elif hasattr(value, "_asdict"):  # of a NamedTuple
-        value = value._asdict()
-    if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(part) for part in value]
-    return str(value) if isinstance(value, Path) else value

@@ -15,7 +15,7 @@ from typing import Self
 
 import numpy as np
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Progress, Told
 from medmoe_edge.archive.store import (
     DATABASE,
     FORMAT,
@@ -35,7 +35,6 @@ from medmoe_edge.archive.store import (
 )
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.config import Told
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import unit
 from medmoe_edge.errors import ImageError, InputError, MissingDependencyError

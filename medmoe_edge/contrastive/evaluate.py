@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats, Progress
+from medmoe_edge._types import Floats, Progress, Told
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.config import Told
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Done, compare, entropy, evidence

@@ -28,8 +28,8 @@ from typing import Any
 
 from PIL import Image as Picture
 
+from medmoe_edge._types import Told
 from medmoe_edge.atomic import atomic_folder, carry_over
-from medmoe_edge.config import Told
 from medmoe_edge.data.datasets import (
     LABELS_FILE,
     QUESTION_FILES,

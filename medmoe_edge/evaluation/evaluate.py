@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from medmoe_edge._types import Counting, no_counting
+from medmoe_edge._types import Counting, no_counting, plain
 from medmoe_edge.atomic import atomic_file, writing
-from medmoe_edge.config import Reliability, Unsure, plain
+from medmoe_edge.config import Reliability, Unsure
 from medmoe_edge.data.datasets import (
     AnswerType,
     Example,

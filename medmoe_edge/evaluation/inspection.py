@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from medmoe_edge._types import Told
 from medmoe_edge.bundle.bundle import (
     MANIFEST,
     SEAL,
@@ -27,7 +28,7 @@ from medmoe_edge.bundle.recorded import DELTA, read_recorded, recorded_file, sto
 from medmoe_edge.bundle.trust import Signed, keys_are_trusted, signed
 from medmoe_edge.calibration.quantisers import Format
 from medmoe_edge.checkpoint.keys import Shape, decoder_parameters, expected_parameters
-from medmoe_edge.config import ModelConfig, Told
+from medmoe_edge.config import ModelConfig
 from medmoe_edge.config_contrastive import (
     BertConfig,
     ModalityConfig,
