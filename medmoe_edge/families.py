@@ -384,10 +384,10 @@ def _with_confidence(
         data_sha256=asked.sha256(),
         selective_accuracy=options.selective_accuracy,
     )
-    images = [example.image for example in data.examples] + data.scans[: len(of_scans)]
     refusals = fitting.fit_refusals(
         engine.config.codes,
-        data.owned(images, [*answers, *of_scans]),
+        data.owned([example.image for example in data.examples], answers),
+        data.owned(data.scans[: len(of_scans)], of_scans),
         data.owned(pictures, of_pictures),
     )
     kept = fitting.keep_confidence(bundle_path(model), fitted, refusals)
