@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, Told
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.errors import InputError, Notice
@@ -360,8 +360,8 @@ def doubts(
         refused: The probability of each refusal, by its code.
         thresholds: From which on each counts; `REFUSED` where there is none.
         draft: The answer, with all of its text.
-        enough: Whether its chance of being right is not known to be too small; that it is, is told
-            where nothing else is.
+        enough: Whether its chance of being right is not known to be too small. Where it is and
+            nothing else is told, the reason is a refusal that is likelier than any answer, if any.
     """
     codes = [code for code, value in refused.items() if value >= thresholds.get(code, REFUSED)]
     if not draft.text:
@@ -369,7 +369,8 @@ def doubts(
     if draft.stopped == "repetition":
         codes.append("repetition")
     if not codes and not enough:
-        codes.append("unsure")
+        likeliest = max(refused, key=refused.__getitem__, default="unsure")
+        codes.append(likeliest if refused.get(likeliest, 0) >= REFUSED else "unsure")
     return tuple(Notice(code, WHY[code]) for code in codes)
 
 
@@ -402,7 +403,7 @@ def logged(told: str, codes: Iterable[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(Told):
     """One question answered.
 
     Attributes:
@@ -468,6 +469,5 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""
-        values = dataclasses.asdict(self)
-        values["warnings"] = list(values["warnings"])
+        values = super().to_json()
         return {"question": values.pop("question"), "answer": values.pop("text"), **values}
