@@ -126,6 +126,14 @@ def test_what_is_stated_and_is_no_number_is_told_of(keyword: str, tmp_path: Path
     assert "header" in codes(saved(tmp_path, dataset))
 
 
+def test_a_number_of_too_few_bytes_is_told_of(tmp_path: Path) -> None:
+    path = saved(tmp_path, twelve())
+    whole, odd = b"\x28\0\x01\x01US\2\0\x0c\0", b"\x28\0\x01\x01US\3\0\x0c\0\0"
+    path.write_bytes(path.read_bytes().replace(whole, odd))
+    assert np.abs(grey(path) - SHOWN).max() <= 1
+    assert codes(path) == ["header"]
+
+
 @pytest.mark.parametrize("half", [{"RescaleSlope": "2"}, {"RescaleIntercept": "-1024"}])
 def test_half_a_rescale_is_told_of(half: dict[str, str], tmp_path: Path) -> None:
     assert codes(saved(tmp_path, twelve(**half))) == ["rescale"]
