@@ -372,7 +372,9 @@ def _of_planes(planes: Values, layout: Layout, name: str) -> Stored:
     stored, high = min(layout.stored, 8 * each), min(layout.high, 8 * each - 1)
     signed = layout.signed and stored == layout.stored  # fewer bits have none for the sign
     values = _values(values, stored, high, signed)
-    return _coloured(values[..., 0] if layout.samples == 1 else values, stored, signed, layout, name)
+    return _coloured(
+        values[..., 0] if layout.samples == 1 else values, stored, signed, layout, name
+    )
 
 
 def _inflate_frame(data: bytes, element: PixelElement, layout: Layout) -> Stored:
