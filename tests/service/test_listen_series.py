@@ -507,6 +507,41 @@ def test_slices_that_come_late_are_answered_with_the_others(tmp_path: Path) -> N
     assert "PredecessorDocumentsSequence" in reports[1]
 
 
+FINDING = {"ask": [QUESTION], "code": ["60046008", "SCT", "Pleural effusion"]}
+
+
+def presences(node: Node) -> list[str]:
+    """What the reports say of the finding, the first report first."""
+    reports = [dcmread(path) for path in node.folder.documents.glob("*/*.comprehensive-3d-sr.dcm")]
+    reports.sort(key=lambda each: int(each.InstanceNumber))
+    said = ("Present", "Absent", "Undetermined")
+    return [next(word for word in said if f"'{word}'" in str(each)) for each in reports]
+
+
+@pytest.mark.parametrize("linger", [60, 0])
+def test_nothing_is_absent_once_there_are_slices_that_were_not_asked(
+    tmp_path: Path, linger: float
+) -> None:
+    """Even where the one that was asked is the middle one still; or where it is gone."""
+    series = {"quiet": 0.5, "linger": linger}
+    with Node(
+        configuration(tmp_path / "node", series=series, findings=[FINDING]), StandIn()
+    ) as node:
+        assert send(node.port, slice_of(1)) == [0]
+        answered(node)
+        assert presences(node) == ["Absent"]
+        wait_for(lambda: bool(linger) or not list(node.folder.images.iterdir()))
+        assert send(node.port, slice_of(2)) == [0]
+        answered(node, 2)
+        assert presences(node) == ["Absent", "Undetermined"]
+        standing = node.queue._read("SELECT count(*) FROM result WHERE replaced = ''")
+        assert standing == [(1 if linger else 2,)]
+        if linger:  # and more of it change nothing
+            assert send(node.port, *map(slice_of, (1, 2, 0))) == [0] * 3
+            wait_for(lambda: node.queue.counts()["waiting"] == 0)
+            answered(node, 2)
+
+
 def test_slices_whose_others_are_gone_are_answered_and_say_so(tmp_path: Path) -> None:
     config = configuration(tmp_path / "node", series={"quiet": 0.5, "linger": 0, "slices": "all"})
     with Node(config, Reading()) as node:

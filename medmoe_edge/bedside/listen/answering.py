@@ -40,7 +40,14 @@ from medmoe_edge.bedside.listen.report_sr import (
     withdrawal,
 )
 from medmoe_edge.bedside.listen.schema import Job, Slice
-from medmoe_edge.bedside.listen.selection import Selection, chosen, chosen_frames, voted
+from medmoe_edge.bedside.listen.selection import (
+    OF_THE_SERIES,
+    Selection,
+    chosen,
+    chosen_frames,
+    of_one_person,
+    voted,
+)
 from medmoe_edge.contrastive.heatmap import NO_MAP, rests_on_picture
 from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice
@@ -53,7 +60,8 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 100
 SENT_AGAIN = Notice(
     "sent_again",
-    "The object was sent before with other content: this answer is about what was sent last.",
+    "The object was sent before with other content, or encoded otherwise: this answer is about what "
+    "was sent last.",
 )
 OTHER_PATIENT = Notice(
     "other_patient",
@@ -177,12 +185,14 @@ class Answering:
     def _answer(self, job: Job) -> None:
         selection, is_whole = self._selected(job.key)
         replaced = self.queue.replaced(job.key)
+        doubts = of_one_person(self.queue.persons(job.key)) if selection.slices else ()
+        selection = replace(selection, notices=(*selection.notices, *doubts))
         known_by = enumerate(_result_keys(job, selection, replaced))
         repeat, result = next(each for each in known_by if not self.queue.is_replaced(each[1]))
         if selection.slices and is_whole:
             replaced |= {each: self.queue.sources(each) for each in self.queue.results(job.key)}
         if standing := self.queue.sources(result):
-            if replaced.keys() <= {result}:
+            if replaced.keys() <= {result} and self._tells(result, selection):
                 log.info("%s: what came changes nothing.", job.key[:16])
                 self.queue.close_series(job, "answered")
                 self._let_go(job.key)
@@ -194,6 +204,8 @@ class Answering:
             self.queue.close_series(job, "aside", "left_out")
             self._let_go(job.key)
             return
+        for notice in doubts:
+            log.warning("%s: %s", job.key[:16], notice.message)
         asked = [each for slice_ in selection.slices for each in self._asked(slice_, result)]
         if selection.slices and not asked:
             raise ImageError("none of its slices can be read", "Send it again.")
@@ -215,6 +227,11 @@ class Answering:
         self.queue.answered(job, result, sources, answers, deliveries, replaced)
         self._let_go(job.key)
 
+    def _tells(self, result: str, selection: Selection) -> bool:
+        """Whether an earlier result about the same slices says of the series what is so now."""
+        told, now = self.queue.told(result), {each.code for each in selection.notices}
+        return told is None or told & OF_THE_SERIES == now & OF_THE_SERIES
+
     def _selected(self, series: str) -> tuple[Selection, bool]:
         """The slices to ask, and whether they were chosen among all of the series.
 
@@ -234,7 +251,8 @@ class Answering:
         if not there:
             raise ImageError("its images are gone", "Send it again.")
         selection = chosen(there, marked, settings)
-        return replace(selection, notices=(*selection.notices, LATE)), False
+        notices = (*selection.notices, LATE)
+        return replace(selection, of=len(slices), notices=notices), False
 
     def _asked(self, slice_: Slice, result: str) -> Iterator[Asking]:
         """The pictures of a slice, asked and audited, as far as they can be read."""

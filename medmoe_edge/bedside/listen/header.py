@@ -14,7 +14,7 @@ import datetime
 import functools
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydicom import DataElement, Dataset, config
@@ -33,7 +33,10 @@ SHARED = (
     *("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "AccessionNumber", "StudyID", "ReferringPhysicianName"),
 )
-NO_ISSUER = {"IssuerOfPatientID": ""}
+# Who issued the number may be said by name, and by an identifier that is unique everywhere.
+UNIVERSAL_ISSUER = "UniversalEntityID"
+NO_ISSUER = {"IssuerOfPatientID": "", UNIVERSAL_ISSUER: ""}
+PERSON = ("PatientName", "PatientBirthDate", "PatientSex")
 SEXES = ("M", "F", "O", "")
 # Those of PS3.5 9.1, but for leading zeros and length, which real devices disregard.
 UID = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -90,12 +93,14 @@ class Origin(NamedTuple):
 
     `uid` is of its SOP Instance UID, `content` of all its elements, `study` of its study's UID, and
     `patient` of who it is about: without the number's issuer, and with it where that is known.
+    `person` is what else it says of the patient, the elements of `PERSON`, empty where it does not.
     """
 
     uid: str
     content: str
     patient: str
     study: str
+    person: str = ""
 
 
 class Text(NamedTuple):
@@ -264,12 +269,38 @@ def taken_at(dataset: Dataset) -> str:
     return datetime.datetime.combine(day, time_of_day, offset).isoformat()
 
 
+def shared_of(dataset: Dataset) -> dict[str, str]:
+    """The texts of `SHARED`, and of the number's `UNIVERSAL_ISSUER`."""
+    item = issuer_of(dataset)
+    universal = "" if item is None else text_of(item, UNIVERSAL_ISSUER).value
+    return {each: text_of(dataset, each).value for each in SHARED} | {UNIVERSAL_ISSUER: universal}
+
+
+def issuer_of(dataset: Dataset) -> Dataset | None:
+    """The item that names the patient number's issuer by an identifier (PS3.3 table 10-18)."""
+    try:
+        item: Dataset = dataset.IssuerOfPatientIDQualifiersSequence[0]
+        return item if UNIVERSAL_ISSUER in item else None
+    except Exception:  # pydicom raises nearly anything on damaged values
+        return None
+
+
 def patient_of(values: Mapping[str, str]) -> tuple[str, ...]:
     """Who an object is about, to be compared: by number, or without one by name and birth."""
     if values["PatientID"]:
-        return values["IssuerOfPatientID"], values["PatientID"]
-    name = re.sub(r"[\s^=]+", " ", values["PatientName"]).strip().casefold()
-    return "", "", name, values["PatientBirthDate"]
+        issuer, universal = values["IssuerOfPatientID"], values[UNIVERSAL_ISSUER]
+        return (issuer, values["PatientID"], *([universal] if universal else []))
+    return "", "", _plain_name(values["PatientName"]), values["PatientBirthDate"]
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[\s^=]+", " ", name).strip().casefold()
+
+
+def differing(persons: Iterable[str]) -> list[str]:
+    """In which elements of `PERSON` objects of one patient contradict each other."""
+    said = zip(*(person.split(",") for person in persons if person), strict=True)
+    return [name for name, each in zip(PERSON, said, strict=False) if len({*each} - {""}) > 1]
 
 
 def same_patient(one: str, other: str) -> bool:
@@ -283,8 +314,12 @@ def same_patient(one: str, other: str) -> bool:
 
 def origin_of(dataset: Dataset, pixels: bytes | memoryview) -> Origin:
     """From a header that `check_uids` has accepted, and the encoded pixels."""
-    values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
-    patients = patient_of(values | NO_ISSUER), patient_of(values)
+    values = shared_of(dataset)
+    unknown = (NO_ISSUER, {UNIVERSAL_ISSUER: ""}, {"IssuerOfPatientID": ""})
+    patients = [patient_of(values | each) for each in unknown]
+    name, *others = (values[each] for each in PERSON)
+    said = (_plain_name(name.partition("=")[0]), *others)
+    person = [each and hashed(values["PatientID"], each) for each in said]
     content = hashlib.sha256()
     for part in _parts(dataset):
         content.update(part)
@@ -294,6 +329,7 @@ def origin_of(dataset: Dataset, pixels: bytes | memoryview) -> Origin:
         content=content.hexdigest(),
         patient=" ".join(dict.fromkeys(hashed(*each) for each in patients)),
         study=hashed(uid_of(dataset, "StudyInstanceUID")),
+        person=",".join(person),
     )
 
 

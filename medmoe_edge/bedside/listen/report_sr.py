@@ -57,6 +57,7 @@ from medmoe_edge.bedside.listen.config import Code
 from medmoe_edge.bedside.listen.evidence import (
     CERTAINTY,
     CHARACTERS,
+    ISSUER,
     MAKER,
     SCHEME,
     Evidence,
@@ -190,7 +191,7 @@ def withdrawal(reports: Sequence[Dataset]) -> Dataset:
         manufacturer=MAKER,
     )
     document.SeriesDescription = "AI results withdrawn"
-    for keyword in SHARED:
+    for keyword in (*SHARED, ISSUER):
         if keyword in first:
             document.add(first[keyword])
     document.SpecificCharacterSet = CHARACTERS
