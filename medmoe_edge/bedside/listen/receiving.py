@@ -76,6 +76,7 @@ class Limits:
             (evt.EVT_CONN_OPEN, self._opened),
             (evt.EVT_DATA_RECV, self._data),
             (evt.EVT_DIMSE_RECV, self._message),
+            (evt.EVT_DIMSE_SENT, self._said),
         ]
 
     def _opened(self, event: Event) -> None:
@@ -110,6 +111,11 @@ class Limits:
     def _message(self, event: Event) -> None:
         """A message is whole: the next begins."""
         self._received[event.assoc] = 0
+
+    def _said(self, event: Event) -> None:
+        """The peer was silent while it waited for this: its time begins now."""
+        dul: Any = event.assoc.dul
+        dul._idle_timer.restart()
 
 
 def _is_open(association: Association) -> bool:
