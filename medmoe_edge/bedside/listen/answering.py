@@ -60,8 +60,8 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 100
 SENT_AGAIN = Notice(
     "sent_again",
-    "The object was sent before with other content, or encoded otherwise: this answer is about what "
-    "was sent last.",
+    "The object was sent before with other content, or encoded otherwise: this answer is about "
+    "what was sent last.",
 )
 OTHER_PATIENT = Notice(
     "other_patient",
@@ -217,10 +217,11 @@ class Answering:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's quote what breaks the standard
             ours = [old for old in replaced if self._is_ours(old, job.key)]
-            names = list(self._withdraw(result, replaced, ours))
+            written = [name for each in results for name in self._write(result, each, ours)]
             # what the model saw is the same for all questions
-            names += [f"{result}/{each.picture_name}" for each in asked if each.picture is not None]
-            names += [name for each in results for name in self._write(result, each, ours)]
+            names = [f"{result}/{each.picture_name}" for each in asked if each.picture is not None]
+            successors = {name.partition("/")[2] for name in written}
+            names = [*self._withdraw(result, replaced, ours, successors), *names, *written]
         answers = {each.answer.question: json.dumps(each.answer.to_json()) for each in results}
         sources = list(dict.fromkeys(each.evidence.key for each in asked))
         deliveries = self._deliveries(names)
@@ -368,17 +369,24 @@ class Answering:
             yield SHARED_STUDY
 
     def _is_ours(self, result: str, series: str) -> bool:
-        """Whether an earlier result is about the patient of a series."""
-        each = self.queue.patients(self.queue.series_of(result)), self.queue.patients(series)
-        return all(itertools.starmap(same_patient, itertools.product(*each)))
+        """Whether an earlier result is about the patient of a series, with all that it rests on."""
+        theirs = self.queue.patients(self.queue.series_of(result))
+        for origin in filter(None, map(self.queue.origin, self.queue.sources(result))):
+            theirs.add(self.queue.versions(origin.uid)[-1][1].patient)
+        pairs = itertools.product(theirs, self.queue.patients(series))
+        return all(itertools.starmap(same_patient, pairs))
 
     def _withdraw(
-        self, result: str, replaced: Iterable[str], ours: Collection[str]
+        self,
+        result: str,
+        replaced: Iterable[str],
+        ours: Collection[str],
+        successors: Collection[str],
     ) -> Iterator[str]:
         """Take back the earlier results: all of them in HL7's forms, another patient's in DICOM.
 
-        `ours`, those about the same patient, stay where they are in DICOM: the new reports name
-        them.
+        In DICOM the reports of `ours`, those about the same patient, stay where they are if one of
+        the `successors` names them.
         """
         for old in replaced:
             folder = self.folder.documents / old
@@ -395,13 +403,20 @@ class Answering:
                 yield name
             if old not in ours:
                 log.warning("%s: its results are withdrawn: the patient was another.", old[:16])
-                yield from self._reject(result, old)
+            yield from self._reject(result, old, successors if old in ours else None)
 
-    def _reject(self, result: str, old: str) -> Iterator[str]:
-        """Write the key object that rejects the reports of an earlier result."""
+    def _reject(self, result: str, old: str, successors: Collection[str] | None) -> Iterator[str]:
+        """Write the key object that rejects what an earlier result has made: but for `successors`
+        all of it, else the reports that none of them names.
+        """
         paths = sorted((self.folder.documents / old).glob("*.dcm"))
         reports = [dcmread(path, stop_before_pixels=True) for path in paths]
-        reports = [each for each in reports if each.Modality != "KO"]
+        reports = [
+            each
+            for path, each in zip(paths, reports, strict=True)
+            if (each.Modality != "KO" if successors is None else each.Modality == "SR")
+            and path.name not in (successors or ())
+        ]
         if not reports:
             return
         document = withdrawal(reports)

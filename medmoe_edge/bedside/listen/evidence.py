@@ -9,6 +9,7 @@ there (PS3.16, CID 240), and how certain that is.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import re
@@ -30,7 +31,6 @@ from medmoe_edge.bedside.listen.header import (
     notices_of,
     patient_of,
     shared_of,
-    taken_at,
     text_of,
     uid_of,
 )
@@ -44,6 +44,7 @@ NAMESPACE = uuid.UUID("6e7f2a53-5f0c-4c58-9a2b-0d8c8d3c3d6e")
 MARK = bytes.fromhex("6e7f2a53")  # the first bytes of them all
 MAKER = "medmoe-edge"
 CHARACTERS = "ISO_IR 192"  # UTF-8, PS3.3 C.12.1.1.2
+DATE = re.compile(r"\d{8}")
 ISSUER = "IssuerOfPatientIDQualifiersSequence"
 
 
@@ -61,7 +62,7 @@ class Evidence:
         sha256: Of the object's file.
         key: By which the node knows the object, and this version of it.
         notices: What a reader of the results should know of the object.
-        taken: When the image was taken, by `header.taken_at`.
+        taken: When the image was taken, by `taken_at`.
         number: Its Instance Number, as it has it.
         modality: Its modality, in capitals.
     """
@@ -136,6 +137,31 @@ class Evidence:
                 document.add(element_of(keyword, self.values[keyword]))
         if ISSUER in self.header:
             document[ISSUER] = self.header[ISSUER]
+
+
+def taken_at(dataset: Dataset) -> str:
+    """When the image was taken, as FHIR writes it (ISO 8601); empty where it does not say.
+
+    Without the object's own offset from UTC only the date: FHIR knows no time without a zone.
+    """
+    moment = text_of(dataset, "AcquisitionDateTime").value
+    for kind in ("Acquisition", "Content", "Series", "Study"):
+        if DATE.match(moment):
+            break
+        date, time = (text_of(dataset, f"{kind}{part}").value for part in ("Date", "Time"))
+        moment = date + time if DATE.fullmatch(date) else ""
+    zone = moment[-5:] if re.search(r"[+-]\d{4}$", moment) else ""
+    zone = zone or text_of(dataset, "TimezoneOffsetFromUTC").value
+    try:
+        day = datetime.datetime.strptime(moment[:8], "%Y%m%d").date()
+    except ValueError:
+        return ""
+    try:
+        offset = datetime.datetime.strptime(zone, "%z").tzinfo
+        time_of_day = datetime.datetime.strptime(moment[8:14], "%H%M%S").time()
+    except ValueError:
+        return day.isoformat()
+    return datetime.datetime.combine(day, time_of_day, offset).isoformat()
 
 
 def together(asked: Iterable[Evidence]) -> tuple[Evidence, ...]:

@@ -14,7 +14,7 @@ import datetime
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pydicom import DataElement, Dataset, config
@@ -33,18 +33,15 @@ SHARED = (
     *("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "AccessionNumber", "StudyID", "ReferringPhysicianName"),
 )
-# Who issued the number may be said by name, and by an identifier that is unique everywhere.
-UNIVERSAL_ISSUER = "UniversalEntityID"
+UNIVERSAL_ISSUER = "UniversalEntityID"  # of the item that `issuer_of` finds
 NO_ISSUER = {"IssuerOfPatientID": "", UNIVERSAL_ISSUER: ""}
 PERSON = ("PatientName", "PatientBirthDate", "PatientSex")
-SEXES = ("M", "F", "O", "")
 # Those of PS3.5 9.1, but for leading zeros and length, which real devices disregard.
 UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 LONGEST_UID = 128
 UNDECODED = "\ufffd"  # in place of bytes that are not in a character set
 DELIMITERS = {ord(mark) for mark in "\\^=\r\n\t\f"}  # end what escapes began, PS3.5 6.1.2.5.3
 PADDING = "\0 "
-DATE = re.compile(r"\d{8}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # Of each body part: its defined term (PS3.16 annex L), its SNOMED CT codes, older ones too, and
 # other words for it, in English and in what devices of other countries write.
@@ -84,7 +81,6 @@ REGIONS = (  # made of several; those of PS3.16 annex L
     ("NECKCHESTABDOMEN", "416152001", "NECK CHEST ABDOMEN"),
     ("NECKCHESTABDPELVIS", "416319003", "NECK CHEST ABDOMEN PELVIS"),
 )
-KNOWN_BODY_PARTS = frozenset(name for name, _, _ in BODY_PARTS)
 BESIDE = {"AND", "LEFT", "RIGHT", "L", "R", "BILATERAL", "BOTH", "UND", "OF", "THE"}
 
 
@@ -154,7 +150,7 @@ def element_of(keyword: str, value: str) -> DataElement:
 def is_allowed(keyword: str, value: str) -> bool:
     """Whether the standard allows a value of an element."""
     if keyword == "PatientSex":
-        return value in SEXES
+        return value in ("M", "F", "O", "")
     vr = dictionary_VR(keyword)
     if CONTROL.search(value) or any(group.count("^") > 4 for group in value.split("=")):
         return False  # pydicom does not look for these
@@ -244,35 +240,9 @@ def _names() -> dict[str, frozenset[str]]:
     return found
 
 
-def taken_at(dataset: Dataset) -> str:
-    """When the image was taken, as FHIR writes it (ISO 8601); empty where it does not say.
-
-    Without the object's own offset from UTC only the date: FHIR knows no time without a zone.
-    """
-    moment = text_of(dataset, "AcquisitionDateTime").value
-    for kind in ("Acquisition", "Content", "Series", "Study"):
-        if DATE.match(moment):
-            break
-        date, time = (text_of(dataset, f"{kind}{part}").value for part in ("Date", "Time"))
-        moment = date + time if DATE.fullmatch(date) else ""
-    zone = moment[-5:] if re.search(r"[+-]\d{4}$", moment) else ""
-    zone = zone or text_of(dataset, "TimezoneOffsetFromUTC").value
-    try:
-        day = datetime.datetime.strptime(moment[:8], "%Y%m%d").date()
-    except ValueError:
-        return ""
-    try:
-        offset = datetime.datetime.strptime(zone, "%z").tzinfo
-        time_of_day = datetime.datetime.strptime(moment[8:14], "%H%M%S").time()
-    except ValueError:
-        return day.isoformat()
-    return datetime.datetime.combine(day, time_of_day, offset).isoformat()
-
-
 def shared_of(dataset: Dataset) -> dict[str, str]:
     """The texts of `SHARED`, and of the number's `UNIVERSAL_ISSUER`."""
-    item = issuer_of(dataset)
-    universal = "" if item is None else text_of(item, UNIVERSAL_ISSUER).value
+    universal = text_of(issuer_of(dataset) or Dataset(), UNIVERSAL_ISSUER).value
     return {each: text_of(dataset, each).value for each in SHARED} | {UNIVERSAL_ISSUER: universal}
 
 
@@ -295,12 +265,6 @@ def patient_of(values: Mapping[str, str]) -> tuple[str, ...]:
 
 def _plain_name(name: str) -> str:
     return re.sub(r"[\s^=]+", " ", name).strip().casefold()
-
-
-def differing(persons: Iterable[str]) -> list[str]:
-    """In which elements of `PERSON` objects of one patient contradict each other."""
-    said = zip(*(person.split(",") for person in persons if person), strict=True)
-    return [name for name, each in zip(PERSON, said, strict=False) if len({*each} - {""}) > 1]
 
 
 def same_patient(one: str, other: str) -> bool:

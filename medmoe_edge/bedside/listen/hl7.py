@@ -271,7 +271,10 @@ def oru(result: Result, ae_title: str) -> bytes:
     number = result.uuid("hl7-v2").replace("-", "")[-LONGEST_ID:]
     report = f"{REPORT['code']}^{REPORT['display']}^LN"
     order = escaped(values["AccessionNumber"])
-    issuer = "&".join(map(escaped, _issuer(result))).rstrip("&")  # HD, of section 2.A.33
+    header = result.evidence.header
+    kind = text_of(header[ISSUER][0], "UniversalEntityIDType").value if ISSUER in header else ""
+    said = (values["IssuerOfPatientID"], values[UNIVERSAL_ISSUER], kind)
+    issuer = "&".join(map(escaped, said)).rstrip("&")  # HD, section 2.A.33
     identifier = escaped(values["PatientID"]) + (f"^^^{issuer}" if issuer else "")
     name = "^".join(map(escaped, (family, given, middle, suffix, prefix))).rstrip("^")
     person = f"{name}||{escaped(values['PatientBirthDate'])}|{escaped(values['PatientSex'])}"
@@ -288,13 +291,6 @@ def oru(result: Result, ae_title: str) -> bytes:
         lines.append(f"OBX|{place}|{kind}|{name}|{which}|{value}||||||R|||{taken}|||||")
     lines.append(f"NTE|1|L|{escaped(answer.notice)}")
     return "".join(f"{line.rstrip('|')}\r" for line in lines).encode("utf-8", "replace")
-
-
-def _issuer(result: Result) -> tuple[str, str, str]:
-    """Who issued the patient's number: by name, by an identifier, and its kind."""
-    values, header = result.evidence.values, result.evidence.header
-    kind = text_of(header[ISSUER][0], "UniversalEntityIDType").value if ISSUER in header else ""
-    return values["IssuerOfPatientID"], values[UNIVERSAL_ISSUER], kind
 
 
 def addressed(message: bytes, application: str, facility: str) -> bytes:

@@ -38,6 +38,9 @@ from medmoe_edge.bedside.listen.header import Origin, same_patient
 from medmoe_edge.bedside.listen.schema import (
     CURRENT,
     IN_TURN,
+    LEFT,
+    MOVED,
+    REPLACED,
     SETTLED,
     UNSENT,
     Extent,
@@ -172,7 +175,8 @@ class Queue:
 
         Known ones are left alone, but for those that were given up or set aside. Without
         `membership` it is a series of its own. A series that another patient's result rests on
-        waits even if nothing is asked of it: that result is to be withdrawn.
+        waits even if nothing is asked of it: that result is to be withdrawn. What is left of the
+        series that the object was of before waits too, until nothing more leaves it.
         """
         membership = membership or Membership(key)
         values = {"key": key, "sha256": sha256, "peer": peer, "questions": json.dumps(questions)}
@@ -195,6 +199,14 @@ class Queue:
                 "revision = revision + 1 WHERE ?2 = 'waiting'",
                 (membership.series, "waiting" if waits else "aside", aside),
             )
+            if origin is not None:
+                left = database.execute(
+                    "UPDATE series SET state = 'waiting', revision = revision + 1 "
+                    f"WHERE key IN ({LEFT}) RETURNING key",
+                    (origin.uid, membership.series),
+                ).fetchall()
+                with self._clock:
+                    self._arrived.update((name, time.monotonic()) for (name,) in left)
 
     @contextlib.contextmanager
     def arriving(self, *names: str) -> Iterator[None]:
@@ -280,7 +292,8 @@ class Queue:
         ((objects, instances, expected, has_processing, study),) = self._read(
             f"SELECT count(DISTINCT CASE aside WHEN '' THEN {uid} END), count(DISTINCT {uid}), "
             "coalesce(max(expected), 0), coalesce(max(intent = 'processing'), 0), "
-            "coalesce(max(study), '') FROM object LEFT JOIN origin USING (key) WHERE series = ?",
+            "coalesce(max(study), '') FROM object LEFT JOIN origin USING (key) WHERE series = ? "
+            f"AND NOT {MOVED}",
             key,
         )
         return Extent(objects, instances, expected, bool(has_processing), study)
@@ -532,11 +545,4 @@ class Queue:
 
 def _replaced(database: sqlite3.Connection, series: str) -> list[str]:
     """The results about objects that have a later version in a series."""
-    rows = database.execute(
-        "SELECT DISTINCT result.key FROM object AS later JOIN origin AS new ON new.key = later.key "
-        "JOIN origin AS old ON old.uid = new.uid JOIN object AS earlier ON earlier.key = old.key "
-        "JOIN source ON source.object = earlier.key JOIN result ON result.key = source.result "
-        "WHERE later.series = ? AND later.number > earlier.number AND result.replaced = ''",
-        (series,),
-    )
-    return [key for (key,) in rows]
+    return [key for (key,) in database.execute(REPLACED, (series,))]

@@ -30,7 +30,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.header import (
-    KNOWN_BODY_PARTS,
+    BODY_PARTS,
     Origin,
     body_parts_of,
     check_uids,
@@ -344,7 +344,8 @@ class Receiving:
         ):
             self.judge_room(len(data))
             key = self._key(origin, data)
-            if self.queue.settles(key):  # the sender had not heard of it
+            is_lacking = self.queue.state(key) == "waiting" and not self.folder.image(key).exists()
+            if self.queue.settles(key) and not is_lacking:  # the sender had not heard of it
                 return
             item = Taken(key, peer, data, header, origin, membership)
             if why:
@@ -414,7 +415,7 @@ class Receiving:
         if len(self._told) < MOST_TOLD:
             self._told.add(series)
         modality = modality_of(header)
-        known = sorted(KNOWN_BODY_PARTS & body_parts_of(header))
+        known = sorted({name for name, _, _ in BODY_PARTS} & body_parts_of(header))
         log.log(
             level,
             "%s: it fits no question (Modality %s, body part %s): nothing is asked.",
@@ -429,7 +430,7 @@ class Receiving:
         if not all(same_patient(each.patient, origin.patient) for each in known):
             log.warning(
                 "%s: sent again in the name of another patient. It is answered anew; the results "
-                "that were made for the other are withdrawn.",
+                "that were made for the other are withdrawn, and made anew of what is left.",
                 key[:16],
             )
         elif key != origin.uid:

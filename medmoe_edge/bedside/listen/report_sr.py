@@ -79,8 +79,8 @@ WARNING = CodedConcept("warning", SCHEME, "Warning")
 SLICES = CodedConcept("slices", SCHEME, "Slices of the series that were asked")
 SOME = 20  # of many numbers
 WITHDRAWN = (
-    "Withdrawn: an image that these AI results are about was sent again in the name of another "
-    "patient, under the same UID."
+    "Withdrawn: an image that these AI results are about was sent again under the same UID, in the "
+    "name of another patient or as something else that is not asked the same."
 )
 CONTAINS = RelationshipTypeValues.CONTAINS
 ACQUIRED = RelationshipTypeValues.HAS_ACQ_CONTEXT

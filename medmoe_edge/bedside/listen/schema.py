@@ -130,13 +130,30 @@ IN_TURN = f"""{UNSENT} AND NOT EXISTS (
     AND before.refused = '')"""
 # Of an object that needs nothing more when it comes again.
 SETTLED = "object.aside = '' AND series.state != 'failed'"
+LATER = """EXISTS (SELECT 1 FROM origin AS mine
+    JOIN origin AS other ON other.uid = mine.uid JOIN object AS later ON later.key = other.key
+    WHERE mine.key = object.key AND later.number > object.number AND {})"""
+# Whether an object has come again as one of another series, mostly another patient's.
+MOVED = LATER.format("later.series != object.series")
+REPEATED = LATER.format("later.series = object.series AND later.aside = ''")
+LATEST = f"object.aside = '' AND NOT {MOVED} AND NOT {REPEATED}"
 # The objects of a series that may be asked about, each in its latest version.
-CURRENT = (
-    "object.series = ? AND object.aside = '' AND NOT EXISTS (SELECT 1 FROM origin AS mine "
-    "JOIN origin AS other ON other.uid = mine.uid JOIN object AS later ON later.key = other.key "
-    "WHERE mine.key = object.key AND later.series = object.series AND later.aside = '' "
-    "AND later.number > object.number)"
-)
+CURRENT = f"object.series = ? AND {LATEST}"
+# The results about objects that have a later version in a series.
+REPLACED = """SELECT DISTINCT result.key FROM object AS later
+    JOIN origin AS new ON new.key = later.key JOIN origin AS old ON old.uid = new.uid
+    JOIN object AS earlier ON earlier.key = old.key
+    JOIN source ON source.object = earlier.key JOIN result ON result.key = source.result
+    WHERE later.series = ? AND later.number > earlier.number AND result.replaced = ''"""
+# The series that an object of a UID has left for another, with objects that stay: those that wait,
+# and those whose result rests on it.
+LEFT = f"""SELECT earlier.series FROM origin AS old JOIN object AS earlier ON earlier.key = old.key
+    JOIN series AS its ON its.key = earlier.series
+    WHERE old.uid = ?1 AND earlier.series != ?2
+    AND (its.state = 'waiting' OR EXISTS (
+        SELECT 1 FROM source JOIN result ON result.key = source.result
+        WHERE source.object = earlier.key AND result.series = its.key AND result.replaced = ''))
+    AND EXISTS (SELECT 1 FROM object WHERE object.series = its.key AND {LATEST})"""
 # What tables of before version 4, and of before 5, lack, by table.
 ADDED = {
     "origin": "person TEXT NOT NULL DEFAULT ''",

@@ -21,8 +21,8 @@ from medmoe_edge.bedside.listen.config import Configuration, Series
 from medmoe_edge.bedside.listen.evidence import MAKER, is_ours
 from medmoe_edge.bedside.listen.header import (
     NO_ISSUER,
+    PERSON,
     body_parts_of,
-    differing,
     hashed,
     modality_of,
     patient_of,
@@ -200,7 +200,9 @@ def of_one_person(persons: Iterable[str]) -> tuple[Notice, ...]:
     """A notice where the objects of a series, each with its `Origin.person`, are of one number and
     contradict each other.
     """
-    if not (names := differing(persons)):
+    said = zip(*(each.split(",") for each in persons if each), strict=True)
+    names = [name for name, each in zip(PERSON, said, strict=False) if len({*each} - {""}) > 1]
+    if not names:
         return ()
     what = f"The objects of the series differ in {', '.join(names)}: look whose images they are."
     return (Notice("patient_differs", what),)
