@@ -344,9 +344,8 @@ class Receiving:
         ):
             self.judge_room(len(data))
             key = self._key(origin, data)
-            is_lacking = self.queue.state(key) == "waiting" and not self.folder.image(key).exists()
-            if self.queue.settles(key) and not is_lacking:  # the sender had not heard of it
-                return
+            if self.queue.settles(key) and not self._lacks(key, membership.series):
+                return  # the sender had not heard of it
             item = Taken(key, peer, data, header, origin, membership)
             if why:
                 self.queue.mark(key_objects(header))
@@ -368,6 +367,12 @@ class Receiving:
         quota = self.configuration.quota_mb * 1_000_000
         if quota and self.folder.used() + size > quota:
             raise Refused(OUT_OF_RESOURCES, "The node's folder has reached its quota_mb.")
+
+    def _lacks(self, key: str, series: str) -> bool:
+        """Whether an object of a series that waits is to be asked, and its image is gone."""
+        if self.queue.state(key) != "waiting" or self.folder.image(key).exists():
+            return False
+        return key in {each.key for each in self.queue.slices(series)}
 
     def _key(self, origin: Origin, data: bytes) -> str:
         """By which an object is known; sent again with other content, it gets one of its own.
