@@ -364,8 +364,8 @@ def doubts(
         refused: The probability of each refusal, by its code.
         thresholds: From which on each counts; `REFUSED` where there is none.
         draft: The answer, with all of its text.
-        enough: Whether its chance of being right is not known to be too small; that it is, is told
-            where nothing else is.
+        enough: Whether its chance of being right is not known to be too small. Where it is and
+            nothing else is told, the reason is a refusal that is likelier than any answer, if any.
     """
     codes = [code for code, value in refused.items() if value >= thresholds.get(code, REFUSED)]
     if not draft.text:
@@ -373,7 +373,8 @@ def doubts(
     if draft.stopped == "repetition":
         codes.append("repetition")
     if not codes and not enough:
-        codes.append("unsure")
+        likeliest = max(refused, key=refused.__getitem__, default="unsure")
+        codes.append(likeliest if refused.get(likeliest, 0) >= REFUSED else "unsure")
     return tuple(Notice(code, WHY[code]) for code in codes)
 
 

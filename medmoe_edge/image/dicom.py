@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from medmoe_edge.errors import ImageError, Notice
 from medmoe_edge.image.dicom_container import Container, open_container
-from medmoe_edge.image.dicom_display import is_inverted, read_modality, show
+from medmoe_edge.image.dicom_display import file_window, is_inverted, read_modality, show
 from medmoe_edge.image.dicom_pixels import Layout, Stored, read_frame, read_layout
 from medmoe_edge.image.dicom_tables import Header, Say
 from medmoe_edge.image.pixels import (
@@ -37,9 +37,17 @@ from medmoe_edge.image.pixels import (
 # What an enhanced multi-frame object says frame by frame, or once for all frames.
 FRAME_GROUPS = (
     *("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence"),
-    *("PlaneOrientationSequence", "PlanePositionSequence"),
+    *("PlaneOrientationSequence", "PlanePositionSequence", "FramePixelDataPropertiesSequence"),
 )
+# What a frame's own window or rescale takes the place of: half of one and half of another are none.
+OF_INTEREST = ("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction")
+OF_MODALITY = ("ModalityLUTSequence",)
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+NUMBERS = (  # that decide how a picture is shown
+    *("BitsStored", "HighBit", "PixelRepresentation", "NumberOfFrames", "PlanarConfiguration"),
+    *("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit", "PixelAspectRatio", *SPACINGS),
+)
 
 # What the head of a viewer says, and where it stands.
 BANNER = {
@@ -71,6 +79,12 @@ def read_dicom(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) -> 
     pixels, window = show(stored, header, layout, name, say)
     if any((group, 0x0010) in header.dataset for group in OVERLAYS):
         say("overlay", "The file has overlays, which are not shown.")
+    if header.text("ShutterShape"):
+        say("shutter", "The file has a shutter, which is not drawn: what it hides is shown.")
+    if header.text("RecommendedViewingMode") == "SUB":
+        say("subtraction", "The file is to be seen with a mask subtracted: it is shown without.")
+    if odd := [keyword for keyword in NUMBERS if header.is_odd(keyword)]:
+        say("header", f"What the file states as {', '.join(odd)} is no number: it does not count.")
     whole = (header.whole(f"TotalPixelMatrix{way}") or 0 for way in ("Rows", "Columns"))
     if any(size > own for size, own in zip(whole, (layout.rows, layout.columns), strict=True)):
         say("tile", f"The picture is stored in tiles ({layout.frames:,}): one of them is shown.")
@@ -205,13 +219,19 @@ def _of_frame(header: Header, index: int) -> Header:
     """The header with a frame's own rescale, window and spacing, where plain files have them."""
     shared = header.items("SharedFunctionalGroupsSequence")[:1]
     each = header.items("PerFrameFunctionalGroupsSequence")[index : index + 1]
-    items = [
-        item
-        for groups in (*shared, *each)
-        for group in FRAME_GROUPS
-        for item in groups.items(group)
-    ]
-    return header.with_items(items) if items else header
+    for groups in (*shared, *each):
+        for group in FRAME_GROUPS:
+            for item in groups.items(group):
+                replaced: tuple[str, ...] = ()
+                if group == "FrameVOILUTSequence":
+                    tables = item.items("VOILUTSequence")
+                    if not file_window(item) and not any(t.value("LUTData") for t in tables):
+                        continue
+                    replaced = OF_INTEREST
+                elif item.number("RescaleSlope") is not None:
+                    replaced = OF_MODALITY
+                header = header.with_item(item, replaced)
+    return header
 
 
 # --- Geometry ----------------------------------------------------------------

@@ -319,7 +319,26 @@ ITEM, DELIMITER = 0xFFFEE000, 0xFFFEE0DD
 
 
 def read_codestream_of(element: PixelElement, frames: int, index: int) -> bytes:
-    """The codestream of one frame (PS3.5 A.4).
+    """The codestream of one frame, of so many (PS3.5 A.4).
+
+    Raises `ImageError` where frames cannot be told apart.
+    """
+    fragments, bounds = _tell_apart(element, frames)
+    return _joined(element, fragments[bounds[index] : bounds[index + 1]])
+
+
+def read_codestreams(element: PixelElement, frames: int) -> list[bytes]:
+    """All codestreams, which may be more than the frames stated; raises `ImageError` likewise."""
+    fragments, bounds = _tell_apart(element, frames)
+    return [_joined(element, fragments[i:j]) for i, j in itertools.pairwise(bounds)]
+
+
+def _joined(element: PixelElement, fragments: list[tuple[int, int]]) -> bytes:
+    return b"".join(read_at(element.file, at, size) for at, size in fragments)
+
+
+def _tell_apart(element: PixelElement, frames: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Where fragments lie, and the first of each frame among them, with their number at the end.
 
     Offset tables are often wrong, and are used only where nothing else tells frames apart: a
     fragment that begins like a codestream begins a frame, and one fragment a frame is the rule.
@@ -343,11 +362,7 @@ def read_codestream_of(element: PixelElement, frames: int, index: int) -> bytes:
             "compressed pictures.",
             "It was probably cut off or put together wrongly: export the series again.",
         )
-    parts = []
-    for at, size in fragments[bounds[index] : bounds[index + 1]]:
-        element.file.seek(at)
-        parts.append(element.file.read(size))
-    return b"".join(parts)
+    return fragments, bounds
 
 
 def _walk(element: PixelElement) -> tuple[bytes, list[tuple[int, int]]]:

@@ -66,27 +66,31 @@ def read_modality(header: Header, stored: Stored, say: Say) -> Modality:
         table = read_table(item, stored.domain, say)
         if table is not None:
             return Modality(table)
-    slope = header.number("RescaleSlope")
+    slope, intercept = header.number("RescaleSlope"), header.number("RescaleIntercept")
+    if (slope is None and intercept) or (intercept is None and slope not in (None, 0, 1)):
+        say("rescale", "The file states one half of a rescale: the other changes nothing.")
     if slope == 0:
         say("rescale", "The file states a rescale slope of 0: its values are shown as stored.")
         return Modality()
-    return Modality(None, 1.0 if slope is None else slope, header.number("RescaleIntercept") or 0.0)
+    return Modality(None, 1.0 if slope is None else slope, intercept or 0.0)
 
 
 def padding_of(header: Header, stored: Stored, values: Values) -> Mask | None:
-    """Which stored values are padding (PS3.3 C.7.5.1.1.2); None, if there is none."""
+    """Which stored values are padding (PS3.3 C.7.5.1.1.2), as NaN is; None, if there is none."""
     kind = {"f": {4: "Float", 8: "DoubleFloat"}.get(values.dtype.itemsize, "")}.get(
         values.dtype.kind, ""
     )
     first = header.number(f"{kind}PixelPaddingValue" if kind else "PixelPaddingValue")
+    nowhere = np.isnan(values) if kind else None
     if first is None:
-        return None
+        return nowhere if nowhere is not None and nowhere.any() else None
     last = header.number(f"{kind}PixelPaddingRangeLimit" if kind else "PixelPaddingRangeLimit")
     low, high = sorted(
         _as_stored(value, stored) if not kind else value
         for value in (first, first if last is None else last)
     )
-    return (values >= low) & (values <= high)
+    padding = (values >= low) & (values <= high)
+    return padding if nowhere is None else padding | nowhere
 
 
 def _as_stored(value: float, stored: Stored) -> float:
@@ -256,8 +260,10 @@ def file_window(header: Header) -> tuple[Window, str] | None:
     function = header.text("VOILUTFunction")
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         function = "LINEAR"
-    centres, widths = header.numbers("WindowCenter"), header.numbers("WindowWidth")
+    centres, widths = header.each("WindowCenter"), header.each("WindowWidth")
     for centre, width in zip(centres, widths, strict=False):
+        if centre is None or width is None:
+            continue
         if width >= 1:
             return (centre, width), function
         if width > 0:  # LINEAR has none so narrow

@@ -27,6 +27,7 @@ from medmoe_edge.image.codestreams import (
     read_codestream,
 )
 from medmoe_edge.image.dicom_container import (
+    GE_BIG_ENDIAN_PIXELS,
     PixelElement,
     read_at,
     read_codestream_of,
@@ -48,7 +49,7 @@ CODESTREAMS = {  # compressions that `codestreams` reads
     *(uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.JPEG2000Lossless, uid.JPEG2000),
     *(uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K),
 }
-DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
+DEFLATED_FRAMES, UNCOMPRESSED_FRAMES = "1.2.840.10008.1.2.8.1", "1.2.840.10008.1.2.1.98"
 VIDEO = ("1.2.840.10008.1.2.4.10",)  # and MPEG2, MPEG-4, HEVC: their UIDs begin alike
 
 
@@ -122,6 +123,8 @@ def read_layout(header: Header, kind: str, name: str, most_pixels: int, say: Say
     if signed and samples > 1:
         say("header", "The file states signed colours: they are read as colours are, unsigned.")
     if high is None or not stored - 1 <= high < allocated or floats:
+        if high is not None and not floats and high != (header.whole("BitsStored") or 0) - 1:
+            say("header", "The file states a high bit that cannot be: read at the lowest bits.")
         high = stored - 1
     return Layout(
         rows,
@@ -149,7 +152,9 @@ def read_frame(element: PixelElement, syntax: uid.UID | None, layout: Layout, in
             "Shrink it or crop it first.",
         )
     if element.length is not None and not element.is_encapsulated():
-        if syntax is not None and syntax.is_encapsulated:
+        if syntax is not None and not (syntax.is_transfer_syntax or syntax == GE_BIG_ENDIAN_PIXELS):
+            say("transfer_syntax", "The file states no known transfer syntax: read as it looks.")
+        elif syntax in CODESTREAMS or syntax in (uid.RLELossless, DEFLATED_FRAMES):
             say("transfer_syntax", "The file states a compression that its pixels do not have.")
         return _read_cells(element, layout, index)
     data = read_codestream_of(element, layout.frames, index)
@@ -160,6 +165,8 @@ def read_frame(element: PixelElement, syntax: uid.UID | None, layout: Layout, in
         return _of_planes(planes, layout, name)
     if syntax == DEFLATED_FRAMES:
         return _inflate_frame(data, element, layout)
+    if syntax == UNCOMPRESSED_FRAMES:
+        return _read_plain_frame(data, element, layout)
     raise _unknown_compression(syntax, name)
 
 
@@ -188,11 +195,14 @@ def _read_cells(element: PixelElement, layout: Layout, index: int) -> Stored:
     """Read one frame's cells, and take the values out of them (PS3.5 8.1)."""
     pixels = layout.rows * layout.columns
     subsampled = layout.photometric in ("YBR_FULL_422", "YBR_PARTIAL_422") and layout.samples == 3
+    is_cut_off = False
     bits = pixels * layout.samples * layout.allocated
     length = element.length or 0
     if subsampled and length < math.ceil(bits * layout.frames / 8):
         bits = pixels * 2 * layout.allocated
-    else:
+        is_cut_off = 8 * length % bits > 8  # what is left of colours that were not shared
+    elif subsampled:
+        element.say("header", "The file states shared colours, and holds those of every pixel.")
         subsampled = False
     whole = math.ceil(bits * layout.frames / 8)
     first, last = bits * index // 8, math.ceil(bits * (index + 1) / 8)
@@ -200,7 +210,7 @@ def _read_cells(element: PixelElement, layout: Layout, index: int) -> Stored:
         element.say("unused_data", "The file holds more pixel data than its frames need.")
     swapped = element.words and not element.little and layout.allocated <= 8
     data = (_read_swapped if swapped else _read_plain)(element, first, last)
-    if length < whole or len(data) < last - first:
+    if is_cut_off or length < whole or len(data) < last - first:
         raise ImageError(
             f"{element.name} holds fewer pixels than its header states.",
             "It was probably cut off: copy or export the file again.",
@@ -367,10 +377,15 @@ def _inflate_frame(data: bytes, element: PixelElement, layout: Layout) -> Stored
     """A frame of Deflated Image Frame Compression (PS3.5 A.4.12), inflated to its size only."""
     bits = layout.rows * layout.columns * layout.samples * layout.allocated
     plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, math.ceil(bits / 8))
-    inflated = dataclasses.replace(
-        element, file=io.BytesIO(plain), start=0, length=len(plain), words=False
+    return _read_plain_frame(plain, element, layout)
+
+
+def _read_plain_frame(data: bytes, element: PixelElement, layout: Layout) -> Stored:
+    """A frame whose cells came in a fragment of their own."""
+    alone = dataclasses.replace(
+        element, file=io.BytesIO(data), start=0, length=len(data), words=False
     )
-    return _read_cells(inflated, dataclasses.replace(layout, frames=1), 0)
+    return _read_cells(alone, dataclasses.replace(layout, frames=1), 0)
 
 
 def _coloured(values: Values, bits: int, signed: bool, layout: Layout, name: str) -> Stored:

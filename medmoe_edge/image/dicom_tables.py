@@ -40,27 +40,24 @@ class Header:
             return None
         return value
 
+    def each(self, keyword: str) -> list[float | None]:
+        """All values as finite numbers, each that is none as None; empty where none is stated."""
+        return [_number(item) for item in self._listed(keyword)]
+
     def numbers(self, keyword: str) -> list[float]:
         """All values as finite numbers; empty where any of them is none."""
-        value = self.value(keyword)
-        if isinstance(value, Sequence):
-            return []
-        if isinstance(value, bytes):
-            value = self._unpacked(keyword, value)
-        try:
-            numbers = [float(item) for item in (value if _is_list(value) else [value])]
-        except (TypeError, ValueError):
-            return []
-        return numbers if all(map(math.isfinite, numbers)) else []
+        numbers = [number for number in self.each(keyword) if number is not None]
+        return numbers if len(numbers) == len(self._listed(keyword)) else []
 
     def number(self, keyword: str) -> float | None:
         """The first value as a finite number."""
-        value = self.value(keyword)
-        try:
-            first = float(value[0] if _is_list(value) else value)
-        except (TypeError, ValueError):
-            return next(iter(self.numbers(keyword)), None)
-        return first if math.isfinite(first) else None
+        return next(iter(self.each(keyword)), None)
+
+    def is_odd(self, keyword: str) -> bool:
+        """Whether any value is stated and is no finite number."""
+        return any(
+            _number(item) is None and str(item).strip(" \0") for item in self._listed(keyword)
+        )
 
     def whole(self, keyword: str) -> int | None:
         """The first value, where it is a whole number."""
@@ -93,22 +90,42 @@ class Header:
         """The keywords of all attributes."""
         return self.dataset.dir()
 
-    def with_items(self, items: Iterable["Header"]) -> "Header":
-        """This header with the attributes of the items in place of its own, where they say more."""
+    def with_item(self, item: "Header", replaced: Iterable[str]) -> "Header":
+        """This header with an item's attributes in place of its own and of those `replaced`."""
         merged = Dataset()
         merged.update(self.dataset)
-        for item in items:
-            for keyword in item.keywords():
-                if item.value(keyword) is not None:
-                    merged[keyword] = item.dataset[keyword]
+        for keyword in replaced:
+            merged.pop(keyword, None)
+        for keyword in item.keywords():
+            if item.value(keyword) is not None:
+                merged[keyword] = item.dataset[keyword]
         return Header(merged, little=self.little)
 
-    def _unpacked(self, keyword: str, value: bytes) -> object:
-        """Bytes of an attribute of numbers: as text where it is of text, else as 16-bit words."""
-        if dictionary_VR(keyword) in ("DS", "IS"):
-            return value.decode("ascii", "replace").strip(" \0").split("\\")
-        order = "<u2" if self.little else ">u2"
-        return np.frombuffer(value[: len(value) // 2 * 2], order).tolist()
+    def _listed(self, keyword: str) -> list[Any]:
+        """The values of an attribute of numbers; of bytes as text if that is of text, else words.
+
+        One value that is no number keeps pydicom from reading the others: then as they are written.
+        """
+        value = self.value(keyword)
+        is_text = dictionary_VR(keyword) in ("DS", "IS")
+        if value is None and is_text and keyword in self.dataset:
+            value = self.dataset.get_item(keyword).value
+        if isinstance(value, bytes) and is_text:
+            return value.decode("ascii", "replace").strip(" \0").split("\\") if value else []
+        if isinstance(value, bytes):
+            order = "<u2" if self.little else ">u2"
+            return list(np.frombuffer(value[: len(value) // 2 * 2], order).tolist())
+        if value is None or isinstance(value, Sequence):
+            return []
+        return list(value) if _is_list(value) else [value]
+
+
+def _number(item: object) -> float | None:
+    try:
+        number = float(item)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _is_list(value: object) -> bool:
@@ -150,7 +167,24 @@ def read_table(header: Header, domain: tuple[float, float], say: Say) -> Table |
     if entries is None:
         return None
     bits = _bits_of(entries, int(descriptor[2]), say)
-    return Table(_first(descriptor, len(entries), domain), entries, bits)
+    return _made(descriptor, entries, bits, domain, say)
+
+
+def _made(
+    descriptor: list[float], entries: Entries, bits: int, domain: tuple[float, float], say: Say
+) -> Table:
+    first, stated = _first(descriptor, len(entries), domain), _stated_count(descriptor)
+    if len(entries) < stated and first + len(entries) <= domain[1]:
+        say(
+            "lookup_table",
+            f"A lookup table states {stated} entries and holds {len(entries)}: its last one stands "
+            "for those that are missing.",
+        )
+    return Table(first, entries, bits)
+
+
+def _stated_count(descriptor: list[float]) -> int:
+    return int(descriptor[0]) % WHOLE or MAX_ENTRIES
 
 
 def read_palette(
@@ -169,7 +203,8 @@ def read_palette(
         segmented = header.value(f"Segmented{colour}PaletteColorLookupTableData")
         declared = max(declared, int(descriptor[2]))
         if segmented is not None:
-            entries = _unfolded(_segments(header, segmented, int(descriptor[2])), name)
+            eight = int(descriptor[2]) == 8
+            entries = _unfolded(_segments(header, segmented, eight), name, eight)
         else:
             found = _entries(header, f"{colour}PaletteColorLookupTableData", descriptor)
             if found is None:
@@ -177,10 +212,7 @@ def read_palette(
             entries = found
         tables.append((descriptor, entries))
     bits = _bits_of(np.concatenate([entries for _, entries in tables]), declared, say)
-    return tuple(
-        Table(_first(descriptor, len(entries), domain), entries, bits)
-        for descriptor, entries in tables
-    )
+    return tuple(_made(descriptor, entries, bits, domain, say) for descriptor, entries in tables)
 
 
 def _no_palette(name: str) -> ImageError:
@@ -189,7 +221,7 @@ def _no_palette(name: str) -> ImageError:
 
 def _entries(header: Header, keyword: str, descriptor: list[float]) -> Entries | None:
     """Entries as 16-bit values, however they are packed."""
-    count = int(descriptor[0]) % WHOLE or MAX_ENTRIES
+    count = _stated_count(descriptor)
     narrow = int(descriptor[2]) <= 8
     value = header.value(keyword)
     if value is None:
@@ -250,27 +282,28 @@ def _first(descriptor: list[float], count: int, domain: tuple[float, float]) -> 
     return max(others, key=met) if met(stated) < 0 else stated
 
 
-def _segments(header: Header, value: object, bits: int) -> list[int]:
+def _segments(header: Header, value: object, eight: bool) -> list[int]:
     data = value if isinstance(value, bytes) else b""
-    order = "u1" if bits == 8 else "<u2" if header.little else ">u2"
+    order = "u1" if eight else "<u2" if header.little else ">u2"
     data = data[: 8 * MAX_ENTRIES]
     return np.frombuffer(data[: len(data) // 2 * 2], order).tolist()  # type: ignore[no-any-return]
 
 
-def _unfolded(words: list[int], name: str) -> Entries:
+def _unfolded(words: list[int], name: str, eight: bool) -> Entries:
     """Entries of a segmented table (PS3.3 C.7.9.2): an opcode, a length, and what it stands for.
 
-    0 lists values, 1 draws a line to its one value, and 2 repeats segments from a place on.
+    0 lists values, 1 draws a line to its one value, and 2 repeats segments from a place on, whose
+    number takes four words of `eight` bits or two of 16.
     """
     entries: list[int] = []
-    _unfold(words, 0, len(words), entries, name, indirect=True)
+    _unfold(words, 0, len(words), entries, name, 4 if eight else 2)
     if not entries:
         raise _no_palette(name)
     return np.array(entries, np.uint16)
 
 
 def _unfold(
-    words: list[int], at: int, segments: int, entries: list[int], name: str, *, indirect: bool
+    words: list[int], at: int, segments: int, entries: list[int], name: str, place_words: int
 ) -> None:
     while segments > 0 and at + 1 < len(words):
         opcode, length = words[at : at + 2]
@@ -283,10 +316,11 @@ def _unfold(
             steps = np.linspace(start, end, length + 1)[1:]
             entries += np.rint(steps).astype(int).tolist()
             at += 3
-        elif opcode == 2 and indirect and at + 3 < len(words):
-            place = words[at + 2] | words[at + 3] << 16
-            _unfold(words, place, length, entries, name, indirect=False)
-            at += 4
+        elif opcode == 2 and place_words and at + 1 + place_words < len(words):
+            parts = words[at + 2 : at + 2 + place_words]
+            place = sum(part << 32 // place_words * i for i, part in enumerate(parts))
+            _unfold(words, place, length, entries, name, 0)
+            at += 2 + place_words
         elif opcode == 0xFFFF or (opcode == 0 and length == 0):  # padding
             break
         else:

@@ -32,7 +32,7 @@ from medmoe_edge.image.pixels import (
     square_pixels,
     unknown,
 )
-from medmoe_edge.image.raster_display import flatten
+from medmoe_edge.image.raster_display import show
 
 try:
     import nibabel
@@ -281,8 +281,8 @@ def _shown(volume: _Volume, plane: npt.NDArray[Any]) -> Image:
     """A plane `[H, W]` made visible: pixels, window and notices."""
     if plane.dtype.names:  # RGB24 or RGBA32
         channels = np.stack([plane[channel] for channel in plane.dtype.names], axis=-1)
-        picture, notices = flatten(Pillow.fromarray(channels.astype(np.uint8)))
-        return Image(as_pixels(np.asarray(picture)), notices=notices)
+        shown = show(Pillow.fromarray(channels.astype(np.uint8)))
+        return Image(shown.pixels, notices=shown.notices)
     slope, intercept = volume.scale()
     values = plane if (slope, intercept) == (1, 0) else plane.astype(float) * slope + intercept
     limits = volume.range()

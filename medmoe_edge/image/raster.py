@@ -9,6 +9,7 @@ import ctypes
 import functools
 import io
 import re
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,14 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image as Pillow
-from PIL import ImageOps, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, _imaging
+from PIL import (
+    ImageOps,
+    ImagePalette,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    _imaging,
+)
 
 from medmoe_edge.errors import ImageError, Notice
 from medmoe_edge.image.pixels import (
@@ -37,13 +45,14 @@ FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 MAX_PAGES = 10_000
 MAX_ENTRIES = 4096  # of a TIFF's directory
 CUT_OFF = "Copy it again from where it came, whole."
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange rows and columns
 
 # TIFF's tags and values, TIFF 6.0 and its supplements
 NEW_SUBFILE_TYPE, DESCRIPTION, IMAGE_DEPTH = 254, 270, 32997
 THUMBNAIL_OR_MASK = 0b101  # bits of it: of another page's, at a lower resolution; a mask
 STRIP_OFFSETS, STRIP_SIZES = 273, 279
 TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_SIZES = 322, 323, 324, 325
-PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION
+PHOTOMETRIC, FAX = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, (2, 3, 4, 32771)
 PHOTOMETRIC_NAMES = {
     **{0: "grey", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "Lab"},
     **{9: "ICC Lab", 10: "ITU Lab", 32803: "raw camera", 32844: "LogL", 32845: "LogLuv"},
@@ -55,6 +64,11 @@ NATIVE = {  # Pillow's names of how samples lie
     **dict.fromkeys(("I;16S", "I;16BS"), "I;16NS"),
 }
 JPEG_PAD = b"\x5a\x35" * 64  # neither markers nor stuffing; any codes
+ADAM7 = (  # the passes of an interlaced PNG: first column and row, and steps to the next
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2)),
+    (0, 1, 1, 2),
+)
+PIECE = 2**20  # bytes that are unpacked at once
 PNG_CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
@@ -80,9 +94,9 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
         if picture.format == "PNG":
             _check_png(path)
         ratio = stated_ratio(picture)
-        turned = picture.getexif().get(ORIENTATION, 1)
+        turned = picture.getexif().get(ORIENTATION)
         if isinstance(picture, TiffImagePlugin.TiffImageFile):
-            _correct_byte_order(picture)
+            _correct_reading(picture)
             _load_tiff(picture, path.stat().st_size)
         else:
             picture.load()
@@ -91,10 +105,12 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
                     _check_jpeg(path, 1)
                 elif _ends_flat(picture):
                     _check_jpeg(path, 8)
+            elif picture.format == "PNG" and _ends_blank(picture):
+                _check_rows(path)
             ImageOps.exif_transpose(picture, in_place=True)
         shown = show(picture)
     image = Image(shown.pixels, None, shown.window, None, len(pages), notices + shown.notices)
-    return square_pixels(image, 1 / ratio if 5 <= turned <= 8 else ratio, most_pixels)
+    return square_pixels(image, 1 / ratio if turned in SIDEWAYS else ratio, most_pixels)
 
 
 def _open(path: Path, name: str, most_pixels: int) -> Pillow.Image:
@@ -174,7 +190,7 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except (KeyError, TypeError) as error:  # from a directory of which something is missing
+    except (KeyError, TypeError, AssertionError) as error:  # of which something is missing
         raise ImageError(
             f"{name} is damaged where it says what it holds ({type(error).__name__}).",
             "Copy it again from where it came.",
@@ -261,18 +277,30 @@ def _unlisted(tags: TiffImagePlugin.ImageFileDirectory_v2, listed: int) -> tuple
     return (Notice("unlisted_pages", f"{what} cannot be seen."),)
 
 
-def _correct_byte_order(picture: TiffImagePlugin.TiffImageFile) -> None:
-    """Have what libtiff unpacked read in the machine's byte order, in which it comes.
+def _correct_reading(picture: TiffImagePlugin.TiffImageFile) -> None:
+    """Have Pillow read what libtiff unpacks as libtiff itself would.
 
-    Pillow reads it in the file's, so that compressed big-endian samples of more than a byte, other
-    than unsigned ones of 16 bits, would turn into noise.
+    In the machine's byte order, in which it comes: Pillow reads it in the file's, so that
+    compressed big-endian samples of more than a byte, other than unsigned ones of 16 bits, would
+    turn into noise. Grey as black at 0 where the file does not say, unless it is a fax. Tables of
+    colours that state 16 bits and hold 8 as those of 8.
     """
+    tags = picture.tag_v2
+    is_unsaid = PHOTOMETRIC not in tags and tags.get(TiffImagePlugin.COMPRESSION, 1) not in FAX
+
+    def named(packed: str) -> str:
+        upright = packed.removesuffix("I").removesuffix(";")
+        return upright if is_unsaid and packed.endswith("I") else NATIVE.get(packed, packed)
+
     picture.tile = [
-        tile._replace(args=(NATIVE.get(tile.args[0], tile.args[0]), *tile.args[1:]))
+        tile._replace(args=(named(tile.args[0]), *tile.args[1:]))
         if tile.codec_name == "libtiff" and isinstance(tile.args, tuple)
         else tile
         for tile in picture.tile
     ]
+    colours = tags.get(TiffImagePlugin.COLORMAP, ())
+    if picture.mode == "P" and colours and max(colours) < 256:
+        picture.palette = ImagePalette.raw("RGB;L", bytes(colours))
 
 
 def _load_tiff(picture: TiffImagePlugin.TiffImageFile, file_bytes: int) -> None:
@@ -340,21 +368,50 @@ def _check_jpeg(path: Path, scale: Literal[1, 8]) -> None:
 def _check_png(path: Path) -> None:
     """Raise `zlib.error` where a chunk that makes up the picture does not match its sum.
 
-    Pillow does not look at those of the pixels. A chunk: length, type, data, CRC-32 of the last
-    two (PNG 5.3).
+    Pillow does not look at those of the pixels.
     """
+    kind = b""
+    for kind, chunk, stated in _chunks(path):
+        is_looked_at = kind in PNG_CRITICAL and len(stated) == 4
+        if is_looked_at and zlib.crc32(chunk, zlib.crc32(kind)) != int.from_bytes(stated):
+            raise zlib.error("a chunk does not match its sum")
+    if kind != b"IEND":
+        raise OSError("truncated")
+
+
+def _chunks(path: Path) -> Iterator[tuple[bytes, memoryview, memoryview]]:
+    """A PNG's chunks up to its end: type, data, and the CRC-32 of both (PNG 5.3)."""
     data = memoryview(path.read_bytes())
     at, kind = 8, b""
     while kind != b"IEND" and at + 12 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4])
         kind = bytes(data[at + 4 : at + 8])
-        stated = int.from_bytes(data[end : end + 4])
-        if (
-            kind in PNG_CRITICAL
-            and end + 4 <= len(data)
-            and zlib.crc32(data[at + 4 : end]) != stated
-        ):
-            raise zlib.error("a chunk does not match its sum")
+        yield kind, data[at + 8 : end], data[end : end + 4]
         at = end + 4
-    if kind != b"IEND":
+
+
+def _ends_blank(picture: Pillow.Image) -> bool:
+    """Whether one of the last two rows, with which PNGs end, is all zeros, as missing ones are."""
+    return not all(
+        picture.crop((0, row, picture.width, row + 1)).im.getbbox()
+        for row in range(max(0, picture.height - 2), picture.height)
+    )
+
+
+def _check_rows(path: Path) -> None:
+    """Raise `OSError` where a PNG's data unpack to fewer rows than it states: Pillow fills up."""
+    inflater, found, expected = zlib.decompressobj(), 0, 0
+    for kind, chunk, _ in _chunks(path):
+        if kind == b"IHDR":
+            width, height, depth, colours, _, _, interlaced = struct.unpack(">IIBBBBB", chunk)
+            bits = depth * {2: 3, 4: 2, 6: 4}.get(colours, 1)
+            for x, y, right, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+                columns, rows = -(-(width - x) // right), -(-(height - y) // down)
+                expected += rows * (1 + -(-columns * bits // 8)) if columns > 0 < rows else 0
+        elif kind == b"IDAT":
+            data = bytes(chunk)
+            while data and not inflater.eof:
+                found += len(inflater.decompress(data, PIECE))
+                data = inflater.unconsumed_tail
+    if found < expected:
         raise OSError("truncated")

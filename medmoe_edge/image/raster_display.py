@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import GifImagePlugin, TiffImagePlugin
+from PIL import GifImagePlugin, PngImagePlugin, TiffImagePlugin
 from PIL import Image as Pillow
 
 from medmoe_edge.errors import Notice
@@ -41,36 +41,52 @@ def show(picture: Pillow.Image) -> Shown:
         # One shade or colour is marked as transparent. It is a part of the picture all the same:
         # on black, the white of a bone would become a hole.
         del picture.info["transparency"]
-    notices: tuple[Notice, ...] = ()
-    if picture.has_transparency_data:
-        picture, notices = flatten(picture)
-    return Shown(_rgb(_managed(picture)), None, notices)
+    if not picture.has_transparency_data:
+        return Shown(_rgb(_managed(picture)))
+    kind = "LA" if picture.mode in ("LA", "La") else "RGBA"
+    whole = picture if picture.mode == kind else picture.convert(kind)
+    alpha, opaque = whole.getchannel("A"), whole.convert(kind[:-1])
+    picture.im = whole.im = None  # type: ignore[assignment]
+    # a profile is of the colours as they are stored, not of what shows through them
+    shown, notices = _flattened(_managed(opaque), alpha)
+    return Shown(_rgb(shown), None, notices)
 
 
 def stated_ratio(picture: Pillow.Image) -> float:
     """The distance between rows, divided by that between columns, as the file states it; else 1.
 
     As it lies in the file, before it is turned upright. JPEG: JFIF's densities, else EXIF's; PNG:
-    pHYs; TIFF: its resolutions; BMP: pixels per metre; GIF: the aspect ratio in its head.
+    pHYs; TIFF: its resolutions; BMP: pixels per metre; GIF: the aspect ratio in its head. After it
+    EXIF can be read, which is nothing where it is damaged: no viewer minds.
     """
-    info = picture.info
+    exif, info = _exif(picture), picture.info
+    stated: tuple[Any, Any]
     if isinstance(picture, GifImagePlugin.GifImageFile):
         byte = _gif_aspect(picture)
         return 64 / (byte + 15) if byte else 1.0
     if isinstance(picture, TiffImagePlugin.TiffImageFile):
-        stated = picture.tag_v2.get(X_RESOLUTION, 1), picture.tag_v2.get(Y_RESOLUTION, 1)
+        stated = picture.tag_v2.get(X_RESOLUTION), picture.tag_v2.get(Y_RESOLUTION)
     elif "jfif_density" in info:
         stated = info["jfif_density"]
     elif "aspect" in info or "dpi" in info:
         stated = info.get("aspect") or info["dpi"]
     else:
-        exif = picture.getexif()
-        stated = exif.get(X_RESOLUTION, 1), exif.get(Y_RESOLUTION, 1)
+        stated = exif.get(X_RESOLUTION), exif.get(Y_RESOLUTION)
     try:
         across, down = (float(value) for value in stated)
         return across / down if across > 0 and down > 0 else 1.0
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         return 1.0
+
+
+def _exif(picture: Pillow.Image) -> Pillow.Exif:
+    if isinstance(picture, PngImagePlugin.PngImageFile):
+        picture.load()  # EXIF may stand behind the pixels, whose damage counts
+    try:
+        return picture.getexif()
+    except Exception:  # of a directory, whatever its bytes lead to
+        picture.info.pop("exif", None)
+        return picture.getexif()
 
 
 def _gif_aspect(picture: GifImagePlugin.GifImageFile) -> int:
@@ -109,26 +125,23 @@ def _show_deep(picture: Pillow.Image) -> Shown:
     return Shown(as_pixels(255 - pixels if inverted else pixels), window)
 
 
-def flatten(picture: Pillow.Image) -> tuple[Pillow.Image, tuple[Notice, ...]]:
+def _flattened(
+    picture: Pillow.Image, alpha: Pillow.Image
+) -> tuple[Pillow.Image, tuple[Notice, ...]]:
     """The picture over black, the background of a viewing station, or over white if it must be.
 
-    RGB comes out, with what should be known of it.
+    With what should be known of it.
     """
-    if picture.mode == "RGB":
-        return picture, ()
-    if picture.mode != "RGBA":
-        picture = picture.convert("RGBA")
-    alpha = picture.getchannel("A")
     lowest, highest = alpha.getextrema()
     if lowest == 255:
-        return picture.convert("RGB"), ()
+        return picture, ()
     if highest == 0:
         ignored = Notice(
             "transparency_ignored",
             "The file says that all of the picture is transparent; it is shown as if it were not.",
         )
-        return picture.convert("RGB"), (ignored,)
-    shown = Pillow.new("RGB", picture.size, "black")
+        return picture, (ignored,)
+    shown = Pillow.new(picture.mode, picture.size, "black")
     shown.paste(picture, mask=alpha)
     if int(np.asarray(shown).max()) >= VISIBLE:
         return shown, ()

@@ -63,6 +63,14 @@ def odd(tmp_path: Path) -> Path:
     return saved(tmp_path, film(), "odd.dcm")
 
 
+@pytest.mark.parametrize(
+    "question", ["What is the name of the patient?", "How old is the patient?"]
+)
+def test_what_no_picture_answers(nano: Engine, question: str) -> None:
+    answer = nano.ask(ROOT / "scan.png", question)
+    assert [reason.code for reason in answer.reasons] == ["not_answerable"]
+
+
 def test_python(nano: Engine, odd: Path) -> None:
     (warning,) = nano.ask(odd, QUESTION).warnings
     assert warning.code == CODE

@@ -8,10 +8,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 from command_line import Run, two_lines
-from dicom_files import made, saved
+from dicom_files import compressed, fragmented, made, saved
 from dicomanonymizer.dicomfields_selector import dicom_anonymization_database_selector
 from PIL import Image as Pillow
 from pydicom import DataElement, Dataset, config, dcmread
@@ -22,6 +23,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import (
     UID,
     ExplicitVRBigEndian,
+    JPEG2000Lossless,
     JPEGBaseline8Bit,
     SecondaryCaptureImageStorage,
     UltrasoundImageStorage,
@@ -307,6 +309,53 @@ def test_comments_beside_compressed_pictures_go(tmp_path: Path) -> None:
     (frame,) = generate_frames(dcmread(io.BytesIO(data)).PixelData, number_of_frames=1)
     shown = Pillow.open(io.BytesIO(frame))
     assert (np.asarray(shown) == np.asarray(Pillow.open(file))).all()
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("table", ["none", "fragments", "nonsense"])
+def test_fragments_are_put_together_as_the_reader_does(
+    frames: int, table: str, tmp_path: Path
+) -> None:
+    """JPEG 2000 has no marker that pydicom knows the end of a frame by."""
+    fragments, every, at = [], [], 0
+    for frame in range(frames):
+        data = bytes(imagecodecs.jpeg2k_encode(np.roll(VALUES, frame), level=0, reversible=True))
+        start = data.index(b"\xff\x4f\xff\x51")
+        cut = data.index(b"\xff\x90")  # between the main header and the tile
+        named = data[start:cut] + b"\xff\x64\0\x0a\0\1MRN-11" + data[cut:]
+        for part in (named[:60], named[60:]):
+            fragments.append(part)
+            every.append(at)
+            at += 8 + len(part) + len(part) % 2
+    values = np.stack([np.roll(VALUES, frame) for frame in range(frames)])
+    dataset = made(values if frames > 1 else VALUES, **SECRETS)
+    compressed(dataset, JPEG2000Lossless, [b"\0\0"])
+    offsets = {"none": [], "fragments": every, "nonsense": [9, 1, 4][:frames]}[table]
+    dataset.PixelData = fragmented(fragments, offsets)[:-8]  # the end is written by pydicom
+    source, target = saved(tmp_path, dataset), tmp_path / "out.dcm"
+    deidentify(source, target)
+    assert b"MRN-11" not in target.read_bytes()
+    for frame in range(frames):
+        pixels = load_image(target, frame=frame).pixels[..., 0]
+        np.testing.assert_array_equal(pixels, np.roll(VALUES, frame))
+
+
+def test_colours_that_are_said_to_be_shared_and_are_not(tmp_path: Path) -> None:
+    colours = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    named = {"SamplesPerPixel": 3, "PhotometricInterpretation": "YBR_FULL_422", "BitsStored": None}
+    source, target = saved(tmp_path, made(colours, **SECRETS, **named)), tmp_path / "out.dcm"
+    deidentify(source, target)
+    np.testing.assert_array_equal(load_image(target).pixels, load_image(source).pixels)
+
+
+def test_what_would_show_another_picture_is_not_written(tmp_path: Path) -> None:
+    """Here a shape that pydicom, which reads all of the file, finds behind the pixels."""
+    source = saved(tmp_path, made(VALUES, **SECRETS))
+    behind = b"\x50\x20\x20\0CS\x08\0INVERSE "
+    source.write_bytes(source.read_bytes() + behind)
+    with pytest.raises(ImageError, match="another picture"):
+        deidentify(source, tmp_path / "out.dcm")
+    assert not (tmp_path / "out.dcm").exists()
 
 
 @pytest.mark.parametrize("name", ["JPEG2000.dcm", "MR_small_jpeg_ls_lossless.dcm", "693_J2KR.dcm"])

@@ -101,6 +101,74 @@ def test_a_second_window_stands_in_for_a_first_that_is_none(tmp_path: Path) -> N
     shows(dataset, tmp_path, SHOWN)
 
 
+@pytest.mark.parametrize(
+    ("centre", "width", "told"),
+    [(b"2000\\", b"4001\\", []), (b"2000\\x ", b"4001\\1 ", ["header"])],
+)
+def test_a_value_that_is_none_takes_no_other_with_it(
+    centre: bytes, width: bytes, told: list[str], tmp_path: Path
+) -> None:
+    path = saved(tmp_path, twelve(WindowCenter="12345", WindowWidth="54321"))
+    data = path.read_bytes()
+    for old, new in ((b"12345 ", centre), (b"54321 ", width)):
+        data = data.replace(b"DS\x06\0" + old, b"DS" + bytes([len(new) + len(new) % 2, 0]) + new)
+        data = data.replace(new, new + b" " * (len(new) % 2))
+    path.write_bytes(data)
+    assert np.abs(grey(path).astype(float) - SHOWN).max() <= 1
+    assert codes(path) == told
+
+
+@pytest.mark.parametrize("keyword", ["RescaleSlope", "PixelSpacing", "WindowCenter"])
+@pytest.mark.filterwarnings("ignore:Invalid value")
+def test_what_is_stated_and_is_no_number_is_told_of(keyword: str, tmp_path: Path) -> None:
+    dataset = twelve(Modality="MR", RescaleIntercept="0")
+    dataset[keyword] = DataElement(keyword, "LO", "2,5")
+    assert "header" in codes(saved(tmp_path, dataset))
+
+
+@pytest.mark.parametrize("half", [{"RescaleSlope": "2"}, {"RescaleIntercept": "-1024"}])
+def test_half_a_rescale_is_told_of(half: dict[str, str], tmp_path: Path) -> None:
+    assert codes(saved(tmp_path, twelve(**half))) == ["rescale"]
+
+
+def of(**attributes: Any) -> Dataset:
+    item = Dataset()
+    for keyword, value in attributes.items():
+        setattr(item, keyword, value)
+    return item
+
+
+BRIGHT = table([4096, 0, 16], b"\xff\xff" * 4096)
+
+
+@pytest.mark.parametrize(
+    ("outside", "group", "inside"),
+    [
+        ({"VOILUTSequence": [BRIGHT]}, "FrameVOILUTSequence", WINDOW),
+        ({"VOILUTFunction": "SIGMOID"}, "FrameVOILUTSequence", WINDOW),
+        (WINDOW, "FrameVOILUTSequence", {"WindowCenter": "7"}),
+        (WINDOW, "FrameVOILUTSequence", {"VOILUTSequence": []}),
+        (
+            {"ModalityLUTSequence": [BRIGHT], **WINDOW},
+            "PixelValueTransformationSequence",
+            {"RescaleSlope": "1", "RescaleIntercept": "0"},
+        ),
+    ],
+)
+def test_a_frame_says_all_of_a_transformation_or_nothing(
+    outside: dict[str, Any], group: str, inside: dict[str, Any], tmp_path: Path
+) -> None:
+    dataset = made(DEEP, BitsStored=12, HighBit=11, **outside)
+    dataset.PerFrameFunctionalGroupsSequence = [of(**{group: [of(**inside)]})]
+    shows(dataset, tmp_path, SHOWN)
+
+
+def test_what_a_viewer_may_do_and_is_not_done_is_told_of(tmp_path: Path) -> None:
+    dataset = twelve(ShutterShape="CIRCULAR", RecommendedViewingMode="SUB")
+    shows(dataset, tmp_path, SHOWN)
+    assert codes(tmp_path / "a.dcm") == ["shutter", "subtraction"]
+
+
 def test_a_slope_of_zero_is_told_of(tmp_path: Path) -> None:
     dataset = twelve(RescaleSlope="0", RescaleIntercept="7")
     shows(dataset, tmp_path, SHOWN)
@@ -194,6 +262,23 @@ def test_a_dark_table_stays_dark_and_one_of_fewer_bits_is_told(
     assert codes(tmp_path / "a.dcm") == ["lookup_table"] * (bits != declared)
 
 
+@pytest.mark.parametrize(("held", "told"), [(100, ["lookup_table"]), (4096, [])])
+def test_a_table_that_ends_early_is_told_of(held: int, told: list[str], tmp_path: Path) -> None:
+    dataset = twelve(VOILUTSequence=[table([0, 0, 16], words(RAMP[:held] * 16 + 63_999))])
+    assert [code for code in codes(saved(tmp_path, dataset)) if code == "lookup_table"] == told
+
+
+def test_a_palette_that_repeats_a_segment_of_8_bits(tmp_path: Path) -> None:
+    values = np.arange(253, 259, dtype=np.uint16)[None]
+    dataset = made(values, PhotometricInterpretation="PALETTE COLOR")
+    # 7 255 times; at byte 257 a line to 249, which is the first of one segment there; 33, 90
+    segments = bytes([0, 255, *[7] * 255, 1, 1, 249, 2, 1, 1, 1, 0, 0, 0, 2, 33, 90, 0])
+    for colour in ("Red", "Green", "Blue"):
+        dataset.add_new(f"{colour}PaletteColorLookupTableDescriptor", "US", [259, 0, 8])
+        dataset.add_new(f"Segmented{colour}PaletteColorLookupTableData", "OW", segments)
+    shows(dataset, tmp_path, [[7, 7, 249, 249, 33, 90]], within=0)
+
+
 def test_colours_beside_grey_values_are_told_of(tmp_path: Path) -> None:
     dataset = twelve()
     for colour in ("Red", "Green", "Blue"):
@@ -221,6 +306,34 @@ def test_values_lie_where_the_high_bit_says(high: int, signed: bool, tmp_path: P
     if signed:
         dataset.WindowCenter = "0"
     shows(dataset, tmp_path, SHOWN)
+
+
+@pytest.mark.parametrize("high", [3, 16])
+def test_a_high_bit_that_cannot_be_is_told_of(high: int, tmp_path: Path) -> None:
+    shows(twelve(HighBit=high), tmp_path, SHOWN)
+    assert codes(tmp_path / "a.dcm") == ["header"]
+
+
+@pytest.mark.parametrize(("stored", "told"), [(400, []), (600, ["header"])])
+def test_shared_colours(stored: int, told: list[str], tmp_path: Path) -> None:
+    colours = np.full((10, 20, 3), 128, np.uint8)
+    dataset = made(colours, SamplesPerPixel=3, PhotometricInterpretation="YBR_FULL_422")
+    dataset.PixelData = dataset.PixelData[:stored]
+    shows(dataset, tmp_path, 128)
+    assert [code for code in codes(tmp_path / "a.dcm") if code != "no_contrast"] == told
+    dataset.PixelData = dataset.PixelData[: stored - 50]  # neither all of them nor half
+    with pytest.raises(ImageError, match="fewer pixels"):
+        load_image(saved(tmp_path, dataset))
+
+
+def test_what_is_no_number_counts_for_nothing(tmp_path: Path) -> None:
+    values = np.linspace(-9, -1, 200, dtype=np.float32).reshape(10, 20)
+    expected = np.rint(np.clip((values + 8.92) / 7.84, 0, 1) * 255)
+    values = np.vstack([values, np.full((90, 20), np.nan, np.float32)])
+    dataset = made(values, Modality="MR", BitsAllocated=32)
+    dataset.FloatPixelData = dataset.PixelData
+    del dataset.PixelData
+    shows(dataset, tmp_path, np.vstack([expected, np.zeros((90, 20))]))
 
 
 @pytest.mark.parametrize(
@@ -326,6 +439,7 @@ def test_signed_colours_are_read_unsigned(tmp_path: Path) -> None:
         ("PixelSpacing", ["1", "2"], (10, 40)),
         ("ImagerPixelSpacing", ["0.3", "0.1"], (30, 20)),
         ("NominalScannedPixelSpacing", ["2", "1"], (20, 20)),
+        ("FramePixelDataPropertiesSequence", ["2", "1"], (20, 20)),
         ("PixelAspectRatio", ["2", "1"], (20, 20)),
         ("PixelAspectRatio", ["4", "3"], (13, 20)),
         ("PixelSpacing", ["1000", "1"], (10, 20)),
@@ -334,7 +448,10 @@ def test_signed_colours_are_read_unsigned(tmp_path: Path) -> None:
 def test_true_proportions(
     attribute: str, value: list[str], shape: tuple[int, int], tmp_path: Path
 ) -> None:
-    dataset = twelve(**{attribute: value})
+    dataset = twelve(**{attribute: value}) if attribute[-8:] != "Sequence" else twelve()
+    if attribute[-8:] == "Sequence":
+        group = of(**{attribute: [of(ImagerPixelSpacing=value)]})
+        dataset.SharedFunctionalGroupsSequence = [group]
     image = load_image(saved(tmp_path, dataset))
     assert image.pixels.shape == (*shape, 3)
     rows = np.arange(shape[0]) * 10 // shape[0]
@@ -376,6 +493,41 @@ def test_what_the_data_set_is_decides_over_its_transfer_syntax(tmp_path: Path) -
     path.write_bytes(data.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2\0\0\0"))
     assert np.abs(grey(path) - SHOWN).max() <= 1
     assert codes(path) == ["transfer_syntax"]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "order", "told"),
+    [
+        (b"1.3.46.670589.33.1.4.1", "<", ["transfer_syntax"]),  # private, of pixels as usual
+        (b"1.2.840.10008.5.1.4.1.1.7", "<", ["transfer_syntax"]),  # no transfer syntax at all
+        (b"1.2.840.113619.5.2", ">", []),  # GE's: pixels alone in big endian
+    ],
+)
+def test_a_transfer_syntax_that_the_standard_does_not_know(
+    syntax: bytes, order: str, told: list[str], tmp_path: Path
+) -> None:
+    dataset = twelve()
+    dataset.PixelData = DEEP.astype(f"{order}u2").tobytes()
+    path = saved(tmp_path, dataset)
+    whole = path.read_bytes()
+    at = 144 + int.from_bytes(whole[140:144], "little")
+    if not told:
+        path = bare(dataset, tmp_path, implicit=True, little=True)
+        whole, at = path.read_bytes(), 0
+    syntax += b"\0" * (len(syntax) % 2)
+    group = b"\x02\0\x10\0UI" + bytes([len(syntax), 0]) + syntax
+    path.write_bytes(bytes(128) + b"DICM" + group + whole[at:])
+    assert np.abs(grey(path) - SHOWN).max() <= 1
+    assert codes(path) == told
+
+
+def test_frames_of_their_own_that_are_not_compressed(tmp_path: Path) -> None:
+    dataset = twelve(np.stack([DEEP, DEEP[::-1]]))
+    syntax = uid.UID(
+        "1.2.840.10008.1.2.1.98"
+    )  # Encapsulated Uncompressed Explicit VR Little Endian
+    compressed(dataset, syntax, [DEEP.tobytes(), DEEP[::-1].tobytes()])
+    assert np.abs(grey(saved(tmp_path, dataset), frame=1) - SHOWN[::-1]).max() <= 1
 
 
 def test_deflated_with_a_zlib_header_or_not_at_all(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import ImageCms
 from medmoe_edge.errors import ImageError
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.image.pixels import Image
+from medmoe_edge.image.raster import ADAM7
 
 NOISE = np.random.default_rng(3)
 GREY = NOISE.integers(0, 256, (24, 36), np.uint8)
@@ -84,13 +85,20 @@ def test_of_an_animation_the_first_picture_is_read(kind: str, read: Any) -> None
 
 
 def _png(values: npt.NDArray[Any], *chunks: tuple[bytes, bytes]) -> bytes:
-    """A grey PNG with more chunks before its pixels."""
+    """A PNG with more chunks before its pixels."""
     data = encoded(values, "PNG")
-    more = b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
-    )
-    return data[:33] + more + data[33:]
+    return data[:33] + b"".join(_chunk(*chunk) for chunk in chunks) + data[33:]
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _packed(grey: npt.NDArray[Any], data: bytes, interlaced: int = 0) -> bytes:
+    """A grey PNG of that size, and of these filtered rows."""
+    head = struct.pack(">IIBBBBB", *grey.shape[::-1], 8, 0, 0, 0, interlaced)
+    chunks = (b"IHDR", head), (b"IDAT", zlib.compress(data)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
 
 
 def _jfif(unit: int, across: int, down: int) -> bytes:
@@ -273,6 +281,45 @@ def test_the_gamma_of_a_png_is_followed(read: Any) -> None:
     np.testing.assert_array_equal(stated, three(SMOOTH))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("hidden", [0, 1])
+def test_colours_that_are_seen_through_are_converted_as_well(
+    kind: str, hidden: int, read: Any
+) -> None:
+    """Where nothing shows through them, they are those of the same picture without transparency."""
+    alpha = np.full(SMOOTH.shape, 255, np.uint8)
+    alpha[0, :hidden] = 0
+    options = {"icc_profile": linear_profile(), **({"lossless": True} if kind == "WEBP" else {})}
+    expected = read(encoded(three(SMOOTH), kind, **options)).pixels.copy()
+    expected[0, :hidden] = 0
+    seen = read(encoded(np.dstack([three(SMOOTH), alpha]), kind, **options)).pixels
+    np.testing.assert_array_equal(seen, expected)
+
+
+def test_the_gamma_of_what_is_seen_through_is_followed(read: Any) -> None:
+    alpha = np.full(SMOOTH.shape, 254, np.uint8)
+    for values in (np.dstack([SMOOTH, alpha]), np.dstack([three(SMOOTH), alpha])):
+        pixels = read(_png(values, (b"gAMA", struct.pack(">I", 100_000)))).pixels
+        expected = 255 * (SMOOTH / 255) ** (1 / 2.2)
+        assert np.abs(pixels[..., 0] - expected).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", [b"II*\0\x08\0\0\0\1\0\x12\1\2\0\2\0\0\x006\0\0\0", b"odd"])
+def test_odd_metadata_does_not_stop_the_picture(orientation: bytes, read: Any) -> None:
+    exif = orientation + bytes(4)  # an orientation in letters; no EXIF at all
+    np.testing.assert_array_equal(read(encoded(GREY, "PNG", exif=exif)).pixels, three(GREY))
+    plain = encoded(GREY, "JPEG")
+    marked = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif
+    np.testing.assert_array_equal(read(marked + plain[2:]).pixels, read(plain).pixels)
+
+
+def test_one_resolution_says_nothing_of_proportions(read: Any) -> None:
+    data = _tiff(SMOOTH, resolution=(2, 1))
+    assert read(data).pixels.shape == (96, 64, 3)
+    without = data.replace(struct.pack("<HH", 283, 5), struct.pack("<HH", 286, 5), 1)
+    np.testing.assert_array_equal(read(without).pixels, three(SMOOTH))
+
+
 # --- TIFF -------------------------------------------------------------------------------------
 
 
@@ -300,6 +347,23 @@ def test_planes_of_sixteen_bits(compression: str | None, read: Any) -> None:
     planes = np.moveaxis(RGB, -1, 0).astype(np.uint16) * 257
     data = _tiff(planes, photometric="rgb", planarconfig="separate", compression=compression)
     np.testing.assert_array_equal(read(data).pixels, RGB)
+
+
+def test_grey_that_does_not_say_which_end_is_black(read: Any) -> None:
+    """As libtiff reads it; of more bits as of 8."""
+    for values, options in ((SMOOTH, {}), (SMOOTH > 90, {"compression": "packbits"})):
+        data = _tiff(values, photometric="minisblack", **options)
+        unsaid = data.replace(struct.pack("<HH", 262, 3), struct.pack("<HH", 261, 3), 1)
+        assert unsaid != data
+        np.testing.assert_array_equal(read(unsaid).pixels, read(data).pixels)
+
+
+def test_a_palette_of_8_bits_where_16_are_stated(read: Any) -> None:
+    colours = np.stack([np.arange(256), np.arange(256)[::-1], np.full(256, 7)])
+    for scale in (1, 257):
+        data = _tiff(SMOOTH, photometric="palette", colormap=(colours * scale).astype(np.uint16))
+        expected = np.stack([colour[SMOOTH] for colour in colours], axis=-1)
+        np.testing.assert_array_equal(read(data).pixels, expected)
 
 
 def test_thumbnails_are_no_pages(read: Any) -> None:
@@ -399,6 +463,28 @@ def test_every_bit_of_a_png_counts(read: Any) -> None:
         damaged[at // 8] ^= 1 << at % 8
         with pytest.raises(ImageError, match=r"damaged|cut off"):
             read(bytes(damaged))
+
+
+@pytest.mark.parametrize("missing", [1, 37, 370, 888])  # 37 bytes a row
+def test_a_png_without_its_last_rows_is_cut_off(missing: int, read: Any) -> None:
+    black = GREY.copy()
+    black[-6:] = 0
+    for picture in (GREY, black):
+        data = b"".join(b"\0" + row.tobytes() for row in picture)
+        np.testing.assert_array_equal(read(_packed(picture, data)).pixels, three(picture))
+        with pytest.raises(ImageError, match="is cut off"):
+            read(_packed(picture, data[:-missing]))
+
+
+def test_an_interlaced_png_that_ends_in_black_is_whole(read: Any) -> None:
+    for height, width in ((24, 36), (23, 35), (5, 3), (1, 1)):
+        black = GREY[:height, :width].copy()
+        black[-2:] = 0
+        passes = [black[y::down, x::right] for x, y, right, down in ADAM7]
+        data = b"".join(b"\0" + row.tobytes() for part in passes if part.size for row in part)
+        np.testing.assert_array_equal(read(_packed(black, data, 1)).pixels, three(black))
+        with pytest.raises(ImageError, match="is cut off"):
+            read(_packed(black, data[:-1], 1))
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])

@@ -405,6 +405,26 @@ def test_an_answer_that_loops_and_ends_is_warned_of(biased: Make) -> None:
     assert {notice.code for notice in doubts({}, {}, draft, enough=True)} == {"repetition"}
 
 
+@pytest.mark.parametrize(
+    ("refused", "enough", "code"),
+    [
+        ({"not_a_scan": 0.1, "not_answerable": 0.9}, False, "not_answerable"),
+        ({"not_a_scan": 0.1, "not_answerable": 0.9}, True, None),
+        ({"not_a_scan": 0.1, "not_answerable": 0.4}, False, "unsure"),
+        ({"not_a_scan": 0.1, "not_answerable": 0.98}, True, "not_answerable"),
+        ({}, False, "unsure"),
+    ],
+)
+def test_an_unsure_answer_names_the_refusal_that_is_likelier_than_it(
+    biased: Make, refused: dict[str, float], enough: bool, code: str | None
+) -> None:
+    engine = load(biased({}), runtime="torch")
+    draft = Draft(engine.tokenizer, engine.decoding)
+    draft.text = "Free air"
+    said = doubts(refused, {"not_answerable": 0.97}, draft, enough=enough)
+    assert [notice.code for notice in said] == ([code] if code else [])
+
+
 def test_at_the_limit_fewer_repeats_are_a_loop() -> None:
     """32 tokens, the usual limit, hold no loop of eleven tokens that would end before."""
     said = [1, 2, *list(range(10, 20)) * 10]

@@ -16,9 +16,12 @@ Pixels are not looked at. Where they are marked as showing text, or of a kind th
 image is refused; allowed knowingly, the result does not claim that its patient is removed.
 """
 
+import contextlib
 import functools
 import hashlib
 import hmac
+import io
+import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,7 +33,7 @@ from dicomanonymizer.dicomfields_selector import dicom_anonymization_database_se
 from pydicom import DataElement, Dataset, dcmwrite
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import FileMetaDataset
-from pydicom.encaps import encapsulate, generate_frames
+from pydicom.encaps import encapsulate
 from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
 from pydicom.tag import BaseTag, Tag
@@ -43,7 +46,10 @@ from pydicom.uid import (
 from medmoe_edge._version import __version__
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.errors import ImageError
-from medmoe_edge.image.dicom_container import read_whole
+from medmoe_edge.image.dicom import read_dicom
+from medmoe_edge.image.dicom_container import PixelElement, read_codestreams, read_whole
+from medmoe_edge.image.dicom_pixels import read_layout
+from medmoe_edge.image.dicom_tables import Header
 from medmoe_edge.image.loading import check_file, decoding
 from medmoe_edge.image.pixels import shown_name
 
@@ -85,19 +91,18 @@ def clean_pixels(dataset: Dataset) -> None:
 
 
 def _clean_values(dataset: Dataset) -> None:
-    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
-    high = int(dataset.get("HighBit", stored - 1))
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    samples = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel) * frames
-    if str(dataset.PhotometricInterpretation) == "YBR_FULL_422":
-        samples = samples * 2 // 3
-    size = (samples * allocated + 7) // 8
-    data = dataset.PixelData[: size + size % 2]  # in words, the last byte may be before the filler
-    if allocated in (8, 16, 32) and stored < allocated and stored - 1 <= high < allocated:
-        width = allocated // 8
-        order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
+    layout = read_layout(Header(dataset), "integer", "the image", sys.maxsize, _ignore)
+    bits = layout.rows * layout.columns * layout.samples * layout.frames * layout.allocated
+    data = dataset.PixelData
+    if layout.photometric == "YBR_FULL_422" and 8 * len(data) < bits:
+        bits = bits * 2 // 3
+    size = (bits + 7) // 8
+    data = data[: size + size % 2]  # in words, the last byte may be before the filler
+    if layout.allocated in (8, 16, 32) and layout.stored < layout.allocated:
+        width = layout.allocated // 8
+        order = "<" if dataset.original_encoding[1] else ">"
         values = np.frombuffer(data[: len(data) // width * width], f"{order}u{width}")
-        data = _masked(values, stored, high, signed=bool(dataset.get("PixelRepresentation")))
+        data = _masked(values, layout.stored, layout.high, signed=layout.signed)
     dataset.PixelData = data + b"\0" * (len(data) % 2)
 
 
@@ -114,18 +119,11 @@ def _masked(values: npt.NDArray[Any], stored: int, high: int, *, signed: bool) -
 
 
 def _clean_frames(dataset: Dataset) -> None:
-    count = int(dataset.get("NumberOfFrames") or 1)
-    starts, lengths = (dataset.get(f"ExtendedOffsetTable{part}") for part in ("", "Lengths"))
-    tables = None if starts is None or lengths is None else (starts, lengths)
-    data = dataset.PixelData
-    try:
-        frames = list(generate_frames(data, number_of_frames=count, extended_offsets=tables))
-    except Exception as error:  # pydicom raises nearly anything on odd fragments
-        raise ImageError(
-            "The frames of the compressed picture cannot be told apart, nor what is written beside "
-            "them.",
-            "Save it uncompressed first.",
-        ) from error
+    count = Header(dataset).whole("NumberOfFrames") or 1
+    data = io.BytesIO(dataset.PixelData)
+    pixels = PixelElement(data, 0, None, "integer", False, True, "the file", _ignore)
+    # as the picture is read, whatever the tables of offsets say
+    frames = read_codestreams(pixels, count)
     cleaned = [_without_comments(frame) for frame in frames]
     if cleaned == frames:
         return
@@ -133,6 +131,10 @@ def _clean_frames(dataset: Dataset) -> None:
         dataset.pop(f"ExtendedOffsetTable{part}", None)
     has_table = sum(map(len, cleaned)) < LARGEST - 16 * len(cleaned)
     dataset.PixelData = encapsulate(cleaned, has_bot=has_table)
+
+
+def _ignore(_code: str, _message: str) -> None:
+    """What should be known of a picture is said where it is looked at."""
 
 
 def _without_comments(frame: bytes) -> bytes:
@@ -234,7 +236,25 @@ def deidentify(
         _claim(dataset, removed=not may_show_text)
         with atomic_file(target) as file:
             dcmwrite(file, dataset, enforce_file_format=True)
+            file.flush()
+            _check_picture(source, Path(file.name), name)
     return not may_show_text
+
+
+def _check_picture(source: Path, written: Path, name: str) -> None:
+    """Refuse what shows another picture than its source, where that is of a kind that is read."""
+    try:
+        before = read_dicom(source, None)
+    except Exception:  # there is none to compare with
+        return
+    with contextlib.suppress(Exception):
+        after = read_dicom(written, None)
+        if after.frames == before.frames and np.array_equal(after.pixels, before.pixels):
+            return
+    raise ImageError(
+        f"{name} would show another picture without what is written beside it.",
+        "Save it uncompressed first, as a viewer shows it.",
+    )
 
 
 def _check_image(dataset: Dataset, name: str) -> None:
