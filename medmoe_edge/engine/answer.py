@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, Told
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config import MoEConfig
 from medmoe_edge.errors import InputError, Notice
@@ -407,7 +407,7 @@ def logged(told: str, codes: Iterable[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(Told):
     """One question answered.
 
     Attributes:
@@ -473,6 +473,5 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; the text is under `answer`."""
-        values = dataclasses.asdict(self)
-        values["warnings"] = list(values["warnings"])
+        values = super().to_json()
         return {"question": values.pop("question"), "answer": values.pop("text"), **values}

@@ -327,9 +327,7 @@ def _check_budget(bundle: Bundle, budget: Budget) -> None:
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
     known, name = proven(bundle), bundle.name
-    warnings = _of_proof(name, known)
-    for notice in warnings:
-        logger.warning("%s", notice.message)
+    warnings = warnings_of(name, known)
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
     logger.info("%s runs on %s.", name, loaded.name)
@@ -340,10 +338,12 @@ def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: P
     )
 
 
-def _of_proof(name: str, known: Proven) -> tuple[Notice, ...]:
-    if known.status != "failed":
+def warnings_of(name: str, known: Proven | None) -> tuple[Notice, ...]:
+    """What a model's proof has every answer say; it is logged too."""
+    if known is None or known.status != "failed":
         return ()
     what = f"{name} failed its verification: it may answer otherwise than its checkpoint."
+    logger.warning("%s", what)
     return (Notice("verification_failed", what),)
 
 

@@ -1,6 +1,7 @@
 """Sets that are added to one dataset folder, and image labels made of folders and tables."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from listen_process import study
 from PIL import Image as Pillow
 
+from medmoe_edge.calibration.data import read_calibration
 from medmoe_edge.data.datasets import read_examples, read_labels
 from medmoe_edge.data.folder import LabelOptions, add_labels, split_evenly
 from medmoe_edge.data.prepare import add_questions, prepare
@@ -51,6 +53,24 @@ def test_a_folder_says_modality_and_finding(tmp_path: Path, pictures: Path) -> N
         (modality, finding) for modality in ("ct", "oct") for finding in ("normal", "odd")
     }
     assert {item.source for item in found} == {"mine"}
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+
+    def refused(path: str) -> Any:
+        if Path(path).name == "odd":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", refused)
+    with pytest.raises(DataError, match="The folder 'odd' cannot be read"):
+        labels(pictures, tmp_path / "data")
+    with pytest.raises(DataError, match="The folder 'odd' cannot be read"):
+        read_calibration(pictures)
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(

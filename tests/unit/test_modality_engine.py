@@ -17,6 +17,7 @@ from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality
 from medmoe_edge.contrastive.features import TextCache
+from medmoe_edge.engine.loading import Proven
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ModelError
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.models.contrastive import similarity
@@ -63,6 +64,15 @@ class Fixed:
 
 def fixed(*arguments: Any, **options: Any) -> ModalityEngine:
     return ModalityEngine(Fixed(*arguments), "fixed", "0" * 64, **options)
+
+
+def test_every_result_of_a_bundle_that_failed_its_verification_says_so() -> None:
+    engine = fixed(proven=Proven("failed", None, here=False))
+    asked = picture()
+    results = engine.read(asked), engine.classify(asked, LABELS), engine.locate(asked, "a mass")
+    for found in results:
+        assert [notice.code for notice in found.warnings] == ["verification_failed"]
+    assert fixed(proven=Proven("passed", None, here=True)).read(asked).warnings == ()
 
 
 # --- classify ---------------------------------------------------------------------------------
