@@ -145,7 +145,7 @@ class ModalityEngine(OneAtATime):
         self.verification: str = proven.status if proven else REFERENCE
         self.scores = scores or Scores()
         self.texts = TextCache(runtime)
-        self._of_model = warnings_of(name, proven)
+        self._of_model = (*warnings_of(name, proven), *self.scores.warnings)
 
     def read(
         self,
@@ -158,7 +158,7 @@ class ModalityEngine(OneAtATime):
 
         Args:
             image: A path, an `Image`, or an array.
-            frame: Which one of several the file holds, from 1.
+            frame: Which one of several the file holds, from 0.
             value_range: The values of an array that are black and white.
 
         Returns:

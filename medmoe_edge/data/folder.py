@@ -383,11 +383,19 @@ def add_labels(
         )
     name = set_name(options.name or source.stem)
     found = _split(found)
+    modalities: dict[str, str] = {}
     with adding(name, out, force=force) as (addition, prepared):
-        for each in found:
+        for number, each in enumerate(found, 1):
+            image = addition.write(each.name, each.file.read_bytes())
+            modality = modality_name(each.modality or "")
+            if modalities.setdefault(image, modality) != modality:
+                raise DataError(
+                    f"{source}: image {number} is labelled {modality} and {modalities[image]}.",
+                    "A picture is of one modality: keep the right label.",
+                )
             addition.label(
-                image=addition.write(each.name, each.file.read_bytes()),
-                modality=modality_name(each.modality or ""),
+                image=image,
+                modality=modality,
                 body=each.body or "",
                 finding=each.finding or "",
                 source=name,

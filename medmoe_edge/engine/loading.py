@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
@@ -208,6 +208,14 @@ class Paging(NamedTuple):
     drop_pages: bool = False
 
 
+def check_place(runtime: str, device: str) -> None:
+    """Raise `InputError` for a name that means nothing, and would pass for one that does."""
+    known = {"runtime": (runtime, get_args(RuntimeName)), "device": (device, get_args(Device))}
+    for option, (value, names) in known.items():
+        if value not in names:
+            raise InputError(f"{option} is {value!r}.", f"Use one of: {', '.join(names)}.")
+
+
 def open_model(
     model: str | os.PathLike[str],
     runtime: RuntimeName,
@@ -217,6 +225,7 @@ def open_model(
     keeps_prefixes: bool,
 ) -> Loaded:
     """Open what `engine.load` was given, as it says."""
+    check_place(runtime, device)
     if paging.drop_pages and paging.budget is None:
         raise InputError(
             "Pages are dropped of experts that are paged, and there is no memory budget.",

@@ -255,11 +255,16 @@ class ModalityInspection(_Inspected):
     says on which `machine` and whether that holds `here`; `signature` is as in `Inspection`.
     """
 
-    TOLD = ("parameters_total", "parameters_activated")
+    TOLD = ("parameters_total", "parameters_activated", "warnings")
 
     config: ModalityConfig
     parameters: dict[str, int]
     scores: Scores
+
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What must be known of every answer."""
+        return self.scores.warnings
 
     @property
     def parameters_total(self) -> int:

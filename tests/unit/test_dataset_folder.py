@@ -149,6 +149,17 @@ def test_what_labels_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_picture_of_two_modalities_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "1.png", 1)
+    rows = ["image,modality,finding", "1.png,CT,mass", "1.png,ct,effusion", "1.png,mri,mass"]
+    (tmp_path / "t.csv").write_text("\n".join(rows[:3]))
+    labels(tmp_path / "t.csv", tmp_path / "out")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="image 3 is labelled mri and ct"):
+        labels(tmp_path / "t.csv", tmp_path / "out", force=True)
+    assert "mri" not in (tmp_path / "out" / "labels.jsonl").read_text()
+
+
 def question(image: str, **more: Any) -> dict[str, Any]:
     return {"image": image, "question": "Is it?", "answer": "No"} | more
 
