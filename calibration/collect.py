@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from medmoe_edge._types import Floats, Progress, no_progress
+from medmoe_edge._types import Floats, Progress, no_progress, there
 from medmoe_edge.atomic import writing
 from medmoe_edge.calibration.coverage import Neighbours, Pair
 from medmoe_edge.calibration.data import Sample
@@ -351,8 +351,7 @@ def read_modalities(
     and all MoE layers. One layer is in memory at a time; the last answer is kept in `work`, so that
     an interrupted run does not ask again. Raises as `collect`.
     """
-    moe = checkpoint.config.moe
-    assert moe is not None
+    moe = there(checkpoint.config.moe)
     kept = work / READ
     identity = {
         "checkpoint": checkpoint.sha256(),

@@ -11,12 +11,13 @@ Every (layer, expert) needs `floor` routed tokens, and some of its own modality 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from medmoe_edge._types import Told
 from medmoe_edge.calibration.routing import RoutingProfile
 from medmoe_edge.errors import DataError, VerificationError
 
@@ -28,7 +29,7 @@ EXTRA_ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class ExpertCoverage:
+class ExpertCoverage(Told):
     """What one expert saw; `own_modality_tokens` is None where its modality is not known."""
 
     layer: int
@@ -55,10 +56,6 @@ class ExpertCoverage:
         missing = self.needed - self.tokens
         allowed = self.own_modality_tokens != 0 and missing <= self.needed // 2
         return max(missing, 0) if allowed else 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ExpertCoverage":

@@ -26,6 +26,7 @@ from medmoe_edge.data.datasets import (
     Record,
     UniqueIds,
     answer_type,
+    files_below,
     modality_name,
     parse_json,
     questions_of,
@@ -147,7 +148,7 @@ def folder_samples(folder: Path, known: Collection[str] = ()) -> Iterator[Sample
     if (folder / SUMMARY).is_file():
         yield from _dataset_samples(folder)
         return
-    for file in _files(folder):
+    for file in files_below(folder):
         head = _head(file)
         modality = None
         if is_dicom(head):
@@ -198,14 +199,8 @@ def file_samples(file: Path) -> Iterator[Sample]:
     text = _text(file)
     if text.lstrip().startswith("[") or '"conversa' in text.partition("\n")[0]:
         for given in read_examples(file):
-            yield Sample(
-                given.id,
-                given.image,
-                given.question,
-                given.answer,
-                given.modality,
-                given.answer_type,
-            )
+            told = given.question, given.answer, given.modality, given.answer_type
+            yield Sample(given.id, given.image, *told)
         return
     unique = UniqueIds()
     for number, line in enumerate(text.split("\n"), start=1):
@@ -243,21 +238,6 @@ def _text(file: Path) -> str:
             f"{shown_name(file)} cannot be read as a list of questions.",
             "Give a JSONL file, or the folder that the images lie in.",
         ) from None
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"The folder {shown_name(Path(error.filename))} cannot be read.",
-            "Check its permissions.",
-        ) from None
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = (name for name in folders if not name.startswith("."))
-        for name in names:
-            file = Path(parent, name)
-            if not name.startswith(".") and file.is_file():  # reading a pipe might never end
-                yield file
 
 
 def _head(file: Path) -> bytes:

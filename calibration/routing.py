@@ -62,11 +62,6 @@ class RoutingProfile:
         """Distinct experts per request and layer, the mean over requests; `[M]`."""
         return self.distinct / max(int(self.requests.sum()), 1)
 
-    @property
-    def pairs(self) -> float:
-        """Distinct (layer, expert) pairs per request, the mean over requests."""
-        return float(self.union.sum())
-
     def of(self, modality: str) -> tuple[Counts, int]:
         """Tokens `[M, E]` and requests of one modality; zeros where it never came."""
         if modality not in self.modalities:

@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
-from medmoe_edge._types import Counting, no_counting
+from medmoe_edge._types import Counting, no_counting, there
 from medmoe_edge.bundle.recorded import INLINE_BYTES
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import CheckpointError
@@ -72,13 +72,14 @@ class Builder:
         return self._tape.op("Constant", [], {"value": ir.tensor(np.asarray(value, dtype))})
 
 
-def replace_node(node: ir.Node, build: Builder, new: ir.Value) -> None:
-    """Put what was built, whose result is `new`, in the place of a node with one output."""
-    old, graph = node.outputs[0], node.graph
-    assert graph is not None
-    new.name, new.type, new.shape = old.name, old.type, old.shape
+def replace_node(node: ir.Node, build: Builder, *made: ir.Value) -> None:
+    """Put what was built, whose results are `made`, in the place of a node."""
+    graph, pairs = there(node.graph), list(zip(node.outputs, made, strict=True))
+    for old, new in pairs:
+        new.name, new.type, new.shape = old.name, old.type, old.shape
     graph.insert_before(node, build.nodes)
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    for old, new in pairs:
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
 
@@ -131,6 +132,19 @@ def initializer(tensor: ir.TensorProtocol) -> ir.Value:
     )
 
 
+def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """The initializer of a tensor's name, which several nodes may share."""
+    if (found := graph.initializers.get(str(tensor.name))) is None:
+        graph.register_initializer(found := initializer(tensor))
+    return found
+
+
+def replace_initializer(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register a tensor under the name of an initializer, which it stands in for from now on."""
+    del graph.initializers[str(value.name)]
+    return register(graph, tensor)
+
+
 def floats(name: str, *shape: int | str) -> ir.Value:
     """A named float value of known shape, for inputs and outputs."""
     return ir.val(name, ir.DataType.FLOAT, shape)
@@ -138,9 +152,7 @@ def floats(name: str, *shape: int | str) -> ir.Value:
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
     """The tensor behind an initializer."""
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value
+    return there(there(value).const_value)
 
 
 PAGE = 4096
@@ -291,9 +303,8 @@ def write_experts(folder: Path, config: ModelConfig, layers: Sequence[Stacks]) -
 
 
 def _experts(config: ModelConfig, layers: Sequence[Stacks]) -> Iterator[tuple[str, bytes]]:
-    assert config.moe is not None
     for layer, stacks in zip(config.moe_layers, layers, strict=True):
         arrays = [stack.numpy() for stack in stacks.values()]
-        for number in range(config.moe.num_experts):
+        for number in range(there(config.moe).num_experts):
             owner = f"decoder.layers.{layer}.ffn.experts.{number}"
             yield owner, b"".join(array[number].tobytes() for array in arrays)

@@ -9,6 +9,7 @@ Of the experts only the chosen one runs: a chain of `If`, each with one expert a
 chain. Swin and BERT are traced by PyTorch's exporter, one expert likewise, once for all of them.
 """
 
+import logging
 import shutil
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ from medmoe_edge.export.quantise import Array, lazy_tensor, quantise_weights
 from medmoe_edge.export.vision import fill, optimise, quantise_linears, trace
 from medmoe_edge.models.contrastive import ModalityMoE, mixed_regions
 from medmoe_edge.prompt import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 FIRST = "experts.0."  # the parameters of the expert that is traced
 TEXT_OUTPUTS = ("word_features", "pooled", "mask")
@@ -229,6 +232,8 @@ def write_modality_bundle(
     """
     model = read_modality_checkpoint(checkpoint, as_published=as_published)
     scores = read_scores(checkpoint)
+    for notice in scores.warnings:
+        logger.warning("%s", notice.message)
     words = checkpoint / "tokenizer.json"
     Tokenizer.from_file(words).check_vocabulary(model.config.text.vocab_size)
     progress("image", 0, 1)

@@ -63,6 +63,7 @@ from typing import Protocol, Self
 import numpy as np
 import onnx_ir as ir
 
+from medmoe_edge._types import there
 from medmoe_edge.config import DecoderConfig, ModelConfig
 from medmoe_edge.export.builder import (
     IR_VERSION,
@@ -102,8 +103,7 @@ class MoESpec:
     @classmethod
     def of(cls, config: ModelConfig) -> Self:
         """The op of a model that has experts."""
-        moe = config.moe
-        assert moe is not None
+        moe = there(config.moe)
         return cls(
             ACTIVATIONS[config.decoder.kind],
             moe.top_k,
@@ -171,11 +171,10 @@ def replace_moe(
     nodes = [node for node in model.graph if node.domain == MEDMOE and node.op_type == "MoE"]
     for node in nodes:
         x, *given = node.inputs
-        assert x is not None
         named = zip(spec.weight_names, given, strict=True)
         weights = {name: value for name, value in named if value is not None}
         build = Builder()
-        replace_node(node, build, lower(build, x, weights))
+        replace_node(node, build, lower(build, there(x), weights))
     if nodes:
         drop_function(model, "MoE")
     return bool(nodes)
@@ -438,8 +437,7 @@ class DecoderBuilder:
             activation = ACTIVATIONS[self.decoder.kind]
             return feed_forward(self.build, u, self._weights(own, names), "", activation)
         spec = MoESpec.of(self.config)
-        assert self.config.moe is not None
-        if self.config.moe.merged:
+        if there(self.config.moe).merged:
             names = self.source.names_under(own)
             weights = self._weights(own, names)
             self.routing.append(router_logits(self.build, u, weights))
@@ -470,8 +468,7 @@ class DecoderBuilder:
         return {name: self._initializer(self.source.tensor(f"{own}{name}")) for name in names}
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        name = tensor.name
-        assert name is not None
+        name = there(tensor.name)
         if name not in self.initializers:
             self.initializers[name] = initializer(tensor)
         return self.initializers[name]

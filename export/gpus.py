@@ -4,7 +4,7 @@ TensorRT for RTX builds engines on any machine, for any card that it serves; Ten
 only on the GPU that will run the engine. Which of them is meant is known when the program runs, so
 their modules, and what comes of them, are typed `Any`.
 
-GPUs by the names people type: compute capability, memory, and the library that serves them.
+GPUs by the names people type: compute capability, and the library that serves them.
 
 Compute capabilities: developer.nvidia.com/cuda-gpus. What TensorRT for RTX compiles for: its
 `ComputeCapability`; it refuses int4, bf16 and fp32 products on sm75, tried with 1.7.1.
@@ -108,18 +108,16 @@ def _missing(name: Library) -> MissingDependencyError:
     return MissingDependencyError("tensorrt", "tensorrt")
 
 
-GB = 10**9
 RTX_CAPABILITIES = (80, 86, 89, 120, 121)
 TURING = 75
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU to build for; `memory` in bytes, None where only a compute capability was named."""
+    """A GPU to build for."""
 
     name: str
     capability: int
-    memory: int | None = None
 
     @property
     def sm(self) -> str:
@@ -132,34 +130,20 @@ class Gpu:
         return "tensorrt-rtx" if self.capability in RTX_CAPABILITIES else "tensorrt"
 
 
-GPUS: dict[str, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
-        *(Gpu(f"sm{number}", number) for number in (75, 80, 86, 87, 89, 90, 110, 120, 121)),
-        Gpu("t4", 75, 16 * GB),
-        Gpu("rtx-2080", 75, 8 * GB),
-        Gpu("a100", 80, 40 * GB),
-        Gpu("rtx-3060", 86, 12 * GB),
-        Gpu("rtx-3090", 86, 24 * GB),
-        Gpu("rtx-4060", 89, 8 * GB),
-        Gpu("rtx-4070", 89, 12 * GB),
-        Gpu("rtx-4090", 89, 24 * GB),
-        Gpu("l4", 89, 24 * GB),
-        Gpu("l40", 89, 48 * GB),
-        Gpu("rtx-5070", 120, 12 * GB),
-        Gpu("rtx-5080", 120, 16 * GB),
-        Gpu("rtx-5090", 120, 32 * GB),
-        Gpu("rtx-pro-6000", 120, 96 * GB),
-        Gpu("dgx-spark", 121, 128 * GB),
-        # Jetson: shared with the system
-        Gpu("orin", 87),
-        Gpu("orin-nano-8g", 87, 8 * GB),
-        Gpu("orin-agx-64g", 87, 64 * GB),
-        Gpu("thor", 110, 128 * GB),
-        Gpu("h100", 90, 80 * GB),
-        Gpu("h200", 90, 141 * GB),
-    )
+# What people call the GPUs of a compute capability.
+CALLED: dict[int, tuple[str, ...]] = {
+    75: ("t4", "rtx-2080"),
+    80: ("a100",),
+    86: ("rtx-3060", "rtx-3090"),
+    87: ("orin", "orin-nano-8g", "orin-agx-64g"),
+    89: ("rtx-4060", "rtx-4070", "rtx-4090", "l4", "l40"),
+    90: ("h100", "h200"),
+    110: ("thor",),
+    120: ("rtx-5070", "rtx-5080", "rtx-5090", "rtx-pro-6000"),
+    121: ("dgx-spark",),
 }
+GPUS = {f"sm{number}": Gpu(f"sm{number}", number) for number in CALLED}
+GPUS |= {name: Gpu(name, number) for number, names in CALLED.items() for name in names}
 
 
 def find_gpu(name: str, library: Library) -> Gpu:

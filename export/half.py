@@ -19,7 +19,6 @@ which holds for those that this project emits.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -29,8 +28,9 @@ import onnx_ir as ir
 from onnx import defs
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from medmoe_edge._types import there
 from medmoe_edge.errors import CheckpointError
-from medmoe_edge.export.builder import initializer, tensor_of
+from medmoe_edge.export.builder import replace_initializer, tensor_of
 from medmoe_edge.export.stored import SCALE
 
 SMALL = 256  # weights: below, they stay as they are
@@ -46,17 +46,9 @@ def halve_weights(model: ir.Model) -> tuple[ir.Model, bool]:
         and not str(value.name).endswith(SCALE)  # of integers: as exact as they were made
     ]
     for value in chosen:
-        source, name = tensor_of(value), str(value.name)
-        stored = initializer(
-            ir.LazyTensor(
-                partial(_half, source, name),
-                ir.DataType.FLOAT16,
-                shape=ir.Shape(source.shape.numpy()),
-                name=name,
-            )
-        )
-        del model.graph.initializers[name]
-        model.graph.register_initializer(stored)
+        name = str(value.name)
+        half = halved(tensor_of(value), ir.DataType.FLOAT16, name)
+        stored = replace_initializer(model.graph, value, half)
         cast = ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)})
         cast.outputs[0].name = f"{name}.float"
         model.graph.insert_before(model.graph[0], cast)
@@ -74,10 +66,6 @@ def to_half(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.float16]:
             "Its training diverged: use an earlier checkpoint, or export with --fp32.",
         )
     return stored
-
-
-def _half(source: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    return ir.tensor(to_half(source.numpy(), name), name=name)
 
 
 Keep = Callable[[ir.Node], bool]
@@ -120,12 +108,9 @@ def root_mean_squares(model: ir.Model) -> Keep:
     found: set[ir.Node] = set()
     for node in model.graph:
         if node.op_type == "ReduceMean":
-            square, (added,) = node.inputs[0], node.outputs[0].consumers()
+            made, (added,) = there(node.inputs[0]).producer(), node.outputs[0].consumers()
             (root,) = added.outputs[0].consumers()
-            assert square is not None
-            made = square.producer()
-            assert made is not None
-            found |= {made, node, added, root}
+            found |= {there(made), node, added, root}
     return found.__contains__
 
 
@@ -222,10 +207,9 @@ class _Halver:
         return all(self._wanted(use.node, use.idx) == self.dtype for use in value.uses())
 
     def _halve_initializer(self, value: ir.Value) -> None:
-        stored = initializer(halved(tensor_of(value), self.dtype))
+        half = halved(tensor_of(value), self.dtype, str(value.name))
+        stored = replace_initializer(self.graph, value, half)
         value.replace_all_uses_with(stored)
-        del self.graph.initializers[str(value.name)]
-        self.graph.register_initializer(stored)
         self.floats.add(stored)
         self.halves.add(stored)
 
@@ -237,8 +221,7 @@ class _Halver:
     def _convert(self, node: ir.Node) -> None:
         for index, value in enumerate(node.inputs):
             if value in self.floats:
-                assert value is not None
-                node.replace_input_with(index, self._as(value, self._wanted(node, index)))
+                node.replace_input_with(index, self._as(there(value), self._wanted(node, index)))
         if node in self.kept or not any(value in self.floats for value in node.outputs):
             return
         if node.op_type == "Cast":
@@ -251,8 +234,7 @@ class _Halver:
                 self._turn_half(value)
 
     def _convert_cast(self, node: ir.Node) -> None:
-        source, result = node.inputs[0], node.outputs[0]
-        assert source is not None
+        source, result = there(node.inputs[0]), node.outputs[0]
         if source.dtype == self.dtype:  # stored in half already, as scales of groups are
             result.replace_all_uses_with(source)
             self.floats.add(source)
@@ -294,22 +276,21 @@ class _Halver:
 def _filling(node: ir.Node) -> ir.TensorProtocol:
     """The value of a `Constant` or `ConstantOfShape`, in whichever attribute it is."""
     if node.op_type == "Constant":
-        tensor = ir.convenience.get_const_tensor(node.outputs[0])
-        assert tensor is not None
-        return tensor
+        return there(ir.convenience.get_const_tensor(node.outputs[0]))
     given = node.attributes.get("value")
     return ir.tensor([0.0], FLOAT) if given is None else given.as_tensor()
 
 
-def halved(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
+def halved(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str | None = None) -> ir.LazyTensor:
     """A tensor in FLOAT16 or BFLOAT16, made when it is written; raises as `to_half` does."""
+    name = name or tensor.name
 
     def half() -> ir.TensorProtocol:
         if dtype == ir.DataType.FLOAT16:
-            return ir.tensor(to_half(tensor.numpy(), str(tensor.name)), name=tensor.name)
-        return ir.tensor(tensor.numpy().astype(ml_dtypes.bfloat16), dtype, name=tensor.name)
+            return ir.tensor(to_half(tensor.numpy(), str(name)), name=name)
+        return ir.tensor(tensor.numpy().astype(ml_dtypes.bfloat16), dtype, name=name)
 
-    return ir.LazyTensor(half, dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+    return ir.LazyTensor(half, dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 
 
 def _formal(

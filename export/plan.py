@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, there
 from medmoe_edge.bundle.recorded import DELTA, MOST_MOVED
 from medmoe_edge.calibration.methods import (
     CHOICES,
@@ -236,8 +236,7 @@ class Plan:
 
     def delta_form(self, name: str) -> DeltaForm:
         """How what is added to the meta expert is stored, by the name of a weight or its delta."""
-        assert self.deltas is not None
-        return self.forms.get(_weight_of(name), self.deltas)
+        return self.forms.get(_weight_of(name), there(self.deltas))
 
     def _quantise(self, name: str, form: Format, rows: Floats) -> Quantised:
         second, hessian = self._moments(name)

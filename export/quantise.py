@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, there
 from medmoe_edge.bundle.recorded import FLOAT, Marks, SignatureMaker, is_routed
 from medmoe_edge.calibration.quantisers import Format, Quantised
 from medmoe_edge.errors import CheckpointError
@@ -48,8 +48,7 @@ class StoredMatrix:
         node = weight.producer() if weight is not None else None
         if node is None or node.op_type != "DequantizeLinear":
             return None
-        scale = node.inputs[1]
-        assert scale is not None
+        scale = there(node.inputs[1])
         cast = scale.producer()  # groups' scales are stored in fp16
         if cast is None:
             return cls(tensor_of(node.inputs[0]), tensor_of(scale), None)
@@ -80,8 +79,7 @@ class StoredMatrix:
         if self.group is None:
             scale = self.scale.numpy()  # [N]
             return scale if group is None else np.repeat(scale[:, None], self.width // group, 1)
-        assert group is not None
-        return np.repeat(self.scale.numpy().T, self.group // group, 1)
+        return np.repeat(self.scale.numpy().T, self.group // there(group), 1)
 
     def in_blocks(self, block: int, bits: int, name: str) -> list[ir.LazyTensor]:
         """Integers `[N, blocks, bytes]` and scales `[N, blocks]` as `MatMulNBits` reads them.
@@ -230,8 +228,7 @@ class _Weight:
         quantiser: Quantiser,
         signature: SignatureMaker | None,
     ) -> None:
-        assert value.const_value is not None
-        self.name, self.source = str(value.name), value.const_value
+        self.name, self.source = str(value.name), tensor_of(value)
         self.format, self.quantiser, self.signature = form, quantiser, signature
         self.shape = self.source.shape.numpy()  # (K, N)
         self.scale: npt.NDArray[Any] | None = None  # as stored
@@ -267,8 +264,7 @@ class _Weight:
     def _scales(self) -> ir.TensorProtocol:
         if self.scale is None:
             self._integers()
-        assert self.scale is not None
-        return ir.tensor(self.scale)
+        return ir.tensor(there(self.scale))
 
     def _quantised(self, rows: Floats) -> Quantised:
         try:

@@ -18,11 +18,20 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from medmoe_edge._types import there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import DELTA
 from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.errors import BundleError
-from medmoe_edge.export.builder import CONTRIB, Builder, initializer, replace_node, tensor_of
+from medmoe_edge.export.builder import (
+    CONTRIB,
+    Builder,
+    initializer,
+    register,
+    replace_initializer,
+    replace_node,
+    tensor_of,
+)
 from medmoe_edge.export.decoder import DecoderBuilder, Parameters, meta_name
 from medmoe_edge.export.quantise import (
     INTEGERS,
@@ -79,9 +88,7 @@ def _dequantise(model: ir.Model, stored: QuantisedParameters) -> ir.Model:
 def _add_delta(graph: ir.Graph, name: str, stored: "StoredWeights") -> None:
     """Make an expert's matrix the meta expert's plus what is stored of it."""
     build, whole = Builder(), graph.initializers.pop(name)
-    parts = [initializer(stored.tensor(part)) for part in sorted(stored.deltas[name])]
-    for part in parts:
-        graph.register_initializer(part)
+    parts = [register(graph, stored.tensor(part)) for part in sorted(stored.deltas[name])]
     delta = parts[0] if len(parts) == 1 else build.op("MatMul", *parts)
     total = build.op("Add", graph.initializers[meta_name(name)], delta)
     total.name, total.type, total.shape = name, whole.type, whole.shape
@@ -95,10 +102,8 @@ def _widen(graph: ir.Graph) -> None:
     for value in narrow:
         source, name = tensor_of(value), str(value.name)
         shape = list(source.shape.numpy())
-        wide = initializer(lazy_tensor(name, partial(_as_int4, source), ir.DataType.INT4, shape))
-        del graph.initializers[name]
-        graph.register_initializer(wide)
-        value.replace_all_uses_with(wide)
+        wide = lazy_tensor(name, partial(_as_int4, source), ir.DataType.INT4, shape)
+        value.replace_all_uses_with(replace_initializer(graph, value, wide))
 
 
 def _as_int4(source: ir.TensorProtocol) -> Array:
@@ -229,8 +234,7 @@ def float_vision(bundle: Bundle) -> ir.Model:
 
 
 def _as_matmul(node: ir.Node, x: ir.Value | None, weight: ir.Value) -> None:
-    graph, build = node.graph, Builder()
-    assert graph is not None
+    graph, build = there(node.graph), Builder()
     graph.initializers.pop(str(weight.name), None)  # integers that had its name
     graph.register_initializer(weight)
     replace_node(node, build, build.op("MatMul", x, weight))
@@ -238,11 +242,7 @@ def _as_matmul(node: ir.Node, x: ir.Value | None, weight: ir.Value) -> None:
 
 def _undivided(node: ir.Node) -> ir.Value | None:
     """What a product with a scale per token reads before it is divided by them."""
-    divided = node.inputs[0]
-    assert divided is not None
-    divide = divided.producer()
-    assert divide is not None
-    return divide.inputs[0]
+    return there(there(node.inputs[0]).producer()).inputs[0]
 
 
 def _as_products(node: ir.Node, config: VisionConfig) -> None:
@@ -263,10 +263,8 @@ def _as_products(node: ir.Node, config: VisionConfig) -> None:
 
 
 def _dequantised(stored: StoredWeights, matrix: ir.Value | None) -> ir.Value:
-    assert matrix is not None
-    name = str(matrix.name).removesuffix(PACKED)
-    found = stored.quantised(name)
-    assert found is not None
+    name = str(there(matrix).name).removesuffix(PACKED)
+    found = there(stored.quantised(name))
     shape = list(found[0].shape.numpy())
     return initializer(lazy_tensor(name, partial(_product, *found), ir.DataType.FLOAT, shape))
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from medmoe_edge._types import Progress, no_progress
+from medmoe_edge._types import Progress, no_progress, there
 from medmoe_edge.atomic import atomic_folder, check_target
 from medmoe_edge.bundle.bundle import (
     MANIFEST,
@@ -154,8 +154,7 @@ def vision_graph(bundle: Bundle, target: Target) -> ir.Model:
 def _fix_capacity(graph: ir.Graph, capacity: int) -> None:
     for value in (*graph.inputs, *graph.outputs):
         if str(value.name).startswith(("past_", "present_")):
-            assert value.shape is not None
-            heads, size = value.shape[1], value.shape[3]
+            _, heads, _, size = there(value.shape)
             value.shape = ir.Shape([1, heads, capacity, size])
 
 

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import config as fx_config
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, there
 from medmoe_edge.bundle.recorded import SignatureMaker
 from medmoe_edge.calibration.methods import INT8, migration_scale
 from medmoe_edge.calibration.quantisers import Format, round_to_nearest
@@ -103,8 +103,7 @@ def trace(
             optimize=False,
             verbose=False,
         )
-    assert program is not None
-    return program.model
+    return there(program).model
 
 
 def optimise(model: ir.Model, names: Container[str]) -> list[ir.Value]:
@@ -141,8 +140,7 @@ def fill(graph: ir.Graph, value: ir.Value, weights: Weights) -> None:
     stored = initializer(weights.tensor(name))
     for node in users:
         node.outputs[0].replace_all_uses_with(stored)
-        assert node.graph is not None
-        node.graph.remove(node, safe=True)
+        there(node.graph).remove(node, safe=True)
     value.name = None
     graph.register_initializer(stored)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, there
 from medmoe_edge.bundle.recorded import DELTA
 from medmoe_edge.calibration.quantisers import DeltaForm
 from medmoe_edge.config import ModelConfig
@@ -46,12 +46,11 @@ class MatrixTensor(ir.LazyTensor):
 
     def rows(self) -> Iterator[Floats]:
         """Blocks `[n, in]` of output channels, in order."""
-        assert self.name is not None
-        return self.source.rows(self.name)
+        return self.source.rows(there(self.name))
 
     def _whole(self) -> ir.TensorProtocol:
-        assert self.name is not None
-        return ir.tensor(np.ascontiguousarray(self.source.array(self.name).T), name=self.name)
+        matrix = self.source.array(there(self.name))
+        return ir.tensor(np.ascontiguousarray(matrix.T), name=self.name)
 
 
 class WeightSource:

@@ -130,7 +130,9 @@ def load(
     if given := next((name for name, value in unfit.items() if value), None):
         raise InputError(f"{given} does not go with a modality-moe model.", "Leave it out.")
     from medmoe_edge.contrastive.engine import load_modality
+    from medmoe_edge.engine.loading import check_place
 
+    check_place(runtime, device)
     assert runtime != "tensorrt"
     return load_modality(model, runtime=runtime)
 

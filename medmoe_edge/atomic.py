@@ -29,15 +29,15 @@ def atomic_folder(target: Path, *, force: bool, marker: str) -> Iterator[Path]:
     """
     target = target.resolve()
     check_target(target, force=force, marker=marker)
-    exists = target.exists()
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if exists:
+        check_target(target, force=force, marker=marker)  # which another may have made meanwhile
+        if target.exists():
             _replace(temporary, target)
         else:
-            temporary.rename(target)  # fails if another has come into being meanwhile
+            temporary.rename(target)
     except OSError as error:
         raise ResourceError(
             f"{target} cannot be written ({error.strerror or error}).",

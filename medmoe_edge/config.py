@@ -13,9 +13,9 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
+from medmoe_edge._types import LATER, Told
 from medmoe_edge.errors import ConfigError, InputError, did_you_mean
 
-_LATER = "later"
 MOST = 2**24  # of anything counted: a bound against absurd files, not on models
 
 
@@ -24,11 +24,11 @@ def later(default: Any, metadata: Mapping[str, Any] | None = None) -> Any:
 
     So what was written before it came keeps its bytes.
     """
-    return dataclasses.field(default=default, metadata={**(metadata or {}), _LATER: True})
+    return dataclasses.field(default=default, metadata={**(metadata or {}), LATER: True})
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Told):
     """Base of the configurations: strict JSON in, plain JSON out."""
 
     @classmethod
@@ -47,14 +47,6 @@ class Config:
                 raise ConfigError(f"{where} lacks the key {name!r}.", "Add it.")
         values = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in data.items()}
         return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """The same configuration as plain JSON values (tuples become lists)."""
-        return {
-            field.name: _plain(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if not field.metadata.get(_LATER) or getattr(self, field.name) != field.default
-        }
 
 
 def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ConfigError:
@@ -540,11 +532,3 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{where} must be {hint.__name__}, not {value!r}.", "Correct its value.")
     return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Config):
-        return value.to_json()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, tuple) else value

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medmoe_edge.config import Config, check_pixels, later
-from medmoe_edge.errors import ConfigError
+from medmoe_edge.errors import ConfigError, Notice
 
 MODALITIES = ("xray", "ct", "mri", "ultrasound", "pathology", "fundus")  # the paper's class order
 PUBLISHED_GRID = 16  # regions a side that the authors' code pools an image into
@@ -172,6 +172,7 @@ def _check_sizes(where: str, *sizes: int) -> None:
         raise ConfigError(f"{where} has an impossible size.", "Sizes and counts are positive.")
 
 
+MAX_TEMPERATURE = 1e6  # of similarities from -1 to 1; far more than any is fitted
 SCORES = "scores.json"  # in a checkpoint; a bundle has them in its manifest
 
 
@@ -189,12 +190,21 @@ class Scores(Config):
     evidence_limit: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.temperature < math.inf and 0 <= self.entropy_limit < math.inf):
+        possible = 0 < self.temperature <= MAX_TEMPERATURE and 0 <= self.entropy_limit < math.inf
+        if not (possible and math.isfinite(self.evidence_limit)):
             raise ConfigError(
-                f"scores have the temperature {self.temperature:g} and the entropy limit "
-                f"{self.entropy_limit:g}.",
-                "Both are positive and finite.",
+                f"scores have the temperature {self.temperature:g}, the entropy limit "
+                f"{self.entropy_limit:g} and the evidence limit {self.evidence_limit:g}.",
+                "All are finite, the first two positive, and no temperature is that high.",
             )
+
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What must be known of every answer: that these are no model's own."""
+        if self != Scores():
+            return ()
+        what = "Nobody fitted to this model how similarities become scores and what is unfamiliar"
+        return (Notice("scores_not_fitted", f"{what} ({SCORES}): these are defaults."),)
 
 
 def read_scores(checkpoint: Path) -> Scores:

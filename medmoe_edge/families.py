@@ -4,10 +4,11 @@ What a method needs is imported inside it: a verb pays for nothing that it does 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from medmoe_edge._types import Told
 from medmoe_edge.bundle.bundle import Kind, model_kind
 from medmoe_edge.data.datasets import NO_SCAN
 from medmoe_edge.embedded import EMBEDDED, bundle_path
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AnswerScores:
+class AnswerScores(Told):
     """How a Med-MoE answered questions, without looking too, and how it read labelled images.
 
     Attributes:
@@ -68,18 +69,8 @@ class AnswerScores:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        told = self.questions.to_json() if self.questions else {}
-        rest = {name: _plain(part) for name, part in vars(self).items() if name != "questions"}
-        return told | rest
-
-
-def _plain(value: Any) -> Any:
-    """Records, and mappings and sequences of them, as plain JSON values."""
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(part) for part in value]
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        told = super().to_json()
+        return (told.pop("questions") or {}) | told
 
 
 def score_file(
@@ -393,10 +384,10 @@ def _with_confidence(
         data_sha256=asked.sha256(),
         selective_accuracy=options.selective_accuracy,
     )
-    images = [example.image for example in data.examples] + data.scans[: len(of_scans)]
     refusals = fitting.fit_refusals(
         engine.config.codes,
-        data.owned(images, [*answers, *of_scans]),
+        data.owned([example.image for example in data.examples], answers),
+        data.owned(data.scans[: len(of_scans)], of_scans),
         data.owned(pictures, of_pictures),
     )
     kept = fitting.keep_confidence(bundle_path(model), fitted, refusals)

@@ -51,6 +51,9 @@ class Tokenizer:
                 f"The tokenizer {path.name} cannot be read.", "Export or copy the model again."
             ) from error
         backend.encode_special_tokens = True  # typed in a question, the end token is mere text
+        # What training last asked for stays in the file; transformers sets both anew at each call.
+        backend.no_truncation()
+        backend.no_padding()
         return cls(backend)
 
     def check_vocabulary(self, size: int) -> None:
@@ -154,6 +157,8 @@ def check_question(question: str) -> str:
 
     Raises `InputError` if it is empty, far too long or no text.
     """
+    if not isinstance(question, str):
+        raise InputError(f"The question {question!r} is not text.", "Ask in words.")
     question = question.replace(IMAGE, "").strip()
     if len(question) > MAX_QUESTION_CHARACTERS:
         raise InputError(

@@ -52,6 +52,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from medmoe_edge._types import there
 from medmoe_edge.calibration.quantisers import DeltaForm
 from medmoe_edge.export.builder import (
     CONTRIB,
@@ -59,7 +60,7 @@ from medmoe_edge.export.builder import (
     Builder,
     drop_function,
     fix_names,
-    initializer,
+    register,
     replace_node,
     tensor_of,
 )
@@ -97,7 +98,18 @@ def lower_attention(model: ir.Model) -> tuple[ir.Model, bool]:
         ir.val("total_length", ir.DataType.INT32, []),
     ]
     for node in nodes:
-        _replace(graph, node, lengths)
+        q, k, v, past_key, past_value, _, cos, sin = node.inputs
+        build, heads = Builder(), node.attributes["num_heads"].as_int()
+        outputs = build.ops(
+            "GroupQueryAttention",
+            *(q, k, v, past_key, past_value, *lengths, cos, sin),
+            outputs=3,
+            domain=CONTRIB,
+            num_heads=heads,
+            kv_num_heads=heads,
+            do_rotary=1,
+        )
+        replace_node(node, build, *outputs)
     places = [value.name for value in graph.inputs]
     at = places.index("start")
     graph.inputs[at : at + 1] = lengths
@@ -105,27 +117,6 @@ def lower_attention(model: ir.Model) -> tuple[ir.Model, bool]:
     graph.opset_imports[CONTRIB] = 1
     graph.opset_imports[""] = ORT_OPSET
     return model, True
-
-
-def _replace(graph: ir.Graph, node: ir.Node, lengths: list[ir.Value]) -> None:
-    q, k, v, past_key, past_value, _, cos, sin = node.inputs
-    build = Builder()
-    heads = node.attributes["num_heads"].as_int()
-    outputs = build.ops(
-        "GroupQueryAttention",
-        *(q, k, v, past_key, past_value, *lengths, cos, sin),
-        outputs=3,
-        domain=CONTRIB,
-        num_heads=heads,
-        kv_num_heads=heads,
-        do_rotary=1,
-    )
-    for old, new in zip(node.outputs, outputs, strict=True):
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-    graph.insert_before(node, build.nodes)
-    for old, new in zip(node.outputs, outputs, strict=True):
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
 
 
 def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
@@ -138,12 +129,8 @@ def lower_matmul(model: ir.Model) -> tuple[ir.Model, bool]:
     peaks: dict[tuple[object, ir.Value], tuple[ir.Value, ir.Value]] = {}
     packed: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # some matrices have several readers
     for node, matrix in pairs:
-        build, x, graph, weight = Builder(), node.inputs[0], node.graph, node.inputs[1]
-        assert x is not None
-        assert weight is not None
-        assert graph is not None
-        dequantise = weight.producer()
-        assert dequantise is not None
+        build, (x, weight) = Builder(), map(there, node.inputs)
+        graph, dequantise = node.graph, there(weight.producer())
         if matrix.group is not None:
             if weight not in packed:
                 packed[weight] = _packed(model.graph, dequantise, matrix)
@@ -175,9 +162,7 @@ def _packed(
     """Integers `[N, groups, bytes]` and scales `[N, groups]` as floats."""
     assert matrix.group is not None
     stored = matrix.in_blocks(matrix.group, matrix.bits, "groups.scale")
-    inputs = [initializer(tensor) for tensor in stored]
-    for value in inputs:
-        graph.register_initializer(value)
+    inputs = [register(graph, tensor) for tensor in stored]
     per_row = ir.node("Cast", inputs[1:], {"to": int(ir.DataType.FLOAT)})
     graph.insert_before(dequantise, per_row)
     return inputs[0], per_row.outputs[0]
@@ -238,8 +223,7 @@ def lower_deltas(
                 form = form_of(str(expert.name))
                 made = delta_tensors(tensor_of(expert), tensor_of(meta), form, importance)
                 for tensor in made:
-                    value = initializer(tensor)
-                    graph.register_initializer(value)
+                    value = register(graph, tensor)
                     held[f"experts.{index}.{part}.{_ending(value)}"] = value
         return _routed_deltas(build, x, held, spec)
 
@@ -302,47 +286,15 @@ def delta_output(
 def _routed_deltas(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
     base = delta_base(build, x, weights, spec)
     total = build.op("ConstantOfShape", build.op("Shape", base.tokens))
-    sums: Sequence[ir.Value] = (base.hidden, total)
-    for index in range(spec.num_experts):
-        share = share_of(build, base.gates, base.chosen, index)
-        state = (base.tokens, share, *base.products, *sums)
-        sums = _delta_if_needed(build, state, weights, index, spec.activation)
+
+    def part(run: Builder, places: ir.Value, share: ir.Value, owner: str) -> Sequence[ir.Value]:
+        whole = base.tokens, share, *base.products
+        given = [run.op("GatherND", value, places) for value in whole]
+        return delta_part(run, given, weights, owner, spec.activation)
+
+    sums = _add_experts(build, base.gates, base.chosen, spec, (base.hidden, total), part)
     y = delta_output(build, base, sums, weights, spec)
     return build.op("Reshape", y, build.op("Shape", x))
-
-
-def _delta_if_needed(
-    build: Builder,
-    state: tuple[ir.Value, ...],
-    weights: Weights,
-    index: int,
-    activation: str,
-) -> Sequence[ir.Value]:
-    """The hidden layer and the running total with expert `index` added on the tokens it serves.
-
-    `state`: tokens, the share of each, the meta expert's first products, hidden layer and total.
-    """
-    tokens, share, *shared, hidden, total = state
-    rows, needed = _rows(build, share)
-
-    run = Builder()
-    places = run.op("Transpose", rows, perm=[1, 0])  # [n, 1]
-    given = [run.op("GatherND", value, places) for value in (tokens, share, *shared)]
-    parts = delta_part(run, given, weights, f"experts.{index}.", activation)
-    outputs = [
-        run.op("ScatterND", whole, places, new, reduction="add")
-        for whole, new in zip((hidden, total), parts, strict=True)
-    ]
-
-    skip = Builder()
-    kept = [skip.op("Identity", value) for value in (hidden, total)]
-    return build.ops(
-        "If",
-        needed,
-        outputs=2,
-        then_branch=ir.Graph([], outputs, nodes=run.nodes, name=f"expert_{index}"),
-        else_branch=ir.Graph([], kept, nodes=skip.nodes, name=f"skip_{index}"),
-    )
 
 
 def delta_part(
@@ -396,49 +348,55 @@ def share_of(build: Builder, gates: ir.Value, chosen: ir.Value, index: int) -> i
     return build.op("ReduceSum", share, build.constant([-1]), keepdims=1)
 
 
-def _rows(build: Builder, share: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The tokens `[1, n]` whose share is not zero, and whether there are any."""
-    rows = build.op("NonZero", build.op("Squeeze", share, build.constant([-1])))
-    count = build.op("Squeeze", build.op("Shape", rows, start=1), build.constant([0]))
-    return rows, build.op("Greater", count, build.constant(0))
+def _add_experts(
+    build: Builder,
+    gates: ir.Value,
+    chosen: ir.Value,
+    spec: MoESpec,
+    sums: Sequence[ir.Value],
+    part: Callable[[Builder, ir.Value, ir.Value, str], Sequence[ir.Value]],
+) -> Sequence[ir.Value]:
+    """`sums` with the `part` of every expert added on the tokens whose share of it is not zero.
+
+    `part` is given a builder, the places `[n, 1]` of those tokens, the share `[T, 1]` of each and
+    the owner of the weights.
+    """
+    for index in range(spec.num_experts):
+        share = share_of(build, gates, chosen, index)
+        rows = build.op("NonZero", build.op("Squeeze", share, build.constant([-1])))  # [1, n]
+        count = build.op("Squeeze", build.op("Shape", rows, start=1), build.constant([0]))
+        needed = build.op("Greater", count, build.constant(0))
+
+        run, skip = Builder(), Builder()
+        places = run.op("Transpose", rows, perm=[1, 0])
+        parts = part(run, places, share, f"experts.{index}.")
+        added = [
+            run.op("ScatterND", whole, places, new, reduction="add")
+            for whole, new in zip(sums, parts, strict=True)
+        ]
+        kept = [skip.op("Identity", value) for value in sums]
+        sums = build.ops(
+            "If",
+            needed,
+            outputs=len(sums),
+            then_branch=ir.Graph([], added, nodes=run.nodes, name=f"expert_{index}"),
+            else_branch=ir.Graph([], kept, nodes=skip.nodes, name=f"skip_{index}"),
+        )
+    return sums
 
 
 def _routed_experts(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -> ir.Value:
     gates, chosen = route_tokens(build, x, weights, spec)
     tokens, shape = _as_tokens(build, x)
     total = build.op("ConstantOfShape", build.op("Shape", tokens))
-    for index in range(spec.num_experts):
-        share = share_of(build, gates, chosen, index)
-        total = _expert_if_needed(build, (tokens, share, total), weights, index, spec.activation)
+
+    def part(run: Builder, places: ir.Value, share: ir.Value, owner: str) -> Sequence[ir.Value]:
+        mine = run.op("GatherND", tokens, places)  # [n, D]
+        own = feed_forward(run, mine, weights, owner, spec.activation)
+        return [run.op("Mul", own, run.op("GatherND", share, places))]
+
+    (total,) = _add_experts(build, gates, chosen, spec, [total], part)
     return add_meta(build, x, build.op("Reshape", total, shape), weights, spec)
-
-
-def _expert_if_needed(
-    build: Builder,
-    state: tuple[ir.Value, ir.Value, ir.Value],
-    weights: Weights,
-    index: int,
-    activation: str,
-) -> ir.Value:
-    """The running total with expert `index` added on the tokens whose share of it is not zero."""
-    tokens, share, total = state
-    rows, needed = _rows(build, share)
-
-    run = Builder()
-    places = run.op("Transpose", rows, perm=[1, 0])  # [n, 1]
-    mine = run.op("GatherND", tokens, places)  # [n, D]
-    part = feed_forward(run, mine, weights, f"experts.{index}.", activation)
-    part = run.op("Mul", part, run.op("GatherND", share, places))
-    added = run.op("ScatterND", total, places, part, reduction="add")
-
-    skip = Builder()
-    kept = skip.op("Identity", total)
-    return build.op(
-        "If",
-        needed,
-        then_branch=ir.Graph([], [added], nodes=run.nodes, name=f"expert_{index}"),
-        else_branch=ir.Graph([], [kept], nodes=skip.nodes, name=f"skip_{index}"),
-    )
 
 
 class _Product(NamedTuple):
@@ -470,13 +428,12 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     integers = _joined([matrix.integers for matrix in quantised])
     shape = list(integers.shape.numpy())
-    weight = initializer(lazy_tensor(str(integers.name), no_values, ir.DataType.FLOAT, shape))
-    graph.register_initializer(weight)
+    floats = lazy_tensor(str(integers.name), no_values, ir.DataType.FLOAT, shape)
+    weight = register(graph, floats)
     build = Builder()
     y = build.op("MatMul", products[0].x, weight)
     if products[0].bias is not None:
-        bias = initializer(_joined([tensor_of(product.bias) for product in products]))
-        graph.register_initializer(bias)
+        bias = register(graph, _joined([tensor_of(product.bias) for product in products]))
         y = build.op("Add", y, bias)
     graph.insert_before(node, build.nodes)
     insert_dequantise(graph, weight, integers, _joined([matrix.scale for matrix in quantised]))
@@ -486,14 +443,10 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _product(value: ir.Value | None) -> _Product:
-    assert value is not None
-    node, bias = value.producer(), None
-    assert node is not None
+    node, bias = there(there(value).producer()), None
     if node.op_type == "Add":
         value, bias = node.inputs
-        assert value is not None
-        node = value.producer()
-        assert node is not None
+        node = there(there(value).producer())
     return _Product(node.inputs[0], node.inputs[1], bias)
 
 

@@ -63,6 +63,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from medmoe_edge._types import there
 from medmoe_edge.errors import CheckpointError
 from medmoe_edge.export.builder import (
     CONTRIB,
@@ -70,7 +71,7 @@ from medmoe_edge.export.builder import (
     Pools,
     Stacks,
     declare_chosen,
-    initializer,
+    register,
     replace_node,
     tensor_of,
 )
@@ -118,16 +119,6 @@ def _product(
         bits=bits,
         block_size=block,
     )
-
-
-def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """A tensor as an initializer of the graph; one that two products share is stored once."""
-    found = graph.initializers.get(str(tensor.name))
-    if found is not None:
-        return found
-    value = initializer(tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def as_float(build: Builder, scale: ir.Value) -> ir.Value:
@@ -356,8 +347,7 @@ def _stored(node: ir.Node, place: int) -> ir.TensorProtocol:
 
 def _route_to_slots(graph: ir.Graph, node: ir.Node, pools: Pools, row: int) -> None:
     """From logits of experts `[T, E]` to those of slots, the last of which is for absent ones."""
-    build, logits = Builder(), node.inputs[1]
-    assert logits is not None
+    build, logits = Builder(), there(node.inputs[1])
     dtype = (logits.dtype or ir.DataType.FLOAT).numpy().type
     declare_chosen(graph, _chosen(logits), row)
     slots = build.op("Shape", node.inputs[2], end=1)
@@ -380,7 +370,4 @@ def _chosen(logits: ir.Value) -> ir.Value:
     while node is not None and node.op_type != "ScatterElements":
         before = node.inputs[0]
         node = before.producer() if before is not None else None
-    assert node is not None
-    chosen = node.inputs[1]
-    assert chosen is not None
-    return chosen
+    return there(there(node).inputs[1])

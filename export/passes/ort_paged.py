@@ -38,12 +38,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
+from medmoe_edge._types import there
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.export.builder import (
     IR_VERSION,
     MEDMOE,
     Builder,
     Extents,
+    drop_function,
     floats,
     initializer,
     tensor_of,
@@ -231,8 +233,7 @@ def cut_experts(model: ir.Model, spec: MoESpec, *, deltas: bool) -> tuple[ir.Mod
     nodes = [node for node in graph if node.domain == MEDMOE and node.op_type == "MoE"]
     for index, node in enumerate(nodes):
         build = Builder()
-        x, old = node.inputs[0], node.outputs[0]
-        assert x is not None
+        x, old = there(node.inputs[0]), node.outputs[0]
         weights = {
             name: value
             for name, value in zip(spec.weight_names, node.inputs[1:], strict=True)
@@ -248,8 +249,7 @@ def cut_experts(model: ir.Model, spec: MoESpec, *, deltas: bool) -> tuple[ir.Mod
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
     if nodes:
-        del model.functions[(MEDMOE, "MoE", "")]
-        del graph.opset_imports[MEDMOE]
+        drop_function(model, "MoE")
     return model, bool(nodes)
 
 

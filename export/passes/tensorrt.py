@@ -38,6 +38,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
+from medmoe_edge._types import there
 from medmoe_edge.errors import ConfigError
 from medmoe_edge.export.builder import (
     MEDMOE,
@@ -45,7 +46,7 @@ from medmoe_edge.export.builder import (
     Pools,
     Stacks,
     declare_chosen,
-    initializer,
+    register,
     tensor_of,
     unlike,
 )
@@ -208,11 +209,7 @@ class _Lowering:
         return [self._initializer(tensor) for tensor in _packed(matrix)], matrix.group
 
     def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        found = self.model.graph.initializers.get(str(tensor.name))
-        if found is None:
-            found = initializer(tensor)
-            self.model.graph.register_initializer(found)
-        return found
+        return register(self.model.graph, tensor)
 
     def _cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
         result = self.build.op("Cast", value, to=int(to))
@@ -288,16 +285,11 @@ def _delta_layer(build: Builder, x: ir.Value, weights: Weights, spec: MoESpec) -
 
 def _delta(whole: ir.Value) -> dict[str, ir.Value]:
     """What is added to the meta expert's matrix, as `delta_part` names it."""
-    total = whole.producer()
-    assert total is not None
-    _, delta = total.inputs
-    assert delta is not None
+    _, delta = map(there, there(whole.producer()).inputs)
     product = delta.producer()
     if product is None or product.op_type != "MatMul":
         return {"delta": delta}
-    a, b = product.inputs
-    assert a is not None
-    assert b is not None
+    a, b = map(there, product.inputs)
     return {"delta.a": a, "delta.b": b}
 
 

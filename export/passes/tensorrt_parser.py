@@ -31,13 +31,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, NameFixPass, RemoveUnusedNodesPass
 
+from medmoe_edge._types import there
 from medmoe_edge.bundle.bundle import Target
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.export.builder import (
     IR_VERSION,
     MEDMOE,
     Builder,
-    initializer,
+    replace_initializer,
     replace_node,
     tensor_of,
 )
@@ -230,8 +231,7 @@ def _each(graph: ir.Graph, op: str, rewrite: Callable[[Builder, ir.Node], ir.Val
 
 def _gelu(build: Builder, node: ir.Node) -> ir.Value:
     """`x / 2 (1 + erf(x / sqrt 2))`, or its form with tanh."""
-    (x,) = node.inputs
-    assert x is not None
+    (x,) = map(there, node.inputs)
     given = node.attributes.get("approximate")
     one, half = (build.constant(number, np.float32) for number in (1.0, 0.5))
     if given is None or given.as_string() == "none":
@@ -247,19 +247,15 @@ def _gelu(build: Builder, node: ir.Node) -> ir.Value:
 
 def _without_blocks(graph: ir.Graph, build: Builder, node: ir.Node) -> ir.Value | None:
     """Integers `[K, N]` of 8 bits times scales `[K / group, N]`; None of a scale per channel."""
-    stored, scale = node.inputs[:2]
-    assert stored is not None
+    stored, scale = map(there, node.inputs[:2])
     block = node.attributes.get("block_size")
     if block is None or not block.as_int():
         return None
     group, source = block.as_int(), tensor_of(stored)
     width, channels = source.shape.numpy()
-    name = str(stored.name)
-    wide = initializer(
-        lazy_tensor(name, partial(_as_int8, source), ir.DataType.INT8, [width, channels])
-    )
-    del graph.initializers[name]
-    graph.register_initializer(wide)
+    integers = partial(_as_int8, source)
+    made = lazy_tensor(str(stored.name), integers, ir.DataType.INT8, [width, channels])
+    wide = replace_initializer(graph, stored, made)
     exact = build.op("DequantizeLinear", wide, build.constant(1.0, np.float32))
     groups = build.op("Reshape", exact, build.constant([width // group, group, channels]))
     scaled = build.op("Mul", groups, build.op("Unsqueeze", scale, build.constant([1])))

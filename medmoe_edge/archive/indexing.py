@@ -11,11 +11,11 @@ import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
-from medmoe_edge._types import Progress
+from medmoe_edge._types import Progress, Told
 from medmoe_edge.archive.store import (
     DATABASE,
     FORMAT,
@@ -174,7 +174,7 @@ NAMED = 20  # skipped files that a report names
 
 
 @dataclasses.dataclass(frozen=True)
-class Indexing:
+class Indexing(Told):
     """What became of a folder: `entries` are in the index now.
 
     Images were `embedded`, had the pixels of an indexed one (`reused`) or were as before
@@ -194,10 +194,6 @@ class Indexing:
     seconds: float
     model: dict[str, str]
     notice: str = NOTICE
-
-    def to_json(self) -> dict[str, Any]:
-        """One stable JSON object."""
-        return dataclasses.asdict(self)
 
 
 def index_folder(

@@ -15,7 +15,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ import numpy.typing as npt
 import onnxruntime  # noqa: F401
 from usearch.index import Index
 
+from medmoe_edge._types import Told
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
@@ -252,7 +253,7 @@ IMAGE_NAMES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".nii", ".nii.g
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Told):
     """The `hits` for a query, the best first, of `entries` images below `folder`.
 
     `kind` says what the query was taken for; `reading` is the router's view of a query image, None
@@ -270,10 +271,6 @@ class Retrieval:
     seconds: float
     model: dict[str, str]
     notice: str = NOTICE
-
-    def to_json(self) -> dict[str, Any]:
-        """One stable JSON object."""
-        return dataclasses.asdict(self)
 
 
 def retrieve(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Kind
 
+from medmoe_edge._types import there
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import ModelError
 
@@ -59,8 +60,7 @@ def widths(config: ModelConfig) -> Widths:
 
 def tensors(config: ModelConfig, form: Form) -> Iterator[Tensor]:
     """All that the file holds, in llama.cpp's names; the head and embeddings are Q8_0 always."""
-    decoder, moe, width = config.decoder, config.moe, widths(config)
-    assert moe is not None
+    decoder, width, moe = config.decoder, widths(config), there(config.moe)
     size, kind = decoder.hidden_size, KINDS[form]
     yield Tensor("token_embd.weight", (decoder.vocab_size, size), Kind.Q8_0)
     yield Tensor("output_norm.weight", (size,))
@@ -89,8 +89,7 @@ def write_gguf(config: ModelConfig, form: Form, out: Path) -> None:
 
     Raises `ModelError` for a model without experts.
     """
-    decoder, moe, width = config.decoder, config.moe, widths(config)
-    assert moe is not None
+    decoder, width, moe = config.decoder, widths(config), there(config.moe)
     writer = gguf.GGUFWriter(out, "qwen2moe")
     writer.add_context_length(decoder.max_positions)
     writer.add_embedding_length(decoder.hidden_size)
@@ -141,5 +140,4 @@ def _stored(tensor: Tensor) -> tuple[int, ...]:
     """Its shape in bytes where it is quantised, or in numbers."""
     if tensor.kind is None:
         return tensor.shape
-    weights, size = gguf.GGML_QUANT_SIZES[tensor.kind]
-    return (*tensor.shape[:-1], tensor.shape[-1] // weights * size)
+    return gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind)

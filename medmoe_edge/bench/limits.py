@@ -19,13 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from medmoe_edge._types import Progress, no_progress
+from medmoe_edge._types import Progress, Told, no_progress, plain
 from medmoe_edge.bench import worker
 from medmoe_edge.bench.backends import find_bundle, shape_of
 from medmoe_edge.bench.measurement import Allowance, Measured, Shape
@@ -71,8 +71,10 @@ class Limited:
 
 
 @dataclass(frozen=True)
-class LimitBench:
+class LimitBench(Told):
     """All under `limit` bytes, set by `how`: None where no limit binds, and nothing was run."""
+
+    TOLD = ("why",)
 
     model: str
     sha256: str
@@ -97,9 +99,9 @@ class LimitBench:
         """Plain JSON values; seconds and bytes."""
         names = ("prefill_tokens_per_second", "decode_tokens_per_second")
         found = [
-            asdict(each) | dict(zip(names, self.rates(each), strict=True)) for each in self.found
+            plain(each) | dict(zip(names, self.rates(each), strict=True)) for each in self.found
         ]
-        return asdict(self) | {"why": self.why, "found": found}
+        return super().to_json() | {"found": found}
 
 
 def bench_limited(

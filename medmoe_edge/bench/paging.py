@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medmoe_edge._types import Progress, no_progress
+from medmoe_edge._types import Progress, Told, no_progress, there
 from medmoe_edge.bench import worker
 from medmoe_edge.bench.backends import find_bundle
 from medmoe_edge.bench.measurement import Allowance, Spread
@@ -65,8 +65,10 @@ class Held:
 
 
 @dataclass(frozen=True)
-class AtBudget:
+class AtBudget(Told):
     """All three at one budget of `bytes`; `changed` of all answers are not the resident ones."""
+
+    TOLD = ("same_ratio", "switch_ratio", "prefetch_gain", "saved")
 
     budget: str
     bytes: int
@@ -98,18 +100,15 @@ class AtBudget:
     def _median(self, way: str, kind: str) -> float:
         return float(getattr(self.held[way], kind).seconds.median)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; seconds and bytes."""
-        derived = ("same_ratio", "switch_ratio", "prefetch_gain", "saved")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
-
 
 @dataclass(frozen=True)
-class PagingBench:
+class PagingBench(Told):
     """A bundle's paging: `expert_bytes` of all routed experts in memory, and what was asked.
 
     `share` of a question's tokens went to the expert that got most, the mean over questions.
     """
+
+    TOLD = ("differences",)
 
     model: str
     sha256: str
@@ -133,13 +132,6 @@ class PagingBench:
         how = "tokens carry a direction that every router reads as one expert of the modality's"
         follow = f"{self.asking.follow:.0%} of tokens follow it"
         return (f"routing is synthetic: {how}; {follow}", "images are noise", cached)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; seconds and bytes."""
-        return asdict(self) | {
-            "budgets": [budget.to_json() for budget in self.budgets],
-            "differences": list(self.differences),
-        }
 
 
 def bench_paging(
@@ -195,8 +187,7 @@ class ExpertBudgets(NamedTuple):
 
 def expert_budgets(bundle: Bundle, budgets: Iterable[str]) -> ExpertBudgets:
     """Budgets as they are written, in bytes for this bundle, each raised to the least possible."""
-    store, moe = OrtExpertStore(bundle), bundle.config.moe
-    assert moe is not None
+    store, moe = OrtExpertStore(bundle), there(bundle.config.moe)
     total, least = sum(store.sizes.values()), least_budget(store, moe.top_k)
     amounts = tuple(max(budget_bytes(budget, total), least) for budget in budgets)
     return ExpertBudgets(total, least, amounts)
@@ -251,7 +242,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class Soak:
+class Soak(Told):
     """Many questions in one process, modalities in turn: does memory grow, does an answer change?
 
     Attributes:
@@ -287,7 +278,7 @@ class Soak:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
         looks = [{"questions": n, "resident": count} for n, count in self.memory.items()]
-        return asdict(self) | {"memory": looks, "growth_per_1000": self.growth}
+        return super().to_json() | {"memory": looks, "growth_per_1000": self.growth}
 
 
 def soak(

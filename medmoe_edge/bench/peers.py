@@ -3,11 +3,12 @@
 import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from medmoe_edge._types import Told
 from medmoe_edge.bench import measurement, worker
 from medmoe_edge.bench.backends import Kind
 from medmoe_edge.bench.measurement import Allowance, Measured, Shape
@@ -109,7 +110,7 @@ def find_peers(names: Sequence[str]) -> tuple[Peer, ...]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Told):
     """A peer beside our bundle, in the same minutes; or why it was not measured."""
 
     peer: Peer
@@ -136,7 +137,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
-        own = asdict(self)
+        own = super().to_json()
         peer = own.pop("peer")
         own |= {"name": peer["name"], "differences": peer["differences"], "ratios": self.ratios}
         return own | {"why": self.why or None, "remedy": self.remedy or None}

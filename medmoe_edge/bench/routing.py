@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from medmoe_edge._types import Doubles, Floats
+from medmoe_edge._types import Doubles, Floats, there
 from medmoe_edge.bench.backends import NEW_TOKENS, QUESTION
 from medmoe_edge.bench.measurement import seconds
 from medmoe_edge.bundle.bundle import Bundle
@@ -53,8 +53,7 @@ class Asking:
         """How many there are; raises `DataError` for a file that has not two."""
         if self.data is not None:
             return len(by_modality(Path(self.data)))
-        assert bundle.config.moe is not None
-        return bundle.config.moe.num_experts
+        return there(bundle.config.moe).num_experts
 
 
 def by_modality(file: Path) -> list[list[Example]]:
@@ -154,8 +153,7 @@ class SyntheticPagedRuntime(PagedOrtRuntime, SyntheticRuntime):
 
 def with_synthetic_profile(bundle: Bundle, follow: float) -> Bundle:
     """The bundle with the routing profile that calibration would find under such routing."""
-    moe = bundle.config.moe
-    assert moe is not None
+    moe = there(bundle.config.moe)
     count, layers = moe.num_experts, len(moe.layers)
     stray = (1 - follow) / max(count - 1, 1)
     shares = np.full((count, count), stray) + (follow - stray) * np.eye(count)  # [E, modalities]
@@ -172,9 +170,8 @@ def with_synthetic_profile(bundle: Bundle, follow: float) -> Bundle:
 
 def directions(bundle: Bundle) -> Floats:
     """For each expert, what adds to its score in all layers' routers at once; `[E, D]`."""
-    config = bundle.config
-    assert config.moe is not None
-    rows, parallel = config.moe.router_rows, config.decoder.parallel
+    config, moe = bundle.config, there(bundle.config.moe)
+    rows, parallel = moe.router_rows, config.decoder.parallel
     weights = {
         name: array
         for name, array in float_weights(bundle.path("decoder.onnx"))
@@ -189,7 +186,7 @@ def directions(bundle: Bundle) -> Floats:
         total += scored / np.linalg.norm(scored, axis=-1, keepdims=True)
     scale = STRENGTH / np.sqrt(np.square(total).mean(-1, keepdims=True))
     scaled = np.asarray(total * scale, np.float32)
-    return scaled if config.moe.own_rows is None else scaled[list(config.moe.own_rows)]
+    return scaled if moe.own_rows is None else scaled[list(moe.own_rows)]
 
 
 def _engine(bundle: Bundle, budget: int | None, prefetch: bool, asking: Asking) -> Engine:

@@ -6,7 +6,7 @@ are medians and quartiles. Every model has a process of its own, so that its mem
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from medmoe_edge._types import Progress, no_progress
+from medmoe_edge._types import Progress, Told, no_progress, plain
 from medmoe_edge.bench import measurement, worker
 from medmoe_edge.bench.backends import QUESTION, find_bundle, save_picture, shape_of
 from medmoe_edge.bench.measurement import Allowance, Measured, Shape, Spread, Stream
@@ -72,7 +72,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Told):
     """All that was measured of a bundle.
 
     Attributes:
@@ -141,12 +141,9 @@ class Bench:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; seconds and bytes."""
-        return asdict(self) | {
-            "questions": [
-                {"questions": count, "seconds": asdict(spread)}
-                for count, spread in self.questions.items()
-            ],
-            "peers": [peer.to_json() for peer in self.peers],
+        looks = [{"questions": count, "seconds": each} for count, each in self.questions.items()]
+        return super().to_json() | {
+            "questions": plain(looks),
             "prefill_tokens_per_second": self.prefill_rate,
             "decode_tokens_per_second": self.decode_rate,
             "second_over_first": self.second_over_first,

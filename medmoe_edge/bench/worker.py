@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
+from medmoe_edge._types import there
 from medmoe_edge.bench import measurement
 from medmoe_edge.bench.backends import BundleBackend, Kind, open_backend
 from medmoe_edge.bench.measurement import Measured, Shape, Spread, seconds, turn
@@ -95,12 +96,11 @@ class Worker:
 
     def _reply_to(self, request: str) -> str:
         pipes = self._process
-        assert pipes.stdin is not None
-        assert pipes.stdout is not None
+        to, back = there(pipes.stdin), there(pipes.stdout)
         try:
-            pipes.stdin.write(request + "\n")
-            pipes.stdin.flush()
-            return pipes.stdout.readline()
+            to.write(request + "\n")
+            to.flush()
+            return back.readline()
         except BrokenPipeError:
             return ""
 

@@ -117,7 +117,7 @@ def with_qwen(key: str, config: ModelConfig) -> str:
 
 # What trainers put around a module; PEFT, DDP, DeepSpeed, FSDP, torch.compile and Lightning.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer.")
-_ANCHOR = "model.embed_tokens.weight"
+_ANCHORS = ("model.embed_tokens.weight", "transformer.wte.weight")
 
 
 def official_keys(stored: Iterable[str]) -> dict[str, str]:
@@ -138,8 +138,9 @@ def official_keys(stored: Iterable[str]) -> dict[str, str]:
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
         plain[key] = name
-    anchor = next((name for name in plain.values() if name.endswith("." + _ANCHOR)), _ANCHOR)
-    prefix = anchor.removesuffix(_ANCHOR)
+    pairs = ((name, anchor) for name in plain.values() for anchor in _ANCHORS)
+    found = (name.removesuffix(anchor) for name, anchor in pairs if name.endswith("." + anchor))
+    prefix = next(found, "")
     plain = {key: name.removeprefix(prefix) for key, name in plain.items()}
     if len(set(plain.values())) < len(plain):
         raise CheckpointError(
@@ -155,13 +156,17 @@ def tied_name(key: str) -> str:
     return key.replace(".mlp.mlp.", ".mlp.meta_moe.") if key.startswith(layers) else key
 
 
+# Constants that older versions of transformers stored as integers.
+INTEGERS = ("position_ids", "relative_position_index")
+
+
 def is_unread(key: str) -> bool:
     """Whether `key` is no parameter of what is computed here.
 
     Constants that older versions stored, and the pooling head of a SigLIP tower.
     """
-    constants = (".rotary_emb.inv_freq", ".embeddings.position_ids", ".attn.masked_bias")
-    return key.endswith((*constants, ".attn.logn_tensor")) or ".vision_model.head." in key
+    constants = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.logn_tensor", *INTEGERS)
+    return key.endswith(constants) or ".vision_model.head." in key
 
 
 def is_router(name: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Self
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.bundle.trust import SIGNATURE
+from medmoe_edge.config_contrastive import SCORES
 from medmoe_edge.errors import CheckpointError, InputError
 
 RECORD = "pulled.json"
@@ -23,6 +24,12 @@ CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".joblib")
 CHECKPOINT_FILES = (".json", ".jinja", ".md", ".model", ".safetensors", ".tiktoken", ".txt")
+# Of a checkpoint's .json and .txt files, those that belong to it.
+_OWN = (
+    *("adapter_config", "added_tokens", "generation_config", "preprocessor_config", "tokenizer"),
+    *("special_tokens_map", "tokenizer_config", "trainer_state", "vocab"),
+)
+NAMED = frozenset({CONFIG, INDEX, RECORD, SCORES, "merges.txt", *(f"{own}.json" for own in _OWN)})
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +61,8 @@ PUBLISHED: dict[str, Published] = {
 def is_beside_model(name: str, folder: Path) -> bool:
     """Whether a folder is a model's, and a file of that name in it is none of the model's own."""
     if not (folder / MANIFEST).is_file():
+        if name.endswith((".json", ".txt")):  # as are answers of ours
+            return (folder / CONFIG).is_file() and name not in NAMED
         return (folder / CONFIG).is_file() and not name.endswith((*CHECKPOINT_FILES, *PICKLES))
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]

@@ -203,10 +203,13 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
         tower, tower_data = _read_tower(path)
         stored = {key: value for key, value in stored.items() if not key.startswith(TOWER_PREFIX)}
         stored |= tower
-    data = _with_generation(folder, data)
+    generation = folder / "generation_config.json"
+    generation_data = read_json(generation) if generation.exists() else {}
+    data = _with_generation(data, generation_data)
     config = model_config(data, {key: tensor.shape for key, tensor in stored.items()}, tower_data)
     if tower_data is not None:
         _check_processor(Path(str(path)) / "preprocessor_config.json", config.vision)
+    _check_processor(folder / "preprocessor_config.json", config.vision)
     names, twins = _match(config, stored)
     tokenizer = folder / FAST_FILE
     if tokenizer.exists():
@@ -215,7 +218,11 @@ def read_checkpoint(folder: Path, *, vision_tower: Path | None = None) -> Checkp
         "adapter_not_applied",
         "The checkpoint's folder holds a LoRA adapter beside the weights: it is not applied.",
     )
-    told = (dropped_tokens(data, config), adapter if has_adapter(folder) else None)
+    told = (
+        dropped_tokens(data, config),
+        adapter if has_adapter(folder) else None,
+        _not_generated(generation_data),
+    )
     return Checkpoint(
         folder,
         config,
@@ -359,12 +366,37 @@ def _merged(whole: Checkpoint, parts: tuple[str, ...]) -> MergedTensor:
     return MergedTensor(whole, parts, axis, tuple(shape), dtype)
 
 
-def _with_generation(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the end token of generation_config.json, where it names none itself."""
-    file = folder / "generation_config.json"
-    if data.get("eos_token_id") is not None or not file.exists():
+def _with_generation(data: dict[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the end tokens of generation_config.json, by which transformers ends."""
+    both = [source.get("eos_token_id") for source in (data, generation)]
+    own, ends = (each if isinstance(each, list) else [each] for each in both)
+    if own == [None]:
+        return {**data, "eos_token_id": both[1]}
+    if ends == [None]:
         return data
-    return {**data, "eos_token_id": read_json(file).get("eos_token_id")}
+    if any(end not in ends for end in own):
+        raise ConfigError(
+            f"config.json has eos_token_id = {both[0]!r}, generation_config.json {both[1]!r}.",
+            "Set both to the tokenizer's end-of-text token.",
+        )
+    return {**data, "eos_token_id": own + [end for end in ends if end not in own]}
+
+
+def _not_generated(generation: Mapping[str, Any]) -> Notice | None:
+    """What to say of a generation_config.json by which transformers would choose other tokens."""
+    usual: dict[str, tuple[Any, ...]] = {"repetition_penalty": (None, 1)}
+    usual |= dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (None, 0))
+    lists = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
+    usual |= dict.fromkeys((*lists, "forced_bos_token_id"), (None, []))
+    other = [key for key, values in usual.items() if generation.get(key) not in values]
+    told = ", ".join(f"{key} = {generation[key]!r:.60}" for key in other)
+    if not told:
+        return None
+    return Notice(
+        "generation_not_applied",
+        f"generation_config.json has {told}: not applied here, "
+        "so answers may differ from those of the checkpoint's own code.",
+    )
 
 
 def split_fused(headers: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

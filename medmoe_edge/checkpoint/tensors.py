@@ -24,6 +24,7 @@ from medmoe_edge.atomic import atomic_folder
 from medmoe_edge.checkpoint.config import official_config
 from medmoe_edge.checkpoint.keys import (
     FUSED,
+    INTEGERS,
     Shape,
     expected_parameters,
     is_router,
@@ -155,6 +156,11 @@ def _read_index(folder: Path) -> dict[str, str]:
     for name in index.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{folder / INDEX_FILE} names the shard {name!r}.", _DOWNLOAD)
+    if SINGLE_FILE not in index.values() and (folder / SINGLE_FILE).exists():
+        raise CheckpointError(
+            f"{folder} holds two sets of weights: {SINGLE_FILE}, and what {INDEX_FILE} names.",
+            "Remove the set that is not meant.",
+        )
     return index
 
 
@@ -260,12 +266,12 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
         for key in shard.keys():  # noqa: SIM118 -- not a mapping
             view = shard.get_slice(key)
             dtype = view.get_dtype()
-            if dtype not in DTYPES:
+            if dtype not in DTYPES and not key.endswith(INTEGERS):
                 raise CheckpointError(
                     f"{key} in {path} has the type {dtype}.",
                     f"Only {', '.join(DTYPES)} are read; take the unquantised checkpoint.",
                 )
-            yield StoredTensor(path, key, tuple(view.get_shape()), DTYPES[dtype])
+            yield StoredTensor(path, key, tuple(view.get_shape()), DTYPES.get(dtype, torch.int64))
 
 
 def _open(path: Path) -> Any:

@@ -126,6 +126,12 @@ class FoundTokenizer:
                 "read byte pairs (BPE): it is that of another model.",
                 _COPY,
             )
+        if backend.decoder is None or backend.model.dropout:
+            raise CheckpointError(
+                f"{FAST_FILE} has decoder = {backend.decoder} and dropout = "
+                f"{backend.model.dropout}: its texts would be no words, or other ones each time.",
+                _COPY,
+            )
         ends = decoder.end_tokens
         for end in ends:
             if backend.id_to_token(end) is None:
@@ -168,12 +174,12 @@ def find_tokenizer(folder: Path) -> FoundTokenizer:
     """
     config = _json(folder / CONFIG_FILE)
     special = _json(folder / SPECIAL_FILE)
+    end = _content(config.get("eos_token")) or _content(special.get("eos_token"))
     if (folder / FAST_FILE).exists():
         check_file(folder / FAST_FILE)
         tokenizer = Tokenizer.from_file(folder / FAST_FILE)
-        end = _content(config.get("eos_token"))
         # without a configuration no transformers saved the folder: our own training did
-        if not config or not _cleans_up(config):
+        if not config or not _cleans_up(config) or tokenizer.backend.decoder is None:
             return FoundTokenizer(tokenizer, folder / FAST_FILE, end)
         tokenizer.backend.decoder = _cleaning(tokenizer.backend.decoder)
         return FoundTokenizer(tokenizer, None, end)
@@ -182,7 +188,6 @@ def find_tokenizer(folder: Path) -> FoundTokenizer:
             return FoundTokenizer(_of(_from_ranks(folder / name, ranks)), None, ranks.end)
     if (folder / VOCABULARY_FILE).exists():
         backend = _from_merges(folder, config, special)
-        end = _content(config.get("eos_token")) or _content(special.get("eos_token"))
         return FoundTokenizer(_of(backend), None, end)
     forms = f"{FAST_FILE}, {VOCABULARY_FILE} with {MERGES_FILE}, {' or '.join(TIKTOKEN)}"
     raise CheckpointError(

@@ -1,6 +1,7 @@
 """The verbs that ask a model; whatever only one of them needs is imported inside it."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -113,10 +114,8 @@ def locate(
         picture = load_image(image, frame=frame)
         found = engine.locate(picture, phrase)
         write_heat(output, picture, found)
-    if as_json:
-        render.as_json(found.to_json() | {"picture": str(output)})
-    else:
-        render_contrastive.show_location(found, output)
+    show = partial(render_contrastive.show_location, picture=output)
+    tell(found, as_json, show, picture=str(output))
     end(found.notice, found.reading)
 
 

@@ -111,10 +111,7 @@ def serve(
     )
 
     def ready(url: str) -> None:
-        if as_json:
-            render.as_json({"url": url})
-        else:
-            render.show(f"Listening on {url}; end with Ctrl+C.")
+        tell({"url": url}, as_json, f"Listening on {url}; end with Ctrl+C.")
         sys.stdout.flush()
         render.show(NOTICE, "yellow", stderr=True)
 
@@ -137,8 +134,10 @@ def _run_as_service(file: "Log | None" = None) -> None:
             raise InputError(*unreadable("The log's file", error)) from error
         logging.getLogger("medmoe_edge").handlers = [rotated]
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
-    for handler in logging.getLogger("medmoe_edge").handlers:
+    own = logging.getLogger("medmoe_edge").handlers
+    for handler in own:
         handler.setFormatter(form)
+    logging.getLogger("uvicorn").handlers = own  # what it says of requests that are none
 
 
 LISTEN = """Receive DICOM images, answer configured questions about each series, send reports on.
@@ -201,11 +200,8 @@ def listen(
         signal.signal(number, lambda *_: stop.set())
     with Node(configuration, engine, locator) as node:
         place = {"ae_title": configuration.ae_title, "host": configuration.host, "port": node.port}
-        if as_json:
-            render.as_json(place)
-            sys.stdout.flush()
-        else:
-            render.show("{ae_title} listens on {host}, port {port}.".format(**place))
+        tell(place, as_json, "{ae_title} listens on {host}, port {port}.".format(**place))
+        sys.stdout.flush()
         render.show(NOTICE, "yellow", stderr=True)
         node.watch(stop)
 
@@ -281,11 +277,9 @@ def node_retry(
     """
     with _desk(config) as (desk, _):
         count, again, gone = desk.retry(series or ())
-    if as_json:
-        render.as_json({"tried_again": count, "sent_again": again, "gone": gone})
-        return
-    render.show(f"{count:,} series wait again; {again:,} documents are sent again.")
-    _tell_gone(gone)
+    told = {"tried_again": count, "sent_again": again, "gone": gone}
+    line = f"{count:,} series wait again; {again:,} documents are sent again."
+    _tell_again(told, as_json, line)
 
 
 @commands.command("requeue", epilog=EXAMPLE.format("requeue 3f2a"))
@@ -306,20 +300,16 @@ def node_requeue(
                 "No destination has that name.", f"Configured: {', '.join(names) or 'none'}."
             )
         again, gone = desk.requeue(series, destination)
-    if as_json:
-        render.as_json({"sent_again": again, "gone": gone})
-        return
-    render.show(f"{again:,} documents are to be sent again.")
-    _tell_gone(gone)
+    line = f"{again:,} documents are to be sent again."
+    _tell_again({"sent_again": again, "gone": gone}, as_json, line)
 
 
-def _tell_gone(count: int) -> None:
-    """Of documents that were to be sent again."""
-    if count:
-        render.show(
-            f"{count:,} were removed from the node's folder (keep_days): they cannot be sent.",
-            "yellow",
-        )
+def _tell_again(told: dict[str, int], as_json: bool, line: str) -> None:
+    """Of documents that are sent again, and those that cannot be."""
+    tell(told, as_json, line)
+    if told["gone"] and not as_json:
+        gone = "were removed from the node's folder (keep_days): they cannot be sent."
+        render.show(f"{told['gone']:,} {gone}", "yellow")
 
 
 STUDY = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -353,11 +343,10 @@ def node_ask(
             state, why = desk.fetched(number)
     if state == "failed":
         raise InputError(f"The study was not fetched: {why}.", "See the node's log.")
-    if as_json:
-        render.as_json({"request": number, "source": name, "state": state, "why": why})
-    else:
-        how = f"{state}, {why}" if why else state
-        render.show(f"Request {number} to {name}: {how}. See: listen status, listen show.")
+    told = {"request": number, "source": name, "state": state, "why": why}
+    how = f"{state}, {why}" if why else state
+    line = f"Request {number} to {name}: {how}. See: listen status, listen show."
+    tell(told, as_json, line)
 
 
 @commands.command("backup", epilog=EXAMPLE.format("backup -o b.tar"))
@@ -373,7 +362,8 @@ def node_backup(
         own = None if output.resolve().suffix == ".tar" else configuration.folder
         check_output(output, force, own, configuration.audit_log)  # a node keeps no .tar
         count = desk.back_up(configuration.audit_log, output)
-    _tell_count(as_json, "files", count, "files: the backup is as confidential as they are")
+    line = f"{count:,} files: the backup is as confidential as they are."
+    tell({"files": count}, as_json, line)
 
 
 @commands.command("restore", epilog=EXAMPLE.format("restore b.tar"))
@@ -389,14 +379,7 @@ def node_restore(
         from medmoe_edge.bedside.listen.queue import Folder
     configuration = load_configuration(config)
     count = restore(backup, Folder(configuration.folder), configuration.audit_log)
-    _tell_count(as_json, "files", count, "files are back: start the node")
-
-
-def _tell_count(as_json: bool, name: str, count: int, words: str) -> None:
-    if as_json:
-        render.as_json({name: count})
-    else:
-        render.show(f"{count:,} {words}.")
+    tell({"files": count}, as_json, f"{count:,} files are back: start the node.")
 
 
 def _locator(configuration: "Configuration") -> "Locator | None":

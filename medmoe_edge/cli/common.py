@@ -390,18 +390,21 @@ class Result(Protocol):
 
 
 def tell(
-    found: Result,
+    found: Result | dict[str, Any],
     as_json: bool,
-    show: Callable[[Any], object],
+    show: Callable[[Any], object] | str,
     error: MedMoEError | None = None,
     **beside: object,
 ) -> None:
-    """Print a result, as `show` does or as one JSON object with what is `beside` it.
+    """Print a result, as `show` says or does, or as one JSON object with what is `beside` it.
 
     Then its error is raised, if it has one.
     """
     if as_json:
-        render.as_json(found.to_json() | beside, error)
+        values = found if isinstance(found, dict) else found.to_json()
+        render.as_json(values | beside, error)
+    elif isinstance(show, str):
+        render.show(show)
     else:
         show(found)
     if error is not None:

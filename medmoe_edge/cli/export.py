@@ -91,10 +91,9 @@ def pull(
             [(file, shown_bytes(size)) for file, size in found.items()],
         )
         render.show(f"{listing.size / 1e9:.2f} GB in all")
-    elif as_json:
-        render.as_json({"folder": str(out), **pulled.to_json()})
-    else:
-        render.wrote(f"{pulled} to", out)
+        return
+    told = {"folder": str(out), **pulled.to_json()}
+    tell(told, as_json, lambda _: render.wrote(f"{pulled} to", out))
 
 
 @verb("export", "Build", "export --int8 --calibrate builtin")
@@ -387,8 +386,9 @@ def calibrate(
     options = CalibrateOptions(data, samples, hessians, strict, vision_tower, force)
     with render.working("Reading") as report:
         found = gather(checkpoint, output, options, progress=report)
-    if as_json:
-        render.as_json({"statistics": str(output)} | found.statistics.summary())
-    else:
+
+    def show(_: object) -> None:
         render_verification.show_coverage(found.statistics, found.expert_names, found.skipped)
         render.wrote("the statistics", output)
+
+    tell({"statistics": str(output)} | found.statistics.summary(), as_json, show)

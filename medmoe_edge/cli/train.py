@@ -154,10 +154,8 @@ def train(
             checkpoint = train_modality(found, data, output, bars, options)
         else:
             checkpoint = train_model(read_recipe(recipe), data, output, bars, options)
-    if as_json:
-        render.as_json({"checkpoint": str(checkpoint)})
-    else:
-        render.wrote("the checkpoint", checkpoint)
+    told = {"checkpoint": str(checkpoint)}
+    tell(told, as_json, lambda _: render.wrote("the checkpoint", checkpoint))
 
 
 def _tell(name: str | None, run: Path | None, as_json: bool) -> None:
@@ -168,16 +166,11 @@ def _tell(name: str | None, run: Path | None, as_json: bool) -> None:
         from medmoe_edge.training.report import read_log
     if name is not None:
         found = read_modality_recipe(name) if is_modality_recipe(name) else read_recipe(name)
-        if as_json:
-            render.as_json(found.to_json())
-        else:
-            typer.echo(as_toml(found), nl=False)
+        tell(found, as_json, lambda recipe: typer.echo(as_toml(recipe), nl=False))
     if run is not None:
         rows = read_log(run)
-        if as_json:
-            render.as_json({"epochs": rows, "finished": (run / "checkpoint").is_dir()})
-        else:
-            render.show_run(rows, finished=(run / "checkpoint").is_dir())
+        told = {"epochs": rows, "finished": (run / "checkpoint").is_dir()}
+        tell(told, as_json, lambda told: render.show_run(rows, finished=told["finished"]))
 
 
 router = typer.Typer(no_args_is_help=True)

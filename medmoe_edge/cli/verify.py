@@ -330,10 +330,8 @@ def _verify_targets(bundle: str, data: str, as_json: bool, *, others: bool) -> N
         from medmoe_edge.pipeline.med_moe import agree
     with render.working("Reading") as progress:
         found = agree(bundle_path(bundle), data, progress=progress)
-    if as_json:
-        render.as_json({"bundle": bundle, "targets": [target.to_json() for target in found]})
-    else:
-        render_verification.show_agreement(found)
+    told = {"bundle": bundle, "targets": [target.to_json() for target in found]}
+    tell(told, as_json, lambda _: render_verification.show_agreement(found))
 
 
 @verb("inspect", "Prove", "inspect nano")
@@ -442,10 +440,7 @@ def ship_log(
 
     files = {"authority": tls_ca, "certificate": tls_cert, "key": tls_key}
     sent = ship(log, Collector.at(to, **files), follow=follow)
-    if as_json:
-        render.as_json({"sent": sent})
-    else:
-        render.show(f"{sent:,} entries were sent.")
+    tell({"sent": sent}, as_json, f"{sent:,} entries were sent.")
 
 
 @audit.command("deidentify", epilog=EXAMPLE.format("deidentify scan.dcm -o example.dcm"))

@@ -1,7 +1,6 @@
 """MedMoE loaded and at work: which modality, which label, and where; over any runtime."""
 
 import dataclasses
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from medmoe_edge.contrastive.features import (
 from medmoe_edge.contrastive.text import ModalityTokenizer
 from medmoe_edge.embedded import bundle_path, checkpoint_path
 from medmoe_edge.engine.answer import Clock
-from medmoe_edge.engine.loading import REFERENCE, OneAtATime, Proven, describe, proven
+from medmoe_edge.engine.loading import REFERENCE, OneAtATime, Proven, describe, proven, warnings_of
 from medmoe_edge.errors import (
     InputError,
     ModelError,
@@ -41,9 +40,6 @@ from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures
 
 RuntimeName = Literal["auto", "onnxruntime", "torch"]
-
-
-logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
@@ -116,13 +112,8 @@ def _open_bundle(bundle: ModalityBundle, runtime: RuntimeName) -> Loaded:
             f"{bundle.folder} is a bundle, and torch runs checkpoints.",
             "Leave --runtime out, or give the checkpoint.",
         )
-    known = proven(bundle)
-    if known.status == "failed":
-        logger.warning(
-            "%s failed its verification: it may answer otherwise than its checkpoint.", bundle.name
-        )
     loaded = open_bundle(bundle)
-    return Loaded(loaded, bundle.name, bundle.sha256, known, bundle.scores)
+    return Loaded(loaded, bundle.name, bundle.sha256, proven(bundle), bundle.scores)
 
 
 def _reader(path: Path, config: ModalityConfig) -> ModalityTokenizer:
@@ -154,6 +145,7 @@ class ModalityEngine(OneAtATime):
         self.verification: str = proven.status if proven else REFERENCE
         self.scores = scores or Scores()
         self.texts = TextCache(runtime)
+        self._of_model = (*warnings_of(name, proven), *self.scores.warnings)
 
     def read(
         self,
@@ -166,7 +158,7 @@ class ModalityEngine(OneAtATime):
 
         Args:
             image: A path, an `Image`, or an array.
-            frame: Which one of several the file holds, from 1.
+            frame: Which one of several the file holds, from 0.
             value_range: The values of an array that are black and white.
 
         Returns:
@@ -179,7 +171,7 @@ class ModalityEngine(OneAtATime):
         clock = Clock()
         picture, features = self._look(image, frame, clock, value_range)
         reading = self._reading(features, clock)
-        return dataclasses.replace(reading, warnings=_warnings(picture, reading))
+        return dataclasses.replace(reading, warnings=self._warnings(picture, reading))
 
     def classify(
         self,
@@ -231,7 +223,7 @@ class ModalityEngine(OneAtATime):
             reading=reading,
             timings=_timings(clock),
             model=self._model,
-            warnings=_warnings(picture, reading),
+            warnings=self._warnings(picture, reading),
         )
 
     def locate(
@@ -277,7 +269,7 @@ class ModalityEngine(OneAtATime):
             reading=reading,
             timings=_timings(clock),
             model=self._model,
-            warnings=_warnings(picture, reading),
+            warnings=self._warnings(picture, reading),
         )
 
     def _similarity(self, features: ImageFeatures, texts: TextFeatures) -> Floats:
@@ -380,9 +372,9 @@ class ModalityEngine(OneAtATime):
     def _model(self) -> dict[str, Any]:
         return describe(self.name, self.sha256, self.proven, self.runtime.name)
 
-
-def _warnings(picture: Image, reading: Reading) -> tuple[Notice, ...]:
-    return (*picture.notices, *unlike_label(picture.labels, reading.modality))
+    def _warnings(self, picture: Image, reading: Reading) -> tuple[Notice, ...]:
+        unlike = unlike_label(picture.labels, reading.modality)
+        return (*self._of_model, *picture.notices, *unlike)
 
 
 def _timings(clock: Clock) -> dict[str, float]:

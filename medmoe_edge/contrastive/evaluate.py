@@ -10,15 +10,14 @@ interval.
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats, Progress
+from medmoe_edge._types import Floats, Progress, Told
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
@@ -274,7 +273,7 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class ModalityEvaluation:
+class ModalityEvaluation(Told):
     """All figures; `routing` by set of images."""
 
     model: dict[str, str]
@@ -284,10 +283,6 @@ class ModalityEvaluation:
     image_for_text: Retrieval
     localisation: Localisation
     notice: str = NOTICE
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 def evaluate_modality(

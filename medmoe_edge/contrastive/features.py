@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, Told
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.errors import InputError, Notice
 from medmoe_edge.image.loading import load_image, preprocess
@@ -26,7 +26,7 @@ from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, Tex
 
 
 @dataclasses.dataclass(frozen=True)
-class _Result:
+class _Result(Told):
     """`timings` are seconds: `image` to read and prepare, `vision` tower and expert, `text` and
     `compare`, as far as each was needed, and `total`. `model` says by `name` and `sha256` what
     answered, by `runtime` what ran it, and under `verification` and `verified` what is known of
@@ -38,11 +38,6 @@ class _Result:
     model: dict[str, Any]
     notice: str = dataclasses.field(default=NOTICE, kw_only=True)
     warnings: tuple[Notice, ...] = dataclasses.field(default=(), kw_only=True)
-
-    def to_json(self) -> dict[str, Any]:
-        """One stable JSON object."""
-        values = dataclasses.asdict(self)
-        return values | {"warnings": list(values["warnings"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +83,8 @@ class Location(_Result):
 
     def to_json(self) -> dict[str, Any]:
         """One stable JSON object; of the heat its size alone."""
-        values = dict(vars(self))
+        values = super().to_json()
         height, width = values.pop("heat").shape
-        values |= {"peak": list(self.peak), "reading": self.reading.to_json()}
-        values["warnings"] = [dataclasses.asdict(notice) for notice in self.warnings]
         return values | {"size": [width, height]}
 
 

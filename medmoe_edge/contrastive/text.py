@@ -80,7 +80,6 @@ class ModalityTokenizer:
         tokenizer = Tokenizer.from_file(path)
         tokenizer.check_vocabulary(text.vocab_size)
         backend = tokenizer.backend
-        backend.no_padding()  # which the file may ask for, and then no text ends in its mark
         tokens = backend.encode("a").tokens
         if not tokens or (tokens[0], tokens[-1]) != (START, END):
             raise ModelError(

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -303,6 +304,24 @@ def read_text(file: Path) -> str:
         raise DataError(f"{file} is not UTF-8 text.", "Save it as UTF-8.") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read.", "Give a readable file.") from error
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in and below a folder in order, but for hidden ones; links are not followed.
+
+    Raises `DataError` for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        name = Path(error.filename).name
+        raise DataError(f"The folder {name!r} cannot be read.", "Check its permissions.") from None
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(parent, name)
+            if not name.startswith(".") and file.is_file():  # reading a pipe might never end
+                yield file
 
 
 def safe_name(

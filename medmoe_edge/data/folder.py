@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from typing import Any
 
 from PIL import Image as Picture
 
+from medmoe_edge._types import Told
 from medmoe_edge.atomic import atomic_folder, carry_over
 from medmoe_edge.data.datasets import (
     LABELS_FILE,
@@ -37,6 +37,7 @@ from medmoe_edge.data.datasets import (
     Record,
     Split,
     UniqueIds,
+    files_below,
     json_lines,
     modality_name,
     parse_json,
@@ -54,7 +55,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Told):
     """What a folder holds after a set was added.
 
     Attributes:
@@ -73,10 +74,6 @@ class Prepared:
     images: int
     left_out: int
     modalities: Mapping[str, int]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return vars(self) | {"folder": str(self.folder)}
 
 
 @dataclass
@@ -386,11 +383,19 @@ def add_labels(
         )
     name = set_name(options.name or source.stem)
     found = _split(found)
+    modalities: dict[str, str] = {}
     with adding(name, out, force=force) as (addition, prepared):
-        for each in found:
+        for number, each in enumerate(found, 1):
+            image = addition.write(each.name, each.file.read_bytes())
+            modality = modality_name(each.modality or "")
+            if modalities.setdefault(image, modality) != modality:
+                raise DataError(
+                    f"{source}: image {number} is labelled {modality} and {modalities[image]}.",
+                    "A picture is of one modality: keep the right label.",
+                )
             addition.label(
-                image=addition.write(each.name, each.file.read_bytes()),
-                modality=modality_name(each.modality or ""),
+                image=image,
+                modality=modality,
                 body=each.body or "",
                 finding=each.finding or "",
                 source=name,
@@ -401,7 +406,7 @@ def add_labels(
 
 
 def _in_folder(folder: Path, options: LabelOptions) -> Iterator[_Found]:
-    for file in _pictures(folder):
+    for file in filter(_is_picture, files_below(folder)):
         relative = file.relative_to(folder)
         levels = list(relative.parts[:-1])
         given: dict[str, str] = {}
@@ -418,15 +423,8 @@ def _in_folder(folder: Path, options: LabelOptions) -> Iterator[_Found]:
         yield _Found(file, safe_name(relative.as_posix(), str(folder)), **given)
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            file = Path(parent, name)
-            if name.startswith(".") or not file.is_file():  # a pipe would never end
-                continue
-            if name.lower().endswith(_SUFFIXES) or ("." not in name and _is_dicom(file)):
-                yield file
+def _is_picture(file: Path) -> bool:
+    return file.name.lower().endswith(_SUFFIXES) or ("." not in file.name and _is_dicom(file))
 
 
 def _is_dicom(file: Path) -> bool:

@@ -11,12 +11,13 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from medmoe_edge._types import Told, plain
 from medmoe_edge._version import __version__
 from medmoe_edge._version import too_old as onnxruntime_too_old
 from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name, memory_here
@@ -79,8 +80,10 @@ class Fact(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Extra:
+class Extra(Told):
     """An extra of ours: the versions of what is there of it, and what is missing."""
+
+    TOLD = ("state", "command")
 
     name: str
     purpose: str
@@ -184,14 +187,11 @@ class Diagnosis:
         return {
             "version": __version__,
             "python": platform.python_version(),
-            "machine": asdict(self.machine),
-            "onnxruntime": asdict(self.ort),
-            "base": dict(self.base),
-            "extras": [
-                {**asdict(extra), "state": extra.state, "command": extra.command}
-                for extra in self.extras
-            ],
-            "findings": [finding._asdict() for finding in self.findings],
+            "machine": plain(self.machine),
+            "onnxruntime": plain(self.ort),
+            "base": plain(self.base),
+            "extras": plain(self.extras),
+            "findings": plain(self.findings),
             "jetson_path": self._path_json(),
         }
 

@@ -11,10 +11,11 @@ costs. `fit` goes the other way: from a wished latency to the most exact form th
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medmoe_edge._types import Told
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.trust import keys_are_trusted
 from medmoe_edge.calibration.quantisers import DeltaForm, VisionScales, read_deltas
@@ -70,7 +71,7 @@ LARGE_GROUP = 128  # of int4 where groups of 32 are too slow or too large
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Told):
     """One precision on one device: bytes, seconds, and whether it fits.
 
     `memory_run` is the peak with all experts resident; `weights`, of which `experts` are the routed
@@ -81,6 +82,8 @@ class Forecast:
     are `paging_cost` times what they would be with all experts resident (1 where it does not fit).
     `switch_bytes` are what paging reads where the modality changes.
     """
+
+    TOLD = ("fits",)
 
     precision: Precision
     group: int
@@ -109,7 +112,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Told):
     """The forecasts of all precisions for one model and device."""
 
     model: str
@@ -118,14 +121,6 @@ class Plan:
     new_tokens: int
     forecasts: tuple[Forecast, ...]
     left_out: tuple[str, ...] = ()  # modalities whose experts the model has no more
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; bytes and seconds."""
-        own = asdict(self)
-        own["device"] |= {"usable": self.device.usable}
-        for told, forecast in zip(own["forecasts"], self.forecasts, strict=True):
-            told["fits"] = forecast.fits
-        return own
 
     def error(self) -> ResourceError | None:
         """Where nothing fits: by how much, and what would."""
@@ -407,7 +402,7 @@ def _expert_budget(
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Told):
     """What is proposed: `forecast` in `latency` seconds, None where nothing meets it.
 
     `nearest` is then the fastest that fits in memory, and `image_tokens` the most with which it
@@ -428,12 +423,10 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; bytes and seconds."""
-        own = asdict(self)
-        own["device"] |= {"usable": self.device.usable}
-        for name in ("forecast", "nearest"):
-            found: Forecast | None = getattr(self, name)
+        own = super().to_json()
+        for name, found in (("forecast", self.forecast), ("nearest", self.nearest)):
             if found is not None:
-                own[name] |= {"fits": found.fits, "answer": found.answer(self.new_tokens)}
+                own[name]["answer"] = found.answer(self.new_tokens)
         return own
 
     def error(self) -> ResourceError | None:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medmoe_edge._types import Told, there
 from medmoe_edge.bundle.machine import cpu_features_here, cpu_name, memory_here
 from medmoe_edge.config import Config
 from medmoe_edge.errors import (
@@ -95,12 +96,14 @@ class Ratings:
 
 
 @dataclass(frozen=True)
-class Device:
+class Device(Told):
     """Memory in bytes; `ratings` are the maker's, None for this machine, which is measured.
 
     `kind` "jetson" and "cpu" share their memory with the system. `reserved` is what the system
     keeps of it; None: as of its kind.
     """
+
+    TOLD = ("usable",)
 
     name: str
     title: str
@@ -127,8 +130,7 @@ def nominal_speeds(device: Device) -> dict[Precision, Speed]:
     On a GPU weights are dequantised and multiplied in fp16, as our kernels do; on a CPU int8 is
     W8A8, and int4 is multiplied at the rate of floats.
     """
-    rated, reached = device.ratings, device.reached
-    assert rated is not None
+    rated, reached = there(device.ratings), device.reached
     byte = 1 / (rated.bandwidth * reached.bandwidth)
     floats = 1 / (rated.fp16 * reached.floats)
     cpu = device.kind == "cpu"

@@ -18,14 +18,15 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import onnx_ir as ir
 from scipy.optimize import nnls
 
+from medmoe_edge._types import Told, there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.keys import decoder_parameters
@@ -163,8 +164,7 @@ class Microbenchmarks:
         for toy, count in self.experts:
             known = step_seconds(toy, self.precision, speed, count, 0)
             more = max(self.times[toy, count] - known, 0.0) / toy.decoder.layers
-            moe = toy.moe
-            assert moe is not None
+            moe = there(toy.moe)
             if count == 1:
                 speed = replace(speed, moe=more)
             elif moe.num_experts > moe.top_k:
@@ -230,8 +230,10 @@ def _probe(runtime: OrtRuntime, rows: int) -> Callable[[], None]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Told):
     """Seconds of prefill and of one token, as predicted and as measured undisturbed."""
+
+    TOLD = ("ratios",)
 
     prompt_tokens: int
     predicted: Mapping[str, float]
@@ -241,10 +243,6 @@ class Comparison:
     def ratios(self) -> dict[str, float]:
         """Predicted over measured."""
         return {name: self.predicted[name] / seconds for name, seconds in self.measured.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "ratios": self.ratios}
 
 
 def compare(

@@ -20,7 +20,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path as FilePath
@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from medmoe_edge._types import Floats, Progress, no_progress
+from medmoe_edge._types import Floats, Progress, Told, no_progress
 from medmoe_edge._version import __version__
 from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.bundle.recorded import read_recorded
@@ -122,8 +122,10 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Proof:
+class Proof(Told):
     """All paths, and the machine they were run on."""
+
+    TOLD = ("failed",)
 
     machine: Mapping[str, Any]
     paths: tuple[Checked, ...]
@@ -135,12 +137,7 @@ class Proof:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
-            "version": __version__,
-            "machine": dict(self.machine),
-            "paths": [asdict(path) for path in self.paths],
-            "failed": self.failed,
-        }
+        return {"version": __version__} | super().to_json()
 
     def error(self) -> VerificationError | None:
         """Where a path failed."""

@@ -319,6 +319,12 @@ class Engine(OneAtATime):
             )
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}.", "Allow at least one.")
+        questions = list(questions)
+        if isinstance(choices, Mapping) and (stray := choices.keys() - set(questions)):
+            raise InputError(
+                f"There are choices for {min(map(str, stray))!r}, which is no question here.",
+                'A mapping is by question: {question: ["yes", "no"]}.',
+            )
         with self.one_at_a_time():
             asked = [Asked.of(question, choices, self.tokenizer) for question in questions]
             room = max((each.positions(max_new_tokens) for each in asked), default=max_new_tokens)
@@ -342,7 +348,7 @@ class Engine(OneAtATime):
 
         Args:
             image: As of `ask`.
-            frame: Which one of several the file holds, from 1.
+            frame: Which one of several the file holds, from 0.
             value_range: The values of an array that are black and white.
 
         Raises:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from medmoe_edge.atomic import atomic_file
 from medmoe_edge.bundle.bundle import DEFAULT, MANIFEST, AnyBundle, Bundle, Status, status_of
@@ -208,6 +208,14 @@ class Paging(NamedTuple):
     drop_pages: bool = False
 
 
+def check_place(runtime: str, device: str) -> None:
+    """Raise `InputError` for a name that means nothing, and would pass for one that does."""
+    known = {"runtime": (runtime, get_args(RuntimeName)), "device": (device, get_args(Device))}
+    for option, (value, names) in known.items():
+        if value not in names:
+            raise InputError(f"{option} is {value!r}.", f"Use one of: {', '.join(names)}.")
+
+
 def open_model(
     model: str | os.PathLike[str],
     runtime: RuntimeName,
@@ -217,6 +225,7 @@ def open_model(
     keeps_prefixes: bool,
 ) -> Loaded:
     """Open what `engine.load` was given, as it says."""
+    check_place(runtime, device)
     if paging.drop_pages and paging.budget is None:
         raise InputError(
             "Pages are dropped of experts that are paged, and there is no memory budget.",
@@ -327,9 +336,7 @@ def _check_budget(bundle: Bundle, budget: Budget) -> None:
 
 def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: Paging) -> Loaded:
     known, name = proven(bundle), bundle.name
-    warnings = _of_proof(name, known)
-    for notice in warnings:
-        logger.warning("%s", notice.message)
+    warnings = warnings_of(name, known)
     tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
     loaded = _runtime_of(bundle, runtime, device, paging)
     logger.info("%s runs on %s.", name, loaded.name)
@@ -340,10 +347,12 @@ def _open_bundle(bundle: Bundle, runtime: RuntimeName, device: Device, paging: P
     )
 
 
-def _of_proof(name: str, known: Proven) -> tuple[Notice, ...]:
-    if known.status != "failed":
+def warnings_of(name: str, known: Proven | None) -> tuple[Notice, ...]:
+    """What a model's proof has every answer say; it is logged too."""
+    if known is None or known.status != "failed":
         return ()
     what = f"{name} failed its verification: it may answer otherwise than its checkpoint."
+    logger.warning("%s", what)
     return (Notice("verification_failed", what),)
 
 

@@ -255,7 +255,10 @@ def fit_refusal(usual: Sequence[Case], refused: Sequence[Case]) -> RefusalFit:
 
 
 def fit_refusals(
-    codes: Iterable[str], usual: Sequence[Said], pictures: Sequence[Said]
+    codes: Iterable[str],
+    usual: Sequence[Said],
+    scans: Sequence[Said],
+    pictures: Sequence[Said],
 ) -> dict[str, RefusalFit]:
     """Fit the refusals of a model, by their codes.
 
@@ -263,14 +266,17 @@ def fit_refusals(
         codes: Which refusals it has.
         usual: What was said where an answer is wanted: each time the image (or patient), and how
             probable each refusal was.
+        scans: The same of one question about scans of all kinds. Not all of them can answer it, so
+            it says nothing of "not_answerable".
         pictures: The same about pictures that are no scans, which are for "not_a_scan" alone.
     """
+    wanted = {code: [*usual, *(scans if code != "not_answerable" else ())] for code in codes}
     return {
         code: fit_refusal(
-            [(image, said[code]) for image, said in usual],
+            [(image, said[code]) for image, said in wanted[code]],
             [(image, said[code]) for image, said in pictures if code == "not_a_scan"],
         )
-        for code in codes
+        for code in wanted
     }
 
 

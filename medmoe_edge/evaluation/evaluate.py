@@ -14,11 +14,11 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from medmoe_edge._types import Counting, no_counting
+from medmoe_edge._types import Counting, no_counting, plain
 from medmoe_edge.atomic import atomic_file, writing
 from medmoe_edge.config import Reliability, Unsure
 from medmoe_edge.data.datasets import (
@@ -27,7 +27,7 @@ from medmoe_edge.data.datasets import (
     LabelledImage,
     Record,
     by_image,
-    parse_json,
+    json_lines,
     read_examples,
     read_text,
 )
@@ -180,9 +180,7 @@ class Evaluation(Scores):
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain JSON values; the predictions are saved apart."""
-        figures = asdict(replace(self, predictions=()))
-        del figures["predictions"]
-        return figures
+        return {name: plain(part) for name, part in vars(self).items() if name != "predictions"}
 
 
 def evaluate(
@@ -459,11 +457,7 @@ def score_predictions(
 
 def read_predictions(file: Path) -> list[GivenAnswer]:
     """Read a file of answers; raises `DataError` naming file and line."""
-    answers = []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if line.strip():
-            where = f"{file}, line {number}"
-            answers.append(_answer(Record(parse_json(line, where), where)))
+    answers = [_answer(record) for record in json_lines(read_text(file), file)]
     if not answers:
         raise DataError(f"{file} holds no answers.", "Give a file with at least one.")
     return answers

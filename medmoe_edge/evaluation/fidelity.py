@@ -7,7 +7,7 @@ position can be compared, and then left to give its own.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -236,7 +236,8 @@ class RecordedQuestion(NamedTuple):
     """An answer's tokens `[P]`, the log-probabilities they were chosen by, and the routing.
 
     `log_probabilities` are those of all tokens `[P, V]`, or of those in `likeliest` `[P, K]` with
-    that of all others together behind them `[P, K + 1]`; in fp16 KL errs by less than 1e-6.
+    that of all others together behind them `[P, K + 1]`; in fp16 KL errs by less than 1e-6. Where
+    they are exact, they are the logits.
     """
 
     tokens: tuple[int, ...]
@@ -285,6 +286,7 @@ def record(
     max_new_tokens: int = MAX_NEW_TOKENS,
     load: Callable[[Path], Image] = load_image,
     tokens: Callable[[Path], Floats | None] | None = None,
+    exact: bool = False,
     progress: Counting = no_counting,
 ) -> Recording:
     """Let the reference answer every question.
@@ -296,6 +298,7 @@ def record(
         max_new_tokens: Where answers are cut off.
         load: Reads images, here and to compare.
         tokens: Gives the image tokens `[N, D]` that the reference's tower has made before, or None.
+        exact: Keep logits as they are, which takes twice the memory.
         progress: Told of the images done and the images in all.
 
     Raises:
@@ -318,10 +321,10 @@ def record(
         images[image] = RecordedImage(view.features, view.router_logits)
         for example, question in zip(group, ids, strict=True):
             reply = reader.answer(view, question)
-            log_probabilities = log_softmax(reply.logits).clip(-6e4).astype(np.float16)
-            questions[example.id] = RecordedQuestion(
-                reply.tokens, log_probabilities, reply.router_logits
-            )
+            kept: npt.NDArray[np.floating[Any]] = reply.logits
+            if not exact:
+                kept = log_softmax(reply.logits).clip(-6e4).astype(np.float16)
+            questions[example.id] = RecordedQuestion(reply.tokens, kept, reply.router_logits)
         if not reader.finite:
             raise ModelError(
                 "The reference model's output is not finite.",
@@ -329,6 +332,22 @@ def record(
             )
         progress(done, len(groups))
     return Recording(reference.config, tokenizer, max_new_tokens, groups, images, questions, load)
+
+
+def follow(
+    recording: Recording, reader: Reader, progress: Counting
+) -> Iterator[tuple[Path, View, Iterator[tuple[Example, list[int], Reply]]]]:
+    """Lead a candidate along every recorded answer; of each image what it saw, and its replies.
+
+    Those are made when they are asked for, which must be before the next image.
+    """
+    for done, (image, group) in enumerate(recording.examples.items(), start=1):
+        ids = [recording.tokenizer.question_ids(example.question) for example in group]
+        view = reader.view(reader.see(recording.load(image)), ids)
+        pairs = zip(group, ids, strict=True)
+        answers = recording.questions
+        yield image, view, ((e, q, reader.follow(view, q, answers[e.id].tokens)) for e, q in pairs)
+        progress(done, len(recording.examples))
 
 
 def compare(
@@ -352,24 +371,20 @@ def compare(
     seen, said, said_of_whole = [], [], []
     routes: list[Routed] = []
     moe = recording.config.moe
-    for done, (image, group) in enumerate(recording.examples.items(), start=1):
-        ids = [recording.tokenizer.question_ids(example.question) for example in group]
-        view = reader.view(reader.see(recording.load(image)), ids)
+    for image, view, replies in follow(recording, reader, progress):
         reference = recording.images[image]
         seen.append(_seen(reference.features, view.features[reference.tokens]))
-        modality = group[0].modality or UNKNOWN
+        modality = recording.examples[image][0].modality or UNKNOWN
         found = view.router_logits[reference.positions]
         routes += _routed(reference.router_logits, found, moe, modality)
-        for example, question in zip(group, ids, strict=True):
+        for example, question, reply in replies:
             expected = recording.questions[example.id]
-            reply = reader.follow(view, question, expected.tokens)
             said.append(_said(example, expected, reply, reader))
             routes += _routed(expected.router_logits, reply.router_logits, moe, modality)
             if recording.whole is not None:  # whose positions and routing are other ones
                 expected = recording.whole.questions[example.id]
                 reply = reader.follow(view, question, expected.tokens)
                 said_of_whole.append(_said(example, expected, reply, reader))
-        progress(done, len(recording.examples))
     return Fidelity(
         questions=len(said),
         images=len(seen),
@@ -399,6 +414,12 @@ def likeliest(
     return np.concatenate((np.take_along_axis(whole, tokens, -1), rest), -1)
 
 
+def squares(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> tuple[float, float]:
+    """The squared norms of a difference and of what should have been there."""
+    exact = expected.astype(np.float64)
+    return float(((found - exact) ** 2).sum()), float((exact**2).sum())
+
+
 class _Seen(NamedTuple):
     cosine: float
     squared_difference: float
@@ -409,8 +430,7 @@ def _seen(reference: Floats, features: Floats) -> _Seen:
     expected, found = reference.astype(np.float64), features.astype(np.float64)
     norms = np.linalg.norm(expected, axis=-1) * np.linalg.norm(found, axis=-1)
     cosines = (expected * found).sum(-1) / np.maximum(norms, 1e-30)  # [N]
-    squares = ((found - expected) ** 2).sum(), (expected**2).sum()
-    return _Seen(float(cosines.mean()), *map(float, squares))
+    return _Seen(float(cosines.mean()), *squares(found, expected))
 
 
 def _vision(seen: list[_Seen]) -> Vision:

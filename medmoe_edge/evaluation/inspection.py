@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from medmoe_edge._types import Told
 from medmoe_edge.bundle.bundle import (
     MANIFEST,
     SEAL,
@@ -49,7 +50,7 @@ from medmoe_edge.runtimes.costs import Deltas, decoder_parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Inspected:
+class _Inspected(Told):
     """What is told of a model of either family; what only a bundle has is None of a checkpoint."""
 
     kind: Literal["checkpoint", "bundle"]
@@ -104,17 +105,6 @@ class Inspection(_Inspected):
     types: dict[str, int] | None = None
     shared_router: bool | None = None
     warnings: tuple[Notice, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        layers = {str(layer): experts for layer, experts in self.experts_per_layer.items()}
-        return {
-            **vars(self),
-            "target": self.target.to_json() if self.target else None,
-            "warnings": [dataclasses.asdict(notice) for notice in self.warnings],
-            "config": self.config.to_json(),
-            "experts_per_layer": layers,
-        }
 
 
 def inspect_model(path: Path, *, vision_tower: Path | None = None) -> Inspection:
@@ -265,9 +255,16 @@ class ModalityInspection(_Inspected):
     says on which `machine` and whether that holds `here`; `signature` is as in `Inspection`.
     """
 
+    TOLD = ("parameters_total", "parameters_activated", "warnings")
+
     config: ModalityConfig
     parameters: dict[str, int]
     scores: Scores
+
+    @property
+    def warnings(self) -> tuple[Notice, ...]:
+        """What must be known of every answer."""
+        return self.scores.warnings
 
     @property
     def parameters_total(self) -> int:
@@ -282,14 +279,7 @@ class ModalityInspection(_Inspected):
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
-            **vars(self),
-            "target": str(self.target) if self.target else None,
-            "parameters_total": self.parameters_total,
-            "parameters_activated": self.parameters_activated,
-            "config": self.config.to_json(),
-            "scores": self.scores.to_json(),
-        }
+        return super().to_json() | {"target": str(self.target) if self.target else None}
 
 
 def inspect_modality(folder: Path) -> ModalityInspection:
@@ -373,7 +363,7 @@ class Change(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Changes:
+class Changes(Told):
     """A change record: what differs between two bundles, by their manifests and stored weights.
 
     Attributes:
@@ -402,14 +392,6 @@ class Changes:
     other: tuple[Change, ...]
     asked: int
     answers: tuple[Change, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        values = dict(vars(self))
-        lists = {name: value for name, value in values.items() if isinstance(value, tuple)}
-        return values | {
-            name: [change._asdict() for change in changes] for name, changes in lists.items()
-        }
 
 
 def compare_bundles(before: Path, after: Path) -> Changes:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Counting, Floats
+from medmoe_edge._types import Counting, Floats, there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import DELTA, stored_weights
 from medmoe_edge.config import Config, ModelConfig, MoEConfig
@@ -222,11 +222,9 @@ def measure_mutations(
     effects = []
     for done, mutation in enumerate(found):
         progress(done, len(found))
-        replaced = mutated_weights(weights, mutation, moe)
-        assert replaced is not None
+        replaced = there(mutated_weights(weights, mutation, moe))
         fidelity = compare(expected, _Damaged(bundle, replaced, seen))
-        overall, routing = fidelity.overall, fidelity.routing
-        assert routing is not None
+        overall, routing = fidelity.overall, there(fidelity.routing)
         changed = overall.n - overall.answer_agreement.count
         kl = overall.kl.mean
         failed = not all(gate.passed for gate in judge(fidelity, bundle.gates))
@@ -265,15 +263,14 @@ def _pixels(content: bytes, config: ModelConfig) -> Floats:
 
 def _tokens(recording: Recording) -> dict[str, list[int]]:
     """How many tokens each expert got, by the prefix of its layer."""
-    config = recording.config
-    assert config.moe is not None
+    config, moe = recording.config, there(recording.config.moe)
     routed = [part.router_logits for part in recording.images.values()]
     routed += [part.router_logits for part in recording.questions.values()]
-    own = own_logits(np.concatenate(routed), config.moe)
-    chosen = chosen_experts(own, config.moe.top_k)  # [S, M, K]
+    own = own_logits(np.concatenate(routed), moe)
+    chosen = chosen_experts(own, moe.top_k)  # [S, M, K]
     return {
         f"decoder.layers.{layer}.ffn.": np.bincount(
-            chosen[:, place].ravel(), minlength=config.moe.num_experts
+            chosen[:, place].ravel(), minlength=moe.num_experts
         ).tolist()
         for place, layer in enumerate(config.moe_layers)
     }

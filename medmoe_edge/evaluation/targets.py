@@ -7,23 +7,29 @@ expert on every token. Each target's graph is held against it, run by whatever c
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from medmoe_edge._types import Floats, Progress, no_progress
+from medmoe_edge._types import Counting, Floats, Progress, Told, no_progress, there
 from medmoe_edge.bundle.bundle import Bundle, Target, write_derived_manifest
 from medmoe_edge.data.datasets import Example
-from medmoe_edge.errors import DataError
-from medmoe_edge.evaluation.fidelity import Reader, Reply, relative_error
+from medmoe_edge.evaluation.fidelity import (
+    MAX_NEW_TOKENS,
+    Reader,
+    Recording,
+    follow,
+    record,
+    relative_error,
+    squares,
+)
 from medmoe_edge.evaluation.metrics import Share
 from medmoe_edge.export.builder import save_model
 from medmoe_edge.export.stored import specification
@@ -38,6 +44,7 @@ from medmoe_edge.runtimes.base import (
     Step,
     check_room,
     chosen_experts,
+    log_softmax,
     own_logits,
 )
 from medmoe_edge.runtimes.ort.runtime import (
@@ -184,12 +191,11 @@ Opened = AbstractContextManager[tuple[Runtime, str]]
 """A runtime while it is needed, and what executes it."""
 
 
-MAX_NEW_TOKENS = 32
 BOUND = 0.01  # of logits and image tokens: what half and 8-bit arithmetic may cost
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Told):
     """How a target's graph agrees with the specification.
 
     `vision_error` and `logit_error` are relative (norm of the difference over the norm), of the
@@ -198,6 +204,8 @@ class Agreement:
     and `widest_tie` is the largest gap in probability, in the specification, between the expert
     that one of them lost and the one it got: rounding decides ties.
     """
+
+    TOLD = ("agrees",)
 
     target: str
     executed: str
@@ -214,10 +222,6 @@ class Agreement:
         """Whether it is within `BOUND`."""
         return max(self.logit_error, self.vision_error) <= BOUND
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "agrees": self.agrees}
-
 
 def agree(
     specification: Callable[[], Opened],
@@ -233,73 +237,35 @@ def agree(
     `load` reads images; `progress` is called with `(what, images done, images)`. Raises `DataError`
     for no examples; errors of images, questions and runtimes pass through.
     """
-    if not examples:
-        raise DataError("There are no questions to compare on.", "Give at least one.")
-    groups = _by_image(examples)
     with specification() as (runtime, _):
-        reader = Reader(runtime, tokenizer, MAX_NEW_TOKENS)
-        expected = list(_read(reader, groups, None, load, partial(progress, "specification")))
+        told = partial(progress, "specification")
+        recording = record(runtime, tokenizer, examples, load=load, exact=True, progress=told)
     found = []
     for name, opened in candidates.items():
         with opened() as (runtime, executed):
-            reader = Reader(runtime, tokenizer, MAX_NEW_TOKENS)
-            images = _read(reader, groups, expected, load, partial(progress, name))
-            found.append(_compare(name, executed, reader, expected, images))
+            found.append(_compare(name, executed, recording, runtime, partial(progress, name)))
     return found
 
 
-class _Read(NamedTuple):
-    """What is kept of an image: its tokens `[N, D]`, the prefix's routing, and the replies."""
-
-    features: Floats
-    router_logits: Floats  # [S, M, E]
-    replies: list[Reply]
-
-
-def _by_image(examples: Sequence[Example]) -> list[tuple[Path, list[str]]]:
-    ordered = sorted(examples, key=lambda example: str(example.image))
-    return [
-        (image, [example.question for example in group])
-        for image, group in groupby(ordered, key=lambda example: example.image)
-    ]
-
-
-def _read(
-    reader: Reader,
-    groups: Sequence[tuple[Path, list[str]]],
-    led_by: Sequence[_Read] | None,
-    load: Callable[[Path], Image],
-    progress: Callable[[int, int], None],
-) -> Iterable[_Read]:
-    for place, (image, texts) in enumerate(groups):
-        questions = [reader.tokenizer.question_ids(text) for text in texts]
-        view = reader.view(reader.see(load(image)), questions)
-        if led_by is None:
-            replies = [reader.answer(view, question) for question in questions]
-        else:
-            answers = [reply.tokens for reply in led_by[place].replies]
-            replies = [reader.follow(view, *pair) for pair in zip(questions, answers, strict=True)]
-        yield _Read(view.features, view.router_logits, replies)
-        progress(place + 1, len(groups))
-
-
 def _compare(
-    name: str, executed: str, reader: Reader, expected: Sequence[_Read], found: Iterable[_Read]
+    name: str, executed: str, recording: Recording, runtime: Runtime, progress: Counting
 ) -> Agreement:
-    runtime = reader.runtime
-    moe = runtime.config.moe
-    known = reader.tokenizer.known(runtime.config.decoder.vocab_size)
+    reader, moe = Reader(runtime, recording.tokenizer, MAX_NEW_TOKENS), runtime.config.moe
+    known = recording.tokenizer.known(runtime.config.decoder.vocab_size)
     vision, logits, same, moved, tokens, ties = [], [], [], 0, 0, [0.0]
-    for ours, theirs in zip(found, expected, strict=True):
-        vision.append(_squares(ours.features, theirs.features))
-        routes = [(ours.router_logits, theirs.router_logits)]
-        for reply, other in zip(ours.replies, theirs.replies, strict=True):
-            logits.append(_squares(*(_centred(each.logits[:, known]) for each in (reply, other))))
-            same.append(reply.tokens == other.tokens)
-            routes.append((reply.router_logits, other.router_logits))
-        for router, reference in routes if moe else ():
-            assert moe is not None
-            gaps = lost_by(own_logits(reference, moe), own_logits(router, moe), moe.top_k)
+    for image, view, replies in follow(recording, reader, progress):
+        reference = recording.images[image]
+        vision.append(squares(view.features, reference.features))
+        routes = [(view.router_logits, reference.router_logits)]
+        for example, _, reply in replies:
+            expected = recording.questions[example.id]
+            pair = reply.logits, expected.log_probabilities
+            logits.append(squares(*(_centred(each[:, known]) for each in pair)))
+            same.append(reply.tokens == expected.tokens)
+            routes.append((reply.router_logits, expected.router_logits))
+        for ours, theirs in routes if moe else ():
+            own = there(moe)
+            gaps = lost_by(own_logits(theirs, own), own_logits(ours, own), own.top_k)
             tokens, moved = tokens + gaps.size, moved + int((gaps > 0).sum())
             ties.append(float(gaps.max(initial=0.0)))
     return Agreement(
@@ -308,7 +274,7 @@ def _compare(
         len(logits),
         relative_error(*np.sum(vision, axis=0)),
         relative_error(*np.sum(logits, axis=0)),
-        max(relative_error(*squares) for squares in logits),
+        max(relative_error(*each) for each in logits),
         Share.of(sum(same), len(same)),
         Share.of(moved, tokens),
         max(ties),
@@ -320,8 +286,7 @@ def lost_by(reference: Floats, found: Floats, top_k: int) -> npt.NDArray[np.floa
 
     That is the reference's probability of the worst expert it lost, less that of the best it got.
     """
-    shifted = np.exp(reference - reference.max(-1, keepdims=True), dtype=np.float64)
-    probabilities = shifted / shifted.sum(-1, keepdims=True)
+    probabilities = np.exp(log_softmax(reference))
     masks = []
     for logits in (reference, found):
         mask = np.zeros(logits.shape, bool)
@@ -334,16 +299,11 @@ def lost_by(reference: Floats, found: Floats, top_k: int) -> npt.NDArray[np.floa
     return np.where(moved, np.maximum(lost - got, smallest), 0.0)
 
 
-def _centred(logits: Floats) -> npt.NDArray[np.float64]:
+def _centred(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """What a softmax sees of them."""
     exact = logits.astype(np.float64)
     centred: npt.NDArray[np.float64] = exact - exact.mean(-1, keepdims=True)
     return centred
-
-
-def _squares(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> tuple[float, float]:
-    exact = expected.astype(np.float64)
-    return float(((found - exact) ** 2).sum()), float((exact**2).sum())
 
 
 CPU = "ONNX Runtime, CPU"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medmoe_edge._types import Floats, Progress, no_progress
+from medmoe_edge._types import Floats, Progress, no_progress, there
 from medmoe_edge.bundle.bundle import AnyBundle, Bundle, Status, status_of
 from medmoe_edge.bundle.recorded import Recorded, signature_of, sweep_weights
 from medmoe_edge.config import Confidence, ModelConfig
@@ -107,10 +107,10 @@ def _routers_to(config: ModelConfig, expert: int) -> Mapping[str, Floats]:
     A router without a bias gets one through the norm before it, whose first channel is held at 1;
     that of an RMSNorm, which has no bias either, is large in every prompt and positive.
     """
-    assert config.moe is not None
-    size, bias = config.decoder.hidden_size, np.zeros(config.moe.router_rows, np.float32)
+    moe = there(config.moe)
+    size, bias = config.decoder.hidden_size, np.zeros(moe.router_rows, np.float32)
     bias[_row(config, expert)] = FORCE
-    if config.moe.router_bias:
+    if moe.router_bias:
         return {f"decoder.layers.{layer}.ffn.router.bias": bias for layer in config.moe_layers}
     first = np.eye(1, size, dtype=np.float32)  # [1, D]: 1 in the first channel
     norm = "input_norm" if config.decoder.parallel else "post_norm"
@@ -147,9 +147,9 @@ def _first_fault(step: Step, row: int) -> int | None:
 
 
 def _name(config: ModelConfig, layer: int, expert: int) -> str:
-    assert config.moe is not None
     name = f"decoder.layers.{config.moe_layers[layer]}.ffn.experts.{expert}"
-    return f"{name} ({config.moe.expert_names[expert]})" if config.moe.expert_names else name
+    names = there(config.moe).expert_names
+    return f"{name} ({names[expert]})" if names else name
 
 
 if TYPE_CHECKING:

@@ -74,6 +74,8 @@ def as_image(
             "value_range is of arrays: files and images say themselves what their values mean.",
             "Leave value_range out, or give an array.",
         )
+    if frame is not None and not isinstance(frame, int | np.integer):
+        raise InputError(f"frame is {frame!r}.", "Give a whole number, from 0.")
     if isinstance(source, Image):
         return source
     if isinstance(source, str | os.PathLike):

@@ -15,6 +15,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
+from medmoe_edge._types import there
 from medmoe_edge.errors import MissingDependencyError
 from medmoe_edge.kernels import PARTS, Half, Kernel, Tile, Variant, group_of
 from medmoe_edge.models.decoder import MoE
@@ -170,7 +171,7 @@ class StoredMoE(MoE):
 
     def __init__(self, moe: MoE, activation: str, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.top_k, self.noise, self.rows = moe.top_k, moe.noise, moe.rows
+        self.top_k, self.rows = moe.top_k, moe.rows
         self.merged = None
         self.router, self.coefficient = moe.router, moe.coefficient
         self.experts, self.meta = moe.experts, moe.meta
@@ -226,7 +227,7 @@ class DeltaMoE(MoE):
 
     def __init__(self, moe: MoE, deltas: Deltas, activation: str, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.top_k, self.noise, self.rows = moe.top_k, moe.noise, moe.rows
+        self.top_k, self.rows = moe.top_k, moe.rows
         self.merged, self.experts = None, nn.ModuleList()
         self.router, self.coefficient, self.meta = moe.router, moe.coefficient, moe.meta
         self.deltas, self.activation, self.dtype = deltas, activation, dtype
@@ -303,13 +304,11 @@ HALF_ERROR: dict[torch.dtype, float] = {torch.float16: 2e-3, torch.bfloat16: 1e-
 @functools.cache
 def interpreted_kernels() -> ModuleType:
     """A second copy of the kernels, which Triton interprets on CPU tensors."""
-    spec = importlib.util.spec_from_file_location("interpreted_kernels", kernels.__file__)
-    assert spec is not None
-    assert spec.loader is not None
+    spec = there(importlib.util.spec_from_file_location("interpreted_kernels", kernels.__file__))
     module = importlib.util.module_from_spec(spec)
     with knobs.runtime.scope():
         knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
+        there(spec.loader).exec_module(module)
     return module
 
 

@@ -95,19 +95,13 @@ def causal_mask(queries: int, past: int, device: torch.device) -> Tensor:
     return ones.tril(past)[None, None]
 
 
-def route(
-    logits: Tensor,
-    top_k: int,
-    noise: torch.Generator | None = None,
-    rows: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, top_k: int, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Choose experts from router logits `[T, E]`: weights and indices, both `[T, K]`.
 
     Where experts were left out, `rows` are the router's rows of the others: probabilities are over
     all rows, so that an expert that the whole model chooses counts what it counts there.
 
     k = 1 weighs with the un-renormalised probability; k = 2 renormalises over the two chosen.
-    `noise` adds Gumbel noise to the choice of the second expert only, as the official code does.
     """
     probabilities, scores = logits.float().softmax(-1), logits.float()
     if rows is not None:
@@ -115,17 +109,10 @@ def route(
     first = probabilities.argmax(-1, keepdim=True)  # [T, 1]
     if top_k == 1:
         return probabilities.gather(-1, first), first
-    if noise is not None:
-        scores = scores + _gumbel(scores.shape, noise).to(scores.device)
     second = scores.scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
     chosen = torch.cat((first, second), -1)  # [T, 2]
     weights = probabilities.gather(-1, chosen)
     return weights / weights.sum(-1, keepdim=True), chosen
-
-
-def _gumbel(shape: torch.Size, noise: torch.Generator) -> Tensor:
-    uniform = torch.rand(shape, generator=noise).clamp_min(torch.finfo(torch.float32).tiny)
-    return -torch.log(-torch.log(uniform))
 
 
 class MoE(nn.Module):
@@ -140,7 +127,6 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig, size: int, make_expert: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.top_k, self.rows = config.top_k, config.own_rows
-        self.noise: torch.Generator | None = None
         self.router = nn.Linear(size, config.router_rows, bias=config.router_bias)
         self.merged = make_expert() if config.merged else None
         routed = 0 if config.merged else config.num_experts
@@ -156,7 +142,7 @@ class MoE(nn.Module):
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and indices of the experts for tokens `[T, D]`, both `[T, K]`."""
-        return route(self.router_logits(tokens), self.top_k, self.noise, self.rows)
+        return route(self.router_logits(tokens), self.top_k, self.rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the chosen experts on their tokens and add the meta expert."""

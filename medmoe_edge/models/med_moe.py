@@ -20,6 +20,7 @@ from torch.nn.functional import (
     scaled_dot_product_attention,
 )
 
+from medmoe_edge._types import there
 from medmoe_edge.config import ModelConfig, VisionConfig
 from medmoe_edge.errors import CheckpointError, ConfigError
 from medmoe_edge.models.decoder import Decoder, KVCache, MoE, Phi, StableLm, causal_mask
@@ -271,8 +272,7 @@ def load_imagenet_weights(tower: EfficientNetLite, path: Path) -> None:
                 raise _wrong_variant(path)
             scale = gamma / torch.sqrt(variance + BATCH_NORM_EPS)
             convolution.weight.copy_(weight * scale[:, None, None, None])
-            assert convolution.bias is not None
-            convolution.bias.copy_(beta - mean * scale)
+            there(convolution.bias).copy_(beta - mean * scale)
 
 
 def feature_size(variant: str) -> int:
@@ -411,9 +411,3 @@ class MedMoE(nn.Module):
         ffn = self.decoder.layers[layer].ffn
         assert isinstance(ffn, MoE)
         return ffn
-
-    def use_gumbel(self, seed: int | None) -> None:
-        """Noise on the second expert's choice, to reproduce the official evaluation; None: off."""
-        noise = None if seed is None else torch.Generator().manual_seed(seed)
-        for layer in self.config.moe_layers:
-            self.moe_layer(layer).noise = noise

@@ -135,6 +135,7 @@ def show_modality_inspection(inspection: "ModalityInspection") -> None:
         ),
     ]
     show_make_up(inspection, rows)
+    show_warnings(inspection.warnings)
 
 
 def show_modality_evaluation(found: "ModalityEvaluation") -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.recorded import float_weights
 from medmoe_edge.calibration.routing import RoutingProfile
@@ -83,7 +83,6 @@ def _first_router(
 ) -> tuple[tuple[Floats, Floats | None], float, tuple[Floats, Floats]]:
     """The norm before the first router, and the router `[D, E]` with its bias `[E]`."""
     config = bundle.config
-    assert config.moe is not None
     own = f"decoder.layers.{config.moe_layers[0]}."
     norm = f"{own}{'input_norm' if config.decoder.parallel else 'post_norm'}."
     names = [f"{norm}weight", f"{norm}bias", f"{own}ffn.router.weight", f"{own}ffn.router.bias"]
@@ -93,18 +92,10 @@ def _first_router(
         if name in names
     }
     weight, bias, matrix, offset = (found.get(name) for name in names)
-    assert weight is not None
-    assert matrix is not None
-    experts = config.moe.router_rows
+    experts = there(config.moe).router_rows
     zeros = np.zeros(experts, np.float32)
-    return (
-        (weight, bias),
-        config.decoder.norm_eps,
-        (
-            matrix.reshape(-1, experts),
-            zeros if offset is None else offset,
-        ),
-    )
+    router = there(matrix).reshape(-1, experts), zeros if offset is None else offset
+    return (there(weight), bias), config.decoder.norm_eps, router
 
 
 UNITS: dict[str, int] = {
@@ -202,8 +193,7 @@ class RequestRouting:
     def __init__(
         self, bundle: Bundle, experts: PagedExperts[Any], ahead: Ahead = "expected"
     ) -> None:
-        assert bundle.config.moe is not None
-        self._moe, self._experts, self._ahead = bundle.config.moe, experts, ahead
+        self._moe, self._experts, self._ahead = there(bundle.config.moe), experts, ahead
         self._prediction = RoutingPrediction.of(bundle)
         self._tokens = self._none()  # since the last report
         self._routed = self._none()  # since the image

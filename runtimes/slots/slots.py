@@ -51,7 +51,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import BundleError, InputError, ResourceError
 from medmoe_edge.runtimes.base import Cache, Step
@@ -470,8 +470,7 @@ class SlotRequests:
     def __init__(
         self, bundle: Bundle, file: ExpertFile, pools: SlotPools, budget: int | str, run: Run
     ) -> None:
-        moe = bundle.config.moe
-        assert moe is not None
+        moe = there(bundle.config.moe)
         if isinstance(budget, str):
             budget = budget_bytes(budget, len(file.sizes) * pools.slot_bytes)
         count = slot_count(

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, there
 from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.config import ModelConfig
 from medmoe_edge.errors import BundleError, InputError, ResourceError
@@ -436,21 +436,20 @@ class PagedTensorRTRuntime(TensorRTRuntime):
         (lane,) = self._lane(len(embeds)).lanes  # a paged decoder is in one engine
         lane.inputs["table"].host[:] = table
         step = super()._run(embeds, cache)
-        assert self.config.moe is not None
-        shape = len(embeds), self.config.moe.top_k
+        moe = there(self.config.moe)
+        shape = len(embeds), moe.top_k
         chosen = [
             lane.outputs[f"chosen.{layer}"].host[: shape[0] * shape[1]].reshape(shape)
             for layer in range(len(table))
         ]
         # a NaN may be sent anywhere: the logits tell
-        return step, np.stack(chosen, 1).clip(0, self.config.moe.num_experts - 1)
+        return step, np.stack(chosen, 1).clip(0, moe.num_experts - 1)
 
     def _new_lane(self, context: Context, tokens: int, layers: range) -> Lane:
         lane, slots = super()._new_lane(context, tokens, layers), self.requests.slots
         lane.inputs["table"] = self._device.mirror(slots.shape, np.int32)
-        assert self.config.moe is not None
         for layer in range(slots.shape[0]):
-            count = tokens * self.config.moe.top_k
+            count = tokens * there(self.config.moe).top_k
             lane.outputs[f"chosen.{layer}"] = self._device.mirror((count,), np.int64)
         for kind in self._pools.kinds:
             lane.addresses[kind.name] = self._pools.addresses[kind.name]

@@ -21,7 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, there
 from medmoe_edge.bundle.bundle import DEFAULT, Bundle
 from medmoe_edge.errors import ModelError
 from medmoe_edge.export.decoder import ACTIVATIONS, MATRICES
@@ -95,8 +95,7 @@ class BundleWeights:
     def for_kernel(self, name: str) -> tuple[Tensor, Tensor]:
         """The bytes and scales of a weight that `has_kernel`, see `export.plugin`."""
         matrix, scale, _ = self.stored(name)
-        assert scale is not None
-        return self.tensor(matrix), self.tensor(scale)
+        return self.tensor(matrix), self.tensor(there(scale))
 
     def delta(self, stem: str, dtype: torch.dtype) -> "list[Expert] | None":
         """The factors of an expert's delta for the kernels; None where it has none for them."""

@@ -23,7 +23,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from medmoe_edge._types import Floats
+from medmoe_edge._types import Floats, there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.errors import BundleError, ResourceError, shown_bytes
 from medmoe_edge.models.decoder import route
@@ -228,8 +228,7 @@ class PagedTorchRuntime(TorchBundleRuntime):
         self._bound.bind(table)
         step = super().step(embeds, cache)
         logits = torch.from_numpy(step.router_logits).to(self.device)
-        assert self.config.moe is not None
-        moe = self.config.moe
+        moe = there(self.config.moe)
         _, chosen = route(logits, moe.top_k, rows=moe.own_rows)  # as its layers did, to the bit
         return step, chosen.cpu().numpy()
 

@@ -511,8 +511,12 @@ def test_what_a_verb_wrote_into_a_models_folder_is_replaced(
 ) -> None:
     shutil.copytree(tiny_checkpoint(), tmp_path / "c")
     shutil.copytree(tiny_bundle(), tmp_path / "b")
+    Image.new("L", (8, 8)).save(tmp_path / "scan.png")
+    question = {"image": "scan.png", "question": "Is it?", "answer": "No"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question))
     for line in (
         ["calibrate", "c", "--data", "builtin", "--samples", "4", "-o", "c/my.stats"],
+        ["eval", "c", "--data", "q.jsonl", "--predictions", "c/answers.json"],
         ["verify", "b", "--report", "b/report.html"],
     ):
         for again in ([], ["--force"]):

@@ -92,6 +92,20 @@ def test_one_where_many_are_meant(engine: Engine, call: Callable[[Any], Any], wh
         call(engine)
 
 
+def test_what_would_be_passed_over_is_refused(engine: Engine, tiny_bundle: Make) -> None:
+    scan, wrong = ROOT / "scan.png", {"yes": ["yes", "no"]}
+    for call, what in (
+        (lambda: engine.ask(scan, "Is it?", choices=wrong), "choices for 'yes'"),
+        (lambda: engine.ask_all(scan, ["Is it?", None]), "None is not text"),  # type: ignore[list-item]
+        (lambda: engine.ask(scan, "Is it?", frame=0.0), "frame is 0.0"),  # type: ignore[arg-type]
+        (lambda: medmoe_edge.load(tiny_bundle("fp32"), device="gpu"), "cpu, cuda"),  # type: ignore[call-overload]
+        (lambda: medmoe_edge.load(tiny_bundle("fp32"), runtime="ort"), "auto, onnx"),  # type: ignore[call-overload]
+        (lambda: medmoe_edge.load("modality-nano", device="gpu"), "device is 'gpu'"),  # type: ignore[call-overload]
+    ):
+        with pytest.raises(InputError, match=what):
+            call()
+
+
 def test_threads_wait_for_each_other(engine: Engine) -> None:
     """Eight threads, four pictures each: the answers are those of one thread."""
     images = [random_image(seed) for seed in range(4)]

@@ -103,9 +103,17 @@ def test_without_force_the_first_to_finish_stays(tmp_path: Path) -> None:
             (folder / MARKER).write_text("second")
             write(tmp_path / "out", "first")
 
-    with pytest.raises(ResourceError, match="cannot be written"):
+    with pytest.raises(InputError, match="exists already"):
         second()
     assert (tmp_path / "out" / MARKER).read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_with_force_what_came_meanwhile_is_replaced(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out", force=True, marker=MARKER) as folder:
+        (folder / MARKER).write_text("second")
+        write(tmp_path / "out", "first")
+    assert (tmp_path / "out" / MARKER).read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

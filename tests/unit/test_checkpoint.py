@@ -442,6 +442,23 @@ def test_a_mixture_of_both_papers_says_so_in_its_configuration(
         read_checkpoint(without(tmp_path / "out"))
 
 
+def test_other_ends_and_other_choices_of_tokens_are_not_passed_over(folder: Path) -> None:
+    """By generation_config.json transformers ends an answer, and chooses its tokens."""
+    end = read_checkpoint(folder).config.decoder.eos_token_id
+    generation = folder / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [end + 1, end], "temperature": 0.2}))
+    read = read_checkpoint(folder)
+    assert read.config.decoder.end_tokens == (end, end + 1)
+    assert read.warnings == ()
+    generation.write_text(json.dumps({"repetition_penalty": 1.2}))
+    (notice,) = read_checkpoint(folder).warnings
+    assert notice.code == "generation_not_applied"
+    assert "repetition_penalty = 1.2" in notice.message
+    generation.write_text(json.dumps({"eos_token_id": end + 1}))
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        read_checkpoint(folder)
+
+
 def test_a_tower_whose_last_layers_are_missing_is_refused(towerless: Path, tmp_path: Path) -> None:
     """One layer less, and the features would be those of another layer."""
     clip(TINY["stablelm"]).save_pretrained(tmp_path / "tower")
@@ -575,6 +592,33 @@ def test_a_tower_that_normalises_otherwise_is_refused(towerless: Path, tmp_path:
         (tower / "preprocessor_config.json").write_text(changed)
         with pytest.raises(ConfigError, match="image_mean"):
             read_checkpoint(towerless, vision_tower=tower)
+
+
+def test_a_checkpoint_that_normalises_otherwise_is_refused(folder: Path) -> None:
+    processor = folder / "preprocessor_config.json"
+    processor.write_text(json.dumps({"image_mean": [0.48145466, 0.4578275, 0.40821073]}))
+    read_checkpoint(folder)
+    processor.write_text(json.dumps({"image_std": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ConfigError, match="image_std"):
+        read_checkpoint(folder)
+
+
+def test_integers_that_older_versions_stored_are_passed_over(
+    towerless: Path, tmp_path: Path
+) -> None:
+    tower = tmp_path / "tower"
+    clip(TINY["stablelm"]).save_pretrained(tower)
+    weights = load_file(tower / "model.safetensors")
+    vision = {f"vision_model.{key.removeprefix('vision_model.')}": weights[key] for key in weights}
+    names = (f"{part}_model.embeddings.position_ids" for part in ("text", "vision"))
+    own = {name: torch.arange(5)[None] for name in names}
+    save_file(vision | own, tower / "model.safetensors")
+    read_checkpoint(towerless, vision_tower=tower)
+    with edit_tensors(towerless) as tensors:
+        for key, value in (vision | own).items():
+            if key.startswith("vision_model."):
+                tensors[f"model.image_tower.image_tower.{key}"] = value
+    assert read_checkpoint(towerless).config.vision.layers == 2
 
 
 def test_a_tower_of_another_width_is_refused(towerless: Path, tmp_path: Path) -> None:
@@ -752,6 +796,13 @@ def test_tensors_must_be_those_of_the_configuration(folder: Path) -> None:
         read_checkpoint(folder)
 
 
+def test_two_sets_of_weights_are_refused(folder: Path) -> None:
+    """transformers reads the single file, and the index names others."""
+    save_file({"lm_head.weight": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="two sets of weights"):
+        read_checkpoint(folder)
+
+
 def test_a_quantised_tensor_is_refused(folder: Path) -> None:
     with edit_tensors(folder) as tensors:
         tensors["lm_head.weight"] = torch.zeros(256, 64, dtype=torch.int8)
@@ -865,6 +916,17 @@ def test_the_prefixes_of_trainers_are_taken_off(folder: Path, wrapped: str) -> N
     with edit_tensors(folder) as tensors:
         for key in list(tensors):
             tensors[wrapped.format(key)] = tensors.pop(key)
+    for name, tensor in read_checkpoint(folder):
+        assert torch.equal(tensor, plain[name])
+
+
+def test_the_prefixes_of_trainers_are_taken_off_qwens_own_names(tmp_path: Path) -> None:
+    qwen = dataclasses.replace(TINY["stablelm"].decoder, kind="qwen", rotary_fraction=1.0)
+    folder = write(tmp_path / "out", dataclasses.replace(TINY["stablelm"], decoder=qwen))
+    plain = dict(read_checkpoint(folder))
+    with edit_tensors(folder) as tensors:
+        for key in list(tensors):
+            tensors[f"base_model.model.{key}"] = tensors.pop(key)
     for name, tensor in read_checkpoint(folder):
         assert torch.equal(tensor, plain[name])
 

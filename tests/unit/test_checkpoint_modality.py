@@ -15,7 +15,7 @@ from medmoe_edge.checkpoint.contrastive import (
     read_modality_checkpoint,
     write_modality_checkpoint,
 )
-from medmoe_edge.config_contrastive import ModalityConfig
+from medmoe_edge.config_contrastive import ModalityConfig, read_scores
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ModelError
 from medmoe_edge.presets import MODALITY_PRESETS, PRESETS
 from medmoe_edge.training.initialise import initialise, random_modality_model
@@ -66,6 +66,17 @@ def test_an_impossible_configuration_is_refused(part: str | None, changes: dict[
     (data[part] if part else data).update(changes)
     with pytest.raises(ConfigError):
         ModalityConfig.from_json(data)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    ['{"temperature": 1e300}', '{"temperature": NaN}']
+    + [f'{{"evidence_limit": {value}}}' for value in ("NaN", "Infinity", "-Infinity")],
+)
+def test_impossible_scores_are_refused(tmp_path: Path, scores: str) -> None:
+    (tmp_path / "scores.json").write_text(scores)
+    with pytest.raises(ConfigError, match="finite"):
+        read_scores(tmp_path)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from medmoe_edge.evaluation.confidence import (
     fit_confidence,
     fit_curve,
     fit_refusal,
+    fit_refusals,
     refusal_threshold,
 )
 from medmoe_edge.evaluation.evaluate import Prediction
@@ -280,6 +281,17 @@ def test_a_patient_in_both_groups_is_in_one_part() -> None:
     assert (
         Share.of(19, 20) in apart
     )  # of another patient it is missed, where these are in two parts
+
+
+def test_scans_that_cannot_answer_a_question_are_no_reason_to_answer_it() -> None:
+    """Brains asked for effusion raise no border of `not_answerable`; that of no scan they do."""
+    codes = ("not_a_scan", "not_answerable")
+    usual = [(f"film {n}", dict.fromkeys(codes, 0.01)) for n in range(100)]
+    brains = [(f"brain {n}", dict.fromkeys(codes, 0.97)) for n in range(100)]
+    fits = fit_refusals(codes, usual, brains, [])
+    assert fits["not_answerable"].threshold == 0.5
+    assert fits["not_answerable"].usual == Share.of(0, 100)
+    assert fits["not_a_scan"].threshold > 0.97
 
 
 def test_a_threshold_needs_two_images() -> None:

@@ -1,6 +1,7 @@
 """Sets that are added to one dataset folder, and image labels made of folders and tables."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from listen_process import study
 from PIL import Image as Pillow
 
+from medmoe_edge.calibration.data import read_calibration
 from medmoe_edge.data.datasets import read_examples, read_labels
 from medmoe_edge.data.folder import LabelOptions, add_labels, split_evenly
 from medmoe_edge.data.prepare import add_questions, prepare
@@ -51,6 +53,24 @@ def test_a_folder_says_modality_and_finding(tmp_path: Path, pictures: Path) -> N
         (modality, finding) for modality in ("ct", "oct") for finding in ("normal", "odd")
     }
     assert {item.source for item in found} == {"mine"}
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+
+    def refused(path: str) -> Any:
+        if Path(path).name == "odd":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", refused)
+    with pytest.raises(DataError, match="The folder 'odd' cannot be read"):
+        labels(pictures, tmp_path / "data")
+    with pytest.raises(DataError, match="The folder 'odd' cannot be read"):
+        read_calibration(pictures)
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +147,17 @@ def test_what_labels_nothing(
     with pytest.raises((DataError, InputError), match=complaint):
         labels(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_two_modalities_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "1.png", 1)
+    rows = ["image,modality,finding", "1.png,CT,mass", "1.png,ct,effusion", "1.png,mri,mass"]
+    (tmp_path / "t.csv").write_text("\n".join(rows[:3]))
+    labels(tmp_path / "t.csv", tmp_path / "out")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="image 3 is labelled mri and ct"):
+        labels(tmp_path / "t.csv", tmp_path / "out", force=True)
+    assert "mri" not in (tmp_path / "out" / "labels.jsonl").read_text()
 
 
 def question(image: str, **more: Any) -> dict[str, Any]:

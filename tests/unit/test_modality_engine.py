@@ -17,9 +17,13 @@ from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine, load_modality
 from medmoe_edge.contrastive.features import TextCache
+from medmoe_edge.engine.loading import Proven
 from medmoe_edge.errors import CheckpointError, ConfigError, InputError, ModelError
+from medmoe_edge.evaluation.inspection import inspect_modality
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.models.contrastive import similarity
+from medmoe_edge.pipeline import ExportOptions
+from medmoe_edge.pipeline.contrastive import export_modality
 from medmoe_edge.runtimes.contrastive import ImageFeatures, TextFeatures
 
 LABELS = ["effusion", "no finding", "a mass"]
@@ -63,6 +67,15 @@ class Fixed:
 
 def fixed(*arguments: Any, **options: Any) -> ModalityEngine:
     return ModalityEngine(Fixed(*arguments), "fixed", "0" * 64, **options)
+
+
+def test_every_result_of_a_bundle_that_failed_its_verification_says_so() -> None:
+    engine = fixed(proven=Proven("failed", None, here=False))
+    asked = picture()
+    results = engine.read(asked), engine.classify(asked, LABELS), engine.locate(asked, "a mass")
+    for found in results:
+        assert [notice.code for notice in found.warnings] == ["verification_failed"]
+    assert fixed(proven=Proven("passed", None, here=True)).read(asked).warnings == ()
 
 
 # --- classify ---------------------------------------------------------------------------------
@@ -160,6 +173,28 @@ def test_texts_come_back_in_order_and_those_used_last_are_kept(
 
 
 # --- the router -------------------------------------------------------------------------------
+
+
+def test_scores_that_were_lost_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the checkpoint, its export and the bundle; of those that were fitted nothing is said."""
+    checkpoint, bundle = write_tiny(tmp_path / "tiny"), tmp_path / "bundle"
+    export_modality(checkpoint, bundle, ExportOptions("fp32"))
+    assert "scores.json" in caplog.text
+    for folder in checkpoint, bundle:
+        inspected = inspect_modality(folder).to_json()["warnings"]
+        assert [notice["code"] for notice in inspected] == ["scores_not_fitted"]
+        lost = load_modality(folder)
+        for answer in (
+            lost.read(picture()),
+            lost.classify(picture(), LABELS),
+            lost.locate(picture(), LABELS[0]),
+        ):
+            assert [notice.code for notice in answer.warnings] == ["scores_not_fitted"]
+    scores = {"temperature": 20.0, "entropy_limit": 0.7}
+    fitted = load_modality(write_tiny(tmp_path / "fitted", scores=scores))
+    assert fitted.read(picture()).warnings == ()
 
 
 def test_a_reading_is_the_softmax_of_the_router() -> None:

@@ -252,6 +252,14 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
         MedMoEFamily().check_export(ExportOptions(as_published=True), "onnxruntime")
 
 
+def test_integers_that_older_versions_stored_are_passed_over(tmp_path: Path) -> None:
+    save(tmp_path / "theirs", "model.")
+    file = tmp_path / "theirs" / "model.safetensors"
+    names = "text_encoder.model.embeddings.position_ids", "image_encoder.relative_position_index"
+    save_file(load_file(file) | {f"model.{name}": torch.arange(4) for name in names}, file)
+    read_modality_checkpoint(tmp_path / "theirs")
+
+
 def test_every_parameter_has_a_name_of_its_own(tmp_path: Path) -> None:
     names = [published_name(name) for name in tiny_model(config=CONFIG).state_dict()]
     assert len(set(names)) == len(names)

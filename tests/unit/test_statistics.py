@@ -263,7 +263,6 @@ def test_a_routing_profile_survives_json() -> None:
     assert again.to_json() == data
     np.testing.assert_array_equal(again.distinct, profile.distinct)
     np.testing.assert_allclose(profile.union, [1, 2 / 3])
-    assert profile.pairs == pytest.approx(5 / 3)
     np.testing.assert_allclose(profile.probability("ct")[0], [0.5, 0.25, 0.25])
     np.testing.assert_array_equal(profile.probability("xray"), np.zeros((2, 3)))
     for key in data:

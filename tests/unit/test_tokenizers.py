@@ -208,6 +208,43 @@ def test_a_tokenizer_of_our_own_training_is_used_as_it_is(tmp_path: Path) -> Non
     assert found.tokenizer.decode(found.tokenizer.backend.encode("No .").ids) == "No ."
 
 
+def test_what_training_last_asked_for_cuts_and_pads_no_prompt(phi: Path, tmp_path: Path) -> None:
+    """A fast tokenizer's file holds the truncation and the padding of its last call."""
+    find_tokenizer(phi).write(tmp_path / "tokenizer.json")
+    usual = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    backend = Tokenizer.from_file(tmp_path / "tokenizer.json").backend
+    backend.enable_truncation(5)
+    backend.enable_padding(length=200)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    found = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert found.prefix_ids() == usual.prefix_ids()
+    assert found.question_ids("Is it?") == usual.question_ids("Is it?")
+    assert found.answer_ids("No") == usual.answer_ids("No")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"), [(None, {"decoder": None}), ("model", {"dropout": 0.5})]
+)
+def test_a_tokenizer_that_gives_no_words_or_other_ones_each_time_is_refused(
+    phi: Path, tmp_path: Path, part: str | None, changes: dict[str, Any]
+) -> None:
+    find_tokenizer(phi).write(tmp_path / "tokenizer.json")
+    shutil.copy(phi / "tokenizer_config.json", tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    (data[part] if part else data).update(changes)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="no words"):
+        find_tokenizer(tmp_path).check(PRESETS["nano"].decoder)
+
+
+def test_a_fast_tokenizer_is_held_against_its_map_of_special_tokens(
+    phi: Path, tmp_path: Path
+) -> None:
+    find_tokenizer(phi).write(tmp_path / "tokenizer.json")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "the"}))
+    assert find_tokenizer(tmp_path).end == "the"
+
+
 @pytest.mark.parametrize("form", ["slow", "fast"])
 def test_a_tokenizer_is_written_whole_or_not_at_all(
     phi: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
