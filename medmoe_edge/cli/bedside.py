@@ -134,8 +134,10 @@ def _run_as_service(file: "Log | None" = None) -> None:
             raise InputError(*unreadable("The log's file", error)) from error
         logging.getLogger("medmoe_edge").handlers = [rotated]
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z")
-    for handler in logging.getLogger("medmoe_edge").handlers:
+    own = logging.getLogger("medmoe_edge").handlers
+    for handler in own:
         handler.setFormatter(form)
+    logging.getLogger("uvicorn").handlers = own  # what it says of requests that are none
 
 
 LISTEN = """Receive DICOM images, answer configured questions about each series, send reports on.

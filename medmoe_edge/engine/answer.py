@@ -112,8 +112,8 @@ LONGEST_CHOICE = 200  # characters
 def choices_of(choices: Choices | None, question: str) -> tuple[str, ...]:
     """The answers that may be given to a question, checked; empty where any may be.
 
-    Raises `InputError` for choices that are none, empty, the same but for their case, too many or
-    too long.
+    Raises `InputError` for choices that are none, empty, no text, the same but for their case, too
+    many or too long.
     """
     found = choices.get(question) if isinstance(choices, Mapping) else choices
     if found is None:
@@ -129,6 +129,10 @@ def choices_of(choices: Choices | None, question: str) -> tuple[str, ...]:
     twice = next((each for each in given if folded.count(each.casefold()) > 1), None)
     if twice is not None:
         raise InputError(f"The choice {twice!r} is there twice.", "Name each once.")
+    try:
+        "".join(given).encode()
+    except UnicodeEncodeError as error:  # half of a character, as JSON can write it
+        raise InputError("A choice is not valid Unicode.", "Type it as UTF-8.") from error
     longest = max(given, key=len)
     if len(given) > MOST_CHOICES or len(longest) > LONGEST_CHOICE:
         raise InputError(

@@ -108,8 +108,9 @@ class Header:
         """
         value = self.value(keyword)
         is_text = dictionary_VR(keyword) in ("DS", "IS")
-        if value is None and is_text and keyword in self.dataset:
-            value = self.dataset.get_item(keyword).value
+        if value is None and keyword in self.dataset:
+            raw = self.dataset.get_item(keyword).value
+            value = raw if is_text or not raw else [None]  # there is one, and it cannot be read
         if isinstance(value, bytes) and is_text:
             return value.decode("ascii", "replace").strip(" \0").split("\\") if value else []
         if isinstance(value, bytes):

@@ -20,6 +20,7 @@ from pydicom.uid import (
     KeyObjectSelectionDocumentStorage,
 )
 from test_batch import StandIn
+from test_listen_odd import issued_by
 from test_listen_series import slice_of
 
 from medmoe_edge.bedside.audit.log import AuditLog
@@ -109,6 +110,18 @@ def test_a_series_is_one_where_some_of_it_lacks_the_issuer(
         (archive / f"{place}.dcm").unlink()
     _, rows = asked(archive, Series())
     assert [row["slices_of"] for row in rows] == ["5", ""]
+
+
+def test_a_series_of_several_patients_is_told_apart_or_told_of(
+    engine: Reading, archive: Path
+) -> None:
+    save(archive / "4.dcm", slice_of(6, PatientName="Roe^Richard"))
+    _, rows = asked(archive, Series())
+    assert "differ in PatientName: look whose images they are" in rows[0]["warnings"]
+    save(archive / "4.dcm", issued_by("1.2.3", slice_of(6)))
+    save(archive / "5.dcm", issued_by("1.2.4", slice_of(3)))
+    _, rows = asked(archive, Series())
+    assert sorted(row["slices_of"] for row in rows) == ["", "1", "1", "5"]
 
 
 def test_slices_vote(engine: Reading, archive: Path) -> None:

@@ -238,6 +238,21 @@ def test_a_sender_beyond_all_connections_is_told_of_in_the_log(
         assert "rejected: too many connections are open" in caplog.text
 
 
+def test_who_waits_for_the_node_is_not_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects that take longer to keep than a peer may be silent."""
+    with Node(configuration(tmp_path / "node", timeout=1.0), StandIn()) as node:
+        keep = node.folder.keep
+
+        def slowly(path: Path, data: bytes) -> None:
+            time.sleep(1.5)
+            keep(path, data)
+
+        monkeypatch.setattr(node.folder, "keep", slowly)
+        assert send(node.port, study(1), study(2), study(3)) == [0] * 3
+
+
 @pytest.mark.parametrize("announced", [0xFFFFFFF0, 1000])
 def test_a_pdu_without_end_is_not_waited_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, announced: int

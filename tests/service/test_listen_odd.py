@@ -420,6 +420,76 @@ def test_two_patients_in_one_study_get_a_series_each(
     assert warnings_of(node)[1] == ["shared_study"]
 
 
+def issued_by(universal: str, dataset: Dataset) -> Dataset:
+    """The same, whose patient's number was issued by whom an identifier names."""
+    item = Dataset()
+    item.UniversalEntityID, item.UniversalEntityIDType = universal, "ISO"
+    dataset.IssuerOfPatientIDQualifiersSequence = [item]
+    return dataset
+
+
+def test_one_number_of_two_issuers_that_identifiers_name_is_two_patients(tmp_path: Path) -> None:
+    same = {"StudyInstanceUID": "1.2.826.0.4711.1", "SeriesInstanceUID": "1.2.826.0.4711.2"}
+    scans = [issued_by(f"1.2.3.{each}", study(each, **same)) for each in (1, 2)]
+    scans.append(study(3, **same, IssuerOfPatientID="HOSPITAL"))
+    scans.append(issued_by("1.2.3.4", study(4, **same, IssuerOfPatientID="HOSPITAL")))
+    kinds = [REPORT, "basic-text-sr", "picture", "fhir-r4", "hl7-v2"]
+    series = {"quiet": 1.0}
+    with Node(configuration(tmp_path / "node", documents=kinds, series=series), StandIn()) as node:
+        assert send(node.port, *scans) == [0] * 4
+        answered(node, 3)
+        assert [each["objects"] for each in node.desk.series()] == [2, 1, 1]
+        folders = [path for path in node.folder.documents.iterdir() if list(path.glob("*.dcm"))]
+        for folder in folders:
+            made = [dcmread(path) for path in folder.glob("*.dcm")]
+            named = {str(each.get("IssuerOfPatientIDQualifiersSequence")) for each in made}
+            assert len(named) == 1
+            assert len(made) == 3
+            (message,) = (path.read_bytes() for path in folder.glob("*.hl7"))
+            (fhir,) = (json.loads(path.read_text()) for path in folder.glob("*.json"))
+            identifier = fhir["entry"][2]["resource"]["subject"]["identifier"]
+            if (own := made[0].get("IssuerOfPatientIDQualifiersSequence")) is not None:
+                universal = own[0].UniversalEntityID
+                assert f"&{universal}&ISO|".encode() in message
+                assert universal in ("1.2.3.4", identifier["assigner"]["display"])
+        again = issued_by("1.2.3.9", study(1, **same))
+        assert send(node.port, again) == [0]
+        wait_for(lambda: len(rejections(node)) == 1)
+
+
+def test_a_series_whose_objects_differ_in_their_patient_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And one that only writes the same otherwise, or was corrected as a whole, says nothing."""
+    same = {"StudyInstanceUID": "1.2.826.0.4711.1", "SeriesInstanceUID": "1.2.826.0.4711.2"}
+    about = {"PatientBirthDate": "19700203", "PatientSex": "F"}
+
+    def of(number: int, **values: Any) -> Dataset:
+        return study(number, InstanceNumber=str(number), **same | about | values)
+
+    series = {"quiet": 0.5, "linger": 60}
+    with Node(configuration(tmp_path / "node", series=series), StandIn()) as node:
+
+        def told(count: int) -> str:
+            answered(node, count)
+            (text,) = node.queue._column(
+                "SELECT answer FROM answer JOIN result USING (key) WHERE replaced = ''"
+            )
+            return str({each["code"]: each["message"] for each in json.loads(text)["warnings"]})
+
+        others = [of(2, PatientName="DOE^JANE^^", PatientSex=""), of(3, PatientBirthDate="")]
+        assert send(node.port, of(1), *others) == [0] * 3
+        assert "patient_differs" not in told(1)
+        assert send(node.port, of(4, PatientName="Roe^Richard", PatientSex="M")) == [0]
+        assert "differ in PatientName, PatientSex: look whose images they are" in told(2)
+        assert "differ in PatientName, PatientSex: look whose images they are" in caplog.text
+        assert send(node.port, of(4)) == [0]
+        assert "patient_differs" not in told(3)
+        for secret in ("Roe", "Doe", "19700203"):
+            assert secret not in caplog.text
+            assert secret.encode() not in node.folder.queue.read_bytes()
+
+
 @pytest.mark.parametrize("issuers", [("", "HOSPITAL"), ("HOSPITAL", "")])
 def test_who_issued_the_number_makes_no_other_patient_where_one_does_not_say(
     node: Node, caplog: pytest.LogCaptureFixture, issuers: tuple[str, str]
@@ -616,7 +686,8 @@ def test_a_queue_of_an_earlier_version_is_gone_on_with(tmp_path: Path, has_origi
             if has_origins:
                 header, pixels = listen_receiving._parts(path.read_bytes())
                 origin = origin_of(header, pixels[8:])
-                database.execute("INSERT INTO origin VALUES (?, ?, ?, ?, ?)", (path.stem, *origin))
+                statement = "INSERT INTO origin VALUES (?, ?, ?, ?, ?)"
+                database.execute(statement, (path.stem, *origin[:4]))
         answered_key = key_of(study(1).SOPInstanceUID)
         database.execute("INSERT INTO answer VALUES (?, 'q', '{}')", (answered_key,))
         database.execute("INSERT INTO delivery VALUES (1, 'x/y.dcm', 'gone', 0)")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from pynetdicom.ae import ApplicationEntity
 from pynetdicom.events import Event
 
 from medmoe_edge.bedside.listen.config import Series
-from medmoe_edge.bedside.listen.header import Origin, body_parts, body_parts_of, origin_of, taken_at
+from medmoe_edge.bedside.listen.evidence import taken_at
+from medmoe_edge.bedside.listen.header import Origin, body_parts, body_parts_of, origin_of
 from medmoe_edge.bedside.listen.node import Node
 from medmoe_edge.bedside.listen.queue import Queue
 from medmoe_edge.bedside.listen.schema import Membership, Slice
@@ -507,6 +509,41 @@ def test_slices_that_come_late_are_answered_with_the_others(tmp_path: Path) -> N
     assert "PredecessorDocumentsSequence" in reports[1]
 
 
+FINDING = {"ask": [QUESTION], "code": ["60046008", "SCT", "Pleural effusion"]}
+
+
+def presences(node: Node) -> list[str]:
+    """What the reports say of the finding, the first report first."""
+    reports = [dcmread(path) for path in node.folder.documents.glob("*/*.comprehensive-3d-sr.dcm")]
+    reports.sort(key=lambda each: int(each.InstanceNumber))
+    said = ("Present", "Absent", "Undetermined")
+    return [next(word for word in said if f"'{word}'" in str(each)) for each in reports]
+
+
+@pytest.mark.parametrize("linger", [60, 0])
+def test_nothing_is_absent_once_there_are_slices_that_were_not_asked(
+    tmp_path: Path, linger: float
+) -> None:
+    """Even where the one that was asked is the middle one still; or where it is gone."""
+    series = {"quiet": 0.5, "linger": linger}
+    with Node(
+        configuration(tmp_path / "node", series=series, findings=[FINDING]), StandIn()
+    ) as node:
+        assert send(node.port, slice_of(1)) == [0]
+        answered(node)
+        assert presences(node) == ["Absent"]
+        wait_for(lambda: bool(linger) or not list(node.folder.images.iterdir()))
+        assert send(node.port, slice_of(2)) == [0]
+        answered(node, 2)
+        assert presences(node) == ["Absent", "Undetermined"]
+        standing = node.queue._read("SELECT count(*) FROM result WHERE replaced = ''")
+        assert standing == [(1 if linger else 2,)]
+        if linger:  # and more of it change nothing
+            assert send(node.port, *map(slice_of, (1, 2, 0))) == [0] * 3
+            wait_for(lambda: node.queue.counts()["waiting"] == 0)
+            answered(node, 2)
+
+
 def test_slices_whose_others_are_gone_are_answered_and_say_so(tmp_path: Path) -> None:
     config = configuration(tmp_path / "node", series={"quiet": 0.5, "linger": 0, "slices": "all"})
     with Node(config, Reading()) as node:
@@ -529,6 +566,110 @@ def test_another_patients_resend_withdraws_even_where_nothing_is_asked(tmp_path:
         wait_for(lambda: bool(list(node.folder.documents.glob("*/*.withdrawal.dcm"))))
         wait_for(lambda: node.queue.counts()["waiting"] == 0)
         assert node.queue.counts()["answered"] == 1
+
+
+def references(document: Dataset) -> list[str]:
+    """The objects that a document names."""
+    return sorted(
+        str(instance.ReferencedSOPInstanceUID)
+        for each in document.CurrentRequestedProcedureEvidenceSequence
+        for series in each.ReferencedSeriesSequence
+        for instance in series.ReferencedSOPSequence
+    )
+
+
+def told_of(node: Node) -> tuple[list[tuple[str, list[int]]], int]:
+    """Of the reports that stand whose each is and about which slices; and how many do not."""
+    made = [dcmread(path) for path in node.folder.documents.glob("*/*.dcm")]
+    ended = [uid for each in made if each.Modality == "KO" for uid in references(each)]
+    for each in made:
+        for named in each.get("PredecessorDocumentsSequence") or ():
+            for series in named.ReferencedSeriesSequence:
+                ended += [str(one.ReferencedSOPInstanceUID) for one in series.ReferencedSOPSequence]
+    standing = [
+        (str(each.PatientID), [int(uid.split(".")[-1]) for uid in references(each)])
+        for each in made
+        if each.Modality == "SR" and each.SOPInstanceUID not in ended
+    ]
+    return sorted(standing), len(ended)
+
+
+def quiet(node: Node) -> None:
+    """Wait until nothing is to be answered."""
+    wait_for(lambda: node.queue.counts()["waiting"] == 0)
+
+
+@pytest.mark.parametrize("slices", ["all", "middle"])
+def test_what_is_left_of_a_series_is_answered_without_what_is_anothers(
+    tmp_path: Path, slices: str
+) -> None:
+    series = {"quiet": 0.5, "linger": 60, "slices": slices}
+    with Node(configuration(tmp_path / "node", series=series), StandIn()) as node:
+        assert send(node.port, *map(slice_of, (1, 2, 3))) == [0] * 3
+        answered(node)
+        assert send(node.port, slice_of(2, PatientID="OTHER")) == [0]
+        answered(node, 3)
+        left = [1, 3] if slices == "all" else [1]
+        assert told_of(node) == ([("MRN-4711", left), ("OTHER", [2])], 1)
+        assert send(node.port, slice_of(4)) == [0]  # the other's is not asked in this one's name
+        quiet(node)
+        left = [1, 3, 4] if slices == "all" else [3]
+        assert told_of(node)[0] == [("MRN-4711", left), ("OTHER", [2])]
+        assert send(node.port, slice_of(2)) == [0]
+        quiet(node)
+        assert told_of(node)[0] == [("MRN-4711", [1, 2, 3, 4] if slices == "all" else [2])]
+
+
+def test_what_is_left_of_a_series_is_given_up_where_its_images_are_gone(tmp_path: Path) -> None:
+    series = {"quiet": 0.5, "linger": 0, "slices": "all"}
+    with Node(configuration(tmp_path / "node", series=series), StandIn()) as node:
+        assert send(node.port, *map(slice_of, (1, 2, 3))) == [0] * 3
+        answered(node)
+        wait_for(lambda: not list(node.folder.images.iterdir()))
+        assert send(node.port, slice_of(2, PatientID="OTHER")) == [0]
+        wait_for(lambda: node.queue.counts()["failed"] == 1)
+        answered(node, 2)
+        assert told_of(node) == ([("OTHER", [2])], 1)
+        assert send(node.port, *map(slice_of, (1, 3))) == [0] * 2
+        answered(node, 3)
+        assert told_of(node) == ([("MRN-4711", [1, 3]), ("OTHER", [2])], 1)
+
+
+def test_a_whole_series_that_is_anothers_makes_one_result(tmp_path: Path) -> None:
+    """And none of what is left meanwhile, whatever the objects say of their number."""
+    series = {"quiet": 1.0, "linger": 60}
+    said: dict[str, Any] = {"NumberOfSeriesRelatedInstances": "4"}
+    with Node(configuration(tmp_path / "node", series=series), StandIn()) as node:
+        assert send(node.port, *(slice_of(each, **said) for each in (1, 2, 3, 4))) == [0] * 4
+        answered(node)
+        for number in (2, 1, 3, 4):
+            assert send(node.port, slice_of(number, PatientID="OTHER", **said)) == [0]
+            time.sleep(0.2)
+        answered(node, 2)
+        quiet(node)
+        assert told_of(node) == ([("OTHER", [2])], 1)
+        assert node.queue.counts()["answered"] == 2
+
+
+def test_a_report_that_no_other_follows_is_withdrawn(tmp_path: Path) -> None:
+    """Where what came again is asked nothing, or something else, about the same patient."""
+    questions = [
+        {"body_parts": ["CHEST"], "ask": [QUESTION]},
+        {"body_parts": ["HAND"], "ask": ["Is there a fracture?"]},
+    ]
+    config = configuration(tmp_path / "node", questions=questions)
+    with Node(config, StandIn()) as node:
+        assert send(node.port, study(1), study(2)) == [0, 0]
+        answered(node, 2)
+        assert send(node.port, study(1, BodyPartExamined="HAND")) == [0]
+        answered(node, 3)
+        other = "1.2.826.0.4711.2.9"
+        assert send(node.port, study(2, SeriesInstanceUID=other, BodyPartExamined="FOOT")) == [0]
+        wait_for(lambda: told_of(node)[1] == 2)
+        (standing,), _ = told_of(node)
+        assert standing == ("MRN-4711", [3])
+        paths = node.folder.documents.glob("*/*.withdrawal.dcm")
+        assert all(b"is not asked the same" in path.read_bytes() for path in paths)
 
 
 def test_what_comes_back_to_the_first_patient_is_answered_there_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ DCMTK over TLS, an MLLP server.
 import asyncio
 import contextlib
 import gzip
+import itertools
 import json
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import time
 import tracemalloc
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -851,6 +852,109 @@ def test_a_source_that_gives_up_after_some_may_have_more(
             "1 of 2 objects were not kept (It shows text); "
             "the source then gave up, and may have more",
         )
+
+
+class Pacs(GivingUp):
+    """One that names `studies` whatever it is asked for, and refuses to give some out."""
+
+    def __init__(self, studies: Iterable[Dataset], refuses: dict[str, int]) -> None:
+        self.studies, self.refuses, self.moved = studies, refuses, Counter[str]()
+        self.dimse_timeout, self.aborted = 0.0, False
+
+    def send_c_find(self, query: Dataset, *_: Any) -> Iterator[tuple[Dataset, Dataset | None]]:
+        going, done = Dataset(), Dataset()
+        going.Status, done.Status = 0xFF00, 0x0000
+        yield from ((going, each) for each in self.studies)
+        yield done, None
+
+    def send_c_move(self, wanted: Dataset, *_: Any) -> Iterator[tuple[Dataset, None]]:
+        self.moved[wanted.StudyInstanceUID] += 1
+        last = Dataset()
+        last.Status = self.refuses.get(wanted.StudyInstanceUID, 0x0000)
+        if not last.Status:
+            last.NumberOfCompletedSuboperations = 1
+        yield last, None
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@contextlib.contextmanager
+def fetching(
+    folder: Path, patch: pytest.MonkeyPatch, studies: Iterable[Dataset], refuses: dict[str, int]
+) -> Iterator[tuple[Node, Pacs]]:
+    """A node whose source is such a PACS, which it asks ten times within a second."""
+    pacs = Pacs(studies, refuses)
+    patch.setattr("medmoe_edge.bedside.listen.fetching.associated", lambda *_, **__: pacs)
+    patch.setattr("medmoe_edge.bedside.listen.node.LONGEST_DELAY", 0.05)
+    sources = [SOURCES["move"] | {"port": free_port()}]
+    config = configuration(folder / "node", sources=sources)
+    with Node(config, StandIn(), first_delay=0.01) as node:
+        yield node, pacs
+
+
+def test_a_list_of_studies_without_end_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("medmoe_edge.bedside.listen.fetching.MOST_FOUND", 100)
+    endless = (study(number) for number in itertools.count(2))
+    with fetching(tmp_path, monkeypatch, endless, {}) as (node, pacs):
+        number = node.desk.request(STUDY, 0, "")
+        wait_for(lambda: node.desk.fetched(number)[0] != "waiting")
+        assert node.desk.fetched(number)[0] == "failed"
+    assert pacs.aborted
+    assert int(str(next(endless).SOPInstanceUID).split(".")[-2]) < 110
+    assert "its list of studies does not end: 100 in 120 s are read" in caplog.text
+
+
+def test_of_what_a_source_names_only_what_was_asked_for_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the studies of another patient whose number another has issued."""
+    own = study(1, PatientID="1", IssuerOfPatientID="A", StudyDate="20240506")
+    older = {"PatientID": "1", "StudyDate": "20230101"}
+    others = [study(2, PatientID="2", StudyDate="20230101")]
+    others += [study(3, **older, IssuerOfPatientID="B"), study(4, PatientID="*")]
+    prior = study(5, **older)
+    with fetching(tmp_path, monkeypatch, [*others, own, prior], {}) as (node, pacs):
+        number = node.desk.request(STUDY, 9, "")
+        wait_for(lambda: node.desk.fetched(number) == ("fetched", ""))
+        nobodys = node.desk.request("1.2.3", 0, "")
+        wait_for(lambda: node.desk.fetched(nobodys)[0] == "failed")
+    assert pacs.moved == {STUDY: 1, prior.StudyInstanceUID: 1}
+
+
+def test_a_study_that_is_refused_for_good_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fetching(tmp_path, monkeypatch, [study()], {STUDY: 0xA801}) as (node, pacs):
+        number = node.desk.request(STUDY, 0, "")
+        wait_for(lambda: node.desk.fetched(number)[0] != "waiting")
+        why = "it refused the study: 0xA801, 10 times"
+        assert node.desk.fetched(number) == ("failed", why)
+        assert pacs.moved == {STUDY: 10}
+        pacs.refuses[STUDY] = 0xA701  # out of resources: which passes
+        number = node.desk.request(STUDY, 0, "")
+        wait_for(lambda: pacs.moved[STUDY] > 21)
+        assert node.desk.fetched(number) == ("waiting", "")
+
+
+@pytest.mark.parametrize("status", [0xA701, 0xC001])
+def test_an_earlier_study_that_does_not_come_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    earlier = [study(number, StudyDate=f"2020010{number}") for number in (2, 3)]
+    refuses = {str(earlier[1].StudyInstanceUID): status}
+    with fetching(tmp_path, monkeypatch, [study(), *earlier], refuses) as (node, pacs):
+        number = node.desk.request(STUDY, 2, "")
+        wait_for(lambda: node.desk.fetched(number)[0] != "waiting")
+        why = f"earlier studies were not fetched (it refused the study: 0x{status:04X})"
+        assert node.desk.fetched(number) == ("fetched", why)
+    assert pacs.moved == {
+        STUDY: 1,
+        earlier[0].StudyInstanceUID: 1,
+        earlier[1].StudyInstanceUID: 10,
+    }
 
 
 class Outliving(GivingUp):

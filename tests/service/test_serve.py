@@ -270,6 +270,18 @@ def test_broken_forms_are_refused(client: TestClient, content: bytes, kind: str)
 
 
 @pytest.mark.parametrize(
+    ("route", "twice"),
+    [("ask", "max_new_tokens"), ("ask", "frame"), ("seen", "frame"), ("picture", "frame")],
+)
+def test_a_field_that_is_there_twice_is_refused(client: TestClient, route: str, twice: str) -> None:
+    """One of the two would be ignored, and the answer be about another frame than was meant."""
+    given: dict[str, Any] = {"question": ["a?", "b?"]} if route == "ask" else {}
+    assert client.post(f"/v1/{route}", data=given, files=upload()).status_code == 200
+    response = client.post(f"/v1/{route}", data=given | {twice: ["0", "1"]}, files=upload())
+    assert error_of(response, 422)["message"] == f"{twice} is there 2 times."
+
+
+@pytest.mark.parametrize(
     ("error", "status", "code"),
     [
         (ResourceError("The disk is full.", "Free some space."), 503, "no_resources"),

@@ -496,6 +496,7 @@ def test_a_choice_is_refused_as_an_answer_is(biased: Make) -> None:
     [
         ([], "fewer than two"),
         (["yes"], "fewer than two"),
+        (["\ud800", "no"], "not valid Unicode"),
         (["yes", " "], "empty"),
         (["yes", "no", "Yes"], "'yes' is there twice"),
         ("yes,no", "one text"),

@@ -139,7 +139,7 @@ def header_of(path: str) -> Header:
             origin, membership = origin_of(dataset, b""), membership_of(dataset)
             return {
                 "aside": aside(dataset, has_pixels, None),
-                **{name: getattr(origin, name) for name in ("uid", "study", "patient")},
+                **{name: getattr(origin, name) for name in ("uid", "study", "patient", "person")},
                 **membership._asdict(),
                 "marks": key_objects(dataset),
             }
@@ -168,7 +168,7 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
     it is there for presentation. Raises `InputError` for items that are not all asked the same.
     """
     from medmoe_edge.bedside.listen.schema import Slice
-    from medmoe_edge.bedside.listen.selection import chosen
+    from medmoe_edge.bedside.listen.selection import chosen, of_one_person
 
     if any(item.questions != items[0].questions for item in items):
         raise InputError(
@@ -178,7 +178,7 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
     left_out, marks = Counter[str](), {uid for header in headers for uid in header.get("marks", ())}
     slices: dict[str, list[Slice]] = defaultdict(list)
     shown: dict[tuple[str, str], list[str]] = defaultdict(list)  # the patients, by study and view
-    marked = set[str]()
+    marked, persons = set[str](), defaultdict[str, set[str]](set)
     seen: dict[tuple[str, str], list[str]] = defaultdict(list)  # a series is of one patient
     issued: dict[str, set[str]] = defaultdict(set)
     for header in filter(None, headers):
@@ -200,6 +200,7 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
                 marked.add(key)
             place = (header[name] for name in ("position", "instance", "intent", "view"))
             slices[series_of].append(Slice(key, "", "", (), *place))
+            persons[series_of].add(header["person"])
             if header["intent"] == "presentation":
                 shown[header["study"], header["view"]].append(header["patient"])
     found = []
@@ -216,9 +217,8 @@ def group_series(items: Sequence[Item], headers: Sequence[Header], series: "Seri
             selection = chosen(kept, marked, series)
             asked = [items[int(each.key)] for each in selection.slices]
             named = tuple((item.image, item.path) for item in asked)
-            found.append(
-                asked[0]._replace(slices=named, of=selection.of, notices=selection.notices)
-            )
+            notices = (*selection.notices, *of_one_person(persons[name]))
+            found.append(asked[0]._replace(slices=named, of=selection.of, notices=notices))
     return Grouped(found, dict(+left_out))
 
 

@@ -40,7 +40,14 @@ from medmoe_edge.bedside.listen.report_sr import (
     withdrawal,
 )
 from medmoe_edge.bedside.listen.schema import Job, Slice
-from medmoe_edge.bedside.listen.selection import Selection, chosen, chosen_frames, voted
+from medmoe_edge.bedside.listen.selection import (
+    OF_THE_SERIES,
+    Selection,
+    chosen,
+    chosen_frames,
+    of_one_person,
+    voted,
+)
 from medmoe_edge.contrastive.heatmap import NO_MAP, rests_on_picture
 from medmoe_edge.engine.answer import Answer, Choices
 from medmoe_edge.errors import ImageError, InputError, MedMoEError, Notice
@@ -53,7 +60,8 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 100
 SENT_AGAIN = Notice(
     "sent_again",
-    "The object was sent before with other content: this answer is about what was sent last.",
+    "The object was sent before with other content, or encoded otherwise: this answer is about "
+    "what was sent last.",
 )
 OTHER_PATIENT = Notice(
     "other_patient",
@@ -177,12 +185,14 @@ class Answering:
     def _answer(self, job: Job) -> None:
         selection, is_whole = self._selected(job.key)
         replaced = self.queue.replaced(job.key)
+        doubts = of_one_person(self.queue.persons(job.key)) if selection.slices else ()
+        selection = replace(selection, notices=(*selection.notices, *doubts))
         known_by = enumerate(_result_keys(job, selection, replaced))
         repeat, result = next(each for each in known_by if not self.queue.is_replaced(each[1]))
         if selection.slices and is_whole:
             replaced |= {each: self.queue.sources(each) for each in self.queue.results(job.key)}
         if standing := self.queue.sources(result):
-            if replaced.keys() <= {result}:
+            if replaced.keys() <= {result} and self._tells(result, selection):
                 log.info("%s: what came changes nothing.", job.key[:16])
                 self.queue.close_series(job, "answered")
                 self._let_go(job.key)
@@ -194,6 +204,8 @@ class Answering:
             self.queue.close_series(job, "aside", "left_out")
             self._let_go(job.key)
             return
+        for notice in doubts:
+            log.warning("%s: %s", job.key[:16], notice.message)
         asked = [each for slice_ in selection.slices for each in self._asked(slice_, result)]
         if selection.slices and not asked:
             raise ImageError("none of its slices can be read", "Send it again.")
@@ -205,15 +217,21 @@ class Answering:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom's quote what breaks the standard
             ours = [old for old in replaced if self._is_ours(old, job.key)]
-            names = list(self._withdraw(result, replaced, ours))
+            written = [name for each in results for name in self._write(result, each, ours)]
             # what the model saw is the same for all questions
-            names += [f"{result}/{each.picture_name}" for each in asked if each.picture is not None]
-            names += [name for each in results for name in self._write(result, each, ours)]
+            names = [f"{result}/{each.picture_name}" for each in asked if each.picture is not None]
+            successors = {name.partition("/")[2] for name in written}
+            names = [*self._withdraw(result, replaced, ours, successors), *names, *written]
         answers = {each.answer.question: json.dumps(each.answer.to_json()) for each in results}
         sources = list(dict.fromkeys(each.evidence.key for each in asked))
         deliveries = self._deliveries(names)
         self.queue.answered(job, result, sources, answers, deliveries, replaced)
         self._let_go(job.key)
+
+    def _tells(self, result: str, selection: Selection) -> bool:
+        """Whether an earlier result about the same slices says of the series what is so now."""
+        told, now = self.queue.told(result), {each.code for each in selection.notices}
+        return told is None or told & OF_THE_SERIES == now & OF_THE_SERIES
 
     def _selected(self, series: str) -> tuple[Selection, bool]:
         """The slices to ask, and whether they were chosen among all of the series.
@@ -234,7 +252,8 @@ class Answering:
         if not there:
             raise ImageError("its images are gone", "Send it again.")
         selection = chosen(there, marked, settings)
-        return replace(selection, notices=(*selection.notices, LATE)), False
+        notices = (*selection.notices, LATE)
+        return replace(selection, of=len(slices), notices=notices), False
 
     def _asked(self, slice_: Slice, result: str) -> Iterator[Asking]:
         """The pictures of a slice, asked and audited, as far as they can be read."""
@@ -350,17 +369,24 @@ class Answering:
             yield SHARED_STUDY
 
     def _is_ours(self, result: str, series: str) -> bool:
-        """Whether an earlier result is about the patient of a series."""
-        each = self.queue.patients(self.queue.series_of(result)), self.queue.patients(series)
-        return all(itertools.starmap(same_patient, itertools.product(*each)))
+        """Whether an earlier result is about the patient of a series, with all that it rests on."""
+        theirs = self.queue.patients(self.queue.series_of(result))
+        for origin in filter(None, map(self.queue.origin, self.queue.sources(result))):
+            theirs.add(self.queue.versions(origin.uid)[-1][1].patient)
+        pairs = itertools.product(theirs, self.queue.patients(series))
+        return all(itertools.starmap(same_patient, pairs))
 
     def _withdraw(
-        self, result: str, replaced: Iterable[str], ours: Collection[str]
+        self,
+        result: str,
+        replaced: Iterable[str],
+        ours: Collection[str],
+        successors: Collection[str],
     ) -> Iterator[str]:
         """Take back the earlier results: all of them in HL7's forms, another patient's in DICOM.
 
-        `ours`, those about the same patient, stay where they are in DICOM: the new reports name
-        them.
+        In DICOM the reports of `ours`, those about the same patient, stay where they are if one of
+        the `successors` names them.
         """
         for old in replaced:
             folder = self.folder.documents / old
@@ -377,13 +403,20 @@ class Answering:
                 yield name
             if old not in ours:
                 log.warning("%s: its results are withdrawn: the patient was another.", old[:16])
-                yield from self._reject(result, old)
+            yield from self._reject(result, old, successors if old in ours else None)
 
-    def _reject(self, result: str, old: str) -> Iterator[str]:
-        """Write the key object that rejects the reports of an earlier result."""
+    def _reject(self, result: str, old: str, successors: Collection[str] | None) -> Iterator[str]:
+        """Write the key object that rejects what an earlier result has made: but for `successors`
+        all of it, else the reports that none of them names.
+        """
         paths = sorted((self.folder.documents / old).glob("*.dcm"))
         reports = [dcmread(path, stop_before_pixels=True) for path in paths]
-        reports = [each for each in reports if each.Modality != "KO"]
+        reports = [
+            each
+            for path, each in zip(paths, reports, strict=True)
+            if (each.Modality != "KO" if successors is None else each.Modality == "SR")
+            and path.name not in (successors or ())
+        ]
         if not reports:
             return
         document = withdrawal(reports)

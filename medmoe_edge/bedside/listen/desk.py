@@ -22,8 +22,8 @@ from typing import Any
 from medmoe_edge.atomic import atomic_file, file_sha256, link
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, without_secrets
-from medmoe_edge.bedside.listen.queue import Folder, Queue, explaining
-from medmoe_edge.bedside.listen.schema import UNSENT
+from medmoe_edge.bedside.listen.queue import Folder, Queue
+from medmoe_edge.bedside.listen.schema import UNSENT, explaining
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
 
 SHORTEST = 4  # letters of a key that are enough

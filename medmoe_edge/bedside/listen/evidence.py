@@ -9,6 +9,7 @@ there (PS3.16, CID 240), and how certain that is.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import re
@@ -16,7 +17,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Self
 
-from pydicom import Dataset
+from pydicom import DataElement, Dataset
 
 from medmoe_edge._version import __version__
 from medmoe_edge.bedside.listen.config import Certainty, Code, Finding
@@ -25,10 +26,11 @@ from medmoe_edge.bedside.listen.header import (
     UIDS,
     element_of,
     is_allowed,
+    issuer_of,
     modality_of,
     notices_of,
     patient_of,
-    taken_at,
+    shared_of,
     text_of,
     uid_of,
 )
@@ -42,6 +44,8 @@ NAMESPACE = uuid.UUID("6e7f2a53-5f0c-4c58-9a2b-0d8c8d3c3d6e")
 MARK = bytes.fromhex("6e7f2a53")  # the first bytes of them all
 MAKER = "medmoe-edge"
 CHARACTERS = "ISO_IR 192"  # UTF-8, PS3.3 C.12.1.1.2
+DATE = re.compile(r"\d{8}")
+ISSUER = "IssuerOfPatientIDQualifiersSequence"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Evidence:
         sha256: Of the object's file.
         key: By which the node knows the object, and this version of it.
         notices: What a reader of the results should know of the object.
-        taken: When the image was taken, by `header.taken_at`.
+        taken: When the image was taken, by `taken_at`.
         number: Its Instance Number, as it has it.
         modality: Its modality, in capitals.
     """
@@ -87,7 +91,7 @@ class Evidence:
         """From a whole dataset, and the frame of it that was read, from 0: else the middle one."""
         middle = (image.frames - 1) // 2
         frame = 1 + (middle if index is None else index) if image.frames > 1 else None
-        values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
+        values = shared_of(dataset)
         header = _header(dataset, values)
         header.Rows, header.Columns = image.pixels.shape[:2]
         key = key or key_of(header.SOPInstanceUID)
@@ -128,9 +132,36 @@ class Evidence:
 
     def take_over(self, document: Dataset) -> None:
         """Give a document the patient and study of the object, as the object has them."""
-        for keyword, value in self.values.items():
-            if value or keyword in document:
-                document.add(element_of(keyword, value))
+        for keyword in SHARED:
+            if self.values[keyword] or keyword in document:
+                document.add(element_of(keyword, self.values[keyword]))
+        if ISSUER in self.header:
+            document[ISSUER] = self.header[ISSUER]
+
+
+def taken_at(dataset: Dataset) -> str:
+    """When the image was taken, as FHIR writes it (ISO 8601); empty where it does not say.
+
+    Without the object's own offset from UTC only the date: FHIR knows no time without a zone.
+    """
+    moment = text_of(dataset, "AcquisitionDateTime").value
+    for kind in ("Acquisition", "Content", "Series", "Study"):
+        if DATE.match(moment):
+            break
+        date, time = (text_of(dataset, f"{kind}{part}").value for part in ("Date", "Time"))
+        moment = date + time if DATE.fullmatch(date) else ""
+    zone = moment[-5:] if re.search(r"[+-]\d{4}$", moment) else ""
+    zone = zone or text_of(dataset, "TimezoneOffsetFromUTC").value
+    try:
+        day = datetime.datetime.strptime(moment[:8], "%Y%m%d").date()
+    except ValueError:
+        return ""
+    try:
+        offset = datetime.datetime.strptime(zone, "%z").tzinfo
+        time_of_day = datetime.datetime.strptime(moment[8:14], "%H%M%S").time()
+    except ValueError:
+        return day.isoformat()
+    return datetime.datetime.combine(day, time_of_day, offset).isoformat()
 
 
 def together(asked: Iterable[Evidence]) -> tuple[Evidence, ...]:
@@ -293,6 +324,11 @@ def _header(dataset: Dataset, values: dict[str, str]) -> Dataset:
         header.add(element_of(keyword, uid_of(dataset, keyword)))
     if str(dataset.get("BurnedInAnnotation") or "").strip().upper() in ("YES", "NO"):
         header.BurnedInAnnotation = str(dataset.BurnedInAnnotation).strip().upper()
-    for keyword, value in values.items():
-        setattr(header, keyword, value if is_allowed(keyword, value) else "")
+    for keyword in SHARED:
+        setattr(header, keyword, values[keyword] if is_allowed(keyword, values[keyword]) else "")
+    if (issuer := issuer_of(dataset)) is not None:
+        item = Dataset()
+        for keyword in ("UniversalEntityID", "UniversalEntityIDType"):
+            item.add(element_of(keyword, text_of(issuer, keyword).value))
+        header.add(DataElement(ISSUER, "SQ", [item]))
     return header

@@ -2,12 +2,19 @@
 
 From a DICOM node by C-FIND and C-MOVE, which has it send them to this node's port, or C-GET (PS3.4
 C, study root); from a DICOMweb server by QIDO-RS and WADO-RS. Earlier studies of the same patient
-come before, the latest first.
+come after it, the latest first.
+
+A source is not believed: what it names beside what was asked for is left out, and a list of studies
+without end is not read to its end.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from urllib.parse import quote, urlencode
@@ -42,10 +49,13 @@ from medmoe_edge.bedside.listen.selection import classes_with_pixels
 from medmoe_edge.bedside.listen.sending import (
     DICOM_JSON,
     LOG,
+    MOST_FAILURES,
     Context,
+    RefusedForGood,
     associated,
     called,
     check_done,
+    passes,
     read_json,
 )
 from medmoe_edge.errors import InputError, MedMoEError, ResourceError
@@ -59,7 +69,10 @@ MOST_CLASSES = 127  # in an association, beside C-GET itself
 PATIENCE = 600.0  # seconds until a source says how far it is
 ANY_SYNTAX = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 NO_CONTENT = 204  # of HTTP
-ASKED_FOR = ("StudyInstanceUID", "PatientID", "StudyDate", "StudyTime")
+ASKED_FOR = ("StudyInstanceUID", "PatientID", "StudyDate", "StudyTime", "IssuerOfPatientID")
+# Of the answers to one query; no patient has so many studies.
+MOST_FOUND, FINDING = 10_000, 120.0  # and seconds for them all
+Found = dict[str, str]  # a study, by keyword as in `ASKED_FOR`
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,6 +88,9 @@ class Fetching:
     receiving: Receiving
     place: int = 0
     _requests: dict[str, Request] = dataclasses.field(default_factory=dict, init=False)
+    # By request: how often it failed for what may be for good, and what came of its studies.
+    _failures: Counter[int] = dataclasses.field(default_factory=Counter, init=False)
+    _got: dict[int, dict[str, "Retrieved"]] = dataclasses.field(default_factory=dict, init=False)
 
     def pending(self, limit: int) -> list[str]:
         """The first requests to its source, by their numbers."""
@@ -88,13 +104,20 @@ class Fetching:
         return place == self.place
 
     def do(self, name: str) -> None:
-        """Fetch a study; raises `ResourceError` where it may come another time."""
+        """Fetch a study; raises `ResourceError` where it may come another time.
+
+        One that its source refuses for good, time after time, does not.
+        """
         request = self._requests[name]
         path = self.folder.requests / request.file
         try:
             state, why = self._fetch(request, path.read_text("ascii"))
-        except ResourceError:
-            raise
+        except ResourceError as error:
+            is_last, is_refused = self._is_last(request), isinstance(error, RefusedForGood)
+            self._failures[request.number] += is_refused or request.number in self._got
+            if not is_refused or not is_last:
+                raise
+            state, why = "failed", f"{error.what}, {MOST_FAILURES} times"
         except MedMoEError as error:
             state, why = "failed", error.what
         except FileNotFoundError:
@@ -102,9 +125,15 @@ class Fetching:
         if why and self.receiving.ending:
             raise ResourceError("the node ends meanwhile", "It is fetched after the next start.")
         self.queue.close_request(request.number, state, why)
+        self._failures.pop(request.number, None)
+        self._got.pop(request.number, None)
         path.unlink(missing_ok=True)
         level = logging.ERROR if why else logging.INFO
         log.log(level, "%s: %s", name, f"{state}, {why}" if why else state)
+
+    def _is_last(self, request: Request) -> bool:
+        """Whether what fails now is not tried again."""
+        return self._failures[request.number] >= MOST_FAILURES - 1
 
     def _fetch(self, request: Request, study: str) -> tuple[str, str]:
         """The state that the request comes to, and why it is failed or not all was kept."""
@@ -117,33 +146,68 @@ class Fetching:
         found = finder.find(StudyInstanceUID=study)
         if not found:
             raise InputError("the source has no such study", "Check the UID.")
-        priors = _priors(request.priors, found[0], finder)
-        got = [finder.retrieve(uid) for uid in (*priors, study)]
-        objects, refused = sum(each.objects for each in got), sum(each.refused for each in got)
-        if not refused:
-            return "fetched", ""
-        reasons = "; ".join(sorted({each.why for each in got if each.why}))
-        why = f"{refused} of {objects} objects were not kept ({reasons})"
-        if any(each.gave_up for each in got):
-            why += "; the source then gave up, and may have more"
-        failed = got[-1].gave_up or got[-1].refused == got[-1].objects
-        return "failed" if failed else "fetched", why
+        if request.number not in self._got:
+            self._got[request.number] = {study: finder.retrieve(study)}
+        got, lacking = self._got[request.number], list[str]()
+        with self._as_far_as_it_comes(request, lacking):
+            for uid in _priors(request.priors, found[0], finder):
+                with self._as_far_as_it_comes(request, lacking):
+                    if uid not in got:
+                        got[uid] = finder.retrieve(uid)
+        told, own = [], got[study]
+        if refused := sum(each.refused for each in got.values()):
+            objects = sum(each.objects for each in got.values())
+            reasons = "; ".join(sorted({each.why for each in got.values() if each.why}))
+            told.append(f"{refused} of {objects} objects were not kept ({reasons})")
+        if any(each.gave_up for each in got.values()):
+            told.append("the source then gave up, and may have more")
+        if lacking:
+            told.append(f"earlier studies were not fetched ({'; '.join(sorted(set(lacking)))})")
+        failed = own.gave_up or (own.refused and own.refused == own.objects)
+        return "failed" if failed else "fetched", "; ".join(told)
+
+    @contextlib.contextmanager
+    def _as_far_as_it_comes(self, request: Request, lacking: list[str]) -> Iterator[None]:
+        """Around fetching what is earlier than the study: it is told of where it never comes."""
+        try:
+            yield
+        except MedMoEError as error:
+            if isinstance(error, ResourceError) and not self._is_last(request):
+                raise
+            lacking.append(error.what)
 
 
-def _priors(count: int, study: dict[str, str], finder: "Finder") -> list[str]:
+def _priors(count: int, study: Found, finder: "Finder") -> list[str]:
     """The latest earlier studies of its patient; none where it has no patient's number."""
     if not count or not study["PatientID"]:
         return []
-    when = (study["StudyDate"], study["StudyTime"])
+    when, issuer = (study["StudyDate"], study["StudyTime"]), study["IssuerOfPatientID"]
     found = [
         each
         for each in finder.find(PatientID=study["PatientID"])
-        if each["PatientID"] == study["PatientID"]  # it may hold a wildcard
-        and each["StudyInstanceUID"] != study["StudyInstanceUID"]
+        if each["StudyInstanceUID"] != study["StudyInstanceUID"]
         and (each["StudyDate"], each["StudyTime"]) <= when
+        and (not issuer or each["IssuerOfPatientID"] in ("", issuer))
     ]
     found.sort(key=lambda each: (each["StudyDate"], each["StudyTime"]), reverse=True)
     return [each["StudyInstanceUID"] for each in found[:count]]
+
+
+def _listed(answers: Iterable[Dataset], keys: Mapping[str, str]) -> list[Found]:
+    """The studies that a source names and that have these values; it may not look at them, or take
+    one for a pattern.
+
+    Raises `InputError` where they do not come to an end.
+    """
+    end, found = time.monotonic() + FINDING, []
+    for count, answer in enumerate(answers, 1):
+        if count > MOST_FOUND or time.monotonic() > end:
+            what = f"its list of studies does not end: {MOST_FOUND:,} in {FINDING:.0f} s are read"
+            raise InputError(what, LOG)
+        study = {each: text_of(answer, each).value for each in ASKED_FOR}
+        if all(study[keyword] == value for keyword, value in keys.items()):
+            found.append(study)
+    return found
 
 
 @dataclasses.dataclass
@@ -194,24 +258,28 @@ class DicomFinder:
     message: int
     _got: Retrieved = dataclasses.field(default_factory=Retrieved, init=False)
 
-    def find(self, **keys: str) -> list[dict[str, str]]:
-        """The studies with these values, by keyword as in `ASKED_FOR`."""
+    def find(self, **keys: str) -> list[Found]:
+        """The studies with these values; raises `InputError` for a list without end."""
         query = Dataset()
         query.QueryRetrieveLevel = "STUDY"
         for keyword in ASKED_FOR:
             setattr(query, keyword, keys.get(keyword, ""))
         association = associated(self.source, self.ae_title, [(FIND, PLAIN)])
-        found = []
-        try:
+
+        def answers() -> Iterator[Dataset]:
             for status, answer in association.send_c_find(query, FIND):
                 _check(status, "the query")
-                if answer is not None:
-                    found.append({each: text_of(answer, each).value for each in ASKED_FOR})
+                yield answer or Dataset()
+
+        try:
+            return _listed(answers(), keys)
+        except InputError:
+            association.abort()  # it would go on
+            raise
         except (ValueError, RuntimeError) as error:  # not offered, or it has hung up
             raise ResourceError("it answers no queries", LOG) from error
         finally:
             association.release()
-        return found
 
     def retrieve(self, uid: str) -> Retrieved:
         """Have a study received here, by the way that is configured; returns when all of it is."""
@@ -297,16 +365,18 @@ class WebFinder:
     source: WebSource
     receiving: Receiving
 
-    def find(self, **keys: str) -> list[dict[str, str]]:
+    def find(self, **keys: str) -> list[Found]:
         """The studies with these values."""
-        path = f"/studies?{urlencode(keys, quote_via=quote)}"
+        asked = [*keys.items(), *(("includefield", each) for each in ASKED_FOR)]
+        path = f"/studies?{urlencode(asked, quote_via=quote)}"
         with called(self.source, path, {"Accept": DICOM_JSON}) as answer:
             check_done(answer)
             found = [] if answer.status_code == NO_CONTENT else read_json(answer)
         found = [found] if isinstance(found, dict) else found  # some answer so
         try:
-            datasets = map(Dataset.from_json, found)
-            return [{each: text_of(found, each).value for each in ASKED_FOR} for found in datasets]
+            return _listed(map(Dataset.from_json, found), keys)
+        except InputError:
+            raise
         except Exception as error:  # pydicom raises nearly anything on what is no DICOM JSON
             raise ResourceError("it answers the query with something else", LOG) from error
 
@@ -337,7 +407,8 @@ def _check(status: Dataset, what: str) -> None:
     if "Status" not in status:
         raise ResourceError("it does not answer", LOG)
     if not _is_well(status):
-        raise ResourceError(f"it refused {what}: 0x{status.Status:04X}", LOG)
+        error = ResourceError if passes(status.Status) else RefusedForGood
+        raise error(f"it refused {what}: 0x{status.Status:04X}", LOG)
 
 
 def _count(last: Dataset, what: str) -> int:

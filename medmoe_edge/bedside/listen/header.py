@@ -33,15 +33,15 @@ SHARED = (
     *("PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "AccessionNumber", "StudyID", "ReferringPhysicianName"),
 )
-NO_ISSUER = {"IssuerOfPatientID": ""}
-SEXES = ("M", "F", "O", "")
+UNIVERSAL_ISSUER = "UniversalEntityID"  # of the item that `issuer_of` finds
+NO_ISSUER = {"IssuerOfPatientID": "", UNIVERSAL_ISSUER: ""}
+PERSON = ("PatientName", "PatientBirthDate", "PatientSex")
 # Those of PS3.5 9.1, but for leading zeros and length, which real devices disregard.
 UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 LONGEST_UID = 128
 UNDECODED = "\ufffd"  # in place of bytes that are not in a character set
 DELIMITERS = {ord(mark) for mark in "\\^=\r\n\t\f"}  # end what escapes began, PS3.5 6.1.2.5.3
 PADDING = "\0 "
-DATE = re.compile(r"\d{8}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # Of each body part: its defined term (PS3.16 annex L), its SNOMED CT codes, older ones too, and
 # other words for it, in English and in what devices of other countries write.
@@ -81,7 +81,6 @@ REGIONS = (  # made of several; those of PS3.16 annex L
     ("NECKCHESTABDOMEN", "416152001", "NECK CHEST ABDOMEN"),
     ("NECKCHESTABDPELVIS", "416319003", "NECK CHEST ABDOMEN PELVIS"),
 )
-KNOWN_BODY_PARTS = frozenset(name for name, _, _ in BODY_PARTS)
 BESIDE = {"AND", "LEFT", "RIGHT", "L", "R", "BILATERAL", "BOTH", "UND", "OF", "THE"}
 
 
@@ -90,12 +89,14 @@ class Origin(NamedTuple):
 
     `uid` is of its SOP Instance UID, `content` of all its elements, `study` of its study's UID, and
     `patient` of who it is about: without the number's issuer, and with it where that is known.
+    `person` is what else it says of the patient, the elements of `PERSON`, empty where it does not.
     """
 
     uid: str
     content: str
     patient: str
     study: str
+    person: str = ""
 
 
 class Text(NamedTuple):
@@ -149,7 +150,7 @@ def element_of(keyword: str, value: str) -> DataElement:
 def is_allowed(keyword: str, value: str) -> bool:
     """Whether the standard allows a value of an element."""
     if keyword == "PatientSex":
-        return value in SEXES
+        return value in ("M", "F", "O", "")
     vr = dictionary_VR(keyword)
     if CONTROL.search(value) or any(group.count("^") > 4 for group in value.split("=")):
         return False  # pydicom does not look for these
@@ -239,37 +240,31 @@ def _names() -> dict[str, frozenset[str]]:
     return found
 
 
-def taken_at(dataset: Dataset) -> str:
-    """When the image was taken, as FHIR writes it (ISO 8601); empty where it does not say.
+def shared_of(dataset: Dataset) -> dict[str, str]:
+    """The texts of `SHARED`, and of the number's `UNIVERSAL_ISSUER`."""
+    universal = text_of(issuer_of(dataset) or Dataset(), UNIVERSAL_ISSUER).value
+    return {each: text_of(dataset, each).value for each in SHARED} | {UNIVERSAL_ISSUER: universal}
 
-    Without the object's own offset from UTC only the date: FHIR knows no time without a zone.
-    """
-    moment = text_of(dataset, "AcquisitionDateTime").value
-    for kind in ("Acquisition", "Content", "Series", "Study"):
-        if DATE.match(moment):
-            break
-        date, time = (text_of(dataset, f"{kind}{part}").value for part in ("Date", "Time"))
-        moment = date + time if DATE.fullmatch(date) else ""
-    zone = moment[-5:] if re.search(r"[+-]\d{4}$", moment) else ""
-    zone = zone or text_of(dataset, "TimezoneOffsetFromUTC").value
+
+def issuer_of(dataset: Dataset) -> Dataset | None:
+    """The item that names the patient number's issuer by an identifier (PS3.3 table 10-18)."""
     try:
-        day = datetime.datetime.strptime(moment[:8], "%Y%m%d").date()
-    except ValueError:
-        return ""
-    try:
-        offset = datetime.datetime.strptime(zone, "%z").tzinfo
-        time_of_day = datetime.datetime.strptime(moment[8:14], "%H%M%S").time()
-    except ValueError:
-        return day.isoformat()
-    return datetime.datetime.combine(day, time_of_day, offset).isoformat()
+        item: Dataset = dataset.IssuerOfPatientIDQualifiersSequence[0]
+        return item if UNIVERSAL_ISSUER in item else None
+    except Exception:  # pydicom raises nearly anything on damaged values
+        return None
 
 
 def patient_of(values: Mapping[str, str]) -> tuple[str, ...]:
     """Who an object is about, to be compared: by number, or without one by name and birth."""
     if values["PatientID"]:
-        return values["IssuerOfPatientID"], values["PatientID"]
-    name = re.sub(r"[\s^=]+", " ", values["PatientName"]).strip().casefold()
-    return "", "", name, values["PatientBirthDate"]
+        issuer, universal = values["IssuerOfPatientID"], values[UNIVERSAL_ISSUER]
+        return (issuer, values["PatientID"], *([universal] if universal else []))
+    return "", "", _plain_name(values["PatientName"]), values["PatientBirthDate"]
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[\s^=]+", " ", name).strip().casefold()
 
 
 def same_patient(one: str, other: str) -> bool:
@@ -283,8 +278,12 @@ def same_patient(one: str, other: str) -> bool:
 
 def origin_of(dataset: Dataset, pixels: bytes | memoryview) -> Origin:
     """From a header that `check_uids` has accepted, and the encoded pixels."""
-    values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
-    patients = patient_of(values | NO_ISSUER), patient_of(values)
+    values = shared_of(dataset)
+    unknown = (NO_ISSUER, {UNIVERSAL_ISSUER: ""}, {"IssuerOfPatientID": ""})
+    patients = [patient_of(values | each) for each in unknown]
+    name, *others = (values[each] for each in PERSON)
+    said = (_plain_name(name.partition("=")[0]), *others)
+    person = [each and hashed(values["PatientID"], each) for each in said]
     content = hashlib.sha256()
     for part in _parts(dataset):
         content.update(part)
@@ -294,6 +293,7 @@ def origin_of(dataset: Dataset, pixels: bytes | memoryview) -> Origin:
         content=content.hexdigest(),
         patient=" ".join(dict.fromkeys(hashed(*each) for each in patients)),
         study=hashed(uid_of(dataset, "StudyInstanceUID")),
+        person=",".join(person),
     )
 
 

@@ -20,7 +20,8 @@ from fhir.resources.R4B.bundle import Bundle as BundleR4B
 
 from medmoe_edge._version import __version__
 from medmoe_edge.bedside.listen.config import Code, Identifiers
-from medmoe_edge.bedside.listen.evidence import CERTAINTY, NAMESPACE, Result, device_uid
+from medmoe_edge.bedside.listen.evidence import CERTAINTY, ISSUER, NAMESPACE, Result, device_uid
+from medmoe_edge.bedside.listen.header import UNIVERSAL_ISSUER, text_of
 
 Version = Literal["R4", "R5"]
 Resource = dict[str, Any]
@@ -215,7 +216,7 @@ def _subject(result: Result, systems: Identifiers) -> Resource:
     identifier: Resource = {"value": values["PatientID"]}
     if systems.patient:
         identifier["system"] = systems.patient
-    if issuer := values["IssuerOfPatientID"]:
+    if issuer := values["IssuerOfPatientID"] or values[UNIVERSAL_ISSUER]:
         identifier["assigner"] = {"display": issuer}
     return {"subject": {"type": "Patient", "identifier": identifier}}
 
@@ -270,7 +271,10 @@ def oru(result: Result, ae_title: str) -> bytes:
     number = result.uuid("hl7-v2").replace("-", "")[-LONGEST_ID:]
     report = f"{REPORT['code']}^{REPORT['display']}^LN"
     order = escaped(values["AccessionNumber"])
-    issuer = escaped(values["IssuerOfPatientID"])
+    header = result.evidence.header
+    kind = text_of(header[ISSUER][0], "UniversalEntityIDType").value if ISSUER in header else ""
+    said = (values["IssuerOfPatientID"], values[UNIVERSAL_ISSUER], kind)
+    issuer = "&".join(map(escaped, said)).rstrip("&")  # HD, section 2.A.33
     identifier = escaped(values["PatientID"]) + (f"^^^{issuer}" if issuer else "")
     name = "^".join(map(escaped, (family, given, middle, suffix, prefix))).rstrip("^")
     person = f"{name}||{escaped(values['PatientBirthDate'])}|{escaped(values['PatientSex'])}"

@@ -36,16 +36,22 @@ from typing import Any
 from medmoe_edge.atomic import atomic_file, sync_folder
 from medmoe_edge.bedside.listen.header import Origin, same_patient
 from medmoe_edge.bedside.listen.schema import (
+    CURRENT,
     IN_TURN,
+    LEFT,
+    MOVED,
+    REPLACED,
+    SETTLED,
     UNSENT,
     Extent,
     Job,
     Membership,
     Request,
     Slice,
+    explaining,
     prepare,
 )
-from medmoe_edge.errors import MedMoEError, ResourceError
+from medmoe_edge.errors import MedMoEError
 from medmoe_edge.image.pixels import Image, shown_name
 from medmoe_edge.image.worker import Bounds, read_apart
 
@@ -129,15 +135,6 @@ def size_of(path: Path) -> int:
         return 0
 
 
-# Of an object that needs nothing more when it comes again.
-SETTLED = "object.aside = '' AND series.state != 'failed'"
-# The objects of a series that may be asked about, each in its latest version.
-CURRENT = (
-    "object.series = ? AND object.aside = '' AND NOT EXISTS (SELECT 1 FROM origin AS mine "
-    "JOIN origin AS other ON other.uid = mine.uid JOIN object AS later ON later.key = other.key "
-    "WHERE mine.key = object.key AND later.series = object.series AND later.aside = '' "
-    "AND later.number > object.number)"
-)
 CLOSE = "UPDATE series SET state = ?, why = ?"
 MOST_REMEMBERED, REMEMBERED = 10_000, 3600.0  # series and studies, and for how many seconds
 
@@ -178,7 +175,8 @@ class Queue:
 
         Known ones are left alone, but for those that were given up or set aside. Without
         `membership` it is a series of its own. A series that another patient's result rests on
-        waits even if nothing is asked of it: that result is to be withdrawn.
+        waits even if nothing is asked of it: that result is to be withdrawn. What is left of the
+        series that the object was of before waits too, until nothing more leaves it.
         """
         membership = membership or Membership(key)
         values = {"key": key, "sha256": sha256, "peer": peer, "questions": json.dumps(questions)}
@@ -192,7 +190,7 @@ class Queue:
                 tuple(values.values()),
             )
             if origin is not None:
-                statement = "INSERT OR REPLACE INTO origin VALUES (?, ?, ?, ?, ?)"
+                statement = "INSERT OR REPLACE INTO origin VALUES (?, ?, ?, ?, ?, ?)"
                 database.execute(statement, (key, *origin))
             waits = not aside or bool(_replaced(database, membership.series))
             database.execute(
@@ -201,6 +199,14 @@ class Queue:
                 "revision = revision + 1 WHERE ?2 = 'waiting'",
                 (membership.series, "waiting" if waits else "aside", aside),
             )
+            if origin is not None:
+                left = database.execute(
+                    "UPDATE series SET state = 'waiting', revision = revision + 1 "
+                    f"WHERE key IN ({LEFT}) RETURNING key",
+                    (origin.uid, membership.series),
+                ).fetchall()
+                with self._clock:
+                    self._arrived.update((name, time.monotonic()) for (name,) in left)
 
     @contextlib.contextmanager
     def arriving(self, *names: str) -> Iterator[None]:
@@ -286,7 +292,8 @@ class Queue:
         ((objects, instances, expected, has_processing, study),) = self._read(
             f"SELECT count(DISTINCT CASE aside WHEN '' THEN {uid} END), count(DISTINCT {uid}), "
             "coalesce(max(expected), 0), coalesce(max(intent = 'processing'), 0), "
-            "coalesce(max(study), '') FROM object LEFT JOIN origin USING (key) WHERE series = ?",
+            "coalesce(max(study), '') FROM object LEFT JOIN origin USING (key) WHERE series = ? "
+            f"AND NOT {MOVED}",
             key,
         )
         return Extent(objects, instances, expected, bool(has_processing), study)
@@ -318,6 +325,11 @@ class Queue:
             series,
         )
         return [Slice._make((*row[:3], tuple(json.loads(row[3])), *row[4:])) for row in rows]
+
+    def persons(self, series: str) -> list[str]:
+        """What these objects say of their patient, as `Origin.person`."""
+        statement = "SELECT DISTINCT person FROM object JOIN origin USING (key) WHERE "
+        return self._column(statement + CURRENT, series)
 
     def shown_elsewhere(self, key: str) -> bool:
         """Whether what an object shows is in its study for presentation too."""
@@ -359,6 +371,12 @@ class Queue:
     def is_replaced(self, result: str) -> bool:
         """Whether another result has taken the place of one."""
         return bool(self._read("SELECT 1 FROM result WHERE key = ? AND replaced != ''", result))
+
+    def told(self, result: str) -> set[str] | None:
+        """The codes of the warnings of a result's answers; None where these are gone."""
+        answers = self._column("SELECT answer FROM answer WHERE key = ?", result)
+        warned = (each for text in answers for each in json.loads(text).get("warnings", ()))
+        return {each["code"] for each in warned} if answers else None
 
     def sources(self, result: str) -> list[str]:
         """The objects that a result is about."""
@@ -527,24 +545,4 @@ class Queue:
 
 def _replaced(database: sqlite3.Connection, series: str) -> list[str]:
     """The results about objects that have a later version in a series."""
-    rows = database.execute(
-        "SELECT DISTINCT result.key FROM object AS later JOIN origin AS new ON new.key = later.key "
-        "JOIN origin AS old ON old.uid = new.uid JOIN object AS earlier ON earlier.key = old.key "
-        "JOIN source ON source.object = earlier.key JOIN result ON result.key = source.result "
-        "WHERE later.series = ? AND later.number > earlier.number AND result.replaced = ''",
-        (series,),
-    )
-    return [key for (key,) in rows]
-
-
-@contextlib.contextmanager
-def explaining() -> Iterator[None]:
-    """Around SQLite: its errors as ours."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        why = getattr(error, "sqlite_errorname", type(error).__name__)
-        raise ResourceError(
-            f"The node's queue cannot be used ({why}).",
-            "Free some space, check the folder's permissions, or restore the folder.",
-        ) from error
+    return [key for (key,) in database.execute(REPLACED, (series,))]

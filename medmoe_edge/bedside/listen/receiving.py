@@ -30,7 +30,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from medmoe_edge.bedside.listen.config import Configuration
 from medmoe_edge.bedside.listen.header import (
-    KNOWN_BODY_PARTS,
+    BODY_PARTS,
     Origin,
     body_parts_of,
     check_uids,
@@ -76,6 +76,7 @@ class Limits:
             (evt.EVT_CONN_OPEN, self._opened),
             (evt.EVT_DATA_RECV, self._data),
             (evt.EVT_DIMSE_RECV, self._message),
+            (evt.EVT_DIMSE_SENT, self._said),
         ]
 
     def _opened(self, event: Event) -> None:
@@ -110,6 +111,11 @@ class Limits:
     def _message(self, event: Event) -> None:
         """A message is whole: the next begins."""
         self._received[event.assoc] = 0
+
+    def _said(self, event: Event) -> None:
+        """The peer was silent while it waited for this: its time begins now."""
+        dul: Any = event.assoc.dul
+        dul._idle_timer.restart()
 
 
 def _is_open(association: Association) -> bool:
@@ -338,8 +344,8 @@ class Receiving:
         ):
             self.judge_room(len(data))
             key = self._key(origin, data)
-            if self.queue.settles(key):  # the sender had not heard of it
-                return
+            if self.queue.settles(key) and not self._lacks(key, membership.series):
+                return  # the sender had not heard of it
             item = Taken(key, peer, data, header, origin, membership)
             if why:
                 self.queue.mark(key_objects(header))
@@ -361,6 +367,12 @@ class Receiving:
         quota = self.configuration.quota_mb * 1_000_000
         if quota and self.folder.used() + size > quota:
             raise Refused(OUT_OF_RESOURCES, "The node's folder has reached its quota_mb.")
+
+    def _lacks(self, key: str, series: str) -> bool:
+        """Whether an object of a series that waits is to be asked, and its image is gone."""
+        if self.queue.state(key) != "waiting" or self.folder.image(key).exists():
+            return False
+        return key in {each.key for each in self.queue.slices(series)}
 
     def _key(self, origin: Origin, data: bytes) -> str:
         """By which an object is known; sent again with other content, it gets one of its own.
@@ -408,7 +420,7 @@ class Receiving:
         if len(self._told) < MOST_TOLD:
             self._told.add(series)
         modality = modality_of(header)
-        known = sorted(KNOWN_BODY_PARTS & body_parts_of(header))
+        known = sorted({name for name, _, _ in BODY_PARTS} & body_parts_of(header))
         log.log(
             level,
             "%s: it fits no question (Modality %s, body part %s): nothing is asked.",
@@ -423,7 +435,7 @@ class Receiving:
         if not all(same_patient(each.patient, origin.patient) for each in known):
             log.warning(
                 "%s: sent again in the name of another patient. It is answered anew; the results "
-                "that were made for the other are withdrawn.",
+                "that were made for the other are withdrawn, and made anew of what is left.",
                 key[:16],
             )
         elif key != origin.uid:

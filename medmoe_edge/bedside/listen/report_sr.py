@@ -57,6 +57,7 @@ from medmoe_edge.bedside.listen.config import Code
 from medmoe_edge.bedside.listen.evidence import (
     CERTAINTY,
     CHARACTERS,
+    ISSUER,
     MAKER,
     SCHEME,
     Evidence,
@@ -78,8 +79,8 @@ WARNING = CodedConcept("warning", SCHEME, "Warning")
 SLICES = CodedConcept("slices", SCHEME, "Slices of the series that were asked")
 SOME = 20  # of many numbers
 WITHDRAWN = (
-    "Withdrawn: an image that these AI results are about was sent again in the name of another "
-    "patient, under the same UID."
+    "Withdrawn: an image that these AI results are about was sent again under the same UID, in the "
+    "name of another patient or as something else that is not asked the same."
 )
 CONTAINS = RelationshipTypeValues.CONTAINS
 ACQUIRED = RelationshipTypeValues.HAS_ACQ_CONTEXT
@@ -190,7 +191,7 @@ def withdrawal(reports: Sequence[Dataset]) -> Dataset:
         manufacturer=MAKER,
     )
     document.SeriesDescription = "AI results withdrawn"
-    for keyword in SHARED:
+    for keyword in (*SHARED, ISSUER):
         if keyword in first:
             document.add(first[keyword])
     document.SpecificCharacterSet = CHARACTERS

@@ -18,12 +18,14 @@ A series is `waiting` until its answers are recorded, in one transaction with wh
 them, and then `answered`; `failed` where it cannot be answered; `aside` where nothing is asked.
 """
 
+import contextlib
 import sqlite3
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from medmoe_edge.errors import ResourceError
 
-VERSION = 4  # PRAGMA user_version; those before 0.3 have none
+VERSION = 5  # PRAGMA user_version; those before 0.3 have none
 TABLES = """
 CREATE TABLE IF NOT EXISTS series (
     number INTEGER PRIMARY KEY,
@@ -57,7 +59,8 @@ CREATE TABLE IF NOT EXISTS origin (
     uid TEXT NOT NULL,
     content TEXT NOT NULL,
     patient TEXT NOT NULL,
-    study TEXT NOT NULL
+    study TEXT NOT NULL,
+    person TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX IF NOT EXISTS origin_uid ON origin (uid);
 CREATE INDEX IF NOT EXISTS origin_study ON origin (study);
@@ -125,8 +128,35 @@ IN_TURN = f"""{UNSENT} AND NOT EXISTS (
     WHERE old.replaced = substr(delivery.document, 1, 64)
     AND +before.destination = delivery.destination AND +before.sent = 0
     AND before.refused = '')"""
-# What tables of before version 4 lack, by table.
+# Of an object that needs nothing more when it comes again.
+SETTLED = "object.aside = '' AND series.state != 'failed'"
+LATER = """EXISTS (SELECT 1 FROM origin AS mine
+    JOIN origin AS other ON other.uid = mine.uid JOIN object AS later ON later.key = other.key
+    WHERE mine.key = object.key AND later.number > object.number AND {})"""
+# Whether an object has come again as one of another series, mostly another patient's.
+MOVED = LATER.format("later.series != object.series")
+REPEATED = LATER.format("later.series = object.series AND later.aside = ''")
+LATEST = f"object.aside = '' AND NOT {MOVED} AND NOT {REPEATED}"
+# The objects of a series that may be asked about, each in its latest version.
+CURRENT = f"object.series = ? AND {LATEST}"
+# The results about objects that have a later version in a series.
+REPLACED = """SELECT DISTINCT result.key FROM object AS later
+    JOIN origin AS new ON new.key = later.key JOIN origin AS old ON old.uid = new.uid
+    JOIN object AS earlier ON earlier.key = old.key
+    JOIN source ON source.object = earlier.key JOIN result ON result.key = source.result
+    WHERE later.series = ? AND later.number > earlier.number AND result.replaced = ''"""
+# The series that an object of a UID has left for another, with objects that stay: those that wait,
+# and those whose result rests on it.
+LEFT = f"""SELECT earlier.series FROM origin AS old JOIN object AS earlier ON earlier.key = old.key
+    JOIN series AS its ON its.key = earlier.series
+    WHERE old.uid = ?1 AND earlier.series != ?2
+    AND (its.state = 'waiting' OR EXISTS (
+        SELECT 1 FROM source JOIN result ON result.key = source.result
+        WHERE source.object = earlier.key AND result.series = its.key AND result.replaced = ''))
+    AND EXISTS (SELECT 1 FROM object WHERE object.series = its.key AND {LATEST})"""
+# What tables of before version 4, and of before 5, lack, by table.
 ADDED = {
+    "origin": "person TEXT NOT NULL DEFAULT ''",
     "delivery": "refused TEXT NOT NULL DEFAULT ''",
     "object": "any_issuer TEXT NOT NULL DEFAULT ''",
 }
@@ -261,3 +291,16 @@ def prepare(database: sqlite3.Connection) -> None:
 def _columns(database: sqlite3.Connection, table: str) -> list[str]:
     """Of a table; none of one that is not there."""
     return [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+
+
+@contextlib.contextmanager
+def explaining() -> Iterator[None]:
+    """Around SQLite: its errors as ours."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        why = getattr(error, "sqlite_errorname", type(error).__name__)
+        raise ResourceError(
+            f"The node's queue cannot be used ({why}).",
+            "Free some space, check the folder's permissions, or restore the folder.",
+        ) from error

@@ -6,7 +6,7 @@ this program made itself, and what no question fits. It is received, counted and
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,11 +21,12 @@ from medmoe_edge.bedside.listen.config import Configuration, Series
 from medmoe_edge.bedside.listen.evidence import MAKER, is_ours
 from medmoe_edge.bedside.listen.header import (
     NO_ISSUER,
-    SHARED,
+    PERSON,
     body_parts_of,
     hashed,
     modality_of,
     patient_of,
+    shared_of,
     text_of,
     uid_of,
 )
@@ -47,6 +48,7 @@ ASIDE = {  # the reasons, for people
 BY_NAME = {"OT", "SR", "SC", "SEG", "RTDOSE", "REG", "DOC", "KO", "PR"}
 NO_PICTURE = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.30")  # SEG, parametric map
 OF_OTHERS = "Of a picture that gave another answer: {0}"  # what is said of it
+OF_THE_SERIES = {"slices", "no_key_image", "patient_differs"}  # what may become so, or no longer
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and, with a dot, those of several frames
 PLAIN_UID = re.compile(r"[0-9.]{1,64}")
 REJECTIONS = {"113001", "113037", "113038", "113039"}  # titles of key objects, CID 7011
@@ -124,7 +126,7 @@ def aside(dataset: Dataset, has_pixels: bool, configuration: Configuration | Non
 
 def membership_of(dataset: Dataset) -> Membership:
     """Where an object belongs, from a header that `check_uids` has accepted."""
-    values = {keyword: text_of(dataset, keyword).value for keyword in SHARED}
+    values = shared_of(dataset)
     uids = [uid_of(dataset, keyword) for keyword in ("StudyInstanceUID", "SeriesInstanceUID")]
     class_name = UID(uid_of(dataset, "SOPClassUID")).name
     said = f"{text_of(dataset, 'PresentationIntentType').value} {class_name}".upper()
@@ -192,6 +194,18 @@ def chosen(slices: Sequence[Slice], marked: set[str], series: Series) -> Selecti
         what = f"Of the {count} slices of the series {len(picked)} was asked: {how}."
         notices.append(Notice("slices", what if len(picked) == 1 else what.replace("was", "were")))
     return Selection(tuple(picked), count, tuple(notices))
+
+
+def of_one_person(persons: Iterable[str]) -> tuple[Notice, ...]:
+    """A notice where the objects of a series, each with its `Origin.person`, are of one number and
+    contradict each other.
+    """
+    said = zip(*(each.split(",") for each in persons if each), strict=True)
+    names = [name for name, each in zip(PERSON, said, strict=False) if len({*each} - {""}) > 1]
+    if not names:
+        return ()
+    what = f"The objects of the series differ in {', '.join(names)}: look whose images they are."
+    return (Notice("patient_differs", what),)
 
 
 def chosen_frames(count: int, series: Series) -> list[int]:

@@ -383,9 +383,13 @@ def check_kept(status: int) -> None:
     """Raise `ResourceError` unless a status of PS3.4 B.2.3 says that a document is kept."""
     if code_to_category(status) in ("Success", "Warning") or status == DUPLICATE:
         return
-    passes = status >> 8 == 0xA7 or status in PASSING
-    error = ResourceError if passes else RefusedForGood
+    error = ResourceError if passes(status) else RefusedForGood
     raise error(f"it refused the document: 0x{status:04X}", LOG)
+
+
+def passes(status: int) -> bool:
+    """Whether a failure may be none another time."""
+    return status >> 8 == 0xA7 or status in PASSING
 
 
 def check_done(response: httpx.Response) -> None:

@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Generator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +23,7 @@ from PIL import Image as Pillow
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field
 
-from medmoe_edge.bedside.serve.errors import ErrorBody, refusal
+from medmoe_edge.bedside.serve.errors import ErrorBody, Refusal, refusal
 from medmoe_edge.bedside.serve.guard import at_end, client_of
 from medmoe_edge.bedside.serve.settings import Limits
 from medmoe_edge.bedside.serve.work import Job, T, Upload, Work, Worker, started
@@ -90,6 +91,7 @@ def picture_routes(limits: Limits) -> APIRouter:
         "/picture", responses={200: {"model": Picture, "content": EVENTS}}, response_model=None
     )
     async def picture(
+        request: Request,
         form: Annotated[PictureForm, Form(media_type="multipart/form-data")],
     ) -> Response:
         """Decode an image for display; nothing of it is kept.
@@ -97,6 +99,7 @@ def picture_routes(limits: Limits) -> APIRouter:
         With `stream`, all frames of it, as server-sent events: `picture` with that frame, then with
         its neighbours, outwards, and last `done`, or `error`.
         """
+        await check_once(request)
         data = await form.image.read()
         await form.image.close()
         pictures = _pictures(data, form, limits.bounds)
@@ -282,6 +285,18 @@ class LocateForm(ImageForm):
     format: Literal["json", "png"] = "json"
 
 
+LISTED = ("question", "choices", "label")
+
+
+async def check_once(request: Request, listed: Collection[str] = ()) -> None:
+    """Raise `Refusal` for a field that is there twice, of which the last alone would count."""
+    counts = Counter(name for name, _ in (await request.form()).multi_items())
+    for name in counts.keys() - set(listed):
+        if counts[name] > 1:
+            what = f"{name} is there {counts[name]} times."
+            raise Refusal(422, "invalid_request", what, "Send it once.")
+
+
 def own_routes(work: Work, worker: Worker) -> APIRouter:
     """`/v1/ask`, `/v1/seen`, `/v1/classify` and `/v1/locate`."""
     router = APIRouter(prefix="/v1", responses=REFUSALS)
@@ -289,6 +304,7 @@ def own_routes(work: Work, worker: Worker) -> APIRouter:
     async def job_of(
         request: Request, form: ImageForm, do: Callable[[Upload], Generator[T, None, None]]
     ) -> Job[T]:
+        await check_once(request, LISTED)
         data = await form.image.read()
         await form.image.close()  # gives its copy back
         return await queued(work, worker, request, data, do, form.frame)
