@@ -237,6 +237,11 @@ class MoEConfig(Config):
                 f"moe.expert_names names {len(self.expert_names)} of {self.num_experts} experts.",
                 "Name every expert, or none.",
             )
+        names = self.modalities
+        if len(set(names)) < len(names) or not all(name and name.isprintable() for name in names):
+            raise ConfigError(
+                f"moe.expert_names are {list(names)!r}.", "Give each a printable name of its own."
+            )
         if self.use_residual and not self.meta_expert:
             raise ConfigError("moe.use_residual needs the meta expert.", "Set meta_expert to true.")
         if self.router_names and not set(self.expert_names) < set(self.router_names):

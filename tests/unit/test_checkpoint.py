@@ -700,6 +700,14 @@ def test_impossible_moe_blocks_are_refused(
         read_checkpoint(folder)
 
 
+@pytest.mark.parametrize("second", ["ct", "", "mri\x1b[31m"])
+def test_experts_have_names_of_their_own(folder: Path, second: str) -> None:
+    """Shares are by name: of two of one name, one would be lost."""
+    edit_config(folder, "medmoe_edge", expert_names=["ct", second, "xray", "pathology"])
+    with pytest.raises(ConfigError, match="expert_names"):
+        read_checkpoint(folder)
+
+
 def test_layers_follow_the_mode_where_they_are_not_listed(folder: Path) -> None:
     edit_config(folder, "moe", moe_layers_idx=None, moe_mode="sparse")
     assert read_checkpoint(folder).config.moe_layers == (0, 2)
