@@ -106,9 +106,11 @@ class Header:
 
         One value that is no number keeps pydicom from reading the others: then as they are written.
         """
+        if keyword not in self.dataset:
+            return []
         value = self.value(keyword)
         is_text = dictionary_VR(keyword) in ("DS", "IS")
-        if value is None and keyword in self.dataset:
+        if value is None:
             raw = self.dataset.get_item(keyword).value
             value = raw if is_text or not raw else [None]  # there is one, and it cannot be read
         if isinstance(value, bytes) and is_text:

@@ -423,7 +423,7 @@ def _check_rows(path: Path) -> None:
                 expected += rows * (1 + -(-columns * bits // 8)) if columns > 0 < rows else 0
         elif kind == b"IDAT":
             data = bytes(chunk)
-            while data and not inflater.eof:
+            while data and not inflater.eof and found < expected:
                 found += len(inflater.decompress(data, PIECE))
                 data = inflater.unconsumed_tail
     if found < expected:

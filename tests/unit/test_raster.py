@@ -477,6 +477,17 @@ def test_a_png_without_its_last_rows_is_cut_off(missing: int, read: Any) -> None
             read(_packed(picture, data[:-missing]))
 
 
+def test_what_lies_behind_the_last_row_of_a_png_is_not_unpacked(read: Any) -> None:
+    """It could be without end."""
+    black = np.zeros_like(GREY)
+    packer = zlib.compressobj()
+    rows = packer.compress(bytes(37 * 24)) + packer.flush(zlib.Z_FULL_FLUSH)
+    data = _packed(black, b"")
+    head, end = data[:33], data[-12:]
+    behind = _chunk(b"IDAT", rows) + _chunk(b"IDAT", b"\xff" * 50)  # no deflated data
+    np.testing.assert_array_equal(read(head + behind + end).pixels, three(black))
+
+
 def test_an_interlaced_png_that_ends_in_black_is_whole(read: Any) -> None:
     for height, width in ((24, 36), (23, 35), (5, 3), (1, 1)):
         black = GREY[:height, :width].copy()
