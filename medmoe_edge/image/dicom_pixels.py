@@ -330,10 +330,13 @@ def _of_depth(
     """Grey values, their bits and sign.
 
     A codestream of as many bits as are stored, or of fewer, holds values; one of more may hold
-    whole cells, with overlays beside the values, and does if the header leaves room for them.
+    whole cells, with overlays beside the values, and does if the header leaves room for them. One
+    of fewer has no bit for the sign that the header states of those stored.
     """
     precision, stored = stream.precision, layout.stored
     if stream.signed or values.dtype.kind == "i":
+        if not layout.signed:
+            say("header", "The compressed picture has signed values: the file states unsigned.")
         return values, precision, True
     if precision > stored:
         if layout.high + 1 > stored and layout.high < precision:
@@ -345,7 +348,7 @@ def _of_depth(
             precision = stored
         else:
             say("header", "The compressed picture has more bits than the file states.")
-    if layout.signed:
+    if layout.signed and precision >= stored:
         return _values(values, precision, precision - 1, True), precision, True
     return values, precision, False
 
@@ -367,9 +370,10 @@ def _of_planes(planes: Values, layout: Layout, name: str) -> Stored:
     cells[..., width - each :] = planes.reshape(shape).transpose(2, 3, 0, 1)
     values = cells.view(f">u{width}")[..., 0]
     stored, high = min(layout.stored, 8 * each), min(layout.high, 8 * each - 1)
-    values = _values(values, stored, high, layout.signed)
+    signed = layout.signed and stored == layout.stored  # fewer bits have none for the sign
+    values = _values(values, stored, high, signed)
     return _coloured(
-        values[..., 0] if layout.samples == 1 else values, stored, layout.signed, layout, name
+        values[..., 0] if layout.samples == 1 else values, stored, signed, layout, name
     )
 
 

@@ -106,10 +106,13 @@ class Header:
 
         One value that is no number keeps pydicom from reading the others: then as they are written.
         """
+        if keyword not in self.dataset:
+            return []
         value = self.value(keyword)
         is_text = dictionary_VR(keyword) in ("DS", "IS")
-        if value is None and is_text and keyword in self.dataset:
-            value = self.dataset.get_item(keyword).value
+        if value is None:
+            raw = self.dataset.get_item(keyword).value
+            value = raw if is_text or not raw else [None]  # there is one, and it cannot be read
         if isinstance(value, bytes) and is_text:
             return value.decode("ascii", "replace").strip(" \0").split("\\") if value else []
         if isinstance(value, bytes):

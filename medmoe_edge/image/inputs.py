@@ -30,6 +30,7 @@ ACCEPTED = (
     "Dataset, a NIfTI image of nibabel, or a medmoe_edge Image."
 )
 AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # Pillow's modes that PNG holds as they are
+IN_NO_FILE = {"HSV": "RGB", "La": "LA", "RGBa": "RGBA", "I;16B": "I", "I;16L": "I", "I;16N": "I"}
 RATIO = 10_000  # pixels per metre that a stated ratio of axes is written with
 NIFTI_HEADERS = {348: 352, 540: 544}  # bytes of a header, and where the voxels then begin
 
@@ -146,6 +147,8 @@ def _encoded(picture: Pillow.Image, frame: int | None) -> bytes:
         finally:
             picture.seek(at)  # the picture is the caller's, who may be stepping through it
     check_size(repr(NAME), picture.height, picture.width)
+    if picture.mode in IN_NO_FILE:
+        picture = picture.convert(IN_NO_FILE[picture.mode])
     ratio = stated_ratio(picture)
     options: dict[str, Any] = {
         "icc_profile": picture.info.get("icc_profile"),

@@ -41,6 +41,7 @@ from medmoe_edge.image.pixels import (
     unknown,
 )
 
+NOISY = ("pydicom", "nibabel.global", "PIL.TiffImagePlugin")
 _READING = threading.Lock()
 
 
@@ -231,7 +232,7 @@ def decoding(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    loggers = [logging.getLogger(library) for library in ("pydicom", "nibabel.global")]
+    loggers = [logging.getLogger(library) for library in NOISY]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:
         logger.disabled = True

@@ -63,6 +63,7 @@ NATIVE = {  # Pillow's names of how samples lie
     **dict.fromkeys(("I;32S", "I;32BS"), "I;32NS"),
     **dict.fromkeys(("I;16S", "I;16BS"), "I;16NS"),
 }
+JPEG_SCAN, PROGRESSIVE = b"\xff\xda", (b"\xff\xc2", b"\xff\xca")  # markers that begin one
 JPEG_PAD = b"\x5a\x35" * 64  # neither markers nor stuffing; any codes
 ADAM7 = (  # the passes of an interlaced PNG: first column and row, and steps to the next
     *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2)),
@@ -101,6 +102,7 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
         else:
             picture.load()
             if picture.format in ("JPEG", "MPO"):
+                _check_scans(path, name, len(picture.getbands()))
                 if picture.info.get("progressive"):
                     _check_jpeg(path, 1)
                 elif _ends_flat(picture):
@@ -343,6 +345,17 @@ def _ends_flat(picture: Pillow.Image) -> bool:
     return bool((values == values[-1, -1]).all())
 
 
+def _check_scans(path: Path, name: str, components: int) -> None:
+    """Raise `ImageError` where a JPEG of several scans lacks one: libjpeg blurs or takes grey."""
+    data = path.read_bytes()
+    at = data.find(JPEG_SCAN)
+    is_single = data.count(JPEG_SCAN) == 1 and data[at + 4 : at + 5] == bytes([components])
+    if not is_single or any(marker in data[:at] for marker in PROGRESSIVE):  # or metadata have it
+        from medmoe_edge.image.codestreams import read_codestream
+
+        read_codestream(data, name)
+
+
 def _check_jpeg(path: Path, scale: Literal[1, 8]) -> None:
     """Raise `OSError` where a JPEG's data end before its picture, although it is closed properly.
 
@@ -410,7 +423,7 @@ def _check_rows(path: Path) -> None:
                 expected += rows * (1 + -(-columns * bits // 8)) if columns > 0 < rows else 0
         elif kind == b"IDAT":
             data = bytes(chunk)
-            while data and not inflater.eof:
+            while data and not inflater.eof and found < expected:
                 found += len(inflater.decompress(data, PIECE))
                 data = inflater.unconsumed_tail
     if found < expected:

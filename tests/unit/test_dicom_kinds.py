@@ -126,6 +126,14 @@ def test_what_is_stated_and_is_no_number_is_told_of(keyword: str, tmp_path: Path
     assert "header" in codes(saved(tmp_path, dataset))
 
 
+def test_a_number_of_too_few_bytes_is_told_of(tmp_path: Path) -> None:
+    path = saved(tmp_path, twelve())
+    whole, odd = b"\x28\0\x01\x01US\2\0\x0c\0", b"\x28\0\x01\x01US\3\0\x0c\0\0"
+    path.write_bytes(path.read_bytes().replace(whole, odd))
+    assert np.abs(grey(path) - SHOWN).max() <= 1
+    assert codes(path) == ["header"]
+
+
 @pytest.mark.parametrize("half", [{"RescaleSlope": "2"}, {"RescaleIntercept": "-1024"}])
 def test_half_a_rescale_is_told_of(half: dict[str, str], tmp_path: Path) -> None:
     assert codes(saved(tmp_path, twelve(**half))) == ["rescale"]
@@ -563,10 +571,35 @@ def jpeg(array: Any, **options: Any) -> bytes:
     return bytes(imagecodecs.jpeg8_encode(array, level=100, **options))
 
 
+@pytest.mark.parametrize("signed", [0, 1])
 @pytest.mark.parametrize(("allocated", "stored"), [(8, 8), (16, 8), (16, 12), (16, 16)])
-def test_a_codestream_of_8_bits_is_of_8_bits(allocated: int, stored: int, tmp_path: Path) -> None:
+def test_a_codestream_of_8_bits_is_of_8_bits(
+    allocated: int, stored: int, signed: int, tmp_path: Path
+) -> None:
     dataset = made(BYTES, BitsAllocated=allocated, BitsStored=stored, HighBit=stored - 1)
+    dataset.PixelRepresentation = signed if stored > 8 else 0
     shows(compressed(dataset, uid.JPEGBaseline8Bit, [jpeg(BYTES)]), tmp_path, BYTES, within=3)
+
+
+@pytest.mark.parametrize(("stored", "least"), [(12, -2048), (14, 0), (16, 0)])
+def test_a_codestream_of_fewer_bits_has_none_for_the_sign(
+    stored: int, least: int, tmp_path: Path
+) -> None:
+    data = imagecodecs.jpeg2k_encode(
+        DEEP, level=0, reversible=True, codecformat="J2K", bitspersample=12
+    )
+    header = {"BitsStored": stored, "HighBit": stored - 1, "PixelRepresentation": 1}
+    dataset = made(DEEP, **header, WindowCenter=str(2048 + least), WindowWidth="4096")
+    values = np.where((DEEP >= 2048) & (least < 0), DEEP.astype(int) - 4096, DEEP)
+    expected = np.rint(np.clip((values - (2047.5 + least)) / 4095 + 0.5, 0, 1) * 255)
+    shows(compressed(dataset, uid.JPEG2000Lossless, [data]), tmp_path, expected)
+
+
+def test_a_signed_codestream_is_told_of_where_the_file_states_no_sign(tmp_path: Path) -> None:
+    data = imagecodecs.jpeg2k_encode(SIGNED, level=0, reversible=True, codecformat="J2K")
+    dataset = made(DEEP, WindowCenter="0", WindowWidth="4001")
+    shows(compressed(dataset, uid.JPEG2000Lossless, [data]), tmp_path, SHOWN)
+    assert codes(tmp_path / "a.dcm") == ["header"]
 
 
 @pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL", "YBR_FULL_422", "MONOCHROME2"])

@@ -51,6 +51,18 @@ def test_an_array_is_what_its_png_is(tmp_path: Path, pixels: Any) -> None:
     same(as_image(np.asfortranarray(pixels)), path)
 
 
+@pytest.mark.parametrize("mode", ["HSV", "RGBa", "La", "I;16B"])
+def test_a_pil_image_of_a_mode_that_no_file_has(mode: str) -> None:
+    grey = Pillow.fromarray(GREY)
+    through = {"La": "LA", "RGBa": "RGBA", "HSV": "RGB"}
+    if mode == "I;16B":
+        picture, plain = Pillow.frombytes(mode, (12, 9), DEEP.astype(">u2").tobytes()), DEEP
+    else:
+        picture, plain = grey.convert(through[mode]).convert(mode), GREY
+    assert np.array_equal(as_image(picture).pixels, as_image(plain).pixels)
+    assert picture.mode == mode
+
+
 def test_what_decides_how_a_picture_is_shown_goes_with_it(tmp_path: Path) -> None:
     """Turned by EXIF, with pixels that are not square, with a palette, with a gamma."""
     turned, oblong, palette, dark = (tmp_path / f"{name}.png" for name in "abcd")

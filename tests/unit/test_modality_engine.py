@@ -70,12 +70,14 @@ def fixed(*arguments: Any, **options: Any) -> ModalityEngine:
 
 
 def test_every_result_of_a_bundle_that_failed_its_verification_says_so() -> None:
-    engine = fixed(proven=Proven("failed", None, here=False))
+    own = Scores(temperature=20.0)
+    engine = fixed(proven=Proven("failed", None, here=False), scores=own)
     asked = picture()
     results = engine.read(asked), engine.classify(asked, LABELS), engine.locate(asked, "a mass")
     for found in results:
         assert [notice.code for notice in found.warnings] == ["verification_failed"]
-    assert fixed(proven=Proven("passed", None, here=True)).read(asked).warnings == ()
+    passed = fixed(proven=Proven("passed", None, here=True), scores=own)
+    assert passed.read(asked).warnings == ()
 
 
 # --- classify ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a viewer shows of PNG, JPEG, TIFF, WebP, BMP and GIF files, and what is refused by name."""
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -476,6 +477,17 @@ def test_a_png_without_its_last_rows_is_cut_off(missing: int, read: Any) -> None
             read(_packed(picture, data[:-missing]))
 
 
+def test_what_lies_behind_the_last_row_of_a_png_is_not_unpacked(read: Any) -> None:
+    """It could be without end."""
+    black = np.zeros_like(GREY)
+    packer = zlib.compressobj()
+    rows = packer.compress(bytes(37 * 24)) + packer.flush(zlib.Z_FULL_FLUSH)
+    data = _packed(black, b"")
+    head, end = data[:33], data[-12:]
+    behind = _chunk(b"IDAT", rows) + _chunk(b"IDAT", b"\xff" * 50)  # no deflated data
+    np.testing.assert_array_equal(read(head + behind + end).pixels, three(black))
+
+
 def test_an_interlaced_png_that_ends_in_black_is_whole(read: Any) -> None:
     for height, width in ((24, 36), (23, 35), (5, 3), (1, 1)):
         black = GREY[:height, :width].copy()
@@ -496,6 +508,30 @@ def test_a_jpeg_that_was_closed_too_early_is_cut_off(mode: str, options: Any, re
     for share in (0.4, 0.6, 0.8, 0.95):
         with pytest.raises(ImageError, match=r"is cut off|is damaged"):
             read(data[: int(len(data) * share)] + b"\xff\xd9")
+
+
+def test_a_jpeg_that_was_closed_between_its_scans_is_cut_off(read: Any) -> None:
+    """What is there looks whole, only blurred, or grey where a colour's scan is missing."""
+    progressive = encoded(RGB, "JPEG", progressive=True)
+    at = [match.start() for match in re.finditer(rb"\xff[\xc4\xda]", progressive)]
+    cuts = [progressive[:end] + b"\xff\xd9" for end in at if b"\xff\xda" in progressive[:end]]
+    assert len(cuts) > 5
+    planes = [encoded(np.ascontiguousarray(RGB[..., i]), "JPEG") for i in range(3)]
+    start = planes[0].index(b"\xff\xda")
+    frame = planes[0].index(b"\xff\xc0")
+    head = planes[0][:frame] + b"\xff\xc0\0\x11" + planes[0][frame + 4 : frame + 9]
+    head += bytes([3, 82, 0x11, 0, 71, 0x11, 0, 66, 0x11, 0]) + planes[0][frame + 13 : start]
+    scans = [
+        plane[start : start + 5] + bytes([name]) + plane[start + 6 : -2]
+        for name, plane in zip(b"RGB", planes, strict=True)
+    ]
+    head = head[:2] + head[20:]  # without JFIF, whose colours are YCbCr
+    whole = read(head + b"".join(scans) + b"\xff\xd9").pixels
+    for i, plane in enumerate(planes):
+        np.testing.assert_array_equal(whole[..., i], read(plane).pixels[..., 0])
+    for data in (*cuts, *(head + b"".join(scans[:i]) + b"\xff\xd9" for i in (1, 2))):
+        with pytest.raises(ImageError, match="is cut off"):
+            read(data)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
