@@ -651,7 +651,9 @@ def test_a_whole_series_that_is_anothers_makes_one_result(tmp_path: Path) -> Non
         assert node.queue.counts()["answered"] == 2
 
 
-def test_a_report_that_no_other_follows_is_withdrawn(tmp_path: Path) -> None:
+def test_a_report_that_no_other_follows_is_withdrawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Where what came again is asked nothing, or something else, about the same patient."""
     questions = [
         {"body_parts": ["CHEST"], "ask": [QUESTION]},
@@ -670,6 +672,7 @@ def test_a_report_that_no_other_follows_is_withdrawn(tmp_path: Path) -> None:
         assert standing == ("MRN-4711", [3])
         paths = node.folder.documents.glob("*/*.withdrawal.dcm")
         assert all(b"is not asked the same" in path.read_bytes() for path in paths)
+        assert caplog.text.count("its reports are withdrawn: none follows them") == 2
 
 
 def test_what_comes_back_to_the_first_patient_is_answered_there_again(tmp_path: Path) -> None:

@@ -419,6 +419,8 @@ class Answering:
         ]
         if not reports:
             return
+        if successors is not None:
+            log.warning("%s: its reports are withdrawn: none follows them.", old[:16])
         document = withdrawal(reports)
         kind, name = str(document.SeriesInstanceUID), f"{result}/{old[:16]}.withdrawal.dcm"
         document.InstanceNumber = self.queue.instance_number(kind, name)
