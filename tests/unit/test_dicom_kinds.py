@@ -592,13 +592,13 @@ def test_a_codestream_of_fewer_bits_has_none_for_the_sign(
     dataset = made(DEEP, **header, WindowCenter=str(2048 + least), WindowWidth="4096")
     values = np.where((DEEP >= 2048) & (least < 0), DEEP.astype(int) - 4096, DEEP)
     expected = np.rint(np.clip((values - (2047.5 + least)) / 4095 + 0.5, 0, 1) * 255)
-    shows(compressed(dataset, uid.JPEG2000Lossless, [data]), tmp_path, expected)
+    shows(compressed(dataset, uid.JPEG2000Lossless, [bytes(data)]), tmp_path, expected)
 
 
 def test_a_signed_codestream_is_told_of_where_the_file_states_no_sign(tmp_path: Path) -> None:
     data = imagecodecs.jpeg2k_encode(SIGNED, level=0, reversible=True, codecformat="J2K")
     dataset = made(DEEP, WindowCenter="0", WindowWidth="4001")
-    shows(compressed(dataset, uid.JPEG2000Lossless, [data]), tmp_path, SHOWN)
+    shows(compressed(dataset, uid.JPEG2000Lossless, [bytes(data)]), tmp_path, SHOWN)
     assert codes(tmp_path / "a.dcm") == ["header"]
 
 
