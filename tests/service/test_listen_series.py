@@ -695,6 +695,20 @@ def test_what_comes_back_to_the_first_patient_is_answered_there_again(tmp_path: 
     assert engine.asked == 3
 
 
+def test_what_comes_back_to_its_first_series_is_answered_there_again(tmp_path: Path) -> None:
+    series = {"quiet": 0.5, "linger": 60, "slices": "all"}
+    moved = slice_of(2, SeriesInstanceUID="1.2.826.0.4711.9")
+    with Node(configuration(tmp_path / "node", series=series), StandIn()) as node:
+        assert send(node.port, *map(slice_of, (1, 2, 3))) == [0] * 3
+        answered(node)
+        for again, standing in [(moved, [[1, 3], [2]]), (slice_of(2), [[1, 2, 3]])] * 2:
+            assert send(node.port, again) == [0]
+            quiet(node)
+            assert [each for _, each in told_of(node)[0]] == standing
+        assert send(node.port, slice_of(2)) == [0]  # as it was sent last
+        assert node.queue.counts()["waiting"] == 0
+
+
 def test_an_object_that_no_question_fits_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

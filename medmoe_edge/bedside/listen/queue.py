@@ -192,7 +192,8 @@ class Queue:
             if origin is not None:
                 statement = "INSERT OR REPLACE INTO origin VALUES (?, ?, ?, ?, ?, ?)"
                 database.execute(statement, (key, *origin))
-            waits = not aside or bool(_replaced(database, membership.series))
+            replaced = database.execute(REPLACED, (membership.series,)).fetchone()
+            waits = not aside or replaced is not None
             database.execute(
                 "INSERT INTO series (key, state, why) VALUES (?1, ?2, ?3) "
                 "ON CONFLICT (key) DO UPDATE SET state = 'waiting', attempts = 0, why = '', "
@@ -236,6 +237,10 @@ class Queue:
         """Whether an object is answered or will be."""
         joined = "SELECT 1 FROM object JOIN series ON series.key = object.series"
         return bool(self._read(f"{joined} WHERE object.key = ? AND {SETTLED}", key))
+
+    def has_moved(self, key: str) -> bool:
+        """Whether an object has come again as one of another series."""
+        return bool(self._read(f"SELECT 1 FROM object WHERE key = ? AND {MOVED}", key))
 
     def state(self, key: str) -> str | None:
         """The state of the series of an object; None of one that was never added."""
@@ -355,9 +360,7 @@ class Queue:
 
     def replaced(self, series: str) -> dict[str, list[str]]:
         """The results that versions in a series contradict, and the objects that they are about."""
-        with self._lock, explaining():
-            keys = _replaced(self._database, series)
-        return {key: self.sources(key) for key in keys}
+        return {key: self.sources(key) for key in self._column(REPLACED, series)}
 
     def results(self, series: str) -> list[str]:
         """The results of a series that none has taken the place of."""
@@ -541,8 +544,3 @@ class Queue:
     def _write(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
         with self._lock, explaining(), self._database as database:
             database.executemany(statement, rows)
-
-
-def _replaced(database: sqlite3.Connection, series: str) -> list[str]:
-    """The results about objects that have a later version in a series."""
-    return [key for (key,) in database.execute(REPLACED, (series,))]

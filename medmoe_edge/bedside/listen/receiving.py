@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import ipaddress
-import itertools
 import logging
 import re
 import socket
@@ -377,15 +376,14 @@ class Receiving:
     def _key(self, origin: Origin, data: bytes) -> str:
         """By which an object is known; sent again with other content, it gets one of its own.
 
-        So does what comes back after it was sent in another patient's name meanwhile.
+        So does what comes back after it was sent as one of another series meanwhile.
         """
         versions = self.queue.versions(origin.uid)
         same = [place for place, (_, at) in enumerate(versions) if at.content == origin.content]
         if same:
-            patients = [at.patient for _, at in versions[same[-1] :]]
-            if all(itertools.starmap(same_patient, itertools.combinations(patients, 2))):
-                return versions[same[-1]][0]
-            return key_of(f"{origin.uid} {origin.content} {len(versions)}")
+            known, _ = versions[same[-1]]
+            returned = key_of(f"{origin.uid} {origin.content} {len(versions)}")
+            return returned if self.queue.has_moved(known) else known
         if self.queue.state(origin.uid) is None:
             return origin.uid
         if not versions and self.queue.sha256(origin.uid) == hashlib.sha256(data).hexdigest():
