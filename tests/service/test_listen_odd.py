@@ -483,8 +483,10 @@ def test_a_series_whose_objects_differ_in_their_patient_says_so(
         assert send(node.port, of(4, PatientName="Roe^Richard", PatientSex="M")) == [0]
         assert "differ in PatientName, PatientSex: look whose images they are" in told(2)
         assert "differ in PatientName, PatientSex: look whose images they are" in caplog.text
-        assert send(node.port, of(4)) == [0]
-        assert "patient_differs" not in told(3)
+        assert send(node.port, of(3, PatientBirthDate="19710203")) == [0]  # 2 is asked still
+        assert "differ in PatientName, PatientBirthDate, PatientSex: look" in told(3)
+        assert send(node.port, of(4), of(3)) == [0, 0]
+        assert "patient_differs" not in told(4)
         for secret in ("Roe", "Doe", "19700203"):
             assert secret not in caplog.text
             assert secret.encode() not in node.folder.queue.read_bytes()

@@ -675,6 +675,40 @@ def test_a_report_that_no_other_follows_is_withdrawn(
         assert caplog.text.count("its reports are withdrawn: none follows them") == 2
 
 
+@pytest.mark.parametrize("changed", ["documents", "questions"])
+def test_a_report_stands_where_nothing_of_it_was_sent_again(tmp_path: Path, changed: str) -> None:
+    """No other names it: the node writes another kind now, or the middle is asked otherwise."""
+    folder, series = tmp_path / "node", {"quiet": 0.5, "linger": 60}
+    other = {"questions": [{"body_parts": ["HAND"], "ask": ["Is there a fracture?"]}]}
+    other["questions"].append({"body_parts": ["CHEST"], "ask": [QUESTION]})
+    before = other if changed == "questions" else {"documents": ["basic-text-sr"]}
+    after = other if changed == "questions" else {"documents": [REPORT]}
+    with Node(configuration(folder, keep_images=True, series=series, **before), StandIn()) as node:
+        assert send(node.port, slice_of(1)) == [0]
+        answered(node)
+    with Node(configuration(folder, keep_images=True, series=series, **after), StandIn()) as node:
+        late = [slice_of(each, BodyPartExamined="HAND") for each in (2, 3)]
+        assert send(node.port, *late) == [0, 0]
+        answered(node, 2)
+        assert told_of(node) == ([("MRN-4711", [1]), ("MRN-4711", [2])], 0)
+
+
+def test_a_report_about_what_left_its_series_does_not_stand(tmp_path: Path) -> None:
+    """Whichever of the two series is answered first."""
+    questions = [
+        {"body_parts": ["CHEST"], "ask": [QUESTION]},
+        {"body_parts": ["HAND"], "ask": ["Is there a fracture?"]},
+    ]
+    series = {"quiet": 0.5, "linger": 60, "slices": "all"}
+    config = configuration(tmp_path / "node", series=series, questions=questions)
+    with Node(config, StandIn()) as node:
+        assert send(node.port, slice_of(1), slice_of(2, BodyPartExamined="HAND")) == [0, 0]
+        answered(node)
+        other = "1.2.826.0.4711.9"
+        assert send(node.port, slice_of(2, SeriesInstanceUID=other, BodyPartExamined="")) == [0]
+        wait_for(lambda: told_of(node)[0] == [("MRN-4711", [1])])
+
+
 def test_what_comes_back_to_the_first_patient_is_answered_there_again(tmp_path: Path) -> None:
     engine = StandIn()
     with Node(configuration(tmp_path / "node"), engine) as node:

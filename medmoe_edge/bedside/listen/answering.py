@@ -28,7 +28,7 @@ from pydicom import Dataset, dcmread, dcmwrite
 from medmoe_edge.bedside.audit.log import AuditLog
 from medmoe_edge.bedside.listen.config import Configuration, Destination, Document
 from medmoe_edge.bedside.listen.evidence import Evidence, Result, coded, together
-from medmoe_edge.bedside.listen.header import same_patient
+from medmoe_edge.bedside.listen.header import Origin, same_patient
 from medmoe_edge.bedside.listen.queue import Folder, Queue, key_of
 from medmoe_edge.bedside.listen.report_sr import (
     Locator,
@@ -230,8 +230,11 @@ class Answering:
 
     def _tells(self, result: str, selection: Selection) -> bool:
         """Whether an earlier result about the same slices says of the series what is so now."""
-        told, now = self.queue.told(result), {each.code for each in selection.notices}
-        return told is None or told & OF_THE_SERIES == now & OF_THE_SERIES
+        told, now = self.queue.told(result), {each.code: each.message for each in selection.notices}
+        return told is None or (
+            told.keys() & OF_THE_SERIES == now.keys() & OF_THE_SERIES
+            and told.get("patient_differs") == now.get("patient_differs")  # in what they differ
+        )
 
     def _selected(self, series: str) -> tuple[Selection, bool]:
         """The slices to ask, and whether they were chosen among all of the series.
@@ -371,10 +374,14 @@ class Answering:
     def _is_ours(self, result: str, series: str) -> bool:
         """Whether an earlier result is about the patient of a series, with all that it rests on."""
         theirs = self.queue.patients(self.queue.series_of(result))
-        for origin in filter(None, map(self.queue.origin, self.queue.sources(result))):
-            theirs.add(self.queue.versions(origin.uid)[-1][1].patient)
+        theirs |= {origin.patient for _, origin in self._latest(result)}
         pairs = itertools.product(theirs, self.queue.patients(series))
         return all(itertools.starmap(same_patient, pairs))
+
+    def _latest(self, result: str) -> list[tuple[str, Origin]]:
+        """The latest versions of the objects that a result is about."""
+        origins = filter(None, map(self.queue.origin, self.queue.sources(result)))
+        return [self.queue.versions(origin.uid)[-1] for origin in origins]
 
     def _withdraw(
         self,
@@ -386,7 +393,7 @@ class Answering:
         """Take back the earlier results: all of them in HL7's forms, another patient's in DICOM.
 
         In DICOM the reports of `ours`, those about the same patient, stay where they are if one of
-        the `successors` names them.
+        the `successors` names them, or nothing that their result is about was sent again.
         """
         for old in replaced:
             folder = self.folder.documents / old
@@ -403,7 +410,9 @@ class Answering:
                 yield name
             if old not in ours:
                 log.warning("%s: its results are withdrawn: the patient was another.", old[:16])
-            yield from self._reject(result, old, successors if old in ours else None)
+                yield from self._reject(result, old, None)
+            elif {key for key, _ in self._latest(old)} - {*self.queue.sources(old)}:
+                yield from self._reject(result, old, successors)
 
     def _reject(self, result: str, old: str, successors: Collection[str] | None) -> Iterator[str]:
         """Write the key object that rejects what an earlier result has made: but for `successors`

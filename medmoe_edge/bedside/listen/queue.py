@@ -375,11 +375,11 @@ class Queue:
         """Whether another result has taken the place of one."""
         return bool(self._read("SELECT 1 FROM result WHERE key = ? AND replaced != ''", result))
 
-    def told(self, result: str) -> set[str] | None:
-        """The codes of the warnings of a result's answers; None where these are gone."""
+    def told(self, result: str) -> dict[str, str] | None:
+        """The warnings of a result's answers, by their codes; None where these are gone."""
         answers = self._column("SELECT answer FROM answer WHERE key = ?", result)
         warned = (each for text in answers for each in json.loads(text).get("warnings", ()))
-        return {each["code"] for each in warned} if answers else None
+        return {each["code"]: each["message"] for each in warned} if answers else None
 
     def sources(self, result: str) -> list[str]:
         """The objects that a result is about."""

@@ -173,7 +173,7 @@ def withdrawal(reports: Sequence[Dataset]) -> Dataset:
     """A key object that rejects reports, in their own study (IHE Imaging Object Change Management).
 
     They were made here, of one study and patient, about an object that has since come in the name
-    of another patient.
+    of another patient or as something else.
     """
     first, uids = reports[0], [str(each.SOPInstanceUID) for each in reports]
     allowed = [_allowed(each) for each in reports]
