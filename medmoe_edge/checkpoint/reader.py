@@ -472,7 +472,9 @@ def _match(
             raise CheckpointError(
                 f"{tensor.file.name} has the tensor {key} {list(tensor.shape)}, "
                 "for which config.json leaves no place.",
-                "Use the config.json that belongs to these weights.",
+                "Convert it to the names of transformers' PhiForCausalLM: q_proj, k_proj, v_proj."
+                if any(".Wqkv." in each for each in stored)
+                else "Use the config.json that belongs to these weights.",
             )
         if tensor.shape != expected[name]:
             raise wrong_shape(key, tensor.shape, expected[name])

@@ -256,7 +256,7 @@ def test_an_interrupted_calibration_goes_on(
         ("empty", 2, "'empty' holds no image."),
         ("bad.jsonl", 2, "bad.jsonl, line 1"),
         ("martian.jsonl", 2, "modalities that the model does not know: martian"),
-        ("broken", 2, "1 of 1 images of 'broken' cannot be read, more than 5%: 'patient"),
+        ("broken", 2, "2 of 2 images of 'broken' cannot be read, more than 5%: 'patient"),
     ],
 )
 def test_what_cannot_be_calibrated_on(

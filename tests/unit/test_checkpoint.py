@@ -472,6 +472,16 @@ def test_other_ends_and_other_choices_of_tokens_are_not_passed_over(folder: Path
         read_checkpoint(folder)
 
 
+def test_names_of_phis_first_modelling_are_to_be_converted(tmp_path: Path) -> None:
+    with edit_tensors(write(tmp_path / "out", TINY["phi"])) as tensors:
+        attention = "model.layers.0.self_attn."
+        parts = [tensors.pop(f"{attention}{part}_proj.weight") for part in "qkv"]
+        tensors["transformer.h.0.mixer.Wqkv.weight"] = torch.cat(parts)
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path / "out")
+    assert "Convert it to the names of transformers' PhiForCausalLM" in caught.value.remedy
+
+
 def test_a_tower_whose_last_layers_are_missing_is_refused(towerless: Path, tmp_path: Path) -> None:
     """One layer less, and the features would be those of another layer."""
     clip(TINY["stablelm"]).save_pretrained(tmp_path / "tower")
