@@ -17,9 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from medmoe_edge._types import Told
 from medmoe_edge.calibration.routing import RoutingProfile
-from medmoe_edge.errors import DataError, VerificationError
+from medmoe_edge.errors import DataError, Told, VerificationError
 
 Status = Literal["covered", "drew more", "borrowed", "data-free"]
 Pair = tuple[int, int]  # decoder layer and expert

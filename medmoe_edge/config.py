@@ -13,8 +13,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
-from medmoe_edge._types import LATER, Told
-from medmoe_edge.errors import ConfigError, InputError, did_you_mean
+from medmoe_edge.errors import LATER, ConfigError, InputError, Told, did_you_mean
 
 MOST = 2**24  # of anything counted: a bound against absurd files, not on models
 

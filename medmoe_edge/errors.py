@@ -1,4 +1,4 @@
-"""Everything that can go wrong, in one tree.
+"""Everything that can go wrong, in one tree; and how results are told.
 
     MedMoEError                      exit code
     ├── InputError                   2   what the person gave cannot be used
@@ -14,14 +14,16 @@
 
 Every error says what was wrong and what to do about it; neither line may carry patient data. Its
 `code` says the same to programs, more finely than the exit code. What is no error, but should be
-known of a result that stands all the same, is a `Notice`.
+known of a result that stands all the same, is a `Notice`. The results themselves
+are told as plain JSON by `Told`, which stands here because it needs as little.
 """
 
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -178,3 +180,37 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not near:
         near = difflib.get_close_matches(name.lower(), names, n=1)
     return f"Did you mean {near[0]!r}? " if near else ""
+
+
+LATER = "later"  # of a field that is left out where it has its default
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """Base of what is told as JSON: its fields, then the properties that `TOLD` names."""
+
+    TOLD: ClassVar[tuple[str, ...]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values (tuples become lists)."""
+        names = [
+            field.name
+            for field in dataclasses.fields(self)
+            if not field.metadata.get(LATER) or getattr(self, field.name) != field.default
+        ]
+        return {name: plain(getattr(self, name)) for name in (*names, *self.TOLD)}
+
+
+def plain(value: Any) -> Any:
+    """Records, and mappings and sequences of them, as plain JSON values."""
+    if isinstance(value, Told):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif hasattr(value, "_asdict"):  # of a NamedTuple
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from medmoe_edge._types import Told
 from medmoe_edge.bundle.bundle import Kind, model_kind
 from medmoe_edge.data.datasets import NO_SCAN
 from medmoe_edge.embedded import EMBEDDED, bundle_path
-from medmoe_edge.errors import DataError, InputError, needs
+from medmoe_edge.errors import DataError, InputError, Told, needs
 from medmoe_edge.pipeline import (
     EvaluateOptions,
     ExportOptions,

@@ -15,7 +15,7 @@ from typing import Self
 
 import numpy as np
 
-from medmoe_edge._types import Progress, Told
+from medmoe_edge._types import Progress
 from medmoe_edge.archive.store import (
     DATABASE,
     FORMAT,
@@ -37,7 +37,7 @@ from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import unit
-from medmoe_edge.errors import ImageError, InputError, MissingDependencyError
+from medmoe_edge.errors import ImageError, InputError, MissingDependencyError, Told
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.image.pixels import Image, pick_frame
 

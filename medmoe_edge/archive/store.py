@@ -24,12 +24,11 @@ import numpy.typing as npt
 import onnxruntime  # noqa: F401
 from usearch.index import Index
 
-from medmoe_edge._types import Told
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.contrastive.engine import ModalityEngine
 from medmoe_edge.contrastive.features import Reading, unit
-from medmoe_edge.errors import ImageError, InputError, ResourceError
+from medmoe_edge.errors import ImageError, InputError, ResourceError, Told
 from medmoe_edge.image.loading import load_image, preprocess
 
 Vector = npt.NDArray[np.float32]

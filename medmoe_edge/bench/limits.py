@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from medmoe_edge._types import Progress, Told, no_progress, plain
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.bench import worker
 from medmoe_edge.bench.backends import find_bundle, shape_of
 from medmoe_edge.bench.measurement import Allowance, Measured, Shape
@@ -33,7 +33,7 @@ from medmoe_edge.bench.paging import BUDGETS, expert_budgets
 from medmoe_edge.bench.peers import Materials, Peer
 from medmoe_edge.bench.worker import Measurement
 from medmoe_edge.embedded import checkpoint_path
-from medmoe_edge.errors import ResourceError
+from medmoe_edge.errors import ResourceError, Told, plain
 
 MAPPED = ("llama.cpp-q8-0", "llama.cpp-q4-0")  # peers that map their file
 ALLOWANCE = 60.0  # seconds in which a model's questions are repeated

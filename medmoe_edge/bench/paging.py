@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medmoe_edge._types import Progress, Told, no_progress, there
+from medmoe_edge._types import Progress, no_progress, there
 from medmoe_edge.bench import worker
 from medmoe_edge.bench.backends import find_bundle
 from medmoe_edge.bench.measurement import Allowance, Spread
 from medmoe_edge.bench.routing import VARIANTS, Asking
 from medmoe_edge.bench.worker import Worker
 from medmoe_edge.bundle.bundle import Bundle
+from medmoe_edge.errors import Told
 from medmoe_edge.runtimes.ort.paged import OrtExpertStore
 from medmoe_edge.runtimes.paging.pager import least_budget
 from medmoe_edge.runtimes.paging.prediction import budget_bytes

@@ -8,13 +8,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from medmoe_edge._types import Told
 from medmoe_edge.bench import measurement, worker
 from medmoe_edge.bench.backends import Kind
 from medmoe_edge.bench.measurement import Allowance, Measured, Shape
 from medmoe_edge.bench.worker import Measurement, Worker
 from medmoe_edge.bundle.bundle import Bundle
-from medmoe_edge.errors import InputError, ResourceError, shown_bytes
+from medmoe_edge.errors import InputError, ResourceError, Told, shown_bytes
 from medmoe_edge.runtimes.costs import decoder_parts, vision_weights
 
 State = Literal["measured", "not installed", "not enough memory", "failed"]

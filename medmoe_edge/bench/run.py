@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from medmoe_edge._types import Progress, Told, no_progress, plain
+from medmoe_edge._types import Progress, no_progress
 from medmoe_edge.bench import measurement, worker
 from medmoe_edge.bench.backends import QUESTION, find_bundle, save_picture, shape_of
 from medmoe_edge.bench.measurement import Allowance, Measured, Shape, Spread, Stream
@@ -24,6 +24,7 @@ from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.bundle.machine import Arithmetic, cpu_flags, cpu_name, memory_here
 from medmoe_edge.config import DecoderConfig
 from medmoe_edge.embedded import EMBEDDED, checkpoint_path
+from medmoe_edge.errors import Told, plain
 from medmoe_edge.runtimes.costs import Precision, bits_per_weight, step_work
 from medmoe_edge.runtimes.ort.runtime import int8_arithmetic
 

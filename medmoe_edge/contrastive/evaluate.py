@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats, Progress, Told
+from medmoe_edge._types import Floats, Progress
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config_contrastive import Scores
 from medmoe_edge.contrastive.engine import ModalityEngine
@@ -32,7 +32,7 @@ from medmoe_edge.data.datasets import (
     read_examples,
     read_labels,
 )
-from medmoe_edge.errors import DataError
+from medmoe_edge.errors import DataError, Told
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.contrastive import ModalityRuntime

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from medmoe_edge._types import Floats, Told
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
-from medmoe_edge.errors import InputError, Notice
+from medmoe_edge.errors import InputError, Notice, Told
 from medmoe_edge.image.loading import load_image, preprocess
 from medmoe_edge.runtimes.base import log_softmax
 from medmoe_edge.runtimes.contrastive import ImageFeatures, ModalityRuntime, TextFeatures

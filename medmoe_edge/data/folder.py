@@ -28,7 +28,6 @@ from typing import Any
 
 from PIL import Image as Picture
 
-from medmoe_edge._types import Told
 from medmoe_edge.atomic import atomic_folder, carry_over
 from medmoe_edge.data.datasets import (
     LABELS_FILE,
@@ -44,7 +43,7 @@ from medmoe_edge.data.datasets import (
     read_text,
     safe_name,
 )
-from medmoe_edge.errors import DataError, ImageError, InputError
+from medmoe_edge.errors import DataError, ImageError, InputError, Told
 
 logger = logging.getLogger(__name__)
 SUMMARY = "dataset.json"

@@ -17,12 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from medmoe_edge._types import Told, plain
 from medmoe_edge._version import __version__
 from medmoe_edge._version import too_old as onnxruntime_too_old
 from medmoe_edge.bundle.machine import CPU_INFO, Arithmetic, cpu_features, cpu_name, memory_here
 from medmoe_edge.device.hardware import GB, Gpus, find_gpus, too_old
-from medmoe_edge.errors import ResourceError, shown_bytes
+from medmoe_edge.errors import ResourceError, Told, plain, shown_bytes
 from medmoe_edge.export.jetson import (
     BestPath,
     Jetson,

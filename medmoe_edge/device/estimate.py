@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medmoe_edge._types import Told
 from medmoe_edge.bundle.bundle import MANIFEST, Bundle
 from medmoe_edge.bundle.trust import keys_are_trusted
 from medmoe_edge.calibration.quantisers import DeltaForm, VisionScales, read_deltas
@@ -35,6 +34,7 @@ from medmoe_edge.errors import (
     InputError,
     ModelError,
     ResourceError,
+    Told,
     did_you_mean,
     needs,
     shown_bytes,

@@ -18,16 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medmoe_edge._types import Told, there
+from medmoe_edge._types import there
 from medmoe_edge.bundle.machine import cpu_features_here, cpu_name, memory_here
 from medmoe_edge.config import Config
-from medmoe_edge.errors import (
-    ConfigError,
-    DataError,
-    InputError,
-    did_you_mean,
-    shown_bytes,
-)
+from medmoe_edge.errors import ConfigError, DataError, InputError, Told, did_you_mean, shown_bytes
 from medmoe_edge.export.jetson import find_jetson
 from medmoe_edge.runtimes.costs import NUMBER, Kind, Precision, Speed
 

@@ -26,11 +26,12 @@ import numpy as np
 import onnx_ir as ir
 from scipy.optimize import nnls
 
-from medmoe_edge._types import Told, there
+from medmoe_edge._types import there
 from medmoe_edge.bundle.bundle import Bundle
 from medmoe_edge.calibration.statistics import input_of
 from medmoe_edge.checkpoint.keys import decoder_parameters
 from medmoe_edge.config import ModelConfig
+from medmoe_edge.errors import Told
 from medmoe_edge.export.builder import save_model, tensor_of
 from medmoe_edge.export.decoder import DecoderBuilder, MoESpec
 from medmoe_edge.export.passes.ort_cpu import fuse_qkv, lower_attention, lower_matmul, lower_moe

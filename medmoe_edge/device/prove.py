@@ -28,13 +28,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from medmoe_edge._types import Floats, Progress, Told, no_progress
+from medmoe_edge._types import Floats, Progress, no_progress
 from medmoe_edge._version import __version__
 from medmoe_edge.bundle.bundle import Bundle, Target
 from medmoe_edge.bundle.recorded import read_recorded
 from medmoe_edge.device.hardware import cuda_devices, describe_machine
 from medmoe_edge.embedded import bundle_path
-from medmoe_edge.errors import MedMoEError, MissingDependencyError, VerificationError
+from medmoe_edge.errors import MedMoEError, MissingDependencyError, Told, VerificationError
 from medmoe_edge.export.gpus import EXTRAS, GPUS, Library, writes_in_place
 from medmoe_edge.runtimes.base import Cache, Runtime, Step
 

@@ -9,10 +9,10 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from medmoe_edge._types import Floats, Told
+from medmoe_edge._types import Floats
 from medmoe_edge.bundle.bundle import NOTICE
 from medmoe_edge.config import MoEConfig
-from medmoe_edge.errors import InputError, Notice
+from medmoe_edge.errors import InputError, Notice, Told
 from medmoe_edge.image.pixels import named
 from medmoe_edge.prompt import MAX_QUESTION_CHARACTERS, Tokenizer, as_seen
 from medmoe_edge.runtimes.base import Chosen, Decoding, Step

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from medmoe_edge._types import Counting, no_counting, plain
+from medmoe_edge._types import Counting, no_counting
 from medmoe_edge.atomic import atomic_file, writing
 from medmoe_edge.config import Reliability, Unsure
 from medmoe_edge.data.datasets import (
@@ -31,7 +31,7 @@ from medmoe_edge.data.datasets import (
     read_examples,
     read_text,
 )
-from medmoe_edge.errors import DataError, InputError
+from medmoe_edge.errors import DataError, InputError, plain
 from medmoe_edge.evaluation.metrics import (
     bootstrap_interval,
     closed_correct,

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from medmoe_edge._types import Told
 from medmoe_edge.bundle.bundle import (
     MANIFEST,
     SEAL,
@@ -37,13 +36,7 @@ from medmoe_edge.config_contrastive import (
     read_scores,
 )
 from medmoe_edge.engine.loading import proven
-from medmoe_edge.errors import (
-    BundleError,
-    InputError,
-    MissingDependencyError,
-    Notice,
-    needs,
-)
+from medmoe_edge.errors import BundleError, InputError, MissingDependencyError, Notice, Told, needs
 from medmoe_edge.evaluation.recording import unpack_recording
 from medmoe_edge.prompt import Tokenizer
 from medmoe_edge.runtimes.costs import Deltas, decoder_parts

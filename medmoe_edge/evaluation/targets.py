@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from medmoe_edge._types import Counting, Floats, Progress, Told, no_progress, there
+from medmoe_edge._types import Counting, Floats, Progress, no_progress, there
 from medmoe_edge.bundle.bundle import Bundle, Target, write_derived_manifest
 from medmoe_edge.data.datasets import Example
+from medmoe_edge.errors import Told
 from medmoe_edge.evaluation.fidelity import (
     MAX_NEW_TOKENS,
     Reader,

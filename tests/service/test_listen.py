@@ -422,11 +422,27 @@ def test_what_is_refused_for_good_holds_up_nothing_behind_it(
         worker.join()
 
 
+class Held(StandIn):
+    """Ends no answer before it may."""
+
+    def __init__(self, go: threading.Event) -> None:
+        super().__init__()
+        self.go = go
+
+    def ask_all(self, *given: Any, **options: Any) -> list[Answer]:
+        """As `StandIn` does, then waits."""
+        answers = super().ask_all(*given, **options)
+        assert self.go.wait(60)
+        return answers
+
+
 def test_a_node_stops_after_what_it_has_begun(tmp_path: Path) -> None:
-    engine = StandIn(2.0)  # so that the second is not begun while the others are sent
+    go = threading.Event()
+    engine = Held(go)
     with Node(configuration(tmp_path / "node"), engine) as node:
         assert send(node.port, *(study(number) for number in range(1, 4))) == [0, 0, 0]
         wait_for(lambda: engine.asked == 1)
+        threading.Timer(2.0, go.set).start()  # when the node is stopping
     assert engine.asked == 1
     with Node(configuration(tmp_path / "node"), StandIn()) as node:
         wait_for(lambda: node.queue.counts()["answered"] == 3)
