@@ -436,10 +436,12 @@ class CalibrationData:
         """Raise `DataError` if too many are unreadable, were all that is `missing` yet readable.
 
         The share is one of 20 images at least, or of all there are: before so many are decoded,
-        one bad image says little.
+        one bad image says little. Where there are no more, all that may be drawn are tried first.
         """
         decoded, bad = len(self._readable), len(self.skipped)
         pictures = len({sample.picture for sample in self.samples})
+        if missing and pictures <= FEW:
+            return
         if bad > MAX_UNREADABLE * min(pictures, max(decoded + missing, FEW)):
             raise DataError(
                 f"{bad} of {decoded} images of {self.name!r} cannot be read, more than "

@@ -4,6 +4,7 @@
 file's SHA-256; an export carries it into the bundle's manifest (`published`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+from safetensors import SafetensorError, safe_open
+
 from medmoe_edge.atomic import file_sha256
 from medmoe_edge.bundle.bundle import MANIFEST
 from medmoe_edge.bundle.trust import SIGNATURE
-from medmoe_edge.config_contrastive import SCORES
 from medmoe_edge.errors import CheckpointError, InputError
 
 RECORD = "pulled.json"
@@ -24,12 +26,6 @@ CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".joblib")
 CHECKPOINT_FILES = (".json", ".jinja", ".md", ".model", ".safetensors", ".tiktoken", ".txt")
-# Of a checkpoint's .json and .txt files, those that belong to it.
-_OWN = (
-    *("adapter_config", "added_tokens", "generation_config", "preprocessor_config", "tokenizer"),
-    *("special_tokens_map", "tokenizer_config", "trainer_state", "vocab"),
-)
-NAMED = frozenset({CONFIG, INDEX, RECORD, SCORES, "merges.txt", *(f"{own}.json" for own in _OWN)})
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +54,28 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
-def is_beside_model(name: str, folder: Path) -> bool:
-    """Whether a folder is a model's, and a file of that name in it is none of the model's own."""
+def is_beside_model(file: Path, folder: Path) -> bool:
+    """Whether a folder is a model's, and a file in it is none of the model's own."""
+    name = file.name
     if not (folder / MANIFEST).is_file():
-        if name.endswith((".json", ".txt")):  # as are answers of ours
-            return (folder / CONFIG).is_file() and name not in NAMED
-        return (folder / CONFIG).is_file() and not name.endswith((*CHECKPOINT_FILES, *PICKLES))
+        return (folder / CONFIG).is_file() and _is_result(file)
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
         return name not in (*files, MANIFEST, SIGNATURE, RECORD, CARD)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False  # whoever reads it says what is wrong
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a verb wrote a file beside a checkpoint: answers, one a line, or statistics."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "np") as tensors:
+        return str((tensors.metadata() or {}).get("format")).startswith("medmoe-edge ")
+    try:
+        with file.open("rb") as stream:
+            first = json.loads(stream.readline(2**20))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and {"id", "prediction", "correct"} <= first.keys()
 
 
 def find_published(name: str) -> Published:

@@ -368,7 +368,8 @@ def _merged(whole: Checkpoint, parts: tuple[str, ...]) -> MergedTensor:
 
 def _with_generation(data: dict[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with the end tokens of generation_config.json, by which transformers ends."""
-    both = [source.get("eos_token_id") for source in (data, generation)]
+    given = (source.get("eos_token_id") for source in (data, generation))
+    both = [None if ids == [] else ids for ids in given]
     own, ends = (each if isinstance(each, list) else [each] for each in both)
     if own == [None]:
         return {**data, "eos_token_id": both[1]}
@@ -382,13 +383,26 @@ def _with_generation(data: dict[str, Any], generation: Mapping[str, Any]) -> dic
     return {**data, "eos_token_id": own + [end for end in ends if end not in own]}
 
 
+# What in a generation_config.json makes transformers choose other tokens, with other values.
+_NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("min_length", "min_new_tokens", "diversity_penalty", "penalty_alpha"), 0),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "constraints")),
+    **dict.fromkeys(("sequence_bias", "force_words_ids", "stop_strings", "watermarking_config")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "dola_layers")),
+    "exponential_decay_length_penalty": None,
+}
+
+
 def _not_generated(generation: Mapping[str, Any]) -> Notice | None:
     """What to say of a generation_config.json by which transformers would choose other tokens."""
-    usual: dict[str, tuple[Any, ...]] = {"repetition_penalty": (None, 1)}
-    usual |= dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (None, 0))
-    lists = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias")
-    usual |= dict.fromkeys((*lists, "forced_bos_token_id"), (None, []))
-    other = [key for key, values in usual.items() if generation.get(key) not in values]
+    other = [
+        key
+        for key, neutral in _NEUTRAL.items()
+        if generation.get(key) not in (None, [], {}, neutral)
+    ]
     told = ", ".join(f"{key} = {generation[key]!r:.60}" for key in other)
     if not told:
         return None
@@ -458,7 +472,9 @@ def _match(
             raise CheckpointError(
                 f"{tensor.file.name} has the tensor {key} {list(tensor.shape)}, "
                 "for which config.json leaves no place.",
-                "Use the config.json that belongs to these weights.",
+                "Convert it to the names of transformers' PhiForCausalLM: q_proj, k_proj, v_proj."
+                if any(".Wqkv." in each for each in stored)
+                else "Use the config.json that belongs to these weights.",
             )
         if tensor.shape != expected[name]:
             raise wrong_shape(key, tensor.shape, expected[name])

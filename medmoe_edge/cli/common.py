@@ -367,15 +367,14 @@ def check_output(
     """Refuse an output before the work rather than after it.
 
     It is none of its inputs, and replaces nothing in them but in those that are `around` it, or
-    what is not the model's own in a model's folder.
+    what a verb wrote into a model's folder.
     """
     if file.exists() and not force:
         raise InputError(f"{file} exists already.", "Choose another name, or add --force.")
     if file.exists():
         from medmoe_edge.checkpoint.published import is_beside_model
 
-        name = file.resolve().name
-        held = (path for path in inputs if path and not is_beside_model(name, path))
+        held = (path for path in inputs if path and not is_beside_model(file.resolve(), path))
         check_apart(file, *held, around=around)
     if not file.parent.is_dir():
         raise InputError(f"{file.parent} is not a folder.", "Make it first, or choose another.")

@@ -184,6 +184,10 @@ class _Row:
         return _ORDER.index(self.split or self.data["split"])
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def _known(row: Mapping[str, str | None]) -> Row:
     return {key: value for key, value in row.items() if value is not None}
 
@@ -241,7 +245,7 @@ def _apart(rows: list[_Row], folder: Path, published: set[str]) -> tuple[list[_R
     for row in rows:
         image = row.data["image"]
         if image not in sums:
-            sums[image] = hashlib.sha256((folder / image).read_bytes()).hexdigest()
+            sums[image] = _sha256((folder / image).read_bytes())
 
     def keys(row: _Row) -> Iterator[Hashable]:
         yield sums[row.data["image"]]
@@ -347,6 +351,7 @@ class _Found:
 
     file: Path
     name: str
+    where: str  # as errors name it
     modality: str | None = None
     body: str | None = None
     finding: str | None = None
@@ -377,23 +382,25 @@ def add_labels(
     if unknown_images:
         raise DataError(
             f"{source}: of {len(unknown_images)} images the modality is not known, "
-            f"image {found.index(unknown_images[0]) + 1} among them.",
+            f"that of {unknown_images[0].where} among them.",
             "Name sub-folders or a column after it, or add --modality.",
         )
     name = set_name(options.name or source.stem)
     found = _split(found)
-    modalities: dict[str, str] = {}
     with adding(name, out, force=force) as (addition, prepared):
-        for number, each in enumerate(found, 1):
-            image = addition.write(each.name, each.file.read_bytes())
+        known = _labelled(out, without=name)
+        for each in found:
+            content = each.file.read_bytes()
             modality = modality_name(each.modality or "")
-            if modalities.setdefault(image, modality) != modality:
+            told, where = known.setdefault(_sha256(content), (modality, each.where))
+            if told != modality:
                 raise DataError(
-                    f"{source}: image {number} is labelled {modality} and {modalities[image]}.",
+                    f"{source}: the picture of {each.where} is labelled {modality}, "
+                    f"and {told} in {where}.",
                     "A picture is of one modality: keep the right label.",
                 )
             addition.label(
-                image=image,
+                image=addition.write(each.name, content),
                 modality=modality,
                 body=each.body or "",
                 finding=each.finding or "",
@@ -402,6 +409,19 @@ def add_labels(
                 patient=each.patient,
             )
     return prepared[0]
+
+
+def _labelled(out: Path, *, without: str) -> dict[str, tuple[str, str]]:
+    """The modality of a folder's labelled pictures, and where they lie, by their bytes."""
+    rows = _rows(out) if (out / SUMMARY).is_file() else ()
+    labels = (row.data for row in rows if row.split is None and row.set != without)
+    return {
+        _sha256((out / data["image"]).read_bytes()): (
+            modality_name(data["modality"]),
+            f"{str(out / data['image'])!r}",
+        )
+        for data in labels
+    }
 
 
 def _in_folder(folder: Path, options: LabelOptions) -> Iterator[_Found]:
@@ -419,7 +439,8 @@ def _in_folder(folder: Path, options: LabelOptions) -> Iterator[_Found]:
             usual = {0: (), 1: ("finding",)}.get(len(levels), ("body", "finding"))
         given |= dict(zip(options.levels or usual, levels, strict=False))
         given.pop("-", None)
-        yield _Found(file, safe_name(relative.as_posix(), str(folder)), **given)
+        name = safe_name(relative.as_posix(), str(folder))
+        yield _Found(file, name, repr(name), **given)
 
 
 def _is_picture(file: Path) -> bool:
@@ -454,7 +475,7 @@ def _in_table(file: Path) -> Iterator[_Found]:
             raise DataError(f"{file}, line {number}: there is no such image.", "Check the path.")
         known = {key: value for key, value in values.items() if value}
         mark = hashlib.sha256(str(image.resolve()).encode()).hexdigest()[:8]
-        yield _Found(image, f"{mark}-{image.name}", **known)
+        yield _Found(image, f"{mark}-{image.name}", f"line {number}", **known)
 
 
 def _columns(names: Sequence[str], file: Path) -> dict[str, str]:
@@ -510,7 +531,7 @@ def _completed(found: _Found, options: LabelOptions, header: Header) -> _Found:
 
 def _split(found: list[_Found]) -> list[_Found]:
     """With a split for each: one patient, or one picture, is one group."""
-    groups = [each.patient or hashlib.sha256(each.file.read_bytes()).hexdigest() for each in found]
+    groups = [each.patient or _sha256(each.file.read_bytes()) for each in found]
     strata: dict[Hashable, Hashable] = {}
     for each, group in zip(found, groups, strict=True):
         if each.split is None:

@@ -256,7 +256,7 @@ def test_an_interrupted_calibration_goes_on(
         ("empty", 2, "'empty' holds no image."),
         ("bad.jsonl", 2, "bad.jsonl, line 1"),
         ("martian.jsonl", 2, "modalities that the model does not know: martian"),
-        ("broken", 2, "1 of 1 images of 'broken' cannot be read, more than 5%: 'patient"),
+        ("broken", 2, "2 of 2 images of 'broken' cannot be read, more than 5%: 'patient"),
     ],
 )
 def test_what_cannot_be_calibrated_on(
@@ -484,6 +484,10 @@ def test_no_verb_that_builds_replaces_its_own_input(
     for place in ("c", "b/c", "run/checkpoint"):
         shutil.copytree(tiny_checkpoint(), tmp_path / place)
     (tmp_path / "b" / "phi_router.pth").write_bytes(b"")
+    own = ("chat_template.json", "vocab.json", "LICENSE", "modeling.py", "notes.txt", "empty")
+    for name, text in zip(own, ("{}", '{"id": 1}', "MIT", "import os", "Mine.", ""), strict=True):
+        (tmp_path / "c" / name).write_text(text)
+    weights = next((tmp_path / "c").glob("*.safetensors"))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for line in (
         ["export", "c", "-o", "c", "--force"],
@@ -493,6 +497,8 @@ def test_no_verb_that_builds_replaces_its_own_input(
         ["export", "c", "--calibrate", "b/images", "-o", "b", "--force"],
         ["export", "b", "--target", "onnxruntime-cuda", "-o", "b", "--force"],
         ["calibrate", "c", "--data", "builtin", "-o", "c/config.json", "--force"],
+        ["calibrate", "c", "--data", "builtin", "-o", str(weights), "--force"],
+        *(["eval", "c", "--data", "q.jsonl", "--predictions", f"c/{n}", "--force"] for n in own),
         ["train", "--from", "run/checkpoint", "--data", "d", "-o", "run"],
         ["train", "--from", "run", "--data", "d", "-o", "run"],
         ["router", "import", "b/phi_router.pth", "c", "-o", "c", "--force"],

@@ -450,13 +450,36 @@ def test_other_ends_and_other_choices_of_tokens_are_not_passed_over(folder: Path
     read = read_checkpoint(folder)
     assert read.config.decoder.end_tokens == (end, end + 1)
     assert read.warnings == ()
-    generation.write_text(json.dumps({"repetition_penalty": 1.2}))
-    (notice,) = read_checkpoint(folder).warnings
-    assert notice.code == "generation_not_applied"
-    assert "repetition_penalty = 1.2" in notice.message
+    neutral = {"num_beams": 1, "diversity_penalty": 0.0, "stop_strings": None, "sequence_bias": {}}
+    generation.write_text(json.dumps({"eos_token_id": [], "bad_words_ids": [], **neutral}))
+    read = read_checkpoint(folder)
+    assert (read.config.decoder.end_tokens, read.warnings) == ((end,), ())
+    for key, value in {
+        "repetition_penalty": 1.2,
+        "num_beams": 4,
+        "encoder_no_repeat_ngram_size": 3,
+        "stop_strings": ["\n"],
+        "forced_eos_token_id": 2,
+        "guidance_scale": 1.5,
+        "penalty_alpha": 0.6,
+    }.items():
+        generation.write_text(json.dumps({key: value}))
+        (notice,) = read_checkpoint(folder).warnings
+        assert notice.code == "generation_not_applied"
+        assert f"{key} = {value!r}" in notice.message
     generation.write_text(json.dumps({"eos_token_id": end + 1}))
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         read_checkpoint(folder)
+
+
+def test_names_of_phis_first_modelling_are_to_be_converted(tmp_path: Path) -> None:
+    with edit_tensors(write(tmp_path / "out", TINY["phi"])) as tensors:
+        attention = "model.layers.0.self_attn."
+        parts = [tensors.pop(f"{attention}{part}_proj.weight") for part in "qkv"]
+        tensors["transformer.h.0.mixer.Wqkv.weight"] = torch.cat(parts)
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path / "out")
+    assert "Convert it to the names of transformers' PhiForCausalLM" in caught.value.remedy
 
 
 def test_a_tower_whose_last_layers_are_missing_is_refused(towerless: Path, tmp_path: Path) -> None:

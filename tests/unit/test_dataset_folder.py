@@ -155,8 +155,15 @@ def test_a_picture_of_two_modalities_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("\n".join(rows[:3]))
     labels(tmp_path / "t.csv", tmp_path / "out")
     (tmp_path / "t.csv").write_text("\n".join(rows))
-    with pytest.raises(DataError, match="image 3 is labelled mri and ct"):
+    with pytest.raises(DataError, match="of line 4 is labelled mri, and ct in line 2"):
         labels(tmp_path / "t.csv", tmp_path / "out", force=True)
+    folder = tmp_path / "more"
+    picture(folder / "mri" / "b.png", 1)  # the same under another name, in another set
+    with pytest.raises(DataError, match=r"'mri/b.png' is labelled mri, and ct in '.*-1.png'"):
+        labels(folder, tmp_path / "out")
+    picture(folder / "ct" / "a.png", 1)
+    with pytest.raises(DataError, match=r"'mri/b.png' is labelled mri, and ct in 'ct/a.png'"):
+        labels(folder, tmp_path / "new")
     assert "mri" not in (tmp_path / "out" / "labels.jsonl").read_text()
 
 
