@@ -41,7 +41,7 @@ FRAME_GROUPS = (
 )
 # What a frame's own window or rescale takes the place of: half of one and half of another are none.
 OF_INTEREST = ("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction")
-OF_MODALITY = ("ModalityLUTSequence",)
+OF_MODALITY = ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept")
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 NUMBERS = (  # that decide how a picture is shown
     *("BitsStored", "HighBit", "PixelRepresentation", "NumberOfFrames", "PlanarConfiguration"),
@@ -228,7 +228,7 @@ def _of_frame(header: Header, index: int) -> Header:
                     if not file_window(item) and not any(t.value("LUTData") for t in tables):
                         continue
                     replaced = OF_INTEREST
-                elif item.number("RescaleSlope") is not None:
+                elif any(item.number(keyword) is not None for keyword in OF_MODALITY[1:]):
                     replaced = OF_MODALITY
                 header = header.with_item(item, replaced)
     return header

@@ -154,7 +154,7 @@ def read_frame(element: PixelElement, syntax: uid.UID | None, layout: Layout, in
     if element.length is not None and not element.is_encapsulated():
         if syntax is not None and not (syntax.is_transfer_syntax or syntax == GE_BIG_ENDIAN_PIXELS):
             say("transfer_syntax", "The file states no known transfer syntax: read as it looks.")
-        elif syntax in CODESTREAMS or syntax in (uid.RLELossless, DEFLATED_FRAMES):
+        elif syntax is not None and syntax != GE_BIG_ENDIAN_PIXELS and syntax.is_encapsulated:
             say("transfer_syntax", "The file states a compression that its pixels do not have.")
         return _read_cells(element, layout, index)
     data = read_codestream_of(element, layout.frames, index)
@@ -195,12 +195,10 @@ def _read_cells(element: PixelElement, layout: Layout, index: int) -> Stored:
     """Read one frame's cells, and take the values out of them (PS3.5 8.1)."""
     pixels = layout.rows * layout.columns
     subsampled = layout.photometric in ("YBR_FULL_422", "YBR_PARTIAL_422") and layout.samples == 3
-    is_cut_off = False
     bits = pixels * layout.samples * layout.allocated
     length = element.length or 0
     if subsampled and length < math.ceil(bits * layout.frames / 8):
         bits = pixels * 2 * layout.allocated
-        is_cut_off = 8 * length % bits > 8  # what is left of colours that were not shared
     elif subsampled:
         element.say("header", "The file states shared colours, and holds those of every pixel.")
         subsampled = False
@@ -210,6 +208,11 @@ def _read_cells(element: PixelElement, layout: Layout, index: int) -> Stored:
         element.say("unused_data", "The file holds more pixel data than its frames need.")
     swapped = element.words and not element.little and layout.allocated <= 8
     data = (_read_swapped if swapped else _read_plain)(element, first, last)
+    # what is left of colours that were not shared: at least a row of them, and seldom zeros
+    is_cut_off = subsampled and 8 * (length - whole) >= bits // layout.rows
+    if is_cut_off:
+        more = read_at(element.file, element.start + whole, min(length - whole, bits // 8))
+        is_cut_off = any(more)
     if is_cut_off or length < whole or len(data) < last - first:
         raise ImageError(
             f"{element.name} holds fewer pixels than its header states.",

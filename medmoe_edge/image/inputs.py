@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pillow
-from PIL import PngImagePlugin
+from PIL import PngImagePlugin, TiffImagePlugin
 
 from medmoe_edge.errors import ImageError, InputError
 from medmoe_edge.image.loading import decoding, load_image, with_flatness
 from medmoe_edge.image.pixels import Image, as_pixels, check_size, show_range
-from medmoe_edge.image.raster_display import stated_ratio
+from medmoe_edge.image.raster_display import ORIENTATION, WHITE_IS_ZERO, stated_ratio
 
 NAME = "the image"  # how messages call what has no name
 ACCEPTED = (
@@ -31,6 +31,7 @@ ACCEPTED = (
 )
 AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # Pillow's modes that PNG holds as they are
 IN_NO_FILE = {"HSV": "RGB", "La": "LA", "RGBa": "RGBA", "I;16B": "I", "I;16L": "I", "I;16N": "I"}
+PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION
 RATIO = 10_000  # pixels per metre that a stated ratio of axes is written with
 NIFTI_HEADERS = {348: 352, 540: 544}  # bytes of a header, and where the voxels then begin
 
@@ -147,17 +148,21 @@ def _encoded(picture: Pillow.Image, frame: int | None) -> bytes:
         finally:
             picture.seek(at)  # the picture is the caller's, who may be stepping through it
     check_size(repr(NAME), picture.height, picture.width)
+    tags = picture.tag_v2 if isinstance(picture, TiffImagePlugin.TiffImageFile) else {}
     if picture.mode in IN_NO_FILE:
         picture = picture.convert(IN_NO_FILE[picture.mode])
     ratio = stated_ratio(picture)
-    options: dict[str, Any] = {
-        "icc_profile": picture.info.get("icc_profile"),
-        "exif": picture.getexif(),
-    }
+    picture.load()  # which turns a TIFF upright
+    exif, turned = Pillow.Exif(), picture.getexif().get(ORIENTATION)
+    if turned in range(2, 9):  # no other tag goes with it: they may be odd
+        exif[ORIENTATION] = turned
+    if picture.mode[0] in "IF" and tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        exif[PHOTOMETRIC] = WHITE_IS_ZERO  # Pillow turns over only those of 8 bits
+    options: dict[str, Any] = {"icc_profile": picture.info.get("icc_profile"), "exif": exif}
     if ratio != 1:
         options["dpi"] = (RATIO * ratio, RATIO)
     file = io.BytesIO()
-    if picture.mode in AS_PNG:
+    if picture.mode in AS_PNG and PHOTOMETRIC not in exif:
         picture.save(file, "PNG", pnginfo=_colour_chunks(picture), compress_level=1, **options)
     else:
         picture.save(file, "TIFF", **options)

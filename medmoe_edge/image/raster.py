@@ -63,7 +63,9 @@ NATIVE = {  # Pillow's names of how samples lie
     **dict.fromkeys(("I;32S", "I;32BS"), "I;32NS"),
     **dict.fromkeys(("I;16S", "I;16BS"), "I;16NS"),
 }
-JPEG_SCAN, PROGRESSIVE = b"\xff\xda", (b"\xff\xc2", b"\xff\xca")  # markers that begin one
+JPEG_MARKER = re.compile(rb"\xff+([\x01-\xfe])")
+SCAN, PROGRESSIVE, NO_FRAME = 0xDA, (0xC2, 0xCA), (0xC4, 0xC8, 0xCC)  # of markers from 0xC0 on
+ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a segment
 JPEG_PAD = b"\x5a\x35" * 64  # neither markers nor stuffing; any codes
 ADAM7 = (  # the passes of an interlaced PNG: first column and row, and steps to the next
     *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2)),
@@ -102,13 +104,15 @@ def read_raster(path: Path, frame: int | None, most_pixels: int = MAX_PIXELS) ->
         else:
             picture.load()
             if picture.format in ("JPEG", "MPO"):
-                _check_scans(path, name, len(picture.getbands()))
+                notices += _check_scans(path)
                 if picture.info.get("progressive"):
                     _check_jpeg(path, 1)
                 elif _ends_flat(picture):
                     _check_jpeg(path, 8)
             elif picture.format == "PNG" and _ends_blank(picture):
                 _check_rows(path)
+            for key in ("exif", "Raw profile type exif"):  # Pillow would write odd tags anew
+                picture.info.pop(key, None)
             ImageOps.exif_transpose(picture, in_place=True)
         shown = show(picture)
     image = Image(shown.pixels, None, shown.window, None, len(pages), notices + shown.notices)
@@ -345,15 +349,36 @@ def _ends_flat(picture: Pillow.Image) -> bool:
     return bool((values == values[-1, -1]).all())
 
 
-def _check_scans(path: Path, name: str, components: int) -> None:
-    """Raise `ImageError` where a JPEG of several scans lacks one: libjpeg blurs or takes grey."""
-    data = path.read_bytes()
-    at = data.find(JPEG_SCAN)
-    is_single = data.count(JPEG_SCAN) == 1 and data[at + 4 : at + 5] == bytes([components])
-    if not is_single or any(marker in data[:at] for marker in PROGRESSIVE):  # or metadata have it
-        from medmoe_edge.image.codestreams import read_codestream
+def _check_scans(path: Path) -> tuple[Notice, ...]:
+    """Raise `OSError` where a JPEG lacks a scan that libjpeg shows it blurred or grey without.
 
-        read_codestream(data, name)
+    Markers are found as libjpeg does it: behind segments, of which one may hold a thumbnail, stray
+    bytes and restarts. The last bit of a progressive picture's coefficients may be left out.
+    """
+    data, at = path.read_bytes(), 2
+    lacking: dict[int, list[int]] = {}  # how many bits, of each component's 64 coefficients
+    is_progressive = False
+    while (found := JPEG_MARKER.search(data, at)) and found[1] != b"\xd9":
+        marker, at = found[1][0], found.end()
+        if marker in ALONE:
+            continue
+        size = max(2, int.from_bytes(data[at : at + 2]))
+        body, at = data[at + 2 : at + size], at + size
+        if 0xC0 <= marker <= 0xCF and marker not in NO_FRAME:
+            is_progressive = marker in PROGRESSIVE
+            lacking = {component: [16] * 64 for component in body[6::3]}
+        elif marker == SCAN:
+            end = 1 + 2 * body[0]
+            first, last, bits = body[end : end + 3] if is_progressive else (0, 63, 0)
+            for component in body[1:end:2]:
+                lacking[component][first : last + 1] = [bits & 15] * (last + 1 - first)
+            if not is_progressive and not any(map(any, lacking.values())):
+                break
+    worst = max(map(max, lacking.values()), default=16)
+    if worst > 1:
+        raise OSError("truncated")
+    unrefined = "The picture lacks the last bit of its details: it may be damaged."
+    return (Notice("may_be_damaged", unrefined),) if worst else ()
 
 
 def _check_jpeg(path: Path, scale: Literal[1, 8]) -> None:

@@ -348,6 +348,20 @@ def test_colours_that_are_said_to_be_shared_and_are_not(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_image(target).pixels, load_image(source).pixels)
 
 
+@pytest.mark.parametrize(
+    "syntax", [b"1.3.46.670589.33.1.4.1\0\0", b"1.2.840.113619.5.2\0\0\0\0\0\0"]
+)
+def test_a_private_transfer_syntax_is_refused_by_name(syntax: bytes, tmp_path: Path) -> None:
+    source = saved(tmp_path, made(VALUES, **SECRETS))
+    plain = b"\x14\x001.2.840.10008.1.2.1\0"
+    data = source.read_bytes().replace(plain, bytes([len(syntax), 0]) + syntax)
+    source.write_bytes(data[:140] + bytes([data[140] + len(syntax) - 20]) + data[141:])
+    with pytest.raises(ImageError, match=r"transfer syntax of 'a\.dcm' is private") as caught:
+        deidentify(source, tmp_path / "out.dcm")
+    assert "Explicit VR Little Endian" in caught.value.remedy
+    assert not (tmp_path / "out.dcm").exists()
+
+
 def test_what_would_show_another_picture_is_not_written(tmp_path: Path) -> None:
     """Here a shape that pydicom, which reads all of the file, finds behind the pixels."""
     source = saved(tmp_path, made(VALUES, **SECRETS))

@@ -171,6 +171,21 @@ def test_a_frame_says_all_of_a_transformation_or_nothing(
     shows(dataset, tmp_path, SHOWN)
 
 
+@pytest.mark.parametrize(
+    ("half", "centre"), [({"RescaleIntercept": "500"}, "2500"), ({"RescaleSlope": "1"}, "2000")]
+)
+def test_half_a_rescale_of_a_frame_is_not_made_whole_outside(
+    half: dict[str, str], centre: str, tmp_path: Path
+) -> None:
+    outside = {"RescaleSlope": "2", "RescaleIntercept": "-1000"}
+    dataset = twelve(**outside, WindowCenter=centre, WindowWidth="4001")
+    groups = of(PixelValueTransformationSequence=[of(**half)])
+    dataset.PerFrameFunctionalGroupsSequence = [groups]
+    shows(dataset, tmp_path, SHOWN)
+    told = codes(tmp_path / "a.dcm")
+    assert told == ["rescale"] * ("RescaleIntercept" in half)  # a slope of 1 alone changes nothing
+
+
 def test_what_a_viewer_may_do_and_is_not_done_is_told_of(tmp_path: Path) -> None:
     dataset = twelve(ShutterShape="CIRCULAR", RecommendedViewingMode="SUB")
     shows(dataset, tmp_path, SHOWN)
@@ -330,6 +345,27 @@ def test_shared_colours(stored: int, told: list[str], tmp_path: Path) -> None:
     shows(dataset, tmp_path, 128)
     assert [code for code in codes(tmp_path / "a.dcm") if code != "no_contrast"] == told
     dataset.PixelData = dataset.PixelData[: stored - 50]  # neither all of them nor half
+    with pytest.raises(ImageError, match="fewer pixels"):
+        load_image(saved(tmp_path, dataset))
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("behind", [bytes(2), bytes(4), bytes(64), b"Jane" * 9])
+def test_what_lies_behind_shared_colours_is_told_of(
+    frames: int, behind: bytes, tmp_path: Path
+) -> None:
+    """Less than a row, or zeros."""
+    colours = np.full((frames, 20, 20, 3), 128, np.uint8)
+    dataset = made(colours[0], SamplesPerPixel=3, PhotometricInterpretation="YBR_FULL_422")
+    dataset.NumberOfFrames, dataset.PixelData = frames, bytes([128]) * 800 * frames + behind
+    shows(dataset, tmp_path, 128)
+    assert [code for code in codes(tmp_path / "a.dcm") if code != "no_contrast"] == ["unused_data"]
+
+
+def test_frames_that_end_where_shared_colours_would_are_cut_off(tmp_path: Path) -> None:
+    colours = np.full((20, 20, 3), 128, np.uint8)
+    dataset = made(colours, SamplesPerPixel=3, PhotometricInterpretation="YBR_FULL_422")
+    dataset.NumberOfFrames, dataset.PixelData = 3, bytes([128]) * 3200  # of 3,600
     with pytest.raises(ImageError, match="fewer pixels"):
         load_image(saved(tmp_path, dataset))
 
@@ -527,6 +563,15 @@ def test_a_transfer_syntax_that_the_standard_does_not_know(
     path.write_bytes(bytes(128) + b"DICM" + group + whole[at:])
     assert np.abs(grey(path) - SHOWN).max() <= 1
     assert codes(path) == told
+
+
+def test_plain_pixels_of_what_states_a_video_are_told_of(tmp_path: Path) -> None:
+    path = saved(tmp_path, twelve())
+    plain, video = b"\x14\x001.2.840.10008.1.2.1\0", b"\x18\x001.2.840.10008.1.2.4.102\0"
+    data = path.read_bytes().replace(plain, video)
+    path.write_bytes(data[:140] + bytes([data[140] + 4]) + data[141:])
+    assert np.abs(grey(path) - SHOWN).max() <= 1
+    assert codes(path) == ["transfer_syntax"]
 
 
 def test_frames_of_their_own_that_are_not_compressed(tmp_path: Path) -> None:

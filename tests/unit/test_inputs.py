@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import tifffile
 from PIL import Image as Pillow
 from pydicom.data import get_testdata_file
 
@@ -61,6 +62,17 @@ def test_a_pil_image_of_a_mode_that_no_file_has(mode: str) -> None:
         picture, plain = grey.convert(through[mode]).convert(mode), GREY
     assert np.array_equal(as_image(picture).pixels, as_image(plain).pixels)
     assert picture.mode == mode
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_pil_image_of_a_tiff_is_what_its_file_is(tmp_path: Path, dtype: Any, turned: int) -> None:
+    """Upright once, not twice, and white at 0 where the file says so."""
+    path = tmp_path / "a.tif"
+    tags = [(274, "H", 1, turned, True)]
+    tifffile.imwrite(path, DEEP.astype(dtype), photometric="miniswhite", extratags=tags)
+    with Pillow.open(path) as picture:
+        same(as_image(picture), path)
 
 
 def test_what_decides_how_a_picture_is_shown_goes_with_it(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image as Pillow
 from PIL import ImageCms
 
 from medmoe_edge.errors import ImageError
+from medmoe_edge.image.inputs import as_image
 from medmoe_edge.image.loading import load_image
 from medmoe_edge.image.pixels import Image
 from medmoe_edge.image.raster import ADAM7
@@ -314,6 +315,25 @@ def test_odd_metadata_does_not_stop_the_picture(orientation: bytes, read: Any) -
     np.testing.assert_array_equal(read(marked + plain[2:]).pixels, read(plain).pixels)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    ("tag", "type_", "value"),
+    [(296, 2, b"in"), (531, 4, b"\0\0\1"), (296, 9, b"\xff" * 4), (256, 2, b"36"), (258, 2, b"8")],
+)
+def test_odd_metadata_does_not_stop_the_picture_from_being_turned(
+    kind: str, tag: int, type_: int, value: bytes, read: Any
+) -> None:
+    entries = sorted([(274, 3, 1, b"\6"), (tag, type_, 3 if type_ == 2 else 1, value)])
+    exif = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0" * (kind == "JPEG") + b"II*\0\x08\0\0\0\2\0" + exif + bytes(4)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(GREY, kind, exif=exif, **options)
+    expected = np.rot90(read(encoded(GREY, kind, **options)).pixels, -1)
+    np.testing.assert_array_equal(read(data).pixels, expected)
+    with Pillow.open(io.BytesIO(data)) as opened:
+        np.testing.assert_array_equal(as_image(opened).pixels, expected)
+
+
 def test_one_resolution_says_nothing_of_proportions(read: Any) -> None:
     data = _tiff(SMOOTH, resolution=(2, 1))
     assert read(data).pixels.shape == (96, 64, 3)
@@ -515,7 +535,7 @@ def test_a_jpeg_that_was_closed_between_its_scans_is_cut_off(read: Any) -> None:
     progressive = encoded(RGB, "JPEG", progressive=True)
     at = [match.start() for match in re.finditer(rb"\xff[\xc4\xda]", progressive)]
     cuts = [progressive[:end] + b"\xff\xd9" for end in at if b"\xff\xda" in progressive[:end]]
-    assert len(cuts) > 5
+    assert len(cuts) > 10
     planes = [encoded(np.ascontiguousarray(RGB[..., i]), "JPEG") for i in range(3)]
     start = planes[0].index(b"\xff\xda")
     frame = planes[0].index(b"\xff\xc0")
@@ -529,9 +549,29 @@ def test_a_jpeg_that_was_closed_between_its_scans_is_cut_off(read: Any) -> None:
     whole = read(head + b"".join(scans) + b"\xff\xd9").pixels
     for i, plane in enumerate(planes):
         np.testing.assert_array_equal(whole[..., i], read(plane).pixels[..., 0])
-    for data in (*cuts, *(head + b"".join(scans[:i]) + b"\xff\xd9" for i in (1, 2))):
+    for data in (*cuts[:-7], *(head + b"".join(scans[:i]) + b"\xff\xd9" for i in (1, 2))):
         with pytest.raises(ImageError, match="is cut off"):
             read(data)
+    for data in cuts[-7:]:  # of the last bits, which T.81 lets an encoder leave out
+        assert codes(read(data)) == ["may_be_damaged"]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_a_jpeg_has_beside_its_picture_changes_nothing(progressive: bool, read: Any) -> None:
+    """A thumbnail, a marker in metadata, a restart before the end, bytes before a segment."""
+    plain = encoded(RGB, "JPEG", progressive=progressive)
+    small = encoded(RGB[::3, ::3].copy(), "JPEG")
+    beside = b"".join(
+        b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
+        for body in (b"Exif\0\0" + small, b"x\xff\xda\xff\xc2\xff\xd9")
+    )
+    frame = re.search(rb"\xff[\xc0\xc2]\0\x11", plain)
+    assert frame is not None
+    at, expected = frame.start(), read(plain).pixels
+    for data in (plain[:-2] + b"\xff\xd0\xff\xd9", plain[:at] + b"\xff\0" + plain[at:], plain):
+        image = read(data[:2] + beside + data[2:])
+        np.testing.assert_array_equal(image.pixels, expected)
+        assert codes(image) == []
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

@@ -270,6 +270,11 @@ def _check_image(dataset: Dataset, name: str) -> None:
     for keyword in ("SOPClassUID", "SOPInstanceUID"):
         if not dataset.get(keyword):
             raise ImageError(f"{name} has no {keyword}.", "Export it again.")
+    if not dataset.file_meta.TransferSyntaxUID.is_transfer_syntax:
+        raise ImageError(
+            f"The transfer syntax of {name} is private, or is none.",
+            "Save it as Explicit VR Little Endian first.",
+        )
 
 
 def _may_show_text(dataset: Dataset) -> bool:
