@@ -450,7 +450,8 @@ def test_other_ends_and_other_choices_of_tokens_are_not_passed_over(folder: Path
     read = read_checkpoint(folder)
     assert read.config.decoder.end_tokens == (end, end + 1)
     assert read.warnings == ()
-    neutral = {"num_beams": 1, "diversity_penalty": 0.0, "stop_strings": None, "sequence_bias": {}}
+    neutral: dict[str, Any] = {"num_beams": 1, "diversity_penalty": 0.0, "stop_strings": None}
+    neutral["sequence_bias"] = {}
     generation.write_text(json.dumps({"eos_token_id": [], "bad_words_ids": [], **neutral}))
     read = read_checkpoint(folder)
     assert (read.config.decoder.end_tokens, read.warnings) == ((end,), ())
