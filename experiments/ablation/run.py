@@ -6,7 +6,6 @@ nothing in phase 1, once; from there each variant trains phases 2 and 3. Then al
 questions on the same runtime.
 """
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,7 @@ from experiments.ablation.results import (
 )
 from experiments.ablation.variants import MERGED, VARIANTS, Start, Variant, applicable
 from medmoe_edge._types import Floats
+from medmoe_edge.atomic import file_sha256
 from medmoe_edge.checkpoint.reader import read_checkpoint
 from medmoe_edge.data.datasets import Example, LabelledImage, read_examples, read_labels
 from medmoe_edge.engine.engine import Engine
@@ -402,8 +402,7 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _sha256(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(file)
     except OSError as error:
         raise DataError(
             f"{file} cannot be read ({error.strerror}).",

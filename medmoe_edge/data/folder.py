@@ -28,7 +28,7 @@ from typing import Any
 
 from PIL import Image as Picture
 
-from medmoe_edge.atomic import atomic_folder, carry_over
+from medmoe_edge.atomic import atomic_folder, carry_over, file_sha256
 from medmoe_edge.data.datasets import (
     LABELS_FILE,
     QUESTION_FILES,
@@ -184,10 +184,6 @@ class _Row:
         return _ORDER.index(self.split or self.data["split"])
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def _known(row: Mapping[str, str | None]) -> Row:
     return {key: value for key, value in row.items() if value is not None}
 
@@ -245,7 +241,7 @@ def _apart(rows: list[_Row], folder: Path, published: set[str]) -> tuple[list[_R
     for row in rows:
         image = row.data["image"]
         if image not in sums:
-            sums[image] = _sha256((folder / image).read_bytes())
+            sums[image] = file_sha256(folder / image)
 
     def keys(row: _Row) -> Iterator[Hashable]:
         yield sums[row.data["image"]]
@@ -391,8 +387,9 @@ def add_labels(
         known = _labelled(out, without=name)
         for each in found:
             content = each.file.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
             modality = modality_name(each.modality or "")
-            told, where = known.setdefault(_sha256(content), (modality, each.where))
+            told, where = known.setdefault(digest, (modality, each.where))
             if told != modality:
                 raise DataError(
                     f"{source}: the picture of {each.where} is labelled {modality}, "
@@ -416,7 +413,7 @@ def _labelled(out: Path, *, without: str) -> dict[str, tuple[str, str]]:
     rows = _rows(out) if (out / SUMMARY).is_file() else ()
     labels = (row.data for row in rows if row.split is None and row.set != without)
     return {
-        _sha256((out / data["image"]).read_bytes()): (
+        file_sha256(out / data["image"]): (
             modality_name(data["modality"]),
             f"{str(out / data['image'])!r}",
         )
@@ -531,7 +528,7 @@ def _completed(found: _Found, options: LabelOptions, header: Header) -> _Found:
 
 def _split(found: list[_Found]) -> list[_Found]:
     """With a split for each: one patient, or one picture, is one group."""
-    groups = [each.patient or _sha256(each.file.read_bytes()) for each in found]
+    groups = [each.patient or file_sha256(each.file) for each in found]
     strata: dict[Hashable, Hashable] = {}
     for each, group in zip(found, groups, strict=True):
         if each.split is None:

@@ -41,11 +41,12 @@ FRAME_GROUPS = (
 )
 # What a frame's own window or rescale takes the place of: half of one and half of another are none.
 OF_INTEREST = ("VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction")
-OF_MODALITY = ("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept")
+RESCALE = ("RescaleSlope", "RescaleIntercept")
+OF_MODALITY = ("ModalityLUTSequence", *RESCALE)
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 NUMBERS = (  # that decide how a picture is shown
     *("BitsStored", "HighBit", "PixelRepresentation", "NumberOfFrames", "PlanarConfiguration"),
-    *("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"),
+    *(*RESCALE, "WindowCenter", "WindowWidth"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "PixelAspectRatio", *SPACINGS),
 )
 
@@ -219,19 +220,24 @@ def _of_frame(header: Header, index: int) -> Header:
     """The header with a frame's own rescale, window and spacing, where plain files have them."""
     shared = header.items("SharedFunctionalGroupsSequence")[:1]
     each = header.items("PerFrameFunctionalGroupsSequence")[index : index + 1]
-    for groups in (*shared, *each):
-        for group in FRAME_GROUPS:
-            for item in groups.items(group):
-                replaced: tuple[str, ...] = ()
-                if group == "FrameVOILUTSequence":
-                    tables = item.items("VOILUTSequence")
-                    if not file_window(item) and not any(t.value("LUTData") for t in tables):
-                        continue
-                    replaced = OF_INTEREST
-                elif any(item.number(keyword) is not None for keyword in OF_MODALITY[1:]):
-                    replaced = OF_MODALITY
-                header = header.with_item(item, replaced)
-    return header
+    stated = (
+        (item, _replaced(group, item))
+        for groups in (*shared, *each)
+        for group in FRAME_GROUPS
+        for item in groups.items(group)
+    )
+    items = [(item, replaced) for item, replaced in stated if replaced is not None]
+    return header.with_items(items) if items else header
+
+
+def _replaced(group: str, item: Header) -> tuple[str, ...] | None:
+    """What else of the header a frame's item takes the place of; None where it states no window."""
+    if group == "FrameVOILUTSequence":
+        tables = item.items("VOILUTSequence")
+        is_whole = file_window(item) or any(table.value("LUTData") for table in tables)
+        return OF_INTEREST if is_whole else None
+    is_stated = any(item.number(keyword) is not None for keyword in RESCALE)
+    return OF_MODALITY if is_stated else ()
 
 
 # --- Geometry ----------------------------------------------------------------

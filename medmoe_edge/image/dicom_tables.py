@@ -90,15 +90,16 @@ class Header:
         """The keywords of all attributes."""
         return self.dataset.dir()
 
-    def with_item(self, item: "Header", replaced: Iterable[str]) -> "Header":
-        """This header with an item's attributes in place of its own and of those `replaced`."""
+    def with_items(self, items: Iterable[tuple["Header", Iterable[str]]]) -> "Header":
+        """This header with the items' attributes in place of its own and of those each replaces."""
         merged = Dataset()
         merged.update(self.dataset)
-        for keyword in replaced:
-            merged.pop(keyword, None)
-        for keyword in item.keywords():
-            if item.value(keyword) is not None:
-                merged[keyword] = item.dataset[keyword]
+        for item, replaced in items:
+            for keyword in replaced:
+                merged.pop(keyword, None)
+            for keyword in item.keywords():
+                if item.value(keyword) is not None:
+                    merged[keyword] = item.dataset[keyword]
         return Header(merged, little=self.little)
 
     def _listed(self, keyword: str) -> list[Any]:
