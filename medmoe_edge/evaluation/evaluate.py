@@ -466,7 +466,8 @@ def read_predictions(file: Path) -> list[GivenAnswer]:
 def _answer(record: Record) -> GivenAnswer:
     if "question_id" in record.value:
         return GivenAnswer(record.text("question_id"), record.text("text", empty=True))
-    confidence, complete = record.value.get("confidence"), record.value.get("complete", True)
+    confidence = record.value.get("confidence")
+    complete, unsure = (record.value.get(*each) for each in (("complete", True), ("unsure", False)))
     if confidence is not None and (
         isinstance(confidence, bool)
         or not isinstance(confidence, int | float)
@@ -476,14 +477,16 @@ def _answer(record: Record) -> GivenAnswer:
             f"{record.where}: 'confidence' is no number from 0 to 1.",
             "Correct it, or leave it out.",
         )
-    if not isinstance(complete, bool):
-        raise DataError(f"{record.where}: 'complete' is not true or false.", "Correct it.")
+    if not isinstance(complete, bool) or not isinstance(unsure, bool):
+        name = "unsure" if isinstance(complete, bool) else "complete"
+        raise DataError(f"{record.where}: {name!r} is not true or false.", "Correct it.")
     return GivenAnswer(
         record.text("id"),
         record.text("prediction", empty=True),
         None if confidence is None else float(confidence),
         record.optional("modality_found"),
         complete,
+        unsure,
     )
 
 

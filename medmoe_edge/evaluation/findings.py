@@ -19,7 +19,14 @@ from medmoe_edge._types import Counting, Doubles, no_counting
 from medmoe_edge.data.datasets import NO_SCAN, Example, Finding, Record, parse_json, read_text
 from medmoe_edge.errors import DataError, Notice
 from medmoe_edge.evaluation.evaluate import MAX_NEW_TOKENS, Prediction
-from medmoe_edge.evaluation.metrics import Share, bootstrap_interval, exact_match, normalise
+from medmoe_edge.evaluation.metrics import (
+    Z95,
+    Share,
+    bootstrap_interval,
+    exact_match,
+    normalise,
+    wilson_interval,
+)
 from medmoe_edge.image.pixels import Image, black_picture
 
 YES, NO = CHOICES = ("Yes", "No")
@@ -438,7 +445,11 @@ def _wins(scores: Doubles, there: npt.NDArray[np.bool_]) -> Doubles:
 def _auc_interval(
     scores: Doubles, there: npt.NDArray[np.bool_], patients: Sequence[str]
 ) -> tuple[float, float]:
-    """The 95% percentile interval, resampling patients."""
+    """The 95% percentile interval, resampling patients.
+
+    Where all that is drawn orders them alike, as of few patients, Wilson's stands in, over those
+    of the rarer kind.
+    """
     _, member = np.unique(patients, return_inverse=True)
     count = int(member.max()) + 1
     draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=ROUNDS)
@@ -447,5 +458,8 @@ def _auc_interval(
     wins = np.einsum("rp,pa,ra->r", present, _wins(scores, there), absent, optimize=True)
     pairs = present.sum(1) * absent.sum(1)
     areas = wins[pairs > 0] / pairs[pairs > 0]
-    low, high = np.quantile(areas, (0.025, 0.975))
-    return float(low), float(high)
+    low, high = map(float, np.quantile(areas, (0.025, 0.975)))
+    if low == high and np.ptp(scores) > 0:
+        fewest = min(len(np.unique(member[kind])) for kind in (there, ~there))
+        return wilson_interval(low, fewest, Z95)
+    return low, high

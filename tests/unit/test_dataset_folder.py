@@ -32,6 +32,10 @@ def labels(source: Path, out: Path, *, force: bool = False, **options: Any) -> A
     return add_labels(source, out, LabelOptions(**options), header=dicom_origin, force=force)
 
 
+def question(image: str, **more: Any) -> dict[str, Any]:
+    return {"image": image, "question": "Is it?", "answer": "No"} | more
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Twenty pictures each of two modalities, with two findings."""
@@ -131,6 +135,9 @@ def test_dicom_says_modality_and_patient_but_not_whose(tmp_path: Path) -> None:
         ({"t.csv": "file\nnone.png"}, {}, "no such image"),
         ({"t.csv": "name\n1.png"}, {}, "no column 'image'"),
         ({"t.csv": "image,finding\n1.png,effusion, left"}, {}, "more cells than columns"),
+        ({"t.csv": 'image,finding\n"1.png,effusion'}, {}, r"t\.csv, line 2: this is no CSV"),
+        ({"t.csv": f"image,finding\n1.png,{'x' * 2**17}y"}, {}, r"t\.csv, line 2: this is no CSV"),
+        ({"t.csv": 'image,finding\n\n"1\n.png",x'}, {}, r"t\.csv, line 4: there is no such image"),
     ],
 )
 def test_what_labels_nothing(
@@ -167,8 +174,49 @@ def test_a_picture_of_two_modalities_is_refused(tmp_path: Path) -> None:
     assert "mri" not in (tmp_path / "out" / "labels.jsonl").read_text()
 
 
-def question(image: str, **more: Any) -> dict[str, Any]:
-    return {"image": image, "question": "Is it?", "answer": "No"} | more
+def test_questions_and_labels_name_one_modality_of_a_picture(tmp_path: Path) -> None:
+    data, file = tmp_path / "data", tmp_path / "asked.jsonl"
+    picture(tmp_path / "in" / "imgs" / "xmlab1" / "source.jpg", 1)
+    asked = {"img_name": "xmlab1/source.jpg", "location": "Lung", "q_lang": "en", "question": "?"}
+    asked |= {"answer_type": "OPEN", "content_type": "Organ", "answer": "Lung", "modality": "CT"}
+    (tmp_path / "in" / "train.json").write_text(json.dumps([asked | {"qid": 1}]))
+    prepare("slake", tmp_path / "in", data)
+    picture(tmp_path / "mine" / "MRI" / "1.jpg", 1)  # the same bytes
+    with pytest.raises(DataError, match=r"'MRI/1.jpg' is labelled mri, and ct in '.*source.jpg'"):
+        labels(tmp_path / "mine", data)
+    file.write_text(json.dumps(question("mine/MRI/1.jpg", id="q7", modality="MR")))
+    with pytest.raises(DataError, match=r"asked\.jsonl: the picture of question 'q7' is labelled"):
+        add_questions(file, data)
+    labels(tmp_path / "mine", tmp_path / "other")
+    with pytest.raises(DataError, match="of question 'slake-1' is labelled ct, and mri in"):
+        prepare("slake", tmp_path / "in", tmp_path / "other")
+    assert not (tmp_path / "other" / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize("first", ["labels", "questions"])
+def test_labels_and_questions_of_a_picture_are_in_one_split(tmp_path: Path, first: str) -> None:
+    """Neither is left out for the sake of the other, nor moved when it is added anew."""
+    rows = [
+        question(str(picture(tmp_path / "mine/ct" / f"{n}.png", n)), patient=n // 2)
+        for n in range(60)
+    ]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    add = {
+        "labels": lambda force: labels(tmp_path / "mine", tmp_path / "data", force=force),
+        "questions": lambda force: add_questions(
+            tmp_path / "asked.jsonl", tmp_path / "data", force=force
+        ),
+    }
+    splits = []
+    for names in (sorted(add, reverse=first == "questions"), [first]):
+        for name in names:
+            assert add[name](bool(splits)).left_out == 0
+        found = read_labels(tmp_path / "data/labels.jsonl")
+        splits.append({item.image.read_bytes(): item.split for item in found})
+        for split in ("train", "val", "test"):
+            asked = read_examples(tmp_path / "data" / f"{split}.jsonl")
+            assert {splits[-1][each.image.read_bytes()] for each in asked} == {split}
+    assert splits[0] == splits[1]
 
 
 def test_sets_merge_and_no_picture_is_in_two_splits(tmp_path: Path, pictures: Path) -> None:

@@ -2,6 +2,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,6 +201,32 @@ def test_predictions_are_saved_whole(tmp_path: Path) -> None:
         save_predictions([], file / "inside.jsonl")
 
 
+def test_saved_answers_have_the_same_figures_again(tmp_path: Path) -> None:
+    """What was unsure and what was cut off is not lost."""
+    engine = FakeEngine(ANSWERS, MODALITIES)
+    said = engine.ask_all
+
+    def doubtful(*arguments: Any, **options: Any) -> list[FakeAnswer]:
+        return [
+            replace(a, unsure=a.text == "left", complete=a.text != "yes")
+            for a in said(*arguments, **options)
+        ]
+
+    engine.ask_all = doubtful  # type: ignore[method-assign]
+    rows = [{"id": e.id, "image": str(e.image), "question": e.question} for e in EXAMPLES]
+    rows = [
+        row | {"answer": e.answer, "answer_type": e.answer_type, "source": e.source}
+        for row, e in zip(rows, EXAMPLES, strict=True)
+    ]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = evaluate(engine, EXAMPLES)
+    assert 0 < found.unsure.answers < 1
+    save_predictions(found.predictions, tmp_path / "said.jsonl")
+    again = score_predictions(tmp_path / "said.jsonl", tmp_path / "asked.jsonl")
+    for name in ("overall", "unsure", "cut_off", "reliability", "by_source"):
+        assert getattr(again, name) == getattr(found, name), name
+
+
 # --- figures of the papers, and without looking -------------------------------------------------
 
 
@@ -333,6 +360,7 @@ def test_answers_to_other_questions_are_refused(
         '{"id": "10", "prediction": "x", "confidence": 2}',
         '{"id": "10", "prediction": "x", "confidence": NaN}',
         '{"id": "10", "prediction": "x", "complete": 1}',
+        '{"id": "10", "prediction": "x", "unsure": "no"}',
         "",
     ],
 )
